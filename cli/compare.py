@@ -68,6 +68,8 @@ def compare(
     if margin and against is None:
         raise UsageError("--margin is of --against: name the system to compare with, such as --against topk.")
     paired = None if against is None else compare_against(comparison, against, margin or [])
+    if paired is not None:  # one verdict on a pair, in the table and in the notes
+        comparison = comparison.with_control_notes(paired.told)
     for difference in comparison.differences:
         echo(f"differs  {difference}")
     counts = f"{format_count(len(comparison.runs), 'run')}, {format_count(len(comparison.systems), 'system')}"

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ from .train import execute
 
 if TYPE_CHECKING:
     from ..evaluate.plan import EvaluatePlan
+    from ..train.plan import TrainPlan
     from ..workflows.controls import ControlsPlan
 
 INPUTS = "Model and data"  # a group of flags in the help
@@ -78,7 +80,8 @@ def evaluate(
         typer.Option(
             "--controls",
             help="Train frozen controls of the runs once (a random decoder, one that stays near its start, a random "
-            "encoder). Add their rows, and the share of each number that they already have.",
+            "encoder), made of topk for topk and else of batchtopk. Add their rows, and the share of each number that "
+            "they already have.",
         ),
     ] = False,
     dtype: Annotated[
@@ -137,9 +140,11 @@ def run_evaluate(
     for line in [*plan.describe(), *(controls.describe() if controls else ())]:
         echo(line)
     if dry_run:
-        return 1 if plan.refused else 0
+        return 1 if plan.refused or (controls and controls.problems) else 0
+    are_missing = bool(controls and controls.problems)
     if controls and controls.train and controls.train.unfinished:
-        execute(controls.train, table=not as_json)  # stdout is then the rows' alone
+        are_missing |= not train_all(controls.train, table=not as_json)  # stdout is then the rows' alone
+        plan.config = replace(plan.config, controls=controls.trained_folders)
     rows = run_evaluation(plan, lambda metric: bar(f"evaluate {metric}", ""))
     if as_json:
         print_line(json.dumps([row.flat() for row in rows], indent=2))
@@ -150,4 +155,23 @@ def run_evaluate(
             echo(f"note     {note}")
     for line in plan.summary(rows, time.monotonic() - started):
         echo(line)
-    return plan.exit_code(rows)
+    return plan.exit_code(rows) or int(are_missing)
+
+
+def train_all(controls: "TrainPlan", *, table: bool) -> bool:
+    """Train the controls. Returns whether all are trained; a line says why one is not, and the others are kept."""
+    import torch
+
+    from ..common.errors import Interrupted, SaeError
+
+    try:
+        execute(controls, table=table)
+    except Interrupted:
+        raise
+    except (SaeError, MemoryError, torch.OutOfMemoryError) as error:
+        failed = [run for run in controls.runs if run.problem]  # what each ended with was said when it did
+        why = "it failed to train, for the reason above" if failed else str(error)
+        for run in failed or controls.unfinished:
+            echo(f"not run  control {run.name}: {why}")
+        return False
+    return True

@@ -12,19 +12,26 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..common.errors import UsageError, did_you_mean
+from ..common.files import digest_of
 from ..common.formatting import format_count
-from .compare import L0, ComparedSystem, Comparison, metric_heading
+from .compare import L0, ComparedSystem, Comparison
+from .control_notes import Told
 from .metrics.base import MetricColumn
 from .metrics.registry import METRICS
 from .paired import SEED, Pairing, describe_pairs, pair_systems
 from .statistics import LEVEL, POWER, Finding, PairedComparison, default_margin, judge
+from .tables import number_name
 
+SYSTEM_KEYS = (  # of run.json, with the options: what two systems that differ in their L0 alone have in common
+    "variant", "layer", "site", "order_seed", "d_sae", "steps", "batch_size", "literal", "cache", "compiled",
+)  # fmt: skip
+L0_OPTIONS = ("k", "l0", "l1", "penalty")  # options of recipes that set their L0, as --l0 does
 LIKE_L0 = 1.1  # times the smaller L0 that the larger may be, where no slope says what L0 moves
 HEADS = ["system", "number", "difference", "95 % interval", "over", "p (Holm)", "smallest detectable", "verdict"]
 
 
 class L0Slope(NamedTuple):
-    """How a number moves with the logarithm of L0, and the rows that say so."""
+    """How a number moves with the logarithm of L0, and what says so, as the start of a sentence."""
 
     per_log: float
     source: str
@@ -59,8 +66,7 @@ class AgainstLine:
 
     @property
     def number(self) -> str:
-        lines = metric_heading(self.metric, self.column).split("\n")
-        return " ".join(line for line in lines if ".." not in line)  # without its range
+        return number_name(self.metric, self.column)
 
     @property
     def difference(self) -> float:
@@ -138,6 +144,11 @@ class Against:
     notes: Sequence[str]
 
     @property
+    def told(self) -> Told:
+        """The verdict on each pair, for notes that speak of the same pair."""
+        return {(line.system, self.base, line.metric, line.column): line.finding.verdict for line in self.lines}
+
+    @property
     def title(self) -> str:
         tests = sum(line.finding.p_value is not None for line in self.lines)
         return (
@@ -178,7 +189,8 @@ def compare_against(comparison: Comparison, against: str, margins: Sequence[str]
     judged = [
         with_finding(line, found, slopes[line.metric, line.column]) for line, found in zip(lines, findings, strict=True)
     ]
-    return Against(against, judged, [*unit_notes(judged), *l0_notes(judged, against, slopes)])
+    notes = [*base_notes(base), *unit_notes(judged), *l0_notes(judged, against, slopes)]
+    return Against(against, judged, notes)
 
 
 def parse_margins(texts: Sequence[str], columns: Sequence[tuple[str, MetricColumn]]) -> dict[str, float]:
@@ -236,17 +248,20 @@ def l0_column() -> tuple[str, MetricColumn]:
 
 
 def l0_slope(comparison: Comparison, metric: str, column: MetricColumn) -> L0Slope | None:
-    """The slope of a number over the logarithm of L0 within recipes of which several L0 were measured.
+    """The slope of a number over the logarithm of L0, within systems that differ in their L0 alone.
 
-    It is the least-squares slope with an intercept for each recipe and width, so that a difference between recipes is
-    not taken for one of L0. None if no recipe has two systems whose L0 differ by more than 10 %.
+    It is the least-squares slope with an intercept for each group of such systems, so that no other difference is taken
+    for one of L0. None if no group has two systems whose L0 differ by more than 10 %.
     """
-    points: dict[tuple[str, Any], list[tuple[float, float]]] = defaultdict(list)
+    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    names = {}
     for system in comparison.systems:
         record = system.runs[0].record
         l0, value = system.mean_and_spread(*l0_column()), system.mean_and_spread(metric, column)
         if record.get("variant") and l0 and value and l0[0] > 0:
-            points[record["variant"], record.get("d_sae")].append((l0[0], value[0]))
+            group = digest_without_l0(record)
+            points[group].append((l0[0], value[0]))
+            names[group] = record["variant"]
     usable = {
         key: some for key, some in points.items() if len(some) > 1 and max(some)[0] > LIKE_L0 * min(some)[0]
     }  # fmt: skip
@@ -254,8 +269,27 @@ def l0_slope(comparison: Comparison, metric: str, column: MetricColumn) -> L0Slo
         return None
     x = np.concatenate([(logs := np.log([l0 for l0, _ in some])) - logs.mean() for some in usable.values()])
     y = np.concatenate([(of := np.array([value for _, value in some])) - of.mean() for some in usable.values()])
-    sources = [f"{key[0]} at L0 {', '.join(f'{l0:.3g}' for l0, _ in sorted(some))}" for key, some in usable.items()]
-    return L0Slope(float(x @ y / (x @ x)), "; ".join(sources))
+    sources = "; ".join(
+        f"{names[key]} at L0 {', '.join(f'{l0:.3g}' for l0, _ in sorted(some))}" for key, some in usable.items()
+    )
+    what = f"slope over log L0 of {sources}" if len(x) > 2 else f"difference between two systems, {sources},"
+    return L0Slope(float(x @ y / (x @ x)), f"The {what} gives")
+
+
+def digest_without_l0(record: Mapping[str, Any]) -> str:
+    """Equal for systems that differ in their L0 alone; `record` is run.json."""
+    options = {name: value for name, value in record.get("options", {}).items() if name not in L0_OPTIONS}
+    return digest_of([*(record.get(key) for key in SYSTEM_KEYS), options])
+
+
+def base_notes(base: ComparedSystem) -> list[str]:
+    """What to know of the system that all others are compared with."""
+    if not base.runs[0].is_control:
+        return []
+    return [
+        f"{base.label} is a control: a part of it kept its random start. Where a system is not better than it, the "
+        "number is no sign of learned features."
+    ]
 
 
 def unit_notes(lines: Sequence[AgainstLine]) -> list[str]:
@@ -278,7 +312,10 @@ def unit_notes(lines: Sequence[AgainstLine]) -> list[str]:
 
 
 def l0_notes(lines: Sequence[AgainstLine], base: str, slopes: Slopes) -> list[str]:
-    """A sentence for each system whose L0 is so far from the base's that it can explain or hide differences."""
+    """Sentences for each system whose L0 is so far from the base's that it can explain or hide differences.
+
+    There is one for each slope that its numbers have.
+    """
     notes = []
     by_system: dict[str, list[AgainstLine]] = defaultdict(list)
     for line in lines:
@@ -288,18 +325,18 @@ def l0_notes(lines: Sequence[AgainstLine], base: str, slopes: Slopes) -> list[st
         assert some[0].l0 is not None
         own, other = some[0].l0
         at = f"{system} has L0 {own:.1f}, {base} {other:.1f}"
-        moved = [
-            f"{line.number} by {line.l0_shift:+{line.column.format}}" for line in some if line.l0_shift is not None
+        by_source: dict[str, list[str]] = defaultdict(list)
+        for line in some:
+            if (slope := slopes[line.metric, line.column]) is not None:
+                by_source[slope.source].append(f"{line.number} {line.l0_shift:+{line.column.format}}")
+        notes += [
+            f"{at}. {source} {', '.join(moved)} for that: enough to be detected, or half of the difference. Compare at "
+            "equal L0 (sae train --l0)."
+            for source, moved in by_source.items()
         ]
-        if moved:
-            (source, *_) = [slope.source for line in some if (slope := slopes[line.metric, line.column]) is not None]
+        if sum(map(len, by_source.values())) < len(some):
             notes.append(
-                f"{at}. By the slope over log L0 of {source}, that would move {', '.join(moved)}: enough to be "
-                "detected, or half of the difference. Compare at equal L0 (sae train --l0)."
-            )
-        if len(moved) < len(some):
-            notes.append(
-                f"{at}: more than 10 % apart, and no recipe here was measured at two L0, which would tell how the "
-                "numbers move with it. Compare at equal L0 (sae train --l0)."
+                f"{at}: more than 10 % apart, and no two systems here differ in their L0 alone, which would tell how "
+                "the numbers move with it. Compare at equal L0 (sae train --l0)."
             )
     return notes

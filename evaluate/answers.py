@@ -14,9 +14,10 @@ from typing import NamedTuple
 from ..common.escaping import quote
 from ..common.formatting import format_count
 from .against import HEADS, AgainstLine, pair_line, with_finding
-from .compare import ComparedSystem, Comparison
+from .compare import ComparedSystem, summary_columns
 from .compared_runs import ComparedRun
-from .control_shares import NOT_OF_FEATURES, is_control_of, number_of, share
+from .control_notes import best_control
+from .control_shares import Share, Systems, controls_of, find_share
 from .frontier import FRONTIER_NUMBERS, PUBLISHED_NUMBER, Number, best_rival, find_column, published_at
 from .metrics.base import MetricResult
 from .neighbours import RunsBeside, more_seeds_command
@@ -34,7 +35,7 @@ PCA, CONTROL, SEED, STABLE, FRONTIER = (
 )
 EXPLAINED = {
     PCA: "A PCA with as many components as the SAE has latents per token, fitted on the same activations.",
-    CONTROL: "BatchTopK of the same width, L0 and length, whose decoder or encoder keeps its random start.",
+    CONTROL: "An SAE of the same width, L0 and length, whose decoder or encoder keeps its random start.",
     SEED: "The runs that differ from this one only by seed.",
     STABLE: "PW-MCC: the mean similarity of latents and their best matches in another seed, matched one to one.",
     FRONTIER: "No other SAE is better with as many latents per token or fewer.",
@@ -114,15 +115,16 @@ def lines_against(run: ComparedRun, other: ComparedRun, numbers: Sequence[Number
 
 def control_lines(near: RunsBeside) -> list[AgainstLine]:
     """The run against its best control in each summary number: what a control has of it at most."""
-    controls = [one for one in near.references if is_control_of(one, near.run)]
-    lines = []
-    for metric, column in Comparison([alone(near.run)], [], []).columns:
-        measured = [(value, one) for one in controls if (value := one.value(metric, column)) is not None]
-        if column.better and column.category not in NOT_OF_FEATURES and measured:
-            sign = 1 if column.better == "up" else -1
-            _, best = max(measured, key=lambda pair: sign * pair[0])
-            lines += lines_against(near.run, best, [(metric, column)])
+    controls, by_name, lines = controls_beside(near), {one.name: one for one in near.references}, []
+    for metric, column in summary_columns():
+        if best := best_control(near.run.name, alone(near.run).run_by_seed, controls, metric, column):
+            lines += lines_against(near.run, by_name[best.control], [(metric, column)])
     return lines
+
+
+def controls_beside(near: RunsBeside) -> Systems:
+    """The controls of the run among its references, each as a system."""
+    return controls_of(alone(near.run).run_by_seed, {one.name: {one.name: one} for one in near.references})
 
 
 def frontier_lines(near: RunsBeside) -> list[AgainstLine]:
@@ -176,21 +178,18 @@ def answer_control(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
     verdict, is_good = conclude(lines)
     by_number = {(line.metric, line.column): line for line in lines}
     shown = [by_number[number] for number in CORE_NUMBERS if number in by_number]
-    shares = {
-        line.number: part for line in lines if line.metric != "core" and (part := share_of(run, line)) is not None
-    }
-    shown += [line for line in lines if shares and line.number == max(shares, key=shares.__getitem__)]
+    found = [(share.part, line) for line in lines if line.metric != "core" and (share := share_of(near, line))]
+    shown += [max(found, key=lambda pair: pair[0])[1]] if found else []
     numbers = []
     for line, text in zip(shown, name_others(shown, "beside"), strict=True):
-        part = share_of(run, line)
-        numbers.append(text if part is None else f"{text}, the control has {part:.0%}")
+        share = share_of(near, line)
+        numbers.append(text if share is None else f"{text}, the control has {share}")
     return with_untested(Answer(CONTROL, verdict, numbers, is_good), run, shown)
 
 
-def share_of(run: ComparedRun, line: AgainstLine) -> float | None:
+def share_of(near: RunsBeside, line: AgainstLine) -> Share | None:
     """How much of a number the control of a line has, above its floor."""
-    half = (number_of(run, line.metric, line.column) or (0.0, 0.0))[1]
-    return share(*line.values, line.column, half)
+    return find_share(alone(near.run).run_by_seed, controls_beside(near)[line.system], line.metric, line.column)
 
 
 def answer_seed(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import statistics
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -19,16 +20,13 @@ from ..cache.models import model_label
 from ..common.errors import UsageError
 from ..common.escaping import escape_for_csv
 from .compared_runs import ComparedRun, read_references, read_results, read_run, without_weights
-from .control_shares import control_notes, share_lines
+from .control_notes import Told, control_notes
+from .control_shares import share_lines
 from .metrics.base import OUTLIERS, MetricColumn
 from .metrics.registry import METRICS
-from .paired import pair_systems
+from .paired import RunBySeed, half_interval, pair_systems
 from .rows import describe_notes, digest_without_seed, notes_beside
-from .tables import (
-    column_heading,
-    format_with_spread,
-    half_interval,
-)
+from .tables import format_with_spread, metric_heading
 
 L0 = ("core", "l0")
 SUMMARY_COLUMNS = (  # (metric, number): the columns of the table, each also plotted against L0
@@ -83,6 +81,7 @@ class Comparison:
     systems: Sequence[ComparedSystem]
     references: Sequence[ComparedSystem]
     differences: Sequence[str]  # sentences
+    beside: Mapping[str, RunBySeed] = field(default_factory=dict, repr=False)  # all references, shown or not, by label
 
     @property
     def runs(self) -> list[ComparedRun]:
@@ -112,8 +111,25 @@ class Comparison:
     @property
     def columns(self) -> list[tuple[str, MetricColumn]]:
         """The summary columns for which at least one run has a number."""
-        columns = [(m, column) for m, name in SUMMARY_COLUMNS for column in METRICS[m].columns if column.name == name]
-        return [(m, column) for m, column in columns if any(run.value(m, column) is not None for run in self.runs)]
+        return [(m, one) for m, one in summary_columns() if any(run.value(m, one) is not None for run in self.runs)]
+
+    def with_control_notes(self, told: Told) -> "Comparison":
+        """The comparison with what is said of its systems beside their controls; `told` is what a table says already.
+
+        That is what `sae evaluate` says of the same runs (docs/statistics.md).
+        """
+        compared = {system.label: system.run_by_seed for system in self.systems}
+        found = control_notes({**self.beside, **compared}, summary_columns(), told)
+        systems = [
+            replace(one, runs=[replace(run, control_notes=found.get(one.label, [])) for run in one.runs])
+            for one in self.systems
+        ]
+        return replace(self, systems=systems)
+
+
+def summary_columns() -> list[tuple[str, MetricColumn]]:
+    """The numbers that tables of several runs show, each after the name of its metric."""
+    return [(metric, one) for metric, name in SUMMARY_COLUMNS for one in METRICS[metric].columns if one.name == name]
 
 
 def compare_runs(folders: Sequence[Path], mix: bool = False, references: bool = True) -> Comparison:
@@ -134,18 +150,23 @@ def compare_runs(folders: Sequence[Path], mix: bool = False, references: bool = 
             + "\nCompare them separately, or pass --mix."
         )
     read = cache(read_results)
-    runs = [replace(run, notes=all_notes(run, runs, read_references([run], read))) for run in runs]
-    reference_runs = read_references(runs, read) if references and not differences else []
-    return Comparison(
-        group_by_system(runs), [ComparedSystem(run.name, [run]) for run in reference_runs], differences
-    )  # fmt: skip
+    runs = [
+        replace(run, notes=[*notes_beside(run, read_references([run], read)), *mixed_seeds(run, runs)]) for run in runs
+    ]
+    systems, beside = group_by_system(runs), {} if differences else name_references(read_references(runs, read))
+    shown = [ComparedSystem(name, list(found.values())) for name, found in beside.items()] if references else []
+    if differences:  # each system has references of its own, and none is shown
+        beside = name_references([one for system in systems for one in read_references(system.runs, read)])
+    return Comparison(systems, shown, differences, beside).with_control_notes({})
 
 
-def all_notes(run: ComparedRun, runs: Sequence[ComparedRun], references: Sequence[ComparedRun]) -> list[str]:
-    """Sentences about a run beside the references on its text, and the controls among them and among the runs."""
-    return [
-        *notes_beside(run, references), *control_notes(run, [*runs, *references]), *mixed_seeds(run, runs),
-    ]  # fmt: skip
+def name_references(found: Sequence[ComparedRun]) -> dict[str, dict[Any, ComparedRun]]:
+    """References by label, the label being the name of the folder for those whose names are not unique."""
+    by_folder = {one.folder: one for one in found}
+    counts = Counter(one.name for one in by_folder.values())
+    return {
+        one.name if counts[one.name] == 1 else folder.name: {one.name: one} for folder, one in by_folder.items()
+    }  # fmt: skip
 
 
 def mixed_seeds(run: ComparedRun, runs: Sequence[ComparedRun]) -> list[str]:
@@ -244,7 +265,7 @@ def comparison_table(comparison: Comparison) -> tuple[list[str], list[list[str]]
             value = system.mean_and_spread(metric, column)
             cells.append(format_with_spread(*value, column.format) if value else "")
         lines.append([system.label + seeds, *cells])
-    compared = {system.label: system.runs for system in [*comparison.systems, *comparison.references]}
+    compared = {system.label: system.run_by_seed for system in [*comparison.systems, *comparison.references]}
     return headings, [*lines, *share_lines(compared, columns)]
 
 
@@ -267,21 +288,6 @@ def detectable_line(comparison: Comparison) -> list[str]:
         for (_, column), some in paired.items()
     ]
     return ["smallest detectable difference", *cells]
-
-
-def metric_heading(metric: str, column: MetricColumn) -> str:
-    """The column's heading, below the name of its metric where the heading alone is ambiguous."""
-    names = {
-        "absorption": "absorption",
-        "sparse_probing": "probing",
-        "sparse_probing_stdlib": "stdlib probing",
-        "sae_probes": "sae-probes",
-        "stability": "stability",
-        "ravel": "RAVEL",
-        "ravel_facts": "RAVEL, own facts",
-    }
-    name = names.get(metric, "stdlib" if metric.endswith("_stdlib") else "")
-    return f"{name}\n{column_heading(column)}" if name else column_heading(column)
 
 
 def to_records(comparison: Comparison) -> list[dict[str, Any]]:

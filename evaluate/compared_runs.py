@@ -11,7 +11,7 @@ from ..common.files import digest_of, sae_home
 from ..common.schemas import RESULT_RECORD
 from ..train.sae import read_run_record, read_sae_record, require_result_of
 from .control_shares import is_control_of
-from .controls import RECIPES, conditions_digest, conditions_of, distinct_names
+from .controls import BASES, RECIPES, base_of, conditions_digest, conditions_of, distinct_names
 from .metrics.base import MetricColumn, MetricResult
 from .metrics.registry import METRICS
 from .paired import metric_value
@@ -31,6 +31,8 @@ class ComparedRun:
         notes: sentences about its numbers beside the references and its target L0.
         conditions: equal for a run and its controls; "" if it cannot have any.
         is_control: whether it is a control, as a run or as a reference.
+        base: the recipe that a control is made of; of another run, the one that its controls are.
+        control_notes: sentences about its system beside its controls.
     """
 
     name: str
@@ -43,6 +45,8 @@ class ComparedRun:
     notes: Sequence[str] = ()
     conditions: str = ""
     is_control: bool = False
+    base: str = ""
+    control_notes: Sequence[str] = ()
 
     @property
     def target_l0(self) -> float | None:
@@ -72,6 +76,7 @@ def read_run(folder: Path, metrics: Iterable[str] = tuple(METRICS)) -> ComparedR
     return ComparedRun(
         folder.resolve().name, folder, origin, {**run} if run else {}, results, settings,
         conditions=conditions_digest(conditions_of(folder)), is_control=origin.get("variant") in RECIPES,
+        base=base_of(run),
     )  # fmt: skip
 
 
@@ -139,6 +144,7 @@ def read_references(
                     is_reference=True,
                     conditions=conditions_digest(conditions),
                     is_control=bool(conditions),
+                    base=described.get("base", BASES[0]),
                 )  # fmt: skip
             )
     return name_controls([one for one in references if not one.is_control or is_wanted(one, runs)])

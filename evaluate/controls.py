@@ -19,6 +19,7 @@ from .metrics.base import EvalTarget
 from .rows import EvalGroup, EvalRow, hook_suffix
 
 RECIPES = ("frozen-decoder", "soft-frozen-decoder", "frozen-encoder")
+BASES = ("batchtopk", "topk")  # what a control can be made of: option `base` of its recipe; first the default
 SHARED = ("layer", "site", "d_sae", "steps", "batch_size", "order_seed", "cache")  # with a control, beside its L0
 
 
@@ -40,6 +41,15 @@ def conditions_of(folder: Path) -> dict[str, Any] | None:
         return None
     l0 = trained_l0(folder, record)
     return None if l0 is None else {**{name: record[name] for name in SHARED}, "l0": l0}  # type: ignore[literal-required]
+
+
+def base_of(record: RunRecord | None) -> str:
+    """The recipe that a control is made of. Of another run: its own recipe where controls can be, else batchtopk."""
+    if record is None:
+        return BASES[0]
+    if record["variant"] in RECIPES:
+        return record.get("options", {}).get("base", BASES[0])
+    return record["variant"] if record["variant"] in BASES else BASES[0]
 
 
 def trained_l0(folder: Path, record: RunRecord) -> float | None:
@@ -101,18 +111,19 @@ def control_row(
     group: EvalGroup, folder: Path, conditions: Mapping[str, Any], hook: Hook, norm_limit: float | None
 ) -> EvalRow:
     """One trained control as a reference row at a hook."""
-    saved = read_sae_record(folder)
-    name = f"{saved['origin']['variant']}-{conditions['l0']:g}"
+    saved, base = read_sae_record(folder), base_of(read_run_record(folder))
+    of_base = {} if base == BASES[0] else {"base": base}
+    name = "-".join([saved["origin"]["variant"], *of_base.values(), f"{conditions['l0']:g}"])
     record = {
         "reference": name, **hook.record, "d_sae": saved["d_sae"], "text": group.cache.fingerprint,
         **group.ctx.model_identity, **group.ctx.change.identity, "sha256": saved["sha256"], "conditions": conditions,
-        **({} if norm_limit is None else {"norm_limit": norm_limit}),
+        **of_base, **({} if norm_limit is None else {"norm_limit": norm_limit}),
     }  # fmt: skip
     digest = digest_of(record)
     target = EvalTarget(load_sae(folder, group.ctx.device), hook, reference=True, norm_limit=norm_limit)
     results = group.ctx.artifacts.folder / "references" / f"{name}-L{hook.layer}{hook_suffix(hook)}-{digest[:8]}"
     return EvalRow(
-        name, target, results, record, digest, conditions=conditions_digest(conditions), is_control=True
+        name, target, results, record, digest, conditions=conditions_digest(conditions), is_control=True, base=base
     )  # fmt: skip
 
 

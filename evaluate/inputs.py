@@ -30,7 +30,7 @@ from ..harvest.model import (
 from ..train.sae import SAE, load_sae, read_run_record, read_sae_record, sae_spec
 from .artifacts import ArtifactCache
 from .context import EvalContext
-from .controls import RECIPES, conditions_digest, conditions_of
+from .controls import RECIPES, base_of, conditions_digest, conditions_of
 from .metrics.base import EvalTarget
 from .norm_limits import norm_limit_of
 from .rows import EvalRow, digest_without_seed
@@ -114,13 +114,15 @@ def row_of_run(folder: Path, sae: SAE, cache: Cache, max_norm: float | None = No
     """
     folder = folder.resolve()
     record, hook = dict(read_sae_record(folder)), Hook.from_record(sae.origin)
-    run: Mapping[str, Any] = read_run_record(folder) or {}  # an imported SAE has no seed and no target L0
+    trained = read_run_record(folder)
+    run: Mapping[str, Any] = trained or {}  # an imported SAE has no seed and no target L0
     weights = digest_of([sae_spec(sae), record["sha256"], *hook.record.values()])
     system = digest_without_seed(run) if "seed" in run else ""
     target = EvalTarget(sae, hook, norm_limit=norm_limit_of(sae.origin, cache, hook, max_norm), system=system)
     return EvalRow(
         folder.name, target, folder, record, weights, target_l0=run.get("l0"),
         conditions=conditions_digest(conditions_of(folder)), is_control=sae.origin.get("variant") in RECIPES,
+        base=base_of(trained),
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ docs/statistics.md says what each way can tell.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .metrics.base import MetricColumn, UnitValues
@@ -14,6 +14,15 @@ from .statistics import PairedDifferences
 
 SEED = "seed"
 RunBySeed = Mapping[Any, MeasuredRun]
+
+
+class PairedValues(NamedTuple):
+    """A number of two systems on the units that both were measured on, or why there are none: the end of a sentence."""
+
+    ours: Sequence[float] = ()
+    theirs: Sequence[float] = ()
+    unit: str = ""
+    reason: str = ""
 
 
 class Pairing(NamedTuple):
@@ -29,44 +38,68 @@ def metric_value(row: MeasuredRun, metric: str, column: MetricColumn) -> float |
     return None if result is None else result.sound.metrics.get(column.category, {}).get(column.name)
 
 
-def pair_systems(system: RunBySeed, other: RunBySeed, metric: str, column: MetricColumn) -> Pairing:
-    """The differences system - other of one number.
+def half_interval(row: MeasuredRun, metric: str, column: MetricColumn) -> float:
+    """Half the 95 % interval of a number over the text; 0 if it has none."""
+    low, high = row.results[metric].sound.intervals.get(column.category, {}).get(column.name) or (None, None)
+    return 0.0 if low is None or high is None else (high - low) / 2
 
-    - Two seeds or more in common: one difference for each.
-    - `other` is a reference, which has no seed: the difference of each seed from it, as it is one fixed SAE.
-    - One run each, or one seed in common: these two runs, one difference for each document, data set or letter.
+
+def pair_systems(system: RunBySeed, other: RunBySeed, metric: str, column: MetricColumn) -> Pairing:
+    """The differences system - other of one number, on the units of `pair_values`."""
+    return differences_of(pair_values(system, other, metric, column))
+
+
+def pair_runs(run: MeasuredRun, other: MeasuredRun, metric: str, column: MetricColumn) -> Pairing:
+    """The differences run - other of one number on the units of the text that both were measured on."""
+    return differences_of(pair_units(run, other, metric, column))
+
+
+def differences_of(paired: PairedValues) -> Pairing:
+    if not paired.unit:
+        return Pairing(None, paired.reason)
+    differences = [one - other for one, other in zip(paired.ours, paired.theirs, strict=True)]
+    return Pairing(PairedDifferences(differences, paired.unit))
+
+
+def pair_values(system: RunBySeed, other: RunBySeed, metric: str, column: MetricColumn) -> PairedValues:
+    """One number of two systems, value beside value.
+
+    - Two seeds or more in common: one pair for each.
+    - `other` is a reference, which has no seed: each seed beside it, as it is one fixed SAE.
+    - One run each, or one seed in common: these two runs, one pair for each document, data set or letter.
     """
     if not METRICS[metric].independent_seeds:
-        return Pairing(None, "it belongs to all seeds together")
+        return PairedValues(reason="it belongs to all seeds together")
     ours, theirs = (
         {seed: value for seed, run in runs.items() if (value := metric_value(run, metric, column)) is not None}
         for runs in (system, other)
     )
     if not ours or not theirs:
-        return Pairing(None, "not measured in both")
+        return PairedValues(reason="not measured in both")
     shared = [seed for seed in ours if seed in theirs]
     if len(shared) > 1:
-        return Pairing(PairedDifferences([ours[seed] - theirs[seed] for seed in shared], SEED))
+        return PairedValues([ours[seed] for seed in shared], [theirs[seed] for seed in shared], SEED)
     if len(ours) > 1 and all(run.is_reference for run in other.values()):
-        (fixed,) = theirs.values()
-        return Pairing(PairedDifferences([value - fixed for value in ours.values()], SEED))
+        return PairedValues(list(ours.values()), [*theirs.values()] * len(ours), SEED)
     if not shared and len(ours) * len(theirs) > 1:
-        return Pairing(None, "no seed in common")
+        return PairedValues(reason="no seed in common")
     own_seed, other_seed = next(iter(shared or ours)), next(iter(shared or theirs))
-    return pair_runs(system[own_seed], other[other_seed], metric, column)
+    return pair_units(system[own_seed], other[other_seed], metric, column)
 
 
-def pair_runs(run: MeasuredRun, other: MeasuredRun, metric: str, column: MetricColumn) -> Pairing:
-    """The differences run - other of one number on the units that both were measured on."""
+def pair_units(run: MeasuredRun, other: MeasuredRun, metric: str, column: MetricColumn) -> PairedValues:
+    """One number of two runs on the units of the text that both were measured on."""
     ours, theirs = run_values(run, metric, column), run_values(other, metric, column)
     if not ours.unit:
-        return Pairing(None, "one seed, and no values by unit")
+        return PairedValues(reason="one seed, and no values by unit")
     if not ours.values or not theirs.values:
-        return Pairing(None, f"one seed, and a result without values by {ours.unit}: measure it again with --force")
-    values = [value - theirs.values[name] for name, value in ours.values.items() if name in theirs.values]
-    if len(values) < 2:
-        return Pairing(None, f"one seed, and fewer than two of the same {ours.unit}")
-    return Pairing(PairedDifferences(values, ours.unit))
+        return PairedValues(
+            reason=f"one seed, and a result without values by {ours.unit}: measure it again with --force"
+        )
+    names = [name for name in ours.values if name in theirs.values]
+    if len(names) < 2:
+        return PairedValues(reason=f"one seed, and fewer than two of the same {ours.unit}")
+    return PairedValues([ours.values[name] for name in names], [theirs.values[name] for name in names], ours.unit)
 
 
 def run_values(run: MeasuredRun, metric: str, column: MetricColumn) -> UnitValues:

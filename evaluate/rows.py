@@ -44,8 +44,16 @@ class MeasuredRun(Protocol):
         """Whether a part of it kept its random start (evaluate/controls.py)."""
 
     @property
+    def base(self) -> str:
+        """The recipe that a control is made of; of another run, the one that its controls are (`controls.base_of`)."""
+
+    @property
     def notes(self) -> Sequence[str]:
         """Sentences about its numbers beside others (`notes_beside`); those of a single metric are its flags."""
+
+    @property
+    def control_notes(self) -> Sequence[str]:
+        """Sentences about its system beside its controls (evaluate/control_notes.py)."""
 
 
 @dataclass
@@ -63,7 +71,9 @@ class EvalRow:
         target_l0: the L0 that its training was asked for.
         conditions: equal for a run and its controls; "" if it cannot have any.
         is_control: whether it is a control, as a run or as a reference.
+        base: the recipe that a control is made of; of another run, the one that its controls are.
         notes: sentences about its numbers beside others, once all are measured (`notes_beside`).
+        control_notes: sentences about its system beside its controls.
     """
 
     name: str
@@ -76,7 +86,9 @@ class EvalRow:
     target_l0: float | None = None
     conditions: str = ""
     is_control: bool = False
+    base: str = ""
     notes: Sequence[str] = ()
+    control_notes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self.target = replace(self.target, name=self.name, weights=self.weights)
@@ -164,7 +176,7 @@ def describe_notes(row: MeasuredRun) -> list[str]:
     if row.is_reference:
         return []
     of_metrics = [f"{metric}: {note}" for metric, result in row.results.items() for note in result.notes]
-    return [*of_metrics, *caveats(row.results), *row.notes]
+    return [*of_metrics, *caveats(row.results), *row.notes, *row.control_notes]
 
 
 def add_notes(rows: Sequence[EvalRow]) -> None:

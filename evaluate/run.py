@@ -16,8 +16,9 @@ from ..cache.reader import Cache
 from ..common.errors import SaeError, UnavailableError, UsageError, did_you_mean
 from ..common.files import digest_of
 from ..harvest.architectures import check_sites, hook_width
+from .compare import summary_columns
 from .context import EvalContext
-from .control_shares import control_notes
+from .control_notes import control_notes
 from .controls import control_rows
 from .inputs import make_context
 from .metrics.base import EvalTarget, Metric, Outcome, Progress, SAELike, reconstruct
@@ -26,6 +27,7 @@ from .plan import EvaluateConfig, EvaluatePlan, plan_evaluation, prepare_metrics
 from .reference_saes import reference_targets
 from .results import write_result
 from .rows import EvalGroup, EvalRow, add_notes, hook_suffix, placed
+from .tables import seed_verdicts, systems_of
 
 # Called with a metric's name before it is measured; the context manager gives the function that receives its progress.
 ProgressFactory = Callable[[str], AbstractContextManager[Progress]]
@@ -64,13 +66,21 @@ def run_evaluation(plan: EvaluatePlan, progress: ProgressFactory = no_progress_b
                 read_earlier_results(metric, group, references, plan.config.force)
                 measure(metric, group, group_rows, progress)
         add_notes(group_rows)
-        for row in group_rows:
-            row.notes = [*row.notes, *control_notes(row, group_rows)]
+        add_control_notes(group_rows)
         rows += [row for row in group_rows if row.results or not row.is_reference]
     errors = [error for row in rows for error in row.errors.values() if not row.is_reference]
     if errors and not any(row.results for row in rows):
         raise type(errors[0])("\n".join(dict.fromkeys(map(str, errors))))
     return rows
+
+
+def add_control_notes(rows: Sequence[EvalRow]) -> None:
+    """Fill in what is said of each system of rows beside its controls. All runs of a system have it."""
+    systems = systems_of(rows)
+    found = control_notes(systems, summary_columns(), seed_verdicts(rows))
+    for label, runs in systems.items():
+        for row in runs.values():
+            row.control_notes = found.get(label, [])
 
 
 def evaluate_saes(

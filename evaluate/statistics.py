@@ -48,6 +48,25 @@ def prediction_interval(values: Sequence[float], confidence: float = CONFIDENCE)
     return float(low), float(high)
 
 
+def fieller_interval(
+    numerators: Sequence[float], denominators: Sequence[float], confidence: float = CONFIDENCE
+) -> Interval | None:
+    """Fieller's interval of the ratio of two paired means (J. R. Statist. Soc. B 16, 1954). Takes at least two pairs.
+
+    These are the ratios q for which a paired t test of numerators - q denominators finds no difference from 0.
+    None where they have no ends, because the mean of the denominators itself is not told from 0.
+    """
+    top, bottom, pairs = float(np.mean(numerators)), float(np.mean(denominators)), len(numerators)
+    limit = float(t.isf((1 - confidence) / 2, pairs - 1)) ** 2 / pairs
+    (var_top, covariance), (_, var_bottom) = limit * np.cov(numerators, denominators)
+    # (top - q bottom)^2 <= var_top - 2 q covariance + q^2 var_bottom, as a q^2 - 2 b q + c <= 0
+    a, b, c = bottom**2 - var_bottom, top * bottom - covariance, top**2 - var_top
+    if a <= 0:
+        return None
+    root = math.sqrt(max(b**2 - a * c, 0.0))
+    return float((b - root) / a), float((b + root) / a)
+
+
 def proportion_interval(hits: int, count: int) -> list[float]:
     """Wilson's 95 % interval of hits / count (`scipy.stats.binomtest(...).proportion_ci(method="wilson")`)."""
     low, high = binomtest(hits, count).proportion_ci(CONFIDENCE, "wilson")

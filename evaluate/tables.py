@@ -10,9 +10,9 @@ from ..train.sae import read_run_record
 from .control_shares import SHARE_NOTE, share_lines
 from .metrics.base import OUTLIERS, MetricColumn, MetricResult
 from .metrics.registry import METRICS, caveats
-from .paired import SEED, metric_value, pair_runs, pair_systems
+from .paired import SEED, RunBySeed, half_interval, metric_value, pair_runs, pair_systems
 from .rows import EvalRow, MeasuredRun, digest_without_seed
-from .statistics import PairedComparison, PairedDifferences, default_margin, judge
+from .statistics import Finding, PairedComparison, PairedDifferences, Verdict, default_margin, judge
 
 ARROWS = {"up": " ↑", "down": " ↓", "": ""}
 
@@ -30,24 +30,37 @@ def tables(rows: Sequence[EvalRow]) -> Iterator[tuple[str, list[str], list[list[
     that no row has gets no column. Runs that differ only in their seed get a line with mean and standard deviation, and
     tests against the first such group; without seeds, the last line is the smallest detectable difference.
     """
-    for name, metric in METRICS.items():
+    for name, columns in shown_columns(rows).items():
         measured = [row for row in rows if name in row.results]
-        if not measured:
-            continue
-        title = "; n = ".join(filter(None, [metric.title, describe_counts([row.results[name] for row in measured])]))
-        columns = [c for c in metric.columns if any(metric_value(row, name, c) is not None for row in measured)]
+        counts = describe_counts([row.results[name] for row in measured])
+        title = "; n = ".join(filter(None, [METRICS[name].title, counts]))
         lines = [[row.name, *(format_cell(row, name, column) for column in columns)] for row in measured]
         lines += seed_lines(measured, name, columns) or detectable_lines(measured, name, columns)
         lines += share_lines(systems_of(measured), [(name, column) for column in columns])
         yield title, ["run", *map(column_heading, columns)], lines
 
 
-def systems_of(rows: Sequence[EvalRow]) -> dict[str, list[EvalRow]]:
-    """The rows by label: runs that differ only in their seed together, every other row by itself."""
-    groups = [list(group.values()) for group in runs_by_seed(rows)]
-    grouped = [row for group in groups for row in group]
-    systems = {f"{group_name(dict(enumerate(group)))} ({len(group)} seeds)": group for group in groups}
-    return systems | {row.name: [row] for row in rows if not any(row is other for other in grouped)}
+def shown_columns(rows: Sequence[MeasuredRun]) -> dict[str, list[MetricColumn]]:
+    """The metrics that were measured -> their numbers that at least one row has."""
+    return {
+        name: [c for c in metric.columns if any(metric_value(row, name, c) is not None for row in rows)]
+        for name, metric in METRICS.items()
+        if any(name in row.results for row in rows)
+    }
+
+
+def systems_of(rows: Sequence[EvalRow]) -> dict[str, dict[Any, EvalRow]]:
+    """The rows by label and seed: runs that differ only in their seed together, every other row by itself."""
+    groups = runs_by_seed(rows)
+    grouped = [row for group in groups for row in group.values()]
+    alone = [row for row in rows if not any(row is other for other in grouped)]
+    return {group_label(group): group for group in groups} | {row.name: {seed_of(row): row} for row in alone}
+
+
+def seed_of(row: EvalRow) -> Any:
+    """The seed of a run; the name of what has none, a reference or an imported SAE."""
+    record = read_run_record(row.folder) if row.folder else None
+    return row.name if record is None else record.get("seed", row.name)
 
 
 def without_empty_columns(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
@@ -88,7 +101,8 @@ def notes(rows: Sequence[MeasuredRun], shown: Collection[str] | None = None) -> 
         others = f" and {len(flags) - 1} more" if len(flags) > 1 else ""
         sentences.append(f"{metric}, {name}{others}: {flag}")
     shares = [SHARE_NOTE] if any(row.is_control for row in rows) and not all(row.is_control for row in rows) else []
-    return [*sentences, *caveats(shown), *(note for row in rows for note in row.notes), *shares]
+    beside = dict.fromkeys(note for row in rows for note in row.control_notes)  # the runs of a system share them
+    return [*sentences, *caveats(shown), *(note for row in rows for note in row.notes), *beside, *shares]
 
 
 def column_heading(column: MetricColumn) -> str:
@@ -97,10 +111,24 @@ def column_heading(column: MetricColumn) -> str:
     return column.heading + ARROWS[column.better] + (f"\n{ends[0]}..{ends[1]}" if any(ends) else "")
 
 
-def half_interval(row: MeasuredRun, metric: str, column: MetricColumn) -> float:
-    """Half the 95 % interval of a number over the text; 0 if it has none."""
-    low, high = row.results[metric].sound.intervals.get(column.category, {}).get(column.name) or (None, None)
-    return 0.0 if low is None or high is None else (high - low) / 2
+def metric_heading(metric: str, column: MetricColumn) -> str:
+    """The column's heading, below the name of its metric where the heading alone is ambiguous."""
+    names = {
+        "absorption": "absorption",
+        "sparse_probing": "probing",
+        "sparse_probing_stdlib": "stdlib probing",
+        "sae_probes": "sae-probes",
+        "stability": "stability",
+        "ravel": "RAVEL",
+        "ravel_facts": "RAVEL, own facts",
+    }
+    name = names.get(metric, "stdlib" if metric.endswith("_stdlib") else "")
+    return f"{name}\n{column_heading(column)}" if name else column_heading(column)
+
+
+def number_name(metric: str, column: MetricColumn) -> str:
+    """A number in a sentence: its heading in one line, without the range."""
+    return " ".join(line for line in metric_heading(metric, column).split("\n") if ".." not in line)
 
 
 def format_cell(row: EvalRow, metric: str, column: MetricColumn) -> str:
@@ -120,21 +148,40 @@ def seed_lines(rows: Sequence[EvalRow], metric: str, columns: Sequence[MetricCol
     that are corrected for all comparisons of the table (docs/statistics.md).
     """
     groups = runs_by_seed(rows)
-    paired = {place: seed_differences(groups[place], groups[0], metric, columns) for place in range(1, len(groups))}
-    findings = iter(judge([one for tests in paired.values() for one in tests]))
+    judged = judge_seeds(groups, metric, columns)
     lines: list[list[str]] = []
     for place, group in enumerate(groups):
         lines.append([f"{group_name(group)}, {len(group)} seeds ± sd", *mean_cells(group, metric, columns)])
-        found = [next(findings) for _ in paired.get(place, ())]
-        if any(one.differences for one in paired.get(place, ())):
+        if any(one.differences for one, _ in judged.get(place, ())):
             minus = f"{group_name(group)} - {group_name(groups[0])}"
-            pairs = list(zip(paired[place], found, columns, strict=True))
+            pairs = [(*one, column) for one, column in zip(judged[place], columns, strict=True)]
             lines += [
                 [f"{minus}, paired", *(format_difference(one.differences, column) for one, _, column in pairs)],
                 ["smallest detectable", *(format_optional(one.detectable, column.format) for _, one, column in pairs)],
                 ["verdict", *(str(one.verdict) if tested.is_test else "" for tested, one, _ in pairs)],
             ]
     return lines
+
+
+def judge_seeds(
+    groups: Sequence[RunBySeed], metric: str, columns: Sequence[MetricColumn]
+) -> dict[int, list[tuple[PairedComparison, Finding]]]:
+    """The place of each group but the first -> its comparison with the first in each number, judged together."""
+    paired = {place: seed_differences(groups[place], groups[0], metric, columns) for place in range(1, len(groups))}
+    findings = iter(judge([one for tests in paired.values() for one in tests]))
+    return {place: [(one, next(findings)) for one in tests] for place, tests in paired.items()}
+
+
+def seed_verdicts(rows: Sequence[EvalRow]) -> dict[tuple[str, str, str, MetricColumn], Verdict]:
+    """What the tables of the rows say of groups of seeds: (group, first group, metric, column) -> verdict."""
+    told = {}
+    for metric, columns in shown_columns(rows).items():
+        groups = runs_by_seed([row for row in rows if metric in row.results])
+        for place, found in judge_seeds(groups, metric, columns).items():
+            for (tested, finding), column in zip(found, columns, strict=True):
+                if tested.is_test:
+                    told[group_label(groups[place]), group_label(groups[0]), metric, column] = finding.verdict
+    return told
 
 
 def mean_cells(group: Mapping[int, EvalRow], metric: str, columns: Sequence[MetricColumn]) -> list[str]:
@@ -148,7 +195,7 @@ def mean_cells(group: Mapping[int, EvalRow], metric: str, columns: Sequence[Metr
 
 
 def seed_differences(
-    group: Mapping[int, EvalRow], first: Mapping[int, EvalRow], metric: str, columns: Sequence[MetricColumn]
+    group: RunBySeed, first: RunBySeed, metric: str, columns: Sequence[MetricColumn]
 ) -> list[PairedComparison]:
     """The comparison of two groups by each number, over the seeds that both have."""
     tests = []
@@ -192,8 +239,12 @@ def runs_by_seed(rows: Sequence[EvalRow]) -> list[dict[int, EvalRow]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def group_name(group: dict[int, EvalRow]) -> str:
+def group_name(group: RunBySeed) -> str:
     return next(iter(group.values())).name.rsplit("-s", 1)[0]
+
+
+def group_label(group: RunBySeed) -> str:
+    return f"{group_name(group)} ({len(group)} seeds)"
 
 
 def paired_difference(pairs: Sequence[tuple[MeasuredRun, MeasuredRun]], metric: str, column: MetricColumn) -> str:

@@ -2,22 +2,31 @@
 
 A control is trained once for the rows, width, L0, steps, batch size and order of batches of the runs that it controls
 for, with seed 0, as an ordinary run in `activations/evaluation/controls/`: a second command finds it there, and resumes
-one that was interrupted.
+one that was interrupted. It is made of the recipe of the run, if that is topk or batchtopk, else of batchtopk.
 """
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..cache.catalog import find_by_fingerprint
 from ..common.errors import SaeError, UsageError
 from ..common.formatting import format_count
-from ..evaluate.controls import RECIPES, conditions_digest, conditions_of, controls_folder
+from ..evaluate.controls import BASES, RECIPES, base_of, conditions_digest, conditions_of, controls_folder
 from ..train.plan import Run, TrainConfig, TrainPlan, plan_training
 from ..train.run import TrainProgress, run_training
 from ..train.sae import read_run_record, read_sae_record
+
+
+class Wanted(NamedTuple):
+    """The controls of a run of `variant`: made of the recipe `base`, under `conditions`, trained on `caches`."""
+
+    variant: str
+    base: str
+    conditions: Mapping[str, Any]
+    caches: Sequence[Path]
 
 
 @dataclass(frozen=True)
@@ -27,12 +36,16 @@ class ControlsPlan:
     Attributes:
         train: the controls, finished or not; None if no run can have any.
         count: how many runs they control for.
-        notes: sentences about runs without controls.
+        bases: the recipes that they are made of.
+        notes: sentences about runs without controls, and about those of which the controls have another recipe.
+        problems: why controls cannot be trained; the evaluation goes on without them.
     """
 
     train: TrainPlan | None = None
     count: int = 0
-    notes: Sequence[str] = field(default_factory=tuple)
+    bases: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    problems: Sequence[SaeError] = ()
 
     @property
     def runs(self) -> list[Run]:
@@ -42,61 +55,88 @@ class ControlsPlan:
     def folders(self) -> tuple[Path, ...]:
         return tuple(run.folder for run in self.runs)
 
+    @property
+    def trained_folders(self) -> tuple[Path, ...]:
+        """The folders of those that can be evaluated now."""
+        return tuple(run.folder for run in self.runs if run.done)
+
     def describe(self) -> list[str]:
         """The lines of a plan: what is trained, for how many runs, at what cost, and where it is kept."""
         lines = [f"note     {note}" for note in self.notes]
+        lines += [f"not run  controls: {problem}" for problem in self.problems]
         if self.train is None:
             return lines
         due, done = len(self.train.unfinished), len(self.runs) - len(self.train.unfinished)
         counts = [f"{due} to train" if due else "", f"{done} already trained" if done else ""]
         lines.append(
-            f"controls {' and '.join(filter(None, counts))}, for {format_count(self.count, 'run')}; "
-            f"kept in {controls_folder()}"
+            f"controls {' and '.join(filter(None, counts))}, made of {' and '.join(self.bases)}, for "
+            f"{format_count(self.count, 'run')}; kept in {controls_folder()}"
         )
         return [*lines, *(self.train.describe(time=True) if due else ())]
 
 
 def plan_controls(runs: Sequence[str | os.PathLike[str]], device: str = "auto") -> ControlsPlan:
-    """Plan the controls of finished runs: the three recipes for each distinct set of conditions.
+    """Plan the controls of finished runs: the three recipes for each distinct set of conditions and base.
 
     A run that is a control itself has none. Folders that cannot be read are left to the evaluation, which says why.
-
-    Raises:
-        UnavailableError: the controls do not fit on the disk, or the device does not exist.
-        DamagedError: a record of a control was damaged.
+    Controls that do not fit on the disk, and those of which a record was damaged, are among the plan's `problems`.
     """
-    wanted: dict[str, tuple[dict[str, Any], list[Path]]] = {}
-    notes, count = [], 0
+    wanted: dict[str, Wanted] = {}
+    count, notes, others, plans, problems = 0, [], [], [], []
     for folder in dict.fromkeys(Path(run) for run in runs):
         try:
-            if read_sae_record(folder).get("origin", {}).get("variant") in RECIPES:
-                continue
-            conditions = conditions_of(folder)
-            caches = None if conditions is None else training_caches(folder)
+            found = find_wanted(folder)
         except SaeError:
             continue
-        if conditions is None or caches is None:
-            notes.append(f"{folder.name} gets no controls: {reason_without(folder, conditions)}")
-            continue
-        count += 1
-        wanted.setdefault(conditions_digest(conditions), (conditions, caches))
-    plans = [plan_training(control_config(one, caches, device)) for one, caches in wanted.values()]
+        if isinstance(found, str):
+            notes.append(f"{folder.name} gets no controls: {found}")
+        elif found:
+            count += 1
+            others += [found.variant] if found.variant != found.base else []
+            wanted.setdefault(f"{found.base} {conditions_digest(found.conditions)}", found)
+    if others:
+        notes.append(
+            f"no controls are made of {', '.join(dict.fromkeys(others))}: those of {BASES[0]} are taken, so what tells "
+            "a run from its control is also what tells the two recipes apart."
+        )
+    for one in wanted.values():
+        try:
+            plans.append(plan_training(control_config(one, device)))
+        except SaeError as error:
+            problems.append(error)
     if not plans:
-        return ControlsPlan(notes=notes)
-    return ControlsPlan(TrainPlan(plans[0].config, [run for plan in plans for run in plan.runs]), count, notes)
+        return ControlsPlan(count=count, notes=notes, problems=problems)
+    train = TrainPlan(plans[0].config, [run for plan in plans for run in plan.runs])
+    return ControlsPlan(train, count, list(dict.fromkeys(one.base for one in wanted.values())), notes, problems)
 
 
-def control_config(conditions: Mapping[str, Any], caches: Sequence[Path], device: str) -> TrainConfig:
-    """What to train for runs with these conditions."""
+def find_wanted(folder: Path) -> Wanted | str | None:
+    """What the controls of a run are; why it gets none, as the end of a sentence; None for a control.
+
+    Raises SaeError if the folder cannot be read.
+    """
+    if read_sae_record(folder).get("origin", {}).get("variant") in RECIPES:
+        return None
+    record, conditions = read_run_record(folder), conditions_of(folder)
+    caches = None if conditions is None else training_caches(folder)
+    if record is None or conditions is None or caches is None:
+        return reason_without(folder, conditions)
+    return Wanted(record["variant"], base_of(record), conditions, caches)
+
+
+def control_config(wanted: Wanted, device: str) -> TrainConfig:
+    """The controls as something to train."""
+    conditions = wanted.conditions
     return TrainConfig(
         variants=RECIPES,
         layers=(conditions["layer"],),
         site=conditions["site"],
-        caches=caches,
+        caches=wanted.caches,
         steps=conditions["steps"],
         batch_size=conditions["batch_size"],
         width=str(conditions["d_sae"]),
         l0=(conditions["l0"],),
+        options=() if wanted.base == BASES[0] else (f"base={wanted.base}",),
         shuffle_seed=conditions["order_seed"],
         out=controls_folder(),
         device=device,
@@ -141,13 +181,17 @@ def train_controls(
         progress: callbacks; None is silent.
 
     Returns:
-        The controls: `frozen-decoder`, `soft-frozen-decoder` and `frozen-encoder` for each distinct set of conditions.
+        The controls: `frozen-decoder`, `soft-frozen-decoder` and `frozen-encoder` for each distinct set of conditions
+        and each base, topk or batchtopk.
 
     Raises:
         UsageError: none of the runs can have controls.
+        SaeError: a control failed to train; raised when all others are done.
         Interrupted: after Ctrl-C or SIGTERM, with checkpoints written.
     """
     plan = plan_controls(runs, device)
+    if plan.problems:
+        raise plan.problems[0]
     if plan.train is None:
         raise UsageError("\n".join(plan.notes) or "None of these is a finished run that can have controls.")
     run_training(plan.train, progress or TrainProgress())

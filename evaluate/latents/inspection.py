@@ -20,7 +20,6 @@ from ...harvest.architectures import check_layers, hook_width
 from ...train.sae import SAE, load_sae, read_run_record, require_result_of
 from ..compared_runs import ComparedRun, read_references
 from ..context import EvalContext
-from ..control_shares import control_notes
 from ..datasets.labeled import class_name
 from ..inputs import check_tokens, find_eval_cache, make_context, row_of_run
 from ..metrics.activation_examples import TokenText
@@ -141,7 +140,7 @@ def compared_run(row: EvalRow, settings: dict[str, dict[str, Any]]) -> ComparedR
     record = read_run_record(folder)
     return ComparedRun(
         row.name, folder, row.record.get("origin", {}), {**record} if record else {}, dict(row.results), settings,
-        conditions=row.conditions, is_control=row.is_control,
+        conditions=row.conditions, is_control=row.is_control, base=row.base,
     )  # fmt: skip
 
 
@@ -153,7 +152,7 @@ def notes_of_run(row: EvalRow, compared: ComparedRun) -> list[str]:
         references = read_references([compared])
     except DamagedError as error:
         return [*notes_beside(row, []), f"It is not compared with the PCA: {error}"]
-    return [*notes_beside(row, references), *control_notes(row, references)]
+    return notes_beside(row, references)  # the answers at the head of the page speak of its controls
 
 
 def latent_labels(results: dict[str, MetricResult], d_sae: int) -> dict[int, list[str]]:

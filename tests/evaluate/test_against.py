@@ -11,16 +11,17 @@ from typer.testing import CliRunner
 
 from sae.cli.main import app
 from sae.common.errors import UsageError
-from sae.common.schemas import RESULT_RECORD
-from sae.evaluate.against import AgainstLine, compare_against
+from sae.common.schemas import RESULT_RECORD, RUN_RECORD
+from sae.evaluate.against import AgainstLine, compare_against, l0_slope
 from sae.evaluate.compare import Comparison, compare_runs, comparison_table, detectable_line, to_records
 from sae.evaluate.metrics.registry import METRICS
 from sae.evaluate.statistics import detectable_difference
 
-from ..run_records import write_result_record
+from ..run_records import change_record, write_result_record
 from .test_compare import make_run, references, write_absorption
 
 BASE = (0.90, 0.80, 0.70)
+KL = next(column for column in METRICS["core"].columns if column.name == "kl_div_score")
 
 
 def seeds_of(tmp_path, variant, scores, **options):
@@ -198,7 +199,7 @@ def test_without_a_slope_l0_matters_from_ten_percent_on(tmp_path):
     found = compare_against(compare_runs(runs), "topk")
     assert [line.verdict for line in found.lines] == ["", "better, at another L0"]
     (note,) = found.notes
-    assert note.startswith("relu has L0 36.0, topk 32.0: more than 10 % apart, and no recipe here was measured at two")
+    assert note.startswith("relu has L0 36.0, topk 32.0: more than 10 % apart, and no two systems here differ in their")
     near = [*runs[:3], *seeds_of(tmp_path, "gated", (0.92, 0.82, 0.719), l0=35.0)]
     assert not compare_against(compare_runs(near), "topk").notes
 
@@ -214,8 +215,33 @@ def test_a_slope_over_l0_comes_from_within_recipes(tmp_path):
     assert by_system["topk k=16"].l0_shift == pytest.approx(-0.1) and by_system["topk k=16"].l0_matters
     assert not by_system["gated"].l0_matters  # L0 33 moves it by 0.004 of a difference of 0.2
     note = next(note for note in found.notes if note.startswith("topk k=16 has L0 16.0, topk k=32 32.0."))
-    assert "By the slope over log L0 of topk at L0 16, 32, 64, that would move KL score ↑ by -0.1000" in note
+    assert "The slope over log L0 of topk at L0 16, 32, 64 gives KL score ↑ -0.1000 for that: enough to be" in note
     assert [note.split(" has ")[0] for note in found.notes if " has L0 " in note] == ["topk k=16", "topk k=64"]
+
+
+def test_a_slope_is_of_systems_that_differ_in_their_l0_alone(tmp_path):
+    """Other options, another length, other rows or another order of them: no slope, though the recipe is the same."""
+    for changes in ({"options": {"aux": 1}}, {"steps": 20}, {"cache": "1" * 64}, {"order_seed": 3}):
+        found = [make_run(tmp_path, k=k, l0=float(k), kl=kl) for k, kl in ((16, 0.5), (32, 0.6))]
+        assert l0_slope(compare_runs(found), "core", KL).per_log == pytest.approx(0.1 / math.log(2))
+        change_record(RUN_RECORD, found[0] / "run.json", changes)
+        assert l0_slope(compare_runs(found), "core", KL) is None, changes
+
+
+def test_two_systems_are_not_called_a_slope_and_each_number_has_its_own_source(tmp_path):
+    """All three have the KL score; only the first two have absorption, which so comes from two systems."""
+    runs = [make_run(tmp_path, k=k, l0=float(k), kl=kl) for k, kl in ((16, 0.5), (32, 0.6), (64, 0.7))]
+    for run, score in zip(runs, (0.4, 0.3), strict=False):
+        write_absorption(run, eval_result_metrics={"mean": {"mean_full_absorption_score": score}})
+    told = [note for note in compare_against(compare_runs(runs), "topk k=32").notes if note.startswith("topk k=16")]
+    start, end = (
+        "topk k=16 has L0 16.0, topk k=32 32.0. ",
+        " for that: enough to be detected, or half of the difference. ",
+    )
+    line, pair = (note.removeprefix(start).partition(end) for note in told)
+    assert line[0] == "The slope over log L0 of topk at L0 16, 32, 64 gives KL score ↑ -0.1000"
+    assert pair[0] == "The difference between two systems, topk at L0 16, 32, gives absorption full ↓ +0.1000"
+    assert line[2] == pair[2] == "Compare at equal L0 (sae train --l0)."
 
 
 def test_the_line_below_the_table_says_what_could_be_detected(tmp_path):
@@ -274,4 +300,12 @@ def test_a_control_is_not_called_better_without_saying_that_it_is_one(tmp_path):
     control = next(system for system in found.systems if system.label == "frozen")
     frozen = replace(control, runs=[replace(run, is_control=True) for run in control.runs])
     systems = [frozen if system is control else system for system in found.systems]
-    assert kl_line(replace(found, systems=systems), "topk").verdict == "better (a control)"
+    against = compare_against(replace(found, systems=systems), "topk")
+    assert (
+        next(line for line in against.lines if line.column is KL).verdict == "better (a control)" and not against.notes
+    )
+    turned = compare_against(replace(found, systems=systems), "frozen")
+    assert turned.notes == [
+        "frozen is a control: a part of it kept its random start. Where a system is not better than it, the number is "
+        "no sign of learned features."
+    ]

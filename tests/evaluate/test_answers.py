@@ -162,8 +162,12 @@ def test_the_best_control_counts_and_its_share_is_told(runs, home):
     answer = answers_of(run)[CONTROL]
     assert (answer.verdict, answer.is_good) == ("yes", True)
     ev, kl = answer.numbers
-    assert ev.startswith("beside frozen-decoder-32: EV") and ev.endswith(", the control has 75%")  # 0.6 / 0.8
-    assert kl.startswith("beside frozen-encoder-32: KL") and kl.endswith(", the control has 80%")  # 0.72 / 0.9
+    assert ev.startswith("beside frozen-decoder-32: EV") and ev.endswith(
+        ", the control has 75% (75 to 75)"
+    )  # 0.6 / 0.8
+    assert kl.startswith("beside frozen-encoder-32: KL") and kl.endswith(
+        ", the control has 80% (80 to 80)"
+    )  # 0.72 / 0.9
 
 
 def test_a_control_as_good_as_the_run_is_not_called_worse(runs, home):
@@ -171,7 +175,7 @@ def test_a_control_as_good_as_the_run_is_not_called_worse(runs, home):
     make_reference(home, "frozen-decoder-32", 32.0, 0.9, 0.8, conditions_of(run))
     answer = answers_of(run)[CONTROL]
     assert answer.verdict == "same in every pair" and answer.is_good is None
-    assert all("the control has 100%" in number for number in answer.numbers)
+    assert all("the control has 100% (100 to 100)" in number for number in answer.numbers)
 
 
 def test_a_control_is_not_compared_with_controls(runs):

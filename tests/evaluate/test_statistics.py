@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import t
+from scipy.stats import t, ttest_1samp
 
 from sae.evaluate.papers.verdict import confidence_interval
 from sae.evaluate.statistics import (
@@ -15,6 +15,7 @@ from sae.evaluate.statistics import (
     bootstrap_interval,
     default_margin,
     detectable_difference,
+    fieller_interval,
     holm,
     judge,
     mean_interval,
@@ -91,6 +92,29 @@ def test_intervals_cover_what_they_say():
     letters = [[generator.exponential(mean, 40) for mean in (1.0, 3.0)] for _ in range(300)]
     found = [bootstrap_interval(samples, seed, replicates=300) for seed, samples in enumerate(letters)]
     assert np.mean([low < 2 < high for low, high in found]) == pytest.approx(0.94, abs=0.03)
+
+
+def test_the_interval_of_a_ratio_ends_where_a_paired_test_begins_to_find_a_difference():
+    """Fieller 1954: at an end q the paired test of numerators - q denominators has p = 0.05; inside it is larger."""
+    rng = np.random.default_rng(0)
+    bottom = rng.normal(1, 0.2, 9)
+    top = 0.6 * bottom + rng.normal(0, 0.05, 9)
+    low, high = fieller_interval(top, bottom)
+    for end in (low, high):
+        assert ttest_1samp(top - end * bottom, 0).pvalue == pytest.approx(0.05)
+    ratio = top.mean() / bottom.mean()
+    assert low < ratio < high and ttest_1samp(top - (low + ratio) / 2 * bottom, 0).pvalue > 0.05
+    assert fieller_interval(3 * top, bottom) == pytest.approx((3 * low, 3 * high))
+    wide = fieller_interval(top, bottom, 0.99)
+    assert wide[0] < low and high < wide[1]
+    assert fieller_interval(bottom, bottom) == pytest.approx((1, 1))
+
+
+def test_a_ratio_to_what_may_be_0_has_no_interval():
+    """The 95 % interval of the mean of 0.1, 0.2 and 0.4 reaches below 0."""
+    assert mean_interval((0.1, 0.2, 0.4))[0] < 0 < mean_interval((0.2, 0.3, 0.4))[0]
+    assert fieller_interval((1.0, 2.0, 1.5), (0.1, 0.2, 0.4)) is None
+    assert fieller_interval((1.0, 2.0, 1.5), (0.2, 0.3, 0.4)) is not None
 
 
 def test_a_bootstrap_resamples_each_sample_by_itself():

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ from typer.testing import CliRunner, Result
 import sae
 from sae.cache.reader import Cache
 from sae.cli.main import app
-from sae.common.errors import UsageError
+from sae.common.errors import SaeError, UnavailableError, UsageError
 from sae.common.files import read_json
 from sae.evaluate.compare import compare_runs, comparison_table
 from sae.evaluate.controls import RECIPES, controls_folder
-from sae.train.plan import Run
+from sae.train.activation_functions import BatchTopK, TopK
+from sae.train.plan import Run, TrainConfig, TrainPlan
 from sae.train.recipe import find_recipe
+from sae.train.run import TrainProgress, run_training
 from sae.workflows.controls import plan_controls, train_controls
 
 from ..run_records import write_run_record, write_sae_record
@@ -30,9 +33,9 @@ NAMES = ["frozen-decoder-4", "soft-frozen-decoder-4", "frozen-encoder-4"]
 
 @pytest.fixture
 def runs(tiny_cache: Cache) -> list[Run]:
-    """topk at two seeds, and relu, held at the same L0."""
+    """batchtopk at two seeds, and relu, held at the same L0."""
     return [
-        *sae.train_saes("topk", cache=tiny_cache, seeds=[0, 1], l0=4, **SIZES),
+        *sae.train_saes("batchtopk", cache=tiny_cache, seeds=[0, 1], l0=4, **SIZES),
         *sae.train_saes("relu", cache=tiny_cache, l0=4, **SIZES),
     ]
 
@@ -55,7 +58,9 @@ def trained() -> dict[str, tuple[int, bytes]]:
 
 def test_controls_are_trained_once_evaluated_and_found_again(runs: list[Run], home: Path) -> None:
     planned = evaluate(*runs, "--dry-run")
-    assert "controls 3 to train, for 3 runs; kept in " in planned.output and str(controls_folder()) in planned.output
+    assert "controls 3 to train, made of batchtopk, for 3 runs; kept in " in planned.output
+    assert str(controls_folder()) in planned.output
+    assert planned.output.count("no controls are made of relu: those of batchtopk are taken") == 1
     assert re.search(r"time +about \d.* of training on cpu", planned.output) and "and 3 controls" in planned.output
     assert not controls_folder().exists()
 
@@ -66,20 +71,22 @@ def test_controls_are_trained_once_evaluated_and_found_again(runs: list[Run], ho
         assert rows[name]["core.sparsity.l0"] == pytest.approx(4, rel=0.1), "equal L0, on held-out text"
     kept = trained()
     assert len(kept) == 3
-    again = evaluate(*runs)
-    assert trained() == kept and "controls 3 already trained, for 3 runs" in again.output
+    again = evaluate(*runs, "--no-references")
+    assert trained() == kept and "controls 3 already trained, made of batchtopk, for 3 runs" in again.output
     assert "core: " in again.output and "3 already measured" in again.output
     assert "share of" in again.stdout and "share lines: how much of a number above its floor" in again.output
 
     heads, lines = comparison_table(compare_runs([run.folder for run in runs]))
     labels = [line[0] for line in lines]
     assert set(NAMES) <= set(labels)
-    shares = [f"share of {label} that {name} has" for label in ("topk", "relu") for name in sorted(NAMES)]
+    shares = [f"share of {label} that {name} has" for label in ("batchtopk", "relu") for name in sorted(NAMES)]
     assert [label for label in labels if label.startswith("share")] == shares
     ev = next(place for place, head in enumerate(heads) if head.startswith("EV"))
     value = {row[0].removesuffix(" (2 seeds)"): row[ev] for row in lines}
-    by_hand = float(value["frozen-decoder-4"].split()[0]) / float(value["topk"].split()[0])
-    assert float(value["share of topk that frozen-decoder-4 has"].rstrip("%")) == pytest.approx(100 * by_hand, abs=1)
+    by_hand = float(value["frozen-decoder-4"].split()[0]) / float(value["batchtopk"].split()[0])
+    assert float(value["share of batchtopk that frozen-decoder-4 has"].split("%")[0]) == pytest.approx(
+        100 * by_hand, abs=1
+    )
     assert "frozen" not in str(comparison_table(compare_runs([run.folder for run in runs], references=False)))
 
 
@@ -93,7 +100,7 @@ def test_controls_have_the_conditions_of_their_run(runs: list[Run]) -> None:
         assert ours["seed"] == 0 and ours["options"] == {}
     soft = sae.load_sae(controls[1].folder)
     torch.manual_seed(0)
-    start = find_recipe("topk").make(runs[0].config, {}).sae.W_dec
+    start = find_recipe("batchtopk").make(runs[0].config, {}).sae.W_dec
     assert torch.linalg.vecdot(soft.W_dec, start).min() > 0.8 - 1e-6
 
 
@@ -108,12 +115,12 @@ def test_another_width_l0_length_or_cache_has_controls_of_its_own(
         {"width": "32"}, {"l0": 8}, {"steps": 29}, {"batch_size": 32}, {"layers": 0}, {"shuffle_seed": 1},
     ]  # fmt: skip
     for count, changes in enumerate(variations, 2):
-        (run,) = sae.train_saes("topk", cache=tiny_cache, **{"l0": 4, **SIZES, **changes})
+        (run,) = sae.train_saes("batchtopk", cache=tiny_cache, **{"l0": 4, **SIZES, **changes})
         plan = plan_controls([*runs, run])
         assert len(plan.train.unfinished) == 3 and len(plan.runs) == 6, changes
         assert len({*before, *(one.name for one in plan.runs)}) == 6, count
     # The same rows in another folder are the same cache, and a run without --l0 is held to the k that it had.
-    (run,) = sae.train_saes("topk", cache=other, options={"k": 4}, **SIZES)
+    (run,) = sae.train_saes("batchtopk", cache=other, options={"k": 4}, **SIZES)
     assert [one.done for one in plan_controls([run]).runs] == [True] * 3
     assert trained() == before
 
@@ -164,3 +171,57 @@ def test_a_control_that_was_trained_as_a_run_is_a_control_too(tiny_cache: Cache)
     labels = [line[0] for line in comparison_table(found)[1]]
     assert labels == ["topk", "frozen-decoder", "share of topk that frozen-decoder has"]
     assert plan_controls(runs).count == 1
+
+
+def test_a_topk_has_controls_made_of_topk_and_others_stay_at_hand(tiny_cache: Cache) -> None:
+    """Those of batchtopk, evaluated before for another run, are shown too; the shares are of its own."""
+    runs = sae.train_saes(["topk", "batchtopk"], cache=tiny_cache, l0=4, **SIZES)
+    plan = plan_controls(runs)
+    assert [run.options for run in plan.runs] == [{"base": "topk"}] * 3 + [{}] * 3 and not plan.notes
+    assert "controls 6 to train, made of topk and batchtopk, for 2 runs" in plan.describe()[0]
+    controls = train_controls(runs[:1]) + train_controls(runs[1:])
+    assert all(
+        type(run.load().activation[0]) is kind for run, kind in zip(controls, [TopK] * 3 + [BatchTopK] * 3, strict=True)
+    )
+    sae.evaluate_saes(runs, suite="core", tokens=300, references=False, controls=controls, device="cpu")
+    labels = [line[0] for line in comparison_table(compare_runs([runs[0].folder]))[1]]
+    own = [f"{name}-topk-4" for name in sorted(RECIPES)]
+    assert {*own, *NAMES} < {*labels}
+    assert [label for label in labels if label.startswith("share")] == [
+        f"share of topk that {name} has" for name in own
+    ]
+
+
+def test_a_control_that_fails_to_train_is_named_and_the_rest_is_evaluated(
+    runs: list[Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(plan: TrainPlan, progress: TrainProgress) -> None:
+        one = replace(plan, runs=[run for run in plan.runs if run.recipe.name == "frozen-encoder"])
+        run_training(one, progress)
+        for run in plan.unfinished:
+            run.problem = "the loss or its gradient was not finite at step 3"
+        raise SaeError("two of them")
+
+    monkeypatch.setattr("sae.train.run.run_training", diverge)
+    words = ["evaluate", "--suite", "core", "--tokens", "300", "--controls", "--no-references", "--json"]
+    done = invoke(*words, runs[0])
+    assert done.exit_code == 1, done.output
+    assert [row["name"] for row in json.loads(done.stdout)] == [runs[0].name, "frozen-encoder-4"]
+    failed = [line for line in done.stderr.splitlines() if line.startswith("not run")]
+    assert len(failed) == 2 and all("it failed to train, for the reason above" in line for line in failed)
+    assert failed[0].startswith("not run  control frozen-decoder-L01") and "soft-frozen-decoder-L01" in failed[1]
+
+
+def test_controls_that_cannot_be_trained_are_said_in_the_plan(runs: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(config: TrainConfig) -> TrainPlan:
+        raise UnavailableError("The disk is full.")
+
+    monkeypatch.setattr("sae.workflows.controls.plan_training", full)
+    words = ["evaluate", "--suite", "core", "--tokens", "300", "--controls", "--no-references", runs[0]]
+    for more in (["--dry-run"], []):
+        done = invoke(*words, *more)
+        assert done.exit_code == 1 and "not run  controls: The disk is full." in done.output
+        assert "core: 1 to measure" in done.output
+    assert (runs[0].folder / "evaluations" / "core.json").exists()
+    with pytest.raises(UnavailableError, match="The disk is full"):
+        train_controls(runs)

@@ -1,0 +1,118 @@
+"""Sentences about systems beside their controls, in the words and by the tests of docs/statistics.md.
+
+The comparisons of these notes are a table of their own: every system against the best of its controls in each number
+that `sae compare` shows. A pair that a printed table tests too has that table's verdict in the note.
+"""
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from .control_shares import NOT_OF_FEATURES, Columns, Systems, controls_of, numbers
+from .metrics.base import MetricColumn
+from .paired import RunBySeed, pair_systems
+from .rows import NEAR_L0, core_numbers
+from .statistics import PairedComparison, Verdict, default_margin, judge
+from .tables import number_name
+
+Told = Mapping[tuple[str, str, str, MetricColumn], Verdict]  # (system, against, metric, column) -> what a table says
+NAMED: Sequence[Verdict] = ("worse", "not distinguishable", "equivalent", "same in every pair", "not tested")
+OPPOSITE: Mapping[Verdict, Verdict] = {"better": "worse", "worse": "better"}
+
+
+class BesideControl(NamedTuple):
+    """A number of a system and of its best control, and the verdict on their difference."""
+
+    system: str
+    control: str
+    metric: str
+    column: MetricColumn
+    values: tuple[float, float]
+    verdict: Verdict = "not tested"
+
+    def __str__(self) -> str:
+        own, other = (format(value, self.column.format) for value in self.values)
+        return f"{number_name(self.metric, self.column)} ({own}; {self.control} {other})"
+
+
+def control_notes(systems: Systems, columns: Columns, told: Told) -> dict[str, list[str]]:
+    """Label -> sentences, for the systems that have controls: where one is not better than them, and at unlike L0.
+
+    Args:
+        systems: with their controls, which are systems too.
+        columns: the numbers to speak of, as far as a better direction is known.
+        told: what a table beside the notes says.
+    """
+    found = compare_with_controls(systems, columns, told)
+    notes: dict[str, list[str]] = {}
+    for label, runs in systems.items():
+        beside = describe_beside([one for one in found if one.system == label])
+        if sentences := [*filter(None, [beside]), *unlike_l0(label, runs, controls_of(runs, systems))]:
+            notes[label] = sentences
+    return notes
+
+
+def compare_with_controls(systems: Systems, columns: Columns, told: Told) -> list[BesideControl]:
+    """Every system against its best control in each number, by the tests of one table."""
+    pairs, tests = [], []
+    for label, runs in systems.items():
+        controls = controls_of(runs, systems)
+        for metric, column in columns:
+            if best := best_control(label, runs, controls, metric, column):
+                differences = pair_systems(runs, controls[best.control], metric, column).differences
+                pairs.append(best)
+                tests.append(PairedComparison(differences, column.better, default_margin(column.floor, column.ceiling)))
+    return [
+        one._replace(verdict=told_verdict(one, told) or finding.verdict)
+        for one, finding in zip(pairs, judge(tests), strict=True)
+    ]
+
+
+def best_control(
+    label: str, runs: RunBySeed, controls: Systems, metric: str, column: MetricColumn
+) -> BesideControl | None:
+    """The control that is best in a number, by its mean over seeds; None where nothing is to be compared."""
+    own = numbers(runs, metric, column)
+    measured = {name: statistics.mean(n) for name, some in controls.items() if (n := numbers(some, metric, column))}
+    if not column.better or column.category in NOT_OF_FEATURES or not own or not measured:
+        return None
+    best = (max if column.better == "up" else min)(measured, key=measured.__getitem__)
+    return BesideControl(label, best, metric, column, (statistics.mean(own), measured[best]))
+
+
+def told_verdict(one: BesideControl, told: Told) -> Verdict | None:
+    """What a table says of the same pair, in whichever order it has the two."""
+    if found := told.get((one.system, one.control, one.metric, one.column)):
+        return found
+    turned = told.get((one.control, one.system, one.metric, one.column))
+    return None if turned is None else OPPOSITE.get(turned, turned)
+
+
+def describe_beside(found: Sequence[BesideControl]) -> str:
+    """One sentence on all numbers of a system; "" if it is better than its controls in each."""
+    by_verdict = {verdict: [str(one) for one in found if one.verdict == verdict] for verdict in NAMED}
+    named = [f"{verdict} in {', '.join(some)}" for verdict, some in by_verdict.items() if some]
+    if not named:
+        return ""
+    better = sum(one.verdict == "better" for one in found)
+    return (
+        f"{found[0].system} against its best control: better in {better} of {len(found)} numbers; {'; '.join(named)}. "
+        "A number that a control has too is no sign of learned features."
+    )
+
+
+def unlike_l0(label: str, runs: RunBySeed, controls: Systems) -> Iterator[str]:
+    """A sentence for each control whose L0 differs from the system's by more than a tenth, on this text."""
+    ours = mean_l0(runs)
+    for name, some in controls.items():
+        theirs = mean_l0(some)
+        if ours and theirs and not theirs / NEAR_L0 <= ours <= theirs * NEAR_L0:
+            yield (
+                f"{name} has L0 {theirs:.1f} on this text and {label} {ours:.1f}: the shares include the effect of "
+                "that difference."
+            )
+
+
+def mean_l0(runs: RunBySeed) -> float | None:
+    measured = [found[0] for run in runs.values() if (found := core_numbers(run))]
+    return statistics.mean(measured) if measured else None
