@@ -54,6 +54,9 @@ def test_candidates_are_a_lower_bound_and_a_latent_without_one_has_no_partner(mo
     assert found.similarity_F == pytest.approx([0.9, 0, -0.6])
     assert found.inverse(3).partner_F.tolist() == [0, -1, 2]
     assert matching.match_all_pairs(blocks_of(similarity_FG), 3).partner_F.tolist() == [1, 0, 2]
+    opposite_FG = torch.tensor([[0.5, -0.9], [-0.8, 0.3]])
+    assert matching.match_candidates(blocks_of(opposite_FG), 2, signed=True).partner_F.tolist() == [0, 1]
+    assert matching.match_candidates(blocks_of(opposite_FG), 2).partner_F.tolist() == [1, 0]
 
 
 def test_more_than_the_exact_latents_are_matched_by_candidates(monkeypatch):
