@@ -5,6 +5,7 @@ versions. The first line of each docstring is the file's path. `docs/records.md`
 `python benchmarks/records_page.py`.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from msgspec import Meta
@@ -243,6 +244,28 @@ RUN_RECORD = RecordKind(
     "Restore run.json from a copy. Without one, delete it to keep a finished SAE, which can be evaluated without it; "
     "an unfinished run has to be deleted and started again.",
 )
+
+# Entries of run.json and of its `resolved` that are newer than some runs, each with the value that does what was done
+# before there was the entry: a run that lacks one and a run that has this value are alike.
+LATER_ENTRIES: Mapping[str, Any] = {
+    "weight_decay_on": "encoder",
+    "weight_decay_form": "decoupled",
+    "importance_share": 0.5,
+    "contrast_on": "decoder",
+    "orth_on": "decoder",
+    "near_scope": "group",
+    "init": "transpose",
+    "diagonal": False,
+    "tau_over": "alive",
+    "lambda_by": "d_in",
+    "restart_share": 0.9,
+    "terms": "w",
+    "alpha_units": "raw",
+    "merge_average": "all",
+    "dead_by": "tokens",
+    "below": 0.01,
+    "stability": "any",
+}
 
 
 class Checkpoint(TypedDict):

@@ -20,7 +20,7 @@ from .metrics.base import MetricColumn
 from .metrics.registry import METRICS
 from .paired import SEED, Pairing, describe_pairs, pair_systems
 from .statistics import LEVEL, POWER, Finding, PairedComparison, default_margin, judge
-from .tables import number_name
+from .tables import format_detectable, number_name
 
 SYSTEM_KEYS = (  # of run.json, with the options: what two systems that differ in their L0 alone have in common
     "variant", "layer", "site", "order_seed", "d_sae", "steps", "batch_size", "literal", "cache", "compiled",
@@ -100,7 +100,7 @@ class AgainstLine:
             f"{low_high[0]:{form}} to {low_high[1]:{form}}" if low_high else "",
             describe_pairs(paired) if paired else "",
             "" if found.p_value is None else format_p_value(found.p_value),
-            "" if found.detectable is None else format(found.detectable, self.column.format),
+            format_detectable(found.detectable, self.column),
             self.verdict,
         ]
 

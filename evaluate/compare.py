@@ -26,7 +26,7 @@ from .metrics.base import OUTLIERS, MetricColumn
 from .metrics.registry import METRICS
 from .paired import RunBySeed, half_interval, pair_systems
 from .rows import describe_notes, digest_without_seed, notes_beside
-from .tables import format_with_spread, metric_heading
+from .tables import format_detectable, format_with_spread, metric_heading
 
 L0 = ("core", "l0")
 SUMMARY_COLUMNS = (  # (metric, number): the columns of the table, each also plotted against L0
@@ -284,7 +284,7 @@ def detectable_line(comparison: Comparison) -> list[str]:
     if not tests:
         return []
     cells = [
-        format(max(one.detectable(tests) for one in some), column.format) if some else ""
+        format_detectable(max(one.detectable(tests) for one in some), column) if some else ""
         for (_, column), some in paired.items()
     ]
     return ["smallest detectable difference", *cells]

@@ -10,6 +10,7 @@ from ..cache.reader import Cache
 from ..common.errors import SaeError
 from ..common.files import digest_of
 from ..common.l0_target import missed_l0
+from ..common.schemas import LATER_ENTRIES
 from .context import EvalContext
 from .metrics.base import EvalTarget, Metric, MetricResult
 from .metrics.registry import caveats
@@ -152,8 +153,16 @@ class EvalGroup:
 
 
 def digest_without_seed(record: Mapping[str, Any]) -> str:
-    """A digest that is equal for runs that differ only in their seed; `record` is run.json."""
-    return digest_of({name: value for name, value in record.items() if name not in IGNORED_KEYS})
+    """A digest that is equal for runs that differ only in their seed; `record` is run.json, of any version."""
+    entries = {name: value for name, value in without_later_entries(record).items() if name not in IGNORED_KEYS}
+    if "resolved" in entries:
+        entries["resolved"] = without_later_entries(entries["resolved"])
+    return digest_of(entries)
+
+
+def without_later_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Without those that earlier versions did not write, where they have the value that was meant then."""
+    return {k: v for k, v in entries.items() if k not in LATER_ENTRIES or v != LATER_ENTRIES[k]}
 
 
 def placed(hook: Hook) -> str:

@@ -157,7 +157,7 @@ def seed_lines(rows: Sequence[EvalRow], metric: str, columns: Sequence[MetricCol
             pairs = [(*one, column) for one, column in zip(judged[place], columns, strict=True)]
             lines += [
                 [f"{minus}, paired", *(format_difference(one.differences, column) for one, _, column in pairs)],
-                ["smallest detectable", *(format_optional(one.detectable, column.format) for _, one, column in pairs)],
+                ["smallest detectable", *(format_detectable(one.detectable, column) for _, one, column in pairs)],
                 ["verdict", *(str(one.verdict) if tested.is_test else "" for tested, one, _ in pairs)],
             ]
     return lines
@@ -224,7 +224,7 @@ def detectable_lines(rows: Sequence[EvalRow], metric: str, columns: Sequence[Met
         return []
     (unit, *_) = [one.unit for some in spread for one in some]
     detectable = [max(one.detectable(tests) for one in some) if some else None for some in spread]
-    cells = [format_optional(value, column.format) for value, column in zip(detectable, columns, strict=True)]
+    cells = [format_detectable(value, column) for value, column in zip(detectable, columns, strict=True)]
     return [[f"smallest detectable, by {unit}", *cells]]
 
 
@@ -261,5 +261,9 @@ def format_difference(differences: PairedDifferences | None, column: MetricColum
     return format_with_spread(differences.mean, (high - low) / 2, column.format)
 
 
-def format_optional(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+def format_detectable(difference: float | None, column: MetricColumn) -> str:
+    """A smallest detectable difference; ">1" for one that exceeds the whole range of a number from 0 to 1."""
+    if difference is None:
+        return ""
+    span = None if column.floor is None or column.ceiling is None else column.ceiling - column.floor
+    return f">{span:g}" if span is not None and difference > span else format(difference, column.format)

@@ -250,6 +250,8 @@ def test_the_line_below_the_table_says_what_could_be_detected(tmp_path):
     assert detectable_line(found) == ["smallest detectable difference", "", "0.0326"]
     assert len(detectable_line(found)) == len(comparison_table(found)[0])
     assert detectable_line(compare_runs(runs[:3])) == []
+    two = compare_runs([*seeds_of(tmp_path, "gated", (0.1, 0.9)), *seeds_of(tmp_path, "switch", (0.9, 0.3))])
+    assert detectable_line(two)[-1] == ">1"  # no difference between two scores from 0 to 1 could be found
 
 
 def test_scr_and_tpp_are_in_files_with_what_is_known_against_them_and_in_no_default_column(tmp_path):

@@ -1,8 +1,9 @@
 """A run that has been started keeps its options, whatever the defaults are when it is resumed."""
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from sae.common.errors import DamagedError, UsageError
 from sae.common.schemas import RUN_RECORD
+from sae.evaluate.rows import digest_without_seed
 from sae.train.optimization import Optimization
 from sae.train.plan import TrainConfig, plan_training
 from sae.train.recipe import RECIPES, find_recipe
@@ -19,6 +21,8 @@ from sae.train.stored_options import stored_options
 from sae.train.variant import RunConfig
 
 from .runs import make_config, train
+
+OLD_RUNS = Path(__file__).parents[1] / "compatibility" / "fixtures" / "9a9a639" / "home"
 
 
 @pytest.fixture
@@ -210,3 +214,15 @@ def test_two_values_of_an_option_are_damage(sparse_cache) -> None:
     for again in (config, TrainConfig(resume=[folder], device="cpu")):
         with pytest.raises(DamagedError, match="run.json has two values of l1, in `options` and in `resolved`"):
             train(again)
+
+
+@pytest.mark.parametrize("path", sorted(OLD_RUNS.glob("trained/*-L01-*/run.json")), ids=lambda path: path.parent.name)
+def test_a_new_seed_of_a_run_of_an_earlier_version_is_of_the_same_system(path: Path) -> None:
+    """`sae evaluate` and `sae compare` take them together: an option that is newer than a run has its plain default."""
+    old = json.loads(path.read_text())
+    recipe = find_recipe(old["variant"])
+    newer = {n: v for n, v in {**asdict(Optimization()), **recipe.options}.items() if n not in old["resolved"]}
+    new = old | {"seed": 7, "resolved": old["resolved"] | newer}
+    assert newer and digest_without_seed(new) == digest_without_seed(old)
+    for name in newer:
+        assert digest_without_seed(new | {"resolved": new["resolved"] | {name: "other"}}) != digest_without_seed(old)
