@@ -1,0 +1,157 @@
+"""The evaluation bench: four recipes and the frozen controls, three seeds each, on a real language model.
+
+    python benchmarks/real_model/run.py            # first: its standing arm has the model, the text and the cache
+    python benchmarks/real_model/evaluation.py [--folder FOLDER] [--seed 0 1 2] [--skip METRIC ...]
+
+Trains RECIPES and CONTROLS on the cache of the standing arm, all with one width, L0 and number of steps; measures core,
+stability, absorption and sae_probes on all of them; and writes what `sae compare --against` prints to
+benchmarks/results or --out. Every command skips what is done, so a bench that was stopped goes on where it was:
+training at a checkpoint, sae_probes at a data set, the other metrics at their beginning.
+
+sae_probes runs over the DATASETS of sae-probes with the shortest texts, since on a processor the texts decide how long
+it takes. Get them first, with SAE_HOME=FOLDER/standing: `sae data get sae-probes`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+from make_model import LABEL, default_folder
+
+BENCHMARKS = Path(__file__).resolve().parents[1]
+sys.path.append(str(BENCHMARKS))
+from common import machine  # noqa: E402
+
+RECIPES = ("topk", "batchtopk", "jumprelu", "matryoshka")
+CONTROLS = ("frozen-decoder", "soft-frozen-decoder", "frozen-encoder")
+DATASETS = (  # the forty with the fewest tokens a text, as SmolLM2's tokenizer counts them
+    5, 6, 7, 21, 22, 23, 24, 26, 50, 51, 52, 54, 87, 92, 105, 114, 115, 116, 117, 118, 119, 120, 121, 122, 123, 124,
+    125, 126, 127, 128, 130, 131, 132, 133, 134, 135, 150, 154, 155, 156,
+)  # fmt: skip
+
+
+class Bench:
+    """Runs `sae` with the home of the standing arm, and keeps how long each command took in all its attempts."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.record = home.parent / "stages" / "evaluation-seconds.json"
+        self.seconds: dict[str, float] = json.loads(self.record.read_text()) if self.record.exists() else {}
+
+    def sae(self, name: str, *arguments: str | Path) -> str:
+        """What the command prints on stdout. Ends the bench where it ends with an error."""
+        started = time.monotonic()
+        print(f"{name:24} ...", flush=True)
+        try:
+            done = subprocess.run(
+                [sys.executable, "-P", "-m", "sae", *map(str, arguments)],
+                env=os.environ | {"SAE_HOME": str(self.home)},
+                cwd=self.home,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+            self.record.parent.mkdir(parents=True, exist_ok=True)
+            self.record.write_text(json.dumps(self.seconds, indent=1) + "\n")
+        if done.returncode:
+            sys.exit(f"sae {arguments[0]} ended with {done.returncode}.")
+        return done.stdout
+
+    def train(self, recipe: str, asked: argparse.Namespace) -> None:
+        seeds = [option for seed in asked.seed for option in ("--seed", str(seed))]
+        self.sae(
+            f"train {recipe}", "train", "--variant", recipe, "--layer", asked.layer, "--width", "4x", "--l0", asked.l0,
+            "--steps", asked.steps, "--batch-size", "1024", "--checkpoint-every", "250", *seeds,
+        )  # fmt: skip
+
+    def runs(self, asked: argparse.Namespace) -> list[Path]:
+        """The finished runs of the asked recipes, seeds, L0 and steps."""
+        found = []
+        for path in sorted(self.home.glob("runs/*/run.json")):
+            run = json.loads(path.read_text())
+            same = (run["layer"], run["l0"], run["steps"]) == (asked.layer, asked.l0, asked.steps)
+            if same and run["variant"] in RECIPES + CONTROLS and run["seed"] in asked.seed and not run["options"]:
+                found.append(path.parent)
+        return found
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=default_folder(), help="that of run.py (%(default)s)")
+    parser.add_argument("--layer", type=int, default=15)
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--l0", type=float, default=32.0)
+    parser.add_argument("--absorption-words", type=int, default=6000, help="words of the absorption metric; 0 is all")
+    parser.add_argument("--dataset", nargs="+", default=list(map(str, DATASETS)), help="numbers or names of data sets")
+    parser.add_argument("--against", default="topk")
+    parser.add_argument("--skip", nargs="+", default=[], help="metrics to leave out")
+    parser.add_argument("--note", default="", help="a sentence for the page of results")
+    parser.add_argument("--out", type=Path, default=BENCHMARKS / "results", help="folder of the page of results")
+    return parser.parse_args()
+
+
+def page(asked: argparse.Namespace, seconds: dict[str, float], table: str) -> str:
+    lines = "\n".join(f"| {name} | {spent:,.0f} |" for name, spent in seconds.items())
+    seeds, numbers = (", ".join(map(str, some)) for some in (asked.seed, asked.dataset))
+    about = (
+        f"`python benchmarks/real_model/evaluation.py`: {', '.join(RECIPES)} and the controls {', '.join(CONTROLS)}, "
+        f"whose architecture is batchtopk; seeds {seeds}. Layer {asked.layer}, four times as wide as the model, `--l0 "
+        f"{asked.l0:g}`, {asked.steps:,} steps of 1,024 rows. Absorption on {asked.absorption_words or 'all'} words; "
+        f"sae_probes in its normal setting on {len(asked.dataset)} data sets (numbers {numbers}). "
+        f"{machine('transformers', 'scikit-learn')}. {asked.note}"
+    )
+    return f"""# Evaluation on a real model, {date.today().isoformat()}: {LABEL}
+
+{about.rstrip()}
+
+```
+{table.rstrip()}
+```
+
+## Seconds of each command, over all attempts
+
+| command | s |
+|---|---|
+{lines}
+"""
+
+
+def measure(bench: Bench, runs: Sequence[Path], asked: argparse.Namespace) -> None:
+    options = {
+        "core": [], "stability": [],
+        "absorption": ["--set", f"absorption.words={asked.absorption_words}"],
+        "sae_probes": ["--set", f"sae_probes.datasets={','.join(asked.dataset)}"],
+    }  # fmt: skip
+    for metric, extra in options.items():
+        if metric not in asked.skip:
+            bench.sae(metric, "evaluate", *runs, "--suite", metric, *extra)
+
+
+def main() -> None:
+    asked = parse()
+    home = (asked.folder / "standing").resolve()
+    if not list(home.glob("activations/*/manifest.json")):
+        sys.exit(f"{home} has no cache. Run benchmarks/real_model/run.py first.")
+    bench = Bench(home)
+    for recipe in RECIPES + CONTROLS:
+        bench.train(recipe, asked)
+    runs = bench.runs(asked)
+    measure(bench, runs, asked)
+    os.environ["COLUMNS"] = "200"
+    name = asked.out / f"{date.today().isoformat()}-evaluation-real-model"
+    table = bench.sae("compare", "compare", *runs, "--against", asked.against, "--out", home / "evaluation.html")
+    asked.out.mkdir(parents=True, exist_ok=True)
+    name.with_suffix(".md").write_text(page(asked, bench.seconds, table))
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
