@@ -196,6 +196,8 @@ def test_the_words_of_a_note_are_the_verdicts_of_paired_tests() -> None:
     )
     (note,) = note_of(run, control("frozen", ev=values(0.8), kl=values(0.7001, 2e-4)))
     assert "equivalent in KL score ↑" in note and "same in every pair in EV ↑" in note and "better in 0 of 2" in note
+    (note,) = note_of(run, control("frozen", ev=values(0.81, 1e-4), kl=values(0.6, 1e-4)))
+    assert "better in 1 of 2 numbers; worse in EV ↑ (0.8000; frozen 0.8100). " in note and "KL" not in note
     for one in (control("other", "y", ev=values(0.9)), row("pca-32", "", reference=True, ev=values(0.9))):
         assert note_of(run, one) == []
     assert note_of(below, run) == []  # a control has none
