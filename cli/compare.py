@@ -69,7 +69,7 @@ def compare(
         raise UsageError("--margin is of --against: name the system to compare with, such as --against topk.")
     paired = None if against is None else compare_against(comparison, against, margin or [])
     if paired is not None:  # one verdict on a pair, in the table and in the notes
-        comparison = comparison.with_control_notes(paired.told)
+        comparison = comparison.with_control_notes(paired.verdicts)
     for difference in comparison.differences:
         echo(f"differs  {difference}")
     counts = f"{format_count(len(comparison.runs), 'run')}, {format_count(len(comparison.systems), 'system')}"

@@ -15,7 +15,7 @@ from ..common.errors import UsageError, did_you_mean
 from ..common.files import digest_of
 from ..common.formatting import format_count
 from .compare import L0, ComparedSystem, Comparison
-from .control_notes import Told
+from .control_notes import KnownVerdicts
 from .metrics.base import MetricColumn
 from .metrics.registry import METRICS
 from .paired import SEED, Pairing, describe_pairs, pair_systems
@@ -144,7 +144,7 @@ class Against:
     notes: Sequence[str]
 
     @property
-    def told(self) -> Told:
+    def verdicts(self) -> KnownVerdicts:
         """The verdict on each pair, for notes that speak of the same pair."""
         return {(line.system, self.base, line.metric, line.column): line.finding.verdict for line in self.lines}
 

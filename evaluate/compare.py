@@ -20,7 +20,7 @@ from ..cache.models import model_label
 from ..common.errors import UsageError
 from ..common.escaping import escape_for_csv
 from .compared_runs import ComparedRun, read_references, read_results, read_run, without_weights
-from .control_notes import Told, control_notes
+from .control_notes import KnownVerdicts, control_notes
 from .control_shares import share_lines
 from .metrics.base import OUTLIERS, MetricColumn
 from .metrics.registry import METRICS
@@ -113,13 +113,13 @@ class Comparison:
         """The summary columns for which at least one run has a number."""
         return [(m, one) for m, one in summary_columns() if any(run.value(m, one) is not None for run in self.runs)]
 
-    def with_control_notes(self, told: Told) -> "Comparison":
-        """The comparison with what is said of its systems beside their controls; `told` is what a table says already.
+    def with_control_notes(self, known: KnownVerdicts) -> "Comparison":
+        """The comparison with a note for each system that is not better than its controls, as `sae evaluate` has it.
 
-        That is what `sae evaluate` says of the same runs (docs/statistics.md).
+        `known` are the verdicts of a table beside the notes, which they repeat (docs/statistics.md).
         """
         compared = {system.label: system.run_by_seed for system in self.systems}
-        found = control_notes({**self.beside, **compared}, summary_columns(), told)
+        found = control_notes({**self.beside, **compared}, summary_columns(), known)
         systems = [
             replace(one, runs=[replace(run, control_notes=found.get(one.label, [])) for run in one.runs])
             for one in self.systems

@@ -152,4 +152,5 @@ class EvalContext:
                 counted &= torch.from_numpy(part.rows[:, : ids.shape[1]])
             document = torch.from_numpy(part.document.astype(np.int64))
             device = self.model.device
-            yield ContextBatch(*(copy_to_device(part, device) for part in (ids, is_token, counted)), document)
+            ids, is_token, counted = (copy_to_device(one, device) for one in (ids, is_token, counted))
+            yield ContextBatch(ids, is_token, counted, document)

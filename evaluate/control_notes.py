@@ -15,7 +15,9 @@ from .rows import NEAR_L0, core_numbers
 from .statistics import PairedComparison, Verdict, default_margin, judge
 from .tables import number_name
 
-Told = Mapping[tuple[str, str, str, MetricColumn], Verdict]  # (system, against, metric, column) -> what a table says
+KnownVerdicts = Mapping[
+    tuple[str, str, str, MetricColumn], Verdict
+]  # (system, against, metric, column) -> verdict of a table
 NAMED: Sequence[Verdict] = ("worse", "not distinguishable", "equivalent", "same in every pair", "not tested")
 OPPOSITE: Mapping[Verdict, Verdict] = {"better": "worse", "worse": "better"}
 
@@ -35,15 +37,15 @@ class BesideControl(NamedTuple):
         return f"{number_name(self.metric, self.column)} ({own}; {self.control} {other})"
 
 
-def control_notes(systems: Systems, columns: Columns, told: Told) -> dict[str, list[str]]:
+def control_notes(systems: Systems, columns: Columns, known: KnownVerdicts) -> dict[str, list[str]]:
     """Label -> sentences, for the systems that have controls: where one is not better than them, and at unlike L0.
 
     Args:
         systems: with their controls, which are systems too.
         columns: the numbers to speak of, as far as a better direction is known.
-        told: what a table beside the notes says.
+        known: the verdicts of a table beside the notes, which they repeat.
     """
-    found = compare_with_controls(systems, columns, told)
+    found = compare_with_controls(systems, columns, known)
     notes: dict[str, list[str]] = {}
     for label, runs in systems.items():
         beside = describe_beside([one for one in found if one.system == label])
@@ -52,7 +54,7 @@ def control_notes(systems: Systems, columns: Columns, told: Told) -> dict[str, l
     return notes
 
 
-def compare_with_controls(systems: Systems, columns: Columns, told: Told) -> list[BesideControl]:
+def compare_with_controls(systems: Systems, columns: Columns, known: KnownVerdicts) -> list[BesideControl]:
     """Every system against its best control in each number, by the tests of one table."""
     pairs, tests = [], []
     for label, runs in systems.items():
@@ -63,7 +65,7 @@ def compare_with_controls(systems: Systems, columns: Columns, told: Told) -> lis
                 pairs.append(best)
                 tests.append(PairedComparison(differences, column.better, default_margin(column.floor, column.ceiling)))
     return [
-        one._replace(verdict=told_verdict(one, told) or finding.verdict)
+        one._replace(verdict=known_verdict(one, known) or finding.verdict)
         for one, finding in zip(pairs, judge(tests), strict=True)
     ]
 
@@ -80,11 +82,11 @@ def best_control(
     return BesideControl(label, best, metric, column, (statistics.mean(own), measured[best]))
 
 
-def told_verdict(one: BesideControl, told: Told) -> Verdict | None:
+def known_verdict(one: BesideControl, known: KnownVerdicts) -> Verdict | None:
     """What a table says of the same pair, in whichever order it has the two."""
-    if found := told.get((one.system, one.control, one.metric, one.column)):
+    if found := known.get((one.system, one.control, one.metric, one.column)):
         return found
-    turned = told.get((one.control, one.system, one.metric, one.column))
+    turned = known.get((one.control, one.system, one.metric, one.column))
     return None if turned is None else OPPOSITE.get(turned, turned)
 
 

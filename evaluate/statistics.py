@@ -54,7 +54,7 @@ def fieller_interval(
     """Fieller's interval of the ratio of two paired means (J. R. Statist. Soc. B 16, 1954). Takes at least two pairs.
 
     These are the ratios q for which a paired t test of numerators - q denominators finds no difference from 0.
-    None where they have no ends, because the mean of the denominators itself is not told from 0.
+    None where they have no ends, because the mean of the denominators may be 0.
     """
     top, bottom, pairs = float(np.mean(numerators)), float(np.mean(denominators)), len(numerators)
     limit = float(t.isf((1 - confidence) / 2, pairs - 1)) ** 2 / pairs

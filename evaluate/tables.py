@@ -174,14 +174,14 @@ def judge_seeds(
 
 def seed_verdicts(rows: Sequence[EvalRow]) -> dict[tuple[str, str, str, MetricColumn], Verdict]:
     """What the tables of the rows say of groups of seeds: (group, first group, metric, column) -> verdict."""
-    told = {}
+    known = {}
     for metric, columns in shown_columns(rows).items():
         groups = runs_by_seed([row for row in rows if metric in row.results])
         for place, found in judge_seeds(groups, metric, columns).items():
             for (tested, finding), column in zip(found, columns, strict=True):
                 if tested.is_test:
-                    told[group_label(groups[place]), group_label(groups[0]), metric, column] = finding.verdict
-    return told
+                    known[group_label(groups[place]), group_label(groups[0]), metric, column] = finding.verdict
+    return known
 
 
 def mean_cells(group: Mapping[int, EvalRow], metric: str, columns: Sequence[MetricColumn]) -> list[str]:

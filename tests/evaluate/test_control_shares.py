@@ -13,7 +13,7 @@ from sae.cache.layout import Hook
 from sae.cli.main import app
 from sae.common.schemas import RUN_RECORD, SAE_RECORD
 from sae.evaluate.compare import compare_runs
-from sae.evaluate.control_notes import Told, best_control, control_notes, unlike_l0
+from sae.evaluate.control_notes import KnownVerdicts, best_control, control_notes, unlike_l0
 from sae.evaluate.control_shares import SHARE_NOTE, controls_of, find_share, share_lines
 from sae.evaluate.controls import base_of, conditions_digest, conditions_of, distinct_names
 from sae.evaluate.metrics.base import EvalTarget, MetricColumn, MetricResult
@@ -179,8 +179,8 @@ def values(mean: float, spread: float = 0.0) -> list[float]:
     return [mean + wave + spread * sign for wave, sign in zip(WAVE, (1, 1, -1, -1), strict=True)]
 
 
-def note_of(run: EvalRow, *controls: EvalRow, told: Told = {}) -> list[str]:  # noqa: B006
-    return control_notes(alone(run, *controls), COLUMNS, told).get(run.name, [])
+def note_of(run: EvalRow, *controls: EvalRow, known: KnownVerdicts = {}) -> list[str]:  # noqa: B006
+    return control_notes(alone(run, *controls), COLUMNS, known).get(run.name, [])
 
 
 def test_the_words_of_a_note_are_the_verdicts_of_paired_tests() -> None:
@@ -234,7 +234,7 @@ def test_a_note_says_what_a_table_says_of_the_same_pair() -> None:
         (("topk", "other"), "worse", None),
         (("frozen", "topk"), "worse", None),
     ):
-        found = note_of(run, other, told={(*pair, "core", EV): verdict})
+        found = note_of(run, other, known={(*pair, "core", EV): verdict})
         assert (said in found[0]) if said else found == [], (pair, verdict)
 
 
