@@ -40,12 +40,12 @@ def resolve_dtype(dtype: str, device: str) -> str:
 
 
 def copy_to_device(values: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """A CPU tensor on a device, through pinned memory where that is a GPU.
+    """A tensor on a device: from the CPU to a GPU through pinned memory.
 
     The copy is queued behind what the GPU is doing. `Tensor.to` from pageable memory would wait until all of it is
     done, and leave the GPU idle until the next work is queued.
     """
-    if torch.device(device).type == "cuda":
+    if torch.device(device).type == "cuda" and values.device.type == "cpu":
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)
 

@@ -84,7 +84,7 @@ def build_with_numbers(config: Any, *, dtype: str, device: str, attention: str) 
     """
     name = model_name(config)
     check_memory(build_without_numbers(config, AutoModel), name, dtype, device)
-    with torch.random.fork_rng(), translate_model_errors(name, attention):
+    with torch.random.fork_rng(devices=[]), translate_model_errors(name, attention):  # made on the CPU
         model = from_config(AutoModel, config, dtype=getattr(torch, dtype), attn_implementation=attention)
         return model.to(device).eval()
 

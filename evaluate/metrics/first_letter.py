@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from ...cache.layout import Hook
 from ...cache.outliers import outlier_mask
+from ...common.device import copy_to_device
 from ...common.errors import UsageError
 from ..context import EvalContext
 from .base import Progress, RowSet
@@ -255,7 +256,7 @@ def last_token_rows(ctx: EvalContext, ids_NS: Tensor, hooks: Sequence[Hook], pro
     """The activations at the last position of each prompt, (N, D) in the model's dtype, at each hook."""
     parts: dict[Hook, list[Tensor]] = {hook: [] for hook in hooks}
     for start in range(0, len(ids_NS), PROMPTS_PER_FORWARD):
-        batch_NS = ids_NS[start : start + PROMPTS_PER_FORWARD].to(ctx.model.device)
+        batch_NS = copy_to_device(ids_NS[start : start + PROMPTS_PER_FORWARD], ctx.model.device)
         for hook, x_NSD in ctx.model.capture_hooks(batch_NS, hooks).items():
             parts[hook].append(x_NSD[:, -1].cpu())
         progress(min(start + PROMPTS_PER_FORWARD, len(ids_NS)), len(ids_NS), "prompts through the model")

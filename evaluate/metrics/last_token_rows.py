@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...cache.layout import Hook
+from ...common.device import copy_to_device
 from ...common.errors import UsageError
 from ...common.tokenizers import tokenizer_digest
 from ..context import EvalContext
@@ -57,9 +58,9 @@ def capture_last_rows(
         ids_NS = torch.zeros(len(batch), width, dtype=torch.int64)
         for row, text in enumerate(batch):
             ids_NS[row, : len(ids[text])] = torch.tensor(ids[text])
-        last_N = torch.tensor([len(ids[text]) - 1 for text in batch])
-        for hook, x_NSD in ctx.model.capture_hooks(ids_NS.to(ctx.model.device), hooks).items():
-            x_ND = x_NSD[torch.arange(len(batch)), last_N.to(x_NSD.device)].cpu()
+        last_N = copy_to_device(torch.tensor([len(ids[text]) - 1 for text in batch]), ctx.model.device)
+        for hook, x_NSD in ctx.model.capture_hooks(copy_to_device(ids_NS, ctx.model.device), hooks).items():
+            x_ND = x_NSD[torch.arange(len(batch), device=x_NSD.device), last_N].cpu()
             rows.setdefault(hook, torch.empty(len(ids), x_ND.shape[1], dtype=x_ND.dtype))[batch] = x_ND
         done += len(batch)
         progress(done, len(ids), "texts through the model")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...cache.outliers import outlier_mask
+from ...common.device import copy_to_device
 from ..context import EvalContext
 from .base import EvalTarget, Progress
 from .packing import TOKENS_PER_ENCODE, PackedRows, encode_float32, forward_batches
@@ -60,7 +61,8 @@ def collect_in_one_pass(
     device = ctx.model.device
     hooks = sorted({target.hook for target, latents in zip(targets, latents_of_target, strict=True) if latents})
     parts: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in targets]
-    ids, counted, done = forward_batches(rows.ids.to(device)), forward_batches(rows.counted.to(device)), 0
+    ids, counted = (forward_batches(copy_to_device(part, device)) for part in (rows.ids, rows.counted))
+    done = 0
     for ids_NS, counted_NS in zip(ids, counted, strict=True):
         flat_T = counted_NS.flatten().nonzero().squeeze(1) + done * ids_NS.shape[1]
         activations = ctx.model.capture_hooks(ids_NS, hooks)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...common.device import copy_to_device
 from .base import Progress
 
 
@@ -126,7 +127,8 @@ def train_letter_probes(
     with torch.enable_grad():
         for epoch in range(epochs):
             optimizer.param_groups[0]["lr"] = 1e-2 * (1e-5 / 1e-2) ** (epoch / epochs)
-            for index_B in torch.randperm(len(answer_NL), generator=generator).to(device).split(batch):
+            order_N = torch.randperm(len(answer_NL), generator=generator)
+            for index_B in copy_to_device(order_N, device).split(batch):
                 logits_BL = rows.matmul(index_B, weight_LD) + bias_L
                 loss = functional.binary_cross_entropy_with_logits(
                     logits_BL, answer_NL[index_B], pos_weight=weight_of_positives_L

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...cache.context_format import ContextFormat
+from ...common.device import copy_to_device
 from ...common.errors import UsageError
 from ...common.special_tokens import special_token_ids
 from ...harvest.model import LanguageModel
@@ -84,7 +85,8 @@ class MultipleChoiceModel:
             for row, i in enumerate(batch):
                 ids_NS[row, : len(prompts[i])] = torch.tensor(prompts[i])
             last_N = torch.tensor([len(prompts[i]) - 1 for i in batch])
-            yield batch, ids_NS.to(self.model.device), last_N.to(self.model.device)
+            device = self.model.device
+            yield batch, copy_to_device(ids_NS, device), copy_to_device(last_N, device)
 
     def pick(self, logits: Tensor) -> Tensor:
         """From logits (..., V), the choice (...,) whose letter is the most probable, with or without a leading space.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...cache.outliers import outlier_mask
+from ...common.device import copy_to_device
 from ...common.special_tokens import turn_markers
 from ...harvest.model import LanguageModel
 from ..context import EvalContext
@@ -111,9 +112,10 @@ def firing_frequencies(
     done = 0
     for ids_NS, counted_NS in zip(forward_batches(rows.ids), forward_batches(rows.counted), strict=True):
         tokens += int(counted_NS.sum())
-        activations = model.capture_hooks(ids_NS.to(model.device), hooks)
+        activations = model.capture_hooks(copy_to_device(ids_NS, model.device), hooks)
+        counted_NS = copy_to_device(counted_NS, model.device)
         for i, target in enumerate(targets):
-            x_TD = activations[target.hook][counted_NS.to(model.device)]
+            x_TD = activations[target.hook][counted_NS]
             outlier_T = outlier_mask(x_TD, target.norm_limit)
             outliers[i] += int(outlier_T.sum())
             for x_BD in x_TD[~outlier_T].split(TOKENS_PER_ENCODE):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...cache.layout import Hook
 from ...cache.outliers import outlier_mask
+from ...common.device import copy_to_device
 from ...common.errors import UsageError
 from ...common.files import digest_of
 from ..context import EvalContext
@@ -99,9 +100,9 @@ def pool_latents(sae: SAELike, rows: TextRows, device: torch.device) -> PooledLa
     zero_F = sae.encode(torch.zeros(1, rows.x_TD.shape[1], device=device))[0].float().cpu()
     sum_NF = torch.zeros(len(rows), len(zero_F))
     for texts, x_TD, text_T in rows.batches(tokens_per_encode(len(zero_F), device)):
-        f_TF = encode_finite(sae, x_TD.to(device))
+        f_TF = encode_finite(sae, copy_to_device(x_TD, device))
         part_NF = torch.zeros(texts.stop - texts.start, f_TF.shape[1], device=device)
-        sum_NF[texts] = part_NF.index_add_(0, text_T.to(device), f_TF).cpu()
+        sum_NF[texts] = part_NF.index_add_(0, copy_to_device(text_T, device), f_TF).cpu()
     return PooledLatents(sum_NF, rows.count_N, zero_F)
 
 
@@ -145,7 +146,7 @@ def capture_rows(
             tokens = torch.tensor(ids[text])
             ids_NS[row, : len(tokens)] = tokens
             counted_NS[row, : len(tokens)] = ctx.context_format.counted(tokens)
-        for hook, x_NSD in ctx.model.capture_hooks(ids_NS.to(ctx.model.device), hooks).items():
+        for hook, x_NSD in ctx.model.capture_hooks(copy_to_device(ids_NS, ctx.model.device), hooks).items():
             x_NSD = x_NSD.cpu()
             for row, text in enumerate(batch):
                 rows[hook][text] = x_NSD[row, counted_NS[row]]

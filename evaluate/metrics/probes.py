@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...common.device import copy_to_device
 from ...common.errors import UsageError
 from ..context import EvalContext
 from ..datasets.labeled import Texts
@@ -177,7 +178,7 @@ def train_probe(
     best = BinaryProbe(linear.weight[0].detach().clone(), linear.bias.detach().clone(), 0.0)
     epochs_since_best = 0
     for _ in range(epochs):
-        for rows in torch.randperm(len(x_MD), generator=generator).to(x_MD.device).split(batch_size):
+        for rows in copy_to_device(torch.randperm(len(x_MD), generator=generator), x_MD.device).split(batch_size):
             optimizer.zero_grad()
             loss = nn.functional.binary_cross_entropy_with_logits(linear(x_MD[rows])[:, 0], label_M[rows])
             (loss + l1 * linear.weight.abs().sum() if l1 else loss).backward()

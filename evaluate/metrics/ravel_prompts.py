@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...cache.layout import Hook
+from ...common.device import copy_to_device
 from ...common.errors import UsageError
 from ...common.files import digest_of
 from ...common.tokenizers import is_fast
@@ -136,7 +137,7 @@ def pad_prompts(prompts: Sequence[FactPrompt], pad: int, device: torch.device, l
         is_token_NS[row, place] = True
     end_N = torch.full_like(lengths_N, width) if left else lengths_N
     entity_N = end_N + torch.tensor([prompt.position for prompt in prompts])
-    return PaddedPrompts(*(part.to(device) for part in (ids_NS, is_token_NS, entity_N, end_N - 1)))
+    return PaddedPrompts(*(copy_to_device(part, device) for part in (ids_NS, is_token_NS, entity_N, end_N - 1)))
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from scipy.sparse import csr_array, vstack
 from torch import Tensor
 
 from ...cache.outliers import outlier_mask
+from ...common.device import copy_to_device
 from ...common.errors import SaeError, UsageError
 from ..context import EvalContext
 from ..datasets import sae_probes as data
@@ -265,7 +266,9 @@ def balanced(label_N: np.ndarray, usable_N: np.ndarray, max_texts: int) -> np.nd
 def encode_rows(sae: SAELike, x_ND: Tensor, device: str) -> csr_array:
     """The latents (N, F) of every row. Raises SaeError for latents that are not finite."""
     parts = x_ND.split(ROWS_PER_ENCODE)
-    return vstack([csr_array(encode_finite(sae, part.to(device)).cpu().numpy()) for part in parts], format="csr")
+    return vstack(
+        [csr_array(encode_finite(sae, copy_to_device(part, device)).cpu().numpy()) for part in parts], format="csr"
+    )
 
 
 def probe_latents(

@@ -13,6 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from ...common.device import copy_to_device
 from ...common.errors import SaeError
 from .base import SAELike, encode_finite
 from .letter_probes import SparseLatents
@@ -57,7 +58,7 @@ class UnitDecoderSAE:
     def encode_batches(self, x_ND: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows and their latents in float32, at most MAX_DENSE_LATENTS latents at a time."""
         for part_ND in x_ND.split(max(1, MAX_DENSE_LATENTS // len(self.W_dec))):
-            yield part_ND, encode_finite(self.sae, part_ND.to(self.W_dec.device)) * self.norm_F
+            yield part_ND, encode_finite(self.sae, copy_to_device(part_ND, self.W_dec.device)) * self.norm_F
 
     def sparse_latents(self, x_ND: Tensor) -> SparseLatents:
         return SparseLatents.from_dense((f_NF for _, f_NF in self.encode_batches(x_ND)), len(self.W_dec))

@@ -47,6 +47,7 @@ PAGEABLE: dict[str, Callable[[], Any]] = {
     "new_tensor": lambda: x().new_tensor([1.0]),
     "copy_": lambda: x().copy_(on_cpu(2, 3)),
     "index": lambda: x()[torch.tensor([1, 0])],
+    "index by a list": lambda: x()[[1, 0]],
     "assigned at an index": lambda: x().__setitem__(torch.tensor([1, 0]), 0.0),
 }
 FREE: dict[str, Callable[[], Any]] = {

@@ -13,8 +13,6 @@ from .functions import simulated_gpu
 from .ledger import watch
 from .training import differences
 
-os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # modes of torch are of one thread, and so is the simulated GPU
-
 
 def measure(folder: Path, runs: Sequence[Path], **config: Any) -> dict[str, Any]:
     """The same metrics of copies of the same runs on both devices.

@@ -1,9 +1,11 @@
 """What never reaches an operation: torch.tensor, pinned memory, streams, and the properties of the GPU."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.cuda.amp.common
@@ -15,6 +17,7 @@ from .tensors import Dispatch, SimulatedTensor, is_pinned, on_gpu, pin
 GIB = 1 << 30
 # From numbers, or from memory that torch does not own: made on the CPU, then copied by a call that waits.
 FROM_HOST = (torch.tensor, torch.as_tensor, torch.asarray)
+INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
 
 
 class Functions(TorchFunctionMode):
@@ -28,6 +31,8 @@ class Functions(TorchFunctionMode):
             return func(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
         if func is torch.Tensor.new_tensor and isinstance(args[0], SimulatedTensor) and "device" not in kwargs:
             return torch.tensor(*args[1:], **{"dtype": args[0].dtype, **kwargs}).to(args[0].device)
+        if func in INDEXING and isinstance(args[0], SimulatedTensor):
+            return func(args[0], listed(args[1]), *args[2:])
         if func is torch.Tensor.pin_memory:
             return pin(args[0].clone())
         if func is torch.Tensor.is_pinned:
@@ -35,6 +40,13 @@ class Functions(TorchFunctionMode):
         if kwargs.get("pin_memory"):
             return pin(func(*args, **{**kwargs, "pin_memory": False}))
         return func(*args, **kwargs)
+
+
+def listed(index: Any) -> Any:
+    """An index in which lists are tensors of the CPU, from where CUDA copies them too."""
+    if isinstance(index, tuple):
+        return tuple(listed(part) for part in index)
+    return torch.tensor(index) if isinstance(index, list) else index
 
 
 class Memory:
@@ -61,6 +73,7 @@ def install() -> None:
     cuda.is_current_stream_capturing = lambda: False
     cuda.mem_get_info = lambda device=None: (Memory.free, Memory.total)
     cuda.memory_allocated = lambda device=None: 0
+    cuda.get_rng_state, cuda.set_rng_state = (lambda *_: torch.get_rng_state()), (lambda *_: None)
     cuda.empty_cache = lambda: None
     cuda.synchronize = lambda device=None: streams.current_stream().synchronize()
     cuda.Stream, cuda.Event, cuda.stream = streams.Stream, streams.Event, streams.use_stream
@@ -71,6 +84,12 @@ def install() -> None:
 
 @contextlib.contextmanager
 def simulated_gpu() -> Iterator[None]:
-    """Inside, the device "cuda" exists for this thread."""
-    with Functions(), Dispatch():
+    """Inside, the device "cuda" exists, also for the threads that are started there."""
+    run = threading.Thread.run
+
+    def run_there(thread: threading.Thread) -> None:
+        with Functions(), Dispatch():
+            run(thread)
+
+    with mock.patch.object(threading.Thread, "run", run_there), Functions(), Dispatch():
         yield

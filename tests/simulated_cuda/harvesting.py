@@ -1,7 +1,6 @@
 """A harvest on the simulated GPU, beside the same on the CPU."""
 
 import functools
-import os
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,8 +12,6 @@ from sae.harvest.run import run_harvest
 
 from .functions import simulated_gpu
 from .ledger import Ledger, watch
-
-os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # modes of torch are of one thread, and so is the simulated GPU
 
 
 def harvest(folder: Path, **config: Any) -> dict[str, Any]:

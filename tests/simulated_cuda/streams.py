@@ -80,16 +80,20 @@ class use_stream:  # noqa: N801  (in the place of torch.cuda.stream)
 
     def __enter__(self) -> None:
         if self.stream is not None:
-            _used.append(self.stream)
+            _of_thread.used = [*used_streams(), self.stream]
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         if self.stream is not None:
-            _used.pop()
+            _of_thread.used = used_streams()[:-1]
 
 
 DEFAULT = Stream(eager=True)
-_used = [DEFAULT]
+_of_thread = threading.local()
+
+
+def used_streams() -> list[Stream]:
+    return getattr(_of_thread, "used", [DEFAULT])
 
 
 def current_stream(device: object = None) -> Stream:
-    return _used[-1]
+    return used_streams()[-1]

@@ -11,7 +11,7 @@ WAITING = (
 )  # fmt: skip
 COPIES = (
     "to", "to without blocking", "to of pinned memory that blocks", "tensor", "as_tensor", "new_tensor", "copy_",
-    "index", "assigned at an index",
+    "index", "index by a list", "assigned at an index",
 )  # fmt: skip
 FREE = (
     "full", "arange", "number of the host", "fill_", "index of its own", "slice", "topk", "pinned",

@@ -1,0 +1,29 @@
+"""The tests of every metric hold on the simulated GPU too."""
+
+from pathlib import Path
+
+import pytest
+
+from .gpu import SimulatedGPU
+
+# Files of tests/evaluate/metrics, and the metrics that they measure.
+GROUPS = {
+    ("test_core.py", "test_splice_losses.py"): {"core"},
+    ("test_absorption.py",): {"absorption"},
+    ("test_stability.py",): {"core", "stability"},
+    ("test_sparse_probing.py", "test_scr.py", "test_tpp.py"): {"sparse_probing"},
+    ("test_sae_probes.py",): {"sae_probes"},
+    ("test_ravel.py",): {"ravel", "ravel_facts"},
+    ("test_unlearning.py",): {"core", "unlearning"},
+    ("test_autointerp.py", "test_local_judge.py"): {"autointerp"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("files", "metrics"), GROUPS.items())
+def test_a_metric_measures_the_same_on_a_gpu(
+    gpu: SimulatedGPU, tmp_path: Path, files: tuple[str, ...], metrics: set[str]
+) -> None:
+    found = gpu("metric_tests.run", files=files, folder=tmp_path / "tests")
+    assert found["failed"] == {} and len(found["passed"]) > 5
+    assert found["measured"].keys() == metrics
