@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ...cache.layout import Hook
+from ...common.device import copy_to_device
 from ...common.errors import SaeError
 from ...harvest.model import PrefixPass
 from ..context import EvalContext
@@ -75,7 +76,8 @@ class PairBatch:
         cls, ctx: EvalContext, prompts: Sequence[FactPrompt], pairs: Sequence[FactPair], hooks: Sequence[Hook]
     ) -> Self:
         padded = pad_prompts([prompts[pair.base] for pair in pairs], pad_id(ctx.tokenizer), ctx.model.device)
-        source_N, target_N = torch.tensor([[p.source, p.target] for p in pairs], device=ctx.model.device).T
+        indices_N2 = torch.tensor([[p.source, p.target] for p in pairs])
+        source_N, target_N = copy_to_device(indices_N2, ctx.model.device).T
         return cls(padded, ctx.model.prefix(padded.ids_NS, hooks), source_N, target_N)
 
 

@@ -3,12 +3,15 @@
 import contextlib
 import random
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
 
-from sae.cache.loader import HostToDevice, as_uint16
+from sae.cache.loader import BatchLoader, HostToDevice, as_uint16
+from sae.cache.reader import Cache
 from sae.harvest.device_copy import DeviceCopy
 
 from . import streams
@@ -62,6 +65,27 @@ def send_batches(chance: random.Random, without: str) -> list[bool]:
         compute.synchronize()
     assert len(right) == STEPS
     return right
+
+
+def wrong_batches_of_a_loader(folder: Path, count: int) -> list[int]:
+    """The batches of a cache that a step would have read wrongly, all of whose steps run after the last is queued."""
+    cache, compute = Cache(folder), streams.Stream()
+    with BatchLoader(cache, "layer_00", 64) as batches:
+        expected = [next(batches).clone() for _ in range(count)]
+    wrong: list[int] = []
+
+    def step(held: torch.Tensor, number: int) -> None:
+        if not torch.equal(held, expected[number]):
+            wrong.append(number)
+
+    with simulated_gpu(), streams.use_stream(compute):
+        with BatchLoader(cache, "layer_00", 64, device="cuda") as batches:
+            for number in range(count):
+                batch = next(batches)
+                assert isinstance(batch, SimulatedTensor)
+                compute.push(partial(step, batch.held, number))
+            compute.synchronize()
+    return wrong
 
 
 def wrong_windows(orders: int, without: str = "") -> list[int]:

@@ -2,6 +2,8 @@
 
 import pytest
 
+from sae.cache.reader import Cache
+
 from .gpu import SimulatedGPU
 
 ORDERS = 60
@@ -16,6 +18,10 @@ def test_a_step_reads_its_own_batch_however_late_the_copies_run(gpu: SimulatedGP
 )  # fmt: skip
 def test_without_one_of_the_loaders_waits_a_step_reads_another_batch(gpu: SimulatedGPU, wait: str) -> None:
     assert gpu("copies.wrong_batches", orders=10, without=wait)
+
+
+def test_the_batches_of_a_loader_are_right_for_steps_that_run_long_after(gpu: SimulatedGPU, tiny_cache: Cache) -> None:
+    assert gpu("copies.wrong_batches_of_a_loader", folder=tiny_cache.folder, count=40) == []
 
 
 def test_a_window_gets_its_own_rows_however_late_the_copies_run(gpu: SimulatedGPU) -> None:
