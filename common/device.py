@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -27,6 +28,16 @@ def resolve_device(device: str) -> str:
         gpus = f"{gpu_count} GPU{'' if gpu_count == 1 else 's'}" if gpu_count else "no GPU"
         raise UnavailableError(f"device {device} is not available: torch sees {gpus}. Use --device cpu.")
     return device
+
+
+def require_one_process(command: str) -> None:
+    """Raise UsageError if a launcher (torchrun, accelerate) has started several processes of this command."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count != "1":
+        raise UsageError(
+            f"`{command}` is one process on one GPU, and a launcher has started {count} (WORLD_SIZE). Start it without "
+            "the launcher; to use more GPUs, start a command for each, with its own --device cuda:N."
+        )
 
 
 def resolve_dtype(dtype: str, device: str) -> str:

@@ -13,6 +13,7 @@ import torch
 
 from ..cache.layout import Hook
 from ..cache.reader import Cache
+from ..common.device import require_one_process
 from ..common.errors import SaeError, UnavailableError, UsageError, did_you_mean
 from ..common.files import digest_of
 from ..harvest.architectures import check_sites, hook_width
@@ -49,8 +50,10 @@ def run_evaluation(plan: EvaluatePlan, progress: ProgressFactory = no_progress_b
     Returns the rows of all runs, each group followed by its reference rows. A metric that fails leaves its error in
     `EvalRow.errors`, and the others still run.
 
-    Raises the errors as one, with the exit code of the first, when no metric could be measured at all.
+    Raises the errors as one, with the exit code of the first, when no metric could be measured at all, and UsageError
+    if a launcher has started several processes.
     """
+    require_one_process("sae evaluate")
     rows: list[EvalRow] = []
     for group in plan.groups:
         group_rows = list(group.rows)

@@ -4,6 +4,7 @@ Besides two windows of activations, each process keeps the token ids in memory, 
 """
 
 import contextlib
+import shutil
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,7 +112,9 @@ def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
             writer, contexts = start_cache(plan)
         group.barrier()  # the tokens and the arrays' metadata are written
         if not group.is_first:
-            stack.enter_context(writer_lock(plan.folder / f".rank{group.rank}", "sae harvest", progress.say))
+            rank_folder = plan.folder / f".rank{group.rank}"
+            stack.callback(shutil.rmtree, rank_folder, ignore_errors=True)  # once its lock is released
+            stack.enter_context(writer_lock(rank_folder, "sae harvest", progress.say))
             contexts = Contexts.read(plan.folder, recorded_tokens(plan.folder))
             writer = CacheWriter(plan.folder, plan.identity, cache_layout(plan, contexts), plan.widths)
         missing = writer.missing_windows()

@@ -16,7 +16,7 @@ from ..cache.loader import BatchLoader, ResidentLoader, open_loader
 from ..cache.planned import PlannedCache
 from ..cache.reader import Cache
 from ..cache.ring import RingCache
-from ..common.device import resolve_device
+from ..common.device import require_one_process, resolve_device
 from ..common.errors import DamagedError, Interrupted, SaeError, UsageError, did_you_mean
 from ..common.escaping import quote
 from ..common.files import writer_lock
@@ -137,8 +137,9 @@ def run_training(plan: TrainPlan, progress: TrainProgress = TrainProgress()) -> 
     Raises:
         Interrupted: after Ctrl-C or SIGTERM, with checkpoints written.
         SaeError: a run failed; raised when all others are done.
-        UsageError: the plan is on a cache that has not been harvested.
+        UsageError: the plan is on a cache that has not been harvested, or a launcher has started several processes.
     """
+    require_one_process("sae train")
     if isinstance(plan.config.source, PlannedCache):
         raise UsageError(f"{plan.config.source.folder} has not been harvested yet. Harvest it, then plan again.")
     device = resolve_device(plan.config.device)

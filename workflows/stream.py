@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from ..cache.ring import RingCache
+from ..common.device import require_one_process
 from ..common.errors import UsageError
 from ..common.files import folder_bytes, free_space
 from ..common.formatting import format_bytes
@@ -98,4 +99,5 @@ def plan_streaming(config: TrainConfig, *, windows: int = WINDOWS, **harvest_opt
 
 def run_streaming(plan: StreamingPlan, progress: TrainProgress | None = None) -> None:
     """Harvest and train at the same time. Raises Interrupted after Ctrl-C, with a checkpoint of each run."""
+    require_one_process("sae train")
     train_streaming(plan.train, progress or TrainProgress(), partial(harvest_ahead, plan.harvest, plan.ring))

@@ -1,10 +1,17 @@
 """Names of devices and dtypes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from sae.common.device import resolve_device, resolve_dtype
 from sae.common.errors import UnavailableError, UsageError
+from sae.evaluate.artifacts import ArtifactCache
+from sae.evaluate.plan import EvaluateConfig, EvaluatePlan
+from sae.evaluate.run import run_evaluation
+from sae.train.plan import TrainConfig, TrainPlan
+from sae.train.run import run_training
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "mps:0", ""])
@@ -18,6 +25,19 @@ def test_a_missing_gpu_raises() -> None:
     with pytest.raises(UnavailableError, match=f"device {missing} is not available: torch sees"):
         resolve_device(missing)
     assert resolve_device("cpu") == "cpu"
+
+
+def test_a_command_of_one_process_is_refused_under_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the second process would meet the lock of the first, and the launcher would stop both."""
+    nothing = EvaluatePlan(EvaluateConfig([]), [], [], ArtifactCache(Path()))
+    run_training(TrainPlan(TrainConfig(), []))
+    assert run_evaluation(nothing) == []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    launched = "is one process on one GPU, and a launcher has started 2"
+    with pytest.raises(UsageError, match=f"`sae train` {launched}"):
+        run_training(TrainPlan(TrainConfig(), []))
+    with pytest.raises(UsageError, match=f"`sae evaluate` {launched}"):
+        run_evaluation(nothing)
 
 
 def test_auto_dtype_follows_the_device() -> None:

@@ -36,6 +36,7 @@ def send_batches(chance: random.Random, without: str) -> list[bool]:
     with streams.use_stream(compute), removed(without, compute):
         slots = [pin(torch.full((WIDTH,), -1.0)) for _ in range(SLOTS)]
         copier = HostToDevice(slots, GPU)
+        copier.stream.hurries = lambda: chance.random() < 0.3  # between late and at once
         if without == "copy waits for the step":
             copier.stream.wait_event = lambda event: None  # type: ignore[method-assign]
         free, filled, lent, right = list(range(SLOTS)), {}, None, []
@@ -103,6 +104,7 @@ def send_rows(chance: random.Random, without: str) -> bool:
     with streams.use_stream(compute), removed(without, compute):
         copy = DeviceCopy(GPU)
         assert copy.cuda_stream is not None
+        copy.cuda_stream.hurries = lambda: chance.random() < 0.3  # between late and at once
         if without == "copy waits for the pass":
             copy.cuda_stream.wait_stream = lambda other: None  # type: ignore[method-assign]
         if without == "host waits for the copy":

@@ -1,8 +1,8 @@
 """CUDA streams and events as queues of jobs that run as late as they can: when somebody waits for them.
 
 On a GPU a job runs at some time between being queued and being waited for. A missing wait shows only where the job runs
-late, so here it always does. `Stream(eager=True)` is the other extreme, and what the default stream of the simulated
-GPU is: operations compute when they are called.
+late, so here it always does. An eager stream is the other extreme, and what the default stream of the simulated GPU is:
+operations compute when they are called. `hurries` decides for each job whether it and those before it run at once.
 """
 
 import threading
@@ -15,14 +15,15 @@ _lock = threading.RLock()  # a thread of the loader drains a stream while the ca
 
 class Stream:
     def __init__(self, device: object = None, *, eager: bool = False, **_: object) -> None:
-        self.device, self.eager = device, eager
+        self.device = device
+        self.hurries: Callable[[], bool] = lambda: eager
         self.jobs: list[Job] = []
         self.done = 0
 
     def push(self, job: Job) -> None:
         with _lock:
             self.jobs.append(job)
-            if self.eager:
+            if self.hurries():
                 self.drain(len(self.jobs))
 
     def drain(self, until: int) -> None:
