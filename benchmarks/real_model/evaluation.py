@@ -9,7 +9,7 @@ benchmarks/results or --out. Every command skips what is done, so a bench that w
 training at a checkpoint, sae_probes at a data set, the other metrics at their beginning.
 
 sae_probes runs over the DATASETS of sae-probes with the shortest texts, since on a processor the texts decide how long
-it takes. Get them first, with SAE_HOME=FOLDER/standing: `sae data get sae-probes`.
+it takes, and over up to 2,000 texts of each. Get them first, with SAE_HOME=FOLDER/standing: `sae data get sae-probes`.
 """
 
 import argparse
@@ -17,8 +17,8 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -36,30 +36,18 @@ DATASETS = (  # the forty with the fewest tokens a text, as SmolLM2's tokenizer 
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
 class Bench:
-    """Runs `sae` with the home of the standing arm, and keeps how long each command took in all its attempts."""
+    """Runs `sae` with the home of the standing arm."""
 
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        self.record = home.parent / "stages" / "evaluation-seconds.json"
-        self.seconds: dict[str, float] = json.loads(self.record.read_text()) if self.record.exists() else {}
+    home: Path
 
-    def sae(self, name: str, *arguments: str | Path) -> str:
+    def sae(self, *arguments: str | Path) -> str:
         """What the command prints on stdout. Ends the bench where it ends with an error."""
-        started = time.monotonic()
-        print(f"{name:24} ...", flush=True)
-        try:
-            done = subprocess.run(
-                [sys.executable, "-P", "-m", "sae", *map(str, arguments)],
-                env=os.environ | {"SAE_HOME": str(self.home)},
-                cwd=self.home,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
-            self.record.parent.mkdir(parents=True, exist_ok=True)
-            self.record.write_text(json.dumps(self.seconds, indent=1) + "\n")
+        print("sae", *arguments[:3], "...", flush=True)
+        command = [sys.executable, "-P", "-m", "sae", *map(str, arguments)]
+        environment = os.environ | {"SAE_HOME": str(self.home), "COLUMNS": "200"}
+        done = subprocess.run(command, env=environment, cwd=self.home, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             sys.exit(f"sae {arguments[0]} ended with {done.returncode}.")
         return done.stdout
@@ -67,7 +55,7 @@ class Bench:
     def train(self, recipe: str, asked: argparse.Namespace) -> None:
         seeds = [option for seed in asked.seed for option in ("--seed", str(seed))]
         self.sae(
-            f"train {recipe}", "train", "--variant", recipe, "--layer", asked.layer, "--width", "4x", "--l0", asked.l0,
+            "train", "--variant", recipe, "--layer", asked.layer, "--width", "4x", "--l0", asked.l0,
             "--steps", asked.steps, "--batch-size", "1024", "--checkpoint-every", "250", *seeds,
         )  # fmt: skip
 
@@ -91,6 +79,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--l0", type=float, default=32.0)
     parser.add_argument("--absorption-words", type=int, default=6000, help="words of the absorption metric; 0 is all")
     parser.add_argument("--dataset", nargs="+", default=list(map(str, DATASETS)), help="numbers or names of data sets")
+    parser.add_argument("--max-texts", type=int, default=2000, help="of a data set")
     parser.add_argument("--against", default="topk")
     parser.add_argument("--skip", nargs="+", default=[], help="metrics to leave out")
     parser.add_argument("--note", default="", help="a sentence for the page of results")
@@ -98,14 +87,14 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def page(asked: argparse.Namespace, seconds: dict[str, float], table: str) -> str:
-    lines = "\n".join(f"| {name} | {spent:,.0f} |" for name, spent in seconds.items())
+def page(asked: argparse.Namespace, table: str) -> str:
     seeds, numbers = (", ".join(map(str, some)) for some in (asked.seed, asked.dataset))
     about = (
         f"`python benchmarks/real_model/evaluation.py`: {', '.join(RECIPES)} and the controls {', '.join(CONTROLS)}, "
         f"whose architecture is batchtopk; seeds {seeds}. Layer {asked.layer}, four times as wide as the model, `--l0 "
         f"{asked.l0:g}`, {asked.steps:,} steps of 1,024 rows. Absorption on {asked.absorption_words or 'all'} words; "
-        f"sae_probes in its normal setting on {len(asked.dataset)} data sets (numbers {numbers}). "
+        f"sae_probes in its normal setting on {len(asked.dataset)} data sets, of each up to {asked.max_texts:,} texts "
+        f"(numbers {numbers}). "
         f"{machine('transformers', 'scikit-learn')}. {asked.note}"
     )
     return f"""# Evaluation on a real model, {date.today().isoformat()}: {LABEL}
@@ -115,12 +104,6 @@ def page(asked: argparse.Namespace, seconds: dict[str, float], table: str) -> st
 ```
 {table.rstrip()}
 ```
-
-## Seconds of each command, over all attempts
-
-| command | s |
-|---|---|
-{lines}
 """
 
 
@@ -128,11 +111,14 @@ def measure(bench: Bench, runs: Sequence[Path], asked: argparse.Namespace) -> No
     options = {
         "core": [], "stability": [],
         "absorption": ["--set", f"absorption.words={asked.absorption_words}"],
-        "sae_probes": ["--set", f"sae_probes.datasets={','.join(asked.dataset)}"],
+        "sae_probes": [
+            "--set", f"sae_probes.datasets={','.join(asked.dataset)}",
+            "--set", f"sae_probes.max_texts={asked.max_texts}",
+        ],
     }  # fmt: skip
     for metric, extra in options.items():
         if metric not in asked.skip:
-            bench.sae(metric, "evaluate", *runs, "--suite", metric, *extra)
+            bench.sae("evaluate", "--suite", metric, *runs, *extra)
 
 
 def main() -> None:
@@ -145,11 +131,10 @@ def main() -> None:
         bench.train(recipe, asked)
     runs = bench.runs(asked)
     measure(bench, runs, asked)
-    os.environ["COLUMNS"] = "200"
     name = asked.out / f"{date.today().isoformat()}-evaluation-real-model"
-    table = bench.sae("compare", "compare", *runs, "--against", asked.against, "--out", home / "evaluation.html")
+    table = bench.sae("compare", *runs, "--against", asked.against, "--out", home / "evaluation.html")
     asked.out.mkdir(parents=True, exist_ok=True)
-    name.with_suffix(".md").write_text(page(asked, bench.seconds, table))
+    name.with_suffix(".md").write_text(page(asked, table))
     print(table)
 
 
