@@ -168,13 +168,14 @@ class SAEStatistics:
             "batch_error": error.mean(),
             "batch_square": norm_in.square().mean(),
         }
-        for name, values in (per_token | per_batch).items():
-            self.sums[name] += float(values.sum())
+        summed = per_token | per_batch | {"not_finite": ~recon_TD.isfinite().all(-1)}
+        totals = torch.stack([values.sum().double() for values in summed.values()]).tolist()  # waits for a GPU once
+        for name, total in zip(summed, totals, strict=True):
+            self.sums[name] += total
         sums = torch.zeros(contexts, len(PER_CONTEXT), dtype=torch.float64)
         columns = torch.stack([per_token[name] for name in PER_CONTEXT], 1)
         self.per_context.append(sums.index_add_(0, context_T.cpu(), columns.cpu()))
         self.sums["x"] += x_TD.double().sum(0)
-        self.sums["not_finite"] += float((~recon_TD.isfinite().all(-1)).sum())
         self.tokens += len(error)
         self.batches += 1
 

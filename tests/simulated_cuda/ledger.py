@@ -29,10 +29,9 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """The entries of one watch; operations are counted, not listed."""
+    """The entries of one watch."""
 
     entries: list[Entry] = field(default_factory=list)
-    operations: int = 0
 
     @property
     def waits(self) -> list[str]:
@@ -63,11 +62,6 @@ def note(kind: str, what: str) -> None:
         entry = Entry(kind, what, line())
         for ledger in _open:
             ledger.entries.append(entry)
-
-
-def count() -> None:
-    for ledger in _open:
-        ledger.operations += 1
 
 
 def line() -> str:

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
 from . import streams
-from .ledger import PAGEABLE, QUEUED, READ, count, line, note
+from .ledger import PAGEABLE, QUEUED, READ, line, note
 
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
 # Operations whose CUDA kernels wait for a value: for a size, for a check of their input, or for what a solver reports.
@@ -129,12 +129,10 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     makes = "device" in kwargs and name != "_to_copy"
     to_gpu = on_gpu(kwargs["device"]) if makes and kwargs["device"] is not None else bool(ours)
     if name in SPECIAL and (ours or on_gpu(kwargs.get("device"))):
-        count()
         return SPECIAL[name](func, args, kwargs)
     if not ours and not to_gpu:
         result = func(*args, **kwargs)
         return pin(result) if kwargs.get("pin_memory") else result
-    count()
     check_generator(args, kwargs)
     if makes:
         kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"} | {"device": CPU}

@@ -18,7 +18,10 @@ GROUPS = {
     ("test_autointerp.py", "test_local_judge.py"): {"autointerp"},
 }
 # Tests that put a tensor of their own, on the CPU, into what is measured.
-OF_THE_CPU = ("test_outlier_rows_are_left_out_and_saebench_s_number_counts_them",)
+OF_THE_CPU = (
+    "test_outlier_rows_are_left_out_and_saebench_s_number_counts_them",
+    "test_the_latent_of_a_class_is_found_and_separates_it",
+)
 
 
 @pytest.mark.slow

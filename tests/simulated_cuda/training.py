@@ -22,7 +22,7 @@ from sae.train.variant import RunConfig
 from .functions import simulated_gpu
 from .ledger import watch
 
-D_IN, D_SAE, BATCH, STEPS = 16, 128, 32, 5
+D_IN, D_SAE, BATCH, STEPS = 16, 128, 32, 4
 NEVER = 1 << 40
 
 
@@ -38,7 +38,7 @@ def walk(
 
     `sparse` says whether products with few latents are sparse; without `autocast` the arithmetic of the two is the
     same. Returns what made the host wait in a step (`waits`), and for each number or tensor by which the two ended
-    apart the difference as a share of the CPU's largest (`apart`).
+    apart the difference as a share of the CPU's largest (`apart`), and with how many dead latents it worked (`dead`).
     """
     with same_arithmetic(sparse, autocast), tempfile.TemporaryDirectory() as folder:
         cpu = Walk(recipe, options, paper_exact, d_sae, "cpu", Path(folder) / "cpu")
@@ -46,7 +46,7 @@ def walk(
         with simulated_gpu():
             gpu = Walk(recipe, options, paper_exact, d_sae, "cuda", Path(folder) / "cuda")
             found = gpu.run()
-    return {"waits": gpu.waits, "operations": gpu.operations, "apart": differences(expected, found)}
+    return {"waits": gpu.waits, "dead": gpu.dead, "apart": differences(expected, found)}
 
 
 @contextlib.contextmanager
@@ -78,14 +78,15 @@ class Walk:
         self.config = RunConfig(D_IN, d_sae, 30, BATCH, paper_exact=paper_exact, variance=24.0)
         self.device, self.folder = device, folder
         self.waits: list[str] = []
-        self.operations = 0
+        self.dead = 0  # latents that AuxK had to work with
 
     def new_trainer(self) -> Trainer:
-        """Periodic mechanisms act every second step, and latents are dead after a silent batch."""
+        """Periodic mechanisms act every second step. Latents are dead after a silent batch, and some start silent."""
         torch.manual_seed(0)
         recipe = find_recipe(self.recipe)
         variant = recipe.make(self.config, parse_options(list(self.options), [recipe])[self.recipe])
         variant.dead.after_tokens = BATCH
+        variant.sae.b_enc.data[:16] = -0.4
         for mechanism in variant.mechanisms:
             if mechanism.every:
                 mechanism.every = min(mechanism.every, 2)
@@ -102,7 +103,7 @@ class Walk:
             with watch() as seen:
                 step = trainer.step(x_BD)
             self.waits += [wait for wait in seen.waits if wait not in self.waits]
-            self.operations += seen.operations
+            self.dead = max(self.dead, int(trainer.variant.dead.real_A.sum()))
             trainer.run_periodic(number, step)
         metrics = trainer.pop_metrics()
         save_checkpoint(trainer, self.folder, STEPS)
