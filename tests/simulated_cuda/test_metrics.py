@@ -16,6 +16,7 @@ GROUPS = {
     ("test_ravel.py",): {"ravel", "ravel_facts"},
     ("test_unlearning.py",): {"core", "unlearning"},
     ("test_autointerp.py", "test_local_judge.py"): {"autointerp"},
+    ("test_saebench_core.py", "test_saebench_scr_tpp.py"): {"core", "scr", "tpp"},
 }
 # Tests that put a tensor of their own, on the CPU, into what is measured.
 OF_THE_CPU = (
