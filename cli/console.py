@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 SECONDS_PER_LINE = 10  # between the progress lines that replace the bar where stderr is not a terminal
 TABLE_WIDTH = 200  # where stdout is not a terminal
 BROKEN_PIPE = 141
+LOWER = (
+    "Everything committed is safe. Use a smaller --window, --context or --batch-contexts (harvest), --accumulate or "
+    "--batch-size (train), or fewer runs in one command (evaluate)."
+)
 
 QUIET = int(os.environ.get("RANK", "0")) > 0  # of several launched processes only the first prints
 
@@ -88,7 +92,7 @@ def warnings_as_notes() -> Iterator[None]:
 
 
 def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    from ..common.errors import SaeError
+    from ..common.errors import SaeError, first_line
     from ..common.files import os_error
     from ..common.open_files import explaining_files_limit, raise_files_limit
     from ..common.packages import outdated_packages
@@ -106,9 +110,6 @@ def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: di
             ignore_interrupts()
         print_line(error_line(error), err=True)
         raise typer.Exit(error.exit_code) from None
-    except MemoryError as error:
-        echo(f"error: Out of memory: {error}. Use a smaller --window or --context; everything committed is safe.")
-        raise typer.Exit(4) from None
     except UnicodeEncodeError as error:
         if not any("\ud800" <= character <= "\udfff" for character in str(error.object)):
             raise
@@ -126,6 +127,11 @@ def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: di
             echo(f"error: {error.strerror or error}. Free space, or check the pipe.")
         raise typer.Exit(4) from None
     except Exception as error:
+        from ..common.memory import out_of_memory
+
+        if out_of_memory(error):
+            echo(f"error: Out of memory: {first_line(error).rstrip('.')}. {LOWER}")
+            raise typer.Exit(4) from None
         if not outdated:
             raise
         echo(f"error: {type(error).__name__}: {error}. Install what the note above names, and try again.")

@@ -26,7 +26,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..train.plan import Run, TrainConfig, TrainPlan
-    from ..train.run import TrainProgress
+    from ..train.progress import TrainProgress
 
 DATA = "Data and batches"
 STREAM_FLAGS = {"windows": "ring", "max_norm": "max-norm"}  # option of `plan_streaming` -> its flag, if it differs
@@ -84,6 +84,15 @@ def train(
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Tokens per batch. Default: the recipe's.", rich_help_panel=DATA)
+    ] = None,
+    accumulate: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Compute each batch in N equal parts: less memory, the same result but for rounding.",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     shuffle_seed: Annotated[
         int,
@@ -175,6 +184,7 @@ def train(
         model=model,
         steps=steps,
         batch_size=batch_size,
+        accumulate=accumulate,
         width=width,
         l0=l0 or (),
         paper_exact=paper_exact,
@@ -231,7 +241,8 @@ def run_streaming(config: "TrainConfig", harvest_options: Mapping[str, Any], dry
 def execute(plan: "TrainPlan", run: "Callable[[TrainProgress], None] | None" = None, *, table: bool = True) -> None:
     """Train the runs of a plan with a bar, by `run` if it is given, and print their last metrics as a `table`."""
     from ..train.loggers import Loggers
-    from ..train.run import TrainProgress, run_training
+    from ..train.progress import TrainProgress
+    from ..train.run import run_training
 
     started = time.monotonic()
     latest: dict[str, dict[str, float]] = {}

@@ -1,10 +1,8 @@
-"""Devices, dtypes and memory."""
+"""Devices and dtypes."""
 
 import contextlib
 import ctypes
-import math
 import os
-from pathlib import Path
 
 import torch
 
@@ -65,16 +63,6 @@ def empty_gpu_cache(device: torch.device | str) -> None:
     """Return the memory that torch's allocator caches to the GPU; does nothing on a CPU."""
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
-
-
-def available_memory(device: str) -> float:
-    """Bytes of memory available on the device; infinity if the system does not say (only Linux does, for a CPU)."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return 1024 * float(lines.get("MemAvailable", "inf kB").split()[0])
-    return math.inf
 
 
 def keep_freed_memory() -> None:

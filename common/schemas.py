@@ -206,7 +206,7 @@ class ImportCheck(TypedDict):
 class RunRecord(TypedDict):
     """run.json
 
-    Everything from `variant` to `compiled` decides the result. The run folder's name ends with the first 6 digits of
+    Everything from `variant` to `accumulate` decides the result. The run folder's name ends with the first 6 digits of
     the digest of these fields.
     """
 
@@ -225,6 +225,13 @@ class RunRecord(TypedDict):
     literal: NotRequired[Annotated[bool, Meta(description="--paper-exact")]]
     cache: NotRequired[Annotated[Sha256, Meta(description="over everything that decides the rows")]]
     compiled: NotRequired[Annotated[bool, Meta(description="--compile")]]
+    accumulate: NotRequired[Annotated[int, Meta(ge=2, description="--accumulate it began with; absent: 1")]]
+    accumulate_since: NotRequired[
+        Annotated[
+            list[tuple[Count, Size]],
+            Meta(description="step -> --accumulate from there on, if a resumed run was given another"),
+        ]
+    ]
     resolved: NotRequired[Annotated[dict[str, Any], Meta(description="every option, given or default")]]
     paper: NotRequired[str]
     cache_folders: NotRequired[Annotated[list[str], Meta(min_length=1)]]

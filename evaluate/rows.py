@@ -16,7 +16,17 @@ from .metrics.base import EvalTarget, Metric, MetricResult
 from .metrics.registry import caveats
 
 # Keys of run.json that do not affect the weights: runs of one recipe can come from several commands and machines.
-IGNORED_KEYS = ("seed", "asked", "device", "environment", "versions", "threads", "cache_folders")
+IGNORED_KEYS = (
+    "seed",
+    "asked",
+    "device",
+    "environment",
+    "versions",
+    "threads",
+    "cache_folders",
+    "accumulate",
+    "accumulate_since",
+)
 NEAR_L0 = 1.1  # a PCA of up to this many times as many components as an SAE's L0 is one of equal L0
 
 

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,8 +14,9 @@ import torch
 from ..cache.layout import Hook
 from ..cache.reader import Cache
 from ..common.device import require_one_process
-from ..common.errors import SaeError, UnavailableError, UsageError, did_you_mean
+from ..common.errors import SaeError, UnavailableError, UsageError, did_you_mean, first_line
 from ..common.files import digest_of
+from ..common.memory import out_of_memory, release
 from ..harvest.architectures import check_sites, hook_width
 from .compare import summary_columns
 from .context import EvalContext
@@ -60,7 +61,10 @@ def run_evaluation(plan: EvaluatePlan, progress: ProgressFactory = no_progress_b
         if plan.config.references:
             try:
                 group_rows += reference_rows(group)
-            except UnavailableError as error:  # for example a read-only folder
+            except Exception as error:
+                if not (isinstance(error, UnavailableError) or out_of_memory(error)):
+                    raise
+                # For example a read-only folder, or a PCA that does not fit.
                 plan.notes.append(f"The reference rows (identity, zero, PCA, random dictionary) are left out: {error}")
         group_rows += control_rows(group, plan.config.controls)
         for metric in plan.metrics:
@@ -287,6 +291,17 @@ def reference_rows(group: EvalGroup) -> list[EvalRow]:
     return rows
 
 
+def describe_running_out(metric: Metric, group: EvalGroup, error: BaseException) -> str:
+    """What a metric ran out of, and what to lower."""
+    sizes = [name for name in ("batch_contexts", "tokens") if name in {field.name for field in fields(metric)}]
+    smaller = [f"a smaller --set {metric.name}.{name}" for name in sizes]
+    ways = [*smaller, "fewer runs in one command", "--no-references", "a smaller model (--dtype bfloat16)"]
+    return (
+        f"{group.ctx.device} is out of memory ({first_line(error).rstrip('.')}). Results of other metrics are kept; "
+        f"measure {metric.name} again with {', '.join(ways[:-1])} or {ways[-1]}."
+    )
+
+
 def measure(metric: Metric, group: EvalGroup, rows: Sequence[EvalRow], progress: ProgressFactory) -> None:
     """Measure one metric for all rows that lack it, in one pass."""
     pending = group.pending(metric.name, rows)
@@ -299,8 +314,12 @@ def measure(metric: Metric, group: EvalGroup, rows: Sequence[EvalRow], progress:
             outcomes = metric.measure_both(group.ctx, together, report)[: len(pending)]
     except SaeError as error:
         outcomes = [error] * len(pending)
-    except torch.OutOfMemoryError as error:
-        outcomes = [SaeError(f"The device is out of memory: {error}")] * len(pending)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        failure = UnavailableError(describe_running_out(metric, group, error))
+        release(error, group.ctx.device)  # the next metric has the memory
+        outcomes = [failure] * len(pending)
     for row, outcome in zip(pending, outcomes, strict=True):
         if isinstance(outcome, SaeError):
             row.errors[metric.name] = outcome

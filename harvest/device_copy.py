@@ -61,10 +61,3 @@ def scatter(rows: Mapping[str, Tensor], target: np.ndarray, bits: Mapping[str, n
     """bits[name][target] = rows[name], as bits of bfloat16."""
     for name, x in rows.items():
         bits[name][target] = as_uint16(x)
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error means that the device or the host has run out of memory."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        message in str(error) for message in ("can't allocate memory", "ALLOC_FAILED")
-    )

@@ -15,9 +15,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..common.errors import DamagedError, SaeError, UnavailableError, UsageError
+from ..common.memory import out_of_memory
 from . import mini
 from .dataset_reader import is_network_error
-from .device_copy import out_of_memory
 
 LONGEST_TEXT = 300  # characters of a foreign error's text in a message
 OWN_ERRORS = (SaeError, KeyboardInterrupt, SystemExit, GeneratorExit)

@@ -20,7 +20,8 @@ from ..cache.writer import CacheWriter, WindowRows
 from ..common.device import copy_to_device, empty_gpu_cache
 from ..common.environment import source_revision
 from ..common.errors import Interrupted, SaeError, UnavailableError
-from .device_copy import DeviceCopy, out_of_memory
+from ..common.memory import out_of_memory
+from .device_copy import DeviceCopy
 from .model import LanguageModel
 from .plan import HarvestPlan
 from .progress import HarvestProgress
@@ -152,9 +153,12 @@ class WindowComputer:
                     f"Not even one context of {self.plan.config.context} tokens fits into the memory of "
                     f"{self.model.device}. Use a smaller --context, --dtype bfloat16, or a larger device."
                 )
+            before = self.batch_contexts
             self.batch_contexts //= 2
             self.progress.say(
-                f"{self.model.device} is out of memory: continuing with {self.batch_contexts} contexts per pass."
+                f"{self.model.device} is out of memory: continuing with {self.batch_contexts} contexts per pass. Its "
+                f"rows can differ from those of {before} in the last bit; commits/ records which. To have all alike, "
+                f"harvest into another --out with --batch-contexts {self.batch_contexts}."
             )
             self.device_copy.drop()
             empty_gpu_cache(self.model.device)

@@ -15,6 +15,7 @@ class Activation(nn.Module):
     registry: ClassVar[dict[str, type["Activation"]]] = {}
     name: ClassVar[str]
     sees_input: ClassVar[bool] = False  # whether forward takes (z_BF, x_BD), as a router does
+    undivided: str = ""  # why tokens cannot be encoded in parts of a batch, as a sentence without its end
 
     def __init_subclass__(cls, *, name: str = "") -> None:
         if not name:
@@ -54,6 +55,8 @@ class KeepTopK(Activation):
     """
 
     now: Tensor | None  # () float32; part of the training state, not saved with an SAE
+    over_batch: ClassVar[bool] = False  # whether it chooses among the latents of all tokens
+    cut: Tensor | None = None  # () of a batch in parts: the smallest pre-activation that it keeps
 
     def __init__(self, k: float) -> None:
         super().__init__(k=k)
@@ -71,6 +74,10 @@ class KeepTopK(Activation):
     def forward(self, z_BF: Tensor) -> Tensor:
         flat_index_N = self.select(z_BF.detach().reshape(-1, z_BF.shape[-1]))
         return sparse_ops.scatter_latents(z_BF.flatten().index_select(0, flat_index_N).relu(), flat_index_N, z_BF)
+
+    def set_cut(self, parts: Iterable[Tensor], tokens: int) -> None:
+        """Set `cut` from the pre-activations of the parts of a batch, which are computed one after the other."""
+        raise NotImplementedError
 
     def annealed(self, z: Tensor, tokens: int) -> Tensor:
         """Keep the positive latents among the largest `now * tokens` of each row of z (..., n); the others are zero."""
@@ -119,10 +126,23 @@ class BatchTopK(KeepTopK, name="batchtopk"):
     """
 
     threshold: Tensor  # ()
+    over_batch = True
 
     def __init__(self, k: float) -> None:
         super().__init__(k)
         self.register_buffer("threshold", torch.zeros(()))
+
+    def set_cut(self, parts: Iterable[Tensor], tokens: int) -> None:
+        largest = None
+        for z_BF in parts:
+            z = z_BF.flatten() if largest is None else torch.cat([z_BF.flatten(), largest])
+            largest = z.topk(min(int(self.max_k * tokens), len(z))).values
+        assert largest is not None
+        if self.anneals:
+            assert self.now is not None
+            self.cut = largest.gather(0, (self.now * tokens).floor().long().clamp(1, len(largest))[None] - 1)[0]
+        else:
+            self.cut = largest[int(self.k * tokens) - 1]
 
     def select(self, z_BF: Tensor) -> Tensor:
         return z_BF.flatten().topk(int(self.k * len(z_BF)), sorted=False).indices.sort().values
@@ -130,6 +150,8 @@ class BatchTopK(KeepTopK, name="batchtopk"):
     def forward(self, z_BF: Tensor) -> Tensor:
         if not self.training:
             return z_BF.relu() * (z_BF > self.threshold)
+        if self.cut is not None:
+            return z_BF.relu() * (z_BF >= self.cut)
         if self.anneals:
             return self.annealed(z_BF.flatten(), z_BF.shape[:-1].numel()).view_as(z_BF)
         return super().forward(z_BF)

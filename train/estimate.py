@@ -8,34 +8,22 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ..common.device import available_memory, empty_gpu_cache, resolve_device
+from ..common.device import empty_gpu_cache, resolve_device
 from ..common.errors import UnavailableError, UsageError
 from ..common.files import existing_parent, folder_bytes, free_space
 from ..common.formatting import format_bytes, format_count, format_duration
+from ..common.memory import available_memory
 from .checkpoint import KEPT
 from .loop import Trainer
-from .recipe import Recipe
-from .variant import RunConfig, Variant
+from .memory import BuildableRun, run_memory, state_bytes, tensor_bytes, untrained_variant
+from .passes import describe_memory
+from .variant import RunConfig
 
 TIMED_STEPS, TIMED_SECONDS = 5, 1.0  # a step is timed this often, or until this much time is spent
 OPERATIONS = 10  # multiplications and additions of a step for each row and weight of W_enc, at least
 MAX_OPERATIONS = {"cpu": 2e11, "cuda": 1e14}  # in a timed step: a second or two
 MAX_LATENTS = {"cpu": 3e7, "cuda": 3e9}  # elements of f_BF in a timed step
 MEMORY_SHARE = 0.5  # of the free memory that timing may use
-LATENT_TENSORS = 6  # tensors of the size of f_BF in a step, about; half as many of the size of all pairs of latents
-
-
-class BuildableRun(Protocol):
-    """What a variant is built from; `plan.Run` is one."""
-
-    @property
-    def recipe(self) -> Recipe: ...
-    @property
-    def options(self) -> Mapping[str, Any]: ...
-    @property
-    def stored(self) -> Mapping[str, Any] | None: ...
-    @property
-    def config(self) -> RunConfig: ...
 
 
 class RunInFolder(BuildableRun, Protocol):
@@ -57,14 +45,7 @@ class RunBytes(NamedTuple):
 
 def run_bytes(run: BuildableRun) -> RunBytes:
     variant = untrained_variant(run, "meta")
-    weights, buffers = tensor_bytes(variant)
-    trained = sum(p.nbytes for p in variant.parameters() if p.requires_grad)
-    return RunBytes(tensor_bytes(variant.sae)[0], weights + 2 * trained + buffers)
-
-
-def tensor_bytes(module: torch.nn.Module) -> tuple[int, int]:
-    """Bytes of a module's parameters, and of its buffers."""
-    return sum(p.nbytes for p in module.parameters()), sum(b.nbytes for b in module.buffers())
+    return RunBytes(tensor_bytes(variant.sae)[0], state_bytes(variant))
 
 
 def check_disk_space(runs: Iterable[RunInFolder], reserved: Mapping[Path, float] = {}) -> None:
@@ -120,25 +101,17 @@ def timed_rows(config: RunConfig, device: str) -> int:
     return max(1, min(config.batch_size, int(limit)))
 
 
-def step_memory_bytes(run: BuildableRun, device: str) -> float:
-    """Approximate bytes of a timed step: state, gradients, tensors of latents and of pairs of latents."""
-    config, variant = run.config, untrained_variant(run, "meta")
-    weights, buffers = tensor_bytes(variant)
-    latents = timed_rows(config, device) * config.d_sae
-    pairs = config.d_sae**2 / 2 if any(term.all_pairs for term in variant.terms.values()) else 0
-    return 4 * weights + buffers + 4 * LATENT_TENSORS * (latents + pairs)
-
-
 def step_seconds(run: BuildableRun, device: str) -> float:
     """The time of one step, measured on random rows. A batch that would take seconds is timed in part.
 
     Raises UnavailableError if timing would take more than half of the free memory.
     """
     config, rows = run.config, timed_rows(run.config, device)
-    needed, available = step_memory_bytes(run, device), available_memory(device)
+    memory, available = run_memory(run, device, rows), available_memory(device)
+    needed = memory.state + memory.step
     if needed > MEMORY_SHARE * available:
         raise UnavailableError(
-            f"not timed: a step of {run.recipe.name} takes {format_bytes(needed)} or more, "
+            f"not timed: a step of {run.recipe.name} takes {format_bytes(needed)}, "
             f"and {device} has {format_bytes(available)} of memory free"
         )
     trainer = Trainer(untrained_variant(run, device), config.steps, device)
@@ -177,12 +150,6 @@ def training_seconds(runs: Iterable[BuildableRun], device: str) -> float:
     return sum(len(same) * same[0].config.steps * step_seconds(same[0], device) for same in alike.values())
 
 
-def untrained_variant(run: BuildableRun, device: str) -> Variant:
-    """The untrained variant of a run. The device "meta" allocates nothing."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta") if device == "meta" else torch.device("cpu"):
-        return run.recipe.make(run.config, run.options, run.stored).to(device)
-
-
 def describe_size(runs: Sequence[BuildableRun], folder: Path) -> str:
     """The line of a plan that says what the runs will leave on the disk of `folder`."""
     size = format_bytes(sum(run_bytes(run).folder for run in runs))
@@ -192,16 +159,12 @@ def describe_size(runs: Sequence[BuildableRun], folder: Path) -> str:
 def describe_time(passes: Sequence[Sequence[BuildableRun]], device: str) -> list[str]:
     """The lines of a plan that say what training takes on the device: memory and time. Runs a few steps per recipe.
 
-    `passes` lists the runs that are on the device together, as `plan.group_by_pass` returns them.
+    `passes` lists the runs that are on the device together, as `TrainPlan.passes` does.
     """
     device = resolve_device(device)
-    memory = format_bytes(max(sum(run_bytes(run).state for run in runs) for runs in passes))
     try:
         seconds = training_seconds([run for runs in passes for run in runs], device)
         duration = f"about {format_duration(seconds)} of training on {device}, from timing a few steps of each recipe"
     except UnavailableError as error:
         duration = str(error)
-    return [
-        f"memory   {memory} of weights and AdamW's moments on {device}, plus what a step needs",
-        f"time     {duration}",
-    ]
+    return [describe_memory(passes, device), f"time     {duration}"]

@@ -2,10 +2,13 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from .accumulate import run_in_parts
+from .optimizer import clip_gradients, make_optimizer
 from .step import Step
 from .variant import Variant
 
@@ -23,10 +26,14 @@ def train_loop(
 
 
 class Trainer:
-    """Trains one variant on its device. Checkpoints hold the variant, the optimizer, `i` and `failed_at`."""
+    """Trains one variant on its device. Checkpoints hold the variant, the optimizer, `i` and `failed_at`.
 
-    def __init__(self, variant: Variant, steps: int, device: str) -> None:
-        self.variant, self.steps, self.device = variant, steps, device
+    With `parts` each batch is computed in so many (`--accumulate`), one after the other.
+    """
+
+    def __init__(self, variant: Variant, steps: int, device: str, parts: int = 1) -> None:
+        self.variant, self.steps, self.device, self.parts = variant, steps, device, parts
+        self.changing = False  # whether a step has begun to change the state, and has not ended
         self.i = torch.zeros((), dtype=torch.int64, device=device)  # index of the next step
         # The first step with a non-finite loss or gradient; -1: none.
         self.failed_at = torch.full((), -1, dtype=torch.int64, device=device)
@@ -37,16 +44,15 @@ class Trainer:
     def step(self, x_BD: Tensor) -> Step:
         """One optimization step on raw activations (B, d_in). Reads no value back to the host."""
         variant, optimizer = self.variant, self.optimizer
-        with autocast(self.device):
-            step, losses = self.forward_losses(x_BD)
+        step, losses = self.backward(x_BD)
         loss = torch.stack(list(losses.values())).sum()
-        loss.backward()
         with torch.no_grad():
             for mechanism in variant.mechanisms:
                 mechanism.after_backward(step)
             grad_norm = clip_gradients(variant, variant.optimization.clip)
             self._skip_update_unless_finite(loss + grad_norm)
             optimizer.param_groups[0]["lr"].copy_(variant.optimization.lr_at(self.i, self.steps))
+            self.changing = True
             optimizer.step()
             for mechanism in variant.mechanisms:
                 mechanism.after_step(step)
@@ -54,6 +60,27 @@ class Trainer:
             self.i += 1
         optimizer.zero_grad(set_to_none=True)
         return step
+
+    def backward(self, x_BD: Tensor) -> tuple[Step, dict[str, Tensor]]:
+        """The forward pass, its weighted losses, and their gradients."""
+        if self.parts > 1:
+            return self._run_in_parts(x_BD)
+        with autocast(self.device):
+            step, losses = self.forward_losses(x_BD)
+        torch.stack(list(losses.values())).sum().backward()
+        return step, losses
+
+    @torch.no_grad()
+    def forward(self, x_BD: Tensor) -> Step:
+        """The forward pass alone."""
+        if self.parts > 1:
+            return self._run_in_parts(x_BD, backward=False)[0]
+        with autocast(self.device):
+            return self.variant(self.i, x_BD, self.optimizer)
+
+    def _run_in_parts(self, x_BD: Tensor, backward: bool = True) -> tuple[Step, dict[str, Tensor]]:
+        precision = partial(autocast, self.device)
+        return run_in_parts(self.variant, self.i, x_BD, self.optimizer, self.parts, precision, backward)
 
     def forward_losses(self, x_BD: Tensor) -> tuple[Step, dict[str, Tensor]]:
         """The forward pass and its weighted losses. Changes no state, so `--compile` can compile it."""
@@ -66,6 +93,7 @@ class Trainer:
         for mechanism in self.variant.mechanisms:
             if mechanism.every and (number + 1) % mechanism.every == 0:
                 mechanism.every_n_steps(step)
+        self.changing = False
 
     def _skip_update_unless_finite(self, value: Tensor) -> None:
         """After the first non-finite step the optimizer makes no more updates. The host notices at its next log."""
@@ -94,34 +122,6 @@ class Trainer:
         if reset:
             self.metric_sums, self.metric_steps = {}, 0
         return metrics
-
-
-def make_optimizer(variant: Variant, device: str) -> torch.optim.Optimizer:
-    """Fused Adam or AdamW with its learning rate and its skip-update flag on the device.
-
-    They differ in the weight decay alone: Adam adds it to the (clipped) gradient, AdamW subtracts it from the weights.
-    """
-    settings, W_enc = variant.optimization, variant.sae.W_enc
-    others = [p for p in variant.parameters() if p is not W_enc]
-    decay = settings.weight_decay
-    decay_of_others = decay if settings.weight_decay_on == "all" else 0.0
-    kind = torch.optim.Adam if settings.weight_decay_form == "coupled" else torch.optim.AdamW
-    optimizer = kind(
-        [{"params": [W_enc], "weight_decay": decay}, {"params": others, "weight_decay": decay_of_others}],
-        lr=torch.tensor(settings.lr, device=device),
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        fused=True,
-    )
-    # Attributes that the fused kernel reads: it skips the update where found_inf is not zero.
-    optimizer.grad_scale, optimizer.found_inf = None, torch.zeros((), device=device)  # type: ignore[attr-defined]
-    return optimizer
-
-
-def clip_gradients(variant: Variant, max_norm: float | None) -> Tensor:
-    """Clip the global gradient norm to `max_norm`; returns the norm before clipping."""
-    limit = float("inf") if max_norm is None else max_norm
-    return torch.nn.utils.clip_grad_norm_(variant.parameters(), limit, foreach=True)
 
 
 def autocast(device: str) -> contextlib.AbstractContextManager[None]:

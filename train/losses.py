@@ -14,6 +14,8 @@ from .step import LossTerm, Step
 class MSE(LossTerm):
     """mean_B sum_D (x - x_hat)^2."""
 
+    undivided = ""
+
     def forward(self, step: Step) -> Tensor:
         return step.error_BD.square().sum(-1).mean()
 
@@ -22,6 +24,7 @@ class L1(LossTerm):
     """mean_B sum_F |f|."""
 
     sparsity = True
+    undivided = ""
 
     def forward(self, step: Step) -> Tensor:
         return step.f_BF.abs().sum(-1).mean()
@@ -32,6 +35,8 @@ class MultiTopK(LossTerm):
 
     It makes the SAE work with other numbers of latents than the one it is trained for. There it weighs 1/8, next to k.
     """
+
+    undivided = ""
 
     def __init__(self, k: int) -> None:
         super().__init__()
@@ -50,9 +55,15 @@ class AuxK(LossTerm):
     are gathered into a small dense problem, through which the gradient reaches their encoder weights.
     """
 
+    undivided = ""
+
     def __init__(self, dead: DeadLatents, k_aux: int) -> None:
         super().__init__()
         self.dead, self.k_aux = dead, k_aux
+
+    @property
+    def reads_batch(self) -> bool:  # type: ignore[override]
+        return len(self.dead.index_A) > 0
 
     def forward(self, step: Step) -> Tensor:
         index_A, real_A = self.dead.index_A, self.dead.real_A
@@ -68,6 +79,9 @@ class AuxK(LossTerm):
         residual_BD = step.error_BD.detach()
         model_BD = (torch.zeros_like(z_BA).scatter(-1, top.indices, top.values) @ dec_AD).float()
         error = (residual_BD - model_BD).square().sum()
+        if step.part_of is not None:  # of the whole batch, of which the mean of the parts has to be the loss
+            residual_BD = step.whole.error_BD
+            error = error * (step.whole.tokens / step.tokens)
         variance = (residual_BD - residual_BD.mean(0)).square().sum()
         share = (real_A.sum() / self.k_aux).clamp(max=1.0)
         # A residual without variance (a batch of one) leaves nothing to explain: the loss and its gradient are 0.

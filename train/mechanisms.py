@@ -82,14 +82,18 @@ class ActivityEMA(Mechanism):
     """A running mean of how often each latent fires: rate_i <- beta rate_i + (1 - beta) mean_B 1[f_i > threshold]."""
 
     rate_F: Tensor
+    combine = "mean"
 
     def __init__(self, d_sae: int, beta: float = 0.9, threshold: float = 0.0) -> None:
         super().__init__()
         self.beta, self.threshold = beta, threshold
         self.register_buffer("rate_F", torch.zeros(d_sae))
 
+    def statistic(self, step: Step) -> Tensor:
+        return (step.f_BF.detach() > self.threshold).float().mean(0)
+
     def after_step(self, step: Step) -> None:
-        self.rate_F.lerp_((step.f_BF.detach() > self.threshold).float().mean(0), 1 - self.beta)
+        self.rate_F.lerp_(self.read_latents(step), 1 - self.beta)
 
 
 def reset_adam_state(step: Step, index_N: Tensor) -> None:
@@ -165,6 +169,7 @@ class BatchTopKThreshold(Mechanism):
     """
 
     batches: Tensor  # () int64
+    combine = "min"
 
     def __init__(self, activation: BatchTopK, rate: float = 0.01) -> None:
         super().__init__()
@@ -172,11 +177,13 @@ class BatchTopKThreshold(Mechanism):
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
         self.calibrated = 0
 
-    def _follow(self, step: Step, rate: Tensor | float) -> None:
+    def statistic(self, step: Step) -> Tensor:
         kept = (step.kept.value_N if step.kept else step.f_BF).detach().float()
-        smallest = torch.where(kept > 0, kept, torch.inf).min()
-        threshold = self.activation.threshold
-        target = torch.where(smallest.isinf(), threshold, smallest)  # unchanged by a batch in which nothing fired
+        return torch.where(kept > 0, kept, torch.inf).min()
+
+    def _follow(self, step: Step, rate: Tensor | float) -> None:
+        lowest, threshold = self.read_latents(step), self.activation.threshold
+        target = torch.where(lowest.isinf(), threshold, lowest)  # unchanged by a batch in which nothing fired
         threshold.copy_(threshold + rate * (target - threshold))
 
     def after_step(self, step: Step) -> None:

@@ -12,7 +12,8 @@ The digest covers everything that decides the result, so the same command finds 
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,75 +27,24 @@ from ..cache.models import GivenModel, model_label
 from ..cache.planned import PlannedCache
 from ..cache.reader import Cache
 from ..cache.ring import RingCache
+from ..common.device import resolve_device
 from ..common.errors import UsageError
 from ..common.files import digest_of, sae_home
 from ..common.formatting import format_count
+from .accumulate import reasons_against
+from .config import FIXED, TrainConfig
 from .estimate import check_disk_space, describe_size, describe_time
 from .hooks import hooks_to_train
+from .memory import untrained_variant
 from .parse import parse_options, parse_width
+from .passes import describe_passes, plan_passes
 from .recipe import Recipe, find_recipe
 from .sae import SAE, load_sae, read_run_record, read_sae_record
 from .stored_options import stored_options
 from .variant import RunConfig, Variant
 
 FORMAT = 1
-# The flags that decide a run, and the fields of TrainConfig that hold them: none of them can be given with --resume.
-FIXED = {
-    "--variant": "variants",
-    "--layer": "layers",
-    "--site": "site",
-    "--module": "modules",
-    "--seed": "seeds",
-    "--model": "model",
-    "--steps": "steps",
-    "--width": "width",
-    "--batch-size": "batch_size",
-    "--l0": "l0",
-    "--paper-exact": "paper_exact",
-    "--set": "options",
-    "--shuffle-seed": "shuffle_seed",
-    "--out": "out",
-    "--compile": "compiled",
-}
-
 AnyCache = Cache | ConcatCache | RingCache | PlannedCache
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The options of `sae train`, under the names of its flags (plural where a flag repeats)."""
-
-    variants: Sequence[str] = ()  # names of recipes
-    layers: Sequence[int] = (12,)
-    site: str = "resid_post"
-    modules: Sequence[str] = ()  # instead of the site: model.layers.{layer}.mlp.gate_proj:output
-    seeds: Sequence[int] = (0,)
-    caches: Sequence[Path] = ()  # several are read as one; none: the cache that holds the model and layer
-    source: RingCache | PlannedCache | None = None  # replaces caches: harvested while training, or not harvested yet
-    model: str | None = None
-    steps: int | None = None  # None: one epoch of the cache
-    batch_size: int | None = None  # tokens; None: the recipe's
-    width: str | None = None  # d_sae as "4x" (times d_in), "16k" or a number; None: the recipe's
-    l0: Sequence[float] = ()  # target latents per token, for every recipe; empty: the recipe's default
-    paper_exact: bool = False  # the paper's settings verbatim, unscaled
-    options: Mapping[str, Any] | Sequence[str] = ()  # {"k": 64, "topk.lr": 1e-3}, or "k=64", "topk.lr=1e-3"
-    shuffle_seed: int = 0  # of the batch order, which all runs share
-    resume: Sequence[Path] = ()  # run folders to resume, instead of new runs
-    out: Path | None = None  # where run folders go; None: runs/
-    device: str = "auto"
-    log_every: int | None = None  # steps; None: `default_log_interval`
-    checkpoint_every: int = 1000  # steps
-    log: Sequence[str] = ()  # names of loggers
-    compiled: bool = False  # compile the training step
-    origins: Mapping[str, str] = field(default_factory=dict)  # non-default flag -> "flag" or "file:line"
-
-    def record(self) -> dict[str, Any]:
-        """The config as JSON, under the keys of run.json, two of which are older than the names of the fields."""
-        on_disk = {"paper_exact": "literal", "shuffle_seed": "order_seed"}
-        values = {on_disk.get(f.name, f.name): getattr(self, f.name) for f in fields(self) if f.name != "source"}
-        if not self.modules:
-            del values["modules"]  # as in records that are older than it
-        return json.loads(json.dumps(values, default=str))
 
 
 CURVE_POINTS, MAX_LOG_INTERVAL = 100, 50
@@ -195,12 +145,20 @@ class TrainPlan:
         """The runs that are still to be trained, or to be resumed."""
         return [run for run in self.runs if not run.done]
 
+    @cached_property
+    def planned_passes(self) -> list[list[Run]]:
+        """`passes` by the memory that is free when they are first asked for."""
+        streaming = isinstance(self.config.source, RingCache)  # then all runs are on the device at once
+        return plan_passes(self.unfinished, resolve_device(self.config.device), streaming)
+
     @property
     def passes(self) -> list[list[Run]]:
-        """The unfinished runs, grouped into passes. The runs of a pass are on the device together."""
-        if isinstance(self.config.source, RingCache):  # while streaming, all runs are on the device at once
-            return [self.unfinished] if self.unfinished else []
-        return group_by_pass(self.unfinished)
+        """The unfinished runs, grouped into passes. The runs of a pass are on the device together.
+
+        Raises UnavailableError for a run that does not fit there; the message says what would.
+        """
+        left = [[run for run in runs if not run.done] for runs in self.planned_passes]
+        return [runs for runs in left if runs]
 
     def describe(self, time: bool = False) -> list[str]:
         """The lines that `sae train` prints first. With `time`, memory and time are estimated too, in a few seconds."""
@@ -209,6 +167,7 @@ class TrainPlan:
         lines += dict.fromkeys(filter(None, map(describe_masked_rows, self.runs)))
         if self.unfinished:
             lines.append(describe_size(self.unfinished, self.unfinished[0].folder.parent))
+            lines += describe_passes(self.planned_passes, resolve_device(self.config.device))
             if time:
                 lines += describe_time(self.passes, self.config.device)
         if time and (started := [run for run in self.unfinished if (run.folder / "checkpoints").exists()]):
@@ -240,7 +199,7 @@ def plan_training(config: TrainConfig, reserved: Mapping[Path, float] = {}) -> T
 
     Raises:
         UsageError: something is wrong with the config; the message lists every problem.
-        UnavailableError: the runs do not fit on a disk.
+        UnavailableError: the runs do not fit on a disk, a run does not fit into memory, or there is no such device.
         DamagedError: a record of a run that exists was damaged.
     """
     runs = [resume_run(folder, config) for folder in config.resume] if config.resume else new_runs(config)
@@ -249,6 +208,7 @@ def plan_training(config: TrainConfig, reserved: Mapping[Path, float] = {}) -> T
             read_sae_record(run.folder)
     plan = TrainPlan(config, runs)
     check_disk_space(plan.unfinished, reserved)
+    _ = plan.passes  # refuses what does not fit
     return plan
 
 
@@ -285,7 +245,10 @@ def check_options(runs: Iterable[Run]) -> Iterator[str]:
     runs that have been started, `stored` and `changed`."""
     built: dict[Any, Variant] = {}  # most runs differ in their seed alone
     for run in runs:
-        run.stored = stored_options(read_run_record(run.folder), run.folder)
+        record = read_run_record(run.folder)
+        run.stored = stored_options(record, run.folder)
+        if record and (changes := record.get("accumulate_since")):
+            run.config = run.config._replace(accumulate=changes[-1][1])
         key = run.recipe.name, run.config, json.dumps(run.stored, sort_keys=True)
         if key not in built:
             try:
@@ -296,6 +259,13 @@ def check_options(runs: Iterable[Run]) -> Iterator[str]:
                     yield str(error)
                 continue
         run.notes, run.changed = built[key].notes, built[key].changed
+        yield from accumulate_errors(run, built[key])
+
+
+def accumulate_errors(run: Run, variant: Variant) -> Iterator[str]:
+    """A sentence if the batches of a run should be computed in parts, and its recipe cannot do that."""
+    if run.config.accumulate > 1 and (reasons := reasons_against(variant)):
+        yield f"{run.recipe.name} cannot be trained with --accumulate: {'; '.join(reasons)}. Leave it out."
 
 
 def open_source(config: TrainConfig, hook: Hook) -> AnyCache:
@@ -319,14 +289,6 @@ def check_seeds(*seeds: int) -> None:
             raise UsageError(f"The seed {seed} is out of range: --seed and --shuffle-seed must be 0 to 2^63 - 1.")
 
 
-def group_by_pass(runs: Iterable[Run]) -> list[list[Run]]:
-    """The runs grouped by the batches that they read: each group shares one pass and is on the device together."""
-    groups: dict[tuple[Any, ...], list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.batches_key, []).append(run)
-    return list(groups.values())
-
-
 def make_run_config(config: TrainConfig, recipe: Recipe, cache: AnyCache, hook: Hook) -> RunConfig:
     """The sizes of a run: those of the config, else the recipe's, and one epoch."""
     array = cache.require_array(*hook)
@@ -334,6 +296,7 @@ def make_run_config(config: TrainConfig, recipe: Recipe, cache: AnyCache, hook: 
     batch_size = recipe.batch_size if config.batch_size is None else config.batch_size
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size} is not positive.")
+    parts = check_parts(config.accumulate or 1, batch_size, config.compiled)
     if isinstance(cache, RingCache):
         epoch = cache.cumulative_batches(batch_size)[-1]
     else:
@@ -349,7 +312,19 @@ def make_run_config(config: TrainConfig, recipe: Recipe, cache: AnyCache, hook: 
             "and --stream reads them once. Give more --tokens, or fewer --steps."
         )
     width = parse_width(config.width, recipe, d_in)
-    return RunConfig(d_in, width, steps, batch_size, variance=known_variance(cache, array))
+    return RunConfig(d_in, width, steps, batch_size, variance=known_variance(cache, array), accumulate=parts)
+
+
+def check_parts(parts: int, batch_size: int, compiled: bool) -> int:
+    """`parts`, if a batch can be divided into so many. Raises UsageError."""
+    if parts < 1 or batch_size % parts:
+        raise UsageError(
+            f"--accumulate {parts} does not divide a batch of {batch_size:,} tokens into equal parts. "
+            "Give a divisor of the batch size."
+        )
+    if parts > 1 and compiled:
+        raise UsageError("--accumulate cannot be combined with --compile. Leave one of them out.")
+    return parts
 
 
 def known_variance(cache: AnyCache, array: str) -> float | None:
@@ -383,11 +358,16 @@ def resume_run(folder: Path, config: TrainConfig) -> Run:
     cache = concat_caches(config.caches or list(map(Path, record["cache_folders"])))
     hook = Hook(record["layer"], record["site"])
     run_config = RunConfig.from_record(record, known_variance(cache, cache.require_array(*hook)))
+    if config.accumulate is not None:
+        parts = check_parts(config.accumulate, run_config.batch_size, record.get("compiled", False))
+        run_config = run_config._replace(accumulate=parts)
     run = Run(
         find_recipe(record["variant"]), record["options"], hook, record["seed"], record["order_seed"], run_config,
         cache, folder, record.get("compiled", False), requested=config.record(),
     )  # fmt: skip
     run.stored = stored_options(record, folder)
+    if errors := list(accumulate_errors(run, untrained_variant(run, "meta"))):
+        raise UsageError("\n".join(errors))
     if run.identity()["cache"] != record["cache"]:
         raise UsageError(
             f"{', '.join(run.cache_folders)} is not the cache that {folder} was trained on. Give that one with --cache."

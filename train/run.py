@@ -4,48 +4,34 @@ import contextlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..cache.concat import ConcatCache
-from ..cache.loader import BatchLoader, ResidentLoader, open_loader
 from ..cache.planned import PlannedCache
 from ..cache.reader import Cache
-from ..cache.ring import RingCache
 from ..common.device import require_one_process, resolve_device
-from ..common.errors import DamagedError, Interrupted, SaeError, UsageError, did_you_mean
-from ..common.escaping import quote
+from ..common.errors import DamagedError, SaeError, UsageError, did_you_mean
 from ..common.files import writer_lock
-from ..common.schemas import RUN_RECORD
-from .checkpoint import restore_checkpoint, save_checkpoint
+from ..common.schemas import RUN_RECORD, RunRecord
+from .checkpoint import restore_checkpoint
 from .compile import compile_step
-from .loop import Trainer, autocast, train_loop
-from .plan import Run, TrainConfig, TrainPlan, default_log_interval, group_by_pass, plan_training
-from .run_folder import append_metrics, run_record, truncate_metrics
-from .sae import fold_normalization, read_run_record, run_digest, save_sae
+from .memory import SAMPLE_ROWS
+from .plan import Run, TrainConfig, TrainPlan, plan_training
+from .progress import SILENT, TrainProgress
+from .run_folder import run_record, truncate_metrics
+from .run_trainer import RunTrainer
+from .sae import read_run_record, run_digest
+from .shared_pass import SharedPass, open_batches, shared_passes
 from .signals import stop_on_signal
-from .step import Mechanism
 from .stored_options import describe_changes, stored_options
 from .variant import Variant
 
-CALIBRATION_BATCHES = 32
-SAMPLE_ROWS = 10_000  # of what `Variant.reads_rows`
-
 PathLike = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class TrainProgress:
-    """Callbacks of training, silent by default."""
-
-    step: Callable[[int, int, dict[str, dict[str, float]]], None] = lambda step, steps, metrics: None
-    """Called when metrics are logged, with the steps taken, the steps in all, and run name -> metrics."""
-    say: Callable[[str], None] = lambda sentence: None
-    """Called with sentences such as "... resumes from step 1000."."""
 
 
 def train_saes(
@@ -115,7 +101,7 @@ def train_saes(
             **more,
         )
     )
-    run_training(plan, progress or TrainProgress())
+    run_training(plan, progress or SILENT)
     return plan.runs
 
 
@@ -131,7 +117,7 @@ def cache_folders(cache: Cache | ConcatCache | PathLike | Sequence[PathLike] | N
     return [Path(folder) for folder in cache]
 
 
-def run_training(plan: TrainPlan, progress: TrainProgress = TrainProgress()) -> None:
+def run_training(plan: TrainPlan, progress: TrainProgress = SILENT) -> None:
     """Train the unfinished runs of a plan, one pass after the other.
 
     Raises:
@@ -144,7 +130,8 @@ def run_training(plan: TrainPlan, progress: TrainProgress = TrainProgress()) -> 
         raise UsageError(f"{plan.config.source.folder} has not been harvested yet. Harvest it, then plan again.")
     device = resolve_device(plan.config.device)
     with stop_on_signal() as should_stop:
-        for runs in group_by_pass(skip_finished(plan, progress)):
+        mention_finished(plan, progress)
+        for runs in plan.passes:
             with contextlib.ExitStack() as locks:
                 for run in runs:
                     locks.enter_context(writer_lock(run.folder, "sae train", progress.say))
@@ -152,38 +139,31 @@ def run_training(plan: TrainPlan, progress: TrainProgress = TrainProgress()) -> 
                 for trainer in trainers:
                     if not trainer.steps_done:
                         set_normalization(trainer, trainer.run.cache)
-                for shared_pass in shared_passes(trainers, plan.config, progress, should_stop):
-                    shared_pass.train(shared_pass.max_steps)
+                train_passes(shared_passes(trainers, plan.config, progress, should_stop))
     raise_problems(plan)
 
 
-def skip_finished(plan: TrainPlan, progress: TrainProgress) -> list[Run]:
-    """The unfinished runs of a plan; the others are mentioned."""
+def train_passes(passes: Sequence[SharedPass]) -> None:
+    """Train passes to their ends. Runs that resume from different steps share a pass from where they meet."""
+    for one, later in itertools.zip_longest(passes, passes[1:]):
+        if later is None or one.max_steps <= later.steps_done:
+            one.train(one.max_steps)
+        else:
+            one.train(later.steps_done)
+            one.join(later)
+
+
+def mention_finished(plan: TrainPlan, progress: TrainProgress) -> None:
+    """Say which runs of a plan are trained already."""
     for run in plan.runs:
         if run.done:
             changed = f", with {describe_changes(run.changed)}" if run.changed else ""
             progress.say(f"{run.folder} is already trained{changed}.")
-    return plan.unfinished
 
 
 def raise_problems(plan: TrainPlan) -> None:
     if failed := [run for run in plan.runs if run.problem]:
         raise SaeError("\n".join(f"{run.folder}: {run.problem}" for run in failed))
-
-
-class RunTrainer(Trainer):
-    """The trainer of a run that has a folder."""
-
-    def __init__(self, run: Run, variant: Variant, device: str) -> None:
-        super().__init__(variant, run.steps, device)
-        self.run = run
-        self.steps_done = 0  # when it was prepared
-        self.digest = ""  # of what decides the run, as run.json has it
-        self.log_every = run.requested.get("log_every") or default_log_interval(run.steps)  # steps
-
-    def logs_after(self, steps_done: int) -> bool:
-        """Whether metrics are logged after so many steps, checkpoints aside."""
-        return steps_done % self.log_every == 0 or steps_done == self.steps
 
 
 def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTrainer:
@@ -203,6 +183,7 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
         trainer.steps_done = restore_checkpoint(trainer, run.folder, progress.say, trainer.digest)
         if trainer.steps_done:
             progress.say(f"{run.name} resumes from step {trainer.steps_done}.")
+        record_accumulate(run, record, trainer.steps_done)
         truncate_metrics(run.folder, trainer.steps_done)
     elif any(run.folder.glob("checkpoints/step-*")):
         raise DamagedError(
@@ -216,6 +197,15 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
     if run.compiled and (reason := compile_step(trainer, run.config.batch_size)):
         progress.say(f"{run.name} is trained without --compile: {run.recipe.name} cannot be compiled here ({reason}).")
     return trainer
+
+
+def record_accumulate(run: Run, record: RunRecord, steps_done: int) -> None:
+    """Write into run.json that a resumed run computes its batches in another number of parts than before."""
+    changes = list(record.get("accumulate_since", ()))
+    before = changes[-1][1] if changes else record.get("accumulate", 1)
+    if run.config.accumulate != before:
+        changes.append((steps_done, run.config.accumulate))
+        RUN_RECORD.write(run.folder / "run.json", {**record, "accumulate_since": changes})
 
 
 def build_variant(run: Run) -> Variant:
@@ -239,145 +229,3 @@ def first_rows(run: Run, count: int) -> torch.Tensor:
     batches = math.ceil(count / run.config.batch_size)
     with open_batches(run, 0, "cpu", resident=False) as loader:
         return torch.cat([x_BD.clone() for x_BD in itertools.islice(loader, batches)])[:count].float()
-
-
-def shared_passes(
-    trainers: Sequence[RunTrainer], config: TrainConfig, progress: TrainProgress, should_stop: Callable[[], bool]
-) -> list["SharedPass"]:
-    """Group trainers of the same batches by the step they resume from, since that decides the batch they read next."""
-    starts = sorted({trainer.steps_done for trainer in trainers})
-    groups = [[trainer for trainer in trainers if trainer.steps_done == start] for start in starts]
-    return [SharedPass(group, config, progress, should_stop) for group in groups]
-
-
-class SharedPass:
-    """Runs on one pass over the same batches, from the same step on, until each is done, fails or is interrupted."""
-
-    def __init__(
-        self,
-        trainers: list[RunTrainer],
-        config: TrainConfig,
-        progress: TrainProgress,
-        should_stop: Callable[[], bool],
-    ) -> None:
-        self.active, self.config, self.progress, self.should_stop = trainers, config, progress, should_stop
-        self.steps_done = trainers[0].steps_done
-        self.max_steps = max(trainer.steps for trainer in trainers)
-        self.batch_size = trainers[0].run.config.batch_size
-        self.seconds_waited = 0.0  # for data, by the loaders that are closed
-
-    def train(self, until: int) -> None:
-        """Take the steps up to `until`. Runs that are not done then have a checkpoint there."""
-        self._finish_runs(self.steps_done)  # a run that was killed between its last checkpoint and its end
-        if self.active:
-            self.until, first = until, self.active[0]
-            with open_batches(first.run, self.steps_done, first.device) as self.batches:
-                train_loop(self.active, self.batches, range(self.steps_done, until), self._after_step)
-            self.steps_done, self.seconds_waited = until, self.seconds_waited + self.batches.seconds_waited
-
-    def _after_step(self, number: int) -> bool:
-        """Log, finish runs, checkpoint. Returns whether all is done; raises Interrupted if told to stop."""
-        steps_done, stop = number + 1, self.should_stop()
-        checkpoint = stop or steps_done == self.until or steps_done % self.config.checkpoint_every == 0
-        due = [trainer for trainer in self.active if stop or checkpoint or trainer.logs_after(steps_done)]
-        if due:
-            self._log(steps_done, self._drop_failed_runs(due))
-        elif steps_done == 1:  # the first step has a line of its own, and still counts in the mean of the next
-            self._log(steps_done, self._drop_failed_runs(list(self.active)), first=True)
-        self._finish_runs(steps_done)
-        if checkpoint:
-            for trainer in self.active:
-                save_checkpoint(trainer, trainer.run.folder, steps_done, trainer.digest)
-        if stop and self.active:
-            folders = " ".join(f"--resume {quote(trainer.run.folder)}" for trainer in self.active)
-            also = "" if isinstance(self.config.source, RingCache) else f", or with: sae train {folders}"
-            raise Interrupted(
-                f"Stopped after step {steps_done}; everything is saved. Resume with the same command{also or '.'}"
-            )
-        return not self.active
-
-    def _drop_failed_runs(self, due: Sequence[RunTrainer]) -> list[RunTrainer]:
-        """Give up those trainers that failed, and return the others."""
-        for trainer in due:
-            step, run = int(trainer.failed_at), trainer.run
-            if step < 0:
-                continue
-            saved = any(run.folder.glob("checkpoints/*"))
-            run.problem = (
-                f"the loss or its gradient was not finite at step {step} (batch {step} of shuffle seed "
-                f"{run.shuffle_seed}). That step did not change the weights, and "
-                f"{'the last good checkpoint is kept' if saved else 'there is no checkpoint yet'}. "
-                f"A smaller learning rate usually helps: --set {run.recipe.name}.lr=..."
-            )
-            self.progress.say(f"{run.name}: {run.problem}")
-            self.active.remove(trainer)
-        return [trainer for trainer in due if trainer in self.active]
-
-    def _log(self, steps_done: int, due: Sequence[RunTrainer], first: bool = False) -> None:
-        metrics: dict[str, dict[str, float]] = {}
-        waited = round(self.seconds_waited + self.batches.seconds_waited, 3)
-        for trainer in due:
-            run, tokens = trainer.run, steps_done * trainer.run.config.batch_size
-            measured = trainer.pop_metrics(reset=not first)
-            line = {"step": steps_done, "tokens": tokens, **measured, "waited_for_data": waited}
-            metrics[run.name] = line
-            append_metrics(run.folder, line)
-        self.progress.step(steps_done, self.max_steps, metrics)
-
-    def _finish_runs(self, steps_done: int) -> None:
-        for trainer in [t for t in self.active if t.steps == steps_done]:
-            finish_run(trainer)
-            self.active.remove(trainer)
-
-
-def finish_run(trainer: RunTrainer) -> None:
-    """Fold the normalization in and write what evaluation loads. sae.json comes last and marks the run as done."""
-    run, variant = trainer.run, trainer.variant
-    assert not isinstance(run.cache, PlannedCache)
-    save_checkpoint(trainer, run.folder, run.steps, trainer.digest)
-    calibrate(trainer)
-    origin = {
-        "model": run.cache.identity["model"],
-        **run.hook._asdict(),
-        "hook_name": run.hook.name,
-        "variant": run.recipe.name,
-        "seed": run.seed,
-        "training_tokens": run.steps * run.config.batch_size,
-        "cache": run.cache_folders[0],  # its held-out documents are held out of the other caches too
-        "fingerprint": run.cache.fingerprint,
-        "context": run.cache.identity["context"],
-        **{key: run.cache.identity[key] for key in ("bos",) if key in run.cache.identity},
-        "norm_limit": run.cache.norm_limit(run.hook.array),  # rows over it were not trained on
-    }
-    layer_norm = variant.optimization.normalize == "layer_norm"
-    sae = fold_normalization(variant.sae, variant.scale, variant.mean_D, layer_norm)
-    with torch.no_grad():
-        for mechanism in variant.mechanisms:
-            mechanism.export(sae)
-    save_sae(sae, run.folder, origin, trainer.digest)
-
-
-def open_batches(run: Run, step: int, device: str, resident: bool = True) -> BatchLoader | ResidentLoader:
-    """The batches of a run from a step on; of a ring, those of the group that is open.
-
-    `resident` lets the loader keep the rows on a GPU, which does not pay for a few batches.
-    """
-    size, cache, batch = run.config.batch_size, run.cache, step
-    assert not isinstance(cache, PlannedCache)
-    rows, batch = cache.locate_batch(step, size) if isinstance(cache, RingCache) else (cache, step)
-    make_loader = open_loader if resident else BatchLoader
-    return make_loader(rows, run.hook.array, size, seed=run.shuffle_seed, batch=batch, device=device)
-
-
-@torch.no_grad()
-def calibrate(trainer: RunTrainer) -> None:
-    """Call the mechanisms that fit a number to the final weights, on the batches that follow the last step's."""
-    run = trainer.run
-    calibrating = [m for m in trainer.variant.mechanisms if type(m).calibrate is not Mechanism.calibrate]
-    if not calibrating:
-        return
-    with open_batches(run, run.steps, trainer.device, resident=False) as batches, autocast(trainer.device):
-        for x_BD in itertools.islice(batches, CALIBRATION_BATCHES):
-            step = trainer.variant(trainer.i, x_BD, trainer.optimizer)
-            for mechanism in calibrating:
-                mechanism.calibrate(step)

@@ -38,9 +38,9 @@ FORMAT, FORMAT_LAYER_NORM = 1, 2  # of sae.json; versions that read only the fir
 # What decides the result of a run, in run.json: the digest of these entries ends the automatic name of its folder.
 IDENTITY = (
     "variant", "options", "layer", "site", "seed", "order_seed", "d_in", "d_sae", "steps", "batch_size", "l0",
-    "literal", "cache", "compiled",
+    "literal", "cache", "compiled", "accumulate",
 )  # fmt: skip
-OPTIONAL = ("l0", "literal", "compiled")  # recorded only where they differ from the default
+OPTIONAL = ("l0", "literal", "compiled", "accumulate")  # recorded only where they differ from the default
 AUTOMATIC_NAME = re.compile(r".*-s\d+-([0-9a-f]{6})")
 
 
@@ -118,6 +118,8 @@ class SAE(nn.Module):
         """The activation, if training should compute only with the latents that it selects (`sparse_is_faster`)."""
         first = self.activation[0]
         if not self.training or len(self.activation) > 1 or not isinstance(first, KeepTopK) or first.anneals:
+            return None
+        if first.cut is not None:  # how many latents pass it depends on values
             return None
         return first if sparse_ops.sparse_is_faster(self.d_sae, first.k, self.W_dec.device.type) else None
 

@@ -7,6 +7,7 @@ Shape suffixes in this folder: B tokens in the batch, D d_in, F d_sae, K latents
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +29,20 @@ class Step:
     recon_BD: Tensor
     kept: KeptLatents | None = None  # the latents of f_BF in sparse form, where the SAE computes with them
     metrics: dict[str, Tensor] = field(default_factory=dict)  # logged with the loss; 0-d, added by losses
+    losses: dict[str, Tensor] = field(default_factory=dict)  # of one part of a batch
+    part_of: "Step | None" = None  # the batch, if this is a part of it (train/accumulate.py)
+    statistics: "dict[Mechanism, Tensor]" = field(default_factory=dict)  # of a batch in parts
     _error_BD: Tensor | None = None
 
     @property
     def tokens(self) -> int:
         """B, the number of tokens in the batch."""
         return len(self.x_BD)
+
+    @property
+    def whole(self) -> "Step":
+        """The whole batch; of one in parts `x_BD`, and for what `reads_batch` `error_BD` and `l0`."""
+        return self if self.part_of is None else self.part_of
 
     @property
     def error_BD(self) -> Tensor:
@@ -54,8 +63,14 @@ class Step:
 
 
 class LossTerm(nn.Module, ABC):
-    """A summand of the loss: a 0-d tensor. It may add to `step.metrics` and changes nothing else."""
+    """A summand of the loss: a 0-d tensor. It may add to `step.metrics` and changes nothing else.
 
+    With `--accumulate` it is computed for equal parts of the batch, and the mean of their values has to be the value
+    for the whole batch. `undivided` says why it is not, as a sentence without its end; "" if it is.
+    """
+
+    undivided: str = "not all of its losses are known to be means over tokens"
+    reads_batch = False  # whether it reads `step.whole.error_BD` or `step.whole.l0`
     sparsity = False  # whether a larger coefficient leaves fewer latents active, so that `--l0` can move it
     all_pairs = False  # whether it makes matrices of all pairs of latents
 
@@ -70,6 +85,10 @@ class Mechanism(nn.Module):
     host. `every_n_steps` may do both; it runs after every `every`-th step.
     """
 
+    combine: ClassVar[Literal["", "mean", "min"]] = ""
+    """How the `statistic` of a batch follows from those of its equal parts; "": there is none."""
+    undivided: str = ""  # why it needs the latents of a whole batch at once, as in LossTerm
+    reads_batch = False  # whether the forward pass calls it, and it reads `step.whole.error_BD` or `step.whole.l0`
     every: int | None = None
     reads_rows = False  # whether it has a `start_from_rows`
 
@@ -79,6 +98,14 @@ class Mechanism(nn.Module):
         They are given as the SAE sees them. Called only if `reads_rows`.
         """
 
+    def statistic(self, step: Step) -> Tensor:
+        """What `after_step` reads of the latents."""
+        raise NotImplementedError
+
+    def read_latents(self, step: Step) -> Tensor:
+        """The `statistic` of a batch, which may have been computed in parts."""
+        return step.statistics[self] if self in step.statistics else self.statistic(step)
+
     def after_backward(self, step: Step) -> None:
         """Gradients are ready, weights have not moved."""
 
@@ -87,6 +114,12 @@ class Mechanism(nn.Module):
 
     def every_n_steps(self, step: Step) -> None:
         """Between steps: may read values, change shapes and rewrite weights. `step.i` counts the step just taken."""
+
+    def between_bytes(self, sae: SAE, tokens: int) -> int:
+        """The bytes that `every_n_steps` takes at its peak, beside those of a step on so many tokens, if they are more
+        than a few vectors of latents.
+        """
+        return 0
 
     def calibrate(self, step: Step) -> None:
         """After training: called for a few more batches, forward only, to fit a number to the final weights."""

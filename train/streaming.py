@@ -12,16 +12,10 @@ from ..cache.ring import RingCache
 from ..common.device import resolve_device
 from ..common.files import writer_lock
 from .plan import TrainPlan
-from .run import (
-    RunTrainer,
-    SharedPass,
-    TrainProgress,
-    prepare_trainer,
-    raise_problems,
-    set_normalization,
-    shared_passes,
-    skip_finished,
-)
+from .progress import TrainProgress
+from .run import mention_finished, prepare_trainer, raise_problems, set_normalization
+from .run_trainer import RunTrainer
+from .shared_pass import SharedPass, shared_passes
 from .signals import stop_on_signal
 
 Harvest = Callable[[range, Callable[[str], None]], AbstractContextManager[None]]
@@ -42,7 +36,8 @@ def train_streaming(plan: TrainPlan, progress: TrainProgress, harvest: Harvest) 
     assert isinstance(ring, RingCache)
     trainers: dict[tuple[Any, ...], list[RunTrainer]] = {}
     with stop_on_signal() as should_stop, ExitStack() as stack:
-        for run in skip_finished(plan, progress):
+        mention_finished(plan, progress)
+        for run in plan.unfinished:
             stack.enter_context(writer_lock(run.folder, "sae train", progress.say))
             trainers.setdefault(run.batches_key, []).append(prepare_trainer(run, device, progress))
         passes = [p for group in trainers.values() for p in shared_passes(group, plan.config, progress, should_stop)]

@@ -27,10 +27,12 @@ class RunConfig(NamedTuple):
     l0: float | None = None  # target latents per token (`--l0`); None: the recipe's default
     paper_exact: bool = False  # the paper's settings verbatim instead of those that work
     variance: float | None = None  # elementwise, of the cache's rows; None: unknown, so nothing is scaled by it
+    accumulate: int = 1  # equal parts in which a batch is computed
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the result besides the cache, as in run.json: l0 and literal only if set."""
-        optional = {"l0": self.l0, "literal": self.paper_exact}
+        """Everything that decides the result besides the cache, as in run.json: what is not in SIZES only if set."""
+        parts = self.accumulate if self.accumulate > 1 else None
+        optional = {"l0": self.l0, "literal": self.paper_exact, "accumulate": parts}
         return {name: getattr(self, name) for name in SIZES} | {
             name: value for name, value in optional.items() if value
         }
@@ -39,7 +41,9 @@ class RunConfig(NamedTuple):
     def from_record(cls, record: Mapping[str, Any], variance: float | None) -> "RunConfig":
         """The config that a run.json records."""
         sizes = {name: record[name] for name in SIZES}
-        return cls(**sizes, l0=record.get("l0"), paper_exact=record.get("literal", False), variance=variance)
+        changes = record.get("accumulate_since") or [(0, record.get("accumulate", 1))]
+        optional = {"l0": record.get("l0"), "paper_exact": record.get("literal", False), "accumulate": changes[-1][1]}
+        return cls(**sizes, **optional, variance=variance)
 
     def penalty_warmup(self, steps: int | None) -> int:
         """The steps over which a penalty grows: `steps`, or by default a twentieth of the run."""

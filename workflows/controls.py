@@ -16,7 +16,8 @@ from ..common.errors import SaeError, UsageError
 from ..common.formatting import format_count
 from ..evaluate.controls import BASES, RECIPES, base_of, conditions_digest, conditions_of, controls_folder
 from ..train.plan import Run, TrainConfig, TrainPlan, plan_training
-from ..train.run import TrainProgress, run_training
+from ..train.progress import TrainProgress
+from ..train.run import run_training
 from ..train.sae import read_run_record, read_sae_record
 
 

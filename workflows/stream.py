@@ -16,7 +16,7 @@ from ..common.formatting import format_bytes
 from ..harvest.plan import HarvestConfig, HarvestPlan
 from ..harvest.streaming import check_room, harvest_ahead, plan_ring
 from ..train.plan import TrainConfig, TrainPlan, plan_training
-from ..train.run import TrainProgress
+from ..train.progress import TrainProgress
 from ..train.streaming import train_streaming
 
 WINDOWS = 4

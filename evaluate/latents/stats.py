@@ -18,6 +18,7 @@ from torch import Tensor
 from ...cache.layout import RESIDUAL_SITES, Hook
 from ...cache.outliers import outlier_mask
 from ...common.errors import SaeError, UnavailableError, UsageError
+from ...common.memory import out_of_memory
 from ...harvest.model import LanguageModel
 from ..context import EvalContext
 from ..metrics.base import Progress, RowSet
@@ -221,7 +222,9 @@ def latent_stats(
     """
     try:
         return _latent_stats(ctx, sae, RowSet(hook, norm_limit), latents_K, progress, window)
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
         raise UnavailableError(f"The device is out of memory: {error} Pass --latents or --device cpu.") from error
 
 

@@ -475,13 +475,17 @@ def test_an_interruption_says_stopped_once(capsys, message, line):
 
 
 def test_running_out_of_memory_prints_one_line(capsys):
-    def too_much():
-        raise MemoryError("Unable to allocate 3.00 TiB for an array")
+    for error in (MemoryError("Unable to allocate 3.00 TiB"), RuntimeError("can't allocate memory: 3.00 TiB.\nFrame")):
 
-    with pytest.raises(typer.Exit) as left:
-        cli_command(too_much)()
-    assert left.value.exit_code == OUTSIDE
-    assert "Out of memory: Unable to allocate 3.00 TiB for an array. Use a smaller" in capsys.readouterr().err
+        def too_much(error=error):
+            raise error
+
+        with pytest.raises(typer.Exit) as left:
+            cli_command(too_much)()
+        assert left.value.exit_code == OUTSIDE
+        said = capsys.readouterr().err
+        assert "3.00 TiB. Everything committed is safe. Use a smaller --window, --context" in said
+        assert "allocate" in said and said.count("\n") == 1
 
 
 def test_a_second_ctrl_c_prints_no_traceback(monkeypatch):

@@ -26,8 +26,10 @@ from sae.common.files import read_json
 from sae.train.checkpoint import restore_checkpoint
 from sae.train.loop import Trainer
 from sae.train.plan import TrainConfig, default_log_interval, plan_training
-from sae.train.run import CALIBRATION_BATCHES, TrainProgress, build_variant, run_training
+from sae.train.progress import TrainProgress
+from sae.train.run import build_variant, run_training
 from sae.train.sae import load_sae
+from sae.train.shared_pass import CALIBRATION_BATCHES
 
 from .runs import make_config, train
 

@@ -22,6 +22,7 @@ class WeightedL1(LossTerm):
     """mean_B sum_F |f_i| |W_dec,i|: making latents smaller and their decoder rows longer does not reduce it."""
 
     sparsity = True
+    undivided = ""
 
     def forward(self, step: Step) -> Tensor:
         return (step.f_BF.float().abs().mean(0) * step.sae.W_dec.norm(dim=1)).sum()
@@ -61,6 +62,7 @@ class PAnnealing(Mechanism):
 
     factor: Tensor  # ()
     sums_Q2: Tensor  # mean_B sum_F f^p of the last batches, at the current p and at the next
+    combine = "mean"
 
     def __init__(self, end: float, start: float, stop: float, updates: int, queue: int) -> None:
         super().__init__()
@@ -76,9 +78,12 @@ class PAnnealing(Mechanism):
     def p(self, changes: Tensor) -> Tensor:
         return 1 + (self.end - 1) * (changes / self.updates).clamp(max=1.0)
 
-    def after_step(self, step: Step) -> None:
+    def statistic(self, step: Step) -> Tensor:
         changes, f_BF = self.changes(step.i), step.f_BF.detach()
-        row_2 = torch.stack([power_sum(f_BF, self.p(changes)), power_sum(f_BF, self.p(changes + 1))])
+        return torch.stack([power_sum(f_BF, self.p(changes)), power_sum(f_BF, self.p(changes + 1))])
+
+    def after_step(self, step: Step) -> None:
+        changes, row_2 = self.changes(step.i), self.read_latents(step)
         self.sums_Q2.index_copy_(0, (step.i % len(self.sums_Q2)).view(1), row_2.view(1, 2))
         current, following = self.sums_Q2.sum(0)
         ratio = torch.where(following > 0, current / following, 1.0)
@@ -100,6 +105,7 @@ class Lp(LossTerm):
     """c_t mean_B sum_F f^{p_t}."""
 
     sparsity = True
+    undivided = ""
 
     def __init__(self, annealing: PAnnealing) -> None:
         super().__init__()

@@ -33,6 +33,7 @@ class Decorrelation(LossTerm):
     """
 
     all_pairs = True
+    undivided = "the correlations of latents are those of the whole batch"
 
     def __init__(self, fraction: float = 0.001, tau_over: Literal["alive", "all"] = "alive") -> None:
         super().__init__()

@@ -45,6 +45,7 @@ class GateL1(LossTerm):
     """mean_B sum_F f_gate."""
 
     sparsity = True
+    undivided = ""
 
     def __init__(self, gated: Gated) -> None:
         super().__init__()
@@ -56,6 +57,8 @@ class GateL1(LossTerm):
 
 class GateMSE(LossTerm):
     """mean_B |x - (f_gate sg(W_dec) + sg(b_dec))|^2: the gate's latents reconstruct through a frozen decoder."""
+
+    undivided = ""
 
     def __init__(self, gated: Gated) -> None:
         super().__init__()

@@ -144,6 +144,7 @@ class L0(LossTerm):
     """
 
     sparsity = True
+    undivided = ""
 
     def __init__(self, activation: JumpReLU) -> None:
         super().__init__()
@@ -157,19 +158,26 @@ class TargetL0(L0):
     """(L0 / target - 1)^2."""
 
     sparsity = False  # it has its own target, so `--l0` does not control its coefficient
+    reads_batch = True
 
     def __init__(self, activation: JumpReLU, target: float) -> None:
         super().__init__(activation)
         self.target = target
 
     def forward(self, step: Step) -> Tensor:
-        return (super().forward(step) / self.target - 1).square()
+        l0 = super().forward(step)
+        if step.part_of is None:
+            return (l0 / self.target - 1).square()
+        # Each part has the value of the whole batch, and its share of the gradient.
+        excess = step.whole.l0 / self.target - 1
+        return excess.square() + 2 * excess / self.target * (l0 - l0.detach())
 
 
 class Tanh(LossTerm):
     """mean_B sum_F tanh(c f |W_dec,i|): linear for small latents, constant for large ones."""
 
     sparsity = True
+    undivided = ""
 
     def __init__(self, c: float) -> None:
         super().__init__()
@@ -181,6 +189,8 @@ class Tanh(LossTerm):
 
 class PreActLoss(LossTerm):
     """mean_B sum_F ReLU(theta - z) |W_dec,i|: a small pull on latents that do not fire, so that none stays dead."""
+
+    undivided = ""
 
     def __init__(self, activation: JumpReLU) -> None:
         super().__init__()

@@ -26,6 +26,8 @@ class NestedMSE(LossTerm):
     product, as for a plain decoder.
     """
 
+    undivided = ""
+
     def __init__(self, ends: list[int]) -> None:
         super().__init__()
         self.sizes = [end - start for start, end in pairwise([0, *ends])]

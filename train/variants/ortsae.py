@@ -35,6 +35,8 @@ class OrtSAELoss(LossTerm):
     pass through the chunks' matrices. Where the maximum is unique this is its gradient.
     """
 
+    undivided = ""
+
     def __init__(self, chunk: int = 8192) -> None:
         super().__init__()
         self.chunk = chunk

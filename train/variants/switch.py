@@ -59,14 +59,19 @@ class Switch(Activation, name="switch"):
 class LoadBalanceLoss(LossTerm):
     """E sum_j F_j P_j: 1 if tokens are spread evenly over the experts, E if one expert gets all of them."""
 
+    undivided = ""
+
     def __init__(self, switch: Switch) -> None:
         super().__init__()
         self.switch = switch
 
+    def shares(self, p_BE: Tensor) -> Tensor:
+        """F (E), without a gradient."""
+        return torch.zeros_like(p_BE).scatter(-1, p_BE.detach().argmax(-1, keepdim=True), 1.0).mean(0)
+
     def forward(self, step: Step) -> Tensor:
         p_BE = self.switch.probabilities(step.x_BD)
-        routed_BE = torch.zeros_like(p_BE).scatter(-1, p_BE.argmax(-1, keepdim=True), 1.0)
-        share_E = routed_BE.mean(0)
+        share_E = self.shares(p_BE if step.part_of is None else self.switch.probabilities(step.whole.x_BD))
         step.metrics["busiest_expert"] = share_E.max()
         return self.switch.experts * (share_E * p_BE.mean(0)).sum()
 

@@ -14,6 +14,7 @@ class BatchNorm(Activation, name="batch_norm"):
     gives no first gain: with normalized inputs ours keeps the scale of the pre-activations, else it is 1, as usual.
     """
 
+    undivided = "batch normalization takes the mean and variance of the whole batch"
     mean_F: Tensor
     variance_F: Tensor
     eps: Tensor  # ()

@@ -286,6 +286,11 @@ class Neighbours(Mechanism):
             near_GMN[:, some] = (top.indices + first_G[:, None, None]).float()
             closeness_GMN[:, some] = top.values.clamp_min(0)
 
+    def between_bytes(self, sae: SAE, tokens: int) -> int:
+        size = sae.d_sae // self.activation.near_groups
+        together = sae.d_sae if self.activation.near_scope == "group" else min(1024, sae.d_sae)
+        return 4 * (sae.d_sae * sae.d_in + together * size)  # unit rows, cosines
+
     def every_n_steps(self, step: Step) -> None:
         self.update(step.sae)
 

@@ -35,6 +35,7 @@ class ContrastLoss(LossTerm):
         super().__init__()
         self.rows, self.tau, self.power, self.sketch, self.on = rows, tau, power, sketch, on
         self.across_groups = across_groups
+        self.undivided = "" if on == "decoder" else "latents are compared over the whole batch"
 
     def forward(self, step: Step) -> Tensor:
         rows_FD: Tensor = self.rows.parameter(step.sae) if self.on == "decoder" else step.f_BF.T
@@ -58,6 +59,8 @@ class DiversityLoss(LossTerm):
     Paper: names a diversity loss and says no more. Shares are of activation, as a count has no gradient.
     """
 
+    undivided = "the entropy is that of shares in the whole batch"
+
     def __init__(self, groups: int | None) -> None:
         super().__init__()
         self.groups = groups
@@ -79,13 +82,15 @@ class ImportanceWeightedMSE(LossTerm):
     often, a token with a large error weighs more. The correction 1/(N p) would undo that.
     """
 
+    undivided, reads_batch = "", True
+
     def __init__(self, recent: RecentError) -> None:
         super().__init__()
         self.recent = recent
 
     def forward(self, step: Step) -> Tensor:
         error_B = step.error_BD.square().sum(-1)
-        mean = torch.where(step.i == 0, error_B.detach().mean(), self.recent.value)
+        mean = torch.where(step.i == 0, step.whole.error_BD.detach().square().sum(-1).mean(), self.recent.value)
         return (error_B.detach() / mean.clamp_min(1e-12) * error_B).mean()
 
 
@@ -95,6 +100,8 @@ class BalancedLoss(LossTerm):
     Paper: gradient balancing, undefined. Each balanced loss costs a backward pass of its own. `losses_balanced` counts
     the losses of a step that were scaled down.
     """
+
+    undivided = "a loss is balanced by the length of its gradient over the whole batch"
 
     def __init__(
         self, coefficient: Coefficient, term: LossTerm, rows: DecoderRows, reconstruction: float, rho: float

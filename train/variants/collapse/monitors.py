@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...mechanisms import ActivityEMA
+from ...sae import SAE
 from ...step import Mechanism, Step
 
 
@@ -26,10 +27,14 @@ class Sketch(Mechanism):
     def __init__(self, d_in: int, d_sae: int, size: int = 128, on: str = "decoder") -> None:
         super().__init__()
         self.on = on
+        self.undivided = "latents are projected in the whole batch" if on == "activations" else ""
         rows = d_sae if on == "activations" else d_in
         self.register_buffer("R_DS", torch.linalg.qr(torch.randn(rows, min(size, rows))).Q)
         for name in ("mean_cosine", "max_cosine", "length"):
             self.register_buffer(name, torch.zeros(()))
+
+    def between_bytes(self, sae: SAE, tokens: int) -> int:
+        return 4 * sae.d_sae * (2 * min(1024, sae.d_sae) + sae.d_in)  # blocks of cosines, rows
 
     def every_n_steps(self, step: Step) -> None:
         if self.on == "activations":

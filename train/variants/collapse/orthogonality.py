@@ -32,6 +32,7 @@ class GroupOrthogonalityLoss(LossTerm):
     def __init__(self, rows: DecoderRows, on: str = "decoder") -> None:
         super().__init__()
         self.rows, self.on = rows, on
+        self.undivided = "" if on == "decoder" else "latents are compared over the whole batch"
 
     def forward(self, step: Step) -> Tensor:
         if self.on == "activations":
@@ -144,6 +145,8 @@ class GramSchmidtLatents(Activation, name="gram_schmidt_latents"):
     Paper: so a token's latents depend on the rest of its batch, are negative in places and hardly ever zero, and a
     column beyond the number of tokens has nothing left. There is no rule for a single token.
     """
+
+    undivided = "Gram-Schmidt acts on latents over the whole batch"
 
     def __init__(self, groups: int, gradient: str = "straight_through") -> None:
         super().__init__(groups=groups, gradient=gradient)

@@ -90,7 +90,7 @@ class CollapseParts:
                 step.metrics[note] = value
             if options.loss_units == "raw":
                 return value
-            centered_BD = step.x_BD - step.x_BD.mean(0)
+            centered_BD = step.whole.x_BD - step.whole.x_BD.mean(0)
             return value * self.error_weight * centered_BD.square().sum(-1).mean()
 
         return coefficient

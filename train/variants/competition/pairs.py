@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...sae import SAE
 from ...step import Mechanism, Step
 
 MIN_RATE = 1e-5  # a latent that fires less often than this per token has no known conditional probability
@@ -30,6 +31,7 @@ class Coactivation(Mechanism):
 
     rate_F: Tensor
     seen: Tensor  # () 1 - beta^t
+    undivided = "pairs of latents are counted in the whole batch"
 
     def __init__(self, d_sae: int, beta: float) -> None:
         super().__init__()
@@ -158,6 +160,12 @@ class PairTable(Coactivation):
     def sample(self, value_S: Tensor, vector_FX: Tensor) -> tuple[Tensor, Tensor]:
         some = slice(None, None, -(-len(value_S) * vector_FX.shape[1] // BLOCK))
         return value_S[some], (vector_FX[self.first_P[some]] * vector_FX[self.second_P[some]]).sum(1)
+
+    def between_bytes(self, sae: SAE, tokens: int) -> int:
+        if self.every is None:
+            return 0
+        block = min(BLOCK, sae.d_sae**2)
+        return 4 * 28 * len(self.first_P) + 4 * 4 * block + 5 * tokens * sae.d_sae
 
     def every_n_steps(self, step: Step) -> None:
         """Refresh the table. `slot` is the place of a pair in the table so far, -1 for a new one."""

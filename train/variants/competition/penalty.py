@@ -49,6 +49,8 @@ class CompetitionLoss(LossTerm):
         self.unit = chance if weight == "lift" else 1.0
         self.pair_vec, self.direction, self.reduction, self.target = pair_vec, direction, reduction, target
         self.diagonal = diagonal
+        if pair_vec == "decoder":
+            self.undivided = ""
 
     def forward(self, step: Step) -> Tensor:
         vector_FX = step.sae.W_dec if self.pair_vec == "decoder" else step.f_BF.float().T / step.tokens**0.5

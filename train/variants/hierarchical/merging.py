@@ -72,6 +72,9 @@ class MergeSimilar(Mechanism):
             self.disabled_F[j_M] = True
         self.merged += len(i_M)
 
+    def between_bytes(self, sae: SAE, tokens: int) -> int:
+        return sae.d_sae * (8 * sae.d_in + 9 * sae.d_sae)  # unit rows; cosines, their upper triangle, a mask
+
     def similar_pairs(self, sae: SAE) -> tuple[Tensor, Tensor]:
         rows_FD = sae.W_dec.data if self.on == "decoder" else sae.W_enc.data.T
         unit_FD = rows_FD / rows_FD.norm(dim=1, keepdim=True).clamp_min(1e-12)

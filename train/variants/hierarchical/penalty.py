@@ -19,6 +19,7 @@ class AdaptivePenalty(Mechanism):
     averaged over steps with decay `ema`. Paper: names no average; 0 is the error of the step itself.
     """
 
+    reads_batch = True
     average: Tensor  # ()
     alpha: Tensor  # ()
     acted_alpha: Tensor  # () int64, steps in which alpha was another than in the step before
@@ -34,7 +35,7 @@ class AdaptivePenalty(Mechanism):
 
     def recent_error(self, step: Step) -> Tensor:
         """L_recon, this step included."""
-        square_BD, square = step.error_BD.detach().square(), self.scale() ** 2
+        square_BD, square = step.whole.error_BD.detach().square(), self.scale() ** 2
         if square.dim():  # of each dimension (normalize=standardize)
             square_BD, square = square_BD * square, square.new_ones(())
         error = square * (square_BD.mean() if self.reading == "mean" else square_BD.sum(1).mean())

@@ -23,6 +23,7 @@ class ResampleByWindow(ResampleDead):
 
     fired_WF: Tensor  # the terms of the sum, as a ring buffer
     acted_silent: Tensor  # () int64, latents with p_i < below, in total
+    combine = "mean"
 
     def __init__(
         self,
@@ -41,11 +42,11 @@ class ResampleByWindow(ResampleDead):
         self.register_buffer("acted_silent", torch.zeros((), dtype=torch.int64))
         self.fired_WF[window:] = 0  # before the first step: the first full window has w terms
 
+    def statistic(self, step: Step) -> Tensor:
+        return (step.f_BF.detach() != 0).float().mean(0)
+
     def after_step(self, step: Step) -> None:
-        if self.stability == "any":
-            fired_F = step.fired_F.float()
-        else:
-            fired_F = (step.f_BF.detach() != 0).float().mean(0)
+        fired_F = step.fired_F.float() if self.stability == "any" else self.read_latents(step)
         self.fired_WF.index_copy_(0, (step.i % len(self.fired_WF)).view(1), fired_F[None])
 
     def silent(self) -> Tensor:

@@ -15,6 +15,7 @@ class ChainL1(LossTerm):
     """mean_B sum_F |c(pre)| for a chain c of activations of which the reconstruction uses none or only a part."""
 
     sparsity = True
+    undivided = ""
 
     def __init__(self, *chain: Activation) -> None:
         super().__init__()

@@ -35,6 +35,7 @@ class EnabledUtilization(ActivityEMA):
     the average moves rho away from that of the batch alone.
     """
 
+    undivided = "the utilization of latents is that of the whole batch"
     rho: Tensor  # ()
     acted_smoothed: Tensor  # () float32
 

@@ -1,0 +1,110 @@
+"""`sae train --accumulate N`: a batch is computed in N equal parts, whose gradients add up to that of the whole batch.
+
+A step then holds the latents of one part at a time. Most losses are means over tokens, and so the mean of the parts'
+means. What needs more of the batch than that reads `Step.whole`: the input and, where a part of the recipe says so
+(`reads_batch`), the errors and L0 of a first pass without gradients. BatchTopK finds the smallest latent that the batch
+keeps in a pass over the pre-activations. Recipes with a part that needs the latents of all tokens at once
+(`undivided`) are refused. Sums have another order, so results differ from those of N = 1 by rounding.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from .activation_functions import Activation, KeepTopK
+from .step import LossTerm, Mechanism, Step
+from .variant import Variant
+
+
+class WholeBatch(Step):
+    """A batch that is computed in parts: a step without `pre_BF`, `f_BF`, `kept` and `recon_BD`."""
+
+    def __init__(self, i: Tensor, variant: Variant, optimizer: torch.optim.Optimizer, x_BD: Tensor) -> None:
+        self.i, self.sae, self.optimizer = i, variant.sae, optimizer
+        self.x_BD = variant.normalize(x_BD)
+        self.part_of, self.metrics, self.statistics = None, {}, {}
+        self.readers = [m for m in variant.modules() if isinstance(m, Mechanism) and m.combine]
+
+    @torch.no_grad()
+    def summarize(self, parts: Iterator[Step]) -> dict[str, Tensor]:
+        """Take over from the parts what the batch has without their latents; returns the means of their losses."""
+        errors, l0s, fired_F = [], [], torch.zeros(self.sae.d_sae, dtype=torch.bool, device=self.x_BD.device)
+        losses: dict[str, list[Tensor]] = {}
+        metrics: dict[str, list[Tensor]] = {}
+        statistics: dict[Mechanism, list[Tensor]] = {mechanism: [] for mechanism in self.readers}
+        for step in parts:
+            errors.append(step.error_BD.detach())
+            l0s.append(step.l0)
+            fired_F |= step.fired_F
+            for name, loss in step.losses.items():
+                losses.setdefault(name, []).append(loss.detach())
+            for name, value in step.metrics.items():
+                metrics.setdefault(name, []).append(value.detach())
+            for mechanism, values in statistics.items():
+                values.append(mechanism.statistic(step))
+            del step  # the next part is computed without it
+        self._error_BD, self.l0, self.fired_F = torch.cat(errors), torch.stack(l0s).mean(), fired_F
+        for mechanism, values in statistics.items():
+            stacked_P = torch.stack(values)
+            self.statistics[mechanism] = stacked_P.mean(0) if mechanism.combine == "mean" else stacked_P.amin(0)
+        # Counts are of weights, and so the same in every part.
+        self.metrics = {n: torch.stack(v).mean() if v[0].is_floating_point() else v[0] for n, v in metrics.items()}
+        return {name: torch.stack(values).mean() for name, values in losses.items()}
+
+
+def run_in_parts(
+    variant: Variant,
+    i: Tensor,
+    x_BD: Tensor,
+    optimizer: torch.optim.Optimizer,
+    count: int,
+    precision: Callable[[], AbstractContextManager[None]],
+    backward: bool = True,
+) -> tuple[WholeBatch, dict[str, Tensor]]:
+    """The forward pass of step i in `count` parts, and with `backward` the gradients; `precision` is that of products.
+
+    Returns the batch, and its weighted losses without their graph (without `backward`: none).
+    """
+    whole = WholeBatch(i, variant, optimizer, x_BD)
+    parts = x_BD.split(len(x_BD) // count)
+
+    def forward(with_losses: bool) -> Iterator[Step]:
+        for part_BD in parts:
+            with torch.set_grad_enabled(with_losses), precision():
+                step = variant(i, part_BD, optimizer)
+                step.part_of = whole
+                if with_losses:
+                    step.losses = variant.losses(step)
+                    share = torch.stack(list(step.losses.values())).sum() / count
+            if with_losses:
+                share.backward()
+            yield step
+            del step
+
+    choosing = [a for a in variant.sae.activation if isinstance(a, KeepTopK) and a.over_batch]
+    try:
+        for activation in choosing:
+            with torch.no_grad(), precision():
+                pre_activations = (variant.sae.pre_activations(variant.normalize(part_BD)) for part_BD in parts)
+                activation.set_cut(pre_activations, len(x_BD))
+        if not backward or any(part.reads_batch for part in losses_and_mechanisms(variant)):
+            whole.summarize(forward(with_losses=False))
+        return whole, whole.summarize(forward(with_losses=True)) if backward else {}
+    finally:
+        for activation in choosing:
+            activation.cut = None
+
+
+def losses_and_mechanisms(variant: Variant) -> Iterator[LossTerm | Mechanism]:
+    for module in variant.modules():
+        if isinstance(module, LossTerm | Mechanism):
+            yield module
+
+
+def reasons_against(variant: Variant) -> list[str]:
+    """Why the batches of a variant cannot be computed in parts; empty if they can."""
+    activations = [module for module in variant.modules() if isinstance(module, Activation)]
+    reasons = [part.undivided for part in [*activations, *losses_and_mechanisms(variant)]]
+    return list(dict.fromkeys(filter(None, reasons)))

@@ -1,0 +1,68 @@
+"""What `sae train` is asked for."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..cache.planned import PlannedCache
+from ..cache.ring import RingCache
+
+# The flags that decide a run, and the fields of TrainConfig that hold them: none of them can be given with --resume.
+FIXED = {
+    "--variant": "variants",
+    "--layer": "layers",
+    "--site": "site",
+    "--module": "modules",
+    "--seed": "seeds",
+    "--model": "model",
+    "--steps": "steps",
+    "--width": "width",
+    "--batch-size": "batch_size",
+    "--l0": "l0",
+    "--paper-exact": "paper_exact",
+    "--set": "options",
+    "--shuffle-seed": "shuffle_seed",
+    "--out": "out",
+    "--compile": "compiled",
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The options of `sae train`, under the names of its flags (plural where a flag repeats)."""
+
+    variants: Sequence[str] = ()  # names of recipes
+    layers: Sequence[int] = (12,)
+    site: str = "resid_post"
+    modules: Sequence[str] = ()  # instead of the site: model.layers.{layer}.mlp.gate_proj:output
+    seeds: Sequence[int] = (0,)
+    caches: Sequence[Path] = ()  # several are read as one; none: the cache that holds the model and layer
+    source: RingCache | PlannedCache | None = None  # replaces caches: harvested while training, or not harvested yet
+    model: str | None = None
+    steps: int | None = None  # None: one epoch of the cache
+    batch_size: int | None = None  # tokens; None: the recipe's
+    accumulate: int | None = None  # equal parts in which a batch is computed; None: 1, or those of the resumed run
+    width: str | None = None  # d_sae as "4x" (times d_in), "16k" or a number; None: the recipe's
+    l0: Sequence[float] = ()  # target latents per token, for every recipe; empty: the recipe's default
+    paper_exact: bool = False  # the paper's settings verbatim, unscaled
+    options: Mapping[str, Any] | Sequence[str] = ()  # {"k": 64, "topk.lr": 1e-3}, or "k=64", "topk.lr=1e-3"
+    shuffle_seed: int = 0  # of the batch order, which all runs share
+    resume: Sequence[Path] = ()  # run folders to resume, instead of new runs
+    out: Path | None = None  # where run folders go; None: runs/
+    device: str = "auto"
+    log_every: int | None = None  # steps; None: `default_log_interval`
+    checkpoint_every: int = 1000  # steps
+    log: Sequence[str] = ()  # names of loggers
+    compiled: bool = False  # compile the training step
+    origins: Mapping[str, str] = field(default_factory=dict)  # non-default flag -> "flag" or "file:line"
+
+    def record(self) -> dict[str, Any]:
+        """The config as JSON, under the keys of run.json, two of which are older than the names of the fields."""
+        on_disk = {"paper_exact": "literal", "shuffle_seed": "order_seed"}
+        values = {on_disk.get(f.name, f.name): getattr(self, f.name) for f in fields(self) if f.name != "source"}
+        for newer in ("modules", "accumulate"):
+            if not values[newer]:
+                del values[newer]  # as in records that are older than it
+        return json.loads(json.dumps(values, default=str))

@@ -1,0 +1,155 @@
+"""The memory of training, from a trace of two steps on tensors that have shapes and no values.
+
+A trace runs the very code of a step, so it holds for every recipe, whichever way its products are computed. What it
+does not see is the scratch memory inside of single operations, and what happens between steps where that depends on
+values; mechanisms state the latter (`Mechanism.between_bytes`).
+"""
+
+import json
+import weakref
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .loop import Trainer
+from .recipe import Recipe
+from .variant import RunConfig, Variant
+
+DEAD_SHARE = 0.5  # of the latents, which AuxK is planned for: it takes more memory the more of them are dead
+SAMPLE_ROWS = 10_000  # of what `Variant.reads_rows`
+SAMPLE_BYTES = 2 + 2 + 4 + 8 + 4  # an element of them: batches, all of them, in float32, in float64, normalized
+CHECKPOINT_COPIES = 2  # of the training state in host memory, while a checkpoint is read: its bytes, then its tensors
+
+# Of `memory_bound`: training states; elements for each token and latent, token and input, and pair of latents; others.
+BOUND_STATES, BOUND_LATENTS, BOUND_INPUTS, BOUND_PAIRS, BOUND_OTHER = 4, 40, 20, 16, 4 * 2**24
+
+
+class BuildableRun(Protocol):
+    """What a variant is built from; `plan.Run` is one."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+    @property
+    def options(self) -> Mapping[str, Any]: ...
+    @property
+    def stored(self) -> Mapping[str, Any] | None: ...
+    @property
+    def config(self) -> RunConfig: ...
+
+
+class RunMemory(NamedTuple):
+    """What a run takes, in bytes: on the device, and in host memory if that is another."""
+
+    state: int  # stays between steps: weights, moments, buffers, and what mechanisms keep from step to step
+    step: int  # more at the peak of a step, or of what happens between two of them
+    host: int  # more in host memory while the first rows are read, or a checkpoint
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, as long as they are alive (`now`), and their `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        for output in tree_leaves(outputs):
+            if isinstance(output, torch.Tensor):
+                self._add(output.untyped_storage())
+        return outputs
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:  # a view, or an operation in place, has the storage of its input
+            self._known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def untrained_variant(run: BuildableRun, device: str) -> Variant:
+    """The untrained variant of a run. The device "meta" allocates nothing."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta") if device == "meta" else torch.device("cpu"):
+        return run.recipe.make(run.config, run.options, run.stored).to(device)
+
+
+def tensor_bytes(module: torch.nn.Module) -> tuple[int, int]:
+    """Bytes of a module's parameters, and of its buffers."""
+    return sum(p.nbytes for p in module.parameters()), sum(b.nbytes for b in module.buffers())
+
+
+def state_bytes(variant: Variant) -> int:
+    """Bytes of a checkpoint: weights, buffers and the two moments of AdamW for what is trained."""
+    weights, buffers = tensor_bytes(variant)
+    return weights + buffers + 2 * sum(p.nbytes for p in variant.parameters() if p.requires_grad)
+
+
+_traced: dict[Any, RunMemory] = {}
+
+
+def run_memory(run: BuildableRun, device: str, rows: int | None = None) -> RunMemory:
+    """What a run takes on a device, from a trace with so many rows in a batch; None: as many as the run has.
+
+    Runs that differ only by seed and data are traced once.
+    """
+    rows = run.config.batch_size if rows is None else rows
+    key = run.recipe.name, json.dumps([run.options, run.stored], sort_keys=True), run.config, device, rows
+    if key not in _traced:
+        with FakeTensorMode(), LiveBytes() as live:
+            traced = trace_steps(live, run, device, rows)
+        state = traced.state - 2 * rows * run.config.d_in  # without the batch
+        _traced[key] = RunMemory(state, max(traced.peak, traced.between) - traced.state, host_bytes(run))
+    return _traced[key]
+
+
+class TracedSteps(NamedTuple):
+    """What was alive during two steps, in bytes, the batch included."""
+
+    peak: int  # in a step, or while metrics are read
+    between: int  # while mechanisms act between two steps
+    state: int  # after the steps
+
+
+def trace_steps(live: LiveBytes, run: BuildableRun, device: str, rows: int) -> TracedSteps:
+    """Take two steps, as the moments are made in the first, and read metrics."""
+    config = run.config
+    parts = config.accumulate if rows % config.accumulate == 0 else 1
+    with torch.random.fork_rng(devices=[]), torch.device(device):  # a tensor without values cannot be moved later
+        variant = run.recipe.make(config, run.options, run.stored)
+    trainer = Trainer(variant, config.steps, device, parts)
+    variant.dead.index_A = torch.zeros(round(DEAD_SHARE * config.d_sae), dtype=torch.int64, device=device)
+    variant.dead.real_A = torch.zeros(len(variant.dead.index_A), device=device)
+    x_BD = torch.ones(rows, config.d_in, dtype=torch.bfloat16, device=device)
+    live.peak = live.now
+    trainer.step(x_BD)
+    step = trainer.step(x_BD)
+    between = live.now + max(mechanism.between_bytes(variant.sae, rows) for mechanism in variant.mechanisms)
+    del step
+    state = live.now
+    variant.scalars()
+    return TracedSteps(live.peak, between, state)
+
+
+def host_bytes(run: BuildableRun) -> int:
+    """What a run takes in host memory while the first rows are read, or a checkpoint."""
+    variant = untrained_variant(run, "meta")
+    sample = SAMPLE_ROWS * run.config.d_in * SAMPLE_BYTES if variant.reads_rows else 0
+    return max(sample, CHECKPOINT_COPIES * state_bytes(variant))
+
+
+def memory_bound(run: BuildableRun) -> int:
+    """A bound on all that `run_memory` finds, without a trace: generous, and enough where there is plenty."""
+    config, variant = run.config, untrained_variant(run, "meta")
+    rows = config.batch_size * (BOUND_LATENTS * config.d_sae + BOUND_INPUTS * config.d_in)
+    start = SAMPLE_ROWS * config.d_in * SAMPLE_BYTES
+    return BOUND_STATES * state_bytes(variant) + 4 * (rows + BOUND_PAIRS * config.d_sae**2 + BOUND_OTHER) + start

@@ -1,0 +1,68 @@
+"""Training has run out of memory: its runs are saved as they were before the step, and the error says what to lower.
+
+Until the optimizer moves the weights, a step has changed nothing that a checkpoint holds. A run whose weights were
+moving, or that was acting between two steps, is not whole; it goes on from its newest checkpoint on the disk.
+"""
+
+from collections.abc import Sequence
+
+from ..cache.ring import RingCache
+from ..common.errors import SaeError, UnavailableError, first_line
+from ..common.escaping import quote
+from ..common.memory import LIMIT, out_of_memory, release
+from .accumulate import reasons_against
+from .checkpoint import save_checkpoint
+from .config import TrainConfig
+from .passes import pass_memory
+from .run_trainer import RunTrainer
+
+
+def save_after_running_out(trainers: Sequence[RunTrainer], error: BaseException, config: TrainConfig) -> SaeError:
+    """Save the runs that shared a pass when memory ran out; returns the error to raise."""
+    device, said = trainers[0].device, first_line(error).rstrip(".")
+    for trainer in trainers:
+        trainer.optimizer.zero_grad(set_to_none=True)
+    release(error, device)
+    steps = [f"{trainer.run.name} goes on from step {save_if_whole(trainer):,}" for trainer in trainers]
+    return UnavailableError(
+        f"{device} is out of memory ({said}). Nothing is lost: {', '.join(steps)}. {describe_ways_on(trainers, config)}"
+    )
+
+
+def save_if_whole(trainer: RunTrainer) -> int:
+    """Write a checkpoint unless a step was changing the state; returns the step from which the run will go on."""
+    step = int(trainer.i)
+    if step and not trainer.changing:
+        try:
+            save_checkpoint(trainer, trainer.run.folder, step, trainer.digest)
+        except (SaeError, RuntimeError, MemoryError) as error:  # a full disk, or no memory for a checkpoint either
+            if not (isinstance(error, SaeError) or out_of_memory(error)):
+                raise
+        else:
+            return step
+    saved = trainer.run.folder.glob("checkpoints/step-*/state.json")
+    return max((int(path.parent.name.removeprefix("step-")) for path in saved), default=0)
+
+
+def describe_ways_on(trainers: Sequence[RunTrainer], config: TrainConfig) -> str:
+    """What to do: the commands that go on with less memory."""
+    streaming = isinstance(config.source, RingCache)
+    folders = " ".join(f"--resume {quote(trainer.run.folder)}" for trainer in trainers)
+    command = "the same command" if streaming else f"`sae train {folders}`"
+    ways = ["free memory on the device"]
+    if len(trainers) > 1 and not streaming:
+        planned = pass_memory([trainer.run for trainer in trainers], trainers[0].device).total / 1e9
+        ways.append(f"set {LIMIT}={planned:.2g} for passes with fewer runs")
+    parts = 2 * max(trainer.parts for trainer in trainers)
+    if not streaming and all(may_divide(trainer, parts) for trainer in trainers):
+        ways.append(f"add --accumulate {parts}, which gives the same result but for rounding")
+    return (
+        f"Go on with {command}; before that, {' or '.join(ways)}. A new run can also have a smaller --batch-size or "
+        "--width."
+    )
+
+
+def may_divide(trainer: RunTrainer, parts: int) -> bool:
+    """Whether the batches of a run can be computed in so many parts."""
+    config = trainer.run.config
+    return config.batch_size % parts == 0 and not trainer.run.compiled and not reasons_against(trainer.variant)

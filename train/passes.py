@@ -1,0 +1,209 @@
+"""Which runs share a pass over the batches: those that read the same ones, as far as their memory is free.
+
+Runs do not depend on each other, so that several passes give the same results as one, bit for bit on a CPU.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+
+from ..common.errors import UnavailableError, UsageError
+from ..common.formatting import format_bytes, format_count
+from ..common.memory import LIMIT, available_memory
+from .accumulate import reasons_against
+from .memory import BuildableRun, RunMemory, memory_bound, run_memory, untrained_variant
+from .recipe import Recipe
+from .variant import RunConfig
+
+FREE_SHARE = 0.9  # of the free memory, which a pass may be planned to take: allocators and libraries keep some too
+SLOTS, DEVICE_BUFFERS = 4, 2  # batches that a loader holds in host memory, and on a GPU
+WORKSPACE = {"cpu": 0, "cuda": 96 << 20}  # bytes that cuBLAS and the kernels' code take, about; not measured
+WIDTH_STEP = 64
+
+
+class PassRun(BuildableRun, Protocol):
+    """A run that shares passes; `plan.Run` is one."""
+
+    @property
+    def batches_key(self) -> tuple[Any, ...]: ...
+
+
+AnyRun = TypeVar("AnyRun", bound=PassRun)
+
+
+class Resized(NamedTuple):
+    """A run in another size."""
+
+    recipe: Recipe
+    options: Mapping[str, Any]
+    stored: Mapping[str, Any] | None
+    config: RunConfig
+
+
+class PassMemory(NamedTuple):
+    """What the runs of a pass take on the device, in bytes."""
+
+    state: int  # of all runs
+    step: int  # more in a step of the run that takes the most, since runs take turns
+    batches: int  # what the loader holds, and the workspace of libraries
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def group_by_pass(runs: Iterable[AnyRun]) -> list[list[AnyRun]]:
+    """The runs grouped by the batches that they read, whatever memory they take."""
+    groups: dict[tuple[Any, ...], list[AnyRun]] = {}
+    for run in runs:
+        groups.setdefault(run.batches_key, []).append(run)
+    return list(groups.values())
+
+
+def pass_memory(runs: Sequence[BuildableRun], device: str) -> PassMemory:
+    """What runs take that are on the device together."""
+    return add_up([run_memory(run, device) for run in runs], runs[0].config, device)
+
+
+def add_up(memories: Sequence[RunMemory], config: RunConfig, device: str) -> PassMemory:
+    """What runs of these sizes take together; `config` is that of one of them, as to the batches."""
+    kind = torch.device(device).type
+    batch = 2 * config.batch_size * config.d_in
+    step = max(memory.step for memory in memories)
+    if kind == "cpu":  # the host is the device
+        step = max(step, max(memory.host for memory in memories))
+    slots = SLOTS if kind == "cpu" else DEVICE_BUFFERS
+    return PassMemory(sum(memory.state for memory in memories), step, slots * batch + WORKSPACE[kind])
+
+
+def split_by_memory(runs: Sequence[AnyRun], device: str, free: float) -> list[list[AnyRun]]:
+    """The runs of a pass in as many passes as it takes for each to fit: each run is in the first with room for it.
+
+    Raises UnavailableError for a run that does not fit alone; the message says what would.
+    """
+    budget = FREE_SHARE * free
+    if sum(map(memory_bound, runs)) <= budget:
+        return [list(runs)]
+    passes: list[list[AnyRun]] = []
+    for run in runs:
+        for one in passes:
+            if pass_memory([*one, run], device).total <= budget:
+                one.append(run)
+                break
+        else:
+            if pass_memory([run], device).total > budget:
+                raise UnavailableError(describe_refusal(run, device, free))
+            passes.append([run])
+    return passes
+
+
+def plan_passes(runs: Sequence[AnyRun], device: str, streaming: bool = False) -> list[list[AnyRun]]:
+    """The passes of runs on a device with the memory that is free now. While `streaming` there can be only one.
+
+    Raises:
+        UnavailableError: a run does not fit alone, or with `streaming` the runs do not fit together.
+    """
+    free = available_memory(device)
+    if not streaming:
+        return [one for group in group_by_pass(runs) for one in split_by_memory(group, device, free)]
+    if runs and len(split_by_memory(runs, device, free)) > 1:
+        raise UnavailableError(
+            f"{format_count(len(runs), 'run')} take {format_bytes(pass_memory(runs, device).total)} together, and "
+            f"{describe_free(device, free)}. --stream trains all of them at once: train fewer, or harvest first "
+            "(`sae harvest`) and train from the cache, which takes several passes if it has to."
+        )
+    return [list(runs)] if runs else []
+
+
+def describe_memory(passes: Sequence[Sequence[BuildableRun]], device: str) -> str:
+    """The line of a plan that says what the pass takes that takes the most."""
+    largest = max(passes, key=lambda runs: pass_memory(runs, device).total)
+    memory = pass_memory(largest, device)
+    return (
+        f"memory   {format_bytes(memory.total)} on {device}: {format_bytes(memory.state)} of weights, moments and "
+        f"buffers of {format_count(len(largest), 'run')}, {format_bytes(memory.step)} more in a step, "
+        f"{format_bytes(memory.batches)} of batches; {format_bytes(available_memory(device))} free"
+    )
+
+
+def describe_passes(passes: Sequence[Sequence[PassRun]], device: str) -> Iterator[str]:
+    """A line of a plan for each group of runs whose memory divides it into several passes."""
+    for group in group_by_pass(run for runs in passes for run in runs):
+        parts = [runs for runs in passes if runs[0].batches_key == group[0].batches_key]
+        if len(parts) > 1:
+            whole = format_bytes(pass_memory(group, device).total)
+            each = ", ".join(
+                f"{format_count(len(runs), 'run')} ({format_bytes(pass_memory(runs, device).total)})" for runs in parts
+            )
+            free = available_memory(device)
+            yield (
+                f"passes   {len(parts)} over the same batches, since {format_count(len(group), 'run')} take {whole} "
+                f"together and {describe_free(device, free)}: {each}"
+            )
+
+
+def describe_free(device: str, free: float) -> str:
+    return f"{FREE_SHARE:.0%} of the {format_bytes(free)} that are free on {device} can be used"
+
+
+def describe_refusal(run: PassRun, device: str, free: float) -> str:
+    """Why a run does not fit, and the sizes that would."""
+    config, memory = run.config, pass_memory([run], device)
+    lines = [
+        f"{run.recipe.name} with {config.d_sae:,} latents takes {format_bytes(memory.total)} of memory "
+        f"({format_bytes(memory.state)} of weights, moments and buffers, {format_bytes(memory.step)} in a step of "
+        f"{config.batch_size:,} tokens), and {describe_free(device, free)}."
+    ]
+    ways = []
+    if (width := largest_width(run, device, FREE_SHARE * free)) is not None:
+        ways.append(f"--width {width}, the largest that fits")
+    if (parts := fewest_parts(run, device, FREE_SHARE * free)) is not None:
+        ways.append(f"--accumulate {parts}, which gives the same result but for rounding")
+    if (tokens := largest_batch(run, device, FREE_SHARE * free)) is not None:
+        ways.append(f"--batch-size {tokens}")
+    lines.append(
+        f"Give {', or '.join(ways)}." if ways else f"No width fits: free memory, or raise {LIMIT} if it is set."
+    )
+    return " ".join(lines)
+
+
+def fits(run: BuildableRun, config: RunConfig, device: str, budget: float) -> bool:
+    """Whether a run would fit with another config; one that its recipe cannot have does not."""
+    try:
+        return pass_memory([Resized(run.recipe, run.options, run.stored, config)], device).total <= budget
+    except UsageError:
+        return False
+
+
+def largest_width(run: BuildableRun, device: str, budget: float) -> int | None:
+    """The largest multiple of 64 below the run's width at which it would fit; None if there is none."""
+    low, high = 0, -(-run.config.d_sae // WIDTH_STEP)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(run, run.config._replace(d_sae=middle * WIDTH_STEP), device, budget):
+            low = middle
+        else:
+            high = middle
+    return low * WIDTH_STEP or None
+
+
+def fewest_parts(run: BuildableRun, device: str, budget: float) -> int | None:
+    """The smallest number of parts, twice, four times, ... the run's, in which its batch would fit; None if none."""
+    config = run.config
+    parts = 2 * config.accumulate
+    if reasons_against(untrained_variant(run, "meta")):
+        return None
+    while config.batch_size % parts == 0:
+        if fits(run, config._replace(accumulate=parts), device, budget):
+            return parts
+        parts *= 2
+    return None
+
+
+def largest_batch(run: BuildableRun, device: str, budget: float) -> int | None:
+    """The largest half, quarter, ... of the run's batch with which it would fit; None if there is none."""
+    tokens = run.config.batch_size // 2
+    while tokens and not fits(run, run.config._replace(batch_size=tokens, accumulate=1), device, budget):
+        tokens //= 2
+    return tokens or None

@@ -1,0 +1,20 @@
+"""The trainer of a run that has a folder."""
+
+from .loop import Trainer
+from .plan import Run, default_log_interval
+from .variant import Variant
+
+
+class RunTrainer(Trainer):
+    """Trains the variant of a run."""
+
+    def __init__(self, run: Run, variant: Variant, device: str) -> None:
+        super().__init__(variant, run.steps, device, run.config.accumulate)
+        self.run = run
+        self.steps_done = 0  # when it was prepared
+        self.digest = ""  # of what decides the run, as run.json has it
+        self.log_every = run.requested.get("log_every") or default_log_interval(run.steps)  # steps
+
+    def logs_after(self, steps_done: int) -> bool:
+        """Whether metrics are logged after so many steps, checkpoints aside."""
+        return steps_done % self.log_every == 0 or steps_done == self.steps

@@ -1,0 +1,175 @@
+"""Runs that read the same batches: each batch is read once and steps all of them, until each is finished."""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..cache.loader import BatchLoader, ResidentLoader, open_loader
+from ..cache.planned import PlannedCache
+from ..cache.ring import RingCache
+from ..common.errors import Interrupted
+from ..common.escaping import quote
+from ..common.memory import out_of_memory
+from .checkpoint import save_checkpoint
+from .loop import train_loop
+from .memory_error import save_after_running_out
+from .plan import Run, TrainConfig
+from .progress import TrainProgress
+from .run_folder import append_metrics
+from .run_trainer import RunTrainer
+from .sae import fold_normalization, save_sae
+from .step import Mechanism
+
+CALIBRATION_BATCHES = 32
+
+
+def shared_passes(
+    trainers: Sequence[RunTrainer], config: TrainConfig, progress: TrainProgress, should_stop: Callable[[], bool]
+) -> list["SharedPass"]:
+    """Group trainers of the same batches by the step they resume from, since that decides the batch they read next."""
+    starts = sorted({trainer.steps_done for trainer in trainers})
+    groups = [[trainer for trainer in trainers if trainer.steps_done == start] for start in starts]
+    return [SharedPass(group, config, progress, should_stop) for group in groups]
+
+
+class SharedPass:
+    """Runs on one pass over the same batches, from the same step on, until each is done, fails or is interrupted."""
+
+    def __init__(
+        self,
+        trainers: list[RunTrainer],
+        config: TrainConfig,
+        progress: TrainProgress,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.active, self.config, self.progress, self.should_stop = trainers, config, progress, should_stop
+        self.steps_done = trainers[0].steps_done
+        self.max_steps = max(trainer.steps for trainer in trainers)
+        self.batch_size = trainers[0].run.config.batch_size
+        self.seconds_waited = 0.0  # for data, by the loaders that are closed
+
+    def train(self, until: int) -> None:
+        """Take the steps up to `until`. Runs that are not done then have a checkpoint there."""
+        self._finish_runs(self.steps_done)  # a run that was killed between its last checkpoint and its end
+        if self.active:
+            self.until, first = until, self.active[0]
+            try:
+                with open_batches(first.run, self.steps_done, first.device) as self.batches:
+                    train_loop(self.active, self.batches, range(self.steps_done, until), self._after_step)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                raise save_after_running_out(self.active, error, self.config) from None
+            self.steps_done, self.seconds_waited = until, self.seconds_waited + self.batches.seconds_waited
+
+    def join(self, later: "SharedPass") -> None:
+        """Hand the runs over to a pass that begins where this one has come to."""
+        later.active, later.max_steps = [*later.active, *self.active], max(self.max_steps, later.max_steps)
+
+    def _after_step(self, number: int) -> bool:
+        """Log, finish runs, checkpoint. Returns whether all is done; raises Interrupted if told to stop."""
+        steps_done, stop = number + 1, self.should_stop()
+        checkpoint = stop or steps_done == self.until or steps_done % self.config.checkpoint_every == 0
+        due = [trainer for trainer in self.active if stop or checkpoint or trainer.logs_after(steps_done)]
+        if due:
+            self._log(steps_done, self._drop_failed_runs(due))
+        elif steps_done == 1:  # the first step has a line of its own, and still counts in the mean of the next
+            self._log(steps_done, self._drop_failed_runs(list(self.active)), first=True)
+        self._finish_runs(steps_done)
+        if checkpoint:
+            for trainer in self.active:
+                save_checkpoint(trainer, trainer.run.folder, steps_done, trainer.digest)
+        if stop and self.active:
+            folders = " ".join(f"--resume {quote(trainer.run.folder)}" for trainer in self.active)
+            also = "" if isinstance(self.config.source, RingCache) else f", or with: sae train {folders}"
+            raise Interrupted(
+                f"Stopped after step {steps_done}; everything is saved. Resume with the same command{also or '.'}"
+            )
+        return not self.active
+
+    def _drop_failed_runs(self, due: Sequence[RunTrainer]) -> list[RunTrainer]:
+        """Give up those trainers that failed, and return the others."""
+        for trainer in due:
+            step, run = int(trainer.failed_at), trainer.run
+            if step < 0:
+                continue
+            saved = any(run.folder.glob("checkpoints/*"))
+            run.problem = (
+                f"the loss or its gradient was not finite at step {step} (batch {step} of shuffle seed "
+                f"{run.shuffle_seed}). That step did not change the weights, and "
+                f"{'the last good checkpoint is kept' if saved else 'there is no checkpoint yet'}. "
+                f"A smaller learning rate usually helps: --set {run.recipe.name}.lr=..."
+            )
+            self.progress.say(f"{run.name}: {run.problem}")
+            self.active.remove(trainer)
+        return [trainer for trainer in due if trainer in self.active]
+
+    def _log(self, steps_done: int, due: Sequence[RunTrainer], first: bool = False) -> None:
+        metrics: dict[str, dict[str, float]] = {}
+        waited = round(self.seconds_waited + self.batches.seconds_waited, 3)
+        for trainer in due:
+            run, tokens = trainer.run, steps_done * trainer.run.config.batch_size
+            measured = trainer.pop_metrics(reset=not first)
+            line = {"step": steps_done, "tokens": tokens, **measured, "waited_for_data": waited}
+            metrics[run.name] = line
+            append_metrics(run.folder, line)
+        self.progress.step(steps_done, self.max_steps, metrics)
+
+    def _finish_runs(self, steps_done: int) -> None:
+        for trainer in [t for t in self.active if t.steps == steps_done]:
+            finish_run(trainer)
+            self.active.remove(trainer)
+
+
+def finish_run(trainer: RunTrainer) -> None:
+    """Fold the normalization in and write what evaluation loads. sae.json comes last and marks the run as done."""
+    run, variant = trainer.run, trainer.variant
+    assert not isinstance(run.cache, PlannedCache)
+    save_checkpoint(trainer, run.folder, run.steps, trainer.digest)
+    calibrate(trainer)
+    origin = {
+        "model": run.cache.identity["model"],
+        **run.hook._asdict(),
+        "hook_name": run.hook.name,
+        "variant": run.recipe.name,
+        "seed": run.seed,
+        "training_tokens": run.steps * run.config.batch_size,
+        "cache": run.cache_folders[0],  # its held-out documents are held out of the other caches too
+        "fingerprint": run.cache.fingerprint,
+        "context": run.cache.identity["context"],
+        **{key: run.cache.identity[key] for key in ("bos",) if key in run.cache.identity},
+        "norm_limit": run.cache.norm_limit(run.hook.array),  # rows over it were not trained on
+    }
+    layer_norm = variant.optimization.normalize == "layer_norm"
+    sae = fold_normalization(variant.sae, variant.scale, variant.mean_D, layer_norm)
+    with torch.no_grad():
+        for mechanism in variant.mechanisms:
+            mechanism.export(sae)
+    save_sae(sae, run.folder, origin, trainer.digest)
+
+
+def open_batches(run: Run, step: int, device: str, resident: bool = True) -> BatchLoader | ResidentLoader:
+    """The batches of a run from a step on; of a ring, those of the group that is open.
+
+    `resident` lets the loader keep the rows on a GPU, which does not pay for a few batches.
+    """
+    size, cache, batch = run.config.batch_size, run.cache, step
+    assert not isinstance(cache, PlannedCache)
+    rows, batch = cache.locate_batch(step, size) if isinstance(cache, RingCache) else (cache, step)
+    make_loader = open_loader if resident else BatchLoader
+    return make_loader(rows, run.hook.array, size, seed=run.shuffle_seed, batch=batch, device=device)
+
+
+@torch.no_grad()
+def calibrate(trainer: RunTrainer) -> None:
+    """Call the mechanisms that fit a number to the final weights, on the batches that follow the last step's."""
+    run = trainer.run
+    calibrating = [m for m in trainer.variant.mechanisms if type(m).calibrate is not Mechanism.calibrate]
+    if not calibrating:
+        return
+    with open_batches(run, run.steps, trainer.device, resident=False) as batches:
+        for x_BD in itertools.islice(batches, CALIBRATION_BATCHES):
+            step = trainer.forward(x_BD)
+            for mechanism in calibrating:
+                mechanism.calibrate(step)
