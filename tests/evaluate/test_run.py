@@ -556,3 +556,36 @@ def test_a_metric_that_fails_leaves_the_others(tiny_cache, home, monkeypatch):
     assert not (one / "evaluations" / "broken.json").exists()
     with pytest.raises(UnavailableError, match="no such text"):
         evaluate(ask(one, suite="broken"))
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_metric_that_runs_out_of_memory_leaves_the_others(tiny_cache, home, monkeypatch, error):
+    """The other metric is measured as ever; the one that failed is measured when it is asked for again."""
+
+    @dataclass(frozen=True)
+    class Hungry(Core):
+        name = "hungry"
+
+        def measure(self, ctx, targets, progress):
+            if hungry:
+                raise error
+            return super().measure(ctx, targets, progress)
+
+    monkeypatch.setitem(METRICS, "hungry", Hungry)
+    alone, hungry = make_run(home / "alone", tiny_cache), True
+    (whole,) = evaluate(ask(alone, suite="core"))
+    run = make_run(home / "run", tiny_cache)
+    plan = plan_evaluation(ask(run, suite="hungry,core"))
+    (row,) = run_evaluation(plan)
+    assert row.results["core"].metrics == whole.results["core"].metrics and plan.exit_code([row]) == 1
+    said = str(row.errors["hungry"])
+    assert said.startswith(f"cpu is out of memory ({error}). Results of other metrics are kept; measure hungry again")
+    assert "a smaller --set hungry.batch_contexts, fewer runs in one command, --no-references or" in said
+    assert [line for line in plan.summary([row], 0.0) if line.startswith("not run")] == [f"not run  hungry: {said}"]
+    with pytest.raises(UnavailableError, match="out of memory"):
+        evaluate(ask(make_run(home / "other", tiny_cache), suite="hungry"))
+    hungry = False
+    (again,) = evaluate(ask(run, suite="hungry,core"))
+    assert again.results["hungry"].metrics == whole.results["core"].metrics
