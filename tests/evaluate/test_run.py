@@ -558,11 +558,9 @@ def test_a_metric_that_fails_leaves_the_others(tiny_cache, home, monkeypatch):
         evaluate(ask(one, suite="broken"))
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
-)
-def test_a_metric_that_runs_out_of_memory_leaves_the_others(tiny_cache, home, monkeypatch, error):
+def test_a_metric_that_runs_out_of_memory_leaves_the_others(tiny_cache, home, monkeypatch):
     """The other metric is measured as ever; the one that failed is measured when it is asked for again."""
+    error, hungry = RuntimeError("DefaultCPUAllocator: can't allocate memory"), True
 
     @dataclass(frozen=True)
     class Hungry(Core):
@@ -574,12 +572,10 @@ def test_a_metric_that_runs_out_of_memory_leaves_the_others(tiny_cache, home, mo
             return super().measure(ctx, targets, progress)
 
     monkeypatch.setitem(METRICS, "hungry", Hungry)
-    alone, hungry = make_run(home / "alone", tiny_cache), True
-    (whole,) = evaluate(ask(alone, suite="core"))
     run = make_run(home / "run", tiny_cache)
     plan = plan_evaluation(ask(run, suite="hungry,core"))
     (row,) = run_evaluation(plan)
-    assert row.results["core"].metrics == whole.results["core"].metrics and plan.exit_code([row]) == 1
+    assert row.results.keys() == {"core"} and plan.exit_code([row]) == 1
     said = str(row.errors["hungry"])
     assert said.startswith(f"cpu is out of memory ({error}). Results of other metrics are kept; measure hungry again")
     assert "a smaller --set hungry.batch_contexts, fewer runs in one command, --no-references or" in said
@@ -588,4 +584,4 @@ def test_a_metric_that_runs_out_of_memory_leaves_the_others(tiny_cache, home, mo
         evaluate(ask(make_run(home / "other", tiny_cache), suite="hungry"))
     hungry = False
     (again,) = evaluate(ask(run, suite="hungry,core"))
-    assert again.results["hungry"].metrics == whole.results["core"].metrics
+    assert again.results["hungry"].metrics == again.results["core"].metrics == row.results["core"].metrics
