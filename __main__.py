@@ -1,4 +1,4 @@
-"""The command `sae`, also as `python -m sae`, and so for `accelerate launch -m sae`."""
+"""The command `sae`, also as `python -m sae`, and so for `torchrun -m sae`."""
 
 import signal
 import sys

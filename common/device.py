@@ -14,11 +14,15 @@ DTYPES = ("auto", "bfloat16", "float32")
 def resolve_device(device: str) -> str:
     """Check a device name (auto, cpu, cuda or cuda:N); `auto` becomes cuda if torch sees a GPU, else cpu.
 
+    In one of several processes of a launcher that see all GPUs, cuda becomes the GPU of the process.
+
     Raises UsageError for any other name, UnavailableError if torch does not see that GPU.
     """
     gpu_count = torch.cuda.device_count()
     if device == "auto":
-        return "cuda" if gpu_count else "cpu"
+        device = "cuda" if gpu_count else "cpu"
+    if device == "cuda" and gpu_count > 1 and os.environ.get("WORLD_SIZE", "1") != "1":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     kind, _, index = device.partition(":")
     if kind not in ("cpu", "cuda") or not (index or "0").isdecimal():
         raise UsageError(f"unknown device {device!r}: expected auto, cpu, cuda or cuda:N.")

@@ -1,4 +1,4 @@
-"""Several processes that harvest one cache: `accelerate launch --num_processes N -m sae harvest ...`."""
+"""Several processes that harvest one cache: `torchrun --nproc_per_node N -m sae harvest ...`."""
 
 import os
 from collections.abc import Callable
@@ -30,11 +30,10 @@ def rank_and_count() -> tuple[int, int]:
 
 
 def current_process_group(device: str) -> ProcessGroup:
-    """The group of this process. If `device` is "cuda", without a number, each process gets a GPU of its own."""
+    """The group of this process, on `device`, which `resolve_device` has made its own."""
     if rank_and_count()[1] == 1:
         return ProcessGroup(device=device)
     from accelerate import PartialState
 
     state = PartialState(cpu=torch.device(device).type == "cpu", timeout=TIMEOUT)
-    own_device = str(state.device) if device == "cuda" else device
-    return ProcessGroup(state.process_index, state.num_processes, own_device, state.wait_for_everyone)
+    return ProcessGroup(state.process_index, state.num_processes, device, state.wait_for_everyone)

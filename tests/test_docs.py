@@ -132,7 +132,7 @@ def test_every_command_is_one_that_the_program_takes(block: Block, words: list[s
 def inline() -> Iterator[tuple[str, list[str]]]:
     for page in PAGES:
         for number, line in enumerate(page.read_text().splitlines(), 1):
-            for found in re.finditer(r"`(?:accelerate launch [^`]*-m )?sae ([^`]+)`", line):
+            for found in re.finditer(r"`(?:torchrun [^`]*-m )?sae ([^`]+)`", line):
                 yield f"{page.relative_to(ROOT)}:{number}", found[1].split()
 
 

@@ -27,6 +27,20 @@ def test_a_missing_gpu_raises() -> None:
     assert resolve_device("cpu") == "cpu"
 
 
+def test_each_process_of_a_launcher_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while it plans: else all of them would time the model on the first."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [resolve_device(d) for d in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda", "cuda", "cuda:1", "cpu"]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert [resolve_device(d) for d in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda:2", "cuda:2", "cuda:1", "cpu"]
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(UnavailableError, match="device cuda:4 is not available: torch sees 4 GPUs"):
+        resolve_device("auto")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # a scheduler shows each process its own
+    assert resolve_device("auto") == "cuda"
+
+
 def test_a_command_of_one_process_is_refused_under_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the second process would meet the lock of the first, and the launcher would stop both."""
     nothing = EvaluatePlan(EvaluateConfig([]), [], [], ArtifactCache(Path()))
