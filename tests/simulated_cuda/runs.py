@@ -11,6 +11,7 @@ from unittest import mock
 
 import numpy as np
 
+from sae.cache import loader as cache_loader
 from sae.cache.loader import BatchLoader, ResidentLoader
 from sae.cache.reader import Cache
 from sae.train.loop import Trainer
@@ -38,7 +39,8 @@ def train(folder: Path, cache: Path, recipes: Sequence[str], resident: bool) -> 
         expected = finish(folder / "cpu", "cpu", cache, recipes)
         with (
             simulated_gpu(),
-            mock.patch.object(Memory, "free", 100 * GIB if resident else 0),
+            mock.patch.object(Memory, "free", 100 * GIB),
+            mock.patch.object(cache_loader, "DEVICE_SHARE", 0.4 if resident else 0.0),
             watched(Trainer, "step", seen["step"]),
             watched(loader, "__next__", seen["batch"]),
         ):

@@ -41,6 +41,14 @@ def test_a_step_waits_for_nothing_and_a_run_ends_as_on_a_cpu(gpu: SimulatedGPU, 
     assert walked["dead"] > 0  # so that AuxK and what restarts latents have work to do
 
 
+@pytest.mark.parametrize("recipe", ["batchtopk", "jumprelu", "hierarchical-adaptive", "switch"])
+def test_nor_does_a_step_in_parts(gpu: SimulatedGPU, recipe: str) -> None:
+    """`--accumulate`, with what reads the whole batch before its gradients."""
+    walked = gpu("training.walk", recipe=recipe, sparse=True, parts=4)
+    assert walked["waits"] == []
+    assert walked["apart"] == {}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_the_same_with_dense_products(gpu: SimulatedGPU, recipe: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import sae.train.variants  # noqa: F401  (registers the recipes)
-from sae.train import activation_functions, loop, run, sparse_ops
+from sae.train import activation_functions, loop, sparse_ops
 from sae.train.checkpoint import restore_checkpoint, save_checkpoint, training_state
 from sae.train.loop import Trainer
 from sae.train.parse import parse_options
@@ -33,18 +33,20 @@ def walk(
     d_sae: int = D_SAE,
     sparse: bool = False,
     autocast: bool = False,
+    parts: int = 1,
 ) -> dict[str, Any]:
     """Everything that a run does, from the start to the saved SAE, on both devices.
 
     `sparse` says whether products with few latents are sparse; without `autocast` the arithmetic of the two is the
-    same. Returns what made the host wait in a step (`waits`), and for each number or tensor by which the two ended
-    apart the difference as a share of the CPU's largest (`apart`), and with how many dead latents it worked (`dead`).
+    same. Batches are computed in `parts`. Returns what made the host wait in a step (`waits`), and for each number or
+    tensor by which the two ended apart the difference as a share of the CPU's largest (`apart`), and with how many dead
+    latents it worked (`dead`).
     """
     with same_arithmetic(sparse, autocast), tempfile.TemporaryDirectory() as folder:
-        cpu = Walk(recipe, options, paper_exact, d_sae, "cpu", Path(folder) / "cpu")
+        cpu = Walk(recipe, options, paper_exact, d_sae, "cpu", Path(folder) / "cpu", parts)
         expected = cpu.run()
         with simulated_gpu():
-            gpu = Walk(recipe, options, paper_exact, d_sae, "cuda", Path(folder) / "cuda")
+            gpu = Walk(recipe, options, paper_exact, d_sae, "cuda", Path(folder) / "cuda", parts)
             found = gpu.run()
     return {"waits": gpu.waits, "dead": gpu.dead, "apart": differences(expected, found)}
 
@@ -59,8 +61,8 @@ def same_arithmetic(sparse: bool, autocast: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(sparse_ops.SPARSE_FROM, border))
         stack.enter_context(mock.patch.object(activation_functions, "topk_indices", plain_topk))
-        for module in () if autocast else (loop, run):
-            stack.enter_context(mock.patch.object(module, "autocast", lambda device: contextlib.nullcontext()))
+        if not autocast:
+            stack.enter_context(mock.patch.object(loop, "autocast", lambda device: contextlib.nullcontext()))
         yield
 
 
@@ -72,9 +74,16 @@ class Walk:
     """One trainer on one device, and what it ends with."""
 
     def __init__(
-        self, recipe: str, options: tuple[str, ...], paper_exact: bool, d_sae: int, device: str, folder: Path
+        self,
+        recipe: str,
+        options: tuple[str, ...],
+        paper_exact: bool,
+        d_sae: int,
+        device: str,
+        folder: Path,
+        parts: int,
     ) -> None:
-        self.recipe, self.options = recipe, options
+        self.recipe, self.options, self.parts = recipe, options, parts
         self.config = RunConfig(D_IN, d_sae, 30, BATCH, paper_exact=paper_exact, variance=24.0)
         self.device, self.folder = device, folder
         self.waits: list[str] = []
@@ -90,7 +99,7 @@ class Walk:
         for mechanism in variant.mechanisms:
             if mechanism.every:
                 mechanism.every = min(mechanism.every, 2)
-        trainer = Trainer(variant.to(self.device), 30, self.device)
+        trainer = Trainer(variant.to(self.device), 30, self.device, self.parts)
         rows_RD = batches(1, 4 * BATCH)[0].float()
         sample_ND = rows_RD if variant.reads_rows else None
         variant.set_normalization(rows_RD.mean(0).to(self.device), float(rows_RD.square().sum(1).mean()), sample_ND)
@@ -124,8 +133,7 @@ class Walk:
     def finish(self, trainer: Trainer, x_BD: Tensor) -> dict[str, Tensor]:
         """As at the end of a run: calibrate, fold, export, save; then load and use."""
         variant = trainer.variant
-        with loop.autocast(self.device):
-            step = variant(trainer.i, x_BD, trainer.optimizer)
+        step = trainer.forward(x_BD)
         for mechanism in variant.mechanisms:
             mechanism.calibrate(step)
         layer_norm = variant.optimization.normalize == "layer_norm"
