@@ -194,7 +194,7 @@ def share_of(near: RunsBeside, line: AgainstLine) -> Share | None:
 
 def answer_seed(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
     """Beside one other seed: their difference. Beside more: whether the run is where another seed is expected."""
-    if len(near.seeds) == 1 and lines:
+    if lines:
         verdict, is_good = conclude(lines)
         more = "One other seed does not show how much seeds differ. Train more, then evaluate them together."
         command = more_seeds_command(near.run)
@@ -337,8 +337,7 @@ def interval_of(result: MetricResult, name: str) -> str:
 
 def with_untested(answer: Answer, run: ComparedRun, lines: Sequence[AgainstLine]) -> Answer:
     """The answer, with the command that measures old results again if one could not be tested for that."""
-    reasons = [line.pairing.reason for line in lines if line.finding.verdict == "not tested"]
-    if not any("--force" in reason for reason in reasons):
+    if not any("--force" in line.pairing.reason for line in lines):
         return answer
     suite = ",".join(dict.fromkeys(line.metric for line in lines))
     controls = " --controls" if answer.question == CONTROL else ""

@@ -90,9 +90,4 @@ def first_of(system: RunBySeed) -> MeasuredRun:
 
 
 def is_control_of(control: MeasuredRun, run: MeasuredRun) -> bool:
-    return (
-        control.is_control
-        and not (run.is_control or run.is_reference)
-        and bool(run.conditions)
-        and control.conditions == run.conditions
-    )
+    return control.is_control and not run.is_control and bool(run.conditions) and control.conditions == run.conditions

@@ -26,6 +26,7 @@ def find_column(metric: str, name: str) -> Number:
     return metric, next(column for column in METRICS[metric].columns if column.name == name)
 
 
+# Of each of these more is better.
 FRONTIER_NUMBERS = (find_column("core", "kl_div_score"), find_column("core", "fve"))
 PUBLISHED_NUMBER = find_column("core", "ce_loss_score")  # that published.toml has of reconstructions
 
@@ -47,11 +48,11 @@ def best_rival(
     system: ComparedSystem, others: Iterable[ComparedSystem], metric: str, column: MetricColumn
 ) -> ComparedSystem | None:
     """The best of the others in a number at the system's L0 or less; None if none is there."""
-    own, sign = l0_of(system), 1 if column.better == "up" else -1
+    own = l0_of(system)
     if own is None:
         return None
     measured = [
-        (sign * found[0], -place, other)
+        (found[0], -place, other)
         for place, other in enumerate(others)
         if (l0 := l0_of(other)) and l0 <= SAME_L0 * own and (found := other.mean_and_spread(metric, column))
     ]
@@ -72,7 +73,7 @@ def published_at(system: ComparedSystem, metric: str, column: MetricColumn) -> l
             order = np.argsort(series.x)
             value = np.interp(math.log(own), np.log(np.take(series.x, order)), np.take(series.y, order))
             found.append(Published(series.name.removesuffix(" (published)"), float(value)))
-    return sorted(found, key=lambda one: one.value, reverse=column.better == "up")
+    return sorted(found, key=lambda one: one.value, reverse=True)
 
 
 def frontier_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -106,14 +107,14 @@ def heading(metric: str, column: MetricColumn) -> str:
 
 def behind(system: ComparedSystem, systems: Sequence[ComparedSystem], metric: str, column: MetricColumn) -> str:
     """A cell: the number, and how far behind the best other system of no more L0 it is."""
-    own, rival = system.mean_and_spread(metric, column), None
+    own = system.mean_and_spread(metric, column)
     if own is None:
         return ""
     rival = best_rival(system, [one for one in systems if one is not system], metric, column)
     theirs = rival.mean_and_spread(metric, column) if rival else None
-    difference = own[0] - theirs[0] if theirs else math.inf
-    ahead = difference >= 0 if column.better == "up" else difference <= 0
-    shown = ON_FRONTIER if ahead or rival is None else f"{difference:+{column.format}} from {rival.label}"
+    shown = ON_FRONTIER
+    if rival and theirs and theirs[0] > own[0]:
+        shown = f"{own[0] - theirs[0]:+{column.format}} from {rival.label}"
     return f"{own[0]:{column.format}}, {shown}"
 
 

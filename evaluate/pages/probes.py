@@ -68,7 +68,7 @@ def build_part(lead: str, llm: Scores, columns: Mapping[str, Scores], drawn: Map
     names = sorted(llm, key=lambda name: (-llm[name], name))
     sides = [llm, *columns.values()]
     lines = [[name, *(f"{side[name]:.4f}" if name in side else "" for side in sides)] for name in names]
-    foot = ["mean", *(f"{mean(side.values()):.4f}" if side else "" for side in sides)]
+    foot = ["mean", *(f"{mean(side.values()):.4f}" for side in sides)]
     chart = draw_chart(names, llm, drawn)
     return ProbePart(lead, ["data set", "model's probe", *columns], lines, foot, CHART_TITLE, chart)
 
@@ -118,7 +118,7 @@ def measured_ks(results: Sequence[MetricResult]) -> list[int]:
     """The numbers of latents that all results have a score of, in ascending order."""
     found = [
         {int(match[1]) for entry in one.sound.details for name, value in entry.items()
-         if value is not None and (match := SAE_AUC.fullmatch(name))}
+         if isinstance(value, (int, float)) and (match := SAE_AUC.fullmatch(name))}
         for one in results
     ]  # fmt: skip
     return sorted(set.intersection(*found)) if found else []

@@ -5,16 +5,16 @@ import math
 import pytest
 
 from sae.common.files import digest_of
-from sae.common.schemas import RUN_RECORD
+from sae.common.schemas import RESULT_RECORD
 from sae.evaluate.against import AgainstLine
-from sae.evaluate.answers import CONTROL, FRONTIER, PCA, SEED, STABLE, answer_questions, conclude
+from sae.evaluate.answers import CONTROL, FRONTIER, PCA, SEED, STABLE, answer_questions, conclude, name_others
 from sae.evaluate.compared_runs import read_run
 from sae.evaluate.metrics.base import MetricColumn
-from sae.evaluate.neighbours import find_neighbours, measured_alike, more_seeds_command
+from sae.evaluate.neighbours import find_neighbours
 from sae.evaluate.paired import Pairing
 from sae.evaluate.statistics import Finding, mean_interval, prediction_interval
 
-from ..run_records import change_record, write_result_record, write_run_record, write_sae_record
+from ..run_records import write_result_record, write_run_record, write_sae_record
 
 MODEL = {"name": "gemma-2-mini", "revision": "0" * 64}
 DOCUMENTS = 40
@@ -69,6 +69,7 @@ def make_reference(home, name, l0, kl, ev, conditions=None, by_document=True):
     folder = home / "activations" / "evaluation" / "references" / f"{name}-L12-{digest[:8]}"
     settings = {**SETTINGS, "weights": digest}
     write_result_record(folder, "core", eval_config=settings, sae_cfg_dict=described, **core(l0, kl, ev, by_document))
+    return folder
 
 
 def report_of(folder):
@@ -176,6 +177,39 @@ def test_a_control_as_good_as_the_run_is_not_called_worse(runs, home):
     answer = answers_of(run)[CONTROL]
     assert answer.verdict == "same in every pair" and answer.is_good is None
     assert all("the control has 100% (100 to 100)" in number for number in answer.numbers)
+    assert answer.numbers == [
+        "beside frozen-decoder-32: EV 0.8000 against 0.8000, the control has 100% (100 to 100)",
+        "KL score 0.9000 against 0.9000, the control has 100% (100 to 100)",
+    ]
+
+
+def test_of_the_other_metrics_the_number_of_which_a_control_has_most_is_told(runs, home):
+    run = make_run(runs / "one")
+    control = make_reference(home, "frozen-decoder-32", 32.0, 0.5, 0.6, conditions_of(run))
+    for folder, aucs in ((run, (0.9, 0.8)), (control, (0.6, 0.7))):
+        of_core = RESULT_RECORD.read(folder / "evaluations" / "core.json")
+        numbers = {f"sae_top_{k}_test_auc": auc for k, auc in zip((1, 16), aucs, strict=True)}
+        write_result_record(
+            folder, "sae_probes", eval_config=of_core["eval_config"], sae_cfg_dict=of_core["sae_cfg_dict"],
+            eval_result_metrics={"sae": numbers},
+            eval_result_details=[{"dataset_name": name, **numbers} for name in ("pets", "sizes")],
+        )  # fmt: skip
+    numbers = answers_of(run)[CONTROL].numbers
+    assert len(numbers) == 3 and "k=16" in numbers[2]
+    assert numbers[2].endswith("the control has 67% (67 to 67)")  # 0.2 / 0.3 of k = 16; of k = 1 it has 0.1 / 0.4
+
+
+def test_controls_are_asked_for_by_all_that_was_measured_but_stability(runs):
+    run = make_run(runs / "one")
+    write_stability(run)
+    write_result_record(run, "sae_probes", eval_config={"weights": "one"})
+    assert answers_of(run)[CONTROL].command == f"sae evaluate {run} --suite core,sae_probes --controls"
+
+
+def test_a_control_that_cannot_be_tested_is_measured_again_as_one(runs, home):
+    run = make_run(runs / "one")
+    make_reference(home, "frozen-decoder-32", 32.0, 0.5, 0.4, conditions_of(run), by_document=False)
+    assert answers_of(run)[CONTROL].command == f"sae evaluate {run} --suite core --force --controls"
 
 
 def test_a_control_is_not_compared_with_controls(runs):
@@ -204,9 +238,18 @@ def test_a_run_is_seen_beside_the_spread_of_its_other_seeds(runs, kl, verdict, i
     answer = answers_of(run)[SEED]
     assert (answer.verdict, answer.is_good) == (verdict, is_good)
     low, high = prediction_interval(others)
+    assert {line.system for line in report_of(run).lines} == {"longer"}  # on the frontier: no single seed is tested
     assert answer.numbers[1] == (
         f"KL score {kl:.4f}, 3 other seeds 0.9000 ± 0.0100 (sd); another one is expected at {low:.4f} to {high:.4f}"
     )
+
+
+def test_two_other_seeds_are_a_spread_and_a_run_can_be_on_both_sides_of_it(runs):
+    run = make_run(runs / "s0", kl=0.99, ev=0.5)
+    for seed in (1, 2):
+        make_run(runs / f"s{seed}", kl=0.89 + seed / 1000, ev=0.79 + seed / 1000, seed=seed)
+    answer = answers_of(run)[SEED]
+    assert (answer.verdict, answer.is_good) == ("above and below", None) and "2 other seeds" in answer.numbers[0]
 
 
 def test_one_other_seed_gives_a_difference_and_asks_for_more(runs):
@@ -221,10 +264,11 @@ def test_seeds_that_are_there_are_to_be_measured_with_it(runs):
     other = make_run(runs / "s1", seed=1, contexts=99)
     found = answers_of(run)
     assert found[SEED].command == f"sae evaluate {run} {other} --suite core"
+    assert found[SEED].remedy == "1 other seed is there. Evaluate all of them together:"
     assert found[STABLE].command == f"sae evaluate {run} {other} --suite stability"
 
 
-def write_stability(folder, null_high=0.3, recurring=0.42, **more):
+def write_stability(folder, null_high=0.3, recurring=0.42, others=2, **more):
     numbers = {
         "decoder_pw_mcc": 0.62,
         "decoder_pw_mcc_null": 0.2,
@@ -237,7 +281,7 @@ def write_stability(folder, null_high=0.3, recurring=0.42, **more):
         folder, "stability", eval_config={"weights": folder.name}, eval_result_metrics={"stability": numbers},
         eval_result_unstructured={
             "intervals": {"stability": {"decoder_pw_mcc": [0.6, 0.64], "decoder_pw_mcc_null": [0.1, null_high]}},
-            "n": {"other_seeds": 2}, "flags": [], "extra": {"seeds": ["s1", "s2"]},
+            "n": {"other_seeds": others}, "flags": [], "extra": {"seeds": ["s1", "s2"][:others]},
         },
     )  # fmt: skip
 
@@ -250,9 +294,17 @@ def test_stability_stands_beside_chance(runs):
     assert answer.numbers[:2] == ["in each of 2 other seeds", "decoder PW-MCC 0.620 (0.600 to 0.640), random 0.200"]
     write_stability(run, recurring_in_all=0.3)  # absent in results of earlier versions, as above
     assert answers_of(run)[STABLE].numbers[0] == "on average over 2 other seeds, 30% in all of them"
-    write_stability(run, null_high=0.7)
+    for high in (0.62, 0.7):  # the number itself, and above it
+        write_stability(run, null_high=high)
+        answer = answers_of(run)[STABLE]
+        assert (answer.verdict, answer.is_good) == ("42% of latents recur; decoder PW-MCC no more than chance", False)
+    write_stability(run, activation_pw_mcc=0.05)  # below the mean of chance, which has no interval here
+    assert answers_of(run)[STABLE].verdict == "42% of latents recur; activation PW-MCC no more than chance"
+    write_stability(run, others=1)
+    assert answers_of(run)[STABLE].numbers[0] == "in the other seed"
+    write_stability(run, recurring=None)
     answer = answers_of(run)[STABLE]
-    assert (answer.verdict, answer.is_good) == ("42% of latents recur; decoder PW-MCC no more than chance", False)
+    assert answer.verdict == "not known" and answer.numbers[0].startswith("decoder PW-MCC 0.620")
 
 
 @pytest.mark.parametrize(
@@ -272,6 +324,34 @@ def test_on_the_frontier_no_other_run_is_better_with_no_more_latents(runs, l0, k
     make_run(runs / "seed", l0=1.0, kl=0.99, ev=0.99, seed=1)
     answer = answers_of(run)[FRONTIER]
     assert (answer.verdict, answer.is_good) == (verdict, is_good)
+
+
+@pytest.mark.parametrize(
+    ("kl", "ev", "by_document", "verdict", "is_good"),
+    [
+        (0.95, 0.9, True, "behind at L0 32.0", False),
+        (0.8, 0.8001, True, "not told from the best at L0 32.0", None),
+        (0.95, 0.9, False, "not tested at L0 32.0", None),
+    ],
+)
+def test_what_is_said_of_the_best_other_run(runs, kl, ev, by_document, verdict, is_good):
+    run, other = make_run(runs / "one"), make_run(runs / "other", 30.0, kl, ev, by_document, variant="relu")
+    if ev == 0.8001:  # where documents differ more than the two runs
+        record = RESULT_RECORD.read(other / "evaluations" / "core.json")
+        values = [ev + (-1) ** n / 10 for n in range(DOCUMENTS)]
+        record["eval_result_unstructured"]["extra"]["values"]["fve"] = values
+        RESULT_RECORD.write(other / "evaluations" / "core.json", record)
+    answer = answers_of(run)[FRONTIER]
+    assert (answer.verdict, answer.is_good) == (verdict, is_good)
+    assert answer.command == ("" if by_document else f"sae evaluate {run} --suite core --force")
+
+
+def test_each_number_is_named_after_what_it_is_against(runs):
+    run = make_run(runs / "one")
+    make_run(runs / "a", 30.0, 0.95, 0.7, variant="relu")
+    make_run(runs / "b", 30.0, 0.8, 0.9, variant="jumprelu")
+    numbers = answers_of(run)[FRONTIER].numbers
+    assert [number.split(":")[0] for number in numbers] == [f"the best other of no more L0 is {one}" for one in "ab"]
 
 
 def test_published_saes_stand_beside_a_run_of_their_model(runs):
@@ -295,49 +375,11 @@ def test_all_comparisons_of_a_report_are_corrected_together(runs, home):
     assert more.finding.p_value >= alone.finding.p_value
 
 
-def test_core_measured_otherwise_is_not_alike(runs):
-    one, same, other = (read_run(make_run(runs / name, contexts=n)) for name, n in (("a", 40), ("b", 40), ("c", 41)))
-    assert measured_alike(one, same) and not measured_alike(one, other)
-
-
-def test_a_damaged_run_beside_it_is_named_and_left_out(runs):
-    from sae.common.errors import LeftOutWarning
-
-    run, broken = make_run(runs / "one"), make_run(runs / "two", variant="relu", l0=3.0)
-    (broken / "evaluations" / "core.json").write_text("{")
-    with pytest.warns(LeftOutWarning, match="two"):
-        assert find_neighbours(read_run(run)).others == []
-
-
-def test_the_command_for_more_seeds_holds_all_that_decides_a_run(runs):
-    record = {
-        "variant": "topk", "seed": 1, "options": {"k": 7, "aux_k": None, "center": True},
-        "asked_l0": 32.0, "literal": True, "order_seed": 5, "site": "mlp_out", "cache_folders": ["a b"],
-    }  # fmt: skip
-    run = make_run(runs / "one", **record)
-    command = more_seeds_command(read_run(run))
-    assert "--seed 0 --seed 2" in command and "--set k=7" in command and "--set aux_k=none" in command
-    assert "--set center=true" in command and "--layer 12 --site mlp_out" in command and "--cache 'a b'" in command
-    assert "--l0 32 " in command and "--paper-exact" in command and "--shuffle-seed 5" in command
-    change_record(RUN_RECORD, run / "run.json", {"ring": 4})
-    assert more_seeds_command(read_run(run)) == ""
-
-
 def test_a_prediction_interval_is_wider_than_that_of_the_mean():
     values = [1.0, 2.0, 3.0, 4.0]
     (low, high), (mean_low, mean_high) = prediction_interval(values), mean_interval(values)
     assert high - low == pytest.approx((mean_high - mean_low) * math.sqrt(5))  # sd sqrt(1 + 1/4) for sd / 2
     assert (low + high) / 2 == pytest.approx(2.5) and prediction_interval([2.0, 2.0]) == (2.0, 2.0)
-
-
-def test_answers_are_the_same_from_any_folder(runs, monkeypatch):
-    run = make_run(runs / "one")
-    make_run(runs / "other", l0=20.0, kl=0.5, variant="relu")
-    whole = answers_of(run)[FRONTIER].verdict
-    monkeypatch.chdir(run)
-    from pathlib import Path
-
-    assert answers_of(Path("."))[FRONTIER].verdict == whole
 
 
 @pytest.mark.parametrize(
@@ -348,6 +390,7 @@ def test_answers_are_the_same_from_any_folder(runs, monkeypatch):
         (["not distinguishable", "not tested"], "not distinguishable"),
         (["better", "better"], "yes"),
         (["better", "not distinguishable"], "better in 1 of 2"),
+        (["better", "not tested"], "yes"),
         (["not tested"], "not tested"),
     ],
 )
@@ -357,3 +400,11 @@ def test_several_verdicts_are_called_equivalent_only_if_all_are(verdicts, answer
         AgainstLine("other", "core", column, (0.5, 0.5), Pairing(None), None, Finding(verdict)) for verdict in verdicts
     ]
     assert conclude(lines)[0] == answer
+
+
+def test_a_name_is_said_again_only_where_it_changes():
+    column = MetricColumn("EV", "c", "n", better="up", floor=0, ceiling=1)
+    lines = [AgainstLine(name, "core", column, (0.5, 0.5), Pairing(None), None, Finding("better")) for name in "abba"]
+    assert [text.split(":")[0] for text in name_others(lines, "beside")] == [
+        "beside a", "beside b", "EV 0.5000 against 0.5000", "beside a",
+    ]  # fmt: skip

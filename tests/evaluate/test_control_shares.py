@@ -208,7 +208,7 @@ def test_a_system_is_set_against_the_best_of_its_controls_in_each_number() -> No
     first = control("a", ev=values(0.9, 1e-4), kl=values(0.8, 1e-4))
     other = control("b", ev=values(0.85, 1e-4), kl=values(0.9, 1e-4))
     (note,) = note_of(run, first, other)
-    assert "worse in KL score ↑ (0.7000; b 0.9000), EV ↑ (0.8000; a 0.9000). " in note
+    assert "better in 0 of 2 numbers; worse in KL score ↑ (0.7000; b 0.9000), EV ↑ (0.8000; a 0.9000). " in note
     found = best_control("topk", {0: run}, alone(first, other), "core", replace(EV, better="down"))
     assert found.control == "b" and best_control("topk", {0: run}, {}, "core", EV) is None
 
@@ -259,6 +259,8 @@ def test_a_control_of_another_l0_on_the_text_is_named() -> None:
         found = list(unlike_l0("topk", runs, {"c": {0: control("c", l0=l0, ev=0.1)}}))
         assert len(found) == count, l0
     assert found == ["c has L0 35.3 on this text and topk 32.0: the shares include the effect of that difference."]
+    both = note_of(row("topk", l0=32, ev=values(0.8)), control("c", l0=16, ev=values(0.9, 1e-4)))
+    assert len(both) == 2 and "worse in EV" in both[0] and "c has L0 16.0 on this text" in both[1]
 
 
 def test_the_same_verdict_in_the_table_of_against_and_in_the_note(tmp_path) -> None:

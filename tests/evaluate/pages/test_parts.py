@@ -1,6 +1,7 @@
 """The parts of pages about sae_probes and stability, and the answers: what they hold, and that names are escaped."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -8,7 +9,7 @@ from sae.evaluate.answers import Answer, Report
 from sae.evaluate.metrics.base import MetricResult
 from sae.evaluate.pages.page import templates
 from sae.evaluate.pages.probes import probes_of_run, probes_of_systems
-from sae.evaluate.pages.stability import stability_of_run, stability_of_systems
+from sae.evaluate.pages.stability import bin_centres, stability_of_run, stability_of_systems
 
 HOSTILE = "<img src=x>\u202e"
 
@@ -53,6 +54,34 @@ def test_the_usual_number_of_latents_is_the_largest_up_to_16():
     )
 
 
+def test_the_lead_is_about_the_usual_number_of_latents_and_the_data_sets_of_both():
+    """Equal is not above, and what only the model was measured on is not in the means."""
+    aucs = {
+        "b": (0.7, 0.5, 0.7, 0.9),
+        "a": (0.7, 0.6, 0.8, 0.9),
+        "c": (0.6, 0.5, 0.8, 0.9),
+        "d": (0.9, None, None, None),
+    }
+    part = probes_of_run(probed((5, 16, 128), **aucs))
+    assert part is not None and part.lead.startswith(
+        "A probe of 16 latents is above the model's own in 2 of 3 data sets: mean AUC 0.7667 against 0.6667, a "
+        "difference of +0.1000 ("
+    )
+    assert part.lines == [
+        ["d", "0.9000", "", "", ""], ["a", "0.7000", "0.6000", "0.8000", "0.9000"],
+        ["b", "0.7000", "0.5000", "0.7000", "0.9000"], ["c", "0.6000", "0.5000", "0.8000", "0.9000"],
+    ]  # fmt: skip
+    assert "16 latents of the SAE: b, 0.7000" in part.chart and "128 latents" not in part.chart
+    large = probes_of_run(probed((64, 128), one=(0.6, 0.5, 0.9)))
+    assert large is not None and large.lead.startswith("A probe of 64 latents")
+
+
+def test_the_numbers_are_those_without_outlier_rows():
+    rows = probed(one=(0.9, 0.1, 0.1)), probed((16,), one=(0.8, 0.7))
+    part = probes_of_run(replace(rows[0], masked=rows[1]))
+    assert part is not None and part.heads[2:] == ["k=16"] and part.lines == [["one", "0.8000", "0.7000"]]
+
+
 def test_systems_stand_beside_each_other_at_a_number_that_all_have():
     systems = {
         "a": [probed(one=(0.9, 0.5, 0.8)), probed(one=(0.9, 0.5, 0.6))],
@@ -63,9 +92,14 @@ def test_systems_stand_beside_each_other_at_a_number_that_all_have():
     assert part is not None and list(part.heads) == ["data set", "model's probe", "a", "b"]
     assert part.lines == [["one", "0.9000", "0.7000", "0.7500"], ["two", "0.8000", "", "0.7000"]]
     assert probes_of_systems({"a": [probed((1,), x=(0.9, 0.5))], "b": [probed((2,), x=(0.9, 0.5))]}) is None
+    seeds = probes_of_systems({"a": [probed((1, 16), x=(0.9, 0.5, 0.8)), probed((1,), x=(0.9, 0.6))]})
+    assert seeds is not None and seeds.lines == [["x", "0.9000", "0.5500"]]
 
 
-@pytest.mark.parametrize("result", [MetricResult({}), probed(x=(None, 0.5, 0.5)), probed(x=(0.9, None, None))])
+@pytest.mark.parametrize(
+    "result",
+    [MetricResult({}), probed(x=(None, 0.5, 0.5)), probed(x=(0.9, None, None)), probed(x=(0.9, "edited", "edited"))],
+)
 def test_a_result_without_data_sets_has_no_part(result):
     assert probes_of_run(result) is None and probes_of_systems({"a": [result]}) is None
 
@@ -75,8 +109,24 @@ def test_latents_are_listed_by_their_weakest_match():
     part = stability_of_run(result)
     assert part is not None and [line.latent for line in part.least] == [1, 2, 0] and part.most == []
     assert list(part.least[0].cells) == ["0.200", "11 (0.800)", "21 (0.200)", "10.00%"]
-    assert part.lead.startswith("2 of 3 latents recur, with a cosine of at least 0.7 in every other seed.")
+    assert part.lead == (
+        "2 of 3 latents recur, with a cosine of at least 0.7 in every other seed. Their weakest best match has a mean "
+        "cosine of 0.603."
+    )
+    assert list(part.heads) == ["latent", "weakest cosine", "match in\ns1", "match in\ns2", "density"]
     assert "0.20 to 0.25: 1 latents" in part.chart and "0.90 to 0.95: 1 latents" in part.chart
+
+
+@pytest.mark.parametrize("seeds", [["s1"], ["s1", "s2", "s3"]])
+def test_a_line_has_a_cell_for_each_heading_whatever_seeds_are_named(seeds):
+    part = stability_of_run(replace(matched((0.9, 0.95)), extra={"seeds": seeds}))
+    assert part is not None and len(part.heads) == 3 + len(seeds) == 1 + len(part.least[0].cells)
+
+
+def test_a_cosine_of_1_is_in_the_last_bin_whose_mark_is_in_its_middle():
+    part = stability_of_run(matched((1.0, 1.0)))
+    assert part is not None and "0.95 to 1.00: 1 latents" in part.chart
+    assert bin_centres()[0] == 0.025 and bin_centres()[-1] == 0.975
 
 
 def test_a_cosine_below_0_is_no_match_where_its_sign_has_a_meaning():
@@ -103,7 +153,8 @@ def test_latents_that_never_fire_are_left_out_and_counted():
 
 
 def test_shares_of_a_system_are_of_all_its_seeds_together():
-    part = stability_of_systems({"a": [matched((0.92, 0.92)), matched((0.12, 0.5))], "b": []})
+    several = matched((0.92, 0.92), (0.93, 0.93), (0.94, 0.94))
+    part = stability_of_systems({"a": [matched((0.92, 0.92)), matched((0.12, 0.5))], "b": [], "c": [several]})
     assert part is not None and "a: 0.90 to 0.95, 50.0%" in part.chart and "a: 0.10 to 0.15, 50.0%" in part.chart
     assert stability_of_systems({"b": []}) is None
 
