@@ -77,7 +77,7 @@ def waits_in_backward() -> list[str]:
         return step, {name: _ReadsInBackward.apply(loss) for name, loss in losses.items()}
 
     with simulated_gpu(), mock.patch.object(Trainer, "forward_losses", forward_losses):
-        walk = training.Walk("relu", (), False, training.D_SAE, "cuda", Path())
+        walk = training.Walk("relu", (), False, training.D_SAE, "cuda", Path(), 1)
         trainer, x_BD = walk.new_trainer(), training.batches(1, training.BATCH)[0].to("cuda")
         with watch() as seen:
             trainer.step(x_BD)

@@ -3,12 +3,15 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import sae.train.variants  # noqa: F401  (registers the recipes)
 from sae.evaluate.papers.claims import PAPERS
 from sae.evaluate.papers.parse import load_paper
+from sae.train.accumulate import reasons_against
 from sae.train.parse import parse_width
 from sae.train.recipe import RECIPES, find_recipe
+from sae.train.variant import RunConfig
 from sae.workflows.reproduce import ReproduceConfig, jobs_of
 
 from .gpu import Failed, SimulatedGPU
@@ -29,6 +32,11 @@ VARIED = (
     ("relu", ("normalize=standardize",)),
     ("topk", ("normalize=layer_norm",)),
 )
+
+
+def divisible(recipe: str) -> bool:
+    with torch.device("meta"):
+        return not reasons_against(find_recipe(recipe).make(RunConfig(16, 128, 30, 32, variance=24.0), {}))
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
@@ -53,6 +61,14 @@ def test_nor_does_a_step_in_parts(gpu: SimulatedGPU, recipe: str) -> None:
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_the_same_with_dense_products(gpu: SimulatedGPU, recipe: str) -> None:
     walked = gpu("training.walk", recipe=recipe)
+    assert walked["waits"] == []
+    assert walked["apart"] == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [recipe for recipe in sorted(RECIPES) if divisible(recipe)])
+def test_the_same_in_parts_for_every_recipe_that_has_them(gpu: SimulatedGPU, recipe: str) -> None:
+    walked = gpu("training.walk", recipe=recipe, sparse=True, parts=2)
     assert walked["waits"] == []
     assert walked["apart"] == {}
 
