@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from ..common.formatting import format_count
 from .control_shares import NOT_OF_FEATURES, Columns, Systems, controls_of, numbers
 from .metrics.base import MetricColumn
 from .paired import RunBySeed, pair_systems
@@ -18,7 +19,7 @@ from .tables import number_name
 KnownVerdicts = Mapping[
     tuple[str, str, str, MetricColumn], Verdict
 ]  # (system, against, metric, column) -> verdict of a table
-NAMED: Sequence[Verdict] = ("worse", "not distinguishable", "equivalent", "same in every pair", "not tested")
+NAMED: Sequence[Verdict] = ("worse", "not distinguishable", "equivalent", "same in every pair")
 OPPOSITE: Mapping[Verdict, Verdict] = {"better": "worse", "worse": "better"}
 
 
@@ -31,6 +32,12 @@ class BesideControl(NamedTuple):
     column: MetricColumn
     values: tuple[float, float]
     verdict: Verdict = "not tested"
+
+    @property
+    def is_higher(self) -> bool:
+        """Whether the system has the better value, whatever a test says."""
+        own, other = self.values
+        return own > other if self.column.better == "up" else own < other
 
     def __str__(self) -> str:
         own, other = (format(value, self.column.format) for value in self.values)
@@ -91,15 +98,22 @@ def known_verdict(one: BesideControl, known: KnownVerdicts) -> Verdict | None:
 
 
 def describe_beside(found: Sequence[BesideControl]) -> str:
-    """One sentence on all numbers of a system; "" if it is better than its controls in each."""
-    by_verdict = {verdict: [str(one) for one in found if one.verdict == verdict] for verdict in NAMED}
-    named = [f"{verdict} in {', '.join(some)}" for verdict, some in by_verdict.items() if some]
-    if not named:
+    """One sentence on all numbers of a system; "" if it is better than its controls in each.
+
+    A number that cannot be tested is named only if the control has the better value, or the same.
+    """
+    tested = [one for one in found if one.verdict != "not tested"]
+    named = {verdict: [str(one) for one in tested if one.verdict == verdict] for verdict in NAMED}
+    named["not tested, and no better,"] = [str(one) for one in found if one not in tested and not one.is_higher]
+    parts = [f"{verdict} in {', '.join(some)}" for verdict, some in named.items() if some]
+    if not parts:
         return ""
-    better = sum(one.verdict == "better" for one in found)
+    if tested:
+        better = sum(one.verdict == "better" for one in tested)
+        parts.insert(0, f"better in {better} of {format_count(len(tested), 'tested number')}")
     return (
-        f"{found[0].system} against its best control: better in {better} of {len(found)} numbers; {'; '.join(named)}. "
-        "A number that a control has too is no sign of learned features."
+        f"{found[0].system} against its best control: {'; '.join(parts)}. A number that a control has too is no sign "
+        "of learned features."
     )
 
 

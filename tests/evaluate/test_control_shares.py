@@ -190,17 +190,32 @@ def test_the_words_of_a_note_are_the_verdicts_of_paired_tests() -> None:
     assert note_of(run, below) == []
     (note,) = note_of(run, control("frozen", l0=32, ev=values(0.81, 1e-4), kl=values(0.69, 0.05), k1=0.60, llm=0.9))
     assert note == (
-        "topk against its best control: better in 0 of 3 numbers; worse in EV ↑ (0.8000; frozen 0.8100); not "
-        "distinguishable in KL score ↑ (0.7000; frozen 0.6900); not tested in stdlib probing SAE k=1 ↑ (0.7000; "
-        "frozen 0.6000). A number that a control has too is no sign of learned features."
+        "topk against its best control: better in 0 of 2 tested numbers; worse in EV ↑ (0.8000; frozen 0.8100); "
+        "not distinguishable in KL score ↑ (0.7000; frozen 0.6900). A number that a control has too is no sign of "
+        "learned features."
     )
     (note,) = note_of(run, control("frozen", ev=values(0.8), kl=values(0.7001, 2e-4)))
-    assert "equivalent in KL score ↑" in note and "same in every pair in EV ↑" in note and "better in 0 of 2" in note
+    assert (
+        "equivalent in KL score ↑" in note
+        and "same in every pair in EV ↑" in note
+        and "better in 0 of 2 tested" in note
+    )
     (note,) = note_of(run, control("frozen", ev=values(0.81, 1e-4), kl=values(0.6, 1e-4)))
-    assert "better in 1 of 2 numbers; worse in EV ↑ (0.8000; frozen 0.8100). " in note and "KL" not in note
+    assert "better in 1 of 2 tested numbers; worse in EV ↑ (0.8000; frozen 0.8100). " in note and "KL" not in note
     for one in (control("other", "y", ev=values(0.9)), row("pca-32", "", reference=True, ev=values(0.9))):
         assert note_of(run, one) == []
     assert note_of(below, run) == []  # a control has none
+
+
+def test_a_number_that_cannot_be_tested_is_named_where_the_control_is_as_good() -> None:
+    """One number by itself, without values by document: no test, and a note only if the control is not below."""
+    run = row("topk", ev=0.80, k1=0.70)
+    assert note_of(run, control("frozen", ev=0.7, k1=0.60)) == []
+    for ev in (0.80, 0.81):
+        (note,) = note_of(run, control("frozen", ev=ev, k1=0.60))
+        assert note.startswith(
+            f"topk against its best control: not tested, and no better, in EV ↑ (0.8000; frozen {ev:.4f}). "
+        )
 
 
 def test_a_system_is_set_against_the_best_of_its_controls_in_each_number() -> None:
@@ -208,7 +223,7 @@ def test_a_system_is_set_against_the_best_of_its_controls_in_each_number() -> No
     first = control("a", ev=values(0.9, 1e-4), kl=values(0.8, 1e-4))
     other = control("b", ev=values(0.85, 1e-4), kl=values(0.9, 1e-4))
     (note,) = note_of(run, first, other)
-    assert "better in 0 of 2 numbers; worse in KL score ↑ (0.7000; b 0.9000), EV ↑ (0.8000; a 0.9000). " in note
+    assert "better in 0 of 2 tested numbers; worse in KL score ↑ (0.7000; b 0.9000), EV ↑ (0.8000; a 0.9000). " in note
     found = best_control("topk", {0: run}, alone(first, other), "core", replace(EV, better="down"))
     assert found.control == "b" and best_control("topk", {0: run}, {}, "core", EV) is None
 
@@ -245,7 +260,10 @@ def test_several_seeds_of_both_are_paired_by_seed_and_have_one_note() -> None:
     ours = system("topk", 0.80, 0.70, 0.90)
     for theirs, expected in (
         (system("frozen", 0.70, 0.601, 0.80, control=True), None),
-        (system("frozen", 0.75, 0.72, 0.88, control=True), "topk against its best control: better in 0 of 1 numbers"),
+        (
+            system("frozen", 0.75, 0.72, 0.88, control=True),
+            "topk against its best control: better in 0 of 1 tested number",
+        ),
         (system("frozen", 0.65, control=True, reference=True), "not distinguishable in EV ↑ (0.8000; frozen 0.6500)"),
     ):
         found = control_notes({"topk": ours, "frozen": theirs}, COLUMNS, {})
@@ -286,7 +304,7 @@ def test_the_same_verdict_in_the_table_of_against_and_in_the_note(tmp_path) -> N
     shown = printed("--against", frozen_label, "--out", str(out[0]), "--out", str(out[1]))
     line = next(line for line in shown.splitlines() if line.strip(" │┃|").startswith(topk) and "KL score" in line)
     assert "not distinguishable" in line
-    sentence = f"{topk} against its best control: better in 0 of 1 numbers; not distinguishable in KL score"
+    sentence = f"{topk} against its best control: better in 0 of 1 tested number; not distinguishable in KL score"
     assert shown.count(sentence) == 1
     assert f"note     {frozen_label} is a control: a part of it kept its random start" in shown
     assert out[1].read_text().count(sentence) == 1
