@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..common.device import copy_to_device
 from ..common.errors import UsageError
+from ..common.memory import available_memory
 from .batch_order import BatchOrder, Span
 from .layout import ArraySpec
 
@@ -277,15 +278,25 @@ class OutlierMask:
 
 
 def open_loader(
-    cache: BatchSource, name: str, batch_size: int, *, seed: int, batch: int, device: torch.device | str
+    cache: BatchSource,
+    name: str,
+    batch_size: int,
+    *,
+    seed: int,
+    batch: int,
+    device: torch.device | str,
+    reserve: float = 0.0,
 ) -> BatchLoader | ResidentLoader:
     """The loader for a device: `ResidentLoader` on a GPU with room for the whole array, else `BatchLoader`.
+
+    `reserve` are bytes of the device that what reads the batches will still need.
 
     Raises UsageError if there are fewer rows than one batch.
     """
     if torch.device(device).type == "cuda":
         d_in = cache.array(name).shape[1]
-        if 2 * sum(cache.chunk_rows) * d_in < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+        free = available_memory(str(device))
+        if 2 * sum(cache.chunk_rows) * d_in < min(DEVICE_SHARE * free, free - reserve):
             return ResidentLoader(cache, name, batch_size, seed=seed, batch=batch, device=device)
     return BatchLoader(cache, name, batch_size, seed=seed, batch=batch, device=device)
 

@@ -227,5 +227,5 @@ def set_normalization(trainer: RunTrainer, cache: object) -> None:
 def first_rows(run: Run, count: int) -> torch.Tensor:
     """The first `count` rows (count, d_in) that a run reads, from the start again where its cache has fewer."""
     batches = math.ceil(count / run.config.batch_size)
-    with open_batches(run, 0, "cpu", resident=False) as loader:
+    with open_batches(run, 0, "cpu") as loader:
         return torch.cat([x_BD.clone() for x_BD in itertools.islice(loader, batches)])[:count].float()

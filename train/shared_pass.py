@@ -14,6 +14,7 @@ from ..common.memory import out_of_memory
 from .checkpoint import save_checkpoint
 from .loop import train_loop
 from .memory_error import save_after_running_out
+from .passes import pass_memory
 from .plan import Run, TrainConfig
 from .progress import TrainProgress
 from .run_folder import append_metrics
@@ -53,9 +54,9 @@ class SharedPass:
         """Take the steps up to `until`. Runs that are not done then have a checkpoint there."""
         self._finish_runs(self.steps_done)  # a run that was killed between its last checkpoint and its end
         if self.active:
-            self.until, first = until, self.active[0]
+            self.until, first, sharing = until, self.active[0], [trainer.run for trainer in self.active]
             try:
-                with open_batches(first.run, self.steps_done, first.device) as self.batches:
+                with open_batches(first.run, self.steps_done, first.device, sharing) as self.batches:
                     train_loop(self.active, self.batches, range(self.steps_done, until), self._after_step)
             except Exception as error:
                 if not out_of_memory(error):
@@ -149,16 +150,21 @@ def finish_run(trainer: RunTrainer) -> None:
     save_sae(sae, run.folder, origin, trainer.digest)
 
 
-def open_batches(run: Run, step: int, device: str, resident: bool = True) -> BatchLoader | ResidentLoader:
+def open_batches(
+    run: Run, step: int, device: str, sharing: Sequence[Run] | None = None
+) -> BatchLoader | ResidentLoader:
     """The batches of a run from a step on; of a ring, those of the group that is open.
 
-    `resident` lets the loader keep the rows on a GPU, which does not pay for a few batches.
+    With `sharing`, the runs of the pass, the loader may keep the rows on a GPU that has memory for them and the runs;
+    that does not pay for a few batches.
     """
     size, cache, batch = run.config.batch_size, run.cache, step
     assert not isinstance(cache, PlannedCache)
     rows, batch = cache.locate_batch(step, size) if isinstance(cache, RingCache) else (cache, step)
-    make_loader = open_loader if resident else BatchLoader
-    return make_loader(rows, run.hook.array, size, seed=run.shuffle_seed, batch=batch, device=device)
+    if sharing is None or not device.startswith("cuda"):
+        return BatchLoader(rows, run.hook.array, size, seed=run.shuffle_seed, batch=batch, device=device)
+    reserve = pass_memory(sharing, device).total
+    return open_loader(rows, run.hook.array, size, seed=run.shuffle_seed, batch=batch, device=device, reserve=reserve)
 
 
 @torch.no_grad()
@@ -168,7 +174,7 @@ def calibrate(trainer: RunTrainer) -> None:
     calibrating = [m for m in trainer.variant.mechanisms if type(m).calibrate is not Mechanism.calibrate]
     if not calibrating:
         return
-    with open_batches(run, run.steps, trainer.device, resident=False) as batches:
+    with open_batches(run, run.steps, trainer.device) as batches:
         for x_BD in itertools.islice(batches, CALIBRATION_BATCHES):
             step = trainer.forward(x_BD)
             for mechanism in calibrating:
