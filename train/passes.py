@@ -18,7 +18,9 @@ from .variant import RunConfig
 
 FREE_SHARE = 0.9  # of the free memory, which a pass may be planned to take: allocators and libraries keep some too
 SLOTS, DEVICE_BUFFERS = 4, 2  # batches that a loader holds in host memory, and on a GPU
-WORKSPACE = {"cpu": 0, "cuda": 96 << 20}  # bytes that cuBLAS and the kernels' code take, about; not measured
+WORKSPACE = {"cpu": 128 << 20, "cuda": 96 << 20}
+"""Bytes besides those of tensors. cpu: glibc keeps freed blocks of up to 32 MB, of which some stay unused; measured by
+benchmarks/step_memory.py. cuda: what cuBLAS takes, about; not measured."""
 WIDTH_STEP = 64
 
 
@@ -46,7 +48,7 @@ class PassMemory(NamedTuple):
 
     state: int  # of all runs
     step: int  # more in a step of the run that takes the most, since runs take turns
-    batches: int  # what the loader holds, and the workspace of libraries
+    batches: int  # what the loader holds, and `WORKSPACE`
 
     @property
     def total(self) -> int:
@@ -75,6 +77,12 @@ def add_up(memories: Sequence[RunMemory], config: RunConfig, device: str) -> Pas
         step = max(step, max(memory.host for memory in memories))
     slots = SLOTS if kind == "cpu" else DEVICE_BUFFERS
     return PassMemory(sum(memory.state for memory in memories), step, slots * batch + WORKSPACE[kind])
+
+
+def reserved_memory(runs: Sequence[BuildableRun], device: str) -> int:
+    """What to leave free for runs: a generous bound while there is plenty, else what they take."""
+    bound = sum(map(memory_bound, runs))
+    return bound if bound < available_memory(device) / 2 else pass_memory(runs, device).total
 
 
 def split_by_memory(runs: Sequence[AnyRun], device: str, free: float) -> list[list[AnyRun]]:
@@ -123,7 +131,7 @@ def describe_memory(passes: Sequence[Sequence[BuildableRun]], device: str) -> st
     return (
         f"memory   {format_bytes(memory.total)} on {device}: {format_bytes(memory.state)} of weights, moments and "
         f"buffers of {format_count(len(largest), 'run')}, {format_bytes(memory.step)} more in a step, "
-        f"{format_bytes(memory.batches)} of batches; {format_bytes(available_memory(device))} free"
+        f"{format_bytes(memory.batches)} for batches and libraries; {format_bytes(available_memory(device))} free"
     )
 
 

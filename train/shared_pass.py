@@ -14,7 +14,7 @@ from ..common.memory import out_of_memory
 from .checkpoint import save_checkpoint
 from .loop import train_loop
 from .memory_error import save_after_running_out
-from .passes import pass_memory
+from .passes import reserved_memory
 from .plan import Run, TrainConfig
 from .progress import TrainProgress
 from .run_folder import append_metrics
@@ -163,7 +163,7 @@ def open_batches(
     rows, batch = cache.locate_batch(step, size) if isinstance(cache, RingCache) else (cache, step)
     if sharing is None or not device.startswith("cuda"):
         return BatchLoader(rows, run.hook.array, size, seed=run.shuffle_seed, batch=batch, device=device)
-    reserve = pass_memory(sharing, device).total
+    reserve = reserved_memory(sharing, device)
     return open_loader(rows, run.hook.array, size, seed=run.shuffle_seed, batch=batch, device=device, reserve=reserve)
 
 

@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from sae.common import memory as common_memory
 from sae.common.errors import Interrupted, UnavailableError
+from sae.train import passes
 from sae.train.memory import LiveBytes, memory_bound, run_memory, trace_steps
 from sae.train.passes import FREE_SHARE, Resized, pass_memory, plan_passes
 from sae.train.plan import plan_training
@@ -30,7 +31,8 @@ def spec(name: str, width: int = 512, batch: int = 256, d_in: int = 64, **option
 
 @pytest.fixture
 def limit_memory(monkeypatch):
-    """Set how many bytes a plan may take in all."""
+    """Set how many bytes a plan may take in all, libraries aside."""
+    monkeypatch.setitem(passes.WORKSPACE, "cpu", 0)
 
     def limit(budget: float) -> None:
         monkeypatch.setenv(common_memory.LIMIT, repr(budget / FREE_SHARE / 1e9 * (1 + 1e-12)))
@@ -101,7 +103,7 @@ def test_runs_share_one_step_and_add_their_states() -> None:
     together = pass_memory([spec("relu"), spec("collapse-10"), spec("relu")], "cpu")
     assert together.state == 2 * one.state + two.state
     assert together.step == max(one.step, two.step, one.host, two.host)
-    assert together.batches == 4 * 256 * 64 * 2
+    assert together.batches == 4 * 256 * 64 * 2 + passes.WORKSPACE["cpu"]
 
 
 # --- passes ---------------------------------------------------------------------------------------------------------
@@ -183,5 +185,5 @@ def test_the_plan_says_what_memory_is_made_of(sparse_cache) -> None:
     plan = plan_training(make_config(sparse_cache, "relu", "topk"))
     (line,) = [line for line in plan.describe(time=True) if line.startswith("memory")]
     size = r"[\d.]+ [MG]B"
-    parts = f"{size} of weights, moments and buffers of 2 runs, {size} more in a step, {size} of batches; {size} free"
+    parts = f"{size} of weights, moments and buffers of 2 runs, {size} more in a step, {size} for batches and libraries; {size} free"
     assert re.fullmatch(f"memory   {size} on cpu: {parts}", line)
