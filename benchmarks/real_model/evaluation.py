@@ -43,14 +43,15 @@ class Bench:
     home: Path
 
     def sae(self, *arguments: str | Path) -> str:
-        """What the command prints on stdout. Ends the bench where it ends with an error."""
+        """The command's table and the notes below it. Ends the bench where the command ends with an error."""
         print("sae", *arguments[:3], "...", flush=True)
         command = [sys.executable, "-P", "-m", "sae", *map(str, arguments)]
         environment = os.environ | {"SAE_HOME": str(self.home), "COLUMNS": "200"}
-        done = subprocess.run(command, env=environment, cwd=self.home, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, env=environment, cwd=self.home, capture_output=True, text=True)
         if done.returncode:
-            sys.exit(f"sae {arguments[0]} ended with {done.returncode}.")
-        return done.stdout
+            sys.exit(f"sae {arguments[0]} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        notes = [line for line in done.stderr.splitlines() if line.startswith("note") and "content_digest" not in line]
+        return "\n".join([done.stdout.rstrip(), *notes])
 
     def train(self, recipe: str, asked: argparse.Namespace) -> None:
         seeds = [option for seed in asked.seed for option in ("--seed", str(seed))]

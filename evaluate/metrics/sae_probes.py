@@ -364,7 +364,7 @@ def probe_flags(sae: Mapping[str, DatasetScores], ks: Sequence[int]) -> list[str
     if outliers := {name: one.outliers for name, one in sae.items() if one.outliers}:
         named = ", ".join(f"{name} {count:,}" for name, count in sorted(outliers.items(), key=lambda item: -item[1]))
         flags.append(
-            f"{sum(outliers.values()):,} texts end in an outlier row and are left out, each with one of the other "
-            f"class: {named}. --max-norm none counts them, as sae-probes does."
+            f"Texts that end in an outlier row are left out, each with one of the other class: {named}. --max-norm "
+            "none counts them, as sae-probes does."
         )
     return flags
