@@ -39,15 +39,15 @@ class Published(NamedTuple):
 
 
 def l0_of(system: ComparedSystem) -> float | None:
-    """The L0 of a system, a mean over its seeds; None if it is not known or 0."""
+    """The L0 of a system, a mean over its seeds; None if it is not known."""
     found = system.mean_and_spread(*find_column(*L0))
-    return found[0] if found and found[0] > 0 else None
+    return found[0] if found else None
 
 
 def best_rival(
     system: ComparedSystem, others: Iterable[ComparedSystem], metric: str, column: MetricColumn
 ) -> ComparedSystem | None:
-    """The best of the others in a number at the system's L0 or less; None if none is there."""
+    """The best of the others in a number at the system's L0 or less, the first of equals; None if none is there."""
     own = l0_of(system)
     if own is None:
         return None
@@ -110,7 +110,7 @@ def behind(system: ComparedSystem, systems: Sequence[ComparedSystem], metric: st
     own = system.mean_and_spread(metric, column)
     if own is None:
         return ""
-    rival = best_rival(system, [one for one in systems if one is not system], metric, column)
+    rival = best_rival(system, systems, metric, column)
     theirs = rival.mean_and_spread(metric, column) if rival else None
     shown = ON_FRONTIER
     if rival and theirs and theirs[0] > own[0]:

@@ -42,7 +42,7 @@ class RunsBeside:
 
 def find_neighbours(run: ComparedRun) -> RunsBeside:
     """Read the references of a run and the runs in its folder. A warning names those that cannot be read."""
-    found = RunsBeside(run, read_references([run]) if run.results else [])
+    found = RunsBeside(run, read_references([run]))
     for folder in sorted(run.folder.resolve().parent.iterdir()):
         if folder == run.folder.resolve() or not (folder / "sae.json").exists():
             continue

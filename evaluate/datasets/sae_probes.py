@@ -122,7 +122,6 @@ def get_data(wheel: Path | None = None) -> bool:
         except OSError as error:
             raise os_error(error, folder) from error
         fsync_folder(folder.parent)
-    _sources.cache_clear()
     return True
 
 

@@ -38,9 +38,8 @@ def summary_section(run: ComparedRun) -> dict[str, Any]:
 
 def frontier_charts(near: RunsBeside) -> list[Chart]:
     """Core's numbers over L0: the run, those beside it, references and published SAEs. None if it is alone."""
-    runs = [only_core(run) for run in (near.run, *near.seeds, *near.others)]
-    references = [ComparedSystem(run.name, [only_core(run)]) for run in near.references if "core" in run.results]
-    comparison = Comparison(group_by_system(runs), references, [])
+    references = [ComparedSystem(run.name, [run]) for run in near.references]
+    comparison = Comparison(group_by_system([near.run, *near.seeds, *near.others]), references, [])
     numbers = [one for one in (*FRONTIER_NUMBERS, PUBLISHED_NUMBER) if one in comparison.columns]
     charts = []
     for number, chart in zip(numbers, frontiers(comparison, numbers), strict=True):
@@ -52,10 +51,6 @@ def frontier_charts(near: RunsBeside) -> list[Chart]:
 
 def has_published(chart: Chart) -> bool:
     return any(series.name.endswith("(published)") for series in chart.series)
-
-
-def only_core(run: ComparedRun) -> ComparedRun:
-    return replace(run, results={name: one for name, one in run.results.items() if name == "core"})
 
 
 def with_this(chart: Chart, run: ComparedRun, metric: str, column: Any) -> Chart:

@@ -202,6 +202,8 @@ def test_without_a_slope_l0_matters_from_ten_percent_on(tmp_path):
     assert note.startswith("relu has L0 36.0, topk 32.0: more than 10 % apart, and no two systems here differ in their")
     near = [*runs[:3], *seeds_of(tmp_path, "gated", (0.92, 0.82, 0.719), l0=35.0)]
     assert not compare_against(compare_runs(near), "topk").notes
+    below = [*runs[:3], *seeds_of(tmp_path, "jumprelu", (0.92, 0.82, 0.719), l0=28.0)]
+    assert compare_against(compare_runs(below), "topk").lines[1].verdict == "better, at another L0"
 
 
 def test_a_slope_over_l0_comes_from_within_recipes(tmp_path):

@@ -160,6 +160,8 @@ def test_the_best_control_counts_and_its_share_is_told(runs, home):
     make_reference(home, "frozen-decoder-32", 32.0, 0.45, 0.6, conditions_of(run))
     make_reference(home, "frozen-encoder-32", 32.0, 0.72, 0.2, conditions_of(run))
     make_reference(home, "soft-frozen-decoder-32", 32.0, 0.99, 0.99, {**conditions_of(run), "d_sae": 4})
+    near = find_neighbours(read_run(run))  # a control of other conditions is not of this run
+    assert [one.name for one in near.references] == ["frozen-decoder-32", "frozen-encoder-32"]
     answer = answers_of(run)[CONTROL]
     assert (answer.verdict, answer.is_good) == ("yes", True)
     ev, kl = answer.numbers

@@ -56,6 +56,8 @@ def test_there_is_no_share_of_what_is_not_above_a_floor() -> None:
     for half, expected in ((0.021, None), (0.019, "50%")):
         found = find_share({0: row("r", k1=0.52, k1_half=half)}, of(0.51), "sparse_probing_stdlib", K1)
         assert (found and str(found)) == expected
+    seeds = {n: row(f"r-s{n}", k1=0.52, k1_half=half) for n, half in enumerate((0.03, 0.019))}
+    assert find_share(seeds, {2: row("c", k1=0.51)}, "sparse_probing_stdlib", K1) is None  # no seed in common
     for changes in ({"better": "down"}, {"floor": None}, {"better": ""}, {"shared": False}):
         assert ratio(0.9, 0.7, replace(K1, **changes)) is None
     for category in ("llm", "misc_metrics"):
@@ -257,17 +259,19 @@ def test_several_seeds_of_both_are_paired_by_seed_and_have_one_note() -> None:
     def system(name: str, *scores: float, **changes: bool) -> dict[int, EvalRow]:
         return {n: row(f"{name}-s{n}", ev=score, **changes) for n, score in enumerate(scores)}
 
-    ours = system("topk", 0.80, 0.70, 0.90)
+    ours = system("topk", 0.70, 0.80, 0.90)
     for theirs, expected in (
-        (system("frozen", 0.70, 0.601, 0.80, control=True), None),
+        (system("frozen", 0.601, 0.70, 0.80, control=True), None),
         (
-            system("frozen", 0.75, 0.72, 0.88, control=True),
+            system("frozen", 0.72, 0.75, 0.88, control=True),
             "topk against its best control: better in 0 of 1 tested number",
         ),
         (system("frozen", 0.65, control=True, reference=True), "not distinguishable in EV ↑ (0.8000; frozen 0.6500)"),
     ):
         found = control_notes({"topk": ours, "frozen": theirs}, COLUMNS, {})
         assert (expected in found["topk"][0]) if expected else not found, expected
+    uneven = {"uneven": of(0.9, 0.5), "even": of(0.8, 0.8)}
+    assert best_control("topk", of(0.9), uneven, "sparse_probing_stdlib", K1).control == "even"
 
 
 def test_a_control_of_another_l0_on_the_text_is_named() -> None:

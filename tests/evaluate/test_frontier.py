@@ -68,7 +68,13 @@ def published(tmp_path, monkeypatch):
 
 def test_a_system_is_behind_the_best_of_no_more_l0(home):
     runs = make_runs(
-        home, a=(32.0, 0.8, 0.7), b=(32.2, 0.9, 0.7), c=(64.0, 0.85, 0.75), d=(64.0, 0.7, 0.8), e=(0.0, 1, 1)
+        home,
+        a=(32.0, 0.8, 0.7),
+        b=(32.2, 0.9, 0.7),
+        same=(32.2, 0.9, 0.6),
+        c=(64.0, 0.85, 0.75),
+        d=(64.0, 0.7, 0.8),
+        e=(0.0, 1, 1),
     )
     comparison = compare_runs(runs, references=False)
     heads, lines = frontier_table(comparison)
@@ -76,12 +82,13 @@ def test_a_system_is_behind_the_best_of_no_more_l0(home):
     assert lines == [
         ["a", "32.0", "0.8000, -0.1000 from b", "0.7000, on the frontier"],  # thresholds hit an L0 only roughly
         ["b", "32.2", "0.9000, on the frontier", "0.7000, on the frontier"],  # the same EV is no better
+        ["same", "32.2", "0.9000, on the frontier", "0.6000, -0.1000 from a"],  # the first of equals is named
         ["c", "64.0", "0.8500, -0.0500 from b", "0.7500, -0.0500 from d"],
         ["d", "64.0", "0.7000, -0.2000 from b", "0.8000, on the frontier"],
     ]
     html = comparison_page(comparison)
     assert "<td>0.7000, -0.2000 from b</td>" in html and PUBLISHED_NOTE not in html
-    for some in (runs[:1], [runs[0], runs[4]]):
+    for some in (runs[:1], [runs[0], runs[-1]]):
         assert frontier_table(compare_runs(some, references=False))[1] == []
 
 
@@ -145,6 +152,19 @@ def test_a_run_stands_over_all_rows_where_published_results_do(home, published):
     kl, _, ce = (points_of(chart) for chart, _ in summary["frontiers"])
     assert kl[THIS_SAE] == [(55.0, 0.95)] and ce[THIS_SAE] == [(40.0, 0.65)] and summary["published"]
     assert ce["one (published)"] == [(80, 0.9), (20, 0.7)]
+    assert "CE score 0.6500 is above 1 of 2 published SAEs at this L0" in summary["report"].answers[-1].numbers[-1]
+
+
+def test_two_runs_of_one_recipe_are_a_frontier_and_a_number_that_is_missing_is_not_drawn(home):
+    runs = [make_run(home / "runs" / str(l0), float(l0), options={"k": l0}, resolved={"k": l0}) for l0 in (16, 32, 64)]
+
+    def without_ev(record):
+        record["eval_result_metrics"].pop("reconstruction_quality")
+
+    change_record(RESULT_RECORD, runs[0] / "evaluations" / "core.json", without_ev)
+    charts = {chart.title: points_of(chart) for chart, _ in summary_section(read_run(runs[0]))["frontiers"]}
+    assert charts["KL score ↑"] == {"topk": [(16, 0.9), (32, 0.9), (64, 0.9)], THIS_SAE: [(16, 0.9)]}
+    assert charts["EV ↑"] == {"topk": [(32, 0.8), (64, 0.8)]}
 
 
 def test_a_run_that_core_did_not_measure_is_in_no_chart(home):

