@@ -115,7 +115,7 @@ def test_the_sign_of_a_latent_does_not_count(tiny_cache):
     torch.manual_seed(0)
     W_enc, W_dec, sign_F = torch.randn(D, 24), torch.randn(24, D), torch.tensor([1.0, -1, -3] * 8)
     saes = {"one": Linear(W_enc, W_dec), "other": Linear(W_enc * sign_F, W_dec / sign_F[:, None])}
-    one, _ = sae.evaluate_saes(
+    one, other = sae.evaluate_saes(
         saes, cache=tiny_cache, layer=0, systems=dict.fromkeys(saes, "linear"), suite="stability", references=False,
         device="cpu",
     )  # fmt: skip
@@ -123,7 +123,8 @@ def test_the_sign_of_a_latent_does_not_count(tiny_cache):
     assert found["decoder_pw_mcc"] == pytest.approx(1) and found["activation_pw_mcc"] == pytest.approx(1, abs=1e-5)
     assert [entry["decoder_cosine"][0] for entry in details] == pytest.approx(sign_F.sign().tolist())
     assert [entry["activation_correlation"][0] for entry in details] == pytest.approx(sign_F.sign().tolist(), abs=1e-5)
-    assert found["recurring"] == 1 and one.results["stability"].extra["signed"] is False
+    for row in (one, other):
+        assert numbers(row)["recurring"] == 1 and row.results["stability"].extra["signed"] is False
 
 
 def test_a_latent_and_its_opposite_are_two_unless_latents_are_negative(tiny_cache, home):
@@ -143,6 +144,12 @@ def test_a_latent_and_its_opposite_are_two_unless_latents_are_negative(tiny_cach
     assert [entry["decoder_match"][0] for entry in entries[:20]] == [*range(10, 20), *range(10)]
     assert [entry["recurs"] for entry in entries] == [True] * 20 + [False] * (F - 20)
     assert found.results["stability"].extra["signed"] is True
+    # Where nothing else is left a latent is matched with its opposite, which is not the latent again.
+    few = make_sae(0, ReLU(), latents=2)
+    few.W_dec[1] = few.W_dec[0] + 0.01 * few.W_dec[1]
+    opposite = changed(few, W_dec=-few.W_dec)
+    runs = [save(home / f"few{seed}", tiny_cache, seed, made, l0=1) for seed, made in enumerate((few, opposite))]
+    assert numbers(evaluate(ask(*runs))[0])["recurring"] == 0
 
 
 def test_shuffled_rows_have_the_number_of_the_null(tiny_cache, home):
