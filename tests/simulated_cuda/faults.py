@@ -1,6 +1,7 @@
 """Mistakes that a mechanism could make in a step, to see that they are found. A test looks for each line here."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -45,6 +46,10 @@ def changes_a_value(step: Step) -> None:
     step.sae.b_enc.data.add_(1e-6 if step.sae.b_enc.device.type == "cuda" else 0)
 
 
+def passes_once_more(step: Step) -> None:
+    step.f_BF.detach().abs()
+
+
 class _ReadsInBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, x_BD: Tensor) -> Tensor:
@@ -55,8 +60,9 @@ class _ReadsInBackward(torch.autograd.Function):
         return gradient_BD * float(gradient_BD.sum() * 0 + 1)
 
 
-def walk_with(fault: str) -> dict[str, object]:
-    """As `training.walk` of relu, with a mistake after each step."""
+@contextlib.contextmanager
+def after_each_step(fault: str) -> Iterator[None]:
+    """A mechanism that makes a mistake after each step."""
     mistake: Callable[[Step], None] = globals()[fault]
     original = DeadLatents.after_step
 
@@ -65,6 +71,12 @@ def walk_with(fault: str) -> dict[str, object]:
         mistake(step)
 
     with mock.patch.object(DeadLatents, "after_step", after_step):
+        yield
+
+
+def walk_with(fault: str) -> dict[str, object]:
+    """As `training.walk` of relu, with a mistake after each step."""
+    with after_each_step(fault):
         return training.walk("relu")
 
 

@@ -10,7 +10,9 @@ from types import FrameType
 HERE = Path(__file__).parent
 PACKAGE = f"{HERE.parents[1]}/"
 SITE = "/site-packages/"
-MACHINERY = {str(HERE / f"{name}.py") for name in ("tensors", "functions", "ledger", "streams", "worker")}
+MACHINERY = {
+    str(HERE / f"{name}.py") for name in ("cost", "counting", "functions", "ledger", "streams", "tensors", "worker")
+}
 
 READ = "the host reads from the GPU and waits for it"
 PAGEABLE = "pageable memory is copied to the GPU and the host waits for it"

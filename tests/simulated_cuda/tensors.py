@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from . import streams
 from .ledger import PAGEABLE, QUEUED, READ, line, note
 
-GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
+GPU, CPU, META = torch.device("cuda:0"), torch.device("cpu"), torch.device("meta")
 # Operations whose CUDA kernels wait for a value: for a size, for a check of their input, or for what a solver reports.
 WAITS = {
     "_linalg_check_errors", "_linalg_eigh", "_linalg_svd", "_unique2", "bincount", "equal", "histc", "is_nonzero",
@@ -24,6 +24,12 @@ WAITS = {
 TAKES_NUMBER = {"fill_", "index_fill", "index_fill_", "masked_fill", "masked_fill_"}
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 PINNED: dict[int, torch.UntypedStorage] = {}  # address -> pinned memory; kept, so that no address is used twice
+
+
+class Values:
+    """Where the values of new tensors are: on the CPU, or nowhere (META), if only their shapes are wanted."""
+
+    device = CPU
 
 
 class SimulatedTensor(torch.Tensor):
@@ -135,7 +141,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return pin(result) if kwargs.get("pin_memory") else result
     check_generator(args, kwargs)
     if makes:
-        kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"} | {"device": CPU}
+        kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
+        kwargs["device"] = Values.device if to_gpu else CPU
         result = func(*held(args), **held(kwargs))
         return simulated(result) if to_gpu else result
     if name in WAITS:
@@ -143,6 +150,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if name in INDEXED:
         tensors = check_index(name, args)
     check_devices(func, name, tensors)
+    if Values.device == META and name.startswith("_fused_adam"):
+        return None  # it changes its arguments only, and torch does not have it for shapes
     return wrap(func, args, kwargs, func(*held(args), **held(kwargs)))
 
 
@@ -211,10 +220,15 @@ def to_copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.T
     to_gpu = from_gpu if device is None else on_gpu(device)
     options = {key: value for key, value in kwargs.items() if key not in ("device", "non_blocking", "pin_memory")}
     values = source.held if from_gpu else source
+    if to_gpu:
+        options["device"] = Values.device
     if from_gpu == to_gpu:
         return SimulatedTensor(func(values, **options)) if to_gpu else func(values, **options)
     waits = not kwargs.get("non_blocking") or not (from_gpu or is_pinned(source))
-    result = func(values, **options) if waits else torch.empty_like(values, dtype=options.get("dtype"))
+    if waits:
+        result = func(values, **options)
+    else:
+        result = torch.empty_like(values, dtype=options.get("dtype"), device=options.get("device"))
     target = SimulatedTensor(result) if to_gpu else result if waits else pin(result)
     transfer(target, source, waits, lambda: None if waits else result.copy_(values))
     return target

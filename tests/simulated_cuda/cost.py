@@ -1,0 +1,212 @@
+"""What operations cost on a GPU: launches of kernels, FLOPs, and bytes that cross its memory.
+
+It follows from shapes and types alone. Launches and passes of kernels that have several (sort, topk, solvers) are what
+is known of CUDA's; nothing is measured. Bytes are those of every element read and written once: what stays in a cache
+between two kernels is not taken off.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .ledger import line
+from .tensors import SimulatedTensor, shapes, tensors_of
+
+
+class Cost(NamedTuple):
+    launches: int
+    flops: int  # of products and solvers; elementwise arithmetic takes no longer than the bytes that it reads
+    bytes: int
+
+
+class Operation(NamedTuple):
+    """One operation below autograd, with what it costs."""
+
+    name: str
+    inputs: str  # types and shapes
+    line: str  # of the package
+    dtype: str  # in which its products are computed
+    cost: Cost
+
+
+class Call(NamedTuple):
+    """An operation as it was called."""
+
+    name: str
+    args: tuple[Any, ...]
+    inputs: list[Tensor]  # each tensor once
+    outputs: list[Tensor]
+
+    @property
+    def written(self) -> int:
+        return sum(map(size, self.outputs))
+
+    @property
+    def touched(self) -> int:
+        return sum(map(size, self.inputs)) + self.written
+
+
+def size(tensor: Tensor) -> int:
+    """Bytes of its elements; those that an expanded tensor repeats count once."""
+    count = tensor.element_size()
+    for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if stride or not length:
+            count *= length
+    return count
+
+
+class Counter(TorchDispatchMode):
+    """Lists the operations on the simulated GPU that launch a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = tensors_of((args, kwargs or {}))
+        inputs, outputs = list({id(tensor): tensor for tensor in given}.values()), tensors_of(result)
+        on_gpu = any(isinstance(tensor, SimulatedTensor) for tensor in (*inputs, *outputs))
+        if on_gpu and not launches_nothing(func):
+            call = Call(func.overloadpacket.__name__, args, inputs, outputs)
+            dtype = str(inputs[-1].dtype if inputs else outputs[0].dtype).removeprefix("torch.")
+            self.operations.append(Operation(call.name, shapes(inputs), line(), dtype, cost_of(call)))
+        return result
+
+
+ALLOCATIONS = {
+    "_reshape_alias", "_unsafe_view", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty",
+    "new_empty_strided", "resize_", "set_",
+}  # fmt: skip
+
+
+def launches_nothing(func: Any) -> bool:
+    """Whether an operation is a view, or allocates memory and leaves it as it is."""
+    views = (returned.alias_info is not None and not returned.alias_info.is_write for returned in func._schema.returns)
+    return func.overloadpacket.__name__ in ALLOCATIONS or torch.Tag.inplace_view in func.tags or any(views)
+
+
+def cost_of(call: Call) -> Cost:
+    if rule := BY_NAME.get(call.name):
+        return rule(call)
+    for start, rule in BY_START.items():
+        if call.name.startswith(start):
+            return rule(call)
+    return Cost(SEVERAL.get(call.name, 1), 0, call.touched)  # elementwise, or a reduction
+
+
+# Operations that read and write everything once, by several kernels.
+SEVERAL = {"count_nonzero": 2, "cumsum": 2, "nonzero": 3}
+
+
+def product(call: Call) -> Cost:
+    """(..., m, k) by (..., k, n): 2 m k n FLOPs."""
+    left = call.args[-2] if call.name in ("mm", "bmm", "mv", "dot") else call.args[1]
+    inner = left.shape[-1]
+    return Cost(1, 2 * call.outputs[0].numel() * inner, call.touched)
+
+
+def row_products(call: Call) -> Cost:
+    """embedding_bag: N rows of D elements, each multiplied by a number and added to a sum."""
+    rows, index = call.args[:2]
+    flops = 2 * index.numel() * rows.shape[1]
+    return Cost(1, flops, index.numel() * (rows.shape[1] * rows.element_size() + 3 * 8) + size(call.outputs[0]))
+
+
+def row_gradients(call: Call) -> Cost:
+    """Of embedding_bag to its numbers: N products of two rows."""
+    gradient, rows, index = call.args[:3]
+    flops = 2 * index.numel() * rows.shape[1]
+    read = index.numel() * rows.shape[1] * (rows.element_size() + gradient.element_size())
+    return Cost(1, flops, read + call.written)
+
+
+def gather(call: Call) -> Cost:
+    """Reads and writes what is chosen, and reads the indices."""
+    return Cost(1, 0, 2 * call.written + sum(map(size, call.inputs[1:])))
+
+
+def scatter(call: Call) -> Cost:
+    """Reads values and indices and writes as much; not in place, it copies the tensor first."""
+    in_place, sorts = call.name.endswith("_"), "put" in call.name and len(call.args) > 3 and bool(call.args[3])
+    copied = 0 if in_place else 2 * size(call.inputs[0])
+    launches = (3 if sorts else 1) + (0 if in_place else 1)
+    return Cost(launches, 0, 2 * sum(map(size, call.inputs[1:])) + copied)
+
+
+def index_fill(call: Call) -> Cost:
+    tensor, dimension, index = call.args[:3]
+    copied = 0 if call.name.endswith("_") else 2 * size(tensor)
+    return Cost(1, 0, copied + size(tensor) // tensor.shape[dimension] * index.numel() + size(index))
+
+
+def topk(call: Call) -> Cost:
+    """A radix selection: one pass over the input for each 8 bits of an element, and two more to count and to gather."""
+    element = call.inputs[0].element_size()
+    return Cost(2 * element + 3, 0, (element + 2) * size(call.inputs[0]) + call.written)
+
+
+def sort(call: Call) -> Cost:
+    """A radix sort of elements with their positions (int64): each 8 bits of an element read and write both."""
+    element = call.inputs[0].element_size()
+    return Cost(6, 0, 2 * element * (size(call.inputs[0]) + 8 * call.inputs[0].numel()))
+
+
+def fused_adam(call: Call) -> Cost:
+    """Reads parameter, gradient and two moments, writes all but the gradient; by chunks of 36 tensors."""
+    parameters = call.args[0]
+    return Cost(2 + len(parameters) // 36, 0, 7 * sum(map(size, parameters)))
+
+
+def foreach(call: Call) -> Cost:
+    """One kernel for every 60 tensors; a norm needs a second one."""
+    changed = sum(map(size, tensors_of(call.args[0]))) if call.name.endswith("_") else call.written
+    launches = 1 + len(call.args[0]) // 60 + ("norm" in call.name)
+    return Cost(launches, 0, sum(map(size, call.inputs)) + changed)
+
+
+def fill(call: Call) -> Cost:
+    return Cost(1, 0, call.written)
+
+
+def copy(call: Call) -> Cost:
+    return Cost(1, 0, size(call.args[1] if call.name == "copy_" else call.args[0]) + call.written)
+
+
+def solver(launches: int, flops: Callable[[int, int], float]) -> Callable[[Call], Cost]:
+    """Of a matrix (m, n), in so many launches and FLOPs. Solvers stay far below the speed of products."""
+
+    def cost(call: Call) -> Cost:
+        *batch, m, n = call.args[0].shape
+        count = torch.Size(batch).numel()
+        return Cost(launches, int(count * flops(m, n)), call.touched)
+
+    return cost
+
+
+BY_START = {"_fused_adam": fused_adam, "_foreach_": foreach}
+BY_NAME = {
+    name: rule
+    for rule, names in {
+        product: "mm bmm mv dot addmm addmm_ baddbmm baddbmm_ addmv addmv_ _addmm_activation",
+        row_products: "_embedding_bag _embedding_bag_forward_only",
+        row_gradients: "_embedding_bag_per_sample_weights_backward",
+        gather: "index index_select gather take _unsafe_index",
+        scatter: "index_add index_add_ index_copy index_copy_ index_put index_put_ _index_put_impl_ _unsafe_index_put "
+        "scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_",
+        index_fill: "index_fill index_fill_",
+        topk: "topk",
+        sort: "sort argsort",
+        fill: "zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full arange eye scalar_tensor "
+        "fill_ zero_ normal_ uniform_ rand randn rand_like",
+        copy: "copy_ _to_copy clone",
+        solver(20, lambda m, n: 4 * n * n * (m - n / 3)): "linalg_qr",
+        solver(4, lambda m, n: n**3 / 3): "linalg_cholesky_ex",
+        solver(30, lambda m, n: 9 * n**3): "_linalg_eigh",
+        solver(2, lambda m, n: m * m * n): "linalg_solve_triangular triangular_solve",
+    }.items()
+    for name in names.split()
+}
