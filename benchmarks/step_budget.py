@@ -186,8 +186,8 @@ def page(costs: Sequence[StepCost], refused: Mapping[str, str]) -> str:
         "the operations of one step: forward and backward pass, optimizer, mechanisms and metrics, under autocast.",
         f"d_in {D_IN}, k = {KEPT} where the default is smaller, no dead latents. The model:",
         f"{FLOPS_BFLOAT16 / 1e12:.0f} TFLOP/s in bfloat16, {FLOPS_FLOAT32 / 1e12:.0f} in float32,",
-        f"{BANDWIDTH / 1e12} TB/s, {LAUNCH * 1e6:.0f} us a launch. `launch`: of the host, which queues them. `GPU`: of",
-        "the GPU, which computes. `step`: the longer of the two. `ideal`: the least that a step of this size can take.\n",
+        f"{BANDWIDTH / 1e12} TB/s, {LAUNCH * 1e6:.0f} us a launch. `launch`: the host queues them. `GPU`: the GPU",
+        "computes. `step`: the longer of the two. `ideal`: the least that a step of this size can take.\n",
         "| recipe | latents | tokens | launches | TFLOP | GB | launch ms | GPU ms | step ms | ideal ms | step/ideal |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]

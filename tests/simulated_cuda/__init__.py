@@ -10,5 +10,7 @@ nothing inside a step, that copies are ordered, and that the values are those of
     ledger.py        what the host read and copied, with the line of the package that did it
     streams.py       streams and events whose copies run as late as they can
     worker.py        the process that has the GPU; `gpu.py` calls its functions from the tests
+    cost.py          what each operation costs on a GPU: launches, FLOPs, bytes
+    counting.py      counts a training step, with shapes and no values; see benchmarks/step_budget.py
     training.py, harvesting.py, evaluating.py, ...   what the tests let it do
 """
