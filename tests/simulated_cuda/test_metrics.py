@@ -13,7 +13,7 @@ GROUPS = {
     ("test_stability.py",): {"core", "stability"},
     ("test_sparse_probing.py", "test_scr.py", "test_tpp.py"): {"sparse_probing"},
     ("test_sae_probes.py",): {"sae_probes"},
-    ("test_ravel.py",): {"ravel", "ravel_facts"},
+    ("test_ravel.py",): {"core", "ravel", "ravel_facts"},
     ("test_unlearning.py",): {"core", "unlearning"},
     ("test_autointerp.py", "test_local_judge.py"): {"autointerp"},
     ("test_saebench_core.py", "test_saebench_scr_tpp.py"): {"core", "scr", "tpp"},
