@@ -1,8 +1,8 @@
 """The memory of training, from a trace of two steps on tensors that have shapes and no values.
 
 A trace runs the very code of a step, so it holds for every recipe, whichever way its products are computed. What it
-does not see is the scratch memory inside of single operations, and what happens between steps where that depends on
-values; mechanisms state the latter (`Mechanism.between_bytes`).
+does not see is the scratch memory inside of single operations (but that of `topk` on a CPU), and what happens between
+steps where that depends on values; mechanisms state the latter (`Mechanism.between_bytes`).
 """
 
 import json
@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .activation_functions import KeepTopK
 from .loop import Trainer
 from .recipe import Recipe
 from .variant import RunConfig, Variant
@@ -23,7 +22,7 @@ from .variant import RunConfig, Variant
 DEAD_SHARE = 0.5  # of the latents, which AuxK is planned for: it takes more memory the more of them are dead
 SAMPLE_ROWS = 10_000  # of what `Variant.reads_rows`
 SAMPLE_BYTES = 2 + 2 + 4 + 8 + 4  # an element of them: batches, all of them, in float32, in float64, normalized
-SORTED_BYTES = 16  # an element and its index while `topk` sorts them on a CPU
+SORTED_BYTES = 16  # an element and its index, of which `topk` on a CPU makes a copy to sort
 CHECKPOINT_COPIES = 2  # of the training state in host memory, while a checkpoint is read: its bytes, then its tensors
 
 # Of `memory_bound`: training states; elements for each token and latent, token and input, and pair of latents; others.
@@ -61,6 +60,9 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.topk.default and args[0].device.type == "cpu":
+            dimension = args[2] if len(args) > 2 else -1
+            self.peak = max(self.peak, self.now + SORTED_BYTES * args[0].shape[dimension])
         for output in tree_leaves(outputs):
             if isinstance(output, torch.Tensor):
                 self._add(output.untyped_storage())
@@ -110,7 +112,7 @@ def run_memory(run: BuildableRun, device: str, rows: int | None = None) -> RunMe
         with FakeTensorMode(), LiveBytes() as live:
             traced = trace_steps(live, run, device, rows)
         state = traced.state - 2 * rows * run.config.d_in  # without the batch
-        step = max(traced.peak, traced.between) - traced.state + scratch_bytes(run, device, rows)
+        step = max(traced.peak, traced.between) - traced.state
         _traced[key] = RunMemory(state, step, host_bytes(run))
     return _traced[key]
 
@@ -141,14 +143,6 @@ def trace_steps(live: LiveBytes, run: BuildableRun, device: str, rows: int) -> T
     state = live.now
     variant.scalars()
     return TracedSteps(live.peak, between, state)
-
-
-def scratch_bytes(run: BuildableRun, device: str, rows: int) -> int:
-    """What BatchTopK takes inside of one operation on a CPU: `topk` sorts a copy of all elements with their indices."""
-    chain = untrained_variant(run, "meta").sae.activation
-    over_batch = any(isinstance(activation, KeepTopK) and activation.over_batch for activation in chain)
-    together = rows // run.config.accumulate * run.config.d_sae
-    return SORTED_BYTES * together if over_batch and torch.device(device).type == "cpu" else 0
 
 
 def host_bytes(run: BuildableRun) -> int:

@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
@@ -65,7 +66,16 @@ def test_a_step_takes_what_its_trace_says(name: str) -> None:
         assert trace_steps(live, run, "cpu", run.config.batch_size) == traced
     outside = LiveBytes()  # not entered: it counts nothing
     peak = allocated_peak(lambda: trace_steps(outside, run, "cpu", run.config.batch_size))
-    assert 0.8 <= peak / traced.peak <= 1.1
+    assert 0.7 <= peak / traced.peak <= 1.1
+
+
+def test_sorting_a_whole_batch_counts() -> None:
+    """`topk` on a CPU copies what it sorts, 16 bytes an element; rows are sorted one after the other."""
+    x_BF = torch.zeros(64, 1000)
+    for values, copied in ((x_BF.flatten(), 64_000), (x_BF, 1000)):
+        with LiveBytes() as live:
+            values.topk(10)
+        assert live.peak == 16 * copied
 
 
 @pytest.mark.parametrize(
