@@ -21,12 +21,12 @@ from ..common.errors import UsageError
 from ..common.escaping import escape_for_csv
 from .compared_runs import ComparedRun, read_references, read_results, read_run, without_weights
 from .control_notes import KnownVerdicts, control_notes
-from .control_shares import share_lines
+from .control_shares import share_cells, share_lines
 from .metrics.base import OUTLIERS, MetricColumn
 from .metrics.registry import METRICS
 from .paired import RunBySeed, half_interval, pair_systems
 from .rows import describe_notes, digest_without_seed, notes_beside
-from .tables import format_detectable, format_with_spread, metric_heading
+from .tables import format_detectable, format_with_spread, metric_heading, without_empty_columns
 
 L0 = ("core", "l0")
 SUMMARY_COLUMNS = (  # (metric, number): the columns of the table, each also plotted against L0
@@ -254,6 +254,12 @@ def system_label(run: ComparedRun, keys: Sequence[str]) -> str:
 
 
 def comparison_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a line for each system, each reference, and each share that a control has of a system."""
+    headings, lines = system_table(comparison)
+    return headings, [*lines, *share_lines(systems_and_references(comparison), comparison.columns)]
+
+
+def system_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Headings, and a line for each system and then each reference."""
     columns = comparison.columns
     headings = ["system", *(metric_heading(metric, column) for metric, column in columns)]
@@ -265,8 +271,17 @@ def comparison_table(comparison: Comparison) -> tuple[list[str], list[list[str]]
             value = system.mean_and_spread(metric, column)
             cells.append(format_with_spread(*value, column.format) if value else "")
         lines.append([system.label + seeds, *cells])
-    compared = {system.label: system.run_by_seed for system in [*comparison.systems, *comparison.references]}
-    return headings, [*lines, *share_lines(compared, columns)]
+    return headings, lines
+
+
+def share_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Headings, and the share that each control of a system has of its numbers; numbers without one are left out."""
+    headings = ["system", "control", *(metric_heading(*number).partition(" ↑")[0] for number in comparison.columns)]
+    return without_empty_columns(headings, share_cells(systems_and_references(comparison), comparison.columns))
+
+
+def systems_and_references(comparison: Comparison) -> dict[str, RunBySeed]:
+    return {system.label: system.run_by_seed for system in [*comparison.systems, *comparison.references]}
 
 
 def detectable_line(comparison: Comparison) -> list[str]:

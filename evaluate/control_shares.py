@@ -66,12 +66,19 @@ def share_lines(systems: Systems, columns: Columns) -> list[list[str]]:
 
     `columns` are those of the table after the first.
     """
+    return [
+        [f"share of {label} that {control} has", *cells] for label, control, *cells in share_cells(systems, columns)
+    ]
+
+
+def share_cells(systems: Systems, columns: Columns) -> list[list[str]]:
+    """For each system and each of its controls: their labels, and the shares of the system's numbers."""
     lines = []
     for label, runs in systems.items():
         for control, control_runs in controls_of(runs, systems).items():
             shares = [find_share(runs, control_runs, metric, column) for metric, column in columns]
             if any(shares):
-                lines.append([f"share of {label} that {control} has", *("" if s is None else str(s) for s in shares)])
+                lines.append([label, control, *("" if s is None else str(s) for s in shares)])
     return lines
 
 

@@ -14,6 +14,7 @@ from .paired import SEED, RunBySeed, half_interval, metric_value, pair_runs, pai
 from .rows import EvalRow, MeasuredRun, digest_without_seed
 from .statistics import Finding, PairedComparison, PairedDifferences, Verdict, default_margin, judge
 
+VARYING = re.compile(r"[0-9.]+|\b[a-z](?:, [a-z])*(?=\))")  # in a flag: numbers, and letters listed before a bracket
 ARROWS = {"up": " ↑", "down": " ↓", "": ""}
 
 
@@ -83,7 +84,8 @@ def describe_counts(results: Sequence[MetricResult]) -> str:
 
 
 def notes(rows: Sequence[MeasuredRun], shown: Collection[str] | None = None) -> list[str]:
-    """The flags and notes of all runs as sentences. Flags that differ only in their numbers are given once.
+    """The flags and notes of all runs as sentences. Flags that differ only in their numbers, or in the letters
+    that they list, are given once.
 
     They are about the numbers that tables show, without outlier rows. `shown` names the metrics that tables can have,
     by default all. What is known against one of them is said too, if it was measured.
@@ -94,7 +96,7 @@ def notes(rows: Sequence[MeasuredRun], shown: Collection[str] | None = None) -> 
     for row in rows:
         for metric, result in row.results.items():
             for flag in () if row.is_reference or metric not in shown else result.sound.flags:
-                groups.setdefault((metric, re.sub(r"[0-9.]+", "#", flag)), []).append((row.name, flag))
+                groups.setdefault((metric, VARYING.sub("#", flag)), []).append((row.name, flag))
     sentences = []
     for (metric, _), flags in groups.items():
         name, flag = flags[0]

@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 from ...common.formatting import format_count
 from ..against import Against
-from ..compare import SUMMARY_METRICS, Comparison, comparison_table, detectable_line
+from ..compare import SUMMARY_METRICS, Comparison, detectable_line, share_table, system_table
 from ..compare_charts import frontiers, training_curves
 from ..frontier import ON_FRONTIER, PUBLISHED_NOTE, PUBLISHED_NUMBER, frontier_table, heading
 from ..metrics.base import MetricResult
@@ -20,7 +20,8 @@ from .svg import CHART_SIZE, draw_svg, shared_legend
 
 def comparison_page(comparison: Comparison, against: Against | None = None) -> str:
     """The HTML page: table, tests against one system, frontiers, sae_probes, stability, training curves and notes."""
-    headings, lines = comparison_table(comparison)
+    headings, lines = system_table(comparison)
+    share_heads, share_lines = share_table(comparison)
     runs = comparison.runs
     models = sorted({describe_model(run.origin.get("model", {})) for run in runs})
     layers = sorted({run.origin.get("layer", -1) for run in runs})
@@ -37,6 +38,8 @@ def comparison_page(comparison: Comparison, against: Against | None = None) -> s
         heads=headings,
         lines=lines,
         detectable=detectable_line(comparison),
+        share_heads=share_heads,
+        share_lines=share_lines,
         against=against,
         systems=len(comparison.systems),
         differences=comparison.differences,

@@ -298,6 +298,15 @@ def test_the_page_holds_the_table_and_escapes_what_is_not_ours(tmp_path):
     assert "</script><b>" not in html and "<b>flag" not in html
 
 
+def test_tests_against_a_system_are_a_table_that_scrolls_in_itself_and_curves_are_folded(tmp_path):
+    found = compare_runs([make_run(tmp_path), make_run(tmp_path, "relu", kl=0.5)])
+    html = comparison_page(found, compare_against(found, "topk"))
+    table = html.partition('<div class="scroll tall" role="region" tabindex="0" aria-label="Differences from topk">')[2]
+    assert '<td>relu</td><td class="text">L0</td>' in table
+    assert '<th scope="col" class="text verdict-words">verdict</th>' in table
+    assert "<details><summary>4 training curves</summary>" in html
+
+
 def test_a_model_of_a_folder_is_named_without_its_path(tmp_path):
     local = {"name": "/home/someone/models/tiny-llama", "revision": "ab12cd34" + "0" * 56}
     html = comparison_page(compare_runs([make_run(tmp_path, model=local)]))

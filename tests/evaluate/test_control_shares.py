@@ -174,6 +174,17 @@ def test_a_table_has_these_lines_below_its_rows_and_a_note_says_what_they_are() 
     assert SHARE_NOTE not in notes(rows[:2]) + notes(rows[2:])
 
 
+def test_flags_that_differ_in_the_letters_they_list_are_one_note() -> None:
+    rows = [row(name, ev=0.8) for name in "abc"]
+    for one, flag in zip(
+        rows, ["2 fail (below 0.5: a, b)", "1 fail (below 0.5: z)", "3 fail (below 0.5: c, d, e)"], strict=True
+    ):
+        one.results["core"].flags.append(flag)
+    assert notes(rows) == ["core, a and 2 more: 2 fail (below 0.5: a, b)"]
+    rows[2].results["core"].flags[0] = "3 fail (below 0.5: words)"
+    assert notes(rows) == ["core, a and 1 more: 2 fail (below 0.5: a, b)", "core, c: 3 fail (below 0.5: words)"]
+
+
 WAVE = [0.01, -0.02, 0.015, -0.005]  # of a number over four documents
 
 

@@ -16,8 +16,9 @@ from sae.cache.reader import Cache
 from sae.cli.main import app
 from sae.common.errors import SaeError, UnavailableError, UsageError
 from sae.common.files import read_json
-from sae.evaluate.compare import compare_runs, comparison_table
+from sae.evaluate.compare import compare_runs, comparison_table, share_table
 from sae.evaluate.controls import RECIPES, controls_folder
+from sae.evaluate.pages.comparison import comparison_page
 from sae.train.activation_functions import BatchTopK, TopK
 from sae.train.plan import Run, TrainConfig, TrainPlan
 from sae.train.recipe import find_recipe
@@ -170,6 +171,14 @@ def test_a_control_that_was_trained_as_a_run_is_a_control_too(tiny_cache: Cache)
     found = compare_runs([run.folder for run in runs])
     labels = [line[0] for line in comparison_table(found)[1]]
     assert labels == ["topk", "frozen-decoder", "share of topk that frozen-decoder has"]
+    *_, share = comparison_table(found)[1]
+    heads, ((system, control, *cells),) = share_table(found)
+    assert heads[:2] == ["system", "control"] and (system, control) == ("topk", "frozen-decoder")
+    assert cells and cells == [cell for cell in share[1:] if cell] and not any("↑" in head for head in heads)
+    html = comparison_page(found)
+    assert "share of topk" not in html and "What controls already have" in html
+    assert f'<td>topk</td><td class="text">frozen-decoder</td><td>{cells[0]}</td>' in html
+    assert "What controls already have" not in comparison_page(compare_runs([runs[0].folder]))
     assert plan_controls(runs).count == 1
 
 
