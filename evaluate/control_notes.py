@@ -103,7 +103,7 @@ def describe_beside(found: Sequence[BesideControl]) -> str:
     A number that cannot be tested is named only if the control has the better value, or the same.
     """
     tested = [one for one in found if one.verdict != "not tested"]
-    named = {verdict: [str(one) for one in tested if one.verdict == verdict] for verdict in NAMED}
+    named: dict[str, list[str]] = {verdict: [str(one) for one in tested if one.verdict == verdict] for verdict in NAMED}
     named["not tested, and no better,"] = [str(one) for one in found if one not in tested and not one.is_higher]
     parts = [f"{verdict} in {', '.join(some)}" for verdict, some in named.items() if some]
     if not parts:

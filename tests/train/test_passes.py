@@ -160,6 +160,7 @@ def test_a_run_that_is_stopped_in_any_pass_goes_on(sparse_cache, tmp_path: Path,
         assert (one / "sae.safetensors").read_bytes() == (other / "sae.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_is_refused_with_what_would(sparse_cache, tmp_path: Path, limit_memory) -> None:
     config = make_config(sparse_cache, "relu", width="256", batch_size=256, out=tmp_path / "runs")
     (run,) = plan_training(config).runs

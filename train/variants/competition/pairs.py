@@ -164,8 +164,9 @@ class PairTable(Coactivation):
     def between_bytes(self, sae: SAE, tokens: int) -> int:
         if self.every is None:
             return 0
-        block = min(BLOCK, sae.d_sae**2)
-        return 4 * 28 * len(self.first_P) + 4 * 4 * block + 5 * tokens * sae.d_sae
+        block, pairs = min(BLOCK, sae.d_sae**2), len(self.first_P)
+        sorted_copy = 16 * max(block, 2 * pairs)  # of `topk`, on a CPU
+        return 4 * 28 * pairs + 4 * 4 * block + sorted_copy + 5 * tokens * sae.d_sae
 
     def every_n_steps(self, step: Step) -> None:
         """Refresh the table. `slot` is the place of a pair in the table so far, -1 for a new one."""
