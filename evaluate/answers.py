@@ -115,7 +115,8 @@ def lines_against(run: ComparedRun, other: ComparedRun, numbers: Sequence[Number
 
 def control_lines(near: RunsBeside) -> list[AgainstLine]:
     """The run against its best control in each summary number: what a control has of it at most."""
-    controls, by_name, lines = controls_beside(near), {one.name: one for one in near.references}, []
+    controls, lines = controls_beside(near), []
+    by_name = {one.name: one for one in (*near.references, *near.controls)}
     for metric, column in summary_columns():
         if best := best_control(near.run.name, alone(near.run).run_by_seed, controls, metric, column):
             lines += lines_against(near.run, by_name[best.control], [(metric, column)])
@@ -123,8 +124,10 @@ def control_lines(near: RunsBeside) -> list[AgainstLine]:
 
 
 def controls_beside(near: RunsBeside) -> Systems:
-    """The controls of the run among its references, each as a system."""
-    return controls_of(alone(near.run).run_by_seed, {one.name: {one.name: one} for one in near.references})
+    """The controls of the run among its references and the runs in its folder, each as a system."""
+    return controls_of(
+        alone(near.run).run_by_seed, {one.name: {one.name: one} for one in (*near.references, *near.controls)}
+    )
 
 
 def frontier_lines(near: RunsBeside) -> list[AgainstLine]:
@@ -260,9 +263,12 @@ def answer_frontier(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
         beside = some if near.others else "no other run beside it was measured like it"
         if numbers:
             return Answer(FRONTIER, f"not known {at}", [*numbers, beside])
+        found = [beside, "no published SAEs of this model and layer are known"]
+        if near.others:  # all were measured: nothing is missing
+            return Answer(FRONTIER, f"not known {at}", found)
         folder = quote(run.folder.parent)
         return Answer(
-            FRONTIER, f"not known {at}", [beside, "no published SAEs of this model and layer are known"], None,
+            FRONTIER, f"not known {at}", found, None,
             "Evaluate the runs beside it together:", f"sae evaluate {folder}/*/ --suite core",
         )  # fmt: skip
     verdicts = Counter(line.finding.verdict for line in lines)

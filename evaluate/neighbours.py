@@ -1,8 +1,8 @@
 """The runs beside a run, in the same folder: its other seeds, and the other SAEs that were measured as it was."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from ..common.escaping import quote
 from ..train.sae import read_run_record
 from .compare import sae_location
 from .compared_runs import ComparedRun, read_references, read_run, without_weights
+from .control_shares import is_control_of
 from .tables import digest_without_seed
 
 MORE_SEEDS = 2  # that a command trains
@@ -25,6 +26,7 @@ class RunsBeside:
         references: those of its text and hook, its controls among them.
         seeds: runs that differ from it only by seed, with core measured as for the run.
         unmeasured: the folders of such runs with core measured otherwise, or not at all.
+        controls: runs that are controls of it, with its results of each metric measured alike; one of each recipe.
         others: the other runs of its model, layer and site, with core measured as for the run. No controls.
     """
 
@@ -32,6 +34,7 @@ class RunsBeside:
     references: list[ComparedRun] = field(default_factory=list)
     seeds: list[ComparedRun] = field(default_factory=list)
     unmeasured: list[Path] = field(default_factory=list)
+    controls: list[ComparedRun] = field(default_factory=list)
     others: list[ComparedRun] = field(default_factory=list)
 
     @property
@@ -43,6 +46,7 @@ class RunsBeside:
 def find_neighbours(run: ComparedRun) -> RunsBeside:
     """Read the references of a run and the runs in its folder. A warning names those that cannot be read."""
     found = RunsBeside(run, read_references([run]))
+    controls: dict[str, list[ComparedRun]] = {}
     for folder in sorted(run.folder.resolve().parent.iterdir()):
         if folder == run.folder.resolve() or not (folder / "sae.json").exists():
             continue
@@ -63,7 +67,23 @@ def find_neighbours(run: ComparedRun) -> RunsBeside:
                 found.unmeasured.append(folder)
         elif alike and not other.is_control:
             found.others.append(other)
+        elif alike and is_control_of(other, run):
+            controls.setdefault(digest_of_system(other.record) or str(folder), []).append(other)
+    found.controls.extend(read_control(nearest_seed(run, some), run) for some in controls.values())
     return found
+
+
+def nearest_seed(run: ComparedRun, others: Sequence[ComparedRun]) -> ComparedRun:
+    """The one with the seed of the run, or else the first: a run is compared with a run, not with the best of many."""
+    return next((one for one in others if one.record.get("seed") == run.record.get("seed")), others[0])
+
+
+def read_control(control: ComparedRun, run: ComparedRun) -> ComparedRun:
+    """The control with all of its results that were measured as those of the run were."""
+    every = read_run(control.folder)
+    return replace(
+        every, results={name: one for name, one in every.results.items() if measured_alike(run, every, name)}
+    )
 
 
 def digest_of_system(record: Mapping[str, Any] | None) -> str:
@@ -71,11 +91,11 @@ def digest_of_system(record: Mapping[str, Any] | None) -> str:
     return digest_without_seed(record) if record and "seed" in record else ""
 
 
-def measured_alike(run: ComparedRun, other: ComparedRun) -> bool:
-    """Whether core was measured in both, with the same settings. Limits of two caches differ a little."""
-    settings = [without_weights(one.settings.get("core", {})) for one in (run, other)]
+def measured_alike(run: ComparedRun, other: ComparedRun, metric: str = "core") -> bool:
+    """Whether a metric was measured in both, with the same settings. Limits of two caches differ a little."""
+    settings = [without_weights(one.settings.get(metric, {})) for one in (run, other)]
     ours, theirs = ({name: v for name, v in one.items() if name != "norm_limit"} for one in settings)
-    return "core" in run.results and "core" in other.results and ours == theirs
+    return metric in run.results and metric in other.results and ours == theirs
 
 
 def more_seeds_command(run: ComparedRun) -> str:

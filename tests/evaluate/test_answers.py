@@ -173,6 +173,20 @@ def test_the_best_control_counts_and_its_share_is_told(runs, home):
     )  # 0.72 / 0.9
 
 
+def test_a_control_trained_as_a_run_beside_it_counts_by_the_run_of_the_same_seed(runs):
+    run = make_run(runs / "one", seed=1)
+    for seed in (0, 1, 2):
+        make_run(runs / f"frozen-{seed}", 32.0, 0.3 + 0.2 * seed, 0.2 + 0.2 * seed, variant="frozen-decoder", seed=seed)
+    make_run(runs / "longer", 32.0, 0.99, 0.99, variant="frozen-encoder", seed=1, steps=99)
+    make_run(runs / "otherwise", 32.0, 0.99, 0.99, variant="frozen-encoder", seed=1, contexts=5)
+    near = find_neighbours(read_run(run))  # trained as long, and measured alike
+    assert [one.name for one in near.controls] == ["frozen-1"] and near.others == [] == near.references
+    answer = answers_of(run)[CONTROL]
+    assert answer.verdict == "yes" and answer.numbers[0].startswith("beside frozen-1: EV 0.8000, +0.4000")
+    assert answer.numbers[0].endswith(", the control has 50% (50 to 50)")  # 0.4 / 0.8
+    assert find_neighbours(read_run(runs / "frozen-1")).controls == []
+
+
 def test_a_control_as_good_as_the_run_is_not_called_worse(runs, home):
     run = make_run(runs / "one")
     make_reference(home, "frozen-decoder-32", 32.0, 0.9, 0.8, conditions_of(run))
@@ -410,3 +424,13 @@ def test_a_name_is_said_again_only_where_it_changes():
     assert [text.split(":")[0] for text in name_others(lines, "beside")] == [
         "beside a", "beside b", "EV 0.5000 against 0.5000", "beside a",
     ]  # fmt: skip
+
+
+def test_where_all_others_have_more_latents_per_token_no_command_is_given(runs):
+    """They were measured, so nothing is missing; with none beside the run, measuring them may help."""
+    run = make_run(runs / "one")
+    assert answers_of(run)[FRONTIER].command.endswith("--suite core")
+    make_run(runs / "relu", l0=40.0, variant="relu")
+    answer = answers_of(run)[FRONTIER]
+    assert answer.verdict == "not known at L0 32.0" and answer.command == answer.remedy == ""
+    assert answer.numbers[0] == "none of 1 other run beside it has its L0 or less"
