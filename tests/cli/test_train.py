@@ -60,6 +60,7 @@ FLAGS = {
     "model": ("gpt2", "model", "gpt2"),
     "steps": ("11", "steps", 11),
     "batch-size": ("64", "batch_size", 64),
+    "accumulate": ("4", "accumulate", 4),
     "width": ("2x", "width", "2x"),
     "l0": ("8.5", "l0", [8.5]),
     "paper-exact": (None, "paper_exact", True),

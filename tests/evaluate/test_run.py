@@ -174,7 +174,8 @@ def test_runs_that_differ_in_their_seed_get_a_line_together(tiny_cache, home):
     scores = [row.results["core"].metrics["model_behavior_preservation"]["kl_div_score"] for row in rows]
     sd = statistics.stdev([scores[3] - scores[0], scores[4] - scores[1]])
     tests = sum(line != "" for line in lines[11][1:])  # of the table, which Holm's correction is for
-    assert tests > 3 and lines[10][place] == format(detectable_difference(sd, 2, 0.05 / tests), ".4f")
+    assert tests > 3 and detectable_difference(sd, 2, 0.05 / tests) > 1
+    assert lines[10][place] == ">1"  # two seeds, and a number from 0 to 1
     assert set(lines[11][1:]) <= {"", "not distinguishable", "equivalent", "better", "worse", "same in every pair"}
 
 

@@ -212,6 +212,14 @@ def test_after_a_refusal_no_further_question_is_asked(server):
     assert len(server.seen) <= PARALLEL_QUESTIONS and not kept
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """Python's handler of SIGINT, which a process without a terminal may have been started without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt_when(begun: threading.Event) -> None:
     """Press Ctrl-C as soon as something has begun."""
 
@@ -223,7 +231,7 @@ def interrupt_when(begun: threading.Event) -> None:
     threading.Thread(target=press, daemon=True).start()
 
 
-def test_after_ctrl_c_answers_under_way_have_a_moment_and_no_more(server, monkeypatch):
+def test_after_ctrl_c_answers_under_way_have_a_moment_and_no_more(server, monkeypatch, heeds_ctrl_c):
     monkeypatch.setattr(http_judge, "GRACE", 2.0)
     begun, stopping, released, hung = threading.Event(), threading.Event(), threading.Event(), []
     wait = asyncio.wait
@@ -253,7 +261,7 @@ def test_after_ctrl_c_answers_under_way_have_a_moment_and_no_more(server, monkey
     released.set()
 
 
-def test_ctrl_c_ends_the_wait_before_a_retry(server, monkeypatch):
+def test_ctrl_c_ends_the_wait_before_a_retry(server, monkeypatch, heeds_ctrl_c):
     monkeypatch.setattr(http_judge, "GRACE", 0.1)
     begun, slept = threading.Event(), []
 

@@ -294,6 +294,7 @@ def test_on_a_phone_everything_is_large_enough_for_a_finger(phone):
     assert [one for one in sizes if min(one[1:]) < 43.5] == []
     text = phone.locator(".passage").first.evaluate("line => parseFloat(getComputedStyle(line).fontSize)")
     phone.locator("nav a", has_text="Run").tap()
+    phone.locator("svg.chart text").first.wait_for()
     heights = "found => found.map(one => one.getBoundingClientRect().height)"
     labels = phone.locator("svg.chart text").evaluate_all(heights)
     assert text >= 13 and min(labels) >= 9  # pixels
