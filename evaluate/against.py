@@ -288,7 +288,7 @@ def base_notes(base: ComparedSystem) -> list[str]:
         return []
     return [
         f"{base.label} is a control: a part of it kept its random start. Where a system is not better than it, the "
-        "number is no sign of learned features."
+        "number does not show learned features."
     ]
 
 

@@ -112,8 +112,8 @@ def describe_beside(found: Sequence[BesideControl]) -> str:
         better = sum(one.verdict == "better" for one in tested)
         parts.insert(0, f"better in {better} of {format_count(len(tested), 'tested number')}")
     return (
-        f"{found[0].system} against its best control: {'; '.join(parts)}. A number that a control has too is no sign "
-        "of learned features."
+        f"{found[0].system} against its best control: {'; '.join(parts)}. A number that a control also has does not "
+        "show learned features."
     )
 
 

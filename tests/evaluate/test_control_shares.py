@@ -204,7 +204,7 @@ def test_the_words_of_a_note_are_the_verdicts_of_paired_tests() -> None:
     (note,) = note_of(run, control("frozen", l0=32, ev=values(0.81, 1e-4), kl=values(0.69, 0.05), k1=0.60, llm=0.9))
     assert note == (
         "topk against its best control: better in 0 of 2 tested numbers; worse in EV ↑ (0.8000; frozen 0.8100); "
-        "not distinguishable in KL score ↑ (0.7000; frozen 0.6900). A number that a control has too is no sign of "
+        "not distinguishable in KL score ↑ (0.7000; frozen 0.6900). A number that a control also has does not show "
         "learned features."
     )
     (note,) = note_of(run, control("frozen", ev=values(0.8), kl=values(0.7001, 2e-4)))

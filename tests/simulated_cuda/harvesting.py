@@ -1,9 +1,7 @@
 """A harvest on the simulated GPU, beside the same on the CPU."""
 
-import functools
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from sae.cache.reader import Cache
 from sae.harvest import windows
@@ -11,7 +9,7 @@ from sae.harvest.plan import HarvestConfig, plan_harvest
 from sae.harvest.run import run_harvest
 
 from .functions import simulated_gpu
-from .ledger import Ledger, watch
+from .ledger import Ledger, watched
 
 
 def harvest(folder: Path, **config: Any) -> dict[str, Any]:
@@ -21,17 +19,8 @@ def harvest(folder: Path, **config: Any) -> dict[str, Any]:
     between two passes of the model (`waits`), and how many copies were queued.
     """
     seen: list[Ledger] = []
-    original = windows.WindowComputer._compute_batch
-
-    @functools.wraps(original)
-    def watched(*args: Any) -> int:
-        with watch() as ledger:
-            rows = original(*args)
-        seen.append(ledger)
-        return rows
-
     expected = run_harvest(plan_harvest(HarvestConfig(**config, device="cpu", out=folder / "cpu")))
-    with simulated_gpu(), mock.patch.object(windows.WindowComputer, "_compute_batch", watched):
+    with simulated_gpu(), watched(windows.WindowComputer, "_compute_batch", seen):
         found = run_harvest(plan_harvest(HarvestConfig(**config, device="cuda", out=folder / "cuda")))
     files = chunk_files(expected)
     assert files == chunk_files(found)

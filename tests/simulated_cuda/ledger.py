@@ -1,11 +1,14 @@
 """What the host read from the GPU and copied to it, each with the line of the package that did it."""
 
 import contextlib
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
+from unittest import mock
 
 HERE = Path(__file__).parent
 PACKAGE = f"{HERE.parents[1]}/"
@@ -83,3 +86,19 @@ def line() -> str:
             return f"{file[len(PACKAGE) :]}:{frame.f_lineno}{library}"
         frame = frame.f_back
     return f"outside the package{library}"
+
+
+@contextlib.contextmanager
+def watched(owner: type, method: str, ledgers: list[Ledger]) -> Iterator[None]:
+    """A ledger of its own for each call of a method."""
+    original: Callable[..., Any] = getattr(owner, method)
+
+    @functools.wraps(original)
+    def call(*args: Any) -> Any:
+        with watch() as ledger:
+            result = original(*args)
+        ledgers.append(ledger)
+        return result
+
+    with mock.patch.object(owner, method, call):
+        yield

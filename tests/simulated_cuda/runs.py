@@ -1,10 +1,8 @@
 """Whole runs of `sae train` on the simulated GPU, beside the same on the CPU."""
 
-import contextlib
-import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +17,7 @@ from sae.train.plan import Run, TrainConfig, plan_training
 from sae.train.run import run_training
 
 from .functions import GIB, Memory, simulated_gpu
-from .ledger import Ledger, watch
+from .ledger import Ledger, watched
 from .training import same_arithmetic
 
 STEPS = 12
@@ -73,22 +71,6 @@ def finish(out: Path, device: str, cache: Path, recipes: Sequence[str]) -> list[
     )  # fmt: skip
     run_training(plan)
     return plan.runs
-
-
-@contextlib.contextmanager
-def watched(owner: type, method: str, ledgers: list[Ledger]) -> Iterator[None]:
-    """A ledger of its own for each call of a method."""
-    original: Callable[..., Any] = getattr(owner, method)
-
-    @functools.wraps(original)
-    def call(*args: Any) -> Any:
-        with watch() as ledger:
-            result = original(*args)
-        ledgers.append(ledger)
-        return result
-
-    with mock.patch.object(owner, method, call):
-        yield
 
 
 def compare(expected: Sequence[Run], found: Sequence[Run]) -> list[str]:

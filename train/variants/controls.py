@@ -4,7 +4,7 @@
     soft-frozen-decoder   each row of W_dec stays within a cosine of its random start
     frozen-encoder        W_enc is drawn at random and never trained
 
-Everything else is that of `batchtopk` (or `topk`), so a number that a control also has is no sign of learned features.
+Everything else is that of `batchtopk` (or `topk`), so a number that a control also has does not show learned features.
 `sae evaluate --controls` trains them beside the runs that they control for, and shows them as reference rows.
 """
 
