@@ -45,7 +45,7 @@ class BesideControl(NamedTuple):
 
 
 def control_notes(systems: Systems, columns: Columns, known: KnownVerdicts) -> dict[str, list[str]]:
-    """Label -> sentences, for the systems that have controls: where one is not better than them, and at unlike L0.
+    """Label -> sentences, for the systems that have controls: where one is not better, is the same, or of unlike L0.
 
     Args:
         systems: with their controls, which are systems too.
@@ -56,7 +56,9 @@ def control_notes(systems: Systems, columns: Columns, known: KnownVerdicts) -> d
     notes: dict[str, list[str]] = {}
     for label, runs in systems.items():
         beside = describe_beside([one for one in found if one.system == label])
-        if sentences := [*filter(None, [beside]), *unlike_l0(label, runs, controls_of(runs, systems))]:
+        controls = controls_of(runs, systems)
+        without_effect = same_as_controls(label, runs, controls, columns)
+        if sentences := [*filter(None, [beside]), *without_effect, *unlike_l0(label, runs, controls)]:
             notes[label] = sentences
     return notes
 
@@ -115,6 +117,20 @@ def describe_beside(found: Sequence[BesideControl]) -> str:
         f"{found[0].system} against its best control: {'; '.join(parts)}. A number that a control also has does not "
         "show learned features."
     )
+
+
+def same_as_controls(label: str, runs: RunBySeed, controls: Systems, columns: Columns) -> Iterator[str]:
+    """A sentence for each control that has the value of the system in every number."""
+    for name, some in controls.items():
+        pairs = [
+            (numbers(runs, *one), numbers(some, *one)) for one in columns if one[1].category not in NOT_OF_FEATURES
+        ]
+        both = [(ours, theirs) for ours, theirs in pairs if ours and theirs]
+        if len(both) > 1 and all(ours == theirs for ours, theirs in both):
+            yield (
+                f"{name} has the value of {label} in every number: what it freezes never took effect in training, so "
+                "it controls for nothing. Train both longer."
+            )
 
 
 def unlike_l0(label: str, runs: RunBySeed, controls: Systems) -> Iterator[str]:

@@ -296,6 +296,22 @@ def test_a_control_of_another_l0_on_the_text_is_named() -> None:
     assert len(both) == 2 and "worse in EV" in both[0] and "c has L0 16.0 on this text" in both[1]
 
 
+def test_a_control_that_trained_to_the_same_sae_is_named() -> None:
+    """A few steps turn no decoder row far enough for the limit of the soft-frozen decoder to act."""
+    run = row("topk", l0=32, ev=values(0.8), k1=0.7, llm=0.9)
+    same, other = (
+        control("soft", l0=32, ev=values(0.8), k1=0.7, llm=0.9),
+        control("hard", l0=32, ev=values(0.8), k1=0.6),
+    )
+    (first, second) = note_of(run, same, other)
+    assert "same in every pair in EV" in first
+    assert second == (
+        "soft has the value of topk in every number: what it freezes never took effect in training, so it controls for "
+        "nothing. Train both longer."
+    )
+    assert len(note_of(row("topk", l0=32), control("soft", l0=32))) == 0  # nothing but L0 was measured
+
+
 def test_the_same_verdict_in_the_table_of_against_and_in_the_note(tmp_path) -> None:
     """By itself the difference is found; the table has two more comparisons, and its word counts."""
     runs = [make_compared(tmp_path, seed=n, kl=kl) for n, kl in enumerate((0.90, 0.80, 0.70))]
