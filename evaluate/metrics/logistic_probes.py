@@ -9,7 +9,7 @@ Shape suffixes: N texts, M texts of a split, F latents, K of them, D features.
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ...common.errors import UsageError
-from .logistic_regression import SEED, train_logistic
+from .logistic_regression import SEED, logistic_trainer
+from .roc_auc import roc_auc
 
 STRENGTHS = np.logspace(5, -5, 10)  # the values of C that are tried, the weakest regularization first
 FEW, SOME = 12, 128  # texts: up to FEW every pair is left out in turn, below SOME there are six folds
@@ -130,8 +131,6 @@ def fit_probe(
     The penalty is L1 (saga) or L2 (lbfgs); both stop after 1,000 iterations, converged or not. Of equal AUCs the
     largest C is chosen. With three texts or fewer C is 1, and the validation AUC is that of the training texts.
     """
-    from sklearn.metrics import accuracy_score, roc_auc_score
-
     # sae-probes gives scikit-learn torch tensors, whose type it does not know: it computes in float64.
     x_MD, test_x_MD = x_MD.astype(np.float64), test_x_MD.astype(np.float64)
     strength, validation_auc = 1.0, math.nan
@@ -139,23 +138,23 @@ def fit_probe(
         strength, validation_auc = choose_strength(x_MD, label_M, l1)
     order_M = np.random.RandomState(SEED).permutation(len(x_MD))
     x_MD, label_M = x_MD[order_M], label_M[order_M]
-    model = train_logistic(x_MD, label_M, strength, l1=l1)
+    model = logistic_trainer(x_MD, label_M, l1=l1)(strength)
     if len(x_MD) <= 3:
-        validation_auc = roc_auc_score(label_M, model.predict_proba(x_MD)[:, 1])
+        validation_auc = roc_auc(label_M, model.probability(x_MD))
     return ProbeScore(
-        float(roc_auc_score(test_label_M, model.predict_proba(test_x_MD)[:, 1])),
-        float(accuracy_score(test_label_M, model.predict(test_x_MD))),
-        float(validation_auc),
-        float(strength),
+        roc_auc(test_label_M, model.probability(test_x_MD)),
+        float(np.mean((model.decision(test_x_MD) > 0) == test_label_M)),
+        validation_auc,
+        strength,
     )
 
 
 def choose_strength(x_MD: np.ndarray, label_M: np.ndarray, l1: bool) -> tuple[float, float]:
     """The C of the highest mean AUC over the folds, and that AUC."""
-    folds = list(folds_of(label_M))
+    fold_aucs = [fold_auc(x_MD, label_M, *fold, l1) for fold in folds_of(label_M)]
     means: list[float] = []
-    for strength in STRENGTHS:
-        means.append(float(np.mean([fold_auc(x_MD, label_M, *fold, strength, l1) for fold in folds])))
+    for strength in STRENGTHS.tolist():
+        means.append(float(np.mean([auc(strength) for auc in fold_aucs])))
         if means[-1] == 1:
             break  # no other can be higher, and of equal ones the first is chosen
     best = int(np.argmax(means))
@@ -183,13 +182,12 @@ def folds_of(label_M: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def fold_auc(
-    x_MD: np.ndarray, label_M: np.ndarray, train_M: np.ndarray, validation_M: np.ndarray, strength: float, l1: bool
-) -> float:
-    from sklearn.metrics import roc_auc_score
-
-    if len(np.unique(label_M[train_M])) < 2:
-        return 0.5
-    if len(np.unique(label_M[validation_M])) < 2:
-        return math.nan
-    model = train_logistic(x_MD[train_M], label_M[train_M], strength, l1=l1)
-    return roc_auc_score(label_M[validation_M], model.predict_proba(x_MD[validation_M])[:, 1])
+    x_MD: np.ndarray, label_M: np.ndarray, train_M: np.ndarray, validation_M: np.ndarray, l1: bool
+) -> Callable[[float], float]:
+    """The AUC in the validation of a fold as a function of C: 0.5 if it trains on one class only."""
+    train_x_MD, train_label_M = x_MD[train_M], label_M[train_M]
+    if (train_label_M == train_label_M[0]).all():
+        return lambda strength: 0.5
+    train = logistic_trainer(train_x_MD, train_label_M, l1=l1)
+    validation_x_MD, validation_label_M = x_MD[validation_M], label_M[validation_M]
+    return lambda strength: roc_auc(validation_label_M, train(strength).probability(validation_x_MD))

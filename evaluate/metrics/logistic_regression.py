@@ -5,7 +5,7 @@ only the same steps, rounded in the same places, give the AUC that sae-probes re
 the features of a text three times; latents are mostly zero, and a zero takes part in one of them only.
 
 Source: SAGA, Defazio et al. 2014, arXiv 1407.0202, section 4, as scikit-learn 1.9 computes it in float64 (`_sag_fast`).
-`compiled_solver` compares the two on this machine before ours is used.
+`compiled_trainer` compares the two on this machine before ours is used.
 
 Shape suffixes: M texts, D features, Z numbers that are not zero.
 """
@@ -14,70 +14,101 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
+from scipy.special import expit
 
 SEED, MAX_ITERATIONS = 42, 1000
 TOLERANCE = 1e-4  # scikit-learn's: an epoch that changes no weight by more than this share of the largest is the last
 
-Solver = Callable[[np.ndarray, np.ndarray, float], tuple[np.ndarray, float]]
+
+class LogisticModel(NamedTuple):
+    """A trained regression: weights (D,) and the intercept."""
+
+    weight_D: np.ndarray
+    intercept: float
+
+    def decision(self, x_MD: np.ndarray) -> np.ndarray:
+        """The logits (M,); a positive one predicts class 1. With the bits of LogisticRegression.decision_function."""
+        return (x_MD @ self.weight_D[:, None])[:, 0] + self.intercept
+
+    def probability(self, x_MD: np.ndarray) -> np.ndarray:
+        """The probability of class 1 (M,), with the bits of LogisticRegression.predict_proba."""
+        return expit(self.decision(x_MD))
 
 
-def train_logistic(x_MD: np.ndarray, label_M: np.ndarray, strength: float, *, l1: bool) -> Any:
-    """A trained LogisticRegression of float64 rows and labels 0 and 1; with L1 by the compiled loop if there is one."""
-    from sklearn.linear_model import LogisticRegression
+class TrainingTexts(NamedTuple):
+    """What the loop reads of the texts that it trains on, which does not depend on C."""
 
-    solver = compiled_solver() if l1 else None
-    if solver is None:
-        return train_with_sklearn(x_MD, label_M, strength, l1=l1)
-    weight_D, intercept = solver(x_MD, label_M, strength)
-    model = LogisticRegression(C=strength)
-    model.classes_, model.n_features_in_ = np.array([0, 1]), x_MD.shape[1]
-    model.coef_, model.intercept_ = weight_D[None], np.array([intercept])
-    return model
+    value_Z: np.ndarray  # the numbers that are not zero, text by text
+    index_Z: np.ndarray  # the feature of each
+    start_M: np.ndarray  # where those of each text begin (M + 1,)
+    label_M: np.ndarray  # float64
+    features: int
+    step: float
+
+    @classmethod
+    def of(cls, x_MD: np.ndarray, label_M: np.ndarray) -> Self:
+        row_M, index_Z = np.nonzero(x_MD)
+        start_M = np.searchsorted(row_M, np.arange(len(x_MD) + 1))
+        largest = np.einsum("ij,ij->i", x_MD, x_MD).max()
+        step = float(1.0 / (2 * (0.25 * (largest + 1))))
+        return cls(x_MD[row_M, index_Z], index_Z, start_M, label_M.astype(np.float64), x_MD.shape[1], step)
 
 
-def train_with_sklearn(x_MD: np.ndarray, label_M: np.ndarray, strength: float, *, l1: bool) -> Any:
-    """The same by scikit-learn alone: saga, or lbfgs with an L2 penalty; converged or not."""
+Train = Callable[[float], LogisticModel]  # C -> the regression with it
+Trainer = Callable[[np.ndarray, np.ndarray], Train]
+
+
+def logistic_trainer(x_MD: np.ndarray, label_M: np.ndarray, *, l1: bool) -> Train:
+    """Trains regressions of float64 rows and labels 0 and 1; with L1 by the compiled loop if there is one."""
+    trainer = compiled_trainer() if l1 else None
+    return trainer(x_MD, label_M) if trainer else functools.partial(train_with_sklearn, x_MD, label_M, l1=l1)
+
+
+def train_with_sklearn(x_MD: np.ndarray, label_M: np.ndarray, strength: float, *, l1: bool) -> LogisticModel:
+    """By scikit-learn alone: saga, or lbfgs with an L2 penalty; converged or not."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     penalty: dict[str, Any] = {"l1_ratio": 1, "solver": "saga"} if l1 else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return LogisticRegression(C=strength, random_state=SEED, max_iter=MAX_ITERATIONS, **penalty).fit(x_MD, label_M)
+        model = LogisticRegression(C=strength, random_state=SEED, max_iter=MAX_ITERATIONS, **penalty).fit(x_MD, label_M)
+    return LogisticModel(model.coef_[0], float(model.intercept_[0]))
 
 
 @functools.cache
-def compiled_solver() -> Solver | None:
-    """`solve` with a compiled loop; None without numba, or where it does not give scikit-learn's bits."""
+def compiled_trainer() -> Trainer | None:
+    """A trainer with a compiled loop; None without numba, or where it does not give scikit-learn's bits."""
     try:
         import numba
     except ImportError:
         return None
-    loop = numba.njit(nogil=True)(saga_epochs)
-    solver = functools.partial(solve, loop)
-    return solver if equals_sklearn(solver) else None
+    trainer = functools.partial(trainer_of, numba.njit(nogil=True)(saga_epochs))
+    return trainer if equals_sklearn(trainer) else None
 
 
-def solve(loop: Callable[..., Any], x_MD: np.ndarray, label_M: np.ndarray, strength: float) -> tuple[np.ndarray, float]:
-    """The weights (D,) and the intercept of the regression with this C; x is float64, labels are 0 and 1."""
-    texts, features = x_MD.shape
-    row_M, index_Z = np.nonzero(x_MD)
-    start_M = np.searchsorted(row_M, np.arange(texts + 1))
-    largest = np.einsum("ij,ij->i", x_MD, x_MD).max()
-    step = 1.0 / (2 * (0.25 * (largest + 1)))
-    first = np.random.RandomState(SEED).randint(1, np.iinfo(np.int32).max)
-    return loop(
-        x_MD[row_M, index_Z], index_Z, start_M, label_M.astype(np.float64), features, first, float(step),
-        1.0 / strength / texts, TOLERANCE, MAX_ITERATIONS,
-    )  # fmt: skip
+def trainer_of(loop: Callable[..., tuple[np.ndarray, float]], x_MD: np.ndarray, label_M: np.ndarray) -> Train:
+    """Trains by a loop such as `saga_epochs`."""
+    texts, first = TrainingTexts.of(x_MD, label_M), first_random()
+
+    def train(strength: float) -> LogisticModel:
+        return LogisticModel(*loop(*texts, 1.0 / strength / len(x_MD), first, TOLERANCE, MAX_ITERATIONS))
+
+    return train
+
+
+@functools.cache
+def first_random() -> int:
+    """The state of the generator that draws the texts, as scikit-learn seeds it."""
+    return int(np.random.RandomState(SEED).randint(1, np.iinfo(np.int32).max))
 
 
 def saga_epochs(
-    value_Z: np.ndarray, index_Z: np.ndarray, start_M: np.ndarray, label_M: np.ndarray, features: int, random: int,
-    step: float, penalty: float, tolerance: float, max_iterations: int,
+    value_Z: np.ndarray, index_Z: np.ndarray, start_M: np.ndarray, label_M: np.ndarray, features: int, step: float,
+    penalty: float, random: int, tolerance: float, max_iterations: int,
 ) -> tuple[np.ndarray, float]:  # fmt: skip
     """All epochs, each with as many texts, drawn at random, as there are. Returns the weights and the intercept."""
     texts = len(start_M) - 1
@@ -132,14 +163,14 @@ def saga_epochs(
     return weight_D, intercept
 
 
-def equals_sklearn(solver: Solver) -> bool:
-    """Whether the solver gives the same bits on a small problem, which depend on the compilers of both."""
+def equals_sklearn(trainer: Trainer) -> bool:
+    """Whether the trainer gives the same bits on a small problem, which depend on the compilers of both."""
     random = np.random.RandomState(0)
     label_M = np.arange(150) % 2
     x_MD = random.gamma(2, 2, (150, 24)) * (random.rand(150, 24) < 0.2 + 0.2 * label_M[:, None])
+    train = trainer(x_MD, label_M)
     for strength in (100.0, 0.5):
-        weight_D, intercept = solver(x_MD, label_M, strength)
-        expected = train_with_sklearn(x_MD, label_M, strength, l1=True)
-        if not (np.array_equal(weight_D, expected.coef_[0]) and intercept == expected.intercept_[0]):
+        found, expected = train(strength), train_with_sklearn(x_MD, label_M, strength, l1=True)
+        if not (np.array_equal(found.weight_D, expected.weight_D) and found.intercept == expected.intercept):
             return False
     return True

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, roc_auc_score
 
 from sae.common.errors import UsageError
 from sae.evaluate.metrics import logistic_probes as module
@@ -153,25 +155,57 @@ def test_folds():
 def test_a_fold_of_one_class_is_chance_in_training_and_nothing_in_validation():
     x, label = np.arange(6.0)[:, None], np.array([0, 0, 0, 1, 1, 0])
     both, zeros = np.array([0, 3]), np.array([1, 2])
-    assert fold_auc(x, label, zeros, both, 1.0, l1=False) == 0.5
-    assert np.isnan(fold_auc(x, label, both, zeros, 1.0, l1=False))
-    assert fold_auc(x, label, both, np.array([1, 4]), 1.0, l1=False) == 1
+    assert fold_auc(x, label, zeros, both, l1=False)(1.0) == 0.5
+    assert np.isnan(fold_auc(x, label, both, zeros, l1=False)(1.0))
+    assert fold_auc(x, label, both, np.array([1, 4]), l1=False)(1.0) == 1
 
 
 def test_the_weakest_regularization_of_the_best_is_chosen_and_a_perfect_one_ends_the_search(monkeypatch):
     strengths, aucs = [], {0: 0.7, 1: 0.9, 2: 0.9, 3: 0.6}
 
-    def auc(x, label, train, validation, strength, l1):
+    def auc(strength):
         strengths.append(strength)
         return aucs.get(len(strengths) - 1, 0.5)
 
-    monkeypatch.setattr(module, "fold_auc", auc)
+    monkeypatch.setattr(module, "fold_auc", lambda *fold: auc)
     label = np.arange(200) % 2
     assert choose_strength(np.zeros((200, 1)), label, True) == (module.STRENGTHS[1], 0.9)
     assert strengths == list(module.STRENGTHS)
     strengths.clear()
     aucs[2] = 1.0
     assert choose_strength(np.zeros((200, 1)), label, True) == (module.STRENGTHS[2], 1.0) and len(strengths) == 3
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("texts", [4, 9, 30, 140])
+@pytest.mark.parametrize("l1", [True, False])
+def test_a_probe_is_what_scikit_learn_gives_by_the_definition(texts, l1, monkeypatch):
+    """Each number with the functions of scikit-learn, to the last bit, however many folds there are."""
+    monkeypatch.setattr(module, "STRENGTHS", np.array([1e3, 0.5, 0.01]))
+    random = np.random.RandomState(texts)
+    label, test_label = (np.append([0, 1], random.randint(2, size=count - 2)) for count in (texts, 60))
+    x, test_x = (random.gamma(2, 2, (len(y), 5)) * (random.rand(len(y), 5) < 0.3 + 0.3 * y[:, None])
+                 for y in (label, test_label))  # fmt: skip
+    found = fit_probe(x, label, test_x, test_label, l1=l1)
+
+    def train(rows, strength):
+        options = {"l1_ratio": 1, "solver": "saga"} if l1 else {}
+        return LogisticRegression(C=strength, random_state=42, max_iter=1000, **options).fit(x[rows], label[rows])
+
+    means = []
+    for strength in module.STRENGTHS:
+        aucs = [
+            roc_auc_score(label[validation], train(rows, strength).predict_proba(x[validation])[:, 1])
+            if len({*label[rows]}) == 2
+            else 0.5
+            for rows, validation in folds_of(label)
+        ]
+        means.append(np.mean(aucs))
+    best = int(np.argmax(means))
+    model = train(np.random.RandomState(42).permutation(texts), module.STRENGTHS[best])
+    auc = roc_auc_score(test_label, model.predict_proba(test_x)[:, 1])
+    assert found == (auc, accuracy_score(test_label, model.predict(test_x)), means[best], module.STRENGTHS[best])
+    assert all(type(number) is float for number in found)
 
 
 def test_a_probe_of_three_texts_does_not_choose():

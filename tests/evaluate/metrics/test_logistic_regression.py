@@ -1,26 +1,27 @@
 """The L1 solver: the bits of scikit-learn's, with numba and without, and who trains where they differ."""
 
-import functools
 import sys
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 
 from sae.evaluate.metrics import logistic_regression as module
 from sae.evaluate.metrics.logistic_regression import (
-    compiled_solver,
+    LogisticModel,
+    compiled_trainer,
+    logistic_trainer,
     saga_epochs,
-    solve,
-    train_logistic,
     train_with_sklearn,
+    trainer_of,
 )
 
 
 @pytest.fixture(autouse=True)
-def forget_solver():
-    compiled_solver.cache_clear()
+def forget_trainer():
+    compiled_trainer.cache_clear()
     yield
-    compiled_solver.cache_clear()
+    compiled_trainer.cache_clear()
 
 
 def problem(texts: int, features: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -32,57 +33,80 @@ def problem(texts: int, features: int, seed: int = 0) -> tuple[np.ndarray, np.nd
     return x, label
 
 
-def assert_equal_bits(solver, x, label, strength):
-    weight, intercept = solver(x, label, strength)
-    expected = train_with_sklearn(x, label, strength, l1=True)
-    assert weight.dtype == expected.coef_.dtype == np.float64
-    np.testing.assert_array_equal(weight, expected.coef_[0])
-    assert intercept == expected.intercept_[0]
+def sklearn_model(x, label, strength, **options):
+    return LogisticRegression(C=strength, random_state=42, max_iter=module.MAX_ITERATIONS, **options).fit(x, label)
+
+
+def assert_equal_bits(found: LogisticModel, expected: LogisticModel):
+    assert found.weight_D.dtype == expected.weight_D.dtype == np.float64
+    np.testing.assert_array_equal(found.weight_D, expected.weight_D)
+    assert found.intercept == expected.intercept
 
 
 @pytest.mark.parametrize("strength", [0.02, 0.3, 2.0])
 def test_the_loop_has_the_bits_of_scikit_learn(strength, monkeypatch):
     monkeypatch.setattr(module, "MAX_ITERATIONS", 25)  # of Python's own speed; both stop there
-    assert_equal_bits(functools.partial(solve, saga_epochs), *problem(40, 4), strength)
+    x, label = problem(40, 4)
+    assert_equal_bits(trainer_of(saga_epochs, x, label)(strength), train_with_sklearn(x, label, strength, l1=True))
 
 
 @pytest.mark.parametrize("shape", [(13, 1), (150, 17), (400, 128)])
 def test_the_compiled_loop_has_them_too(shape):
     pytest.importorskip("numba", reason="needs numba: pip install 'sae-pipeline[probes]'")
-    solver = compiled_solver()
-    assert solver is not None
-    for strength in (1e5, 3.0, 0.02, 1e-5):
-        x, label = problem(*shape, seed=shape[0])
-        assert_equal_bits(solver, x, label, strength)
-        ours, theirs = (train(x, label, strength, l1=True) for train in (train_logistic, train_with_sklearn))
-        np.testing.assert_array_equal(ours.predict_proba(x), theirs.predict_proba(x))
-        np.testing.assert_array_equal(ours.predict(x), theirs.predict(x))
+    assert compiled_trainer() is not None
+    x, label = problem(*shape, seed=shape[0])
+    train = logistic_trainer(x, label, l1=True)
+    for strength in (1e5, 3.0, 0.02, 1e-5, 3.0):  # none starts from what another one found
+        assert_equal_bits(train(strength), train_with_sklearn(x, label, strength, l1=True))
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("options", [{}, {"l1_ratio": 1, "solver": "saga"}])
+@pytest.mark.parametrize("shape", [(13, 1), (150, 17)])
+def test_logits_and_probabilities_are_those_of_scikit_learn(shape, options, monkeypatch):
+    monkeypatch.setattr(module, "MAX_ITERATIONS", 50)
+    x, label = problem(*shape)
+    for strength in (1e5, 0.1):  # at the first one some probabilities are exactly 1
+        model = sklearn_model(x * 50, label, strength, **options)
+        found = train_with_sklearn(x * 50, label, strength, l1=bool(options))
+        for at in (x * 50, x[:2]):
+            np.testing.assert_array_equal(found.decision(at), model.decision_function(at))
+            np.testing.assert_array_equal(found.probability(at), model.predict_proba(at)[:, 1])
+            np.testing.assert_array_equal(found.decision(at) > 0, model.predict(at) == 1)
+
+
+def trained_with_solver(monkeypatch, l1: bool) -> list[str]:
+    """The solvers of the scikit-learn models that training one regression makes."""
+    solvers, fit = [], LogisticRegression.fit
+    monkeypatch.setattr(LogisticRegression, "fit", lambda self, *data: solvers.append(self.solver) or fit(self, *data))
+    logistic_trainer(*problem(40, 4), l1=l1)(1.0)
+    return solvers
 
 
 def test_scikit_learn_trains_without_numba(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    assert compiled_solver() is None
-    x, label = problem(40, 4)
-    assert train_logistic(x, label, 1.0, l1=True).solver == "saga"
+    assert compiled_trainer() is None
+    assert trained_with_solver(monkeypatch, l1=True) == ["saga"]
 
 
 def test_a_loop_of_other_bits_is_not_used(monkeypatch):
     calls = []
 
-    def wrong(x, label, strength):
-        calls.append(strength)
-        weight, intercept = train_with_sklearn(x, label, strength, l1=True).coef_[0], 0.0
-        return weight, intercept
+    def wrong(x, label):
+        def train(strength):
+            calls.append(strength)
+            return train_with_sklearn(x, label, strength, l1=True)._replace(intercept=0.0)
+
+        return train
 
     assert not module.equals_sklearn(wrong) and len(calls) == 1
-    monkeypatch.setattr(module, "equals_sklearn", lambda solver: False)
+    monkeypatch.setattr(module, "equals_sklearn", lambda trainer: False)
     numba = type(sys)("numba")
     numba.njit = lambda **_: lambda function: function
     monkeypatch.setitem(sys.modules, "numba", numba)
-    assert compiled_solver() is None
+    assert compiled_trainer() is None
 
 
 def test_an_l2_penalty_is_scikit_learn_s_alone(monkeypatch):
-    monkeypatch.setattr(module, "compiled_solver", lambda: pytest.fail("asked"))
-    x, label = problem(40, 4)
-    assert train_logistic(x, label, 1.0, l1=False).solver == "lbfgs"
+    monkeypatch.setattr(module, "compiled_trainer", lambda: pytest.fail("asked"))
+    assert trained_with_solver(monkeypatch, l1=False) == ["lbfgs"]

@@ -1,0 +1,29 @@
+"""The area under the ROC curve with the bits of scikit-learn's `roc_auc_score`, which takes ten times as long.
+
+Probes choose their regularization by thousands of AUCs of a few texts each, where scikit-learn spends nearly all of its
+time on checks of its arguments. Corners, ratios and trapezoids are computed here in its order, so that two probes tie
+here if and only if they tie there.
+
+Shape suffixes: M texts, T thresholds.
+"""
+
+import math
+
+import numpy as np
+
+
+def roc_auc(label_M: np.ndarray, score_M: np.ndarray) -> float:
+    """The AUC of finite scores for labels 0 and 1; NaN if all labels are the same."""
+    if (label_M == label_M[0]).all():
+        return math.nan
+    order_M = np.argsort(score_M)[::-1]
+    # Texts of equal scores are on one side of every threshold, in whatever order they are.
+    last_T = np.append(np.flatnonzero(np.diff(score_M[order_M])), len(score_M) - 1)
+    true_T = np.cumsum(label_M[order_M], dtype=np.float64)[last_T]
+    false_T = 1 + last_T - true_T
+    if len(last_T) > 2:  # leave out thresholds on a straight line: fewer numbers, which round differently in the sum
+        corner_T = np.ones(len(last_T), bool)
+        corner_T[1:-1] = (np.diff(false_T, 2) != 0) | (np.diff(true_T, 2) != 0)
+        true_T, false_T = true_T[corner_T], false_T[corner_T]
+    true_T, false_T = np.append(0.0, true_T), np.append(0.0, false_T)
+    return float(np.trapezoid(true_T / true_T[-1], false_T / false_T[-1]))
