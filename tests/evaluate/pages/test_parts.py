@@ -179,7 +179,12 @@ def test_names_are_escaped():
 
 
 def test_an_answer_shows_its_verdict_and_its_command():
-    answers = [Answer("Good?", "yes", ["EV 1"], True), Answer("There?", "not measured", (), None, "Do:", "sae do")]
+    answers = [
+        Answer("Good?", "yes", ["EV 1"], True),
+        Answer("There?", "not measured", (), None, "Do:", "sae do"),
+        Answer("Where?", "not known", ["L0 4", "no other"], None, "Do:", "sae do"),
+    ]
     html = render("answers", Report(answers, []), {})
     assert '<strong class="answer good">Yes</strong> <span>EV 1</span>' in html
+    assert '<span>L0 4; no other.</span> <span class="remedy">Do:' in html
     assert '<span class="remedy">Do: <code>sae do</code></span>' in html and "every comparison" not in html
