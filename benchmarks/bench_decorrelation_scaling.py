@@ -25,7 +25,7 @@ import torch
 
 import sae.train.variants  # noqa: F401  (registers the recipes)
 from common import in_rounds, machine
-from sae.train.loop import Trainer, autocast
+from sae.train.loop import Trainer
 from sae.train.recipe import find_recipe
 from sae.train.step import Step
 from sae.train.variant import RunConfig
@@ -71,7 +71,7 @@ def make_trainer(recipe: str, config: RunConfig, device: str, x_BD: torch.Tensor
 
 def search(trainer: Trainer, x_BD: torch.Tensor) -> Callable[[], object]:
     """The penalty of a step without its gradient."""
-    with torch.no_grad(), autocast(trainer.device):
+    with torch.no_grad(), trainer.autocast():
         pre_BF, f_BF, recon_BD, kept = trainer.variant.sae(x_BD)
     step = Step(trainer.i, trainer.variant.sae, trainer.optimizer, x_BD, pre_BF, f_BF, recon_BD, kept)
     return lambda: trainer.variant.terms["decorrelation"](step)  # its latents carry no gradient

@@ -165,6 +165,14 @@ def train(
             rich_help_panel=MACHINE,
         ),
     ] = False,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Precision of matrix products: float32, tf32 or bfloat16, with float32 weights in each. Default: "
+            "bfloat16 on a GPU, float32 on a CPU.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
 ) -> None:
     """Train SAEs on a cache: several recipes, layers and seeds together, in one pass over the data."""
     from ..common.errors import UsageError
@@ -197,6 +205,7 @@ def train(
         checkpoint_every=checkpoint_every,
         log=log or (),
         compiled=compiled,
+        precision=precision,
         origins=ORIGINS.get({}),
     )
     harvest_options = {"tokens": tokens, "windows": ring, "dataset": dataset, "context": context}

@@ -6,7 +6,7 @@ versions. The first line of each docstring is the file's path. `docs/records.md`
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from msgspec import Meta
 
@@ -225,6 +225,15 @@ class RunRecord(TypedDict):
     literal: NotRequired[Annotated[bool, Meta(description="--paper-exact")]]
     cache: NotRequired[Annotated[Sha256, Meta(description="over everything that decides the rows")]]
     compiled: NotRequired[Annotated[bool, Meta(description="--compile")]]
+    precision: NotRequired[
+        Annotated[
+            Literal["float32", "tf32", "bfloat16"],
+            Meta(
+                description="of products; absent: float32, or of a run on a GPU of an earlier version bfloat16, unless "
+                "`asked` names it"
+            ),
+        ]
+    ]
     accumulate: NotRequired[Annotated[int, Meta(ge=2, description="--accumulate it began with; absent: 1")]]
     accumulate_since: NotRequired[
         Annotated[
@@ -272,6 +281,7 @@ LATER_ENTRIES: Mapping[str, Any] = {
     "dead_by": "tokens",
     "below": 0.01,
     "stability": "any",
+    "precision": "float32",
 }
 
 

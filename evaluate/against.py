@@ -24,6 +24,7 @@ from .tables import format_detectable, number_name
 
 SYSTEM_KEYS = (  # of run.json, with the options: what two systems that differ in their L0 alone have in common
     "variant", "layer", "site", "order_seed", "d_sae", "steps", "batch_size", "literal", "cache", "compiled",
+    "precision",
 )  # fmt: skip
 L0_OPTIONS = ("k", "l0", "l1", "penalty")  # options of recipes that set their L0, as --l0 does
 LIKE_L0 = 1.1  # times the smaller L0 that the larger may be, where no slope says what L0 moves

@@ -13,6 +13,7 @@ from typing import Any
 from ..cache.layout import Hook
 from ..common.errors import UsageError
 from ..common.files import digest_of, sae_home
+from ..common.precision import recorded_precision
 from ..common.schemas import RunRecord
 from ..train.sae import load_sae, read_run_record, read_sae_record
 from .metrics.base import EvalTarget
@@ -29,7 +30,7 @@ def controls_folder() -> Path:
 
 
 def conditions_of(folder: Path) -> dict[str, Any] | None:
-    """What a run and its controls have in common: rows and their order, width, L0, steps and batch size.
+    """What a run and its controls have in common: rows and their order, width, L0, steps, batch size, precision.
 
     None for a run that cannot have controls here: an imported one, one that was trained with --stream, whose rows are
     gone, and one of unknown L0.
@@ -39,8 +40,11 @@ def conditions_of(folder: Path) -> dict[str, Any] | None:
     record = read_run_record(folder)
     if record is None or "ring" in record or any(name not in record for name in SHARED):
         return None
-    l0 = trained_l0(folder, record)
-    return None if l0 is None else {**{name: record[name] for name in SHARED}, "l0": l0}  # type: ignore[literal-required]
+    l0, precision = trained_l0(folder, record), recorded_precision(record)
+    if l0 is None:
+        return None
+    shared = {name: record[name] for name in SHARED}  # type: ignore[literal-required]
+    return {**shared, "l0": l0, **({} if precision == "float32" else {"precision": precision})}
 
 
 def base_of(record: RunRecord | None) -> str:

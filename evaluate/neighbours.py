@@ -114,6 +114,7 @@ def more_seeds_command(run: ComparedRun) -> str:
         *(f"--set {quote(f'{name}={describe_option(value)}')}" for name, value in record["options"].items()),
         f"--shuffle-seed {record['order_seed']}" if record.get("order_seed") else "",
         "--compile" if record.get("compiled") else "",
+        f"--precision {record['precision']}" if "precision" in record else "",
         f"--cache {quote(record['cache_folders'][0])} --out {quote(run.folder.parent)}",
     ]
     return " ".join(filter(None, words))

@@ -10,6 +10,7 @@ from ..cache.reader import Cache
 from ..common.errors import SaeError
 from ..common.files import digest_of
 from ..common.l0_target import missed_l0
+from ..common.precision import recorded_precision
 from ..common.schemas import LATER_ENTRIES
 from .context import EvalContext
 from .metrics.base import EvalTarget, Metric, MetricResult
@@ -164,7 +165,8 @@ class EvalGroup:
 
 def digest_without_seed(record: Mapping[str, Any]) -> str:
     """A digest that is equal for runs that differ only in their seed; `record` is run.json, of any version."""
-    entries = {name: value for name, value in without_later_entries(record).items() if name not in IGNORED_KEYS}
+    known = {**record, "precision": recorded_precision(record)}
+    entries = {name: value for name, value in without_later_entries(known).items() if name not in IGNORED_KEYS}
     if "resolved" in entries:
         entries["resolved"] = without_later_entries(entries["resolved"])
     return digest_of(entries)

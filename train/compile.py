@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..common.errors import first_line
-from .loop import Trainer, autocast
+from ..common.precision import float32_products
+from .loop import Trainer
 from .step import Step
 
 RECOMPILE_LIMIT = 1 << 16
@@ -41,9 +42,10 @@ def compile_step(trainer: Trainer, batch_size: int) -> str | None:
 
     zeros_BD = torch.zeros(batch_size, variant.sae.d_in, dtype=torch.bfloat16, device=trainer.device)
     try:
-        with autocast(trainer.device):
-            _, losses = forward_losses(zeros_BD)
-        torch.stack(list(losses.values())).sum().backward()
+        with float32_products(trainer.precision):
+            with trainer.autocast():
+                _, losses = forward_losses(zeros_BD)
+            torch.stack(list(losses.values())).sum().backward()
     except Exception as error:  # whatever the compilers of this machine raise
         return first_line(error)
     finally:

@@ -26,6 +26,7 @@ FIXED = {
     "--shuffle-seed": "shuffle_seed",
     "--out": "out",
     "--compile": "compiled",
+    "--precision": "precision",
 }
 
 
@@ -56,13 +57,14 @@ class TrainConfig:
     checkpoint_every: int = 1000  # steps
     log: Sequence[str] = ()  # names of loggers
     compiled: bool = False  # compile the training step
+    precision: str | None = None  # float32, tf32 or bfloat16; None: bfloat16 on a GPU, float32 on a CPU
     origins: Mapping[str, str] = field(default_factory=dict)  # non-default flag -> "flag" or "file:line"
 
     def record(self) -> dict[str, Any]:
         """The config as JSON, under the keys of run.json, two of which are older than the names of the fields."""
         on_disk = {"paper_exact": "literal", "shuffle_seed": "order_seed"}
         values = {on_disk.get(f.name, f.name): getattr(self, f.name) for f in fields(self) if f.name != "source"}
-        for newer in ("modules", "accumulate"):
+        for newer in ("modules", "accumulate", "precision"):
             if not values[newer]:
                 del values[newer]  # as in records that are older than it
         return json.loads(json.dumps(values, default=str))

@@ -114,7 +114,7 @@ def step_seconds(run: BuildableRun, device: str) -> float:
             f"not timed: a step of {run.recipe.name} takes {format_bytes(needed)}, "
             f"and {device} has {format_bytes(available)} of memory free"
         )
-    trainer = Trainer(untrained_variant(run, device), config.steps, device)
+    trainer = Trainer(untrained_variant(run, device), config.steps, device, precision=config.precision)
     x_BD = torch.randn(rows, config.d_in, device=device).bfloat16()
     seconds = fastest_step(trainer, x_BD)
     if 1 < rows < config.batch_size:  # the optimizer's part of a step does not grow with the rows

@@ -1,12 +1,12 @@
 """The training loop: every variant of a pass takes one step on each batch."""
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from ..common.precision import autocast, default_precision, float32_products
 from .accumulate import run_in_parts
 from .optimizer import clip_gradients, make_optimizer
 from .step import Step
@@ -28,11 +28,14 @@ def train_loop(
 class Trainer:
     """Trains one variant on its device. Checkpoints hold the variant, the optimizer, `i` and `failed_at`.
 
-    With `parts` each batch is computed in so many (`--accumulate`), one after the other.
+    With `parts` each batch is computed in so many (`--accumulate`), one after the other. `precision` is that of the
+    products of the forward and the backward pass; None: the default of the device.
     """
 
-    def __init__(self, variant: Variant, steps: int, device: str, parts: int = 1) -> None:
+    def __init__(self, variant: Variant, steps: int, device: str, parts: int = 1, precision: str | None = None) -> None:
         self.variant, self.steps, self.device, self.parts = variant, steps, device, parts
+        self.precision = precision or default_precision(device)
+        self.autocast = partial(autocast, self.precision, device)
         self.changing = False  # whether a step has begun to change the state, and has not ended
         self.i = torch.zeros((), dtype=torch.int64, device=device)  # index of the next step
         # The first step with a non-finite loss or gradient; -1: none.
@@ -63,24 +66,25 @@ class Trainer:
 
     def backward(self, x_BD: Tensor) -> tuple[Step, dict[str, Tensor]]:
         """The forward pass, its weighted losses, and their gradients."""
-        if self.parts > 1:
-            return self._run_in_parts(x_BD)
-        with autocast(self.device):
-            step, losses = self.forward_losses(x_BD)
-        torch.stack(list(losses.values())).sum().backward()
+        with float32_products(self.precision):
+            if self.parts > 1:
+                return self._run_in_parts(x_BD)
+            with self.autocast():
+                step, losses = self.forward_losses(x_BD)
+            torch.stack(list(losses.values())).sum().backward()
         return step, losses
 
     @torch.no_grad()
     def forward(self, x_BD: Tensor) -> Step:
         """The forward pass alone."""
-        if self.parts > 1:
-            return self._run_in_parts(x_BD, backward=False)[0]
-        with autocast(self.device):
-            return self.variant(self.i, x_BD, self.optimizer)
+        with float32_products(self.precision):
+            if self.parts > 1:
+                return self._run_in_parts(x_BD, backward=False)[0]
+            with self.autocast():
+                return self.variant(self.i, x_BD, self.optimizer)
 
     def _run_in_parts(self, x_BD: Tensor, backward: bool = True) -> tuple[Step, dict[str, Tensor]]:
-        precision = partial(autocast, self.device)
-        return run_in_parts(self.variant, self.i, x_BD, self.optimizer, self.parts, precision, backward)
+        return run_in_parts(self.variant, self.i, x_BD, self.optimizer, self.parts, self.autocast, backward)
 
     def forward_losses(self, x_BD: Tensor) -> tuple[Step, dict[str, Tensor]]:
         """The forward pass and its weighted losses. Changes no state, so `--compile` can compile it."""
@@ -122,8 +126,3 @@ class Trainer:
         if reset:
             self.metric_sums, self.metric_steps = {}, 0
         return metrics
-
-
-def autocast(device: str) -> contextlib.AbstractContextManager[None]:
-    """On a GPU, matrix products in bfloat16 with float32 weights; on a CPU, float32."""
-    return torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else contextlib.nullcontext()

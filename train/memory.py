@@ -131,7 +131,7 @@ def trace_steps(live: LiveBytes, run: BuildableRun, device: str, rows: int) -> T
     parts = config.accumulate if rows % config.accumulate == 0 else 1
     with torch.random.fork_rng(devices=[]), torch.device(device):  # a tensor without values cannot be moved later
         variant = run.recipe.make(config, run.options, run.stored)
-    trainer = Trainer(variant, config.steps, device, parts)
+    trainer = Trainer(variant, config.steps, device, parts, config.precision)
     variant.dead.index_A = torch.zeros(round(DEAD_SHARE * config.d_sae), dtype=torch.int64, device=device)
     variant.dead.real_A = torch.zeros(len(variant.dead.index_A), device=device)
     x_BD = torch.ones(rows, config.d_in, dtype=torch.bfloat16, device=device)

@@ -12,7 +12,7 @@ The digest covers everything that decides the result, so the same command finds 
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from ..common.device import resolve_device
 from ..common.errors import UsageError
 from ..common.files import digest_of, sae_home
 from ..common.formatting import format_count
+from ..common.precision import recorded_precision, resolve_precision
 from .accumulate import reasons_against
 from .config import FIXED, TrainConfig
 from .estimate import check_disk_space, describe_size, describe_time
@@ -38,6 +39,7 @@ from .hooks import hooks_to_train
 from .memory import untrained_variant
 from .parse import parse_options, parse_width
 from .passes import describe_passes, plan_passes
+from .precision import describe_precision, find_folder, require_precision
 from .recipe import Recipe, find_recipe
 from .sae import SAE, load_sae, read_run_record, read_sae_record
 from .stored_options import stored_options
@@ -165,6 +167,7 @@ class TrainPlan:
         lines = [run.describe() for run in self.runs]
         lines += [f"note     {note}" for note in dict.fromkeys(note for run in self.runs for note in run.notes)]
         lines += dict.fromkeys(filter(None, map(describe_masked_rows, self.runs)))
+        lines += dict.fromkeys(filter(None, (describe_precision(run.config.precision) for run in self.unfinished)))
         if self.unfinished:
             lines.append(describe_size(self.unfinished, self.unfinished[0].folder.parent))
             lines += describe_passes(self.planned_passes, resolve_device(self.config.device))
@@ -215,6 +218,7 @@ def plan_training(config: TrainConfig, reserved: Mapping[Path, float] = {}) -> T
 def new_runs(config: TrainConfig) -> list[Run]:
     """The runs of a config without `resume`: every layer, recipe, L0 and seed."""
     check_seeds(config.shuffle_seed, *config.seeds)
+    precision = resolve_precision(config.precision, resolve_device(config.device))
     recipes = [find_recipe(name) for name in dict.fromkeys(config.variants)]
     options = parse_options(config.options, recipes)
     runs: list[Run] = []
@@ -228,11 +232,12 @@ def new_runs(config: TrainConfig) -> list[Run]:
             except UsageError as error:
                 problems[str(error)] = None
                 continue
-            run_config = sizes._replace(l0=l0, paper_exact=config.paper_exact)
+            run_config = sizes._replace(l0=l0, paper_exact=config.paper_exact, precision=precision)
             for seed in dict.fromkeys(config.seeds):
                 run = Run(recipe, options[recipe.name], hook, seed, config.shuffle_seed, run_config, cache)
                 run.compiled, run.requested = config.compiled, config.record()
-                run.folder = (config.out or sae_home() / "runs") / run.default_name()
+                unnamed = replace(run, config=run_config._replace(precision=None)).default_name()
+                run.folder = find_folder(config.out or sae_home() / "runs", run.default_name(), unnamed, precision)
                 runs.append(run)
     problems |= dict.fromkeys(check_options(runs))
     if problems:
@@ -358,6 +363,7 @@ def resume_run(folder: Path, config: TrainConfig) -> Run:
     cache = concat_caches(config.caches or list(map(Path, record["cache_folders"])))
     hook = Hook(record["layer"], record["site"])
     run_config = RunConfig.from_record(record, known_variance(cache, cache.require_array(*hook)))
+    require_precision(folder, recorded_precision(record), resolve_device(config.device))
     if config.accumulate is not None:
         parts = check_parts(config.accumulate, run_config.batch_size, record.get("compiled", False))
         run_config = run_config._replace(accumulate=parts)

@@ -9,7 +9,7 @@ class RunTrainer(Trainer):
     """Trains the variant of a run."""
 
     def __init__(self, run: Run, variant: Variant, device: str) -> None:
-        super().__init__(variant, run.steps, device, run.config.accumulate)
+        super().__init__(variant, run.steps, device, run.config.accumulate, run.config.precision)
         self.run = run
         self.steps_done = 0  # when it was prepared
         self.digest = ""  # of what decides the run, as run.json has it

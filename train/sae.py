@@ -38,9 +38,9 @@ FORMAT, FORMAT_LAYER_NORM = 1, 2  # of sae.json; versions that read only the fir
 # What decides the result of a run, in run.json: the digest of these entries ends the automatic name of its folder.
 IDENTITY = (
     "variant", "options", "layer", "site", "seed", "order_seed", "d_in", "d_sae", "steps", "batch_size", "l0",
-    "literal", "cache", "compiled", "accumulate",
+    "literal", "cache", "compiled", "accumulate", "precision",
 )  # fmt: skip
-OPTIONAL = ("l0", "literal", "compiled", "accumulate")  # recorded only where they differ from the default
+OPTIONAL = ("l0", "literal", "compiled", "accumulate", "precision")  # recorded only where they differ from the default
 AUTOMATIC_NAME = re.compile(r".*-s\d+-([0-9a-f]{6})")
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import UsageError
+from ..common.precision import recorded_precision
 from .layer_norm import layer_normalize
 from .mechanisms import DeadLatents
 from .optimization import Optimization
@@ -28,11 +29,13 @@ class RunConfig(NamedTuple):
     paper_exact: bool = False  # the paper's settings verbatim instead of those that work
     variance: float | None = None  # elementwise, of the cache's rows; None: unknown, so nothing is scaled by it
     accumulate: int = 1  # equal parts in which a batch is computed
+    precision: str | None = None  # of products (common/precision.py); None: the default of the device
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the result besides the cache, as in run.json: what is not in SIZES only if set."""
         parts = self.accumulate if self.accumulate > 1 else None
-        optional = {"l0": self.l0, "literal": self.paper_exact, "accumulate": parts}
+        precision = self.precision if self.precision != "float32" else None
+        optional = {"l0": self.l0, "literal": self.paper_exact, "accumulate": parts, "precision": precision}
         return {name: getattr(self, name) for name in SIZES} | {
             name: value for name, value in optional.items() if value
         }
@@ -43,7 +46,7 @@ class RunConfig(NamedTuple):
         sizes = {name: record[name] for name in SIZES}
         changes = record.get("accumulate_since") or [(0, record.get("accumulate", 1))]
         optional = {"l0": record.get("l0"), "paper_exact": record.get("literal", False), "accumulate": changes[-1][1]}
-        return cls(**sizes, **optional, variance=variance)
+        return cls(**sizes, **optional, precision=recorded_precision(record), variance=variance)
 
     def penalty_warmup(self, steps: int | None) -> int:
         """The steps over which a penalty grows: `steps`, or by default a twentieth of the run."""

@@ -141,6 +141,7 @@ def control_config(wanted: Wanted, device: str) -> TrainConfig:
         shuffle_seed=conditions["order_seed"],
         out=controls_folder(),
         device=device,
+        precision=conditions.get("precision", "float32"),
     )
 
 

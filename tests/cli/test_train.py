@@ -73,6 +73,7 @@ FLAGS = {
     "checkpoint-every": ("4", "checkpoint_every", 4),
     "log": ("wandb", "log", ["wandb"]),
     "compile": (None, "compiled", True),
+    "precision": ("tf32", "precision", "tf32"),
 }
 STREAM = {
     "tokens": ("3k", "tokens", 3000),

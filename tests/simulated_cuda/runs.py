@@ -33,7 +33,7 @@ def train(folder: Path, cache: Path, recipes: Sequence[str], resident: bool) -> 
     loader = ResidentLoader if resident else BatchLoader
     seen: dict[str, list[Ledger]] = {"step": [], "batch": []}
     outliers = mock.patch.object(Cache, "outlier_rows", lambda self, name: np.arange(7, self.rows, 40))
-    with same_arithmetic(sparse=True, autocast=False), outliers:
+    with same_arithmetic(sparse=True), outliers:
         expected = finish(folder / "cpu", "cpu", cache, recipes)
         with (
             simulated_gpu(),
@@ -66,7 +66,7 @@ def finish(out: Path, device: str, cache: Path, recipes: Sequence[str]) -> list[
     plan = plan_training(
         TrainConfig(
             list(recipes), caches=[cache], layers=[0], steps=STEPS, batch_size=64, width="4x", device=device, out=out,
-            checkpoint_every=STEPS // 2, log_every=3,
+            checkpoint_every=STEPS // 2, log_every=3, precision="float32",
         )
     )  # fmt: skip
     run_training(plan)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import sae.train.variants  # noqa: F401  (registers the recipes)
-from sae.train import activation_functions, loop, sparse_ops
+from sae.train import activation_functions, sparse_ops
 from sae.train.checkpoint import restore_checkpoint, save_checkpoint, training_state
 from sae.train.loop import Trainer
 from sae.train.parse import parse_options
@@ -42,17 +42,18 @@ def walk(
     tensor by which the two ended apart the difference as a share of the CPU's largest (`apart`), and with how many dead
     latents it worked (`dead`).
     """
-    with same_arithmetic(sparse, autocast), tempfile.TemporaryDirectory() as folder:
-        cpu = Walk(recipe, options, paper_exact, d_sae, "cpu", Path(folder) / "cpu", parts)
+    with same_arithmetic(sparse), tempfile.TemporaryDirectory() as folder:
+        precision = None if autocast else "float32"
+        cpu = Walk(recipe, options, paper_exact, d_sae, "cpu", Path(folder) / "cpu", parts, precision)
         expected = cpu.run()
         with simulated_gpu():
-            gpu = Walk(recipe, options, paper_exact, d_sae, "cuda", Path(folder) / "cuda", parts)
+            gpu = Walk(recipe, options, paper_exact, d_sae, "cuda", Path(folder) / "cuda", parts, precision)
             found = gpu.run()
     return {"waits": gpu.waits, "dead": gpu.dead, "apart": differences(expected, found)}
 
 
 @contextlib.contextmanager
-def same_arithmetic(sparse: bool, autocast: bool) -> Iterator[None]:
+def same_arithmetic(sparse: bool) -> Iterator[None]:
     """Let the two devices compute alike: what `topk_indices` does only on a CPU, and sparse products on both or none.
 
     Which latents are the largest does not depend on how they are found, but the order in which they are summed does.
@@ -61,8 +62,6 @@ def same_arithmetic(sparse: bool, autocast: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(sparse_ops.SPARSE_FROM, border))
         stack.enter_context(mock.patch.object(activation_functions, "topk_indices", plain_topk))
-        if not autocast:
-            stack.enter_context(mock.patch.object(loop, "autocast", lambda device: contextlib.nullcontext()))
         yield
 
 
@@ -82,8 +81,9 @@ class Walk:
         device: str,
         folder: Path,
         parts: int,
+        precision: str | None = "float32",
     ) -> None:
-        self.recipe, self.options, self.parts = recipe, options, parts
+        self.recipe, self.options, self.parts, self.precision = recipe, options, parts, precision
         self.config = RunConfig(D_IN, d_sae, 30, BATCH, paper_exact=paper_exact, variance=24.0)
         self.device, self.folder = device, folder
         self.waits: list[str] = []
@@ -99,7 +99,7 @@ class Walk:
         for mechanism in variant.mechanisms:
             if mechanism.every:
                 mechanism.every = min(mechanism.every, 2)
-        trainer = Trainer(variant.to(self.device), 30, self.device, self.parts)
+        trainer = Trainer(variant.to(self.device), 30, self.device, self.parts, self.precision)
         rows_RD = batches(1, 4 * BATCH)[0].float()
         sample_ND = rows_RD if variant.reads_rows else None
         variant.set_normalization(rows_RD.mean(0).to(self.device), float(rows_RD.square().sum(1).mean()), sample_ND)

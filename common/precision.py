@@ -1,0 +1,103 @@
+"""What matrix products are computed in: float32, tf32 (float32 with products rounded to 10 bits) or bfloat16.
+
+Weights, moments, gradients and sums are float32 in all three. Under bfloat16 torch's autocast rounds the inputs of
+products, and their results.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import UnavailableError, UsageError
+
+PRECISIONS = ("float32", "tf32", "bfloat16")
+TF32_CAPABILITY = (8, 0)  # of the first GPUs with products in tf32 (Ampere)
+CPU_FLAGS = ("avx512_bf16", "amx_bf16")  # of a processor that multiplies in bfloat16: with AVX-512, or with tiles
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def default_precision(device: str) -> str:
+    """bfloat16 on a GPU; float32 on a CPU, whatever the processor."""
+    return "bfloat16" if torch.device(device).type == "cuda" else "float32"
+
+
+def resolve_precision(precision: str | None, device: str, default: str | None = None) -> str:
+    """Check a precision on a device; None is the `default`, or without one that of the device.
+
+    Raises UsageError for an unknown one, UnavailableError if the device cannot compute in it.
+    """
+    if precision is None:
+        return default or default_precision(device)
+    if precision not in PRECISIONS:
+        raise UsageError(f"unknown precision {precision!r}: expected float32, tf32 or bfloat16.")
+    if reason := reason_against(precision, device):
+        raise UnavailableError(f"--precision {precision} cannot be used: {reason}. Use --precision float32.")
+    return precision
+
+
+def reason_against(precision: str, device: str) -> str:
+    """Why a device cannot compute in a precision, as the end of a sentence; "" if it can.
+
+    torch multiplies in bfloat16 on any processor, but slower than in float32 on one without instructions for it.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    if precision == "tf32" and on_cpu:
+        return "the device is cpu, and only GPUs have products in tf32"
+    if precision == "tf32" and (capability := torch.cuda.get_device_capability(device)) < TF32_CAPABILITY:
+        return f"it needs a GPU of compute capability 8.0, and {device} has {'.'.join(map(str, capability))}"
+    if precision == "bfloat16" and on_cpu:
+        found = cpu_flags()
+        if found is None:
+            return f"the processor is not known to multiply in bfloat16: there is no {CPUINFO}, which would say so"
+        if found.isdisjoint(CPU_FLAGS):
+            return f"the processor has neither {' nor '.join(CPU_FLAGS)} (by {CPUINFO})"
+    return ""
+
+
+def cpu_flags() -> set[str] | None:
+    """The instruction sets of the processor, under the names of Linux; None where they are not known."""
+    try:
+        lines = CPUINFO.read_text().splitlines()
+    except OSError:
+        return None
+    return {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
+
+
+def recorded_precision(record: Mapping[str, Any]) -> str:
+    """That of a run by its run.json, which names it only if it is not float32.
+
+    Earlier versions named none: their runs on a GPU are of its default.
+    """
+    asked = record.get("precision") or record.get("asked", {}).get("precision")
+    return asked or default_precision(record.get("device", "cpu"))
+
+
+def autocast(precision: str, device: str) -> contextlib.AbstractContextManager[None]:
+    """A context in which products of float32 tensors are computed in bfloat16, if that is the precision."""
+    if precision != "bfloat16":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, torch.bfloat16)
+
+
+@contextlib.contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """A context in which products of float32 tensors are in tf32 if that is the precision, and else not.
+
+    torch has one setting for the whole process, which a user may have changed; it is put back at the end.
+    """
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        general = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was changed for one backend alone
+        general = "highest"
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(general)
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value
