@@ -241,6 +241,13 @@ class RunRecord(TypedDict):
             Meta(description="step -> --accumulate from there on, if a resumed run was given another"),
         ]
     ]
+    step_version: NotRequired[Annotated[Size, Meta(description="train/step_version.py, when the run began; absent: 1")]]
+    step_version_since: NotRequired[
+        Annotated[
+            list[tuple[Count, Size]],
+            Meta(description="step -> step_version from there on, if the run was resumed with another"),
+        ]
+    ]
     resolved: NotRequired[Annotated[dict[str, Any], Meta(description="every option, given or default")]]
     paper: NotRequired[str]
     cache_folders: NotRequired[Annotated[list[str], Meta(min_length=1)]]
@@ -291,6 +298,7 @@ class Checkpoint(TypedDict):
     format: int
     step: Annotated[Count, Meta(description="optimizer steps taken; also in the folder's name and in the tensor `i`")]
     sha256: Annotated[Sha256, Meta(description="of state.safetensors")]
+    step_version: NotRequired[Annotated[Size, Meta(description="of the steps before it; absent: 1")]]
     run: NotRequired[
         Annotated[Sha256, Meta(description="digest of what decides the run: `variant` to `compiled` of its run.json")]
     ]

@@ -16,7 +16,8 @@ from .context import EvalContext
 from .metrics.base import EvalTarget, Metric, MetricResult
 from .metrics.registry import caveats
 
-# Keys of run.json that do not affect the weights: runs of one recipe can come from several commands and machines.
+# Keys of run.json that do not affect the weights, or only by rounding: runs of one recipe can come from several
+# commands, machines and versions.
 IGNORED_KEYS = (
     "seed",
     "asked",
@@ -27,6 +28,8 @@ IGNORED_KEYS = (
     "cache_folders",
     "accumulate",
     "accumulate_since",
+    "step_version",
+    "step_version_since",
 )
 NEAR_L0 = 1.1  # a PCA of up to this many times as many components as an SAE's L0 is one of equal L0
 

@@ -3,7 +3,7 @@
     checkpoints/step-00001000/
         state.safetensors    every tensor of the variant ("variant.<name>"), Adam's state ("optimizer.<name>.<key>"),
                              the step index "i" and "failed_at"
-        state.json           {"format", "step", "sha256" of state.safetensors, "run"}, written last
+        state.json           {"format", "step", "step_version", "sha256" of state.safetensors, "run"}, written last
 
 A checkpoint is valid if state.json exists and its checksum matches. The newest two are kept; damaged ones are skipped
 with a message.
@@ -13,6 +13,7 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load
@@ -23,6 +24,7 @@ from ..common.errors import DamagedError, UsageError
 from ..common.files import atomic_write, read_file
 from ..common.schemas import CHECKPOINT_RECORD
 from .loop import Trainer
+from .step_version import STEP_VERSION
 
 FORMAT = 1
 KEPT = 2
@@ -46,7 +48,8 @@ def save_checkpoint(trainer: Trainer, folder: Path, step: int, run: str | None =
     target = folder / "checkpoints" / f"step-{step:08d}"
     data = to_safetensors({n: t.contiguous().cpu() for n, t in training_state(trainer).items()})
     atomic_write(target / "state.safetensors", data)
-    record = {"format": FORMAT, "step": step, "sha256": hashlib.sha256(data).hexdigest()}
+    digest = hashlib.sha256(data).hexdigest()
+    record = {"format": FORMAT, "step": step, "step_version": STEP_VERSION, "sha256": digest}
     record |= {} if run is None else {"run": run}
     CHECKPOINT_RECORD.write(target / "state.json", record)
     checkpoints = sorted((folder / "checkpoints").glob("step-*"))
@@ -56,8 +59,17 @@ def save_checkpoint(trainer: Trainer, folder: Path, step: int, run: str | None =
         shutil.rmtree(old, ignore_errors=True)
 
 
-def read_checkpoint(path: Path) -> tuple[int, str | None, dict[str, Tensor]]:
-    """The step of a checkpoint, the digest of its run and its tensors. Earlier versions recorded no digest: None.
+class SavedState(NamedTuple):
+    """A checkpoint that was read."""
+
+    step: int
+    run: str | None  # digest of what decides its run; None: an earlier version, which recorded none
+    tensors: dict[str, Tensor]
+    step_version: int  # of the steps that led to it
+
+
+def read_checkpoint(path: Path) -> SavedState:
+    """Read a checkpoint and verify it.
 
     Raises:
         DamagedError: a file is missing or differs from what was written.
@@ -75,7 +87,7 @@ def read_checkpoint(path: Path) -> tuple[int, str | None, dict[str, Tensor]]:
     tensors, step = load(data), record["step"]
     if path.name != f"step-{step:08d}" or int(tensors["i"]) != step:
         raise DamagedError(f"{path} is not of one step: state.json says {step}, the tensors {int(tensors['i'])}.")
-    return step, record.get("run"), tensors
+    return SavedState(step, record.get("run"), tensors, record.get("step_version", 1))
 
 
 def restore_checkpoint(trainer: Trainer, folder: Path, say: Callable[[str], None], run: str | None = None) -> int:
@@ -89,7 +101,7 @@ def restore_checkpoint(trainer: Trainer, folder: Path, say: Callable[[str], None
     """
     for path in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
         try:
-            step, written_by, tensors = read_checkpoint(path)
+            step, written_by, tensors, version = read_checkpoint(path)
             if step > trainer.steps:
                 raise DamagedError(f"{path} is of step {step}, but the run has {trainer.steps} steps.")
         except DamagedError as error:
@@ -111,6 +123,7 @@ def restore_checkpoint(trainer: Trainer, folder: Path, say: Callable[[str], None
                 "Resume with the version that wrote it, or remove the run to start over."
             )
         load_training_state(trainer, tensors)
+        trainer.restored_version = version
         return step
     return 0
 

@@ -36,6 +36,7 @@ class Trainer:
         self.variant, self.steps, self.device, self.parts = variant, steps, device, parts
         self.precision = precision or default_precision(device)
         self.autocast = partial(autocast, self.precision, device)
+        self.restored_version: int | None = None  # step_version of the checkpoint that it goes on from
         self.changing = False  # whether a step has begun to change the state, and has not ended
         self.i = torch.zeros((), dtype=torch.int64, device=device)  # index of the next step
         # The first step with a non-finite loss or gradient; -1: none.

@@ -28,6 +28,7 @@ from .run_trainer import RunTrainer
 from .sae import read_run_record, run_digest
 from .shared_pass import SharedPass, open_batches, shared_passes
 from .signals import stop_on_signal
+from .step_version import STEP_VERSION, describe_version_change
 from .stored_options import describe_changes, stored_options
 from .variant import Variant
 
@@ -183,7 +184,9 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
         trainer.steps_done = restore_checkpoint(trainer, run.folder, progress.say, trainer.digest)
         if trainer.steps_done:
             progress.say(f"{run.name} resumes from step {trainer.steps_done}.")
-        record_accumulate(run, record, trainer.steps_done)
+        if trainer.steps_done < run.steps and (version := trainer.restored_version) not in (None, STEP_VERSION):
+            progress.say(f"{run.name}: {describe_version_change(run.recipe.name, version)}")
+        record_changes(run, record, trainer.steps_done)
         truncate_metrics(run.folder, trainer.steps_done)
     elif any(run.folder.glob("checkpoints/step-*")):
         raise DamagedError(
@@ -199,13 +202,20 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
     return trainer
 
 
-def record_accumulate(run: Run, record: RunRecord, steps_done: int) -> None:
-    """Write into run.json that a resumed run computes its batches in another number of parts than before."""
-    changes = list(record.get("accumulate_since", ()))
-    before = changes[-1][1] if changes else record.get("accumulate", 1)
-    if run.config.accumulate != before:
-        changes.append((steps_done, run.config.accumulate))
-        RUN_RECORD.write(run.folder / "run.json", {**record, "accumulate_since": changes})
+def record_changes(run: Run, record: RunRecord, steps_done: int) -> None:
+    """Write into run.json that a resumed run computes its steps otherwise than before: in other parts, or by a step of
+    another version.
+    """
+    content: dict[str, Any] = {**record}
+    for name, now in (("accumulate", run.config.accumulate), ("step_version", STEP_VERSION)):
+        since = f"{name}_since"
+        changes = [[step, value] for step, value in content.pop(since, ()) if step < steps_done]  # others are undone
+        if now != (changes[-1][1] if changes else content.get(name, 1)):
+            changes.append([steps_done, now])
+        if changes:
+            content[since] = changes
+    if content != record:
+        RUN_RECORD.write(run.folder / "run.json", content)
 
 
 def build_variant(run: Run) -> Variant:

@@ -14,6 +14,7 @@ from ..common.errors import DamagedError, LeftOutWarning
 from ..common.files import atomic_write, os_error, parse_json
 from ..common.formatting import format_count
 from .plan import FORMAT, Run
+from .step_version import STEP_VERSION
 from .variant import Variant
 
 
@@ -26,6 +27,7 @@ def run_record(run: Run, variant: Variant, device: str) -> dict[str, Any]:
         "paper": run.recipe.paper,
         "cache_folders": run.cache_folders,
         **({"ring": run.cache.capacity} if isinstance(run.cache, RingCache) else {}),
+        "step_version": STEP_VERSION,
         "asked": dict(run.requested),
         "device": device,
         "environment": environment_record(),
