@@ -88,6 +88,10 @@ def evaluate(
         str,
         typer.Option(help="Precision of the model: auto, bfloat16 or float32.", rich_help_panel=INPUTS),
     ] = "auto",
+    precision: Annotated[
+        str,
+        typer.Option(help="Precision of the SAEs' matrix products: float32, tf32 or bfloat16.", rich_help_panel=INPUTS),
+    ] = "float32",
     device: Device = "auto",
     json_: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
@@ -120,6 +124,7 @@ def evaluate(
             controls=controlled.folders,
             device=device,
             dtype=dtype,
+            precision=precision,
         ),
         {Path(text): error for text, error in found.refused.items()},
     )

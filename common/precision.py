@@ -21,7 +21,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 def default_precision(device: str) -> str:
     """bfloat16 on a GPU; float32 on a CPU, whatever the processor."""
-    return "bfloat16" if torch.device(device).type == "cuda" else "float32"
+    return "bfloat16" if device.startswith("cuda") else "float32"
 
 
 def resolve_precision(precision: str | None, device: str, default: str | None = None) -> str:

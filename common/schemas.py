@@ -15,6 +15,7 @@ from .records import RecordKind
 Count = Annotated[int, Meta(ge=0)]
 Size = Annotated[int, Meta(ge=1)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Precision = Literal["float32", "tf32", "bfloat16"]
 
 # --- activations/, beside the caches ----------------------------------------------------------------------------------
 
@@ -174,6 +175,7 @@ class AskedOptions(TypedDict, total=False):
     """The options of the `sae train` command, under the names of TrainConfig."""
 
     log_every: Annotated[Size | None, Meta(description="steps between lines of metrics.jsonl; null: the default")]
+    precision: Annotated[Precision, Meta(description="--precision, if it was given")]
 
 
 class ImportSource(TypedDict):
@@ -227,7 +229,7 @@ class RunRecord(TypedDict):
     compiled: NotRequired[Annotated[bool, Meta(description="--compile")]]
     precision: NotRequired[
         Annotated[
-            Literal["float32", "tf32", "bfloat16"],
+            Precision,
             Meta(
                 description="of products; absent: float32, or of a run on a GPU of an earlier version bfloat16, unless "
                 "`asked` names it"

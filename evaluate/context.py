@@ -52,6 +52,7 @@ class EvalContext:
         data: a folder that is searched for datasets before the Hub:
             <data>/<name on the Hub>/<split>.jsonl or .parquet.
         device: where the model computes.
+        precision: of the SAEs' products: "float32", "tf32" or "bfloat16".
         model_config: the model's transformers config.
         model_argument: what --model takes for the model: a Hub id, or its folder on this machine.
         change: how the contexts differ from the cache's; `contexts` is changed already.
@@ -68,6 +69,7 @@ class EvalContext:
     artifacts: ArtifactCache
     data: Path | None = None
     device: str = "cpu"
+    precision: str = "float32"
     model_config: Any = None
     model_argument: str = ""
     change: ContextChange = ContextChange()
@@ -135,7 +137,13 @@ class EvalContext:
     @property
     def settings(self) -> dict[str, Any]:
         """The part of this context that every metric's result depends on."""
-        return {"mode": self.mode, **self.model_identity}
+        own = {} if self.precision == "float32" else {"sae_precision": self.precision}
+        return {"mode": self.mode, **self.model_identity, **own}
+
+    @property
+    def logit_settings(self) -> dict[str, Any]:
+        """What a metric of the model's logits depends on besides: earlier versions rounded them as the model did."""
+        return {} if self.model_identity.get("llm_dtype") == "float32" else {"logits": "float32"}
 
     def batches(self, size: int, count: int, text: Contexts | None = None) -> Iterator[ContextBatch]:
         """Yield at most `count` batches of `size` contexts of `text` (default: the held-out text).

@@ -225,6 +225,7 @@ def make_context(
     data: Path | None = None,
     device: str = "cpu",
     dtype: str = "float32",
+    precision: str = "float32",
     load: ModelLoader | None = None,
     model: str | None = None,
     origin: Mapping[str, Any] | None = None,
@@ -233,7 +234,7 @@ def make_context(
 
     The text is cut to the first contexts that hold `tokens` tokens, or is all of it. `model` says where the model's
     folder lies, if it has moved since the harvest. `origin` is that of the SAEs: for imported ones contexts are begun
-    and cut as their files say.
+    and cut as their files say. `precision` is that of the SAEs' products.
 
     Raises UsageError when the model or the tokenizer on this machine is another one than the cache was made with, or
     when the cache has no held-out text.
@@ -269,6 +270,7 @@ def make_context(
         artifacts=artifact_cache(),
         data=data,
         device=device,
+        precision=precision,
         model_config=model_config.get_text_config(),
         change=change,
         notes=notes,

@@ -18,6 +18,7 @@ from ..common.errors import DamagedError, SaeError, UnavailableError, UsageError
 from ..common.escaping import quote
 from ..common.files import existing_parent, folder_bytes, free_space, os_error, temporary_path
 from ..common.formatting import format_bytes, format_count, shell_paths
+from ..common.precision import resolve_precision
 from ..harvest.architectures import check_sites, hook_width
 from .artifacts import ArtifactCache, remove_stale_temporaries
 from .context import EvalContext
@@ -51,6 +52,7 @@ class EvaluateConfig:
     controls: Sequence[Path] = ()  # run folders of controls (workflows/controls.py), trained before this is run
     device: str = "auto"
     dtype: str = "auto"
+    precision: str = "float32"  # of the SAEs' products
 
 
 @dataclass
@@ -130,6 +132,7 @@ class EvaluatePlan:
             f"runs     {counts}{references}",
             f"model    {group.ctx.model_name} at {model['revision'][:12]}, computed in {model['llm_dtype']} "
             f"on {group.ctx.device}",
+            *([] if group.ctx.precision == "float32" else [f"SAEs     computed in {group.ctx.precision}"]),
             f"text     {read:,} held-out tokens in {len(contexts):,} contexts of {group.cache.folder}"
             f"{whole_contexts(self.config.tokens, read, bool(group.ctx.change.identity))}",
             *(f"text     {note}" for note in group.notes),
@@ -173,7 +176,8 @@ class EvaluatePlan:
         suite = NEXT_SUITE.get(config.suite, "quick")
         if not suite:
             return ""
-        flags = {"mode": "0.6.0", "cache": None, "data": None, "device": "auto", "dtype": "auto"}  # and their defaults
+        flags = {"mode": "0.6.0", "cache": None, "data": None, "device": "auto", "dtype": "auto",
+                 "precision": "float32"}  # and their defaults  # fmt: skip
         changed = {name: value for name in flags if (value := getattr(config, name)) != flags[name]}
         words = "".join(f" --{name} {quote(str(value))}" for name, value in changed.items())
         if config.max_norm is not None:
@@ -215,7 +219,7 @@ def plan_evaluation(config: EvaluateConfig, refused: Mapping[Path, SaeError] | N
         try:
             ctx = make_context(
                 cache, mode=config.mode, tokens=config.tokens, data=config.data, device=device, dtype=dtype, load=load,
-                model=config.model, origin=rows[0].record["origin"],
+                model=config.model, origin=rows[0].record["origin"], precision=config.precision,
             )  # fmt: skip
         except SaeError as error:
             plan.refused |= dict.fromkeys((row.folder for row in rows if row.folder), error)
@@ -249,6 +253,7 @@ def resolve_config(config: EvaluateConfig) -> tuple[list[Metric], str, str]:
             ".parquet."
         )
     device = resolve_device(config.device)
+    resolve_precision(config.precision, device)
     return metrics, device, resolve_dtype(config.dtype, device)
 
 

@@ -1,6 +1,7 @@
 """Run an evaluation: measure every metric, in one pass of the model per text for all SAEs, and write the results."""
 
 import contextlib
+import copy
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from ..common.errors import SaeError, UnavailableError, UsageError, did_you_mean
 from ..common.files import digest_of
 from ..common.memory import out_of_memory, release
 from ..harvest.architectures import check_sites, hook_width
+from ..train.sae import SAE
 from .compare import summary_columns
 from .context import EvalContext
 from .control_notes import control_notes
@@ -57,6 +59,7 @@ def run_evaluation(plan: EvaluatePlan, progress: ProgressFactory = no_progress_b
     require_one_process("sae evaluate")
     rows: list[EvalRow] = []
     for group in plan.groups:
+        use_precision(group.rows, group.ctx.precision)
         group_rows = list(group.rows)
         if plan.config.references:
             try:
@@ -67,6 +70,7 @@ def run_evaluation(plan: EvaluatePlan, progress: ProgressFactory = no_progress_b
                 # For example a read-only folder, or a PCA that does not fit.
                 plan.notes.append(f"The reference rows (identity, zero, PCA, random dictionary) are left out: {error}")
         group_rows += control_rows(group, plan.config.controls)
+        use_precision(group_rows[len(group.rows) :], group.ctx.precision)
         for metric in plan.metrics:
             if metric.name in group.settings:
                 references = [row for row in group_rows if row.is_reference]
@@ -79,6 +83,15 @@ def run_evaluation(plan: EvaluatePlan, progress: ProgressFactory = no_progress_b
     if errors and not any(row.results for row in rows):
         raise type(errors[0])("\n".join(dict.fromkeys(map(str, errors))))
     return rows
+
+
+def use_precision(rows: Sequence[EvalRow], precision: str) -> None:
+    """Let the SAEs of the rows compute their products in a precision: copies of them, with the same weights."""
+    for row in rows:
+        if isinstance(row.target.sae, SAE):
+            sae = copy.copy(row.target.sae)
+            sae.precision = precision
+            row.target = replace(row.target, sae=sae)
 
 
 def add_control_notes(rows: Sequence[EvalRow]) -> None:
@@ -109,6 +122,7 @@ def evaluate_saes(
     controls: Sequence[str | os.PathLike[str]] = (),
     device: str = "auto",
     dtype: str = "auto",
+    precision: str = "float32",
     progress: ProgressFactory = no_progress_bar,
 ) -> list[EvalRow]:
     """Evaluate SAEs on held-out text: your own objects, or runs of `train_saes`.
@@ -150,6 +164,8 @@ def evaluate_saes(
             reference rows.
         device: Where the model computes: "auto", "cpu", "cuda", ...
         dtype: What the model computes in: "auto", "bfloat16" or "float32".
+        precision: What the SAEs compute their products in: "float32", "tf32" or "bfloat16". Your own objects compute
+            as they do, and take no other than "float32".
         progress: Called with each metric's name; see `ProgressFactory`.
 
     Returns:
@@ -168,7 +184,7 @@ def evaluate_saes(
     config = EvaluateConfig(
         [], suite, tokens, mode, options=options, data=Path(data) if data else None, force=force,
         references=references, controls=[Path(folder) for folder in controls], device=device, dtype=dtype,
-        max_norm=math.inf if max_norm == "none" else max_norm,
+        precision=precision, max_norm=math.inf if max_norm == "none" else max_norm,
     )  # fmt: skip
     if isinstance(saes, Mapping):
         if cache is None or layer is None:
@@ -218,7 +234,12 @@ def plan_objects(
     if unknown := [name for name in systems if name not in saes]:
         raise UsageError(f"systems= names {unknown[0]}, which is not among the SAEs{did_you_mean(unknown[0], saes)}")
     metrics, device, dtype = resolve_config(config)
-    ctx = make_context(cache, mode=config.mode, tokens=config.tokens, data=config.data, device=device, dtype=dtype)
+    if config.precision != "float32" and (own := [name for name, sae in saes.items() if not isinstance(sae, SAE)]):
+        raise UsageError(f"{own[0]} is not an SAE of this package, and computes as it does: omit precision=.")
+    ctx = make_context(
+        cache, mode=config.mode, tokens=config.tokens, data=config.data, device=device, dtype=dtype,
+        precision=config.precision,
+    )  # fmt: skip
     layers = ctx.model_config.num_hidden_layers
     if not 0 <= hook.layer < layers:
         raise UsageError(f"There is no layer {hook.layer}: the model has layers 0 to {layers - 1}.")

@@ -44,6 +44,7 @@ from .loading import (
     load_tokenizer,
     load_whole_model,
 )
+from .logits import unrounded_logits
 from .splice import ForwardPass, PrefixPass, Splicer, gradients_of
 from .structure import decoder_config
 
@@ -137,9 +138,11 @@ class LanguageModel(HookedModel):
     def unembed(self, final: Tensor) -> Tensor:
         """Logits (..., V) from `ForwardPass.final` (..., D). Select positions first: logits take the most memory.
 
+        They are in float32 also where the model computes in bfloat16 (logits.py).
+
         Gradients flow back to `final` if it requires them.
         """
-        with gradients_of(final):
+        with gradients_of(final), unrounded_logits(self.model):
             return self._splicer.unembed(final)
 
     @torch.no_grad()

@@ -86,7 +86,7 @@ class Core(Metric):
     )
 
     def settings(self, ctx: EvalContext) -> dict[str, Any]:
-        return {**super().settings(ctx), **ctx.text_identity}
+        return {**super().settings(ctx), **ctx.logit_settings, **ctx.text_identity}
 
     @torch.no_grad()
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:

@@ -162,7 +162,7 @@ class Ravel(Metric):
 
     def settings(self, ctx: EvalContext) -> dict[str, Any]:
         version = facts_version(self.dataset, tuple(self.by_type), ctx.data)
-        return {**super().settings(ctx), **ctx.text_settings, "facts": version}
+        return {**super().settings(ctx), **ctx.logit_settings, **ctx.text_settings, "facts": version}
 
     def check(self) -> None:
         """Raise UsageError for an option out of range."""

@@ -92,7 +92,8 @@ class Unlearning(Metric):
     def settings(self, ctx: EvalContext) -> dict[str, Any]:
         source, _ = self.source(ctx)
         digests = {name: self.data_version(ctx, name, path) for name, path in self.dataset_paths(ctx).items()}
-        return {**super().settings(ctx), **ctx.prompt_settings, "questioned": source.identity(), "data": digests}
+        of_model = {**ctx.logit_settings, **ctx.prompt_settings, "questioned": source.identity()}
+        return {**super().settings(ctx), **of_model, "data": digests}
 
     def source(self, ctx: EvalContext) -> tuple[ModelSource, Any]:
         """The instruction-tuned model and its config. Raises UnavailableError if it cannot be found."""

@@ -22,6 +22,7 @@ FLAGS = {
     "force": (None, "force", True),
     "no-references": (None, "references", False),
     "dtype": ("float32", "dtype", "float32"),
+    "precision": ("tf32", "precision", "tf32"),
     "device": ("cpu", "device", "cpu"),
 }
 # --no-references is the other name of --references; --layer is of what is imported first (workflows/published.py), and

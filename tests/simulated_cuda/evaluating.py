@@ -24,7 +24,7 @@ def measure(folder: Path, runs: Sequence[Path], **config: Any) -> dict[str, Any]
     for device in ("cpu", "cuda"):
         os.environ["SAE_HOME"] = str(folder / device)
         copies = [Path(shutil.copytree(run, folder / device / "runs" / run.name)) for run in runs]
-        asked = EvaluateConfig(runs=copies, device=device, dtype="float32", references=False, **config)
+        asked = EvaluateConfig(runs=copies, device=device, references=False, **{"dtype": "float32", **config})
         if device == "cpu":
             found[device] = numbers(evaluate(asked))
         else:

@@ -27,7 +27,8 @@ from sae.train.formats.import_ import import_sae
 from sae.train.formats.model_card import evaluation_metrics
 from sae.train.plan import Run, TrainConfig, plan_training
 from sae.train.run import TrainProgress, run_training
-from sae.train.sae import IDENTITY, OPTIONAL, load_sae, read_run_record, read_sae_record
+from sae.train.run_records import IDENTITY, OPTIONAL
+from sae.train.sae import load_sae, read_run_record, read_sae_record
 
 from ..json_trees import leaves, with_leaf
 from ..run_records import change_record

@@ -1,0 +1,50 @@
+"""Logits in float32 of a model that computes in bfloat16 or float16.
+
+Such a model rounds its logits: to steps of 1/16 where they are around 16, before and after a soft cap. A KL of two such
+distributions is about 1e-3 nats where it should be zero. The last product therefore gives its float32 sums as they are,
+and what the model's own code does to them (caps, scales) is done in float32.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .splice import replacing_forward
+
+WEIGHTS_AT_ONCE = 2**24  # elements that are converted to float32 at a time, on a CPU
+
+
+def unrounded_logits(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """A context in which a causal language model computes its logits in float32.
+
+    It changes nothing for a model in float32, and where the last layer is no plain linear one, such as a quantized one.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if type(head) is not nn.Linear or head.weight.dtype not in (torch.bfloat16, torch.float16):
+        return contextlib.nullcontext()
+    return replacing_forward(head, lambda x: unrounded_linear(x, head.weight, head.bias))
+
+
+def unrounded_linear(x: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    """x W^T + b in float32 (..., V), of x (..., D) and weights in less."""
+    logits = UnroundedProduct.apply(x.flatten(0, -2).to(weight_VD.dtype), weight_VD).unflatten(0, x.shape[:-1])
+    return logits if bias_V is None else logits + bias_V
+
+
+class UnroundedProduct(torch.autograd.Function):
+    """x W^T, whose sums are not rounded. Only x gets a gradient, in its own type, as of the model's own product."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_VD)
+        if x_TD.device.type == "cuda":
+            return torch.mm(x_TD, weight_VD.T, out_dtype=torch.float32)
+        rows = max(1, WEIGHTS_AT_ONCE // weight_VD.shape[1])
+        return torch.cat([x_TD.float() @ part_VD.float().T for part_VD in weight_VD.split(rows)], 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor, None]:
+        (weight_VD,) = ctx.saved_tensors
+        return gradient[0].to(weight_VD.dtype) @ weight_VD, None
