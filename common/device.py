@@ -52,6 +52,16 @@ def resolve_dtype(dtype: str, device: str) -> str:
     return ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
 
 
+def fix_cublas_workspace(device: str) -> None:
+    """Let products on a GPU have the same bits in every run; does nothing on a CPU, or if the user has set it.
+
+    cuBLAS otherwise shares its workspace between streams as they come, and where it works decides how it sums. It reads
+    the setting before the first product of the process.
+    """
+    if device.startswith("cuda"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def copy_to_device(values: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """A tensor on a device: from the CPU to a GPU through pinned memory.
 

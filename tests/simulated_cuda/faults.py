@@ -50,6 +50,42 @@ def passes_once_more(step: Step) -> None:
     step.f_BF.detach().abs()
 
 
+def adds_by_an_index(step: Step) -> None:
+    torch.zeros(3, device=step.x_BD.device).index_add_(0, some_of(step, 3), step.x_BD[:, 0])
+
+
+def scatters_to_a_place_twice(step: Step) -> None:
+    torch.zeros(3, device=step.x_BD.device).scatter_(0, some_of(step, 3), step.x_BD[:, 0])
+
+
+def scatters_a_sum(step: Step) -> None:
+    torch.zeros(3, device=step.x_BD.device).scatter_add(0, some_of(step, 3), step.x_BD[:, 0])
+
+
+def puts_at_a_place_twice(step: Step) -> None:
+    torch.zeros(3, device=step.x_BD.device)[some_of(step, 3)] = step.x_BD[:, 0]
+
+
+def sums_cumulatively(step: Step) -> None:
+    step.x_BD.cumsum(0)
+
+
+def keeps_the_order(step: Step) -> None:
+    """Writes to each place once, adds what is exact, sums integers: in any order the same bits."""
+    place_B, device = some_of(step, len(step.x_BD)), step.x_BD.device
+    torch.zeros(len(place_B), device=device).index_add_(0, place_B, step.x_BD[:, 0])
+    torch.zeros(len(place_B), device=device).scatter_(0, place_B, step.x_BD[:, 0])
+    torch.zeros(3, device=device).index_add_(0, some_of(step, 3), torch.ones(len(place_B), device=device))
+    torch.zeros(3, device=device).index_put_((some_of(step, 3),), step.x_BD[:, 0], accumulate=True)  # it sorts
+    torch.zeros(len(place_B), 4, device=device)[place_B] = step.x_BD[:, :4]
+    place_B.cumsum(0)
+
+
+def some_of(step: Step, count: int) -> Tensor:
+    """A place below `count` for each token."""
+    return torch.arange(len(step.x_BD), device=step.x_BD.device).flip(0) % count
+
+
 class _ReadsInBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, x_BD: Tensor) -> Tensor:

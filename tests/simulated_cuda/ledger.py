@@ -14,17 +14,19 @@ HERE = Path(__file__).parent
 PACKAGE = f"{HERE.parents[1]}/"
 SITE = "/site-packages/"
 MACHINERY = {
-    str(HERE / f"{name}.py") for name in ("cost", "counting", "functions", "ledger", "streams", "tensors", "worker")
+    str(HERE / f"{name}.py")
+    for name in ("cost", "counting", "functions", "ledger", "order", "streams", "tensors", "worker")
 }
 
 READ = "the host reads from the GPU and waits for it"
 PAGEABLE = "pageable memory is copied to the GPU and the host waits for it"
 QUEUED = "a copy is queued"  # pinned memory, without waiting
+UNORDERED = "a GPU can give other bits in a second run"
 
 
 @dataclass(frozen=True)
 class Entry:
-    kind: str  # READ, PAGEABLE or QUEUED
+    kind: str  # READ, PAGEABLE, QUEUED or UNORDERED
     what: str  # the operation and its shapes
     line: str
 
@@ -41,7 +43,12 @@ class Ledger:
     @property
     def waits(self) -> list[str]:
         """Everything that made the host wait, once for each line, as sentences."""
-        return list(dict.fromkeys(str(entry) for entry in self.entries if entry.kind != QUEUED))
+        return list(dict.fromkeys(str(entry) for entry in self.entries if entry.kind in (READ, PAGEABLE)))
+
+    @property
+    def unordered(self) -> list[str]:
+        """Every operation whose bits depend on an order that a GPU does not keep, once for each line, as sentences."""
+        return list(dict.fromkeys(str(entry) for entry in self.entries if entry.kind == UNORDERED))
 
     @property
     def queued(self) -> int:
@@ -60,6 +67,10 @@ def watch() -> Iterator[Ledger]:
         yield ledger
     finally:
         _open.remove(ledger)
+
+
+def is_watching() -> bool:
+    return bool(_open)
 
 
 def note(kind: str, what: str) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from sae.cache import loader as cache_loader
 from sae.cache.loader import BatchLoader, ResidentLoader
 from sae.cache.reader import Cache
+from sae.common.files import read_json
 from sae.train.loop import Trainer
 from sae.train.plan import Run, TrainConfig, plan_training
 from sae.train.run import run_training
@@ -58,6 +59,10 @@ def train(folder: Path, cache: Path, recipes: Sequence[str], resident: bool) -> 
         "steps": steps,
         "steps_resumed": len(seen["step"]) - steps,
         "batches": len(seen["batch"]),
+        "workspace": [
+            read_json(run.folder / "run.json")["environment"]["variables"] for run in (expected[0], found[0])
+        ],
+        "unordered": sorted({line for ledger in ledgers for line in ledger.unordered}),
         "queued": sum(ledger.queued for ledger in seen["batch"]),
     }
 

@@ -12,7 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
 from . import streams
-from .ledger import PAGEABLE, QUEUED, READ, line, note
+from .ledger import PAGEABLE, QUEUED, READ, is_watching, line, note
+from .order import check_order
 
 GPU, CPU, META = torch.device("cuda:0"), torch.device("cpu"), torch.device("meta")
 # Operations whose CUDA kernels wait for a value: for a size, for a check of their input, or for what a solver reports.
@@ -152,6 +153,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     check_devices(func, name, tensors)
     if Values.device == META and name.startswith("_fused_adam"):
         return None  # it changes its arguments only, and torch does not have it for shapes
+    if is_watching() and Values.device != META:
+        check_order(func, name, held(args), held(kwargs))
     compute = unrounded_product if func is torch.ops.aten.mm.dtype else func
     return wrap(func, args, kwargs, compute(*held(args), **held(kwargs)))
 

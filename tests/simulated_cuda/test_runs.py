@@ -17,7 +17,8 @@ def test_runs_end_as_on_a_cpu_and_neither_steps_nor_batches_wait(
 ) -> None:
     """Copies of batches run as late as they can, so a missing wait would show in the files."""
     found = gpu("runs.train", folder=tmp_path, cache=tiny_cache.folder, recipes=RECIPES, resident=resident)
-    assert found["waits"] == []
+    assert found["waits"] == found["unordered"] == []
+    assert [variables.get("CUBLAS_WORKSPACE_CONFIG") for variables in found["workspace"]] == [None, ":4096:8"]
     assert found["apart"] == found["apart_resumed"] == []
     assert (found["steps"], found["steps_resumed"]) == (12 * len(RECIPES), 6 * len(RECIPES))
     assert found["queued"] >= 12 + 6 or resident  # each batch of rows

@@ -38,7 +38,8 @@ def walk(
     """Everything that a run does, from the start to the saved SAE, on both devices.
 
     `sparse` says whether products with few latents are sparse; without `autocast` the arithmetic of the two is the
-    same. Batches are computed in `parts`. Returns what made the host wait in a step (`waits`), and for each number or
+    same. Batches are computed in `parts`. Returns what made the host wait in a step (`waits`), what can have other bits
+    in a second run of it on a GPU (`unordered`), and for each number or
     tensor by which the two ended apart the difference as a share of the CPU's largest (`apart`), and with how many dead
     latents it worked (`dead`).
     """
@@ -49,7 +50,7 @@ def walk(
         with simulated_gpu():
             gpu = Walk(recipe, options, paper_exact, d_sae, "cuda", Path(folder) / "cuda", parts, precision)
             found = gpu.run()
-    return {"waits": gpu.waits, "dead": gpu.dead, "apart": differences(expected, found)}
+    return {"waits": gpu.waits, "unordered": gpu.unordered, "dead": gpu.dead, "apart": differences(expected, found)}
 
 
 @contextlib.contextmanager
@@ -87,6 +88,7 @@ class Walk:
         self.config = RunConfig(D_IN, d_sae, 30, BATCH, paper_exact=paper_exact, variance=24.0)
         self.device, self.folder = device, folder
         self.waits: list[str] = []
+        self.unordered: list[str] = []
         self.dead = 0  # latents that AuxK had to work with
 
     def new_trainer(self) -> Trainer:
@@ -113,7 +115,10 @@ class Walk:
                 step = trainer.step(x_BD)
             self.waits += [wait for wait in seen.waits if wait not in self.waits]
             self.dead = max(self.dead, int(trainer.variant.dead.real_A.sum()))
-            trainer.run_periodic(number, step)
+            with watch() as between:
+                trainer.run_periodic(number, step)
+            unordered = [*seen.unordered, *between.unordered]
+            self.unordered += [line for line in unordered if line not in self.unordered]
         metrics = trainer.pop_metrics()
         save_checkpoint(trainer, self.folder, STEPS)
         saved = {name: tensor.clone() for name, tensor in training_state(trainer).items()}

@@ -168,7 +168,9 @@ class GroupSampling(GroupUpdate):
         probability_G = self.probability_G
         # The points uniform, uniform + 1, ... lie on a line on which each group has an interval of its probability.
         uniform_1 = self.uniform_T.index_select(0, (step.i % len(self.uniform_T)).view(1))
-        end_G = probability_G.cumsum(0) - uniform_1
+        # Not `cumsum`: on a GPU its order differs from run to run. In float64 sums in any order round alike.
+        until_GG = torch.ones(self.count, self.count, dtype=torch.float64, device=probability_G.device).tril()
+        end_G = (until_GG * probability_G).sum(1).to(probability_G.dtype) - uniform_1
         drawn_G = end_G.floor() > (end_G - probability_G).floor()
         self.acted_groups_skipped.add_((~drawn_G).sum())
         return drawn_G / probability_G
