@@ -15,7 +15,8 @@ from .errors import UsageError
 
 LIMIT = "SAE_MEMORY_GB"  # environment variable: the most memory, in GB, that a plan may count on
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-SAID_BY = ("can't allocate memory", "ALLOC_FAILED")  # torch's allocator on a CPU, and cuBLAS
+# torch's allocator on a CPU, cuBLAS, and CUDA when it pins memory of the host.
+SAID_BY = ("can't allocate memory", "ALLOC_FAILED", "CUDA error: out of memory")
 
 
 def available_memory(device: str) -> float:

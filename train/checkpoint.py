@@ -45,8 +45,13 @@ def save_checkpoint(trainer: Trainer, folder: Path, step: int, run: str | None =
 
     `run` is the digest of what decides the run.
     """
+    state = {name: tensor.contiguous().cpu() for name, tensor in training_state(trainer).items()}
+    write_checkpoint(folder, step, to_safetensors(state), run)
+
+
+def write_checkpoint(folder: Path, step: int, data: bytes | memoryview, run: str | None) -> None:
+    """Write a checkpoint whose state.safetensors is `data`."""
     target = folder / "checkpoints" / f"step-{step:08d}"
-    data = to_safetensors({n: t.contiguous().cpu() for n, t in training_state(trainer).items()})
     atomic_write(target / "state.safetensors", data)
     digest = hashlib.sha256(data).hexdigest()
     record = {"format": FORMAT, "step": step, "step_version": STEP_VERSION, "sha256": digest}

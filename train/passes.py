@@ -12,7 +12,7 @@ from ..common.errors import UnavailableError, UsageError
 from ..common.formatting import format_bytes, format_count
 from ..common.memory import LIMIT, available_memory
 from .accumulate import reasons_against
-from .memory import BuildableRun, RunMemory, memory_bound, run_memory, untrained_variant
+from .memory import BuildableRun, RunMemory, host_bytes, memory_bound, run_memory, state_bytes, untrained_variant
 from .recipe import Recipe
 from .variant import RunConfig
 
@@ -122,6 +122,30 @@ def plan_passes(runs: Sequence[AnyRun], device: str, streaming: bool = False) ->
             "(`sae harvest`) and train from the cache, which takes several passes if it has to."
         )
     return [list(runs)] if runs else []
+
+
+def copied_bytes(runs: Sequence[BuildableRun]) -> int:
+    """Bytes of host memory for copies of the states of runs, from which checkpoints are written while they train."""
+    return sum(state_bytes(untrained_variant(run, "meta")) for run in runs)
+
+
+def copies_fit(runs: Sequence[BuildableRun], device: str) -> bool:
+    """Whether these copies fit into the host memory that is free now, beside what else a pass takes of it."""
+    copies, budget = copied_bytes(runs), FREE_SHARE * available_memory("cpu")
+    if torch.device(device).type == "cuda":
+        return copies + max(map(host_bytes, runs)) <= budget
+    return copies + sum(map(memory_bound, runs)) <= budget or copies + pass_memory(runs, device).total <= budget
+
+
+def describe_copies(passes: Sequence[Sequence[BuildableRun]], in_background: bool) -> str:
+    """The line of a plan that says how checkpoints are written."""
+    size = format_bytes(max(map(copied_bytes, passes)))
+    if in_background:
+        return f"saved    while training goes on, from copies of the states: {size} of host memory"
+    return (
+        f"saved    between two steps, while training waits: {size} for copies of the states do not fit into the "
+        f"{format_bytes(available_memory('cpu'))} of host memory that are free"
+    )
 
 
 def describe_memory(passes: Sequence[Sequence[BuildableRun]], device: str) -> str:

@@ -38,7 +38,7 @@ from .estimate import check_disk_space, describe_size, describe_time
 from .hooks import hooks_to_train
 from .memory import untrained_variant
 from .parse import parse_options, parse_width
-from .passes import describe_passes, plan_passes
+from .passes import copies_fit, describe_copies, describe_passes, plan_passes
 from .precision import describe_precision, find_folder, require_precision
 from .recipe import Recipe, find_recipe
 from .sae import SAE, load_sae, read_run_record, read_sae_record
@@ -162,6 +162,15 @@ class TrainPlan:
         left = [[run for run in runs if not run.done] for runs in self.planned_passes]
         return [runs for runs in left if runs]
 
+    @cached_property
+    def in_background(self) -> bool:
+        """Whether checkpoints are written while training goes on, by the memory that is free when this is first asked.
+
+        If not, training waits for each: copies of the states would not fit beside the runs of some pass.
+        """
+        device = resolve_device(self.config.device)
+        return all(copies_fit(runs, device) for runs in self.planned_passes)
+
     def describe(self, time: bool = False) -> list[str]:
         """The lines that `sae train` prints first. With `time`, memory and time are estimated too, in a few seconds."""
         lines = [run.describe() for run in self.runs]
@@ -171,6 +180,8 @@ class TrainPlan:
         if self.unfinished:
             lines.append(describe_size(self.unfinished, self.unfinished[0].folder.parent))
             lines += describe_passes(self.planned_passes, resolve_device(self.config.device))
+            if time or not self.in_background:
+                lines.append(describe_copies(self.passes, self.in_background))
             if time:
                 lines += describe_time(self.passes, self.config.device)
         if time and (started := [run for run in self.unfinished if (run.folder / "checkpoints").exists()]):
@@ -211,7 +222,7 @@ def plan_training(config: TrainConfig, reserved: Mapping[Path, float] = {}) -> T
             read_sae_record(run.folder)
     plan = TrainPlan(config, runs)
     check_disk_space(plan.unfinished, reserved)
-    _ = plan.passes  # refuses what does not fit
+    _ = plan.passes, plan.in_background  # by the memory that is free now; refuses what does not fit
     return plan
 
 

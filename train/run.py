@@ -19,6 +19,7 @@ from ..common.errors import DamagedError, SaeError, UsageError, did_you_mean
 from ..common.files import writer_lock
 from ..common.schemas import RUN_RECORD, RunRecord
 from .checkpoint import restore_checkpoint
+from .checkpoint_writer import CheckpointWriter
 from .compile import compile_step
 from .memory import SAMPLE_ROWS
 from .plan import Run, TrainConfig, TrainPlan, plan_training
@@ -141,7 +142,8 @@ def run_training(plan: TrainPlan, progress: TrainProgress = SILENT) -> None:
                 for trainer in trainers:
                     if not trainer.steps_done:
                         set_normalization(trainer, trainer.run.cache)
-                train_passes(shared_passes(trainers, plan.config, progress, should_stop))
+                with CheckpointWriter(device, plan.in_background) as writer:
+                    train_passes(shared_passes(trainers, plan.config, progress, should_stop, writer))
     raise_problems(plan)
 
 

@@ -11,7 +11,7 @@ from ..cache.ring import RingCache
 from ..common.errors import Interrupted
 from ..common.escaping import quote
 from ..common.memory import out_of_memory
-from .checkpoint import save_checkpoint
+from .checkpoint_writer import CheckpointWriter
 from .loop import train_loop
 from .memory_error import save_after_running_out
 from .passes import reserved_memory
@@ -26,12 +26,16 @@ CALIBRATION_BATCHES = 32
 
 
 def shared_passes(
-    trainers: Sequence[RunTrainer], config: TrainConfig, progress: TrainProgress, should_stop: Callable[[], bool]
+    trainers: Sequence[RunTrainer],
+    config: TrainConfig,
+    progress: TrainProgress,
+    should_stop: Callable[[], bool],
+    writer: CheckpointWriter,
 ) -> list["SharedPass"]:
     """Group trainers of the same batches by the step they resume from, since that decides the batch they read next."""
     starts = sorted({trainer.steps_done for trainer in trainers})
     groups = [[trainer for trainer in trainers if trainer.steps_done == start] for start in starts]
-    return [SharedPass(group, config, progress, should_stop) for group in groups]
+    return [SharedPass(group, config, progress, should_stop, writer) for group in groups]
 
 
 class SharedPass:
@@ -43,8 +47,10 @@ class SharedPass:
         config: TrainConfig,
         progress: TrainProgress,
         should_stop: Callable[[], bool],
+        writer: CheckpointWriter,
     ) -> None:
         self.active, self.config, self.progress, self.should_stop = trainers, config, progress, should_stop
+        self.writer = writer
         self.steps_done = trainers[0].steps_done
         self.max_steps = max(trainer.steps for trainer in trainers)
         self.batch_size = trainers[0].run.config.batch_size
@@ -58,9 +64,11 @@ class SharedPass:
             try:
                 with open_batches(first.run, self.steps_done, first.device, sharing) as self.batches:
                     train_loop(self.active, self.batches, range(self.steps_done, until), self._after_step)
+                self.writer.wait()
             except Exception as error:
                 if not out_of_memory(error):
                     raise
+                self.writer.give_up()
                 raise save_after_running_out(self.active, error, self.config) from None
             self.steps_done, self.seconds_waited = until, self.seconds_waited + self.batches.seconds_waited
 
@@ -70,6 +78,7 @@ class SharedPass:
 
     def _after_step(self, number: int) -> bool:
         """Log, finish runs, checkpoint. Returns whether all is done; raises Interrupted if told to stop."""
+        self.writer.check()
         steps_done, stop = number + 1, self.should_stop()
         checkpoint = stop or steps_done == self.until or steps_done % self.config.checkpoint_every == 0
         due = [trainer for trainer in self.active if stop or checkpoint or trainer.logs_after(steps_done)]
@@ -78,10 +87,10 @@ class SharedPass:
         elif steps_done == 1:  # the first step has a line of its own, and still counts in the mean of the next
             self._log(steps_done, self._drop_failed_runs(list(self.active)), first=True)
         self._finish_runs(steps_done)
-        if checkpoint:
-            for trainer in self.active:
-                save_checkpoint(trainer, trainer.run.folder, steps_done, trainer.digest)
+        if checkpoint and self.active:
+            self.writer.save(self.active, steps_done)
         if stop and self.active:
+            self.writer.wait()
             folders = " ".join(f"--resume {quote(trainer.run.folder)}" for trainer in self.active)
             also = "" if isinstance(self.config.source, RingCache) else f", or with: sae train {folders}"
             raise Interrupted(
@@ -95,6 +104,7 @@ class SharedPass:
             step, run = int(trainer.failed_at), trainer.run
             if step < 0:
                 continue
+            self.writer.wait()
             saved = any(run.folder.glob("checkpoints/*"))
             run.problem = (
                 f"the loss or its gradient was not finite at step {step} (batch {step} of shuffle seed "
@@ -119,15 +129,15 @@ class SharedPass:
 
     def _finish_runs(self, steps_done: int) -> None:
         for trainer in [t for t in self.active if t.steps == steps_done]:
-            finish_run(trainer)
+            finish_run(trainer, self.writer)
             self.active.remove(trainer)
 
 
-def finish_run(trainer: RunTrainer) -> None:
+def finish_run(trainer: RunTrainer, writer: CheckpointWriter) -> None:
     """Fold the normalization in and write what evaluation loads. sae.json comes last and marks the run as done."""
     run, variant = trainer.run, trainer.variant
     assert not isinstance(run.cache, PlannedCache)
-    save_checkpoint(trainer, run.folder, run.steps, trainer.digest)
+    writer.save([trainer], run.steps)
     calibrate(trainer)
     origin = {
         "model": run.cache.identity["model"],
@@ -147,6 +157,8 @@ def finish_run(trainer: RunTrainer) -> None:
     with torch.no_grad():
         for mechanism in variant.mechanisms:
             mechanism.export(sae)
+    writer.wait()  # an SAE without its last checkpoint could not be written again
+    writer.forget(trainer)
     save_sae(sae, run.folder, origin, trainer.digest)
 
 

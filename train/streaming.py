@@ -11,6 +11,7 @@ from typing import Any
 from ..cache.ring import RingCache
 from ..common.device import resolve_device
 from ..common.files import writer_lock
+from .checkpoint_writer import CheckpointWriter
 from .plan import TrainPlan
 from .progress import TrainProgress
 from .run import mention_finished, prepare_trainer, raise_problems, set_normalization
@@ -40,7 +41,12 @@ def train_streaming(plan: TrainPlan, progress: TrainProgress, harvest: Harvest) 
         for run in plan.unfinished:
             stack.enter_context(writer_lock(run.folder, "sae train", progress.say))
             trainers.setdefault(run.batches_key, []).append(prepare_trainer(run, device, progress))
-        passes = [p for group in trainers.values() for p in shared_passes(group, plan.config, progress, should_stop)]
+        writer = stack.enter_context(CheckpointWriter(device, plan.in_background))
+        passes = [
+            one
+            for group in trainers.values()
+            for one in shared_passes(group, plan.config, progress, should_stop, writer)
+        ]
         if not passes:
             return
         first = min(group_at(ring, one, one.steps_done) for one in passes)

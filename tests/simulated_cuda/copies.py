@@ -1,7 +1,8 @@
-"""The two classes that copy on streams of their own, under streams that run as late as they can, in random orders."""
+"""What copies beside the steps, under streams that run as late as they can, in random orders."""
 
 import contextlib
 import random
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -9,10 +10,13 @@ from unittest import mock
 
 import numpy as np
 import torch
+from safetensors.torch import load
 
 from sae.cache.loader import BatchLoader, HostToDevice, as_uint16
 from sae.cache.reader import Cache
 from sae.harvest.device_copy import DeviceCopy
+from sae.train import checkpoint_writer
+from sae.train.checkpoint_writer import CheckpointWriter, StateFile
 
 from . import streams
 from .functions import simulated_gpu
@@ -121,6 +125,59 @@ def send_rows(chance: random.Random, without: str) -> bool:
                 compute.drain(chance.randrange(compute.done, len(compute.jobs) + 1))
         copy.wait()
     return bool((window[slot] == as_uint16(sent)).all())
+
+
+def wrong_checkpoints(orders: int, without: str = "") -> list[int]:
+    """The random orders in which `CheckpointWriter` wrote another state than the one that it was to save."""
+    with simulated_gpu():
+        return [seed for seed in range(orders) if not save_states(random.Random(seed), without)]
+
+
+def save_states(chance: random.Random, without: str) -> bool:
+    """Steps that change a state in place, on a stream that runs late, and checkpoints between them."""
+    compute, other = streams.Stream(), streams.Stream()
+    state = {name: SimulatedTensor(torch.full((WIDTH,), -1.0)) for name in ("weights", "moments")}
+    written: dict[int, list[float]] = {}
+    pauses = [chance.choice((0.0, 0.002)) for _ in range(STEPS)]
+
+    def write(_folder: Path, step: int, data: memoryview, _run: str) -> None:
+        time.sleep(pauses[step])
+        written[step] = [float(value) for tensor in load(bytes(data)).values() for value in tensor]
+        time.sleep(pauses[step])
+
+    trainer = mock.Mock(digest="", run=mock.Mock(folder=Path()))
+    patches = [
+        mock.patch.object(checkpoint_writer, "training_state", lambda _: state),
+        mock.patch.object(checkpoint_writer, "write_checkpoint", write),
+    ]
+    if without == "thread waits for the copies":
+        patches.append(mock.patch.object(CheckpointWriter, "_mark", lambda self: None))
+    if without == "next waits for the one before":
+        patches.append(mock.patch.object(CheckpointWriter, "wait", lambda self: None))
+    if without == "copies are on the stream of training":
+        copy = StateFile.copy
+
+        def beside(file: StateFile, tensors: dict[str, torch.Tensor]) -> None:
+            other.wait_stream(compute)
+            with streams.use_stream(other):
+                copy(file, tensors)
+
+        patches.append(mock.patch.object(StateFile, "copy", beside))
+        patches.append(mock.patch.object(CheckpointWriter, "_mark", lambda self: other.record_event()))
+    saved = []
+    with streams.use_stream(compute), contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        with CheckpointWriter(GPU) as writer:
+            for number in range(STEPS):
+                for tensor in state.values():
+                    compute.push(lambda held=tensor.held, n=number: held.fill_(n))
+                if chance.random() < 0.3:
+                    writer.save([trainer], number)
+                    saved.append(number)
+                if chance.random() < 0.3:
+                    compute.drain(chance.randrange(compute.done, len(compute.jobs) + 1))
+    return written == {number: [float(number)] * 2 * WIDTH for number in saved}
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from sae.cache import loader as cache_loader
 from sae.cache.loader import BatchLoader, ResidentLoader
 from sae.cache.reader import Cache
 from sae.common.files import read_json
+from sae.train.checkpoint_writer import CheckpointWriter
 from sae.train.loop import Trainer
 from sae.train.plan import Run, TrainConfig, plan_training
 from sae.train.run import run_training
@@ -28,11 +29,11 @@ def train(folder: Path, cache: Path, recipes: Sequence[str], resident: bool) -> 
     """The same runs on both devices, those of the GPU also killed after half of their steps and resumed.
 
     Every fortieth row is an outlier. `resident` says whether the loader keeps the rows on the GPU. Returns what made
-    the host wait in a step or for a batch (`waits`), the files that are not equal byte for byte (`apart`), and how many
-    copies were queued.
+    the host wait in a step, for a batch or to save checkpoints (`waits`), the files that are not equal byte for byte
+    (`apart`), and how many copies were queued.
     """
     loader = ResidentLoader if resident else BatchLoader
-    seen: dict[str, list[Ledger]] = {"step": [], "batch": []}
+    seen: dict[str, list[Ledger]] = {"step": [], "batch": [], "save": []}
     outliers = mock.patch.object(Cache, "outlier_rows", lambda self, name: np.arange(7, self.rows, 40))
     with same_arithmetic(sparse=True), outliers:
         expected = finish(folder / "cpu", "cpu", cache, recipes)
@@ -42,6 +43,7 @@ def train(folder: Path, cache: Path, recipes: Sequence[str], resident: bool) -> 
             mock.patch.object(cache_loader, "DEVICE_SHARE", 0.4 if resident else 0.0),
             watched(Trainer, "step", seen["step"]),
             watched(loader, "__next__", seen["batch"]),
+            watched(CheckpointWriter, "save", seen["save"]),
         ):
             found = finish(folder / "cuda", "cuda", cache, recipes)
             steps = len(seen["step"])
@@ -51,7 +53,7 @@ def train(folder: Path, cache: Path, recipes: Sequence[str], resident: bool) -> 
                 (run.folder / "sae.safetensors").unlink()
                 shutil.rmtree(run.folder / "checkpoints" / f"step-{STEPS:08d}")
             again = finish(folder / "cuda", "cuda", cache, recipes)
-    ledgers = [*seen["step"], *seen["batch"]]
+    ledgers = [*seen["step"], *seen["batch"], *seen["save"]]
     return {
         "waits": sorted({wait for ledger in ledgers for wait in ledger.waits}),
         "apart": apart,
@@ -64,6 +66,8 @@ def train(folder: Path, cache: Path, recipes: Sequence[str], resident: bool) -> 
         ],
         "unordered": sorted({line for ledger in ledgers for line in ledger.unordered}),
         "queued": sum(ledger.queued for ledger in seen["batch"]),
+        "saves": len(seen["save"]),
+        "queued_to_save": min(ledger.queued for ledger in seen["save"]),
     }
 
 

@@ -1,4 +1,4 @@
-"""Copies that have streams of their own are ordered, however late these run."""
+"""Copies beside the steps are ordered, however late streams run."""
 
 import pytest
 
@@ -33,6 +33,18 @@ def test_without_one_of_the_harvests_waits_a_window_gets_other_rows(gpu: Simulat
     assert gpu("copies.wrong_windows", orders=10, without=wait)
 
 
+def test_a_checkpoint_has_the_state_of_its_step_however_late_the_copies_run(gpu: SimulatedGPU) -> None:
+    assert gpu("copies.wrong_checkpoints", orders=ORDERS) == []
+
+
+@pytest.mark.parametrize(
+    "wait", ["thread waits for the copies", "next waits for the one before", "copies are on the stream of training"]
+)
+def test_without_one_of_these_a_checkpoint_has_another_state(gpu: SimulatedGPU, wait: str) -> None:
+    assert gpu("copies.wrong_checkpoints", orders=10, without=wait)
+
+
 @pytest.mark.slow
 def test_three_thousand_orders(gpu: SimulatedGPU) -> None:
     assert gpu("copies.wrong_batches", orders=3000) == gpu("copies.wrong_windows", orders=3000) == []
+    assert gpu("copies.wrong_checkpoints", orders=1000) == []

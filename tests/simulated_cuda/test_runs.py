@@ -12,7 +12,7 @@ RECIPES = ("batchtopk", "frozen-decoder")
 
 
 @pytest.mark.parametrize("resident", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["streamed", "resident"])
-def test_runs_end_as_on_a_cpu_and_neither_steps_nor_batches_wait(
+def test_runs_end_as_on_a_cpu_and_neither_steps_nor_batches_nor_checkpoints_wait(
     gpu: SimulatedGPU, tiny_cache: Cache, tmp_path: Path, resident: bool
 ) -> None:
     """Copies of batches run as late as they can, so a missing wait would show in the files."""
@@ -22,3 +22,5 @@ def test_runs_end_as_on_a_cpu_and_neither_steps_nor_batches_wait(
     assert found["apart"] == found["apart_resumed"] == []
     assert (found["steps"], found["steps_resumed"]) == (12 * len(RECIPES), 6 * len(RECIPES))
     assert found["queued"] >= 12 + 6 or resident  # each batch of rows
+    # One of all runs after step 6, and one of each at its end; every tensor of a state is copied.
+    assert found["saves"] == 1 + 2 * len(RECIPES) and found["queued_to_save"] >= 14

@@ -45,3 +45,29 @@ def test_batchtopk_afterwards_keeps_what_exceeds_the_threshold() -> None:
     activation.threshold.fill_(2.0)
     assert activation(torch.tensor([[1.0, 3.0, 2.0, 2.5]])).tolist() == [[0, 3, 0, 2.5]]
     assert activation(torch.tensor([[-1.0, 0.5], [2.5, 9.0]])).tolist() == [[0, 0], [2.5, 9]]
+
+
+@pytest.mark.parametrize(("now", "kept"), [(5.0, 20), (3.6, 14), (2.0, 8), (0.3, 1), (0.1, 1)])
+def test_the_cut_of_parts_under_an_annealed_k_is_the_rank_that_the_whole_batch_keeps(now: float, kept: int) -> None:
+    """`floor(now * tokens)` latents of four tokens, wherever a batch is divided; at least the largest."""
+    torch.manual_seed(0)
+    activation, z_BF = BatchTopK(2), torch.rand(4, 10)  # all positive, and no two are equal
+    activation.max_k, activation.now = 5.0, torch.tensor(now)
+    whole_BF = activation(z_BF)
+    for sizes in ([4], [1, 3], [1, 1, 1, 1]):
+        activation.set_cut(z_BF.split(sizes), 4)
+        assert activation.cut == z_BF.flatten().sort(descending=True).values[kept - 1]
+        in_parts_BF = torch.cat([activation(part) for part in z_BF.split(sizes)])
+        assert int((in_parts_BF > 0).sum()) == kept
+        assert torch.equal(in_parts_BF, whole_BF) or now * 4 < 1  # of which a whole batch keeps none
+        activation.cut = None
+
+
+@pytest.mark.parametrize(("k", "kept"), [(2.0, 8), (2.6, 10), (0.3, 1)])
+def test_the_cut_of_parts_is_the_rank_that_the_whole_batch_keeps(k: float, kept: int) -> None:
+    torch.manual_seed(0)
+    activation, z_BF = BatchTopK(k), torch.rand(4, 10)
+    whole_BF = activation(z_BF)
+    activation.set_cut(z_BF.split([1, 3]), 4)
+    assert activation.cut == z_BF.flatten().sort(descending=True).values[kept - 1]
+    assert torch.equal(torch.cat([activation(part) for part in z_BF.split([1, 3])]), whole_BF)

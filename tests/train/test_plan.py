@@ -253,7 +253,14 @@ def test_a_plan_describes_itself(sparse_cache) -> None:
     assert (
         plan.describe()[0] == f"train    relu 32 -> 128, layer 0, seed 0: 12 steps x 64 tokens -> {plan.runs[0].folder}"
     )
-    assert [line.split()[0] for line in plan.describe(time=True)] == ["train", "train", "size", "memory", "time"]
+    assert [line.split()[0] for line in plan.describe(time=True)] == [
+        "train",
+        "train",
+        "size",
+        "saved",
+        "memory",
+        "time",
+    ]
 
 
 def test_a_note_that_holds_for_several_runs_is_said_once(sparse_cache) -> None:

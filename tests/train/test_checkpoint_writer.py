@@ -1,0 +1,310 @@
+"""Checkpoints in the background: the bytes of a training that waits; a kill or a full disk loses nothing."""
+
+import errno
+import multiprocessing
+import random
+import re
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save as to_safetensors
+
+from sae.common.errors import Interrupted, UnavailableError
+from sae.common.files import os_error
+from sae.train import checkpoint, checkpoint_writer, passes, shared_pass
+from sae.train.checkpoint import training_state
+from sae.train.checkpoint_writer import CheckpointWriter, StateFile
+from sae.train.plan import TrainConfig, plan_training
+from sae.train.progress import TrainProgress
+from sae.train.recipe import RECIPES
+from sae.train.run import run_training
+
+from .runs import make_config, train
+
+NAMES = ["relu", "topk", "hierarchical-resample"]
+WAIT = 20  # seconds after which a test fails that would wait for ever
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Every file that training left, but for records of when and how."""
+    records = ("run.json", "metrics.jsonl", "sae.json")
+    paths = (path for path in out.rglob("*") if path.is_file() and path.name not in records and path.name[0] != ".")
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in paths}
+
+
+def steps_saved(folder: Path) -> list[int]:
+    return sorted(int(path.parent.name[5:]) for path in folder.glob("checkpoints/*/state.json"))
+
+
+@pytest.fixture
+def written(monkeypatch) -> Callable[[Callable[[int], None]], list[int]]:
+    """Call a function before each checkpoint that is written, with its step; returns the steps, as they are whole."""
+
+    def arm(before: Callable[[int], None]) -> list[int]:
+        write, steps = checkpoint.write_checkpoint, []
+
+        def patched(folder: Path, step: int, *more: object) -> None:
+            before(step)
+            write(folder, step, *more)
+            steps.append(step)
+
+        monkeypatch.setattr(checkpoint_writer, "write_checkpoint", patched)
+        return steps
+
+    return arm
+
+
+def full_disk(path: Path, *_: object) -> None:
+    raise os_error(OSError(errno.ENOSPC, "No space left on device"), path)
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_the_bytes_are_those_that_safetensors_writes(make_trainer, batches, recipe: str) -> None:
+    """After one step, and copied over those with the state after the next."""
+    trainer = make_trainer(recipe)
+    trainer.step(batches[0])
+    file = StateFile(training_state(trainer), pinned=False)
+    for x_BD in (None, batches[1]):
+        if x_BD is not None:
+            trainer.step(x_BD)
+        file.copy(training_state(trainer))
+        expected = to_safetensors({n: t.contiguous() for n, t in training_state(trainer).items()})
+        assert file.bytes.numpy().tobytes() == expected
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(sparse_cache, tmp_path: Path, written) -> None:
+    """The first is held until step 6 is done; the files are those of a training that waits for each."""
+    whole = train(make_config(sparse_cache, *NAMES, out=tmp_path / "whole"))
+    released, held = threading.Event(), []
+    saved = written(lambda step: held.append((step, released.wait(WAIT))))
+
+    def look(step: int, *_: object) -> None:
+        if step == 6:
+            assert saved == []
+            released.set()
+
+    train(make_config(sparse_cache, *NAMES, out=tmp_path / "out", log_every=1), TrainProgress(step=look))
+    assert held == [(step, True) for step in (4, 4, 4, 8, 8, 8, 12, 12, 12)]
+    assert saved == [step for step, _ in held]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole") and len(whole) == len(NAMES)
+
+
+def test_one_is_written_at_a_time(sparse_cache, tmp_path: Path, written) -> None:
+    """The next waits, in the thread of training: nothing is copied over what is being written."""
+    seen: list[int] = []
+    saved = written(lambda step: time.sleep(0.1 if step == 4 else 0))
+    save = CheckpointWriter.save
+
+    def watch(writer: CheckpointWriter, trainers, step: int) -> None:
+        save(writer, trainers, step)
+        seen.append((step, list(saved)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointWriter, "save", watch)
+        train(make_config(sparse_cache, "relu", out=tmp_path, steps=10))
+    assert [(step, before[:1]) for step, before in seen[:2]] == [(4, []), (8, [4])]
+
+
+def test_the_sae_is_written_after_the_last_checkpoint(sparse_cache, tmp_path: Path, written) -> None:
+    """Without that a kill in between would leave a finished run that cannot be written again."""
+    (folder,) = (run.folder for run in plan_training(make_config(sparse_cache, "batchtopk", out=tmp_path)).runs)
+    found = []
+    written(lambda step: (time.sleep(0.1 if step == 12 else 0), found.append((folder / "sae.safetensors").exists())))
+    train(make_config(sparse_cache, "batchtopk", out=tmp_path))
+    assert found == [False] * 3 and steps_saved(folder) == [8, 12]
+
+
+@pytest.mark.parametrize("at", [4, 12])
+def test_a_full_disk_ends_training_and_the_resumed_runs_are_whole(
+    sparse_cache, tmp_path: Path, monkeypatch, at: int
+) -> None:
+    """With the message of a training that waits, at the next step or when the next checkpoint is due."""
+    train(make_config(sparse_cache, *NAMES, out=tmp_path / "whole"))
+    config, seen = make_config(sparse_cache, *NAMES, out=tmp_path / "out", log_every=1), []
+    write = checkpoint.atomic_write
+
+    def sometimes_full(path: Path, *parts: bytes) -> None:
+        (full_disk if f"step-{at:08d}" in str(path) else write)(path, *parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "atomic_write", sometimes_full)
+        with pytest.raises(UnavailableError) as raised:
+            train(config, TrainProgress(step=lambda step, *_: seen.append(step)))
+    target = f"checkpoints/step-{at:08d}/state.safetensors"
+    assert re.match(f"The disk is full: .*{target} could not be written. Free space", str(raised.value))
+    assert at <= seen[-1] <= at + 4
+    assert not list(tmp_path.glob(f"out/*/checkpoints/step-{at:08d}/state.json"))
+    assert not list(tmp_path.glob("out/*/sae.json"))
+    train(config)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_ctrl_c_waits_for_the_checkpoint(sparse_cache, tmp_path: Path, written) -> None:
+    def press(step: int, *_: object) -> None:
+        if step == 6:
+            signal.raise_signal(signal.SIGINT)
+
+    saved = written(lambda step: time.sleep(0.05))
+    config = make_config(sparse_cache, *NAMES, out=tmp_path)
+    with pytest.raises(Interrupted, match="after step 7; everything is saved"):
+        train(config, TrainProgress(step=press))
+    assert saved == [4] * 3 + [7] * 3
+    assert [steps_saved(folder) for folder in sorted(tmp_path.iterdir())] == [[4, 7]] * 3
+
+
+def test_out_of_memory_waits_for_the_checkpoint_and_frees_the_copies(
+    sparse_cache, tmp_path: Path, monkeypatch, written
+) -> None:
+    step_of, files = shared_pass.RunTrainer.step, []
+
+    def fail(trainer, x_BD):
+        if int(trainer.i) == 5 and not files:
+            files.append([len(writer._files) for writer in writers])
+            raise MemoryError("no room")
+        return step_of(trainer, x_BD)
+
+    writers: list[CheckpointWriter] = []
+    init = CheckpointWriter.__init__
+    monkeypatch.setattr(
+        CheckpointWriter, "__init__", lambda self, *a, **k: (writers.append(self), init(self, *a, **k))[1]
+    )
+    monkeypatch.setattr(shared_pass.RunTrainer, "step", fail)
+    saved = written(lambda step: time.sleep(0.05))
+    config = make_config(sparse_cache, "relu", "topk", out=tmp_path)
+    with pytest.raises(UnavailableError, match="goes on from step 5"):
+        train(config)
+    assert saved == [4, 4] and files == [[2]] and writers[0]._files == {}
+    assert [steps_saved(folder) for folder in sorted(tmp_path.iterdir())] == [[4, 5]] * 2
+
+
+def test_a_run_that_fails_says_whether_it_has_a_checkpoint(sparse_cache, tmp_path: Path, monkeypatch, written) -> None:
+    """Not before the one that is being written is whole."""
+    written(lambda step: time.sleep(0.1))
+    step_of = shared_pass.RunTrainer.step
+
+    def fail(trainer, x_BD):
+        return step_of(trainer, torch.full_like(x_BD, torch.inf) if int(trainer.i) == 4 else x_BD)
+
+    monkeypatch.setattr(shared_pass.RunTrainer, "step", fail)
+    plan = plan_training(make_config(sparse_cache, "relu", out=tmp_path, log_every=1))
+    with pytest.raises(Exception, match="the last good checkpoint is kept"):
+        run_training(plan)
+    assert steps_saved(plan.runs[0].folder) == [4]
+
+
+def test_where_copies_turn_out_not_to_fit_training_waits(sparse_cache, tmp_path: Path, monkeypatch) -> None:
+    train(make_config(sparse_cache, *NAMES, out=tmp_path / "whole"))
+    made, init = [], StateFile.__init__
+
+    def second_fails(self, *args, **more) -> None:
+        made.append(self)
+        if len(made) == 2:
+            raise MemoryError("no room for a copy")
+        init(self, *args, **more)
+
+    monkeypatch.setattr(StateFile, "__init__", second_fails)
+    train(make_config(sparse_cache, *NAMES, out=tmp_path / "out"))
+    assert len(made) == 2 and contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_another_error_of_a_copy_is_not_taken_for_it(sparse_cache, tmp_path: Path, monkeypatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(StateFile, "copy", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        train(make_config(sparse_cache, "relu", out=tmp_path))
+
+
+def test_the_plan_counts_the_copies(sparse_cache, tmp_path: Path, monkeypatch) -> None:
+    """It says what they take; where they do not fit, it says that training waits, and it does."""
+    config = make_config(sparse_cache, "relu", "topk", out=tmp_path)
+    plan = plan_training(config)
+    state = 4 * 3 * (2 * 32 * 128 + 128 + 32)  # weights and two moments
+    copies = passes.copied_bytes(plan.runs)
+    assert 2 * state < copies < 2.2 * state and plan.in_background
+    (line,) = (line for line in plan.describe(time=True) if line.startswith("saved"))
+    assert line == f"saved    while training goes on, from copies of the states: {copies / 1e6:.1f} MB of host memory"
+
+    needed = passes.pass_memory(plan.runs, "cpu").total
+    for extra, fits in ((-1, False), (1, True)):
+        monkeypatch.setenv("SAE_MEMORY_GB", str((needed + copies + extra) / passes.FREE_SHARE / 1e9))
+        assert plan_training(config).in_background is fits
+    monkeypatch.setenv("SAE_MEMORY_GB", str((needed + copies / 2) / passes.FREE_SHARE / 1e9))
+    waiting = plan_training(config)
+    (line,) = (line for line in waiting.describe() if line.startswith("saved"))
+    assert line.startswith("saved    between two steps, while training waits: ") and "do not fit into the" in line
+    monkeypatch.setattr(CheckpointWriter, "_copy", pytest.fail)
+    run_training(waiting)
+    assert all(run.done for run in waiting.runs)
+
+
+# --- kills ------------------------------------------------------------------------------------------------------------
+
+
+def train_slowly(config: TrainConfig) -> None:
+    """In a process of its own. Checkpoints take long enough to be met: each step of writing one waits a moment."""
+    write = checkpoint.atomic_write
+
+    def slow(path: Path, *parts: bytes) -> None:
+        time.sleep(0.003)
+        write(path, *parts)
+        time.sleep(0.003)
+
+    checkpoint.atomic_write = slow
+    torch.set_num_threads(1)
+    train(config)
+
+
+def phase(folder: Path) -> str:
+    """What a killed run was doing, judged by the files that it left."""
+    targets = sorted(folder.glob("checkpoints/step-*"))
+    if not targets:
+        return "before the first checkpoint"
+    if list(targets[-1].glob("*.tmp-*")):
+        return "writing a file"
+    if not (targets[-1] / "state.json").exists():
+        return "between the files of a checkpoint"
+    return "removing" if len(targets) > checkpoint.KEPT else "between checkpoints, or another run's"
+
+
+@pytest.mark.slow
+def test_fifty_kills_during_checkpoints(sparse_cache, tmp_path: Path) -> None:
+    """SIGKILL at random instants of three runs that share a pass. Each time the resumed runs end byte-equal."""
+    settings = {"steps": 40, "checkpoint_every": 2, "width": "512"}
+    train(make_config(sparse_cache, *NAMES, out=tmp_path / "whole", **settings))
+    expected, chance, phases = contents(tmp_path / "whole"), random.Random(0), Counter[str]()
+    context = multiprocessing.get_context("fork")  # another process would have to import torch
+    killed = 0
+    while killed < 50:
+        out = tmp_path / "out"
+        config = make_config(sparse_cache, *NAMES, out=out, **settings)
+        process = context.Process(target=train_slowly, args=(config,))
+        process.start()
+        sign = f"*/checkpoints/step-{2 * chance.randrange(1, 20):08d}"
+        while process.is_alive() and not list(out.glob(sign)):
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.05))
+        process.kill()
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            killed += 1
+            phases[min((phase(folder) for folder in out.iterdir()), key=PHASES.index)] += 1
+            train(config)
+            assert contents(out) == expected, f"kill {killed}"
+        shutil.rmtree(out, ignore_errors=True)  # a kill before anything was written leaves none
+    print(dict(phases))
+    assert phases["writing a file"] > 5 and phases["between the files of a checkpoint"] > 5
+
+
+PHASES = [
+    "writing a file", "between the files of a checkpoint", "removing", "between checkpoints, or another run's",
+    "before the first checkpoint",
+]  # fmt: skip

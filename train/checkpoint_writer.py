@@ -1,0 +1,155 @@
+"""Checkpoints that are written while training goes on.
+
+Between two steps the states of the runs are copied, and a thread writes the copies, one checkpoint at a time:
+the next waits for it. A kill at any instant leaves what it would without the thread: a checkpoint that is not whole has
+no state.json, and those before it are removed only when it is whole.
+
+On a GPU the copies go into pinned memory and are queued on the stream of training, after the step that made the state
+and before the next. So the host does not wait, and no later step can change what is being copied. On a stream of its
+own a copy could run beside the next forward pass, but whatever changes the state in place would have to wait for it;
+that would gain some milliseconds per checkpoint. A copy within the GPU first would take its memory.
+"""
+
+import contextlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from ..common.errors import SaeError
+from ..common.memory import out_of_memory
+from .checkpoint import save_checkpoint, training_state, write_checkpoint
+from .run_trainer import RunTrainer
+
+
+class StateFile:
+    """The bytes of a state.safetensors in host memory, with the tensors of a training state as views of them."""
+
+    def __init__(self, state: dict[str, Tensor], pinned: bool) -> None:
+        self.layout = layout_of(state)
+        data = to_safetensors({name: torch.empty(like.shape, dtype=like.dtype) for name, like in state.items()})
+        start = 8 + int.from_bytes(data[:8], "little")  # of the first tensor, after the length of the header and itself
+        size, header = len(data), bytearray(data[:start])
+        del data
+        self.bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        self.bytes[:start].copy_(torch.frombuffer(header, dtype=torch.uint8))
+        self.tensors: dict[str, Tensor] = {}
+        for name, entry in json.loads(header[8:]).items():
+            first, last = (start + offset for offset in entry["data_offsets"])
+            self.tensors[name] = self.bytes[first:last].view(state[name].dtype).view(state[name].shape)
+
+    @torch.no_grad()
+    def copy(self, state: dict[str, Tensor]) -> None:
+        """Copy a state of this layout into the bytes; from a GPU, queue that."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(state[name], non_blocking=True)
+
+
+def layout_of(state: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in state.items()}
+
+
+class CopiedRun(NamedTuple):
+    """What the thread needs to write the checkpoint of a run."""
+
+    folder: Path
+    digest: str
+    bytes: Tensor
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of the runs of a pass, one after the other, in a thread.
+
+    Without `background`, and when there turns out to be no memory for the copies, `save` writes them itself. An error
+    of the thread, such as a full disk, is raised by the next `check`, `save` or `wait`. As a context it waits for the
+    thread at its end.
+    """
+
+    def __init__(self, device: str, background: bool = True) -> None:
+        self.device, self.background = torch.device(device), background
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._writing: Future[None] | None = None
+        self._files: dict[RunTrainer, StateFile] = {}
+
+    def save(self, trainers: Sequence[RunTrainer], step: int) -> None:
+        """Save the states after `step` steps, once those saved before are on the disk."""
+        self.wait()
+        copies = self._copy(trainers) if self.background else None
+        if copies is None:
+            for trainer in trainers:
+                save_checkpoint(trainer, trainer.run.folder, step, trainer.digest)
+        else:
+            self._writing = self._thread.submit(write_copies, copies, step, self._mark())
+
+    def check(self) -> None:
+        """Raise the error of the thread, if it has failed. Does not wait."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until everything that was saved is on the disk."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def forget(self, trainer: RunTrainer) -> None:
+        """Free the memory for a run that has ended."""
+        self._files.pop(trainer, None)
+
+    def give_up(self) -> None:
+        """Wait for the thread whether or not it succeeds, and free the memory. Later checkpoints are not copied."""
+        with contextlib.suppress(SaeError):
+            self.wait()
+        self.background = False
+        self._files.clear()
+
+    def _copy(self, trainers: Sequence[RunTrainer]) -> list[CopiedRun] | None:
+        """Copies of the states, or None if there is no memory for them."""
+        try:
+            return [CopiedRun(t.run.folder, t.digest, self._copy_state(t)) for t in trainers]
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        self.give_up()
+        return None
+
+    def _copy_state(self, trainer: RunTrainer) -> Tensor:
+        state = training_state(trainer)
+        file = self._files.get(trainer)
+        if file is None or file.layout != layout_of(state):
+            self._files.pop(trainer, None)
+            file = self._files[trainer] = StateFile(state, pinned=self.device.type == "cuda")
+        file.copy(state)
+        return file.bytes
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """An event after the copies that were queued."""
+        if self.device.type != "cuda":
+            return None
+        copied = torch.cuda.Event(blocking=True)
+        copied.record(torch.cuda.current_stream(self.device))
+        return copied
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(wait=True)
+        if error is None:
+            self.wait()
+
+
+def write_copies(copies: Sequence[CopiedRun], step: int, copied: torch.cuda.Event | None) -> None:
+    """What the thread does: wait for the copies, and write them."""
+    if copied is not None:
+        copied.synchronize()
+    for run in copies:
+        write_checkpoint(run.folder, step, run.bytes.numpy().data, run.digest)
