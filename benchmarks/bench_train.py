@@ -1,6 +1,6 @@
 """Cost of a trainer step: `python benchmarks/bench_train.py [--d-in 512] [--width 1,8] [--saelens PYTHON]`.
 
-Four tables, all on one thread and in its processor time, which other work on the machine hardly changes; in rounds, in
+Five tables, all on one thread and in its processor time, which other work on the machine hardly changes; in rounds, in
 random order, one process at a time. Cells are the median and the interquartile range over rounds.
 
     step       relu, topk and batchtopk, beside the peers' trainers as published on the same batches (environments as in
@@ -11,6 +11,8 @@ random order, one process at a time. Cells are the median and the interquartile 
                mechanisms do every N steps, divided by N.
     together   V relu runs in one pass over a cache, relative to V runs one after the other.
     compiled   --compile relative to eager.
+    precision  --precision bfloat16 relative to float32, beside the gain that follows from that of the five products
+               alone and the share that a step's products have of it. Not measured where the processor has no bfloat16.
 
 With `--json FILE` the table of recipes is also added to a file like evaluate/papers/step_times.json, where it replaces
 one of the same sizes: claims about the cost of a step are compared with that file.
@@ -36,6 +38,7 @@ import sae.train.variants  # noqa: F401  (registers the recipes)
 from common import ARRAY, Spent, commit, in_rounds, machine, make_cache
 from sae.cache.loader import BatchLoader
 from sae.cache.reader import Cache
+from sae.common.precision import reason_against
 from sae.train.activation_functions import KeepTopK
 from sae.train.compile import compile_step
 from sae.train.loop import Trainer, train_loop
@@ -45,6 +48,7 @@ from sae.train.variant import RunConfig
 Step = Callable[[int], object]
 STEPS = 100_000  # length of the run that a step belongs to: no latent is dead yet
 BASES = ("relu", "topk", "batchtopk")
+ROUNDED = (*BASES, "jumprelu", "gated", "matryoshka", "decorrelation")  # in the table of precisions
 
 
 class Peer:
@@ -65,7 +69,7 @@ class Peer:
 
 def make_trainer(recipe: str, config: RunConfig) -> Trainer:
     torch.manual_seed(0)
-    return Trainer(find_recipe(recipe).make(config, {}), config.steps, "cpu")
+    return Trainer(find_recipe(recipe).make(config, {}), config.steps, "cpu", precision=config.precision)
 
 
 def make_step(trainer: Trainer, config: RunConfig) -> Step:
@@ -80,8 +84,10 @@ def make_step(trainer: Trainer, config: RunConfig) -> Step:
 
 def products(config: RunConfig) -> Step:
     """Only the products of a dense step: encode, decode, and the gradients of latents, W_dec and W_enc."""
-    x_BD, f_BF = torch.randn(config.batch_size, config.d_in), torch.randn(config.batch_size, config.d_sae)
-    w_DF, w_FD = torch.randn(config.d_in, config.d_sae), torch.randn(config.d_sae, config.d_in)
+    kind = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    tokens, d_in, d_sae = config.batch_size, config.d_in, config.d_sae
+    sizes = ((tokens, d_in), (tokens, d_sae), (d_in, d_sae), (d_sae, d_in))
+    x_BD, f_BF, w_DF, w_FD = (torch.randn(size).to(kind) for size in sizes)
 
     def step(number: int) -> object:
         return x_BD @ w_DF, f_BF @ w_FD, x_BD @ w_FD.T, f_BF.T @ x_BD, x_BD.T @ f_BF
@@ -237,6 +243,31 @@ def show_compiled(config: RunConfig, rounds: int, steps: int) -> None:
         print(f"| {recipe} | {seconds} | {eager:.1f} | {compiled:.1f} | {compiled / eager:.2f} |", flush=True)
 
 
+def show_precision(config: RunConfig, rounds: int, steps: int) -> None:
+    if reason := reason_against("bfloat16", "cpu"):
+        print(f"\nprecision: not measured: this processor has no bfloat16 ({reason})")
+        return
+    ways: dict[str, Callable[[], float]] = {}
+    counted = {}
+    for kind in ("float32", "bfloat16"):
+        sized = config._replace(precision=kind)
+        made = {"products": products(sized)} | {name: make_step(make_trainer(name, sized), sized) for name in ROUNDED}
+        for name, step in made.items():
+            ways[f"{name} {kind}"] = lambda step=step: timed(step, steps)
+            counted[name] = flops(step)
+    found = in_rounds(ways, rounds)
+    middle = {name: statistics.median(times) for name, times in found.items()}
+    gain = middle["products float32"] / middle["products bfloat16"]
+    title = f"--precision at d_in {config.d_in}, n {config.d_sae}, {config.batch_size} tokens"
+    print(f"\n| {title} | ms float32 | ms bfloat16 | float32 / bfloat16 | share of products | gain by it |")
+    print("|---|---|---|---|---|---|")
+    for name, count in counted.items():
+        plain, rounded = f"{name} float32", f"{name} bfloat16"
+        share = count / counted["products"] * middle["products float32"] / middle[plain]
+        times = f"{spread(found[plain])} | {spread(found[rounded])} | {middle[plain] / middle[rounded]:.2f}"
+        print(f"| {name} | {times} | {share:.2f} | {1 / (1 - share + share / gain):.2f} |", flush=True)
+
+
 def numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
@@ -246,8 +277,8 @@ def main() -> None:
     parser.add_argument("--d-in", type=int, default=2304)
     parser.add_argument("--width", type=numbers, default=[1, 8], help="times d_in")
     parser.add_argument("--batch", type=int, default=2048)
-    parser.add_argument("--small", type=int, default=256, help="d_in of the tables recipes and compiled")
-    tables = ["step", "recipes", "together", "compiled"]
+    parser.add_argument("--small", type=int, default=256, help="d_in of the tables recipes, compiled and precision")
+    tables = ["step", "recipes", "together", "compiled", "precision"]
     parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="steps timed at once")
@@ -272,6 +303,8 @@ def main() -> None:
             show_together(Path(folder), args.rounds)
     if "compiled" in args.tables:
         show_compiled(small, args.rounds, args.steps)
+    if "precision" in args.tables:
+        show_precision(small, args.rounds, args.steps)
     for peer in peers.values():
         assert peer.process.stdin
         peer.process.stdin.close()
