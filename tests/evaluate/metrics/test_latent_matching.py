@@ -6,11 +6,19 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
 from sae.evaluate.metrics import latent_matching as matching
-from sae.evaluate.metrics.latent_correlation import Latents
-from sae.evaluate.metrics.random_dictionaries import gaussian_rows, random_latents, second_moment, shuffle_rows
+from sae.evaluate.metrics.latent_correlation import Latents, sparse
+from sae.evaluate.metrics.random_dictionaries import (
+    gaussian_rows,
+    random_latents,
+    second_moment,
+    shuffle_rows,
+    strongest,
+)
 
 
 def blocks_of(similarity_FG: torch.Tensor):
@@ -103,6 +111,32 @@ def test_random_latents_fire_as_often_as_those_that_they_stand_for(monkeypatch):
         assert set(dense_TF[:, i].nonzero().ravel().tolist()) == set(strongest.tolist())
         difference = projection_TF[strongest, i] - dense_TF[strongest, i]
         assert float(difference.max() - difference.min()) == pytest.approx(0, abs=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 250), st.sampled_from([1, 3, 1000]), st.sampled_from(["drawn", "ascending", "sampled last"]))
+def test_the_strongest_values_are_those_of_a_sort(size, levels, order):
+    """Also where the sample, every 16th value, has only the largest ones, or many are equal."""
+    value = (np.random.RandomState(size).randint(levels, size=size) * 0.37).astype(np.float32)
+    if order != "drawn":
+        value.sort()
+    if order == "sampled last":
+        value = value[np.argsort(np.arange(size) % 16 == 0, kind="stable").argsort(kind="stable")]
+    for count in range(size):
+        places, above = strongest(value, count)
+        threshold = np.sort(value)[::-1][count]
+        assert places.tolist() == np.flatnonzero(value > threshold).tolist()
+        assert above.tolist() == (value[places] - threshold).tolist()
+
+
+def test_latents_are_kept_as_scipy_keeps_them():
+    f_TF = torch.randn(9, 5, generator=torch.Generator().manual_seed(0)).relu()
+    f_TF[4], f_TF[2, 3], f_TF[0, 0] = 0, -0.0, -2
+    for dense_TF in (f_TF, f_TF[:0], f_TF[4:5], f_TF.T):
+        found, expected = sparse(dense_TF), csr_matrix(dense_TF.numpy()).astype(np.float64)
+        assert found.shape == expected.shape and found.dtype == np.float64
+        for part in ("data", "indices", "indptr"):
+            np.testing.assert_array_equal(getattr(found, part), getattr(expected, part))
 
 
 def test_a_shuffled_decoder_has_the_entries_of_each_row_in_another_order():

@@ -22,6 +22,7 @@ from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.latent_correlation import HeldOutRows, Latents
 from sae.evaluate.metrics.stability import Stability, match_pair, other_seeds
 from sae.evaluate.plan import EvaluateConfig
+from sae.evaluate.results import write_result
 from sae.evaluate.run import evaluate
 from sae.evaluate.tables import tables
 from sae.train.activation_functions import ReLU, TopK
@@ -145,11 +146,19 @@ def test_a_latent_and_its_opposite_are_two_unless_latents_are_negative(tiny_cach
     assert [entry["recurs"] for entry in entries] == [True] * 20 + [False] * (F - 20)
     assert found.results["stability"].extra["signed"] is True
     # Where nothing else is left a latent is matched with its opposite, which is not the latent again.
-    few = make_sae(0, ReLU(), latents=2)
-    few.W_dec[1] = few.W_dec[0] + 0.01 * few.W_dec[1]
-    opposite = changed(few, W_dec=-few.W_dec)
-    runs = [save(home / f"few{seed}", tiny_cache, seed, made, l0=1) for seed, made in enumerate((few, opposite))]
-    assert numbers(evaluate(ask(*runs))[0])["recurring"] == 0
+    square = make_sae(0, ReLU(), latents=D)
+    square.W_dec.copy_(torch.linalg.qr(torch.randn(D, D)).Q)
+    nearly = square.W_dec.clone()
+    nearly[0] = -0.85 * square.W_dec[0] + 0.0946 * square.W_dec[1:].sum(0)  # and 0.0946 with each other one
+    runs = [
+        save(home / f"square{seed}", tiny_cache, seed, made, l0=1)
+        for seed, made in enumerate((square, changed(square, W_dec=nearly)))
+    ]
+    for row in evaluate(ask(*runs)):
+        entries = row.results["stability"].details
+        assert [entry["decoder_match"] for entry in entries] == [[i] for i in range(D)]
+        assert entries[0]["decoder_cosine"] == pytest.approx([-0.85], abs=1e-3)
+        assert numbers(row)["recurring_threshold"] < 0.85 and numbers(row)["recurring"] == (D - 1) / D
 
 
 def test_shuffled_rows_have_the_number_of_the_null(tiny_cache, home):
@@ -280,6 +289,12 @@ def test_a_result_is_of_the_other_seeds_of_the_command(tiny_cache, home):
     assert evaluate(ask(*runs[:2]))[0].results == pair[0].results
     seeds = file_of(runs[0])["eval_config"]["seeds"]
     assert len(seeds) == 1 and seeds == [file_of(runs[1])["eval_config"]["weights"]]
+    # Definition 1 counted a latent and its opposite as the same: such a result is measured again.
+    (first, _), settings = pair, file_of(runs[0])["eval_config"]
+    earlier = replace(first.results["stability"], flags=["of an earlier version"])
+    for definition, flags in ((1, first.results["stability"].flags), (2, earlier.flags)):
+        write_result(runs[0], Stability(), settings | {"definition": definition}, earlier, {})
+        assert evaluate(ask(*runs[:2]))[0].results["stability"].flags == flags
 
 
 def test_runs_of_two_systems_are_compared_with_their_own_and_beside_each_other(tiny_cache, home):
