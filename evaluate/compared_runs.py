@@ -163,5 +163,8 @@ def name_controls(references: Sequence[ComparedRun]) -> list[ComparedRun]:
 
 
 def without_weights(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without the digests of the SAE and of the seeds that it was compared with."""
-    return {name: value for name, value in settings.items() if name not in ("weights", "seeds")}
+    """The settings without the digests of the SAE and of the seeds that it was compared with.
+
+    Neither have they the sample of latents that core pairs: it is recorded for wide SAEs only, and is no condition.
+    """
+    return {name: value for name, value in settings.items() if name not in ("weights", "seeds", "paired_latents")}

@@ -161,7 +161,7 @@ class EvalGroup:
 
     def measured_with(self, metric: Metric, pending: Sequence[EvalRow]) -> list[EvalRow]:
         """Pending rows, then the rows with a result that these are compared with: seeds of the same system."""
-        systems = {row.target.system for row in pending if metric.settings_of(row.target, self.targets)}
+        systems = set() if metric.independent_seeds else {row.target.system for row in pending}
         done = [row for row in self.rows if metric.name in row.results and row.target.system in systems]
         return [*pending, *done]
 

@@ -201,7 +201,7 @@ class Metric(ABC):
     definition: ClassVar[int] = 1
     # How two SAEs are paired (docs/statistics.md): an entry of `MetricResult.details` is a `unit`, `unit_key` names it.
     unit: ClassVar[str] = ""  # such as "data set"; "" if the entries are not the same for every SAE
-    independent_seeds: ClassVar[bool] = True  # whether a run's numbers do not depend on the runs of other seeds
+    independent_seeds: ClassVar[bool] = True  # False: a run is measured with those of other seeds, and depends on them
     unit_key: ClassVar[str] = "dataset_name"
     unit_names: ClassVar[Mapping[str, str]] = {}  # number -> its name in an entry, where that is another one
 
@@ -223,9 +223,9 @@ class Metric(ABC):
         return {**asdict(self), "definition": self.definition, **ctx.settings}
 
     def settings_of(self, target: EvalTarget, targets: Sequence[EvalTarget]) -> dict[str, Any]:
-        """What the result of `target` depends on besides `settings` and the target itself, of those beside it.
+        """What the result of `target` depends on besides `settings`: on the targets beside it, or with which options.
 
-        The other targets of its system are then measured together with it. Raises SaeError if they do not suffice.
+        Raises SaeError if the targets beside it do not suffice.
         """
         return {}
 

@@ -43,17 +43,20 @@ from .base import (
 )
 from .core_flags import core_flags
 from .document_values import document_record, values_in_record
+from .latent_pairs import decoder_geometry
 from .sae_statistics import (
     SAEStatistics,
-    decoder_geometry,
     density_summary,
     latent_details,
     ratio_interval,
     ratio_value,
     splice,
     sum_by_document,
+    tokens_per_encode,
 )
-from .splice_losses import CountedTokens, loss_ratios, zero_ablated_output
+from .splice_losses import CountedTokens, loss_ratios, tokens_per_unembed, zero_ablated_output
+
+EARLIER_PAIRED_LATENTS = 2048  # of versions without the option
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,15 @@ class Core(Metric):
 
     In SAEBench the sparsity batches start where the reconstruction batches stop; held-out text is short, so here they
     overlap.
+
+    Correlations between latents and cosines between decoder rows, which SAEBench does not have, are over the pairs of a
+    sample of `paired_latents`: all pairs if there are no more latents, none with 0.
     """
 
     batch_contexts: int = 16
     reconstruction_batches: int = 200
     sparsity_batches: int = 2000
+    paired_latents: int = 1024
 
     name = "core"
     unit = "document"
@@ -86,7 +93,18 @@ class Core(Metric):
     )
 
     def settings(self, ctx: EvalContext) -> dict[str, Any]:
-        return {**super().settings(ctx), **ctx.logit_settings, **ctx.text_identity}
+        settings = {**super().settings(ctx), **ctx.logit_settings, **ctx.text_identity}
+        del settings["paired_latents"]  # see settings_of
+        return settings
+
+    def settings_of(self, target: EvalTarget, targets: Sequence[EvalTarget]) -> dict[str, Any]:
+        """`paired_latents`, where earlier versions, which did not record it, would have paired other latents.
+
+        The identity, zero and PCA do not say how many latents they have; for them it is not recorded.
+        """
+        d_sae = getattr(target.sae, "d_sae", 0)
+        same = min(self.paired_latents, d_sae) == min(EARLIER_PAIRED_LATENTS, d_sae)
+        return {} if same else {"paired_latents": self.paired_latents}
 
     @torch.no_grad()
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
@@ -94,8 +112,9 @@ class Core(Metric):
         progress(0, 1, "loading the model")
         batches = self.counted_batches(ctx)
         hooks = sorted({target.hook for target in targets})
-        measured = [MeasuredSAE(target) for target in targets]
+        measured = [MeasuredSAE(target, self.paired_latents) for target in targets]
         constant_D: dict[Hook, Tensor] = {}
+        tokens_of_logits = 0
         steps = BatchSteps(progress, len(batches), len(measured))
         for number, batch in enumerate(batches):
             steps.model(number)
@@ -113,7 +132,11 @@ class Core(Metric):
                 splices.append(one.add_batch(run, x_NSD, batch.counted, outlier_NS))
             if run:
                 zeroed = {hook: zero_ablated_output(run, hook, batch, constant_D) for hook in hooks}
-                add_losses(ctx.model, batch, run.final[batch.counted], zeroed, measured, splices, steps.losses(number))
+                final_TD = run.final[batch.counted]
+                tokens_of_logits = tokens_of_logits or tokens_per_unembed(ctx.model, final_TD)
+                add_losses(
+                    ctx.model, batch, final_TD, zeroed, measured, splices, tokens_of_logits, steps.losses(number)
+                )
         steps.done()
         token_counts = [int(batch.is_token.sum()) for batch in batches]
         tokens: dict[str, float | None] = {
@@ -130,9 +153,10 @@ class Core(Metric):
 
     def counted_batches(self, ctx: EvalContext) -> list[ContextBatch]:
         """The batches that contain a counted token. Raises UsageError for invalid options or if there are none."""
-        for name in ("batch_contexts", "reconstruction_batches", "sparsity_batches"):
-            if (value := getattr(self, name)) < 1:
-                raise UsageError(f"core.{name}={value}: give 1 or more.")
+        least = {"batch_contexts": 1, "reconstruction_batches": 1, "sparsity_batches": 1, "paired_latents": 0}
+        for name, smallest in least.items():
+            if (value := getattr(self, name)) < smallest:
+                raise UsageError(f"core.{name}={value}: give {smallest} or more.")
         batches = [batch for batch in ctx.batches(self.batch_contexts, self.sparsity_batches) if batch.counted.any()]
         if not batches:
             raise UsageError(
@@ -190,8 +214,8 @@ class BatchSplice(NamedTuple):
 class CoreSums:
     """What is summed of one SAE over some rows. The losses are sums by context (N, 4), one tensor for each batch."""
 
-    def __init__(self) -> None:
-        self.stats = SAEStatistics()
+    def __init__(self, paired_latents: int) -> None:
+        self.stats = SAEStatistics(paired_latents)
         self.original: list[Tensor] = []
         self.ablated: list[Tensor] = []
         self.spliced: list[Tensor] = []
@@ -208,11 +232,12 @@ class MeasuredSAE:
     Until then the two are equal, so only one is kept.
     """
 
-    def __init__(self, target: EvalTarget) -> None:
+    def __init__(self, target: EvalTarget, paired_latents: int) -> None:
         self.target = target
-        self.all = CoreSums()
+        self.all = CoreSums(paired_latents)
         self.masked: CoreSums | None = None
         self.outliers = 0
+        self.tokens: int | None = None  # that are encoded at a time; decided once, when the model is in memory
 
     def add_batch(self, run: ForwardPass | None, x_NSD: Tensor, counted_NS: Tensor, outlier_NS: Tensor) -> BatchSplice:
         """Take the activations of a batch; with a `run` also run the model on their reconstruction."""
@@ -223,7 +248,8 @@ class MeasuredSAE:
         takers = [(self.all.stats, counted_NS)]
         if self.masked is not None:
             takers.append((self.masked.stats, counted_NS & ~outlier_NS))
-        patched_NSD = splice(self.target, x_NSD, counted_NS, takers)
+        self.tokens = self.tokens or tokens_per_encode(self.target, x_NSD[counted_NS])
+        patched_NSD = splice(self.target, x_NSD, counted_NS, takers, self.tokens)
         if run is None:
             return BatchSplice(outlier_NS)
         output_TD, chosen_N = run.run_from(self.target.hook, patched_NSD)[counted_NS], outlier_NS.any(1)
@@ -254,15 +280,16 @@ def add_losses(
     zeroed: Mapping[Hook, Tensor],
     measured: Sequence[MeasuredSAE],
     splices: Sequence[BatchSplice],
+    at_once: int,
     report: Callable[[float], None],
 ) -> None:
     """Add the KL and CE of a batch to the sums of each SAE. `final_TD` is the model's own final residual.
 
-    `report` is called with the share of the tokens that is done.
+    Logits are computed of so many tokens `at_once`. `report` is called with the share of the tokens that is done.
     """
     tokens = CountedTokens.of(batch)
     outputs_TD = [final_TD, *zeroed.values(), *(one.output_TD for one in splices)]
-    original, *others = tokens.losses(model, outputs_TD, report)
+    original, *others = tokens.losses(model, outputs_TD, at_once, report)
     ablated, spliced = dict(zip(zeroed, others, strict=False)), others[len(zeroed) :]
     sum_original = tokens.sum_by_context(original)
     sum_ablated = {hook: tokens.sum_by_context(losses) for hook, losses in ablated.items()}
@@ -275,7 +302,7 @@ def add_losses(
             one.masked.add_losses(sum_original, sum_ablated[hook], sums)
             continue
         kept_T, redone_T = ~of_batch.outlier_NS[batch.counted], of_batch.outlier_NS.any(1)[tokens.context_T]
-        _, redone = tokens.select(redone_T).losses(model, [final_TD[redone_T], of_batch.restored_TD])
+        _, redone = tokens.select(redone_T).losses(model, [final_TD[redone_T], of_batch.restored_TD], at_once)
         losses = losses.replace_at(redone_T, redone)
         one.masked.add_losses(*(tokens.sum_by_context(some, kept_T) for some in (original, ablated[hook], losses)))
 
@@ -296,10 +323,10 @@ def build_result(
         **{name: {key: ratio_value(ratio) for key, ratio in group.items()} for name, group in ratios.items()},
         **stats.scalars(mode),
         **({"token_stats": dict(tokens)} if tokens else {}),
-        "correlation": stats.correlation(W_dec_FD),
+        **({"correlation": stats.pairs.correlation(W_dec_FD)} if stats.pairs else {}),
     }
     if W_dec_FD is not None and tokens:
-        metrics["dictionary"] = decoder_geometry(W_dec_FD)
+        metrics["dictionary"] = decoder_geometry(W_dec_FD, stats.pairs.latents if stats.pairs else 0)
     details = latent_details(target.sae, stats) if isinstance(target.sae, SAE) else []
     if details and mode != "2024-12":  # SAEBench reports these since January 2025
         metrics["misc_metrics"] = density_summary(stats.density(), details)

@@ -18,6 +18,8 @@ LIKE_THE_MEAN = 0.05  # explained variance below which an SAE is hardly better t
 SCALES = (0.8, 1.25)  # of relative_reconstruction_bias, which is 1 where no other scale would reconstruct better
 MIN_CE_COST = 0.02  # nats that zeroing the layer costs
 
+NO_PAIRS = "Not measured: correlations between latents and cosines between decoder rows (core.paired_latents is 0)."
+
 Metrics = Mapping[str, Mapping[str, Any]]
 
 
@@ -25,7 +27,8 @@ def core_flags(target: EvalTarget, metrics: Metrics, stats: SAEStatistics) -> li
     """Sentences about numbers that mean less than they seem to. References get none: they are degenerate by design."""
     if target.reference:
         return []
-    return [*sparsity_flags(metrics["sparsity"]["l0"], stats), *reconstruction_flags(metrics, stats)]
+    left_out = [] if stats.pairs else [NO_PAIRS]
+    return [*sparsity_flags(metrics["sparsity"]["l0"], stats), *reconstruction_flags(metrics, stats), *left_out]
 
 
 def sparsity_flags(l0: float, stats: SAEStatistics) -> Iterator[str]:

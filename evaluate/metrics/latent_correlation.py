@@ -21,9 +21,9 @@ from ..context import EvalContext
 from .base import EvalTarget, Progress, RowSet, SAELike, encode_finite
 from .held_out_rows import read_rows
 from .latent_matching import BlockSimilarity
-from .sae_statistics import TOKENS_PER_CHUNK
 
 MAX_ACTIVE = 2**28  # latents of an SAE that are not 0, on all tokens together: 3 GB
+TOKENS_PER_CHUNK = 512  # that are encoded at a time
 CONSTANT = 1e-12  # of its mean square: a latent with a smaller variance is constant
 
 

@@ -1,4 +1,4 @@
-"""Statistics of one SAE for the core metric: reconstruction, sparsity, correlation of latents, decoder geometry.
+"""Statistics of one SAE for the core metric: reconstruction, sparsity, and what SAEBench says of each latent.
 
 Shape suffixes: N contexts, S positions, R rows that are replaced, T counted tokens, D d_in, F latents.
 """
@@ -8,20 +8,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ...common.device import copy_to_device
 from ...train.sae import SAE
 from .base import EvalTarget, reconstruct
+from .latent_pairs import PAIRED_TOKENS, LatentPairs
+from .parts import tokens_at_once
 
-# Logits and latents are computed for so many tokens at a time. In float32, Gemma's logits of them take 0.5 GB, with at
-# most three copies in memory; 65,536 latents of them take 0.13 GB.
-TOKENS_PER_CHUNK = 512
-PAIRED_LATENTS = 2048  # latents that are correlated pairwise; a larger dictionary is sampled
-GRAM_ROWS = 256  # rows of the Gram matrix computed at a time, from the diagonal to the right
-PAIRED_TOKENS = 32_768  # correlations are taken over the batches that start before this many tokens
 PER_CONTEXT = ("l0", "cossim", "error", "around_centre", "tokens")  # sums kept per context, for the intervals
 
 Ratio = tuple[Tensor, Tensor]  # numerator and denominator of a number, each as one summand per context
@@ -55,22 +49,29 @@ def divide(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
 
 
+@torch.no_grad()
 def splice(
-    target: EvalTarget, x_NSD: Tensor, counted_NS: Tensor, statistics: Sequence[tuple["SAEStatistics", Tensor]]
+    target: EvalTarget,
+    x_NSD: Tensor,
+    counted_NS: Tensor,
+    statistics: Sequence[tuple["SAEStatistics", Tensor]],
+    tokens: int | None = None,
 ) -> Tensor:
     """The activations of one batch (N, S, D) with the SAE's reconstruction at the counted tokens.
 
-    The batch is encoded once and added to each of the `statistics`, restricted to its rows (N, S), which are counted
-    tokens.
+    The batch is encoded once, `tokens` at a time (default: `tokens_per_encode`), and added to each of the `statistics`,
+    restricted to its rows (N, S), which are counted tokens.
     """
     replaced_NS = torch.ones_like(counted_NS) if target.everywhere else counted_NS
     x_RD, context_R = x_NSD[replaced_NS], replaced_NS.nonzero()[:, 0]
     takers = [(stats, rows_NS[replaced_NS]) for stats, rows_NS in statistics if rows_NS.any()]
     recons = []
-    for start in range(0, len(x_RD), TOKENS_PER_CHUNK):
-        chunk = slice(start, start + TOKENS_PER_CHUNK)
+    tokens = tokens or tokens_per_encode(target, x_RD)
+    for start in range(0, len(x_RD), tokens):
+        chunk = slice(start, start + tokens)
         f_TF = target.sae.encode(x_RD[chunk].float())
         recons.append(reconstruct(target.sae, f_TF, x_RD[chunk].float()).float())
+        f_TF = f_TF.to(torch.promote_types(f_TF.dtype, torch.float32))
         for stats, taken_R in takers:
             taken_T = taken_R[chunk]
             f, context_T = (f_TF, context_R[chunk]) if taken_T.all() else (f_TF[taken_T], context_R[chunk][taken_T])
@@ -86,59 +87,52 @@ def splice(
     return patched_NSD
 
 
+@torch.no_grad()
+def tokens_per_encode(target: EvalTarget, x_TD: Tensor) -> int:
+    """How many tokens to encode at a time. The SAE need not say how many latents it has: it encodes one of the rows."""
+    return tokens_at_once(target.sae.encode(x_TD[:1].float()).shape[-1], x_TD.device)
+
+
 class SAEStatistics:
-    """Sums in float64 over some of the counted tokens of one SAE: reconstruction, sparsity and correlation.
+    """Sums in float64 over some of the counted tokens of one SAE: reconstruction, sparsity and pairs of latents.
 
     `splice` adds batches: `add_latents` for each chunk of a batch, then `end_batch`, which also computes the numbers
-    that SAEBench defines per batch.
+    that SAEBench defines per batch. `pairs` is None without `paired_latents`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, paired_latents: int = 0) -> None:
         self.sums: defaultdict[str, Any] = defaultdict(float)
         self.tokens = self.batches = 0
         self.per_context: list[Tensor] = []  # one (N, len(PER_CONTEXT)) a batch: sums over each context
         self.center_D: Tensor | None = None  # mean of the first batch: the per-context variance is taken about it
-        self.paired: Tensor | None = None  # indices of the latents that are correlated pairwise
+        self.pairs = LatentPairs(paired_latents) if paired_latents else None
         self.start_batch()
 
     def start_batch(self) -> None:
         self.fired_NF: Tensor | None = None
-        self.gram_FF: Tensor | None = None
         self.l0_l1: list[Tensor] = []
 
     def add_latents(self, f_TF: Tensor, context_T: Tensor, contexts: int) -> None:
         """Take the latents of some tokens of a batch of `contexts` contexts, and the context of each token."""
-        self.l0_l1.append(torch.stack([f_TF.count_nonzero(-1).double(), f_TF.sum(-1).double()], 1))
         if self.fired_NF is None:
             self.fired_NF = f_TF.new_zeros(contexts, f_TF.shape[1])
-        self.fired_NF.index_add_(0, context_T, (f_TF > 0).to(f_TF.dtype))
+        # Comparisons are written as 0 and 1 into one float tensor: bools, and their conversion, take 20 times as long.
+        part_TF = torch.ne(f_TF, 0, out=torch.empty_like(f_TF))
+        self.l0_l1.append(torch.stack([part_TF.sum(-1).double(), f_TF.sum(-1).double()], 1))
+        self.fired_NF.index_add_(0, context_T, torch.gt(f_TF, 0, out=part_TF))
         self.sums["f"] += f_TF.sum(0).double()
-        self.sums["f_square"] += f_TF.square().sum(0).double()
-        if self.tokens < PAIRED_TOKENS:
-            self.gram_FF = self.add_pairs(f_TF, self.gram_FF)
+        self.sums["f_square"] += torch.mul(f_TF, f_TF, out=part_TF).sum(0).double()
+        if self.pairs and self.tokens < PAIRED_TOKENS:
+            self.pairs.add(f_TF)
 
     def skip_batch(self, contexts: int) -> None:
         """Take a batch of `contexts` contexts without a token."""
         self.per_context.append(torch.zeros(contexts, len(PER_CONTEXT), dtype=torch.float64))
 
-    def add_pairs(self, f_TF: Tensor, gram_FF: Tensor | None) -> Tensor:
-        """Add f^T f to the batch's Gram matrix. Only the diagonal and what is above it are complete."""
-        if self.paired is None:
-            generator = torch.Generator().manual_seed(0)
-            sample = torch.randperm(f_TF.shape[1], generator=generator)[:PAIRED_LATENTS]
-            self.paired = copy_to_device(sample.sort().values, f_TF.device)
-        paired_TF = f_TF[:, self.paired] if len(self.paired) < f_TF.shape[1] else f_TF
-        if gram_FF is None:
-            gram_FF = f_TF.new_zeros(len(self.paired), len(self.paired))
-        for start in range(0, len(gram_FF), GRAM_ROWS):
-            rows = slice(start, start + GRAM_ROWS)
-            gram_FF[rows, start:].addmm_(paired_TF[:, rows].T, paired_TF[:, start:])
-        return gram_FF
-
     def end_batch(self, x_TD: Tensor, recon_TD: Tensor, context_T: Tensor, contexts: int) -> None:
         """Take the activations of a batch's tokens, their reconstructions, and the context of each token."""
-        if self.gram_FF is not None:
-            self.sums["gram"] += self.gram_FF.double()
+        if self.pairs:
+            self.pairs.end_batch()
         if self.fired_NF is not None:
             self.sums["fired"] += self.fired_NF.double().sum(0)
             self.sums["contexts_fired"] += (self.fired_NF > 0).double().sum(0)
@@ -231,82 +225,6 @@ class SAEStatistics:
     def density(self) -> Tensor:
         """Share of the counted tokens on which each latent is positive (F,)."""
         return self.sums["fired"] / self.tokens
-
-    def correlation(self, W_dec_FD: Tensor | None) -> dict[str, float]:
-        """Cosines between the activations of pairs of alive latents, over PAIRED_TOKENS counted tokens (003, eq. 2).
-
-        With decoder rows, also Spearman's rank correlation of those cosines with the cosines of the rows (002, sec. 4).
-        """
-        gram_FF = self.sums["gram"]
-        alive = gram_FF.diagonal() > 0
-        counts = {"latents": int(alive.sum()), "latents_dead": int((~alive).sum())}
-        cosines = upper_triangle(gram_cosines(gram_FF[alive][:, alive]))
-        if not len(cosines):
-            return {"mean": math.nan, **counts}
-        numbers = {**distribution(cosines.abs()), **counts}
-        if W_dec_FD is not None:
-            assert self.paired is not None
-            rows = W_dec_FD[self.paired][alive].double()
-            numbers["spearman_decoder"] = spearman(cosines, upper_triangle(gram_cosines(rows @ rows.T)))
-        return numbers
-
-
-def gram_cosines(gram_FF: Tensor) -> Tensor:
-    """Cosines of vectors from their inner products."""
-    norm_F = gram_FF.diagonal().sqrt()
-    return gram_FF / norm_F[:, None] / norm_F
-
-
-def upper_triangle(matrix_FF: Tensor) -> Tensor:
-    """The entries above the diagonal: every pair once."""
-    return matrix_FF[tuple(torch.triu_indices(len(matrix_FF), len(matrix_FF), 1, device=matrix_FF.device))]
-
-
-def distribution(values: Tensor) -> dict[str, float]:
-    """Mean, standard deviation and quantiles (linear interpolation)."""
-    shares = {"quantile_50": 0.5, "quantile_90": 0.9, "quantile_99": 0.99, "quantile_99.9": 0.999}
-    positions = {name: share * (len(values) - 1) for name, share in shares.items()}
-    # Only these positions are sorted: torch.quantile takes at most 16 million numbers, and a full sort is several times
-    # slower.
-    ends = sorted({end for position in positions.values() for end in (math.floor(position), math.ceil(position))})
-    ordered = dict(zip(ends, np.partition(values.detach().cpu().numpy(), ends)[ends].tolist(), strict=True))
-
-    def quantile(position: float) -> float:
-        below, above = ordered[math.floor(position)], ordered[math.ceil(position)]
-        return below + (position - math.floor(position)) * (above - below)
-
-    numbers = {"mean": float(values.mean()), "sd": float(values.std(correction=0))}
-    return numbers | {name: quantile(position) for name, position in positions.items()}
-
-
-def spearman(a: Tensor, b: Tensor) -> float:
-    """Pearson's correlation of the ranks; equal values share their mean rank."""
-
-    def ranks(values: Tensor) -> Tensor:
-        _, group, count = values.unique(return_inverse=True, return_counts=True)
-        last = count.cumsum(0).double()
-        return (last - (count - 1) / 2)[group]
-
-    ranked = torch.stack([ranks(a), ranks(b)])
-    return float(ranked.corrcoef()[0, 1])
-
-
-def decoder_geometry(W_dec_FD: Tensor) -> dict[str, float]:
-    """|cosine| between pairs of decoder rows, and the effective rank of the decoder (Roy and Vetterli 2007).
-
-    The effective rank is exp of the entropy of the normalized singular values. Rows are scaled to unit length first, so
-    that their lengths do not matter.
-    """
-    unit_FD = torch.nn.functional.normalize(W_dec_FD.float(), dim=1)
-    sample = torch.randperm(len(unit_FD), generator=torch.Generator().manual_seed(0))[:PAIRED_LATENTS]
-    sample_FD = unit_FD[copy_to_device(sample, unit_FD.device)]
-    share = torch.linalg.eigvalsh((unit_FD.T @ unit_FD).double()).clamp(min=0).sqrt()
-    share = share / share.sum()
-    cosines = distribution(upper_triangle(sample_FD @ sample_FD.T).abs()) if len(sample_FD) > 1 else {}
-    return {
-        **{f"decoder_cosine_{name}": number for name, number in cosines.items()},
-        "effective_rank": float(torch.special.entr(share).sum().exp()),
-    }
 
 
 def largest_other_cosine(rows_FD: Tensor, block: int = 4096) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 from ...cache.layout import Hook
 from ...harvest.model import ForwardPass, LanguageModel
 from ..context import ContextBatch
-from .sae_statistics import TOKENS_PER_CHUNK, Ratio
+from .parts import tokens_at_once, tokens_in_cache
+from .sae_statistics import Ratio
 
 RatiosByCategory = dict[str, dict[str, Ratio]]
 WHOLE_RESIDUAL = ("resid_pre", "resid_mid", "resid_post")  # sites that hold all that later blocks read of the text
@@ -28,6 +29,24 @@ class TokenLosses(NamedTuple):
     def replace_at(self, place_T: Tensor, others: "TokenLosses") -> "TokenLosses":
         """These losses, with the others at the tokens where `place_T` is True."""
         return TokenLosses(*(own_T.masked_scatter(place_T, new_T) for own_T, new_T in zip(self, others, strict=True)))
+
+
+def token_losses(original_TV: Tensor, p_TV: Tensor, logits_TV: Tensor, next_T: Tensor) -> TokenLosses:
+    """The losses of logits, given the log-probabilities and the probabilities of the original model."""
+    tokens = tokens_in_cache(logits_TV.shape[1], logits_TV.device, len(logits_TV))
+    kl, ce = [], []
+    for own_TV, own_p_TV, logits, ids_T in zip(
+        *(part.split(tokens) for part in (original_TV, p_TV, logits_TV, next_T)), strict=True
+    ):
+        logp_TV = logits.log_softmax(-1)
+        ce.append(-logp_TV.gather(1, ids_T[:, None])[:, 0])
+        kl.append(torch.sub(own_TV, logp_TV, out=logp_TV).mul_(own_p_TV).sum(-1))
+    return TokenLosses(torch.cat(kl), torch.cat(ce))
+
+
+def tokens_per_unembed(model: LanguageModel, final_TD: Tensor) -> int:
+    """How many tokens to compute the logits of at a time."""
+    return tokens_at_once(model.unembed(final_TD[:1]).shape[-1], final_TD.device)
 
 
 @dataclass(frozen=True)
@@ -55,26 +74,28 @@ class CountedTokens:
         return CountedTokens(self.contexts, self.context_T[chosen_T], self.next_T[chosen_T], self.has_next_T[chosen_T])
 
     def losses(
-        self, model: LanguageModel, outputs_TD: Sequence[Tensor], report: Callable[[float], None] | None = None
+        self,
+        model: LanguageModel,
+        outputs_TD: Sequence[Tensor],
+        tokens: int,
+        report: Callable[[float], None] | None = None,
     ) -> list[TokenLosses]:
         """The losses of each final residual (T, D). The first is the original model's, the reference.
 
-        A residual that is constant over positions (stride 0) is unembedded once. `report` is called with the share of
-        the tokens that is done.
+        Logits are computed for so many `tokens` at a time. A residual that is constant over positions (stride 0) is
+        unembedded once. `report` is called with the share of the tokens that is done.
         """
         constant = [output.stride(0) == 0 for output in outputs_TD]
         chunks: list[list[TokenLosses]] = [[] for _ in outputs_TD]
-        for start in range(0, len(self.context_T), TOKENS_PER_CHUNK):
-            rows = slice(start, start + TOKENS_PER_CHUNK)
+        for start in range(0, len(self.context_T), tokens):
+            rows = slice(start, start + tokens)
             if report:
                 report(start / len(self.context_T))
             original_TV = model.unembed(outputs_TD[0][rows]).float().log_softmax(-1)
             p_TV = original_TV.exp()
             for of_output, output_TD, is_constant in zip(chunks, outputs_TD, constant, strict=True):
-                logp_TV = model.unembed(output_TD[:1] if is_constant else output_TD[rows]).float().log_softmax(-1)
-                kl_T = torch.linalg.vecdot(p_TV, original_TV - logp_TV)
-                ce_T = -logp_TV.expand_as(p_TV).gather(1, self.next_T[rows, None])[:, 0]
-                of_output.append(TokenLosses(kl_T, ce_T))
+                logits_TV = model.unembed(output_TD[:1] if is_constant else output_TD[rows]).float()
+                of_output.append(token_losses(original_TV, p_TV, logits_TV.expand_as(p_TV), self.next_T[rows]))
         return [TokenLosses(*map(torch.cat, zip(*of_output, strict=True))) for of_output in chunks]
 
     def sum_by_context(self, losses: TokenLosses, kept_T: Tensor | None = None) -> Tensor:

@@ -41,7 +41,7 @@ def counted_rows(cache: Cache) -> Tensor:
     """The activations that core counts, in float64 (T, D)."""
     recorder = Decoded(lambda f: f)
     sae.evaluate_saes({"recorder": recorder}, cache=cache, layer=1, references=False, **ASKED)
-    return torch.cat(recorder.seen[1:]).double()  # the first are those of the check before
+    return torch.cat(recorder.seen[2:]).double()  # before them a check, and one row that tells the number of latents
 
 
 def linear(kind: str, x_TD: Tensor) -> SAE:

@@ -27,6 +27,7 @@ class Beside(Metric):
     """Counts the seeds beside each SAE."""
 
     name, type_id, title, columns = "beside", "beside", "", ()
+    independent_seeds = False
 
     def settings_of(self, target, targets):
         seeds = [one.weights for one in targets if one is not target and target.system and one.system == target.system]

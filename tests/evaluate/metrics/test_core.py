@@ -32,6 +32,12 @@ def model(loaded_tiny_model):
     return loaded_tiny_model[1]
 
 
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Artifacts are kept in a folder of the test."""
+    monkeypatch.chdir(tmp_path)
+
+
 def contexts_of(rows: list[list[int]], width: int) -> Contexts:
     ids = np.zeros((len(rows), width), np.uint32)
     for line, row in zip(ids, rows, strict=True):

@@ -17,7 +17,10 @@ def flags_of(
 ) -> list[str]:  # fmt: skip
     density_F = torch.tensor(density, dtype=torch.float64)
     stats: Any = SimpleNamespace(
-        density=lambda: density_F, tokens=TOKENS, sums={"x": torch.zeros(D_IN), "not_finite": float(not_finite)}
+        density=lambda: density_F,
+        tokens=TOKENS,
+        pairs=True,
+        sums={"x": torch.zeros(D_IN), "not_finite": float(not_finite)},
     )
     metrics = {
         "sparsity": {"l0": l0},

@@ -63,16 +63,6 @@ def test_l1_is_a_signed_sum_and_density_counts_positive_latents_only():
     assert stats.density().tolist() == [1.0, 0.0, 0.0]
 
 
-def test_correlation_leaves_dead_latents_out_and_counts_them():
-    """Columns (1,1,0), (0,1,1) and (2,2,0): cosines 1/2, 1 and 1/2; the fourth latent is dead."""
-    f = torch.tensor([[1.0, 0, 2, 0], [1, 1, 2, 0], [0, 1, 0, 0]])
-    found = statistics_of(torch.ones(3, 2), f, torch.ones(3, 2)).correlation(None)
-    assert (found["latents"], found["latents_dead"]) == (3, 1)
-    assert found["mean"] == pytest.approx(2 / 3)
-    assert found["sd"] == pytest.approx(math.sqrt(1 / 18))
-    assert found["quantile_50"] == pytest.approx(0.5)
-
-
 @pytest.mark.parametrize("block", [1, 3, 100])
 def test_largest_other_cosine_is_brute_force(block):
     torch.manual_seed(0)
@@ -132,18 +122,10 @@ def test_the_interval_of_fve_is_about_the_mean_of_all():
 def test_correlations_are_of_the_first_tokens(monkeypatch):
     """At a limit of two tokens the batch that begins at the third is not paired: its latents fire apart."""
     monkeypatch.setattr(sae_statistics, "PAIRED_TOKENS", 2)
-    stats, x = SAEStatistics(), torch.ones(2, 2)
+    stats, x = SAEStatistics(paired_latents=2), torch.ones(2, 2)
     counted = torch.ones(1, 2, dtype=torch.bool)
     for f in (torch.tensor([[1.0, 1.0], [2.0, 0.0]]), torch.tensor([[9.0, 0.0], [0.0, 9.0]])):
         splice(EvalTarget(Scripted(f, x), Hook(0)), x[None], counted, [(stats, counted)])
-    assert stats.correlation(None)["mean"] == pytest.approx(1 / 5**0.5)
+    assert stats.pairs
+    assert stats.pairs.correlation(None)["mean"] == pytest.approx(1 / 5**0.5)
     assert stats.tokens == 4
-
-
-def test_the_rank_correlation_is_with_the_cosines_of_decoder_rows():
-    """Cosines of the pairs (0,1), (0,2), (1,2) between activations: .95, .22, 0; between rows: .99, .12, .29. By the
-    inner products of rows, .06, 1 and 14, the rank correlation would be -1."""
-    f = torch.tensor([[3.0, 3.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 1.0]])
-    stats = statistics_of(torch.ones(3, 2), f, torch.ones(3, 2))
-    W_dec = torch.tensor([[0.1, 0.0], [0.6, 0.1], [10.0, 80.0]])
-    assert stats.correlation(W_dec)["spearman_decoder"] == pytest.approx(0.5)

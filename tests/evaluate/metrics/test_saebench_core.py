@@ -1,7 +1,5 @@
 """Core matches SAEBench 0.6.0 on a Gemma 2 that it runs through TransformerLens and we through transformers."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -25,14 +23,14 @@ def contexts(saebench) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def ours(saebench, contexts):
+def ours(saebench, contexts, tmp_path_factory):
     """Of each SAE, spliced at the counted positions only and at all."""
     about = saebench.json("problem/problem")
     batches = max(about["reconstruction_batches"], about["sparsity_batches"])
     ids = contexts[: about["contexts_per_batch"] * batches].numpy().astype(np.uint32)
     n, width = ids.shape
     text = Contexts(ids, np.full(n, width, np.uint16), np.arange(n, dtype=np.uint32), np.ones(n, bool))
-    form, artifacts = ContextFormat(2, (0, 1, 2)), ArtifactCache(Path("shelf"))
+    form, artifacts = ContextFormat(2, (0, 1, 2)), ArtifactCache(tmp_path_factory.mktemp("shelf"))
     ctx = EvalContext(lambda: saebench.model, None, text, form, "0.6.0", {}, {}, artifacts)
     metric = Core(about["contexts_per_batch"], about["reconstruction_batches"], about["sparsity_batches"])
     asked = [(kind, everywhere) for kind in KINDS for everywhere in (False, True)]

@@ -1,0 +1,30 @@
+"""How many tokens are computed at a time: logits and latents are the largest tensors of an evaluation."""
+
+import torch
+
+from ...common.memory import available_memory
+
+CPU_NUMBERS = 2**21  # of a part on a CPU: 8 MB in float32
+MIN_TOKENS = 128  # of a part on a CPU: with fewer, reading the weights takes longer than the product
+MAX_NUMBERS = 2**31 - 1  # that kernels index with 32 bits
+COPIES = 4  # tensors of the size of a part in memory together: logits, log-probabilities of two models, probabilities
+SHARE = 0.5  # of the free memory that they may take
+CACHED_NUMBERS = 2**18  # of what several operations read one after the other on a CPU: 1 MB, which its caches hold
+
+
+def tokens_at_once(numbers: int, device: torch.device | str) -> int:
+    """How many tokens to compute at a time, where each has so many numbers in float32: logits, or latents.
+
+    On a GPU, as many as half of the free memory holds. On a CPU a part of 8 MB is fastest: tensors of tens of MB are
+    allocated anew by the system each time, which can take longer than the products. $SAE_MEMORY_GB bounds both.
+    """
+    device = torch.device(device)
+    tokens = min(SHARE * available_memory(str(device)) / (COPIES * 4 * numbers), MAX_NUMBERS // numbers)
+    if device.type == "cpu":
+        tokens = min(tokens, max(MIN_TOKENS, CPU_NUMBERS // numbers))
+    return max(1, int(tokens))
+
+
+def tokens_in_cache(numbers: int, device: torch.device, tokens: int) -> int:
+    """How many of the `tokens` of a part to give to a chain of operations on its elements: on a GPU all of them."""
+    return max(1, CACHED_NUMBERS // numbers if device.type == "cpu" else tokens)
