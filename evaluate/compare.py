@@ -19,6 +19,7 @@ from typing import Any
 from ..cache.models import model_label
 from ..common.errors import UsageError
 from ..common.escaping import escape_for_csv
+from ..common.precision import recorded_precision
 from .compared_runs import ComparedRun, read_references, read_results, read_run, without_weights
 from .control_notes import KnownVerdicts, control_notes
 from .control_shares import share_cells, share_lines
@@ -237,6 +238,7 @@ def group_by_system(runs: Sequence[ComparedRun]) -> list[ComparedSystem]:
         groups.setdefault(digest_without_seed(identity), []).append(run)
     records = [group[0].record for group in groups.values()]
     shown_keys = [key for key in LABEL_KEYS if len({str(record.get(key)) for record in records}) > 1]
+    shown_keys += ["precision"] if len({recorded_precision(record) for record in records if record}) > 1 else []
     labels = [system_label(group[0], shown_keys) for group in groups.values()]
     return [
         ComparedSystem(label if labels.count(label) == 1 else f"{label} {group[0].name[-6:]}", group)
@@ -248,7 +250,8 @@ def system_label(run: ComparedRun, keys: Sequence[str]) -> str:
     """The variant, the values of `keys`, and the options that were set."""
     if not run.record:
         return run.name
-    values = [f"{key}={run.record[key]:g}" for key in keys if run.record.get(key) is not None]
+    values = [f"{key}={run.record[key]:g}" for key in keys if key in LABEL_KEYS and run.record.get(key) is not None]
+    values += [recorded_precision(run.record)] if "precision" in keys else []
     options = [f"{name}={value}" for name, value in run.record.get("options", {}).items()]
     return " ".join([run.record.get("variant", run.name), *values, *options])
 

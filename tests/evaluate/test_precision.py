@@ -3,6 +3,8 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from sae.cache.reader import Cache
 from sae.common import precision
 from sae.common.errors import UnavailableError, UsageError
+from sae.evaluate.compare import group_by_system
 from sae.evaluate.inputs import make_context
 from sae.evaluate.metrics.core import Core
 from sae.evaluate.plan import EvaluateConfig, plan_evaluation
@@ -106,6 +109,20 @@ def test_what_cannot_be_computed_is_refused(run: Path) -> None:
         plan_evaluation(ask(run, precision="tf32"))
     with pytest.raises(UsageError, match="unknown precision 'half'"):
         evaluate(ask(run, precision="half"))
+
+
+def test_systems_that_differ_in_their_precision_are_named_by_it() -> None:
+    def compared(name: str, **more: object) -> Any:
+        record = {"variant": "topk", "seed": 0, "options": {"k": 4}, "device": "cpu", **more}
+        return SimpleNamespace(name=name, folder=Path(name), record=record)
+
+    runs = [compared("a"), compared("b", seed=1), compared("c", precision="bfloat16"), compared("d", device="cuda")]
+    systems = group_by_system(runs)
+    assert [(system.label, len(system.runs)) for system in systems] == [
+        ("topk float32 k=4", 2),
+        ("topk bfloat16 k=4", 2),  # on a GPU an earlier version recorded none
+    ]
+    assert [system.label for system in group_by_system(runs[:2])] == ["topk k=4"]
 
 
 def test_settings_of_float32_are_those_of_earlier_versions(tiny_cache: Cache) -> None:
