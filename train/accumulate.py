@@ -19,12 +19,12 @@ from .variant import Variant
 
 
 class WholeBatch(Step):
-    """A batch that is computed in parts: a step without `pre_BF`, `f_BF`, `kept` and `recon_BD`."""
+    """A batch that is computed in parts: a step without `pre_BF`, `f_BF`, `kept`, `counts_F` and `recon_BD`."""
 
     def __init__(self, i: Tensor, variant: Variant, optimizer: torch.optim.Optimizer, x_BD: Tensor) -> None:
         self.i, self.sae, self.optimizer = i, variant.sae, optimizer
         self.x_BD = variant.normalize(x_BD)
-        self.part_of, self.metrics, self.statistics = None, {}, {}
+        self.part_of, self.metrics, self.statistics, self._squared_error = None, {}, {}, None
         self.readers = [m for m in variant.modules() if isinstance(m, Mechanism) and m.combine]
 
     @torch.no_grad()

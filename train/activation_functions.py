@@ -15,6 +15,7 @@ class Activation(nn.Module):
     registry: ClassVar[dict[str, type["Activation"]]] = {}
     name: ClassVar[str]
     sees_input: ClassVar[bool] = False  # whether forward takes (z_BF, x_BD), as a router does
+    nonnegative: ClassVar[bool] = False  # whether no latent is ever below zero
     undivided: str = ""  # why tokens cannot be encoded in parts of a batch, as a sentence without its end
 
     def __init_subclass__(cls, *, name: str = "") -> None:
@@ -44,6 +45,8 @@ def activation_chain(activations: Iterable[Activation]) -> Sequence[Activation]:
 
 
 class ReLU(Activation, name="relu"):
+    nonnegative = True
+
     def forward(self, z_BF: Tensor) -> Tensor:
         return z_BF.relu()
 
@@ -55,6 +58,7 @@ class KeepTopK(Activation):
     """
 
     now: Tensor | None  # () float32; part of the training state, not saved with an SAE
+    nonnegative = True
     over_batch: ClassVar[bool] = False  # whether it chooses among the latents of all tokens
     cut: Tensor | None = None  # () of a batch in parts: the smallest pre-activation that it keeps
 
@@ -145,7 +149,7 @@ class BatchTopK(KeepTopK, name="batchtopk"):
             self.cut = largest[int(self.k * tokens) - 1]
 
     def select(self, z_BF: Tensor) -> Tensor:
-        return z_BF.flatten().topk(int(self.k * len(z_BF)), sorted=False).indices.sort().values
+        return topk_indices(z_BF.reshape(1, -1), int(self.k * len(z_BF)))[0].sort().values
 
     def forward(self, z_BF: Tensor) -> Tensor:
         if not self.training:

@@ -29,7 +29,7 @@ def compile_step(trainer: Trainer, batch_size: int) -> str | None:
     def pure(i: Tensor, x_BD: Tensor) -> tuple[tuple[Any, ...], dict[str, Tensor], dict[str, Tensor]]:
         step = variant(i, x_BD, optimizer)
         losses = variant.losses(step)
-        return (step.x_BD, step.pre_BF, step.f_BF, step.recon_BD, step.kept), losses, step.metrics
+        return (step.x_BD, step.computed_pre_BF, step.computed_f_BF, step.recon_BD, step.kept), losses, step.metrics
 
     # There is one compilation per variant and length of the list of dead latents; beyond the limit torch would stop.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = RECOMPILE_LIMIT

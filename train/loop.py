@@ -53,7 +53,7 @@ class Trainer:
         with torch.no_grad():
             for mechanism in variant.mechanisms:
                 mechanism.after_backward(step)
-            grad_norm = clip_gradients(variant, variant.optimization.clip)
+            grad_norm = clip_gradients(variant, optimizer)
             self._skip_update_unless_finite(loss + grad_norm)
             optimizer.param_groups[0]["lr"].copy_(variant.optimization.lr_at(self.i, self.steps))
             self.changing = True
@@ -107,12 +107,12 @@ class Trainer:
         self.optimizer.found_inf.copy_(self.failed_at >= 0)  # type: ignore[attr-defined]
 
     def _add_metrics(self, step: Step, loss: Tensor, losses: dict[str, Tensor], grad_norm: Tensor) -> None:
-        centered_BD = step.x_BD - step.x_BD.mean(0)
+        variance = (step.x_BD - step.x_BD.mean(0)).square().sum()
         metrics = {
             "loss": loss,
             **losses,
             "l0": step.l0,
-            "explained_variance": 1 - step.error_BD.square().sum() / centered_BD.square().sum(),
+            "explained_variance": 1 - step.squared_error / variance,
             "gradient_norm": grad_norm,
             **step.metrics,
         }

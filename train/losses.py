@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .activation_functions import TopK
+from .dense_ops import total
 from .mechanisms import DeadLatents
 from .step import LossTerm, Step
 
@@ -17,7 +18,7 @@ class MSE(LossTerm):
     undivided = ""
 
     def forward(self, step: Step) -> Tensor:
-        return step.error_BD.square().sum(-1).mean()
+        return step.squared_error / step.tokens
 
 
 class L1(LossTerm):
@@ -27,7 +28,9 @@ class L1(LossTerm):
     undivided = ""
 
     def forward(self, step: Step) -> Tensor:
-        return step.f_BF.abs().sum(-1).mean()
+        if not step.sae.activation[-1].nonnegative:
+            return step.f_BF.abs().sum(-1).mean()
+        return total(step.f_BF if step.kept is None else step.kept.value_N) / step.tokens
 
 
 class MultiTopK(LossTerm):

@@ -16,7 +16,7 @@ class UnitNormDecoder(Mechanism):
     def after_backward(self, step: Step) -> None:
         weight, gradient = step.sae.W_dec.data, step.sae.W_dec.grad
         assert gradient is not None  # the step has just been backpropagated
-        gradient -= (gradient * weight).sum(1, keepdim=True) * weight
+        gradient.addcmul_(weight, (gradient * weight).sum(1, keepdim=True), value=-1)
 
     def after_step(self, step: Step) -> None:
         weight = step.sae.W_dec.data
@@ -90,6 +90,8 @@ class ActivityEMA(Mechanism):
         self.register_buffer("rate_F", torch.zeros(d_sae))
 
     def statistic(self, step: Step) -> Tensor:
+        if self.threshold == 0 and step.sae.activation[-1].nonnegative:
+            return step.counts_F / step.tokens
         return (step.f_BF.detach() > self.threshold).float().mean(0)
 
     def after_step(self, step: Step) -> None:

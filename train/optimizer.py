@@ -23,12 +23,23 @@ def make_optimizer(variant: Variant, device: str) -> torch.optim.Optimizer:
         eps=settings.eps,
         fused=True,
     )
-    # Attributes that the fused kernel reads: it skips the update where found_inf is not zero.
+    # Attributes that the fused kernel reads: it divides gradients by grad_scale, and makes no update where found_inf
+    # is not zero.
     optimizer.grad_scale, optimizer.found_inf = None, torch.zeros((), device=device)  # type: ignore[attr-defined]
     return optimizer
 
 
-def clip_gradients(variant: Variant, max_norm: float | None) -> Tensor:
-    """Clip the global gradient norm to `max_norm`; returns the norm before clipping."""
-    limit = float("inf") if max_norm is None else max_norm
-    return torch.nn.utils.clip_grad_norm_(variant.parameters(), limit, foreach=True)
+def clip_gradients(variant: Variant, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Let the next update clip the global gradient norm to the limit of the options; returns the norm.
+
+    The kernel that updates the weights scales the gradients on its way, so clipping takes no pass of its own.
+    """
+    gradients = [p.grad for p in variant.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    if (limit := variant.optimization.clip) is not None:
+        scale = ((norm + 1e-6) / limit).clamp_min(1.0)
+        if scale.dtype == torch.float32:
+            optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        else:  # the kernel reads no other
+            torch._foreach_div_(gradients, scale)
+    return norm

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..common.errors import DamagedError, UsageError, first_line
 from ..common.files import atomic_write, utf8_path
 from ..common.schemas import SAE_RECORD
-from . import sparse_ops
+from . import dense_ops, sparse_ops
 from .activation_functions import Activation, KeepTopK, ReLU, activation_chain
 from .layer_norm import layer_normalize
 from .products import in_own_precision
@@ -45,6 +45,15 @@ class SAEOutput(NamedTuple):
     f_BF: Tensor  # latents
     recon_BD: Tensor
     kept: sparse_ops.KeptLatents | None = None  # f_BF in sparse form; None if it was computed densely
+
+
+class TrainingOutput(NamedTuple):
+    """An SAEOutput without what a training step can do without: a pass over (B, F), and its memory, for each."""
+
+    pre_BF: Tensor | None  # None for ReLU alone, which overwrites them
+    f_BF: Tensor | None  # None if they are `kept`
+    recon_BD: Tensor
+    kept: sparse_ops.KeptLatents | None = None
 
 
 class SAE(nn.Module):
@@ -86,7 +95,10 @@ class SAE(nn.Module):
         self.origin: dict[str, Any] = {}
 
     def pre_activations(self, x_BD: Tensor) -> Tensor:
-        """(x - b_dec) W_enc + b_enc, as x W_enc + (b_enc - b_dec W_enc): without a gradient to x, one product less."""
+        """(x - b_dec) W_enc + b_enc. In training without a gradient to x, unless x asks for it."""
+        if self.training and not x_BD.requires_grad:
+            return dense_ops.encode(x_BD, self.W_enc, self.b_enc, self.b_dec if self.pre_bias else None)
+        # A trained SAE sums in the order in which every version of this package did, so that results stay bit for bit.
         bias_F = self.b_enc - self.b_dec @ self.W_enc if self.pre_bias else self.b_enc
         z_BF = x_BD @ self.W_enc
         return z_BF.add_(bias_F) if z_BF.dtype == bias_F.dtype else z_BF + bias_F  # in place saves a pass over z_BF
@@ -101,17 +113,26 @@ class SAE(nn.Module):
             z_BF = self.pre_activations(layer_normalize(x_BD).x_BD)
             f_BF = self.encode(x_BD)
             return SAEOutput(z_BF, f_BF, self.decode(f_BF, x_BD))
+        pre_BF, f_BF_or_none, recon_BD, kept = self.run(x_BD)
+        if f_BF_or_none is None:
+            assert kept is not None
+            f_BF_or_none = kept.dense()
+        return SAEOutput(self.pre_activations(x_BD) if pre_BF is None else pre_BF, f_BF_or_none, recon_BD, kept)
+
+    def run(self, x_BD: Tensor) -> TrainingOutput:
+        """The forward pass of a training step on normalized activations, with no more than a step needs."""
+        b_D = self.b_dec if self.pre_bias else None
+        if self.training and not x_BD.requires_grad and [type(link) for link in self.activation] == [ReLU]:
+            f_BF, recon_BD = dense_ops.encode_relu_decode(x_BD, self.W_enc, self.b_enc, b_D, self.W_dec)
+            return TrainingOutput(None, f_BF, recon_BD + self.b_dec)
         pre_BF = self.pre_activations(x_BD)
         if topk := self.sparse_activation():
             selected = sparse_ops.SelectedLatents.of(topk.select(pre_BF.detach()), *pre_BF.shape)
-            b_D = self.b_dec if self.pre_bias else None
             value_N = sparse_ops.encode(pre_BF, x_BD, self.W_enc, self.b_enc, b_D, selected).relu()
             kept = sparse_ops.KeptLatents(value_N, selected)
-            recon_BD = sparse_ops.decode(kept, self.W_dec) + self.b_dec
-            f_BF = sparse_ops.scatter_latents(value_N, selected.flat_index_N, pre_BF)
-            return SAEOutput(pre_BF, f_BF, recon_BD, kept)
+            return TrainingOutput(pre_BF, None, sparse_ops.decode(kept, self.W_dec) + self.b_dec, kept)
         f_BF = self.activate(pre_BF, x_BD)
-        return SAEOutput(pre_BF, f_BF, self.decode(f_BF))
+        return TrainingOutput(pre_BF, f_BF, self.decode(f_BF))
 
     def sparse_activation(self) -> KeepTopK | None:
         """The activation, if training should compute only with the latents that it selects (`sparse_is_faster`)."""

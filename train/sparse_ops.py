@@ -58,6 +58,17 @@ class KeptLatents(NamedTuple):
     value_N: Tensor
     selected: SelectedLatents
 
+    def dense(self) -> Tensor:
+        """(B, F): the same latents with the zeros between them."""
+        tokens, d_sae = len(self.selected.token_start_B), len(self.selected.latent_start_F)
+        zeros_BF = self.value_N.new_zeros(tokens, d_sae)
+        return scatter_latents(self.value_N, self.selected.flat_index_N, zeros_BF)
+
+    def counts(self) -> Tensor:
+        """(F) float32: for how many tokens each latent is active. Sums of ones are exact in any order."""
+        active_N = (self.value_N.detach() != 0).float()
+        return active_N.new_zeros(len(self.selected.latent_start_F)).scatter_add_(0, self.selected.latent_N, active_N)
+
     def by_section(self, sizes: Sequence[int]) -> "KeptLatents":
         """The same latents, with sections of the dictionary as tokens: token t of section g becomes token g B + t."""
         token_N, latent_N, tokens, d_sae = (

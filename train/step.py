@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from .dense_ops import squared_error
 from .sae import SAE
 from .sparse_ops import KeptLatents
 
@@ -24,8 +25,8 @@ class Step:
     sae: SAE
     optimizer: torch.optim.Optimizer
     x_BD: Tensor  # the batch as the SAE sees it: normalized, float32
-    pre_BF: Tensor
-    f_BF: Tensor
+    computed_pre_BF: Tensor | None  # read `pre_BF`; None for ReLU alone
+    computed_f_BF: Tensor | None  # read `f_BF`; None as long as `kept` is enough
     recon_BD: Tensor
     kept: KeptLatents | None = None  # the latents of f_BF in sparse form, where the SAE computes with them
     metrics: dict[str, Tensor] = field(default_factory=dict)  # logged with the loss; 0-d, added by losses
@@ -33,6 +34,7 @@ class Step:
     part_of: "Step | None" = None  # the batch, if this is a part of it (train/accumulate.py)
     statistics: "dict[Mechanism, Tensor]" = field(default_factory=dict)  # of a batch in parts
     _error_BD: Tensor | None = None
+    _squared_error: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -44,22 +46,72 @@ class Step:
         """The whole batch; of one in parts `x_BD`, and for what `reads_batch` `error_BD` and `l0`."""
         return self if self.part_of is None else self.part_of
 
+    # What is made once, where it is asked for. Until Python 3.12 a cached_property takes a lock, which cannot be
+    # compiled: those that losses read are properties.
+
+    @property
+    def pre_BF(self) -> Tensor:
+        """Pre-activations (B, F)."""
+        if self.computed_pre_BF is None:
+            raise AttributeError(
+                "A training step with ReLU as its only activation keeps no pre-activations: the latents overwrite "
+                "them. In a loss compute them again: step.sae.pre_activations(step.x_BD)."
+            )
+        return self.computed_pre_BF
+
+    @pre_BF.setter
+    def pre_BF(self, value_BF: Tensor) -> None:
+        self.computed_pre_BF = value_BF
+
+    @property
+    def f_BF(self) -> Tensor:
+        """Latents (B, F). Where `kept` has them, so do it and `counts_F`, without the zeros."""
+        if self.computed_f_BF is None:
+            assert self.kept is not None
+            with torch.enable_grad():  # a loss may read what a coefficient has asked for first, without a gradient
+                self.computed_f_BF = self.kept.dense()
+        return self.computed_f_BF
+
+    @f_BF.setter
+    def f_BF(self, value_BF: Tensor) -> None:
+        self.computed_f_BF = value_BF
+        for name in ("counts_F", "l0", "fired_F"):  # of the latents before
+            self.__dict__.pop(name, None)
+
     @property
     def error_BD(self) -> Tensor:
         """x - x_hat."""
-        if self._error_BD is None:  # not a cached_property: until Python 3.12 it takes a lock, which cannot be compiled
+        if self._error_BD is None:
             self._error_BD = self.x_BD - self.recon_BD
         return self._error_BD
+
+    @property
+    def squared_error(self) -> Tensor:
+        """() sum_BD (x - x_hat)^2."""
+        if self._squared_error is None:
+            whole = self._error_BD  # of a batch in parts there is nothing else
+            self._squared_error = squared_error(self.recon_BD, self.x_BD) if whole is None else whole.square().sum()
+        return self._squared_error
+
+    @cached_property
+    def counts_F(self) -> Tensor:
+        """(F) float32: for how many tokens of the batch each latent is nonzero."""
+        if self.kept is not None:
+            return self.kept.counts()
+        f_BF = self.f_BF.detach()
+        if f_BF.device.type == "cpu":  # two fast passes; the norm below branches at each element there
+            return torch.ne(f_BF, 0, out=torch.empty_like(f_BF)).sum(0, dtype=torch.float32)
+        return torch.linalg.vector_norm(f_BF, 0, dim=0, dtype=torch.float32)  # one pass
 
     @cached_property
     def l0(self) -> Tensor:
         """() active latents per token."""
-        return self.f_BF.count_nonzero() / self.tokens  # a tenth of the time of sums over the tokens on a CPU
+        return self.counts_F.sum() / self.tokens
 
     @cached_property
     def fired_F(self) -> Tensor:
         """Which latents are nonzero for some token of the batch."""
-        return self.f_BF.detach().any(0)
+        return self.counts_F > 0
 
 
 class LossTerm(nn.Module, ABC):

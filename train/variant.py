@@ -153,12 +153,12 @@ class Variant(nn.Module):
         """Raw activations (B, d_in) as the SAE in training sees them, in float32."""
         if self.optimization.normalize == "layer_norm":
             return layer_normalize(x_BD.float()).x_BD
-        return (x_BD.float() - self.mean_D) / self.scale
+        return (x_BD.float() - self.mean_D).div_(self.scale)
 
     def forward(self, i: Tensor, x_BD: Tensor, optimizer: torch.optim.Optimizer) -> Step:
         """The forward pass of step i on raw activations (B, d_in)."""
         x_BD = self.normalize(x_BD)
-        pre_BF, f_BF, recon_BD, kept = self.sae(x_BD)
+        pre_BF, f_BF, recon_BD, kept = self.sae.run(x_BD)
         return Step(i, self.sae, optimizer, x_BD, pre_BF, f_BF, recon_BD.float(), kept)
 
     def losses(self, step: Step) -> dict[str, Tensor]:

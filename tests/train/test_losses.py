@@ -18,8 +18,8 @@ def step_of(sae: SAE, x_BD: torch.Tensor, i: int = 0, optimizer=None) -> Step:
 
 def step_with(x_BD=((0.0,),), f_BF=((0.0,),), recon_BD=((0.0,),), i: int = 0) -> Step:
     """A step with these numbers in it. Pre-activations differ from latents, so that nothing can confuse them."""
-    latents_BF = torch.tensor(f_BF)
-    return Step(torch.tensor(i), None, None, torch.tensor(x_BD), latents_BF - 0.7, latents_BF, torch.tensor(recon_BD))
+    latents_BF, sae = torch.tensor(f_BF), SAE(len(x_BD[0]), len(f_BF[0]))
+    return Step(torch.tensor(i), sae, None, torch.tensor(x_BD), latents_BF - 0.7, latents_BF, torch.tensor(recon_BD))
 
 
 def test_mse_sums_over_dimensions_and_averages_over_tokens() -> None:
@@ -28,7 +28,8 @@ def test_mse_sums_over_dimensions_and_averages_over_tokens() -> None:
 
 
 def test_l1_sums_over_latents_and_averages_over_tokens() -> None:
-    assert float(L1()(step_with(f_BF=((1.0, 2.0, 0.0), (0.0, 0.0, 4.0))))) == 3.5
+    step = step_with(x_BD=((0.0,), (0.0,)), f_BF=((1.0, 2.0, 0.0), (0.0, 0.0, 4.0)))
+    assert float(L1()(step)) == 3.5
 
 
 def dead_set(d_sae: int, dead: list[int]) -> DeadLatents:

@@ -130,6 +130,6 @@ def test_the_penalty_of_step_0_counts_its_own_error() -> None:
     """The built loss of a step, not only the part: lambda_0 alpha |f|_1 with alpha of the same step."""
     variant = build("hierarchical-adaptive", target=1e-2, alpha_low=0.0, alpha_high=9.0, l1=0.5)
     step = variant(torch.tensor(0), rows(0), torch.optim.AdamW(variant.parameters()))
-    assert (step.pre_BF < 0).any()
+    assert (variant.sae.pre_activations(step.x_BD) < 0).any()
     expected = 0.5 * 1e-2 / step.error_BD.square().mean() * step.f_BF.sum(1).mean()
     torch.testing.assert_close(variant.losses(step)["l1"], expected)
