@@ -1,7 +1,7 @@
 """Cost of a trainer step: `python benchmarks/bench_train.py [--d-in 512] [--width 1,8] [--saelens PYTHON]`.
 
-Five tables, all on one thread and in its processor time, which other work on the machine hardly changes; in rounds, in
-random order, one process at a time. Cells are the median and the interquartile range over rounds.
+Six tables, all but `threads` on one thread and in its processor time, which other work on the machine hardly changes;
+in rounds, in random order, one process at a time. Cells are the median and the interquartile range over rounds.
 
     step       relu, topk and batchtopk, beside the peers' trainers as published on the same batches (environments as in
                peers/agree_train.py), and relative to a lower bound: the five products of a dense step alone, in the
@@ -13,6 +13,8 @@ random order, one process at a time. Cells are the median and the interquartile 
     compiled   --compile relative to eager.
     precision  --precision bfloat16 relative to float32, beside the gain that follows from that of the five products
                alone and the share that a step's products have of it. Not measured where the processor has no bfloat16.
+    threads    what a second thread gains relu, topk and batchtopk, and the five products alone. In wall time, since the
+               processor time of two threads says nothing about it: only on a machine with two idle cores.
 
 With `--json FILE` the table of recipes is also added to a file like evaluate/papers/step_times.json, where it replaces
 one of the same sizes: claims about the cost of a step are compared with that file.
@@ -268,6 +270,37 @@ def show_precision(config: RunConfig, rounds: int, steps: int) -> None:
         print(f"| {name} | {times} | {share:.2f} | {1 / (1 - share + share / gain):.2f} |", flush=True)
 
 
+def wall_ms(step: Step, steps: int, threads: int) -> float:
+    """Milliseconds of wall time per step on so many threads."""
+    torch.set_num_threads(threads)
+    try:
+        step(0)  # the threads are started in an untimed step
+        started = time.perf_counter()
+        for number in range(steps):
+            step(number)
+        return (time.perf_counter() - started) / steps * 1e3
+    finally:
+        torch.set_num_threads(1)
+
+
+def show_threads(config: RunConfig, rounds: int, steps: int) -> None:
+    names = ("products", *BASES)
+    made = {name: make_step(make_trainer(name, config), config) for name in BASES} | {"products": products(config)}
+    ways: dict[str, Callable[[], float]] = {
+        f"{name} {threads}": lambda step=made[name], threads=threads: wall_ms(step, steps, threads)
+        for name in names
+        for threads in (1, 2)
+    }
+    found = in_rounds(ways, rounds)
+    middle = {name: statistics.median(times) for name, times in found.items()}
+    gain = {name: middle[f"{name} 1"] / middle[f"{name} 2"] for name in names}
+    print(f"\n| d_in {config.d_in}, n {config.d_sae}, {config.batch_size} tokens | ms, 1 thread |", end="")
+    print(" ms, 2 threads | gain | over the products' gain |\n|---|---|---|---|---|")
+    for name in names:
+        cells = " | ".join(spread(found[f"{name} {threads}"]) for threads in (1, 2))
+        print(f"| {name} | {cells} | {gain[name]:.2f} | {gain[name] / gain['products']:.2f} |", flush=True)
+
+
 def numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
@@ -278,7 +311,7 @@ def main() -> None:
     parser.add_argument("--width", type=numbers, default=[1, 8], help="times d_in")
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--small", type=int, default=256, help="d_in of the tables recipes, compiled and precision")
-    tables = ["step", "recipes", "together", "compiled", "precision"]
+    tables = ["step", "recipes", "together", "compiled", "precision", "threads"]
     parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="steps timed at once")
@@ -305,6 +338,8 @@ def main() -> None:
         show_compiled(small, args.rounds, args.steps)
     if "precision" in args.tables:
         show_precision(small, args.rounds, args.steps)
+    for width in args.width if "threads" in args.tables else ():
+        show_threads(RunConfig(args.d_in, width * args.d_in, STEPS, args.batch), args.rounds, args.steps)
     for peer in peers.values():
         assert peer.process.stdin
         peer.process.stdin.close()

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sae.train import dense_ops
 from sae.train.accumulate import reasons_against
 from sae.train.checkpoint import load_training_state, training_state
 from sae.train.loop import Trainer
@@ -56,8 +57,8 @@ class Rounding:
         return value + ERROR * value.detach().square().mean().sqrt() * noise * (value.detach() != 0)
 
     def __enter__(self) -> None:
-        self.kept = SAE.pre_activations, SAE.decode, Trainer.backward
-        encode, decode, backward = self.kept
+        self.kept = SAE.pre_activations, SAE.decode, Trainer.backward, dense_ops.encode_relu_decode
+        encode, decode, backward, relu = self.kept
 
         def with_errors(trainer: Trainer, x_BD: Tensor) -> Any:
             outputs = backward(trainer, x_BD)
@@ -69,9 +70,11 @@ class Rounding:
         SAE.pre_activations = lambda sae, x_BD: self.add(encode(sae, x_BD))  # type: ignore[method-assign]
         SAE.decode = lambda sae, *args: self.add(decode(sae, *args))  # type: ignore[method-assign]
         Trainer.backward = with_errors  # type: ignore[method-assign]
+        # ReLU alone makes no pre-activations: an error in its latents is one in those that are positive.
+        dense_ops.encode_relu_decode = lambda *args: tuple(map(self.add, relu(*args)))  # type: ignore[assignment]
 
     def __exit__(self, *_: object) -> None:
-        SAE.pre_activations, SAE.decode, Trainer.backward = self.kept  # type: ignore[method-assign]
+        SAE.pre_activations, SAE.decode, Trainer.backward, dense_ops.encode_relu_decode = self.kept  # type: ignore[method-assign]
 
 
 class End(NamedTuple):

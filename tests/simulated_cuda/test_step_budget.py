@@ -80,22 +80,22 @@ def test_every_recipe_has_budgets_and_no_other(script: dict[str, Any]) -> None:
 
 
 def test_one_more_pass_over_the_latents_exceeds_the_budget(gpu: SimulatedGPU, script: dict[str, Any]) -> None:
-    """Of float32 latents: one launch, read and written. The sentence has all that one needs to act."""
+    """Of latents in bfloat16: one launch, read and written. The sentence has all that one needs to act."""
     budgets, (d_sae, batch) = of_torch(script), script["SIZES"][0]
-    before = script["count"](gpu, "topk", d_sae, batch)
-    after = script["count"](gpu, "topk", d_sae, batch, fault="passes_once_more")
-    assert script["over_budget"](before, {"topk": {before.size: before.totals}}) == []
-    launches, nbytes = script["over_budget"](after, {"topk": {before.size: before.totals}})
+    before = script["count"](gpu, "relu", d_sae, batch)
+    after = script["count"](gpu, "relu", d_sae, batch, fault="passes_once_more")
+    assert script["over_budget"](before, {"relu": {before.size: before.totals}}) == []
+    launches, nbytes = script["over_budget"](after, {"relu": {before.size: before.totals}})
     assert launches.startswith(
-        f"topk with 2,304 latents and 2,048 tokens: a step has {after.totals['launches']} launches, 1 ("
+        f"relu with 2,304 latents and 2,048 tokens: a step has {after.totals['launches']} launches, 1 ("
     )
     assert (
-        f"bytes, {2 * 4 * batch * d_sae:,} (" in nbytes and f"over its budget of {before.totals['bytes']:,}." in nbytes
+        f"bytes, {2 * 2 * batch * d_sae:,} (" in nbytes and f"over its budget of {before.totals['bytes']:,}." in nbytes
     )
-    assert "To see them by line: python benchmarks/step_budget.py topk --size 2304x2048 --operations 20." in nbytes
-    assert nbytes.endswith("python benchmarks/step_budget.py topk --renew, and say why in the commit.")
+    assert "To see them by line: python benchmarks/step_budget.py relu --size 2304x2048 --operations 20." in nbytes
+    assert nbytes.endswith("python benchmarks/step_budget.py relu --renew, and say why in the commit.")
     assert script["over_budget"](after, budgets)  # and what stands in the file has no room for it
-    assert script["under_budget"](before, {"topk": {before.size: after.totals}})[0].endswith(" --renew")
+    assert script["under_budget"](before, {"relu": {before.size: after.totals}})[0].endswith(" --renew")
     assert "tests/simulated_cuda/faults.py:" in script["longest"](after, 1000)
 
 
@@ -129,13 +129,16 @@ def test_renewed_budgets_are_those_of_the_step_and_leave_the_others(
 
 
 def test_the_flops_of_relu_are_those_of_its_five_products(gpu: SimulatedGPU) -> None:
-    """x W_enc, f W_dec, and the gradients to f, W_dec and W_enc: 2 B D F each, in bfloat16. The bias, b_dec W_enc, and
-    its gradients to W_enc and b_dec are three products of 2 D F."""
+    """x W_enc, f W_dec, and the gradients to f, W_dec and W_enc: 2 B D F each, in bfloat16. The gradient to b_dec is
+    W_enc times that to b_enc, 2 D F in float32, as both are."""
     counted = count(gpu, "relu")
     products = [operation for operation in counted.operations if operation.cost.flops]
     assert [operation.cost.flops for operation in products].count(2 * B * D * F) == 5
-    assert {operation.dtype for operation in products} == {"bfloat16"}
-    assert total(counted, "flops") == 5 * 2 * B * D * F + 3 * 2 * D * F
+    assert {operation.dtype: operation.cost.flops for operation in products} == {
+        "bfloat16": 2 * B * D * F,
+        "float32": 2 * D * F,
+    }
+    assert total(counted, "flops") == 5 * 2 * B * D * F + 2 * D * F
     assert counted.parameters == 2 * D * F + D + F and counted.kept is None
 
 

@@ -68,13 +68,13 @@ def test_every_recipe_takes_steps_in_bfloat16_on_a_cpu(name, make_variant, batch
 
 
 def test_products_are_rounded_to_bfloat16_and_sums_are_not(make_trainer, batches) -> None:
-    """The step's latents are a product of bfloat16 numbers, added up in float32 and rounded once."""
+    """The step's latents are a product of bfloat16 numbers, added up in float32 and rounded once, and stay so."""
     step = Trainer(make_trainer("relu").variant, STEPS, "cpu", precision="bfloat16").step(batches[0])
     fresh = make_trainer("relu").variant.sae
-    product_BF = step.x_BD.bfloat16().double() @ fresh.W_enc.bfloat16().double()
-    expected_BF = product_BF + fresh.b_enc - (fresh.b_dec.bfloat16().double() @ fresh.W_enc.bfloat16().double())
-    bound = float(product_BF.detach().abs().max()) * 2**-7
-    assert (step.pre_BF - expected_BF).abs().max() < bound
+    centered_BD = (step.x_BD - fresh.b_dec).bfloat16().double()
+    expected_BF = (centered_BD @ fresh.W_enc.bfloat16().double() + fresh.b_enc).relu()
+    assert step.f_BF.dtype == torch.bfloat16
+    assert (step.f_BF - expected_BF).abs().max() <= expected_BF.detach().abs().max() * 2**-8
     assert step.recon_BD.dtype == step.x_BD.dtype == torch.float32
 
 

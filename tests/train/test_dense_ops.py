@@ -1,0 +1,170 @@
+"""The products of a dense step, with what is done in their passes, equal the same formulas left to autograd."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae.train import dense_ops, sparse_ops
+from sae.train.activation_functions import BatchTopK, TopK
+from sae.train.recipe import find_recipe
+from sae.train.sae import SAE
+from sae.train.step import Step
+from sae.train.variant import RunConfig
+
+D_IN, D_SAE, BATCH = 6, 40, 32
+
+
+def sae_and_rows(pre_bias: bool = True, *activation) -> tuple[SAE, Tensor]:
+    torch.manual_seed(0)
+    sae = SAE(D_IN, D_SAE, activation, pre_bias=pre_bias).double()
+    for parameter in sae.parameters():
+        torch.nn.init.normal_(parameter)
+    return sae, torch.randn(BATCH, D_IN, dtype=torch.float64)
+
+
+def plain(sae: SAE, x_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pre-activations, latents and reconstruction by the formulas of train/sae.py."""
+    pre_BF = (x_BD - sae.b_dec if sae.pre_bias else x_BD) @ sae.W_enc + sae.b_enc
+    return pre_BF, pre_BF.relu(), pre_BF.relu() @ sae.W_dec + sae.b_dec
+
+
+def gradients(sae: SAE, loss: Tensor) -> dict[str, Tensor | None]:
+    sae.zero_grad()
+    loss.backward()
+    return {name: p.grad for name, p in sae.named_parameters()}
+
+
+LOSSES = {
+    "both": lambda f, recon: recon.square().sum() + 0.3 * dense_ops.total(f) + f[0].square().sum(),
+    "penalty": lambda f, recon: recon.square().sum() + 0.3 * dense_ops.total(f),
+    "reconstruction": lambda f, recon: recon.square().sum(),
+    "latents": lambda f, recon: f.square().sum(),
+}
+
+
+@pytest.mark.parametrize("pre_bias", [True, False])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_relu_step_has_the_latents_and_gradients_of_its_formula(loss: str, pre_bias: bool) -> None:
+    sae, x_BD = sae_and_rows(pre_bias)
+    _, f_BF, recon_BD, _ = sae.run(x_BD)
+    _, expected_f_BF, expected_recon_BD = plain(sae, x_BD)
+    torch.testing.assert_close(f_BF, expected_f_BF)
+    torch.testing.assert_close(recon_BD, expected_recon_BD)
+    got = gradients(sae, LOSSES[loss](f_BF, recon_BD))
+    expected = gradients(sae, LOSSES[loss](expected_f_BF, expected_recon_BD))
+    for name, gradient in expected.items():
+        assert (gradient is None) == (got[name] is None), name
+        if gradient is not None:
+            assert gradient.any()
+            torch.testing.assert_close(got[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("pre_bias", [True, False])
+def test_pre_activations_have_the_gradients_of_their_formula(pre_bias: bool) -> None:
+    sae, x_BD = sae_and_rows(pre_bias)
+    pre_BF = sae.pre_activations(x_BD)
+    torch.testing.assert_close(pre_BF, plain(sae, x_BD)[0])
+    got, expected = gradients(sae, pre_BF.sin().sum()), gradients(sae, plain(sae, x_BD)[0].sin().sum())
+    for name in ("W_enc", "b_enc", "b_dec") if pre_bias else ("W_enc", "b_enc"):
+        torch.testing.assert_close(got[name], expected[name])
+
+
+@pytest.mark.parametrize("activation", [[], [TopK(30)]], ids=["relu", "topk"])
+def test_rows_that_ask_for_a_gradient_get_it_in_training_too(activation) -> None:
+    sae, x_BD = sae_and_rows(True, *activation)
+    found = []
+    for module in (sae.train(), sae.eval()):
+        rows_BD = x_BD.clone().requires_grad_()
+        out = module(rows_BD)
+        found.append(torch.autograd.grad(out.recon_BD.square().sum(), rows_BD)[0])
+    assert found[0].any()
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("frozen", ["W_enc", "W_dec"])
+def test_frozen_weights_get_no_gradient(frozen: str) -> None:
+    sae, x_BD = sae_and_rows()
+    getattr(sae, frozen).requires_grad_(False)
+    got = gradients(sae, LOSSES["both"](*sae.run(x_BD)[1:3]))
+    assert [name for name, gradient in got.items() if gradient is None] == [frozen]
+
+
+def test_latents_in_bfloat16_and_gradients_in_float32() -> None:
+    sae, x_BD = sae_and_rows()
+    sae.float()
+    for activation in ([], [BatchTopK(30)]):
+        sae = SAE(D_IN, D_SAE, activation)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = sae.run(x_BD.float())
+            loss = out.recon_BD.float().square().sum() + dense_ops.total(out.f_BF)
+        assert out.f_BF.dtype == torch.bfloat16 and loss.dtype == torch.float32
+        assert {gradient.dtype for gradient in gradients(sae, loss).values()} == {torch.float32}
+
+
+def test_the_total_is_summed_in_float32() -> None:
+    f_BF = torch.ones(300, 300, dtype=torch.bfloat16, requires_grad=True)
+    total = dense_ops.total(f_BF)
+    assert total.dtype == torch.float32 and float(total) == 90_000  # bfloat16 would make it 90112
+    (gradient,) = torch.autograd.grad(3 * total, f_BF)
+    assert gradient.stride() == (0, 0) and gradient.dtype == torch.bfloat16 and (gradient == 3).all()
+
+
+def test_the_squared_error_and_its_gradient() -> None:
+    recon_BD = torch.tensor([[1.0, 2.0], [0.0, 3.0]], requires_grad=True)
+    error = dense_ops.squared_error(recon_BD, torch.tensor([[0.0, 4.0], [0.0, 0.0]]))
+    assert float(error) == 1 + 4 + 9
+    (0.5 * error).backward()
+    assert recon_BD.grad.tolist() == [[1.0, -2.0], [0.0, 3.0]]
+
+
+# --- what a step holds ------------------------------------------------------------------------------------------------
+
+
+def step_of(recipe: str, monkeypatch, **options) -> Step:
+    monkeypatch.setattr(sparse_ops, "SPARSE_FROM", {"cpu": 1})
+    torch.manual_seed(0)
+    variant = find_recipe(recipe).make(RunConfig(D_IN, D_SAE, 10, BATCH), options)
+    return variant(torch.tensor(0), torch.randn(BATCH, D_IN), torch.optim.AdamW(variant.parameters()))
+
+
+def test_counts_are_those_of_the_latents_and_need_no_dense_ones(monkeypatch) -> None:
+    for recipe, options in (("relu", {}), ("topk", {"k": 3}), ("batchtopk", {"k": 2.5}), ("jumprelu", {})):
+        step = step_of(recipe, monkeypatch, **options)
+        counts_F, l0, fired_F = step.counts_F, step.l0, step.fired_F
+        assert (step.kept is not None) == (step.computed_f_BF is None) == ("topk" in recipe)
+        active_BF = step.f_BF != 0
+        assert torch.equal(counts_F, active_BF.sum(0).float()) and torch.equal(fired_F, active_BF.any(0))
+        assert float(l0) == pytest.approx(float(active_BF.float().sum(1).mean())) and 0 < counts_F.min() + l0
+
+
+def test_counts_follow_new_latents(monkeypatch) -> None:
+    step = step_of("relu", monkeypatch)
+    assert step.l0 > 1 and step.fired_F.sum() > 1
+    step.f_BF = torch.eye(BATCH, D_SAE)
+    assert float(step.l0) == 1 and step.fired_F.sum() == BATCH
+
+
+def test_dense_latents_have_their_gradient_whoever_reads_them_first(monkeypatch) -> None:
+    step = step_of("topk", monkeypatch, k=3)
+    with torch.no_grad():
+        assert step.f_BF.any()
+    step.f_BF.sum().backward()
+    assert step.sae.W_enc.grad.any()
+
+
+def test_relu_keeps_no_pre_activations_and_says_what_to_do(monkeypatch) -> None:
+    step = step_of("relu", monkeypatch)
+    with pytest.raises(AttributeError, match="step.sae.pre_activations"):
+        step.pre_BF  # noqa: B018
+    torch.testing.assert_close(step.sae.pre_activations(step.x_BD).relu(), step.f_BF)
+
+
+def test_batchtopk_chooses_the_largest_of_the_batch_by_groups() -> None:
+    """The same values as one `topk` of all, ascending by token; groups of 8 are used where they pay."""
+    torch.manual_seed(0)
+    for k, d_sae in ((2.5, 64), (2.5, 63), (30.0, 64)):
+        z_BF = torch.randn(BATCH, d_sae)
+        index_N = BatchTopK(k).select(z_BF)
+        expected = z_BF.flatten().topk(int(k * BATCH)).values
+        assert torch.equal(z_BF.flatten()[index_N].sort(descending=True).values, expected)
+        assert (index_N.diff() > 0).all()
