@@ -1,9 +1,10 @@
 """Disks that are full or read-only."""
 
+import shutil
 from pathlib import Path
 
-from faults.command import HARVEST, OK, OUTSIDE, TRAIN, sae
-from faults.inputs import copy_folder, count_commits, disk, remount, same_bytes
+from faults.command import HARVEST, OK, OUTSIDE, TRAIN, Command, sae
+from faults.inputs import copy_folder, count_commits, disk, remount, same_bytes, wait_until
 from faults.table import Matrix
 
 
@@ -27,6 +28,7 @@ def full_disks(m: Matrix) -> None:
             if outcome.code or not all(holds):
                 after = f"{where}; after space was freed the same command ended with {again.code} and the same bytes"
                 m.row(f"disk of {size} kB, full in the middle", outcome, OUTSIDE, after, *holds)
+    full_while_training(m)
     with disk("locked", "10m"):
         copy_folder("locked/cache")
         remount("locked", "ro")
@@ -46,3 +48,29 @@ def full_disks(m: Matrix) -> None:
             into = "" if words[0] == "cache" else f" {words[-2]} {words[-1]}"
             m.row(f"read-only disk: `sae {name}{into}`", outcome, code, "unchanged", same_bytes("locked/cache"))
         remount("locked", "rw")
+
+
+def full_while_training(m: Matrix) -> None:
+    """A disk that something else fills between two checkpoints; lines of metrics still fit, a checkpoint does not."""
+    words = [*TRAIN, "--cache", "whole", "--steps", 600, "--checkpoint-every", 20]
+    with disk("filling", "4m"):
+        command = Command(*words, "--out", "filling/runs")
+        wait_until(command, lambda: any(Path("filling/runs").glob("*/checkpoints/step-00000040/state.json")))
+        free = shutil.disk_usage("filling").free
+        Path("filling/other").write_bytes(bytes(free - 30_000))
+        outcome = command.wait()
+        (run,) = Path("filling/runs").iterdir()
+        whole = sorted(path.parent.name for path in run.glob("checkpoints/*/state.json"))
+        Path("filling/other").unlink()
+        again = sae(*words, "--out", "filling/runs")
+        undisturbed = sae(*words, "--out", "runs-undisturbed")
+        files = [next(Path(out).glob("*/sae.safetensors")) for out in ("filling/runs", "runs-undisturbed")]
+        m.row(
+            "disk full while a checkpoint is written and training goes on",
+            outcome,
+            OUTSIDE,
+            f"{len(whole)} checkpoints; after space was freed the same command goes on, and ends in the same bytes",
+            len(whole) == 2,
+            again.code == undisturbed.code == OK,
+            files[0].read_bytes() == files[1].read_bytes(),
+        )
