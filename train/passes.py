@@ -124,22 +124,26 @@ def plan_passes(runs: Sequence[AnyRun], device: str, streaming: bool = False) ->
     return [list(runs)] if runs else []
 
 
-def copied_bytes(runs: Sequence[BuildableRun]) -> int:
-    """Bytes of host memory for copies of the states of runs, from which checkpoints are written while they train."""
-    return sum(state_bytes(untrained_variant(run, "meta")) for run in runs)
+def copied_bytes(runs: Sequence[BuildableRun], device: str) -> int:
+    """Bytes of host memory for copies of the states of runs, from which checkpoints are written while they train.
+
+    Those of a GPU are in pinned memory, of which torch takes a power of two.
+    """
+    sizes = [state_bytes(untrained_variant(run, "meta")) for run in runs]
+    return sum(1 << (size - 1).bit_length() if torch.device(device).type == "cuda" else size for size in sizes)
 
 
 def copies_fit(runs: Sequence[BuildableRun], device: str) -> bool:
     """Whether these copies fit into the host memory that is free now, beside what else a pass takes of it."""
-    copies, budget = copied_bytes(runs), FREE_SHARE * available_memory("cpu")
+    copies, budget = copied_bytes(runs, device), FREE_SHARE * available_memory("cpu")
     if torch.device(device).type == "cuda":
         return copies + max(map(host_bytes, runs)) <= budget
     return copies + sum(map(memory_bound, runs)) <= budget or copies + pass_memory(runs, device).total <= budget
 
 
-def describe_copies(passes: Sequence[Sequence[BuildableRun]], in_background: bool) -> str:
+def describe_copies(passes: Sequence[Sequence[BuildableRun]], device: str, in_background: bool) -> str:
     """The line of a plan that says how checkpoints are written."""
-    size = format_bytes(max(map(copied_bytes, passes)))
+    size = format_bytes(max(copied_bytes(runs, device) for runs in passes))
     if in_background:
         return f"saved    while training goes on, from copies of the states: {size} of host memory"
     return (

@@ -179,9 +179,10 @@ class TrainPlan:
         lines += dict.fromkeys(filter(None, (describe_precision(run.config.precision) for run in self.unfinished)))
         if self.unfinished:
             lines.append(describe_size(self.unfinished, self.unfinished[0].folder.parent))
-            lines += describe_passes(self.planned_passes, resolve_device(self.config.device))
+            device = resolve_device(self.config.device)
+            lines += describe_passes(self.planned_passes, device)
             if time or not self.in_background:
-                lines.append(describe_copies(self.passes, self.in_background))
+                lines.append(describe_copies(self.passes, device, self.in_background))
             if time:
                 lines += describe_time(self.passes, self.config.device)
         if time and (started := [run for run in self.unfinished if (run.folder / "checkpoints").exists()]):

@@ -21,6 +21,7 @@ from sae.common.files import os_error
 from sae.train import checkpoint, checkpoint_writer, passes, shared_pass
 from sae.train.checkpoint import training_state
 from sae.train.checkpoint_writer import CheckpointWriter, StateFile
+from sae.train.memory import host_bytes
 from sae.train.plan import TrainConfig, plan_training
 from sae.train.progress import TrainProgress
 from sae.train.recipe import RECIPES
@@ -228,8 +229,9 @@ def test_the_plan_counts_the_copies(sparse_cache, tmp_path: Path, monkeypatch) -
     config = make_config(sparse_cache, "relu", "topk", out=tmp_path)
     plan = plan_training(config)
     state = 4 * 3 * (2 * 32 * 128 + 128 + 32)  # weights and two moments
-    copies = passes.copied_bytes(plan.runs)
+    copies = passes.copied_bytes(plan.runs, "cpu")
     assert 2 * state < copies < 2.2 * state and plan.in_background
+    assert passes.copied_bytes(plan.runs, "cuda") == 2 << 17 > copies  # torch pins a power of two for each run
     (line,) = (line for line in plan.describe(time=True) if line.startswith("saved"))
     assert line == f"saved    while training goes on, from copies of the states: {copies / 1e6:.1f} MB of host memory"
 
@@ -237,6 +239,9 @@ def test_the_plan_counts_the_copies(sparse_cache, tmp_path: Path, monkeypatch) -
     for extra, fits in ((-1, False), (1, True)):
         monkeypatch.setenv("SAE_MEMORY_GB", str((needed + copies + extra) / passes.FREE_SHARE / 1e9))
         assert plan_training(config).in_background is fits
+        on_gpu = passes.copied_bytes(plan.runs, "cuda") + max(map(host_bytes, plan.runs))  # the runs are elsewhere
+        monkeypatch.setenv("SAE_MEMORY_GB", str((on_gpu + extra) / passes.FREE_SHARE / 1e9))
+        assert passes.copies_fit(plan.runs, "cuda") is fits
     monkeypatch.setenv("SAE_MEMORY_GB", str((needed + copies / 2) / passes.FREE_SHARE / 1e9))
     waiting = plan_training(config)
     (line,) = (line for line in waiting.describe() if line.startswith("saved"))
