@@ -38,7 +38,7 @@ LOSSES = {
     "both": lambda f, recon: recon.square().sum() + 0.3 * dense_ops.total(f) + f[0].square().sum(),
     "penalty": lambda f, recon: recon.square().sum() + 0.3 * dense_ops.total(f),
     "reconstruction": lambda f, recon: recon.square().sum(),
-    "latents": lambda f, recon: f.square().sum(),
+    "latents": lambda f, recon: f.square().sum() + 0.3 * dense_ops.total(f),
 }
 
 
