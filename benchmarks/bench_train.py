@@ -80,7 +80,11 @@ def make_step(trainer: Trainer, config: RunConfig) -> Step:
     def step(number: int) -> object:
         return trainer.step(x[number % len(x)])
 
-    step(0)
+    first = trainer.step(x[0])
+    with torch.no_grad():  # an empty table of pairs would cost less than a filled one
+        for mechanism in trainer.variant.mechanisms:
+            if mechanism.every:
+                mechanism.every_n_steps(first)
     return step
 
 

@@ -291,6 +291,8 @@ LATER_ENTRIES: Mapping[str, Any] = {
     "below": 0.01,
     "stability": "any",
     "precision": "float32",
+    "pair_choice": "exact",
+    "turns": 1,
 }
 
 

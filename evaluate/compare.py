@@ -20,6 +20,7 @@ from ..cache.models import model_label
 from ..common.errors import UsageError
 from ..common.escaping import escape_for_csv
 from ..common.precision import recorded_precision
+from .compared_pairs import note_of_pairs
 from .compared_runs import ComparedRun, read_references, read_results, read_run, without_weights
 from .control_notes import KnownVerdicts, control_notes
 from .control_shares import share_cells, share_lines
@@ -152,7 +153,15 @@ def compare_runs(folders: Sequence[Path], mix: bool = False, references: bool = 
         )
     read = cache(read_results)
     runs = [
-        replace(run, notes=[*notes_beside(run, read_references([run], read)), *mixed_seeds(run, runs)]) for run in runs
+        replace(
+            run,
+            notes=[
+                *notes_beside(run, read_references([run], read)),
+                *mixed_seeds(run, runs),
+                *note_of_pairs(run.record),
+            ],
+        )
+        for run in runs
     ]
     systems, beside = group_by_system(runs), {} if differences else name_references(read_references(runs, read))
     shown = [ComparedSystem(name, list(found.values())) for name, found in beside.items()] if references else []

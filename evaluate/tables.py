@@ -104,7 +104,7 @@ def notes(rows: Sequence[MeasuredRun], shown: Collection[str] | None = None) -> 
         sentences.append(f"{metric}, {name}{others}: {flag}")
     shares = [SHARE_NOTE] if any(row.is_control for row in rows) and not all(row.is_control for row in rows) else []
     beside = dict.fromkeys(note for row in rows for note in row.control_notes)  # the runs of a system share them
-    return [*sentences, *caveats(shown), *(note for row in rows for note in row.notes), *beside, *shares]
+    return [*sentences, *caveats(shown), *dict.fromkeys(note for row in rows for note in row.notes), *beside, *shares]
 
 
 def column_heading(column: MetricColumn) -> str:

@@ -32,7 +32,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 }
 # The parts of evaluate/, lowest first: a part may import itself and the parts before it.
 EVALUATE_ORDER: tuple[tuple[str, ...], ...] = (
-    ("artifacts", "charts", "sae_text", "statistics"),
+    ("artifacts", "charts", "compared_pairs", "sae_text", "statistics"),
     ("context",),
     ("datasets",),
     ("metrics",),

@@ -16,6 +16,7 @@ from functools import partial, wraps
 from typing import Any, Literal, get_args, get_origin
 
 from ..common.errors import UsageError, did_you_mean
+from ..common.schemas import LATER_ENTRIES
 from .l0_control import control_l0
 from .optimization import CENTERING, Optimization
 from .options import DeclaredBy, RecipeOptions, options_class, read_option_docs, read_options
@@ -125,8 +126,9 @@ class Recipe:
     def options_before(self, config: RunConfig, stored: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Every option of a run that was started with the `stored` ones, and a list of problems.
 
-        An option that is newer than the run has its plain default, which does what was done before there was the
-        option: not what `--paper-exact` sets, nor what the recipe sets for its optimizer.
+        An option that is newer than the run does what was done before there was the option. That is its value in
+        `LATER_ENTRIES`, or else its plain default: not what `--paper-exact` sets, nor what the recipe sets for its
+        optimizer.
         """
         valid, problems = self.check_types({n: value for n, value in stored.items() if n in self.option_types()})
         removed = ", ".join(f"{name}={value}" for name, value in stored.items() if name not in self.option_types())
@@ -136,6 +138,7 @@ class Recipe:
                 "Resume it with the version that started it, or start a new run with --out."
             )
         plain, _ = scale_options(dict(self.options), config, stored.get("normalize") == "none")
+        plain |= {name: value for name, value in LATER_ENTRIES.items() if name in plain}
         # As stored, not as a float where one is meant: a scaled k is an int, and sae.json would differ.
         return {**plain, **asdict(Optimization()), **{name: stored[name] for name in valid}}, problems
 

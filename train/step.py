@@ -124,7 +124,6 @@ class LossTerm(nn.Module, ABC):
     undivided: str = "not all of its losses are known to be means over tokens"
     reads_batch = False  # whether it reads `step.whole.error_BD` or `step.whole.l0`
     sparsity = False  # whether a larger coefficient leaves fewer latents active, so that `--l0` can move it
-    all_pairs = False  # whether it makes matrices of all pairs of latents
 
     @abstractmethod
     def forward(self, step: Step) -> Tensor: ...

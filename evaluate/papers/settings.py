@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..compared_pairs import ALL_PAIRS, compared_pairs
 from ..tables import describe_model
 from .claims import Paper, PaperSetup
 from .runs import SystemRun
@@ -82,6 +83,7 @@ def setting_rows(setup: PaperSetup) -> list[SettingRow]:
         SettingRow("weight decay", describe_decay(vars(setup)), lambda run: describe_decay(run.resolved), str, "none"),
         SettingRow("initial b_dec", None, option("b_dec_init"), str, "zero"),
         SettingRow("warm-up of the L1 penalty", None, l1_warmup, steps, 0),
+        SettingRow("pairs compared in a step", None, lambda run: compared_pairs(run.run.record), str, ALL_PAIRS),
         SettingRow("dataset", setup.dataset.split("/")[-1], dataset_name),
         SettingRow("context", setup.context, lambda run: run.run.origin.get("context"), plain),
     ]  # fmt: skip

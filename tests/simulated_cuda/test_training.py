@@ -1,7 +1,6 @@
 """Every recipe on the simulated GPU: nothing waits in a step, and the run ends as on a CPU."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -33,15 +32,8 @@ VARIED = (
     ("relu", ("normalize=standardize",)),
     ("topk", ("normalize=layer_norm",)),
     ("collapse-08", ("importance=groups",)),
+    ("decorrelation", ("block=16",)),
 )
-
-
-TABLE = "train/variants/competition/pairs.py:"  # its gradients are added by an index: docs/gpu.md
-
-
-def unordered(walked: dict[str, Any]) -> list[str]:
-    """What can have other bits in a second run on a GPU, but for the table of pairs."""
-    return [line for line in walked["unordered"] if not line.startswith(TABLE)]
 
 
 def divisible(recipe: str) -> bool:
@@ -54,7 +46,7 @@ def test_a_step_waits_for_nothing_and_a_run_ends_as_on_a_cpu(gpu: SimulatedGPU, 
     """With products by the kept latents where a recipe has them. The saved SAE, the checkpoint, the metrics and what
     is resumed are equal bit for bit."""
     walked = gpu("training.walk", recipe=recipe, sparse=True)
-    assert walked["waits"] == unordered(walked) == []
+    assert walked["waits"] == walked["unordered"] == []
     assert walked["apart"] == {}
     assert walked["dead"] > 0  # so that AuxK and what restarts latents have work to do
 
@@ -63,7 +55,7 @@ def test_a_step_waits_for_nothing_and_a_run_ends_as_on_a_cpu(gpu: SimulatedGPU, 
 def test_nor_does_a_step_in_parts(gpu: SimulatedGPU, recipe: str) -> None:
     """`--accumulate`, with what reads the whole batch before its gradients."""
     walked = gpu("training.walk", recipe=recipe, sparse=True, parts=4)
-    assert walked["waits"] == unordered(walked) == []
+    assert walked["waits"] == walked["unordered"] == []
     assert walked["apart"] == {}
 
 
@@ -71,7 +63,7 @@ def test_nor_does_a_step_in_parts(gpu: SimulatedGPU, recipe: str) -> None:
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_the_same_with_dense_products(gpu: SimulatedGPU, recipe: str) -> None:
     walked = gpu("training.walk", recipe=recipe)
-    assert walked["waits"] == unordered(walked) == []
+    assert walked["waits"] == walked["unordered"] == []
     assert walked["apart"] == {}
 
 
@@ -79,7 +71,7 @@ def test_the_same_with_dense_products(gpu: SimulatedGPU, recipe: str) -> None:
 @pytest.mark.parametrize("recipe", [recipe for recipe in sorted(RECIPES) if divisible(recipe)])
 def test_the_same_in_parts_for_every_recipe_that_has_them(gpu: SimulatedGPU, recipe: str) -> None:
     walked = gpu("training.walk", recipe=recipe, sparse=True, parts=2)
-    assert walked["waits"] == unordered(walked) == []
+    assert walked["waits"] == walked["unordered"] == []
     assert walked["apart"] == {}
 
 
@@ -89,7 +81,7 @@ def test_the_same_in_parts_for_every_recipe_that_has_them(gpu: SimulatedGPU, rec
 def test_under_autocast_a_run_ends_near_that_of_a_cpu(gpu: SimulatedGPU, recipe: str, sparse: bool) -> None:
     """Products in bfloat16, as on a GPU, beside those in float32."""
     walked = gpu("training.walk", recipe=recipe, sparse=sparse, autocast=True)
-    assert walked["waits"] == unordered(walked) == []
+    assert walked["waits"] == walked["unordered"] == []
     apart = {name: share for name, share in walked["apart"].items() if share > BOUNDS.get(name, float("inf"))}
     assert apart == {} and walked["apart"]["metrics/loss"] > 0
 
@@ -101,7 +93,7 @@ def test_the_same_with_parts_that_options_add(
     gpu: SimulatedGPU, recipe: str, options: tuple[str, ...], sparse: bool
 ) -> None:
     walked = gpu("training.walk", recipe=recipe, options=options, sparse=sparse)
-    assert walked["waits"] == unordered(walked) == []
+    assert walked["waits"] == walked["unordered"] == []
     assert walked["apart"] == {}
 
 
@@ -115,7 +107,7 @@ def test_the_same_for_every_system_of_a_paper_in_every_reading(gpu: SimulatedGPU
             "training.walk", recipe=job.recipe, options=job.options, paper_exact=job.paper_exact,
             d_sae=4 * parse_width(job.width, find_recipe(job.recipe), 16), sparse=True,
         )  # fmt: skip
-        assert walked["waits"] == unordered(walked) == [], job
+        assert walked["waits"] == walked["unordered"] == [], job
         assert walked["apart"] == {}, job
 
 

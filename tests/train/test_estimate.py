@@ -127,7 +127,7 @@ def test_a_dry_run_takes_little_of_the_memory(monkeypatch):
     with pytest.raises(
         UnavailableError, match="not timed: a step of decorrelation"
     ):  # a matrix of all pairs of latents
-        step_seconds(Spec(find_recipe("decorrelation"), {}, wide), "cpu")
+        step_seconds(Spec(find_recipe("decorrelation"), {"pair_choice": "exact"}, wide), "cpu")
     monkeypatch.setattr(estimate, "available_memory", lambda device: 5e8)  # enough for all but the pairs
     with pytest.raises(UnavailableError, match="not timed: a step of competition"):
         step_seconds(Spec(find_recipe("competition"), {"pair_store": "dense"}, wide), "cpu")

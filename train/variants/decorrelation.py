@@ -3,10 +3,11 @@
     L = |x - x_hat|^2 + l1 |f|_1 + strength R(tau)                          (1)
     R = mean over the most correlated 0.1 % of pairs of ReLU(|C_ij| - tau)  (3)
 
-The paper's nine runs ended after zero steps, so it measured nothing.
+The paper's nine runs ended after zero steps, so it measured nothing. By default a step seeks S_t among random pairs
+(`pair_choice`); `sae reproduce 003` among all, as printed.
 """
 
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,54 +24,142 @@ SPARSE_FROM = 64  # if at most one in so many of n^2 pairs is chosen, gathering 
 class Decorrelation(LossTerm):
     """R(tau): penalize the correlation of only those pairs that fire together most (3).
 
-    Paper: claims O(n); finding the pairs takes the dense C, O(B n^2), and a share of the pairs is O(n^2) of them. C is
-    computed without a gradient. The gradient of R is S f_hat, S_ij = 1/|S_t| for the chosen pairs over tau: O(B pairs)
-    while they are few, another product of C's size when they are many.
+    `pair_choice` says among which pairs they are sought in a step:
+        exact    all n (n - 1)/2 of them. Paper: claims O(n), but the dense C takes O(B n^2), and a share of the pairs
+                 is O(n^2) of them.
+        blocks   those in the same block, after the latents were put in a random order and cut into blocks of about
+                 `block`: O(B n block). Each step has another order, so every pair has the same chance. (2) to (4) are
+                 those of these pairs: tau and R are estimates from a random share of all pairs.
+
+    C is computed without a gradient. The gradient of R is S f_hat, S_ij = 1/|S_t| for the chosen pairs over tau.
 
     Args:
-        fraction: |S_t| over n (n - 1)/2, the number of pairs.
+        fraction: |S_t| over the number of pairs among which it is sought.
         tau_over: The pairs whose correlations give tau, see `decorrelation`.
+        pair_choice: Where the most correlated pairs are sought.
+        block: Latents in a block. A dictionary of fewer than 1.5 blocks is one block.
     """
 
-    all_pairs = True
     undivided = "the correlations of latents are those of the whole batch"
+    seed: Tensor  # () int64, of the random orders
 
-    def __init__(self, fraction: float = 0.001, tau_over: Literal["alive", "all"] = "alive") -> None:
+    def __init__(
+        self,
+        fraction: float = 0.001,
+        tau_over: Literal["alive", "all"] = "alive",
+        pair_choice: Literal["blocks", "exact"] = "blocks",
+        block: int = 256,
+    ) -> None:
         super().__init__()
-        self.fraction, self.tau_over = fraction, tau_over
+        self.fraction, self.tau_over, self.pair_choice, self.block = fraction, tau_over, pair_choice, block
+        if pair_choice == "blocks":
+            self.register_buffer("seed", torch.tensor(torch.initial_seed() % 2**62))
 
     def forward(self, step: Step) -> Tensor:
         with torch.autocast(step.f_BF.device.type, enabled=False):  # correlations in float32
-            return self.penalty(step)
+            f_BF = step.f_BF.float()
+            return self.penalty(step, f_BF) if self.pair_choice == "exact" else self.penalty_in_blocks(step, f_BF)
 
-    def penalty(self, step: Step) -> Tensor:
-        f_BF = step.f_BF.float()
-        n = f_BF.shape[1]
-        unit_BF = f_BF / f_BF.norm(dim=0).clamp_min(1e-8)
-        with torch.no_grad():
-            corr_FF = unit_BF.T @ unit_BF  # (2); a latent that is silent in the batch has a column of zeros
-            alive = (corr_FF.diagonal() > 0.5).sum()
-            counted = alive if self.tau_over == "alive" else torch.full_like(alive, n)
-            pairs = (counted * (counted - 1) / 2).clamp_min(1)
-            upper_FF = corr_FF.triu_(1)  # C is not negative, as latents are not: |C| = C
-            mean = upper_FF.sum() / pairs
-            sd = (upper_FF.square().sum() / pairs - mean.square()).clamp_min(0).sqrt()
-            tau = mean + sd  # (4). Paper: tau is a statistic; with a gradient it would correlate every other pair
-            top = upper_FF.flatten().topk(max(1, round(self.fraction * n * (n - 1) / 2)), sorted=False)
-        step.metrics |= {"tau": tau, "mean_correlation": mean, "sd_correlation": sd}
+    def choose(self, corr_GMM: Tensor, step: Step) -> "ChosenPairs":
+        """The most correlated pairs of each block; C has the blocks' correlations, and becomes its upper triangle."""
+        blocks, size, _ = corr_GMM.shape
+        alive_G = (corr_GMM.diagonal(dim1=1, dim2=2) > 0.5).sum(1)  # a silent latent has a column of zeros
+        counted_G = alive_G if self.tau_over == "alive" else torch.full_like(alive_G, size)
+        pairs = (counted_G * (counted_G - 1) / 2).sum().clamp_min(1)
+        upper_GMM = corr_GMM.triu_(1)  # C is not negative, as latents are not: |C| = C
+        mean = upper_GMM.sum() / pairs
+        sd = (upper_GMM.square().sum() / pairs - mean.square()).clamp_min(0).sqrt()
+        tau = mean + sd  # (4). Paper: tau is a statistic; with a gradient it would correlate every other pair
+        count = max(1, round(self.fraction * blocks * size * (size - 1) / 2))
+        top = upper_GMM.flatten().topk(count, sorted=False)
         # If fewer pairs fire together than `fraction` asks for, the rest are zeros of the lower triangle, not pairs.
         # They do not pass, since tau is not negative.
         passes_P = top.values > tau
-        step.metrics["pairs_over_tau"] = passes_P.sum()
-        if SPARSE_FROM * len(top.indices) < n * n:
+        step.metrics |= {"tau": tau, "mean_correlation": mean, "sd_correlation": sd, "pairs_over_tau": passes_P.sum()}
+        return ChosenPairs(upper_GMM, top.values, top.indices, passes_P, tau)
+
+    def penalty(self, step: Step, f_BF: Tensor) -> Tensor:
+        """R over all pairs."""
+        n = f_BF.shape[1]
+        unit_BF = f_BF / f_BF.norm(dim=0).clamp_min(1e-8)
+        with torch.no_grad():
+            chosen = self.choose((unit_BF.T @ unit_BF)[None], step)  # (2)
+        if SPARSE_FROM * len(chosen.index_P) < n * n:
             unit_FB = unit_BF.T.contiguous()
-            cosine_P = (unit_FB[top.indices // n] * unit_FB[top.indices % n]).sum(1)
-            return ((cosine_P - tau) * passes_P).mean()
-        value = ((top.values - tau) * passes_P).mean()
-        weight_FF = torch.zeros_like(upper_FF).flatten().scatter(0, top.indices, passes_P / len(top.indices)).view(n, n)
+            cosine_P = (unit_FB[chosen.index_P // n] * unit_FB[chosen.index_P % n]).sum(1)
+            return ((cosine_P - chosen.tau) * chosen.passes_P).mean()
+        weight_FF = chosen.weight_GMM[0]
         unit = unit_BF.detach()
         product = ((unit @ (weight_FF + weight_FF.T)) * unit_BF).sum()
-        return value + (product - product.detach())
+        return chosen.value + (product - product.detach())
+
+    def penalty_in_blocks(self, step: Step, f_BF: Tensor) -> Tensor:
+        """R over the pairs of this step's blocks."""
+        n = f_BF.shape[1]
+        blocks = max(1, round(n / self.block))
+        size = n // blocks
+        order_N = random_order(step.i, self.seed, n)[: blocks * size]  # a few latents are in no block in this step
+        with torch.no_grad():
+            f_GBM = f_BF.detach().index_select(1, order_N).unflatten(1, (blocks, size)).transpose(0, 1)
+            gram_GMM = f_GBM.mT @ f_GBM
+            scale_GM = 1 / gram_GMM.diagonal(dim1=1, dim2=2).sqrt().clamp_min(1e-8)
+            scale_GMM = scale_GM[:, :, None] * scale_GM[:, None]
+            chosen = self.choose(gram_GMM * scale_GMM, step)
+            # R's gradient to a latent of length l is (sum_j S_ij f_hat_j - (sum_j S_ij C_ij) f_hat_i) / l.
+            weight_GMM = chosen.weight_GMM
+            share_GMM = weight_GMM * chosen.upper_GMM
+            weight_GMM = weight_GMM + weight_GMM.mT - torch.diag_embed(share_GMM.sum(1) + share_GMM.sum(2))
+        value: Tensor = BlockGradient.apply(f_BF, chosen.value, f_GBM, weight_GMM * scale_GMM, order_N)
+        return value
+
+
+class ChosenPairs(NamedTuple):
+    """The pairs of S_t; `index_P` is their place in the upper triangles of the blocks."""
+
+    upper_GMM: Tensor
+    value_P: Tensor
+    index_P: Tensor
+    passes_P: Tensor
+    tau: Tensor
+
+    @property
+    def value(self) -> Tensor:
+        """R (3)."""
+        return ((self.value_P - self.tau) * self.passes_P).mean()
+
+    @property
+    def weight_GMM(self) -> Tensor:
+        """S: 1/|S_t| for the pairs over tau, else 0, in the upper triangles."""
+        weight = torch.zeros_like(self.upper_GMM).flatten()
+        return weight.scatter(0, self.index_P, self.passes_P / len(self.index_P)).view_as(self.upper_GMM)
+
+
+def random_order(i: Tensor, seed: Tensor, n: int) -> Tensor:
+    """A random order of n latents for step i: a hash (splitmix64) of step and latent, so that nothing has to be kept.
+
+    A generator's state would be read by the host, and a checkpoint would have to hold it.
+    """
+    z_F = (torch.arange(n, device=i.device) + i * n + seed) * -0x61C8864680B583EB
+    z_F = (z_F ^ (z_F >> 30)) * -0x40A7B892E31B1A47
+    z_F = (z_F ^ (z_F >> 27)) * -0x6B2FB644ECCEEE15
+    return (z_F ^ (z_F >> 31)).argsort(stable=True)
+
+
+class BlockGradient(torch.autograd.Function):
+    """A value, whose gradient to the latents in the blocks is f M, and 0 to the others."""
+
+    @staticmethod
+    def forward(ctx: Any, f_BF: Tensor, value: Tensor, f_GBM: Tensor, matrix_GMM: Tensor, order_N: Tensor) -> Tensor:
+        ctx.save_for_backward(f_GBM, matrix_GMM, order_N)
+        ctx.latents = f_BF.shape[1]
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
+        f_GBM, matrix_GMM, order_N = ctx.saved_tensors
+        g_BN = (f_GBM @ (matrix_GMM * gradient[0])).transpose(0, 1).flatten(1)
+        g_BF = g_BN.new_zeros(len(g_BN), ctx.latents)
+        return g_BF.index_copy_(1, order_N, g_BN), None, None, None, None
 
 
 class PenalizedPairs(Mechanism):
@@ -89,7 +178,12 @@ class PenalizedPairs(Mechanism):
         return {"penalized_pairs": self.acted_pairs}
 
 
-@recipe("decorrelation", paper="003", equations="(1)-(5)", width=1, paper_exact={})
+PAPER_EXACT: dict[str, tuple[Any, str]] = {
+    "pair_choice": ("exact", "C of all pairs has n^2 entries and takes more than the rest of a step"),
+}
+
+
+@recipe("decorrelation", paper="003", equations="(1)-(5)", width=1, paper_exact=PAPER_EXACT)
 def decorrelation(
     config: RunConfig,
     strength: float = 0.1,
@@ -98,6 +192,8 @@ def decorrelation(
     l1_warmup: int | None = None,
     pre_bias: bool = False,
     tau_over: Literal["alive", "all"] = "alive",
+    pair_choice: Literal["blocks", "exact"] = "blocks",
+    block: int = 256,
 ) -> Variant:
     """`relu` plus a penalty on the most correlated 0.1 % of pairs.
 
@@ -105,7 +201,8 @@ def decorrelation(
     L1 penalty is printed (l1_warmup=0). tau is of all off-diagonal correlations (4), but a latent that is silent in the
     batch has none, since (2) is 0/0: by default its pairs are left out (tau_over=all counts them as 0). 5.1 has tau
     follow running statistics, (4) those of step t, which are used. (5) normalizes the rows of W_dec after each update;
-    the gradient along each row is removed before it, too, so that Adam's moments hold none of it.
+    the gradient along each row is removed before it, too, so that Adam's moments hold none of it. S_t is chosen among
+    all pairs (3), which costs more than the rest of a step; by default among random pairs, other ones in each step.
 
     Args:
         strength: Strength of the penalty R (1).
@@ -115,10 +212,15 @@ def decorrelation(
         pre_bias: Subtract b_dec from the encoder's input.
         tau_over: Pairs whose mean and standard deviation give tau (4). alive: those of two latents that fire in the
             batch. all: every pair; the correlation of a silent latent counts as 0.
+        pair_choice: Pairs among which a step seeks the most correlated ones. exact: all (3). blocks: those within
+            blocks of latents, which are put together at random in each step; far cheaper in a wide dictionary.
+        block: Latents in a block, about. A dictionary of fewer than 1.5 blocks is a single one, with all its pairs.
     """
     if not 0 < fraction <= 1:
         raise UsageError(f"invalid fraction={fraction:g}: expected a share of the pairs above 0 and up to 1.")
+    if block < 2:
+        raise UsageError(f"invalid block={block}: expected 2 latents or more.")
     variant = relu(config, l1=l1, l1_warmup=l1_warmup, pre_bias=pre_bias)
-    variant.add_term("decorrelation", strength, Decorrelation(fraction, tau_over))
+    variant.add_term("decorrelation", strength, Decorrelation(fraction, tau_over, pair_choice, block))
     variant.mechanisms.insert(1, PenalizedPairs())
     return variant

@@ -44,16 +44,17 @@ def sparse_latents() -> torch.Tensor:
     return f_BF
 
 
+@pytest.mark.parametrize("pair_choice", ["exact", "blocks"])  # these latents are one block
 @pytest.mark.parametrize("tau_over", ["alive", "all"])
 @pytest.mark.parametrize("fraction", [0.002, 0.01, 0.1, 0.5, 1.0])
-def test_decorrelation_is_its_definition(fraction: float, tau_over: str) -> None:
+def test_decorrelation_is_its_definition(fraction: float, tau_over: str, pair_choice: str) -> None:
     """Value, statistics and gradient, with silent latents; at fraction 1 fewer pairs fire than the fraction allows."""
     exact_BF = sparse_latents().requires_grad_()
     value, mean, tau, over = decorrelation_reference(exact_BF, fraction, tau_over)
     value.backward()
     latents_BF = sparse_latents().float().requires_grad_()
     step = step_with(latents_BF)
-    found = Decorrelation(fraction, tau_over)(step)
+    found = Decorrelation(fraction, tau_over, pair_choice)(step)
     found.backward()
     assert over > 0 and int(step.metrics["pairs_over_tau"]) == over
     assert float(step.metrics["mean_correlation"]) == pytest.approx(mean, rel=1e-4)
@@ -78,9 +79,11 @@ def test_decorrelation_of_four_latents_worked_by_hand() -> None:
         assert int(step.metrics["pairs_over_tau"]) == over
 
 
-def test_correlations_do_not_depend_on_the_size_of_latents() -> None:
+@pytest.mark.parametrize("pair_choice", ["exact", "blocks"])
+def test_correlations_do_not_depend_on_the_size_of_latents(pair_choice: str) -> None:
     sizes_F = torch.logspace(-5, 3, 24)
-    values = [float(Decorrelation(0.1)(step_with(sparse_latents().float() * size))) for size in (1, sizes_F)]
+    loss = Decorrelation(0.1, pair_choice=pair_choice)
+    values = [float(loss(step_with(sparse_latents().float() * size))) for size in (1, sizes_F)]
     assert values[0] > 0 and values[1] == pytest.approx(values[0], rel=1e-4)
 
 
@@ -100,22 +103,24 @@ def test_the_mean_is_over_the_chosen_pairs_whether_they_exceed_tau_or_not() -> N
     torch.testing.assert_close(latents_BF.grad.double(), exact_BF.grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("pair_choice", ["exact", "blocks"])
 @pytest.mark.parametrize("tau_over", ["alive", "all"])
-def test_decorrelation_of_silence_is_zero(tau_over: str) -> None:
+def test_decorrelation_of_silence_is_zero(tau_over: str, pair_choice: str) -> None:
     latents_BF = torch.zeros(8, 6, requires_grad=True)
     step = step_with(latents_BF)
-    value = Decorrelation(0.5, tau_over)(step)
+    value = Decorrelation(0.5, tau_over, pair_choice, block=2)(step)
     value.backward()
     assert value.item() == 0 and not latents_BF.grad.any() and not step.metrics["pairs_over_tau"].any()
 
 
+@pytest.mark.parametrize("pair_choice", ["exact", "blocks"])
 @pytest.mark.parametrize("fraction", [0.01, 0.5])
-def test_correlations_are_computed_in_float32(fraction: float) -> None:
+def test_correlations_are_computed_in_float32(fraction: float, pair_choice: str) -> None:
     """Also where a GPU's autocast gives latents in bfloat16."""
     rounded_BF = sparse_latents().bfloat16()
     exact = decorrelation_reference(rounded_BF.double(), fraction)[0].item()
     with torch.autocast("cpu", torch.bfloat16):
-        found = Decorrelation(fraction)(step_with(rounded_BF))
+        found = Decorrelation(fraction, pair_choice=pair_choice)(step_with(rounded_BF))
     assert found.dtype == torch.float32 and found.item() == pytest.approx(exact, rel=1e-4)
 
 
@@ -142,10 +147,11 @@ def exact_loss(variant: Variant, x_BD: torch.Tensor, fraction: float, strength: 
     return error_BD.square().sum(1).mean() + l1 * f_BF.sum(1).mean() + strength * penalty, weights, over
 
 
+@pytest.mark.parametrize("pair_choice", ["exact", "blocks"])
 @pytest.mark.parametrize("fraction", [0.02, 0.3])
-def test_the_built_variant_minimizes_equation_1(fraction: float) -> None:
+def test_the_built_variant_minimizes_equation_1(fraction: float, pair_choice: str) -> None:
     """Loss and gradients of the third step of an L1 warm-up over four; then the counter, over several steps."""
-    trainer = built(fraction=fraction, strength=0.7, l1=0.08, l1_warmup=4)
+    trainer = built(fraction=fraction, strength=0.7, l1=0.08, l1_warmup=4, pair_choice=pair_choice)
     trainer.i.fill_(2)
     step, losses = trainer.forward_losses(batch(0))
     loss, weights, over = exact_loss(trainer.variant, batch(0), fraction, strength=0.7, l1=0.06)
@@ -183,18 +189,21 @@ def test_its_defaults() -> None:
     assert recipe.width == 1 and recipe.batch_size == 2048
     assert dict(recipe.options) == {
         "strength": 0.1, "fraction": 0.001, "l1": 0.04, "l1_warmup": None, "pre_bias": False, "tau_over": "alive",
+        "pair_choice": "blocks", "block": 256,
     }  # fmt: skip
     variant = recipe.make(CONFIG, {})
     term = variant.terms["decorrelation"]
-    assert (term.fraction, term.tau_over) == (0.001, "alive")
+    assert (term.fraction, term.tau_over, term.pair_choice, term.block) == (0.001, "alive", "blocks", 256)
     assert [float(variant.coefficients[name](step_with(torch.zeros(1, 24)))) for name in ("decorrelation", "l1")] == [
         0.1, pytest.approx(0.04 / 4),
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [{"fraction": 0.0}, {"fraction": 1.5}, {"tau_over": "some"}])
+@pytest.mark.parametrize("options", [{"fraction": 0.0}, {"fraction": 1.5}, {"tau_over": "some"}, {"block": 1}])
 def test_options_that_mean_nothing_are_refused(options: dict) -> None:
-    with pytest.raises(UsageError, match="invalid fraction=|tau_over=some is unknown: expected one of alive, all"):
+    with pytest.raises(
+        UsageError, match="invalid fraction=|invalid block=1: exp|tau_over=some is unknown: expected one of alive, all"
+    ):
         find_recipe("decorrelation").make(CONFIG, options)
 
 
@@ -210,3 +219,4 @@ def test_as_printed_trains_what_the_paper_prints() -> None:
         assert float(variant.coefficients["l1"](step_with(torch.zeros(1, 24)))) == pytest.approx(0.04)
         if "decorrelation" in variant.terms:
             assert variant.terms["decorrelation"].tau_over == "all"
+            assert variant.terms["decorrelation"].pair_choice == "exact"

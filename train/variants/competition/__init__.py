@@ -16,7 +16,9 @@ unit rows.
 
 The dense J has n^2 entries, 1.4 GB at n = 18432, and its products take n (2B + 6d) / 10Bd = 7 times the operations of
 the rest of a step. With k latents per token few pairs ever pass, so `pair_store=table` follows a fixed number of pairs
-and looks for better ones now and then.
+and looks for better ones now and then. A step counts how often they fire together, and penalizes one in `turns` of
+them, in turn: the rows of all would be read from memory in every step. Pairs that pass stay so for many steps, as beta
+averages over about a hundred, so each is penalized before it has changed.
 
 Paper: states two numbers of steps, of k and of every result, and prints the L1 baseline's numbers as those of "no
 competition"; `competition-off` is the same model without (5), `competition-baseline` the other one. It prints no

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...sae import SAE
+from ...sparse_ops import weighted_row_sums
 from ...step import Mechanism, Step
 
 MIN_RATE = 1e-5  # a latent that fires less often than this per token has no known conditional probability
@@ -29,6 +30,7 @@ class Coactivation(Mechanism):
     their latents. A latent that fires less often than `MIN_RATE` has no c, where (3) divides by almost nothing.
     """
 
+    turns = 1  # a step compares one in so many pairs, and so many steps all of them
     rate_F: Tensor
     seen: Tensor  # () 1 - beta^t
     undivided = "pairs of latents are counted in the whole batch"
@@ -49,10 +51,13 @@ class Coactivation(Mechanism):
         """p (F)."""
         return self.rate_F / self.seen.clamp_min(1e-12)
 
-    def conditional(self) -> Tensor:
-        """J_ij / min(p_i, p_j), the larger of P(f_i | f_j) and P(f_j | f_i) (S); -1 where it is not known."""
-        joint_S, known_S = self.joint()
-        rarer_S = torch.minimum(*self.ends(self.rates()))
+    def conditional(self, i: Tensor | None = None) -> Tensor:
+        """J_ij / min(p_i, p_j), the larger of P(f_i | f_j) and P(f_j | f_i) (S); -1 where it is not known.
+
+        Here and below, with the number i () of a step: of the pairs that this step compares. Else of all pairs.
+        """
+        joint_S, known_S = self.joint(i)
+        rarer_S = torch.minimum(*self.ends(self.rates(), i))
         return torch.where(known_S & (rarer_S >= MIN_RATE), (joint_S / rarer_S.clamp_min(MIN_RATE)).clamp(max=1), -1.0)
 
     @abstractmethod
@@ -60,15 +65,15 @@ class Coactivation(Mechanism):
         """Average a batch into J."""
 
     @abstractmethod
-    def joint(self) -> tuple[Tensor, Tensor]:
+    def joint(self, i: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """J (S), and a mask (S) of its entries that are pairs with statistics."""
 
     @abstractmethod
-    def ends(self, value_F: Tensor) -> tuple[Tensor, Tensor]:
+    def ends(self, value_F: Tensor, i: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The value of the first and of the second latent of each pair; both broadcast to S."""
 
     @abstractmethod
-    def inner(self, left_FX: Tensor, right_FX: Tensor) -> Tensor:
+    def inner(self, left_FX: Tensor, right_FX: Tensor, i: Tensor | None = None) -> Tensor:
         """<left_i, right_j> for each pair i < j (S)."""
 
     @abstractmethod
@@ -94,14 +99,14 @@ class DensePairs(Coactivation):
         fires_BF = fires_BF.to(self.joint_FF.dtype)
         self.joint_FF.lerp_(fires_BF.T @ fires_BF / len(fires_BF), 1 - self.beta)
 
-    def joint(self) -> tuple[Tensor, Tensor]:
+    def joint(self, i: Tensor | None = None) -> tuple[Tensor, Tensor]:
         upper_FF = torch.ones_like(self.joint_FF, dtype=torch.bool).triu_(1)
         return self.joint_FF / self.seen.clamp_min(1e-12), upper_FF
 
-    def ends(self, value_F: Tensor) -> tuple[Tensor, Tensor]:
+    def ends(self, value_F: Tensor, i: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return value_F[:, None], value_F[None]
 
-    def inner(self, left_FX: Tensor, right_FX: Tensor) -> Tensor:
+    def inner(self, left_FX: Tensor, right_FX: Tensor, i: Tensor | None = None) -> Tensor:
         return (left_FX @ right_FX.T).to(left_FX.dtype)
 
     def sample(self, value_S: Tensor, vector_FX: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,6 +121,9 @@ class PairTable(Coactivation):
     and the best stay. A new pair's J starts then, and has its own weight in `seen_P`. A table with room for all pairs
     holds them from the start, and is `DensePairs` in another shape. `by` ranks pairs: "cofire" by their conditional
     probability, "cosine" by the cosine of their decoder rows.
+
+    Step i compares the pairs i, i + `turns`, i + 2 `turns`, ... of the table, which are of all ranks, as a refreshed
+    table is sorted. `turns` has to divide the number of pairs; a table that holds all pairs ignores it.
     """
 
     first_P: Tensor  # int64; entries in which first = second are empty
@@ -124,14 +132,20 @@ class PairTable(Coactivation):
     seen_P: Tensor
 
     def __init__(
-        self, d_sae: int, capacity: int, beta: float = 0.99, every: int | None = 100, by: str = "cofire"
+        self,
+        d_sae: int,
+        capacity: int,
+        beta: float = 0.99,
+        every: int | None = 100,
+        by: str = "cofire",
+        turns: int = 1,
     ) -> None:
         super().__init__(d_sae, beta)
-        self.every, self.by = every, by
+        self.every, self.by, self.turns = every, by, turns
         first_P = second_P = torch.zeros(capacity, dtype=torch.int64)
         if capacity >= d_sae * (d_sae - 1) // 2:
             first_P, second_P = torch.triu_indices(d_sae, d_sae, 1)
-            self.every = None
+            self.every, self.turns = None, 1
         self.register_buffer("first_P", first_P.clone())
         self.register_buffer("second_P", second_P.clone())
         self.register_buffer("joint_P", torch.zeros(len(first_P)))
@@ -147,14 +161,23 @@ class PairTable(Coactivation):
         self.joint_P.lerp_(together_P / len(fires_BF), 1 - self.beta)
         self.seen_P += (1 - self.beta) * (1 - self.seen_P)
 
-    def joint(self) -> tuple[Tensor, Tensor]:
-        return self.joint_P / self.seen_P.clamp_min(1e-12), (self.first_P < self.second_P) & (self.seen_P > 0)
+    def in_turn(self, column_P: Tensor, i: Tensor | None) -> Tensor:
+        """The entries of a column of the table that step i compares."""
+        if i is None or self.turns == 1:
+            return column_P
+        return column_P.view(-1, self.turns).index_select(1, (i % self.turns).view(1)).squeeze(1)
 
-    def ends(self, value_F: Tensor) -> tuple[Tensor, Tensor]:
-        return value_F[self.first_P], value_F[self.second_P]
+    def joint(self, i: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        first_P, second_P = self.in_turn(self.first_P, i), self.in_turn(self.second_P, i)
+        joint_P, seen_P = self.in_turn(self.joint_P, i), self.in_turn(self.seen_P, i)
+        return joint_P / seen_P.clamp_min(1e-12), (first_P < second_P) & (seen_P > 0)
 
-    def inner(self, left_FX: Tensor, right_FX: Tensor) -> Tensor:
-        products_P: Tensor = PairProducts.apply(left_FX, right_FX, self.first_P, self.second_P)
+    def ends(self, value_F: Tensor, i: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return value_F[self.in_turn(self.first_P, i)], value_F[self.in_turn(self.second_P, i)]
+
+    def inner(self, left_FX: Tensor, right_FX: Tensor, i: Tensor | None = None) -> Tensor:
+        first_P, second_P = self.in_turn(self.first_P, i), self.in_turn(self.second_P, i)
+        products_P: Tensor = PairProducts.apply(left_FX, right_FX, first_P, second_P)
         return products_P
 
     def sample(self, value_S: Tensor, vector_FX: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,13 +270,16 @@ class PairProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient_P: Tensor) -> tuple[Tensor | None, ...]:
         left_FX, right_FX, first_P, second_P = ctx.saved_tensors
-        to_left = torch.zeros_like(left_FX) if ctx.needs_input_grad[0] else None
-        to_right = torch.zeros_like(right_FX) if ctx.needs_input_grad[1] else None
-        blocks = pair_blocks(first_P, second_P, left_FX.shape[1])
-        size = max(1, BLOCK // left_FX.shape[1])
-        for (first, second), gradient in zip(blocks, gradient_P.split(size), strict=True):
-            if to_left is not None:
-                to_left.index_add_(0, first, gradient[:, None] * right_FX[second])
-            if to_right is not None:
-                to_right.index_add_(0, second, gradient[:, None] * left_FX[first])
+        to_left = weighted_sums(gradient_P, right_FX, second_P, first_P) if ctx.needs_input_grad[0] else None
+        to_right = weighted_sums(gradient_P, left_FX, first_P, second_P) if ctx.needs_input_grad[1] else None
         return to_left, to_right, None, None
+
+
+def weighted_sums(weight_P: Tensor, row_FX: Tensor, from_P: Tensor, to_P: Tensor) -> Tensor:
+    """(F, X): for each latent the weighted sum of the rows `from_P` of its pairs, in an order that is always the same.
+
+    Sorted by latent instead of added where they belong: on a GPU such additions come in any order.
+    """
+    to_P, order_P = to_P.sort(stable=True)
+    first_F = torch.searchsorted(to_P, torch.arange(len(row_FX), device=to_P.device))
+    return weighted_row_sums(from_P[order_P], row_FX, first_F, weight_P[order_P])

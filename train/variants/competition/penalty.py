@@ -10,7 +10,7 @@ from ...sae import SAE
 from ...schedules import Coefficient, warmup
 from ...step import LossTerm, Mechanism, Step
 from ...variant import Variant
-from .pairs import MIN_RATE, Coactivation, DensePairs
+from .pairs import MIN_RATE, Coactivation
 
 
 class CompetitionLoss(LossTerm):
@@ -44,7 +44,6 @@ class CompetitionLoss(LossTerm):
     ) -> None:
         super().__init__()
         self.pairs = pairs
-        self.all_pairs = isinstance(pairs, DensePairs)
         self.tau = tau if tau_on == "conditional" else tau * chance
         self.unit = chance if weight == "lift" else 1.0
         self.pair_vec, self.direction, self.reduction, self.target = pair_vec, direction, reduction, target
@@ -55,9 +54,11 @@ class CompetitionLoss(LossTerm):
     def forward(self, step: Step) -> Tensor:
         vector_FX = step.sae.W_dec if self.pair_vec == "decoder" else step.f_BF.float().T / step.tokens**0.5
         with torch.no_grad():
-            weight_S, count = self.weights(step.sae)
+            weight_S, count = self.weights(step.sae, step.i)
         step.metrics |= {"pairs_above": count, "mean_coefficient": weight_S.sum() / count.clamp_min(1)}
-        total, ordered = 2 * (weight_S * self.similarity(vector_FX).square()).sum(), 2 * count  # (i, j) and (j, i)
+        times = 2 * self.pairs.turns  # (i, j) and (j, i); one in `turns` pairs stands for all
+        total = times * (weight_S * self.similarity(vector_FX, step.i).square()).sum()
+        ordered = times * count
         if self.diagonal:
             with torch.no_grad():
                 weight_F = self.diagonal_weights()
@@ -72,27 +73,31 @@ class CompetitionLoss(LossTerm):
         passes_F = (self.pairs.rates() >= MIN_RATE) & (self.tau <= 1)
         return passes_F.to(self.pairs.rate_F.dtype) / self.unit
 
-    def weights(self, sae: SAE) -> tuple[Tensor, Tensor]:
-        """The weight of each pair (S), zero unless the pair passes tau, and the number () of pairs that pass."""
-        conditional_S = self.pairs.conditional()
+    def weights(self, sae: SAE, i: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The weight of each pair (S), zero unless the pair passes tau, and the number () of pairs that pass.
+
+        Of the pairs that step i compares, or of all pairs.
+        """
+        conditional_S = self.pairs.conditional(i)
         if self.target == "cofire":
             active_S, amount_S = conditional_S >= self.tau, conditional_S
         else:
             unit_FD = F.normalize(sae.W_dec, dim=1)
-            alike_S = self.pairs.inner(unit_FD, unit_FD) > 0.2
+            alike_S = self.pairs.inner(unit_FD, unit_FD, i) > 0.2
             active_S = alike_S & (conditional_S >= 0) & (conditional_S < self.tau)
             amount_S = self.tau - conditional_S
         active_S &= conditional_S >= 0
         return torch.where(active_S, amount_S / self.unit, 0.0), active_S.sum()
 
-    def similarity(self, vector_FX: Tensor) -> Tensor:
+    def similarity(self, vector_FX: Tensor, i: Tensor | None = None) -> Tensor:
         """<v_i, v_j> (S), with a gradient to the latents that `direction` names."""
         if self.direction == "symmetric":
-            return self.pairs.inner(vector_FX, vector_FX)
-        first_S, second_S = self.pairs.ends(self.pairs.rate_F)
+            return self.pairs.inner(vector_FX, vector_FX, i)
+        first_S, second_S = self.pairs.ends(self.pairs.rate_F, i)
         first_moves_S = (first_S <= second_S) == (self.direction == "child_only")
         fixed_FX = vector_FX.detach()
-        return torch.where(first_moves_S, self.pairs.inner(vector_FX, fixed_FX), self.pairs.inner(fixed_FX, vector_FX))
+        moving = self.pairs.inner(vector_FX, fixed_FX, i), self.pairs.inner(fixed_FX, vector_FX, i)
+        return torch.where(first_moves_S, *moving)
 
     def squared_length(self, vector_FX: Tensor) -> Tensor:
         """<v_i, v_i> (F); as one of a pair of the other directions, a latent has half of the gradient."""

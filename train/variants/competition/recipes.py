@@ -59,6 +59,9 @@ class CompetitionOptions(RecipeOptions):
     """Pairs per latent that the table follows, on average."""
     refresh: int = 100
     """Steps after which the table looks for better pairs."""
+    turns: int = 8
+    """A step penalizes one in so many pairs of the table, in turn; their mean, or their scaled sum, stands for that of
+    the whole table. 1: the whole table in every step."""
     memory_gb: float = 2.0
     """Memory that the statistics of pairs may take, in GB. More is refused before the run starts."""
     act: Literal["topk", "batchtopk", "relu"] = "topk"
@@ -77,9 +80,14 @@ class CompetitionOptions(RecipeOptions):
     def validation_errors(self, config: RunConfig) -> Iterator[str]:
         if not 0 <= self.beta < 1:
             yield f"invalid beta={self.beta:g}: expected a decay from 0 to below 1."
-        for name in ("pairs", "refresh"):
+        for name in ("pairs", "refresh", "turns"):
             if (count := getattr(self, name)) < 1:
                 yield f"invalid {name}={count}: expected 1 or more."
+        if self.turns > 0 and self.pair_store == "table" and self.pairs * config.d_sae % self.turns:
+            yield (
+                f"turns={self.turns} does not divide the table's {self.pairs} pairs for each of {config.d_sae} latents:"
+                f" give a divisor of pairs={self.pairs}."
+            )
         if self.tau < 0:
             yield f"invalid tau={self.tau:g}: below 0 every pair would pass."
         if self.diagonal and self.target == "absorption":
@@ -151,7 +159,7 @@ def pair_statistics(config: RunConfig, options: CompetitionOptions) -> Coactivat
     if options.pair_store == "dense":
         return DensePairs(config.d_sae, options.beta)
     by = "cofire" if options.target == "cofire" else "cosine"
-    return PairTable(config.d_sae, options.pairs * config.d_sae, options.beta, options.refresh, by)
+    return PairTable(config.d_sae, options.pairs * config.d_sae, options.beta, options.refresh, by, options.turns)
 
 
 # Paper: does not say how small the reduced dictionary is.

@@ -1,5 +1,6 @@
 """Paper 000: Gram-Schmidt against (3) as written, and rows that stay orthonormal."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -18,6 +19,7 @@ from sae.train.variants.collapse.orthogonality import (
     GroupOrthogonalityLoss,
     HardOrthogonality,
     gram_schmidt,
+    gram_schmidt_by_products,
     gram_schmidt_matrix,
 )
 
@@ -255,3 +257,16 @@ def test_losses_of_a_run_with_gram_schmidt_are_of_the_free_rows(step_of: Callabl
     rows.free_FD = nn.Parameter(torch.tensor([[1.0, 0.0], [0.6, 0.8]]))
     loss = GroupOrthogonalityLoss(rows)(step_of(sae, torch.zeros(1, 2)))
     assert loss.item() == pytest.approx(2 * 0.36 / 4)
+
+
+@pytest.mark.parametrize("condition", [1.5, 10.0, 300.0])
+def test_gram_schmidt_by_products_is_that_by_a_qr(condition: float) -> None:
+    """Unit rows of two groups, to the rounding of float32; `condition` is that of their matrix."""
+    torch.manual_seed(0)
+    left_GMM, right_GMM = (torch.linalg.qr(torch.randn(2, 12, 12, dtype=torch.float64)).Q for _ in range(2))
+    rows_GMD = (left_GMM * torch.logspace(0, -math.log10(condition), 12, dtype=torch.float64)) @ right_GMM
+    rows_GMD = torch.nn.functional.normalize(rows_GMD, dim=-1)
+    found = gram_schmidt_by_products(rows_GMD.float())
+    torch.testing.assert_close(found.double(), gram_schmidt(rows_GMD), rtol=0, atol=3e-7 * condition)
+    products = found @ found.mT - torch.eye(12)
+    assert products.abs().max() < 2e-6

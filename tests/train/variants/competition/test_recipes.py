@@ -130,17 +130,21 @@ def test_it_composes_with_another_base(make_variant, take) -> None:
     assert metrics["correlation_pairs"] >= 3 and 0 < abs(metrics["correlation_cosine"]) <= 1
 
 
-def test_bound_directions_are_pushed_apart(make_trainer, take) -> None:
+@pytest.mark.parametrize(("turns", "share"), [(1, 0.8), (8, 0.9)])
+def test_bound_directions_are_pushed_apart(make_trainer, take, turns: int, share: float) -> None:
     """From the same start, the pairs that pass end less alike under the penalty than without it."""
     similar = []
     for strength in (0.0, 3.0):
-        trainer = make_trainer("competition", k=6, tau=0.15, strength=strength, strength_warmup=0, lr=3e-3, warmup=0)
+        trainer = make_trainer(
+            "competition", k=6, tau=0.15, strength=strength, strength_warmup=0, lr=3e-3, warmup=0,
+            turns=turns,
+        )  # fmt: skip
         list(take(trainer, range(30)))
         (store,) = [m for m in trainer.variant.mechanisms if isinstance(m, PairTable)]
         bound_P = store.conditional() >= 0.15
         similarity_P = store.inner(trainer.variant.sae.W_dec, trainer.variant.sae.W_dec).square()
         similar.append(similarity_P[bound_P].mean().item())
-    assert similar[1] < 0.8 * similar[0]
+    assert similar[1] < share * similar[0]
 
 
 def test_options_reach_the_built_variant() -> None:
@@ -156,15 +160,17 @@ def test_options_reach_the_built_variant() -> None:
         assert (loss.pair_vec, loss.direction, loss.reduction) == ("decoder", "symmetric", "active_pairs")
         assert (loss.target, loss.diagonal) == ("cofire", False)
         assert loss.pairs.beta == 0.99 and loss.pairs.every == 100 and loss.pairs.by == "cofire"
-        assert len(loss.pairs.first_P) == 16 * 18432
+        assert len(loss.pairs.first_P) == 16 * 18432 and loss.pairs.turns == 8
         other = find_recipe("competition").make(
             paper,
             {"tau": 0.5, "tau_on": "lift", "weight": "conditional", "pair_vec": "activation", "direction": "child_only",
-             "reduction": "n", "target": "absorption", "beta": 0.9, "pairs": 3, "refresh": 7},
+             "reduction": "n", "target": "absorption", "beta": 0.9, "pairs": 3, "refresh": 7,
+             "turns": 3},
         ).terms["competition"]  # fmt: skip
         assert other.tau == pytest.approx(0.5 * 100 / 18432) and other.unit == 1.0
         assert (other.pair_vec, other.direction, other.reduction) == ("activation", "child_only", "n")
         assert (other.target, other.pairs.beta, other.pairs.every) == ("absorption", 0.9, 7)
+        assert other.pairs.turns == 3
         assert len(other.pairs.first_P) == 3 * 18432 and other.pairs.by == "cosine"
     small = find_recipe("competition").make(
         RunConfig(8, 24, 100, 8), {"pair_store": "dense", "diagonal": True, "beta": 0.8}
@@ -230,6 +236,7 @@ def test_readings_of_the_paper_are_built_as_their_file_says(
     k = 100 if chosen.literal else 6
     assert loss.tau == pytest.approx(0.6 if tau_on == "conditional" else 0.6 * k / 1024)
     assert (loss.reduction, type(loss.pairs), loss.diagonal) == (reduction, store, diagonal)
+    assert loss.pairs.turns == 1  # the whole table in every step
     assert loss.unit == pytest.approx(k / 1024)
     step = step_of(torch.ones(1, 1024), variant.sae, 0)
     weights = {name: float(coefficient(step)) for name, coefficient in variant.coefficients.items()}

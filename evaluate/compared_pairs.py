@@ -1,0 +1,33 @@
+"""Which pairs of latents a step of a run compared, in words: for the penalties on pairs of papers 002 and 003."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..common.schemas import LATER_ENTRIES
+
+ALL_PAIRS = "all"
+
+
+def compared_pairs(record: Mapping[str, Any]) -> str | None:
+    """What the run of a run.json compared in a step; None if it has no penalty on pairs that leaves a choice.
+
+    A run without the options is of an earlier version, which had no choice.
+    """
+    options = LATER_ENTRIES | record.get("resolved", {})
+    if record.get("variant") == "decorrelation":
+        exact = options["pair_choice"] == "exact"
+        return ALL_PAIRS if exact else f"those in random blocks of {options['block']} latents"
+    if "pair_store" in options:
+        if options["pair_store"] == "dense":
+            return ALL_PAIRS
+        share = f"one in {options['turns']} of " if options["turns"] > 1 else ""
+        return f"{share}{options['pairs']} for each latent, kept in a table"
+    return None
+
+
+def note_of_pairs(record: Mapping[str, Any]) -> list[str]:
+    """A sentence for a run that did not compare all pairs."""
+    compared = compared_pairs(record)
+    if compared in (None, ALL_PAIRS):
+        return []
+    return [f"{record['variant']}: of the pairs of latents, a step compared {compared}."]

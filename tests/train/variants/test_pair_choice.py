@@ -1,0 +1,266 @@
+"""Steps that compare some pairs of latents in place of all: papers 002 and 003."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sae.common.errors import UsageError
+from sae.evaluate.compared_pairs import compared_pairs, note_of_pairs
+from sae.train.loop import Trainer
+from sae.train.recipe import find_recipe
+from sae.train.variant import RunConfig
+from sae.train.variants.competition.pairs import PairTable, weighted_sums
+from sae.train.variants.competition.penalty import CompetitionLoss
+from sae.train.variants.decorrelation import Decorrelation, random_order
+
+from .competition.latents import codes, step_of
+from .test_decorrelation import step_with
+
+
+def latents(count: int) -> Tensor:
+    """(40, count) in float64; one latent is silent."""
+    torch.manual_seed(0)
+    f_BF = (torch.randn(40, count) * (torch.rand(40, count) < 0.3)).relu().double() * torch.linspace(0.1, 5, count)
+    f_BF[:, 3] = 0
+    return f_BF
+
+
+# --- decorrelation in blocks ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tau_over", ["alive", "all"])
+@pytest.mark.parametrize("count", [24, 26])  # of 26 two are in no block
+def test_blocks_are_the_definition_over_the_pairs_within_them(count: int, tau_over: str) -> None:
+    """Value, statistics and gradient, against loops over the pairs of four blocks of six."""
+    exact_BF = latents(count).requires_grad_()
+    loss = Decorrelation(0.2, tau_over, "blocks", block=6)
+    order = random_order(torch.tensor(7), loss.seed, count)[:24].view(4, 6)
+    pairs, silent = [], 0
+    for block in order.tolist():
+        for i, j in ((i, j) for i in block for j in block if i < j):
+            norms = exact_BF[:, i].norm() * exact_BF[:, j].norm()
+            if norms > 0:
+                pairs.append((exact_BF[:, i] @ exact_BF[:, j]) / norms)
+            else:
+                silent += 1
+    values = torch.stack(pairs).detach()
+    if tau_over == "all":
+        values = torch.cat([values, torch.zeros(silent)])
+    tau = float(values.mean() + values.std(correction=0))
+    chosen = sorted(pairs, key=Tensor.item, reverse=True)[: round(0.2 * 4 * 15)]
+    expected = sum(c - tau for c in chosen if c > tau) / len(chosen)
+    expected.backward()
+
+    latents_BF = latents(count).float().requires_grad_()
+    step = step_with(latents_BF)
+    step.i = torch.tensor(7)
+    found = loss(step)
+    (3 * found).backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4) and expected > 0
+    assert float(step.metrics["tau"]) == pytest.approx(tau, rel=1e-4)
+    assert int(step.metrics["pairs_over_tau"]) == sum(bool(c > tau) for c in chosen)
+    torch.testing.assert_close(latents_BF.grad.double(), 3 * exact_BF.grad, rtol=1e-3, atol=1e-6)
+    left_out = [i for i in range(count) if i not in order]
+    assert len(left_out) == count - 24 and not latents_BF.grad[:, left_out].any()
+
+
+def test_over_many_steps_blocks_have_the_value_and_the_gradient_of_all_pairs() -> None:
+    latents_BF = latents(24).float().requires_grad_()
+    exact = Decorrelation(0.3, pair_choice="exact")(step_with(latents_BF))
+    (to_all,) = torch.autograd.grad(exact, latents_BF)
+    loss, value, to_blocks = Decorrelation(0.3, block=12), 0.0, torch.zeros(40, 24)
+    for i in range(200):
+        step = step_with(latents_BF)
+        step.i = torch.tensor(i)
+        found = loss(step)
+        value += found.item() / 200
+        to_blocks += torch.autograd.grad(found, latents_BF)[0] / 200
+    assert value == pytest.approx(exact.item(), rel=0.05)
+    cosine = torch.nn.functional.cosine_similarity(to_blocks.flatten(), to_all.flatten(), dim=0)
+    assert cosine > 0.95 and float(to_blocks.norm() / to_all.norm()) == pytest.approx(1, abs=0.15)
+
+
+def test_a_random_order_is_one_and_differs_by_step_and_seed() -> None:
+    """With every pair of 32 latents in the same block of four about equally often."""
+    orders = [random_order(torch.tensor(i), torch.tensor(5), 32) for i in range(400)]
+    assert all(order.sort().values.tolist() == list(range(32)) for order in orders)
+    assert len({tuple(order.tolist()) for order in orders}) == 400
+    assert random_order(torch.tensor(3), torch.tensor(6), 32).tolist() != orders[3].tolist()
+    together = torch.zeros(32, 32)
+    for order in orders:
+        block_F = order.argsort() // 4
+        together += block_F[:, None] == block_F
+    often = together[~torch.eye(32, dtype=torch.bool)] / 400  # 3/31 of the steps, with a deviation of .015
+    assert often.mean() == pytest.approx(3 / 31) and 0.03 < often.min() and often.max() < 0.18
+
+
+def test_runs_of_different_seeds_have_other_orders() -> None:
+    seeds = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        variant = find_recipe("decorrelation").make(RunConfig(6, 24, 80, 40), {})
+        seeds.append(int(variant.terms["decorrelation"].seed))
+    assert seeds[0] != seeds[1]
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        found = func(*args, **(kwargs or {}))
+        sizes = [one.untyped_storage().nbytes() // one.element_size() for one in tree_leaves(found) if _is_tensor(one)]
+        self.elements = max([self.elements, *sizes])
+        return found
+
+
+def _is_tensor(one: object) -> bool:
+    return isinstance(one, Tensor)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "square"),
+    [
+        ("decorrelation", {"block": 32}, False),
+        ("decorrelation", {"pair_choice": "exact"}, True),
+        ("competition", {"k": 4, "pairs": 8}, False),
+        ("competition", {"k": 4, "pair_store": "dense"}, True),
+    ],
+)
+def test_no_step_makes_a_matrix_of_all_pairs(name: str, options: dict, square: bool) -> None:
+    """512 latents: weights have 4,096 elements, a batch 8,192, a matrix of all pairs 262,144."""
+    trainer = Trainer(find_recipe(name).make(RunConfig(8, 512, 100, 16), options), 100, "cpu")
+    with LargestTensor() as largest:
+        for _ in range(2):
+            trainer.step(torch.randn(16, 8))
+    assert (largest.elements >= 512 * 512) == square
+
+
+# --- competition in turns ---------------------------------------------------------------------------------------------
+
+
+def table_of(turns: int, latents: int = 48, pairs: int = 6) -> tuple[PairTable, list]:
+    table = PairTable(latents, pairs * latents, turns=turns)
+    steps = [step_of(codes(seed, latents=latents)) for seed in range(4)]
+    for step in steps:
+        table.after_step(step)
+    table.every_n_steps(steps[-1])
+    table.after_step(steps[0])
+    return table, steps
+
+
+@pytest.mark.parametrize("target", ["cofire", "absorption"])
+@pytest.mark.parametrize("direction", ["symmetric", "child_only"])
+def test_turns_together_are_the_whole_table(target: str, direction: str) -> None:
+    """The mean over three steps of the sum, of its gradient and of the count, times three, is that of the table."""
+    options = {"tau": 0.2, "reduction": "sum", "target": target, "direction": direction}
+    (whole, steps), (thirds, _) = table_of(1), table_of(3)
+    sae = steps[0].sae
+    value = CompetitionLoss(whole, 4 / 48, **options)(step_of(steps[0].f_BF, sae))
+    (expected,) = torch.autograd.grad(value, sae.W_dec)
+    total, gradient, counts = 0.0, torch.zeros_like(expected), []
+    for i in (4, 5, 6):
+        step = step_of(steps[0].f_BF, sae, i)
+        found = CompetitionLoss(thirds, 4 / 48, **options)(step)
+        total += found.item() / 3
+        gradient += torch.autograd.grad(found, sae.W_dec)[0] / 3
+        counts.append(int(step.metrics["pairs_above"]))
+    once = step_of(steps[0].f_BF, sae)
+    CompetitionLoss(whole, 4 / 48, **options)(once)
+    assert sum(counts) == once.metrics["pairs_above"] > 3 and min(counts) > 0
+    assert total == pytest.approx(value.item(), rel=1e-5)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mean_over_active_pairs_is_over_those_compared() -> None:
+    """And the diagonal, which is not divided, weighs as much beside them as beside the whole table."""
+    table, steps = table_of(2)
+    for diagonal in (False, True):
+        loss = CompetitionLoss(table, 4 / 48, tau=0.2, diagonal=diagonal)
+        step = step_of(steps[0].f_BF, steps[0].sae, 3)
+        weight_P, rows = table.conditional()[1::2], steps[0].sae.W_dec.detach()
+        passes = weight_P >= 0.2
+        inner = (rows[table.first_P[1::2]] * rows[table.second_P[1::2]]).sum(1)
+        total = 2 * 2 * (weight_P * inner.square())[passes].sum() / (4 / 48)
+        count = 2 * 2 * passes.sum()
+        if diagonal:
+            fires = table.rates() >= 1e-5
+            total += (rows.square().sum(1).square() / (4 / 48))[fires].sum()
+            count += fires.sum()
+        assert loss(step).item() == pytest.approx(float(total / count), rel=1e-5)
+
+
+def test_sums_by_latent_are_those_of_a_dense_product() -> None:
+    generator = torch.Generator().manual_seed(0)
+    from_P, to_P = torch.randint(0, 9, (2, 60), generator=generator)
+    weight_P, rows_FX = torch.randn(60, generator=generator), torch.randn(9, 5, generator=generator)
+    from_P[:5] = to_P[:5] = 0
+    to_P[to_P == 4] = 3  # latent 4 is in no pair
+    dense_FF = torch.zeros(9, 9).index_put_((to_P, from_P), weight_P, accumulate=True)
+    found = weighted_sums(weight_P, rows_FX, from_P, to_P)
+    torch.testing.assert_close(found, dense_FF @ rows_FX)
+    assert not found[4].any()
+
+
+def test_turns_have_to_divide_the_table() -> None:
+    config = RunConfig(8, 27, 100, 8)
+    with pytest.raises(UsageError, match="turns=8 does not divide the table's 3 pairs for each of 27 latents"):
+        find_recipe("competition").make(config, {"pairs": 3, "k": 4})
+    with pytest.raises(UsageError, match="invalid turns=0: expected 1 or more"):
+        find_recipe("competition").make(config, {"turns": 0, "k": 4})
+    find_recipe("competition").make(config, {"pairs": 3, "k": 4, "pair_store": "dense"})
+
+
+def test_a_table_of_all_pairs_is_compared_in_every_step() -> None:
+    assert PairTable(8, 8 * 16, turns=8).turns == 1
+
+
+# --- runs and pages ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_an_earlier_version_compares_all_that_it_did() -> None:
+    config = RunConfig(8, 64, 100, 8)
+    for name, later in (("decorrelation", ("pair_choice", "block")), ("competition", ("turns",))):
+        recipe = find_recipe(name)
+        new = recipe.make(config, {"k": 4} if name == "competition" else {})
+        stored = {n: v for n, v in new.options.items() if n not in later} | vars(new.optimization)
+        old = recipe.make(config, {}, stored)
+        if name == "decorrelation":
+            assert old.terms[name].pair_choice == "exact" and old.changed["pair_choice"] == ("exact", "blocks")
+            assert not [n for n, _ in old.named_buffers() if n.endswith("seed")]
+        else:
+            assert old.terms[name].pairs.turns == 1 and old.changed["turns"] == (1, 8)
+
+
+def test_paper_exact_compares_all_pairs() -> None:
+    config = RunConfig(8, 64, 100, 8, paper_exact=True)
+    assert find_recipe("decorrelation").make(config, {}).options["pair_choice"] == "exact"
+    assert find_recipe("competition").make(config, {"k": 4}).options["pair_store"] == "dense"
+
+
+def test_pages_say_which_pairs_a_step_compared() -> None:
+    def record(name: str, **options: object) -> dict:
+        return {"variant": name, "resolved": options}
+
+    blocks = record("decorrelation", pair_choice="blocks", block=64)
+    assert compared_pairs(blocks) == "those in random blocks of 64 latents"
+    assert note_of_pairs(blocks) == [
+        "decorrelation: of the pairs of latents, a step compared those in random blocks of 64 latents."
+    ]
+    for exact in (record("decorrelation"), record("decorrelation", pair_choice="exact", block=256)):
+        assert compared_pairs(exact) == "all" and note_of_pairs(exact) == []
+    table = {"pair_store": "table", "pairs": 16}
+    assert compared_pairs(record("competition", **table)) == "16 for each latent, kept in a table"
+    assert compared_pairs(record("competition", **table, turns=8)) == "one in 8 of 16 for each latent, kept in a table"
+    assert compared_pairs(record("competition", pair_store="dense", pairs=16, turns=8)) == "all"
+    assert compared_pairs(record("relu")) is None and note_of_pairs({}) == []
+
+
+@pytest.mark.parametrize("name", [f"collapse-{number:02d}" for number in range(6, 11)])
+def test_no_step_takes_a_qr(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(find_recipe(name).make(RunConfig(8, 64, 100, 16), {}), 100, "cpu")
+    monkeypatch.setattr(torch.linalg, "qr", None)
+    trainer.step(torch.randn(16, 8))
