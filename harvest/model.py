@@ -128,6 +128,15 @@ class LanguageModel(HookedModel):
         return self._splicer.forward(ids_NS, hooks)
 
     @torch.no_grad()
+    def resume(self, ids_NS: Tensor, hooks: Sequence[Hook], kept: dict[Hook, Tensor], final: Tensor) -> ForwardPass:
+        """The pass that `forward` returned, from its `kept` (at `hooks_to_keep`) and its `final`."""
+        return self._splicer.resume(ids_NS, hooks, kept, final)
+
+    def hooks_to_keep(self, hooks: Sequence[Hook]) -> list[Hook]:
+        """Where a `ForwardPass` of these hooks keeps activations: there, and where the model starts again for them."""
+        return self._splicer.hooks_to_keep(hooks)
+
+    @torch.no_grad()
     def prefix(self, ids_NS: Tensor, hooks: Sequence[Hook]) -> PrefixPass:
         """A pass that ends at the last of the hooks, for those who need the model only as changed at a hook.
 

@@ -39,9 +39,13 @@ class PrefixPass:
 
 @dataclass
 class ForwardPass(PrefixPass):
-    """A whole forward pass. `final` (N, S, D) is the model's own last hidden state."""
+    """A whole forward pass. `final` (N, S, D) is the model's own last hidden state.
+
+    From `kept` and `final`, `LanguageModel.resume` makes the pass again without running the model.
+    """
 
     final: Tensor
+    kept: dict[Hook, Tensor]
 
 
 class RunFrom(Protocol):
@@ -82,7 +86,15 @@ class Splicer:
         kept: dict[Hook, Tensor] = {}
         with self.noting_outputs(), model.capturing(self.hooks_to_keep(hooks), kept):
             final = model.trunk(ids_NS, use_cache=False).last_hidden_state
-        return ForwardPass({hook: kept[hook] for hook in hooks}, self.runner(ids_NS, hooks, kept), final)
+        return self.pass_of(ids_NS, hooks, kept, final)
+
+    def resume(self, ids_NS: Tensor, hooks: Sequence[Hook], kept: dict[Hook, Tensor], final: Tensor) -> ForwardPass:
+        """The pass of `forward` that had these activations at `hooks_to_keep`, and this last hidden state."""
+        self.check_once(hooks)
+        return self.pass_of(ids_NS, hooks, kept, final)
+
+    def pass_of(self, ids_NS: Tensor, hooks: Sequence[Hook], kept: dict[Hook, Tensor], final: Tensor) -> ForwardPass:
+        return ForwardPass({hook: kept[hook] for hook in hooks}, self.runner(ids_NS, hooks, kept), final, kept)
 
     def runner(self, ids_NS: Tensor, hooks: Sequence[Hook], kept: dict[Hook, Tensor]) -> "RunFrom":
         """The `run_from` of a pass; `kept` has the activations of `hooks_to_keep`."""

@@ -110,13 +110,14 @@ def timed(metric: Metric, ctx: EvalContext, targets: list[EvalTarget]) -> tuple[
 def measure(metric: Metric, ctx: EvalContext, targets: list[EvalTarget]) -> list[dict[str, Any]]:
     """Measure the first SAE alone, then the others in one call, as a user does.
 
-    By then everything that does not depend on an SAE is cached. Core is the exception, since it runs the model again:
-    there all SAEs are measured at once, and the cost of a further one is the difference.
+    By then everything that does not depend on an SAE is cached, but for the original model's logits in core. There the
+    first is measured once more, then all at once, and the cost of a further one is the difference of these two.
     """
     (first,), *spent = timed(metric, ctx, targets[:1])
     again = 1 if metric.name == "core" else 0
+    _, *one_more = timed(metric, ctx, targets[:1]) if again else (None, 0.0, 0.0)
     others, *more = timed(metric, ctx, targets if again else targets[1:])
-    each = [(total - again * one) / (len(targets) - 1) for one, total in zip(spent, more, strict=True)]
+    each = [(total - one) / (len(targets) - 1) for one, total in zip(one_more, more, strict=True)]
     costs = [spent] + [each] * (len(targets) - 1)
     return [
         {"wall": wall, "processor": processor, "numbers": result.metrics}

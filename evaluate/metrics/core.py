@@ -12,7 +12,8 @@ comparable within one text only. Pad, EOS and BOS positions keep their residual 
 Under these names all other rows count, as in SAEBench. One attention sink can then decide the numbers, so where the
 text has outlier rows (`EvalTarget.norm_limit`) the same numbers are given without them as well, in
 `MetricResult.masked`: the model keeps its own activations at those rows, as at BOS, and they are not counted. The model
-runs once more for the contexts that hold such a row, and for no other.
+runs once more for the contexts that hold such a row, and for no other. Its own pass over the text is kept in the
+artifact cache (`TextPasses`), so that an SAE that is measured later needs only the blocks after its hook.
 
 Shape suffixes: N contexts, S positions, T counted tokens, D d_in, F latents, V vocabulary.
 """
@@ -55,6 +56,7 @@ from .sae_statistics import (
     tokens_per_encode,
 )
 from .splice_losses import CountedTokens, loss_ratios, tokens_per_unembed, zero_ablated_output
+from .text_passes import TextPasses
 
 EARLIER_PAIRED_LATENTS = 2048  # of versions without the option
 
@@ -112,6 +114,7 @@ class Core(Metric):
         progress(0, 1, "loading the model")
         batches = self.counted_batches(ctx)
         hooks = sorted({target.hook for target in targets})
+        passes = TextPasses(ctx, hooks, batches)
         measured = [MeasuredSAE(target, self.paired_latents) for target in targets]
         constant_D: dict[Hook, Tensor] = {}
         tokens_of_logits = 0
@@ -119,8 +122,8 @@ class Core(Metric):
         for number, batch in enumerate(batches):
             steps.model(number)
             with_loss = number < self.reconstruction_batches
-            run = ctx.model.forward(batch.ids, hooks) if with_loss else None
-            activations = run.activations if run else ctx.model.capture_hooks(batch.ids, hooks)
+            run = passes.whole(batch) if with_loss else None
+            activations = run.activations if run else passes.activations(batch)
             outliers = {
                 row_set: batch.counted & outlier_mask(activations[row_set.hook], row_set.norm_limit)
                 for row_set in {target.row_set for target in targets}

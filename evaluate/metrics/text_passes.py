@@ -1,0 +1,90 @@
+"""The model's passes over the text of core, kept in the artifact cache: SAEs that are measured later need none of them.
+
+Shape suffixes: N contexts, S positions.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from ...cache.layout import Hook
+from ...common.device import copy_to_device
+from ...common.files import free_space
+from ...harvest.model import ForwardPass
+from ..context import ContextBatch, EvalContext
+
+MAX_BYTES = 2 * 10**9  # of the passes over a text; those of a longer one are not kept
+FREE_SHARE = 0.25  # of the free disk that they may take
+KIND = "text_pass"  # of the artifacts: the activations of a batch at one hook, or its last hidden state
+
+
+class TextPasses:
+    """Passes over the batches of a text, up to some hooks or, with losses, to the end."""
+
+    def __init__(self, ctx: EvalContext, hooks: Sequence[Hook], batches: Sequence[ContextBatch]) -> None:
+        self.ctx, self.hooks, self.batches = ctx, hooks, batches
+        self.keeps: bool | None = None  # whether they are kept; decided by the size of the first
+
+    def activations(self, batch: ContextBatch) -> Mapping[Hook, Tensor]:
+        """The activations (N, S, d) at the hooks."""
+        if (found := self.read(batch, self.hooks, final=False)) is not None:
+            return found[0]
+        activations = self.ctx.model.capture_hooks(batch.ids, self.hooks)
+        self.keep(batch, activations, None)
+        return activations
+
+    def whole(self, batch: ContextBatch) -> ForwardPass:
+        """A pass to the end, which can be run again from the hooks."""
+        model = self.ctx.model
+        kept = model.hooks_to_keep(self.hooks)
+        if (found := self.read(batch, kept, final=True)) is not None:
+            return model.resume(batch.ids, self.hooks, *found)
+        run = model.forward(batch.ids, self.hooks)
+        self.keep(batch, run.kept, run.final)
+        return run
+
+    def read(self, batch: ContextBatch, hooks: Sequence[Hook], final: bool) -> tuple[dict[Hook, Tensor], Tensor] | None:
+        """What is kept of a batch, on the model's device; None unless all of it is."""
+        wanted = [*map(self.depends, hooks), *([self.depends(None)] if final else [])]
+        keys = [self.key(batch, one) for one in wanted]
+        if not all(self.ctx.artifacts.contains(KIND, key) for key in keys):
+            return None
+        parts = [self.get(key) for key in keys]
+        if any(part is None for part in parts):
+            return None
+        tensors = [copy_to_device(part, self.ctx.model.device) for part in parts if part is not None]
+        return dict(zip(hooks, tensors, strict=False)), tensors[-1]
+
+    def get(self, key: Mapping[str, Any]) -> Tensor | None:
+        """None if the file is damaged."""
+
+        def missing() -> dict[str, Tensor]:
+            raise LookupError
+
+        try:
+            return self.ctx.artifacts.get_or_compute(KIND, key, missing)["x"]
+        except LookupError:
+            return None
+
+    def keep(self, batch: ContextBatch, kept: Mapping[Hook, Tensor], final: Tensor | None) -> None:
+        tensors: dict[Hook | None, Tensor] = {**kept, **({} if final is None else {None: final})}
+        if self.keeps is None:
+            per_position = sum(x.shape[-1] * x.element_size() for x in tensors.values())
+            needed = per_position * sum(one.ids.numel() for one in self.batches)
+            self.keeps = needed <= min(MAX_BYTES, FREE_SHARE * free_space(self.ctx.artifacts.folder))
+        if self.keeps:
+            for hook, x_NSD in tensors.items():
+                key = self.key(batch, self.depends(hook))
+                self.ctx.artifacts.get_or_compute(KIND, key, partial(dict[str, Tensor], x=x_NSD))
+
+    def depends(self, hook: Hook | None) -> dict[str, Any]:
+        return {"final": True} if hook is None else hook.record
+
+    def key(self, batch: ContextBatch, of: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch as it is padded: another padding may round otherwise."""
+        parts = [part.cpu().contiguous().numpy().tobytes() for part in (batch.ids, batch.is_token)]
+        digest = hashlib.sha256(b"".join(parts)).hexdigest()
+        return {**self.ctx.model_identity, "ids": digest, "shape": list(batch.ids.shape), **of}
