@@ -24,7 +24,9 @@ def test_every_stage_works_on_a_gpu(gpu: SimulatedGPU, tiny_model: Path, sentenc
     found = run(gpu, tmp_path, "harvest", *text, "--layer", "0", "--out", "cache", "--held-out", "0.2")
     assert "computed in bfloat16 on cuda" in found and "of model time on cuda" in found
     found = run(gpu, tmp_path, "train", *variants, "--cache", "cache", *SIZES, "--dry-run")
-    assert "of training on cuda, from timing a few steps of each recipe" in found
+    assert "of training on cuda, from timing a few steps of each recipe" in found and "products in bfloat16; " in found
+    found = run(gpu, tmp_path, "train", *variants, "--cache", "cache", *SIZES, "--dry-run", "--precision", "tf32")
+    assert "products in tf32; weights, moments and sums are in float32" in found
     run(gpu, tmp_path, "train", *variants, "--cache", "cache", *SIZES, "--out", "runs")
     runs = sorted(map(str, (tmp_path / "runs").iterdir()))
     assert len(runs) == 2
@@ -32,6 +34,9 @@ def test_every_stage_works_on_a_gpu(gpu: SimulatedGPU, tiny_model: Path, sentenc
     record = json.loads((Path(runs[0]) / "run.json").read_text())
     result = json.loads((Path(runs[0]) / "evaluations" / "core.json").read_text())
     assert record["device"] == "cuda" and result["eval_config"]["llm_dtype"] == "bfloat16"
+    assert record["precision"] == "bfloat16" and result["eval_config"]["logits"] == "float32"
+    found = run(gpu, tmp_path, "evaluate", *runs, "--suite", "core", "--tokens", "400", "--precision", "tf32")
+    assert "SAEs     computed in tf32" in found
     assert "dashboard.html" in run(gpu, tmp_path, "dashboard", runs[0], "--tokens", "400")
     assert "latent 0" in run(gpu, tmp_path, "inspect", runs[0], "--latent", "0", "--tokens", "400")
     assert "simulated GPU" in run(gpu, tmp_path, "env")

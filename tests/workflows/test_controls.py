@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 import sae
 from sae.cache.reader import Cache
 from sae.cli.main import app
+from sae.common import precision
 from sae.common.errors import SaeError, UnavailableError, UsageError
 from sae.common.files import read_json
 from sae.evaluate.compare import compare_runs, comparison_table, share_table
@@ -106,20 +107,23 @@ def test_controls_have_the_conditions_of_their_run(runs: list[Run]) -> None:
 
 
 def test_another_width_l0_length_or_cache_has_controls_of_its_own(
-    runs: list[Run], tiny_cache: Cache, home: Path
+    runs: list[Run], tiny_cache: Cache, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(precision, "cpu_flags", lambda: {"avx512_bf16"})
     train_controls(runs)
     before = trained()
     other = home / "copied"
     shutil.copytree(tiny_cache.folder, other)
     variations = [
         {"width": "32"}, {"l0": 8}, {"steps": 29}, {"batch_size": 32}, {"layers": 0}, {"shuffle_seed": 1},
+        {"precision": "bfloat16"},
     ]  # fmt: skip
     for count, changes in enumerate(variations, 2):
         (run,) = sae.train_saes("batchtopk", cache=tiny_cache, **{"l0": 4, **SIZES, **changes})
         plan = plan_controls([*runs, run])
         assert len(plan.train.unfinished) == 3 and len(plan.runs) == 6, changes
         assert len({*before, *(one.name for one in plan.runs)}) == 6, count
+        assert {one.config.precision for one in plan.train.unfinished} == {run.config.precision}
     # The same rows in another folder are the same cache, and a run without --l0 is held to the k that it had.
     (run,) = sae.train_saes("batchtopk", cache=other, options={"k": 4}, **SIZES)
     assert [one.done for one in plan_controls([run]).runs] == [True] * 3
