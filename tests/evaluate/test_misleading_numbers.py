@@ -15,6 +15,7 @@ from sae.cli.main import app
 from sae.common.errors import UsageError
 from sae.evaluate.compare import compare_runs, to_csv, to_records
 from sae.evaluate.latents.inspection import open_run
+from sae.evaluate.metrics.base import encode_finite
 from sae.evaluate.pages.dashboard import run_section
 from sae.evaluate.plan import EvaluateConfig, plan_evaluation
 from sae.evaluate.tables import notes
@@ -164,6 +165,20 @@ class RarelyInfinite(SAE):
         f_BF = super().encode(x_BD)
         f_BF[..., 0] = torch.where(x_BD[..., 0] > 0.2, torch.inf, f_BF[..., 0])
         return f_BF
+
+
+@pytest.mark.parametrize(
+    ("rows", "bad"),
+    [([[1.0, 2], [3, 4]], 0), ([[3e38, 3e38], [-3e38, 3e38]], 0), ([[1.0, torch.inf], [-torch.inf, 2]], 2),
+     ([[torch.nan, 1], [2, 3]], 1), ([], 0)],
+)  # fmt: skip
+def test_latents_that_are_not_finite_are_refused_and_large_ones_are_not(rows, bad):
+    one, x = Decoded(lambda f: f), torch.tensor(rows).reshape(-1, 2)
+    if bad:
+        with pytest.raises(sae.SaeError, match=f"NaN or infinite at {bad} of 2 rows"):
+            encode_finite(one, x)
+    else:
+        assert torch.equal(encode_finite(one, x), x)
 
 
 def test_an_sae_whose_latents_overflow_does_not_stop_the_probes_of_the_others(tiny_cache):
