@@ -129,18 +129,27 @@ def test_a_full_disk_ends_training_and_the_resumed_runs_are_whole(
     """With the message of a training that waits, at the next step or when the next checkpoint is due."""
     train(make_config(sparse_cache, *NAMES, out=tmp_path / "whole"))
     config, seen = make_config(sparse_cache, *NAMES, out=tmp_path / "out", log_every=1), []
-    write = checkpoint.atomic_write
+    write, failed = checkpoint.atomic_write, threading.Event()
 
     def sometimes_full(path: Path, *parts: bytes) -> None:
-        (full_disk if f"step-{at:08d}" in str(path) else write)(path, *parts)
+        if f"step-{at:08d}" in str(path):
+            failed.set()
+            full_disk(path)
+        write(path, *parts)
+
+    def look(step: int, *_: object) -> None:
+        seen.append(step)
+        if step == at + 1:  # the thread has failed, and the next step shows it
+            assert failed.wait(WAIT)
+            time.sleep(0.05)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "atomic_write", sometimes_full)
         with pytest.raises(UnavailableError) as raised:
-            train(config, TrainProgress(step=lambda step, *_: seen.append(step)))
+            train(config, TrainProgress(step=look))
     target = f"checkpoints/step-{at:08d}/state.safetensors"
     assert re.match(f"The disk is full: .*{target} could not be written. Free space", str(raised.value))
-    assert at <= seen[-1] <= at + 4
+    assert at <= seen[-1] <= at + 1
     assert not list(tmp_path.glob(f"out/*/checkpoints/step-{at:08d}/state.json"))
     assert not list(tmp_path.glob("out/*/sae.json"))
     train(config)
@@ -158,6 +167,46 @@ def test_ctrl_c_waits_for_the_checkpoint(sparse_cache, tmp_path: Path, written) 
         train(config, TrainProgress(step=press))
     assert saved == [4] * 3 + [7] * 3
     assert [steps_saved(folder) for folder in sorted(tmp_path.iterdir())] == [[4, 7]] * 3
+
+
+def test_ctrl_c_does_not_say_that_all_is_saved_on_a_full_disk(sparse_cache, tmp_path: Path, written) -> None:
+    def press(step: int, *_: object) -> None:
+        if step == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    written(lambda step: full_disk(Path("state.safetensors")))
+    with pytest.raises(UnavailableError, match="The disk is full"):
+        train(make_config(sparse_cache, "relu", out=tmp_path), TrainProgress(step=press))
+
+
+def test_a_state_of_another_layout_is_copied_into_new_bytes(tmp_path: Path, monkeypatch) -> None:
+    """As tensors that a mechanism makes between two steps."""
+    states = [
+        {"a": torch.ones(2), "b": torch.zeros(3)},
+        {"a": torch.ones(2), "b": torch.zeros(4)},
+        {"a": torch.ones(1)},
+    ]
+    states.append({"a": torch.ones(1, dtype=torch.int64)})
+    given = iter(states)
+    monkeypatch.setattr(checkpoint_writer, "training_state", lambda _: next(given))
+    writer, trainer = CheckpointWriter("cpu"), object()
+    for state in states:
+        assert writer._copy_state(trainer).numpy().tobytes() == to_safetensors(state)
+    writer.forget(trainer)
+    assert writer._files == {}
+
+
+def test_the_copies_of_a_finished_run_are_freed(sparse_cache, tmp_path: Path, monkeypatch) -> None:
+    """The memory is that of the runs that are still trained."""
+    kept, forget = [], CheckpointWriter.forget
+
+    def watch(writer: CheckpointWriter, trainer: object) -> None:
+        forget(writer, trainer)
+        kept.append(len(writer._files))
+
+    monkeypatch.setattr(CheckpointWriter, "forget", watch)
+    train(make_config(sparse_cache, "relu", "topk", out=tmp_path))
+    assert kept == [1, 0]
 
 
 def test_out_of_memory_waits_for_the_checkpoint_and_frees_the_copies(
