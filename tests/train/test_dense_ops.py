@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from sae.train import dense_ops, sparse_ops
 from sae.train.activation_functions import BatchTopK, TopK
@@ -82,11 +83,17 @@ def test_rows_that_ask_for_a_gradient_get_it_in_training_too(activation) -> None
 
 
 @pytest.mark.parametrize("frozen", ["W_enc", "W_dec"])
-def test_frozen_weights_get_no_gradient(frozen: str) -> None:
-    sae, x_BD = sae_and_rows()
-    getattr(sae, frozen).requires_grad_(False)
-    got = gradients(sae, LOSSES["both"](*sae.run(x_BD)[1:3]))
+def test_frozen_weights_get_no_gradient_and_cost_no_product(frozen: str) -> None:
+    operations = []
+    for freeze in (False, True):
+        sae, x_BD = sae_and_rows()
+        getattr(sae, frozen).requires_grad_(not freeze)
+        loss = LOSSES["both"](*sae.run(x_BD)[1:3])
+        with FlopCounterMode(display=False) as counter:
+            got = gradients(sae, loss)
+        operations.append(counter.get_total_flops())
     assert [name for name, gradient in got.items() if gradient is None] == [frozen]
+    assert operations[0] - operations[1] == 2 * BATCH * D_IN * D_SAE
 
 
 def test_latents_in_bfloat16_and_gradients_in_float32() -> None:
