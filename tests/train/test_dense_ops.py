@@ -70,13 +70,22 @@ def test_pre_activations_have_the_gradients_of_their_formula(pre_bias: bool) -> 
         torch.testing.assert_close(got[name], expected[name])
 
 
+def test_a_trained_sae_sums_as_every_version_did() -> None:
+    """Bit for bit, as evaluations of earlier versions did: the product, then the bias less b_dec W_enc."""
+    sae, x_BD = sae_and_rows()
+    sae.float().eval()
+    rows_BD = x_BD.float()
+    assert torch.equal(sae.pre_activations(rows_BD), rows_BD @ sae.W_enc + (sae.b_enc - sae.b_dec @ sae.W_enc))
+    assert not torch.equal(sae.pre_activations(rows_BD), sae.train().pre_activations(rows_BD))
+
+
 @pytest.mark.parametrize("activation", [[], [TopK(30)]], ids=["relu", "topk"])
 def test_rows_that_ask_for_a_gradient_get_it_in_training_too(activation) -> None:
     sae, x_BD = sae_and_rows(True, *activation)
     found = []
-    for module in (sae.train(), sae.eval()):
+    for training in (True, False):
         rows_BD = x_BD.clone().requires_grad_()
-        out = module(rows_BD)
+        out = sae.train(training)(rows_BD)
         found.append(torch.autograd.grad(out.recon_BD.square().sum(), rows_BD)[0])
     assert found[0].any()
     torch.testing.assert_close(*found)
@@ -135,7 +144,7 @@ def step_of(recipe: str, monkeypatch, **options) -> Step:
 
 
 def test_counts_are_those_of_the_latents_and_need_no_dense_ones(monkeypatch) -> None:
-    for recipe, options in (("relu", {}), ("topk", {"k": 3}), ("batchtopk", {"k": 2.5}), ("jumprelu", {})):
+    for recipe, options in (("relu", {}), ("topk", {"k": 30}), ("batchtopk", {"k": 2.5}), ("jumprelu", {})):
         step = step_of(recipe, monkeypatch, **options)
         counts_F, l0, fired_F = step.counts_F, step.l0, step.fired_F
         assert (step.kept is not None) == (step.computed_f_BF is None) == ("topk" in recipe)
