@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sae.train import dense_ops, sparse_ops
 from sae.train.activation_functions import BatchTopK, TopK
+from sae.train.mechanisms import ActivityEMA
 from sae.train.recipe import find_recipe
 from sae.train.sae import SAE
 from sae.train.step import Step
@@ -150,6 +151,7 @@ def test_counts_are_those_of_the_latents_and_need_no_dense_ones(monkeypatch) -> 
         assert (step.kept is not None) == (step.computed_f_BF is None) == ("topk" in recipe)
         active_BF = step.f_BF != 0
         assert torch.equal(counts_F, active_BF.sum(0).float()) and torch.equal(fired_F, active_BF.any(0))
+        assert torch.equal(ActivityEMA(D_SAE).statistic(step), active_BF.float().mean(0))
         assert float(l0) == pytest.approx(float(active_BF.float().sum(1).mean())) and 0 < counts_F.min() + l0
 
 

@@ -45,6 +45,15 @@ def test_gradients_longer_than_the_limit_are_scaled_down_after_the_projection(ma
     assert norm == pytest.approx(1e-3, rel=1e-3)  # Adam's first moment is (1 - beta1) times the clipped gradient
 
 
+def test_gradients_shorter_than_the_limit_stay_as_they_are(make_trainer, batches) -> None:
+    moments = []
+    for clip in (1e6, None):
+        trainer = make_trainer("relu", clip=clip, warmup=0)
+        trainer.step(batches[0])
+        moments.append([state["exp_avg"] for state in trainer.optimizer.state.values()])
+    assert all(torch.equal(*pair) for pair in zip(*moments, strict=True))
+
+
 @pytest.mark.parametrize("on", ["encoder", "all"])
 @pytest.mark.parametrize("form", ["decoupled", "coupled"])
 def test_weight_decay_is_adamws_or_adams_on_the_encoder_or_on_everything(make_trainer, batches, on, form) -> None:
