@@ -292,6 +292,7 @@ LATER_ENTRIES: Mapping[str, Any] = {
     "stability": "any",
     "precision": "float32",
     "pair_choice": "exact",
+    "block": 256,
     "turns": 1,
 }
 

@@ -25,6 +25,15 @@ def compared_pairs(record: Mapping[str, Any]) -> str | None:
     return None
 
 
+def options_of_earlier_pairs(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that a new run needs to compare the pairs of a run of an earlier version, which had no choice."""
+    resolved = record.get("resolved", {})
+    newer = (
+        ["pair_choice"] if record.get("variant") == "decorrelation" else ["turns"] if "pair_store" in resolved else []
+    )
+    return {name: LATER_ENTRIES[name] for name in newer if name not in resolved}
+
+
 def note_of_pairs(record: Mapping[str, Any]) -> list[str]:
     """A sentence for a run that did not compare all pairs."""
     compared = compared_pairs(record)

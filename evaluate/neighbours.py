@@ -11,6 +11,7 @@ from ..common.errors import SaeError, warn_left_out
 from ..common.escaping import quote
 from ..train.sae import read_run_record
 from .compare import sae_location
+from .compared_pairs import options_of_earlier_pairs
 from .compared_runs import ComparedRun, read_references, read_run, without_weights
 from .control_shares import is_control_of
 from .tables import digest_without_seed
@@ -105,13 +106,14 @@ def more_seeds_command(run: ComparedRun) -> str:
     if not digest_of_system(record) or not is_usual or record.get("asked", {}).get("modules"):
         return ""
     seeds = [seed for seed in range(MORE_SEEDS + 1) if seed != record["seed"]][:MORE_SEEDS]
+    options = options_of_earlier_pairs(record) | record["options"]
     words = [
         f"sae train --variant {quote(record['variant'])} {Hook.from_record(record).cli_flags}",
         *(f"--seed {seed}" for seed in seeds),
         f"--width {record['d_sae']} --steps {record['steps']} --batch-size {record['batch_size']}",
         f"--l0 {record['l0']:g}" if record.get("l0") is not None else "",
         "--paper-exact" if record.get("literal") else "",
-        *(f"--set {quote(f'{name}={describe_option(value)}')}" for name, value in record["options"].items()),
+        *(f"--set {quote(f'{name}={describe_option(value)}')}" for name, value in options.items()),
         f"--shuffle-seed {record['order_seed']}" if record.get("order_seed") else "",
         "--compile" if record.get("compiled") else "",
         f"--precision {record['precision']}" if "precision" in record else "",

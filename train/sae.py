@@ -95,13 +95,17 @@ class SAE(nn.Module):
         self.origin: dict[str, Any] = {}
 
     def pre_activations(self, x_BD: Tensor) -> Tensor:
-        """(x - b_dec) W_enc + b_enc. In training without a gradient to x, unless x asks for it."""
-        if self.training and not x_BD.requires_grad:
+        """(x - b_dec) W_enc + b_enc, and in training no gradient to a batch x."""
+        if self.trains_on(x_BD):
             return dense_ops.encode(x_BD, self.W_enc, self.b_enc, self.b_dec if self.pre_bias else None)
         # A trained SAE sums in the order in which every version of this package did, so that results stay bit for bit.
         bias_F = self.b_enc - self.b_dec @ self.W_enc if self.pre_bias else self.b_enc
         z_BF = x_BD @ self.W_enc
         return z_BF.add_(bias_F) if z_BF.dtype == bias_F.dtype else z_BF + bias_F  # in place saves a pass over z_BF
+
+    def trains_on(self, x_BD: Tensor) -> bool:
+        """Whether x is a batch of training: rows without a gradient, for which train/dense_ops.py has the products."""
+        return self.training and x_BD.dim() == 2 and not x_BD.requires_grad
 
     def activate(self, z_BF: Tensor, x_BD: Tensor) -> Tensor:
         for activation in self.activation:
@@ -122,7 +126,7 @@ class SAE(nn.Module):
     def run(self, x_BD: Tensor) -> TrainingOutput:
         """The forward pass of a training step on normalized activations, with no more than a step needs."""
         b_D = self.b_dec if self.pre_bias else None
-        if self.training and not x_BD.requires_grad and [type(link) for link in self.activation] == [ReLU]:
+        if self.trains_on(x_BD) and [type(link) for link in self.activation] == [ReLU]:
             f_BF, recon_BD = dense_ops.encode_relu_decode(x_BD, self.W_enc, self.b_enc, b_D, self.W_dec)
             return TrainingOutput(None, f_BF, recon_BD + self.b_dec)
         pre_BF = self.pre_activations(x_BD)

@@ -70,7 +70,9 @@ class TextPasses:
             return None
 
     def keep(self, batch: ContextBatch, kept: Mapping[Hook, Tensor], final: Tensor | None) -> None:
-        tensors: dict[Hook | None, Tensor] = {**kept, **({} if final is None else {None: final})}
+        tensors: dict[Hook | None, Tensor] = dict(kept)
+        if final is not None:
+            tensors[None] = final
         if self.keeps is None:
             per_position = sum(x.shape[-1] * x.element_size() for x in tensors.values())
             needed = per_position * sum(one.ids.numel() for one in self.batches)

@@ -83,6 +83,20 @@ def test_the_command_for_more_seeds_holds_all_that_decides_a_run(runs):
         RUN_RECORD.write(run / "run.json", original)
 
 
+def test_more_seeds_of_a_run_of_an_earlier_version_compare_its_pairs(runs):
+    """By default `decorrelation` and `competition` compare fewer pairs now; other recipes have no such option."""
+    for variant, resolved, expected in (
+        ("decorrelation", {"tau_over": "all"}, "--set pair_choice=exact "),
+        ("decorrelation", {"pair_choice": "blocks", "block": 256}, ""),
+        ("competition", {"pair_store": "table", "pairs": 16}, "--set turns=1 "),
+        ("competition", {"pair_store": "table", "pairs": 16, "turns": 8}, ""),
+        ("topk", {"k": 7}, ""),
+    ):
+        run = make_run(runs / f"{variant}{len(resolved)}", variant=variant, seed=0, options={}, resolved=resolved)
+        command = more_seeds_command(read_run(run))
+        assert command and (expected in command if expected else "--set" not in command), (variant, resolved)
+
+
 def test_answers_are_the_same_from_any_folder(runs, monkeypatch):
     run = make_run(runs / "one")
     make_run(runs / "other", l0=20.0, kl=0.5, variant="relu")

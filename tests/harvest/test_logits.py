@@ -51,7 +51,7 @@ def test_a_kl_of_logits_that_differ_by_less_than_a_step_of_bfloat16_is_right(bfl
     step_TV = exact_logits(bfloat16_model, one_TD).abs() * 2**-8  # of bfloat16, at least
     assert (gap_TV < step_TV).double().mean() > 0.5
     tokens = CountedTokens(1, torch.zeros(64).long(), torch.zeros(64).long(), torch.ones(64).bool())
-    _, losses = tokens.losses(bfloat16_model, [one_TD, other_TD])
+    _, losses = tokens.losses(bfloat16_model, [one_TD, other_TD], 24)
     expected_T = exact_kl(bfloat16_model, one_TD, other_TD)
     torch.testing.assert_close(losses.kl_T.double(), expected_T, rtol=5e-3, atol=1e-6)
     rounded_T = exact_kl(bfloat16_model, one_TD, other_TD, rounded=True)  # as the model would give them

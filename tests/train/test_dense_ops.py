@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sae.train import dense_ops, sparse_ops
-from sae.train.activation_functions import BatchTopK, TopK
+from sae.train.activation_functions import BatchTopK, ReLU, TopK
 from sae.train.mechanisms import ActivityEMA
 from sae.train.recipe import find_recipe
 from sae.train.sae import SAE
@@ -121,7 +121,7 @@ def test_latents_in_bfloat16_and_gradients_in_float32() -> None:
 def test_the_total_is_summed_in_float32() -> None:
     f_BF = torch.ones(300, 300, dtype=torch.bfloat16, requires_grad=True)
     total = dense_ops.total(f_BF)
-    assert total.dtype == torch.float32 and float(total) == 90_000  # bfloat16 would make it 90112
+    assert total.dtype == torch.float32 and float(total.detach()) == 90_000  # bfloat16 would make it 90112
     (gradient,) = torch.autograd.grad(3 * total, f_BF)
     assert gradient.stride() == (0, 0) and gradient.dtype == torch.bfloat16 and (gradient == 3).all()
 
@@ -186,3 +186,15 @@ def test_batchtopk_chooses_the_largest_of_the_batch_by_groups() -> None:
         expected = z_BF.flatten().topk(int(k * BATCH)).values
         assert torch.equal(z_BF.flatten()[index_N].sort(descending=True).values, expected)
         assert (index_N.diff() > 0).all()
+
+
+def test_an_sae_in_training_takes_rows_of_any_shape() -> None:
+    """A new SAE is in training. Only batches (B, d_in) have the products of a step."""
+    torch.manual_seed(0)
+    x_NSD = torch.randn(3, 5, 8)
+    for activation in (ReLU(), TopK(2)):
+        sae = SAE(8, 16, [activation])
+        torch.nn.init.normal_(sae.b_dec)
+        out, rows = sae(x_NSD), sae(x_NSD.flatten(0, 1))
+        for of_shape, of_rows in zip((*out[:3], sae.encode(x_NSD)), (*rows[:3], rows.f_BF), strict=True):
+            torch.testing.assert_close(of_shape.flatten(0, 1), of_rows)
