@@ -70,15 +70,15 @@ class TextPasses:
             return None
 
     def keep(self, batch: ContextBatch, kept: Mapping[Hook, Tensor], final: Tensor | None) -> None:
-        tensors: dict[Hook | None, Tensor] = dict(kept)
+        tensors: list[tuple[Hook | None, Tensor]] = [*kept.items()]
         if final is not None:
-            tensors[None] = final
+            tensors.append((None, final))
         if self.keeps is None:
-            per_position = sum(x.shape[-1] * x.element_size() for x in tensors.values())
+            per_position = sum(x.shape[-1] * x.element_size() for _, x in tensors)
             needed = per_position * sum(one.ids.numel() for one in self.batches)
             self.keeps = needed <= min(MAX_BYTES, FREE_SHARE * free_space(self.ctx.artifacts.folder))
         if self.keeps:
-            for hook, x_NSD in tensors.items():
+            for hook, x_NSD in tensors:
                 key = self.key(batch, self.depends(hook))
                 self.ctx.artifacts.get_or_compute(KIND, key, partial(dict[str, Tensor], x=x_NSD))
 
