@@ -1,5 +1,6 @@
 """Activation functions, from pre-activations to latents. An SAE has a chain of them and saves them by name."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, cast
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from . import sparse_ops
+
+SAMPLE_EVERY = 61  # prime, so that the sample holds all latents of a dictionary in turn
 
 
 class Activation(nn.Module):
@@ -106,6 +109,35 @@ def topk_indices(z_BF: Tensor, k: int) -> Tensor:
     return place_BK // k * groups + group_BK.gather(1, place_BK % k)
 
 
+def largest_indices(z_N: Tensor, count: int) -> Tensor:
+    """(count) int64: the indices of the largest elements, ascending; of equal ones any.
+
+    On a CPU, `topk` of all latents of a batch runs on one thread, and takes longer than a product on two. There a bound
+    that a few more elements reach, found in a sample, leaves them to it. How many reach the bound has to be read, which
+    a step that is only traced cannot do.
+    """
+    is_traced = type(z_N) is not Tensor or torch.compiler.is_compiling()
+    found_N = None if z_N.device.type != "cpu" or is_traced else largest_by_sample(z_N, count)
+    return topk_indices(z_N[None], count)[0].sort().values if found_N is None else found_N
+
+
+def largest_by_sample(z_N: Tensor, count: int) -> Tensor | None:
+    """As `largest_indices`; None if the sample's bound is too high."""
+    sample = z_N[::SAMPLE_EVERY]
+    expected = count / SAMPLE_EVERY  # of the largest in the sample
+    rank = int(1.1 * expected + 3 * math.sqrt(expected)) + 1
+    if rank > len(sample):
+        return None
+    bound = sample.topk(rank, sorted=False).values.amin()
+    candidate_M = (z_N < bound).logical_not_().nonzero()[:, 0]  # with every NaN, which counts as large
+    if len(candidate_M) < count:
+        return None
+    surplus = z_N[candidate_M].topk(len(candidate_M) - count, largest=False, sorted=False).indices
+    kept_M = torch.ones_like(candidate_M, dtype=torch.bool)
+    kept_M[surplus] = False
+    return candidate_M[kept_M]
+
+
 class TopK(KeepTopK, name="topk"):
     """Keeps the k largest latents of each token, if they are positive (Gao et al. 2024)."""
 
@@ -149,7 +181,7 @@ class BatchTopK(KeepTopK, name="batchtopk"):
             self.cut = largest[int(self.k * tokens) - 1]
 
     def select(self, z_BF: Tensor) -> Tensor:
-        return topk_indices(z_BF.reshape(1, -1), int(self.k * len(z_BF)))[0].sort().values
+        return largest_indices(z_BF.flatten(), int(self.k * len(z_BF)))
 
     def forward(self, z_BF: Tensor) -> Tensor:
         if not self.training:

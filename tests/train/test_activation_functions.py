@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from sae.train.activation_functions import BatchTopK, TopK
+from sae.train.activation_functions import (
+    SAMPLE_EVERY,
+    BatchTopK,
+    TopK,
+    largest_by_sample,
+    largest_indices,
+)
 
 
 def test_topk_keeps_the_two_largest() -> None:
@@ -38,6 +44,26 @@ def test_batchtopk_is_a_sort(k: float, batch: int) -> None:
     kept = sorted([v for v in z_BF.flatten().tolist() if v > 0], reverse=True)[: math.floor(k * batch)]
     expected_BF = torch.where(z_BF >= kept[-1], z_BF, 0.0)
     assert torch.equal(BatchTopK(k)(z_BF), expected_BF)
+
+
+@pytest.mark.parametrize("count", [1, 40, 900, 3000])
+def test_the_largest_of_a_batch_by_a_sample_are_those_of_a_sort(count: int) -> None:
+    """Whatever the sample holds: without a bound, all latents are sorted."""
+    torch.manual_seed(0)
+    gaussian = torch.randn(20_000)
+    in_sample, outside = torch.zeros(20_000), torch.randn(20_000)
+    in_sample[::SAMPLE_EVERY] = 9.0  # the bound is too high
+    outside[::SAMPLE_EVERY] = -9.0  # as low as can be
+    for z_N in (gaussian, gaussian.mul(2).round(), in_sample, outside, torch.full((20_000,), 0.5)):
+        found_N = largest_indices(z_N, count)
+        assert torch.equal(found_N, found_N.unique()) and len(found_N) == count
+        assert torch.equal(z_N[found_N].sort().values, z_N.sort().values[-count:])
+    by_sample = largest_by_sample(gaussian, count)
+    assert by_sample is not None and torch.equal(by_sample, largest_indices(gaussian, count))
+    assert (largest_by_sample(in_sample, count) is None) == (count > 328)  # of which 9.0 is
+    broken = gaussian.clone()
+    broken[77] = math.nan  # in no sample; a step has to see it
+    assert largest_indices(broken, count).eq(77).any()
 
 
 def test_batchtopk_afterwards_keeps_what_exceeds_the_threshold() -> None:
