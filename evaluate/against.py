@@ -14,6 +14,7 @@ import numpy as np
 from ..common.errors import UsageError, did_you_mean
 from ..common.files import digest_of
 from ..common.formatting import format_count
+from ..common.precision import recorded_precision
 from .compare import L0, ComparedSystem, Comparison
 from .control_notes import KnownVerdicts
 from .metrics.base import MetricColumn
@@ -24,7 +25,6 @@ from .tables import format_detectable, number_name
 
 SYSTEM_KEYS = (  # of run.json, with the options: what two systems that differ in their L0 alone have in common
     "variant", "layer", "site", "order_seed", "d_sae", "steps", "batch_size", "literal", "cache", "compiled",
-    "precision",
 )  # fmt: skip
 L0_OPTIONS = ("k", "l0", "l1", "penalty")  # options of recipes that set their L0, as --l0 does
 LIKE_L0 = 1.1  # times the smaller L0 that the larger may be, where no slope says what L0 moves
@@ -280,7 +280,7 @@ def l0_slope(comparison: Comparison, metric: str, column: MetricColumn) -> L0Slo
 def digest_without_l0(record: Mapping[str, Any]) -> str:
     """Equal for systems that differ in their L0 alone; `record` is run.json."""
     options = {name: value for name, value in record.get("options", {}).items() if name not in L0_OPTIONS}
-    return digest_of([*(record.get(key) for key in SYSTEM_KEYS), options])
+    return digest_of([*(record.get(key) for key in SYSTEM_KEYS), recorded_precision(record), options])
 
 
 def base_notes(base: ComparedSystem) -> list[str]:

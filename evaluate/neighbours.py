@@ -9,6 +9,7 @@ from typing import Any
 from ..cache.layout import Hook
 from ..common.errors import SaeError, warn_left_out
 from ..common.escaping import quote
+from ..common.precision import recorded_precision
 from ..train.sae import read_run_record
 from .compare import sae_location
 from .compared_pairs import options_of_earlier_pairs
@@ -107,6 +108,8 @@ def more_seeds_command(run: ComparedRun) -> str:
         return ""
     seeds = [seed for seed in range(MORE_SEEDS + 1) if seed != record["seed"]][:MORE_SEEDS]
     options = options_of_earlier_pairs(record) | record["options"]
+    precision = recorded_precision(record)
+    is_default = precision == "float32" and record.get("device", "cpu") == "cpu"
     words = [
         f"sae train --variant {quote(record['variant'])} {Hook.from_record(record).cli_flags}",
         *(f"--seed {seed}" for seed in seeds),
@@ -116,7 +119,7 @@ def more_seeds_command(run: ComparedRun) -> str:
         *(f"--set {quote(f'{name}={describe_option(value)}')}" for name, value in options.items()),
         f"--shuffle-seed {record['order_seed']}" if record.get("order_seed") else "",
         "--compile" if record.get("compiled") else "",
-        f"--precision {record['precision']}" if "precision" in record else "",
+        "" if is_default else f"--precision {precision}",
         f"--cache {quote(record['cache_folders'][0])} --out {quote(run.folder.parent)}",
     ]
     return " ".join(filter(None, words))

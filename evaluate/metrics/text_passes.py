@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...cache.layout import Hook
 from ...common.device import copy_to_device
+from ...common.errors import UnavailableError
 from ...common.files import free_space
 from ...harvest.model import ForwardPass
 from ..context import ContextBatch, EvalContext
@@ -80,13 +81,16 @@ class TextPasses:
         if self.keeps:
             for hook, x_NSD in tensors:
                 key = self.key(batch, self.depends(hook))
-                self.ctx.artifacts.get_or_compute(KIND, key, partial(dict[str, Tensor], x=x_NSD))
+                try:
+                    self.ctx.artifacts.get_or_compute(KIND, key, partial(dict[str, Tensor], x=x_NSD))
+                except UnavailableError:  # another program has filled the disk; the results do not need it
+                    self.keeps = False
+                    return
 
     def depends(self, hook: Hook | None) -> dict[str, Any]:
         return {"final": True} if hook is None else hook.record
 
     def key(self, batch: ContextBatch, of: Mapping[str, Any]) -> dict[str, Any]:
         """The batch as it is padded: another padding may round otherwise."""
-        parts = [part.cpu().contiguous().numpy().tobytes() for part in (batch.ids, batch.is_token)]
-        digest = hashlib.sha256(b"".join(parts)).hexdigest()
+        digest = hashlib.sha256(batch.ids.cpu().contiguous().numpy().tobytes()).hexdigest()
         return {**self.ctx.model_identity, "ids": digest, "shape": list(batch.ids.shape), **of}

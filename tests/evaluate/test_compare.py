@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from sae.cli.main import app
 from sae.common.errors import DamagedError, LeftOutWarning, UsageError
 from sae.common.files import digest_of
-from sae.common.schemas import RESULT_RECORD
+from sae.common.schemas import RESULT_RECORD, RUN_RECORD
 from sae.evaluate.against import compare_against
 from sae.evaluate.compare import ComparedSystem, compare_runs, comparison_table, to_csv, to_records
 from sae.evaluate.compare_charts import frontiers, training_curves
@@ -25,7 +25,7 @@ from sae.evaluate.pages.comparison import comparison_page
 from sae.evaluate.paired import Pairing
 from sae.evaluate.tables import notes
 
-from ..run_records import write_result_record, write_run_record, write_sae_record
+from ..run_records import change_record, write_result_record, write_run_record, write_sae_record
 
 MODEL = {"name": "gemma-2-mini", "revision": "0" * 64}
 
@@ -92,6 +92,16 @@ def test_a_seed_trained_twice_is_one_draw(tmp_path):
     assert line.pairing == Pairing(
         None, "one seed, and a result without values by document: measure it again with --force"
     )
+
+
+def test_that_a_step_compared_some_pairs_only_is_said_once_of_a_system(tmp_path):
+    runs = [make_run(tmp_path, "decorrelation", seed=seed) for seed in (0, 1)]
+    for run in runs:
+        change_record(RUN_RECORD, run / "run.json", {"resolved": {"pair_choice": "blocks", "block": 64}})
+    found = compare_runs([*runs, make_run(tmp_path)]).runs
+    sentence = "decorrelation: of the pairs of latents, a step compared those in random blocks of 64 latents."
+    assert [sentence in run.notes for run in found] == [True, True, False]
+    assert notes(found).count(sentence) == 1
 
 
 def test_one_folder_twice_is_one_run(tmp_path):

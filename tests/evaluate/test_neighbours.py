@@ -72,7 +72,7 @@ def test_the_command_for_more_seeds_holds_all_that_decides_a_run(runs):
     assert "--set center=true" in command and "--layer 12 --site mlp_out" in command and "--cache 'a b'" in command
     assert "--l0 32 " in command and "--paper-exact" in command and "--shuffle-seed 5" in command
     assert "--width 512 --steps 10 --batch-size 100 " in command and command.endswith(f"--out {run.parent}")
-    assert "--compile" not in command
+    assert "--compile" not in command and "--precision" not in command
     change_record(RUN_RECORD, run / "run.json", {"seed": 7, "compiled": True})
     again = more_seeds_command(read_run(run))
     assert "--seed 0 --seed 1 --width" in again and "--compile --cache" in again
@@ -95,6 +95,17 @@ def test_more_seeds_of_a_run_of_an_earlier_version_compare_its_pairs(runs):
         run = make_run(runs / f"{variant}{len(resolved)}", variant=variant, seed=0, options={}, resolved=resolved)
         command = more_seeds_command(read_run(run))
         assert command and (expected in command if expected else "--set" not in command), (variant, resolved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({"precision": "bfloat16"}, "bfloat16"), ({"device": "cuda", "precision": "tf32"}, "tf32"),
+     ({"device": "cuda", "asked": {"precision": "float32"}}, "float32"), ({"device": "cuda:1"}, "bfloat16")],
+)  # fmt: skip
+def test_more_seeds_have_the_precision_of_the_run_whatever_the_default(runs, changes, expected):
+    """On a GPU that is bfloat16, also of earlier versions; run.json has no entry for float32."""
+    run = make_run(runs / "one", variant="topk", seed=0, options={"k": 7}, **changes)
+    assert f" --precision {expected} --cache" in more_seeds_command(read_run(run))
 
 
 def test_answers_are_the_same_from_any_folder(runs, monkeypatch):

@@ -12,6 +12,7 @@ import torch
 from sae.cache.reader import Cache
 from sae.common import precision
 from sae.common.errors import UnavailableError, UsageError
+from sae.evaluate.against import digest_without_l0
 from sae.evaluate.compare import group_by_system
 from sae.evaluate.inputs import make_context
 from sae.evaluate.metrics.core import Core
@@ -123,6 +124,8 @@ def test_systems_that_differ_in_their_precision_are_named_by_it() -> None:
         ("topk bfloat16 k=4", 2),  # on a GPU an earlier version recorded none
     ]
     assert [system.label for system in group_by_system(runs[:2])] == ["topk k=4"]
+    one, seed, rounded, earlier = (digest_without_l0(run.record) for run in runs)
+    assert one == seed != rounded == earlier  # so too for systems that differ in their L0
 
 
 def test_settings_of_float32_are_those_of_earlier_versions(tiny_cache: Cache) -> None:
@@ -131,3 +134,14 @@ def test_settings_of_float32_are_those_of_earlier_versions(tiny_cache: Cache) ->
     assert "sae_precision" not in plain.settings and "logits" not in Core().settings(plain)
     assert Core().settings(make_context(tiny_cache, dtype="bfloat16"))["logits"] == "float32"
     assert make_context(tiny_cache, precision="tf32").settings["sae_precision"] == "tf32"
+
+
+def test_a_result_says_which_model_it_is_of_and_how_that_computed(tiny_cache: Cache) -> None:
+    context = make_context(tiny_cache, dtype="bfloat16", tokens=60)
+    model = tiny_cache.identity["model"]
+    assert context.model_identity == {
+        "model": model["name"], "revision": model["revision"], "attention": tiny_cache.identity["attention"],
+        "llm_dtype": "bfloat16",
+    }  # fmt: skip
+    assert context.text_identity == {"text": tiny_cache.fingerprint, "contexts": len(context.contexts)}
+    assert len(context.contexts) < len(make_context(tiny_cache).contexts)

@@ -95,6 +95,9 @@ def test_nothing_is_left_behind_and_other_heads_stay_as_they_are(bfloat16_model:
     class Quantized(nn.Linear):
         pass
 
+    for changed in (nn.Linear(4, 4).bfloat16(), nn.Linear(4, 4).half()):
+        with unrounded_logits(Model(changed)):
+            assert changed(torch.ones(1, 4)).dtype == torch.float32
     for kept in (nn.Linear(4, 4), Quantized(4, 4).bfloat16()):
         with unrounded_logits(Model(kept)):
             assert "forward" not in vars(kept)

@@ -77,9 +77,34 @@ def test_the_model_runs_once_for_all_hooks_and_again_for_other_rows_only(ctx, pa
     assert passes[1:] == [[masked]]
     shorter = read_rows(ctx, [first], 60, 4, silent)[first]
     assert torch.equal(shorter.x_TD, found[first].x_TD[:60]) and passes[2:] == [[first]]
-    other_text = replace(ctx, text_identity={**ctx.text_identity, "text": "another"})
-    read_rows(other_text, [first], 100, 4, silent)
-    assert len(passes) == 4
+    others = [replace(ctx, text_identity={**ctx.text_identity, "text": "another"})]
+    others += [replace(ctx, model_identity={**ctx.model_identity, name: "another"}) for name in ("model", "adapters")]
+    for place, other in enumerate(others, 4):
+        read_rows(other, [first], 100, 4, silent)
+        assert len(passes) == place
+
+
+def test_rows_of_another_site_batch_or_format_are_others(ctx, passes):
+    """Each is what a cache without the first has."""
+    first = read_rows(ctx, [RowSet(Hook(1))], 50, 4, silent)[RowSet(Hook(1))]
+    form = ctx.context_format
+    skipping = replace(ctx, context_format=replace(form, skip_positions=3))
+    fewer = replace(ctx, context_format=replace(form, skip_ids=(*form.skip_ids, int(ctx.contexts.ids[0, 4]))))
+    for place, (other, hook, batch) in enumerate(
+        [(ctx, Hook(1, "mlp_out"), 4), (skipping, Hook(1), 4), (fewer, Hook(1), 4)], 2
+    ):
+        found = read_rows(other, [RowSet(hook)], 50, batch, silent)[RowSet(hook)]
+        assert len(passes) == place and not torch.equal(found.x_TD, first.x_TD)
+    read_rows(ctx, [RowSet(Hook(1))], 50, 2, silent)  # products of another shape may round otherwise
+    assert len(passes) == 5
+
+
+def test_no_more_text_is_read_than_is_needed(ctx, monkeypatch):
+    (batch,) = ctx.batches(2, 1)
+    capture, calls = ctx.model.capture_hooks, []
+    monkeypatch.setattr(ctx.model, "capture_hooks", lambda *args: calls.append(1) or capture(*args))
+    found = read_rows(ctx, [RowSet(Hook(0))], int(batch.counted.sum()), 2, silent)[RowSet(Hook(0))]
+    assert len(found.x_TD) == int(batch.counted.sum()) and len(calls) == 1
 
 
 def test_a_damaged_file_is_captured_again(ctx, passes):

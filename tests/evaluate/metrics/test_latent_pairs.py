@@ -87,6 +87,22 @@ def test_pairs_that_do_not_fit_are_refused_with_the_number_that_does(monkeypatch
     assert pairs_of(torch.ones(1, 40), latents=31).correlation(None)["latents"] == 31
 
 
+def test_batches_are_summed_in_float64():
+    pairs = pairs_of(torch.tensor([[4096.0, 0.0]]), torch.tensor([[1.0, 1.0]]))
+    assert pairs.gram_FF is not None and pairs.gram_FF[0].tolist() == [2**24 + 1, 1]
+
+
+def test_the_sample_is_that_of_earlier_versions():
+    """Their results count as those of this one."""
+    assert sample_latents(50, 5, torch.device("cpu")).tolist() == [6, 7, 17, 39, 44]
+
+
+def test_a_single_latent_has_no_pair():
+    numbers = pairs_of(torch.ones(3, 4), latents=1).correlation(torch.eye(4))
+    assert math.isnan(numbers.pop("mean")) and numbers == {"latents": 1, "latents_dead": 0}
+    assert decoder_geometry(torch.eye(4), 1) == {"effective_rank": pytest.approx(4)}
+
+
 def test_core_pairs_as_many_latents_as_it_is_told(model):  # noqa: F811
     sae, ctx = EvalTarget(random_sae("relu"), Hook(LAYER)), make_ctx(model, ragged())
     whole, some, none = (Core(paired_latents=n).measure(ctx, [sae], silent)[0] for n in (D_SAE, 12, 0))

@@ -144,6 +144,7 @@ def test_latents_rank_by_scaled_differences_whatever_their_sign_and_scale(monkey
 def test_folds():
     few = list(folds_of(np.array([0, 0, 0, 1, 1, 1])))
     assert len(few) == 9 and all(len(validation) == 2 for _, validation in few)  # pairs of both classes, of 15
+    assert [len(list(folds_of(np.arange(texts) % 2))) for texts in (12, 13, 127, 128)] == [36, 6, 6, 1]
     some = list(folds_of(np.arange(60) % 2))
     assert len(some) == 6 and sorted(i for _, validation in some for i in validation) == list(range(60))
     ((train, validation),) = folds_of(np.arange(400) % 2)
@@ -212,6 +213,11 @@ def test_a_probe_of_three_texts_does_not_choose():
     x, label = np.array([[0.0], [9.0], [2.0]], np.float32), np.array([0, 1, 0])
     found = fit_probe(x, label, x, label, l1=True)
     assert found.strength == 1 and found.validation_auc == 1 == found.test_auc
+
+
+def test_a_logit_of_zero_predicts_the_negative_class():
+    found = fit_probe(np.zeros((2, 3)), np.array([0, 1]), np.zeros((4, 3)), np.array([0, 0, 0, 1]), l1=False)
+    assert (found.test_accuracy, found.test_auc) == (0.75, 0.5)
 
 
 def test_more_positive_texts_are_drawn_where_a_share_is_not_whole():

@@ -129,3 +129,9 @@ def test_correlations_are_of_the_first_tokens(monkeypatch):
     assert stats.pairs
     assert stats.pairs.correlation(None)["mean"] == pytest.approx(1 / 5**0.5)
     assert stats.tokens == 4
+
+
+def test_latents_in_bfloat16_are_counted_in_float32():
+    """In bfloat16 601 ones are 600."""
+    stats = statistics_of(torch.ones(2, 3), torch.ones(2, 601).bfloat16(), torch.ones(2, 3))
+    assert stats.scalars("0.6.0")["sparsity"] == {"l0": 601, "l1": 601, "activation_variance": 0}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sae.cache.layout import Hook
-from sae.evaluate.metrics.splice_losses import zero_ablated_output
+from sae.evaluate.metrics.splice_losses import CountedTokens, zero_ablated_output
 
 
 class FakePass:
@@ -46,3 +46,14 @@ def test_elsewhere_every_batch_is_run(hook: Hook, first: torch.Tensor) -> None:
     """A model with attention sinks or learned positions tells positions apart; a zeroed MLP leaves the text."""
     found, runs = outputs(hook, first, UNLIKE + 5)
     assert runs == 2 and torch.equal(found[0], first[0]) and torch.equal(found[1], UNLIKE[0] + 5)
+
+
+def test_losses_are_in_float32_where_logits_are_not() -> None:
+    """Such as those of a quantized last layer, which rounds them itself."""
+    logits_TV = (4 * torch.randn(2, 6, 50, generator=torch.Generator().manual_seed(0))).bfloat16()
+    model = SimpleNamespace(unembed=lambda final_TD: final_TD)
+    zeros = torch.zeros(6, dtype=torch.int64)
+    _, losses = CountedTokens(1, zeros, zeros, zeros == 0).losses(model, [*logits_TV], 4)  # type: ignore[arg-type]
+    own_TV, other_TV = logits_TV.double().log_softmax(-1)
+    torch.testing.assert_close(losses.kl_T.double(), (own_TV.exp() * (own_TV - other_TV)).sum(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses.ce_T.double(), -other_TV[:, 0], rtol=1e-5, atol=1e-5)

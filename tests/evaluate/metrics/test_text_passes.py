@@ -1,12 +1,18 @@
 """The model's passes over a text are kept: what is read back is what was computed, and nothing is run again."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from sae.cache.layout import Hook
+from sae.common.errors import UnavailableError
+from sae.evaluate import artifacts
+from sae.evaluate.context import ContextBatch
 from sae.evaluate.metrics import text_passes
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.core import Core
+from sae.evaluate.metrics.text_passes import TextPasses
 from sae.harvest.model import LanguageModel
 
 from .test_core import make_ctx, model, own_folder, ragged, random_sae, silent  # noqa: F401  (fixtures)
@@ -52,24 +58,43 @@ def test_a_further_sae_needs_no_pass_of_the_model(model, passes, hook):  # noqa:
 def test_another_hook_batch_or_number_of_losses_runs_what_is_missing(model, passes):  # noqa: F811
     measure(model)
     for settings, missing in (({"hooks": [Hook(0), Hook(1)]}, 3), ({"batch_contexts": 5}, 1),
-                              ({"reconstruction_batches": 3}, 2), ({"hooks": [Hook(1)]}, 0)):  # fmt: skip
+                              ({"reconstruction_batches": 3}, 2), ({"hooks": [Hook(1)]}, 0),
+                              ({"hooks": [Hook(1, "mlp_out")]}, 3)):  # fmt: skip
         passes.clear()
         found = measure(model, **settings)
         assert len(passes) == missing, settings
         assert measure(model, **settings) == found and len(passes) == missing
 
 
+def test_another_model_or_shape_has_passes_of_its_own(model, passes):  # noqa: F811
+    ctx = replace(make_ctx(model, ragged()), model_identity={"model": "a", "llm_dtype": "float32"})
+    targets, core = [EvalTarget(random_sae("relu"), Hook(0))], Core(batch_contexts=5)
+    core.measure(ctx, targets, silent)
+    for change in ({"model": "b"}, {"llm_dtype": "bfloat16"}, {"adapters": ["c"]}, {"revision": "d"}):
+        passes.clear()
+        core.measure(replace(ctx, model_identity={**ctx.model_identity, **change}), targets, silent)
+        assert passes == ["forward"], change
+    ids, whole = torch.arange(300, 306), torch.ones(6, dtype=torch.bool)
+    for shape in ((2, 3), (3, 2)):
+        batch = ContextBatch(ids.view(shape), whole.view(shape), whole.view(shape), torch.zeros(shape[0]))
+        assert TextPasses(ctx, [Hook(0)], [batch]).activations(batch)[Hook(0)].shape == (*shape, 32)
+
+
 def test_a_damaged_file_is_computed_again(model, passes):  # noqa: F811
+    """All of them, or only one part of a batch."""
     first, ctx = measure(model), make_ctx(model, ragged())
-    for path in ctx.artifacts.folder.glob("text_pass-*.safetensors"):
-        path.write_bytes(path.read_bytes()[:-4] + b"\1\2\3\4")
-    passes.clear()
-    assert measure(model) == first and len(passes) == 3
-    passes.clear()
-    assert measure(model) == first and passes == []
+    files = sorted(ctx.artifacts.folder.glob("text_pass-*.safetensors"))
+    assert len(files) == 4
+    for damaged, missing in ((files, 3), *(([one], 1) for one in files)):
+        for path in damaged:
+            path.write_bytes(path.read_bytes()[:-4] + b"\1\2\3\4")
+        passes.clear()
+        assert measure(model) == first and len(passes) == missing
+        passes.clear()
+        assert measure(model) == first and passes == []
 
 
-@pytest.mark.parametrize(("name", "value"), [("MAX_BYTES", 3000), ("free_space", lambda _: 12_000)])
+@pytest.mark.parametrize(("name", "value"), [("MAX_BYTES", 9_000), ("free_space", lambda _: 36_000)])
 def test_passes_over_a_text_that_is_too_long_are_not_kept(model, passes, monkeypatch, name, value):  # noqa: F811
     """The five contexts are 36 positions with their padding: of 2 x 32 numbers, 9,216 bytes."""
     kept = measure(model)
@@ -80,9 +105,36 @@ def test_passes_over_a_text_that_is_too_long_are_not_kept(model, passes, monkeyp
     assert not list(make_ctx(model, []).artifacts.folder.glob("text_pass-*"))
 
 
+def test_a_disk_that_fills_costs_no_result(model, passes, monkeypatch):  # noqa: F811
+    kept = measure(model)
+    for path in make_ctx(model, []).artifacts.folder.glob("text_pass-*"):
+        path.unlink()
+    tries = []
+
+    def full(path, *_):
+        tries.append(path)
+        raise UnavailableError("The disk is full")
+
+    monkeypatch.setattr(artifacts, "atomic_write", full)
+    assert measure(model) == kept and len(tries) == 1
+
+
+def test_a_pass_in_bfloat16_takes_half_the_space(model, monkeypatch):  # noqa: F811
+    ctx = make_ctx(model, ragged())
+    (batch,) = ctx.batches(5, 1)
+    x_NSD = torch.ones(*batch.ids.shape, 32)
+    monkeypatch.setattr(text_passes, "MAX_BYTES", x_NSD.numel() * 2)
+    for one, kept in ((x_NSD, False), (x_NSD.bfloat16(), True)):
+        passes = TextPasses(ctx, [Hook(0)], [batch])
+        passes.keep(batch, {Hook(0): one}, None)
+        assert passes.keeps is kept
+
+
 def test_a_resumed_pass_is_the_pass(model):  # noqa: F811
+    """Also in a process that has not run the model yet."""
     ids_NS, hook = torch.tensor([[2, 400, 500], [2, 600, 700]]), Hook(0)
     run = model.forward(ids_NS, [hook])
+    del vars(model)["_splicer"]
     again = model.resume(ids_NS, [hook], run.kept, run.final)
     assert torch.equal(again.final, run.final) and torch.equal(again.activations[hook], run.activations[hook])
     assert torch.equal(again.run_from(hook, run.activations[hook]), run.run_from(hook, run.activations[hook]))

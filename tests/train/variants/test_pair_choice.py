@@ -254,7 +254,9 @@ def test_pages_say_which_pairs_a_step_compared() -> None:
         assert compared_pairs(exact) == "all" and note_of_pairs(exact) == []
     table = {"pair_store": "table", "pairs": 16}
     assert compared_pairs(record("competition", **table)) == "16 for each latent, kept in a table"
-    assert compared_pairs(record("competition", **table, turns=8)) == "one in 8 of 16 for each latent, kept in a table"
+    for turns in (2, 8):
+        said = f"one in {turns} of 16 for each latent, kept in a table"
+        assert compared_pairs(record("competition", **table, turns=turns)) == said
     assert compared_pairs(record("competition", pair_store="dense", pairs=16, turns=8)) == "all"
     assert compared_pairs(record("relu")) is None and note_of_pairs({}) == []
 
