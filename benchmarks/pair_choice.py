@@ -9,8 +9,8 @@ Two tables for each of `decorrelation` and `competition`.
                seeds each: what they measure on held-out text, and the penalty over all pairs of latents on rows that
                no run has read. A cell is the mean over seeds and half its 95 % interval, and for each choice of pairs
                the difference from all pairs, seed by seed.
-    overlap    along one run with the default: the share of the penalty of all pairs that the compared pairs hold, and
-               the penalty as estimated from them, over that of all pairs.
+    overlap    along one run that compares some pairs: the share of the penalty of all pairs that these hold, and the
+               penalty as estimated from them, over that of all pairs.
 
 Of `decorrelation` also the gradient: that of several steps' blocks on the same latents, averaged, beside that of all
 pairs.
@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 import sae
 import sae.train.variants  # noqa: F401  (registers the recipes)
-from common import ARRAY, commit, machine
+from common import ARRAY, machine
 from sae.cache.loader import BatchLoader
 from sae.cache.reader import Cache
 from sae.train.loop import Trainer
@@ -265,6 +265,7 @@ def competition_overlap(cache: Cache, sizes: Sizes) -> list[str]:
     return lines
 
 
+OVERLAP_OF = {"decorrelation": f"blocks of {BLOCK}", "competition": "an eighth of a table in each step"}
 OVERLAPS = {"decorrelation": decorrelation_overlap, "competition": competition_overlap}
 
 
@@ -281,13 +282,13 @@ def main() -> None:
     torch.set_num_threads(1)
     cache, sizes = Cache(args.cache), Sizes(args.width, args.steps, args.batch, args.seeds)
     print("# Steps that compare all pairs of latents, and steps that compare some\n")
-    print(f"`python benchmarks/pair_choice.py`, {date.today()}, commit {commit()}, {machine()}.")
+    print(f"`python benchmarks/pair_choice.py`, {date.today()}, {machine()}.")
     print(f"{cache.model}, layer 12, {sizes.d_sae} latents, {sizes.steps} steps of {sizes.batch} tokens, ", end="")
     print(f"{sizes.seeds} seeds.")
     for recipe in args.recipe or CHOICES:
         print(f"\n## `{recipe}`\n")
         print(*runs_table(train_and_measure(cache, recipe, sizes, args.out / recipe)), sep="\n", flush=True)
-        print("\nAlong one run, means over a quarter of it:\n")
+        print(f"\nAlong one run with {OVERLAP_OF[recipe]}, means over a quarter of it:\n")
         print(*OVERLAPS[recipe](cache, sizes), sep="\n", flush=True)
 
 

@@ -1,5 +1,6 @@
 """Which pairs of latents a step of a run compared, in words: for the penalties on pairs of papers 002 and 003."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,14 +12,15 @@ ALL_PAIRS = "all"
 def compared_pairs(record: Mapping[str, Any]) -> str | None:
     """What the run of a run.json compared in a step; None if it has no penalty on pairs that leaves a choice.
 
-    A run without the options is of an earlier version, which had no choice.
+    A run without the options is of an earlier version, which had no choice. A small dictionary is a single block, or
+    its table holds all pairs.
     """
-    options = LATER_ENTRIES | record.get("resolved", {})
+    options, latents = LATER_ENTRIES | record.get("resolved", {}), record.get("d_sae", math.inf)
     if record.get("variant") == "decorrelation":
-        exact = options["pair_choice"] == "exact"
+        exact = options["pair_choice"] == "exact" or latents < 1.5 * options["block"]
         return ALL_PAIRS if exact else f"those in random blocks of {options['block']} latents"
     if "pair_store" in options:
-        if options["pair_store"] == "dense":
+        if options["pair_store"] == "dense" or 2 * options["pairs"] >= latents - 1:
             return ALL_PAIRS
         share = f"one in {options['turns']} of " if options["turns"] > 1 else ""
         return f"{share}{options['pairs']} for each latent, kept in a table"

@@ -52,8 +52,9 @@ def describe_version_change(recipe: str, version: int) -> str:
     """What a user has to know who resumes a run from a checkpoint of another version."""
     bounds = rounding_bounds(recipe)
     return (
-        f"its checkpoint is of step arithmetic {version}, and the steps from here on of {STEP_VERSION}, which rounds "
-        f"otherwise. After {MEASURED_STEPS} steps the weights of {recipe} equal those of one version within "
-        f"{bounds.weights:g} of their norm, and the loss within {bounds.loss:g} of itself; differences grow with the "
-        "steps, as between two machines. For the same bits, resume with the version of sae that began the run."
+        f"its checkpoint is of version {version} of the training step, and the steps from here on are of version "
+        f"{STEP_VERSION}, which rounds differently. After {MEASURED_STEPS} steps the weights of {recipe} equal those "
+        f"of one version within {bounds.weights:g} of their norm, and the loss within {bounds.loss:g} of itself; "
+        "differences grow with the steps, as between two machines. For the same bits, resume with the version of sae "
+        "that began the run."
     )

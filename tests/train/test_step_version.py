@@ -67,7 +67,7 @@ def test_a_checkpoint_of_another_version_resumes_with_one_note(unfinished) -> No
     resumed, note = resume(folder)
     assert resumed == f"{folder.name} resumes from step 8."
     assert note.startswith(
-        f"{folder.name}: its checkpoint is of step arithmetic {OTHER}, and the steps from here on of"
+        f"{folder.name}: its checkpoint is of version {OTHER} of the training step, and the steps from here on are of"
     )
     assert f"of topk equal those of one version within {bounds.weights:g} of their norm" in note
     assert f"the loss within {bounds.loss:g} of itself" in note
@@ -86,7 +86,7 @@ def test_without_an_entry_the_version_is_the_first(unfinished) -> None:
     rewrite(folder, None)
     (path,) = (folder / "checkpoints").glob("step-00000008")
     assert read_checkpoint(path).step_version == 1
-    note = "" if STEP_VERSION == 1 else "its checkpoint is of step arithmetic 1"
+    note = "" if STEP_VERSION == 1 else "its checkpoint is of version 1 of the training step"
     assert len(said := resume(folder)) == (1 if STEP_VERSION == 1 else 2) and note in said[-1]
 
 
@@ -97,7 +97,7 @@ def test_steps_that_are_taken_again_are_not_recorded(unfinished) -> None:
     changes = [[3, OTHER], [8, OTHER + 1], [10, OTHER + 2]]
     RUN_RECORD.write(folder / "run.json", record | {"step_version_since": changes})
     rewrite(folder, OTHER, run=False)
-    assert "is of step arithmetic" in resume(folder)[-1]
+    assert "of the training step" in resume(folder)[-1]
     assert RUN_RECORD.read(folder / "run.json")["step_version_since"] == [[3, OTHER], [8, STEP_VERSION]]
 
 

@@ -29,7 +29,8 @@ class Decorrelation(LossTerm):
                  is O(n^2) of them.
         blocks   those in the same block, after the latents were put in a random order and cut into blocks of about
                  `block`: O(B n block). Each step has another order, so every pair has the same chance. (2) to (4) are
-                 those of these pairs: tau and R are estimates from a random share of all pairs.
+                 those of these pairs: tau and R are estimates from a random share of all pairs, R with a small bias,
+                 as the most correlated pairs of a share are not a share of the most correlated ones.
 
     C is computed without a gradient. The gradient of R is S f_hat, S_ij = 1/|S_t| for the chosen pairs over tau.
 
@@ -135,7 +136,9 @@ class ChosenPairs(NamedTuple):
 
 
 def random_order(i: Tensor, seed: Tensor, n: int) -> Tensor:
-    """A random order of n latents for step i: a hash (splitmix64) of step and latent, so that nothing has to be kept.
+    """A random order of n latents for step i: by a hash of step and latent, so that nothing has to be kept.
+
+    The hash is splitmix64 but for torch's shifts, which keep the sign: two latents may have one, which is harmless.
 
     A generator's state would be read by the host, and a checkpoint would have to hold it.
     """

@@ -261,6 +261,26 @@ def test_pages_say_which_pairs_a_step_compared() -> None:
     assert compared_pairs(record("relu")) is None and note_of_pairs({}) == []
 
 
+@pytest.mark.parametrize(("latents", "every"), [(11, True), (12, False)])
+def test_pages_say_that_one_block_has_all_pairs(latents: int, every: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = find_recipe("decorrelation").make(RunConfig(8, latents, 100, 16), {"block": 8})
+    compared, choose = [], Decorrelation.choose
+    monkeypatch.setattr(
+        Decorrelation, "choose", lambda loss, c, step: compared.append(c.shape) or choose(loss, c, step)
+    )
+    Trainer(made, 100, "cpu").step(torch.randn(16, 8))
+    assert (compared[0] == (1, latents, latents)) == every
+    assert (compared_pairs({"variant": "decorrelation", "d_sae": latents, "resolved": made.options}) == "all") == every
+
+
+@pytest.mark.parametrize(("latents", "every"), [(17, True), (18, False)])
+def test_pages_say_that_a_table_has_all_pairs(latents: int, every: bool) -> None:
+    made = find_recipe("competition").make(RunConfig(8, latents, 100, 16), {"k": 2, "pairs": 8})
+    table = made.terms["competition"].pairs
+    assert (len(table.first_P) == latents * (latents - 1) // 2 and table.turns == 1) == every
+    assert (compared_pairs({"variant": "competition", "d_sae": latents, "resolved": made.options}) == "all") == every
+
+
 @pytest.mark.parametrize("name", [f"collapse-{number:02d}" for number in range(6, 11)])
 def test_no_step_takes_a_qr(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(find_recipe(name).make(RunConfig(8, 64, 100, 16), {}), 100, "cpu")

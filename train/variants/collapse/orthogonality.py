@@ -82,8 +82,9 @@ def gram_schmidt_by_products(rows_GMD: Tensor) -> Tensor:
     """Unit rows in the directions of (3), by two Cholesky factors of Gram matrices instead of a QR.
 
     A QR takes one row after the other, and on a GPU a launch or more for each. The first pass squares the condition
-    number of the rows, and the second makes good what this costs, up to about 1000; of the free rows of a run it stays
-    below 10. Both passes together round less than a QR in float32.
+    number of the rows, and the second makes good what this costs, up to about 1000; of the free rows of a run it was
+    at most 7 (300 steps). Both passes together round less than a QR in float32. Of rows that are nearly equal the
+    later one is not made orthogonal, where a QR takes any direction.
     """
     for _ in range(2):
         L_GMM = cholesky_factor(rows_GMD @ rows_GMD.mT)

@@ -61,7 +61,8 @@ class CompetitionOptions(RecipeOptions):
     """Steps after which the table looks for better pairs."""
     turns: int = 8
     """A step penalizes one in so many pairs of the table, in turn; their mean, or their scaled sum, stands for that of
-    the whole table. 1: the whole table in every step."""
+    the whole table. 1: the whole table in every step. The mean is 0 in a step of which no pair passes tau, so it is too
+    small on average where fewer pairs than `turns` pass."""
     memory_gb: float = 2.0
     """Memory that the statistics of pairs may take, in GB. More is refused before the run starts."""
     act: Literal["topk", "batchtopk", "relu"] = "topk"
