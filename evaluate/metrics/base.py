@@ -295,8 +295,8 @@ def outlier_flags(outliers: int, rows: int) -> list[str]:
 
 def nan_to_none(tree: Any) -> Any:
     """Replace the NaN and infinities in nested dictionaries and lists by None."""
-    if isinstance(tree, dict):
-        return {k: nan_to_none(v) for k, v in tree.items()}
+    if isinstance(tree, dict):  # of a wide SAE there are a hundred thousand numbers: no call for each
+        return {k: v if type(v) is float and math.isfinite(v) else nan_to_none(v) for k, v in tree.items()}
     if isinstance(tree, list):
         return [nan_to_none(v) for v in tree]
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree

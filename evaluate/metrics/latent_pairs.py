@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array, vstack
 from torch import Tensor
 
 from ...common.device import copy_to_device
@@ -18,6 +19,7 @@ from ...common.formatting import format_bytes
 from ...common.memory import available_memory
 
 PAIRED_TOKENS = 32_768  # correlations are taken over the batches that start before this many tokens
+SPARSE_BELOW = 0.03  # share of active latents below which a CPU multiplies these alone in less time
 GRAM_ROWS = 256  # rows of the Gram matrix computed at a time, from the diagonal to the right
 PAIR_BYTES = 48  # of memory for each pair of latents: sums in float32 and float64, cosines, and their ranks
 
@@ -30,14 +32,20 @@ class LatentPairs:
         self.index_F: Tensor | None = None  # the sample; None before the first token
         self.gram_FF: Tensor | None = None  # float64, of the batches that ended
         self.batch_FF: Tensor | None = None  # of the batch
+        self.sparse: list[csr_array] = []  # latents of the batch whose products are not in it yet
 
     def add(self, f_TF: Tensor) -> None:
-        """Add f^T f of some tokens of a batch. Only the diagonal and what is above it are complete."""
+        """Add f^T f of some tokens of a batch, at the latest when it ends. Only the upper triangle is complete."""
         if self.index_F is None:
             self.index_F = self.sample(f_TF)
         paired_TF = f_TF.index_select(1, self.index_F) if len(self.index_F) < f_TF.shape[1] else f_TF
         if self.batch_FF is None:
             self.batch_FF = f_TF.new_zeros(len(self.index_F), len(self.index_F))
+        if paired_TF.device.type == "cpu":
+            active_N = paired_TF.flatten().nonzero()[:, 0]
+            if len(active_N) < SPARSE_BELOW * paired_TF.numel():
+                self.sparse.append(sparse_rows(paired_TF, active_N))
+                return
         for start in range(0, len(self.batch_FF), GRAM_ROWS):
             rows = slice(start, start + GRAM_ROWS)
             self.batch_FF[rows, start:].addmm_(paired_TF[:, rows].T, paired_TF[:, start:])
@@ -55,6 +63,10 @@ class LatentPairs:
 
     def end_batch(self) -> None:
         if self.batch_FF is not None:
+            if self.sparse:
+                rows_TF = vstack(self.sparse, format="csr")
+                self.batch_FF += torch.from_numpy((rows_TF.T @ rows_TF).toarray())
+                self.sparse = []
             self.gram_FF = self.batch_FF.double() if self.gram_FF is None else self.gram_FF.add_(self.batch_FF)
             self.batch_FF = None
 
@@ -74,6 +86,14 @@ class LatentPairs:
             rows = W_dec_FD[self.index_F][alive].double()
             numbers["spearman_decoder"] = spearman(cosines, upper_triangle(gram_cosines(rows @ rows.T)))
         return numbers
+
+
+def sparse_rows(f_TF: Tensor, active_N: Tensor) -> csr_array:
+    """Latents as a sparse matrix, given the places of those that are not zero."""
+    tokens, latents = f_TF.shape
+    index_N, value_N = active_N.numpy(), f_TF.flatten()[active_N].numpy()
+    ends = np.searchsorted(index_N, np.arange(0, f_TF.numel() + 1, latents))
+    return csr_array((value_N, index_N % latents, ends), shape=(tokens, latents))
 
 
 def sample_latents(d_sae: int, latents: int, device: torch.device) -> Tensor:

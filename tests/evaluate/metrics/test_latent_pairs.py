@@ -49,6 +49,22 @@ def test_batches_and_their_parts_are_summed():
     assert pairs.correlation(None) == pytest.approx(whole.correlation(None))
 
 
+def test_few_active_latents_are_multiplied_without_the_zeros():
+    """The same sums, whichever parts of a batch are sparse enough for it."""
+    torch.manual_seed(0)
+    few_TF = torch.rand(40, 300) * (torch.rand(40, 300) < 0.02)
+    few_TF[3] = 0
+    many_TF = torch.rand(10, 300)
+    pairs = LatentPairs(200)
+    for batch in ([few_TF, many_TF, few_TF.flip(0)], [many_TF], [few_TF]):
+        for part_TF in batch:
+            pairs.add(part_TF)
+        pairs.end_batch()
+    assert pairs.index_F is not None and pairs.gram_FF is not None
+    paired_TF = torch.cat([few_TF, many_TF, few_TF, many_TF, few_TF])[:, pairs.index_F].double()
+    torch.testing.assert_close(pairs.gram_FF.triu(), (paired_TF.T @ paired_TF).triu(), rtol=1e-5, atol=1e-6)
+
+
 def test_the_rank_correlation_is_with_the_cosines_of_decoder_rows():
     """Cosines of the pairs (0,1), (0,2), (1,2) between activations: .95, .22, 0; between rows: .99, .12, .29. By the
     inner products of rows, .06, 1 and 14, the rank correlation would be -1."""
