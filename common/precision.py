@@ -24,13 +24,13 @@ def default_precision(device: str) -> str:
     return "bfloat16" if device.startswith("cuda") else "float32"
 
 
-def resolve_precision(precision: str | None, device: str, default: str | None = None) -> str:
-    """Check a precision on a device; None is the `default`, or without one that of the device.
+def resolve_precision(precision: str | None, device: str) -> str:
+    """Check a precision on a device; None is the default of the device.
 
     Raises UsageError for an unknown one, UnavailableError if the device cannot compute in it.
     """
     if precision is None:
-        return default or default_precision(device)
+        return default_precision(device)
     if precision not in PRECISIONS:
         raise UsageError(f"unknown precision {precision!r}: expected float32, tf32 or bfloat16.")
     if reason := reason_against(precision, device):

@@ -39,7 +39,7 @@ from .hooks import hooks_to_train
 from .memory import untrained_variant
 from .parse import parse_options, parse_width
 from .passes import copies_fit, describe_copies, describe_passes, plan_passes
-from .precision import describe_precision, find_folder, require_precision
+from .precision import describe_precision, explain_other_precision, find_folder, require_precision
 from .recipe import Recipe, find_recipe
 from .sae import SAE, load_sae, read_run_record, read_sae_record
 from .stored_options import stored_options
@@ -264,6 +264,10 @@ def check_options(runs: Iterable[Run]) -> Iterator[str]:
     for run in runs:
         record = read_run_record(run.folder)
         run.stored = stored_options(record, run.folder)
+        asked = not run.done or "precision" in run.requested
+        if record and asked and (error := explain_other_precision(run.folder, record, run.config.precision)):
+            yield error
+            continue
         if record and (changes := record.get("accumulate_since")):
             run.config = run.config._replace(accumulate=changes[-1][1])
         key = run.recipe.name, run.config, json.dumps(run.stored, sort_keys=True)

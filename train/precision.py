@@ -1,6 +1,8 @@
 """The precision of a run's products: its line in the plan, and the runs that exist already."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..common.errors import UnavailableError
 from ..common.precision import reason_against, recorded_precision
@@ -28,6 +30,16 @@ def find_folder(out: Path, name: str, unnamed: str, precision: str) -> Path:
 
     Runs of earlier versions keep theirs, which is called as if the precision decided nothing (`unnamed`).
     """
-    earlier = read_run_record(out / unnamed) if name != unnamed and (out / unnamed / "run.json").exists() else None
-    same = earlier is not None and "precision" not in earlier and recorded_precision(earlier) == precision
-    return out / (unnamed if same else name)
+    earlier = read_run_record(out / unnamed) if name != unnamed else None
+    return out / (unnamed if earlier is not None and recorded_precision(earlier) == precision else name)
+
+
+def explain_other_precision(folder: Path, record: Mapping[str, Any], precision: str | None) -> str:
+    """Why the run that an earlier version left in the folder of a new one is another; "" if it has the precision."""
+    recorded = recorded_precision(record)
+    if precision in (recorded, None):
+        return ""
+    return (
+        f"{folder} is of an earlier version, whose runs on a GPU have products in {recorded}, and not in {precision}. "
+        f"To go on with it, give --precision {recorded} on a device that has it. For a new run, give another --out."
+    )

@@ -23,9 +23,9 @@ from sae.train.checkpoint import training_state
 from sae.train.checkpoint_writer import CheckpointWriter, StateFile
 from sae.train.memory import host_bytes
 from sae.train.plan import TrainConfig, plan_training
-from sae.train.progress import TrainProgress
+from sae.train.progress import SILENT, TrainProgress
 from sae.train.recipe import RECIPES
-from sae.train.run import run_training
+from sae.train.run import prepare_trainer, run_training, set_normalization
 
 from .runs import make_config, train
 
@@ -154,6 +154,39 @@ def test_a_full_disk_ends_training_and_the_resumed_runs_are_whole(
     assert not list(tmp_path.glob("out/*/sae.json"))
     train(config)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_pass_ends_when_its_checkpoint_is_whole(sparse_cache, tmp_path: Path, written) -> None:
+    """Then the rows that it read may be removed, as a group of windows of a ring is."""
+    plan = plan_training(make_config(sparse_cache, "relu", out=tmp_path))
+    trainer = prepare_trainer(plan.runs[0], "cpu", SILENT)
+    set_normalization(trainer, trainer.run.cache)
+    written(lambda step: time.sleep(0.05))
+    with CheckpointWriter("cpu") as writer:
+        shared_pass.SharedPass([trainer], plan.config, SILENT, lambda: False, writer).train(until=2)
+        assert steps_saved(trainer.run.folder) == [2]
+
+
+def test_a_writer_ends_when_its_thread_has_and_raises_what_failed(monkeypatch) -> None:
+    """An error of training is not replaced by it. After running out of memory it does not matter."""
+    wrote: list[int] = []
+
+    def write(copies: object, step: int, copied: object) -> None:
+        time.sleep(0.03)
+        wrote.append(step)
+        full_disk(Path("state.safetensors"))
+
+    monkeypatch.setattr(checkpoint_writer, "write_copies", write)
+    with pytest.raises(UnavailableError, match="The disk is full"), CheckpointWriter("cpu") as writer:
+        writer.save([], 1)
+    with pytest.raises(KeyError), CheckpointWriter("cpu") as writer:
+        writer.save([], 2)
+        raise KeyError
+    assert wrote == [1, 2]
+    with CheckpointWriter("cpu") as writer:
+        writer.save([], 3)
+        writer.give_up()
+    assert wrote == [1, 2, 3]
 
 
 def test_ctrl_c_waits_for_the_checkpoint(sparse_cache, tmp_path: Path, written) -> None:

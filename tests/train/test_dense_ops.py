@@ -106,6 +106,15 @@ def test_frozen_weights_get_no_gradient_and_cost_no_product(frozen: str) -> None
     assert operations[0] - operations[1] == 2 * BATCH * D_IN * D_SAE
 
 
+def test_a_loss_on_the_latents_alone_costs_one_product() -> None:
+    """That of the gradient to W_enc: no gradient of zeros goes through the decoder."""
+    sae, x_BD = sae_and_rows()
+    loss = LOSSES["latents"](*sae.run(x_BD)[1:3])
+    with FlopCounterMode(display=False) as counter:
+        gradients(sae, loss)
+    assert counter.get_total_flops() == 2 * BATCH * D_IN * D_SAE
+
+
 def test_latents_in_bfloat16_and_gradients_in_float32() -> None:
     sae, x_BD = sae_and_rows()
     sae.float()
@@ -124,6 +133,12 @@ def test_the_total_is_summed_in_float32() -> None:
     assert total.dtype == torch.float32 and float(total.detach()) == 90_000  # bfloat16 would make it 90112
     (gradient,) = torch.autograd.grad(3 * total, f_BF)
     assert gradient.stride() == (0, 0) and gradient.dtype == torch.bfloat16 and (gradient == 3).all()
+
+
+def test_the_gradient_of_a_bias_is_summed_in_float32() -> None:
+    ones = torch.ones(257, 3, dtype=torch.bfloat16)
+    b_D_, w_DF_, b_F_ = dense_ops.encoder_gradients(ones[:, :2], torch.ones(2, 3), ones, True, False)
+    assert b_F_.tolist() == [257.0] * 3 and b_D_.tolist() == [-771.0] * 2 and w_DF_ is None  # bfloat16 has 256 or 258
 
 
 def test_the_squared_error_and_its_gradient() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae.train.activation_functions import TopK
+from sae.train.activation_functions import Activation, TopK, activation_chain
 from sae.train.losses import L1, MSE, AuxK, MultiTopK
 from sae.train.mechanisms import DeadLatents
 from sae.train.sae import SAE
@@ -30,6 +30,23 @@ def test_mse_sums_over_dimensions_and_averages_over_tokens() -> None:
 def test_l1_sums_over_latents_and_averages_over_tokens() -> None:
     step = step_with(x_BD=((0.0,), (0.0,)), f_BF=((1.0, 2.0, 0.0), (0.0, 0.0, 4.0)))
     assert float(L1()(step)) == 3.5
+
+
+def test_l1_of_latents_that_can_be_negative_is_of_their_sizes() -> None:
+    """As of those that batch normalization or Gram-Schmidt has changed."""
+    step = step_with(x_BD=((0.0,), (0.0,)), f_BF=((1.0, -2.0, 0.0), (0.0, 0.0, -4.0)))
+    step.sae.activation = activation_chain([Signed()])
+    step.f_BF.requires_grad_()
+    loss = L1()(step)
+    loss.backward()
+    assert loss.item() == 3.5 and step.f_BF.grad.tolist() == [[0.5, -0.5, 0], [0, 0, -0.5]]
+
+
+class Signed(Activation):
+    """The identity, of which latents can be negative."""
+
+    def forward(self, z_BF: torch.Tensor) -> torch.Tensor:
+        return z_BF
 
 
 def dead_set(d_sae: int, dead: list[int]) -> DeadLatents:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae.train.activation_functions import BatchTopK, TopK
+from sae.train.activation_functions import Activation, BatchTopK, TopK
 from sae.train.losses import MSE
 from sae.train.mechanisms import (
     ActivityEMA,
@@ -81,6 +81,15 @@ def test_activity_follows_how_often_a_latent_fires() -> None:
     for _ in range(2):
         mechanism.after_step(step_with(f_BF=((1.0, 0.5), (0.2, 0.0))))  # one of two over the threshold, none
     assert mechanism.rate_F.tolist() == pytest.approx([0.1 * 0.5 + 0.9 * 0.1 * 0.5, 0.0])
+
+
+def test_a_latent_below_zero_does_not_fire() -> None:
+    class Signed(Activation):
+        """One after which latents can be negative."""
+
+    step = step_with(f_BF=((1.0, -0.5), (0.2, 0.0)))
+    step.sae = SAE(2, 2, [Signed()])
+    assert ActivityEMA(2).statistic(step).tolist() == [1.0, 0.0]
 
 
 def test_resetting_adam_zeroes_the_moments_of_some_latents_and_keeps_the_step_count() -> None:

@@ -113,6 +113,31 @@ def test_the_settings_of_torch_are_a_runs_own_and_are_put_back(make_trainer, bat
     assert (backend.fp32_precision, torch.get_float32_matmul_precision()) == before
 
 
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("kind", ["bfloat16", "float32", "tf32"])
+def test_every_pass_has_the_precision_of_the_run(make_trainer, batches, kind: str, parts: int) -> None:
+    """That of a step, of each of its parts, the one that finds what a batch in parts keeps, and that of calibration."""
+    trainer, seen = Trainer(make_trainer("batchtopk").variant, STEPS, "cpu", parts, kind), []
+    activation = trainer.variant.sae.activation[0]
+    set_cut = activation.set_cut
+
+    def look(pre_BF: torch.Tensor) -> tuple[str, torch.dtype]:
+        return torch.backends.cuda.matmul.fp32_precision, pre_BF.dtype
+
+    def cut(some, tokens: int) -> None:
+        every = list(some)
+        seen.extend(map(look, every))
+        set_cut(every, tokens)
+
+    activation.set_cut = cut
+    trainer.variant.register_forward_hook(lambda _variant, _rows, step: seen.append(look(step.pre_BF)))
+    trainer.forward(batches[0])
+    assert len(seen) == (1 if parts == 1 else 2 * parts)
+    trainer.backward(batches[0])
+    expected = ("tf32" if kind == "tf32" else "ieee", torch.bfloat16 if kind == "bfloat16" else torch.float32)
+    assert set(seen) == {expected} and len(seen) >= (2 if parts == 1 else 4 * parts)
+
+
 @pytest.mark.parametrize("of_torch", ["tf32", "ieee"])
 def test_a_setting_of_one_backend_alone_is_put_back_too(of_torch: str) -> None:
     """torch refuses to read its general setting then."""
@@ -132,7 +157,6 @@ def test_the_default_is_bfloat16_on_a_gpu_and_float32_on_a_cpu(processor, make_t
     processor("avx512_bf16 amx_bf16")
     assert default_precision("cuda:1") == "bfloat16" and default_precision("cpu") == "float32"
     assert resolve_precision(None, "cuda") == "bfloat16" and resolve_precision(None, "cpu") == "float32"
-    assert resolve_precision(None, "cuda", "float32") == "float32"
     assert make_trainer("relu").precision == "float32"
     with autocast("bfloat16", "cpu"):
         assert torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
@@ -251,6 +275,13 @@ def test_runs_of_earlier_versions_have_the_default_of_their_device(sparse_cache:
         assert plan_training(named).runs[0].folder != run  # that one is of a CPU
         RUN_RECORD.write(run / "run.json", gpu)
         assert plan_training(named).runs[0].folder == run
+    plain = make_config(sparse_cache, "relu", out=tmp_path)
+    assert plan_training(plain).runs[0].done  # and a finished one is found by the command that trained it
+    for unfinished in (False, True):
+        if unfinished:
+            (run / "sae.json").unlink()
+        with pytest.raises(UsageError, match=f"{run.name} is of an earlier version, whose runs on a GPU .* bfloat16"):
+            plan_training(plain if unfinished else replace(plain, precision="float32"))
     assert RunConfig.from_record(gpu, None).precision == "bfloat16"
     assert "precision" not in RunConfig.from_record(record, None).identity()
 

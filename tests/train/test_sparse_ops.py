@@ -56,6 +56,25 @@ def test_by_hand() -> None:
     assert w_FD.grad.tolist() == [[2, 0], [0, 0], [3, 50]]
 
 
+def test_a_gradient_that_is_one_number_reaches_every_row() -> None:
+    """That of a sum is not written out."""
+    at = sparse_ops.SelectedLatents.of(torch.tensor([0, 2, 5]), 2, 3)
+    w_FD = torch.ones(3, 4, requires_grad=True)
+    sparse_ops.decode(sparse_ops.KeptLatents(torch.tensor([2.0, 3.0, 5.0]), at), w_FD).sum().backward()
+    assert w_FD.grad.tolist() == [[2.0] * 4, [0.0] * 4, [8.0] * 4]
+
+
+@pytest.mark.parametrize("frozen", ["W_enc", "W_dec"])
+def test_frozen_weights_get_no_gradient_and_cost_no_product(monkeypatch, frozen: str) -> None:
+    monkeypatch.setattr(sparse_ops, "SPARSE_FROM", {"cpu": 1})
+    sums, sum_by_latent = [], sparse_ops.sum_by_latent
+    monkeypatch.setattr(sparse_ops, "sum_by_latent", lambda *a: sums.append(a) or sum_by_latent(*a))
+    sae = SAE(D_IN, D_SAE, [TopK(3)])
+    getattr(sae, frozen).requires_grad_(False)
+    sae.run(torch.randn(BATCH, D_IN)).recon_BD.square().sum().backward()
+    assert len(sums) == 1 and [name for name, p in sae.named_parameters() if p.grad is None] == [frozen]
+
+
 def test_threads_do_not_change_a_bit(monkeypatch) -> None:
     """Each sum is computed by one thread in one order, which makes a resumed run exact."""
 

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from sae.cache.catalog import find_cache
 from sae.cache.layout import Hook
 from sae.cache.reader import Cache
+from sae.cache.ring import RingCache
 from sae.cli.main import app
 from sae.cli.train import run_streaming
 from sae.common.errors import Interrupted, SaeError, UnavailableError, UsageError
@@ -35,6 +36,7 @@ from sae.harvest.plan import plan_harvest
 from sae.harvest.repair import repair
 from sae.harvest.run import run_harvest
 from sae.harvest.streaming import check_room, harvest_ahead, plan_ring
+from sae.train import checkpoint_writer
 from sae.train.checkpoint import training_state
 from sae.train.loop import Trainer
 from sae.train.plan import TrainConfig, plan_training
@@ -136,9 +138,23 @@ def test_the_bits_are_those_of_training_by_hand_on_the_order_of_the_groups(asked
         assert torch.equal(state[name], tensor), name
 
 
-def test_the_disk_never_holds_more_than_the_ring(asked) -> None:
-    """Only windows of the group being read and the next exist; at the end only the text is left."""
-    seen, most = [], 0
+def test_the_disk_never_holds_more_than_the_ring(asked, monkeypatch) -> None:
+    """Only windows of the group being read and the next exist; at the end only the text is left. A group is removed
+    when the checkpoints after it are whole."""
+    seen, most, saved = [], 0, []
+    write, release = checkpoint_writer.write_checkpoint, RingCache.release_group
+
+    def slowly(*of: object) -> None:
+        time.sleep(0.01)
+        write(*of)
+
+    def look_again(ring: RingCache, group: int) -> None:
+        newest = [max(run.glob("checkpoints/*/state.json")).parent.name for run in Path("runs").iterdir()]
+        saved.append([int(name.removeprefix("step-")) for name in newest])
+        release(ring, group)
+
+    monkeypatch.setattr(checkpoint_writer, "write_checkpoint", slowly)
+    monkeypatch.setattr(RingCache, "release_group", look_again)
 
     def look(step: int, *_: object) -> None:
         nonlocal most
@@ -151,6 +167,7 @@ def test_the_disk_never_holds_more_than_the_ring(asked) -> None:
 
     stream(asked, request_of("topk", layers=[0, 1]), TrainProgress(step=look))
     assert len(seen) == 2 * STEPS and max(map(len, seen)) == RING
+    assert saved == [[min(PER_GROUP * group, STEPS)] * 2 for group in range(1, 7)]
     assert 3 * WINDOW_BYTES < most <= RING * (2 * WINDOW_BYTES + ORIGIN_BYTES)
     assert bytes_of_windows(the_ring()) == 0 and windows_there(the_ring()) == set()
     assert Cache(the_ring()).contexts(held_out=False).length.sum() > TOKENS

@@ -66,6 +66,18 @@ def test_blocks_are_the_definition_over_the_pairs_within_them(count: int, tau_ov
     assert len(left_out) == count - 24 and not latents_BF.grad[:, left_out].any()
 
 
+@pytest.mark.parametrize(
+    ("count", "block", "blocks"), [(24, 256, 1), (23, 16, 1), (25, 16, 2), (22, 6, 4), (26, 6, 4), (24, 2, 12)]
+)
+def test_a_block_has_about_as_many_latents_as_it_was_given(count: int, block: int, blocks: int) -> None:
+    """The number of blocks is the nearest, all have the same size, and fewer than 1.5 are one."""
+    loss, shapes = Decorrelation(0.2, block=block), []
+    choose = loss.choose
+    loss.choose = lambda corr_GMM, step: shapes.append(tuple(corr_GMM.shape)) or choose(corr_GMM, step)
+    loss(step_with(latents(count).float()))
+    assert shapes == [(blocks, count // blocks, count // blocks)]
+
+
 def test_over_many_steps_blocks_have_the_value_and_the_gradient_of_all_pairs() -> None:
     latents_BF = latents(24).float().requires_grad_()
     exact = Decorrelation(0.3, pair_choice="exact")(step_with(latents_BF))
@@ -94,6 +106,10 @@ def test_a_random_order_is_one_and_differs_by_step_and_seed() -> None:
         together += block_F[:, None] == block_F
     often = together[~torch.eye(32, dtype=torch.bool)] / 400  # 3/31 of the steps, with a deviation of .015
     assert often.mean() == pytest.approx(3 / 31) and 0.03 < often.min() and often.max() < 0.18
+    ranks = torch.stack([order.argsort() for order in orders]).double() - 15.5
+    for latent in (0, 1, 5):  # no order is the one before, of latents further on
+        alike = (ranks[1:, : 32 - latent] * ranks[:-1, latent:]).mean() / ranks.square().mean()
+        assert abs(alike) < 0.05
 
 
 def test_runs_of_different_seeds_have_other_orders() -> None:
@@ -229,6 +245,7 @@ def test_a_run_of_an_earlier_version_compares_all_that_it_did() -> None:
         stored = {n: v for n, v in new.options.items() if n not in later} | vars(new.optimization)
         old = recipe.make(config, {}, stored)
         if name == "decorrelation":
+            assert [n for n, _ in new.named_buffers() if n.endswith("seed")] == ["terms.decorrelation.seed"]
             assert old.terms[name].pair_choice == "exact" and old.changed["pair_choice"] == ("exact", "blocks")
             assert not [n for n, _ in old.named_buffers() if n.endswith("seed")]
         else:

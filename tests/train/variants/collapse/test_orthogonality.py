@@ -202,6 +202,16 @@ def test_gradient_of_orthogonalised_latents(gradient: str) -> None:
     torch.testing.assert_close(found_BF, expected_BF, rtol=2e-3, atol=2e-3)
 
 
+def test_a_group_that_is_silent_in_a_batch_stays_so() -> None:
+    """Its Gram matrix is zero, and has a Cholesky factor all the same; the gradient of the others is finite."""
+    f_BF = torch.cat([torch.rand(8, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(8, 3)], 1)
+    f_BF.requires_grad_()
+    out_BF = GramSchmidtLatents(2, "through")(f_BF)
+    out_BF.square().sum().backward()
+    assert out_BF.isfinite().all() and out_BF[:, :3].any() and not out_BF[:, 3:].any()
+    assert f_BF.grad.isfinite().all()
+
+
 def test_orthogonalised_latents_are_counted_if_they_moved() -> None:
     f_BF = torch.zeros(6, 6)
     f_BF[0, 0] = f_BF[1, 1] = f_BF[2, 2] = 3.0  # at right angles
