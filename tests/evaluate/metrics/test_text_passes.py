@@ -13,7 +13,7 @@ from sae.evaluate.metrics import text_passes
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.core import Core
 from sae.evaluate.metrics.text_passes import TextPasses
-from sae.harvest.model import LanguageModel
+from sae.harvest.model import ForwardPass, LanguageModel
 
 from .test_core import make_ctx, model, own_folder, ragged, random_sae, silent  # noqa: F401  (fixtures)
 
@@ -38,41 +38,54 @@ def passes(monkeypatch) -> list[str]:
     return ran
 
 
-def measure(model, hooks=None, kind="relu", **settings):  # noqa: F811
-    settings = {"batch_contexts": 2, "reconstruction_batches": 1} | settings
-    targets = [EvalTarget(random_sae(kind), hook) for hook in hooks or [Hook(0)]]
-    return Core(**settings).measure(make_ctx(model, ragged()), targets, silent)
+def measure(model, hook, kind="relu"):  # noqa: F811
+    core = Core(batch_contexts=2, reconstruction_batches=1)
+    return core.measure(make_ctx(model, ragged()), [EvalTarget(random_sae(kind), hook)], silent)
+
+
+def run(ctx, *hooks, size=2, losses=1):
+    """The tensors of the passes over a text in batches of `size` contexts, as core makes them."""
+    batches = list(ctx.batches(size, 9))
+    kept = TextPasses(ctx, hooks or [Hook(0)], batches)
+    found = [kept.whole(batch) if place < losses else kept.activations(batch) for place, batch in enumerate(batches)]
+    tensors = [[one.final, *one.activations.values()] if isinstance(one, ForwardPass) else [*one.values()]
+               for one in found]  # fmt: skip
+    return [part.clone() for parts in tensors for part in parts]
+
+
+def equal(found, expected):
+    return all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("hook", [Hook(0), Hook(1, "mlp_out")], ids=str)
 def test_a_further_sae_needs_no_pass_of_the_model(model, passes, hook):  # noqa: F811
     """Also where the model starts again before the hook, at the output of the block before."""
-    first = measure(model, [hook])
+    first = measure(model, hook)
     assert passes.count("forward") == 1 and passes.count("capture_hooks") > 1
     passes.clear()
-    assert measure(model, [hook]) == first and passes == []
-    other = measure(model, [hook], "topk")
+    assert measure(model, hook) == first and passes == []
+    other = measure(model, hook, "topk")
     assert passes == [] and other != first
 
 
 def test_another_hook_batch_or_number_of_losses_runs_what_is_missing(model, passes):  # noqa: F811
-    measure(model)
-    for settings, missing in (({"hooks": [Hook(0), Hook(1)]}, 3), ({"batch_contexts": 5}, 1),
-                              ({"reconstruction_batches": 3}, 2), ({"hooks": [Hook(1)]}, 0),
-                              ({"hooks": [Hook(1, "mlp_out")]}, 3)):  # fmt: skip
+    ctx = make_ctx(model, ragged())
+    run(ctx)
+    for hooks, settings, missing in (([Hook(0), Hook(1)], {}, 3), ([Hook(0)], {"size": 5}, 1),
+                                     ([Hook(0)], {"losses": 3}, 2), ([Hook(1)], {}, 0),
+                                     ([Hook(1, "mlp_out")], {}, 3)):  # fmt: skip
         passes.clear()
-        found = measure(model, **settings)
-        assert len(passes) == missing, settings
-        assert measure(model, **settings) == found and len(passes) == missing
+        found = run(ctx, *hooks, **settings)
+        assert len(passes) == missing, (hooks, settings)
+        assert equal(run(ctx, *hooks, **settings), found) and len(passes) == missing
 
 
 def test_another_model_or_shape_has_passes_of_its_own(model, passes):  # noqa: F811
     ctx = replace(make_ctx(model, ragged()), model_identity={"model": "a", "llm_dtype": "float32"})
-    targets, core = [EvalTarget(random_sae("relu"), Hook(0))], Core(batch_contexts=5)
-    core.measure(ctx, targets, silent)
+    run(ctx, size=5)
     for change in ({"model": "b"}, {"llm_dtype": "bfloat16"}, {"adapters": ["c"]}, {"revision": "d"}):
         passes.clear()
-        core.measure(replace(ctx, model_identity={**ctx.model_identity, **change}), targets, silent)
+        run(replace(ctx, model_identity={**ctx.model_identity, **change}), size=5)
         assert passes == ["forward"], change
     ids, whole = torch.arange(300, 306), torch.ones(6, dtype=torch.bool)
     for shape in ((2, 3), (3, 2)):
@@ -82,41 +95,41 @@ def test_another_model_or_shape_has_passes_of_its_own(model, passes):  # noqa: F
 
 def test_a_damaged_file_is_computed_again(model, passes):  # noqa: F811
     """All of them, or only one part of a batch."""
-    first, ctx = measure(model), make_ctx(model, ragged())
+    ctx = make_ctx(model, ragged())
+    first = run(ctx)
     files = sorted(ctx.artifacts.folder.glob("text_pass-*.safetensors"))
     assert len(files) == 4
     for damaged, missing in ((files, 3), *(([one], 1) for one in files)):
         for path in damaged:
             path.write_bytes(path.read_bytes()[:-4] + b"\1\2\3\4")
         passes.clear()
-        assert measure(model) == first and len(passes) == missing
-        passes.clear()
-        assert measure(model) == first and passes == []
+        assert equal(run(ctx), first) and len(passes) == missing
+        assert equal(run(ctx), first) and len(passes) == missing
 
 
 @pytest.mark.parametrize(("name", "value"), [("MAX_BYTES", 9_000), ("free_space", lambda _: 36_000)])
-def test_passes_over_a_text_that_is_too_long_are_not_kept(model, passes, monkeypatch, name, value):  # noqa: F811
+def test_passes_over_a_text_that_is_too_long_are_not_kept(model, monkeypatch, name, value):  # noqa: F811
     """The five contexts are 36 positions with their padding: of 2 x 32 numbers, 9,216 bytes."""
-    kept = measure(model)
-    for path in make_ctx(model, []).artifacts.folder.glob("text_pass-*"):
+    ctx = make_ctx(model, ragged())
+    kept = run(ctx)
+    for path in ctx.artifacts.folder.glob("text_pass-*"):
         path.unlink()
     monkeypatch.setattr(text_passes, name, value)
-    assert measure(model) == kept
-    assert not list(make_ctx(model, []).artifacts.folder.glob("text_pass-*"))
+    assert equal(run(ctx), kept)
+    assert not list(ctx.artifacts.folder.glob("text_pass-*"))
 
 
-def test_a_disk_that_fills_costs_no_result(model, passes, monkeypatch):  # noqa: F811
-    kept = measure(model)
-    for path in make_ctx(model, []).artifacts.folder.glob("text_pass-*"):
-        path.unlink()
-    tries = []
+def test_a_disk_that_fills_costs_no_result(model, monkeypatch):  # noqa: F811
+    ctx, tries = make_ctx(model, ragged()), []
 
     def full(path, *_):
         tries.append(path)
         raise UnavailableError("The disk is full")
 
-    monkeypatch.setattr(artifacts, "atomic_write", full)
-    assert measure(model) == kept and len(tries) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(artifacts, "atomic_write", full)
+        found = run(ctx)
+    assert equal(run(ctx), found) and len(tries) == 1
 
 
 def test_a_pass_in_bfloat16_takes_half_the_space(model, monkeypatch):  # noqa: F811
