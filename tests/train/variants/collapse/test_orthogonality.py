@@ -280,3 +280,13 @@ def test_gram_schmidt_by_products_is_that_by_a_qr(condition: float) -> None:
     torch.testing.assert_close(found.double(), gram_schmidt(rows_GMD), rtol=0, atol=3e-7 * condition)
     products = found @ found.mT - torch.eye(12)
     assert products.abs().max() < 2e-6
+
+
+def test_a_group_of_dependent_rows_is_nan_and_not_rows_that_are_not_orthogonal() -> None:
+    """Rows of nearly rank 8, of which rounding leaves no factor. The other group is as it would be alone."""
+    torch.manual_seed(0)
+    dependent_MD = torch.randn(144, 8) @ torch.randn(8, 200) + 1e-3 * torch.randn(144, 200)
+    rows_GMD = torch.nn.functional.normalize(torch.stack([dependent_MD, torch.randn(144, 200)]), dim=-1)
+    found = gram_schmidt_by_products(rows_GMD)
+    assert found[0].isnan().all()
+    torch.testing.assert_close(found[1], gram_schmidt_by_products(rows_GMD[1:])[0])
