@@ -145,8 +145,12 @@ class EvalContext:
         """What a metric of the model's logits depends on besides: earlier versions rounded them as the model did."""
         return {} if self.model_identity.get("llm_dtype") == "float32" else {"logits": "float32"}
 
-    def batches(self, size: int, count: int, text: Contexts | None = None) -> Iterator[ContextBatch]:
+    def batches(
+        self, size: int, count: int, text: Contexts | None = None, device: torch.device | str | None = None
+    ) -> Iterator[ContextBatch]:
         """Yield at most `count` batches of `size` contexts of `text` (default: the held-out text).
+
+        They are on `device` (default: the model's, which is loaded for that).
 
         Each batch is as wide as its longest context.
         """
@@ -159,6 +163,6 @@ class EvalContext:
             if part.rows is not None:
                 counted &= torch.from_numpy(part.rows[:, : ids.shape[1]])
             document = torch.from_numpy(part.document.astype(np.int64))
-            device = self.model.device
+            device = self.model.device if device is None else device
             ids, is_token, counted = (copy_to_device(one, device) for one in (ids, is_token, counted))
             yield ContextBatch(ids, is_token, counted, document)

@@ -105,9 +105,11 @@ class EvaluatePlan:
         lines += [f"not run  {metric}: {reason}" for metric, reason in sorted(self.expected_failures)]
         if self.has_work:
             folder = self.artifacts.folder
+            added = {one.name: sum(group.kept_bytes(one) for group in self.groups) for one in self.metrics}
+            kept = "".join(f"; {name} adds up to {format_bytes(size)} to it" for name, size in added.items() if size)
             lines.append(
                 f"writes   evaluations/<metric>.json in each run; what does not depend on the SAE is cached in "
-                f"{folder} ({format_bytes(folder_bytes(folder))} now, {format_bytes(free_space(folder))} free)"
+                f"{folder} ({format_bytes(folder_bytes(folder))} now, {format_bytes(free_space(folder))} free){kept}"
             )
         return lines
 

@@ -151,6 +151,11 @@ class EvalGroup:
         rows = self.rows if rows is None else rows
         return [row for row in rows if metric not in row.results and metric not in row.errors]
 
+    def kept_bytes(self, metric: Metric) -> int:
+        """About how many bytes of activations measuring a metric adds to the artifact cache."""
+        pending = self.pending(metric.name) if metric.name in self.settings else []
+        return metric.kept_bytes(self.ctx, [row.target for row in pending]) if pending else 0
+
     @property
     def targets(self) -> list[EvalTarget]:
         return [row.target for row in self.rows]
@@ -170,8 +175,9 @@ def digest_without_seed(record: Mapping[str, Any]) -> str:
     """A digest that is equal for runs that differ only in their seed; `record` is run.json, of any version."""
     known = {**record, "precision": recorded_precision(record)}
     entries = {name: value for name, value in without_later_entries(known).items() if name not in IGNORED_KEYS}
-    if "resolved" in entries:
-        entries["resolved"] = without_later_entries(entries["resolved"])
+    for name in ("options", "resolved"):
+        if name in entries:
+            entries[name] = without_later_entries(entries[name])
     return digest_of(entries)
 
 

@@ -237,6 +237,10 @@ class Metric(ABC):
         """Lines of the plan about what measuring so many SAEs costs besides time."""
         return []
 
+    def kept_bytes(self, ctx: EvalContext, targets: Sequence[EvalTarget]) -> int:
+        """About how many bytes of activations measuring these adds to the artifact cache. Does not need the model."""
+        return 0
+
     @abstractmethod
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         """Evaluate every target on the same text, one outcome each. Raises SaeError if no target can be measured.

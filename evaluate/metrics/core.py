@@ -44,7 +44,7 @@ from .base import (
 )
 from .core_flags import core_flags
 from .document_values import document_record, values_in_record
-from .latent_pairs import decoder_geometry
+from .latent_pairs import PAIRED_LATENTS, decoder_geometry
 from .sae_statistics import (
     SAEStatistics,
     density_summary,
@@ -76,7 +76,7 @@ class Core(Metric):
     batch_contexts: int = 16
     reconstruction_batches: int = 200
     sparsity_batches: int = 2000
-    paired_latents: int = 1024
+    paired_latents: int = PAIRED_LATENTS
 
     name = "core"
     unit = "document"
@@ -108,11 +108,25 @@ class Core(Metric):
         same = min(self.paired_latents, d_sae) == min(EARLIER_PAIRED_LATENTS, d_sae)
         return {} if same else {"paired_latents": self.paired_latents}
 
+    def check(self) -> None:
+        least = {"batch_contexts": 1, "reconstruction_batches": 1, "sparsity_batches": 1, "paired_latents": 0}
+        for name, smallest in least.items():
+            if (value := getattr(self, name)) < smallest:
+                raise UsageError(f"core.{name}={value}: give {smallest} or more.")
+
+    def kept_bytes(self, ctx: EvalContext, targets: Sequence[EvalTarget]) -> int:
+        hooks = sorted({target.hook for target in targets})
+        return TextPasses(ctx, hooks, self.counted_batches(ctx, "cpu")).missing_bytes(self.reconstruction_batches)
+
     @torch.no_grad()
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         """Over all rows, and in `masked` without outlier rows: both from one pass of the model."""
         progress(0, 1, "loading the model")
         batches = self.counted_batches(ctx)
+        if not batches:
+            raise UsageError(
+                "The held-out text contains only special tokens (pad, EOS, BOS). Harvest with a different dataset."
+            )
         hooks = sorted({target.hook for target in targets})
         passes = TextPasses(ctx, hooks, batches)
         measured = [MeasuredSAE(target, self.paired_latents) for target in targets]
@@ -154,18 +168,13 @@ class Core(Metric):
     def values_by_unit(cls, result: MetricResult, column: MetricColumn) -> UnitValues:
         return UnitValues(*values_in_record(result.extra, column.name))
 
-    def counted_batches(self, ctx: EvalContext) -> list[ContextBatch]:
-        """The batches that contain a counted token. Raises UsageError for invalid options or if there are none."""
-        least = {"batch_contexts": 1, "reconstruction_batches": 1, "sparsity_batches": 1, "paired_latents": 0}
-        for name, smallest in least.items():
-            if (value := getattr(self, name)) < smallest:
-                raise UsageError(f"core.{name}={value}: give {smallest} or more.")
-        batches = [batch for batch in ctx.batches(self.batch_contexts, self.sparsity_batches) if batch.counted.any()]
-        if not batches:
-            raise UsageError(
-                "The held-out text contains only special tokens (pad, EOS, BOS). Harvest with a different dataset."
-            )
-        return batches
+    def counted_batches(self, ctx: EvalContext, device: str | None = None) -> list[ContextBatch]:
+        """The batches that contain a counted token; on the model's device, or on another without the model."""
+        return [
+            batch
+            for batch in ctx.batches(self.batch_contexts, self.sparsity_batches, device=device)
+            if batch.counted.any()
+        ]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .base import EvalTarget
+from .latent_pairs import PAIRED_LATENTS
 from .sae_statistics import SAEStatistics
 
 # Beyond these there is a flag.
@@ -27,8 +28,24 @@ def core_flags(target: EvalTarget, metrics: Metrics, stats: SAEStatistics) -> li
     """Sentences about numbers that mean less than they seem to. References get none: they are degenerate by design."""
     if target.reference:
         return []
-    left_out = [] if stats.pairs else [NO_PAIRS]
-    return [*sparsity_flags(metrics["sparsity"]["l0"], stats), *reconstruction_flags(metrics, stats), *left_out]
+    left_out = [few_pairs(stats)] if stats.pairs else [NO_PAIRS]
+    return [
+        *sparsity_flags(metrics["sparsity"]["l0"], stats),
+        *reconstruction_flags(metrics, stats),
+        *filter(None, left_out),
+    ]
+
+
+def few_pairs(stats: SAEStatistics) -> str:
+    """A sentence if the pairs are those of fewer latents than by default, beside which the numbers hardly compare."""
+    assert stats.pairs
+    latents, d_sae = stats.pairs.latents, len(stats.density())
+    if latents >= min(PAIRED_LATENTS, d_sae):
+        return ""
+    return (
+        f"Correlations between latents and cosines between decoder rows are those of the pairs of {latents:,} of "
+        f"{d_sae:,} latents (core.paired_latents)."
+    )
 
 
 def sparsity_flags(l0: float, stats: SAEStatistics) -> Iterator[str]:

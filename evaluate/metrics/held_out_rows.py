@@ -5,15 +5,19 @@ They stay in the artifact cache, in the model's dtype: 150 MB for 32,768 tokens 
 Shape suffixes: T tokens, D d_in.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...cache.outliers import outlier_mask
+from ...common.errors import UnavailableError
+from ...harvest.architectures import hook_width
 from ..context import EvalContext
 from .base import Progress, RowSet
+
+KIND = "held_out"  # of the artifacts
 
 
 class KeptRows(NamedTuple):
@@ -30,12 +34,8 @@ def read_rows(
 
     They come from the artifact cache, or from one pass of the model, as far as it is needed.
     """
-    depends = {
-        **ctx.model_identity, **ctx.text_identity, "skip": ctx.context_format.skip_record, "tokens": tokens,
-        "batch_contexts": batch_contexts,
-    }  # fmt: skip
-    keys = {row_set: {**depends, **row_set.hook.record, "norm_limit": row_set.norm_limit} for row_set in row_sets}
-    missing = [row_set for row_set in row_sets if not ctx.artifacts.contains("held_out", keys[row_set])]
+    keys = {row_set: key_of(ctx, row_set, tokens, batch_contexts) for row_set in row_sets}
+    missing = [row_set for row_set in row_sets if not ctx.artifacts.contains(KIND, keys[row_set])]
     captured = capture_rows(ctx, missing, tokens, batch_contexts, progress) if missing else {}
 
     def rows_of(row_set: RowSet) -> KeptRows:
@@ -45,10 +45,34 @@ def read_rows(
             x_TD, outliers = captured[row_set]
             return {"x": x_TD, "outliers": torch.tensor(outliers)}
 
-        arrays = ctx.artifacts.get_or_compute("held_out", keys[row_set], make)
+        try:
+            arrays = ctx.artifacts.get_or_compute(KIND, keys[row_set], make)
+        except UnavailableError:
+            if row_set not in captured:
+                raise
+            return captured[row_set]  # the disk is full: the numbers do not need what is kept
         return KeptRows(arrays["x"], int(arrays["outliers"]))
 
     return {row_set: rows_of(row_set) for row_set in row_sets}
+
+
+def key_of(ctx: EvalContext, row_set: RowSet, tokens: int, batch_contexts: int) -> dict[str, Any]:
+    """All that the rows depend on."""
+    return {
+        **ctx.model_identity, **ctx.text_identity, "skip": ctx.context_format.skip_record, "tokens": tokens,
+        "batch_contexts": batch_contexts, **row_set.hook.record, "norm_limit": row_set.norm_limit,
+    }  # fmt: skip
+
+
+def missing_bytes(ctx: EvalContext, row_sets: Iterable[RowSet], tokens: int, batch_contexts: int) -> int:
+    """How much `read_rows` will keep at most that is not there yet. Does not need the model."""
+    size = getattr(torch, ctx.model_identity["llm_dtype"]).itemsize
+    rows = min(tokens, int(ctx.contexts.length.sum()))
+    return sum(
+        size * rows * hook_width(row_set.hook, ctx.model_config)
+        for row_set in set(row_sets)
+        if not ctx.artifacts.contains(KIND, key_of(ctx, row_set, tokens, batch_contexts))
+    )
 
 
 def capture_rows(

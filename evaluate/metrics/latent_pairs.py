@@ -18,6 +18,7 @@ from ...common.errors import UsageError
 from ...common.formatting import format_bytes
 from ...common.memory import available_memory
 
+PAIRED_LATENTS = 1024  # by default, or all if an SAE has no more
 PAIRED_TOKENS = 32_768  # correlations are taken over the batches that start before this many tokens
 SPARSE_BELOW = 0.03  # share of active latents below which a CPU multiplies these alone in less time
 GRAM_ROWS = 256  # rows of the Gram matrix computed at a time, from the diagonal to the right

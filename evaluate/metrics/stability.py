@@ -39,6 +39,7 @@ from torch import Tensor
 from ...common.errors import SaeError, UnavailableError, UsageError
 from ..context import EvalContext
 from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress, RowSet
+from .held_out_rows import missing_bytes
 from .latent_correlation import HeldOutRows, Latents, read_latents
 from .latent_matching import CANDIDATES, EXACT_LATENTS, Matching, match_latents
 from .random_dictionaries import gaussian_rows, random_latents, second_moment, shuffle_rows
@@ -138,6 +139,9 @@ class Stability(Metric):
                 raise UsageError(f"stability.{name}={value}: give 1 or more.")
         if not 0 < self.threshold <= 1:
             raise UsageError(f"stability.threshold={self.threshold:g}: give a cosine above 0 and at most 1.")
+
+    def kept_bytes(self, ctx: EvalContext, targets: Sequence[EvalTarget]) -> int:
+        return missing_bytes(ctx, {target.row_set for target in targets}, self.tokens, self.batch_contexts)
 
     @torch.no_grad()
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:

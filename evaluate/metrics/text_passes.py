@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...cache.layout import Hook
 from ...common.device import copy_to_device
 from ...common.errors import UnavailableError
 from ...common.files import free_space
+from ...harvest.architectures import hook_width
 from ...harvest.model import ForwardPass
 from ..context import ContextBatch, EvalContext
 
@@ -75,9 +77,7 @@ class TextPasses:
         if final is not None:
             tensors.append((None, final))
         if self.keeps is None:
-            per_position = sum(x.shape[-1] * x.element_size() for _, x in tensors)
-            needed = per_position * sum(one.ids.numel() for one in self.batches)
-            self.keeps = needed <= min(MAX_BYTES, FREE_SHARE * free_space(self.ctx.artifacts.folder))
+            self.keeps = self.fits(sum(x.shape[-1] * x.element_size() for _, x in tensors))
         if self.keeps:
             for hook, x_NSD in tensors:
                 key = self.key(batch, self.depends(hook))
@@ -86,6 +86,33 @@ class TextPasses:
                 except UnavailableError:  # another program has filled the disk; the results do not need it
                     self.keeps = False
                     return
+
+    def fits(self, bytes_per_position: int) -> bool:
+        """Whether the passes may be kept, with so many bytes for each position of the text."""
+        needed = bytes_per_position * sum(one.ids.numel() for one in self.batches)
+        return needed <= min(MAX_BYTES, FREE_SHARE * free_space(self.ctx.artifacts.folder))
+
+    def missing_bytes(self, with_losses: int) -> int:
+        """How much will be kept that is not there yet, if the first `with_losses` batches are run to the end.
+
+        Found without the model: at most, where a hook lies inside a block.
+        """
+        size = getattr(torch, self.ctx.model_identity["llm_dtype"]).itemsize
+        starts = [Hook(hook.layer - 1) for hook in self.hooks if hook.site != "resid_post" and hook.layer > 0]
+        widths: dict[Hook | None, int] = {
+            hook: size * hook_width(hook, self.ctx.model_config) for hook in (*self.hooks, *starts)
+        }
+        widths[None] = size * hook_width(Hook(0), self.ctx.model_config)
+        if not self.fits(sum(widths.values())):
+            return 0
+        contains = self.ctx.artifacts.contains
+        return sum(
+            width * batch.ids.numel()
+            for number, batch in enumerate(self.batches)
+            for hook, width in widths.items()
+            if hook in self.hooks or number < with_losses
+            if not contains(KIND, self.key(batch, self.depends(hook)))
+        )
 
     def depends(self, hook: Hook | None) -> dict[str, Any]:
         return {"final": True} if hook is None else hook.record

@@ -228,5 +228,7 @@ def test_a_new_seed_of_a_run_of_an_earlier_version_is_of_the_same_system(path: P
     newer = {n: LATER_ENTRIES.get(n, v) for n, v in plain.items() if n not in old["resolved"]}
     new = old | {"seed": 7, "resolved": old["resolved"] | newer}
     assert newer and digest_without_seed(new) == digest_without_seed(old)
+    given = {name: value for name, value in newer.items() if name in LATER_ENTRIES}  # as the command for more seeds
+    assert digest_without_seed(new | {"options": old["options"] | given}) == digest_without_seed(old)
     for name in newer:
         assert digest_without_seed(new | {"resolved": new["resolved"] | {name: "other"}}) != digest_without_seed(old)

@@ -19,7 +19,7 @@ def flags_of(
     stats: Any = SimpleNamespace(
         density=lambda: density_F,
         tokens=TOKENS,
-        pairs=True,
+        pairs=SimpleNamespace(latents=1024),
         sums={"x": torch.zeros(D_IN), "not_finite": float(not_finite)},
     )
     metrics = {

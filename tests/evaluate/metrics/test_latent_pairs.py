@@ -129,7 +129,9 @@ def test_core_pairs_as_many_latents_as_it_is_told(model):  # noqa: F811
     assert {name: group for name, group in whole.metrics.items() if name in none.metrics and name != "dictionary"} == {
         name: group for name, group in none.metrics.items() if name != "dictionary"
     }
-    assert none.flags == [*whole.flags, NO_PAIRS] and NO_PAIRS not in some.flags
+    assert none.flags == [*whole.flags, NO_PAIRS]
+    (few,) = [flag for flag in some.flags if flag not in whole.flags]
+    assert f"pairs of 12 of {D_SAE} latents (core.paired_latents)" in few and "paired" not in "".join(whole.flags)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +148,6 @@ def test_the_number_of_latents_is_a_setting_where_it_is_not_that_of_earlier_vers
     assert without_weights({"weights": "a", "paired_latents": 12, "mode": "0.6.0"}) == {"mode": "0.6.0"}
 
 
-def test_a_negative_number_of_latents_is_refused(model):  # noqa: F811
+def test_a_negative_number_of_latents_is_refused():
     with pytest.raises(UsageError, match="core.paired_latents=-1: give 0 or more"):
-        Core(paired_latents=-1).measure(make_ctx(model, ragged()), [], silent)
+        Core(paired_latents=-1).check()
