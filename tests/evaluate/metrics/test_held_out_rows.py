@@ -8,6 +8,7 @@ import torch
 
 from sae.cache.layout import Hook
 from sae.cache.outliers import outlier_mask
+from sae.common.errors import UnavailableError
 from sae.evaluate.metrics import held_out_rows as module
 from sae.evaluate.metrics.base import EvalTarget, RowSet
 from sae.evaluate.metrics.held_out_rows import read_rows
@@ -117,6 +118,18 @@ def test_a_damaged_file_is_captured_again(ctx, passes):
     again = read_rows(ctx, [RowSet(Hook(0)), RowSet(Hook(1))], 100, 4, silent)
     assert all(torch.equal(one.x_TD, before) for one, before in zip(again.values(), rows, strict=True))
     assert [len(sets) for sets in passes] == [2, 1, 1]
+
+
+def test_a_full_disk_keeps_nothing_and_changes_no_row(ctx, monkeypatch):
+    def full(path, *_):
+        raise UnavailableError(f"The disk is full: {path}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sae.evaluate.artifacts.atomic_write", full)
+        found = read_rows(ctx, [RowSet(Hook(0))], 100, 4, silent)[RowSet(Hook(0))]
+    assert not list(ctx.artifacts.folder.glob("held_out-*"))
+    kept = read_rows(ctx, [RowSet(Hook(0))], 100, 4, silent)[RowSet(Hook(0))]
+    assert torch.equal(found.x_TD, kept.x_TD) and found.outliers == kept.outliers
 
 
 def test_each_sae_encodes_the_rows_that_it_reads(ctx):
