@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sae.train import dense_ops, sparse_ops
 from sae.train.activation_functions import BatchTopK, ReLU, TopK
+from sae.train.losses import L1
 from sae.train.mechanisms import ActivityEMA
 from sae.train.recipe import find_recipe
 from sae.train.sae import SAE
@@ -131,6 +132,7 @@ def test_the_total_is_summed_in_float32() -> None:
     f_BF = torch.ones(300, 300, dtype=torch.bfloat16, requires_grad=True)
     total = dense_ops.total(f_BF)
     assert total.dtype == torch.float32 and float(total.detach()) == 90_000  # bfloat16 would make it 90112
+    assert dense_ops.total(f_BF.double()).dtype == torch.float64
     (gradient,) = torch.autograd.grad(3 * total, f_BF)
     assert gradient.stride() == (0, 0) and gradient.dtype == torch.bfloat16 and (gradient == 3).all()
 
@@ -163,8 +165,10 @@ def test_counts_are_those_of_the_latents_and_need_no_dense_ones(monkeypatch) -> 
     for recipe, options in (("relu", {}), ("topk", {"k": 30}), ("batchtopk", {"k": 2.5}), ("jumprelu", {})):
         step = step_of(recipe, monkeypatch, **options)
         counts_F, l0, fired_F = step.counts_F, step.l0, step.fired_F
+        size = float(L1()(step).detach())
         assert (step.kept is not None) == (step.computed_f_BF is None) == ("topk" in recipe)
         active_BF = step.f_BF != 0
+        assert size == pytest.approx(float(step.f_BF.sum()) / BATCH)
         assert torch.equal(counts_F, active_BF.sum(0).float()) and torch.equal(fired_F, active_BF.any(0))
         assert torch.equal(ActivityEMA(D_SAE).statistic(step), active_BF.float().mean(0))
         assert float(l0) == pytest.approx(float(active_BF.float().sum(1).mean())) and 0 < counts_F.min() + l0

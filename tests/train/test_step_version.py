@@ -88,6 +88,8 @@ def test_without_an_entry_the_version_is_the_first(unfinished) -> None:
     assert read_checkpoint(path).step_version == 1
     note = "" if STEP_VERSION == 1 else "its checkpoint is of version 1 of the training step"
     assert len(said := resume(folder)) == (1 if STEP_VERSION == 1 else 2) and note in said[-1]
+    changes = RUN_RECORD.read(folder / "run.json").get("step_version_since")
+    assert changes == (None if STEP_VERSION == 1 else [[8, STEP_VERSION]])
 
 
 def test_steps_that_are_taken_again_are_not_recorded(unfinished) -> None:
@@ -127,6 +129,8 @@ def test_the_bounds_are_of_recipes_and_of_rounding() -> None:
     assert WIDER.keys() <= RECIPES.keys() and len(set(RANKING)) == len(RANKING)
     for name in RECIPES:
         assert all(0 < bound <= 0.1 for bound in rounding_bounds(name))
+        assert rounding_bounds(name) == WIDER.get(name, rounding_bounds("relu"))
+    assert rounding_bounds("topk").weights > rounding_bounds("relu").weights
 
 
 def test_another_order_of_sums_stays_within_the_bounds(sparse_cache, tmp_path: Path) -> None:
