@@ -30,7 +30,7 @@ def find_folder(out: Path, name: str, unnamed: str, precision: str) -> Path:
 
     Runs of earlier versions keep theirs, which is called as if the precision decided nothing (`unnamed`).
     """
-    earlier = read_run_record(out / unnamed) if name != unnamed else None
+    earlier = read_run_record(out / unnamed)
     return out / (unnamed if earlier is not None and recorded_precision(earlier) == precision else name)
 
 

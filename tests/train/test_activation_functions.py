@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from sae.train import activation_functions
 from sae.train.activation_functions import (
     SAMPLE_EVERY,
     BatchTopK,
@@ -60,6 +61,9 @@ def test_the_largest_of_a_batch_by_a_sample_are_those_of_a_sort(count: int) -> N
         assert torch.equal(z_N[found_N].sort().values, z_N.sort().values[-count:])
     by_sample = largest_by_sample(gaussian, count)
     assert by_sample is not None and torch.equal(by_sample, largest_indices(gaussian, count))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(activation_functions, "topk_indices", pytest.fail)
+        assert torch.equal(largest_indices(gaussian, count), by_sample)  # no sort of all
     assert (largest_by_sample(in_sample, count) is None) == (count > 328)  # of which 9.0 is
     broken = gaussian.clone()
     broken[77] = math.nan  # in no sample; a step has to see it
