@@ -151,6 +151,13 @@ def test_the_squared_error_and_its_gradient() -> None:
     assert recon_BD.grad.tolist() == [[1.0, -2.0], [0.0, 3.0]]
 
 
+def test_the_squared_error_is_one_whether_errors_are_read_first_or_not(monkeypatch) -> None:
+    steps = [step_of("relu", monkeypatch) for _ in range(2)]
+    expected = float((steps[0].x_BD - steps[0].recon_BD.detach()).square().sum())
+    assert steps[0].error_BD.shape == (BATCH, D_IN)
+    assert [float(step.squared_error.detach()) for step in steps] == pytest.approx([expected] * 2) and expected > 1
+
+
 # --- what a step holds ------------------------------------------------------------------------------------------------
 
 

@@ -39,7 +39,7 @@ from sae.harvest.streaming import check_room, harvest_ahead, plan_ring
 from sae.train import checkpoint_writer
 from sae.train.checkpoint import training_state
 from sae.train.loop import Trainer
-from sae.train.plan import TrainConfig, plan_training
+from sae.train.plan import TrainConfig, TrainPlan, plan_training
 from sae.train.recipe import RECIPES, find_recipe
 from sae.train.run import TrainProgress
 from sae.train.streaming import train_streaming
@@ -256,10 +256,14 @@ def test_rows_over_the_limit_of_the_first_window_are_masked_to_the_end(asked, tm
     assert read_json(folder / "sae.json")["origin"]["norm_limit"] == limit
 
 
-def test_a_run_added_later_starts_at_the_first_group(asked, tmp_path: Path) -> None:
-    """Windows that another run has released are harvested again, to the same bits."""
+def test_a_run_added_later_starts_at_the_first_group(asked, tmp_path: Path, monkeypatch) -> None:
+    """Windows that another run has released are harvested again, to the same bits, also where copies of the states do
+    not fit, so that training waits for its checkpoints."""
     stream(asked, request_of("topk"))
-    (later,) = stream(asked, request_of("relu", options=[]))
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainPlan, "in_background", False)
+        patch.setattr(checkpoint_writer.CheckpointWriter, "_copy", pytest.fail)
+        (later,) = stream(asked, request_of("relu", options=[]))
     (alone,) = stream(asked | {"out": tmp_path / "ring"}, request_of("relu", options=[], out=tmp_path / "alone"))
     assert weights(later) == weights(alone)
 
