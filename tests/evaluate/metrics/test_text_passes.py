@@ -80,13 +80,17 @@ def test_another_hook_batch_or_number_of_losses_runs_what_is_missing(model, pass
         assert equal(run(ctx, *hooks, **settings), found) and len(passes) == missing
 
 
-def test_another_model_or_shape_has_passes_of_its_own(model, passes):  # noqa: F811
+def test_another_model_text_or_shape_has_passes_of_its_own(model, passes):  # noqa: F811
     ctx = replace(make_ctx(model, ragged()), model_identity={"model": "a", "llm_dtype": "float32"})
     run(ctx, size=5)
     for change in ({"model": "b"}, {"llm_dtype": "bfloat16"}, {"adapters": ["c"]}, {"revision": "d"}):
         passes.clear()
         run(replace(ctx, model_identity={**ctx.model_identity, **change}), size=5)
         assert passes == ["forward"], change
+    passes.clear()
+    other = [[*row[:-1], row[-1] + 1] for row in ragged()]
+    run(replace(make_ctx(model, other), model_identity=ctx.model_identity), size=5)
+    assert passes == ["forward"]
     ids, whole = torch.arange(300, 306), torch.ones(6, dtype=torch.bool)
     for shape in ((2, 3), (3, 2)):
         batch = ContextBatch(ids.view(shape), whole.view(shape), whole.view(shape), torch.zeros(shape[0]))
