@@ -5,8 +5,10 @@ import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from sae.cache.layout import Hook
 from sae.common.errors import UsageError
@@ -15,7 +17,7 @@ from sae.evaluate.metrics import latent_pairs
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.core import Core
 from sae.evaluate.metrics.core_flags import NO_PAIRS
-from sae.evaluate.metrics.latent_pairs import LatentPairs, decoder_geometry, sample_latents
+from sae.evaluate.metrics.latent_pairs import LatentPairs, decoder_geometry, sample_latents, spearman
 from sae.evaluate.reference_saes import Identity
 
 from .test_core import D_SAE, LAYER, make_ctx, model, own_folder, ragged, random_sae, silent  # noqa: F401  (fixtures)
@@ -101,6 +103,28 @@ def test_pairs_that_do_not_fit_are_refused_with_the_number_that_does(monkeypatch
     with pytest.raises(UsageError, match=r"core.paired_latents=50: all pairs of 40 latents .* Give 31 or less"):
         pairs_of(torch.ones(1, 40), latents=50)
     assert pairs_of(torch.ones(1, 40), latents=31).correlation(None)["latents"] == 31
+
+
+def test_numbers_over_pairs_are_those_of_numpy_and_scipy():
+    """Of signed latents, so that some cosines are negative."""
+    generator = torch.Generator().manual_seed(0)
+    f_TF, W_FD = torch.randn(40, 9, generator=generator), torch.randn(9, 4, generator=generator)
+    units = [torch.nn.functional.normalize(rows.double(), dim=1) for rows in (f_TF.T, W_FD)]
+    cosines, decoder_cosines = (
+        np.array([float(unit[i] @ unit[j]) for i, j in itertools.combinations(range(9), 2)]) for unit in units
+    )
+    found, decoder = pairs_of(f_TF).correlation(W_FD), decoder_geometry(W_FD, 9)
+    for percent in (50, 90, 99, 99.9):
+        name = f"quantile_{percent}"
+        assert found[name] == pytest.approx(np.percentile(abs(cosines), percent), rel=1e-5)
+        assert decoder[f"decoder_cosine_{name}"] == pytest.approx(
+            np.percentile(abs(decoder_cosines), percent), rel=1e-5
+        )
+    assert found["spearman_decoder"] == pytest.approx(spearmanr(cosines, decoder_cosines).statistic)
+    share = torch.linalg.svdvals(units[1]) / torch.linalg.svdvals(units[1]).sum()
+    assert decoder["effective_rank"] == pytest.approx(float((-share * share.log()).sum().exp()), rel=1e-5)
+    a, b = [1.0, 1, 2, 3, 3], [4.0, 1, 1, 2, 0]
+    assert spearman(torch.tensor(a), torch.tensor(b)) == pytest.approx(spearmanr(a, b).statistic)
 
 
 def test_batches_are_summed_in_float64():
