@@ -135,3 +135,20 @@ def test_latents_in_bfloat16_are_counted_in_float32():
     """In bfloat16 601 ones are 600."""
     stats = statistics_of(torch.ones(2, 3), torch.ones(2, 601).bfloat16(), torch.ones(2, 3))
     assert stats.scalars("0.6.0")["sparsity"] == {"l0": 601, "l1": 601, "activation_variance": 0}
+
+
+def test_a_batch_without_a_row_has_contexts_without_a_token():
+    """Documents are told apart by the place of their contexts among all."""
+    stats, x = SAEStatistics(), torch.ones(2, 3)
+    counted = torch.ones(1, 2, dtype=torch.bool)
+    for rows in (counted, ~counted, counted):
+        splice(EvalTarget(Scripted(x, x), Hook(0)), x[None], counted, [(stats, rows)])
+    assert stats.ratios()["sparsity"]["l0"][1].tolist() == [2, 0, 2] and stats.tokens == 4
+
+
+def test_a_reconstruction_with_one_nan_is_not_finite():
+    x = torch.ones(2, 3)
+    stats, counted, recon = SAEStatistics(), torch.ones(1, 2, dtype=torch.bool), x.clone()
+    recon[1, 0] = torch.nan
+    splice(EvalTarget(Scripted(x, recon), Hook(0)), x[None], counted, [(stats, counted)])
+    assert stats.sums["not_finite"] == 1
