@@ -166,8 +166,9 @@ def reader_of_run(folder: Path) -> Read:
 
 def reader_of_checkpoint(folder: Path) -> Read:
     def read() -> Any:
-        step, _, tensors = read_checkpoint(folder)
-        return step, {name: digest(tensor.numpy()) for name, tensor in sorted(tensors.items())}  # load orders them anew
+        saved = read_checkpoint(folder)
+        tensors = {name: digest(tensor.numpy()) for name, tensor in sorted(saved.tensors.items())}  # in a fixed order
+        return saved.step, saved.step_version, tensors
 
     return read
 

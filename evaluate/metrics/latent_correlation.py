@@ -6,7 +6,8 @@ take 4 bytes a number, twice while random dictionaries are made: 2 x 300 MB for 
 Shape suffixes: T tokens, D d_in, F latents of one SAE, G of another, B a block of latents.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -21,9 +22,9 @@ from ..context import EvalContext
 from .base import EvalTarget, Progress, RowSet, SAELike, encode_finite
 from .held_out_rows import read_rows
 from .latent_matching import BlockSimilarity
+from .parts import tokens_at_once
 
 MAX_ACTIVE = 2**28  # latents of an SAE that are not 0, on all tokens together: 3 GB
-TOKENS_PER_CHUNK = 512  # that are encoded at a time
 CONSTANT = 1e-12  # of its mean square: a latent with a smaller variance is constant
 
 
@@ -91,13 +92,13 @@ class HeldOutRows:
         return sum(map(len, self.x))
 
     def add(self, x_TD: Tensor, saes: dict[int, SAELike]) -> None:
-        """Take more rows, on the SAEs' device; `saes` are keyed by their place."""
+        """Take more rows, on the SAEs' device, which are encoded at once; `saes` are keyed by their place."""
         self.x.append(x_TD.float().cpu())
         for place, sae in saes.items():
             kept = self.f.setdefault(place, [])
             try:
                 if place not in self.failed:
-                    kept += [sparse(encode_finite(sae, chunk)) for chunk in x_TD.split(TOKENS_PER_CHUNK)]
+                    kept.append(sparse(encode_finite(sae, x_TD)))
                 if (active := sum(part.nnz for part in kept)) > MAX_ACTIVE:
                     raise UsageError(
                         f"At {self.tokens:,} tokens {active:,} of the latents are not 0: the SAE is not sparse, and "
@@ -126,6 +127,15 @@ def sparse(f_TF: Tensor) -> csr_matrix:
     return csr_matrix((values, place_Z % value_TF.shape[1], starts), value_TF.shape)
 
 
+def tokens_per_encode(saes: Iterable[SAELike], x_TD: Tensor, device: str) -> int:
+    """How many of the tokens each SAE can encode at a time. One that fails at the first has no say."""
+    latents = [1]
+    for sae in saes:
+        with contextlib.suppress(SaeError):
+            latents.append(sae.encode(copy_to_device(x_TD[:1].float(), device)).shape[-1])
+    return tokens_at_once(max(latents), device)
+
+
 def read_latents(
     ctx: EvalContext, targets: Sequence[EvalTarget], tokens: int, batch_contexts: int, progress: Progress
 ) -> dict[RowSet, HeldOutRows]:
@@ -135,7 +145,7 @@ def read_latents(
     for row_set, (x_TD, outliers) in read_rows(ctx, row_sets, tokens, batch_contexts, progress).items():
         saes = {place: target.sae for place, target in enumerate(targets) if target.row_set == row_set}
         rows = found[row_set] = HeldOutRows(outliers=outliers)
-        for part_TD in x_TD.split(TOKENS_PER_CHUNK) if len(x_TD) else ():
+        for part_TD in x_TD.split(tokens_per_encode(saes.values(), x_TD, ctx.device)) if len(x_TD) else ():
             rows.add(copy_to_device(part_TD, ctx.device), saes)
             progress(rows.tokens, len(x_TD), "tokens encoded")
     return found

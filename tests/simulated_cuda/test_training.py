@@ -107,7 +107,9 @@ def test_the_same_for_every_system_of_a_paper_in_every_reading(gpu: SimulatedGPU
             "training.walk", recipe=job.recipe, options=job.options, paper_exact=job.paper_exact,
             d_sae=4 * parse_width(job.width, find_recipe(job.recipe), 16), sparse=True,
         )  # fmt: skip
-        assert walked["waits"] == walked["unordered"] == [], job
+        # A coefficient of 0 leaves gradients of zeros, which do not tell whether an order decides a bit.
+        told = [line for line in walked["unordered"] if "aux=0.0" not in job.options or "zeros tell" not in line]
+        assert walked["waits"] == told == [], job
         assert walked["apart"] == {}, job
 
 
