@@ -1,14 +1,15 @@
 """Checkpoints in the background: the bytes of a training that waits; a kill or a full disk loses nothing."""
 
 import errno
+import itertools
 import multiprocessing
+import os
 import random
 import re
 import shutil
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -336,62 +337,52 @@ def test_the_plan_counts_the_copies(sparse_cache, tmp_path: Path, monkeypatch) -
 # --- kills ------------------------------------------------------------------------------------------------------------
 
 
-def train_slowly(config: TrainConfig) -> None:
-    """In a process of its own. Checkpoints take long enough to be met: each step of writing one waits a moment."""
-    write = checkpoint.atomic_write
+def train_and_die(config: TrainConfig, moment: str, file: int) -> None:
+    """Train until SIGKILL, in a process of its own: before or after the rename of the file with this number among those
+    of all checkpoints, or up to 20 ms later, wherever the training and the writing thread then are.
+    """
+    replace, numbers = os.replace, itertools.count()
 
-    def slow(path: Path, *parts: bytes) -> None:
-        time.sleep(0.003)
-        write(path, *parts)
-        time.sleep(0.003)
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint.atomic_write = slow
+    def rename(source: Path, target: Path) -> None:
+        due = "checkpoints" in target.parts and next(numbers) == file
+        if due and moment == "before":
+            die()
+        replace(source, target)
+        if due and moment == "after":
+            die()
+        if due:
+            threading.Timer(random.Random(file).uniform(0, 0.02), die).start()
+
+    os.replace = rename
     torch.set_num_threads(1)
     train(config)
-
-
-def phase(folder: Path) -> str:
-    """What a killed run was doing, judged by the files that it left."""
-    targets = sorted(folder.glob("checkpoints/step-*"))
-    if not targets:
-        return "before the first checkpoint"
-    if list(targets[-1].glob("*.tmp-*")):
-        return "writing a file"
-    if not (targets[-1] / "state.json").exists():
-        return "between the files of a checkpoint"
-    return "removing" if len(targets) > checkpoint.KEPT else "between checkpoints, or another run's"
+    die()  # the last steps were faster
 
 
 @pytest.mark.slow
 def test_fifty_kills_during_checkpoints(sparse_cache, tmp_path: Path) -> None:
-    """SIGKILL at random instants of three runs that share a pass. Each time the resumed runs end byte-equal."""
+    """Three runs share a pass. Each time the resumed runs end byte-equal."""
     settings = {"steps": 40, "checkpoint_every": 2, "width": "512"}
     train(make_config(sparse_cache, *NAMES, out=tmp_path / "whole", **settings))
-    expected, chance, phases = contents(tmp_path / "whole"), random.Random(0), Counter[str]()
+    expected, out = contents(tmp_path / "whole"), tmp_path / "out"
+    config = make_config(sparse_cache, *NAMES, out=out, **settings)
+    files = random.Random(0).sample(range(3 * 20 * 2), 50)  # a state and its record, of 20 checkpoints of each run
+    assert {file % 2 for file in files[:20]} == {file % 2 for file in files[20:40]} == {0, 1}
     context = multiprocessing.get_context("fork")  # another process would have to import torch
-    killed = 0
-    while killed < 50:
-        out = tmp_path / "out"
-        config = make_config(sparse_cache, *NAMES, out=out, **settings)
-        process = context.Process(target=train_slowly, args=(config,))
+    for number, file in enumerate(files):
+        moment = ("before", "before", "after", "after", "later")[number // 10]
+        process = context.Process(target=train_and_die, args=(config, moment, file))
         process.start()
-        sign = f"*/checkpoints/step-{2 * chance.randrange(1, 20):08d}"
-        while process.is_alive() and not list(out.glob(sign)):
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.05))
-        process.kill()
         process.join()
-        if process.exitcode == -signal.SIGKILL:
-            killed += 1
-            phases[min((phase(folder) for folder in out.iterdir()), key=PHASES.index)] += 1
-            train(config)
-            assert contents(out) == expected, f"kill {killed}"
-        shutil.rmtree(out, ignore_errors=True)  # a kill before anything was written leaves none
-    print(dict(phases))
-    assert phases["writing a file"] > 5 and phases["between the files of a checkpoint"] > 5
-
-
-PHASES = [
-    "writing a file", "between the files of a checkpoint", "removing", "between checkpoints, or another run's",
-    "before the first checkpoint",
-]  # fmt: skip
+        assert process.exitcode == -signal.SIGKILL
+        targets = list(out.glob("*/checkpoints/step-*"))
+        if moment == "before":
+            assert len([path for target in targets for path in target.glob("*.tmp-*")]) == 1
+        if moment == "after":  # the record comes after the state
+            assert any(not (target / "state.json").exists() for target in targets) == (file % 2 == 0)
+        train(config)
+        assert contents(out) == expected, f"kill {moment} file {file}"
+        shutil.rmtree(out)
