@@ -18,6 +18,7 @@ from ..common.environment import environment_record
 from ..common.errors import SaeError, UnavailableError, UsageError
 from ..common.files import folder_bytes, free_space
 from ..common.formatting import format_bytes, format_duration
+from ..common.process_group import rank_and_count
 from ..common.special_tokens import choose_bos, special_tokens, token_text
 from ..common.tokenizers import check_embedded, describe_tokens, tokenizer_digest, tokens_without_embedding
 from . import mini
@@ -33,7 +34,6 @@ from .cache_folder import default_folder, is_begun, mention_other_revisions
 from .chat import ChatEncoder
 from .config import TOKENS, HarvestConfig, check_config
 from .datasets import EMBEDDED_TEXT, PILE, open_text
-from .distributed import rank_and_count
 from .documents import UNREADABLE, TextSource, describe_unreadable
 from .encode import DocumentEncoder
 from .estimate import block_seconds_per_token

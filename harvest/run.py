@@ -20,10 +20,10 @@ from ..common.cache_schemas import HARVEST_RECORD
 from ..common.device import keep_freed_memory
 from ..common.errors import DamagedError, UsageError, did_you_mean
 from ..common.files import digest_of, writer_lock
+from ..common.process_group import ProcessGroup, current_process_group
 from .architectures import check_loaded_sites
 from .config import LAYERS, HarvestConfig
 from .contexts import make_contexts
-from .distributed import ProcessGroup, current_process_group
 from .load_errors import translate_model_errors
 from .model import LanguageModel, load_trunk
 from .plan import HarvestPlan, plan_harvest

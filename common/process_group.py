@@ -1,4 +1,4 @@
-"""Several processes that harvest one cache: `torchrun --nproc_per_node N -m sae harvest ...`."""
+"""Several processes of one command, started by a launcher: `torchrun --nproc_per_node N -m sae harvest ...`."""
 
 import os
 from collections.abc import Callable
