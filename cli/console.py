@@ -37,13 +37,19 @@ LOWER = (
     "--batch-size (train), or fewer runs in one command (evaluate)."
 )
 
-QUIET = int(os.environ.get("RANK", "0")) > 0  # of several launched processes only the first prints
+RANK = int(os.environ.get("RANK", "0"))
+QUIET = RANK > 0  # of several launched processes the others print nothing but problems
 
 
 def echo(text: str) -> None:
     """Print a line on stderr, in the first of several launched processes."""
     if not QUIET:
         print_line(text, err=True)
+
+
+def echo_problem(text: str) -> None:
+    """Print a problem on stderr, in any of several launched processes; all but the first name themselves."""
+    print_line(f"rank {RANK}: {text}" if QUIET else text, err=True)
 
 
 def cli_command(command: Callable[..., None]) -> Callable[..., None]:
@@ -92,7 +98,7 @@ def warnings_as_notes() -> Iterator[None]:
 
 
 def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    from ..common.errors import SaeError, first_line
+    from ..common.errors import ReportedElsewhere, SaeError, first_line
     from ..common.files import os_error
     from ..common.open_files import explaining_files_limit, raise_files_limit
     from ..common.packages import outdated_packages
@@ -108,12 +114,13 @@ def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: di
     except SaeError as error:
         if isinstance(error.__context__, KeyboardInterrupt):
             ignore_interrupts()
-        print_line(error_line(error), err=True)
+        if not isinstance(error, ReportedElsewhere):
+            echo_problem(error_line(error))
         raise typer.Exit(error.exit_code) from None
     except UnicodeEncodeError as error:
         if not any("\ud800" <= character <= "\udfff" for character in str(error.object)):
             raise
-        echo(
+        echo_problem(
             f"error: A library cannot take the name {error.object}, which is not UTF-8. Rename the file or folder, or "
             "give a link to it with another name."
         )
@@ -122,19 +129,19 @@ def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: di
         raise
     except OSError as error:  # mostly from the terminal or a pipe: errors of our own files are SaeErrors
         if error.filename:
-            echo(f"error: {os_error(error, Path(error.filename))}")
+            echo_problem(f"error: {os_error(error, Path(error.filename))}")
         else:
-            echo(f"error: {error.strerror or error}. Free space, or check the pipe.")
+            echo_problem(f"error: {error.strerror or error}. Free space, or check the pipe.")
         raise typer.Exit(4) from None
     except Exception as error:
         from ..common.memory import out_of_memory
 
         if out_of_memory(error):
-            echo(f"error: Out of memory: {first_line(error).rstrip('.')}. {LOWER}")
+            echo_problem(f"error: Out of memory: {first_line(error).rstrip('.')}. {LOWER}")
             raise typer.Exit(4) from None
         if not outdated:
             raise
-        echo(f"error: {type(error).__name__}: {error}. Install what the note above names, and try again.")
+        echo_problem(f"error: {type(error).__name__}: {error}. Install what the note above names, and try again.")
         raise typer.Exit(4) from None
 
 
@@ -215,6 +222,13 @@ class Bar:
         """Print a line above the bar."""
         if not QUIET:
             self.progress.console.print(escape_for_terminal(sentence), highlight=False, markup=False, soft_wrap=True)
+
+    def say_problem(self, sentence: str) -> None:
+        """The same, but for a problem, which any of several launched processes prints."""
+        if QUIET:
+            echo_problem(sentence)
+        else:
+            self.say(sentence)
 
 
 @contextlib.contextmanager

@@ -39,6 +39,14 @@ class Interrupted(SaeError):
     exit_code = 130
 
 
+class ReportedElsewhere(SaeError):
+    """What another of several launched processes reports; this one ends with its exit code."""
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class LeftOutWarning(UserWarning):
     """A cache, run or result that cannot be opened is left out of what a command looks through."""
 

@@ -12,6 +12,7 @@ import torch
 
 from .device import empty_gpu_cache
 from .errors import UsageError
+from .process_group import processes_on_this_machine
 
 LIMIT = "SAE_MEMORY_GB"  # environment variable: the most memory, in GB, that a plan may count on
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
@@ -23,13 +24,14 @@ def available_memory(device: str) -> float:
     """Bytes of memory available on the device; infinity if the system does not say (only Linux does, for a CPU).
 
     On a GPU what CUDA has free. On a CPU what the system has free, or what the limits of the process's control groups
-    leave if that is less; files that are cached in memory count as free. $SAE_MEMORY_GB bounds both.
+    leave if that is less, divided by the processes that a launcher started on this machine; files that are cached in
+    memory count as free. $SAE_MEMORY_GB bounds both.
 
     Raises UsageError if $SAE_MEMORY_GB is not a positive number.
     """
     if torch.device(device).type == "cuda":
         return min(float(torch.cuda.mem_get_info(device)[0]), memory_limit())
-    return min(free_in_system(), free_in_control_groups(), memory_limit())
+    return min(min(free_in_system(), free_in_control_groups()) / processes_on_this_machine(), memory_limit())
 
 
 def memory_limit() -> float:

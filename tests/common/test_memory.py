@@ -33,6 +33,14 @@ def test_without_limits_the_system_decides(machine):
     assert available_memory("cpu") == math.inf
 
 
+def test_the_processes_of_a_launcher_share_what_their_machine_has(machine, monkeypatch):
+    """But not what the variable allows, which is for each."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert available_memory("cpu") == 1 << 30
+    monkeypatch.setenv(memory.LIMIT, "0.5")
+    assert available_memory("cpu") == 0.5e9
+
+
 def test_every_group_above_limits_too(machine):
     machine("proc/self/cgroup", "0::/user/job/task\n")
     machine("cgroup/user/job/task/memory.max", "max\n")

@@ -1,0 +1,75 @@
+"""What several processes of one command agree on. Threads stand for them; tests/train/test_ranks.py has real ones."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from sae.common.errors import ReportedElsewhere, SaeError, UnavailableError, UsageError
+from sae.common.process_group import ProcessGroup, current_process_group
+
+
+def in_each(count: int, work: Callable[[ProcessGroup], Any]) -> list[Any]:
+    """What `work` returns or raises in each of so many processes."""
+    given: list[Any] = [None] * count
+    barrier = threading.Barrier(count, timeout=20)
+
+    def call(rank: int) -> Any:
+        def gather(value: Any) -> list[Any]:
+            barrier.wait()
+            given[rank] = value
+            barrier.wait()
+            return list(given)
+
+        try:
+            return work(ProcessGroup(rank, count, gather=gather))
+        except SaeError as error:
+            return error
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(call, range(count)))
+
+
+def test_alone_a_process_is_its_own_group() -> None:
+    group = current_process_group("cpu")
+    assert (group.rank, group.count, group.is_first, group.gather("x")) == (0, 1, True, ["x"])
+    group.barrier()
+    assert group.everywhere(lambda: 7) == 7
+    with pytest.raises(UsageError, match="own"):
+        group.everywhere(lambda: fail(UsageError("own")))
+
+
+def fail(error: SaeError) -> None:
+    raise error
+
+
+def test_what_succeeds_everywhere_is_returned() -> None:
+    assert in_each(3, lambda group: group.everywhere(lambda: 10 * group.rank)) == [0, 10, 20]
+
+
+def test_one_failure_is_raised_in_every_process_and_reported_by_its_own() -> None:
+    own = UnavailableError("no room")
+    found = in_each(3, lambda group: group.everywhere(lambda: fail(own) if group.rank == 1 else None))
+    assert found[1] is own
+    for other in (found[0], found[2]):
+        assert type(other) is ReportedElsewhere and str(other) == "no room" and other.exit_code == 4
+
+
+def test_the_same_failure_is_reported_once_and_another_beside_it() -> None:
+    def work(group: ProcessGroup) -> None:
+        group.everywhere(lambda: fail(UsageError(f"{('same', 'same', 'other', 'same')[group.rank]}")))
+
+    assert [(type(e), str(e)) for e in in_each(4, work)] == [
+        (UsageError, "same"), (ReportedElsewhere, "same"), (UsageError, "other"), (ReportedElsewhere, "same"),
+    ]  # fmt: skip
+
+
+def test_the_exit_code_of_the_others_is_the_highest() -> None:
+    errors = [None, UsageError("a"), UnavailableError("b"), SaeError("c")]
+
+    def work(group: ProcessGroup) -> None:
+        group.everywhere(lambda: fail(errors[group.rank]) if errors[group.rank] else None)
+
+    assert [error.exit_code for error in in_each(4, work)] == [4, 2, 4, 1]
