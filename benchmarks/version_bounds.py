@@ -31,7 +31,7 @@ ENDS = {"lowest": "lowest-direct", "newest": "highest"}  # and uv's name for the
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FOLDERS = sorted(f.name for f in (ROOT / "tests").iterdir() if any(f.rglob("test_*.py")))
 DECLARED = {  # requirement -> package
-    line: re.split("[<>=!~]", line)[0]
+    line: re.split(r"[\[<>=!~]", line)[0]
     for line in [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
 }
 

@@ -16,6 +16,7 @@ EXTRAS = {
     "plots": "matplotlib", "adapters": "peft", "tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio",
     "judge": "httpx2",
     "probes": "numba",
+    "remote": "obstore",
 }  # fmt: skip
 """Extra of pyproject.toml -> the package that it installs, which is imported only when it is used."""
 

@@ -91,3 +91,22 @@ def tiny_cache(tiny_model: Path, sentences: Path, tmp_path_factory: pytest.TempP
         held_out=0.1, device="cpu", out=out,
     )  # fmt: skip
     return run_harvest(plan_harvest(config))
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """The address of an S3 store on loopback, a process of its own that runs while the tests do."""
+    from .object_store import running_server
+
+    with running_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a new bucket, which this test's environment reaches with fake credentials."""
+    from .object_store import environment, make_bucket
+
+    for name, value in environment(s3_endpoint).items():
+        monkeypatch.setenv(name, value)
+    return make_bucket(s3_endpoint)

@@ -22,14 +22,14 @@ PACKAGE_FILES = sorted(
 )
 # Packages that are imported under another name.
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}
-TOOLS = {"pytest-xdist", "ruff", "mypy"}  # run, not imported
+TOOLS = {"pytest-xdist", "ruff", "mypy", "moto"}  # run, not imported
 
 
 def requirements(lines: list[str]) -> dict[str, str]:
     """Package -> its lowest version."""
     found = {}
     for line in lines:
-        bound = re.fullmatch(r"([a-z0-9-]+)>=([0-9.]+)", line)
+        bound = re.fullmatch(r"([a-z0-9-]+)(?:\[[a-z]+\])?>=([0-9.]+)", line)
         assert bound, f"{line}: expected a name and one lower bound, name>=1.2"
         found[bound[1]] = bound[2]
     return found

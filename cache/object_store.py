@@ -1,0 +1,282 @@
+"""Objects behind an address such as s3://bucket/prefix: read, written and listed through obstore (extra `remote`).
+
+s3, gs and az (Azure) read and write, https and http only read, and file:///folder serves a mounted file system. What
+the address does not say is in the environment, under the names that each provider's own tools use: AWS_REGION,
+AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME and so on. obstore
+refreshes credentials that expire. An address that carries a credential is refused, so that none can reach a record.
+
+A failed request is tried again for about three minutes. Every error is a sentence with the address of the object and
+the store's own code, never the request: that can hold a signature.
+"""
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from ..common.errors import DamagedError, UnavailableError, UsageError
+from ..common.files import make_folder, os_error, temporary_path
+from ..common.packages import import_extra
+
+Result = TypeVar("Result")
+
+WRITABLE = ("s3", "gs", "az", "file")
+SCHEMES = (*WRITABLE, "https", "http")
+URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+RETRY = {"max_retries": 10, "retry_timeout": timedelta(minutes=3)}
+# The time for a whole request bounds the size of an object on a slow link, so only silence ends one.
+CLIENT = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "1h"}
+# Options of the HTTP client that the environment can set as, for example, AWS_ALLOW_HTTP. obstore reads them only where
+# it is given no others.
+CLIENT_OPTIONS = (
+    "allow_http",
+    "allow_invalid_certificates",
+    "proxy_url",
+    "proxy_ca_certificate",
+    "proxy_excludes",
+    *CLIENT,
+)
+PREFIXES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
+ATTEMPTS = 4  # of what obstore does not try again: a body that ends early, a lost answer to a conditional write
+PAUSE = 0.4  # seconds before the second attempt; doubled before each further one
+PART_BYTES = 64 << 20  # of an upload; a chunk of activations is smaller, so it is one request
+STREAM_BYTES = 4 << 20  # of a download that goes to a file
+
+
+def is_url(path: object) -> bool:
+    """Whether a path is an address with a scheme, such as s3://bucket/prefix, instead of a folder."""
+    return isinstance(path, str) and URL.match(path) is not None
+
+
+def open_store(url: str) -> "ObjectStore":
+    """The objects under an address. No request is made, so a bucket that is missing shows at the first use.
+
+    Raises UsageError for an address that cannot be used, UnavailableError without the extra `remote`.
+    """
+    address = check_url(url)
+    scheme = address.split("://")[0]
+    store = import_extra("remote", f"{scheme}://", "obstore.store")
+    options: dict[str, Any] = {"retry_config": RETRY, "client_options": client_options(scheme)}
+    if scheme == "file":
+        options = {"mkdir": True}
+    try:
+        return ObjectStore(address, store.from_url(address, **options))
+    except (store.BaseError, ValueError) as error:
+        raise failure(error, address) from None
+
+
+def client_options(scheme: str) -> dict[str, Any]:
+    """The options of the HTTP client: CLIENT, and what the environment says."""
+    prefix = PREFIXES.get(scheme)
+    names = {name: f"{prefix}{name.upper()}" for name in CLIENT_OPTIONS if prefix}
+    given = {name: os.environ[variable] for name, variable in names.items() if variable in os.environ}
+    return CLIENT | ({"allow_http": "true"} if scheme == "http" else {}) | given
+
+
+def check_url(url: str) -> str:
+    """The address without a slash at its end. Raises UsageError, which does not repeat a credential."""
+    match = URL.match(url)
+    scheme = match[1].lower() if match else ""
+    if scheme not in SCHEMES:
+        raise UsageError(f"unknown scheme {scheme}://: expected {', '.join(f'{one}://' for one in SCHEMES)}.")
+    parts = urlsplit(url)
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise UsageError(
+            f"The {scheme}:// address carries a user name, a password, a query or a fragment. Give credentials in the "
+            f"environment, for example as AWS_ACCESS_KEY_ID, and the address as {scheme}://bucket/prefix."
+        )
+    if not parts.netloc and scheme != "file":
+        raise UsageError(f"{url} names no bucket: expected {scheme}://bucket/prefix.")
+    if scheme == "file" and (parts.netloc or not parts.path.strip("/")):
+        raise UsageError(f"{url} names no folder: expected file:///folder.")
+    return f"{scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+
+
+class ObjectStore:
+    """The objects under one address. Keys are relative to it. Threads can share it.
+
+    Every method raises UnavailableError if the store cannot be reached, refuses the credentials or has no such bucket.
+    """
+
+    def __init__(self, url: str, store: Any) -> None:
+        self.url = url
+        self.store = store  # obstore's, which zarr can open too
+        exceptions = import_extra("remote", url, "obstore.exceptions")
+        self.errors = (exceptions.BaseError, FileNotFoundError)
+        self.already_exists = exceptions.AlreadyExistsError
+
+    def __repr__(self) -> str:
+        return f"ObjectStore({self.url!r})"
+
+    def address(self, key: str) -> str:
+        """The address of an object."""
+        return f"{self.url}/{key}" if key else self.url
+
+    def get(self, key: str) -> bytes:
+        """The content of an object. Raises DamagedError if it is missing or shorter than the store says it is."""
+
+        def read() -> bytes:
+            result = self.store.get(key)
+            data = bytes(result.bytes())
+            self._check_length(key, len(data), result.meta["size"])
+            return data
+
+        return self._try(read, key)
+
+    def get_to(self, key: str, path: Path) -> None:
+        """Download an object to a file, which appears whole or not at all. Raises like `get`.
+
+        The file is not flushed to the disk: it is a copy, and who reads it verifies its checksum.
+        """
+        temporary = temporary_path(path)
+
+        def download() -> None:
+            result, length = self.store.get(key), 0
+            with temporary.open("wb") as file:
+                for part in result.stream(min_chunk_size=STREAM_BYTES):
+                    length += file.write(part)
+            self._check_length(key, length, result.meta["size"])
+
+        try:
+            make_folder(path.parent)
+            self._try(download, key)
+            temporary.replace(path)
+        except OSError as error:
+            raise os_error(error, path) from error
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    def put(self, key: str, content: bytes | memoryview | Path) -> None:
+        """Write an object, whole or not at all: these bytes, or those of a file. Replaces one that is there."""
+        self._check_writable()
+        if isinstance(content, Path):
+            try:
+                content.stat()
+            except OSError as error:
+                raise os_error(error, content, "read") from error
+        self._try(lambda: self.store.put(key, content, chunk_size=PART_BYTES, max_concurrency=2), key)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Write an object unless there is one with this key, in one step; returns whether it now holds `data`.
+
+        The answer to a write that succeeded can be lost, so an object that holds the same bytes counts as written here.
+        Writers that must be told apart write different bytes.
+        """
+        self._check_writable()
+
+        def write() -> bool:
+            try:
+                self.store.put(key, data, mode="create")
+                return True
+            except self.already_exists:
+                return False
+
+        return self._try(write, key) or self.get(key) == data
+
+    def exists(self, key: str) -> bool:
+        """Whether there is an object with this key."""
+        try:
+            self.size(key)
+            return True
+        except DamagedError:
+            return False
+
+    def size(self, key: str) -> int:
+        """The bytes of an object. Raises DamagedError if it is missing."""
+        return self._try(lambda: self.store.head(key)["size"], key)
+
+    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        """(key, bytes) of each object in a folder such as "commits", or of all. It can be out of date."""
+        yield from self._try(
+            lambda: [(one["path"], one["size"]) for page in self.store.list(prefix or None) for one in page], prefix
+        )
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete objects. A key without an object is no error."""
+        self._check_writable()
+        listed = list(keys)
+
+        def delete(some: Any) -> None:
+            with contextlib.suppress(FileNotFoundError):  # only a folder says so, and stops there
+                self.store.delete(some)
+
+        for key in listed if self.url.startswith("file:") else [listed] * bool(listed):
+            self._try(lambda some=key: delete(some), key if isinstance(key, str) else "")
+
+    def check(self) -> None:
+        """Raise UnavailableError unless the bucket exists and may be listed. One request."""
+        self._try(lambda: next(iter(self.store.list(None, chunk_size=1)), None), "")
+
+    def _check_writable(self) -> None:
+        scheme = self.url.split("://")[0]
+        if scheme not in WRITABLE:
+            writable = ", ".join(f"{one}://" for one in WRITABLE)
+            raise UsageError(f"{self.url} can only be read. To write, use one of {writable}.")
+
+    def _check_length(self, key: str, length: int, expected: int) -> None:
+        if length != expected:
+            raise DamagedError(f"{self.address(key)} gave {length:,} of its {expected:,} bytes. Try again.")
+
+    def _try(self, action: Callable[[], Result], key: str) -> Result:
+        """Run a request; where a later try can succeed, up to ATTEMPTS times."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return action()
+            except DamagedError as error:
+                problem: Exception = error
+            except self.errors as error:
+                problem = failure(error, self.address(key))
+                if not isinstance(problem, TransientError):
+                    raise problem from None
+            if attempt < ATTEMPTS:
+                time.sleep(PAUSE * 2 ** (attempt - 1))
+        raise problem from None
+
+
+class TransientError(UnavailableError):
+    """A failure of a store that can pass."""
+
+
+def failure(error: Exception, address: str) -> Exception:
+    """The error with a sentence for what obstore raised: DamagedError for a missing object, else UnavailableError."""
+    text = str(error)
+    code = match[1] if (match := re.search(r"<Code>(\w{1,60})</Code>", text)) else ""
+    status = int(match[1]) if (match := re.search(r"status code: (\d{3})", text)) else 0
+    answer = " ".join(filter(None, [str(status or ""), code])) or type(error).__name__
+    # Nothing else of the text goes into a message: the request in it can hold a signature.
+    if code in ("NoSuchBucket", "ContainerNotFound"):
+        return UnavailableError(f"{address}: the bucket does not exist ({answer}). Create it, or correct the address.")
+    if isinstance(error, FileNotFoundError):
+        return DamagedError(f"{address} is missing. Correct the address, or run the command that wrote it again.")
+    if "Account must be specified" in text:
+        return UnavailableError(f"{address} needs the name of its account: set AZURE_STORAGE_ACCOUNT_NAME.")
+    if any(
+        word in text
+        for word in ("169.254.", "/api/token", "token request", "Missing access key", "Missing secret", "Missing key")
+    ):
+        return UnavailableError(
+            f"No credentials for {address} were found. Set them in the environment, such as AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY; AWS_SKIP_SIGNATURE=true reads a public bucket."
+        )
+    if status in (401, 403):
+        return UnavailableError(
+            f"{address}: the store refused the credentials ({answer}). Check them, that they have not expired, and "
+            "that they may read and write there."
+        )
+    if "BadScheme" in text:
+        return UnavailableError(
+            f"{address}: the endpoint is http://, which is not encrypted. Use https://, or set AWS_ALLOW_HTTP=true."
+        )
+    if status and status < 500 and status != 429:
+        return UnavailableError(f"{address}: the store refused the request ({answer}).")
+    what = f"the store failed ({answer})" if status else "the store cannot be reached or stopped answering"
+    return TransientError(
+        f"{address}: {what}, also after several tries. Check the network and the endpoint, and run the same command "
+        "again; everything committed is safe."
+    )

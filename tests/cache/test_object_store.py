@@ -1,0 +1,249 @@
+"""The objects behind an address: what each method does, what it says when the store fails, and what it never says."""
+
+import sys
+import threading
+from datetime import timedelta
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from sae.cache import object_store
+from sae.cache.mirror import Mirror
+from sae.cache.object_store import ObjectStore, is_url, open_store
+from sae.common.errors import DamagedError, UnavailableError, UsageError
+
+from .. import faulty_proxy as faulty_proxies
+from ..faulty_proxy import FaultyProxy, faulty_proxy, fits
+from ..object_store import SECRET
+
+pytestmark = pytest.mark.usefixtures("fast_retries")
+
+
+@pytest.fixture
+def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Try again at once, and give up soon."""
+    backoff = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=5), "base": 2}
+    monkeypatch.setattr(object_store, "RETRY", {**object_store.RETRY, "max_retries": 3, "backoff": backoff})
+    monkeypatch.setattr(object_store, "PAUSE", 0)
+    monkeypatch.setattr(faulty_proxies, "SLOW", 0.05)
+
+
+@pytest.fixture(params=["s3", "file"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    if request.param == "file":
+        return open_store(f"file://{tmp_path}/objects")
+    return open_store(f"{request.getfixturevalue('bucket')}/pile/")
+
+
+@pytest.fixture
+def proxy(s3_endpoint: str, bucket: str, monkeypatch: pytest.MonkeyPatch):
+    with faulty_proxy(s3_endpoint) as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
+        yield running
+
+
+def test_objects_are_written_read_listed_and_deleted(store: ObjectStore, tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    large.write_bytes(bytes(range(256)) * 40_000)  # several parts of a download
+    store.put("layer_12/c.0.0", large)
+    store.put("zarr.json", b"{}")
+    store.put("empty", b"")
+    assert store.get("zarr.json") == b"{}" and store.get("empty") == b""
+    assert store.size("layer_12/c.0.0") == large.stat().st_size
+    store.get_to("layer_12/c.0.0", tmp_path / "deep" / "copy")
+    assert (tmp_path / "deep" / "copy").read_bytes() == large.read_bytes()
+    assert sorted(store.list()) == [("empty", 0), ("layer_12/c.0.0", 10_240_000), ("zarr.json", 2)]
+    assert list(store.list("layer_12")) == [("layer_12/c.0.0", 10_240_000)]
+    assert list(store.list("layer_1")) == []  # folders, not beginnings of names
+    store.delete(["zarr.json", "never there", "empty"])
+    assert [key for key, _ in store.list()] == ["layer_12/c.0.0"]
+    assert store.exists("layer_12/c.0.0") and not store.exists("zarr.json")
+
+
+def first_request_fails(fault: str):
+    return lambda request: fault if request.number == 0 and fits(fault, request) else None
+
+
+ACTIONS = {
+    "get": lambda store, path: store.get("there") == DATA,
+    "get_to": lambda store, path: store.get_to("there", path / "copy") or (path / "copy").read_bytes() == DATA,
+    "put": lambda store, path: store.put("new", DATA) or store.get("new") == DATA,
+    "put_if_absent": lambda store, path: store.put_if_absent("new", DATA) and store.get("new") == DATA,
+    "not_absent": lambda store, path: not store.put_if_absent("there", b"other") and store.get("there") == DATA,
+    "exists": lambda store, path: store.exists("there"),
+    "does_not_exist": lambda store, path: not store.exists("absent"),
+    "size": lambda store, path: store.size("there") == len(DATA),
+    "list": lambda store, path: list(store.list()) == [("there", len(DATA))],
+    "delete": lambda store, path: store.delete(["there", "absent"]) or not store.exists("there"),
+}
+DATA = bytes(range(256)) * 1000
+
+
+@pytest.mark.parametrize("fault", ["500", "503", "429", "drop", "lost", "half", "slow"])
+def test_one_failure_changes_no_result(fault: str, proxy: FaultyProxy, bucket: str, tmp_path: Path) -> None:
+    for name, action in ACTIONS.items():
+        store = open_store(f"{bucket}/{name}")
+        store.put("there", DATA)
+        proxy.requests.clear()
+        proxy.injected.clear()
+        proxy.schedule = first_request_fails(fault)
+        assert action(store, tmp_path), name
+        proxy.schedule = lambda request: None
+        assert len(proxy.injected) == (fault != "half" or name in ("get", "get_to", "list"))
+    assert not list(tmp_path.rglob("*.tmp-*"))
+
+
+@pytest.mark.parametrize("fault", ["500", "503", "429", "drop"])
+def test_failures_without_end_are_one_sentence(fault: str, proxy: FaultyProxy, bucket: str, tmp_path: Path) -> None:
+    store = open_store(f"{bucket}/pile")
+    store.put("there", DATA)
+    proxy.schedule = lambda request: fault if fits(fault, request) else None
+    for name, action in ACTIONS.items():
+        with pytest.raises(UnavailableError, match="run the same command again") as caught:
+            action(store, tmp_path)
+        assert one_sentence(caught.value).startswith(f"{bucket}/pile"), name
+    assert not (tmp_path / "copy").exists()
+
+
+def one_sentence(error: Exception) -> str:
+    """The message, which is short and holds neither a secret nor obstore's own text."""
+    text = str(error)
+    assert "\n" not in text and len(text) < 400 and "Debug source" not in text and "http://" not in text
+    assert SECRET not in text and error.__cause__ is None and error.__suppress_context__
+    return text
+
+
+def test_refused_credentials(proxy: FaultyProxy, bucket: str, tmp_path: Path) -> None:
+    store = open_store(f"{bucket}/pile")
+    proxy.schedule = lambda request: "403"
+    for name, action in ACTIONS.items():
+        proxy.requests.clear()
+        with pytest.raises(UnavailableError, match="the store refused the credentials") as caught:
+            action(store, tmp_path)
+        assert "(403" in one_sentence(caught.value)
+        assert len(proxy.requests) == 1, name  # tried once: they will not get better
+
+
+def test_missing_bucket_and_missing_object(bucket: str, tmp_path: Path) -> None:
+    store = open_store("s3://no-such-bucket/pile")
+    for action in (store.check, lambda: store.put("a", b""), lambda: store.get("a"), lambda: list(store.list())):
+        with pytest.raises(UnavailableError, match="the bucket does not exist.*Create it") as caught:
+            action()
+        one_sentence(caught.value)
+    here = open_store(f"{bucket}/pile")
+    here.check()
+    for action in (lambda: here.get("a"), lambda: here.get_to("a", tmp_path / "a"), lambda: here.size("a")):
+        with pytest.raises(DamagedError, match=f"{bucket}/pile/a is missing"):
+            action()
+    assert not (tmp_path / "a").exists()
+
+
+def test_no_credentials_no_endpoint_no_account(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ALLOW_HTTP")
+    with pytest.raises(UnavailableError, match="the endpoint is http://, which is not encrypted"):
+        open_store(bucket).exists("a")
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(UnavailableError, match="cannot be reached"):
+        open_store(bucket).exists("a")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(UnavailableError, match="No credentials for .* were found. Set them in the environment") as no:
+        open_store(bucket).exists("a")
+    one_sentence(no.value)
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    with pytest.raises(UnavailableError, match="set AZURE_STORAGE_ACCOUNT_NAME"):
+        open_store("az://container/pile")
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("ftp://host/a", "unknown scheme ftp://: expected s3://, gs://, az://, file://, https://, http://"),
+        ("s3://user:hunter2@bucket/a", "carries a user name, a password, a query or a fragment"),
+        ("s3://bucket/a?X-Amz-Signature=hunter2", "carries a user name"),
+        ("https://host/a#hunter2", "carries a user name"),
+        ("s3://", "names no bucket"),
+        ("file://", "names no folder"),
+        ("file://host/a", "names no folder"),
+    ],
+)
+def test_addresses_that_are_refused(url: str, message: str) -> None:
+    assert is_url(url)
+    with pytest.raises(UsageError, match=message) as caught:
+        open_store(url)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_web_address_is_only_read(tmp_path: Path) -> None:
+    (tmp_path / "pile").mkdir()
+    (tmp_path / "pile" / "b").write_bytes(DATA)
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        web = open_store(f"http://127.0.0.1:{server.server_port}/pile")
+        assert web.get("b") == DATA and web.size("b") == len(DATA) and not web.exists("c")
+        for action in (lambda: web.put("c", b""), lambda: web.put_if_absent("c", b""), lambda: web.delete(["b"])):
+            with pytest.raises(UsageError, match="can only be read"):
+                action()
+        server.shutdown()
+
+
+def test_folders_are_no_addresses() -> None:
+    for folder in ("activations/pile", "/data/pile", "s3:/bucket", "C:\\data", "", None, Path("s3://bucket")):
+        assert not is_url(folder)
+
+
+def test_only_the_first_of_two_writers_writes(store: ObjectStore) -> None:
+    assert store.put_if_absent("claim", b"task 1")
+    assert not store.put_if_absent("claim", b"task 2")
+    assert store.put_if_absent("claim", b"task 1")  # as after an answer that was lost
+    assert store.get("claim") == b"task 1"
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(UnavailableError, match=r"obstore.*cannot be imported|pip install 'sae-pipeline\[remote\]'"):
+        open_store("s3://bucket/pile")
+
+
+class TestMirror:
+    def test_pull_push_and_drop(self, store: ObjectStore, tmp_path: Path) -> None:
+        mirror = Mirror(store, tmp_path / "mirror")
+        names = [f"layer_12/c.{chunk}.0" for chunk in range(20)]
+        for number, name in enumerate(names):
+            store.put(name, bytes([number]) * 1000)
+        mirror.pull([*names, *names])
+        assert [(tmp_path / "mirror" / name).read_bytes() for name in names] == [bytes([n]) * 1000 for n in range(20)]
+        (tmp_path / "mirror" / names[0]).write_bytes(b"own")
+        mirror.pull(names)  # what is there stays
+        mirror.push(names[:1])
+        assert store.get(names[0]) == b"own"
+        mirror.drop([*names, "absent"])
+        assert not list((tmp_path / "mirror").rglob("c.*")) and store.exists(names[0])
+
+    def test_the_first_error_ends_it(self, store: ObjectStore, tmp_path: Path) -> None:
+        mirror = Mirror(store, tmp_path / "mirror")
+        with pytest.raises(DamagedError, match="absent is missing"):
+            mirror.pull(["absent", *(f"never there {n}" for n in range(1000))])
+        with pytest.raises(UnavailableError, match="Cannot read .*absent"):
+            mirror.push(["absent"])
+
+    def test_what_arrives_damaged_is_asked_for_again(self, store: ObjectStore, tmp_path: Path) -> None:
+        mirror, asked = Mirror(store, tmp_path / "mirror"), []
+
+        def check(name: str) -> None:
+            asked.append(name)
+            if name == "bad" or asked == ["once"]:
+                raise DamagedError(f"{name} is damaged.")
+
+        for name in ("once", "bad", "good"):
+            store.put(name, b"data")
+        mirror.pull(["once"], check)
+        mirror.pull(["good"], check)
+        with pytest.raises(DamagedError, match="bad is damaged"):
+            mirror.pull(["bad"], check)
+        assert asked == ["once", "once", "good", "bad", "bad"]
+        assert sorted(path.name for path in (tmp_path / "mirror").iterdir()) == ["good", "once"]

@@ -1,0 +1,60 @@
+"""An S3 store on loopback for tests: moto's server, a process of its own.
+
+Why moto: it speaks S3 over real HTTP, with listings in pages, multipart uploads, errors as XML and conditional writes
+(If-None-Match, which answers 412 as S3 does), it comes from PyPI without a binary of its own, and keeps objects in
+memory, so nothing is left behind. It verifies no signature: that credentials are refused is shown with
+tests/faulty_proxy.py, which answers 403 in its place.
+"""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SECRET = "fake-secret-that-no-file-may-hold"
+NUMBERS = itertools.count()
+
+
+def environment(endpoint: str) -> dict[str, str]:
+    """What the environment says about the store: no variable of the user's own is left to reach a real one."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "fake-key",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_METADATA_ENDPOINT": "http://127.0.0.1:9",  # nothing listens there
+    }
+
+
+@contextmanager
+def running_server() -> Iterator[str]:
+    """Start the server on a free port and yield its address; stop it at the end."""
+    words = [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=clean) as server:
+        try:
+            assert server.stdout is not None
+            said = []
+            for line in server.stdout:
+                said.append(line)
+                if match := re.search(r"Running on (http://127\.0\.0\.1:\d+)", line):
+                    break
+            else:
+                raise RuntimeError(f"moto's server did not start:\n{''.join(said)}")
+            yield match[1]
+        finally:
+            server.kill()
+
+
+def make_bucket(endpoint: str) -> str:
+    """Make a new bucket and return its address."""
+    name = f"bucket-{os.getpid()}-{next(NUMBERS)}"
+    with urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{name}", method="PUT")) as answer:
+        assert answer.status == 200
+    return f"s3://{name}"
