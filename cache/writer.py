@@ -1,12 +1,17 @@
-"""Write a cache: windows of shuffled rows, each complete or absent, in any order, by the holder of the folder's lock.
+"""Write a cache: windows of shuffled rows, each complete or absent, in any order, by any number of workers.
 
 contexts.write(folder)
 writer = CacheWriter(folder, identity, layout, widths={"layer_05": 2304, "layer_12": 2304})
 for window, arrays in writer.missing_windows().items():
     writer.write_window(window, WindowRows({"layer_05": bits, "layer_12": bits}, row_ctx, row_pos), made_with={})
-writer.finish()
+writer.seal()
+
+A window is the unit of work. Its rows are a function of the text, so workers need no lock between them: a commit is
+created only where there is none, and what is committed is left alone. Whoever finds every window committed seals the
+cache, and sealing it again changes nothing.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,10 +29,11 @@ from ..common.cache_schemas import (
     TOKENS_RECORD,
 )
 from ..common.errors import DamagedError, SaeError, UsageError
-from ..common.files import digest_of, fsync_folder
-from .chunks import files_exist, read_attributes, write_chunk
+from ..common.files import digest_of
+from .chunks import read_attributes, write_chunk
 from .consistency import check_commit
 from .layout import FORMAT, ArraySpec, Hook, Layout, commit_file, fingerprint_of, group_metadata
+from .place import FolderPlace
 from .record_files import add_digests
 from .statistics import build_manifest
 
@@ -51,19 +57,23 @@ class WindowRows:
 class CacheWriter:
     """Writes the activation arrays `widths` ({name: d_in}) into a cache, which it creates or continues.
 
-    The contexts must be written first, and the caller, or the process that started it, must hold `writer_lock(folder)`.
+    The contexts must be written first. `place` is where the files are kept; the folder, unless another one is given.
 
     Raises UsageError if the folder holds another harvest or other files, DamagedError if it was started with another
     number of rows or other tokens.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], layout: Layout, widths: Mapping[str, int]) -> None:
+    def __init__(
+        self, folder: Path, identity: dict[str, Any], layout: Layout, widths: Mapping[str, int],
+        place: FolderPlace | None = None,
+    ) -> None:  # fmt: skip
         self.folder, self.identity, self.layout, self.widths = folder, identity, layout, dict(widths)
+        self.place = place or FolderPlace(folder)
         self.fingerprint = fingerprint_of(identity)
         harvest_started(folder, self.fingerprint)
         self.tokens_digest = digest_of(TOKENS_RECORD.read(folder / "tokens" / "commit.json")["files"])
         if not (folder / "zarr.json").exists():
-            self._write_root(complete=[])
+            CACHE_RECORD.create(folder / "zarr.json", self._root(complete=[]))
         recorded = read_attributes(folder)
         if recorded["rows"] != layout.rows:
             raise DamagedError(
@@ -78,7 +88,8 @@ class CacheWriter:
         for array in layout.arrays(self.widths):
             ARRAY_RECORD.write_if_changed(folder / array.name / "zarr.json", array.metadata())
 
-    def _write_root(self, complete: list[str]) -> None:
+    def _root(self, complete: list[str]) -> dict[str, Any]:
+        """The content of zarr.json."""
         attributes = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
@@ -92,18 +103,27 @@ class CacheWriter:
             "complete": complete,
             "to_read": "import sae.cache.bfloat16  # gives zarr-python the bfloat16 data type",
         }
-        CACHE_RECORD.write(self.folder / "zarr.json", group_metadata(attributes))
+        return group_metadata(attributes)
 
     def commits(self, *, check_files: bool = True) -> Iterator[dict[str, Any]]:
         """The commits of windows; with `check_files`, only those whose files exist with their recorded sizes.
 
         Raises DamagedError if a commit is damaged, or belongs to another harvest or window.
         """
-        for path in sorted((self.folder / "commits").glob("*.json")):
-            commit = COMMIT_RECORD.read(path)
-            check_commit(path, commit, self.fingerprint, self.layout)
-            if not check_files or files_exist(self.folder, commit["files"]):
-                yield dict(commit)
+        for file in self.place.commit_files():
+            commit = self._read_commit(file)
+            if not check_files or self.place.has_files(commit["files"]):
+                yield commit
+
+    def _read_commit(self, file: str) -> dict[str, Any]:
+        commit = COMMIT_RECORD.read(self.folder / file)
+        check_commit(self.folder / file, commit, self.fingerprint, self.layout)
+        return dict(commit)
+
+    def is_committed(self, window: int, array: str) -> bool:
+        """Whether a window of an array is committed now, and its files exist with their recorded sizes."""
+        file = commit_file(window, array)
+        return self.place.has_commit(file) and self.place.has_files(self._read_commit(file)["files"])
 
     def missing_windows(self) -> dict[int, list[str]]:
         """{window: names of the arrays of `widths` that are not committed for it}, without complete windows."""
@@ -140,22 +160,28 @@ class CacheWriter:
             chunks = [(activations, chunk, part) for chunk, part in enumerate(parts, first_chunk)]
             yield name, [(row_norm, window, norms), (moments, window, sums[None]), *chunks]
 
-    def write_window(self, window: int, rows: WindowRows, made_with: Mapping[str, Any]) -> None:
-        """Write and commit the arrays `rows.bits` of a window; if anything fails, none of them is committed.
+    def write_window(
+        self, window: int, rows: WindowRows, made_with: Mapping[str, Any], *, replace: bool = False
+    ) -> None:
+        """Write and commit those of the arrays `rows.bits` that are not committed for this window; with `replace` all.
 
-        `made_with` is recorded in the commits. Raises SaeError like `chunks_to_write`, UnavailableError if the disk is
-        full or not writable.
+        If anything fails, none of them is committed. `made_with` is recorded in the commits. Raises SaeError like
+        `chunks_to_write`, UnavailableError if the disk is full or not writable.
         """
-        for name in rows.bits:  # a commit must not outlive the files that it lists, which are about to be replaced
-            (self.folder / commit_file(window, name)).unlink(missing_ok=True)
-        fsync_folder(self.folder / "commits")
+        bits = {name: block for name, block in rows.bits.items() if replace or not self.is_committed(window, name)}
+        if not bits:
+            return
+        # A commit must not outlive the files that it lists, which are about to be replaced, or are lost.
+        if stale := [file for name in bits if self.place.has_commit(file := commit_file(window, name))]:
+            self.place.remove_commits(stale)
         with ThreadPoolExecutor(WRITE_THREADS) as pool:
             pending = {  # norms and moments of an array are computed while the previous one is written
                 name: pool.map(lambda chunk: write_chunk(self.folder, *chunk), chunks)
-                for name, chunks in self.chunks_to_write(window, rows)
+                for name, chunks in self.chunks_to_write(window, dataclasses.replace(rows, bits=bits))
             }
             written = {name: dict(files) for name, files in pending.items()}
-        origins = written.pop("")
+        self.place.publish([file for files in written.values() for file in files])
+        origins, mixed = written.pop(""), {}
         for name, files in written.items():
             commit = {
                 "format": FORMAT,
@@ -166,10 +192,37 @@ class CacheWriter:
                 "made_with": dict(made_with),
                 "files": origins | files,
             }
-            COMMIT_RECORD.write(self.folder / commit_file(window, name), commit)
+            file = commit_file(window, name)
+            if not self.place.create_commit(file, commit) and self._read_commit(file)["files"] != commit["files"]:
+                mixed[name] = bits[name]
+        if mixed:
+            # Another worker has committed this window since we looked, with other bytes, as another kind of GPU
+            # computes them. Its files and ours replaced each other; it is done, so ours can all be written again.
+            self.write_window(window, dataclasses.replace(rows, bits=mixed), made_with, replace=True)
+
+    def seal(self, max_norm: float | None = None, token_text: Callable[[int], str] | None = None) -> bool:
+        """Complete the cache if every window of the arrays of `widths` is committed; whether that is so.
+
+        Does nothing to a cache that is complete. Several workers may do it at the same time. `max_norm` and
+        `token_text` are those of `finish`.
+        """
+        wanted = {commit_file(window, name) for window in range(self.layout.n_windows) for name in self.widths}
+        if not wanted <= set(self.place.commit_files()):
+            return False
+        commits = list(self.commits())
+        if not wanted <= {commit_file(commit["window"], commit["array"]) for commit in commits}:
+            return False
+        if not self.is_finished(max_norm) or not self._manifest_lists(commits):
+            self.finish(max_norm, token_text)
+        return True
+
+    def _manifest_lists(self, commits: list[dict[str, Any]]) -> bool:
+        """Whether the manifest has the files of these commits."""
+        files = MANIFEST_RECORD.read(self.folder / "manifest.json")["files"]
+        return all(files.get(file) == record for one in commits for file, record in one["files"].items())
 
     def finish(self, max_norm: float | None = None, token_text: Callable[[int], str] | None = None) -> None:
-        """Complete the cache: write manifest.json, then the list of complete arrays in zarr.json.
+        """Write manifest.json, then the list of complete arrays in zarr.json, from the commits that there are.
 
         Records of earlier versions get a digest.
 
@@ -177,12 +230,18 @@ class CacheWriter:
         kept, but masked out of training, evaluation and statistics. `token_text` gives the text of a token id, for the
         statistics to name the tokens of the largest rows.
         """
-        manifest = build_manifest(
-            self.folder, self.fingerprint, self.layout, list(self.commits()), set(self.widths), max_norm, token_text
-        )
-        MANIFEST_RECORD.write(self.folder / "manifest.json", manifest)
-        self._write_root(manifest["complete"])
+        while True:
+            files = self.place.commit_files()
+            commits = list(self.commits())
+            manifest = build_manifest(
+                self.folder, self.fingerprint, self.layout, commits, set(self.widths), max_norm, token_text
+            )
+            MANIFEST_RECORD.write(self.folder / "manifest.json", manifest)
+            CACHE_RECORD.write(self.folder / "zarr.json", self._root(manifest["complete"]))
+            if self.place.commit_files() == files:  # else others have completed another layer in the meantime
+                break
         add_digests(self.folder)
+        self.place.seal()
 
     def is_finished(self, max_norm: float | None = None) -> bool:
         """Whether the manifest covers every array of `widths`, with outlier rows by this `max_norm`."""

@@ -16,7 +16,7 @@ import shutil
 import socket
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from .open_files import OUT_OF_FILES, describe_files_limit
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
+WRITE_ATTEMPTS = 3
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 TEMPORARY = re.compile(r"\.tmp-([0-9]{1,10})(?:-[0-9a-f]{8})?")
 
 
@@ -35,23 +37,63 @@ def atomic_write(path: Path, *parts: bytes | memoryview) -> None:
 
     Raises UnavailableError if the disk is full or not writable.
     """
-    temporary = temporary_path(path)
+    _write_temporary(path, parts, os.replace)
+
+
+def atomic_create(path: Path, *parts: bytes | memoryview) -> bool:
+    """Write like `atomic_write` unless `path` exists; whether this call created it. Of several at once one does.
+
+    Where a file system has no hard links, such as exFAT, two calls in the same instant can both return True.
+    """
     try:
-        make_folder(path.parent)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            for part in parts:
-                remaining = memoryview(part).cast("B")
-                while remaining:
-                    remaining = remaining[os.write(descriptor, remaining) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(temporary, path)
+        _write_temporary(path, parts, _link)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Give a file a second name, which must not exist, and remove the first."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise os_error(error, path) from error
+        if error.errno not in NO_LINKS:
+            raise
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, "File exists", str(path)) from None
+        os.replace(temporary, path)
+    else:
+        temporary.unlink()
+
+
+def _write_temporary(path: Path, parts: Sequence[bytes | memoryview], publish: Callable[[Path, Path], None]) -> None:
+    """Write and flush a temporary file, then give it its name. Raises FileExistsError if `publish` does."""
+    for attempt in range(WRITE_ATTEMPTS):
+        temporary = temporary_path(path)
+        try:
+            make_folder(path.parent)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            try:
+                for part in parts:
+                    remaining = memoryview(part).cast("B")
+                    while remaining:
+                        remaining = remaining[os.write(descriptor, remaining) :]
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            publish(temporary, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            if isinstance(error, FileExistsError) and path.exists():
+                raise
+            # Another process took this one for dead and has removed its temporary file: `remove_stale_files`.
+            if not isinstance(error, FileNotFoundError) or attempt == WRITE_ATTEMPTS - 1:
+                raise os_error(error, path) from error
+        else:
+            break
     fsync_folder(path.parent)
 
 

@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from .errors import DamagedError
-from .files import atomic_write, digest_of, parse_json, read_file
+from .files import atomic_create, atomic_write, digest_of, parse_json, read_file
 
 DIGEST = "content_digest"
 
@@ -81,11 +81,19 @@ class RecordKind(Generic[Content]):
         Raises UnavailableError if the disk is full or not writable, msgspec.ValidationError if the content does not
         match the schema.
         """
+        atomic_write(path, self.encode(content))
+
+    def create(self, path: Path, content: Mapping[str, Any]) -> bool:
+        """Write the content and its digest unless the file exists; whether this call did. Raises like `write`."""
+        return atomic_create(path, self.encode(content))
+
+    def encode(self, content: Mapping[str, Any]) -> bytes:
+        """The bytes of a record. Raises msgspec.ValidationError if the content does not match the schema."""
         content = as_read(content)
         msgspec.convert(content, self.schema)
         digest = {DIGEST: digest_of(self.covered(content))}
         sealed = content | ({self.digest_in: content[self.digest_in] | digest} if self.digest_in else digest)
-        atomic_write(path, (json.dumps(sealed, indent=self.indent) + "\n").encode())
+        return (json.dumps(sealed, indent=self.indent) + "\n").encode()
 
     def write_if_changed(self, path: Path, content: Mapping[str, Any]) -> None:
         """Write the content unless the file holds it already, with a digest. Raises like `write`."""

@@ -221,7 +221,8 @@ def repair_windows(
                     damaged.remove(file)  # row_ctx and row_pos belong to every array of a window, and are written once
                     yield f"{file} was missing or damaged; harvested again, with the same bytes"
             else:
-                writer.write_window(window, replace(rows, bits={array: rows.bits[array]}), computer.made_with())
+                only = replace(rows, bits={array: rows.bits[array]})
+                writer.write_window(window, only, computer.made_with(), replace=True)
                 yield f"window {window} of {array} was harvested again as a whole" + (
                     ", with different bytes: other versions or another device made it" if old else ""
                 )

@@ -102,9 +102,7 @@ def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
         if group.is_first:
             check_folder(plan)
             stack.enter_context(writer_lock(plan.folder, "sae harvest", progress.say))
-            for rank_folder in plan.folder.glob(".rank*"):  # of an earlier launch, whose first process is gone
-                with writer_lock(rank_folder, "sae harvest"):
-                    pass
+            remove_locks_of_ranks(plan.folder)
             if plan.config.tokens is not None and not Contexts.is_complete(
                 plan.folder
             ):  # reading the text can take long
@@ -112,9 +110,6 @@ def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
             writer, contexts = start_cache(plan)
         group.barrier()  # the tokens and the arrays' metadata are written
         if not group.is_first:
-            rank_folder = plan.folder / f".rank{group.rank}"
-            stack.callback(shutil.rmtree, rank_folder, ignore_errors=True)  # once its lock is released
-            stack.enter_context(writer_lock(rank_folder, "sae harvest", progress.say))
             contexts = Contexts.read(plan.folder, recorded_tokens(plan.folder))
             writer = CacheWriter(plan.folder, plan.identity, cache_layout(plan, contexts), plan.widths)
         missing = writer.missing_windows()
@@ -124,18 +119,25 @@ def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
         if missing:
             harvest_missing(plan, writer, contexts, missing, group, progress)
         group.barrier()
-        if group.is_first and (missing or not writer.is_finished(plan.config.max_norm)):
-            writer.finish(plan.config.max_norm, plan.token_text)
+        if group.is_first:
+            writer.seal(plan.config.max_norm, plan.token_text)
         group.barrier()
     return Cache(plan.folder)
 
 
+def remove_locks_of_ranks(folder: Path) -> None:
+    """Remove the folders that the ranks of an earlier version left when they were killed."""
+    for rank_folder in folder.glob(".rank*"):
+        shutil.rmtree(rank_folder, ignore_errors=True)
+
+
 def start_cache(plan: HarvestPlan) -> tuple[CacheWriter, Contexts]:
-    """Write what precedes the first window: tokens, harvest.json and array metadata. The caller holds the lock."""
+    """Write what precedes the first window: tokens, harvest.json and array metadata."""
     contexts = read_or_tokenize(plan)
     HARVEST_RECORD.write_if_changed(plan.folder / "harvest.json", plan.record())
     writer = CacheWriter(plan.folder, plan.identity, cache_layout(plan, contexts), plan.widths)
     remove_checkpoint(plan.folder)  # from here on the tokens are read, never made again
+    writer.place.begin()
     return writer, contexts
 
 

@@ -36,6 +36,9 @@ def write_windows(
 ) -> None:
     """Compute the arrays of each window and write them, both at the same time.
 
+    Arrays that another worker has committed by now are left out: before they are computed, and again before they are
+    written.
+
     Raises Interrupted on Ctrl-C, when the window being written is safe.
     """
     thread = WriterThread(writer, [computer.buffers(list(writer.widths)) for _ in range(WINDOWS_IN_MEMORY)])
@@ -51,8 +54,11 @@ def write_windows(
             buffers = thread.free.get()
             if thread.error is not None:
                 break
-            rows = computer.compute(window, {name: buffers[name] for name in arrays})
-            thread.write(window, rows, computer.made_with(), buffers)
+            if left := [name for name in arrays if not writer.is_committed(window, name)]:
+                rows = computer.compute(window, {name: buffers[name] for name in left})
+                thread.write(window, rows, computer.made_with(), buffers)
+            else:
+                thread.free.put(buffers)
             done += len(writer.layout.row_range(window))
         thread.finish()
     except KeyboardInterrupt:  # Ctrl-C, or SIGTERM

@@ -42,13 +42,15 @@ def _make_writer(
     return CacheWriter(folder, whole_identity, layout, widths)
 
 
-def _write_windows(writer: CacheWriter, bits: dict[int, np.ndarray], windows: list[int]) -> None:
+def _write_windows(
+    writer: CacheWriter, bits: dict[int, np.ndarray], windows: list[int], *, replace: bool = False
+) -> None:
     for window in windows:
         rows = writer.layout.row_range(window)
         row = np.arange(rows.start, rows.stop)
         block = {Hook(layer).array: layer_bits[rows.start : rows.stop] for layer, layer_bits in bits.items()}
         origins = (row // 7).astype(np.uint32), (1 + row % 7).astype(np.uint16)
-        writer.write_window(window, WindowRows(block, *origins), {})
+        writer.write_window(window, WindowRows(block, *origins), {}, replace=replace)
 
 
 def _write_cache(folder: Path, bits: dict[int, np.ndarray], window_rows: int = 16) -> Cache:
@@ -75,7 +77,7 @@ def make_writer() -> Callable[..., CacheWriter]:
 
 @pytest.fixture
 def write_windows() -> Callable[..., None]:
-    """write_windows(writer, {layer: bits}, windows) writes and commits these windows."""
+    """write_windows(writer, {layer: bits}, windows, replace=False) writes and commits these windows."""
     return _write_windows
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sae.cache.place import FolderPlace
 from sae.cache.reader import Cache
 from sae.cache.writer import CacheWriter, WindowRows, harvest_started
-from sae.common.cache_schemas import COMMIT_RECORD, TOKENS_RECORD
+from sae.common.cache_schemas import COMMIT_RECORD, MANIFEST_RECORD, TOKENS_RECORD
 from sae.common.errors import DamagedError, SaeError, UnavailableError, UsageError
 
 D = 8
@@ -104,8 +105,88 @@ def test_rewriting_a_window_removes_its_commit_first(
     writer = make_writer(cache.folder, bits, 16)
     monkeypatch.setattr(CacheWriter, "chunks_to_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        write_windows(writer, bits, [1])
+        write_windows(writer, bits, [1], replace=True)
     assert writer.missing_windows() == {1: ["layer_05", "layer_12"]}
+
+
+def test_a_committed_window_is_left_alone(cache: Cache, finite_bits, make_writer, write_windows) -> None:
+    """A worker that comes back late brings other bytes, as another GPU would; layer 19 is new."""
+    late = {5: finite_bits(ROWS, D, 50), 12: finite_bits(ROWS, D, 12), 19: finite_bits(ROWS, D, 19)}
+    before = {p: p.stat().st_mtime_ns for name in ("layer_05", "commits") for p in (cache.folder / name).iterdir()}
+    writer = make_writer(cache.folder, late, 16)
+    write_windows(writer, late, [0, 1, 2])
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert writer.seal() and Cache(cache.folder).layers == [5, 12, 19]
+    assert len(list(Cache(cache.folder).verify())) == len(Cache(cache.folder).manifest["files"])
+
+
+@pytest.mark.parametrize("second_has", ["the same bytes", "other bytes"])
+@pytest.mark.parametrize("moment", ["before its chunks", "before its commit"])
+def test_two_workers_at_one_window_leave_the_files_of_one(
+    tmp_path: Path,
+    finite_bits,
+    make_writer,
+    write_windows,
+    monkeypatch: pytest.MonkeyPatch,
+    second_has: str,
+    moment: str,
+) -> None:
+    """Another worker writes and commits the window while the first is between two of its own steps."""
+    first = {5: finite_bits(ROWS, D, 5)}
+    second = first if second_has == "the same bytes" else {5: finite_bits(ROWS, D, 6)}
+    writer = make_writer(tmp_path / "c", first, 16)
+    step = "chunks_to_write" if moment == "before its chunks" else "publish"
+    owner = CacheWriter if moment == "before its chunks" else FolderPlace
+    original = getattr(owner, step)
+
+    def interrupted(self, *arguments):
+        monkeypatch.setattr(owner, step, original)
+        write_windows(make_writer(tmp_path / "c", second, 16), second, [0, 1, 2])
+        return original(self, *arguments)
+
+    monkeypatch.setattr(owner, step, interrupted)
+    write_windows(writer, first, [0])
+    assert writer.seal()
+    cache = Cache(tmp_path / "c")
+    assert len(list(cache.verify())) == len(cache.manifest["files"])
+    assert np.array_equal(cache.read_chunk("layer_05", 0), first[5][:16])
+    assert np.array_equal(cache.read_chunk("layer_05", 1), second[5][16:32])
+
+
+def test_sealing_twice_changes_nothing_and_needs_every_window(
+    tmp_path: Path, finite_bits, make_writer, write_windows
+) -> None:
+    bits = {5: finite_bits(ROWS, D), 12: finite_bits(ROWS, D, 12)}
+    writer = make_writer(tmp_path / "c", bits, 16)
+    write_windows(writer, bits, [0, 2])
+    assert not writer.seal() and not (tmp_path / "c/manifest.json").exists()
+    write_windows(make_writer(tmp_path / "c", {5: bits[5]}, 16), {5: bits[5]}, [1])
+    assert make_writer(tmp_path / "c", {5: bits[5]}, 16).seal() and not writer.seal()
+    assert Cache(tmp_path / "c").layers == [5]
+    write_windows(writer, bits, [1])
+    assert writer.seal() and Cache(tmp_path / "c").layers == [5, 12]
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "c").iterdir()}
+    assert writer.seal() and {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_a_layer_that_is_completed_during_sealing_is_sealed_too(
+    tmp_path: Path, finite_bits, make_writer, write_windows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the slower of two workers would write a manifest without the layer that the other has sealed."""
+    bits = {5: finite_bits(ROWS, D), 12: finite_bits(ROWS, D, 12)}
+    writer = make_writer(tmp_path / "c", {5: bits[5]}, 16)
+    write_windows(writer, {5: bits[5]}, [0, 1, 2])
+    original = MANIFEST_RECORD.write
+
+    def other_first(kind, path, content):
+        monkeypatch.undo()
+        other = make_writer(tmp_path / "c", {12: bits[12]}, 16)
+        write_windows(other, {12: bits[12]}, [0, 1, 2])
+        assert other.seal()
+        original(path, content)
+
+    monkeypatch.setattr(type(MANIFEST_RECORD), "write", other_first)
+    assert writer.seal() and Cache(tmp_path / "c").layers == [5, 12]
 
 
 def test_a_commit_of_another_harvest_raises(cache: Cache, finite_bits, make_writer) -> None:

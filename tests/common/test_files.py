@@ -1,5 +1,6 @@
 """Records, digests and the lock of a folder's writer."""
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from sae.common.errors import UnavailableError, UsageError
 from sae.common.files import (
+    atomic_create,
     atomic_write,
     digest_of,
     remove_stale_files,
@@ -37,6 +39,35 @@ def test_two_writers_of_one_file_do_not_take_each_other_s_temporary_file(
     atomic_write(path, b"fir", b"st")
     assert path.read_bytes() == b"first" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
     assert re.fullmatch(rf"a\.json\.tmp-{os.getpid()}-[0-9a-f]{{8}}", names[0])
+
+
+def test_a_file_whose_temporary_file_was_removed_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that takes the lock removes the temporary files of those whom it takes for dead."""
+    flush = os.fsync
+
+    def removed(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", flush)
+        assert remove_stale_files(tmp_path) == 1
+
+    monkeypatch.setattr(os, "fsync", removed)
+    atomic_write(tmp_path / "a", b"content")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a", b"content")]
+    monkeypatch.setattr(os, "fsync", lambda descriptor: remove_stale_files(tmp_path))
+    with pytest.raises(UnavailableError, match="Cannot write"):
+        atomic_write(tmp_path / "a", b"more")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_several_that_create_a_file_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:  # as on exFAT
+        monkeypatch.setattr(os, "link", refuse)
+    assert atomic_create(tmp_path / "a", b"fir", b"st") and not atomic_create(tmp_path / "a", b"second")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a", b"first")]
 
 
 @pytest.mark.parametrize(

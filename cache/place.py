@@ -1,0 +1,53 @@
+"""Where the files of a cache are kept: in its folder. A harvest knows no other way to them, so that a cache can also be
+kept elsewhere, with the folder as the place in which its files are made.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..common.cache_schemas import COMMIT_RECORD
+from ..common.files import fsync_folder
+from .chunks import FileRecords, files_exist
+
+
+class FolderPlace:
+    """A cache in a folder that every worker sees.
+
+    They are called in this order: `begin`; for each window `publish`, then `create_commit` for each array; `seal`. Any
+    worker may call them at any time, and again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def begin(self) -> None:
+        """Called before the first window: tokens/, harvest.json and all zarr.json are in the folder."""
+
+    def commit_files(self) -> list[str]:
+        """The commits that there are now, sorted, relative to the folder: commits/000000.layer_05.json."""
+        return sorted(f"commits/{path.name}" for path in (self.folder / "commits").glob("*.json"))
+
+    def has_commit(self, file: str) -> bool:
+        """Whether there is this commit now. If so, it can be read in the folder."""
+        return (self.folder / file).exists()
+
+    def has_files(self, records: FileRecords) -> bool:
+        """Whether every recorded file exists with its recorded size. Reads no content."""
+        return files_exist(self.folder, records)
+
+    def publish(self, files: Iterable[str]) -> None:
+        """Called with the chunks of a window, which are in the folder, before the first commit that lists them."""
+
+    def create_commit(self, file: str, content: Mapping[str, Any]) -> bool:
+        """Write a commit unless there is one; whether this one was written."""
+        return COMMIT_RECORD.create(self.folder / file, content)
+
+    def remove_commits(self, files: Iterable[str]) -> None:
+        """Remove commits: those of files that are about to be replaced."""
+        for file in files:
+            (self.folder / file).unlink(missing_ok=True)
+        fsync_folder(self.folder / "commits")
+
+    def seal(self) -> None:
+        """Called when every wanted array is complete: manifest.json and zarr.json are in the folder."""
