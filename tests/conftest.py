@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from sae.cache.reader import Cache
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may use the network
 NUMBERS = itertools.count()
+settings.register_profile("suite", deadline=None, derandomize=True, database=None)  # no chance and no clock decides
+settings.load_profile("suite")
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 

@@ -18,7 +18,7 @@ def rows_of_batch(order: BatchOrder, batch: int) -> np.ndarray:
 chunk_lists = st.lists(st.integers(1, 300), min_size=1, max_size=12)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(chunk_lists, st.integers(1, 97), st.integers(0, 2**32), st.integers(0, 3))
 def test_each_row_occurs_at_most_once_per_epoch(chunks: list[int], batch_size: int, seed: int, epoch: int) -> None:
     assume(sum(chunks) >= batch_size)
@@ -31,7 +31,7 @@ def test_each_row_occurs_at_most_once_per_epoch(chunks: list[int], batch_size: i
     assert sum(chunks) - len(seen) < batch_size + ALIGN * order.lanes
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(chunk_lists, st.integers(1, 97), st.integers(0, 500))
 def test_spans_do_not_depend_on_earlier_calls(chunks: list[int], batch_size: int, batch: int) -> None:
     assume(sum(chunks) >= batch_size)

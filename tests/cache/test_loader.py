@@ -106,7 +106,7 @@ def test_any_error_of_a_reading_thread_reaches_the_caller(cache, monkeypatch) ->
     reader.start()
     waiting = threading.Thread(target=lambda: pytest.raises(MemoryError, next, batches), daemon=True)
     waiting.start()
-    waiting.join(10)
+    waiting.join(60)
     stuck = waiting.is_alive()
     batches.close()
     assert not stuck

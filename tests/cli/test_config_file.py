@@ -198,7 +198,7 @@ def test_every_command_takes_config_and_no_flag_twice(words: tuple[str, ...], co
         max_leaves=5,
     )
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_value_written_as_toml_reads_back(value: object) -> None:
     assert tomllib.loads(f"x = {to_toml(value)}") == {"x": value}
 
@@ -272,7 +272,7 @@ toml_values = st.sampled_from(
 
 
 @given(st.lists(st.lists(toml_values, max_size=4), max_size=4))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_lines_of_keys_are_those_of_the_definition(tables: list[list[str]]) -> None:
     text = ""
     for table, values in enumerate(tables):

@@ -48,7 +48,7 @@ def test_escapes_for_a_terminal_name_what_was_there():
 
 
 @given(paths.filter(lambda path: "\0" not in path))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_quoted_path_is_printable_and_bash_reads_it_back(path):
     word = quote(path)
     assert escape_for_terminal(word) == word and "\n" not in word

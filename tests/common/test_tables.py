@@ -48,7 +48,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(rows=st.lists(st.dictionaries(st.sampled_from(["text", "a", "b"]), json_values), max_size=6), how=st.booleans())
 def test_every_row_is_what_json_loads_gives(tmp_path_factory, rows: list[dict[str, Any]], how: bool) -> None:
     """In lines and in an array, with characters as they are and as escapes."""

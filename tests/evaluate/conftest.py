@@ -116,7 +116,7 @@ def opened(browser: Any) -> Iterator[Callable[..., Any]]:
     def open_page(path: Path, width: int = 1300, phone: bool = False) -> Any:
         page = browser.new_page(viewport={"width": width, "height": 800}, has_touch=phone, is_mobile=phone)
         pages.append(page)
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(60_000)
         page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("dialog", lambda dialog: said.append(dialog.message))

@@ -164,7 +164,7 @@ def test_packing_by_hand() -> None:
     assert [c[0] for c in packed(documents, 4, tokens=6) if not c[2]] == [[2, 10, 11, 12], [2, 13, 14, 2], [2, 20]]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.integers(0, 30), st.booleans()), max_size=20), st.integers(2, 12))
 def test_packing_keeps_every_token_once_and_in_order(sizes: list[tuple[int, bool]], context: int) -> None:
     number = itertools.count(10)
@@ -213,7 +213,7 @@ def test_what_contexts_begin_with_is_written_by_no_role() -> None:
     assert columns["rows"].tolist() == [0, 1, 0, 1, 0, 1, 0, 1] and cutter.rows == 4
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     documents=st.lists(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 1)), max_size=12), max_size=5),
     bos_id=st.sampled_from([None, 0, 2]), skip_positions=st.integers(0, 3), context=st.integers(4, 6),

@@ -103,7 +103,7 @@ def test_documents_that_are_not_text_are_skipped_and_counted(tmp_path: Path, rea
     assert [d.text for d in text.documents] == ["one", "two"] and text.skipped == {"empty": 2, "not text": 2, "huge": 0}
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=60), max_size=12), st.integers(1, 80))
 def test_splitting_into_sections_loses_nothing(paragraphs: list[str], at_least: int) -> None:
     text = "\n\n".join(paragraphs)

@@ -144,7 +144,7 @@ paths = st.builds("{}{}{}".format, st.sampled_from(["", "data/"]), st.lists(fold
                   file_names)  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(paths, unique=True, min_size=1, max_size=5))
 def test_the_splits_are_those_of_datasets(tmp_path_factory, names: list[str]) -> None:
     from datasets.data_files import DataFilesDict, get_data_patterns

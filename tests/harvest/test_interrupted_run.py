@@ -1,7 +1,5 @@
 """A harvest that is killed again and again ends in the same bytes as an uninterrupted one."""
 
-import multiprocessing
-import random
 import signal
 import subprocess
 import sys
@@ -13,7 +11,14 @@ import pytest
 from sae.cache.reader import Cache
 from sae.harvest.run import harvest_activations
 
-KILLS = 8  # the first while the text is written, the others ten commits of ninety-four apart
+from ..kills import finish, kill
+
+KILLS = [  # of over forty windows
+    ("*/tokens/ids/c.*", "before"), ("*/tokens/ids/c.*", "after"), ("*/commits/000005.*", "before"),
+    ("*/commits/000010.*", "after"), ("*/layer_01/c.15.0", "before"), ("*/row_ctx/c.20", "after"),
+    ("*/commits/000025.*", "0.001"), ("*/commits/000030.*", "0.004"), ("*/commits/000035.*", "0.01"),
+    ("*/manifest.json", "before"),
+]  # fmt: skip
 
 
 def reached(folder: Path, commits: int) -> bool:
@@ -27,31 +32,10 @@ def test_a_harvest_killed_at_any_instant_continues(tiny_model: Path, sentences: 
         "window": 128, "held_out": 0.1, "device": "cpu", "batch_contexts": 8,
     }  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sae.harvest.run", "transformers.models.gemma2.modeling_gemma2", "datasets"])
-
-    def start(out: Path) -> multiprocessing.process.BaseProcess:
-        process = context.Process(target=harvest_activations, kwargs=options | {"out": out})
-        process.start()
-        return process
-
-    def finish(out: Path) -> None:
-        process = start(out)
-        process.join()
-        assert process.exitcode == 0
-
-    finish(whole)
-    rng, at_work = random.Random(0), 0
-    for number in range(KILLS):
-        process = start(killed)
-        while process.is_alive() and not reached(killed, 10 * number):
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.01))
-        process.kill()
-        process.join()
-        at_work += process.exitcode == -signal.SIGKILL
-    assert at_work >= 3  # a fast machine may finish before the last of them
-    finish(killed)
+    finish(harvest_activations, options | {"out": whole})
+    for file, moment in KILLS:
+        kill(harvest_activations, options | {"out": killed}, file, moment)
+    finish(harvest_activations, options | {"out": killed})
     cache = Cache(killed)
     assert len(list(cache.verify())) == len(cache.manifest["files"])
     contents = [

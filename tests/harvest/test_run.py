@@ -493,7 +493,7 @@ def test_a_second_ctrl_c_stops_at_once(small: tuple[HarvestConfig, Cache], tmp_p
         signal.raise_signal(signal.SIGINT)
 
     def stop(done: int, total: int) -> None:
-        if done > 256 and writing.wait(10):  # the first window is handed over by then, and its thread may begin late
+        if done > 256 and writing.wait(60):  # the first window is handed over by then, and its thread may begin late
             raise KeyboardInterrupt
 
     monkeypatch.setattr(CacheWriter, "write_window", stuck)

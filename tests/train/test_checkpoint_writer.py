@@ -1,9 +1,7 @@
 """Checkpoints in the background: the bytes of a training that waits; a kill or a full disk loses nothing."""
 
 import errno
-import itertools
 import multiprocessing
-import os
 import random
 import re
 import shutil
@@ -23,12 +21,12 @@ from sae.train import checkpoint, checkpoint_writer, passes, shared_pass
 from sae.train.checkpoint import training_state
 from sae.train.checkpoint_writer import CheckpointWriter, StateFile
 from sae.train.memory import host_bytes
-from sae.train.plan import TrainConfig, plan_training
+from sae.train.plan import plan_training
 from sae.train.progress import SILENT, TrainProgress
 from sae.train.recipe import RECIPES
 from sae.train.run import prepare_trainer, run_training, set_normalization
 
-from .runs import make_config, train
+from .runs import make_config, train, train_and_die
 
 NAMES = ["relu", "topk", "hierarchical-resample"]
 WAIT = 20  # seconds after which a test fails that would wait for ever
@@ -98,20 +96,25 @@ def test_training_goes_on_while_a_checkpoint_is_written(sparse_cache, tmp_path: 
     assert contents(tmp_path / "out") == contents(tmp_path / "whole") and len(whole) == len(NAMES)
 
 
-def test_one_is_written_at_a_time(sparse_cache, tmp_path: Path, written) -> None:
+def test_one_is_written_at_a_time(sparse_cache, tmp_path: Path, written, monkeypatch) -> None:
     """The next waits, in the thread of training: nothing is copied over what is being written."""
-    seen: list[int] = []
-    saved = written(lambda step: time.sleep(0.1 if step == 4 else 0))
-    save = CheckpointWriter.save
+    waited_for, before = threading.Event(), []
+    saved = written(lambda step: waited_for.wait(0 if step > 4 else WAIT))
+    wait, copy = CheckpointWriter.wait, CheckpointWriter._copy
 
-    def watch(writer: CheckpointWriter, trainers, step: int) -> None:
-        save(writer, trainers, step)
-        seen.append((step, list(saved)))
+    def watched_wait(writer: CheckpointWriter) -> None:
+        if writer._writing is not None:
+            waited_for.set()
+        wait(writer)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CheckpointWriter, "save", watch)
-        train(make_config(sparse_cache, "relu", out=tmp_path, steps=10))
-    assert [(step, before[:1]) for step, before in seen[:2]] == [(4, []), (8, [4])]
+    def watched_copy(writer: CheckpointWriter, trainers: object) -> object:
+        before.append(list(saved))
+        return copy(writer, trainers)
+
+    monkeypatch.setattr(CheckpointWriter, "wait", watched_wait)
+    monkeypatch.setattr(CheckpointWriter, "_copy", watched_copy)
+    train(make_config(sparse_cache, "relu", out=tmp_path, steps=10))
+    assert before == [[], [4], [4, 8]] and saved == [4, 8, 10]
 
 
 def test_the_sae_is_written_after_the_last_checkpoint(sparse_cache, tmp_path: Path, written) -> None:
@@ -130,7 +133,7 @@ def test_a_full_disk_ends_training_and_the_resumed_runs_are_whole(
     """With the message of a training that waits, at the next step or when the next checkpoint is due."""
     train(make_config(sparse_cache, *NAMES, out=tmp_path / "whole"))
     config, seen = make_config(sparse_cache, *NAMES, out=tmp_path / "out", log_every=1), []
-    write, failed = checkpoint.atomic_write, threading.Event()
+    write, check, failed = checkpoint.atomic_write, CheckpointWriter.check, threading.Event()
 
     def sometimes_full(path: Path, *parts: bytes) -> None:
         if f"step-{at:08d}" in str(path):
@@ -142,9 +145,14 @@ def test_a_full_disk_ends_training_and_the_resumed_runs_are_whole(
         seen.append(step)
         if step == at + 1:  # the thread has failed, and the next step shows it
             assert failed.wait(WAIT)
-            time.sleep(0.05)
+
+    def check_a_failed_thread(writer: CheckpointWriter) -> None:
+        if failed.is_set() and writer._writing is not None:
+            writer._writing.exception(WAIT)
+        check(writer)
 
     with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "check", check_a_failed_thread)
         patch.setattr(checkpoint, "atomic_write", sometimes_full)
         with pytest.raises(UnavailableError) as raised:
             train(config, TrainProgress(step=look))
@@ -337,31 +345,6 @@ def test_the_plan_counts_the_copies(sparse_cache, tmp_path: Path, monkeypatch) -
 # --- kills ------------------------------------------------------------------------------------------------------------
 
 
-def train_and_die(config: TrainConfig, moment: str, file: int) -> None:
-    """Train until SIGKILL, in a process of its own: before or after the rename of the file with this number among those
-    of all checkpoints, or up to 20 ms later, wherever the training and the writing thread then are.
-    """
-    replace, numbers = os.replace, itertools.count()
-
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def rename(source: Path, target: Path) -> None:
-        due = "checkpoints" in target.parts and next(numbers) == file
-        if due and moment == "before":
-            die()
-        replace(source, target)
-        if due and moment == "after":
-            die()
-        if due:
-            threading.Timer(random.Random(file).uniform(0, 0.02), die).start()
-
-    os.replace = rename
-    torch.set_num_threads(1)
-    train(config)
-    die()  # the last steps were faster
-
-
 @pytest.mark.slow
 def test_fifty_kills_during_checkpoints(sparse_cache, tmp_path: Path) -> None:
     """Three runs share a pass. Each time the resumed runs end byte-equal."""
@@ -374,7 +357,7 @@ def test_fifty_kills_during_checkpoints(sparse_cache, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")  # another process would have to import torch
     for number, file in enumerate(files):
         moment = ("before", "before", "after", "after", "later")[number // 10]
-        process = context.Process(target=train_and_die, args=(config, moment, file))
+        process = context.Process(target=train_and_die, args=(config, file, moment))
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL

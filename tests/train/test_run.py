@@ -2,13 +2,11 @@
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +29,7 @@ from sae.train.run import build_variant, run_training
 from sae.train.sae import load_sae
 from sae.train.shared_pass import CALIBRATION_BATCHES
 
-from .runs import make_config, train
+from .runs import make_config, train, train_and_die
 
 NAMES = ["batchtopk", "decorrelation", "relu", "topk"]
 
@@ -108,33 +106,17 @@ def test_layers_and_seeds_trained_together_are_what_they_are_alone(sparse_cache,
     assert len(set(weights)) == 4
 
 
-def command(cache, out: Path) -> list[str]:
-    variants = [word for name in NAMES for word in ("--variant", name)]
-    return [
-        sys.executable, "-m", "sae", "train", *variants, "--layer", "0", "--cache", str(cache.folder), "--steps", "120",
-        "--batch-size", "64", "--width", "128", "--checkpoint-every", "10", "--out", str(out),
-    ]  # fmt: skip
-
-
-def wait_for_checkpoint(process: subprocess.Popen, out: Path, at_least: int) -> None:
-    """Wait until every run of the pass has a complete checkpoint of that step."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if len(list(out.glob(f"*/checkpoints/step-{at_least:08d}/state.json"))) == len(NAMES):
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"no checkpoint {at_least} of all: {process.communicate()}")
-
-
 def test_killed_and_stopped_runs_end_as_uninterrupted_ones(sparse_cache, tmp_path: Path) -> None:
     """120 steps = some, SIGKILL in a process of its own, some more, SIGTERM, and the rest. Bit for bit."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    process = subprocess.Popen(command(sparse_cache, stopped), env=environment, stderr=subprocess.PIPE, text=True)
-    wait_for_checkpoint(process, stopped, 10)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL
+    settings = {"steps": 120, "checkpoint_every": 10, "log_every": 60}
+    second = 2 * len(NAMES)  # the first file of the checkpoints after step 20: each run has two at a time
+    arguments = (make_config(sparse_cache, *NAMES, out=stopped, **settings), second, "before")
+    process = multiprocessing.get_context("fork").Process(target=train_and_die, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert len(list(stopped.glob("*/checkpoints/step-00000010/state.json"))) == len(NAMES)
     seen: list[int] = []
 
     def press(number: int, *_: object) -> None:
@@ -142,14 +124,13 @@ def test_killed_and_stopped_runs_end_as_uninterrupted_ones(sparse_cache, tmp_pat
             signal.raise_signal(signal.SIGTERM)
         seen.append(number)
 
-    plan = plan_training(make_config(sparse_cache, *NAMES, steps=120, checkpoint_every=10, log_every=60, out=stopped))
+    plan = plan_training(make_config(sparse_cache, *NAMES, out=stopped, **settings))
     with pytest.raises(Interrupted, match=f"everything is saved.*sae train --resume {stopped}"):
         run_training(plan, TrainProgress(step=press))
     assert 10 < seen[0] < seen[1] < 120 and len(seen) == 2
     runs = {}
     for out in (whole, stopped):
-        config = make_config(sparse_cache, *NAMES, steps=120, checkpoint_every=10, log_every=60, out=out)
-        runs[out] = {folder.name: folder for folder in train(config)}
+        runs[out] = {folder.name: folder for folder in train(make_config(sparse_cache, *NAMES, out=out, **settings))}
     assert runs[whole].keys() == runs[stopped].keys() and len(runs[whole]) == len(NAMES)
     for name, folder in runs[whole].items():
         for file in ("sae.safetensors", "checkpoints/step-00000120/state.safetensors"):

@@ -5,8 +5,6 @@
 
 import contextlib
 import json
-import multiprocessing
-import random
 import re
 import shutil
 import signal
@@ -44,6 +42,8 @@ from sae.train.recipe import RECIPES, find_recipe
 from sae.train.run import TrainProgress
 from sae.train.streaming import train_streaming
 from sae.train.variant import RunConfig
+
+from ..kills import finish, kill
 
 TOKENS, WINDOW, RING, BATCH = 3000, 256, 4, 60
 PER_GROUP, LEFT_FOR_THE_LAST = 8, 440 // BATCH
@@ -159,6 +159,9 @@ def test_the_disk_never_holds_more_than_the_ring(asked, monkeypatch) -> None:
     def look(step: int, *_: object) -> None:
         nonlocal most
         folder, group = the_ring(), (step - 1) // PER_GROUP
+        patience = time.monotonic() + 60
+        while step == 2 and len(windows_there(folder)) < RING and time.monotonic() < patience:
+            time.sleep(0.001)  # until the harvest is as far ahead as it may be
         most = max(most, bytes_of_windows(folder))
         there = windows_there(folder)
         assert {2 * group, 2 * group + 1} <= there <= set(range(2 * group, 2 * group + 4))
@@ -288,46 +291,32 @@ def test_a_failed_harvest_stops_training_with_its_message_after_a_checkpoint(ask
     assert weights(folder) == weights(whole)
 
 
-SIGNS = [
-    "ring/ring.json", "ring/commits/000001.*", *(f"runs/*/checkpoints/step-{PER_GROUP * n:08d}" for n in (1, 4)),
-    "runs/*/sae.json",
+KILLS = [
+    ("*/ring/ring.json", "after"), ("*/ring/commits/000001.*", "0.01"), ("*/step-00000008/state.json", "before"),
+    ("*/step-00000016/state.json", "after"), ("*/step-00000024/state.safetensors", "after"),
+    ("*/step-00000032/state.json", "0.01"), ("*/sae.json", "before"), ("*/sae.json", "after"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("signs", [SIGNS[1:4:2], pytest.param(SIGNS, marks=pytest.mark.slow)], ids=["two", "five"])
-def test_killed_at_any_instant(asked, tmp_path: Path, signs: list[str]) -> None:
+@pytest.mark.parametrize("kills", [KILLS[1:6:4], pytest.param(KILLS, marks=pytest.mark.slow)], ids=["two", "eight"])
+def test_killed_at_any_instant(asked, tmp_path: Path, kills: list[tuple[str, str]]) -> None:
     """SIGKILLs with the text unread, with windows half-written, between checkpoints and removals; bit for bit."""
-    context = multiprocessing.get_context("forkserver")
-    gemma = "transformers.models.gemma2.modeling_gemma2"
-    context.set_forkserver_preload(["sae.harvest.run", gemma, "datasets", "sae.train.streaming"])
     given = {name: value for name, value in asked.items() if name not in ("model", "device")} | {"windows": RING}
 
-    def start(place: Path) -> multiprocessing.process.BaseProcess:
+    def arguments(place: Path) -> dict[str, object]:
         request = request_of("topk", "batchtopk", model=asked["model"], caches=[place / "ring"], out=place / "runs")
-        process = context.Process(target=run_streaming, args=(request, given, False))
-        process.start()
-        return process
+        return {"config": request, "harvest_options": given, "dry_run": False}
 
     def finished(place: Path) -> dict[str, bytes]:
-        process = start(place)
-        process.join()
-        assert process.exitcode == 0
+        finish(run_streaming, arguments(place))
         return {
             path.relative_to(place).as_posix(): path.read_bytes() for path in place.rglob("*")
             if path.is_file() and path.name[0] != "." and path.name not in ("metrics.jsonl", "sae.json", "run.json")
         }  # fmt: skip
 
     whole, killed = finished(tmp_path / "whole"), tmp_path / "killed"
-    rng, at_work = random.Random(0), 0
-    for sign in signs:
-        process = start(killed)
-        while process.is_alive() and not list(killed.glob(sign)):
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.02))
-        process.kill()
-        process.join()
-        at_work += process.exitcode == -signal.SIGKILL
-    assert at_work >= len(signs) // 2  # a fast machine may finish before the last of them
+    for file, moment in kills:
+        kill(run_streaming, arguments(killed), file, moment)
     assert finished(killed) == whole
 
 

@@ -113,7 +113,7 @@ def test_random_latents_fire_as_often_as_those_that_they_stand_for(monkeypatch):
         assert float(difference.max() - difference.min()) == pytest.approx(0, abs=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 250), st.sampled_from([1, 3, 1000]), st.sampled_from(["drawn", "ascending", "sampled last"]))
 def test_the_strongest_values_are_those_of_a_sort(size, levels, order):
     """Also where the sample, every 16th value, has only the largest ones, or many are equal."""

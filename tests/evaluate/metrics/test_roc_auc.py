@@ -11,7 +11,7 @@ from sae.evaluate.metrics.roc_auc import roc_auc
 LABELS = st.lists(st.integers(0, 1), min_size=2, max_size=60).filter(lambda labels: len(set(labels)) == 2)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(LABELS, st.sampled_from([1, 2, 3, 8, 10**9]), st.integers(0, 2**32 - 1))
 def test_it_has_the_bits_of_scikit_learn_however_many_scores_are_equal(labels, levels, seed):
     random, label = np.random.RandomState(seed), np.array(labels)
