@@ -40,6 +40,7 @@ import sae.train.variants  # noqa: F401  (registers the recipes)
 from common import ARRAY, Spent, commit, in_rounds, machine, make_cache
 from sae.cache.loader import BatchLoader
 from sae.cache.reader import Cache
+from sae.common.device import keep_freed_memory
 from sae.common.precision import reason_against
 from sae.train.activation_functions import KeepTopK
 from sae.train.compile import compile_step
@@ -326,6 +327,7 @@ def main() -> None:
     parser.add_argument("--folder", default=".", help="where a cache of 0.1 GB is written and removed again")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as `sae train` does
     print(machine(), flush=True)
     pythons = {"dictionary_learning": args.dictionary_learning, "saelens": args.saelens}
     peers = {name: Peer(name, python) for name, python in pythons.items() if python}

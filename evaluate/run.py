@@ -14,7 +14,7 @@ import torch
 
 from ..cache.layout import Hook
 from ..cache.reader import Cache
-from ..common.device import require_one_process
+from ..common.device import keep_freed_memory, require_one_process
 from ..common.errors import SaeError, UnavailableError, UsageError, did_you_mean, first_line
 from ..common.files import digest_of
 from ..common.memory import out_of_memory, release
@@ -57,6 +57,7 @@ def run_evaluation(plan: EvaluatePlan, progress: ProgressFactory = no_progress_b
     if a launcher has started several processes.
     """
     require_one_process("sae evaluate")
+    keep_freed_memory()
     rows: list[EvalRow] = []
     for group in plan.groups:
         use_precision(group.rows, group.ctx.precision)

@@ -14,7 +14,7 @@ import torch
 from ..cache.concat import ConcatCache
 from ..cache.planned import PlannedCache
 from ..cache.reader import Cache
-from ..common.device import fix_cublas_workspace, require_one_process, resolve_device
+from ..common.device import fix_cublas_workspace, keep_freed_memory, require_one_process, resolve_device
 from ..common.errors import DamagedError, SaeError, UsageError, did_you_mean
 from ..common.files import writer_lock
 from ..common.schemas import RUN_RECORD, RunRecord
@@ -132,6 +132,7 @@ def run_training(plan: TrainPlan, progress: TrainProgress = SILENT) -> None:
         raise UsageError(f"{plan.config.source.folder} has not been harvested yet. Harvest it, then plan again.")
     device = resolve_device(plan.config.device)
     fix_cublas_workspace(device)
+    keep_freed_memory()
     with stop_on_signal() as should_stop:
         mention_finished(plan, progress)
         for runs in plan.passes:

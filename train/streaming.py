@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from ..cache.ring import RingCache
-from ..common.device import resolve_device
+from ..common.device import keep_freed_memory, resolve_device
 from ..common.files import writer_lock
 from .checkpoint_writer import CheckpointWriter
 from .plan import TrainPlan
@@ -35,6 +35,7 @@ def train_streaming(plan: TrainPlan, progress: TrainProgress, harvest: Harvest) 
     """
     ring, device = plan.config.source, resolve_device(plan.config.device)
     assert isinstance(ring, RingCache)
+    keep_freed_memory()
     trainers: dict[tuple[Any, ...], list[RunTrainer]] = {}
     with stop_on_signal() as should_stop, ExitStack() as stack:
         mention_finished(plan, progress)
