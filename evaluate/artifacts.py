@@ -4,22 +4,24 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import filelock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from ..common.errors import DamagedError
-from ..common.files import atomic_write, digest_of, temporary_process, utf8_path
+from ..common.files import atomic_write, digest_of, make_folder, temporary_process, utf8_path
 from ..common.records import as_read
 from ..common.schemas import DATA_RECORD
 
 FORMAT = 1  # version of the cached artifacts: increased when the way any of them is computed changes
 STALE_SECONDS = 3600  # seconds without a write after which a dead process's temporary file is removed
+POLL_SECONDS = 0.1  # between two looks at a lock that another process holds
 
 
 class ArtifactCache:
@@ -27,24 +29,102 @@ class ArtifactCache:
 
     A file that is truncated or does not match its checksum is computed again. Several processes can share a cache: each
     writes to its own temporary file, and the last rename wins.
+
+    The ranks of one command (`shared`) compute each artifact once: whoever comes first holds its lock, and the others
+    wait and then read it. The lock is the operating system's, so that of a process that dies is free. On a file system
+    without locks every rank computes what it needs.
+
+    Attributes:
+        waiting: called with what another process is computing before this one waits for it, and with "" afterwards.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, shared: bool = False) -> None:
+        self.folder, self.shared = folder, shared
+        self.waiting: Callable[[str], None] = lambda what: None
+        self._held: set[Path] = set()  # locks of this process: it may ask for one again
 
     def get_or_compute(
         self, kind: str, depends: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]], device: str = "cpu"
     ) -> dict[str, Tensor]:
         """The tensors of `kind` for the inputs `depends`: memory-mapped from disk, or computed and written."""
         path = self.path(kind, depends)
-        if (tensors := self._read(path, depends, device)) is None:
+        if (tensors := self._read(path, depends, device)) is not None:
+            return tensors
+        with self._lock(path):
+            if self.shared and (tensors := self._read(path, depends, device)) is not None:
+                return tensors
             data = to_safetensors({name: tensor.contiguous().cpu() for name, tensor in compute().items()})
             atomic_write(path, data)
             digest = hashlib.sha256(data).hexdigest()
             DATA_RECORD.write(path.with_suffix(".json"), {"kind": kind, "depends": dict(depends), "sha256": digest})
             with utf8_path(path) as readable:
-                tensors = load_file(readable, device)
-        return tensors
+                return load_file(readable, device)
+
+    @contextlib.contextmanager
+    def claim(self, kind: str, keys: Iterable[Mapping[str, Any]]) -> Iterator[None]:
+        """Hold the right to compute those of several artifacts that do not exist, where one pass gives them all.
+
+        Look which are missing inside: another rank may have computed some while this one waited.
+        """
+        missing = [self.path(kind, key) for key in keys if not self.contains(kind, key)]
+        with contextlib.ExitStack() as locks:
+            for path in sorted(missing):  # in one order, so that no two ranks wait for each other
+                locks.enter_context(self._lock(path))
+            yield
+
+    @contextlib.contextmanager
+    def turn(self, name: str, wait: bool) -> Iterator[bool]:
+        """Whether it is this rank's turn at something of that name: not while another one holds it.
+
+        With `wait` it is, once the other has done it or has died.
+        """
+        path = self.folder / name
+        lock = self._acquire(path, wait)
+        try:
+            yield wait or lock is not None
+        finally:
+            if lock is not None:
+                self._release(path, lock)
+
+    @contextlib.contextmanager
+    def _lock(self, path: Path) -> Iterator[None]:
+        """The lock of an artifact, once no other process has it. Does nothing in a command of one process."""
+        if not self.shared or path in self._held:
+            yield
+            return
+        lock = self._acquire(path, wait=True)
+        try:
+            yield
+        finally:
+            if lock is not None:
+                self._release(path, lock)
+
+    def _acquire(self, path: Path, wait: bool) -> filelock.BaseFileLock | None:
+        """None if another process has the lock and this one does not wait, or if locks cannot be had."""
+        lock = filelock.FileLock(self.locks / f"{path.stem}.lock")
+        try:
+            make_folder(self.locks)
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                if not wait:
+                    return None
+                self.waiting(path.stem)
+                lock.acquire(poll_interval=POLL_SECONDS)
+                self.waiting("")
+        except (OSError, NotImplementedError):  # read-only or full, or without locks: each rank computes for itself
+            return None
+        self._held.add(path)
+        return lock
+
+    def _release(self, path: Path, lock: filelock.BaseFileLock) -> None:
+        self._held.discard(path)
+        lock.release()
+
+    @property
+    def locks(self) -> Path:
+        """The folder of the locks; it can be removed when no command runs."""
+        return self.folder / "locks"
 
     def path(self, kind: str, depends: Mapping[str, Any]) -> Path:
         return self.folder / f"{kind}-{digest_of([FORMAT, kind, depends])[:16]}.safetensors"

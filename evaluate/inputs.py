@@ -16,6 +16,7 @@ from ..common.cache_schemas import HARVEST_RECORD
 from ..common.environment import installed_version
 from ..common.errors import SaeError, UsageError
 from ..common.files import digest_of, sae_home
+from ..common.process_group import rank_and_count
 from ..common.special_tokens import special_token_ids
 from ..common.tokenizers import tokenizer_digest
 from ..harvest.model import (
@@ -41,7 +42,7 @@ ModelLoader = Callable[[ModelSource, str, str, str], LanguageModel]  # source, d
 
 def artifact_cache() -> ArtifactCache:
     """The cache of everything that does not depend on an SAE, in `activations/evaluation`."""
-    return ArtifactCache(sae_home() / "activations" / "evaluation")
+    return ArtifactCache(sae_home() / "activations" / "evaluation", shared=rank_and_count()[1] > 1)
 
 
 def find_eval_cache(folder: Path, sae: SAE, *, cache: Path | None = None, model: str | None = None) -> Cache:

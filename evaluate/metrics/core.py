@@ -129,6 +129,7 @@ class Core(Metric):
             )
         hooks = sorted({target.hook for target in targets})
         passes = TextPasses(ctx, hooks, batches)
+        passes.compute_together(self.reconstruction_batches, progress)
         measured = [MeasuredSAE(target, self.paired_latents) for target in targets]
         constant_D: dict[Hook, Tensor] = {}
         tokens_of_logits = 0

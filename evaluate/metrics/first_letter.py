@@ -205,19 +205,11 @@ def read_spelling_rows(
     own_split_NS, fresh_NS = prompts.all_prompts(seed)
     ids_NS = torch.cat([own_split_NS, fresh_NS])
     depends = {**ctx.model_identity, "prompts": hashlib.sha256(ids_NS.numpy().tobytes()).hexdigest()}
-    hooks = sorted({row_set.hook for row_set in row_sets})
-    missing = [hook for hook in hooks if not ctx.artifacts.contains("letters", {**depends, **hook.record})]
-    captured = last_token_rows(ctx, ids_NS, missing, progress) if missing else {}
+    word_rows = read_word_rows(ctx, ids_NS, sorted({row_set.hook for row_set in row_sets}), depends, progress)
     train_letter_N, test_letter_N = torch.tensor([word.letter for word in prompts.words]).tensor_split([prompts.train])
     by_row_set = {}
     for row_set in row_sets:
-        hook = row_set.hook
-
-        def make(hook: Hook = hook) -> dict[str, Tensor]:
-            in_memory = hook in captured
-            return {"x": captured[hook] if in_memory else last_token_rows(ctx, ids_NS, [hook], progress)[hook]}
-
-        x_ND = ctx.artifacts.get_or_compute("letters", {**depends, **hook.record}, make)["x"]
+        hook, x_ND = row_set.hook, word_rows[row_set.hook]
         cuts = [prompts.train, len(own_split_NS)]
         train_ND, test_ND, fresh_ND = x_ND.tensor_split(cuts)
         train_N, test_N, fresh_N = (~outlier_mask(x_ND, row_set.norm_limit)).tensor_split(cuts)
@@ -233,6 +225,25 @@ def read_spelling_rows(
         kept = train_ND[train_N], letter_N, test_ND[test_N], test_letter_N[test_N], fresh_ND[test_N]
         by_row_set[row_set] = SpellingRows(*kept, probe, prompts.from_ids, outliers)
     return by_row_set
+
+
+def read_word_rows(
+    ctx: EvalContext, ids_NS: Tensor, hooks: Sequence[Hook], depends: dict[str, Any], progress: Progress
+) -> dict[Hook, Tensor]:
+    """The activations at the last position of each prompt (N, D) at each hook, from the artifact cache or one pass."""
+    captured: dict[Hook, Tensor] = {}
+
+    def rows_of(hook: Hook) -> Tensor:
+        def make() -> dict[str, Tensor]:
+            in_memory = hook in captured
+            return {"x": captured[hook] if in_memory else last_token_rows(ctx, ids_NS, [hook], progress)[hook]}
+
+        return ctx.artifacts.get_or_compute("letters", {**depends, **hook.record}, make)["x"]
+
+    with ctx.artifacts.claim("letters", ({**depends, **hook.record} for hook in hooks)):
+        missing = [hook for hook in hooks if not ctx.artifacts.contains("letters", {**depends, **hook.record})]
+        captured |= last_token_rows(ctx, ids_NS, missing, progress) if missing else {}
+        return {hook: rows_of(hook) for hook in hooks}
 
 
 def read_letter_probes(

@@ -35,8 +35,7 @@ def read_rows(
     They come from the artifact cache, or from one pass of the model, as far as it is needed.
     """
     keys = {row_set: key_of(ctx, row_set, tokens, batch_contexts) for row_set in row_sets}
-    missing = [row_set for row_set in row_sets if not ctx.artifacts.contains(KIND, keys[row_set])]
-    captured = capture_rows(ctx, missing, tokens, batch_contexts, progress) if missing else {}
+    captured: dict[RowSet, KeptRows] = {}
 
     def rows_of(row_set: RowSet) -> KeptRows:
         def make() -> dict[str, Tensor]:
@@ -53,7 +52,10 @@ def read_rows(
             return captured[row_set]  # the disk is full: the numbers do not need what is kept
         return KeptRows(arrays["x"], int(arrays["outliers"]))
 
-    return {row_set: rows_of(row_set) for row_set in row_sets}
+    with ctx.artifacts.claim(KIND, keys.values()):
+        missing = [row_set for row_set in row_sets if not ctx.artifacts.contains(KIND, keys[row_set])]
+        captured |= capture_rows(ctx, missing, tokens, batch_contexts, progress) if missing else {}
+        return {row_set: rows_of(row_set) for row_set in row_sets}
 
 
 def key_of(ctx: EvalContext, row_set: RowSet, tokens: int, batch_contexts: int) -> dict[str, Any]:

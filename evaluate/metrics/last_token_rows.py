@@ -30,8 +30,7 @@ def last_token_rows(
     """
     depends = {**ctx.model_identity, **source, "bos": ctx.context_format.bos_id, "max_tokens": MAX_TOKENS}
     depends["tokenizer"] = tokenizer_digest(ctx.tokenizer)
-    missing = [hook for hook in hooks if not ctx.artifacts.contains("last_rows", {**depends, **hook.record})]
-    captured = capture_last_rows(ctx, missing, texts, progress) if missing else {}
+    captured: dict[Hook, Tensor] = {}
 
     def rows_of(hook: Hook) -> Tensor:
         def make() -> dict[str, Tensor]:
@@ -39,7 +38,10 @@ def last_token_rows(
 
         return ctx.artifacts.get_or_compute("last_rows", {**depends, **hook.record}, make)["x"]
 
-    return {hook: rows_of(hook) for hook in hooks}
+    with ctx.artifacts.claim("last_rows", ({**depends, **hook.record} for hook in hooks)):
+        missing = [hook for hook in hooks if not ctx.artifacts.contains("last_rows", {**depends, **hook.record})]
+        captured |= capture_last_rows(ctx, missing, texts, progress) if missing else {}
+        return {hook: rows_of(hook) for hook in hooks}
 
 
 def capture_last_rows(

@@ -6,8 +6,7 @@ take 4 bytes a number, twice while random dictionaries are made: 2 x 300 MB for 
 Shape suffixes: T tokens, D d_in, F latents of one SAE, G of another, B a block of latents.
 """
 
-import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -94,6 +93,10 @@ class HeldOutRows:
     def add(self, x_TD: Tensor, saes: dict[int, SAELike]) -> None:
         """Take more rows, on the SAEs' device, which are encoded at once; `saes` are keyed by their place."""
         self.x.append(x_TD.float().cpu())
+        self.encode(x_TD, saes)
+
+    def encode(self, x_TD: Tensor, saes: dict[int, SAELike]) -> None:
+        """Keep the latents of more rows."""
         for place, sae in saes.items():
             kept = self.f.setdefault(place, [])
             try:
@@ -101,7 +104,7 @@ class HeldOutRows:
                     kept.append(sparse(encode_finite(sae, x_TD)))
                 if (active := sum(part.nnz for part in kept)) > MAX_ACTIVE:
                     raise UsageError(
-                        f"At {self.tokens:,} tokens {active:,} of the latents are not 0: the SAE is not sparse, and "
+                        f"At {sum(part.shape[0] for part in kept):,} tokens {active:,} of the latents are not 0: the SAE is not sparse, and "
                         "they do not fit into memory. Read less text, such as --set stability.tokens=4096."
                     )
             except SaeError as error:
@@ -127,13 +130,13 @@ def sparse(f_TF: Tensor) -> csr_matrix:
     return csr_matrix((values, place_Z % value_TF.shape[1], starts), value_TF.shape)
 
 
-def tokens_per_encode(saes: Iterable[SAELike], x_TD: Tensor, device: str) -> int:
-    """How many of the tokens each SAE can encode at a time. One that fails at the first has no say."""
-    latents = [1]
-    for sae in saes:
-        with contextlib.suppress(SaeError):
-            latents.append(sae.encode(copy_to_device(x_TD[:1].float(), device)).shape[-1])
-    return tokens_at_once(max(latents), device)
+def tokens_per_encode(sae: SAELike, x_TD: Tensor, device: str) -> int:
+    """How many of the tokens to encode at a time, whatever SAEs are beside it. One that fails now fails then too."""
+    try:
+        latents = sae.encode(copy_to_device(x_TD[:1].float(), device)).shape[-1]
+    except SaeError:
+        latents = 1
+    return tokens_at_once(latents, device)
 
 
 def read_latents(
@@ -144,8 +147,12 @@ def read_latents(
     found = {}
     for row_set, (x_TD, outliers) in read_rows(ctx, row_sets, tokens, batch_contexts, progress).items():
         saes = {place: target.sae for place, target in enumerate(targets) if target.row_set == row_set}
-        rows = found[row_set] = HeldOutRows(outliers=outliers)
-        for part_TD in x_TD.split(tokens_per_encode(saes.values(), x_TD, ctx.device)) if len(x_TD) else ():
-            rows.add(copy_to_device(part_TD, ctx.device), saes)
-            progress(rows.tokens, len(x_TD), "tokens encoded")
+        rows = found[row_set] = HeldOutRows([x_TD.float()] if len(x_TD) else [], outliers=outliers)
+        alike: dict[int, dict[int, SAELike]] = {}
+        for place, sae in saes.items() if len(x_TD) else ():
+            alike.setdefault(tokens_per_encode(sae, x_TD, ctx.device), {})[place] = sae
+        for tokens, some in alike.items():
+            for number, part_TD in enumerate(x_TD.split(tokens)):
+                rows.encode(copy_to_device(part_TD, ctx.device), some)
+                progress(min((number + 1) * tokens, len(x_TD)), len(x_TD), "tokens encoded")
     return found

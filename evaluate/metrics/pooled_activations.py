@@ -118,8 +118,7 @@ def read_text_rows(
         raise UsageError(f"a context of {context} tokens holds no text after BOS. Give 2 or more.")
     ids = ctx.encode_texts(texts, context)
     depends = {**ctx.model_identity, "skip": ctx.context_format.skip_record, "ids": digest_of(ids)}
-    missing = [hook for hook in hooks if not ctx.artifacts.contains("rows", {**depends, **hook.record})]
-    captured = capture_rows(ctx, missing, ids, progress) if missing else {}
+    captured: dict[Hook, TextRows] = {}
 
     def rows_of(hook: Hook) -> TextRows:
         def make() -> dict[str, Tensor]:
@@ -129,7 +128,10 @@ def read_text_rows(
         arrays: dict[str, Any] = ctx.artifacts.get_or_compute("rows", {**depends, **hook.record}, make)
         return TextRows(arrays["x"], arrays["count"])
 
-    return {hook: rows_of(hook) for hook in hooks}
+    with ctx.artifacts.claim("rows", ({**depends, **hook.record} for hook in hooks)):
+        missing = [hook for hook in hooks if not ctx.artifacts.contains("rows", {**depends, **hook.record})]
+        captured |= capture_rows(ctx, missing, ids, progress) if missing else {}
+        return {hook: rows_of(hook) for hook in hooks}
 
 
 def capture_rows(

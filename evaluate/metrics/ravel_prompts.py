@@ -217,9 +217,10 @@ def entity_rows(
         return {"x": made.pop(hook)}
 
     read = ctx.artifacts.get_or_compute
-    return {
-        hook: read("ravel-rows", {**depends, **hook.record}, partial(make, hook), ctx.device)["x"] for hook in hooks
-    }
+    with ctx.artifacts.claim("ravel-rows", ({**depends, **hook.record} for hook in hooks)):
+        return {
+            hook: read("ravel-rows", {**depends, **hook.record}, partial(make, hook), ctx.device)["x"] for hook in hooks
+        }
 
 
 def capture_rows(

@@ -18,6 +18,7 @@ from ...common.files import free_space
 from ...harvest.architectures import hook_width
 from ...harvest.model import ForwardPass
 from ..context import ContextBatch, EvalContext
+from .base import Progress
 
 MAX_BYTES = 2 * 10**9  # of the passes over a text; those of a longer one are not kept
 FREE_SHARE = 0.25  # of the free disk that they may take
@@ -49,13 +50,37 @@ class TextPasses:
         self.keep(batch, run.kept, run.final)
         return run
 
+    def compute_together(self, with_losses: int, progress: Progress) -> None:
+        """Compute the passes that are not kept yet together with the other ranks, each batch by one of them.
+
+        The first `with_losses` batches are run to the end. Does nothing in a command of one process. Where the passes
+        do not fit on the disk, each rank computes them for itself as it goes.
+        """
+        if not self.ctx.artifacts.shared:
+            return
+        wholly_kept = self.ctx.model.hooks_to_keep(self.hooks)
+        for wait in (False, True):  # first what nobody computes, then what another rank has begun and not finished
+            for number, batch in enumerate(self.batches):
+                hooks, final = (wholly_kept, True) if number < with_losses else (self.hooks, False)
+                if self.keeps is False or self.contains(batch, hooks, final):
+                    continue
+                progress(number, len(self.batches), "passes of the model, dealt to all ranks")
+                with self.ctx.artifacts.turn(f"{KIND}-batch-{digest_of_ids(batch)[:16]}", wait) as is_mine:
+                    if is_mine and not self.contains(batch, hooks, final):
+                        self.whole(batch) if final else self.activations(batch)
+
+    def contains(self, batch: ContextBatch, hooks: Sequence[Hook], final: bool) -> bool:
+        """Whether a batch's activations at the hooks are kept and, with `final`, its last hidden state."""
+        return all(self.ctx.artifacts.contains(KIND, key) for key in self.keys(batch, hooks, final))
+
+    def keys(self, batch: ContextBatch, hooks: Sequence[Hook], final: bool) -> list[dict[str, Any]]:
+        return [self.key(batch, self.depends(one)) for one in (*hooks, *([None] if final else []))]
+
     def read(self, batch: ContextBatch, hooks: Sequence[Hook], final: bool) -> tuple[dict[Hook, Tensor], Tensor] | None:
         """What is kept of a batch, on the model's device; None unless all of it is."""
-        wanted = [*map(self.depends, hooks), *([self.depends(None)] if final else [])]
-        keys = [self.key(batch, one) for one in wanted]
-        if not all(self.ctx.artifacts.contains(KIND, key) for key in keys):
+        if not self.contains(batch, hooks, final):
             return None
-        parts = [self.get(key) for key in keys]
+        parts = [self.get(key) for key in self.keys(batch, hooks, final)]
         if any(part is None for part in parts):
             return None
         tensors = [copy_to_device(part, self.ctx.model.device) for part in parts if part is not None]
@@ -119,5 +144,8 @@ class TextPasses:
 
     def key(self, batch: ContextBatch, of: Mapping[str, Any]) -> dict[str, Any]:
         """The batch as it is padded: another padding may round otherwise."""
-        digest = hashlib.sha256(batch.ids.cpu().contiguous().numpy().tobytes()).hexdigest()
-        return {**self.ctx.model_identity, "ids": digest, "shape": list(batch.ids.shape), **of}
+        return {**self.ctx.model_identity, "ids": digest_of_ids(batch), "shape": list(batch.ids.shape), **of}
+
+
+def digest_of_ids(batch: ContextBatch) -> str:
+    return hashlib.sha256(batch.ids.cpu().contiguous().numpy().tobytes()).hexdigest()
