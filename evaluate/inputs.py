@@ -28,7 +28,7 @@ from ..harvest.model import (
     load_model,
     load_tokenizer,
 )
-from ..train.sae import SAE, load_sae, read_run_record, read_sae_record, sae_spec
+from ..train.sae import SAE, load_sae, outline_sae, read_run_record, read_sae_record, sae_spec
 from .artifacts import ArtifactCache
 from .context import EvalContext
 from .controls import RECIPES, base_of, conditions_digest, conditions_of
@@ -95,14 +95,14 @@ def load_run(
     *,
     cache: Path | None = None,
     model: str | None = None,
-    device: str = "cpu",
+    device: str | None = "cpu",
     max_norm: float | None = None,
 ) -> tuple[EvalRow, Cache]:
     """A run folder as a row, and the cache whose text it is evaluated on (`find_eval_cache`).
 
-    `max_norm` as in `norm_limit_of`.
+    `max_norm` as in `norm_limit_of`. Without a `device` the weights are not read (`outline_sae`).
     """
-    sae = load_sae(folder, device)
+    sae = outline_sae(folder) if device is None else load_sae(folder, device)
     text_cache = find_eval_cache(folder, sae, cache=cache, model=model)
     return row_of_run(folder, sae, text_cache, max_norm), text_cache
 

@@ -35,8 +35,8 @@ from .products import in_own_precision
 from .run_records import FORMAT, FORMAT_LAYER_NORM, read_run_record, read_sae_record, require_result_of, run_digest
 
 __all__ = [
-    "SAE", "SAEOutput", "build_sae", "fold_normalization", "load_sae", "read_run_record", "read_sae_record",
-    "require_result_of", "run_digest", "sae_spec", "save_sae",
+    "SAE", "SAEOutput", "build_sae", "fold_normalization", "load_sae", "outline_sae", "read_run_record",
+    "read_sae_record", "require_result_of", "run_digest", "sae_spec", "save_sae",
 ]  # fmt: skip
 
 
@@ -225,8 +225,11 @@ def sae_spec(sae: SAE) -> dict[str, Any]:
     return spec | ({"format": FORMAT_LAYER_NORM, "layer_norm": True} if sae.layer_norm else {})
 
 
-def build_sae(spec: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
-    """The SAE of a spec, with its tensors. Raises UsageError for an unknown activation."""
+def build_sae(spec: dict[str, Any], tensors: dict[str, Tensor] | None) -> SAE:
+    """The SAE of a spec, with its tensors; without them they are on the meta device, which holds no numbers.
+
+    Raises UsageError for an unknown activation.
+    """
     chain = [dict(activation) for activation in spec["activation"]]
     unknown = [activation["name"] for activation in chain if activation["name"] not in Activation.registry]
     if unknown:
@@ -242,7 +245,8 @@ def build_sae(spec: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
             pre_bias=spec["pre_bias"],
             layer_norm=spec.get("layer_norm", False),
         )
-    sae.load_state_dict(tensors, assign=True)
+    if tensors is not None:
+        sae.load_state_dict(tensors, assign=True)
     return sae
 
 
@@ -290,6 +294,24 @@ def load_sae(folder: str | os.PathLike[str], device: str = "cpu") -> SAE:
     broken = [name for name, tensor in sae.state_dict().items() if not torch.isfinite(tensor).all()]
     if broken:
         raise DamagedError(f"{weights}: {', '.join(broken)} has values that are not finite.")
+    sae.origin = {**spec.get("origin", {})}
+    return sae.eval().requires_grad_(False)
+
+
+def outline_sae(folder: Path) -> SAE:
+    """The SAE of a run folder without its weights: its shape, options and origin. Reads the records alone.
+
+    Raises UsageError as `load_sae`, and DamagedError for records that were damaged.
+    """
+    from . import variants  # noqa: F401  (registers the activations that are defined there)
+
+    spec = read_sae_record(folder)
+    try:
+        sae = build_sae({**spec}, None)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise DamagedError(
+            f"{folder / 'sae.json'} describes no SAE: {first_line(error).rstrip('.')}. {SAE_RECORD.remedy}"
+        ) from error
     sae.origin = {**spec.get("origin", {})}
     return sae.eval().requires_grad_(False)
 

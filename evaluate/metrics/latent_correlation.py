@@ -104,8 +104,9 @@ class HeldOutRows:
                     kept.append(sparse(encode_finite(sae, x_TD)))
                 if (active := sum(part.nnz for part in kept)) > MAX_ACTIVE:
                     raise UsageError(
-                        f"At {sum(part.shape[0] for part in kept):,} tokens {active:,} of the latents are not 0: the SAE is not sparse, and "
-                        "they do not fit into memory. Read less text, such as --set stability.tokens=4096."
+                        f"At {sum(part.shape[0] for part in kept):,} tokens {active:,} of the latents are not 0: the "
+                        "SAE is not sparse, and they do not fit into memory. Read less text, such as --set "
+                        "stability.tokens=4096."
                     )
             except SaeError as error:
                 self.failed[place] = error
