@@ -41,6 +41,8 @@ CLIENT_OPTIONS = (
     "proxy_excludes",
     *CLIENT,
 )
+# What obstore's message holds where it found no credentials and asked the machine for some.
+WITHOUT_CREDENTIALS = ("169.254.", "/api/token", "token request", "MissingAccessKeyId", "MissingSecretAccessKey")
 PREFIXES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
 ATTEMPTS = 4  # of what obstore does not try again: a body that ends early, a lost answer to a conditional write
 PAUSE = 0.4  # seconds before the second attempt; doubled before each further one
@@ -256,10 +258,7 @@ def failure(error: Exception, address: str) -> Exception:
         return DamagedError(f"{address} is missing. Correct the address, or run the command that wrote it again.")
     if "Account must be specified" in text:
         return UnavailableError(f"{address} needs the name of its account: set AZURE_STORAGE_ACCOUNT_NAME.")
-    if any(
-        word in text
-        for word in ("169.254.", "/api/token", "token request", "Missing access key", "Missing secret", "Missing key")
-    ):
+    if any(sign in text for sign in WITHOUT_CREDENTIALS):
         return UnavailableError(
             f"No credentials for {address} were found. Set them in the environment, such as AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY; AWS_SKIP_SIGNATURE=true reads a public bucket."
