@@ -13,7 +13,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +47,7 @@ PREFIXES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
 ATTEMPTS = 4  # of what obstore does not try again: a body that ends early, a lost answer to a conditional write
 PAUSE = 0.4  # seconds before the second attempt; doubled before each further one
 PART_BYTES = 64 << 20  # of an upload; a chunk of activations is smaller, so it is one request
+COALESCE_BYTES = 64 << 10  # between two ranges that one request reads
 STREAM_BYTES = 4 << 20  # of a download that goes to a file
 
 
@@ -110,7 +111,8 @@ class ObjectStore:
         self.store = store  # obstore's, which zarr can open too
         exceptions = import_extra("remote", url, "obstore.exceptions")
         self.errors = (exceptions.BaseError, FileNotFoundError)
-        self.already_exists = exceptions.AlreadyExistsError
+        self.already_exists, self.precondition = exceptions.AlreadyExistsError, exceptions.PreconditionError
+        self.is_folder = url.startswith("file:")
 
     def __repr__(self) -> str:
         return f"ObjectStore({self.url!r})"
@@ -181,12 +183,50 @@ class ObjectStore:
 
         return self._try(write, key) or self.get(key) == data
 
+    def replace(self, key: str, data: bytes, seen: bytes) -> bool:
+        """Write an object if it still holds what was seen, in one step; returns whether it now holds `data`.
+
+        On a mounted file system (file://) the two are not one step.
+        """
+        self._check_writable()
+
+        def write() -> bool:
+            result = self.store.get(key)
+            if bytes(result.bytes()) != seen:
+                return False
+            mode = {} if self.is_folder else {"mode": {"e_tag": result.meta["e_tag"]}}
+            try:
+                self.store.put(key, data, **mode)
+                return True
+            except self.precondition:
+                return False
+
+        return self._try(write, key) or self.get(key) == data
+
+    def find(self, key: str) -> bytes | None:
+        """The content of an object, or None if it is missing."""
+        try:
+            return self.get(key)
+        except MissingError:
+            return None
+
+    def get_ranges(self, key: str, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
+        """Parts of an object, in few requests where they lie close to each other. Raises like `get`."""
+
+        def read() -> list[bytes]:
+            parts = self.store.get_ranges(key, starts=starts, lengths=lengths, coalesce=COALESCE_BYTES)
+            for part, length in zip(parts, lengths, strict=True):
+                self._check_length(key, len(part), length)
+            return list(map(bytes, parts))
+
+        return self._try(read, key) if len(starts) else []
+
     def exists(self, key: str) -> bool:
         """Whether there is an object with this key."""
         try:
             self.size(key)
             return True
-        except DamagedError:
+        except MissingError:
             return False
 
     def size(self, key: str) -> int:
@@ -208,7 +248,7 @@ class ObjectStore:
             with contextlib.suppress(FileNotFoundError):  # only a folder says so, and stops there
                 self.store.delete(some)
 
-        for key in listed if self.url.startswith("file:") else [listed] * bool(listed):
+        for key in listed if self.is_folder else [listed] * bool(listed):
             self._try(lambda some=key: delete(some), key if isinstance(key, str) else "")
 
     def check(self) -> None:
@@ -230,7 +270,7 @@ class ObjectStore:
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return action()
-            except DamagedError as error:
+            except DamagedError as error:  # too short
                 problem: Exception = error
             except self.errors as error:
                 problem = failure(error, self.address(key))
@@ -241,12 +281,16 @@ class ObjectStore:
         raise problem from None
 
 
+class MissingError(DamagedError):
+    """An object is missing."""
+
+
 class TransientError(UnavailableError):
     """A failure of a store that can pass."""
 
 
 def failure(error: Exception, address: str) -> Exception:
-    """The error with a sentence for what obstore raised: DamagedError for a missing object, else UnavailableError."""
+    """The error with a sentence for what obstore raised: MissingError for a missing object, else UnavailableError."""
     text = str(error)
     code = match[1] if (match := re.search(r"<Code>(\w{1,60})</Code>", text)) else ""
     status = int(match[1]) if (match := re.search(r"status code: (\d{3})", text)) else 0
@@ -255,7 +299,7 @@ def failure(error: Exception, address: str) -> Exception:
     if code in ("NoSuchBucket", "ContainerNotFound"):
         return UnavailableError(f"{address}: the bucket does not exist ({answer}). Create it, or correct the address.")
     if isinstance(error, FileNotFoundError):
-        return DamagedError(f"{address} is missing. Correct the address, or run the command that wrote it again.")
+        return MissingError(f"{address} is missing. Correct the address, or run the command that wrote it again.")
     if "Account must be specified" in text:
         return UnavailableError(f"{address} needs the name of its account: set AZURE_STORAGE_ACCOUNT_NAME.")
     if any(sign in text for sign in WITHOUT_CREDENTIALS):
