@@ -7,9 +7,9 @@ compressed, followed by an index of the blocks.
 import contextlib
 import functools
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -48,7 +48,7 @@ def read_attributes(folder: Path) -> dict[str, Any]:
     return attributes
 
 
-def check_is_readable_cache(folder: Path, metadata: Any) -> None:
+def check_is_readable_cache(folder: Path | str, metadata: Any) -> None:
     """Raise UsageError if the zarr.json of a folder is that of another kind of group, or of a newer format."""
     attributes = metadata.get("attributes") if isinstance(metadata, dict) else None
     if not isinstance(attributes, dict):
@@ -185,16 +185,47 @@ class Shard:
     def __init__(self, folder: Path, array: ArraySpec, chunk: int, size: int) -> None:
         assert array.block_rows is not None
         self.raw, self.block_rows = map_file(folder / array.chunk_file(chunk), size), array.block_rows
-        self.block_shape, self.dtype = (array.block_rows, *array.chunk_shape[1:]), array.numpy_dtype
-        n_blocks = array.chunk_shape[0] // array.block_rows
-        self.index = self.raw[-4 - 16 * n_blocks : -4].view("<u8").reshape(n_blocks, 2)  # start, size of each block
+        self.array, self.index = array, block_index(self.raw[-4 - index_bytes(array) : -4])
 
     def decode_block(self, number: int) -> np.ndarray:
         """The rows of a block, (block_rows, ...), in newly allocated memory."""
         start, size = (int(n) for n in self.index[number])
-        rows = np.empty(self.block_shape, self.dtype)
-        BLOSC_CODEC.decode(self.raw[start : start + size], out=rows)
-        return rows
+        return decode_block(self.array, self.raw[start : start + size])
+
+
+def decode_block(array: ArraySpec, data: BytesLike | np.ndarray) -> np.ndarray:
+    """The rows of a compressed block, (block_rows, ...), in newly allocated memory."""
+    assert array.block_rows is not None
+    rows = np.empty((array.block_rows, *array.chunk_shape[1:]), array.numpy_dtype)
+    BLOSC_CODEC.decode(data, out=rows)
+    return rows
+
+
+def index_bytes(array: ArraySpec) -> int:
+    """The size of the index of a shard, which comes before the four bytes of its checksum."""
+    assert array.block_rows is not None
+    return 16 * (array.chunk_shape[0] // array.block_rows)
+
+
+def block_index(data: BytesLike | np.ndarray) -> np.ndarray:
+    """Start and size of each block of a shard, (blocks, 2), from the bytes of its index."""
+    return np.frombuffer(data, "<u8").reshape(-1, 2)
+
+
+class RowsOfChunk(NamedTuple):
+    """Some rows of a chunk, whose file has `size` bytes."""
+
+    chunk: int
+    rows: np.ndarray
+    size: int
+
+
+RowReader = Callable[[ArraySpec, Sequence[RowsOfChunk]], Iterator[np.ndarray]]
+
+
+def row_reader(folder: Path) -> RowReader:
+    """Reads rows of the chunks in a folder."""
+    return lambda array, chunks: (read_rows(folder, array, *one) for one in chunks)
 
 
 def read_rows(folder: Path, array: ArraySpec, chunk: int, rows: np.ndarray, size: int) -> np.ndarray:

@@ -1,14 +1,27 @@
 """A folder that holds some of the files of a cache in an object store. A file and its object have the same name."""
 
 import contextlib
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from ..common.errors import DamagedError
+from ..common.files import atomic_write, digest_of, sae_home
 from .object_store import ObjectStore
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 THREADS = 8  # requests at a time; each holds a few MiB of a download, or the whole object of an upload
+
+
+def working_folder(url: str) -> Path:
+    """The folder on this machine for what is being written to an address."""
+    name = re.sub(r"[^\w.-]+", "-", url.split("://")[1]).strip("-")
+    return sae_home() / "uploads" / f"{name}--{digest_of(url)[:8]}"
 
 
 class Mirror:
@@ -46,6 +59,15 @@ class Mirror:
                 if last:
                     raise
 
+    def pull_existing(self, names: Iterable[str]) -> None:
+        """Download those of the small files that the folder lacks and the store has."""
+
+        def pull(name: str) -> None:
+            if (data := self.store.find(name)) is not None:
+                atomic_write(self.folder / name, data)
+
+        self._each(pull, [name for name in names if not (self.folder / name).is_file()])
+
     def push(self, names: Iterable[str]) -> None:
         """Upload the files. All of them are in the store when this returns."""
         self._each(lambda name: self.store.put(name, self.folder / name), names)
@@ -58,10 +80,24 @@ class Mirror:
 
     def _each(self, action: Callable[[str], None], names: Iterable[str]) -> None:
         """Run an action for each file, several at a time. After the first error no further one is begun."""
-        with ThreadPoolExecutor(THREADS) as pool:
-            try:
-                for _ in pool.map(action, names):
-                    pass
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        for _ in map_ahead(action, names):
+            pass
+
+
+def map_ahead(action: Callable[[Item], Result], items: Iterable[Item], threads: int = THREADS) -> Iterator[Result]:
+    """The results of an action, in order, computed by several threads at most `2 * threads` ahead.
+
+    Raises the first error; what has not begun then never does.
+    """
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(action, item))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for one in waiting:
+                one.cancel()

@@ -15,8 +15,9 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 from urllib.parse import urlsplit
 
 from ..common.errors import DamagedError, UnavailableError, UsageError
@@ -51,9 +52,16 @@ COALESCE_BYTES = 64 << 10  # between two ranges that one request reads
 STREAM_BYTES = 4 << 20  # of a download that goes to a file
 
 
-def is_url(path: object) -> bool:
+def is_url(path: object) -> TypeGuard[str]:
     """Whether a path is an address with a scheme, such as s3://bucket/prefix, instead of a folder."""
     return isinstance(path, str) and URL.match(path) is not None
+
+
+def folder_or_url(path: str | Path | None) -> str | Path | None:
+    """A path that a user gave, where an address is allowed: the address as it is, else a Path, which would lose a slash
+    of an address.
+    """
+    return path if path is None or isinstance(path, Path) or is_url(path) else Path(path)
 
 
 def open_store(url: str) -> "ObjectStore":
@@ -210,14 +218,14 @@ class ObjectStore:
         except MissingError:
             return None
 
-    def get_ranges(self, key: str, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
+    def get_ranges(self, key: str, starts: Sequence[int], lengths: Sequence[int]) -> Sequence[bytes]:
         """Parts of an object, in few requests where they lie close to each other. Raises like `get`."""
 
-        def read() -> list[bytes]:
+        def read() -> Sequence[bytes]:
             parts = self.store.get_ranges(key, starts=starts, lengths=lengths, coalesce=COALESCE_BYTES)
             for part, length in zip(parts, lengths, strict=True):
                 self._check_length(key, len(part), length)
-            return list(map(bytes, parts))
+            return [bytes(part) for part in parts]
 
         return self._try(read, key) if len(starts) else []
 
@@ -239,17 +247,25 @@ class ObjectStore:
             lambda: [(one["path"], one["size"]) for page in self.store.list(prefix or None) for one in page], prefix
         )
 
+    def children(self, prefix: str = "") -> Sequence[str]:
+        """The names of the folders and objects directly in a folder, sorted. It can be out of date."""
+
+        def read() -> list[str]:
+            found = self.store.list_with_delimiter(prefix or None)
+            return sorted(path.rsplit("/", 1)[-1] for path in [*found["common_prefixes"], *paths(found["objects"])])
+
+        return self._try(read, prefix)
+
     def delete(self, keys: Iterable[str]) -> None:
         """Delete objects. A key without an object is no error."""
         self._check_writable()
-        listed = list(keys)
+        keys = list(keys)
+        for some in [[key] for key in keys] if self.is_folder else [keys] if keys else []:
+            self._try(partial(self._delete, some), some[0])
 
-        def delete(some: Any) -> None:
-            with contextlib.suppress(FileNotFoundError):  # only a folder says so, and stops there
-                self.store.delete(some)
-
-        for key in listed if self.is_folder else [listed] * bool(listed):
-            self._try(lambda some=key: delete(some), key if isinstance(key, str) else "")
+    def _delete(self, keys: Sequence[str]) -> None:
+        with contextlib.suppress(FileNotFoundError):  # only a folder says so, and stops there
+            self.store.delete(keys)
 
     def check(self) -> None:
         """Raise UnavailableError unless the bucket exists and may be listed. One request."""
@@ -279,6 +295,10 @@ class ObjectStore:
             if attempt < ATTEMPTS:
                 time.sleep(PAUSE * 2 ** (attempt - 1))
         raise problem from None
+
+
+def paths(objects: Iterable[Any]) -> list[str]:
+    return [one["path"] for one in objects]
 
 
 class MissingError(DamagedError):

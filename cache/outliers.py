@@ -15,7 +15,7 @@ import torch
 
 from ..common.cache_schemas import REPAIR_HINT
 from ..common.errors import DamagedError, UsageError
-from .chunks import FileRecords, read_array_spec, read_chunk, read_rows
+from .chunks import FileRecords, RowReader, RowsOfChunk, read_array_spec, read_chunk, row_reader
 from .layout import Layout
 
 MAX_NORM = 10.0  # multiple of the median norm
@@ -83,7 +83,7 @@ def largest_rows(
 
 def share_of_top_rows(
     folder: Path, layout: Layout, name: str, norms: np.ndarray, kept: np.ndarray, mean: np.ndarray, variance: float,
-    files: FileRecords,
+    files: FileRecords, read: RowReader | None = None,
 ) -> float:  # fmt: skip
     """The share of the variance of the rows `kept` that the 0.1 % of them with the largest norms hold.
 
@@ -91,7 +91,7 @@ def share_of_top_rows(
     """
     top = kept[top_rows(norms[kept])]
     total = variance * len(mean) * len(kept)
-    rows_of_chunks = iterate_rows(folder, layout, name, top, norms[top], files)
+    rows_of_chunks = iterate_rows(folder, layout, name, top, norms[top], files, read)
     held = sum(float(np.square(values - mean).sum()) for values in rows_of_chunks)
     return held / total if total else 0.0
 
@@ -125,24 +125,28 @@ def outlier_warning(name: str, statistics: dict[str, Any]) -> str | None:
 
 
 def iterate_rows(
-    folder: Path, layout: Layout, name: str, rows: np.ndarray, norms: np.ndarray, files: FileRecords
-) -> Iterator[np.ndarray]:
+    folder: Path, layout: Layout, name: str, rows: np.ndarray, norms: np.ndarray, files: FileRecords,
+    read: RowReader | None = None,
+) -> Iterator[np.ndarray]:  # fmt: skip
     """Yield the given rows (ascending) of an array in float64, chunk by chunk. Reads only the chunks that hold them.
 
     `norms` are their L2 norms as row_norm records them. A checksum would need the whole chunk, which is large, so each
-    row has to have its recorded norm instead. Raises DamagedError for one that has another.
+    row has to have its recorded norm instead. Raises DamagedError for one that has another. `read` reads the rows; by
+    default those of the files in the folder.
     """
     array = read_array_spec(folder, name, layout)
     chunk_of_row = rows // layout.chunk_rows
+    chunks = []
     for chunk in np.unique(chunk_of_row).tolist():
-        is_inside = chunk_of_row == chunk
-        inside, file = rows[is_inside] - chunk * layout.chunk_rows, array.chunk_file(chunk)
-        bits = read_rows(folder, array, chunk, inside, files[file]["bytes"])
+        inside = rows[chunk_of_row == chunk] - chunk * layout.chunk_rows
+        chunks.append(RowsOfChunk(chunk, inside, files[array.chunk_file(chunk)]["bytes"]))
+    for one, bits in zip(chunks, (read or row_reader(folder))(array, chunks), strict=True):
         values = torch.from_numpy(bits).view(torch.bfloat16).double().numpy()
-        if not np.allclose(np.linalg.norm(values, axis=1), norms[is_inside], rtol=NORM_TOLERANCE, atol=0):
+        recorded = norms[chunk_of_row == one.chunk]
+        if not np.allclose(np.linalg.norm(values, axis=1), recorded, rtol=NORM_TOLERANCE, atol=0):
             raise DamagedError(
-                f"{folder / file} has rows of other norms than {name}.row_norm records: a bit was flipped, or it comes "
-                f"from another window or another cache. {REPAIR_HINT}"
+                f"{folder / array.chunk_file(one.chunk)} has rows of other norms than {name}.row_norm records: a bit "
+                f"was flipped, or it comes from another window or another cache. {REPAIR_HINT}"
             )
         yield values
 

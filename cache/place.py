@@ -2,24 +2,30 @@
 kept elsewhere, with the folder as the place in which its files are made.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..common.cache_schemas import COMMIT_RECORD
 from ..common.files import fsync_folder
-from .chunks import FileRecords, files_exist
+from .chunks import FileRecords, RowsOfChunk, files_exist, row_reader
+from .layout import ArraySpec
 
 
 class FolderPlace:
     """A cache in a folder that every worker sees.
 
-    They are called in this order: `begin`; for each window `publish`, then `create_commit` for each array; `seal`. Any
-    worker may call them at any time, and again.
+    They are called in this order: `fetch`, `begin`; for each window `publish`, then `create_commit` for each array;
+    `seal`. Any worker may call them at any time, and again.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def fetch(self) -> None:
+        """Called first, by the holder of the folder's lock. Afterwards the records and tokens are in the folder."""
 
     def begin(self) -> None:
         """Called before the first window: tokens/, harvest.json and all zarr.json are in the folder."""
@@ -49,5 +55,19 @@ class FolderPlace:
             (self.folder / file).unlink(missing_ok=True)
         fsync_folder(self.folder / "commits")
 
-    def seal(self) -> None:
-        """Called when every wanted array is complete: manifest.json and zarr.json are in the folder."""
+    def bring(self, records: FileRecords) -> None:
+        """Called before small files of committed windows are read: they are in the folder afterwards."""
+
+    def drop(self, records: FileRecords) -> None:
+        """Called when these files have been read."""
+
+    def read_rows(self, array: ArraySpec, chunks: Sequence[RowsOfChunk]) -> Iterator[np.ndarray]:
+        """Rows of chunks of activations, in this order. Does not verify checksums."""
+        return row_reader(self.folder)(array, chunks)
+
+    def seal(self) -> bool:
+        """Called when every wanted array is complete: manifest.json and zarr.json are in the folder.
+
+        False, if another worker has sealed arrays that the manifest does not have; it has to be built again.
+        """
+        return True

@@ -8,9 +8,10 @@ import numpy as np
 
 from ..common.cache_schemas import MANIFEST_RECORD, TOKENS_RECORD
 from ..common.formatting import format_count
-from .chunks import FileRecords, read_array
+from .chunks import FileRecords, RowReader, read_array
 from .layout import FORMAT, Layout
 from .outliers import iterate_rows, largest_rows, norm_limit, rows_above, share_of_top_rows
+from .place import FolderPlace
 
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
 OUTLIER_DIMENSION_RATIO = 8  # root mean square over the median one of all dimensions
@@ -18,7 +19,7 @@ MAX_OUTLIER_DIMENSIONS = 32  # listed in the statistics
 
 
 def build_manifest(
-    folder: Path,
+    place: FolderPlace,
     fingerprint: str,
     layout: Layout,
     commits: list[dict[str, Any]],
@@ -32,7 +33,7 @@ def build_manifest(
     arrays are taken from the existing manifest. `token_text` gives the text of a token id, for the lists of the largest
     rows.
     """
-    windows: dict[str, set[int]] = {}
+    folder, windows = place.folder, dict[str, set[int]]()
     files: dict[str, Any] = dict(TOKENS_RECORD.read(folder / "tokens" / "commit.json")["files"])
     for commit in commits:
         files |= commit["files"]
@@ -47,7 +48,7 @@ def build_manifest(
         "rows": layout.rows,
         "complete": complete,
         "statistics": {
-            array: known.get(array) or array_statistics(folder, layout, array, files, max_norm, token_text)
+            array: known.get(array) or array_statistics(place, layout, array, files, max_norm, token_text)
             for array in complete
         },
         "files": dict(sorted(files.items())),
@@ -55,7 +56,7 @@ def build_manifest(
 
 
 def array_statistics(
-    folder: Path, layout: Layout, name: str, files: dict[str, Any], max_norm: float | None = None,
+    place: FolderPlace, layout: Layout, name: str, files: dict[str, Any], max_norm: float | None = None,
     token_text: Callable[[int], str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Statistics of an activation array, as recorded in the manifest, from float64 sums.
@@ -68,6 +69,10 @@ def array_statistics(
     `variance` is the mean over dimensions of each dimension's variance (elementwise); `mean_square_norm` is E|x|^2;
     `norm_of_mean` is |E x|. `outlier_dimensions` are the dimensions with a root mean square over 8x the median one.
     """
+    folder = place.folder
+    sides = {f"{name}.row_norm", f"{name}.moments", "row_ctx", "row_pos"}
+    side_files = {file: record for file, record in files.items() if file.rsplit("/", 1)[0] in sides}
+    place.bring(side_files)
     all_norms = read_array(folder, f"{name}.row_norm", files, layout)
     limit = norm_limit(all_norms, max_norm)
     outliers, every_row = rows_above(all_norms, limit), np.arange(len(all_norms))
@@ -75,9 +80,10 @@ def array_statistics(
     norms = all_norms[kept]
 
     def moments_and_share(rows: np.ndarray, masked: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-        mean, mean_square = mean_and_mean_square(folder, layout, name, masked, all_norms, files)
+        read = place.read_rows
+        mean, mean_square = mean_and_mean_square(folder, layout, name, masked, all_norms, files, read)
         variance = float((mean_square - mean**2).mean())
-        return mean, mean_square, share_of_top_rows(folder, layout, name, all_norms, rows, mean, variance, files)
+        return mean, mean_square, share_of_top_rows(folder, layout, name, all_norms, rows, mean, variance, files, read)
 
     mean, mean_square, share_unmasked = moments_and_share(kept, outliers)
     full_mean, full_mean_square, share = (
@@ -86,6 +92,8 @@ def array_statistics(
     sd = np.sqrt(np.maximum(mean_square - mean**2, 0))
     rms = np.sqrt(mean_square)
     outlier_dimensions = np.flatnonzero(rms > OUTLIER_DIMENSION_RATIO * np.median(rms))[:MAX_OUTLIER_DIMENSIONS]
+    largest = largest_rows(folder, layout, all_norms, files, token_text)
+    place.drop(side_files)
     return {
         "count": len(norms),
         "marked": len(outliers),
@@ -97,7 +105,7 @@ def array_statistics(
         "norm_of_mean": float(np.sqrt((mean**2).sum())),
         "norm_quantiles": {str(q): float(v) for q, v in zip(QUANTILES, np.quantile(norms, QUANTILES), strict=True)},
         "outlier_dimensions": {str(int(d)): {"mean": float(mean[d]), "sd": float(sd[d])} for d in outlier_dimensions},
-        "largest": largest_rows(folder, layout, all_norms, files, token_text)
+        "largest": largest
         | {
             "variance": float((full_mean_square - full_mean**2).mean()),
             "share": share,
@@ -120,14 +128,15 @@ def describe_statistics(statistics: dict[str, Any]) -> str:
 
 
 def mean_and_mean_square(
-    folder: Path, layout: Layout, name: str, outliers: np.ndarray, norms: np.ndarray, files: FileRecords
-) -> np.ndarray:
+    folder: Path, layout: Layout, name: str, outliers: np.ndarray, norms: np.ndarray, files: FileRecords,
+    read: RowReader | None = None,
+) -> np.ndarray:  # fmt: skip
     """The elementwise mean and mean square (2, d_in) float64 of all rows except the outliers.
 
     Takes the sums of the windows and subtracts the outlier rows, so it reads only the chunks that contain those.
     `norms` are those of all rows.
     """
     sums = read_array(folder, f"{name}.moments", files, layout).sum(0)
-    for values in iterate_rows(folder, layout, name, outliers, norms[outliers], files):
+    for values in iterate_rows(folder, layout, name, outliers, norms[outliers], files, read):
         sums -= np.stack([values.sum(0), np.square(values).sum(0)])
     return sums / (layout.rows - len(outliers))

@@ -234,14 +234,13 @@ class CacheWriter:
             files = self.place.commit_files()
             commits = list(self.commits())
             manifest = build_manifest(
-                self.folder, self.fingerprint, self.layout, commits, set(self.widths), max_norm, token_text
+                self.place, self.fingerprint, self.layout, commits, set(self.widths), max_norm, token_text
             )
             MANIFEST_RECORD.write(self.folder / "manifest.json", manifest)
             CACHE_RECORD.write(self.folder / "zarr.json", self._root(manifest["complete"]))
-            if self.place.commit_files() == files:  # else others have completed another layer in the meantime
-                break
+            if self.place.commit_files() == files and self.place.seal():
+                break  # else others have completed another layer in the meantime
         add_digests(self.folder)
-        self.place.seal()
 
     def is_finished(self, max_norm: float | None = None) -> bool:
         """Whether the manifest covers every array of `widths`, with outlier rows by this `max_norm`."""

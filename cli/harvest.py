@@ -1,7 +1,6 @@
 """`sae harvest`: text -> cache. The lines of its plan are written in harvest/plan.py: HarvestPlan.describe."""
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,7 +28,13 @@ def harvest(
     ] = None,
     tokens: Tokens = None,
     context: Annotated[int, typer.Option(help="Tokens in a context, BOS included.")] = 128,
-    out: Annotated[Path | None, typer.Option(help="Folder of the cache. Default: a folder under activations/.")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|ADDRESS",
+            help="Folder of the cache, or an address such as s3://bucket/pile. Default: a folder under activations/.",
+        ),
+    ] = None,
     device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     held_out: Annotated[
@@ -123,6 +128,7 @@ def harvest(
     ] = "bfloat16",
 ) -> None:
     """Run a language model over text and write its activations to a cache (by default layers 5, 12 and 19)."""
+    from ..cache.object_store import folder_or_url
     from ..harvest.config import LAYERS, HarvestConfig
 
     config = HarvestConfig(
@@ -133,14 +139,15 @@ def harvest(
         held_out=held_out, bos=bos, keep_special=keep_special, skip_positions=skip_positions,
         skip_tokens=skip_token or (), pack=pack, window=window,
         storage_dtype=storage_dtype, compress=compress, max_norm=finite_or_none(max_norm), dtype=dtype,
-        attention=attention, batch_contexts=batch_contexts, seed=seed, device=device, out=out,
+        attention=attention, batch_contexts=batch_contexts, seed=seed, device=device,
+        out=folder_or_url(out),
         origins=ORIGINS.get({}),
     )  # fmt: skip
     plan = show_harvest(config)
     if not dry_run:
         cache = execute(plan)
         hook = cache.hooks[len(cache.hooks) // 2]
-        echo(f"next     sae train --variant decorrelation {hook.cli_flags} --cache {quote(cache.folder)}")
+        echo(f"next     sae train --variant decorrelation {hook.cli_flags} --cache {quote(plan.address)}")
 
 
 def show_harvest(config: "HarvestConfig") -> "HarvestPlan":

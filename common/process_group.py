@@ -68,6 +68,11 @@ def processes_on_this_machine() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def is_first_on_this_machine() -> bool:
+    """Whether no launched process on this machine has a lower rank."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
 def current_process_group(device: str = "cpu") -> ProcessGroup:
     """The group of this process, which computes on `device`; a GPU becomes the current one of the process."""
     if rank_and_count()[1] == 1:

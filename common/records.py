@@ -59,18 +59,26 @@ class RecordKind(Generic[Content]):
 
     def read_unwarned(self, path: Path) -> tuple[Content, bool]:
         """The content as `read` returns it, without a warning, and whether the record has a digest. Raises like it."""
-        content = parse_json(read_file(path, self.remedy), path, self.remedy)
+        return self.parse_unwarned(read_file(path, self.remedy), path)
+
+    def parse(self, data: bytes, source: Path | str) -> Content:
+        """The content of a record with these bytes, which come from `source`. Raises like `read`."""
+        return self.parse_unwarned(data, source)[0]
+
+    def parse_unwarned(self, data: bytes, source: Path | str) -> tuple[Content, bool]:
+        """The content of a record with these bytes, and whether it has a digest. Raises like `read`."""
+        content = parse_json(data, source, self.remedy)
         recorded = self._remove_digest(content)
         try:
             msgspec.convert(content, self.schema)
             digest = digest_of(self.covered(content))
         except (msgspec.ValidationError, RecursionError) as error:
             raise DamagedError(
-                f"{path} is not as it was written ({describe(error)}): it was damaged or edited. {self.remedy}"
+                f"{source} is not as it was written ({describe(error)}): it was damaged or edited. {self.remedy}"
             ) from error
         if recorded not in (None, digest):
             raise DamagedError(
-                f"{path} does not match its {DIGEST}: it was damaged or edited. {self.remedy} "
+                f"{source} does not match its {DIGEST}: it was damaged or edited. {self.remedy} "
                 f"To keep an edit that you made on purpose, delete {DIGEST!r} from the file; it is then not checked."
             )
         return content, recorded is not None

@@ -47,7 +47,7 @@ class HarvestConfig:
     batch_contexts: int = 32  # contexts in a forward pass
     seed: int = 0
     device: str = "auto"
-    out: Path | None = None
+    out: Path | str | None = None
     origins: Mapping[str, str] = field(default_factory=dict)  # non-default flag -> "flag" or "file:line"
 
     @property

@@ -32,10 +32,10 @@ class ExistingRows:
         """Whether every hook of the harvest is complete."""
         return self.cache is not None and not self.missing
 
-    def describe(self, folder: Path, max_norm: float | None) -> str:
+    def describe(self, folder: str, max_norm: float | None) -> str:
         """The folder, and what a harvest into it will do."""
         if (cache := self.cache) is None:
-            return str(folder)
+            return folder
         held, missing = (", ".join(map(str, hooks)) for hooks in (cache.hooks, self.missing))
         if self.is_finished:
             statistics = f"only the statistics are computed again, for --max-norm {max_norm or 'none'}"

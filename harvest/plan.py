@@ -1,6 +1,9 @@
 """The plan of a harvest: model, text, hooks, sizes and folder, checked and estimated before anything is written."""
 
 import contextlib
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -8,19 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from ..cache.context_format import ContextFormat
-from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, Hook, Layout, fingerprint_of
+from ..cache.layout import Hook, Layout, fingerprint_of
+from ..cache.mirror import working_folder
+from ..cache.object_store import ObjectStore, is_url, open_store
+from ..cache.place import FolderPlace
 from ..cache.planned import PlannedCache
 from ..cache.reader import Cache, read_hook_modules
 from ..cache.statistics import describe_statistics
+from ..cache.store_place import StorePlace, take_snapshot
 from ..common.cache_schemas import HARVEST_RECORD
 from ..common.device import resolve_device, resolve_dtype
 from ..common.environment import environment_record
 from ..common.errors import SaeError, UnavailableError, UsageError
 from ..common.files import folder_bytes, free_space
 from ..common.formatting import format_bytes, format_duration
-from ..common.process_group import rank_and_count
-from ..common.special_tokens import choose_bos, special_tokens, token_text
-from ..common.tokenizers import check_embedded, describe_tokens, tokenizer_digest, tokens_without_embedding
+from ..common.process_group import processes_on_this_machine, rank_and_count
+from ..common.special_tokens import choose_bos, token_text
+from ..common.tokenizers import check_embedded, describe_tokens, tokens_without_embedding
 from . import mini
 from .architectures import (
     check_context,
@@ -38,12 +45,11 @@ from .documents import UNREADABLE, TextSource, describe_unreadable
 from .encode import DocumentEncoder
 from .estimate import block_seconds_per_token
 from .existing import ExistingRows, find_existing
+from .identity import LITERALS, identity_of
 from .model import ModelSource, find_model, load_tokenizer
+from .store_costs import check_working_folder, harvest_requests, working_bytes
 from .structure import embedding_rows
 
-# The entry of the identity that says "text" where special tokens spelled in the text are tokenized as text. Without it
-# they are special tokens, as in earlier versions, or the text is known to spell none.
-LITERALS = "special_tokens"
 # (model, layer) -> the elementwise variance that the papers' MSE and explained variance of one SAE imply. As it is
 # derived, it only serves as a plausibility check.
 IMPLIED_VARIANCE = {("google/gemma-2-2b", 12): 5.6, ("google/gemma-2-2b", 19): 24.0}
@@ -69,6 +75,7 @@ class HarvestPlan:
     dtype: str
     device: str
     chat: ChatEncoder | None = None  # for a text of conversations
+    store: ObjectStore | None = None  # of a cache in an object store; `folder` is then its working folder
 
     @cached_property
     def widths(self) -> dict[str, int]:
@@ -102,9 +109,28 @@ class HarvestPlan:
         return self.bytes_per_token_of(list(self.widths))
 
     @property
+    def address(self) -> str:
+        """The folder or address of the cache."""
+        return str(self.folder) if self.store is None else self.store.url
+
+    @cached_property
+    def place(self) -> FolderPlace:
+        """Where the files of the cache are kept."""
+        return FolderPlace(self.folder) if self.store is None else StorePlace(self.store, self.folder)
+
+    @property
     def existing(self) -> ExistingRows:
-        """What the folder already holds of this harvest."""
-        return find_existing(self.folder, fingerprint_of(self.identity), self.hooks, self.config.max_norm)
+        """What the folder already holds of this harvest; an address is looked at once."""
+        return find_existing(self._records_folder, fingerprint_of(self.identity), self.hooks, self.config.max_norm)
+
+    @cached_property
+    def _records_folder(self) -> Path:
+        if self.store is None:
+            return self.folder
+        folder = Path(tempfile.mkdtemp(prefix="sae-plan-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        take_snapshot(self.store, folder)
+        return folder
 
     @property
     def finished_cache(self) -> Cache | None:
@@ -118,15 +144,15 @@ class HarvestPlan:
 
     def planned_cache(self) -> PlannedCache:
         """The cache that this plan will write, for training to be planned on it before the harvest."""
-        layout = Layout(self.tokens, self.config.window, self.config.storage_dtype, self.config.compress)
-        return PlannedCache(self.folder, self.identity, layout, self.widths)
+        return PlannedCache(self.folder, self.identity, self.layout, self.widths)
 
     @property
     def bytes_to_write(self) -> int:
         """Uncompressed bytes still to be written."""
         existing = self.existing
         if existing.cache is None:
-            return max(self.tokens * self.bytes_per_token - folder_bytes(self.folder), 0)
+            written = folder_bytes(self.folder) if self.store is None else 0
+            return max(self.tokens * self.bytes_per_token - written, 0)
         return existing.rows_left * self.bytes_per_token_of([hook.array for hook in existing.missing])
 
     def describe(self) -> list[str]:
@@ -141,10 +167,33 @@ class HarvestPlan:
             size += " before compression"
         return [
             *self.describe_source(),
-            *([] if existing.is_finished else [f"size     {size}; {format_bytes(free_space(self.folder))} free"]),
+            *([] if existing.is_finished else self.describe_size(size, existing)),
             f"time     {self.describe_time()}",
-            f"cache    {existing.describe(self.folder, self.config.max_norm)}",
+            f"cache    {existing.describe(self.address, self.config.max_norm)}",
         ]
+
+    def describe_size(self, size: str, existing: ExistingRows) -> list[str]:
+        """The lines of `describe` about what is written: where, how much, and in how many requests."""
+        free = f"{format_bytes(free_space(self.folder))} free"
+        if self.store is None:
+            return [f"size     {size}; {free}"]
+        windows = self.layout.n_windows if existing.cache is None else existing.windows_left
+        requests = harvest_requests(self.layout, len(existing.missing), windows)
+        return [
+            f"size     {size}",
+            f"store    {self.address}: about {requests.writes:,} writes and {requests.reads:,} reads",
+            f"local    {self.folder}: up to {format_bytes(self.working_bytes)} at a time; {free}",
+        ]
+
+    @property
+    def layout(self) -> Layout:
+        """The layout that the cache will have; its rows are an upper bound where config.tokens is None."""
+        return Layout(self.tokens, self.config.window, self.config.storage_dtype, self.config.compress)
+
+    @property
+    def working_bytes(self) -> int:
+        """The most bytes that the working folder of a cache in an object store holds."""
+        return working_bytes(self.layout, self.bytes_per_token, processes_on_this_machine())
 
     def describe_source(self) -> list[str]:
         """The lines of `describe` about the model, its hooks and the text."""
@@ -267,6 +316,8 @@ class HarvestPlan:
 
     def check_space(self, needed: float, per_token: float) -> None:
         """Raise UnavailableError if `needed` bytes do not fit on the disk."""
+        if self.store is not None:
+            return check_working_folder(self.folder, self.working_bytes)
         free = free_space(self.folder)
         if self.config.compress:  # bfloat16 shrinks at least 1.3x, and nothing is lost if the disk does fill up
             needed, per_token = needed / 1.3, per_token / 1.3
@@ -313,18 +364,22 @@ def plan_harvest(
     identity = identity_of(config, source, dtype, tokenizer, form, text, held_out_by_name=dataset == EMBEDDED_TEXT)
     identity |= {} if chat is None else {"chat": chat.identity()}
 
+    store = open_store(config.out) if is_url(config.out) else None
+
     def folder_of(identity: dict[str, Any]) -> Path:
-        return config.out or default_folder(identity, text, suffix)
+        if store is not None:
+            return working_folder(store.url)
+        return Path(config.out) if config.out else default_folder(identity, text, suffix)
 
     older = {key: value for key, value in identity.items() if key != LITERALS}
-    if older != identity and is_begun(folder_of(older), older, has_own_name=config.out is None):
+    if store is None and older != identity and is_begun(folder_of(older), older, has_own_name=config.out is None):
         identity = older
     folder = folder_of(identity)
     if config.out is None and not folder.exists():
         mention_other_revisions(folder, identity, source, say)
     tokens = config.tokens or TOKENS
     return HarvestPlan(
-        config, source, model_config, tokenizer, text, identity, folder, hooks, tokens, dtype, device, chat
+        config, source, model_config, tokenizer, text, identity, folder, hooks, tokens, dtype, device, chat, store
     )
 
 
@@ -337,29 +392,3 @@ def check_layers_are_used(config: HarvestConfig, hooks: Sequence[Hook]) -> None:
             f"--layer {config.layers[0]} has no effect: the modules belong to layer {layers}. Leave it out, or write "
             "{layer} in --module for the number of the block."
         )
-
-
-def identity_of(
-    config: HarvestConfig, source: ModelSource, dtype: str, tokenizer: Any, form: ContextFormat, text: TextSource, *,
-    held_out_by_name: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """Everything that decides a byte of the cache, except layers and sites: a cache can hold several of them."""
-    return {
-        "format": FORMAT,
-        "model": source.identity(),
-        "dtype": dtype,
-        "attention": config.attention,
-        "tokenizer": tokenizer_digest(tokenizer),
-        "data": text.identity,
-        "tokens": config.tokens or f"up to {TOKENS}",
-        "context": config.context,
-        "held_out": "by name" if held_out_by_name else config.held_out_share,
-        **form.identity(tokenizer),
-        **({LITERALS: "text"} if config.chat_column or text.may_contain(list(special_tokens(tokenizer))) else {}),
-        "pack": config.pack,
-        "seed": config.seed,
-        "window_rows": config.window,
-        "chunk_rows": min(CHUNK_ROWS, config.window),
-        "storage_dtype": config.storage_dtype,
-        "compress": BLOSC if config.compress else None,
-    }

@@ -14,13 +14,15 @@ from typing import Any
 
 from ..cache.contexts import Contexts
 from ..cache.layout import Hook, Layout, fingerprint_of
+from ..cache.object_store import folder_or_url
 from ..cache.reader import Cache, is_ring_cache
+from ..cache.store_place import check_address
 from ..cache.writer import CacheWriter, harvest_started, recorded_tokens
 from ..common.cache_schemas import HARVEST_RECORD
 from ..common.device import keep_freed_memory
 from ..common.errors import DamagedError, UsageError, did_you_mean
 from ..common.files import digest_of, writer_lock
-from ..common.process_group import ProcessGroup, current_process_group
+from ..common.process_group import ProcessGroup, current_process_group, is_first_on_this_machine
 from .architectures import check_loaded_sites
 from .config import LAYERS, HarvestConfig
 from .contexts import make_contexts
@@ -58,7 +60,8 @@ def harvest_activations(
         tokens: Rows to harvest. Default: ten million, or all of a shorter text.
         context: Tokens in a context, BOS included.
         held_out: Share of the documents that is kept for evaluation. Default: 0.05.
-        out: Folder of the cache. Default: a folder under activations/, named after model, dataset and settings.
+        out: Folder of the cache, or an address such as "s3://bucket/pile". Default: a folder under activations/, named
+            after model, dataset and settings.
         device: "auto", "cpu", "cuda" or "cuda:N".
         seed: Order of contexts and rows, and choice of held-out documents.
         progress: Callbacks for rows done and for messages. Default: silent.
@@ -85,7 +88,7 @@ def harvest_activations(
         model=str(model), layers=(layers,) if isinstance(layers, int) else tuple(layers),
         sites=(sites,) if isinstance(sites, str) else tuple(sites),
         dataset=None if dataset is None else str(dataset), tokens=tokens, context=context, held_out=held_out,
-        out=None if out is None else Path(out), device=device, seed=seed, **options,
+        out=folder_or_url(out), device=device, seed=seed, **options,
     )  # fmt: skip
     return run_harvest(plan_harvest(config, progress.say), progress)
 
@@ -103,15 +106,20 @@ def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
             check_folder(plan)
             stack.enter_context(writer_lock(plan.folder, "sae harvest", progress.say))
             remove_locks_of_ranks(plan.folder)
+            plan.place.fetch()
             if plan.config.tokens is not None and not Contexts.is_complete(
                 plan.folder
             ):  # reading the text can take long
                 plan.check_space(plan.config.tokens * plan.bytes_per_token, plan.bytes_per_token)
             writer, contexts = start_cache(plan)
         group.barrier()  # the tokens and the arrays' metadata are written
+        if plan.store is not None and not group.is_first and is_first_on_this_machine():
+            stack.enter_context(writer_lock(plan.folder, "sae harvest", progress.say))
+            plan.place.fetch()
+        group.barrier()  # every machine has them
         if not group.is_first:
             contexts = Contexts.read(plan.folder, recorded_tokens(plan.folder))
-            writer = CacheWriter(plan.folder, plan.identity, cache_layout(plan, contexts), plan.widths)
+            writer = CacheWriter(plan.folder, plan.identity, cache_layout(plan, contexts), plan.widths, plan.place)
         missing = writer.missing_windows()
         if group.is_first:
             remove_other_drafts(plan.folder, missing)
@@ -135,9 +143,9 @@ def start_cache(plan: HarvestPlan) -> tuple[CacheWriter, Contexts]:
     """Write what precedes the first window: tokens, harvest.json and array metadata."""
     contexts = read_or_tokenize(plan)
     HARVEST_RECORD.write_if_changed(plan.folder / "harvest.json", plan.record())
-    writer = CacheWriter(plan.folder, plan.identity, cache_layout(plan, contexts), plan.widths)
-    remove_checkpoint(plan.folder)  # from here on the tokens are read, never made again
+    writer = CacheWriter(plan.folder, plan.identity, cache_layout(plan, contexts), plan.widths, plan.place)
     writer.place.begin()
+    remove_checkpoint(plan.folder)  # from here on the tokens are read, never made again
     return writer, contexts
 
 
@@ -161,8 +169,10 @@ def harvest_missing(
 
 
 def check_folder(plan: HarvestPlan) -> None:
-    """Raise UsageError if the folder holds something other than this harvest. Touches nothing in it."""
-    if plan.folder.is_dir():
+    """Raise UsageError if the folder or address holds something other than this harvest. Touches nothing in it."""
+    if plan.store is not None:
+        check_address(plan.store, fingerprint_of(plan.identity))
+    elif plan.folder.is_dir():
         harvest_started(plan.folder, fingerprint_of(plan.identity))
         check_not_ring(plan.folder)
 

@@ -1,0 +1,41 @@
+"""The identity of a harvest: everything that decides a byte of its cache."""
+
+from typing import Any
+
+from ..cache.context_format import ContextFormat
+from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT
+from ..common.special_tokens import special_tokens
+from ..common.tokenizers import tokenizer_digest
+from .config import TOKENS, HarvestConfig
+from .documents import TextSource
+from .model import ModelSource
+
+# The entry of the identity that says "text" where special tokens spelled in the text are tokenized as text. Without it
+# they are special tokens, as in earlier versions, or the text is known to spell none.
+LITERALS = "special_tokens"
+
+
+def identity_of(
+    config: HarvestConfig, source: ModelSource, dtype: str, tokenizer: Any, form: ContextFormat, text: TextSource, *,
+    held_out_by_name: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything that decides a byte of the cache, except layers and sites: a cache can hold several of them."""
+    return {
+        "format": FORMAT,
+        "model": source.identity(),
+        "dtype": dtype,
+        "attention": config.attention,
+        "tokenizer": tokenizer_digest(tokenizer),
+        "data": text.identity,
+        "tokens": config.tokens or f"up to {TOKENS}",
+        "context": config.context,
+        "held_out": "by name" if held_out_by_name else config.held_out_share,
+        **form.identity(tokenizer),
+        **({LITERALS: "text"} if config.chat_column or text.may_contain(list(special_tokens(tokenizer))) else {}),
+        "pack": config.pack,
+        "seed": config.seed,
+        "window_rows": config.window,
+        "chunk_rows": min(CHUNK_ROWS, config.window),
+        "storage_dtype": config.storage_dtype,
+        "compress": BLOSC if config.compress else None,
+    }
