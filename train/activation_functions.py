@@ -125,16 +125,21 @@ def largest_by_sample(z_N: Tensor, count: int) -> Tensor | None:
     """As `largest_indices`; None if the sample's bound is too high."""
     sample = z_N[::SAMPLE_EVERY]
     expected = count / SAMPLE_EVERY  # of the largest in the sample
-    rank = int(1.1 * expected + 3 * math.sqrt(expected)) + 1
+    margin = 0.1 * expected + 3 * math.sqrt(expected)
+    rank = int(expected + margin) + 1
     if rank > len(sample):
         return None
-    bound = sample.topk(rank, sorted=False).values.amin()
-    candidate_M = (z_N < bound).logical_not_().nonzero()[:, 0]  # with every NaN, which counts as large
+    top = sample.topk(rank).values
+    candidate_M = (z_N < top[-1]).logical_not_().nonzero()[:, 0]  # with every NaN, which counts as large
     if len(candidate_M) < count:
         return None
-    surplus = z_N[candidate_M].topk(len(candidate_M) - count, largest=False, sorted=False).indices
+    # Candidates above a second bound are kept without a rank: `topk`, which runs on one thread, has fewer to order.
+    value_M, surplus = z_N[candidate_M], len(candidate_M) - count
+    open_L = (value_M <= top[max(int(expected - margin), 0)]).nonzero()[:, 0]
+    if len(open_L) < surplus:  # that bound is too low
+        open_L = torch.arange(len(value_M))
     kept_M = torch.ones_like(candidate_M, dtype=torch.bool)
-    kept_M[surplus] = False
+    kept_M[open_L[value_M[open_L].topk(surplus, largest=False, sorted=False).indices]] = False
     return candidate_M[kept_M]
 
 

@@ -116,7 +116,9 @@ class _SparseEncode(torch.autograd.Function):
         w_DF_ = None
         if ctx.needs_input_grad[2]:
             centered_BD = x_BD if b_D is None else x_BD - b_D
-            w_DF_ = sum_by_latent(g_N, centered_BD, token_N, latent_order_N, latent_start_F).T
+            w_FD_ = sum_by_latent(g_N, centered_BD, token_N, latent_order_N, latent_start_F)
+            # In the order of the weights, in which autograd would copy it, but on a CPU on one thread.
+            w_DF_ = torch.mul(w_FD_.T, 1, out=torch.empty_like(w_DF, dtype=w_FD_.dtype))
         return None, None, w_DF_, b_F_, None if b_D is None else -(w_DF @ b_F_), *[None] * 4
 
 
