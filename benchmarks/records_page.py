@@ -7,15 +7,15 @@ from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_or
 
 from msgspec import Meta
 
-from sae.common import cache_schemas, schemas
+from sae.common import cache_schemas, evaluation_schemas, schemas
 from sae.common.records import DIGEST, RecordKind
 
 HEAD = f"""# Records
 
 This page lists the JSON files that the package writes, with the type and meaning of every field.
-`python benchmarks/records_page.py > docs/records.md` makes it from `common/cache_schemas.py` and `common/schemas.py`.
-Paths that do not begin with `activations/` are relative to the folder of a cache (`activations/<name>/`) up to
-`drafts/`, and to that of a run (`runs/<name>/`) from `sae.json` on.
+`python benchmarks/records_page.py > docs/records.md` makes it from `cache_schemas.py`, `schemas.py` and
+`evaluation_schemas.py` in `common/`. Paths that begin with neither `activations/` nor `data/` are relative to the
+folder of a cache (`activations/<name>/`) up to `drafts/`, and to that of a run (`runs/<name>/`) from `sae.json` on.
 
 Each record also has the field `{DIGEST}`: the sha256 of the other fields as JSON with sorted keys and no
 whitespace. Reformatting a file does not change it. In a `zarr.json` it is an attribute and covers only the fields
@@ -43,7 +43,7 @@ def main() -> None:
 def page() -> Iterator[str]:
     """The lines of the page."""
     yield HEAD.rstrip()
-    for name, kind in (vars(cache_schemas) | vars(schemas)).items():
+    for name, kind in (vars(cache_schemas) | vars(schemas) | vars(evaluation_schemas)).items():
         if isinstance(kind, RecordKind):
             file, _, about = (kind.schema.__doc__ or "").partition("\n")
             title = re.sub(r"\S*\.json", r"`\g<0>`", file.strip())

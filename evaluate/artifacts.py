@@ -15,9 +15,9 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from ..common.errors import DamagedError
+from ..common.evaluation_schemas import DATA_RECORD
 from ..common.files import atomic_write, digest_of, make_folder, temporary_process, utf8_path
 from ..common.records import as_read
-from ..common.schemas import DATA_RECORD
 
 FORMAT = 1  # version of the cached artifacts: increased when the way any of them is computed changes
 STALE_SECONDS = 3600  # seconds without a write after which a dead process's temporary file is removed

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from ..cache.layout import Hook
 from ..common.errors import DamagedError, SaeError, UsageError, warn_left_out
+from ..common.evaluation_schemas import RESULT_RECORD
 from ..common.files import digest_of, sae_home
-from ..common.schemas import RESULT_RECORD
 from ..train.sae import read_run_record, read_sae_record, require_result_of
 from .control_shares import is_control_of
 from .controls import BASES, RECIPES, base_of, conditions_digest, conditions_of, distinct_names

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import DamagedError
+from ..common.evaluation_schemas import RESULT_RECORD, ResultFile
 from ..common.files import digest_of, make_folder, os_error
-from ..common.schemas import RESULT_RECORD, ResultFile
 from ..train.sae import require_result_of
 from .metrics.base import MASKED, JsonPath, Metric, MetricResult, misnamed_numbers
 

@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sae.common.evaluation_schemas import RESULT_RECORD
 from sae.common.records import RecordKind
-from sae.common.schemas import RESULT_RECORD, RUN_RECORD, SAE_RECORD
+from sae.common.schemas import RUN_RECORD, SAE_RECORD
 from sae.evaluate.metrics.registry import METRICS
 
 RUN = {

@@ -7,8 +7,9 @@ from typing import Any, cast
 
 from ..cache.layout import Hook
 from ..common.errors import DamagedError, UsageError
+from ..common.evaluation_schemas import RESULT_RECORD, ResultFile
 from ..common.files import digest_of
-from ..common.schemas import RESULT_RECORD, RUN_RECORD, SAE_RECORD, ResultFile, RunRecord, SavedSAE
+from ..common.schemas import RUN_RECORD, SAE_RECORD, RunRecord, SavedSAE
 
 FORMAT, FORMAT_LAYER_NORM = 1, 2  # of sae.json; versions that read only the first would leave out the layer norm
 # What decides the result of a run, in run.json: the digest of these entries ends the automatic name of its folder.

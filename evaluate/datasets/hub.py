@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ...common.errors import DamagedError, UnavailableError
+from ...common.evaluation_schemas import DATASET_RECORD
 from ...common.files import sae_home
-from ...common.schemas import DATASET_RECORD
 
 TIMEOUT_SECONDS = 20  # per request
 

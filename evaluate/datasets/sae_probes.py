@@ -22,6 +22,7 @@ import numpy as np
 import zstandard
 
 from ...common.errors import DamagedError, UnavailableError, UsageError, did_you_mean
+from ...common.evaluation_schemas import UNPACKED_RECORD
 from ...common.files import (
     existing_parent,
     free_space,
@@ -33,7 +34,6 @@ from ...common.files import (
     writer_lock,
 )
 from ...common.formatting import format_bytes
-from ...common.schemas import UNPACKED_RECORD
 
 VERSION = "0.4.2"
 WHEEL = f"sae_probes-{VERSION}-py3-none-any.whl"

@@ -14,8 +14,8 @@ from ...cache.layout import Hook
 from ...cache.outliers import outlier_mask
 from ...common.device import resolve_device, resolve_dtype
 from ...common.errors import DamagedError, SaeError, UsageError, warn_left_out
+from ...common.evaluation_schemas import RESULT_RECORD
 from ...common.formatting import format_count
-from ...common.schemas import RESULT_RECORD
 from ...harvest.architectures import check_layers, hook_width
 from ...train.sae import SAE, load_sae, read_run_record, require_result_of
 from ..compared_runs import ComparedRun, read_references

@@ -45,6 +45,7 @@ from .base import (
 from .core_flags import core_flags
 from .document_values import document_record, values_in_record
 from .latent_pairs import PAIRED_LATENTS, decoder_geometry
+from .parts import tokens_per_encode
 from .sae_statistics import (
     SAEStatistics,
     density_summary,
@@ -53,7 +54,6 @@ from .sae_statistics import (
     ratio_value,
     splice,
     sum_by_document,
-    tokens_per_encode,
 )
 from .splice_losses import CountedTokens, loss_ratios, tokens_per_unembed, zero_ablated_output
 from .text_passes import TextPasses
@@ -261,7 +261,7 @@ class MeasuredSAE:
         takers = [(self.all.stats, counted_NS)]
         if self.masked is not None:
             takers.append((self.masked.stats, counted_NS & ~outlier_NS))
-        self.tokens = self.tokens or tokens_per_encode(self.target, x_NSD[counted_NS])
+        self.tokens = self.tokens or tokens_per_encode(self.target.sae, x_NSD[counted_NS], x_NSD.device)
         patched_NSD = splice(self.target, x_NSD, counted_NS, takers, self.tokens)
         if run is None:
             return BatchSplice(outlier_NS)

@@ -21,7 +21,7 @@ from ..context import EvalContext
 from .base import EvalTarget, Progress, RowSet, SAELike, encode_finite
 from .held_out_rows import read_rows
 from .latent_matching import BlockSimilarity
-from .parts import tokens_at_once
+from .parts import tokens_per_encode
 
 MAX_ACTIVE = 2**28  # latents of an SAE that are not 0, on all tokens together: 3 GB
 CONSTANT = 1e-12  # of its mean square: a latent with a smaller variance is constant
@@ -129,15 +129,6 @@ def sparse(f_TF: Tensor) -> csr_matrix:
     starts = np.concatenate([[0], np.count_nonzero(nonzero_TF, axis=1).cumsum()])
     values = value_TF.ravel()[place_Z].astype(np.float64)
     return csr_matrix((values, place_Z % value_TF.shape[1], starts), value_TF.shape)
-
-
-def tokens_per_encode(sae: SAELike, x_TD: Tensor, device: str) -> int:
-    """How many of the tokens to encode at a time, whatever SAEs are beside it. One that fails now fails then too."""
-    try:
-        latents = sae.encode(copy_to_device(x_TD[:1].float(), device)).shape[-1]
-    except SaeError:
-        latents = 1
-    return tokens_at_once(latents, device)
 
 
 def read_latents(

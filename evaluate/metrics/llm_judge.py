@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...common.errors import DamagedError, UnavailableError
+from ...common.evaluation_schemas import JUDGE_ANSWERS_RECORD
 from ...common.files import digest_of, make_folder, os_error, parse_json, read_file
-from ...common.schemas import JUDGE_ANSWERS_RECORD
 from .base import Progress
 
 Message = dict[str, str]  # role, content

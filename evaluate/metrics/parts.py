@@ -1,8 +1,12 @@
 """How many tokens are computed at a time: logits and latents are the largest tensors of an evaluation."""
 
 import torch
+from torch import Tensor
 
+from ...common.device import copy_to_device
+from ...common.errors import SaeError
 from ...common.memory import available_memory
+from .base import SAELike
 
 CPU_NUMBERS = 2**21  # of a part on a CPU: 8 MB in float32
 MIN_TOKENS = 128  # of a part on a CPU: with fewer, reading the weights takes longer than the product
@@ -23,6 +27,19 @@ def tokens_at_once(numbers: int, device: torch.device | str) -> int:
     if device.type == "cpu":
         tokens = min(tokens, max(MIN_TOKENS, CPU_NUMBERS // numbers))
     return max(1, int(tokens))
+
+
+@torch.no_grad()
+def tokens_per_encode(sae: SAELike, x_TD: Tensor, device: torch.device | str) -> int:
+    """How many tokens an SAE encodes at a time. It need not say how many latents it has: it encodes one of the rows.
+
+    One that cannot gets all of them, and fails where its error is expected.
+    """
+    try:
+        latents = sae.encode(copy_to_device(x_TD[:1].float(), device)).shape[-1]
+    except SaeError:
+        latents = 1
+    return tokens_at_once(latents, device)
 
 
 def tokens_in_cache(numbers: int, device: torch.device, tokens: int) -> int:

@@ -84,7 +84,7 @@ class PooledLatents:
         return self.sum_NF / self.count_N[:, None]
 
 
-def tokens_per_encode(d_sae: int, device: torch.device) -> int:
+def rows_per_encode(d_sae: int, device: torch.device) -> int:
     """How many rows one call of `encode` takes.
 
     On a CPU their latents take 4 MB, which fits the cache and reuses memory. Tensors of tens of MB are allocated anew
@@ -99,7 +99,7 @@ def pool_latents(sae: SAELike, rows: TextRows, device: torch.device) -> PooledLa
     """Encode every row once and sum the latents of each text. Raises SaeError for latents that are not finite."""
     zero_F = sae.encode(torch.zeros(1, rows.x_TD.shape[1], device=device))[0].float().cpu()
     sum_NF = torch.zeros(len(rows), len(zero_F))
-    for texts, x_TD, text_T in rows.batches(tokens_per_encode(len(zero_F), device)):
+    for texts, x_TD, text_T in rows.batches(rows_per_encode(len(zero_F), device)):
         f_TF = encode_finite(sae, copy_to_device(x_TD, device))
         part_NF = torch.zeros(texts.stop - texts.start, f_TF.shape[1], device=device)
         sum_NF[texts] = part_NF.index_add_(0, copy_to_device(text_T, device), f_TF).cpu()

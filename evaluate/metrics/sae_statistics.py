@@ -14,7 +14,7 @@ from torch import Tensor
 from ...train.sae import SAE
 from .base import EvalTarget, reconstruct
 from .latent_pairs import PAIRED_TOKENS, LatentPairs
-from .parts import tokens_at_once
+from .parts import tokens_per_encode
 
 PER_CONTEXT = ("l0", "cossim", "error", "around_centre", "tokens")  # sums kept per context, for the intervals
 
@@ -66,7 +66,7 @@ def splice(
     x_RD, context_R = x_NSD[replaced_NS], replaced_NS.nonzero()[:, 0]
     takers = [(stats, rows_NS[replaced_NS]) for stats, rows_NS in statistics if rows_NS.any()]
     recons = []
-    tokens = tokens or tokens_per_encode(target, x_RD)
+    tokens = tokens or tokens_per_encode(target.sae, x_RD, x_RD.device)
     for start in range(0, len(x_RD), tokens):
         chunk = slice(start, start + tokens)
         f_TF = target.sae.encode(x_RD[chunk].float())
@@ -85,12 +85,6 @@ def splice(
     patched_NSD = x_NSD.clone()
     patched_NSD[replaced_NS] = recon_RD.to(x_NSD.dtype)
     return patched_NSD
-
-
-@torch.no_grad()
-def tokens_per_encode(target: EvalTarget, x_TD: Tensor) -> int:
-    """How many tokens to encode at a time. The SAE need not say how many latents it has: it encodes one of the rows."""
-    return tokens_at_once(target.sae.encode(x_TD[:1].float()).shape[-1], x_TD.device)
 
 
 class SAEStatistics:

@@ -41,7 +41,8 @@ from ..context import EvalContext
 from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress, RowSet
 from .held_out_rows import missing_bytes
 from .latent_correlation import HeldOutRows, Latents, read_latents
-from .latent_matching import CANDIDATES, EXACT_LATENTS, Matching, match_latents
+from .latent_matching import CANDIDATES, EXACT_LATENTS
+from .matched_pairs import Pair, match_pair, matched_values, recurring_cosines, unit_rows
 from .random_dictionaries import gaussian_rows, random_latents, second_moment, shuffle_rows
 
 NULLS = ("shuffled", "gaussian")  # kinds of random dictionaries
@@ -49,37 +50,6 @@ EXACT_RANDOM = 2048  # latents of random dictionaries up to which the matching w
 NULL_QUANTILE = 0.99  # of the matched cosines of random dictionaries, below which no latent recurs
 SAME_DECODER = 0.9999  # decoder PW-MCC of two seeds from which on a flag says so
 MANY_DEAD = 0.1  # share of the latents above which a flag says so
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The matchings of two SAEs, seen from one of them.
-
-    Attributes:
-        decoder: by the absolute cosine of decoder rows.
-        signed: by their cosine; that of `decoder` where the sign has no meaning.
-        activation: by the absolute correlation of latents.
-        varying: the larger of their numbers of latents that vary.
-    """
-
-    decoder: Matching
-    signed: Matching
-    activation: Matching
-    varying: int
-
-    @property
-    def decoder_mcc(self) -> float:
-        return self.decoder.total / len(self.decoder.partner_F)
-
-    @property
-    def activation_mcc(self) -> float:
-        return self.activation.total / self.varying if self.varying else math.nan
-
-    def inverse(self) -> "Pair":
-        latents = len(self.decoder.partner_F)
-        decoder = self.decoder.inverse(latents)
-        signed = decoder if self.signed is self.decoder else self.signed.inverse(latents)
-        return Pair(decoder, signed, self.activation.inverse(latents), self.varying)
 
 
 NamedPair = tuple[str, Pair]  # the name of the other seed, and the matchings with it
@@ -289,48 +259,6 @@ def require_comparable(targets: Sequence[EvalTarget], system: Sequence[int], row
             "The held-out text has no token to compare latents on: all are special tokens or outlier rows. Harvest "
             "with a different dataset, or pass --max-norm none."
         )
-
-
-def unit_rows(target: EvalTarget, device: str) -> Tensor:
-    W_dec_FD: Tensor = target.sae.W_dec  # type: ignore[attr-defined]
-    return torch.nn.functional.normalize(W_dec_FD.detach().to(device).float(), dim=1)
-
-
-def match_pair(
-    unit_FD: Tensor, other_FD: Tensor, latents: Latents, others: Latents, exact_latents: int, signed: bool = True
-) -> Pair:
-    """Match two SAEs by their decoders, given as rows of unit length, and by their latents.
-
-    `signed`: also by the cosines with their sign, unless a latent of either is negative at a token.
-    """
-
-    def cosine(rows: slice) -> Tensor:
-        return unit_FD[rows] @ other_FD.T
-
-    decoder = match_latents(cosine, len(unit_FD), exact_latents)
-    signed = signed and not (latents.has_negative or others.has_negative)
-    return Pair(
-        decoder,
-        match_latents(cosine, len(unit_FD), exact_latents, signed=True) if signed else decoder,
-        match_latents(latents.correlation(others), len(unit_FD), exact_latents),
-        int(max(latents.varies_F.sum(), others.varies_F.sum())),
-    )
-
-
-def recurring_cosines(pair: Pair) -> np.ndarray:
-    """The cosine of each latent with its match (F,), from which it recurs; absolute where the sign has no meaning."""
-    return np.abs(pair.signed.similarity_F) if pair.signed is pair.decoder else pair.signed.similarity_F
-
-
-def matched_values(pairs: Sequence[Pair], nulls: Mapping[str, Sequence[Pair]]) -> dict[str, list[float]]:
-    """PW-MCC with each other seed and with each random dictionary, of each kind and of that with the larger mean."""
-    values: dict[str, list[float]] = {}
-    for what in ("decoder", "activation"):
-        values[f"{what}_pw_mcc"] = [getattr(pair, f"{what}_mcc") for pair in pairs]
-        kinds = {kind: [getattr(pair, f"{what}_mcc") for pair in null] for kind, null in nulls.items()}
-        values[f"{what}_pw_mcc_null"] = max(kinds.values(), key=np.mean)
-        values |= {f"{what}_pw_mcc_null_{kind}": numbers for kind, numbers in kinds.items()}
-    return values
 
 
 def t_interval(values: Sequence[float], of_another: bool) -> list[float]:

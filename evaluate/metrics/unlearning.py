@@ -17,13 +17,10 @@ Shape suffixes: N prompts, S positions, D d_in, F latents, K clamped latents, M 
 corpus (in intervals: replicates of the bootstrap), I interventions.
 """
 
-import hashlib
-import json
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -38,21 +35,24 @@ from ...common.files import digest_of
 from ...common.special_tokens import find_token, token_text
 from ...harvest.model import ModelSource, find_model, load_model, load_tokenizer
 from ..context import EvalContext
-from ..datasets.labeled import Row, hub_commit, local_file, read_dataset_rows
 from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress
 from .clamping import ClampPlan
 from .multiple_choice import MultipleChoiceModel, Question, parse_question, resample_right
 from .packing import PackedRows, firing_frequencies, pack_texts, select_forget_latents
 from .unit_decoder import decoder_norms_to_fold
+from .unlearning_data import (
+    FORGET_QUESTIONS,
+    MIN_CHARACTERS,
+    ReadRows,
+    data_version,
+    dataset_paths,
+    reader,
+    sample_long_texts,
+)
 
-FORGET_QUESTIONS = "wmdp-bio"
-FORGET_CORPUS = "bio-forget-corpus"  # file name without .jsonl, as WMDP distributes it
 MIN_SIDE_ACCURACY = 0.99  # share of the other questions that has to stay right
-MIN_CHARACTERS = 50  # texts of the corpora that are not longer are skipped
 FORGET_TEXTS = 1024  # at most, of the corpus to forget
 RNGS = ("paired", "saebench")
-DatasetPath = tuple[Any, ...]  # dataset, split, columns and, for some, a subset
-ReadRows = Callable[[], Iterator[Row]]  # streams the rows anew on each call
 Answers = dict[tuple[int, ...], dict[str, Tensor]]  # clamped latents -> question set -> right answers (M, N)
 
 
@@ -91,7 +91,8 @@ class Unlearning(Metric):
 
     def settings(self, ctx: EvalContext) -> dict[str, Any]:
         source, _ = self.source(ctx)
-        digests = {name: self.data_version(ctx, name, path) for name, path in self.dataset_paths(ctx).items()}
+        paths = dataset_paths(self.side_effects, ctx.data)
+        digests = {name: data_version(path, ctx.data) for name, path in paths.items()}
         of_model = {**ctx.logit_settings, **ctx.prompt_settings, "questioned": source.identity()}
         return {**super().settings(ctx), **of_model, "data": digests}
 
@@ -113,32 +114,6 @@ class Unlearning(Metric):
                 "--set unlearning.model=..., a folder or a Hub id."
             ) from error
 
-    def dataset_paths(self, ctx: EvalContext) -> dict[str, DatasetPath]:
-        """The two corpora and the sets of questions, by name."""
-        question, text = ("question", "choices", "answer"), ("text",)
-        has_local_file = local_file("", FORGET_CORPUS, ctx.data) is not None
-        return {
-            "forget": ("", FORGET_CORPUS, text) if has_local_file else ("cais/wmdp-bio-forget-corpus", "train", text),
-            "retain": ("Salesforce/wikitext", "test", text, "wikitext-2-raw-v1"),
-            FORGET_QUESTIONS: ("cais/wmdp", "test", question, FORGET_QUESTIONS),
-            **{name: ("cais/mmlu", "test", question, name) for name in self.side_effects},
-        }
-
-    def data_version(self, ctx: EvalContext, name: str, path: DatasetPath) -> str:
-        """The digest of a local file's rows, whatever its format, or the commit of a dataset on the Hub."""
-        dataset, split, _, *subset = path
-        folder = "/".join([dataset, *subset])
-        if local_file(folder, split, ctx.data):
-            return digest_of_rows(self.readers(ctx)[name])
-        return f"the Hub {hub_commit(dataset, f'{folder}/{split}')}"
-
-    def readers(self, ctx: EvalContext) -> dict[str, ReadRows]:
-        """A function that reads the rows of each corpus and question set."""
-        return {
-            name: partial(read_dataset_rows, dataset, split, columns, ctx.data, *subset)
-            for name, (dataset, split, columns, *subset) in self.dataset_paths(ctx).items()
-        }
-
     @torch.no_grad()
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         self.check()
@@ -148,7 +123,8 @@ class Unlearning(Metric):
         if not indices:
             return outcomes
         clampable = [targets[i] for i in indices]
-        readers, chat_model = self.readers(ctx), self.load(ctx)
+        paths = dataset_paths(self.side_effects, ctx.data)
+        readers, chat_model = {name: reader(path, ctx.data) for name, path in paths.items()}, self.load(ctx)
         corpora = self.corpora(readers, chat_model)
         forget, retain = (
             firing_frequencies(
@@ -363,28 +339,6 @@ def no_answers(
         selection: {name: torch.zeros(multipliers, len(known), dtype=torch.bool) for name, known in questions.items()}
         for selection in selections
     }
-
-
-def digest_of_rows(read: ReadRows) -> str:
-    """sha256 of the rows, the same for a JSONL and a Parquet file."""
-    digest = hashlib.sha256()
-    for row in read():
-        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def sample_long_texts(read: ReadRows, rng: random.Random, most: int | None) -> list[str]:
-    """Texts of more than MIN_CHARACTERS characters: all in order, or at most `most` of them, sampled by `rng`."""
-
-    def long_texts() -> Iterator[str]:
-        return (row["text"] for row in read() if isinstance(row["text"], str) and len(row["text"]) > MIN_CHARACTERS)
-
-    if most is None:
-        return list(long_texts())
-    count = sum(1 for _ in long_texts())
-    position = {number: i for i, number in enumerate(rng.sample(range(count), min(most, count)))}
-    sampled = {position[number]: text for number, text in enumerate(long_texts()) if number in position}
-    return [sampled[i] for i in range(len(sampled))]
 
 
 def unlearning_score(right: Sequence[tuple[int, int]], questions: int, others: int) -> float:

@@ -3,7 +3,7 @@
 import runpy
 from pathlib import Path
 
-from sae.common import cache_schemas, schemas
+from sae.common import cache_schemas, evaluation_schemas, schemas
 from sae.common.records import RecordKind
 
 ROOT = Path(__file__).parents[2]
@@ -13,7 +13,8 @@ def test_the_page_about_records_is_current() -> None:
     page = runpy.run_path(str(ROOT / "benchmarks" / "records_page.py"))["page"]
     current = "\n".join(page()) + "\n"
     assert (ROOT / "docs" / "records.md").read_text() == current, "python benchmarks/records_page.py > docs/records.md"
-    kinds = [kind for kind in (vars(cache_schemas) | vars(schemas)).values() if isinstance(kind, RecordKind)]
+    named = vars(cache_schemas) | vars(schemas) | vars(evaluation_schemas)
+    kinds = [kind for kind in named.values() if isinstance(kind, RecordKind)]
     assert current.count("\n## ") == len(kinds) >= 13
     for kind in kinds:
         file = (kind.schema.__doc__ or "").split("\n")[0].split(",")[0]

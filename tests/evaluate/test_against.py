@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from sae.cli.main import app
 from sae.common.errors import UsageError
-from sae.common.schemas import RESULT_RECORD, RUN_RECORD
+from sae.common.evaluation_schemas import RESULT_RECORD
+from sae.common.schemas import RUN_RECORD
 from sae.evaluate.against import AgainstLine, compare_against, l0_slope
 from sae.evaluate.compare import Comparison, compare_runs, comparison_table, detectable_line, to_records
 from sae.evaluate.metrics.registry import METRICS

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from sae.common.evaluation_schemas import RESULT_RECORD
 from sae.common.files import digest_of
-from sae.common.schemas import RESULT_RECORD
 from sae.evaluate.against import AgainstLine
 from sae.evaluate.answers import CONTROL, FRONTIER, PCA, SEED, STABLE, answer_questions, conclude, name_others
 from sae.evaluate.compared_runs import read_run

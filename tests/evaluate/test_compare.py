@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from sae.cli.main import app
 from sae.common.errors import DamagedError, LeftOutWarning, UsageError
+from sae.common.evaluation_schemas import RESULT_RECORD
 from sae.common.files import digest_of
-from sae.common.schemas import RESULT_RECORD, RUN_RECORD
+from sae.common.schemas import RUN_RECORD
 from sae.evaluate.against import compare_against
 from sae.evaluate.compare import ComparedSystem, compare_runs, comparison_table, to_csv, to_records
 from sae.evaluate.compare_charts import frontiers, training_curves

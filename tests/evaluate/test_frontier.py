@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from sae.common.schemas import RESULT_RECORD
+from sae.common.evaluation_schemas import RESULT_RECORD
 from sae.evaluate import compare_charts
 from sae.evaluate.compare import ComparedSystem, compare_runs
 from sae.evaluate.compared_runs import read_run

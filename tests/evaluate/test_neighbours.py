@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from sae.common.errors import LeftOutWarning
-from sae.common.schemas import RESULT_RECORD, RUN_RECORD
+from sae.common.evaluation_schemas import RESULT_RECORD
+from sae.common.schemas import RUN_RECORD
 from sae.evaluate.answers import FRONTIER
 from sae.evaluate.compared_runs import read_run
 from sae.evaluate.neighbours import find_neighbours, measured_alike, more_seeds_command

@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 from sae.cli.main import app
 from sae.common import records
 from sae.common.errors import DamagedError, LeftOutWarning, SaeError
+from sae.common.evaluation_schemas import RESULT_RECORD
 from sae.common.files import read_json
 from sae.common.records import UncheckedRecordWarning
-from sae.common.schemas import CHECKPOINT_RECORD, RESULT_RECORD, RUN_RECORD, SAE_RECORD
+from sae.common.schemas import CHECKPOINT_RECORD, RUN_RECORD, SAE_RECORD
 from sae.evaluate.compare import compare_runs
 from sae.evaluate.metrics.core import Core
 from sae.evaluate.plan import EvaluateConfig

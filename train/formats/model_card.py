@@ -6,8 +6,8 @@ from typing import Any
 
 from ...common.errors import DamagedError, warn_left_out
 from ...common.escaping import escape_for_markdown
+from ...common.evaluation_schemas import RESULT_RECORD
 from ...common.files import read_json
-from ...common.schemas import RESULT_RECORD
 from ..sae import read_sae_record, require_result_of
 from .export import ExportResult
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from sae.common.errors import DamagedError, UnavailableError
+from sae.common.evaluation_schemas import JUDGE_ANSWERS_RECORD
 from sae.common.files import digest_of
-from sae.common.schemas import JUDGE_ANSWERS_RECORD
 from sae.evaluate.metrics.llm_judge import KeptAnswers
 
 QUESTIONS = [[{"role": "system", "content": "Count."}, {"role": "user", "content": str(n)}] for n in range(4)]

@@ -36,7 +36,7 @@ def padded(ctx: EvalContext, hook: Hook) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_rows_and_sums_are_those_of_padded_passes(ctx, monkeypatch):
-    monkeypatch.setattr(module, "tokens_per_encode", lambda *_: 7)
+    monkeypatch.setattr(module, "rows_per_encode", lambda *_: 7)
     torch.manual_seed(0)
     sae = SAE(32, 20, [ReLU()]).requires_grad_(False)
     sae.b_enc += 0.3  # latents fire on a zero row

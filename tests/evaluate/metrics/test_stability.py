@@ -20,7 +20,8 @@ from sae.common.errors import UnavailableError, UsageError
 from sae.evaluate.compare import compare_runs
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.latent_correlation import HeldOutRows, Latents
-from sae.evaluate.metrics.stability import Stability, match_pair, other_seeds
+from sae.evaluate.metrics.matched_pairs import match_pair
+from sae.evaluate.metrics.stability import Stability, other_seeds
 from sae.evaluate.plan import EvaluateConfig
 from sae.evaluate.results import write_result
 from sae.evaluate.run import evaluate

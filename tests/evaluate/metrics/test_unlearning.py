@@ -26,7 +26,8 @@ from sae.evaluate.context import EvalContext
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.multiple_choice import MultipleChoiceModel
 from sae.evaluate.metrics.packing import PackedRows, firing_frequencies, pack_texts
-from sae.evaluate.metrics.unlearning import Unlearning, sample_long_texts, unlearning_score
+from sae.evaluate.metrics.unlearning import Unlearning, unlearning_score
+from sae.evaluate.metrics.unlearning_data import dataset_paths, reader, sample_long_texts
 from sae.evaluate.plan import EvaluateConfig
 from sae.evaluate.reference_saes import Identity
 from sae.evaluate.run import evaluate
@@ -200,6 +201,10 @@ def test_the_length_of_decoder_rows_changes_nothing_and_is_said(ctx, metric):
     ]
 
 
+def readers(metric, ctx):
+    return {name: reader(path, ctx.data) for name, path in dataset_paths(metric.side_effects, ctx.data).items()}
+
+
 def test_outlier_rows_are_neither_counted_nor_clamped_and_saebench_s_score_counts_them(ctx, metric):
     """Where all rows are outliers no latent fires; the score under SAEBench's name is that without a limit."""
     target = EvalTarget(sae_that_fires_on(VALUE), Hook(0))
@@ -208,11 +213,11 @@ def test_outlier_rows_are_neither_counted_nor_clamped_and_saebench_s_score_count
     assert (found.metrics, found.details, found.intervals) == (plain.metrics, plain.details, plain.intervals)
     assert found.masked.metrics == {"unlearning": {"unlearning_score": 0}} and found.masked.details == []
     asked = metric.load(ctx)
-    rows = metric.corpora(metric.readers(ctx), asked).values()
+    rows = metric.corpora(readers(metric, ctx), asked).values()
     counted = sum(int(asked.context_format.counted(rows_RS).sum()) for rows_RS in rows)
     questions = [
         asked.prompt(question.subject, question)
-        for name, read in metric.readers(ctx).items()
+        for name, read in readers(metric, ctx).items()
         if name in ("wmdp-bio", *metric.side_effects)
         for question in metric.questions(ctx, name, read, asked, silent)
     ]
@@ -363,7 +368,7 @@ def test_texts_are_long_ones_drawn_as_random_sample_draws():
 
 def test_rows_are_drawn_from_one_generator_in_turn_or_from_their_own(ctx, metric):
     asked = metric.load(ctx)
-    data = metric.readers(ctx)
+    data = readers(metric, ctx)
     one = torch.Generator().manual_seed(42)
     drawn = replace(metric, rng="saebench").corpora(data, asked)
     for name in ("forget", "retain"):

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from sae.cli.main import app
 from sae.common.errors import DamagedError, LeftOutWarning, UsageError
-from sae.common.schemas import RESULT_RECORD
+from sae.common.evaluation_schemas import RESULT_RECORD
 from sae.evaluate.latents import inspection, stats
 from sae.evaluate.latents.inspection import encode_prompt, open_run
 from sae.evaluate.latents.passages import PassageWindow

@@ -1,0 +1,126 @@
+"""The schema of every record of an evaluation: results, what all SAEs share, and labelled texts. See schemas.py."""
+
+from typing import Annotated, Any, NotRequired, TypedDict
+
+from msgspec import Meta
+
+from .records import RecordKind
+from .schemas import Sha256
+
+# --- runs/<name>/evaluations/ -----------------------------------------------------------------------------------------
+
+
+class Unstructured(TypedDict):
+    """What SAEBench has no fields for."""
+
+    intervals: Annotated[
+        dict[str, dict[str, list[float | None]]],
+        Meta(description="95 % intervals [low, high] under the names of eval_result_metrics"),
+    ]
+    n: Annotated[dict[str, int], Meta(description="how many tokens, texts, ... were measured")]
+    flags: Annotated[list[str], Meta(description="sentences about numbers that mean less than they seem to")]
+    extra: Annotated[Any, Meta(description="anything else that the metric keeps")]
+    notes: NotRequired[Annotated[list[str], Meta(description="sentences about SAEBench's names that mislead")]]
+
+
+class MaskedPart(Unstructured):
+    """The rest of the result without outlier rows. Its numbers are the categories masked_<category>."""
+
+    details: list[dict[str, Any]]
+
+
+class UnstructuredResult(Unstructured):
+    """What SAEBench has no fields for. It also holds the record's content digest."""
+
+    absent: NotRequired[
+        Annotated[
+            list[list[str | int]],
+            Meta(description="where a number does not exist, and -1 stands for it: the keys that lead to it"),
+        ]
+    ]
+    masked: NotRequired[Annotated[MaskedPart | None, Meta(description="the rest of the result without outlier rows")]]
+
+
+class ResultFile(TypedDict):
+    """evaluations/<metric>.json, and evaluations/earlier/<metric>-<digest>.json for results with other settings
+
+    The fields are SAEBench's. The digest in the name of an earlier result is that of `eval_config`.
+    """
+
+    eval_type_id: Annotated[str, Meta(description="SAEBench's name of the metric")]
+    eval_config: Annotated[
+        dict[str, Any], Meta(description="everything that decides the result; `weights` is a digest of SAE and hook")
+    ]
+    eval_id: str
+    datetime_epoch_millis: int
+    eval_result_metrics: Annotated[
+        dict[str, dict[str, float | None]], Meta(description="category -> name -> number; -1 may stand for null")
+    ]
+    eval_result_details: Annotated[list[dict[str, Any]], Meta(description="one entry per latent, letter or dataset")]
+    sae_bench_commit_hash: Annotated[str, Meta(description="version of this package")]
+    sae_lens_id: str
+    sae_lens_release_id: Annotated[str, Meta(description="name of the run folder")]
+    sae_lens_version: str
+    sae_cfg_dict: Annotated[dict[str, Any], Meta(description="sae.json, or what describes a reference")]
+    eval_result_unstructured: UnstructuredResult
+
+
+RESULT_RECORD = RecordKind(
+    ResultFile,
+    "Delete it and run `sae evaluate` again.",
+    digest_in="eval_result_unstructured",
+)
+
+
+# --- activations/evaluation/ ------------------------------------------------------------------------------------------
+
+
+class EvaluationData(TypedDict):
+    """activations/evaluation/**/<kind>-<digest>.json
+
+    It describes the .safetensors file beside it, which holds tensors that do not depend on an SAE, such as probes.
+    """
+
+    kind: str
+    depends: Annotated[dict[str, Any], Meta(description="everything that decides the tensors; its digest is the name")]
+    sha256: Annotated[Sha256, Meta(description="of the .safetensors file")]
+
+
+class PinnedDataset(TypedDict):
+    """activations/evaluation/datasets/<name>.json"""
+
+    dataset: Annotated[str, Meta(description="id on the Hub")]
+    commit: Annotated[str, Meta(description="the one that is read")]
+
+
+class JudgeAnswers(TypedDict):
+    """activations/evaluation/judge-<digest>.json
+
+    The answers that a judge of autointerp gave before it stopped answering, as earlier versions wrote them. They are
+    still used. Answers are now lines of judge-<digest>.jsonl (docs/metrics.md).
+    """
+
+    answers: Annotated[dict[str, str], Meta(description="digest of the question -> answer")]
+
+
+DATA_RECORD = RecordKind(EvaluationData, "Delete it: what it describes is computed again.")
+DATASET_RECORD = RecordKind(PinnedDataset, "Delete it to use the latest commit of the dataset.")
+JUDGE_ANSWERS_RECORD = RecordKind(JudgeAnswers, "Delete it: the judge is then asked again.")
+
+# --- data/ ------------------------------------------------------------------------------------------------------------
+
+
+class UnpackedData(TypedDict):
+    """data/<name>-<version>/contents.json
+
+    Labelled texts that `sae data get` unpacked from the package of another project.
+    """
+
+    name: str
+    version: str
+    source: str
+    sha256: Annotated[Sha256, Meta(description="of the package's file")]
+    files: Annotated[dict[str, Sha256], Meta(description="path in the folder -> sha256 of that file")]
+
+
+UNPACKED_RECORD = RecordKind(UnpackedData, "Run `sae data get sae-probes` again: it replaces what is damaged.")
