@@ -26,13 +26,14 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..train.plan import Run, TrainConfig, TrainPlan
-    from ..train.progress import TrainProgress
+    from ..train.progress import Overview, TrainProgress
 
 DATA = "Data and batches"
 STREAM_FLAGS = {"windows": "ring", "max_norm": "max-norm"}  # option of `plan_streaming` -> its flag, if it differs
 RECORDS = "Checkpoints and logging"
 MACHINE = "Machine"
 COLUMNS = ("loss", "L0", "EV", "dead")  # of the table of runs
+LOGGED = {"loss", "l0", "explained_variance", "dead", "waited_for_data"}  # metrics that are shown
 
 
 @cli_command
@@ -225,9 +226,10 @@ def train(
 
 def run_train(config: "TrainConfig", dry_run: bool = False) -> "list[Run]":
     """Plan, print the plan, and train unless it is a dry run. Returns the runs."""
+    from ..common.process_group import current_process_group
     from ..train.plan import plan_training
 
-    plan = plan_training(config)
+    plan = current_process_group().everywhere(partial(plan_training, config))
     for line in plan.describe(time=dry_run):
         echo(line)
     if not dry_run:
@@ -249,6 +251,7 @@ def run_streaming(config: "TrainConfig", harvest_options: Mapping[str, Any], dry
 
 def execute(plan: "TrainPlan", run: "Callable[[TrainProgress], None] | None" = None, *, table: bool = True) -> None:
     """Train the runs of a plan with a bar, by `run` if it is given, and print their last metrics as a `table`."""
+    from ..common.process_group import rank_and_count
     from ..train.loggers import Loggers
     from ..train.progress import TrainProgress
     from ..train.run import run_training
@@ -258,13 +261,23 @@ def execute(plan: "TrainPlan", run: "Callable[[TrainProgress], None] | None" = N
     with bar("train", "steps") as progress_bar, Loggers(plan.config.log, plan.runs) as loggers:
 
         def on_step(step: int, steps: int, metrics: dict[str, dict[str, float]]) -> None:
-            latest.update(metrics)
             loggers.log(metrics)
+            if rank_and_count()[1] > 1:
+                return  # the overview shows the runs of all processes
+            latest.update(metrics)
             if len(plan.runs) > 1:
                 progress_bar.table(["run", *COLUMNS], table_rows(latest))
             progress_bar(step, steps, progress_note(metrics, plan.runs, progress_bar.live))
 
-        (run or partial(run_training, plan))(TrainProgress(on_step, progress_bar.say))
+        def on_overview(overview: "Overview") -> None:
+            latest.update({name: line for name, line in overview.metrics.items() if LOGGED <= line.keys()})
+            training = {name: line for name, line in latest.items() if name not in overview.finished}
+            progress_bar.table(["run", *COLUMNS], table_rows(training))
+            note = f"{len(overview.finished)} of {overview.runs} runs finished"
+            progress_bar(overview.steps_done, overview.steps, note)
+
+        progress = TrainProgress(on_step, progress_bar.say, progress_bar.say_problem, on_overview)
+        (run or partial(run_training, plan))(progress)
     if latest:
         from ..train.l0_control import missed_targets
 

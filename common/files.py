@@ -310,6 +310,24 @@ def writer_lock(folder: Path, command: str, say: Callable[[str], None] = lambda 
         lock.release()
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds the lock of a folder, this one included."""
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        return True
+    except OSError:  # the folder has been removed
+        return False
+    lock.release()
+    return False
+
+
+def was_abandoned(folder: Path) -> bool:
+    """Whether the last process that held the lock of a folder died; one that ends normally removes its note."""
+    return (folder / ".lock.holder").exists() and not is_locked(folder)
+
+
 def lock_holder(note: Path) -> str:
     """The process that `note` names; the note is empty if the disk was full."""
     return (note.read_text() if note.exists() else "") or "another process"

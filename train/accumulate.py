@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from ..common.errors import UsageError
 from .activation_functions import Activation, KeepTopK
 from .step import LossTerm, Mechanism, Step
 from .variant import Variant
@@ -108,3 +109,15 @@ def reasons_against(variant: Variant) -> list[str]:
     activations = [module for module in variant.modules() if isinstance(module, Activation)]
     reasons = [part.undivided for part in [*activations, *losses_and_mechanisms(variant)]]
     return list(dict.fromkeys(filter(None, reasons)))
+
+
+def check_parts(parts: int, batch_size: int, compiled: bool) -> int:
+    """`parts`, if a batch can be divided into so many. Raises UsageError."""
+    if parts < 1 or batch_size % parts:
+        raise UsageError(
+            f"--accumulate {parts} does not divide a batch of {batch_size:,} tokens into equal parts. "
+            "Give a divisor of the batch size."
+        )
+    if parts > 1 and compiled:
+        raise UsageError("--accumulate cannot be combined with --compile. Leave one of them out.")
+    return parts

@@ -136,18 +136,26 @@ def fastest_step(trainer: Trainer, x_BD: torch.Tensor) -> float:
     return min(times)
 
 
-def training_seconds(runs: Iterable[BuildableRun], device: str) -> float:
+def seconds_per_step(runs: Sequence[BuildableRun], device: str) -> list[float]:
+    """The time of a step of each run, in seconds. Runs that differ only in seed and data are timed once.
+
+    Raises UnavailableError as `step_seconds` does.
+    """
+    timed: dict[Any, float] = {}
+    keys = [(run.recipe.name, json.dumps([run.options, run.stored], sort_keys=True), run.config) for run in runs]
+    for key, run in zip(keys, runs, strict=True):
+        if key not in timed:
+            timed[key] = step_seconds(run, device)
+    return [timed[key] for key in keys]
+
+
+def training_seconds(runs: Sequence[BuildableRun], device: str) -> float:
     """The time of all steps of the runs, which take turns on one device. Reading the batches is not included.
 
-    Runs that differ only in seed and data are timed once. Raises UnavailableError as `step_seconds` does.
+    Raises UnavailableError as `step_seconds` does.
     """
-    device = resolve_device(device)
-    alike: dict[Any, list[BuildableRun]] = {}
-    for run in runs:
-        alike.setdefault(
-            (run.recipe.name, json.dumps([run.options, run.stored], sort_keys=True), run.config), []
-        ).append(run)
-    return sum(len(same) * same[0].config.steps * step_seconds(same[0], device) for same in alike.values())
+    times = seconds_per_step(runs, resolve_device(device))
+    return sum(run.config.steps * seconds for run, seconds in zip(runs, times, strict=True))
 
 
 def describe_size(runs: Sequence[BuildableRun], folder: Path) -> str:

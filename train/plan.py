@@ -32,8 +32,10 @@ from ..common.errors import UsageError
 from ..common.files import digest_of, sae_home
 from ..common.formatting import format_count
 from ..common.precision import recorded_precision, resolve_precision
-from .accumulate import reasons_against
+from ..common.process_group import rank_and_count
+from .accumulate import check_parts, reasons_against
 from .config import FIXED, TrainConfig
+from .deal import Share
 from .estimate import check_disk_space, describe_size, describe_time
 from .hooks import hooks_to_train
 from .memory import untrained_variant
@@ -42,12 +44,12 @@ from .passes import copies_fit, describe_copies, describe_passes, plan_passes
 from .precision import describe_precision, explain_other_precision, find_folder, require_precision
 from .recipe import Recipe, find_recipe
 from .sae import SAE, load_sae, read_run_record, read_sae_record
+from .shares import deal_runs, describe_shares
 from .stored_options import stored_options
 from .variant import RunConfig, Variant
 
 FORMAT = 1
 AnyCache = Cache | ConcatCache | RingCache | PlannedCache
-
 
 CURVE_POINTS, MAX_LOG_INTERVAL = 100, 50
 
@@ -171,8 +173,20 @@ class TrainPlan:
         device = resolve_device(self.config.device)
         return all(copies_fit(runs, device) for runs in self.planned_passes)
 
+    @cached_property
+    def shares(self) -> list[Share]:
+        """What each of several launched processes trains: numbers of `runs`. Times a few steps of each recipe."""
+        unfinished = {number: run for number, run in enumerate(self.runs) if not run.done}
+        return deal_runs(unfinished, resolve_device(self.config.device), rank_and_count()[1])
+
     def describe(self, time: bool = False) -> list[str]:
-        """The lines that `sae train` prints first. With `time`, memory and time are estimated too, in a few seconds."""
+        """The lines that `sae train` prints first. With `time`, memory and time are estimated too, in a few seconds.
+
+        Empty in all but the first of several launched processes, which deals the runs.
+        """
+        rank, count = rank_and_count()
+        if rank:
+            return []
         lines = [run.describe() for run in self.runs]
         lines += [f"note     {note}" for note in dict.fromkeys(note for run in self.runs for note in run.notes)]
         lines += dict.fromkeys(filter(None, map(describe_masked_rows, self.runs)))
@@ -180,6 +194,9 @@ class TrainPlan:
         if self.unfinished:
             lines.append(describe_size(self.unfinished, self.unfinished[0].folder.parent))
             device = resolve_device(self.config.device)
+            if count > 1:
+                lines += describe_shares(self.shares, self.runs, device, time)
+                return lines
             lines += describe_passes(self.planned_passes, device)
             if time or not self.in_background:
                 lines.append(describe_copies(self.passes, device, self.in_background))
@@ -334,18 +351,6 @@ def make_run_config(config: TrainConfig, recipe: Recipe, cache: AnyCache, hook: 
         )
     width = parse_width(config.width, recipe, d_in)
     return RunConfig(d_in, width, steps, batch_size, variance=known_variance(cache, array), accumulate=parts)
-
-
-def check_parts(parts: int, batch_size: int, compiled: bool) -> int:
-    """`parts`, if a batch can be divided into so many. Raises UsageError."""
-    if parts < 1 or batch_size % parts:
-        raise UsageError(
-            f"--accumulate {parts} does not divide a batch of {batch_size:,} tokens into equal parts. "
-            "Give a divisor of the batch size."
-        )
-    if parts > 1 and compiled:
-        raise UsageError("--accumulate cannot be combined with --compile. Leave one of them out.")
-    return parts
 
 
 def known_variance(cache: AnyCache, array: str) -> float | None:

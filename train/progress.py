@@ -2,6 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Overview(NamedTuple):
+    """How far the runs of all launched processes are."""
+
+    steps_done: int  # of all runs together
+    steps: int
+    finished: frozenset[str]  # names of runs
+    runs: int
+    metrics: dict[str, dict[str, float]]  # run name -> the metrics that it logged last, if it has logged any
 
 
 @dataclass(frozen=True)
@@ -12,6 +23,13 @@ class TrainProgress:
     """Called when metrics are logged, with the steps taken, the steps in all, and run name -> metrics."""
     say: Callable[[str], None] = lambda sentence: None
     """Called with sentences such as "... resumes from step 1000."."""
+    problem: Callable[[str], None] | None = None
+    """Called with sentences that users have to know of every process; None: `say`."""
+    overview: Callable[[Overview], None] = lambda overview: None
+    """Called every few seconds in the first of several launched processes."""
+
+    def say_problem(self, sentence: str) -> None:
+        (self.problem or self.say)(sentence)
 
 
 SILENT = TrainProgress()

@@ -4,8 +4,9 @@ import contextlib
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 from ..cache.concat import ConcatCache
 from ..cache.planned import PlannedCache
 from ..cache.reader import Cache
-from ..common.device import fix_cublas_workspace, keep_freed_memory, require_one_process, resolve_device
+from ..common.device import fix_cublas_workspace, keep_freed_memory, resolve_device
 from ..common.errors import DamagedError, SaeError, UsageError, did_you_mean
 from ..common.files import writer_lock
+from ..common.process_group import current_process_group
 from ..common.schemas import RUN_RECORD, RunRecord
 from .checkpoint import restore_checkpoint
 from .checkpoint_writer import CheckpointWriter
@@ -24,6 +26,7 @@ from .compile import compile_step
 from .memory import SAMPLE_ROWS
 from .plan import Run, TrainConfig, TrainPlan, plan_training
 from .progress import SILENT, TrainProgress
+from .ranks import train_on_ranks
 from .run_folder import run_record, truncate_metrics
 from .run_trainer import RunTrainer
 from .sae import read_run_record, run_digest
@@ -88,21 +91,20 @@ def train_saes(
     for name in more:
         if name not in known:
             raise UsageError(f"train_saes has no argument {name!r}{did_you_mean(name, known)}")
-    plan = plan_training(
-        TrainConfig(
-            variants=[variants] if isinstance(variants, str) else list(variants),
-            caches=cache_folders(cache),
-            layers=[layers] if isinstance(layers, int) else list(layers),
-            seeds=[seeds] if isinstance(seeds, int) else list(seeds),
-            steps=steps,
-            width=None if width is None else str(width),
-            l0=() if l0 is None else [l0] if isinstance(l0, int | float) else list(l0),
-            options=options or (),
-            out=None if out is None else Path(out),
-            device=device,
-            **more,
-        )
+    config = TrainConfig(
+        variants=[variants] if isinstance(variants, str) else list(variants),
+        caches=cache_folders(cache),
+        layers=[layers] if isinstance(layers, int) else list(layers),
+        seeds=[seeds] if isinstance(seeds, int) else list(seeds),
+        steps=steps,
+        width=None if width is None else str(width),
+        l0=() if l0 is None else [l0] if isinstance(l0, int | float) else list(l0),
+        options=options or (),
+        out=None if out is None else Path(out),
+        device=device,
+        **more,
     )
+    plan = current_process_group().everywhere(partial(plan_training, config))
     run_training(plan, progress or SILENT)
     return plan.runs
 
@@ -120,31 +122,41 @@ def cache_folders(cache: Cache | ConcatCache | PathLike | Sequence[PathLike] | N
 
 
 def run_training(plan: TrainPlan, progress: TrainProgress = SILENT) -> None:
-    """Train the unfinished runs of a plan, one pass after the other.
+    """Train the unfinished runs of a plan, one pass after the other. Several launched processes share them out.
 
     Raises:
         Interrupted: after Ctrl-C or SIGTERM, with checkpoints written.
         SaeError: a run failed; raised when all others are done.
-        UsageError: the plan is on a cache that has not been harvested, or a launcher has started several processes.
+        UsageError: the plan is on a cache that has not been harvested.
     """
-    require_one_process("sae train")
     if isinstance(plan.config.source, PlannedCache):
         raise UsageError(f"{plan.config.source.folder} has not been harvested yet. Harvest it, then plan again.")
     device = resolve_device(plan.config.device)
     fix_cublas_workspace(device)
     keep_freed_memory()
-    with stop_on_signal() as should_stop:
-        mention_finished(plan, progress)
-        for runs in plan.passes:
-            with contextlib.ExitStack() as locks:
-                for run in runs:
-                    locks.enter_context(writer_lock(run.folder, "sae train", progress.say))
-                trainers = [prepare_trainer(run, device, progress) for run in runs]
-                for trainer in trainers:
-                    if not trainer.steps_done:
-                        set_normalization(trainer, trainer.run.cache)
-                with CheckpointWriter(device, plan.in_background) as writer:
-                    train_passes(shared_passes(trainers, plan.config, progress, should_stop, writer))
+    group = current_process_group(device)
+    mention_finished(plan, progress)
+    if group.count > 1:
+        train_on_ranks(plan, group, progress, partial(train_runs, device=device, locked=True))
+    else:
+        with stop_on_signal() as should_stop:
+            train_runs(plan, progress, should_stop, device=device)
+
+
+def train_runs(
+    plan: TrainPlan, progress: TrainProgress, should_stop: Callable[[], bool], *, device: str, locked: bool = False
+) -> None:
+    """Train the unfinished runs of a plan in this process, which has `locked` their folders or locks them here."""
+    for runs in plan.passes:
+        with contextlib.ExitStack() as locks:
+            for run in () if locked else runs:
+                locks.enter_context(writer_lock(run.folder, "sae train", progress.say))
+            trainers = [prepare_trainer(run, device, progress) for run in runs]
+            for trainer in trainers:
+                if not trainer.steps_done:
+                    set_normalization(trainer, trainer.run.cache)
+            with CheckpointWriter(device, plan.in_background) as writer:
+                train_passes(shared_passes(trainers, plan.config, progress, should_stop, writer))
     raise_problems(plan)
 
 
@@ -185,7 +197,7 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
         if not run.requested.get("log_every"):  # a resumed run keeps its own: a line is the mean since the one before
             trainer.log_every = record.get("asked", {}).get("log_every") or trainer.log_every
         trainer.digest = run_digest(record)
-        trainer.steps_done = restore_checkpoint(trainer, run.folder, progress.say, trainer.digest)
+        trainer.steps_done = restore_checkpoint(trainer, run.folder, progress.say_problem, trainer.digest)
         if trainer.steps_done:
             progress.say(f"{run.name} resumes from step {trainer.steps_done}.")
         if trainer.steps_done < run.steps and (version := trainer.restored_version) not in (None, STEP_VERSION):

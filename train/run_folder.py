@@ -17,6 +17,8 @@ from .plan import FORMAT, Run
 from .step_version import STEP_VERSION
 from .variant import Variant
 
+LAST_LINES = 1 << 14  # bytes, which hold the last line of metrics.jsonl
+
 
 def run_record(run: Run, variant: Variant, device: str) -> dict[str, Any]:
     """The content of run.json."""
@@ -48,6 +50,19 @@ def append_metrics(folder: Path, metrics: dict[str, float]) -> None:
             file.write(json.dumps(metrics) + "\n")
     except OSError as error:
         raise os_error(error, path) from error
+
+
+def last_metrics(folder: Path) -> dict[str, float] | None:
+    """The last whole line of metrics.jsonl, which another process may be writing; None if there is none."""
+    path = folder / "metrics.jsonl"
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - LAST_LINES))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return None
+    whole = (line for line in reversed(lines[:-1]) if step_of_line(line, path) is not None)
+    return next(map(json.loads, whole), None)
 
 
 def truncate_metrics(folder: Path, step: int) -> None:

@@ -11,6 +11,7 @@ from ..cache.ring import RingCache
 from ..common.errors import Interrupted
 from ..common.escaping import quote
 from ..common.memory import out_of_memory
+from ..common.process_group import rank_and_count
 from .checkpoint_writer import CheckpointWriter
 from .loop import train_loop
 from .memory_error import save_after_running_out
@@ -92,7 +93,8 @@ class SharedPass:
         if stop and self.active:
             self.writer.wait()
             folders = " ".join(f"--resume {quote(trainer.run.folder)}" for trainer in self.active)
-            also = "" if isinstance(self.config.source, RingCache) else f", or with: sae train {folders}"
+            same_command = isinstance(self.config.source, RingCache) or rank_and_count()[1] > 1
+            also = "" if same_command else f", or with: sae train {folders}"
             raise Interrupted(
                 f"Stopped after step {steps_done}; everything is saved. Resume with the same command{also or '.'}"
             )
@@ -112,7 +114,7 @@ class SharedPass:
                 f"{'the last good checkpoint is kept' if saved else 'there is no checkpoint yet'}. "
                 f"A smaller learning rate usually helps: --set {run.recipe.name}.lr=..."
             )
-            self.progress.say(f"{run.name}: {run.problem}")
+            self.progress.say_problem(f"{run.name}: {run.problem}")
             self.active.remove(trainer)
         return [trainer for trainer in due if trainer in self.active]
 

@@ -9,10 +9,10 @@ from functools import partial
 from typing import Any
 
 from ..cache.ring import RingCache
-from ..common.device import require_one_process
 from ..common.errors import UsageError
 from ..common.files import folder_bytes, free_space
 from ..common.formatting import format_bytes
+from ..common.process_group import rank_and_count
 from ..harvest.plan import HarvestConfig, HarvestPlan
 from ..harvest.streaming import check_room, harvest_ahead, plan_ring
 from ..train.plan import TrainConfig, TrainPlan, plan_training
@@ -71,9 +71,15 @@ def plan_streaming(config: TrainConfig, *, windows: int = WINDOWS, **harvest_opt
         harvest_options: fields of HarvestConfig, such as `tokens`, `dataset`, `context`, `window` and `max_norm`.
 
     Raises:
-        UsageError: the number of tokens is not given, or a run is to be resumed by its folder.
+        UsageError: the number of tokens is not given, a run is to be resumed by its folder, or a launcher has started
+            several processes.
         UnavailableError: the model or the text cannot be reached, or the disk is too small.
     """
+    if (count := rank_and_count()[1]) > 1:
+        raise UsageError(
+            f"--stream harvests and trains in one process, and a launcher has started {count}. Harvest first, with the "
+            "same launcher (`sae harvest`), and train from the cache; or leave the launcher out."
+        )
     if config.resume:
         raise UsageError("--resume cannot be combined with --stream. Run the command that began the run again.")
     if len(config.caches) > 1:
@@ -99,5 +105,4 @@ def plan_streaming(config: TrainConfig, *, windows: int = WINDOWS, **harvest_opt
 
 def run_streaming(plan: StreamingPlan, progress: TrainProgress | None = None) -> None:
     """Harvest and train at the same time. Raises Interrupted after Ctrl-C, with a checkpoint of each run."""
-    require_one_process("sae train")
     train_streaming(plan.train, progress or TrainProgress(), partial(harvest_ahead, plan.harvest, plan.ring))

@@ -1,0 +1,175 @@
+"""Training in several processes (ranks) of a launcher: each trains its share of the runs, on its own device.
+
+The first process deals the runs and tells the others, since a process that starts later could find other runs
+unfinished, and no two time a step equally. Each locks the folders of its runs. From then on they share nothing but the
+files in these folders: a lock that is held says that its process works, a metrics.jsonl how far a run is, a sae.json
+that it is finished, and a note that is left beside a free lock that its process died. So a process that dies costs the
+steps of its own runs since their last checkpoints, and the others go on, unless the launcher ends them.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from math import inf
+
+from ..common.errors import Interrupted, ReportedElsewhere, SaeError, UnavailableError, UsageError
+from ..common.files import is_locked, was_abandoned, writer_lock
+from ..common.process_group import ProcessGroup, processes_on_this_machine
+from .plan import Run, TrainPlan
+from .progress import Overview, TrainProgress
+from .run_folder import last_metrics
+from .signals import stop_on_signal
+
+POLL_SECONDS, UPDATE_SECONDS = 0.5, 2.0
+STOP_SECONDS = 10.0  # in which the others have stopped when a launcher stops all; torchrun kills after 30
+LISTED = 5  # runs of a process, at most
+STALE_SECONDS = 60.0  # for which a network file system may not show a file of another machine
+
+TrainRuns = Callable[[TrainPlan, TrainProgress, Callable[[], bool]], None]
+
+
+def train_on_ranks(plan: TrainPlan, group: ProcessGroup, progress: TrainProgress, train: TrainRuns) -> None:
+    """Train the share of this process with `train`, and return when every process has ended with its own.
+
+    Raises:
+        Interrupted: this process was told to stop; its runs have checkpoints.
+        SaeError: not every run of the plan is finished; the message says which, in the first process that still runs.
+            In the others it is ReportedElsewhere.
+    """
+    shares = dealt_runs(plan, group)
+    own, watch = TrainPlan(plan.config, shares[group.rank]), Watch(shares, group, progress)
+    with ExitStack() as locks:
+        group.everywhere(partial(lock_runs, own.runs, locks, progress))
+        group.everywhere(partial(require_locks, shares))
+        with stop_on_signal() as should_stop:
+            problem = attempt(lambda: train(own, watch.while_training(), should_stop), progress)
+            locks.close()
+            problem = watch.wait(should_stop, problem)
+    watch.report(problem)
+
+
+def dealt_runs(plan: TrainPlan, group: ProcessGroup) -> list[list[Run]]:
+    """The runs of each process, as the first has dealt them. Raises UsageError if another plans other runs."""
+    names = [run.name for run in plan.runs]
+    dealt = [sorted(share.runs) for share in plan.shares] if group.is_first else []
+    told = group.gather((names, dealt))
+    if different := [rank for rank, (others, _) in enumerate(told) if others != told[0][0]]:
+        message = (
+            f"Process {different[0]} plans other runs than process 0. Start all with the same command, and let them "
+            "find the same caches."
+        )
+        raise UsageError(message) if group.is_first else ReportedElsewhere(UsageError.exit_code, message)
+    return [[plan.runs[number] for number in numbers] for numbers in told[0][1]]
+
+
+def lock_runs(runs: Sequence[Run], locks: ExitStack, progress: TrainProgress) -> None:
+    for run in runs:
+        locks.enter_context(writer_lock(run.folder, "sae train", progress.say))
+
+
+def require_locks(shares: Sequence[Sequence[Run]]) -> None:
+    """Raise UnavailableError if a lock that another process holds is not seen from here."""
+    for runs in shares:
+        if runs and not is_locked(runs[0].folder):
+            raise UnavailableError(
+                f"The lock of {runs[0].folder}, which another process holds, is not seen here. On several machines "
+                "--out has to be on a file system whose locks (flock) all see. Or start a command on each machine."
+            )
+
+
+def attempt(train: Callable[[], None], progress: TrainProgress) -> Exception | None:
+    """Train, and return what it raised. The others go on meanwhile, so it is said at once."""
+    try:
+        train()
+    except Interrupted as error:
+        return error
+    except Exception as error:
+        name = "error" if isinstance(error, SaeError) else f"error: {type(error).__name__}"
+        progress.say_problem(f"{name}: {error}\nThe other processes go on.")
+        return error
+    return None
+
+
+class Watch:
+    """Looks from one process at the runs of all."""
+
+    def __init__(self, shares: Sequence[Sequence[Run]], group: ProcessGroup, progress: TrainProgress) -> None:
+        self.shares, self.group, self.progress = shares, group, progress
+        self.updated, self.metrics = 0.0, dict[str, dict[str, float]]()
+
+    def while_training(self) -> TrainProgress:
+        """Callbacks for the runs of this process, which also update the overview."""
+
+        def look(steps_done: int, steps: int, metrics: dict[str, dict[str, float]]) -> None:
+            self.progress.step(steps_done, steps, metrics)
+            self.update()
+
+        return replace(self.progress, step=look)
+
+    def wait(self, should_stop: Callable[[], bool], problem: Exception | None) -> Exception | None:
+        """Wait until no process trains, or told to stop, for some seconds. Returns the problem of this process."""
+        until = inf
+        while any(runs and is_locked(runs[0].folder) for runs in self.shares) and time.monotonic() < until:
+            if should_stop() and until == inf:
+                until = time.monotonic() + STOP_SECONDS
+                problem = problem or Interrupted("Stopped while other processes trained; this one had finished.")
+            self.update()
+            time.sleep(POLL_SECONDS)
+        self.update(at_once=True)
+        return problem
+
+    def update(self, at_once: bool = False) -> None:
+        """Report how far all runs are, in the first process, if some seconds have passed since the last time."""
+        if not self.group.is_first or (time.monotonic() - self.updated < UPDATE_SECONDS and not at_once):
+            return
+        self.updated = time.monotonic()
+        runs = [run for share in self.shares for run in share]
+        for run in runs:
+            if self.steps_done(run) != run.steps and (metrics := last_metrics(run.folder)):
+                self.metrics[run.name] = metrics
+        finished = frozenset(run.name for run in runs if self.steps_done(run) == run.steps)
+        done, steps = sum(map(self.steps_done, runs)), sum(run.steps for run in runs)
+        self.progress.overview(Overview(done, steps, finished, len(runs), self.metrics))
+
+    def steps_done(self, run: Run) -> int:
+        return int(self.metrics.get(run.name, {}).get("step", 0))
+
+    def report(self, problem: Exception | None) -> None:
+        """Raise what there is to say at the end: the first process that still runs speaks for all."""
+        if problem is not None and not isinstance(problem, SaeError):
+            raise problem  # a bug, with its traceback
+        if not isinstance(problem, Interrupted):
+            self.wait_for_files()
+        unfinished = {rank: [run for run in runs if not run.done] for rank, runs in enumerate(self.shares)}
+        died = [rank for rank, runs in unfinished.items() if any(was_abandoned(run.folder) for run in runs)]
+        is_first = self.group.rank == min(rank for rank in range(self.group.count) if rank not in died)
+        if isinstance(problem, Interrupted):
+            lines = [describe_unfinished(rank, unfinished[rank], True) for rank in died] if is_first else []
+            raise Interrupted("\n".join([str(problem), *lines])) from None
+        lines = [describe_unfinished(rank, runs, rank in died) for rank, runs in unfinished.items() if runs]
+        if problem is None and not lines:
+            return
+        count, left = sum(map(len, self.shares)), sum(map(len, unfinished.values()))
+        lines.append(
+            f"{left} of {count} runs are not finished. The same command goes on with them, in any number of processes."
+        )
+        message = "\n".join(lines if problem is None else [str(problem), *lines])
+        kind = SaeError if problem is None else type(problem)
+        raise kind(message) if is_first else ReportedElsewhere(kind.exit_code, message)
+
+    def wait_for_files(self) -> None:
+        """Wait until a network file system shows what processes on other machines have written at their end."""
+        until = time.monotonic() + STALE_SECONDS
+        while self.group.count > processes_on_this_machine() and time.monotonic() < until:
+            late = [run for runs in self.shares for run in runs if not run.done and not run.problem]
+            if not any(not was_abandoned(run.folder) for run in late):
+                return
+            time.sleep(POLL_SECONDS)
+
+
+def describe_unfinished(rank: int, runs: Sequence[Run], died: bool) -> str:
+    """A line about the runs of a process that are not finished."""
+    names = ", ".join(run.name for run in runs[:LISTED]) + (f" and {len(runs) - LISTED} more" if runs[LISTED:] else "")
+    return f"rank {rank} {'died' if died else 'ended'} before it had finished {names}."

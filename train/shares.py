@@ -1,0 +1,88 @@
+"""The deal of the runs of a plan to several processes: by estimates of time and memory, as lines of the plan."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from ..common.errors import UnavailableError
+from ..common.formatting import format_bytes, format_count, format_duration
+from ..common.memory import available_memory
+from .deal import Share, Work, deal
+from .estimate import MAX_OPERATIONS, OPERATIONS, RunInFolder, seconds_per_step
+from .memory import memory_bound, run_memory
+from .passes import FREE_SHARE, PassRun, add_up, copied_bytes, copies_fit, pass_memory, plan_passes
+
+READ_RATE = 2e9  # bytes a second at which a process reads batches, about (benchmarks/bench_cache.py)
+
+
+class DealtRun(PassRun, RunInFolder, Protocol):
+    """A run that can be dealt; `plan.Run` is one."""
+
+
+def deal_runs(runs: Mapping[int, DealtRun], device: str, ranks: int) -> list[Share]:
+    """Deal runs, by their numbers, to so many processes, each with a device like this one."""
+    seconds = dict(zip(runs, step_times(list(runs.values()), device), strict=True))
+    streams: dict[Hashable, list[int]] = {}
+    for number, run in runs.items():
+        streams.setdefault(run.batches_key, []).append(number)
+    parts: dict[int, float] = {}
+    for numbers in streams.values():
+        parts |= zip(numbers, memory_parts([runs[number] for number in numbers], device), strict=True)
+    works = []
+    for number, run in runs.items():
+        steps = steps_left(run)
+        reading = steps * run.config.batch_size * 2 * run.config.d_in / READ_RATE
+        works.append(Work((number,), run.batches_key, steps * seconds[number], reading, parts[number]))
+    return deal(works, ranks)
+
+
+def steps_left(run: RunInFolder) -> int:
+    """The steps that a run takes after its newest checkpoint, by the names of its files."""
+    names = [path.parent.name.removeprefix("step-") for path in run.folder.glob("checkpoints/step-*/state.json")]
+    return max(0, run.config.steps - max((int(name) for name in names if name.isdecimal()), default=0))
+
+
+def step_times(runs: Sequence[DealtRun], device: str) -> list[float]:
+    """Seconds of a step of each run: measured, or by its operations if one of them is too large to be timed."""
+    try:
+        return seconds_per_step(runs, device)
+    except UnavailableError:
+        rate = MAX_OPERATIONS[torch.device(device).type]  # takes a second or two
+        return [OPERATIONS * c.batch_size * c.d_in * c.d_sae / rate for c in (run.config for run in runs)]
+
+
+def memory_parts(stream: Sequence[DealtRun], device: str) -> list[float]:
+    """The part of the memory of a pass that each run of a stream takes between steps; 0 if one pass holds them all."""
+    budget = FREE_SHARE * available_memory(device)
+    if sum(map(memory_bound, stream)) <= budget:
+        return [0.0] * len(stream)
+    memories = [run_memory(run, device) for run in stream]
+    whole = add_up(memories, stream[0].config, device)
+    room = budget - whole.step - whole.batches
+    return [memory.state / room for memory in memories]
+
+
+def describe_shares(shares: Sequence[Share], runs: Sequence[DealtRun], device: str, memory: bool) -> list[str]:
+    """The lines of a plan about what each process trains; with `memory` also what that takes."""
+    count = sum(len(share.runs) for share in shares)
+    lines = [
+        f"deal     {format_count(count, 'run')} to {len(shares)} processes, by the time of a few steps of each recipe"
+    ]
+    for rank, share in enumerate(shares):
+        dealt = [runs[number] for number in sorted(share.runs)]
+        lines.append(f"rank {rank:<3} {describe_share(dealt, share.seconds, device, memory) if dealt else 'nothing'}")
+    return lines
+
+
+def describe_share(runs: Sequence[DealtRun], seconds: float, device: str, memory: bool) -> str:
+    """What one process trains."""
+    passes = plan_passes(runs, device)
+    line = f"{format_count(len(runs), 'run')} in {len(passes)} pass{'es' if len(passes) > 1 else ''}"
+    line += f", about {format_duration(seconds)}"
+    if not memory:
+        return line
+    line += f", {format_bytes(max(pass_memory(one, device).total for one in passes))} on {device.partition(':')[0]}"
+    if not all(copies_fit(one, device) for one in passes):
+        return f"{line}; training waits while checkpoints are written"
+    return f"{line} and {format_bytes(max(copied_bytes(one, device) for one in passes))} for copies of the states"
