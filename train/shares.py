@@ -66,9 +66,7 @@ def memory_parts(stream: Sequence[DealtRun], device: str) -> list[float]:
 def describe_shares(shares: Sequence[Share], runs: Sequence[DealtRun], device: str, memory: bool) -> list[str]:
     """The lines of a plan about what each process trains; with `memory` also what that takes."""
     count = sum(len(share.runs) for share in shares)
-    lines = [
-        f"deal     {format_count(count, 'run')} to {len(shares)} processes, by the time of a few steps of each recipe"
-    ]
+    lines = [f"deal     {format_count(count, 'run')} to {len(shares)} processes, by timing a few steps of each recipe"]
     for rank, share in enumerate(shares):
         dealt = [runs[number] for number in sorted(share.runs)]
         lines.append(f"rank {rank:<3} {describe_share(dealt, share.seconds, device, memory) if dealt else 'nothing'}")

@@ -405,6 +405,13 @@ def test_invalid_combinations_are_rejected_and_nothing_is_written(asked, home: P
     assert {path.name for path in home.rglob("*")} == {"kept", "zarr.json", "theirs", "thesis.tex"}
 
 
+def test_several_processes_are_refused(home: Path, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    result = CliRunner().invoke(app, ["train", "--stream", "--variant", "topk", "--tokens", "3000"])
+    assert result.exit_code == 2 and "a launcher has started 8. Harvest first, with the same launcher" in result.output
+    assert not list(home.iterdir())
+
+
 def test_the_number_of_tokens_is_required(asked) -> None:
     with pytest.raises(UsageError, match="--stream needs --tokens"):
         stream(asked | {"tokens": None}, request_of("topk"))

@@ -1,0 +1,364 @@
+"""Training dealt to several processes: the bytes of one, whatever dies, fails or is started twice."""
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae.common import files
+from sae.common.errors import ReportedElsewhere, UnavailableError, UsageError
+from sae.common.process_group import ProcessGroup
+from sae.train import checkpoint, ranks, shared_pass, shares
+from sae.train.deal import Share
+from sae.train.plan import TrainConfig, TrainPlan, plan_training
+from sae.train.progress import SILENT
+from sae.train.run import run_training
+
+from .launch import WAIT, Launch, contents, launch, records, wait_for
+from .runs import make_config, train
+from .test_checkpoint_writer import full_disk
+
+RECIPES = ["relu", "topk", "hierarchical-resample"]
+
+
+def config_of(cache, out: Path, *variants: str, **changes) -> TrainConfig:
+    """Two layers, so two streams."""
+    settings = {"layers": [0, 1], "out": out, "log_every": 4}
+    return make_config(cache, *(variants or RECIPES), **settings | changes)
+
+
+@pytest.fixture
+def ranks_time_alike(monkeypatch) -> None:
+    """Every step takes as long, so that the deal is the same each time."""
+    monkeypatch.setattr(shares, "step_times", lambda runs, device: [1.0] * len(runs))
+
+
+def test_two_processes_give_the_bytes_of_one(sparse_cache, tmp_path: Path) -> None:
+    """Also the records, but for times and the number of processes, and the second trains half of them."""
+    train(config_of(sparse_cache, tmp_path / "one"))
+    two = launch(tmp_path / "said", 2, config_of(sparse_cache, tmp_path / "two"))
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert records(tmp_path / "two") == records(tmp_path / "one") and len(records(tmp_path / "one")) == 6
+    for path in (tmp_path / "two").glob("*/run.json"):
+        assert json.loads(path.read_text())["environment"]["variables"]["WORLD_SIZE"] == "2"
+    first, second = two.said(0), two.said(1)
+    assert len(first["trained"]) + len(second["trained"]) == 6 and first["trained"] and second["trained"]
+    assert second["say"] == second["problem"] == second["overviews"] == []
+    assert first["overviews"] == sorted(first["overviews"]) and first["overviews"][-1] == 6 * 12
+    assert not list((tmp_path / "two").glob("*/.lock.holder"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_torchrun_gives_the_bytes_of_one_process(sparse_cache, tmp_path: Path, count: int) -> None:
+    """The command itself, started by torchrun, over seeds, layers and batch sizes."""
+    words = ["train", "--cache", sparse_cache.folder, "--layer", 0, "--layer", 1, "--seed", 0, "--seed", 1,
+             "--steps", 12, "--batch-size", 64, "--width", 128, "--device", "cpu", "--checkpoint-every", 4,
+             "--log-every", 2, *(word for name in RECIPES for word in ("--variant", name))]  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment["OMP_NUM_THREADS"] = "1"
+
+    def call(launcher: list[str], out: str, *more: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, *launcher, "-m", "sae", *map(str, words), "--out", str(tmp_path / out), *more]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--standalone"]
+    plan = call(torchrun, "many", "--dry-run").stderr
+    assert not (tmp_path / "many").exists()
+    one, many = call([], "one"), call(torchrun, "many")
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+    assert records(tmp_path / "many") == records(tmp_path / "one") and len(records(tmp_path / "one")) == 12
+    worlds = {
+        json.loads(path.read_text())["environment"]["variables"].get("WORLD_SIZE")
+        for path in (tmp_path / "many").glob("*/run.json")
+    }
+    assert worlds == {str(count)}
+    dealt = [line for line in plan.splitlines() if line.startswith("rank ")]
+    assert len(dealt) == (count if count > 1 else 0) and all(" on cpu and " in line for line in dealt)
+    assert sorted(many.stdout.splitlines()) == sorted(one.stdout.splitlines())  # the table
+    assert "rank 1:" not in many.stderr and many.stderr.count("done     in ") == 1
+
+
+@pytest.mark.slow
+def test_three_processes_and_another_number_goes_on(sparse_cache, tmp_path: Path) -> None:
+    """Batch sizes make more streams; the runs that three processes began, two and then one go on with."""
+    settings = {"seeds": [0, 1], "steps": 40}
+    train(config_of(sparse_cache, tmp_path / "one", **settings))
+    expected, out = contents(tmp_path / "one"), tmp_path / "out"
+    config = config_of(sparse_cache, out, **settings)
+    for count in (3, 2):
+        begun = Launch(tmp_path / f"said{count}", count, config)
+        wait_for(lambda: len(list(out.glob("*/checkpoints/*/state.json"))) >= 3 * (4 - count))  # noqa: B023
+        for process in begun.processes:
+            os.kill(process.pid, signal.SIGTERM)
+        assert begun.end() == [130] * count
+        for rank in range(count):
+            kind, message = begun.said(rank)["error"]
+            assert kind == "Interrupted" and message.startswith("Stopped after step ")
+            assert message.endswith("everything is saved. Resume with the same command.")
+        assert not list(out.glob("*/.lock.holder"))
+    train(config)
+    assert contents(out) == expected
+
+
+# --- a process that dies ----------------------------------------------------------------------------------------------
+
+
+def die_at(moment: str, file: int, folders: str = "checkpoints") -> None:
+    """Die by SIGKILL before or after the rename of the file with this number among those of checkpoints, or later."""
+    replace, numbers = os.replace, itertools.count()
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def rename(source: Path, target: Path) -> None:
+        due = folders in Path(target).parts and next(numbers) == file
+        if due and moment == "before":
+            die()
+        replace(source, target)
+        if due and moment == "after":
+            die()
+        if due:
+            threading.Timer(random.Random(file).uniform(0, 0.02), die).start()
+
+    os.replace = rename
+
+
+@pytest.mark.slow
+def test_twenty_five_kills_of_each_process_in_turn(sparse_cache, tmp_path: Path, ranks_time_alike) -> None:
+    """The others finish their runs, the first of them says whose are missing, and another number goes on."""
+    settings = {"steps": 40, "checkpoint_every": 2, "width": "512"}
+    train(config_of(sparse_cache, tmp_path / "one", **settings))
+    expected, out, rng = contents(tmp_path / "one"), tmp_path / "out", random.Random(0)
+    config = config_of(sparse_cache, out, **settings)
+    for number in range(25):
+        count = 2 + number % 2
+        victim, moment = (number // 2) % count, ("before", "after", "later")[number % 3]
+        file = rng.randrange(2 * 20 * 2)  # a state and its record, of 20 checkpoints of at least two runs
+        kill = lambda rank: die_at(moment, file) if rank == victim else None  # noqa: B023, E731
+        one = Launch(tmp_path / f"said{number}", count, config, before=kill)
+        codes = one.end()
+        speaker = min(rank for rank in range(count) if rank != victim)
+        assert codes[victim] == -signal.SIGKILL and set(codes) == {-signal.SIGKILL, 1}, codes
+        for rank in range(count):
+            if rank == victim:
+                continue
+            kind, message = one.said(rank)["error"]
+            assert kind == ("SaeError" if rank == speaker else "ReportedElsewhere")
+            assert f"rank {victim} died before it had finished " in message
+            assert all((out / name / "sae.json").exists() for name in one.said(rank)["trained"])
+        missing = [path.parent.name for path in out.glob("*/.lock") if not (path.parent / "sae.json").exists()]
+        assert missing and all(name in message for name in missing)
+        assert f"{len(missing)} of 6 runs are not finished" in message
+        again = [count - 1, count + 1][number % 4 // 2]
+        if again == 1:
+            train(config)
+        else:
+            launch(tmp_path / f"again{number}", again, config)
+        assert contents(out) == expected, f"kill {number}: {moment} file {file} of rank {victim}"
+        shutil.rmtree(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_torchrun_ends_the_others_with_checkpoints(sparse_cache, tmp_path: Path, victim: int) -> None:
+    words = ["train", "--cache", sparse_cache.folder, "--layer", 0, "--steps", 100_000, "--batch-size", 64,
+             "--width", 128, "--device", "cpu", "--checkpoint-every", 50, *("--seed 0 --seed 1 --seed 2".split()),
+             "--variant", "topk", "--out", tmp_path / "out"]  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3", "--standalone", "-m", "sae"]
+    process = subprocess.Popen(
+        [*torchrun, *map(str, words)], env=environment | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: len({path.parents[2] for path in tmp_path.glob("out/*/checkpoints/*/state.json")}) == 3)
+    ranks_of = {}
+    for child in (int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()):
+        values = dict(
+            line.split("=", 1) for line in Path(f"/proc/{child}/environ").read_text().split("\0") if "=" in line
+        )
+        ranks_of[int(values["RANK"])] = child
+        assert values["WORLD_SIZE"] == "3"
+    os.kill(ranks_of[victim], signal.SIGKILL)
+    said = process.communicate(timeout=WAIT)[1]
+    assert process.returncode == 1
+    for rank in {0, 1, 2} - {victim}:
+        (line,) = [
+            line for line in said.splitlines() if line.startswith(f"rank {rank}: stopped" if rank else "stopped")
+        ]
+        step = int(line.split("after step ")[1].split(";")[0])
+        assert line.endswith("everything is saved. Resume with the same command.")
+        assert any(path.name == f"step-{step:08d}" for path in tmp_path.glob("out/*/checkpoints/*"))
+    assert said.count(f"rank {victim} died before it had finished topk-L00-n128-s") == 1
+
+
+# --- a process that fails ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_costs_the_others_nothing(sparse_cache, tmp_path: Path, ranks_time_alike) -> None:
+    """Its process says so at once, and waits for the others, which a launcher would end with it."""
+
+    def before(rank: int) -> None:
+        step_of = shared_pass.RunTrainer.step
+
+        def step(trainer, x_BD):
+            if rank == 0:
+                time.sleep(0.02)  # it is done later than the other
+            elif int(trainer.i) == 6:
+                x_BD = torch.full_like(x_BD, torch.inf)
+            return step_of(trainer, x_BD)
+
+        shared_pass.RunTrainer.step = step
+
+    out = tmp_path / "out"
+    one = Launch(tmp_path / "said", 2, config_of(sparse_cache, out, "relu"), before)
+    assert one.end() == [1, 1]
+    (failed,) = one.said(1)["trained"]
+    (finished,) = one.said(0)["trained"]
+    problem, ended = one.said(1)["problem"]
+    assert problem.startswith(f"{failed}: the loss or its gradient was not finite at step 6")
+    assert ended.startswith(f"error: {out / failed}: the loss") and ended.endswith("\nThe other processes go on.")
+    assert one.said(1)["error"][0] == "ReportedElsewhere" and one.said(0)["problem"] == []
+    kind, message = one.said(0)["error"]
+    assert kind == "SaeError" and message == (
+        f"rank 1 ended before it had finished {failed}.\n"
+        "1 of 2 runs are not finished. The same command goes on with them, in any number of processes."
+    )
+    assert (out / finished / "sae.json").exists()
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_one_process(sparse_cache, tmp_path: Path, ranks_time_alike) -> None:
+    def before(rank: int) -> None:
+        write = checkpoint.atomic_write
+
+        def sometimes_full(path: Path, *parts: bytes) -> None:
+            if rank == 0 and "step-00000008" in str(path):
+                full_disk(path)
+            write(path, *parts)
+
+        checkpoint.atomic_write = sometimes_full
+
+    train(config_of(sparse_cache, tmp_path / "one"))
+    config = config_of(sparse_cache, tmp_path / "out")
+    one = Launch(tmp_path / "said", 2, config, before)
+    assert one.end() == [4, 1]
+    kind, message = one.said(0)["error"]
+    assert kind == "UnavailableError" and message.startswith("The disk is full: ")
+    assert "rank 0 ended before it had finished " in message and "3 of 6 runs are not finished" in message
+    assert one.said(0)["problem"][0].startswith("error: The disk is full: ")
+    assert all((tmp_path / "out" / name / "sae.json").exists() for name in one.said(1)["trained"])
+    launch(tmp_path / "again", 3, config)
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_a_second_launch_is_refused_and_the_first_goes_on(sparse_cache, tmp_path: Path) -> None:
+    """Before it has trained anything, whatever its number of processes, and with runs of its own beside."""
+    settings = {"steps": 60}
+    train(config_of(sparse_cache, tmp_path / "one", **settings))
+    config = config_of(sparse_cache, tmp_path / "out", **settings)
+    held = tmp_path / "go"
+
+    def before(rank: int) -> None:
+        attempt = ranks.attempt
+        ranks.attempt = lambda *args: (wait_for(held.exists), attempt(*args))[1]  # with the locks
+
+    first = Launch(tmp_path / "said", 2, config, before)
+    wait_for(lambda: len(list(tmp_path.glob("out/*/.lock.holder"))) == 6)
+    for number, seeds in ((1, [0]), (2, [0]), (3, [0, 1])):
+        second_config = config_of(sparse_cache, tmp_path / "out", seeds=seeds, **settings)
+        if number == 1:
+            with pytest.raises(UnavailableError, match=r"is being written by process \d+ on .* \(sae train\) since"):
+                train(second_config)
+            continue
+        second = Launch(tmp_path / f"second{number}", number, second_config)
+        assert second.end() == [4] * number
+        errors = [second.said(rank)["error"] for rank in range(number)]
+        assert "is being written by process" in errors[0][1] or "UnavailableError" in [kind for kind, _ in errors]
+        assert not any(second.said(rank)["trained"] for rank in range(number))
+    held.touch()
+    assert first.end() == [0, 0]
+    for folder in (tmp_path / "one").iterdir():
+        assert contents(tmp_path / "out" / folder.name) == contents(folder)
+
+
+# --- what is agreed before the first step -----------------------------------------------------------------------------
+
+
+def group_of(told: Callable[[object], list]) -> Callable[[int], ProcessGroup]:
+    return lambda rank: ProcessGroup(rank, 2, gather=told)
+
+
+def test_processes_that_plan_other_runs_are_refused(sparse_cache, tmp_path: Path, ranks_time_alike) -> None:
+    """As of a machine that finds another cache."""
+    plan = plan_training(config_of(sparse_cache, tmp_path, "relu"))
+    others = [("relu-L00-another", "relu-L01-another"), []]
+    assert isinstance(plan.shares[0], Share)
+    for rank, kind in ((0, UsageError), (1, ReportedElsewhere)):
+        group = ProcessGroup(rank, 2, gather=lambda mine: [mine, others])
+        if rank:
+            group = ProcessGroup(rank, 2, gather=lambda mine: [others, mine])
+        with pytest.raises(kind, match="Process 1 plans other runs than process 0. Start all with the same command"):
+            ranks.dealt_runs(plan, group)
+    shares_of = ranks.dealt_runs(plan, ProcessGroup(1, 2, gather=lambda mine: [(mine[0], [[1], [0]]), mine]))
+    assert shares_of == [[plan.runs[1]], [plan.runs[0]]]  # what the first dealt, not this one
+
+
+def test_a_lock_that_is_not_seen_is_refused(sparse_cache, tmp_path: Path, monkeypatch) -> None:
+    plan = plan_training(config_of(sparse_cache, tmp_path, "relu"))
+    with files.writer_lock(plan.runs[0].folder, "sae train"):
+        ranks.require_locks([[plan.runs[0]], []])
+        plan.runs[1].folder.mkdir()
+        with pytest.raises(UnavailableError, match=f"The lock of {plan.runs[1].folder}, which another process holds"):
+            ranks.require_locks([[plan.runs[0]], [plan.runs[1]]])
+
+
+def test_a_lock_is_seen_and_what_its_death_leaves(tmp_path: Path) -> None:
+    assert not files.is_locked(tmp_path / "none") and not files.was_abandoned(tmp_path / "none")
+    with files.writer_lock(tmp_path, "sae train"):
+        assert files.is_locked(tmp_path) and not files.was_abandoned(tmp_path)
+    assert not files.is_locked(tmp_path) and not files.was_abandoned(tmp_path)
+    (tmp_path / ".lock.holder").write_text("process 1 on here")
+    assert files.was_abandoned(tmp_path)
+
+
+def test_files_of_another_machine_are_waited_for(sparse_cache, tmp_path: Path, monkeypatch) -> None:
+    """A network file system may show them late; not on one machine, and not those of a process that died."""
+    plan = plan_training(config_of(sparse_cache, tmp_path, "relu"))
+    watch = ranks.Watch([plan.runs[:1], plan.runs[1:]], ProcessGroup(0, 2), SILENT)
+    monkeypatch.setattr(ranks, "POLL_SECONDS", 0.01)
+    plan.runs[0].folder.mkdir()
+    plan.runs[1].folder.mkdir()
+    (plan.runs[0].folder / "sae.json").touch()
+    timer = threading.Timer(0.1, (plan.runs[1].folder / "sae.json").touch)
+    timer.start()
+    watch.wait_for_files()
+    assert plan.runs[1].done
+    (plan.runs[1].folder / "sae.json").unlink()
+    (plan.runs[1].folder / ".lock.holder").touch()
+    watch.wait_for_files()
+    (plan.runs[1].folder / ".lock.holder").unlink()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    watch.wait_for_files()
+
+
+@pytest.mark.slow
+def test_a_plan_without_unfinished_runs_ends_at_once(sparse_cache, tmp_path: Path) -> None:
+    config = config_of(sparse_cache, tmp_path / "out", "relu", layers=[0])
+    launch(tmp_path / "first", 2, config)  # one run, so that one process has none
+    said = launch(tmp_path / "again", 2, config)
+    assert [said.said(rank)["trained"] for rank in (0, 1)] == [[], []]
+    assert said.said(0)["say"][0].endswith("is already trained.") and said.said(1)["say"] == said.said(0)["say"]
+    assert isinstance(run_training(TrainPlan(config, [])), type(None))
