@@ -39,7 +39,7 @@ def passes(part: float) -> int:
     return max(1, math.ceil(part - 1e-9))
 
 
-class Share:
+class RankShare:
     """What a rank is dealt."""
 
     def __init__(self, works: Iterable[Work] = ()) -> None:
@@ -77,7 +77,7 @@ def merge(works: Sequence[Work]) -> Work:
     )
 
 
-def deal(works: Sequence[Work], ranks: int) -> list[Share]:
+def deal(works: Sequence[Work], ranks: int) -> list[RankShare]:
     """Deal works of single runs to ranks: a share for each, empty where there is nothing for it."""
     streams = [merge(runs) for runs in by_stream(works)]
     in_order = [run for runs in by_stream(works) for run in longest_first(runs)]
@@ -85,7 +85,7 @@ def deal(works: Sequence[Work], ranks: int) -> list[Share]:
     return min(deals, key=lambda shares: (end_of(shares), sum(share.readings for share in shares)))
 
 
-def end_of(shares: Iterable[Share]) -> float:
+def end_of(shares: Iterable[RankShare]) -> float:
     """When the last rank is done, in seconds from the start; to a microsecond, below which estimates say nothing."""
     return round(max(share.seconds for share in shares), 6)
 
@@ -102,15 +102,15 @@ def longest_first(works: Iterable[Work]) -> list[Work]:
     return sorted(works, key=lambda work: -work.alone)
 
 
-def to_the_first_done(works: Iterable[Work], ranks: int) -> list[Share]:
+def to_the_first_done(works: Iterable[Work], ranks: int) -> list[RankShare]:
     """Each work, the longest first, to the rank that would be done with it first."""
-    shares = [Share() for _ in range(ranks)]
+    shares = [RankShare() for _ in range(ranks)]
     for work in longest_first(works):
         min(shares, key=lambda share: share.seconds_with(work)).add(work)  # noqa: B023
     return shares
 
 
-def cut(works: Sequence[Work], ranks: int) -> list[Share]:
+def cut(works: Sequence[Work], ranks: int) -> list[RankShare]:
     """The works in their order, cut into pieces of which the longest is as short as possible."""
     low, high = 0.0, sum(work.alone for work in works)
     for _ in range(BISECTIONS):
@@ -120,15 +120,15 @@ def cut(works: Sequence[Work], ranks: int) -> list[Share]:
         else:
             low = middle
     shares = list(pieces(works, high))
-    return shares + [Share() for _ in range(ranks - len(shares))]
+    return shares + [RankShare() for _ in range(ranks - len(shares))]
 
 
-def pieces(works: Iterable[Work], seconds: float) -> Iterator[Share]:
+def pieces(works: Iterable[Work], seconds: float) -> Iterator[RankShare]:
     """The works in their order, each share as large as fits into so many seconds."""
-    share = Share()
+    share = RankShare()
     for work in works:
         if share.runs and share.seconds_with(work) > seconds:
             yield share
-            share = Share()
+            share = RankShare()
         share.add(work)
     yield share

@@ -35,7 +35,7 @@ from ..common.precision import recorded_precision, resolve_precision
 from ..common.process_group import rank_and_count
 from .accumulate import check_parts, reasons_against
 from .config import FIXED, TrainConfig
-from .deal import Share
+from .deal import RankShare
 from .estimate import check_disk_space, describe_size, describe_time
 from .hooks import hooks_to_train
 from .memory import untrained_variant
@@ -174,7 +174,7 @@ class TrainPlan:
         return all(copies_fit(runs, device) for runs in self.planned_passes)
 
     @cached_property
-    def shares(self) -> list[Share]:
+    def shares(self) -> list[RankShare]:
         """What each of several launched processes trains: numbers of `runs`. Times a few steps of each recipe."""
         unfinished = {number: run for number, run in enumerate(self.runs) if not run.done}
         return deal_runs(unfinished, resolve_device(self.config.device), rank_and_count()[1])

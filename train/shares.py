@@ -8,7 +8,7 @@ import torch
 from ..common.errors import UnavailableError
 from ..common.formatting import format_bytes, format_count, format_duration
 from ..common.memory import available_memory
-from .deal import Share, Work, deal
+from .deal import RankShare, Work, deal
 from .estimate import MAX_OPERATIONS, OPERATIONS, RunInFolder, seconds_per_step
 from .memory import memory_bound, run_memory
 from .passes import FREE_SHARE, PassRun, add_up, copied_bytes, copies_fit, pass_memory, plan_passes
@@ -20,7 +20,7 @@ class DealtRun(PassRun, RunInFolder, Protocol):
     """A run that can be dealt; `plan.Run` is one."""
 
 
-def deal_runs(runs: Mapping[int, DealtRun], device: str, ranks: int) -> list[Share]:
+def deal_runs(runs: Mapping[int, DealtRun], device: str, ranks: int) -> list[RankShare]:
     """Deal runs, by their numbers, to so many processes, each with a device like this one."""
     seconds = dict(zip(runs, step_times(list(runs.values()), device), strict=True))
     streams: dict[Hashable, list[int]] = {}
@@ -63,7 +63,7 @@ def memory_parts(stream: Sequence[DealtRun], device: str) -> list[float]:
     return [memory.state / room for memory in memories]
 
 
-def describe_shares(shares: Sequence[Share], runs: Sequence[DealtRun], device: str, memory: bool) -> list[str]:
+def describe_shares(shares: Sequence[RankShare], runs: Sequence[DealtRun], device: str, memory: bool) -> list[str]:
     """The lines of a plan about what each process trains; with `memory` also what that takes."""
     count = sum(len(share.runs) for share in shares)
     lines = [f"deal     {format_count(count, 'run')} to {len(shares)} processes, by timing a few steps of each recipe"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sae.common import memory
 from sae.train import shares as shares_module
-from sae.train.deal import Share, Work, cut, deal, end_of, merge, passes, to_the_first_done
+from sae.train.deal import RankShare, Work, cut, deal, end_of, merge, passes, to_the_first_done
 from sae.train.memory import run_memory
 from sae.train.passes import FREE_SHARE, pass_memory
 from sae.train.plan import TrainPlan, plan_training
@@ -108,7 +108,7 @@ def test_more_ranks_than_runs_leave_some_without() -> None:
 def test_runs_that_do_not_fit_into_one_pass_read_again() -> None:
     runs = [Work((n,), "a", 10.0, 4.0, 0.4) for n in range(4)]
     assert [passes(part) for part in (0.0, 0.4, 1.0, 1.0 + 1e-12, 1.2, 2.5)] == [1, 1, 1, 1, 2, 3]
-    assert merge(runs).alone == 40 + 2 * 4 and Share(runs).seconds == 48 and Share(runs).readings == 2
+    assert merge(runs).alone == 40 + 2 * 4 and RankShare(runs).seconds == 48 and RankShare(runs).readings == 2
     shares = to_the_first_done(runs[:3], 1)
     assert shares[0].seconds == 30 + 2 * 4
     assert shares[0].seconds_with(runs[3]) == 48

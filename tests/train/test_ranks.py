@@ -20,7 +20,7 @@ from sae.common import files
 from sae.common.errors import ReportedElsewhere, UnavailableError, UsageError
 from sae.common.process_group import ProcessGroup
 from sae.train import checkpoint, ranks, shared_pass, shares
-from sae.train.deal import Share
+from sae.train.deal import RankShare
 from sae.train.plan import TrainConfig, TrainPlan, plan_training
 from sae.train.progress import SILENT
 from sae.train.run import run_training
@@ -305,7 +305,7 @@ def test_processes_that_plan_other_runs_are_refused(sparse_cache, tmp_path: Path
     """As of a machine that finds another cache."""
     plan = plan_training(config_of(sparse_cache, tmp_path, "relu"))
     others = [("relu-L00-another", "relu-L01-another"), []]
-    assert isinstance(plan.shares[0], Share)
+    assert isinstance(plan.shares[0], RankShare)
     for rank, kind in ((0, UsageError), (1, ReportedElsewhere)):
         group = ProcessGroup(rank, 2, gather=lambda mine: [mine, others])
         if rank:
