@@ -34,7 +34,7 @@ from sae.train.plan import Run, TrainPlan, plan_training
 from sae.train.recipe import find_recipe
 from sae.train.run import run_training
 from sae.train.variant import RunConfig
-from sae.workflows.reproduce import Job, ReproduceConfig, group_by_pass, jobs_of, train_config
+from sae.workflows.jobs import Job, ReproduceConfig, group_by_pass, jobs_of, train_config
 
 D_IN, ROWS, BATCH, STEPS, LAYER = 32, 256, 64, 2, 12
 HEADS = ("builds", "steps", "resumes", "loads")

@@ -81,6 +81,7 @@ def reproduce(
 
     Anything that already exists is reused: run the same command again after an interruption, or with one more seed.
     """
+    from ..common.process_group import current_process_group
     from ..workflows.reproduce import ReproduceConfig, Stages, plan_reproduction, run_reproduction
     from . import harvest, train
 
@@ -88,7 +89,7 @@ def reproduce(
         papers, model=model, layers=layer, seeds=seed, reading=reading, steps=steps, batch_size=batch_size, width=width,
         dataset=dataset, cache=cache, suite=suite, evaluate_tokens=evaluate_tokens, out=out, device=device,
     )  # fmt: skip
-    plan = plan_reproduction(config, echo)
+    plan = current_process_group().everywhere(lambda: plan_reproduction(config, echo))
     for line in plan.describe(time=dry_run):
         echo(line)
     if dry_run:
@@ -102,10 +103,11 @@ def reproduce(
 
 def evaluate_runs(config: "EvaluateConfig") -> int:
     """Evaluate with the output of `sae evaluate`; returns its exit code."""
+    from ..common.process_group import current_process_group
     from ..evaluate.plan import plan_evaluation
     from .evaluate import run_evaluate
 
-    return run_evaluate(plan_evaluation(config))
+    return run_evaluate(current_process_group().everywhere(lambda: plan_evaluation(config)))
 
 
 def show_report(report: "PaperReport", page: Path) -> None:

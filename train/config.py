@@ -8,6 +8,7 @@ from typing import Any
 
 from ..cache.planned import PlannedCache
 from ..cache.ring import RingCache
+from ..common.errors import UsageError
 
 # The flags that decide a run, and the fields of TrainConfig that hold them: none of them can be given with --resume.
 FIXED = {
@@ -68,3 +69,9 @@ class TrainConfig:
             if not values[newer]:
                 del values[newer]  # as in records that are older than it
         return json.loads(json.dumps(values, default=str))
+
+
+def check_seeds(*seeds: int) -> None:
+    for seed in seeds:
+        if not 0 <= seed < 2**63:
+            raise UsageError(f"The seed {seed} is out of range: --seed and --shuffle-seed must be 0 to 2^63 - 1.")

@@ -34,7 +34,7 @@ from ..common.formatting import format_count
 from ..common.precision import recorded_precision, resolve_precision
 from ..common.process_group import rank_and_count
 from .accumulate import check_parts, reasons_against
-from .config import FIXED, TrainConfig
+from .config import FIXED, TrainConfig, check_seeds
 from .deal import RankShare
 from .estimate import check_disk_space, describe_size, describe_time
 from .hooks import hooks_to_train
@@ -193,10 +193,9 @@ class TrainPlan:
         lines += dict.fromkeys(filter(None, (describe_precision(run.config.precision) for run in self.unfinished)))
         if self.unfinished:
             lines.append(describe_size(self.unfinished, self.unfinished[0].folder.parent))
-            device = resolve_device(self.config.device)
             if count > 1:
-                lines += describe_shares(self.shares, self.runs, device, time)
-                return lines
+                return lines + describe_shares(self.shares, self.runs, self.config.device, time)
+            device = resolve_device(self.config.device)
             lines += describe_passes(self.planned_passes, device)
             if time or not self.in_background:
                 lines.append(describe_copies(self.passes, device, self.in_background))
@@ -319,12 +318,6 @@ def open_source(config: TrainConfig, hook: Hook) -> AnyCache:
             f"The cache holds activations of {model_label(record)}, not of {given.describe()}. Leave --model out."
         )
     return cache
-
-
-def check_seeds(*seeds: int) -> None:
-    for seed in seeds:
-        if not 0 <= seed < 2**63:
-            raise UsageError(f"The seed {seed} is out of range: --seed and --shuffle-seed must be 0 to 2^63 - 1.")
 
 
 def make_run_config(config: TrainConfig, recipe: Recipe, cache: AnyCache, hook: Hook) -> RunConfig:

@@ -5,6 +5,7 @@ from typing import Protocol
 
 import torch
 
+from ..common.device import resolve_device
 from ..common.errors import UnavailableError
 from ..common.formatting import format_bytes, format_count, format_duration
 from ..common.memory import available_memory
@@ -65,6 +66,7 @@ def memory_parts(stream: Sequence[DealtRun], device: str) -> list[float]:
 
 def describe_shares(shares: Sequence[RankShare], runs: Sequence[DealtRun], device: str, memory: bool) -> list[str]:
     """The lines of a plan about what each process trains; with `memory` also what that takes."""
+    device = resolve_device(device)
     count = sum(len(share.runs) for share in shares)
     lines = [f"deal     {format_count(count, 'run')} to {len(shares)} processes, by timing a few steps of each recipe"]
     for rank, share in enumerate(shares):

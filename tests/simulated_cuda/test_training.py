@@ -12,7 +12,7 @@ from sae.train.accumulate import reasons_against
 from sae.train.parse import parse_width
 from sae.train.recipe import RECIPES, find_recipe
 from sae.train.variant import RunConfig
-from sae.workflows.reproduce import ReproduceConfig, jobs_of
+from sae.workflows.jobs import ReproduceConfig, jobs_of
 
 from .gpu import Failed, SimulatedGPU
 

@@ -15,7 +15,7 @@ from sae.train.loop import Trainer
 from sae.train.parse import parse_options, parse_width
 from sae.train.recipe import find_recipe
 from sae.train.variant import RunConfig
-from sae.workflows.reproduce import Job, ReproduceConfig, jobs_of
+from sae.workflows.jobs import Job, ReproduceConfig, jobs_of
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "readings.py"))
 FILES = {number: tomllib.loads((CLAIMS_FOLDER / f"{number}.toml").read_text(encoding="utf-8")) for number in PAPERS}

@@ -17,10 +17,12 @@ from sae.evaluate.papers.report import find_reading
 from sae.train.plan import TrainPlan
 from sae.train.recipe import RECIPES, find_recipe
 from sae.train.run import TrainProgress, run_training
+from sae.workflows.jobs import scale_width, set_options
 from sae.workflows.reproduce import (
     ReproduceConfig,
     ReproducePlan,
     Stages,
+    as_one_plan,
     default_suite,
     describe_notes,
     group_by_pass,
@@ -28,8 +30,6 @@ from sae.workflows.reproduce import (
     page_name,
     plan_reproduction,
     run_reproduction,
-    scale_width,
-    set_options,
     sources_of,
 )
 
@@ -110,6 +110,27 @@ def test_a_reproduction_makes_runs_and_a_page_and_is_not_repeated(cache, tiny_mo
     before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.s*")}
     assert call(*words).exit_code == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_several_processes_are_dealt_the_runs_of_all_papers_together(cache, tiny_model, tmp_path, monkeypatch):
+    """Each once, also one that two groups of jobs ask for; the other processes print nothing."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sae.train.shares.step_times", lambda runs, device: [1.0] * len(runs))
+    config = ReproduceConfig(
+        ["003"], model=str(tiny_model), cache=cache, layers=[1], seeds=[0], steps=4, width="2x", batch_size=64,
+        device="cpu", out=tmp_path,
+    )  # fmt: skip
+    plan = plan_reproduction(replace(config, seeds=[0, 1]))
+    plans = plan_reproduction(config).train_plans + plan.train_plans
+    whole = as_one_plan(plans)
+    names = [run.name for one in plans for run in one.runs]
+    assert [run.name for run in whole.runs] == list(dict.fromkeys(names)) and (len(names), len(whole.runs)) == (6, 4)
+    assert sorted(number for share in whole.shares for number in share.runs) == [0, 1, 2, 3]
+    (deal,) = [line for line in plan.describe() if line.startswith("deal")]
+    assert deal.startswith(f"deal     {len(whole.runs)} runs to 2 processes")
+    assert sum(line.startswith("rank ") for line in plan.describe(time=True)) == 2
+    monkeypatch.setenv("RANK", "1")
+    assert plan.describe(time=True) == []
 
 
 def test_a_resumed_reproduction_keeps_its_options_when_defaults_change(cache, tiny_model, tmp_path, monkeypatch):
