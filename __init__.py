@@ -27,7 +27,7 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 if _TYPE_CHECKING:
-    from .cache.reader import open_cache as open_cache
+    from .cache.opening import open_cache as open_cache
     from .common.errors import DamagedError as DamagedError
     from .common.errors import Interrupted as Interrupted
     from .common.errors import SaeError as SaeError
@@ -59,7 +59,7 @@ _MODULES = {
     "harvest_activations": "harvest.run",
     "import_sae": "train.formats.import_",
     "load_sae": "train.sae",
-    "open_cache": "cache.reader",
+    "open_cache": "cache.opening",
     "steering": "evaluate.latents.steering",
     "train_controls": "workflows.controls",
     "train_saes": "train.run",

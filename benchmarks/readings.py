@@ -23,7 +23,8 @@ import torch
 from sae.cache.contexts import Contexts
 from sae.cache.layout import Layout
 from sae.cache.loader import as_uint16
-from sae.cache.reader import Cache, open_cache
+from sae.cache.opening import open_cache
+from sae.cache.reader import Cache
 from sae.cache.writer import CacheWriter, WindowRows
 from sae.common.errors import SaeError
 from sae.evaluate.papers.claims import PAPERS, Paper, Reading

@@ -84,3 +84,26 @@ class BatchOrder:
                 spans.append(Span(index, 0, more))
                 rows += more
         return spans
+
+    def uses(self, batches: range) -> np.ndarray:
+        """Which batches of a range read which chunks: (n, 3) int64 with a chunk and the first and last of the batches.
+
+        Each row is a stretch of consecutive batches. A chunk has several where lanes share it, and one in every epoch.
+        """
+        stretches = [np.empty((0, 3), np.int64)]
+        per_epoch = self.batches_per_epoch
+        for epoch in range(batches.start // per_epoch, -(-batches.stop // per_epoch)):
+            self._shuffle(epoch)
+            ends, starts = self._end, self._end - self.chunk_rows[self._order]
+            for lane in self.lane_start:
+                stop = lane + per_epoch * self.block_rows
+                inside = np.flatnonzero((ends > lane) & (starts < stop) & (ends > starts))
+                first = (np.maximum(starts[inside], lane) - lane) // self.block_rows
+                last = (np.minimum(ends[inside], stop) - 1 - lane) // self.block_rows
+                stretches.append(
+                    np.stack([self._order[inside], first, last], 1) + [0, epoch * per_epoch, epoch * per_epoch]
+                )
+        uses = np.concatenate(stretches)
+        uses = uses[(uses[:, 2] >= batches.start) & (uses[:, 1] < batches.stop)]
+        uses[:, 1:] = uses[:, 1:].clip(batches.start, batches.stop - 1)
+        return uses

@@ -6,8 +6,9 @@ compressed, followed by an index of the blocks.
 
 import contextlib
 import functools
+import os
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +19,15 @@ from numcodecs.blosc import SHUFFLE, Blosc
 from ..common.cache_schemas import ARRAY_RECORD, CACHE_RECORD, REPAIR_HINT
 from ..common.errors import DamagedError, UsageError
 from ..common.files import atomic_write, os_error, read_json, reading
+from ..common.open_files import files_limits
 from ..common.zarr_metadata import array_essentials
 from .consistency import check_array, check_attributes, contradiction, moments_of
 from .layout import BLOSC, FORMAT, ArraySpec, Layout
 
 BytesLike = bytes | memoryview
 FileRecords = Mapping[str, Mapping[str, Any]]  # file, relative to the cache -> {"bytes", "crc32c"}
+FEW_CHUNKS = 4
+OPEN_CHUNKS = 256  # memory maps kept open, several per lane: opening one for every read halves the speed
 READ_BYTES = 1 << 20  # bytes read at a time to compute a checksum
 BLOSC_CODEC = Blosc(BLOSC["cname"], BLOSC["clevel"], SHUFFLE, BLOSC["blocksize"])
 
@@ -81,6 +85,15 @@ def read_array_spec(folder: Path, name: str, layout: Layout | None = None) -> Ar
 def files_exist(folder: Path, records: FileRecords) -> bool:
     """Whether every recorded file exists with its recorded size. Reads no content."""
     return all((folder / f).is_file() and (folder / f).stat().st_size == r["bytes"] for f, r in records.items())
+
+
+def file_sizes(folder: Path, files: Iterable[str]) -> dict[str, int]:
+    """The bytes of every file in the folders of these files."""
+    sizes: dict[str, int] = {}
+    for name in dict.fromkeys(file.rsplit("/", 1)[0] for file in files):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder / name) as entries:
+            sizes |= {f"{name}/{entry.name}": entry.stat().st_size for entry in entries}
+    return sizes
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -160,7 +173,22 @@ def file_checksums(path: Path, size: int) -> tuple[str, str]:
         return f"{checksum:08x}", file.read()[::-1].hex()
 
 
+def content_matches(content: bytes, array: ArraySpec, record: Mapping[str, Any]) -> bool:
+    """Whether the content of a chunk's file is what its record says, as `check_chunk` compares them."""
+    every, checksum = np.frombuffer(content, np.uint8), 0
+    values = every if array.block_rows else every[:-4]
+    for start in range(0, len(values), READ_BYTES):  # in parts, as in `file_checksums`
+        checksum = google_crc32c.extend(checksum, values[start : start + READ_BYTES])
+    is_stored = bool(array.block_rows) or content[-4:] == struct.pack("<I", checksum)
+    return len(content) == record["bytes"] and is_stored and f"{checksum:08x}" == record["crc32c"]
+
+
 # --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def most_open_chunks(caches: int = 1) -> int:
+    """How many memory maps each of some caches that are read together may keep open. Each holds a file open."""
+    return min(OPEN_CHUNKS, max(FEW_CHUNKS, files_limits()[0] // (4 * caches)))
 
 
 def map_file(path: Path, size: int) -> np.ndarray:

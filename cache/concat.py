@@ -1,7 +1,6 @@
 """Read several caches of the same model, computation and held-out documents as one."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,8 @@ import numpy as np
 from ..common.errors import UsageError
 from ..common.files import digest_of
 from .layout import ArraySpec, without_name
-from .reader import Cache, most_open_chunks
+from .reader import Cache
+from .reading import Folder, StoredFile
 
 # The held-out share and the seed are among them: they decide which documents training must not see, in any cache.
 COMPATIBLE_KEYS = ("model", "dtype", "attention", "tokenizer", "context", "held_out", "skip", "pack", "seed")
@@ -35,7 +35,7 @@ class ConcatCache:
             different += [k for k in ADDED_KEYS if other.identity.get(k, ABSENT) != first.identity.get(k, ABSENT)]
             if different:
                 raise UsageError(
-                    f"{first.folder} and {other.folder} cannot be combined: they differ in {', '.join(different)}. "
+                    f"{first.place} and {other.place} cannot be combined: they differ in {', '.join(different)}. "
                     "Use caches of one model that were harvested with the same options."
                 )
         if len({cache.fingerprint for cache in self.caches}) < len(self.caches):
@@ -59,6 +59,17 @@ class ConcatCache:
         """`count` rows of chunk number `index`, from row `start` of the chunk on; see `Cache.read_rows`."""
         cache, chunk = self._chunks[index]
         return cache.read_rows(name, chunk, start, count)
+
+    def stored_files(self, name: str) -> tuple[Folder, list[StoredFile | None]] | None:
+        """The local folder, and the file of each chunk that is in a store; None if none is."""
+        found = [cache.stored_files(name) for cache in self.caches]
+        folders = [stored[0] for stored in found if stored is not None]
+        if not folders:
+            return None
+        files: list[StoredFile | None] = []
+        for cache, stored in zip(self.caches, found, strict=True):
+            files += [None] * len(cache.chunk_rows) if stored is None else stored[1]
+        return folders[0], files
 
     def outlier_rows(self, name: str) -> np.ndarray:
         """The rows that training must ignore, ascending, counted over all caches."""
@@ -88,9 +99,3 @@ class ConcatCache:
         """The mean row (d_in,) float64 over all caches, without outlier rows."""
         counts = np.array([cache.statistics(name)["count"] for cache in self.caches])
         return counts @ np.stack([cache.mean(name) for cache in self.caches]) / counts.sum()
-
-
-def concat_caches(folders: Sequence[Path]) -> Cache | ConcatCache:
-    """Open one cache, or several as one. Raises UsageError if they cannot be combined."""
-    caches = [Cache(folder, most_open_chunks(len(folders))) for folder in folders]
-    return caches[0] if len(caches) == 1 else ConcatCache(caches)

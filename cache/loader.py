@@ -4,6 +4,7 @@
 whole array on the GPU.
 """
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -19,6 +20,7 @@ from ..common.errors import UsageError
 from ..common.memory import available_memory
 from .batch_order import BatchOrder, Span
 from .layout import ArraySpec
+from .reading import ENDLESS, Folder, StoredFile, open_chunk_reading, open_reading
 
 DEVICE_SHARE = 0.4  # an array that takes less than this share of a GPU's free memory is copied there as a whole
 
@@ -31,10 +33,12 @@ class BatchSource(Protocol):
     def array(self, name: str) -> ArraySpec: ...
     def read_rows(self, name: str, index: int, start: int, count: int) -> list[np.ndarray]: ...
     def outlier_rows(self, name: str) -> np.ndarray: ...
+    def stored_files(self, name: str) -> tuple[Folder, list[StoredFile | None]] | None: ...
 
 
 class BatchLoader:
-    """An endless iterator over the batches of one array, (batch_size, d_in) bfloat16, starting at any batch.
+    """An iterator over the batches of one array, (batch_size, d_in) bfloat16, starting at any batch, up to `stop` or
+    without an end.
 
     A batch is overwritten after the next call of `next`. The seed and the number `batch` of the next batch are the
     whole state. `seconds_waited` counts the time that the caller has waited for data.
@@ -42,6 +46,9 @@ class BatchLoader:
     Threads read ahead into a few slots. A thread takes the next batch number and a free slot in one step, so a batch
     never waits for a slot that a later batch holds. On a GPU the slots are pinned, and a separate CUDA stream copies
     batch n + 1 while the caller computes on batch n.
+
+    The chunks of a cache in a store are pulled into the local folder, ahead as far as it has room. `expected` means
+    that the folder was told to expect these batches.
 
     Raises UsageError if there are fewer rows than one batch. An error of a reading thread is raised by `next` when its
     batch is due.
@@ -58,12 +65,15 @@ class BatchLoader:
         device: torch.device | str = "cpu",
         depth: int = 4,
         threads: int = 2,
+        stop: int = ENDLESS,
+        expected: bool = False,
     ) -> None:
         self.cache, self.name, self.batch, self.device = cache, name, batch, torch.device(device)
         self.order = BatchOrder(cache.chunk_rows, batch_size, seed)
-        self.seconds_waited = 0.0
+        self.seconds_waited, self.stop = 0.0, stop
         self._outliers = OutlierMask(cache, name)
         d_in = cache.array(name).shape[1]
+        self._reading = open_reading(cache, name, self.order, range(batch, stop), expected)
         gpu = self.device.type == "cuda"
         self._slots = [torch.empty(batch_size, d_in, dtype=torch.bfloat16, pin_memory=gpu) for _ in range(depth)]
         self._copier = HostToDevice(self._slots, self.device) if gpu else None
@@ -84,8 +94,8 @@ class BatchLoader:
     def _read(self) -> None:
         while True:
             with self._slot_freed:
-                self._slot_freed.wait_for(lambda: self._closed or self._free_slots)
-                if self._closed:
+                self._slot_freed.wait_for(lambda: self._closed or self._free_slots or self._next_to_read >= self.stop)
+                if self._closed or self._next_to_read >= self.stop:
                     return
                 # On a CPU the slot freed last is still in the cache; on a GPU the one freed first has been copied.
                 slot = self._free_slots.popleft() if self._copier else self._free_slots.pop()
@@ -96,7 +106,8 @@ class BatchLoader:
                     spans = self.order.spans(number)
                 if self._copier:
                     self._copier.wait_until_copied(slot)
-                self._fill(self._slots[slot], spans)
+                with self._reading.step(number, {span.chunk for span in spans}):
+                    self._fill(self._slots[slot], spans)
             except BaseException as error:  # the training thread raises it
                 result = error
             with self._batch_read:
@@ -116,6 +127,8 @@ class BatchLoader:
 
     def __next__(self) -> Tensor:
         number, started = self.batch, time.perf_counter()
+        if number >= self.stop:
+            raise StopIteration
         with self._batch_read:
             if self._lent_slot is not None:
                 self._free_slots.append(self._lent_slot)
@@ -141,6 +154,7 @@ class BatchLoader:
         with self._slot_freed:
             self._closed = True
             self._slot_freed.notify_all()
+        self._reading.close()
         for thread in self._threads:
             thread.join()
         if self._copier:
@@ -210,6 +224,7 @@ class ResidentLoader:
         seed: int = 0,
         batch: int = 0,
         device: torch.device | str = "cpu",
+        expected: bool = False,
     ) -> None:
         self.batch = batch
         self.order = BatchOrder(cache.chunk_rows, batch_size, seed)
@@ -218,10 +233,12 @@ class ResidentLoader:
         d_in = cache.array(name).shape[1]
         self._rows = torch.empty(int(self.first_row[-1]), d_in, dtype=torch.bfloat16, device=device)
         started = time.perf_counter()
-        for chunk, size in enumerate(cache.chunk_rows):
-            rows = torch.empty(size, d_in, dtype=torch.bfloat16)
-            np.concatenate(cache.read_rows(name, chunk, 0, size), out=as_uint16(rows))
-            self._rows[self.first_row[chunk] : self.first_row[chunk + 1]] = rows.to(device)
+        with contextlib.closing(open_chunk_reading(cache, name, self.order, expected)) as reading:
+            for chunk, size in enumerate(cache.chunk_rows):
+                rows = torch.empty(size, d_in, dtype=torch.bfloat16)
+                with reading.step(chunk, [chunk]):
+                    np.concatenate(cache.read_rows(name, chunk, 0, size), out=as_uint16(rows))
+                self._rows[self.first_row[chunk] : self.first_row[chunk + 1]] = rows.to(device)
         self.seconds_waited = time.perf_counter() - started
         self._buffers = [torch.empty(batch_size, d_in, dtype=torch.bfloat16, device=device) for _ in range(2)]
 
@@ -286,10 +303,13 @@ def open_loader(
     batch: int,
     device: torch.device | str,
     reserve: float = 0.0,
+    stop: int = ENDLESS,
+    expected: bool = False,
 ) -> BatchLoader | ResidentLoader:
     """The loader for a device: `ResidentLoader` on a GPU with room for the whole array, else `BatchLoader`.
 
-    `reserve` are bytes of the device that what reads the batches will still need.
+    `reserve` are bytes of the device that what reads the batches will still need; `stop` and `expected` are those of
+    `BatchLoader`.
 
     Raises UsageError if there are fewer rows than one batch.
     """
@@ -297,14 +317,14 @@ def open_loader(
         d_in = cache.array(name).shape[1]
         free = available_memory(str(device))
         if 2 * sum(cache.chunk_rows) * d_in < min(DEVICE_SHARE * free, free - reserve):
-            return ResidentLoader(cache, name, batch_size, seed=seed, batch=batch, device=device)
-    return BatchLoader(cache, name, batch_size, seed=seed, batch=batch, device=device)
+            return ResidentLoader(cache, name, batch_size, seed=seed, batch=batch, device=device, expected=expected)
+    return BatchLoader(cache, name, batch_size, seed=seed, batch=batch, device=device, stop=stop, expected=expected)
 
 
-def copy_batches(loader: BatchLoader | ResidentLoader, stop: int | None, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Iterate over new tensors with the batches before number `stop` (None: endless); closes the loader at the end."""
+def copy_batches(loader: BatchLoader | ResidentLoader, stop: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Iterate over new tensors with the batches before number `stop`; closes the loader at the end."""
     with loader:
-        while stop is None or loader.batch < stop:
+        while loader.batch < stop:
             yield next(loader).to(dtype, copy=True)
 
 

@@ -1,39 +1,50 @@
 """Open a cache, check it, and read its rows.
 
-    cache = open_cache("activations/gemma-2-2b--pile-uncopyrighted--9f31c2aa")
+    cache = Cache("activations/gemma-2-2b--pile-uncopyrighted--9f31c2aa")
     rows = cache.read_chunk("layer_12", 0)   # (8192, 2304) uint16: the bits of bfloat16, memory-mapped
 
 Data that no commit lists does not exist. Data that a commit lists but that is missing, short or fails its checksum is
 damaged: reading it raises DamagedError, and it never reads as zeros.
 """
 
-import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, cached_property, lru_cache
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from ..common.cache_schemas import HARVEST_RECORD, MANIFEST_RECORD, REPAIR_HINT
+from ..common.cache_schemas import MANIFEST_RECORD, REPAIR_HINT
 from ..common.errors import DamagedError, UsageError
 from ..common.files import digest_of
 from ..common.formatting import format_bytes, format_count
-from ..common.open_files import files_limits
 from . import bfloat16  # noqa: F401  (registers the dtype, so that zarr can read the arrays)
-from .chunks import Shard, check_chunk, map_chunk, read_array, read_array_spec, read_attributes
+from .batch_order import BatchOrder
+from .chunks import (
+    RowReader,
+    Shard,
+    check_chunk,
+    file_sizes,
+    map_chunk,
+    most_open_chunks,
+    read_array,
+    read_array_spec,
+    read_attributes,
+    row_reader,
+)
 from .consistency import check_manifest, layout_of
 from .contexts import Contexts
 from .layout import ArraySpec, Hook
 from .models import is_digest, model_label, recorded_folders
 from .outliers import describe_largest, outlier_warning, rows_above
-from .record_files import verify_records
+from .reading import ENDLESS, Folder, StoredFile
+from .record_files import read_hook_modules, verify_records
 from .statistics import describe_statistics, mean_and_mean_square
 
-FEW_CHUNKS = 4
-OPEN_CHUNKS = 256  # memory maps kept open, several per lane: opening one for every read halves the speed
+Read = TypeVar("Read")
+
 DECODED_BLOCKS = 128  # of a compressed cache (150 MB at d_in 2304): a lane's next read needs the rest of its block
 
 
@@ -52,13 +63,28 @@ class Cache:
         self.layout = layout_of(self.attributes)
         self.array = cache(self._read_array)
         # Shared by threads.
-        self._open_chunk = lru_cache(open_chunks or most_open_chunks())(self._open_chunk_uncached)
+        self.open_chunks = open_chunks or most_open_chunks()
+        self._open_chunk_cached = lru_cache(self.open_chunks)(self._open_chunk_uncached)
         self._decode_block = lru_cache(DECODED_BLOCKS)(self._decode_block_uncached)
         self._verified_files: set[str] = set()
         self._verify_lock = threading.Lock()
 
+    @property
+    def place(self) -> str:
+        """Where the cache is, as `--cache` takes it."""
+        return str(self.folder)
+
+    def _with_files(self, files: Callable[[], Iterable[str]], read: Callable[[], Read]) -> Read:
+        """Call `read`, which reads these files. Those of a cache in a folder are there."""
+        return read()
+
+    def _files_of(self, *arrays: str) -> list[str]:
+        """All files of small arrays."""
+        chunks = [file for file in self.manifest["files"] if file.rsplit("/", 1)[0] in arrays]
+        return [*(f"{array}/zarr.json" for array in arrays), *chunks]
+
     def __repr__(self) -> str:
-        return f"Cache({str(self.folder)!r}: {self.model}, {', '.join(map(str, self.hooks))}, {self.rows:,} rows)"
+        return f"Cache({self.place!r}: {self.model}, {', '.join(map(str, self.hooks))}, {self.rows:,} rows)"
 
     @property
     def model(self) -> str:
@@ -158,16 +184,16 @@ class Cache:
         """
         if is_ring_cache(self.folder):
             raise UsageError(
-                f"{self.folder} is {self.state}: only the `sae train --stream` that fills it can read it. "
+                f"{self.place} is {self.state}: only the `sae train --stream` that fills it can read it. "
                 "Use `sae harvest` for a cache to keep."
             )
         if not self.attributes["complete"]:
             raise UsageError(
-                f"{self.folder} is half written ({len(self.committed_windows)} of {self.layout.n_windows} windows). "
+                f"{self.place} is half written ({len(self.committed_windows)} of {self.layout.n_windows} windows). "
                 "Run the same `sae harvest` again to finish it."
             )
         path = self.folder / "manifest.json"
-        manifest = MANIFEST_RECORD.read(path)
+        manifest = self._with_files(lambda: ["manifest.json"], lambda: MANIFEST_RECORD.read(path))
         check_manifest(path, manifest, self.attributes)
         return dict(manifest)
 
@@ -181,8 +207,7 @@ class Cache:
         if hook not in self.hooks:
             hooks = ", ".join(map(str, self.hooks))
             raise UsageError(
-                f"{self.folder} holds {hooks}, not {hook}. "
-                f"Add it with `sae harvest {hook.cli_flags}` and the same text."
+                f"{self.place} holds {hooks}, not {hook}. Add it with `sae harvest {hook.cli_flags}` and the same text."
             )
         return hook.array
 
@@ -203,9 +228,16 @@ class Cache:
 
     def mean(self, name: str) -> np.ndarray:
         """The mean row (d_in,) float64, without outlier rows."""
-        norms = self.row_norms(name)
+        norms, files, moments = self.row_norms(name), self.manifest["files"], f"{name}.moments"
         outliers = rows_above(norms, self.norm_limit(name))
-        return mean_and_mean_square(self.folder, self.layout, name, outliers, norms, self.manifest["files"])[0]
+        return self._with_files(
+            lambda: [f"{name}/zarr.json", *self._files_of(moments)],
+            lambda: mean_and_mean_square(self.folder, self.layout, name, outliers, norms, files, self._row_reader),
+        )[0]
+
+    @cached_property
+    def _row_reader(self) -> RowReader:
+        return row_reader(self.folder)
 
     def norm_limit(self, name: str) -> float | None:
         """The norm over which a row of an array is an outlier; None if there is no limit."""
@@ -217,10 +249,16 @@ class Cache:
 
     def row_norms(self, name: str) -> np.ndarray:
         """The L2 norm of every row of an array, (rows,) float32. Raises DamagedError if a file is damaged."""
-        return read_array(self.folder, f"{name}.row_norm", self.manifest["files"], self.layout)
+        norms, records = f"{name}.row_norm", self.manifest["files"]
+        files = self._files_of(norms)
+        return self._with_files(lambda: files, lambda: read_array(self.folder, norms, records, self.layout))
 
     def _read_array(self, name: str) -> ArraySpec:
-        return read_array_spec(self.folder, name, self.layout)
+        files = [f"{one}/zarr.json" for one in (name, name.removesuffix(".moments"))]  # which tells their width
+        return self._with_files(lambda: files, lambda: read_array_spec(self.folder, name, self.layout))
+
+    def _open_chunk(self, name: str, index: int) -> np.ndarray | Shard:
+        return self._open_chunk_cached(name, index)
 
     def _open_chunk_uncached(self, name: str, index: int) -> np.ndarray | Shard:
         """A memory-mapped chunk; its checksum is verified the first time that it is opened."""
@@ -228,7 +266,7 @@ class Cache:
         file = array.chunk_file(index)
         files = self.manifest["files"]
         if file not in files:
-            raise UsageError(f"{self.folder} has no chunk {index} of {name}: the manifest does not list {file}.")
+            raise UsageError(f"{self.place} has no chunk {index} of {name}: the manifest does not list {file}.")
         with self._verify_lock:  # two threads that open a chunk at the same time verify it once
             if file not in self._verified_files:
                 check_chunk(self.folder, array, index, files)
@@ -270,6 +308,10 @@ class Cache:
             for block in range(start // size, -(-stop // size))
         ]
 
+    def stored_files(self, name: str) -> tuple[Folder, list[StoredFile | None]] | None:
+        """The local folder and the file of each chunk of an array, if the cache is in a store; None for any other."""
+        return None
+
     @property
     def chunk_rows(self) -> list[int]:
         """The number of rows in each chunk of activations."""
@@ -306,8 +348,9 @@ class Cache:
         if batch < 0:
             raise UsageError(f"invalid batch {batch}: expected 0 or more.")
         name = self.require_array(layer, site)
-        loader = open_loader(self, name, batch_size, seed=seed, batch=batch, device=resolve_device(device))
-        stop = None if epochs is None else epochs * loader.order.batches_per_epoch
+        order = BatchOrder(self.chunk_rows, batch_size, seed)
+        stop = ENDLESS if epochs is None else epochs * order.batches_per_epoch
+        loader = open_loader(self, name, batch_size, seed=seed, batch=batch, device=resolve_device(device), stop=stop)
         return copy_batches(loader, stop, getattr(torch, dtype))
 
     def contexts(self, *, held_out: bool) -> Contexts:
@@ -316,7 +359,11 @@ class Cache:
         return contexts.select(contexts.held_out == held_out)
 
     def _read_contexts(self) -> Contexts:
-        return Contexts.read(self.folder, self.attributes["tokens"])
+        def files() -> list[str]:
+            arrays = sorted({file.rsplit("/", 1)[0] for file in self.manifest["files"] if file.startswith("tokens/")})
+            return ["tokens/commit.json", *self._files_of(*arrays)]
+
+        return self._with_files(files, lambda: Contexts.read(self.folder, self.attributes["tokens"]))
 
     def verify(self) -> Iterator[str]:
         """Read every record and every byte, and yield the name of each verified file of the manifest.
@@ -331,20 +378,16 @@ class Cache:
 
     def check_sizes(self) -> None:
         """Raise DamagedError if a file of the manifest is missing or has another size. Reads no activations."""
-        sizes: dict[str, int] = {}
-        seen: set[str] = set()
-        for file in self.manifest["files"]:
-            name = file.rsplit("/", 1)[0]
-            if name not in seen and (self.folder / name).is_dir():
-                seen.add(name)
-                with os.scandir(self.folder / name) as entries:
-                    sizes |= {f"{name}/{entry.name}": entry.stat().st_size for entry in entries}
+        sizes = self._file_sizes()
         damaged = [file for file, record in self.manifest["files"].items() if sizes.get(file) != record["bytes"]]
         if damaged:
             names = ", ".join(damaged[:3]) + (f" and {len(damaged) - 3:,} more" if len(damaged) > 3 else "")
             raise DamagedError(
-                f"{len(damaged):,} files of {self.folder} are missing or truncated: {names}. {REPAIR_HINT}"
+                f"{len(damaged):,} files of {self.place} are missing or truncated: {names}. {REPAIR_HINT}"
             )
+
+    def _file_sizes(self) -> dict[str, int]:
+        return file_sizes(self.folder, self.manifest["files"])
 
     def verify_file(self, file: str) -> None:
         """Read a file of the manifest and raise DamagedError unless it matches its record."""
@@ -352,38 +395,6 @@ class Cache:
         check_chunk(self.folder, self.array(name), int(chunk.split(".")[1]), self.manifest["files"])
 
 
-def most_open_chunks(caches: int = 1) -> int:
-    """How many memory maps each of some caches that are read together may keep open. Each holds a file open."""
-    return min(OPEN_CHUNKS, max(FEW_CHUNKS, files_limits()[0] // (4 * caches)))
-
-
-def read_hook_modules(folder: Path) -> dict[str, str]:
-    """{array: name of the hooked module in transformers}, as the harvest recorded it; {} if it did not (older ones)."""
-    try:
-        return HARVEST_RECORD.read(folder / "harvest.json").get("modules", {})
-    except DamagedError:  # also raised if the file is missing
-        return {}
-
-
 def is_ring_cache(folder: Path) -> bool:
     """Whether the folder keeps only some of its windows: the others were deleted, or are not harvested yet."""
     return (folder / "ring.json").exists()
-
-
-def open_cache(folder: Path | str) -> Cache:
-    """Open an activation cache for reading.
-
-    Example:
-        >>> cache = sae.open_cache("activations/gemma-2-mini--python-stdlib--1a2b3c4d")
-        >>> for x in cache.batches(layer=12, batch_size=2048, seed=0):  # one epoch, each (2048, d_in) float32
-        ...     ...
-        >>> rows = cache.read_chunk("layer_12", 0)  # (8192, d_in) uint16, mapped: the bits of bfloat16
-
-    Args:
-        folder: a folder that `sae harvest` wrote.
-
-    Raises:
-        UsageError: the folder holds no cache, or one of a newer format.
-        DamagedError: a record of the cache is broken.
-    """
-    return Cache(folder)

@@ -98,3 +98,11 @@ def verify_records(folder: Path, attributes: Mapping[str, Any]) -> None:
 def add_digests(folder: Path) -> int:
     """Add the digest to every record of an earlier version. Returns how many had none."""
     return sum(kind.add_digest(path) for path, kind in record_files(folder))
+
+
+def read_hook_modules(folder: Path) -> dict[str, str]:
+    """{array: name of the hooked module in transformers}, as the harvest recorded it; {} if it did not (older ones)."""
+    try:
+        return HARVEST_RECORD.read(folder / "harvest.json").get("modules", {})
+    except DamagedError:  # also raised if the file is missing
+        return {}

@@ -321,5 +321,5 @@ class WindowGroup(Cache):
 
     def close(self) -> None:
         """Close the memory maps: a deleted file keeps its disk space as long as it is mapped."""
-        self._open_chunk.cache_clear()
+        self._open_chunk_cached.cache_clear()
         self._decode_block.cache_clear()

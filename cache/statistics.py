@@ -134,7 +134,7 @@ def mean_and_mean_square(
     """The elementwise mean and mean square (2, d_in) float64 of all rows except the outliers.
 
     Takes the sums of the windows and subtracts the outlier rows, so it reads only the chunks that contain those.
-    `norms` are those of all rows.
+    `norms` are those of all rows. `read` is that of `iterate_rows`.
     """
     sums = read_array(folder, f"{name}.moments", files, layout).sum(0)
     for values in iterate_rows(folder, layout, name, outliers, norms[outliers], files, read):

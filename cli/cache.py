@@ -34,7 +34,7 @@ def list_() -> None:
 @cli_command
 def info(folder: Folder) -> None:
     """Print what a cache holds and check that its files exist with their sizes. Reads no activations."""
-    from ..cache.reader import open_cache
+    from ..cache.opening import open_cache
 
     started = time.monotonic()
     cache = open_cache(folder)
@@ -51,7 +51,7 @@ def info(folder: Folder) -> None:
 @cli_command
 def verify(folder: Folder) -> None:
     """Read every record and every byte of a cache and verify the checksums."""
-    from ..cache.reader import open_cache
+    from ..cache.opening import open_cache
     from ..common.formatting import format_count
 
     cache = open_cache(folder)

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,8 @@ def running_server() -> Iterator[str]:
                     break
             else:
                 raise RuntimeError(f"moto's server did not start:\n{''.join(said)}")
+            # It writes a line for each request, and would stop when the pipe is full.
+            threading.Thread(target=server.stdout.read, daemon=True).start()
             yield match[1]
         finally:
             server.kill()

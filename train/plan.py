@@ -21,9 +21,10 @@ import torch
 
 from ..cache.batch_order import BatchOrder
 from ..cache.catalog import find_cache
-from ..cache.concat import ConcatCache, concat_caches
+from ..cache.concat import ConcatCache
 from ..cache.layout import Hook
 from ..cache.models import GivenModel, model_label
+from ..cache.opening import concat_caches
 from ..cache.planned import PlannedCache
 from ..cache.reader import Cache
 from ..cache.ring import RingCache

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from sae.cache.batch_order import BatchOrder
-from sae.cache.concat import COMPATIBLE_KEYS, ConcatCache, concat_caches
+from sae.cache.concat import COMPATIBLE_KEYS, ConcatCache
 from sae.cache.loader import BatchLoader
+from sae.cache.opening import concat_caches
 from sae.cache.reader import Cache
 from sae.common.errors import UsageError
 

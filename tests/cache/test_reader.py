@@ -11,7 +11,8 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from sae.cache.reader import Cache, open_cache
+from sae.cache.opening import open_cache
+from sae.cache.reader import Cache
 from sae.common.cache_schemas import MANIFEST_RECORD
 from sae.common.errors import DamagedError, UsageError
 from sae.common.files import read_json

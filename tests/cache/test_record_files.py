@@ -15,7 +15,8 @@ import zarr
 
 from sae.cache.contexts import Contexts
 from sae.cache.models import read_remembered, remember
-from sae.cache.reader import Cache, open_cache
+from sae.cache.opening import open_cache
+from sae.cache.reader import Cache
 from sae.cache.record_files import add_digests, damaged_records, record_files
 from sae.common import records
 from sae.common.cache_schemas import COMMIT_RECORD, MANIFEST_RECORD

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from sae.cache.reader import open_cache
+from sae.cache.opening import open_cache
 from sae.cli.main import app
 from sae.harvest.plan import HarvestConfig
 

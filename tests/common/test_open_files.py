@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sae.cache.concat import concat_caches
+from sae.cache.chunks import FEW_CHUNKS, OPEN_CHUNKS, most_open_chunks
 from sae.cache.contexts import Contexts
 from sae.cache.layout import FORMAT, Layout
-from sae.cache.reader import FEW_CHUNKS, OPEN_CHUNKS, Cache, most_open_chunks
+from sae.cache.opening import concat_caches
+from sae.cache.reader import Cache
 from sae.cache.writer import CacheWriter, WindowRows
 from sae.common.errors import DamagedError, Interrupted, UnavailableError
 from sae.common.files import atomic_write, read_file

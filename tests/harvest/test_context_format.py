@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sae.cache.concat import concat_caches
 from sae.cache.context_format import ContextFormat
 from sae.cache.layout import fingerprint_of
+from sae.cache.opening import concat_caches
 from sae.cache.reader import Cache
 from sae.common.cache_schemas import HARVEST_RECORD
 from sae.common.errors import UsageError

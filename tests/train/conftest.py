@@ -12,7 +12,8 @@ import torch._inductor.config
 from sae.cache.contexts import Contexts
 from sae.cache.layout import Layout
 from sae.cache.loader import BatchLoader, as_uint16
-from sae.cache.reader import Cache, open_cache
+from sae.cache.opening import open_cache
+from sae.cache.reader import Cache
 from sae.cache.writer import CacheWriter, WindowRows
 from sae.train.loop import Trainer
 from sae.train.parse import parse_options

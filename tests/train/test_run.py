@@ -17,7 +17,7 @@ import sae
 from sae.cache.batch_order import BatchOrder
 from sae.cache.chunks import write_chunk
 from sae.cache.loader import BatchLoader
-from sae.cache.reader import open_cache
+from sae.cache.opening import open_cache
 from sae.common.cache_schemas import MANIFEST_RECORD
 from sae.common.errors import Interrupted, LeftOutWarning, SaeError, UsageError
 from sae.common.files import read_json

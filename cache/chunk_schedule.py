@@ -1,0 +1,146 @@
+"""When the files of a known sequence of reads are needed, and which of them to keep where not all have room.
+
+A *step* reads several files at once, and the steps are known beforehand: a batch number decides its rows. So the best
+choice is known too. Whenever a file has to be pulled and there is no room, the file whose next need is farthest makes
+room (Belady 1966, A study of replacement algorithms for virtual-storage computer), which pulls the fewest files where
+all have one size. Files are pulled ahead, each as early as the file that makes room for it has been read, so reading
+ahead pulls no file that waiting would not (the "conservative" rule of Cao et al. 1995, A study of integrated
+prefetching and caching strategies).
+"""
+
+import heapq
+from typing import NamedTuple
+
+import numpy as np
+
+NEVER = np.iinfo(np.int64).max
+
+
+class Pull(NamedTuple):
+    """A file to pull, the step that needs it, the files that make room for it, and when they may be removed."""
+
+    file: int
+    needed: int
+    evict: list[int]
+    after: int  # the last step that reads one of `evict` before `needed`; -1: none does
+
+
+class ChunkSchedule:
+    """The needs of files, numbered from 0: `uses` (n, 3) has rows of a file and the first and last step of a stretch.
+
+    Stretches of one file may overlap, as they do where lanes share a chunk. `sizes` (files,) are bytes.
+    """
+
+    def __init__(self, uses: np.ndarray, sizes: np.ndarray) -> None:
+        self.sizes = np.asarray(sizes, np.int64)
+        self.file, self.first, self.last = merge_stretches(uses)
+        self.by_first = np.argsort(self.first, kind="stable")
+        self._span = int(self.last.max(initial=0)) + 2
+        self._first_keys, self._last_keys = (self.file * self._span + steps for steps in (self.first, self.last))
+
+    def next_use(self, files: np.ndarray, step: int) -> np.ndarray:
+        """For each file the first step from `step` on that needs it, or NEVER."""
+        at = np.searchsorted(self._last_keys, files * self._span + min(step, self._span - 1))
+        found = at.clip(max=max(len(self.file) - 1, 0))
+        if not len(self.file):
+            return np.full(len(files), NEVER)
+        is_used = (at < len(self.file)) & (self.file[found] == files)
+        return np.where(is_used, np.maximum(self.first[found], step), NEVER)
+
+    def last_use(self, files: np.ndarray, step: int) -> np.ndarray:
+        """For each file the last step before `step` that needs it, or -1."""
+        at = np.searchsorted(self._first_keys, files * self._span + min(step, self._span - 1)) - 1
+        if not len(self.file):
+            return np.full(len(files), -1)
+        found = at.clip(min=0)
+        is_used = (at >= 0) & (self.file[found] == files)
+        return np.where(is_used, np.minimum(self.last[found], step - 1), -1)
+
+    def needed_at(self, step: int) -> np.ndarray:
+        """The files that a step needs."""
+        return self.file[(self.first <= step) & (self.last >= step)]
+
+    def most_at_once(self) -> int:
+        """The most bytes that one step needs."""
+        if not len(self.file):
+            return 0
+        steps = np.concatenate([self.first, self.last + 1])
+        change = np.concatenate([self.sizes[self.file], -self.sizes[self.file]])
+        order = np.lexsort((change, steps))  # what ends at a step makes room before what begins there
+        return int(np.cumsum(change[order]).max())
+
+    def next_pull(self, position: int, present: np.ndarray, kept: np.ndarray, free: int) -> Pull | None:
+        """What to pull next, when all steps before `position` have been read; None if nothing is missing, or if there
+        is no room for it as long as the `kept` files stay.
+
+        Args:
+            position: the first step that has not been read.
+            present: (files,) bool, those that are there or on their way.
+            kept: (files,) bool, those that cannot be removed, because another process reads them.
+            free: bytes for which nothing has to be removed.
+        """
+        missing = np.flatnonzero((self.last[self.by_first] >= position) & ~present[self.file[self.by_first]])
+        if not len(missing):
+            return None
+        stretch = self.by_first[missing[0]]
+        file, needed = int(self.file[stretch]), max(int(self.first[stretch]), position)
+        if self.sizes[file] <= free:
+            return Pull(file, needed, [], -1)
+        candidates = np.flatnonzero(present & ~kept)
+        later = self.next_use(candidates, needed)
+        candidates, later = candidates[later > needed], later[later > needed]
+        before = np.where(self.next_use(candidates, position) < needed, self.last_use(candidates, needed), -1)
+        order = np.lexsort((before, -later))  # of those that are needed equally late, the one that has been read first
+        room = np.cumsum(self.sizes[candidates[order]]) + free
+        if not len(room) or room[-1] < self.sizes[file]:
+            return None
+        count = int(np.searchsorted(room, self.sizes[file])) + 1
+        evict = order[:count]
+        return Pull(file, needed, candidates[evict].tolist(), int(before[evict].max()))
+
+    def pulled(self, present: np.ndarray, capacity: int) -> np.ndarray:
+        """How often each file is pulled when all steps are read, (files,) int64, of those that are not `present` yet.
+
+        It is the same whatever the speed of the link and of the reader.
+        """
+        counts, held = np.zeros(len(self.sizes), np.int64), present.copy()
+        following = np.full(len(self.file), NEVER)  # the first step of the file's next stretch
+        same = self.file[1:] == self.file[:-1]
+        following[:-1][same] = self.first[1:][same]
+        used = int(self.sizes[held].sum())
+        idle = [
+            (-step, file) for file, step in enumerate(self.next_use(np.arange(len(held)), 0).tolist()) if held[file]
+        ]
+        heapq.heapify(idle)  # (-next step, file) of files that are not being read; entries of earlier states stay in it
+        key = {file: step for step, file in idle}
+        reading: list[tuple[int, int, int]] = []  # (last step, file, -next step)
+        for at in self.by_first.tolist():
+            file, first = int(self.file[at]), int(self.first[at])
+            while reading and reading[0][0] < first:
+                _, done, step = heapq.heappop(reading)
+                key[done] = step
+                heapq.heappush(idle, (step, done))
+            key.pop(file, None)
+            if not held[file]:
+                counts[file] += 1
+                held[file], used = True, used + int(self.sizes[file])
+            heapq.heappush(reading, (int(self.last[at]), file, -int(following[at])))
+            while used > capacity and idle:
+                step, other = heapq.heappop(idle)
+                if key.get(other) == step:
+                    del key[other]
+                    held[other], used = False, used - int(self.sizes[other])
+        return counts
+
+
+def merge_stretches(uses: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """File, first and last step of the stretches, sorted by file and step, with those that meet made one."""
+    file, first, last = uses[np.lexsort((uses[:, 1], uses[:, 0]))].astype(np.int64).T
+    if not len(file):
+        return file, first, last
+    span = int(last.max()) + 2
+    reached = np.maximum.accumulate(file * span + last)
+    begins = np.concatenate([[True], file[1:] * span + first[1:] > reached[:-1] + 1])
+    begins[1:] |= file[1:] != file[:-1]
+    start = np.flatnonzero(begins)
+    return file[start], first[start], np.maximum.reduceat(last, start)

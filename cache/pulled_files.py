@@ -1,0 +1,63 @@
+"""What a local folder for pulled files holds, and where it is. Names are `<cache>/<file of the cache>`."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ..common.files import free_space, sae_home
+from .consistency import SIDE_ARRAYS, is_array_name
+
+FREE_SHARE = 0.5  # of the disk's free space, which the folder takes unless told otherwise
+PART = ".part"  # ends the name of a file that is being pulled
+
+
+class Contents(NamedTuple):
+    """The files of a local folder: name -> bytes."""
+
+    whole: dict[str, int]  # chunks
+    parts: dict[str, int]  # chunks that are being pulled, without ".part"
+    other: int  # bytes of all other files
+
+
+def contents(folder: Path) -> Contents:
+    """The files of a local folder, which need not exist."""
+    found = Contents({}, {}, 0)
+    other = 0
+    for name, size in walk(folder, ""):
+        plain = name.removesuffix(PART)
+        if not is_chunk(plain):
+            other += size
+        else:
+            (found.whole if plain == name else found.parts)[plain] = size
+    return found._replace(other=other)
+
+
+def walk(folder: Path | str, prefix: str) -> Iterator[tuple[str, int]]:
+    """(name relative to the first folder, bytes) of each file under a folder."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from walk(entry.path, f"{prefix}{entry.name}/")
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    yield f"{prefix}{entry.name}", entry.stat().st_size
+
+
+def is_chunk(name: str) -> bool:
+    """Whether a name in the folder is that of a chunk of activations: `<cache>/layer_12/c.3.0`."""
+    parts = name.split("/")
+    is_array = len(parts) == 3 and is_array_name(parts[1]) and not parts[1].endswith(SIDE_ARRAYS)
+    return is_array and parts[2].startswith("c.")
+
+
+def default_place() -> Path:
+    """Where pulled files go unless told otherwise: hidden, since activations/* lists caches."""
+    return sae_home() / "activations" / ".pulled"
+
+
+def default_size(folder: Path) -> int:
+    """The share of the disk that the folder takes unless told otherwise, in bytes, with what it holds already."""
+    held = sum(size for _, size in walk(folder, ""))
+    return int(FREE_SHARE * (free_space(folder) + held))

@@ -1,0 +1,177 @@
+"""A sequence of steps that read chunks of an array, of which some may be in a store: batches of training, for example.
+
+`open_reading` gives a `ChunkReading`; its `step` waits until the chunks of a step are in the local folder and keeps
+them there meanwhile. For a cache on a disk there is nothing to wait for.
+"""
+
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from .batch_order import BatchOrder
+from .chunk_schedule import ChunkSchedule
+
+ENDLESS = sys.maxsize
+KNOWN_EPOCHS = 3  # that are planned at a time, the present one among them
+
+
+class FileSource(Protocol):
+    """A cache in a store, which its chunks are pulled from."""
+
+    def fetch_chunk(self, file: str) -> bytes: ...  # verified
+    def verify_file(self, file: str) -> None: ...  # in the local folder; raises DamagedError
+    def forget_chunk(self, file: str) -> None: ...  # close its memory map: the file may be removed
+
+
+class StoredFile(NamedTuple):
+    """The file of a chunk in a store."""
+
+    source: FileSource
+    file: str  # relative to its cache
+    name: str  # relative to the local folder
+    size: int
+
+
+class Folder(Protocol):
+    """The local folder that a reading pulls into."""
+
+    def begin(self, reading: "ChunkReading", expected_until: int | None = None) -> None: ...
+    def wait(self, reading: "ChunkReading", step: int, names: Collection[str]) -> None: ...
+    def done(self, reading: "ChunkReading", step: int) -> None: ...
+    def end(self, reading: "ChunkReading") -> None: ...
+
+
+class ChunkReading:
+    """Steps that read chunks. They begin in order and may end in another.
+
+    Args:
+        folder: where chunks are pulled to.
+        files: of each chunk, None for one that is on a disk already.
+        uses: which steps of a range read which chunks, as `BatchOrder.uses` says it.
+        steps: the steps that will be read, up to ENDLESS.
+        per_epoch: the steps after which the same chunks are read again.
+        key: equal for readings of the same steps.
+    """
+
+    def __init__(
+        self, folder: Folder, files: Sequence[StoredFile | None], uses: Callable[[range], np.ndarray], steps: range,
+        per_epoch: int, key: object = None,
+    ) -> None:  # fmt: skip
+        self.folder, self.files, self.uses, self.steps, self.per_epoch = folder, files, uses, steps, per_epoch
+        self.key = key
+        self.position = steps.start  # all steps before it are read
+        self._read: set[int] = set()  # steps after it that are read
+        self.closed = False
+
+    def known_steps(self) -> range:
+        """The steps that are planned now: the rest of this epoch and the next ones."""
+        epochs = self.position // self.per_epoch + KNOWN_EPOCHS
+        return range(self.position, max(self.position, min(self.steps.stop, epochs * self.per_epoch)))
+
+    def finish(self, step: int) -> None:
+        """Note that a step is read."""
+        self._read.add(step)
+        while self.position in self._read:
+            self._read.remove(self.position)
+            self.position += 1
+
+    @contextmanager
+    def step(self, number: int, chunks: Collection[int]) -> Iterator[None]:
+        """Wait until the chunks that a step reads are there. They stay as long as the context is open.
+
+        Raises what pulling raised, or ReadingClosed.
+        """
+        files = (self.files[chunk] for chunk in chunks)
+        self.folder.wait(self, number, {file.name for file in files if file is not None})
+        try:
+            yield
+        finally:
+            self.folder.done(self, number)
+
+    def close(self) -> None:
+        """End the reading; whoever waits for it gets ReadingClosed."""
+        self.folder.end(self)
+
+
+class ReadingClosed(Exception):
+    """The reading was closed while a step waited for its chunks."""
+
+
+class DiskReading:
+    """The reading of a cache that lies on a disk: nothing is waited for."""
+
+    def step(self, number: int, chunks: Collection[int]) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
+class ChunkSource(Protocol):
+    """What chunks are read from."""
+
+    @property
+    def chunk_rows(self) -> list[int]: ...
+    def stored_files(self, name: str) -> tuple[Folder, list[StoredFile | None]] | None: ...
+
+
+def batch_reading(source: ChunkSource, name: str, order: BatchOrder, batches: range) -> ChunkReading | None:
+    """The reading of batches of an array, not begun; None if all chunks are on a disk."""
+    if (stored := source.stored_files(name)) is None:
+        return None
+    return ChunkReading(*stored, order.uses, batches, order.batches_per_epoch, key_of(stored[1], order))
+
+
+def key_of(files: Sequence[StoredFile | None], order: BatchOrder) -> object:
+    """What readings of the same batches have in common."""
+    return next(file.name for file in files if file is not None), len(files), order.batch_size, order.seed
+
+
+def open_reading(
+    source: ChunkSource, name: str, order: BatchOrder, batches: range, expected: bool = False
+) -> ChunkReading | DiskReading:
+    """Begin to read batches of an array; `expected`, if the local folder was told to expect them."""
+    if (reading := batch_reading(source, name, order, batches)) is None:
+        return DiskReading()
+    reading.folder.begin(reading, batches.stop if expected else None)
+    return reading
+
+
+def open_chunk_reading(
+    source: ChunkSource, name: str, order: BatchOrder, expected: bool = False
+) -> ChunkReading | DiskReading:
+    """Begin to read all chunks of an array one after the other, instead of the batches; step n reads chunk n."""
+    if (stored := source.stored_files(name)) is None:
+        return DiskReading()
+    folder, files = stored
+
+    def uses(steps: range) -> np.ndarray:
+        return np.repeat(np.arange(steps.start, steps.stop)[:, None], 3, 1)
+
+    reading = ChunkReading(folder, files, uses, range(len(files)), len(files), key_of(files, order))
+    folder.begin(reading, ENDLESS if expected else None)
+    return reading
+
+
+def schedule_of(readings: Sequence[ChunkReading]) -> tuple[ChunkSchedule, list[StoredFile]]:
+    """The schedule of readings one after the other, each from its position on, and the files that it numbers."""
+    numbers: dict[str, int] = {}
+    files: list[StoredFile] = []
+    uses, offset = [np.empty((0, 3), np.int64)], 0
+    for reading in readings:
+        steps = reading.known_steps()
+        in_chunks = reading.uses(steps)
+        number_of_chunk = np.full(len(reading.files), -1)
+        for chunk in np.unique(in_chunks[:, 0]).tolist():
+            if (file := reading.files[chunk]) is not None:
+                number_of_chunk[chunk] = numbers.setdefault(file.name, len(files))
+                if number_of_chunk[chunk] == len(files):
+                    files.append(file)
+        in_chunks = in_chunks[number_of_chunk[in_chunks[:, 0]] >= 0]
+        shift = offset - steps.start
+        uses.append(np.stack([number_of_chunk[in_chunks[:, 0]], in_chunks[:, 1] + shift, in_chunks[:, 2] + shift], 1))
+        offset += len(steps)
+    return ChunkSchedule(np.concatenate(uses), np.array([file.size for file in files], np.int64)), files

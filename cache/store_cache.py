@@ -1,0 +1,187 @@
+"""A cache in an object store. What is read of it is pulled into the local folder (local_folder.py) and read there.
+
+Records, tokens and the small arrays are pulled whole when they are first read, and stay. Chunks of activations are
+pulled ahead of who reads them, and make room for others. A file is verified when it arrives; one that is damaged is
+pulled once more.
+"""
+
+import re
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ..common.cache_schemas import REPAIR_HINT
+from ..common.errors import DamagedError, UsageError
+from ..common.files import atomic_write, digest_of, parse_json
+from .chunks import RowReader, Shard, check_chunk, content_matches, map_chunk
+from .layout import ArraySpec
+from .local_folder import LocalFolder, local_folder
+from .mirror import Mirror, map_ahead
+from .object_store import ObjectStore, open_store
+from .reader import Cache, Read
+from .reading import ChunkReading, StoredFile
+from .store_place import read_stored_rows
+
+LABEL_LENGTH = 60
+
+
+class StoreCache(Cache):
+    """The cache at an address. It keeps at most `open_chunks` memory maps open.
+
+    Raises UsageError if there is no cache, DamagedError for a broken record, UnavailableError like `open_store`.
+    """
+
+    def __init__(self, url: str, open_chunks: int | None = None, local: LocalFolder | None = None) -> None:
+        self.store, self.local = open_store(url), local or local_folder()
+        self.local_name, root = read_root(self.store)
+        self.mirror = Mirror(self.store, self.local.folder / self.local_name)
+        self._refresh("zarr.json", root)
+        super().__init__(self.mirror.folder, open_chunks)
+        # What can change without a change of the rows: the statistics, and where the model lies.
+        self._refresh("manifest.json")
+        self._refresh("harvest.json")
+        self._maps: dict[str, np.ndarray | Shard] = {}  # of files that the local folder keeps; that used last is last
+        self._maps_lock = threading.Lock()
+        self._means: dict[str, np.ndarray] = {}
+
+    @property
+    def place(self) -> str:
+        """The address."""
+        return self.store.url
+
+    @property
+    def committed_windows(self) -> list[int]:
+        """The windows that are committed for at least one array."""
+        names = (key.rsplit("/", 1)[-1] for key, _ in self.store.list("commits"))
+        return sorted({int(name.split(".")[0]) for name in names if name.endswith(".json")})
+
+    def _file_sizes(self) -> dict[str, int]:
+        return dict(self.store.list())
+
+    # --- small files -------------------------------------------------------------------------------------------------
+
+    def _refresh(self, file: str, content: bytes | None = None) -> None:
+        """Bring a record up to date; a half-written cache lacks some."""
+        path = self.mirror.folder / file
+        if content is None:
+            content = self.store.find(file)
+        if content is None:
+            path.unlink(missing_ok=True)
+        elif not path.exists() or path.read_bytes() != content:
+            atomic_write(path, content)
+
+    def _with_files(self, files: Callable[[], Iterable[str]], read: Callable[[], Read]) -> Read:
+        """Pull the files that are missing, and read. If what is there is damaged, pull all of them again."""
+        names = list(files())
+        self._pull(names)
+        try:
+            return read()
+        except DamagedError:
+            self.mirror.drop(names)
+            self._pull(names)
+            return read()
+
+    def _pull(self, names: Iterable[str]) -> None:
+        listed: Mapping[str, Any] = self.manifest["files"] if "manifest" in self.__dict__ else {}
+        records = [name for name in names if name not in listed]
+        self.mirror.pull(records)
+        self.mirror.pull([name for name in names if name in listed], self._check_arrival)
+
+    def _check_arrival(self, file: str) -> None:
+        """Raise DamagedError, with the address, unless a file that was pulled is the one that the manifest lists."""
+        try:
+            self.verify_file(file)
+        except DamagedError as error:
+            raise self._damaged(file) from error
+
+    def _damaged(self, file: str) -> DamagedError:
+        return DamagedError(
+            f"{self.store.address(file)} is not the file that the cache lists: it was truncated or changed, or is of "
+            f"another cache. Run `sae cache repair {self.place}`."
+        )
+
+    # --- chunks ------------------------------------------------------------------------------------------------------
+
+    def stored_files(self, name: str) -> tuple[LocalFolder, list[StoredFile | None]]:
+        """The local folder, and the file of each chunk of an array."""
+        array, files = self.array(name), self.manifest["files"]
+        listed = [array.chunk_file(chunk) for chunk in range(array.n_chunks)]
+        return self.local, [
+            StoredFile(self, file, f"{self.local_name}/{file}", files[file]["bytes"]) for file in listed
+        ]
+
+    def fetch_chunk(self, file: str) -> bytes:
+        """The bytes of a chunk in the store, verified. Raises DamagedError if it is damaged twice."""
+        name, record = file.rsplit("/", 1)[0], self.manifest["files"][file]
+        for _ in range(2):
+            data = self.store.get(file)
+            if content_matches(data, self.array(name), record):
+                return data
+        raise self._damaged(file)
+
+    def forget_chunk(self, file: str) -> None:
+        """Close the memory map of a chunk, so that removing its file frees the space."""
+        with self._maps_lock:
+            self._maps.pop(file, None)
+
+    def _open_chunk(self, name: str, index: int) -> np.ndarray | Shard:
+        """A chunk of activations: one that the local folder keeps now, or else one that is pulled for this call."""
+        array = self.array(name)
+        file = array.chunk_file(index)
+        if self.local.holds(f"{self.local_name}/{file}"):
+            with self._maps_lock:
+                opened = self._maps.pop(file, None)
+                if opened is None:
+                    opened = self._map(array, index)
+                self._maps[file] = opened
+                while len(self._maps) > self.open_chunks:
+                    del self._maps[next(iter(self._maps))]
+            return opened
+        local, files = self.stored_files(name)
+        reading = ChunkReading(local, files, lambda steps: np.array([[index, 0, 0]]), range(1), 1)
+        local.begin(reading)
+        try:
+            with reading.step(0, [index]):
+                return self._map(array, index)  # it can be read as long as it is mapped, whatever happens to the file
+        finally:
+            reading.close()
+
+    def _map(self, array: ArraySpec, index: int) -> np.ndarray | Shard:
+        if array.block_rows is None:
+            return map_chunk(self.folder, array, index)
+        return Shard(self.folder, array, index, self.manifest["files"][array.chunk_file(index)]["bytes"])
+
+    def verify_file(self, file: str) -> None:
+        """Read a file in the local folder and raise DamagedError unless it matches its record in the manifest."""
+        name, chunk = file.rsplit("/", 1)
+        check_chunk(self.folder, self.array(name), int(chunk.split(".")[1]), self.manifest["files"])
+
+    @cached_property
+    def _row_reader(self) -> RowReader:
+        """Reads single rows from the store, of which only their own bytes are pulled."""
+        return lambda array, chunks: map_ahead(lambda one: read_stored_rows(self.store, array, one), chunks)
+
+    def mean(self, name: str) -> np.ndarray:
+        """The mean row (d_in,) float64, without outlier rows."""
+        if name not in self._means:
+            self._means[name] = super().mean(name)
+        return self._means[name]
+
+
+def read_root(store: ObjectStore) -> tuple[str, bytes]:
+    """The name that a cache has in the local folder, and its zarr.json.
+
+    The name depends on the address too: two harvests of one text may differ in the last bits.
+    """
+    if (content := store.find("zarr.json")) is None:
+        raise UsageError(
+            f"{store.url} holds no activation cache (no zarr.json). Create one with `sae harvest --out {store.url}`."
+        )
+    root = parse_json(content, store.address("zarr.json"), REPAIR_HINT)
+    attributes = root.get("attributes") if isinstance(root, dict) else None
+    fingerprint = attributes.get("fingerprint") if isinstance(attributes, dict) else None
+    label = re.sub(r"[^\w.-]+", "-", store.url.split("://")[-1].rsplit("/", 1)[-1])[:LABEL_LENGTH].lstrip(".")
+    return f"{label}--{digest_of([store.url, fingerprint])[:8]}", content
