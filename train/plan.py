@@ -192,17 +192,18 @@ class TrainPlan:
         lines += [f"note     {note}" for note in dict.fromkeys(note for run in self.runs for note in run.notes)]
         lines += dict.fromkeys(filter(None, map(describe_masked_rows, self.runs)))
         lines += dict.fromkeys(filter(None, (describe_precision(run.config.precision) for run in self.unfinished)))
-        if self.unfinished:
-            lines.append(describe_size(self.unfinished, self.unfinished[0].folder.parent))
-            if count > 1:
-                return lines + describe_shares(self.shares, self.runs, self.config.device, time)
-            device = resolve_device(self.config.device)
-            lines += describe_passes(self.planned_passes, device)
+        if not self.unfinished:
+            return lines
+        lines.append(describe_size(self.unfinished, self.unfinished[0].folder.parent))
+        if count > 1:
+            lines += describe_shares(self.shares, self.runs, self.config.device, time)
+        else:
+            lines += describe_passes(self.planned_passes, device := resolve_device(self.config.device))
             if time or not self.in_background:
                 lines.append(describe_copies(self.passes, device, self.in_background))
             if time:
                 lines += describe_time(self.passes, self.config.device)
-        if time and (started := [run for run in self.unfinished if (run.folder / "checkpoints").exists()]):
+        if time and count == 1 and (started := [r for r in self.unfinished if (r.folder / "checkpoints").exists()]):
             lines.append(f"note     {format_count(len(started), 'run')} will be resumed; the time covers all steps")
         if time and any(run.compiled for run in self.unfinished):
             lines.append(

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from ..common.device import resolve_device
+from ..common.device import fix_cublas_workspace, resolve_device
 from ..common.errors import UnavailableError
 from ..common.formatting import format_bytes, format_count, format_duration
 from ..common.memory import available_memory
@@ -46,6 +46,7 @@ def steps_left(run: RunInFolder) -> int:
 
 def step_times(runs: Sequence[DealtRun], device: str) -> list[float]:
     """Seconds of a step of each run: measured, or by its operations if one of them is too large to be timed."""
+    fix_cublas_workspace(device)  # the steps that are timed are the first of the process
     try:
         return seconds_per_step(runs, device)
     except UnavailableError:

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -97,16 +98,24 @@ def test_three_processes_and_another_number_goes_on(sparse_cache, tmp_path: Path
     train(config_of(sparse_cache, tmp_path / "one", **settings))
     expected, out = contents(tmp_path / "one"), tmp_path / "out"
     config = config_of(sparse_cache, out, **settings)
+    started = tmp_path / "started"
+
+    def before(rank: int) -> None:
+        attempt = ranks.attempt  # which is called when signals are handled
+        ranks.attempt = lambda *args: ((started / str(rank)).touch(), attempt(*args))[1]
+
     for count in (3, 2):
-        begun = Launch(tmp_path / f"said{count}", count, config)
-        wait_for(lambda: len(list(out.glob("*/checkpoints/*/state.json"))) >= 3 * (4 - count))  # noqa: B023
+        started.mkdir()
+        begun = Launch(tmp_path / f"said{count}", count, config, before)
+        wait_for(lambda: len(list(started.iterdir())) == count)  # noqa: B023
+        shutil.rmtree(started)
         for process in begun.processes:
             os.kill(process.pid, signal.SIGTERM)
         assert begun.end() == [130] * count
         for rank in range(count):
             kind, message = begun.said(rank)["error"]
-            assert kind == "Interrupted" and message.startswith("Stopped after step ")
-            assert message.endswith("everything is saved. Resume with the same command.")
+            assert kind == "Interrupted"
+            assert re.fullmatch(r"Stopped after step \d+; everything is saved. Resume with the same command.", message)
         assert not list(out.glob("*/.lock.holder"))
     train(config)
     assert contents(out) == expected
