@@ -2,19 +2,21 @@
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import bar, cli_command, echo, show_table
+from .console import QUIET, bar, cli_command, echo, show_table
 from .options import Device, Tokens, parse_max_norm
 from .printing import print_line
 from .train import execute
 
 if TYPE_CHECKING:
     from ..evaluate.plan import EvaluatePlan
+    from ..evaluate.rows import EvalRow
     from ..train.plan import TrainPlan
     from ..workflows.controls import ControlsPlan
 
@@ -97,37 +99,38 @@ def evaluate(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
     """Splice trained SAEs into the language model and measure them on held-out text."""
+    from ..common.process_group import current_process_group
     from ..evaluate.plan import EvaluateConfig, plan_evaluation
     from ..workflows.controls import ControlsPlan, plan_controls
     from ..workflows.published import PublishedConfig, find_or_import
 
+    ranks = current_process_group()
     with bar("verify", "rows") as shown:
         published = PublishedConfig(model=model, layer=layer, cache=cache, dry_run=dry_run)
-        found = find_or_import(runs, published, shown.say, shown)
+        found = ranks.first(lambda: find_or_import(runs, published, shown.say, shown))
     if not found.folders:
-        found.raise_refusals()
+        ranks.everywhere(found.raise_refusals)
         return  # a dry run of what is not imported yet
     controlled = plan_controls(found.folders, device) if controls else ControlsPlan()
-    plan = plan_evaluation(
-        EvaluateConfig(
-            runs=found.folders,
-            suite=suite,
-            tokens=tokens,
-            mode=mode,
-            model=model,
-            cache=cache,
-            max_norm=max_norm,
-            options=set_ or [],
-            data=data,
-            force=force,
-            references=references,
-            controls=controlled.folders,
-            device=device,
-            dtype=dtype,
-            precision=precision,
-        ),
-        {Path(text): error for text, error in found.refused.items()},
+    config = EvaluateConfig(
+        runs=found.folders,
+        suite=suite,
+        tokens=tokens,
+        mode=mode,
+        model=model,
+        cache=cache,
+        max_norm=max_norm,
+        options=set_ or [],
+        data=data,
+        force=force,
+        references=references,
+        controls=controlled.folders,
+        device=device,
+        dtype=dtype,
+        precision=precision,
     )
+    refused = {Path(text): error for text, error in found.refused.items()}
+    plan = ranks.everywhere(lambda: plan_evaluation(config, refused))
     if code := run_evaluate(plan, controlled, as_json=json_, dry_run=dry_run):
         raise typer.Exit(code)
     if not dry_run and (command := plan.next_command()):
@@ -139,10 +142,9 @@ def run_evaluate(
 ) -> int:
     """Print a plan, train its controls, run it with a progress bar, and print its tables. Returns the exit code."""
     from ..evaluate.run import run_evaluation
-    from ..evaluate.tables import notes, tables
 
     started = time.monotonic()
-    for line in [*plan.describe(), *(controls.describe() if controls else ())]:
+    for line in [*plan.describe(), *(controls.describe() if controls else ()), *ranks_lines(plan)]:
         echo(line)
     if dry_run:
         return 1 if plan.refused or (controls and controls.problems) else 0
@@ -150,17 +152,35 @@ def run_evaluate(
     if controls and controls.train and controls.train.unfinished:
         are_missing |= not train_all(controls.train, table=not as_json)  # stdout is then the rows' alone
         plan.config = replace(plan.config, controls=controls.trained_folders)
-    rows = run_evaluation(plan, lambda metric: bar(f"evaluate {metric}", ""))
-    if as_json:
-        print_line(json.dumps([row.flat() for row in rows], indent=2))
-    else:
-        for title, heads, lines in tables(rows):
-            show_table(title, heads, lines)
-        for note in [*plan.notes, *notes(rows)]:
-            echo(f"note     {note}")
+    rows = run_evaluation(plan, lambda metric: bar(f"evaluate {metric}", ""), all_rows=not QUIET)
+    if QUIET:  # the first process speaks, and its exit code is the command's: a launcher would stop it for another's
+        return 0
+    show_rows(plan, rows, as_json)
     for line in plan.summary(rows, time.monotonic() - started):
         echo(line)
     return plan.exit_code(rows) or int(are_missing)
+
+
+def ranks_lines(plan: "EvaluatePlan") -> list[str]:
+    """What each of several launched processes will measure."""
+    from ..common.process_group import rank_and_count
+    from ..evaluate.deal import deal_work, describe_deal
+
+    count = rank_and_count()[1]
+    return describe_deal(plan, deal_work(plan, count)) if count > 1 and not QUIET else []
+
+
+def show_rows(plan: "EvaluatePlan", rows: "Sequence[EvalRow]", as_json: bool) -> None:
+    """Print rows as tables with notes, or as JSON."""
+    from ..evaluate.tables import notes, tables
+
+    if as_json:
+        print_line(json.dumps([row.flat() for row in rows], indent=2))
+        return
+    for title, heads, lines in tables(rows):
+        show_table(title, heads, lines)
+    for note in [*plan.notes, *notes(rows)]:
+        echo(f"note     {note}")
 
 
 def train_all(controls: "TrainPlan", *, table: bool) -> bool:

@@ -39,6 +39,13 @@ class ProcessGroup:
         """Return once every process has called it."""
         self.gather(None)
 
+    def first(self, work: Callable[[], T]) -> T:
+        """Call `work` in the first process alone, and return its result in all.
+
+        Raises SaeError in every process if `work` raised one.
+        """
+        return self.gather(self.everywhere(lambda: work() if self.is_first else None))[0]
+
     def everywhere(self, work: Callable[[], T]) -> T:
         """Call `work` in every process, and return its result once it has succeeded in all.
 

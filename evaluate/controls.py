@@ -10,13 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cache.layout import Hook
 from ..common.errors import UsageError
 from ..common.files import digest_of, sae_home
 from ..common.precision import recorded_precision
 from ..common.schemas import RunRecord
-from ..train.sae import load_sae, read_run_record, read_sae_record
-from .metrics.base import EvalTarget
+from ..train.sae import load_sae, outline_sae, read_run_record, read_sae_record
+from .metrics.base import EvalTarget, RowSet
 from .rows import EvalGroup, EvalRow, hook_suffix
 
 RECIPES = ("frozen-decoder", "soft-frozen-decoder", "frozen-encoder")
@@ -79,26 +78,36 @@ def conditions_digest(conditions: Mapping[str, Any] | None) -> str:
     return digest_of(dict(conditions)) if conditions else ""
 
 
-def control_rows(group: EvalGroup, folders: Sequence[Path]) -> list[EvalRow]:
+def control_rows(group: EvalGroup, folders: Sequence[Path], outlines: bool = False) -> list[EvalRow]:
     """The trained controls among `folders` as reference rows beside the runs that they control for.
 
-    Their results are kept where those of the other references are.
+    Their results are kept where those of the other references are. With `outlines` their weights are not read.
 
     Raises UsageError for a folder that holds no trained control, and DamagedError for one that cannot be read.
     """
-    conditions = {folder: control_conditions(folder) for folder in folders}
-    row_sets = dict.fromkeys(row.target.row_set for row in sorted(group.rows, key=lambda row: row.target.hook))
+    row_sets = group.row_sets
     rows = [
-        control_row(group, folder, one, *row_set)
-        for row_set in row_sets
-        for folder, one in conditions.items()
-        if any(row.target.row_set == row_set and row.conditions == conditions_digest(one) for row in group.rows)
+        control_row(group, folder, one, row_set, outlines) for folder, one, row_set in matching_controls(group, folders)
     ]
     names = distinct_names([row.name for row in rows], [row.record["conditions"] for row in rows])
     for row, name in zip(rows, names, strict=True):
         hook = row.target.hook
         row.name = name if len(row_sets) == 1 else f"{name}-L{hook.layer:02d}{hook_suffix(hook)}"
     return rows
+
+
+def matching_controls(group: EvalGroup, folders: Sequence[Path]) -> list[tuple[Path, dict[str, Any], RowSet]]:
+    """The trained controls among `folders` that belong to runs of a group: with their conditions and its row set.
+
+    Raises UsageError and DamagedError as `control_rows` does.
+    """
+    conditions = {folder: control_conditions(folder) for folder in folders}
+    return [
+        (folder, one, row_set)
+        for row_set in group.row_sets
+        for folder, one in conditions.items()
+        if any(row.target.row_set == row_set and row.conditions == conditions_digest(one) for row in group.rows)
+    ]
 
 
 def control_conditions(folder: Path) -> dict[str, Any]:
@@ -112,9 +121,10 @@ def control_conditions(folder: Path) -> dict[str, Any]:
 
 
 def control_row(
-    group: EvalGroup, folder: Path, conditions: Mapping[str, Any], hook: Hook, norm_limit: float | None
+    group: EvalGroup, folder: Path, conditions: Mapping[str, Any], row_set: RowSet, outline: bool
 ) -> EvalRow:
     """One trained control as a reference row at a hook."""
+    (hook, norm_limit), sae = row_set, outline_sae(folder) if outline else load_sae(folder, group.ctx.device)
     saved, base = read_sae_record(folder), base_of(read_run_record(folder))
     of_base = {} if base == BASES[0] else {"base": base}
     name = "-".join([saved["origin"]["variant"], *of_base.values(), f"{conditions['l0']:g}"])
@@ -124,10 +134,11 @@ def control_row(
         **of_base, **({} if norm_limit is None else {"norm_limit": norm_limit}),
     }  # fmt: skip
     digest = digest_of(record)
-    target = EvalTarget(load_sae(folder, group.ctx.device), hook, reference=True, norm_limit=norm_limit)
+    target = EvalTarget(sae, hook, reference=True, norm_limit=norm_limit)
     results = group.ctx.artifacts.folder / "references" / f"{name}-L{hook.layer}{hook_suffix(hook)}-{digest[:8]}"
     return EvalRow(
-        name, target, results, record, digest, conditions=conditions_digest(conditions), is_control=True, base=base
+        name, target, results, record, digest, conditions=conditions_digest(conditions), is_control=True, base=base,
+        sae_folder=folder,
     )  # fmt: skip
 
 

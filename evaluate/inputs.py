@@ -123,7 +123,7 @@ def row_of_run(folder: Path, sae: SAE, cache: Cache, max_norm: float | None = No
     return EvalRow(
         folder.name, target, folder, record, weights, target_l0=run.get("l0"),
         conditions=conditions_digest(conditions_of(folder)), is_control=sae.origin.get("variant") in RECIPES,
-        base=base_of(trained),
+        base=base_of(trained), sae_folder=folder,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from ..common.escaping import quote
 from ..common.files import existing_parent, folder_bytes, free_space, os_error, temporary_path
 from ..common.formatting import format_bytes, format_count, shell_paths
 from ..common.precision import resolve_precision
+from ..common.process_group import rank_and_count
 from ..harvest.architectures import check_sites, hook_width
 from .artifacts import ArtifactCache, remove_stale_temporaries
 from .context import EvalContext
@@ -217,7 +218,7 @@ def plan_evaluation(config: EvaluateConfig, refused: Mapping[Path, SaeError] | N
     if len(unfinished) < len(config.runs):  # if all are unfinished, load_sae refuses each and says why
         plan.unfinished = unfinished
     load = model_loader()
-    for cache, rows in load_rows(plan, device):
+    for cache, rows in load_rows(plan, None if rank_and_count()[1] > 1 else device):  # a rank loads its share later
         try:
             ctx = make_context(
                 cache, mode=config.mode, tokens=config.tokens, data=config.data, device=device, dtype=dtype, load=load,
@@ -259,7 +260,7 @@ def resolve_config(config: EvaluateConfig) -> tuple[list[Metric], str, str]:
     return metrics, device, resolve_dtype(config.dtype, device)
 
 
-def load_rows(plan: EvaluatePlan, device: str) -> list[tuple[Cache, list[EvalRow]]]:
+def load_rows(plan: EvaluatePlan, device: str | None) -> list[tuple[Cache, list[EvalRow]]]:
     """The runs as rows, grouped by the contexts that they are evaluated on; fills in `plan.refused`."""
     config = plan.config
     groups: dict[tuple[Path, Any], list[EvalRow]] = {}

@@ -1,6 +1,6 @@
 """Reference SAEs to compare with: the identity, zero, a PCA and a random dictionary. None of them is trained."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ..common.files import digest_of
 from ..train.activation_functions import TopK
 from ..train.sae import SAE
 from .context import EvalContext
-from .metrics.base import EvalTarget
+from .metrics.base import EvalTarget, RowSet
 
 FIT_CONTEXTS = 256  # contexts of training text that the PCA is fitted on: some 30,000 rows
 GAIN_ROWS = 2048  # the first of these rows, on which the SAEs' L0 is measured and the gain is fitted
@@ -65,19 +65,23 @@ def random_dictionary(x_RD: Tensor, d_sae: int, k: int) -> SAE:
     return sae
 
 
-def reference_targets(ctx: EvalContext, text: Contexts, targets: Sequence[EvalTarget]) -> dict[str, EvalTarget]:
+def reference_targets(
+    ctx: EvalContext, text: Contexts, row_set: RowSet, targets: Iterable[EvalTarget]
+) -> dict[str, EvalTarget]:
     """Identity, zero, PCA and a random dictionary for SAEs of one row set, at their median L0 and width.
+
+    The targets are taken one after the other, so that not all need to be in memory.
 
     Raises UnavailableError if all rows of the text are outliers.
     """
-    hook, norm_limit = targets[0].row_set
+    hook, norm_limit = row_set
     x_RD = sample_activations(ctx, text, hook).float()
     x_RD = x_RD[~outlier_mask(x_RD, norm_limit)]
     if not len(x_RD):
         raise UnavailableError(f"the norms of all rows of {hook} are over {norm_limit:.4g}, the limit of an outlier.")
     gain_RD = x_RD[:GAIN_ROWS]
-    l0s = torch.stack([(target.sae.encode(gain_RD) != 0).sum(1).float().mean() for target in targets])
-    widths = torch.tensor([target.sae.encode(gain_RD[:1]).shape[1] for target in targets])
+    sizes = [l0_and_width(target, gain_RD) for target in targets]
+    l0s, widths = torch.stack([l0 for l0, _ in sizes]), torch.tensor([width for _, width in sizes])
     rank = min(max(round(float(l0s.median())), 1), x_RD.shape[1] - 1)
     width = max(int(widths.median()), rank)
     return {
@@ -88,6 +92,12 @@ def reference_targets(ctx: EvalContext, text: Contexts, targets: Sequence[EvalTa
             random_dictionary(gain_RD, width, rank), hook, reference=True, norm_limit=norm_limit
         ),
     }
+
+
+def l0_and_width(target: EvalTarget, x_RD: Tensor) -> tuple[Tensor, int]:
+    """The mean number of latents that are not 0 at these rows, and the number of all."""
+    f_RF = target.sae.encode(x_RD)
+    return (f_RF != 0).sum(1).float().mean(), f_RF.shape[1]
 
 
 def sample_activations(ctx: EvalContext, text: Contexts, hook: Hook) -> Tensor:

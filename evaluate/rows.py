@@ -13,7 +13,7 @@ from ..common.l0_target import missed_l0
 from ..common.precision import recorded_precision
 from ..common.schemas import LATER_ENTRIES
 from .context import EvalContext
-from .metrics.base import EvalTarget, Metric, MetricResult
+from .metrics.base import EvalTarget, Metric, MetricResult, RowSet
 from .metrics.registry import caveats
 
 # Keys of run.json that do not affect the weights, or only by rounding: runs of one recipe can come from several
@@ -79,6 +79,7 @@ class EvalRow:
         name: its name in tables.
         target: the SAE and its hook.
         folder: its results are in `evaluations/` there; None for an object, whose results are not written.
+        sae_folder: where its SAE is; None for an object and for references that are not trained.
         record: the contents of sae.json, or a description of the reference.
         weights: digest of the weights, the activations and the hook.
         results: metric name -> result.
@@ -94,6 +95,7 @@ class EvalRow:
     name: str
     target: EvalTarget
     folder: Path | None = None
+    sae_folder: Path | None = field(default=None, kw_only=True)
     record: dict[str, Any] = field(default_factory=dict)
     weights: str = ""
     results: dict[str, MetricResult] = field(default_factory=dict)
@@ -155,6 +157,11 @@ class EvalGroup:
         """About how many bytes of activations measuring a metric adds to the artifact cache."""
         pending = self.pending(metric.name) if metric.name in self.settings else []
         return metric.kept_bytes(self.ctx, [row.target for row in pending]) if pending else 0
+
+    @property
+    def row_sets(self) -> list[RowSet]:
+        """Those of the rows, in the order of hooks."""
+        return list(dict.fromkeys(row.target.row_set for row in sorted(self.rows, key=lambda row: row.target.hook)))
 
     @property
     def targets(self) -> list[EvalTarget]:

@@ -1,12 +1,9 @@
 """Run an evaluation: measure every metric, in one pass of the model per text for all SAEs, and write the results."""
 
-import contextlib
-import copy
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,32 +11,27 @@ import torch
 
 from ..cache.layout import Hook
 from ..cache.reader import Cache
-from ..common.device import keep_freed_memory, require_one_process
-from ..common.errors import SaeError, UnavailableError, UsageError, did_you_mean, first_line
-from ..common.files import digest_of
-from ..common.memory import out_of_memory, release
+from ..common.device import keep_freed_memory
+from ..common.errors import UsageError, did_you_mean
+from ..common.process_group import current_process_group, rank_and_count
 from ..harvest.architectures import check_sites, hook_width
 from ..train.sae import SAE
-from .compare import summary_columns
 from .context import EvalContext
-from .control_notes import control_notes
 from .controls import control_rows
 from .inputs import make_context
-from .metrics.base import EvalTarget, Metric, Outcome, Progress, SAELike, reconstruct
+from .measure import (
+    ProgressFactory,
+    add_control_notes,
+    measure_all,
+    no_progress_bar,
+    reference_rows_if_possible,
+    use_precision,
+)
+from .metrics.base import EvalTarget, SAELike, reconstruct
 from .norm_limits import cached_norm_limit, norm_limit_of
-from .plan import EvaluateConfig, EvaluatePlan, plan_evaluation, prepare_metrics, read_earlier_results, resolve_config
-from .reference_saes import reference_targets
-from .results import write_result
-from .rows import EvalGroup, EvalRow, add_notes, hook_suffix, placed
-from .tables import seed_verdicts, systems_of
-
-# Called with a metric's name before it is measured; the context manager gives the function that receives its progress.
-ProgressFactory = Callable[[str], AbstractContextManager[Progress]]
-
-
-@contextlib.contextmanager
-def no_progress_bar(title: str) -> Iterator[Progress]:
-    yield lambda done, total, note="": None
+from .plan import EvaluateConfig, EvaluatePlan, plan_evaluation, prepare_metrics, resolve_config
+from .ranks import measure_over_ranks
+from .rows import EvalGroup, EvalRow, add_notes, placed
 
 
 def evaluate(config: EvaluateConfig, progress: ProgressFactory = no_progress_bar) -> list[EvalRow]:
@@ -47,61 +39,41 @@ def evaluate(config: EvaluateConfig, progress: ProgressFactory = no_progress_bar
     return run_evaluation(plan_evaluation(config), progress)
 
 
-def run_evaluation(plan: EvaluatePlan, progress: ProgressFactory = no_progress_bar) -> list[EvalRow]:
+def run_evaluation(
+    plan: EvaluatePlan, progress: ProgressFactory = no_progress_bar, *, all_rows: bool = True
+) -> list[EvalRow]:
     """Measure what a plan lists, and write a result file for each run and metric as soon as it is measured.
 
     Returns the rows of all runs, each group followed by its reference rows. A metric that fails leaves its error in
-    `EvalRow.errors`, and the others still run.
+    `EvalRow.errors`, and the others still run. Several processes of a launcher share the work (evaluate/ranks.py), and
+    each returns all rows; without `all_rows`, those that others measured have no results.
 
-    Raises the errors as one, with the exit code of the first, when no metric could be measured at all, and UsageError
-    if a launcher has started several processes.
+    Raises the errors as one, with the exit code of the first, when no metric could be measured at all, and
+    UnavailableError if another process of the launcher has ended.
     """
-    require_one_process("sae evaluate")
     keep_freed_memory()
+    ranks = current_process_group()
+    by_group = measure_over_ranks(plan, ranks, progress, all_rows) if ranks.count > 1 else measure_here(plan, progress)
     rows: list[EvalRow] = []
-    for group in plan.groups:
-        use_precision(group.rows, group.ctx.precision)
-        group_rows = list(group.rows)
-        if plan.config.references:
-            try:
-                group_rows += reference_rows(group)
-            except Exception as error:
-                if not (isinstance(error, UnavailableError) or out_of_memory(error)):
-                    raise
-                # For example a read-only folder, or a PCA that does not fit.
-                plan.notes.append(f"The reference rows (identity, zero, PCA, random dictionary) are left out: {error}")
-        group_rows += control_rows(group, plan.config.controls)
-        use_precision(group_rows[len(group.rows) :], group.ctx.precision)
-        for metric in plan.metrics:
-            if metric.name in group.settings:
-                references = [row for row in group_rows if row.is_reference]
-                read_earlier_results(metric, group, references, plan.config.force)
-                measure(metric, group, group_rows, progress)
+    for group_rows in by_group:
         add_notes(group_rows)
         add_control_notes(group_rows)
         rows += [row for row in group_rows if row.results or not row.is_reference]
     errors = [error for row in rows for error in row.errors.values() if not row.is_reference]
-    if errors and not any(row.results for row in rows):
+    if errors and all_rows and not any(row.results for row in rows):
         raise type(errors[0])("\n".join(dict.fromkeys(map(str, errors))))
     return rows
 
 
-def use_precision(rows: Sequence[EvalRow], precision: str) -> None:
-    """Let the SAEs of the rows compute their products in a precision: copies of them, with the same weights."""
-    for row in rows:
-        if isinstance(row.target.sae, SAE):
-            sae = copy.copy(row.target.sae)
-            sae.precision = precision
-            row.target = replace(row.target, sae=sae)
-
-
-def add_control_notes(rows: Sequence[EvalRow]) -> None:
-    """Fill in what is said of each system of rows beside its controls. All runs of a system have it."""
-    systems = systems_of(rows)
-    found = control_notes(systems, summary_columns(), seed_verdicts(rows))
-    for label, runs in systems.items():
-        for row in runs.values():
-            row.control_notes = found.get(label, [])
+def measure_here(plan: EvaluatePlan, progress: ProgressFactory) -> Iterator[list[EvalRow]]:
+    """The rows of each group, measured in this process."""
+    for group in plan.groups:
+        use_precision(group.rows, group.ctx.precision)
+        references = reference_rows_if_possible(plan, group) if plan.config.references else []
+        references += control_rows(group, plan.config.controls)
+        use_precision(references, group.ctx.precision)
+        measure_all(plan, group, {metric.name: group.rows for metric in plan.metrics}, references, progress)
+        yield [*group.rows, *references]
 
 
 def evaluate_saes(
@@ -163,7 +135,8 @@ def evaluate_saes(
         references: Add rows for the identity, zero, a PCA and a random dictionary.
         controls: Controls of the run folders, as `sae.train_controls` returns them, to be added as
             reference rows.
-        device: Where the model computes: "auto", "cpu", "cuda", ...
+        device: Where the model computes: "auto", "cpu", "cuda", ... Processes of a launcher (torchrun) share run
+            folders, each on its own GPU, and each returns all rows.
         dtype: What the model computes in: "auto", "bfloat16" or "float32".
         precision: What the SAEs compute their products in: "float32", "tf32" or "bfloat16". Your own objects compute
             as they do, and take no other than "float32".
@@ -229,6 +202,11 @@ def plan_objects(
     systems: Mapping[str, str] | None = None,
 ) -> EvaluatePlan:
     """The plan for objects that have no run folder. Without a `norm_limit` they have that of the cache."""
+    if rank_and_count()[1] > 1:
+        raise UsageError(
+            "A launcher has started several processes, and they share SAEs by their run folders: give run folders, or "
+            "start one process for SAEs without one."
+        )
     if not saes:
         raise UsageError("There are no SAEs to evaluate. Give them with their names, as in {'mine': my_sae}.")
     systems = systems or {}
@@ -289,66 +267,3 @@ def check_sae_like(name: str, sae: SAELike, hook: Hook, ctx: EvalContext) -> Non
         )
     if not all(torch.isfinite(torch.as_tensor(part)).all() for part in (f_BF, recon_BD)):
         raise UsageError(f"{name} returns NaN or infinity for finite activations: its weights may not be finite.")
-
-
-def reference_rows(group: EvalGroup) -> list[EvalRow]:
-    """Reference rows for each row set of a group. Their results are kept in the artifact cache."""
-    ctx, cache, rows = group.ctx, group.cache, []
-    training_text = ctx.change.apply(cache.contexts(held_out=False))
-    row_sets = dict.fromkeys(row.target.row_set for row in sorted(group.rows, key=lambda row: row.target.hook))
-    for hook, norm_limit in row_sets:
-        targets = [row.target for row in group.rows if row.target.row_set == (hook, norm_limit)]
-        limit = {} if norm_limit is None else {"norm_limit": norm_limit}
-        site = hook_suffix(hook)
-        for name, target in reference_targets(ctx, training_text, targets).items():
-            d_sae = getattr(target.sae, "d_sae", None)
-            record = {
-                "reference": name, **hook.record, "d_sae": d_sae, "text": cache.fingerprint, **ctx.model_identity,
-                **ctx.change.identity, **limit,
-            }  # fmt: skip
-            digest = digest_of(record)
-            folder = ctx.artifacts.folder / "references" / f"{name}-L{hook.layer}{site}-{digest[:8]}"
-            shown = name if len(row_sets) == 1 else f"{name}-L{hook.layer:02d}{site}"
-            rows.append(EvalRow(shown, target, folder, record, digest))
-    return rows
-
-
-def describe_running_out(metric: Metric, group: EvalGroup, error: BaseException) -> str:
-    """What a metric ran out of, and what to lower."""
-    sizes = [name for name in ("batch_contexts", "tokens") if name in {field.name for field in fields(metric)}]
-    smaller = [f"a smaller --set {metric.name}.{name}" for name in sizes]
-    ways = [*smaller, "fewer runs in one command", "--no-references", "a smaller model (--dtype bfloat16)"]
-    return (
-        f"{group.ctx.device} is out of memory ({first_line(error).rstrip('.')}). Results of other metrics are kept; "
-        f"measure {metric.name} again with {', '.join(ways[:-1])} or {ways[-1]}."
-    )
-
-
-def measure(metric: Metric, group: EvalGroup, rows: Sequence[EvalRow], progress: ProgressFactory) -> None:
-    """Measure one metric for all rows that lack it, in one pass."""
-    pending = group.pending(metric.name, rows)
-    if not pending:
-        return
-    together = [row.target for row in group.measured_with(metric, pending)]
-    outcomes: Sequence[Outcome]
-    try:
-        with progress(metric.name) as report:
-            outcomes = metric.measure_both(group.ctx, together, report)[: len(pending)]
-    except SaeError as error:
-        outcomes = [error] * len(pending)
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        failure = UnavailableError(describe_running_out(metric, group, error))
-        release(error, group.ctx.device)  # the next metric has the memory
-        outcomes = [failure] * len(pending)
-    for row, outcome in zip(pending, outcomes, strict=True):
-        if isinstance(outcome, SaeError):
-            row.errors[metric.name] = outcome
-            continue
-        row.results[metric.name] = outcome
-        if row.folder:
-            try:
-                write_result(row.folder, metric, group.settings_of(metric, row), outcome, row.record)
-            except SaeError as error:  # such as a full disk: the result is still shown
-                row.errors[metric.name] = error

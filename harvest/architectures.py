@@ -118,6 +118,11 @@ def can_truncate(config: Any, blocks: int) -> bool:
     return all(whole.get(name) == p.shape for name, p in build_without_numbers(short).named_parameters())
 
 
+def parameter_count(config: Any) -> int:
+    """How many numbers the weights of a model without its unembedding are, found without them."""
+    return sum(parameter.numel() for parameter in blueprint_of(config).model.parameters())
+
+
 class Blueprint:
     """The modules of a model, without numbers, and what a probe of its blocks with random numbers has found."""
 

@@ -43,15 +43,6 @@ def test_each_process_of_a_launcher_has_its_own_gpu(monkeypatch: pytest.MonkeyPa
     assert resolve_device("auto") == "cuda"
 
 
-def test_a_command_of_one_process_is_refused_under_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the second process would meet the lock of the first, and the launcher would stop both."""
-    nothing = EvaluatePlan(EvaluateConfig([]), [], [], ArtifactCache(Path()))
-    assert run_evaluation(nothing) == []
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="`sae evaluate` is one process on one GPU, and a launcher has started 2"):
-        run_evaluation(nothing)
-
-
 def test_training_and_evaluation_keep_freed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a step of `jumprelu` takes an eighth longer on a CPU."""
     kept = []

@@ -352,7 +352,7 @@ def test_a_disk_that_fills_up_costs_the_file_and_not_the_number(tiny_cache, home
     def full(*_):
         raise UnavailableError("The disk is full")
 
-    monkeypatch.setattr("sae.evaluate.run.write_result", full)
+    monkeypatch.setattr("sae.evaluate.measure.write_result", full)
     (row,) = evaluate(ask(run))
     assert row.results["core"].metrics["sparsity"]["l0"] and str(row.errors["core"]) == "The disk is full"
 

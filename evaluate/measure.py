@@ -1,0 +1,162 @@
+"""Measure the rows of a group: one pass of the model for each metric and all rows that lack it."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import fields, replace
+
+from ..common.errors import DamagedError, SaeError, UnavailableError, first_line
+from ..common.files import digest_of
+from ..common.memory import out_of_memory, release
+from ..train.sae import SAE, load_sae
+from .compare import summary_columns
+from .context import EvalContext
+from .control_notes import control_notes
+from .metrics.base import EvalTarget, Metric, Outcome, Progress, RowSet
+from .plan import EvaluatePlan, read_earlier_results
+from .reference_saes import reference_targets
+from .results import write_result
+from .rows import EvalGroup, EvalRow, hook_suffix
+from .tables import seed_verdicts, systems_of
+
+# Called with a metric's name before it is measured; the context manager gives the function that receives its progress.
+ProgressFactory = Callable[[str], AbstractContextManager[Progress]]
+
+
+@contextlib.contextmanager
+def no_progress_bar(title: str) -> Iterator[Progress]:
+    yield lambda done, total, note="": None
+
+
+def measure_all(
+    plan: EvaluatePlan,
+    group: EvalGroup,
+    due: Mapping[str, Sequence[EvalRow]],
+    references: Sequence[EvalRow],
+    progress: ProgressFactory,
+) -> None:
+    """Measure every metric for the rows that are `due` for it, by its name, and for reference rows."""
+    for metric in plan.metrics:
+        if metric.name in group.settings:
+            read_earlier_results(metric, group, references, plan.config.force)
+            measure(metric, group, [*due.get(metric.name, ()), *references], progress)
+
+
+def use_precision(rows: Sequence[EvalRow], precision: str) -> None:
+    """Let the SAEs of the rows compute their products in a precision: copies of them, with the same weights."""
+    for row in rows:
+        if isinstance(row.target.sae, SAE):
+            sae = copy.copy(row.target.sae)
+            sae.precision = precision
+            row.target = replace(row.target, sae=sae)
+
+
+def loaded(row: EvalRow, device: str, precision: str) -> EvalTarget:
+    """The target of a row with its SAE in memory, also if the plan knows only its outline.
+
+    Raises DamagedError if its files are not as they were written.
+    """
+    sae = row.target.sae
+    if not isinstance(sae, SAE) or not sae.W_enc.is_meta:
+        return row.target
+    assert row.sae_folder is not None
+    sae = load_sae(row.sae_folder, device)
+    sae.precision = precision
+    return replace(row.target, sae=sae)
+
+
+def loaded_targets(rows: Sequence[EvalRow], ctx: EvalContext) -> Iterator[EvalTarget]:
+    """The targets of rows, one SAE after the other in memory. What is damaged is left out: it is measured nowhere."""
+    for row in rows:
+        try:
+            target = loaded(row, ctx.device, ctx.precision)
+        except DamagedError:
+            continue
+        yield target
+
+
+def add_control_notes(rows: Sequence[EvalRow]) -> None:
+    """Fill in what is said of each system of rows beside its controls. All runs of a system have it."""
+    systems = systems_of(rows)
+    found = control_notes(systems, summary_columns(), seed_verdicts(rows))
+    for label, runs in systems.items():
+        for row in runs.values():
+            row.control_notes = found.get(label, [])
+
+
+def reference_rows_if_possible(
+    plan: EvaluatePlan, group: EvalGroup, row_sets: Sequence[RowSet] | None = None
+) -> list[EvalRow]:
+    """`reference_rows`; none, and a note in the plan, if something outside keeps them from being made."""
+    try:
+        return reference_rows(group, row_sets)
+    except Exception as error:
+        if not (isinstance(error, UnavailableError) or out_of_memory(error)):
+            raise
+        # For example a read-only folder, or a PCA that does not fit.
+        plan.notes.append(f"The reference rows (identity, zero, PCA, random dictionary) are left out: {error}")
+        return []
+
+
+def reference_rows(group: EvalGroup, wanted: Sequence[RowSet] | None = None) -> list[EvalRow]:
+    """Reference rows for each row set of a group, or for some. Their results are kept in the artifact cache."""
+    ctx, cache, rows = group.ctx, group.cache, []
+    training_text = ctx.change.apply(cache.contexts(held_out=False))
+    row_sets = group.row_sets
+    for hook, norm_limit in row_sets if wanted is None else wanted:
+        targets = loaded_targets([row for row in group.rows if row.target.row_set == (hook, norm_limit)], ctx)
+        limit = {} if norm_limit is None else {"norm_limit": norm_limit}
+        site = hook_suffix(hook)
+        for name, target in reference_targets(ctx, training_text, RowSet(hook, norm_limit), targets).items():
+            d_sae = getattr(target.sae, "d_sae", None)
+            record = {
+                "reference": name, **hook.record, "d_sae": d_sae, "text": cache.fingerprint, **ctx.model_identity,
+                **ctx.change.identity, **limit,
+            }  # fmt: skip
+            digest = digest_of(record)
+            folder = ctx.artifacts.folder / "references" / f"{name}-L{hook.layer}{site}-{digest[:8]}"
+            shown = name if len(row_sets) == 1 else f"{name}-L{hook.layer:02d}{site}"
+            rows.append(EvalRow(shown, target, folder, record, digest))
+    return rows
+
+
+def describe_running_out(metric: Metric, group: EvalGroup, error: BaseException) -> str:
+    """What a metric ran out of, and what to lower."""
+    sizes = [name for name in ("batch_contexts", "tokens") if name in {field.name for field in fields(metric)}]
+    smaller = [f"a smaller --set {metric.name}.{name}" for name in sizes]
+    ways = [*smaller, "fewer runs in one command", "--no-references", "a smaller model (--dtype bfloat16)"]
+    return (
+        f"{group.ctx.device} is out of memory ({first_line(error).rstrip('.')}). Results of other metrics are kept; "
+        f"measure {metric.name} again with {', '.join(ways[:-1])} or {ways[-1]}."
+    )
+
+
+def measure(metric: Metric, group: EvalGroup, rows: Sequence[EvalRow], progress: ProgressFactory) -> None:
+    """Measure one metric for all rows that lack it, in one pass."""
+    pending = group.pending(metric.name, rows)
+    if not pending:
+        return
+    together = [row.target for row in group.measured_with(metric, pending)]
+    outcomes: Sequence[Outcome]
+    try:
+        with progress(metric.name) as report:
+            outcomes = metric.measure_both(group.ctx, together, report)[: len(pending)]
+    except SaeError as error:
+        outcomes = [error] * len(pending)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        failure = UnavailableError(describe_running_out(metric, group, error))
+        release(error, group.ctx.device)  # the next metric has the memory
+        outcomes = [failure] * len(pending)
+    for row, outcome in zip(pending, outcomes, strict=True):
+        if isinstance(outcome, SaeError):
+            row.errors[metric.name] = outcome
+            continue
+        row.results[metric.name] = outcome
+        if row.folder:
+            try:
+                write_result(row.folder, metric, group.settings_of(metric, row), outcome, row.record)
+            except SaeError as error:  # such as a full disk: the result is still shown
+                row.errors[metric.name] = error
