@@ -32,16 +32,6 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def require_one_process(command: str) -> None:
-    """Raise UsageError if a launcher (torchrun, accelerate) has started several processes of this command."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count != "1":
-        raise UsageError(
-            f"`{command}` is one process on one GPU, and a launcher has started {count} (WORLD_SIZE). Start it without "
-            "the launcher; to use more GPUs, start a command for each, with its own --device cuda:N."
-        )
-
-
 def resolve_dtype(dtype: str, device: str) -> str:
     """Check a dtype name (auto, bfloat16 or float32); `auto` becomes bfloat16 on a GPU and float32 on a CPU.
 

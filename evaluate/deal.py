@@ -6,7 +6,7 @@ that a rank reads the model's activations at as few hooks as it can.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,31 +151,24 @@ def cut(units: Sequence[Unit], count: int, limit: float) -> list[Share]:
 
 
 def describe_deal(plan: EvaluatePlan, shares: Sequence[Share]) -> list[str]:
-    """A line for each rank: what it measures, about how long that takes, and the memory of its SAEs and model."""
+    """The lines of a plan about what each rank measures, about how long that takes, and its memory."""
     rows = {row.folder: (group, row) for group in plan.groups for row in group.rows}
-    lines = []
+    lines = [f"deal     {format_count(len(rows), 'SAE')} to {len(shares)} processes, by width and metrics"]
     for rank, share in enumerate(shares):
-        if not share:
-            lines.append(f"rank {rank}   nothing to measure")
-            continue
-        held = dict.fromkeys(folder for unit in share if not unit.beside for folder in unit.runs)
-        hooks = Counter(placed(rows[folder][1].target.hook) for folder in held)
-        parts = [f"{format_count(number, 'SAE')} {place}" for place, number in hooks.items()]
-        beside = Counter(
-            "reference rows" if unit.beside == REFERENCES else "a control" for unit in share if unit.beside
-        )
-        parts += [f"{number} x {what}" if number > 1 else what for what, number in beside.items()]
-        memory = sum(sae_bytes(rows[folder][1].target) for folder in held)
-        memory += max(
-            model_bytes(group.ctx)
-            for group in {id(g): g for g, _ in map(rows.__getitem__, held)}.values() or plan.groups
-        )
-        seconds = sum(unit.seconds for unit in share)
-        lines.append(
-            f"rank {rank}   {', '.join(parts)}: about {format_duration(seconds)}, {format_bytes(memory)} for the model "
-            "and these SAEs"
-        )
+        lines.append(f"rank {rank:<3} {describe_share(share, rows) if share else 'nothing'}")
     return lines
+
+
+def describe_share(share: Share, rows: Mapping[Path | None, tuple[EvalGroup, EvalRow]]) -> str:
+    held = dict.fromkeys(folder for unit in share if not unit.beside for folder in unit.runs)
+    hooks = Counter(placed(rows[folder][1].target.hook) for folder in held)
+    parts = [f"{format_count(number, 'SAE')} {place}" for place, number in hooks.items()]
+    beside = Counter("reference rows" if unit.beside == REFERENCES else "a control" for unit in share if unit.beside)
+    parts += [f"{number} x {what}" if number > 1 else what for what, number in beside.items()]
+    memory = sum(sae_bytes(rows[folder][1].target) for folder in held)
+    memory += max(model_bytes(rows[unit.runs[0]][0].ctx) for unit in share)
+    seconds = sum(unit.seconds for unit in share)
+    return f"{', '.join(parts)}, about {format_duration(seconds)}, {format_bytes(memory)} for the model and these SAEs"
 
 
 def sae_bytes(target: EvalTarget) -> int:

@@ -48,6 +48,8 @@ EVALUATE_ORDER: tuple[tuple[str, ...], ...] = (
     ("control_notes",),
     ("compared_runs",),
     ("compare",),
+    ("deal", "measure"),
+    ("ranks",),
     ("run",),
     ("against",),
     ("compare_charts",),
