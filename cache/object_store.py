@@ -21,7 +21,7 @@ from typing import Any, TypeGuard, TypeVar
 from urllib.parse import urlsplit
 
 from ..common.errors import DamagedError, UnavailableError, UsageError
-from ..common.files import make_folder, os_error, temporary_path
+from ..common.files import atomic_write, os_error
 from ..common.packages import import_extra
 
 Result = TypeVar("Result")
@@ -49,7 +49,6 @@ ATTEMPTS = 4  # of what obstore does not try again: a body that ends early, a lo
 PAUSE = 0.4  # seconds before the second attempt; doubled before each further one
 PART_BYTES = 64 << 20  # of an upload; a chunk of activations is smaller, so it is one request
 COALESCE_BYTES = 64 << 10  # between two ranges that one request reads
-STREAM_BYTES = 4 << 20  # of a download that goes to a file
 
 
 def is_url(path: object) -> TypeGuard[str]:
@@ -141,28 +140,8 @@ class ObjectStore:
         return self._try(read, key)
 
     def get_to(self, key: str, path: Path) -> None:
-        """Download an object to a file, which appears whole or not at all. Raises like `get`.
-
-        The file is not flushed to the disk: it is a copy, and who reads it verifies its checksum.
-        """
-        temporary = temporary_path(path)
-
-        def download() -> None:
-            result, length = self.store.get(key), 0
-            with temporary.open("wb") as file:
-                for part in result.stream(min_chunk_size=STREAM_BYTES):
-                    length += file.write(part)
-            self._check_length(key, length, result.meta["size"])
-
-        try:
-            make_folder(path.parent)
-            self._try(download, key)
-            temporary.replace(path)
-        except OSError as error:
-            raise os_error(error, path) from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        """Download an object to a file, which appears whole or not at all. Raises like `get`."""
+        atomic_write(path, self.get(key))
 
     def put(self, key: str, content: bytes | memoryview | Path) -> None:
         """Write an object, whole or not at all: these bytes, or those of a file. Replaces one that is there."""
@@ -243,9 +222,8 @@ class ObjectStore:
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         """(key, bytes) of each object in a folder such as "commits", or of all. It can be out of date."""
-        yield from self._try(
-            lambda: [(one["path"], one["size"]) for page in self.store.list(prefix or None) for one in page], prefix
-        )
+        found = self._try(lambda: self.store.list(prefix or None).collect(), prefix)
+        return iter([(one["path"], one["size"]) for one in found])
 
     def children(self, prefix: str = "") -> Sequence[str]:
         """The names of the folders and objects directly in a folder, sorted. It can be out of date."""

@@ -9,7 +9,7 @@ from ..common.errors import UnavailableError
 from ..common.files import free_space
 from ..common.formatting import format_bytes
 
-RECORDS = 16  # tokens/ and the records beside it
+RECORDS, RECORD_READS = 16, 38  # tokens/ and the records beside it: each is written once, and looked at more often
 ARRAY_RECORDS = 3  # zarr.json of an array, its row_norm and its moments
 TOKEN_BYTES = 5  # of tokens/ for each token: its id, and room for what contexts do not fill
 SIDE_BYTES = 10  # of row_norm, row_ctx and row_pos for each row, which the statistics of an array read
@@ -29,7 +29,7 @@ def harvest_requests(layout: Layout, arrays: int, windows: int) -> Requests:
     writes = windows * (chunks_of_window + arrays) + ARRAY_RECORDS * arrays + RECORDS
     commits = arrays * (layout.n_windows + 2 * windows)  # asked for at the start, before computing and before writing
     sides = 2 * layout.n_windows + arrays * 2 * layout.n_windows
-    return Requests(writes, commits + sides + arrays * int(TOP_SHARE * layout.rows) + RECORDS)
+    return Requests(writes, commits + sides + arrays * int(TOP_SHARE * layout.rows) + RECORD_READS)
 
 
 def working_bytes(layout: Layout, bytes_per_token: int, processes: int) -> int:

@@ -1,0 +1,184 @@
+"""A harvest into an object store: the objects are the files of a disk, whatever fails and wherever it goes on."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sae.cache import store_place
+from sae.cache.mirror import working_folder
+from sae.cache.object_store import open_store
+from sae.common.cache_schemas import CACHE_RECORD
+from sae.common.errors import UnavailableError, UsageError
+from sae.harvest.config import HarvestConfig
+from sae.harvest.plan import plan_harvest
+from sae.harvest.run import harvest_activations
+from sae.harvest.windows import WindowComputer
+
+from ..faulty_proxy import FaultyProxy, Request, faulty_proxy
+
+Options = dict[str, Any]
+
+
+@pytest.fixture
+def options(tiny_model: Path, sentences: Path) -> Options:
+    """900 rows of both layers in four windows of 256."""
+    return {
+        "model": str(tiny_model), "dataset": str(sentences), "layers": (0, 1), "tokens": 900, "context": 32,
+        "window": 256, "held_out": 0.1, "device": "cpu", "batch_contexts": 8,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def proxy(s3_endpoint: str, bucket: str, monkeypatch: pytest.MonkeyPatch):
+    with faulty_proxy(s3_endpoint) as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
+        yield running
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[str]]]:
+    """The windows that are computed, with their arrays."""
+    windows, compute = [], WindowComputer.compute
+
+    def record(self, window, buffers):
+        windows.append((window, sorted(buffers)))
+        return compute(self, window, buffers)
+
+    monkeypatch.setattr(WindowComputer, "compute", record)
+    return windows
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def objects_of(url: str) -> dict[str, bytes]:
+    store = open_store(url)
+    return {key: store.get(key) for key, _ in store.list()}
+
+
+def another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty SAE_HOME."""
+    home = tmp_path / f"home-{len(list(tmp_path.iterdir()))}"
+    home.mkdir()
+    monkeypatch.setenv("SAE_HOME", str(home))
+    return home
+
+
+@pytest.mark.parametrize("more", [{}, {"compress": True, "max_norm": 1.05, "storage_dtype": "uint16"}])
+def test_the_objects_are_the_files_of_a_disk(options: Options, more: Options, bucket: str, tmp_path: Path) -> None:
+    disk = harvest_activations(**options, **more, out=tmp_path / "disk")
+    assert not more or disk.statistics("layer_01")["marked"]  # so rows of chunks are read for its mean
+    harvest_activations(**options, **more, out=f"{bucket}/pile/")
+    objects = objects_of(f"{bucket}/pile")
+    assert objects == files_of(tmp_path / "disk") and len(objects) > 50
+    kept = files_of(working_folder(f"{bucket}/pile"))
+    assert not [name for name in kept if "/c." in name and not name.startswith("tokens/")]
+    assert kept.items() <= objects.items()
+
+
+def test_another_machine_goes_on(
+    options: Options, proxy: FaultyProxy, bucket: str, tmp_path: Path, computed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store refuses everything once three commits of two windows are there; what is committed is not computed."""
+    harvest_activations(**options, out=tmp_path / "disk")
+    computed.clear()
+
+    def refuse_later(request: Request) -> str | None:
+        commits = [one for one in proxy.requests if one.method == "PUT" and "/commits/" in one.path]
+        return "403" if len(commits) > 3 else None
+
+    proxy.schedule = refuse_later
+    with pytest.raises(UnavailableError, match="the store refused the credentials"):
+        harvest_activations(**options, out=f"{bucket}/pile")
+    proxy.schedule = lambda request: None
+    assert len(list(open_store(f"{bucket}/pile").list("commits"))) == 3
+    computed.clear()
+    another_machine(tmp_path, monkeypatch)
+    plan = plan_harvest(HarvestConfig(**options, out=f"{bucket}/pile"))
+    assert f"{bucket}/pile is begun: 3 of 4 windows, 644 rows to harvest" in plan.describe()[-1]
+    harvest_activations(**options, out=f"{bucket}/pile")
+    both = ["layer_00", "layer_01"]
+    assert sorted(computed) == [(1, ["layer_01"]), (2, both), (3, both)]
+    assert objects_of(f"{bucket}/pile") == files_of(tmp_path / "disk")
+    computed.clear()
+    another_machine(tmp_path, monkeypatch)
+    assert harvest_activations(**options, out=f"{bucket}/pile").layers == [0, 1] and not computed
+
+
+def test_a_listing_from_before_decides_nothing(
+    options: Options, proxy: FaultyProxy, bucket: str, tmp_path: Path, computed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy.schedule = lambda request: "stale" if request.is_listing else None
+    harvest_activations(**options | {"layers": 0}, out=f"{bucket}/pile")
+    another_machine(tmp_path, monkeypatch)
+    computed.clear()
+    harvest_activations(**options, out=f"{bucket}/pile")
+    assert any(fault == "stale" for fault, _ in proxy.injected)
+    assert sorted(computed) == [(window, ["layer_01"]) for window in range(4)]
+    proxy.schedule = lambda request: None
+    harvest_activations(**options | {"layers": 0}, out=tmp_path / "disk")
+    harvest_activations(**options, out=tmp_path / "disk")
+    assert objects_of(f"{bucket}/pile") == files_of(tmp_path / "disk")
+
+
+def test_layers_that_two_machines_complete_at_once_are_both_there(
+    options: Options, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second seals between two steps of the first: before its manifest, and between its manifest and zarr.json."""
+    harvest_activations(**options, out=tmp_path / "disk")
+    for number, step in enumerate(("seal", "_seal_root")):
+        url, original = f"{bucket}/pile-{number}", getattr(store_place.StorePlace, step)
+
+        def second(self, url=url, step=step, original=original):
+            monkeypatch.setattr(store_place.StorePlace, step, original)
+            before = working_folder(url)
+            monkeypatch.setattr("sae.harvest.plan.working_folder", lambda url: tmp_path / f"second-{step}")
+            harvest_activations(**options | {"layers": 1}, out=url)
+            monkeypatch.setattr("sae.harvest.plan.working_folder", lambda url: before)
+            return original(self)
+
+        monkeypatch.setattr(store_place.StorePlace, step, second)
+        harvest_activations(**options | {"layers": 0}, out=url)
+        objects, disk = objects_of(url), files_of(tmp_path / "disk")
+        assert CACHE_RECORD.parse(objects["zarr.json"], url)["attributes"]["complete"] == ["layer_00", "layer_01"]
+        assert {n for n in disk if objects[n] != disk[n]} <= {"harvest.json"}  # whose last request was for one layer
+
+
+def test_what_else_is_at_the_address_is_refused(options: Options, bucket: str, tmp_path: Path) -> None:
+    open_store(f"{bucket}/photos").put("2026/cat.jpg", b"")
+    with pytest.raises(UsageError, match=f"{bucket}/photos holds 2026, but no activation cache. Choose another"):
+        harvest_activations(**options, out=f"{bucket}/photos")
+    harvest_activations(**options | {"layers": 0, "tokens": 300}, out=f"{bucket}/pile")
+    before = objects_of(f"{bucket}/pile")
+    with pytest.raises(UsageError, match=rf"{bucket}/pile holds another harvest \(.*Use another --out"):
+        harvest_activations(**options | {"seed": 1}, out=f"{bucket}/pile")
+    assert objects_of(f"{bucket}/pile") == before
+
+
+def test_a_small_disk_is_noticed_before_the_harvest(
+    options: Options, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the working folder counts: the store has room."""
+    plan = plan_harvest(HarvestConfig(**options, out=f"{bucket}/pile"))
+    local = next(line for line in plan.describe() if line.startswith("local"))
+    assert str(working_folder(f"{bucket}/pile")) in local and "at a time" in local
+    monkeypatch.setattr("sae.harvest.store_costs.free_space", lambda folder: plan.working_bytes)
+    with pytest.raises(UnavailableError, match="The working folder of the harvest, .* Set SAE_HOME"):
+        harvest_activations(**options, out=f"{bucket}/pile")
+    monkeypatch.setattr("sae.harvest.store_costs.free_space", lambda folder: plan.working_bytes * 1.03)
+    monkeypatch.setattr("sae.harvest.plan.free_space", lambda folder: 1)  # of what would be a folder on a disk
+    assert harvest_activations(**options, out=f"{bucket}/pile").rows == 900
+
+
+def test_the_plan_counts_the_requests(options: Options, proxy: FaultyProxy, bucket: str) -> None:
+    config = HarvestConfig(**options, out=f"{bucket}/pile")
+    line = next(line for line in plan_harvest(config).describe() if line.startswith("store"))
+    writes, reads = (int(word.replace(",", "")) for word in line.split() if word.replace(",", "").isdecimal())
+    proxy.requests.clear()
+    harvest_activations(**options, out=f"{bucket}/pile")
+    methods = [request.method for request in proxy.requests]
+    assert methods.count("PUT") == pytest.approx(writes, rel=0.1)
+    assert methods.count("GET") + methods.count("HEAD") == pytest.approx(reads, rel=0.1)
