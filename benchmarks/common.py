@@ -45,14 +45,14 @@ def model_like_rows(rows: int, d_in: int = D_IN, seed: int = 0) -> np.ndarray:
     return as_uint16(x_RD)
 
 
-def make_cache(folder: Path, gigabytes: float, *, compress: bool = False) -> Cache:
+def make_cache(folder: Path, gigabytes: float, *, compress: bool = False, d_in: int = D_IN) -> Cache:
     """A cache written as a harvest writes it. Every window holds the same rows; the text is zeros."""
-    window = min(WINDOW, int(gigabytes * 1e9 / 2 / D_IN) // CONTEXT * CONTEXT)
-    count = round(gigabytes * 1e9 / 2 / D_IN / window)
+    window = min(WINDOW, int(gigabytes * 1e9 / 2 / d_in) // CONTEXT * CONTEXT)
+    count = round(gigabytes * 1e9 / 2 / d_in / window)
     layout = Layout(count * window, window, compress=compress)
     write_text(folder, layout.rows)
-    writer = CacheWriter(folder, identity(), layout, {ARRAY: D_IN})
-    bits = model_like_rows(window)
+    writer = CacheWriter(folder, identity(), layout, {ARRAY: d_in})
+    bits = model_like_rows(window, d_in)
     for number in writer.missing_windows():
         row = np.arange(window) + number * window
         rows = WindowRows({ARRAY: bits}, (row // CONTEXT).astype(np.uint32), (row % CONTEXT).astype(np.uint16))
@@ -69,7 +69,8 @@ def write_text(folder: Path, rows: int) -> None:
 
 
 def identity() -> dict[str, Any]:
-    return {"format": FORMAT, "model": {"name": "none", "revision": "0"}, "data": {"name": "synthetic"}}
+    names = {"model": {"name": "none", "revision": "0"}, "data": {"name": "synthetic"}}
+    return {"format": FORMAT, **names, "context": CONTEXT}
 
 
 class Spent(NamedTuple):

@@ -61,7 +61,7 @@ def last_metrics(folder: Path) -> dict[str, float] | None:
             lines = file.read().split(b"\n")
     except OSError:
         return None
-    whole = (line for line in reversed(lines[:-1]) if step_of_line(line, path) is not None)
+    whole = (line for line in reversed(lines) if step_of_line(line, path) is not None)
     return next(map(json.loads, whole), None)
 
 

@@ -355,6 +355,7 @@ def test_files_of_another_machine_are_waited_for(sparse_cache, tmp_path: Path, m
     timer.start()
     watch.wait_for_files()
     assert plan.runs[1].done
+    monkeypatch.setattr(ranks.time, "sleep", lambda seconds: pytest.fail("waits"))
     (plan.runs[1].folder / "sae.json").unlink()
     (plan.runs[1].folder / ".lock.holder").touch()
     watch.wait_for_files()

@@ -1,0 +1,168 @@
+"""What several processes of a launcher gain: `python benchmarks/ranks.py train [--rounds 3] [--steps 100]`.
+
+The commands are those of a user, `torchrun --nproc_per_node 2 -m sae ...` beside `sae ...`, in rounds, in random order:
+
+    pinned     a process on one core, and two, each on a core of its own (taskset); each computes with one thread
+    unpinned   a process with two threads, and two with one thread each, wherever the system puts them
+
+Three times are given: that of the work, by the files that it leaves; that of the whole command, which starts Python and
+imports torch in every process, and where runs are dealt times a few steps of each recipe; and the processor time of the
+process that took the most, which other work on the machine hardly changes. The first two mean something only on a
+machine with two idle cores. Memory is the peak of the anonymous memory of each process.
+
+    train      eight runs of relu, 576 -> 2,304, in batches of 1,024 tokens: eight seeds, which share a pass
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from common import in_rounds, machine, make_cache
+
+CORES = 2
+
+
+class Measured(NamedTuple):
+    """A command that ended well."""
+
+    command: float  # seconds of wall time, from its start to its end
+    work: float  # seconds between the first and the last file that count
+    processor: float  # seconds of the process that took the most, in all its threads
+    memory: dict[int, float]  # rank -> peak of anonymous memory, MB
+
+
+class Process(NamedTuple):
+    """What a process has taken so far."""
+
+    rank: int
+    memory: float  # anonymous, MB
+    processor: float  # seconds
+
+
+Files = tuple[str, str]  # patterns of the files whose times begin and end the work
+
+
+def run(words: list[str], out: Path, files: Files, *, processes: int, threads: int, pinned: bool) -> Measured:
+    """Run `sae` with these words, and measure it."""
+    sae = [sys.executable, "-P", "-m", "sae", *words, "--out", str(out)]
+    if pinned:  # the shell of each rank replaces itself by the command, on the core of its number
+        sae = ["sh", "-c", 'exec taskset -c "${LOCAL_RANK:-0}" "$@"', "sh", *sae]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [*torchrun, "--no-python", *sae] if processes > 1 else sae
+    started = time.perf_counter()
+    with (
+        tempfile.TemporaryFile() as said,
+        subprocess.Popen(command, env=environment(threads), stdout=said, stderr=said) as process,
+    ):
+        seen: list[Process] = []
+        while process.poll() is None:
+            pids = [process.pid, *descendants(process.pid)]
+            seen += filter(None, (look_at(pid, launched=processes > 1) for pid in pids))
+            time.sleep(0.02)
+        seconds = time.perf_counter() - started
+        if process.returncode:
+            said.seek(0)
+            tail = "\n".join(said.read().decode().splitlines()[-20:])
+            raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{tail}")
+    ranks = sorted({one.rank for one in seen})
+    assert ranks == list(range(processes)), f"{processes} processes were asked for, and there were {len(ranks)}"
+    peaks = {rank: max(one.memory for one in seen if one.rank == rank) for rank in ranks}
+    first, last = ([path.stat().st_mtime for path in out.glob(pattern)] for pattern in files)
+    return Measured(seconds, max(last) - min(first), max(one.processor for one in seen), peaks)
+
+
+def environment(threads: int) -> dict[str, str]:
+    root = str(Path(__file__).resolve().parents[2])  # in which the package is the folder sae
+    return os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.environ.get("PYTHONPATH", root)}
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and those that they have."""
+    try:
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return [one for child in children for one in (child, *descendants(child))]
+
+
+def look_at(pid: int, *, launched: bool) -> Process | None:
+    """A process with a rank, or the only one; None for others, such as the launcher, and those that have ended."""
+    folder = Path(f"/proc/{pid}")
+    try:
+        variables = (folder / "environ").read_bytes().split(b"\0")
+        status = (folder / "status").read_text().splitlines()
+        times = (folder / "stat").read_text().rpartition(")")[2].split()[11:13]  # of user and system, in ticks
+    except OSError:
+        return None
+    ranks = [int(value.removeprefix(b"RANK=")) for value in variables if value.startswith(b"RANK=")]
+    sizes = [int(line.split()[1]) / 1e3 for line in status if line.startswith("RssAnon")]
+    if not sizes or (launched and not ranks):
+        return None
+    return Process(ranks[0] if ranks else 0, sizes[0], sum(map(int, times)) / os.sysconf("SC_CLK_TCK"))
+
+
+def compare(measure: Callable[..., Measured], rounds: int) -> None:
+    """Measure all ways in rounds, and print a line for each and the two ratios."""
+    ways = {
+        "pinned, one process": {"processes": 1, "threads": 1, "pinned": True},
+        "pinned, two processes": {"processes": 2, "threads": 1, "pinned": True},
+        "unpinned, one process of two threads": {"processes": 1, "threads": 2, "pinned": False},
+        "unpinned, two processes": {"processes": 2, "threads": 1, "pinned": False},
+    }
+    found = in_rounds({name: partial(measure, **how) for name, how in ways.items()}, rounds)
+    fields = ("work", "command", "processor")
+    print(f"{'':38} {' '.join(f'{field:>12}' for field in fields)}   memory of each process, MB; times in seconds")
+    for name, all_rounds in found.items():
+        ranks = sorted(all_rounds[0].memory)
+        memory = ", ".join(f"{max(one.memory[rank] for one in all_rounds):,.0f}" for rank in ranks)
+        seconds = (median(getattr(one, field) for one in all_rounds) for field in fields)
+        print(f"{name:38} {' '.join(f'{value:12.1f}' for value in seconds)}   {memory}")
+    names = list(ways)
+    for title, one, two in (("pinned", *names[:2]), ("unpinned", *names[2:])):
+        for field in fields:
+            ratios = [getattr(a, field) / getattr(b, field) for a, b in zip(found[one], found[two], strict=True)]
+            spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+            print(f"{title}, {field}: two processes are {median(ratios):.2f} times as fast as one ({spread})")
+
+
+def train(steps: int, rounds: int) -> None:
+    """Eight runs; the work is from the first run.json to the last sae.json."""
+    with tempfile.TemporaryDirectory() as scratch:
+        cache = make_cache(Path(scratch) / "cache", 0.4, d_in=576)
+        words = ["train", "--cache", str(cache.folder), "--variant", "relu", "--width", "2304", "--batch-size", "1024"]
+        words += ["--steps", str(steps), "--checkpoint-every", str(steps), "--device", "cpu"]
+        words += [word for seed in range(8) for word in ("--seed", str(seed))]
+        numbers = iter(range(1000))
+
+        def measure(**how: object) -> Measured:
+            out = Path(scratch) / f"runs{next(numbers)}"
+            return run(words, out, ("*/run.json", "*/sae.json"), **how)  # type: ignore[arg-type]
+
+        compare(measure, rounds)
+
+
+STAGES = {"train": train}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=100, help="of each run")
+    options = parser.parse_args()
+    if len(os.sched_getaffinity(0)) < CORES:
+        raise SystemExit(f"needs {CORES} cores")
+    print(machine())
+    STAGES[options.stage](options.steps, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
