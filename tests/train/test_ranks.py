@@ -244,7 +244,8 @@ def test_a_run_that_fails_costs_the_others_nothing(sparse_cache, tmp_path: Path,
         f"rank 1 ended before it had finished {failed}.\n"
         "1 of 2 runs are not finished. The same command goes on with them, in any number of processes."
     )
-    assert (out / finished / "sae.json").exists()
+    ended_at = (tmp_path / "said" / "rank1.json").stat().st_mtime_ns
+    assert ended_at > (out / finished / "sae.json").stat().st_mtime_ns
 
 
 @pytest.mark.slow

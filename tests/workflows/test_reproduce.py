@@ -1,7 +1,10 @@
 """A paper's systems trained, evaluated and reported through the command line, on the tiny model."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,6 +14,7 @@ from typer.testing import CliRunner
 
 from sae.cli.main import app
 from sae.common.errors import UsageError
+from sae.common.files import read_json
 from sae.evaluate.papers.claims import PAPERS, PaperSystem, Reading
 from sae.evaluate.papers.parse import load_paper
 from sae.evaluate.papers.report import find_reading
@@ -131,6 +135,36 @@ def test_several_processes_are_dealt_the_runs_of_all_papers_together(cache, tiny
     assert sum(line.startswith("rank ") for line in plan.describe(time=True)) == 2
     monkeypatch.setenv("RANK", "1")
     assert plan.describe(time=True) == []
+
+
+@pytest.mark.slow
+def test_two_processes_reproduce_a_paper_like_one(cache, tiny_model, tmp_path):
+    """The same SAEs, the same numbers, and one report, from the first process."""
+    words = ["reproduce", "003", "--model", tiny_model, "--cache", cache, "--layer", 1, "--seed", 0, "--seed", 1,
+             "--steps", 20, "--batch-size", 256, "--width", "2x", "--suite", "core", "--evaluate-tokens", 100,
+             "--device", "cpu"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def reproduce(out, *launcher):
+        command = [sys.executable, *launcher, "-m", "sae", *map(str, words), "--out", str(tmp_path / out)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    one = reproduce("one")
+    two = reproduce("two", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    folders = {out: sorted((tmp_path / out / "runs").iterdir()) for out in ("one", "two")}
+    assert [path.name for path in folders["one"]] == [path.name for path in folders["two"]] and len(folders["two"]) == 4
+    for alone, dealt in zip(*folders.values(), strict=True):
+        assert (dealt / "sae.safetensors").read_bytes() == (alone / "sae.safetensors").read_bytes()
+        assert read_json(dealt / "run.json")["environment"]["variables"]["WORLD_SIZE"] == "2"
+        results = [read_json(folder / "evaluations" / "core.json") for folder in (alone, dealt)]
+        assert results[0]["eval_result_metrics"] == results[1]["eval_result_metrics"]
+    assert (tmp_path / "two" / "003.html").exists()
+    verdicts = [[line for line in done.stdout.splitlines() if "claim" in line or "ev" in line] for done in (one, two)]
+    assert verdicts[0] == verdicts[1]
+    assert "rank 1:" not in two.stderr and two.stderr.count("written  ") == 1
+    assert two.stderr.count("deal     4 runs to 2 processes") == 1
 
 
 def test_a_resumed_reproduction_keeps_its_options_when_defaults_change(cache, tiny_model, tmp_path, monkeypatch):
