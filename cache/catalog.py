@@ -9,6 +9,7 @@ from ..common.escaping import quote
 from ..common.files import folder_bytes, sae_home, writer_lock
 from .layout import Hook
 from .models import GivenModel, recorded_folders
+from .opening import open_place
 from .reader import Cache, is_ring_cache
 
 
@@ -18,17 +19,17 @@ def list_caches(root: Path | None = None) -> dict[Path, Cache | SaeError]:
     return {folder: open_or_error(folder) for folder in folders}
 
 
-def open_or_error(folder: Path) -> Cache | SaeError:
+def open_or_error(folder: Path | str) -> Cache | SaeError:
     """The cache in a folder, or why what a catalog shows of it cannot be read: another command must not fail on it."""
     try:
-        cache = Cache(folder)
+        cache = open_place(folder)
         repr(cache), cache.state, cache.layout.n_windows
         cache.identity["model"]["revision"], cache.identity["data"]["name"]
         return cache
     except SaeError as error:
         return error
     except (OSError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        return DamagedError(f"{folder / 'zarr.json'} or a record beside it was overwritten: {error!r}.")
+        return DamagedError(f"{folder}/zarr.json or a record beside it was overwritten: {error!r}.")
 
 
 def open_caches(root: Path | None = None) -> list[Cache]:

@@ -9,9 +9,21 @@ from typing import Any
 import numpy as np
 
 from ..common.cache_schemas import COMMIT_RECORD
+from ..common.errors import DamagedError
 from ..common.files import fsync_folder
-from .chunks import FileRecords, RowsOfChunk, files_exist, row_reader
+from .chunks import FileRecords, RowsOfChunk, check_chunk, files_exist, read_array_spec, row_reader
 from .layout import ArraySpec
+from .object_store import ObjectStore
+
+
+def chunk_error(folder: Path, file: str, record: Mapping[str, Any]) -> str | None:
+    """What is wrong with a chunk file in a folder; None if it is intact."""
+    name, chunk = file.rsplit("/", 1)
+    try:
+        check_chunk(folder, read_array_spec(folder, name), int(chunk.split(".")[1]), {file: record})
+    except DamagedError as error:
+        return str(error)
+    return None
 
 
 class FolderPlace:
@@ -21,6 +33,8 @@ class FolderPlace:
     `seal`. Any worker may call them at any time, and again.
     """
 
+    store: ObjectStore | None = None  # where the files are kept, if that is not the folder
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
@@ -29,6 +43,9 @@ class FolderPlace:
 
     def begin(self) -> None:
         """Called before the first window: tokens/, harvest.json and all zarr.json are in the folder."""
+
+    def publish_tokens(self) -> None:
+        """Called when tokens/ in the folder was written."""
 
     def commit_files(self) -> list[str]:
         """The commits that there are now, sorted, relative to the folder: commits/000000.layer_05.json."""
@@ -49,11 +66,22 @@ class FolderPlace:
         """Write a commit unless there is one; whether this one was written."""
         return COMMIT_RECORD.create(self.folder / file, content)
 
-    def remove_commits(self, files: Iterable[str]) -> None:
-        """Remove commits: those of files that are about to be replaced."""
+    def remove_records(self, files: Iterable[str]) -> None:
+        """Remove records: commits of files that are about to be replaced, and damaged ones."""
+        folders = set()
         for file in files:
             (self.folder / file).unlink(missing_ok=True)
-        fsync_folder(self.folder / "commits")
+            folders.add((self.folder / file).parent)
+        for folder in folders:
+            fsync_folder(folder)
+
+    def fetch_damaged(self) -> None:
+        """As `fetch`, for a cache of which any file can be damaged; all records are in the folder afterwards."""
+
+    def chunk_errors(self, records: FileRecords) -> Iterator[tuple[str, str | None]]:
+        """Each of these chunk files, with what is wrong with it, or None if it is intact. Reads every byte."""
+        for file, record in records.items():
+            yield file, chunk_error(self.folder, file, record)
 
     def bring(self, records: FileRecords) -> None:
         """Called before small files of committed windows are read: they are in the folder afterwards."""

@@ -5,24 +5,28 @@ pulled ahead of who reads them, and make room for others. A file is verified whe
 pulled once more.
 """
 
+import contextlib
 import re
+import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..common.cache_schemas import REPAIR_HINT
-from ..common.errors import DamagedError, UsageError
-from ..common.files import atomic_write, digest_of, parse_json
+from ..common.errors import DamagedError, UsageError, naming
+from ..common.files import atomic_write, digest_of, parse_json, read_file
 from .chunks import RowReader, Shard, check_chunk, content_matches, map_chunk
-from .layout import ArraySpec
+from .layout import ArraySpec, commit_file
 from .local_folder import LocalFolder, local_folder
 from .mirror import Mirror, map_ahead
-from .object_store import ObjectStore, open_store
+from .object_store import MissingError, ObjectStore, open_store
 from .reader import Cache, Read
 from .reading import ChunkReading, StoredFile
+from .record_files import verify_records
 from .store_place import read_stored_rows
 
 LABEL_LENGTH = 60
@@ -59,7 +63,43 @@ class StoreCache(Cache):
         return sorted({int(name.split(".")[0]) for name in names if name.endswith(".json")})
 
     def _file_sizes(self) -> dict[str, int]:
-        return dict(self.store.list())
+        sizes = dict(self.store.list())
+        for file in self.manifest["files"].keys() - sizes.keys():  # a listing can be out of date
+            with contextlib.suppress(DamagedError):
+                sizes[file] = self.store.size(file)
+        return sizes
+
+    def verify(self) -> Iterator[str]:
+        """Read every record and every byte in the store, keep none, and yield the name of each verified file.
+
+        Raises DamagedError at the first damaged file.
+        """
+        files = self.manifest["files"]
+        self._verify_records()
+
+        def verify(file: str) -> str:
+            try:
+                self.fetch_chunk(file)
+            except MissingError as error:
+                raise self._damaged(file) from error
+            return file
+
+        yield from map_ahead(verify, files)
+
+    def _verify_records(self) -> None:
+        """Read every record from the store, whatever the local folder holds."""
+        arrays = {file.rsplit("/", 1)[0] for file in self.manifest["files"]}
+        windows = range(self.layout.n_windows)
+        names = [
+            *("zarr.json", "harvest.json", "manifest.json", "tokens/commit.json", "tokens/zarr.json"),
+            *(f"{name}/zarr.json" for name in arrays),
+            *(commit_file(window, name) for name in self.manifest["complete"] for window in windows),
+        ]
+        with tempfile.TemporaryDirectory(prefix="sae-verify-") as folder, naming(self.store.url, folder):
+            Mirror(self.store, Path(folder)).pull_existing(names)
+            for name in ("harvest.json", "tokens/commit.json", "tokens/zarr.json"):
+                read_file(Path(folder) / name, REPAIR_HINT)
+            verify_records(Path(folder), self.attributes)
 
     # --- small files -------------------------------------------------------------------------------------------------
 

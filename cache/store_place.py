@@ -6,6 +6,7 @@ commit comes after the chunks that it lists, and is written only where there is 
 replaced only if they are as they were read, so that no worker undoes what another has completed.
 """
 
+import contextlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ..common.cache_schemas import CACHE_RECORD, COMMIT_RECORD, MANIFEST_RECORD, TOKENS_RECORD
-from ..common.errors import UnavailableError, UsageError
+from ..common.cache_schemas import CACHE_RECORD, COMMIT_RECORD, MANIFEST_RECORD, REPAIR_HINT, TOKENS_RECORD
+from ..common.errors import DamagedError, UnavailableError, UsageError
 from ..common.files import atomic_write, parse_json
 from .chunks import (
     FileRecords,
@@ -22,6 +23,7 @@ from .chunks import (
     block_index,
     check_chunk,
     check_is_readable_cache,
+    content_matches,
     decode_block,
     index_bytes,
     read_array_spec,
@@ -46,7 +48,8 @@ class StorePlace(FolderPlace):
 
     def __init__(self, store: ObjectStore, folder: Path) -> None:
         super().__init__(folder)
-        self.store, self.mirror = store, Mirror(store, folder)
+        self.store: ObjectStore = store
+        self.mirror = Mirror(store, folder)
 
     # --- before the first window -------------------------------------------------------------------------------------
 
@@ -55,45 +58,60 @@ class StorePlace(FolderPlace):
 
         The caller holds the folder's lock.
         """
-        for path in self.folder.iterdir():
-            if path.name not in OWN | {"tokens"}:
-                remove(path)
+        self._clear()
         for name in RECORDS:
-            if (data := self.store.find(name)) is not None:
-                atomic_write(self.folder / name, data)
+            self._refresh(name)
         record, commit = self.folder / "tokens" / "commit.json", self.store.find("tokens/commit.json")
         if commit is None or not record.exists() or record.read_bytes() != commit:
             for path in (self.folder / "tokens").glob("*"):
                 if path.name != DRAFT:
                     remove(path)
         if commit is not None:
-            files = TOKENS_RECORD.parse(commit, record)["files"]
-            names = {file.rsplit("/", 1)[0] for file in files}
-            self.mirror.pull(f"{name}/zarr.json" for name in {"tokens", *names})
+            files = TOKENS_RECORD.parse(commit, self.store.address("tokens/commit.json"))["files"]
+            self.mirror.pull(f"{name}/zarr.json" for name in {"tokens", *map(array_of, files)})
             self.bring(files)
             atomic_write(record, commit)
 
+    def fetch_damaged(self) -> None:
+        self._clear(tokens=True)
+        names = [name for name, _ in self.store.list() if name.endswith(".json") or name.startswith("tokens/")]
+        self.mirror.pull_existing({*RECORDS, *names})
+        with contextlib.suppress(DamagedError):  # zarr.json is lost, or damaged
+            self.commit_files()
+
+    def _clear(self, *, tokens: bool = False) -> None:
+        """Remove from the folder what the store may have another version of."""
+        for path in self.folder.iterdir():
+            if path.name not in OWN | {"tokens"}:
+                remove(path)
+            elif path.name == "tokens" and tokens:
+                remove(path)
+
+    def _refresh(self, name: str) -> None:
+        if (data := self.store.find(name)) is not None:
+            atomic_write(self.folder / name, data)
+
     def begin(self) -> None:
         """Upload what comes before the first window, tokens first, so that a zarr.json proves that they are there."""
-        tokens = [path for path in self._files_under("tokens") if not path.startswith(f"tokens/{DRAFT}/")]
         if self.store.find("tokens/commit.json") != (self.folder / "tokens/commit.json").read_bytes():
-            self.mirror.push(name for name in tokens if name != "tokens/commit.json")
+            self.publish_tokens()
+        self._push_if_changed("harvest.json")
         arrays = [f"{path.parent.name}/zarr.json" for path in self.folder.glob("*/zarr.json")]
-        for name in ("tokens/commit.json", "harvest.json"):
-            self._push_if_changed(name)
         if not self.store.put_if_absent("zarr.json", (self.folder / "zarr.json").read_bytes()):
             atomic_write(self.folder / "zarr.json", self.store.get("zarr.json"))
         for name in arrays:
             self._push_if_changed(name)
 
+    def publish_tokens(self) -> None:
+        paths = (path for path in (self.folder / "tokens").rglob("*") if path.is_file())
+        names = {path.relative_to(self.folder).as_posix() for path in paths} - {"tokens/commit.json"}
+        self.mirror.push(name for name in names if not name.startswith(f"tokens/{DRAFT}/"))
+        self.mirror.push(["tokens/commit.json"])
+
     def _push_if_changed(self, name: str) -> None:
         data = (self.folder / name).read_bytes()
         if self.store.find(name) != data:
             self.store.put(name, data)
-
-    def _files_under(self, folder: str) -> list[str]:
-        paths = (self.folder / folder).rglob("*")
-        return [path.relative_to(self.folder).as_posix() for path in paths if path.is_file()]
 
     # --- windows -----------------------------------------------------------------------------------------------------
 
@@ -130,19 +148,30 @@ class StorePlace(FolderPlace):
         atomic_write(self.folder / file, data if created else self.store.get(file))
         return created
 
-    def remove_commits(self, files: Iterable[str]) -> None:
+    def remove_records(self, files: Iterable[str]) -> None:
         files = list(files)
         self.store.delete(files)
         self.mirror.drop(files)
 
+    def chunk_errors(self, records: FileRecords) -> Iterator[tuple[str, str | None]]:
+        specs = {name: read_array_spec(self.folder, name) for name in set(map(array_of, records))}
+
+        def error(file: str) -> str | None:
+            content = self.store.find(file)
+            if content is not None and content_matches(content, specs[array_of(file)], records[file]):
+                return None
+            what = "is missing" if content is None else "is not the file that the cache lists"
+            return f"{self.store.address(file)} {what}. {REPAIR_HINT}"
+
+        yield from zip(records, map_ahead(error, records), strict=True)
+
     # --- the end -----------------------------------------------------------------------------------------------------
 
     def bring(self, records: FileRecords) -> None:
-        specs = {name: read_array_spec(self.folder, name) for name in {file.rsplit("/", 1)[0] for file in records}}
+        specs = {name: read_array_spec(self.folder, name) for name in set(map(array_of, records))}
 
         def check(file: str) -> None:
-            name, chunk = file.rsplit("/", 1)
-            check_chunk(self.folder, specs[name], int(chunk.split(".")[1]), records)
+            check_chunk(self.folder, specs[array_of(file)], int(file.rsplit("/", 1)[1].split(".")[1]), records)
 
         self.mirror.pull(records, check)
 
@@ -228,6 +257,11 @@ def read_stored_rows(store: ObjectStore, array: ArraySpec, one: RowsOfChunk) -> 
     blocks = dict(zip(numbers, store.get_ranges(key, starts, sizes), strict=True))
     decoded = {number: decode_block(array, data) for number, data in blocks.items()}
     return np.stack([decoded[row // array.block_rows][row % array.block_rows] for row in one.rows.tolist()])
+
+
+def array_of(file: str) -> str:
+    """The array that a chunk file belongs to."""
+    return file.rsplit("/", 1)[0]
 
 
 def remove(path: Path) -> None:

@@ -173,7 +173,7 @@ class CacheWriter:
             return
         # A commit must not outlive the files that it lists, which are about to be replaced, or are lost.
         if stale := [file for name in bits if self.place.has_commit(file := commit_file(window, name))]:
-            self.place.remove_commits(stale)
+            self.place.remove_records(stale)
         with ThreadPoolExecutor(WRITE_THREADS) as pool:
             pending = {  # norms and moments of an array are computed while the previous one is written
                 name: pool.map(lambda chunk: write_chunk(self.folder, *chunk), chunks)

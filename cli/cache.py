@@ -1,8 +1,10 @@
 """`sae cache`: list, inspect, verify, repair and delete activation caches."""
 
 import time
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,19 +12,29 @@ from .console import bar, cli_command, echo
 from .printing import ask, print_line
 
 cache_app = typer.Typer(no_args_is_help=True, help="List, inspect, verify, repair and delete activation caches.")
-Folder = Annotated[Path, typer.Argument(help="The cache's folder, such as one under activations/.")]
+Place = Annotated[
+    str,
+    typer.Argument(
+        metavar="CACHE",
+        help="The cache's folder, such as one under activations/, or address, such as s3://bucket/pile.",
+    ),
+]
+Address = Annotated[
+    str | None, typer.Argument(help="An address, such as s3://bucket: the caches at it or directly below it instead.")
+]
 
 
 @cache_app.command("list")
 @cli_command
-def list_() -> None:
+def list_(address: Address = None) -> None:
     """List every cache under activations/ with its model, arrays and number of rows."""
     from ..cache.catalog import list_caches
+    from ..cache.store_catalog import list_stored_caches
     from ..common.files import sae_home
 
-    caches = list_caches()
+    caches: Mapping[Any, Any] = list_caches() if address is None else list_stored_caches(address)
     if not caches:
-        print_line(f"no caches under {sae_home() / 'activations'}; create one with `sae harvest`")
+        print_line(f"no caches under {address or sae_home() / 'activations'}; create one with `sae harvest`")
     for folder, cache in caches.items():
         if isinstance(cache, Exception):
             print_line(f"{folder}   cannot be opened: {cache}")
@@ -32,7 +44,7 @@ def list_() -> None:
 
 @cache_app.command()
 @cli_command
-def info(folder: Folder) -> None:
+def info(folder: Place) -> None:
     """Print what a cache holds and check that its files exist with their sizes. Reads no activations."""
     from ..cache.opening import open_cache
 
@@ -49,7 +61,7 @@ def info(folder: Folder) -> None:
 
 @cache_app.command()
 @cli_command
-def verify(folder: Folder) -> None:
+def verify(folder: Place) -> None:
     """Read every record and every byte of a cache and verify the checksums."""
     from ..cache.opening import open_cache
     from ..common.formatting import format_count
@@ -65,7 +77,7 @@ def verify(folder: Folder) -> None:
 @cache_app.command()
 @cli_command
 def repair(
-    folder: Folder,
+    folder: Place,
     model: Annotated[str | None, typer.Option(help="The model's new location, if it has moved.")] = None,
     dataset: Annotated[str | None, typer.Option(help="The dataset's new location, if it has moved.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -88,18 +100,25 @@ def repair(
 
 @cache_app.command()
 @cli_command
-def rm(folder: Folder, yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False) -> None:
+def rm(folder: Place, yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False) -> None:
     """Delete a cache, after asking for confirmation."""
     from ..cache.catalog import remove_cache, require_cache_folder
+    from ..cache.object_store import is_url, open_store
+    from ..cache.store_catalog import remove_stored_cache, stored_files
     from ..common.errors import Interrupted
     from ..common.files import folder_bytes
     from ..common.formatting import format_bytes
 
-    require_cache_folder(folder)
+    if is_url(folder):
+        store = open_store(folder)
+        size, remove = sum(stored_files(store).values()), partial(remove_stored_cache, store)
+    else:
+        require_cache_folder(Path(folder))
+        size, remove = folder_bytes(Path(folder)), partial(remove_cache, Path(folder))
     try:
-        if not yes and not ask(f"Delete {folder} ({format_bytes(folder_bytes(folder))})?"):
+        if not yes and not ask(f"Delete {folder} ({format_bytes(size)})?"):
             echo("nothing was deleted")
             return
     except typer.Abort:  # Ctrl-C, or stdin is closed
         raise Interrupted("Nothing was deleted. Use --yes to delete without confirmation.") from None
-    print_line(f"{folder} deleted, {format_bytes(remove_cache(folder))} freed")
+    print_line(f"{folder} deleted, {format_bytes(remove())} freed")

@@ -2,9 +2,10 @@
 what to do.
 """
 
+import contextlib
 import difflib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 LISTED = 60  # names that an error lists
 
@@ -54,6 +55,17 @@ class LeftOutWarning(UserWarning):
 def warn_left_out(what: object, error: SaeError) -> None:
     """Warn that a command goes on without something: `what` is a folder or a file, `error` why it cannot be opened."""
     warnings.warn(f"{what} is left out: {error}", LeftOutWarning, stacklevel=3)
+
+
+@contextlib.contextmanager
+def naming(place: str, folder: object) -> Iterator[None]:
+    """Name a place, such as an address, where the message of a DamagedError or UsageError names the folder that stands
+    for it on this machine.
+    """
+    try:
+        yield
+    except (DamagedError, UsageError) as error:
+        raise type(error)(str(error).replace(str(folder), place)) from error
 
 
 def first_line(error: BaseException) -> str:

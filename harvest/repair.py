@@ -7,13 +7,17 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..cache.chunks import check_chunk, encode_chunk, read_array_spec, read_attributes, write_chunk
+from ..cache.chunks import encode_chunk, read_attributes, write_chunk
 from ..cache.layout import Hook, without_name
+from ..cache.mirror import working_folder
 from ..cache.models import find_folder, is_digest, recorded_folders
+from ..cache.object_store import is_url, open_store
+from ..cache.place import FolderPlace, chunk_error
 from ..cache.record_files import add_digests, damaged_records
+from ..cache.store_place import StorePlace
 from ..cache.writer import CacheWriter, recorded_tokens
 from ..common.cache_schemas import HARVEST_RECORD, MANIFEST_RECORD, TOKENS_RECORD
-from ..common.errors import DamagedError, SaeError, UsageError
+from ..common.errors import DamagedError, SaeError, UsageError, naming
 from ..common.files import digest_of, writer_lock
 from ..common.formatting import format_count
 from ..common.special_tokens import BOS_OR_EOS
@@ -28,27 +32,45 @@ from .windows import WindowComputer
 
 
 def repair(
-    folder: Path, progress: HarvestProgress = SILENT, *, model: str | None = None, dataset: str | None = None,
+    folder: Path | str, progress: HarvestProgress = SILENT, *, model: str | None = None, dataset: str | None = None,
     device: str = "auto",
 ) -> list[str]:  # fmt: skip
     """Check every byte and harvest again what differs from its record. Returns a sentence for each repaired file.
 
-    `model` and `dataset` say where they are now, if they have moved.
+    `folder` can be an address. `model` and `dataset` say where they are now, if they have moved.
 
     Raises UsageError if the model or the text has changed, or if the cache is only half written.
     """
+    if is_url(folder):
+        store = open_store(folder)
+        if not {"commits", "harvest.json"} & set(store.children()):
+            raise UsageError(f"{store.url} holds no activation cache. Create one with `sae harvest --out {store.url}`.")
+        place = StorePlace(store, working_folder(store.url))
+        with naming(store.url, place.folder):
+            repaired = repair_place(place, progress, model, dataset, device)
+        return [sentence.replace(str(place.folder), store.url) for sentence in repaired]
+    folder = Path(folder)
     if not (folder / "commits").is_dir():
         raise UsageError(f"{folder} is not a cache (it has no commits/). Give a folder under activations/.")
-    if not (folder / "harvest.json").exists():
-        raise DamagedError(
-            f"{folder / 'harvest.json'} is missing, which records how the cache was harvested. "
-            "Run the same `sae harvest` again to restore it."
-        )
+    return repair_place(FolderPlace(folder), progress, model, dataset, device)
+
+
+def repair_place(
+    place: FolderPlace, progress: HarvestProgress, model: str | None, dataset: str | None, device: str
+) -> list[str]:
+    """`repair`, with the records and tokens in the folder of a place."""
+    folder = place.folder
     check_not_ring(folder)
     with writer_lock(folder, "sae cache repair", progress.say):
+        place.fetch_damaged()
+        if not (folder / "harvest.json").exists():
+            raise DamagedError(
+                f"{folder / 'harvest.json'} is missing, which records how the cache was harvested. "
+                "Run the same `sae harvest` again to restore it."
+            )
         check_complete(folder)
-        repaired = list(remove_damaged_records(folder))
-        plan = plan_same_harvest(folder, model=model, dataset=dataset, device=device)
+        repaired = list(remove_damaged_records(place))
+        plan = plan_same_harvest(place, model=model, dataset=dataset, device=device)
         max_norms = recorded_max_norms(plan)
         repaired += list(repair_tokens(plan))
         writer, contexts = start_cache(plan)
@@ -57,7 +79,7 @@ def repair(
         )
         for max_norm in {*max_norms.values()}:  # layers can have been harvested with different ones
             widths = {name: width for name, width in plan.widths.items() if max_norms[name] == max_norm}
-            part = CacheWriter(folder, plan.identity, writer.layout, widths)
+            part = CacheWriter(folder, plan.identity, writer.layout, widths, place)
             if repaired or not part.is_finished(max_norm):
                 part.finish(max_norm, plan.token_text)
                 repaired = repaired or [f"{folder}: manifest.json and zarr.json were missing or damaged; rewritten"]
@@ -82,19 +104,21 @@ def recorded_max_norms(plan: HarvestPlan) -> dict[str, float | None]:
     return {name: known[name]["max_norm"] if name in known else plan.config.max_norm for name in plan.widths}
 
 
-def remove_damaged_records(folder: Path) -> Iterator[str]:
+def remove_damaged_records(place: FolderPlace) -> Iterator[str]:
     """Remove damaged records. All of them follow from the other files, except harvest.json."""
+    folder = place.folder
     for path, error in list(damaged_records(folder)):
         if path.name == "harvest.json":
             raise error
-        path.unlink()
+        place.remove_records([path.relative_to(folder).as_posix()])
         yield f"{path} was damaged; rewritten"
     if not (folder / "manifest.json").exists() and not list((folder / "commits").glob("*.json")):
         raise UsageError(f"{folder} holds no finished window. Run the same `sae harvest` again.")
 
 
-def plan_same_harvest(folder: Path, *, model: str | None, dataset: str | None, device: str) -> HarvestPlan:
+def plan_same_harvest(place: FolderPlace, *, model: str | None, dataset: str | None, device: str) -> HarvestPlan:
     """The plan of the harvest that wrote a cache. Raises UsageError unless it would give the same bytes."""
+    folder = place.folder
     record: dict[str, Any] = dict(HARVEST_RECORD.read(folder / "harvest.json"))
     known = {field.name for field in fields(HarvestConfig)} - {"modules"}  # in the record: the names of the hooks
     options = {name: value for name, value in record.items() if name in known}
@@ -110,7 +134,7 @@ def plan_same_harvest(folder: Path, *, model: str | None, dataset: str | None, d
     options |= {"layers": [hook.layer for hook in hooks], "device": device, "out": folder}
     options.setdefault("bos", BOS_OR_EOS)  # older caches record no choice
     options |= {name: value for name, value in (("model", model), ("dataset", dataset)) if value is not None}
-    plan = plan_text_of(folder, options, hooks)
+    plan = replace(plan_text_of(folder, options, hooks), store=place.store)
     if not (folder / "zarr.json").exists():
         return plan
     identity = read_attributes(folder)["identity"]
@@ -177,17 +201,8 @@ def repair_tokens(plan: HarvestPlan) -> Iterator[str]:
             "version of tokenizers, so the damaged files cannot be reproduced. Harvest into a new folder with --out."
         )
     contexts.write(plan.folder)
+    plan.place.publish_tokens()
     yield from (f"{file} was missing or damaged; tokenized again" for file in damaged or ["tokens"])
-
-
-def chunk_error(folder: Path, file: str, record: dict[str, Any]) -> str | None:
-    """What is wrong with a chunk file; None if it is intact."""
-    name, chunk = file.rsplit("/", 1)
-    try:
-        check_chunk(folder, read_array_spec(folder, name), int(chunk.split(".")[1]), {file: record})
-    except DamagedError as error:
-        return str(error)
-    return None
 
 
 def repair_windows(
@@ -196,7 +211,7 @@ def repair_windows(
     """Compute again the windows with damaged files, and write those files. The window's other files stay."""
     commits = {(c["window"], c["array"]): c for c in writer.commits(check_files=False)}
     records = {file: record for commit in commits.values() for file, record in commit["files"].items()}
-    damaged = find_damaged(plan.folder, records, progress)
+    damaged = find_damaged(plan.place, records, progress)
     missing: dict[int, list[str]] = defaultdict(list)
     for window in range(writer.layout.n_windows):
         for array in plan.widths:
@@ -218,6 +233,7 @@ def repair_windows(
             if all(encode_chunk(a, block)[1] == old.get(file) for file, (a, _, block) in files.items()):
                 for file in sorted(damaged & files.keys()):
                     write_chunk(plan.folder, *files[file])
+                    plan.place.publish([file])
                     damaged.remove(file)  # row_ctx and row_pos belong to every array of a window, and are written once
                     yield f"{file} was missing or damaged; harvested again, with the same bytes"
             else:
@@ -228,11 +244,11 @@ def repair_windows(
                 )
 
 
-def find_damaged(folder: Path, records: dict[str, Any], progress: HarvestProgress) -> set[str]:
+def find_damaged(place: FolderPlace, records: dict[str, Any], progress: HarvestProgress) -> set[str]:
     """The chunk files that are missing or differ from their records."""
     damaged = set()
-    for number, (file, record) in enumerate(records.items(), 1):
-        if error := chunk_error(folder, file, record):
+    for number, (file, error) in enumerate(place.chunk_errors(records), 1):
+        if error:
             progress.say(error.split(". ")[0] + ".")
             damaged.add(file)
         progress.rows(number, len(records))

@@ -20,7 +20,7 @@ from ..cache.store_place import check_address
 from ..cache.writer import CacheWriter, harvest_started, recorded_tokens
 from ..common.cache_schemas import HARVEST_RECORD
 from ..common.device import keep_freed_memory
-from ..common.errors import DamagedError, UsageError, did_you_mean
+from ..common.errors import DamagedError, UsageError, did_you_mean, naming
 from ..common.files import digest_of, writer_lock
 from ..common.process_group import ProcessGroup, current_process_group, is_first_on_this_machine
 from .architectures import check_loaded_sites
@@ -101,7 +101,7 @@ def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
     """
     group = current_process_group(plan.device)
     keep_freed_memory()
-    with contextlib.ExitStack() as stack, sigterm_as_ctrl_c():
+    with contextlib.ExitStack() as stack, sigterm_as_ctrl_c(), naming(plan.address, plan.folder):
         if group.is_first:
             check_folder(plan)
             stack.enter_context(writer_lock(plan.folder, "sae harvest", progress.say))

@@ -1,0 +1,62 @@
+"""The caches in an object store: list and delete them."""
+
+import shutil
+
+from ..common.errors import SaeError, UnavailableError, UsageError
+from ..common.files import writer_lock
+from .catalog import open_or_error
+from .consistency import is_array_name
+from .mirror import working_folder
+from .object_store import ObjectStore, open_store
+from .reader import Cache
+
+RECORDS = ("zarr.json", "manifest.json", "harvest.json")  # in the order in which they are deleted
+FOLDERS = ("commits", "row_ctx", "row_pos", "tokens")
+LIST_ATTEMPTS = 5
+
+
+def list_stored_caches(url: str) -> dict[str, Cache | SaeError]:
+    """{address: cache} of the cache at an address, or of those one level below it, as `list_caches` lists folders."""
+    store = open_store(url)
+    names = store.children()
+    if "zarr.json" in names:
+        return {store.url: open_or_error(store.url)}
+    below = [f"{store.url}/{name}" for name in names if store.exists(f"{name}/zarr.json")]
+    return {address: open_or_error(address) for address in below}
+
+
+def stored_files(store: ObjectStore) -> dict[str, int]:
+    """{key: bytes} of the objects that belong to the cache at an address, complete or not, as they are listed.
+
+    Raises UsageError if there is none.
+    """
+    found = {key: size for key, size in store.list() if belongs(key)}
+    if not {"zarr.json", "harvest.json", "tokens/commit.json"} & found.keys():
+        raise UsageError(f"{store.url} holds no activation cache; nothing was deleted.")
+    return found
+
+
+def belongs(key: str) -> bool:
+    """Whether a key has the name of a file of a cache. Others under the address are none of ours."""
+    top = key.split("/")[0]
+    return key in RECORDS or (key != top and (top in FOLDERS or is_array_name(top)))
+
+
+def remove_stored_cache(store: ObjectStore) -> int:
+    """Delete the cache at an address, complete or not; returns the bytes freed. Other objects there stay.
+
+    zarr.json goes first, so that what an interruption leaves is no cache. Raises UsageError if there is no cache,
+    UnavailableError if a process on this machine is writing it.
+    """
+    size, folder = sum(stored_files(store).values()), working_folder(store.url)
+    with writer_lock(folder, "sae cache rm"):
+        store.delete(RECORDS[:2])
+        for _ in range(LIST_ATTEMPTS):  # a listing can be out of date
+            found = sorted(key for key, _ in store.list() if belongs(key))
+            if not found:
+                break
+            store.delete(found)
+        else:
+            raise UnavailableError(f"{store.url} still lists objects of the cache. Run the same command again.")
+        shutil.rmtree(folder, ignore_errors=True)
+    return size

@@ -1,0 +1,153 @@
+"""`sae cache` on an address: what it prints, finds and mends is what it is for a folder."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sae.cache.mirror import working_folder
+from sae.cache.object_store import ObjectStore, open_store
+from sae.cache.opening import open_cache
+from sae.cache.reader import Cache
+from sae.cli.main import app
+from sae.common.errors import DamagedError
+
+from ..faulty_proxy import faulty_proxy
+
+
+@pytest.fixture
+def stored(tiny_cache: Cache, bucket: str) -> ObjectStore:
+    """The files of `tiny_cache` as objects."""
+    store = open_store(f"{bucket}/models/pile")
+    for path in tiny_cache.folder.rglob("*"):
+        if path.is_file() and not path.name.startswith(".lock"):
+            store.put(path.relative_to(tiny_cache.folder).as_posix(), path)
+    return store
+
+
+def sae(*words: object, code: int = 0, answer: str = "") -> str:
+    result = CliRunner().invoke(app, [str(word) for word in words], input=answer)
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result.output
+
+
+def flip(store: ObjectStore, key: str, position: int = 100) -> None:
+    data = bytearray(store.get(key))
+    data[position] ^= 1
+    store.put(key, bytes(data))
+
+
+def objects(store: ObjectStore) -> dict[str, bytes]:
+    return {key: store.get(key) for key, _ in store.list()}
+
+
+def test_list_info_and_verify(stored: ObjectStore, tiny_cache: Cache, bucket: str) -> None:
+    line = f"{stored.url}   {tiny_cache.model}, layer 0, layer 1, 8,000 rows\n"
+    for address in (f"{bucket}/models", f"{bucket}/models/", stored.url):
+        assert sae("cache", "list", address) == line
+    assert "no caches under" in sae("cache", "list", bucket)
+    here, there = sae("cache", "info", tiny_cache.folder), sae("cache", "info", stored.url)
+    assert there.splitlines()[:-1] == here.splitlines()[:-1] and "all present with their sizes" in there
+    assert f"{stored.url}: {len(tiny_cache.manifest['files'])} files, all checksums match" in sae(
+        "cache", "verify", stored.url
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "command", "message"),
+    [
+        ("layer_01/c.2.0", "verify", "{}/layer_01/c.2.0 is not the file that the cache lists"),
+        ("row_ctx/c.1", "verify", "{}/row_ctx/c.1 is not the file that the cache lists"),
+        ("commits/000001.layer_00.json", "verify", "{}/commits/000001.layer_00.json "),
+        ("tokens/commit.json", "verify", "{}/tokens/commit.json "),
+        ("-layer_01/c.2.0", "verify", "{}/layer_01/c.2.0 is not the file that the cache lists"),
+        ("-layer_01/c.2.0", "info", "1 files of {} are missing or truncated: layer_01/c.2.0"),
+        ("-harvest.json", "verify", "{}/harvest.json is missing"),
+        ("-commits/000003.layer_01.json", "verify", "{}/commits/000003.layer_01.json is missing"),
+    ],
+)
+def test_damage_is_found_at_its_address(stored: ObjectStore, key: str, command: str, message: str) -> None:
+    open_cache(stored.url)  # what the local folder holds from before proves nothing
+    if key.startswith("-"):
+        stored.delete([key[1:]])
+    else:
+        flip(stored, key)
+    output = sae("cache", command, stored.url, code=3)
+    assert message.format(stored.url) in output.replace("\n", " ") and "/tmp/sae-verify" not in output
+
+
+def test_a_listing_from_before_is_no_damage(
+    stored: ObjectStore, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with faulty_proxy(s3_endpoint, lambda request: "stale" if request.is_listing else None) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        assert "all present with their sizes" in sae("cache", "info", stored.url)
+        assert proxy.injected
+
+
+def test_verify_keeps_nothing(stored: ObjectStore, home: Path) -> None:
+    sae("cache", "verify", stored.url)
+    assert not list(home.rglob("layer_0*/c.*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["chunks", "tokens", "records", "root", "moments"])
+def test_repair_harvests_and_uploads_what_is_damaged(stored: ObjectStore, kind: str) -> None:
+    before = objects(stored)
+    if kind == "chunks":
+        flip(stored, "layer_01/c.2.0")
+        stored.delete(["layer_00/c.0.0", "row_pos/c.3"])
+    elif kind == "tokens":
+        flip(stored, "tokens/ids/c.0.0")
+        stored.delete(["tokens/length/c.0"])
+    elif kind == "records":
+        flip(stored, "manifest.json")
+        flip(stored, "commits/000001.layer_00.json")
+        flip(stored, "layer_01/zarr.json", 30)
+        stored.delete(["tokens/commit.json"])
+    elif kind == "root":
+        flip(stored, "zarr.json")
+    else:
+        flip(stored, "layer_01.moments/c.0.0.0")
+    sae("cache", "verify", stored.url, code=3)
+    output = sae("cache", "repair", stored.url)
+    assert "repaired" in output and str(working_folder(stored.url)) not in output
+    after = objects(stored)
+    assert {name for name in before if before[name] != after.get(name)} <= {"harvest.json"}
+    assert "all checksums match" in sae("cache", "verify", stored.url)
+    assert f"{stored.url}: no damage found" in sae("cache", "repair", stored.url)
+
+
+def test_rm_asks_and_leaves_what_is_not_its_own(stored: ObjectStore) -> None:
+    stored.put("notes.txt", b"mine")
+    stored.put("layer_0/notes.txt", b"mine")
+    before = objects(stored)
+    assert "nothing was deleted" in sae("cache", "rm", stored.url, answer="n\n")
+    assert objects(stored) == before
+    size = sum(len(data) for name, data in before.items() if "notes" not in name)
+    assert f"{stored.url} deleted, {size / 1e6:.1f} MB freed" in sae("cache", "rm", stored.url, "--yes")
+    assert objects(stored) == {"notes.txt": b"mine", "layer_0/notes.txt": b"mine"}
+    assert "holds no activation cache; nothing was deleted" in sae("cache", "rm", stored.url, "--yes", code=2)
+
+
+def test_other_programs_read_the_same_address(stored: ObjectStore, tiny_cache: Cache, s3_endpoint: str) -> None:
+    """zarr-python through obstore, and tensorstore with its own client; neither knows of this package."""
+    import numpy as np
+    import tensorstore
+    import zarr
+
+    group = zarr.open_group(zarr.storage.ObjectStore(stored.store, read_only=True), mode="r")
+    rows = np.concatenate([tiny_cache.read_chunk("layer_01", n) for n in range(len(tiny_cache.chunk_rows))])
+    assert np.array_equal(group["layer_01"][:].view(np.uint16), rows)
+    assert np.array_equal(group["layer_01.row_norm"][:], tiny_cache.row_norms("layer_01"))
+    bucket, path = stored.url.removeprefix("s3://").split("/", 1)
+    place = {"driver": "s3", "bucket": bucket, "path": f"{path}/layer_01/", "endpoint": s3_endpoint}
+    spec = {"driver": "zarr3", "kvstore": place | {"aws_region": "us-east-1"}}
+    assert np.array_equal(tensorstore.open(spec, read=True).result().read().result().view(np.uint16), rows)
+
+
+def test_a_cache_that_is_not_there(bucket: str) -> None:
+    for command in ("info", "verify", "repair"):
+        assert f"{bucket}/none holds no activation cache" in sae("cache", command, f"{bucket}/none", code=2)
+    with pytest.raises(DamagedError, match="is missing"):
+        open_store(bucket).get("none")
