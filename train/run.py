@@ -57,7 +57,9 @@ def train_saes(
     """Train SAEs on an activation cache, as `sae train` does, and return the finished runs.
 
     Every combination of variant, layer, L0 and seed is one run with its own folder; runs that read the same batches are
-    trained together on one pass. Finished runs are not trained again, and interrupted ones are resumed.
+    trained together on one pass. Finished runs are not trained again, and interrupted ones are resumed. In a script
+    that a launcher such as torchrun has started several times, every process has to call it: each trains its share, and
+    all return when every run is finished.
 
     Example:
         >>> runs = sae.train_saes(["topk", "batchtopk"], cache="activations/...", options={"k": 64, "topk.lr": 1e-3})
@@ -85,7 +87,8 @@ def train_saes(
         UsageError: an argument is wrong; the message lists every problem. Nothing has been written.
         UnavailableError: the runs do not fit on the disk, or the device does not exist.
         Interrupted: after Ctrl-C or SIGTERM, with checkpoints written.
-        SaeError: a run was given up because its loss was not finite. The others are finished.
+        SaeError: a run was given up because its loss was not finite. The others are finished. Of several processes, one
+            raises what all have to say, and the others ReportedElsewhere.
     """
     known = {f.name for f in fields(TrainConfig)} - {"variants", "caches"}
     for name in more:
