@@ -161,6 +161,11 @@ def evaluate_saes(
         precision=precision, max_norm=math.inf if max_norm == "none" else max_norm,
     )  # fmt: skip
     if isinstance(saes, Mapping):
+        if rank_and_count()[1] > 1:
+            raise UsageError(
+                "A launcher has started several processes, and they share SAEs by their run folders: give run folders, "
+                "or start one process for SAEs without one."
+            )
         if cache is None or layer is None:
             raise UsageError("SAEs without a run folder need cache= and layer=: cache='activations/...', layer=12.")
         opened = cache if isinstance(cache, Cache) else Cache(cache)
@@ -202,11 +207,6 @@ def plan_objects(
     systems: Mapping[str, str] | None = None,
 ) -> EvaluatePlan:
     """The plan for objects that have no run folder. Without a `norm_limit` they have that of the cache."""
-    if rank_and_count()[1] > 1:
-        raise UsageError(
-            "A launcher has started several processes, and they share SAEs by their run folders: give run folders, or "
-            "start one process for SAEs without one."
-        )
     if not saes:
         raise UsageError("There are no SAEs to evaluate. Give them with their names, as in {'mine': my_sae}.")
     systems = systems or {}

@@ -2,25 +2,48 @@
 
 They are processes of their own with a group over gloo, as those of torchrun, but are forked once everything is
 imported: the imports take three seconds, and each of torchrun's processes has its own. A rank that dies leaves the
-others running, as under launchers other than torchrun. Prints the process of each rank first.
+others running, as under launchers other than torchrun. Prints the exit codes of the ranks last.
+
+With $KILL_AT="PATTERN:N" and $KILL_MARKS, an empty folder, the rank that is about to give the N-th file of a matching
+path its name is killed, once. Started by torchrun, this is one of its ranks.
 """
 
 import os
+import re
+import signal
 import socket
 import sys
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
 import sae.evaluate.run  # noqa: F401  (before the fork; not sae.cli, which reads its rank when it is imported)
 
 
-def run_rank(rank: int, count: int, port: int, words: list[str]) -> NoReturn:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
+def kill_at_rename() -> None:
+    pattern, _, number = os.environ["KILL_AT"].rpartition(":")
+    marks, replace = Path(os.environ["KILL_MARKS"]), os.replace
+
+    def counted(source: Any, target: Any, **more: Any) -> None:
+        if re.search(pattern, str(target)):
+            for count in range(1, int(number) + 1):
+                try:
+                    (marks / str(count)).touch(exist_ok=False)
+                except FileExistsError:
+                    continue
+                if count == int(number):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                break
+        replace(source, target, **more)
+
+    os.replace = counted  # type: ignore[assignment]
+
+
+def run_rank(words: list[str]) -> NoReturn:
     code = 1
+    if "KILL_AT" in os.environ:
+        kill_at_rename()
     try:
         if words[0] == "-c":
             exec(words[1])
@@ -47,13 +70,18 @@ def main(count: int, words: list[str]) -> int:
     pids = []
     for rank in range(count):
         if not (pid := os.fork()):
-            run_rank(rank, count, port, words)
+            os.environ.update(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+            )  # fmt: skip
+            run_rank(words)
         pids.append(pid)
-    print("ranks", *pids, file=sys.stderr, flush=True)
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     print("codes", *codes, file=sys.stderr, flush=True)
     return max(map(abs, codes))
 
 
 if __name__ == "__main__":
+    if "RANK" in os.environ:  # started by torchrun
+        run_rank(sys.argv[2:])
     sys.exit(main(int(sys.argv[1]), sys.argv[2:]))

@@ -21,10 +21,9 @@ from .metrics.test_stability import make_sae
 pytestmark = pytest.mark.usefixtures("one_thread")
 FORKED = [sys.executable, str(Path(__file__).parents[1] / "forked_ranks.py")]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "-m", "--nproc_per_node"]
-QUICK = [
-    "--suite", "core,stability", "--tokens", "400", "--device", "cpu", "--set", "core.batch_contexts=4",
-    "--set", "stability.tokens=50", "--set", "stability.draws=1",
-]  # fmt: skip
+CORE = ["--suite", "core", "--tokens", "400", "--device", "cpu", "--set", "core.batch_contexts=4"]
+STABILITY = ["--set", "stability.tokens=50", "--set", "stability.draws=1"]
+QUICK = [*CORE, "--suite", "core,stability", *STABILITY]
 WIDTHS = {"a-0": 48, "a-1": 48, "b-0": 64}  # two seeds of a system at layer 0, and a run at layer 1
 
 
@@ -40,14 +39,9 @@ def make_home(tiny_cache: Cache, tmp_path: Path):
             origin |= {"fingerprint": tiny_cache.fingerprint}
             save_sae(make_sae(seed, latents=width), folder / "runs" / run, origin)
             write_run_record(
-                folder / "runs" / run,
-                d_in=32,
-                d_sae=width,
-                layer=layer,
-                variant="topk",
-                seed=seed,
+                folder / "runs" / run, d_in=32, d_sae=width, layer=layer, variant="topk", seed=seed,
                 options={"k": layer},
-            )
+            )  # fmt: skip
         return folder
 
     return make
@@ -58,20 +52,18 @@ def command(ranks: int, words: Sequence[str], runs: Sequence[str], launcher: Seq
     return [*launcher, str(ranks), *(["sae"] if launcher is TORCHRUN else []), *asked]
 
 
-def start(home: Path, words: Sequence[str]) -> subprocess.Popen[str]:
-    environment = os.environ | {"SAE_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        words, env=environment, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
-    )
+def call(home: Path, words: Sequence[str], **variables: str) -> tuple[int, str, str]:
+    environment = os.environ | {"SAE_HOME": str(home), "OMP_NUM_THREADS": "1"} | variables
+    done = subprocess.run(words, env=environment, cwd=home, capture_output=True, text=True, timeout=600)
+    return done.returncode, done.stdout, done.stderr
 
 
 def evaluate(
-    home: Path, ranks: int, *words: str, runs: Sequence[str] = tuple(WIDTHS), launcher: Sequence[str] = FORKED
-) -> tuple[int, str, str]:
+    home: Path, ranks: int, *words: str, runs: Sequence[str] = tuple(WIDTHS), launcher: Sequence[str] = FORKED,
+    **variables: str,
+) -> tuple[int, str, str]:  # fmt: skip
     """`sae evaluate` of some runs by so many ranks: the exit code, stdout and stderr."""
-    process = start(home, command(ranks, words, runs, launcher))
-    out, err = process.communicate(timeout=600)
-    return process.returncode, out, err
+    return call(home, command(ranks, words, runs, launcher), **variables)
 
 
 @pytest.fixture
@@ -104,7 +96,7 @@ def numbers(home: Path) -> dict[str, Any]:
 
 def without_times(err: str) -> list[str]:
     """The lines that ranks have in common with one process."""
-    own = re.compile(r"(deal |rank \d|ranks |codes |writes|done|evaluate |\[|.*torch/)")
+    own = re.compile(r"(deal |rank \d|codes |writes|done|evaluate |\[|.*torch/)")
     return [line for line in err.splitlines() if not own.match(line)]
 
 
@@ -118,3 +110,150 @@ def test_three_ranks_give_the_files_and_tables_of_one_process(make_home, evaluat
     ranks = re.findall(r"^rank (\d) +(.*)", together[2], re.M)
     assert [rank for rank, _ in ranks] == ["0", "1", "2"] and "codes 1 0 0" in together[2]
     assert not (three / "activations/evaluation/locks").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_torchrun_gives_the_numbers_of_one_process_for_more_metrics(make_home, evaluate_here, count: int) -> None:
+    words = [
+        *QUICK, "--suite", "core,absorption,sparse_probing_stdlib,stability", "--set", "absorption.words=400",
+        "--set", "absorption.min_GT_probe_f1=0", "--set", "sparse_probing_stdlib.train_set_size=40",
+        "--set", "sparse_probing_stdlib.test_set_size=20",
+    ]  # fmt: skip
+    one, many = make_home("one"), make_home("many")
+    alone, together = evaluate_here(one, *words), evaluate(many, count, *words, launcher=TORCHRUN)
+    found = numbers(many)
+    assert found == numbers(one) and together[1] == alone[1]
+    assert {Path(path).stem for path in found} == {"core", "absorption", "sparse_probing_stdlib", "stability"}
+    dealt = re.findall(r"^rank (\d) +(.*)", together[2], re.M)
+    assert len(dealt) == (count if count > 1 else 0) and not any(share == "nothing" for _, share in dealt)
+    assert together[2].count("done     in ") == 1 and "rank 1:" not in together[2]
+
+
+MOMENTS = [  # the N-th file that is renamed to such a path, and the numbers of ranks before and after
+    (r"/text_pass-\w+\.safetensors$", 1, 2, 3),
+    (r"/text_pass-\w+\.safetensors$", 7, 3, 2),
+    (r"/text_pass-\w+\.json$", 4, 3, 1),
+    (r"/sample-\w+\.safetensors$", 1, 2, 1),
+    (r"/sample-\w+\.json$", 2, 3, 2),
+    (r"/held_out-\w+\.safetensors$", 1, 2, 3),
+    (r"/held_out-\w+\.json$", 1, 3, 1),
+    (r"/runs/.*/core\.json$", 2, 3, 2),
+    (r"/runs/.*/stability\.json$", 2, 2, 3),
+    (r"/references/.*/core\.json$", 5, 3, 2),
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> dict[str, Any]:
+    return {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS, ids=str)
+def test_a_rank_that_dies_costs_its_own_saes_alone(make_home, evaluate_here, undisturbed, moment, tmp_path) -> None:
+    """The others end with their shares; the same command with another number of ranks measures the rest."""
+    pattern, number, before, after = moment
+    if not undisturbed:
+        evaluate_here(make_home("one"))
+        undisturbed |= numbers(tmp_path / "one")
+    home, marks = make_home("killed"), tmp_path / "marks"
+    marks.mkdir()
+    code, out, err = evaluate(home, before, KILL_AT=f"{pattern}:{number}", KILL_MARKS=str(marks))
+    codes = re.findall(r"^codes (.*)", err, re.M)[0].split()
+    assert sorted(codes) == ["-9", *["4"] * (before - 1)]
+    assert err.count(f"Another of the {before} launched processes has ended. Everything committed is safe;") >= 1
+    left = numbers(home)
+    assert all(undisturbed[path] == record for path, record in left.items()) and len(left) < len(undisturbed)
+    code, out, err = evaluate(home, after)
+    assert code == 1 and numbers(home) == undisturbed
+    measured = sum(map(int, re.findall(r"^metric .* (\d+) to measure", err, re.M)))
+    assert measured == 5 - sum(path.startswith("runs") for path in left)
+
+
+@pytest.mark.slow
+def test_a_launcher_that_ends_all_ranks_leaves_what_was_written(make_home, evaluate_here, tmp_path) -> None:
+    one, home, marks = make_home("one"), make_home("killed"), tmp_path / "marks"
+    evaluate_here(one)
+    marks.mkdir()
+    torchrun = [*TORCHRUN[:4], "--nproc_per_node", "2", FORKED[1]]
+    killed = {"KILL_AT": r"/runs/.*/core\.json$:2", "KILL_MARKS": str(marks)}
+    code, _, err = call(home, command(2, (), tuple(WIDTHS), torchrun), **killed)
+    assert "-9" in err and 0 < len(numbers(home)) < len(numbers(one))
+    assert code == 1
+    evaluate(home, 3)
+    assert numbers(home) == numbers(one)
+
+
+@pytest.mark.slow
+def test_a_rank_without_work_says_nothing(make_home, evaluate_here) -> None:
+    one, two = make_home("one"), make_home("two")
+    words = [*CORE, "--no-references"]
+    alone, together = evaluate_here(one, *words, runs=["a-0"]), evaluate(two, 2, *words, runs=["a-0"])
+    assert alone[:2] == together[:2] and alone[0] == 0
+    assert re.findall(r"^rank (\d) +(.*)", together[2], re.M)[1] == ("1", "nothing")
+    assert numbers(one) == numbers(two) and "codes 0 0" in together[2]
+    again = evaluate(two, 2, *words, runs=["a-0"])  # nothing is left to do
+    assert again[:2] == alone[:2]
+    forced = evaluate(two, 2, *words, "--force", runs=["a-0", "a-1"])
+    assert forced[0] == 0 and len(numbers(two)) == 2
+
+
+IN_PYTHON = """
+import json, os
+import torch
+import sae
+from sae.common.errors import UsageError
+asked = {"suite": "core", "tokens": 400, "device": "cpu", "options": ["core.batch_contexts=4"]}
+rows = sae.evaluate_saes(["runs/a-0", "runs/b-0"], **asked)
+assert torch.distributed.get_world_size() == int(os.environ["WORLD_SIZE"]) == 2
+try:
+    sae.evaluate_saes({"mine": object()}, cache="nowhere", layer=0)
+except UsageError as error:
+    refused = str(error)
+with open(f"rows{os.environ['RANK']}.json", "w") as file:
+    json.dump([refused, [row.flat() for row in rows]], file)
+"""
+
+
+@pytest.mark.slow
+def test_evaluate_saes_returns_all_rows_in_each_process(make_home, evaluate_here) -> None:
+    one, two = make_home("one"), make_home("two")
+    code, _, err = call(two, [*FORKED, "2", "-c", IN_PYTHON])
+    assert code == 0, err
+    _, out, _ = evaluate_here(one, *CORE, "--json", runs=["a-0", "b-0"])
+    for rank in range(2):
+        refused, rows = json.loads((two / f"rows{rank}.json").read_text())
+        assert rows == json.loads(out) and len(rows) == 2 + 8
+        assert refused.startswith("A launcher has started several processes, and they share SAEs by their run folders")
+
+
+@pytest.mark.slow
+def test_what_is_wrong_with_an_sae_is_said_by_the_first_process(make_home, evaluate_here) -> None:
+    """A damaged run, whose weights one rank alone reads, costs its own numbers and those of its system."""
+    home, other = make_home("damaged"), make_home("other")
+    weights = home / "runs" / "a-1" / "sae.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    code, out, err = evaluate(home, 3)
+    assert code == 3 and "codes 3 0 0" in err and "does not have the checksum that sae.json records" in err
+    evaluate_here(other, *CORE, runs=["a-0", "b-0"])
+    found = numbers(home)
+    assert found == numbers(other) and "runs/a-1/evaluations/core.json" not in found
+    assert "Traceback" not in err and err.count("checksum") == 2  # of core and of stability
+
+
+@pytest.mark.slow
+def test_an_error_of_the_plan_is_said_once(make_home) -> None:
+    code, out, err = evaluate(make_home("home"), 3, "--suite", "cor")
+    assert code == 2 and "codes 2 2 2" in err and err.count("there is no metric cor") == 1
+
+
+@pytest.mark.slow
+def test_a_dry_run_says_the_deal_and_writes_nothing(make_home) -> None:
+    home = make_home("home")
+    code, out, err = evaluate(home, 2, *QUICK, "--dry-run")
+    assert code == 0 and "deal     3 SAEs to 2 processes, by width and metrics" in err
+    shares = re.findall(r"^rank (\d) +(.*)$", err, re.M)
+    assert [rank for rank, _ in shares] == ["0", "1"]
+    assert all(re.fullmatch(r".*, about [\d.]+ \w+, [\d.]+ MB for the model and these SAEs", s) for _, s in shares)
+    assert not list(home.glob("runs/*/evaluations")) and not (home / "activations").exists()
