@@ -9,6 +9,7 @@ from ..common.escaping import quote
 from ..common.files import folder_bytes, sae_home, writer_lock
 from .layout import Hook
 from .models import GivenModel, recorded_folders
+from .object_store import is_url
 from .opening import open_place
 from .reader import Cache, is_ring_cache
 
@@ -81,11 +82,17 @@ def find_cache(model: str | None, hook: Hook, root: Path | None = None) -> Cache
 
 
 def find_by_fingerprint(fingerprint: object, folder: Path | str | None, root: Path | None = None) -> Cache | None:
-    """The cache with a fingerprint: in `folder`, where it was, or else under `activations/`; None if it is in neither.
+    """The cache with a fingerprint: where it was, in `folder` or at that address, or else under `activations/`.
 
-    Raises the error of the cache in `folder` if that cannot be opened and there is no other.
+    None if it is in neither. What is under `activations/` comes before an address. Raises the error of the cache where
+    it was if that cannot be opened and there is no other.
     """
     damage: SaeError | None = None
+    if is_url(folder):
+        if found := next((cache for cache in open_caches(root) if cache.fingerprint == fingerprint), None):
+            return found
+        stored = open_place(folder)
+        return stored if stored.fingerprint == fingerprint else None
     if folder is not None and (Path(folder) / "zarr.json").exists():
         match open_or_error(Path(folder)):
             case Cache() as cache if cache.fingerprint == fingerprint:

@@ -8,7 +8,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol, Self
 
 import numpy as np
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ..common.device import copy_to_device
-from ..common.errors import UsageError
+from ..common.errors import Interrupted, UsageError
 from ..common.memory import available_memory
 from .batch_order import BatchOrder, Span
 from .layout import ArraySpec
-from .reading import ENDLESS, Folder, StoredFile, open_chunk_reading, open_reading
+from .reading import ENDLESS, ChunkReading, Folder, StoredFile, open_chunk_reading, open_reading
 
+POLL_SECONDS = 0.5
 DEVICE_SHARE = 0.4  # an array that takes less than this share of a GPU's free memory is copied there as a whole
 
 
@@ -41,7 +42,8 @@ class BatchLoader:
     without an end.
 
     A batch is overwritten after the next call of `next`. The seed and the number `batch` of the next batch are the
-    whole state. `seconds_waited` counts the time that the caller has waited for data.
+    whole state. `seconds_waited` counts the time that the caller has waited for data; `store_failure` is what `next`
+    raised because a batch did not come from a store, or `should_stop` said that waiting for it has to end.
 
     Threads read ahead into a few slots. A thread takes the next batch number and a free slot in one step, so a batch
     never waits for a slot that a later batch holds. On a GPU the slots are pinned, and a separate CUDA stream copies
@@ -67,13 +69,16 @@ class BatchLoader:
         threads: int = 2,
         stop: int = ENDLESS,
         expected: bool = False,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.cache, self.name, self.batch, self.device = cache, name, batch, torch.device(device)
         self.order = BatchOrder(cache.chunk_rows, batch_size, seed)
-        self.seconds_waited, self.stop = 0.0, stop
+        self.seconds_waited, self.stop, self._should_stop = 0.0, stop, should_stop
+        self.store_failure: BaseException | None = None
         self._outliers = OutlierMask(cache, name)
         d_in = cache.array(name).shape[1]
         self._reading = open_reading(cache, name, self.order, range(batch, stop), expected)
+        self._in_store = isinstance(self._reading, ChunkReading)
         gpu = self.device.type == "cuda"
         self._slots = [torch.empty(batch_size, d_in, dtype=torch.bfloat16, pin_memory=gpu) for _ in range(depth)]
         self._copier = HostToDevice(self._slots, self.device) if gpu else None
@@ -134,11 +139,15 @@ class BatchLoader:
                 self._free_slots.append(self._lent_slot)
                 self._lent_slot = None
                 self._slot_freed.notify()
-            self._batch_read.wait_for(lambda: self._closed or number in self._read_ahead)
+            while not self._batch_read.wait_for(lambda: self._closed or number in self._read_ahead, POLL_SECONDS):
+                if self._in_store and self._should_stop():
+                    self.store_failure = Interrupted("Stopped while waiting for the store.")
+                    raise self.store_failure
             if self._closed:
                 raise StopIteration
             slot = self._read_ahead[number]
             if isinstance(slot, BaseException):
+                self.store_failure = slot if self._in_store else None
                 raise slot
             del self._read_ahead[number]
             self._lent_slot = slot
@@ -240,6 +249,7 @@ class ResidentLoader:
                     np.concatenate(cache.read_rows(name, chunk, 0, size), out=as_uint16(rows))
                 self._rows[self.first_row[chunk] : self.first_row[chunk + 1]] = rows.to(device)
         self.seconds_waited = time.perf_counter() - started
+        self.store_failure: BaseException | None = None
         self._buffers = [torch.empty(batch_size, d_in, dtype=torch.bfloat16, device=device) for _ in range(2)]
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -305,10 +315,11 @@ def open_loader(
     reserve: float = 0.0,
     stop: int = ENDLESS,
     expected: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> BatchLoader | ResidentLoader:
     """The loader for a device: `ResidentLoader` on a GPU with room for the whole array, else `BatchLoader`.
 
-    `reserve` are bytes of the device that what reads the batches will still need; `stop` and `expected` are those of
+    `reserve` are bytes of the device that what reads the batches will still need; the rest is as for
     `BatchLoader`.
 
     Raises UsageError if there are fewer rows than one batch.
@@ -318,7 +329,10 @@ def open_loader(
         free = available_memory(str(device))
         if 2 * sum(cache.chunk_rows) * d_in < min(DEVICE_SHARE * free, free - reserve):
             return ResidentLoader(cache, name, batch_size, seed=seed, batch=batch, device=device, expected=expected)
-    return BatchLoader(cache, name, batch_size, seed=seed, batch=batch, device=device, stop=stop, expected=expected)
+    return BatchLoader(
+        cache, name, batch_size, seed=seed, batch=batch, device=device, stop=stop, expected=expected,
+        should_stop=should_stop,
+    )  # fmt: skip
 
 
 def copy_batches(loader: BatchLoader | ResidentLoader, stop: int, dtype: torch.dtype) -> Iterator[Tensor]:

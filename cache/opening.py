@@ -1,7 +1,7 @@
 """Open a cache wherever it is: in a folder, or at an address such as s3://bucket/pile."""
 
 from collections.abc import Sequence
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 
 from .chunks import most_open_chunks
@@ -33,16 +33,20 @@ def open_cache(folder: Place) -> Cache:
     return open_place(folder)
 
 
-def open_place(place: Place, open_chunks: int | None = None) -> Cache:
-    """The cache at a place, which keeps at most `open_chunks` memory maps open. Raises like `open_cache`."""
+def open_place(place: Place, open_chunks: int | None = None, local: Path | None = None) -> Cache:
+    """The cache at a place, which keeps at most `open_chunks` memory maps open. Raises like `open_cache`.
+
+    `local` is the folder for what is pulled of a cache in a store; None: `activations/.pulled`.
+    """
     if is_url(place):
+        from .local_folder import local_folder
         from .store_cache import StoreCache
 
-        return StoreCache(fspath(place), open_chunks)
+        return StoreCache(place, open_chunks, local_folder(local))
     return Cache(Path(place), open_chunks)
 
 
-def concat_caches(places: Sequence[Place]) -> Cache | ConcatCache:
+def concat_caches(places: Sequence[Place], local: Path | None = None) -> Cache | ConcatCache:
     """Open one cache, or several as one. Raises UsageError if they cannot be combined."""
-    caches = [open_place(place, most_open_chunks(len(places))) for place in places]
+    caches = [open_place(place, most_open_chunks(len(places)), local) for place in places]
     return caches[0] if len(caches) == 1 else ConcatCache(caches)

@@ -71,7 +71,7 @@ class Cache:
 
     @property
     def place(self) -> str:
-        """Where the cache is, as `--cache` takes it."""
+        """The folder, or the address of a cache in a store."""
         return str(self.folder)
 
     def _with_files(self, files: Callable[[], Iterable[str]], read: Callable[[], Read]) -> Read:

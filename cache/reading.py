@@ -7,6 +7,7 @@ them there meanwhile. For a cache on a disk there is nothing to wait for.
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -36,8 +37,14 @@ class StoredFile(NamedTuple):
 
 
 class Folder(Protocol):
-    """The local folder that a reading pulls into."""
+    """The local folder that a reading pulls into; see local_folder.LocalFolder."""
 
+    folder: Path
+    size: int
+    say: Callable[[str], None]
+
+    def expect(self, readings: "Sequence[ChunkReading]") -> None: ...
+    def check_size(self, readings: "Sequence[ChunkReading]") -> None: ...
     def begin(self, reading: "ChunkReading", expected_until: int | None = None) -> None: ...
     def wait(self, reading: "ChunkReading", step: int, names: Collection[str]) -> None: ...
     def done(self, reading: "ChunkReading", step: int) -> None: ...

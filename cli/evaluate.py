@@ -53,8 +53,9 @@ def evaluate(
         typer.Option(min=0, help="The layer of a published SAE whose files do not name it.", rich_help_panel=INPUTS),
     ] = None,
     cache: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
+            metavar="PATH|URL",
             help="Cache whose held-out text is read. Default: the cache that each run was trained on.",
             rich_help_panel=INPUTS,
         ),
@@ -99,14 +100,15 @@ def evaluate(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
     """Splice trained SAEs into the language model and measure them on held-out text."""
+    from ..cache.object_store import folder_or_url
     from ..common.process_group import current_process_group
     from ..evaluate.plan import EvaluateConfig, plan_evaluation
     from ..workflows.controls import ControlsPlan, plan_controls
     from ..workflows.published import PublishedConfig, find_or_import
 
-    ranks = current_process_group()
+    ranks, place = current_process_group(), folder_or_url(cache)
     with bar("verify", "rows") as shown:
-        published = PublishedConfig(model=model, layer=layer, cache=cache, dry_run=dry_run)
+        published = PublishedConfig(model=model, layer=layer, cache=place, dry_run=dry_run)
         found = ranks.first(lambda: find_or_import(runs, published, shown.say, shown))
     if not found.folders:
         ranks.everywhere(found.raise_refusals)
@@ -118,7 +120,7 @@ def evaluate(
         tokens=tokens,
         mode=mode,
         model=model,
-        cache=cache,
+        cache=place,
         max_norm=max_norm,
         options=set_ or [],
         data=data,

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}  # of bytes
+
 
 def parse_tokens(text: str) -> int:
     """A positive token count, with or without a unit: 10M, 2e8, 1.5B, 500k. Raises typer.BadParameter for others."""
@@ -17,6 +19,18 @@ def parse_tokens(text: str) -> int:
         return tokens
     except (ValueError, OverflowError):
         raise typer.BadParameter(f"invalid token count {text!r}; try 10M, 2e8 or 500000") from None
+
+
+def parse_bytes(text: str | int) -> int:
+    """A positive number of bytes, with or without a unit: 200GB, 1.5TB, 64MB. Raises typer.BadParameter for others."""
+    number = str(text).strip().upper().removesuffix("B")
+    try:
+        size = int(float(number[:-1]) * UNITS[number[-1]]) if number[-1:] in UNITS else int(float(number))
+        if size < 1:
+            raise ValueError
+        return size
+    except (ValueError, OverflowError):
+        raise typer.BadParameter(f"invalid size {text!r}; try 200GB or 1.5TB") from None
 
 
 def parse_max_norm(text: str | float) -> float:
@@ -75,11 +89,30 @@ Layers = Annotated[
     typer.Option("--layer", min=0, help="Zero-based block. Can be repeated."),
 ]
 Caches = Annotated[
-    list[Path] | None,
+    list[str] | None,
     typer.Option(
         "--cache",
-        help="Activation cache. Needed only when several match; several are read as one. "
-        "With --stream, the folder for the windows being harvested.",
+        metavar="PATH|URL",
+        help="Activation cache: a folder, or an address such as s3://bucket/pile. Needed only when several match; "
+        "several are read as one. With --stream, the folder for the windows being harvested.",
+    ),
+]
+LocalCache = Annotated[
+    int | None,
+    typer.Option(
+        "--local-cache",
+        parser=parse_bytes,
+        metavar="SIZE",
+        help="How much of caches in stores the disk holds at a time, such as 200GB. Default: half of the free space.",
+        rich_help_panel="Object stores",
+    ),
+]
+LocalFolderPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--local-folder",
+        help="The folder that holds it, on a local disk. Default: activations/.pulled.",
+        rich_help_panel="Object stores",
     ),
 ]
 SITE_HELP = (

@@ -17,6 +17,8 @@ from .options import (
     STREAMING,
     Caches,
     Layers,
+    LocalCache,
+    LocalFolderPath,
     StreamTokens,
     check_width,
     finite_or_none,
@@ -134,6 +136,8 @@ def train(
             parser=parse_max_norm, metavar="N|none", help="As in `sae harvest`. Default: 10.", rich_help_panel=STREAMING
         ),
     ] = None,
+    local_cache: LocalCache = None,
+    local_folder: LocalFolderPath = None,
     resume: Annotated[
         list[Path] | None, typer.Option(help="Run folder to resume. Can be repeated.", rich_help_panel=RECORDS)
     ] = None,
@@ -176,6 +180,7 @@ def train(
     ] = None,
 ) -> None:
     """Train SAEs on a cache: several recipes, layers and seeds together, in one pass over the data."""
+    from ..cache.object_store import is_url
     from ..common.errors import UsageError
     from ..train.plan import TrainConfig
 
@@ -189,7 +194,9 @@ def train(
         site=site,
         modules=module or (),
         seeds=seed or (0,),
-        caches=cache or (),
+        caches=[one if is_url(one) else Path(one) for one in cache or ()],
+        local_cache=local_cache,
+        local_folder=local_folder,
         model=model,
         steps=steps,
         batch_size=batch_size,

@@ -11,6 +11,7 @@ from ..cache.catalog import caches_that, find_by_fingerprint, harvest_command, m
 from ..cache.context_format import ContextFormat
 from ..cache.layout import Hook
 from ..cache.models import GivenModel, model_label, same_model
+from ..cache.opening import Place, open_place
 from ..cache.reader import Cache, is_ring_cache
 from ..common.cache_schemas import HARVEST_RECORD
 from ..common.environment import installed_version
@@ -45,7 +46,7 @@ def artifact_cache() -> ArtifactCache:
     return ArtifactCache(sae_home() / "activations" / "evaluation", shared=rank_and_count()[1] > 1)
 
 
-def find_eval_cache(folder: Path, sae: SAE, *, cache: Path | None = None, model: str | None = None) -> Cache:
+def find_eval_cache(folder: Path, sae: SAE, *, cache: Place | None = None, model: str | None = None) -> Cache:
     """The cache whose held-out text an SAE is evaluated on.
 
     That is `cache` if given, else the cache the SAE was trained on, even if it has moved to `activations/`. For an SAE
@@ -68,7 +69,7 @@ def find_eval_cache(folder: Path, sae: SAE, *, cache: Path | None = None, model:
             "Omit --model, or evaluate a run of that model."
         )
     if cache:
-        chosen = Cache(cache)
+        chosen = open_place(cache)
         if not same_model(chosen.identity["model"], trained_on):
             raise UsageError(
                 f"{folder} was trained on {describe_record(trained_on)}, but {cache} holds text for "
@@ -93,7 +94,7 @@ def find_eval_cache(folder: Path, sae: SAE, *, cache: Path | None = None, model:
 def load_run(
     folder: Path,
     *,
-    cache: Path | None = None,
+    cache: Place | None = None,
     model: str | None = None,
     device: str | None = "cpu",
     max_norm: float | None = None,
@@ -173,7 +174,7 @@ def find_model_of(cache: Cache, given: str | None) -> tuple[ModelSource, Any]:
         )
     except UsageError as error:
         raise UsageError(
-            f"{cache.folder} was harvested from {describe_record(cache.identity['model'])}. {error} "
+            f"{cache.place} was harvested from {describe_record(cache.identity['model'])}. {error} "
             "If the folder has moved, name it with --model FOLDER; if it has changed, restore it, or harvest and train "
             "again: results of one model would be reported for the other."
         ) from error
@@ -197,7 +198,7 @@ def check_tokenizer(cache: Cache, source: ModelSource, tokenizer: Any) -> tuple[
             f"harvest had {' and '.join(differing)}. Install that to be sure that texts get the same tokens",
         )
     raise UsageError(
-        f"{cache.folder} was harvested with another tokenizer (sha256 {str(expected)[:12]}) than the one in "
+        f"{cache.place} was harvested with another tokenizer (sha256 {str(expected)[:12]}) than the one in "
         f"{source.argument} (sha256 {found[:12]}), so its token ids would mean other text. Restore the tokenizer's "
         "files, or name the folder that has them with --model; otherwise harvest and train again."
     )
@@ -245,7 +246,7 @@ def make_context(
     contexts = cache.contexts(held_out=True)
     if not len(contexts):
         raise UsageError(
-            f"{cache.folder} has no held-out text to evaluate on. Harvest again with --held-out above 0, or with more "
+            f"{cache.place} has no held-out text to evaluate on. Harvest again with --held-out above 0, or with more "
             "text."
         )
     if tokens is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cache.context_format import ContextFormat
+from ..cache.opening import open_place
 from ..cache.outliers import check_max_norm
 from ..cache.reader import Cache
 from ..common.device import resolve_device, resolve_dtype
@@ -44,7 +45,7 @@ class EvaluateConfig:
     tokens: int | None = None  # None: as many as SAEBench reads, or all of the held-out text
     mode: str = "0.6.0"
     model: str | None = None
-    cache: Path | None = None  # None: the cache that each run was trained on
+    cache: str | Path | None = None  # a folder or an address; None: the cache that each run was trained on
     max_norm: float | None = None  # mask rows over this multiple of the median norm; None: as in training; inf: none
     options: Sequence[str] = ()  # metric.option=value
     data: Path | None = None  # a folder to search for datasets before the Hub
@@ -136,7 +137,7 @@ class EvaluatePlan:
             f"model    {group.ctx.model_name} at {model['revision'][:12]}, computed in {model['llm_dtype']} "
             f"on {group.ctx.device}",
             *([] if group.ctx.precision == "float32" else [f"SAEs     computed in {group.ctx.precision}"]),
-            f"text     {read:,} held-out tokens in {len(contexts):,} contexts of {group.cache.folder}"
+            f"text     {read:,} held-out tokens in {len(contexts):,} contexts of {group.cache.place}"
             f"{whole_contexts(self.config.tokens, read, bool(group.ctx.change.identity))}",
             *(f"text     {note}" for note in group.notes),
             *describe_norm_limits(group.rows),
@@ -263,7 +264,7 @@ def resolve_config(config: EvaluateConfig) -> tuple[list[Metric], str, str]:
 def load_rows(plan: EvaluatePlan, device: str | None) -> list[tuple[Cache, list[EvalRow]]]:
     """The runs as rows, grouped by the contexts that they are evaluated on; fills in `plan.refused`."""
     config = plan.config
-    groups: dict[tuple[Path, Any], list[EvalRow]] = {}
+    groups: dict[tuple[str, Any], list[EvalRow]] = {}
     for folder, path in {run.resolve(): run for run in config.runs}.items():
         if path in plan.unfinished:
             continue
@@ -272,12 +273,12 @@ def load_rows(plan: EvaluatePlan, device: str | None) -> list[tuple[Cache, list[
         except SaeError as error:
             plan.refused[folder] = error
             continue
-        groups.setdefault((cache.folder, text_request(row.record["origin"])), []).append(row)
+        groups.setdefault((cache.place, text_request(row.record["origin"])), []).append(row)
         if config.cache and row.record["origin"].get("fingerprint") not in (None, cache.fingerprint):
             plan.notes.append(
-                f"{path} was trained on a different cache from {cache.folder}: it may have been trained on this text."
+                f"{path} was trained on a different cache from {cache.place}: it may have been trained on this text."
             )
-    return [(Cache(folder), rows) for (folder, _), rows in groups.items()]
+    return [(open_place(place), rows) for (place, _), rows in groups.items()]
 
 
 def text_notes(cache: Cache, ctx: EvalContext, rows: Sequence[EvalRow]) -> list[str]:

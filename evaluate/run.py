@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 
 from ..cache.layout import Hook
+from ..cache.object_store import is_url
+from ..cache.opening import open_place
 from ..cache.reader import Cache
 from ..common.device import keep_freed_memory
 from ..common.errors import UsageError, did_you_mean
@@ -168,7 +170,7 @@ def evaluate_saes(
             )
         if cache is None or layer is None:
             raise UsageError("SAEs without a run folder need cache= and layer=: cache='activations/...', layer=12.")
-        opened = cache if isinstance(cache, Cache) else Cache(cache)
+        opened = cache if isinstance(cache, Cache) else open_place(cache)
         plan = plan_objects(saes, opened, Hook(layer, site), config, norm_limit, systems)
     elif isinstance(saes, str) or not isinstance(saes, Sequence):
         raise UsageError(
@@ -182,8 +184,8 @@ def evaluate_saes(
             raise UsageError("Run folders record their norm limit: omit norm_limit=, or give max_norm=.")
         if systems is not None:
             raise UsageError("Run folders record what they differ in: omit systems=.")
-        folder = cache.folder if isinstance(cache, Cache) else cache
-        plan = plan_folders(saes, replace(config, cache=Path(folder) if folder else None))
+        place = cache.place if isinstance(cache, Cache) else cache
+        plan = plan_folders(saes, replace(config, cache=place if place is None or is_url(place) else Path(place)))
     return run_evaluation(plan, progress)
 
 

@@ -40,7 +40,9 @@ class TrainConfig:
     site: str = "resid_post"
     modules: Sequence[str] = ()  # instead of the site: model.layers.{layer}.mlp.gate_proj:output
     seeds: Sequence[int] = (0,)
-    caches: Sequence[Path] = ()  # several are read as one; none: the cache that holds the model and layer
+    caches: Sequence[str | Path] = ()  # folders or addresses, read as one; none: the cache of the model and layer
+    local_cache: int | None = None  # bytes of stores that the disk holds at a time; None: half of what is free
+    local_folder: Path | None = None  # where it holds them; None: activations/.pulled
     source: RingCache | PlannedCache | None = None  # replaces caches: harvested while training, or not harvested yet
     model: str | None = None
     steps: int | None = None  # None: one epoch of the cache
@@ -65,7 +67,7 @@ class TrainConfig:
         """The config as JSON, under the keys of run.json, two of which are older than the names of the fields."""
         on_disk = {"paper_exact": "literal", "shuffle_seed": "order_seed"}
         values = {on_disk.get(f.name, f.name): getattr(self, f.name) for f in fields(self) if f.name != "source"}
-        for newer in ("modules", "accumulate", "precision"):
+        for newer in ("modules", "accumulate", "precision", "local_cache", "local_folder"):
             if not values[newer]:
                 del values[newer]  # as in records that are older than it
         return json.loads(json.dumps(values, default=str))

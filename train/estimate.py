@@ -164,15 +164,27 @@ def describe_size(runs: Sequence[BuildableRun], folder: Path) -> str:
     return f"size     up to {size} in {format_count(len(runs), 'run folder')}; {format_bytes(free_space(folder))} free"
 
 
-def describe_time(passes: Sequence[Sequence[BuildableRun]], device: str) -> list[str]:
+def describe_time(passes: Sequence[Sequence[BuildableRun]], device: str, from_store: bool = False) -> list[str]:
     """The lines of a plan that say what training takes on the device: memory and time. Runs a few steps per recipe.
 
-    `passes` lists the runs that are on the device together, as `TrainPlan.passes` does.
+    `passes` lists the runs that are on the device together, as `TrainPlan.passes` does. With `from_store` a line says
+    how fast the batches have to come.
     """
-    device = resolve_device(device)
+    device, link = resolve_device(device), []
     try:
-        seconds = training_seconds([run for runs in passes for run in runs], device)
-        duration = f"about {format_duration(seconds)} of training on {device}, from timing a few steps of each recipe"
+        times = [seconds_per_step(runs, device) for runs in passes]
+        all_steps = [
+            run.config.steps * seconds
+            for runs, pass_times in zip(passes, times, strict=True)
+            for run, seconds in zip(runs, pass_times, strict=True)
+        ]
+        duration = (
+            f"about {format_duration(sum(all_steps))} of training on {device}, from timing a few steps of each recipe"
+        )
+        if from_store:
+            sizes = [2 * runs[0].config.batch_size * runs[0].config.d_in for runs in passes]
+            rate = max(size / sum(pass_times) for size, pass_times in zip(sizes, times, strict=True))
+            link = [f"link     training does not wait for a store that gives {format_bytes(rate)} per second"]
     except UnavailableError as error:
         duration = str(error)
-    return [describe_memory(passes, device), f"time     {duration}"]
+    return [describe_memory(passes, device), f"time     {duration}", *link]

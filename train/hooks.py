@@ -5,12 +5,12 @@ from pathlib import Path
 
 from ..cache.catalog import open_caches
 from ..cache.layout import SITES, Hook, ModuleSpec, is_site
-from ..cache.reader import Cache
+from ..cache.opening import open_place
 from ..common.errors import UsageError
 
 
 def hooks_to_train(
-    layers: Sequence[int], site: str, modules: Sequence[str], arrays: Sequence[str] | None, caches: Sequence[Path]
+    layers: Sequence[int], site: str, modules: Sequence[str], arrays: Sequence[str] | None, caches: Sequence[str | Path]
 ) -> list[Hook]:
     """The site or the modules in every layer.
 
@@ -46,7 +46,7 @@ def outside_hook(known: Sequence[Hook], spec: ModuleSpec, text: str) -> Hook:
     raise UsageError(f"No cache holds --module {text}. Create one with `sae harvest --module {text}`.")
 
 
-def known_hooks(folders: Sequence[Path]) -> list[Hook]:
+def known_hooks(folders: Sequence[str | Path]) -> list[Hook]:
     """The hooks of the caches in these folders, or of all caches."""
-    caches = [Cache(folder) for folder in folders] if folders else open_caches()
+    caches = [open_place(folder) for folder in folders] if folders else open_caches()
     return [hook for cache in caches for hook in cache.hooks]

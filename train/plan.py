@@ -20,13 +20,9 @@ from typing import Any
 import torch
 
 from ..cache.batch_order import BatchOrder
-from ..cache.catalog import find_cache
-from ..cache.concat import ConcatCache
 from ..cache.layout import Hook
-from ..cache.models import GivenModel, model_label
 from ..cache.opening import concat_caches
 from ..cache.planned import PlannedCache
-from ..cache.reader import Cache
 from ..cache.ring import RingCache
 from ..common.device import resolve_device
 from ..common.errors import UsageError
@@ -46,11 +42,12 @@ from .precision import describe_precision, explain_other_precision, find_folder,
 from .recipe import Recipe, find_recipe
 from .sae import SAE, load_sae, read_run_record, read_sae_record
 from .shares import deal_runs, describe_shares
+from .sources import AnyCache, describe_masked_rows, known_variance, open_source, places_of
+from .store_reading import describe_pulling, prepare_local_folder
 from .stored_options import stored_options
 from .variant import RunConfig, Variant
 
 FORMAT = 1
-AnyCache = Cache | ConcatCache | RingCache | PlannedCache
 
 CURVE_POINTS, MAX_LOG_INTERVAL = 100, 50
 
@@ -122,8 +119,8 @@ class Run:
 
     @property
     def cache_folders(self) -> list[str]:
-        caches = self.cache.caches if isinstance(self.cache, ConcatCache) else [self.cache]
-        return [str(cache.folder.resolve()) for cache in caches]
+        """The folders or addresses of the caches."""
+        return places_of(self.cache)
 
     @property
     def batches_key(self) -> tuple[Any, ...]:
@@ -190,11 +187,12 @@ class TrainPlan:
             return []
         lines = [run.describe() for run in self.runs]
         lines += [f"note     {note}" for note in dict.fromkeys(note for run in self.runs for note in run.notes)]
-        lines += dict.fromkeys(filter(None, map(describe_masked_rows, self.runs)))
+        lines += dict.fromkeys(filter(None, (describe_masked_rows(run.cache, run.hook.array) for run in self.runs)))
         lines += dict.fromkeys(filter(None, (describe_precision(run.config.precision) for run in self.unfinished)))
         if not self.unfinished:
             return lines
         lines.append(describe_size(self.unfinished, self.unfinished[0].folder.parent))
+        lines += (pulling := describe_pulling(self.planned_passes))
         if count > 1:
             lines += describe_shares(self.shares, self.runs, self.config.device, time)
         else:
@@ -202,7 +200,7 @@ class TrainPlan:
             if time or not self.in_background:
                 lines.append(describe_copies(self.passes, device, self.in_background))
             if time:
-                lines += describe_time(self.passes, self.config.device)
+                lines += describe_time(self.passes, self.config.device, from_store=bool(pulling))
         if time and count == 1 and (started := [r for r in self.unfinished if (r.folder / "checkpoints").exists()]):
             lines.append(f"note     {format_count(len(started), 'run')} will be resumed; the time covers all steps")
         if time and any(run.compiled for run in self.unfinished):
@@ -210,15 +208,6 @@ class TrainPlan:
                 "note     the time is without --compile, which adds minutes to the first step and speeds up the others"
             )
         return lines
-
-
-def describe_masked_rows(run: Run) -> str | None:
-    """The line of the plan about the outlier rows of a run's array, if it has any."""
-    cache, array = run.cache, run.hook.array
-    if not isinstance(cache, Cache | ConcatCache) or not (masked := len(cache.outlier_rows(array))):
-        return None
-    rows = f"{masked:,} of {sum(cache.chunk_rows):,} rows of {array}"
-    return f"masked   {rows}, whose norm is over the limit of `sae harvest --max-norm`"
 
 
 def plan_training(config: TrainConfig, reserved: Mapping[Path, float] = {}) -> TrainPlan:
@@ -241,6 +230,7 @@ def plan_training(config: TrainConfig, reserved: Mapping[Path, float] = {}) -> T
             read_sae_record(run.folder)
     plan = TrainPlan(config, runs)
     check_disk_space(plan.unfinished, reserved)
+    prepare_local_folder(plan.planned_passes, config.local_cache)
     _ = plan.passes, plan.in_background  # by the memory that is free now; refuses what does not fit
     return plan
 
@@ -307,21 +297,6 @@ def accumulate_errors(run: Run, variant: Variant) -> Iterator[str]:
         yield f"{run.recipe.name} cannot be trained with --accumulate: {'; '.join(reasons)}. Leave it out."
 
 
-def open_source(config: TrainConfig, hook: Hook) -> AnyCache:
-    """The source of a config: its `source`, its `caches`, or the one cache that holds the model and the hook."""
-    if config.source is not None:
-        return config.source
-    if not config.caches:
-        return find_cache(config.model, hook)
-    cache = concat_caches(config.caches)
-    record = cache.identity["model"]
-    if config.model is not None and not (given := GivenModel(config.model)).is_model_of(record):
-        raise UsageError(
-            f"The cache holds activations of {model_label(record)}, not of {given.describe()}. Leave --model out."
-        )
-    return cache
-
-
 def make_run_config(config: TrainConfig, recipe: Recipe, cache: AnyCache, hook: Hook) -> RunConfig:
     """The sizes of a run: those of the config, else the recipe's, and one epoch."""
     array = cache.require_array(*hook)
@@ -348,11 +323,6 @@ def make_run_config(config: TrainConfig, recipe: Recipe, cache: AnyCache, hook: 
     return RunConfig(d_in, width, steps, batch_size, variance=known_variance(cache, array), accumulate=parts)
 
 
-def known_variance(cache: AnyCache, array: str) -> float | None:
-    """The elementwise variance of an array; None where its rows do not exist yet."""
-    return cache.statistics(array)["variance"] if isinstance(cache, Cache | ConcatCache) else None
-
-
 def resume_run(folder: Path, config: TrainConfig) -> Run:
     """The run of an existing folder, as its run.json describes it. Raises UsageError if it cannot be resumed."""
     record = read_run_record(folder)
@@ -376,7 +346,7 @@ def resume_run(folder: Path, config: TrainConfig) -> Run:
             f"{folder} was trained with --stream, on activations in {record['cache_folders'][0]} that are removed "
             "once they are read. To resume it, repeat the `sae train --stream` command that started it."
         )
-    cache = concat_caches(config.caches or list(map(Path, record["cache_folders"])))
+    cache = concat_caches(config.caches or record["cache_folders"], config.local_folder)
     hook = Hook(record["layer"], record["site"])
     run_config = RunConfig.from_record(record, known_variance(cache, cache.require_array(*hook)))
     require_precision(folder, recorded_precision(record), resolve_device(config.device))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..cache.concat import ConcatCache
+from ..cache.object_store import is_url
 from ..cache.planned import PlannedCache
 from ..cache.reader import Cache
 from ..common.device import fix_cublas_workspace, keep_freed_memory, resolve_device
@@ -33,6 +34,7 @@ from .sae import read_run_record, run_digest
 from .shared_pass import SharedPass, open_batches, shared_passes
 from .signals import stop_on_signal
 from .step_version import STEP_VERSION, describe_version_change
+from .store_reading import expect
 from .stored_options import describe_changes, stored_options
 from .variant import Variant
 
@@ -68,7 +70,7 @@ def train_saes(
 
     Args:
         variants: the name of a recipe, or several; `sae variants` lists them.
-        cache: an open cache, its folder, or several folders read as one. None: the only cache that holds the layer.
+        cache: an open cache, its folder or address, or several read as one. None: the only cache that holds the layer.
         layers: zero-based blocks; the SAEs are of the residual stream after them.
         seeds: seeds of the initial weights.
         steps: optimization steps. None: one epoch of the cache.
@@ -112,16 +114,16 @@ def train_saes(
     return plan.runs
 
 
-def cache_folders(cache: Cache | ConcatCache | PathLike | Sequence[PathLike] | None) -> list[Path]:
+def cache_folders(cache: Cache | ConcatCache | PathLike | Sequence[PathLike] | None) -> list[str | Path]:
     if cache is None:
         return []
     if isinstance(cache, ConcatCache):
-        return [one.folder for one in cache.caches]
+        return [one.place for one in cache.caches]
     if isinstance(cache, Cache):
-        return [cache.folder]
+        return [cache.place]
     if isinstance(cache, str | os.PathLike):
-        return [Path(cache)]
-    return [Path(folder) for folder in cache]
+        cache = [cache]
+    return [place if is_url(place) else Path(place) for place in cache]
 
 
 def run_training(plan: TrainPlan, progress: TrainProgress = SILENT) -> None:
@@ -150,7 +152,9 @@ def train_runs(
     plan: TrainPlan, progress: TrainProgress, should_stop: Callable[[], bool], *, device: str, locked: bool = False
 ) -> None:
     """Train the unfinished runs of a plan in this process, which has `locked` their folders or locks them here."""
-    for runs in plan.passes:
+    passes = plan.passes
+    for number, runs in enumerate(passes):
+        expect(passes[number:], progress.say)
         with contextlib.ExitStack() as locks:
             for run in () if locked else runs:
                 locks.enter_context(writer_lock(run.folder, "sae train", progress.say))
@@ -256,5 +260,5 @@ def set_normalization(trainer: RunTrainer, cache: object) -> None:
 def first_rows(run: Run, count: int) -> torch.Tensor:
     """The first `count` rows (count, d_in) that a run reads, from the start again where its cache has fewer."""
     batches = math.ceil(count / run.config.batch_size)
-    with open_batches(run, 0, "cpu") as loader:
-        return torch.cat([x_BD.clone() for x_BD in itertools.islice(loader, batches)])[:count].float()
+    with open_batches(run, 0, "cpu", batches) as loader:
+        return torch.cat([x_BD.clone() for x_BD in loader])[:count].float()

@@ -1,14 +1,14 @@
 """Runs that read the same batches: each batch is read once and steps all of them, until each is finished."""
 
-import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from ..cache.loader import BatchLoader, ResidentLoader, open_loader
 from ..cache.planned import PlannedCache
 from ..cache.ring import RingCache
-from ..common.errors import Interrupted
+from ..common.errors import Interrupted, SaeError
 from ..common.escaping import quote
 from ..common.memory import out_of_memory
 from ..common.process_group import rank_and_count
@@ -22,8 +22,7 @@ from .run_folder import append_metrics
 from .run_trainer import RunTrainer
 from .sae import fold_normalization, save_sae
 from .step import Mechanism
-
-CALIBRATION_BATCHES = 32
+from .store_reading import CALIBRATION_BATCHES
 
 
 def shared_passes(
@@ -63,10 +62,15 @@ class SharedPass:
         if self.active:
             self.until, first, sharing = until, self.active[0], [trainer.run for trainer in self.active]
             try:
-                with open_batches(first.run, self.steps_done, first.device, sharing) as self.batches:
+                count = until - self.steps_done
+                with open_batches(
+                    first.run, self.steps_done, first.device, count, sharing, self.should_stop
+                ) as self.batches:
                     train_loop(self.active, self.batches, range(self.steps_done, until), self._after_step)
                 self.writer.wait()
             except Exception as error:
+                if isinstance(error, SaeError) and error is self.batches.store_failure:
+                    raise self._save_after_store_failure(error) from error
                 if not out_of_memory(error):
                     raise
                 self.writer.give_up()
@@ -92,13 +96,31 @@ class SharedPass:
             self.writer.save(self.active, steps_done)
         if stop and self.active:
             self.writer.wait()
-            folders = " ".join(f"--resume {quote(trainer.run.folder)}" for trainer in self.active)
-            same_command = isinstance(self.config.source, RingCache) or rank_and_count()[1] > 1
-            also = "" if same_command else f", or with: sae train {folders}"
-            raise Interrupted(
-                f"Stopped after step {steps_done}; everything is saved. Resume with the same command{also or '.'}"
-            )
+            raise self._interrupted(steps_done)
         return not self.active
+
+    def _interrupted(self, steps_done: int) -> Interrupted:
+        folders = " ".join(f"--resume {quote(trainer.run.folder)}" for trainer in self.active)
+        same_command = isinstance(self.config.source, RingCache) or rank_and_count()[1] > 1
+        also = "" if same_command else f", or with: sae train {folders}"
+        return Interrupted(
+            f"Stopped after step {steps_done}; everything is saved. Resume with the same command{also or '.'}"
+        )
+
+    def _save_after_store_failure(self, error: SaeError) -> SaeError:
+        """Checkpoint the runs where the next batch does not come from the store, or waiting for it was ended.
+
+        Returns the error to raise.
+        """
+        steps_done = int(self.active[0].i)
+        if steps_done > self.steps_done:
+            self._log(steps_done, self._drop_failed_runs(list(self.active)))
+            self.writer.save(self.active, steps_done)
+        self.writer.wait()
+        if isinstance(error, Interrupted):
+            return self._interrupted(steps_done)
+        saved = f"Everything up to step {steps_done:,} is saved; the same command goes on from there."
+        return type(error)(f"{error} {saved if steps_done else 'No step was taken.'}")
 
     def _drop_failed_runs(self, due: Sequence[RunTrainer]) -> list[RunTrainer]:
         """Give up those trainers that failed, and return the others."""
@@ -165,20 +187,24 @@ def finish_run(trainer: RunTrainer, writer: CheckpointWriter) -> None:
 
 
 def open_batches(
-    run: Run, step: int, device: str, sharing: Sequence[Run] | None = None
-) -> BatchLoader | ResidentLoader:
-    """The batches of a run from a step on; of a ring, those of the group that is open.
+    run: Run, step: int, device: str, count: int, sharing: Sequence[Run] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> BatchLoader | ResidentLoader:  # fmt: skip
+    """The next `count` batches of a run from a step on; of a ring, those of the group that is open.
 
     With `sharing`, the runs of the pass, the loader may keep the rows on a GPU that has memory for them and the runs;
-    that does not pay for a few batches.
+    that does not pay for a few batches. `should_stop` ends waiting for a store.
     """
     size, cache, batch = run.config.batch_size, run.cache, step
     assert not isinstance(cache, PlannedCache)
     rows, batch = cache.locate_batch(step, size) if isinstance(cache, RingCache) else (cache, step)
-    if sharing is None or not device.startswith("cuda"):
-        return BatchLoader(rows, run.hook.array, size, seed=run.shuffle_seed, batch=batch, device=device)
-    reserve = reserved_memory(sharing, device)
-    return open_loader(rows, run.hook.array, size, seed=run.shuffle_seed, batch=batch, device=device, reserve=reserve)
+    part: dict[str, Any] = {"seed": run.shuffle_seed, "batch": batch, "device": device, "stop": batch + count}
+    if sharing is None:
+        return BatchLoader(rows, run.hook.array, size, **part)
+    part |= {"expected": True, "should_stop": should_stop}
+    if not device.startswith("cuda"):
+        return BatchLoader(rows, run.hook.array, size, **part)
+    return open_loader(rows, run.hook.array, size, reserve=reserved_memory(sharing, device), **part)
 
 
 @torch.no_grad()
@@ -188,8 +214,8 @@ def calibrate(trainer: RunTrainer) -> None:
     calibrating = [m for m in trainer.variant.mechanisms if type(m).calibrate is not Mechanism.calibrate]
     if not calibrating:
         return
-    with open_batches(run, run.steps, trainer.device) as batches:
-        for x_BD in itertools.islice(batches, CALIBRATION_BATCHES):
+    with open_batches(run, run.steps, trainer.device, CALIBRATION_BATCHES) as batches:
+        for x_BD in batches:
             step = trainer.forward(x_BD)
             for mechanism in calibrating:
                 mechanism.calibrate(step)

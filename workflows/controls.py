@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..cache.catalog import find_by_fingerprint
+from ..cache.object_store import is_url
 from ..common.errors import SaeError, UsageError
 from ..common.formatting import format_count
 from ..evaluate.controls import BASES, RECIPES, base_of, conditions_digest, conditions_of, controls_folder
@@ -27,7 +28,7 @@ class Wanted(NamedTuple):
     variant: str
     base: str
     conditions: Mapping[str, Any]
-    caches: Sequence[Path]
+    caches: Sequence[str | Path]
 
 
 @dataclass(frozen=True)
@@ -145,15 +146,16 @@ def control_config(wanted: Wanted, device: str) -> TrainConfig:
     )
 
 
-def training_caches(folder: Path) -> list[Path] | None:
-    """The folders of the caches that a run was trained on, also of one that has moved to activations/; None if gone."""
+def training_caches(folder: Path) -> list[str | Path] | None:
+    """Where the caches are that a run was trained on, also one that has moved to activations/; None if one is gone."""
     record, origin = read_run_record(folder), read_sae_record(folder).get("origin", {})
     assert record is not None  # it has conditions
-    folders = [Path(cache) for cache in record["cache_folders"]]
-    if len(folders) > 1:
-        return folders if all((cache / "zarr.json").exists() for cache in folders) else None
-    found = find_by_fingerprint(origin.get("fingerprint"), folders[0])
-    return None if found is None else [found.folder]
+    places: list[str | Path] = [place if is_url(place) else Path(place) for place in record["cache_folders"]]
+    if len(places) > 1:
+        is_there = (is_url(place) or (Path(place) / "zarr.json").exists() for place in places)
+        return places if all(is_there) else None
+    found = find_by_fingerprint(origin.get("fingerprint"), places[0])
+    return None if found is None else [found.place]
 
 
 def reason_without(folder: Path, conditions: Mapping[str, Any] | None) -> str:

@@ -34,7 +34,7 @@ class PublishedConfig:
 
     model: str | None = None
     layer: int | None = None
-    cache: Path | None = None
+    cache: str | Path | None = None
     dry_run: bool = False  # say what would be imported, and import nothing
 
 

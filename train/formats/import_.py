@@ -11,6 +11,8 @@ from typing import Any
 from ...cache.catalog import caches_that, open_caches
 from ...cache.layout import Hook
 from ...cache.models import GivenModel, ModelRecord, model_label, same_model
+from ...cache.object_store import is_url
+from ...cache.opening import open_place
 from ...cache.reader import Cache
 from ...common.errors import UsageError
 from ...common.files import digest_of, sae_home
@@ -44,7 +46,7 @@ class ImportConfig:
 
     model: str | None = None
     layer: int | None = None
-    cache: Path | None = None
+    cache: str | Path | None = None
     cache_if_fits: bool = False  # ignore `cache` if it holds no such activations; it is only one to evaluate on
     out: Path | None = None
     name: str | None = None
@@ -63,7 +65,7 @@ class ImportResult:
     format: str
     sae: SAE
     check: Check
-    cache: Path | None  # the cache that the run is tied to
+    cache: str | Path | None  # the cache that the run is tied to
     candidates: list[Path]  # the caches that fit, where there are several and none was chosen
     notes: list[str] = field(default_factory=list)
 
@@ -153,7 +155,7 @@ def import_files(
     hook = hook_in_caches(used_model, hook, config.cache)
     config.check_hook(config.model or model_label(used_model), hook, foreign.sae.d_in)
     if config.cache is not None and config.cache_if_fits:
-        given = Cache(config.cache)
+        given = open_place(config.cache)
         cache = given if holds(given, used_model, hook, foreign.sae.d_in) else None
         candidates: list[Path] = []
     else:
@@ -191,7 +193,7 @@ def import_files(
     with new_folder(target) as temporary:
         RUN_RECORD.write(temporary / "run.json", record)
         save_sae(foreign.sae, temporary, foreign.sae.origin)
-    cache_folder = cache.folder if cache else None
+    cache_folder = None if cache is None else cache.place if is_url(cache.place) else cache.folder
     return ImportResult(target, fmt.name, foreign.sae, check, cache_folder, candidates, foreign.notes)
 
 
@@ -254,28 +256,28 @@ def resolve_hook_and_model(
     return hook, recorded
 
 
-def hook_in_caches(model: ModelRecord, hook: Hook, cache_folder: Path | None) -> Hook:
+def hook_in_caches(model: ModelRecord, hook: Hook, cache_folder: str | Path | None) -> Hook:
     """The hook under which the caches of a model hold these activations: the output of a block is the next one's input.
 
     `cache_folder` is the only cache that counts, if one is given.
     """
     if hook.site != "resid_post":
         return hook
-    caches = [Cache(cache_folder)] if cache_folder is not None else open_caches()
+    caches = [open_place(cache_folder)] if cache_folder is not None else open_caches()
     held = [hook for cache in caches if same_model(cache.identity["model"], model) for hook in cache.hooks]
     as_input = Hook(hook.layer + 1, "resid_pre")
     return as_input if as_input in held and hook not in held else hook
 
 
 def find_cache(
-    model: ModelRecord, hook: Hook, d_in: int, cache_folder: Path | None, notes: list[str]
+    model: ModelRecord, hook: Hook, d_in: int, cache_folder: str | Path | None, notes: list[str]
 ) -> tuple[Cache | None, list[Path]]:
     """A cache to evaluate an SAE on: the given one, else the only one of its model and hook, else None.
 
     Second, the folders of those that fit where there are several.
     """
     if cache_folder is not None:
-        cache = Cache(cache_folder)
+        cache = open_place(cache_folder)
         width = cache.array(cache.require_array(*hook)).shape[1]
         if not same_model(cache.identity["model"], model):
             raise UsageError(
@@ -320,7 +322,10 @@ def sae_origin(
     if foreign.dataset is not None:
         origin["dataset"] = foreign.dataset
     if cache is not None:
-        origin |= {"cache": str(cache.folder.resolve()), "fingerprint": cache.fingerprint}
+        origin |= {
+            "cache": cache.place if is_url(cache.place) else str(cache.folder.resolve()),
+            "fingerprint": cache.fingerprint,
+        }
     return origin
 
 

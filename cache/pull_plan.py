@@ -1,0 +1,47 @@
+"""What readings would pull into a local folder, before anything is pulled."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .pulled_files import contents
+from .reading import ChunkReading, schedule_of
+
+
+class PullPlan(NamedTuple):
+    """Of each file that is needed: its bytes, whether it is in the folder, and how often it will be pulled."""
+
+    sizes: np.ndarray
+    present: np.ndarray
+    counts: np.ndarray
+    held: int  # bytes that are in the folder now, of whatever
+
+    @property
+    def bytes_to_pull(self) -> int:
+        return int((self.counts * self.sizes).sum())
+
+    @property
+    def bytes_present(self) -> int:
+        return int(self.sizes[self.present].sum())
+
+    @property
+    def bytes_missing(self) -> int:
+        """The bytes by which the folder would grow if it had room for everything."""
+        return int(self.sizes[~self.present].sum())
+
+    @property
+    def pulled_again(self) -> int:
+        """How many pulls bring a file that was in the folder before."""
+        return int((self.counts - ~self.present).sum())
+
+
+def plan_pulls(folder: Path, size: int, readings: Sequence[ChunkReading]) -> PullPlan:
+    """What readings, of which none has begun, will pull into a folder of at most `size` bytes, one after the other."""
+    found, (schedule, files) = contents(folder), schedule_of(readings)
+    present = np.array([file.name in found.whole for file in files], bool)
+    room, held = max(size - found.other, 0), found.other + sum(found.whole.values())
+    if int(schedule.sizes.sum()) <= room:
+        return PullPlan(schedule.sizes, present, (~present).astype(np.int64), held)
+    return PullPlan(schedule.sizes, present, schedule.pulled(present, room), held)

@@ -1,0 +1,271 @@
+"""Training from an object store: the same bytes as from a disk, whatever the store, the link or a kill does."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from sae.cache import local_folder as folders
+from sae.cache import object_store
+from sae.cache.catalog import find_by_fingerprint
+from sae.cache.opening import concat_caches
+from sae.cache.pulled_files import contents, walk
+from sae.common.errors import Interrupted, UnavailableError, UsageError
+from sae.train.plan import plan_training
+from sae.train.progress import TrainProgress
+from sae.train.run import run_training
+
+from .. import faulty_proxy as faulty_proxies
+from ..faulty_proxy import faulty_proxy, seeded
+from ..object_store import upload
+from .runs import make_config, train
+
+FAILURES = ("500", "429", "slow", "half", "short", "drop")
+TRAIN = """
+import sys
+from pathlib import Path
+from sae.cache.local_folder import OPENED
+from sae.train.plan import TrainConfig, plan_training
+from sae.train.run import run_training
+address, out, size, variant = sys.argv[1:]
+plan = plan_training(TrainConfig(
+    [variant], layers=[0], caches=[address], out=Path(out), local_cache=int(size), steps=100, batch_size=74, width="64",
+    device="cpu", checkpoint_every=20, log_every=10,
+))
+run_training(plan)
+print(plan.runs[0].folder, next(iter(OPENED.values())).pulled_files, flush=True)
+"""
+
+
+def results(folders: list[Path]) -> list[bytes]:
+    return [(folder / "sae.safetensors").read_bytes() for folder in folders]
+
+
+@pytest.fixture
+def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Try again at once, and give up soon."""
+    backoff = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=5), "base": 2}
+    monkeypatch.setattr(object_store, "RETRY", {**object_store.RETRY, "max_retries": 4, "backoff": backoff})
+    monkeypatch.setattr(object_store, "PAUSE", 0.001)
+    monkeypatch.setattr(faulty_proxies, "SLOW", 0.05)
+    monkeypatch.setattr(folders, "LOOK_AGAIN", 0.1)
+
+
+@pytest.fixture(scope="session")
+def many_chunks(tiny_model: Path, sentences: Path, tmp_path_factory: pytest.TempPathFactory):
+    """A cache of layer 0 of `tiny_model`, 8,000 rows in 63 chunks of 128. Do not modify."""
+    from sae.harvest.plan import HarvestConfig, plan_harvest
+    from sae.harvest.run import run_harvest
+
+    out = tmp_path_factory.mktemp("activations") / "many"
+    config = HarvestConfig(
+        model=str(tiny_model), dataset=str(sentences), layers=(0,), tokens=8000, context=32, window=128, held_out=0.1,
+        device="cpu", out=out,
+    )  # fmt: skip
+    return run_harvest(plan_harvest(config))
+
+
+def config_of(cache, out: Path, *variants: str, **changes):
+    """100 steps of 74 rows, of which 37 come from each of two lanes, so that six chunks are enough at a time."""
+    settings = dict(steps=100, batch_size=74, width="64", out=out, checkpoint_every=20)
+    return make_config(cache, *(variants or ("topk",)), **settings | changes)
+
+
+def small_size(address: str, chunks: int = 8) -> int:
+    """A size with room for so many chunks."""
+    cache = concat_caches([address])
+    cache.outlier_rows("layer_00"), cache.mean("layer_00")
+    return contents(cache.local.folder).other + chunks * (128 * 32 * 2 + 4)
+
+
+@contextmanager
+def largest(folder: Path) -> Iterator[list[int]]:
+    """Watches the bytes of the files in a local folder; the largest number is the last entry."""
+    seen, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            seen.append(max(seen[-1], sum(size for name, size in walk(folder, "") if "/" in name)))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield seen
+    done.set()
+    thread.join()
+
+
+def test_a_run_from_a_store_has_the_bytes_of_one_from_a_disk(tiny_cache, bucket: str, tmp_path: Path) -> None:
+    address = upload(tiny_cache.folder, f"{bucket}/pile")
+    options = dict(layers=[0, 1], steps=100)
+    on_disk = train(make_config(tiny_cache, "topk", "batchtopk", out=tmp_path / "disk", **options))
+    config = make_config(tiny_cache, "topk", "batchtopk", out=tmp_path / "store", **options, caches=[address])
+    plan = plan_training(config)
+    assert [run.name for run in plan.runs] == [folder.name for folder in on_disk]
+    lines = plan.describe(time=True)
+    assert f"store    1.0 MB to pull from {address} in 8 requests; 0.0 MB are here already" in lines
+    assert any(line.startswith("link     training does not wait for a store that gives ") for line in lines)
+    stored = train(config)
+    assert results(stored) == results(on_disk)
+    record = json.loads((stored[0] / "run.json").read_text())
+    assert record["cache_folders"] == [address]
+    assert find_by_fingerprint(tiny_cache.fingerprint, address).place == address
+    again = plan_training(make_config(tiny_cache, "relu", out=tmp_path / "more", caches=[address])).describe()
+    assert f"store    0.0 MB to pull from {address} in 0 requests; 0.5 MB are here already" in again
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fast_retries")
+def test_the_size_of_the_local_folder_is_kept_over_epochs_and_passes(many_chunks, bucket: str, tmp_path: Path) -> None:
+    address = upload(many_chunks.folder, f"{bucket}/pile")
+    options = dict(steps=250, seeds=[0, 1], layers=[0])
+    expected = train(config_of(many_chunks, tmp_path / "disk", "topk", "batchtopk", **options))
+    size = small_size(address)
+    config = config_of(
+        many_chunks, tmp_path / "store", "topk", "batchtopk", **options, caches=[address], local_cache=size
+    )
+    plan = plan_training(config)
+    (said,) = [line for line in plan.describe() if line.startswith("store ")]
+    local = concat_caches([address]).local
+    before = local.pulled_files
+    with largest(local.folder) as seen:
+        run_training(plan)
+    assert results([run.folder for run in plan.runs]) == results(expected)
+    assert 0.5 * size < seen[-1] <= size
+    pulled = local.pulled_files - before
+    assert f" in {pulled} requests" in said or pulled <= 1.1 * int(said.split(" in ")[1].split(" ")[0])
+    assert pulled > 2 * 63  # two epochs and more, of which little stays
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fast_retries")
+@pytest.mark.parametrize("seed", range(25))
+def test_failures_of_the_store_change_no_byte(
+    many_chunks, bucket: str, s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    address = upload(many_chunks.folder, f"{bucket}/pile")
+    expected = train(config_of(many_chunks, tmp_path / "disk"))
+    with faulty_proxy(s3_endpoint, seeded(seed, 0.15, FAILURES)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        size = small_size(address)
+        stored = train(config_of(many_chunks, tmp_path / "store", caches=[address], local_cache=size))
+    assert results(stored) == results(expected)
+    assert len(proxy.injected) > 5
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fast_retries")
+def test_a_store_that_is_gone_ends_training_with_a_checkpoint_and_the_same_command_goes_on(
+    many_chunks, bucket: str, s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = upload(many_chunks.folder, f"{bucket}/pile")
+    expected = train(config_of(many_chunks, tmp_path / "disk"))
+    gone = [False]
+    with faulty_proxy(s3_endpoint, lambda request: "500" if gone[0] else None) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        config = config_of(
+            many_chunks, tmp_path / "store", caches=[address], local_cache=small_size(address), log_every=1
+        )
+
+        def leave(step: int, steps: int, metrics: object) -> None:
+            gone[0] = gone[0] or step == 30
+
+        plan = plan_training(config)
+        with pytest.raises(
+            UnavailableError, match=r"500.*Everything up to step \d+ is saved; the same command goes on"
+        ):
+            run_training(plan, TrainProgress(step=leave))
+        (folder,) = [run.folder for run in plan.runs]
+        saved = max(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*"))
+        assert 30 <= saved < 100
+        gone[0] = False
+        assert results(train(config)) == results(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fast_retries")
+def test_ctrl_c_while_training_waits_for_the_store_saves_what_is_trained(
+    many_chunks, bucket: str, s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = upload(many_chunks.folder, f"{bucket}/pile")
+    monkeypatch.setattr(faulty_proxies, "SLOW", 60.0)
+    stuck = [False]
+    with faulty_proxy(s3_endpoint, lambda request: "slow" if stuck[0] else None) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        config = config_of(
+            many_chunks, tmp_path / "store", caches=[address], local_cache=small_size(address), log_every=1
+        )
+
+        def stick(step: int, steps: int, metrics: object) -> None:
+            if step == 10:
+                stuck[0] = True
+                threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+        started = time.monotonic()
+        with pytest.raises(Interrupted, match=r"Stopped after step \d+; everything is saved"):
+            run_training(plan_training(config), TrainProgress(step=stick))
+        assert time.monotonic() - started < 30
+
+
+def run_process(address: str, out: Path, size: int, variant: str = "topk") -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", TRAIN, address, str(out), str(size), variant]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_processes_share_the_folder_and_no_chunk_is_pulled_twice(many_chunks, bucket: str, tmp_path: Path) -> None:
+    address, variants = upload(many_chunks.folder, f"{bucket}/pile"), ("topk", "batchtopk", "relu")
+    expected = train(config_of(many_chunks, tmp_path / "disk", *variants))
+    processes = [run_process(address, tmp_path / "store", 10**9, variant) for variant in variants]
+    said = [process.communicate()[0].split() for process in processes]
+    assert results([Path(folder) for folder, _ in said]) == results(expected)
+    assert sum(int(pulled) for _, pulled in said) == 63
+
+
+@pytest.mark.slow
+def test_processes_share_a_folder_that_is_too_small_for_all_chunks(many_chunks, bucket: str, tmp_path: Path) -> None:
+    address, variants = upload(many_chunks.folder, f"{bucket}/pile"), ("topk", "batchtopk", "relu")
+    expected = train(config_of(many_chunks, tmp_path / "disk", *variants))
+    size = small_size(address, 24)
+    local = concat_caches([address]).local.folder
+    with largest(local) as seen:
+        processes = [run_process(address, tmp_path / "store", size, variant) for variant in variants]
+        said = [process.communicate()[0].split() for process in processes]
+    assert results([Path(folder) for folder, _ in said]) == results(expected)
+    assert seen[-1] <= size
+
+
+@pytest.mark.slow
+def test_a_kill_leaves_a_folder_that_the_next_process_uses(many_chunks, bucket: str, tmp_path: Path) -> None:
+    address = upload(many_chunks.folder, f"{bucket}/pile")
+    expected = train(config_of(many_chunks, tmp_path / "disk"))
+    size = small_size(address)
+    local, rng = concat_caches([address]).local.folder, random.Random(0)
+    for _ in range(6):
+        process = run_process(address, tmp_path / "store", size)
+        while not any(contents(local).parts) and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.4))
+        process.kill()
+        process.wait()
+    process = run_process(address, tmp_path / "store", size)
+    folder = Path(process.communicate()[0].split()[0])
+    assert results([folder]) == results(expected)
+    assert not contents(local).parts
+
+
+def test_a_size_that_is_too_small_is_refused_before_anything_is_written(tiny_cache, tmp_path: Path) -> None:
+    address = upload(tiny_cache.folder, f"file://{tmp_path}/store/pile")
+    config = make_config(tiny_cache, "topk", caches=[address], local_cache=300_000, out=tmp_path / "runs")
+    with pytest.raises(UsageError, match=r"--local-cache 0.3 MB is too small: one step reads chunks of 0.5 MB"):
+        plan_training(config)
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,49 @@
+"""What runs are trained on: caches in folders or stores, opened as a TrainConfig names them."""
+
+from ..cache.catalog import find_cache
+from ..cache.concat import ConcatCache
+from ..cache.layout import Hook
+from ..cache.models import GivenModel, model_label
+from ..cache.object_store import is_url
+from ..cache.opening import concat_caches
+from ..cache.planned import PlannedCache
+from ..cache.reader import Cache
+from ..cache.ring import RingCache
+from ..common.errors import UsageError
+from .config import TrainConfig
+
+AnyCache = Cache | ConcatCache | RingCache | PlannedCache
+
+
+def open_source(config: TrainConfig, hook: Hook) -> AnyCache:
+    """The source of a config: its `source`, its `caches`, or the one cache that holds the model and the hook."""
+    if config.source is not None:
+        return config.source
+    if not config.caches:
+        return find_cache(config.model, hook)
+    cache = concat_caches(config.caches, config.local_folder)
+    record = cache.identity["model"]
+    if config.model is not None and not (given := GivenModel(config.model)).is_model_of(record):
+        raise UsageError(
+            f"The cache holds activations of {model_label(record)}, not of {given.describe()}. Leave --model out."
+        )
+    return cache
+
+
+def known_variance(cache: AnyCache, array: str) -> float | None:
+    """The elementwise variance of an array; None where its rows do not exist yet."""
+    return cache.statistics(array)["variance"] if isinstance(cache, Cache | ConcatCache) else None
+
+
+def places_of(cache: AnyCache) -> list[str]:
+    """Where a cache, or each of several that are read as one, is: the path of its folder, or its address."""
+    caches = cache.caches if isinstance(cache, ConcatCache) else [cache]
+    return [one.place if isinstance(one, Cache) and is_url(one.place) else str(one.folder.resolve()) for one in caches]
+
+
+def describe_masked_rows(cache: AnyCache, array: str) -> str | None:
+    """The line of the plan about the outlier rows of an array, if it has any."""
+    if not isinstance(cache, Cache | ConcatCache) or not (masked := len(cache.outlier_rows(array))):
+        return None
+    rows = f"{masked:,} of {sum(cache.chunk_rows):,} rows of {array}"
+    return f"masked   {rows}, whose norm is over the limit of `sae harvest --max-norm`"

@@ -1,0 +1,84 @@
+"""Training on caches in stores: what passes will read of them, for the local folder to expect and the plan to tell."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from ..cache.batch_order import BatchOrder
+from ..cache.concat import ConcatCache
+from ..cache.layout import Hook
+from ..cache.object_store import is_url
+from ..cache.pull_plan import plan_pulls
+from ..cache.reader import Cache
+from ..cache.reading import ChunkReading, batch_reading
+from ..common.errors import UnavailableError
+from ..common.files import free_space
+from ..common.formatting import format_bytes, format_count
+from .sources import AnyCache, places_of
+from .variant import RunConfig
+
+CALIBRATION_BATCHES = 32  # that a run reads after its last step, if it fits a number to the final weights
+
+
+class ReadingRun(Protocol):
+    """A run that reads batches; `plan.Run` is one."""
+
+    @property
+    def cache(self) -> AnyCache: ...
+    @property
+    def hook(self) -> Hook: ...
+    @property
+    def shuffle_seed(self) -> int: ...
+    @property
+    def config(self) -> RunConfig: ...
+
+
+def expected_readings(passes: Sequence[Sequence[ReadingRun]]) -> list[ChunkReading]:
+    """What passes will read of stores, one after the other, from their first steps on."""
+    readings = []
+    for runs in passes:
+        cache, config = runs[0].cache, runs[0].config
+        if isinstance(cache, Cache | ConcatCache):
+            order = BatchOrder(cache.chunk_rows, config.batch_size, runs[0].shuffle_seed)
+            steps = range(max(run.config.steps for run in runs) + CALIBRATION_BATCHES)
+            readings.append(batch_reading(cache, runs[0].hook.array, order, steps))
+    return [reading for reading in readings if reading is not None]
+
+
+def prepare_local_folder(passes: Sequence[Sequence[ReadingRun]], size: int | None) -> None:
+    """Set the size of the local folder, if one is needed.
+
+    Raises UsageError if it is too small for a batch, UnavailableError if it does not fit on its disk.
+    """
+    if readings := expected_readings(passes):
+        local = readings[0].folder
+        local.size = size or local.size
+        local.check_size(readings)
+        pulls, free = plan_pulls(local.folder, local.size, readings), free_space(local.folder)
+        if (grows := min(pulls.bytes_missing, local.size - pulls.held)) > free:
+            raise UnavailableError(
+                f"{local.folder} will grow by {format_bytes(grows)}, and its disk has {format_bytes(free)} free. Give "
+                "a smaller --local-cache, or a --local-folder on another disk."
+            )
+
+
+def describe_pulling(passes: Sequence[Sequence[ReadingRun]]) -> list[str]:
+    """The lines of a plan about what is pulled from stores; none if nothing is."""
+    if not (readings := expected_readings(passes)):
+        return []
+    local = readings[0].folder
+    pulls = plan_pulls(local.folder, local.size, readings)
+    places = dict.fromkeys(place for runs in passes for place in places_of(runs[0].cache) if is_url(place))
+    again = f"; {format_count(pulls.pulled_again, 'chunk')} of them more than once" if pulls.pulled_again > 0 else ""
+    return [
+        f"store    {format_bytes(pulls.bytes_to_pull)} to pull from {', '.join(places)} in "
+        f"{format_count(int(pulls.counts.sum()), 'request')}{again}; "
+        f"{format_bytes(pulls.bytes_present)} are here already",
+        f"local    {local.folder} holds at most {format_bytes(local.size)} (--local-cache)",
+    ]
+
+
+def expect(passes: Sequence[Sequence[ReadingRun]], say: Callable[[str], None]) -> None:
+    """Tell the local folder, if there is one, what these passes will read; it calls `say` when they wait for long."""
+    if readings := expected_readings(passes):
+        readings[0].folder.say = say
+        readings[0].folder.expect(readings)
