@@ -355,7 +355,8 @@ class LocalFolder:
             try:
                 with part.open("r+b") as opened:
                     opened.write(data)
-                part.replace(self.folder / file.name)
+                with self._lock, self._shared.mutex():  # or whoever looks might see neither name
+                    part.replace(self.folder / file.name)
             except OSError as error:
                 raise os_error(error, self.folder / file.name) from error
         except Exception as error:  # raised by `wait`

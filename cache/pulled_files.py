@@ -27,6 +27,8 @@ def contents(folder: Path) -> Contents:
     other = 0
     for name, size in walk(folder, ""):
         plain = name.removesuffix(PART)
+        if "/" not in name:
+            continue  # what the processes that share the folder state in it
         if not is_chunk(plain):
             other += size
         else:

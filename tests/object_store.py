@@ -15,6 +15,7 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 SECRET = "fake-secret-that-no-file-may-hold"
 NUMBERS = itertools.count()
@@ -61,3 +62,14 @@ def make_bucket(endpoint: str) -> str:
     with urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{name}", method="PUT")) as answer:
         assert answer.status == 200
     return f"s3://{name}"
+
+
+def upload(folder: Path, address: str) -> str:
+    """Copy the files of a cache to an address, under the same names; returns the address."""
+    from sae.cache.object_store import open_store
+
+    store = open_store(address)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.name.startswith("."):
+            store.put(path.relative_to(folder).as_posix(), path)
+    return address

@@ -94,6 +94,12 @@ def two_layer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _write_cache(tmp_path_factory.mktemp("two-layers") / "cache", bits).folder
 
 
+@pytest.fixture(scope="session")
+def twenty_chunks(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """Layer 5, 2,560 rows of 8 in 20 windows of one chunk. Do not modify."""
+    return _write_cache(tmp_path_factory.mktemp("twenty-chunks") / "cache", {5: _finite_bits(2560, 8)}, 128)
+
+
 @pytest.fixture
 def cache(two_layer_folder: Path, tmp_path: Path) -> Cache:
     """A copy of `two_layer_folder` that a test may damage."""

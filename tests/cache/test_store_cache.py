@@ -9,16 +9,7 @@ import torch
 from sae.cache.opening import open_cache
 from sae.cache.reader import Cache
 
-
-def upload(cache: Cache, address: str) -> str:
-    """Copy a cache to an address, with the same names."""
-    from sae.cache.object_store import open_store
-
-    store = open_store(address)
-    for path in sorted(cache.folder.rglob("*")):
-        if path.is_file() and not path.name.startswith("."):
-            store.put(path.relative_to(cache.folder).as_posix(), path)
-    return address
+from ..object_store import upload
 
 
 def batches_of(cache, layer: int, **options) -> list[torch.Tensor]:
@@ -44,7 +35,7 @@ def disk_cache(request: pytest.FixtureRequest, make_writer, write_windows, tmp_p
 
 
 def test_a_cache_in_a_store_reads_like_its_folder(disk_cache: Cache, tmp_path: Path, bucket: str) -> None:
-    address = upload(disk_cache, f"{bucket}/pile")
+    address = upload(disk_cache.folder, f"{bucket}/pile")
     cache = open_cache(address)
     assert cache.place == address and repr(address)[1:-1] in repr(cache)
     assert (cache.committed_windows, cache.hooks) == (disk_cache.committed_windows, disk_cache.hooks)

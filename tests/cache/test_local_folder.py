@@ -1,0 +1,182 @@
+"""The local folder of what is pulled from stores: its size is kept, damage is met, processes share it."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae.cache import local_folder as module
+from sae.cache.batch_order import BatchOrder
+from sae.cache.local_folder import LocalFolder, local_folder
+from sae.cache.opening import open_place
+from sae.cache.pull_plan import plan_pulls
+from sae.cache.pulled_files import contents, walk
+from sae.cache.reader import Cache
+from sae.cache.reading import batch_reading
+from sae.cache.shared_folder import SharedFolder, Statement
+from sae.common.errors import DamagedError, UnavailableError, UsageError
+
+CHUNK = 128 * 8 * 2 + 4  # bytes
+
+
+@pytest.fixture
+def disk_cache(twenty_chunks: Cache) -> Cache:
+    return twenty_chunks
+
+
+@pytest.fixture
+def address(disk_cache: Cache, tmp_path: Path) -> str:
+    """The address of a copy, which a test may damage: on a mounted file system, which takes no server."""
+    shutil.copytree(disk_cache.folder, tmp_path / "store" / "pile")
+    return f"file://{tmp_path}/store/pile"
+
+
+@pytest.fixture
+def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalFolder]:
+    """A local folder of this test, which looks again soon."""
+    monkeypatch.setattr(module, "LOOK_AGAIN", 0.05)
+    yield local_folder(tmp_path / "local")
+    module.OPENED.clear()
+
+
+def read(cache, batch_size: int, epochs: int = 2, **options) -> list[torch.Tensor]:
+    return list(cache.batches(5, batch_size=batch_size, dtype="bfloat16", epochs=epochs, **options))
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) > 0 and all(map(torch.equal, one, other))
+
+
+def opened(address: str, local: LocalFolder, chunks: int):
+    """The cache at an address, with room for so many chunks in the local folder."""
+    cache = open_place(address, local=local.folder)
+    cache.row_norms("layer_05")
+    cache.array("layer_05")
+    local.size = contents(local.folder).other + chunks * CHUNK
+    return cache
+
+
+@pytest.mark.parametrize(("chunks", "batch_size"), [(4, 74), (7, 74), (20, 74), (2, 37), (20, 64)])
+def test_the_size_is_kept_and_as_few_chunks_are_pulled_as_it_allows(
+    disk_cache: Cache, address: str, local: LocalFolder, monkeypatch: pytest.MonkeyPatch, chunks: int, batch_size: int
+) -> None:
+    cache, sizes = opened(address, local, chunks), []
+    reserve = local._reserve
+
+    def reserve_and_look(file) -> None:
+        reserve(file)
+        sizes.append(sum(size for name, size in walk(local.folder, "") if "/" in name))
+
+    monkeypatch.setattr(local, "_reserve", reserve_and_look)
+    order = BatchOrder(cache.chunk_rows, batch_size, 3)
+    reading = batch_reading(cache, "layer_05", order, range(2 * order.batches_per_epoch))
+    assert reading is not None
+    planned = plan_pulls(local.folder, local.size, [reading])
+    assert same(read(cache, batch_size, seed=3), read(disk_cache, batch_size, seed=3))
+    assert max(sizes) <= local.size
+    assert local.pulled_files == planned.counts.sum() == len(sizes)
+    assert (local.pulled_files == 20) == (chunks == 20)
+    if chunks == 20:
+        before = local.pulled_files
+        assert same(read(cache, 64, seed=9), read(disk_cache, 64, seed=9)) and local.pulled_files == before
+    assert not contents(local.folder).parts and not list(local.folder.glob(".reader-*"))
+
+
+def test_a_folder_that_is_too_small_for_a_batch_is_refused_with_a_size_that_works(
+    disk_cache: Cache, address: str, local: LocalFolder
+) -> None:
+    cache = opened(address, local, 15)
+    with pytest.raises(
+        UsageError, match=r"too small: one step reads chunks of .* Give --local-cache [\d.]+ MB or more"
+    ):
+        read(cache, 64)
+
+
+def test_what_is_damaged_on_the_disk_is_pulled_again_and_what_is_damaged_in_the_store_is_named(
+    disk_cache: Cache, address: str, local: LocalFolder
+) -> None:
+    cache = opened(address, local, 20)
+    expected = read(disk_cache, 74)
+    assert same(read(cache, 74), expected) and local.pulled_files == 20
+    for file in ("layer_05/c.3.0", "layer_05.row_norm/c.7"):
+        path = cache.folder / file
+        data = bytearray(path.read_bytes())
+        data[9] ^= 4
+        path.write_bytes(data)
+    (cache.folder / "layer_05/c.4.0").write_bytes(b"short")
+    again = open_place(address, local=local.folder)
+    assert same(read(again, 74), expected) and local.pulled_files == 22
+    stored = Path(address.removeprefix("file://")) / "layer_05/c.3.0"
+    stored.write_bytes(bytes(data[:-1] + b"x") + stored.read_bytes()[len(data) :])
+    (cache.folder / "layer_05/c.3.0").unlink()
+    with pytest.raises(DamagedError, match=f"{address}/layer_05/c.3.0 is not the file that the cache lists"):
+        read(again, 74)
+    stored.unlink()
+    with pytest.raises(DamagedError, match=f"{address}/layer_05/c.3.0 is missing"):
+        read(again, 74)
+
+
+def test_a_full_disk_is_a_sentence_and_what_is_whole_is_kept(
+    disk_cache: Cache, address: str, local: LocalFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, replace, left = opened(address, local, 20), Path.replace, [3]
+
+    def full(path: Path, target: Path) -> Path:
+        if path.suffix == ".part":
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(28, "No space left on device")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(UnavailableError, match="The disk is full"):
+        read(cache, 74)
+    while contents(local.folder).parts:  # pulls that had begun when the first one failed
+        time.sleep(0.01)
+    monkeypatch.undo()
+    assert len(contents(local.folder).whole) == 3
+    assert same(read(cache, 74), read(disk_cache, 74)) and local.pulled_files == 20
+
+
+def test_single_chunks_are_pulled_when_they_are_read(disk_cache: Cache, address: str, local: LocalFolder) -> None:
+    cache = opened(address, local, 6)
+    assert [int(cache.read_chunk("layer_05", n)[0, 0]) for n in (0, 7, 19)] == [
+        int(disk_cache.read_chunk("layer_05", n)[0, 0]) for n in (0, 7, 19)
+    ]
+    assert local.pulled_files == 3
+
+
+def test_parts_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path: Path) -> None:
+    shared = SharedFolder(tmp_path / "local")
+    with shared.mutex():
+        shared.join()
+        shared.state(Statement(frozenset({"a"}), frozenset({"b"})))
+        assert shared.others() == []
+    script = """
+        import sys; from pathlib import Path
+        from sae.cache.shared_folder import SharedFolder, Statement
+        shared = SharedFolder(Path(sys.argv[1]))
+        with shared.mutex():
+            shared.join()
+            shared.state(Statement(frozenset({"c"}), frozenset()))
+            print(*[sorted(one) for statement in shared.others() for one in statement], flush=True)
+        sys.stdin.read()
+    """
+    words = [sys.executable, "-c", textwrap.dedent(script), str(shared.folder)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "['a'] ['b']\n"
+        with shared.mutex():
+            assert shared.others() == [Statement(frozenset({"c"}), frozenset())]
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    with shared.mutex():
+        assert shared.others() == []
+        shared.leave()
+    shared.close()
