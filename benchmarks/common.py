@@ -45,9 +45,11 @@ def model_like_rows(rows: int, d_in: int = D_IN, seed: int = 0) -> np.ndarray:
     return as_uint16(x_RD)
 
 
-def make_cache(folder: Path, gigabytes: float, *, compress: bool = False, d_in: int = D_IN) -> Cache:
-    """A cache written as a harvest writes it. Every window holds the same rows; the text is zeros."""
-    window = min(WINDOW, int(gigabytes * 1e9 / 2 / d_in) // CONTEXT * CONTEXT)
+def make_cache(
+    folder: Path, gigabytes: float, *, compress: bool = False, d_in: int = D_IN, most: int = WINDOW
+) -> Cache:
+    """A cache written as a harvest writes it. Windows, of at most `most` rows, hold the same; the text is zeros."""
+    window = min(most, int(gigabytes * 1e9 / 2 / d_in) // CONTEXT * CONTEXT)
     count = round(gigabytes * 1e9 / 2 / d_in / window)
     layout = Layout(count * window, window, compress=compress)
     write_text(folder, layout.rows)

@@ -35,6 +35,7 @@ STREAM_FLAGS = {"windows": "ring", "max_norm": "max-norm"}  # option of `plan_st
 RECORDS = "Checkpoints and logging"
 MACHINE = "Machine"
 COLUMNS = ("loss", "L0", "EV", "dead")  # of the table of runs
+MUCH_WAITING = 0.1  # of the time, from which on it is said
 LOGGED = {"loss", "l0", "explained_variance", "dead", "waited_for_data"}  # metrics that are shown
 
 
@@ -258,6 +259,7 @@ def run_streaming(config: "TrainConfig", harvest_options: Mapping[str, Any], dry
 
 def execute(plan: "TrainPlan", run: "Callable[[TrainProgress], None] | None" = None, *, table: bool = True) -> None:
     """Train the runs of a plan with a bar, by `run` if it is given, and print their last metrics as a `table`."""
+    from ..cache.object_store import is_url
     from ..common.process_group import rank_and_count
     from ..train.loggers import Loggers
     from ..train.progress import TrainProgress
@@ -265,6 +267,7 @@ def execute(plan: "TrainPlan", run: "Callable[[TrainProgress], None] | None" = N
 
     started = time.monotonic()
     latest: dict[str, dict[str, float]] = {}
+    waits = Waits(any(is_url(place) for run in plan.runs for place in run.cache_folders))
     with bar("train", "steps") as progress_bar, Loggers(plan.config.log, plan.runs) as loggers:
 
         def on_step(step: int, steps: int, metrics: dict[str, dict[str, float]]) -> None:
@@ -274,7 +277,7 @@ def execute(plan: "TrainPlan", run: "Callable[[TrainProgress], None] | None" = N
             latest.update(metrics)
             if len(plan.runs) > 1:
                 progress_bar.table(["run", *COLUMNS], table_rows(latest))
-            progress_bar(step, steps, progress_note(metrics, plan.runs, progress_bar.live))
+            progress_bar(step, steps, progress_note(metrics, plan.runs, progress_bar.live) + waits.note(metrics))
 
         def on_overview(overview: "Overview") -> None:
             latest.update({name: line for name, line in overview.metrics.items() if LOGGED <= line.keys()})
@@ -294,6 +297,21 @@ def execute(plan: "TrainPlan", run: "Callable[[TrainProgress], None] | None" = N
         echo(f"done     in {time.monotonic() - started:.0f} s, of which training waited {waited:.1f} s for data")
         for sentence in missed_targets({run.name: run.config.l0 for run in plan.runs}, latest):
             echo(f"note     {sentence}")
+
+
+class Waits:
+    """Says how much of the time since the last log line training has waited for its batches, where that is much."""
+
+    def __init__(self, in_store: bool) -> None:
+        self.what = "the store" if in_store else "data"
+        self.at, self.waited = time.monotonic(), 0.0
+
+    def note(self, metrics: Mapping[str, Mapping[str, float]]) -> str:
+        """A part of the text next to the bar."""
+        now, waited = time.monotonic(), max((line["waited_for_data"] for line in metrics.values()), default=self.waited)
+        share = (waited - self.waited) / max(now - self.at, 1e-9)
+        self.at, self.waited = now, waited
+        return f", waits for {self.what} {min(share, 1):.0%} of the time" if share >= MUCH_WAITING else ""
 
 
 def progress_note(metrics: Mapping[str, dict[str, float]], runs: "list[Run]", live: bool) -> str:

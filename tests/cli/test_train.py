@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
+from sae.cli import train as train_command
 from sae.cli.main import app
-from sae.cli.train import progress_note
+from sae.cli.train import Waits, progress_note
 from sae.common.packages import EXTRAS
 from sae.train import loggers
 from sae.train.plan import TrainConfig
@@ -38,12 +39,20 @@ def test_progress_without_metrics_has_no_note() -> None:
     assert progress_note({}, [SimpleNamespace(name="topk-a")], False) == ""
 
 
+def test_the_progress_line_says_that_training_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([100.0, 110.0, 120.0])
+    monkeypatch.setattr(train_command.time, "monotonic", lambda: next(times))
+    waits = Waits(in_store=True)
+    assert waits.note({"a": {"waited_for_data": 4.0}}) == ", waits for the store 40% of the time"
+    assert waits.note({"a": {"waited_for_data": 4.5}}) == ""
+
+
 def test_the_first_group_of_flags_is_short_and_the_others_are_named() -> None:
     text = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).stdout
     titles = re.findall(r"─ ([A-Z][^─]*?) ─", text)
     assert titles == [
-        "Options", "Data and batches", "Harvesting while training (with --stream)", "Checkpoints and logging",
-        "Machine",
+        "Options", "Data and batches", "Harvesting while training (with --stream)", "Object stores",
+        "Checkpoints and logging", "Machine",
     ]  # fmt: skip
     first = text.partition("Data and batches")[0]
     assert len(re.findall(r"^│ +--", first, re.M)) <= 13  # with --config and --help
