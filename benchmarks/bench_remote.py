@@ -74,7 +74,7 @@ def train(place: str, out: str, local: str, size: int, steps: int, width: int, b
         ["topk"], layers=[12], caches=[place], out=Path(out), local_folder=Path(local), local_cache=size, steps=steps,
         batch_size=batch_size, width=str(width), device="cpu", checkpoint_every=10**9, log_every=10,
     )  # fmt: skip
-    plan, times, waited = plan_training(config), [time.perf_counter()], [0.0]
+    plan, times, waited, processor = plan_training(config), [time.perf_counter()], [0.0], time.process_time()
 
     def note(step: int, steps: int, metrics: dict[str, dict[str, float]]) -> None:
         times.append(time.perf_counter())
@@ -82,7 +82,8 @@ def train(place: str, out: str, local: str, size: int, steps: int, width: int, b
 
     run_training(plan, TrainProgress(step=note))
     pulled = next((one.pulled_bytes for one in OPENED.values()), 0)
-    print(json.dumps({"seconds": times[-1] - times[0], "waited": waited[0], "pulled": pulled}))
+    result = {"seconds": times[-1] - times[0], "processor": time.process_time() - processor}
+    print(json.dumps({**result, "waited": waited[0], "pulled": pulled}))
 
 
 @contextmanager
@@ -157,12 +158,14 @@ def show(rounds: dict[str, list[dict[str, float]]], needed: float, size: int) ->
         "| from | speed, of the disk's | waited | pulled | requests | most in the folder |\n|---|---|---|---|---|---|"
     )
     for way, results in rounds.items():
-        ratio = statistics.median(d["seconds"] / r["seconds"] for d, r in zip(rounds["disk"], results, strict=True))
+        pairs = list(zip(rounds["disk"], results, strict=True))
+        speed = statistics.median(disk["seconds"] / other["seconds"] for disk, other in pairs)
+        work = statistics.median(other["processor"] / disk["processor"] for disk, other in pairs)
         middle = {key: statistics.median(result.get(key, 0) for result in results) for key in [*results[0], "requests"]}
-        print(
-            f"| {way} | {ratio:.2f} | {middle['waited'] / middle['seconds']:.0%} | {middle['pulled'] / 1e9:.2f} GB | "
-            f"{middle['requests']:.0f} | {max(result['peak'] for result in results) / 1e9:.2f} GB |"
-        )
+        numbers = [f"{speed:.2f}", f"{work:.2f}", f"{middle['waited'] / middle['seconds']:.0%}"]
+        numbers += [f"{middle['pulled'] / 1e9:.2f} GB", f"{middle['requests']:.0f}"]
+        most = max(result["peak"] for result in results)
+        print(f"| {' | '.join([way, *numbers, f'{most / 1e9:.2f} GB'])} |")
 
 
 if __name__ == "__main__":

@@ -93,8 +93,8 @@ Caches = Annotated[
     typer.Option(
         "--cache",
         metavar="PATH|URL",
-        help="Activation cache: a folder, or an address such as s3://bucket/pile. Needed only when several match; "
-        "several are read as one. With --stream, the folder for the windows being harvested.",
+        help="Activation cache, also at s3://bucket/pile. Needed only when several match; several are read as one. "
+        "With --stream, the folder for the windows being harvested.",
     ),
 ]
 LocalCache = Annotated[
