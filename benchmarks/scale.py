@@ -1,0 +1,303 @@
+"""Harvests and sweeps on many machines, simulated: `python benchmarks/scale.py > benchmarks/results/DATE-scale.md`.
+
+    python benchmarks/scale.py                          the page: what limits a harvest of 10B tokens, and a sweep
+    python benchmarks/scale.py --set node_link=1.2e9    with another constant; simulation/constants.py has them all
+    python benchmarks/scale.py --measure                what this machine says about the constants that are measured
+    python benchmarks/scale.py --processes              real harvests of 1 to 3 processes, beside the simulation
+
+Nothing is measured on a cluster: every time on the page is simulated, from constants that are read, measured on two CPU
+cores or assumed. The program's own decisions are imported, not imitated: windows and their objects, requests to the
+store, the deal of runs, which chunk is pulled and which makes room. `simulation/` has the simulations.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from datetime import date
+from typing import Any
+
+from sae.benchmarks.common import commit
+from sae.benchmarks.simulation.closed_forms import expected_seconds_with_failures, undisturbed_seconds
+from sae.benchmarks.simulation.constants import Constants, describe, parse_settings
+from sae.benchmarks.simulation.harvest import RANKS, SHARES, Harvest, HarvestResult, HarvestRun
+from sae.benchmarks.simulation.sweep import Sweep, SweepRun, step_seconds
+from sae.common.formatting import format_bytes, format_duration
+
+GB, TB = 1e9, 1e12
+SEEDS = range(5)  # of failures and of the nodes' speeds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another value of a constant")
+    parser.add_argument("--measure", action="store_true", help="measure constants here instead")
+    parser.add_argument("--processes", action="store_true", help="compare with real processes here instead")
+    args = parser.parse_args()
+    try:
+        constants = parse_settings(args.set)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.measure:
+        from sae.benchmarks.simulation.measure import measure
+
+        print(measure())
+    elif args.processes:
+        from sae.benchmarks.simulation.processes import compare
+
+        print(compare())
+    else:
+        for line in page(constants, args.set):
+            print(line, flush=True)
+
+
+def table(*heading: str) -> list[str]:
+    return ["", f"| {' | '.join(heading)} |", "|" + "---|" * len(heading)]
+
+
+def row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def page(constants: Constants, settings: Sequence[str]) -> Iterable[str]:
+    started = time.process_time()
+    options = "".join(f" --set {setting}" for setting in settings)
+    yield "# Harvests and sweeps on many machines, simulated\n"
+    yield f"`python benchmarks/scale.py{options}`, {date.today()}, commit {commit()}.\n"
+    yield "**Every time on this page is simulated: no cluster, GPU or bucket was at hand.** The constants"
+    yield "are at the end;"
+    yield "each says whether it was read, measured on two CPU cores, or assumed. Windows, objects,"
+    yield "requests, the deal of"
+    yield "runs and the choice of what makes room in the local cache are the program's own code."
+    yield from harvest_page(constants)
+    yield from sweep_page(constants)
+    yield from checks(constants)
+    yield "\n## Constants\n"
+    yield from describe(constants)
+    yield f"\nThe page took {time.process_time() - started:.0f} s of one processor."
+
+
+# --- harvests ---------------------------------------------------------------------------------------------------------
+
+
+def run_harvests(harvest: Harvest) -> list[HarvestResult]:
+    return [HarvestRun(harvest, seed).run() for seed in SEEDS]
+
+
+def mean(results: Sequence[Any], value: Callable[[Any], float]) -> float:
+    return sum(map(value, results)) / len(results)
+
+
+def harvest_row(name: str, harvest: Harvest) -> str:
+    results = run_harvests(harvest)
+    whole = mean(results, lambda one: one.seconds)
+    ideal = harvest.bounds["model"]
+    return row(
+        name,
+        *(format_duration(seconds) for seconds in (
+            harvest.cut_seconds, harvest.constants.start + harvest.text_seconds, harvest.asking_seconds,
+            mean(results, lambda one: one.windows_seconds), harvest.seal_seconds, whole,
+        )),
+        f"{ideal / whole:.2%}",
+        f"{mean(results, lambda one: one.failures):.1f}",
+        f"{mean(results, lambda one: one.computed_again):.0f}",
+    )  # fmt: skip
+
+
+HARVEST_COLUMNS = (
+    "", "cut the text", "start, read the text", "ask for commits", "until the last commit", "seal", "whole",
+    "model's share", "failures", "windows computed again",
+)  # fmt: skip
+
+
+def harvest_page(constants: Constants) -> Iterable[str]:
+    whole = Harvest(constants=constants)
+    layout = whole.layout
+    yield "\n## A harvest: three layers of Gemma-2-2B, 64 nodes of 8 GPUs, into a bucket\n"
+    yield f"10 billion tokens are {layout.n_windows:,} windows of {layout.window_rows:,} rows,"
+    yield f"{len(whole.objects)} objects"
+    yield f"and {format_bytes(whole.window_bytes)} each, {format_bytes(whole.window_bytes * layout.n_windows)} in all."
+    yield "What each resource needs by itself for the windows of 10 billion tokens, whatever else happens:"
+    yield from table("resource", "seconds", "what it is")
+    explained = {
+        "model": "all GPUs compute",
+        "writers": "all processes measure and check what they computed",
+        "links": "every node sends its share",
+        "writes": "the store takes the requests that write objects and commits",
+        "asking": "the store answers every process about every commit, when it starts",
+    }
+    for name, seconds in whole.bounds.items():
+        yield row(name, f"{seconds:,.0f}", explained[name])
+    yield from table(*HARVEST_COLUMNS)
+    for tokens in (10_000_000, 100_000_000, 1_000_000_000, 10_000_000_000):
+        nodes = {10_000_000: 1, 100_000_000: 8}.get(tokens, 64)
+        yield harvest_row(f"{tokens:,} tokens, {nodes} nodes", replace(whole, tokens=tokens, nodes=nodes))
+    parts = replace(constants, partitions=constants.partitions / 16)
+    yield harvest_row(
+        "10 billion as 16 caches of 4 nodes each", replace(whole, tokens=625_000_000, nodes=4, constants=parts)
+    )
+    yield "\n`until the last commit` includes the start, the text and asking. Each cache of the last row cuts"
+    yield "its own text"
+    yield "and has a sixteenth of the store's requests; training takes several caches as one (`--cache A --cache B`)."
+    yield from harvest_failures(whole)
+    yield from bad_choices(whole)
+    yield from memory(whole)
+
+
+def harvest_failures(whole: Harvest) -> Iterable[str]:
+    yield "\n### Failures\n"
+    yield "64 nodes. Under one launcher (`torchrun`) every process ends with the one that is lost; tasks of"
+    yield "an array job"
+    yield "(`--share`) end alone. One node fails when half of the time to the last commit is over; means of 5"
+    yield "seeds. The last"
+    yield "column is what a failure an hour costs of the time, since that long a harvest meets so many of them."
+    yield from table(
+        "tokens", "", "until the last commit", "later by one failure", "windows again", "a failure an hour"
+    )
+    for tokens in (1_000_000_000, 10_000_000_000):
+        for way, name in ((RANKS, "ranks"), (SHARES, "shares")):
+            quiet = replace(whole.constants, node_failures=0)
+            harvest = replace(whole, tokens=tokens, way=way, constants=quiet)
+            without = run_harvests(harvest)
+            failed = [
+                HarvestRun(harvest, seed, one.windows_seconds / 2).run()
+                for seed, one in zip(SEEDS, without, strict=True)
+            ]
+            seconds = mean(without, lambda r: r.windows_seconds)
+            later = mean(failed, lambda r: r.windows_seconds) - seconds
+            again = mean(failed, lambda r: r.computed_again)
+            yield row(
+                f"{tokens:,}", name, f"{seconds:,.0f} s", f"{later:,.0f} s", f"{again:.1f}", f"{later / 3600:.1%}"
+            )
+    published = whole.constants.node_failures * whole.nodes
+    yield f"\n64 nodes fail once in {1 / published:.0f} hours by the published rate."
+    yield "\nWhat the loss of one process costs, by the size of windows (a billion tokens): the windows in its"
+    yield "memory, which"
+    yield "are computed again, and the start. Of all 512 processes under one launcher, of 8 under `--share`."
+    one = replace(whole, tokens=1_000_000_000)
+    yield from table(
+        "rows of a window", "computing one", "computed again, mean", "start again", "memory of two windows"
+    )
+    for window in (65_536, 262_144, 1_048_576, 4_194_304):
+        harvest = replace(one, window=window)
+        seconds, c = window * harvest.token_seconds, harvest.constants
+        start = c.restart + c.start + harvest.text_seconds + harvest.asking_seconds
+        yield row(
+            f"{window:,}", f"{seconds:.1f} s", f"{1.5 * seconds:.1f} s", f"{start:.0f} s",
+            format_bytes(2 * harvest.window_bytes),
+        )  # fmt: skip
+
+
+def bad_choices(whole: Harvest) -> Iterable[str]:
+    one = replace(whole, tokens=1_000_000_000, way=SHARES)
+    yield "\n### Choices\n"
+    yield "A billion tokens on 512 GPUs, `--share i/n` unless it says otherwise; seconds until the last commit."
+    yield from table("choice", "seconds", "against 512 shares")
+    base = mean(run_harvests(one), lambda r: r.windows_seconds)
+    for name, harvest in {
+        "512 shares": one,
+        "ranks": replace(one, way=RANKS),
+        "64 shares: seven of eight GPUs idle": replace(one, shares=64),
+        "513 shares: one GPU starts a second time": replace(one, shares=513),
+        "4,096 shares: every process starts eight times": replace(one, shares=4096),
+        "windows of 65,536 rows": replace(one, window=65_536),
+        "windows of 1,048,576 rows": replace(one, window=1_048_576),
+        "windows of 4,194,304 rows: 239 for 512 GPUs": replace(one, window=4_194_304),
+        "a bucket of one partition": replace(one, constants=replace(whole.constants, partitions=1)),
+        "a link of 25 Gbit/s": replace(one, constants=replace(whole.constants, node_link=2e9)),
+    }.items():
+        seconds = mean(run_harvests(harvest), lambda r: r.windows_seconds)
+        yield row(name, f"{seconds:,.0f}", f"{seconds / base:.2f}")
+
+
+def memory(whole: Harvest) -> Iterable[str]:
+    yield "\n### Memory and requests that grow with the cache\n"
+    yield "Of a process: the contexts (4 x 128 + 50 bytes for each of 127 rows, in every process) and two"
+    yield "windows. Of the"
+    yield "one that seals: the norms of an array and what sorts them. Requests of every process that starts,"
+    yield "and of the one"
+    yield "that seals:"
+    yield from table(
+        "tokens", "contexts", "of 8 processes", "two windows", "to seal", "commits asked for", "reads to seal"
+    )
+    for tokens in (10_000_000, 100_000_000, 1_000_000_000, 10_000_000_000):
+        harvest = replace(whole, tokens=tokens)
+        contexts = tokens / 127 * (4 * 128 + 50)
+        yield row(
+            f"{tokens:,}", format_bytes(contexts), format_bytes(8 * contexts), format_bytes(2 * harvest.window_bytes),
+            format_bytes(whole.constants.row_memory * tokens), f"{harvest.asks:,}", f"{harvest.seal_requests:,}",
+        )  # fmt: skip
+
+
+# --- sweeps -----------------------------------------------------------------------------------------------------------
+
+
+def sweep_page(constants: Constants) -> Iterable[str]:
+    whole = Sweep(constants=constants)
+    yield "\n## A sweep: 600 runs from a bucket\n"
+    yield f"Forty recipes, five seeds, layers 5, 12 and 19: {len(whole.works)} runs of 18,432 latents, one epoch of 100"
+    yield f"million tokens ({whole.steps:,} steps of 4,096), {format_bytes(3 * whole.layer_bytes)} in the"
+    yield "bucket, 8 GPUs a"
+    yield "node. `efficiency` is the share of all GPUs' time that is spent in steps; `waiting` that for chunks. A GPU"
+    yield f"trains {format_duration(sum(work.seconds for work in whole.works))} in all, and the longest run takes "
+    yield f"{format_duration(max(work.seconds for work in whole.works))}, which more GPUs cannot shorten."
+    yield from table(
+        "GPUs", "local cache of a node", "time", "efficiency", "waiting", "pulled", "pulled by a node", "failures"
+    )
+    for gpus in (8, 64, 256, 512):
+        for local in (200 * GB, TB, 2 * TB):
+            result = SweepRun(replace(whole, gpus=gpus, local_cache=local)).run()
+            yield row(
+                gpus, format_bytes(local), format_duration(result.seconds), f"{result.efficiency:.1%}",
+                f"{result.waited / result.seconds / gpus:.1%}", format_bytes(result.pulled),
+                format_bytes(result.pulled / result.sweep.nodes), result.failures,
+            )  # fmt: skip
+    yield from link_page(constants)
+
+
+def link_page(constants: Constants) -> Iterable[str]:
+    yield "\n### When the link is the bottleneck\n"
+    yield f"One node, layer 12, `topk` ({1e3 * step_seconds()['topk'] / constants.step_share:.1f} ms a step"
+    yield "by the model):"
+    yield "runs on each of 8 GPUs, and the share of their time in steps, from a bucket with 1 TB of local cache."
+    yield from table("runs on a GPU", "8 GB/s (100 Gbit/s)", "2 GB/s (25 Gbit/s)", "0.8 GB/s (10 Gbit/s)")
+    for runs in (1, 2, 4, 8, 16):
+        cells = []
+        for link in (8e9, 2e9, 0.8e9):
+            sweep = Sweep(
+                layers=(12,), recipes=("topk",), seeds=8 * runs, local_cache=TB,
+                constants=replace(constants, node_link=link, node_failures=0),
+            )  # fmt: skip
+            cells.append(f"{SweepRun(sweep).run().efficiency:.1%}")
+        yield row(runs, *cells)
+    yield "\nThe processes of a node read the same chunks at the same pace and share them, so a node pulls"
+    yield "its layer once."
+    yield f"A run alone reads {4096 * 2 * 2304 / (step_seconds()['topk'] / constants.step_share) / 1e9:.1f} GB/s."
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def checks(constants: Constants) -> Iterable[str]:
+    yield "\n## Against formulas\n"
+    yield "`tests/test_scale.py` holds the simulation to these, and to the bounds above."
+    yield from table("case", "formula", "simulated")
+    alike = replace(constants, node_failures=0, speed_spread=0, put_rate=1e12, get_rate=1e12, node_link=1e18)
+    for nodes in (1, 8):
+        harvest = Harvest(tokens=nodes * 8 * 10 * 262_144, nodes=nodes, constants=alike)
+        seconds = HarvestRun(harvest).run().windows_seconds
+        yield row(f"no failures, {nodes * 8} processes, 10 windows each",
+                  f"{undisturbed_seconds(harvest):.3f} s", f"{seconds:.3f} s")  # fmt: skip
+    failing = replace(alike, node_failures=60.0, restart=20, start=0, writer=1e18, latency=0, connection=1e17)
+    harvest = Harvest(tokens=1_000_000, nodes=1, gpus=1, window=1_000_000, constants=failing)
+    results = [HarvestRun(harvest, seed).run().windows_seconds for seed in range(2000)]
+    average = sum(results) / len(results)
+    error = (sum((one - average) ** 2 for one in results) / (len(results) - 1) / len(results)) ** 0.5
+    expected = expected_seconds_with_failures(harvest.tokens * harvest.token_seconds, 60 / 3600, 20)
+    yield row(
+        "one window, a failure a minute, 20 s to start again", f"{expected:.2f} s", f"{average:.2f} ± {error:.2f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""What has a formula, for the simulations to be held against."""
+
+import math
+
+from sae.cache.mirror import THREADS
+
+from .harvest import Harvest
+
+
+def undisturbed_seconds(harvest: Harvest) -> float:
+    """Time to the last commit, of equal processes on links and stores that nothing waits for, without failures.
+
+    A process computes its windows one after the other. The last is written and committed behind them; where writing
+    takes longer than computing, the windows follow each other at that pace instead.
+    """
+    c, link = harvest.constants, min(harvest.constants.node_link, THREADS * harvest.constants.connection)
+    rounds = math.ceil(harvest.layout.n_windows / harvest.processes)
+    computing = harvest.commit_seconds + harvest.window * harvest.token_seconds
+    sending = harvest.window_bytes / link + harvest.send_seconds
+    writing = harvest.commit_seconds + harvest.writer_seconds + sending + harvest.commit_seconds
+    start = c.start + harvest.text_seconds + harvest.asking_seconds
+    return start + computing + (rounds - 1) * max(computing, writing) + writing
+
+
+def expected_seconds_with_failures(seconds: float, rate: float, restart: float) -> float:
+    """Expected time for `seconds` of work that begins again after each failure, `restart` seconds later.
+
+    Failures come at `rate` per second, also during a restart (J. Daly, A higher order estimate of the optimum
+    checkpoint interval, 2006, equation 13 for one segment).
+    """
+    return math.exp(rate * restart) * math.expm1(rate * seconds) / rate
