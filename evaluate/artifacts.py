@@ -14,12 +14,24 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from ..common.errors import DamagedError
+from ..common.errors import DamagedError, UsageError
 from ..common.evaluation_schemas import DATA_RECORD
-from ..common.files import atomic_write, digest_of, make_folder, temporary_process, utf8_path
+from ..common.files import (
+    atomic_write,
+    digest_of,
+    folder_bytes,
+    free_space,
+    make_folder,
+    temporary_process,
+    utf8_path,
+)
+from ..common.formatting import format_bytes
 from ..common.records import as_read
 
 FORMAT = 1  # version of the cached artifacts: increased when the way any of them is computed changes
+# Kinds that are activations of the model: most of the bytes, and soon computed again. Probes and scores are small.
+ACTIVATIONS = ("text_pass", "held_out", "rows", "last_rows", "letters", "sample")
+LIMIT_VARIABLE = "SAE_EVALUATION_GB"
 STALE_SECONDS = 3600  # seconds without a write after which a dead process's temporary file is removed
 POLL_SECONDS = 0.1  # between two looks at a lock that another process holds
 
@@ -35,13 +47,19 @@ class ArtifactCache:
     without locks every rank computes what it needs.
 
     Attributes:
+        limit: bytes of activations above which `in_use` removes those that were not read for longest.
         waiting: called with what another process is computing before this one waits for it, and with "" afterwards.
     """
 
     def __init__(self, folder: Path, shared: bool = False) -> None:
-        self.folder, self.shared = folder, shared
+        self.folder, self.shared, self.limit = folder, shared, kept_limit()
         self.waiting: Callable[[str], None] = lambda what: None
         self._held: set[Path] = set()  # locks of this process: it may ask for one again
+
+    def describe(self) -> str:
+        """The folder, how much it holds, and what is removed when."""
+        now, free, limit = map(format_bytes, (folder_bytes(self.folder), free_space(self.folder), self.limit))
+        return f"{self.folder} ({now} now, {free} free; above {limit} activations not read for longest are removed)"
 
     def get_or_compute(
         self, kind: str, depends: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]], device: str = "cpu"
@@ -71,6 +89,41 @@ class ArtifactCache:
             for path in sorted(missing):  # in one order, so that no two ranks wait for each other
                 locks.enter_context(self._lock(path))
             yield
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep every artifact while this is open. Before, remove activations above the limit, if nobody else uses any.
+
+        The lock is the operating system's, shared by all who use the folder. Where there is none nothing is removed.
+        """
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError, ImportError):
+                import fcntl  # not on Windows
+
+                make_folder(self.locks)
+                lock = stack.enter_context((self.locks / "in_use").open("a"))
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self.remove_unread()
+                fcntl.flock(lock, fcntl.LOCK_SH)
+            yield
+
+    def remove_unread(self) -> int:
+        """Remove activations that were not read for longest, down to the limit. Returns how many bytes that were."""
+        kept = []
+        for record in (found for kind in ACTIVATIONS for found in self.folder.glob(f"{kind}-[0-9a-f]*.json")):
+            with contextlib.suppress(OSError):
+                kept.append((record.stat().st_mtime, record.with_suffix(".safetensors").stat().st_size, record))
+        above = sum(size for _, size, _ in kept) - self.limit
+        removed = 0
+        for _, size, record in sorted(kept):
+            if removed >= above:
+                break
+            with contextlib.suppress(OSError):  # the record first: without it there is no artifact
+                record.unlink()
+                record.with_suffix(".safetensors").unlink()
+                removed += size
+        return removed
 
     @contextlib.contextmanager
     def turn(self, name: str, wait: bool) -> Iterator[bool]:
@@ -139,11 +192,24 @@ class ArtifactCache:
                 return None
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]:
+                    with contextlib.suppress(OSError):  # of another user, or read-only
+                        os.utime(path.with_suffix(".json"))  # by which `remove_unread` knows when it was read
                     with utf8_path(path) as readable:
                         return load_file(readable, device)
         except (OSError, DamagedError, SafetensorError):
             pass
         return None
+
+
+def kept_limit() -> float:
+    """Bytes that artifacts may take: $SAE_EVALUATION_GB, by default 100 GB. Raises UsageError if it is no number."""
+    given = os.environ.get(LIMIT_VARIABLE, "") or "100"
+    try:
+        if (limit := float(given)) >= 0:
+            return 1e9 * limit
+    except ValueError:
+        pass
+    raise UsageError(f"{LIMIT_VARIABLE}={given} is not a number of gigabytes. Set it to one, such as 100, or unset it.")
 
 
 def remove_stale_temporaries(folder: Path) -> int:

@@ -1,6 +1,6 @@
 """The inputs that every metric shares: the language model, its tokenizer, the held-out text, and cached artifacts."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ..cache.context_format import ContextFormat
 from ..cache.contexts import Contexts
+from ..cache.layout import Hook
 from ..cache.models import model_label
 from ..common.device import copy_to_device
 from ..common.special_tokens import added_bos_id, bos_or_eos_id, special_token_ids
 from ..common.tokenizers import check_embedded
+from ..harvest.architectures import hook_width
 from ..harvest.model import LanguageModel
 from .artifacts import ArtifactCache
 from .sae_text import ContextChange
@@ -89,6 +91,11 @@ class EvalContext:
     def embedded_tokens(self) -> int | None:
         """The number of token ids that the model has an embedding for; a tokenizer can have more."""
         return getattr(self.model_config, "vocab_size", None)
+
+    def row_bytes(self, hooks: Iterable[Hook]) -> int:
+        """The bytes of the activations at one token, at all of these hooks. Does not need the model."""
+        size = getattr(torch, self.model_identity["llm_dtype"]).itemsize
+        return sum(size * hook_width(hook, self.model_config) for hook in hooks)
 
     @property
     def special_ids(self) -> list[int]:

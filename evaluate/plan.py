@@ -17,7 +17,7 @@ from ..cache.reader import Cache
 from ..common.device import resolve_device, resolve_dtype
 from ..common.errors import DamagedError, SaeError, UnavailableError, UsageError
 from ..common.escaping import quote
-from ..common.files import existing_parent, folder_bytes, free_space, os_error, temporary_path
+from ..common.files import existing_parent, os_error, temporary_path
 from ..common.formatting import format_bytes, format_count, shell_paths
 from ..common.precision import resolve_precision
 from ..common.process_group import rank_and_count
@@ -106,13 +106,13 @@ class EvaluatePlan:
                     lines += metric.describe_cost(group.ctx, len(rows) + len(self.config.controls))
         lines += [f"not run  {metric}: {reason}" for metric, reason in sorted(self.expected_failures)]
         if self.has_work:
-            folder = self.artifacts.folder
-            added = {one.name: sum(group.kept_bytes(one) for group in self.groups) for one in self.metrics}
-            kept = "".join(f"; {name} adds up to {format_bytes(size)} to it" for name, size in added.items() if size)
-            lines.append(
-                f"writes   evaluations/<metric>.json in each run; what does not depend on the SAE is cached in "
-                f"{folder} ({format_bytes(folder_bytes(folder))} now, {format_bytes(free_space(folder))} free){kept}"
+            kept = "".join(
+                f"; {metric.name} {'adds' if metric.knows_what_is_kept else 'keeps'} up to {format_bytes(size)} there"
+                for metric in self.metrics
+                if (size := sum(group.kept_bytes(metric) for group in self.groups))
             )
+            cached = f"what does not depend on the SAE is cached in {self.artifacts.describe()}{kept}"
+            lines.append(f"writes   evaluations/<metric>.json in each run; {cached}")
         return lines
 
     def _refusals(self) -> list[str]:

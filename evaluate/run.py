@@ -57,10 +57,11 @@ def run_evaluation(
     ranks = current_process_group()
     by_group = measure_over_ranks(plan, ranks, progress, all_rows) if ranks.count > 1 else measure_here(plan, progress)
     rows: list[EvalRow] = []
-    for group_rows in by_group:
-        add_notes(group_rows)
-        add_control_notes(group_rows)
-        rows += [row for row in group_rows if row.results or not row.is_reference]
+    with plan.artifacts.in_use():
+        for group_rows in by_group:
+            add_notes(group_rows)
+            add_control_notes(group_rows)
+            rows += [row for row in group_rows if row.results or not row.is_reference]
     errors = [error for row in rows for error in row.errors.values() if not row.is_reference]
     if errors and all_rows and not any(row.results for row in rows):
         raise type(errors[0])("\n".join(dict.fromkeys(map(str, errors))))

@@ -189,6 +189,16 @@ def load_texts(name: str, data: Path | None, train_set_size: int = 4000, test_se
     return find_dataset(name).read(name, data, {"train": train_set_size, "test": test_set_size})
 
 
+def count_texts(name: str, train_set_size: int, test_set_size: int) -> int:
+    """How many texts `load_texts` returns. Reads nothing."""
+    source = find_dataset(name)
+    if isinstance(source, LabeledDataset):
+        classes = len(source.classes)
+    else:
+        classes = len(source.languages if isinstance(source, CodeDataset) else source.subsets)
+    return classes * (train_set_size // 2 + test_set_size // 2)
+
+
 def load_quadrants(
     name: str, data: Path | None, train_set_size: int = 4000, test_set_size: int = 1000
 ) -> dict[tuple[str, str], Quadrants]:

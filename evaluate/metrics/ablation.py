@@ -128,6 +128,14 @@ class Ablation(Metric):
         texts = {name: dataset_version(name, ctx.data) for name in self.datasets}
         return {**super().settings(ctx), **ctx.text_settings, "texts": texts}
 
+    @abstractmethod
+    def count_texts(self, dataset: str) -> int:
+        """How many texts the problems of a dataset have, at most. Reads nothing."""
+
+    def kept_bytes(self, ctx: EvalContext, targets: Sequence[EvalTarget]) -> int:
+        texts = sum(map(self.count_texts, self.datasets))
+        return texts * self.context * ctx.row_bytes({target.hook for target in targets})
+
     def check(self) -> None:
         """Raise UsageError for an option out of range."""
         make_generator(self.rng)

@@ -32,7 +32,7 @@ from ...common.errors import SaeError, UsageError
 from ..context import EvalContext
 from ..statistics import bootstrap_interval, proportion_interval
 from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress, SAELike, UnitValues
-from .first_letter import LETTERS, SpellingPrompts, SpellingRows, read_spelling_rows
+from .first_letter import LETTERS, SpellingPrompts, SpellingRows, count_prompts, read_spelling_rows
 from .letter_probes import (
     FeatureSplit,
     LetterProbes,
@@ -92,6 +92,10 @@ class Absorption(Metric):
 
     def settings(self, ctx: EvalContext) -> dict[str, Any]:
         return {**super().settings(ctx), **ctx.prompt_settings}
+
+    def kept_bytes(self, ctx: EvalContext, targets: Sequence[EvalTarget]) -> int:
+        words = self.words or ctx.embedded_tokens or len(ctx.tokenizer)  # of a vocabulary some begin with a letter
+        return count_prompts(words) * ctx.row_bytes({target.hook for target in targets})
 
     @classmethod
     def values_by_unit(cls, result: MetricResult, column: MetricColumn) -> UnitValues:

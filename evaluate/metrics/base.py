@@ -206,6 +206,7 @@ class Metric(ABC):
     unit_key: ClassVar[str] = "dataset_name"
     unit_names: ClassVar[Mapping[str, str]] = {}  # number -> its name in an entry, where that is another one
 
+    knows_what_is_kept: ClassVar[bool] = False  # whether `kept_bytes` leaves out what is in the artifact cache already
     caveat: ClassVar[str] = ""  # what is known against the metric, with its source: said wherever its numbers are shown
 
     @classmethod
@@ -238,7 +239,10 @@ class Metric(ABC):
         return []
 
     def kept_bytes(self, ctx: EvalContext, targets: Sequence[EvalTarget]) -> int:
-        """About how many bytes of activations measuring these adds to the artifact cache. Does not need the model."""
+        """How many bytes of activations measuring these keeps in the artifact cache, at most. Does not need the model.
+
+        Without those that are there already, if `knows_what_is_kept`.
+        """
         return 0
 
     @abstractmethod

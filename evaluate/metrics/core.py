@@ -78,6 +78,7 @@ class Core(Metric):
     sparsity_batches: int = 2000
     paired_latents: int = PAIRED_LATENTS
 
+    knows_what_is_kept = True
     name = "core"
     unit = "document"
     type_id = "core"

@@ -117,6 +117,11 @@ class SpellingPrompts:
         return own_split, self.prompts(test, self.words, random.Random(f"{seed} fresh examples"))
 
 
+def count_prompts(words: int) -> int:
+    """How many prompts `SpellingPrompts.all_prompts` makes of so many words."""
+    return 2 * words - int(TRAIN_SHARE * words)
+
+
 def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ...cache.outliers import outlier_mask
 from ...common.errors import UnavailableError
-from ...harvest.architectures import hook_width
 from ..context import EvalContext
 from .base import Progress, RowSet
 
@@ -68,10 +67,9 @@ def key_of(ctx: EvalContext, row_set: RowSet, tokens: int, batch_contexts: int) 
 
 def missing_bytes(ctx: EvalContext, row_sets: Iterable[RowSet], tokens: int, batch_contexts: int) -> int:
     """How much `read_rows` will keep at most that is not there yet. Does not need the model."""
-    size = getattr(torch, ctx.model_identity["llm_dtype"]).itemsize
     rows = min(tokens, int(ctx.contexts.length.sum()))
     return sum(
-        size * rows * hook_width(row_set.hook, ctx.model_config)
+        rows * ctx.row_bytes([row_set.hook])
         for row_set in set(row_sets)
         if not ctx.artifacts.contains(KIND, key_of(ctx, row_set, tokens, batch_contexts))
     )

@@ -125,6 +125,9 @@ class SaeProbes(Metric):
             data.find_source(name)
         return [name for name in known if name in asked]
 
+    def kept_bytes(self, ctx: EvalContext, targets: Sequence[EvalTarget]) -> int:
+        return len(self.names()) * self.max_texts * ctx.row_bytes({target.hook for target in targets})
+
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         names = self.names()
         row_sets = list(dict.fromkeys(target.row_set for target in targets))

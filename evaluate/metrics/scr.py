@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..datasets.labeled import BIOS, REVIEWS, load_quadrants
+from ..datasets.labeled import BIOS, REVIEWS, find_dataset, load_quadrants
 from .ablation import THRESHOLDS, Ablation, AblationProblem, AblationScores, DrawTask
 from .base import MetricColumn
 from .bootstrap import BootstrapWeights, bootstrap_interval
@@ -63,6 +63,10 @@ class Scr(Ablation):
     columns = tuple(
         MetricColumn(f"SCR {n}", "scr_metrics", f"scr_metric_threshold_{n}", ".3f", "up", 0, 1) for n in THRESHOLDS
     )
+
+    def count_texts(self, dataset: str) -> int:
+        of_a_pair = 6 * (self.train_set_size // 4 + self.test_set_size // 4)  # two quarters of PP and NN, one of others
+        return len(getattr(find_dataset(dataset), "pairs", ())) * of_a_pair
 
     def problems(self, dataset: str, data: Path | None) -> Iterator[AblationProblem]:
         for pair, texts in load_quadrants(dataset, data, self.train_set_size, self.test_set_size).items():

@@ -31,7 +31,7 @@ from torch import Tensor
 from ...common.errors import SaeError, UsageError
 from ...common.files import digest_of
 from ..context import EvalContext
-from ..datasets.labeled import HUB, STAND_INS, Texts, dataset_version, load_texts
+from ..datasets.labeled import HUB, STAND_INS, Texts, count_texts, dataset_version, load_texts
 from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress, RowSet
 from .probes import (
     LabeledRows,
@@ -91,6 +91,10 @@ class SparseProbing(Metric):
         if any(k < 1 for k in self.k):
             raise UsageError(f"{self.name}.k={','.join(map(str, self.k))}: a probe reads at least one latent.")
         return self.k or K_OF_MODE[mode]
+
+    def kept_bytes(self, ctx: EvalContext, targets: Sequence[EvalTarget]) -> int:
+        texts = sum(count_texts(name, self.train_set_size, self.test_set_size) for name in self.datasets)
+        return texts * self.context * ctx.row_bytes({target.hook for target in targets})
 
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         ks = self.ks(ctx.mode)

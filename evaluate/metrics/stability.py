@@ -70,6 +70,7 @@ class Stability(Metric):
     draws: int = 3
     exact_latents: int = EXACT_LATENTS
 
+    knows_what_is_kept = True
     definition = 2
     independent_seeds = False
     name = "stability"

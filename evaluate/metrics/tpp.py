@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..datasets.labeled import BIOS, REVIEWS, Texts, load_texts
+from ..datasets.labeled import BIOS, REVIEWS, Texts, count_texts, load_texts
 from .ablation import THRESHOLDS, Ablation, AblationProblem, AblationScores, DrawTask
 from .base import MetricColumn
 from .bootstrap import BootstrapWeights
@@ -43,6 +43,9 @@ class Tpp(Ablation):
         MetricColumn(f"TPP {n}", "tpp_metrics", f"tpp_threshold_{n}_total_metric", ".3f", "up", 0, 0.5)
         for n in THRESHOLDS
     )
+
+    def count_texts(self, dataset: str) -> int:
+        return count_texts(dataset, self.train_set_size, self.test_set_size)
 
     def problems(self, dataset: str, data: Path | None) -> Iterator[AblationProblem]:
         texts = load_texts(dataset, data, self.train_set_size, self.test_set_size)

@@ -1,13 +1,20 @@
-"""What an evaluation keeps of the model's passes is announced before."""
+"""What an evaluation keeps of the model's passes is announced before, and bounded."""
 
+import math
+import os
+import re
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from sae.common.errors import UsageError
 from sae.common.formatting import format_bytes
+from sae.evaluate import artifacts as artifacts_module
+from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.plan import EvaluateConfig, plan_evaluation
 from sae.evaluate.run import run_evaluation
 from sae.train.sae import save_sae
@@ -32,7 +39,7 @@ def config(tiny_cache, home) -> EvaluateConfig:
 
 
 def written(home: Path, kind: str) -> int:
-    return sum(path.stat().st_size for path in (home / "activations/evaluation").glob(f"{kind}-*.safetensors"))
+    return sum(path.stat().st_size for path in (home / "activations/evaluation").glob(f"{kind}-[0-9a-f]*.safetensors"))
 
 
 def test_the_plan_says_how_much_is_kept_that_is_not_there_yet(config, home, monkeypatch):
@@ -41,7 +48,8 @@ def test_the_plan_says_how_much_is_kept_that_is_not_there_yet(config, home, monk
     announced = {one.name: sum(group.kept_bytes(one) for group in plan.groups) for one in plan.metrics}
     (line,) = [line for line in plan.describe() if line.startswith("writes")]
     for name, size in announced.items():
-        assert f"; {name} adds up to {format_bytes(size)} to it" in line
+        assert f"; {name} adds up to {format_bytes(size)} there" in line
+    assert "above 100.00 GB activations not read for longest are removed" in line
     monkeypatch.undo()
     monkeypatch.setenv("SAE_HOME", str(home))
     run_evaluation(plan)
@@ -49,7 +57,107 @@ def test_the_plan_says_how_much_is_kept_that_is_not_there_yet(config, home, monk
     assert announced["core"] < written(home, "text_pass") < announced["core"] + 200 * files  # with headers
     assert 50 * 32 * 4 == announced["stability"] < written(home, "held_out") < announced["stability"] + 300
     again = plan_evaluation(replace(config, force=True))
-    assert again.has_work and "adds" not in "".join(again.describe())
+    assert again.has_work and " adds up to " not in "".join(again.describe())
+
+
+@pytest.mark.parametrize(
+    ("metric", "kind", "options"),
+    [
+        ("absorption", "letters", ["words=300", "k_sparse_probe_num_epochs=1", "min_GT_probe_f1=-1"]),
+        ("sparse_probing_stdlib", "rows", ["datasets=stdlib/kind", "train_set_size=40", "test_set_size=20"]),
+        ("scr_stdlib", "rows", ["train_set_size=40", "test_set_size=24", "thresholds=2"]),
+        ("tpp_stdlib", "rows", ["datasets=stdlib/kind", "train_set_size=40", "test_set_size=20", "thresholds=2"]),
+    ],
+)
+def test_metrics_with_texts_of_their_own_say_how_much_at_most(config, home, metric, kind, options):
+    """The rows of texts are as many as tokens, of which the plan knows the limit."""
+    options = [f"{metric}.{option}" for option in options]
+    plan = plan_evaluation(replace(config, suite=metric, options=options))
+    announced = sum(group.kept_bytes(plan.metrics[0]) for group in plan.groups)
+    assert f"; {metric} keeps up to {format_bytes(announced)} there" in "".join(plan.describe())
+    run_evaluation(plan)
+    files = len(list((home / "activations/evaluation").glob(f"{kind}-[0-9a-f]*.safetensors")))
+    assert announced / 3 < written(home, kind) < announced + 400 * files
+
+
+def test_every_kind_of_activations_is_one_that_can_be_removed():
+    """What metrics call them, by the sources."""
+    folder = Path(artifacts_module.__file__).parent
+    used = {
+        name
+        for path in folder.rglob("*.py")
+        for name in re.findall(r'(?:get_or_compute\(|^KIND = )"([a-z_-]+)"', path.read_text(), re.M)
+    }
+    small = {"probes", "llm_probes", "letters-probe", "sae_probes", "questions", "ravel-answers"}
+    assert used - small == set(artifacts_module.ACTIVATIONS)
+
+
+# --- the limit --------------------------------------------------------------------------------------------------------
+
+
+def kept(cache: ArtifactCache, number: int, seconds: float | None = None) -> Path:
+    """An artifact of 400 bytes or more, last read so many seconds ago."""
+    cache.get_or_compute("rows", {"number": number}, lambda: {"x": torch.zeros(100)})
+    record = cache.path("rows", {"number": number}).with_suffix(".json")
+    if seconds is not None:
+        os.utime(record, (time.time() - seconds,) * 2)
+    return record
+
+
+@pytest.fixture
+def artifacts(tmp_path, monkeypatch) -> ArtifactCache:
+    """Five, of which the second was read again; three fit."""
+    cache = ArtifactCache(tmp_path)
+    for number in range(5):
+        kept(cache, number, seconds=100 - number)
+    kept(cache, 1)
+    size = cache.path("rows", {"number": 0}).stat().st_size
+    monkeypatch.setenv("SAE_EVALUATION_GB", f"{3.5 * size / 1e9:.9f}")
+    (tmp_path / "judge-0123.jsonl").write_text("paid for")
+    cache.get_or_compute("sae_probes", {"hours": 9}, lambda: {"scores": torch.zeros(1000)})
+    os.utime(cache.path("sae_probes", {"hours": 9}).with_suffix(".json"), (0, 0))
+    return ArtifactCache(tmp_path)
+
+
+def numbers_there(cache: ArtifactCache) -> list[int]:
+    found = [number for number in range(6) if cache.contains("rows", {"number": number})]
+    assert found == [number for number in range(6) if cache.path("rows", {"number": number}).exists()]
+    return found
+
+
+def test_what_was_not_read_for_longest_is_removed_above_the_limit(artifacts):
+    with artifacts.in_use():
+        assert numbers_there(artifacts) == [1, 3, 4]
+        kept(artifacts, 5)
+    assert (artifacts.folder / "judge-0123.jsonl").exists() and artifacts.contains("sae_probes", {"hours": 9})
+    with artifacts.in_use():
+        assert numbers_there(artifacts) == [1, 4, 5]
+
+
+def test_nothing_is_removed_that_another_evaluation_may_read(artifacts):
+    running = ArtifactCache(artifacts.folder)
+    running.limit = math.inf
+    with running.in_use():
+        with artifacts.in_use():
+            assert numbers_there(artifacts) == [0, 1, 2, 3, 4]
+    with artifacts.in_use():
+        assert numbers_there(artifacts) == [1, 3, 4]
+
+
+def test_an_evaluation_keeps_the_limit_and_removes_nothing_of_its_own(config, home, monkeypatch):
+    old = kept(ArtifactCache(home / "activations/evaluation"), 0, seconds=1000)
+    monkeypatch.setenv("SAE_EVALUATION_GB", "0")
+    run_evaluation(plan_evaluation(config))
+    assert not old.exists() and written(home, "text_pass") > 0
+    run_evaluation(plan_evaluation(replace(config, suite="stability", options=config.options[2:], force=True)))
+    assert written(home, "text_pass") == 0 and written(home, "held_out") > 0
+
+
+@pytest.mark.parametrize("limit", ["much", "-1", "nan"])
+def test_a_limit_that_is_no_size_is_refused(config, monkeypatch, limit):
+    monkeypatch.setenv("SAE_EVALUATION_GB", limit)
+    with pytest.raises(UsageError, match=f"SAE_EVALUATION_GB={limit} is not a number of gigabytes"):
+        plan_evaluation(config)
 
 
 @pytest.mark.parametrize("option", ["core.paired_latents=-1", "core.batch_contexts=0"])

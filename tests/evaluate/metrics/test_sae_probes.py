@@ -79,6 +79,20 @@ def test_the_fields_and_that_means_are_over_data_sets(ctx):
     assert found.metrics["llm"]["llm_test_auc"] > 0.95  # the classes share no word
 
 
+def test_the_plan_says_what_is_kept_at_most(ctx):
+    """The last token of each text at each hook, in the model's dtype."""
+    identity = ctx.model_identity | {"llm_dtype": "float32"}
+    ctx = replace(ctx, model_config=ctx.model.config, model_identity=identity)
+    targets = [EvalTarget(make_sae(), Hook(layer)) for layer in (1, 0)]
+    metric = replace(METRIC, max_texts=TEXTS)
+    announced = metric.kept_bytes(ctx, [*targets, targets[0]])
+    assert announced == 2 * TEXTS * 2 * 32 * 4
+    metric.measure(ctx, targets, silent)
+    files = list(ctx.artifacts.folder.glob("last_rows-*.safetensors"))
+    written = sum(file.stat().st_size for file in files)
+    assert len(files) == 4 and 0.9 * announced < written < announced + 400 * len(files)
+
+
 def test_a_result_is_read_as_it_was_written(ctx, home):
     (found,) = measured(ctx, make_sae(latents=2))
     write_result(home / "run", METRIC, METRIC.settings(ctx), found, {})
