@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .console import QUIET, bar, cli_command, echo, show_table
-from .options import Device, Tokens, parse_max_norm
+from .options import DTYPES, PRECISIONS, Device, Tokens, parse_max_norm
 from .printing import print_line
 from .train import execute
 
@@ -89,11 +89,17 @@ def evaluate(
     ] = False,
     dtype: Annotated[
         str,
-        typer.Option(help="Precision of the model: auto, bfloat16 or float32.", rich_help_panel=INPUTS),
+        typer.Option(
+            callback=DTYPES, help="Precision of the model: auto, bfloat16 or float32.", rich_help_panel=INPUTS
+        ),
     ] = "auto",
     precision: Annotated[
         str,
-        typer.Option(help="Precision of the SAEs' matrix products: float32, tf32 or bfloat16.", rich_help_panel=INPUTS),
+        typer.Option(
+            callback=PRECISIONS,
+            help="Precision of the SAEs' matrix products: float32, tf32 or bfloat16.",
+            rich_help_panel=INPUTS,
+        ),
     ] = "float32",
     device: Device = "auto",
     json_: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,

@@ -8,7 +8,7 @@ import typer
 from ..common.escaping import quote
 from .config_file import ORIGINS
 from .console import bar, cli_command, echo
-from .options import MODULE_HELP, Device, Layers, Sites, Tokens, finite_or_none, parse_max_norm
+from .options import DTYPES, MODULE_HELP, Device, Layers, Sites, Tokens, finite_or_none, one_of, parse_max_norm
 
 if TYPE_CHECKING:
     from ..cache.reader import Cache
@@ -101,7 +101,8 @@ def harvest(
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(rich_help_panel=MODEL, help="Precision of the model: auto, bfloat16 or float32.")
+        str,
+        typer.Option(callback=DTYPES, rich_help_panel=MODEL, help="Precision of the model: auto, bfloat16 or float32."),
     ] = "auto",
     attention: Annotated[
         str, typer.Option(rich_help_panel=MODEL, help="Attention implementation of transformers.")
@@ -124,7 +125,11 @@ def harvest(
     ] = 10.0,
     storage_dtype: Annotated[
         str,
-        typer.Option(rich_help_panel=CACHE, help="bfloat16, or uint16 (the same bits) for readers that lack bfloat16."),
+        typer.Option(
+            callback=one_of("bfloat16", "uint16"),
+            rich_help_panel=CACHE,
+            help="bfloat16, or uint16 (the same bits) for readers that lack bfloat16.",
+        ),
     ] = "bfloat16",
 ) -> None:
     """Run a language model over text and write its activations to a cache (by default layers 5, 12 and 19)."""

@@ -1,6 +1,8 @@
 """Options that several commands share, and the groups of their help."""
 
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -67,6 +69,25 @@ def check_width(text: str | None) -> str | None:
     return text
 
 
+def one_of(*values: str) -> Callable[[str | None], str | None]:
+    """The callback of an option that takes one of some values. Raises typer.BadParameter for any other."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in values:
+            *most, last = values
+            raise typer.BadParameter(f"{value!r} is unknown: expected {', '.join(most)} or {last}")
+        return value
+
+    return check
+
+
+def check_device(device: str) -> str:
+    """The callback of --device. Raises typer.BadParameter for what cannot be one, whatever the machine has."""
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", device):
+        raise typer.BadParameter(f"{device!r} is unknown: expected auto, cpu, cuda or cuda:N")
+    return device
+
+
 def finite_or_none(multiple: float) -> float | None:
     """What `HarvestConfig.max_norm` takes: None in place of infinity."""
     return None if multiple == math.inf else multiple
@@ -121,4 +142,6 @@ SITE_HELP = (
 )
 MODULE_HELP = "Another module: 'model.layers.{layer}.mlp.gate_proj', its :output or :input. Can be repeated."
 Sites = Annotated[list[str] | None, typer.Option("--site", help=f"{SITE_HELP}. Can be repeated.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option("--device", callback=check_device, help="auto, cpu, cuda or cuda:N.")]
+PRECISIONS = one_of("float32", "tf32", "bfloat16")
+DTYPES = one_of("auto", "bfloat16", "float32")

@@ -13,6 +13,7 @@ from .console import bar, cli_command, echo, show_table
 from .options import (
     MAX_SEED,
     MODULE_HELP,
+    PRECISIONS,
     SITE_HELP,
     STREAMING,
     Caches,
@@ -20,6 +21,7 @@ from .options import (
     LocalCache,
     LocalFolderPath,
     StreamTokens,
+    check_device,
     check_width,
     finite_or_none,
     parse_max_norm,
@@ -161,7 +163,8 @@ def train(
         ),
     ] = None,
     device: Annotated[
-        str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=MACHINE)
+        str,
+        typer.Option("--device", callback=check_device, help="auto, cpu, cuda or cuda:N.", rich_help_panel=MACHINE),
     ] = "auto",
     compiled: Annotated[
         bool,
@@ -174,6 +177,7 @@ def train(
     precision: Annotated[
         str | None,
         typer.Option(
+            callback=PRECISIONS,
             help="Precision of matrix products: float32, tf32 or bfloat16, with float32 weights in each. Default: "
             "bfloat16 on a GPU, float32 on a CPU.",
             rich_help_panel=MACHINE,

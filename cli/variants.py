@@ -73,8 +73,10 @@ def recipe_page(recipe: "Recipe") -> Iterator[str]:
     yield ""
     yield "options (--set NAME=VALUE)"
     types, docs = recipe.option_types(), recipe.option_docs()
+    void = {name: f" Without effect under {other}={' or '.join(map(show_value, off))}." for name, (other, off) in
+            recipe.options_without_effect().items()}  # fmt: skip
     for name, default in recipe.options.items():
-        yield from option_lines(name, default, types[name], docs.get(name, "not documented"))
+        yield from option_lines(name, default, types[name], docs.get(name, "not documented") + void.get(name, ""))
     yield ""
     yield "--paper-exact"
     yield from paper_exact_lines(recipe)
@@ -82,7 +84,7 @@ def recipe_page(recipe: "Recipe") -> Iterator[str]:
     yield f"optimizer options (--set), shared by all recipes; defaults of this one at d_in {PAPER_WIDTH}"
     docs = read_option_docs(Optimization)
     for name, default in default_optimization(recipe).items():
-        yield from option_lines(name, default, types[name], docs.get(name, "not documented"))
+        yield from option_lines(name, default, types[name], docs.get(name, "not documented") + void.get(name, ""))
 
 
 def option_lines(name: str, default: Any, kind: Any, meaning: str) -> Iterator[str]:

@@ -1,13 +1,15 @@
 """The optimizer settings that every recipe takes: AdamW, its learning rate over the run, and the scale of the input."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from ..common.learning_rate import peak_share
 
+SwitchedOff = Mapping[str, tuple[str, tuple[Any, ...]]]  # option -> another one, and its values that make it void
+SWITCHED_OFF: SwitchedOff = {name: ("weight_decay", (0,)) for name in ("weight_decay_on", "weight_decay_form")}
 CENTERING = ("standardize", "layer_norm")  # values of normalize beside which `center` has no effect
 
 

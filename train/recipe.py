@@ -11,14 +11,14 @@ loader.
 import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial, wraps
 from typing import Any, Literal, get_args, get_origin
 
 from ..common.errors import UsageError, did_you_mean
 from ..common.schemas import LATER_ENTRIES
 from .l0_control import control_l0
-from .optimization import CENTERING, Optimization
+from .optimization import CENTERING, SWITCHED_OFF, Optimization, SwitchedOff
 from .options import DeclaredBy, RecipeOptions, options_class, read_option_docs, read_options
 from .scaling import ScaledDefault, scale_options
 from .variant import RunConfig, Variant
@@ -32,7 +32,8 @@ class Recipe:
 
     `width` is its default d_sae over d_in. `paper_exact` holds what `--paper-exact` sets: for each option whose default
     is not the paper's own setting, that setting and why it does not work as intended. Empty: the defaults are the
-    paper's. None: they have not been compared with a paper.
+    paper's. None: they have not been compared with a paper. `switched_off` names options that have no effect with some
+    values of another option: name -> that option, and the values.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Recipe:
     width: float
     batch_size: int
     paper_exact: Mapping[str, tuple[Any, str]] | None = None
+    switched_off: SwitchedOff = field(default_factory=dict)
 
     @property
     def summary(self) -> str:
@@ -110,6 +112,8 @@ class Recipe:
                     settings = Optimization(**{name: before[name] for name in asdict(settings)})
                 variant.configure(settings)
                 problems += variant.optimization.validation_errors(config.steps)
+                if stored is None:  # earlier versions took them
+                    problems += self.switched_off_errors(given, values | asdict(variant.optimization))
                 notes += variant.optimization.notes(config.steps)
                 if config.l0 is not None and not control_l0(variant, config.l0, config.steps) and "l0" not in values:
                     problems.append("--l0 has no effect on this recipe: it has no option k or l0 and no sparsity loss.")
@@ -172,6 +176,20 @@ class Recipe:
             else:
                 valid[name] = int_as_float(value, types[name])
         return valid, problems
+
+    def options_without_effect(self) -> SwitchedOff:
+        """Options that have no effect with some values of another: those of the recipe, and of every recipe."""
+        return {**self.switched_off, **SWITCHED_OFF}
+
+    def switched_off_errors(self, given: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
+        """A sentence for each option that was given and that another one makes void.
+
+        A run with it would be another one by name, with the same numbers.
+        """
+        defaults = asdict(Optimization())  # they may be given: a paper's optimizer is given whole
+        for name, (other, off) in self.options_without_effect().items():
+            if name in given and values[other] in off and given[name] != defaults.get(name, math.nan):
+                yield f"{name}={given[name]} has no effect with {other}={off[off.index(values[other])]}: leave it out."
 
     def paper_exact_notes(self, config: RunConfig, given: Mapping[str, Any]) -> list[str]:
         """What a reader should know about `--paper-exact`: each setting that it changes, and its drawback."""
@@ -261,6 +279,7 @@ def recipe(
     summary: str | None = None,
     unused: Collection[str] = (),
     fixed: Mapping[str, Any] | None = None,
+    switched_off: SwitchedOff | None = None,
 ) -> Callable[[Build], Build]:
     """Register a build function as a recipe. Its options are its arguments after `config`, or a RecipeOptions.
 
@@ -277,6 +296,7 @@ def recipe(
         summary: One line about the recipe. Default: the docstring up to `Args:`.
         unused: Options of the build function that have no effect in this recipe; it does not take them.
         fixed: Values of options that this recipe does not take. A `ScaledDefault` only changes an option's default.
+        switched_off: See `Recipe`.
     """
 
     def register(build: Build) -> Build:
@@ -301,6 +321,7 @@ def recipe(
             width=width,
             batch_size=batch_size,
             paper_exact=paper_exact and {n: exact for n, exact in paper_exact.items() if n in own},
+            switched_off={n: by for n, by in (switched_off or {}).items() if n in own and by[0] in own},
         )
         return build
 

@@ -302,3 +302,26 @@ def test_a_config_that_is_out_of_bounds_is_refused(tmp_path: Path, content: byte
     assert result.exit_code == BAD_USAGE and isinstance(result.exception, SystemExit), result.exception
     assert sentence in result.stderr
     assert len(result.stderr) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value", "expected"),
+    [
+        ("train", "precision", "half", "float32, tf32 or bfloat16"),
+        ("evaluate", "precision", "fp16", "float32, tf32 or bfloat16"),
+        ("evaluate", "dtype", "float8", "auto, bfloat16 or float32"),
+        ("harvest", "storage-dtype", "int4", "bfloat16 or uint16"),
+        ("train", "device", "toaster", "auto, cpu, cuda or cuda:N"),
+        ("reproduce", "device", "cuda:first", "auto, cpu, cuda or cuda:N"),
+    ],
+)
+def test_a_value_that_is_none_of_those_there_are_is_refused_with_its_flag_or_line(
+    tmp_path: Path, command: str, option: str, value: str, expected: str
+) -> None:
+    (tmp_path / "c.toml").write_text(f'[{command}]\n{option} = "{value}"\n')
+    in_file, by_flag = call(command, "--config", tmp_path / "c.toml"), call(command, f"--{option}", value)
+    assert in_file.exit_code == by_flag.exit_code == BAD_USAGE
+    said = f"'{value}' is unknown: expected {expected}"
+    assert f'c.toml:2: {option} = "{value}": {said}.' in in_file.stderr
+    shown = " ".join(by_flag.stderr.replace("│", " ").split())
+    assert f"Invalid value for '--{option}': {said}" in shown

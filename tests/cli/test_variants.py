@@ -54,6 +54,13 @@ def test_a_page_describes_every_option(name: str) -> None:
     assert "--paper-exact" in page
 
 
+def test_a_page_says_which_options_another_one_makes_void() -> None:
+    page = " ".join(output_of("decorrelation").split())
+    assert "Without effect under pair_choice=exact." in page and page.count("Without effect under weight_decay=0.") == 2
+    page = " ".join(output_of("collapse-baseline").split())
+    assert "Without effect under importance=off or loss_ema." in page and "Without effect under inhibition" not in page
+
+
 def test_a_page_says_what_paper_exact_does_and_where_it_does_nothing() -> None:
     page = output_of("competition")
     assert "  tau_on=lift\n      warning: chance is 1 on the scale of c and tau is 0.6" in page

@@ -11,6 +11,8 @@ from ..schedules import warmup
 from ..step import Mechanism
 from ..variant import RunConfig, Variant
 
+AUX_OPTIONS = {"aux_k": ("aux", (0,))}  # without effect where AuxK is off
+
 
 @recipe("relu", paper="Bricken et al. 2023", width=1)
 def relu(config: RunConfig, l1: float = 0.04, l1_warmup: int | None = None, pre_bias: bool = True) -> Variant:
@@ -66,7 +68,7 @@ def topk_variant(
     )
 
 
-@recipe("topk", paper="Gao et al. 2024", equations="eq. 3, 5.3, A.2")
+@recipe("topk", paper="Gao et al. 2024", equations="eq. 3, 5.3, A.2", switched_off=AUX_OPTIONS)
 def topk(
     config: RunConfig,
     k: int = 32,
@@ -92,7 +94,7 @@ def topk(
     return variant
 
 
-@recipe("batchtopk", paper="Bussmann et al. 2024")
+@recipe("batchtopk", paper="Bussmann et al. 2024", switched_off=AUX_OPTIONS)
 def batchtopk(
     config: RunConfig,
     k: float = 32,

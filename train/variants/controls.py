@@ -20,7 +20,7 @@ from ..recipe import recipe
 from ..sae import SAE
 from ..step import Mechanism, Step
 from ..variant import RunConfig, Variant
-from .baselines import batchtopk, topk
+from .baselines import AUX_OPTIONS, batchtopk, topk
 
 PAPER = "Korznikov et al. 2026"
 Base = Literal["batchtopk", "topk"]
@@ -92,7 +92,7 @@ def base_variant(config: RunConfig, base: Base, k: float, aux: float, aux_k: int
     return topk(config, k=int(k), aux=aux, aux_k=aux_k)
 
 
-@recipe("frozen-decoder", paper=PAPER, equations="4.1, App. E")
+@recipe("frozen-decoder", paper=PAPER, equations="4.1, App. E", switched_off=AUX_OPTIONS)
 def frozen_decoder(
     config: RunConfig,
     k: float = 32,
@@ -122,7 +122,7 @@ def frozen_decoder(
     return variant
 
 
-@recipe("soft-frozen-decoder", paper=PAPER, equations="4.1, App. D")
+@recipe("soft-frozen-decoder", paper=PAPER, equations="4.1, App. D", switched_off=AUX_OPTIONS)
 def soft_frozen_decoder(
     config: RunConfig,
     k: float = 32,
@@ -152,7 +152,7 @@ def soft_frozen_decoder(
     return variant
 
 
-@recipe("frozen-encoder", paper=PAPER, equations="4.1")
+@recipe("frozen-encoder", paper=PAPER, equations="4.1", switched_off=AUX_OPTIONS)
 def frozen_encoder(
     config: RunConfig, k: float = 32, base: Base = "batchtopk", aux: float = 1 / 32, aux_k: int | None = None
 ) -> Variant:

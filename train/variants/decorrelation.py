@@ -186,7 +186,10 @@ PAPER_EXACT: dict[str, tuple[Any, str]] = {
 }
 
 
-@recipe("decorrelation", paper="003", equations="(1)-(5)", width=1, paper_exact=PAPER_EXACT)
+@recipe(
+    "decorrelation", paper="003", equations="(1)-(5)", width=1, paper_exact=PAPER_EXACT,
+    switched_off={"block": ("pair_choice", ("exact",))},
+)  # fmt: skip
 def decorrelation(
     config: RunConfig,
     strength: float = 0.1,

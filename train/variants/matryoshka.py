@@ -15,7 +15,7 @@ from .. import sparse_ops
 from ..recipe import recipe
 from ..step import LossTerm, Step
 from ..variant import RunConfig, Variant
-from .baselines import batchtopk
+from .baselines import AUX_OPTIONS, batchtopk
 
 
 class NestedMSE(LossTerm):
@@ -50,7 +50,7 @@ class NestedMSE(LossTerm):
         return torch.stack(losses).mean()
 
 
-@recipe("matryoshka", paper="Bussmann et al. 2025")
+@recipe("matryoshka", paper="Bussmann et al. 2025", switched_off=AUX_OPTIONS)
 def matryoshka(
     config: RunConfig,
     k: float = 32,

@@ -14,7 +14,7 @@ from ...common.errors import UsageError
 from ..recipe import recipe
 from ..step import LossTerm, Step
 from ..variant import RunConfig, Variant
-from .baselines import batchtopk
+from .baselines import AUX_OPTIONS, batchtopk
 
 
 def permutation_of_step(step: Step, count: int) -> Tensor:
@@ -55,7 +55,7 @@ class OrtSAELoss(LossTerm):
         return square_F.mean()
 
 
-@recipe("ortsae", paper="Korznikov et al. 2025")
+@recipe("ortsae", paper="Korznikov et al. 2025", switched_off=AUX_OPTIONS)
 def ortsae(
     config: RunConfig,
     k: float = 32,

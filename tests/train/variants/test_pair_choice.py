@@ -227,7 +227,6 @@ def test_turns_have_to_divide_the_table() -> None:
         find_recipe("competition").make(config, {"pairs": 3, "k": 4})
     with pytest.raises(UsageError, match="invalid turns=0: expected 1 or more"):
         find_recipe("competition").make(config, {"turns": 0, "k": 4})
-    find_recipe("competition").make(config, {"pairs": 3, "k": 4, "pair_store": "dense"})
     made = find_recipe("competition").make(config, {"pairs": 3, "k": 4, "turns": 9})
     assert made.terms["competition"].pairs.turns == 9
 

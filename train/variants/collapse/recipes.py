@@ -46,6 +46,13 @@ PAPER_EXACT = {
     ),
     "group_lr": ("softmax", "it sums to one and is nearly equal for all 16 groups, so every rate is about lr/16"),
 }
+SWITCHED_OFF = {
+    "importance_share": ("importance", ("off", "loss_ema")),
+    "kappa": ("l1_controller", ("recon_ratio", "none")),
+    "l0": ("l1_controller", ("recon_ratio", "none")),
+    "gs_order": ("gs_axis", ("activation_batch",)),
+    **{name: ("inhibition", ("off",)) for name in ("gamma", "neighbours", "near", "near_scope")},
+}
 
 
 class CollapseParts:
@@ -292,6 +299,7 @@ for _number, _run in enumerate(RUNS):
         equations=_run.equations,
         width=1,
         paper_exact=PAPER_EXACT,
+        switched_off=SWITCHED_OFF,
         options=_run.options,
         summary=_summary,
     )(build)

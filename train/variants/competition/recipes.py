@@ -26,6 +26,8 @@ PAPER_EXACT: dict[str, tuple[Any, str]] = {
     "pair_store": ("dense", "a sum over all pairs needs all of them: n^2 entries"),
 }
 
+SWITCHED_OFF = {name: ("pair_store", ("dense",)) for name in ("pairs", "refresh", "turns")}
+
 
 @dataclass(frozen=True)
 class CompetitionOptions(RecipeOptions):
@@ -106,7 +108,7 @@ class CompetitionOptions(RecipeOptions):
             )
 
 
-@recipe("competition", paper_exact=PAPER_EXACT, **PAPER)
+@recipe("competition", paper_exact=PAPER_EXACT, switched_off=SWITCHED_OFF, **PAPER)
 def competition(config: RunConfig, options: CompetitionOptions) -> Variant:
     """TopK; latents that fire together are pushed apart.
 
@@ -171,9 +173,15 @@ ABLATIONS: tuple[tuple[str, int, str, dict[str, Any]], ...] = (
     ("k320", 8, "`competition` with the 320 latents per token of the paper's results.", {"k": ScaleWithWidth(320)}),
 )
 for _name, _width, _summary, _fixed in ABLATIONS:
-    recipe(f"competition-{_name}", width=_width, paper_exact=PAPER_EXACT, summary=_summary, fixed=_fixed, **PAPER)(
-        competition
-    )
+    recipe(
+        f"competition-{_name}",
+        width=_width,
+        paper_exact=PAPER_EXACT,
+        summary=_summary,
+        fixed=_fixed,
+        switched_off=SWITCHED_OFF,
+        **PAPER,
+    )(competition)
 
 
 @recipe("competition-baseline", paper="002", equations="(1)", paper_exact={})

@@ -143,7 +143,24 @@ class ProgressiveOptions(RecipeOptions):
                 yield f"invalid {name}={value:g}: expected a positive number."
 
 
-@recipe("progressive", equations="(2)-(6)", paper_exact=PAPER_EXACT, **PAPER)
+GROWTH = ("interval", "hybrid", "n_ref", "pace", "order")
+COMPETITION = (
+    "competition_in_recon",
+    "cut",
+    "temperature",
+    "temperature_unit",
+    "temperature_low",
+    "temperature_high",
+    "density_scale",
+    "density_sign",
+    "momentum",
+    "anneal_steps",
+    "l1_on",
+)
+SWITCHED_OFF = {"n_ref": ("hybrid", (False,)), **{name: ("competition", ("off",)) for name in COMPETITION}}
+
+
+@recipe("progressive", equations="(2)-(6)", paper_exact=PAPER_EXACT, switched_off=SWITCHED_OFF, **PAPER)
 def progressive(config: RunConfig, options: ProgressiveOptions) -> Variant:
     """Latents are enabled as they are used, and compete.
 
@@ -191,20 +208,6 @@ def competition_parts(
     return competition, CompetitionTemperature(competition, utilization, base, scale, sign, low, high, momentum)
 
 
-GROWTH = ("interval", "hybrid", "n_ref", "pace", "order")
-COMPETITION = (
-    "competition_in_recon",
-    "cut",
-    "temperature",
-    "temperature_unit",
-    "temperature_low",
-    "temperature_high",
-    "density_scale",
-    "density_sign",
-    "momentum",
-    "anneal_steps",
-    "l1_on",
-)
 # Without competition there is no cut either: L0 counts every positive latent.
 ABLATIONS: tuple[tuple[str, str, tuple[str, ...], dict[str, Any]], ...] = (
     ("all-at-once", "`progressive` with every latent enabled from the start.", GROWTH, {"start": 1.0}),
@@ -225,5 +228,6 @@ for _name, _summary, _unused, _fixed in ABLATIONS:
         summary=_summary,
         unused=_unused,
         fixed=_fixed,
+        switched_off=SWITCHED_OFF,
         **PAPER,
     )(progressive)
