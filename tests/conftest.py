@@ -1,5 +1,6 @@
 """Shared fixtures: a random two-block Gemma 2 with the embedded tokenizer, a text, a cache of both, and SAE_HOME."""
 
+import gc
 import itertools
 import os
 import re
@@ -19,6 +20,19 @@ NUMBERS = itertools.count()
 settings.register_profile("suite", deadline=None, derandomize=True, database=None)  # no chance and no clock decides
 settings.load_profile("suite")
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Python looks for garbage among all imported packages and tests, again and again: a third of the time that
+    collecting the tests takes, and some of that of the tests. What is there after collecting them stays.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""SIGKILL at chosen instants: a process that kills itself when it renames a file, and a rename makes a file whole."""
+"""Signals at chosen instants: a process sends itself one when a file gets its name, by which it becomes whole."""
 
 import fnmatch
 import multiprocessing
@@ -6,33 +6,37 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 
-def run_until_killed(work: Callable[..., Any], arguments: Mapping[str, Any], file: str, moment: str) -> None:
-    """Call `work` until it renames something to `file`, a pattern, and die `before` or `after` that, or so many
-    seconds later, wherever its threads then are. Without such a rename the process ends by itself.
+def run_until_killed(
+    work: Callable[..., Any], arguments: Mapping[str, Any], file: str, moment: str, by: int = signal.SIGKILL
+) -> None:
+    """Call `work` until something gets the name `file`, a pattern, and die `before` or `after` that, or so many
+    seconds later, wherever its threads then are. Without such a file the process ends by itself.
     """
-    replace, met = os.replace, threading.Event()
+    met = threading.Event()
 
     def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), by)
 
-    def rename(source: Path, target: Path) -> None:
+    def name(give: Callable[[Path, Path], None], source: Path, target: Path) -> None:
         due = not met.is_set() and fnmatch.fnmatch(str(target), file)
-        if due and moment == "before":
-            die()
-        replace(source, target)
-        if due and moment == "after":
-            die()
         if due:
             met.set()
+        if due and moment == "before":
+            die()
+        give(source, target)
+        if due and moment == "after":
+            die()
+        elif due and moment != "before":
             threading.Timer(float(moment), die).start()
 
-    os.replace = rename
+    os.replace, os.link = partial(name, os.replace), partial(name, os.link)
     work(**arguments)
     if met.is_set():
         die()  # it was faster than the timer
@@ -46,7 +50,7 @@ def finish(work: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
 def kill(work: Callable[..., Any], arguments: Mapping[str, Any], file: str, moment: str) -> None:
     """The same until it is killed; see `run_until_killed`."""
     killed = exit_code(run_until_killed, work, arguments, file, moment)
-    assert killed == -signal.SIGKILL, f"{file} was not renamed: exit code {killed}"
+    assert killed == -signal.SIGKILL, f"there was no {file}: exit code {killed}"
 
 
 def exit_code(work: Callable[..., Any], *given: object, **named: object) -> int | None:

@@ -1,6 +1,7 @@
 """The layout of the package: which folder may import which, no import cycles, and no file beyond reading."""
 
 import ast
+import functools
 import importlib
 import tomllib
 from collections import defaultdict
@@ -61,6 +62,22 @@ EVALUATE_ORDER: tuple[tuple[str, ...], ...] = (
 LONGEST, LONGEST_LOOP = 400, 130  # lines
 
 
+@functools.cache
+def text_of(path: Path) -> str:
+    return path.read_text()
+
+
+@functools.cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """Every node of a file's syntax tree."""
+    return list(ast.walk(ast.parse(text_of(path))))
+
+
+@functools.cache
+def imports_of(path: Path) -> set[str]:
+    return imported(text_of(path), path.relative_to(ROOT).parent.parts)
+
+
 def imported(source: str, package: tuple[str, ...], *, top_level_only: bool = False) -> set[str]:
     """The modules of this package that a source imports, relative to its root: `cache.reader`, `harvest.model`."""
     found = set()
@@ -105,11 +122,13 @@ def test_only_the_public_api_and_the_entry_point_are_at_the_root():
     assert {p.name for p in ROOT.glob("*.py")} == {"__init__.py", "__main__.py"}
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if p.parent != ROOT], ids=name_of)
-def test_a_folder_imports_only_what_it_may(path):
-    package = path.relative_to(ROOT).parent.parts
-    modules = imported(path.read_text(), package)
-    assert {m for m in modules if not is_allowed(m, package[0])} == set()
+def test_a_folder_imports_only_what_it_may():
+    forbidden = {
+        name_of(path): [m for m in imports_of(path) if not is_allowed(m, path.relative_to(ROOT).parts[0])]
+        for path in SOURCES
+        if path.parent != ROOT
+    }
+    assert {name: modules for name, modules in forbidden.items() if modules} == {}
 
 
 def evaluate_level(module: str) -> int:
@@ -124,12 +143,15 @@ def is_upward(importer: str, module: str) -> bool:
     return low < high or (low == high and importer.split(".")[1] != module.split(".")[1])
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "evaluate").rglob("*.py")), ids=name_of)
-def test_imports_inside_evaluate_go_down(path):
-    module = module_of(path)
-    assert module == "evaluate" or evaluate_level(module) >= 0, f"add {module} to EVALUATE_ORDER"
-    modules = imported(path.read_text(), path.relative_to(ROOT).parent.parts)
-    assert {m for m in modules if m.startswith("evaluate.") and is_upward(module, m)} == set()
+def test_imports_inside_evaluate_go_down():
+    modules = {module_of(path): imports_of(path) for path in sorted((ROOT / "evaluate").rglob("*.py"))}
+    unknown = [module for module in modules if module != "evaluate" and evaluate_level(module) < 0]
+    assert unknown == [], "add them to EVALUATE_ORDER"
+    upward = {
+        module: [m for m in found if m.startswith("evaluate.") and is_upward(module, m)]
+        for module, found in modules.items()
+    }
+    assert {module: found for module, found in upward.items() if found} == {}
 
 
 def test_an_upward_import_inside_evaluate_is_seen():
@@ -141,9 +163,7 @@ def test_an_upward_import_inside_evaluate_is_seen():
 
 def test_there_are_no_import_cycles():
     """Counting imports inside functions too: a cycle that is imported late is still a cycle for a reader."""
-    modules = {
-        module_of(p): imported(p.read_text(), p.relative_to(ROOT).parent.parts) for p in SOURCES if p.parent != ROOT
-    }
+    modules = {module_of(path): imports_of(path) for path in SOURCES if path.parent != ROOT}
     graph = {name: {m for m in found if m in modules and not is_package(m)} for name, found in modules.items()}
     try:
         TopologicalSorter(graph).prepare()
@@ -183,16 +203,16 @@ def test_a_forbidden_import_is_seen():
     assert is_allowed("train.sae", "evaluate")
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_no_bare_import_of_a_folder(path):
+def test_no_bare_import_of_a_folder():
     """`import evaluate` would find Hugging Face's."""
     bare = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            bare |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            bare.add(node.module)
-    assert {name for name in bare if name.split(".")[0] in FOLDERS} == set()
+    for path in SOURCES:
+        for node in nodes_of(path):
+            if isinstance(node, ast.Import):
+                bare |= {(name_of(path), alias.name) for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                bare.add((name_of(path), node.module))
+    assert {(path, name) for path, name in bare if name.split(".")[0] in FOLDERS} == set()
 
 
 def test_every_folder_with_code_is_a_package_and_is_listed():
@@ -203,23 +223,23 @@ def test_every_folder_with_code_is_a_package_and_is_listed():
     assert sorted(listed) == sorted("sae" if f == "." else f"sae.{f.replace('/', '.')}" for f in packages)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_every_module_can_be_imported(path):
-    importlib.import_module(f"sae.{module_of(path)}".rstrip("."))
+def test_every_module_can_be_imported():
+    for path in SOURCES:
+        importlib.import_module(f"sae.{module_of(path)}".rstrip("."))
 
 
 def test_a_class_name_has_one_meaning():
     places = defaultdict(list)
     for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(name_of(path))
     assert {name: where for name, where in places.items() if len(where) > 1} == {}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_no_file_grows_beyond_reading(path):
-    assert len(path.read_text().splitlines()) < LONGEST
+def test_no_file_grows_beyond_reading():
+    lines = {name_of(path): len(text_of(path).splitlines()) for path in SOURCES}
+    assert {name: count for name, count in lines.items() if count >= LONGEST} == {}
 
 
 def test_the_training_loop_stays_one_screen():

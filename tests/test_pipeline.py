@@ -111,6 +111,7 @@ def test_another_family_goes_through_all_three_stages(kind, sentences, home):
     assert score[of_stream[0].name] < 1
 
 
+@pytest.mark.slow
 def test_the_demo_walks_through_all_three_stages(home) -> None:
     """The README's command with less of everything: the embedded model and text, four variants, one table."""
     table = call("demo", "--tokens", "4k", "--steps", "3")

@@ -187,6 +187,7 @@ def test_an_sae_whose_latents_overflow_does_not_stop_the_probes_of_the_others(ti
     sizes = [f"{name}_set_size=40" for name in ("train", "test")]
     suite = ("sparse_probing_stdlib", "tpp_stdlib")
     options = [f"{metric}.{size}" for metric in suite for size in sizes] + ["tpp_stdlib.thresholds=2"]
+    options += [f"{metric}.datasets=stdlib/kind" for metric in suite]
     broken, sound = sae.evaluate_saes(
         saes, cache=tiny_cache, layer=1, references=False, suite=",".join(suite), options=options, device="cpu"
     )

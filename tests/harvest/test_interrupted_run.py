@@ -1,17 +1,15 @@
 """A harvest that is killed again and again ends in the same bytes as an uninterrupted one."""
 
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from sae.cache.reader import Cache
+from sae.cli.main import app
 from sae.harvest.run import harvest_activations
 
-from ..kills import finish, kill
+from ..kills import exit_code, finish, kill, run_until_killed
 
 KILLS = [  # of over forty windows
     ("*/tokens/ids/c.*", "before"), ("*/tokens/ids/c.*", "after"), ("*/commits/000005.*", "before"),
@@ -45,16 +43,12 @@ def test_a_harvest_killed_at_any_instant_continues(tiny_model: Path, sentences: 
     assert contents[0] == contents[1]
 
 
-def test_sigterm_acts_like_ctrl_c(tiny_model: Path, sentences: Path, tmp_path: Path) -> None:
+def test_sigterm_acts_like_ctrl_c(tiny_model: Path, sentences: Path, tmp_path: Path, capfd) -> None:
     """Exit code 130, the committed windows kept, and no lock left behind."""
     out = tmp_path / "stopped"
     words = ["harvest", "--model", tiny_model, "--dataset", sentences, "--layer", 0, "--tokens", 6000, "--context", 32]
     words += ["--window", 64, "--batch-contexts", 1, "--out", out]
-    command = [sys.executable, "-m", "sae", *map(str, words)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not reached(out, 2):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, told = process.communicate()
-    assert process.returncode == 130 and "run the same command again to continue" in told, told
+    arguments = {"args": list(map(str, words)), "prog_name": "sae"}
+    assert exit_code(run_until_killed, app, arguments, "*/commits/000002.*", "after", signal.SIGTERM) == 130
+    assert "run the same command again to continue" in capfd.readouterr().err
     assert reached(out, 2) and not (out / ".lock.holder").exists()

@@ -21,7 +21,6 @@ from sae.train.variant import RunConfig, Variant
 
 from .runs import SETTING, trained_recipe
 
-every_recipe = pytest.mark.parametrize("name", sorted(RECIPES))
 # One for each way in which a recipe follows l0: its k, its own target, and the coefficient of a penalty.
 CONTROLLED = ("topk", "batchtopk", "jumprelu", "collapse-04", "relu", "gated", "progressive")
 
@@ -30,7 +29,7 @@ def slow(*names: str) -> list:
     return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@every_recipe
+@pytest.mark.parametrize("name", [n if n in CONTROLLED else slow(n)[0] for n in sorted(RECIPES)])
 def test_every_recipe_follows_l0_in_the_right_direction(name, sparse_cache, batches) -> None:
     few, many = (
         trained_recipe(sparse_cache, SETTING._replace(l0=n, steps=20), name, batches, lr=3e-3, warmup=0).pop_metrics()
