@@ -9,8 +9,7 @@ records, tokens and other small files stay, and count.
 import contextlib
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from ..common.errors import DamagedError, SaeError, UsageError
 from ..common.files import make_folder, os_error
 from ..common.formatting import format_bytes, format_count
 from .chunk_schedule import NEVER, ChunkSchedule
-from .pulled_files import PART, Contents, contents, default_place, default_size
+from .pulled_files import PART, Arrivals, Contents, contents, default_place, default_size
 from .reading import ChunkReading, ReadingClosed, StoredFile, schedule_of
 from .shared_folder import SharedFolder, Statement, union
 
@@ -27,7 +26,6 @@ PULLS, PULLED_BYTES = 16, 512 << 20  # at the same time; the bytes are in memory
 TRY_AGAIN = 30.0  # seconds after which what could not be pulled ahead is tried again; what is needed, at once
 LOOK_AGAIN, LOOK_AGAIN_SOON = 1.0, 0.1  # seconds until the folder is looked at again, for what other processes did
 SAY_AFTER, SAY_EVERY = 10.0, 60.0  # seconds of waiting
-RATE_SECONDS = 30.0  # over which the rate of pulling is measured
 
 
 class LocalFolder:
@@ -52,14 +50,15 @@ class LocalFolder:
         )
         self._number: dict[str, int] = {}  # name -> its number in the schedule
         self._first_step = 0  # of the first reading, where the schedule begins
-        self._pinned: frozenset[str] = frozenset()
+        self._pinned: dict[str, StoredFile] = {}
         self._ready: frozenset[str] = frozenset()  # pinned and whole
         self._pulling: set[str] = set()
-        self._in_use: dict[tuple[ChunkReading, int], Collection[str]] = {}  # (reading, step) -> names
+        self._in_use: dict[tuple[ChunkReading, int], Mapping[str, StoredFile]] = {}  # (reading, step) -> files
         self._verified: set[str] = set()  # of the pinned files, by this process
         self._failed: dict[str, tuple[float, Exception]] = {}  # name -> when and how pulling it ended
         self._free_after = -1  # the step whose end makes room for the next pull
-        self._arrivals: deque[tuple[float, int]] = deque()  # (time, bytes)
+        self._arrivals = Arrivals()
+        self._known_until = 0  # the step of the first reading up to which the schedule goes
         self._threads: list[threading.Thread] = []
 
     # --- what is read ------------------------------------------------------------------------------------------------
@@ -81,7 +80,11 @@ class LocalFolder:
                 others = self._shared.others()
                 self._agree_on_size(bool(others))
                 small = self._look(union(others)).other
-            self._check_size([reading], small, 1 + len(others))
+            try:
+                self._check_size([reading], small, 1 + len(others))
+            except UsageError:
+                self._leave()
+                raise
             for one in self._expected:
                 if expected_until is not None and one.key == reading.key:
                     one.position = max(one.position, expected_until)
@@ -97,24 +100,28 @@ class LocalFolder:
             self._readings = [one for one in self._readings if one is not reading]
             self._plan()
             self._arrived.notify_all()
-            if not self._readings:
-                with self._shared.mutex():
-                    self._set_pins(frozenset(), {})
-                    self._shared.leave()
+            self._leave()
 
-    def wait(self, reading: ChunkReading, step: int, names: Collection[str]) -> None:
+    def _leave(self) -> None:
+        """Let the others remove everything, unless something is being read."""
+        if not self._readings:
+            with self._shared.mutex():
+                self._set_pins({}, ())
+                self._shared.leave()
+
+    def wait(self, reading: ChunkReading, step: int, files: Mapping[str, StoredFile]) -> None:
         """Wait until the files of a step are there and verified, and keep them until `done`.
 
         Raises what pulling one of them raised. An earlier failure to pull one does not count: it is tried again.
         """
         with self._lock:
-            self._in_use[reading, step] = names
+            self._in_use[reading, step] = files
         try:
-            self._wait_for(reading, step, names)
-            while damaged := [name for name in names if not self._is_whole(name)]:
+            self._wait_for(reading, step, files.keys())
+            while damaged := [file.name for file in files.values() if not self._is_whole(file)]:
                 with self._lock, self._shared.mutex():
                     self._remove(damaged)
-                self._wait_for(reading, step, names)
+                self._wait_for(reading, step, files.keys())
         except BaseException:
             with self._lock:
                 del self._in_use[reading, step]
@@ -138,16 +145,14 @@ class LocalFolder:
             if reading.closed:
                 raise ReadingClosed
 
-    def _is_whole(self, name: str) -> bool:
+    def _is_whole(self, file: StoredFile) -> bool:
         """Whether a file that is in use is the one that its cache lists. What this process pulled is."""
-        if name in self._verified:
-            return True
-        file = self._files[self._number[name]]
-        try:
-            file.source.verify_file(file.file)
-        except DamagedError:
-            return False
-        self._verified.add(name)
+        if file.name not in self._verified:
+            try:
+                file.source.verify_file(file.file)
+            except DamagedError:
+                return False
+            self._verified.add(file.name)
         return True
 
     def done(self, reading: ChunkReading, step: int) -> None:
@@ -167,14 +172,8 @@ class LocalFolder:
         with self._lock:
             return name in self._ready and any(name in names for names in self._in_use.values())
 
-    def bytes_per_second(self) -> float:
-        """At what rate files have arrived in the last seconds."""
-        now = time.monotonic()
-        recent = [(at, size) for at, size in list(self._arrivals) if now - at < RATE_SECONDS]
-        return sum(size for _, size in recent) / max(now - recent[0][0], 1.0) if recent else 0.0
-
     def _describe_waiting(self, names: Collection[str], step: int) -> str:
-        rate = format_bytes(self.bytes_per_second())
+        rate = format_bytes(self._arrivals.bytes_per_second())
         files = format_count(len(names), "chunk")
         return f"Waiting for the store: {files} of step {step:,} are still to come; {rate} arrive per second."
 
@@ -297,27 +296,26 @@ class LocalFolder:
         there = there[np.argsort(needs, kind="stable")][: int((needs < NEVER).sum())]
         share = (self.size - found.other) // processes
         kept = there[np.cumsum(self._schedule.sizes[there]) <= share]
-        in_use = {name for names in self._in_use.values() for name in names if name in found.whole}
-        self._set_pins(frozenset(self._files[number].name for number in kept.tolist()) | in_use, found.whole)
+        pinned = {self._files[number].name: self._files[number] for number in kept.tolist()}
+        for files in self._in_use.values():
+            pinned |= {name: file for name, file in files.items() if name in found.whole}
+        self._set_pins(pinned, found.whole)
 
-    def _set_pins(self, pinned: frozenset[str], whole: Collection[str]) -> None:
-        for name in self._pinned - pinned:
-            self._forget(name)
-            self._verified.discard(name)  # it can be removed, and pulled by another process
+    def _set_pins(self, pinned: dict[str, StoredFile], whole: Collection[str]) -> None:
+        for name in self._pinned.keys() - pinned.keys():  # from now on it can be removed, and pulled by others
+            file = self._pinned[name]
+            file.source.forget_chunk(file.file)  # as long as it is mapped, removing it frees no space
+            self._verified.discard(name)
         self._pinned = pinned
-        self._shared.state(Statement(pinned, frozenset(self._pulling)))
+        self._shared.state(Statement(frozenset(pinned), frozenset(self._pulling)))
         ready = frozenset(name for name in pinned if name in whole)
         if ready != self._ready:
             self._ready = ready
             self._arrived.notify_all()
 
-    def _forget(self, name: str) -> None:
-        """Close the memory map of a file: as long as it is mapped, removing it frees no space."""
-        if (number := self._number.get(name)) is not None:
-            self._files[number].source.forget_chunk(self._files[number].file)
-
     def _remove(self, names: Collection[str]) -> None:
-        self._set_pins(self._pinned - set(names), self._ready - set(names))
+        pinned = {name: file for name, file in self._pinned.items() if name not in names}
+        self._set_pins(pinned, self._ready)
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 (self.folder / name).unlink()
@@ -339,7 +337,7 @@ class LocalFolder:
             make_folder(path.parent)
             with path.open("wb") as part:
                 part.truncate(file.size)
-            self._shared.state(Statement(self._pinned, frozenset(self._pulling)))
+            self._shared.state(Statement(frozenset(self._pinned), frozenset(self._pulling)))
         except (OSError, SaeError) as error:
             self._pulling.discard(file.name)
             raise (error if isinstance(error, SaeError) else os_error(error, path)) from error
@@ -368,9 +366,7 @@ class LocalFolder:
             if failure is None:
                 self._verified.add(file.name)
                 self.pulled_files, self.pulled_bytes = self.pulled_files + 1, self.pulled_bytes + file.size
-                self._arrivals.append((time.monotonic(), file.size))
-                while len(self._arrivals) > 2 * PULLS:
-                    self._arrivals.popleft()
+                self._arrivals.add(file.size)
             else:
                 self._failed[file.name] = time.monotonic(), failure
                 self._arrived.notify_all()

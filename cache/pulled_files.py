@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +12,7 @@ from ..common.files import free_space, sae_home
 from .consistency import SIDE_ARRAYS, is_array_name
 
 FREE_SHARE = 0.5  # of the disk's free space, which the folder takes unless told otherwise
+RATE_SECONDS = 30.0  # over which the rate of arrivals is measured
 PART = ".part"  # ends the name of a file that is being pulled
 
 
@@ -19,6 +22,23 @@ class Contents(NamedTuple):
     whole: dict[str, int]  # chunks
     parts: dict[str, int]  # chunks that are being pulled, without ".part"
     other: int  # bytes of all other files
+
+
+class Arrivals:
+    """At what rate files have arrived lately."""
+
+    def __init__(self) -> None:
+        self._recent: deque[tuple[float, int]] = deque(maxlen=64)  # (time, bytes)
+
+    def add(self, size: int) -> None:
+        """Note that a file of so many bytes has arrived."""
+        self._recent.append((time.monotonic(), size))
+
+    def bytes_per_second(self) -> float:
+        """Over the last seconds."""
+        now = time.monotonic()
+        recent = [(at, size) for at, size in list(self._recent) if now - at < RATE_SECONDS]
+        return sum(size for _, size in recent) / max(now - recent[0][0], 1.0) if recent else 0.0
 
 
 def contents(folder: Path) -> Contents:

@@ -5,7 +5,7 @@ them there meanwhile. For a cache on a disk there is nothing to wait for.
 """
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -46,7 +46,7 @@ class Folder(Protocol):
     def expect(self, readings: "Sequence[ChunkReading]") -> None: ...
     def check_size(self, readings: "Sequence[ChunkReading]") -> None: ...
     def begin(self, reading: "ChunkReading", expected_until: int | None = None) -> None: ...
-    def wait(self, reading: "ChunkReading", step: int, names: Collection[str]) -> None: ...
+    def wait(self, reading: "ChunkReading", step: int, files: Mapping[str, StoredFile]) -> None: ...
     def done(self, reading: "ChunkReading", step: int) -> None: ...
     def end(self, reading: "ChunkReading") -> None: ...
 
@@ -92,7 +92,7 @@ class ChunkReading:
         Raises what pulling raised, or ReadingClosed.
         """
         files = (self.files[chunk] for chunk in chunks)
-        self.folder.wait(self, number, {file.name for file in files if file is not None})
+        self.folder.wait(self, number, {file.name: file for file in files if file is not None})
         try:
             yield
         finally:

@@ -45,6 +45,15 @@ def test_batches_are_those_of_the_concatenated_rows(write, finite_bits) -> None:
             assert np.array_equal(next(batches).view(torch.int16).numpy().view(np.uint16), orderned)
 
 
+def test_a_cache_in_a_store_and_one_in_a_folder_are_read_as_one(write) -> None:
+    one, two = write("one", 300, 0, max_norm=2.0), write("two", 170, 1)
+    mixed, on_disk = concat_caches([f"file://{one.folder}", two.folder]), concat_caches([one.folder, two.folder])
+    assert mixed.array_digest("layer_05") == on_disk.array_digest("layer_05")
+    assert (mixed.mean("layer_05") == on_disk.mean("layer_05")).all()
+    with BatchLoader(mixed, "layer_05", 50, seed=2) as stored, BatchLoader(on_disk, "layer_05", 50, seed=2) as other:
+        assert all(torch.equal(next(stored), next(other)) for _ in range(2 * other.order.batches_per_epoch))
+
+
 def test_statistics_cover_all_rows(write, finite_bits) -> None:
     combined = ConcatCache([write("one", 300, 0, max_norm=2.0), write("two", 170, 1)])
     outliers = combined.caches[0].outlier_rows("layer_05")

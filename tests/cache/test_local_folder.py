@@ -14,6 +14,7 @@ import torch
 
 from sae.cache import local_folder as module
 from sae.cache.batch_order import BatchOrder
+from sae.cache.loader import ResidentLoader
 from sae.cache.local_folder import LocalFolder, local_folder
 from sae.cache.opening import open_place
 from sae.cache.pull_plan import plan_pulls
@@ -87,6 +88,7 @@ def test_the_size_is_kept_and_as_few_chunks_are_pulled_as_it_allows(
         before = local.pulled_files
         assert same(read(cache, 64, seed=9), read(disk_cache, 64, seed=9)) and local.pulled_files == before
     assert not contents(local.folder).parts and not list(local.folder.glob(".reader-*"))
+    assert str(local.folder) not in Path("/proc/self/maps").read_text()  # a removed file that is mapped keeps its space
 
 
 def test_a_folder_that_is_too_small_for_a_batch_is_refused_with_a_size_that_works(
@@ -180,3 +182,21 @@ def test_parts_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path: Path
         assert shared.others() == []
         shared.leave()
     shared.close()
+
+
+def test_a_map_is_closed_when_its_file_may_go(disk_cache: Cache, address: str, local: LocalFolder) -> None:
+    cache = opened(address, local, 4)
+    for number, _ in enumerate(cache.batches(5, batch_size=74, dtype="bfloat16", epochs=2)):
+        if number % 5 == 0:
+            lines = Path("/proc/self/maps").read_text().splitlines()
+            assert not [line for line in lines if str(local.folder) in line and "(deleted)" in line]
+
+
+def test_a_resident_copy_is_pulled_chunk_by_chunk(disk_cache: Cache, address: str, local: LocalFolder) -> None:
+    cache = opened(address, local, 3)
+    with (
+        ResidentLoader(cache, "layer_05", 74, seed=1) as stored,
+        ResidentLoader(disk_cache, "layer_05", 74, seed=1) as own,
+    ):
+        assert all(torch.equal(next(stored), next(own)) for _ in range(40))
+    assert local.pulled_files == 20

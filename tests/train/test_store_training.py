@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +16,16 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from sae.cache import local_folder as folders
 from sae.cache import object_store
 from sae.cache.catalog import find_by_fingerprint
 from sae.cache.opening import concat_caches
 from sae.cache.pulled_files import contents, walk
+from sae.cli.main import app
 from sae.common.errors import Interrupted, UnavailableError, UsageError
+from sae.evaluate.run import evaluate_saes
 from sae.train.plan import plan_training
 from sae.train.progress import TrainProgress
 from sae.train.run import run_training
@@ -122,14 +126,11 @@ def largest(folder: Path) -> Iterator[list[int]]:
 
 def test_a_run_from_a_store_has_the_bytes_of_one_from_a_disk(tiny_cache, bucket: str, tmp_path: Path) -> None:
     address = upload(tiny_cache.folder, f"{bucket}/pile")
-    options = dict(layers=[0, 1], steps=100)
-    on_disk = train(make_config(tiny_cache, "topk", "batchtopk", out=tmp_path / "disk", **options))
-    config = make_config(tiny_cache, "topk", "batchtopk", out=tmp_path / "store", **options, caches=[address])
+    on_disk = train(make_config(tiny_cache, "batchtopk", out=tmp_path / "disk", steps=30))
+    config = make_config(tiny_cache, "batchtopk", out=tmp_path / "store", steps=30, caches=[address])
     plan = plan_training(config)
     assert [run.name for run in plan.runs] == [folder.name for folder in on_disk]
-    lines = plan.describe(time=True)
-    assert f"store    1.0 MB to pull from {address} in 8 requests; 0.0 MB are here already" in lines
-    assert any(line.startswith("link     training does not wait for a store that gives ") for line in lines)
+    assert f"store    0.5 MB to pull from {address} in 4 requests; 0.0 MB are here already" in plan.describe()
     stored = train(config)
     assert results(stored) == results(on_disk)
     record = json.loads((stored[0] / "run.json").read_text())
@@ -137,6 +138,45 @@ def test_a_run_from_a_store_has_the_bytes_of_one_from_a_disk(tiny_cache, bucket:
     assert find_by_fingerprint(tiny_cache.fingerprint, address).place == address
     again = plan_training(make_config(tiny_cache, "relu", out=tmp_path / "more", caches=[address])).describe()
     assert f"store    0.0 MB to pull from {address} in 0 requests; 0.5 MB are here already" in again
+
+
+@pytest.mark.slow
+def test_runs_are_evaluated_on_their_cache_wherever_it_is(tiny_cache, bucket: str, tmp_path: Path) -> None:
+    address = upload(tiny_cache.folder, f"{bucket}/pile")
+    asked = dict(suite="core", tokens=60, device="cpu", references=False, force=True)
+    (stored,) = train(make_config(tiny_cache, "topk", out=tmp_path / "store", caches=[address]))
+    (on_disk,) = train(make_config(tiny_cache, "topk", out=tmp_path / "disk"))
+    rows = [
+        evaluate_saes([run], cache=cache, **asked)[0]
+        for run in (stored, on_disk)
+        for cache in (None, address, tiny_cache.folder)
+    ]
+    assert all(row.results == rows[0].results for row in rows)
+    shutil.copytree(tiny_cache.folder, tmp_path / "activations" / "moved")  # what is under activations/ comes first
+    assert find_by_fingerprint(tiny_cache.fingerprint, address).folder == tmp_path / "activations" / "moved"
+
+
+@pytest.mark.slow
+def test_the_command_plans_trains_stops_and_resumes(tiny_cache, bucket: str, tmp_path: Path) -> None:
+    address = upload(tiny_cache.folder, f"{bucket}/pile")
+    words = ["train", "--variant", "topk", "--layer", "0", "--width", "64", "--batch-size", "64", "--device", "cpu"]
+    words += ["--cache", address, "--local-cache", "5MB", "--local-folder", str(tmp_path / "scratch"), "--steps"]
+    planned = CliRunner().invoke(app, [*words, "60", "--dry-run"])
+    assert planned.exit_code == 0 and not (tmp_path / "runs").exists()
+    for line in (
+        "store    0.5 MB to pull",
+        f"local    {tmp_path / 'scratch'} holds at most 5.0 MB",
+        "link     training does",
+    ):
+        assert line in planned.stderr
+    result = CliRunner().invoke(app, [*words, "60"])
+    assert result.exit_code == 0, result.output
+    (folder,) = (tmp_path / "runs").iterdir()
+    shutil.rmtree(tmp_path / "scratch")
+    (folder / "sae.json").unlink()
+    result = CliRunner().invoke(app, ["train", "--resume", str(folder), "--device", "cpu"])
+    assert result.exit_code == 0 and (folder / "sae.json").exists(), result.output
+    assert contents(tmp_path / "activations" / ".pulled").whole == {}  # it had only to be written again
 
 
 @pytest.mark.slow
