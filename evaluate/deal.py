@@ -115,10 +115,12 @@ def seconds_of(metric: Metric, ctx: EvalContext, target: EvalTarget) -> float:
     per_weight, others = OPERATIONS.get(metric.name, UNKNOWN)
     weights = target.sae.d_in * target.sae.d_sae  # type: ignore[attr-defined]
     operations = per_weight * weights + others
-    if metric.name == "core":  # the blocks after the hook run again for each SAE
-        tokens, layers = int(ctx.contexts.length.sum()), ctx.model_config.num_hidden_layers
-        after = parameter_count(ctx.model_config) * (1 - (target.layer + 1) / layers)
-        operations += 2 * tokens * (after + 2 * weights)
+    if metric.name == "core":  # for each SAE the blocks after the hook and the unembedding run again
+        config, tokens = ctx.model_config, int(ctx.contexts.length.sum())
+        unembedding = config.vocab_size * config.hidden_size
+        blocks = max(parameter_count(config) - unembedding, 0)
+        after = blocks * (1 - (target.layer + 1) / config.num_hidden_layers)
+        operations += 2 * tokens * (after + unembedding + 2 * weights)
     return operations / RATE[ctx.device.split(":")[0]]
 
 

@@ -119,7 +119,7 @@ def can_truncate(config: Any, blocks: int) -> bool:
 
 
 def parameter_count(config: Any) -> int:
-    """How many numbers the weights of a model without its unembedding are, found without them."""
+    """How many numbers the weights of a model are, found without them."""
     return sum(parameter.numel() for parameter in blueprint_of(config).model.parameters())
 
 
