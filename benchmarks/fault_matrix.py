@@ -25,7 +25,7 @@ from faults.command import HARVEST, OK, context, sae
 from faults.damage import damage, side_arrays
 from faults.disks import full_disks
 from faults.inputs import copy_folder, make_model, make_text, spoil_weights
-from faults.kills import kills, launched
+from faults.kills import dealt, kills, launched
 from faults.models import bad_models
 from faults.outputs import outputs
 from faults.packages import packages
@@ -73,6 +73,7 @@ def main() -> None:
                 "disks": full_disks,
                 "kills": kills,
                 "launched": launched,
+                "dealt": dealt,
                 "damage": damage,
                 "side": side_arrays,
                 "neighbours": neighbours,

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from faults.command import HARVEST, INTERRUPTED, OK, Command, Outcome, sae
+from faults.command import HARVEST, INTERRUPTED, OK, TRAIN, Command, Outcome, sae
 from faults.inputs import count_commits, same_bytes, wait_until
 from faults.table import Matrix
 
@@ -151,5 +151,46 @@ def launched(m: Matrix) -> None:
         len(pair) == 2,
         again.returncode == 0,
         same_bytes("pair", leaving_out="harvest.json"),  # which says that there were two
+        "/sae/cli/console.py" not in said,
+    )
+
+
+def dealt(m: Matrix) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sae"]
+    words = [*TRAIN, "--cache", "whole", "--seed", 0, "--seed", 1, "--steps", 6000, "--checkpoint-every", 50]
+    words += ["--device", "cpu"]
+    whole = sae(*words, "--out", "trained-alone")
+    command = [*launch, *map(str, words), "--out", "trained"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def checkpoints() -> list[Path]:
+        return list(Path("trained").glob("*/checkpoints/*/state.json"))
+
+    while process.poll() is None and len({path.parents[2] for path in checkpoints()}) < 2:
+        time.sleep(0.002)
+    if pair := children(process.pid):
+        os.kill(pair[-1], signal.SIGKILL)
+    said = process.communicate(timeout=120)[0]
+    left = sorted(int(path.parent.name[5:]) for path in checkpoints())
+    finished = len(list(Path("trained").glob("*/sae.json")))
+    again = sae(*words, "--out", "trained")
+    weights = [
+        {path.parent.name: path.read_bytes() for path in Path(out).glob("*/sae.safetensors")}
+        for out in ("trained", "trained-alone")
+    ]
+    lines = said.splitlines()
+    starts = [number for number, line in enumerate(lines) if line.startswith("stopped: ")]
+    ours = " ".join(lines[starts[0] : starts[0] + 2]) if starts else "nothing of ours"
+    m.row(
+        "kill -9 of one of two processes of `sae train` under `torchrun`",
+        Outcome(process.returncode, "", ours),
+        1,
+        f"checkpoints to step {left[-1]}; the same command in one process ended with {again.code} and the same bytes",
+        whole.code == OK,
+        len(pair) == 2,
+        finished == 0,
+        "died before it had finished" in ours,
+        again.code == OK,
+        len(weights[0]) == 2 and weights[0] == weights[1],
         "/sae/cli/console.py" not in said,
     )

@@ -14,7 +14,7 @@ import torch
 from sae.common.errors import SaeError
 from sae.common.process_group import current_process_group
 from sae.train.plan import TrainConfig, plan_training
-from sae.train.progress import TrainProgress
+from sae.train.progress import Overview, TrainProgress
 from sae.train.run import run_training
 
 WAIT = 60  # seconds after which a test fails that would wait for ever
@@ -68,16 +68,19 @@ class Launch:
 
     def train(self, rank: int) -> int:
         """What each rank does."""
-        said: dict[str, Any] = {"say": [], "problem": [], "overviews": [], "trained": [], "error": None}
+        said: dict[str, Any] = {"say": [], "problem": [], "overviews": [], "trained": [], "events": [], "error": None}
         group = current_process_group()
         assert (group.rank, group.count) == (rank, self.count) == (rank, torch.distributed.get_world_size())
 
         def on_step(step: int, steps: int, metrics: dict) -> None:
             said["trained"] += [name for name in metrics if name not in said["trained"]]
+            said["events"].append("step")
 
-        progress = TrainProgress(
-            on_step, said["say"].append, said["problem"].append, lambda one: said["overviews"].append(one.steps_done)
-        )
+        def on_overview(overview: Overview) -> None:
+            said["overviews"].append(overview.steps_done)
+            said["events"].append("overview")
+
+        progress = TrainProgress(on_step, said["say"].append, said["problem"].append, on_overview)
         code = 0
         try:
             plan = group.everywhere(lambda: plan_training(self.config))

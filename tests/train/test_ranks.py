@@ -45,8 +45,9 @@ def ranks_time_alike(monkeypatch) -> None:
     monkeypatch.setattr(shares, "step_times", lambda runs, device: [1.0] * len(runs))
 
 
-def test_two_processes_give_the_bytes_of_one(sparse_cache, tmp_path: Path) -> None:
-    """Also the records, but for times and the number of processes, and the second trains half of them."""
+def test_two_processes_give_the_bytes_of_one(sparse_cache, tmp_path: Path, monkeypatch) -> None:
+    """Also the records, but for times and the number of processes. The first shows both while it trains its own."""
+    monkeypatch.setattr(ranks, "UPDATE_SECONDS", 0)
     train(config_of(sparse_cache, tmp_path / "one"))
     two = launch(tmp_path / "said", 2, config_of(sparse_cache, tmp_path / "two"))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
@@ -57,6 +58,7 @@ def test_two_processes_give_the_bytes_of_one(sparse_cache, tmp_path: Path) -> No
     assert len(first["trained"]) + len(second["trained"]) == 6 and first["trained"] and second["trained"]
     assert second["say"] == second["problem"] == second["overviews"] == []
     assert first["overviews"] == sorted(first["overviews"]) and first["overviews"][-1] == 6 * 12
+    assert "overview" in first["events"][: first["events"].index("step") + 2] and "step" in first["events"][2:]
     assert not list((tmp_path / "two").glob("*/.lock.holder"))
 
 
