@@ -9,6 +9,7 @@ from torch import Tensor
 from ..common.learning_rate import peak_share
 
 SwitchedOff = Mapping[str, tuple[str, tuple[Any, ...]]]  # option -> another one, and its values that make it void
+ANY_NUMBER = ("a number",)  # of an option that can be none
 SWITCHED_OFF: SwitchedOff = {name: ("weight_decay", (0,)) for name in ("weight_decay_on", "weight_decay_form")}
 CENTERING = ("standardize", "layer_norm")  # values of normalize beside which `center` has no effect
 

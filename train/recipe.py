@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin
 from ..common.errors import UsageError, did_you_mean
 from ..common.schemas import LATER_ENTRIES
 from .l0_control import control_l0
-from .optimization import CENTERING, SWITCHED_OFF, Optimization, SwitchedOff
+from .optimization import ANY_NUMBER, CENTERING, SWITCHED_OFF, Optimization, SwitchedOff
 from .options import DeclaredBy, RecipeOptions, options_class, read_option_docs, read_options
 from .scaling import ScaledDefault, scale_options
 from .variant import RunConfig, Variant
@@ -188,8 +188,11 @@ class Recipe:
         """
         defaults = asdict(Optimization())  # they may be given: a paper's optimizer is given whole
         for name, (other, off) in self.options_without_effect().items():
-            if name in given and values[other] in off and given[name] != defaults.get(name, math.nan):
-                yield f"{name}={given[name]} has no effect with {other}={off[off.index(values[other])]}: leave it out."
+            value = values[other]
+            is_off = value is not None if off is ANY_NUMBER else value in off
+            if name in given and is_off and given[name] != defaults.get(name, math.nan):
+                shown = f"{value:g}" if isinstance(value, float) else value
+                yield f"{name}={given[name]} has no effect with {other}={shown}: leave it out."
 
     def paper_exact_notes(self, config: RunConfig, given: Mapping[str, Any]) -> list[str]:
         """What a reader should know about `--paper-exact`: each setting that it changes, and its drawback."""

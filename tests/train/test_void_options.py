@@ -9,14 +9,14 @@ import torch
 import sae.train.variants  # noqa: F401  (registers the recipes)
 from sae.common.errors import UsageError
 from sae.train.loop import Trainer
-from sae.train.optimization import SWITCHED_OFF
+from sae.train.optimization import ANY_NUMBER, SWITCHED_OFF
 from sae.train.recipe import RECIPES, Recipe
 from sae.train.variant import RunConfig
 
 STEPS = 6
 CONFIG = RunConfig(16, 64, STEPS, 32)
 VOID = [  # of recipes that share them, those of one
-    ("topk", "aux_k"), ("decorrelation", "block"),
+    ("topk", "aux_k"), ("decorrelation", "block"), ("hierarchical", "lambda_by"),
     *(("relu", name) for name in SWITCHED_OFF),
     *((name, void) for name in ("competition", "collapse-10", "progressive") for void in RECIPES[name].switched_off),
 ]  # fmt: skip
@@ -29,6 +29,11 @@ def others(value: Any, kind: Any) -> list[Any]:
     if choices or isinstance(value, bool):
         return [one for one in choices or (True, False) if one != value]
     return [3 if value is None else 2 * value if value else 1]
+
+
+def void_by(recipe: Recipe, name: str) -> tuple[str, tuple[Any, ...]]:
+    other, off = recipe.options_without_effect()[name]
+    return other, (0.25,) if off is ANY_NUMBER else off
 
 
 def trained(recipe: Recipe, **options: Any) -> dict[str, torch.Tensor]:
@@ -48,7 +53,7 @@ def trained(recipe: Recipe, **options: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("recipe", "name"), VOID)
 def test_they_have_no_effect(recipe: str, name: str) -> None:
     made = RECIPES[recipe]
-    other, off = made.options_without_effect()[name]
+    other, off = void_by(made, name)
     default = made.make(CONFIG, {})
     value = SMALL.get(name, (default.options | asdict(default.optimization))[name])
     before = trained(made, **{other: off[0]})
@@ -60,7 +65,7 @@ def test_they_have_no_effect(recipe: str, name: str) -> None:
 @pytest.mark.parametrize(("recipe", "name"), VOID)
 def test_a_new_run_with_one_is_refused_by_a_sentence(recipe: str, name: str) -> None:
     made = RECIPES[recipe]
-    other, off = made.options_without_effect()[name]
+    other, off = void_by(made, name)
     default = made.make(CONFIG, {})
     value = (default.options | asdict(default.optimization))[name]
     changed = others(value, made.option_types()[name])[0]

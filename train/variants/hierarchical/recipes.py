@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...losses import L1, MSE
 from ...mechanisms import DeadLatents, ResampleDead, UnitNormDecoder
-from ...optimization import Optimization
+from ...optimization import ANY_NUMBER, Optimization
 from ...options import RecipeOptions
 from ...recipe import recipe
 from ...sae import SAE
@@ -219,7 +219,14 @@ ABLATIONS: tuple[tuple[str, str, str, tuple[str, ...], dict[str, Any]], ...] = (
 )
 for _name, _summary, _equations, _unused, _fixed in ABLATIONS:
     recipe(
-        _name, equations=_equations, paper_exact=PAPER_EXACT, summary=_summary, unused=_unused, fixed=_fixed, **PAPER
+        _name,
+        equations=_equations,
+        paper_exact=PAPER_EXACT,
+        summary=_summary,
+        unused=_unused,
+        fixed=_fixed,
+        switched_off={"lambda_by": ("l1", ANY_NUMBER)},
+        **PAPER,
     )(build)
 
 

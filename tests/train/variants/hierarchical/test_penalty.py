@@ -123,7 +123,7 @@ def test_lambda_0_by_the_width_of_the_input_of_the_dictionary_or_the_baselines_k
     assert first() == first(lambda_by="d_in") == pytest.approx(230**-0.5)
     assert first(lambda_by="d_sae") == pytest.approx(460**-0.5)
     assert first(lambda_by="k") == pytest.approx(32**-0.5)
-    assert first(lambda_by="k", l1=0.25) == 0.25
+    assert first(l1=0.25) == 0.25
 
 
 def test_the_penalty_of_step_0_counts_its_own_error() -> None:
