@@ -57,13 +57,25 @@ def test_list_info_and_verify(stored: ObjectStore, tiny_cache: Cache, bucket: st
     ("key", "command", "message"),
     [
         ("layer_01/c.2.0", "verify", "{}/layer_01/c.2.0 is not the file that the cache lists"),
-        ("row_ctx/c.1", "verify", "{}/row_ctx/c.1 is not the file that the cache lists"),
+        pytest.param(
+            "row_ctx/c.1", "verify", "{}/row_ctx/c.1 is not the file that the cache lists", marks=pytest.mark.slow
+        ),
         ("commits/000001.layer_00.json", "verify", "{}/commits/000001.layer_00.json "),
-        ("tokens/commit.json", "verify", "{}/tokens/commit.json "),
-        ("-layer_01/c.2.0", "verify", "{}/layer_01/c.2.0 is not the file that the cache lists"),
+        pytest.param("tokens/commit.json", "verify", "{}/tokens/commit.json ", marks=pytest.mark.slow),
+        pytest.param(
+            "-layer_01/c.2.0",
+            "verify",
+            "{}/layer_01/c.2.0 is not the file that the cache lists",
+            marks=pytest.mark.slow,
+        ),
         ("-layer_01/c.2.0", "info", "1 files of {} are missing or truncated: layer_01/c.2.0"),
-        ("-harvest.json", "verify", "{}/harvest.json is missing"),
-        ("-commits/000003.layer_01.json", "verify", "{}/commits/000003.layer_01.json is missing"),
+        pytest.param("-harvest.json", "verify", "{}/harvest.json is missing", marks=pytest.mark.slow),
+        pytest.param(
+            "-commits/000003.layer_01.json",
+            "verify",
+            "{}/commits/000003.layer_01.json is missing",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_damage_is_found_at_its_address(stored: ObjectStore, key: str, command: str, message: str) -> None:
@@ -85,6 +97,7 @@ def test_a_listing_from_before_is_no_damage(
         assert proxy.injected
 
 
+@pytest.mark.slow
 def test_verify_keeps_nothing(stored: ObjectStore, home: Path) -> None:
     sae("cache", "verify", stored.url)
     assert not list(home.rglob("layer_0*/c.*"))

@@ -67,6 +67,7 @@ def another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"compress": True, "max_norm": 1.05, "storage_dtype": "uint16"}])
 def test_the_objects_are_the_files_of_a_disk(options: Options, more: Options, bucket: str, tmp_path: Path) -> None:
     disk = harvest_activations(**options, **more, out=tmp_path / "disk")
@@ -108,6 +109,7 @@ def test_another_machine_goes_on(
     assert harvest_activations(**options, out=f"{bucket}/pile").layers == [0, 1] and not computed
 
 
+@pytest.mark.slow
 def test_a_listing_from_before_decides_nothing(
     options: Options, proxy: FaultyProxy, bucket: str, tmp_path: Path, computed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +126,7 @@ def test_a_listing_from_before_decides_nothing(
     assert objects_of(f"{bucket}/pile") == files_of(tmp_path / "disk")
 
 
+@pytest.mark.slow
 def test_layers_that_two_machines_complete_at_once_are_both_there(
     options: Options, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +150,7 @@ def test_layers_that_two_machines_complete_at_once_are_both_there(
         assert {n for n in disk if objects[n] != disk[n]} <= {"harvest.json"}  # whose last request was for one layer
 
 
+@pytest.mark.slow
 def test_what_else_is_at_the_address_is_refused(options: Options, bucket: str, tmp_path: Path) -> None:
     open_store(f"{bucket}/photos").put("2026/cat.jpg", b"")
     with pytest.raises(UsageError, match=f"{bucket}/photos holds 2026, but no activation cache. Choose another"):
@@ -158,6 +162,7 @@ def test_what_else_is_at_the_address_is_refused(options: Options, bucket: str, t
     assert objects_of(f"{bucket}/pile") == before
 
 
+@pytest.mark.slow
 def test_a_small_disk_is_noticed_before_the_harvest(
     options: Options, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +178,7 @@ def test_a_small_disk_is_noticed_before_the_harvest(
     assert harvest_activations(**options, out=f"{bucket}/pile").rows == 900
 
 
+@pytest.mark.slow
 def test_the_plan_counts_the_requests(options: Options, proxy: FaultyProxy, bucket: str) -> None:
     config = HarvestConfig(**options, out=f"{bucket}/pile")
     line = next(line for line in plan_harvest(config).describe() if line.startswith("store"))
