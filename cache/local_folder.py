@@ -56,7 +56,7 @@ class LocalFolder:
         self._in_use: dict[tuple[ChunkReading, int], Mapping[str, StoredFile]] = {}  # (reading, step) -> files
         self._verified: set[str] = set()  # of the pinned files, by this process
         self._failed: dict[str, tuple[float, Exception]] = {}  # name -> when and how pulling it ended
-        self._free_after = -1  # the step whose end makes room for the next pull
+        self._free_after = -1  # the step whose end makes room for the next pull; NEVER: nothing is to be pulled
         self._arrivals = Arrivals()
         self._known_until = 0  # the step of the first reading up to which the schedule goes
         self._threads: list[threading.Thread] = []
@@ -128,7 +128,7 @@ class LocalFolder:
             raise
 
     def _wait_for(self, reading: ChunkReading, step: int, names: Collection[str]) -> None:
-        started, said = time.monotonic(), 0.0
+        started, say_at = time.monotonic(), SAY_AFTER
         with self._lock:
             if not self._ready.issuperset(names):
                 for name in names:
@@ -139,8 +139,8 @@ class LocalFolder:
                     raise failed[1]
                 self._arrived.wait(LOOK_AGAIN)
                 waited = time.monotonic() - started
-                if waited > SAY_AFTER and waited - said > SAY_EVERY:
-                    said = waited
+                if waited > say_at:
+                    say_at = waited + SAY_EVERY
                     self.say(self._describe_waiting(set(names) - self._ready, step))
             if reading.closed:
                 raise ReadingClosed
@@ -272,6 +272,8 @@ class LocalFolder:
             is_pulled_elsewhere = bool(found.parts.keys() - self._pulling)
             patience = LOOK_AGAIN_SOON if is_pulled_elsewhere else LOOK_AGAIN
             if pull is None or not self._fits(pull.file, pull.needed, present, found.other, 1 + len(others)):
+                needs = self._schedule.next_use(np.flatnonzero(~present), self._position)
+                self._free_after = self._position if (needs < NEVER).any() else NEVER
                 return None, patience
             if pull.after >= self._position:
                 self._free_after = pull.after

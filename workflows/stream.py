@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from ..cache.object_store import is_url
 from ..cache.ring import RingCache
 from ..common.errors import UsageError
 from ..common.files import folder_bytes, free_space
@@ -84,6 +85,8 @@ def plan_streaming(config: TrainConfig, *, windows: int = WINDOWS, **harvest_opt
         raise UsageError("--resume cannot be combined with --stream. Run the command that began the run again.")
     if len(config.caches) > 1:
         raise UsageError("--stream writes one folder: give --cache at most once.")
+    if config.caches and is_url(config.caches[0]):
+        raise UsageError("--stream writes into a folder, not a store. Give a folder with --cache, or leave it out.")
     if config.model is not None:
         harvest_options["model"] = config.model
     harvest, ring = plan_ring(

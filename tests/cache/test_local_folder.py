@@ -1,5 +1,6 @@
 """The local folder of what is pulled from stores: its size is kept, damage is met, processes share it."""
 
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from sae.cache.pulled_files import contents, walk
 from sae.cache.reader import Cache
 from sae.cache.reading import batch_reading
 from sae.cache.shared_folder import SharedFolder, Statement
+from sae.cache.store_cache import StoreCache
 from sae.common.errors import DamagedError, UnavailableError, UsageError
 
 CHUNK = 128 * 8 * 2 + 4  # bytes
@@ -145,6 +147,23 @@ def test_a_full_disk_is_a_sentence_and_what_is_whole_is_kept(
     monkeypatch.undo()
     assert len(contents(local.folder).whole) == 3
     assert same(read(cache, 74), read(disk_cache, 74)) and local.pulled_files == 20
+
+
+def test_a_long_wait_is_said_with_the_rate(
+    disk_cache: Cache, address: str, local: LocalFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SAY_AFTER", 0.05)
+    cache, fetch, said = opened(address, local, 4), StoreCache.fetch_chunk, []
+
+    def slow(cache: StoreCache, file: str) -> bytes:
+        time.sleep(0.2)
+        return fetch(cache, file)
+
+    monkeypatch.setattr(StoreCache, "fetch_chunk", slow)
+    monkeypatch.setattr(local, "say", said.append)
+    next(cache.batches(5, batch_size=74))
+    said_so = r"Waiting for the store: \d+ chunks? of step \d are still to come; 0.0 MB arrive per second."
+    assert re.fullmatch(said_so, said[0])
 
 
 def test_single_chunks_are_pulled_when_they_are_read(disk_cache: Cache, address: str, local: LocalFolder) -> None:

@@ -405,6 +405,13 @@ def test_invalid_combinations_are_rejected_and_nothing_is_written(asked, home: P
     assert {path.name for path in home.rglob("*")} == {"kept", "zarr.json", "theirs", "thesis.tex"}
 
 
+def test_an_address_is_refused(home: Path) -> None:
+    words = ["train", "--stream", "--variant", "topk", "--tokens", "3000", "--cache", "s3://bucket/pile"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2 and "--stream writes into a folder, not a store" in result.output
+    assert not list(home.iterdir())
+
+
 def test_several_processes_are_refused(home: Path, monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     result = CliRunner().invoke(app, ["train", "--stream", "--variant", "topk", "--tokens", "3000"])
