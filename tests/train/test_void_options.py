@@ -42,7 +42,7 @@ def trained(recipe: Recipe, **options: Any) -> dict[str, torch.Tensor]:
     built = recipe.make(CONFIG, {})
     stored = built.options | asdict(built.optimization) | small | options
     torch.manual_seed(0)
-    trainer = Trainer(recipe.make(CONFIG, {}, stored), STEPS, "cpu")
+    trainer = Trainer(recipe.make(CONFIG, options, stored), STEPS, "cpu")
     generator = torch.Generator().manual_seed(1)
     for number in range(STEPS):
         x_BD = torch.randn(CONFIG.batch_size, CONFIG.d_in, generator=generator)

@@ -87,6 +87,8 @@ def test_the_plan_says_what_is_kept_at_most(ctx):
     metric = replace(METRIC, max_texts=TEXTS)
     announced = metric.kept_bytes(ctx, [*targets, targets[0]])
     assert announced == 2 * TEXTS * 2 * 32 * 4
+    half = replace(ctx, model_identity=identity | {"llm_dtype": "bfloat16"})
+    assert metric.kept_bytes(half, targets) == announced / 2
     metric.measure(ctx, targets, silent)
     files = list(ctx.artifacts.folder.glob("last_rows-*.safetensors"))
     written = sum(file.stat().st_size for file in files)
