@@ -41,7 +41,8 @@ from sae.cache.layout import Hook, Layout
 from sae.cache.writer import CacheWriter, WindowRows
 from sae.harvest.model import LanguageModel
 from sae.harvest.plan import HarvestConfig, HarvestPlan, plan_harvest
-from sae.harvest.run import cache_layout, load_model_for, run_harvest, tokenize
+from sae.harvest.run import run_harvest
+from sae.harvest.stages import cache_layout, load_model_for, tokenize
 from sae.harvest.windows import WindowComputer
 
 LAYERS, WIDE = (5, 12, 19), 2304

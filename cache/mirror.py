@@ -18,10 +18,10 @@ Result = TypeVar("Result")
 THREADS = 8  # requests at a time; each holds a few MiB of a download, or the whole object of an upload
 
 
-def working_folder(url: str) -> Path:
-    """The folder on this machine for what is being written to an address."""
+def working_folder(url: str, task: str = "") -> Path:
+    """The folder on this machine for what is being written to an address; `task` ends its name."""
     name = re.sub(r"[^\w.-]+", "-", url.split("://")[1]).strip("-")
-    return sae_home() / "uploads" / f"{name}--{digest_of(url)[:8]}"
+    return sae_home() / "uploads" / f"{name}--{digest_of(url)[:8]}{task}"
 
 
 class Mirror:

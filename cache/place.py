@@ -2,13 +2,14 @@
 kept elsewhere, with the folder as the place in which its files are made.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..common.cache_schemas import COMMIT_RECORD
+from ..common.cache_schemas import CLAIM_RECORD, COMMIT_RECORD
 from ..common.errors import DamagedError
 from ..common.files import fsync_folder
 from .chunks import FileRecords, RowsOfChunk, check_chunk, files_exist, read_array_spec, row_reader
@@ -24,6 +25,11 @@ def chunk_error(folder: Path, file: str, record: Mapping[str, Any]) -> str | Non
     except DamagedError as error:
         return str(error)
     return None
+
+
+def claim_file(number: int) -> str:
+    """The claim with this number, counted from 1, relative to the cache's folder."""
+    return f"tokens/claim-{number:06d}.json"
 
 
 class FolderPlace:
@@ -82,6 +88,33 @@ class FolderPlace:
         """Each of these chunk files, with what is wrong with it, or None if it is intact. Reads every byte."""
         for file, record in records.items():
             yield file, chunk_error(self.folder, file, record)
+
+    def claim_files(self) -> list[str]:
+        """The claims of tasks to cut the text, in order."""
+        return sorted(f"tokens/{path.name}" for path in (self.folder / "tokens").glob("claim-??????.json"))
+
+    def read_claim(self, file: str) -> Mapping[str, Any] | None:
+        """A claim; None if it is gone, or not whole."""
+        with contextlib.suppress(DamagedError):
+            return CLAIM_RECORD.read(self.folder / file)
+        return None
+
+    def create_claim(self, file: str, content: Mapping[str, Any]) -> bool:
+        """Make a claim unless there is this one; whether it was made."""
+        return CLAIM_RECORD.create(self.folder / file, content)
+
+    def renew_claim(self, file: str, content: Mapping[str, Any]) -> None:
+        """Replace a claim."""
+        CLAIM_RECORD.write(self.folder / file, content)
+
+    def remove_claims(self, files: Iterable[str]) -> None:
+        """Remove claims."""
+        for file in files:
+            (self.folder / file).unlink(missing_ok=True)
+
+    def is_begun(self) -> bool:
+        """Whether `begin` was called by some worker. If so, what it wrote is in the folder."""
+        return (self.folder / "zarr.json").exists()
 
     def bring(self, records: FileRecords) -> None:
         """Called before small files of committed windows are read: they are in the folder afterwards."""

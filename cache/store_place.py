@@ -7,6 +7,7 @@ replaced only if they are as they were read, so that no worker undoes what anoth
 """
 
 import contextlib
+import itertools
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from ..common.cache_schemas import CACHE_RECORD, COMMIT_RECORD, MANIFEST_RECORD, REPAIR_HINT, TOKENS_RECORD
+from ..common.cache_schemas import (
+    CACHE_RECORD,
+    CLAIM_RECORD,
+    COMMIT_RECORD,
+    MANIFEST_RECORD,
+    REPAIR_HINT,
+    TOKENS_RECORD,
+)
 from ..common.errors import DamagedError, UnavailableError, UsageError
 from ..common.files import atomic_write, parse_json
 from .chunks import (
@@ -33,7 +41,7 @@ from .consistency import SIDE_ARRAYS, is_array_name, layout_of
 from .layout import ArraySpec, commit_file
 from .mirror import Mirror, map_ahead
 from .object_store import ObjectStore
-from .place import FolderPlace
+from .place import FolderPlace, claim_file
 
 OWN = {"drafts", ".lock", ".lock.holder"}  # of the working folder, never an object
 DRAFT = "draft"  # in tokens/: likewise
@@ -164,6 +172,32 @@ class StorePlace(FolderPlace):
             return f"{self.store.address(file)} {what}. {REPAIR_HINT}"
 
         yield from zip(records, map_ahead(error, records), strict=True)
+
+    # --- claims ------------------------------------------------------------------------------------------------------
+
+    def claim_files(self) -> list[str]:
+        """Asked for by name, from the first: a listing can be out of date."""
+        names = (claim_file(number) for number in itertools.count(1))
+        return list(itertools.takewhile(lambda name: self.store.find(name) is not None, names))
+
+    def read_claim(self, file: str) -> Mapping[str, Any] | None:
+        data = self.store.find(file)
+        return None if data is None else CLAIM_RECORD.parse(data, self.store.address(file))
+
+    def create_claim(self, file: str, content: Mapping[str, Any]) -> bool:
+        return self.store.put_if_absent(file, CLAIM_RECORD.encode(content))
+
+    def renew_claim(self, file: str, content: Mapping[str, Any]) -> None:
+        self.store.put(file, CLAIM_RECORD.encode(content))
+
+    def remove_claims(self, files: Iterable[str]) -> None:
+        for file in files:
+            self.store.delete([file])
+
+    def is_begun(self) -> bool:
+        if begun := self.store.find("zarr.json") is not None:
+            self.fetch()
+        return begun
 
     # --- the end -----------------------------------------------------------------------------------------------------
 

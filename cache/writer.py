@@ -12,7 +12,7 @@ cache, and sealing it again changes nothing.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,12 +125,25 @@ class CacheWriter:
         file = commit_file(window, array)
         return self.place.has_commit(file) and self.place.has_files(self._read_commit(file)["files"])
 
-    def missing_windows(self) -> dict[int, list[str]]:
-        """{window: names of the arrays of `widths` that are not committed for it}, without complete windows."""
-        committed = {(commit["array"], commit["window"]) for commit in self.commits()}
-        windows = range(self.layout.n_windows)
-        missing = {w: [name for name in self.widths if (name, w) not in committed] for w in windows}
+    def missing_windows(self, windows: Iterable[int] | None = None) -> dict[int, list[str]]:
+        """{window: names of the arrays of `widths` that are not committed for it}, without complete windows.
+
+        Of all windows, or of these.
+        """
+        if windows is None:
+            committed = {(commit["array"], commit["window"]) for commit in self.commits()}
+            missing = {
+                window: [name for name in self.widths if (name, window) not in committed]
+                for window in range(self.layout.n_windows)
+            }
+        else:
+            missing = {w: [name for name in self.widths if not self.is_committed(w, name)] for w in windows}
         return {window: names for window, names in missing.items() if names}
+
+    def committed_windows(self) -> set[int]:
+        """The windows of which every array of `widths` has a commit. Reads only names."""
+        files = set(self.place.commit_files())
+        return {w for w in range(self.layout.n_windows) if files.issuperset(commit_file(w, n) for n in self.widths)}
 
     def chunks_to_write(self, window: int, rows: WindowRows) -> Iterator[tuple[str, list[ChunkWrite]]]:
         """The chunks of a window: first ("", row_ctx and row_pos), then (name, row_norm, moments and rows) per array.
@@ -206,11 +219,11 @@ class CacheWriter:
         Does nothing to a cache that is complete. Several workers may do it at the same time. `max_norm` and
         `token_text` are those of `finish`.
         """
-        wanted = {commit_file(window, name) for window in range(self.layout.n_windows) for name in self.widths}
-        if not wanted <= set(self.place.commit_files()):
+        if len(self.committed_windows()) < self.layout.n_windows:
             return False
         commits = list(self.commits())
-        if not wanted <= {commit_file(commit["window"], commit["array"]) for commit in commits}:
+        whole = {(commit["window"], commit["array"]) for commit in commits}
+        if not all((window, name) in whole for window in range(self.layout.n_windows) for name in self.widths):
             return False
         if not self.is_finished(max_norm) or not self._manifest_lists(commits):
             self.finish(max_norm, token_text)

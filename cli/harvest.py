@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..harvest.config import HarvestConfig
     from ..harvest.plan import HarvestPlan
 
-TEXT, CACHE, MODEL = "Text", "Cache", "Model"  # groups of options in --help
+TEXT, CACHE, MODEL, TASKS = "Text", "Cache", "Model", "Several tasks"  # groups of options in --help
 
 
 @cli_command
@@ -37,6 +37,17 @@ def harvest(
     ] = None,
     device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    share: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=TASKS,
+            help="Harvest one of so many shares: 3/64. Tasks of an array job, in any order.",
+            metavar="I/N",
+        ),
+    ] = None,
+    prepare: Annotated[
+        bool, typer.Option("--prepare", rich_help_panel=TASKS, help="Only cut the text, which the shares then read.")
+    ] = False,
     held_out: Annotated[
         float | None,
         typer.Option(rich_help_panel=TEXT, help="Share of documents kept for evaluation. Default: 0.05."),
@@ -145,12 +156,14 @@ def harvest(
         skip_tokens=skip_token or (), pack=pack, window=window,
         storage_dtype=storage_dtype, compress=compress, max_norm=finite_or_none(max_norm), dtype=dtype,
         attention=attention, batch_contexts=batch_contexts, seed=seed, device=device,
-        out=folder_or_url(out),
+        out=folder_or_url(out), share=share, prepare=prepare,
         origins=ORIGINS.get({}),
     )  # fmt: skip
     plan = show_harvest(config)
     if not dry_run:
         cache = execute(plan)
+        if not plan.is_complete(cache):
+            return  # other tasks have windows to do
         hook = cache.hooks[len(cache.hooks) // 2]
         echo(f"next     sae train --variant decorrelation {hook.cli_flags} --cache {quote(plan.address)}")
 
@@ -173,6 +186,8 @@ def execute(plan: "HarvestPlan") -> "Cache":
     started = time.monotonic()
     with bar("harvest", "tokens") as progress_bar:
         cache = run_harvest(plan, HarvestProgress(progress_bar, progress_bar.say))
+    if not plan.is_complete(cache):  # prepared, or a share is missing, which the harvest has said
+        return cache
     for line in plan.summary(cache, time.monotonic() - started):
         echo(line)
     return cache

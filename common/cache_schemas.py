@@ -339,6 +339,14 @@ class TokenizeDraft(TypedDict):
     state: TokenizeState
 
 
+class TextClaim(TypedDict):
+    """tokens/claim-000001.json"""
+
+    owner: Annotated[str, Meta(description="the task that cuts the text, as others name it")]
+    task: Annotated[str, Meta(description="random; tells tasks apart")]
+    beat: Annotated[Count, Meta(description="how often the claim was renewed")]
+
+
 class Draft(TypedDict):
     """drafts/<window>/state.json"""
 
@@ -368,4 +376,5 @@ RING_RECORD = RecordKind(
     Ring, "Delete the ring's folder and run the same `sae train --stream` again: its windows are harvested again."
 )
 TOKENIZE_RECORD = RecordKind(TokenizeDraft, "Run the same `sae harvest` again, which reads the text anew.", indent=None)
+CLAIM_RECORD = RecordKind(TextClaim, "Delete it: another task then cuts the text.", indent=None)
 DRAFT_RECORD = RecordKind(Draft, "Delete the folder: the window is then computed from its beginning.")

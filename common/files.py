@@ -284,26 +284,16 @@ def writer_lock(folder: Path, command: str, say: Callable[[str], None] = lambda 
     UsageError if a file is in the way.
     """
     lock, note = filelock.FileLock(folder / ".lock"), folder / ".lock.holder"
-    try:
-        make_folder(folder)
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UnavailableError(
-            f"{folder} is being written by {lock_holder(note)}. Wait until it ends, or stop it first."
-        ) from None
-    except (FileExistsError, NotADirectoryError):
-        raise UsageError(f"{folder} is not a folder: a file is in its place. Choose a new folder with --out.") from None
-    except OSError as error:
-        raise os_error(error, folder) from error
+    with locking(folder):
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise locked_error(folder) from None
     try:
         if note.exists():  # its process died: one that ends normally deletes its note
             say(f"{folder} was locked by {lock_holder(note)}, which no longer runs; its lock was taken over.")
         remove_stale_files(folder)
-        with contextlib.suppress(OSError):  # a full disk is reported when something has to be written
-            note.write_text(
-                f"process {os.getpid()} on {socket.gethostname()} ({command}) "
-                f"since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-            )
+        write_note(note, command)
         yield
     finally:
         note.unlink(missing_ok=True)
@@ -326,6 +316,31 @@ def is_locked(folder: Path) -> bool:
 def was_abandoned(folder: Path) -> bool:
     """Whether the last process that held the lock of a folder died; one that ends normally removes its note."""
     return (folder / ".lock.holder").exists() and not is_locked(folder)
+
+
+@contextlib.contextmanager
+def locking(folder: Path) -> Iterator[None]:
+    """Create a folder and explain why it, or its lock, cannot be written."""
+    try:
+        make_folder(folder)
+        yield
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{folder} is not a folder: a file is in its place. Choose a new folder with --out.") from None
+    except OSError as error:
+        raise os_error(error, folder) from error
+
+
+def locked_error(folder: Path) -> UnavailableError:
+    """The error that says who writes into a folder."""
+    holder = lock_holder(folder / ".lock.holder")
+    return UnavailableError(f"{folder} is being written by {holder}. Wait until it ends, or stop it first.")
+
+
+def write_note(note: Path, command: str) -> None:
+    """Write who holds the lock of a folder."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    with contextlib.suppress(OSError):  # a full disk is reported when something has to be written
+        note.write_text(f"process {os.getpid()} on {socket.gethostname()} ({command}) since {since}")
 
 
 def lock_holder(note: Path) -> str:

@@ -3,6 +3,7 @@
 They exchange small objects between the stages of their work, over gloo, also where they compute on GPUs.
 """
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,9 +12,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from .errors import ReportedElsewhere, SaeError, UnavailableError
+from .errors import Interrupted, ReportedElsewhere, SaeError, UnavailableError, UsageError
+from .heartbeat import AGAIN, START, Heartbeat
 
 TIMEOUT = timedelta(days=7)  # a process that has finished waits for the others
+
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+LAUNCH = (
+    "Use `torchrun --nproc_per_node 2 -m sae ...`, or `accelerate launch --multi_gpu --num_processes 2 -m sae ...`, "
+    "which starts them on CPUs too."
+)
 
 T = TypeVar("T")
 
@@ -28,7 +36,7 @@ class ProcessGroup:
     gather: Callable[[Any], list[Any]] = lambda value: [value]
     """Returns what each process gave, in the order of ranks, once every process has called it.
 
-    Raises UnavailableError if one of them has ended.
+    Raises UnavailableError, naming the process, if one of them has ended.
     """
 
     @property
@@ -50,11 +58,14 @@ class ProcessGroup:
         """Call `work` in every process, and return its result once it has succeeded in all.
 
         Raises SaeError in every process if `work` raised one in any: its own, or ReportedElsewhere if `work` succeeded
-        here, or failed with the same message in a process before this one.
+        here, or failed with the same message in a process before this one. Interrupted is raised at once: a process
+        that has to stop waits for none.
         """
         error: SaeError | None = None
         try:
             result = work()
+        except Interrupted:
+            raise
         except SaeError as raised:
             error = raised
         failures = self.gather(None if error is None else (error.exit_code, str(error)))
@@ -66,7 +77,18 @@ class ProcessGroup:
 
 
 def rank_and_count() -> tuple[int, int]:
-    """The rank of this process and how many were launched, from the environment: (0, 1) without a launcher."""
+    """The rank of this process and how many were launched, from the environment: (0, 1) without a launcher.
+
+    Raises UsageError if a launcher was asked for several processes and started one, or several that do not know of each
+    other.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        # accelerate gives the address of the first process where it was asked for several.
+        if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ:
+            raise UsageError(f"`accelerate launch --cpu` starts one process, whatever --num_processes says. {LAUNCH}")
+        sizes = {name: int(os.environ[name]) for name in MPI_SIZES if os.environ.get(name, "").isdecimal()}
+        if several := next((name for name, size in sizes.items() if size > 1), None):
+            raise UsageError(f"{sizes[several]} processes were started ({several}) without WORLD_SIZE. {LAUNCH}")
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -81,15 +103,42 @@ def is_first_on_this_machine() -> bool:
 
 
 def current_process_group(device: str = "cpu") -> ProcessGroup:
-    """The group of this process, which computes on `device`; a GPU becomes the current one of the process."""
+    """The group of this process, which computes on `device`; a GPU becomes the current one of the process.
+
+    Raises UnavailableError if not all processes have started after some minutes.
+    """
     if rank_and_count()[1] == 1:
         return ProcessGroup(device=device)
-    from accelerate import PartialState
-
-    state = PartialState(cpu=True, backend="gloo", timeout=TIMEOUT)
+    heartbeat = join()
     if torch.device(device).index is not None:
         torch.cuda.set_device(device)
-    return ProcessGroup(state.process_index, state.num_processes, device, gather_objects)
+
+    def gather(value: Any) -> list[Any]:
+        heartbeat.meet()
+        return gather_objects(value)
+
+    return ProcessGroup(heartbeat.rank, heartbeat.count, device, gather)
+
+
+@functools.cache
+def join() -> Heartbeat:
+    """Join the processes that were launched with this one, once."""
+    from accelerate import PartialState
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        store, rank, count = next(iter(rendezvous("env://", timeout=timedelta(seconds=START))))
+    except RuntimeError as error:
+        raise UnavailableError(
+            f"Rank 0 cannot be reached at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} (MASTER_ADDR "
+            "and MASTER_PORT): start every process with the same launcher."
+        ) from error
+    heartbeat = Heartbeat(store, rank, count)
+    heartbeat.meet()
+    prefix = torch.distributed.PrefixStore("sae/gloo", store)
+    torch.distributed.init_process_group("gloo", store=prefix, rank=rank, world_size=count, timeout=TIMEOUT)
+    PartialState(cpu=True, backend="gloo")  # accelerate, which others may ask, knows of the group
+    return heartbeat
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -97,8 +146,5 @@ def gather_objects(value: Any) -> list[Any]:
     try:
         torch.distributed.all_gather_object(values, value)
     except RuntimeError as error:
-        raise UnavailableError(
-            f"Another of the {len(values)} launched processes has ended. Everything committed is safe; run the same "
-            "command again to continue."
-        ) from error
+        raise UnavailableError(f"Another of the {len(values)} launched processes has ended. {AGAIN}") from error
     return values

@@ -7,7 +7,9 @@ from pathlib import Path
 from ..cache.layout import CHUNK_ROWS, SITES, WINDOW_ROWS, is_site
 from ..cache.outliers import MAX_NORM, check_max_norm
 from ..common.errors import UsageError
+from ..common.process_group import rank_and_count
 from .datasets import EMBEDDED_TEXT
+from .share import Share
 
 LAYERS = (5, 12, 19)
 TOKENS = 10_000_000
@@ -48,6 +50,8 @@ class HarvestConfig:
     seed: int = 0
     device: str = "auto"
     out: Path | str | None = None
+    share: str | None = None  # "3/64": of several tasks, the windows of this one
+    prepare: bool = False  # only what precedes the first window
     origins: Mapping[str, str] = field(default_factory=dict)  # non-default flag -> "flag" or "file:line"
 
     @property
@@ -69,6 +73,7 @@ def check_config(config: HarvestConfig, dataset: str) -> None:
     if wrong := [layer for layer in config.layers if not isinstance(layer, int)]:
         raise UsageError(f"invalid layer {wrong[0]!r}: expected a whole number.")
     check_sizes(config)
+    check_share(config)
     named: dict[str, Sequence[str | None]] = {
         "--text-column": [config.text_column], "--chat-column": [config.chat_column], "--roles": config.roles,
         "--adapter": config.adapters, "--revision": [config.revision], "--subset": [config.subset],
@@ -97,6 +102,20 @@ def check_config(config: HarvestConfig, dataset: str) -> None:
         )
     check_site_names(config.sites)
     check_max_norm(config.max_norm)
+
+
+def check_share(config: HarvestConfig) -> None:
+    """Raise UsageError for a --share of another form, or one that something else contradicts."""
+    given = "--prepare" if config.prepare else "--share"
+    if config.share is not None:
+        Share.parse(config.share)
+        if config.prepare:
+            raise UsageError("--prepare cuts the text for every share. Leave --share out.")
+    if (config.share is not None or config.prepare) and (count := rank_and_count()[1]) > 1:
+        raise UsageError(
+            f"{given} is for tasks that do not know of each other, and a launcher has started {count} processes that "
+            f"do. Leave out {given} or the launcher."
+        )
 
 
 def check_site_names(sites: Sequence[str]) -> None:

@@ -47,6 +47,7 @@ from .estimate import block_seconds_per_token
 from .existing import ExistingRows, find_existing
 from .identity import LITERALS, identity_of
 from .model import ModelSource, find_model, load_tokenizer
+from .share import Share
 from .store_costs import check_working_folder, harvest_requests, working_bytes
 from .structure import embedding_rows
 
@@ -81,6 +82,16 @@ class HarvestPlan:
     def widths(self) -> dict[str, int]:
         """Array name -> width of its rows."""
         return {hook.array: hook_width(hook, self.model_config) for hook in self.hooks}
+
+    @property
+    def share(self) -> Share | None:
+        """The share of an array job that this task does."""
+        return None if self.config.share is None else Share.parse(self.config.share)
+
+    @property
+    def command(self) -> str:
+        """What other tasks are told that this one does."""
+        return "sae harvest --prepare" if self.config.prepare else f"sae harvest --share {self.config.share}"
 
     @property
     def context_format(self) -> ContextFormat:
@@ -137,6 +148,10 @@ class HarvestPlan:
         """The cache, if every planned hook is already in it."""
         existing = self.existing
         return existing.cache if existing.is_finished else None
+
+    def is_complete(self, cache: Cache) -> bool:
+        """Whether every planned hook is complete in the cache: not after a share of which others are missing."""
+        return set(self.hooks) <= set(cache.hooks)
 
     def token_text(self, token: int) -> str:
         """The text of a token id."""
@@ -303,15 +318,16 @@ class HarvestPlan:
             record["dataset_revision"] = self.text.identity["revision"]
         if unreadable := self.unreadable_rows():
             record["unreadable"] = unreadable
-        not_recorded = ("layers", "sites", "modules", "device", "out")
+        record["origins"] = {name: at for name, at in self.config.origins.items() if name not in ("share", "prepare")}
+        not_recorded = ("layers", "sites", "modules", "device", "out", "share", "prepare")
         record = {name: value for name, value in record.items() if name not in not_recorded}
         bos_id = self.context_format.bos_id
         record["bos_token"] = None if bos_id is None else token_text(self.tokenizer, bos_id)
         modules = read_hook_modules(self.folder) | self.modules  # keeps those of layers harvested earlier
         return record | {
-            "device": self.device,
+            "device": self.device if ":" in self.config.device else self.device.partition(":")[0],
             "modules": dict(sorted(modules.items())),
-            "environment": environment_record(),
+            "environment": environment_record(),  # alike for any number of processes
         }
 
     def check_space(self, needed: float, per_token: float) -> None:
@@ -368,7 +384,8 @@ def plan_harvest(
 
     def folder_of(identity: dict[str, Any]) -> Path:
         if store is not None:
-            return working_folder(store.url)
+            task = "" if config.share is None else f"--share-{config.share.replace('/', '-of-')}"
+            return working_folder(store.url, task)
         return Path(config.out) if config.out else default_folder(identity, text, suffix)
 
     older = {key: value for key, value in identity.items() if key != LITERALS}

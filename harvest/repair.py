@@ -27,7 +27,7 @@ from .datasets import EMBEDDED_TEXT
 from .files import ALL
 from .plan import HarvestPlan, plan_harvest
 from .progress import SILENT, HarvestProgress
-from .run import check_not_ring, load_model_for, start_cache, tokenize
+from .stages import check_not_ring, load_model_for, start_cache, tokenize
 from .windows import WindowComputer
 
 

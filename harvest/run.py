@@ -6,33 +6,30 @@ Besides two windows of activations, each process keeps the token ids in memory, 
 import contextlib
 import shutil
 import signal
+import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..cache.contexts import Contexts
-from ..cache.layout import Hook, Layout, fingerprint_of
 from ..cache.object_store import folder_or_url
-from ..cache.reader import Cache, is_ring_cache
-from ..cache.store_place import check_address
-from ..cache.writer import CacheWriter, harvest_started, recorded_tokens
-from ..common.cache_schemas import HARVEST_RECORD
+from ..cache.reader import Cache
+from ..cache.writer import CacheWriter
 from ..common.device import keep_freed_memory
-from ..common.errors import DamagedError, UsageError, did_you_mean, naming
-from ..common.files import digest_of, writer_lock
+from ..common.errors import UsageError, did_you_mean, naming
+from ..common.files import writer_lock
 from ..common.process_group import ProcessGroup, current_process_group, is_first_on_this_machine
-from .architectures import check_loaded_sites
 from .config import LAYERS, HarvestConfig
-from .contexts import make_contexts
-from .load_errors import translate_model_errors
-from .model import LanguageModel, load_trunk
 from .plan import HarvestPlan, plan_harvest
 from .progress import SILENT, HarvestProgress
-from .tokenize_checkpoint import TokenizeCheckpoint, remove_checkpoint
+from .stages import check_folder, check_space_for_text, harvest_windows, open_cache, start_cache
+from .tasks import harvest_share
 from .window_draft import remove_other_drafts
-from .windows import WindowComputer, write_windows
+
+SEEN_WITHIN = 60.0  # seconds after which a file on a network disk is seen by every machine
 
 
 def harvest_activations(
@@ -96,142 +93,83 @@ def harvest_activations(
 def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
     """Run a plan, or the rest of it, and open the cache. Several launched processes share the windows.
 
-    Raises UsageError if the folder holds something else, UnavailableError if the disk is too small or another process
-    is writing, and Interrupted on Ctrl-C, with every committed window safe.
+    With `plan.config.share` it runs this share, and with `plan.config.prepare` what precedes the first window; the
+    cache is then complete only if nothing else was missing.
+
+    Raises UsageError if the folder holds something else, or if the processes do not see one folder; UnavailableError if
+    the disk is too small, another process is writing, or one of the launched ones has ended; and Interrupted on Ctrl-C,
+    with every committed window safe.
     """
-    group = current_process_group(plan.device)
     keep_freed_memory()
-    with contextlib.ExitStack() as stack, sigterm_as_ctrl_c(), naming(plan.address, plan.folder):
-        if group.is_first:
+    with sigterm_as_ctrl_c(), naming(plan.address, plan.folder):
+        if plan.share or plan.config.prepare:
+            harvest_share(plan, progress)
+        else:
+            harvest_ranks(plan, current_process_group(plan.device), progress)
+    return Cache(plan.folder)
+
+
+def harvest_ranks(plan: HarvestPlan, group: ProcessGroup, progress: HarvestProgress) -> None:
+    """Harvest as one of the processes of a group, or alone. The first one holds the folder's lock for all.
+
+    That is enough: should it die before the others, and another harvest begin, they only commit what is missing.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> tuple[CacheWriter, Contexts, dict[int, list[str]]] | None:
+            if not group.is_first:
+                return None
             check_folder(plan)
             stack.enter_context(writer_lock(plan.folder, "sae harvest", progress.say))
             remove_locks_of_ranks(plan.folder)
             plan.place.fetch()
-            if plan.config.tokens is not None and not Contexts.is_complete(
-                plan.folder
-            ):  # reading the text can take long
-                plan.check_space(plan.config.tokens * plan.bytes_per_token, plan.bytes_per_token)
+            check_space_for_text(plan)
             writer, contexts = start_cache(plan)
-        group.barrier()  # the tokens and the arrays' metadata are written
-        if plan.store is not None and not group.is_first and is_first_on_this_machine():
-            stack.enter_context(writer_lock(plan.folder, "sae harvest", progress.say))
-            plan.place.fetch()
-        group.barrier()  # every machine has them
-        if not group.is_first:
-            contexts = Contexts.read(plan.folder, recorded_tokens(plan.folder))
-            writer = CacheWriter(plan.folder, plan.identity, cache_layout(plan, contexts), plan.widths, plan.place)
-        missing = writer.missing_windows()
-        if group.is_first:
+            missing = writer.missing_windows()
             remove_other_drafts(plan.folder, missing)
-        group.barrier()  # every process has seen the same list
-        if missing:
-            harvest_missing(plan, writer, contexts, missing, group, progress)
-        group.barrier()
-        if group.is_first:
-            writer.seal(plan.config.max_norm, plan.token_text)
-        group.barrier()
-    return Cache(plan.folder)
+            return writer, contexts, missing
+
+        def fetch() -> None:
+            if plan.store is not None and not group.is_first and is_first_on_this_machine():
+                stack.enter_context(writer_lock(plan.folder, "sae harvest", progress.say))
+                plan.place.fetch()
+
+        begun = group.everywhere(begin)
+        group.everywhere(fetch)
+        # One list for all: what a process sees of a network disk can be some seconds old.
+        missing = group.gather(begun[2] if begun else None)[0]
+        if plan.store is None:
+            check_one_folder(plan.folder, group)
+        writer, contexts = group.everywhere(lambda: begun[:2] if begun else open_cache(plan))
+        rank = slice(group.rank, None, group.count)
+        group.everywhere(
+            lambda: harvest_windows(plan, writer, contexts, missing, dict(list(missing.items())[rank]), progress)
+        )
+        group.everywhere(lambda: writer.seal(plan.config.max_norm, plan.token_text) if group.is_first else None)
+
+
+def check_one_folder(folder: Path, group: ProcessGroup) -> None:
+    """Raise UsageError unless every process sees what the first has written into the folder: its note of the lock."""
+    note, host = folder / ".lock.holder", socket.gethostname()
+    expected, first = group.gather((note.read_text() if note.exists() else "", host))[0]
+
+    def look() -> None:
+        started = time.monotonic()
+        while (note.read_text() if note.exists() else "") != expected:
+            if time.monotonic() - started > SEEN_WITHIN:
+                raise UsageError(
+                    f"{host} does not see what {first} has written into {folder}. Several machines need one folder: "
+                    "give --out on a disk that all of them share, or an address such as s3://bucket/pile."
+                )
+            time.sleep(1)
+
+    group.everywhere(look)
 
 
 def remove_locks_of_ranks(folder: Path) -> None:
     """Remove the folders that the ranks of an earlier version left when they were killed."""
     for rank_folder in folder.glob(".rank*"):
         shutil.rmtree(rank_folder, ignore_errors=True)
-
-
-def start_cache(plan: HarvestPlan) -> tuple[CacheWriter, Contexts]:
-    """Write what precedes the first window: tokens, harvest.json and array metadata."""
-    contexts = read_or_tokenize(plan)
-    HARVEST_RECORD.write_if_changed(plan.folder / "harvest.json", plan.record())
-    writer = CacheWriter(plan.folder, plan.identity, cache_layout(plan, contexts), plan.widths, plan.place)
-    writer.place.begin()
-    remove_checkpoint(plan.folder)  # from here on the tokens are read, never made again
-    return writer, contexts
-
-
-def harvest_missing(
-    plan: HarvestPlan, writer: CacheWriter, contexts: Contexts, missing: Mapping[int, list[str]], group: ProcessGroup,
-    progress: HarvestProgress,
-) -> None:  # fmt: skip
-    """Harvest this process's share of the missing windows."""
-    rows = {window: len(writer.layout.row_range(window)) for window in missing}
-    plan.check_space(
-        sum(rows[window] * plan.bytes_per_token_of(arrays) for window, arrays in missing.items()), plan.bytes_per_token
-    )
-    if len(missing) < writer.layout.n_windows:
-        existing = writer.layout.n_windows - len(missing)
-        progress.say(f"{existing} of {writer.layout.n_windows} windows already exist.")
-    share = dict(list(missing.items())[group.rank :: group.count])
-    if share:
-        computer = WindowComputer(plan, contexts, writer.layout, progress, drafts=True)
-        computer.set_model(load_model_for(plan, share, group.device))
-        write_windows(computer, writer, share, progress)
-
-
-def check_folder(plan: HarvestPlan) -> None:
-    """Raise UsageError if the folder or address holds something other than this harvest. Touches nothing in it."""
-    if plan.store is not None:
-        check_address(plan.store, fingerprint_of(plan.identity))
-    elif plan.folder.is_dir():
-        harvest_started(plan.folder, fingerprint_of(plan.identity))
-        check_not_ring(plan.folder)
-
-
-def check_not_ring(folder: Path) -> None:
-    """Raise UsageError if windows are missing from the folder on purpose."""
-    if is_ring_cache(folder):
-        raise UsageError(
-            f"{folder} keeps only the windows that `sae train --stream` is about to read. "
-            "To keep a whole cache, harvest with another --out."
-        )
-
-
-def cache_layout(plan: HarvestPlan, contexts: Contexts) -> Layout:
-    """The layout of the cache, whose number of rows is known once the text is tokenized."""
-    kept = plan.context_format.row_mask(contexts)[~contexts.held_out]
-    return Layout(int(kept.sum()), plan.config.window, plan.config.storage_dtype, plan.config.compress)
-
-
-def load_model_for(plan: HarvestPlan, windows: Mapping[int, Sequence[str]], device: str) -> LanguageModel:
-    """The model up to the deepest layer among the arrays of these windows.
-
-    Raises UsageError unless its own numbers prove the sites.
-    """
-    hooks = sorted({Hook.from_array(name) for names in windows.values() for name in names})
-    last = max(hook.layer for hook in hooks)
-    model = load_trunk(
-        plan.source, plan.model_config, last, dtype=plan.dtype, device=device, attention=plan.config.attention
-    )
-    with translate_model_errors(plan.source.argument, plan.config.attention):
-        check_loaded_sites(model, plan.model_config, hooks)
-    return model
-
-
-def read_or_tokenize(plan: HarvestPlan) -> Contexts:
-    """The contexts to run: those that an earlier start of this harvest wrote, or tokenized and written now.
-
-    Raises DamagedError if they are not those that the cache was started with.
-    """
-    digest = recorded_tokens(plan.folder)
-    if not (harvest_started(plan.folder, fingerprint_of(plan.identity)) and Contexts.is_complete(plan.folder)):
-        contexts = tokenize(plan)
-        if digest not in (None, digest_of(contexts.file_records())):
-            raise DamagedError(
-                f"{plan.folder} was started with different tokens than its text gives now, probably because of another "
-                "version of tokenizers. Use another --out."
-            )
-        contexts.write(plan.folder)
-    return Contexts.read(plan.folder, digest)
-
-
-def tokenize(plan: HarvestPlan) -> Contexts:
-    """Tokenize the text of a plan, continuing from its checkpoint if there is one."""
-    config = plan.config
-    return make_contexts(
-        plan.text, plan.encoder, plan.context_format, TokenizeCheckpoint(plan.folder, plan.identity),
-        tokens=plan.tokens, exactly=config.tokens is not None, context=config.context, held_out=config.held_out_share,
-        seed=config.seed, pack=config.pack,
-    )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from ..common.formatting import format_bytes
 from .config import HarvestConfig
 from .plan import HarvestPlan, plan_harvest
 from .progress import HarvestProgress
-from .run import load_model_for, start_cache
+from .stages import load_model_for, start_cache
 from .windows import WindowComputer, write_windows
 
 TEXT_BYTES = 5  # per token: its id, and its share of the held-out text

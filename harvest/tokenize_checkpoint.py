@@ -8,7 +8,7 @@ discarded, and the text is read from its beginning.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,15 @@ from ..common.files import atomic_write, digest_of
 
 
 class TokenizeCheckpoint:
-    """The verified parts of a checkpoint.
+    """The verified parts of a checkpoint. `check` is called before anything is written.
 
     Attributes:
         state: the one saved with the last part, or None without any.
         discarded: why what an earlier start has written is not used; "" if there was nothing, or if it is used.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self.folder = folder / "tokens" / "draft"
+    def __init__(self, folder: Path, identity: dict[str, Any], check: Callable[[], None] = lambda: None) -> None:
+        self.folder, self.check = folder / "tokens" / "draft", check
         # The position in a stream is a state of the `datasets` library, which only the same version reads reliably.
         self.owner = digest_of([identity, version("datasets")])
         self.checksums: list[str] = []
@@ -58,6 +58,7 @@ class TokenizeCheckpoint:
 
     def save(self, part: dict[str, np.ndarray], state: dict[str, Any]) -> None:
         """Add a part and the state after it, atomically."""
+        self.check()
         data = safetensors.numpy.save(part)
         atomic_write(self.part_file(len(self.checksums)), data)
         self.checksums.append(f"{google_crc32c.value(data):08x}")

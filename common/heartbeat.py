@@ -1,0 +1,75 @@
+"""Which of the launched processes still run, so that none waits for ever for one that does not.
+
+Each raises a counter in torch's key-value store every few seconds. The store lives in the launcher (torchrun) or in
+rank 0 (srun, mpirun). A launcher usually ends the other processes when one dies; this is for where it does not, and for
+a machine that vanishes without closing its connections.
+"""
+
+import os
+import socket
+import threading
+import time
+from typing import Any
+
+from .errors import UnavailableError
+
+BEAT = 5.0  # seconds between two beats
+PATIENCE = 120.0  # seconds without a beat after which a process counts as dead
+START = 600.0  # seconds that a process may take to start
+AGAIN = "What is committed is safe; run the same command again, with any number of processes."
+
+
+class Heartbeat:
+    """The beats of one of `count` processes, and what it hears of the others."""
+
+    def __init__(self, store: Any, rank: int, count: int) -> None:
+        self.store, self.rank, self.count = store, rank, count
+        self.started, self.steps = time.monotonic(), 0
+        self.heard: dict[int, tuple[int, float]] = {}  # rank -> its last beat, and when this process noticed it
+        store.set(f"sae/name/{rank}", f"process {os.getpid()} on {socket.gethostname()}")
+        threading.Thread(target=self._beat, args=(store.clone(),), daemon=True).start()
+
+    def _beat(self, store: Any) -> None:
+        while True:
+            try:
+                store.add(f"sae/beat/{self.rank}", 1)
+            except RuntimeError:  # the store is gone, which `meet` reports
+                return
+            time.sleep(BEAT)
+
+    def meet(self) -> None:
+        """Return once every process has called this as often as this one. Ctrl-C ends the waiting.
+
+        Raises UnavailableError, naming the processes, if some have ended or have not started.
+        """
+        self.steps += 1
+        try:
+            self.store.set(f"sae/met/{self.steps}/{self.rank}", "")
+            pause = 0.001
+            while away := [r for r in range(self.count) if not self.store.check([f"sae/met/{self.steps}/{r}"])]:
+                self._check(away)
+                time.sleep(pause)
+                pause = min(2 * pause, 0.2)
+        except RuntimeError as error:
+            raise UnavailableError(
+                f"Rank 0 of {self.count}, or the launcher on its machine "
+                f"({os.environ.get('MASTER_ADDR', 'MASTER_ADDR')}), no longer answers. {AGAIN}"
+            ) from error
+
+    def _check(self, ranks: list[int]) -> None:
+        """Raise UnavailableError if one of these processes has not been heard of for too long."""
+        now = time.monotonic()
+        for rank in ranks:
+            name = f"sae/name/{rank}"
+            if not self.store.check([name]):
+                if now - self.started > START:
+                    raise UnavailableError(f"Rank {rank} of {self.count} has not started in {START:g} s. {AGAIN}")
+                continue
+            beat = self.store.add(f"sae/beat/{rank}", 0)
+            if self.heard.get(rank, (-1, now))[0] != beat:
+                self.heard[rank] = beat, now
+            elif now - self.heard[rank][1] > PATIENCE:
+                raise UnavailableError(
+                    f"Rank {rank} of {self.count} ({self.store.get(name).decode()}) no longer runs: it has been silent "
+                    f"for {PATIENCE:g} s. {AGAIN}"
+                )

@@ -1,0 +1,87 @@
+"""Which of several tasks cuts the text of a harvest: the one that made the claim. The others wait for it.
+
+A claim is a record in tokens/, made where there was none and renewed while its task works. One that has not changed for
+EXPIRY seconds is expired, and whoever makes the next one (its number is one higher) goes on with the text. Each task
+measures this time with its own clock. A task that was only slow notices at its next step that there is a later claim.
+"""
+
+import contextlib
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..cache.place import FolderPlace, claim_file
+from ..common.errors import DamagedError, UnavailableError
+
+RENEW = 10.0  # seconds
+EXPIRY = 90.0
+
+
+class ClaimLost(Exception):  # noqa: N818  (not an error: another task does the work)
+    """Another task took this one for dead and has claimed the text."""
+
+
+class TextClaim:
+    """The claim that this task makes, or the one that it waits for."""
+
+    def __init__(self, place: FolderPlace, command: str) -> None:
+        self.place = place
+        self.owner = f"process {os.getpid()} on {socket.gethostname()} ({command})"
+        self.task = secrets.token_hex(8)  # tells apart two processes of one number in two containers
+        self.seen: tuple[str, int] | None = None  # the claim of another task and its beat
+        self.seen_at = 0.0
+        self.holder = ""  # the task that this one waits for
+
+    def take(self) -> str | None:
+        """Make a claim if there is none, or an expired one; its file, or None as long as another task has it."""
+        claims = self.place.claim_files()
+        number = int(re.findall(r"\d+", claims[-1])[0]) if claims else 0
+        if claims:
+            record = self.place.read_claim(claims[-1])
+            self.holder = str(record["owner"]) if record else ""
+            seen = claims[-1], record["beat"] if record else -1
+            if seen != self.seen:
+                self.seen, self.seen_at = seen, time.monotonic()
+            if time.monotonic() - self.seen_at < EXPIRY:
+                return None
+        file = claim_file(number + 1)
+        return file if self.place.create_claim(file, self._record(0)) else None
+
+    def _record(self, beat: int) -> dict[str, Any]:
+        return {"owner": self.owner, "task": self.task, "beat": beat}
+
+    @contextlib.contextmanager
+    def held(self, file: str) -> Iterator[Callable[[], None]]:
+        """Renew the claim while the context is open, then remove it and those before it, unless it was lost.
+
+        Yields a function to call before each step, which raises ClaimLost once another task has claimed the text.
+        """
+        over = threading.Event()
+
+        def check() -> None:
+            if self.place.claim_files()[-1:] != [file]:
+                raise ClaimLost
+
+        def renew() -> None:
+            beat = 0
+            while not over.wait(RENEW):
+                with contextlib.suppress(UnavailableError, DamagedError, ClaimLost):  # the disk may be full
+                    check()
+                    beat += 1
+                    self.place.renew_claim(file, self._record(beat))
+
+        thread = threading.Thread(target=renew, daemon=True)
+        thread.start()
+        try:
+            yield check
+        finally:
+            over.set()
+            thread.join()
+            claims = self.place.claim_files()
+            if claims[-1:] == [file]:
+                self.place.remove_claims(reversed(claims))

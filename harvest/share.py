@@ -1,0 +1,46 @@
+"""A share of a harvest: what one task of an array job does, without knowing of the others."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..common.errors import UsageError
+from ..common.formatting import format_count
+
+
+@dataclass(frozen=True)
+class Share:
+    """Share `number` of `count`, numbered from 1. It has every count-th window."""
+
+    number: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Share":
+        """The inverse of str. Raises UsageError for a text of another form, or a number outside 1 to the count."""
+        match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+        if match is None:
+            raise UsageError(f"invalid --share {text!r}: expected the number of a share and how many there are: 3/64.")
+        share = cls(int(match[1]), int(match[2]))
+        if not 1 <= share.number <= share.count:
+            hint = f" Of an array that begins at 0, give $((SLURM_ARRAY_TASK_ID + 1))/{share.count}." * (
+                share.number == 0
+            )
+            raise UsageError(f"invalid --share {text}: shares are numbered from 1 to {share.count}.{hint}")
+        return share
+
+    def windows(self, n_windows: int) -> range:
+        """The windows of this share."""
+        return range(self.number - 1, n_windows, self.count)
+
+
+def shares_of(windows: Sequence[int], count: int) -> str:
+    """Whose windows these are, as text: "share 5", "shares 5, 9 and 2 others"."""
+    numbers = sorted({window % count + 1 for window in windows})
+    if len(numbers) == 1:
+        return f"share {numbers[0]}"
+    named = ", ".join(map(str, numbers[:8]))
+    return f"shares {named}" + (f" and {format_count(len(numbers) - 8, 'other')}" if len(numbers) > 8 else "")

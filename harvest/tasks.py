@@ -1,0 +1,72 @@
+"""Harvest a share: one of several tasks that do not know of each other, in any order, started again at any time."""
+
+import contextlib
+import time
+
+from ..cache.contexts import Contexts
+from ..cache.writer import CacheWriter
+from ..common.cache_schemas import HARVEST_RECORD
+from ..common.errors import DamagedError
+from ..common.files import writer_lock
+from ..common.records import as_read
+from ..common.shared_lock import shared_lock
+from .claim import ClaimLost, TextClaim
+from .plan import HarvestPlan
+from .progress import HarvestProgress
+from .share import shares_of
+from .stages import check_folder, check_space_for_text, harvest_windows, open_cache, start_cache
+from .window_draft import remove_draft
+
+POLL, POLL_STORE = 1.0, 5.0  # seconds between two looks whether the text is cut: on a disk, in a store
+
+
+def harvest_share(plan: HarvestPlan, progress: HarvestProgress) -> None:
+    """Harvest a share, beside other tasks in any order, and complete the cache if nothing is missing then."""
+    check_folder(plan)
+    lock = shared_lock if plan.store is None else writer_lock  # each task has its own working folder
+    with lock(plan.folder, plan.command):
+        plan.place.fetch()
+        writer, contexts = begin_together(plan, progress)
+        if plan.share is None:
+            return
+        n_windows, committed = writer.layout.n_windows, writer.committed_windows()
+        left = {window: list(plan.widths) for window in range(n_windows) if window not in committed}
+        mine = writer.missing_windows(plan.share.windows(n_windows))
+        for window in set(plan.share.windows(n_windows)) - mine.keys():
+            remove_draft(plan.folder, window)
+        harvest_windows(plan, writer, contexts, left | mine, mine, progress)
+        if not writer.seal(plan.config.max_norm, plan.token_text):
+            absent = sorted(set(range(n_windows)) - writer.committed_windows()) or list(writer.missing_windows())
+            progress.say(
+                f"Share {plan.share} is done. {len(absent)} of {n_windows} windows are missing, of "
+                f"{shares_of(absent, plan.share.count)}: the task that comes last completes the cache."
+            )
+
+
+def begin_together(plan: HarvestPlan, progress: HarvestProgress) -> tuple[CacheWriter, Contexts]:
+    """What `start_cache` returns. Of several tasks one cuts the text; the others wait for it."""
+    claim, told = TextClaim(plan.place, plan.command), ""
+    while not (claim.place.is_begun() and Contexts.is_complete(plan.folder)):
+        if file := claim.take():
+            with contextlib.suppress(ClaimLost), claim.held(file) as check:
+                check_space_for_text(plan)
+                return start_cache(plan, check)
+        elif claim.holder != told:
+            progress.say(f"Waiting for the text, which {claim.holder} cuts. To cut it beforehand: --prepare.")
+            told = claim.holder
+        time.sleep(POLL if plan.store is None else POLL_STORE)
+    if request_differs(plan):
+        HARVEST_RECORD.write(plan.folder / "harvest.json", plan.record())
+    writer, contexts = open_cache(plan)
+    writer.place.begin()
+    return writer, contexts
+
+
+def request_differs(plan: HarvestPlan) -> bool:
+    """Whether harvest.json says something else than this plan, or nothing. Each task has an environment of its own."""
+    ours, path = as_read(plan.record()), plan.folder / "harvest.json"
+    with contextlib.suppress(DamagedError):  # also raised if it is missing
+        return any(
+            HARVEST_RECORD.read(path).get(name) != ours[name] for name in ours.keys() - {"environment", "device"}
+        )
+    return True
