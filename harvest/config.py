@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..cache.layout import CHUNK_ROWS, SITES, WINDOW_ROWS, is_site
+from ..cache.layout import CHUNK_ROWS, SITES, WINDOW_ROWS, Hook, is_site
 from ..cache.outliers import MAX_NORM, check_max_norm
 from ..common.errors import UsageError
 from ..common.process_group import rank_and_count
@@ -154,4 +154,15 @@ def check_sizes(config: HarvestConfig) -> None:
         raise UsageError(
             f"--window {window} exceeds the number of tokens, and a whole window is kept in memory and filled up on "
             "disk. Give a smaller one."
+        )
+
+
+def check_layers_are_used(config: HarvestConfig, hooks: Sequence[Hook]) -> None:
+    """Raise UsageError for --layer flags that every --module overrides with a layer of its own."""
+    used = {hook.layer for hook in hooks}
+    if "layer" in config.origins and used.isdisjoint(config.layers):
+        layers = ", ".join(map(str, sorted(used)))
+        raise UsageError(
+            f"--layer {config.layers[0]} has no effect: the modules belong to layer {layers}. Leave it out, or write "
+            "{layer} in --module for the number of the block."
         )

@@ -17,15 +17,20 @@ class ExistingRows:
     Attributes:
         cache: None if nothing has been begun.
         missing: the hooks of the harvest that are not complete.
-        windows_left: how many windows are to be harvested for them, with `rows_left` rows; 0 without a cache.
+        windows: the windows that are to be harvested for them, with `rows_left` rows; none without a cache.
         statistics_differ: whether the statistics of a complete hook are of another --max-norm, or lost.
     """
 
     cache: Cache | None
     missing: list[Hook]
-    windows_left: int = 0
+    windows: Sequence[int] = ()
     rows_left: int = 0
     statistics_differ: bool = False
+
+    @property
+    def windows_left(self) -> int:
+        """How many windows are to be harvested."""
+        return len(self.windows)
 
     @property
     def is_finished(self) -> bool:
@@ -57,7 +62,7 @@ def find_existing(folder: Path, fingerprint: str, hooks: Sequence[Hook], max_nor
             missing = [hook for hook in hooks if hook not in cache.hooks]
             left = [w for w in range(cache.layout.n_windows) if not is_committed(folder, w, missing)]
             rows_left = sum(len(cache.layout.row_range(window)) for window in left)
-            return ExistingRows(cache, missing, len(left), rows_left, statistics_differ(cache, hooks, max_norm))
+            return ExistingRows(cache, missing, left, rows_left, statistics_differ(cache, hooks, max_norm))
     return ExistingRows(None, list(hooks))
 
 

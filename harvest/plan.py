@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,12 @@ from ..cache.mirror import working_folder
 from ..cache.object_store import ObjectStore, is_url, open_store
 from ..cache.place import FolderPlace
 from ..cache.planned import PlannedCache
-from ..cache.reader import Cache, read_hook_modules
+from ..cache.reader import Cache
 from ..cache.statistics import describe_statistics
 from ..cache.store_place import StorePlace, take_snapshot
 from ..common.cache_schemas import HARVEST_RECORD
 from ..common.device import resolve_device, resolve_dtype
-from ..common.environment import environment_record
-from ..common.errors import SaeError, UnavailableError, UsageError
+from ..common.errors import SaeError, UnavailableError
 from ..common.files import folder_bytes, free_space
 from ..common.formatting import format_bytes, format_duration
 from ..common.process_group import processes_on_this_machine, rank_and_count
@@ -39,8 +38,9 @@ from .architectures import (
 )
 from .cache_folder import default_folder, is_begun, mention_other_revisions
 from .chat import ChatEncoder
-from .config import TOKENS, HarvestConfig, check_config
+from .config import TOKENS, HarvestConfig, check_config, check_layers_are_used
 from .datasets import EMBEDDED_TEXT, PILE, open_text
+from .division import describe_division
 from .documents import UNREADABLE, TextSource, describe_unreadable
 from .encode import DocumentEncoder
 from .estimate import block_seconds_per_token
@@ -183,6 +183,7 @@ class HarvestPlan:
         return [
             *self.describe_source(),
             *([] if existing.is_finished else self.describe_size(size, existing)),
+            *describe_division(self),
             f"time     {self.describe_time()}",
             f"cache    {existing.describe(self.address, self.config.max_norm)}",
         ]
@@ -204,6 +205,25 @@ class HarvestPlan:
     def layout(self) -> Layout:
         """The layout that the cache will have; its rows are an upper bound where config.tokens is None."""
         return Layout(self.tokens, self.config.window, self.config.storage_dtype, self.config.compress)
+
+    @property
+    def layout_to_fill(self) -> Layout:
+        """The layout of the cache that has begun, or that will be."""
+        cache = self.existing.cache
+        return self.layout if cache is None else cache.layout
+
+    @property
+    def windows_left(self) -> Sequence[int]:
+        """The windows that are to be harvested, by this process or another."""
+        existing = self.existing
+        return range(self.layout.n_windows) if existing.cache is None else existing.windows
+
+    @property
+    def windows_of_process(self) -> Sequence[int]:
+        """Those of this process: of its share, or of the rank that has the most."""
+        if self.share is None:
+            return self.windows_left[:: rank_and_count()[1]]
+        return [window for window in self.windows_left if window % self.share.count == self.share.number - 1]
 
     @property
     def working_bytes(self) -> int:
@@ -253,7 +273,11 @@ class HarvestPlan:
         if self.finished_cache:
             return "none: the cache is finished"
         where = self.device if processes == 1 else f"{processes} processes"
-        seconds = self.estimated_seconds() / processes
+        rows, mine = (
+            sum(len(self.layout_to_fill.row_range(window)) for window in windows)
+            for windows in (self.windows_left, self.windows_of_process)
+        )
+        seconds = self.estimated_seconds() * mine / max(rows, 1)
         return f"about {format_duration(seconds)} of model time on {where}, extrapolated from timing one block"
 
     def estimated_seconds(self) -> float:
@@ -297,38 +321,6 @@ class HarvestPlan:
         with contextlib.suppress(SaeError):
             return dict(HARVEST_RECORD.read(record).get("unreadable", {}))
         return {}
-
-    def record(self) -> dict[str, Any]:
-        """The content of harvest.json: the last request for this cache, from which `sae cache repair` repeats it.
-
-        Paths are absolute and Hub revisions pinned, so that it works from any folder and after the Hub has moved on.
-        Each window's commit file records the settings it was harvested with.
-        """
-        record = asdict(self.config)
-        record["adapters"] = [str(Path(one).resolve()) if Path(one).exists() else one for one in self.config.adapters]
-        if not record["adapters"]:
-            del record["adapters"]
-        for name in ("model", "dataset"):
-            if record[name] and Path(record[name]).exists():
-                record[name] = str(Path(record[name]).resolve())
-        record |= {name: list(getattr(self.config, name)) for name in ("skip_tokens", "roles")}
-        if self.source.on_hub:
-            record["revision"] = self.source.revision
-        if "split" in self.text.identity:  # a dataset of the Hub
-            record["dataset_revision"] = self.text.identity["revision"]
-        if unreadable := self.unreadable_rows():
-            record["unreadable"] = unreadable
-        record["origins"] = {name: at for name, at in self.config.origins.items() if name not in ("share", "prepare")}
-        not_recorded = ("layers", "sites", "modules", "device", "out", "share", "prepare")
-        record = {name: value for name, value in record.items() if name not in not_recorded}
-        bos_id = self.context_format.bos_id
-        record["bos_token"] = None if bos_id is None else token_text(self.tokenizer, bos_id)
-        modules = read_hook_modules(self.folder) | self.modules  # keeps those of layers harvested earlier
-        return record | {
-            "device": self.device if ":" in self.config.device else self.device.partition(":")[0],
-            "modules": dict(sorted(modules.items())),
-            "environment": environment_record(),  # alike for any number of processes
-        }
 
     def check_space(self, needed: float, per_token: float) -> None:
         """Raise UnavailableError if `needed` bytes do not fit on the disk."""
@@ -398,14 +390,3 @@ def plan_harvest(
     return HarvestPlan(
         config, source, model_config, tokenizer, text, identity, folder, hooks, tokens, dtype, device, chat, store
     )
-
-
-def check_layers_are_used(config: HarvestConfig, hooks: Sequence[Hook]) -> None:
-    """Raise UsageError for --layer flags that every --module overrides with a layer of its own."""
-    used = {hook.layer for hook in hooks}
-    if "layer" in config.origins and used.isdisjoint(config.layers):
-        layers = ", ".join(map(str, sorted(used)))
-        raise UsageError(
-            f"--layer {config.layers[0]} has no effect: the modules belong to layer {layers}. Leave it out, or write "
-            "{layer} in --module for the number of the block."
-        )

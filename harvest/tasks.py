@@ -6,13 +6,12 @@ import time
 from ..cache.contexts import Contexts
 from ..cache.writer import CacheWriter
 from ..common.cache_schemas import HARVEST_RECORD
-from ..common.errors import DamagedError
 from ..common.files import writer_lock
-from ..common.records import as_read
 from ..common.shared_lock import shared_lock
 from .claim import ClaimLost, TextClaim
 from .plan import HarvestPlan
 from .progress import HarvestProgress
+from .request import request_differs, request_of
 from .share import shares_of
 from .stages import check_folder, check_space_for_text, harvest_windows, open_cache, start_cache
 from .window_draft import remove_draft
@@ -56,17 +55,7 @@ def begin_together(plan: HarvestPlan, progress: HarvestProgress) -> tuple[CacheW
             told = claim.holder
         time.sleep(POLL if plan.store is None else POLL_STORE)
     if request_differs(plan):
-        HARVEST_RECORD.write(plan.folder / "harvest.json", plan.record())
+        HARVEST_RECORD.write(plan.folder / "harvest.json", request_of(plan))
     writer, contexts = open_cache(plan)
     writer.place.begin()
     return writer, contexts
-
-
-def request_differs(plan: HarvestPlan) -> bool:
-    """Whether harvest.json says something else than this plan, or nothing. Each task has an environment of its own."""
-    ours, path = as_read(plan.record()), plan.folder / "harvest.json"
-    with contextlib.suppress(DamagedError):  # also raised if it is missing
-        return any(
-            HARVEST_RECORD.read(path).get(name) != ours[name] for name in ours.keys() - {"environment", "device"}
-        )
-    return True

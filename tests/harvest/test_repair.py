@@ -22,6 +22,7 @@ from sae.harvest.model import ModelSource
 from sae.harvest.plan import HarvestConfig, plan_harvest
 from sae.harvest.progress import HarvestProgress
 from sae.harvest.repair import repair
+from sae.harvest.request import request_of
 from sae.harvest.run import run_harvest
 
 
@@ -277,12 +278,12 @@ def test_a_relative_model_path_is_recorded_as_absolute(
 def test_the_revisions_of_the_hub_are_recorded(request_: HarvestConfig) -> None:
     """A name given without a commit is recorded with one, since the Hub may move on."""
     here = plan_harvest(request_)
-    assert here.record()["revision"] is None and here.record()["dataset_revision"] is None
+    assert request_of(here)["revision"] is None and request_of(here)["dataset_revision"] is None
     source = ModelSource("google/gemma-2-2b", "google/gemma-2-2b", "c0ffee")
     text = TextSource(
         "pile", {"name": "pile", "revision": "beef", "split": "train", "column": "text"}, ListedDocuments(lambda: [])
     )
-    there = replace(here, source=source, text=text).record()
+    there = request_of(replace(here, source=source, text=text))
     assert (there["revision"], there["dataset_revision"]) == ("c0ffee", "beef")
 
 

@@ -1,0 +1,123 @@
+"""Real processes of a harvest, forked so that they need not import torch: ranks without a launcher, and shares."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from sae.cache.writer import CacheWriter
+from sae.common import heartbeat
+from sae.common.errors import SaeError
+from sae.harvest import claim, run, tasks
+from sae.harvest.run import harvest_activations
+
+FORK = multiprocessing.get_context("fork")
+
+
+class Kill(NamedTuple):
+    """When a process kills itself: before or after the rename of its file number `file`, or up to 20 ms later."""
+
+    moment: str
+    file: int
+
+
+def arm(kill: Kill) -> None:
+    """Make this process kill itself."""
+    numbers = itertools.count()
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def wrap(publish: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        def call(source: Any, target: Any) -> None:
+            due = next(numbers) == kill.file
+            if due and kill.moment == "before":
+                die()
+            publish(source, target)
+            if due and kill.moment == "after":
+                die()
+            if due:
+                threading.Timer(random.Random(kill.file).uniform(0, 0.02), die).start()
+
+        return call
+
+    os.replace, os.link = wrap(os.replace), wrap(os.link)  # a file gets its name by one of them
+
+
+def harvest_noted(options: dict[str, Any], environment: dict[str, str], note: Path, kill: Kill | None) -> None:
+    """Harvest in this process, and write down what it committed, its world size, and how it ended."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    heartbeat.PATIENCE, heartbeat.BEAT = 2.0, 0.2
+    run.SEEN_WITHIN, tasks.POLL = 1.0, 0.1
+    claim.RENEW, claim.EXPIRY = 0.2, 2.0
+    written: list[int] = []
+    write_window = CacheWriter.write_window
+
+    def noted(writer: CacheWriter, window: int, *arguments: Any, **more: Any) -> None:
+        write_window(writer, window, *arguments, **more)
+        written.append(window)
+
+    CacheWriter.write_window = noted  # type: ignore[method-assign]
+    if kill is not None:
+        arm(kill)
+    said: list[str] = []
+    error = ""
+    try:
+        harvest_activations(**options, progress=run.HarvestProgress(say=said.append))
+    except SaeError as raised:
+        error = str(raised)
+    size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    note.write_text(json.dumps({"windows": written, "world_size": size, "error": error, "said": said}))
+    os._exit(bool(error))
+
+
+class Started:
+    """A process that harvests."""
+
+    def __init__(self, options: dict[str, Any], note: Path, *, kill: Kill | None = None, **environment: object) -> None:
+        self.note = note
+        variables = {name: str(value) for name, value in environment.items()}
+        self.process = FORK.Process(target=harvest_noted, args=(options, variables, note, kill))
+        self.process.start()
+
+    def end(self) -> dict[str, Any]:
+        """What it wrote down, and its exit code, once it has ended."""
+        self.process.join(120)
+        noted = json.loads(self.note.read_text()) if self.note.exists() else {}
+        self.note.unlink(missing_ok=True)
+        return noted | {"code": self.process.exitcode}
+
+
+def start_ranks(options: list[dict[str, Any]], notes: Path, kills: dict[int, Kill] | None = None) -> list[Started]:
+    """One rank for each of these options, as srun starts them: with an address in the environment and no launcher."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        Started(
+            one,
+            notes / f"rank{rank}",
+            kill=(kills or {}).get(rank),
+            RANK=rank,
+            LOCAL_RANK=rank,
+            WORLD_SIZE=len(options),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )  # fmt: skip
+        for rank, one in enumerate(options)
+    ]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file of a cache but the lock."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}

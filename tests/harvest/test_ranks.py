@@ -1,0 +1,259 @@
+"""Several processes write the bytes of one: ranks, shares, and either of them killed at any moment."""
+
+import itertools
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sae.cache.reader import Cache
+from sae.common.errors import UsageError
+from sae.common.process_group import rank_and_count
+from sae.harvest.run import harvest_activations
+from sae.harvest.share import Share, shares_of
+
+from .ranks import Kill, Started, files_of, start_ranks
+
+WINDOWS = 12
+
+
+@pytest.fixture(scope="module")
+def options(tiny_model: Path, sentences: Path) -> dict[str, Any]:
+    """Two layers, 3,000 rows in twelve windows."""
+    return {
+        "model": str(tiny_model), "dataset": str(sentences), "layers": (0, 1), "tokens": 3000, "context": 32,
+        "window": 256, "held_out": 0.1, "device": "cpu", "batch_contexts": 8,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> dict[str, bytes]:
+    """The files of one process."""
+    return files_of(harvest_activations(**options, out=tmp_path_factory.mktemp("whole") / "cache").folder)
+
+
+def test_two_ranks_write_the_bytes_of_one_process(options: dict, whole: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+    ended = [process.end() for process in start_ranks([options | {"out": out}] * 2, tmp_path)]
+    assert [(one["code"], one["world_size"], one["error"]) for one in ended] == [(0, 2, "")] * 2
+    assert [one["windows"] for one in ended] == [list(range(0, WINDOWS, 2)), list(range(1, WINDOWS, 2))]
+    assert files_of(out) == whole  # harvest.json too, and nothing else is left
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_torchrun(tiny_model: Path, sentences: Path, tmp_path: Path, count: int) -> None:
+    """The command itself, under the launcher that people use."""
+    words = ["harvest", "--model", tiny_model, "--dataset", sentences, "--layer", 0, "--layer", 1, "--tokens", 3000]
+    words = [*map(str, words), "--context", "32", "--window", "256", "--batch-contexts", "8", "--out"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    one, several = tmp_path / "one", tmp_path / "several"
+    subprocess.run([sys.executable, "-m", "sae", *words, str(one)], check=True, env=environment)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    told = subprocess.run(
+        [*launch, "-m", "sae", *words, str(several)], check=True, env=environment, capture_output=True, text=True
+    ).stderr
+    each = -(-WINDOWS // count)
+    assert f"ranks    {count} processes on 1 machine: each at most {each} of 12 windows" in told
+    assert files_of(one) == files_of(several)
+    assert told.count("done     3,000 rows") == told.count("memory   ") == 1  # the first process speaks for all
+
+
+@pytest.mark.slow
+def test_shares_in_any_order_with_one_run_twice(options: dict, whole: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+    for number in (3, 1, 3):
+        ended = Started(options | {"out": out, "share": f"{number}/3"}, tmp_path / "note").end()
+        assert ended["code"] == 0 and not (out / "manifest.json").exists()
+    assert ended["windows"] == []  # nothing is repeated
+    assert ended["said"][-1].startswith("Share 3/3 is done. 4 of 12 windows are missing, of share 2: ")
+    assert Started(options | {"out": out, "share": "2/3"}, tmp_path / "note").end()["windows"] == [1, 4, 7, 10]
+    assert files_of(out) == whole
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert Started(options | {"out": out, "share": "2/3"}, tmp_path / "note").end()["windows"] == []
+    assert {path: path.stat().st_mtime_ns for path in before if path.exists()} == {
+        path: time for path, time in before.items() if path.name != ".lock.holder"
+    }
+
+
+@pytest.mark.slow
+def test_all_shares_at_once_and_one_of_them_twice(options: dict, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """One task cuts the text; the others wait and say for whom."""
+    out = tmp_path / "cache"
+    numbers = (1, 2, 3, 2)
+    started = [
+        Started(options | {"out": out, "share": f"{number}/3"}, tmp_path / f"note{place}")
+        for place, number in enumerate(numbers)
+    ]
+    ended = [process.end() for process in started]
+    assert [one["code"] for one in ended] == [0] * 4
+    assert set(itertools.chain(*(one["windows"] for one in ended))) == set(range(WINDOWS))
+    waiting = [one for one in ended if any("Waiting for the text, which process" in line for line in one["said"])]
+    assert len(waiting) < 4
+    assert files_of(out) == whole
+
+
+@pytest.mark.slow
+def test_prepared_text_is_read_by_every_share(options: dict, whole: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+    cache = harvest_activations(**options, out=out, prepare=True)
+    assert cache.hooks == [] and not (out / "commits").exists()
+    tokens = {path: path.stat().st_mtime_ns for path in (out / "tokens").rglob("*")}
+    for number in (2, 1):
+        assert Started(options | {"out": out, "share": f"{number}/2"}, tmp_path / "note").end()["code"] == 0
+    assert {path: path.stat().st_mtime_ns for path in (out / "tokens").rglob("*")} == tokens
+    assert files_of(out) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_dead_rank_is_named(options: dict, whole: dict[str, bytes], tmp_path: Path, dead: int) -> None:
+    """Without a launcher that ends them, the others finish their windows and then say who is missing."""
+    out = tmp_path / "cache"
+    ranks = start_ranks([options | {"out": out}] * 3, tmp_path, {dead: Kill("before", 40)})
+    ended = [process.end() for process in ranks]
+    assert ended[dead]["code"] == -9
+    for rank in {0, 1, 2} - {dead}:
+        assert ended[rank]["code"] == 1 and ended[rank]["windows"] == list(range(rank, WINDOWS, 3))
+        name = (
+            "Rank 0 of 3, or the launcher on its machine (127.0.0.1), no longer answers. "
+            if dead == 0
+            else f"Rank 1 of 3 (process {ranks[1].process.pid} on "
+        )
+        assert ended[rank]["error"].startswith(name)
+        assert ended[rank]["error"].endswith("run the same command again, with any number of processes.")
+    assert [one.end()["code"] for one in start_ranks([options | {"out": out}] * 2, tmp_path)] == [0, 0]
+    assert files_of(out) == whole
+
+
+@pytest.mark.slow
+def test_ranks_without_a_common_folder_are_refused(options: dict, tmp_path: Path) -> None:
+    both = [options | {"out": tmp_path / name} for name in ("disk0", "disk1")]
+    ended = [process.end() for process in start_ranks(both, tmp_path)]
+    assert [one["windows"] for one in ended] == [[], []]
+    assert (
+        "does not see what" in ended[1]["error"] and "give --out on a disk that all of them share" in ended[1]["error"]
+    )
+    assert ended[0]["error"] == ended[1]["error"]
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_ends_all_of_them(options: dict, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    ended = [process.end() for process in start_ranks([options | {"out": tmp_path / "cache"}] * 3, tmp_path)]
+    assert [one["error"] for one in ended] == [ended[0]["error"]] * 3 and "is not a folder" in ended[0]["error"]
+
+
+KILLS = [  # the files of a rank are some 13 of text and metadata, then 10 for each of its windows
+    *((kind, moment, file) for kind in ("ranks", "shares") for moment in ("before", "after")
+      for file in (2, 9, 11, 14)),
+    *((kind, moment, random.Random(file).randrange(12, 50)) for kind in ("ranks", "shares")
+      for moment, file in (("before", 1), ("after", 2), ("later", 3), ("later", 4))),
+    ("shares", "later", 5),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "moment", "file"), KILLS)
+def test_kills_of_ranks_and_shares(
+    options: dict, whole: dict[str, bytes], tmp_path: Path, kind: str, moment: str, file: int
+) -> None:
+    """Of three processes one is killed, or two; then the command goes on with another number of them."""
+    out, rng = tmp_path / "cache", random.Random(f"{kind} {moment} {file}")
+    victims = {victim: Kill(moment, file) for victim in rng.sample(range(3), rng.choice([1, 2]))}
+    if kind == "ranks":
+        first = start_ranks([options | {"out": out}] * 3, tmp_path, victims)
+    else:
+        first = [
+            Started(options | {"out": out, "share": f"{n + 1}/3"}, tmp_path / f"n{n}", kill=victims.get(n))
+            for n in range(3)
+        ]
+    ended = [process.end() for process in first]
+    died = [victim for victim in victims if ended[victim]["code"] == -9]
+    assert died or file < 14  # only the process that cuts the text writes its files
+    if kind == "ranks":
+        again = start_ranks([options | {"out": out}] * rng.choice([1, 2, 4]), tmp_path)
+    else:
+        again = [Started(options | {"out": out, "share": f"{n + 1}/3"}, tmp_path / f"n{n}") for n in died]
+    assert all(process.end()["code"] == 0 for process in again)
+    assert files_of(out) == whole
+    assert len(list(Cache(out).verify())) == len(Cache(out).manifest["files"])
+    shutil.rmtree(out)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("0/64", r"shares are numbered from 1 to 64. Of an array that begins at 0, .*ID \+ 1\)\)/64"),
+        ("65/64", "shares are numbered from 1 to 64.$"), ("3", "expected the number of a share"),
+        ("3/-4", "expected the number"), ("a/b", "expected the number"), ("0/0", "numbered from 1 to 0"),
+    ],
+)  # fmt: skip
+def test_shares_of_another_form_are_refused(text: str, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        Share.parse(text)
+
+
+@pytest.mark.parametrize(("windows", "count"), [(12, 5), (3, 8), (0, 2), (64, 64)])
+def test_every_window_is_in_one_share(windows: int, count: int) -> None:
+    shares = [Share(number, count) for number in range(1, count + 1)]
+    assert sorted(itertools.chain(*(share.windows(windows) for share in shares))) == list(range(windows))
+    assert {len(share.windows(windows)) for share in shares} <= {windows // count, windows // count + 1}
+    for share in shares:
+        assert Share.parse(str(share)) == share
+        if mine := share.windows(windows):
+            assert shares_of(mine, count) == f"share {share.number}"
+
+
+def test_missing_shares_are_named() -> None:
+    assert shares_of([4, 8, 12], 4) == "share 1" and shares_of([4, 5, 11], 4) == "shares 1, 2, 4"
+    assert shares_of(range(100), 10) == "shares 1, 2, 3, 4, 5, 6, 7, 8 and 2 others"
+
+
+def test_shares_and_a_launcher_exclude_each_other(options: dict, tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(UsageError, match="--prepare cuts the text for every share. Leave --share out."):
+        harvest_activations(**options, out=tmp_path / "c", share="1/2", prepare=True)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for given in ({"share": "1/2"}, {"prepare": True}):
+        with pytest.raises(UsageError, match="a launcher has started 4 processes that do. Leave out --"):
+            harvest_activations(**options, out=tmp_path / "c", **given)
+
+
+def test_launchers_that_start_one_process_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rank_and_count() == (0, 1)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert rank_and_count() == (0, 1)  # accelerate launch --cpu --num_processes 1
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(UsageError, match="`accelerate launch --cpu` starts one process, whatever --num_processes says"):
+        rank_and_count()
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    with pytest.raises(UsageError, match="4 processes were started .OMPI_COMM_WORLD_SIZE. without WORLD_SIZE. Use"):
+        rank_and_count()
+
+
+@pytest.mark.slow
+def test_accelerate_launch(options: dict, tmp_path: Path) -> None:
+    """In the installed version --cpu starts one process, and --multi_gpu as many as it is told, on CPUs too."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    words = ["-m", "sae", "harvest", "--model", options["model"], "--dataset", options["dataset"], "--layer", "0"]
+    words += ["--tokens", "3000", "--context", "32", "--window", "256", "--device", "cpu", "--out"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def run(*flags: str) -> subprocess.CompletedProcess[str]:
+        command = [*launch, *flags, "--num_processes", "2", *words, str(tmp_path / "cache")]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    refused = run("--cpu")
+    assert refused.returncode and "error: `accelerate launch --cpu` starts one process" in refused.stderr
+    assert not (tmp_path / "cache").exists()
+    done = run("--multi_gpu")
+    assert done.returncode == 0 and "ranks    2 processes on 1 machine" in done.stderr
