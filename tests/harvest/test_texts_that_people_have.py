@@ -12,7 +12,7 @@ from sae.cache.reader import Cache
 from sae.common.cache_schemas import HARVEST_RECORD
 from sae.common.errors import UsageError
 from sae.common.files import read_json
-from sae.harvest import contexts, run
+from sae.harvest import contexts, stages
 from sae.harvest.plan import HarvestConfig, HarvestPlan, plan_harvest
 from sae.harvest.repair import repair
 from sae.harvest.run import run_harvest
@@ -72,7 +72,7 @@ def test_skipped_rows_are_said_and_recorded_however_often_it_is_resumed(
 ) -> None:
     """Killed between two checkpoints of the text, resumed, opened again, and repaired."""
     monkeypatch.setattr(contexts, "BATCH_DOCUMENTS", 5)
-    monkeypatch.setattr(run, "make_contexts", functools.partial(contexts.make_contexts, checkpoint_tokens=100))
+    monkeypatch.setattr(stages, "make_contexts", functools.partial(contexts.make_contexts, checkpoint_tokens=100))
     folder, read = tmp_path / "cache", contexts.next_batch
 
     def killed(documents: Any) -> Any:

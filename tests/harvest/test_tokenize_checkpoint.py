@@ -15,7 +15,7 @@ import pytest
 from sae.cache.contexts import Contexts
 from sae.common import records
 from sae.common.errors import DamagedError, UnavailableError
-from sae.harvest import run, tokenize_checkpoint
+from sae.harvest import stages, tokenize_checkpoint
 from sae.harvest.contexts import ContextCutter, is_held_out, make_contexts
 from sae.harvest.documents import Document, ListedDocuments, TextSource
 from sae.harvest.plan import HarvestConfig, plan_harvest
@@ -238,14 +238,14 @@ def test_a_harvest_killed_while_it_tokenizes(
         }
 
     expected = files_of(run_harvest(plan_harvest(request)).folder)
-    monkeypatch.setattr(run, "make_contexts", functools.partial(make_contexts, checkpoint_tokens=100))
+    monkeypatch.setattr(stages, "make_contexts", functools.partial(make_contexts, checkpoint_tokens=100))
     killed = replace(request, out=tmp_path / "killed")
     told: list[str] = []
 
     def die(*_: Any, **__: Any) -> None:
         raise Killed
 
-    for where, name in ((run, "CacheWriter"), (run, "remove_checkpoint")):
+    for where, name in ((stages, "CacheWriter"), (stages, "remove_checkpoint")):
         with monkeypatch.context() as patched:
             patched.setattr(where, name, die)
             with pytest.raises(Killed):
