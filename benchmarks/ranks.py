@@ -1,4 +1,4 @@
-"""What several processes of a launcher gain: `python benchmarks/ranks.py train [--rounds 3] [--steps 100]`.
+"""What several processes of a launcher gain: `python benchmarks/ranks.py train|harvest [--rounds 3]`.
 
 The commands are those of a user, `torchrun --nproc_per_node 2 -m sae ...` beside `sae ...`, in rounds, in random order:
 
@@ -11,6 +11,8 @@ process that took the most, which other work on the machine hardly changes. The 
 machine with two idle cores. Memory is the peak of the anonymous memory of each process.
 
     train      eight runs of relu, 576 -> 2,304, in batches of 1,024 tokens: eight seeds, which share a pass
+    harvest    layer 12 of gemma-2-mini in windows of 8,192 rows; the work is from the end of cutting the text to the
+               last commit, so it holds loading the model, and not the statistics at the end
 """
 
 import argparse
@@ -133,8 +135,9 @@ def compare(measure: Callable[..., Measured], rounds: int) -> None:
             print(f"{title}, {field}: two processes are {median(ratios):.2f} times as fast as one ({spread})")
 
 
-def train(steps: int, rounds: int) -> None:
+def train(options: argparse.Namespace) -> None:
     """Eight runs; the work is from the first run.json to the last sae.json."""
+    steps, rounds = options.steps, options.rounds
     with tempfile.TemporaryDirectory() as scratch:
         cache = make_cache(Path(scratch) / "cache", 0.4, d_in=576)
         words = ["train", "--cache", str(cache.folder), "--variant", "relu", "--width", "2304", "--batch-size", "1024"]
@@ -149,19 +152,34 @@ def train(steps: int, rounds: int) -> None:
         compare(measure, rounds)
 
 
-STAGES = {"train": train}
+def harvest(options: argparse.Namespace) -> None:
+    """A harvest of the embedded text."""
+    words = ["harvest", "--model", "gemma-2-mini", "--layer", "12", "--tokens", str(options.tokens)]
+    words += ["--window", "8192", "--device", "cpu"]
+    with tempfile.TemporaryDirectory() as scratch:
+        numbers = iter(range(1000))
+
+        def measure(**how: object) -> Measured:
+            out = Path(scratch) / f"cache{next(numbers)}"
+            return run(words, out, ("row_ctx/zarr.json", "commits/*.json"), **how)  # type: ignore[arg-type]
+
+        compare(measure, options.rounds)
+
+
+STAGES = {"train": train, "harvest": harvest}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=100, help="of each run")
+    parser.add_argument("--steps", type=int, default=100, help="train: of each run")
+    parser.add_argument("--tokens", type=int, default=131_072, help="harvest: rows, 8,192 to a window")
     options = parser.parse_args()
     if len(os.sched_getaffinity(0)) < CORES:
         raise SystemExit(f"needs {CORES} cores")
     print(machine())
-    STAGES[options.stage](options.steps, options.rounds)
+    STAGES[options.stage](options)
 
 
 if __name__ == "__main__":

@@ -42,10 +42,12 @@ def request_of(plan: HarvestPlan) -> dict[str, Any]:
     bos_id = plan.context_format.bos_id
     record["bos_token"] = None if bos_id is None else token_text(plan.tokenizer, bos_id)
     modules = read_hook_modules(plan.folder) | plan.modules  # keeps those of layers harvested earlier
+    environment = environment_record()
+    environment["variables"].pop("WORLD_SIZE", None)  # how many processes there were decides no byte
     return record | {
         "device": plan.device if ":" in plan.config.device else plan.device.partition(":")[0],
         "modules": dict(sorted(modules.items())),
-        "environment": environment_record(),  # alike for any number of processes
+        "environment": environment,
     }
 
 

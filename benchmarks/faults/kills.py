@@ -150,7 +150,7 @@ def launched(m: Matrix) -> None:
         f"{left} of 48 commits; the same command ended with {again.returncode} and the same bytes",
         len(pair) == 2,
         again.returncode == 0,
-        same_bytes("pair", leaving_out="harvest.json"),  # which says that there were two
+        same_bytes("pair", leaving_out="harvest.json"),  # which has the OMP_NUM_THREADS that torchrun sets
         "/sae/cli/console.py" not in said,
     )
 

@@ -43,6 +43,8 @@ FLAGS = {
     "compress": (None, "compress", True),
     "max-norm": ("8", "max_norm", 8.0),
     "storage-dtype": ("uint16", "storage_dtype", "uint16"),
+    "share": ("3/64", "share", "3/64"),
+    "prepare": (None, "prepare", True),
 }
 
 
