@@ -1,64 +1,67 @@
 """What each of several processes does of a harvest, in rows, bytes and memory: lines of its plan."""
 
 import copy
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import AutoModel
 
+from ..cache.layout import Hook, Layout
 from ..common.formatting import format_bytes, format_count
 from ..common.process_group import processes_on_this_machine, rank_and_count
 from .architectures import can_truncate
 from .building import build_without_numbers
+from .share import Share
 from .structure import decoder_config, truncate_config
-
-if TYPE_CHECKING:
-    from .plan import HarvestPlan
 
 WINDOWS_IN_MEMORY = 2  # of each process: one is computed, one is written
 TOKEN_BYTES = 5  # the id of a token, and whether it is a row
+SIDE_BYTES, NORM_BYTES = 6, 4  # of a row on the disk: row_ctx and row_pos; for each hook its row_norm
 
 
-def describe_division(plan: "HarvestPlan") -> list[str]:
-    """The lines about the processes: of ranks, the one with the most windows. None if a process does all of it."""
-    layout = plan.layout_to_fill
+def describe_division(
+    share: Share | None, layout: Layout, windows: Sequence[int], context: int, model_config: Any,
+    widths: Mapping[Hook, int], dtype: str, device: str,
+) -> list[str]:  # fmt: skip
+    """The lines about what a process does and keeps in memory; none if it does all.
+
+    Of ranks, `windows` are those of the one with the most. `widths` has the hooks that are harvested.
+    """
     if (count := rank_and_count()[1]) > 1:
         machines = format_count(-(-count // processes_on_this_machine()), "machine")
         title = f"ranks    {count} processes on {machines}: each at most"
-    elif plan.share is not None:
-        title = f"share    {plan.share.number} of {plan.share.count}:"
+    elif share is not None:
+        title = f"share    {share.number} of {share.count}:"
     else:
         return []
-    mine = plan.windows_of_process
-    rows = sum(len(layout.row_range(window)) for window in mine)
-    size = format_bytes(rows * plan.bytes_per_token_of([hook.array for hook in plan.existing.missing]))
+    rows, per_row = sum(len(layout.row_range(window)) for window in windows), 2 * sum(widths.values())
+    memory = describe_memory(layout, per_row, context, weight_bytes(model_config, list(widths), dtype), device)
     return [
-        f"{title} {len(mine)} of {layout.n_windows} windows, {rows:,} rows, {size}",
-        f"memory   {describe_memory(plan)}",
+        f"{title} {len(windows)} of {layout.n_windows} windows, {rows:,} rows, "
+        f"{format_bytes(rows * (per_row + SIDE_BYTES + NORM_BYTES * len(widths)))}",
+        f"memory   {memory}",
     ]
 
 
-def describe_memory(plan: "HarvestPlan") -> str:
-    """What a process keeps in memory, as text. What torch and one forward pass need comes on top of it."""
-    layout, arrays = plan.layout_to_fill, [hook.array for hook in plan.existing.missing]
-    window = min(layout.window_rows, layout.rows) * sum(2 * plan.widths[name] for name in arrays)
-    tokens = TOKEN_BYTES * layout.rows * plan.config.context // (plan.config.context - 1)
-    weights = weight_bytes(plan)
+def describe_memory(layout: Layout, bytes_per_row: int, context: int, weights: int | None, device: str) -> str:
+    """What a process keeps in memory. What torch and one pass need comes on top of it."""
+    window = min(layout.window_rows, layout.rows) * bytes_per_row
+    tokens = TOKEN_BYTES * layout.rows * context // (context - 1)
     parts = [
         f"{WINDOWS_IN_MEMORY} windows of {format_bytes(window)}", f"{format_bytes(tokens)} of token ids",
-        *([] if weights is None else [f"{format_bytes(weights)} of weights on {plan.device}"]),
+        *([] if weights is None else [f"{format_bytes(weights)} of weights on {device}"]),
     ]  # fmt: skip
     total = WINDOWS_IN_MEMORY * window + tokens + (weights or 0)
     return f"about {format_bytes(total)} in each process: {', '.join(parts)}"
 
 
-def weight_bytes(plan: "HarvestPlan") -> int | None:
-    """Bytes of the weights of the model up to the deepest layer; None if they are quantized."""
-    config = copy.deepcopy(decoder_config(plan.model_config))
-    if getattr(plan.model_config, "quantization_config", None) is not None:
+def weight_bytes(model_config: Any, hooks: Sequence[Hook], dtype: str) -> int | None:
+    """Bytes of the weights of a model up to the deepest of these hooks; None if they are quantized."""
+    if getattr(model_config, "quantization_config", None) is not None:
         return None
-    blocks = max((hook.layer + 1 for hook in plan.existing.missing), default=1)
-    if can_truncate(plan.model_config, blocks):
+    config, blocks = copy.deepcopy(decoder_config(model_config)), max((hook.layer + 1 for hook in hooks), default=1)
+    if can_truncate(model_config, blocks):
         truncate_config(config, blocks)
     model = build_without_numbers(config, AutoModel)
-    return sum(parameter.numel() for parameter in model.parameters()) * getattr(torch, plan.dtype).itemsize
+    return sum(parameter.numel() for parameter in model.parameters()) * getattr(torch, dtype).itemsize

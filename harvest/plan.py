@@ -183,7 +183,16 @@ class HarvestPlan:
         return [
             *self.describe_source(),
             *([] if existing.is_finished else self.describe_size(size, existing)),
-            *describe_division(self),
+            *describe_division(
+                self.share,
+                self.layout_to_fill,
+                self.windows_of_process,
+                self.config.context,
+                self.model_config,
+                {hook: self.widths[hook.array] for hook in existing.missing},
+                self.dtype,
+                self.device,
+            ),
             f"time     {self.describe_time()}",
             f"cache    {existing.describe(self.address, self.config.max_norm)}",
         ]
@@ -273,10 +282,8 @@ class HarvestPlan:
         if self.finished_cache:
             return "none: the cache is finished"
         where = self.device if processes == 1 else f"{processes} processes"
-        rows, mine = (
-            sum(len(self.layout_to_fill.row_range(window)) for window in windows)
-            for windows in (self.windows_left, self.windows_of_process)
-        )
+        windows = self.windows_left, self.windows_of_process
+        rows, mine = (sum(map(len, map(self.layout_to_fill.row_range, some))) for some in windows)
         seconds = self.estimated_seconds() * mine / max(rows, 1)
         return f"about {format_duration(seconds)} of model time on {where}, extrapolated from timing one block"
 
