@@ -339,7 +339,7 @@ class TokenizeDraft(TypedDict):
     state: TokenizeState
 
 
-class TextClaim(TypedDict):
+class ClaimOfText(TypedDict):
     """tokens/claim-000001.json"""
 
     owner: Annotated[str, Meta(description="the task that cuts the text, as others name it")]
@@ -376,5 +376,5 @@ RING_RECORD = RecordKind(
     Ring, "Delete the ring's folder and run the same `sae train --stream` again: its windows are harvested again."
 )
 TOKENIZE_RECORD = RecordKind(TokenizeDraft, "Run the same `sae harvest` again, which reads the text anew.", indent=None)
-CLAIM_RECORD = RecordKind(TextClaim, "Delete it: another task then cuts the text.", indent=None)
+CLAIM_RECORD = RecordKind(ClaimOfText, "Delete it: another task then cuts the text.", indent=None)
 DRAFT_RECORD = RecordKind(Draft, "Delete the folder: the window is then computed from its beginning.")

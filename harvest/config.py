@@ -9,7 +9,7 @@ from ..cache.outliers import MAX_NORM, check_max_norm
 from ..common.errors import UsageError
 from ..common.process_group import rank_and_count
 from .datasets import EMBEDDED_TEXT
-from .share import Share
+from .share import HarvestShare
 
 LAYERS = (5, 12, 19)
 TOKENS = 10_000_000
@@ -108,7 +108,7 @@ def check_share(config: HarvestConfig) -> None:
     """Raise UsageError for a --share of another form, or one that something else contradicts."""
     given = "--prepare" if config.prepare else "--share"
     if config.share is not None:
-        Share.parse(config.share)
+        HarvestShare.parse(config.share)
         if config.prepare:
             raise UsageError("--prepare cuts the text for every share. Leave --share out.")
     if (config.share is not None or config.prepare) and (count := rank_and_count()[1]) > 1:

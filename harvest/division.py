@@ -12,7 +12,7 @@ from ..common.formatting import format_bytes, format_count
 from ..common.process_group import processes_on_this_machine, rank_and_count
 from .architectures import can_truncate
 from .building import build_without_numbers
-from .share import Share
+from .share import HarvestShare
 from .structure import decoder_config, truncate_config
 
 WINDOWS_IN_MEMORY = 2  # of each process: one is computed, one is written
@@ -21,7 +21,7 @@ SIDE_BYTES, NORM_BYTES = 6, 4  # of a row on the disk: row_ctx and row_pos; for 
 
 
 def describe_division(
-    share: Share | None, layout: Layout, windows: Sequence[int], context: int, model_config: Any,
+    share: HarvestShare | None, layout: Layout, windows: Sequence[int], context: int, model_config: Any,
     widths: Mapping[Hook, int], dtype: str, device: str,
 ) -> list[str]:  # fmt: skip
     """The lines about what a process does and keeps in memory; none if it does all.

@@ -47,7 +47,7 @@ from .estimate import block_seconds_per_token
 from .existing import ExistingRows, find_existing
 from .identity import LITERALS, identity_of
 from .model import ModelSource, find_model, load_tokenizer
-from .share import Share
+from .share import HarvestShare
 from .store_costs import check_working_folder, harvest_requests, working_bytes
 from .structure import embedding_rows
 
@@ -84,9 +84,9 @@ class HarvestPlan:
         return {hook.array: hook_width(hook, self.model_config) for hook in self.hooks}
 
     @property
-    def share(self) -> Share | None:
+    def share(self) -> HarvestShare | None:
         """The share of an array job that this task does."""
-        return None if self.config.share is None else Share.parse(self.config.share)
+        return None if self.config.share is None else HarvestShare.parse(self.config.share)
 
     @property
     def command(self) -> str:

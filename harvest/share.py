@@ -9,7 +9,7 @@ from ..common.formatting import format_count
 
 
 @dataclass(frozen=True)
-class Share:
+class HarvestShare:
     """Share `number` of `count`, numbered from 1. It has every count-th window."""
 
     number: int
@@ -19,7 +19,7 @@ class Share:
         return f"{self.number}/{self.count}"
 
     @classmethod
-    def parse(cls, text: str) -> "Share":
+    def parse(cls, text: str) -> "HarvestShare":
         """The inverse of str. Raises UsageError for a text of another form, or a number outside 1 to the count."""
         match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
         if match is None:

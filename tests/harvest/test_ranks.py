@@ -15,7 +15,7 @@ from sae.cache.reader import Cache
 from sae.common.errors import UsageError
 from sae.common.process_group import rank_and_count
 from sae.harvest.run import harvest_activations
-from sae.harvest.share import Share, shares_of
+from sae.harvest.share import HarvestShare, shares_of
 
 from .ranks import Kill, Started, files_of, start_ranks
 
@@ -199,16 +199,16 @@ def test_kills_of_ranks_and_shares(
 )  # fmt: skip
 def test_shares_of_another_form_are_refused(text: str, sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
-        Share.parse(text)
+        HarvestShare.parse(text)
 
 
 @pytest.mark.parametrize(("windows", "count"), [(12, 5), (3, 8), (0, 2), (64, 64)])
 def test_every_window_is_in_one_share(windows: int, count: int) -> None:
-    shares = [Share(number, count) for number in range(1, count + 1)]
+    shares = [HarvestShare(number, count) for number in range(1, count + 1)]
     assert sorted(itertools.chain(*(share.windows(windows) for share in shares))) == list(range(windows))
     assert {len(share.windows(windows)) for share in shares} <= {windows // count, windows // count + 1}
     for share in shares:
-        assert Share.parse(str(share)) == share
+        assert HarvestShare.parse(str(share)) == share
         if mine := share.windows(windows):
             assert shares_of(mine, count) == f"share {share.number}"
 
