@@ -17,7 +17,7 @@ from sae.train.plan import TrainConfig, plan_training
 from sae.train.progress import Overview, TrainProgress
 from sae.train.run import run_training
 
-WAIT = 60  # seconds after which a test fails that would wait for ever
+WAIT = 300  # seconds after which a test fails that would wait for ever
 NOTHING = ("run.json", "metrics.jsonl", "sae.json")  # records, also of when and how
 
 Before = Callable[[int], None]
