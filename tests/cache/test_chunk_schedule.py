@@ -63,7 +63,7 @@ def read_all(schedule: ChunkSchedule, capacity: int, steps: int, in_flight: int 
 step_lists = st.lists(st.sets(st.integers(0, 4), max_size=3), min_size=1, max_size=8)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(step_lists, st.integers(3, 5), st.integers(1, 3))
 def test_no_other_choice_pulls_fewer_files(steps: list[set[int]], capacity: int, in_flight: int) -> None:
     schedule = schedule_of(steps, [1] * 5)
@@ -72,7 +72,7 @@ def test_no_other_choice_pulls_fewer_files(steps: list[set[int]], capacity: int,
     assert schedule.pulled(np.zeros(5, bool), capacity).sum() == fewest
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.integers(1, 60), min_size=1, max_size=10), st.integers(1, 40), st.integers(0, 99), st.integers(0, 30),
     st.integers(1, 60), st.floats(0, 1), st.booleans(),

@@ -134,6 +134,7 @@ def test_a_full_disk_is_a_sentence_and_what_is_whole_is_kept(
 
     def full(path: Path, target: Path) -> Path:
         if path.suffix == ".part":
+            assert local._shared._threads.locked()  # or who looks at the folder meanwhile might see neither name
             left[0] -= 1
             if left[0] < 0:
                 raise OSError(28, "No space left on device")
