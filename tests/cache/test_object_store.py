@@ -207,6 +207,54 @@ def test_only_the_first_of_two_writers_writes(store: ObjectStore) -> None:
     assert store.get("claim") == b"task 1"
 
 
+def test_an_object_is_replaced_only_if_it_is_as_it_was_read(store: ObjectStore) -> None:
+    store.put("manifest.json", b"1")
+    assert store.replace("manifest.json", b"2", b"1") and store.get("manifest.json") == b"2"
+    assert not store.replace("manifest.json", b"3", b"1") and store.get("manifest.json") == b"2"
+    assert store.replace("manifest.json", b"2", b"1")  # as after an answer that was lost
+    with pytest.raises(DamagedError, match="manifest is missing"):
+        store.replace("manifest", b"2", b"1")
+
+
+def test_another_writer_between_reading_and_replacing(bucket: str) -> None:
+    store = open_store(bucket)
+    store.put("manifest.json", b"1")
+    real = store.store
+
+    class Interrupted:
+        def get(self, key: str):
+            store.store = real
+            result = real.get(key)
+            real.put(key, b"other")
+            return result
+
+        put = staticmethod(real.put)
+
+    store.store = Interrupted()
+    assert not store.replace("manifest.json", b"2", b"1") and store.get("manifest.json") == b"other"
+
+
+def test_a_large_object_goes_up_in_parts(
+    proxy: FaultyProxy, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_store, "PART_BYTES", 5 << 20)
+    (tmp_path / "large").write_bytes(bytes(range(256)) * 50_000)
+    store = open_store(bucket)
+    proxy.schedule = lambda request: "500" if request.number == 2 else None
+    store.put("large", tmp_path / "large")
+    assert len([one for one in proxy.requests if one.method == "PUT"]) == 4  # three parts, one of them twice
+    assert store.get("large") == (tmp_path / "large").read_bytes()
+
+
+def test_parts_of_an_object_are_read(store: ObjectStore) -> None:
+    store.put("there", DATA)
+    starts, lengths = [0, 10, 200_000], [4, 1, 56_000]
+    assert store.get_ranges("there", starts, lengths) == [
+        DATA[start : start + length] for start, length in zip(starts, lengths, strict=True)
+    ]
+    assert store.get_ranges("there", [], []) == []
+
+
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(UnavailableError, match=r"obstore.*cannot be imported|pip install 'sae-pipeline\[remote\]'"):
