@@ -1,0 +1,130 @@
+"""Of several tasks one cuts the text of a harvest; a task that is slow or dead is replaced."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sae.cache.place import FolderPlace
+from sae.common.errors import UnavailableError
+from sae.common.files import writer_lock
+from sae.common.shared_lock import shared_lock
+from sae.harvest import claim, stages, tasks
+from sae.harvest.claim import EXPIRY, ClaimLost, TextClaim
+from sae.harvest.run import harvest_activations
+
+from .ranks import files_of
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that stands still; its time is the only entry."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def claims(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "tokens").iterdir())
+
+
+def test_one_of_two_tasks_has_the_claim(tmp_path: Path) -> None:
+    first, second = (TextClaim(FolderPlace(tmp_path), f"task {n}") for n in (1, 2))
+    file = first.take()
+    assert file == "tokens/claim-000001.json" and second.take() is None and second.holder == first.owner
+    with first.held(file) as check:
+        check()
+    assert claims(tmp_path) == [] and second.take() == "tokens/claim-000001.json"
+
+
+def test_an_expired_claim_is_taken_over_and_its_task_notices(tmp_path: Path, clock: list[float]) -> None:
+    slow, other, third = (TextClaim(FolderPlace(tmp_path), f"task {n}") for n in range(3))
+    file = slow.take()
+    with pytest.raises(ClaimLost), slow.held(file) as check:
+        check()
+        assert other.take() is None and third.take() is None
+        clock[0] = EXPIRY - 1
+        assert other.take() is None
+        clock[0] = EXPIRY
+        later = other.take()
+        assert later == "tokens/claim-000002.json" and third.take() is None  # the claim that it waits for is new
+        check()
+    assert claims(tmp_path) == ["claim-000001.json", "claim-000002.json"]  # the slow one removes nothing
+    with other.held(later) as check:
+        check()
+    assert claims(tmp_path) == []
+
+
+def test_a_claim_that_is_renewed_is_not_taken(tmp_path: Path, clock: list[float], monkeypatch) -> None:
+    monkeypatch.setattr(claim, "RENEW", 0.01)
+    place = FolderPlace(tmp_path)
+    working, waiting = TextClaim(place, "working"), TextClaim(place, "waiting")
+    file = working.take()
+    with working.held(file):
+        assert waiting.take() is None
+        for _ in range(3):
+            clock[0] += EXPIRY - 1
+            before = place.read_claim(file)
+            while place.read_claim(file) == before:  # the thread that renews it runs by the real clock
+                time.sleep(0.001)
+            assert waiting.take() is None
+
+
+def test_a_damaged_claim_expires(tmp_path: Path, clock: list[float]) -> None:
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "claim-000001.json").write_text("{")
+    waiting = TextClaim(FolderPlace(tmp_path), "waiting")
+    assert waiting.take() is None
+    clock[0] = EXPIRY
+    assert waiting.take() == "tokens/claim-000002.json"
+
+
+def test_a_task_that_loses_its_claim_reads_the_text_of_the_other(
+    tiny_model: Path, sentences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes back after another task has taken its claim over, cut the text and harvested its share."""
+    options: dict[str, Any] = {
+        "model": str(tiny_model), "dataset": str(sentences), "layers": 0, "tokens": 600, "context": 32, "window": 256,
+        "device": "cpu",
+    }  # fmt: skip
+    whole, out = harvest_activations(**options, out=tmp_path / "whole").folder, tmp_path / "cache"
+    monkeypatch.setattr(tasks, "POLL", 0.0)
+    monkeypatch.setattr(claim, "EXPIRY", 0.0)
+    make_contexts, written = stages.make_contexts, {}
+
+    def slow(*arguments: Any, **more: Any) -> Any:
+        contexts = make_contexts(*arguments, **more)
+        monkeypatch.setattr(stages, "make_contexts", make_contexts)
+        harvest_activations(**options, out=out, share="2/2")
+        written.update({path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()})
+        return contexts
+
+    monkeypatch.setattr(stages, "make_contexts", slow)
+    harvest_activations(**options, out=out, share="1/2")
+    assert len(list(written)) > 10 and (out / "tokens/commit.json") in written
+    kept = {
+        path: moment for path, moment in written.items() if path.parent.name != "tokens" or "claim" not in path.name
+    }
+    assert {path: path.stat().st_mtime_ns for path in kept if path.name not in (".lock.holder", "zarr.json")} == {
+        path: moment for path, moment in kept.items() if path.name not in (".lock.holder", "zarr.json")
+    }
+    assert files_of(out) == files_of(whole)
+
+
+def test_shares_hold_the_folder_together_and_keep_others_out(tmp_path: Path) -> None:
+    with shared_lock(tmp_path, "sae harvest --share 1/2"):
+        with shared_lock(tmp_path, "sae harvest --share 2/2"):
+            with pytest.raises(UnavailableError, match=r"is being written by process .*--share 2/2\) since"):
+                with writer_lock(tmp_path, "sae cache repair"):
+                    pass
+            stale = tmp_path / "c.0.0.tmp-12345"
+            stale.write_bytes(b"half")
+        assert stale.exists()  # of the other share, for all that this one knows
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    with writer_lock(tmp_path, "sae harvest"):
+        with (
+            pytest.raises(UnavailableError, match=r"\(sae harvest\) since"),
+            shared_lock(tmp_path, "sae harvest --share"),
+        ):
+            pass
