@@ -2,13 +2,14 @@
 
 Each raises a counter in torch's key-value store every few seconds. The store lives in the launcher (torchrun) or in
 rank 0 (srun, mpirun). A launcher usually ends the other processes when one dies; this is for where it does not, and for
-a machine that vanishes without closing its connections.
+a machine that vanishes without closing its connections. Of a process on the same machine the system says it at once.
 """
 
 import os
 import socket
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from .errors import UnavailableError
@@ -26,6 +27,8 @@ class Heartbeat:
         self.store, self.rank, self.count = store, rank, count
         self.started, self.steps = time.monotonic(), 0
         self.heard: dict[int, tuple[int, float]] = {}  # rank -> its last beat, and when this process noticed it
+        self.machine = pid_namespace()
+        store.set(f"sae/machine/{rank}", f"{self.machine} {os.getpid()}")
         store.set(f"sae/name/{rank}", f"process {os.getpid()} on {socket.gethostname()}")
         threading.Thread(target=self._beat, args=(store.clone(),), daemon=True).start()
 
@@ -65,11 +68,33 @@ class Heartbeat:
                 if now - self.started > START:
                     raise UnavailableError(f"Rank {rank} of {self.count} has not started in {START:g} s. {AGAIN}")
                 continue
+            who = f"Rank {rank} of {self.count} ({self.store.get(name).decode()})"
+            machine, process = self.store.get(f"sae/machine/{rank}").decode().rsplit(" ", 1)
+            if machine and machine == self.machine and has_ended(int(process)):
+                # It may have arrived, and ended well, between the two looks.
+                if not self.store.check([f"sae/met/{self.steps}/{rank}"]):
+                    raise UnavailableError(f"{who} has ended. {AGAIN}")
+                continue
             beat = self.store.add(f"sae/beat/{rank}", 0)
             if self.heard.get(rank, (-1, now))[0] != beat:
                 self.heard[rank] = beat, now
             elif now - self.heard[rank][1] > PATIENCE:
-                raise UnavailableError(
-                    f"Rank {rank} of {self.count} ({self.store.get(name).decode()}) no longer runs: it has been silent "
-                    f"for {PATIENCE:g} s. {AGAIN}"
-                )
+                raise UnavailableError(f"{who} no longer runs: it has been silent for {PATIENCE:g} s. {AGAIN}")
+
+
+def pid_namespace() -> str:
+    """What tells apart the machines, and the containers on them, that number their processes; "" if it is not known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def has_ended(process: int) -> bool:
+    """Whether a process of this machine has ended, whether or not its parent has noticed."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return not Path(f"/proc/{process}").exists()
+    return state in "ZX"

@@ -126,6 +126,7 @@ def test_a_dead_rank_is_named(options: dict, whole: dict[str, bytes], tmp_path: 
             else f"Rank 1 of 3 (process {ranks[1].process.pid} on "
         )
         assert ended[rank]["error"].startswith(name)
+        assert dead == 0 or ") has ended. " in ended[rank]["error"]
         assert ended[rank]["error"].endswith("run the same command again, with any number of processes.")
     assert [one.end()["code"] for one in start_ranks([options | {"out": out}] * 2, tmp_path)] == [0, 0]
     assert files_of(out) == whole
