@@ -11,6 +11,8 @@ store, the deal of runs, which chunk is pulled and which makes room. `simulation
 """
 
 import argparse
+import itertools
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -47,8 +49,18 @@ def main() -> None:
 
         print(compare())
     else:
-        for line in page(constants, args.set):
-            print(line, flush=True)
+        print(wrapped(page(constants, args.set)))
+
+
+def wrapped(lines: Iterable[str]) -> str:
+    """Lines of Markdown as text, with paragraphs filled."""
+    found: list[str] = []
+    for is_text, group in itertools.groupby(lines, lambda line: bool(line) and line.lstrip()[0] not in "|#"):
+        text = list(group)
+        found += (
+            [textwrap.fill(" ".join(text), 120, break_long_words=False, break_on_hyphens=False)] if is_text else text
+        )
+    return "\n".join(found)
 
 
 def table(*heading: str) -> list[str]:
@@ -62,8 +74,9 @@ def row(*cells: object) -> str:
 def page(constants: Constants, settings: Sequence[str]) -> Iterable[str]:
     started = time.process_time()
     options = "".join(f" --set {setting}" for setting in settings)
-    yield "# Harvests and sweeps on many machines, simulated\n"
-    yield f"`python benchmarks/scale.py{options}`, {date.today()}, commit {commit()}.\n"
+    yield from ("# Harvests and sweeps on many machines, simulated", "")
+    yield f"`python benchmarks/scale.py{options}`, {date.today()}, commit {commit()}."
+    yield ""
     yield "**Every time on this page is simulated: no cluster, GPU or bucket was at hand.** The constants"
     yield "are at the end;"
     yield "each says whether it was read, measured on two CPU cores, or assumed. Windows, objects,"
@@ -72,9 +85,10 @@ def page(constants: Constants, settings: Sequence[str]) -> Iterable[str]:
     yield from harvest_page(constants)
     yield from sweep_page(constants)
     yield from checks(constants)
-    yield "\n## Constants\n"
+    yield from ("", "## Constants", "")
     yield from describe(constants)
-    yield f"\nThe page took {time.process_time() - started:.0f} s of one processor."
+    yield ""
+    yield f"The page took {time.process_time() - started:.0f} s of one processor."
 
 
 # --- harvests ---------------------------------------------------------------------------------------------------------
@@ -89,31 +103,32 @@ def mean(results: Sequence[Any], value: Callable[[Any], float]) -> float:
 
 
 def harvest_row(name: str, harvest: Harvest) -> str:
-    results = run_harvests(harvest)
-    whole = mean(results, lambda one: one.seconds)
-    ideal = harvest.bounds["model"]
-    return row(
-        name,
-        *(format_duration(seconds) for seconds in (
-            harvest.cut_seconds, harvest.constants.start + harvest.text_seconds, harvest.asking_seconds,
-            mean(results, lambda one: one.windows_seconds), harvest.seal_seconds, whole,
-        )),
-        f"{ideal / whole:.2%}",
-        f"{mean(results, lambda one: one.failures):.1f}",
-        f"{mean(results, lambda one: one.computed_again):.0f}",
-    )  # fmt: skip
+    phases, windows = phases_of(harvest), mean(run_harvests(harvest), lambda one: one.windows_seconds)
+    whole = harvest.cut_seconds + windows + harvest.seal_seconds
+    cells = [*list(phases.values())[:3], windows, harvest.seal_seconds, whole]
+    return row(name, *map(format_duration, cells), f"{harvest.bounds['model'] / whole:.2%}")
+
+
+def phases_of(harvest: Harvest) -> dict[str, float]:
+    """Seconds of the phases of a harvest that one process, or each process by itself, goes through."""
+    return {
+        "cutting the text": harvest.cut_seconds,
+        "starting and reading the text": harvest.constants.start + harvest.text_seconds,
+        "asking for commits": max(harvest.asking_seconds, harvest.bounds["asking"]),
+        "sealing": harvest.seal_seconds,
+    }
 
 
 HARVEST_COLUMNS = (
     "", "cut the text", "start, read the text", "ask for commits", "until the last commit", "seal", "whole",
-    "model's share", "failures", "windows computed again",
+    "model's share",
 )  # fmt: skip
 
 
 def harvest_page(constants: Constants) -> Iterable[str]:
     whole = Harvest(constants=constants)
     layout = whole.layout
-    yield "\n## A harvest: three layers of Gemma-2-2B, 64 nodes of 8 GPUs, into a bucket\n"
+    yield from ("", "## A harvest: three layers of Gemma-2-2B, 64 nodes of 8 GPUs, into a bucket", "")
     yield f"10 billion tokens are {layout.n_windows:,} windows of {layout.window_rows:,} rows,"
     yield f"{len(whole.objects)} objects"
     yield f"and {format_bytes(whole.window_bytes)} each, {format_bytes(whole.window_bytes * layout.n_windows)} in all."
@@ -136,16 +151,23 @@ def harvest_page(constants: Constants) -> Iterable[str]:
     yield harvest_row(
         "10 billion as 16 caches of 4 nodes each", replace(whole, tokens=625_000_000, nodes=4, constants=parts)
     )
-    yield "\n`until the last commit` includes the start, the text and asking. Each cache of the last row cuts"
+    yield ""
+    yield "`until the last commit` includes the start, the text and asking. Each cache of the last row cuts"
     yield "its own text"
     yield "and has a sixteenth of the store's requests; training takes several caches as one (`--cache A --cache B`)."
+    yield ""
+    phases = phases_of(whole)
+    slowest = sorted(phases, key=lambda name: -phases[name])
+    named = [f"{name} ({format_duration(phases[name])})" for name in slowest]
+    yield f"What limits 10 billion tokens is {named[0]}, then {named[1]} and {named[2]}: what one process does, or each"
+    yield "for all windows. Computing and sending the windows takes minutes. Several smaller caches avoid it."
     yield from harvest_failures(whole)
     yield from bad_choices(whole)
     yield from memory(whole)
 
 
 def harvest_failures(whole: Harvest) -> Iterable[str]:
-    yield "\n### Failures\n"
+    yield from ("", "### Failures", "")
     yield "64 nodes. Under one launcher (`torchrun`) every process ends with the one that is lost; tasks of"
     yield "an array job"
     yield "(`--share`) end alone. One node fails when half of the time to the last commit is over; means of 5"
@@ -170,8 +192,10 @@ def harvest_failures(whole: Harvest) -> Iterable[str]:
                 f"{tokens:,}", name, f"{seconds:,.0f} s", f"{later:,.0f} s", f"{again:.1f}", f"{later / 3600:.1%}"
             )
     published = whole.constants.node_failures * whole.nodes
-    yield f"\n64 nodes fail once in {1 / published:.0f} hours by the published rate."
-    yield "\nWhat the loss of one process costs, by the size of windows (a billion tokens): the windows in its"
+    yield ""
+    yield f"64 nodes fail once in {1 / published:.0f} hours by the published rate."
+    yield ""
+    yield "What the loss of one process costs, by the size of windows (a billion tokens): the windows in its"
     yield "memory, which"
     yield "are computed again, and the start. Of all 512 processes under one launcher, of 8 under `--share`."
     one = replace(whole, tokens=1_000_000_000)
@@ -190,7 +214,7 @@ def harvest_failures(whole: Harvest) -> Iterable[str]:
 
 def bad_choices(whole: Harvest) -> Iterable[str]:
     one = replace(whole, tokens=1_000_000_000, way=SHARES)
-    yield "\n### Choices\n"
+    yield from ("", "### Choices", "")
     yield "A billion tokens on 512 GPUs, `--share i/n` unless it says otherwise; seconds until the last commit."
     yield from table("choice", "seconds", "against 512 shares")
     base = mean(run_harvests(one), lambda r: r.windows_seconds)
@@ -211,7 +235,7 @@ def bad_choices(whole: Harvest) -> Iterable[str]:
 
 
 def memory(whole: Harvest) -> Iterable[str]:
-    yield "\n### Memory and requests that grow with the cache\n"
+    yield from ("", "### Memory and requests that grow with the cache", "")
     yield "Of a process: the contexts (4 x 128 + 50 bytes for each of 127 rows, in every process) and two"
     yield "windows. Of the"
     yield "one that seals: the norms of an array and what sorts them. Requests of every process that starts,"
@@ -234,7 +258,7 @@ def memory(whole: Harvest) -> Iterable[str]:
 
 def sweep_page(constants: Constants) -> Iterable[str]:
     whole = Sweep(constants=constants)
-    yield "\n## A sweep: 600 runs from a bucket\n"
+    yield from ("", "## A sweep: 600 runs from a bucket", "")
     yield f"Forty recipes, five seeds, layers 5, 12 and 19: {len(whole.works)} runs of 18,432 latents, one epoch of 100"
     yield f"million tokens ({whole.steps:,} steps of 4,096), {format_bytes(3 * whole.layer_bytes)} in the"
     yield "bucket, 8 GPUs a"
@@ -256,7 +280,7 @@ def sweep_page(constants: Constants) -> Iterable[str]:
 
 
 def link_page(constants: Constants) -> Iterable[str]:
-    yield "\n### When the link is the bottleneck\n"
+    yield from ("", "### When the link is the bottleneck", "")
     yield f"One node, layer 12, `topk` ({1e3 * step_seconds()['topk'] / constants.step_share:.1f} ms a step"
     yield "by the model):"
     yield "runs on each of 8 GPUs, and the share of their time in steps, from a bucket with 1 TB of local cache."
@@ -270,7 +294,8 @@ def link_page(constants: Constants) -> Iterable[str]:
             )  # fmt: skip
             cells.append(f"{SweepRun(sweep).run().efficiency:.1%}")
         yield row(runs, *cells)
-    yield "\nThe processes of a node read the same chunks at the same pace and share them, so a node pulls"
+    yield ""
+    yield "The processes of a node read the same chunks at the same pace and share them, so a node pulls"
     yield "its layer once."
     yield f"A run alone reads {4096 * 2 * 2304 / (step_seconds()['topk'] / constants.step_share) / 1e9:.1f} GB/s."
 
@@ -279,7 +304,7 @@ def link_page(constants: Constants) -> Iterable[str]:
 
 
 def checks(constants: Constants) -> Iterable[str]:
-    yield "\n## Against formulas\n"
+    yield from ("", "## Against formulas", "")
     yield "`tests/test_scale.py` holds the simulation to these, and to the bounds above."
     yield from table("case", "formula", "simulated")
     alike = replace(constants, node_failures=0, speed_spread=0, put_rate=1e12, get_rate=1e12, node_link=1e18)

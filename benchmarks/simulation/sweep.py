@@ -104,7 +104,7 @@ class Sweep:
 def state_of(recipe: str, steps: int) -> int:
     """Bytes of the training state of a run."""
     found = find_recipe(recipe)
-    options = dict(found.options) | ({"memory_gb": 1000.0} if "memory_gb" in found.options else {})
+    options = {"memory_gb": 1000.0} if "memory_gb" in found.options else {}
     with torch.device("meta"):
         return state_bytes(found.make(RunConfig(WIDTH, LATENTS, steps, BATCH, variance=1.0), options))
 

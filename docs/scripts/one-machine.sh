@@ -1,0 +1,10 @@
+#!/bin/bash
+# Eight GPUs of one machine: harvest, train and evaluate, each over all of them.
+set -euo pipefail
+
+cache=activations/pile
+launch=(torchrun --standalone --nproc_per_node 8 -m sae)
+
+"${launch[@]}" harvest --model google/gemma-2-2b --layer 12 --tokens 100M --out "$cache"
+"${launch[@]}" train --cache "$cache" --layer 12 --variant topk --variant jumprelu --seed 0 --seed 1 --seed 2 --out runs/sweep
+"${launch[@]}" evaluate runs/sweep/*
