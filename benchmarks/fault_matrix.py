@@ -31,6 +31,7 @@ from faults.outputs import outputs
 from faults.packages import packages
 from faults.places import files_limit, neighbours, places, plans, removal
 from faults.records import records_of_runs
+from faults.shares import shares
 from faults.table import Matrix
 from faults.writers import writers
 
@@ -74,6 +75,7 @@ def main() -> None:
                 "kills": kills,
                 "launched": launched,
                 "dealt": dealt,
+                "shares": shares,
                 "damage": damage,
                 "side": side_arrays,
                 "neighbours": neighbours,

@@ -9,7 +9,7 @@ import pytest
 from sae.benchmarks.simulation.closed_forms import expected_seconds_with_failures, undisturbed_seconds
 from sae.benchmarks.simulation.constants import Constants, describe, parse_settings
 from sae.benchmarks.simulation.events import Clock, Link, Server
-from sae.benchmarks.simulation.harvest import RANKS, SHARES, Harvest, HarvestRun, deal_windows, put_requests
+from sae.benchmarks.simulation.harvest import RANKS, SHARES, Harvest, HarvestRun, put_requests
 from sae.benchmarks.simulation.sweep import GROUPS, Sweep, SweepRun, step_seconds
 from sae.cache.chunk_schedule import ChunkSchedule
 from sae.cache.consistency import window_files
@@ -38,7 +38,8 @@ def test_without_failures_and_waits_a_harvest_takes_what_the_formula_says(way: s
     ],
 )
 def test_the_scarcest_resource_decides_and_none_is_undercut(resource: str, limit: dict[str, float]) -> None:
-    harvest = replace(SMALL, constants=replace(UNLIMITED, start=0, latency=0, connection=FREE, writer=FREE, **limit))
+    constants = replace(UNLIMITED, start=0, latency=0, connection=FREE, writer=FREE, **limit)
+    harvest = replace(SMALL, way=SHARES, constants=constants)
     seconds, bounds = HarvestRun(harvest).run().windows_seconds, harvest.bounds
     assert max(bounds, key=lambda name: bounds[name]) == resource
     assert bounds[resource] <= seconds <= 1.15 * bounds[resource]
@@ -63,8 +64,7 @@ def test_a_failed_node_ends_every_rank_but_only_its_own_shares() -> None:
 @pytest.mark.parametrize("shares", [1, 5, 6, 7, 48, 60])
 def test_every_window_is_committed_whatever_the_number_of_shares(shares: int) -> None:
     run = HarvestRun(replace(SMALL, way=SHARES, shares=shares), fail_after=47.0)
-    dealt = [window for share in range(shares) for window in deal_windows(range(48), share, shares)]
-    assert sorted(dealt) == list(range(48))
+    assert sorted(window for share in run.shares for window in share) == list(range(48))
     run.run()
     assert not run.missing
 
@@ -150,9 +150,19 @@ def test_one_process_pulls_what_the_schedule_of_the_program_says() -> None:
     assert run.run().pulled == expected * sweep.group_bytes
 
 
+def test_processes_of_a_node_leave_each_other_what_they_need() -> None:
+    """Two layers in a local cache of five files: each is pulled once."""
+    sweep = replace(TINY, gpus=2, layers=(5, 12), recipes=("topk",), local_cache=5 * TINY.group_bytes)
+    run = SweepRun(sweep)
+    assert {one.layer for one in run.ranks[0].passes} != {one.layer for one in run.ranks[1].passes}
+    assert run.run().pulled == 2 * GROUPS * sweep.group_bytes
+
+
 def test_a_failed_node_costs_a_sweep_the_steps_since_the_checkpoints() -> None:
     quiet, failing = TINY, replace(TINY, constants=replace(UNLIMITED, node_failures=3.0))
-    results = [SweepRun(failing, seed).run() for seed in range(4)]
+    runs = [SweepRun(failing, seed) for seed in range(4)]
+    results = [run.run() for run in runs]
+    assert all(rank.is_done for run in runs for rank in run.ranks)
     without = SweepRun(quiet).run().seconds
     assert sum(one.failures for one in results) >= 4
     for one in results:

@@ -19,6 +19,7 @@ from sae.cache.layout import Layout
 from sae.cache.mirror import THREADS
 from sae.cache.object_store import PART_BYTES
 from sae.cache.outliers import TOP_SHARE
+from sae.harvest.share import HarvestShare
 from sae.harvest.store_costs import harvest_requests
 from sae.harvest.windows import WINDOWS_IN_MEMORY
 
@@ -75,7 +76,7 @@ class Harvest:
 
     @property
     def asks(self) -> int:
-        """Requests with which a process asks for every commit when it starts."""
+        """Requests that ask for every commit: by the first rank, or by each task with a share, when it starts."""
         layout, arrays = self.layout, len(self.layers)
         return layout.n_windows * arrays
 
@@ -148,7 +149,7 @@ class Harvest:
             "writers": windows * self.writer_seconds / self.processes,
             "links": sent / self.nodes / per_node,
             "writes": windows * self.writes / (c.put_rate * c.partitions),
-            "asking": self.processes * self.asks / (c.get_rate * c.partitions),
+            "asking": (1 if self.way == RANKS else self.processes) * self.asks / (c.get_rate * c.partitions),
         }
 
 
@@ -173,10 +174,6 @@ class HarvestResult:
     def seconds(self) -> float:
         cut = 0.0 if self.harvest.prepared else self.harvest.cut_seconds
         return cut + self.windows_seconds + self.harvest.seal_seconds
-
-
-def deal_windows(missing: Sequence[int], share: int, count: int) -> Sequence[int]:
-    return missing[share::count]
 
 
 class Process:
@@ -208,8 +205,12 @@ class Process:
 
     def _ask(self, life: int) -> None:
         if life == self.life:
-            served = self.run.reads.serve(self.run.harvest.asks)
-            self.run.clock.after(max(served, self.run.harvest.asking_seconds), self._compute, life)
+            harvest = self.run.harvest
+            if harvest.way == SHARES:
+                served = self.run.reads.serve(harvest.asks)
+            else:  # the first rank asks, and tells the others
+                served = harvest.asks / self.run.reads.rate
+            self.run.clock.after(max(served, harvest.asking_seconds), self._compute, life)
 
     def _compute(self, life: int) -> None:
         if life != self.life or self.computing or not self.todo:
@@ -291,8 +292,7 @@ class HarvestRun:
         if self.harvest.way == RANKS:
             return deque()
         count = self.harvest.shares or self.harvest.processes
-        left = sorted(self.missing)
-        return deque(deal_windows(left, share, count) for share in range(count))
+        return deque(HarvestShare(number, count).windows(self.layout.n_windows) for number in range(1, count + 1))
 
     def run(self) -> HarvestResult:
         self._begin_all()
@@ -320,7 +320,7 @@ class HarvestRun:
         left = sorted(self.missing)
         for number, process in enumerate(self.processes):
             if self.harvest.way == RANKS:
-                process.begin(deal_windows(left, number, len(self.processes)))
+                process.begin(left[number :: len(self.processes)])  # as in harvest/run.py, harvest_ranks
             elif self.shares:
                 process.begin(self.shares.popleft())
 
