@@ -1,4 +1,4 @@
-"""What several processes of a launcher gain: `python benchmarks/ranks.py train|harvest [--rounds 3]`.
+"""What several processes of a launcher gain: `python benchmarks/ranks.py train|harvest|evaluate [--rounds 3]`.
 
 The commands are those of a user, `torchrun --nproc_per_node 2 -m sae ...` beside `sae ...`, in rounds, in random order:
 
@@ -13,10 +13,13 @@ machine with two idle cores. Memory is the peak of the anonymous memory of each 
     train      eight runs of relu, 576 -> 2,304, in batches of 1,024 tokens: eight seeds, which share a pass
     harvest    layer 12 of gemma-2-mini in windows of 8,192 rows; the work is from the end of cutting the text to the
                last commit, so it holds loading the model, and not the statistics at the end
+    evaluate   core of eight such SAEs of gemma-2-mini, 128 -> 2,304, with nothing computed before: the work is from the
+               first pass of the model that is kept to the last result
 """
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,8 +56,8 @@ Files = tuple[str, str]  # patterns of the files whose times begin and end the w
 
 
 def run(words: list[str], out: Path, files: Files, *, processes: int, threads: int, pinned: bool) -> Measured:
-    """Run `sae` with these words, and measure it."""
-    sae = [sys.executable, "-P", "-m", "sae", *words, "--out", str(out)]
+    """Run `sae` with these words, with `out` as SAE_HOME and for its files, and measure it."""
+    sae = [sys.executable, "-P", "-m", "sae", *words]
     if pinned:  # the shell of each rank replaces itself by the command, on the core of its number
         sae = ["sh", "-c", 'exec taskset -c "${LOCAL_RANK:-0}" "$@"', "sh", *sae]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -62,7 +65,7 @@ def run(words: list[str], out: Path, files: Files, *, processes: int, threads: i
     started = time.perf_counter()
     with (
         tempfile.TemporaryFile() as said,
-        subprocess.Popen(command, env=environment(threads), stdout=said, stderr=said) as process,
+        subprocess.Popen(command, env=environment(threads, out), stdout=said, stderr=said) as process,
     ):
         seen: list[Process] = []
         while process.poll() is None:
@@ -81,9 +84,10 @@ def run(words: list[str], out: Path, files: Files, *, processes: int, threads: i
     return Measured(seconds, max(last) - min(first), max(one.processor for one in seen), peaks)
 
 
-def environment(threads: int) -> dict[str, str]:
+def environment(threads: int, home: Path) -> dict[str, str]:
     root = str(Path(__file__).resolve().parents[2])  # in which the package is the folder sae
-    return os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.environ.get("PYTHONPATH", root)}
+    changes = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.environ.get("PYTHONPATH", root), "SAE_HOME": str(home)}
+    return os.environ | changes
 
 
 def descendants(pid: int) -> list[int]:
@@ -147,7 +151,8 @@ def train(options: argparse.Namespace) -> None:
 
         def measure(**how: object) -> Measured:
             out = Path(scratch) / f"runs{next(numbers)}"
-            return run(words, out, ("*/run.json", "*/sae.json"), **how)  # type: ignore[arg-type]
+            files = "*/run.json", "*/sae.json"
+            return run([*words, "--out", str(out)], out, files, **how)  # type: ignore[arg-type]
 
         compare(measure, rounds)
 
@@ -161,12 +166,36 @@ def harvest(options: argparse.Namespace) -> None:
 
         def measure(**how: object) -> Measured:
             out = Path(scratch) / f"cache{next(numbers)}"
-            return run(words, out, ("row_ctx/zarr.json", "commits/*.json"), **how)  # type: ignore[arg-type]
+            files = "row_ctx/zarr.json", "commits/*.json"
+            return run([*words, "--out", str(out)], out, files, **how)  # type: ignore[arg-type]
 
         compare(measure, options.rounds)
 
 
-STAGES = {"train": train, "harvest": harvest}
+def evaluate(options: argparse.Namespace) -> None:
+    """Eight SAEs, each time in a home without anything that is kept."""
+    with tempfile.TemporaryDirectory() as scratch:
+        made, cache = Path(scratch) / "made", Path(scratch) / "cache"
+        width = ["--width", "2304", "--steps", str(options.steps), "--device", "cpu"]
+        seeds = [word for seed in range(8) for word in ("--seed", str(seed))]
+        for words in (
+            ["harvest", "--model", "gemma-2-mini", "--layer", "12", "--tokens", "200k", "--out", str(cache)],
+            ["train", "--cache", str(cache), "--variant", "relu", *width, *seeds, "--out", str(made / "runs")],
+        ):
+            subprocess.run([sys.executable, "-P", "-m", "sae", *words], env=environment(CORES, made), check=True)
+        numbers = iter(range(1000))
+
+        def measure(**how: object) -> Measured:
+            home = Path(scratch) / f"home{next(numbers)}"
+            shutil.copytree(made / "runs", home / "runs")
+            words = ["evaluate", *map(str, sorted((home / "runs").iterdir())), "--suite", "core", "--device", "cpu"]
+            files = "activations/evaluation/text_pass-*.json", "runs/*/evaluations/core.json"
+            return run([*words, "--no-references"], home, files, **how)  # type: ignore[arg-type]
+
+        compare(measure, options.rounds)
+
+
+STAGES = {"train": train, "harvest": harvest, "evaluate": evaluate}
 
 
 def main() -> None:

@@ -174,9 +174,14 @@ class ArtifactCache:
         self._held.discard(path)
         lock.release()
 
+    def remove_locks(self) -> None:
+        """Remove the files of the locks of artifacts, when all ranks are done. What is computed twice is the same."""
+        for path in self.locks.glob("*.lock"):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
     @property
     def locks(self) -> Path:
-        """The folder of the locks; it can be removed when no command runs."""
         return self.folder / "locks"
 
     def path(self, kind: str, depends: Mapping[str, Any]) -> Path:

@@ -6,7 +6,6 @@ the names of reference rows. A rank that dies leaves its SAEs unmeasured; the sa
 """
 
 import contextlib
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -65,7 +64,7 @@ def measure_over_ranks(
         with view.others():
             found = ranks.gather(ranks.everywhere(outcome))
     if ranks.is_first:
-        shutil.rmtree(plan.artifacts.locks, ignore_errors=True)
+        plan.artifacts.remove_locks()
     return join(plan, found, all_rows)
 
 

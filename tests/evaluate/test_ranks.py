@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import sae
 from sae.__main__ import main
 from sae.cache.reader import Cache
 from sae.train.sae import save_sae
@@ -109,7 +111,7 @@ def test_three_ranks_give_the_files_and_tables_of_one_process(make_home, evaluat
     assert without_times(together[2]) == without_times(alone[2])
     ranks = re.findall(r"^rank (\d) +(.*)", together[2], re.M)
     assert [rank for rank, _ in ranks] == ["0", "1", "2"] and "codes 1 0 0" in together[2]
-    assert not (three / "activations/evaluation/locks").exists()
+    assert not list((three / "activations/evaluation/locks").glob("*.lock"))
 
 
 @pytest.mark.slow
@@ -257,3 +259,24 @@ def test_a_dry_run_says_the_deal_and_writes_nothing(make_home) -> None:
     assert [rank for rank, _ in shares] == ["0", "1"]
     assert all(re.fullmatch(r".*, about [\d.]+ \w+, [\d.]+ MB for the model and these SAEs", s) for _, s in shares)
     assert not list(home.glob("runs/*/evaluations")) and not (home / "activations").exists()
+
+
+@pytest.mark.slow
+def test_controls_are_trained_over_ranks_and_evaluated(tiny_cache, tmp_path, evaluate_here, monkeypatch) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    monkeypatch.setenv("SAE_HOME", str(one))
+    sizes = {"steps": 20, "batch_size": 64, "width": "64", "layers": 1, "l0": 4}
+    runs = [run.name for run in sae.train_saes("batchtopk", cache=tiny_cache, seeds=[0, 1], **sizes)]
+    shutil.copytree(one, two)
+    words = [*CORE, "--controls", "--no-references"]
+    alone, together = evaluate_here(one, *words, runs=runs), evaluate(two, 2, *words, runs=runs)
+    assert together[0] == alone[0] == 0 and "codes 0 0" in together[2]
+    assert numbers(two) == numbers(one) and len(numbers(one)) == 2 + 3
+    table = "core, on held-out text"
+    assert together[1].partition(table)[2] == alone[1].partition(table)[2] != "" and "share of" in alone[1]
+    weights = [{p.name: (p / "sae.safetensors").read_bytes() for p in controls_of(home)} for home in (one, two)]
+    assert weights[0] == weights[1] and len(weights[0]) == 3
+
+
+def controls_of(home: Path) -> list[Path]:
+    return [path.parent for path in home.glob("activations/evaluation/controls/*/sae.json")]

@@ -144,6 +144,19 @@ def test_each_sae_encodes_the_rows_that_it_reads(ctx):
         np.testing.assert_allclose(latents, expected.numpy(), atol=1e-6)
 
 
+def test_each_sae_encodes_as_many_rows_at_once_whatever_is_beside_it(ctx, monkeypatch):
+    monkeypatch.setattr("sae.evaluate.metrics.parts.tokens_at_once", lambda latents, _: 1920 // latents)
+    sizes = {}
+    for width in (48, 96):
+        one, seen = make_sae(0, latents=width), sizes.setdefault(width, [])
+        encode = one.encode
+        one.encode = lambda x, encode=encode, seen=seen: (seen.append(len(x)), encode(x))[1]
+        sizes[one] = seen
+    targets = [EvalTarget(one, Hook(0)) for one in sizes if not isinstance(one, int)]
+    read_latents(ctx, targets, 100, 4, silent)
+    assert sizes[48] == [1, 40, 40, 20] and sizes[96] == [1, 20, 20, 20, 20, 20]
+
+
 def test_text_without_a_token_has_no_rows(ctx):
     empty = replace(ctx, contexts=ctx.contexts.select(slice(0, 0)))
     assert read_rows(empty, [RowSet(Hook(0))], 100, 4, silent)[RowSet(Hook(0))].x_TD.shape[0] == 0
