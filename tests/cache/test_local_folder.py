@@ -150,6 +150,22 @@ def test_a_full_disk_is_a_sentence_and_what_is_whole_is_kept(
     assert same(read(cache, 74), read(disk_cache, 74)) and local.pulled_files == 20
 
 
+def test_chunks_of_another_cache_make_room_and_what_a_dead_process_was_pulling_goes(
+    disk_cache: Cache, address: str, local: LocalFolder, tmp_path: Path
+) -> None:
+    before = opened(address, local, 20)
+    assert same(read(before, 74), read(disk_cache, 74)) and len(contents(local.folder).whole) == 20
+    shutil.copytree(disk_cache.folder, tmp_path / "store" / "other")
+    cache = opened(f"file://{tmp_path}/store/other", local, 7)
+    assert cache.local_name != before.local_name
+    part = cache.folder / "layer_05/c.1.0.part"
+    part.write_bytes(b"x" * 100)
+    assert same(read(cache, 74), read(disk_cache, 74))
+    found = contents(local.folder)
+    assert found.other + sum(found.whole.values()) <= local.size and not part.exists()
+    assert 7 == sum(name.startswith(f"{cache.local_name}/") for name in found.whole)
+
+
 def test_a_long_wait_is_said_with_the_rate(
     disk_cache: Cache, address: str, local: LocalFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -301,6 +301,26 @@ def test_processes_share_a_folder_that_is_too_small_for_all_chunks(many_chunks, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_ranks_of_torchrun_share_the_folder(many_chunks, bucket: str, tmp_path: Path, count: int) -> None:
+    address, out = upload(many_chunks.folder, f"{bucket}/pile"), tmp_path / "store"
+    expected = train(config_of(many_chunks, tmp_path / "disk", "topk", "batchtopk", "relu", steps=60))
+    size = small_size(address, 24)
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--standalone", "-m", "sae", "train"]
+    words = ["--cache", address, "--layer", 0, "--steps", 60, "--batch-size", 74, "--width", 64, "--device", "cpu"]
+    words += ["--local-cache", size, "--out", out, *"--variant topk --variant batchtopk --variant relu".split()]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    with largest(concat_caches([address]).local.folder) as seen:
+        command = [sys.executable, *launcher, *map(str, words)]
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+    runs = [out / folder.name for folder in expected]
+    assert results(runs) == results(expected)
+    worlds = {json.loads((run / "run.json").read_text())["environment"]["variables"]["WORLD_SIZE"] for run in runs}
+    assert worlds == {str(count)} and f"deal     3 runs to {count} processes" in said and "store    0." in said
+    assert 0 < seen[-1] <= size
+
+
+@pytest.mark.slow
 def test_a_kill_leaves_a_folder_that_the_next_process_uses(many_chunks, bucket: str, tmp_path: Path) -> None:
     address = upload(many_chunks.folder, f"{bucket}/pile")
     expected = train(config_of(many_chunks, tmp_path / "disk"))
