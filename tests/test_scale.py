@@ -163,8 +163,10 @@ def test_a_failed_node_costs_a_sweep_the_steps_since_the_checkpoints() -> None:
     runs = [SweepRun(failing, seed) for seed in range(4)]
     results = [run.run() for run in runs]
     assert all(rank.is_done for run in runs for rank in run.ranks)
-    without = SweepRun(quiet).run().seconds
+    quiet_result = SweepRun(quiet).run()
+    without = quiet_result.seconds
     assert sum(one.failures for one in results) >= 4
+    assert all(one.pulled > quiet_result.pulled for one in results if one.failures)  # the cache of a node is gone
     for one in results:
         assert one.seconds >= without + (QUIET.restart if one.failures else 0)
         assert one.seconds <= without + one.failures * (QUIET.restart + QUIET.start + 60)
