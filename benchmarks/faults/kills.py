@@ -157,7 +157,7 @@ def launched(m: Matrix) -> None:
 
 def dealt(m: Matrix) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sae"]
-    words = [*TRAIN, "--cache", "whole", "--seed", 0, "--seed", 1, "--steps", 6000, "--checkpoint-every", 50]
+    words = [*TRAIN, "--cache", "whole", "--seed", 0, "--seed", 1, "--steps", 2000, "--checkpoint-every", 50]
     words += ["--device", "cpu"]
     whole = sae(*words, "--out", "trained-alone")
     command = [*launch, *map(str, words), "--out", "trained"]
