@@ -17,6 +17,7 @@ from sae.cache import local_folder as module
 from sae.cache.batch_order import BatchOrder
 from sae.cache.loader import ResidentLoader
 from sae.cache.local_folder import LocalFolder, local_folder
+from sae.cache.object_store import ObjectStore
 from sae.cache.opening import open_place
 from sae.cache.pull_plan import plan_pulls
 from sae.cache.pulled_files import contents, walk
@@ -125,6 +126,20 @@ def test_what_is_damaged_on_the_disk_is_pulled_again_and_what_is_damaged_in_the_
     stored.unlink()
     with pytest.raises(DamagedError, match=f"{address}/layer_05/c.3.0 is missing"):
         read(again, 74)
+
+
+def test_a_chunk_that_arrives_damaged_is_asked_for_once_more(
+    disk_cache: Cache, address: str, local: LocalFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, get, asked = opened(address, local, 20), ObjectStore.get, []
+
+    def half_at_first(store: ObjectStore, key: str) -> bytes:
+        asked.append(key)
+        data = get(store, key)
+        return data if asked.count(key) > 1 else data[: len(data) // 2]
+
+    monkeypatch.setattr(ObjectStore, "get", half_at_first)
+    assert same(read(cache, 74), read(disk_cache, 74)) and len(asked) == 40
 
 
 def test_a_full_disk_is_a_sentence_and_what_is_whole_is_kept(
