@@ -18,7 +18,8 @@ LINE = {"loss": 0.25, "l0": 8.0, "explained_variance": 0.75, "dead": 0.5, "waite
 
 
 def plan_of(*names: str) -> SimpleNamespace:
-    runs = [SimpleNamespace(name=name, folder=Path(name), config=SimpleNamespace(l0=None)) for name in names]
+    config = SimpleNamespace(l0=None)
+    runs = [SimpleNamespace(name=name, folder=Path(name), config=config, cache_folders=[]) for name in names]
     return SimpleNamespace(runs=runs, config=SimpleNamespace(log=()))
 
 
