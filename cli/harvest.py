@@ -184,7 +184,7 @@ def execute(plan: "HarvestPlan") -> "Cache":
     from ..harvest.run import run_harvest
 
     started = time.monotonic()
-    with bar("harvest", "tokens") as progress_bar:
+    with bar(f"share {plan.share}" if plan.share else "harvest", "tokens") as progress_bar:
         cache = run_harvest(plan, HarvestProgress(progress_bar, progress_bar.say))
     if not plan.is_complete(cache):  # prepared, or a share is missing, which the harvest has said
         return cache

@@ -17,6 +17,7 @@ from .errors import UnavailableError
 BEAT = 5.0  # seconds between two beats
 PATIENCE = 120.0  # seconds without a beat after which a process counts as dead
 START = 600.0  # seconds that a process may take to start
+FAREWELL = 1.0  # seconds in which the others, who look five times a second, see what rank 0 has seen
 AGAIN = "What is committed is safe; run the same command again, with any number of processes."
 
 
@@ -46,11 +47,16 @@ class Heartbeat:
         Raises UnavailableError, naming the processes, if some have ended or have not started.
         """
         self.steps += 1
+        dead: dict[int, str] = {}  # rank -> a sentence
         try:
             self.store.set(f"sae/met/{self.steps}/{self.rank}", "")
             pause = 0.001
             while away := [r for r in range(self.count) if not self.store.check([f"sae/met/{self.steps}/{r}"])]:
-                self._check(away)
+                dead |= {rank: sentence for rank in away if (sentence := self._find_dead(rank))}
+                # With rank 0 the store may end: it waits until the others know too, who finish their work first.
+                if dead and (self.rank or dead.keys() >= set(away)):
+                    time.sleep(0 if self.rank else FAREWELL)
+                    raise UnavailableError(f"{dead[min(dead)]} {AGAIN}")
                 time.sleep(pause)
                 pause = min(2 * pause, 0.2)
         except RuntimeError as error:
@@ -59,27 +65,23 @@ class Heartbeat:
                 f"({os.environ.get('MASTER_ADDR', 'MASTER_ADDR')}), no longer answers. {AGAIN}"
             ) from error
 
-    def _check(self, ranks: list[int]) -> None:
-        """Raise UnavailableError if one of these processes has not been heard of for too long."""
-        now = time.monotonic()
-        for rank in ranks:
-            name = f"sae/name/{rank}"
-            if not self.store.check([name]):
-                if now - self.started > START:
-                    raise UnavailableError(f"Rank {rank} of {self.count} has not started in {START:g} s. {AGAIN}")
-                continue
-            who = f"Rank {rank} of {self.count} ({self.store.get(name).decode()})"
-            machine, process = self.store.get(f"sae/machine/{rank}").decode().rsplit(" ", 1)
-            if machine and machine == self.machine and has_ended(int(process)):
-                # It may have arrived, and ended well, between the two looks.
-                if not self.store.check([f"sae/met/{self.steps}/{rank}"]):
-                    raise UnavailableError(f"{who} has ended. {AGAIN}")
-                continue
-            beat = self.store.add(f"sae/beat/{rank}", 0)
-            if self.heard.get(rank, (-1, now))[0] != beat:
-                self.heard[rank] = beat, now
-            elif now - self.heard[rank][1] > PATIENCE:
-                raise UnavailableError(f"{who} no longer runs: it has been silent for {PATIENCE:g} s. {AGAIN}")
+    def _find_dead(self, rank: int) -> str:
+        """A sentence if a process that has not arrived has ended or was not heard of for too long, else ""."""
+        now, name = time.monotonic(), f"sae/name/{rank}"
+        if not self.store.check([name]):
+            late = now - self.started > START
+            return f"Rank {rank} of {self.count} has not started in {START:g} s." if late else ""
+        who = f"Rank {rank} of {self.count} ({self.store.get(name).decode()})"
+        machine, process = self.store.get(f"sae/machine/{rank}").decode().rsplit(" ", 1)
+        if machine and machine == self.machine and has_ended(int(process)):
+            # It may have arrived, and ended well, between the two looks.
+            return "" if self.store.check([f"sae/met/{self.steps}/{rank}"]) else f"{who} has ended."
+        beat = self.store.add(f"sae/beat/{rank}", 0)
+        if self.heard.get(rank, (-1, now))[0] != beat:
+            self.heard[rank] = beat, now
+        elif now - self.heard[rank][1] > PATIENCE:
+            return f"{who} no longer runs: it has been silent for {PATIENCE:g} s."
+        return ""
 
 
 def pid_namespace() -> str:

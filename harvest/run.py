@@ -66,9 +66,10 @@ def harvest_activations(
             text_column, chat_column, roles, bos, keep_special, skip_positions, skip_tokens, pack, window,
             storage_dtype, compress, max_norm, dtype, attention, batch_contexts, and modules: more sites, as
             "model.layers.{layer}.mlp.gate_proj:output", which replace resid_post if `sites` is not given.
+            Of several tasks that harvest one cache: share="3/64", the part of this one; prepare=True, only the text.
 
     Returns:
-        The cache, opened.
+        The cache, opened. After a share it has no new layers as long as others are missing.
 
     Raises:
         UsageError: An option is unknown or invalid, or the folder holds something else.

@@ -34,6 +34,7 @@ def start_cache(plan: HarvestPlan, check: Callable[[], None] = lambda: None) -> 
     writer = CacheWriter(plan.folder, plan.identity, cache_layout(plan, contexts), plan.widths, plan.place)
     writer.place.begin()
     remove_checkpoint(plan.folder)  # from here on the tokens are read, never made again
+    writer.place.remove_claims(reversed(writer.place.claim_files()))  # also of tasks that died
     return writer, contexts
 
 

@@ -26,9 +26,14 @@ def harvest_share(plan: HarvestPlan, progress: HarvestProgress) -> None:
     with lock(plan.folder, plan.command):
         plan.place.fetch()
         writer, contexts = begin_together(plan, progress)
+        n_windows = writer.layout.n_windows
         if plan.share is None:
+            progress.say(
+                f"The text is cut: {writer.layout.rows:,} rows in {n_windows} windows. Run the shares now, in any "
+                f"order: --share 1/N to N/N, with N of at most {n_windows}."
+            )
             return
-        n_windows, committed = writer.layout.n_windows, writer.committed_windows()
+        committed = writer.committed_windows()
         left = {window: list(plan.widths) for window in range(n_windows) if window not in committed}
         mine = writer.missing_windows(plan.share.windows(n_windows))
         for window in set(plan.share.windows(n_windows)) - mine.keys():
@@ -58,4 +63,5 @@ def begin_together(plan: HarvestPlan, progress: HarvestProgress) -> tuple[CacheW
         HARVEST_RECORD.write(plan.folder / "harvest.json", request_of(plan))
     writer, contexts = open_cache(plan)
     writer.place.begin()
+    writer.place.remove_claims(reversed(writer.place.claim_files()))  # of a task that died once the text was cut
     return writer, contexts
