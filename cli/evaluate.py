@@ -170,12 +170,16 @@ def run_evaluate(
 
 
 def ranks_lines(plan: "EvaluatePlan") -> list[str]:
-    """What each of several launched processes will measure."""
+    """What each of several launched processes will measure; controls that are not trained yet are dealt later."""
     from ..common.process_group import rank_and_count
     from ..evaluate.deal import deal_work, describe_deal
 
     count = rank_and_count()[1]
-    return describe_deal(plan, deal_work(plan, count)) if count > 1 and not QUIET else []
+    if count == 1 or QUIET:
+        return []
+    trained = [folder for folder in plan.config.controls if (folder / "sae.json").exists()]
+    planned = replace(plan, config=replace(plan.config, controls=trained))
+    return describe_deal(planned, deal_work(planned, count))
 
 
 def show_rows(plan: "EvaluatePlan", rows: "Sequence[EvalRow]", as_json: bool) -> None:
