@@ -7,11 +7,11 @@ from pathlib import Path
 from ..common.errors import DamagedError, SaeError, UsageError, warn_left_out
 from ..common.escaping import quote
 from ..common.files import folder_bytes, sae_home, writer_lock
-from .layout import Hook
+from .layout import Hook, is_ring_cache
 from .models import GivenModel, recorded_folders
 from .object_store import is_url
 from .opening import open_place
-from .reader import Cache, is_ring_cache
+from .reader import Cache
 
 
 def list_caches(root: Path | None = None) -> dict[Path, Cache | SaeError]:

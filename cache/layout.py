@@ -23,6 +23,7 @@ metadata, never from file sizes.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -336,3 +337,8 @@ def without_name(value: Any) -> Any:
 def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
     """The zarr.json of a group."""
     return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+
+
+def is_ring_cache(folder: Path) -> bool:
+    """Whether the folder keeps only some of its windows: the others were deleted, or are not harvested yet."""
+    return (folder / "ring.json").exists()

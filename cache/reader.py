@@ -36,7 +36,7 @@ from .chunks import (
 )
 from .consistency import check_manifest, layout_of
 from .contexts import Contexts
-from .layout import ArraySpec, Hook
+from .layout import ArraySpec, Hook, is_ring_cache
 from .models import is_digest, model_label, recorded_folders
 from .outliers import describe_largest, outlier_warning, rows_above
 from .reading import ENDLESS, Folder, StoredFile
@@ -393,8 +393,3 @@ class Cache:
         """Read a file of the manifest and raise DamagedError unless it matches its record."""
         name, chunk = file.rsplit("/", 1)
         check_chunk(self.folder, self.array(name), int(chunk.split(".")[1]), self.manifest["files"])
-
-
-def is_ring_cache(folder: Path) -> bool:
-    """Whether the folder keeps only some of its windows: the others were deleted, or are not harvested yet."""
-    return (folder / "ring.json").exists()

@@ -25,9 +25,9 @@ from ..common.files import digest_of
 from .batch_order import BatchOrder
 from .chunks import read_chunk
 from .consistency import check_commit
-from .layout import FORMAT, ArraySpec, Hook, Layout, commit_file, fingerprint_of
+from .layout import FORMAT, ArraySpec, Hook, Layout, commit_file, fingerprint_of, is_ring_cache
 from .outliers import MAX_NORM, iterate_rows, norm_limit, rows_above
-from .reader import Cache, is_ring_cache
+from .reader import Cache
 
 GROUPS_ON_DISK = 2  # one is read while the other is written
 

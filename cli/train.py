@@ -199,7 +199,7 @@ def train(
         site=site,
         modules=module or (),
         seeds=seed or (0,),
-        caches=[one if is_url(one) else Path(one) for one in cache or ()],
+        caches=[one if is_url(one) else Path(one) for one in cache] if cache else (),
         local_cache=local_cache,
         local_folder=local_folder,
         model=model,

@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..cache.layout import Hook
+from ..cache.layout import Hook, is_ring_cache
 from ..cache.outliers import norm_limit
-from ..cache.reader import Cache, is_ring_cache
+from ..cache.reader import Cache
 from .rows import EvalRow, placed
 
 

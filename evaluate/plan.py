@@ -89,8 +89,7 @@ class EvaluatePlan:
     def describe(self) -> list[str]:
         """The plan as complete lines: what is refused, what runs on which text, and where results are written."""
         lines = [
-            f"skipped  {folder} has not finished training: sae train --resume {quote(folder)}"
-            for folder in self.unfinished
+            f"skipped  {one} has not finished training: sae train --resume {quote(one)}" for one in self.unfinished
         ]
         lines += [f"refused  {reason}" for reason in self._refusals()]
         for group in self.groups:

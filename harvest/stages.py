@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ..cache.contexts import Contexts
-from ..cache.layout import Hook, Layout, fingerprint_of
-from ..cache.reader import is_ring_cache
+from ..cache.layout import Hook, Layout, fingerprint_of, is_ring_cache
 from ..cache.store_place import check_address
 from ..cache.writer import CacheWriter, harvest_started, recorded_tokens
 from ..common.cache_schemas import HARVEST_RECORD

@@ -66,6 +66,8 @@ FLAGS = {
     "module": ("model.layers.{layer}.mlp:input", "modules", ["model.layers.{layer}.mlp:input"]),
     "seed": ("7", "seeds", [7]),
     "cache": ("activations/one", "caches", [Path("activations/one")]),
+    "local-cache": ("200GB", "local_cache", 200 * 10**9),
+    "local-folder": ("/scratch/me", "local_folder", Path("/scratch/me")),
     "model": ("gpt2", "model", "gpt2"),
     "steps": ("11", "steps", 11),
     "batch-size": ("64", "batch_size", 64),

@@ -13,6 +13,7 @@ from sae.cache.chunks import FEW_CHUNKS, OPEN_CHUNKS, most_open_chunks
 from sae.cache.contexts import Contexts
 from sae.cache.layout import FORMAT, Layout
 from sae.cache.opening import concat_caches
+from sae.cache.place import FolderPlace
 from sae.cache.reader import Cache
 from sae.cache.writer import CacheWriter, WindowRows
 from sae.common.errors import DamagedError, Interrupted, UnavailableError
@@ -89,7 +90,7 @@ def test_a_cache_is_not_called_damaged(set_limit, make_cache) -> None:
         lambda: cache.read_chunk("layer_05", 0),
         lambda: cache.row_norms("layer_05"),
         lambda: cache.contexts(held_out=False),
-        lambda: list(remove_damaged_records(cache.folder)),  # which deletes what is damaged
+        lambda: list(remove_damaged_records(FolderPlace(cache.folder))),  # which deletes what is damaged
     ):
         with pytest.raises(UnavailableError, match=SENTENCE), explaining_files_limit():
             call()
@@ -113,7 +114,7 @@ def test_caches_keep_to_the_limit(set_limit, make_cache) -> None:
 
 def test_the_limit_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     for soft, caches, chunks in ((1024, 1, OPEN_CHUNKS), (1024, 4, 64), (64, 1, 16), (64, 4, FEW_CHUNKS), (8, 1, 4)):
-        monkeypatch.setattr("sae.cache.reader.files_limits", lambda soft=soft: (soft, soft))
+        monkeypatch.setattr("sae.cache.chunks.files_limits", lambda soft=soft: (soft, soft))
         assert most_open_chunks(caches) == chunks
 
 

@@ -127,7 +127,7 @@ def result_of(metric: Metric) -> Callable[[EvalContext, EvalTarget], Any]:
 
 
 def read_references(ctx: EvalContext, target: EvalTarget) -> Any:
-    found = reference_targets(ctx, ctx.contexts, [target])
+    found = reference_targets(ctx, ctx.contexts, RowSet(target.hook, target.norm_limit), [target])
     assert all(one.norm_limit == target.norm_limit for one in found.values())
     return {name: (one.sae.W_dec, one.sae.b_dec) for name, one in found.items() if hasattr(one.sae, "W_dec")}
 
@@ -267,7 +267,8 @@ def test_the_model_runs_again_only_for_the_contexts_with_an_outlier(ctx: EvalCon
 
 
 def test_zero_scores_zero_and_the_identity_one_without_outlier_rows_too(ctx: EvalContext) -> None:
-    references = reference_targets(ctx, ctx.contexts, [EvalTarget(make_sae(), HOOK, norm_limit=LIMIT)])
+    target = EvalTarget(make_sae(), HOOK, norm_limit=LIMIT)
+    references = reference_targets(ctx, ctx.contexts, RowSet(HOOK, LIMIT), [target])
     for name, score in (("zero", 0.0), ("identity", 1.0)):
         (found,) = Core().measure(ctx, [references[name]], silent)
         behavior = found.masked.metrics["model_behavior_preservation"]

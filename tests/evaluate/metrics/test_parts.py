@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae.cache.layout import Hook
-from sae.evaluate.metrics import parts, sae_statistics, splice_losses
+from sae.evaluate.metrics import parts, splice_losses
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.core import Core
 from sae.evaluate.metrics.parts import tokens_at_once, tokens_in_cache
@@ -51,7 +51,7 @@ def test_results_do_not_depend_on_the_size_of_the_parts(model, monkeypatch, kind
     asked = []
 
     def measured(tokens: int, in_cache: int):
-        for module in (sae_statistics, splice_losses):
+        for module in (parts, splice_losses):
             monkeypatch.setattr(module, "tokens_at_once", lambda numbers, _: asked.append(numbers) or tokens)
         monkeypatch.setattr(splice_losses, "tokens_in_cache", lambda *_: in_cache)
         (result,) = Core(batch_contexts=5).measure(ctx, [target], silent)
