@@ -301,15 +301,19 @@ def writer_lock(folder: Path, command: str, say: Callable[[str], None] = lambda 
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process holds the lock of a folder, this one included."""
-    lock = filelock.FileLock(folder / ".lock")
+    """Whether a process holds the lock of a folder, this one included. Several can look at the same time."""
+    import fcntl  # not on Windows
+
     try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        return True
-    except OSError:  # the folder has been removed
+        descriptor = os.open(folder / ".lock", os.O_RDONLY)
+    except OSError:  # nobody has ever locked it, or it has been removed
         return False
-    lock.release()
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EAGAIN)
+    finally:
+        os.close(descriptor)
     return False
 
 

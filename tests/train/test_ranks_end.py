@@ -1,0 +1,108 @@
+"""What each of several processes says at the end, by itself; tests/train/test_ranks.py has real processes."""
+
+import fcntl
+import time
+from pathlib import Path
+
+import pytest
+
+from sae.common.errors import Interrupted, ReportedElsewhere, SaeError, UnavailableError
+from sae.common.files import is_locked, was_abandoned, writer_lock
+from sae.common.process_group import ProcessGroup
+from sae.train import ranks
+from sae.train.plan import Run, plan_training
+from sae.train.progress import SILENT, Overview, TrainProgress
+from sae.train.run_folder import append_metrics
+
+from .runs import make_config
+
+FULL = "The disk is full."
+
+
+def planned(cache, out: Path, **changes) -> list[Run]:
+    return plan_training(make_config(cache, "relu", layers=[0, 1], out=out, **changes)).runs
+
+
+def test_the_error_of_a_process_keeps_its_kind_and_names_what_is_left(
+    sparse_cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layer 0 was of rank 0, which died; the first that still runs, rank 1, speaks."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    runs = planned(sparse_cache, tmp_path, seeds=list(range(7)))
+    shares = [*([run for run in runs if run.hook.layer == layer] for layer in (0, 1)), []]
+    for run in runs:
+        run.folder.mkdir()
+    (shares[0][0].folder / ".lock.holder").touch()
+    (shares[1][0].folder / "sae.json").touch()
+    left = f"rank 0 died before it had finished {', '.join(run.name for run in shares[0][:5])} and 2 more."
+    watch = ranks.Watch(shares, ProcessGroup(1, 3), SILENT)
+    with pytest.raises(UnavailableError) as full:
+        watch.report(UnavailableError(FULL))
+    said = str(full.value).splitlines()
+    assert said[:2] == [FULL, left] and said[3].startswith("13 of 14 runs are not finished. ")
+    with pytest.raises(SaeError, match=left):
+        watch.report(None)
+    with pytest.raises(ReportedElsewhere, match=FULL) as elsewhere:
+        ranks.Watch(shares, ProcessGroup(2, 3), SILENT).report(UnavailableError(FULL))
+    assert elsewhere.value.exit_code == UnavailableError.exit_code
+    with pytest.raises(ZeroDivisionError):
+        watch.report(ZeroDivisionError("a bug"))
+
+
+def test_a_process_that_is_told_to_stop_does_not_wait_long(
+    sparse_cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither for others that train nor for files of other machines; its own problem is kept."""
+    monkeypatch.setattr(ranks, "STOP_SECONDS", 0.05)
+    monkeypatch.setattr(ranks, "POLL_SECONDS", 0.01)
+    runs = planned(sparse_cache, tmp_path)
+    watch = ranks.Watch([runs[:1], runs[1:]], ProcessGroup(0, 2), SILENT)
+    looks: list[bool] = []
+
+    def look(at_once: bool = False) -> None:
+        looks.append(at_once)
+        assert len(looks) < 200, "it waits on"
+
+    monkeypatch.setattr(watch, "update", look)
+    with writer_lock(runs[1].folder, "sae train"):
+        stopped = watch.wait(lambda: True, None)
+        own = UnavailableError(FULL)
+        assert watch.wait(lambda: True, own) is own
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits for files"))
+    with pytest.raises(Interrupted, match="Stopped while other processes trained"):
+        watch.report(stopped)
+
+
+def test_a_run_that_was_given_up_is_not_waited_for(
+    sparse_cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = planned(sparse_cache, tmp_path)[:1]
+    runs[0].problem = "the loss was not finite"
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits for files"))
+    ranks.Watch([runs, []], ProcessGroup(0, 2), SILENT).wait_for_files()
+
+
+def test_the_overview_is_of_all_runs_and_of_the_first_process(sparse_cache, tmp_path: Path) -> None:
+    done, begun = planned(sparse_cache, tmp_path)
+    for run, step in ((done, 12), (begun, 4)):
+        run.folder.mkdir()
+        append_metrics(run.folder, {"step": step, "loss": 0.5})
+    seen: list[Overview] = []
+    for rank in (0, 1):
+        watch = ranks.Watch([[done], [begun]], ProcessGroup(rank, 2), TrainProgress(overview=seen.append))
+        watch.update()
+        watch.update()  # too soon
+        watch.update(at_once=True)
+    assert len(seen) == 2 and seen[0] == seen[1]
+    assert seen[0][:4] == (12 + 4, 2 * 12, {done.name}, 2) and seen[0].metrics[begun.name]["loss"] == 0.5
+
+
+def test_processes_that_look_at_a_lock_at_once_all_find_that_its_owner_died(tmp_path: Path) -> None:
+    """Otherwise each could take a dead process for one that works, and leave the last word to it."""
+    (tmp_path / ".lock.holder").write_text("process 1 on here")
+    (tmp_path / ".lock").touch()
+    with (tmp_path / ".lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_SH)  # as another process looks
+        assert not is_locked(tmp_path) and was_abandoned(tmp_path)
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert is_locked(tmp_path) and not was_abandoned(tmp_path)
