@@ -20,7 +20,7 @@ from sae.cache.local_folder import LocalFolder, local_folder
 from sae.cache.object_store import ObjectStore
 from sae.cache.opening import open_place
 from sae.cache.pull_plan import plan_pulls
-from sae.cache.pulled_files import contents, walk
+from sae.cache.pulled_files import contents, default_size, walk
 from sae.cache.reader import Cache
 from sae.cache.reading import batch_reading
 from sae.cache.shared_folder import SharedFolder, Statement
@@ -102,6 +102,7 @@ def test_a_folder_that_is_too_small_for_a_batch_is_refused_with_a_size_that_work
         UsageError, match=r"too small: one step reads chunks of .* Give --local-cache [\d.]+ MB or more"
     ):
         read(cache, 64)
+    assert not list(local.folder.glob(".reader-*"))  # it reads nothing, for other processes too
 
 
 def test_what_is_damaged_on_the_disk_is_pulled_again_and_what_is_damaged_in_the_store_is_named(
@@ -251,3 +252,19 @@ def test_a_resident_copy_is_pulled_chunk_by_chunk(disk_cache: Cache, address: st
     ):
         assert all(torch.equal(next(stored), next(own)) for _ in range(40))
     assert local.pulled_files == 20
+
+
+def test_processes_agree_on_the_size_of_the_first(local: LocalFolder) -> None:
+    local.size = 12345
+    local._agree_on_size(False)
+    local.size = 99
+    local._agree_on_size(True)
+    assert local.size == 12345
+
+
+def test_what_the_folder_holds_is_no_loss_of_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae.cache.pulled_files.free_space", lambda folder: 1000)
+    assert default_size(tmp_path / "local") == 500
+    (tmp_path / "local" / "pile").mkdir(parents=True)
+    (tmp_path / "local" / "pile" / "zarr.json").write_bytes(b"x" * 400)
+    assert default_size(tmp_path / "local") == 700

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from sae.cache import object_store
-from sae.cache.mirror import Mirror
-from sae.cache.object_store import ObjectStore, is_url, open_store
+from sae.cache.mirror import Mirror, working_folder
+from sae.cache.object_store import ObjectStore, client_options, is_url, open_store
 from sae.common.errors import DamagedError, UnavailableError, UsageError
 
 from .. import faulty_proxy as faulty_proxies
@@ -299,3 +299,17 @@ class TestMirror:
             mirror.pull(["bad"], check)
         assert asked == ["once", "once", "good", "bad", "bad"]
         assert sorted(path.name for path in (tmp_path / "mirror").iterdir()) == ["good", "once"]
+
+
+def test_the_environment_decides_about_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert client_options("s3")["timeout"] == "1h" and "allow_http" not in client_options("s3")
+    monkeypatch.setenv("AWS_TIMEOUT", "5s")
+    monkeypatch.setenv("GOOGLE_PROXY_URL", "http://proxy")
+    assert client_options("s3")["timeout"] == "5s" and client_options("gs")["proxy_url"] == "http://proxy"
+    assert client_options("gs")["timeout"] == "1h" and client_options("http")["allow_http"] == "true"
+
+
+def test_every_address_has_a_working_folder_of_its_own() -> None:
+    urls = ["s3://a/b-c", "s3://a-b/c", "gs://a/b-c", "s3://a/b/c", "file:///a/b-c"]
+    folders = [working_folder(url, task) for url in urls for task in ("", "--share-1-of-2")]
+    assert len({*folders}) == len(folders) and len({folder.parent for folder in folders}) == 1

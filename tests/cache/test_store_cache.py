@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from sae.cache.catalog import find_by_fingerprint
 from sae.cache.opening import open_cache
 from sae.cache.reader import Cache
+from sae.common.errors import DamagedError
 
 
 def batches_of(cache, layer: int, **options) -> list[torch.Tensor]:
@@ -48,3 +50,21 @@ def test_a_cache_in_a_store_reads_like_its_folder(disk_cache: Cache) -> None:
         assert all(np.array_equal(one, other) for one, other in zip(*(t.arrays().values() for t in texts), strict=True))
     assert same(batches_of(cache, 5, seed=3, epochs=2), batches_of(disk_cache, 5, seed=3, epochs=2))
     cache.check_sizes()
+
+
+def test_what_changes_in_the_store_is_seen_when_the_cache_is_opened_again(
+    make_writer, write_windows, finite_bits, tmp_path: Path
+) -> None:
+    bits = {layer: finite_bits(40, 8, layer) for layer in (5, 12)}
+    for layers in ([5], [5, 12]):
+        some = {layer: bits[layer] for layer in layers}
+        writer = make_writer(tmp_path / "disk", some, 16)
+        write_windows(writer, some, [0, 1, 2])
+        assert writer.seal()
+        cache = open_cache(f"file://{tmp_path}/disk")
+        assert cache.layers == layers and set(cache.manifest["statistics"]) == {f"layer_{n:02d}" for n in layers}
+    assert find_by_fingerprint(cache.fingerprint, cache.place).place == cache.place
+    assert find_by_fingerprint("0" * 64, cache.place) is None
+    (tmp_path / "disk" / "manifest.json").unlink()
+    with pytest.raises(DamagedError, match="manifest.json"):
+        _ = open_cache(cache.place).manifest

@@ -9,9 +9,9 @@ import pytest
 from sae.cache.object_store import ObjectStore, open_store
 from sae.cache.opening import open_cache
 from sae.cache.reader import Cache
-from sae.cache.store_place import StorePlace
+from sae.cache.store_place import StorePlace, check_address
 from sae.cache.writer import CacheWriter
-from sae.common.errors import UnavailableError
+from sae.common.errors import UnavailableError, UsageError
 
 ROWS, D = 40, 8  # three windows of 16
 
@@ -118,3 +118,70 @@ def test_a_store_that_never_keeps_still_ends_in_a_sentence(
     monkeypatch.setattr(ObjectStore, "replace", lambda *arguments: False)
     with pytest.raises(UnavailableError, match="is being changed by others all the time. Run the same command again"):
         writer.seal()
+
+
+def test_what_proves_others_comes_after_them(
+    worker, finite_bits, write_windows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens, then the record of them, then zarr.json; chunks, then the commit; the manifest, then zarr.json again."""
+    written, bits = [], {5: finite_bits(ROWS, D, 5)}
+    for name in ("put", "put_if_absent", "replace"):
+        original = getattr(ObjectStore, name)
+
+        def noted(store: ObjectStore, key: str, *arguments, original=original):
+            answer = original(store, key, *arguments)
+            written.append(key)
+            return answer
+
+        monkeypatch.setattr(ObjectStore, name, noted)
+    writer = worker("first", bits)
+    begun = len(written)
+    write_windows(writer, bits, [0, 1, 2])
+    assert writer.seal()
+    tokens = [at for at, key in enumerate(written) if key.startswith("tokens/")]
+    assert written[tokens[-1]] == "tokens/commit.json" and tokens[-1] < written.index("zarr.json") < begun
+    for window in range(3):
+        ends = f"/c.{window}", f"/c.{window}.0", f"/c.{window}.0.0"
+        chunks = [at for at, key in enumerate(written) if at >= begun and key.endswith(ends)]
+        assert len(chunks) == 5 and max(chunks) < written.index(f"commits/{window:06d}.layer_05.json")
+    assert written[-2:] == ["manifest.json", "zarr.json"]
+
+
+def test_a_working_folder_with_the_tokens_of_another_cache_gets_those_of_the_store(
+    store: ObjectStore, worker, finite_bits, tmp_path: Path, make_writer
+) -> None:
+    worker("first", {5: finite_bits(ROWS, D, 5)})
+    folder = tmp_path / "second"
+    make_writer(folder, {5: finite_bits(2 * ROWS, D, 5)}, 16)  # of a cache that was there before
+    StorePlace(store, folder).fetch()
+    for path in (tmp_path / "first" / "tokens").rglob("*"):
+        if path.is_file():
+            assert (folder / path.relative_to(tmp_path / "first")).read_bytes() == path.read_bytes()
+
+
+def test_what_arrives_damaged_is_asked_for_again(
+    store: ObjectStore, worker, finite_bits, write_windows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bits, get, asked = {5: finite_bits(ROWS, D, 5)}, ObjectStore.get, []
+    writer = worker("first", bits)
+    write_windows(writer, bits, [0, 1, 2])
+
+    def damaged_at_first(store: ObjectStore, key: str) -> bytes:
+        asked.append(key)
+        data = get(store, key)
+        return data[:-1] + bytes([data[-1] ^ 1]) if "/c." in key and asked.count(key) == 1 else data
+
+    monkeypatch.setattr(ObjectStore, "get", damaged_at_first)
+    assert writer.seal() and asked.count("layer_05.moments/c.1.0.0") == 2
+    monkeypatch.setattr(ObjectStore, "get", get)
+    assert_whole(store, [5])
+
+
+def test_an_address_where_a_harvest_was_killed_early_is_its_own(store: ObjectStore) -> None:
+    check_address(store, "0" * 64)
+    store.put("tokens/ids/c.0.0", b"")
+    store.put("harvest.json", b"{}")
+    check_address(store, "0" * 64)
+    store.put("cat.jpg", b"")
+    with pytest.raises(UsageError, match="holds cat.jpg, but no activation cache"):
+        check_address(store, "0" * 64)

@@ -243,3 +243,17 @@ def test_a_full_disk_raises_and_leaves_no_temporary_file(
     write_windows(writer, bits, [1, 2])
     writer.finish()
     assert np.array_equal(np.concatenate([Cache(tmp_path / "c").read_chunk("layer_05", n) for n in range(3)]), bits[5])
+
+
+def test_a_window_whose_file_is_lost_is_not_sealed(cache: Cache, finite_bits, make_writer, write_windows) -> None:
+    """The manifest still lists what was there; once the window is written with other bytes, it lists those."""
+    bits = {layer: finite_bits(ROWS, D, layer) for layer in (5, 12)}
+    writer = make_writer(cache.folder, bits, 16)
+    assert writer.seal()
+    (cache.folder / "layer_05" / "c.1.0").unlink()
+    assert not writer.seal() and writer.missing_windows() == {1: ["layer_05"]}
+    other = {5: finite_bits(ROWS, D, 50)}
+    write_windows(make_writer(cache.folder, other, 16), other, [1])
+    assert writer.seal()
+    again = Cache(cache.folder)
+    assert len(list(again.verify())) == len(again.manifest["files"])

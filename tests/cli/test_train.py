@@ -8,10 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from sae.cli import train as train_command
 from sae.cli.main import app
+from sae.cli.options import parse_bytes
 from sae.cli.train import Waits, progress_note
 from sae.common.packages import EXTRAS
 from sae.train import loggers
@@ -156,3 +158,17 @@ def test_a_logger_gets_every_line_of_metrics_jsonl(tiny_cache, monkeypatch: pyte
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 4]
     assert logged == [*lines, {"finished": run.name}]
+
+
+SIZES = {"200GB": 200 * 10**9, "1.5tb": 15 * 10**11, "64 MB": 64 * 10**6, "7k": 7000, "1000": 1000}
+
+
+@pytest.mark.parametrize("text", SIZES)
+def test_sizes_have_the_units_of_disks(text: str) -> None:
+    assert parse_bytes(text) == SIZES[text]
+
+
+@pytest.mark.parametrize("text", ["0", "0.4", "-1GB", "GB", "", "nan", "inf", "7XB"])
+def test_a_size_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="invalid size .*try 200GB or 1.5TB"):
+        parse_bytes(text)

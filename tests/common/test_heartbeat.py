@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -62,7 +63,7 @@ def test_one_that_is_slow_is_waited_for_and_a_silent_one_named(store: Any, monke
     first.meet()
     timer.join()
     store.set("sae/name/2", "process 7 on node-b")
-    store.set("sae/machine/2", " 7")
+    store.set("sae/machine/2", " 999999999")  # no process of this machine, but then it is of another
     first.count = 3
     with pytest.raises(UnavailableError, match=r"Rank 2 of 3 .process 7 on node-b. no longer runs: it has been silent"):
         second = threading.Thread(target=slow.meet)
@@ -88,3 +89,57 @@ def test_a_process_that_nobody_has_waited_for_has_ended() -> None:
     assert has_ended(child.pid) and not has_ended(os.getpid())
     child.wait()
     assert has_ended(child.pid)
+
+
+def test_a_process_that_arrived_and_ended_since_the_last_look_is_not_dead(store: Any) -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    first = Heartbeat(store, 1, 2)
+    store.set("sae/name/0", f"process {child.pid} on here")
+    store.set("sae/machine/0", f"{first.machine} {child.pid}")
+
+    class ArrivesAfterTheFirstLook:
+        def check(self, keys: list[str]) -> bool:
+            arrived = store.check(keys)
+            if keys == ["sae/met/1/0"]:
+                store.set(keys[0], "")
+            return arrived
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+    first.store = ArrivesAfterTheFirstLook()
+    first.meet()
+
+
+def test_silence_counts_from_the_last_beat(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(heartbeat, "pid_namespace", lambda: "")
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    first = Heartbeat(store, 0, 2)
+    store.set("sae/name/1", "process 7 on node-b")
+    store.set("sae/machine/1", " 7")
+    for beat in range(4):
+        store.add("sae/beat/1", 1)
+        for later in (0.0, 0.14):
+            now[0] = 0.15 * beat + later
+            assert not first._find_dead(1)
+    now[0] += 0.1
+    assert first._find_dead(1).endswith("no longer runs: it has been silent for 0.2 s.")
+
+
+def test_rank_0_which_may_keep_the_store_ends_last(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 is dead; rank 2 works on for a while, and has to find that out too."""
+    monkeypatch.setattr(heartbeat, "FAREWELL", 0)
+    monkeypatch.setattr(heartbeat, "PATIENCE", 60)
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    first = Heartbeat(store, 0, 3)
+    for rank, process in ((1, child.pid), (2, os.getpid())):
+        store.set(f"sae/name/{rank}", f"process {process} on here")
+        store.set(f"sae/machine/{rank}", f"{first.machine} {process}")
+    threading.Timer(0.1, store.set, ("sae/met/1/2", "")).start()
+    if first.machine:
+        with pytest.raises(UnavailableError, match="Rank 1 of 3 .* has ended"):
+            first.meet()
+        assert store.check(["sae/met/1/2"])

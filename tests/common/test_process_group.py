@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sae.common.errors import ReportedElsewhere, SaeError, UnavailableError, UsageError
+from sae.common.errors import Interrupted, ReportedElsewhere, SaeError, UnavailableError, UsageError
 from sae.common.process_group import ProcessGroup, current_process_group
 
 
@@ -73,3 +73,18 @@ def test_the_exit_code_of_the_others_is_the_highest() -> None:
         group.everywhere(lambda: fail(errors[group.rank]) if errors[group.rank] else None)
 
     assert [error.exit_code for error in in_each(4, work)] == [4, 2, 4, 1]
+
+
+def test_the_first_process_works_for_all() -> None:
+    called: list[int] = []
+
+    def work(group: ProcessGroup) -> str:
+        return group.first(lambda: (called.append(group.rank), f"by {group.rank}")[1])
+
+    assert in_each(3, work) == ["by 0"] * 3 and called == [0]
+
+
+def test_a_process_that_has_to_stop_waits_for_none() -> None:
+    group = ProcessGroup(0, 2, gather=lambda value: pytest.fail("it waits"))
+    with pytest.raises(Interrupted):
+        group.everywhere(lambda: fail(Interrupted("Stopped.")))

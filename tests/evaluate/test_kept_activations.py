@@ -1,5 +1,6 @@
 """What an evaluation keeps of the model's passes is announced before, and bounded."""
 
+import contextlib
 import math
 import os
 import re
@@ -164,3 +165,26 @@ def test_a_limit_that_is_no_size_is_refused(config, monkeypatch, limit):
 def test_options_without_a_meaning_are_refused_by_the_plan(config, option):
     with pytest.raises(UsageError, match=f"{option}: give"):
         plan_evaluation(replace(config, suite="core", options=[option]))
+
+
+def test_the_second_of_two_evaluations_is_protected_when_the_first_has_ended(artifacts):
+    running = ArtifactCache(artifacts.folder)
+    running.limit = math.inf
+    second = ArtifactCache(artifacts.folder)
+    second.limit = math.inf
+    with contextlib.ExitStack() as of_second:
+        with running.in_use():
+            of_second.enter_context(second.in_use())
+        with artifacts.in_use():
+            assert numbers_there(artifacts) == [0, 1, 2, 3, 4]
+
+
+def test_what_was_changed_on_the_disk_is_computed_again(tmp_path, monkeypatch):
+    """A flipped bit, in numbers that still can be read; an empty limit is the default one."""
+    monkeypatch.setenv("SAE_EVALUATION_GB", "")
+    cache = ArtifactCache(tmp_path)
+    assert cache.limit == 1e11
+    cache.get_or_compute("rows", {"number": 0}, lambda: {"x": torch.zeros(100)})
+    path = cache.path("rows", {"number": 0})
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    assert cache.get_or_compute("rows", {"number": 0}, lambda: {"x": torch.ones(100)})["x"].tolist() == [1.0] * 100

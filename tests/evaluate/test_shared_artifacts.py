@@ -187,3 +187,12 @@ def test_rows_of_held_out_text_are_read_by_one_rank(contexts, monkeypatch: pytes
         first, *others = pool.map(read, contexts)
     rows = RowSet(Hook(1))
     assert len(counts) == 1 and all(torch.equal(first[rows].x_TD, one[rows].x_TD) for one in others)
+
+
+def test_a_lock_that_was_released_is_taken_again(tmp_path: Path) -> None:
+    one, other = (ArtifactCache(tmp_path, shared=True) for _ in range(2))
+    for _ in range(2):
+        with one.claim("rows", [KEY]), other.turn(one.path("rows", KEY).name, wait=False) as free:
+            assert not free
+        with other.turn(one.path("rows", KEY).name, wait=False) as free:
+            assert free

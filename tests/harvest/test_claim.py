@@ -1,5 +1,7 @@
 """Of several tasks one cuts the text of a harvest; a task that is slow or dead is replaced."""
 
+import errno
+import fcntl
 import time
 from pathlib import Path
 from typing import Any
@@ -128,3 +130,59 @@ def test_shares_hold_the_folder_together_and_keep_others_out(tmp_path: Path) -> 
             shared_lock(tmp_path, "sae harvest --share"),
         ):
             pass
+
+
+def test_the_lock_of_shares_does_nothing_on_a_disk_without_locks(tmp_path: Path, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with shared_lock(tmp_path, "sae harvest --share 1/2"):
+        (tmp_path / "tokens").mkdir()
+
+
+class CountedPlace(FolderPlace):
+    """Counts the looks at the claims; the first `failures` renewals fail."""
+
+    looks = failures = renewals = 0
+
+    def claim_files(self) -> list[str]:
+        self.looks += 1
+        return super().claim_files()
+
+    def renew_claim(self, file: str, content: Any) -> None:
+        self.renewals += 1
+        if self.renewals <= self.failures:
+            raise UnavailableError("The store failed.")
+        super().renew_claim(file, content)
+
+    def wait(self, name: str, more: int) -> None:
+        until, ends = getattr(self, name) + more, time.monotonic() + 20
+        while getattr(self, name) < until:
+            assert time.monotonic() < ends, f"no more {name}"
+            time.sleep(0.001)
+
+
+def test_a_claim_that_could_not_be_renewed_is_renewed_later(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(claim, "RENEW", 0.002)
+    place = CountedPlace(tmp_path)
+    place.failures = 2
+    working = TextClaim(place, "working")
+    file = working.take()
+    with working.held(file):
+        place.wait("renewals", 4)
+        assert place.read_claim(file)["beat"] > 2
+
+
+def test_a_claim_that_was_lost_is_not_renewed(tmp_path: Path, monkeypatch) -> None:
+    """The task that took it over has removed it, when the text was cut."""
+    monkeypatch.setattr(claim, "RENEW", 0.002)
+    place = CountedPlace(tmp_path)
+    slow = TextClaim(place, "slow")
+    file = slow.take()
+    with slow.held(file):
+        place.create_claim("tokens/claim-000002.json", {"owner": "other", "task": "1", "beat": 0})
+        place.wait("looks", 3)  # the thread may have been between its look and its renewal
+        (tmp_path / file).unlink()
+        place.wait("looks", 3)
+        assert claims(tmp_path) == ["claim-000002.json"]

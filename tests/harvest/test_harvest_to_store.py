@@ -1,5 +1,10 @@
 """A harvest into an object store: the objects are the files of a disk, whatever fails and wherever it goes on."""
 
+import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,13 @@ from sae.harvest.windows import WindowComputer
 from ..faulty_proxy import FaultyProxy, Request, faulty_proxy
 
 Options = dict[str, Any]
+RANK_OF_TWO = """
+import json, sys
+import torch
+from sae.harvest.run import harvest_activations
+harvest_activations(**json.loads(sys.argv[1]))
+assert torch.distributed.get_world_size() == 2
+"""
 
 
 @pytest.fixture
@@ -189,3 +201,40 @@ def test_the_plan_counts_the_requests(options: Options, proxy: FaultyProxy, buck
     methods = [request.method for request in proxy.requests]
     assert methods.count("PUT") == pytest.approx(writes, rel=0.1)
     assert methods.count("GET") + methods.count("HEAD") == pytest.approx(reads, rel=0.1)
+
+
+@pytest.mark.slow
+def test_shares_on_machines_of_their_own_write_the_objects_of_a_disk(
+    options: Options, tmp_path: Path, computed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text is cut for one layer; the request of the shares, which are for two, replaces that one."""
+    harvest_activations(**options, out=tmp_path / "disk")
+    address = f"file://{tmp_path}/store/pile"
+    computed.clear()
+    assert harvest_activations(**options | {"layers": 0}, out=address, prepare=True).hooks == [] and not computed
+    for share in ("2/2", "1/2", "2/2"):
+        another_machine(tmp_path, monkeypatch)
+        harvest_activations(**options, out=address, share=share)
+    assert [window for window, _ in computed] == [1, 3, 0, 2]
+    assert objects_of(address) == files_of(tmp_path / "disk")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machines", [1, 2])
+def test_ranks_write_the_objects_of_a_disk(options: Options, bucket: str, tmp_path: Path, machines: int) -> None:
+    """Those of one machine share a working folder; each machine has its own."""
+    harvest_activations(**options, out=tmp_path / "disk")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-c", RANK_OF_TWO, json.dumps(options | {"out": f"{bucket}/pile"})]
+    ranks = []
+    for rank in range(2):
+        (home := tmp_path / f"home-{rank % machines}").mkdir(exist_ok=True)
+        numbers = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank // machines, "LOCAL_WORLD_SIZE": 2 // machines}
+        given = numbers | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SAE_HOME": home, "OMP_NUM_THREADS": 1}
+        environment = os.environ | {name: str(value) for name, value in given.items()}
+        ranks.append(subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True))
+    told = [process.communicate(timeout=300)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], told
+    assert objects_of(f"{bucket}/pile") == files_of(tmp_path / "disk")

@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -10,11 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
+from sae.cache.layout import Hook, Layout
 from sae.cache.reader import Cache
+from sae.common.cache_schemas import HARVEST_RECORD
 from sae.common.errors import UsageError
 from sae.common.process_group import rank_and_count
+from sae.harvest.config import HarvestConfig
+from sae.harvest.division import describe_division, weight_bytes
+from sae.harvest.plan import HarvestPlan, plan_harvest
 from sae.harvest.progress import HarvestProgress
+from sae.harvest.request import request_differs, request_of
 from sae.harvest.run import harvest_activations
 from sae.harvest.share import HarvestShare, shares_of
 
@@ -241,6 +249,8 @@ def test_launchers_that_start_one_process_are_refused(monkeypatch: pytest.Monkey
     with pytest.raises(UsageError, match="`accelerate launch --cpu` starts one process, whatever --num_processes says"):
         rank_and_count()
     monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
+    assert rank_and_count() == (0, 1)
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
     with pytest.raises(UsageError, match="4 processes were started .OMPI_COMM_WORLD_SIZE. without WORLD_SIZE. Use"):
         rank_and_count()
@@ -263,3 +273,31 @@ def test_accelerate_launch(options: dict, tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
     done = run("--multi_gpu")
     assert done.returncode == 0 and "ranks    2 processes on 1 machine" in done.stderr
+
+
+def test_the_record_of_a_request_says_nothing_of_tasks(options: dict, tmp_path: Path) -> None:
+    """A task replaces it only if it asks for something else."""
+
+    def plan(**more: Any) -> HarvestPlan:
+        return plan_harvest(HarvestConfig(**options | more, out=tmp_path))
+
+    given = {"tokens": "--tokens"}
+    both, one = plan(origins=given), plan(origins=given, layers=(0,))
+    for task in ({"share": "1/2"}, {"prepare": True}):
+        assert request_of(plan(origins=given | dict.fromkeys(task, "--flag"), **task)) == request_of(both)
+    assert request_differs(both)
+    HARVEST_RECORD.write(tmp_path / "harvest.json", request_of(one))
+    assert request_differs(both) and not request_differs(one)
+    HARVEST_RECORD.write(tmp_path / "harvest.json", request_of(both) | {"device": "cuda"})
+    assert not request_differs(both) and not request_differs(one)  # which keeps the layers that are there
+
+
+def test_the_plan_of_ranks_counts_windows_machines_and_weights(tiny_model: Path, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    config, widths = AutoConfig.from_pretrained(tiny_model), {Hook(0): 32, Hook(1): 32}
+    said = describe_division(None, Layout(3000, 256), [0, 5, 11], 32, config, widths, "bfloat16", "cpu")
+    assert said[0] == "ranks    5 processes on 3 machines: each at most 3 of 12 windows, 696 rows, 0.1 MB"
+    assert re.fullmatch(r"memory   about 0.6 MB in each process: 2 windows of .*, .* of weights on cpu", said[1])
+    shallow, whole = (weight_bytes(config, [Hook(layer)], "bfloat16") for layer in (0, 1))
+    assert shallow < whole <= (tiny_model / "model.safetensors").stat().st_size < 1.05 * whole

@@ -29,6 +29,7 @@ from sae.evaluate.run import evaluate_saes
 from sae.train.plan import plan_training
 from sae.train.progress import TrainProgress
 from sae.train.run import run_training
+from sae.train.store_reading import CALIBRATION_BATCHES, expected_readings
 
 from .. import faulty_proxy as faulty_proxies
 from ..faulty_proxy import Request, Schedule, faulty_proxy, seeded
@@ -345,3 +346,25 @@ def test_a_size_that_is_too_small_is_refused_before_anything_is_written(tiny_cac
     with pytest.raises(UsageError, match=r"--local-cache 0.3 MB is too small: one step reads chunks of 0.5 MB"):
         plan_training(config)
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_does_not_fit_on_the_disk_is_refused_before_anything_is_written(
+    tiny_cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = upload(tiny_cache.folder, f"file://{tmp_path}/store/pile")
+    monkeypatch.setattr("sae.train.store_reading.free_space", lambda folder: 1000)
+    config = make_config(tiny_cache, "topk", caches=[address], local_cache=10**9, out=tmp_path / "runs")
+    with pytest.raises(UnavailableError, match="will grow by 0.5 MB, and its disk has 0.0 MB free. Give a"):
+        plan_training(config)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_pass_reads_what_its_longest_run_does_and_then_what_fits_a_number(tiny_cache, tmp_path: Path) -> None:
+    address = upload(tiny_cache.folder, f"file://{tmp_path}/store/pile")
+    runs = [
+        run
+        for steps in (30, 12)
+        for run in plan_training(make_config(tiny_cache, "topk", caches=[address], steps=steps, out=tmp_path)).runs
+    ]
+    (reading,) = expected_readings([runs])
+    assert reading.steps == range(30 + CALIBRATION_BATCHES)
