@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..common.cache_schemas import REPAIR_HINT
-from ..common.errors import DamagedError
+from ..common.errors import DamagedError, UsageError
 from ..common.files import digest_of
-from .layout import ArraySpec, Layout, fingerprint_of, token_arrays
+from .layout import ArraySpec, Layout, describe_difference, fingerprint_of, token_arrays
 
 SIDE_ARRAYS = (".row_norm", ".moments")  # of an array of activations
 
@@ -163,3 +163,18 @@ def check_names(path: Path, files: Collection[str], expected: Collection[str]) -
 def contradiction(path: Path, one: str, other: str) -> DamagedError:
     """The error for a record of which `one` contradicts the `other`; both are clauses."""
     return DamagedError(f"{path} contradicts itself or another record: {one}, but {other}. {REPAIR_HINT}")
+
+
+def check_same_harvest(
+    place: Path | str, existing: str, fingerprint: str,
+    theirs: Mapping[str, Any] | None = None, ours: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Raise UsageError if a folder or address holds the harvest `existing`, not the one with this fingerprint. Their
+    identities say what differs.
+    """
+    if existing != fingerprint:
+        differs = f" Different: {describe_difference(theirs, ours)}." if theirs and ours else ""
+        raise UsageError(
+            f"{place} holds another harvest ({existing[:8]}, this one is {fingerprint[:8]}).{differs} Use another "
+            f"--out{', or the same options' * bool(differs)}."
+        )

@@ -326,6 +326,16 @@ def fingerprint_of(identity: dict[str, Any]) -> str:
     return digest_of({key: without_name(value) for key, value in identity.items()})
 
 
+def describe_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """The entries that differ between two identities, as text: "dtype (float32, here bfloat16), model"."""
+    pairs = {key: (without_name(theirs.get(key)), without_name(ours.get(key))) for key in {*theirs, *ours}}
+    return ", ".join(
+        key if isinstance(there, dict | list) or isinstance(here, dict | list) else f"{key} ({there}, here {here})"
+        for key, (there, here) in sorted(pairs.items())
+        if there != here
+    )
+
+
 def without_name(value: Any) -> Any:
     """An entry of the identity without names: revisions identify models, adapters and datasets, wherever they lie."""
     if not isinstance(value, dict):

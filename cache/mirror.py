@@ -24,6 +24,12 @@ def working_folder(url: str, task: str = "") -> Path:
     return sae_home() / "uploads" / f"{name}--{digest_of(url)[:8]}{task}"
 
 
+def working_folders(url: str) -> list[Path]:
+    """The working folders on this machine for an address, of every task."""
+    folder = working_folder(url)
+    return sorted(folder.parent.glob(f"{folder.name}*"))
+
+
 class Mirror:
     """A folder beside a store, with methods that move files between them. Names are relative, such as `layer_12/c.3.0`.
 

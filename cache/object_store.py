@@ -13,6 +13,7 @@ import contextlib
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
@@ -29,6 +30,7 @@ Result = TypeVar("Result")
 WRITABLE = ("s3", "gs", "az", "file")
 SCHEMES = (*WRITABLE, "https", "http")
 URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+WITHOUT_SLASHES = re.compile(rf"({'|'.join(SCHEMES)}):/?(?!/)", re.IGNORECASE)  # a Path makes s3:/ of s3://
 RETRY = {"max_retries": 10, "retry_timeout": timedelta(minutes=3)}
 # The time for a whole request bounds the size of an object on a slow link, so only silence ends one.
 CLIENT = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "1h"}
@@ -58,15 +60,25 @@ def is_url(path: object) -> TypeGuard[str]:
 
 def folder_or_url(path: str | Path | None) -> str | Path | None:
     """A path that a user gave, where an address is allowed: the address as it is, else a Path, which would lose a slash
-    of an address.
+    of an address. Raises UsageError for an address that has lost one.
     """
+    if path is not None:
+        check_slashes(path)
     return path if path is None or isinstance(path, Path) or is_url(path) else Path(path)
 
 
-def open_store(url: str) -> "ObjectStore":
+def check_slashes(path: object) -> None:
+    """Raise UsageError for an address with too few slashes, which would be taken for a folder of that name."""
+    if match := WITHOUT_SLASHES.match(str(path)):
+        slashes = ":///" if match[1].lower() == "file" else "://"
+        raise UsageError(f"{path} is not an address: expected {match[1]}{slashes}{str(path)[match.end() :]}.")
+
+
+def open_store(url: str, *, write: bool = False) -> "ObjectStore":
     """The objects under an address. No request is made, so a bucket that is missing shows at the first use.
 
-    Raises UsageError for an address that cannot be used, UnavailableError without the extra `remote`.
+    Raises UsageError for an address that cannot be used, with `write` also for one that can only be read, and
+    UnavailableError without the extra `remote`.
     """
     address = check_url(url)
     scheme = address.split("://")[0]
@@ -75,9 +87,12 @@ def open_store(url: str) -> "ObjectStore":
     if scheme == "file":
         options = {"mkdir": True}
     try:
-        return ObjectStore(address, store.from_url(address, **options))
+        opened = ObjectStore(address, store.from_url(address, **options))
     except (store.BaseError, ValueError) as error:
         raise failure(error, address) from None
+    if write:
+        opened.check_writable()
+    return opened
 
 
 def client_options(scheme: str) -> dict[str, Any]:
@@ -90,11 +105,15 @@ def client_options(scheme: str) -> dict[str, Any]:
 
 def check_url(url: str) -> str:
     """The address without a slash at its end. Raises UsageError, which does not repeat a credential."""
-    match = URL.match(url)
-    scheme = match[1].lower() if match else ""
+    if (match := URL.match(url)) is None:
+        raise UsageError(f"{url} is not an address: expected one such as s3://bucket/prefix.")
+    scheme = match[1].lower()
     if scheme not in SCHEMES:
         raise UsageError(f"unknown scheme {scheme}://: expected {', '.join(f'{one}://' for one in SCHEMES)}.")
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # brackets, which hold an IPv6 address
+        raise UsageError(f"invalid address {scheme}://...: expected {scheme}://bucket/prefix.") from None
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise UsageError(
             f"The {scheme}:// address carries a user name, a password, a query or a fragment. Give credentials in the "
@@ -104,6 +123,8 @@ def check_url(url: str) -> str:
         raise UsageError(f"{url} names no bucket: expected {scheme}://bucket/prefix.")
     if scheme == "file" and (parts.netloc or not parts.path.strip("/")):
         raise UsageError(f"{url} names no folder: expected file:///folder.")
+    if (path := parts.path.strip("/")) and {"", ".", ".."} & set(path.split("/")):
+        raise UsageError(f"invalid address {url}: expected {scheme}://bucket/prefix, without //, . or .. in it.")
     return f"{scheme}://{parts.netloc}{parts.path.rstrip('/')}"
 
 
@@ -120,6 +141,7 @@ class ObjectStore:
         self.errors = (exceptions.BaseError, FileNotFoundError)
         self.already_exists, self.precondition = exceptions.AlreadyExistsError, exceptions.PreconditionError
         self.is_folder = url.startswith("file:")
+        self.can_list = not url.startswith(("http:", "https:"))
 
     def __repr__(self) -> str:
         return f"ObjectStore({self.url!r})"
@@ -145,7 +167,7 @@ class ObjectStore:
 
     def put(self, key: str, content: bytes | memoryview | Path) -> None:
         """Write an object, whole or not at all: these bytes, or those of a file. Replaces one that is there."""
-        self._check_writable()
+        self.check_writable()
         if isinstance(content, Path):
             try:
                 content.stat()
@@ -159,7 +181,7 @@ class ObjectStore:
         The answer to a write that succeeded can be lost, so an object that holds the same bytes counts as written here.
         Writers that must be told apart write different bytes.
         """
-        self._check_writable()
+        self.check_writable()
 
         def write() -> bool:
             try:
@@ -175,7 +197,7 @@ class ObjectStore:
 
         On a mounted file system (file://) the two are not one step.
         """
-        self._check_writable()
+        self.check_writable()
 
         def write() -> bool:
             result = self.store.get(key)
@@ -221,12 +243,20 @@ class ObjectStore:
         return self._try(lambda: self.store.head(key)["size"], key)
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
-        """(key, bytes) of each object in a folder such as "commits", or of all. It can be out of date."""
+        """(key, bytes) of each object in a folder such as "commits", or of all. It can be out of date.
+
+        Raises UsageError for a web server.
+        """
+        self._check_can_list()
         found = self._try(lambda: self.store.list(prefix or None).collect(), prefix)
         return iter([(one["path"], one["size"]) for one in found])
 
     def children(self, prefix: str = "") -> Sequence[str]:
-        """The names of the folders and objects directly in a folder, sorted. It can be out of date."""
+        """The names of the folders and objects directly in a folder, sorted. It can be out of date.
+
+        Raises UsageError for a web server.
+        """
+        self._check_can_list()
 
         def read() -> list[str]:
             found = self.store.list_with_delimiter(prefix or None)
@@ -236,7 +266,7 @@ class ObjectStore:
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete objects. A key without an object is no error."""
-        self._check_writable()
+        self.check_writable()
         keys = list(keys)
         for some in [[key] for key in keys] if self.is_folder else [keys] if keys else []:
             self._try(partial(self._delete, some), some[0])
@@ -249,11 +279,16 @@ class ObjectStore:
         """Raise UnavailableError unless the bucket exists and may be listed. One request."""
         self._try(lambda: next(iter(self.store.list(None, chunk_size=1)), None), "")
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
+        """Raise UsageError for an address that can only be read, whatever its server allows. No request."""
         scheme = self.url.split("://")[0]
         if scheme not in WRITABLE:
             writable = ", ".join(f"{one}://" for one in WRITABLE)
             raise UsageError(f"{self.url} can only be read. To write, use one of {writable}.")
+
+    def _check_can_list(self) -> None:
+        if not self.can_list:
+            raise UsageError(f"{self.url} is on a web server, which does not say what it has. Name a cache to read.")
 
     def _check_length(self, key: str, length: int, expected: int) -> None:
         if length != expected:
@@ -270,6 +305,8 @@ class ObjectStore:
                 problem = failure(error, self.address(key))
                 if not isinstance(problem, TransientError):
                     raise problem from None
+                if attempt == 1:  # obstore has tried for up to a minute
+                    warnings.warn(f"{self.url}: {problem.what}. Trying again.", StoreWarning, stacklevel=2)
             if attempt < ATTEMPTS:
                 time.sleep(PAUSE * 2 ** (attempt - 1))
         raise problem from None
@@ -284,7 +321,18 @@ class MissingError(DamagedError):
 
 
 class TransientError(UnavailableError):
-    """A failure of a store that can pass."""
+    """A failure of a store that can pass. `what` says how it failed."""
+
+    def __init__(self, address: str, what: str) -> None:
+        super().__init__(
+            f"{address}: {what}, also after several tries. Check the network and the endpoint, and run the same "
+            "command again; everything committed is safe."
+        )
+        self.what = what
+
+
+class StoreWarning(UserWarning):
+    """A store fails, and is asked again."""
 
 
 def failure(error: Exception, address: str) -> Exception:
@@ -317,7 +365,4 @@ def failure(error: Exception, address: str) -> Exception:
     if status and status < 500 and status != 429:
         return UnavailableError(f"{address}: the store refused the request ({answer}).")
     what = f"the store failed ({answer})" if status else "the store cannot be reached or stopped answering"
-    return TransientError(
-        f"{address}: {what}, also after several tries. Check the network and the endpoint, and run the same command "
-        "again; everything committed is safe."
-    )
+    return TransientError(address, what)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .chunks import most_open_chunks
 from .concat import ConcatCache
-from .object_store import is_url
+from .object_store import check_slashes, is_url
 from .reader import Cache
 
 Place = str | PathLike[str]  # an address, or a folder
@@ -43,6 +43,7 @@ def open_place(place: Place, open_chunks: int | None = None, local: Path | None 
         from .store_cache import StoreCache
 
         return StoreCache(place, open_chunks, local_folder(local))
+    check_slashes(place)
     return Cache(Path(place), open_chunks)
 
 

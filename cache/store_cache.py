@@ -43,7 +43,8 @@ class StoreCache(Cache):
         self.local_name, root = read_root(self.store)
         self.mirror = Mirror(self.store, self.local.folder / self.local_name)
         self._refresh("zarr.json", root)
-        super().__init__(self.mirror.folder, open_chunks)
+        with naming(self.store.url, self.mirror.folder):
+            super().__init__(self.mirror.folder, open_chunks)
         # What can change without a change of the rows: the statistics, and where the model lies.
         self._refresh("manifest.json")
         self._refresh("harvest.json")
@@ -63,11 +64,15 @@ class StoreCache(Cache):
         return sorted({int(name.split(".")[0]) for name in names if name.endswith(".json")})
 
     def _file_sizes(self) -> dict[str, int]:
-        sizes = dict(self.store.list())
-        for file in self.manifest["files"].keys() - sizes.keys():  # a listing can be out of date
+        sizes = dict(self.store.list()) if self.store.can_list else {}
+        unlisted = sorted(self.manifest["files"].keys() - sizes.keys())  # a listing can be out of date
+
+        def size(file: str) -> int:
             with contextlib.suppress(DamagedError):
-                sizes[file] = self.store.size(file)
-        return sizes
+                return self.store.size(file)
+            return -1  # it is missing
+
+        return sizes | dict(zip(unlisted, map_ahead(size, unlisted), strict=True))
 
     def verify(self) -> Iterator[str]:
         """Read every record and every byte in the store, keep none, and yield the name of each verified file.

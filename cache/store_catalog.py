@@ -3,10 +3,10 @@
 import shutil
 
 from ..common.errors import SaeError, UnavailableError, UsageError
-from ..common.files import writer_lock
+from ..common.files import is_locked, locked_error, writer_lock
 from .catalog import open_or_error
 from .consistency import is_array_name
-from .mirror import working_folder
+from .mirror import working_folder, working_folders
 from .object_store import ObjectStore, open_store
 from .reader import Cache
 
@@ -31,7 +31,7 @@ def stored_files(store: ObjectStore) -> dict[str, int]:
     Raises UsageError if there is none.
     """
     found = {key: size for key, size in store.list() if belongs(key)}
-    if not {"zarr.json", "harvest.json", "tokens/commit.json"} & found.keys():
+    if not {"harvest.json", "tokens/commit.json"} & found.keys():  # a zarr.json can be that of any Zarr group
         raise UsageError(f"{store.url} holds no activation cache; nothing was deleted.")
     return found
 
@@ -50,6 +50,9 @@ def remove_stored_cache(store: ObjectStore) -> int:
     """
     size, folder = sum(stored_files(store).values()), working_folder(store.url)
     with writer_lock(folder, "sae cache rm"):
+        tasks = [task for task in working_folders(store.url) if task != folder]
+        if busy := next(filter(is_locked, tasks), None):
+            raise locked_error(busy)
         store.delete(RECORDS[:2])
         for _ in range(LIST_ATTEMPTS):  # a listing can be out of date
             found = sorted(key for key, _ in store.list() if belongs(key))
@@ -58,5 +61,6 @@ def remove_stored_cache(store: ObjectStore) -> int:
             store.delete(found)
         else:
             raise UnavailableError(f"{store.url} still lists objects of the cache. Run the same command again.")
-        shutil.rmtree(folder, ignore_errors=True)
+        for one in (*tasks, folder):
+            shutil.rmtree(one, ignore_errors=True)
     return size

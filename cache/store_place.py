@@ -37,8 +37,8 @@ from .chunks import (
     read_array_spec,
     read_attributes,
 )
-from .consistency import SIDE_ARRAYS, is_array_name, layout_of
-from .layout import ArraySpec, commit_file
+from .consistency import SIDE_ARRAYS, check_same_harvest, is_array_name, layout_of
+from .layout import ArraySpec, commit_file, fingerprint_of
 from .mirror import Mirror, map_ahead
 from .object_store import ObjectStore
 from .place import FolderPlace, claim_file
@@ -244,8 +244,8 @@ class StorePlace(FolderPlace):
         return wanted <= listed or self.store.replace("zarr.json", ours, theirs)
 
 
-def check_address(store: ObjectStore, fingerprint: str) -> None:
-    """Raise UsageError if an address holds another harvest than the one with this fingerprint, or other objects."""
+def check_address(store: ObjectStore, identity: dict[str, Any]) -> None:
+    """Raise UsageError if an address holds another harvest than the one with this identity, or other objects."""
     data = store.find("zarr.json")
     if data is None:
         if others := sorted(set(store.children()) - INITIAL):
@@ -253,11 +253,8 @@ def check_address(store: ObjectStore, fingerprint: str) -> None:
                 f"{store.url} holds {others[0]}, but no activation cache. Choose another address with --out."
             )
         return
-    existing = read_group(store, data)["fingerprint"]
-    if existing != fingerprint:
-        raise UsageError(
-            f"{store.url} holds another harvest ({existing[:8]}, this one is {fingerprint[:8]}). Use another --out."
-        )
+    found = read_group(store, data)
+    check_same_harvest(store.url, found["fingerprint"], fingerprint_of(identity), found["identity"], identity)
 
 
 def read_group(store: ObjectStore, data: bytes) -> Mapping[str, Any]:

@@ -31,7 +31,7 @@ from ..common.cache_schemas import (
 from ..common.errors import DamagedError, SaeError, UsageError
 from ..common.files import digest_of
 from .chunks import read_attributes, write_chunk
-from .consistency import check_commit
+from .consistency import check_commit, check_same_harvest
 from .layout import FORMAT, ArraySpec, Hook, Layout, commit_file, fingerprint_of, group_metadata
 from .place import FolderPlace
 from .record_files import add_digests
@@ -264,10 +264,10 @@ class CacheWriter:
         return all(statistics[name]["max_norm"] == max_norm for name in self.widths)
 
 
-def harvest_started(folder: Path, fingerprint: str) -> bool:
+def harvest_started(folder: Path, fingerprint: str, identity: dict[str, Any] | None = None) -> bool:
     """Whether the folder holds the start of the harvest with this fingerprint; False if it is empty.
 
-    Raises UsageError if it holds another harvest or other files.
+    Raises UsageError if it holds another harvest or other files. With the identity, it says what differs.
     """
     existing = read_fingerprint(folder)
     if existing is None:
@@ -275,11 +275,11 @@ def harvest_started(folder: Path, fingerprint: str) -> bool:
         others = {p.name for p in folder.iterdir() if p.name.split(".tmp-")[0] not in INITIAL_FILES}
         if others:
             raise UsageError(f"{folder} holds {min(others)}, but no activation cache. Choose a new folder with --out.")
-    elif existing != fingerprint:
-        raise UsageError(
-            f"{folder} holds another harvest ({existing[:8]}, this one is {fingerprint[:8]}). Use another --out."
-        )
-    return existing is not None
+        return False
+    root = folder / "zarr.json"
+    theirs = read_attributes(folder)["identity"] if identity and root.exists() and existing != fingerprint else None
+    check_same_harvest(folder, existing, fingerprint, theirs, identity)
+    return True
 
 
 def read_fingerprint(folder: Path) -> str | None:

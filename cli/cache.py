@@ -29,9 +29,11 @@ Address = Annotated[
 def list_(address: Address = None) -> None:
     """List every cache under activations/ with its model, arrays and number of rows."""
     from ..cache.catalog import list_caches
+    from ..cache.object_store import check_slashes
     from ..cache.store_catalog import list_stored_caches
     from ..common.files import sae_home
 
+    check_slashes(address)
     caches: Mapping[Any, Any] = list_caches() if address is None else list_stored_caches(address)
     if not caches:
         print_line(f"no caches under {address or sae_home() / 'activations'}; create one with `sae harvest`")
@@ -103,12 +105,13 @@ def repair(
 def rm(folder: Place, yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False) -> None:
     """Delete a cache, after asking for confirmation."""
     from ..cache.catalog import remove_cache, require_cache_folder
-    from ..cache.object_store import is_url, open_store
+    from ..cache.object_store import check_slashes, is_url, open_store
     from ..cache.store_catalog import remove_stored_cache, stored_files
     from ..common.errors import Interrupted
     from ..common.files import folder_bytes
     from ..common.formatting import format_bytes
 
+    check_slashes(folder)
     if is_url(folder):
         store = open_store(folder)
         size, remove = sum(stored_files(store).values()), partial(remove_stored_cache, store)

@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..common.escaping import escape_for_terminal
+from ..common.signals import sigterm_as_ctrl_c
 from .config_file import with_config
 from .printing import print_line
 
@@ -65,7 +66,7 @@ def report_errors(command: Callable[..., None]) -> Callable[..., None]:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # an encoding may lack ↑, ± or a letter of a file name
         try:
-            with warnings_as_notes():
+            with sigterm_as_ctrl_c(), warnings_as_notes():
                 _run_command(command, args, kwargs)
         except KeyboardInterrupt:  # also one that arrives while another error is being reported
             ignore_interrupts()

@@ -9,6 +9,7 @@ import typer
 
 from ..common.escaping import quote
 from .console import Bar, bar, cli_command, echo, show_table
+from .options import check_folder
 from .printing import ask, print_line
 
 if TYPE_CHECKING:
@@ -27,7 +28,10 @@ def export(
         Path | None, typer.Option(help="Folder to write, new or empty. Default: exports/<to> in the run folder.")
     ] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="Cache with rows to verify on. Default: the one the run was trained on.")
+        Path | None,
+        typer.Option(
+            callback=check_folder, help="Cache with rows to verify on. Default: the one the run was trained on."
+        ),
     ] = None,
     approximate: Annotated[
         str | None,
@@ -96,7 +100,10 @@ def import_(
     ],
     cache: Annotated[
         Path | None,
-        typer.Option(help="Cache of its model, to verify and evaluate on. Default: the only one that matches."),
+        typer.Option(
+            callback=check_folder,
+            help="Cache of its model, to verify and evaluate on. Default: the only one that matches.",
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where to create the run folder. Default: runs/.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run folder.")] = None,

@@ -56,7 +56,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="PATH|URL",
-            help="Cache whose held-out text is read. Default: the cache that each run was trained on.",
+            help="Cache whose held-out text is read: a folder, or an address such as s3://bucket/pile. Default: the "
+            "cache that each run was trained on.",
             rich_help_panel=INPUTS,
         ),
     ] = None,

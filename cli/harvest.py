@@ -41,12 +41,12 @@ def harvest(
         str | None,
         typer.Option(
             rich_help_panel=TASKS,
-            help="Harvest one of so many shares: 3/64. Tasks of an array job, in any order.",
+            help="Harvest share I of N, such as 3/64: a task of an array job, in any order.",
             metavar="I/N",
         ),
     ] = None,
     prepare: Annotated[
-        bool, typer.Option("--prepare", rich_help_panel=TASKS, help="Only cut the text, which the shares then read.")
+        bool, typer.Option("--prepare", rich_help_panel=TASKS, help="Only cut the text, for all shares to read.")
     ] = False,
     held_out: Annotated[
         float | None,

@@ -88,6 +88,13 @@ def check_device(device: str) -> str:
     return device
 
 
+def check_folder(path: Path | None) -> Path | None:
+    """The callback of --cache where only a folder can stand. Raises typer.BadParameter for an address."""
+    if path is not None and re.match(r"(s3|gs|az|https?|file):/", str(path)):  # a Path drops the second slash
+        raise typer.BadParameter("this command reads caches in folders only, not at an address")
+    return path
+
+
 def finite_or_none(multiple: float) -> float | None:
     """What `HarvestConfig.max_norm` takes: None in place of infinity."""
     return None if multiple == math.inf else multiple
@@ -114,8 +121,9 @@ Caches = Annotated[
     typer.Option(
         "--cache",
         metavar="PATH|URL",
-        help="Activation cache, also at s3://bucket/pile. Needed only when several match; several are read as one. "
-        "With --stream, the folder for the windows being harvested.",
+        help="Activation cache: a folder, or an address such as s3://bucket/pile. Default: the only one under "
+        "activations/ that fits. Can be repeated; several are read as one. With --stream, the folder for the windows "
+        "being harvested.",
     ),
 ]
 LocalCache = Annotated[
@@ -124,7 +132,8 @@ LocalCache = Annotated[
         "--local-cache",
         parser=parse_bytes,
         metavar="SIZE",
-        help="How much of caches in stores the disk holds at a time, such as 200GB. Default: half of the free space.",
+        help="With a cache at an address: the most that pulled files take on the disk, such as 200GB. Default: half of "
+        "the free space.",
         rich_help_panel="Object stores",
     ),
 ]
@@ -132,7 +141,7 @@ LocalFolderPath = Annotated[
     Path | None,
     typer.Option(
         "--local-folder",
-        help="The folder that holds it, on a local disk. Default: activations/.pulled.",
+        help="With a cache at an address: the folder for pulled files, on a local disk. Default: activations/.pulled.",
         rich_help_panel="Object stores",
     ),
 ]

@@ -185,7 +185,7 @@ def train(
     ] = None,
 ) -> None:
     """Train SAEs on a cache: several recipes, layers and seeds together, in one pass over the data."""
-    from ..cache.object_store import is_url
+    from ..cache.object_store import folder_or_url
     from ..common.errors import UsageError
     from ..train.plan import TrainConfig
 
@@ -199,7 +199,7 @@ def train(
         site=site,
         modules=module or (),
         seeds=seed or (0,),
-        caches=[one if is_url(one) else Path(one) for one in cache] if cache else (),
+        caches=list(filter(None, map(folder_or_url, cache))) if cache else (),
         local_cache=local_cache,
         local_folder=local_folder,
         model=model,

@@ -15,7 +15,7 @@ from ..cache.opening import Place, open_place
 from ..cache.reader import Cache
 from ..common.cache_schemas import HARVEST_RECORD
 from ..common.environment import installed_version
-from ..common.errors import SaeError, UsageError
+from ..common.errors import SaeError, UnavailableError, UsageError
 from ..common.files import digest_of, sae_home
 from ..common.process_group import rank_and_count
 from ..common.special_tokens import special_token_ids
@@ -79,7 +79,11 @@ def find_eval_cache(folder: Path, sae: SAE, *, cache: Place | None = None, model
     recorded, fingerprint = sae.origin.get("cache"), sae.origin.get("fingerprint")
     if recorded is None and fingerprint is None:
         return only_cache_of_model(folder, sae.origin)
-    if found := find_by_fingerprint(fingerprint, recorded if isinstance(recorded, str) else None):
+    try:
+        found = find_by_fingerprint(fingerprint, recorded if isinstance(recorded, str) else None)
+    except UnavailableError as error:  # an address that does not answer
+        raise UnavailableError(f"{error} Or name another cache of {model_label(trained_on)} with --cache.") from error
+    if found:
         return found
     if "format" in sae.origin:  # imported: its cache was only the one that it was verified on
         return only_cache_of_model(folder, sae.origin)

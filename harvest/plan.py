@@ -379,7 +379,7 @@ def plan_harvest(
     identity = identity_of(config, source, dtype, tokenizer, form, text, held_out_by_name=dataset == EMBEDDED_TEXT)
     identity |= {} if chat is None else {"chat": chat.identity()}
 
-    store = open_store(config.out) if is_url(config.out) else None
+    store = open_store(config.out, write=True) if is_url(config.out) else None
 
     def folder_of(identity: dict[str, Any]) -> Path:
         if store is not None:

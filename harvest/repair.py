@@ -11,7 +11,7 @@ from ..cache.chunks import encode_chunk, read_attributes, write_chunk
 from ..cache.layout import Hook, without_name
 from ..cache.mirror import working_folder
 from ..cache.models import find_folder, is_digest, recorded_folders
-from ..cache.object_store import is_url, open_store
+from ..cache.object_store import check_slashes, is_url, open_store
 from ..cache.place import FolderPlace, chunk_error
 from ..cache.record_files import add_digests, damaged_records
 from ..cache.store_place import StorePlace
@@ -41,6 +41,7 @@ def repair(
 
     Raises UsageError if the model or the text has changed, or if the cache is only half written.
     """
+    check_slashes(folder)
     if is_url(folder):
         store = open_store(folder)
         if not {"commits", "harvest.json"} & set(store.children()):

@@ -5,23 +5,23 @@ Besides two windows of activations, each process keeps the token ids in memory, 
 
 import contextlib
 import shutil
-import signal
 import socket
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..cache.contexts import Contexts
 from ..cache.object_store import folder_or_url
+from ..cache.opening import open_place
 from ..cache.reader import Cache
 from ..cache.writer import CacheWriter
 from ..common.device import keep_freed_memory
 from ..common.errors import UsageError, did_you_mean, naming
 from ..common.files import writer_lock
 from ..common.process_group import ProcessGroup, current_process_group, is_first_on_this_machine
+from ..common.signals import sigterm_as_ctrl_c
 from .config import LAYERS, HarvestConfig
 from .plan import HarvestPlan, plan_harvest
 from .progress import SILENT, HarvestProgress
@@ -64,8 +64,9 @@ def harvest_activations(
         progress: Callbacks for rows done and for messages. Default: silent.
         **options: Any other field of `sae.harvest.plan.HarvestConfig`: revision, dataset_revision, subset, split,
             text_column, chat_column, roles, bos, keep_special, skip_positions, skip_tokens, pack, window,
-            storage_dtype, compress, max_norm, dtype, attention, batch_contexts, and modules: more sites, as
-            "model.layers.{layer}.mlp.gate_proj:output", which replace resid_post if `sites` is not given.
+            storage_dtype, compress, max_norm, dtype, attention, batch_contexts; share ("3/64") and prepare (True), for
+            the tasks of an array job; and modules: more sites, as "model.layers.{layer}.mlp.gate_proj:output", which
+            replace resid_post if `sites` is not given.
             Of several tasks that harvest one cache: share="3/64", the part of this one; prepare=True, only the text.
 
     Returns:
@@ -88,11 +89,15 @@ def harvest_activations(
         dataset=None if dataset is None else str(dataset), tokens=tokens, context=context, held_out=held_out,
         out=folder_or_url(out), device=device, seed=seed, **options,
     )  # fmt: skip
-    return run_harvest(plan_harvest(config, progress.say), progress)
+    plan = plan_harvest(config, progress.say)
+    cache = run_harvest(plan, progress)
+    return cache if plan.store is None else open_place(plan.address)  # its chunks are not in the working folder
 
 
 def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
     """Run a plan, or the rest of it, and open the cache. Several launched processes share the windows.
+
+    Of a cache in a store, what is opened is the working folder, which has the records and no chunks.
 
     With `plan.config.share` it runs this share, and with `plan.config.prepare` what precedes the first window; the
     cache is then complete only if nothing else was missing.
@@ -171,16 +176,3 @@ def remove_locks_of_ranks(folder: Path) -> None:
     """Remove the folders that the ranks of an earlier version left when they were killed."""
     for rank_folder in folder.glob(".rank*"):
         shutil.rmtree(rank_folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Treat SIGTERM, with which schedulers preempt jobs, like Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread can set signal handlers
-        return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -66,9 +66,9 @@ def harvest_windows(
 def check_folder(plan: HarvestPlan) -> None:
     """Raise UsageError if the folder or address holds something other than this harvest. Touches nothing in it."""
     if plan.store is not None:
-        check_address(plan.store, fingerprint_of(plan.identity))
+        check_address(plan.store, plan.identity)
     elif plan.folder.is_dir():
-        harvest_started(plan.folder, fingerprint_of(plan.identity))
+        harvest_started(plan.folder, fingerprint_of(plan.identity), plan.identity)
         check_not_ring(plan.folder)
 
 

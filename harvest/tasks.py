@@ -25,6 +25,8 @@ def harvest_share(plan: HarvestPlan, progress: HarvestProgress) -> None:
     lock = shared_lock if plan.store is None else writer_lock  # each task has its own working folder
     with lock(plan.folder, plan.command):
         plan.place.fetch()
+        if plan.config.prepare and plan.config.dtype == "auto" and plan.device == "cpu":
+            progress.say("For shares in float32, as this CPU computes. For shares on GPUs, add --dtype bfloat16 here.")
         writer, contexts = begin_together(plan, progress)
         n_windows = writer.layout.n_windows
         if plan.share is None:

@@ -193,6 +193,8 @@ class TrainPlan:
             return lines
         lines.append(describe_size(self.unfinished, self.unfinished[0].folder.parent))
         lines += (pulling := describe_pulling(self.planned_passes))
+        if not pulling and (self.config.local_cache or self.config.local_folder):
+            lines.append("note     --local-cache and --local-folder have no effect: no cache is at an address")
         if count > 1:
             lines += describe_shares(self.shares, self.runs, self.config.device, time)
         else:

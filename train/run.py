@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..cache.concat import ConcatCache
-from ..cache.object_store import is_url
+from ..cache.object_store import check_slashes, is_url
 from ..cache.planned import PlannedCache
 from ..cache.reader import Cache
 from ..common.device import fix_cublas_workspace, keep_freed_memory, resolve_device
@@ -123,6 +123,8 @@ def cache_folders(cache: Cache | ConcatCache | PathLike | Sequence[PathLike] | N
         return [cache.place]
     if isinstance(cache, str | os.PathLike):
         cache = [cache]
+    for place in cache:
+        check_slashes(place)
     return [place if is_url(place) else Path(place) for place in cache]
 
 

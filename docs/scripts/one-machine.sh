@@ -2,6 +2,7 @@
 # Eight GPUs of one machine: harvest, train and evaluate, each over all of them.
 set -euo pipefail
 
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} # threads of each process; torchrun would set 1
 cache=activations/pile
 launch=(torchrun --standalone --nproc_per_node 8 -m sae)
 

@@ -12,6 +12,7 @@
 set -euo pipefail
 
 export OMP_NUM_THREADS=8
+# export GLOO_SOCKET_IFNAME=ib0 # where the names of the nodes lead to an interface that the others do not reach
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 exec srun torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node 8 \

@@ -11,7 +11,8 @@ import pytest
 
 from sae.cache import object_store
 from sae.cache.mirror import Mirror, working_folder
-from sae.cache.object_store import ObjectStore, client_options, is_url, open_store
+from sae.cache.object_store import ObjectStore, StoreWarning, client_options, folder_or_url, is_url, open_store
+from sae.cache.opening import open_cache
 from sae.common.errors import DamagedError, UnavailableError, UsageError
 
 from .. import faulty_proxy as faulty_proxies
@@ -105,7 +106,10 @@ def test_failures_without_end_are_one_sentence(fault: str, proxy: FaultyProxy, b
     store.put("there", DATA)
     proxy.schedule = lambda request: fault if fits(fault, request) else None
     for name, action in ACTIONS.items():
-        with pytest.raises(UnavailableError, match="run the same command again") as caught:
+        with (
+            pytest.warns(StoreWarning, match=f"^{bucket}/pile: the store .*Trying again"),
+            pytest.raises(UnavailableError, match="run the same command again") as caught,
+        ):
             action(store, tmp_path)
         assert one_sentence(caught.value).startswith(f"{bucket}/pile"), name
     assert not (tmp_path / "copy").exists()
@@ -172,6 +176,9 @@ def test_no_credentials_no_endpoint_no_account(bucket: str, monkeypatch: pytest.
         ("s3://", "names no bucket"),
         ("file://", "names no folder"),
         ("file://host/a", "names no folder"),
+        ("s3://bucket/a//b", "invalid address s3://bucket/a//b: expected s3://bucket/prefix"),
+        ("s3://bucket/../a", "invalid address s3://bucket/../a"),
+        ("s3://[bucket/a", "invalid address s3://...: expected s3://bucket/prefix"),
     ],
 )
 def test_addresses_that_are_refused(url: str, message: str) -> None:
@@ -192,12 +199,33 @@ def test_a_web_address_is_only_read(tmp_path: Path) -> None:
         for action in (lambda: web.put("c", b""), lambda: web.put_if_absent("c", b""), lambda: web.delete(["b"])):
             with pytest.raises(UsageError, match="can only be read"):
                 action()
+        with pytest.raises(UsageError, match="can only be read"):
+            open_store(web.url, write=True)
+        for action in (lambda: web.list(), lambda: web.children()):
+            with pytest.raises(UsageError, match="is on a web server, which does not say what it has"):
+                action()
         server.shutdown()
 
 
 def test_folders_are_no_addresses() -> None:
     for folder in ("activations/pile", "/data/pile", "s3:/bucket", "C:\\data", "", None, Path("s3://bucket")):
         assert not is_url(folder)
+
+
+@pytest.mark.parametrize(
+    ("path", "address"),
+    [
+        ("s3:/bucket/pile", "s3://bucket/pile"),
+        ("gs:bucket/pile", "gs://bucket/pile"),
+        ("file:/data/pile", "file:///data/pile"),
+        (Path("s3://bucket/pile"), "s3://bucket/pile"),
+    ],
+)
+def test_an_address_with_too_few_slashes_is_no_folder(path: str | Path, address: str) -> None:
+    for use in (folder_or_url, open_cache):
+        with pytest.raises(UsageError, match=f"is not an address: expected {address}."):
+            use(path)
+    assert folder_or_url("runs/s3:/a") == Path("runs/s3:/a") and folder_or_url(address) == address
 
 
 def test_only_the_first_of_two_writers_writes(store: ObjectStore) -> None:

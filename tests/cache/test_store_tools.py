@@ -1,16 +1,20 @@
 """`sae cache` on an address: what it prints, finds and mends is what it is for a folder."""
 
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from sae.cache.mirror import working_folder
+from sae.cache.mirror import working_folder, working_folders
 from sae.cache.object_store import ObjectStore, open_store
 from sae.cache.opening import open_cache
 from sae.cache.reader import Cache
 from sae.cli.main import app
 from sae.common.errors import DamagedError
+from sae.common.files import writer_lock
 
 from ..faulty_proxy import faulty_proxy
 
@@ -51,6 +55,18 @@ def test_list_info_and_verify(stored: ObjectStore, tiny_cache: Cache, bucket: st
     assert f"{stored.url}: {len(tiny_cache.manifest['files'])} files, all checksums match" in sae(
         "cache", "verify", stored.url
     )
+
+
+def test_a_web_server_is_asked_for_each_file(tiny_cache: Cache) -> None:
+    handler = partial(SimpleHTTPRequestHandler, directory=tiny_cache.folder.parent)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/{tiny_cache.folder.name}"
+        assert "all present with their sizes" in sae("cache", "info", address)
+        assert "all checksums match" in sae("cache", "verify", address)
+        for command in (["list"], ["rm", "--yes"], ["repair"]):
+            assert "does not say what it has" in sae("cache", *command, address, code=2).replace("\n", " ")
+        server.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -136,10 +152,12 @@ def test_rm_asks_and_leaves_what_is_not_its_own(stored: ObjectStore) -> None:
     stored.put("layer_0/notes.txt", b"mine")
     before = objects(stored)
     assert "nothing was deleted" in sae("cache", "rm", stored.url, answer="n\n")
+    with writer_lock(working_folder(stored.url, "--share-2-of-3"), "sae harvest --share 2/3"):
+        assert "is being written by process" in sae("cache", "rm", stored.url, "--yes", code=4)
     assert objects(stored) == before
     size = sum(len(data) for name, data in before.items() if "notes" not in name)
     assert f"{stored.url} deleted, {size / 1e6:.1f} MB freed" in sae("cache", "rm", stored.url, "--yes")
-    assert objects(stored) == {"notes.txt": b"mine", "layer_0/notes.txt": b"mine"}
+    assert objects(stored) == {"notes.txt": b"mine", "layer_0/notes.txt": b"mine"} and not working_folders(stored.url)
     assert "holds no activation cache; nothing was deleted" in sae("cache", "rm", stored.url, "--yes", code=2)
 
 
@@ -157,6 +175,15 @@ def test_other_programs_read_the_same_address(stored: ObjectStore, tiny_cache: C
     place = {"driver": "s3", "bucket": bucket, "path": f"{path}/layer_01/", "endpoint": s3_endpoint}
     spec = {"driver": "zarr3", "kvstore": place | {"aws_region": "us-east-1"}}
     assert np.array_equal(tensorstore.open(spec, read=True).result().read().result().view(np.uint16), rows)
+
+
+def test_another_zarr_group_is_named_and_left_alone(bucket: str) -> None:
+    store = open_store(f"{bucket}/group")
+    store.put("zarr.json", b'{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+    store.put("layer_0/c.0.0", b"not ours")
+    assert f"{store.url} is a Zarr group, but not an activation cache" in sae("cache", "info", store.url, code=2)
+    assert "holds no activation cache; nothing was deleted" in sae("cache", "rm", store.url, "--yes", code=2)
+    assert set(objects(store)) == {"zarr.json", "layer_0/c.0.0"}
 
 
 def test_a_cache_that_is_not_there(bucket: str) -> None:

@@ -518,6 +518,14 @@ def test_a_second_ctrl_c_prints_no_traceback(monkeypatch):
     assert [sentence.split()[0] for sentence in said] == ["error:", "stopped:", "error:"]
 
 
+def test_sigterm_is_as_ctrl_c_in_every_command(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(typer.Exit) as left:
+        cli_command(lambda: signal.raise_signal(signal.SIGTERM))()
+    assert left.value.exit_code == 130 and signal.getsignal(signal.SIGTERM) is before
+    assert "Everything committed is safe; run the same command again to continue." in capsys.readouterr().err
+
+
 def test_a_narrow_terminal_does_not_break_the_numbers_of_a_table(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich then takes the output for a terminal

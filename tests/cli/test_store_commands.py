@@ -79,6 +79,15 @@ def test_what_is_refused_in_one_sentence(harvest: list[object], bucket: str, mon
     refused(4, "the bucket does not exist (404 NoSuchBucket). Create it, or correct the address.", "s3://no-bucket/p")
     refused(2, "unknown scheme ftp://: expected s3://", "ftp://host/pile")
     refused(2, "names no bucket", "s3://")
+    refused(2, "s3:/b/p is not an address: expected s3://b/p.", "s3:/b/p")
+    code, told = sae(*harvest, "https://host/pile")
+    assert code == 2 and "https://host/pile can only be read. To write, use one of s3://," in told.replace("\n", " ")
+    code, told = sae("cache", "list", "piles")
+    assert code == 2 and "piles is not an address: expected one such as s3://bucket/prefix." in told.replace("\n", " ")
+    for words in (["export", "run", "--to", "saelens"], ["import", "files"], ["reproduce", "003"]):
+        code, told = sae(*words, "--cache", "s3://bucket/pile")
+        assert code == 2 and "caches in folders only" in told, told
+    assert not list(Path().glob("s3:*"))
     monkeypatch.setattr(object_store, "RETRY", {**object_store.RETRY, "max_retries": 0})
     monkeypatch.setattr(object_store, "PAUSE", 0)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # as without a network

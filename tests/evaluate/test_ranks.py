@@ -245,6 +245,18 @@ def test_what_is_wrong_with_an_sae_is_said_by_the_first_process(make_home, evalu
 
 
 @pytest.mark.slow
+def test_a_published_sae_is_imported_by_the_first_process(make_home, tiny_cache: Cache) -> None:
+    home = make_home("home")
+    sae.export_sae(home / "runs" / "a-0", "saelens", home / "exported")
+    shutil.rmtree(home / "runs")
+    words = ["evaluate", "exported", *CORE, "--no-references", "--cache", str(tiny_cache.folder)]
+    code, out, err = call(home, [*FORKED, "2", *words])
+    assert code == 0 and "codes 0 0" in err, err
+    (run,) = (home / "runs").iterdir()
+    assert list(numbers(home)) == [f"runs/{run.name}/evaluations/core.json"] and run.name in out
+
+
+@pytest.mark.slow
 def test_an_error_of_the_plan_is_said_once(make_home) -> None:
     code, out, err = evaluate(make_home("home"), 3, "--suite", "cor")
     assert code == 2 and "codes 2 2 2" in err and err.count("there is no metric cor") == 1

@@ -21,7 +21,7 @@ from sae.common.errors import DamagedError, SaeError, UnavailableError, UsageErr
 from sae.common.schemas import SAE_RECORD
 from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
-from sae.evaluate.inputs import make_context
+from sae.evaluate.inputs import find_eval_cache, make_context
 from sae.evaluate.metrics.base import MetricResult
 from sae.evaluate.metrics.core import Core
 from sae.evaluate.metrics.registry import METRICS, metrics_of_suite
@@ -586,3 +586,13 @@ def test_a_metric_that_runs_out_of_memory_leaves_the_others(tiny_cache, home, mo
     hungry = False
     (again,) = evaluate(ask(run, suite="hungry,core"))
     assert again.results["hungry"].metrics == again.results["core"].metrics == row.results["core"].metrics
+
+
+def test_a_cache_that_does_not_answer_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(fingerprint: object, folder: object) -> None:
+        raise UnavailableError(f"{folder}: the store cannot be reached.")
+
+    monkeypatch.setattr("sae.evaluate.inputs.find_by_fingerprint", unreachable)
+    origin = {"model": {"name": "gemma", "revision": None}, "layer": 0, "cache": "s3://b/pile", "fingerprint": "f"}
+    with pytest.raises(UnavailableError, match="^s3://b/pile: .* Or name another cache of gemma with --cache.$"):
+        find_eval_cache(Path("run"), SimpleNamespace(origin=origin))

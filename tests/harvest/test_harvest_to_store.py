@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sae.cache import store_place
@@ -85,7 +86,8 @@ def test_the_objects_are_the_files_of_a_disk(options: Options, more: Options, bu
     options = options | more
     disk = harvest_activations(**options, out=tmp_path / "disk")
     assert not more or disk.statistics("layer_01")["marked"]  # so rows of chunks are read for its mean
-    harvest_activations(**options, out=f"{bucket}/pile/")
+    stored = harvest_activations(**options, out=f"{bucket}/pile/")
+    assert np.array_equal(stored.read_chunk("layer_01", 1), disk.read_chunk("layer_01", 1))
     objects = objects_of(f"{bucket}/pile")
     assert objects == files_of(tmp_path / "disk") and len(objects) > 30
     kept = files_of(working_folder(f"{bucket}/pile"))
@@ -170,7 +172,7 @@ def test_what_else_is_at_the_address_is_refused(options: Options, bucket: str, t
         harvest_activations(**options, out=f"{bucket}/photos")
     harvest_activations(**options | {"layers": 0, "tokens": 300}, out=f"{bucket}/pile")
     before = objects_of(f"{bucket}/pile")
-    with pytest.raises(UsageError, match=rf"{bucket}/pile holds another harvest \(.*Use another --out"):
+    with pytest.raises(UsageError, match=rf"{bucket}/pile holds another harvest \(.* Different: seed \(0, here 1\)\."):
         harvest_activations(**options | {"seed": 1}, out=f"{bucket}/pile")
     assert objects_of(f"{bucket}/pile") == before
 

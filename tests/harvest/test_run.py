@@ -343,7 +343,7 @@ def test_a_second_harvest_into_the_folder_is_rejected(again: HarvestConfig) -> N
 
 
 def test_another_harvest_into_the_folder_is_rejected(small: tuple[HarvestConfig, Cache], again: HarvestConfig) -> None:
-    with pytest.raises(UsageError, match="holds another harvest .* Use another --out"):
+    with pytest.raises(UsageError, match=r"holds another harvest .*\)\. Different: seed \(0, here 1\)\. Use another"):
         run_harvest(plan_harvest(replace(again, seed=1)))
     assert files_of(again.out) == files_of(small[1].folder)
 

@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -137,6 +138,7 @@ def test_a_run_from_a_store_has_the_bytes_of_one_from_a_disk(tiny_cache, bucket:
     record = json.loads((stored[0] / "run.json").read_text())
     assert record["cache_folders"] == [address]
     assert find_by_fingerprint(tiny_cache.fingerprint, address).place == address
+    assert not any("have no effect" in line for line in plan_training(replace(config, local_cache=10**9)).describe())
     again = plan_training(make_config(tiny_cache, "relu", out=tmp_path / "more", caches=[address])).describe()
     assert f"store    0.0 MB to pull from {address} in 0 requests; 0.5 MB are here already" in again
 
@@ -338,6 +340,12 @@ def test_a_kill_leaves_a_folder_that_the_next_process_uses(many_chunks, bucket: 
     folder = Path(process.communicate()[0].split()[0])
     assert results([folder]) == results(expected)
     assert not contents(local).parts
+
+
+@pytest.mark.parametrize("given", [{"local_cache": 10**9}, {"local_folder": Path("pulled")}])
+def test_the_plan_says_that_a_disk_needs_no_local_folder(tiny_cache, tmp_path: Path, given: dict) -> None:
+    lines = plan_training(make_config(tiny_cache, "topk", out=tmp_path / "runs", **given)).describe()
+    assert "note     --local-cache and --local-folder have no effect: no cache is at an address" in lines
 
 
 def test_a_size_that_is_too_small_is_refused_before_anything_is_written(tiny_cache, tmp_path: Path) -> None:

@@ -64,6 +64,23 @@ def test_a_kill_loses_only_the_question_under_way(tmp_path):
     assert KeptAnswers(judge, path).ask_all(QUESTIONS, silent) == ANSWERS and judge.asked == ["1", "0"]
 
 
+def test_processes_append_to_one_file(tmp_path):
+    """Three at once: no line is cut by that of another."""
+    kept = KeptAnswers(None, tmp_path / "kept.jsonl")
+    children = []
+    for process in range(3):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                for n in range(40):
+                    kept.append([{"role": "user", "content": f"{process} {n} " + "long " * 2000}], str(n))
+            finally:
+                os._exit(0)
+    for child in children:
+        os.waitpid(child, 0)
+    assert len(KeptAnswers.read(kept.path)) == 3 * 40
+
+
 def test_a_file_that_is_cut_anywhere_keeps_its_whole_lines_and_takes_more(tmp_path):
     whole = tmp_path / "whole.jsonl"
     KeptAnswers(Counting(), whole).ask_all(QUESTIONS, silent)
