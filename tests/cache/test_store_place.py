@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sae.cache.contexts import Contexts
 from sae.cache.object_store import ObjectStore, open_store
 from sae.cache.opening import open_cache
 from sae.cache.reader import Cache
@@ -185,3 +186,25 @@ def test_an_address_where_a_harvest_was_killed_early_is_its_own(store: ObjectSto
     store.put("cat.jpg", b"")
     with pytest.raises(UsageError, match="holds cat.jpg, but no activation cache"):
         check_address(store, "0" * 64)
+
+
+def test_a_task_that_waits_for_the_text_has_it_once_another_has_begun(
+    store: ObjectStore, worker, finite_bits, tmp_path: Path
+) -> None:
+    (tmp_path / "second").mkdir()
+    waiting = StorePlace(store, tmp_path / "second")
+    assert not waiting.is_begun()
+    worker("first", {5: finite_bits(ROWS, D, 5)})
+    assert waiting.is_begun() and Contexts.is_complete(waiting.folder)
+
+
+def test_rewriting_a_window_removes_its_commit_first(
+    store: ObjectStore, worker, finite_bits, write_windows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bits = {5: finite_bits(ROWS, D, 5)}
+    writer = worker("first", bits)
+    write_windows(writer, bits, [0, 1, 2])
+    monkeypatch.setattr(CacheWriter, "chunks_to_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_windows(writer, bits, [1], replace=True)
+    assert writer.missing_windows() == {1: ["layer_05"]} and not store.exists("commits/000001.layer_05.json")

@@ -190,3 +190,9 @@ def test_runs_too_large_to_time_are_dealt_by_their_operations(sparse_cache, tmp_
     plan = plan_training(make_config(sparse_cache, "relu", "topk", out=tmp_path))
     monkeypatch.setattr("sae.train.estimate.MEMORY_SHARE", 0.0)
     assert shares_module.step_times(plan.runs, "cpu") == [10 * 64 * 32 * 128 / 2e11] * 2
+
+
+def test_a_run_goes_to_the_process_that_is_done_with_it_first() -> None:
+    """Which has its stream already, and not to the one with less to do."""
+    runs = [Work((0,), "a", 5.0, 10.0), Work((1,), "b", 12.0, 0.0), Work((2,), "a", 1.0, 10.0)]
+    assert [share.runs for share in to_the_first_done(runs, 2)] == [[0, 2], [1]]
