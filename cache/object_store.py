@@ -203,9 +203,10 @@ class ObjectStore:
             result = self.store.get(key)
             if bytes(result.bytes()) != seen:
                 return False
-            mode = {} if self.is_folder else {"mode": {"e_tag": result.meta["e_tag"]}}
+            # S3 and Azure compare the tag of the content, Google the number of the write.
+            version = {name: result.meta[name] for name in ("e_tag", "version") if result.meta[name] is not None}
             try:
-                self.store.put(key, data, **mode)
+                self.store.put(key, data, **({} if self.is_folder else {"mode": version}))
                 return True
             except self.precondition:
                 return False
