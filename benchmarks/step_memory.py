@@ -29,12 +29,14 @@ def measure(name: str, size: str, parts: int) -> None:
     """Print the planned and the measured bytes of a recipe."""
     import torch
 
+    from sae.common.device import keep_freed_memory
     from sae.train.loop import Trainer
     from sae.train.memory import DEAD_SHARE, run_memory, untrained_variant
     from sae.train.passes import Resized
     from sae.train.recipe import find_recipe
     from sae.train.variant import RunConfig
 
+    keep_freed_memory()  # as `sae train` does
     d_in, d_sae, tokens = map(int, size.split("x"))
 
     def train(run: Resized, steps: int) -> None:
