@@ -153,9 +153,9 @@ def test_layers_that_two_machines_complete_at_once_are_both_there(
         def second(self, url=url, step=step, original=original):
             monkeypatch.setattr(store_place.StorePlace, step, original)
             before = working_folder(url)
-            monkeypatch.setattr("sae.harvest.plan.working_folder", lambda url: tmp_path / f"second-{step}")
+            monkeypatch.setattr("sae.harvest.plan.working_folder", lambda *_: tmp_path / f"second-{step}")
             harvest_activations(**options | {"layers": 1}, out=url)
-            monkeypatch.setattr("sae.harvest.plan.working_folder", lambda url: before)
+            monkeypatch.setattr("sae.harvest.plan.working_folder", lambda *_: before)
             return original(self)
 
         monkeypatch.setattr(store_place.StorePlace, step, second)

@@ -1,6 +1,7 @@
 """Whole runs of `sae train` on the simulated GPU, beside the same on the CPU."""
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ def train(folder: Path, cache: Path, recipes: Sequence[str], resident: bool) -> 
     loader = ResidentLoader if resident else BatchLoader
     seen: dict[str, list[Ledger]] = {"step": [], "batch": [], "save": []}
     outliers = mock.patch.object(Cache, "outlier_rows", lambda self, name: np.arange(7, self.rows, 40))
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)  # of an earlier call in this process
     with same_arithmetic(sparse=True), outliers:
         expected = finish(folder / "cpu", "cpu", cache, recipes)
         with (
