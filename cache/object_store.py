@@ -322,14 +322,18 @@ class MissingError(DamagedError):
 
 
 class TransientError(UnavailableError):
-    """A failure of a store that can pass. `what` says how it failed."""
+    """A failure of a store that can pass. Made of its message alone, as errors are that are raised again."""
 
-    def __init__(self, address: str, what: str) -> None:
-        super().__init__(
+    what = ""  # how the store failed
+
+    @classmethod
+    def of(cls, address: str, what: str) -> "TransientError":
+        error = cls(
             f"{address}: {what}, also after several tries. Check the network and the endpoint, and run the same "
             "command again; everything committed is safe."
         )
-        self.what = what
+        error.what = what
+        return error
 
 
 class StoreWarning(UserWarning):
@@ -366,4 +370,4 @@ def failure(error: Exception, address: str) -> Exception:
     if status and status < 500 and status != 429:
         return UnavailableError(f"{address}: the store refused the request ({answer}).")
     what = f"the store failed ({answer})" if status else "the store cannot be reached or stopped answering"
-    return TransientError(address, what)
+    return TransientError.of(address, what)
