@@ -75,14 +75,14 @@ def source_of(one: Field[Any], constants: Constants) -> str:
 
 
 def parse_settings(settings: Iterable[str]) -> Constants:
-    """The constants with `name=value` settings. Raises ValueError for a name that there is not, or no number."""
+    """The constants with `name=value` settings. Raises ValueError for an unknown name, or a value of another kind."""
     names = {one.name for one in fields(Constants)}
     values = {}
     for setting in settings:
         name, _, value = setting.partition("=")
         if name not in names:
-            raise ValueError(f"there is no constant {name!r}; there are {', '.join(sorted(names))}")
+            raise ValueError(f"unknown constant {name!r}: expected one of {', '.join(sorted(names))}")
         if (number := float(value)) < 0:
-            raise ValueError(f"{name} is {number:g}, and no constant is negative")
+            raise ValueError(f"{name} is {number:g}: expected 0 or more")
         values[name] = number
     return replace(Constants(), **values)
