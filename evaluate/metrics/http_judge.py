@@ -6,7 +6,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -85,9 +85,13 @@ class Endpoint:
         seconds for their answers.
         """
         stop = threading.Event()
-        with ThreadPoolExecutor(1) as thread:  # of its own: a notebook's has an event loop already
+        with futures.ThreadPoolExecutor(1) as thread:  # of its own: a notebook's has an event loop already
             try:
-                thread.submit(asyncio.run, self._ask_in_parallel(questions, keep, stop)).result()
+                asking = thread.submit(asyncio.run, self._ask_in_parallel(questions, keep, stop))
+                # A Ctrl-C that arrives while a wait begins does not end that wait: Python acts on it after the wait.
+                while not futures.wait([asking], timeout=POLL).done:
+                    pass
+                asking.result()
             except BaseException:
                 stop.set()
                 raise

@@ -1,5 +1,6 @@
 """What the metric tests share: an evaluation context on the tiny model, the embedded tokenizer, a chat server."""
 
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -75,13 +76,17 @@ def server() -> Iterator[Server]:
                 self.send_header(name, value)
             data = content if isinstance(content, bytes) else json.dumps(content).encode()
             self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+            with contextlib.suppress(ConnectionError):  # the client has closed
+                self.end_headers()
+                self.wfile.write(data)
 
         def log_message(self, *_):
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Listening(ThreadingHTTPServer):
+        request_queue_size = 64  # with five, the sixth connection at once waits a second for its second attempt
+
+    http = Listening(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     state.url = f"http://127.0.0.1:{http.server_port}/v1"

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import gzip
-import os
 import signal
 import socket
 import threading
@@ -219,11 +218,15 @@ def heeds_ctrl_c():
 
 
 def interrupt_when(begun: threading.Event) -> None:
-    """Press Ctrl-C as soon as something has begun."""
+    """Press Ctrl-C as soon as something has begun, so that the signal does not end the main thread's wait.
+
+    The kernel may give a signal to another thread, or to the main thread just before it waits. Either way the main
+    thread acts on it only when the wait is over; here the pressing thread gets it.
+    """
 
     def press() -> None:
         begun.wait(30)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
 
     threading.Thread(target=press, daemon=True).start()
 
