@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ..common.errors import DamagedError, SaeError, UsageError, warn_left_out
 from ..common.escaping import quote
-from ..common.files import folder_bytes, sae_home, writer_lock
+from ..common.files import folder_bytes, sae_home
+from ..common.locks import writer_lock
 from .layout import Hook, is_ring_cache
 from .models import GivenModel, recorded_folders
 from .object_store import is_url

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..common.cache_schemas import CLAIM_RECORD, COMMIT_RECORD
 from ..common.errors import DamagedError
-from ..common.files import fsync_folder
+from ..common.files import fsync_folder, os_error
 from .chunks import FileRecords, RowsOfChunk, check_chunk, files_exist, read_array_spec, row_reader
 from .layout import ArraySpec
 from .object_store import ObjectStore
@@ -104,8 +104,18 @@ class FolderPlace:
         return CLAIM_RECORD.create(self.folder / file, content)
 
     def renew_claim(self, file: str, content: Mapping[str, Any]) -> None:
-        """Replace a claim."""
-        CLAIM_RECORD.write(self.folder / file, content)
+        """Replace a claim. Does nothing if it is gone: the text is cut."""
+        # In its place, since a rename would make a claim that another task has removed. One that is half written counts
+        # as a claim that cannot be read.
+        path = self.folder / file
+        try:
+            with path.open("r+b") as claim:
+                claim.write(CLAIM_RECORD.encode(content))
+                claim.truncate()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise os_error(error, path) from error
 
     def remove_claims(self, files: Iterable[str]) -> None:
         """Remove claims."""

@@ -3,7 +3,7 @@
 import shutil
 
 from ..common.errors import SaeError, UnavailableError, UsageError
-from ..common.files import is_locked, locked_error, writer_lock
+from ..common.locks import is_locked, locked_error, writer_lock
 from .catalog import open_or_error
 from .consistency import is_array_name
 from .mirror import working_folder, working_folders

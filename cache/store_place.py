@@ -188,7 +188,8 @@ class StorePlace(FolderPlace):
         return self.store.put_if_absent(file, CLAIM_RECORD.encode(content))
 
     def renew_claim(self, file: str, content: Mapping[str, Any]) -> None:
-        self.store.put(file, CLAIM_RECORD.encode(content))
+        if (seen := self.store.find(file)) is not None:
+            self.store.replace(file, CLAIM_RECORD.encode(content), seen)
 
     def remove_claims(self, files: Iterable[str]) -> None:
         for file in files:
@@ -247,14 +248,15 @@ class StorePlace(FolderPlace):
 def check_address(store: ObjectStore, identity: dict[str, Any]) -> None:
     """Raise UsageError if an address holds another harvest than the one with this identity, or other objects."""
     data = store.find("zarr.json")
-    if data is None:
-        if others := sorted(set(store.children()) - INITIAL):
+    if data is None and (others := sorted(set(store.children()) - INITIAL)):
+        data = store.find("zarr.json")  # of another task, which may have begun in between
+        if data is None:
             raise UsageError(
                 f"{store.url} holds {others[0]}, but no activation cache. Choose another address with --out."
             )
-        return
-    found = read_group(store, data)
-    check_same_harvest(store.url, found["fingerprint"], fingerprint_of(identity), found["identity"], identity)
+    if data is not None:
+        found = read_group(store, data)
+        check_same_harvest(store.url, found["fingerprint"], fingerprint_of(identity), found["identity"], identity)
 
 
 def read_group(store: ObjectStore, data: bytes) -> Mapping[str, Any]:

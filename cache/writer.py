@@ -40,7 +40,7 @@ from .statistics import build_manifest
 WRITE_THREADS = 2  # enough to saturate a disk; four are a tenth faster
 MEASURED_ROWS = 128  # rows per step of `norms_and_moments`: as many as fit into a core's cache
 # The files of a harvest that has no fingerprint yet; any other file means that the folder is used for something else.
-INITIAL_FILES = {"tokens", "harvest.json", "ring.json", "zarr.json", ".lock", ".lock.holder"}
+INITIAL_FILES = {"tokens", "harvest.json", "ring.json", "zarr.json", ".lock", ".lock.holder", ".lock.shared"}
 
 ChunkWrite = tuple[ArraySpec, int, np.ndarray]  # an array, the number of a chunk, its rows
 
@@ -269,10 +269,12 @@ def harvest_started(folder: Path, fingerprint: str, identity: dict[str, Any] | N
 
     Raises UsageError if it holds another harvest or other files. With the identity, it says what differs.
     """
+    # What is there is listed first: another worker may begin the harvest now, and its zarr.json precedes the rest.
+    names = {path.name for path in folder.iterdir()}
     existing = read_fingerprint(folder)
     if existing is None:
         # A name without its suffix: a killed writer may have left the temporary file of a record.
-        others = {p.name for p in folder.iterdir() if p.name.split(".tmp-")[0] not in INITIAL_FILES}
+        others = {name for name in names if name.split(".tmp-")[0] not in INITIAL_FILES}
         if others:
             raise UsageError(f"{folder} holds {min(others)}, but no activation cache. Choose a new folder with --out.")
         return False

@@ -1,4 +1,4 @@
-"""Atomic and durable file writes, JSON and TOML, a lock for the one writer of a folder, and the sizes of folders.
+"""Atomic and durable file writes, JSON and TOML, and the sizes of folders.
 
 Every file of a cache or a run folder is written with `atomic_write`: under a temporary name, flushed to disk, renamed.
 So a kill at any instant leaves the old file, the new one or neither, and at most a stray temporary file
@@ -13,14 +13,10 @@ import os
 import re
 import secrets
 import shutil
-import socket
-import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import filelock
 
 from .errors import DamagedError, UnavailableError, UsageError
 from .open_files import OUT_OF_FILES, describe_files_limit
@@ -268,88 +264,6 @@ def write_json(path: Path, content: Any) -> None:
 def digest_of(content: Any) -> str:
     """sha256 (hex) of the canonical JSON of `content`: sorted keys, no whitespace."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-# --- the writer's lock -----------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def writer_lock(folder: Path, command: str, say: Callable[[str], None] = lambda message: None) -> Iterator[None]:
-    """Hold the exclusive right to write into `folder`, which is created if needed; `command` is shown to others.
-
-    It is an operating system lock, so it is free as soon as its holder dies; `say` is then called with a message. On
-    entry the temporary files of dead writers are deleted: check first that the folder belongs to this package.
-
-    Raises UnavailableError if another process holds the lock (the message names it) or the folder cannot be written,
-    UsageError if a file is in the way.
-    """
-    lock, note = filelock.FileLock(folder / ".lock"), folder / ".lock.holder"
-    with locking(folder):
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise locked_error(folder) from None
-    try:
-        if note.exists():  # its process died: one that ends normally deletes its note
-            say(f"{folder} was locked by {lock_holder(note)}, which no longer runs; its lock was taken over.")
-        remove_stale_files(folder)
-        write_note(note, command)
-        yield
-    finally:
-        note.unlink(missing_ok=True)
-        lock.release()
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether a process holds the lock of a folder, this one included. Several can look at the same time."""
-    import fcntl  # not on Windows
-
-    try:
-        descriptor = os.open(folder / ".lock", os.O_RDONLY)
-    except OSError:  # nobody has ever locked it, or it has been removed
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in (errno.EACCES, errno.EAGAIN)
-    finally:
-        os.close(descriptor)
-    return False
-
-
-def was_abandoned(folder: Path) -> bool:
-    """Whether the last process that held the lock of a folder died; one that ends normally removes its note."""
-    return (folder / ".lock.holder").exists() and not is_locked(folder)
-
-
-@contextlib.contextmanager
-def locking(folder: Path) -> Iterator[None]:
-    """Create a folder and explain why it, or its lock, cannot be written."""
-    try:
-        make_folder(folder)
-        yield
-    except (FileExistsError, NotADirectoryError):
-        raise UsageError(f"{folder} is not a folder: a file is in its place. Choose a new folder with --out.") from None
-    except OSError as error:
-        raise os_error(error, folder) from error
-
-
-def locked_error(folder: Path) -> UnavailableError:
-    """The error that says who writes into a folder."""
-    holder = lock_holder(folder / ".lock.holder")
-    return UnavailableError(f"{folder} is being written by {holder}. Wait until it ends, or stop it first.")
-
-
-def write_note(note: Path, command: str) -> None:
-    """Write who holds the lock of a folder."""
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
-    with contextlib.suppress(OSError):  # a full disk is reported when something has to be written
-        note.write_text(f"process {os.getpid()} on {socket.gethostname()} ({command}) since {since}")
-
-
-def lock_holder(note: Path) -> str:
-    """The process that `note` names; the note is empty if the disk was full."""
-    return (note.read_text() if note.exists() else "") or "another process"
 
 
 # --- folders and space -----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A cache on disk for what does not depend on an SAE: activations, probes, dataset statistics."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import time
@@ -8,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
@@ -21,11 +21,11 @@ from ..common.files import (
     digest_of,
     folder_bytes,
     free_space,
-    make_folder,
     temporary_process,
     utf8_path,
 )
 from ..common.formatting import format_bytes
+from ..common.locks import acquire, release
 from ..common.records import as_read
 
 FORMAT = 1  # version of the cached artifacts: increased when the way any of them is computed changes
@@ -33,7 +33,6 @@ FORMAT = 1  # version of the cached artifacts: increased when the way any of the
 ACTIVATIONS = ("text_pass", "held_out", "rows", "last_rows", "letters", "sample")
 LIMIT_VARIABLE = "SAE_EVALUATION_GB"
 STALE_SECONDS = 3600  # seconds without a write after which a dead process's temporary file is removed
-POLL_SECONDS = 0.1  # between two looks at a lock that another process holds
 
 
 class ArtifactCache:
@@ -96,16 +95,13 @@ class ArtifactCache:
 
         The lock is the operating system's, shared by all who use the folder. Where there is none nothing is removed.
         """
+        file = self.locks / "in_use"
         with contextlib.ExitStack() as stack:
-            with contextlib.suppress(OSError, ImportError):
-                import fcntl  # not on Windows
-
-                make_folder(self.locks)
-                lock = stack.enter_context((self.locks / "in_use").open("a"))
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(OSError):
+                with contextlib.suppress(BlockingIOError), contextlib.ExitStack() as alone:
+                    alone.callback(release, acquire(file, fcntl.LOCK_EX, 0))
                     self.remove_unread()
-                fcntl.flock(lock, fcntl.LOCK_SH)
+                stack.callback(release, acquire(file, fcntl.LOCK_SH))
             yield
 
     def remove_unread(self) -> int:
@@ -152,27 +148,26 @@ class ArtifactCache:
             if lock is not None:
                 self._release(path, lock)
 
-    def _acquire(self, path: Path, wait: bool) -> filelock.BaseFileLock | None:
+    def _acquire(self, path: Path, wait: bool) -> int | None:
         """None if another process has the lock and this one does not wait, or if locks cannot be had."""
-        lock = filelock.FileLock(self.locks / f"{path.stem}.lock")
+        file = self.locks / f"{path.stem}.lock"
         try:
-            make_folder(self.locks)
             try:
-                lock.acquire(timeout=0)
-            except filelock.Timeout:
+                lock = acquire(file, fcntl.LOCK_EX, 0)
+            except BlockingIOError:
                 if not wait:
                     return None
                 self.waiting(path.stem)
-                lock.acquire(poll_interval=POLL_SECONDS)
+                lock = acquire(file, fcntl.LOCK_EX)
                 self.waiting("")
-        except (OSError, NotImplementedError):  # read-only or full, or without locks: each rank computes for itself
+        except OSError:  # read-only or full, or without locks: each rank computes for itself
             return None
         self._held.add(path)
         return lock
 
-    def _release(self, path: Path, lock: filelock.BaseFileLock) -> None:
+    def _release(self, path: Path, lock: int) -> None:
         self._held.discard(path)
-        lock.release()
+        release(lock)
 
     def remove_locks(self) -> None:
         """Remove the files of the locks of artifacts, when all ranks are done. What is computed twice is the same."""

@@ -18,8 +18,9 @@ from ..cache.store_place import StorePlace
 from ..cache.writer import CacheWriter, recorded_tokens
 from ..common.cache_schemas import HARVEST_RECORD, MANIFEST_RECORD, TOKENS_RECORD
 from ..common.errors import DamagedError, SaeError, UsageError, naming
-from ..common.files import digest_of, writer_lock
+from ..common.files import digest_of
 from ..common.formatting import format_count
+from ..common.locks import writer_lock
 from ..common.special_tokens import BOS_OR_EOS
 from . import mini
 from .config import HarvestConfig

@@ -19,7 +19,7 @@ from ..cache.reader import Cache
 from ..cache.writer import CacheWriter
 from ..common.device import keep_freed_memory
 from ..common.errors import UsageError, did_you_mean, naming
-from ..common.files import writer_lock
+from ..common.locks import writer_lock
 from ..common.process_group import ProcessGroup, current_process_group, is_first_on_this_machine
 from ..common.signals import sigterm_as_ctrl_c
 from .config import LAYERS, HarvestConfig

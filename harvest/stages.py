@@ -107,17 +107,17 @@ def read_or_tokenize(plan: HarvestPlan, check: Callable[[], None] = lambda: None
 
     Raises DamagedError if they are not those that the cache was started with.
     """
-    digest = recorded_tokens(plan.folder)
     if not (harvest_started(plan.folder, fingerprint_of(plan.identity)) and Contexts.is_complete(plan.folder)):
         contexts = tokenize(plan, check)
         check()
+        digest = recorded_tokens(plan.folder)  # now: another task may have begun the cache while this one was slow
         if digest not in (None, digest_of(contexts.file_records())):
             raise DamagedError(
                 f"{plan.folder} was started with different tokens than its text gives now, probably because of another "
                 "version of tokenizers. Use another --out."
             )
         contexts.write(plan.folder)
-    return Contexts.read(plan.folder, digest)
+    return Contexts.read(plan.folder, recorded_tokens(plan.folder))
 
 
 def tokenize(plan: HarvestPlan, check: Callable[[], None] = lambda: None) -> Contexts:

@@ -11,8 +11,9 @@ from ..cache.layout import CHUNK_ROWS, Layout
 from ..cache.ring import GROUPS_ON_DISK, RingCache
 from ..cache.writer import harvest_started
 from ..common.errors import UnavailableError, UsageError
-from ..common.files import folder_bytes, free_space, writer_lock
+from ..common.files import folder_bytes, free_space
 from ..common.formatting import format_bytes
+from ..common.locks import writer_lock
 from .config import HarvestConfig
 from .plan import HarvestPlan, plan_harvest
 from .progress import HarvestProgress

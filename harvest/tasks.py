@@ -6,8 +6,7 @@ import time
 from ..cache.contexts import Contexts
 from ..cache.writer import CacheWriter
 from ..common.cache_schemas import HARVEST_RECORD
-from ..common.files import writer_lock
-from ..common.shared_lock import shared_lock
+from ..common.locks import shared_lock, writer_lock
 from .claim import ClaimLost, TextClaim
 from .plan import HarvestPlan
 from .progress import HarvestProgress
@@ -22,8 +21,11 @@ POLL, POLL_STORE = 1.0, 5.0  # seconds between two looks whether the text is cut
 def harvest_share(plan: HarvestPlan, progress: HarvestProgress) -> None:
     """Harvest a share, beside other tasks in any order, and complete the cache if nothing is missing then."""
     check_folder(plan)
-    lock = shared_lock if plan.store is None else writer_lock  # each task has its own working folder
-    with lock(plan.folder, plan.command):
+    if plan.store is None:
+        lock = shared_lock(plan.folder, plan.command)
+    else:  # each task has its own working folder
+        lock = writer_lock(plan.folder, plan.command, progress.say)
+    with lock:
         plan.place.fetch()
         if plan.config.prepare and plan.config.dtype == "auto" and plan.device == "cpu":
             progress.say("For shares in float32, as this CPU computes. For shares on GPUs, add --dtype bfloat16 here.")
@@ -49,12 +51,19 @@ def harvest_share(plan: HarvestPlan, progress: HarvestProgress) -> None:
             )
 
 
+def is_cut(plan: HarvestPlan) -> bool:
+    """Whether some task has cut the text, and written what precedes the first window. If so, this one has it."""
+    return plan.place.is_begun() and Contexts.is_complete(plan.folder)
+
+
 def begin_together(plan: HarvestPlan, progress: HarvestProgress) -> tuple[CacheWriter, Contexts]:
     """What `start_cache` returns. Of several tasks one cuts the text; the others wait for it."""
     claim, told = TextClaim(plan.place, plan.command), ""
-    while not (claim.place.is_begun() and Contexts.is_complete(plan.folder)):
+    while not is_cut(plan):
         if file := claim.take():
             with contextlib.suppress(ClaimLost), claim.held(file) as check:
+                if is_cut(plan):  # by a task that was done between the look and the claim
+                    break
                 check_space_for_text(plan)
                 return start_cache(plan, check)
         elif claim.holder != told:

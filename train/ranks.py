@@ -15,7 +15,7 @@ from functools import partial
 from math import inf
 
 from ..common.errors import Interrupted, ReportedElsewhere, SaeError, UnavailableError, UsageError
-from ..common.files import is_locked, was_abandoned, writer_lock
+from ..common.locks import is_locked, was_abandoned, writer_lock
 from ..common.process_group import ProcessGroup, processes_on_this_machine
 from .plan import Run, TrainPlan
 from .progress import Overview, TrainProgress

@@ -18,7 +18,7 @@ from ..cache.planned import PlannedCache
 from ..cache.reader import Cache
 from ..common.device import fix_cublas_workspace, keep_freed_memory, resolve_device
 from ..common.errors import DamagedError, SaeError, UsageError, did_you_mean
-from ..common.files import writer_lock
+from ..common.locks import writer_lock
 from ..common.process_group import current_process_group
 from ..common.schemas import RUN_RECORD, RunRecord
 from .checkpoint import restore_checkpoint

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..cache.ring import RingCache
 from ..common.device import keep_freed_memory, resolve_device
-from ..common.files import writer_lock
+from ..common.locks import writer_lock
 from .checkpoint_writer import CheckpointWriter
 from .plan import TrainPlan
 from .progress import TrainProgress

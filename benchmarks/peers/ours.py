@@ -16,7 +16,7 @@ from sae.cache.layout import Layout
 from sae.cache.loader import BatchLoader
 from sae.cache.reader import Cache
 from sae.cache.writer import CacheWriter, WindowRows
-from sae.common.files import writer_lock
+from sae.common.locks import writer_lock
 
 LAYER = "layer_12"
 IDENTITY = {"model": {"name": "none"}, "data": {"name": "benchmarks/peers"}}

@@ -31,9 +31,9 @@ from ...common.files import (
     read_file,
     sae_home,
     temporary_path,
-    writer_lock,
 )
 from ...common.formatting import format_bytes
+from ...common.locks import writer_lock
 
 VERSION = "0.4.2"
 WHEEL = f"sae_probes-{VERSION}-py3-none-any.whl"

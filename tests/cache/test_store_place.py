@@ -9,6 +9,7 @@ import pytest
 from sae.cache.contexts import Contexts
 from sae.cache.object_store import ObjectStore, open_store
 from sae.cache.opening import open_cache
+from sae.cache.place import FolderPlace, claim_file
 from sae.cache.reader import Cache
 from sae.cache.store_place import StorePlace, check_address
 from sae.cache.writer import CacheWriter
@@ -208,3 +209,32 @@ def test_rewriting_a_window_removes_its_commit_first(
     with pytest.raises(KeyboardInterrupt):
         write_windows(writer, bits, [1], replace=True)
     assert writer.missing_windows() == {1: ["layer_05"]} and not store.exists("commits/000001.layer_05.json")
+
+
+def test_a_harvest_that_another_task_begins_meanwhile_is_no_other_object(
+    store: ObjectStore, worker, finite_bits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """zarr.json is not there yet, and then the list has all that the other task has uploaded."""
+    begun, children = [], ObjectStore.children
+
+    def list_what_another_has_begun(store: ObjectStore, prefix: str = "") -> object:
+        begun.append(worker("other", {5: finite_bits(ROWS, D)}))
+        return children(store, prefix)
+
+    monkeypatch.setattr(ObjectStore, "children", list_what_another_has_begun)
+    with pytest.raises(UsageError, match="holds another harvest"):
+        check_address(store, {"seed": 1})
+    check_address(store, begun[0].identity)
+
+
+def test_a_claim_that_was_removed_is_not_made_again_by_renewing_it(store: ObjectStore, tmp_path: Path) -> None:
+    """The text is cut: another task, which took this one for dead, has removed all claims."""
+    for place in (StorePlace(store, tmp_path), FolderPlace(tmp_path)):
+        file, record = claim_file(1), {"owner": "process 1", "task": "1", "beat": 8}
+        assert place.create_claim(file, record)
+        for beat in (9, 10, 7):
+            place.renew_claim(file, record | {"beat": beat})
+            assert (place.read_claim(file) or {})["beat"] == beat
+        place.remove_claims([file])
+        place.renew_claim(file, record)
+        assert place.claim_files() == [] and place.read_claim(file) is None

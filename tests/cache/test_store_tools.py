@@ -14,7 +14,7 @@ from sae.cache.opening import open_cache
 from sae.cache.reader import Cache
 from sae.cli.main import app
 from sae.common.errors import DamagedError
-from sae.common.files import writer_lock
+from sae.common.locks import writer_lock
 
 from ..faulty_proxy import faulty_proxy
 

@@ -2,12 +2,14 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from sae.cache import writer
 from sae.cache.place import FolderPlace
 from sae.cache.reader import Cache
 from sae.cache.writer import CacheWriter, WindowRows, harvest_started
@@ -83,6 +85,23 @@ def test_temporary_files_of_a_killed_writer_do_not_count_as_other_files(tmp_path
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(UsageError, match="holds thesis.tex, but no activation cache"):
         harvest_started(tmp_path, "f" * 64)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_harvest_that_another_worker_begins_meanwhile_is_no_other_file(
+    tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Both look into an empty folder; then the other one writes its metadata, before or after this one reads it."""
+    folder, read = tmp_path / "new", writer.read_fingerprint
+    folder.mkdir()
+
+    def read_while_another_begins(folder: Path) -> str | None:
+        found = read(folder) if moment == "after" else None
+        shutil.copytree(cache.folder, folder, dirs_exist_ok=True)
+        return read(folder) if moment == "before" else found
+
+    monkeypatch.setattr(writer, "read_fingerprint", read_while_another_begins)
+    assert harvest_started(folder, cache.fingerprint) == (moment == "before")
 
 
 def test_another_number_of_rows_raises(cache: Cache, finite_bits, make_writer) -> None:

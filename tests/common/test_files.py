@@ -1,4 +1,4 @@
-"""Records, digests and the lock of a folder's writer."""
+"""Files that are whole or absent, their temporary names, and digests."""
 
 import errno
 import os
@@ -7,15 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from sae.common.errors import UnavailableError, UsageError
+from sae.common.errors import UnavailableError
 from sae.common.files import (
     atomic_create,
     atomic_write,
     digest_of,
     remove_stale_files,
-    temporary_path,
     temporary_process,
-    writer_lock,
 )
 
 
@@ -79,51 +77,3 @@ def test_of_several_that_create_a_file_one_does(tmp_path: Path, monkeypatch: pyt
 )  # fmt: skip
 def test_a_temporary_file_names_its_process(name: str, process: int | None) -> None:
     assert temporary_process(Path(name)) == process
-
-
-def test_the_lock_deletes_stale_files(tmp_path: Path) -> None:
-    folder = tmp_path / "layer_05"
-    stale, other = [folder / "c.0.0.tmp-12345", temporary_path(folder / "c.1.0")], folder / "notes.tmp-x"
-    folder.mkdir()
-    for file in (*stale, other):
-        file.write_bytes(b"half")
-    with writer_lock(tmp_path, "sae harvest"):
-        assert list(folder.iterdir()) == [other] and remove_stale_files(tmp_path) == 0
-
-
-def test_taking_over_a_lock_names_its_dead_holder(tmp_path: Path) -> None:
-    holder = "process 4121 on node7 (sae harvest) since 2026-11-21 09:00:00"
-    (tmp_path / ".lock.holder").write_text(holder)
-    messages: list[str] = []
-    with writer_lock(tmp_path, "sae harvest", messages.append):
-        pass
-    assert messages == [f"{tmp_path} was locked by {holder}, which no longer runs; its lock was taken over."]
-    with writer_lock(tmp_path, "sae harvest", messages.append):
-        assert len(messages) == 1
-
-
-def test_taking_over_a_lock_with_an_empty_note(tmp_path: Path) -> None:
-    messages: list[str] = []
-    (tmp_path / ".lock.holder").write_text("")
-    with writer_lock(tmp_path, "a test", messages.append):
-        pass
-    assert messages == [f"{tmp_path} was locked by another process, which no longer runs; its lock was taken over."]
-
-
-def test_a_file_in_the_way_of_the_folder_raises(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("years of work")
-    for folder in (tmp_path / "file", tmp_path / "file" / "cache"):
-        with pytest.raises(UsageError, match="is not a folder: a file is in its place"), writer_lock(folder, "a test"):
-            pass
-
-
-def test_a_second_writer_raises_and_names_the_first(tmp_path: Path) -> None:
-    with writer_lock(tmp_path, "sae harvest"):
-        with pytest.raises(
-            UnavailableError, match=rf"is being written by process {os.getpid()} on .* \(sae harvest\)"
-        ) as raised:
-            with writer_lock(tmp_path, "sae harvest"):
-                pass
-        assert raised.value.exit_code == 4
-    with writer_lock(tmp_path, "sae train"):
-        pass

@@ -1,5 +1,6 @@
 """What no SAE changes is computed by one of several ranks, and read by the others."""
 
+import fcntl
 import os
 import signal
 import threading
@@ -10,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import filelock
 import pytest
 import torch
 
@@ -119,7 +119,7 @@ def test_without_locks_each_rank_computes_for_itself(tmp_path: Path, monkeypatch
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError("no locks here")
 
-    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     cache = ArtifactCache(tmp_path, shared=True)
     assert cache.get_or_compute("kind", KEY, lambda: {"x": torch.ones(1)})["x"].item() == 1
     with cache.turn("batch", wait=False) as now, cache.turn("batch", wait=True) as later:

@@ -1,7 +1,5 @@
 """Of several tasks one cuts the text of a harvest; a task that is slow or dead is replaced."""
 
-import errno
-import fcntl
 import time
 from pathlib import Path
 from typing import Any
@@ -10,8 +8,6 @@ import pytest
 
 from sae.cache.place import FolderPlace
 from sae.common.errors import UnavailableError
-from sae.common.files import writer_lock
-from sae.common.shared_lock import shared_lock
 from sae.harvest import claim, stages, tasks
 from sae.harvest.claim import EXPIRY, ClaimLost, TextClaim
 from sae.harvest.run import harvest_activations
@@ -105,40 +101,39 @@ def test_a_task_that_loses_its_claim_reads_the_text_of_the_other(
     monkeypatch.setattr(stages, "make_contexts", slow)
     harvest_activations(**options, out=out, share="1/2")
     assert len(list(written)) > 10 and (out / "tokens/commit.json") in written
-    kept = {
-        path: moment for path, moment in written.items() if path.parent.name != "tokens" or "claim" not in path.name
-    }
-    assert {path: path.stat().st_mtime_ns for path in kept if path.name not in (".lock.holder", "zarr.json")} == {
-        path: moment for path, moment in kept.items() if path.name not in (".lock.holder", "zarr.json")
-    }
+    replaced = ("claim-", ".lock", "zarr.json")  # or removed
+    kept = {path: moment for path, moment in written.items() if not path.name.startswith(replaced)}
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert files_of(out) == files_of(whole)
 
 
-def test_shares_hold_the_folder_together_and_keep_others_out(tmp_path: Path) -> None:
-    with shared_lock(tmp_path, "sae harvest --share 1/2"):
-        with shared_lock(tmp_path, "sae harvest --share 2/2"):
-            with pytest.raises(UnavailableError, match=r"is being written by process .*--share 2/2\) since"):
-                with writer_lock(tmp_path, "sae cache repair"):
-                    pass
-            stale = tmp_path / "c.0.0.tmp-12345"
-            stale.write_bytes(b"half")
-        assert stale.exists()  # of the other share, for all that this one knows
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-    with writer_lock(tmp_path, "sae harvest"):
-        with (
-            pytest.raises(UnavailableError, match=r"\(sae harvest\) since"),
-            shared_lock(tmp_path, "sae harvest --share"),
-        ):
-            pass
+@pytest.mark.parametrize("where", ["folder", "store"])
+def test_a_text_that_another_task_has_cut_before_the_claim_is_not_cut_again(
+    tiny_model: Path, sentences: Path, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch, where: str
+) -> None:
+    """The other task is done between this one's look at the text and its claim."""
+    address = tmp_path / "cache" if where == "folder" else f"{request.getfixturevalue('bucket')}/pile"
+    options: dict[str, Any] = {
+        "model": str(tiny_model), "dataset": str(sentences), "layers": 0, "tokens": 300, "context": 32, "window": 256,
+        "device": "cpu", "out": address,
+    }  # fmt: skip
+    cuts, make_contexts, take = [], stages.make_contexts, TextClaim.take
 
+    def cut(*arguments: Any, **more: Any) -> Any:
+        cuts.append(1)
+        return make_contexts(*arguments, **more)
 
-def test_the_lock_of_shares_does_nothing_on_a_disk_without_locks(tmp_path: Path, monkeypatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
+    def take_late(claim: TextClaim) -> str | None:
+        monkeypatch.setattr(TextClaim, "take", take)
+        harvest_activations(**options, share="2/2")
+        file = take(claim)
+        assert file == "tokens/claim-000001.json"
+        return file
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with shared_lock(tmp_path, "sae harvest --share 1/2"):
-        (tmp_path / "tokens").mkdir()
+    monkeypatch.setattr(stages, "make_contexts", cut)
+    monkeypatch.setattr(TextClaim, "take", take_late)
+    cache = harvest_activations(**options, share="1/2")
+    assert len(cuts) == 1 and cache.hooks and FolderPlace(cache.folder).claim_files() == []
 
 
 class CountedPlace(FolderPlace):

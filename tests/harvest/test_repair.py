@@ -15,7 +15,8 @@ from sae.cache.record_files import record_files
 from sae.common import records
 from sae.common.cache_schemas import CACHE_RECORD, COMMIT_RECORD, HARVEST_RECORD
 from sae.common.errors import DamagedError, SaeError, UsageError
-from sae.common.files import read_json, write_json, writer_lock
+from sae.common.files import read_json, write_json
+from sae.common.locks import writer_lock
 from sae.common.records import DIGEST, UncheckedRecordWarning
 from sae.harvest.documents import ListedDocuments, TextSource
 from sae.harvest.model import ModelSource

@@ -19,7 +19,8 @@ from sae.cache.reader import Cache
 from sae.cache.writer import CacheWriter
 from sae.common.cache_schemas import CACHE_RECORD
 from sae.common.errors import DamagedError, Interrupted, UnavailableError, UsageError
-from sae.common.files import read_json, writer_lock
+from sae.common.files import read_json
+from sae.common.locks import writer_lock
 from sae.harvest.hooked import HookedModel
 from sae.harvest.model import LanguageModel, find_model, load_model, load_tokenizer
 from sae.harvest.module_io import output_tensor

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae.common import files
+from sae.common import locks
 from sae.common.errors import ReportedElsewhere, UnavailableError, UsageError
 from sae.common.process_group import ProcessGroup
 from sae.train import checkpoint, ranks, shared_pass, shares
@@ -336,7 +336,7 @@ def test_processes_that_plan_other_runs_are_refused(sparse_cache, tmp_path: Path
 
 def test_a_lock_that_is_not_seen_is_refused(sparse_cache, tmp_path: Path, monkeypatch) -> None:
     plan = plan_training(config_of(sparse_cache, tmp_path, "relu"))
-    with files.writer_lock(plan.runs[0].folder, "sae train"):
+    with locks.writer_lock(plan.runs[0].folder, "sae train"):
         ranks.require_locks([[plan.runs[0]], []])
         plan.runs[1].folder.mkdir()
         with pytest.raises(UnavailableError, match=f"The lock of {plan.runs[1].folder}, which another process holds"):
@@ -344,12 +344,12 @@ def test_a_lock_that_is_not_seen_is_refused(sparse_cache, tmp_path: Path, monkey
 
 
 def test_a_lock_is_seen_and_what_its_death_leaves(tmp_path: Path) -> None:
-    assert not files.is_locked(tmp_path / "none") and not files.was_abandoned(tmp_path / "none")
-    with files.writer_lock(tmp_path, "sae train"):
-        assert files.is_locked(tmp_path) and not files.was_abandoned(tmp_path)
-    assert not files.is_locked(tmp_path) and not files.was_abandoned(tmp_path)
+    assert not locks.is_locked(tmp_path / "none") and not locks.was_abandoned(tmp_path / "none")
+    with locks.writer_lock(tmp_path, "sae train"):
+        assert locks.is_locked(tmp_path) and not locks.was_abandoned(tmp_path)
+    assert not locks.is_locked(tmp_path) and not locks.was_abandoned(tmp_path)
     (tmp_path / ".lock.holder").write_text("process 1 on here")
-    assert files.was_abandoned(tmp_path)
+    assert locks.was_abandoned(tmp_path)
 
 
 def test_files_of_another_machine_are_waited_for(sparse_cache, tmp_path: Path, monkeypatch) -> None:

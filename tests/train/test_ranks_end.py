@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sae.common.errors import Interrupted, ReportedElsewhere, SaeError, UnavailableError
-from sae.common.files import is_locked, was_abandoned, writer_lock
+from sae.common.locks import is_locked, was_abandoned, writer_lock
 from sae.common.process_group import ProcessGroup
 from sae.train import ranks
 from sae.train.plan import Run, plan_training

@@ -1,0 +1,195 @@
+"""Locks of folders: the operating system's (flock), so that a lock is free as soon as its holder ends, however it ends.
+
+The lock is on the file `.lock` of a folder, which stays. One process holds it alone (`writer_lock`), or several
+together, each of which adds files of its own (`shared_lock`). `.lock.holder` names the process, for others to read.
+"""
+
+import contextlib
+import errno
+import fcntl
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from .errors import UnavailableError, UsageError
+from .files import make_folder, os_error, remove_stale_files
+
+WITHOUT = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # of a file system that has no locks
+LOOK_SECONDS = 0.2  # for which the looks of other processes (`is_locked`) can be in the way of a lock
+POLL_SECONDS = 0.01, 0.2  # between two attempts to lock: at first, and at most
+
+
+@contextlib.contextmanager
+def writer_lock(folder: Path, command: str, say: Callable[[str], None] = lambda message: None) -> Iterator[None]:
+    """Hold the exclusive right to write into `folder`, which is created if needed; `command` is shown to others.
+
+    If the holder before has died, `say` is called with a message. On entry the temporary files of dead writers are
+    deleted: check first that the folder belongs to this package.
+
+    Raises UnavailableError if another process holds the lock (the message names it), the folder cannot be written or
+    its file system has no locks, UsageError if a file is in the way.
+    """
+    note = folder / ".lock.holder"
+    with locking(folder):
+        lock = acquire(folder / ".lock", fcntl.LOCK_EX, LOOK_SECONDS)
+    try:
+        if note.exists():  # its process died: one that ends normally deletes its note
+            say(f"{folder} was locked by {lock_holder(note)}, which no longer runs; its lock was taken over.")
+        remove_stale_files(folder)
+        write_note(note, command)
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+        release(lock)
+
+
+@contextlib.contextmanager
+def shared_lock(folder: Path, command: str) -> Iterator[None]:
+    """Hold `folder`, which is created if needed, against `writer_lock`, together with others that do the same.
+
+    The last one to leave deletes the temporary files of dead writers. It knows that it is the last by a second lock,
+    `.lock.shared`, which it then holds alone; a process that comes meanwhile waits for it. On a file system without
+    locks nothing is locked and nothing is deleted.
+
+    Raises UnavailableError if a process holds the exclusive lock or the folder cannot be written, UsageError if a file
+    is in the way.
+    """
+    note, all_of_them = folder / ".lock.holder", folder / ".lock.shared"
+    with contextlib.ExitStack() as stack:
+        with locking(folder, without=True):
+            lock = acquire(folder / ".lock", fcntl.LOCK_SH, 0)
+            stack.callback(release, lock)
+            together = acquire(all_of_them, fcntl.LOCK_SH)
+            stack.callback(release, together)
+            stack.callback(leave, folder, all_of_them, together)
+        write_note(note, command)
+        yield
+
+
+def leave(folder: Path, all_of_them: Path, together: int) -> None:
+    """Tidy a folder up if no other process shares it."""
+    with contextlib.suppress(BlockingIOError):
+        flock(together, fcntl.LOCK_EX)
+        remove_stale_files(folder)
+        all_of_them.unlink(missing_ok=True)
+        (folder / ".lock.holder").unlink(missing_ok=True)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds the exclusive lock of a folder, this one included. Several can look at the same time."""
+    try:
+        descriptor = os.open(folder / ".lock", os.O_RDONLY)
+    except OSError:  # nobody has ever locked it, or it has been removed
+        return False
+    try:
+        flock(descriptor, fcntl.LOCK_SH)
+    except BlockingIOError:
+        return True
+    except OSError:  # without locks nobody holds one
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def was_abandoned(folder: Path) -> bool:
+    """Whether the last process that held the lock of a folder died; one that ends normally removes its note."""
+    return (folder / ".lock.holder").exists() and not is_locked(folder)
+
+
+def acquire(path: Path, mode: int, patience: float = math.inf) -> int:
+    """A file descriptor with a lock on `path`, which is created if needed.
+
+    The file can be removed by the one that holds it alone: the lock is then on a new one. Raises BlockingIOError if
+    others hold it for `patience` seconds, another OSError if the file cannot be opened or its file system has no locks.
+    """
+    ends, (pause, longest) = time.monotonic() + patience, POLL_SECONDS
+    while True:
+        make_folder(path.parent)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            flock(descriptor, mode)
+            if is_file_of(path, descriptor):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            if time.monotonic() >= ends:
+                raise
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        else:
+            os.close(descriptor)
+
+
+def flock(descriptor: int, mode: int) -> None:
+    """Take or change a lock without waiting. Raises BlockingIOError if others hold it, OSError without locks."""
+    try:
+        fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
+    except PermissionError as error:  # what some file systems say
+        raise BlockingIOError(*error.args) from error
+
+
+def is_file_of(path: Path, descriptor: int) -> bool:
+    """Whether an open file is still the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def release(descriptor: int) -> None:
+    """Give up a lock, also where a forked process has a copy of the descriptor."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locking(folder: Path, *, without: bool = False) -> Iterator[None]:
+    """Explain why a folder cannot be locked. With `without`, the lack of locks is no error."""
+    try:
+        yield
+    except BlockingIOError:
+        raise locked_error(folder) from None
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{folder} is not a folder: a file is in its place. Choose a new folder with --out.") from None
+    except OSError as error:
+        if error.errno not in WITHOUT:
+            raise os_error(error, folder) from error
+        if not without:
+            raise without_locks(folder, error) from error
+
+
+def without_locks(folder: Path, error: OSError) -> UnavailableError:
+    """The error that says that a file system has no locks, and what to do."""
+    return UnavailableError(
+        f"{folder} cannot be locked ({error.strerror}), so two commands could write into it at once. Mount its file "
+        "system with locks (Lustre: -o flock; NFS: without nolock), or choose a folder on another one: --out, SAE_HOME."
+    )
+
+
+def locked_error(folder: Path) -> UnavailableError:
+    """The error that says who writes into a folder."""
+    holder = lock_holder(folder / ".lock.holder")
+    return UnavailableError(f"{folder} is being written by {holder}. Wait until it ends, or stop it first.")
+
+
+def write_note(note: Path, command: str) -> None:
+    """Write who holds the lock of a folder."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    with contextlib.suppress(OSError):  # a full disk is reported when something has to be written
+        note.write_text(f"process {os.getpid()} on {socket.gethostname()} ({command}) since {since}")
+
+
+def lock_holder(note: Path) -> str:
+    """The process that `note` names. There is no note if it has just ended; it is empty if the disk was full."""
+    with contextlib.suppress(OSError):
+        if holder := note.read_text():
+            return holder
+    return "another process"
