@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sae.cache import object_store
-from sae.cache.mirror import Mirror, working_folder
+from sae.cache.mirror import Mirror, map_ahead, working_folder
 from sae.cache.object_store import ObjectStore, StoreWarning, client_options, folder_or_url, is_url, open_store
 from sae.cache.opening import open_cache
 from sae.common.errors import DamagedError, UnavailableError, UsageError
@@ -341,3 +342,35 @@ def test_every_address_has_a_working_folder_of_its_own() -> None:
     urls = ["s3://a/b-c", "s3://a-b/c", "gs://a/b-c", "s3://a/b/c", "file:///a/b-c"]
     folders = [working_folder(url, task) for url in urls for task in ("", "--share-1-of-2")]
     assert len({*folders}) == len(folders) and len({folder.parent for folder in folders}) == 1
+
+
+def test_a_file_that_is_named_twice_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, asked = open_store(f"file://{tmp_path}/objects"), []
+    store.put("a", b"1")
+    monkeypatch.setattr(ObjectStore, "get", lambda self, key: asked.append(key) or b"1")
+    Mirror(store, tmp_path / "folder").pull(["a", "a"])
+    assert asked == ["a"]
+
+
+def test_after_an_error_nothing_further_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the two actions that wait then, one may be running."""
+    begun, cancelled, cancel = [], [], Future.cancel
+    both = threading.Event()
+
+    def noted(future: Future) -> bool:
+        answer = cancel(future)
+        cancelled.append(answer)
+        if len(cancelled) == 2:
+            both.set()
+        return answer
+
+    def action(number: int) -> None:
+        begun.append(number)
+        if number == 0:
+            raise ValueError
+        both.wait(1)
+
+    monkeypatch.setattr(Future, "cancel", noted)
+    with pytest.raises(ValueError):
+        list(map_ahead(action, range(9), threads=1))
+    assert begun in ([0], [0, 1])

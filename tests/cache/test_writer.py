@@ -128,6 +128,13 @@ def test_rewriting_a_window_removes_its_commit_first(
     assert writer.missing_windows() == {1: ["layer_05", "layer_12"]}
 
 
+def test_a_commit_stays_removed_when_the_power_fails(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr("sae.cache.place.fsync_folder", synced.append)
+    FolderPlace(cache.folder).remove_records(["commits/000001.layer_05.json", "manifest.json"])
+    assert sorted(synced) == [cache.folder, cache.folder / "commits"]
+
+
 def test_a_committed_window_is_left_alone(cache: Cache, finite_bits, make_writer, write_windows) -> None:
     """A worker that comes back late brings other bytes, as another GPU would; layer 19 is new."""
     late = {5: finite_bits(ROWS, D, 50), 12: finite_bits(ROWS, D, 12), 19: finite_bits(ROWS, D, 19)}

@@ -8,8 +8,11 @@ import pytest
 
 from sae.cache.reader import Cache
 from sae.common.errors import UsageError
-from sae.evaluate.deal import REFERENCES, Unit, deal_work, describe_deal, split
+from sae.evaluate import deal
+from sae.evaluate.deal import RATE, REFERENCES, Unit, deal_work, describe_deal, ordered_units, split
+from sae.evaluate.measure import no_progress_bar
 from sae.evaluate.plan import EvaluateConfig, plan_evaluation
+from sae.evaluate.ranks import Measured, join, measure_share
 from sae.evaluate.run import evaluate
 from sae.train.sae import save_sae
 
@@ -87,6 +90,21 @@ def test_a_wider_sae_and_an_earlier_layer_take_longer(config) -> None:
     assert 0 < absorption["a-0"] < absorption["b-0"] and absorption["a-0"] == absorption["a-2"]
     assert core["a-0"] > core["b-0"]  # narrower, but a block of the model runs after it
     assert seconds("core,absorption") == {run: core[run] + absorption[run] for run in core}
+    tokens = int(plan_evaluation(replace(config, suite="core", options=())).groups[0].ctx.contexts.length.sum())
+    after_the_last_layer = 8192 * 32 + 2 * 32 * 64  # the unembedding and the SAE: no block runs again
+    assert core["b-0"] == pytest.approx(2 * tokens * after_the_last_layer / RATE["cpu"])
+
+
+def test_at_each_hook_the_longest_comes_first(config) -> None:
+    plan = plan_evaluation(replace(config, suite="core", options=()))
+    assert [unit.beside for unit in ordered_units(plan, plan.groups[0])] == [REFERENCES, "", "", ""] * 2
+
+
+def test_of_ranks_that_are_as_busy_the_one_with_the_runs_of_a_system_measures_it(config, monkeypatch) -> None:
+    monkeypatch.setattr(deal, "seconds_of", lambda *_: 1.0)
+    plan = plan_evaluation(replace(config, runs=config.runs[::-1], references=False))
+    shares = deal_work(plan, 2)
+    assert [{run.name[0] for unit in share for run in unit.runs} for share in shares] == [{"a"}, {"b"}]
 
 
 def test_what_is_measured_already_is_not_dealt(config) -> None:
@@ -96,6 +114,25 @@ def test_what_is_measured_already_is_not_dealt(config) -> None:
     assert sorted(work(shares)) == [(("a-0", "a-1"), ("stability",), ""), (("a-1",), ("core",), "")]
     again = deal_work(plan_evaluation(replace(config, force=True)), 3)
     assert sum(metrics == ("core",) for _, metrics, _ in work(again)) == 3
+
+
+def test_what_a_rank_has_measured_does_not_stay_in_memory(config, monkeypatch) -> None:
+    monkeypatch.setattr("sae.evaluate.plan.rank_and_count", lambda: (0, 2))
+    options = config.options[:1]
+    plan = plan_evaluation(replace(config, runs=config.runs[:3], suite="core", references=False, options=options))
+    (config.runs[2] / "sae.safetensors").write_bytes(b"")
+    measured = measure_share(plan, deal_work(plan, 1)[0], no_progress_bar)
+    assert all(row.target.sae.W_enc.is_meta for row in plan.rows)
+    assert [list(row.results) for row in plan.rows] == [["core"], ["core"], []]
+    assert list(measured.errors) == [(config.runs[2], "core")]  # which the other ranks are told
+
+
+def test_reference_rows_stand_in_one_order_whoever_measured_them(config) -> None:
+    plan = plan_evaluation(replace(config, suite="core", options=config.options[:1]))
+    places = [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0), (0, 1, 0)]
+    found = [Measured(references={place: replace(plan.rows[0], name=str(place))}) for place in reversed(places)]
+    (rows,) = join(plan, found, all_rows=False)
+    assert [row.name for row in rows] == [*(row.name for row in plan.rows), *map(str, places)]
 
 
 def test_a_folder_that_is_no_control_is_refused(config) -> None:
@@ -119,3 +156,5 @@ def test_the_plan_names_the_share_of_each_rank(config) -> None:
     bare = next(line for line in lines if "1 SAE after layer 0" in line and "reference" not in line)
     sae, embedding = 2 * 32 * 48 + 48 + 32, 8192 * 32  # numbers; the model is hardly more than its embedding
     assert 1 < float(bare.split(", ")[-1].split()[0]) / (4 * (sae + embedding) / 1e6) < 1.3
+    _, whole = describe_deal(plan, deal_work(plan, 1))  # all SAEs share one model
+    assert float(whole.split(", ")[-1].split()[0]) < 1.5 * float(bare.split(", ")[-1].split()[0])

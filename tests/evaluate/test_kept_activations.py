@@ -135,6 +135,12 @@ def test_what_was_not_read_for_longest_is_removed_above_the_limit(artifacts):
         assert numbers_there(artifacts) == [1, 4, 5]
 
 
+def test_no_more_is_removed_than_the_limit_asks_for(artifacts):
+    artifacts.limit = 3 * artifacts.path("rows", {"number": 0}).stat().st_size
+    with artifacts.in_use():
+        assert numbers_there(artifacts) == [1, 3, 4]
+
+
 def test_nothing_is_removed_that_another_evaluation_may_read(artifacts):
     running = ArtifactCache(artifacts.folder)
     running.limit = math.inf

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from sae.cache.layout import Hook
+from sae.common.errors import UnavailableError
+from sae.evaluate import artifacts
 from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.inputs import artifact_cache, make_context
 from sae.evaluate.metrics.base import RowSet
@@ -59,6 +61,17 @@ def test_an_artifact_is_computed_by_the_rank_that_comes_first(tmp_path: Path) ->
     assert sorted(waited) == ["", "", name, name]
 
 
+def test_one_that_could_not_be_written_is_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise UnavailableError("The disk is full")
+
+    monkeypatch.setattr(artifacts, "atomic_write", full)
+    cache = ArtifactCache(tmp_path)
+    with pytest.raises(UnavailableError):
+        cache.get_or_compute("kind", KEY, lambda: {"x": torch.ones(1)})
+    assert not cache.contains("kind", KEY)
+
+
 def test_one_that_is_damaged_is_computed_again_once(tmp_path: Path) -> None:
     cache = ArtifactCache(tmp_path)
     cache.get_or_compute("kind", KEY, lambda: {"x": torch.zeros(1)})
@@ -89,6 +102,21 @@ def test_several_artifacts_of_one_pass_are_claimed_together_in_any_order(tmp_pat
         for done in [pool.submit(work, place, cache) for place, cache in enumerate(caches)]:
             done.result(timeout=20)
     assert sorted(captured) == [0, 1, 2, 3]
+
+
+def test_the_locks_of_a_pass_are_taken_in_one_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each of two ranks could hold what the other waits for."""
+    acquire, taken, keys = ArtifactCache._acquire, [], [{"hook": n} for n in range(4)]
+
+    def noted(cache: ArtifactCache, path: Path, wait: bool) -> Any:
+        taken.append(path)
+        return acquire(cache, path, wait)
+
+    monkeypatch.setattr(ArtifactCache, "_acquire", noted)
+    for some in (keys, keys[::-1]):
+        with ArtifactCache(tmp_path, shared=True).claim("rows", some):
+            pass
+    assert taken[:4] == taken[4:] and len(set(taken)) == 4
 
 
 def test_the_lock_of_a_rank_that_died_is_free(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from sae.cache.place import FolderPlace
 from sae.common.errors import UnavailableError
 from sae.harvest import claim, stages, tasks
 from sae.harvest.claim import EXPIRY, ClaimLost, TextClaim
+from sae.harvest.progress import HarvestProgress
 from sae.harvest.run import harvest_activations
 
 from .ranks import files_of
@@ -52,6 +53,18 @@ def test_an_expired_claim_is_taken_over_and_its_task_notices(tmp_path: Path, clo
     with other.held(later) as check:
         check()
     assert claims(tmp_path) == []
+
+
+def test_the_last_claim_is_removed_first(tmp_path: Path, clock: list[float], monkeypatch) -> None:
+    """In a store they are looked for from the first on, so that without it none would be seen."""
+    place, removed = FolderPlace(tmp_path), []
+    dead, working = TextClaim(place, "dead"), TextClaim(place, "working")
+    assert dead.take() and working.take() is None
+    clock[0] = EXPIRY
+    monkeypatch.setattr(place, "remove_claims", removed.extend)
+    with working.held(str(working.take())):
+        pass
+    assert removed == ["tokens/claim-000002.json", "tokens/claim-000001.json"]
 
 
 def test_a_claim_that_is_renewed_is_not_taken(tmp_path: Path, clock: list[float], monkeypatch) -> None:
@@ -105,6 +118,15 @@ def test_a_task_that_loses_its_claim_reads_the_text_of_the_other(
     kept = {path: moment for path, moment in written.items() if not path.name.startswith(replaced)}
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert files_of(out) == files_of(whole)
+
+
+def test_the_windows_of_later_tasks_do_not_exist_already(tiny_model: Path, sentences: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    harvest_activations(
+        str(tiny_model), dataset=str(sentences), layers=0, tokens=600, context=32, window=256, device="cpu",
+        out=tmp_path / "cache", share="1/2", progress=HarvestProgress(say=said.append),
+    )  # fmt: skip
+    assert [sentence.split(",")[0] for sentence in said] == ["Share 1/2 is done. 1 of 3 windows are missing"]
 
 
 @pytest.mark.parametrize("where", ["folder", "store"])

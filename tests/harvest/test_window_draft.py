@@ -1,5 +1,6 @@
 """An interrupted window is continued, not begun again, and ends in the same bytes."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from sae.cache.reader import Cache
+from sae.cache.writer import CacheWriter
 from sae.common.errors import Interrupted, UnavailableError
 from sae.harvest import window_draft, windows
+from sae.harvest.device_copy import DeviceCopy, scatter
 from sae.harvest.model import LanguageModel
 from sae.harvest.plan import HarvestConfig, plan_harvest
 from sae.harvest.progress import HarvestProgress
@@ -91,6 +94,58 @@ def test_a_kill_loses_what_is_younger_than_the_last_part(short, whole, tmp_path:
     assert len(passes) == -(-len(whole.contexts(held_out=False)) // 4) - 4
     assert {p: p.stat().st_mtime_ns for p in tokens} == tokens  # the text is not read again
     assert files_of(config.out) == files_of(whole.folder)
+
+
+class LateCopy(DeviceCopy):
+    """Rows arrive with the next pass or when they are waited for, as those of a GPU do."""
+
+    late = None
+
+    def send(self, *copied) -> None:
+        self.wait()
+        self.late = copied
+
+    def wait(self) -> None:
+        if self.late is not None:
+            scatter(*self.late)
+        self.late = None
+
+
+@pytest.mark.parametrize("error", [Killed, KeyboardInterrupt])
+def test_rows_are_saved_once_they_have_arrived(short, whole, tmp_path: Path, stopping, monkeypatch, error) -> None:
+    monkeypatch.setattr(windows, "DeviceCopy", LateCopy)
+    monkeypatch.setattr(windows, "SAVE_SECONDS" if error is Killed else "WORTH_SAVING", 0)
+    config = replace(short, out=tmp_path / "cache")
+    stopping(error, after=4)
+    with pytest.raises((Killed, Interrupted)):
+        harvest(config)
+    stopping()
+    harvest(config)
+    assert files_of(config.out) == files_of(whole.folder)
+
+
+def test_a_draft_stays_until_its_window_is_committed(short, whole, tmp_path: Path, stopping, monkeypatch) -> None:
+    def full(*arguments: object) -> None:
+        raise UnavailableError("The disk is full")
+
+    monkeypatch.setattr(windows, "SAVE_SECONDS", 0)
+    config = replace(short, out=tmp_path / "cache")
+    with monkeypatch.context() as patch, pytest.raises(UnavailableError):
+        patch.setattr(CacheWriter, "write_window", full)
+        harvest(config)
+    passes = stopping()
+    harvest(config)
+    assert passes == [] and files_of(config.out) == files_of(whole.folder)
+
+
+def test_a_window_that_another_worker_has_committed_is_not_computed(
+    short, whole: Cache, tmp_path: Path, stopping, monkeypatch
+) -> None:
+    config, passes = replace(short, out=tmp_path / "cache"), stopping()
+    shutil.copytree(whole.folder, config.out)
+    monkeypatch.setattr(CacheWriter, "missing_windows", lambda *_: {0: ["layer_00", "layer_01"]})  # out of date
+    harvest(config)
+    assert passes == []
 
 
 @pytest.mark.parametrize(

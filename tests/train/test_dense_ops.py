@@ -9,6 +9,7 @@ from sae.train import dense_ops, sparse_ops
 from sae.train.activation_functions import BatchTopK, ReLU, TopK
 from sae.train.losses import L1
 from sae.train.mechanisms import ActivityEMA
+from sae.train.memory import LiveBytes
 from sae.train.recipe import find_recipe
 from sae.train.sae import SAE
 from sae.train.step import Step
@@ -60,6 +61,13 @@ def test_a_relu_step_has_the_latents_and_gradients_of_its_formula(loss: str, pre
         if gradient is not None:
             assert gradient.any()
             torch.testing.assert_close(got[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_latents_overwrite_their_pre_activations() -> None:
+    sae, x_BD = sae_and_rows()
+    with LiveBytes() as live:
+        f_BF, _ = dense_ops.encode_relu_decode(x_BD, sae.W_enc, sae.b_enc, sae.b_dec, sae.W_dec)
+    assert f_BF.nbytes < live.peak < 2 * f_BF.nbytes
 
 
 @pytest.mark.parametrize("pre_bias", [True, False])

@@ -253,6 +253,8 @@ def test_files_of_another_run_are_refused(runs: Path, run: Path) -> None:
 def test_a_result_with_other_settings_than_its_name_says_is_refused(run: Path) -> None:
     (path,) = (run / "evaluations" / "earlier").glob("*.json")
     settings = read_json(path)["eval_config"]
+    with pytest.raises(DamagedError, match="is a result of another SAE: its d_sae is"):
+        read_result(run, Core(), settings, {"d_sae": 1})
     change_record(RESULT_RECORD, path, lambda record: record["eval_config"].update(contexts=1))
     with pytest.raises(DamagedError, match="has other settings than the digest in its name says"):
         read_result(run, Core(), settings)
