@@ -127,6 +127,15 @@ def acquire(path: Path, mode: int, patience: float = math.inf) -> int:
             os.close(descriptor)
 
 
+@contextlib.contextmanager
+def held_if_possible(path: Path, mode: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Hold a lock on `path`, once others do not; none where the file cannot be made or its file system has no locks."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            stack.callback(release, acquire(path, mode))
+        yield
+
+
 def flock(descriptor: int, mode: int) -> None:
     """Take or change a lock without waiting. Raises BlockingIOError if others hold it, OSError without locks."""
     try:

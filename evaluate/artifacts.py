@@ -25,7 +25,7 @@ from ..common.files import (
     utf8_path,
 )
 from ..common.formatting import format_bytes
-from ..common.locks import acquire, release
+from ..common.locks import acquire, held_if_possible, release
 from ..common.records import as_read
 
 FORMAT = 1  # version of the cached artifacts: increased when the way any of them is computed changes
@@ -96,12 +96,10 @@ class ArtifactCache:
         The lock is the operating system's, shared by all who use the folder. Where there is none nothing is removed.
         """
         file = self.locks / "in_use"
-        with contextlib.ExitStack() as stack:
-            with contextlib.suppress(OSError):
-                with contextlib.suppress(BlockingIOError), contextlib.ExitStack() as alone:
-                    alone.callback(release, acquire(file, fcntl.LOCK_EX, 0))
-                    self.remove_unread()
-                stack.callback(release, acquire(file, fcntl.LOCK_SH))
+        with contextlib.suppress(OSError), contextlib.ExitStack() as alone:
+            alone.callback(release, acquire(file, fcntl.LOCK_EX, 0))
+            self.remove_unread()
+        with held_if_possible(file, fcntl.LOCK_SH):
             yield
 
     def remove_unread(self) -> int:

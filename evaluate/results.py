@@ -5,14 +5,16 @@ import copy
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import DamagedError
+from ..common.errors import DamagedError, UnavailableError
 from ..common.evaluation_schemas import RESULT_RECORD, ResultFile
-from ..common.files import digest_of, make_folder, os_error
+from ..common.files import atomic_write, digest_of, read_file
+from ..common.locks import held_if_possible
 from ..train.sae import require_result_of
 from .metrics.base import MASKED, JsonPath, Metric, MetricResult, misnamed_numbers
 
@@ -29,7 +31,7 @@ def write_result(
 ) -> None:
     """Write a result in SAEBench's envelope; `record` is the contents of sae.json.
 
-    A result with other settings is moved to `evaluations/earlier/` first. As in SAEBench's files, -1 stands for a
+    A result with other settings is copied to `evaluations/earlier/` first. As in SAEBench's files, -1 stands for a
     number that does not exist. Since a number can also be -1, `absent` lists where such numbers are.
 
     The metrics without outlier rows stand beside SAEBench's, as categories masked_<category>; the rest of that result
@@ -52,12 +54,9 @@ def write_result(
         "sae_cfg_dict": dict(record),
         "eval_result_unstructured": unstructured_part(result, metric.caveat) | {"absent": absent},
     }
-    path = result_file(folder, metric)
-    try:
+    with replacing_results(folder):
         archive_other_settings(folder, metric, settings)
-    except OSError as error:
-        raise os_error(error, path) from error
-    RESULT_RECORD.write(path, envelope)
+        RESULT_RECORD.write(result_file(folder, metric), envelope)
 
 
 def unstructured_part(result: MetricResult, caveat: str = "") -> dict[str, Any]:
@@ -75,7 +74,7 @@ def read_result(
 ) -> MetricResult | None:
     """The result of an earlier evaluation with the same settings, or None.
 
-    If it was archived, it is moved back to the metric's file where the folder can be written. `sae` is the content of
+    If it was archived, it is copied back to the metric's file where the folder can be written. `sae` is the content of
     sae.json, with which the result is compared.
 
     Raises DamagedError for a file that is not a result, was damaged, or belongs to another SAE.
@@ -96,9 +95,9 @@ def read_result(
             f"{RESULT_RECORD.remedy}"
         )
     result = result_of(record, archived)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(UnavailableError), replacing_results(folder):
         archive_other_settings(folder, metric, settings)
-        archived.replace(path)
+        atomic_write(path, read_file(archived))
     return result
 
 
@@ -146,14 +145,22 @@ def archived_file(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> 
 
 
 def archive_other_settings(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> None:
-    """Move a result with other settings to the archive: it may have taken hours to measure."""
+    """Copy a result with other settings to the archive: it may have taken hours to measure.
+
+    A copy, and one that stays when it is brought back: several processes can do either at once, and no step of one
+    takes a result away from another. Raises UnavailableError if it cannot be written.
+    """
     path = result_file(folder, metric)
     with contextlib.suppress(DamagedError):  # there is no result, or a file that is not one and can be overwritten
-        archived = archived_file(folder, metric, RESULT_RECORD.read(path)["eval_config"])
+        data = read_file(path)
+        archived = archived_file(folder, metric, RESULT_RECORD.parse(data, path)["eval_config"])
         if archived != archived_file(folder, metric, settings):
-            make_folder(archived.parent)
-            with contextlib.suppress(FileNotFoundError):  # another process has just moved it
-                path.replace(archived)
+            atomic_write(archived, data)
+
+
+def replacing_results(folder: Path) -> AbstractContextManager[None]:
+    """The exclusive right to replace results of a run, so that none is replaced before it is archived."""
+    return held_if_possible(folder / "evaluations" / ".lock")
 
 
 def find_leaves(leaf: float | None, tree: Any) -> Iterator[JsonPath]:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -55,9 +55,12 @@ def run_evaluation(
     """
     keep_freed_memory()
     ranks = current_process_group()
-    by_group = measure_over_ranks(plan, ranks, progress, all_rows) if ranks.count > 1 else measure_here(plan, progress)
     rows: list[EvalRow] = []
     with plan.artifacts.in_use():
+        if ranks.count > 1:
+            by_group: Iterable[list[EvalRow]] = measure_over_ranks(plan, ranks, progress, all_rows)
+        else:
+            by_group = measure_here(plan, progress)
         for group_rows in by_group:
             add_notes(group_rows)
             add_control_notes(group_rows)

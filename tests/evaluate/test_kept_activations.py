@@ -14,9 +14,11 @@ import torch
 
 from sae.common.errors import UsageError
 from sae.common.formatting import format_bytes
+from sae.common.process_group import ProcessGroup
 from sae.evaluate import artifacts as artifacts_module
+from sae.evaluate import run
 from sae.evaluate.artifacts import ArtifactCache
-from sae.evaluate.plan import EvaluateConfig, plan_evaluation
+from sae.evaluate.plan import EvaluateConfig, EvaluatePlan, plan_evaluation
 from sae.evaluate.run import run_evaluation
 from sae.train.sae import save_sae
 
@@ -149,6 +151,25 @@ def test_nothing_is_removed_that_another_evaluation_may_read(artifacts):
             assert numbers_there(artifacts) == [0, 1, 2, 3, 4]
     with artifacts.in_use():
         assert numbers_there(artifacts) == [1, 3, 4]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_nothing_is_removed_from_the_first_pass_to_the_last(artifacts, monkeypatch, ranks):
+    """Every process of a launcher keeps what it reads, from before it measures."""
+    running = ArtifactCache(artifacts.folder)
+    running.limit = math.inf
+    measured = []
+
+    def measure(*_):
+        with artifacts.in_use():  # of another command, which has a limit
+            measured.append(numbers_there(artifacts))
+        return [[]]
+
+    monkeypatch.setattr(run, "current_process_group", lambda: ProcessGroup(1, ranks))
+    monkeypatch.setattr(run, "measure_over_ranks", measure)
+    monkeypatch.setattr(run, "measure_here", measure)
+    assert run_evaluation(EvaluatePlan(EvaluateConfig([]), [], [], running), all_rows=False) == []
+    assert measured == [[0, 1, 2, 3, 4]]
 
 
 def test_an_evaluation_keeps_the_limit_and_removes_nothing_of_its_own(config, home, monkeypatch):

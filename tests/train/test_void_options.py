@@ -10,7 +10,7 @@ import sae.train.variants  # noqa: F401  (registers the recipes)
 from sae.common.errors import UsageError
 from sae.train.loop import Trainer
 from sae.train.optimization import ANY_NUMBER, SWITCHED_OFF
-from sae.train.recipe import RECIPES, Recipe
+from sae.train.recipe import RECIPES, Recipe, recipe
 from sae.train.variant import RunConfig
 
 STEPS = 6
@@ -72,3 +72,16 @@ def test_a_new_run_with_one_is_refused_by_a_sentence(recipe: str, name: str) -> 
     for void in off:
         with pytest.raises(UsageError, match=f"{name}={changed} has no effect with {other}={void}: leave it out"):
             made.make(CONFIG, {other: void, name: changed})
+
+
+def test_an_option_that_only_a_fixed_one_makes_void_is_taken_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here `aux`, which makes aux_k void, is no option of the recipe."""
+    monkeypatch.setattr("sae.train.recipe.RECIPES", registered := dict[str, Recipe]())
+    topk = RECIPES["topk"]
+    build = topk.declared_by
+    recipe("topk-aux", fixed={"aux": 1 / 32}, paper=topk.paper, switched_off=topk.switched_off)(build)
+    recipe("topk-whole", paper=topk.paper, switched_off=topk.switched_off)(build)
+    made = registered["topk-aux"].make(CONFIG, {"k": 4, "aux_k": 3})
+    assert made.options["aux_k"] == 3 and "aux" not in made.options
+    with pytest.raises(UsageError, match="aux_k=3 has no effect with aux=0"):
+        registered["topk-whole"].make(CONFIG, {"k": 4, "aux_k": 3, "aux": 0})
