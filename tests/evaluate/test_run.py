@@ -128,7 +128,7 @@ def test_a_result_of_other_settings_is_set_aside_and_comes_back(tiny_cache, home
     other = (run / "evaluations" / "core.json").read_bytes()
     (again,) = evaluate(ask(run, tokens=None))
     assert again.results == whole.results and (run / "evaluations" / "core.json").read_bytes() == written
-    assert [path.read_bytes() for path in (run / "evaluations" / "earlier").iterdir()] == [other]
+    assert other in [path.read_bytes() for path in (run / "evaluations" / "earlier").iterdir()]
 
 
 def test_a_new_run_beside_a_measured_one_leaves_it_alone(tiny_cache, home):
