@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import sparse_ops
 
-SAMPLE_EVERY = 61  # prime, so that the sample holds all latents of a dictionary in turn
+SAMPLE_EVERY = 127  # prime, so that the sample holds all latents of a dictionary in turn
 
 
 class Activation(nn.Module):

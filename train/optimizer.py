@@ -1,5 +1,7 @@
 """The optimizer of a variant, and the limit of its gradient."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def clip_gradients(variant: Variant, optimizer: torch.optim.Optimizer) -> Tensor
     The kernel that updates the weights scales the gradients on its way, so clipping takes no pass of its own.
     """
     gradients = [p.grad for p in variant.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    norm = total_norm(gradients)
     if (limit := variant.optimization.clip) is not None:
         scale = ((norm + 1e-6) / limit).clamp_min(1.0)
         if scale.dtype == torch.float32:
@@ -43,3 +45,12 @@ def clip_gradients(variant: Variant, optimizer: torch.optim.Optimizer) -> Tensor
         else:  # the kernel reads no other
             torch._foreach_div_(gradients, scale)
     return norm
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """() the L2 norm of all elements together.
+
+    Matrices are reduced row by row first: a CPU does that with all threads, and the norm of a whole tensor with one.
+    """
+    parts = [torch.linalg.vector_norm(g, dim=-1) if g.dim() > 1 else g for g in gradients]
+    return torch.linalg.vector_norm(torch.cat([part.flatten() for part in parts]))

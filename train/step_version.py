@@ -12,7 +12,7 @@ from typing import NamedTuple
 # on one machine and compare sae.safetensors. tests/compatibility holds what resumes to the bounds below. What changes a
 # result by more than rounding is no new version but a new option: runs that were begun before keep the old way.
 # run.json and the checkpoints record it as `step_version`; without the entry it is 1.
-STEP_VERSION = 3
+STEP_VERSION = 4
 
 MEASURED_STEPS = 25  # that the interrupted runs of tests/compatibility have left, on which the bounds are measured
 
