@@ -7,6 +7,7 @@ from datetime import timedelta
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -342,6 +343,13 @@ def test_every_address_has_a_working_folder_of_its_own() -> None:
     urls = ["s3://a/b-c", "s3://a-b/c", "gs://a/b-c", "s3://a/b/c", "file:///a/b-c"]
     folders = [working_folder(url, task) for url in urls for task in ("", "--share-1-of-2")]
     assert len({*folders}) == len(folders) and len({folder.parent for folder in folders}) == 1
+
+
+def test_an_object_that_ends_before_its_end_is_damaged(tmp_path: Path) -> None:
+    store = open_store(f"file://{tmp_path}/objects")
+    store.store = SimpleNamespace(get=lambda key: SimpleNamespace(bytes=lambda: b"1", meta={"size": 2}))
+    with pytest.raises(DamagedError, match="objects/a gave 1 of its 2 bytes"):
+        store.get("a")
 
 
 def test_a_file_that_is_named_twice_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,8 @@ def test_changing_max_norm_writes_no_activations(
     writer = make_writer(outlier_cache.folder, bits, 16, compress=outlier_cache.layout.compress)
     assert writer.is_finished(10) and not writer.is_finished() and not writer.is_finished(20)
     writer.finish()
+    both = make_writer(outlier_cache.folder, bits | {12: bits[5]}, 16, compress=outlier_cache.layout.compress)
+    assert not both.is_finished(10) and not both.is_finished()
     after = Cache(outlier_cache.folder)
     assert not len(after.outlier_rows("layer_05")) and after.outlier_rows("layer_12").tolist() == outliers
     assert after.array_digest("layer_05") != digests["layer_05"]

@@ -179,6 +179,23 @@ def test_two_workers_at_one_window_leave_the_files_of_one(
     assert np.array_equal(cache.read_chunk("layer_05", 1), second[5][16:32])
 
 
+def test_equal_bytes_of_two_workers_are_not_written_again(
+    tmp_path: Path, finite_bits, make_writer, write_windows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bits, publish = {5: finite_bits(ROWS, D, 5)}, FolderPlace.publish
+
+    def second_commits(place: FolderPlace, files: list[str]) -> None:
+        monkeypatch.setattr(FolderPlace, "publish", publish)
+        write_windows(make_writer(tmp_path / "c", bits, 16), bits, [0])
+        publish(place, files)
+
+    writer = make_writer(tmp_path / "c", bits, 16)
+    monkeypatch.setattr(FolderPlace, "publish", second_commits)
+    monkeypatch.setattr(FolderPlace, "remove_records", lambda *_: pytest.fail("a commit is removed"))
+    write_windows(writer, bits, [0])
+    assert writer.missing_windows().keys() == {1, 2}
+
+
 def test_sealing_twice_changes_nothing_and_needs_every_window(
     tmp_path: Path, finite_bits, make_writer, write_windows
 ) -> None:

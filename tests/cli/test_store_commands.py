@@ -4,11 +4,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from sae.cache import object_store
 from sae.cache.object_store import open_store
 from sae.cli.main import app
+from sae.cli.options import check_folder
 
 from ..faulty_proxy import faulty_proxy
 from ..object_store import SECRET
@@ -95,3 +97,10 @@ def test_what_is_refused_in_one_sentence(harvest: list[object], bucket: str, mon
     monkeypatch.setitem(sys.modules, "obstore", None)
     monkeypatch.setattr("sae.common.packages.installed_version", lambda name: None)
     refused(4, "needs obstore, which is not installed: pip install 'sae-pipeline[remote]'", f"{bucket}/pile")
+
+
+@pytest.mark.parametrize("scheme", object_store.SCHEMES)
+def test_where_only_a_folder_can_stand_an_address_is_refused(scheme: str) -> None:
+    with pytest.raises(typer.BadParameter, match="this command reads caches in folders only, not at an address"):
+        check_folder(Path(f"{scheme}://bucket/pile"))
+    assert check_folder(Path(f"activations/{scheme}")) == Path(f"activations/{scheme}")

@@ -30,12 +30,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def config(tiny_cache, home) -> EvaluateConfig:
-    """core and stability of two seeds, with losses in the first two batches alone."""
+    """core and stability of two seeds, with losses in the first batch alone."""
     for seed in range(2):
         origin = {"model": tiny_cache.identity["model"], "layer": 0, "cache": str(tiny_cache.folder)}
         save_sae(make_sae(seed), home / f"run{seed}", {**origin, "fingerprint": tiny_cache.fingerprint})
         write_run_record(home / f"run{seed}", d_in=32, d_sae=48, layer=0, variant="topk", seed=seed)
-    options = ["core.batch_contexts=4", "core.reconstruction_batches=2", "stability.tokens=50", "stability.draws=1"]
+    options = ["core.batch_contexts=4", "core.reconstruction_batches=1", "stability.tokens=50", "stability.draws=1"]
     return EvaluateConfig(
         [home / "run0", home / "run1"], "core,stability", tokens=150, device="cpu", references=False, options=options
     )

@@ -149,6 +149,15 @@ def test_a_new_run_beside_a_measured_one_leaves_it_alone(tiny_cache, home):
     assert [row.results for row in evaluate(ask(old, new, references=True))] == [row.results for row in rows]
 
 
+def test_force_measures_reference_rows_again(tiny_cache, home):
+    run = make_run(home / "run", tiny_cache)
+    evaluate(ask(run, references=True))
+    results = list(home.glob("activations/evaluation/references/*/evaluations/core.json"))
+    before = {path: path.stat().st_mtime_ns for path in results}
+    evaluate(ask(run, references=True, force=True))
+    assert len(before) == 4 and all(path.stat().st_mtime_ns > written for path, written in before.items())
+
+
 def test_runs_that_differ_in_their_seed_get_a_line_together(tiny_cache, home):
     runs = [make_run(home / f"x-L0-s{seed}-ab", tiny_cache, 0, seed) for seed in range(3)]
     runs += [make_run(home / f"y-L0-s{seed}-cd", tiny_cache, 0, 10 + seed) for seed in range(3)]

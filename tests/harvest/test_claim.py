@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from sae.cache.place import FolderPlace
+from sae.common.cache_schemas import HARVEST_RECORD
 from sae.common.errors import UnavailableError
 from sae.harvest import claim, stages, tasks
 from sae.harvest.claim import EXPIRY, ClaimLost, TextClaim
+from sae.harvest.plan import HarvestPlan
 from sae.harvest.progress import HarvestProgress
 from sae.harvest.run import harvest_activations
 
@@ -120,13 +122,22 @@ def test_a_task_that_loses_its_claim_reads_the_text_of_the_other(
     assert files_of(out) == files_of(whole)
 
 
-def test_the_windows_of_later_tasks_do_not_exist_already(tiny_model: Path, sentences: Path, tmp_path: Path) -> None:
+def test_a_task_counts_with_the_windows_of_others(
+    tiny_model: Path, sentences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They do not exist already, and need room too; the last task to begin says what was asked for."""
     said: list[str] = []
-    harvest_activations(
-        str(tiny_model), dataset=str(sentences), layers=0, tokens=600, context=32, window=256, device="cpu",
-        out=tmp_path / "cache", share="1/2", progress=HarvestProgress(say=said.append),
-    )  # fmt: skip
+    needed: list[float] = []
+    options: dict[str, Any] = {
+        "model": str(tiny_model), "dataset": str(sentences), "layers": 0, "tokens": 600, "context": 32, "window": 256,
+        "device": "cpu", "out": tmp_path / "cache",
+    }  # fmt: skip
+    monkeypatch.setattr(HarvestPlan, "check_space", lambda plan, size, per_row: needed.append(size))
+    harvest_activations(**options, share="1/2", progress=HarvestProgress(say=said.append))
     assert [sentence.split(",")[0] for sentence in said] == ["Share 1/2 is done. 1 of 3 windows are missing"]
+    assert len(needed) == 2 and needed[0] == needed[1]  # before the text, and before the windows
+    harvest_activations(**options, share="2/2", batch_contexts=16)
+    assert HARVEST_RECORD.read(tmp_path / "cache/harvest.json")["batch_contexts"] == 16
 
 
 @pytest.mark.parametrize("where", ["folder", "store"])

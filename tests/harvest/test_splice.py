@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from sae.cache.layout import Hook
 from sae.common.errors import UsageError
 from sae.harvest.model import LanguageModel
+from sae.harvest.splice import gradients_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -294,3 +295,12 @@ def test_a_model_whose_numbers_are_not_its_trunks_is_refused(ids_NS: Tensor) -> 
     model.model.forward = drifting
     with pytest.raises(UsageError, match="SAEs cannot be spliced into LlamaForCausalLM: computing its logits .* by"):
         model.forward(ids_NS, [Hook(1)])
+
+
+def test_gradients_are_recorded_only_where_they_are_on_and_asked_for() -> None:
+    x = torch.ones(1, requires_grad=True)
+    with torch.no_grad(), gradients_of(x):
+        assert not torch.is_grad_enabled()
+    for asked, recorded in ((x, True), (x.detach(), False)):
+        with gradients_of(asked):
+            assert torch.is_grad_enabled() is recorded

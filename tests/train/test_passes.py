@@ -12,8 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 from sae.common import memory as common_memory
 from sae.common.errors import Interrupted, UnavailableError
 from sae.train import passes
-from sae.train.memory import LiveBytes, memory_bound, run_memory, trace_steps
-from sae.train.passes import FREE_SHARE, Resized, pass_memory, plan_passes
+from sae.train.memory import LiveBytes, RunMemory, memory_bound, run_memory, trace_steps
+from sae.train.passes import FREE_SHARE, Resized, add_up, pass_memory, plan_passes
 from sae.train.plan import plan_training
 from sae.train.recipe import RECIPES, find_recipe
 from sae.train.run import TrainProgress, run_training
@@ -115,6 +115,24 @@ def test_runs_share_one_step_and_add_their_states() -> None:
     assert together.state == 2 * one.state + two.state
     assert together.step == max(one.step, two.step, one.host, two.host)
     assert together.batches == 4 * 256 * 64 * 2 + passes.WORKSPACE["cpu"]
+
+
+def test_what_happens_between_two_steps_counts_where_it_takes_more() -> None:
+    run = spec("competition", 512, 4)
+    with FakeTensorMode(), LiveBytes() as live:
+        traced = trace_steps(live, run, "cpu", 4)
+    assert run_memory(run, "cpu").step == traced.between - traced.state > traced.peak - traced.state
+
+
+def test_fewer_rows_take_less() -> None:
+    run = spec("relu", 384)
+    assert run_memory(run, "cpu", 8).step < run_memory(run, "cpu").step == run_memory(run, "cpu", 256).step
+
+
+def test_what_reads_a_checkpoint_takes_memory_of_the_host() -> None:
+    memories = [RunMemory(1, 2, 5), RunMemory(1, 3, 4)]
+    assert add_up(memories, spec("relu").config, "cpu").step == 5
+    assert add_up(memories, spec("relu").config, "cuda").step == 3
 
 
 # --- passes ---------------------------------------------------------------------------------------------------------
