@@ -2,12 +2,14 @@
 
 import ast
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from sae.cli.console import bar, cli_command, echo, show_table
+from sae.cache.object_store import StoreWarning
+from sae.cli.console import bar, cli_command, echo, show_table, warnings_as_notes
 from sae.cli.main import app
 from sae.common.errors import UsageError
 
@@ -78,3 +80,11 @@ def test_a_config_file_is_quoted_without_escapes(tmp_path):
     path.write_text('[train]\n"\\u001b[2J" = 1\n')
     result = CliRunner().invoke(app, ["variants", "--config", str(path)])
     assert result.exit_code == 2 and "\x1b" not in result.stderr and r"\x1b[2J" in result.stderr
+
+
+def test_a_warning_is_a_note_and_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings_as_notes():
+        warnings.simplefilter("always")
+        for number in (1, 1, 2):
+            warnings.warn(f"Store {number} fails.", StoreWarning, stacklevel=1)
+    assert capsys.readouterr().err == "note     Store 1 fails.\nnote     Store 2 fails.\n"

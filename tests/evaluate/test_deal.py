@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from sae.cache.reader import Cache
-from sae.common.errors import UsageError
+from sae.cli.evaluate import ranks_lines
+from sae.common.errors import UnavailableError, UsageError
 from sae.evaluate import deal
 from sae.evaluate.deal import RATE, REFERENCES, Unit, deal_work, describe_deal, ordered_units, split
 from sae.evaluate.measure import no_progress_bar
 from sae.evaluate.plan import EvaluateConfig, plan_evaluation
 from sae.evaluate.ranks import Measured, join, measure_share
-from sae.evaluate.run import evaluate
+from sae.evaluate.run import evaluate, run_evaluation
 from sae.train.sae import save_sae
 
 from ..run_records import write_run_record
@@ -127,6 +128,15 @@ def test_what_a_rank_has_measured_does_not_stay_in_memory(config, monkeypatch) -
     assert list(measured.errors) == [(config.runs[2], "core")]  # which the other ranks are told
 
 
+def test_that_nothing_was_measured_is_said_by_who_has_all_rows(config, monkeypatch) -> None:
+    plan = plan_evaluation(replace(config, runs=config.runs[:1], suite="core", references=False, options=()))
+    plan.rows[0].errors["core"] = UnavailableError("No memory")
+    monkeypatch.setattr("sae.evaluate.run.measure_here", lambda plan, progress: [plan.rows])
+    assert run_evaluation(plan, all_rows=False) == plan.rows
+    with pytest.raises(UnavailableError, match="No memory"):
+        run_evaluation(plan)
+
+
 def test_reference_rows_stand_in_one_order_whoever_measured_them(config) -> None:
     plan = plan_evaluation(replace(config, suite="core", options=config.options[:1]))
     places = [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0), (0, 1, 0)]
@@ -138,6 +148,13 @@ def test_reference_rows_stand_in_one_order_whoever_measured_them(config) -> None
 def test_a_folder_that_is_no_control_is_refused(config) -> None:
     with pytest.raises(UsageError, match="is no control"):
         deal_work(plan_evaluation(replace(config, controls=config.runs[:1])), 2)
+
+
+def test_a_plan_deals_controls_once_they_are_trained(config, home: Path, monkeypatch) -> None:
+    plan = plan_evaluation(replace(config, suite="core", options=(), controls=[home / "untrained"]))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    header, *lines = ranks_lines(plan)
+    assert header.startswith("deal     6 SAEs to 2 processes") and "control" not in "".join(lines)
 
 
 def test_the_plan_names_the_share_of_each_rank(config) -> None:

@@ -13,7 +13,7 @@ from sae.common import memory as common_memory
 from sae.common.errors import Interrupted, UnavailableError
 from sae.train import passes
 from sae.train.memory import LiveBytes, RunMemory, memory_bound, run_memory, trace_steps
-from sae.train.passes import FREE_SHARE, Resized, add_up, pass_memory, plan_passes
+from sae.train.passes import FREE_SHARE, Resized, add_up, largest_batch, pass_memory, plan_passes, split_by_memory
 from sae.train.plan import plan_training
 from sae.train.recipe import RECIPES, find_recipe
 from sae.train.run import TrainProgress, run_training
@@ -157,6 +157,20 @@ def test_runs_that_do_not_fit_together_take_several_passes_with_the_same_result(
     parts = train(config)
     for one, other in zip(whole, parts, strict=True):
         assert (one / "sae.safetensors").read_bytes() == (other / "sae.safetensors").read_bytes()
+
+
+def test_a_run_is_in_the_first_pass_with_room_for_it() -> None:
+    large, small = spec("relu", 2048), spec("relu", 128)
+    free = pass_memory([large, small], "cpu").total / FREE_SHARE * (1 + 1e-9)
+    assert split_by_memory([large, large, small], "cpu", free) == [[large, small], [large]]
+
+
+def test_a_smaller_batch_would_fit_undivided() -> None:
+    run = spec("relu", batch=1024)
+    divided = run._replace(config=run.config._replace(accumulate=2))
+    half_in_parts = divided._replace(config=divided.config._replace(batch_size=512))
+    budget = pass_memory([half_in_parts], "cpu").total
+    assert largest_batch(divided, "cpu", budget) == largest_batch(run, "cpu", budget) == 256
 
 
 @pytest.mark.parametrize("stop_in", RUNS[1:])

@@ -148,6 +148,17 @@ def test_a_small_table_finds_the_pairs_that_fire_together_and_agrees_about_them(
     assert float(table.seen_P[at]) == pytest.approx(1 - 0.99**11)
 
 
+def test_a_table_prefers_what_is_seen_often_to_what_is_seen_once() -> None:
+    """Two latents that fired once, together, and two that fired ten times each, eight of them together."""
+    f_BF = torch.zeros(20, 4)
+    f_BF[0:10, 0] = f_BF[2:12, 1] = 1
+    f_BF[15, 2:] = 1
+    table, step = PairTable(4, 1, every=1), step_of(f_BF)
+    table.after_step(step)
+    table.every_n_steps(step)
+    assert (table.first_P.tolist(), table.second_P.tolist()) == ([0], [1])
+
+
 def test_a_table_for_absorption_follows_rows_that_look_alike() -> None:
     sae = SAE(16, 20)
     sae.W_dec.data[7] = sae.W_dec.data[3]
