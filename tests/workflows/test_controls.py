@@ -95,6 +95,7 @@ def test_controls_are_trained_once_evaluated_and_found_again(runs: list[Run], ho
 def test_controls_have_the_conditions_of_their_run(runs: list[Run]) -> None:
     controls = train_controls(runs[:1])
     assert [run.recipe.name for run in controls] == list(RECIPES)
+    assert plan_controls([runs[0], runs[0]]).count == 1
     for control in controls:
         ours, theirs = read_json(control.folder / "run.json"), read_json(runs[0].folder / "run.json")
         for name in ("layer", "site", "d_in", "d_sae", "steps", "batch_size", "l0", "order_seed", "cache"):
