@@ -42,6 +42,7 @@ from sae.train.recipe import RECIPES, find_recipe
 from sae.train.run import TrainProgress
 from sae.train.streaming import train_streaming
 from sae.train.variant import RunConfig
+from sae.workflows.stream import plan_streaming
 
 from ..kills import finish, kill
 
@@ -434,3 +435,12 @@ def test_a_disk_too_small_for_the_ring_is_rejected_with_sizes_that_fit(asked, mo
     monkeypatch.setattr("sae.harvest.streaming.free_space", lambda folder: int(free))
     with pytest.raises(UnavailableError, match=f"4 windows of 256 rows needs .* {said}"):
         check_room(planned, ring)
+
+
+def test_what_is_on_the_disk_already_needs_no_further_room(asked, monkeypatch) -> None:
+    options, reserved = {name: value for name, value in asked.items() if name != "device"}, []
+    monkeypatch.setattr("sae.workflows.stream.plan_training", lambda config, needed: reserved.extend(needed.values()))
+    for written in (0, 1000, 10**12):
+        monkeypatch.setattr("sae.workflows.stream.folder_bytes", lambda folder, written=written: written)
+        size = plan_streaming(request_of("topk"), windows=RING, **options).ring_bytes
+    assert reserved == [size, size - 1000, 0]
