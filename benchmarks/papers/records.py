@@ -1,0 +1,113 @@
+"""The records of finished jobs: one small JSON file each, in records/<id of the job>.json.
+
+A record is valid as long as its digest is that of its job. A job is looked up in the order of the design, since the
+digests of later jobs contain rates and L0 that follow from earlier records. Records that are not valid any more stay
+where they are, are listed as outdated, and are replaced when their job is run again.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jobs import HERE, Job, resolve
+
+from sae.common.files import atomic_write, digest_of
+from sae.evaluate.metrics.registry import METRICS
+from sae.train.recipe import RECIPES
+from sae.train.step_version import STEP_VERSION
+
+RECORDS = HERE / "records"
+METRICS_USED = ("core", "absorption", "sae_probes", "stability")
+TEXT_SETTINGS = (
+    "tokens", "test_documents", "tuning_documents", "test_tokens", "tuning_tokens", "absorption_words", "probe_texts",
+    "datasets",
+)  # fmt: skip
+
+State = Literal["done", "failed", "outdated", "open", "waiting", "not needed"]
+
+
+def job_digest(design: Mapping[str, Any], job: Job) -> str:
+    """A digest of everything that decides the result of a resolved job: the design, and versions of what computes."""
+    recipe = RECIPES.get(job.recipe)
+    return digest_of({
+        "revision": design["revision"],
+        "job": {name: list(value) if isinstance(value, tuple) else value for name, value in job.identity().items()},
+        "settings": {name: design["fixed"][name] for name in TEXT_SETTINGS},
+        "step_version": STEP_VERSION,
+        "definitions": {name: METRICS[name].definition for name in METRICS_USED},
+        "defaults": {} if recipe is None else {name: repr(value) for name, value in recipe.options.items()},
+    })[:16]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Known:
+    """A job of the design beside its record.
+
+    Attributes:
+        job: with rate and L0 where they are known.
+        why: of one that is waiting or not needed.
+    """
+
+    job: Job
+    state: State
+    digest: str = ""
+    why: str = ""
+
+
+def record_path(folder: Path, job: Job) -> Path:
+    return folder / f"{job.id}.json"
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """None for a file that is not there or not a record, such as one that was cut short by hand."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return record if isinstance(record, dict) and "digest" in record else None
+
+
+def write_record(folder: Path, job: Job, content: Mapping[str, Any]) -> Path:
+    path = record_path(folder, job)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, (json.dumps(content, indent=None, separators=(",", ":")) + "\n").encode())
+    return path
+
+
+def survey(
+    design: Mapping[str, Any], jobs: Sequence[Job], folder: Path
+) -> tuple[list[Known], dict[str, dict[str, Any]]]:
+    """The state of every job, and the valid records by the id of their job."""
+    known: dict[str, Known] = {}
+    valid: dict[str, dict[str, Any]] = {}
+    found = {job.id: record for job in jobs if (record := read_record(record_path(folder, job)))}
+    left = list(jobs)
+    while left:  # what waited for a record that comes later in the order is looked up again
+        waiting = []
+        for job in left:
+            resolved = resolve(design, job, valid)
+            if isinstance(resolved, str):
+                known[job.id] = Known(job, "not needed" if resolved.startswith("same") else "waiting", why=resolved)
+                if known[job.id].state == "waiting":
+                    waiting.append(job)
+                continue
+            digest, record = job_digest(design, resolved), found.get(job.id)
+            state: State = "open" if record is None else "outdated"
+            if record is not None and record["digest"] == digest:
+                valid[job.id], state = record, "failed" if "failed" in record else "done"
+            known[job.id] = Known(resolved, state, digest)
+        if len(waiting) == len(left):
+            break
+        left = waiting
+    return [known[job.id] for job in jobs], valid
+
+
+def texts_of(valid: Mapping[str, Mapping[str, Any]]) -> dict[str, set[str]]:
+    """Model -> digests of the training texts of its records. More than one: their runs must not be compared."""
+    found: dict[str, set[str]] = {}
+    for job, record in valid.items():
+        if "caches" in record:
+            found.setdefault(job.split("/")[0], set()).add(record["caches"]["train"])
+    return found
