@@ -53,24 +53,26 @@ class BatchOrder:
                 "Harvest more tokens or use a smaller --batch-size."
             )
         self.lane_start = np.arange(self.lanes) * segment
-        self._epoch = -1  # the epoch of _order and _end
+        self._shuffled = -1, np.empty(0, np.int64), np.empty(0, np.int64)
 
-    def _shuffle(self, epoch: int) -> None:
-        """Set the order of the chunks in an epoch, and the number of rows up to the end of each."""
-        if epoch != self._epoch:
+    def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The order of the chunks in an epoch, and the number of rows up to the end of each. Threads can share it."""
+        number, order, end = self._shuffled
+        if number != epoch:
             rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-            self._order = rng.permutation(len(self.chunk_rows))
-            self._end = np.cumsum(self.chunk_rows[self._order])
-            self._epoch = epoch
+            order = rng.permutation(len(self.chunk_rows))
+            end = np.cumsum(self.chunk_rows[order])
+            self._shuffled = epoch, order, end
+        return order, end
 
     def spans(self, batch: int) -> list[Span]:
         """The rows of a batch, in order."""
         epoch, index_in_epoch = divmod(batch, self.batches_per_epoch)
-        self._shuffle(epoch)
+        order, end = self._shuffle(epoch)
         first = self.lane_start + index_in_epoch * self.block_rows  # of each lane's block, counted in the epoch's order
-        position = np.searchsorted(self._end, first, side="right")  # of the chunk in which the block begins
-        chunk = self._order[position]
-        remaining = self._end[position] - first  # rows of that chunk from the beginning of the block on
+        position = np.searchsorted(end, first, side="right")  # of the chunk in which the block begins
+        chunk = order[position]
+        remaining = end[position] - first  # rows of that chunk from the beginning of the block on
         start = self.chunk_rows[chunk] - remaining
         spans = []
         lanes = (array.tolist() for array in (position, chunk, start, remaining))
@@ -79,7 +81,7 @@ class BatchOrder:
             spans.append(Span(index, offset, rows))
             while rows < self.block_rows:  # the block continues in the next chunk of the epoch's order
                 at += 1
-                index = int(self._order[at])
+                index = int(order[at])
                 more = min(self.block_rows - rows, int(self.chunk_rows[index]))
                 spans.append(Span(index, 0, more))
                 rows += more
@@ -93,16 +95,14 @@ class BatchOrder:
         stretches = [np.empty((0, 3), np.int64)]
         per_epoch = self.batches_per_epoch
         for epoch in range(batches.start // per_epoch, -(-batches.stop // per_epoch)):
-            self._shuffle(epoch)
-            ends, starts = self._end, self._end - self.chunk_rows[self._order]
+            order, ends = self._shuffle(epoch)
+            starts = ends - self.chunk_rows[order]
             for lane in self.lane_start:
                 stop = lane + per_epoch * self.block_rows
                 inside = np.flatnonzero((ends > lane) & (starts < stop) & (ends > starts))
                 first = (np.maximum(starts[inside], lane) - lane) // self.block_rows
                 last = (np.minimum(ends[inside], stop) - 1 - lane) // self.block_rows
-                stretches.append(
-                    np.stack([self._order[inside], first, last], 1) + [0, epoch * per_epoch, epoch * per_epoch]
-                )
+                stretches.append(np.stack([order[inside], first, last], 1) + [0, epoch * per_epoch, epoch * per_epoch])
         uses = np.concatenate(stretches)
         uses = uses[(uses[:, 2] >= batches.start) & (uses[:, 1] < batches.stop)]
         uses[:, 1:] = uses[:, 1:].clip(batches.start, batches.stop - 1)

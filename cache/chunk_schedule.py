@@ -69,26 +69,33 @@ class ChunkSchedule:
         order = np.lexsort((change, steps))  # what ends at a step makes room before what begins there
         return int(np.cumsum(change[order]).max())
 
-    def next_pull(self, position: int, present: np.ndarray, kept: np.ndarray, free: int) -> Pull | None:
+    def next_pull(
+        self, position: int, present: np.ndarray, kept: np.ndarray, free: int, wanted: int | None = None
+    ) -> Pull | None:
         """What to pull next, when all steps before `position` have been read; None if nothing is missing, or if there
         is no room for it as long as the `kept` files stay.
 
         Args:
             position: the first step that has not been read.
             present: (files,) bool, those that are there or on their way.
-            kept: (files,) bool, those that cannot be removed, because another process reads them.
+            kept: (files,) bool, those that cannot be removed.
             free: bytes for which nothing has to be removed.
+            wanted: a file that has to be pulled now, whenever the schedule needs it; all but `kept` makes room for it.
         """
-        missing = np.flatnonzero((self.last[self.by_first] >= position) & ~present[self.file[self.by_first]])
-        if not len(missing):
-            return None
-        stretch = self.by_first[missing[0]]
-        file, needed = int(self.file[stretch]), max(int(self.first[stretch]), position)
+        if wanted is not None:
+            file, needed, spared = wanted, position, position - 1
+        else:
+            missing = np.flatnonzero((self.last[self.by_first] >= position) & ~present[self.file[self.by_first]])
+            if not len(missing):
+                return None
+            stretch = self.by_first[missing[0]]
+            file, needed = int(self.file[stretch]), max(int(self.first[stretch]), position)
+            spared = needed
         if self.sizes[file] <= free:
             return Pull(file, needed, [], -1)
         candidates = np.flatnonzero(present & ~kept)
         later = self.next_use(candidates, needed)
-        candidates, later = candidates[later > needed], later[later > needed]
+        candidates, later = candidates[later > spared], later[later > spared]
         before = np.where(self.next_use(candidates, position) < needed, self.last_use(candidates, needed), -1)
         order = np.lexsort((before, -later))  # of those that are needed equally late, the one that has been read first
         room = np.cumsum(self.sizes[candidates[order]]) + free

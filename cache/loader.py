@@ -91,7 +91,6 @@ class BatchLoader:
         self._closed = False
         lock = threading.Lock()
         self._slot_freed, self._batch_read = threading.Condition(lock), threading.Condition(lock)
-        self._order_lock = threading.Lock()  # BatchOrder caches the order of one epoch
         self._threads = [threading.Thread(target=self._read, daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
@@ -107,8 +106,7 @@ class BatchLoader:
                 number, self._next_to_read = self._next_to_read, self._next_to_read + 1
             result: int | BaseException = slot
             try:
-                with self._order_lock:
-                    spans = self.order.spans(number)
+                spans = self.order.spans(number)
                 if self._copier:
                     self._copier.wait_until_copied(slot)
                 with self._reading.step(number, {span.chunk for span in spans}):

@@ -2,8 +2,10 @@
 
 Which chunks are needed when is known beforehand (chunk_schedule.py), so threads pull them ahead, and where there is no
 room the chunk whose next need is farthest is removed. What no process reads any more goes first. Names are
-`<cache>/<file of the cache>`; files that are being pulled end in ".part". Only the chunks of activations come and go:
-records, tokens and other small files stay, and count.
+`<cache>/<file of the cache>`. Only the chunks of activations come and go: records, tokens and other small files stay,
+and count. How processes share the folder is in shared_folder.py, what is decided at each look in room.py.
+
+One step that waits is served at a time, so two never hold what the other needs. Its chunks stay until it is read.
 """
 
 import contextlib
@@ -12,20 +14,21 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from ..common.errors import DamagedError, SaeError, UsageError
+from ..common.errors import DamagedError, SaeError
 from ..common.files import make_folder, os_error
 from ..common.formatting import format_bytes, format_count
-from .chunk_schedule import NEVER, ChunkSchedule
-from .pulled_files import PART, Arrivals, Contents, contents, default_place, default_size
-from .reading import ChunkReading, ReadingClosed, StoredFile, schedule_of
-from .shared_folder import SharedFolder, Statement, union
+from .pulled_files import Arrivals, Contents, contents, default_place, default_size, part_name
+from .reading import ChunkReading, ReadingClosed, StoredFile
+from .reading_plan import ReadingPlan
+from .room import Needs, Room, check_room
+from .shared_folder import SharedFolder, Statement, kept_by
 
 PULLS, PULLED_BYTES = 16, 512 << 20  # at the same time; the bytes are in memory until they are verified
 TRY_AGAIN = 30.0  # seconds after which what could not be pulled ahead is tried again; what is needed, at once
 LOOK_AGAIN, LOOK_AGAIN_SOON = 1.0, 0.1  # seconds until the folder is looked at again, for what other processes did
 SAY_AFTER, SAY_EVERY = 10.0, 60.0  # seconds of waiting
+
+Files = Mapping[str, StoredFile]  # by their names
 
 
 class LocalFolder:
@@ -42,111 +45,125 @@ class LocalFolder:
         self._lock = threading.Lock()
         self._arrived, self._to_decide = threading.Condition(self._lock), threading.Condition(self._lock)
         self._deciding = threading.Lock()  # one thread decides at a time; the others pull, or wait for their turn
-        self._readings: list[ChunkReading] = []  # the one opened last comes first: the others wait for its end
-        self._expected: list[ChunkReading] = []
-        self._schedule, self._files = (
-            ChunkSchedule(np.empty((0, 3), np.int64), np.empty(0, np.int64)),
-            list[StoredFile](),
-        )
-        self._number: dict[str, int] = {}  # name -> its number in the schedule
-        self._first_step = 0  # of the first reading, where the schedule begins
-        self._pinned: dict[str, StoredFile] = {}
-        self._ready: frozenset[str] = frozenset()  # pinned and whole
+        self._plan = ReadingPlan()
+        self._waiting: dict[tuple[ChunkReading, int], Files] = {}  # (reading, step), as they came
+        self._being_read: dict[tuple[ChunkReading, int], Files] = {}
+        self._kept: dict[str, StoredFile] = {}  # as it is stated
+        self._ready: frozenset[str] = frozenset()  # kept and whole
         self._pulling: set[str] = set()
-        self._in_use: dict[tuple[ChunkReading, int], Mapping[str, StoredFile]] = {}  # (reading, step) -> files
-        self._verified: set[str] = set()  # of the pinned files, by this process
+        self._verified: set[str] = set()  # of the kept files, by this process
+        self._damaged: set[str] = set()  # found so by this process, which pulls them anew
+        self._replaced: set[str] = set()  # found so, and pulled anew by another process
         self._failed: dict[str, tuple[float, Exception]] = {}  # name -> when and how pulling it ended
         self._free_after = -1  # the step whose end makes room for the next pull; NEVER: nothing is to be pulled
+        self._blocked = ""  # what a step that waits for room waits for
         self._arrivals = Arrivals()
-        self._known_until = 0  # the step of the first reading up to which the schedule goes
         self._threads: list[threading.Thread] = []
 
     # --- what is read ------------------------------------------------------------------------------------------------
 
     def expect(self, readings: Sequence[ChunkReading]) -> None:
-        """Name what will be read after the open readings, in this order: it is pulled ahead, or kept."""
+        """Name what will be read after the open readings, in this order: it is pulled ahead, or kept. The room for it
+        is reserved until nothing is expected any more.
+        """
         with self._lock:
-            self._expected = list(readings)
-            self._plan()
+            self._plan.expect(readings)
+            self._decide_anew()
+            self._leave_if_idle()
 
     def begin(self, reading: ChunkReading, expected_until: int | None = None) -> None:
         """Begin to pull for a reading. Of the expected readings with its key, the steps up to a number are then done.
 
-        Raises UsageError if the folder is too small for one of its steps.
+        Raises UsageError if the folder is too small for one of its steps beside one of each other process.
         """
         with self._lock:
             with self._shared.mutex():
-                self._shared.join()
                 others = self._shared.others()
                 self._agree_on_size(bool(others))
-                small = self._look(union(others)).other
-            try:
-                self._check_size([reading], small, 1 + len(others))
-            except UsageError:
-                self._leave()
-                raise
-            for one in self._expected:
-                if expected_until is not None and one.key == reading.key:
-                    one.position = max(one.position, expected_until)
-            self._expected = [one for one in self._expected if one.position < one.steps.stop]
-            self._readings.insert(0, reading)
-            self._plan()
+                least = max(self._plan.least, reading.least)
+                reserved = sum(one.least for one in others.values())
+                check_room(self.folder, self.size, self._look(others).other, least, reserved)
+                self._shared.join(least)
+            self._plan.begin(reading, expected_until)
+            self._decide_anew()
             self._start_threads()
 
     def end(self, reading: ChunkReading) -> None:
         """Pull no further for a reading. What is there stays until the room is needed."""
         with self._lock:
             reading.closed = True
-            self._readings = [one for one in self._readings if one is not reading]
-            self._plan()
+            self._plan.end(reading)
+            self._decide_anew()
             self._arrived.notify_all()
-            self._leave()
+            self._leave_if_idle()
 
-    def _leave(self) -> None:
-        """Let the others remove everything, unless something is being read."""
-        if not self._readings:
+    def _decide_anew(self) -> None:
+        self._free_after = -1
+        self._to_decide.notify_all()
+
+    def _leave_if_idle(self) -> None:
+        """Let the others remove everything, unless something is being read, pulled or expected."""
+        busy = self._plan.readings or self._plan.expected or self._pulling or self._being_read
+        if self._shared.owner and not busy:
             with self._shared.mutex():
-                self._set_pins({}, ())
+                self._forget(list(self._kept))
+                self._kept, self._ready = {}, frozenset()
                 self._shared.leave()
 
-    def wait(self, reading: ChunkReading, step: int, files: Mapping[str, StoredFile]) -> None:
+    def wait(self, reading: ChunkReading, step: int, files: Files) -> None:
         """Wait until the files of a step are there and verified, and keep them until `done`.
 
         Raises what pulling one of them raised. An earlier failure to pull one does not count: it is tried again.
         """
-        with self._lock:
-            self._in_use[reading, step] = files
-        try:
-            self._wait_for(reading, step, files.keys())
-            while damaged := [file.name for file in files.values() if not self._is_whole(file)]:
-                with self._lock, self._shared.mutex():
-                    self._remove(damaged)
-                self._wait_for(reading, step, files.keys())
-        except BaseException:
+        while True:
+            self._wait_for_files(reading, step, files)
+            try:
+                damaged = {file.name for file in files.values() if not self._is_whole(file)}
+            except BaseException:
+                self._drop(reading, step)
+                raise
+            if not damaged:
+                return
             with self._lock:
-                del self._in_use[reading, step]
-            raise
+                self._damaged |= damaged - self._verified  # unless it has been pulled anew meanwhile
+                self._ready -= self._damaged
+            self._drop(reading, step)
 
-    def _wait_for(self, reading: ChunkReading, step: int, names: Collection[str]) -> None:
-        started, say_at = time.monotonic(), SAY_AFTER
+    def _wait_for_files(self, reading: ChunkReading, step: int, files: Files) -> None:
+        """Wait until the files of a step are there and the step counts as being read."""
+        started, say_at, key = time.monotonic(), SAY_AFTER, (reading, step)
         with self._lock:
-            if not self._ready.issuperset(names):
-                for name in names:
+            self._waiting[key] = files
+            self._let_read()
+            if key in self._waiting:
+                for name in files:
                     self._failed.pop(name, None)
                 self._to_decide.notify_all()
-            while not reading.closed and not self._ready.issuperset(names):
-                if failed := next((self._failed.pop(name) for name in names if name in self._failed), None):
-                    raise failed[1]
-                self._arrived.wait(LOOK_AGAIN)
-                waited = time.monotonic() - started
-                if waited > say_at:
-                    say_at = waited + SAY_EVERY
-                    self.say(self._describe_waiting(set(names) - self._ready, step))
-            if reading.closed:
-                raise ReadingClosed
+            try:
+                while not reading.closed and key in self._waiting:
+                    if failed := next((self._failed.pop(name) for name in files if name in self._failed), None):
+                        raise failed[1]
+                    self._arrived.wait(LOOK_AGAIN)
+                    waited = time.monotonic() - started
+                    if waited > say_at:
+                        say_at = waited + SAY_EVERY
+                        self.say(self._describe_waiting(files.keys() - self._ready, step))
+                if reading.closed:
+                    raise ReadingClosed
+            except BaseException:
+                self._waiting.pop(key, None)
+                self._being_read.pop(key, None)
+                self._to_decide.notify()
+                raise
+
+    def _let_read(self) -> None:
+        """Let the steps that wait begin whose files are all there. From here on these stay."""
+        for key in [key for key, files in self._waiting.items() if self._ready.issuperset(files)]:
+            self._being_read[key] = self._waiting.pop(key)
+            self._arrived.notify_all()
 
     def _is_whole(self, file: StoredFile) -> bool:
-        """Whether a file that is in use is the one that its cache lists. What this process pulled is."""
+        """Whether a file that is being read is the one that its cache lists. What this process pulled is."""
         if file.name not in self._verified:
             try:
                 file.source.verify_file(file.file)
@@ -155,44 +172,58 @@ class LocalFolder:
             self._verified.add(file.name)
         return True
 
+    def _drop(self, reading: ChunkReading, step: int) -> None:
+        """Read a step no longer."""
+        with self._lock:
+            del self._being_read[reading, step]
+            self._to_decide.notify()
+            self._leave_if_idle()
+
     def done(self, reading: ChunkReading, step: int) -> None:
         """Note that a step is read: what no later step needs may be removed."""
         with self._lock:
-            del self._in_use[reading, step]
+            del self._being_read[reading, step]
             reading.finish(step)
-            if self._readings and reading is self._readings[0]:
-                known = reading.known_steps()
-                if known.stop > self._known_until:
-                    self._plan()
-                elif self._position > self._free_after:
-                    self._to_decide.notify()
+            if self._plan.goes_on(reading):
+                self._plan.remake()
+                self._decide_anew()
+            elif self._blocked or self._plan.position > self._free_after:
+                self._to_decide.notify()
+            self._leave_if_idle()
 
     def holds(self, name: str) -> bool:
-        """Whether a file is there and in use by a step that is open."""
+        """Whether a file is there and stays because an open step reads it."""
         with self._lock:
-            return name in self._ready and any(name in names for names in self._in_use.values())
+            return any(name in names for names in self._being_read.values())
 
     def _describe_waiting(self, names: Collection[str], step: int) -> str:
+        if self._blocked:
+            return f"Waiting for room in {self.folder} for a chunk of step {step:,}: {self._blocked}."
         rate = format_bytes(self._arrivals.bytes_per_second())
         files = format_count(len(names), "chunk")
         return f"Waiting for the store: {files} of step {step:,} are still to come; {rate} arrive per second."
 
-    # --- the plan ----------------------------------------------------------------------------------------------------
+    def _needs(self) -> Needs:
+        """What this process reads now."""
+        now, plan = time.monotonic(), self._plan
+        being_read = {name: file for files in self._being_read.values() for name, file in files.items()}
+        failed = [name for name, (when, _) in self._failed.items() if now - when < TRY_AGAIN]
+        return Needs(
+            plan.schedule, plan.files, plan.number, plan.position, plan.least, being_read, *self._first_waiting(),
+            self._pulling, self._damaged | self._replaced, failed,
+        )  # fmt: skip
 
-    @property
-    def _position(self) -> int:
-        """The step of the schedule that is read next."""
-        return self._readings[0].position - self._first_step if self._readings else 0
+    def _first_waiting(self) -> tuple[Files, bool]:
+        """The files of the step to serve, which is the earliest one of the reading that waits longest, and whether the
+        schedule begins with another reading.
+        """
+        if not self._waiting:
+            return {}, False
+        longest = next(iter(self._waiting))[0]
+        step = min((key for key in self._waiting if key[0] is longest), key=lambda key: key[1])
+        return self._waiting[step], self._plan.readings[:1] != [longest]
 
-    def _plan(self) -> None:
-        """Make the schedule anew: the open readings, then what is expected."""
-        readings = [*self._readings, *self._expected]
-        self._schedule, self._files = schedule_of(readings)
-        self._number = {file.name: number for number, file in enumerate(self._files)}
-        self._first_step = readings[0].position if readings else 0
-        self._known_until = readings[0].known_steps().stop if readings else 0
-        self._free_after = -1
-        self._to_decide.notify_all()
+    # --- the size ----------------------------------------------------------------------------------------------------
 
     def _agree_on_size(self, shared: bool) -> None:
         """The processes that share the folder have one size: that of the first."""
@@ -203,25 +234,17 @@ class LocalFolder:
             else:
                 path.write_text(str(self.size))
 
-    def check_size(self, readings: Sequence[ChunkReading]) -> None:
-        """Raise UsageError if the folder is too small for a step of one of the readings. Writes nothing."""
-        self._check_size(readings, contents(self.folder).other, 1)
-
-    def _check_size(self, readings: Sequence[ChunkReading], small: int, processes: int) -> None:
-        least = max((schedule_of([reading])[0].most_at_once() for reading in readings), default=0)
-        if (self.size - small) // processes < least:
-            shared = f", {processes} processes share the folder" if processes > 1 else ""
-            needed = format_bytes(1.005 * (least * processes + small) + 1e5)  # so that it is enough when rounded
-            raise UsageError(
-                f"--local-cache {format_bytes(self.size)} is too small: one step reads chunks of {format_bytes(least)}"
-                f"{shared}, and {format_bytes(small)} of {self.folder} are other files. Give --local-cache {needed} or "
-                "more; what is more is read ahead."
-            )
+    def check_size(self, readings: Sequence[ChunkReading], processes: int = 1) -> None:
+        """Raise UsageError if the folder is too small for a step of one of the readings in each of some processes that
+        are about to begin. Writes nothing.
+        """
+        least = max((one.least for one in readings), default=0)
+        check_room(self.folder, self.size, contents(self.folder).other, least, least * (processes - 1))
 
     # --- pulling -----------------------------------------------------------------------------------------------------
 
     def _start_threads(self) -> None:
-        largest = int(self._schedule.sizes.max(initial=1))
+        largest = int(self._plan.schedule.sizes.max(initial=1))
         count = min(PULLS, max(1, PULLED_BYTES // largest))
         for _ in range(count - len(self._threads)):
             self._threads.append(threading.Thread(target=self._work, daemon=True))
@@ -235,8 +258,7 @@ class LocalFolder:
                         file, patience = self._decide()
                     except Exception as error:  # the folder cannot be written: whoever waits is told
                         file, patience = None, LOOK_AGAIN
-                        self._failed |= {n: (time.monotonic(), error) for names in self._in_use.values() for n in names}
-                        self._arrived.notify_all()
+                        self._fail_waiting(error)
                     if file is not None:
                         break
                     self._to_decide.wait(patience)
@@ -244,108 +266,68 @@ class LocalFolder:
 
     def _decide(self) -> tuple[StoredFile | None, float | None]:
         """The file to pull now, for which room has been made; or None and how long to wait before looking again."""
-        if not self._readings:
+        if not self._plan.readings:
             return None, None
         with self._shared.mutex():
             others = self._shared.others()
-            read_elsewhere = union(others)
-            found = self._look(read_elsewhere)
-            self._keep(found, 1 + len(others))
-            present = np.zeros(len(self._files), bool)
-            for name in (*found.whole, *found.parts):
-                if name in self._number:
-                    present[self._number[name]] = True
-            kept, unneeded = np.zeros_like(present), 0
-            for name in found.whole:
-                if name not in self._number:
-                    unneeded += 0 if name in read_elsewhere.pinned else found.whole[name]
-                elif name in read_elsewhere.pinned or name in self._pulling:
-                    kept[self._number[name]] = True
-            for name in found.parts:
-                if name in self._number:
-                    kept[self._number[name]] = True
-            free = self.size - found.other - sum(found.whole.values()) - sum(found.parts.values())
-            for name, (when, _) in self._failed.items():
-                if name in self._number and time.monotonic() - when < TRY_AGAIN:
-                    present[self._number[name]] = True
-            pull = self._schedule.next_pull(self._position, present, kept, free + unneeded)
-            is_pulled_elsewhere = bool(found.parts.keys() - self._pulling)
-            patience = LOOK_AGAIN_SOON if is_pulled_elsewhere else LOOK_AGAIN
-            if pull is None or not self._fits(pull.file, pull.needed, present, found.other, 1 + len(others)):
-                needs = self._schedule.next_use(np.flatnonzero(~present), self._position)
-                self._free_after = self._position if (needs < NEVER).any() else NEVER
-                return None, patience
-            if pull.after >= self._position:
-                self._free_after = pull.after
-                return None, patience
-            file = self._files[pull.file]
-            self._remove([self._files[number].name for number in pull.evict])
-            free += sum(self._files[number].size for number in pull.evict)
-            self._make_room(file.size - free, found, read_elsewhere)
-            self._reserve(file)
-            return file, None
+            found = self._look(others)
+            room = Room(self._needs(), found, others.values(), self.size)
+            waiting = len(self._waiting)
+            self._keep(room.kept(), found.whole)
+            if len(self._waiting) < waiting:  # what the steps that have begun read does not go
+                room = Room(self._needs(), found, others.values(), self.size)
+            decision = room.next()
+            self._free_after, self._blocked = decision.after, ""
+            if decision.pull is not None:
+                self._reserve(decision.pull, decision.remove)
+                return decision.pull, None
+            if decision.blocked:
+                self._blocked = room.describe()
+                if not (room.on_its_way or self._being_read):
+                    check_room(self.folder, self.size, found.other, self._plan.least, room.reserved_elsewhere)
+            return None, LOOK_AGAIN_SOON if decision.blocked or room.on_its_way - self._pulling else LOOK_AGAIN
 
-    def _fits(self, file: int, needed: int, present: np.ndarray, other: int, processes: int) -> bool:
-        """Whether this process may hold a file with all that it needs before: each process has an equal share."""
-        before = present & (self._schedule.next_use(np.arange(len(present)), self._position) <= needed)
-        share = (self.size - other) // processes
-        return int(self._schedule.sizes[before].sum() + self._schedule.sizes[file]) <= share or needed <= self._position
+    def _fail_waiting(self, error: Exception) -> None:
+        self._failed |= {name: (time.monotonic(), error) for files in self._waiting.values() for name in files}
+        self._arrived.notify_all()
 
-    def _keep(self, found: Contents, processes: int) -> None:
-        """Pin what is there and needed, the earliest need first, as far as this process's share goes."""
-        there = np.array([n for name in (*found.whole, *found.parts) if (n := self._number.get(name)) is not None], int)
-        needs = self._schedule.next_use(there, self._position)
-        there = there[np.argsort(needs, kind="stable")][: int((needs < NEVER).sum())]
-        share = (self.size - found.other) // processes
-        kept = there[np.cumsum(self._schedule.sizes[there]) <= share]
-        pinned = {self._files[number].name: self._files[number] for number in kept.tolist()}
-        for files in self._in_use.values():
-            pinned |= {name: file for name, file in files.items() if name in found.whole}
-        self._set_pins(pinned, found.whole)
+    def _keep(self, kept: Mapping[str, StoredFile], whole: Collection[str]) -> None:
+        """State what this process keeps and pulls, and let the steps that have all their files begin."""
+        self._forget(self._kept.keys() - kept.keys())
+        self._ready &= kept.keys()
+        self._state(kept)
+        self._kept = dict(kept)
+        self._ready = frozenset(name for name in kept if name in whole) - self._damaged - self._replaced
+        self._let_read()
 
-    def _set_pins(self, pinned: dict[str, StoredFile], whole: Collection[str]) -> None:
-        for name in self._pinned.keys() - pinned.keys():  # from now on it can be removed, and pulled by others
-            file = self._pinned[name]
-            file.source.forget_chunk(file.file)  # as long as it is mapped, removing it frees no space
+    def _state(self, kept: Collection[str]) -> None:
+        self._shared.state(Statement(frozenset(kept), frozenset(self._pulling), self._plan.least))
+
+    def _forget(self, names: Collection[str]) -> None:
+        """Close the maps of chunks that are kept no longer: removing one that is mapped frees no space."""
+        for name in names:
+            file = self._kept[name]
+            file.source.forget_chunk(file.file)
             self._verified.discard(name)
-        self._pinned = pinned
-        self._shared.state(Statement(frozenset(pinned), frozenset(self._pulling)))
-        ready = frozenset(name for name in pinned if name in whole)
-        if ready != self._ready:
-            self._ready = ready
-            self._arrived.notify_all()
 
-    def _remove(self, names: Collection[str]) -> None:
-        pinned = {name: file for name, file in self._pinned.items() if name not in names}
-        self._set_pins(pinned, self._ready)
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                (self.folder / name).unlink()
-
-    def _make_room(self, missing: int, found: Contents, read_elsewhere: Statement) -> None:
-        """Remove chunks that no process needs, of other arrays and caches, until `missing` bytes are free."""
-        names = [name for name in found.whole if name not in self._number and name not in read_elsewhere.pinned]
-        for name in names:
-            if missing <= 0:
-                break
-            missing -= found.whole[name]
-            (self.folder / name).unlink(missing_ok=True)
-
-    def _reserve(self, file: StoredFile) -> None:
-        """Take the room for a file, for the others to see."""
+    def _reserve(self, file: StoredFile, remove: Collection[str]) -> None:
+        """Take the room for a file, for the others to see, in the place of what has to be removed."""
         path = self._part(file.name)
         self._pulling.add(file.name)
         try:
+            kept = {name: one for name, one in self._kept.items() if name not in remove} | {file.name: file}
+            self._keep(kept, self._ready)
+            for name in remove:
+                (self.folder / name).unlink(missing_ok=True)
             make_folder(path.parent)
             with path.open("wb") as part:
                 part.truncate(file.size)
-            self._shared.state(Statement(frozenset(self._pinned), frozenset(self._pulling)))
         except (OSError, SaeError) as error:
             self._pulling.discard(file.name)
             raise (error if isinstance(error, SaeError) else os_error(error, path)) from error
 
     def _part(self, name: str) -> Path:
-        return self.folder / f"{name}{PART}"
+        return self.folder / part_name(name, self._shared.owner)
 
     def _pull(self, file: StoredFile) -> None:
         """Pull a file for which there is room. It appears whole; a kill leaves a part, which others remove."""
@@ -355,33 +337,53 @@ class LocalFolder:
             try:
                 with part.open("r+b") as opened:
                     opened.write(data)
-                with self._lock, self._shared.mutex():  # or whoever looks might see neither name
-                    part.replace(self.folder / file.name)
             except OSError as error:
-                raise os_error(error, self.folder / file.name) from error
+                raise os_error(error, part) from error
         except Exception as error:  # raised by `wait`
             failure = error
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
         with self._lock:
+            try:
+                with self._shared.mutex():
+                    try:
+                        if failure is None:
+                            part.replace(self.folder / file.name)
+                    finally:
+                        part.unlink(missing_ok=True)
+                        self._pulling.discard(file.name)
+                    self._state(self._kept)
+            except (OSError, SaeError) as error:
+                failure = failure or (os_error(error, part) if isinstance(error, OSError) else error)
             self._pulling.discard(file.name)
             if failure is None:
+                self._damaged.discard(file.name)
                 self._verified.add(file.name)
+                self._ready |= {file.name}  # it has been kept since before it was pulled
                 self.pulled_files, self.pulled_bytes = self.pulled_files + 1, self.pulled_bytes + file.size
                 self._arrivals.add(file.size)
+                self._let_read()
             else:
                 self._failed[file.name] = time.monotonic(), failure
                 self._arrived.notify_all()
             self._to_decide.notify_all()
+            self._leave_if_idle()
 
     # --- the folder --------------------------------------------------------------------------------------------------
 
-    def _look(self, read_elsewhere: Statement) -> Contents:
-        """What the folder holds now. Removes the parts that nobody is pulling any more."""
+    def _look(self, others: Mapping[str, Statement]) -> Contents:
+        """What the folder holds now. Removes parts that nobody pulls any more, and damaged files that nobody reads."""
         found = contents(self.folder)
-        for name in found.parts.keys() - self._pulling - read_elsewhere.pulling:
-            self._part(name).unlink(missing_ok=True)
-            del found.parts[name]
+        for name, owner in list(found.parts):
+            is_own = owner == self._shared.owner
+            if name not in self._pulling if is_own else owner not in others:
+                (self.folder / part_name(name, owner)).unlink(missing_ok=True)
+                del found.parts[name, owner]
+        pulled_elsewhere = frozenset().union(*(one.pulling for one in others.values()))
+        self._replaced = {name for name in self._replaced | self._damaged if name in pulled_elsewhere}
+        self._damaged -= self._replaced
+        read = kept_by(others.values()).union(*self._being_read.values())
+        for name in self._damaged & found.whole.keys() - read:
+            (self.folder / name).unlink(missing_ok=True)
+            del found.whole[name]
         return found
 
 

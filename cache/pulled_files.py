@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -13,14 +14,14 @@ from .consistency import SIDE_ARRAYS, is_array_name
 
 FREE_SHARE = 0.5  # of the disk's free space, which the folder takes unless told otherwise
 RATE_SECONDS = 30.0  # over which the rate of arrivals is measured
-PART = ".part"  # ends the name of a file that is being pulled
+PART = ".part"  # ends the name of a file that is being pulled: `<chunk>.<owner>.part`
 
 
 class Contents(NamedTuple):
-    """The files of a local folder: name -> bytes."""
+    """The files of a local folder, with their bytes."""
 
     whole: dict[str, int]  # chunks
-    parts: dict[str, int]  # chunks that are being pulled, without ".part"
+    parts: dict[tuple[str, str], int]  # (chunk, owner): chunks that are being pulled
     other: int  # bytes of all other files
 
 
@@ -46,14 +47,27 @@ def contents(folder: Path) -> Contents:
     found = Contents({}, {}, 0)
     other = 0
     for name, size in walk(folder, ""):
-        plain = name.removesuffix(PART)
         if "/" not in name:
             continue  # what the processes that share the folder state in it
-        if not is_chunk(plain):
+        if not is_chunk(name):
             other += size
+        elif name.endswith(PART):
+            found.parts[split_part(name)] = size
         else:
-            (found.whole if plain == name else found.parts)[plain] = size
+            found.whole[name] = size
     return found._replace(other=other)
+
+
+def part_name(chunk: str, owner: str) -> str:
+    """The name of the part that a process pulls a chunk into."""
+    return f"{chunk}.{owner}{PART}" if owner else f"{chunk}{PART}"
+
+
+def split_part(name: str) -> tuple[str, str]:
+    """The inverse of `part_name`; the owner is "" in a name that lacks it."""
+    plain = name.removesuffix(PART)
+    match = re.fullmatch(r"(.+)\.([0-9a-f]{16})", plain)
+    return (match[1], match[2]) if match else (plain, "")
 
 
 def walk(folder: Path | str, prefix: str) -> Iterator[tuple[str, int]]:

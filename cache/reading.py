@@ -7,6 +7,7 @@ them there meanwhile. For a cache on a disk there is nothing to wait for.
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ from .chunk_schedule import ChunkSchedule
 
 ENDLESS = sys.maxsize
 KNOWN_EPOCHS = 3  # that are planned at a time, the present one among them
+SIZED_EPOCHS = 64  # of which the one that needs the most bytes at once is looked for
 
 
 class FileSource(Protocol):
@@ -44,7 +46,7 @@ class Folder(Protocol):
     say: Callable[[str], None]
 
     def expect(self, readings: "Sequence[ChunkReading]") -> None: ...
-    def check_size(self, readings: "Sequence[ChunkReading]") -> None: ...
+    def check_size(self, readings: "Sequence[ChunkReading]", processes: int = 1) -> None: ...
     def begin(self, reading: "ChunkReading", expected_until: int | None = None) -> None: ...
     def wait(self, reading: "ChunkReading", step: int, files: Mapping[str, StoredFile]) -> None: ...
     def done(self, reading: "ChunkReading", step: int) -> None: ...
@@ -73,10 +75,15 @@ class ChunkReading:
         self._read: set[int] = set()  # steps after it that are read
         self.closed = False
 
-    def known_steps(self) -> range:
+    def known_steps(self, epochs: int = KNOWN_EPOCHS) -> range:
         """The steps that are planned now: the rest of this epoch and the next ones."""
-        epochs = self.position // self.per_epoch + KNOWN_EPOCHS
-        return range(self.position, max(self.position, min(self.steps.stop, epochs * self.per_epoch)))
+        stop = (self.position // self.per_epoch + epochs) * self.per_epoch
+        return range(self.position, max(self.position, min(self.steps.stop, stop)))
+
+    @cached_property
+    def least(self) -> int:
+        """The most bytes that one of the next steps needs."""
+        return schedule_of([self], SIZED_EPOCHS)[0].most_at_once()
 
     def finish(self, step: int) -> None:
         """Note that a step is read."""
@@ -163,13 +170,13 @@ def open_chunk_reading(
     return reading
 
 
-def schedule_of(readings: Sequence[ChunkReading]) -> tuple[ChunkSchedule, list[StoredFile]]:
+def schedule_of(readings: Sequence[ChunkReading], epochs: int = KNOWN_EPOCHS) -> tuple[ChunkSchedule, list[StoredFile]]:
     """The schedule of readings one after the other, each from its position on, and the files that it numbers."""
     numbers: dict[str, int] = {}
     files: list[StoredFile] = []
     uses, offset = [np.empty((0, 3), np.int64)], 0
     for reading in readings:
-        steps = reading.known_steps()
+        steps = reading.known_steps(epochs)
         in_chunks = reading.uses(steps)
         number_of_chunk = np.full(len(reading.files), -1)
         for chunk in np.unique(in_chunks[:, 0]).tolist():

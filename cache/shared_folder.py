@@ -1,139 +1,182 @@
-"""A folder of pulled files that several processes share: what each of them reads and pulls, for the others to respect.
+"""A folder of pulled files that several processes share: who keeps, pulls and needs what.
 
-Each process holds a record lock on a byte of one file and states beside it, in a file of its own, the names of what it
-reads and pulls. The system frees the lock when the process ends, however it ends, and what it stated no longer counts.
+The protocol:
+
+1. One lock of the folder (`mutex`) is held around every look at the folder and what follows from it: removing a
+   chunk, making or removing a part, renaming a part to its chunk, and stating. So nobody acts on what another has
+   changed since.
+2. A process that reads has a file `.reader-<owner>` that it keeps locked, and beside it a statement of what it keeps
+   and pulls. `owner` is random: no two processes ever have the same. The system frees the lock when the process ends,
+   however it ends, and its statement no longer counts.
+3. A process states that it keeps a chunk under the lock under which it saw the chunk, or before the chunk is there, and
+   only then reads it. It withdraws that once its memory maps of the chunk are closed.
+4. Nobody removes a chunk that another keeps. One that is found damaged is replaced: who reads it keeps the old file.
+5. A chunk is pulled into a part with the owner's name, which only the owner writes. Others remove it once the owner no
+   longer runs.
+6. A process states the bytes that one of its steps needs. The folder has room for a step of each, and what is left is
+   shared out equally, so none waits for another to end.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
+import secrets
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from ..common.errors import UnavailableError
 from ..common.files import make_folder, os_error
 
-MUTEX, SLOTS = 0, 128  # bytes 1 to SLOTS - 1: one for each process
+READER = ".reader-"
 BUSY = (errno.EACCES, errno.EAGAIN)
 
 
 class Statement(NamedTuple):
-    """What a process reads, so that no other removes it, and what it pulls, so that no other pulls it too."""
+    """What a process keeps, so that no other removes it; what it pulls, so that no other does; what a step needs."""
 
-    pinned: frozenset[str] = frozenset()
+    kept: frozenset[str] = frozenset()
     pulling: frozenset[str] = frozenset()
+    least: int = 0  # bytes
 
 
 class SharedFolder:
-    """This process's place in a shared folder, which is created if needed. A process has one object for each folder.
+    """A place in a shared folder, which is created if needed.
 
-    All methods but `mutex` are called inside of `mutex`.
+    All methods but `mutex` and `close` are called inside of `mutex`.
 
-    Raises UnavailableError if the folder cannot be written, its disk has no locks, or too many processes share it.
+    Raises UnavailableError if the folder cannot be written, its disk has no locks, or a statement cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / ".lock"
+        self.owner = ""  # while it has joined
         try:
             make_folder(folder)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise os_error(error, self.path) from error
+        self._own_file = -1
         self._threads = threading.Lock()
-        self._slot: int | None = None
-        self._stated = Statement()
-        self._read: dict[int, tuple[tuple[int, int], Statement]] = {}  # slot -> stamp of its file, and what it says
+        self._stated: Statement | None = None
+        self._read: dict[str, tuple[bytes, Statement]] = {}  # owner -> its statement, as bytes and parsed
 
     @contextmanager
     def mutex(self) -> Iterator[None]:
-        """The exclusive right to decide what the folder holds. Waits for others, who need it for moments."""
+        """The exclusive right to look at the folder and to change it. Waits for others, who need it for moments."""
         with self._threads:
-            self._lock(fcntl.LOCK_EX, MUTEX)
+            self._lock(self._file, fcntl.LOCK_EX)
             try:
                 yield
             finally:
-                self._lock(fcntl.LOCK_UN, MUTEX)
+                self._lock(self._file, fcntl.LOCK_UN)
 
-    def join(self) -> None:
+    def join(self, least: int) -> None:
         """Count this process among those that read."""
-        if self._slot is None:
-            self._slot = next((slot for slot in range(1, SLOTS) if self._try(slot)), None)
-            if self._slot is None:
-                raise os_error(OSError(errno.EBUSY, f"{SLOTS - 1} processes share it already"), self.folder)
-            self._stated = Statement(frozenset({""}))  # of nobody: the file of a process that ended is replaced
-            self.state(Statement())
+        if not self.owner:
+            owner = secrets.token_hex(8)
+            path = self.folder / f"{READER}{owner}"
+            try:
+                self._own_file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            except OSError as error:
+                raise os_error(error, path) from error
+            self._lock(self._own_file, fcntl.LOCK_EX)
+            self.owner, self._stated = owner, None
+        self.state(Statement(least=least) if self._stated is None else self._stated._replace(least=least))
 
     def leave(self) -> None:
         """Count this process no longer."""
-        if self._slot is not None:
-            self._statement(self._slot).unlink(missing_ok=True)
-            self._lock(fcntl.LOCK_UN, self._slot)
-            self._slot = None
+        if self.owner:
+            self._remove(self.owner)
+            os.close(self._own_file)
+            self.owner = ""
 
-    def others(self) -> list[Statement]:
-        """What the other processes state that read now."""
-        slots = [slot for slot in range(1, SLOTS) if slot != self._slot and self._statement(slot).exists()]
-        return [self._read_statement(slot) for slot in slots if self._is_locked(slot)]
+    def others(self) -> dict[str, Statement]:
+        """What the other processes state that read now, by their owners. Removes what dead ones have stated."""
+        names = [path.name.removeprefix(READER) for path in self.folder.glob(f"{READER}*")]
+        owners = {name.partition(".")[0] for name in names} - {self.owner}
+        alive = {owner for owner in owners if self._is_alive(owner)}
+        for owner in owners - alive:
+            self._remove(owner)
+        self._read = {owner: read for owner, read in self._read.items() if owner in alive}
+        return {owner: self._read_statement(owner) for owner in sorted(alive)}
 
     def state(self, statement: Statement) -> None:
-        """Tell the others what this process, which has joined, reads and pulls."""
-        if statement == self._stated or self._slot is None:
+        """Tell the others what this process, which has joined, keeps, pulls and needs."""
+        if statement == self._stated:
             return
-        path = self._statement(self._slot)
+        path = self._statement(self.owner)
         temporary = path.with_suffix(".new")
         try:
-            temporary.write_text(json.dumps([sorted(names) for names in statement]))
+            temporary.write_text(json.dumps([sorted(statement.kept), sorted(statement.pulling), statement.least]))
             temporary.replace(path)
         except OSError as error:
+            temporary.unlink(missing_ok=True)
             raise os_error(error, path) from error
         self._stated = statement
 
     def close(self) -> None:
         """Free all locks."""
+        if self.owner:
+            os.close(self._own_file)
+            self.owner = ""
         os.close(self._file)
 
-    def _statement(self, slot: int) -> Path:
-        return self.folder / f".reader-{slot}.json"
+    def _statement(self, owner: str) -> Path:
+        return self.folder / f"{READER}{owner}.json"
 
-    def _read_statement(self, slot: int) -> Statement:
+    def _remove(self, owner: str) -> None:
+        for suffix in (".new", ".json", ""):
+            with contextlib.suppress(OSError):
+                (self.folder / f"{READER}{owner}{suffix}").unlink()
+
+    def _read_statement(self, owner: str) -> Statement:
+        path = self._statement(owner)
         try:
-            stat = self._statement(slot).stat()
-            stamp = stat.st_ino, stat.st_mtime_ns
-            if slot not in self._read or self._read[slot][0] != stamp:
-                names = json.loads(self._statement(slot).read_bytes())
-                self._read[slot] = stamp, Statement(*map(frozenset, names))
-            return self._read[slot][1]
-        except (OSError, ValueError, TypeError):
-            return Statement()  # a disk that was full: that process goes without, and pulls again what others remove
+            content = path.read_bytes()
+            if owner not in self._read or self._read[owner][0] != content:
+                kept, pulling, least = json.loads(content)
+                self._read[owner] = content, Statement(frozenset(kept), frozenset(pulling), int(least))
+            return self._read[owner][1]
+        except FileNotFoundError:  # its disk was full when it joined
+            return Statement()
+        except OSError as error:
+            raise os_error(error, path, "read") from error
+        except (ValueError, TypeError) as error:
+            raise UnavailableError(
+                f"{path}, in which a process says what it reads, is damaged. Stop the commands that use {self.folder}, "
+                "then run them again."
+            ) from error
 
-    def _is_locked(self, byte: int) -> bool:
-        if not self._try(byte):
-            return True
-        self._lock(fcntl.LOCK_UN, byte)
-        return False
-
-    def _try(self, byte: int) -> bool:
-        """Lock a byte, unless another process has locked it."""
+    def _is_alive(self, owner: str) -> bool:
+        """Whether a process still holds the lock of an owner's file."""
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+            file = os.open(self.folder / f"{READER}{owner}", os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise os_error(error, self.folder / f"{READER}{owner}") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in BUSY:
-                return False
+                return True
             raise os_error(error, self.path) from error
-        return True
+        finally:
+            os.close(file)
+        return False
 
-    def _lock(self, kind: int, byte: int) -> None:
+    def _lock(self, file: int, kind: int) -> None:
         try:
-            fcntl.lockf(self._file, kind, 1, byte)
+            fcntl.flock(file, kind)
         except OSError as error:
             raise os_error(error, self.path) from error
 
 
-def union(statements: Collection[Statement]) -> Statement:
-    """What any of some processes states."""
-    return Statement(
-        frozenset().union(*(one.pinned for one in statements)), frozenset().union(*(one.pulling for one in statements))
-    )
+def kept_by(statements: Iterable[Statement]) -> frozenset[str]:
+    """What any of some processes keeps."""
+    return frozenset().union(*(one.kept for one in statements))

@@ -34,7 +34,7 @@ from .sae import read_run_record, run_digest
 from .shared_pass import SharedPass, open_batches, shared_passes
 from .signals import stop_on_signal
 from .step_version import STEP_VERSION, describe_version_change
-from .store_reading import expect
+from .store_reading import expect, expect_nothing
 from .stored_options import describe_changes, stored_options
 from .variant import Variant
 
@@ -155,17 +155,20 @@ def train_runs(
 ) -> None:
     """Train the unfinished runs of a plan in this process, which has `locked` their folders or locks them here."""
     passes = plan.passes
-    for number, runs in enumerate(passes):
-        expect(passes[number:], progress.say)
-        with contextlib.ExitStack() as locks:
-            for run in () if locked else runs:
-                locks.enter_context(writer_lock(run.folder, "sae train", progress.say))
-            trainers = [prepare_trainer(run, device, progress) for run in runs]
-            for trainer in trainers:
-                if not trainer.steps_done:
-                    set_normalization(trainer, trainer.run.cache)
-            with CheckpointWriter(device, plan.in_background) as writer:
-                train_passes(shared_passes(trainers, plan.config, progress, should_stop, writer))
+    try:
+        for number, runs in enumerate(passes):
+            expect(passes[number:], progress.say)
+            with contextlib.ExitStack() as locks:
+                for run in () if locked else runs:
+                    locks.enter_context(writer_lock(run.folder, "sae train", progress.say))
+                trainers = [prepare_trainer(run, device, progress) for run in runs]
+                for trainer in trainers:
+                    if not trainer.steps_done:
+                        set_normalization(trainer, trainer.run.cache)
+                with CheckpointWriter(device, plan.in_background) as writer:
+                    train_passes(shared_passes(trainers, plan.config, progress, should_stop, writer))
+    finally:
+        expect_nothing(passes)
     raise_problems(plan)
 
 

@@ -13,6 +13,7 @@ from ..cache.reading import ChunkReading, batch_reading
 from ..common.errors import UnavailableError
 from ..common.files import free_space
 from ..common.formatting import format_bytes, format_count
+from ..common.process_group import processes_on_this_machine
 from .sources import AnyCache, places_of
 from .variant import RunConfig
 
@@ -47,12 +48,13 @@ def expected_readings(passes: Sequence[Sequence[ReadingRun]]) -> list[ChunkReadi
 def prepare_local_folder(passes: Sequence[Sequence[ReadingRun]], size: int | None) -> None:
     """Set the size of the local folder, if one is needed.
 
-    Raises UsageError if it is too small for a batch, UnavailableError if it does not fit on its disk.
+    Raises UsageError if it is too small for a batch of each process on this machine, UnavailableError if it does not
+    fit on its disk.
     """
     if readings := expected_readings(passes):
         local = readings[0].folder
         local.size = size or local.size
-        local.check_size(readings)
+        local.check_size(readings, min(processes_on_this_machine(), sum(map(len, passes))))
         pulls, free = plan_pulls(local.folder, local.size, readings), free_space(local.folder)
         if (grows := min(pulls.bytes_missing, local.size - pulls.held)) > free:
             raise UnavailableError(
@@ -82,3 +84,9 @@ def expect(passes: Sequence[Sequence[ReadingRun]], say: Callable[[str], None]) -
     if readings := expected_readings(passes):
         readings[0].folder.say = say
         readings[0].folder.expect(readings)
+
+
+def expect_nothing(passes: Sequence[Sequence[ReadingRun]]) -> None:
+    """Tell the local folder, if there is one, that nothing more will be read: its room is for others."""
+    if readings := expected_readings(passes):
+        readings[0].folder.expect([])

@@ -74,8 +74,8 @@ def test_the_size_is_kept_and_as_few_chunks_are_pulled_as_it_allows(
     cache, sizes = opened(address, local, chunks), []
     reserve = local._reserve
 
-    def reserve_and_look(file) -> None:
-        reserve(file)
+    def reserve_and_look(file, remove) -> None:
+        reserve(file, remove)
         sizes.append(sum(size for name, size in walk(local.folder, "") if "/" in name))
 
     monkeypatch.setattr(local, "_reserve", reserve_and_look)
@@ -174,7 +174,7 @@ def test_chunks_of_another_cache_make_room_and_what_a_dead_process_was_pulling_g
     shutil.copytree(disk_cache.folder, tmp_path / "store" / "other")
     cache = opened(f"file://{tmp_path}/store/other", local, 7)
     assert cache.local_name != before.local_name
-    part = cache.folder / "layer_05/c.1.0.part"
+    part = cache.folder / f"layer_05/c.1.0.{16 * '0'}.part"
     part.write_bytes(b"x" * 100)
     assert same(read(cache, 74), read(disk_cache, 74))
     found = contents(local.folder)
@@ -207,32 +207,33 @@ def test_single_chunks_are_pulled_when_they_are_read(disk_cache: Cache, address:
     assert local.pulled_files == 3
 
 
-def test_parts_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path: Path) -> None:
+def test_what_a_process_states_counts_as_long_as_it_lives(tmp_path: Path) -> None:
     shared = SharedFolder(tmp_path / "local")
     with shared.mutex():
-        shared.join()
-        shared.state(Statement(frozenset({"a"}), frozenset({"b"})))
-        assert shared.others() == []
+        shared.join(7)
+        shared.state(Statement(frozenset({"a"}), frozenset({"b"}), 7))
+        assert shared.others() == {}
     script = """
         import sys; from pathlib import Path
         from sae.cache.shared_folder import SharedFolder, Statement
         shared = SharedFolder(Path(sys.argv[1]))
         with shared.mutex():
-            shared.join()
-            shared.state(Statement(frozenset({"c"}), frozenset()))
-            print(*[sorted(one) for statement in shared.others() for one in statement], flush=True)
+            shared.join(0)
+            shared.state(Statement(frozenset({"c"})))
+            print(*[(*kept, *pulling, least) for kept, pulling, least in shared.others().values()], flush=True)
         sys.stdin.read()
     """
     words = [sys.executable, "-c", textwrap.dedent(script), str(shared.folder)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None and other.stdout.readline() == "['a'] ['b']\n"
+        assert other.stdout is not None and other.stdout.readline() == "('a', 'b', 7)\n"
         with shared.mutex():
-            assert shared.others() == [Statement(frozenset({"c"}), frozenset())]
+            assert list(shared.others().values()) == [Statement(frozenset({"c"}))]
         other.send_signal(signal.SIGKILL)
         other.wait()
     with shared.mutex():
-        assert shared.others() == []
+        assert shared.others() == {} and len(list(shared.folder.glob(".reader-*"))) == 2  # its own
         shared.leave()
+    assert not list(shared.folder.glob(".reader-*"))
     shared.close()
 
 

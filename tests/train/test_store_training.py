@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -354,6 +355,20 @@ def test_a_size_that_is_too_small_is_refused_before_anything_is_written(tiny_cac
     with pytest.raises(UsageError, match=r"--local-cache 0.3 MB is too small: one step reads chunks of 0.5 MB"):
         plan_training(config)
     assert not (tmp_path / "runs").exists()
+
+
+def test_ranks_that_share_the_folder_are_refused_with_a_size_for_all(
+    tiny_cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = upload(tiny_cache.folder, f"file://{tmp_path}/store/pile")
+    options = dict(caches=[address], out=tmp_path / "runs")
+    plan_training(make_config(tiny_cache, "topk", "relu", local_cache=1_000_000, **options))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # for two runs, two of them read
+    with pytest.raises(UsageError, match=r"1.0 MB is too small: one step.* those of the other processes") as info:
+        plan_training(make_config(tiny_cache, "topk", "relu", local_cache=1_000_000, **options))
+    enough = re.search(r"Give --local-cache ([\d.]+) MB or more", str(info.value))
+    assert enough is not None
+    plan_training(make_config(tiny_cache, "topk", "relu", local_cache=int(float(enough[1]) * 1e6), **options))
 
 
 def test_what_does_not_fit_on_the_disk_is_refused_before_anything_is_written(

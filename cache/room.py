@@ -1,0 +1,146 @@
+"""What comes into a local folder next, what goes for it, and what this process keeps: decided from one look.
+
+Nothing here touches the folder. The caller holds its lock from the look until what was decided is done; see
+shared_folder.py for the protocol.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..common.errors import UsageError
+from ..common.formatting import format_bytes
+from .chunk_schedule import NEVER, ChunkSchedule
+from .pulled_files import Contents
+from .reading import StoredFile
+from .shared_folder import Statement, kept_by
+
+
+class Needs(NamedTuple):
+    """What this process reads of a folder."""
+
+    schedule: ChunkSchedule
+    files: Sequence[StoredFile]  # as the schedule numbers them
+    number: Mapping[str, int]  # name -> its number
+    position: int  # the first step of the schedule that has not been read
+    least: int  # bytes of the step that needs the most
+    reading: Mapping[str, StoredFile]  # the files of the steps that are being read
+    waiting: Mapping[str, StoredFile]  # those of the step that is served first of those that wait
+    waits_behind: bool  # whether that is a step of another reading than the schedule begins with
+    pulling: Collection[str]  # by this process
+    damaged: Collection[str]  # to be pulled anew although they are there
+    failed: Collection[str]  # not to be pulled for now
+
+
+class Decision(NamedTuple):
+    """What to do next. Without a `pull`, the end of a step over `after` may make room; NEVER: none is needed."""
+
+    pull: StoredFile | None
+    remove: list[str]
+    after: int = -1
+    blocked: bool = False  # a step waits, and there is no room for a file of it
+
+
+class Room:
+    """A folder of at most `size` bytes as this process finds it, beside others."""
+
+    def __init__(self, needs: Needs, found: Contents, others: Collection[Statement], size: int) -> None:
+        self.needs, self.found, self.kept_elsewhere = needs, found, kept_by(others)
+        self.room = size - found.other
+        self.reserved_elsewhere = sum(one.least for one in others)
+        left = max(0, self.room - needs.least - self.reserved_elsewhere)
+        self.share = needs.least + left // (1 + len(others))
+        self.on_its_way = set(needs.pulling).union(*(one.pulling for one in others))
+        self.served = {**needs.reading, **needs.waiting}  # kept whatever the share is
+        self.whole = found.whole.keys() - needs.damaged
+        self.there = self._mask([*self.whole, *self.on_its_way])
+
+    def _mask(self, names: Collection[str]) -> np.ndarray:
+        mask = np.zeros(len(self.needs.files), bool)
+        mask[[number for name in names if (number := self.needs.number.get(name)) is not None]] = True
+        return mask
+
+    def kept(self) -> dict[str, StoredFile]:
+        """What this process keeps: what is read or waited for, and what it has use for, the earliest need first, as far
+        as its share goes.
+        """
+        schedule, position, files = self.needs.schedule, self.needs.position, self.needs.files
+        served = self._mask([*self.served, *self.needs.pulling])
+        others = np.flatnonzero(self.there & ~served)
+        needed = schedule.next_use(others, position)
+        others = others[np.argsort(needed, kind="stable")][: int((needed < NEVER).sum())]
+        left = self.share - int(schedule.sizes[served].sum())
+        others = others[np.cumsum(schedule.sizes[others]) <= left]
+        return {files[number].name: files[number] for number in [*np.flatnonzero(served).tolist(), *others.tolist()]}
+
+    def next(self) -> Decision:
+        """The file to pull now, and what has to be removed for it."""
+        needs, schedule = self.needs, self.needs.schedule
+        served, failed = self._mask([*self.served]), self._mask(needs.failed)
+        fixed = self._mask([*self.kept_elsewhere, *self.on_its_way]) | failed
+        useless = {
+            name: size
+            for name, size in self.found.whole.items()
+            if name not in needs.number and name not in self.kept_elsewhere
+        }
+        free = self.room - sum(self.found.whole.values()) - sum(self.found.parts.values())
+        present = self.there | failed
+        lacking = [n for name in needs.waiting if not present[n := needs.number[name]]]
+        free_then = free + sum(useless.values())
+        if lacking and needs.waits_behind:
+            pull = schedule.next_pull(needs.position, present, fixed | served, free_then, lacking[0])
+        else:
+            pull = schedule.next_pull(needs.position, present, fixed, free_then)
+        if pull is None or not self._fits(pull.file, pull.needed):
+            is_missing = (schedule.next_use(np.flatnonzero(~present), needs.position) < NEVER).any()
+            return Decision(None, [], needs.position if is_missing else NEVER, bool(lacking))
+        if served[pull.evict].any():  # by steps that end before those before them do
+            return Decision(None, [])
+        if pull.after >= needs.position:
+            return Decision(None, [], pull.after)
+        remove = [needs.files[number].name for number in pull.evict]
+        short = int(schedule.sizes[pull.file] - schedule.sizes[pull.evict].sum()) - free
+        for name, size in useless.items():
+            if short > 0:
+                remove.append(name)
+                short -= size
+        return Decision(needs.files[pull.file], remove)
+
+    def _fits(self, file: int, needed: int) -> bool:
+        """Whether a file fits into the share beside all that is needed before it."""
+        schedule, position = self.needs.schedule, self.needs.position
+        if needed <= position:
+            return True
+        before = self.there & (schedule.next_use(np.arange(len(self.there)), position) <= needed)
+        before |= self._mask([*self.served])
+        return int(schedule.sizes[before].sum() + schedule.sizes[file]) <= self.share
+
+    def describe(self) -> str:
+        """What takes the room that a step waits for, in a few words."""
+        kept = sum(size for name, size in self.found.whole.items() if name in self.kept_elsewhere)
+        coming = sum(self.found.parts.values())
+        return f"other processes keep {format_bytes(kept)} of it, and {format_bytes(coming)} are being pulled"
+
+
+def check_room(folder: Path, size: int, small: int, least: int, elsewhere: int) -> None:
+    """Raise UsageError if a folder of `size` bytes has no room for a step of each process.
+
+    Args:
+        folder: the folder.
+        size: bytes that it may hold.
+        small: bytes of its files that stay.
+        least: bytes that a step of this process needs.
+        elsewhere: bytes that a step of each other process needs.
+    """
+    if least + elsewhere + small <= size:
+        return
+    needed = format_bytes(1.005 * (least + elsewhere + small) + 1e5)  # so that it is enough when rounded
+    beside = f", those of the other processes that share the folder {format_bytes(elsewhere)}" * (elsewhere > 0)
+    first = " The processes have the size of the one that came first: start all of them with it." * (elsewhere > 0)
+    raise UsageError(
+        f"--local-cache {format_bytes(size)} is too small: one step reads chunks of {format_bytes(least)}{beside}, and "
+        f"{format_bytes(small)} of {folder} are other files. Give --local-cache {needed} or more; what is more is read "
+        f"ahead.{first}"
+    )
