@@ -18,6 +18,9 @@ BEAT = 5.0  # seconds between two beats
 PATIENCE = 120.0  # seconds without a beat after which a process counts as dead
 START = 600.0  # seconds that a process may take to start
 FAREWELL = 1.0  # seconds in which the others, who look five times a second, see what rank 0 has seen
+GAP = (
+    5.0  # seconds between two looks that count as silence, at most: who was stopped for longer heard nothing meanwhile
+)
 AGAIN = "What is committed is safe; run the same command again, with any number of processes."
 
 
@@ -27,7 +30,7 @@ class Heartbeat:
     def __init__(self, store: Any, rank: int, count: int) -> None:
         self.store, self.rank, self.count = store, rank, count
         self.started, self.steps = time.monotonic(), 0
-        self.heard: dict[int, tuple[int, float]] = {}  # rank -> its last beat, and when this process noticed it
+        self.heard: dict[int, tuple[int, float, float]] = {}  # rank -> its last beat, silence since, time of this look
         self.machine = pid_namespace()
         store.set(f"sae/machine/{rank}", f"{self.machine} {os.getpid()}")
         store.set(f"sae/name/{rank}", f"process {os.getpid()} on {socket.gethostname()}")
@@ -77,9 +80,11 @@ class Heartbeat:
             # It may have arrived, and ended well, between the two looks.
             return "" if self.store.check([f"sae/met/{self.steps}/{rank}"]) else f"{who} has ended."
         beat = self.store.add(f"sae/beat/{rank}", 0)
-        if self.heard.get(rank, (-1, now))[0] != beat:
-            self.heard[rank] = beat, now
-        elif now - self.heard[rank][1] > PATIENCE:
+        last, silence, looked = self.heard.get(rank, (-1, 0.0, now))
+        # Where the whole machine was suspended, the others have had no time to raise their counters either.
+        silence = silence + min(now - looked, GAP) if beat == last else 0.0
+        self.heard[rank] = beat, silence, now
+        if silence > PATIENCE:
             return f"{who} no longer runs: it has been silent for {PATIENCE:g} s."
         return ""
 

@@ -128,6 +128,23 @@ def test_silence_counts_from_the_last_beat(store: Any, monkeypatch: pytest.Monke
     assert first._find_dead(1).endswith("no longer runs: it has been silent for 0.2 s.")
 
 
+def test_time_for_which_this_process_was_stopped_too_is_no_silence(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(heartbeat, "pid_namespace", lambda: "")
+    monkeypatch.setattr(heartbeat, "PATIENCE", 120.0)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    first = Heartbeat(store, 0, 2)
+    store.set("sae/name/1", "process 7 on node-b")
+    store.set("sae/machine/1", " 7")
+    assert not first._find_dead(1)
+    now[0] += 3600  # the machine was suspended
+    assert not first._find_dead(1)
+    for _ in range(24):
+        now[0] += heartbeat.GAP
+        last = first._find_dead(1)
+    assert last.endswith("no longer runs: it has been silent for 120 s.")
+
+
 def test_rank_0_which_may_keep_the_store_ends_last(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 1 is dead; rank 2 works on for a while, and has to find that out too."""
     monkeypatch.setattr(heartbeat, "FAREWELL", 0)
