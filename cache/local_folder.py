@@ -4,8 +4,7 @@ Which chunks are needed when is known beforehand (chunk_schedule.py), so threads
 room the chunk whose next need is farthest is removed. What no process reads any more goes first. Names are
 `<cache>/<file of the cache>`. Only the chunks of activations come and go: records, tokens and other small files stay,
 and count. How processes share the folder is in shared_folder.py, what is decided at each look in room.py.
-
-One step that waits is served at a time, so two never hold what the other needs. Its chunks stay until it is read.
+One step that waits is served at a time, so two never hold what the other needs; its chunks stay until it is read.
 """
 
 import contextlib
