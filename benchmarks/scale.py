@@ -114,13 +114,13 @@ def phases_of(harvest: Harvest) -> dict[str, float]:
     return {
         "cutting the text": harvest.cut_seconds,
         "starting and reading the text": harvest.constants.start + harvest.text_seconds,
-        "asking for commits": max(harvest.asking_seconds, harvest.bounds["asking"]),
+        "listing commits": max(harvest.asking_seconds, harvest.bounds["asking"]),
         "sealing": harvest.seal_seconds,
     }
 
 
 HARVEST_COLUMNS = (
-    "", "cut the text", "start, read the text", "ask for commits", "until the last commit", "seal", "whole",
+    "", "cut the text", "start, read the text", "list commits", "until the last commit", "seal", "whole",
     "model's share",
 )  # fmt: skip
 
@@ -130,7 +130,7 @@ def harvest_page(constants: Constants) -> Iterable[str]:
     layout = whole.layout
     yield from ("", "## A harvest: three layers of Gemma-2-2B, 64 nodes of 8 GPUs, into a bucket", "")
     yield f"10 billion tokens are {layout.n_windows:,} windows of {layout.window_rows:,} rows,"
-    yield f"{len(whole.objects)} objects"
+    yield f"{len(whole.objects) + len(whole.largest)} objects"
     yield f"and {format_bytes(whole.window_bytes)} each, {format_bytes(whole.window_bytes * layout.n_windows)} in all."
     yield "What each resource needs by itself for the windows of 10 billion tokens, whatever else happens:"
     yield from table("resource", "seconds", "what it is")
@@ -139,7 +139,7 @@ def harvest_page(constants: Constants) -> Iterable[str]:
         "writers": "all processes measure and check what they computed",
         "links": "every node sends its share",
         "writes": "the store takes the requests that write objects and commits",
-        "asking": "the store is asked for every commit, by the first rank or by every task with a share",
+        "asking": "the store lists every commit, for the first rank or for every task with a share",
     }
     for name, seconds in whole.bounds.items():
         yield row(name, f"{seconds:,.0f}", explained[name])
@@ -154,7 +154,7 @@ def harvest_page(constants: Constants) -> Iterable[str]:
         "10 billion as 16 caches of 4 nodes each", replace(whole, tokens=625_000_000, nodes=4, constants=parts)
     )
     yield ""
-    yield "`until the last commit` includes the start, the text and asking. Each cache of the last row cuts"
+    yield "`until the last commit` includes the start, the text and listing. Each cache of the last row cuts"
     yield "its own text"
     yield "and has a sixteenth of the store's requests; training takes several caches as one (`--cache A --cache B`)."
     yield ""
@@ -243,9 +243,7 @@ def memory(whole: Harvest) -> Iterable[str]:
     yield "one that seals: the norms of an array and what sorts them. Requests of every process that starts,"
     yield "and of the one"
     yield "that seals:"
-    yield from table(
-        "tokens", "contexts", "of 8 processes", "two windows", "to seal", "commits asked for", "reads to seal"
-    )
+    yield from table("tokens", "contexts", "of 8 processes", "two windows", "to seal", "listings", "reads to seal")
     for tokens in (10_000_000, 100_000_000, 1_000_000_000, 10_000_000_000):
         harvest = replace(whole, tokens=tokens)
         contexts = tokens / 127 * (4 * 128 + 50)

@@ -165,6 +165,21 @@ def contradiction(path: Path, one: str, other: str) -> DamagedError:
     return DamagedError(f"{path} contradicts itself or another record: {one}, but {other}. {REPAIR_HINT}")
 
 
+def check_same_text(place: Path | str, recorded: Mapping[str, Any], rows: int, tokens: str) -> None:
+    """Raise DamagedError if the harvest with these attributes was started with another number of rows, or with tokens
+    of another digest.
+    """
+    if recorded["rows"] != rows:
+        raise DamagedError(
+            f"{place} was started with {recorded['rows']:,} rows, but its text now has {rows:,}. Use another --out."
+        )
+    if recorded["tokens"] != tokens:
+        raise DamagedError(
+            f"{place} was started with different tokens than its text gives now, probably because of another version "
+            "of tokenizers. Use another --out."
+        )
+
+
 def check_same_harvest(
     place: Path | str, existing: str, fingerprint: str,
     theirs: Mapping[str, Any] | None = None, ours: Mapping[str, Any] | None = None,

@@ -12,7 +12,7 @@
                              for conversations also rows, the tokens of the roles that are harvested
         commits/             one file per window and array, written last: the only proof that they exist
         harvest.json         the harvest's configuration, so that a damaged window can be harvested again
-        manifest.json        the union of the commits, with statistics, written once at the end
+        manifest.json        the files of the complete arrays, from their commits, with statistics
         ring.json            instead of a manifest, if `sae train --stream` deletes windows that it has read
 
 A chunk holds `chunk_rows` rows. A window holds `window_rows` rows, a whole number of chunks, which are shuffled and

@@ -16,6 +16,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 THREADS = 8  # requests at a time; each holds a few MiB of a download, or the whole object of an upload
+RECORD_THREADS = 32  # for records, and for other objects of at most a few MiB
 
 
 def working_folder(url: str, task: str = "") -> Path:
@@ -43,14 +44,14 @@ class Mirror:
     def __repr__(self) -> str:
         return f"Mirror({self.store.url!r}, {str(self.folder)!r})"
 
-    def pull(self, names: Iterable[str], check: Callable[[str], None] | None = None) -> None:
+    def pull(self, names: Iterable[str], check: Callable[[str], None] | None = None, threads: int = THREADS) -> None:
         """Download those of the files that the folder lacks.
 
         `check` is called with the name of each file that arrived and raises DamagedError if it is not what it should
         be. Then the file is downloaded once more, and if that is no better it is deleted and the error raised.
         """
         missing = [name for name in dict.fromkeys(names) if not (self.folder / name).is_file()]
-        self._each(lambda name: self._pull(name, check), missing)
+        self._each(lambda name: self._pull(name, check), missing, threads)
 
     def _pull(self, name: str, check: Callable[[str], None] | None) -> None:
         path = self.folder / name
@@ -72,7 +73,7 @@ class Mirror:
             if (data := self.store.find(name)) is not None:
                 atomic_write(self.folder / name, data)
 
-        self._each(pull, [name for name in names if not (self.folder / name).is_file()])
+        self._each(pull, [name for name in names if not (self.folder / name).is_file()], RECORD_THREADS)
 
     def push(self, names: Iterable[str]) -> None:
         """Upload the files. All of them are in the store when this returns."""
@@ -84,9 +85,9 @@ class Mirror:
             with contextlib.suppress(FileNotFoundError):
                 (self.folder / name).unlink()
 
-    def _each(self, action: Callable[[str], None], names: Iterable[str]) -> None:
+    def _each(self, action: Callable[[str], None], names: Iterable[str], threads: int = THREADS) -> None:
         """Run an action for each file, several at a time. After the first error no further one is begun."""
-        for _ in map_ahead(action, names):
+        for _ in map_ahead(action, names, threads):
             pass
 
 

@@ -14,7 +14,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from ..common.errors import DamagedError, UnavailableError, UsageError
 from ..common.files import atomic_write, os_error
 from ..common.packages import import_extra
+from .store_errors import MissingError, StoreWarning, TransientError, failure
 
 Result = TypeVar("Result")
 
@@ -44,8 +45,6 @@ CLIENT_OPTIONS = (
     "proxy_excludes",
     *CLIENT,
 )
-# What obstore's message holds where it found no credentials and asked the machine for some.
-WITHOUT_CREDENTIALS = ("169.254.", "/api/token", "token request", "MissingAccessKeyId", "MissingSecretAccessKey")
 PREFIXES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
 ATTEMPTS = 4  # of what obstore does not try again: a body that ends early, a lost answer to a conditional write
 PAUSE = 0.4  # seconds before the second attempt; doubled before each further one
@@ -190,10 +189,11 @@ class ObjectStore:
             except self.already_exists:
                 return False
 
-        return self._try(write, key) or self.get(key) == data
+        return self._try(write, key) or self.find(key) == data
 
     def replace(self, key: str, data: bytes, seen: bytes) -> bool:
-        """Write an object if it still holds what was seen, in one step; returns whether it now holds `data`.
+        """Write an object if it still holds what was seen, in one step; returns whether it now holds `data`. It is not
+        written if it is missing.
 
         On a mounted file system (file://) the two are not one step.
         """
@@ -203,15 +203,49 @@ class ObjectStore:
             result = self.store.get(key)
             if bytes(result.bytes()) != seen:
                 return False
-            # S3 and Azure compare the tag of the content, Google the number of the write.
-            version = {name: result.meta[name] for name in ("e_tag", "version") if result.meta[name] is not None}
             try:
-                self.store.put(key, data, **({} if self.is_folder else {"mode": version}))
+                self.store.put(key, data, **({} if self.is_folder else {"mode": version_of(result.meta)}))
                 return True
             except self.precondition:
                 return False
 
-        return self._try(write, key) or self.get(key) == data
+        try:
+            return self._try(write, key) or self.find(key) == data
+        except MissingError:
+            return False
+
+    def check_conditional_writes(self, key: str) -> None:
+        """Raise UnavailableError unless the store refuses to create an object that is there, and to replace one that
+        has changed. `key` is that of an object that is there only meanwhile. Five requests.
+        """
+        if self.is_folder:
+            return
+
+        def write(data: bytes, mode: Any) -> dict[str, Any] | None:
+            """The version that was written; None if the store refused."""
+
+            def put() -> dict[str, Any] | None:
+                try:
+                    return version_of(self.store.put(key, data, mode=mode))
+                except (self.already_exists, self.precondition):
+                    return None
+
+            return self._try(put, key)
+
+        try:
+            # Where an answer was lost, the second attempt is refused.
+            first = write(b"1", "create") or self._try(lambda: version_of(self.store.head(key)), key)
+            refused = write(b"2", "create") is None and (
+                (write(b"3", first) is not None or self.get(key) == b"3") and write(b"4", first) is None
+            )
+        finally:
+            self.delete([key])
+        if not refused:
+            raise UnavailableError(
+                f"{self.url}: the store does not heed the condition of a write (If-None-Match, If-Match), so workers "
+                "would overwrite what others have completed. Use a store that does, such as S3, Google Cloud Storage, "
+                "Azure, R2 or MinIO in a current version, or harvest into a folder and copy it there."
+            )
 
     def find(self, key: str) -> bytes | None:
         """The content of an object, or None if it is missing."""
@@ -313,61 +347,10 @@ class ObjectStore:
         raise problem from None
 
 
+def version_of(written: Mapping[str, Any]) -> dict[str, Any]:
+    """What a condition names: S3 and Azure compare the tag of the content, Google the number of the write."""
+    return {name: written[name] for name in ("e_tag", "version") if written[name] is not None}
+
+
 def paths(objects: Iterable[Any]) -> list[str]:
     return [one["path"] for one in objects]
-
-
-class MissingError(DamagedError):
-    """An object is missing."""
-
-
-class TransientError(UnavailableError):
-    """A failure of a store that can pass. Made of its message alone, as errors are that are raised again."""
-
-    what = ""  # how the store failed
-
-    @classmethod
-    def of(cls, address: str, what: str) -> "TransientError":
-        error = cls(
-            f"{address}: {what}, also after several tries. Check the network and the endpoint, and run the same "
-            "command again; everything committed is safe."
-        )
-        error.what = what
-        return error
-
-
-class StoreWarning(UserWarning):
-    """A store fails, and is asked again."""
-
-
-def failure(error: Exception, address: str) -> Exception:
-    """The error with a sentence for what obstore raised: MissingError for a missing object, else UnavailableError."""
-    text = str(error)
-    code = match[1] if (match := re.search(r"<Code>(\w{1,60})</Code>", text)) else ""
-    status = int(match[1]) if (match := re.search(r"status code: (\d{3})", text)) else 0
-    answer = " ".join(filter(None, [str(status or ""), code])) or type(error).__name__
-    # Nothing else of the text goes into a message: the request in it can hold a signature.
-    if code in ("NoSuchBucket", "ContainerNotFound"):
-        return UnavailableError(f"{address}: the bucket does not exist ({answer}). Create it, or correct the address.")
-    if isinstance(error, FileNotFoundError):
-        return MissingError(f"{address} is missing. Correct the address, or run the command that wrote it again.")
-    if "Account must be specified" in text:
-        return UnavailableError(f"{address} needs the name of its account: set AZURE_STORAGE_ACCOUNT_NAME.")
-    if any(sign in text for sign in WITHOUT_CREDENTIALS):
-        return UnavailableError(
-            f"No credentials for {address} were found. Set them in the environment, such as AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY; AWS_SKIP_SIGNATURE=true reads a public bucket."
-        )
-    if status in (401, 403):
-        return UnavailableError(
-            f"{address}: the store refused the credentials ({answer}). Check them, that they have not expired, and "
-            "that they may read and write there."
-        )
-    if "BadScheme" in text:
-        return UnavailableError(
-            f"{address}: the endpoint is http://, which is not encrypted. Use https://, or set AWS_ALLOW_HTTP=true."
-        )
-    if status and status < 500 and status != 429:
-        return UnavailableError(f"{address}: the store refused the request ({answer}).")
-    what = f"the store failed ({answer})" if status else "the store cannot be reached or stopped answering"
-    return TransientError.of(address, what)

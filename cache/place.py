@@ -3,7 +3,7 @@ kept elsewhere, with the folder as the place in which its files are made.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 
 from ..common.cache_schemas import CLAIM_RECORD, COMMIT_RECORD
 from ..common.errors import DamagedError
-from ..common.files import fsync_folder, os_error
-from .chunks import FileRecords, RowsOfChunk, check_chunk, files_exist, read_array_spec, row_reader
-from .layout import ArraySpec
+from ..common.files import atomic_write, fsync_folder, os_error
+from ..common.locks import brief_lock
+from .chunks import FileRecords, RowReader, check_chunk, files_exist, read_array_spec, row_reader
+from .layout import Layout
 from .object_store import ObjectStore
 
 
@@ -57,13 +58,29 @@ class FolderPlace:
         """The commits that there are now, sorted, relative to the folder: commits/000000.layer_05.json."""
         return sorted(f"commits/{path.name}" for path in (self.folder / "commits").glob("*.json"))
 
-    def has_commit(self, file: str) -> bool:
-        """Whether there is this commit now. If so, it can be read in the folder."""
-        return (self.folder / file).exists()
+    def has_commits(self, files: Iterable[str]) -> bool:
+        """Whether there are all of these commits now."""
+        return all((self.folder / file).exists() for file in files)
+
+    def read_commits(self, files: Iterable[str]) -> Iterator[Mapping[str, Any] | None]:
+        """These commits as they are now, in this order; None for one that is missing."""
+        for file in files:
+            try:
+                yield COMMIT_RECORD.read(self.folder / file)
+            except DamagedError:
+                if (self.folder / file).exists():
+                    raise
+                yield None
 
     def has_files(self, records: FileRecords) -> bool:
         """Whether every recorded file exists with its recorded size. Reads no content."""
         return files_exist(self.folder, records)
+
+    def keep_largest(
+        self, window: int, name: str, files: FileRecords, norms: np.ndarray, bits: np.ndarray
+    ) -> list[str]:
+        """Called with the rows of a window of an array, before `publish`; the files that were written in addition."""
+        return []
 
     def publish(self, files: Iterable[str]) -> None:
         """Called with the chunks of a window, which are in the folder, before the first commit that lists them."""
@@ -132,13 +149,26 @@ class FolderPlace:
     def drop(self, records: FileRecords) -> None:
         """Called when these files have been read."""
 
-    def read_rows(self, array: ArraySpec, chunks: Sequence[RowsOfChunk]) -> Iterator[np.ndarray]:
-        """Rows of chunks of activations, in this order. Does not verify checksums."""
-        return row_reader(self.folder)(array, chunks)
+    def row_reader(self, layout: Layout, files: FileRecords) -> RowReader:
+        """Reads rows of chunks of activations. Does not verify checksums."""
+        return row_reader(self.folder)
 
-    def seal(self) -> bool:
-        """Called when every wanted array is complete: manifest.json and zarr.json are in the folder.
+    def read_record(self, name: str) -> bytes | None:
+        """manifest.json or zarr.json as it is now; None if it is missing. It is in the folder afterwards."""
+        with contextlib.suppress(FileNotFoundError):
+            return (self.folder / name).read_bytes()
+        return None
 
-        False, if another worker has sealed arrays that the manifest does not have; it has to be built again.
+    def seal(self, manifest: bytes, root: bytes, seen: bytes | None) -> bool:
+        """Write manifest.json if it still is what was seen (None: missing), in one step, then zarr.json; whether it is.
+
+        A manifest that was made of other commits than there are now is thus never the last one: the worker that
+        replaced a commit looks at the manifest afterwards.
         """
+        with brief_lock(self.folder / "tokens" / "commit.json"):  # which nobody replaces any more
+            if self.read_record("manifest.json") != seen:
+                return False
+            for name, data in (("manifest.json", manifest), ("zarr.json", root)):
+                if self.read_record(name) != data:
+                    atomic_write(self.folder / name, data)
         return True

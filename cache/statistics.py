@@ -1,17 +1,20 @@
 """Statistics of the rows of each array, and the manifest that completes a cache."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..common.cache_schemas import MANIFEST_RECORD, TOKENS_RECORD
+from ..common.cache_schemas import TOKENS_RECORD
 from ..common.formatting import format_count
 from .chunks import FileRecords, RowReader, read_array
+from .consistency import activations_of
 from .layout import FORMAT, Layout
 from .outliers import iterate_rows, largest_rows, norm_limit, rows_above, share_of_top_rows
 from .place import FolderPlace
+from .sealing import SealState
 
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
 OUTLIER_DIMENSION_RATIO = 8  # root mean square over the median one of all dimensions
@@ -19,38 +22,36 @@ MAX_OUTLIER_DIMENSIONS = 32  # listed in the statistics
 
 
 def build_manifest(
-    place: FolderPlace,
-    fingerprint: str,
-    layout: Layout,
-    commits: list[dict[str, Any]],
-    updated: set[str],
-    max_norm: float | None,
+    place: FolderPlace, fingerprint: str, layout: Layout, state: SealState, max_norm: float | None,
     token_text: Callable[[int], str] | None = None,
-) -> dict[str, Any]:
-    """The content of manifest.json: the union of the commits, and the statistics of every complete array.
+) -> dict[str, Any]:  # fmt: skip
+    """The content of manifest.json: what the one that was seen says of other arrays, with the files and the statistics
+    of those arrays of which every window is committed, with rows over `max_norm` medians as outliers.
 
-    Statistics of the arrays in `updated` are computed, with rows over `max_norm` medians as outliers; those of other
-    arrays are taken from the existing manifest. `token_text` gives the text of a token id, for the lists of the largest
-    rows.
+    `token_text` gives the text of a token id, for the lists of the largest rows.
     """
-    folder, windows = place.folder, dict[str, set[int]]()
-    files: dict[str, Any] = dict(TOKENS_RECORD.read(folder / "tokens" / "commit.json")["files"])
-    for commit in commits:
-        files |= commit["files"]
-        windows.setdefault(commit["array"], set()).add(commit["window"])
-    complete = sorted(array for array, committed in windows.items() if len(committed) == layout.n_windows)
-    manifest = folder / "manifest.json"
-    known: dict[str, Any] = dict(MANIFEST_RECORD.read(manifest)["statistics"]) if manifest.exists() else {}
-    known = {array: statistics for array, statistics in known.items() if array not in updated}
+    windows = Counter(commit["array"] for commit in state.commits)
+    new = sorted(array for array, committed in windows.items() if committed == layout.n_windows)
+    kept = sorted(set(state.manifest["complete"]) - state.names) if state.manifest else []
+    files: dict[str, Any] = dict(TOKENS_RECORD.read(place.folder / "tokens" / "commit.json")["files"])
+    for commit in state.commits:
+        if commit["array"] in new:
+            files |= commit["files"]
+    origins = {file: one for file, one in files.items() if file.startswith(("row_ctx/", "row_pos/"))}
+    place.bring(origins)
+    statistics = {name: array_statistics(place, layout, name, files, max_norm, token_text) for name in new}
+    place.drop(origins)
+    if kept and state.manifest:
+        allowed = {*kept, "row_ctx", "row_pos"}
+        theirs = state.manifest["files"].items()
+        files = {file: one for file, one in theirs if activations_of(file.rsplit("/", 1)[0]) in allowed} | files
+        statistics |= {name: state.manifest["statistics"][name] for name in kept}
     return {
         "format": FORMAT,
         "fingerprint": fingerprint,
         "rows": layout.rows,
-        "complete": complete,
-        "statistics": {
-            array: known.get(array) or array_statistics(place, layout, array, files, max_norm, token_text)
-            for array in complete
-        },
+        "complete": sorted(statistics),
+        "statistics": dict(sorted(statistics.items())),
         "files": dict(sorted(files.items())),
     }
 
@@ -70,8 +71,8 @@ def array_statistics(
     `norm_of_mean` is |E x|. `outlier_dimensions` are the dimensions with a root mean square over 8x the median one.
     """
     folder = place.folder
-    sides = {f"{name}.row_norm", f"{name}.moments", "row_ctx", "row_pos"}
-    side_files = {file: record for file, record in files.items() if file.rsplit("/", 1)[0] in sides}
+    sides = (f"{name}.row_norm/", f"{name}.moments/")
+    side_files = {file: record for file, record in files.items() if file.startswith(sides)}
     place.bring(side_files)
     all_norms = read_array(folder, f"{name}.row_norm", files, layout)
     limit = norm_limit(all_norms, max_norm)
@@ -80,7 +81,7 @@ def array_statistics(
     norms = all_norms[kept]
 
     def moments_and_share(rows: np.ndarray, masked: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-        read = place.read_rows
+        read = place.row_reader(layout, files)
         mean, mean_square = mean_and_mean_square(folder, layout, name, masked, all_norms, files, read)
         variance = float((mean_square - mean**2).mean())
         return mean, mean_square, share_of_top_rows(folder, layout, name, all_norms, rows, mean, variance, files, read)

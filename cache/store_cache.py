@@ -20,14 +20,15 @@ from ..common.cache_schemas import REPAIR_HINT
 from ..common.errors import DamagedError, UsageError, naming
 from ..common.files import atomic_write, digest_of, parse_json, read_file
 from .chunks import RowReader, Shard, check_chunk, content_matches, map_chunk
+from .largest_rows import stored_row_reader
 from .layout import ArraySpec, commit_file
 from .local_folder import LocalFolder, local_folder
 from .mirror import Mirror, map_ahead
-from .object_store import MissingError, ObjectStore, open_store
+from .object_store import ObjectStore, open_store
 from .reader import Cache, Read
 from .reading import ChunkReading, StoredFile
 from .record_files import verify_records
-from .store_place import read_stored_rows
+from .store_errors import MissingError
 
 LABEL_LENGTH = 60
 
@@ -207,7 +208,7 @@ class StoreCache(Cache):
     @cached_property
     def _row_reader(self) -> RowReader:
         """Reads single rows from the store, of which only their own bytes are pulled."""
-        return lambda array, chunks: map_ahead(lambda one: read_stored_rows(self.store, array, one), chunks)
+        return stored_row_reader(self.store, self.layout, self.manifest["files"])
 
     def mean(self, name: str) -> np.ndarray:
         """The mean row (d_in,) float64, without outlier rows."""

@@ -11,7 +11,7 @@ from .object_store import ObjectStore, open_store
 from .reader import Cache
 
 RECORDS = ("zarr.json", "manifest.json", "harvest.json")  # in the order in which they are deleted
-FOLDERS = ("commits", "row_ctx", "row_pos", "tokens")
+FOLDERS = ("commits", "largest", "row_ctx", "row_pos", "tokens")
 LIST_ATTEMPTS = 5
 
 

@@ -1,15 +1,16 @@
 """A cache in an object store that a harvest writes: files are made in a working folder and become objects of one name.
 
 The working folder holds the tokens, the records, and the chunks of the window that is being uploaded; what is uploaded
-goes. A window exists as soon as its commit does, which is asked for by its name: a listing can be out of date. The
-commit comes after the chunks that it lists, and is written only where there is none; the manifest and zarr.json are
-replaced only if they are as they were read, so that no worker undoes what another has completed.
+goes. A window exists as soon as its commit does. A listing can be out of date, so a commit that it lacks is asked for
+by its name. The commit comes after the chunks that it lists, and is written only where there is none; the manifest and
+zarr.json are replaced only if they are as they were read, so that no worker undoes what another has completed.
 """
 
 import contextlib
 import itertools
+import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +28,23 @@ from ..common.errors import DamagedError, UnavailableError, UsageError
 from ..common.files import atomic_write, parse_json
 from .chunks import (
     FileRecords,
-    RowsOfChunk,
-    block_index,
+    RowReader,
     check_chunk,
     check_is_readable_cache,
     content_matches,
-    decode_block,
-    index_bytes,
     read_array_spec,
     read_attributes,
 )
-from .consistency import SIDE_ARRAYS, check_same_harvest, is_array_name, layout_of
-from .layout import ArraySpec, commit_file, fingerprint_of
-from .mirror import Mirror, map_ahead
+from .consistency import SIDE_ARRAYS, check_same_harvest, check_same_text, is_array_name, layout_of
+from .largest_rows import encode_largest, largest_file, stored_row_reader
+from .layout import Layout, commit_file, fingerprint_of
+from .mirror import RECORD_THREADS, Mirror, map_ahead
 from .object_store import ObjectStore
 from .place import FolderPlace, claim_file
 
 OWN = {"drafts", ".lock", ".lock.holder"}  # of the working folder, never an object
 DRAFT = "draft"  # in tokens/: likewise
+OWNER = "tokens/owner"  # of the tokens that are being uploaded; there until there is a zarr.json
 RECORDS = ("zarr.json", "harvest.json", "manifest.json")
 # What a killed harvest can leave before zarr.json.
 INITIAL = {"tokens", "harvest.json"}
@@ -57,6 +57,7 @@ class StorePlace(FolderPlace):
     def __init__(self, store: ObjectStore, folder: Path) -> None:
         super().__init__(folder)
         self.store: ObjectStore = store
+        self.is_checked = False
         self.mirror = Mirror(store, folder)
 
     # --- before the first window -------------------------------------------------------------------------------------
@@ -85,7 +86,8 @@ class StorePlace(FolderPlace):
         names = [name for name, _ in self.store.list() if name.endswith(".json") or name.startswith("tokens/")]
         self.mirror.pull_existing({*RECORDS, *names})
         with contextlib.suppress(DamagedError):  # zarr.json is lost, or damaged
-            self.commit_files()
+            windows = range(layout_of(read_attributes(self.folder)).n_windows)
+            self.mirror.pull_existing(commit_file(window, name) for name in self._arrays() for window in windows)
 
     def _clear(self, *, tokens: bool = False) -> None:
         """Remove from the folder what the store may have another version of."""
@@ -100,34 +102,68 @@ class StorePlace(FolderPlace):
             atomic_write(self.folder / name, data)
 
     def begin(self) -> None:
-        """Upload what comes before the first window, tokens first, so that a zarr.json proves that they are there."""
+        """Upload what comes before the first window, tokens first, so that a zarr.json proves that they are there.
+
+        Raises UsageError or DamagedError if another harvest has begun there, or this one with other tokens; nothing is
+        changed then.
+        """
+        ours = self.folder / "zarr.json"
+        if (theirs := self.store.find("zarr.json")) is None:
+            self._check_store()
+            theirs = self._claim_address(ours)
+        if theirs is not None:
+            self._check_same_start(ours, theirs)
         if self.store.find("tokens/commit.json") != (self.folder / "tokens/commit.json").read_bytes():
             self.publish_tokens()
         self._push_if_changed("harvest.json")
         arrays = [f"{path.parent.name}/zarr.json" for path in self.folder.glob("*/zarr.json")]
-        if not self.store.put_if_absent("zarr.json", (self.folder / "zarr.json").read_bytes()):
-            atomic_write(self.folder / "zarr.json", self.store.get("zarr.json"))
+        if theirs is None and not self.store.put_if_absent("zarr.json", ours.read_bytes()):
+            theirs = self.store.get("zarr.json")  # of another worker of this harvest
+        if theirs is not None:
+            atomic_write(ours, theirs)
         for name in arrays:
             self._push_if_changed(name)
+        if self.store.exists(OWNER):
+            self.store.delete([OWNER])
+
+    def _check_store(self) -> None:
+        """Raise UnavailableError unless the store keeps what others have written. Asked before the first write."""
+        if not self.is_checked:
+            self.store.check_conditional_writes(f"tokens/test-of-conditional-writes-{secrets.token_hex(4)}")
+            self.is_checked = True
+
+    def _claim_address(self, ours: Path) -> bytes | None:
+        """Say in the store whose tokens come there, until a zarr.json does; that zarr.json, if there is one by now."""
+        attributes = CACHE_RECORD.read(ours)["attributes"]
+        if not self.store.put_if_absent(OWNER, f"{attributes['fingerprint']} {attributes['tokens']}".encode()):
+            raise UsageError(
+                f"{self.store.url} is being begun by a harvest with other options or other tokens. Use another --out. "
+                f"If that harvest was stopped for good, delete {self.store.address(OWNER)} first."
+            )
+        return self.store.find("zarr.json")
+
+    def _check_same_start(self, ours: Path, theirs: bytes) -> None:
+        try:
+            mine, found = CACHE_RECORD.read(ours)["attributes"], read_group(self.store, theirs)
+            check_same_harvest(
+                self.store.url, found["fingerprint"], mine["fingerprint"], found["identity"], mine["identity"]
+            )
+            check_same_text(self.store.url, found, mine["rows"], mine["tokens"])
+        except (UsageError, DamagedError):
+            if self.store.exists(OWNER):
+                self.store.delete([OWNER])
+            raise
 
     def publish_tokens(self) -> None:
-        paths = (path for path in (self.folder / "tokens").rglob("*") if path.is_file())
-        names = {path.relative_to(self.folder).as_posix() for path in paths} - {"tokens/commit.json"}
-        self.mirror.push(name for name in names if not name.startswith(f"tokens/{DRAFT}/"))
+        files = TOKENS_RECORD.read(self.folder / "tokens/commit.json")["files"]
+        records = {f"{name}/zarr.json" for name in {"tokens", *map(array_of, files)}}
+        self.mirror.push([*sorted(records), *files])
         self.mirror.push(["tokens/commit.json"])
 
     def _push_if_changed(self, name: str) -> None:
         data = (self.folder / name).read_bytes()
         if self.store.find(name) != data:
             self.store.put(name, data)
-
-    # --- windows -----------------------------------------------------------------------------------------------------
-
-    def commit_files(self) -> list[str]:
-        layout = layout_of(read_attributes(self.folder))
-        files = [commit_file(window, name) for name in self._arrays() for window in range(layout.n_windows)]
-        self.mirror.pull_existing(files)
-        return sorted(file for file in files if (self.folder / file).exists())
 
     def _arrays(self) -> set[str]:
         """The arrays that can have commits: those of this harvest, and those that are complete already."""
@@ -136,9 +172,21 @@ class StorePlace(FolderPlace):
         here = {path.parent.name for path in self.folder.glob("*/zarr.json")}
         return {*complete, *(name for name in here if is_array_name(name) and not name.endswith(SIDE_ARRAYS))}
 
-    def has_commit(self, file: str) -> bool:
-        self.mirror.pull_existing([file])
-        return (self.folder / file).exists()
+    # --- windows -----------------------------------------------------------------------------------------------------
+
+    def commit_files(self) -> list[str]:
+        """As they are listed: a listing can be out of date."""
+        return sorted(name for name, _ in self.store.list("commits") if name.endswith(".json"))
+
+    def has_commits(self, files: Iterable[str]) -> bool:
+        """Those that are not listed are asked for by name, up to the first that is missing."""
+        listed = set(self.commit_files())
+        return all(self.store.exists(file) for file in files if file not in listed)
+
+    def read_commits(self, files: Iterable[str]) -> Iterator[Mapping[str, Any] | None]:
+        files = list(files)
+        for file, data in zip(files, map_ahead(self.store.find, files, RECORD_THREADS), strict=True):
+            yield None if data is None else COMMIT_RECORD.parse(data, self.folder / file)
 
     def has_files(self, records: FileRecords) -> bool:
         """True: an object is whole once it is there, and a commit comes after its objects."""
@@ -147,14 +195,18 @@ class StorePlace(FolderPlace):
     def publish(self, files: Iterable[str]) -> None:
         """Upload the chunks of a window, and delete them from the working folder."""
         files = list(files)
+        self._check_store()
         self.mirror.push(files)
         self.mirror.drop(files)
 
+    def keep_largest(
+        self, window: int, name: str, files: FileRecords, norms: np.ndarray, bits: np.ndarray
+    ) -> list[str]:
+        atomic_write(self.folder / (file := largest_file(window, name)), encode_largest(files, norms, bits))
+        return [file]
+
     def create_commit(self, file: str, content: Mapping[str, Any]) -> bool:
-        data = COMMIT_RECORD.encode(content)
-        created = self.store.put_if_absent(file, data)
-        atomic_write(self.folder / file, data if created else self.store.get(file))
-        return created
+        return self.store.put_if_absent(file, COMMIT_RECORD.encode(content))
 
     def remove_records(self, files: Iterable[str]) -> None:
         files = list(files)
@@ -208,41 +260,46 @@ class StorePlace(FolderPlace):
         def check(file: str) -> None:
             check_chunk(self.folder, specs[array_of(file)], int(file.rsplit("/", 1)[1].split(".")[1]), records)
 
-        self.mirror.pull(records, check)
+        self.mirror.pull(records, check, RECORD_THREADS)
 
     def drop(self, records: FileRecords) -> None:
         self.mirror.drop(file for file in records if not file.startswith("tokens/"))
 
-    def read_rows(self, array: ArraySpec, chunks: Sequence[RowsOfChunk]) -> Iterator[np.ndarray]:
+    def row_reader(self, layout: Layout, files: FileRecords) -> RowReader:
         """Rows of chunks, of which only these rows are downloaded, or the compressed blocks that hold them."""
-        return map_ahead(lambda one: read_stored_rows(self.store, array, one), chunks)
+        return stored_row_reader(self.store, layout, files)
 
-    def seal(self) -> bool:
-        """Upload manifest.json, then zarr.json. False, if another worker has completed other arrays in the meantime:
-        their manifest is then in the folder, and the next one has to hold both.
-        """
-        path = self.folder / "manifest.json"
-        ours = path.read_bytes()
-        complete = set(MANIFEST_RECORD.parse(ours, path)["complete"])
+    def read_record(self, name: str) -> bytes | None:
+        data = self.store.find(name)
+        if data is None:
+            (self.folder / name).unlink(missing_ok=True)
+        else:
+            atomic_write(self.folder / name, data)
+        return data
+
+    def seal(self, manifest: bytes, root: bytes, seen: bytes | None) -> bool:
+        if seen is None:
+            done = self.store.put_if_absent("manifest.json", manifest)
+        else:
+            done = manifest == seen or self.store.replace("manifest.json", manifest, seen)
+        if not done:
+            return False
+        atomic_write(self.folder / "manifest.json", manifest)
         for _ in range(SEAL_ATTEMPTS):
-            theirs = self.store.find("manifest.json")
-            if theirs is None:
-                done = self.store.put_if_absent("manifest.json", ours)
-            elif set(MANIFEST_RECORD.parse(theirs, self.store.address("manifest.json"))["complete"]) <= complete:
-                done = theirs == ours or self.store.replace("manifest.json", ours, theirs)
-            else:
-                atomic_write(path, theirs)
-                return False
-            if done and self._seal_root():
+            if self._seal_root(root):
                 return True
         raise UnavailableError(f"{self.store.url} is being changed by others all the time. Run the same command again.")
 
-    def _seal_root(self) -> bool:
+    def _seal_root(self, root: bytes) -> bool:
         """Upload zarr.json, unless the one that is there lists as many arrays; whether it does now."""
-        path = self.folder / "zarr.json"
-        ours, theirs = path.read_bytes(), self.store.get("zarr.json")
-        wanted, listed = (set(CACHE_RECORD.parse(data, path)["attributes"]["complete"]) for data in (ours, theirs))
-        return wanted <= listed or self.store.replace("zarr.json", ours, theirs)
+        theirs = self.store.get("zarr.json")
+        wanted, listed = (
+            set(CACHE_RECORD.parse(data, "zarr.json")["attributes"]["complete"]) for data in (root, theirs)
+        )
+        done = wanted <= listed or self.store.replace("zarr.json", root, theirs)
+        if done:
+            atomic_write(self.folder / "zarr.json", theirs if wanted <= listed else root)
+        return done
 
 
 def check_address(store: ObjectStore, identity: dict[str, Any]) -> None:
@@ -274,22 +331,6 @@ def take_snapshot(store: ObjectStore, folder: Path) -> None:
     for name, _ in store.list("commits"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
-
-
-def read_stored_rows(store: ObjectStore, array: ArraySpec, one: RowsOfChunk) -> np.ndarray:
-    """Rows of a chunk in a store, of which only these rows are read, or the compressed blocks that hold them."""
-    key = array.chunk_file(one.chunk)
-    if array.block_rows is None:
-        size = array.chunk_bytes // array.chunk_shape[0]
-        parts = store.get_ranges(key, (one.rows * size).tolist(), [size] * len(one.rows))
-        return np.stack([np.frombuffer(part, array.numpy_dtype) for part in parts])
-    length = index_bytes(array)
-    index = block_index(store.get_ranges(key, [one.size - 4 - length], [length])[0])
-    numbers = np.unique(one.rows // array.block_rows).tolist()
-    starts, sizes = index[numbers].T.tolist()
-    blocks = dict(zip(numbers, store.get_ranges(key, starts, sizes), strict=True))
-    decoded = {number: decode_block(array, data) for number, data in blocks.items()}
-    return np.stack([decoded[row // array.block_rows][row % array.block_rows] for row in one.rows.tolist()])
 
 
 def array_of(file: str) -> str:

@@ -28,16 +28,18 @@ from ..common.cache_schemas import (
     MANIFEST_RECORD,
     TOKENS_RECORD,
 )
-from ..common.errors import DamagedError, SaeError, UsageError
+from ..common.errors import DamagedError, SaeError, UnavailableError, UsageError
 from ..common.files import digest_of
 from .chunks import read_attributes, write_chunk
-from .consistency import check_commit, check_same_harvest
+from .consistency import check_commit, check_same_harvest, check_same_text
 from .layout import FORMAT, ArraySpec, Hook, Layout, commit_file, fingerprint_of, group_metadata
 from .place import FolderPlace
 from .record_files import add_digests
+from .sealing import SealState
 from .statistics import build_manifest
 
 WRITE_THREADS = 2  # enough to saturate a disk; four are a tenth faster
+SEAL_ATTEMPTS = 20
 MEASURED_ROWS = 128  # rows per step of `norms_and_moments`: as many as fit into a core's cache
 # The files of a harvest that has no fingerprint yet; any other file means that the folder is used for something else.
 INITIAL_FILES = {"tokens", "harvest.json", "ring.json", "zarr.json", ".lock", ".lock.holder", ".lock.shared"}
@@ -74,17 +76,7 @@ class CacheWriter:
         self.tokens_digest = digest_of(TOKENS_RECORD.read(folder / "tokens" / "commit.json")["files"])
         if not (folder / "zarr.json").exists():
             CACHE_RECORD.create(folder / "zarr.json", self._root(complete=[]))
-        recorded = read_attributes(folder)
-        if recorded["rows"] != layout.rows:
-            raise DamagedError(
-                f"{folder} was started with {recorded['rows']:,} rows, but its text now has {layout.rows:,}. "
-                "Use another --out."
-            )
-        if recorded["tokens"] != self.tokens_digest:
-            raise DamagedError(
-                f"{folder} was started with different tokens than its text gives now, probably because of another "
-                "version of tokenizers. Use another --out."
-            )
+        check_same_text(folder, read_attributes(folder), layout.rows, self.tokens_digest)
         for array in layout.arrays(self.widths):
             ARRAY_RECORD.write_if_changed(folder / array.name / "zarr.json", array.metadata())
 
@@ -105,39 +97,39 @@ class CacheWriter:
         }
         return group_metadata(attributes)
 
-    def commits(self, *, check_files: bool = True) -> Iterator[dict[str, Any]]:
-        """The commits of windows; with `check_files`, only those whose files exist with their recorded sizes.
+    def commits(self, files: Iterable[str] | None = None, *, check_files: bool = True) -> Iterator[dict[str, Any]]:
+        """The commits of windows as they are now: all, or these; with `check_files`, only those whose files exist with
+        their recorded sizes.
 
         Raises DamagedError if a commit is damaged, or belongs to another harvest or window.
         """
-        for file in self.place.commit_files():
-            commit = self._read_commit(file)
-            if not check_files or self.place.has_files(commit["files"]):
-                yield commit
-
-    def _read_commit(self, file: str) -> dict[str, Any]:
-        commit = COMMIT_RECORD.read(self.folder / file)
-        check_commit(self.folder / file, commit, self.fingerprint, self.layout)
-        return dict(commit)
+        files = self.place.commit_files() if files is None else list(files)
+        for file, commit in zip(files, self.place.read_commits(files), strict=True):
+            if commit is not None:
+                check_commit(self.folder / file, commit, self.fingerprint, self.layout)
+                if not check_files or self.place.has_files(commit["files"]):
+                    yield dict(commit)
 
     def is_committed(self, window: int, array: str) -> bool:
         """Whether a window of an array is committed now, and its files exist with their recorded sizes."""
-        file = commit_file(window, array)
-        return self.place.has_commit(file) and self.place.has_files(self._read_commit(file)["files"])
+        return any(self.commits([commit_file(window, array)]))
 
     def missing_windows(self, windows: Iterable[int] | None = None) -> dict[int, list[str]]:
         """{window: names of the arrays of `widths` that are not committed for it}, without complete windows.
 
         Of all windows, or of these.
         """
-        if windows is None:
-            committed = {(commit["array"], commit["window"]) for commit in self.commits()}
+        if windows is not None:
+            missing = {w: [name for name in self.widths if not self.is_committed(w, name)] for w in windows}
+        else:
+            if self.place.store is None:
+                committed = {commit_file(one["window"], one["array"]) for one in self.commits()}
+            else:  # an object is whole once it is there, and a commit comes after its objects
+                committed = set(self.place.commit_files())
             missing = {
-                window: [name for name in self.widths if (name, window) not in committed]
+                window: [name for name in self.widths if commit_file(window, name) not in committed]
                 for window in range(self.layout.n_windows)
             }
-        else:
-            missing = {w: [name for name in self.widths if not self.is_committed(w, name)] for w in windows}
         return {window: names for window, names in missing.items() if names}
 
     def committed_windows(self) -> set[int]:
@@ -181,20 +173,30 @@ class CacheWriter:
         If anything fails, none of them is committed. `made_with` is recorded in the commits. Raises SaeError like
         `chunks_to_write`, UnavailableError if the disk is full or not writable.
         """
-        bits = {name: block for name, block in rows.bits.items() if replace or not self.is_committed(window, name)}
+        bits, stale = {}, []
+        for name, block in rows.bits.items():
+            commits = list(self.commits([file := commit_file(window, name)], check_files=False))
+            if replace or not commits or not self.place.has_files(commits[0]["files"]):
+                bits[name] = block
+                stale += [file] * len(commits)
         if not bits:
             return
         # A commit must not outlive the files that it lists, which are about to be replaced, or are lost.
-        if stale := [file for name in bits if self.place.has_commit(file := commit_file(window, name))]:
+        if stale:
             self.place.remove_records(stale)
+        pending, norms = {}, {}
         with ThreadPoolExecutor(WRITE_THREADS) as pool:
-            pending = {  # norms and moments of an array are computed while the previous one is written
-                name: pool.map(lambda chunk: write_chunk(self.folder, *chunk), chunks)
-                for name, chunks in self.chunks_to_write(window, dataclasses.replace(rows, bits=bits))
-            }
+            # The norms and moments of an array are computed while the previous one is written.
+            for name, chunks in self.chunks_to_write(window, dataclasses.replace(rows, bits=bits)):
+                pending[name] = pool.map(lambda chunk: write_chunk(self.folder, *chunk), chunks)
+                norms[name] = chunks[0][2]
             written = {name: dict(files) for name, files in pending.items()}
-        self.place.publish([file for files in written.values() for file in files])
         origins, mixed = written.pop(""), {}
+        written = {name: origins | files for name, files in written.items()}
+        publish = {file for files in written.values() for file in files}
+        for name, files in written.items():
+            publish.update(self.place.keep_largest(window, name, files, norms[name], bits[name]))
+        self.place.publish(sorted(publish))
         for name, files in written.items():
             commit = {
                 "format": FORMAT,
@@ -203,11 +205,13 @@ class CacheWriter:
                 "array": name,
                 "rows": len(rows.row_ctx),
                 "made_with": dict(made_with),
-                "files": origins | files,
+                "files": files,
             }
             file = commit_file(window, name)
-            if not self.place.create_commit(file, commit) and self._read_commit(file)["files"] != commit["files"]:
-                mixed[name] = bits[name]
+            if not self.place.create_commit(file, commit):
+                theirs = next(self.commits([file], check_files=False), None)
+                if theirs is None or theirs["files"] != commit["files"]:
+                    mixed[name] = bits[name]
         if mixed:
             # Another worker has committed this window since we looked, with other bytes, as another kind of GPU
             # computes them. Its files and ours replaced each other; it is done, so ours can all be written again.
@@ -219,20 +223,20 @@ class CacheWriter:
         Does nothing to a cache that is complete. Several workers may do it at the same time. `max_norm` and
         `token_text` are those of `finish`.
         """
-        if len(self.committed_windows()) < self.layout.n_windows:
+        if not self.place.has_commits(self._commit_files(self.widths)):
             return False
-        commits = list(self.commits())
-        whole = {(commit["window"], commit["array"]) for commit in commits}
-        if not all((window, name) in whole for window in range(self.layout.n_windows) for name in self.widths):
-            return False
-        if not self.is_finished(max_norm) or not self._manifest_lists(commits):
-            self.finish(max_norm, token_text)
+        for state in self._seal_states():
+            if not state.has_every(self.widths, self.layout.n_windows):
+                return False
+            if state.covers(self.widths, max_norm) and state.is_listed:
+                break
+            try:
+                if self._seal(state, max_norm, token_text):
+                    break
+            except DamagedError:
+                if self._seal_state().commits == state.commits:
+                    raise  # else another worker replaced a window whose norms were read
         return True
-
-    def _manifest_lists(self, commits: list[dict[str, Any]]) -> bool:
-        """Whether the manifest has the files of these commits."""
-        files = MANIFEST_RECORD.read(self.folder / "manifest.json")["files"]
-        return all(files.get(file) == record for one in commits for file, record in one["files"].items())
 
     def finish(self, max_norm: float | None = None, token_text: Callable[[int], str] | None = None) -> None:
         """Write manifest.json, then the list of complete arrays in zarr.json, from the commits that there are.
@@ -243,25 +247,40 @@ class CacheWriter:
         kept, but masked out of training, evaluation and statistics. `token_text` gives the text of a token id, for the
         statistics to name the tokens of the largest rows.
         """
-        while True:
-            files = self.place.commit_files()
-            commits = list(self.commits())
-            manifest = build_manifest(
-                self.place, self.fingerprint, self.layout, commits, set(self.widths), max_norm, token_text
-            )
-            MANIFEST_RECORD.write(self.folder / "manifest.json", manifest)
-            CACHE_RECORD.write(self.folder / "zarr.json", self._root(manifest["complete"]))
-            if self.place.commit_files() == files and self.place.seal():
-                break  # else others have completed another layer in the meantime
-        add_digests(self.folder)
+        for state in self._seal_states():
+            if self._seal(state, max_norm, token_text):
+                break
 
     def is_finished(self, max_norm: float | None = None) -> bool:
         """Whether the manifest covers every array of `widths`, with outlier rows by this `max_norm`."""
-        complete = read_attributes(self.folder)["complete"]
-        if not (self.folder / "manifest.json").exists() or not set(self.widths) <= set(complete):
-            return False
-        statistics = MANIFEST_RECORD.read(self.folder / "manifest.json")["statistics"]
-        return all(statistics[name]["max_norm"] == max_norm for name in self.widths)
+        return self._seal_state(commits=False).covers(self.widths, max_norm)
+
+    def _commit_files(self, names: Iterable[str]) -> list[str]:
+        return [commit_file(window, name) for window in range(self.layout.n_windows) for name in sorted(names)]
+
+    def _seal_states(self) -> Iterator[SealState]:
+        """What is to be sealed, read anew each time."""
+        for _ in range(SEAL_ATTEMPTS):
+            yield self._seal_state()
+        raise UnavailableError(f"{self.folder} is being changed by others all the time. Run the same command again.")
+
+    def _seal_state(self, *, commits: bool = True) -> SealState:
+        self.place.read_record("zarr.json")
+        complete = set(read_attributes(self.folder)["complete"])
+        seen = self.place.read_record("manifest.json")
+        manifest = None if seen is None else MANIFEST_RECORD.parse(seen, self.folder / "manifest.json")
+        lost = complete - set(manifest["complete"] if manifest else ())  # with the manifest that had them
+        names = {*self.widths, *lost}
+        found = list(self.commits(self._commit_files(names))) if commits else []
+        return SealState(names, complete, seen, manifest, found)
+
+    def _seal(self, state: SealState, max_norm: float | None, token_text: Callable[[int], str] | None) -> bool:
+        """Write the manifest that follows from what was read; False if another worker has written one since."""
+        manifest = build_manifest(self.place, self.fingerprint, self.layout, state, max_norm, token_text)
+        root = CACHE_RECORD.encode(self._root(manifest["complete"]))
+        if done := self.place.seal(MANIFEST_RECORD.encode(manifest), root, state.seen):
+            add_digests(self.folder)
+        return done
 
 
 def harvest_started(folder: Path, fingerprint: str, identity: dict[str, Any] | None = None) -> bool:

@@ -262,7 +262,7 @@ class Manifest(TypedDict):
     rows: Size
     complete: Annotated[list[str], Meta(description="arrays of which every window exists")]
     statistics: Annotated[dict[str, Statistics], Meta(description="of each complete array")]
-    files: Annotated[Files, Meta(description="the union of the commits")]
+    files: Annotated[Files, Meta(description="the files of the complete arrays, from their commits, and of tokens/")]
 
 
 class UnreadableRows(TypedDict):

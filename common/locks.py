@@ -78,6 +78,22 @@ def leave(folder: Path, all_of_them: Path, together: int) -> None:
         (folder / ".lock.holder").unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def brief_lock(path: Path) -> Iterator[None]:
+    """Hold the lock of a file for a moment; waits for others that do. Does nothing on a file system without locks."""
+    lock = None
+    try:
+        lock = acquire(path, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in WITHOUT:
+            raise os_error(error, path) from error
+    try:
+        yield
+    finally:
+        if lock is not None:
+            release(lock)
+
+
 def is_locked(folder: Path) -> bool:
     """Whether a process holds the exclusive lock of a folder, this one included. Several can look at the same time."""
     try:

@@ -1,22 +1,25 @@
 """What a harvest into an object store costs: requests to the store, and room in the working folder."""
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
+from ..cache.largest_rows import MOST
 from ..cache.layout import Layout
-from ..cache.outliers import TOP_SHARE
 from ..common.errors import UnavailableError
 from ..common.files import free_space
 from ..common.formatting import format_bytes
 
-RECORDS, RECORD_READS = 16, 38  # tokens/ and the records beside it: each is written once, and looked at more often
+RECORDS, RECORD_READS = 21, 16  # tokens/, the records beside it, and the test of conditional writes
 ARRAY_RECORDS = 3  # zarr.json of an array, its row_norm and its moments
 TOKEN_BYTES = 5  # of tokens/ for each token: its id, and room for what contexts do not fill
+LISTED = 1000  # objects of one answer to a listing
+LARGEST_READS = 3
 SIDE_BYTES = 10  # of row_norm, row_ctx and row_pos for each row, which the statistics of an array read
 
 
 class Requests(NamedTuple):
-    """Requests to a store that answers each of them; a row that the statistics read alone is one."""
+    """Requests to a store that answers each of them, of one process that does all."""
 
     writes: int
     reads: int
@@ -25,19 +28,30 @@ class Requests(NamedTuple):
 def harvest_requests(layout: Layout, arrays: int, windows: int) -> Requests:
     """The requests for harvesting so many windows of so many arrays, and for sealing the cache."""
     chunks = -(-layout.window_rows // layout.chunk_rows)
-    chunks_of_window = 2 + arrays * (chunks + 2)  # row_ctx and row_pos; the others of an array are row_norm and moments
+    chunks_of_window = 2 + arrays * (chunks + 3)  # row_ctx and row_pos; of an array row_norm, moments and largest rows
     writes = windows * (chunks_of_window + arrays) + ARRAY_RECORDS * arrays + RECORDS
-    commits = arrays * (layout.n_windows + 2 * windows)  # asked for at the start, before computing and before writing
-    sides = 2 * layout.n_windows + arrays * 2 * layout.n_windows
-    return Requests(writes, commits + sides + arrays * int(TOP_SHARE * layout.rows) + RECORD_READS)
+    commits = list_requests(layout, arrays) + 2 * arrays * windows  # asked for before computing and before writing
+    return Requests(writes, commits + seal_requests(layout, arrays) + ARRAY_RECORDS * arrays + RECORD_READS)
+
+
+def list_requests(layout: Layout, arrays: int) -> int:
+    """The requests that list the commits of all windows."""
+    return -(-layout.n_windows * arrays // LISTED)
+
+
+def seal_requests(layout: Layout, arrays: int) -> int:
+    """The requests that read what sealing needs: row_ctx and row_pos, and for each window of an array its commit, norms
+    and moments, and its largest rows, three times if there are outlier rows.
+    """
+    return list_requests(layout, arrays) + layout.n_windows * (2 + arrays * (3 + LARGEST_READS))
 
 
 def working_bytes(layout: Layout, bytes_per_token: int, processes: int) -> int:
-    """The most bytes that the working folder holds: the tokens, with a window of each process on this machine, or with
-    what the statistics of an array read.
+    """The most bytes that the working folder holds: the tokens, with a window of each process on this machine and its
+    largest rows, or with what the statistics of an array read.
     """
-    windows = processes * min(layout.window_rows, layout.rows) * bytes_per_token
-    return TOKEN_BYTES * layout.rows + max(windows, SIDE_BYTES * layout.rows)
+    windows = processes * min(layout.window_rows, layout.rows) * bytes_per_token * (1 + MOST)
+    return math.ceil(TOKEN_BYTES * layout.rows + max(windows, SIDE_BYTES * layout.rows))
 
 
 def check_working_folder(folder: Path, needed: int) -> None:

@@ -45,10 +45,9 @@ def harvest_share(plan: HarvestPlan, progress: HarvestProgress) -> None:
         harvest_windows(plan, writer, contexts, left | mine, mine, progress)
         if not writer.seal(plan.config.max_norm, plan.token_text):
             absent = sorted(set(range(n_windows)) - writer.committed_windows()) or list(writer.missing_windows())
-            progress.say(
-                f"Share {plan.share} is done. {len(absent)} of {n_windows} windows are missing, of "
-                f"{shares_of(absent, plan.share.count)}: the task that comes last completes the cache."
-            )
+            state = f"{len(absent)} of {n_windows} windows are missing, of {shares_of(absent, plan.share.count)}"
+            state = state if absent else "A window is being written again"
+            progress.say(f"Share {plan.share} is done. {state}: the task that comes last completes the cache.")
 
 
 def is_cut(plan: HarvestPlan) -> bool:

@@ -17,11 +17,12 @@ ERRORS = {  # fault -> status, code
     "500": (500, "InternalError"),
     "503": (503, "SlowDown"),
     "429": (429, "TooManyRequests"),
+    "401": (401, "Unauthorized"),
     "403": (403, "InvalidAccessKeyId"),
 }
-# 500, 503, 429, 403: answered without asking the store. drop: the connection ends before the store is asked. lost: the
-# store is asked, and its answer is lost. half: the body ends in the middle. short: likewise, with a Content-Length that
-# agrees. slow: a second passes. stale: the listing from before, or an empty one.
+# 500, 503, 429, 401, 403: answered without asking the store. drop: the connection ends before the store is asked. lost:
+# the store is asked, and its answer is lost. half: the body ends in the middle. short: likewise, with a Content-Length
+# that agrees. slow: a second passes. stale: the listing from before, or an empty one.
 FAULTS = (*ERRORS, "drop", "lost", "half", "short", "slow", "stale")
 SLOW = 1.0  # seconds
 
@@ -72,6 +73,7 @@ class FaultyProxy(ThreadingHTTPServer):
         self.upstream, self.schedule = urlsplit(upstream).netloc, schedule
         self.requests: list[Request] = []
         self.injected: list[tuple[str, Request]] = []
+        self.ignored_headers: set[str] = set()  # of requests, in lower case: the store is not told them
         self.listings: dict[str, bytes] = {}  # the first answer to each listing
         self.lock = threading.Lock()
 
@@ -126,7 +128,9 @@ class Handler(BaseHTTPRequestHandler):
         """The store's answer."""
         connection = http.client.HTTPConnection(self.server.upstream, timeout=60)
         try:
-            connection.request(self.command, self.path, body or None, dict(self.headers))
+            ignored = self.server.ignored_headers
+            headers = {name: value for name, value in self.headers.items() if name.lower() not in ignored}
+            connection.request(self.command, self.path, body or None, headers)
             answer = connection.getresponse()
             return answer.status, dict(answer.getheaders()), answer.read()
         finally:

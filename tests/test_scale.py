@@ -33,7 +33,7 @@ def test_without_failures_and_waits_a_harvest_takes_what_the_formula_says(way: s
     [
         ("links", {"node_link": 2e8}),
         ("writes", {"put_rate": 4.0}),
-        ("asking", {"get_rate": 1.0, "partitions": 1.0}),
+        ("asking", {"get_rate": 0.003, "partitions": 1.0}),
         ("model", {"gpu_flops": 1e13}),
     ],
 )

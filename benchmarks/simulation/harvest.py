@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from sae.cache.largest_rows import SHARE
 from sae.cache.layout import Layout
-from sae.cache.mirror import THREADS
+from sae.cache.mirror import RECORD_THREADS, THREADS
 from sae.cache.object_store import PART_BYTES
-from sae.cache.outliers import TOP_SHARE
 from sae.harvest.share import HarvestShare
-from sae.harvest.store_costs import harvest_requests
+from sae.harvest.store_costs import LARGEST_READS, SIDE_BYTES, list_requests, seal_requests
 from sae.harvest.windows import WINDOWS_IN_MEMORY
 
 from .constants import Constants
@@ -28,7 +28,6 @@ from .events import Clock, Link, Server
 
 RANKS, SHARES = "ranks", "shares"
 TOKEN_BYTES = 4  # of an id
-RANGES = 10  # requests at a time for parts of one object: object_store, the Rust crate that obstore is made of
 TEXT_UPLOADS = 2  # parts of one object at a time: cache/object_store.py, put
 WIDTH = 2304  # of Gemma-2-2B
 
@@ -66,19 +65,23 @@ class Harvest:
         return [array.chunk_bytes for array in layout.arrays(self.widths) for _ in layout.chunk_range(array, range(1))]
 
     @property
+    def largest(self) -> list[int]:
+        """The bytes of the largest rows of a window, one object for each layer."""
+        return [int(SHARE * self.window) * (4 + 2 * WIDTH)] * len(self.layers)
+
+    @property
     def window_bytes(self) -> int:
-        return sum(self.objects)
+        return sum(self.objects) + sum(self.largest)
 
     @property
     def writes(self) -> int:
         """Requests that write a window, commits included."""
-        return sum(put_requests(size) for size in self.objects) + len(self.layers)
+        return sum(map(put_requests, [*self.objects, *self.largest])) + len(self.layers)
 
     @property
     def asks(self) -> int:
-        """Requests that ask for every commit: by the first rank, or by each task with a share, when it starts."""
-        layout, arrays = self.layout, len(self.layers)
-        return layout.n_windows * arrays
+        """Requests that list every commit: by the first rank, or by each task with a share, when it starts."""
+        return list_requests(self.layout, len(self.layers))
 
     @property
     def token_seconds(self) -> float:
@@ -105,8 +108,8 @@ class Harvest:
 
     @property
     def asking_seconds(self) -> float:
-        """How long one process asks for its commits alone: for all at the start, for those of one window later."""
-        return self.asks * self.constants.latency / THREADS
+        """How long one process asks for all commits at its start: one page of the listing after the other."""
+        return self.asks * self.constants.latency
 
     @property
     def commit_seconds(self) -> float:
@@ -116,27 +119,22 @@ class Harvest:
     @property
     def send_seconds(self) -> float:
         """How long the requests that write a window wait for their answers, besides the time that bytes take."""
-        return math.ceil(len(self.objects) / THREADS) * self.constants.latency
+        return math.ceil((len(self.objects) + len(self.largest)) / THREADS) * self.constants.latency
 
     @property
     def seal_requests(self) -> int:
-        """Requests of the process that seals: for side arrays, and for single rows that the statistics read."""
-        return harvest_requests(self.layout, len(self.layers), 0).reads - self.asks
+        """Requests of the process that seals: for commits, side arrays and the largest rows of each window."""
+        return seal_requests(self.layout, len(self.layers))
 
     @property
     def seal_seconds(self) -> float:
-        """How long the process that finds every window committed takes to complete the cache.
-
-        It reads some rows of every chunk by themselves, those of a chunk at the same time.
-        """
+        """How long the process that finds every window committed takes to complete the cache."""
         c, layout, arrays = self.constants, self.layout, len(self.layers)
-        chunks = arrays * -(-self.tokens // layout.chunk_rows)
-        sides = self.seal_requests - arrays * int(TOP_SHARE * self.tokens)
-        answers = sides + chunks * math.ceil(TOP_SHARE * layout.chunk_rows / RANGES)
-        norms = 2 * TOKEN_BYTES * self.tokens * arrays
-        reading = max(answers * c.latency / THREADS, norms / min(c.node_link, THREADS * c.connection))
+        read = layout.n_windows * LARGEST_READS * sum(self.largest) + self.tokens * (SIDE_BYTES - 4 + 4 * arrays)
+        answers = self.seal_requests * c.latency / RECORD_THREADS
+        reading = max(answers, read / min(c.node_link, RECORD_THREADS * c.connection))
         files = layout.n_windows * len(self.objects)
-        return reading + self.asks * c.read_commit + files * c.merge_file
+        return reading + layout.n_windows * arrays * c.read_commit + files * c.merge_file
 
     @property
     def bounds(self) -> dict[str, float]:

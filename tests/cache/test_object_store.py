@@ -13,8 +13,9 @@ import pytest
 
 from sae.cache import object_store
 from sae.cache.mirror import Mirror, map_ahead, working_folder
-from sae.cache.object_store import ObjectStore, StoreWarning, client_options, folder_or_url, is_url, open_store
+from sae.cache.object_store import ObjectStore, client_options, folder_or_url, is_url, open_store
 from sae.cache.opening import open_cache
+from sae.cache.store_errors import StoreWarning
 from sae.common.errors import DamagedError, UnavailableError, UsageError
 
 from .. import faulty_proxy as faulty_proxies
@@ -125,14 +126,15 @@ def one_sentence(error: Exception) -> str:
     return text
 
 
-def test_refused_credentials(proxy: FaultyProxy, bucket: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("status", ["401", "403"])
+def test_refused_credentials(proxy: FaultyProxy, bucket: str, tmp_path: Path, status: str) -> None:
     store = open_store(f"{bucket}/pile")
-    proxy.schedule = lambda request: "403"
+    proxy.schedule = lambda request: status
     for name, action in ACTIONS.items():
         proxy.requests.clear()
         with pytest.raises(UnavailableError, match="the store refused the credentials") as caught:
             action(store, tmp_path)
-        assert "(403" in one_sentence(caught.value)
+        assert f"({status}" in one_sentence(caught.value)
         assert len(proxy.requests) == 1, name  # tried once: they will not get better
 
 
@@ -242,8 +244,50 @@ def test_an_object_is_replaced_only_if_it_is_as_it_was_read(store: ObjectStore) 
     assert store.replace("manifest.json", b"2", b"1") and store.get("manifest.json") == b"2"
     assert not store.replace("manifest.json", b"3", b"1") and store.get("manifest.json") == b"2"
     assert store.replace("manifest.json", b"2", b"1")  # as after an answer that was lost
-    with pytest.raises(DamagedError, match="manifest is missing"):
-        store.replace("manifest", b"2", b"1")
+    assert not store.replace("manifest", b"2", b"1") and store.find("manifest") is None
+
+
+def test_an_object_that_was_deleted_since_is_not_taken_for_ones_own(bucket: str) -> None:
+    """Another worker deletes the object between a refused write and the look at it."""
+    store = open_store(bucket)
+    store.put("commit", b"theirs")
+    real = store.store
+
+    class Deleted:
+        def put(self, *arguments, **options):
+            store.store = real
+            try:
+                real.put(*arguments, **options)
+            finally:
+                real.delete("commit")
+
+    store.store = Deleted()
+    assert not store.put_if_absent("commit", b"ours") and store.find("commit") is None
+
+
+@pytest.mark.parametrize("ignored", ["if-none-match", "if-match", ""])
+def test_a_store_that_ignores_conditions_is_found_out(proxy: FaultyProxy, bucket: str, ignored: str) -> None:
+    store = open_store(f"{bucket}/pile")
+    store.put("zarr.json", b"{}")
+    proxy.requests.clear()
+    proxy.ignored_headers = {ignored}
+    if not ignored:
+        store.check_conditional_writes("tokens/test")
+    else:
+        with pytest.raises(UnavailableError, match="pile: the store does not heed the condition of a write"):
+            store.check_conditional_writes("tokens/test")
+    assert len(proxy.requests) <= 5 and [key for key, _ in store.list()] == ["zarr.json"]
+
+
+@pytest.mark.parametrize("fault", ["500", "lost"])
+@pytest.mark.parametrize("number", range(5))
+def test_a_lost_answer_is_no_sign_of_a_store_that_ignores_conditions(
+    proxy: FaultyProxy, bucket: str, fault: str, number: int
+) -> None:
+    store = open_store(f"{bucket}/pile")
+    proxy.schedule = lambda request: fault if request.number == number else None
+    store.check_conditional_writes("tokens/test")
+    assert len(proxy.injected) == 1 and not list(store.list())
 
 
 def test_another_writer_between_reading_and_replacing(bucket: str) -> None:

@@ -1,5 +1,6 @@
 """Several machines that write one cache in a store, each with its own working folder: nothing is lost or mixed."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from sae.cache.place import FolderPlace, claim_file
 from sae.cache.reader import Cache
 from sae.cache.store_place import StorePlace, check_address
 from sae.cache.writer import CacheWriter
-from sae.common.errors import UnavailableError, UsageError
+from sae.common.errors import DamagedError, UnavailableError, UsageError
+
+from ..faulty_proxy import faulty_proxy
 
 ROWS, D = 40, 8  # three windows of 16
 
@@ -76,7 +79,7 @@ def test_layers_that_are_sealed_at_once_are_both_there(
     writer, original = worker("first", {5: bits[5]}), getattr(StorePlace, step)
     write_windows(writer, {5: bits[5]}, [0, 1, 2])
 
-    def interrupted(self):
+    def interrupted(self, *records):
         monkeypatch.setattr(StorePlace, step, original)
         second = worker("second", {12: bits[12]})
         if step == "_seal_root":
@@ -84,7 +87,7 @@ def test_layers_that_are_sealed_at_once_are_both_there(
             second = CacheWriter(second.folder, second.identity, second.layout, second.widths, second.place)
         write_windows(second, {12: bits[12]}, [0, 1, 2])
         assert second.seal()
-        return original(self)
+        return original(self, *records)
 
     monkeypatch.setattr(StorePlace, step, interrupted)
     assert writer.seal()
@@ -107,7 +110,7 @@ def test_sealing_again_writes_nothing(
     late.place.fetch()
     with monkeypatch.context() as patch:
         patch.setattr(ObjectStore, "list", lambda *arguments: iter(()))
-        assert late.missing_windows() == {} and late.seal() and writer.seal()
+        assert late.missing_windows(range(3)) == {} and late.seal() and writer.seal()
     assert {key: store.store.head(key)["last_modified"] for key, _ in store.list()} == before
 
 
@@ -147,6 +150,103 @@ def test_what_proves_others_comes_after_them(
         chunks = [at for at, key in enumerate(written) if at >= begun and key.endswith(ends)]
         assert len(chunks) == 5 and max(chunks) < written.index(f"commits/{window:06d}.layer_05.json")
     assert written[-2:] == ["manifest.json", "zarr.json"]
+
+
+@pytest.fixture
+def other_tokens(store: ObjectStore, tmp_path: Path, tiny_cache: Cache, make_writer, finite_bits):
+    """other_tokens() -> the writer of a machine whose tokenizer cut the same text otherwise."""
+
+    def begin() -> CacheWriter:
+        local = make_writer(folder := tmp_path / "other", {5: finite_bits(ROWS, D, 5)}, 16)
+        contexts = Contexts.read(folder)
+        shutil.rmtree(folder)
+        dataclasses.replace(contexts, ids=contexts.ids + 1).write(folder)
+        shutil.copy(tiny_cache.folder / "harvest.json", folder)
+        return CacheWriter(folder, local.identity, local.layout, local.widths, StorePlace(store, folder))
+
+    return begin
+
+
+def contents(store: ObjectStore) -> dict[str, bytes]:
+    return {key: store.get(key) for key, _ in store.list()}
+
+
+def test_a_machine_with_other_tokens_is_refused_and_changes_nothing(
+    store: ObjectStore, worker, other_tokens, finite_bits
+) -> None:
+    """It began to cut the text when nothing was there."""
+    worker("first", {5: finite_bits(ROWS, D, 5)})
+    before = contents(store)
+    with pytest.raises(DamagedError, match=f"{store.url} was started with different tokens than its text gives now"):
+        other_tokens().place.begin()
+    assert contents(store) == before
+
+
+@pytest.mark.parametrize("moment", ["tokens/ids/c.0.0", "tokens/commit.json", "harvest.json"])
+def test_a_machine_with_other_tokens_is_refused_while_those_of_another_are_uploaded(
+    store: ObjectStore, worker, other_tokens, finite_bits, write_windows, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, bits = ObjectStore.put, {5: finite_bits(ROWS, D, 5)}
+
+    def interrupted(self: ObjectStore, key: str, content: bytes | Path) -> None:
+        if key == moment:
+            monkeypatch.setattr(ObjectStore, "put", put)
+            before = contents(store)
+            with pytest.raises(UsageError, match="is being begun by a harvest with other options or other tokens"):
+                other_tokens().place.begin()
+            assert before.items() <= contents(store).items()  # others of its files arrive meanwhile
+        put(self, key, content)
+
+    monkeypatch.setattr(ObjectStore, "put", interrupted)
+    writer = worker("first", bits)
+    assert ObjectStore.put is put and not store.exists("tokens/owner")
+    write_windows(writer, bits, [0, 1, 2])
+    assert writer.seal()
+    assert_whole(store, [5])
+
+
+def test_a_machine_with_other_tokens_that_comes_between_two_steps_is_refused(
+    store: ObjectStore, worker, other_tokens, finite_bits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looked for zarr.json when there was none, and the first has begun before it could say that it begins."""
+    claim = StorePlace._claim_address
+
+    def late(self: StorePlace, ours: Path) -> bytes | None:
+        monkeypatch.setattr(StorePlace, "_claim_address", claim)
+        worker("first", {5: finite_bits(ROWS, D, 5)})
+        first.update(contents(store))
+        return claim(self, ours)
+
+    first: dict[str, bytes] = {}
+    monkeypatch.setattr(StorePlace, "_claim_address", late)
+    with pytest.raises(DamagedError, match="was started with different tokens"):
+        other_tokens().place.begin()
+    assert contents(store) == first
+
+
+def test_a_harvest_with_other_options_is_refused_once_another_has_begun(
+    store: ObjectStore, worker, finite_bits, make_writer, tmp_path: Path
+) -> None:
+    worker("first", {5: finite_bits(ROWS, D, 5)})
+    before = contents(store)
+    local = make_writer(folder := tmp_path / "second", {5: finite_bits(ROWS, D, 5)}, 16, seed=1)
+    writer = CacheWriter(folder, local.identity, local.layout, local.widths, StorePlace(store, folder))
+    with pytest.raises(UsageError, match=rf"{store.url} holds another harvest .*Different: seed \(0, here 1\)"):
+        writer.place.begin()
+    assert contents(store) == before
+
+
+def test_a_store_that_ignores_conditions_is_refused_before_the_first_write(
+    store: ObjectStore, worker, finite_bits, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with faulty_proxy(s3_endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        proxy.ignored_headers = {"if-none-match"}
+        store.store = open_store(store.url).store
+        with pytest.raises(UnavailableError, match="harvest into a folder and copy it there"):
+            worker("first", {5: finite_bits(ROWS, D, 5)})
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    assert not contents(open_store(store.url))
 
 
 def test_a_working_folder_with_the_tokens_of_another_cache_gets_those_of_the_store(

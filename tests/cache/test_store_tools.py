@@ -150,6 +150,7 @@ def test_repair_harvests_and_uploads_what_is_damaged(stored: ObjectStore, kind: 
 def test_rm_asks_and_leaves_what_is_not_its_own(stored: ObjectStore) -> None:
     stored.put("notes.txt", b"mine")
     stored.put("layer_0/notes.txt", b"mine")
+    stored.put("largest/000000.layer_00", b"rows")
     before = objects(stored)
     assert "nothing was deleted" in sae("cache", "rm", stored.url, answer="n\n")
     with writer_lock(working_folder(stored.url, "--share-2-of-3"), "sae harvest --share 2/3"):

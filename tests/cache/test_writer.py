@@ -13,7 +13,7 @@ from sae.cache import writer
 from sae.cache.place import FolderPlace
 from sae.cache.reader import Cache
 from sae.cache.writer import CacheWriter, WindowRows, harvest_started
-from sae.common.cache_schemas import COMMIT_RECORD, MANIFEST_RECORD, TOKENS_RECORD
+from sae.common.cache_schemas import COMMIT_RECORD, TOKENS_RECORD
 from sae.common.errors import DamagedError, SaeError, UnavailableError, UsageError
 
 D = 8
@@ -219,16 +219,16 @@ def test_a_layer_that_is_completed_during_sealing_is_sealed_too(
     bits = {5: finite_bits(ROWS, D), 12: finite_bits(ROWS, D, 12)}
     writer = make_writer(tmp_path / "c", {5: bits[5]}, 16)
     write_windows(writer, {5: bits[5]}, [0, 1, 2])
-    original = MANIFEST_RECORD.write
+    original = FolderPlace.seal
 
-    def other_first(kind, path, content):
+    def other_first(self, *records):
         monkeypatch.undo()
         other = make_writer(tmp_path / "c", {12: bits[12]}, 16)
         write_windows(other, {12: bits[12]}, [0, 1, 2])
         assert other.seal()
-        original(path, content)
+        return original(self, *records)
 
-    monkeypatch.setattr(type(MANIFEST_RECORD), "write", other_first)
+    monkeypatch.setattr(FolderPlace, "seal", other_first)
     assert writer.seal() and Cache(tmp_path / "c").layers == [5, 12]
 
 

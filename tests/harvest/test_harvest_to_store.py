@@ -68,8 +68,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def objects_of(url: str) -> dict[str, bytes]:
+    """Without the largest rows of windows, which a disk does not have."""
     store = open_store(url)
-    return {key: store.get(key) for key, _ in store.list()}
+    return {key: store.get(key) for key, _ in store.list() if not key.startswith("largest/")}
 
 
 def another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -150,13 +151,13 @@ def test_layers_that_two_machines_complete_at_once_are_both_there(
     for number, step in enumerate(("seal", "_seal_root")):
         url, original = f"{bucket}/pile-{number}", getattr(store_place.StorePlace, step)
 
-        def second(self, url=url, step=step, original=original):
+        def second(self, *records, url=url, step=step, original=original):
             monkeypatch.setattr(store_place.StorePlace, step, original)
             before = working_folder(url)
             monkeypatch.setattr("sae.harvest.plan.working_folder", lambda *_: tmp_path / f"second-{step}")
             harvest_activations(**options | {"layers": 1}, out=url)
             monkeypatch.setattr("sae.harvest.plan.working_folder", lambda *_: before)
-            return original(self)
+            return original(self, *records)
 
         monkeypatch.setattr(store_place.StorePlace, step, second)
         harvest_activations(**options | {"layers": 0}, out=url)
@@ -201,6 +202,7 @@ def test_the_plan_counts_the_requests(options: Options, proxy: FaultyProxy, buck
     proxy.requests.clear()
     harvest_activations(**options, out=f"{bucket}/pile")
     methods = [request.method for request in proxy.requests]
+    reads -= 2 * 2 * 4  # the largest rows of four windows are read three times if there are outlier rows, here once
     assert methods.count("PUT") == pytest.approx(writes, rel=0.1)
     assert methods.count("GET") + methods.count("HEAD") == pytest.approx(reads, rel=0.1)
 

@@ -17,6 +17,7 @@ from sae.cache.layout import Hook, Layout
 from sae.cache.reader import Cache
 from sae.common.cache_schemas import HARVEST_RECORD
 from sae.common.errors import UsageError
+from sae.common.formatting import format_bytes
 from sae.common.process_group import rank_and_count
 from sae.harvest.config import HarvestConfig
 from sae.harvest.division import describe_division, weight_bytes
@@ -298,6 +299,9 @@ def test_the_plan_of_ranks_counts_windows_machines_and_weights(tiny_model: Path,
     config, widths = AutoConfig.from_pretrained(tiny_model), {Hook(0): 32, Hook(1): 32}
     said = describe_division(None, Layout(3000, 256), [0, 5, 11], 32, config, widths, "bfloat16", "cpu")
     assert said[0] == "ranks    5 processes on 3 machines: each at most 3 of 12 windows, 696 rows, 0.1 MB"
-    assert re.fullmatch(r"memory   about 0.6 MB in each process: 2 windows of .*, .* of weights on cpu", said[1])
+    weights = format_bytes(weight_bytes(config, list(widths), "bfloat16"))
+    assert re.fullmatch(
+        rf"memory   about 0.6 MB in each process: 2 windows of .*, {weights} of weights on cpu", said[1]
+    )
     shallow, whole = (weight_bytes(config, [Hook(layer)], "bfloat16") for layer in (0, 1))
     assert shallow < whole <= (tiny_model / "model.safetensors").stat().st_size < 1.05 * whole

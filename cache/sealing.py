@@ -1,0 +1,38 @@
+"""What a worker reads before it completes a cache, all of it at one moment, and what follows from it."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SealState:
+    """The records of a cache, read in this order: zarr.json, manifest.json, the commits of the arrays `names`.
+
+    A commit that another worker replaces after it was read leads to another manifest than the one that was seen: that
+    worker looks at the manifest when it has written the commit.
+    """
+
+    names: set[str]  # of the arrays that are to be complete
+    complete: set[str]  # the arrays that zarr.json lists
+    seen: bytes | None  # manifest.json; None if it is missing
+    manifest: Mapping[str, Any] | None
+    commits: Sequence[Mapping[str, Any]]  # without those whose files are lost
+
+    def has_every(self, names: Collection[str], n_windows: int) -> bool:
+        """Whether every window of these arrays is committed."""
+        found = {(commit["window"], commit["array"]) for commit in self.commits}
+        return all((window, name) in found for window in range(n_windows) for name in names)
+
+    def covers(self, names: Collection[str], max_norm: float | None) -> bool:
+        """Whether the manifest and zarr.json have these arrays, with outlier rows by this `max_norm`."""
+        statistics = self.manifest["statistics"] if self.manifest else {}
+        return all(
+            name in self.complete and name in statistics and statistics[name]["max_norm"] == max_norm for name in names
+        )
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether the manifest has the files of the commits."""
+        files = self.manifest["files"] if self.manifest else {}
+        return all(files.get(file) == record for one in self.commits for file, record in one["files"].items())

@@ -1,0 +1,66 @@
+"""What an object store's failures are told as: sentences with the address of the object and the store's own code, never
+the request, which can hold a signature.
+"""
+
+import re
+
+from ..common.errors import DamagedError, UnavailableError
+
+# What obstore's message holds where it found no credentials and asked the machine for some.
+WITHOUT_CREDENTIALS = ("169.254.", "/api/token", "token request", "MissingAccessKeyId", "MissingSecretAccessKey")
+
+
+class MissingError(DamagedError):
+    """An object is missing."""
+
+
+class TransientError(UnavailableError):
+    """A failure of a store that can pass. Made of its message alone, as errors are that are raised again."""
+
+    what = ""  # how the store failed
+
+    @classmethod
+    def of(cls, address: str, what: str) -> "TransientError":
+        error = cls(
+            f"{address}: {what}, also after several tries. Check the network and the endpoint, and run the same "
+            "command again; everything committed is safe."
+        )
+        error.what = what
+        return error
+
+
+class StoreWarning(UserWarning):
+    """A store fails, and is asked again."""
+
+
+def failure(error: Exception, address: str) -> Exception:
+    """The error with a sentence for what obstore raised: MissingError for a missing object, else UnavailableError."""
+    text = str(error)
+    code = match[1] if (match := re.search(r"<Code>(\w{1,60})</Code>", text)) else ""
+    status = int(match[1]) if (match := re.search(r"status code: (\d{3})", text)) else 0
+    answer = " ".join(filter(None, [str(status or ""), code])) or type(error).__name__
+    # Nothing else of the text goes into a message: the request in it can hold a signature.
+    if code in ("NoSuchBucket", "ContainerNotFound"):
+        return UnavailableError(f"{address}: the bucket does not exist ({answer}). Create it, or correct the address.")
+    if isinstance(error, FileNotFoundError):
+        return MissingError(f"{address} is missing. Correct the address, or run the command that wrote it again.")
+    if "Account must be specified" in text:
+        return UnavailableError(f"{address} needs the name of its account: set AZURE_STORAGE_ACCOUNT_NAME.")
+    if any(sign in text for sign in WITHOUT_CREDENTIALS):
+        return UnavailableError(
+            f"No credentials for {address} were found. Set them in the environment, such as AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY; AWS_SKIP_SIGNATURE=true reads a public bucket."
+        )
+    if status in (401, 403):
+        return UnavailableError(
+            f"{address}: the store refused the credentials ({answer}). Check them, that they have not expired, and "
+            "that they may read and write there."
+        )
+    if "BadScheme" in text:
+        return UnavailableError(
+            f"{address}: the endpoint is http://, which is not encrypted. Use https://, or set AWS_ALLOW_HTTP=true."
+        )
+    if status == 501 or (status and status < 500 and status != 429):
+        return UnavailableError(f"{address}: the store refused the request ({answer}).")
+    what = f"the store failed ({answer})" if status else "the store cannot be reached or stopped answering"
+    return TransientError.of(address, what)

@@ -1,0 +1,222 @@
+"""Workers that write and seal one cache at the same time: manifest, commits and chunks agree, whose turn it ever is."""
+
+import math
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from obstore.store import MemoryStore
+
+import sae.cache.writer as writer_module
+from sae.cache import mirror, store_place
+from sae.cache.object_store import ObjectStore
+from sae.cache.place import FolderPlace
+from sae.cache.reader import Cache
+from sae.cache.store_place import StorePlace
+from sae.cache.writer import CacheWriter
+from sae.common.cache_schemas import HARVEST_RECORD
+from sae.common.errors import DamagedError
+
+ROWS, D, WINDOW = 24, 8, 16  # two windows
+REQUEST = {"model": "none", "dataset": None, "tokens": ROWS, "context": 8, "held_out": None, "window": WINDOW}
+Bits = dict[int, np.ndarray]
+STEPS_ON_A_DISK = ("commit_files", "read_record", "publish", "create_commit", "remove_records", "seal")
+STEPS_IN_A_STORE = ("put", "get", "head", "list", "delete")
+
+
+class Turns:
+    """Lets two workers, in threads of their own, take turns: `plan` says who makes how many steps."""
+
+    def __init__(self, *plan: tuple[str, float]) -> None:
+        self.plan, self.changed, self.worker = list(plan), threading.Condition(), threading.local()
+        self.steps = {"first": 0, "second": 0}
+
+    def step(self) -> None:
+        """Called by a worker before each of its steps. Others, such as the test, make theirs at any time."""
+        if (name := getattr(self.worker, "name", None)) is not None:
+            with self.changed:
+                self.changed.wait_for(lambda: self.plan[0][0] == name)
+                self.steps[name] += 1
+                self.plan[0] = name, self.plan[0][1] - 1
+                if not self.plan[0][1]:
+                    self._next()
+
+    def whole_step(self, action: Callable[[], Any]) -> Any:
+        """What an action returns that is one step, with all that it calls."""
+        if getattr(self.worker, "is_in_step", False):
+            return action()
+        self.step()
+        self.worker.is_in_step = True
+        try:
+            return action()
+        finally:
+            self.worker.is_in_step = False
+
+    def _next(self) -> None:
+        self.plan.pop(0)
+        self.changed.notify_all()
+
+    def run(self, works: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+        """What the works of the workers return."""
+        results: dict[str, Any] = {}
+
+        def run(name: str) -> None:
+            self.worker.name = name
+            try:
+                results[name] = works[name]()
+            except DamagedError:  # another worker was replacing what it read
+                results[name] = False
+            finally:
+                with self.changed:
+                    self.plan = [turn for turn in self.plan if turn[0] != name]
+                    self.changed.notify_all()
+
+        threads = [threading.Thread(target=run, args=(name,)) for name in works]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+
+class Scene:
+    """A cache in a folder or a store, its workers, and the turns that they take."""
+
+    def __init__(self, folder: Path, stored: bool, make_writer: Callable[..., CacheWriter]) -> None:
+        self.folder, self.make_writer, self.turns = folder, make_writer, Turns()
+        self.store = ObjectStore("s3://memory/pile", SteppedStore(self)) if stored else None
+
+    def worker(self, name: str, bits: Bits) -> CacheWriter:
+        if self.store is None:
+            return self.make_writer(self.folder / "cache", bits, WINDOW)
+        local = self.make_writer(folder := self.folder / name, bits, WINDOW)
+        HARVEST_RECORD.write(folder / "harvest.json", REQUEST)
+        writer = CacheWriter(folder, local.identity, local.layout, local.widths, StorePlace(self.store, folder))
+        writer.place.begin()
+        return writer
+
+    def cache(self) -> Cache:
+        """The cache, of which every record and chunk has been verified."""
+        folder = self.folder / "cache"
+        if self.store is not None:
+            for key, _ in self.store.list():
+                (folder / key).parent.mkdir(parents=True, exist_ok=True)
+                (folder / key).write_bytes(self.store.get(key))
+        cache = Cache(folder)
+        assert len(list(cache.verify())) == len(cache.manifest["files"])
+        return cache
+
+
+class SteppedStore:
+    """A store in memory, whose requests are steps."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene, self.store = scene, MemoryStore()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in STEPS_IN_A_STORE:
+            self.scene.turns.step()
+        return getattr(self.store, name)
+
+
+class OneThread:
+    """Stands for a pool of threads, so that the steps of a worker have an order."""
+
+    def __init__(self, threads: int) -> None: ...
+
+    def __enter__(self) -> "OneThread":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def map(self, action: Callable[..., Any], items: Any) -> list[Any]:
+        return [action(item) for item in items]
+
+
+@pytest.fixture
+def scenes(tmp_path: Path, make_writer, monkeypatch: pytest.MonkeyPatch, where: str) -> Iterator[Callable[[], Scene]]:
+    """scenes() -> a new scene `where` the test says."""
+    current: list[Scene] = []
+    monkeypatch.setattr(writer_module, "ThreadPoolExecutor", OneThread)
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    for module in (mirror, store_place):
+        monkeypatch.setattr(module, "map_ahead", lambda action, items, threads=1: iter([action(one) for one in items]))
+    if where == "disk":
+        for owner, name in [(FolderPlace, name) for name in STEPS_ON_A_DISK] + [(writer_module, "write_chunk")]:
+            original = getattr(owner, name)
+
+            def stepped(*arguments, original=original):
+                return current[-1].turns.whole_step(lambda: original(*arguments))
+
+            monkeypatch.setattr(owner, name, stepped)
+
+    def begin() -> Scene:
+        shutil.rmtree(folder := tmp_path / "scene", ignore_errors=True)
+        current.append(Scene(folder, where == "store", make_writer))
+        return current[-1]
+
+    yield begin
+
+
+def harvest(writer: CacheWriter, bits: Bits, write_windows, max_norm: float | None = None) -> bool:
+    write_windows(writer, bits, list(writer.missing_windows()))
+    return writer.seal(max_norm)
+
+
+def run(scenes, write_windows, bits: tuple[Bits, Bits], *plan: tuple[str, float], norms=(None, None)) -> Turns:
+    """Two workers with these bits take turns; the cache is then whole, and each window is of one of them."""
+    scene = scenes()
+    works = {}
+    for name, one, norm in zip(("first", "second"), bits, norms, strict=True):
+        writer = scene.worker(name, one)
+        works[name] = lambda writer=writer, one=one, norm=norm: harvest(writer, one, write_windows, norm)
+    scene.turns = Turns(*plan, ("first", math.inf), ("second", math.inf))
+    sealed = scene.turns.run(works)
+    assert len(sealed) == 2 and any(sealed.values())
+    cache = scene.cache()
+    for layer in cache.layers:
+        for window in range(2):
+            chunk = cache.read_chunk(f"layer_{layer:02d}", window)
+            rows = slice(WINDOW * window, min(WINDOW * window + WINDOW, ROWS))
+            assert any(np.array_equal(chunk, one[layer][rows]) for one in bits if layer in one)
+    for layer in cache.layers:
+        allowed = {norm for one, norm in zip(bits, norms, strict=True) if layer in one}
+        assert cache.statistics(f"layer_{layer:02d}")["max_norm"] in allowed
+    assert cache.layers == sorted({*bits[0], *bits[1]})
+    return scene.turns
+
+
+def two_workers(finite_bits, added: str) -> tuple[Bits, Bits]:
+    """Of one layer, with other bytes, as another kind of GPU computes them, or of two layers."""
+    return {5: finite_bits(ROWS, D, 5)}, {5 if added == "the same layer" else 12: finite_bits(ROWS, D, 6)}
+
+
+NORMS = (1e3, 1e6)  # their --max-norm
+
+
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("where", ["disk", "store"])
+@pytest.mark.parametrize("added", ["the same layer", "another layer"])
+def test_another_worker_writes_and_seals_between_two_steps_of_the_first(
+    scenes, finite_bits, write_windows, added: str, every: int
+) -> None:
+    bits = two_workers(finite_bits, added)
+    steps = run(scenes, write_windows, bits, norms=NORMS).steps["first"]
+    assert steps > 20
+    for step in range(steps - 1, 0, -every):
+        run(scenes, write_windows, bits, ("first", step), ("second", math.inf), norms=NORMS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["disk", "store"])
+@pytest.mark.parametrize("added", ["the same layer", "another layer"])
+def test_each_of_two_workers_stops_at_a_step_for_the_other(scenes, finite_bits, write_windows, added: str) -> None:
+    bits = two_workers(finite_bits, added)
+    for step in range(1, run(scenes, write_windows, bits, norms=NORMS).steps["first"], 4):
+        alone = run(scenes, write_windows, bits, ("first", step), ("second", math.inf), norms=NORMS)
+        for others in range(1 + step % 5, alone.steps["second"], 5):
+            run(scenes, write_windows, bits, ("first", step), ("second", others), norms=NORMS)
