@@ -112,7 +112,7 @@ def test_the_l1_probe_matches_saebench(saebench, reference, words):
 
 
 def encode_like_saebench(sae: SAE, x_ND: torch.Tensor) -> torch.Tensor:
-    """Their latents to the last bit: they subtract b_dec first. The solver turns a last bit into a sixth digit."""
+    """Their latents to the last bit: they subtract b_dec first. The solver turns a last bit into a fifth digit."""
     z_NF = (x_ND - sae.b_dec * sae.pre_bias) @ sae.W_enc + sae.b_enc
     f_NF = sae.activate(z_NF, x_ND)
     torch.testing.assert_close(f_NF, sae.encode(x_ND))
@@ -139,7 +139,8 @@ def test_regressions_and_chosen_latents_match_saebench(saebench, reference, word
     record_comparison("absorption", f"{kind}: regressions on 1, 2, 3, 10 latents", fits, same)
     assert all(same.values())
     for expected, fitted in fits:
-        np.testing.assert_allclose(fitted, expected, atol=5e-6, rtol=1e-5)  # 1.5e-6 with AVX2
+        # 1.5e-6 apart with AVX2; one last bit of the latents, which differ between processors, moves a fit by 1e-5
+        np.testing.assert_allclose(fitted, expected, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
