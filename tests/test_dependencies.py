@@ -7,6 +7,7 @@ import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 from sae.common.packages import EXTRAS, numbers
 
@@ -39,25 +40,37 @@ BY_EXTRA = {extra: requirements(lines) for extra, lines in PROJECT["optional-dep
 OPTIONAL = {package for extra in EXTRAS for package in BY_EXTRA[extra]}
 
 
+class Imports(NamedTuple):
+    """The distributions whose modules a file imports, and those of them that importing the file imports."""
+
+    all: set[str]
+    while_loading: set[str]
+
+
 @functools.cache
-def third_party(path: Path, *, while_loading: bool = False) -> set[str]:
-    """The distributions whose modules a file imports; `while_loading`: only those that importing the file imports."""
-    tree, found = ast.parse(path.read_text()), set()
-    deferred = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda) if while_loading else ()
-    nodes: list[ast.AST] = [tree]
+def third_party(path: Path) -> Imports:
+    everywhere, at_once = set(), set()
+    nodes: list[tuple[ast.AST, bool]] = [(ast.parse(path.read_text()), True)]
     while nodes:
-        node = nodes.pop()
-        if isinstance(node, deferred) or (while_loading and is_for_types(node)):
-            continue
-        nodes += ast.iter_child_nodes(node)
+        node, loading = nodes.pop()
+        loading &= not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not is_for_types(node)
+        nodes += ((child, loading) for child in ast.iter_child_nodes(node))
+        found = set()
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found = {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.add(node.module.split(".")[0])
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.importorskip" and is_text(node.args[0]):
-            found.add(node.args[0].value.split(".")[0])
-    own = {"sae", *(other.stem for other in path.parent.glob("*.py"))}
-    return {DISTRIBUTIONS.get(n, n.replace("_", "-")) for n in found - own - set(sys.stdlib_module_names)}
+            found = {node.module.split(".")[0]}
+        elif isinstance(node, ast.Call) and is_importorskip(node.func) and is_text(node.args[0]):
+            found = {node.args[0].value.split(".")[0]}
+        everywhere |= found
+        at_once |= found if loading else set()
+    no_package = {"sae", *(other.stem for other in path.parent.glob("*.py")), *sys.stdlib_module_names}
+    names = [found - no_package for found in (everywhere, at_once)]
+    return Imports(*({DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in found} for found in names))
+
+
+def is_importorskip(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr == "importorskip"
 
 
 def is_text(node: ast.AST) -> bool:
@@ -75,19 +88,19 @@ def test_every_form_of_import_is_read(tmp_path: Path) -> None:
         "if TYPE_CHECKING:\n    import rich\n"
         "class A:\n    import zarr\n    def f(self):\n        import scipy.stats\n"
     )
-    assert third_party(path) == {"scikit-learn", "google-crc32c", "rich", "zarr", "scipy"}
-    assert third_party(path, while_loading=True) == {"scikit-learn", "google-crc32c", "zarr"}
+    assert third_party(path).all == {"scikit-learn", "google-crc32c", "rich", "zarr", "scipy"}
+    assert third_party(path).while_loading == {"scikit-learn", "google-crc32c", "zarr"}
 
 
 def test_what_the_package_imports_is_declared() -> None:
     """Packages of extras are imported in functions, so that everything else works without them."""
     for path in PACKAGE_FILES:
-        assert third_party(path) - CORE.keys() - OPTIONAL == set(), path
-        assert third_party(path, while_loading=True) - CORE.keys() == set(), path
+        assert third_party(path).all - CORE.keys() - OPTIONAL == set(), path
+        assert third_party(path).while_loading - CORE.keys() == set(), path
 
 
 def test_what_is_declared_is_used() -> None:
-    imported = set().union(*map(third_party, PACKAGE_FILES))
+    imported = set().union(*(third_party(path).all for path in PACKAGE_FILES))
     assert CORE.keys() - imported == set()
 
 
@@ -104,7 +117,7 @@ def test_every_extra_that_a_message_or_page_names_exists() -> None:
 
 
 def test_what_the_tests_import_is_declared() -> None:
-    imported = set().union(*map(third_party, TEST_FILES)) - {"tests"}
+    imported = set().union(*(third_party(path).all for path in TEST_FILES)) - {"tests"}
     declared = CORE.keys() | BY_EXTRA["test"].keys() | OPTIONAL
     assert imported - declared == set()
     assert BY_EXTRA["test"].keys() - imported - CORE.keys() - TOOLS - OPTIONAL == set()
