@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..cache.layout import Hook
+from ..common.bisection import smallest_bound
 from ..common.formatting import format_bytes, format_count, format_duration
 from ..harvest.architectures import parameter_count
 from .context import EvalContext
@@ -127,11 +128,8 @@ def seconds_of(metric: Metric, ctx: EvalContext, target: EvalTarget) -> float:
 def split(units: Sequence[Unit], count: int) -> list[Share]:
     """Consecutive shares of the units, of which the longest is as short as possible; none is empty without need."""
     seconds = [unit.seconds for unit in units]
-    low, high = max(seconds, default=0.0), sum(seconds)
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (low, middle) if len(cut(units, count, middle)) <= count else (middle, high)
-    shares = cut(units, count, high)
+    longest, whole = max(seconds, default=0.0), sum(seconds)
+    shares = cut(units, count, smallest_bound(longest, whole, lambda limit: len(cut(units, count, limit)) <= count))
     return [*shares, *[()] * (count - len(shares))]
 
 

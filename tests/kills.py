@@ -1,45 +1,59 @@
 """Signals at chosen instants: a process sends itself one when a file gets its name, by which it becomes whole."""
 
 import fnmatch
+import itertools
 import multiprocessing
 import os
+import random
 import signal
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 
-def run_until_killed(
-    work: Callable[..., Any], arguments: Mapping[str, Any], file: str, moment: str, by: int = signal.SIGKILL
-) -> None:
-    """Call `work` until something gets the name `file`, a pattern, and die `before` or `after` that, or so many
-    seconds later, wherever its threads then are. Without such a file the process ends by itself.
+def die_at(moment: str, number: int = 0, files: str = "*", by: int = signal.SIGKILL) -> threading.Event:
+    """Let this process send itself a signal when the file with this number, from 0, among those whose path matches
+    `files` gets its name: "before" or "after" that, so many seconds later ("0.01"), or "later", after up to 20 ms. The
+    event says that the file has come.
     """
-    met = threading.Event()
+    met, numbers = threading.Event(), itertools.count()
 
     def die() -> None:
         os.kill(os.getpid(), by)
 
-    def name(give: Callable[[Path, Path], None], source: Path, target: Path) -> None:
-        due = not met.is_set() and fnmatch.fnmatch(str(target), file)
+    def name(give: Callable[..., None], source: Any, target: Any, **more: Any) -> None:
+        due = fnmatch.fnmatch(str(target), files) and next(numbers) == number
         if due:
             met.set()
         if due and moment == "before":
             die()
-        give(source, target)
+        give(source, target, **more)
         if due and moment == "after":
             die()
         elif due and moment != "before":
-            threading.Timer(float(moment), die).start()
+            seconds = random.Random(number).uniform(0, 0.02) if moment == "later" else float(moment)
+            threading.Timer(seconds, die).start()
 
-    os.replace, os.link = partial(name, os.replace), partial(name, os.link)
+    os.replace, os.link = partial(name, os.replace), partial(name, os.link)  # a file gets its name by one of them
+    return met
+
+
+def run_until_killed(
+    work: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    file: str,
+    moment: str,
+    by: int = signal.SIGKILL,
+    number: int = 0,
+) -> None:
+    """Call `work` and die; see `die_at`. Without such a file the process ends by itself."""
+    met = die_at(moment, number, file, by)
     work(**arguments)
     if met.is_set():
-        die()  # it was faster than the timer
+        os.kill(os.getpid(), by)  # it was faster than the timer
 
 
 def finish(work: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
@@ -47,9 +61,9 @@ def finish(work: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
     assert exit_code(work, **arguments) == 0
 
 
-def kill(work: Callable[..., Any], arguments: Mapping[str, Any], file: str, moment: str) -> None:
+def kill(work: Callable[..., Any], arguments: Mapping[str, Any], file: str, moment: str, number: int = 0) -> None:
     """The same until it is killed; see `run_until_killed`."""
-    killed = exit_code(run_until_killed, work, arguments, file, moment)
+    killed = exit_code(run_until_killed, work, arguments, file, moment, number=number)
     assert killed == -signal.SIGKILL, f"there was no {file}: exit code {killed}"
 
 

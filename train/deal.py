@@ -16,7 +16,7 @@ import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-BISECTIONS = 50
+from ..common.bisection import smallest_bound
 
 
 class Work(NamedTuple):
@@ -112,14 +112,9 @@ def to_the_first_done(works: Iterable[Work], ranks: int) -> list[RankShare]:
 
 def cut(works: Sequence[Work], ranks: int) -> list[RankShare]:
     """The works in their order, cut into pieces of which the longest is as short as possible."""
-    low, high = 0.0, sum(work.alone for work in works)
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        if sum(1 for _ in pieces(works, middle)) <= ranks:
-            high = middle
-        else:
-            low = middle
-    shares = list(pieces(works, high))
+    whole = sum(work.alone for work in works)
+    seconds = smallest_bound(0.0, whole, lambda seconds: sum(1 for _ in pieces(works, seconds)) <= ranks)
+    shares = list(pieces(works, seconds))
     return shares + [RankShare() for _ in range(ranks - len(shares))]
 
 

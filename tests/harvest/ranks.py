@@ -1,14 +1,9 @@
 """Real processes of a harvest, forked so that they need not import torch: ranks without a launcher, and shares."""
 
-import itertools
 import json
 import multiprocessing
 import os
-import random
-import signal
 import socket
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,37 +15,16 @@ from sae.common.errors import SaeError
 from sae.harvest import claim, run, tasks
 from sae.harvest.run import harvest_activations
 
+from ..kills import die_at
+
 FORK = multiprocessing.get_context("fork")
 
 
 class Kill(NamedTuple):
-    """When a process kills itself: before or after the rename of its file number `file`, or up to 20 ms later."""
+    """When a process kills itself, among all files to which it gives names; see `die_at`."""
 
     moment: str
-    file: int
-
-
-def arm(kill: Kill) -> None:
-    """Make this process kill itself."""
-    numbers = itertools.count()
-
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def wrap(publish: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-        def call(source: Any, target: Any) -> None:
-            due = next(numbers) == kill.file
-            if due and kill.moment == "before":
-                die()
-            publish(source, target)
-            if due and kill.moment == "after":
-                die()
-            if due:
-                threading.Timer(random.Random(kill.file).uniform(0, 0.02), die).start()
-
-        return call
-
-    os.replace, os.link = wrap(os.replace), wrap(os.link)  # a file gets its name by one of them
+    number: int
 
 
 def harvest_noted(options: dict[str, Any], environment: dict[str, str], note: Path, kill: Kill | None) -> None:
@@ -69,7 +43,7 @@ def harvest_noted(options: dict[str, Any], environment: dict[str, str], note: Pa
 
     CacheWriter.write_window = noted  # type: ignore[method-assign]
     if kill is not None:
-        arm(kill)
+        die_at(*kill)
     said: list[str] = []
     error = ""
     try:
@@ -116,8 +90,3 @@ def start_ranks(options: list[dict[str, Any]], notes: Path, kills: dict[int, Kil
         )  # fmt: skip
         for rank, one in enumerate(options)
     ]
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """Every file of a cache but the lock."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}

@@ -15,7 +15,7 @@ from sae.harvest.plan import HarvestPlan
 from sae.harvest.progress import HarvestProgress
 from sae.harvest.run import harvest_activations
 
-from .ranks import files_of
+from .written import files_of
 
 
 @pytest.fixture

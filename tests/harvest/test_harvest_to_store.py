@@ -22,6 +22,7 @@ from sae.harvest.run import harvest_activations
 from sae.harvest.windows import WindowComputer
 
 from ..faulty_proxy import FaultyProxy, Request, faulty_proxy
+from .written import files_of, objects_of
 
 Options = dict[str, Any]
 RANK_OF_TWO = """
@@ -60,17 +61,6 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[str]]]:
 
     monkeypatch.setattr(WindowComputer, "compute", record)
     return windows
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-
-
-def objects_of(url: str) -> dict[str, bytes]:
-    """Without the largest rows of windows, which a disk does not have."""
-    store = open_store(url)
-    return {key: store.get(key) for key, _ in store.list() if not key.startswith("largest/")}
 
 
 def another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

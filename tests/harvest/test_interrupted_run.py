@@ -10,6 +10,7 @@ from sae.cli.main import app
 from sae.harvest.run import harvest_activations
 
 from ..kills import exit_code, finish, kill, run_until_killed
+from .written import files_of
 
 KILLS = [  # of over forty windows
     ("*/tokens/ids/c.*", "before"), ("*/tokens/ids/c.*", "after"), ("*/commits/000005.*", "before"),
@@ -36,11 +37,7 @@ def test_a_harvest_killed_at_any_instant_continues(tiny_model: Path, sentences: 
     finish(harvest_activations, options | {"out": killed})
     cache = Cache(killed)
     assert len(list(cache.verify())) == len(cache.manifest["files"])
-    contents = [
-        {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name[0] != "."}
-        for folder in (whole, killed)
-    ]
-    assert contents[0] == contents[1]
+    assert files_of(killed) == files_of(whole)
 
 
 def test_sigterm_acts_like_ctrl_c(tiny_model: Path, sentences: Path, tmp_path: Path, capfd) -> None:

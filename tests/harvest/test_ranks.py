@@ -27,7 +27,8 @@ from sae.harvest.request import request_differs, request_of
 from sae.harvest.run import harvest_activations
 from sae.harvest.share import HarvestShare, shares_of
 
-from .ranks import Kill, Started, files_of, start_ranks
+from .ranks import Kill, Started, start_ranks
+from .written import files_of
 
 WINDOWS = 12
 

@@ -28,6 +28,8 @@ from sae.harvest.plan import HarvestConfig, plan_harvest
 from sae.harvest.progress import HarvestProgress
 from sae.harvest.run import harvest_activations, run_harvest
 
+from .written import files_of
+
 SPECIAL = {0, 1, 2}  # pad, eos, bos
 
 
@@ -40,14 +42,6 @@ def layer_rows(cache: Cache, layer: int) -> Tensor:
 def origins(cache: Cache) -> tuple[np.ndarray, np.ndarray]:
     windows = range(cache.layout.n_windows)
     return tuple(np.concatenate([cache.read_chunk(name, w) for w in windows]) for name in ("row_ctx", "row_pos"))
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name[0] != "."
-    }
 
 
 @pytest.fixture(scope="module")

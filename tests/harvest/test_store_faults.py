@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from sae.cache.object_store import open_store
 from sae.cache.opening import open_cache
 from sae.harvest.run import harvest_activations
 
 from ..faulty_proxy import FaultyProxy, Request, faulty_proxy, fits
 from ..object_store import environment
+from .written import files_of, objects_of
 
 pytestmark = pytest.mark.slow
 
@@ -46,17 +46,6 @@ def proxy(s3_endpoint: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Ite
     with faulty_proxy(s3_endpoint) as running:
         monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
         yield running
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-
-
-def objects_of(url: str) -> dict[str, bytes]:
-    """Without the largest rows of windows, which a disk does not have."""
-    store = open_store(url)
-    return {key: store.get(key) for key, _ in store.list() if not key.startswith("largest/")}
 
 
 def key_of(request: Request) -> str:

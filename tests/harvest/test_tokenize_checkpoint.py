@@ -22,6 +22,8 @@ from sae.harvest.plan import HarvestConfig, plan_harvest
 from sae.harvest.run import run_harvest
 from sae.harvest.tokenize_checkpoint import TokenizeCheckpoint
 
+from .written import files_of
+
 DOCUMENTS = [[5 + (n * k) % 7000 for k in range(1, 3 + n % 23)] for n in range(1, 120)]  # of 2 to 24 ids
 HERE = {"some": "harvest"}
 
@@ -231,11 +233,6 @@ def test_a_harvest_killed_while_it_tokenizes(
         model=str(tiny_model), dataset=str(sentences), layers=(0,), tokens=2000, context=32, window=1024, held_out=0.2,
         device="cpu", pack=True, out=tmp_path / "whole",
     )  # fmt: skip
-
-    def files_of(folder: Path) -> dict[str, bytes]:
-        return {
-            str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name[0] != "."
-        }
 
     expected = files_of(run_harvest(plan_harvest(request)).folder)
     monkeypatch.setattr(stages, "make_contexts", functools.partial(make_contexts, checkpoint_tokens=100))

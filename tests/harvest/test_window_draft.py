@@ -17,13 +17,11 @@ from sae.harvest.plan import HarvestConfig, plan_harvest
 from sae.harvest.progress import HarvestProgress
 from sae.harvest.run import run_harvest
 
+from .written import files_of
+
 
 class Killed(BaseException):
     """Ends a harvest as kill -9 would: nothing is saved any more."""
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name[0] != "."}
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,5 @@
 """Short runs that several test files train."""
 
-import itertools
-import os
-import random
-import signal
-import threading
 from pathlib import Path
 
 import torch
@@ -14,6 +9,8 @@ from sae.train.plan import TrainConfig, plan_training
 from sae.train.recipe import find_recipe
 from sae.train.run import TrainProgress, run_training
 from sae.train.variant import RunConfig
+
+CHECKPOINTS = "*/checkpoints/*"  # the paths of their files
 
 
 def make_config(cache, *variants: str, **changes) -> TrainConfig:
@@ -35,31 +32,6 @@ def train(config: TrainConfig, report: TrainProgress | None = None) -> list[Path
     plan = plan_training(config)
     run_training(plan, report or TrainProgress())
     return [run.folder for run in plan.runs]
-
-
-def train_and_die(config: TrainConfig, file: int, moment: str) -> None:
-    """Train until SIGKILL, in a process of its own: before or after the rename of the file with this number among those
-    of all checkpoints, or up to 20 ms later, wherever the training and the writing thread then are.
-    """
-    replace, numbers = os.replace, itertools.count()
-
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def rename(source: Path, target: Path) -> None:
-        due = "checkpoints" in target.parts and next(numbers) == file
-        if due and moment == "before":
-            die()
-        replace(source, target)
-        if due and moment == "after":
-            die()
-        if due:
-            threading.Timer(random.Random(file).uniform(0, 0.02), die).start()
-
-    os.replace = rename
-    torch.set_num_threads(1)
-    train(config)
-    die()  # the last steps were faster
 
 
 SETTING = RunConfig(32, 128, 40, 64)

@@ -1,7 +1,6 @@
 """Checkpoints in the background: the bytes of a training that waits; a kill or a full disk loses nothing."""
 
 import errno
-import multiprocessing
 import random
 import re
 import shutil
@@ -26,7 +25,8 @@ from sae.train.progress import SILENT, TrainProgress
 from sae.train.recipe import RECIPES
 from sae.train.run import prepare_trainer, run_training, set_normalization
 
-from .runs import make_config, train, train_and_die
+from ..kills import kill
+from .runs import CHECKPOINTS, make_config, train
 
 NAMES = ["relu", "topk", "hierarchical-resample"]
 WAIT = 20  # seconds after which a test fails that would wait for ever
@@ -354,13 +354,9 @@ def test_fifty_kills_during_checkpoints(sparse_cache, tmp_path: Path) -> None:
     config = make_config(sparse_cache, *NAMES, out=out, **settings)
     files = random.Random(0).sample(range(3 * 20 * 2), 50)  # a state and its record, of 20 checkpoints of each run
     assert {file % 2 for file in files[:20]} == {file % 2 for file in files[20:40]} == {0, 1}
-    context = multiprocessing.get_context("fork")  # another process would have to import torch
     for number, file in enumerate(files):
         moment = ("before", "before", "after", "after", "later")[number // 10]
-        process = context.Process(target=train_and_die, args=(config, file, moment))
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+        kill(train, {"config": config}, CHECKPOINTS, moment, file)
         targets = list(out.glob("*/checkpoints/step-*"))
         if moment == "before":
             assert len([path for target in targets for path in target.glob("*.tmp-*")]) == 1

@@ -1,6 +1,5 @@
 """Training dealt to several processes: the bytes of one, whatever dies, fails or is started twice."""
 
-import itertools
 import json
 import os
 import random
@@ -26,8 +25,9 @@ from sae.train.plan import TrainConfig, TrainPlan, plan_training
 from sae.train.progress import SILENT
 from sae.train.run import run_training
 
+from ..kills import die_at
 from .launch import WAIT, Launch, contents, launch, records, wait_for
-from .runs import make_config, train
+from .runs import CHECKPOINTS, make_config, train
 from .test_checkpoint_writer import full_disk
 
 RECIPES = ["relu", "topk", "hierarchical-resample"]
@@ -126,26 +126,6 @@ def test_three_processes_and_another_number_goes_on(sparse_cache, tmp_path: Path
 # --- a process that dies ----------------------------------------------------------------------------------------------
 
 
-def die_at(moment: str, file: int, folders: str = "checkpoints") -> None:
-    """Die by SIGKILL before or after the rename of the file with this number among those of checkpoints, or later."""
-    replace, numbers = os.replace, itertools.count()
-
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def rename(source: Path, target: Path) -> None:
-        due = folders in Path(target).parts and next(numbers) == file
-        if due and moment == "before":
-            die()
-        replace(source, target)
-        if due and moment == "after":
-            die()
-        if due:
-            threading.Timer(random.Random(file).uniform(0, 0.02), die).start()
-
-    os.replace = rename
-
-
 @pytest.mark.slow
 def test_twenty_five_kills_of_each_process_in_turn(sparse_cache, tmp_path: Path, ranks_time_alike) -> None:
     """The others finish their runs, the first of them says whose are missing, and another number goes on."""
@@ -157,7 +137,7 @@ def test_twenty_five_kills_of_each_process_in_turn(sparse_cache, tmp_path: Path,
         count = 2 + number % 2
         victim, moment = (number // 2) % count, ("before", "after", "later")[number % 3]
         file = rng.randrange(2 * 20 * 2)  # a state and its record, of 20 checkpoints of at least two runs
-        kill = lambda rank: die_at(moment, file) if rank == victim else None  # noqa: B023, E731
+        kill = lambda rank: die_at(moment, file, CHECKPOINTS) if rank == victim else None  # noqa: B023, E731
         one = Launch(tmp_path / f"said{number}", count, config, before=kill)
         codes = one.end()
         speaker = min(rank for rank in range(count) if rank != victim)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
@@ -29,7 +28,8 @@ from sae.train.run import build_variant, run_training
 from sae.train.sae import load_sae
 from sae.train.shared_pass import CALIBRATION_BATCHES
 
-from .runs import make_config, train, train_and_die
+from ..kills import kill
+from .runs import CHECKPOINTS, make_config, train
 
 NAMES = ["batchtopk", "decorrelation", "relu", "topk"]
 
@@ -111,11 +111,8 @@ def test_killed_and_stopped_runs_end_as_uninterrupted_ones(sparse_cache, tmp_pat
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     settings = {"steps": 120, "checkpoint_every": 10, "log_every": 60}
     second = 2 * len(NAMES)  # the first file of the checkpoints after step 20: each run has two at a time
-    arguments = (make_config(sparse_cache, *NAMES, out=stopped, **settings), second, "before")
-    process = multiprocessing.get_context("fork").Process(target=train_and_die, args=arguments)
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    config = make_config(sparse_cache, *NAMES, out=stopped, **settings)
+    kill(train, {"config": config}, CHECKPOINTS, "before", second)
     assert len(list(stopped.glob("*/checkpoints/step-00000010/state.json"))) == len(NAMES)
     seen: list[int] = []
 
