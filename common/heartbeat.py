@@ -5,10 +5,12 @@ rank 0 (srun, mpirun). A launcher usually ends the other processes when one dies
 a machine that vanishes without closing its connections. Of a process on the same machine the system says it at once.
 """
 
+import math
 import os
 import socket
 import threading
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,28 @@ BEAT = 5.0  # seconds between two beats
 PATIENCE = 120.0  # seconds without a beat after which a process counts as dead
 START = 600.0  # seconds that a process may take to start
 FAREWELL = 1.0  # seconds in which the others, who look five times a second, see what rank 0 has seen
-GAP = (
-    5.0  # seconds between two looks that count as silence, at most: who was stopped for longer heard nothing meanwhile
-)
+GAP = 5.0  # seconds between two looks that count, at most: a process that was stopped saw nothing meanwhile
 AGAIN = "What is committed is safe; run the same command again, with any number of processes."
+
+
+class Silence:
+    """For how long a sign of life of another process has not changed, as far as this process could see.
+
+    Where this process was stopped, or its whole machine suspended, the other one may have been as well.
+    """
+
+    def __init__(self) -> None:
+        self.last: object = None
+        self.seconds, self.looked = 0.0, -math.inf
+
+    def after(self, sign: object) -> float:
+        """The seconds for which the sign has been as it is now; called at least every GAP seconds."""
+        now = time.monotonic()
+        if sign != self.last:
+            self.last, self.seconds, self.looked = sign, 0.0, now
+        self.seconds += min(now - self.looked, GAP)
+        self.looked = now
+        return self.seconds
 
 
 class Heartbeat:
@@ -30,7 +50,7 @@ class Heartbeat:
     def __init__(self, store: Any, rank: int, count: int) -> None:
         self.store, self.rank, self.count = store, rank, count
         self.started, self.steps = time.monotonic(), 0
-        self.heard: dict[int, tuple[int, float, float]] = {}  # rank -> its last beat, silence since, time of this look
+        self.silences: dict[int, Silence] = defaultdict(Silence)  # of the other ranks
         self.machine = pid_namespace()
         store.set(f"sae/machine/{rank}", f"{self.machine} {os.getpid()}")
         store.set(f"sae/name/{rank}", f"process {os.getpid()} on {socket.gethostname()}")
@@ -79,12 +99,7 @@ class Heartbeat:
         if machine and machine == self.machine and has_ended(int(process)):
             # It may have arrived, and ended well, between the two looks.
             return "" if self.store.check([f"sae/met/{self.steps}/{rank}"]) else f"{who} has ended."
-        beat = self.store.add(f"sae/beat/{rank}", 0)
-        last, silence, looked = self.heard.get(rank, (-1, 0.0, now))
-        # Where the whole machine was suspended, the others have had no time to raise their counters either.
-        silence = silence + min(now - looked, GAP) if beat == last else 0.0
-        self.heard[rank] = beat, silence, now
-        if silence > PATIENCE:
+        if self.silences[rank].after(self.store.add(f"sae/beat/{rank}", 0)) > PATIENCE:
             return f"{who} no longer runs: it has been silent for {PATIENCE:g} s."
         return ""
 

@@ -2,7 +2,8 @@
 
 A claim is a record in tokens/, made where there was none and renewed while its task works. One that has not changed for
 EXPIRY seconds is expired, and whoever makes the next one (its number is one higher) goes on with the text. Each task
-measures this time with its own clock. A task that was only slow notices at its next step that there is a later claim.
+measures this time with its own clock, without the time for which it was itself stopped. A task that was only slow
+notices at its next step that there is a later claim.
 """
 
 import contextlib
@@ -11,12 +12,12 @@ import re
 import secrets
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..cache.place import FolderPlace, claim_file
 from ..common.errors import DamagedError, UnavailableError
+from ..common.heartbeat import Silence
 
 RENEW = 10.0  # seconds
 EXPIRY = 90.0
@@ -33,8 +34,7 @@ class TextClaim:
         self.place = place
         self.owner = f"process {os.getpid()} on {socket.gethostname()} ({command})"
         self.task = secrets.token_hex(8)  # tells apart two processes of one number in two containers
-        self.seen: tuple[str, int] | None = None  # the claim of another task and its beat
-        self.seen_at = 0.0
+        self.silence = Silence()  # of the task that has the claim
         self.holder = ""  # the task that this one waits for
 
     def take(self) -> str | None:
@@ -44,10 +44,7 @@ class TextClaim:
         if claims:
             record = self.place.read_claim(claims[-1])
             self.holder = str(record["owner"]) if record else ""
-            seen = claims[-1], record["beat"] if record else -1
-            if seen != self.seen:
-                self.seen, self.seen_at = seen, time.monotonic()
-            if time.monotonic() - self.seen_at < EXPIRY:
+            if self.silence.after((claims[-1], record["beat"] if record else -1)) < EXPIRY:
                 return None
         file = claim_file(number + 1)
         return file if self.place.create_claim(file, self._record(0)) else None

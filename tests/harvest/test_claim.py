@@ -26,6 +26,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
+def waited(task: TextClaim, clock: list[float], seconds: float) -> str | None:
+    """What a task gets that looks every second for so long."""
+    for _ in range(int(seconds)):
+        clock[0] += 1
+        if file := task.take():
+            return file
+    return None
+
+
 def claims(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "tokens").iterdir())
 
@@ -45,10 +54,8 @@ def test_an_expired_claim_is_taken_over_and_its_task_notices(tmp_path: Path, clo
     with pytest.raises(ClaimLost), slow.held(file) as check:
         check()
         assert other.take() is None and third.take() is None
-        clock[0] = EXPIRY - 1
-        assert other.take() is None
-        clock[0] = EXPIRY
-        later = other.take()
+        assert waited(other, clock, EXPIRY - 1) is None
+        later = waited(other, clock, 1)
         assert later == "tokens/claim-000002.json" and third.take() is None  # the claim that it waits for is new
         check()
     assert claims(tmp_path) == ["claim-000001.json", "claim-000002.json"]  # the slow one removes nothing
@@ -62,9 +69,8 @@ def test_the_last_claim_is_removed_first(tmp_path: Path, clock: list[float], mon
     place, removed = FolderPlace(tmp_path), []
     dead, working = TextClaim(place, "dead"), TextClaim(place, "working")
     assert dead.take() and working.take() is None
-    clock[0] = EXPIRY
     monkeypatch.setattr(place, "remove_claims", removed.extend)
-    with working.held(str(working.take())):
+    with working.held(str(waited(working, clock, EXPIRY))):
         pass
     assert removed == ["tokens/claim-000002.json", "tokens/claim-000001.json"]
 
@@ -77,7 +83,7 @@ def test_a_claim_that_is_renewed_is_not_taken(tmp_path: Path, clock: list[float]
     with working.held(file):
         assert waiting.take() is None
         for _ in range(3):
-            clock[0] += EXPIRY - 1
+            assert waited(waiting, clock, EXPIRY - 1) is None
             before = place.read_claim(file)
             while place.read_claim(file) == before:  # the thread that renews it runs by the real clock
                 time.sleep(0.001)
@@ -89,8 +95,17 @@ def test_a_damaged_claim_expires(tmp_path: Path, clock: list[float]) -> None:
     (tmp_path / "tokens" / "claim-000001.json").write_text("{")
     waiting = TextClaim(FolderPlace(tmp_path), "waiting")
     assert waiting.take() is None
-    clock[0] = EXPIRY
-    assert waiting.take() == "tokens/claim-000002.json"
+    assert waited(waiting, clock, EXPIRY) == "tokens/claim-000002.json"
+
+
+def test_a_task_that_was_stopped_does_not_take_another_one_for_dead(tmp_path: Path, clock: list[float]) -> None:
+    """As on a machine that was suspended: nobody could renew a claim."""
+    working, waiting = TextClaim(FolderPlace(tmp_path), "working"), TextClaim(FolderPlace(tmp_path), "waiting")
+    assert working.take() and waiting.take() is None
+    for _ in range(3):
+        clock[0] += 100 * EXPIRY
+        assert waiting.take() is None
+    assert waited(waiting, clock, EXPIRY) == "tokens/claim-000002.json"
 
 
 def test_a_task_that_loses_its_claim_reads_the_text_of_the_other(
