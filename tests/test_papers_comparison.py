@@ -71,7 +71,7 @@ def write(scripts, design, folder, jobs, **values):
             continue
         measures = {"l0": 16.0, "kl": 0.9, "ev": 0.8} | {name: of(resolved) for name, of in values.items()}
         content = {
-            "digest": scripts.records.job_digest(design, resolved),
+            "digest": scripts.records.job_digest(design, resolved, valid),
             "metrics": {name: {"value": value} for name, value in measures.items()},
             "weights": "same" if job.seed == 0 and job.system != "topk" else job.id,
             "seconds": {"train": 36.0}, "caches": {"train": "a text"},
@@ -207,13 +207,31 @@ def test_records_of_another_design_or_rate_are_outdated_and_run_again(scripts, t
     write(scripts, design, tmp_path, of_part(scripts, design, "tune"))
     write(scripts, design, tmp_path, of_part(scripts, design, "middle"))
     changed = {**design, "revision": 2}
-    assert {one.state for one in states(scripts, changed, tmp_path).values()} == {"outdated", "waiting", "open"}
-    more = {**design, "fixed": {**design["fixed"], "test_tokens": 1}}
+    assert {one.state for one in states(scripts, changed, tmp_path).values()} == {"outdated", "waiting"}
+    more = {**design, "fixed": {**design["fixed"], "tuning_tokens": 1}}
     assert states(scripts, more, tmp_path)["gemma-2-mini/tune/relu/L12-lr0.001-s100"].state == "outdated"
     write(scripts, design, tmp_path, of_part(scripts, design, "tune"), kl=lambda job: -job.rate)
     found = states(scripts, design, tmp_path)
     assert found["gemma-2-mini/middle/relu/L12-s0"].state == "outdated"
     assert found["gemma-2-mini/tune/relu/L12-lr0.001-s100"].state == "done"
+
+
+def test_stability_waits_for_all_seeds_and_is_that_of_these_runs(scripts, tmp_path):
+    design = small_design(scripts)
+    write(scripts, design, tmp_path, of_part(scripts, design, "tune"))
+    runs = [job for job in of_part(scripts, design, "middle") if job.system == "topk"]
+    write(scripts, design, tmp_path, runs[:-1])
+    place = "gemma-2-mini/stability/topk/middle-L12"
+    assert states(scripts, design, tmp_path)[place].why == "waits for its seeds"
+    write(scripts, design, tmp_path, runs[-1:])
+    (job,) = [job for job in of_part(scripts, design, "stability") if job.system == "topk"]
+    assert states(scripts, design, tmp_path)[place].state == "open"
+    write(scripts, design, tmp_path, [job])
+    assert states(scripts, design, tmp_path)[place].state == "done"
+    more = {**design, "fixed": {**design["fixed"], "test_tokens": 1}}
+    assert states(scripts, more, tmp_path)[place].state == "waiting"
+    write(scripts, more, tmp_path, runs)
+    assert states(scripts, more, tmp_path)[place].state == "outdated"
 
 
 @pytest.mark.parametrize("content", [b"", b'{"digest": "ab', b"[1]", b"{}"])

@@ -32,6 +32,7 @@ class Job:
         l0_of: the part and system whose mean L0 is its target.
         same_as: trained only if seed 0 differs from this system's.
         of: for stability, the part of the runs.
+        seeds: for stability, their seeds.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Job:
     l0_of: tuple[str, str] | None = None
     same_as: str = ""
     of: str = ""
+    seeds: tuple[int, ...] = ()
     probes: bool = False
     seconds: float = 0.0  # estimated, of one thread
 
@@ -63,6 +65,11 @@ class Job:
         rate = f"-lr{self.rate:g}" if self.part == "tune" else ""
         l0 = f"-l0_{self.l0:g}" if self.part == "frontier" else ""
         return f"{place}/L{self.layer}{rate}{l0}-s{self.seed}"
+
+    @property
+    def runs(self) -> list[str]:
+        """For stability, the ids of the jobs that it compares."""
+        return [f"{self.model}/{self.of}/{self.system}/L{self.layer}-s{seed}" for seed in self.seeds]
 
     @property
     def unit(self) -> tuple[Any, ...]:
@@ -166,9 +173,9 @@ class Maker:
                         if seed in systems[name].get("seeds", seeds):
                             yield replace(self.job(part, name, layer, seed), block=block)
                 for name in names:
-                    if len(systems[name].get("seeds", seeds)) > 1:
+                    if len(own_seeds := systems[name].get("seeds", seeds)) > 1:
                         yield Job(
-                            self.model, "stability", block, name, layer, 0, of=part,
+                            self.model, "stability", block, name, layer, 0, of=part, seeds=tuple(own_seeds),
                             same_as=systems[name].get("same_as", ""), seconds=self.about["seconds"]["tune"],
                         )  # fmt: skip
 
@@ -268,6 +275,8 @@ def resolve(design: Mapping[str, Any], job: Job, records: Records) -> Job | str:
         own, other = (records[one].get("weights") for one in ids)
         if own == other:
             return f"same as {job.same_as}, bit for bit"
+    if any(one not in records for one in job.runs):
+        return "waits for its seeds"
     if job.rate_of:
         choice = choose_rate(design, job.model, job.rate_of, records)
         if choice is None:

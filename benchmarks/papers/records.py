@@ -20,24 +20,33 @@ from sae.train.step_version import STEP_VERSION
 
 RECORDS = HERE / "records"
 METRICS_USED = ("core", "absorption", "sae_probes", "stability")
-TEXT_SETTINGS = (
-    "tokens", "test_documents", "tuning_documents", "test_tokens", "tuning_tokens", "absorption_words", "probe_texts",
-    "datasets",
-)  # fmt: skip
+SETTINGS = ("tokens", "test_documents", "tuning_documents")  # of every job, beside its own of [fixed]
 
 State = Literal["done", "failed", "outdated", "open", "waiting", "not needed"]
 
 
-def job_digest(design: Mapping[str, Any], job: Job) -> str:
-    """A digest of everything that decides the result of a resolved job: the design, and versions of what computes."""
+def settings_of(job: Job) -> tuple[str, ...]:
+    """The entries of [fixed] that the evaluation of a job depends on."""
+    if job.part == "stability":
+        return SETTINGS
+    if job.part == "tune":
+        return (*SETTINGS, "tuning_tokens")
+    return (*SETTINGS, "test_tokens", "absorption_words", *(("probe_texts", "datasets") if job.probes else ()))
+
+
+def job_digest(design: Mapping[str, Any], job: Job, valid: Mapping[str, Mapping[str, Any]]) -> str:
+    """A digest of everything that decides the result of a resolved job: the design, versions of what computes, and for
+    stability the digests of the runs that are compared, which are among the `valid` records.
+    """
     recipe = RECIPES.get(job.recipe)
     return digest_of({
         "revision": design["revision"],
         "job": {name: list(value) if isinstance(value, tuple) else value for name, value in job.identity().items()},
-        "settings": {name: design["fixed"][name] for name in TEXT_SETTINGS},
+        "settings": {name: design["fixed"][name] for name in settings_of(job)},
         "step_version": STEP_VERSION,
         "definitions": {name: METRICS[name].definition for name in METRICS_USED},
         "defaults": {} if recipe is None else {name: repr(value) for name, value in recipe.options.items()},
+        "runs": [valid[one]["digest"] for one in job.runs],
     })[:16]  # fmt: skip
 
 
@@ -93,7 +102,7 @@ def survey(
                 if known[job.id].state == "waiting":
                     waiting.append(job)
                 continue
-            digest, record = job_digest(design, resolved), found.get(job.id)
+            digest, record = job_digest(design, resolved, valid), found.get(job.id)
             state: State = "open" if record is None else "outdated"
             if record is not None and record["digest"] == digest:
                 valid[job.id], state = record, "failed" if "failed" in record else "done"

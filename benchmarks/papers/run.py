@@ -169,14 +169,8 @@ def run(args: argparse.Namespace, design: Mapping[str, Any], say: Any = print) -
     jobs, started, begun, written = make_jobs(design), time.monotonic(), set(), 0
 
     def seed_jobs(job: Job) -> list[Job]:
-        known, _ = survey(design, jobs, args.records)
-        return [
-            one.job
-            for one in known
-            if (one.job.model, one.job.part, one.job.system, one.job.layer)
-            == (job.model, job.of, job.system, job.layer)
-            and one.state not in ("waiting", "not needed", "failed")
-        ]
+        known, valid = survey(design, jobs, args.records)
+        return [one.job for one in known if one.job.id in job.runs and "failed" not in valid[one.job.id]]
 
     bench = Bench(design, args.home.resolve(), args.records, say, commit(), seed_jobs)
     while True:
