@@ -149,7 +149,11 @@ def evaluate(
 def run_evaluate(
     plan: "EvaluatePlan", controls: "ControlsPlan | None" = None, *, as_json: bool = False, dry_run: bool = False
 ) -> int:
-    """Print a plan, train its controls, run it with a progress bar, and print its tables. Returns the exit code."""
+    """Print a plan, train its controls, run it with a progress bar, and print its tables.
+
+    Returns the exit code, which every launched process learns from the first one, once that has printed.
+    """
+    from ..common.process_group import current_process_group
     from ..evaluate.run import run_evaluation
 
     started = time.monotonic()
@@ -162,12 +166,15 @@ def run_evaluate(
         are_missing |= not train_all(controls.train, table=not as_json)  # stdout is then the rows' alone
         plan.config = replace(plan.config, controls=controls.trained_folders)
     rows = run_evaluation(plan, lambda metric: bar(f"evaluate {metric}", ""), all_rows=not QUIET)
-    if QUIET:  # the first process speaks, and its exit code is the command's: a launcher would stop it for another's
-        return 0
-    show_rows(plan, rows, as_json)
-    for line in plan.summary(rows, time.monotonic() - started):
-        echo(line)
-    return plan.exit_code(rows) or int(are_missing)
+    code = plan.exit_code(rows) or int(are_missing)
+    try:
+        if not QUIET:
+            show_rows(plan, rows, as_json)
+            for line in plan.summary(rows, time.monotonic() - started):
+                echo(line)
+    finally:  # the others wait: a launcher stops all processes as soon as one ends with an error
+        code = current_process_group().gather(code)[0]
+    return code
 
 
 def ranks_lines(plan: "EvaluatePlan") -> list[str]:

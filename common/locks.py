@@ -116,6 +116,21 @@ def was_abandoned(folder: Path) -> bool:
     return (folder / ".lock.holder").exists() and not is_locked(folder)
 
 
+def is_abandoned(path: Path) -> bool:
+    """Whether a file is there that its process removes at its end, and holds the exclusive lock on until then."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        flock(descriptor, fcntl.LOCK_SH)
+        return is_file_of(path, descriptor)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
 def acquire(path: Path, mode: int, patience: float = math.inf) -> int:
     """A file descriptor with a lock on `path`, which is created if needed.
 

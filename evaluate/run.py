@@ -65,9 +65,13 @@ def run_evaluation(
             add_notes(group_rows)
             add_control_notes(group_rows)
             rows += [row for row in group_rows if row.results or not row.is_reference]
-    errors = [error for row in rows for error in row.errors.values() if not row.is_reference]
-    if errors and all_rows and not any(row.results for row in rows):
-        raise type(errors[0])("\n".join(dict.fromkeys(map(str, errors))))
+
+    def check() -> None:
+        errors = [error for row in rows for error in row.errors.values() if not row.is_reference]
+        if errors and all_rows and not any(row.results for row in rows):
+            raise type(errors[0])("\n".join(dict.fromkeys(map(str, errors))))
+
+    ranks.everywhere(check)
     return rows
 
 

@@ -4,24 +4,28 @@ The first process deals the runs and tells the others, since a process that star
 unfinished, and no two time a step equally. Each locks the folders of its runs. From then on they share nothing but the
 files in these folders: a lock that is held says that its process works, a metrics.jsonl how far a run is, a sae.json
 that it is finished, and a note that is left beside a free lock that its process died. So a process that dies costs the
-steps of its own runs since their last checkpoints, and the others go on, unless the launcher ends them.
+steps of its own runs since their last checkpoints, and the others go on, unless the launcher ends them. A process that
+has finished its runs can die too while it waits for the others: until it has reported it holds a lock on `PRESENCE` in
+the folder of its first run.
 """
 
+import fcntl
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from math import inf
 
 from ..common.errors import Interrupted, ReportedElsewhere, SaeError, UnavailableError, UsageError
-from ..common.locks import is_locked, was_abandoned, writer_lock
+from ..common.locks import acquire, is_abandoned, is_locked, release, was_abandoned, writer_lock
 from ..common.process_group import ProcessGroup, processes_on_this_machine
 from .plan import Run, TrainPlan
 from .progress import Overview, TrainProgress
 from .run_folder import last_metrics
 from .signals import stop_on_signal
 
+PRESENCE = ".lock.rank"
 POLL_SECONDS, UPDATE_SECONDS = 0.5, 2.0
 STOP_SECONDS = 10.0  # in which the others have stopped when a launcher stops all; torchrun kills after 30
 LISTED = 5  # runs of a process, at most
@@ -43,11 +47,12 @@ def train_on_ranks(plan: TrainPlan, group: ProcessGroup, progress: TrainProgress
     with ExitStack() as locks:
         group.everywhere(partial(lock_runs, own.runs, locks, progress))
         group.everywhere(partial(require_locks, shares))
-        with stop_on_signal() as should_stop:
-            problem = attempt(lambda: train(own, watch.while_training(), should_stop), progress)
-            locks.close()
-            problem = watch.wait(should_stop, problem)
-    watch.report(problem)
+        with watch.present():
+            with stop_on_signal() as should_stop:
+                problem = attempt(lambda: train(own, watch.while_training(), should_stop), progress)
+                locks.close()
+                problem = watch.wait(should_stop, problem)
+            watch.report(problem)
 
 
 def dealt_runs(plan: TrainPlan, group: ProcessGroup) -> list[list[Run]]:
@@ -98,6 +103,29 @@ class Watch:
     def __init__(self, shares: Sequence[Sequence[Run]], group: ProcessGroup, progress: TrainProgress) -> None:
         self.shares, self.group, self.progress = shares, group, progress
         self.updated, self.metrics = 0.0, dict[str, dict[str, float]]()
+        self.leaves_early = False
+
+    @contextmanager
+    def present(self) -> Iterator[None]:
+        """Until this process has reported. It then removes its file, unless others still train: they do without it."""
+        if not (own := self.shares[self.group.rank]):
+            yield
+            return
+        path = own[0].folder / PRESENCE
+        lock = acquire(path, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            if not self.leaves_early:
+                path.unlink(missing_ok=True)
+            release(lock)
+
+    def is_absent(self, rank: int) -> bool:
+        """Whether a process has died, or was told to stop before the others had ended."""
+        runs = self.shares[rank]
+        return any(was_abandoned(run.folder) for run in runs if not run.done) or any(
+            is_abandoned(run.folder / PRESENCE) for run in runs[:1]
+        )
 
     def while_training(self) -> TrainProgress:
         """Callbacks for the runs of this process, which also update the overview."""
@@ -111,12 +139,15 @@ class Watch:
     def wait(self, should_stop: Callable[[], bool], problem: Exception | None) -> Exception | None:
         """Wait until no process trains, or told to stop, for some seconds. Returns the problem of this process."""
         until = inf
-        while any(runs and is_locked(runs[0].folder) for runs in self.shares) and time.monotonic() < until:
+        while (others_train := any(runs and is_locked(runs[0].folder) for runs in self.shares)) and (
+            time.monotonic() < until
+        ):
             if should_stop() and until == inf:
                 until = time.monotonic() + STOP_SECONDS
                 problem = problem or Interrupted("Stopped while other processes trained; this one had finished.")
             self.update()
             time.sleep(POLL_SECONDS)
+        self.leaves_early = others_train
         self.update(at_once=True)
         return problem
 
@@ -138,13 +169,11 @@ class Watch:
 
     def report(self, problem: Exception | None) -> None:
         """Raise what there is to say at the end: the first process that still runs speaks for all."""
-        if problem is not None and not isinstance(problem, SaeError):
-            raise problem  # a bug, with its traceback
         if not isinstance(problem, Interrupted):
             self.wait_for_files()
         unfinished = {rank: [run for run in runs if not run.done] for rank, runs in enumerate(self.shares)}
         died = [rank for rank, runs in unfinished.items() if any(was_abandoned(run.folder) for run in runs)]
-        is_first = self.group.rank == min(rank for rank in range(self.group.count) if rank not in died)
+        is_first = all(map(self.is_absent, range(self.group.rank)))
         if isinstance(problem, Interrupted):
             lines = [describe_unfinished(rank, unfinished[rank], True) for rank in died] if is_first else []
             raise Interrupted("\n".join([str(problem), *lines])) from None
@@ -155,6 +184,10 @@ class Watch:
         lines.append(
             f"{left} of {count} runs are not finished. The same command goes on with them, in any number of processes."
         )
+        if problem is not None and not isinstance(problem, SaeError):  # a bug, with its traceback
+            if is_first:
+                self.progress.say_problem("\n".join(lines))
+            raise problem
         message = "\n".join(lines if problem is None else [str(problem), *lines])
         kind = SaeError if problem is None else type(problem)
         raise kind(message) if is_first else ReportedElsewhere(kind.exit_code, message)

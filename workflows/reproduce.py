@@ -277,4 +277,5 @@ def run_reproduction(plan: ReproducePlan, stages: Stages) -> Reproduction:
         write_page(page, reproduction_page(report, model_name(plan)))
         stages.report(report, page)
         result.reports.append(report)
+    group.barrier()  # a launcher stops the first process, at its pages, when another ends with an error
     return result

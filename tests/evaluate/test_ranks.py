@@ -110,7 +110,7 @@ def test_three_ranks_give_the_files_and_tables_of_one_process(make_home, evaluat
     assert together[1] == alone[1] and "stability" in alone[1]
     assert without_times(together[2]) == without_times(alone[2])
     ranks = re.findall(r"^rank (\d) +(.*)", together[2], re.M)
-    assert [rank for rank, _ in ranks] == ["0", "1", "2"] and "codes 1 0 0" in together[2]
+    assert [rank for rank, _ in ranks] == ["0", "1", "2"] and "codes 1 1 1" in together[2]
     assert not list((three / "activations/evaluation/locks").glob("*.lock"))
 
 
@@ -237,11 +237,32 @@ def test_what_is_wrong_with_an_sae_is_said_by_the_first_process(make_home, evalu
     weights = home / "runs" / "a-1" / "sae.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     code, out, err = evaluate(home, 3)
-    assert code == 3 and "codes 3 0 0" in err and "does not have the checksum that sae.json records" in err
+    assert code == 3 and "codes 3 3 3" in err and "does not have the checksum that sae.json records" in err
     evaluate_here(other, *CORE, runs=["a-0", "b-0"])
     found = numbers(home)
     assert found == numbers(other) and "runs/a-1/evaluations/core.json" not in found
     assert "Traceback" not in err and err.count("checksum") == 2  # of core and of stability
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_torchrun_shows_all_tables_when_some_results_are_missing(make_home, evaluate_here, count: int) -> None:
+    """Every rank fails, and torchrun stops all when one does, so the others end after the first has printed."""
+    one, many = make_home("one"), make_home("many")
+    alone, together = evaluate_here(one), evaluate(many, count, launcher=TORCHRUN)
+    assert alone[0] == together[0] == 1 and together[1] == alone[1] and "done     in " in together[2]
+    assert "has ended" not in together[2]
+
+
+@pytest.mark.slow
+def test_every_rank_fails_where_nothing_can_be_measured(make_home, evaluate_here) -> None:
+    home = make_home("damaged")
+    for weights in home.glob("runs/*/sae.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    alone = evaluate_here(home)
+    code, out, err = evaluate(home, 3)
+    assert code == alone[0] == 3 and "codes 3 3 3" in err and out == ""
+    assert err.count("error: ") == 1 and "rank 1" not in err.replace("rank 1   ", "") and "has ended" not in err
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import torch
 
 from sae.common import locks
 from sae.common.errors import ReportedElsewhere, UnavailableError, UsageError
+from sae.common.locks import is_abandoned
 from sae.common.process_group import ProcessGroup
 from sae.train import checkpoint, ranks, shared_pass, shares
 from sae.train.deal import RankShare
@@ -234,6 +235,37 @@ def test_a_run_that_fails_costs_the_others_nothing(sparse_cache, tmp_path: Path,
     )
     ended_at = (tmp_path / "said" / "rank1.json").stat().st_mtime_ns
     assert ended_at > (out / finished / "sae.json").stat().st_mtime_ns
+
+
+@pytest.mark.slow
+def test_a_run_fails_after_the_first_process_has_finished_and_died(
+    sparse_cache, tmp_path: Path, ranks_time_alike
+) -> None:
+    """The next one gives the summary, though nothing that the first had to do is missing."""
+
+    def before(rank: int) -> None:
+        wait, write = ranks.Watch.wait, checkpoint.atomic_write
+
+        def die(*given: object) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def full(path: Path, *parts: bytes) -> None:
+            if "step-00000008" in str(path):
+                wait_for(lambda: any(is_abandoned(path) for path in out.glob(f"*/{ranks.PRESENCE}")))
+                full_disk(path)
+            write(path, *parts)
+
+        ranks.Watch.wait = die if rank == 0 else wait
+        checkpoint.atomic_write = write if rank == 0 else full
+
+    out = tmp_path / "out"
+    one = Launch(tmp_path / "said", 3, config_of(sparse_cache, out, "relu", seeds=[0, 1]), before)
+    assert one.end() == [-signal.SIGKILL, 4, 1]  # rank 2 has no runs
+    kind, message = one.said(1)["error"]
+    assert kind == "UnavailableError" and one.said(2)["error"][0] == "ReportedElsewhere"
+    assert message.startswith("The disk is full: ") and "rank 0" not in message
+    assert "rank 1 ended before it had finished " in message
+    assert "2 of 4 runs are not finished. The same command goes on with them" in message
 
 
 @pytest.mark.slow

@@ -49,6 +49,64 @@ def test_the_error_of_a_process_keeps_its_kind_and_names_what_is_left(
         watch.report(ZeroDivisionError("a bug"))
 
 
+def test_one_that_died_after_its_own_runs_leaves_the_word_to_the_next(
+    sparse_cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 has finished. Whether it lives is told by its file alone: locked, left by it, or removed at its end."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    done, *failed = planned(sparse_cache, tmp_path, seeds=[0, 1, 2])[:3]
+    shares = [[done], [failed[0]], [failed[1]]]
+    for run in (done, *failed):
+        run.folder.mkdir()
+    (done.folder / "sae.json").touch()
+    first, second, third = (ranks.Watch(shares, ProcessGroup(rank, 3), SILENT) for rank in range(3))
+
+    def kind_of(watch: ranks.Watch) -> type[SaeError]:
+        with pytest.raises(SaeError, match=FULL) as raised:
+            watch.report(UnavailableError(FULL))
+        assert raised.value.exit_code == UnavailableError.exit_code
+        return raised.type
+
+    with first.present(), second.present(), third.present():
+        assert kind_of(second) is kind_of(third) is ReportedElsewhere
+    assert kind_of(second) is ReportedElsewhere and not list(tmp_path.glob("*/.lock.rank"))
+    first.leaves_early = True
+    with first.present():
+        pass
+    assert kind_of(second) is UnavailableError
+    with second.present():
+        assert kind_of(third) is ReportedElsewhere
+    second.leaves_early = True
+    with second.present():
+        pass
+    assert kind_of(third) is UnavailableError
+
+
+def test_one_that_is_told_to_stop_before_the_others_have_ended_leaves_the_word_to_them(
+    sparse_cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "STOP_SECONDS", 0)
+    monkeypatch.setattr(ranks, "POLL_SECONDS", 0.01)
+    runs = planned(sparse_cache, tmp_path)
+    watch = ranks.Watch([runs[:1], runs[1:]], ProcessGroup(0, 2), SILENT)
+    with writer_lock(runs[1].folder, "sae train"), watch.present():
+        watch.wait(lambda: True, None)
+    assert watch.is_absent(0)
+    with watch.present():
+        watch.wait(lambda: True, None)
+    assert not watch.is_absent(0)
+
+
+def test_a_bug_hides_nothing_of_what_is_left(sparse_cache, tmp_path: Path) -> None:
+    said: list[str] = []
+    runs = planned(sparse_cache, tmp_path)
+    watch = ranks.Watch([runs[:1], runs[1:]], ProcessGroup(0, 2), TrainProgress(problem=said.append))
+    watch.wait_for_files = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError):
+        watch.report(ZeroDivisionError("a bug"))
+    assert len(said) == 1 and "2 of 2 runs are not finished" in said[0]
+
+
 def test_a_process_that_is_told_to_stop_does_not_wait_long(
     sparse_cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
