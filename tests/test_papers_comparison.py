@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -270,6 +271,21 @@ def test_the_list_says_what_is_left(scripts, tmp_path):
     (tuned,) = [line for line in lines if line.startswith("gemma-2-mini tune baselines")]
     assert tuned.split()[3:] == ["4", "0.00"]
     assert any(line.startswith("0.04 h used by 4 records") for line in lines)
+
+
+def test_only_the_records_are_committed(scripts, tmp_path, monkeypatch):
+    for name in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{name}_NAME", "a name")
+        monkeypatch.setenv(f"GIT_{name}_EMAIL", "a@b")
+    git = lambda *words: subprocess.run(["git", "-C", tmp_path, *words], check=True, capture_output=True, text=True)  # noqa: E731
+    git("init", "-q")
+    (tmp_path / "other").write_text("staged by someone else")
+    git("add", "other")
+    (job, *_) = of_part(scripts, small_design(scripts), "tune")
+    path = scripts.records.write_record(tmp_path / "records", job, {"digest": "1"})
+    scripts.run.commit_records([path], job)
+    assert git("show", "--name-only", "--format=%s").stdout.splitlines()[2:] == [f"records/{job.id}.json"]
+    assert git("status", "--porcelain").stdout == "A  other\n"
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

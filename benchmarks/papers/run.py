@@ -140,13 +140,12 @@ def describe(known: Sequence[Known], valid: Mapping[str, Mapping[str, Any]], arg
 # --- doing it ---------------------------------------------------------------------------------------------------------
 
 
-def commit_records(paths: Sequence[Path]) -> None:
+def commit_records(paths: Sequence[Path], job: Job) -> None:
     """Commit these files and nothing else."""
-    folder, names = paths[0].parent, [str(path) for path in paths]
-    subprocess.run(["git", "-C", str(folder), "add", "--", *names], check=True)
-    message = f"Records of the comparison: {paths[0].parent.parent.name} {paths[0].parent.name}, {len(paths)}"
-    done = ["git", "-C", str(folder), "commit", "-q", "-m", message, "--only", "--", *names]
-    subprocess.run(done, check=True)
+    git, names = ["git", "-C", str(paths[0].parent)], [str(path.resolve()) for path in paths]
+    subprocess.run([*git, "add", "--", *names], check=True)
+    message = f"Records of the comparison: {job.model}, {job.part} {job.block}, layer {job.layer}, seed {job.seed}"
+    subprocess.run([*git, "commit", "-q", "-m", message, "--only", "--", *names], check=True)
 
 
 def get_probe_texts() -> None:
@@ -188,7 +187,7 @@ def run(args: argparse.Namespace, design: Mapping[str, Any], say: Any = print) -
         paths = bench.run_unit(unit)
         written += len(paths)
         if args.commit:
-            commit_records(paths)
+            commit_records(paths, first)
 
 
 def main() -> None:
