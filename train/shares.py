@@ -5,6 +5,7 @@ from typing import Protocol
 
 import torch
 
+from ..cache.object_store import is_url
 from ..common.device import fix_cublas_workspace, resolve_device
 from ..common.errors import UnavailableError
 from ..common.formatting import format_bytes, format_count, format_duration
@@ -13,12 +14,19 @@ from .deal import RankShare, Work, deal
 from .estimate import MAX_OPERATIONS, OPERATIONS, RunInFolder, seconds_per_step
 from .memory import memory_bound, run_memory
 from .passes import FREE_SHARE, PassRun, add_up, copied_bytes, copies_fit, pass_memory, plan_passes
+from .sources import AnyCache, places_of
 
-READ_RATE = 2e9  # bytes a second at which a process reads batches, about (benchmarks/bench_cache.py)
+# Bytes a second at which a process reads batches, about: of a disk (benchmarks/bench_cache.py); of a store an
+# assumption, a link of 10 Gbit/s that eight processes share. What several processes of a machine read of a store is
+# pulled once while it fits the local folder, so this errs towards dealing runs that share batches to one process.
+READ_RATE, STORE_RATE = 2e9, 150e6
 
 
 class DealtRun(PassRun, RunInFolder, Protocol):
     """A run that can be dealt; `plan.Run` is one."""
+
+    @property
+    def cache(self) -> AnyCache: ...
 
 
 def deal_runs(runs: Mapping[int, DealtRun], device: str, ranks: int) -> list[RankShare]:
@@ -33,9 +41,14 @@ def deal_runs(runs: Mapping[int, DealtRun], device: str, ranks: int) -> list[Ran
     works = []
     for number, run in runs.items():
         steps = steps_left(run)
-        reading = steps * run.config.batch_size * 2 * run.config.d_in / READ_RATE
+        reading = steps * run.config.batch_size * 2 * run.config.d_in / read_rate(run)
         works.append(Work((number,), run.batches_key, steps * seconds[number], reading, parts[number]))
     return deal(works, ranks)
+
+
+def read_rate(run: DealtRun) -> float:
+    """Bytes a second at which a process reads the batches of a run, about."""
+    return STORE_RATE if any(map(is_url, places_of(run.cache))) else READ_RATE
 
 
 def steps_left(run: RunInFolder) -> int:
@@ -70,6 +83,8 @@ def describe_shares(shares: Sequence[RankShare], runs: Sequence[DealtRun], devic
     device = resolve_device(device)
     count = sum(len(share.runs) for share in shares)
     lines = [f"deal     {format_count(count, 'run')} to {len(shares)} processes, by timing a few steps of each recipe"]
+    if any(read_rate(run) == STORE_RATE for run in runs):
+        lines[0] += f"; a process is taken to read {format_bytes(STORE_RATE)} of a store per second"
     for rank, share in enumerate(shares):
         dealt = [runs[number] for number in sorted(share.runs)]
         lines.append(f"rank {rank:<3} {describe_share(dealt, share.seconds, device, memory) if dealt else 'nothing'}")

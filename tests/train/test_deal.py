@@ -158,6 +158,23 @@ def test_only_the_steps_that_are_left_count(sparse_cache, tmp_path, monkeypatch)
     assert plan_training(config).shares[0].seconds == 4 * (3 + 7)
 
 
+def test_what_is_read_of_a_store_takes_longer(sparse_cache, tmp_path, monkeypatch) -> None:
+    """So runs that share batches stay together, where those of a disk are divided; the plan says what it assumes."""
+    plan = plan_of(sparse_cache, tmp_path, monkeypatch)
+    large = [run for run in plan.runs if run.hook.layer == 0]  # 9 seconds a step for six runs
+    small = [run for run in plan.runs if run.hook.layer == 1 and run.recipe.name == "relu"][:2]  # 2 seconds
+    of_a_disk = TrainPlan(plan.config, large + small).shares
+    assert sum(share.readings for share in of_a_disk) == 3
+    monkeypatch.setattr(shares_module, "STORE_RATE", 64 * 2 * 32 / 9)  # a batch in 9 seconds
+    monkeypatch.setattr(shares_module, "places_of", lambda cache: ["activations/other", "s3://bucket/pile"])
+    of_a_store = TrainPlan(plan.config, large + small).shares
+    assert [sorted(share.runs) for share in of_a_store] == [[0, 1, 2, 3, 4, 5], [6, 7]]
+    monkeypatch.undo()
+    monkeypatch.setattr(shares_module, "places_of", lambda cache: ["s3://bucket/pile"])
+    (line, *_) = describe_shares(of_a_store, large + small, "cpu", memory=False)
+    assert line.endswith("; a process is taken to read 150.0 MB of a store per second")
+
+
 def test_the_memory_of_a_pass_counts(sparse_cache, tmp_path, monkeypatch) -> None:
     """Room for two of the six runs of a stream: three parts of one half each."""
     plan = plan_of(sparse_cache, tmp_path, monkeypatch)
