@@ -75,7 +75,7 @@ def write(scripts, design, folder, jobs, **values):
             "digest": scripts.records.job_digest(design, resolved, valid),
             "metrics": {name: {"value": value} for name, value in measures.items()},
             "weights": "same" if job.seed == 0 and job.system != "topk" else job.id,
-            "seconds": {"train": 36.0}, "caches": {"train": "a text"},
+            "seconds": {"train": 36.0}, "threads": 1, "caches": {"train": "a text"},
         }  # fmt: skip
         scripts.records.write_record(folder, job, content)
 
@@ -271,6 +271,19 @@ def test_the_list_says_what_is_left(scripts, tmp_path):
     (tuned,) = [line for line in lines if line.startswith("gemma-2-mini tune baselines")]
     assert tuned.split()[3:] == ["4", "0.00"]
     assert any(line.startswith("0.04 h used by 4 records") for line in lines)
+
+
+def test_estimates_follow_what_the_finished_jobs_took(scripts, tmp_path):
+    design = small_design(scripts)
+    jobs = of_part(scripts, design, "tune")
+    assert scripts.run.pace_of(jobs, {}) == 1
+    write(scripts, design, tmp_path, jobs)
+    known, valid = scripts.records.survey(design, jobs, tmp_path)
+    estimated = sum(job.seconds for job in jobs)
+    assert scripts.run.pace_of(jobs, valid) == pytest.approx(36 * len(jobs) / estimated)
+    two = {one: record | {"threads": 2} for one, record in valid.items()}
+    assert scripts.run.pace_of(jobs, two) == pytest.approx(1.8 * 36 * len(jobs) / estimated)
+    assert scripts.run.wall_seconds(known, 2, 1.0) == pytest.approx(estimated / 1.8)
 
 
 def test_only_the_records_are_committed(scripts, tmp_path, monkeypatch):

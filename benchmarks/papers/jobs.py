@@ -91,6 +91,11 @@ class Job:
         return {name: getattr(self, name) for name in names}
 
 
+def gain(threads: int) -> float:
+    """What threads gain over one, for estimates."""
+    return THREADS_GAIN if threads > 1 else 1.0
+
+
 def load_design(path: Path = HERE / "design.toml") -> dict[str, Any]:
     with open(path, "rb") as file:
         return tomllib.load(file)

@@ -24,7 +24,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from jobs import PARTS, THREADS_GAIN, Job, load_design, make_jobs  # noqa: E402
+from jobs import PARTS, Job, gain, load_design, make_jobs  # noqa: E402
 from records import RECORDS, Known, survey  # noqa: E402
 
 DUE = ("open", "outdated")
@@ -69,14 +69,15 @@ def chosen(known: Iterable[Known], args: argparse.Namespace) -> list[Known]:
 
 def wall_seconds(jobs: Iterable[Known], threads: int, pace: float) -> float:
     """How long jobs take."""
-    return pace * sum(one.job.seconds for one in jobs) / (THREADS_GAIN if threads > 1 else 1.0)
+    return pace * sum(one.job.seconds for one in jobs) / gain(threads)
 
 
 def pace_of(jobs: Sequence[Job], valid: Mapping[str, Mapping[str, Any]]) -> float:
-    """Seconds that the finished jobs took, over those estimated for two threads; 1 before there are any."""
-    finished = [(sum(valid[job.id]["seconds"].values()), job.seconds / THREADS_GAIN) for job in jobs if job.id in valid]
-    estimated = sum(one for _, one in finished)
-    return min(5.0, max(0.2, sum(one for one, _ in finished) / estimated)) if estimated else 1.0
+    """Seconds that the finished jobs took, over those estimated for their threads; 1 before there are any."""
+    finished = [(job.seconds / gain(valid[job.id]["threads"]), valid[job.id]) for job in jobs if job.id in valid]
+    estimated = sum(seconds for seconds, _ in finished)
+    taken = sum(sum(record["seconds"].values()) for _, record in finished)
+    return min(5.0, max(0.2, taken / estimated)) if estimated else 1.0
 
 
 def next_unit(
@@ -109,7 +110,7 @@ def next_unit(
 def set_up_seconds(design: Mapping[str, Any], home: Path, threads: int) -> dict[str, float]:
     """Model -> what making its training cache takes, if this machine does not have it."""
     return {
-        model: about["seconds"]["setup"] / (THREADS_GAIN if threads > 1 else 1.0)
+        model: about["seconds"]["setup"] / gain(threads)
         for model, about in design["model"].items()
         if not (home / "activations" / f"{model}-train" / "manifest.json").exists()
     }

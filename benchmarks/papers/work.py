@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import group_topk  # noqa: F401  (registers its recipe)
+import torch
 from jobs import Job
 from records import Known, write_record
 from split_texts import Caches, open_caches
 
-from sae.common.errors import SaeError, UnavailableError
+from sae.common.errors import Interrupted, SaeError, UnavailableError
 from sae.common.files import digest_of
 from sae.evaluate.metrics.base import MetricColumn, MetricResult
 from sae.evaluate.metrics.registry import METRICS
@@ -123,6 +124,8 @@ class Bench:
         plan = TrainPlan(TrainConfig(device="cpu", precision="float32", checkpoint_every=500), distinct)
         try:
             run_training(plan)
+        except Interrupted:
+            raise
         except SaeError:
             if not any(run.problem for run in distinct):
                 raise
@@ -199,7 +202,7 @@ class Bench:
             "id": one.job.id, "digest": one.digest, "job": one.job.identity(), "date": date.today().isoformat(),
             "commit": self.commit, "versions": {name: version(name) for name in ("torch", "numpy", "transformers")}
             | {"python": platform.python_version()},
-            "caches": caches.record(), "cpu": cpu_name(),
+            "caches": caches.record(), "cpu": cpu_name(), "threads": torch.get_num_threads(),
         }  # fmt: skip
 
     def content(
