@@ -1,13 +1,11 @@
-"""The caches under `activations/`: list, find and delete them."""
+"""The caches under `activations/`: list and find them."""
 
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..common.errors import DamagedError, SaeError, UsageError, warn_left_out
 from ..common.escaping import quote
-from ..common.files import folder_bytes, sae_home
-from ..common.locks import writer_lock
+from ..common.files import sae_home
 from .layout import Hook, is_ring_cache
 from .models import GivenModel, recorded_folders
 from .object_store import is_url
@@ -127,21 +125,3 @@ def harvest_command(model: str, hook: Hook, context: int | None = None) -> str:
     """
     length = f" --context {context}" if context else ""
     return f"sae harvest --model {quote(model)} {hook.cli_flags}{length} --tokens 1M --held-out 0.5"
-
-
-def require_cache_folder(folder: Path) -> None:
-    """Raise UsageError unless the folder is a cache, complete or not, or what is left of one."""
-    if not any((folder / record).exists() for record in ("harvest.json", "tokens/commit.json", "tokens/draft")):
-        raise UsageError(f"{folder} holds no activation cache; nothing was deleted.")
-
-
-def remove_cache(folder: Path) -> int:
-    """Delete a cache, complete or not; returns the bytes freed.
-
-    Raises UsageError if the folder is not a cache, UnavailableError if a process is writing it.
-    """
-    require_cache_folder(folder)
-    with writer_lock(folder, "sae cache rm"):
-        size = folder_bytes(folder)
-        shutil.rmtree(folder)
-    return size

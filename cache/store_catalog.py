@@ -9,8 +9,9 @@ from .consistency import is_array_name
 from .mirror import working_folder, working_folders
 from .object_store import ObjectStore, open_store
 from .reader import Cache
+from .removal import PROOFS, removal_order
 
-RECORDS = ("zarr.json", "manifest.json", "harvest.json")  # in the order in which they are deleted
+RECORDS = ("zarr.json", "manifest.json", "harvest.json")
 FOLDERS = ("commits", "largest", "row_ctx", "row_pos", "tokens")
 LIST_ATTEMPTS = 5
 
@@ -31,7 +32,7 @@ def stored_files(store: ObjectStore) -> dict[str, int]:
     Raises UsageError if there is none.
     """
     found = {key: size for key, size in store.list() if belongs(key)}
-    if not {"harvest.json", "tokens/commit.json"} & found.keys():  # a zarr.json can be that of any Zarr group
+    if not {*PROOFS} & found.keys():  # a zarr.json can be that of any Zarr group
         raise UsageError(f"{store.url} holds no activation cache; nothing was deleted.")
     return found
 
@@ -45,8 +46,8 @@ def belongs(key: str) -> bool:
 def remove_stored_cache(store: ObjectStore) -> int:
     """Delete the cache at an address, complete or not; returns the bytes freed. Other objects there stay.
 
-    zarr.json goes first, so that what an interruption leaves is no cache. Raises UsageError if there is no cache,
-    UnavailableError if a process on this machine is writing it.
+    zarr.json goes first and harvest.json last: what an interruption leaves is no cache, and the next call deletes it.
+    Raises UsageError if there is no cache, UnavailableError if a process on this machine is writing it.
     """
     size, folder = sum(stored_files(store).values()), working_folder(store.url)
     with writer_lock(folder, "sae cache rm"):
@@ -55,12 +56,13 @@ def remove_stored_cache(store: ObjectStore) -> int:
             raise locked_error(busy)
         store.delete(RECORDS[:2])
         for _ in range(LIST_ATTEMPTS):  # a listing can be out of date
-            found = sorted(key for key, _ in store.list() if belongs(key))
-            if not found:
+            files, last = removal_order(key for key, _ in store.list() if belongs(key))
+            if not files:
                 break
-            store.delete(found)
+            store.delete(files)
         else:
             raise UnavailableError(f"{store.url} still lists objects of the cache. Run the same command again.")
+        store.delete(last)
         for one in (*tasks, folder):
             shutil.rmtree(one, ignore_errors=True)
     return size

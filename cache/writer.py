@@ -30,6 +30,7 @@ from ..common.cache_schemas import (
 )
 from ..common.errors import DamagedError, SaeError, UnavailableError, UsageError
 from ..common.files import digest_of
+from ..common.locks import LOCK_FILES
 from .chunks import read_attributes, write_chunk
 from .consistency import check_commit, check_same_harvest, check_same_text
 from .layout import FORMAT, ArraySpec, Hook, Layout, commit_file, fingerprint_of, group_metadata
@@ -42,7 +43,7 @@ WRITE_THREADS = 2  # enough to saturate a disk; four are a tenth faster
 SEAL_ATTEMPTS = 20
 MEASURED_ROWS = 128  # rows per step of `norms_and_moments`: as many as fit into a core's cache
 # The files of a harvest that has no fingerprint yet; any other file means that the folder is used for something else.
-INITIAL_FILES = {"tokens", "harvest.json", "ring.json", "zarr.json", ".lock", ".lock.holder", ".lock.shared"}
+INITIAL_FILES = {"tokens", "harvest.json", "ring.json", "zarr.json", *LOCK_FILES}
 
 ChunkWrite = tuple[ArraySpec, int, np.ndarray]  # an array, the number of a chunk, its rows
 
@@ -295,7 +296,10 @@ def harvest_started(folder: Path, fingerprint: str, identity: dict[str, Any] | N
         # A name without its suffix: a killed writer may have left the temporary file of a record.
         others = {name for name in names if name.split(".tmp-")[0] not in INITIAL_FILES}
         if others:
-            raise UsageError(f"{folder} holds {min(others)}, but no activation cache. Choose a new folder with --out.")
+            left = f" (`sae cache rm {folder}` deletes what it has left)" if "harvest.json" in names else ""
+            raise UsageError(
+                f"{folder} holds {min(others)}, but no activation cache{left}. Choose a new folder with --out."
+            )
         return False
     root = folder / "zarr.json"
     theirs = read_attributes(folder)["identity"] if identity and root.exists() and existing != fingerprint else None

@@ -104,8 +104,8 @@ def repair(
 @cli_command
 def rm(folder: Place, yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False) -> None:
     """Delete a cache, after asking for confirmation."""
-    from ..cache.catalog import remove_cache, require_cache_folder
     from ..cache.object_store import check_slashes, is_url, open_store
+    from ..cache.removal import remove_cache, require_cache_folder
     from ..cache.store_catalog import remove_stored_cache, stored_files
     from ..common.errors import Interrupted
     from ..common.files import folder_bytes

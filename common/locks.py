@@ -2,6 +2,8 @@
 
 The lock is on the file `.lock` of a folder, which stays. One process holds it alone (`writer_lock`), or several
 together, each of which adds files of its own (`shared_lock`). `.lock.holder` names the process, for others to read.
+Those who read are no hindrance to them, but to one that deletes the folder: they share another lock (`reader_lock`), on
+`.lock.readers`, in which each adds a line with its name. The last one to leave removes it.
 """
 
 import contextlib
@@ -9,6 +11,7 @@ import errno
 import fcntl
 import math
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +20,7 @@ from pathlib import Path
 from .errors import UnavailableError, UsageError
 from .files import make_folder, os_error, remove_stale_files
 
+LOCK_FILES = (".lock.readers", ".lock.shared", ".lock.holder", ".lock")
 WITHOUT = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # of a file system that has no locks
 LOOK_SECONDS = 0.2  # for which the looks of other processes (`is_locked`) can be in the way of a lock
 POLL_SECONDS = 0.01, 0.2  # between two attempts to lock: at first, and at most
@@ -67,6 +71,66 @@ def shared_lock(folder: Path, command: str) -> Iterator[None]:
             stack.callback(leave, folder, all_of_them, together)
         write_note(note, command)
         yield
+
+
+@contextlib.contextmanager
+def reader_lock(folder: Path, command: str) -> Iterator[None]:
+    """Keep `folder` from being deleted by one that asks for `no_readers`, together with others that read it.
+
+    In a folder that cannot be written to and on a file system without locks nothing is locked.
+
+    Raises UnavailableError if the folder is being deleted.
+    """
+    path = folder / ".lock.readers"
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = acquire(path, fcntl.LOCK_SH, LOOK_SECONDS, in_new_folder=False)
+        except BlockingIOError:
+            raise UnavailableError(f"{folder} is being deleted by {lock_holder(folder / '.lock.holder')}.") from None
+        except OSError:
+            pass
+        else:
+            stack.callback(release, lock)
+            stack.callback(leave_readers, path, lock)
+            with contextlib.suppress(OSError), path.open("a") as names:
+                names.write(f"{describe_process(command)}\n")
+        yield
+
+
+@contextlib.contextmanager
+def no_readers(folder: Path) -> Iterator[None]:
+    """Hold `folder` against `reader_lock`. Raises UnavailableError, which names a reader, if there are some."""
+    path = folder / ".lock.readers"
+    try:
+        lock = acquire(path, fcntl.LOCK_EX, LOOK_SECONDS, in_new_folder=False)
+    except BlockingIOError:
+        raise UnavailableError(
+            f"{folder} is being read by {last_reader(path)}. Wait until it ends, or stop it first."
+        ) from None
+    except OSError as error:
+        raise os_error(error, folder) from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        release(lock)
+
+
+def last_reader(path: Path) -> str:
+    """The process that began to read last, of those that may still run: a killed one leaves its line."""
+    with contextlib.suppress(OSError):
+        for name in reversed(path.read_text().splitlines()):
+            match = re.match(r"process (\d+) on (\S+) ", name)
+            if match and not (match[2] == socket.gethostname() and not Path(f"/proc/{match[1]}").exists()):
+                return name
+    return "another process"
+
+
+def leave_readers(path: Path, lock: int) -> None:
+    """Remove the file of the readers after the last one."""
+    with contextlib.suppress(OSError):
+        flock(lock, fcntl.LOCK_EX)
+        path.unlink(missing_ok=True)
 
 
 def leave(folder: Path, all_of_them: Path, together: int) -> None:
@@ -131,15 +195,16 @@ def is_abandoned(path: Path) -> bool:
         os.close(descriptor)
 
 
-def acquire(path: Path, mode: int, patience: float = math.inf) -> int:
-    """A file descriptor with a lock on `path`, which is created if needed.
+def acquire(path: Path, mode: int, patience: float = math.inf, *, in_new_folder: bool = True) -> int:
+    """A file descriptor with a lock on `path`, which is created if needed, and its folder too if `in_new_folder`.
 
     The file can be removed by the one that holds it alone: the lock is then on a new one. Raises BlockingIOError if
     others hold it for `patience` seconds, another OSError if the file cannot be opened or its file system has no locks.
     """
     ends, (pause, longest) = time.monotonic() + patience, POLL_SECONDS
     while True:
-        make_folder(path.parent)
+        if in_new_folder:
+            make_folder(path.parent)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             flock(descriptor, mode)
@@ -222,9 +287,14 @@ def locked_error(folder: Path) -> UnavailableError:
 
 def write_note(note: Path, command: str) -> None:
     """Write who holds the lock of a folder."""
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
     with contextlib.suppress(OSError):  # a full disk is reported when something has to be written
-        note.write_text(f"process {os.getpid()} on {socket.gethostname()} ({command}) since {since}")
+        note.write_text(describe_process(command))
+
+
+def describe_process(command: str) -> str:
+    """This process, as others name it."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    return f"process {os.getpid()} on {socket.gethostname()} ({command}) since {since}"
 
 
 def lock_holder(note: Path) -> str:

@@ -1,5 +1,6 @@
 """Run an evaluation: measure every metric, in one pass of the model per text for all SAEs, and write the results."""
 
+import contextlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from ..cache.layout import Hook
 from ..cache.object_store import is_url
 from ..cache.opening import open_place
 from ..cache.reader import Cache
+from ..cache.removal import kept_caches
 from ..common.device import keep_freed_memory
 from ..common.errors import UsageError, did_you_mean
 from ..common.process_group import current_process_group, rank_and_count
@@ -56,7 +58,9 @@ def run_evaluation(
     keep_freed_memory()
     ranks = current_process_group()
     rows: list[EvalRow] = []
-    with plan.artifacts.in_use():
+    with plan.artifacts.in_use(), contextlib.ExitStack() as kept:
+        caches = kept_caches((group.cache.place for group in plan.groups), "sae evaluate")
+        ranks.everywhere(lambda: kept.enter_context(caches))
         if ranks.count > 1:
             by_group: Iterable[list[EvalRow]] = measure_over_ranks(plan, ranks, progress, all_rows)
         else:

@@ -16,6 +16,7 @@ from ..cache.concat import ConcatCache
 from ..cache.object_store import check_slashes, is_url
 from ..cache.planned import PlannedCache
 from ..cache.reader import Cache
+from ..cache.removal import kept_caches
 from ..common.device import fix_cublas_workspace, keep_freed_memory, resolve_device
 from ..common.errors import DamagedError, SaeError, UsageError, did_you_mean
 from ..common.locks import writer_lock
@@ -155,7 +156,9 @@ def train_runs(
 ) -> None:
     """Train the unfinished runs of a plan in this process, which has `locked` their folders or locks them here."""
     passes = plan.passes
-    try:
+    places = (place for runs in passes for run in runs for place in run.cache_folders)
+    with kept_caches(places, "sae train"), contextlib.ExitStack() as expected:
+        expected.callback(expect_nothing, passes)
         for number, runs in enumerate(passes):
             expect(passes[number:], progress.say)
             with contextlib.ExitStack() as locks:
@@ -167,8 +170,6 @@ def train_runs(
                         set_normalization(trainer, trainer.run.cache)
                 with CheckpointWriter(device, plan.in_background) as writer:
                     train_passes(shared_passes(trainers, plan.config, progress, should_stop, writer))
-    finally:
-        expect_nothing(passes)
     raise_problems(plan)
 
 

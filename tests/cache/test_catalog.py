@@ -1,4 +1,4 @@
-"""The caches under activations/: which one is found, and which folders may be deleted."""
+"""The caches under activations/: which one is found."""
 
 import shutil
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sae.cache.catalog import find_by_fingerprint, find_cache, list_caches, remove_cache
+from sae.cache.catalog import find_by_fingerprint, find_cache, list_caches
 from sae.cache.layout import Hook
 from sae.cache.reader import Cache
 from sae.common.errors import DamagedError, LeftOutWarning, SaeError, UsageError
@@ -103,13 +103,3 @@ def test_a_cache_is_found_by_its_fingerprint_wherever_a_good_copy_is(tmp_path: P
     shutil.rmtree(moved)
     with pytest.raises(DamagedError, match="old/zarr.json cannot be read"):  # not that there is no cache
         find_by_fingerprint(cache.fingerprint, cache.folder, activations)
-
-
-def test_only_a_cache_is_deleted(cache: Cache, tmp_path: Path) -> None:
-    other = tmp_path / "other.zarr"
-    other.mkdir()
-    (other / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
-    for folder in (other, cache.folder / "layer_05"):
-        with pytest.raises(UsageError, match="holds no activation cache; nothing was deleted"):
-            remove_cache(folder)
-        assert (folder / "zarr.json").exists()

@@ -12,6 +12,7 @@ from sae.cache.mirror import working_folder, working_folders
 from sae.cache.object_store import ObjectStore, open_store
 from sae.cache.opening import open_cache
 from sae.cache.reader import Cache
+from sae.cache.store_catalog import remove_stored_cache
 from sae.cli.main import app
 from sae.common.errors import DamagedError
 from sae.common.locks import writer_lock
@@ -160,6 +161,35 @@ def test_rm_asks_and_leaves_what_is_not_its_own(stored: ObjectStore) -> None:
     assert f"{stored.url} deleted, {size / 1e6:.1f} MB freed" in sae("cache", "rm", stored.url, "--yes")
     assert objects(stored) == {"notes.txt": b"mine", "layer_0/notes.txt": b"mine"} and not working_folders(stored.url)
     assert "holds no activation cache; nothing was deleted" in sae("cache", "rm", stored.url, "--yes", code=2)
+
+
+def test_a_deletion_that_is_killed_is_finished_by_the_next(
+    stored: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the first object on it is no cache, and until the last one it is recognized as what is left of one."""
+    before, delete = objects(stored), ObjectStore._delete
+
+    class Killed(BaseException):
+        pass
+
+    for number in (1, 2, 3, 8, len(before) - 2, len(before) - 1):
+        left = iter(range(number))
+
+        def some(store: ObjectStore, keys: list[str]) -> None:
+            for key in keys:
+                if next(left, None) is None:  # noqa: B023
+                    raise Killed
+                delete(store, [key])
+
+        for name, data in before.items():
+            stored.put(name, data)
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(ObjectStore, "_delete", some)
+            remove_stored_cache(stored)
+        there = objects(stored).keys()
+        assert len(there) == len(before) - number and "zarr.json" not in there and "harvest.json" in there
+        remove_stored_cache(stored)
+        assert not objects(stored)
 
 
 def test_other_programs_read_the_same_address(stored: ObjectStore, tiny_cache: Cache, s3_endpoint: str) -> None:

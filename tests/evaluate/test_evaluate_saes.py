@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import sae
-from sae.common.errors import UsageError
+from sae.common.errors import UnavailableError, UsageError
+from sae.common.locks import no_readers
+from sae.evaluate.measure import no_progress_bar
 from sae.evaluate.plan import EvaluateConfig
 from sae.evaluate.run import evaluate
 from sae.train.activation_functions import BatchTopK, ReLU
@@ -59,6 +61,21 @@ def test_run_folders_are_evaluated_as_by_the_command(tiny_cache, home):
     broken.mkdir()
     with pytest.raises(UsageError, match="broken"):  # the others are not measured without it
         sae.evaluate_saes([*folders, broken], references=False, force=True, **ASKED)
+
+
+def test_a_cache_is_kept_from_deletion_while_it_is_read(tiny_cache, home):
+    looks = []
+
+    def look(title):
+        looks.append(title)
+        with pytest.raises(UnavailableError, match=r"is being read by process \d+ on \S+ \(sae evaluate\)"):
+            with no_readers(tiny_cache.folder):
+                pass
+        return no_progress_bar(title)
+
+    sae.evaluate_saes({"half": Half()}, cache=tiny_cache, layer=1, references=False, progress=look, **ASKED)
+    with no_readers(tiny_cache.folder):
+        assert looks == ["core"]
 
 
 def test_what_an_object_cannot_have_is_a_sentence_in_its_row(tiny_cache, home):

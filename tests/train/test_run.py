@@ -18,8 +18,9 @@ from sae.cache.chunks import write_chunk
 from sae.cache.loader import BatchLoader
 from sae.cache.opening import open_cache
 from sae.common.cache_schemas import MANIFEST_RECORD
-from sae.common.errors import Interrupted, LeftOutWarning, SaeError, UsageError
+from sae.common.errors import Interrupted, LeftOutWarning, SaeError, UnavailableError, UsageError
 from sae.common.files import read_json
+from sae.common.locks import no_readers
 from sae.train.checkpoint import restore_checkpoint
 from sae.train.loop import Trainer
 from sae.train.plan import TrainConfig, default_log_interval, plan_training
@@ -73,6 +74,23 @@ def test_the_loaded_sae_of_centered_rows_is_the_trained_one_on_raw_rows(sparse_c
     torch.testing.assert_close(f_BF, step.f_BF * variant.scale, rtol=1e-4, atol=1e-4)
     raw_BD = step.recon_BD * variant.scale + variant.mean_D
     torch.testing.assert_close(loaded.decode(f_BF), raw_BD, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_is_kept_from_deletion_while_it_is_read(sparse_cache) -> None:
+    """Until the last pass has ended, also by those of another layer."""
+    looks: list[int] = []
+
+    def look(step: int, steps: int, metrics: object) -> None:
+        if step < steps:
+            return
+        looks.append(step)
+        with pytest.raises(UnavailableError, match=r"is being read by process \d+ on \S+ \(sae train\)"):
+            with no_readers(sparse_cache.folder):
+                pass
+
+    train(make_config(sparse_cache, "relu", layers=[0, 1]), TrainProgress(step=look))
+    with no_readers(sparse_cache.folder):
+        assert looks == [12, 12]
 
 
 def test_a_batchtopk_is_calibrated_on_the_batches_after_its_last(sparse_cache) -> None:

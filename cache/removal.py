@@ -1,0 +1,93 @@
+"""Delete a cache, and keep one that is read from being deleted."""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ..common.errors import UsageError
+from ..common.files import folder_bytes, os_error
+from ..common.locks import LOCK_FILES, no_readers, reader_lock, writer_lock
+from .object_store import is_url
+
+PROOFS = ("harvest.json", "tokens/commit.json")  # of which a cache, or what is left of one, has at least one
+DRAFT = "tokens/draft/"  # another one
+# Without zarr.json it is no cache, and without its commits a harvest does not look at the other files.
+FIRST = ("zarr.json", "manifest.json", "commits/", "tokens/commit.json")
+
+
+def removal_order(files: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The files of a cache in the order in which they are deleted, and the one that goes last, in a list.
+
+    Whenever this is interrupted, what is left is no cache, and is recognized as what is left of one.
+    """
+    files = {*files}
+    last = [file for file in PROOFS if file in files][:1]
+
+    def place(file: str) -> tuple[int, str]:
+        first = (number for number, part in enumerate(FIRST) if file.startswith(part))
+        return next(first, len(FIRST) + file.startswith(DRAFT)), file
+
+    return sorted(files - set(last), key=place), last
+
+
+def require_cache_folder(folder: Path) -> None:
+    """Raise UsageError unless the folder is a cache, complete or not, or what is left of one."""
+    if not (any((folder / proof).exists() for proof in (*PROOFS, DRAFT)) or is_emptied(folder)):
+        raise UsageError(f"{folder} holds no activation cache; nothing was deleted.")
+
+
+def is_emptied(folder: Path) -> bool:
+    """Whether a folder is empty or holds nothing but its lock: what a deletion that was killed at its end leaves."""
+    if not folder.is_dir():
+        return False
+    files = files_of(folder)
+    return ".lock" in files and set(files) <= set(LOCK_FILES) or not any(folder.iterdir())
+
+
+def files_of(folder: Path) -> list[str]:
+    """The files under a folder, relative to it; a link to a folder counts as a file."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        links = (name for name in folders if os.path.islink(os.path.join(parent, name)))
+        found += [Path(parent, name).relative_to(folder).as_posix() for name in (*names, *links)]
+    return found
+
+
+def remove_cache(folder: Path) -> int:
+    """Delete a cache, complete or not; returns the bytes freed. Interrupted, it is finished by another call.
+
+    Raises UsageError if the folder is not a cache, UnavailableError if a process is writing or reading it.
+    """
+    require_cache_folder(folder)
+    with writer_lock(folder, "sae cache rm"), no_readers(folder):
+        size = folder_bytes(folder)
+        files, last = removal_order({*files_of(folder)} - {*LOCK_FILES})
+        try:
+            for file in (*files, *last):
+                (folder / file).unlink(missing_ok=True)
+            for parent, _, _ in os.walk(folder, topdown=False):
+                if Path(parent) != folder:
+                    os.rmdir(parent)
+            for file in LOCK_FILES:
+                (folder / file).unlink(missing_ok=True)
+            os.rmdir(folder.resolve())
+            if folder.is_symlink():
+                folder.unlink()
+        except OSError as error:
+            raise os_error(error, Path(error.filename or folder)) from error
+    return size
+
+
+@contextlib.contextmanager
+def kept_caches(places: Iterable[str], command: str) -> Iterator[None]:
+    """Keep the caches in these folders from being deleted while they are read. Of those at an address none is locked.
+
+    Raises UsageError if one has been deleted since it was opened, UnavailableError if one is being deleted.
+    """
+    with contextlib.ExitStack() as stack:
+        for folder in (Path(place) for place in sorted(set(places)) if not is_url(place)):
+            stack.enter_context(reader_lock(folder, command))
+            if not (folder / "zarr.json").exists():
+                raise UsageError(f"{folder} holds no activation cache any more: it has been deleted.")
+        yield
