@@ -38,11 +38,8 @@ def require_cache_folder(folder: Path) -> None:
 
 
 def is_emptied(folder: Path) -> bool:
-    """Whether a folder is empty or holds nothing but its lock: what a deletion that was killed at its end leaves."""
-    if not folder.is_dir():
-        return False
-    files = files_of(folder)
-    return ".lock" in files and set(files) <= set(LOCK_FILES) or not any(folder.iterdir())
+    """Whether a folder holds nothing but its lock: what a deletion that was killed near its end leaves."""
+    return folder.is_dir() and {".lock"} <= {*files_of(folder)} <= {*LOCK_FILES}
 
 
 def files_of(folder: Path) -> list[str]:

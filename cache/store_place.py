@@ -20,6 +20,7 @@ from ..common.cache_schemas import (
     CACHE_RECORD,
     CLAIM_RECORD,
     COMMIT_RECORD,
+    HARVEST_RECORD,
     MANIFEST_RECORD,
     REPAIR_HINT,
     TOKENS_RECORD,
@@ -115,7 +116,7 @@ class StorePlace(FolderPlace):
             self._check_same_start(ours, theirs)
         if self.store.find("tokens/commit.json") != (self.folder / "tokens/commit.json").read_bytes():
             self.publish_tokens()
-        self._push_if_changed("harvest.json")
+        self._push_request()
         arrays = [f"{path.parent.name}/zarr.json" for path in self.folder.glob("*/zarr.json")]
         if theirs is None and not self.store.put_if_absent("zarr.json", ours.read_bytes()):
             theirs = self.store.get("zarr.json")  # of another worker of this harvest
@@ -159,6 +160,24 @@ class StorePlace(FolderPlace):
         records = {f"{name}/zarr.json" for name in {"tokens", *map(array_of, files)}}
         self.mirror.push([*sorted(records), *files])
         self.mirror.push(["tokens/commit.json"])
+
+    def _push_request(self) -> None:
+        """Upload harvest.json, with the modules of layers that other tasks have added in the meantime."""
+        path, address = self.folder / "harvest.json", self.store.address("harvest.json")
+        for _ in range(SEAL_ATTEMPTS):
+            theirs = self.store.find("harvest.json")
+            if theirs is None:
+                done = self.store.put_if_absent("harvest.json", path.read_bytes())
+            else:
+                with contextlib.suppress(DamagedError):  # one that cannot be read is replaced
+                    there, ours = HARVEST_RECORD.parse(theirs, address), HARVEST_RECORD.read(path)
+                    modules = there.get("modules", {}) | ours.get("modules", {})
+                    HARVEST_RECORD.write_if_changed(path, {**ours, "modules": dict(sorted(modules.items()))})
+                ours_now = path.read_bytes()
+                done = theirs == ours_now or self.store.replace("harvest.json", ours_now, theirs)
+            if done:
+                return
+        raise UnavailableError(f"{self.store.url} is being changed by others all the time. Run the same command again.")
 
     def _push_if_changed(self, name: str) -> None:
         data = (self.folder / name).read_bytes()

@@ -20,7 +20,7 @@ from pathlib import Path
 from .errors import UnavailableError, UsageError
 from .files import make_folder, os_error, remove_stale_files
 
-LOCK_FILES = (".lock.readers", ".lock.shared", ".lock.holder", ".lock")
+LOCK_FILES = (".lock.request", ".lock.readers", ".lock.shared", ".lock.holder", ".lock")
 WITHOUT = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # of a file system that has no locks
 LOOK_SECONDS = 0.2  # for which the looks of other processes (`is_locked`) can be in the way of a lock
 POLL_SECONDS = 0.01, 0.2  # between two attempts to lock: at first, and at most

@@ -1,6 +1,7 @@
 """harvest.json: the request for a cache, from which `sae cache repair` repeats the harvest."""
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from ..cache.reader import read_hook_modules
 from ..common.cache_schemas import HARVEST_RECORD
 from ..common.environment import environment_record
 from ..common.errors import DamagedError
+from ..common.locks import held_if_possible
 from ..common.records import as_read
 from ..common.special_tokens import token_text
 from .plan import HarvestPlan
@@ -49,6 +51,17 @@ def request_of(plan: HarvestPlan) -> dict[str, Any]:
         "modules": dict(sorted(modules.items())),
         "environment": environment,
     }
+
+
+@contextlib.contextmanager
+def request_turn(folder: Path) -> Iterator[None]:
+    """For reading harvest.json and writing it: two tasks that add other layers keep each other's."""
+    lock = folder / ".lock.request"
+    with held_if_possible(lock):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def request_differs(plan: HarvestPlan) -> bool:

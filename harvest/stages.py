@@ -18,7 +18,7 @@ from .load_errors import translate_model_errors
 from .model import LanguageModel, load_trunk
 from .plan import HarvestPlan
 from .progress import HarvestProgress
-from .request import request_of
+from .request import request_of, request_turn
 from .tokenize_checkpoint import TokenizeCheckpoint, remove_checkpoint
 from .windows import WindowComputer, write_windows
 
@@ -29,7 +29,8 @@ def start_cache(plan: HarvestPlan, check: Callable[[], None] = lambda: None) -> 
     `check` is called before each step; what it raises ends the work.
     """
     contexts = read_or_tokenize(plan, check)
-    HARVEST_RECORD.write_if_changed(plan.folder / "harvest.json", request_of(plan))
+    with request_turn(plan.folder):
+        HARVEST_RECORD.write_if_changed(plan.folder / "harvest.json", request_of(plan))
     writer = CacheWriter(plan.folder, plan.identity, cache_layout(plan, contexts), plan.widths, plan.place)
     writer.place.begin()
     remove_checkpoint(plan.folder)  # from here on the tokens are read, never made again

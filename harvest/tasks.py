@@ -10,7 +10,7 @@ from ..common.locks import shared_lock, writer_lock
 from .claim import ClaimLost, TextClaim
 from .plan import HarvestPlan
 from .progress import HarvestProgress
-from .request import request_differs, request_of
+from .request import request_differs, request_of, request_turn
 from .share import shares_of
 from .stages import check_folder, check_space_for_text, harvest_windows, open_cache, start_cache
 from .window_draft import remove_draft
@@ -69,8 +69,9 @@ def begin_together(plan: HarvestPlan, progress: HarvestProgress) -> tuple[CacheW
             progress.say(f"Waiting for the text, which {claim.holder} cuts. To cut it beforehand: --prepare.")
             told = claim.holder
         time.sleep(POLL if plan.store is None else POLL_STORE)
-    if request_differs(plan):
-        HARVEST_RECORD.write(plan.folder / "harvest.json", request_of(plan))
+    with request_turn(plan.folder):
+        if request_differs(plan):
+            HARVEST_RECORD.write(plan.folder / "harvest.json", request_of(plan))
     writer, contexts = open_cache(plan)
     writer.place.begin()
     writer.place.remove_claims(reversed(writer.place.claim_files()))  # of a task that died once the text was cut

@@ -13,11 +13,13 @@ import pytest
 
 from sae.cache import store_place
 from sae.cache.mirror import working_folder
-from sae.cache.object_store import open_store
-from sae.common.cache_schemas import CACHE_RECORD
+from sae.cache.object_store import ObjectStore, open_store
+from sae.cache.store_place import StorePlace
+from sae.common.cache_schemas import CACHE_RECORD, HARVEST_RECORD
 from sae.common.errors import UnavailableError, UsageError
 from sae.harvest.config import HarvestConfig
 from sae.harvest.plan import plan_harvest
+from sae.harvest.request import request_of
 from sae.harvest.run import harvest_activations
 from sae.harvest.windows import WindowComputer
 
@@ -48,6 +50,31 @@ def proxy(s3_endpoint: str, bucket: str, monkeypatch: pytest.MonkeyPatch):
     with faulty_proxy(s3_endpoint) as running:
         monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
         yield running
+
+
+def test_tasks_that_add_other_layers_at_once_keep_each_other_s_modules(
+    options: Options, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """harvest.json of one task arrives between the look of the other and its upload, when it is new and later."""
+    store, find = open_store(f"{bucket}/pile"), ObjectStore.find
+    places = [StorePlace(store, tmp_path / str(number)) for number in range(3)]
+    request = request_of(plan_harvest(HarvestConfig(**options | {"layers": (0,)}, out=tmp_path / "cache")))
+    for number, place in enumerate(places):
+        place.folder.mkdir()
+        modules = {f"layer_{number:02d}": f"model.layers.{number}"}
+        HARVEST_RECORD.write(place.folder / "harvest.json", request | {"modules": modules})
+
+    def find_late(self: ObjectStore, key: str) -> bytes | None:
+        seen = find(self, key)
+        if others:
+            others.pop()._push_request()
+        return seen
+
+    others: list[StorePlace] = [places[1], places[2]]
+    monkeypatch.setattr(ObjectStore, "find", find_late)
+    places[0]._push_request()
+    record = HARVEST_RECORD.parse(store.get("harvest.json"), "harvest.json")
+    assert list(record["modules"]) == ["layer_00", "layer_01", "layer_02"] and not others
 
 
 @pytest.fixture

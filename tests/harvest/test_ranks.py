@@ -1,5 +1,6 @@
 """Several processes write the bytes of one: ranks, shares, and either of them killed at any moment."""
 
+import contextlib
 import itertools
 import os
 import random
@@ -7,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,12 @@ from sae.common.cache_schemas import HARVEST_RECORD
 from sae.common.errors import UsageError
 from sae.common.formatting import format_bytes
 from sae.common.process_group import rank_and_count
+from sae.common.records import RecordKind
 from sae.harvest.config import HarvestConfig
 from sae.harvest.division import describe_division, weight_bytes
 from sae.harvest.plan import HarvestPlan, plan_harvest
 from sae.harvest.progress import HarvestProgress
-from sae.harvest.request import request_differs, request_of
+from sae.harvest.request import request_differs, request_of, request_turn
 from sae.harvest.run import harvest_activations
 from sae.harvest.share import HarvestShare, shares_of
 
@@ -292,6 +296,30 @@ def test_the_record_of_a_request_says_nothing_of_tasks(options: dict, tmp_path: 
     assert request_differs(both) and not request_differs(one)
     HARVEST_RECORD.write(tmp_path / "harvest.json", request_of(both) | {"device": "cuda"})
     assert not request_differs(both) and not request_differs(one)  # which keeps the layers that are there
+
+
+def test_tasks_that_add_other_layers_at_once_keep_each_other_s_modules(
+    options: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one reads harvest.json while the other is about to replace it."""
+    plans = [plan_harvest(HarvestConfig(**options | {"layers": (layer,)}, out=tmp_path)) for layer in (0, 1)]
+    write, inside = RecordKind.write, threading.Barrier(2)
+
+    def write_together(self: RecordKind, path: Path, content: Any) -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            inside.wait(0.3)  # broken where the other one has to wait
+        write(self, path, content)
+
+    def record(plan: HarvestPlan) -> None:
+        with request_turn(plan.folder):
+            assert request_differs(plan)
+            HARVEST_RECORD.write(plan.folder / "harvest.json", request_of(plan))
+
+    monkeypatch.setattr(RecordKind, "write", write_together)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(record, plans))
+    assert list(HARVEST_RECORD.read(tmp_path / "harvest.json")["modules"]) == ["layer_00", "layer_01"]
+    assert [path.name for path in tmp_path.iterdir()] == ["harvest.json"]
 
 
 def test_the_plan_of_ranks_counts_windows_machines_and_weights(tiny_model: Path, monkeypatch) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from sae.cache.catalog import remove_cache
 from sae.cache.reader import Cache
 from sae.cache.record_files import record_files
+from sae.cache.removal import remove_cache
 from sae.common import records
 from sae.common.cache_schemas import CACHE_RECORD, COMMIT_RECORD, HARVEST_RECORD
 from sae.common.errors import DamagedError, SaeError, UsageError
