@@ -144,6 +144,10 @@ def harvest(
     ] = "bfloat16",
 ) -> None:
     """Run a language model over text and write its activations to a cache (by default layers 5, 12 and 19)."""
+    from ..harvest.share import HarvestShare
+
+    if share is not None:
+        HarvestShare.parse(share)  # before the imports, which take seconds
     from ..cache.object_store import folder_or_url
     from ..harvest.config import LAYERS, HarvestConfig
 

@@ -59,17 +59,29 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 
 
-def test_help_lists_the_commands_and_does_not_import_torch():
-    code = (
+def without_imports(*words: str) -> subprocess.CompletedProcess[str]:
+    """A command of the real program, which ends before anything heavy is imported."""
+    shown = python(
         "import sys\n"
         "from sae.cli.main import app\n"
-        "try:\n    app(['--help'])\n"
-        "except SystemExit:\n    pass\n"
-        "print('heavy:', sorted({'torch', 'transformers', 'datasets', 'zarr', 'numpy'} & set(sys.modules)))"
+        f"try:\n    app({list(words)})\n"
+        "except SystemExit as ended:\n    code = ended.code\n"
+        "print('heavy:', sorted({'torch', 'transformers', 'datasets', 'zarr', 'numpy'} & set(sys.modules)))\n"
+        "sys.exit(code)"
     )
-    shown = python(code)
-    assert shown.returncode == 0, shown.stderr
     assert "heavy: []" in shown.stdout
+    return shown
+
+
+def test_a_share_that_does_not_exist_is_refused_at_once():
+    shown = without_imports("harvest", "--share", "0/4")
+    assert shown.returncode == BAD_USAGE
+    assert shown.stderr.startswith("error: invalid --share 0/4: shares are numbered from 1 to 4.")
+
+
+def test_help_lists_the_commands_and_does_not_import_torch():
+    shown = without_imports("--help")
+    assert shown.returncode == 0, shown.stderr
     for command in ("demo", "harvest", "train", "evaluate", "variants", "cache"):
         assert re.search(rf"\b{command}\b", shown.stdout), command
 
