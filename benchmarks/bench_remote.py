@@ -115,10 +115,10 @@ def measure(place: str, folder: Path, size: int, arguments: argparse.Namespace) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gb", type=float, default=1.2)
+    parser.add_argument("--gb", type=float, default=0.3)
     parser.add_argument("--share", type=float, default=0.6, help="of the cache that the local folder holds")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
@@ -154,9 +154,8 @@ def main() -> None:
 def show(rounds: dict[str, list[dict[str, float]]], needed: float, size: int) -> None:
     """Print the table."""
     print(f"needed {needed / 1e6:.1f} MB/s; the local folder may hold {size / 1e9:.2f} GB\n")
-    print(
-        "| from | speed, of the disk's | waited | pulled | requests | most in the folder |\n|---|---|---|---|---|---|"
-    )
+    columns = ["from", "speed, of the disk's", "processor time, of the disk's", "waited", "pulled", "requests"]
+    print(f"| {' | '.join([*columns, 'most in the folder'])} |\n{'|---' * 7}|")
     for way, results in rounds.items():
         pairs = list(zip(rounds["disk"], results, strict=True))
         speed = statistics.median(disk["seconds"] / other["seconds"] for disk, other in pairs)
