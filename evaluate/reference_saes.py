@@ -72,7 +72,7 @@ def reference_targets(
 
     The targets are taken one after the other, so that not all need to be in memory.
 
-    Raises UnavailableError if all rows of the text are outliers.
+    Raises UnavailableError if all rows of the text are outliers, or if there are no targets, as all are damaged.
     """
     hook, norm_limit = row_set
     x_RD = sample_activations(ctx, text, hook).float()
@@ -80,7 +80,8 @@ def reference_targets(
     if not len(x_RD):
         raise UnavailableError(f"the norms of all rows of {hook} are over {norm_limit:.4g}, the limit of an outlier.")
     gain_RD = x_RD[:GAIN_ROWS]
-    sizes = [l0_and_width(target, gain_RD) for target in targets]
+    if not (sizes := [l0_and_width(target, gain_RD) for target in targets]):
+        raise UnavailableError(f"no SAE of {hook} could be read, and they have the L0 and width of these SAEs.")
     l0s, widths = torch.stack([l0 for l0, _ in sizes]), torch.tensor([width for _, width in sizes])
     rank = min(max(round(float(l0s.median())), 1), x_RD.shape[1] - 1)
     width = max(int(widths.median()), rank)

@@ -13,6 +13,7 @@ import re
 import signal
 import socket
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,6 +57,8 @@ def run_rank(words: list[str]) -> NoReturn:
             code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()  # which the end below would hide
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -19,7 +19,7 @@ from sae.cache.context_format import ContextFormat
 from sae.cache.contexts import Contexts
 from sae.cache.layout import Hook
 from sae.cache.outliers import outlier_mask
-from sae.common.errors import UsageError
+from sae.common.errors import UnavailableError, UsageError
 from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.datasets import labeled
@@ -264,6 +264,11 @@ def test_the_model_runs_again_only_for_the_contexts_with_an_outlier(ctx: EvalCon
     Core(batch_contexts=40).measure(ctx, [EvalTarget(make_sae(), HOOK, norm_limit=LIMIT)], silent)
     with_sink = int((held_out().ids == SINK).any(1).sum())
     assert sorted(runs) == sorted([(40, False), (40, False), (with_sink, True)])  # zeroed, spliced, with the sinks' own
+
+
+def test_references_of_saes_that_are_all_damaged_are_refused(ctx: EvalContext) -> None:
+    with pytest.raises(UnavailableError, match="no SAE of .* could be read"):
+        reference_targets(ctx, ctx.contexts, RowSet(HOOK, LIMIT), [])
 
 
 def test_zero_scores_zero_and_the_identity_one_without_outlier_rows_too(ctx: EvalContext) -> None:
