@@ -3,7 +3,7 @@
     python benchmarks/papers/run.py --list                 what is done, open and left
     python benchmarks/papers/run.py --hours 1.5 --commit   run what fits into an hour and a half
 
-Needs no file of an earlier session but the records. Texts, model, caches and data sets are made as they are needed, in
+Needs no file of an earlier call but the records. Texts, model, caches and data sets are made as they are needed, in
 --home. SmolLM2 needs `pip install gguf`, and pip, apt-get and npm for its packages. A run that is stopped goes on at
 its last checkpoint if its files are still there, and otherwise begins again; finished records are never lost. With
 --commit each unit's records are committed when they are written, and nothing else is.
@@ -88,7 +88,7 @@ def next_unit(
     pace: float,
     set_up: Mapping[str, float] | None = None,
 ) -> list[Known]:
-    """The first unit that is due and whose stretch fits or was begun in this session; empty if there is none.
+    """The first unit that is due and whose stretch fits or was begun in this call; empty if there is none.
 
     `set_up` has the seconds that the texts and caches of a model still take.
     """

@@ -60,7 +60,7 @@ class Bench:
         home: texts, caches and run folders; also SAE_HOME.
         records: folder of the records.
         seed_jobs: the resolved jobs of the seeds that a stability job compares.
-        spent: seconds of harvests, texts and models in this session, by model.
+        spent: seconds of harvests, texts and models in this call, by model.
     """
 
     design: Mapping[str, Any]
@@ -140,7 +140,7 @@ class Bench:
         """Metric results of each run, by the id of its job; the seconds that each metric took for all of them; and
         under "errors" for its record why a run lacks a metric.
 
-        Raises UnavailableError if data or packages are missing, which another session may have.
+        Raises UnavailableError if data or packages are missing, which another machine may have.
         """
         results: dict[str, dict[str, MetricResult]] = {name: {} for name in runs}
         seconds: dict[str, float] = {}
