@@ -42,7 +42,7 @@ def test_harvest_train_evaluate(trained):
     assert [row["name"] for row in rows] == [*(run.name for run in runs), "identity", "zero", "pca-8", "random-8"]
     for run, row in zip(runs, rows, strict=False):
         files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
-        assert files - {".lock"} == {
+        assert files - {".lock", "evaluations/.lock"} == {
             "run.json", "metrics.jsonl", "sae.json", "sae.safetensors", "evaluations/core.json",
             *(f"checkpoints/step-{step:08d}/state.{kind}" for step in (20, 30) for kind in ("json", "safetensors")),
         }  # fmt: skip

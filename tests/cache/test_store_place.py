@@ -182,24 +182,28 @@ def test_a_machine_with_other_tokens_is_refused_and_changes_nothing(
     assert contents(store) == before
 
 
-@pytest.mark.parametrize("moment", ["tokens/ids/c.0.0", "tokens/commit.json", "harvest.json"])
+@pytest.mark.parametrize(
+    ("write", "moment"),
+    [("put", "tokens/ids/c.0.0"), ("put", "tokens/commit.json"), ("put_if_absent", "harvest.json")],
+)
 def test_a_machine_with_other_tokens_is_refused_while_those_of_another_are_uploaded(
-    store: ObjectStore, worker, other_tokens, finite_bits, write_windows, moment: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    put, bits = ObjectStore.put, {5: finite_bits(ROWS, D, 5)}
+    store: ObjectStore, worker, other_tokens, finite_bits, write_windows, write: str, moment: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    real, bits = getattr(ObjectStore, write), {5: finite_bits(ROWS, D, 5)}
 
-    def interrupted(self: ObjectStore, key: str, content: bytes | Path) -> None:
+    def interrupted(self: ObjectStore, key: str, content: bytes | Path) -> object:
         if key == moment:
-            monkeypatch.setattr(ObjectStore, "put", put)
+            monkeypatch.setattr(ObjectStore, write, real)
             before = contents(store)
             with pytest.raises(UsageError, match="is being begun by a harvest with other options or other tokens"):
                 other_tokens().place.begin()
             assert before.items() <= contents(store).items()  # others of its files arrive meanwhile
-        put(self, key, content)
+        return real(self, key, content)
 
-    monkeypatch.setattr(ObjectStore, "put", interrupted)
+    monkeypatch.setattr(ObjectStore, write, interrupted)
     writer = worker("first", bits)
-    assert ObjectStore.put is put and not store.exists("tokens/owner")
+    assert getattr(ObjectStore, write) is real and not store.exists("tokens/owner")
     write_windows(writer, bits, [0, 1, 2])
     assert writer.seal()
     assert_whole(store, [5])
