@@ -81,7 +81,7 @@ def reference_targets(
         raise UnavailableError(f"the norms of all rows of {hook} are over {norm_limit:.4g}, the limit of an outlier.")
     gain_RD = x_RD[:GAIN_ROWS]
     if not (sizes := [l0_and_width(target, gain_RD) for target in targets]):
-        raise UnavailableError(f"no SAE of {hook} could be read, and they have the L0 and width of these SAEs.")
+        raise UnavailableError(f"no SAE of {hook} could be read, whose L0 and width PCA and random would have.")
     l0s, widths = torch.stack([l0 for l0, _ in sizes]), torch.tensor([width for _, width in sizes])
     rank = min(max(round(float(l0s.median())), 1), x_RD.shape[1] - 1)
     width = max(int(widths.median()), rank)
