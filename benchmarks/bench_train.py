@@ -22,6 +22,7 @@ one of the same sizes: claims about the cost of a step are compared with that fi
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import tempfile
@@ -190,7 +191,9 @@ def write_step_times(
     tables = json.loads(file.read_text(encoding="utf-8"))["tables"] if file.exists() else []
     sizes = ("d_in", "d_sae", "batch_size")
     kept = [one for one in tables if any(one[size] != table[size] for size in sizes)]
-    file.write_text(json.dumps({"tables": [*kept, table]}, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps({"tables": [*kept, table]}, indent=1)
+    text = re.sub(r"(?<=,)\s+(?=\d)", " ", re.sub(r"(?<=\[)\s+(?=\d)|(?<=\d)\s+(?=])", "", text))  # a recipe in one line
+    file.write_text(text + "\n", encoding="utf-8")
 
 
 def quartiles(times: list[float]) -> tuple[float, float, float]:

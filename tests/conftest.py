@@ -4,6 +4,7 @@ import gc
 import itertools
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,6 +58,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_foreign_recipes() -> Iterator[None]:
+    """Recipes that a module's tests, or a script that they import, have registered are gone when the module ends."""
+    yield
+    if registry := sys.modules.get("sae.train.recipe"):
+        for name, recipe in list(registry.RECIPES.items()):
+            if not recipe.declared_by.__module__.startswith("sae.train.variants."):
+                del registry.RECIPES[name]
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 from sae.cli.main import app
 from sae.harvest import mini
-from sae.train.recipe import RECIPES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]
@@ -81,16 +80,11 @@ PYTHON = {page: [b for b in BLOCKS if b.language == "python" and b.page == page]
 @pytest.mark.parametrize("page", [page for page, found in PYTHON.items() if found], ids=lambda page: page.name)
 def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, prepared: Path) -> None:
     names: dict[str, Any] = {"__name__": "__page__"}
-    before = dict(RECIPES)
-    try:
-        for block in PYTHON[page]:
-            code = block.text
-            for shown, real in INSTEAD.items():
-                code = code.replace(shown, real)
-            exec(compile("\n" * block.line + code, str(page), "exec"), names)  # lines as on the page
-    finally:
-        for name in set(RECIPES) - set(before):
-            del RECIPES[name]
+    for block in PYTHON[page]:
+        code = block.text
+        for shown, real in INSTEAD.items():
+            code = code.replace(shown, real)
+        exec(compile("\n" * block.line + code, str(page), "exec"), names)  # lines as on the page
     if page.name == "README.md":
         assert names["f"].shape[-1] == names["s"].d_sae and names["x"].shape == (2048, names["s"].d_in)
 
