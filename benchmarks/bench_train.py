@@ -192,7 +192,9 @@ def write_step_times(
     sizes = ("d_in", "d_sae", "batch_size")
     kept = [one for one in tables if any(one[size] != table[size] for size in sizes)]
     text = json.dumps({"tables": [*kept, table]}, indent=1)
-    text = re.sub(r"(?<=,)\s+(?=\d)", " ", re.sub(r"(?<=\[)\s+(?=\d)|(?<=\d)\s+(?=])", "", text))  # a recipe in one line
+    text = re.sub(
+        r"(?<=,)\s+(?=\d)", " ", re.sub(r"(?<=\[)\s+(?=\d)|(?<=\d)\s+(?=])", "", text)
+    )  # a recipe in one line
     file.write_text(text + "\n", encoding="utf-8")
 
 
