@@ -150,3 +150,10 @@ def test_every_command_in_a_sentence_names_a_verb_and_its_flags() -> None:
 @pytest.mark.parametrize("check", [inline, blocks], ids=["sentences", "blocks"])
 def test_there_is_something_to_check(check: Callable[[], Iterator[Any]]) -> None:
     assert len(list(check())) > 10 and len(SHELL) > 10 and any(PYTHON.values())
+
+
+def test_the_readme_s_test_command_is_what_just_installs_and_tests_with() -> None:
+    """CI installs with `just check`, and so proves the README's command."""
+    recipes = dict(re.findall(r"^(\w+):.*\n((?:    .+\n)+)", (ROOT / "justfile").read_text(), re.M))
+    steps = [line.strip().replace(" -q ", " ") for name in ("install", "test") for line in recipes[name].splitlines()]
+    assert len(steps) == 3 and f"\n{' && '.join(steps)}\n" in (ROOT / "README.md").read_text()

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +21,7 @@ from sae.evaluate.papers.report import find_reading
 from sae.train.plan import TrainPlan
 from sae.train.recipe import RECIPES, find_recipe
 from sae.train.run import TrainProgress, run_training
-from sae.workflows.jobs import scale_width, set_options
+from sae.workflows.jobs import Job, scale_width, set_options
 from sae.workflows.reproduce import (
     ReproduceConfig,
     ReproducePlan,
@@ -85,6 +85,19 @@ def test_groups_hold_every_job_once_and_no_recipe_with_two_sets_of_options():
         assert len({job.pass_key for job in group}) == 1
         assert len({(job.recipe, job.options) for job in group}) == len({job.recipe for job in group})
     assert len(groups) < 7  # most of five papers in one pass
+
+
+JOB = Job("000", "full", "relu", (), None, 10, 64, "4x", False, (0,), (0,))
+MUST_NOT_DIFFER = {
+    "dataset": "c4", "steps": 11, "batch_size": 65, "width": "8x", "paper_exact": True, "layers": (1,), "seeds": (1,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Job)])
+def test_a_pass_is_shared_by_jobs_that_differ_in_paper_system_recipe_and_options_alone(name: str) -> None:
+    may_differ = {"paper": "001", "system": "plain", "recipe": "topk", "options": ("k=4",)}
+    other = replace(JOB, **{"recipe": "topk", name: (may_differ | MUST_NOT_DIFFER)[name]})
+    assert [len(group) for group in group_by_pass([JOB, other])] == ([2] if name in may_differ else [1, 1])
 
 
 @pytest.fixture
