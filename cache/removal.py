@@ -33,13 +33,20 @@ def removal_order(files: Iterable[str]) -> tuple[list[str], list[str]]:
 
 def require_cache_folder(folder: Path) -> None:
     """Raise UsageError unless the folder is a cache, complete or not, or what is left of one."""
+    if folder.is_symlink() and not folder.exists():
+        raise UsageError(
+            f"{folder} is a link to {folder.readlink()}, which does not exist; nothing was deleted. If it is on a "
+            "disk that is not mounted, mount that; if it has been deleted, delete the link."
+        )
     if not (any((folder / proof).exists() for proof in (*PROOFS, DRAFT)) or is_emptied(folder)):
         raise UsageError(f"{folder} holds no activation cache; nothing was deleted.")
 
 
 def is_emptied(folder: Path) -> bool:
-    """Whether a folder holds nothing but its lock: what a deletion that was killed near its end leaves."""
-    return folder.is_dir() and {".lock"} <= {*files_of(folder)} <= {*LOCK_FILES}
+    """Whether a folder is empty or holds nothing but its lock: what a deletion that was killed near its end leaves."""
+    if not folder.is_dir():
+        return False
+    return not any(folder.iterdir()) or {".lock"} <= {*files_of(folder)} <= {*LOCK_FILES}
 
 
 def files_of(folder: Path) -> list[str]:

@@ -3,7 +3,8 @@
 import shutil
 
 from ..common.errors import SaeError, UnavailableError, UsageError
-from ..common.locks import is_locked, locked_error, writer_lock
+from ..common.files import remove
+from ..common.locks import LOCK_FILES, is_locked, locked_error, writer_lock
 from .catalog import open_or_error
 from .consistency import is_array_name
 from .mirror import working_folder, working_folders
@@ -62,7 +63,9 @@ def remove_stored_cache(store: ObjectStore) -> int:
             store.delete(files)
         else:
             raise UnavailableError(f"{store.url} still lists objects of the cache. Run the same command again.")
+        # Before the last object, without which there is nothing that another call would delete.
+        for one in (*tasks, *(path for path in folder.iterdir() if path.name not in LOCK_FILES)):
+            remove(one)
         store.delete(last)
-        for one in (*tasks, folder):
-            shutil.rmtree(one, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     return size

@@ -9,7 +9,6 @@ zarr.json are replaced only if they are as they were read, so that no worker und
 import contextlib
 import itertools
 import secrets
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from ..common.cache_schemas import (
     TOKENS_RECORD,
 )
 from ..common.errors import DamagedError, UnavailableError, UsageError
-from ..common.files import atomic_write, parse_json
+from ..common.files import atomic_write, parse_json, remove
 from .chunks import (
     FileRecords,
     RowReader,
@@ -355,11 +354,3 @@ def take_snapshot(store: ObjectStore, folder: Path) -> None:
 def array_of(file: str) -> str:
     """The array that a chunk file belongs to."""
     return file.rsplit("/", 1)[0]
-
-
-def remove(path: Path) -> None:
-    """Delete a file, or a folder with all that is in it."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

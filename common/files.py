@@ -176,6 +176,14 @@ def remove_stale_files(folder: Path) -> int:
     return len(stale)
 
 
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it. What cannot be deleted of a folder stays."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def utf8_path(path: Path) -> Iterator[str]:
     """A path of an existing file for libraries that cannot open one that is not UTF-8, such as safetensors.
