@@ -120,28 +120,32 @@ class StoreCache(Cache):
             atomic_write(path, content)
 
     def _with_files(self, files: Callable[[], Iterable[str]], read: Callable[[], Read]) -> Read:
-        """Pull the files that are missing, and read. If what is there is damaged, pull all of them again."""
+        """Pull the files that are missing, and read. If what is there is damaged, pull all of them again.
+
+        Each is replaced, never missing in between: other processes that share the folder may be about to read it.
+        """
         names = list(files())
-        self._pull(names)
+        self._pull(name for name in names if not (self.mirror.folder / name).is_file())
         try:
             return read()
         except DamagedError:
-            self.mirror.drop(names)
             self._pull(names)
             return read()
 
     def _pull(self, names: Iterable[str]) -> None:
+        """Pull files, also those that are there: records, then what the manifest lists, each verified before it gets
+        its name.
+        """
         listed: Mapping[str, Any] = self.manifest["files"] if "manifest" in self.__dict__ else {}
-        records = [name for name in names if name not in listed]
-        self.mirror.pull(records)
-        self.mirror.pull([name for name in names if name in listed], self._check_arrival)
+        names = list(dict.fromkeys(names))
 
-    def _check_arrival(self, file: str) -> None:
-        """Raise DamagedError, with the address, unless a file that was pulled is the one that the manifest lists."""
-        try:
-            self.verify_file(file)
-        except DamagedError as error:
-            raise self._damaged(file) from error
+        def pull(name: str) -> None:
+            data = self.fetch_chunk(name) if name in listed else self.store.get(name)
+            atomic_write(self.mirror.folder / name, data)
+
+        for some in ([name for name in names if name not in listed], [name for name in names if name in listed]):
+            for _ in map_ahead(pull, some):
+                pass
 
     def _damaged(self, file: str) -> DamagedError:
         return DamagedError(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sae.cache.catalog import find_by_fingerprint
+from sae.cache.object_store import ObjectStore
 from sae.cache.opening import open_cache
 from sae.cache.reader import Cache
 from sae.common.errors import DamagedError
@@ -68,3 +69,36 @@ def test_what_changes_in_the_store_is_seen_when_the_cache_is_opened_again(
     (tmp_path / "disk" / "manifest.json").unlink()
     with pytest.raises(DamagedError, match="manifest.json"):
         _ = open_cache(cache.place).manifest
+
+
+def test_a_damaged_file_is_replaced_and_never_missing(disk_cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process that shares the local folder is about to read it."""
+    cache = open_cache(f"file://{disk_cache.folder}")
+    assert len(cache.row_norms("layer_05")) == 300
+    files = sorted(cache.folder.glob("layer_05.row_norm/*"))
+    for path in files:
+        path.write_bytes(b"x" + path.read_bytes()[1:])
+    get, missing = ObjectStore.get, []
+
+    def seen(store: ObjectStore, key: str) -> bytes:
+        missing.extend(path for path in files if not path.exists())
+        return get(store, key)
+
+    again = open_cache(cache.place)
+    monkeypatch.setattr(ObjectStore, "get", seen)
+    assert np.array_equal(again.row_norms("layer_05"), disk_cache.row_norms("layer_05"))
+    assert missing == [] and len(files) > 10
+
+
+def test_what_arrives_damaged_never_takes_the_place_of_a_file(
+    disk_cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = open_cache(f"file://{disk_cache.folder}")
+    assert len(cache.row_norms("layer_05")) == 300
+    path = cache.folder / "layer_05.row_norm" / "c.3"
+    path.write_bytes(b"damaged")
+    again, get = open_cache(cache.place), ObjectStore.get
+    monkeypatch.setattr(ObjectStore, "get", lambda store, key: b"half" if "row_norm/c." in key else get(store, key))
+    with pytest.raises(DamagedError, match=rf"{cache.place}/layer_05.row_norm/c\.\d+ is not the file .* cache repair"):
+        again.row_norms("layer_05")
+    assert path.read_bytes() == b"damaged"
