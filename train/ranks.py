@@ -6,7 +6,7 @@ files in these folders: a lock that is held says that its process works, a metri
 that it is finished, and a note that is left beside a free lock that its process died. So a process that dies costs the
 steps of its own runs since their last checkpoints, and the others go on, unless the launcher ends them. A process that
 has finished its runs can die too while it waits for the others: until it has reported it holds a lock on `PRESENCE` in
-the folder of its first run.
+the folder of its first run. It reports after the processes before it have either reported or died, so one does for all.
 """
 
 import fcntl
@@ -18,7 +18,8 @@ from functools import partial
 from math import inf
 
 from ..common.errors import Interrupted, ReportedElsewhere, SaeError, UnavailableError, UsageError
-from ..common.locks import acquire, is_abandoned, is_locked, release, was_abandoned, writer_lock
+from ..common.files import os_error
+from ..common.locks import LOOK_SECONDS, acquire, is_abandoned, is_locked, release, was_abandoned, writer_lock
 from ..common.process_group import ProcessGroup, processes_on_this_machine
 from .plan import Run, TrainPlan
 from .progress import Overview, TrainProgress
@@ -26,7 +27,7 @@ from .run_folder import last_metrics
 from .signals import stop_on_signal
 
 PRESENCE = ".lock.rank"
-POLL_SECONDS, UPDATE_SECONDS = 0.5, 2.0
+POLL_SECONDS, UPDATE_SECONDS, TURN_SECONDS = 0.5, 2.0, 0.05
 STOP_SECONDS = 10.0  # in which the others have stopped when a launcher stops all; torchrun kills after 30
 LISTED = 5  # runs of a process, at most
 STALE_SECONDS = 60.0  # for which a network file system may not show a file of another machine
@@ -44,15 +45,15 @@ def train_on_ranks(plan: TrainPlan, group: ProcessGroup, progress: TrainProgress
     """
     shares = dealt_runs(plan, group)
     own, watch = TrainPlan(plan.config, shares[group.rank]), Watch(shares, group, progress)
-    with ExitStack() as locks:
+    with ExitStack() as presence, ExitStack() as locks:
         group.everywhere(partial(lock_runs, own.runs, locks, progress))
+        group.everywhere(lambda: presence.enter_context(watch.present()))
         group.everywhere(partial(require_locks, shares))
-        with watch.present():
-            with stop_on_signal() as should_stop:
-                problem = attempt(lambda: train(own, watch.while_training(), should_stop), progress)
-                locks.close()
-                problem = watch.wait(should_stop, problem)
-            watch.report(problem)
+        with stop_on_signal() as should_stop:
+            problem = attempt(lambda: train(own, watch.while_training(), should_stop), progress)
+            locks.close()
+            problem = watch.wait(should_stop, problem)
+        watch.report(problem)
 
 
 def dealt_runs(plan: TrainPlan, group: ProcessGroup) -> list[list[Run]]:
@@ -107,12 +108,22 @@ class Watch:
 
     @contextmanager
     def present(self) -> Iterator[None]:
-        """Until this process has reported. It then removes its file, unless others still train: they do without it."""
+        """Until this process has reported. It then removes its file, unless others still train: they do without it.
+
+        Raises UnavailableError if a process of another launch has trained the same run and waits for its others.
+        """
         if not (own := self.shares[self.group.rank]):
             yield
             return
         path = own[0].folder / PRESENCE
-        lock = acquire(path, fcntl.LOCK_EX)
+        try:
+            lock = acquire(path, fcntl.LOCK_EX, LOOK_SECONDS)
+        except BlockingIOError:
+            raise UnavailableError(
+                f"{own[0].folder} is of a command whose other processes still train. Wait until it ends, or stop it."
+            ) from None
+        except OSError as error:
+            raise os_error(error, path) from error
         try:
             yield
         finally:
@@ -126,6 +137,24 @@ class Watch:
         return any(was_abandoned(run.folder) for run in runs if not run.done) or any(
             is_abandoned(run.folder / PRESENCE) for run in runs[:1]
         )
+
+    def has_the_word(self, patience: float) -> bool:
+        """Whether every process before this one has died, or was told to stop, without having reported.
+
+        Waits for each, for so many seconds in all, until it has done either: one that is about to report can still die.
+        """
+        until = time.monotonic() + patience
+        try:
+            for rank in range(self.group.rank):
+                while not self.is_absent(rank):
+                    is_there = any((run.folder / PRESENCE).exists() for run in self.shares[rank][:1])
+                    if not is_there or time.monotonic() >= until:
+                        return False
+                    time.sleep(TURN_SECONDS)
+        except KeyboardInterrupt:
+            self.leaves_early = True
+            raise
+        return True
 
     def while_training(self) -> TrainProgress:
         """Callbacks for the runs of this process, which also update the overview."""
@@ -173,24 +202,25 @@ class Watch:
             self.wait_for_files()
         unfinished = {rank: [run for run in runs if not run.done] for rank, runs in enumerate(self.shares)}
         died = [rank for rank, runs in unfinished.items() if any(was_abandoned(run.folder) for run in runs)]
-        is_first = all(map(self.is_absent, range(self.group.rank)))
         if isinstance(problem, Interrupted):
-            lines = [describe_unfinished(rank, unfinished[rank], True) for rank in died] if is_first else []
+            speaks = died and self.has_the_word(0 if self.leaves_early else STOP_SECONDS)
+            lines = [describe_unfinished(rank, unfinished[rank], True) for rank in died] if speaks else []
             raise Interrupted("\n".join([str(problem), *lines])) from None
         lines = [describe_unfinished(rank, runs, rank in died) for rank, runs in unfinished.items() if runs]
         if problem is None and not lines:
             return
+        speaks = self.has_the_word(inf)
         count, left = sum(map(len, self.shares)), sum(map(len, unfinished.values()))
         lines.append(
             f"{left} of {count} runs are not finished. The same command goes on with them, in any number of processes."
         )
         if problem is not None and not isinstance(problem, SaeError):  # a bug, with its traceback
-            if is_first:
+            if speaks:
                 self.progress.say_problem("\n".join(lines))
             raise problem
         message = "\n".join(lines if problem is None else [str(problem), *lines])
         kind = SaeError if problem is None else type(problem)
-        raise kind(message) if is_first else ReportedElsewhere(kind.exit_code, message)
+        raise kind(message) if speaks else ReportedElsewhere(kind.exit_code, message)
 
     def wait_for_files(self) -> None:
         """Wait until a network file system shows what processes on other machines have written at their end."""

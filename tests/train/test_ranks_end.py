@@ -2,6 +2,7 @@
 
 import fcntl
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,37 @@ FULL = "The disk is full."
 
 def planned(cache, out: Path, **changes) -> list[Run]:
     return plan_training(make_config(cache, "relu", layers=[0, 1], out=out, **changes)).runs
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for long."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(ranks, "STOP_SECONDS", 0.05)
+    monkeypatch.setattr(ranks, "POLL_SECONDS", 0.01)
+
+
+@pytest.fixture
+def two_ranks(sparse_cache, tmp_path: Path, soon: None) -> tuple[ranks.Watch, ranks.Watch]:
+    """Each has a run that is not finished."""
+    runs = planned(sparse_cache, tmp_path)
+    shares = [runs[:1], runs[1:]]
+    return ranks.Watch(shares, ProcessGroup(0, 2), SILENT), ranks.Watch(shares, ProcessGroup(1, 2), SILENT)
+
+
+def kind_of(watch: ranks.Watch) -> type[SaeError]:
+    """How a process reports a full disk."""
+    with pytest.raises(SaeError, match=FULL) as raised:
+        watch.report(UnavailableError(FULL))
+    assert raised.value.exit_code == UnavailableError.exit_code
+    return raised.type
+
+
+def die(watch: ranks.Watch) -> None:
+    """What a process leaves that dies before it has reported."""
+    watch.leaves_early = True
+    with watch.present():
+        pass
 
 
 def test_the_error_of_a_process_keeps_its_kind_and_names_what_is_left(
@@ -61,60 +93,92 @@ def test_one_that_died_after_its_own_runs_leaves_the_word_to_the_next(
     (done.folder / "sae.json").touch()
     first, second, third = (ranks.Watch(shares, ProcessGroup(rank, 3), SILENT) for rank in range(3))
 
-    def kind_of(watch: ranks.Watch) -> type[SaeError]:
-        with pytest.raises(SaeError, match=FULL) as raised:
-            watch.report(UnavailableError(FULL))
-        assert raised.value.exit_code == UnavailableError.exit_code
-        return raised.type
-
-    with first.present(), second.present(), third.present():
-        assert kind_of(second) is kind_of(third) is ReportedElsewhere
-    assert kind_of(second) is ReportedElsewhere and not list(tmp_path.glob("*/.lock.rank"))
-    first.leaves_early = True
-    with first.present():
-        pass
-    assert kind_of(second) is UnavailableError
+    with first.present(), second.present():
+        assert kind_of(first) is UnavailableError
+    assert kind_of(second) is kind_of(third) is ReportedElsewhere and not list(tmp_path.glob("*/.lock.rank"))
     with second.present():
-        assert kind_of(third) is ReportedElsewhere
-    second.leaves_early = True
-    with second.present():
-        pass
+        die(first)
+        assert kind_of(second) is UnavailableError
+    assert kind_of(third) is ReportedElsewhere
+    die(second)
     assert kind_of(third) is UnavailableError
 
 
-def test_one_that_is_told_to_stop_before_the_others_have_ended_leaves_the_word_to_them(
+def test_one_that_dies_when_it_is_about_to_report_leaves_the_word_to_the_next(
     sparse_cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranks, "STOP_SECONDS", 0)
-    monkeypatch.setattr(ranks, "POLL_SECONDS", 0.01)
-    runs = planned(sparse_cache, tmp_path)
-    watch = ranks.Watch([runs[:1], runs[1:]], ProcessGroup(0, 2), SILENT)
-    with writer_lock(runs[1].folder, "sae train"), watch.present():
+    """Rank 1 and rank 2 look while rank 0 is there, and wait for it: then it dies, and rank 1 reports."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    shares = [[run] for run in planned(sparse_cache, tmp_path, seeds=[0, 1, 2])[:3]]
+    first, second, third = (ranks.Watch(shares, ProcessGroup(rank, 3), SILENT) for rank in range(3))
+    said = []
+    with ExitStack() as zero, ExitStack() as one, third.present():
+        zero.enter_context(first.present())
+        one.enter_context(second.present())
+
+        def die_first() -> None:
+            first.leaves_early = True
+            zero.close()
+
+        def report_second() -> None:
+            said.append(kind_of(second))
+            one.close()
+
+        turns = iter([lambda: None, die_first, lambda: None, report_second])
+        monkeypatch.setattr(time, "sleep", lambda seconds: next(turns)())
+        said.append(kind_of(third))
+    assert said == [UnavailableError, ReportedElsewhere] and next(turns, None) is None
+
+
+def test_one_that_is_interrupted_before_it_has_reported_leaves_the_word_to_the_next(
+    two_ranks: tuple[ranks.Watch, ranks.Watch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = two_ranks
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    with first.present(), monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt), second.present():
+        patched.setattr(time, "sleep", interrupt)
+        second.report(UnavailableError(FULL))
+    assert second.is_absent(1)
+
+
+def test_a_run_whose_last_launch_has_not_ended_is_refused(two_ranks: tuple[ranks.Watch, ranks.Watch]) -> None:
+    """Each would wait for the other: it for its others, among them the runs of this launch, and this one for it."""
+    watch, _ = two_ranks
+    with watch.present(), pytest.raises(UnavailableError, match="is of a command whose other processes still train"):
+        with watch.present():
+            pass
+
+
+def test_one_that_is_told_to_stop_before_the_others_have_ended_leaves_the_word_to_them(
+    two_ranks: tuple[ranks.Watch, ranks.Watch],
+) -> None:
+    watch, other = two_ranks
+    with writer_lock(other.shares[1][0].folder, "sae train"), watch.present():
         watch.wait(lambda: True, None)
-    assert watch.is_absent(0)
+    assert other.is_absent(0)
     with watch.present():
         watch.wait(lambda: True, None)
-    assert not watch.is_absent(0)
+    assert not other.is_absent(0)
 
 
-def test_a_bug_hides_nothing_of_what_is_left(sparse_cache, tmp_path: Path) -> None:
+def test_a_bug_hides_nothing_of_what_is_left(two_ranks: tuple[ranks.Watch, ranks.Watch]) -> None:
     said: list[str] = []
-    runs = planned(sparse_cache, tmp_path)
-    watch = ranks.Watch([runs[:1], runs[1:]], ProcessGroup(0, 2), TrainProgress(problem=said.append))
-    watch.wait_for_files = lambda: None  # type: ignore[method-assign]
+    watch, _ = two_ranks
+    watch.progress = TrainProgress(problem=said.append)
     with pytest.raises(ZeroDivisionError):
         watch.report(ZeroDivisionError("a bug"))
     assert len(said) == 1 and "2 of 2 runs are not finished" in said[0]
 
 
 def test_a_process_that_is_told_to_stop_does_not_wait_long(
-    sparse_cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two_ranks: tuple[ranks.Watch, ranks.Watch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither for others that train nor for files of other machines; its own problem is kept."""
-    monkeypatch.setattr(ranks, "STOP_SECONDS", 0.05)
-    monkeypatch.setattr(ranks, "POLL_SECONDS", 0.01)
-    runs = planned(sparse_cache, tmp_path)
-    watch = ranks.Watch([runs[:1], runs[1:]], ProcessGroup(0, 2), SILENT)
+    watch, other = two_ranks
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     looks: list[bool] = []
 
     def look(at_once: bool = False) -> None:
@@ -122,7 +186,7 @@ def test_a_process_that_is_told_to_stop_does_not_wait_long(
         assert len(looks) < 200, "it waits on"
 
     monkeypatch.setattr(watch, "update", look)
-    with writer_lock(runs[1].folder, "sae train"):
+    with writer_lock(other.shares[1][0].folder, "sae train"):
         stopped = watch.wait(lambda: True, None)
         own = UnavailableError(FULL)
         assert watch.wait(lambda: True, own) is own
