@@ -25,6 +25,7 @@ from rich.text import Text
 from ..common.escaping import escape_for_terminal
 from ..common.signals import sigterm_as_ctrl_c
 from .config_file import with_config
+from .options import refuse_addresses
 from .printing import print_line
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: di
     for sentence in outdated:
         echo(f"note     {sentence}")
     try:
+        refuse_addresses(kwargs.values())
         with explaining_files_limit():
             command(*args, **kwargs)
         sys.stdout.flush()

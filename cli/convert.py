@@ -9,7 +9,6 @@ import typer
 
 from ..common.escaping import quote
 from .console import Bar, bar, cli_command, echo, show_table
-from .options import check_folder
 from .printing import ask, print_line
 
 if TYPE_CHECKING:
@@ -29,9 +28,7 @@ def export(
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(
-            callback=check_folder, help="Cache with rows to verify on. Default: the one the run was trained on."
-        ),
+        typer.Option(help="Cache with rows to verify on. Default: the one the run was trained on."),
     ] = None,
     approximate: Annotated[
         str | None,
@@ -101,7 +98,6 @@ def import_(
     cache: Annotated[
         Path | None,
         typer.Option(
-            callback=check_folder,
             help="Cache of its model, to verify and evaluate on. Default: the only one that matches.",
         ),
     ] = None,

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -88,11 +88,22 @@ def check_device(device: str) -> str:
     return device
 
 
-def check_folder(path: Path | None) -> Path | None:
-    """The callback of --cache where only a folder can stand. Raises typer.BadParameter for an address."""
-    if path is not None and re.match(r"(s3|gs|az|https?|file):/", str(path)):  # a Path drops the second slash
-        raise typer.BadParameter("this command reads caches in folders only, not at an address")
-    return path
+def refuse_addresses(values: Iterable[object]) -> None:
+    """Raise UsageError for the first address among the arguments of a command that are a Path: those are folders and
+    files on a disk. Arguments that can be addresses are texts.
+    """
+    from ..common.errors import UsageError
+
+    for value in values:
+        for path in value if isinstance(value, list) else [value]:
+            match = re.match(r"(s3|gs|az|https?|file):/+", str(path)) if isinstance(path, Path) else None
+            if match is not None:  # a Path has dropped slashes
+                slashes = "///" if match[1] == "file" else "//"
+                raise UsageError(
+                    f"{match[1]}:{slashes}{str(path)[match.end() :]} is an address, and only a path on a disk can be "
+                    "given there. To read what is at the address, copy it to a folder first; to write there, copy the "
+                    "folder afterwards (for S3: aws s3 sync FROM TO)."
+                )
 
 
 def finite_or_none(multiple: float) -> float | None:

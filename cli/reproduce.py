@@ -7,7 +7,7 @@ import typer
 
 from ..common.escaping import quote
 from .console import cli_command, echo, show_table
-from .options import MAX_SEED, Device, check_folder, check_width, parse_tokens
+from .options import MAX_SEED, Device, check_width, parse_tokens
 
 if TYPE_CHECKING:
     from ..evaluate.papers.report import PaperReport
@@ -41,9 +41,7 @@ def reproduce(
             "units, and the penalty of as_printed had no effect that we could see."
         ),
     ] = None,
-    cache: Annotated[
-        Path | None, typer.Option(callback=check_folder, help="Train on this cache instead of harvesting.")
-    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Train on this cache instead of harvesting.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for runs and pages. Default: reproduce/<model>.")] = None,
     device: Device = "auto",
     dry_run: Annotated[

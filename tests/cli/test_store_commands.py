@@ -4,13 +4,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from sae.cache import object_store
 from sae.cache.object_store import open_store
 from sae.cli.main import app
-from sae.cli.options import check_folder
+from sae.cli.options import refuse_addresses
+from sae.common.errors import UsageError
 
 from ..faulty_proxy import faulty_proxy
 from ..object_store import SECRET
@@ -86,9 +86,17 @@ def test_what_is_refused_in_one_sentence(harvest: list[object], bucket: str, mon
     assert code == 2 and "https://host/pile can only be read. To write, use one of s3://," in told.replace("\n", " ")
     code, told = sae("cache", "list", "piles")
     assert code == 2 and "piles is not an address: expected one such as s3://bucket/prefix." in told.replace("\n", " ")
-    for words in (["export", "run", "--to", "saelens"], ["import", "files"], ["reproduce", "003"]):
-        code, told = sae(*words, "--cache", "s3://bucket/pile")
-        assert code == 2 and "caches in folders only" in told, told
+    train = ["train", "--variant", "topk", "--cache", f"{bucket}/pile"]
+    for words in (
+        ["export", "run", "--to", "saelens", "--cache"], ["import", "files", "--cache"],
+        ["reproduce", "003", "--cache"],
+        ["export", "run", "--to", "saelens", "--out"], ["import", "files", "--out"], ["dashboard", "run", "--out"],
+        [*train, "--out"], [*train, "--local-folder"], ["train", "--resume"],
+        ["compare", "runs/a"],
+        ["evaluate", "runs/a", "--data"],
+    ):  # fmt: skip
+        code, told = sae(*words, "s3://bucket/pile")
+        assert code == 2 and "s3://bucket/pile is an address, and only a path on a disk" in " ".join(told.split()), told
     assert not list(Path().glob("s3:*"))
     monkeypatch.setattr(object_store, "RETRY", {**object_store.RETRY, "max_retries": 0})
     monkeypatch.setattr(object_store, "PAUSE", 0)
@@ -101,6 +109,8 @@ def test_what_is_refused_in_one_sentence(harvest: list[object], bucket: str, mon
 
 @pytest.mark.parametrize("scheme", object_store.SCHEMES)
 def test_where_only_a_folder_can_stand_an_address_is_refused(scheme: str) -> None:
-    with pytest.raises(typer.BadParameter, match="this command reads caches in folders only, not at an address"):
-        check_folder(Path(f"{scheme}://bucket/pile"))
-    assert check_folder(Path(f"activations/{scheme}")) == Path(f"activations/{scheme}")
+    address = f"{scheme}://{'/' * (scheme == 'file')}bucket/pile"
+    for value in (Path(address), [Path("runs"), Path(address)]):
+        with pytest.raises(UsageError, match=f"^{address} is an address, and only a path on a disk can be given there"):
+            refuse_addresses([None, value])
+    refuse_addresses([address, Path(f"activations/{scheme}"), [Path("runs")], None])
