@@ -1,6 +1,6 @@
-"""A table of the five papers' claims, and of where the papers contradict themselves: writes `docs/claims.md`.
+"""A table of the five papers' claims, and of where the papers contradict themselves.
 
-python benchmarks/claims_table.py > docs/claims.md
+python benchmarks/claims_table.py > docs/explanation/claims.md
 """
 
 from collections.abc import Iterator

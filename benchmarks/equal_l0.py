@@ -1,6 +1,8 @@
 """The effect of each mechanism at equal L0: pairs of systems, compared seed by seed and layer by layer.
 
-    sae train --layer 5 --layer 12 --layer 19 --l0 32 --seed 0 --seed 1 --seed 2 --variant ...     (docs/findings.md)
+    sae train --layer 5 --layer 12 --layer 19 --l0 32 --seed 0 --seed 1 --seed 2 --variant ...
+
+The whole command is in docs/explanation/findings.md.
     sae evaluate runs/*
     python benchmarks/equal_l0.py runs/* > table.md
 

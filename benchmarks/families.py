@@ -1,7 +1,7 @@
 """Tiny random models of many families, and the checks of every site of each.
 
 tests/harvest/test_families.py runs them as tests, benchmarks/family_table.py writes what they find into
-docs/families.md.
+docs/reference/families.md.
 A model is three or four blocks of width 32 with every parameter random, so that no norm or bias does nothing. What our
 hooks read and change is compared with plain hooks of torch on transformers' model, placed by the name of the module.
 """

@@ -1,6 +1,6 @@
-"""A table of model families and sites: writes `docs/families.md`. Takes two minutes.
+"""A table of model families and sites: writes `docs/reference/families.md`. Takes two minutes.
 
-python benchmarks/family_table.py > docs/families.md
+python benchmarks/family_table.py > docs/reference/families.md
 """
 
 import re

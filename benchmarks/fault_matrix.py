@@ -1,8 +1,8 @@
 """Cause every fault of cache and harvest through the real command line: `python benchmarks/fault_matrix.py`.
 
 A random Gemma 2 of two blocks harvests a small text. Each fault is then caused to a process or to the files; the
-command's message, its exit code and the effect of the next command become a row of docs/faults.md. The script fails if
-an exit code is not the expected one, if a traceback was printed, or if bytes differ from an undisturbed harvest.
+command's message, its exit code and the effect of the next command become a row of docs/lab/faults.md. The script fails
+if an exit code is not the expected one, if a traceback was printed, or if bytes differ from an undisturbed harvest.
 Commands run in processes forked from one that has already imported torch, except those whose fault is in how a process
 starts (signals to its parents, locale, pipes, limits). `faults/` has the faults, one file per group.
 """
@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="names of groups, separated by commas; docs/faults.md is then not written")
+    parser.add_argument("--only", help="names of groups, separated by commas; docs/lab/faults.md is then not written")
     only = parser.parse_args().only
     started, where = time.monotonic(), os.getcwd()
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -101,7 +101,7 @@ def main() -> None:
             os.chdir(where)
     spent = time.monotonic() - started
     if not only:
-        (ROOT / "docs" / "faults.md").write_text(page(m, spent))
+        (ROOT / "docs" / "lab" / "faults.md").write_text(page(m, spent))
     print(f"{len(m.rows)} rows, {len(m.broken)} broken, {spent:.0f} s")
     if m.broken:
         sys.exit("\n\n".join(m.broken))

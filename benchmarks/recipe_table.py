@@ -1,4 +1,4 @@
-"""A table of all recipes on gemma-2-mini, for `docs/recipes.md`.
+"""A table of all recipes on gemma-2-mini, for `docs/lab/recipes.md`.
 
     sae harvest --model gemma-2-mini --layer 5 --layer 12 --layer 19 --tokens 2400k
     sae train --layer 12 --width 4x --batch-size 2048 --steps 1000 --variant ...      (each of `sae variants`)

@@ -1,4 +1,7 @@
-"""The page about our JSON records, from their schemas: `python benchmarks/records_page.py > docs/records.md`."""
+"""The page about our JSON records, from their schemas.
+
+python benchmarks/records_page.py > docs/reference/records.md
+"""
 
 import re
 import types
@@ -13,7 +16,7 @@ from sae.common.records import DIGEST, RecordKind
 HEAD = f"""# Records
 
 This page lists the JSON files that the package writes, with the type and meaning of every field.
-`python benchmarks/records_page.py > docs/records.md` makes it from `cache_schemas.py`, `schemas.py` and
+`python benchmarks/records_page.py > docs/reference/records.md` makes it from `cache_schemas.py`, `schemas.py` and
 `evaluation_schemas.py` in `common/`. Paths that begin with neither `activations/` nor `data/` are relative to the
 folder of a cache (`activations/<name>/`) up to `drafts/`, and to that of a run (`runs/<name>/`) from `sae.json` on.
 

@@ -75,7 +75,7 @@ def read_array_spec(folder: Path, name: str, layout: Layout | None = None) -> Ar
     metadata: dict[str, Any] = dict(ARRAY_RECORD.read(path))
     array = ArraySpec.from_metadata(name, metadata)
     if array_essentials(metadata) != array_essentials(array.metadata()):
-        raise contradiction(path, "its codecs differ", "an array of a cache has those of docs/cache-format.md")
+        raise contradiction(path, "its codecs differ", "expected those of docs/reference/cache-format.md")
     if layout is not None:
         of = moments_of(name)
         check_array(path, array, layout, None if of is None else read_array_spec(folder, of, layout).shape[-1])

@@ -97,7 +97,7 @@ class JudgeAnswers(TypedDict):
     """activations/evaluation/judge-<digest>.json
 
     The answers that a judge of autointerp gave before it stopped answering, as earlier versions wrote them. They are
-    still used. Answers are now lines of judge-<digest>.jsonl (docs/metrics.md).
+    still used. Answers are now lines of judge-<digest>.jsonl (docs/reference/metrics.md).
     """
 
     answers: Annotated[dict[str, str], Meta(description="digest of the question -> answer")]

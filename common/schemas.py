@@ -2,8 +2,8 @@
 evaluation_schemas.py, those of a cache in cache_schemas.py.
 
 Field names are those on disk. `NotRequired` fields are absent where they say nothing, or in records of earlier
-versions. The first line of each docstring is the file's path. `docs/records.md` is made from the three files by
-`python benchmarks/records_page.py`.
+versions. The first line of each docstring is the file's path. `python benchmarks/records_page.py` makes
+docs/reference/records.md from the three files.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
 """Every system of a comparison against one of them: differences, tests, and what L0 alone would do.
 
-The rules are those of docs/statistics.md.
+The rules are those of docs/reference/statistics.md.
 """
 
 import math

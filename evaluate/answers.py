@@ -1,7 +1,7 @@
 """What a reader of one SAE's report asks first: is it better than simple things, can it be found again, is it the best?
 
 Five answers, each with its numbers and 95 % intervals, or with the command that gives what is missing. Their tests obey
-docs/statistics.md, and all of them together are one table there: Holm's correction covers them all.
+docs/reference/statistics.md, and all of them together are one table there: Holm's correction covers them all.
 """
 
 import math

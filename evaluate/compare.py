@@ -118,7 +118,7 @@ class Comparison:
     def with_control_notes(self, known: KnownVerdicts) -> "Comparison":
         """The comparison with a note for each system that is not better than its controls, as `sae evaluate` has it.
 
-        `known` are the verdicts of a table beside the notes, which they repeat (docs/statistics.md).
+        `known` are the verdicts of a table beside the notes, which they repeat (docs/reference/statistics.md).
         """
         compared = {system.label: system.run_by_seed for system in self.systems}
         found = control_notes({**self.beside, **compared}, summary_columns(), known)
@@ -300,7 +300,7 @@ def detectable_line(comparison: Comparison) -> list[str]:
     """The smallest difference between two systems that could be detected, below the table; empty if nothing is paired.
 
     It is the largest of the comparisons of the first system with each other, as `--against` makes them
-    (docs/statistics.md).
+    (docs/reference/statistics.md).
     """
     paired = {}
     first, *others = (system.run_by_seed for system in comparison.systems)

@@ -1,4 +1,4 @@
-"""Sentences about systems beside their controls, in the words and by the tests of docs/statistics.md.
+"""Sentences about systems beside their controls, in the words and by the tests of docs/reference/statistics.md.
 
 The comparisons of these notes are a table of their own: every system against the best of its controls in each number
 that `sae compare` shows. A pair that a printed table tests too has that table's verdict in the note.

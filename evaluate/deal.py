@@ -26,7 +26,8 @@ REFERENCES = "references"  # the rows beside a run that are not trained: identit
 REFERENCE_ROWS = 4
 RATE = {"cpu": 2e10, "cuda": 2e13}  # multiplications and additions in a second, of one core or one GPU
 # metric -> what it takes for an SAE with default options: multiplications and additions for each weight of the encoder,
-# and others. The first four as measured on gemma-2-mini (docs/several-processes.md), the others by their rows.
+# and others. The first four as measured on gemma-2-mini (docs/explanation/several-processes.md), the others by their
+# rows.
 OPERATIONS = {
     "core": (0.0, 0.0),  # see seconds_of
     "absorption": (5e4, 3e10),

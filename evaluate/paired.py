@@ -1,6 +1,6 @@
 """Pair the runs of two systems for a test: by seed, else by the units of the text that both were measured on.
 
-docs/statistics.md says what each way can tell.
+docs/reference/statistics.md says what each way can tell.
 """
 
 import math

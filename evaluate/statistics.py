@@ -1,4 +1,4 @@
-"""Intervals, tests and smallest detectable differences: the rules of docs/statistics.md, which every table obeys.
+"""Intervals, tests and smallest detectable differences: what docs/reference/statistics.md prescribes.
 
 Nothing here knows of runs or metrics. The functions take numbers, one for each resampled unit: a seed, a document, a
 data set, a letter. scipy does the computing; Holm's correction, which it lacks, is the only procedure written out here.

@@ -147,7 +147,7 @@ def seed_lines(rows: Sequence[EvalRow], metric: str, columns: Sequence[MetricCol
 
     From the second group on, three lines follow: its difference from the first group, paired over runs with the same
     seed, with half the 95 % interval; the smallest difference that these seeds could show; and the verdict, by p-values
-    that are corrected for all comparisons of the table (docs/statistics.md).
+    that are corrected for all comparisons of the table (docs/reference/statistics.md).
     """
     groups = runs_by_seed(rows)
     judged = judge_seeds(groups, metric, columns)

@@ -111,7 +111,7 @@ def test_every_extra_installs_the_package_that_its_error_names() -> None:
 
 
 def test_every_extra_that_a_message_or_page_names_exists() -> None:
-    files = [*PACKAGE_FILES, *TEST_FILES, ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    files = [*PACKAGE_FILES, *TEST_FILES, ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     named = {extra for file in files for extra in re.findall(r"sae-pipeline\[(\w+)\]", file.read_text())}
     assert {"plots", "adapters", "test"} <= named <= BY_EXTRA.keys()
 

@@ -15,7 +15,8 @@ from sae.cli.main import app
 from sae.harvest import mini
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]
+LINKING = [*PAGES, ROOT / "CHANGELOG.md", *sorted((ROOT / "harvest").rglob("*.md"))]
 # What stands for the model, the cache and the run that the pages speak of.
 INSTEAD = {
     "google/gemma-2-2b": str(mini.WEIGHTS),
@@ -37,6 +38,23 @@ def blocks() -> Iterator[Block]:
         content = page.read_text()
         for found in re.finditer(r"^```(\w*)\n(.*?)^```$", content, re.M | re.S):
             yield Block(page, content[: found.start()].count("\n") + 1, found[1], found[2])
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link to a heading of the page ends with."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    titles = (re.sub(r"\]\([^)]*\)", "", title).lower() for title in re.findall(r"^#+ (.*)$", text, re.M))
+    return {re.sub(r"[^\w\- ]", "", title).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_to_a_file_of_the_repository_leads_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if ":" not in name:
+            assert target.exists(), f"{link}: no such file"
+            assert not anchor or anchor in anchors(target), f"{link}: no such heading"
 
 
 def named(block: Block) -> str:

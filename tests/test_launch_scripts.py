@@ -74,8 +74,8 @@ def test_what_a_script_calls_takes_what_it_says(script: Path, tmp_path: Path) ->
 
 
 def test_there_are_scripts_and_a_page_names_each() -> None:
-    page = (SCRIPTS[0].parents[1] / "several-gpus.md").read_text()
-    assert len(SCRIPTS) >= 4 and all(f"(scripts/{script.name})" in page for script in SCRIPTS)
+    page = (SCRIPTS[0].parents[1] / "how-to" / "several-gpus.md").read_text()
+    assert len(SCRIPTS) >= 4 and all(f"(../scripts/{script.name})" in page for script in SCRIPTS)
 
 
 @pytest.mark.slow

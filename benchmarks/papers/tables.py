@@ -193,7 +193,7 @@ def families(
 
 
 def verdict(line: Line, found: Finding, tested: bool) -> str:
-    """The words of docs/statistics.md, and how it stands to what the paper says."""
+    """The words of docs/reference/statistics.md, and how it stands to what the paper says."""
     if line.why_not:
         return line.why_not
     if not tested or line.differences is None:

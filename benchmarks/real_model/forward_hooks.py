@@ -2,9 +2,10 @@
 
     python benchmarks/real_model/forward_hooks.py MODEL CACHE RUN... [--tokens N] [--count-outliers]
 
-This file imports nothing of the package and shares no code with it. It reads the files as docs/cache-format.md and
-sae.json describe them, encodes by the equations of the recipes, and runs the whole model once for each SAE with a
-forward hook on its block. What it measures stays per row, so that the numbers can be taken again without any one row.
+This file imports nothing of the package and shares no code with it. It reads the files as docs/reference/cache-
+format.md and sae.json describe them, encodes by the equations of the recipes, and runs the whole model once for each
+SAE with a forward hook on its block. What it measures stays per row, so that the numbers can be taken again without any
+one row.
 
 Definitions. Counted rows are the tokens of the held-out contexts that are not special and, where the cache has a limit,
 not over it in norm. A reconstruction replaces the activation at counted rows only. KL(model || spliced) is averaged

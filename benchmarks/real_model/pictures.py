@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=default_folder())
     parser.add_argument("--arm", default="standing")
     parser.add_argument("--latent", type=int)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "docs")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "docs" / "images")
     args = parser.parse_args()
     from playwright.sync_api import sync_playwright
 

@@ -200,7 +200,8 @@ class Metric(ABC):
     title: ClassVar[str]  # the heading of its table
     columns: ClassVar[tuple[MetricColumn, ...]]  # of its table
     definition: ClassVar[int] = 1
-    # How two SAEs are paired (docs/statistics.md): an entry of `MetricResult.details` is a `unit`, `unit_key` names it.
+    # How two SAEs are paired (docs/reference/statistics.md): an entry of `MetricResult.details` is a `unit`, and
+    # `unit_key` names it.
     unit: ClassVar[str] = ""  # such as "data set"; "" if the entries are not the same for every SAE
     independent_seeds: ClassVar[bool] = True  # False: a run is measured with those of other seeds, and depends on them
     unit_key: ClassVar[str] = "dataset_name"

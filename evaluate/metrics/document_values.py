@@ -1,4 +1,4 @@
-"""Core's numbers by document, by which two SAEs are compared on the same documents (docs/statistics.md)."""
+"""Core's numbers by document, by which two SAEs are compared on the same documents (docs/reference/statistics.md)."""
 
 from collections.abc import Mapping
 from typing import Any

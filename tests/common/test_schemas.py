@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[2]
 def test_the_page_about_records_is_current() -> None:
     page = runpy.run_path(str(ROOT / "benchmarks" / "records_page.py"))["page"]
     current = "\n".join(page()) + "\n"
-    assert (ROOT / "docs" / "records.md").read_text() == current, "python benchmarks/records_page.py > docs/records.md"
+    command = "python benchmarks/records_page.py > docs/reference/records.md"
+    assert (ROOT / "docs" / "reference" / "records.md").read_text() == current, command
     named = vars(cache_schemas) | vars(schemas) | vars(evaluation_schemas)
     kinds = [kind for kind in named.values() if isinstance(kind, RecordKind)]
     assert current.count("\n## ") == len(kinds) >= 13

@@ -1,4 +1,4 @@
-"""The rules of docs/statistics.md: against numbers worked by hand, and against simulations with a fixed seed."""
+"""The rules of docs/reference/statistics.md, against numbers worked by hand and simulations with a fixed seed."""
 
 import math
 

@@ -48,7 +48,7 @@ OTHERS = sorted(set(FAMILIES["FAMILIES"]) - set(EXPECTED))
 
 
 def row_in_the_docs(kind: str) -> str:
-    lines = (ROOT / "docs" / "families.md").read_text().splitlines()
+    lines = (ROOT / "docs" / "reference" / "families.md").read_text().splitlines()
     return next(line for line in lines if line.startswith(f"| {kind} |"))
 
 

@@ -4,7 +4,7 @@
 
 b_dec is not subtracted from the input. The folder is <site>[_all]/layer_<n>_width_<label>_l0_<label>. config.json has
 the model, the hook points by transformers' names of the modules, and the kind (sae, transcoder, clt or crosscoder).
-Where it is missing, the path says the same. docs/formats.md has the sources.
+Where it is missing, the path says the same. docs/reference/formats.md has the sources.
 """
 
 import re

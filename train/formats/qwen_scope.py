@@ -4,7 +4,7 @@
 
 b_dec is not subtracted from the input, which is the residual stream after the block. The files are torch.save state
 dicts and are read without unpickling. k and the model are in config.json, and in the repository's name:
-SAE-Res-Qwen3-1.7B-Base-W32K-L0_50. docs/formats.md has the sources.
+SAE-Res-Qwen3-1.7B-Base-W32K-L0_50. docs/reference/formats.md has the sources.
 """
 
 import re

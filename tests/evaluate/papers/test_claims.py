@@ -49,10 +49,10 @@ def test_the_files_are_installed_with_the_package():
 
 
 def test_the_overview_is_of_these_claims():
-    """docs/claims.md is what benchmarks/claims_table.py prints."""
+    """docs/explanation/claims.md is what benchmarks/claims_table.py prints."""
     root = Path(__file__).parents[3]
     made = runpy.run_path(str(root / "benchmarks" / "claims_table.py"))["overview"]()
-    assert (root / "docs" / "claims.md").read_text(encoding="utf-8") == made
+    assert (root / "docs" / "explanation" / "claims.md").read_text(encoding="utf-8") == made
 
 
 @pytest.mark.parametrize(("paper", "claim"), CLAIMS, ids=lambda one: getattr(one, "id", getattr(one, "number", "")))

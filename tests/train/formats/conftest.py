@@ -108,7 +108,7 @@ GEMMA_SCOPE_2 = {
 
 
 def write_gemma_scope_2(folder: Path, config: dict[str, Any] | None = GEMMA_SCOPE_2, **weights: Tensor) -> Path:
-    """A folder as docs/formats.md describes it, written with nothing of the package."""
+    """A folder as docs/reference/formats.md describes it, written with nothing of the package."""
     folder.mkdir(parents=True)
     w = draw_weights() | weights
     names = {"W_enc": "w_enc", "W_dec": "w_dec"}
@@ -133,7 +133,10 @@ QWEN_SCOPE = {
 def write_qwen_scope(
     folder: Path, config: dict[str, Any] | None = QWEN_SCOPE, layers: Sequence[int] = (12,), **weights: Tensor
 ) -> Path:
-    """A folder as docs/formats.md describes it, written with nothing of the package. Seed of each SAE is its layer."""
+    """A folder as docs/reference/formats.md describes it, written with nothing of the package.
+
+    The seed of each SAE is its layer.
+    """
     folder.mkdir(parents=True)
     for layer in layers:
         w = draw_weights(layer) | weights
