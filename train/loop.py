@@ -43,7 +43,7 @@ class Trainer:
         self.failed_at = torch.full((), -1, dtype=torch.int64, device=device)
         self.optimizer = make_optimizer(variant, device)
         self.metric_sums: dict[str, Tensor] = {}  # over the steps since the last pop_metrics
-        self.metric_steps = 0
+        self.metric_steps = torch.zeros((), dtype=torch.int64, device=device)
 
     def step(self, x_BD: Tensor) -> Step:
         """One optimization step on raw activations (B, d_in). Reads no value back to the host."""
@@ -116,14 +116,33 @@ class Trainer:
             "gradient_norm": grad_norm,
             **step.metrics,
         }
+        by_type: dict[torch.dtype, list[str]] = {}
         for name, value in metrics.items():
-            self.metric_sums[name] = self.metric_sums.get(name, 0) + value.detach()
+            by_type.setdefault(value.dtype, []).append(name)
+            if name not in self.metric_sums:  # of booleans, a number
+                self.metric_sums[name] = torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.int64))
+        for names in by_type.values():
+            torch._foreach_add_([self.metric_sums[n] for n in names], [metrics[n].detach() for n in names])
         self.metric_steps += 1
 
     def pop_metrics(self, reset: bool = True) -> dict[str, float]:
-        """Means over the steps since the last reset, and the mechanisms' current scalars. Reads from the device."""
-        metrics = {name: total.item() / self.metric_steps for name, total in self.metric_sums.items()}
-        metrics |= {name: value.item() for name, value in self.variant.scalars().items()}
+        """Means over the steps since the last reset, and the mechanisms' current scalars, by one read."""
+        scalars = self.variant.scalars()
+        steps, *numbers = read_numbers([self.metric_steps, *self.metric_sums.values(), *scalars.values()])
+        metrics = {name: total / steps for name, total in zip(self.metric_sums, numbers, strict=False)}
+        metrics |= zip(scalars, numbers[len(self.metric_sums) :], strict=True)
         if reset:
-            self.metric_sums, self.metric_steps = {}, 0
+            for total in (self.metric_steps, *self.metric_sums.values()):
+                total.zero_()
         return metrics
+
+
+@torch.no_grad()
+def read_numbers(tensors: Sequence[Tensor]) -> list[float]:
+    """The values of 0-d tensors, by one read from their device. Integers and booleans come as integers."""
+    bits = [value.double().view(torch.int64) if value.is_floating_point() else value.long() for value in tensors]
+    read = torch.stack(bits).cpu()
+    return [
+        (number.view(torch.float64) if value.is_floating_point() else number).item()
+        for number, value in zip(read, tensors, strict=True)
+    ]

@@ -44,7 +44,7 @@ class DeadLatents(Mechanism):
     """Counts the tokens since each latent last fired; a latent is dead after `after_tokens`.
 
     `index_A` lists the dead latents for AuxK, padded to a power of two. It is updated only every `every` steps, so that
-    shapes stay fixed in between. `real_A` is 1 for its entries and 0 for its padding.
+    shapes stay fixed in between, and in place. `real_A` is 1 for its entries and 0 for its padding.
     """
 
     since_F: Tensor  # int64, tokens
@@ -56,6 +56,7 @@ class DeadLatents(Mechanism):
         self.register_buffer("since_F", torch.zeros(d_sae, dtype=torch.int64))
         self.register_buffer("dead_F", torch.zeros(d_sae, dtype=torch.bool))
         self.index_A, self.real_A = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+        self._index_F, self._real_F = self.index_A, self.real_A  # the memory of both lists, with room for all latents
 
     def after_step(self, step: Step) -> None:
         self.since_F.add_(step.tokens).mul_(~step.fired_F)
@@ -69,9 +70,11 @@ class DeadLatents(Mechanism):
         dead_N = self.dead_F.nonzero().squeeze(1)
         count = len(dead_N)
         size = min(1 << max(6, (count - 1).bit_length()), len(self.dead_F)) if count else 0
-        self.index_A = torch.zeros(size, dtype=torch.int64, device=self.dead_F.device)
+        if len(self._index_F) < size or self._index_F.device != dead_N.device:
+            self._index_F = torch.zeros_like(self.since_F)
+            self._real_F = torch.zeros(len(self._index_F), device=dead_N.device)
+        self.index_A, self.real_A = self._index_F[:size].zero_(), self._real_F[:size].zero_()
         self.index_A[:count] = dead_N
-        self.real_A = torch.zeros(size, device=self.dead_F.device)
         self.real_A[:count] = 1
 
     def scalars(self) -> dict[str, Tensor]:

@@ -57,27 +57,27 @@ def count_step(
             return str(error)
         with mock.patch.object(loop, "make_optimizer", optimizer_without_values):
             trainer = Trainer(variant.to("cuda"), STEPS, "cuda")
-        make_moments(trainer)
         (counted,) = count_steps(trainer, batch, dead, 1)
     return counted
 
 
 def count_values(recipe: str, d_in: int, d_sae: int, batch: int, dead: int) -> list[Counted]:
-    """The same of the first two steps of a run, with values."""
+    """The same of the second and the third step of a run, with values."""
     with simulated_gpu():
         variant = find_recipe(recipe).make(RunConfig(d_in, d_sae, STEPS, batch, variance=24.0), {})
         trainer = Trainer(variant.to("cuda"), STEPS, "cuda")
-        make_moments(trainer)
         return count_steps(trainer, batch, dead, 2)
 
 
 def count_steps(trainer: Trainer, batch: int, dead: int, steps: int) -> list[Counted]:
+    """Of the steps after the first, which also makes the moments and the sums of metrics."""
     variant, counted = trainer.variant, []
     variant.dead.index_A = torch.zeros(dead, dtype=torch.int64, device="cuda")
     variant.dead.real_A = torch.ones(dead, device="cuda")
     x_BD = torch.ones(batch, variant.sae.d_in, dtype=torch.bfloat16, device="cuda")
     activation = variant.sae.activation[0]
     kept = activation.k if isinstance(activation, KeepTopK) else None
+    trainer.step(x_BD)
     for _ in range(steps):
         with Counter() as counter:
             trainer.step(x_BD)
@@ -96,14 +96,6 @@ def optimizer_without_values(variant: Variant, device: str) -> torch.optim.Optim
     for group in optimizer.param_groups:
         group["lr"] = rate
     return optimizer
-
-
-def make_moments(trainer: Trainer) -> None:
-    """What the first step of a run makes, as if there had been one."""
-    for parameter in trainer.variant.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad(set_to_none=True)
 
 
 def with_fault(fault: str | None) -> contextlib.AbstractContextManager[None]:

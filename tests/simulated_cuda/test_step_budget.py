@@ -195,12 +195,12 @@ def test_launches_do_not_depend_on_the_size_and_bytes_grow_with_the_batch(gpu: S
 
 
 def test_the_operations_are_those_of_steps_with_values(gpu: SimulatedGPU) -> None:
-    """Shapes alone leave nothing out, the first step of a run is like the second, and dead latents are revived."""
+    """Shapes alone leave nothing out, the second step of a run is like the third, and dead latents are revived."""
     for recipe, dead in (("topk", 64), ("relu", 0), ("competition", 0), ("collapse-10", 0)):
-        first, second = gpu("counting.count_values", recipe=recipe, d_in=D, d_sae=F, batch=B, dead=dead)
-        assert count(gpu, recipe, dead=dead).operations == first.operations
-        assert [(o.name, o.line, o.cost.launches) for o in first.operations] == [
-            (o.name, o.line, o.cost.launches) for o in second.operations
+        second, third = gpu("counting.count_values", recipe=recipe, d_in=D, d_sae=F, batch=B, dead=dead)
+        assert count(gpu, recipe, dead=dead).operations == second.operations
+        assert [(o.name, o.line, o.cost.launches) for o in second.operations] == [
+            (o.name, o.line, o.cost.launches) for o in third.operations
         ]
     assert total(count(gpu, "topk", dead=64), "launches") > total(count(gpu, "topk"), "launches")
 

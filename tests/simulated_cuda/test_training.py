@@ -47,6 +47,7 @@ def test_a_step_waits_for_nothing_and_a_run_ends_as_on_a_cpu(gpu: SimulatedGPU, 
     is resumed are equal bit for bit."""
     walked = gpu("training.walk", recipe=recipe, sparse=True)
     assert walked["waits"] == walked["unordered"] == []
+    assert len(walked["reads"]) == 1  # of all metrics of a log together
     assert walked["apart"] == {}
     assert walked["dead"] > 0  # so that AuxK and what restarts latents have work to do
 

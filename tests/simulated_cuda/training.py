@@ -39,9 +39,9 @@ def walk(
 
     `sparse` says whether products with few latents are sparse; without `autocast` the arithmetic of the two is the
     same. Batches are computed in `parts`. Returns what made the host wait in a step (`waits`), what can have other bits
-    in a second run of it on a GPU (`unordered`), and for each number or
-    tensor by which the two ended apart the difference as a share of the CPU's largest (`apart`), and with how many dead
-    latents it worked (`dead`).
+    in a second run of it on a GPU (`unordered`), what the host reads for a log (`reads`), for each number or tensor by
+    which the two ended apart the difference as a share of the CPU's largest (`apart`), and with how many dead latents
+    it worked (`dead`).
     """
     with same_arithmetic(sparse), tempfile.TemporaryDirectory() as folder:
         precision = None if autocast else "float32"
@@ -50,7 +50,8 @@ def walk(
         with simulated_gpu():
             gpu = Walk(recipe, options, paper_exact, d_sae, "cuda", Path(folder) / "cuda", parts, precision)
             found = gpu.run()
-    return {"waits": gpu.waits, "unordered": gpu.unordered, "dead": gpu.dead, "apart": differences(expected, found)}
+    apart = differences(expected, found)
+    return {"waits": gpu.waits, "unordered": gpu.unordered, "reads": gpu.reads, "dead": gpu.dead, "apart": apart}
 
 
 @contextlib.contextmanager
@@ -89,6 +90,7 @@ class Walk:
         self.device, self.folder = device, folder
         self.waits: list[str] = []
         self.unordered: list[str] = []
+        self.reads: list[str] = []  # of a log
         self.dead = 0  # latents that AuxK had to work with
 
     def new_trainer(self) -> Trainer:
@@ -119,7 +121,9 @@ class Walk:
                 trainer.run_periodic(number, step)
             unordered = [*seen.unordered, *between.unordered]
             self.unordered += [line for line in unordered if line not in self.unordered]
-        metrics = trainer.pop_metrics()
+        with watch() as logging:
+            metrics = trainer.pop_metrics()
+        self.reads = [str(entry) for entry in logging.entries]
         save_checkpoint(trainer, self.folder, STEPS)
         saved = {name: tensor.clone() for name, tensor in training_state(trainer).items()}
         resumed = self.new_trainer()
