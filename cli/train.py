@@ -24,6 +24,7 @@ from .options import (
     check_device,
     check_width,
     finite_or_none,
+    one_of,
     parse_max_norm,
     parse_positive,
 )
@@ -174,6 +175,14 @@ def train(
             rich_help_panel=MACHINE,
         ),
     ] = False,
+    capture: Annotated[
+        str,
+        typer.Option(
+            callback=one_of("auto", "off"),
+            help="The steps of a pass as one CUDA graph: auto, where that is possible, or off. The same results.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = "auto",
     precision: Annotated[
         str | None,
         typer.Option(
@@ -218,6 +227,7 @@ def train(
         checkpoint_every=checkpoint_every,
         log=log or (),
         compiled=compiled,
+        capture=capture,
         precision=precision,
         origins=ORIGINS.get({}),
     )

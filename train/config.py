@@ -60,6 +60,7 @@ class TrainConfig:
     checkpoint_every: int = 1000  # steps
     log: Sequence[str] = ()  # names of loggers
     compiled: bool = False  # compile the training step
+    capture: str = "auto"  # the steps of a pass as one CUDA graph: auto, where that is possible, or off
     precision: str | None = None  # float32, tf32 or bfloat16; None: bfloat16 on a GPU, float32 on a CPU
     origins: Mapping[str, str] = field(default_factory=dict)  # non-default flag -> "flag" or "file:line"
 
@@ -70,6 +71,8 @@ class TrainConfig:
         for newer in ("modules", "accumulate", "precision", "local_cache", "local_folder"):
             if not values[newer]:
                 del values[newer]  # as in records that are older than it
+        if self.capture == "auto":
+            del values["capture"]
         return json.loads(json.dumps(values, default=str))
 
 

@@ -8,19 +8,25 @@ from torch import Tensor
 
 from ..common.precision import autocast, default_precision, float32_products
 from .accumulate import run_in_parts
+from .metrics import MetricSums
 from .optimizer import clip_gradients, make_optimizer
 from .step import Step
 from .variant import Variant
 
 
 def train_loop(
-    trainers: Sequence["Trainer"], batches: Iterator[Tensor], steps: range, after_step: Callable[[int], bool]
+    trainers: Sequence["Trainer"],
+    batches: Iterator[Tensor],
+    steps: range,
+    after_step: Callable[[int], bool],
+    replay: Callable[[Sequence["Trainer"], Tensor], dict["Trainer", Step]] | None = None,
 ) -> None:
-    """Take the steps, every trainer on each batch in turn, until `after_step(number)` returns True."""
+    """Take the steps, every trainer on each batch in turn or all by `replay`, until `after_step(number)` is True."""
     for number in steps:
         x_BD = next(batches)
+        taken = {} if replay is None else replay(trainers, x_BD)
         for trainer in trainers:
-            trainer.run_periodic(number, trainer.step(x_BD))
+            trainer.run_periodic(number, taken.pop(trainer) if taken else trainer.step(x_BD))
         if after_step(number):
             break
 
@@ -42,8 +48,7 @@ class Trainer:
         # The first step with a non-finite loss or gradient; -1: none.
         self.failed_at = torch.full((), -1, dtype=torch.int64, device=device)
         self.optimizer = make_optimizer(variant, device)
-        self.metric_sums: dict[str, Tensor] = {}  # over the steps since the last pop_metrics
-        self.metric_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self.metrics = MetricSums(device)  # over the steps since the last pop_metrics
 
     def step(self, x_BD: Tensor) -> Step:
         """One optimization step on raw activations (B, d_in). Reads no value back to the host."""
@@ -116,33 +121,8 @@ class Trainer:
             "gradient_norm": grad_norm,
             **step.metrics,
         }
-        by_type: dict[torch.dtype, list[str]] = {}
-        for name, value in metrics.items():
-            by_type.setdefault(value.dtype, []).append(name)
-            if name not in self.metric_sums:  # of booleans, a number
-                self.metric_sums[name] = torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.int64))
-        for names in by_type.values():
-            torch._foreach_add_([self.metric_sums[n] for n in names], [metrics[n].detach() for n in names])
-        self.metric_steps += 1
+        self.metrics.add(metrics)
 
     def pop_metrics(self, reset: bool = True) -> dict[str, float]:
         """Means over the steps since the last reset, and the mechanisms' current scalars, by one read."""
-        scalars = self.variant.scalars()
-        steps, *numbers = read_numbers([self.metric_steps, *self.metric_sums.values(), *scalars.values()])
-        metrics = {name: total / steps for name, total in zip(self.metric_sums, numbers, strict=False)}
-        metrics |= zip(scalars, numbers[len(self.metric_sums) :], strict=True)
-        if reset:
-            for total in (self.metric_steps, *self.metric_sums.values()):
-                total.zero_()
-        return metrics
-
-
-@torch.no_grad()
-def read_numbers(tensors: Sequence[Tensor]) -> list[float]:
-    """The values of 0-d tensors, by one read from their device. Integers and booleans come as integers."""
-    bits = [value.double().view(torch.int64) if value.is_floating_point() else value.long() for value in tensors]
-    read = torch.stack(bits).cpu()
-    return [
-        (number.view(torch.float64) if value.is_floating_point() else number).item()
-        for number, value in zip(read, tensors, strict=True)
-    ]
+        return self.metrics.read(self.variant.scalars(), reset)

@@ -1,6 +1,7 @@
 """Mechanisms that more than one recipe uses."""
 
 import math
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -76,6 +77,9 @@ class DeadLatents(Mechanism):
         self.index_A, self.real_A = self._index_F[:size].zero_(), self._real_F[:size].zero_()
         self.index_A[:count] = dead_N
         self.real_A[:count] = 1
+
+    def shape_key(self) -> Hashable:
+        return len(self.index_A)
 
     def scalars(self) -> dict[str, Tensor]:
         return {"dead": (self.since_F >= self.after_tokens).float().mean()}
@@ -233,6 +237,9 @@ class AnnealK(Mechanism):
     def after_restore(self) -> None:
         room, k = int(self.room), self.activation.k
         self.activation.max_k = room if room > math.ceil(k) else k
+
+    def shape_key(self) -> Hashable:
+        return self.activation.max_k
 
     def scalars(self) -> dict[str, Tensor]:
         assert self.activation.now is not None

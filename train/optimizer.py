@@ -1,6 +1,7 @@
 """The optimizer of a variant, and the limit of its gradient."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +30,22 @@ def make_optimizer(variant: Variant, device: str) -> torch.optim.Optimizer:
     # is not zero.
     optimizer.grad_scale, optimizer.found_inf = None, torch.zeros((), device=device)  # type: ignore[attr-defined]
     return optimizer
+
+
+@contextlib.contextmanager
+def capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """A context in which the optimizer may be captured in a CUDA graph.
+
+    It keeps its learning rate, its counts of steps and its flags on the device, and so computes the same with and
+    without the setting; torch refuses to capture without it, and warns of it where nothing is captured.
+    """
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group in optimizer.param_groups:
+            group["capturable"] = False
 
 
 def clip_gradients(variant: Variant, optimizer: torch.optim.Optimizer) -> Tensor:

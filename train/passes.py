@@ -29,6 +29,8 @@ class PassRun(BuildableRun, Protocol):
 
     @property
     def batches_key(self) -> tuple[Any, ...]: ...
+    @property
+    def compiled(self) -> bool: ...
 
 
 AnyRun = TypeVar("AnyRun", bound=PassRun)
@@ -79,10 +81,20 @@ def add_up(memories: Sequence[RunMemory], config: RunConfig, device: str) -> Pas
     return PassMemory(sum(memory.state for memory in memories), step, slots * batch + WORKSPACE[kind])
 
 
-def reserved_memory(runs: Sequence[BuildableRun], device: str) -> int:
+def captured_memory(runs: Sequence[BuildableRun], device: str) -> int:
+    """What runs take whose steps are one graph, in bytes: they do not take turns, each has a stream with a workspace,
+    and the graph has a batch of its own."""
+    state, _, batches = pass_memory(runs, device)
+    steps = sum(run_memory(run, device).step for run in runs)
+    return state + steps + batches + len(runs) * WORKSPACE["cuda"] + 2 * runs[0].config.batch_size * runs[0].config.d_in
+
+
+def reserved_memory(runs: Sequence[BuildableRun], device: str, captured: bool = False) -> int:
     """What to leave free for runs: a generous bound while there is plenty, else what they take."""
     bound = sum(map(memory_bound, runs))
-    return bound if bound < available_memory(device) / 2 else pass_memory(runs, device).total
+    if bound < available_memory(device) / 2:
+        return bound
+    return captured_memory(runs, device) if captured else pass_memory(runs, device).total
 
 
 def split_by_memory(runs: Sequence[AnyRun], device: str, free: float) -> list[list[AnyRun]]:
@@ -122,6 +134,24 @@ def plan_passes(runs: Sequence[AnyRun], device: str, streaming: bool = False) ->
             "(`sae harvest`) and train from the cache, which takes several passes if it has to."
         )
     return [list(runs)] if runs else []
+
+
+def reason_against_capture(passes: Sequence[Sequence[PassRun]], device: str) -> str:
+    """Why the steps of runs are not captured in a CUDA graph, as the end of a sentence; "" if they are."""
+    if torch.device(device).type != "cuda":
+        return f"the device is {device}, which has no CUDA graphs"
+    runs = [run for one in passes for run in one]
+    if any(run.compiled for run in runs):
+        return "--compile and CUDA graphs have not been tried together"
+    own = f"{__package__}.variants."
+    if foreign := [run.recipe.name for run in runs if not run.recipe.declared_by.__module__.startswith(own)]:
+        return f"{foreign[0]} is not a recipe of this package, and whether its step can be captured is not known"
+    free = available_memory(device)
+    for one in passes:
+        if sum(map(memory_bound, one)) > FREE_SHARE * free and captured_memory(one, device) > FREE_SHARE * free:
+            taken = format_bytes(captured_memory(one, device))
+            return f"{format_count(len(one), 'run')} in one graph take {taken}, and {describe_free(device, free)}"
+    return ""
 
 
 def copied_bytes(runs: Sequence[BuildableRun], device: str) -> int:

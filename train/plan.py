@@ -37,7 +37,7 @@ from .estimate import check_disk_space, describe_size, describe_time
 from .hooks import hooks_to_train
 from .memory import untrained_variant
 from .parse import parse_options, parse_width
-from .passes import copies_fit, describe_copies, describe_passes, plan_passes
+from .passes import copies_fit, describe_copies, describe_passes, plan_passes, reason_against_capture
 from .precision import describe_precision, explain_other_precision, find_folder, require_precision
 from .recipe import Recipe, find_recipe
 from .sae import SAE, load_sae, read_run_record, read_sae_record
@@ -172,6 +172,16 @@ class TrainPlan:
         return all(copies_fit(runs, device) for runs in self.planned_passes)
 
     @cached_property
+    def eager_because(self) -> str:
+        """Why the steps of a pass are launched one by one, as the end of a sentence; "" if they are one CUDA graph.
+
+        By the memory that is free when this is first asked.
+        """
+        if self.config.capture == "off":
+            return "--capture off"
+        return reason_against_capture(self.planned_passes, resolve_device(self.config.device))
+
+    @cached_property
     def shares(self) -> list[RankShare]:
         """What each of several launched processes trains: numbers of `runs`. Times a few steps of each recipe."""
         unfinished = {number: run for number, run in enumerate(self.runs) if not run.done}
@@ -199,6 +209,9 @@ class TrainPlan:
             lines += describe_shares(self.shares, self.runs, self.config.device, time)
         else:
             lines += describe_passes(self.planned_passes, device := resolve_device(self.config.device))
+            if torch.device(device).type == "cuda":
+                because = f"launched one by one: {self.eager_because}" if self.eager_because else "in CUDA graphs"
+                lines.append(f"steps    {because}")
             if time or not self.in_background:
                 lines.append(describe_copies(self.passes, device, self.in_background))
             if time:
@@ -233,7 +246,7 @@ def plan_training(config: TrainConfig, reserved: Mapping[Path, float] = {}) -> T
     plan = TrainPlan(config, runs)
     check_disk_space(plan.unfinished, reserved)
     prepare_local_folder(plan.planned_passes, config.local_cache)
-    _ = plan.passes, plan.in_background  # by the memory that is free now; refuses what does not fit
+    _ = plan.passes, plan.in_background, plan.eager_because  # by the memory that is free now; refuses what does not fit
     return plan
 
 

@@ -169,7 +169,8 @@ def train_runs(
                     if not trainer.steps_done:
                         set_normalization(trainer, trainer.run.cache)
                 with CheckpointWriter(device, plan.in_background) as writer:
-                    train_passes(shared_passes(trainers, plan.config, progress, should_stop, writer))
+                    capture = not plan.eager_because
+                    train_passes(shared_passes(trainers, plan.config, progress, should_stop, writer, capture))
     raise_problems(plan)
 
 

@@ -12,6 +12,7 @@ from ..common.errors import Interrupted, SaeError
 from ..common.escaping import quote
 from ..common.memory import out_of_memory
 from ..common.process_group import rank_and_count
+from .capture import CapturedSteps
 from .checkpoint_writer import CheckpointWriter
 from .loop import train_loop
 from .memory_error import save_after_running_out
@@ -31,11 +32,15 @@ def shared_passes(
     progress: TrainProgress,
     should_stop: Callable[[], bool],
     writer: CheckpointWriter,
+    capture: bool = False,
 ) -> list["SharedPass"]:
-    """Group trainers of the same batches by the step they resume from, since that decides the batch they read next."""
+    """Group trainers of the same batches by the step they resume from, since that decides the batch they read next.
+
+    With `capture` the steps of each group are one CUDA graph.
+    """
     starts = sorted({trainer.steps_done for trainer in trainers})
     groups = [[trainer for trainer in trainers if trainer.steps_done == start] for start in starts]
-    return [SharedPass(group, config, progress, should_stop, writer) for group in groups]
+    return [SharedPass(group, config, progress, should_stop, writer, capture) for group in groups]
 
 
 class SharedPass:
@@ -48,9 +53,10 @@ class SharedPass:
         progress: TrainProgress,
         should_stop: Callable[[], bool],
         writer: CheckpointWriter,
+        capture: bool = False,
     ) -> None:
         self.active, self.config, self.progress, self.should_stop = trainers, config, progress, should_stop
-        self.writer = writer
+        self.writer, self.capture = writer, capture
         self.steps_done = trainers[0].steps_done
         self.max_steps = max(trainer.steps for trainer in trainers)
         self.batch_size = trainers[0].run.config.batch_size
@@ -61,12 +67,13 @@ class SharedPass:
         self._finish_runs(self.steps_done)  # a run that was killed between its last checkpoint and its end
         if self.active:
             self.until, first, sharing = until, self.active[0], [trainer.run for trainer in self.active]
+            replay = CapturedSteps(self.progress.say).replay if self.capture else None
             try:
                 count = until - self.steps_done
                 with open_batches(
-                    first.run, self.steps_done, first.device, count, sharing, self.should_stop
+                    first.run, self.steps_done, first.device, count, sharing, self.should_stop, self.capture
                 ) as self.batches:
-                    train_loop(self.active, self.batches, range(self.steps_done, until), self._after_step)
+                    train_loop(self.active, self.batches, range(self.steps_done, until), self._after_step, replay)
                 self.writer.wait()
             except Exception as error:
                 if isinstance(error, SaeError) and error is self.batches.store_failure:
@@ -188,7 +195,7 @@ def finish_run(trainer: RunTrainer, writer: CheckpointWriter) -> None:
 
 def open_batches(
     run: Run, step: int, device: str, count: int, sharing: Sequence[Run] | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False, captured: bool = False,
 ) -> BatchLoader | ResidentLoader:  # fmt: skip
     """The next `count` batches of a run from a step on; of a ring, those of the group that is open.
 
@@ -204,7 +211,7 @@ def open_batches(
     part |= {"expected": True, "should_stop": should_stop}
     if not device.startswith("cuda"):
         return BatchLoader(rows, run.hook.array, size, **part)
-    return open_loader(rows, run.hook.array, size, reserve=reserved_memory(sharing, device), **part)
+    return open_loader(rows, run.hook.array, size, reserve=reserved_memory(sharing, device, captured), **part)
 
 
 @torch.no_grad()

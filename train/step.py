@@ -5,6 +5,7 @@ Shape suffixes in this folder: B tokens in the batch, D d_in, F d_sae, K latents
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -133,7 +134,8 @@ class Mechanism(nn.Module):
     """Something that acts around the optimizer. Its buffers are its state; its hooks run under no_grad.
 
     `after_backward` and `after_step` run in every step, so they keep fixed shapes and never read a value back to the
-    host. `every_n_steps` may do both; it runs after every `every`-th step.
+    host. `every_n_steps` may do both; it runs after every `every`-th step. What a step reads of a mechanism changes in
+    place, in both: the graph of a captured step (train/capture.py) reads the same memory each time.
     """
 
     combine: ClassVar[Literal["", "mean", "min"]] = ""
@@ -171,6 +173,10 @@ class Mechanism(nn.Module):
         than a few vectors of latents.
         """
         return 0
+
+    def shape_key(self) -> Hashable:
+        """What decides the shapes of a step, if `every_n_steps` changes it: a new value, and the graph is made anew."""
+        return None
 
     def calibrate(self, step: Step) -> None:
         """After training: called for a few more batches, forward only, to fit a number to the final weights."""

@@ -46,7 +46,7 @@ def train_streaming(plan: TrainPlan, progress: TrainProgress, harvest: Harvest) 
         passes = [
             one
             for group in trainers.values()
-            for one in shared_passes(group, plan.config, progress, should_stop, writer)
+            for one in shared_passes(group, plan.config, progress, should_stop, writer, not plan.eager_because)
         ]
         if not passes:
             return

@@ -1,6 +1,6 @@
 """A variant: an SAE with its losses, schedules, mechanisms and optimizer settings, ready to train."""
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -170,6 +170,10 @@ class Variant(nn.Module):
                 step.metrics[f"{name}_coefficient"] = coefficient.detach()
             losses[name] = coefficient * term(step)
         return losses
+
+    def shape_key(self) -> Hashable:
+        """What decides the shapes of a step, as far as mechanisms change it (`Mechanism.shape_key`)."""
+        return tuple(mechanism.shape_key() for mechanism in self.mechanisms)
 
     def scalars(self) -> dict[str, Tensor]:
         return {name: value for mechanism in self.mechanisms for name, value in mechanism.scalars().items()}

@@ -86,6 +86,7 @@ FLAGS = {
     "checkpoint-every": ("4", "checkpoint_every", 4),
     "log": ("wandb", "log", ["wandb"]),
     "compile": (None, "compiled", True),
+    "capture": ("off", "capture", "off"),
     "precision": ("tf32", "precision", "tf32"),
 }
 STREAM = {

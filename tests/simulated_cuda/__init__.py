@@ -8,6 +8,7 @@ nothing inside a step, that copies are ordered, and that the values are those of
     tensors.py       the tensors, and what each operation does with them
     functions.py     what never reaches an operation: torch.tensor, pinned memory, streams, the properties of the GPU
     ledger.py        what the host read and copied, with the line of the package that did it
+    graphs.py        CUDA graphs, which run the captured operations on the same memory again
     streams.py       streams and events whose copies run as late as they can
     worker.py        the process that has the GPU; `gpu.py` calls its functions from the tests
     cost.py          what each operation costs on a GPU: launches, FLOPs, bytes

@@ -11,7 +11,7 @@ import torch
 import torch.cuda.amp.common
 from torch.overrides import TorchFunctionMode
 
-from . import streams
+from . import graphs, streams
 from .tensors import Dispatch, SimulatedTensor, is_pinned, on_gpu, pin
 
 GIB = 1 << 30
@@ -70,7 +70,7 @@ def install() -> None:
     )
     cuda.memory_reserved = lambda device=None: 0
     cuda.is_bf16_supported = lambda *_, **__: True
-    cuda.is_current_stream_capturing = lambda: False
+    cuda.is_current_stream_capturing = lambda: streams.current_stream().is_capturing()
     cuda.mem_get_info = lambda device=None: (Memory.free, Memory.total)
     cuda.memory_allocated = lambda device=None: 0
     cuda.get_rng_state, cuda.set_rng_state = (lambda *_: torch.get_rng_state()), (lambda *_: None)
@@ -78,6 +78,7 @@ def install() -> None:
     cuda.synchronize = lambda device=None: streams.current_stream().synchronize()
     cuda.Stream, cuda.Event, cuda.stream = streams.Stream, streams.Event, streams.use_stream
     cuda.current_stream = streams.current_stream
+    cuda.CUDAGraph, cuda.graph = graphs.CUDAGraph, graphs.graph
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.autograd.set_multithreading_enabled(False)  # so that the stack of a backward pass is that of its caller
 

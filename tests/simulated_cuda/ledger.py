@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ PACKAGE = f"{HERE.parents[1]}/"
 SITE = "/site-packages/"
 MACHINERY = {
     str(HERE / f"{name}.py")
-    for name in ("cost", "counting", "functions", "ledger", "order", "streams", "tensors", "worker")
+    for name in ("cost", "counting", "functions", "graphs", "ledger", "order", "streams", "tensors", "worker")
 }
 
 READ = "the host reads from the GPU and waits for it"
@@ -73,7 +74,23 @@ def is_watching() -> bool:
     return bool(_open)
 
 
+_refusing: dict[int, str] = {}  # thread -> why it may neither wait nor copy
+
+
+@contextlib.contextmanager
+def refusing(why: str) -> Iterator[None]:
+    """Raise RuntimeError where this thread makes the host wait, or copies between it and the GPU."""
+    thread = threading.get_ident()
+    _refusing[thread] = why
+    try:
+        yield
+    finally:
+        del _refusing[thread]
+
+
 def note(kind: str, what: str) -> None:
+    if kind != UNORDERED and (why := _refusing.get(threading.get_ident())):
+        raise RuntimeError(f"CUDA error: {why}: {Entry(kind, what, line())}")
     if _open:
         entry = Entry(kind, what, line())
         for ledger in _open:

@@ -1,11 +1,17 @@
-"""The memory that is planned on the simulated GPU."""
+"""What is planned on the simulated GPU: memory, and whether steps are captured."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from sae.train.memory import run_memory
-from sae.train.passes import Resized, pass_memory
-from sae.train.recipe import find_recipe
+from sae.train.passes import FREE_SHARE, Resized, captured_memory, pass_memory
+from sae.train.plan import TrainConfig, plan_training
+from sae.train.recipe import RECIPES, find_recipe
 from sae.train.variant import RunConfig
 
-from .functions import simulated_gpu
+from .functions import Memory, simulated_gpu
 
 
 def memory(recipe: str) -> dict[str, tuple[int, ...]]:
@@ -14,3 +20,24 @@ def memory(recipe: str) -> dict[str, tuple[int, ...]]:
     with simulated_gpu():
         planned = {device: (*run_memory(run, device), *pass_memory([run], device)) for device in ("cpu", "cuda")}
     return planned
+
+
+def about_steps(cache: Path, out: Path) -> dict[str, list[str]]:
+    """The lines of plans about how steps are launched, by what is special about a plan."""
+
+    def plan(*recipes: str, **more: Any) -> list[str]:
+        sizes = {"steps": 4, "batch_size": 64, "width": "4x", "precision": "float32", "device": "cuda"}
+        config = TrainConfig(recipes or ("relu", "april"), layers=[0], caches=[cache], out=out, **{**sizes, **more})
+        planned = plan_training(config)
+        memories.append([captured_memory(runs, "cuda") for runs in planned.passes])
+        return [line for line in planned.describe() if line.startswith(("steps ", "passes "))]
+
+    memories: list[list[int]] = []
+    own = replace(find_recipe("relu"), name="own", declared_by=about_steps)
+    with simulated_gpu(), mock.patch.dict(RECIPES, {"own": own}):
+        lines = {"a GPU": plan(), "off": plan(capture="off"), "compiled": plan(compiled=True)}
+        lines |= {"a CPU": plan(device="cpu"), "a recipe from elsewhere": plan("relu", "own")}
+        for name, spare in (("just enough memory", 1), ("too little memory", -1)):
+            with mock.patch.object(Memory, "free", int(memories[0][0] / FREE_SHARE) + spare):
+                lines[name] = plan()
+    return lines

@@ -14,6 +14,7 @@ from sae.cache import loader as cache_loader
 from sae.cache.loader import BatchLoader, ResidentLoader
 from sae.cache.reader import Cache
 from sae.common.files import read_json
+from sae.train.capture import CapturedSteps
 from sae.train.checkpoint_writer import CheckpointWriter
 from sae.train.loop import Trainer
 from sae.train.plan import Run, TrainConfig, plan_training
@@ -26,15 +27,16 @@ from .training import same_arithmetic
 STEPS = 12
 
 
-def train(folder: Path, cache: Path, recipes: Sequence[str], resident: bool) -> dict[str, Any]:
+def train(folder: Path, cache: Path, recipes: Sequence[str], resident: bool, capture: str) -> dict[str, Any]:
     """The same runs on both devices, those of the GPU also killed after half of their steps and resumed.
 
-    Every fortieth row is an outlier. `resident` says whether the loader keeps the rows on the GPU. Returns what made
+    Every fortieth row is an outlier. `resident` says whether the loader keeps the rows on the GPU, `capture` whether
+    steps are captured there. Returns what made
     the host wait in a step, for a batch or to save checkpoints (`waits`), the files that are not equal byte for byte
     (`apart`), and how many copies were queued.
     """
     loader = ResidentLoader if resident else BatchLoader
-    seen: dict[str, list[Ledger]] = {"step": [], "batch": [], "save": []}
+    seen: dict[str, list[Ledger]] = {"step": [], "graph": [], "batch": [], "save": []}
     outliers = mock.patch.object(Cache, "outlier_rows", lambda self, name: np.arange(7, self.rows, 40))
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)  # of an earlier call in this process
     with same_arithmetic(sparse=True), outliers:
@@ -44,24 +46,26 @@ def train(folder: Path, cache: Path, recipes: Sequence[str], resident: bool) -> 
             mock.patch.object(Memory, "free", 100 * GIB),
             mock.patch.object(cache_loader, "DEVICE_SHARE", 0.4 if resident else 0.0),
             watched(Trainer, "step", seen["step"]),
+            watched(CapturedSteps, "replay", seen["graph"]),
             watched(loader, "__next__", seen["batch"]),
             watched(CheckpointWriter, "save", seen["save"]),
         ):
-            found = finish(folder / "cuda", "cuda", cache, recipes)
+            found = finish(folder / "cuda", "cuda", cache, recipes, capture)
             steps = len(seen["step"])
             apart = compare(expected, found)
             for run in found:
                 (run.folder / "sae.json").unlink()
                 (run.folder / "sae.safetensors").unlink()
                 shutil.rmtree(run.folder / "checkpoints" / f"step-{STEPS:08d}")
-            again = finish(folder / "cuda", "cuda", cache, recipes)
-    ledgers = [*seen["step"], *seen["batch"], *seen["save"]]
+            again = finish(folder / "cuda", "cuda", cache, recipes, capture)
+    ledgers = [ledger for several in seen.values() for ledger in several]
     return {
         "waits": sorted({wait for ledger in ledgers for wait in ledger.waits}),
         "apart": apart,
         "apart_resumed": compare(expected, again),
         "steps": steps,
         "steps_resumed": len(seen["step"]) - steps,
+        "replays": len(seen["graph"]),
         "batches": len(seen["batch"]),
         "workspace": [
             read_json(run.folder / "run.json")["environment"]["variables"] for run in (expected[0], found[0])
@@ -73,11 +77,11 @@ def train(folder: Path, cache: Path, recipes: Sequence[str], resident: bool) -> 
     }
 
 
-def finish(out: Path, device: str, cache: Path, recipes: Sequence[str]) -> list[Run]:
+def finish(out: Path, device: str, cache: Path, recipes: Sequence[str], capture: str = "auto") -> list[Run]:
     plan = plan_training(
         TrainConfig(
             list(recipes), caches=[cache], layers=[0], steps=STEPS, batch_size=64, width="4x", device=device, out=out,
-            checkpoint_every=STEPS // 2, log_every=3, precision="float32",
+            checkpoint_every=STEPS // 2, log_every=3, precision="float32", capture=capture,
         )
     )  # fmt: skip
     run_training(plan)

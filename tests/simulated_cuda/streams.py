@@ -11,6 +11,7 @@ from types import TracebackType
 
 Job = Callable[[], object]
 _lock = threading.RLock()  # a thread of the loader drains a stream while the caller queues on it
+captured: "list[Stream]" = []  # those that belong to the graph that is being captured; see graphs.py
 
 
 class Stream:
@@ -40,6 +41,8 @@ class Stream:
         return event
 
     def wait_event(self, event: "Event") -> None:
+        if event.stream in captured and self not in captured:
+            captured.append(self)
         self.push(event.synchronize)
 
     def wait_stream(self, other: "Stream") -> None:
@@ -50,6 +53,9 @@ class Stream:
 
     def query(self) -> bool:
         return self.done == len(self.jobs)
+
+    def is_capturing(self) -> bool:
+        return self in captured
 
 
 class Event:

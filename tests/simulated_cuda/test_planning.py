@@ -1,6 +1,10 @@
-"""Memory is planned for a GPU: a step is traced there, as it is computed there."""
+"""Plans for a GPU: a step is traced there, as it is computed there, and captured where nothing is against it."""
+
+from pathlib import Path
 
 import pytest
+
+from sae.cache.reader import Cache
 
 from .gpu import SimulatedGPU
 
@@ -13,3 +17,19 @@ def test_a_step_is_traced_on_a_gpu(gpu: SimulatedGPU, recipe: str) -> None:
     assert gpu_state == state and gpu_host == host
     assert 0.5 * step < gpu_step < 2.5 * step and gpu_step != step
     assert most == gpu_step and batches == 2 * 2 * 256 * 64 + (96 << 20)
+
+
+def test_a_plan_for_a_gpu_says_whether_steps_are_captured_and_why_not(
+    gpu: SimulatedGPU, tiny_cache: Cache, tmp_path: Path
+) -> None:
+    """With too little memory for the steps of both runs at once they still share a pass, in which they take turns."""
+    lines = gpu("planning.about_steps", cache=tiny_cache.folder, out=tmp_path)
+    captured = ["steps    in CUDA graphs"]
+    assert lines["a GPU"] == lines["just enough memory"] == captured and lines["a CPU"] == []
+    (off,), (compiled,), (foreign,), (little,) = (
+        lines[name] for name in ("off", "compiled", "a recipe from elsewhere", "too little memory")
+    )
+    assert off == "steps    launched one by one: --capture off"
+    assert compiled == "steps    launched one by one: --compile and CUDA graphs have not been tried together"
+    assert foreign.startswith("steps    launched one by one: own is not a recipe of this package")
+    assert little.startswith("steps    launched one by one: 2 runs in one graph take ") and "free on cuda" in little

@@ -12,15 +12,21 @@ RECIPES = ("batchtopk", "frozen-decoder")
 
 
 @pytest.mark.parametrize("resident", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["streamed", "resident"])
+@pytest.mark.parametrize("capture", ["off", "auto"])
 def test_runs_end_as_on_a_cpu_and_neither_steps_nor_batches_nor_checkpoints_wait(
-    gpu: SimulatedGPU, tiny_cache: Cache, tmp_path: Path, resident: bool
+    gpu: SimulatedGPU, tiny_cache: Cache, tmp_path: Path, resident: bool, capture: str
 ) -> None:
     """Copies of batches run as late as they can, so a missing wait would show in the files."""
-    found = gpu("runs.train", folder=tmp_path, cache=tiny_cache.folder, recipes=RECIPES, resident=resident)
+    arguments = {"folder": tmp_path, "cache": tiny_cache.folder, "recipes": RECIPES, "resident": resident}
+    found = gpu("runs.train", **arguments, capture=capture)
     assert found["waits"] == found["unordered"] == []
     assert [variables.get("CUBLAS_WORKSPACE_CONFIG") for variables in found["workspace"]] == [None, ":4096:8"]
     assert found["apart"] == found["apart_resumed"] == []
-    assert (found["steps"], found["steps_resumed"]) == (12 * len(RECIPES), 6 * len(RECIPES))
+    if capture == "off":
+        assert (found["steps"], found["steps_resumed"]) == (12 * len(RECIPES), 6 * len(RECIPES))
+    else:  # the first step is eager and the second captured; the others are launches of the graph
+        assert (found["steps"], found["steps_resumed"]) == (2 * len(RECIPES), 2 * len(RECIPES))
+        assert found["replays"] == 12 + 6
     assert found["queued"] >= 12 + 6 or resident  # each batch of rows
     # One of all runs after step 6, and one of each at its end; every tensor of a state is copied.
     assert found["saves"] == 1 + 2 * len(RECIPES) and found["queued_to_save"] >= 14

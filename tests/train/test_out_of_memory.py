@@ -90,9 +90,9 @@ def test_runs_that_resume_from_different_steps_share_a_pass_from_where_they_meet
         train(config)
     taken, loop = [], shared_pass.train_loop
 
-    def record(trainers, batches, steps, after_step):
+    def record(trainers, batches, steps, *others):
         taken.append((len(trainers), steps))
-        loop(trainers, batches, steps, after_step)
+        loop(trainers, batches, steps, *others)
 
     monkeypatch.setattr(shared_pass, "train_loop", record)
     train(config)

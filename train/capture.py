@@ -1,0 +1,104 @@
+"""`sae train --capture`: the steps of all runs of a pass as one CUDA graph.
+
+An eager step launches a hundred kernels and more, one after the other, and the host takes longer for that than the GPU
+for a small SAE. A graph holds the kernels of one step of every run, each run on a stream of its own, and one launch
+starts them all.
+
+A launched graph runs the same kernels on the same memory again. So all that changes from step to step does so in place,
+on the device: the batch is copied to where the graph reads it; the learning rate and all coefficients follow from the
+number of the step; counters, averages and metrics are added up where they are. What changes the shapes of a step
+(`Mechanism.shape_key`) makes a new graph: the first step with new shapes is taken eagerly, which also makes what a
+first step makes (Adam's moments) and loads what kernels need, the second is captured. Nothing is computed while it is
+captured; then the graph is launched, for that step too.
+
+The results are those of eager steps bit for bit, which stay the reference. That was shown on the simulated GPU of the
+tests; a real one was not at hand, so neither the bits nor the speed on one are known.
+"""
+
+import copy
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from ..common.errors import first_line
+from .loop import Trainer
+from .optimizer import capturable
+from .step import Step
+
+
+class CapturedSteps:
+    """A graph of the steps of several trainers, made when it can be used and made anew when it no longer fits.
+
+    If a step cannot be captured, `say` is told why, and all further steps are eager. Nothing is lost by that: what is
+    captured is not computed.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.refused = False
+        self._key: Hashable = None  # what the graph is made for; before there is one, what the last eager step had
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._x_BD: Tensor  # where the graph reads the batch
+        self._steps: dict[Trainer, Step] = {}  # in the memory of the graph
+
+    def replay(self, trainers: Sequence[Trainer], x_BD: Tensor) -> dict[Trainer, Step]:
+        """Launch the steps of all trainers on a batch (B, d_in); returns them as mechanisms see them between steps.
+
+        An empty dict: no step was taken, and the caller has to take them one by one.
+        """
+        key = (x_BD.shape, *((trainer, trainer.variant.shape_key()) for trainer in trainers))
+        if self.refused:
+            return {}
+        if key != self._key:
+            self._forget()
+            self._key = key
+            return {}
+        if self._graph is None:
+            try:
+                self._capture(trainers, x_BD)
+            except RuntimeError as error:  # of CUDA, or out of memory
+                self._give_up(trainers, error)
+                return {}
+        assert self._graph is not None
+        self._x_BD.copy_(x_BD)
+        for trainer in trainers:
+            trainer.changing = True
+        self._graph.replay()
+        # Copies, since what a mechanism has a step compute in between is of this step alone.
+        return {trainer: copy.copy(step) for trainer, step in self._steps.items()}
+
+    def _capture(self, trainers: Sequence[Trainer], x_BD: Tensor) -> None:
+        self._x_BD = torch.empty_like(x_BD)
+        graph, origin = torch.cuda.CUDAGraph(), torch.cuda.Stream(x_BD.device)
+        streams = [torch.cuda.Stream(x_BD.device) for _ in trainers]
+        # Other threads, which copy batches and checkpoints meanwhile, are not captured, and may wait for the device.
+        with torch.cuda.graph(graph, stream=origin, capture_error_mode="thread_local"):
+            for trainer, stream in zip(trainers, streams, strict=True):
+                stream.wait_stream(origin)
+                with torch.cuda.stream(stream), capturable(trainer.optimizer):
+                    self._steps[trainer] = detached(trainer.step(self._x_BD))
+            for stream in streams:
+                origin.wait_stream(stream)
+        self._graph = graph
+
+    def _give_up(self, trainers: Sequence[Trainer], error: Exception) -> None:
+        self.refused = True
+        self._forget()
+        for trainer in trainers:
+            trainer.optimizer.zero_grad(set_to_none=True)
+            trainer.changing = False
+        self.say(f"Steps are launched one by one, as they cannot be captured in a CUDA graph: {first_line(error)}")
+
+    def _forget(self) -> None:
+        """Free the graph and its memory."""
+        self._steps.clear()
+        self._graph = None
+
+
+def detached(step: Step) -> Step:
+    """A copy of a step on the same memory, without what autograd keeps of it: it would outlive the capture."""
+    kept = copy.copy(step)
+    vars(kept).update(tree_map_only(Tensor, Tensor.detach, vars(step)))
+    return kept
