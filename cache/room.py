@@ -11,11 +11,14 @@ from typing import NamedTuple
 import numpy as np
 
 from ..common.errors import UsageError
+from ..common.files import folder_bytes, free_space
 from ..common.formatting import format_bytes
 from .chunk_schedule import NEVER, ChunkSchedule
 from .pulled_files import Contents
 from .reading import StoredFile
 from .shared_folder import Statement, kept_by
+
+OTHER_DISK = "free space, or give a --local-folder on another disk."
 
 
 class Needs(NamedTuple):
@@ -136,11 +139,21 @@ def check_room(folder: Path, size: int, small: int, least: int, elsewhere: int) 
     """
     if least + elsewhere + small <= size:
         return
-    needed = format_bytes(1.005 * (least + elsewhere + small) + 1e5)  # so that it is enough when rounded
+    needed = room_for(least + elsewhere + small)
+    disk = free_space(folder) + folder_bytes(folder)
     beside = f", those of the other processes that share the folder {format_bytes(elsewhere)}" * (elsewhere > 0)
     first = " The processes have the size of the one that came first: start all of them with it." * (elsewhere > 0)
     raise UsageError(
         f"--local-cache {format_bytes(size)} is too small: one step reads chunks of {format_bytes(least)}{beside}, and "
-        f"{format_bytes(small)} of {folder} are other files. Give --local-cache {needed} or more; what is more is read "
-        f"ahead.{first}"
+        f"{format_bytes(small)} of {folder} are other files. "
+        + (
+            f"Give --local-cache {format_bytes(needed)} or more; what is more is read ahead.{first}"
+            if needed <= disk
+            else f"It needs {format_bytes(needed)}, and its disk has {format_bytes(disk)}: {OTHER_DISK}"
+        )
     )
+
+
+def room_for(size: int) -> int:
+    """A little more than so many bytes, so that it is enough when rounded."""
+    return int(1.005 * size + 1e5)

@@ -10,6 +10,7 @@ from ..cache.object_store import is_url
 from ..cache.pull_plan import plan_pulls
 from ..cache.reader import Cache
 from ..cache.reading import ChunkReading, batch_reading
+from ..cache.room import OTHER_DISK, room_for
 from ..common.errors import UnavailableError
 from ..common.files import free_space
 from ..common.formatting import format_bytes, format_count
@@ -54,12 +55,15 @@ def prepare_local_folder(passes: Sequence[Sequence[ReadingRun]], size: int | Non
     if readings := expected_readings(passes):
         local = readings[0].folder
         local.size = size or local.size
-        local.check_size(readings, min(processes_on_this_machine(), sum(map(len, passes))))
+        processes = min(processes_on_this_machine(), sum(map(len, passes)))
+        local.check_size(readings, processes)
         pulls, free = plan_pulls(local.folder, local.size, readings), free_space(local.folder)
         if (grows := min(pulls.bytes_missing, local.size - pulls.held)) > free:
+            least = room_for(processes * max(one.least for one in readings))
+            smaller = f"give --local-cache {format_bytes(least)} or more, up to what is free, or {OTHER_DISK}"
             raise UnavailableError(
-                f"{local.folder} will grow by {format_bytes(grows)}, and its disk has {format_bytes(free)} free. Give "
-                "a smaller --local-cache, or a --local-folder on another disk."
+                f"{local.folder} will grow by {format_bytes(grows)}, and its disk has {format_bytes(free)} free: "
+                + (smaller if least <= free else OTHER_DISK)
             )
 
 

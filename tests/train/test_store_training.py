@@ -349,10 +349,15 @@ def test_the_plan_says_that_a_disk_needs_no_local_folder(tiny_cache, tmp_path: P
     assert "note     --local-cache and --local-folder have no effect: no cache is at an address" in lines
 
 
-def test_a_size_that_is_too_small_is_refused_before_anything_is_written(tiny_cache, tmp_path: Path) -> None:
+def test_a_size_that_is_too_small_is_refused_before_anything_is_written(
+    tiny_cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     address = upload(tiny_cache.folder, f"file://{tmp_path}/store/pile")
     config = make_config(tiny_cache, "topk", caches=[address], local_cache=300_000, out=tmp_path / "runs")
     with pytest.raises(UsageError, match=r"--local-cache 0.3 MB is too small: one step reads chunks of 0.5 MB"):
+        plan_training(config)
+    monkeypatch.setattr("sae.cache.room.free_space", lambda folder: 1000)  # no size that would do fits
+    with pytest.raises(UsageError, match=r"It needs 0.\d MB, and its disk has 0.0 MB: free space, or give a --local-f"):
         plan_training(config)
     assert not (tmp_path / "runs").exists()
 
@@ -377,7 +382,10 @@ def test_what_does_not_fit_on_the_disk_is_refused_before_anything_is_written(
     address = upload(tiny_cache.folder, f"file://{tmp_path}/store/pile")
     monkeypatch.setattr("sae.train.store_reading.free_space", lambda folder: 1000)
     config = make_config(tiny_cache, "topk", caches=[address], local_cache=10**9, out=tmp_path / "runs")
-    with pytest.raises(UnavailableError, match="will grow by 0.5 MB, and its disk has 0.0 MB free. Give a"):
+    with pytest.raises(UnavailableError, match="grow by 0.5 MB, and its disk has 0.0 MB free: free space, or give a"):
+        plan_training(config)
+    monkeypatch.setattr("sae.train.store_reading.room_for", lambda size: 500)  # as if a step read one small chunk
+    with pytest.raises(UnavailableError, match="MB free: give --local-cache 0.0 MB or more, up to what is free, or fr"):
         plan_training(config)
     assert not (tmp_path / "runs").exists()
 
