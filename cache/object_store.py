@@ -24,7 +24,8 @@ from urllib.parse import urlsplit
 from ..common.errors import DamagedError, UnavailableError, UsageError
 from ..common.files import atomic_write, os_error
 from ..common.packages import import_extra
-from .store_errors import MissingError, StoreWarning, TransientError, failure
+from .machine_credentials import asks_the_machine, machine_answers
+from .store_errors import MissingError, StoreWarning, TransientError, failure, without_credentials
 
 Result = TypeVar("Result")
 
@@ -74,14 +75,16 @@ def check_slashes(path: object) -> None:
 
 
 def open_store(url: str, *, write: bool = False) -> "ObjectStore":
-    """The objects under an address. No request is made, so a bucket that is missing shows at the first use.
+    """The objects under an address. No request is made to it, so a bucket that is missing shows at the first use.
 
     Raises UsageError for an address that cannot be used, with `write` also for one that can only be read, and
-    UnavailableError without the extra `remote`.
+    UnavailableError without the extra `remote`, or where nothing gives credentials for s3.
     """
     address = check_url(url)
     scheme = address.split("://")[0]
     store = import_extra("remote", f"{scheme}://", "obstore.store")
+    if asks_the_machine(scheme) and not machine_answers():
+        raise without_credentials(address) from None
     options: dict[str, Any] = {"retry_config": RETRY, "client_options": client_options(scheme)}
     if scheme == "file":
         options = {"mkdir": True}

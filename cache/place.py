@@ -51,6 +51,9 @@ class FolderPlace:
     def begin(self) -> None:
         """Called before the first window: tokens/, harvest.json and all zarr.json are in the folder."""
 
+    def check_writes(self) -> None:
+        """Called before the text is cut and before windows are computed: both can take hours."""
+
     def publish_tokens(self) -> None:
         """Called when tokens/ in the folder was written."""
 

@@ -6,6 +6,11 @@ import re
 
 from ..common.errors import DamagedError, UnavailableError
 
+CREDENTIALS = {  # what finds them in the environment, and what reads a public bucket without any
+    "s3": ("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", "AWS_SKIP_SIGNATURE=true"),
+    "gs": ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SKIP_SIGNATURE=true"),
+    "az": ("AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN", "AZURE_SKIP_SIGNATURE=true"),
+}
 # What obstore's message holds where it found no credentials and asked the machine for some.
 WITHOUT_CREDENTIALS = ("169.254.", "/api/token", "token request", "MissingAccessKeyId", "MissingSecretAccessKey")
 
@@ -33,6 +38,15 @@ class StoreWarning(UserWarning):
     """A store fails, and is asked again."""
 
 
+def without_credentials(address: str) -> UnavailableError:
+    """The error that says that there are no credentials, and where they are looked for."""
+    variables, public = CREDENTIALS.get(address.partition("://")[0], CREDENTIALS["s3"])
+    return UnavailableError(
+        f"No credentials for {address} were found. Set them in the environment, such as {variables}; {public} reads a "
+        "public bucket."
+    )
+
+
 def failure(error: Exception, address: str) -> Exception:
     """The error with a sentence for what obstore raised: MissingError for a missing object, else UnavailableError."""
     text = str(error)
@@ -47,10 +61,7 @@ def failure(error: Exception, address: str) -> Exception:
     if "Account must be specified" in text:
         return UnavailableError(f"{address} needs the name of its account: set AZURE_STORAGE_ACCOUNT_NAME.")
     if any(sign in text for sign in WITHOUT_CREDENTIALS):
-        return UnavailableError(
-            f"No credentials for {address} were found. Set them in the environment, such as AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY; AWS_SKIP_SIGNATURE=true reads a public bucket."
-        )
+        return without_credentials(address)
     if status in (401, 403):
         return UnavailableError(
             f"{address}: the store refused the credentials ({answer}). Check them, that they have not expired, and "

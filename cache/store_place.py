@@ -109,7 +109,7 @@ class StorePlace(FolderPlace):
         """
         ours = self.folder / "zarr.json"
         if (theirs := self.store.find("zarr.json")) is None:
-            self._check_store()
+            self.check_writes()
             theirs = self._claim_address(ours)
         if theirs is not None:
             self._check_same_start(ours, theirs)
@@ -126,8 +126,8 @@ class StorePlace(FolderPlace):
         if self.store.exists(OWNER):
             self.store.delete([OWNER])
 
-    def _check_store(self) -> None:
-        """Raise UnavailableError unless the store keeps what others have written. Asked before the first write."""
+    def check_writes(self) -> None:
+        """Raise UnavailableError unless the store may be written and keeps what others have written. Asked once."""
         if not self.is_checked:
             self.store.check_conditional_writes(f"tokens/test-of-conditional-writes-{secrets.token_hex(4)}")
             self.is_checked = True
@@ -213,7 +213,7 @@ class StorePlace(FolderPlace):
     def publish(self, files: Iterable[str]) -> None:
         """Upload the chunks of a window, and delete them from the working folder."""
         files = list(files)
-        self._check_store()
+        self.check_writes()
         self.mirror.push(files)
         self.mirror.drop(files)
 

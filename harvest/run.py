@@ -25,7 +25,7 @@ from ..common.signals import sigterm_as_ctrl_c
 from .config import LAYERS, HarvestConfig
 from .plan import HarvestPlan, plan_harvest
 from .progress import SILENT, HarvestProgress
-from .stages import check_folder, check_space_for_text, harvest_windows, open_cache, start_cache
+from .stages import check_before_text, check_folder, harvest_windows, open_cache, start_cache
 from .tasks import harvest_share
 from .window_draft import remove_other_drafts
 
@@ -129,7 +129,7 @@ def harvest_ranks(plan: HarvestPlan, group: ProcessGroup, progress: HarvestProgr
             stack.enter_context(writer_lock(plan.folder, "sae harvest", progress.say))
             remove_locks_of_ranks(plan.folder)
             plan.place.fetch()
-            check_space_for_text(plan)
+            check_before_text(plan)
             writer, contexts = start_cache(plan)
             missing = writer.missing_windows()
             remove_other_drafts(plan.folder, missing)

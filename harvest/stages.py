@@ -59,6 +59,7 @@ def harvest_windows(
         existing = writer.layout.n_windows - len(missing)
         progress.say(f"{existing} of {writer.layout.n_windows} windows already exist.")
     if mine:
+        plan.place.check_writes()
         computer = WindowComputer(plan, contexts, writer.layout, progress, drafts=True)
         computer.set_model(load_model_for(plan, mine, plan.device))
         write_windows(computer, writer, mine, progress)
@@ -131,7 +132,12 @@ def tokenize(plan: HarvestPlan, check: Callable[[], None] = lambda: None) -> Con
     )  # fmt: skip
 
 
-def check_space_for_text(plan: HarvestPlan) -> None:
-    """Raise UnavailableError if the rows that were asked for do not fit on the disk: reading the text can take long."""
-    if plan.config.tokens is not None and not Contexts.is_complete(plan.folder):
+def check_before_text(plan: HarvestPlan) -> None:
+    """Raise UnavailableError if the rows that were asked for do not fit on the disk, or the store cannot be written:
+    reading the text can take long.
+    """
+    if Contexts.is_complete(plan.folder):
+        return
+    plan.place.check_writes()
+    if plan.config.tokens is not None:
         plan.check_space(plan.config.tokens * plan.bytes_per_token, plan.bytes_per_token)

@@ -12,7 +12,7 @@ from .plan import HarvestPlan
 from .progress import HarvestProgress
 from .request import request_differs, request_of, request_turn
 from .share import shares_of
-from .stages import check_folder, check_space_for_text, harvest_windows, open_cache, start_cache
+from .stages import check_before_text, check_folder, harvest_windows, open_cache, start_cache
 from .window_draft import remove_draft
 
 POLL, POLL_STORE = 1.0, 5.0  # seconds between two looks whether the text is cut: on a disk, in a store
@@ -63,7 +63,7 @@ def begin_together(plan: HarvestPlan, progress: HarvestProgress) -> tuple[CacheW
             with contextlib.suppress(ClaimLost), claim.held(file) as check:
                 if is_cut(plan):  # by a task that was done between the look and the claim
                     break
-                check_space_for_text(plan)
+                check_before_text(plan)
                 return start_cache(plan, check)
         elif claim.holder != told:
             progress.say(f"Waiting for the text, which {claim.holder} cuts. To cut it beforehand: --prepare.")

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..cache.layout import RESIDUAL_SITES, Hook
 from ..cache.models import GivenModel
+from ..cache.object_store import is_url
 from ..common.errors import SaeError, UnavailableError, UsageError, warn_left_out
 from ..common.files import digest_of, sae_home
 from ..common.formatting import format_bytes
@@ -93,7 +94,9 @@ def find_or_import(
 
 
 def advice_on_address(text: str) -> str:
-    """What to write for a text that may be meant as an address on the Hub."""
+    """What to write for a text that may be meant as an address on the Hub, or in an object store."""
+    if is_url(text) and not text.startswith("http"):
+        return "Runs are read from a disk: copy it to a folder first (for S3: aws s3 sync FROM TO)."
     address = re.sub(r"^(https?://)?(www\.)?(huggingface\.co|hf\.co)/|^hf:/*", "", text)
     owner, _, rest = address.partition("/")
     repo, _, folder = rest.partition("/")

@@ -1,21 +1,22 @@
 """The objects behind an address: what each method does, what it says when the store fails, and what it never says."""
 
+import socket
 import sys
 import threading
 from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from sae.cache import object_store
+from sae.cache import machine_credentials, object_store
 from sae.cache.mirror import Mirror, map_ahead, working_folder
 from sae.cache.object_store import ObjectStore, client_options, folder_or_url, is_url, open_store
 from sae.cache.opening import open_cache
-from sae.cache.store_errors import StoreWarning
+from sae.cache.store_errors import StoreWarning, failure
 from sae.common.errors import DamagedError, UnavailableError, UsageError
 
 from .. import faulty_proxy as faulty_proxies
@@ -72,6 +73,16 @@ def slowly(fault: str):
 
 def first_request_fails(fault: str):
     return lambda request: fault if request.number == 0 and fits(fault, request) else None
+
+
+class Forbidding(BaseHTTPRequestHandler):
+    """Answers, and gives nothing."""
+
+    def do_PUT(self) -> None:
+        self.send_error(403)
+
+    def log_message(self, *arguments: object) -> None:
+        """Print nothing."""
 
 
 ACTIONS = {
@@ -168,6 +179,36 @@ def test_no_credentials_no_endpoint_no_account(bucket: str, monkeypatch: pytest.
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
     with pytest.raises(UnavailableError, match="set AZURE_STORAGE_ACCOUNT_NAME"):
         open_store("az://container/pile")
+
+
+def test_a_machine_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It accepts the connection and is silent, as on EC2 inside of a container. With credentials it is not asked."""
+    monkeypatch.setattr(machine_credentials, "SECONDS", 0.05)
+    for name in machine_credentials.GIVEN:
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadingHTTPServer(("127.0.0.1", 0), Forbidding) as answers:
+        monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(
+            UnavailableError, match="No credentials for s3://bucket/pile were found. Set them in the env"
+        ):
+            open_store("s3://bucket/pile")
+        for name, value in (("AWS_SKIP_SIGNATURE", "true"), ("AWS_WEB_IDENTITY_TOKEN_FILE", "/token")):
+            with monkeypatch.context() as patched:
+                patched.setenv(name, value)
+                assert not machine_credentials.asks_the_machine("s3")
+        assert machine_credentials.asks_the_machine("s3") and not machine_credentials.asks_the_machine("gs")
+        threading.Thread(target=answers.handle_request, daemon=True).start()
+        monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{answers.server_port}")
+        monkeypatch.setattr(machine_credentials, "SECONDS", 5)
+        assert machine_credentials.machine_answers()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "variable"), [("s3", "AWS_ACCESS"), ("gs", "GOOGLE_APPLICATION"), ("az", "AZURE_STORAGE")]
+)
+def test_missing_credentials_are_named_as_the_provider_names_them(scheme: str, variable: str) -> None:
+    error = failure(Exception("token request to 169.254.169.254"), f"{scheme}://bucket/pile")
+    assert f"such as {variable}" in str(error) and f"{variable[:4]}" in str(error).partition("; ")[2]
 
 
 @pytest.mark.parametrize(

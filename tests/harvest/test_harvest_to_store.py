@@ -195,6 +195,24 @@ def test_what_else_is_at_the_address_is_refused(options: Options, bucket: str, t
     assert objects_of(f"{bucket}/pile") == before
 
 
+def test_a_store_that_may_not_be_written_is_refused_before_the_work(
+    options: Options, proxy: FaultyProxy, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the text is cut, and where it is cut before a window is computed. What is finished is only read."""
+    options |= {"layers": 0, "tokens": 300}
+    for prepared, work in ((False, "sae.harvest.stages.tokenize"), (True, "sae.harvest.stages.load_model_for")):
+        if prepared:
+            harvest_activations(**options, out=f"{bucket}/pile", prepare=True)
+        proxy.schedule = lambda request: "403" if request.method == "PUT" else None
+        with monkeypatch.context() as patched, pytest.raises(UnavailableError, match="refused the credentials .403"):
+            patched.setattr(work, lambda *given: pytest.fail("it works"))
+            harvest_activations(**options, out=f"{bucket}/pile")
+        proxy.schedule = lambda request: None
+    harvest_activations(**options, out=f"{bucket}/pile")
+    proxy.schedule = lambda request: "403" if request.method == "PUT" else None
+    assert harvest_activations(**options, out=f"{bucket}/pile").rows == 300
+
+
 @pytest.mark.slow
 def test_a_small_disk_is_noticed_before_the_harvest(
     options: Options, bucket: str, monkeypatch: pytest.MonkeyPatch

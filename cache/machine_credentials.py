@@ -1,0 +1,34 @@
+"""Whether credentials that obstore would ask the machine for can be had: it waits three minutes for a service that does
+not answer, as on EC2 inside of a container.
+"""
+
+import http.client
+import os
+from urllib.parse import urlsplit
+
+GIVEN = (  # one of these in the environment: the machine is not asked
+    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)  # fmt: skip
+SECONDS = 2.0  # in which the service answers; it is on the machine
+
+
+def asks_the_machine(scheme: str) -> bool:
+    """Whether obstore would ask the service of Amazon's machines for credentials."""
+    public = os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true", "t", "yes", "y", "on")
+    return scheme == "s3" and not public and not any(os.environ.get(name) for name in GIVEN)
+
+
+def machine_answers() -> bool:
+    """Whether that service answers at all, whatever it says."""
+    service = urlsplit(os.environ.get("AWS_METADATA_ENDPOINT", "http://169.254.169.254"))
+    try:
+        connection = http.client.HTTPConnection(service.hostname or "", service.port, timeout=SECONDS)
+        try:
+            connection.request("PUT", "/latest/api/token", headers={"X-aws-ec2-metadata-token-ttl-seconds": "60"})
+            connection.getresponse()
+        finally:
+            connection.close()
+    except (OSError, ValueError, http.client.HTTPException):
+        return False
+    return True
