@@ -167,26 +167,39 @@ def harvest(writer: CacheWriter, bits: Bits, write_windows, max_norm: float | No
     return writer.seal(max_norm)
 
 
-def run(scenes, write_windows, bits: tuple[Bits, Bits], *plan: tuple[str, float], norms=(None, None)) -> Turns:
-    """Two workers with these bits take turns; the cache is then whole, and each window is of one of them."""
-    scene = scenes()
+def run(
+    scenes,
+    write_windows,
+    bits: tuple[Bits, Bits],
+    *plan: tuple[str, float],
+    norms=(None, None),
+    there: Bits | None = None,
+) -> Turns:
+    """Two workers with these bits take turns; the cache is then whole, and each window is of one of them.
+
+    `there` are other layers, of which the cache is complete before.
+    """
+    scene, written = scenes(), list(zip(bits, norms, strict=True))
+    if there:
+        assert harvest(scene.worker("before", there), there, write_windows)
     works = {}
-    for name, one, norm in zip(("first", "second"), bits, norms, strict=True):
+    for name, (one, norm) in zip(("first", "second"), written, strict=True):
         writer = scene.worker(name, one)
         works[name] = lambda writer=writer, one=one, norm=norm: harvest(writer, one, write_windows, norm)
     scene.turns = Turns(*plan, ("first", math.inf), ("second", math.inf))
     sealed = scene.turns.run(works)
     assert len(sealed) == 2 and any(sealed.values())
+    written += [(there, None)] if there else []
     cache = scene.cache()
     for layer in cache.layers:
         for window in range(2):
             chunk = cache.read_chunk(f"layer_{layer:02d}", window)
             rows = slice(WINDOW * window, min(WINDOW * window + WINDOW, ROWS))
-            assert any(np.array_equal(chunk, one[layer][rows]) for one in bits if layer in one)
+            assert any(np.array_equal(chunk, one[layer][rows]) for one, _ in written if layer in one)
     for layer in cache.layers:
-        allowed = {norm for one, norm in zip(bits, norms, strict=True) if layer in one}
+        allowed = {norm for one, norm in written if layer in one}
         assert cache.statistics(f"layer_{layer:02d}")["max_norm"] in allowed
-    assert cache.layers == sorted({*bits[0], *bits[1]})
+    assert cache.layers == sorted({layer for one, _ in written for layer in one})
     return scene.turns
 
 
@@ -196,24 +209,32 @@ def two_workers(finite_bits, added: str) -> tuple[Bits, Bits]:
 
 
 NORMS = (1e3, 1e6)  # their --max-norm
+ADDED = ("the same layer", "another layer")
 
 
-@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("added", "complete", "every"),
+    [
+        *((added, [], 7) for added in ADDED),
+        ("another layer", [8], 7),
+        *(pytest.param(added, layers, 1, marks=pytest.mark.slow) for added in ADDED for layers in ([], [8])),
+    ],
+)
 @pytest.mark.parametrize("where", ["disk", "store"])
-@pytest.mark.parametrize("added", ["the same layer", "another layer"])
 def test_another_worker_writes_and_seals_between_two_steps_of_the_first(
-    scenes, finite_bits, write_windows, added: str, every: int
+    scenes, finite_bits, write_windows, added: str, complete: list[int], every: int
 ) -> None:
-    bits = two_workers(finite_bits, added)
-    steps = run(scenes, write_windows, bits, norms=NORMS).steps["first"]
+    """In a new cache, or in one that is complete with another layer: its manifest is replaced."""
+    bits, there = two_workers(finite_bits, added), {layer: finite_bits(ROWS, D, layer) for layer in complete}
+    steps = run(scenes, write_windows, bits, norms=NORMS, there=there).steps["first"]
     assert steps > 15
     for step in range(steps - 1, 0, -every):
-        run(scenes, write_windows, bits, ("first", step), ("second", math.inf), norms=NORMS)
+        run(scenes, write_windows, bits, ("first", step), ("second", math.inf), norms=NORMS, there=there)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["disk", "store"])
-@pytest.mark.parametrize("added", ["the same layer", "another layer"])
+@pytest.mark.parametrize("added", ADDED)
 def test_each_of_two_workers_stops_at_a_step_for_the_other(scenes, finite_bits, write_windows, added: str) -> None:
     bits = two_workers(finite_bits, added)
     for step in range(1, run(scenes, write_windows, bits, norms=NORMS).steps["first"], 4):
