@@ -23,6 +23,15 @@ settings.load_profile("suite")
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread for each of several workers, and for the programs that they start.
+
+    They inherit it before numpy is imported; the threads of two programs on two cores wait for each other.
+    """
+    if config.getoption("numprocesses", default=None):
+        os.environ["OMP_NUM_THREADS"] = "1"
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
     """Python looks for garbage among all imported packages and tests, again and again: a third of the time that

@@ -45,6 +45,7 @@ MODULES = {  # of Gemma 2, written down from transformers' sources
 }
 WIDTHS = {"mlp_hidden": 48, "mlp.gate_proj.output": 48}  # elsewhere 32
 LOGIT_SITES = {"resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"}
+QUICK = {"resid_mid", "resid_post", "attn_z", "mlp.gate_proj.output"}  # each kind of site, from export to import
 TOKENS = 300
 
 
@@ -174,7 +175,9 @@ def test_the_numbers_of_every_site_are_those_of_plain_hooks(trained, model, cach
         assert zero["kl_score"] == pytest.approx(0, abs=1e-6) and zero["ce_score"] == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("site", MODULES)
+@pytest.mark.parametrize(
+    "site", [site if site in QUICK else pytest.param(site, marks=pytest.mark.slow) for site in MODULES]
+)
 def test_a_run_is_inspected_exported_imported_and_evaluated_again(trained, model, cache, tmp_path, site):
     run = open_run(trained[1][site], tokens=TOKENS, device="cpu", dtype="float32")
     assert encode_prompt(run, "the quick brown fox")[1].count_nonzero() > 0

@@ -42,6 +42,7 @@ ALIKE = {
     "apertus", "arcee", "codegen", "cohere", "ernie4_5", "exaone4", "gemma", "gpt_bigcode", "helium", "mamba",
     "mistral", "nemotron", "olmo", "olmo3", "persimmon", "phi", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_next",
     "smollm3", "stablelm", "starcoder2",
+    "falcon", "gpt_oss", "gptj", "jamba", "llama", "mamba2", "qwen3_5_text",
 }  # fmt: skip
 QUICK = sorted(set(EXPECTED) - ALIKE)
 OTHERS = sorted(set(FAMILIES["FAMILIES"]) - set(EXPECTED))

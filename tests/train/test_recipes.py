@@ -1,6 +1,8 @@
 """Properties of every registered recipe: a new one is covered as soon as its file exists."""
 
+import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,19 @@ VARIED = (
     "soft-frozen-decoder base=topk k=4 cosine=0.999",
 )
 EVERY = [*sorted(RECIPES), *VARIED]
+# At least one of each file, for what whole runs show; slow tests show it of all.
+SOME = (
+    "april", "batchtopk", "collapse-10", "competition", "decorrelation", "frozen-encoder", "gated", "hierarchical",
+    "jumprelu", "matryoshka", "ortsae", "progressive", "relu", "switch", "topk k=4 k_anneal_steps=11 multi=0.125",
+)  # fmt: skip
 every_recipe = pytest.mark.parametrize("name", EVERY)
+in_company = pytest.mark.parametrize(
+    ("company", "name"),
+    [
+        *(pytest.param(SOME, name, id=name) for name in SOME),
+        *(pytest.param(tuple(EVERY), name, id=f"{name} of all", marks=pytest.mark.slow) for name in EVERY),
+    ],
+)
 D_IN, D_SAE, BATCH, STEPS = 32, 512, 64, 12
 
 
@@ -169,30 +183,37 @@ def make_config(name: str, cache: Cache, out: Path, **other: int) -> TrainConfig
 
 
 @pytest.fixture(scope="module")
-def together(sparse_cache, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The run folders of all recipes, trained together by run_training."""
-    out = tmp_path_factory.mktemp("together")
-    requests = [make_config(name, sparse_cache, out, checkpoint_every=6) for name in EVERY]
-    runs = [run for config in requests for run in plan_training(config).runs]
-    run_training(TrainPlan(requests[0], runs))
-    return {name: run.folder for name, run in zip(EVERY, runs, strict=True)}
+def together(sparse_cache, tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, ...]], dict[str, Path]]:
+    """together(recipes) -> their run folders, trained together by run_training, once."""
+
+    @functools.cache
+    def train(names: tuple[str, ...]) -> dict[str, Path]:
+        out = tmp_path_factory.mktemp("together")
+        requests = [make_config(name, sparse_cache, out, checkpoint_every=6) for name in names]
+        runs = [run for config in requests for run in plan_training(config).runs]
+        run_training(TrainPlan(requests[0], runs))
+        return {name: run.folder for name, run in zip(names, runs, strict=True)}
+
+    return train
 
 
-@every_recipe
-def test_a_variant_trained_with_others_is_what_it_is_alone(name, together, sparse_cache, tmp_path: Path) -> None:
+@in_company
+def test_a_variant_trained_with_others_is_what_it_is_alone(
+    company, name, together, sparse_cache, tmp_path: Path
+) -> None:
     config = make_config(name, sparse_cache, tmp_path)
     plan = plan_training(config)
     (run,) = plan.runs
     run_training(plan)
     for file in ("sae.safetensors", f"checkpoints/step-{STEPS:08d}/state.safetensors"):
-        assert (run.folder / file).read_bytes() == (together[name] / file).read_bytes(), file
+        assert (run.folder / file).read_bytes() == (together(company)[name] / file).read_bytes(), file
 
 
-@every_recipe
-def test_a_killed_run_resumes_from_its_checkpoint(name, together, sparse_cache, tmp_path: Path) -> None:
+@in_company
+def test_a_killed_run_resumes_from_its_checkpoint(company, name, together, sparse_cache, tmp_path: Path) -> None:
     """A run folder as left by a kill after step 6, and the same command again."""
-    folder = tmp_path / together[name].name
-    shutil.copytree(together[name], folder)
+    folder = tmp_path / together(company)[name].name
+    shutil.copytree(together(company)[name], folder)
     (folder / "sae.json").unlink()
     (folder / "sae.safetensors").unlink()
     shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:08d}")
@@ -200,5 +221,5 @@ def test_a_killed_run_resumes_from_its_checkpoint(name, together, sparse_cache, 
     plan = plan_training(config)
     assert [run.folder for run in plan.runs] == [folder]
     run_training(plan)
-    assert (folder / "sae.safetensors").read_bytes() == (together[name] / "sae.safetensors").read_bytes()
-    assert read_json(folder / "sae.json") == read_json(together[name] / "sae.json")
+    assert (folder / "sae.safetensors").read_bytes() == (together(company)[name] / "sae.safetensors").read_bytes()
+    assert read_json(folder / "sae.json") == read_json(together(company)[name] / "sae.json")

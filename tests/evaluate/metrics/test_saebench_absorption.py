@@ -24,6 +24,9 @@ from sae.train.sae import SAE
 
 CPU = torch.device("cpu")
 KINDS = ("relu", "topk", "jumprelu")
+one_kind = pytest.mark.parametrize(
+    "kind", ["relu", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])]
+)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +122,7 @@ def encode_like_saebench(sae: SAE, x_ND: torch.Tensor) -> torch.Tensor:
     return f_NF
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@one_kind
 def test_regressions_and_chosen_latents_match_saebench(saebench, reference, words, record_comparison, kind):
     sae = saebench.saes[kind]
     train_NF, test_NF = (encode_like_saebench(sae, x_ND).numpy() for x_ND in (words.train_ND, words.test_ND))
@@ -163,7 +166,7 @@ def test_every_word_s_absorption_matches_saebench(saebench, reference, words, re
     assert all(same.values())
 
 
-@pytest.mark.parametrize("kind", ["relu", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
+@one_kind
 def test_the_result_matches_saebench(saebench, reference, words, record_comparison, kind, monkeypatch):
     """With the ranking of their L1 probe."""
     weight_LF = torch.zeros(26, 512)
