@@ -23,6 +23,11 @@ check: install
     .venv/bin/ruff format --check .
     .ci/mypy .venv/bin/mypy
 
+# The documentation site, into build/site. A dead link or an undocumented public name fails.
+docs: install
+    .venv/bin/pip install -q -c constraints.txt -e '.[docs]'
+    .venv/bin/python docs/build_site.py
+
 # Every benchmark, one after the other; each prints its table.
 bench: install
     for script in benchmarks/bench_*.py; do .venv/bin/python $script; done

@@ -36,6 +36,7 @@ from faults.table import Matrix
 from faults.writers import writers
 
 ROOT = Path(__file__).parents[1]
+LONGEST = 800  # characters of a message on the page
 
 
 def main() -> None:
@@ -131,8 +132,13 @@ def page(m: Matrix, spent: float) -> str:
                 "|---|---|---|---|",
             ]
         else:
-            lines.append(f"| {fault} | {said} | {code} | {after} |")
+            lines.append(f"| {fault} | {shorten(said)} | {code} | {after} |")
     return "\n".join(lines) + "\n"
+
+
+def shorten(message: str) -> str:
+    """The beginning and the end of a long message, such as one that repeats a value nested 20,000 deep."""
+    return message if len(message) <= LONGEST else f"{message[: LONGEST // 2]} ... {message[-LONGEST // 2 :]}"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ Place = str | PathLike[str]  # an address, or a folder
 def open_cache(folder: Place) -> Cache:
     """Open an activation cache for reading.
 
-    Example:
+    Examples:
         >>> cache = sae.open_cache("activations/gemma-2-mini--python-stdlib--1a2b3c4d")
         >>> for x in cache.batches(layer=12, batch_size=2048, seed=0):  # one epoch, each (2048, d_in) float32
         ...     ...

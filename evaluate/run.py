@@ -114,7 +114,7 @@ def evaluate_saes(
 ) -> list[EvalRow]:
     """Evaluate SAEs on held-out text: your own objects, or runs of `train_saes`.
 
-    Example:
+    Examples:
         >>> import pandas, sae
         >>> runs = sae.train_saes(["topk", "relu"], cache="activations/...", layers=[12])
         >>> rows = sae.evaluate_saes(runs, suite="core")

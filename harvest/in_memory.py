@@ -58,7 +58,9 @@ def activations(
         skip_positions: Leave out so many first positions of each context; BOS is one.
         skip_tokens: Tokens, as text or id, whose rows are left out too.
         batch_contexts: Contexts in a forward pass.
-        device, dtype, attention: As in `sae harvest`; ignored for a model that is already loaded.
+        device: As in `sae harvest`, and so the next two. All three are ignored for a model that is already loaded.
+        dtype: As in `sae harvest`.
+        attention: As in `sae harvest`.
 
     Raises:
         UsageError: The layer, the site or the texts are invalid.

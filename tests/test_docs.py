@@ -2,6 +2,7 @@
 
 import functools
 import re
+import runpy
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,12 +12,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import sae
 from sae.cli.main import app
 from sae.harvest import mini
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]
-LINKING = [*PAGES, ROOT / "CHANGELOG.md", *sorted((ROOT / "harvest").rglob("*.md"))]
+LINKING = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "harvest").rglob("*.md"))]
 # What stands for the model, the cache and the run that the pages speak of.
 INSTEAD = {
     "google/gemma-2-2b": str(mini.WEIGHTS),
@@ -53,8 +55,27 @@ def test_every_link_to_a_file_of_the_repository_leads_somewhere(page: Path) -> N
         name, _, anchor = link.partition("#")
         target = page.parent / name if name else page
         if ":" not in name:
-            assert target.exists(), f"{link}: no such file"
+            assert target.is_file(), f"{link}: no such file"
             assert not anchor or anchor in anchors(target), f"{link}: no such heading"
+
+
+def test_every_page_is_found_from_the_readme_and_every_public_name_in_the_reference() -> None:
+    site = runpy.run_path(str(ROOT / "docs" / "build_site.py"))
+    assert set((ROOT / "docs").rglob("*.md")) - site["linked_files"]() == set()
+    assert site["undocumented"]() == []
+    shown = "".join(site["describe_command"](program(), "sae"))
+    for name, command in program().commands.items():
+        assert f"\n## sae {name}\n" in shown and command.help in shown
+
+
+def test_every_benchmark_result_is_listed() -> None:
+    results = ROOT / "benchmarks" / "results"
+    listed = re.findall(r"\]\((.*?)\)", (results / "README.md").read_text())
+    assert sorted(listed) == sorted(path.name for path in results.glob("2*.md"))
+
+
+def test_the_version_to_cite_is_that_of_the_package() -> None:
+    assert f"\nversion: {sae.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def named(block: Block) -> str:

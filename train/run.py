@@ -64,7 +64,7 @@ def train_saes(
     that a launcher such as torchrun has started several times, every process has to call it: each trains its share, and
     all return when every run is finished.
 
-    Example:
+    Examples:
         >>> runs = sae.train_saes(["topk", "batchtopk"], cache="activations/...", options={"k": 64, "topk.lr": 1e-3})
         >>> s = runs[0].load()
         >>> rows = sae.evaluate_saes(runs, suite="core")

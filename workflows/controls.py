@@ -175,7 +175,7 @@ def train_controls(
 ) -> list[Run]:
     """Train the controls of finished runs, or find those that are trained, for `sae.evaluate_saes(controls=...)`.
 
-    Example:
+    Examples:
         >>> runs = sae.train_saes("topk", cache="activations/...", l0=32)
         >>> rows = sae.evaluate_saes(runs, controls=sae.train_controls(runs))
 

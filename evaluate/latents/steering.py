@@ -29,7 +29,7 @@ def steering(
 ) -> Iterator[nn.Module]:
     """Steer a transformers model with one latent of an SAE while the context is open.
 
-    Example:
+    Examples:
         >>> from transformers import AutoModelForCausalLM, AutoTokenizer
         >>> model = AutoModelForCausalLM.from_pretrained("google/gemma-2-2b")
         >>> tokenizer = AutoTokenizer.from_pretrained("google/gemma-2-2b")

@@ -73,7 +73,7 @@ def export_sae(
         UsageError: the format cannot store this SAE, or `out` is not empty.
         SaeError: the verification failed; nothing is left behind.
 
-    Example:
+    Examples:
         >>> exported = sae.export_sae("runs/topk-L12-n18432-s0-1a2b3c", "saelens", "exported")
         >>> print(exported.check)
         4,096 rows (from cache gemma-2-2b--pile--1a2b3c4d): active sets equal, L0 32.0; relative error 5.1e-08 in f, ...

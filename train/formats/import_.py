@@ -113,7 +113,7 @@ def import_sae(
         UnavailableError: the Hub cannot be reached or does not grant access.
         SaeError: the verification failed; nothing is left behind.
 
-    Example:
+    Examples:
         >>> imported = sae.import_sae("hf://google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82")
         >>> f = imported.sae.encode(x)  # (..., 2304) -> (..., 16384)
         >>> sae.evaluate_saes([imported.folder])
