@@ -18,11 +18,12 @@ import typer
 
 import sae
 from sae.cli.main import app
+from sae.cli.variants import recipe_page
+from sae.train import variants as _  # noqa: F401  (registers the recipes)
+from sae.train.recipe import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ROOT / "docs" / "reference" / "commands.md"
-API = ROOT / "docs" / "reference" / "api.md"
-PLACEHOLDER = "<!-- options -->"
+REFERENCE = ROOT / "docs" / "reference"
 LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)")
 
 
@@ -64,9 +65,16 @@ def describe_command(command: Any, name: str) -> Iterator[str]:
         yield from describe_command(child, f"{name} {subcommand}")
 
 
+def describe_recipes() -> Iterator[str]:
+    """The Markdown of all recipes, as `sae variants NAME` shows them, without what they share."""
+    for name, recipe in RECIPES.items():
+        own = "\n".join(recipe_page(recipe)).partition("\noptimizer options")[0]
+        yield f"\n## {name}\n\n```text\n{own.rstrip()}\n```\n"
+
+
 def undocumented() -> list[str]:
     """The public names that the page about the API leaves out, or that have no docstring."""
-    shown = set(re.findall(r"^::: sae\.(\w+)$", API.read_text(), re.M))
+    shown = set(re.findall(r"^::: sae\.(\w+)$", (REFERENCE / "api.md").read_text(), re.M))
     names = set(sae.__all__) - {"__version__"}
     return sorted(name for name in names if name not in shown or not getattr(sae, name).__doc__)
 
@@ -74,7 +82,7 @@ def undocumented() -> list[str]:
 def main() -> None:
     files = linked_files()
     problems = [f"{page.relative_to(ROOT)}: no page links to it" for page in set(ROOT.glob("docs/**/*.md")) - files]
-    problems += [f"sae.{name} is not documented in {API.relative_to(ROOT)}" for name in undocumented()]
+    problems += [f"sae.{name} is not documented in docs/reference/api.md" for name in undocumented()]
     if problems:
         sys.exit("\n".join(problems))
     with tempfile.TemporaryDirectory() as folder:
@@ -85,9 +93,13 @@ def main() -> None:
             copy = work / "pages" / file.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, copy)
-        commands = work / "pages" / COMMANDS.relative_to(ROOT)
-        options = "".join(describe_command(typer.main.get_command(app), "sae"))
-        commands.write_text(COMMANDS.read_text().replace(PLACEHOLDER, options))
+        options = describe_command(typer.main.get_command(app), "sae")
+        for page, placeholder, text in [
+            ("commands.md", "<!-- options -->", "".join(options)),
+            ("recipes.md", "<!-- recipes -->", "".join(describe_recipes())),
+        ]:
+            copy = work / "pages" / "docs" / "reference" / page
+            copy.write_text(copy.read_text().replace(placeholder, text))
         if code := subprocess.run([sys.executable, "-m", "zensical", "build", "--strict"], cwd=work).returncode:
             sys.exit(code)
         site = ROOT / "build" / "site"

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import sae
 from sae.cli.main import app
 from sae.harvest import mini
+from sae.train.recipe import RECIPES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]
@@ -66,6 +67,7 @@ def test_every_page_is_found_from_the_readme_and_every_public_name_in_the_refere
     shown = "".join(site["describe_command"](program(), "sae"))
     for name, command in program().commands.items():
         assert f"\n## sae {name}\n" in shown and command.help in shown
+    assert sorted(re.findall(r"^## (.*)$", "".join(site["describe_recipes"]()), re.M)) == sorted(RECIPES)
 
 
 def test_every_benchmark_result_is_listed() -> None:
