@@ -70,6 +70,11 @@ def test_every_page_is_found_from_the_readme_and_every_public_name_in_the_refere
     assert sorted(re.findall(r"^## (.*)$", "".join(site["describe_recipes"]()), re.M)) == sorted(RECIPES)
 
 
+def test_the_readme_stays_short() -> None:
+    """What is said at length has a page in docs/."""
+    assert (ROOT / "README.md").stat().st_size <= 10_000
+
+
 def test_every_benchmark_result_is_listed() -> None:
     results = ROOT / "benchmarks" / "results"
     listed = re.findall(r"\]\((.*?)\)", (results / "README.md").read_text())
