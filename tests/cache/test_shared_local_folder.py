@@ -318,15 +318,16 @@ def test_readings_that_take_turns_end_in_the_smallest_folder(
 def test_a_small_file_that_arrives_damaged_is_asked_for_once_more(
     twenty_chunks: Cache, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    get_to, damaged = ObjectStore.get_to, [1]
+    get, damaged = ObjectStore.get, [1]
 
-    def half(store: ObjectStore, key: str, path: Path) -> None:
-        get_to(store, key, path)
+    def half(store: ObjectStore, key: str) -> bytes:
+        content = get(store, key)
         if key == "layer_05.row_norm/c.7" and damaged[0]:
             damaged[0] -= 1
-            path.write_bytes(path.read_bytes()[:-9])
+            return content[:-9]
+        return content
 
-    monkeypatch.setattr(ObjectStore, "get_to", half)
+    monkeypatch.setattr(ObjectStore, "get", half)
     cache = StoreCache(address, local=LocalFolder(tmp_path / "local"))
     assert np.array_equal(cache.row_norms("layer_05"), twenty_chunks.row_norms("layer_05")) and damaged == [0]
     damaged[0] = 2

@@ -427,6 +427,7 @@ def test_caches_are_listed_and_verified(tiny_cache, home):
 def test_no_confirmation_is_asked_for_a_folder_that_is_not_a_cache(home, there):
     if there:
         (home / "thesis").mkdir()
+        (home / "thesis" / "chapter.tex").touch()
     assert "thesis holds no activation cache; nothing was deleted" in refused(BAD_USAGE, "cache", "rm", home / "thesis")
 
 

@@ -345,8 +345,10 @@ def test_a_removed_cache_is_gone(folder: Path, tmp_path: Path) -> None:
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     assert remove_cache(folder) == pytest.approx(size, abs=200) and not folder.exists()  # the lock's note
     (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").touch()
     with pytest.raises(UsageError, match="holds no activation cache; nothing was deleted"):
         remove_cache(tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter.tex").exists()
 
 
 def test_repaired_windows_use_the_same_pass_size(request_: HarvestConfig, whole: Cache, folder: Path) -> None:
