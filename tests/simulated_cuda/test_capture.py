@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 import sae.train.variants  # noqa: F401  (registers the recipes)
+from sae.tests.recipes import SOME_QUICK
 from sae.train.recipe import RECIPES
 
 from .gpu import SimulatedGPU
@@ -20,7 +21,7 @@ def compare(gpu: SimulatedGPU, *recipes: str, **more: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES))
+@pytest.mark.parametrize("recipe", SOME_QUICK)
 def test_captured_steps_end_where_eager_ones_do(gpu: SimulatedGPU, recipe: str) -> None:
     """Weights, buffers, moments and logged metrics, bit for bit, with periodic work and dead latents in between."""
     assert compare(gpu, recipe)["apart"] == {}
@@ -59,8 +60,7 @@ def test_an_annealed_k_makes_a_graph_for_each_of_its_shapes(gpu: SimulatedGPU) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(("sparse", "precision"), [(True, "float32"), (False, "bfloat16")])
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_the_same_resumed_for_both_kinds_of_products(
     gpu: SimulatedGPU, recipe: str, sparse: bool, precision: str

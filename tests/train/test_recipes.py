@@ -21,6 +21,8 @@ from sae.train.run import run_training
 from sae.train.sae import fold_normalization, load_sae, save_sae
 from sae.train.variant import RunConfig, Variant
 
+from ..recipes import SOME
+
 # Recipes under options that add a part of their own, as "recipe option=value ...".
 VARIED = (
     "topk k=4 k_anneal_steps=11 multi=0.125",
@@ -30,16 +32,12 @@ VARIED = (
     "soft-frozen-decoder base=topk k=4 cosine=0.999",
 )
 EVERY = [*sorted(RECIPES), *VARIED]
-# At least one of each file, for what whole runs show; slow tests show it of all.
-SOME = (
-    "april", "batchtopk", "collapse-10", "competition", "decorrelation", "frozen-encoder", "gated", "hierarchical",
-    "jumprelu", "matryoshka", "ortsae", "progressive", "relu", "switch", "topk k=4 k_anneal_steps=11 multi=0.125",
-)  # fmt: skip
+QUICK = (*SOME, "topk k=4 k_anneal_steps=11 multi=0.125")  # for what whole runs show; slow tests show it of all
 every_recipe = pytest.mark.parametrize("name", EVERY)
 in_company = pytest.mark.parametrize(
     ("company", "name"),
     [
-        *(pytest.param(SOME, name, id=name) for name in SOME),
+        *(pytest.param(QUICK, name, id=name) for name in QUICK),
         *(pytest.param(tuple(EVERY), name, id=f"{name} of all", marks=pytest.mark.slow) for name in EVERY),
     ],
 )

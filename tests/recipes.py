@@ -1,0 +1,14 @@
+"""Recipes that the quick suite takes where the slow one takes all."""
+
+import pytest
+
+import sae.train.variants  # noqa: F401  (registers the recipes)
+from sae.train.recipe import RECIPES
+
+SOME = (
+    "april", "batchtopk", "collapse-10", "competition", "decorrelation", "frozen-encoder", "gated", "hierarchical",
+    "jumprelu", "matryoshka", "ortsae", "progressive", "relu", "switch", "topk",
+)  # fmt: skip
+"""At least one of each file of recipes."""
+SOME_QUICK = [pytest.param(name, marks=() if name in SOME else pytest.mark.slow) for name in sorted(RECIPES)]
+"""All recipes, as parameters of a test that is slow for those that are not in `SOME`."""
