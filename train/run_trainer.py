@@ -12,6 +12,7 @@ class RunTrainer(Trainer):
         super().__init__(variant, run.steps, device, run.config.accumulate, run.config.precision)
         self.run = run
         self.steps_done = 0  # when it was prepared
+        self.logged = 0  # steps before the last line of metrics
         self.digest = ""  # of what decides the run, as run.json has it
         self.log_every = run.requested.get("log_every") or default_log_interval(run.steps)  # steps
 

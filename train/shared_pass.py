@@ -121,7 +121,8 @@ class SharedPass:
         """
         steps_done = int(self.active[0].i)
         if steps_done > self.steps_done:
-            self._log(steps_done, self._drop_failed_runs(list(self.active)))
+            healthy = self._drop_failed_runs(list(self.active))
+            self._log(steps_done, [trainer for trainer in healthy if trainer.logged < steps_done])
             self.writer.save(self.active, steps_done)
         self.writer.wait()
         if isinstance(error, Interrupted):
@@ -156,6 +157,7 @@ class SharedPass:
             line = {"step": steps_done, "tokens": tokens, **measured, "waited_for_data": waited}
             metrics[run.name] = line
             append_metrics(run.folder, line)
+            trainer.logged = steps_done
         self.progress.step(steps_done, self.max_steps, metrics)
 
     def _finish_runs(self, steps_done: int) -> None:

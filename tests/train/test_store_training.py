@@ -25,6 +25,7 @@ from sae.cache import object_store
 from sae.cache.catalog import find_by_fingerprint
 from sae.cache.opening import concat_caches
 from sae.cache.pulled_files import contents, walk
+from sae.cache.reading import ChunkReading
 from sae.cli.main import app
 from sae.common.errors import Interrupted, UnavailableError, UsageError
 from sae.evaluate.run import evaluate_saes
@@ -222,6 +223,34 @@ def test_failures_of_the_store_change_no_byte(
     assert {fault for fault, _ in proxy.injected} == {*FAILURES, "short"}
 
 
+def logged_steps(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.usefixtures("fast_retries")
+@pytest.mark.parametrize("log_every", [1, 7])
+def test_the_last_steps_before_the_store_fails_are_logged_once(
+    tiny_cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int
+) -> None:
+    shutil.copytree(tiny_cache.folder, tmp_path / "store" / "pile")
+    address = f"file://{tmp_path}/store/pile"
+    config = config_of(tiny_cache, tmp_path / "runs", caches=[address], local_cache=10**9, log_every=log_every)
+    plan = plan_training(config)
+
+    def fail(reading: ChunkReading, step: int, chunks: list[int]) -> object:
+        if step >= 10:
+            raise failure
+        return step_of(reading, step, chunks)
+
+    failure, step_of = UnavailableError("the store failed."), ChunkReading.step
+    monkeypatch.setattr(ChunkReading, "step", fail)
+    with pytest.raises(UnavailableError, match="saved"):
+        run_training(plan)
+    (folder,) = [run.folder for run in plan.runs]
+    (saved,) = [int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*")]
+    assert logged_steps(folder) == [step for step in range(1, saved + 1) if step in (1, saved) or step % log_every == 0]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("fast_retries")
 def test_a_store_that_is_gone_ends_training_with_a_checkpoint_and_the_same_command_goes_on(
@@ -247,6 +276,7 @@ def test_a_store_that_is_gone_ends_training_with_a_checkpoint_and_the_same_comma
         (folder,) = [run.folder for run in plan.runs]
         saved = max(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*"))
         assert 30 <= saved < 100
+        assert logged_steps(folder) == list(range(1, saved + 1))
         gone[0] = False
         assert results(train(config)) == results(expected)
 
