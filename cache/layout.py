@@ -21,7 +21,7 @@ metadata, never from file sizes.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -267,6 +267,11 @@ class Layout:
     def row_range(self, index: int) -> range:
         """The rows of window number `index`."""
         return range(index * self.window_rows, min(self.rows, (index + 1) * self.window_rows))
+
+    def rows_in(self, windows: Sequence[int]) -> int:
+        """The number of rows of some windows, each given once."""
+        missing_of_last = self.n_windows * self.window_rows - self.rows
+        return len(windows) * self.window_rows - missing_of_last * (self.n_windows - 1 in windows)
 
     @property
     def block_rows(self) -> int:

@@ -61,7 +61,7 @@ def find_existing(folder: Path, fingerprint: str, hooks: Sequence[Hook], max_nor
         if cache.fingerprint == fingerprint:
             missing = [hook for hook in hooks if hook not in cache.hooks]
             left = [w for w in range(cache.layout.n_windows) if not is_committed(folder, w, missing)]
-            rows_left = sum(len(cache.layout.row_range(window)) for window in left)
+            rows_left = cache.layout.rows_in(left)
             return ExistingRows(cache, missing, left, rows_left, statistics_differ(cache, hooks, max_norm))
     return ExistingRows(None, list(hooks))
 

@@ -232,7 +232,8 @@ class HarvestPlan:
         """Those of this process: of its share, or of the rank that has the most."""
         if self.share is None:
             return self.windows_left[:: rank_and_count()[1]]
-        return [window for window in self.windows_left if window % self.share.count == self.share.number - 1]
+        left, of_share = self.windows_left, self.share.windows(self.layout_to_fill.n_windows)
+        return of_share if isinstance(left, range) else [window for window in left if window in of_share]
 
     @property
     def working_bytes(self) -> int:
@@ -282,8 +283,7 @@ class HarvestPlan:
         if self.finished_cache:
             return "none: the cache is finished"
         where = self.device if processes == 1 else f"{processes} processes"
-        windows = self.windows_left, self.windows_of_process
-        rows, mine = (sum(map(len, map(self.layout_to_fill.row_range, some))) for some in windows)
+        rows, mine = map(self.layout_to_fill.rows_in, (self.windows_left, self.windows_of_process))
         seconds = self.estimated_seconds() * mine / max(rows, 1)
         return f"about {format_duration(seconds)} of model time on {where}, extrapolated from timing one block"
 

@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 OK, FAILED, USAGE, DAMAGED, OUTSIDE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 4, 130, 141
+NEVER_ENDED = 124  # and was killed
 
 SAE = [sys.executable, "-m", "sae"]
 
@@ -97,6 +99,9 @@ class Command:
     def wait(self) -> Outcome:
         """Wait for the end of the process."""
         code = self.code(timeout=200)
+        if code is None:
+            os.kill(self.pid, signal.SIGKILL)
+            code = NEVER_ENDED
         outcome = Outcome(code, self.files[1].read_text(errors="replace"), self.err)
         for file in self.files:
             file.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sae.cache.context_format import ContextFormat
-from sae.cache.layout import Hook, fingerprint_of
+from sae.cache.layout import Hook, Layout, fingerprint_of
 from sae.cache.reader import Cache
 from sae.cache.writer import CacheWriter
 from sae.common.cache_schemas import CACHE_RECORD
@@ -284,6 +284,14 @@ def test_a_finished_harvest_takes_no_time(small: tuple[HarvestConfig, Cache]) ->
     assert plan.describe_time() == "none: the cache is finished"
     more = plan_harvest(replace(small[0], sites=("resid_post", "mlp_out")))
     assert "of model time" in more.describe_time()
+
+
+@pytest.mark.parametrize("share", [None, "2/3"])
+def test_a_plan_looks_at_no_window_by_itself(small, tmp_path: Path, monkeypatch, share: str | None) -> None:
+    """There can be billions of them."""
+    plan = plan_harvest(replace(small[0], tokens=10**12, window=256, out=tmp_path / "huge", share=share))
+    monkeypatch.setattr(Layout, "row_range", lambda *_: pytest.fail("a window was looked at"))
+    assert "of model time" in plan.describe_time() and len(plan.windows_of_process) > 10**9
 
 
 def test_a_plan_says_what_the_folder_holds(small: tuple[HarvestConfig, Cache], again: HarvestConfig) -> None:
