@@ -114,10 +114,11 @@ def forked(words: list[str], files: list[Path], env: dict[str, str]) -> None:
         os.dup2(os.open(file, flags), number)
     sys.stdin, sys.argv = open(0), ["sae", *words]
     os.environ |= env
-    from sae.cli.main import app
+    import sae.cli.main  # noqa: F401
+    from sae.__main__ import main
 
     files[0].unlink()
-    app(prog_name="sae")
+    main()
 
 
 def sae(*words: Any, **how: Any) -> Outcome:
