@@ -115,7 +115,7 @@ def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: di
             command(*args, **kwargs)
         sys.stdout.flush()
     except SaeError as error:
-        if isinstance(error.__context__, KeyboardInterrupt):
+        if error.exit_code == 130 or isinstance(error.__context__, KeyboardInterrupt):
             ignore_interrupts()
         if not isinstance(error, ReportedElsewhere):
             echo_problem(error_line(error))

@@ -518,17 +518,20 @@ def test_a_second_ctrl_c_prints_no_traceback(monkeypatch):
     def slow():
         raise UsageError("--tokens 0 is not positive.")
 
+    def saved():
+        raise Interrupted("Stopped after step 3; everything is saved.")
+
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(typer, "echo", again)
     try:
-        for command, code in ((slow, 130), (interrupted, BAD_USAGE)):
+        for command, code in ((slow, 130), (interrupted, BAD_USAGE), (saved, 130)):
             signal.signal(signal.SIGINT, signal.default_int_handler)
             with pytest.raises(typer.Exit) as left:
                 cli_command(command)()
             assert left.value.exit_code == code
     finally:
         signal.signal(signal.SIGINT, before)
-    assert [sentence.split()[0] for sentence in said] == ["error:", "stopped:", "error:"]
+    assert [sentence.split()[0] for sentence in said] == ["error:", "stopped:", "error:", "stopped:"]
 
 
 def test_sigterm_is_as_ctrl_c_in_every_command(capsys):
