@@ -25,7 +25,8 @@ from .variants import variants
 
 
 class Program(TyperGroup):
-    """The program: click and rich exit with 1 when the reader of their output closes it; this makes it 141.
+    """The program: click and rich exit with 1 when the reader of their output closes it; this makes it 141. typer exits
+    silently after a Ctrl-C while it parses; this raises it.
 
     Words of the command line that an error quotes are shown without what a terminal would obey.
     """
@@ -34,6 +35,8 @@ class Program(TyperGroup):
         try:
             return super().main(*args, **kwargs)
         except SystemExit as error:
+            if isinstance(error.__context__, typer.Exit) and isinstance(error.__context__.__cause__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
             if not isinstance(error.__context__, BrokenPipeError):
                 raise
             discard_output()

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -501,6 +502,7 @@ def test_running_out_of_memory_prints_one_line(capsys):
         assert "allocate" in said and said.count("\n") == 1
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_prints_no_traceback(monkeypatch):
     """The second one comes while the message for the first is printed; a third comes too late."""
     said = []
@@ -521,16 +523,12 @@ def test_a_second_ctrl_c_prints_no_traceback(monkeypatch):
     def saved():
         raise Interrupted("Stopped after step 3; everything is saved.")
 
-    before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(typer, "echo", again)
-    try:
-        for command, code in ((slow, 130), (interrupted, BAD_USAGE), (saved, 130)):
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            with pytest.raises(typer.Exit) as left:
-                cli_command(command)()
-            assert left.value.exit_code == code
-    finally:
-        signal.signal(signal.SIGINT, before)
+    for command, code in ((slow, 130), (interrupted, BAD_USAGE), (saved, 130)):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with pytest.raises(typer.Exit) as left:
+            cli_command(command)()
+        assert left.value.exit_code == code
     assert [sentence.split()[0] for sentence in said] == ["error:", "stopped:", "error:", "stopped:"]
 
 
@@ -574,17 +572,33 @@ def test_a_folder_that_cannot_be_created_is_named(tmp_path, capsys):
     assert "plots: Not a directory. Check the folder's permissions" in capsys.readouterr().err
 
 
-def test_ctrl_c_while_the_command_line_is_parsed_prints_one_line(monkeypatch, capsys):
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Restores how SIGINT is handled, which the program ignores once it has answered one."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("when", ["the modules are read", "the words are parsed"])
+def test_ctrl_c_before_a_command_begins_prints_one_line(monkeypatch, capsys, when):
     from sae.__main__ import main
 
-    class Slow(ModuleType):
-        def __getattr__(self, name):
-            raise KeyboardInterrupt
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
 
-    monkeypatch.setitem(sys.modules, "sae.cli.main", Slow("sae.cli.main"))
+    class Slow(ModuleType):
+        __getattr__ = interrupted
+
+    monkeypatch.setattr(sys, "argv", ["sae", "variants"])
+    if when == "the modules are read":
+        monkeypatch.setitem(sys.modules, "sae.cli.main", Slow("sae.cli.main"))
+    else:
+        monkeypatch.setattr(typer.core.TyperGroup, "make_context", interrupted)
     with pytest.raises(SystemExit) as stopped:
         main()
-    assert stopped.value.code == 130
+    assert stopped.value.code == 130 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     assert capsys.readouterr().err == "stopped: interrupted before anything was begun.\n"
 
 
