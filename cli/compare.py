@@ -26,11 +26,11 @@ def compare(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(help="A system in the table: test the others against it, with what this could have detected."),
+        typer.Option(help="A system in the table: test every other system against it, and show the smallest detectable difference."),
     ] = None,
     margin: Annotated[
         list[str] | None,
-        typer.Option(help="number=margin: up to which difference --against calls it equivalent. Can be repeated."),
+        typer.Option(help="number=margin: the largest difference that --against calls equivalent. Can be repeated."),
     ] = None,
     mix: Annotated[
         bool,
@@ -66,7 +66,7 @@ def compare(
         import_extra("plots", "--plots")
     comparison = compare_runs(runs, mix, references)
     if margin and against is None:
-        raise UsageError("--margin is of --against: name the system to compare with, such as --against topk.")
+        raise UsageError("--margin needs --against: name the system to compare with, such as --against topk.")
     paired = None if against is None else compare_against(comparison, against, margin or [])
     if paired is not None:  # one verdict on a pair, in the table and in the notes
         comparison = comparison.with_control_notes(paired.verdicts)

@@ -30,8 +30,9 @@ from .printing import print_line
 
 SET = "set_"  # the parameter of --set, the only flag that can be given as a table
 ORIGINS: ContextVar[Mapping[str, str]] = ContextVar("ORIGINS")  # of the running command: flag -> where it was given
-MAX_MISTAKES = 20  # that are reported of one file
-# What decides where a statement of TOML ends: strings and comments, which can hold anything, brackets and line ends.
+MAX_MISTAKES = 20  # reported for one file
+# The parts of TOML that decide where a statement ends: strings and comments, which can hold anything, brackets and
+# line ends.
 TOKENS = re.compile(
     r"""\"{3}(?:\\.|[^\\])*?\"{3,5}|'{3}.*?'{3,5}|"(?:\\.|[^"\\])*"|'[^']*'|\#[^\n]*|[\[\]{}]|\n""", re.DOTALL
 )

@@ -149,7 +149,7 @@ def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: di
 
 
 def error_line(error: "SaeError") -> str:
-    """An error as a line; of an interruption, whose message begins with "Stopped", without the word twice."""
+    """An error as a line. The message of an interruption begins with "Stopped", which is not repeated."""
     if error.exit_code != 130:
         return f"error: {error}"
     return f"stopped: {str(error).removeprefix('Stopped').lstrip('. ')}"

@@ -21,12 +21,12 @@ Passage = Annotated[
         "--passage",
         min=1,
         metavar="N",
-        help="Tokens in a passage, three quarters of them before the one that it is shown for. "
-        "As many as a context has show the activations of all of it.",
+        help="Tokens in a passage; three quarters of them come before the token that the passage is shown for. "
+        "Give the length of a context to see whole contexts.",
     ),
 ]
 
-Model = Annotated[str | None, typer.Option(help="Where the model's folder lies, if it has moved since the harvest.")]
+Model = Annotated[str | None, typer.Option(help="The model's new location, if it has moved since the harvest.")]
 
 
 @cli_command

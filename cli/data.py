@@ -1,4 +1,4 @@
-"""`sae data`: labelled texts that metrics read: what there is, from where, and fetching it."""
+"""`sae data`: list and get the labelled texts that metrics read."""
 
 from pathlib import Path
 from typing import Annotated

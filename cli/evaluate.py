@@ -83,9 +83,9 @@ def evaluate(
         bool,
         typer.Option(
             "--controls",
-            help="Train frozen controls of the runs once (a random decoder, one that stays near its start, a random "
-            "encoder), made of topk for topk and else of batchtopk. Add their rows, and the share of each number that "
-            "they already have.",
+            help="Train frozen controls of the runs, once: a random decoder, a decoder that stays near its start, and "
+            "a random encoder, made of topk for topk runs and of batchtopk for others. Add their rows, and the share "
+            "of each number that a control reaches.",
         ),
     ] = False,
     dtype: Annotated[
@@ -163,7 +163,7 @@ def run_evaluate(
         return 1 if plan.refused or (controls and controls.problems) else 0
     are_missing = bool(controls and controls.problems)
     if controls and controls.train and controls.train.unfinished:
-        are_missing |= not train_all(controls.train, table=not as_json)  # stdout is then the rows' alone
+        are_missing |= not train_all(controls.train, table=not as_json)  # stdout then has only the rows
         plan.config = replace(plan.config, controls=controls.trained_folders)
     rows = run_evaluation(plan, lambda metric: bar(f"evaluate {metric}", ""), all_rows=not QUIET)
     code = plan.exit_code(rows) or int(are_missing)
@@ -204,7 +204,7 @@ def show_rows(plan: "EvaluatePlan", rows: "Sequence[EvalRow]", as_json: bool) ->
 
 
 def train_all(controls: "TrainPlan", *, table: bool) -> bool:
-    """Train the controls. Returns whether all are trained; a line says why one is not, and the others are kept."""
+    """Train the controls. Prints why a control has failed, and keeps the others. Returns whether all are trained."""
     import torch
 
     from ..common.errors import Interrupted, SaeError
@@ -214,7 +214,7 @@ def train_all(controls: "TrainPlan", *, table: bool) -> bool:
     except Interrupted:
         raise
     except (SaeError, MemoryError, torch.OutOfMemoryError) as error:
-        failed = [run for run in controls.runs if run.problem]  # what each ended with was said when it did
+        failed = [run for run in controls.runs if run.problem]  # the error of each was printed when it occurred
         why = "it failed to train, for the reason above" if failed else str(error)
         for run in failed or controls.unfinished:
             echo(f"not run  control {run.name}: {why}")

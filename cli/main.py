@@ -25,10 +25,10 @@ from .variants import variants
 
 
 class Program(TyperGroup):
-    """The program: click and rich exit with 1 when the reader of their output closes it; this makes it 141. typer exits
-    silently after a Ctrl-C while it parses; this raises it.
+    """The program. It exits with 141 when the reader of its output closes it, where click and rich exit with 1. It raises
+    a Ctrl-C that arrives while the words are parsed, on which typer exits silently.
 
-    Words of the command line that an error quotes are shown without what a terminal would obey.
+    If an error quotes words of the command line, their escape sequences are shown as text.
     """
 
     def main(self, *args: Any, **kwargs: Any) -> Any:

@@ -89,8 +89,8 @@ def check_device(device: str) -> str:
 
 
 def refuse_addresses(values: Iterable[object]) -> None:
-    """Raise UsageError for the first address among the arguments of a command that are a Path: those are folders and
-    files on a disk. Arguments that can be addresses are texts.
+    """Raise UsageError if an argument of type Path is an address: there only folders and files on a disk are allowed.
+    Arguments that can be addresses too have the type str.
     """
     from ..common.errors import UsageError
 
@@ -111,7 +111,7 @@ def finite_or_none(multiple: float) -> float | None:
     return None if multiple == math.inf else multiple
 
 
-MAX_SEED = 2**63 - 1  # that the random generators of torch and numpy take
+MAX_SEED = 2**63 - 1  # the largest that the random generators of torch and numpy both take
 STREAMING = "Harvesting while training (with --stream)"  # a group of flags in the help
 
 Tokens = Annotated[
@@ -157,8 +157,8 @@ LocalFolderPath = Annotated[
     ),
 ]
 SITE_HELP = (
-    "What is read of the block: resid_post (its output), resid_pre, resid_mid, attn_out, attn_z, mlp_in, mlp_hidden or "
-    "mlp_out"
+    "Which activations of the block: resid_post (its output), resid_pre, resid_mid, attn_out, attn_z, mlp_in, "
+    "mlp_hidden or mlp_out"
 )
 MODULE_HELP = "Another module: 'model.layers.{layer}.mlp.gate_proj', its :output or :input. Can be repeated."
 Sites = Annotated[list[str] | None, typer.Option("--site", help=f"{SITE_HELP}. Can be repeated.")]

@@ -1,5 +1,5 @@
-"""Every line that a command prints. What a terminal would obey in it, such as the escape sequences of a hostile name,
-is shown as text instead. Imports only typer, since `sae --help` imports it.
+"""Print the lines of a command. Escape sequences, which a hostile name may contain, are shown as text, so that the
+terminal does not obey them. Imports only typer, since `sae --help` imports it.
 """
 
 import contextlib

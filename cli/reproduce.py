@@ -37,8 +37,8 @@ def reproduce(
             help="How to read what the paper leaves open: evidence (the printed schedule, in the units that the "
             "paper's numbers point to), literal (the printed schedule, every equation as printed) or field (this "
             "package's units and schedule). Paper 004 also has lambda_k; 003 has only field and as_printed. Default: "
-            "evidence on the papers' model and field on others. For 003 always field: no number of its points to any "
-            "units, and the penalty of as_printed had no effect that we could see."
+            "evidence on the papers' model and field on others; always field for 003, because none of its numbers "
+            "points to any units and the penalty of as_printed had no visible effect."
         ),
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Train on this cache instead of harvesting.")] = None,
@@ -67,7 +67,7 @@ def reproduce(
         str | None,
         typer.Option(
             rich_help_panel=EVALUATION,
-            help="As for `sae evaluate`. Default: full on the papers' model, else quick and what the papers claim.",
+            help="As for `sae evaluate`. Default: full on the papers' model, else quick and the metrics of the claims.",
         ),
     ] = None,
     evaluate_tokens: Annotated[
@@ -111,8 +111,7 @@ def evaluate_runs(config: "EvaluateConfig") -> int:
 
 
 def show_report(report: "PaperReport", page: Path) -> None:
-    """Print the verdicts of a paper as a table, the notes that its page has beside them, how many there are of each,
-    what they mean, and where the page is."""
+    """Print a paper's verdicts as a table, then their notes, counts and meanings, and the path of the page."""
     from ..evaluate.papers.verdict import MEANINGS
 
     heads = ["claim", "of", "claimed", "measured", "difference", "seeds", "verdict"]

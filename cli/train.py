@@ -38,7 +38,7 @@ STREAM_FLAGS = {"windows": "ring", "max_norm": "max-norm"}  # option of `plan_st
 RECORDS = "Checkpoints and logging"
 MACHINE = "Machine"
 COLUMNS = ("loss", "L0", "EV", "dead")  # of the table of runs
-MUCH_WAITING = 0.1  # of the time, from which on it is said
+MUCH_WAITING = 0.1  # share of the time above which the bar mentions it
 LOGGED = {"loss", "l0", "explained_variance", "dead", "waited_for_data"}  # metrics that are shown
 
 
@@ -179,7 +179,7 @@ def train(
         str,
         typer.Option(
             callback=one_of("auto", "off"),
-            help="The steps of a pass as one CUDA graph: auto, where that is possible, or off. The same results.",
+            help="Run a step as one CUDA graph: auto (where possible) or off. The results are the same.",
             rich_help_panel=MACHINE,
         ),
     ] = "auto",
@@ -260,7 +260,7 @@ def run_train(config: "TrainConfig", dry_run: bool = False) -> "list[Run]":
 
 
 def run_streaming(config: "TrainConfig", harvest_options: Mapping[str, Any], dry_run: bool) -> "list[Run]":
-    """The same with --stream: the activations are harvested meanwhile."""
+    """Plan and train as `run_train` does, with --stream: the activations are harvested meanwhile."""
     from ..workflows import stream
 
     plan = stream.plan_streaming(config, **harvest_options)
@@ -314,7 +314,7 @@ def execute(plan: "TrainPlan", run: "Callable[[TrainProgress], None] | None" = N
 
 
 class Waits:
-    """Says how much of the time since the last log line training has waited for its batches, where that is much."""
+    """Says what share of the time since the last log line training has waited for its batches, if it is large."""
 
     def __init__(self, in_store: bool) -> None:
         self.what = "the store" if in_store else "data"
@@ -329,7 +329,7 @@ class Waits:
 
 
 def progress_note(metrics: Mapping[str, dict[str, float]], runs: "list[Run]", live: bool) -> str:
-    """The metrics next to the bar: those of the only run, or of the first of several, named.
+    """The metrics next to the bar: of the only run, or of the first of several with its name.
 
     A live bar shows a table of several runs instead.
     """

@@ -118,4 +118,5 @@ def test_the_demo_walks_through_all_three_stages(home) -> None:
     assert "KL score" in table
     for name in (*VARIANTS, "identity", "zero"):
         assert re.search(rf"^{name}\b", table, re.M), name
-    assert len(list((home / "runs").glob("*/evaluations/core.json"))) == len(VARIANTS)
+    assert [path.name for path in home.iterdir()] == ["demo"]  # so that `sae train` finds no cache of the demo
+    assert len(list((home / "demo" / "runs").glob("*/evaluations/core.json"))) == len(VARIANTS)

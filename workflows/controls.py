@@ -39,7 +39,7 @@ class ControlsPlan:
         train: the controls, finished or not; None if no run can have any.
         count: how many runs they control for.
         bases: the recipes that they are made of.
-        notes: sentences about runs without controls, and about those of which the controls have another recipe.
+        notes: sentences about runs without controls, and about runs whose controls are made of another recipe.
         problems: why controls cannot be trained; the evaluation goes on without them.
     """
 
@@ -81,7 +81,7 @@ def plan_controls(runs: Sequence[str | os.PathLike[str]], device: str = "auto") 
     """Plan the controls of finished runs: the three recipes for each distinct set of conditions and base.
 
     A run that is a control itself has none. Folders that cannot be read are left to the evaluation, which says why.
-    Controls that do not fit on the disk, and those of which a record was damaged, are among the plan's `problems`.
+    Controls that do not fit on the disk, or that have a damaged record, are among the plan's `problems`.
     """
     wanted: dict[str, Wanted] = {}
     count, notes, others, plans, problems = 0, [], [], [], []
@@ -98,8 +98,8 @@ def plan_controls(runs: Sequence[str | os.PathLike[str]], device: str = "auto") 
             wanted.setdefault(f"{found.base} {conditions_digest(found.conditions)}", found)
     if others:
         notes.append(
-            f"no controls are made of {', '.join(dict.fromkeys(others))}: those of {BASES[0]} are taken, so what tells "
-            "a run from its control is also what tells the two recipes apart."
+            f"no controls are made of {', '.join(dict.fromkeys(others))}: controls of {BASES[0]} are used instead, so "
+            "a difference between a run and its control can also come from the difference of the two recipes."
         )
     for one in wanted.values():
         try:
@@ -113,7 +113,7 @@ def plan_controls(runs: Sequence[str | os.PathLike[str]], device: str = "auto") 
 
 
 def find_wanted(folder: Path) -> Wanted | str | None:
-    """What the controls of a run are; why it gets none, as the end of a sentence; None for a control.
+    """The controls of a run; or why it gets none, as the end of a sentence; or None if it is itself a control.
 
     Raises SaeError if the folder cannot be read.
     """
@@ -147,7 +147,7 @@ def control_config(wanted: Wanted, device: str) -> TrainConfig:
 
 
 def training_caches(folder: Path) -> list[str | Path] | None:
-    """Where the caches are that a run was trained on, also one that has moved to activations/; None if one is gone."""
+    """The places of the caches that a run was trained on, or None if one is gone. Finds one moved to activations/."""
     record, origin = read_run_record(folder), read_sae_record(folder).get("origin", {})
     assert record is not None  # it has conditions
     places: list[str | Path] = [place if is_url(place) else Path(place) for place in record["cache_folders"]]

@@ -1,4 +1,4 @@
-"""What `sae reproduce` is asked for, and what has to be trained for it.
+"""The options of `sae reproduce`, and the training jobs that follow from them.
 
 A paper (evaluate/papers) has systems, and a system has recipes. Each recipe of a system is a `Job`, to be trained at
 every layer and seed. Jobs that read the same batches are trained together, in one pass over a cache.

@@ -1,4 +1,4 @@
-"""Evaluating a published SAE in one command: what `sae evaluate` is given becomes run folders.
+"""Evaluate a published SAE in one command: turn the arguments of `sae evaluate` into run folders.
 
 A run folder stays as it is. hf://owner/repo/folder and a folder of another library's files are imported into runs/ and
 found there again the next time, by the commit or by the checksums of the files.
@@ -41,10 +41,10 @@ class PublishedConfig:
 
 @dataclass
 class RunFolders:
-    """The run folders to evaluate, and what could not be made one.
+    """The run folders to evaluate, and the arguments that could not be turned into one.
 
     Attributes:
-        refused: by the text that was given.
+        refused: argument -> error.
         pending: addresses that a dry run did not import.
     """
 
@@ -94,7 +94,7 @@ def find_or_import(
 
 
 def advice_on_address(text: str) -> str:
-    """What to write for a text that may be meant as an address on the Hub, or in an object store."""
+    """Advice on an argument that may be meant as an address on the Hub or in an object store."""
     if is_url(text) and not text.startswith("http"):
         return "Runs are read from a disk: copy it to a folder first (for S3: aws s3 sync FROM TO)."
     address = re.sub(r"^(https?://)?(www\.)?(huggingface\.co|hf\.co)/|^hf:/*", "", text)
@@ -238,7 +238,7 @@ def announce(imported: ImportResult, say: Say) -> Path:
 def check_hook(model: str, hook: Hook, d_in: int) -> None:
     """UsageError if a model whose config is on this machine has no such layer, or another width there.
 
-    A model that is not on this machine is not asked for.
+    If the config is not on this machine, nothing is checked.
     """
     config = local_model_config(model)
     layers, width = (getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size"))
@@ -261,5 +261,5 @@ def local_model_config(model: str) -> Any | None:
     location = str(mini.WEIGHTS) if model == mini.NAME else model
     try:
         return from_pretrained(AutoConfig, location, local_files_only=True).get_text_config()
-    except Exception:  # whatever is wrong with it is said when the model is loaded
+    except Exception:  # loading the model reports what is wrong with it
         return None

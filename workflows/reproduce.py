@@ -45,7 +45,7 @@ def default_suite(papers: Sequence[Paper]) -> str:
     more = [name for name in stand_ins if name not in SUITES["quick"]]
     if not more:
         return "quick"
-    # A metric that is named must be available, and stability, which no paper claims, is not for a single seed.
+    # A named metric must be available. stability is not available for a single seed, and no paper makes claims on it.
     return ",".join([*(name for name in SUITES["quick"] if name != "stability"), *more])
 
 
@@ -120,7 +120,7 @@ class ReproducePlan:
 
 
 def describe_notes(runs: Iterable[Run]) -> list[str]:
-    """What the plans of training say about options, one line for each sentence and the recipes that it is about."""
+    """The notes of the training plans about options: one line for each note, with the recipes that it applies to."""
     recipes: dict[str, list[str]] = {}  # sentence -> recipes
     for run in runs:
         for note in run.notes:
@@ -158,7 +158,7 @@ def plan_reproduction(config: ReproduceConfig, say: Callable[[str], None] = lamb
 
 
 def model_name(plan: ReproducePlan) -> str:
-    """What the model is called on the page."""
+    """The model's name on the page."""
     source = next(iter(plan.sources.values()))
     return source.model if isinstance(source, Cache) else source.source.name
 

@@ -62,7 +62,7 @@ def test_controls_are_trained_once_evaluated_and_found_again(runs: list[Run], ho
     planned = evaluate(*runs, "--dry-run")
     assert "controls 3 to train, made of batchtopk, for 3 runs; kept in " in planned.output
     assert str(controls_folder()) in planned.output
-    assert planned.output.count("no controls are made of relu: those of batchtopk are taken") == 1
+    assert planned.output.count("no controls are made of relu: controls of batchtopk are used instead") == 1
     assert re.search(r"time +about \d.* of training on cpu", planned.output) and "and 3 controls" in planned.output
     assert not controls_folder().exists()
 
