@@ -15,7 +15,7 @@ from ..common.packages import import_extra
 from ..common.remote_code import never_asking
 from .load_errors import translate_load_errors
 
-# Kinds that no model can be merged with, and that make peft load a tokenizer or other adapters that they name.
+# Kinds that cannot be merged into a model, and for which peft loads a tokenizer or other adapters.
 LOADING_KINDS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "XLORA")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -27,7 +27,7 @@ class AdapterSource:
     name: str
     location: str  # a Hub id or a folder
     revision: str  # a commit of the Hub, or the sha256 of the files
-    base: str | None  # the model that it says it was trained for
+    base: str | None  # the model that it was trained for, according to its configuration
 
     def identity(self) -> dict[str, str]:
         return {"name": self.name, "revision": self.revision}
@@ -78,13 +78,13 @@ def find_recorded_adapters(records: Sequence[Mapping[str, str]], folders: Sequen
         except UsageError as error:
             raise UsageError(
                 f"The adapter {record['name']} is needed. {error} Run the same `sae harvest` again with --adapter "
-                "FOLDER, which records where it is now."
+                "FOLDER, which records its new location."
             ) from error
     return tuple(found)
 
 
 def base_of(config: Path) -> str | None:
-    """The model that an adapter says it was trained for.
+    """The model that an adapter was trained for, according to its configuration.
 
     Raises DamagedError if its configuration cannot be read, UsageError if peft does not know its kind.
     """
@@ -151,7 +151,7 @@ def cannot_merge(adapter: AdapterSource, kind: Any) -> str:
 
 
 def check_all_loaded(adapted: Any, adapter: AdapterSource) -> None:
-    """Raise UsageError unless the adapter's tensors are those that the adapted model has; peft leaves others out."""
+    """Raise UsageError unless the adapter has exactly the tensors of the adapted model; peft ignores a difference."""
     import peft
 
     with translate_load_errors(adapter.location):

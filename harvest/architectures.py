@@ -1,4 +1,4 @@
-"""What can be read from a model, known from its configuration alone: the modules of its hooks and their widths.
+"""The modules and widths of a model's hooks, from its configuration alone.
 
 No weights are loaded. The model is built on torch's meta device, where tensors have shapes and no numbers; that gives
 the names of the modules. One block of each kind is built in memory with random numbers and run on a few tokens
@@ -32,7 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 MOST_PARAMETERS = 1_000_000_000  # of a block that is built in memory
-SMALL = {"expert": 16, "intermediate_size": 256}  # words in the names of sizes that can be made smaller, and how small
+SMALL = {"expert": 16, "intermediate_size": 256}  # word in the name of a size -> the value to which it can be reduced
 VOCABULARY = 64  # of the model with random numbers
 SKIPPED_OUTPUTS: tuple[Callable[[Any], Any], ...] = (lambda x: x, lambda x: (x,), lambda x: (x, None))
 
@@ -96,7 +96,7 @@ def hooks_of_sites(config: Any, layers: Sequence[int], sites: Sequence[str], mod
 
 
 def check_loaded_sites(model: HookedModel, config: Any, hooks: Sequence[Hook]) -> None:
-    """Raise UsageError unless the model's own numbers prove each hook, on the module that was planned."""
+    """Raise UsageError unless running the model confirms each hook, on the module that was planned."""
     model.check_hooks(hooks)
     for hook in hooks:
         planned, found = blueprint_of(config).site(hook), model.site(hook)
@@ -108,9 +108,9 @@ def check_loaded_sites(model: HookedModel, config: Any, hooks: Sequence[Hook]) -
 
 
 def can_truncate(config: Any, blocks: int) -> bool:
-    """Whether the first blocks, built alone, have the parameters that they have in the whole model.
+    """Whether the first blocks, built alone, have the same parameters as in the whole model.
 
-    Not so in Gemma 3n and 4, which keep inputs for all blocks in one embedding.
+    They do not in Gemma 3n and 4, which keep inputs for all blocks in one embedding.
     """
     short = copy.deepcopy(config)
     truncate_config(short, blocks)
@@ -119,12 +119,12 @@ def can_truncate(config: Any, blocks: int) -> bool:
 
 
 def parameter_count(config: Any) -> int:
-    """How many numbers the weights of a model are, found without them."""
+    """The number of parameters of a model, found without loading them."""
     return sum(parameter.numel() for parameter in blueprint_of(config).model.parameters())
 
 
 class Blueprint:
-    """The modules of a model, without numbers, and what a probe of its blocks with random numbers has found."""
+    """The modules of a model without weights, and the sites that probing its blocks with random weights has found."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -153,7 +153,7 @@ class Blueprint:
         return Site(path, end == "input", self.real_width(hook.layer, path, end, shape[-1]), len(shape) == 2)
 
     def outside_hook(self, site: str) -> Hook:
-        """The hook on a module outside the blocks, given with its whole path or with `model` for that of the trunk."""
+        """The hook on a module outside the blocks. Its path is complete, or has `model` for the trunk's path."""
         path, _, end = site.rpartition(".")
         trunk = f"{self.parts.trunk_path}." if self.parts.trunk_path else ""
         inside = path.removeprefix(trunk) if path.startswith(trunk) else path.removeprefix(OUTSIDE)
@@ -203,7 +203,7 @@ class Blueprint:
         return self.first_block.site(Hook(0, hook.site))
 
     def real_width(self, layer: int, path: str, end: str, width: int) -> int:
-        """The width of a module's input or output, where sizes of the probed block were made smaller."""
+        """The width of a module's input or output in the real model, where the probed block has reduced sizes."""
         module = self.parts.blocks[layer].get_submodule(path)
         if isinstance(module, nn.Linear):
             return module.in_features if end == "input" else module.out_features
@@ -282,9 +282,9 @@ def _blueprints(_key: str, config: Unhashed) -> Blueprint:
 
 
 def kind_of(block: nn.Module) -> str:
-    """Names a block by what it is made of. Blocks of the same kind have the same sites.
+    """A name for the structure of a block. Blocks of the same kind have the same sites.
 
-    Whether a block stores its keys and values for later blocks (`store_...`) is no part of it: that depends on how many
+    It leaves out whether a block stores its keys and values for later blocks (`store_...`), which depends on how many
     blocks follow.
     """
     parts = [
@@ -297,7 +297,7 @@ def kind_of(block: nn.Module) -> str:
 
 
 def with_small_sizes(config: Any) -> Any:
-    """A configuration with fewer experts and narrower MLPs, of which one block fits into memory."""
+    """A configuration with fewer experts and narrower MLPs, so that one block fits into memory."""
     config = copy.deepcopy(decoder_config(config))
     for name, value in list(vars(config).items()):
         for word, small in SMALL.items():

@@ -27,7 +27,7 @@ MOST_PARTS = 500_000  # modules and parameters; DeepSeek-V3 with a module for ea
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' warnings: it would list the blocks left out on purpose."""
+    """A context without transformers' warnings, which would list the blocks that are left out on purpose."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -38,9 +38,9 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def build_without_numbers(config: Any, *kinds: Any) -> nn.Module:
-    """A model on the meta device: of the first of these classes of transformers that has one of this configuration.
+    """A model on the meta device, of the first of these classes of transformers that accepts the configuration.
 
-    Raises UsageError if none has, and DamagedError if the configuration describes a model that cannot be built.
+    Raises UsageError if none does, and DamagedError if the configuration describes a model that cannot be built.
     """
     errors = []
     for kind in kinds or (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel):
@@ -90,9 +90,9 @@ def build_with_numbers(config: Any, *, dtype: str, device: str, attention: str) 
 
 
 def check_memory(model: Any, name: str, dtype: str, device: str) -> None:
-    """Raise UnavailableError if the numbers of a model on the meta device are more than the memory of a device."""
+    """Raise UnavailableError if the weights of a model on the meta device would not fit into the memory of `device`."""
     if getattr(model.config, "quantization_config", None) is not None:
-        return  # its weights take less than their dtype says
+        return  # quantized: the weights take less than their dtype implies
     itemsize = getattr(torch, dtype).itemsize
     numbers = sum(x.numel() for x in (*model.parameters(), *model.buffers()))
     if numbers * itemsize > (memory := total_memory(device)):

@@ -1,9 +1,9 @@
-"""Conversations -> token ids through the tokenizer's chat template, and which tokens which role wrote.
+"""Conversations -> token ids through the tokenizer's chat template, and which role wrote which token.
 
-Where the template has generation marks, they say what the assistant wrote. Elsewhere, and for other roles, the
-conversation is rendered up to each message: what a message adds is its own. Of that, the header of the turn is the
-template's; the assistant wrote what comes after the generation prompt, with the token that ends the turn, and another
-role the content of its message.
+If the template has generation marks, they mark what the assistant wrote. Otherwise, and for other roles, the
+conversation is rendered up to each message, which shows the text that the message adds. Part of that text is the header
+of the turn, which comes from the template. The assistant wrote the text after the generation prompt, with the token
+that ends the turn; another role wrote the content of its message.
 """
 
 import re
@@ -26,7 +26,7 @@ GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ASSISTANT = "assistant"
 # Some templates print the date. It has to be the same whenever a harvest is continued or repaired.
 FIXED_DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%H": "00", "%M": "00", "%S": "00"}
-PROBE = "\ue000"  # a content that stands nowhere else
+PROBE = "\ue000"  # a content that occurs nowhere else
 Span = tuple[int, int]  # characters of a rendered conversation
 
 
@@ -48,9 +48,9 @@ class ChatEncoder:
             )
         if not is_fast(self.tokenizer):
             raise UsageError(
-                f"--chat-column needs a tokenizer that says where in a text each token stands, and this model's "
-                f"({type(self.tokenizer).__name__}) is written in Python and does not. Convert the conversations to "
-                "text, and give their column with --text-column."
+                f"--chat-column needs a tokenizer that gives the position of each token in the text. The tokenizer of "
+                f"this model ({type(self.tokenizer).__name__}) is written in Python and does not. Convert the "
+                "conversations to text, and give their column with --text-column."
             )
         try:
             self.render([{"role": "user", "content": PROBE}])
@@ -110,9 +110,9 @@ class ChatEncoder:
         return text, [(int(first), int(last)) for first, last in spans[0]] if spans else []
 
     def literals(self, messages: Sequence[dict[str, Any]], text: str) -> dict[int, str]:
-        """{place: token} of each special token that a message spells: text, though it looks like the template's own.
+        """{place: token} of each special token that is spelled in a message. It is text, not a token of the template.
 
-        They are found by rendering the messages again with a mark inside each.
+        These are found by rendering the messages again with a mark inside each.
         """
         tokens = [token for token in special_tokens(self.tokenizer) if len(token) > 1]
         if not any(token in part for message in messages for part in strings(message) for token in tokens):
@@ -140,7 +140,7 @@ class ChatEncoder:
                     yield first, last
 
     def prefix_length(self, messages: Sequence[dict[str, Any]], text: str) -> int:
-        """How much of a rendered conversation these first messages are. Raises UsageError if they are no prefix."""
+        """The length of the first messages in a rendered conversation. Raises UsageError if they are not a prefix."""
         if not messages:
             return 0
         try:
@@ -150,7 +150,7 @@ class ChatEncoder:
         if prefix is None or not text.startswith(prefix):
             raise UsageError(
                 f"This chat template does not render the first {len(messages)} messages of a conversation as the "
-                "beginning of the whole, so what each role wrote cannot be told. Use a tokenizer whose template has "
+                "beginning of the whole, so it is not clear what each role wrote. Use a tokenizer whose template has "
                 "{% generation %} marks with --roles assistant, or leave out --roles."
             )
         return len(prefix)
@@ -167,13 +167,13 @@ class ChatEncoder:
         if text[place : place + len(content)] != content or not start <= place <= end - len(content):
             raise UsageError(
                 f"This chat template changes the content of a message with the role {messages[number]['role']!r}, so "
-                "what that role wrote cannot be told. Leave out --roles, or convert the column to text."
+                "it is not clear what that role wrote. Leave out --roles, or convert the column to text."
             )
         return place, place + len(content)
 
 
 def strings(value: Any) -> Iterator[str]:
-    """The strings in a message or its content; of a part of a content, its text."""
+    """The strings in a message or its content; for a content made of parts, the text of each part."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

@@ -1,9 +1,9 @@
-"""Which of several tasks cuts the text of a harvest: the one that made the claim. The others wait for it.
+"""Claims decide which of several tasks cuts the text of a harvest. The others wait for it.
 
-A claim is a record in tokens/, made where there was none and renewed while its task works. One that has not changed for
-EXPIRY seconds is expired, and whoever makes the next one (its number is one higher) goes on with the text. Each task
-measures this time with its own clock, without the time for which it was itself stopped. A task that was only slow
-notices at its next step that there is a later claim.
+A claim is a record in tokens/. A task creates it if there is none, and renews it while it works. A claim that has not
+changed for EXPIRY seconds has expired; the task that creates the next one (its number is one higher) continues with the
+text. Each task measures this time with its own clock, and leaves out the time for which it was itself stopped. A task
+that was only slow notices at its next step that there is a later claim.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ EXPIRY = 90.0
 
 
 class ClaimLost(Exception):  # noqa: N818  (not an error: another task does the work)
-    """Another task took this one for dead and has claimed the text."""
+    """Another task has claimed the text, because this one seemed to be dead."""
 
 
 class TextClaim:
@@ -38,7 +38,7 @@ class TextClaim:
         self.holder = ""  # the task that this one waits for
 
     def take(self) -> str | None:
-        """Make a claim if there is none, or an expired one; its file, or None as long as another task has it."""
+        """Make a claim if there is none or it has expired. Returns its file, or None while another task has it."""
         claims = self.place.claim_files()
         number = int(re.findall(r"\d+", claims[-1])[0]) if claims else 0
         if claims:

@@ -1,4 +1,4 @@
-"""The options of a harvest, and what is wrong with them for any model and text."""
+"""The options of a harvest, and the checks of them that need neither model nor text."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ class HarvestConfig:
     split: str = "train"
     text_column: str = "text"
     chat_column: str | None = None  # a column of messages instead, which go through the tokenizer's chat template
-    roles: Sequence[str] = ()  # of a conversation, only what these roles wrote is harvested; empty: all of it
+    roles: Sequence[str] = ()  # harvest only what these roles wrote in a conversation; empty: all of it
     tokens: int | None = None  # None: ten million, or all of a shorter text
     context: int = 128  # tokens, BOS included
     bos: str = "auto"  # what contexts begin with: "auto", "none", or a token as text or id; see choose_bos
@@ -50,8 +50,8 @@ class HarvestConfig:
     seed: int = 0
     device: str = "auto"
     out: Path | str | None = None
-    share: str | None = None  # "3/64": of several tasks, the windows of this one
-    prepare: bool = False  # only what precedes the first window
+    share: str | None = None  # "3/64": only the windows of this share, for one of several tasks
+    prepare: bool = False  # only cut the text and write the metadata
     origins: Mapping[str, str] = field(default_factory=dict)  # non-default flag -> "flag" or "file:line"
 
     @property
@@ -105,7 +105,7 @@ def check_config(config: HarvestConfig, dataset: str) -> None:
 
 
 def check_share(config: HarvestConfig) -> None:
-    """Raise UsageError for a --share of another form, or one that something else contradicts."""
+    """Raise UsageError for a malformed --share, or one that conflicts with --prepare or with a launcher."""
     given = "--prepare" if config.prepare else "--share"
     if config.share is not None:
         HarvestShare.parse(config.share)
@@ -113,8 +113,8 @@ def check_share(config: HarvestConfig) -> None:
             raise UsageError("--prepare cuts the text for every share. Leave --share out.")
     if (config.share is not None or config.prepare) and (count := rank_and_count()[1]) > 1:
         raise UsageError(
-            f"{given} is for tasks that do not know of each other, and a launcher has started {count} processes that "
-            f"do. Leave out {given} or the launcher."
+            f"{given} is for independent tasks, but a launcher has started {count} processes that work together. "
+            f"Leave out {given} or the launcher."
         )
 
 
@@ -123,8 +123,8 @@ def check_site_names(sites: Sequence[str]) -> None:
     for site in sites:
         if not is_site(site):
             raise UsageError(
-                f"unknown --site {site}: expected one of {', '.join(SITES)}, or a module of the block with what is "
-                "read of it, such as mlp.gate_proj.output."
+                f"unknown --site {site}: expected one of {', '.join(SITES)}, or the input or output of a module of "
+                "the block, such as mlp.gate_proj.output."
             )
 
 

@@ -2,11 +2,11 @@
 
 A context is BOS and up to `context - 1` tokens of one document; two documents never share a context. With `pack`,
 contexts are full instead: documents follow each other, each after a BOS of its own, and a document that continues in
-the next context gets a BOS there too. Held-out documents are packed only with each other. What serves as BOS, if
-anything does, and which tokens are rows is the `ContextFormat`.
+the next context gets a BOS there too. Held-out documents are packed only with each other. The `ContextFormat` says
+which token is the BOS, if any, and which tokens are rows.
 
 A hash of the seed and the document's tokens decides which documents are held out. So no document that evaluation reads
-was trained on, however often it occurs, and whether it comes as text or as token ids.
+is trained on, even if it occurs several times, and whether it is given as text or as token ids.
 """
 
 import hashlib
@@ -35,16 +35,16 @@ def make_contexts(
     exactly: bool, context: int, held_out: float, seed: int, pack: bool = False,
     checkpoint_tokens: int = CHECKPOINT_TOKENS,
 ) -> Contexts:  # fmt: skip
-    """Contexts with `tokens` rows to harvest, shuffled, and the held-out ones that were met on the way.
+    """Contexts with `tokens` rows to harvest, shuffled, and the held-out contexts that were read along with them.
 
-    Continues from `checkpoint`, which is saved every `checkpoint_tokens` tokens; the result does not depend on when.
-    While the text is read, memory holds 4 bytes for each of those tokens and one batch of documents with its tokens (at
-    most BATCH_CHARACTERS + MAX_DOCUMENT characters), then 4 * context + 50 bytes for each context. Conversations take
-    a byte more for each token.
+    Continues from `checkpoint`, which is saved every `checkpoint_tokens` tokens; this does not affect the result. While
+    the text is read, memory holds 4 bytes for each of those tokens and one batch of documents with its tokens (at most
+    BATCH_CHARACTERS + MAX_DOCUMENT characters); afterwards, 4 * context + 50 bytes for each context. Conversations take
+    one more byte for each token.
 
     Raises UsageError if the text has no tokens or, with `exactly`, too few, or has a token that the model has no
-    embedding for, and UnavailableError if the text cannot be
-    read any further; the checkpoint then holds everything read so far.
+    embedding for, and UnavailableError if the text cannot be read any further; the checkpoint then has everything that
+    was read so far.
     """
     cutter = ContextCutter(form, context, tokens, pack, marked=encode.marks_rows)
     cut_documents(text, encode, cutter, checkpoint, seed, held_out, checkpoint_tokens)
@@ -119,13 +119,13 @@ def cut_documents(
 
 
 def name_document(document: Document, number: int, text: str) -> str:
-    """Which document of a text is meant, for a message."""
+    """A document of a text, described for a message."""
     begins = f", which begins {document.text[:40]!r}," if isinstance(document.text, str) else ""
     return f"Document {number:,} (counted from 0) of the text {text}{begins}"
 
 
 def describe_absent_roles(roles: Sequence[str], conversations: Sequence[Any]) -> str:
-    """A sentence about those of `roles` that no message has, since they may be misspelt; empty if there are none."""
+    """A sentence about roles in `roles` that no message has, which may be misspelt; empty if every role occurs."""
     present = {message["role"] for one in conversations if isinstance(one, Conversation) for message in one.messages}
     absent = [role for role in roles if role not in present]
     if not absent or not present:
@@ -137,7 +137,7 @@ def describe_absent_roles(roles: Sequence[str], conversations: Sequence[Any]) ->
 
 
 class Unfinished(NamedTuple):
-    """A context that is not full yet: its ids, the number of its first document, and with marks those of its ids."""
+    """A context that is not full yet: its ids, the number of its first document, and the marks of its ids, if any."""
 
     ids: list[int]
     document: int = 0
@@ -187,7 +187,7 @@ class ContextCutter:
             self.flush()
 
     def flush(self) -> None:
-        """End the unfinished contexts where they are."""
+        """End the unfinished contexts."""
         for held_out, (ids, first_document, marks) in enumerate(self.unfinished):
             if ids:
                 self._append(ids, first_document, bool(held_out), marks)

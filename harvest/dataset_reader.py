@@ -35,7 +35,7 @@ class Column:
             )
 
     def document(self, value: Any, row: int, place: str) -> Document:
-        """The document in a cell, Unreadable where something else stands. Raises UsageError for an unknown id."""
+        """The document in a cell, or Unreadable if it has other content. Raises UsageError for an unknown id."""
         if value is None or isinstance(value, Unreadable):
             return Document(value)
         if self.chat:
@@ -87,7 +87,7 @@ class FileReader:
         return {"row": self.rows_read, "place": list(self.place)} if self.rows_read else None
 
     def seek(self, position: dict[str, Any] | None) -> None:
-        """Go to a position. One that an earlier version saved says only how many rows were read."""
+        """Go to a position. One that an earlier version saved is only the number of rows that were read."""
         self.rows_read, self.place = (position["row"] if position else 0), (0, 0)
         skip = self.rows_read
         if position and "place" in position:
@@ -99,8 +99,8 @@ class FileReader:
 class DatasetReader:
     """The documents in a column of a `datasets.IterableDataset`.
 
-    A network failure is retried after each of `retry_seconds`, counted anew from every row that arrives; then it raises
-    UnavailableError. Any other failure raises `make_error(its first line)`.
+    A network failure is retried after each of `retry_seconds`; every row that arrives starts the count again. After the
+    last retry it raises UnavailableError. Any other failure raises `make_error(its first line)`.
 
     Raises UsageError at once if there are no rows or no such column, and at a row with ids outside the vocabulary.
     """
@@ -154,7 +154,7 @@ class DatasetReader:
             yield row
 
     def _wait_or_raise(self, error: Exception, failures: int) -> None:
-        """Wait after a network failure that followed so many others."""
+        """Wait after a network failure; `failures` is how many have preceded it without a row in between."""
         problem = first_line(error)
         if not (self.retry_seconds and is_network_error(error)):
             raise self.make_error(problem) from error

@@ -64,7 +64,7 @@ def refuse_chat(name: str, chat: bool) -> None:
 
 def open_embedded(tokenizer: Any, seed: int, say: Say) -> TextSource:
     """The standard library of the running Python, with a little spelling after each harvested document."""
-    # In the order of a hash, so that a small harvest is a fair sample.
+    # Ordered by a hash, so that a small harvest is a fair sample.
     library = sorted(corpus.stdlib_documents(), key=lambda d: hashlib.sha256(d.name.encode()).digest())
     digest = hashlib.sha256()
     for document in library:
@@ -109,7 +109,7 @@ def open_local(
 
 
 def files_may_contain(files: list[Path], strings: Sequence[str]) -> bool:
-    """Whether one of the strings may stand in these files. True without a look at compressed and at large ones."""
+    """Whether these files may contain one of the strings. Compressed and large files are not searched: True."""
     if (
         any(file.suffix.lower() not in SEARCHED for file in files)
         or sum(file.stat().st_size for file in files) > MOST_SEARCHED
@@ -143,7 +143,7 @@ def digest_of_files(path: Path, files: list[Path]) -> str:
 
 
 def read_sections(file: Path) -> Iterator[Document]:
-    """The sections of a text file; Unreadable for one with bytes that are not UTF-8."""
+    """The sections of a text file; Unreadable for a section with bytes that are not UTF-8."""
     text = file.read_text(encoding="utf-8", errors="surrogateescape")
     line = 1
     for section in split_paragraphs(text):
@@ -198,7 +198,7 @@ def open_hub(
 
 
 def hub_error(error: Exception, name: str, revision: str | None) -> SaeError | None:
-    """The error to raise if the Hub lacks or refuses the dataset, its revision, subset or split; None for the rest."""
+    """The error to raise if the Hub lacks or refuses the dataset, its revision, subset or split; otherwise None."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):

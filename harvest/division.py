@@ -1,4 +1,4 @@
-"""What each of several processes does of a harvest, in rows, bytes and memory: lines of its plan."""
+"""The part of a harvest that each of several processes does, in rows, bytes and memory: lines of the plan."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -24,9 +24,9 @@ def describe_division(
     share: HarvestShare | None, layout: Layout, windows: Sequence[int], context: int, model_config: Any,
     widths: Mapping[Hook, int], dtype: str, device: str,
 ) -> list[str]:  # fmt: skip
-    """The lines about what a process does and keeps in memory; none if it does all.
+    """The lines about the work and memory of a process; none if a single process does everything.
 
-    Of ranks, `windows` are those of the one with the most. `widths` has the hooks that are harvested.
+    With several ranks, `windows` are those of the rank with the most. `widths` has the hooks that are harvested.
     """
     if (count := rank_and_count()[1]) > 1:
         machines = format_count(-(-count // processes_on_this_machine()), "machine")
@@ -45,7 +45,7 @@ def describe_division(
 
 
 def describe_memory(layout: Layout, bytes_per_row: int, context: int, weights: int | None, device: str) -> str:
-    """What a process keeps in memory. What torch and one pass need comes on top of it."""
+    """The memory that a process takes, without that of torch itself and of a forward pass."""
     window = min(layout.window_rows, layout.rows) * bytes_per_row
     tokens = TOKEN_BYTES * layout.rows * context // (context - 1)
     parts = [

@@ -14,8 +14,8 @@ from ..common.formatting import format_count
 from ..common.tables import Unreadable
 
 UNREADABLE = "unreadable"
-CHECKED_ROWS = 100  # of at least so many rows, at most a hundredth may be unreadable
-TOLERATED_ROWS = 10  # unreadable ones more than that, until the whole text is read
+CHECKED_ROWS = 100  # from this many rows on, at most a hundredth of them may be unreadable
+TOLERATED_ROWS = 10  # additional unreadable rows that are allowed until the whole text is read
 REFUSED = "untemplated"  # conversations that the chat template does not render
 MAX_DOCUMENT = 20_000_000  # characters or ids; anything longer is a dump whose tokens would fill the memory
 
@@ -38,7 +38,7 @@ class Document(NamedTuple):
 class DocumentReader(Protocol):
     """Yields documents in order, from any position on.
 
-    `position` says how far the reader is and can be stored as JSON. None is the beginning.
+    `position` is the reader's position, as a value that can be stored as JSON. None is the beginning.
     """
 
     @property
@@ -48,7 +48,7 @@ class DocumentReader(Protocol):
 
 
 class ListedDocuments:
-    """Documents from a function that lists them all. The position is a count, and seeking skips so many of them."""
+    """Documents from a function that lists them all. The position is the number of documents to skip."""
 
     def __init__(self, list_documents: Callable[[], Iterable[Document]]) -> None:
         self.list_documents = list_documents
@@ -70,7 +70,7 @@ class TextSource:
 
     Attributes:
         read: documents read so far, with those that were skipped.
-        first_unreadable: why the first of those that could not be read could not.
+        first_unreadable: why the first unreadable document could not be read.
     """
 
     name: str
@@ -78,9 +78,9 @@ class TextSource:
     reader: DocumentReader
     say: Callable[[str], None] = lambda sentence: None  # receives messages for the user
     skipped: dict[str, int] = field(default_factory=lambda: {"empty": 0, "not text": 0, "huge": 0})
-    # Whether one of these strings may stand in the text. False is certain: not every text can be searched quickly.
+    # Whether the text may contain one of these strings. Only False is certain: not every text can be searched quickly.
     may_contain: Callable[[Sequence[str]], bool] = lambda strings: True
-    remarks: list[str] = field(default_factory=list)  # what was said about the documents; part of an error's message
+    remarks: list[str] = field(default_factory=list)  # messages about the documents, repeated in an error
     read: int = 0
     first_unreadable: str = ""
 
@@ -102,7 +102,7 @@ class TextSource:
                 yield document
 
     def check_readable(self, tolerated: int = 0) -> None:
-        """Raise UsageError if more than a hundredth of the rows read so far, and so many more, were unreadable."""
+        """Raise UsageError if more than a hundredth of the rows read so far, plus `tolerated`, were unreadable."""
         unreadable = self.skipped.get(UNREADABLE, 0)
         if self.read >= CHECKED_ROWS and 100 * (unreadable - tolerated) > self.read:
             raise UsageError(
@@ -113,7 +113,7 @@ class TextSource:
 
     @property
     def unreadable_rows(self) -> dict[str, Any]:
-        """The rows that could not be read, as recorded with the cache: how many, and the first. Empty for none."""
+        """The rows that could not be read, as recorded with the cache: their number and the first. Empty if none."""
         count = self.skipped.get(UNREADABLE, 0)
         return {"rows": count, "first": self.first_unreadable} if count else {}
 
@@ -138,7 +138,7 @@ class TextSource:
         }  # fmt: skip
 
     def seek(self, state: dict[str, Any] | None) -> None:
-        """Return to where `state` was taken, or to the beginning."""
+        """Return to the position of `state`, or to the beginning."""
         self.reader.seek(state and state["position"])
         state = state or {"skipped": {}}
         self.skipped |= dict.fromkeys(self.skipped, 0) | state["skipped"]
@@ -180,7 +180,7 @@ def parse_messages(value: Any) -> Conversation | None:
 
 
 def list_of_messages(value: Any) -> Any:
-    """The list of messages that a dictionary of lists of equal length means; anything else as it is."""
+    """A dictionary of lists of equal length as a list of messages; any other value unchanged."""
     if not isinstance(value, dict) or not all(isinstance(one, list) for one in value.values()):
         return value
     if len({len(one) for one in value.values()}) != 1:
@@ -189,7 +189,7 @@ def list_of_messages(value: Any) -> Any:
 
 
 def fault_of_messages(value: Any) -> str:
-    """What a cell has instead of messages, each with a role and content; empty if nothing is wrong with it."""
+    """What is wrong with a cell that should be a list of messages, each with a role and content; empty if nothing."""
     value = list_of_messages(value)
     if not isinstance(value, list):
         return f"{value!r:.60}"

@@ -12,7 +12,7 @@ from .documents import Conversation, Document
 
 
 class EncodedDocument(NamedTuple):
-    """The ids of a document, without the token that its contexts begin with; of a conversation also its marks."""
+    """The ids of a document, without the token that its contexts begin with; for a conversation, with its marks."""
 
     ids: list[int]
     marks: Sequence[int] = ()  # 1 at the tokens of the roles that are harvested
@@ -23,7 +23,7 @@ class TemplateRefusal(Exception):  # noqa: N818  (counted; the harvest goes on)
 
 
 class ConversationEncoder(Protocol):
-    """What turns conversations into token ids; see chat.py."""
+    """The interface of an object that turns conversations into token ids; see chat.py."""
 
     @property
     def roles(self) -> tuple[str, ...]: ...
@@ -35,7 +35,7 @@ class DocumentEncoder:
     """Turns documents into token ids.
 
     Attributes:
-        bos_id: the token that contexts begin with. Every context gets its own, so that of token ids is removed.
+        bos_id: the token that contexts begin with. Every context gets one, so it is removed from given token ids.
         literals_are_text: whether `<bos>` in a text is five characters. Earlier versions made it the special token.
         chat: for a text of conversations.
         embedded: the number of token ids that the model has an embedding for, if the tokenizer can have more.
@@ -49,12 +49,12 @@ class DocumentEncoder:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Of conversations, the roles whose tokens are rows; none if all are."""
+        """The roles in conversations whose tokens are rows; empty if the tokens of all roles are."""
         return () if self.chat is None else self.chat.roles
 
     @property
     def padding(self) -> int:
-        """The token that fills up contexts; the model computes nothing from it that is used."""
+        """The token that fills up contexts; no result of the model at it is used."""
         padding = self.tokenizer.pad_token_id or 0
         return padding if self.embedded is None or padding < self.embedded else 0
 
@@ -64,7 +64,7 @@ class DocumentEncoder:
         return bool(self.roles)
 
     def __call__(self, batch: Sequence[Document]) -> list[EncodedDocument | TemplateRefusal]:
-        """The documents' ids; for a conversation that the template does not render, why."""
+        """The documents' ids, or for a conversation that the template does not render, the reason."""
         encoded = iter(self.encode_texts([document.text for document in batch if isinstance(document.text, str)]))
 
         def encode_one(text: Any) -> EncodedDocument | TemplateRefusal:
@@ -92,10 +92,10 @@ class DocumentEncoder:
 
 
 def encode_as_text(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """The ids of texts in which special tokens are ordinary text. Texts that spell none have their usual ids.
+    """The ids of texts, with special tokens in the texts tokenized as ordinary text.
 
     A Unigram or WordPiece model can have the special token itself among its pieces and find it in the text. Then the
-    piece is replaced by those of its parts.
+    piece is replaced by the pieces of its parts.
     """
     ids: list[list[int]] = tokenizer(
         texts, add_special_tokens=False, split_special_tokens=True, verbose=False
@@ -109,7 +109,7 @@ def encode_as_text(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def split_literals(tokenizer: Any, text: str, number_of: dict[int, str]) -> list[int]:
-    """The ids of a text, with each special token that the model found spelled in it replaced by the ids of its parts.
+    """The ids of a text, with each special token that the model found in the text replaced by the ids of its parts.
 
     A special token that stands for something else, like `<unk>` for a character, stays.
     """
@@ -126,7 +126,7 @@ def split_literals(tokenizer: Any, text: str, number_of: dict[int, str]) -> list
 
 
 def split_before_encoding(tokenizer: Any, text: str, tokens: list[str]) -> list[int]:
-    """The ids of a text that is cut inside of each special token that it spells, for a tokenizer written in Python."""
+    """The ids of a text that is cut inside each special token in it, for a tokenizer written in Python."""
     pattern = re.compile("|".join(map(re.escape, sorted(filter(None, tokens), key=len, reverse=True))))
     cuts = [0, *(match.start() + 1 for match in pattern.finditer(text)), len(text)]
     parts = [text[first:last] for first, last in itertools.pairwise(cuts) if first < last]

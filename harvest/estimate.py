@@ -1,4 +1,4 @@
-"""How long the model of a harvest will take, from timing one of its blocks with random weights."""
+"""Estimate how long the model of a harvest will take, by timing one of its blocks with random weights."""
 
 import copy
 import time

@@ -1,4 +1,4 @@
-"""What of a planned harvest its folder already holds: nothing, some windows, other layers, or all of it."""
+"""The part of a planned harvest that its folder already holds: nothing, some windows, other layers, or all of it."""
 
 import contextlib
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class ExistingRows:
         cache: None if nothing has been begun.
         missing: the hooks of the harvest that are not complete.
         windows: the windows that are to be harvested for them, with `rows_left` rows; none without a cache.
-        statistics_differ: whether the statistics of a complete hook are of another --max-norm, or lost.
+        statistics_differ: whether the statistics of a complete hook were computed for another --max-norm, or are lost.
     """
 
     cache: Cache | None
@@ -53,8 +53,8 @@ class ExistingRows:
 
 
 def find_existing(folder: Path, fingerprint: str, hooks: Sequence[Hook], max_norm: float | None) -> ExistingRows:
-    """What a folder holds of the harvest with this fingerprint and these hooks. A damaged cache counts as nothing: the
-    harvest itself says what is wrong with it.
+    """The part of the harvest with this fingerprint and these hooks that a folder holds. For a damaged cache it is
+    empty, because the harvest itself reports the damage.
     """
     with contextlib.suppress(SaeError):
         cache = Cache(folder)

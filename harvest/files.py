@@ -1,11 +1,11 @@
-"""Which files of a local folder are the text: those of one split, chosen by their names as `datasets` chooses them.
+"""Choose the files of a local folder that belong to a split, by their names, as `datasets` does.
 
-The first of these that names a split for any file decides:
+These rules are tried in order; the first that assigns a split to any file is used:
 
 1. `configs` in the YAML header of README.md, whose `data_files` name the files of each split;
 2. data/<split>-00000-of-00002.parquet;
-3. folders with the name of a split, or a part of it: train/, my-dataset-test/;
-4. files likewise: train.jsonl, wiki_validation.parquet.
+3. folders with the name of a split in their name: train/, my-dataset-test/;
+4. files with the name of a split in their name: train.jsonl, wiki_validation.parquet.
 
 Otherwise every file belongs to train. Hidden files, READMEs, licenses and the metadata of `datasets` are left out.
 """
@@ -32,7 +32,7 @@ KEYWORDS = {
 }  # split -> its names
 SAVE_AGAIN = "Save the dataset again."
 ALL = "all"  # a split that has every file
-WHOLE = (*KEYWORDS["train"], ALL)  # the splits of a text that has no others
+WHOLE = (*KEYWORDS["train"], ALL)  # the splits of a text that is not divided
 SHARD = re.compile(r"data/(?P<split>[^/]*)-\d{5}-of-(?P<shards>\d{5})[^/]*\.[^/]*")
 METADATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 ABOUT = {"readme", "license", "licence", "copying", "notice"}  # .txt or .json
@@ -46,7 +46,7 @@ class Configuration:
     """An entry of `configs` in a README.md.
 
     Attributes:
-        patterns: split -> patterns of its files, relative to the folder; empty where file names say the split.
+        patterns: split -> patterns of its files, relative to the folder; empty if the file names decide the split.
         folder: where its files are, relative to the folder.
     """
 
@@ -83,12 +83,12 @@ def list_files(path: Path, subset: str | None, split: str, say: Say) -> list[Pat
 
 
 def check_split_of_file(path: Path, split: str) -> None:
-    """Raise UsageError for another split of a single file than the one that its name says."""
+    """Raise UsageError if the name of a single file does not contain the split that is asked for."""
     words = next((words for words in KEYWORDS.values() if split in words), (split,))
     if split not in WHOLE and not has_word(path.name, [re.escape(word) for word in words], in_folders=False):
         raise UsageError(
-            f"{path} is a single file, which is read whole, and its name names no split {split!r}. Leave --split out, "
-            "or give the folder with the files of the splits."
+            f"{path} is a single file, which is read whole, and its name does not contain the split {split!r}. Leave "
+            "--split out, or give the folder with the files of the splits."
         )
 
 
@@ -127,7 +127,7 @@ def saved_files(path: Path) -> list[Path]:
 
 
 def folder_files(path: Path) -> list[Path]:
-    """The files of a known format in a folder and its folders, without what is not text of the dataset."""
+    """The files of a known format in a folder and its subfolders, without files that are not text of the dataset."""
     found = []
     seen = {path.resolve()}
     for folder, folders, names in os.walk(path, onerror=refuse_folder, followlinks=True):
@@ -185,7 +185,7 @@ def splits_by_name(path: Path, files: list[Path]) -> Splits:
 
 
 def has_word(name: str, words: Sequence[str], in_folders: bool) -> bool:
-    """Whether one of the words stands between separators in the name of a file, or of one of its folders."""
+    """Whether the name of a file, or of one of its folders, contains one of the words between separators."""
     *folders, file = name.split("/")
     word = rf"(?:.*[-._ 0-9])?(?:{'|'.join(words)})"
     if in_folders:
@@ -266,7 +266,7 @@ def has_files(path: Path, files: list[Path], configuration: Configuration) -> bo
 def choose_configuration(
     path: Path, files: list[Path], configurations: list[Configuration], subset: str | None
 ) -> Configuration | None:
-    """The configuration to read; None if there is none that names a file which is here.
+    """The configuration to read; None if none names an existing file.
 
     Raises UsageError for an unknown subset, or if one has to be chosen.
     """
@@ -291,18 +291,19 @@ def choose_configuration(
 
 
 def say_left_out(path: Path, files: list[Path], splits: Splits, say: Say) -> None:
-    """Say so if files belong to no split, because their names name none and those of others do."""
+    """Report files that belong to no split, because their names contain none and those of other files do."""
     belonging = {file for chosen in splits.values() for file in chosen}
     if left_out := [file for file in files if file not in belonging]:
         first = left_out[0].relative_to(path).as_posix()
         say(
-            f"{format_count(len(left_out), 'file')} of {path} {'is' if len(left_out) == 1 else 'are'} of no split and "
-            f"not read, such as {first}: only the names of others name a split. --split {ALL} reads every file."
+            f"{format_count(len(left_out), 'file')} of {path} {'is' if len(left_out) == 1 else 'are'} not read, such "
+            f"as {first}: its name does not contain a split, and the names of other files do. --split {ALL} reads "
+            "every file."
         )
 
 
 def say_missing_shards(path: Path, files: list[Path], say: Say) -> None:
-    """Say so if shards are missing: 00002 of 00000-of-00003 and so on."""
+    """Report missing shards, such as 00002-of-00003."""
     shards = [match for file in files if (match := SHARD.fullmatch(file.relative_to(path).as_posix()))]
     expected = {int(match["shards"]) for match in shards}
     if len(expected) == 1 and len(shards) == len(files) < (total := expected.pop()):

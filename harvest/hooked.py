@@ -1,6 +1,7 @@
 """A language model whose activations can be read and replaced, at the sites of its blocks and at any module.
 
-probe.py finds the sites by running a block on a few tokens; here the results are kept, and used in hooks of torch.
+probe.py finds the sites by running a block on a few tokens. This module keeps its results and installs torch hooks
+there.
 """
 
 import contextlib
@@ -104,7 +105,7 @@ class HookedModel:
         return Site(hook.module_path, hook.site.endswith(".input"), shape[-1], len(shape) == 2)
 
     def check_hooks(self, hooks: Sequence[Hook]) -> None:
-        """Raise UsageError unless the model's own numbers prove every hook."""
+        """Raise UsageError unless running the model confirms every hook."""
         for hook in hooks:
             if not hook.is_outside and (why := self.probe(hook.layer).refused.get(hook.site)):
                 raise UsageError(refusal(type(self.model).__name__, hook, why))
@@ -170,7 +171,7 @@ class HookedModel:
 
     @contextlib.contextmanager
     def _hooking(self, hook: Hook, use: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-        """Call `use` with the activations (N, S, d) at a hook, and replace them by what it returns, if anything."""
+        """Call `use` with the activations (N, S, d) at a hook, and replace them by its result unless that is None."""
         site = self.site(hook)
         module = (self.trunk if hook.is_outside else self.blocks[hook.layer]).get_submodule(site.path)
         shape: list[tuple[int, ...]] = []
@@ -230,8 +231,8 @@ class HookedModel:
     def patching(self, hook: Hook, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """Replace the activations x (N, S, d) at the hook by `change(x)` while the context is open.
 
-        resid_mid is also what the block adds the MLP's output to, which no module reads. So attn_out is replaced, by
-        what leads from resid_pre to `change(x)`; the result is the same within rounding.
+        The block also adds the MLP's output to resid_mid, and no module reads it there. So attn_out is replaced
+        instead, by `change(x)` - resid_pre; the result is the same within rounding.
         """
         if hook.site != "resid_mid":
             with self._hooking(hook, lambda x: change(x).clone()):  # Falcon adds to its MLP's output in place
@@ -304,11 +305,11 @@ def module_refusal(hook: Hook, seen: BlockSites) -> str | None:
 
 
 def refusal(model: str, hook: Hook, why: str) -> str:
-    """Why a model does not have a hook, and what to do."""
+    """A sentence that says why a model does not have a hook, and what to do."""
     instead = "Use --site resid_post, or --module for any module." if hook.site in SITES else "Give another module."
     return f"{model} has no {hook}: {why}. {instead}"
 
 
 def belongs_to(hook: Hook, layer: int) -> str:
-    """That a module outside the blocks belongs to another layer."""
+    """A sentence that says that a module outside the blocks belongs to another layer."""
     return f"{hook.site} is outside the blocks and belongs to layer {layer}, not {hook.layer}. Use --layer {layer}."

@@ -10,8 +10,8 @@ from .config import TOKENS, HarvestConfig
 from .documents import TextSource
 from .model import ModelSource
 
-# The entry of the identity that says "text" where special tokens spelled in the text are tokenized as text. Without it
-# they are special tokens, as in earlier versions, or the text is known to spell none.
+# This entry of the identity is "text" if special tokens in the text are tokenized as text. Without it they are special
+# tokens, as in earlier versions, or the text is known to contain none.
 LITERALS = "special_tokens"
 
 

@@ -49,18 +49,18 @@ def activations(
 
     Args:
         texts: Any number of strings.
-        model: A name as for `sae harvest --model`, of which only the blocks up to the layer are loaded; or a model of
+        model: A name as for `sae harvest --model`; only the blocks up to the layer are loaded. Or a model of
             transformers, together with its `tokenizer`.
         layer: Zero-based block.
         site: "resid_post" (the residual stream after the block), another site such as "mlp_out", or a module of the
             block, "mlp.gate_proj.output" (harvest/model.py).
         bos: What each context begins with: "auto", "none", or a token as text or id, as for `sae harvest --bos`.
-        skip_positions: Leave out so many first positions of each context; BOS is one.
+        skip_positions: Leave out this many positions at the beginning of each context; BOS is one.
         skip_tokens: Tokens, as text or id, whose rows are left out too.
         batch_contexts: Contexts in a forward pass.
-        device: As in `sae harvest`, and so the next two. All three are ignored for a model that is already loaded.
-        dtype: As in `sae harvest`.
-        attention: As in `sae harvest`.
+        device: As in `sae harvest`. Ignored for a model that is already loaded.
+        dtype: As in `sae harvest`. Ignored for a model that is already loaded.
+        attention: As in `sae harvest`. Ignored for a model that is already loaded.
 
     Raises:
         UsageError: The layer, the site or the texts are invalid.
@@ -137,6 +137,6 @@ def capture_texts(
         x_NSD = model.capture_hooks(ids_NS.to(model.device), [hook])[hook]
         parts.append((x_NSD.float().cpu()[row, position], ids_NS[row, position], document_N[first + row], position))
     if not any(len(x) for x, *_ in parts):
-        raise UsageError("The texts contain no tokens besides BOS, EOS, pad and those that are to be skipped.")
+        raise UsageError("The texts contain only BOS, EOS, pad and tokens in skip_tokens. Give other texts.")
     x_TD, ids_T, text_T, position_T = map(torch.cat, zip(*parts, strict=True))
     return Activations(x_TD, ids_T, [tokenizer.decode([i]) for i in ids_T.tolist()], text_T, position_T)

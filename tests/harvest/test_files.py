@@ -81,7 +81,7 @@ def test_a_file_has_the_split_that_its_name_says(
     for split in splits:
         assert list_files(tmp_path / name, None, split, print) == [tmp_path / name]
     for split in refused:
-        with pytest.raises(UsageError, match="is a single file, which is read whole, and its name names no split"):
+        with pytest.raises(UsageError, match="is a single file, which is read whole, and its name does not contain"):
             list_files(tmp_path / name, None, split, print)
 
 
