@@ -20,7 +20,7 @@ def list_caches(root: Path | None = None) -> dict[Path, Cache | SaeError]:
 
 
 def open_or_error(folder: Path | str) -> Cache | SaeError:
-    """The cache in a folder, or why what a catalog shows of it cannot be read: another command must not fail on it."""
+    """The cache in a folder, or the error of opening it: a damaged cache must not make another command fail."""
     try:
         cache = open_place(folder)
         repr(cache), cache.state, cache.layout.n_windows
@@ -81,10 +81,10 @@ def find_cache(model: str | None, hook: Hook, root: Path | None = None) -> Cache
 
 
 def find_by_fingerprint(fingerprint: object, folder: Path | str | None, root: Path | None = None) -> Cache | None:
-    """The cache with a fingerprint: where it was, in `folder` or at that address, or else under `activations/`.
+    """The cache with a fingerprint: in its former place `folder` (a folder or an address), else under `activations/`.
 
-    None if it is in neither. What is under `activations/` comes before an address. Raises the error of the cache where
-    it was if that cannot be opened and there is no other.
+    None if it is in neither. A cache under `activations/` is preferred to an address. If the cache in the former place
+    cannot be opened and there is no other, its error is raised.
     """
     damage: SaeError | None = None
     if is_url(folder):
@@ -105,9 +105,9 @@ def find_by_fingerprint(fingerprint: object, folder: Path | str | None, root: Pa
 
 
 def model_folders(cache: Cache, key: str = "model") -> list[str]:
-    """Where the folder of a cache's model has been: as its harvest was given it, then as those of other caches were.
+    """The former folders of a cache's model: the one that its harvest was given, then those of other caches.
 
-    With the key "adapters", where its adapters have been.
+    With the key "adapters", the former folders of its adapters.
     """
     record = cache.identity["model"]
     others = [

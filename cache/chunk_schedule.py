@@ -1,11 +1,10 @@
-"""When the files of a known sequence of reads are needed, and which of them to keep where not all have room.
+"""Schedule the files of a known sequence of reads: when each is needed, and which to keep if not all fit.
 
-A *step* reads several files at once, and the steps are known beforehand: a batch number decides its rows. So the best
-choice is known too. Whenever a file has to be pulled and there is no room, the file whose next need is farthest makes
-room (Belady 1966, A study of replacement algorithms for virtual-storage computer), which pulls the fewest files where
-all have one size. Files are pulled ahead, each as early as the file that makes room for it has been read, so reading
-ahead pulls no file that waiting would not (the "conservative" rule of Cao et al. 1995, A study of integrated
-prefetching and caching strategies).
+A *step* reads several files at once, and the steps are known beforehand, because a batch number decides its rows. If a
+file has to be pulled and there is no room, the file whose next use is farthest away is removed (Belady 1966, A study of
+replacement algorithms for virtual-storage computer). This pulls the fewest files if all have one size. Files are pulled
+ahead, but only once the file that makes room for them has been read, so reading ahead causes no additional pulls (the
+"conservative" rule of Cao et al. 1995, A study of integrated prefetching and caching strategies).
 """
 
 import heapq
@@ -72,15 +71,16 @@ class ChunkSchedule:
     def next_pull(
         self, position: int, present: np.ndarray, kept: np.ndarray, free: int, wanted: int | None = None
     ) -> Pull | None:
-        """What to pull next, when all steps before `position` have been read; None if nothing is missing, or if there
-        is no room for it as long as the `kept` files stay.
+        """The next pull, if all steps before `position` have been read. None if no file is missing, or if there is no
+        room while the `kept` files stay.
 
         Args:
             position: the first step that has not been read.
-            present: (files,) bool, those that are there or on their way.
-            kept: (files,) bool, those that cannot be removed.
-            free: bytes for which nothing has to be removed.
-            wanted: a file that has to be pulled now, whenever the schedule needs it; all but `kept` makes room for it.
+            present: (files,) bool, the files that exist or are being pulled.
+            kept: (files,) bool, the files that cannot be removed.
+            free: bytes that can be used without removing a file.
+            wanted: a file that has to be pulled now, whenever the schedule needs it; any file not `kept` can be
+            removed.
         """
         if wanted is not None:
             file, needed, spared = wanted, position, position - 1

@@ -143,9 +143,9 @@ def check_size(path: Path, size: int) -> None:
 def check_chunk(folder: Path, array: ArraySpec, chunk: int, files: FileRecords) -> None:
     """Read a chunk's file and raise DamagedError unless `files` lists it with this size and checksum.
 
-    `files` is what the manifest, a commit or tokens/commit.json lists. The checksum at the end of a file alone does not
-    prove that the file belongs here: that of another window or another cache is as good. The checksum of an
-    uncompressed chunk covers its rows, that of a shard the whole file.
+    `files` are the records in the manifest, a commit or tokens/commit.json. The checksum at the end of a file does not
+    prove that the file belongs here, since a file of another window or another cache also has a valid one. The checksum
+    of an uncompressed chunk covers its rows; that of a shard covers the whole file.
     """
     file = array.chunk_file(chunk)
     path = folder / file
@@ -174,7 +174,7 @@ def file_checksums(path: Path, size: int) -> tuple[str, str]:
 
 
 def content_matches(content: bytes, array: ArraySpec, record: Mapping[str, Any]) -> bool:
-    """Whether the content of a chunk's file is what its record says, as `check_chunk` compares them."""
+    """Whether the content of a chunk's file matches its record, as in `check_chunk`."""
     every, checksum = np.frombuffer(content, np.uint8), 0
     values = every if array.block_rows else every[:-4]
     for start in range(0, len(values), READ_BYTES):  # in parts, as in `file_checksums`

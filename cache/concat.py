@@ -14,7 +14,7 @@ from .reading import Folder, StoredFile
 # The held-out share and the seed are among them: they decide which documents training must not see, in any cache.
 COMPATIBLE_KEYS = ("model", "dtype", "attention", "tokenizer", "context", "held_out", "skip", "pack", "seed")
 
-# Entries of the identity that caches have only where they matter. How a text is tokenized decides what is held out.
+# Entries of the identity that are absent at their default. The tokenization decides which documents are held out.
 ADDED_KEYS = ("bos", "skip_positions", "special_tokens")
 ABSENT = object()
 

@@ -1,7 +1,7 @@
-"""Compare what several records of a cache say: damage to one of them is then noticed.
+"""Compare values that several records of a cache have in common, to detect damage to one of them.
 
-The digest of a record detects that the record has changed. These checks also detect a record of another cache or
-window, and damage to the records of earlier versions, which have no digest. They read no files.
+The digest of a record detects a change of the record. These checks also detect a record of another cache or window, and
+damage to records of earlier versions, which have no digest. They read no files.
 """
 
 import re
@@ -184,8 +184,8 @@ def check_same_harvest(
     place: Path | str, existing: str, fingerprint: str,
     theirs: Mapping[str, Any] | None = None, ours: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Raise UsageError if a folder or address holds the harvest `existing`, not the one with this fingerprint. Their
-    identities say what differs.
+    """Raise UsageError if a folder or address holds another harvest (`existing`) than the one with this fingerprint.
+    The identities are compared to name the difference.
     """
     if existing != fingerprint:
         differs = f" Different: {describe_difference(theirs, ours)}." if theirs and ours else ""

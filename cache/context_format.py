@@ -1,4 +1,4 @@
-"""What the contexts of a cache begin with, and which of their tokens are rows: one definition for all readers."""
+"""The first token of a cache's contexts, and which of their tokens are rows: one definition for all readers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class ContextFormat:
 
     Attributes:
         bos_id: the token that each context begins with; None if they begin with the first token of their text.
-        skip_ids: tokens that are never rows, wherever they stand.
+        skip_ids: tokens that are never rows, at any position.
         skip_positions: how many positions at the beginning of a context are never rows; BOS is at position 0.
     """
 
@@ -50,7 +50,7 @@ class ContextFormat:
         return cls(bos_id, tuple(identity["skip"]), identity.get("skip_positions", 0))
 
     def identity(self, tokenizer: Any) -> dict[str, Any]:
-        """The entries of a cache's identity; those that earlier versions did not have only where they matter."""
+        """The entries of a cache's identity; entries that earlier versions lacked only if they are not the default."""
         entries: dict[str, Any] = {"skip": list(self.skip_ids)}
         if self.bos_id != bos_or_eos_id(tokenizer):
             entries["bos"] = self.bos_id
@@ -60,12 +60,12 @@ class ContextFormat:
 
     @property
     def skip_record(self) -> Any:
-        """What decides the rows of a text, for digests: a list of ids, as ever, if no positions are skipped."""
+        """The settings that decide the rows of a text, for digests. Without skipped positions, only the list of ids."""
         ids = list(self.skip_ids)
         return {"ids": ids, "positions": self.skip_positions} if self.skip_positions else ids
 
     def counted(self, ids_NS: Tensor) -> Tensor:
-        """Which tokens of contexts (N, S) or of one context (S,) are rows, as far as their ids and positions tell."""
+        """Which tokens of contexts (N, S) or of one context (S,) are rows, judged by their ids and positions alone."""
         position_S = torch.arange(ids_NS.shape[-1], device=ids_NS.device)
         skip = torch.tensor(self.skip_ids, dtype=torch.int64, device=ids_NS.device)
         return ~torch.isin(ids_NS, skip) & (position_S >= self.skip_positions)

@@ -23,7 +23,7 @@ class Contexts:
     length: np.ndarray  # (N,) uint16: tokens without padding
     document: np.ndarray  # (N,) uint32: the number of the document
     held_out: np.ndarray  # (N,) bool: of a document kept for evaluation
-    rows: np.ndarray | None = None  # (N, S) bool: of a conversation, the tokens of the roles that are harvested
+    rows: np.ndarray | None = None  # (N, S) bool: in conversations, the tokens of the roles that are harvested
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -61,8 +61,8 @@ class Contexts:
     def read(cls, folder: Path, digest: str | None = None) -> "Contexts":
         """Read the contexts of a cache, each file checked against tokens/commit.json.
 
-        `digest` is that of the record's files (`digest_of`), as the cache's zarr.json has it; None if there is no
-        zarr.json yet. Raises DamagedError if a file is missing or not the one that is listed, or for another digest.
+        `digest` is the expected `digest_of` the record's files, from the cache's zarr.json; None if there is no
+        zarr.json yet. Raises DamagedError if a file is missing or is not the listed one, or if the digest differs.
         """
         record = folder / "tokens" / "commit.json"
         commit = TOKENS_RECORD.read(record)

@@ -1,9 +1,9 @@
-"""The rows of a window with the largest norms, kept in a store in an object beside those of the cache.
+"""The rows of a window with the largest norms, stored in an additional object of a cache in a store.
 
-The statistics of an array read one row in a thousand, those with the largest norms, and the outlier rows. On a disk
-they are read from the chunks; from a store, each would be a request. Which rows they are follows from all windows, so
-each window keeps more than its part. What an object lacks is read from the chunks, and so is everything if it is
-missing, damaged, or made of other files than those that are listed: it never changes a result.
+The statistics of an array read the outlier rows and the rows with the largest norms, one in a thousand. On a disk they
+are read from the chunks; from a store, each row would be a request. Only all windows together show which rows these
+are, so each window stores more than a thousandth. Rows that an object lacks are read from the chunks. So are all rows
+if the object is missing, damaged, or made from other files than the listed ones. The object never changes a result.
 """
 
 import math
@@ -60,8 +60,8 @@ def decode_largest(data: bytes, files: FileRecords, array: ArraySpec) -> tuple[n
 
 
 def stored_row_reader(store: ObjectStore, layout: Layout, files: Mapping[str, Any]) -> RowReader:
-    """Reads rows of the chunks in a store, with these files in its manifest: from the objects of their windows, and of
-    the chunks only what those lack.
+    """Reads rows of a cache in a store, whose manifest has these files: from the objects with the largest rows, and
+    from the chunks only if the objects lack them.
     """
 
     def read_window(array: ArraySpec, window: int, chunks: Sequence[RowsOfChunk]) -> list[np.ndarray]:

@@ -27,7 +27,7 @@ DEVICE_SHARE = 0.4  # an array that takes less than this share of a GPU's free m
 
 
 class BatchSource(Protocol):
-    """What batches are read from: a `Cache`, a `ConcatCache` or a group of windows of a `RingCache`."""
+    """The source of batches: a `Cache`, a `ConcatCache`, or a group of windows of a `RingCache`."""
 
     @property
     def chunk_rows(self) -> list[int]: ...  # the number of rows in each chunk
@@ -42,8 +42,8 @@ class BatchLoader:
     without an end.
 
     A batch is overwritten after the next call of `next`. The seed and the number `batch` of the next batch are the
-    whole state. `seconds_waited` counts the time that the caller has waited for data; `store_failure` is what `next`
-    raised because a batch did not come from a store, or `should_stop` said that waiting for it has to end.
+    whole state. `seconds_waited` is the time that the caller has waited for data. `store_failure` is the error that
+    `next` raised because a batch did not arrive from a store, or because `should_stop` ended the wait for it.
 
     Threads read ahead into a few slots. A thread takes the next batch number and a free slot in one step, so a batch
     never waits for a slot that a later batch holds. On a GPU the slots are pinned, and a separate CUDA stream copies
@@ -317,8 +317,8 @@ def open_loader(
 ) -> BatchLoader | ResidentLoader:
     """The loader for a device: `ResidentLoader` on a GPU with room for the whole array, else `BatchLoader`.
 
-    `reserve` are bytes of the device that what reads the batches will still need; the rest is as for
-    `BatchLoader`.
+    `reserve` is the number of bytes on the device that the user of the batches will still need. The other arguments
+    are those of `BatchLoader`.
 
     Raises UsageError if there are fewer rows than one batch.
     """

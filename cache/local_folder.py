@@ -1,10 +1,10 @@
-"""The local folder for chunks of caches in stores: of bounded size, filled ahead of who reads, shared by processes.
+"""The local folder for chunks of caches in stores. It has a limited size, reads ahead, and is shared by processes.
 
-Which chunks are needed when is known beforehand (chunk_schedule.py), so threads pull them ahead, and where there is no
-room the chunk whose next need is farthest is removed. What no process reads any more goes first. Names are
-`<cache>/<file of the cache>`. Only the chunks of activations come and go: records, tokens and other small files stay,
-and count. How processes share the folder is in shared_folder.py, what is decided at each look in room.py.
-One step that waits is served at a time, so two never hold what the other needs; its chunks stay until it is read.
+It is known beforehand when each chunk is needed (chunk_schedule.py), so threads pull chunks ahead. If there is no room,
+the chunk whose next use is farthest away is removed; chunks that no process will read go first. Names are
+`<cache>/<file of the cache>`. Only chunks of activations are removed; records, tokens and other small files stay, and
+count towards the size. shared_folder.py has the protocol between processes, room.py the decisions. One waiting step is
+served at a time, so that two steps never hold chunks that the other needs; its chunks stay until it is read.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from .room import Needs, Room, check_room
 from .shared_folder import SharedFolder, Statement, kept_by
 
 PULLS, PULLED_BYTES = 16, 512 << 20  # at the same time; the bytes are in memory until they are verified
-TRY_AGAIN = 30.0  # seconds after which what could not be pulled ahead is tried again; what is needed, at once
-LOOK_AGAIN, LOOK_AGAIN_SOON = 1.0, 0.1  # seconds until the folder is looked at again, for what other processes did
+TRY_AGAIN = 30.0  # seconds after which a failed pull ahead is tried again; a chunk that is needed is tried at once
+LOOK_AGAIN, LOOK_AGAIN_SOON = 1.0, 0.1  # seconds until the folder is checked again for changes by other processes
 SAY_AFTER, SAY_EVERY = 10.0, 60.0  # seconds of waiting
 
 Files = Mapping[str, StoredFile]  # by their names
@@ -47,15 +47,15 @@ class LocalFolder:
         self._plan = ReadingPlan()
         self._waiting: dict[tuple[ChunkReading, int], Files] = {}  # (reading, step), as they came
         self._being_read: dict[tuple[ChunkReading, int], Files] = {}
-        self._kept: dict[str, StoredFile] = {}  # as it is stated
-        self._ready: frozenset[str] = frozenset()  # kept and whole
+        self._kept: dict[str, StoredFile] = {}  # as in this process's statement
+        self._ready: frozenset[str] = frozenset()  # kept and complete
         self._pulling: set[str] = set()
         self._verified: set[str] = set()  # of the kept files, by this process
-        self._damaged: set[str] = set()  # found so by this process, which pulls them anew
-        self._replaced: set[str] = set()  # found so, and pulled anew by another process
+        self._damaged: set[str] = set()  # found damaged by this process, which pulls them again
+        self._replaced: set[str] = set()  # found damaged, and pulled again by another process
         self._failed: dict[str, tuple[float, Exception]] = {}  # name -> when and how pulling it ended
         self._free_after = -1  # the step whose end makes room for the next pull; NEVER: nothing is to be pulled
-        self._blocked = ""  # what a step that waits for room waits for
+        self._blocked = ""  # the reason why a step has no room, for a message
         self._arrivals = Arrivals()
         self._threads: list[threading.Thread] = []
 
@@ -101,7 +101,7 @@ class LocalFolder:
         self._to_decide.notify_all()
 
     def _leave_if_idle(self) -> None:
-        """Let the others remove everything, unless something is being read, pulled or expected."""
+        """Let other processes remove all chunks, unless this one is reading, pulling or expecting some."""
         busy = self._plan.readings or self._plan.expected or self._pulling or self._being_read
         if self._shared.owner and not busy:
             with self._shared.mutex():
@@ -156,13 +156,13 @@ class LocalFolder:
                 raise
 
     def _let_read(self) -> None:
-        """Let the steps that wait begin whose files are all there. From here on these stay."""
+        """Let those waiting steps begin whose files all exist. From then on these files stay."""
         for key in [key for key, files in self._waiting.items() if self._ready.issuperset(files)]:
             self._being_read[key] = self._waiting.pop(key)
             self._arrived.notify_all()
 
     def _is_whole(self, file: StoredFile) -> bool:
-        """Whether a file that is being read is the one that its cache lists. What this process pulled is."""
+        """Whether a file that is being read matches its record. Files that this process has pulled do."""
         if file.name not in self._verified:
             try:
                 file.source.verify_file(file.file)
@@ -172,14 +172,14 @@ class LocalFolder:
         return True
 
     def _drop(self, reading: ChunkReading, step: int) -> None:
-        """Read a step no longer."""
+        """Stop reading a step."""
         with self._lock:
             del self._being_read[reading, step]
             self._to_decide.notify()
             self._leave_if_idle()
 
     def done(self, reading: ChunkReading, step: int) -> None:
-        """Note that a step is read: what no later step needs may be removed."""
+        """Note that a step has been read: files that no later step needs may be removed."""
         with self._lock:
             del self._being_read[reading, step]
             reading.finish(step)
@@ -310,7 +310,7 @@ class LocalFolder:
             self._verified.discard(name)
 
     def _reserve(self, file: StoredFile, remove: Collection[str]) -> None:
-        """Take the room for a file, for the others to see, in the place of what has to be removed."""
+        """Reserve room for a file, visibly to other processes, and remove the files that have to make room."""
         path = self._part(file.name)
         self._pulling.add(file.name)
         try:
@@ -369,7 +369,7 @@ class LocalFolder:
     # --- the folder --------------------------------------------------------------------------------------------------
 
     def _look(self, others: Mapping[str, Statement]) -> Contents:
-        """What the folder holds now. Removes parts that nobody pulls any more, and damaged files that nobody reads."""
+        """The files in the folder. Removes parts that no process is pulling, and damaged files that none is reading."""
         found = contents(self.folder)
         for name, owner in list(found.parts):
             is_own = owner == self._shared.owner

@@ -1,5 +1,5 @@
-"""Whether credentials that obstore would ask the machine for can be had: it waits three minutes for a service that does
-not answer, as on EC2 inside of a container.
+"""Check that the machine's metadata service can give credentials: obstore waits three minutes for a service that does
+not answer, as on EC2 inside a container.
 """
 
 import http.client

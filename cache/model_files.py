@@ -1,4 +1,4 @@
-"""Which files of a model's folder decide what the model and its tokenizer compute."""
+"""Find the files in a model's folder that decide what the model and its tokenizer compute."""
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -10,7 +10,7 @@ from ..common.files import parse_json
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 MODEL_SUFFIXES = {".json", ".safetensors", ".model", ".bin"}
-TRAINING_FILES = {  # which training and evaluation scripts write beside a model
+TRAINING_FILES = {  # files that training and evaluation scripts write next to a model
     "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json", "test_results.json",
     "training_args.bin", "optimizer.bin", "scheduler.bin",
 }  # fmt: skip
@@ -25,11 +25,11 @@ def deciding_files(folder: Path) -> tuple[list[str], list[str], list[str]]:
     """The names of the files that decide what a model computes, in the order of their digest.
 
     These are the JSON files, weights and files of the tokenizer in the folder, and the weights in folders below it
-    that an index names. What training writes beside a model, hidden files, and .bin weights next to safetensors do not
-    count.
+    that an index names. Files that training writes next to a model, hidden files, and .bin weights next to safetensors
+    are left out.
 
-    Two more lists are those of earlier versions: without the weights below the folder and the tokenizer's text files;
-    and all JSON files and weights in the folder, whatever wrote them.
+    The two other lists are those of earlier versions: one without the weights in subfolders and the tokenizer's text
+    files, and one with all JSON files and weights in the folder.
 
     Raises DamagedError if an index cannot be read, or names a file outside the folder, and OSError.
     """
@@ -69,7 +69,7 @@ def explicit_weights(folder: Path) -> str | None:
     """The file that config.json itself names for the weights, as transformers 5 allows."""
     try:
         content = read_foreign(folder / CONFIG)
-    except (DamagedError, FileNotFoundError):  # said when the configuration is loaded
+    except (DamagedError, FileNotFoundError):  # reported when the configuration is loaded
         return None
     name = content.get("transformers_weights") if isinstance(content, dict) else None
     if not isinstance(name, str):

@@ -1,4 +1,4 @@
-"""Which language model a cache, a run or a result belongs to.
+"""Identify the language model that a cache, a run or a result belongs to.
 
 A *model record* is {"name", "revision"}. A model of the Hub has its id as name and a commit as revision. A model in a
 folder is identified by the digest of its files, wherever the folder lies: its revision is the digest, its name the
@@ -24,7 +24,7 @@ ModelRecord = Mapping[str, Any]
 
 DIGEST_LENGTH = 64  # hexadecimal digits of a sha256; a commit of the Hub has 40
 SHORT_DIGEST = 8
-REMEMBERED_BYTES = 64 << 20  # digests of less are computed again each time, in a few hundredths of a second
+REMEMBERED_BYTES = 64 << 20  # smaller files are digested again each time, in a few hundredths of a second
 SETTLED_NS = 1_000_000_000  # a file that was changed in the last second could change again at the same time stamp
 
 
@@ -32,7 +32,7 @@ SETTLED_NS = 1_000_000_000  # a file that was changed in the last second could c
 
 
 def model_label(record: ModelRecord) -> str:
-    """What a model is called wherever it is shown: never the path of a folder."""
+    """The name of a model for display; never the path of a folder."""
     name, revision = str(record.get("name", "?")), record.get("revision")
     if os.path.isabs(name):
         name = folder_label(Path(name), revision if isinstance(revision, str) else "")
@@ -99,8 +99,8 @@ class GivenModel:
 def folder_digests(folder: Path) -> tuple[str, ...]:
     """The sha256 over the names and bytes of the files in a folder that decide what its model computes.
 
-    model_files.py says which. Where earlier versions counted other files, their digests follow: what they recorded
-    still means this folder.
+    model_files.py says which files. The digests of earlier versions, which used other files, follow, so that their
+    records still identify this folder.
 
     Raises UnavailableError if a file cannot be read, and DamagedError if an index of weights makes no sense.
     """
@@ -143,7 +143,7 @@ def file_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def file_stamp(path: Path) -> list[int]:
-    """What changes whenever a file is written or replaced: size, times of change (ns), inode and device."""
+    """Values that change whenever a file is written or replaced: size, times of change (ns), inode and device."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
 
@@ -188,8 +188,8 @@ def recorded_folders(cache_folder: Path, key: str = "model") -> list[str]:
 
 
 def find_folder(record: ModelRecord, candidates: Iterable[str]) -> Path:
-    """Where the files of a record with a digest are: the first of the candidates, or of the remembered folders, that
-    holds them.
+    """The folder with the files of a record that has a digest: the first candidate or remembered folder that holds
+    them.
 
     Raises UsageError if none does.
     """

@@ -1,12 +1,12 @@
 """Objects behind an address such as s3://bucket/prefix: read, written and listed through obstore (extra `remote`).
 
-s3, gs and az (Azure) read and write, https and http only read, and file:///folder serves a mounted file system. What
-the address does not say is in the environment, under the names that each provider's own tools use: AWS_REGION,
+s3, gs and az (Azure) can be read and written, https and http only read; file:///folder is a mounted file system. All
+other settings come from the environment, under the names that each provider's own tools use: AWS_REGION,
 AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME and so on. obstore
-refreshes credentials that expire. An address that carries a credential is refused, so that none can reach a record.
+refreshes credentials that expire. An address that contains a credential is refused, so that it is never recorded.
 
-A failed request is tried again for about three minutes. Every error is a sentence with the address of the object and
-the store's own code, never the request: that can hold a signature.
+A failed request is tried again for about three minutes. Error messages have the address of the object and the store's
+error code, never the request, which can contain a signature.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ CLIENT_OPTIONS = (
     *CLIENT,
 )
 PREFIXES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
-ATTEMPTS = 4  # of what obstore does not try again: a body that ends early, a lost answer to a conditional write
+ATTEMPTS = 4  # for failures that obstore does not retry: a body that ends early, a lost answer to a conditional write
 PAUSE = 0.4  # seconds before the second attempt; doubled before each further one
 PART_BYTES = 64 << 20  # of an upload; a chunk of activations is smaller, so it is one request
 COALESCE_BYTES = 64 << 10  # between two ranges that one request reads
@@ -180,8 +180,8 @@ class ObjectStore:
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Write an object unless there is one with this key, in one step; returns whether it now holds `data`.
 
-        The answer to a write that succeeded can be lost, so an object that holds the same bytes counts as written here.
-        Writers that must be told apart write different bytes.
+        The answer to a successful write can be lost, so an object with the same bytes counts as written by this call.
+        Writers that have to be distinguished write different bytes.
         """
         self.check_writable()
 
@@ -218,8 +218,8 @@ class ObjectStore:
             return False
 
     def check_conditional_writes(self, key: str) -> None:
-        """Raise UnavailableError unless the store refuses to create an object that is there, and to replace one that
-        has changed. `key` is that of an object that is there only meanwhile. Five requests.
+        """Raise UnavailableError unless the store refuses to create an object that exists, and to replace one that has
+        changed. `key` is the key of a temporary object. Takes five requests.
         """
         if self.is_folder:
             return
@@ -245,8 +245,8 @@ class ObjectStore:
             self.delete([key])
         if not refused:
             raise UnavailableError(
-                f"{self.url}: the store does not heed the condition of a write (If-None-Match, If-Match), so workers "
-                "would overwrite what others have completed. Use a store that does, such as S3, Google Cloud Storage, "
+                f"{self.url}: the store ignores the condition of a write (If-None-Match, If-Match), so workers would "
+                "overwrite each other's results. Use a store that supports it, such as S3, Google Cloud Storage, "
                 "Azure, R2 or MinIO in a current version, or harvest into a folder and copy it there."
             )
 
@@ -326,7 +326,9 @@ class ObjectStore:
 
     def _check_can_list(self) -> None:
         if not self.can_list:
-            raise UsageError(f"{self.url} is on a web server, which does not say what it has. Name a cache to read.")
+            raise UsageError(
+                f"{self.url} is on a web server, which cannot list its files. Give the address of a cache."
+            )
 
     def _check_length(self, key: str, length: int, expected: int) -> None:
         if length != expected:
@@ -351,7 +353,7 @@ class ObjectStore:
 
 
 def version_of(written: Mapping[str, Any]) -> dict[str, Any]:
-    """What a condition names: S3 and Azure compare the tag of the content, Google the number of the write."""
+    """The value for a condition: S3 and Azure compare the tag of the content, Google the number of the write."""
     return {name: written[name] for name in ("e_tag", "version") if written[name] is not None}
 
 

@@ -23,7 +23,7 @@ def open_cache(folder: Place) -> Cache:
 
     Args:
         folder: a folder that `sae harvest` wrote, or the address of one in an object store, such as s3://bucket/pile.
-            What is read from there is pulled into `activations/.pulled`.
+            Files of a cache in a store are downloaded into `activations/.pulled` when they are read.
 
     Raises:
         UsageError: there is no cache, or one of a newer format.
@@ -36,7 +36,7 @@ def open_cache(folder: Place) -> Cache:
 def open_place(place: Place, open_chunks: int | None = None, local: Path | None = None) -> Cache:
     """The cache at a place, which keeps at most `open_chunks` memory maps open. Raises like `open_cache`.
 
-    `local` is the folder for what is pulled of a cache in a store; None: `activations/.pulled`.
+    `local` is the folder for downloaded files of a cache in a store; None: `activations/.pulled`.
     """
     if is_url(place):
         from .local_folder import local_folder

@@ -1,4 +1,4 @@
-"""A cache that is still to be harvested, as far as training can be planned on it."""
+"""A cache that is still to be harvested, with the properties that a training plan needs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +12,9 @@ from .models import model_label
 class PlannedCache:
     """The folder, identity, layout and widths of a cache that a `HarvestPlan` will write. It has no rows to read.
 
-    It answers what `train.plan.plan_training` asks of a `Cache`, so training can be checked and costed before the
-    harvest. What depends on the rows is unknown: it has no statistics, and `array_digest` raises. `rows` is an
-    upper bound where the harvest takes "up to" a number of tokens.
+    It has the parts of a `Cache` that `train.plan.plan_training` uses, so training can be checked and its cost
+    estimated before the harvest. It lacks what depends on the rows: it has no statistics, and `array_digest` raises.
+    `rows` is an upper bound if the harvest takes "up to" a number of tokens.
 
     Args:
         folder: where the harvest will write.
@@ -66,5 +66,5 @@ class PlannedCache:
         return self.layout.activation_arrays(name, self.widths[name])[0]
 
     def array_digest(self, name: str) -> str:
-        """Raises UsageError: the digest of an array is that of its rows."""
+        """Raise UsageError: the digest of an array depends on its rows."""
         raise UsageError(f"{self.folder} has not been harvested yet, so {name} has no digest. Run the harvest first.")

@@ -1,4 +1,4 @@
-"""What readings would pull into a local folder, before anything is pulled."""
+"""Compute what readings would pull into a local folder, before anything is pulled."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +11,12 @@ from .reading import ChunkReading, schedule_of
 
 
 class PullPlan(NamedTuple):
-    """Of each file that is needed: its bytes, whether it is in the folder, and how often it will be pulled."""
+    """For each needed file: its bytes, whether it is in the folder, and how often it will be pulled."""
 
     sizes: np.ndarray
     present: np.ndarray
     counts: np.ndarray
-    held: int  # bytes that are in the folder now, of whatever
+    held: int  # bytes of all files that are in the folder now
 
     @property
     def bytes_to_pull(self) -> int:

@@ -247,7 +247,7 @@ def test_a_web_address_is_only_read(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="can only be read"):
             open_store(web.url, write=True)
         for action in (lambda: web.list(), lambda: web.children()):
-            with pytest.raises(UsageError, match="is on a web server, which does not say what it has"):
+            with pytest.raises(UsageError, match="is on a web server, which cannot list its files"):
                 action()
         server.shutdown()
 
@@ -315,7 +315,7 @@ def test_a_store_that_ignores_conditions_is_found_out(proxy: FaultyProxy, bucket
     if not ignored:
         store.check_conditional_writes("tokens/test")
     else:
-        with pytest.raises(UnavailableError, match="pile: the store does not heed the condition of a write"):
+        with pytest.raises(UnavailableError, match="pile: the store ignores the condition of a write"):
             store.check_conditional_writes("tokens/test")
     assert len(proxy.requests) <= 5 and [key for key, _ in store.list()] == ["zarr.json"]
 
