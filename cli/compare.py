@@ -26,7 +26,9 @@ def compare(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(help="A system in the table: test every other system against it, and show the smallest detectable difference."),
+        typer.Option(
+            help="A system in the table: test all others against it, and show the smallest detectable difference."
+        ),
     ] = None,
     margin: Annotated[
         list[str] | None,

@@ -1,10 +1,12 @@
 """Build the documentation site into build/site: `python docs/build_site.py`, or `just docs`.
 
-The site has the README and every file that a page leads to, in the folders of the repository, so that a link means the
-same in a checkout and on the site. The commands are documented from the command line itself. The build fails if a link
-leads nowhere, if no page links to a page of docs/, or if a public name of the package is not documented.
+The site has the README and every file that a page links to, in the folders of the repository, so that a link means the
+same in a checkout and on the site. A notebook also becomes a page, with its stored outputs. The commands are documented
+from the command line itself. The build fails if a link leads nowhere, if no page links to a page of docs/, or if a
+public name of the package is not documented.
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -28,15 +30,28 @@ LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)")
 
 
 def linked_files() -> set[Path]:
-    """The README, and every file of the repository to which links lead from it."""
+    """The README, and every file of the repository that can be reached from it by links."""
     found: set[Path] = set()
     new = [ROOT / "README.md"]
     while new:
         file = new.pop()
         found.add(file)
-        links = LINK.findall(file.read_text()) if file.suffix == ".md" else []
-        new += {target for link in links if (target := (file.parent / link).resolve()).is_file()} - found
+        text = file.read_text() if file.suffix == ".md" else render_notebook(file) if file.suffix == ".ipynb" else ""
+        new += {target for link in LINK.findall(text) if (target := (file.parent / link).resolve()).is_file()} - found
     return found
+
+
+def render_notebook(file: Path) -> str:
+    """A notebook as Markdown: its text, its code, and the outputs that are stored in it."""
+    parts = []
+    for cell in json.loads(file.read_text())["cells"]:
+        source = "".join(cell["source"])
+        parts.append(f"```python\n{source}\n```" if cell["cell_type"] == "code" else source)
+        for output in cell.get("outputs", []):
+            text = "".join(output["text"] if output["output_type"] == "stream" else output["data"]["text/plain"])
+            parts.append(f"```text\n{text.rstrip()}\n```")
+    title, *rest = parts
+    return "\n\n".join([title, f'<a href="{file.name}" download>Download the notebook</a>', *rest]) + "\n"
 
 
 def option_row(option: Any) -> str:
@@ -81,7 +96,8 @@ def undocumented() -> list[str]:
 
 def main() -> None:
     files = linked_files()
-    problems = [f"{page.relative_to(ROOT)}: no page links to it" for page in set(ROOT.glob("docs/**/*.md")) - files]
+    pages = {*ROOT.glob("docs/**/*.md"), *ROOT.glob("docs/**/*.ipynb")}
+    problems = [f"{page.relative_to(ROOT)}: no page links to it" for page in pages - files]
     problems += [f"sae.{name} is not documented in docs/reference/api.md" for name in undocumented()]
     if problems:
         sys.exit("\n".join(problems))
@@ -93,6 +109,11 @@ def main() -> None:
             copy = work / "pages" / file.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, copy)
+            if file.suffix == ".ipynb":
+                copy = copy.with_suffix(".md")
+                copy.write_text(render_notebook(file))
+            if copy.suffix == ".md":  # a link to a notebook leads to its page
+                copy.write_text(re.sub(r"(\]\((?!https?:)[^)\s]+)\.ipynb\)", r"\1.md)", copy.read_text()))
         options = describe_command(typer.main.get_command(app), "sae")
         for page, placeholder, text in [
             ("commands.md", "<!-- options -->", "".join(options)),

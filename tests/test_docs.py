@@ -19,7 +19,10 @@ from sae.train.recipe import RECIPES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]
-LINKING = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "harvest").rglob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+LINKING = [
+    *PAGES, *NOTEBOOKS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "harvest").rglob("*.md")),
+]  # fmt: skip
 # What stands for the model, the cache and the run that the pages speak of.
 INSTEAD = {
     "google/gemma-2-2b": str(mini.WEIGHTS),
@@ -62,7 +65,7 @@ def test_every_link_to_a_file_of_the_repository_leads_somewhere(page: Path) -> N
 
 def test_every_page_is_found_from_the_readme_and_every_public_name_in_the_reference() -> None:
     site = runpy.run_path(str(ROOT / "docs" / "build_site.py"))
-    assert set((ROOT / "docs").rglob("*.md")) - site["linked_files"]() == set()
+    assert {*(ROOT / "docs").rglob("*.md"), *NOTEBOOKS} - site["linked_files"]() == set()
     assert site["undocumented"]() == []
     shown = "".join(site["describe_command"](program(), "sae"))
     for name, command in program().commands.items():
@@ -177,7 +180,7 @@ def test_every_command_is_one_that_the_program_takes(block: Block, words: list[s
 
 
 def inline() -> Iterator[tuple[str, list[str]]]:
-    for page in PAGES:
+    for page in [*PAGES, *NOTEBOOKS]:
         for number, line in enumerate(page.read_text().splitlines(), 1):
             for found in re.finditer(r"`(?:torchrun [^`]*-m )?sae ([^`]+)`", line):
                 yield f"{page.relative_to(ROOT)}:{number}", found[1].split()
