@@ -24,7 +24,7 @@ FOLDERS = ("cache", "cli", "common", "evaluate", "harvest", "train", "workflows"
 # Packages whose version can change a computed number or a byte on disk.
 PACKAGES = (
     PACKAGE, "torch", "transformers", "tokenizers", "datasets", "numpy", "safetensors", "zarr", "numcodecs",
-    "scikit-learn", "accelerate",
+    "scikit-learn", "accelerate", "triton",
 )  # fmt: skip
 VARIABLES = (
     "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG",

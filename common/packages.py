@@ -17,6 +17,7 @@ EXTRAS = {
     "judge": "httpx2",
     "probes": "numba",
     "remote": "obstore",
+    "kernels": "triton",
 }  # fmt: skip
 """Extra of pyproject.toml -> the package that it installs, which is imported only when it is used."""
 

@@ -218,6 +218,9 @@ class RunRecord(TypedDict):
     ring: NotRequired[Annotated[int, Meta(description="tokens on disk at a time, of a run with --stream")]]
     asked: NotRequired[AskedOptions]
     device: NotRequired[str]
+    kernels: NotRequired[
+        Annotated[bool, Meta(description="whether the kernels of train/kernels were used at its start")]
+    ]
     environment: NotRequired[RecordedEnvironment]
     threads: NotRequired[Annotated[int, Meta(description="of torch")]]
     imported_from: NotRequired[ImportSource]

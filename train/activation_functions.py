@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import sparse_ops
+from .kernels.operators import largest
 
 SAMPLE_EVERY = 127  # prime, so that the sample holds all latents of a dictionary in turn
 
@@ -64,6 +65,7 @@ class KeepTopK(Activation):
     nonnegative = True
     over_batch: ClassVar[bool] = False  # whether it chooses among the latents of all tokens
     cut: Tensor | None = None  # () of a batch in parts: the smallest pre-activation that it keeps
+    by_kernels = False  # whether the operator `largest` selects in training, which has kernels on a GPU
 
     def __init__(self, k: float) -> None:
         super().__init__(k=k)
@@ -152,7 +154,7 @@ class TopK(KeepTopK, name="topk"):
         super().__init__(k)
 
     def select(self, z_BF: Tensor) -> Tensor:
-        index_BK = topk_indices(z_BF, self.k)
+        index_BK = largest(z_BF, self.k) if self.by_kernels and self.training else topk_indices(z_BF, self.k)
         begin_B = torch.arange(0, z_BF.numel(), z_BF.shape[1], device=z_BF.device)
         return (index_BK + begin_B[:, None]).flatten()
 
@@ -186,7 +188,8 @@ class BatchTopK(KeepTopK, name="batchtopk"):
             self.cut = largest[int(self.k * tokens) - 1]
 
     def select(self, z_BF: Tensor) -> Tensor:
-        return largest_indices(z_BF.flatten(), int(self.k * len(z_BF)))
+        z_N, count = z_BF.flatten(), int(self.k * len(z_BF))
+        return largest(z_N[None], count)[0] if self.by_kernels and self.training else largest_indices(z_N, count)
 
     def forward(self, z_BF: Tensor) -> Tensor:
         if not self.training:

@@ -35,6 +35,7 @@ from .config import FIXED, TrainConfig, check_seeds
 from .deal import RankShare
 from .estimate import check_disk_space, describe_size, describe_time
 from .hooks import hooks_to_train
+from .kernels.choice import describe_kernels
 from .memory import untrained_variant
 from .parse import parse_options, parse_width
 from .passes import copies_fit, describe_copies, describe_passes, plan_passes, reason_against_capture
@@ -212,6 +213,7 @@ class TrainPlan:
             if torch.device(device).type == "cuda":
                 because = f"launched one by one: {self.eager_because}" if self.eager_because else "in CUDA graphs"
                 lines.append(f"steps    {because}")
+                lines += filter(None, [describe_kernels(self.unfinished, device)])
             if time or not self.in_background:
                 lines.append(describe_copies(self.passes, device, self.in_background))
             if time:

@@ -214,6 +214,12 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
         trainer.steps_done = restore_checkpoint(trainer, run.folder, progress.say_problem, trainer.digest)
         if trainer.steps_done:
             progress.say(f"{run.name} resumes from step {trainer.steps_done}.")
+            if (now := trainer.variant.uses_kernels) != record.get("kernels", False):
+                how = ("with", "without") if now else ("without", "with")
+                progress.say(
+                    f"{run.name} goes on {how[0]} the kernels of this package, and was started {how[1]} them: of equal "
+                    "pre-activations, others may be kept."
+                )
         if trainer.steps_done < run.steps and (version := trainer.restored_version) not in (None, STEP_VERSION):
             progress.say(f"{run.name}: {describe_version_change(run.recipe.name, version)}")
         record_changes(run, record, trainer.steps_done)

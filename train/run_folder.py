@@ -32,6 +32,7 @@ def run_record(run: Run, variant: Variant, device: str) -> dict[str, Any]:
         "step_version": STEP_VERSION,
         "asked": dict(run.requested),
         "device": device,
+        **({"kernels": True} if variant.uses_kernels else {}),
         "environment": environment_record(),
         "threads": torch.get_num_threads(),
     }

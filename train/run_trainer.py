@@ -1,5 +1,6 @@
 """The trainer of a run that has a folder."""
 
+from .kernels.choice import reason_against_kernels
 from .loop import Trainer
 from .plan import Run, default_log_interval
 from .variant import Variant
@@ -9,6 +10,8 @@ class RunTrainer(Trainer):
     """Trains the variant of a run."""
 
     def __init__(self, run: Run, variant: Variant, device: str) -> None:
+        if variant.chooses_largest and not reason_against_kernels(device):
+            variant.use_kernels()
         super().__init__(variant, run.steps, device, run.config.accumulate, run.config.precision)
         self.run = run
         self.steps_done = 0  # when it was prepared

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..common.errors import UsageError
 from ..common.precision import recorded_precision
+from .activation_functions import KeepTopK
 from .layer_norm import layer_normalize
 from .mechanisms import DeadLatents
 from .optimization import Optimization
@@ -170,6 +171,20 @@ class Variant(nn.Module):
                 step.metrics[f"{name}_coefficient"] = coefficient.detach()
             losses[name] = coefficient * term(step)
         return losses
+
+    @property
+    def chooses_largest(self) -> list[KeepTopK]:
+        """The activations that select the largest latents, which the kernels of train/kernels can do."""
+        return [module for module in self.modules() if isinstance(module, KeepTopK)]
+
+    def use_kernels(self) -> None:
+        """Let steps compute by the kernels of train/kernels what these can; on a CPU by torch, with the same result."""
+        for activation in self.chooses_largest:
+            activation.by_kernels = True
+
+    @property
+    def uses_kernels(self) -> bool:
+        return any(activation.by_kernels for activation in self.chooses_largest)
 
     def shape_key(self) -> Hashable:
         """What decides the shapes of a step, as far as mechanisms change it (`Mechanism.shape_key`)."""

@@ -48,6 +48,7 @@ def compare(
     sparse: bool = True,
     resumed: bool = False,
     fault: str = "",
+    kernels: bool = False,
 ) -> dict[str, Any]:
     """Steps of some recipes in one pass, with what acts between steps, changing lists of dead latents, and logs.
 
@@ -57,7 +58,7 @@ def compare(
     said: list[str] = []
     captured = [CountedSteps(said.append), CountedSteps(said.append)] if resumed else [CountedSteps(said.append)]
     with simulated_gpu(), same_arithmetic(sparse), broken(fault):
-        walks = [Walk(recipe, options, False, D_SAE, "cuda", Path(), parts, precision) for recipe in recipes]
+        walks = [Walk(recipe, options, False, D_SAE, "cuda", Path(), parts, precision, kernels) for recipe in recipes]
         for walk in walks:
             walk.config = walk.config._replace(l0=l0)
         apart = differences(train(walks, [None]), train(walks, captured))

@@ -2,7 +2,7 @@
 
 It follows from shapes and types alone. Launches and passes of kernels that have several (sort, topk, solvers) are what
 is known of CUDA's; nothing is measured. Bytes are those of every element read and written once: what stays in a cache
-between two kernels is not taken off.
+between two kernels is not taken off. Those of the kernels of train/kernels are all of their loads and stores.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sae.train.kernels.division import Division
+
+from . import kernel_cost
 from .ledger import line
 from .tensors import SimulatedTensor, shapes, tensors_of
 
@@ -149,6 +152,12 @@ def topk(call: Call) -> Cost:
     return Cost(2 * element + 3, 0, (element + 2) * size(call.inputs[0]) + call.written)
 
 
+def largest(call: Call) -> Cost:
+    z_RN, k = call.args
+    launches, moved = kernel_cost.of_largest(Division.of(*z_RN.shape, k), *z_RN.shape, k, z_RN.element_size())
+    return Cost(launches, 0, moved)
+
+
 def sort(call: Call) -> Cost:
     """A radix sort of elements with their positions (int64): each 8 bits of an element read and write both."""
     element = call.inputs[0].element_size()
@@ -199,6 +208,7 @@ BY_NAME = {
         "scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_",
         index_fill: "index_fill index_fill_",
         topk: "topk",
+        largest: "largest",
         sort: "sort argsort",
         fill: "zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full arange eye scalar_tensor "
         "fill_ zero_ normal_ uniform_ rand randn rand_like",

@@ -70,8 +70,9 @@ def count_values(recipe: str, d_in: int, d_sae: int, batch: int, dead: int) -> l
 
 
 def count_steps(trainer: Trainer, batch: int, dead: int, steps: int) -> list[Counted]:
-    """Of the steps after the first, which also makes the moments and the sums of metrics."""
+    """Of the steps after the first, which also makes the moments and the sums of metrics. With kernels."""
     variant, counted = trainer.variant, []
+    variant.use_kernels()
     variant.dead.index_A = torch.zeros(dead, dtype=torch.int64, device="cuda")
     variant.dead.real_A = torch.ones(dead, device="cuda")
     x_BD = torch.ones(batch, variant.sae.d_in, dtype=torch.bfloat16, device="cuda")

@@ -11,6 +11,8 @@ import torch
 import torch.cuda.amp.common
 from torch.overrides import TorchFunctionMode
 
+from sae.train.kernels import choice
+
 from . import graphs, streams
 from .tensors import Dispatch, SimulatedTensor, is_pinned, on_gpu, pin
 
@@ -80,6 +82,7 @@ def install() -> None:
     cuda.current_stream = streams.current_stream
     cuda.CUDAGraph, cuda.graph = graphs.CUDAGraph, graphs.graph
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    choice.reason_against_triton = lambda: "the simulated GPU runs no kernels"
     torch.autograd.set_multithreading_enabled(False)  # so that the stack of a backward pass is that of its caller
 
 

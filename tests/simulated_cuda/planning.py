@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from sae.train.kernels import choice
+from sae.train.kernels.choice import reason_against_kernels
+from sae.train.kernels.operators import largest
 from sae.train.memory import run_memory
 from sae.train.passes import FREE_SHARE, Resized, captured_memory, pass_memory
 from sae.train.plan import TrainConfig, plan_training
@@ -40,4 +43,28 @@ def about_steps(cache: Path, out: Path) -> dict[str, list[str]]:
         for name, spare in (("just enough memory", 1), ("too little memory", -1)):
             with mock.patch.object(Memory, "free", int(memories[0][0] / FREE_SHARE) + spare):
                 lines[name] = plan()
+    return lines
+
+
+def about_kernels(cache: Path, out: Path) -> dict[str, list[str]]:
+    """The line of a plan about the kernels, by what is special about it."""
+
+    def plan(recipe: str, device: str = "cuda") -> list[str]:
+        reason_against_kernels.cache_clear()
+        config = TrainConfig((recipe,), layers=[0], caches=[cache], out=out, steps=4, batch_size=64, device=device)
+        return [line for line in plan_training(config).describe() if line.startswith("kernels ")]
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no kernel image is available")
+
+    there = mock.patch.object(choice, "reason_against_triton", lambda: "")
+    with simulated_gpu():
+        lines = {"without Triton": plan("topk")}
+        with there:
+            lines |= {"with Triton": plan("batchtopk"), "nothing for them": plan("relu"), "a CPU": plan("topk", "cpu")}
+            with mock.patch.object(choice, "largest", fails):
+                lines["broken"] = plan("topk")
+            with mock.patch.object(choice, "largest", lambda z_RN, k: largest(z_RN, k) + (z_RN.device.type == "cuda")):
+                lines["wrong"] = plan("topk")
+        reason_against_kernels.cache_clear()
     return lines

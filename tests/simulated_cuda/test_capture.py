@@ -50,6 +50,10 @@ def test_so_do_those_that_steer_l0(gpu: SimulatedGPU, recipe: str) -> None:
     assert compare(gpu, recipe, l0=8)["apart"] == {}
 
 
+def test_so_do_those_with_kernels(gpu: SimulatedGPU) -> None:
+    assert compare(gpu, "topk", "batchtopk", kernels=True)["apart"] == {}
+
+
 def test_what_mechanisms_have_a_step_compute_in_between_is_of_that_step(gpu: SimulatedGPU) -> None:
     assert compare(gpu, "relu", fault="computes_between")["apart"] == {}
 

@@ -33,3 +33,15 @@ def test_a_plan_for_a_gpu_says_whether_steps_are_captured_and_why_not(
     assert compiled == "steps    launched one by one: --compile and CUDA graphs have not been tried together"
     assert foreign.startswith("steps    launched one by one: own is not a recipe of this package")
     assert little.startswith("steps    launched one by one: 2 runs in one graph take ") and "free on cuda" in little
+
+
+def test_a_plan_for_a_gpu_says_whether_kernels_are_used_and_why_not(
+    gpu: SimulatedGPU, tiny_cache: Cache, tmp_path: Path
+) -> None:
+    """Only where something could use them. What does not work, or chooses otherwise than torch, is not used."""
+    lines = gpu("planning.about_kernels", cache=tiny_cache.folder, out=tmp_path)
+    assert lines["nothing for them"] == lines["a CPU"] == []
+    assert lines["with Triton"][0].startswith("kernels  of this package choose the largest latents, by Triton")
+    assert lines["without Triton"] == ["kernels  of torch: the simulated GPU runs no kernels"]
+    assert lines["broken"] == ["kernels  of torch: they do not work on cuda: no kernel image is available"]
+    assert lines["wrong"] == ["kernels  of torch: they choose other latents than torch on cuda"]

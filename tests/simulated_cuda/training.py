@@ -34,21 +34,22 @@ def walk(
     sparse: bool = False,
     autocast: bool = False,
     parts: int = 1,
+    kernels: bool = False,
 ) -> dict[str, Any]:
     """Everything that a run does, from the start to the saved SAE, on both devices.
 
     `sparse` says whether products with few latents are sparse; without `autocast` the arithmetic of the two is the
-    same. Batches are computed in `parts`. Returns what made the host wait in a step (`waits`), what can have other bits
-    in a second run of it on a GPU (`unordered`), what the host reads for a log (`reads`), for each number or tensor by
-    which the two ended apart the difference as a share of the CPU's largest (`apart`), and with how many dead latents
-    it worked (`dead`).
+    same. Batches are computed in `parts`. With `kernels` both devices use their operators, which compute on a CPU what
+    the kernels would. Returns what made the host wait in a step (`waits`), what can have other bits in a second run of
+    it on a GPU (`unordered`), what the host reads for a log (`reads`), for each number or tensor by which the two ended
+    apart the difference as a share of the CPU's largest (`apart`), and with how many dead latents it worked (`dead`).
     """
     with same_arithmetic(sparse), tempfile.TemporaryDirectory() as folder:
         precision = None if autocast else "float32"
-        cpu = Walk(recipe, options, paper_exact, d_sae, "cpu", Path(folder) / "cpu", parts, precision)
+        cpu = Walk(recipe, options, paper_exact, d_sae, "cpu", Path(folder) / "cpu", parts, precision, kernels)
         expected = cpu.run()
         with simulated_gpu():
-            gpu = Walk(recipe, options, paper_exact, d_sae, "cuda", Path(folder) / "cuda", parts, precision)
+            gpu = Walk(recipe, options, paper_exact, d_sae, "cuda", Path(folder) / "cuda", parts, precision, kernels)
             found = gpu.run()
     apart = differences(expected, found)
     return {"waits": gpu.waits, "unordered": gpu.unordered, "reads": gpu.reads, "dead": gpu.dead, "apart": apart}
@@ -84,8 +85,10 @@ class Walk:
         folder: Path,
         parts: int,
         precision: str | None = "float32",
+        kernels: bool = False,
     ) -> None:
         self.recipe, self.options, self.parts, self.precision = recipe, options, parts, precision
+        self.kernels = kernels
         self.config = RunConfig(D_IN, d_sae, 30, BATCH, paper_exact=paper_exact, variance=24.0)
         self.device, self.folder = device, folder
         self.waits: list[str] = []
@@ -98,6 +101,8 @@ class Walk:
         torch.manual_seed(0)
         recipe = find_recipe(self.recipe)
         variant = recipe.make(self.config, parse_options(list(self.options), [recipe])[self.recipe])
+        if self.kernels:
+            variant.use_kernels()
         variant.dead.after_tokens = BATCH
         variant.sae.b_enc.data[:16] = -0.4
         for mechanism in variant.mechanisms:

@@ -1,0 +1,70 @@
+"""Kernels in Triton's interpreter, with the bytes that they load and store.
+
+python -m sae.tests.train.kernels.interpreted, with TRITON_INTERPRET=1, answers calls of these functions.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from triton.runtime import interpreter
+
+from sae.tests.worker_process import serve
+from sae.train.kernels.largest import find_largest
+
+
+class Traffic:
+    """What kernels have moved: bytes of the elements that were not masked, each time that they were."""
+
+    def __init__(self) -> None:
+        self.launches = self.loaded = self.stored = 0
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        """Launches, and bytes."""
+        return self.launches, self.loaded + self.stored
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Traffic]:
+    traffic, builder = Traffic(), interpreter.interpreter_builder
+    load, store, run = builder.create_masked_load, builder.create_masked_store, interpreter.GridExecutor.__call__
+
+    def counted_load(pointers: Any, mask: Any, *more: Any) -> Any:
+        traffic.loaded += moved(pointers, mask)
+        return load(pointers, mask, *more)
+
+    def counted_store(pointers: Any, value: Any, mask: Any, *more: Any) -> Any:
+        traffic.stored += moved(pointers, mask)
+        return store(pointers, value, mask, *more)
+
+    def counted_run(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        traffic.launches += 1
+        return run(executor, *args, **kwargs)
+
+    with (
+        mock.patch.object(builder, "create_masked_load", counted_load),
+        mock.patch.object(builder, "create_masked_store", counted_store),
+        mock.patch.object(interpreter.GridExecutor, "__call__", counted_run),
+    ):
+        yield traffic
+
+
+def moved(pointers: Any, mask: Any) -> int:
+    return int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+
+
+def largest(z_RN: Tensor, k: int, **sizes: int) -> tuple[Tensor, tuple[int, int]]:
+    """What the kernels find, and what they cost."""
+    with counting() as traffic:
+        index_RK = find_largest(z_RN, k, **sizes)
+    return index_RK, traffic.cost
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    assert __package__ is not None
+    serve(__package__)

@@ -1,0 +1,1 @@
+"""What a training step computes on a GPU by kernels of its own, written in Triton (extra `kernels`)."""

@@ -1,0 +1,38 @@
+"""How the kernels that find the largest elements of rows divide them among programs of the GPU."""
+
+from enum import Enum
+from typing import NamedTuple
+
+ROOM = 8192  # elements of a row that a program of the GPU holds in registers
+PROGRAMS = 256  # that share a row which is read several times; an H200 has 132 processors
+CHUNK = 4096  # elements that such a program reads at once
+
+
+class Way(Enum):
+    """How the kernels find the k largest elements of a row."""
+
+    ROW = "one program for each row, which is read once"
+    PARTS = "one program for each part of a row, which is read once, and one for what they have chosen"
+    DIGITS = "several programs for each row, which is read once for each digit of the bound, and once more"
+
+
+class Division(NamedTuple):
+    """How rows are divided among programs."""
+
+    way: Way
+    programs: int  # for each row
+    span: int  # elements of a program
+
+    @classmethod
+    def of(
+        cls, rows: int, n: int, k: int, room: int = ROOM, programs: int = PROGRAMS, chunk: int = CHUNK
+    ) -> "Division":
+        """For rows of n elements, of which each program has `room` for so many."""
+        parts = -(-n // room)
+        span = -(-n // parts)
+        if parts == 1:
+            return cls(Way.ROW, 1, n)
+        if parts * min(k, span) <= room:
+            return cls(Way.PARTS, parts, span)
+        span = -(-n // (max(1, programs // max(rows, 1)) * chunk)) * chunk
+        return cls(Way.DIGITS, -(-n // span), span)
