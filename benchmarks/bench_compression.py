@@ -17,7 +17,8 @@ import torch
 
 from common import D_IN, in_rounds, machine, model_like_rows
 from sae.cache.chunks import Shard, encode_chunk, write_chunk
-from sae.cache.layout import Hook, Layout
+from sae.cache.hooks import Hook
+from sae.cache.layout import Layout
 from sae.harvest.plan import HarvestConfig, plan_harvest
 from sae.harvest.run import run_harvest
 

@@ -37,7 +37,8 @@ from common import (
     write_text,
 )
 from sae.cache.contexts import Contexts
-from sae.cache.layout import Hook, Layout
+from sae.cache.hooks import Hook
+from sae.cache.layout import Layout
 from sae.cache.writer import CacheWriter, WindowRows
 from sae.harvest.model import LanguageModel
 from sae.harvest.plan import HarvestConfig, HarvestPlan, plan_harvest

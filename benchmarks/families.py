@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
-from sae.cache.layout import SITES, Hook
+from sae.cache.hooks import SITES, Hook
 from sae.common.errors import UsageError
 from sae.harvest.architectures import (
     blueprint_of,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import transformers
 
 from sae.benchmarks.families import FAMILIES, FamilyResult, examine
-from sae.cache.layout import SITES
+from sae.cache.hooks import SITES
 
 HEAD = f"""# Model families and their sites
 

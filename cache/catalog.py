@@ -6,7 +6,8 @@ from pathlib import Path
 from ..common.errors import DamagedError, SaeError, UsageError, warn_left_out
 from ..common.escaping import quote
 from ..common.files import sae_home
-from .layout import Hook, is_ring_cache
+from .hooks import Hook
+from .layout import is_ring_cache
 from .models import GivenModel, recorded_folders
 from .object_store import is_url
 from .opening import open_place

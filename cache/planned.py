@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import UsageError
-from .layout import ArraySpec, Hook, Layout, fingerprint_of
+from .hooks import Hook
+from .layout import ArraySpec, Layout, fingerprint_of
 from .models import model_label
 
 

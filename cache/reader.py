@@ -36,7 +36,8 @@ from .chunks import (
 )
 from .consistency import check_manifest, layout_of
 from .contexts import Contexts
-from .layout import ArraySpec, Hook, is_ring_cache
+from .hooks import Hook
+from .layout import ArraySpec, is_ring_cache
 from .models import is_digest, model_label, recorded_folders
 from .outliers import describe_largest, outlier_warning, rows_above
 from .reading import ENDLESS, Folder, StoredFile

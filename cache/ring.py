@@ -25,7 +25,8 @@ from ..common.files import digest_of
 from .batch_order import BatchOrder
 from .chunks import read_chunk
 from .consistency import check_commit
-from .layout import FORMAT, ArraySpec, Hook, Layout, commit_file, fingerprint_of, is_ring_cache
+from .hooks import Hook
+from .layout import FORMAT, ArraySpec, Layout, commit_file, fingerprint_of, is_ring_cache
 from .outliers import MAX_NORM, iterate_rows, norm_limit, rows_above
 from .reader import Cache
 

@@ -33,7 +33,8 @@ from ..common.files import digest_of
 from ..common.locks import LOCK_FILES
 from .chunks import read_attributes, write_chunk
 from .consistency import check_commit, check_same_harvest, check_same_text
-from .layout import FORMAT, ArraySpec, Hook, Layout, commit_file, fingerprint_of, group_metadata
+from .hooks import Hook
+from .layout import FORMAT, ArraySpec, Layout, commit_file, fingerprint_of, group_metadata
 from .place import FolderPlace
 from .record_files import add_digests
 from .sealing import SealState

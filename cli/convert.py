@@ -176,7 +176,7 @@ def show_release(text: str, *, layer: int | None, site: str | None, width: str |
 
 def describe_import(imported: "ImportResult") -> list[str]:
     from ..cache.catalog import harvest_command
-    from ..cache.layout import Hook
+    from ..cache.hooks import Hook
 
     sae = imported.sae
     model, hook_name = sae.origin["model"]["name"], sae.origin["hook_name"]

@@ -1,4 +1,4 @@
-"""`sae harvest`: text -> cache. The lines of its plan are written in harvest/plan.py: HarvestPlan.describe."""
+"""`sae harvest`: text -> cache. The lines that it prints are written in harvest/description.py."""
 
 import time
 from typing import TYPE_CHECKING, Annotated
@@ -174,16 +174,18 @@ def harvest(
 
 def show_harvest(config: "HarvestConfig") -> "HarvestPlan":
     """Plan a harvest and print the plan."""
+    from ..harvest.description import describe_harvest
     from ..harvest.plan import plan_harvest
 
     plan = plan_harvest(config, echo)
-    for line in plan.describe():
+    for line in describe_harvest(plan):
         echo(line)
     return plan
 
 
 def execute(plan: "HarvestPlan") -> "Cache":
     """Run a plan with a progress bar and print its summary."""
+    from ..harvest.description import summarize_harvest
     from ..harvest.progress import HarvestProgress
     from ..harvest.run import run_harvest
 
@@ -192,6 +194,6 @@ def execute(plan: "HarvestPlan") -> "Cache":
         cache = run_harvest(plan, HarvestProgress(progress_bar, progress_bar.say))
     if not plan.is_complete(cache):  # with --prepare, or while shares are missing; the harvest has printed which
         return cache
-    for line in plan.summary(cache, time.monotonic() - started):
+    for line in summarize_harvest(plan, cache, time.monotonic() - started):
         echo(line)
     return cache

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..cache.layout import Hook
+from ..cache.hooks import Hook
 from ..common.errors import DamagedError, SaeError, UsageError, warn_left_out
 from ..common.evaluation_schemas import RESULT_RECORD
 from ..common.files import digest_of, sae_home

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..cache.context_format import ContextFormat
 from ..cache.contexts import Contexts
-from ..cache.layout import Hook
+from ..cache.hooks import Hook
 from ..cache.models import model_label
 from ..common.device import copy_to_device
 from ..common.special_tokens import added_bos_id, bos_or_eos_id, special_token_ids

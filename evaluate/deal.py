@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..cache.layout import Hook
+from ..cache.hooks import Hook
 from ..common.bisection import smallest_bound
 from ..common.formatting import format_bytes, format_count, format_duration
 from ..harvest.architectures import parameter_count

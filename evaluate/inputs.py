@@ -9,7 +9,8 @@ from typing import Any
 
 from ..cache.catalog import caches_that, find_by_fingerprint, harvest_command, model_folders, open_caches
 from ..cache.context_format import ContextFormat
-from ..cache.layout import Hook, is_ring_cache
+from ..cache.hooks import Hook
+from ..cache.layout import is_ring_cache
 from ..cache.models import GivenModel, model_label, same_model
 from ..cache.opening import Place, open_place
 from ..cache.reader import Cache

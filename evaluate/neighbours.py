@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..cache.layout import Hook
+from ..cache.hooks import Hook
 from ..common.errors import SaeError, warn_left_out
 from ..common.escaping import quote
 from ..common.precision import recorded_precision

@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..cache.layout import Hook, is_ring_cache
+from ..cache.hooks import Hook
+from ..cache.layout import is_ring_cache
 from ..cache.outliers import norm_limit
 from ..cache.reader import Cache
 from .rows import EvalRow, placed

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..cache.contexts import Contexts
-from ..cache.layout import Hook
+from ..cache.hooks import Hook
 from ..cache.outliers import outlier_mask
 from ..common.errors import UnavailableError
 from ..common.files import digest_of

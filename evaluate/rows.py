@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..cache.layout import Hook
+from ..cache.hooks import Hook
 from ..cache.reader import Cache
 from ..common.errors import SaeError
 from ..common.files import digest_of

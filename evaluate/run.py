@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from ..cache.layout import Hook
+from ..cache.hooks import Hook
 from ..cache.object_store import is_url
 from ..cache.opening import open_place
 from ..cache.reader import Cache

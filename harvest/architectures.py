@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-from ..cache.layout import OUTSIDE, RESIDUAL_SITES, Hook, ModuleSpec
+from ..cache.hooks import OUTSIDE, RESIDUAL_SITES, Hook, ModuleSpec
 from ..common.errors import UnavailableError, UsageError, did_you_mean
 from ..common.remote_code import from_config
 from .building import build_without_numbers, check_memory, quiet_transformers

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..cache.layout import CHUNK_ROWS, SITES, WINDOW_ROWS, Hook, is_site
+from ..cache.hooks import SITES, Hook, is_site
+from ..cache.layout import CHUNK_ROWS, WINDOW_ROWS
 from ..cache.outliers import MAX_NORM, check_max_norm
 from ..common.errors import UsageError
 from ..common.process_group import rank_and_count

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
-from ..cache.layout import Hook, Layout
+from ..cache.hooks import Hook
+from ..cache.layout import Layout
 from ..common.formatting import format_bytes, format_count
 from ..common.process_group import processes_on_this_machine, rank_and_count
 from .architectures import can_truncate
@@ -35,7 +36,7 @@ def describe_division(
         title = f"share    {share.number} of {share.count}:"
     else:
         return []
-    rows, per_row = sum(len(layout.row_range(window)) for window in windows), 2 * sum(widths.values())
+    rows, per_row = layout.rows_in(windows), 2 * sum(widths.values())
     memory = describe_memory(layout, per_row, context, weight_bytes(model_config, list(widths), dtype), device)
     return [
         f"{title} {len(windows)} of {layout.n_windows} windows, {rows:,} rows, "

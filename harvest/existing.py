@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..cache.layout import Hook, commit_file
+from ..cache.hooks import Hook
+from ..cache.layout import commit_file
 from ..cache.reader import Cache
 from ..common.errors import SaeError
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cache.layout import RESIDUAL_SITES, SITES, Hook
+from ..cache.hooks import RESIDUAL_SITES, SITES, Hook
 from ..common.errors import SaeError, UsageError
 from .module_io import input_tensor, output_tensor, with_input, with_output
 from .probe import find_sites

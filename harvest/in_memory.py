@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.context_format import ContextFormat
-from ..cache.layout import SITES, Hook, is_site
+from ..cache.hooks import SITES, Hook, is_site
 from ..common.device import resolve_device, resolve_dtype
 from ..common.errors import UsageError
 from ..common.tokenizers import check_embedded

@@ -17,7 +17,7 @@ A block has more sites, which hooked.py reads and replaces, and probe.py finds b
 
 In a hybrid, "attention" is whatever stands in its place and reads earlier tokens, such as a Mamba mixer. Any other
 module is a site too: `mlp.gate_proj.output` is the output of `model.layers[12].mlp.gate_proj`, `mlp.gate_proj.input`
-its input (cache/layout.py: Hook).
+its input (cache/hooks.py).
 
 Shape suffixes: N contexts in a batch, S positions, D d_model, V vocabulary.
 """
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cache.layout import Hook
+from ..cache.hooks import Hook
 from ..common.errors import UsageError
 from .architectures import can_truncate
 from .hooked import HookedModel

@@ -11,22 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from ..cache.context_format import ContextFormat
-from ..cache.layout import Hook, Layout, fingerprint_of
+from ..cache.hooks import Hook
+from ..cache.layout import Layout, fingerprint_of
 from ..cache.mirror import working_folder
 from ..cache.object_store import ObjectStore, is_url, open_store
 from ..cache.place import FolderPlace
 from ..cache.planned import PlannedCache
 from ..cache.reader import Cache
-from ..cache.statistics import describe_statistics
 from ..cache.store_place import StorePlace, take_snapshot
 from ..common.cache_schemas import HARVEST_RECORD
 from ..common.device import resolve_device, resolve_dtype
 from ..common.errors import SaeError, UnavailableError
 from ..common.files import folder_bytes, free_space
-from ..common.formatting import format_bytes, format_duration
+from ..common.formatting import format_bytes
 from ..common.process_group import processes_on_this_machine, rank_and_count
-from ..common.special_tokens import choose_bos, token_text
-from ..common.tokenizers import check_embedded, describe_tokens, tokens_without_embedding
+from ..common.tokenizers import check_embedded
 from . import mini
 from .architectures import (
     check_context,
@@ -40,28 +39,22 @@ from .cache_folder import default_folder, is_begun, mention_other_revisions
 from .chat import ChatEncoder
 from .config import TOKENS, HarvestConfig, check_config, check_layers_are_used
 from .datasets import EMBEDDED_TEXT, PILE, open_text
-from .division import describe_division
-from .documents import UNREADABLE, TextSource, describe_unreadable
+from .documents import TextSource
 from .encode import DocumentEncoder
 from .estimate import block_seconds_per_token
 from .existing import ExistingRows, find_existing
 from .identity import LITERALS, identity_of
 from .model import ModelSource, find_model, load_tokenizer
 from .share import HarvestShare
-from .store_costs import check_working_folder, harvest_requests, working_bytes
+from .store_costs import check_working_folder, working_bytes
 from .structure import embedding_rows
-
-# (model, layer) -> the elementwise variance that the papers' MSE and explained variance of one SAE imply. As it is
-# derived, it only serves as a plausibility check.
-IMPLIED_VARIANCE = {("google/gemma-2-2b", 12): 5.6, ("google/gemma-2-2b", 19): 24.0}
 
 
 @dataclass(frozen=True)
 class HarvestPlan:
     """What will be read, computed and written, and where: a HarvestConfig with everything in it resolved.
 
-    `describe` returns what `sae harvest` prints before the work (all that `sae harvest --dry-run` prints), `summary`
-    what it prints afterwards.
+    description.py says it in words.
     """
 
     config: HarvestConfig
@@ -170,46 +163,6 @@ class HarvestPlan:
             return max(self.tokens * self.bytes_per_token - written, 0)
         return existing.rows_left * self.bytes_per_token_of([hook.array for hook in existing.missing])
 
-    def describe(self) -> list[str]:
-        """The lines that `sae harvest` prints before any work. Timing one block of the model takes a few seconds."""
-        existing = self.existing
-        rows = self.tokens if existing.cache is None else existing.rows_left
-        per_token = self.bytes_per_token_of([hook.array for hook in existing.missing])
-        size = f"{rows:,} tokens x {per_token:,} B = {format_bytes(rows * per_token)}"
-        if self.config.tokens is None and existing.cache is None:
-            size = f"up to {size}"
-        if self.config.compress:
-            size += " before compression"
-        return [
-            *self.describe_source(),
-            *([] if existing.is_finished else self.describe_size(size, existing)),
-            *describe_division(
-                self.share,
-                self.layout_to_fill,
-                self.windows_of_process,
-                self.config.context,
-                self.model_config,
-                {hook: self.widths[hook.array] for hook in existing.missing},
-                self.dtype,
-                self.device,
-            ),
-            f"time     {self.describe_time()}",
-            f"cache    {existing.describe(self.address, self.config.max_norm)}",
-        ]
-
-    def describe_size(self, size: str, existing: ExistingRows) -> list[str]:
-        """The lines of `describe` about what is written: where, how much, and in how many requests."""
-        free = f"{format_bytes(free_space(self.folder))} free"
-        if self.store is None:
-            return [f"size     {size}; {free}"]
-        windows = self.layout.n_windows if existing.cache is None else existing.windows_left
-        requests = harvest_requests(self.layout, len(existing.missing), windows)
-        return [
-            f"size     {size}",
-            f"store    {self.address}: about {requests.writes:,} writes and {requests.reads:,} reads",
-            f"local    {self.folder}: up to {format_bytes(self.working_bytes)} at a time; {free}",
-        ]
-
     @property
     def layout(self) -> Layout:
         """The layout that the cache will have; its rows are an upper bound where config.tokens is None."""
@@ -240,53 +193,6 @@ class HarvestPlan:
         """The most bytes that the working folder of a cache in an object store holds."""
         return working_bytes(self.layout, self.bytes_per_token, processes_on_this_machine())
 
-    def describe_source(self) -> list[str]:
-        """The lines of `describe` about the model, its hooks and the text."""
-        held_out = "a tenth" if self.identity["held_out"] == "by name" else f"{self.config.held_out_share:.0%}"
-        return [
-            f"model    {self.source.label} at {self.source.revision[:12]}, computed in {self.dtype} on {self.device}",
-            *(
-                f"adapter  {adapter.name}, merged into the model; trained for {adapter.base or 'an unnamed model'}"
-                for adapter in self.source.adapters
-            ),
-            *(f"hook     {h.name} = {self.modules[h.array]}, {self.widths[h.array]} wide" for h in self.hooks),
-            f"text     {self.text.name} at {self.text.identity['revision'][:12]}, {held_out} of the documents held out",
-            *self.describe_format(),
-        ]
-
-    def describe_format(self) -> list[str]:
-        """The lines of `describe` about what contexts begin with and which of their tokens are left out."""
-        form, choice = self.context_format, choose_bos(self.tokenizer, self.config.bos)
-        token = "none" if form.bos_id is None else f"{token_text(self.tokenizer, form.bos_id)} (id {form.bos_id})"
-        lines = [f"bos      {token}: {choice.reason if form.bos_id == choice.id else 'as this cache was begun'}"]
-        if self.chat is not None:
-            wrote = f"what {' and '.join(self.chat.roles)} wrote" if self.chat.roles else "all that is written"
-            lines.append(f"chat     {self.config.chat_column} through the tokenizer's template; rows are {wrote}")
-        left_out = [f"the first {form.skip_positions} positions of each context"] if form.skip_positions else []
-        if self.config.skip_tokens:
-            left_out.append(", ".join(repr(token_text(self.tokenizer, token)) for token in form.skip_ids))
-        if beyond := tokens_without_embedding(self.tokenizer, rows := embedding_rows(self.model_config)):
-            lines.append(
-                f"unknown  {describe_tokens(beyond)}: tokens of the tokenizer beyond the {rows:,} rows of the model's "
-                "embedding; a text that has one is refused"
-            )
-        return [*lines, *([f"left out {'; '.join(left_out)}"] if left_out else [])]
-
-    def describe_time(self) -> str:
-        """The estimated time as text. It is also part of the plans of --stream and `sae reproduce`.
-
-        Of several launched processes only the first, which prints, measures it.
-        """
-        rank, processes = rank_and_count()
-        if rank > 0:
-            return "estimated by the first process"
-        if self.finished_cache:
-            return "none: the cache is finished"
-        where = self.device if processes == 1 else f"{processes} processes"
-        rows, mine = map(self.layout_to_fill.rows_in, (self.windows_left, self.windows_of_process))
-        seconds = self.estimated_seconds() * mine / max(rows, 1)
-        return f"about {format_duration(seconds)} of model time on {where}, extrapolated from timing one block"
-
     def estimated_seconds(self) -> float:
         """How long the model computes on one device, from timing one block. Reading and writing overlap with it."""
         config = self.config
@@ -297,28 +203,6 @@ class HarvestPlan:
         existing = self.existing
         blocks = max((hook.layer + 1 for hook in existing.missing), default=0)
         return per_block * blocks * (self.tokens if existing.cache is None else existing.rows_left)
-
-    def summary(self, cache: Cache, seconds: float) -> list[str]:
-        """The lines that `sae harvest` prints when the cache is finished: each array's statistics, rows and time."""
-        lines = []
-        for hook in self.hooks:
-            implied = IMPLIED_VARIANCE.get((cache.model, hook.layer)) if hook.site == "resid_post" else None
-            expected = f" (about {implied:g} follows from the papers' numbers)" if implied else ""
-            lines.append(f"{hook.array:8s} {describe_statistics(cache.statistics(hook.array))}{expected}")
-            lines += cache.describe_outliers(hook)
-        contexts = cache.contexts(held_out=False)
-        left_out = int(contexts.length.sum()) - cache.rows
-        chosen = self.config.roles or self.config.skip_positions or self.config.skip_tokens
-        kind = "tokens" if chosen else "special tokens"
-        counts = {why: count for why, count in self.text.skipped.items() if count and why != UNREADABLE}
-        skipped = "".join(f", {count:,} {why} documents skipped" for why, count in counts.items())
-        if sentence := describe_unreadable(self.unreadable_rows()):
-            lines.append(f"skipped  {sentence}")
-        lines.append(
-            f"done     {cache.rows:,} rows from {len(contexts):,} contexts ({left_out:,} {kind} left out"
-            f"{skipped}) in {seconds:.0f} s; `sae cache verify` re-reads every byte"
-        )
-        return lines
 
     def unreadable_rows(self) -> dict[str, Any]:
         """How many rows of the text could not be read, and the first: of this run, or as an earlier one recorded."""

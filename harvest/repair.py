@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..cache.chunks import encode_chunk, read_attributes, write_chunk
-from ..cache.layout import Hook, without_name
+from ..cache.hooks import Hook
+from ..cache.layout import without_name
 from ..cache.mirror import working_folder
 from ..cache.models import find_folder, is_digest, recorded_folders
 from ..cache.object_store import check_slashes, is_url, open_store

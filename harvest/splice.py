@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..cache.layout import Hook
+from ..cache.hooks import Hook
 from ..common.errors import SaeError, UsageError
 
 TOLERANCE = 0.01  # of the largest logit, by which running a model in parts may change its logits

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ..cache.contexts import Contexts
-from ..cache.layout import Hook, Layout, fingerprint_of, is_ring_cache
+from ..cache.hooks import Hook
+from ..cache.layout import Layout, fingerprint_of, is_ring_cache
 from ..cache.store_place import check_address
 from ..cache.writer import CacheWriter, harvest_started, recorded_tokens
 from ..common.cache_schemas import HARVEST_RECORD

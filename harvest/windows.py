@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from ..cache.contexts import Contexts
-from ..cache.layout import Hook, Layout
+from ..cache.hooks import Hook
+from ..cache.layout import Layout
 from ..cache.writer import CacheWriter, WindowRows
 from ..common.device import copy_to_device, empty_gpu_cache
 from ..common.environment import source_revision

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from sae.cache import models
 from sae.cache.catalog import find_cache
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.cache.model_files import deciding_files
 from sae.cache.models import GivenModel, find_folder, folder_digests, model_label, same_model
 from sae.cache.reader import Cache

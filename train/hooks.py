@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..cache.catalog import open_caches
-from ..cache.layout import SITES, Hook, ModuleSpec, is_site
+from ..cache.hooks import SITES, Hook, ModuleSpec, is_site
 from ..cache.opening import open_place
 from ..common.errors import UsageError
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..cache.batch_order import BatchOrder
-from ..cache.layout import Hook
+from ..cache.hooks import Hook
 from ..cache.opening import concat_caches
 from ..cache.planned import PlannedCache
 from ..cache.ring import RingCache

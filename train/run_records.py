@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from ..cache.layout import Hook
+from ..cache.hooks import Hook
 from ..common.errors import DamagedError, UsageError
 from ..common.evaluation_schemas import RESULT_RECORD, ResultFile
 from ..common.files import digest_of

@@ -2,7 +2,7 @@
 
 from ..cache.catalog import find_cache
 from ..cache.concat import ConcatCache
-from ..cache.layout import Hook
+from ..cache.hooks import Hook
 from ..cache.models import GivenModel, model_label
 from ..cache.object_store import is_url
 from ..cache.opening import concat_caches

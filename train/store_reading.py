@@ -5,7 +5,7 @@ from typing import Protocol
 
 from ..cache.batch_order import BatchOrder
 from ..cache.concat import ConcatCache
-from ..cache.layout import Hook
+from ..cache.hooks import Hook
 from ..cache.object_store import is_url
 from ..cache.pull_plan import plan_pulls
 from ..cache.reader import Cache

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..cache.layout import RESIDUAL_SITES, Hook
+from ..cache.hooks import RESIDUAL_SITES, Hook
 from ..cache.models import GivenModel
 from ..cache.object_store import is_url
 from ..common.errors import SaeError, UnavailableError, UsageError, warn_left_out

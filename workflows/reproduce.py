@@ -26,6 +26,7 @@ from ..evaluate.papers.parse import load_paper
 from ..evaluate.papers.report import PaperReport, build_report, find_reading
 from ..evaluate.papers.runs import load_system_run
 from ..evaluate.plan import EvaluateConfig
+from ..harvest.description import describe_harvest
 from ..harvest.plan import HarvestConfig, HarvestPlan, plan_harvest
 from ..train.config import check_seeds
 from ..train.estimate import check_disk_space, describe_size, describe_time
@@ -96,7 +97,7 @@ class ReproducePlan:
         """
         if rank_and_count()[0]:
             return []
-        lines = [line for harvest in self.harvests for line in harvest.describe()]
+        lines = [line for harvest in self.harvests for line in describe_harvest(harvest)]
         for jobs, plan in zip(self.passes, self.train_plans, strict=True):
             recipes, done = options_by_recipe(jobs), len(plan.runs) - len(plan.unfinished)
             lines.append(

@@ -14,6 +14,7 @@ from ..common.errors import UsageError
 from ..common.files import folder_bytes, free_space
 from ..common.formatting import format_bytes
 from ..common.process_group import rank_and_count
+from ..harvest.description import describe_source, describe_time
 from ..harvest.plan import HarvestConfig, HarvestPlan
 from ..harvest.streaming import check_room, harvest_ahead, plan_ring
 from ..train.plan import TrainConfig, TrainPlan, plan_training
@@ -36,13 +37,13 @@ class StreamingPlan:
         """The lines that `sae train --stream` prints before it begins; with `time` also those of training."""
         ring, layout, folder = self.ring, self.ring.layout, self.harvest.folder
         return [
-            *self.harvest.describe_source(),
+            *describe_source(self.harvest),
             f"size     {self.harvest.tokens:,} tokens in {layout.n_windows:,} windows of {layout.window_rows:,} rows, "
             f"{ring.capacity} or fewer at a time: {format_bytes(self.ring_bytes)}; "
             f"{format_bytes(free_space(folder))} free",
             f"order    {ring.n_groups:,} groups of windows, each read once; all are normalized like the first",
             *self.describe_outliers(),
-            f"time     {self.harvest.describe_time()}; training runs at the same time",
+            f"time     {describe_time(self.harvest)}; training runs at the same time",
             f"cache    {folder}",
             *self.train.describe(time),
             *self.describe_unread_rows(),

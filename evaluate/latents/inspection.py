@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...cache.layout import Hook
+from ...cache.hooks import Hook
 from ...cache.outliers import outlier_mask
 from ...common.device import resolve_device, resolve_dtype
 from ...common.errors import DamagedError, SaeError, UsageError, warn_left_out

@@ -15,7 +15,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from ...cache.layout import RESIDUAL_SITES, Hook
+from ...cache.hooks import RESIDUAL_SITES, Hook
 from ...cache.outliers import outlier_mask
 from ...common.errors import SaeError, UnavailableError, UsageError
 from ...common.memory import out_of_memory

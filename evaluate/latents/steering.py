@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...cache.layout import Hook
+from ...cache.hooks import Hook
 from ...cache.outliers import outlier_mask
 from ...common.errors import UsageError
 from ...harvest.model import LanguageModel

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 from torch import Tensor
 
-from ...cache.layout import Hook
+from ...cache.hooks import Hook
 from ...common.errors import SaeError, UsageError
 from ...train.sae import SAE
 from ..context import EvalContext

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...cache.layout import Hook
+from ...cache.hooks import Hook
 from ...cache.outliers import outlier_mask
 from ...common.errors import UsageError
 from ...common.files import digest_of

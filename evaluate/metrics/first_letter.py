@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...cache.layout import Hook
+from ...cache.hooks import Hook
 from ...cache.outliers import outlier_mask
 from ...common.device import copy_to_device
 from ...common.errors import UsageError

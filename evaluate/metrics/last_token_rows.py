@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...cache.layout import Hook
+from ...cache.hooks import Hook
 from ...common.device import copy_to_device
 from ...common.errors import UsageError
 from ...common.tokenizers import tokenizer_digest

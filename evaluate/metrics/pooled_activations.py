@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...cache.layout import Hook
+from ...cache.hooks import Hook
 from ...cache.outliers import outlier_mask
 from ...common.device import copy_to_device
 from ...common.errors import UsageError

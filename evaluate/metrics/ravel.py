@@ -30,7 +30,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from ...cache.layout import Hook
+from ...cache.hooks import Hook
 from ...cache.outliers import outlier_mask
 from ...common.errors import SaeError, UsageError
 from ..context import EvalContext

@@ -22,7 +22,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ...cache.layout import Hook
+from ...cache.hooks import Hook
 from ...common.device import copy_to_device
 from ...common.errors import SaeError
 from ...harvest.model import PrefixPass

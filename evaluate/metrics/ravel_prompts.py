@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...cache.layout import Hook
+from ...cache.hooks import Hook
 from ...common.device import copy_to_device
 from ...common.errors import UsageError
 from ...common.files import digest_of

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...cache.layout import Hook
+from ...cache.hooks import Hook
 from ...harvest.model import ForwardPass, LanguageModel
 from ..context import ContextBatch
 from .parts import tokens_at_once, tokens_in_cache

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from sae.cache.contexts import Contexts
-from sae.cache.layout import BLOSC, FORMAT, Hook, Layout
+from sae.cache.hooks import Hook
+from sae.cache.layout import BLOSC, FORMAT, Layout
 from sae.cache.reader import Cache
 from sae.cache.writer import CacheWriter, WindowRows
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sae.cache.catalog import find_by_fingerprint, find_cache, list_caches
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.cache.reader import Cache
 from sae.common.errors import DamagedError, LeftOutWarning, SaeError, UsageError
 from sae.common.files import read_json, write_json

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.cache.outliers import TOP_SHARE, describe_largest, norm_limit, outlier_warning, rows_above, top_rows
 from sae.cache.reader import Cache
 from sae.common.cache_schemas import MANIFEST_RECORD

@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import ttest_rel
 from typer.testing import CliRunner
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.cli.main import app
 from sae.common.schemas import RUN_RECORD, SAE_RECORD
 from sae.evaluate.compare import compare_runs

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.cache.reader import Cache
 from sae.cli.main import app
 from sae.common.errors import UsageError

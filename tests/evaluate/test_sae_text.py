@@ -11,7 +11,7 @@ import pytest
 
 from sae.cache.context_format import ContextFormat
 from sae.cache.contexts import Contexts
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.cache.reader import Cache
 from sae.evaluate.inputs import make_context
 from sae.evaluate.metrics.base import EvalTarget

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.common.errors import UnavailableError
 from sae.evaluate import artifacts
 from sae.evaluate.artifacts import ArtifactCache

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from sae.cache.layout import SITES, Hook
+from sae.cache.hooks import SITES, Hook
 from sae.cache.reader import Cache
 from sae.common.errors import UsageError
 from sae.evaluate.latents.inspection import encode_prompt, open_run

@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sae.cache.catalog import find_cache
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.cache.models import model_label
 from sae.common.errors import DamagedError, UnavailableError, UsageError
 from sae.evaluate.inputs import make_context
 from sae.evaluate.run import evaluate_saes
 from sae.harvest.adapters import WEIGHTS, find_adapter
+from sae.harvest.description import describe_source
 from sae.harvest.loading import find_model
 from sae.harvest.model import load_model, load_trunk
 from sae.harvest.run import harvest_activations
@@ -195,5 +196,5 @@ def test_the_plan_names_the_model_that_an_adapter_was_trained_for(
     plan = plan_harvest(
         HarvestConfig(model=str(tiny_model), adapters=[str(other)], dataset=str(sentences), layers=(0,), tokens=100)
     )
-    lines = "\n".join(plan.describe_source())
+    lines = "\n".join(describe_source(plan))
     assert "adapter  other-" in lines and "trained for google/gemma-2-2b" in lines

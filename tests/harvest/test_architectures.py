@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, LlamaConfig
 
-from sae.cache.layout import SITES, Hook, ModuleSpec, is_site
+from sae.cache.hooks import SITES, Hook, ModuleSpec, is_site
 from sae.cache.reader import Cache
 from sae.common.errors import UsageError
 from sae.harvest import architectures

@@ -12,6 +12,7 @@ from sae.cache.reader import Cache
 from sae.common.errors import UsageError
 from sae.evaluate.inputs import make_context
 from sae.harvest.chat import ChatEncoder
+from sae.harvest.description import describe_source, summarize_harvest
 from sae.harvest.documents import Conversation, parse_messages
 from sae.harvest.encode import TemplateRefusal
 from sae.harvest.plan import HarvestConfig, plan_harvest
@@ -228,12 +229,15 @@ def test_a_cache_says_what_its_contexts_begin_with_and_which_tokens_are_rows(tal
     model = save_model(tmp_path / "model", make_tokenizer("smollm2"))
     cache, plan = harvest(model, talks, tmp_path / "all")
     assert f"bos      token id {plan.context_format.bos_id}" in cache.describe()
-    assert " special tokens left out" in plan.summary(cache, 0)[-1]
+    assert " special tokens left out" in summarize_harvest(plan, cache, 0)[-1]
     cache, plan = harvest(model, talks, tmp_path / "some", roles=("assistant",), bos="none", skip_positions=2)
     lines = cache.describe()
     assert "bos      none; the first 2 positions of each context are left out" in lines
     assert "chat     rows are what assistant wrote" in lines
-    assert " tokens left out" in plan.summary(cache, 0)[-1] and "special" not in plan.summary(cache, 0)[-1]
+    assert (
+        " tokens left out" in summarize_harvest(plan, cache, 0)[-1]
+        and "special" not in summarize_harvest(plan, cache, 0)[-1]
+    )
 
 
 def test_a_chat_harvest_continues_and_is_repaired(talks: Path, tmp_path: Path) -> None:
@@ -260,9 +264,9 @@ def test_refused_conversations_are_counted_and_explained_once(talks: Path, tmp_p
     plan = plan_harvest(config, said.append)
     cache = run_harvest(plan)
     assert said == ["The chat template refuses a conversation of talks: System role not supported. Such are skipped."]
-    assert "special tokens left out" in plan.summary(cache, 0)[-1]
-    assert "1 empty documents skipped, 1 untemplated documents skipped" in plan.summary(cache, 0)[-1]
-    assert "chat     messages through the tokenizer's template; rows are all that is written" in plan.describe_source()
+    assert "special tokens left out" in summarize_harvest(plan, cache, 0)[-1]
+    assert "1 empty documents skipped, 1 untemplated documents skipped" in summarize_harvest(plan, cache, 0)[-1]
+    assert "chat     messages through the tokenizer's template; rows are all that is written" in describe_source(plan)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +308,7 @@ def test_roles_that_nobody_has(talks: Path, tmp_path: Path) -> None:
     cache = run_harvest(plan)
     assert said == [absent]
     fed = int(cache.contexts(held_out=False).length.sum())
-    assert f"({fed - cache.rows:,} tokens left out" in plan.summary(cache, 0)[-1]
+    assert f"({fed - cache.rows:,} tokens left out" in summarize_harvest(plan, cache, 0)[-1]
 
 
 def test_a_tokenizer_without_a_template_is_refused(talks: Path, tmp_path: Path) -> None:

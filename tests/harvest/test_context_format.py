@@ -18,6 +18,7 @@ from sae.cache.reader import Cache
 from sae.common.cache_schemas import HARVEST_RECORD
 from sae.common.errors import UsageError
 from sae.evaluate.inputs import make_context
+from sae.harvest.description import describe_source
 from sae.harvest.in_memory import activations
 from sae.harvest.plan import HarvestConfig, HarvestPlan, plan_harvest
 from sae.harvest.repair import repair
@@ -144,15 +145,15 @@ def test_gemma_2_mini_has_the_fingerprint_of_earlier_versions() -> None:
         "seed", "window_rows", "chunk_rows", "storage_dtype", "compress",
     }  # fmt: skip
     assert plan.identity.keys() == old and plan.identity["skip"] == [0, 1, 2]
-    assert plan.describe_source()[-1] == "bos      <bos> (id 2): the tokenizer puts it before a text"
+    assert describe_source(plan)[-1] == "bos      <bos> (id 2): the tokenizer puts it before a text"
 
 
 def test_the_plan_says_what_contexts_begin_with_and_what_is_left_out(models: dict, text: Path) -> None:
-    lines = planned(models["smollm2"], text, skip_positions=2, skip_tokens=("\n",)).describe_source()
+    lines = describe_source(planned(models["smollm2"], text, skip_positions=2, skip_tokens=("\n",)))
     number = make_tokenizer("smollm2").get_vocab()["<|endoftext|>"]
     assert lines[-2] == f"bos      <|endoftext|> (id {number}): in the vocabulary; the tokenizer adds none"
     assert lines[-1].startswith("left out the first 2 positions of each context; ") and "'Ċ'" in lines[-1]
-    assert planned(models["smollm2"], text, bos="none").describe_source()[-1] == "bos      none: --bos none"
+    assert describe_source(planned(models["smollm2"], text, bos="none"))[-1] == "bos      none: --bos none"
 
 
 @pytest.mark.parametrize(

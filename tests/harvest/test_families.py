@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sae.cache.layout import SITES
+from sae.cache.hooks import SITES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]

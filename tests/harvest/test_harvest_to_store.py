@@ -18,6 +18,7 @@ from sae.cache.store_place import StorePlace
 from sae.common.cache_schemas import CACHE_RECORD, HARVEST_RECORD
 from sae.common.errors import UnavailableError, UsageError
 from sae.harvest.config import HarvestConfig
+from sae.harvest.description import describe_harvest
 from sae.harvest.plan import plan_harvest
 from sae.harvest.request import request_of
 from sae.harvest.run import harvest_activations
@@ -132,7 +133,7 @@ def test_another_machine_goes_on(
     computed.clear()
     another_machine(tmp_path, monkeypatch)
     plan = plan_harvest(HarvestConfig(**options, out=f"{bucket}/pile"))
-    assert f"{bucket}/pile is begun: 3 of 4 windows, 644 rows to harvest" in plan.describe()[-1]
+    assert f"{bucket}/pile is begun: 3 of 4 windows, 644 rows to harvest" in describe_harvest(plan)[-1]
     harvest_activations(**options, out=f"{bucket}/pile")
     both = ["layer_00", "layer_01"]
     assert sorted(computed) == [(1, ["layer_01"]), (2, both), (3, both)]
@@ -219,7 +220,7 @@ def test_a_small_disk_is_noticed_before_the_harvest(
 ) -> None:
     """Only the working folder counts: the store has room."""
     plan = plan_harvest(HarvestConfig(**options, out=f"{bucket}/pile"))
-    local = next(line for line in plan.describe() if line.startswith("local"))
+    local = next(line for line in describe_harvest(plan) if line.startswith("local"))
     assert str(working_folder(f"{bucket}/pile")) in local and "at a time" in local
     monkeypatch.setattr("sae.harvest.store_costs.free_space", lambda folder: plan.working_bytes)
     with pytest.raises(UnavailableError, match="The working folder of the harvest, .* Set SAE_HOME"):
@@ -232,7 +233,7 @@ def test_a_small_disk_is_noticed_before_the_harvest(
 @pytest.mark.slow
 def test_the_plan_counts_the_requests(options: Options, proxy: FaultyProxy, bucket: str) -> None:
     config = HarvestConfig(**options, out=f"{bucket}/pile")
-    line = next(line for line in plan_harvest(config).describe() if line.startswith("store"))
+    line = next(line for line in describe_harvest(plan_harvest(config)) if line.startswith("store"))
     writes, reads = (int(word.replace(",", "")) for word in line.split() if word.replace(",", "").isdecimal())
     proxy.requests.clear()
     harvest_activations(**options, out=f"{bucket}/pile")

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, AutoTokenizer
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.cache.outliers import origin_of_rows
 from sae.common.errors import DamagedError
 from sae.harvest.language_tower import LeftOut

@@ -33,7 +33,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from sae.cache.layout import SITES, Hook
+from sae.cache.hooks import SITES, Hook
 from sae.common.errors import DamagedError, SaeError, UnavailableError, UsageError
 from sae.harvest.architectures import check_context, check_layers, check_sites, hook_width, module_name
 from sae.harvest.model import (

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from sae.cache.layout import Hook, Layout
+from sae.cache.hooks import Hook
+from sae.cache.layout import Layout
 from sae.cache.reader import Cache
 from sae.common.cache_schemas import HARVEST_RECORD
 from sae.common.errors import UsageError

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from sae.cache.context_format import ContextFormat
-from sae.cache.layout import Hook, Layout, fingerprint_of
+from sae.cache.hooks import Hook
+from sae.cache.layout import Layout, fingerprint_of
 from sae.cache.reader import Cache
 from sae.cache.writer import CacheWriter
 from sae.common.cache_schemas import CACHE_RECORD
 from sae.common.errors import DamagedError, Interrupted, UnavailableError, UsageError
 from sae.common.files import read_json
 from sae.common.locks import writer_lock
+from sae.harvest.description import describe_harvest, describe_time
 from sae.harvest.hooked import HookedModel
 from sae.harvest.model import LanguageModel, find_model, load_model, load_tokenizer
 from sae.harvest.module_io import output_tensor
@@ -281,9 +283,9 @@ def test_the_same_command_restores_a_record_that_it_can_write(
 
 def test_a_finished_harvest_takes_no_time(small: tuple[HarvestConfig, Cache]) -> None:
     plan = plan_harvest(small[0])
-    assert plan.describe_time() == "none: the cache is finished"
+    assert describe_time(plan) == "none: the cache is finished"
     more = plan_harvest(replace(small[0], sites=("resid_post", "mlp_out")))
-    assert "of model time" in more.describe_time()
+    assert "of model time" in describe_time(more)
 
 
 @pytest.mark.parametrize("share", [None, "2/3"])
@@ -291,7 +293,7 @@ def test_a_plan_looks_at_no_window_by_itself(small, tmp_path: Path, monkeypatch,
     """There can be billions of them."""
     plan = plan_harvest(replace(small[0], tokens=10**12, window=256, out=tmp_path / "huge", share=share))
     monkeypatch.setattr(Layout, "row_range", lambda *_: pytest.fail("a window was looked at"))
-    assert "of model time" in plan.describe_time() and len(plan.windows_of_process) > 10**9
+    assert any(" of model time" in line for line in describe_harvest(plan)) and len(plan.windows_of_process) > 10**9
 
 
 def test_a_plan_says_what_the_folder_holds(small: tuple[HarvestConfig, Cache], again: HarvestConfig) -> None:
@@ -299,22 +301,24 @@ def test_a_plan_says_what_the_folder_holds(small: tuple[HarvestConfig, Cache], a
     request, cache = small
     plan = plan_harvest(request)
     said = f"cache    {cache.folder} is finished: it holds layer 0, layer 1, 600 rows; "
-    assert plan.describe()[-1] == said + "nothing is left to do" and plan.bytes_to_write == 0
-    assert not any(line.startswith("size") for line in plan.describe())
+    assert describe_harvest(plan)[-1] == said + "nothing is left to do" and plan.bytes_to_write == 0
+    assert not any(line.startswith("size") for line in describe_harvest(plan))
     other = plan_harvest(replace(request, max_norm=5.0))
-    assert other.describe()[-1] == said + "only the statistics are computed again, for --max-norm 5.0"
+    assert describe_harvest(other)[-1] == said + "only the statistics are computed again, for --max-norm 5.0"
     more = plan_harvest(replace(request, layers=(0,), sites=("resid_post", "mlp_out")))
-    assert more.describe()[-1] == (
+    assert describe_harvest(more)[-1] == (
         f"cache    {cache.folder} holds layer 0, layer 1; mlp_out of layer 0 is added: 600 rows to harvest"
     )
     per_row = 2 * 32 + 4 + 6  # mlp_out and its norm; where the row is from
     assert more.bytes_to_write == 600 * per_row
-    assert any(line.startswith(f"size     600 tokens x {per_row} B = ") for line in more.describe())
+    assert any(line.startswith(f"size     600 tokens x {per_row} B = ") for line in describe_harvest(more))
     again.out.joinpath("commits/000001.layer_00.json").unlink()
     root = CACHE_RECORD.read(again.out / "zarr.json")
     root["attributes"]["complete"] = []
     CACHE_RECORD.write(again.out / "zarr.json", root)
-    assert plan_harvest(again).describe()[-1] == (f"cache    {again.out} is begun: 1 of 3 windows, 256 rows to harvest")
+    assert describe_harvest(plan_harvest(again))[-1] == (
+        f"cache    {again.out} is begun: 1 of 3 windows, 256 rows to harvest"
+    )
 
 
 def test_the_estimate_is_for_the_blocks_up_to_the_last_hook(small: tuple[HarvestConfig, Cache], monkeypatch) -> None:

@@ -18,6 +18,7 @@ from sae.common.errors import DamagedError, SaeError, UnavailableError, UsageErr
 from sae.harvest import building
 from sae.harvest.building import build_without_numbers, check_memory
 from sae.harvest.config import HarvestConfig
+from sae.harvest.description import describe_harvest
 from sae.harvest.load_errors import translate_load_errors, translate_model_errors
 from sae.harvest.model import find_model, load_model, load_tokenizer
 from sae.harvest.plan import plan_harvest
@@ -40,7 +41,7 @@ def harvest(tiny_model: Path, sentences: Path, tmp_path: Path) -> Callable[..., 
             str(folder), layers=(0,), dataset=str(sentences), tokens=100, device="cpu", out=tmp_path / "out", context=32
         )
         plan = plan_harvest(config)
-        plan.describe()
+        describe_harvest(plan)
         return run_harvest(plan)
 
     return run

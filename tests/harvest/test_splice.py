@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.common.errors import UsageError
 from sae.harvest.model import LanguageModel
 from sae.harvest.splice import gradients_of

@@ -13,6 +13,7 @@ from sae.common.cache_schemas import HARVEST_RECORD
 from sae.common.errors import UsageError
 from sae.common.files import read_json
 from sae.harvest import contexts, stages
+from sae.harvest.description import summarize_harvest
 from sae.harvest.plan import HarvestConfig, HarvestPlan, plan_harvest
 from sae.harvest.repair import repair
 from sae.harvest.run import run_harvest
@@ -87,9 +88,9 @@ def test_skipped_rows_are_said_and_recorded_however_often_it_is_resumed(
     plan = plan_of(texts / "bad.jsonl", folder, tokens=None)
     assert (folder / "tokens" / "draft" / "state.json").exists()
     cache = run_harvest(plan)
-    assert plan.text.read == 403 and SENTENCE in plan.summary(cache, 0)
+    assert plan.text.read == 403 and SENTENCE in summarize_harvest(plan, cache, 0)
     again = plan_of(texts / "bad.jsonl", folder, tokens=None)
-    assert SENTENCE in again.summary(run_harvest(again), 0) and not again.text.read
+    assert SENTENCE in summarize_harvest(again, run_harvest(again), 0) and not again.text.read
     assert read_json(folder / "harvest.json")["unreadable"] == {"rows": 3, "first": FIRST}
     before = data_of(folder)
     (folder / "tokens" / "ids" / "c.0.0").unlink()

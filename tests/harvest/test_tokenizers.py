@@ -18,6 +18,7 @@ from sae.evaluate.inputs import make_context
 from sae.evaluate.metrics.activation_examples import TokenText
 from sae.harvest.chat import ChatEncoder
 from sae.harvest.config import HarvestConfig
+from sae.harvest.description import describe_harvest
 from sae.harvest.encode import encode_as_text
 from sae.harvest.in_memory import activations
 from sae.harvest.plan import HarvestPlan, plan_harvest
@@ -51,10 +52,10 @@ def enlarged(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def test_the_plan_names_tokens_without_an_embedding(enlarged: Path, sentences: Path, tiny_model: Path) -> None:
-    (line,) = [one for one in plan(enlarged, sentences).describe() if one.startswith("unknown")]
+    (line,) = [one for one in describe_harvest(plan(enlarged, sentences)) if one.startswith("unknown")]
     assert "'<zzz>' (id 8,192), '<yyy>' (id 8,193), '[PAD]' (id 8,194)" in line
     assert "beyond the 8,192 rows of the model's embedding; a text that has one is refused" in line
-    assert not [one for one in plan(tiny_model, sentences).describe() if one.startswith("unknown")]
+    assert not [one for one in describe_harvest(plan(tiny_model, sentences)) if one.startswith("unknown")]
 
 
 def test_a_text_with_such_a_token_is_refused_at_its_first_document(enlarged: Path, tmp_path: Path) -> None:

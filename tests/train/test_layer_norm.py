@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Gemma2Config
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.cache.reader import Cache
 from sae.common.errors import DamagedError, UsageError
 from sae.common.files import read_json

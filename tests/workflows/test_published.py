@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 from typer.testing import CliRunner, Result
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.cli.main import app
 from sae.common.errors import LeftOutWarning, UnavailableError, UsageError
 from sae.train.formats.import_ import import_sae

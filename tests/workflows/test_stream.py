@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from sae.cache.catalog import find_cache
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.cache.reader import Cache
 from sae.cache.ring import RingCache
 from sae.cli.main import app

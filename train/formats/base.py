@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ...cache.layout import Hook
+from ...cache.hooks import Hook
 from ...common.errors import UsageError, did_you_mean
 from ..sae import SAE
 from .canonical import CanonicalSAE

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...cache.layout import SITES, Hook
+from ...cache.hooks import SITES, Hook
 from ...common.errors import DamagedError, UsageError
 from ...common.files import atomic_write, write_json
 from .base import Description, ForeignSAE, Format, Reference, hook_or_none

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...cache.layout import Hook
+from ...cache.hooks import Hook
 from ...common.errors import UsageError
 from .base import Description, ForeignSAE, Format, Reference, describe_path
 from .canonical import CanonicalSAE, from_canonical

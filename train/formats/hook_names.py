@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ...cache.layout import SITES, Hook
+from ...cache.hooks import SITES, Hook
 from ...common.errors import UsageError
 
 PYTHIA_SIZES = ("70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")

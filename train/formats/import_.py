@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...cache.catalog import caches_that, open_caches
-from ...cache.layout import Hook
+from ...cache.hooks import Hook
 from ...cache.models import GivenModel, ModelRecord, model_label, same_model
 from ...cache.object_store import is_url
 from ...cache.opening import open_place

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ...cache.layout import SITES, Hook
+from ...cache.hooks import SITES, Hook
 from ...cache.models import model_label
 from ...cache.reader import Cache
 from ...common.cache_schemas import HARVEST_RECORD

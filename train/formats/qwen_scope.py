@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...cache.layout import Hook
+from ...cache.hooks import Hook
 from ...common.errors import DamagedError, UsageError
 from .base import Description, ForeignSAE, Format, Reference
 from .canonical import CanonicalSAE, from_canonical

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...cache.catalog import find_by_fingerprint
-from ...cache.layout import Hook
+from ...cache.hooks import Hook
 from ...cache.reader import Cache
 from ...common.errors import DamagedError, SaeError, UsageError
 from ..layer_norm import layer_normalize

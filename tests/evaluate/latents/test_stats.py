@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.common.errors import SaeError, UsageError
 from sae.evaluate.inputs import make_context
 from sae.evaluate.latents import stats as module

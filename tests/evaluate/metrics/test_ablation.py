@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.common.errors import UsageError
 from sae.evaluate.context import EvalContext
 from sae.evaluate.datasets import labeled

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.common.errors import SaeError, UsageError
 from sae.evaluate.metrics.absorption import (
     Absorption,

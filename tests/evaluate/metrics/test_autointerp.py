@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.common.errors import UsageError
 from sae.evaluate.inputs import make_context
 from sae.evaluate.metrics import latent_firings as module

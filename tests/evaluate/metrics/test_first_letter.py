@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.common.errors import UsageError
 from sae.evaluate.metrics.base import RowSet
 from sae.evaluate.metrics.first_letter import LETTERS, SpellingPrompts, read_spelling_rows

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.cache.outliers import outlier_mask
 from sae.common.errors import UnavailableError
 from sae.evaluate.metrics import held_out_rows as module

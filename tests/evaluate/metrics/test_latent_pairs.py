@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.common.errors import UsageError
 from sae.evaluate.compared_runs import without_weights
 from sae.evaluate.metrics import latent_pairs

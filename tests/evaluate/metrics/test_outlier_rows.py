@@ -17,7 +17,7 @@ import torch
 
 from sae.cache.context_format import ContextFormat
 from sae.cache.contexts import Contexts
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.cache.outliers import outlier_mask
 from sae.common.errors import UnavailableError, UsageError
 from sae.evaluate.artifacts import ArtifactCache

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.evaluate.metrics import parts, splice_losses
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.core import Core

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.evaluate.context import EvalContext
 from sae.evaluate.metrics.base import EvalTarget, MetricResult
 from sae.evaluate.metrics.first_letter import LETTERS, SpellingRows

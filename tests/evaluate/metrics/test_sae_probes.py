@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.common.errors import UnavailableError, UsageError
 from sae.evaluate.datasets import sae_probes as data
 from sae.evaluate.metrics import last_token_rows as rows_module

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.evaluate.metrics import sae_statistics
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.sae_statistics import SAEStatistics, largest_other_cosine, ratio_interval, splice

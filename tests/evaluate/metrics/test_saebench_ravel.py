@@ -8,7 +8,7 @@ import torch
 
 from sae.cache.context_format import ContextFormat
 from sae.cache.contexts import Contexts
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.datasets.ravel import RAVEL, load_facts

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.clamping import clamp_latents
 from sae.evaluate.metrics.packing import PackedRows, firing_frequencies, select_forget_latents

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.common.errors import UsageError
 from sae.evaluate.context import EvalContext
 from sae.evaluate.latents import inspection

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.evaluate.metrics.splice_losses import CountedTokens, zero_ablated_output
 
 

@@ -14,7 +14,7 @@ from scipy.sparse import csr_matrix
 from torch.nn.functional import normalize
 
 import sae
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.cache.reader import Cache
 from sae.common.errors import UnavailableError, UsageError
 from sae.evaluate.compare import compare_runs

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.common.errors import UnavailableError
 from sae.evaluate import artifacts
 from sae.evaluate.context import ContextBatch

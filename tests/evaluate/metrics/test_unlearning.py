@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from sae.cache.context_format import ContextFormat
 from sae.cache.contexts import Contexts
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.common.errors import SaeError, UnavailableError, UsageError
 from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.common.errors import DamagedError, UsageError
 from sae.train.formats.export import export_sae
 from sae.train.formats.import_ import import_sae

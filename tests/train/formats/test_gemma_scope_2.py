@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.common.errors import UsageError
 from sae.train.formats.base import Format
 from sae.train.formats.gemma_scope_2 import hook_of_path, model_of_path, parse_gemma_3

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sae.cache.layout import SITES, Hook
+from sae.cache.hooks import SITES, Hook
 from sae.common.errors import UsageError
 from sae.train.formats.hook_names import first_hook, hub_id, parse_gemma_scope_path, parse_hook, transformerlens_name
 

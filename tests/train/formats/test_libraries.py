@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.train.formats.base import Format
 from sae.train.formats.export import export_sae
 from sae.train.formats.import_ import import_sae

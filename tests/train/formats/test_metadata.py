@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 
-from sae.cache.layout import Hook
+from sae.cache.hooks import Hook
 from sae.common.cache_schemas import HARVEST_RECORD
 from sae.train.formats.export import export_sae
 from sae.train.formats.metadata import context_beginning, hook_module

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sae.cache.layout import SITES, Hook
+from sae.cache.hooks import SITES, Hook
 from sae.common.errors import UsageError
 from sae.train.formats import metadata as module
 from sae.train.formats.export import export_sae
