@@ -39,11 +39,11 @@ class Turns:
         """Called by a worker before each of its steps. Others, such as the test, make theirs at any time."""
         if (name := getattr(self.worker, "name", None)) is not None:
             with self.changed:
+                if self.plan[0] == (name, 0):  # what followed its last step is done too
+                    self._next()
                 self.changed.wait_for(lambda: self.plan[0][0] == name)
                 self.steps[name] += 1
                 self.plan[0] = name, self.plan[0][1] - 1
-                if not self.plan[0][1]:
-                    self._next()
 
     def whole_step(self, action: Callable[[], Any]) -> Any:
         """What an action returns that is one step, with all that it calls."""
@@ -208,6 +208,15 @@ def two_workers(finite_bits, added: str) -> tuple[Bits, Bits]:
     return {5: finite_bits(ROWS, D, 5)}, {5 if added == "the same layer" else 12: finite_bits(ROWS, D, 6)}
 
 
+def twins(finite_bits) -> tuple[Bits, Bits]:
+    """Of one layer, with the norms and moments of each other: only the lists of their files tell them apart."""
+    one = finite_bits(ROWS, D, 5)
+    one[::WINDOW, 0] = 0x0000
+    other = one.copy()
+    other[::WINDOW, 0] = 0x8000  # the sign of a zero
+    return {5: one}, {5: other}
+
+
 NORMS = (1e3, 1e6)  # their --max-norm
 ADDED = ("the same layer", "another layer")
 
@@ -230,6 +239,18 @@ def test_another_worker_writes_and_seals_between_two_steps_of_the_first(
     assert steps > 15
     for step in range(steps - 1, 0, -every):
         run(scenes, write_windows, bits, ("first", step), ("second", math.inf), norms=NORMS, there=there)
+
+
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("where", ["disk", "store"])
+def test_a_window_that_another_worker_replaces_is_listed_as_it_is_then(
+    scenes, finite_bits, write_windows, every: int
+) -> None:
+    """The first has found that the window is missing, and replaces what the second has committed meanwhile."""
+    bits, looked = twins(finite_bits), ("first", 2)
+    steps = run(scenes, write_windows, bits, looked, ("second", math.inf)).steps["second"]
+    for step in range(steps - 2, steps // 2, -every):  # the second seals
+        run(scenes, write_windows, bits, looked, ("second", step), ("first", math.inf))
 
 
 @pytest.mark.slow
