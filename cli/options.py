@@ -92,18 +92,12 @@ def refuse_addresses(values: Iterable[object]) -> None:
     """Raise UsageError if an argument of type Path is an address: there only folders and files on a disk are allowed.
     Arguments that can be addresses too have the type str.
     """
-    from ..common.errors import UsageError
+    from ..common.addresses import disk_path
 
     for value in values:
         for path in value if isinstance(value, list) else [value]:
-            match = re.match(r"(s3|gs|az|https?|file):/+", str(path)) if isinstance(path, Path) else None
-            if match is not None:  # a Path has dropped slashes
-                slashes = "///" if match[1] == "file" else "//"
-                raise UsageError(
-                    f"{match[1]}:{slashes}{str(path)[match.end() :]} is an address, and only a path on a disk can be "
-                    "given there. To read what is at the address, copy it to a folder first; to write there, copy the "
-                    "folder afterwards (for S3: aws s3 sync FROM TO)."
-                )
+            if isinstance(path, Path):
+                disk_path(path)
 
 
 def finite_or_none(multiple: float) -> float | None:

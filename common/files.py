@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .addresses import disk_path
 from .errors import DamagedError, UnavailableError, UsageError
 from .open_files import OUT_OF_FILES, describe_files_limit
 
@@ -278,8 +279,11 @@ def digest_of(content: Any) -> str:
 
 
 def sae_home() -> Path:
-    """The folder that holds `activations/` and `runs/`: $SAE_HOME, or the working directory."""
-    return Path(os.environ.get("SAE_HOME", "."))
+    """The folder that holds `activations/` and `runs/`: $SAE_HOME, or the working directory.
+
+    Raises UsageError if SAE_HOME is an address.
+    """
+    return disk_path(os.environ.get("SAE_HOME", "."), "SAE_HOME")
 
 
 def folder_bytes(folder: Path) -> int:

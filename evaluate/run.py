@@ -15,6 +15,7 @@ from ..cache.object_store import is_url
 from ..cache.opening import open_place
 from ..cache.reader import Cache
 from ..cache.removal import kept_caches
+from ..common.addresses import disk_path
 from ..common.device import keep_freed_memory
 from ..common.errors import UsageError, did_you_mean
 from ..common.process_group import current_process_group, rank_and_count
@@ -170,8 +171,8 @@ def evaluate_saes(
         UnavailableError: the model, the disk or the device is missing something.
     """
     config = EvaluateConfig(
-        [], suite, tokens, mode, options=options, data=Path(data) if data else None, force=force,
-        references=references, controls=[Path(folder) for folder in controls], device=device, dtype=dtype,
+        [], suite, tokens, mode, options=options, data=disk_path(data) if data else None, force=force,
+        references=references, controls=[disk_path(folder) for folder in controls], device=device, dtype=dtype,
         precision=precision, max_norm=math.inf if max_norm == "none" else max_norm,
     )  # fmt: skip
     if isinstance(saes, Mapping):
@@ -203,7 +204,7 @@ def evaluate_saes(
 
 def plan_folders(folders: Sequence[str | os.PathLike[str]], config: EvaluateConfig) -> EvaluatePlan:
     """The plan for run folders; in contrast to `plan_evaluation`, a run that cannot be evaluated is an error."""
-    plan = plan_evaluation(replace(config, runs=[Path(folder) for folder in folders]))
+    plan = plan_evaluation(replace(config, runs=[disk_path(folder) for folder in folders]))
     problems = [f"{folder} has not finished training." for folder in plan.unfinished]
     problems += map(str, plan.refused.values())
     if problems:

@@ -17,6 +17,7 @@ from ..cache.object_store import check_slashes, is_url
 from ..cache.planned import PlannedCache
 from ..cache.reader import Cache
 from ..cache.removal import kept_caches
+from ..common.addresses import disk_path
 from ..common.device import fix_cublas_workspace, keep_freed_memory, resolve_device
 from ..common.errors import DamagedError, SaeError, UsageError, did_you_mean
 from ..common.locks import writer_lock
@@ -106,7 +107,7 @@ def train_saes(
         width=None if width is None else str(width),
         l0=() if l0 is None else [l0] if isinstance(l0, int | float) else list(l0),
         options=options or (),
-        out=None if out is None else Path(out),
+        out=None if out is None else disk_path(out),
         device=device,
         **more,
     )

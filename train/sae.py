@@ -25,6 +25,7 @@ from safetensors.torch import load
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from ..common.addresses import disk_path
 from ..common.errors import DamagedError, UsageError, first_line
 from ..common.files import atomic_write, utf8_path
 from ..common.schemas import SAE_RECORD
@@ -277,7 +278,7 @@ def load_sae(folder: str | os.PathLike[str], device: str = "cpu") -> SAE:
     """
     from . import variants  # noqa: F401  (registers the activations that are defined there)
 
-    folder = Path(folder)
+    folder = disk_path(folder)
     spec = read_sae_record(folder)
     weights, hint = folder / "sae.safetensors", SAE_RECORD.remedy
     try:

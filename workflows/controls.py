@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ..cache.catalog import find_by_fingerprint
 from ..cache.object_store import is_url
+from ..common.addresses import disk_path
 from ..common.errors import SaeError, UsageError
 from ..common.formatting import format_count
 from ..evaluate.controls import BASES, RECIPES, base_of, conditions_digest, conditions_of, controls_folder
@@ -85,7 +86,7 @@ def plan_controls(runs: Sequence[str | os.PathLike[str]], device: str = "auto") 
     """
     wanted: dict[str, Wanted] = {}
     count, notes, others, plans, problems = 0, [], [], [], []
-    for folder in dict.fromkeys(Path(run) for run in runs):
+    for folder in dict.fromkeys(disk_path(run) for run in runs):
         try:
             found = find_wanted(folder)
         except SaeError:

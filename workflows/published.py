@@ -12,7 +12,7 @@ from typing import Any
 
 from ..cache.hooks import RESIDUAL_SITES, Hook
 from ..cache.models import GivenModel
-from ..cache.object_store import is_url
+from ..common.addresses import disk_path
 from ..common.errors import SaeError, UnavailableError, UsageError, warn_left_out
 from ..common.files import digest_of, sae_home
 from ..common.formatting import format_bytes
@@ -78,6 +78,8 @@ def find_or_import(
             if text.startswith("hf://"):
                 folder = run_of_address(text, config, say, progress)
             elif not text or not Path(text).exists():
+                if not text.startswith("http"):
+                    disk_path(text)  # raises for an address in an object store
                 raise UsageError(f"There is no run folder {text!r}. {advice_on_address(text)}")
             elif is_foreign(Path(text)):
                 folder = run_of_files(Path(text), config, say, progress)
@@ -94,9 +96,7 @@ def find_or_import(
 
 
 def advice_on_address(text: str) -> str:
-    """Advice on an argument that may be meant as an address on the Hub or in an object store."""
-    if is_url(text) and not text.startswith("http"):
-        return "Runs are read from a disk: copy it to a folder first (for S3: aws s3 sync FROM TO)."
+    """Advice on an argument that may be meant as an address on the Hub."""
     address = re.sub(r"^(https?://)?(www\.)?(huggingface\.co|hf\.co)/|^hf:/*", "", text)
     owner, _, rest = address.partition("/")
     repo, _, folder = rest.partition("/")

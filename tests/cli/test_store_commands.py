@@ -93,7 +93,7 @@ def test_what_is_refused_in_one_sentence(harvest: list[object], bucket: str, mon
         ["export", "run", "--to", "saelens", "--out"], ["import", "files", "--out"], ["dashboard", "run", "--out"],
         [*train, "--out"], [*train, "--local-folder"], ["train", "--resume"],
         ["compare", "runs/a"],
-        ["evaluate", "runs/a", "--data"],
+        ["evaluate", "runs/a", "--data"], ["evaluate"], ["import"],
     ):  # fmt: skip
         code, told = sae(*words, "s3://bucket/pile")
         assert code == 2 and "s3://bucket/pile is an address, and only a path on a disk" in " ".join(told.split()), told

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...common.addresses import disk_path
 from ...common.errors import UsageError
 from ...common.files import fsync_folder, make_folder, os_error
 from ..sae import SAE, load_sae
@@ -79,10 +80,10 @@ def export_sae(
         4,096 rows (from cache gemma-2-2b--pile--1a2b3c4d): active sets equal, L0 32.0; relative error 5.1e-08 in f, ...
     """
     fmt = find_format(to)
-    folder = None if isinstance(run, SAE) else Path(run)
-    sae = run if isinstance(run, SAE) else load_sae(Path(run))
+    folder = None if isinstance(run, SAE) else disk_path(run)
+    sae = run if isinstance(run, SAE) else load_sae(run)
     target = export_folder(folder, to, out)
-    source, rows = sample_run_rows(sae.origin, run_hook(sae), Path(cache) if cache is not None else None)
+    source, rows = sample_run_rows(sae.origin, run_hook(sae), disk_path(cache) if cache is not None else None)
     metadata = export_metadata(sae, folder, source)
     notes: list[str] = []
     canonical, record = fit_to_format(sae, fmt, approximate, rows, notes)
@@ -100,7 +101,7 @@ def export_sae(
 
 def export_folder(run: Path | None, to: str, out: str | os.PathLike[str] | None) -> Path:
     if out is not None:
-        return Path(out)
+        return disk_path(out)
     if run is None:
         raise UsageError("An SAE in memory has no run folder to export into: give out=, a new folder.")
     return run / "exports" / to

@@ -14,6 +14,7 @@ from ...cache.models import GivenModel, ModelRecord, model_label, same_model
 from ...cache.object_store import is_url
 from ...cache.opening import open_place
 from ...cache.reader import Cache
+from ...common.addresses import disk_path
 from ...common.errors import UsageError
 from ...common.files import digest_of, sae_home
 from ...common.schemas import RUN_RECORD
@@ -123,14 +124,16 @@ def import_sae(
     config = ImportConfig(
         model=model,
         layer=layer,
-        cache=Path(cache) if cache is not None else None,
-        out=Path(out) if out is not None else None,
+        cache=disk_path(cache) if cache is not None else None,
+        out=disk_path(out) if out is not None else None,
         name=name,
         check_hook=check_hook,
     )
     if (address := os.fspath(path)).startswith("hf://"):
         return import_remote(find_remote_sae(HubAddress.parse(address), layer), config, say, progress)
-    return import_files(Path(path), config, progress=progress)
+    if address.startswith("http"):
+        raise UsageError(f"No such folder: {address}. Give a folder with an SAE, or hf://owner/repo/folder.")
+    return import_files(disk_path(path), config, progress=progress)
 
 
 def import_remote(

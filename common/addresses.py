@@ -1,0 +1,27 @@
+"""Addresses, such as s3://bucket/pile, that are given where only a path on a disk can be."""
+
+import os
+import re
+from pathlib import Path
+
+from .errors import UsageError
+
+ADDRESS = re.compile(r"(s3|gs|az|https?|file):/+", re.IGNORECASE)  # a Path has dropped slashes
+
+
+def disk_path(path: str | os.PathLike[str], name: str = "") -> Path:
+    """A path on a disk that a user gave. `name` says where, such as SAE_HOME.
+
+    Raises UsageError for an address, also one that a Path was made of. It does not repeat a credential.
+    """
+    text = os.fspath(path)
+    if (match := ADDRESS.match(text)) is not None:
+        scheme, rest = match[1].lower(), text[match.end() :]
+        if re.search("[@?#]", rest):
+            rest = "..."
+        raise UsageError(
+            f"{name and f'{name}='}{scheme}:{'///' if scheme == 'file' else '//'}{rest} is an address, and only a path "
+            "on a disk can be given there. To read what is at the address, copy it to a folder first; to write there, "
+            "copy the folder afterwards (for S3: aws s3 sync FROM TO)."
+        )
+    return Path(path)
