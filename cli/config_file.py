@@ -26,7 +26,7 @@ import typer
 from typer.core import TyperCommand
 
 from ..common.errors import SaeError, UsageError, did_you_mean
-from .printing import print_line
+from .printing import print_error, print_line
 
 SET = "set_"  # the parameter of --set, the only flag that can be given as a table
 ORIGINS: ContextVar[Mapping[str, str]] = ContextVar("ORIGINS")  # of the running command: flag -> where it was given
@@ -237,7 +237,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         try:
             file = ConfigFile(path, context)
         except SaeError as error:
-            print_line(f"error: {error}", err=True)
+            print_error(f"error: {error}")
             raise typer.Exit(error.exit_code) from None
         context.default_map = file.values.get(command_of(context), {})
         context.meta[FILE] = file

@@ -26,7 +26,7 @@ from ..common.escaping import escape_for_terminal
 from ..common.signals import sigterm_as_ctrl_c
 from .config_file import with_config
 from .options import refuse_addresses
-from .printing import print_line
+from .printing import print_error, print_line
 
 if TYPE_CHECKING:
     from ..common.errors import SaeError
@@ -51,7 +51,7 @@ def echo(text: str) -> None:
 
 def echo_problem(text: str) -> None:
     """Print a problem on stderr, in any of several launched processes; all but the first name themselves."""
-    print_line(f"rank {RANK}: {text}" if QUIET else text, err=True)
+    print_error(f"rank {RANK}: {text}" if QUIET else text)
 
 
 def cli_command(command: Callable[..., None]) -> Callable[..., None]:
@@ -100,7 +100,7 @@ def warnings_as_notes() -> Iterator[None]:
 
 
 def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    from ..common.errors import ReportedElsewhere, SaeError, first_line
+    from ..common.errors import SaeError, first_line
     from ..common.files import os_error
     from ..common.open_files import explaining_files_limit, raise_files_limit
     from ..common.packages import outdated_packages
@@ -117,8 +117,7 @@ def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: di
     except SaeError as error:
         if error.exit_code == 130 or isinstance(error.__context__, KeyboardInterrupt):
             ignore_interrupts()
-        if not isinstance(error, ReportedElsewhere):
-            echo_problem(error_line(error))
+        report(error)
         raise typer.Exit(error.exit_code) from None
     except UnicodeEncodeError as error:
         if not any("\ud800" <= character <= "\udfff" for character in str(error.object)):
@@ -146,6 +145,15 @@ def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: di
             raise
         echo_problem(f"error: {type(error).__name__}: {error}. Install what the note above names, and try again.")
         raise typer.Exit(4) from None
+
+
+def report(error: "SaeError", say: Callable[[str], None] = echo_problem) -> None:
+    """Print an error, once, unless another process does."""
+    from ..common.errors import ReportedElsewhere
+
+    if not (error.is_reported or isinstance(error, ReportedElsewhere)):
+        say(error_line(error))
+    error.is_reported = True
 
 
 def error_line(error: "SaeError") -> str:

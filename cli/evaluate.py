@@ -215,7 +215,8 @@ def train_all(controls: "TrainPlan", *, table: bool) -> bool:
         raise
     except (SaeError, MemoryError, torch.OutOfMemoryError) as error:
         failed = [run for run in controls.runs if run.problem]  # the error of each was printed when it occurred
-        why = "it failed to train, for the reason above" if failed else str(error)
+        said = failed or getattr(error, "is_reported", False)
+        why = "it failed to train, for the reason above" if said else str(error)
         for run in failed or controls.unfinished:
             echo(f"not run  control {run.name}: {why}")
         return False

@@ -149,6 +149,7 @@ def harvest(
     if share is not None:
         HarvestShare.parse(share)  # before the imports, which take seconds
     from ..cache.object_store import folder_or_url
+    from ..common.process_group import with_launcher
     from ..harvest.config import LAYERS, HarvestConfig
 
     config = HarvestConfig(
@@ -169,7 +170,8 @@ def harvest(
         if not plan.is_complete(cache):
             return  # other tasks have windows to do
         hook = cache.hooks[len(cache.hooks) // 2]
-        echo(f"next     sae train --variant decorrelation {hook.cli_flags} --cache {quote(plan.address)}")
+        command = f"sae train --variant decorrelation {hook.cli_flags} --cache {quote(plan.address)}"
+        echo(f"next     {with_launcher(command)}")
 
 
 def show_harvest(config: "HarvestConfig") -> "HarvestPlan":

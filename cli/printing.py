@@ -8,11 +8,17 @@ from collections.abc import Iterator
 import typer
 
 from ..common.escaping import escape_for_terminal
+from ..common.formatting import shorten_values
 
 
 def print_line(text: str = "", *, err: bool = False) -> None:
     """Print a line, or several, on stdout, or with `err` on stderr."""
     typer.echo(escape_for_terminal(text), err=err)
+
+
+def print_error(text: str) -> None:
+    """Print an error on stderr. Values of thousands of characters in it are shortened."""
+    print_line(shorten_values(text), err=True)
 
 
 def ask(question: str) -> bool:
@@ -27,5 +33,5 @@ def printable_usage_errors() -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(message := getattr(error, "message", None), str) and hasattr(error, "format_message"):
-            error.message = escape_for_terminal(message)  # type: ignore[attr-defined]
+            error.message = escape_for_terminal(shorten_values(message))  # type: ignore[attr-defined]
         raise

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .config_file import ORIGINS
-from .console import bar, cli_command, echo, show_table
+from .console import bar, cli_command, echo, report, show_table
 from .options import (
     MAX_SEED,
     MODULE_HELP,
@@ -242,8 +242,10 @@ def train(
     runs = run_streaming(config, stream_options, dry_run) if stream else run_train(config, dry_run)
     if not dry_run:
         from ..common.formatting import shell_paths
+        from ..common.process_group import with_launcher
 
-        echo(f"next     sae evaluate {shell_paths([run.folder for run in runs])}")
+        command = f"sae evaluate {shell_paths([run.folder for run in runs])}"
+        echo(f"next     {with_launcher(command)}")
 
 
 def run_train(config: "TrainConfig", dry_run: bool = False) -> "list[Run]":
@@ -300,7 +302,10 @@ def execute(plan: "TrainPlan", run: "Callable[[TrainProgress], None] | None" = N
             note = f"{len(overview.finished)} of {overview.runs} runs finished"
             progress_bar(overview.steps_done, overview.steps, note)
 
-        progress = TrainProgress(on_step, progress_bar.say, progress_bar.say_problem, on_overview)
+        progress = TrainProgress(
+            on_step, progress_bar.say, progress_bar.say_problem, on_overview,
+            end=partial(report, say=progress_bar.say_problem),
+        )  # fmt: skip
         (run or partial(run_training, plan))(progress)
     if latest:
         from ..train.l0_control import missed_targets

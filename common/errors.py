@@ -14,6 +14,7 @@ class SaeError(Exception):
     """Base class of all errors that this package raises on purpose (exit code 1)."""
 
     exit_code = 1
+    is_reported = False  # whether it has been printed
 
 
 class UsageError(SaeError):

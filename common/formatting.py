@@ -1,9 +1,12 @@
-"""Counts, sizes, durations and shell arguments as text for people."""
+"""Counts, sizes, durations, shell arguments and long values as text for people."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from .escaping import quote
+
+LONGEST_WORD, LONGEST_LINE = 400, 4000  # characters of a message that are shown whole
 
 
 def format_count(number: int, noun: str) -> str:
@@ -32,3 +35,15 @@ def shell_paths(paths: Sequence[Path]) -> str:
         if {child for child in parent.iterdir() if not child.name.startswith(".")} == set(map(Path, paths)):
             return f"{quote(parent)}/*"
     return " ".join(quote(path) for path in paths)
+
+
+def shorten_values(message: str) -> str:
+    """A message without the middle of words and lines of thousands of characters, such as a value that a user gave."""
+    message = re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda match: _without_middle(match[0], LONGEST_WORD), message)
+    return "\n".join(_without_middle(line, LONGEST_LINE) for line in message.split("\n"))
+
+
+def _without_middle(text: str, longest: int) -> str:
+    if len(text) <= longest:
+        return text
+    return f"{text[: longest // 2]} ... ({len(text):,} characters) ... {text[-longest // 4 :]}"

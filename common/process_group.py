@@ -97,6 +97,16 @@ def processes_on_this_machine() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def with_launcher(command: str) -> str:
+    """A command to be started as this process was: by torchrun, or said in words after the command."""
+    count = rank_and_count()[1]
+    if count == 1:
+        return command
+    if "TORCHELASTIC_RUN_ID" in os.environ and processes_on_this_machine() == count:
+        return f"torchrun --standalone --nproc_per_node {count} -m {command}"
+    return f"{command}     (with the same launcher, in {count} processes)"
+
+
 def is_first_on_this_machine() -> bool:
     """Whether no launched process on this machine has a lower rank."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0

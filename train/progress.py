@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..common.errors import SaeError
+
 
 class Overview(NamedTuple):
     """How far the runs of all launched processes are."""
@@ -27,6 +29,9 @@ class TrainProgress:
     """Called with sentences that users have to know of every process; None: `say`."""
     overview: Callable[[Overview], None] = lambda overview: None
     """Called every few seconds in the first of several launched processes."""
+
+    end: Callable[[SaeError], None] = lambda error: None
+    """Called in each of several launched processes with the error that it is about to raise at the end, if any."""
 
     def say_problem(self, sentence: str) -> None:
         (self.problem or self.say)(sentence)

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from math import inf
+from typing import NoReturn
 
 from ..common.errors import Interrupted, ReportedElsewhere, SaeError, UnavailableError, UsageError
 from ..common.files import os_error
@@ -205,7 +206,7 @@ class Watch:
         if isinstance(problem, Interrupted):
             speaks = died and self.has_the_word(0 if self.leaves_early else STOP_SECONDS)
             lines = [describe_unfinished(rank, unfinished[rank], True) for rank in died] if speaks else []
-            raise Interrupted("\n".join([str(problem), *lines])) from None
+            self.end(Interrupted("\n".join([str(problem), *lines])))
         lines = [describe_unfinished(rank, runs, rank in died) for rank, runs in unfinished.items() if runs]
         if problem is None and not lines:
             return
@@ -220,7 +221,12 @@ class Watch:
             raise problem
         message = "\n".join(lines if problem is None else [str(problem), *lines])
         kind = SaeError if problem is None else type(problem)
-        raise kind(message) if speaks else ReportedElsewhere(kind.exit_code, message)
+        self.end(kind(message) if speaks else ReportedElsewhere(kind.exit_code, message))
+
+    def end(self, error: SaeError) -> NoReturn:
+        """Raise an error, which is shown first: once this process has left, no other shows it in its place."""
+        self.progress.end(error)
+        raise error from None
 
     def wait_for_files(self) -> None:
         """Wait until a network file system shows what processes on other machines have written at their end."""

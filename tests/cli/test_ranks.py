@@ -87,6 +87,19 @@ def test_an_error_names_its_process_or_is_left_to_another(second: None, capsys, 
     assert ended.value.exit_code == code and (said.startswith(line) if line else said == "")
 
 
+def test_an_error_that_is_said_before_a_process_leaves_is_printed_once(second: None, capsys) -> None:
+    error = DamagedError("2 of 3 runs are not finished.")
+
+    def run(progress: TrainProgress) -> None:
+        progress.end(error)
+        assert capsys.readouterr().err == f"rank 1: error: {error}\n"
+        raise error
+
+    with pytest.raises(typer.Exit) as ended:
+        console.cli_command(lambda: execute(plan_of("mine"), run))()
+    assert ended.value.exit_code == 3 and capsys.readouterr().err == ""
+
+
 def test_a_dry_run_shows_the_deal(tiny_cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its plan is agreed on by all processes, here one that stands for two."""
     monkeypatch.setattr("sae.train.plan.rank_and_count", lambda: (0, 2))

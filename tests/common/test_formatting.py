@@ -1,10 +1,10 @@
-"""Numbers and paths as text."""
+"""Numbers, paths and long values as text."""
 
 from pathlib import Path
 
 import pytest
 
-from sae.common.formatting import format_bytes, format_count, format_duration, shell_paths
+from sae.common.formatting import format_bytes, format_count, format_duration, shell_paths, shorten_values
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,15 @@ def test_two_paths_are_written_out_even_if_they_are_all(tmp_path: Path) -> None:
     for run in runs:
         run.mkdir()
     assert shell_paths(runs) == f"{runs[0]} {runs[1]}"
+
+
+@pytest.mark.parametrize("value", ["x" * 5000, "a b " * 1250], ids=["a word", "words"])
+def test_a_long_value_is_shown_without_its_middle(value: str) -> None:
+    said = shorten_values(f"--set k={value}: {value!r} is no number.\nGive another.")
+    assert len(said) < 6000 and " characters) ... " in said
+    assert said.startswith(f"--set k={value[:100]}") and said.endswith(" is no number.\nGive another.")
+
+
+def test_a_message_of_words_that_people_write_is_whole() -> None:
+    message = " ".join(["/a/path/of/two/hundred/characters".ljust(200, "x")] * 19)
+    assert shorten_values(f"{message}\n{message}") == f"{message}\n{message}"

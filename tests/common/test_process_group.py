@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sae.common.errors import Interrupted, ReportedElsewhere, SaeError, UnavailableError, UsageError
-from sae.common.process_group import ProcessGroup, current_process_group
+from sae.common.process_group import ProcessGroup, current_process_group, with_launcher
 
 
 def in_each(count: int, work: Callable[[ProcessGroup], Any]) -> list[Any]:
@@ -88,3 +88,15 @@ def test_a_process_that_has_to_stop_waits_for_none() -> None:
     group = ProcessGroup(0, 2, gather=lambda value: pytest.fail("it waits"))
     with pytest.raises(Interrupted):
         group.everywhere(lambda: fail(Interrupted("Stopped.")))
+
+
+def test_a_command_is_given_with_the_launcher_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torchrun on one machine; what another launcher, or several machines, take is not known."""
+    assert with_launcher("sae evaluate runs/*") == "sae evaluate runs/*"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert with_launcher("sae evaluate") == "sae evaluate     (with the same launcher, in 4 processes)"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert with_launcher("sae evaluate") == "torchrun --standalone --nproc_per_node 4 -m sae evaluate"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert with_launcher("sae evaluate").startswith("sae evaluate     (with")

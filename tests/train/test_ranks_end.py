@@ -144,6 +144,20 @@ def test_one_that_is_interrupted_before_it_has_reported_leaves_the_word_to_the_n
     assert second.is_absent(1)
 
 
+@pytest.mark.parametrize("kind", [UnavailableError, Interrupted])
+def test_what_a_process_says_at_the_end_is_said_while_it_is_there(
+    two_ranks: tuple[ranks.Watch, ranks.Watch], kind: type[SaeError]
+) -> None:
+    """If it dies before that, another says it."""
+    watch, other = two_ranks
+    said: list[tuple[str, bool]] = []
+    file = watch.shares[0][0].folder / ranks.PRESENCE
+    watch.progress = TrainProgress(end=lambda error: said.append((str(error), file.exists())))
+    with pytest.raises(kind, match=FULL) as raised, watch.present():
+        watch.report(kind(FULL))
+    assert said == [(str(raised.value), True)] and not file.exists()
+
+
 def test_a_run_whose_last_launch_has_not_ended_is_refused(two_ranks: tuple[ranks.Watch, ranks.Watch]) -> None:
     """Each would wait for the other: it for its others, among them the runs of this launch, and this one for it."""
     watch, _ = two_ranks
