@@ -25,7 +25,7 @@ class WorkerProcess:
         environment: variables that it has besides those of this process.
     """
 
-    name: str  # for errors
+    name = "the worker"  # for errors
 
     def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str] = {}) -> None:
         self.log = log.open("w+")
