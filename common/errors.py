@@ -42,7 +42,7 @@ class Interrupted(SaeError):
 
 
 class ReportedElsewhere(SaeError):
-    """What another of several launched processes reports; this one ends with its exit code."""
+    """An error that another of several launched processes reports; this one only ends with its exit code."""
 
     def __init__(self, exit_code: int, message: str) -> None:
         super().__init__(message)
@@ -50,11 +50,11 @@ class ReportedElsewhere(SaeError):
 
 
 class LeftOutWarning(UserWarning):
-    """A cache, run or result that cannot be opened is left out of what a command looks through."""
+    """A cache, run or result cannot be opened, and the command leaves it out."""
 
 
 def warn_left_out(what: object, error: SaeError) -> None:
-    """Warn that a command goes on without something: `what` is a folder or a file, `error` why it cannot be opened."""
+    """Warn that a command leaves out `what`, a folder or a file; `error` says why it cannot be opened."""
     warnings.warn(f"{what} is left out: {error}", LeftOutWarning, stacklevel=3)
 
 

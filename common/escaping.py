@@ -43,7 +43,7 @@ def _visible(character: str) -> str:
 
 
 def escape_for_terminal(text: str) -> str:
-    r"""Replace what a terminal would obey, or cannot show, by a visible escape such as `\x1b`, `\r` or `\u202e`.
+    r"""Replace control characters and characters that cannot be shown by visible escapes: `\x1b`, `\r` or `\u202e`.
 
     Line breaks are kept. A byte of a path that is not UTF-8 becomes `\xff`.
     """
@@ -61,7 +61,7 @@ def _escape(character: str) -> str:
 def quote(text: str | os.PathLike[str]) -> str:
     r"""A word of a shell command, as by `shlex.quote`, which a terminal can show and a user can copy.
 
-    What a terminal would obey is written as bash and zsh read it: the folder of the byte 0xff is `$'\xff'`.
+    Control characters are written as bash and zsh read them: a folder whose name is the byte 0xff is `$'\xff'`.
     """
     text = os.fspath(text)
     if "\n" not in text and not TERMINAL_UNSAFE.search(text):

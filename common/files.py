@@ -38,7 +38,7 @@ def atomic_write(path: Path, *parts: bytes | memoryview) -> None:
 
 
 def atomic_create(path: Path, *parts: bytes | memoryview) -> bool:
-    """Write like `atomic_write` unless `path` exists; whether this call created it. Of several at once one does.
+    """Write like `atomic_write` unless `path` exists; returns whether this call created it. Of several, only one does.
 
     Where a file system has no hard links, such as exFAT, two calls in the same instant can both return True.
     """
@@ -178,7 +178,7 @@ def remove_stale_files(folder: Path) -> int:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, or a folder with all that is in it. What cannot be deleted of a folder stays."""
+    """Delete a file, or a folder with everything in it. Files in a folder that cannot be deleted stay."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

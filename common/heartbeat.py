@@ -1,8 +1,9 @@
-"""Which of the launched processes still run, so that none waits for ever for one that does not.
+"""Watch which of the launched processes still run, so that none waits for ever for a dead one.
 
-Each raises a counter in torch's key-value store every few seconds. The store lives in the launcher (torchrun) or in
-rank 0 (srun, mpirun). A launcher usually ends the other processes when one dies; this is for where it does not, and for
-a machine that vanishes without closing its connections. Of a process on the same machine the system says it at once.
+Each process raises a counter in torch's key-value store every few seconds. The store is in the launcher (torchrun) or
+in rank 0 (srun, mpirun). A launcher usually ends the other processes when one dies. This module is for launchers that
+do not, and for a machine that vanishes without closing its connections. For a process on the same machine, the
+operating system shows at once whether it runs.
 """
 
 import math
@@ -19,15 +20,15 @@ from .errors import UnavailableError
 BEAT = 5.0  # seconds between two beats
 PATIENCE = 120.0  # seconds without a beat after which a process counts as dead
 START = 600.0  # seconds that a process may take to start
-FAREWELL = 1.0  # seconds in which the others, who look five times a second, see what rank 0 has seen
-GAP = 5.0  # seconds between two looks that count, at most: a process that was stopped saw nothing meanwhile
-AGAIN = "What is committed is safe; run the same command again, with any number of processes."
+FAREWELL = 1.0  # seconds in which the others, which look five times a second, see what rank 0 has seen
+GAP = 5.0  # most seconds counted between two looks: a process that was stopped saw nothing meanwhile
+AGAIN = "Everything committed is safe; run the same command again, with any number of processes."
 
 
 class Silence:
-    """For how long a sign of life of another process has not changed, as far as this process could see.
+    """The time for which a sign of life of another process has not changed, as far as this process could see.
 
-    Where this process was stopped, or its whole machine suspended, the other one may have been as well.
+    Time in which this process was stopped, or its machine suspended, is not counted: the other may have been, too.
     """
 
     def __init__(self) -> None:
@@ -45,7 +46,7 @@ class Silence:
 
 
 class Heartbeat:
-    """The beats of one of `count` processes, and what it hears of the others."""
+    """The beats of one of `count` processes, and its view of the others."""
 
     def __init__(self, store: Any, rank: int, count: int) -> None:
         self.store, self.rank, self.count = store, rank, count
@@ -105,7 +106,7 @@ class Heartbeat:
 
 
 def pid_namespace() -> str:
-    """What tells apart the machines, and the containers on them, that number their processes; "" if it is not known."""
+    """An identifier of the machine or container that numbers its processes; "" if it is not known."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -1,9 +1,9 @@
-"""Locks of folders: the operating system's (flock), so that a lock is free as soon as its holder ends, however it ends.
+"""Locks of folders, by the operating system (flock): a lock is free as soon as its holder ends, however it ends.
 
-The lock is on the file `.lock` of a folder, which stays. One process holds it alone (`writer_lock`), or several
+The lock is on the file `.lock` of a folder, which stays. One process holds it alone (`writer_lock`), or several hold it
 together, each of which adds files of its own (`shared_lock`). `.lock.holder` names the process, for others to read.
-Those who read are no hindrance to them, but to one that deletes the folder: they share another lock (`reader_lock`), on
-`.lock.readers`, in which each adds a line with its name. The last one to leave removes it.
+Readers do not hinder writers, only a process that deletes the folder: they share another lock (`reader_lock`), on
+`.lock.readers`, to which each reader adds a line with its name. The last reader to leave removes it.
 """
 
 import contextlib

@@ -23,9 +23,9 @@ SAID_BY = ("can't allocate memory", "ALLOC_FAILED", "CUDA error: out of memory")
 def available_memory(device: str) -> float:
     """Bytes of memory available on the device; infinity if the system does not say (only Linux does, for a CPU).
 
-    On a GPU what CUDA has free. On a CPU what the system has free, or what the limits of the process's control groups
-    leave if that is less, divided by the processes that a launcher started on this machine; files that are cached in
-    memory count as free. $SAE_MEMORY_GB bounds both.
+    On a GPU, the free memory that CUDA reports. On a CPU, the free memory of the system, or what the limits of the
+    process's control groups leave if that is less, divided by the number of processes that a launcher started on this
+    machine; files that are cached in memory count as free. $SAE_MEMORY_GB limits both.
 
     Raises UsageError if $SAE_MEMORY_GB is not a positive number.
     """
@@ -81,7 +81,7 @@ def control_groups() -> Iterator[tuple[Path, bool]]:
 
 
 def group_free(folder: Path, v2: bool) -> float:
-    """What a control group leaves of its limit, in bytes; infinity if it has none."""
+    """The unused part of a control group's limit, in bytes; infinity if it has none."""
     limit, used, cached = (
         ("memory.max", "memory.current", "inactive_file")
         if v2

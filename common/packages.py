@@ -1,7 +1,7 @@
-"""Which packages are installed, which of them are older than declared, and the optional ones.
+"""Find installed packages, packages that are older than declared, and optional ones.
 
-What the package needs, and from which version on, is declared in pyproject.toml alone; it is read back from the
-metadata of the installation.
+The required packages and their lowest versions are declared in pyproject.toml only, and read from the metadata of the
+installation.
 """
 
 import importlib
@@ -64,7 +64,7 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def import_extra(extra: str, what: str, module: str | None = None) -> ModuleType:
-    """Import the package of an extra, or a `module` that needs it. `what` is what the user asked for.
+    """Import the package of an extra, or a `module` that needs it. `what` is the option that needs it, for the error.
 
     Raises UnavailableError, which names the extra, if the package is not installed or cannot be imported.
     """

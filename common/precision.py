@@ -1,4 +1,4 @@
-"""What matrix products are computed in: float32, tf32 (float32 numbers, rounded to 11 bits) or bfloat16.
+"""The precision of matrix products: float32, tf32 (float32 numbers, rounded to 11 bits) or bfloat16.
 
 Weights, moments, gradients and sums are float32 in all three. Under bfloat16 torch's autocast rounds the inputs of
 products, and their results.

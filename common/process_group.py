@@ -34,7 +34,7 @@ class ProcessGroup:
     count: int = 1
     device: str = "cpu"
     gather: Callable[[Any], list[Any]] = lambda value: [value]
-    """Returns what each process gave, in the order of ranks, once every process has called it.
+    """Returns the values of all processes, in the order of ranks, once every process has called it.
 
     Raises UnavailableError, naming the process, if one of them has ended.
     """

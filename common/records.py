@@ -123,7 +123,7 @@ class RecordKind(Generic[Content]):
     def _remove_digest(self, content: Any) -> Any:
         """Remove the digest from the content and return it; None if there is none.
 
-        Where the name itself was hit ("content_dygest"), what it names is returned: it does not match what remains.
+        If its name was damaged ("content_dygest"), its value is returned; it does not match the remaining content.
         """
         holder = content.get(self.digest_in) if self.digest_in and isinstance(content, dict) else content
         if isinstance(holder, dict) and DIGEST not in holder:

@@ -37,9 +37,9 @@ def bos_or_eos_id(tokenizer: Any) -> int | None:
 def choose_bos(tokenizer: Any, request: str = "auto") -> BosChoice:
     """The token that contexts begin with, for a request as for `--bos`: "auto", "none", or a token as text or id.
 
-    auto is what the tokenizer itself puts before a text; else `<|endoftext|>` if that is a special token of the
-    vocabulary; else bos_token or eos_token, unless it bounds a chat turn; else none. A turn marker at the beginning of
-    ordinary text is far from what the model saw in training, and makes attention sinks.
+    "auto" is the token that the tokenizer itself puts before a text; else `<|endoftext|>` if that is a special token of
+    the vocabulary; else bos_token or eos_token, unless it bounds a chat turn; else none. A turn marker at the beginning
+    of ordinary text is unlike the model's training data, and causes attention sinks.
 
     Raises UsageError for a token that the vocabulary does not have.
     """

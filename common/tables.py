@@ -1,7 +1,7 @@
 """Read columns of JSON Lines, JSON, Parquet and Arrow files, row by row, from any row on.
 
-Only the columns that are asked for are decoded: what stands in the others, and whether it changes its type, does not
-matter. A row that cannot be decoded is returned with its problem, and the next one is read.
+Only the requested columns are decoded; the content of the others, and a change of their type, does not matter. A row
+that cannot be decoded is returned with its problem, and reading goes on with the next one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ BATCH_ROWS = 256  # of a Parquet file that are decoded together
 
 @dataclass(frozen=True)
 class Unreadable:
-    """What stands in place of a row that cannot be decoded, or of a text that is something else."""
+    """A placeholder for a row that cannot be decoded, or for a cell that is not a text."""
 
     problem: str  # names the file and the line or row
 
@@ -91,7 +91,7 @@ def file_format(file: Path) -> str:
 
 
 def explain_errors(file: Path, open_rows: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-    """What an iterator yields. Whatever it raises becomes a UsageError that names the file."""
+    """Yield from an iterator. Any error of it becomes a UsageError that names the file."""
     try:
         yield from open_rows()
     except SaeError:
@@ -203,7 +203,7 @@ def bytes_for_strings(kind: Any) -> Any:
 
 
 def column_decoder(schema: Any, name: str) -> Callable[[Any], Any]:
-    """What turns a cell into the value that was stored. `datasets` stores values of mixed types as JSON."""
+    """A function that turns a cell into the value that was stored. `datasets` stores values of mixed types as JSON."""
     import pyarrow as pa
 
     field = schema.field(schema.get_field_index(name)) if schema.get_field_index(name) >= 0 else None

@@ -1,4 +1,4 @@
-"""What identifies a tokenizer, and which of its tokens a model has no embedding for."""
+"""Identify a tokenizer, and find tokens that the model has no embedding for."""
 
 import hashlib
 from collections.abc import Iterable

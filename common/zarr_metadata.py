@@ -1,4 +1,4 @@
-"""What of an array's zarr.json decides how its bytes are read, whichever Zarr program wrote it."""
+"""The parts of an array's zarr.json that decide how its bytes are read, whichever Zarr program wrote it."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ CODEC_DEFAULTS = {"bytes": {"endian": "little"}, "sharding_indexed": {"index_loc
 
 
 def codec_essentials(codec: dict[str, Any]) -> dict[str, Any]:
-    """What decides how a codec reads bytes, with default settings filled in."""
+    """The settings that decide how a codec reads bytes, with defaults filled in."""
     settings = CODEC_DEFAULTS.get(codec["name"], {}) | codec.get("configuration", {})
     inner = {key: list(map(codec_essentials, settings[key])) for key in ("codecs", "index_codecs") if key in settings}
     return {"name": codec["name"], **{key: settings[key] for key in CODEC_SETTINGS if key in settings}, **inner}
 
 
 def array_essentials(metadata: dict[str, Any]) -> dict[str, Any]:
-    """What decides how the bytes of an array are read. Other Zarr writers, who write the rest their way, keep it."""
+    """The settings that decide how the bytes of an array are read. Other Zarr writers keep them; others may change."""
     return {
         "shape": metadata["shape"],
         "data_type": metadata["data_type"],

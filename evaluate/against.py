@@ -284,17 +284,17 @@ def digest_without_l0(record: Mapping[str, Any]) -> str:
 
 
 def base_notes(base: ComparedSystem) -> list[str]:
-    """What to know of the system that all others are compared with."""
+    """Notes about the system that all others are compared with."""
     if not base.runs[0].is_control:
         return []
     return [
-        f"{base.label} is a control: a part of it kept its random start. Where a system is not better than it, the "
-        "number does not show learned features."
+        f"{base.label} is a control: a part of it kept its random start. If a system is not better than it in a "
+        "number, that number does not show learned features."
     ]
 
 
 def unit_notes(lines: Sequence[AgainstLine]) -> list[str]:
-    """What the unit that was paired leaves open."""
+    """Notes about the limits of a comparison by the unit that was paired."""
     units = {line.pairing.differences.unit for line in lines if line.pairing.differences is not None}
     notes = []
     if by_text := sorted(units - {SEED}):

@@ -1,7 +1,7 @@
-"""What a reader of one SAE's report asks first: is it better than simple things, can it be found again, is it the best?
+"""The first questions about an SAE: is it better than simple baselines, is it stable across seeds, is it the best?
 
-Five answers, each with its numbers and 95 % intervals, or with the command that gives what is missing. Their tests obey
-docs/reference/statistics.md, and all of them together are one table there: Holm's correction covers them all.
+Five answers, each with its numbers and 95 % intervals, or with the command that gives the missing numbers. The tests
+follow docs/reference/statistics.md; Holm's correction covers all of them together, as one table.
 """
 
 import math
@@ -50,8 +50,8 @@ class Answer:
         verdict: a few words.
         numbers: sentences, or parts of one, with the numbers behind the verdict.
         is_good: whether the verdict speaks for the SAE; None if it says neither.
-        remedy: what is missing, as a sentence that ends where `command` follows.
-        command: gives what is missing.
+        remedy: a sentence about missing numbers, which `command` follows.
+        command: the command that gives the missing numbers.
     """
 
     question: str
@@ -63,7 +63,7 @@ class Answer:
 
 
 class Report(NamedTuple):
-    """The answers, and every comparison behind them, of which each names what the SAE was compared with."""
+    """The answers, and every comparison behind them. Each comparison names what the SAE was compared with."""
 
     answers: list[Answer]
     lines: list[AgainstLine]
@@ -114,7 +114,7 @@ def lines_against(run: ComparedRun, other: ComparedRun, numbers: Sequence[Number
 
 
 def control_lines(near: RunsBeside) -> list[AgainstLine]:
-    """The run against its best control in each summary number: what a control has of it at most."""
+    """The run against its best control in each summary number."""
     controls, lines = controls_beside(near), []
     by_name = {one.name: one for one in (*near.references, *near.controls)}
     for metric, column in summary_columns():
@@ -131,7 +131,7 @@ def controls_beside(near: RunsBeside) -> Systems:
 
 
 def frontier_lines(near: RunsBeside) -> list[AgainstLine]:
-    """The run against the best other run of no more L0, by KL score and by EV. Other seeds of it are no rivals."""
+    """The run against the best other run of at most its L0, by KL score and by EV. Its other seeds are left out."""
     lines = []
     for number in FRONTIER_NUMBERS:
         if rival := best_rival(alone(near.run), map(alone, near.others), *number):
@@ -255,12 +255,12 @@ def answer_frontier(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
     if ours is None:
         return not_measured(FRONTIER, "Core has not been measured.", evaluate_command(run, "core"))
     published = describe_published(run)
-    numbers = name_others(lines, "the best other of no more L0 is")
+    numbers = name_others(lines, "the best other run of at most this L0 is")
     numbers += [published] if published else []
     at = f"at L0 {ours[0]:.1f}"
     if not lines:
-        some = f"none of {format_count(len(near.others), 'other run')} beside it has its L0 or less"
-        beside = some if near.others else "no other run beside it was measured like it"
+        some = f"none of {format_count(len(near.others), 'other run')} in its folder has its L0 or less"
+        beside = some if near.others else "no other run in its folder was measured with the same settings"
         if numbers:
             return Answer(FRONTIER, f"not known {at}", [*numbers, beside])
         found = [beside, "no published SAEs of this model and layer are known"]
@@ -269,7 +269,7 @@ def answer_frontier(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
         folder = quote(run.folder.parent)
         return Answer(
             FRONTIER, f"not known {at}", found, None,
-            "Evaluate the runs beside it together:", f"sae evaluate {folder}/*/ --suite core",
+            "Evaluate the runs in its folder together:", f"sae evaluate {folder}/*/ --suite core",
         )  # fmt: skip
     verdicts = Counter(line.finding.verdict for line in lines)
     behind, tested = verdicts["worse"], len(lines) - verdicts["not tested"]
@@ -278,12 +278,12 @@ def answer_frontier(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
     if behind:
         return Answer(FRONTIER, f"behind {at}" if behind == len(lines) else f"partly behind {at}", numbers, False)
     if verdicts["not distinguishable"]:
-        return Answer(FRONTIER, f"not told from the best {at}", numbers)
+        return Answer(FRONTIER, f"not distinguishable from the best {at}", numbers)
     return Answer(FRONTIER, f"on it {at}", numbers, True)
 
 
 def describe_published(run: ComparedRun) -> str:
-    """Where the run stands among published SAEs of its model and layer; "" if there are none at its L0."""
+    """The rank of the run among published SAEs of its model and layer; "" if there are none at its L0."""
     on_all_rows = alone(run.on_all_rows())
     own, published = on_all_rows.mean_and_spread(*PUBLISHED_NUMBER), published_at(on_all_rows, *PUBLISHED_NUMBER)
     if own is None or not published:
@@ -328,7 +328,7 @@ def describe(line: AgainstLine) -> str:
 
 
 def name_others(lines: Sequence[AgainstLine], before: str) -> list[str]:
-    """What the lines say, each after the name of what it is against where that changes."""
+    """The lines as text, each with the name of its other system if that differs from the previous line's."""
     names = [line.system for line in lines]
     return [
         describe(line) if number and names[number - 1] == line.system else f"{before} {line.system}: {describe(line)}"
@@ -368,6 +368,6 @@ def missing_seeds(question: str, near: RunsBeside, suite: str) -> Answer:
         return not_measured(question, f"{there}. Evaluate all of them together:", command)
     if command := more_seeds_command(run):
         suite = "" if suite == "core" else f" with --suite {suite}"
-        remedy = f"No other seed is beside it. Train some, then evaluate them together{suite}."
+        remedy = f"There is no other seed in its folder. Train some, then evaluate them together{suite}."
         return not_measured(question, remedy, command)
     return Answer(question, "not known", ["Too little is known of its training to repeat it with another seed."])

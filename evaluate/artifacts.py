@@ -41,13 +41,14 @@ class ArtifactCache:
     A file that is truncated or does not match its checksum is computed again. Several processes can share a cache: each
     writes to its own temporary file, and the last rename wins.
 
-    The ranks of one command (`shared`) compute each artifact once: whoever comes first holds its lock, and the others
-    wait and then read it. The lock is the operating system's, so that of a process that dies is free. On a file system
-    without locks every rank computes what it needs.
+    The ranks of one command (`shared`) compute each artifact once: the first rank to need it holds its lock, and the
+    others wait and then read it. The operating system frees the lock of a process that dies. On a file system without
+    locks every rank computes what it needs.
 
     Attributes:
-        limit: bytes of activations above which `in_use` removes those that were not read for longest.
-        waiting: called with what another process is computing before this one waits for it, and with "" afterwards.
+        limit: bytes of activations above which `in_use` removes the least recently read ones.
+        waiting: called with a description of the artifact before this process waits for another, and with ""
+        afterwards.
     """
 
     def __init__(self, folder: Path, shared: bool = False) -> None:
@@ -56,7 +57,7 @@ class ArtifactCache:
         self._held: set[Path] = set()  # locks of this process: it may ask for one again
 
     def describe(self) -> str:
-        """The folder, how much it holds, and what is removed when."""
+        """The folder, its size, and the limit above which files are removed."""
         now, free, limit = map(format_bytes, (folder_bytes(self.folder), free_space(self.folder), self.limit))
         return f"{self.folder} ({now} now, {free} free; above {limit} activations not read for longest are removed)"
 
@@ -79,9 +80,9 @@ class ArtifactCache:
 
     @contextlib.contextmanager
     def claim(self, kind: str, keys: Iterable[Mapping[str, Any]]) -> Iterator[None]:
-        """Hold the right to compute those of several artifacts that do not exist, where one pass gives them all.
+        """Hold the locks for computing the missing ones of several artifacts, which one pass gives together.
 
-        Look which are missing inside: another rank may have computed some while this one waited.
+        Inside, check again which are missing: another rank may have computed some while this one waited.
         """
         missing = [self.path(kind, key) for key in keys if not self.contains(kind, key)]
         with contextlib.ExitStack() as locks:
@@ -168,7 +169,7 @@ class ArtifactCache:
         release(lock)
 
     def remove_locks(self) -> None:
-        """Remove the files of the locks of artifacts, when all ranks are done. What is computed twice is the same."""
+        """Remove the lock files of artifacts, when all ranks are done. Computing an artifact twice changes nothing."""
         for path in self.locks.glob("*.lock"):
             with contextlib.suppress(OSError):
                 path.unlink()

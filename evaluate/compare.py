@@ -118,7 +118,7 @@ class Comparison:
     def with_control_notes(self, known: KnownVerdicts) -> "Comparison":
         """The comparison with a note for each system that is not better than its controls, as `sae evaluate` has it.
 
-        `known` are the verdicts of a table beside the notes, which they repeat (docs/reference/statistics.md).
+        `known` are the verdicts of a printed table, which the notes repeat (docs/reference/statistics.md).
         """
         compared = {system.label: system.run_by_seed for system in self.systems}
         found = control_notes({**self.beside, **compared}, summary_columns(), known)
@@ -194,9 +194,9 @@ def mixed_seeds(run: ComparedRun, runs: Sequence[ComparedRun]) -> list[str]:
         ]
         if others:
             notes.append(
-                f"{metric} of {run.name} was measured among other seeds than that of {', '.join(others[:3])}"
-                f"{f' and {len(others) - 3} more' if len(others) > 3 else ''}: their numbers do not belong together. "
-                f"Name all seeds in one command: sae evaluate RUN... --suite {metric}"
+                f"{metric} of {run.name} was measured with other seeds than {metric} of {', '.join(others[:3])}"
+                f"{f' and {len(others) - 3} more' if len(others) > 3 else ''}: their numbers are not comparable. "
+                f"Give all seeds in one command: sae evaluate RUN... --suite {metric}"
             )
     return notes
 
@@ -240,7 +240,7 @@ def sae_location(run: ComparedRun) -> dict[str, Any]:
 
 
 def group_by_system(runs: Sequence[ComparedRun]) -> list[ComparedSystem]:
-    """Group runs that differ only in their seed; labels name what the systems differ in."""
+    """Group runs that differ only in their seed; labels name the differences between the systems."""
     groups: dict[str, list[ComparedRun]] = {}
     for run in runs:
         identity = run.record if "seed" in run.record else {"folder": str(run.folder)}
@@ -320,8 +320,9 @@ def detectable_line(comparison: Comparison) -> list[str]:
 def to_records(comparison: Comparison) -> list[dict[str, Any]]:
     """Every number of every run as one flat dictionary per run, keyed by metric.category.name.
 
-    Numbers without outlier rows are under metric.masked_category.name. If one run has them, all have: those of a run
-    without outlier rows equal its other numbers. `notes` are sentences about numbers that mean less than they seem.
+    Numbers without outlier rows are under metric.masked_category.name. If one run has them, all get them; for a run
+    without outlier rows they equal its other numbers. `notes` are sentences about numbers that mean less than they
+    seem.
     """
     masked = {metric for run in comparison.runs for metric, result in run.results.items() if result.masked}
     return [

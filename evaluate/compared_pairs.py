@@ -10,10 +10,10 @@ ALL_PAIRS = "all"
 
 
 def compared_pairs(record: Mapping[str, Any]) -> str | None:
-    """What the run of a run.json compared in a step; None if it has no penalty on pairs that leaves a choice.
+    """The pairs that the run of a run.json compared in a step; None if its recipe has no choice of pairs.
 
     A run without the options is of an earlier version, which had no choice. A small dictionary is a single block, or
-    its table holds all pairs.
+    its table has all pairs.
     """
     options, latents = LATER_ENTRIES | record.get("resolved", {}), record.get("d_sae", math.inf)
     if record.get("variant") == "decorrelation":

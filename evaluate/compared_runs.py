@@ -81,7 +81,7 @@ def read_run(folder: Path, metrics: Iterable[str] = tuple(METRICS)) -> ComparedR
 
 
 class RunResults(NamedTuple):
-    """Metric -> result, metric -> its settings, and what the results say of the SAE: sae.json, or of a reference."""
+    """Metric -> result, metric -> its settings, and the results' description of the SAE: sae.json or a reference."""
 
     results: dict[str, MetricResult]
     settings: dict[str, dict[str, Any]]
@@ -112,7 +112,7 @@ def read_results(
 def read_references(
     runs: Sequence[ComparedRun], read: Callable[[Path], RunResults] = read_results
 ) -> list[ComparedRun]:
-    """The references that were measured on the runs' text and hook; of the controls only those of one of the runs.
+    """The references that were measured on the runs' text and hook. Controls are included if one of the runs has them.
 
     `read` gives the results of a folder.
     """
@@ -155,7 +155,7 @@ def is_wanted(control: ComparedRun, runs: Sequence[ComparedRun]) -> bool:
 
 
 def name_controls(references: Sequence[ComparedRun]) -> list[ComparedRun]:
-    """The references, with controls of one recipe and L0 told apart."""
+    """The references, with distinct names for controls of one recipe and L0."""
     controls = [one for one in references if one.is_control]
     names = distinct_names([one.name for one in controls], [one.record for one in controls])
     named = [replace(one, name=name) for one, name in zip(controls, names, strict=True)]
@@ -165,6 +165,6 @@ def name_controls(references: Sequence[ComparedRun]) -> list[ComparedRun]:
 def without_weights(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings without the digests of the SAE and of the seeds that it was compared with.
 
-    Neither have they the sample of latents that core pairs: it is recorded for wide SAEs only, and is no condition.
+    `paired_latents` is left out too: it is recorded for wide SAEs only and does not affect comparability.
     """
     return {name: value for name, value in settings.items() if name not in ("weights", "seeds", "paired_latents")}

@@ -123,8 +123,8 @@ class EvalContext:
 
     @property
     def text_settings(self) -> dict[str, Any]:
-        """What a metric with texts of its own depends on besides them, where it differs from earlier versions: they
-        were given what the tokenizer adds, and their pad, EOS and BOS were left out.
+        """Additional settings of a metric with its own texts, if they differ from earlier versions. Those used the
+        token that the tokenizer adds, and left out pad, EOS and BOS.
         """
         return self._format_settings(added_bos_id(self.tokenizer))
 
@@ -149,7 +149,7 @@ class EvalContext:
 
     @property
     def logit_settings(self) -> dict[str, Any]:
-        """What a metric of the model's logits depends on besides: earlier versions rounded them as the model did."""
+        """Additional settings of a metric of the model's logits: earlier versions rounded them as the model does."""
         return {} if self.model_identity.get("llm_dtype") == "float32" else {"logits": "float32"}
 
     def batches(

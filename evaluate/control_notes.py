@@ -1,4 +1,4 @@
-"""Sentences about systems beside their controls, in the words and by the tests of docs/reference/statistics.md.
+"""Sentences that compare systems with their controls, with the verdicts and tests of docs/reference/statistics.md.
 
 The comparisons of these notes are a table of their own: every system against the best of its controls in each number
 that `sae compare` shows. A pair that a printed table tests too has that table's verdict in the note.
@@ -45,12 +45,12 @@ class BesideControl(NamedTuple):
 
 
 def control_notes(systems: Systems, columns: Columns, known: KnownVerdicts) -> dict[str, list[str]]:
-    """Label -> sentences, for the systems that have controls: where one is not better, is the same, or of unlike L0.
+    """Label -> sentences, for systems with controls: numbers that are not better or are the same, and unlike L0.
 
     Args:
         systems: with their controls, which are systems too.
-        columns: the numbers to speak of, as far as a better direction is known.
-        known: the verdicts of a table beside the notes, which they repeat.
+        columns: the numbers to compare; those without a better direction are left out.
+        known: the verdicts of a printed table, which the notes repeat.
     """
     found = compare_with_controls(systems, columns, known)
     notes: dict[str, list[str]] = {}
@@ -92,7 +92,7 @@ def best_control(
 
 
 def known_verdict(one: BesideControl, known: KnownVerdicts) -> Verdict | None:
-    """What a table says of the same pair, in whichever order it has the two."""
+    """The verdict of a table on the same pair, in either order."""
     if found := known.get((one.system, one.control, one.metric, one.column)):
         return found
     turned = known.get((one.control, one.system, one.metric, one.column))
@@ -128,8 +128,8 @@ def same_as_controls(label: str, runs: RunBySeed, controls: Systems, columns: Co
         both = [(ours, theirs) for ours, theirs in pairs if ours and theirs]
         if len(both) > 1 and all(ours == theirs for ours, theirs in both):
             yield (
-                f"{name} has the value of {label} in every number: what it freezes never took effect in training, so "
-                "it controls for nothing. Train both longer."
+                f"{name} has the same value as {label} in every number: its frozen part never had an effect in "
+                "training, so it is not a control. Train both longer."
             )
 
 

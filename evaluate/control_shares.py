@@ -32,11 +32,10 @@ class Share(NamedTuple):
 
 
 def find_share(system: RunBySeed, control: RunBySeed, metric: str, column: MetricColumn) -> Share | None:
-    """(control - floor) / (system - floor), of the means over what is paired, with Fieller's interval.
+    """(control - floor) / (system - floor), for the means over the paired units, with Fieller's interval.
 
-    Where nothing can be paired it is that of the means over the runs. None where lower is better, where the number has
-    no floor of that kind, and where the 95 % interval of the system itself reaches down to it: a share of nothing would
-    be any number.
+    If nothing can be paired, the means over the runs are used. None if lower is better, if the number has no such
+    floor, or if the 95 % interval of the system itself includes the floor, since the share could then be any number.
     """
     floor = column.floor
     if column.better != "up" or floor is None or not column.shared or column.category in NOT_OF_FEATURES:
@@ -83,9 +82,9 @@ def share_cells(systems: Systems, columns: Columns) -> list[list[str]]:
 
 
 def controls_of(system: RunBySeed, systems: Systems) -> dict[str, RunBySeed]:
-    """The controls of a system: those trained on its rows, at its width and L0, as long as it.
+    """The controls of a system: trained on the same rows, at the same width and L0, for the same number of steps.
 
-    Where some have the base that its controls are trained with, they alone count.
+    If some of them are made of the base recipe for this system, only those are returned.
     """
     run = first_of(system)
     found = {label: runs for label, runs in systems.items() if is_control_of(first_of(runs), run)}

@@ -1,7 +1,8 @@
-"""Controls: SAEs of which a part keeps its random start, trained as the runs that they control for (arXiv 2602.14111).
+"""Controls: SAEs with a part that keeps its random start, trained like the runs that they control for (arXiv
+2602.14111).
 
-train/variants/controls.py has their recipes and workflows/controls.py trains them. Here is which control belongs to
-which run, and the reference rows of those that `sae evaluate --controls` has trained.
+train/variants/controls.py has their recipes and workflows/controls.py trains them. This module decides which control
+belongs to which run, and makes the reference rows of those that `sae evaluate --controls` has trained.
 """
 
 import json
@@ -19,8 +20,8 @@ from .metrics.base import EvalTarget, RowSet
 from .rows import EvalGroup, EvalRow, hook_suffix
 
 RECIPES = ("frozen-decoder", "soft-frozen-decoder", "frozen-encoder")
-BASES = ("batchtopk", "topk")  # what a control can be made of: option `base` of its recipe; first the default
-SHARED = ("layer", "site", "d_sae", "steps", "batch_size", "order_seed", "cache")  # with a control, beside its L0
+BASES = ("batchtopk", "topk")  # recipes that a control can be made of (its option `base`); the first is the default
+SHARED = ("layer", "site", "d_sae", "steps", "batch_size", "order_seed", "cache")  # equal in a run and its control
 
 
 def controls_folder() -> Path:
@@ -29,7 +30,8 @@ def controls_folder() -> Path:
 
 
 def conditions_of(folder: Path) -> dict[str, Any] | None:
-    """What a run and its controls have in common: rows and their order, width, L0, steps, batch size, precision.
+    """The conditions that a run shares with its controls: rows and their order, width, L0, steps, batch size,
+    precision.
 
     None for a run that cannot have controls here: an imported one, one that was trained with --stream, whose rows are
     gone, and one of unknown L0.
@@ -47,7 +49,7 @@ def conditions_of(folder: Path) -> dict[str, Any] | None:
 
 
 def base_of(record: RunRecord | None) -> str:
-    """The recipe that a control is made of. Of another run: its own recipe where controls can be, else batchtopk."""
+    """The base recipe of a control. For another run, that of its controls: its own if possible, else batchtopk."""
     if record is None:
         return BASES[0]
     if record["variant"] in RECIPES:
@@ -56,7 +58,7 @@ def base_of(record: RunRecord | None) -> str:
 
 
 def trained_l0(folder: Path, record: RunRecord) -> float | None:
-    """The L0 of a run: what it was asked for (--l0, k or l0), else that of its last logged steps to the nearest 1."""
+    """The L0 of a run: its --l0, k or l0, else the L0 of its last logged steps, rounded to an integer."""
     options = record.get("resolved", {})
     for asked in (record.get("l0"), options.get("k"), options.get("l0")):
         if asked is not None:
@@ -79,11 +81,11 @@ def conditions_digest(conditions: Mapping[str, Any] | None) -> str:
 
 
 def control_rows(group: EvalGroup, folders: Sequence[Path], outlines: bool = False) -> list[EvalRow]:
-    """The trained controls among `folders` as reference rows beside the runs that they control for.
+    """The trained controls among `folders` as reference rows for the runs that they control for.
 
-    Their results are kept where those of the other references are. With `outlines` their weights are not read.
+    Their results are stored with those of the other references. With `outlines` their weights are not read.
 
-    Raises UsageError for a folder that holds no trained control, and DamagedError for one that cannot be read.
+    Raises UsageError for a folder without a trained control, and DamagedError for one that cannot be read.
     """
     row_sets = group.row_sets
     rows = [
@@ -115,7 +117,7 @@ def control_conditions(folder: Path) -> dict[str, Any]:
     conditions = conditions_of(folder)
     if conditions is None or read_sae_record(folder).get("origin", {}).get("variant") not in RECIPES:
         raise UsageError(
-            f"{folder} is no control. Give runs of {', '.join(RECIPES)}, as `sae.train_controls` returns them."
+            f"{folder} is not a control. Give runs of {', '.join(RECIPES)}, as `sae.train_controls` returns them."
         )
     return conditions
 

@@ -1,8 +1,8 @@
-"""Deal SAEs to the ranks of one command, from the records alone: before a model is loaded or a weight is read.
+"""Assign SAEs to the ranks of one command, from the records alone, before a model is loaded or a weight is read.
 
-What is dealt is a unit: a run, the seeds of a system for a metric that reads them together, or reference rows. Units
-stand in the order of their hooks and are cut into consecutive shares, of which the longest is as short as can be, so
-that a rank reads the model's activations at as few hooks as it can.
+A unit is a run, the seeds of a system for a metric that reads them together, or reference rows. Units are ordered by
+hook and cut into consecutive shares, with the longest share as short as possible, so that a rank reads the model's
+activations at few hooks.
 """
 
 from collections import Counter
@@ -40,10 +40,10 @@ UNKNOWN = (2e6, 1e11)
 
 @dataclass(frozen=True)
 class Unit:
-    """What one rank measures as a whole.
+    """Work that is assigned to one rank as a whole.
 
     Attributes:
-        runs: the run folders; of reference rows, one run that they stand beside.
+        runs: the run folders; for reference rows, one of the runs that they are references for.
         metrics: their names.
         beside: "" for the runs themselves, REFERENCES, or the folder of a control.
         seconds: about how long it takes; only the proportions are certain.
@@ -72,7 +72,7 @@ def deal_work(plan: EvaluatePlan, count: int) -> list[Share]:
 
 
 def ordered_units(plan: EvaluatePlan, group: EvalGroup) -> list[Unit]:
-    """What of a group can be dealt by itself, in the order of hooks, at each hook the longest first."""
+    """The units of a group, ordered by hook, and the longest first at each hook."""
     together = [metric for metric in plan.metrics if not metric.independent_seeds]
     alone = [metric for metric in plan.metrics if metric.name in group.settings and metric not in together]
     measurable = [metric for metric in plan.metrics if metric.name in group.settings]
@@ -113,7 +113,7 @@ def unit_of(group: EvalGroup, rows: Sequence[EvalRow], metrics: Sequence[Metric]
 
 
 def seconds_of(metric: Metric, ctx: EvalContext, target: EvalTarget) -> float:
-    """About how long a metric takes for an SAE, besides what no SAE changes."""
+    """The approximate time of a metric for one SAE, without the work that is shared by all SAEs."""
     per_weight, others = OPERATIONS.get(metric.name, UNKNOWN)
     weights = target.sae.d_in * target.sae.d_sae  # type: ignore[attr-defined]
     operations = per_weight * weights + others
@@ -127,7 +127,7 @@ def seconds_of(metric: Metric, ctx: EvalContext, target: EvalTarget) -> float:
 
 
 def split(units: Sequence[Unit], count: int) -> list[Share]:
-    """Consecutive shares of the units, of which the longest is as short as possible; none is empty without need."""
+    """Consecutive shares of the units. The longest is as short as possible, and none is empty unless units are few."""
     seconds = [unit.seconds for unit in units]
     longest, whole = max(seconds, default=0.0), sum(seconds)
     shares = cut(units, count, smallest_bound(longest, whole, lambda limit: len(cut(units, count, limit)) <= count))
@@ -135,7 +135,7 @@ def split(units: Sequence[Unit], count: int) -> list[Share]:
 
 
 def cut(units: Sequence[Unit], count: int, limit: float) -> list[Share]:
-    """Consecutive shares of at most `limit` seconds each; as many as that takes, and `count` if there are the units."""
+    """Consecutive shares of at most `limit` seconds each; at least `count` of them if there are enough units."""
     shares: list[list[Unit]] = []
     load = 0.0
     for place, unit in enumerate(units):

@@ -1,4 +1,4 @@
-"""Where SAEs stand on the frontier of L0 against a number: which others are better at no more latents per token."""
+"""The frontier of L0 against a number: which other SAEs are better with at most as many latents per token."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -47,7 +47,7 @@ def l0_of(system: ComparedSystem) -> float | None:
 def best_rival(
     system: ComparedSystem, others: Iterable[ComparedSystem], metric: str, column: MetricColumn
 ) -> ComparedSystem | None:
-    """The best of the others in a number at the system's L0 or less, the first of equals; None if none is there."""
+    """The best other system in a number at the system's L0 or less (the first among equals); None if there is none."""
     own = l0_of(system)
     if own is None:
         return None

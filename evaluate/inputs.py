@@ -240,8 +240,8 @@ def make_context(
     """The evaluation context of a cache: its model, found but not loaded yet, and its held-out text.
 
     The text is cut to the first contexts that hold `tokens` tokens, or is all of it. `model` says where the model's
-    folder lies, if it has moved since the harvest. `origin` is that of the SAEs: for imported ones contexts are begun
-    and cut as their files say. `precision` is that of the SAEs' products.
+    folder is, if it has moved since the harvest. `origin` is that of the SAEs: for imported ones, their files decide
+    the first token and the length of contexts. `precision` is that of the SAEs' products.
 
     Raises UsageError when the model or the tokenizer on this machine is another one than the cache was made with, or
     when the cache has no held-out text.

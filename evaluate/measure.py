@@ -67,7 +67,7 @@ def loaded(row: EvalRow, device: str, precision: str) -> EvalTarget:
 
 
 def loaded_targets(rows: Sequence[EvalRow], ctx: EvalContext) -> Iterator[EvalTarget]:
-    """The targets of rows, one SAE after the other in memory. What is damaged is left out: it is measured nowhere."""
+    """The targets of rows, with one SAE in memory at a time. A damaged SAE is left out."""
     for row in rows:
         try:
             target = loaded(row, ctx.device, ctx.precision)
@@ -77,7 +77,7 @@ def loaded_targets(rows: Sequence[EvalRow], ctx: EvalContext) -> Iterator[EvalTa
 
 
 def add_control_notes(rows: Sequence[EvalRow]) -> None:
-    """Fill in what is said of each system of rows beside its controls. All runs of a system have it."""
+    """Fill in the notes that compare each system of rows with its controls. All runs of a system get them."""
     systems = systems_of(rows)
     found = control_notes(systems, summary_columns(), seed_verdicts(rows))
     for label, runs in systems.items():
@@ -122,7 +122,7 @@ def reference_rows(group: EvalGroup, wanted: Sequence[RowSet] | None = None) -> 
 
 
 def describe_running_out(metric: Metric, group: EvalGroup, error: BaseException) -> str:
-    """What a metric ran out of, and what to lower."""
+    """A sentence about the memory that a metric ran out of, and the options to lower."""
     sizes = [name for name in ("batch_contexts", "tokens") if name in {field.name for field in fields(metric)}]
     smaller = [f"a smaller --set {metric.name}.{name}" for name in sizes]
     ways = [*smaller, "fewer runs in one command", "--no-references", "a smaller model (--dtype bfloat16)"]

@@ -1,4 +1,4 @@
-"""The runs beside a run, in the same folder: its other seeds, and the other SAEs that were measured as it was."""
+"""The other runs in the folder of a run: its other seeds, and SAEs that were measured with the same settings."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,10 +22,10 @@ MORE_SEEDS = 2  # that a command trains
 
 @dataclass(frozen=True)
 class RunsBeside:
-    """What a run is seen beside.
+    """The references and runs that a run is compared with.
 
     Attributes:
-        references: those of its text and hook, its controls among them.
+        references: those of its text and hook, including its controls.
         seeds: runs that differ from it only by seed, with core measured as for the run.
         unmeasured: the folders of such runs with core measured otherwise, or not at all.
         controls: runs that are controls of it, with its results of each metric measured alike; one of each recipe.
@@ -81,7 +81,7 @@ def nearest_seed(run: ComparedRun, others: Sequence[ComparedRun]) -> ComparedRun
 
 
 def read_control(control: ComparedRun, run: ComparedRun) -> ComparedRun:
-    """The control with all of its results that were measured as those of the run were."""
+    """The control, with all results that were measured with the same settings as the run's."""
     every = read_run(control.folder)
     return replace(
         every, results={name: one for name, one in every.results.items() if measured_alike(run, every, name)}

@@ -14,9 +14,8 @@ from .rows import EvalRow, placed
 def norm_limit_of(origin: Mapping[str, Any], cache: Cache, hook: Hook, max_norm: float | None = None) -> float | None:
     """The limit for an SAE with this `origin` (of sae.json) on the text of a cache; None: no row is an outlier.
 
-    With `max_norm` it is that multiple of the median norm of the cache's rows at the hook. Otherwise it is what
-    sae.json records; for a run that an older version trained, what the cache records, if it is the one that the run was
-    trained on.
+    With `max_norm` it is that multiple of the median norm of the cache's rows at the hook. Otherwise it is the limit in
+    sae.json; for a run of an older version, it is the limit of the cache, if the run was trained on that cache.
 
     Raises UsageError for a `max_norm` if the cache does not hold the rows of the hook.
     """

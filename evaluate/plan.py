@@ -190,9 +190,9 @@ class EvaluatePlan:
 
 
 def whole_contexts(asked: int | None, read: int, changed: bool) -> str:
-    """Why another number of tokens is read than was asked for, to stand behind it; empty if it is as asked.
+    """A remark behind the number of tokens if it differs from the requested one; empty if it does not.
 
-    `changed` says whether the contexts are begun and cut as the files of an imported SAE say.
+    `changed`: whether the files of an imported SAE decide the first token and the length of contexts.
     """
     if asked is None or asked == read:
         return ""

@@ -1,8 +1,8 @@
 """Evaluate over the ranks of a launcher: each measures its share of the SAEs, on its own device.
 
-Ranks share nothing but files while they measure. A result is a file of its run; what no SAE changes is a file of the
-artifact cache, computed by the rank that comes first. At the end each tells the others what is in no file: errors and
-the names of reference rows. A rank that dies leaves its SAEs unmeasured; the same command measures them.
+While they measure, ranks share only files. A result is a file of its run; values that do not depend on an SAE are files
+of the artifact cache, computed by the first rank to need them. At the end each rank sends the others what is in no
+file: errors and the names of reference rows. If a rank dies, its SAEs stay unmeasured; the same command measures them.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ TICK_SECONDS = 2.0  # between two counts of the results of all ranks
 
 @dataclass
 class Measured:
-    """What a rank tells the others.
+    """The values that a rank sends to the others.
 
     Attributes:
         errors: run folder and metric -> why there is no result.
@@ -53,7 +53,7 @@ def measure_over_ranks(
     Raises SaeError if any rank did, and UnavailableError if one has ended.
     """
     shares = ranks.everywhere(lambda: deal_work(plan, ranks.count))
-    # The first rank's deal is that of all: another may have planned when some of the results were there already.
+    # All use the first rank's assignment: another may have planned when some results already existed.
     shares, controls = ranks.gather((shares, plan.config.controls) if ranks.is_first else None)[0]
     plan.config = replace(plan.config, controls=controls)
     view = RanksView(plan, progress) if ranks.is_first else NoView(progress)
@@ -69,7 +69,7 @@ def measure_over_ranks(
 
 
 def attempt(plan: EvaluatePlan, share: Share, progress: ProgressFactory) -> Callable[[], Measured]:
-    """Measure a share. Returns a function that returns what was measured, or raises the SaeError that ended it."""
+    """Measure a share. Returns a function that returns the results, or raises the SaeError that ended it."""
     try:
         measured = measure_share(plan, share, progress)
     except SaeError as error:
@@ -126,7 +126,7 @@ def load_due(group: EvalGroup, units: Sequence[Unit], measured: Measured) -> dic
 
 
 def share_of_references(plan: EvaluatePlan, group: EvalGroup, units: Sequence[Unit]) -> dict[tuple[int, ...], EvalRow]:
-    """The reference rows of some units, by their place among all of the group: those of row sets, then controls."""
+    """The reference rows of some units, by their position among those of the group: row sets first, then controls."""
     if not units:
         return {}
     row_sets = {row.folder: row.target.row_set for row in group.rows}
@@ -145,7 +145,7 @@ def share_of_references(plan: EvaluatePlan, group: EvalGroup, units: Sequence[Un
 
 
 def join(plan: EvaluatePlan, found: Sequence[Measured], all_rows: bool) -> list[list[EvalRow]]:
-    """The rows of each group, with what all ranks measured: results from the files, the rest as they told it."""
+    """The rows of each group with the measurements of all ranks: results from files, the rest from their messages."""
     errors = {key: error for one in found for key, error in one.errors.items()}
     told = {place: row for one in found for place, row in one.references.items()}
     plan.notes += [note for one in found for note in one.notes]
@@ -174,7 +174,7 @@ def unseen(row: EvalRow, metric: Metric) -> SaeError:
 
 
 class NoView:
-    """What the ranks after the first show: nothing."""
+    """The view of the ranks after the first, which show nothing."""
 
     def __init__(self, progress: ProgressFactory) -> None:
         self.progress = progress
@@ -191,9 +191,9 @@ class NoView:
 
 
 class RanksView(NoView):
-    """The progress of the first rank's metrics, beside the number of results of all ranks, which are counted as files.
+    """The progress of the first rank's metrics, with the number of results of all ranks, counted as files.
 
-    A thread counts and shows them also while the rank waits.
+    A thread counts and shows them, even while the rank waits.
     """
 
     def __init__(self, plan: EvaluatePlan, progress: ProgressFactory) -> None:
@@ -264,7 +264,7 @@ class RanksView(NoView):
 
 
 def stamp(path: Path) -> tuple[int, int] | None:
-    """Changes whenever a file is written anew; None if there is none."""
+    """A value that changes whenever a file is written again; None if there is no file."""
     try:
         found = path.stat()
     except OSError:

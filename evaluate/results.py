@@ -60,7 +60,7 @@ def write_result(
 
 
 def unstructured_part(result: MetricResult, caveat: str = "") -> dict[str, Any]:
-    """What SAEBench has no fields for."""
+    """The parts of a result for which SAEBench has no fields."""
     part = {name: getattr(result, name) for name in UNSTRUCTURED_KEYS}
     if notes := [*misnamed_numbers(result.metrics), *filter(None, [caveat])]:
         part["notes"] = notes
@@ -159,7 +159,7 @@ def archive_other_settings(folder: Path, metric: Metric, settings: Mapping[str, 
 
 
 def replacing_results(folder: Path) -> AbstractContextManager[None]:
-    """The exclusive right to replace results of a run, so that none is replaced before it is archived."""
+    """Hold the lock for replacing results of a run, so that none is replaced before it is archived."""
     return held_if_possible(folder / "evaluations" / ".lock")
 
 

@@ -199,7 +199,7 @@ def placed(hook: Hook) -> str:
 
 
 def hook_suffix(hook: Hook) -> str:
-    """What the name of a reference's folder says of its hook: "" for resid_post, "-mlp_out"."""
+    """The suffix for the hook in the name of a reference's folder: "" for resid_post, else such as "-mlp_out"."""
     return "" if hook.site == "resid_post" else f"-{hook.site}"
 
 
@@ -217,13 +217,13 @@ def describe_notes(row: MeasuredRun) -> list[str]:
 
 
 def add_notes(rows: Sequence[EvalRow]) -> None:
-    """Fill in the notes of rows that were measured together: each beside the references on the same activations."""
+    """Fill in the notes of rows that were measured together, which compare each with references on the same rows."""
     for row in rows:
         row.notes = notes_beside(row, [one for one in rows if one.target.row_set == row.target.row_set])
 
 
 def notes_beside(row: MeasuredRun, references: Iterable[MeasuredRun]) -> list[str]:
-    """Sentences about the numbers of an SAE beside what was asked for and beside the references on the same rows."""
+    """Sentences that compare the numbers of an SAE with its target L0 and with the references on the same rows."""
     ours = core_numbers(row)
     if row.is_reference or ours is None:
         return []

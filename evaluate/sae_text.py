@@ -1,8 +1,8 @@
-"""What the contexts begin with that an SAE is evaluated on, and how long they are.
+"""The first token and the length of the contexts that an SAE is evaluated on.
 
-An SAE that was trained here is evaluated on contexts of its cache as they are. An imported one was trained on other
-text: its contexts are begun as its files say, or like those of a new harvest where they say nothing, and are cut to the
-length that it was trained on.
+An SAE that was trained here is evaluated on the contexts of its cache as they are. An imported SAE was trained on other
+text: its contexts begin with the token that its files name, or else as in a new harvest, and are cut to the length that
+it was trained on.
 """
 
 from collections.abc import Mapping
@@ -30,12 +30,12 @@ class ContextChange:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a result depends on besides the cache; empty where nothing changes."""
+        """The settings that a result depends on besides the cache; empty if nothing changes."""
         bos = {} if self.bos is None else {"bos": self.bos[1]}
         return bos | ({} if self.max_tokens is None else {"max_tokens": self.max_tokens})
 
     def format(self, form: ContextFormat) -> ContextFormat:
-        """The format of the changed contexts. What they begin with is not counted."""
+        """The format of the changed contexts. Their first token is not counted."""
         if self.bos is None:
             return form
         new = self.bos[1]
@@ -90,7 +90,7 @@ def is_imported(origin: Mapping[str, Any]) -> bool:
 
 
 def bos_request(origin: Mapping[str, Any], tokenizer: Any) -> str:
-    """What the files of an imported SAE say that its contexts began with, as for `sae harvest --bos`."""
+    """The first token of contexts in the files of an imported SAE, as a value for `sae harvest --bos`."""
     token, prepend_bos = origin.get("bos_token"), origin.get("prepend_bos")
     if prepend_bos is False:
         return "none"
@@ -117,7 +117,7 @@ def describe_change(
     bos_id = form.bos_id if change.bos is None else change.bos[1]
     is_recorded = bos_request(origin, tokenizer) != "auto"
     lines = [
-        f"{name}: its files {'say' if is_recorded else 'do not say'} what its contexts began with: "
+        f"{name}: its files {'record' if is_recorded else 'do not record'} the first token of its contexts: "
         f"{shown(bos_id)}{'' if is_recorded else ', as for a new harvest'}"
         + (f" instead of the cache's {shown(change.bos[0])}" if change.bos else "")
     ]

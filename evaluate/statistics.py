@@ -86,7 +86,7 @@ def bootstrap_interval(
     `statistic` takes the samples as arguments and the keyword `axis`. The same `seed` gives the same draws, so
     intervals of SAEs that were measured on the same units are made from the same resamples.
     """
-    # scipy refuses a sample of one value, of which every resample is that value: two copies of it are the same sample.
+    # scipy refuses a sample of one value. Two copies of the value have the same resamples.
     arrays = [np.repeat(array, 2) if len(array := np.asarray(sample)) == 1 else array for sample in samples]
     found = bootstrap(
         arrays, statistic, n_resamples=replicates, vectorized=True, method="percentile",
@@ -150,7 +150,7 @@ class PairedDifferences:
 
     @cached_property
     def has_spread(self) -> bool:
-        """Whether the differences differ: else there is no test, because nothing says how far they would vary."""
+        """Whether the differences are not all equal. If they are, there is no test: their variation is unknown."""
         return not math.isclose(min(self.values), max(self.values), rel_tol=NO_SPREAD)
 
     @property
@@ -194,7 +194,7 @@ class PairedComparison(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What can be said of one comparison.
+    """The result of one comparison.
 
     Attributes:
         p_value: corrected for the comparisons of the table; None if it was not tested.

@@ -1,4 +1,4 @@
-"""Results as tables: what each number is, which direction is better, its range, and how certain it is."""
+"""Results as tables: each number with its meaning, better direction, range and uncertainty."""
 
 import re
 import statistics
@@ -59,7 +59,7 @@ def systems_of(rows: Sequence[EvalRow]) -> dict[str, dict[Any, EvalRow]]:
 
 
 def seed_of(row: EvalRow) -> Any:
-    """The seed of a run; the name of what has none, a reference or an imported SAE."""
+    """The seed of a run; for a reference or an imported SAE, its name."""
     record = read_run_record(row.folder) if row.folder else None
     return row.name if record is None else record.get("seed", row.name)
 
@@ -88,7 +88,7 @@ def notes(rows: Sequence[MeasuredRun], shown: Collection[str] | None = None) -> 
     that they list, are given once.
 
     They are about the numbers that tables show, without outlier rows. `shown` names the metrics that tables can have,
-    by default all. What is known against one of them is said too, if it was measured.
+    by default all. The caveats of measured metrics are included.
     """
     measured = dict.fromkeys(metric for row in rows for metric in row.results)
     shown = [metric for metric in measured if shown is None or metric in shown]
@@ -175,7 +175,7 @@ def judge_seeds(
 
 
 def seed_verdicts(rows: Sequence[EvalRow]) -> dict[tuple[str, str, str, MetricColumn], Verdict]:
-    """What the tables of the rows say of groups of seeds: (group, first group, metric, column) -> verdict."""
+    """The verdicts of the rows' tables on groups of seeds: (group, first group, metric, column) -> verdict."""
     known = {}
     for metric, columns in shown_columns(rows).items():
         groups = runs_by_seed([row for row in rows if metric in row.results])

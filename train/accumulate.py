@@ -1,7 +1,7 @@
 """`sae train --accumulate N`: a batch is computed in N equal parts, whose gradients add up to that of the whole batch.
 
-A step then holds the latents of one part at a time. Most losses are means over tokens, and so the mean of the parts'
-means. What needs more of the batch than that reads `Step.whole`: the input and, where a part of the recipe says so
+A step then holds the latents of one part at a time. Most losses are means over tokens, so they equal the mean of the
+parts' means. Code that needs more of the batch reads `Step.whole`: the input and, if a part of the recipe declares it
 (`reads_batch`), the errors and L0 of a first pass without gradients. BatchTopK finds the smallest latent that the batch
 keeps in a pass over the pre-activations. Recipes with a part that needs the latents of all tokens at once
 (`undivided`) are refused. Sums have another order, so results differ from those of N = 1 by rounding.
@@ -30,7 +30,7 @@ class WholeBatch(Step):
 
     @torch.no_grad()
     def summarize(self, parts: Iterator[Step]) -> dict[str, Tensor]:
-        """Take over from the parts what the batch has without their latents; returns the means of their losses."""
+        """Combine the values of the parts, without their latents, into those of the batch; returns the mean losses."""
         errors, l0s, fired_F = [], [], torch.zeros(self.sae.d_sae, dtype=torch.bool, device=self.x_BD.device)
         losses: dict[str, list[Tensor]] = {}
         metrics: dict[str, list[Tensor]] = {}

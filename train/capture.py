@@ -4,15 +4,15 @@ An eager step launches a hundred kernels and more, one after the other, and the 
 for a small SAE. A graph holds the kernels of one step of every run, each run on a stream of its own, and one launch
 starts them all.
 
-A launched graph runs the same kernels on the same memory again. So all that changes from step to step does so in place,
-on the device: the batch is copied to where the graph reads it; the learning rate and all coefficients follow from the
-number of the step; counters, averages and metrics are added up where they are. What changes the shapes of a step
-(`Mechanism.shape_key`) makes a new graph: the first step with new shapes is taken eagerly, which also makes what a
-first step makes (Adam's moments) and loads what kernels need, the second is captured. Nothing is computed while it is
-captured; then the graph is launched, for that step too.
+A launched graph runs the same kernels on the same memory again. So everything that changes from step to step changes in
+place, on the device: the batch is copied to where the graph reads it; the learning rate and all coefficients are
+computed from the number of the step; counters, averages and metrics are added up in place. When the shapes of a step
+change (`Mechanism.shape_key`), a new graph is made. The first step with new shapes is taken eagerly; it also creates
+Adam's moments and loads the kernels. The second step is captured. Nothing is computed during the capture; then the
+graph is launched, for that step too.
 
-The results are those of eager steps bit for bit, which stay the reference. That was shown on the simulated GPU of the
-tests; a real one was not at hand, so neither the bits nor the speed on one are known.
+The results equal those of eager steps bit for bit. This was shown on the simulated GPU of the tests; no real one was
+available, so neither the bits nor the speed on one are known.
 """
 
 import copy
@@ -29,10 +29,10 @@ from .step import Step
 
 
 class CapturedSteps:
-    """A graph of the steps of several trainers, made when it can be used and made anew when it no longer fits.
+    """A graph of the steps of several trainers, made when it can be used and made again when it no longer fits.
 
-    If a step cannot be captured, `say` is told why, and all further steps are eager. Nothing is lost by that: what is
-    captured is not computed.
+    If a step cannot be captured, `say` is called with the reason, and all further steps are eager. No step is lost,
+    since nothing is computed during a capture.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:

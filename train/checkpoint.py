@@ -28,7 +28,7 @@ from .step_version import STEP_VERSION
 
 FORMAT = 1
 KEPT = 2
-COUNTER = "acted_"  # names of buffers that only count what a mechanism did begin with it
+COUNTER = "acted_"  # prefix of buffers that only count the actions of a mechanism
 
 
 def training_state(trainer: Trainer) -> dict[str, Tensor]:
@@ -134,7 +134,7 @@ def restore_checkpoint(trainer: Trainer, folder: Path, say: Callable[[str], None
 
 
 def is_counter(name: str) -> bool:
-    """Whether a tensor of `training_state` counts what a mechanism did, and decides nothing."""
+    """Whether a tensor of `training_state` only counts the actions of a mechanism and affects no result."""
     return name.rpartition(".")[2].startswith(COUNTER)
 
 

@@ -1,13 +1,13 @@
-"""Checkpoints that are written while training goes on.
+"""Write checkpoints while training goes on.
 
-Between two steps the states of the runs are copied, and a thread writes the copies, one checkpoint at a time:
-the next waits for it. A kill at any instant leaves what it would without the thread: a checkpoint that is not whole has
-no state.json, and those before it are removed only when it is whole.
+Between two steps the states of the runs are copied, and a thread writes the copies, one checkpoint at a time; the next
+checkpoint waits for it. A kill at any instant is as safe as without the thread: an incomplete checkpoint has no
+state.json, and earlier checkpoints are removed only when it is complete.
 
 On a GPU the copies go into pinned memory and are queued on the stream of training, after the step that made the state
-and before the next. So the host does not wait, and no later step can change what is being copied. On a stream of its
-own a copy could run beside the next forward pass, but whatever changes the state in place would have to wait for it;
-that would gain some milliseconds per checkpoint. A copy within the GPU first would take its memory.
+and before the next. So the host does not wait, and no later step can change what is being copied. On a separate stream
+a copy could run during the next forward pass, but the code that changes the state in place would have to wait for it;
+that would gain some milliseconds per checkpoint. Copying within the GPU first would take GPU memory.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
 """`sae train --compile`: torch.compile of a step's forward pass, losses and their gradient.
 
-What changes state (mechanisms, clipping, the optimizer) is not compiled. A compiled step sums in another order, so its
-results differ from an eager one's in the last bits and soon in more; whether to compile is part of a run's identity.
-Shapes are compiled as constants, never as variables, so that what a step computes does not depend on which shapes came
-before. A resumed run is therefore still identical bit for bit, with the same compiler on the same kind of machine.
+Code that changes state (mechanisms, clipping, the optimizer) is not compiled. A compiled step sums in another order, so
+its results differ from those of an eager step in the last bits, and later in more; whether to compile is part of a
+run's identity. Shapes are compiled as constants, never as variables, so that a step does not depend on earlier shapes.
+A resumed run is therefore still identical bit for bit, with the same compiler on the same kind of machine.
 """
 
 from typing import Any

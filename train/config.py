@@ -1,4 +1,4 @@
-"""What `sae train` is asked for."""
+"""The options of `sae train`."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -1,15 +1,15 @@
-"""Which of several processes (ranks) trains which runs.
+"""Assign runs to several processes (ranks).
 
-Runs that read the same batches (a stream) share a pass over them where one rank has them, which saves reading them
-again, and nothing else. So a stream is divided over ranks when all runs are done earlier that way. Three deals are
-compared, and the one that ends first is taken, of equals the one that reads the least:
+Runs that read the same batches (a stream) share a pass over them if one rank has them, which only saves reading the
+batches again. So a stream is divided over ranks if the last rank then finishes earlier. Three assignments are compared;
+the one that ends first is chosen, or among equals the one that reads the least:
 
-- every stream whole, the longest first, each to the rank that would be done with it first;
+- every stream whole, the longest first, each to the rank that would finish it first;
 - all runs in the order of their streams, cut into as many pieces as there are ranks;
-- every run by itself, the longest first. Without reading this ends at most a third later than the best deal there is
+- every run by itself, the longest first. Without reading this ends at most a third later than the best assignment
   (Graham 1969, "Bounds on multiprocessing timing anomalies": 4/3 - 1/(3 ranks)).
 
-The ranks are taken to be equally fast, with equally much memory.
+Ranks are assumed to be equally fast and to have the same memory.
 """
 
 import math
@@ -40,7 +40,7 @@ def passes(part: float) -> int:
 
 
 class RankShare:
-    """What a rank is dealt."""
+    """The runs that are assigned to a rank."""
 
     def __init__(self, works: Iterable[Work] = ()) -> None:
         self.runs: list[int] = []

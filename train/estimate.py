@@ -49,7 +49,7 @@ def run_bytes(run: BuildableRun) -> RunBytes:
 
 
 def check_disk_space(runs: Iterable[RunInFolder], reserved: Mapping[Path, float] = {}) -> None:
-    """Check that the runs fit on their disks, besides the `reserved` bytes that something else will write.
+    """Check that the runs fit on their disks, in addition to the `reserved` bytes that will be written there.
 
     Checkpoints that a run has written already need no further space.
 

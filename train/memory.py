@@ -1,8 +1,8 @@
 """The memory of training, from a trace of two steps on tensors that have shapes and no values.
 
-A trace runs the very code of a step, so it holds for every recipe, whichever way its products are computed. What it
-does not see is the scratch memory inside of single operations (but that of `topk` on a CPU), and what happens between
-steps where that depends on values; mechanisms state the latter (`Mechanism.between_bytes`).
+A trace runs the actual code of a step, so it works for every recipe, whichever way its products are computed. It does
+not see the scratch memory inside single operations (except that of `topk` on a CPU), nor the memory of work between
+steps that depends on values; mechanisms declare the latter (`Mechanism.between_bytes`).
 """
 
 import json
@@ -30,7 +30,7 @@ BOUND_STATES, BOUND_LATENTS, BOUND_INPUTS, BOUND_PAIRS, BOUND_OTHER = 4, 40, 20,
 
 
 class BuildableRun(Protocol):
-    """What a variant is built from; `plan.Run` is one."""
+    """The parts of a run that a variant is built from; `plan.Run` is one."""
 
     @property
     def recipe(self) -> Recipe: ...
@@ -43,11 +43,11 @@ class BuildableRun(Protocol):
 
 
 class RunMemory(NamedTuple):
-    """What a run takes, in bytes: on the device, and in host memory if that is another."""
+    """The memory of a run in bytes: on the device, and in host memory if that is separate."""
 
     state: int  # stays between steps: weights, moments, buffers, and what mechanisms keep from step to step
-    step: int  # more at the peak of a step, or of what happens between two of them
-    host: int  # more in host memory while the first rows are read, or a checkpoint
+    step: int  # additional at the peak of a step, or of the work between two steps
+    host: int  # additional in host memory while the first rows, or a checkpoint, are read
 
 
 class LiveBytes(TorchDispatchMode):
@@ -102,7 +102,7 @@ _traced: dict[Any, RunMemory] = {}
 
 
 def run_memory(run: BuildableRun, device: str, rows: int | None = None) -> RunMemory:
-    """What a run takes on a device, from a trace with so many rows in a batch; None: as many as the run has.
+    """The memory of a run on a device, from a trace with `rows` rows in a batch; None: the batch size of the run.
 
     Runs that differ only by seed and data are traced once.
     """
@@ -118,7 +118,7 @@ def run_memory(run: BuildableRun, device: str, rows: int | None = None) -> RunMe
 
 
 class TracedSteps(NamedTuple):
-    """What was alive during two steps, in bytes, the batch included."""
+    """The bytes in use during two steps, including the batch."""
 
     peak: int  # in a step, or while metrics are read
     between: int  # while mechanisms act between two steps

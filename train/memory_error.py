@@ -1,7 +1,8 @@
-"""Training has run out of memory: its runs are saved as they were before the step, and the error says what to lower.
+"""When training runs out of memory: save the runs as they were before the step, and say in the error what to lower.
 
-Until the optimizer moves the weights, a step has changed nothing that a checkpoint holds. A run whose weights were
-moving, or that was acting between two steps, is not whole; it goes on from its newest checkpoint on the disk.
+Until the optimizer changes the weights, a step has changed nothing that is in a checkpoint. A run whose weights were
+being changed, or whose mechanisms were working between two steps, is not consistent; it continues from its newest
+checkpoint on the disk.
 """
 
 from collections.abc import Sequence

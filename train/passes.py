@@ -1,6 +1,6 @@
-"""Which runs share a pass over the batches: those that read the same ones, as far as their memory is free.
+"""Group runs into passes: runs that read the same batches share a pass, as far as they fit into the free memory.
 
-Runs do not depend on each other, so that several passes give the same results as one, bit for bit on a CPU.
+Runs do not depend on each other, so several passes give the same results as one, bit for bit on a CPU.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from .memory import BuildableRun, RunMemory, host_bytes, memory_bound, run_memor
 from .recipe import Recipe
 from .variant import RunConfig
 
-FREE_SHARE = 0.9  # of the free memory, which a pass may be planned to take: allocators and libraries keep some too
+FREE_SHARE = 0.9  # of the free memory that a pass may be planned to use: allocators and libraries need some too
 SLOTS, DEVICE_BUFFERS = 4, 2  # batches that a loader holds in host memory, and on a GPU
 WORKSPACE = {"cpu": 128 << 20, "cuda": 96 << 20}
 """Bytes besides those of tensors. cpu: glibc keeps freed blocks of up to 32 MB, of which some stay unused; measured by
@@ -46,7 +46,7 @@ class Resized(NamedTuple):
 
 
 class PassMemory(NamedTuple):
-    """What the runs of a pass take on the device, in bytes."""
+    """The memory of the runs of a pass on the device, in bytes."""
 
     state: int  # of all runs
     step: int  # more in a step of the run that takes the most, since runs take turns

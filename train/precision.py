@@ -17,29 +17,29 @@ def describe_precision(precision: str | None) -> str | None:
 
 
 def require_precision(folder: Path, precision: str, device: str) -> None:
-    """Raise UnavailableError if a run cannot be resumed on a device, which does not compute as the run was started."""
+    """Raise UnavailableError if a device lacks the precision that a run was started with."""
     if reason := reason_against(precision, device):
         raise UnavailableError(
-            f"{folder} was started with products in {precision} and goes on with these alone, but {reason}. Resume it "
-            "on a device that has them, or start a new run."
+            f"{folder} was started with products in {precision} and can only continue with them, but {reason}. Resume "
+            "it on a device that has them, or start a new run."
         )
 
 
 def find_folder(out: Path, name: str, unnamed: str, precision: str) -> Path:
     """The folder of a new run in `out`: `name`.
 
-    Runs of earlier versions keep theirs, which is called as if the precision decided nothing (`unnamed`).
+    Runs of earlier versions keep their folder, whose name does not contain the precision (`unnamed`).
     """
     earlier = read_run_record(out / unnamed)
     return out / (unnamed if earlier is not None and recorded_precision(earlier) == precision else name)
 
 
 def explain_other_precision(folder: Path, record: Mapping[str, Any], precision: str | None) -> str:
-    """Why the run that an earlier version left in the folder of a new one is another; "" if it has the precision."""
+    """Why the run of an earlier version in a folder is not the new run; "" if it has the same precision."""
     recorded = recorded_precision(record)
     if precision in (recorded, None):
         return ""
     return (
-        f"{folder} is of an earlier version, whose runs on a GPU have products in {recorded}, and not in {precision}. "
-        f"To go on with it, give --precision {recorded} on a device that has it. For a new run, give another --out."
+        f"{folder} was started by an earlier version, which computed products on a GPU in {recorded}, not {precision}. "
+        f"To continue it, give --precision {recorded} on a device that has it. For a new run, give another --out."
     )

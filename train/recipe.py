@@ -130,9 +130,8 @@ class Recipe:
     def options_before(self, config: RunConfig, stored: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Every option of a run that was started with the `stored` ones, and a list of problems.
 
-        An option that is newer than the run does what was done before there was the option. That is its value in
-        `LATER_ENTRIES`, or else its plain default: not what `--paper-exact` sets, nor what the recipe sets for its
-        optimizer.
+        An option that did not exist when the run began gets the value that reproduces the earlier behaviour: its value
+        in `LATER_ENTRIES`, or else its plain default, whatever `--paper-exact` or the recipe sets.
         """
         valid, problems = self.check_types({n: value for n, value in stored.items() if n in self.option_types()})
         removed = ", ".join(f"{name}={value}" for name, value in stored.items() if name not in self.option_types())
@@ -178,13 +177,13 @@ class Recipe:
         return valid, problems
 
     def options_without_effect(self) -> SwitchedOff:
-        """Options that have no effect with some values of another: those of the recipe, and of every recipe."""
+        """Options without effect at some values of another option: those of this recipe, and those of all recipes."""
         return {**self.switched_off, **SWITCHED_OFF}
 
     def switched_off_errors(self, given: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
-        """A sentence for each option that was given and that another one makes void.
+        """A sentence for each option that was given but has no effect because of another option.
 
-        A run with it would be another one by name, with the same numbers.
+        With it, the run would have another name and the same numbers.
         """
         defaults = asdict(Optimization())  # they may be given: a paper's optimizer is given whole
         for name, (other, off) in self.options_without_effect().items():
@@ -195,7 +194,7 @@ class Recipe:
                 yield f"{name}={given[name]} has no effect with {other}={shown}: leave it out."
 
     def paper_exact_notes(self, config: RunConfig, given: Mapping[str, Any]) -> list[str]:
-        """What a reader should know about `--paper-exact`: each setting that it changes, and its drawback."""
+        """Notes about `--paper-exact`: each setting that it changes, and the drawback."""
         if not config.paper_exact:
             return []
         if self.why_not_paper_exact:

@@ -91,8 +91,8 @@ def train_saes(
         UsageError: an argument is wrong; the message lists every problem. Nothing has been written.
         UnavailableError: the runs do not fit on the disk, or the device does not exist.
         Interrupted: after Ctrl-C or SIGTERM, with checkpoints written.
-        SaeError: a run was given up because its loss was not finite. The others are finished. Of several processes, one
-            raises what all have to say, and the others ReportedElsewhere.
+        SaeError: a run was given up because its loss was not finite. The others are finished. With several processes,
+            one raises the errors of all, and the others raise ReportedElsewhere.
     """
     known = {f.name for f in fields(TrainConfig)} - {"variants", "caches"}
     for name in more:

@@ -49,7 +49,7 @@ class SAEOutput(NamedTuple):
 
 
 class TrainingOutput(NamedTuple):
-    """An SAEOutput without what a training step can do without: a pass over (B, F), and its memory, for each."""
+    """An SAEOutput whose parts are None if a training step does not need them: each costs a pass over (B, F)."""
 
     pre_BF: Tensor | None  # None for ReLU alone, which overwrites them
     f_BF: Tensor | None  # None if they are `kept`

@@ -1,4 +1,4 @@
-"""The deal of the runs of a plan to several processes: by estimates of time and memory, as lines of the plan."""
+"""Assign the runs of a plan to several processes, by estimates of time and memory, and describe it in the plan."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Protocol
@@ -16,9 +16,9 @@ from .memory import memory_bound, run_memory
 from .passes import FREE_SHARE, PassRun, add_up, copied_bytes, copies_fit, pass_memory, plan_passes
 from .sources import AnyCache, places_of
 
-# Bytes a second at which a process reads batches, about: of a disk (benchmarks/bench_cache.py); of a store an
-# assumption, a link of 10 Gbit/s that eight processes share. What several processes of a machine read of a store is
-# pulled once while it fits the local folder, so this errs towards dealing runs that share batches to one process.
+# Approximate bytes per second at which a process reads batches. Disk: benchmarks/bench_cache.py. Store: an assumption,
+# a link of 10 Gbit/s that eight processes share. Processes of one machine pull a chunk only once while it fits into the
+# local folder, so this favours assigning runs that share batches to one process.
 READ_RATE, STORE_RATE = 2e9, 150e6
 
 

@@ -1,7 +1,7 @@
-"""The version of the arithmetic of a training step, and how far two versions lead apart.
+"""The version of the arithmetic of a training step, and how far the results of two versions can differ.
 
-A step of another version computes the same sums, but in another order, so that they are rounded otherwise. A run that
-was interrupted under one version and goes on under another has the bits of neither.
+A step of another version computes the same sums in another order, so they are rounded differently. A run that was
+interrupted under one version and continues under another has the bits of neither.
 """
 
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 # Raise it by one, by hand, in the commit that changes the bits which the step of any recipe computes on a CPU with
 # --accumulate 1: of its losses, gradients, optimizer or mechanisms. To see whether they change, train before and after
-# on one machine and compare sae.safetensors. tests/compatibility holds what resumes to the bounds below. What changes a
-# result by more than rounding is no new version but a new option: runs that were begun before keep the old way.
+# on one machine and compare sae.safetensors. tests/compatibility checks resumed runs against the bounds below. A change
+# of more than rounding needs a new option instead of a new version, so that earlier runs keep the old behaviour.
 # run.json and the checkpoints record it as `step_version`; without the entry it is 1.
 STEP_VERSION = 4
 
@@ -49,7 +49,7 @@ def rounding_bounds(recipe: str) -> RoundingBounds:
 
 
 def describe_version_change(recipe: str, version: int) -> str:
-    """What a user has to know who resumes a run from a checkpoint of another version."""
+    """A note for a user who resumes a run from a checkpoint of another version."""
     bounds = rounding_bounds(recipe)
     return (
         f"its checkpoint is of version {version} of the training step, and the steps from here on are of version "

@@ -35,7 +35,7 @@ class ReadingRun(Protocol):
 
 
 def expected_readings(passes: Sequence[Sequence[ReadingRun]]) -> list[ChunkReading]:
-    """What passes will read of stores, one after the other, from their first steps on."""
+    """The readings of passes from stores, one after the other, from their first steps on."""
     readings = []
     for runs in passes:
         cache, config = runs[0].cache, runs[0].config
@@ -68,7 +68,7 @@ def prepare_local_folder(passes: Sequence[Sequence[ReadingRun]], size: int | Non
 
 
 def describe_pulling(passes: Sequence[Sequence[ReadingRun]]) -> list[str]:
-    """The lines of a plan about what is pulled from stores; none if nothing is."""
+    """The lines of a plan about chunks that are pulled from stores; empty if there are none."""
     if not (readings := expected_readings(passes)):
         return []
     local = readings[0].folder
@@ -84,7 +84,7 @@ def describe_pulling(passes: Sequence[Sequence[ReadingRun]]) -> list[str]:
 
 
 def expect(passes: Sequence[Sequence[ReadingRun]], say: Callable[[str], None]) -> None:
-    """Tell the local folder, if there is one, what these passes will read; it calls `say` when they wait for long."""
+    """Announce the readings of these passes to the local folder, if any; it calls `say` when they wait for long."""
     if readings := expected_readings(passes):
         readings[0].folder.say = say
         readings[0].folder.expect(readings)

@@ -26,7 +26,7 @@ Harvest = Callable[[range, Callable[[str], None]], AbstractContextManager[None]]
 def train_streaming(plan: TrainPlan, progress: TrainProgress, harvest: Harvest) -> None:
     """Train the unfinished runs of a plan whose source is a RingCache, from the earliest group that one of them needs.
 
-    The constants of normalization are those of the first group, since later rows are not known when training begins.
+    The normalization constants come from the first group, since later rows are not known when training begins.
 
     Raises:
         Interrupted: after Ctrl-C or SIGTERM, with checkpoints written.

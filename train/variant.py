@@ -33,7 +33,7 @@ class RunConfig(NamedTuple):
     precision: str | None = None  # of products (common/precision.py); None: the default of the device
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the result besides the cache, as in run.json: what is not in SIZES only if set."""
+        """Everything that decides the result besides the cache, as in run.json; entries not in SIZES only if set."""
         parts = self.accumulate if self.accumulate > 1 else None
         precision = self.precision if self.precision != "float32" else None
         optional = {"l0": self.l0, "literal": self.paper_exact, "accumulate": parts, "precision": precision}
@@ -72,7 +72,7 @@ class Variant(nn.Module):
     Args:
         sae: the SAE.
         terms: name -> coefficient and loss term; the loss is the sum of their products.
-        mechanisms: what acts around the optimizer, in order, after `dead`.
+        mechanisms: run around the optimizer step, in this order, after `dead`.
         optimization: options of the optimizer; None: the defaults.
         dead: counts how long each latent has been inactive; the first mechanism of every variant.
     """

@@ -145,14 +145,14 @@ def compared_run(row: EvalRow, settings: dict[str, dict[str, Any]]) -> ComparedR
 
 
 def notes_of_run(row: EvalRow, compared: ComparedRun) -> list[str]:
-    """Sentences about a run's numbers beside its target L0 and the references that were measured with it."""
+    """Sentences that compare a run's numbers with its target L0 and with the references that were measured with it."""
     if "core" not in row.results:
         return []
     try:
         references = read_references([compared])
     except DamagedError as error:
         return [*notes_beside(row, []), f"It is not compared with the PCA: {error}"]
-    return notes_beside(row, references)  # the answers at the head of the page speak of its controls
+    return notes_beside(row, references)  # the answers at the top of the page cover its controls
 
 
 def latent_labels(results: dict[str, MetricResult], d_sae: int) -> dict[int, list[str]]:

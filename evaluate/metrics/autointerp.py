@@ -10,7 +10,8 @@ detection, fuzzing: the balanced accuracies of Paulo et al. 2024, in explanation
 
 Source: SAEBench 0.6.0, `evals/autointerp`; Paulo et al. 2024 (arXiv 2410.13928). The prompts are this project's own, so
 scores agree with SAEBench's statistically, not digit for digit. Latents do not count as firing at outlier rows
-(`EvalTarget.norm_limit`), of which SAEBench shows the judge passages too: asking it twice would cost twice.
+(`EvalTarget.norm_limit`). SAEBench also shows passages at such rows; asking the judge for both would cost twice as
+much.
 """
 
 import contextlib
@@ -64,7 +65,7 @@ class Autointerp(Metric):
     the held-out text, packed into rows of `context` tokens with EOS between documents. Each latent has its own random
     generator, so its passages do not depend on the others. Two passes of the model serve all SAEs.
 
-    `price_in` and `price_out` are what the judge costs per million tokens; the plan then says what its answers cost.
+    `price_in` and `price_out` are the judge's prices per million tokens; the plan then has the cost of its answers.
 
     Memory: activations of 1,024 tokens at a time (64 MiB at 16k latents); where the drawn latents fire, at most 20
     million activations in one pass (0.8 GB; more passes if they fire more often); 14 KiB a latent. A local judge needs
@@ -106,14 +107,14 @@ class Autointerp(Metric):
         return {name: value for name, value in found.items() if name not in left_out}
 
     def local_identity(self, ctx: EvalContext) -> dict[str, Any]:
-        """What the answers of a local judge depend on besides its name."""
+        """The settings, besides its name, that the answers of a local judge depend on."""
         judge = self.judge(ctx.device) if self.endpoint == LOCAL else None
         return judge.identity if isinstance(judge, LocalJudge) else {}
 
     def check(self) -> None:
         """Check the options and ask the judge a test question, so that a wrong key or endpoint fails at once.
 
-        Of a local judge, only the tokenizer is loaded.
+        For a local judge, only the tokenizer is loaded.
         """
         self.check_options()
         judge = self.judge("cpu")

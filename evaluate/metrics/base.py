@@ -56,7 +56,7 @@ class RowSet(NamedTuple):
     norm_limit: float | None = None
 
     def record(self, outliers: int) -> dict[str, Any]:
-        """Its entries in the key of what was computed on it; with the limit if that left out any rows (`outliers`)."""
+        """Its entries in the key of an artifact; they include the limit if that left out any rows (`outliers`)."""
         return self.hook.record | ({"norm_limit": self.norm_limit} if outliers else {})
 
 
@@ -70,8 +70,8 @@ class EvalTarget:
     Counted tokens whose activations have a norm over `norm_limit` are outlier rows (see cache.outliers), such as
     attention sinks. The model keeps its own activations there, and no metric counts them. None: there are no outliers.
 
-    Targets of the same `system` differ only by seed; "" is of no system: a reference, an imported SAE. `name` and
-    `weights` (a digest) are those of its row.
+    Targets of the same `system` differ only by seed; it is "" for a reference or an imported SAE. `name` and `weights`
+    (a digest) are those of its row.
     """
 
     sae: SAELike
@@ -109,7 +109,7 @@ class MetricColumn:
     better: str = ""  # "up", "down", or "" if neither is better
     floor: float | None = None  # smallest value; where higher is better, that of chance or of a useless SAE
     ceiling: float | None = None  # largest value; where lower is better, the worst
-    shared: bool = True  # whether a control has a share of it: whether the floor is what an SAE without features gets
+    shared: bool = True  # whether shares of controls are computed: whether an SAE without features is at the floor
 
 
 @dataclass(frozen=True)
@@ -152,12 +152,12 @@ class MetricResult:
         )
 
     def with_masked(self, masked: "MetricResult") -> "MetricResult":
-        """This result over all rows, beside the one without outlier rows."""
+        """This result over all rows, together with the one without outlier rows."""
         return replace(self, n=self.n | {OUTLIERS: masked.n[OUTLIERS]}, masked=masked)
 
     @property
     def named_metrics(self) -> dict[str, dict[str, float | None]]:
-        """`metrics`, and beside each category that of `masked` under the name masked_<category>."""
+        """`metrics`, and the categories of `masked` under the names masked_<category>."""
         return self.metrics | {f"{MASKED}{category}": group for category, group in self._masked_metrics.items()}
 
     @property
@@ -203,12 +203,12 @@ class Metric(ABC):
     # How two SAEs are paired (docs/reference/statistics.md): an entry of `MetricResult.details` is a `unit`, and
     # `unit_key` names it.
     unit: ClassVar[str] = ""  # such as "data set"; "" if the entries are not the same for every SAE
-    independent_seeds: ClassVar[bool] = True  # False: a run is measured with those of other seeds, and depends on them
+    independent_seeds: ClassVar[bool] = True  # False: a run is measured with runs of other seeds, and depends on them
     unit_key: ClassVar[str] = "dataset_name"
     unit_names: ClassVar[Mapping[str, str]] = {}  # number -> its name in an entry, where that is another one
 
     knows_what_is_kept: ClassVar[bool] = False  # whether `kept_bytes` leaves out what is in the artifact cache already
-    caveat: ClassVar[str] = ""  # what is known against the metric, with its source: said wherever its numbers are shown
+    caveat: ClassVar[str] = ""  # a known weakness of the metric, with its source; shown wherever its numbers are
 
     @classmethod
     def values_by_unit(cls, result: MetricResult, column: MetricColumn) -> UnitValues:
@@ -226,9 +226,9 @@ class Metric(ABC):
         return {**asdict(self), "definition": self.definition, **ctx.settings}
 
     def settings_of(self, target: EvalTarget, targets: Sequence[EvalTarget]) -> dict[str, Any]:
-        """What the result of `target` depends on besides `settings`: on the targets beside it, or with which options.
+        """Further settings that the result of `target` depends on, such as the other `targets`.
 
-        Raises SaeError if the targets beside it do not suffice.
+        Raises SaeError if the other targets do not suffice.
         """
         return {}
 
@@ -236,7 +236,7 @@ class Metric(ABC):
         """Raise SaeError before any work if something would fail later: invalid options, an unreachable judge."""
 
     def describe_cost(self, ctx: EvalContext, saes: int) -> list[str]:
-        """Lines of the plan about what measuring so many SAEs costs besides time."""
+        """Lines of the plan about costs other than time of measuring `saes` SAEs."""
         return []
 
     def kept_bytes(self, ctx: EvalContext, targets: Sequence[EvalTarget]) -> int:
@@ -274,7 +274,7 @@ class Metric(ABC):
 def misnamed_numbers(metrics: Mapping[str, Mapping[str, float | None]]) -> list[str]:
     """A sentence for each number among these whose name in SAEBench promises more than its formula gives.
 
-    It names the number beside it that is sound. Results of earlier versions get the same sentences.
+    The sentence names the sound number next to it. Results of earlier versions get the same sentences.
     """
     quality = metrics.get("reconstruction_quality", {})
     named, sound = quality.get("explained_variance"), quality.get("fve")

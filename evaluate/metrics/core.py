@@ -181,10 +181,10 @@ class Core(Metric):
 
 @dataclass(frozen=True)
 class BatchSteps:
-    """Progress inside batches, of which one of a large model can take minutes.
+    """Progress inside a batch, which can take minutes with a large model.
 
-    In a batch the model is one step, and each SAE is one for its splice and one for its losses. What a step does is
-    shown while it runs.
+    The steps of a batch are the model's pass and, for each SAE, its splice and its losses. The current step is shown
+    while it runs.
     """
 
     progress: Progress
@@ -211,7 +211,7 @@ class BatchSteps:
 
 
 class BatchSplice(NamedTuple):
-    """What splicing an SAE into one batch gave.
+    """The result of splicing an SAE into one batch.
 
     Attributes:
         outlier_NS: where the outlier rows are.
@@ -226,7 +226,7 @@ class BatchSplice(NamedTuple):
 
 
 class CoreSums:
-    """What is summed of one SAE over some rows. The losses are sums by context (N, 4), one tensor for each batch."""
+    """The sums of one SAE over some rows. The losses are sums by context (N, 4), one tensor for each batch."""
 
     def __init__(self, paired_latents: int) -> None:
         self.stats = SAEStatistics(paired_latents)

@@ -1,7 +1,7 @@
-"""What core says about numbers that look better than the SAE is: sentences for `MetricResult.flags`.
+"""Core's flags about numbers that look better than the SAE is: sentences for `MetricResult.flags`.
 
-An SAE that returns the mean of the text, one that never fires or always, one without sparsity and one of another scale
-are each best by some number of the table.
+Some number of the table is best for an SAE that returns the mean of the text, for one that never fires or always fires,
+for one without sparsity, and for one with a wrong scale.
 """
 
 from collections.abc import Iterator, Mapping
@@ -37,13 +37,13 @@ def core_flags(target: EvalTarget, metrics: Metrics, stats: SAEStatistics) -> li
 
 
 def few_pairs(stats: SAEStatistics) -> str:
-    """A sentence if the pairs are those of fewer latents than by default, beside which the numbers hardly compare."""
+    """A sentence if the pairs are of fewer latents than by default, with which the numbers are hardly comparable."""
     assert stats.pairs
     latents, d_sae = stats.pairs.latents, len(stats.density())
     if latents >= min(PAIRED_LATENTS, d_sae):
         return ""
     return (
-        f"Correlations between latents and cosines between decoder rows are those of the pairs of {latents:,} of "
+        f"Correlations between latents and cosines between decoder rows are computed from the pairs of {latents:,} of "
         f"{d_sae:,} latents (core.paired_latents)."
     )
 
@@ -83,7 +83,7 @@ def reconstruction_flags(metrics: Metrics, stats: SAEStatistics) -> Iterator[str
         yield (
             f"The explained variance is {explained:.3f}: "
             f"{beside if explained < 0 else 'the SAE is hardly better than the mean of the text'}. KL and CE scores "
-            "compare with a zeroed layer and the cosine with the origin, so they can be high all the same."
+            "compare with a zeroed layer and the cosine with the origin, so they can be high nevertheless."
         )
     if scale < SCALES[0] or scale > SCALES[1]:
         yield (

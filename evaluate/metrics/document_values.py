@@ -32,7 +32,7 @@ def values_by_group(ratio: Ratio, group_N: Tensor) -> Tensor:
 def document_record(
     ratios: RatiosByCategory, stats: SAEStatistics, fve: float, document_N: Tensor, text: str
 ) -> dict[str, Any]:
-    """What `MetricResult.extra` of core keeps: the values of each number by group of documents, and which text it was.
+    """The content of core's `MetricResult.extra`: the values of each number by group of documents, and the text's id.
 
     Seven digits are kept. The explained variance is rescaled like its interval (`SAEStatistics.fve_interval`).
     """

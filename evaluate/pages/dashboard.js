@@ -114,6 +114,8 @@ function drawRows() {
   const first = Math.max(0, Math.floor(box.scrollTop / height) - AROUND);
   const last = Math.min(order.length, first + Math.ceil(box.clientHeight / height) + 2 * AROUND);
   const rows = order.slice(first, last).map(makeRow);
+  rows.forEach((row, index) => { row.ariaRowIndex = String(first + index + 2); }); // 1 is the row of headings
+  box.querySelector("table").ariaRowCount = String(order.length + 1); // also those that are not drawn
   if (first > 0) rows.unshift(spacer(first));
   if (last < order.length) rows.push(spacer(order.length - last));
   if (!order.length) rows.push(el("tr", {}, el("td", { colSpan: visibleColumns(), className: "dim text", textContent: "No latent matches." })));

@@ -1,4 +1,4 @@
-"""The part of a page about sae_probes: its scores by data set, beside the model's own probe."""
+"""The part of a page about sae_probes: its scores by data set, compared with the model's own probe."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from .svg import CHART_SIZE, draw_svg
 METRIC = "sae_probes"
 LLM = "llm_test_auc"
 SAE_AUC = re.compile(r"sae_top_(\d+)_test_auc")
-USUAL_K = 16  # latents of a probe, of which SAEs are compared; the largest smaller number where it was not measured
+USUAL_K = 16  # number of latents at which SAEs are compared; if not measured, the largest smaller one
 MODEL = "the model's own probe"
 CHART_TITLE = "Test AUC by data set, the model's best first"
 

@@ -1,5 +1,5 @@
 "use strict";
-// Tables of class "sortable": a click on a head, or Enter on it, sorts by that column; again, the other way round.
+// Tables of class "sortable": a click on a head, or Enter or Space on it, sorts by that column; again, in reverse order.
 // A cell counts as its first number; cells without one come last.
 
 { // a block of its own: a page can have other scripts
@@ -27,7 +27,11 @@
     heads.forEach((head, column) => {
       head.tabIndex = 0;
       head.addEventListener("click", () => sort(column));
-      head.addEventListener("keydown", (event) => { if (event.key === "Enter") sort(column); });
+      head.addEventListener("keydown", (event) => {
+        if (event.key !== "Enter" && event.key !== " ") return;
+        event.preventDefault(); // Space would scroll
+        sort(column);
+      });
     });
   }
 }

@@ -146,7 +146,7 @@ def bin_centres() -> list[float]:
 
 
 def bin_labels(values: Sequence[float], what: str) -> list[str]:
-    """What pointing at a bin tells: how many latents, or which share of a system's."""
+    """The tooltip of each bin: the number of latents, or the share of a system's latents."""
     ranges = [f"{place / BINS:.2f} to {(place + 1) / BINS:.2f}" for place in range(BINS)]
     return [
         f"{where}: {value:,} {what}" if isinstance(value, int) else f"{what}: {where}, {value:.1%}"

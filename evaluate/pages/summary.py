@@ -1,4 +1,4 @@
-"""The part of an SAE's page that comes first: the answers to a reader's questions, and what is behind them."""
+"""The first part of an SAE's page: the answers to a reader's questions, and the comparisons behind them."""
 
 from dataclasses import replace
 from typing import Any

@@ -9,10 +9,10 @@ A claim is a printed number for one system and one metric. With `against` it com
 number (`against_value` is the other system's), or the value is the change from the other system in its unit: % of the
 other's number, pp between two shares, or x times the other's. Where the paper expresses the sign of a change in words,
 the sign of the value is ours. A comparison that the paper makes in words alone has no value: `says` is its direction,
-or that the two are equal, within a `margin` that is ours and that stands in the file before anything is measured.
+or "equal", within a `margin` that we fixed in the file before anything was measured.
 
-A paper often states one comparison several times. A claim that `restates` another is judged, and not counted again; a
-claim that is a `copy_of` another row's number, printed for another system, is not judged.
+A paper often states one comparison several times. A claim that `restates` another is judged but not counted again. A
+claim with the number of another row, printed for another system (`copy_of`), is not judged.
 """
 
 from collections.abc import Iterator, Mapping
@@ -89,9 +89,9 @@ class PaperSetup:
         return self.steps > 0 and self.steps >= (self.warmup or 0)
 
     def optimization(self) -> dict[str, Any]:
-        """The options of the optimizer that stand for what the paper prints.
+        """The options of the optimizer that implement what the paper prints.
 
-        What it does not print is off: no paper prints a decay of the learning rate or a start of b_dec.
+        Everything else is off: no paper prints a decay of the learning rate or an initial b_dec.
         """
         return {
             "lr": self.lr,
@@ -219,7 +219,7 @@ class Claim:
 
     @property
     def claimed(self) -> str:
-        """What is claimed, as a table shows it: the printed number with its unit, or the comparison in words."""
+        """The claim as a table shows it: the printed number with its unit, or the comparison in words."""
         unit = f" {self.unit}" if self.unit else ""
         if self.says == "equal" and self.metric != "none":
             return f"equal, within {self.margin:g}{unit}"
@@ -229,7 +229,7 @@ class Claim:
     def direction(self) -> int:
         """1 if the system's number is claimed to exceed the other's, -1 if it is claimed to be below, else 0.
 
-        Two printed numbers that are one unit of their last digit apart may be equal: that is no direction.
+        Two printed numbers that differ by one unit of their last digit may be equal, so they have no direction.
         """
         if self.says:
             return {"more": 1, "less": -1, "equal": 0}[self.says]

@@ -1,7 +1,7 @@
-"""What a training step of a recipe takes, as benchmarks/bench_train.py measured it, and what that says of a claim.
+"""The time of a recipe's training step, measured by benchmarks/bench_train.py, and the verdict on a claim about it.
 
-step_times.json has a table for each width that was measured, of medians and quartiles in milliseconds. Times are those
-of a machine and of our implementation, never the paper's, so nothing is contradicted or reproduced by their size.
+step_times.json has a table of medians and quartiles in milliseconds for each measured width. Times depend on the
+machine and on our implementation, not the paper's, so their size neither contradicts nor reproduces a claim.
 """
 
 import json

@@ -36,12 +36,12 @@ def are_equal(runs: Sequence[SystemRun], others: Sequence[SystemRun]) -> bool:
 
 
 def inactive_mechanism(claim: Claim, paper: Paper, runs: Sequence[SystemRun]) -> str:
-    """Why the claim is about a mechanism that did nothing, as a phrase; "" if it is not.
+    """A phrase that says that the claim is about a mechanism that did nothing; "" if it is not.
 
-    - Two systems of one family, which differ by the mechanisms between them: every one of these was idle.
-    - A system beside another model, or by itself: its own mechanism was idle, and the paper claims the same of the
-      system without it, so that the row would count one run twice. The same where it stands several idle mechanisms
-      below the system of the other row.
+    - Two systems of one family, which differ by some mechanisms: all of these were idle.
+    - A system compared with another model, or by itself: its own mechanism was idle, and the paper makes the same claim
+      about the system without it, so the row would count one run twice. The same applies if the two systems differ by
+      several idle mechanisms.
 
     `runs` are of one layer.
     """

@@ -67,7 +67,7 @@ class PaperReport:
 
     @property
     def notes(self) -> dict[str, list[str]]:
-        """Each note beside the verdicts -> the ids of its claims. Left out: which claim another one restates."""
+        """Each note on the verdicts -> the ids of its claims. Notes about restated claims are left out."""
         notes: dict[str, list[str]] = {}
         for row in self.rows:
             for note in row.notes:
@@ -138,7 +138,7 @@ Values = dict[int, float]  # seed -> the metric
 def claim_result(
     claim: Claim, paper: Paper, runs: Sequence[SystemRun], on_paper_model: bool, reading: Reading
 ) -> ClaimResult:
-    """The verdict over every layer and recipe of the claim's systems, with what stands beside it."""
+    """The verdict over every layer and recipe of the claim's systems, with the measured numbers and notes."""
     if claim.metric == STEP_TIME:
         return cost_result(claim, paper, reading)
     judgements: list[Judgement] = []
@@ -184,7 +184,7 @@ def claim_result(
 
 
 def cost_result(claim: Claim, paper: Paper, reading: Reading) -> ClaimResult:
-    """The row of a claim about what a training step takes."""
+    """The row of a claim about the time of a training step."""
     cost, substituted = measured_cost(claim, paper), reading.substitutions(claim)
     found = withhold(claim, judge_cost(claim, cost), Conditions(on_paper_model=False, substituted=bool(substituted)))
     if paper.inconsistent(claim):
@@ -198,7 +198,7 @@ def cost_result(claim: Claim, paper: Paper, reading: Reading) -> ClaimResult:
 
 
 def describe_substitutions(substituted: Sequence[Substitution]) -> list[str]:
-    """What the reading trains otherwise than printed, beside a measured row."""
+    """Notes for a measured row about equations that the reading replaces."""
     return [f"not as printed: {one.what.removesuffix('.')}. {one.why}" for one in substituted]
 
 
@@ -218,7 +218,7 @@ def notes_on_runs(claim: Claim, runs: Sequence[SystemRun], layers: Sequence[int]
 
 
 def describe_claim(claim: Claim) -> list[str]:
-    """What a claim's file says about it beside its verdict."""
+    """Notes on a claim from the paper's file."""
     return [*describe_restatement(claim), *filter(None, [claim.why])]
 
 

@@ -1,4 +1,4 @@
-"""What was run beside what the paper prints, setting by setting, read from the runs' own records."""
+"""Compare the settings of the runs, read from their records, with those that the paper prints."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class SettingRow:
-    """How one setting is read: `printed` is the paper's value and None if it prints none, `ours` a run's. What is not
-    printed counts as `unprinted`: its absence. `show` makes text of a value."""
+    """One setting: `printed` is the paper's value, or None if it prints none; `ours` reads a run's value. A setting
+    that is not printed counts as `unprinted`. `show` formats a value."""
 
     name: str
     printed: Any

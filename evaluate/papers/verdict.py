@@ -14,7 +14,7 @@ Verdict = Literal[
     "reproduced", "direction only", "equivalent within the margin", "contradicted", "not equivalent",
     "not of the paper's equation", "mechanism inactive", "not comparable", "not measured", "paper inconsistent", "copy",
 ]  # fmt: skip
-# The worst first. Of a claim about several recipes or layers the worst counts.
+# The worst first. A claim about several recipes or layers gets the worst of their verdicts.
 WORST_FIRST: tuple[Verdict, ...] = (
     "copy", "paper inconsistent", "contradicted", "not equivalent", "not of the paper's equation", "not measured",
     "mechanism inactive", "not comparable", "direction only", "equivalent within the margin", "reproduced",

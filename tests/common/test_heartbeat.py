@@ -50,7 +50,7 @@ def test_processes_meet_again_and_again(store: Any) -> None:
 
 
 def test_one_that_never_starts_is_named(store: Any) -> None:
-    with pytest.raises(UnavailableError, match="Rank 1 of 2 has not started in 0.2 s. What is committed is safe"):
+    with pytest.raises(UnavailableError, match="Rank 1 of 2 has not started in 0.2 s. Everything committed is safe"):
         Heartbeat(store, 0, 2).meet()
 
 

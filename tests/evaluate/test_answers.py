@@ -346,7 +346,7 @@ def test_on_the_frontier_no_other_run_is_better_with_no_more_latents(runs, l0, k
     ("kl", "ev", "by_document", "verdict", "is_good"),
     [
         (0.95, 0.9, True, "behind at L0 32.0", False),
-        (0.8, 0.8001, True, "not told from the best at L0 32.0", None),
+        (0.8, 0.8001, True, "not distinguishable from the best at L0 32.0", None),
         (0.95, 0.9, False, "not tested at L0 32.0", None),
     ],
 )
@@ -367,7 +367,9 @@ def test_each_number_is_named_after_what_it_is_against(runs):
     make_run(runs / "a", 30.0, 0.95, 0.7, variant="relu")
     make_run(runs / "b", 30.0, 0.8, 0.9, variant="jumprelu")
     numbers = answers_of(run)[FRONTIER].numbers
-    assert [number.split(":")[0] for number in numbers] == [f"the best other of no more L0 is {one}" for one in "ab"]
+    assert [number.split(":")[0] for number in numbers] == [
+        f"the best other run of at most this L0 is {one}" for one in "ab"
+    ]
 
 
 def test_published_saes_stand_beside_a_run_of_their_model(runs):
@@ -433,4 +435,4 @@ def test_where_all_others_have_more_latents_per_token_no_command_is_given(runs):
     make_run(runs / "relu", l0=40.0, variant="relu")
     answer = answers_of(run)[FRONTIER]
     assert answer.verdict == "not known at L0 32.0" and answer.command == answer.remedy == ""
-    assert answer.numbers[0] == "none of 1 other run beside it has its L0 or less"
+    assert answer.numbers[0] == "none of 1 other run in its folder has its L0 or less"

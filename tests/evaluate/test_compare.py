@@ -362,4 +362,4 @@ def test_stability_among_other_seeds_is_named(tmp_path):
     assert write("12", "02", "01") == []
     found = write("1", "0", "01")
     assert len(found) == 3 and "sae evaluate RUN... --suite stability" in found[0]
-    assert f"stability of {runs[2].name} was measured among other seeds than that of {runs[0].name}" in found[2]
+    assert f"stability of {runs[2].name} was measured with other seeds than stability of {runs[0].name}" in found[2]

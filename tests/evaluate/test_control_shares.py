@@ -306,8 +306,8 @@ def test_a_control_that_trained_to_the_same_sae_is_named() -> None:
     (first, second) = note_of(run, same, other)
     assert "same in every pair in EV" in first
     assert second == (
-        "soft has the value of topk in every number: what it freezes never took effect in training, so it controls for "
-        "nothing. Train both longer."
+        "soft has the same value as topk in every number: its frozen part never had an effect in training, so it is "
+        "not a control. Train both longer."
     )
     assert len(note_of(row("topk", l0=32), control("soft", l0=32))) == 0  # nothing but L0 was measured
     (note,) = note_of(row("topk", ev=0.8), control("soft", ev=0.8))  # one number can be equal by chance

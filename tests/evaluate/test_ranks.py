@@ -164,7 +164,7 @@ def test_a_rank_that_dies_costs_its_own_saes_alone(make_home, evaluate_here, und
     code, out, err = evaluate(home, before, KILL_AT=f"{pattern}:{number}", KILL_MARKS=str(marks))
     codes = re.findall(r"^codes (.*)", err, re.M)[0].split()
     assert sorted(codes) == ["-9", *["4"] * (before - 1)]
-    assert re.search(rf"Rank \d of {before}\b.* (has ended|no longer answers)\. What is committed is safe;", err)
+    assert re.search(rf"Rank \d of {before}\b.* (has ended|no longer answers)\. Everything committed is safe;", err)
     left = numbers(home)
     assert all(undisturbed[path] == record for path, record in left.items()) and len(left) < len(undisturbed)
     code, out, err = evaluate(home, after)

@@ -231,7 +231,7 @@ def test_a_started_run_keeps_its_precision(sparse_cache: Cache, processor, tmp_p
     assert plan_training(TrainConfig(resume=[run], device="cpu")).runs[0].config.precision == "bfloat16"
     processor("avx2")
     with pytest.raises(
-        UnavailableError, match=f"{run.name} was started with products in bfloat16 and goes on with these"
+        UnavailableError, match=f"{run.name} was started with products in bfloat16 and can only continue with them"
     ):
         plan_training(TrainConfig(resume=[run], device="cpu"))
     record = {**(read_run_record(run) or {}), "precision": "float8"}
@@ -280,7 +280,10 @@ def test_runs_of_earlier_versions_have_the_default_of_their_device(sparse_cache:
     for unfinished in (False, True):
         if unfinished:
             (run / "sae.json").unlink()
-        with pytest.raises(UsageError, match=f"{run.name} is of an earlier version, whose runs on a GPU .* bfloat16"):
+        with pytest.raises(
+            UsageError,
+            match=f"{run.name} was started by an earlier version, which computed products on a GPU in .* bfloat16",
+        ):
             plan_training(plain if unfinished else replace(plain, precision="float32"))
     assert RunConfig.from_record(gpu, None).precision == "bfloat16"
     assert "precision" not in RunConfig.from_record(record, None).identity()

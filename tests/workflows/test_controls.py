@@ -181,9 +181,9 @@ def test_a_control_that_was_trained_as_a_run_is_a_control_too(tiny_cache: Cache)
     assert heads[:2] == ["system", "control"] and (system, control) == ("topk", "frozen-decoder")
     assert cells and cells == [cell for cell in share[1:] if cell] and not any("↑" in head for head in heads)
     html = comparison_page(found)
-    assert "share of topk" not in html and "What controls already have" in html
+    assert "share of topk" not in html and "Shares of controls" in html
     assert f'<td>topk</td><td class="text">frozen-decoder</td><td>{cells[0]}</td>' in html
-    assert "What controls already have" not in comparison_page(compare_runs([runs[0].folder]))
+    assert "Shares of controls" not in comparison_page(compare_runs([runs[0].folder]))
     assert plan_controls(runs).count == 1
 
 

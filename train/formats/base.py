@@ -27,7 +27,7 @@ Reference = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass
 class ForeignSAE:
-    """An SAE read from another library's files, with what the files record about it. None: not recorded."""
+    """An SAE read from another library's files, with the information in the files. None: not recorded."""
 
     sae: SAE
     model: str | None = None  # id on the Hub
@@ -53,7 +53,7 @@ class ForeignSAE:
 
 @dataclass(frozen=True)
 class Description:
-    """What the path or the config of a published SAE says about it, without its weights. None: not said."""
+    """The information about a published SAE in its path or its config, without its weights. None: not given."""
 
     model: str | None = None  # id on the Hub
     hook: Hook | None = None
@@ -61,7 +61,7 @@ class Description:
     l0: str | None = None  # "82", or a label such as "medium"
 
     def or_else(self, other: "Description") -> "Description":
-        """This description, with what it does not say taken from another."""
+        """This description, with missing values taken from another."""
         return replace(self, **{name: value for name, value in vars(other).items() if getattr(self, name) is None})
 
 
@@ -70,7 +70,7 @@ class Format:
 
     registry: ClassVar[dict[str, "Format"]] = {}
     name: ClassVar[str]
-    # What it can store of CanonicalSAE's activations, the preferred one first. Empty: exports are not written in it.
+    # The activations of CanonicalSAE that it can store, the preferred one first. Empty: exports are not supported.
     activations: ClassVar[tuple[str, ...]] = ()
     layer_norm: ClassVar[bool] = False  # whether it can store that each token is layer-normalized
     files: ClassVar[tuple[str, ...]]  # file names, the weights first
@@ -107,15 +107,15 @@ class Format:
         return folder
 
     def refusal(self, repo: str, weights: PurePosixPath) -> str | None:
-        """What the path says that the files are, if not an SAE that can be imported: "transcoder". Else None."""
+        """The kind of the files, such as "transcoder", if the path shows that they are not an SAE. Else None."""
         return None
 
     def describe_path(self, repo: str, weights: PurePosixPath) -> Description:
-        """What the path of the weights says about an SAE; `repo` is its repository, or the folder's name."""
+        """The information about an SAE in the path of its weights; `repo` is its repository, or the folder's name."""
         return describe_path(weights)
 
     def describe_config(self, config: Mapping[str, Any]) -> Description:
-        """What the config says about an SAE. Never raises."""
+        """The information about an SAE in its config. Never raises."""
         return Description()
 
     def write(self, canonical: CanonicalSAE, folder: Path, metadata: dict[str, Any]) -> None:

@@ -84,7 +84,7 @@ class GemmaScope(Format, name="gemma-scope"):
 
 
 def kind_of_path(parts: tuple[str, ...]) -> str | None:
-    """What a path names that is not an SAE on a layer; None for one that is."""
+    """The kind of files that a path names, if they are not an SAE on a layer; else None."""
     if any(re.fullmatch(r"gemma-scope-\w+-(pt|it)-transcoders", part) for part in parts):
         return "transcoder"
     return "embedding" if "embedding" in parts else None

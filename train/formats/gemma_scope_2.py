@@ -140,7 +140,7 @@ class GemmaScope2(Format, name="gemma-scope-2"):
 
 
 def kind_of_path(parts: tuple[str, ...]) -> str | None:
-    """What a folder of the path names that is no SAE, the innermost such folder first; None for an SAE."""
+    """The kind that a folder in the path names, if it is not an SAE (the innermost such folder first); else None."""
     for part in reversed(parts):
         word = part.split("_")[0]
         if word in KINDS:

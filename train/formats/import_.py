@@ -43,7 +43,7 @@ HookCheck = Callable[[str, Hook, int], None]
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """How to import an SAE, wherever its files are. None means what the files say, or the default of `import_sae`."""
+    """How to import an SAE. None means the value in the files, or the default of `import_sae`."""
 
     model: str | None = None
     layer: int | None = None

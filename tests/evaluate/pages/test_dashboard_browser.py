@@ -321,6 +321,17 @@ def test_nothing_runs_out_of_the_window(page, file, width):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+def test_a_screen_reader_learns_the_size_of_the_table_and_the_place_of_a_row(page, file):
+    page.goto(f"{file.as_uri()}#latents")
+    rows = page.locator("#rows tr[data-place]")
+    rows.first.wait_for()
+    assert rows.first.get_attribute("aria-rowindex") == "2"
+    found = int(page.locator("#found").inner_text().split()[0].replace(",", ""))
+    assert page.get_by_role("region", name="Table of latents").locator("table").get_attribute("aria-rowcount") == str(
+        found + 1
+    )
+
+
 def test_a_printed_latent_has_no_table_and_no_keys(page, file):
     page.goto(f"{file.as_uri()}#latent-5")
     shows(page, 5)

@@ -43,6 +43,18 @@ def test_the_keyboard_sorts_too(comparison):
     comparison.locator("table.sortable th >> nth=0").focus()
     comparison.keyboard.press("Enter")
     assert column(comparison, 1) == ["a (2 seeds)", "b", "c"]
+    comparison.keyboard.press("Space")
+    assert column(comparison, 1) == ["c", "b", "a (2 seeds)"]
+    outline = "getComputedStyle(document.activeElement).outlineStyle"
+    assert comparison.evaluate(outline) == "solid"  # the focus is visible
+
+
+def test_a_page_is_printed_in_light_colors_also_from_dark_mode(comparison):
+    paper = "getComputedStyle(document.body).backgroundColor"
+    comparison.emulate_media(color_scheme="dark")
+    dark = comparison.evaluate(paper)
+    comparison.emulate_media(color_scheme="dark", media="print")
+    assert dark != "rgb(255, 255, 255)" and comparison.evaluate(paper) == "rgb(255, 255, 255)"
 
 
 def test_every_number_has_its_chart_with_a_mark_for_each_system(comparison):
