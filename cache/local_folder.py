@@ -255,7 +255,7 @@ class LocalFolder:
                 while True:
                     try:
                         file, patience = self._decide()
-                    except Exception as error:  # the folder cannot be written: whoever waits is told
+                    except Exception as error:  # the folder cannot be written: raised in waiting threads
                         file, patience = None, LOOK_AGAIN
                         self._fail_waiting(error)
                     if file is not None:

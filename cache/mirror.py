@@ -94,7 +94,7 @@ class Mirror:
 def map_ahead(action: Callable[[Item], Result], items: Iterable[Item], threads: int = THREADS) -> Iterator[Result]:
     """The results of an action, in order, computed by several threads at most `2 * threads` ahead.
 
-    Raises the first error; what has not begun then never does.
+    Raises the first error. Actions that have not begun by then are not started.
     """
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:

@@ -125,7 +125,7 @@ class DiskReading:
 
 
 class ChunkSource(Protocol):
-    """What chunks are read from."""
+    """The interface of an object that chunks are read from."""
 
     @property
     def chunk_rows(self) -> list[int]: ...

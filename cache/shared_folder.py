@@ -96,7 +96,7 @@ class SharedFolder:
             self.owner = ""
 
     def others(self) -> dict[str, Statement]:
-        """What the other processes state that read now, by their owners. Removes what dead ones have stated."""
+        """The statements of the other reading processes, by owner. Removes the statements of dead processes."""
         names = [path.name.removeprefix(READER) for path in self.folder.glob(f"{READER}*")]
         owners = {name.partition(".")[0] for name in names} - {self.owner}
         alive = {owner for owner in owners if self._is_alive(owner)}

@@ -1,12 +1,12 @@
-"""What an object store's failures are told as: sentences with the address of the object and the store's own code, never
-the request, which can hold a signature.
+"""Error messages for the failures of an object store. They have the address of the object and the store's error code,
+never the request, which can contain a signature.
 """
 
 import re
 
 from ..common.errors import DamagedError, UnavailableError
 
-CREDENTIALS = {  # what finds them in the environment, and what reads a public bucket without any
+CREDENTIALS = {  # the variables that hold them, and the one for reading a public bucket without any
     "s3": ("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", "AWS_SKIP_SIGNATURE=true"),
     "gs": ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SKIP_SIGNATURE=true"),
     "az": ("AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN", "AZURE_SKIP_SIGNATURE=true"),
@@ -39,7 +39,7 @@ class StoreWarning(UserWarning):
 
 
 def without_credentials(address: str) -> UnavailableError:
-    """The error that says that there are no credentials, and where they are looked for."""
+    """The error for missing credentials; it says where they are looked for."""
     variables, public = CREDENTIALS.get(address.partition("://")[0], CREDENTIALS["s3"])
     return UnavailableError(
         f"No credentials for {address} were found. Set them in the environment, such as {variables}; {public} reads a "

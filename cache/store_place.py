@@ -90,7 +90,7 @@ class StorePlace(FolderPlace):
             self.mirror.pull_existing(commit_file(window, name) for name in self._arrays() for window in windows)
 
     def _clear(self, *, tokens: bool = False) -> None:
-        """Remove from the folder what the store may have another version of."""
+        """Remove the files from the folder of which the store may have another version."""
         for path in self.folder.iterdir():
             if path.name not in OWN | {"tokens"}:
                 remove(path)

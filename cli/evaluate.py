@@ -151,7 +151,7 @@ def run_evaluate(
 ) -> int:
     """Print a plan, train its controls, run it with a progress bar, and print its tables.
 
-    Returns the exit code, which every launched process learns from the first one, once that has printed.
+    Returns the exit code. With several launched processes, the first one sends it to the others after printing.
     """
     from ..common.process_group import current_process_group
     from ..evaluate.run import run_evaluation

@@ -106,7 +106,7 @@ class AgainstLine:
         ]
 
     def record(self, base: str) -> dict[str, Any]:
-        """The line as one flat dictionary; None stands for what does not exist."""
+        """The line as one flat dictionary; None for values that do not exist."""
         paired, found = self.pairing.differences, self.finding
         low, high = paired.interval if paired and paired.has_spread else (None, None)
         return {

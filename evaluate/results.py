@@ -34,8 +34,8 @@ def write_result(
     A result with other settings is copied to `evaluations/earlier/` first. As in SAEBench's files, -1 stands for a
     number that does not exist. Since a number can also be -1, `absent` lists where such numbers are.
 
-    The metrics without outlier rows stand beside SAEBench's, as categories masked_<category>; the rest of that result
-    is under "masked" of eval_result_unstructured.
+    The metrics without outlier rows are additional categories masked_<category>; the rest of that result is under
+    "masked" in eval_result_unstructured.
     """
     values = {"metrics": result.named_metrics, "details": result.details}
     absent = list(find_leaves(None, values))

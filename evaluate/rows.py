@@ -87,9 +87,9 @@ class EvalRow:
         target_l0: the L0 that its training was asked for.
         conditions: equal for a run and its controls; "" if it cannot have any.
         is_control: whether it is a control, as a run or as a reference.
-        base: the recipe that a control is made of; of another run, the one that its controls are.
-        notes: sentences about its numbers beside others, once all are measured (`notes_beside`).
-        control_notes: sentences about its system beside its controls.
+        base: the base recipe of a control; for another run, that of its controls.
+        notes: sentences that compare its numbers with others, once all are measured (`notes_beside`).
+        control_notes: sentences that compare its system with its controls.
     """
 
     name: str

@@ -1,9 +1,9 @@
 """Run a language model again from changed activations, with the model's own code.
 
-The blocks before the hook are skipped: each returns at once, and the last of them gives what it gave before. All the
-rest is the model's own: the embedding, the arguments of the blocks, the blocks from the hook on, the final norm, the
-logits. So nothing here depends on a family. Where blocks leave something for later ones (as in Gemma 4, some of whose
-layers share keys and values), nothing is skipped; `Splicer.check` finds that out.
+The blocks before the hook are skipped: each returns at once, and the last one returns its earlier output. Everything
+else is the model's own code: the embedding, the arguments of the blocks, the blocks from the hook on, the final norm,
+the logits. So nothing here depends on the model family. If blocks store values for later ones (as in Gemma 4, where
+some layers share keys and values), nothing is skipped; `Splicer.check` detects this.
 
 Shape suffixes: N contexts in a batch, S positions, M versions of the contexts, D d_model, V vocabulary.
 """

@@ -56,7 +56,7 @@ def find_parts(model: nn.Module) -> Parts:
 
 
 def outermost_lists(model: nn.Module) -> list[tuple[str, Any]]:
-    """The lists of modules with parts that are not inside another one, as experts of a block are, with their paths."""
+    """The non-empty lists of modules with their paths, except lists inside another list, such as a block's experts."""
     found: list[tuple[str, Any]] = []
     for path, module in model.named_modules():
         is_inside = any(path.startswith(f"{outer}.") for outer, _ in found)

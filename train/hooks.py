@@ -1,4 +1,4 @@
-"""The hooks that `sae train` is asked for."""
+"""The hooks that the options of `sae train` select."""
 
 from collections.abc import Sequence
 from pathlib import Path

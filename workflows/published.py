@@ -185,7 +185,7 @@ Source = dict[str, Any]  # `imported_from` of run.json
 
 
 def imported_runs(config: PublishedConfig) -> Iterator[tuple[Path, Source]]:
-    """The imported runs in runs/ that a configuration would make again, newest first, each with where it is from."""
+    """The imported runs in runs/ that fit a configuration, newest first, each with its source."""
     fits = fitting(config)
     records = [path for path in (sae_home() / "runs").glob("*/run.json") if (path.parent / "sae.json").exists()]
     for path in sorted(records, key=lambda path: path.stat().st_mtime, reverse=True):

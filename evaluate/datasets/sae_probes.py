@@ -179,7 +179,7 @@ def download_wheel(folder: Path) -> Path:
 
 
 def describe_failure(done: subprocess.CompletedProcess[str]) -> str:
-    """Why pip failed: what it says about the connection, else its last line of an error, else its last line."""
+    """The reason why pip failed: its message about the connection, else its last error line, else its last line."""
     if broken := re.findall(r"connection broken by '(.+)':? /", done.stderr):
         return str(broken[-1])
     lines = done.stderr.strip().splitlines()
@@ -244,7 +244,7 @@ def sources() -> list[DatasetSource]:
 
 @functools.cache
 def _sources(folder: Path) -> list[DatasetSource]:
-    """The rows of the index, where a value holds for the following rows until another one stands in its column."""
+    """The rows of the index. An empty cell has the value of the row above."""
     found, last = [], {"Dataset name": "", "Probe from": "", "Link": ""}
     for row in read_table(INDEX):
         if row["Dataset name"]:

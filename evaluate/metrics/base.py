@@ -242,7 +242,7 @@ class Metric(ABC):
     def kept_bytes(self, ctx: EvalContext, targets: Sequence[EvalTarget]) -> int:
         """How many bytes of activations measuring these keeps in the artifact cache, at most. Does not need the model.
 
-        Without those that are there already, if `knows_what_is_kept`.
+        If `knows_what_is_kept`, bytes that are in the cache already are not counted.
         """
         return 0
 

@@ -38,10 +38,10 @@ def tokens_of_latent(tokenizer: Any, scores: Sequence[str]) -> list[int]:
 def describe_cost(
     tokenizer: Any, latents: int, scores: Sequence[str], *, judge: str, prices: tuple[float, float], kept: int
 ) -> str:
-    """A line of the plan: at most how many questions and tokens a judge gets about so many latents, and gives back.
+    """A line of the plan: the most questions, input tokens and output tokens that explaining these latents can take.
 
-    `judge` is what it is called, "" if there is none; `prices` are those of a million tokens in and out, 0 if unknown;
-    `kept` of its answers are kept from before. Tokens in are counted with `tokenizer`, the evaluated model's.
+    `judge` is its name, "" if there is none; `prices` are those of a million input and output tokens, 0 if unknown;
+    `kept` is the number of answers from earlier runs. Input tokens are counted with `tokenizer`, the evaluated model's.
     """
     of_latent = tokens_of_latent(tokenizer, scores)
     questions, tokens_in = latents * len(of_latent), latents * sum(of_latent)

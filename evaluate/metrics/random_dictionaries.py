@@ -52,7 +52,7 @@ def gaussian_rows(moment_DD: Tensor, latents: int, seed: int) -> Tensor:
 def random_latents(direction_FD: Tensor, x_DT: Tensor, active_F: np.ndarray) -> Latents:
     """The latents relu(x . d_i - theta_i) of random directions d_i, for activations x of mean 0.
 
-    theta_i is such that latent i fires at active_F[i] of the tokens, as often as that of the SAE that it stands for.
+    theta_i is such that latent i fires at active_F[i] of the tokens, as often as the corresponding latent of the SAE.
     """
     places, values = [], []
     for start in range(0, len(active_F), LATENTS_PER_BLOCK):

@@ -211,7 +211,7 @@ class Ravel(Metric):
         return KnownFacts.of(entity_type, asked, known, attributes, self.min_known_prompts)
 
     def require_facts(self, ctx: EvalContext, known: Sequence[KnownFacts]) -> None:
-        """Raise SaeError if no entity type has two attributes that enough is known of."""
+        """Raise SaeError unless at least one entity type has two attributes with enough known answers."""
         if not any(facts.attributes for facts in known):
             counts = "; ".join(refusal for facts in known for refusal in facts.refusals)
             raise SaeError(
@@ -268,8 +268,8 @@ class Ravel(Metric):
         tested = [pair for batch in test for pair in batch]
         if not train or not tested:
             raise UsageError(
-                f"{what} has {len(pairs.train)} pairs to train on and {len(pairs.test)} to test on, one of which is no "
-                f"whole batch of {self.batch_size}. Use a smaller {self.name}.batch_size, or more pairs."
+                f"{what} has {len(pairs.train)} pairs to train on and {len(pairs.test)} to test on, and a batch has "
+                f"{self.batch_size}. Use a smaller {self.name}.batch_size, or more pairs."
             )
         working = [state for state in states if state.error is None]
         masks: list[Mask] = []
@@ -350,6 +350,6 @@ def kept_prompts(x_ND: Tensor, norm_limit: float | None) -> tuple[int, ...]:
 
 
 def describe_mask(mask: Mask) -> dict[str, Any]:
-    """How many latents a mask exchanges, and those that it is surest of."""
+    """The number of latents that a mask exchanges, and the latents with the largest mask weights."""
     most = mask.theta_F.detach().topk(min(TOP_LATENTS, mask.selected)).indices.tolist()
     return {"latents": mask.selected, "of_latents": len(mask.theta_F), "top_latents": most, "last_loss": mask.loss}

@@ -1,27 +1,27 @@
-"""Stability: how much of an SAE the same training with another seed finds again.
+"""Stability: the similarity of an SAE to SAEs of the same training with other seeds.
 
 PW-MCC (Song et al. 2025, arXiv 2505.20254) is the mean, over the optimal one-to-one matching of the latents of two
 SAEs, of the absolute cosine of their decoder rows; here also of the absolute Pearson correlation of their activations
 on the same held-out tokens. The number of an SAE is the mean over the other seeds, so that the mean over the SAEs of a
-system is that over all pairs. In the authors' code (examples/evaluate_mcc.py) the cosines keep their sign; the two
-agree wherever the best match points the same way.
+system is the mean over all pairs. In the authors' code (examples/evaluate_mcc.py) the cosines keep their sign; the two
+agree if the best match points the same way.
 
-Latents recur (Paulo and Belrose 2025, arXiv 2501.16615) by a matching of their own, of the cosines with their sign: a
-latent and its opposite say different things. The sign has no meaning in an SAE whose latents are also negative; there
-the matching is that of PW-MCC. The authors ask the same of the encoder's rows, matched apart; we do not, since not
-every SAE has them.
+Recurring latents (Paulo and Belrose 2025, arXiv 2501.16615) come from a separate matching, of the cosines with their
+sign, since a latent and its opposite mean different things. The sign has no meaning in an SAE with negative latents;
+there the matching is that of PW-MCC. The authors also require the encoder's rows to match; we do not, since not every
+SAE has them.
 
-Each number stands beside the same number for matched random dictionaries, used as encoder too, with thresholds at which
-every latent fires as often as before. They have the width and the firing rates, and read the same activations, whose
-few large directions correlate any two dictionaries. There are two kinds (random_dictionaries.py): the SAE's own decoder
-rows with the entries of each in random order, which keeps rows with a few large ones; and Gaussian rows with the second
-moment of the other seeds' decoder rows. The larger of the two is the null. The moment is the other seeds', as the SAE's
-own also fits what its rows have by chance: between a decoder and rows of that moment the mean squared cosine is exactly
-that between the two decoders.
+Each number is compared with the same number for matched random dictionaries. Their rows are also used as encoder, with
+thresholds at which every latent fires as often as in the SAE. They have the same width and firing rates, and read the
+same activations, whose few large directions correlate any two dictionaries. There are two kinds
+(random_dictionaries.py): the SAE's own decoder rows with the entries of each in random order, which keeps large
+entries; and Gaussian rows with the second moment of the other seeds' decoder rows. The larger of the two is the null.
+The moment is that of the other seeds, because the SAE's own would also fit chance properties of its rows: the mean
+squared cosine between a decoder and rows with the other decoder's moment is exactly that between the two decoders.
 
-Dead latents, which do not vary on these tokens: the decoder number counts their rows like the others, as the source
-does; the correlation, which they do not have, is taken over the others, and what is left over in the larger of two sets
-counts as 0.
+Dead latents do not vary on these tokens. The decoder number includes their rows, as the authors' code does. They have
+no correlation; the activation number is taken over the other latents, and unmatched latents of the larger set count as
+0.
 
 Shape suffixes: F latents, D d_in.
 """

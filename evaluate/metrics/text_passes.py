@@ -59,7 +59,7 @@ class TextPasses:
         if not self.ctx.artifacts.shared:
             return
         wholly_kept = self.ctx.model.hooks_to_keep(self.hooks)
-        for wait in (False, True):  # first what nobody computes, then what another rank has begun and not finished
+        for wait in (False, True):  # first the free batches, then those that another rank has begun but not finished
             for number, batch in enumerate(self.batches):
                 hooks, final = (wholly_kept, True) if number < with_losses else (self.hooks, False)
                 if self.keeps is False or self.contains(batch, hooks, final):

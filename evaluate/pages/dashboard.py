@@ -65,7 +65,7 @@ class TokenIndex:
         self.words: list[str] = []
 
     def __call__(self, token: int) -> int:
-        """The number of a token that stands alone."""
+        """The number of a token that is shown on its own."""
         return self._number(self.run.token_text.display(token))
 
     def text(self, tokens: Sequence[int]) -> list[int]:

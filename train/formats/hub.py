@@ -112,7 +112,7 @@ def find_remote_sae(address: HubAddress, layer: int | None = None) -> RemoteSAE:
 def download(remote: RemoteSAE, root: Path, say: Callable[[str], None]) -> Path:
     """Download the files of one SAE, and no others, from its commit. Returns its path below `root`.
 
-    `say` is told the commit and the files before the download begins.
+    Before the download begins, `say` is called with the commit and the files.
     """
     from huggingface_hub import hf_hub_download
 

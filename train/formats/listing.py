@@ -181,7 +181,7 @@ def may_fit(sae: PublishedSAE, layer: int | None, site: str | None, width: str |
 
 
 def fits(sae: PublishedSAE, layer: int | None, site: str | None, width: str | None) -> bool:
-    """Whether an SAE says that it has all that the filters ask for."""
+    """Whether the description of an SAE matches all filters."""
     hook, d_sae = sae.description.hook, sae.description.d_sae
     if (hook is None and (layer is not None or site is not None)) or (d_sae is None and width is not None):
         return False

@@ -23,7 +23,7 @@ class RemoteFile(NamedTuple):
 
 @dataclass(frozen=True)
 class PublishedSAE:
-    """An SAE of a release, not read yet, or files of the same layout that are something else."""
+    """An SAE of a release that has not been read yet, or files of the same layout that are not an SAE."""
 
     format: Format
     path: str  # what selects it in the release: a folder, or a file where a folder holds several SAEs

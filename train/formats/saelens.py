@@ -155,8 +155,8 @@ class SAELens(Format, name="saelens"):
 def saelens_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     """The metadata with SAELens' name of the hook point.
 
-    A module has no hook point in TransformerLens. SAELens runs transformers' own model for it, of which it reads the
-    outputs of modules. UsageError for an input, which it cannot name.
+    A module has no hook point in TransformerLens. For it, SAELens runs transformers' own model and reads the outputs of
+    modules. UsageError for an input, which SAELens cannot name.
     """
     name = metadata.get("hook_name")
     if not is_module(name):

@@ -26,8 +26,8 @@ def upload_sae(
 ) -> str:
     """Upload a run as a SAELens export with a model card, and return its address.
 
-    Nothing leaves the machine before `confirm` returns True for the question it is given. `say` is told the notes, the
-    result of the verification and the files. The other arguments are those of `export_sae`.
+    Nothing is uploaded before `confirm` returns True for its question. `say` is called with the notes, the result of
+    the verification and the files. The other arguments are those of `export_sae`.
 
     Raises Interrupted if `confirm` returns False, and what `export_sae` raises.
     """
