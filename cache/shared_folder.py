@@ -10,7 +10,7 @@ The protocol:
    however it ends, and its statement no longer counts.
 3. A process states that it keeps a chunk under the lock under which it saw the chunk, or before the chunk is there, and
    only then reads it. It withdraws that once its memory maps of the chunk are closed.
-4. Nobody removes a chunk that another keeps. One that is found damaged is replaced: who reads it keeps the old file.
+4. No process removes a chunk that another keeps. A damaged chunk is replaced; processes that read it keep the old file.
 5. A chunk is pulled into a part with the owner's name, which only the owner writes. Others remove it once the owner no
    longer runs.
 6. A process states the bytes that one of its steps needs. The folder has room for a step of each, and what is left is

@@ -225,7 +225,7 @@ def acquire(path: Path, mode: int, patience: float = math.inf, *, in_new_folder:
 
 @contextlib.contextmanager
 def held_if_possible(path: Path, mode: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Hold a lock on `path`, once others do not; none where the file cannot be made or its file system has no locks."""
+    """Wait for a lock on `path` and hold it. No effect if the file cannot be made or its file system has no locks."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             stack.callback(release, acquire(path, mode))

@@ -180,7 +180,7 @@ def name_references(found: Sequence[ComparedRun]) -> dict[str, dict[Any, Compare
 
 
 def mixed_seeds(run: ComparedRun, runs: Sequence[ComparedRun]) -> list[str]:
-    """A sentence if a number that depends on the other seeds was measured among other seeds in a run of the system."""
+    """A sentence if a number that depends on the other seeds was measured with other seeds in a run of its system."""
     notes = []
     for metric, settings in run.settings.items():
         if "seeds" not in settings or "seed" not in run.record:

@@ -119,7 +119,7 @@ def cut(works: Sequence[Work], ranks: int) -> list[RankShare]:
 
 
 def pieces(works: Iterable[Work], seconds: float) -> Iterator[RankShare]:
-    """The works in their order, each share as large as `limit` seconds allow."""
+    """The works in their order, each share as large as `seconds` allows."""
     share = RankShare()
     for work in works:
         if share.runs and share.seconds_with(work) > seconds:

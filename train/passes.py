@@ -82,8 +82,8 @@ def add_up(memories: Sequence[RunMemory], config: RunConfig, device: str) -> Pas
 
 
 def captured_memory(runs: Sequence[BuildableRun], device: str) -> int:
-    """What runs take whose steps are one graph, in bytes: they do not take turns, each has a stream with a workspace,
-    and the graph has a batch of its own."""
+    """The memory in bytes of runs whose steps are one graph. They run at the same time, each on a stream with a
+    workspace of its own, and the graph has its own batch."""
     state, _, batches = pass_memory(runs, device)
     steps = sum(run_memory(run, device).step for run in runs)
     return state + steps + batches + len(runs) * WORKSPACE["cuda"] + 2 * runs[0].config.batch_size * runs[0].config.d_in

@@ -85,7 +85,7 @@ class SharedPass:
             self.steps_done, self.seconds_waited = until, self.seconds_waited + self.batches.seconds_waited
 
     def join(self, later: "SharedPass") -> None:
-        """Hand the runs over to a pass that begins where this one has come to."""
+        """Hand the runs over to a pass that begins where this one stopped."""
         later.active, later.max_steps = [*later.active, *self.active], max(self.max_steps, later.max_steps)
 
     def _after_step(self, number: int) -> bool:

@@ -357,7 +357,7 @@ def test_stability_among_other_seeds_is_named(tmp_path):
                 eval_config=core["eval_config"] | {"weights": str(number), "seeds": list(seeds)},
                 eval_result_unstructured=core["eval_result_unstructured"],
             )  # fmt: skip
-        return [note for row in compare_runs(runs).rows for note in row.notes if "among other seeds" in note]
+        return [note for row in compare_runs(runs).rows for note in row.notes if "measured with other seeds" in note]
 
     assert write("12", "02", "01") == []
     found = write("1", "0", "01")
