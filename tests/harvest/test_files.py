@@ -122,7 +122,7 @@ def test_missing_shards_are_said(chosen) -> None:
 def test_files_of_no_split_are_said(chosen) -> None:
     said: list[str] = []
     assert chosen(["train.jsonl", "deep/extra.jsonl", "more.jsonl"], say=said.append) == ["train.jsonl"]
-    assert len(said) == 1 and "2 files of" in said[0] and "not read, such as deep/extra.jsonl: only" in said[0]
+    assert len(said) == 1 and "2 files of" in said[0] and "not read, such as deep/extra.jsonl: its name" in said[0]
     del said[:]
     assert len(chosen([], "all", say=said.append)) == 3
     chosen(["test.jsonl"], "test", say=said.append)  # the files of another split are not worth a word
