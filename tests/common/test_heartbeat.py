@@ -79,7 +79,7 @@ def test_the_system_says_at_once_that_a_process_of_this_machine_has_ended(store:
     store.set("sae/name/1", f"process {child.pid} on here")
     store.set("sae/machine/1", f"{first.machine} {child.pid}")
     if first.machine:
-        with pytest.raises(UnavailableError, match=rf"Rank 1 of 2 .process {child.pid} on here. has ended. Everything committed is"):
+        with pytest.raises(UnavailableError, match=rf"Rank 1 of 2 .process {child.pid} on here. has ended. Everything"):
             first.meet()
 
 
