@@ -199,8 +199,8 @@ def test_a_tokenizer_without_bos_is_left_as_it_is(tiny_model: Path) -> None:
     ("given", "sentence"),
     [
         ({"texts": "one text"}, "takes a list of strings"),
-        ({"texts": []}, "no tokens"),
-        ({"texts": ["", ""]}, "no tokens"),
+        ({"texts": []}, "contain only BOS"),
+        ({"texts": ["", ""]}, "contain only BOS"),
         ({"texts": [3]}, "takes a list of strings"),
         ({"layer": 2}, "has no layer 2: its 2 blocks"),
         ({"site": "mlp"}, "unknown site 'mlp'"),
