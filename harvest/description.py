@@ -98,7 +98,7 @@ def describe_size(plan: HarvestPlan, size: str, existing: ExistingRows) -> list[
 def describe_time(plan: HarvestPlan) -> str:
     """The estimated time as text. It is also part of the plan of `sae train --stream`.
 
-    Of several launched processes only the first, which prints, measures it.
+    If several processes are launched, only the first one, which prints, measures it.
     """
     rank, processes = rank_and_count()
     if rank > 0:

@@ -52,9 +52,9 @@ from .structure import embedding_rows
 
 @dataclass(frozen=True)
 class HarvestPlan:
-    """What will be read, computed and written, and where: a HarvestConfig with everything in it resolved.
+    """A HarvestConfig with everything in it resolved: what will be read, computed and written, and where.
 
-    description.py says it in words.
+    description.py describes it in words.
     """
 
     config: HarvestConfig
@@ -83,7 +83,7 @@ class HarvestPlan:
 
     @property
     def command(self) -> str:
-        """What other tasks are told that this one does."""
+        """The command of this task, for messages to other tasks."""
         return "sae harvest --prepare" if self.config.prepare else f"sae harvest --share {self.config.share}"
 
     @property
@@ -93,7 +93,7 @@ class HarvestPlan:
 
     @property
     def encoder(self) -> DocumentEncoder:
-        """What turns the documents into token ids."""
+        """The encoder that turns documents into token ids."""
         return DocumentEncoder(
             self.tokenizer, self.context_format.bos_id, LITERALS in self.identity, self.chat,
             embedding_rows(self.model_config),
@@ -119,12 +119,12 @@ class HarvestPlan:
 
     @cached_property
     def place(self) -> FolderPlace:
-        """Where the files of the cache are kept."""
+        """The place where the files of the cache are kept."""
         return FolderPlace(self.folder) if self.store is None else StorePlace(self.store, self.folder)
 
     @property
     def existing(self) -> ExistingRows:
-        """What the folder already holds of this harvest; an address is looked at once."""
+        """The rows of this harvest that the folder already holds. An object store is looked at only once."""
         return find_existing(self._records_folder, fingerprint_of(self.identity), self.hooks, self.config.max_norm)
 
     @cached_property
@@ -143,7 +143,7 @@ class HarvestPlan:
         return existing.cache if existing.is_finished else None
 
     def is_complete(self, cache: Cache) -> bool:
-        """Whether every planned hook is complete in the cache: not after a share of which others are missing."""
+        """Whether every planned hook is complete in the cache. False after one share while other shares are missing."""
         return set(self.hooks) <= set(cache.hooks)
 
     def token_text(self, token: int) -> str:
@@ -151,7 +151,7 @@ class HarvestPlan:
         return self.tokenizer.decode([token])
 
     def planned_cache(self) -> PlannedCache:
-        """The cache that this plan will write, for training to be planned on it before the harvest."""
+        """The cache that this plan will write. Training can be planned on it before the harvest."""
         return PlannedCache(self.folder, self.identity, self.layout, self.widths)
 
     @property
@@ -170,7 +170,7 @@ class HarvestPlan:
 
     @property
     def layout_to_fill(self) -> Layout:
-        """The layout of the cache that has begun, or that will be."""
+        """The layout of the cache that has been begun, or else of the cache that will be."""
         cache = self.existing.cache
         return self.layout if cache is None else cache.layout
 
@@ -182,7 +182,7 @@ class HarvestPlan:
 
     @property
     def windows_of_process(self) -> Sequence[int]:
-        """Those of this process: of its share, or of the rank that has the most."""
+        """The windows of this process: those of its share, or of the rank that has the most."""
         if self.share is None:
             return self.windows_left[:: rank_and_count()[1]]
         left, of_share = self.windows_left, self.share.windows(self.layout_to_fill.n_windows)
@@ -194,7 +194,7 @@ class HarvestPlan:
         return working_bytes(self.layout, self.bytes_per_token, processes_on_this_machine())
 
     def estimated_seconds(self) -> float:
-        """How long the model computes on one device, from timing one block. Reading and writing overlap with it."""
+        """The seconds of model time on one device, from timing one block. Reading and writing overlap with it."""
         config = self.config
         per_block = block_seconds_per_token(
             self.model_config, dtype=self.dtype, device=self.device, attention=config.attention,
@@ -205,7 +205,7 @@ class HarvestPlan:
         return per_block * blocks * (self.tokens if existing.cache is None else existing.rows_left)
 
     def unreadable_rows(self) -> dict[str, Any]:
-        """How many rows of the text could not be read, and the first: of this run, or as an earlier one recorded."""
+        """The number of unreadable rows of the text and the first of them, by this run or an earlier run's record."""
         record = self.folder / "harvest.json"
         if self.text.read or not record.exists():
             return self.text.unreadable_rows

@@ -1,10 +1,11 @@
-"""`sae train --accumulate N`: a batch is computed in N equal parts, whose gradients add up to that of the whole batch.
+"""`sae train --accumulate N`: compute a batch in N equal parts, whose gradients add up to the gradient of the batch.
 
 A step then holds the latents of one part at a time. Most losses are means over tokens, so they equal the mean of the
-parts' means. Code that needs more of the batch reads `Step.whole`: the input and, if a part of the recipe declares it
-(`reads_batch`), the errors and L0 of a first pass without gradients. BatchTopK finds the smallest latent that the batch
-keeps in a pass over the pre-activations. Recipes with a part that needs the latents of all tokens at once
-(`undivided`) are refused. Sums have another order, so results differ from those of N = 1 by rounding.
+parts' means. Code that needs the whole batch reads `Step.whole`. It holds the input and, if a loss or mechanism of the
+recipe sets `reads_batch`, the errors and L0 of a first pass without gradients. BatchTopK first runs a pass over the
+pre-activations to find the smallest latent that the batch keeps. A recipe is refused if one of its losses, mechanisms
+or activations needs the latents of all tokens at once (`undivided`). Sums are taken in another order, so results differ
+from those of N = 1 by rounding.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ class WholeBatch(Step):
 
     @torch.no_grad()
     def summarize(self, parts: Iterator[Step]) -> dict[str, Tensor]:
-        """Combine the values of the parts, without their latents, into those of the batch; returns the mean losses."""
+        """Combine the values of the parts (not their latents) into values of the batch; returns the mean losses."""
         errors, l0s, fired_F = [], [], torch.zeros(self.sae.d_sae, dtype=torch.bool, device=self.x_BD.device)
         losses: dict[str, list[Tensor]] = {}
         metrics: dict[str, list[Tensor]] = {}
@@ -50,7 +51,7 @@ class WholeBatch(Step):
         for mechanism, values in statistics.items():
             stacked_P = torch.stack(values)
             self.statistics[mechanism] = stacked_P.mean(0) if mechanism.combine == "mean" else stacked_P.amin(0)
-        # Counts are of weights, and so the same in every part.
+        # Metrics that are integers count weights, so they are the same in every part.
         self.metrics = {n: torch.stack(v).mean() if v[0].is_floating_point() else v[0] for n, v in metrics.items()}
         return {name: torch.stack(values).mean() for name, values in losses.items()}
 
@@ -64,9 +65,10 @@ def run_in_parts(
     precision: Callable[[], AbstractContextManager[None]],
     backward: bool = True,
 ) -> tuple[WholeBatch, dict[str, Tensor]]:
-    """The forward pass of step i in `count` parts, and with `backward` the gradients; `precision` is that of products.
+    """Run the forward pass of step i in `count` parts and, with `backward`, compute the gradients.
 
-    Returns the batch, and its weighted losses without their graph (without `backward`: none).
+    `precision` makes the context that sets the precision of products. Returns the batch and its weighted losses without
+    their graph; without `backward` there are no losses.
     """
     whole = WholeBatch(i, variant, optimizer, x_BD)
     parts = x_BD.split(len(x_BD) // count)
@@ -112,7 +114,7 @@ def reasons_against(variant: Variant) -> list[str]:
 
 
 def check_parts(parts: int, batch_size: int, compiled: bool) -> int:
-    """`parts`, if a batch can be divided into so many. Raises UsageError."""
+    """Return `parts`. Raises UsageError if a batch cannot be computed in that many parts."""
     if parts < 1 or batch_size % parts:
         raise UsageError(
             f"--accumulate {parts} does not divide a batch of {batch_size:,} tokens into equal parts. "

@@ -20,7 +20,7 @@ class Activation(nn.Module):
     name: ClassVar[str]
     sees_input: ClassVar[bool] = False  # whether forward takes (z_BF, x_BD), as a router does
     nonnegative: ClassVar[bool] = False  # whether no latent is ever below zero
-    undivided: str = ""  # why tokens cannot be encoded in parts of a batch, as a sentence without its end
+    undivided: str = ""  # why tokens cannot be encoded in parts of a batch, as a sentence without a period
 
     def __init_subclass__(cls, *, name: str = "") -> None:
         if not name:
@@ -37,10 +37,10 @@ class Activation(nn.Module):
         self.options = options
 
     def rescale_(self, factor: float) -> None:
-        """Change the parameters so that act(factor * z) = factor * act_before(z). Nothing to do for ReLU or TopK."""
+        """Change the parameters so that act(factor * z) = factor * act_before(z). ReLU and TopK need no change."""
 
     def recenter_(self, mean_D: Tensor) -> None:
-        """Change the parameters so that act(z, x) = act_before(z, x - mean). Only for those that see the input."""
+        """Change the parameters so that act(z, x) = act_before(z, x - mean). For activations that see the input."""
 
 
 def activation_chain(activations: Iterable[Activation]) -> Sequence[Activation]:
@@ -56,7 +56,7 @@ class ReLU(Activation, name="relu"):
 
 
 class KeepTopK(Activation):
-    """Selects k latents per token and keeps those of them that are positive.
+    """Selects k latents per token and keeps the positive ones among them.
 
     While the mechanism AnnealK lowers k, the current k is `now`, and tensors have room for `max_k`.
     """
@@ -64,8 +64,8 @@ class KeepTopK(Activation):
     now: Tensor | None  # () float32; part of the training state, not saved with an SAE
     nonnegative = True
     over_batch: ClassVar[bool] = False  # whether it chooses among the latents of all tokens
-    cut: Tensor | None = None  # () of a batch in parts: the smallest pre-activation that it keeps
-    by_kernels = False  # whether the operator `largest` selects in training, which has kernels on a GPU
+    cut: Tensor | None = None  # () if a batch is computed in parts: the smallest pre-activation that it keeps
+    by_kernels = False  # whether training selects with the operator `largest`, which has kernels on a GPU
 
     def __init__(self, k: float) -> None:
         super().__init__(k=k)
@@ -112,11 +112,11 @@ def topk_indices(z_BF: Tensor, k: int) -> Tensor:
 
 
 def largest_indices(z_N: Tensor, count: int) -> Tensor:
-    """(count) int64: the indices of the largest elements, ascending; of equal ones any.
+    """(count) int64: the indices of the largest elements, ascending. Any of several equal elements may be chosen.
 
-    On a CPU, `topk` of all latents of a batch runs on one thread, and takes longer than a product on two. There a bound
-    that a few more elements reach, found in a sample, leaves them to it. How many reach the bound has to be read, which
-    a step that is only traced cannot do.
+    On a CPU, `topk` of all latents of a batch runs on one thread and takes longer than a product on two. There, a
+    sample gives a bound that a few more than `count` elements reach, and `topk` sees only those. The number of elements
+    that reach the bound has to be read, which a step that is only traced cannot do.
     """
     is_traced = type(z_N) is not Tensor or torch.compiler.is_compiling()
     found_N = None if z_N.device.type != "cpu" or is_traced else largest_by_sample(z_N, count)
@@ -126,7 +126,7 @@ def largest_indices(z_N: Tensor, count: int) -> Tensor:
 def largest_by_sample(z_N: Tensor, count: int) -> Tensor | None:
     """As `largest_indices`; None if the sample's bound is too high."""
     sample = z_N[::SAMPLE_EVERY]
-    expected = count / SAMPLE_EVERY  # of the largest in the sample
+    expected = count / SAMPLE_EVERY  # how many of the largest elements are in the sample
     margin = 0.1 * expected + 3 * math.sqrt(expected)
     rank = int(expected + margin) + 1
     if rank > len(sample):
@@ -135,10 +135,10 @@ def largest_by_sample(z_N: Tensor, count: int) -> Tensor | None:
     candidate_M = (z_N < top[-1]).logical_not_().nonzero()[:, 0]  # with every NaN, which counts as large
     if len(candidate_M) < count:
         return None
-    # Candidates above a second bound are kept without a rank: `topk`, which runs on one thread, has fewer to order.
+    # Candidates above a second bound are kept without a rank, so that `topk`, which runs on one thread, orders fewer.
     value_M, surplus = z_N[candidate_M], len(candidate_M) - count
     open_L = (value_M <= top[max(int(expected - margin), 0)]).nonzero()[:, 0]
-    if len(open_L) < surplus:  # that bound is too low
+    if len(open_L) < surplus:  # the second bound is too low
         open_L = torch.arange(len(value_M))
     kept_M = torch.ones_like(candidate_M, dtype=torch.bool)
     kept_M[open_L[value_M[open_L].topk(surplus, largest=False, sorted=False).indices]] = False
@@ -163,7 +163,7 @@ class TopK(KeepTopK, name="topk"):
 
 
 class BatchTopK(KeepTopK, name="batchtopk"):
-    """Keeps the B k largest latents of a batch in training, later those above `threshold` (Bussmann et al. 2024).
+    """Keeps the B k largest latents of a batch in training, and latents above `threshold` later (Bussmann et al. 2024).
 
     So a loaded SAE encodes each token by itself. The mechanism BatchTopKThreshold sets the threshold.
     """

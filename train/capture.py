@@ -1,18 +1,18 @@
 """`sae train --capture`: the steps of all runs of a pass as one CUDA graph.
 
-An eager step launches a hundred kernels and more, one after the other, and the host takes longer for that than the GPU
-for a small SAE. A graph holds the kernels of one step of every run, each run on a stream of its own, and one launch
-starts them all.
+An eager step launches a hundred or more kernels, one after the other. For a small SAE, the host takes longer to launch
+them than the GPU takes to run them. A graph holds the kernels of one step of every run, each run on a stream of its
+own, and one launch starts them all.
 
 A launched graph runs the same kernels on the same memory again. So everything that changes from step to step changes in
 place, on the device: the batch is copied to where the graph reads it; the learning rate and all coefficients are
 computed from the number of the step; counters, averages and metrics are added up in place. When the shapes of a step
 change (`Mechanism.shape_key`), a new graph is made. The first step with new shapes is taken eagerly; it also creates
-Adam's moments and loads the kernels. The second step is captured. Nothing is computed during the capture; then the
-graph is launched, for that step too.
+Adam's moments and loads the kernels. The second step is captured. Nothing is computed during the capture; the graph is
+launched afterwards, for the second step too.
 
-The results equal those of eager steps bit for bit. This was shown on the simulated GPU of the tests; no real one was
-available, so neither the bits nor the speed on one are known.
+The results equal those of eager steps bit for bit. This was shown on the simulated GPU of the tests. No real GPU was
+available, so neither the bits nor the speed on a real GPU are known.
 """
 
 import copy
@@ -38,7 +38,7 @@ class CapturedSteps:
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
         self.refused = False
-        self._key: Hashable = None  # what the graph is made for; before there is one, what the last eager step had
+        self._key: Hashable = None  # the key of the graph; before there is a graph, the key of the last eager step
         self._graph: torch.cuda.CUDAGraph | None = None
         self._x_BD: Tensor  # where the graph reads the batch
         self._steps: dict[Trainer, Step] = {}  # in the memory of the graph
@@ -46,7 +46,7 @@ class CapturedSteps:
     def replay(self, trainers: Sequence[Trainer], x_BD: Tensor) -> dict[Trainer, Step]:
         """Launch the steps of all trainers on a batch (B, d_in); returns them as mechanisms see them between steps.
 
-        An empty dict: no step was taken, and the caller has to take them one by one.
+        Returns an empty dict if it took no step. The caller then has to take the steps one by one.
         """
         key = (x_BD.shape, *((trainer, trainer.variant.shape_key()) for trainer in trainers))
         if self.refused:
@@ -66,7 +66,7 @@ class CapturedSteps:
         for trainer in trainers:
             trainer.changing = True
         self._graph.replay()
-        # Copies, since what a mechanism has a step compute in between is of this step alone.
+        # Copies, because values that mechanisms make a step compute between steps belong to this step alone.
         return {trainer: copy.copy(step) for trainer, step in self._steps.items()}
 
     def _capture(self, trainers: Sequence[Trainer], x_BD: Tensor) -> None:
@@ -98,7 +98,7 @@ class CapturedSteps:
 
 
 def detached(step: Step) -> Step:
-    """A copy of a step on the same memory, without what autograd keeps of it: it would outlive the capture."""
+    """A copy of a step on the same memory, without its autograd graph, which would outlive the capture."""
     kept = copy.copy(step)
     vars(kept).update(tree_map_only(Tensor, Tensor.detach, vars(step)))
     return kept

@@ -58,7 +58,7 @@ def write_checkpoint(folder: Path, step: int, data: bytes | memoryview, run: str
     record |= {} if run is None else {"run": run}
     CHECKPOINT_RECORD.write(target / "state.json", record)
     checkpoints = sorted((folder / "checkpoints").glob("step-*"))
-    # Those of later steps were damaged and skipped when the run was resumed; kept, they would push out valid ones.
+    # Checkpoints of later steps were damaged and skipped when the run was resumed. Here they would push out valid ones.
     skipped = [path for path in checkpoints if path.name > target.name]
     for old in [*skipped, *[path for path in checkpoints if path.name <= target.name][:-KEPT]]:
         shutil.rmtree(old, ignore_errors=True)
@@ -68,9 +68,9 @@ class SavedState(NamedTuple):
     """A checkpoint that was read."""
 
     step: int
-    run: str | None  # digest of what decides its run; None: an earlier version, which recorded none
+    run: str | None  # digest of what decides its run; None: written by an earlier version, which recorded none
     tensors: dict[str, Tensor]
-    step_version: int  # of the steps that led to it
+    step_version: int  # version of the steps that led to it
 
 
 def read_checkpoint(path: Path) -> SavedState:

@@ -34,7 +34,7 @@ class StateFile:
     def __init__(self, state: dict[str, Tensor], pinned: bool) -> None:
         self.layout = layout_of(state)
         data = to_safetensors({name: torch.empty(like.shape, dtype=like.dtype) for name, like in state.items()})
-        start = 8 + int.from_bytes(data[:8], "little")  # of the first tensor, after the length of the header and itself
+        start = 8 + int.from_bytes(data[:8], "little")  # where the tensors start, after the header and its length
         size, header = len(data), bytearray(data[:start])
         del data
         self.bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
@@ -46,7 +46,7 @@ class StateFile:
 
     @torch.no_grad()
     def copy(self, state: dict[str, Tensor]) -> None:
-        """Copy a state of this layout into the bytes; from a GPU, queue that."""
+        """Copy a state of this layout into the bytes. From a GPU, the copy is queued."""
         for name, tensor in self.tensors.items():
             tensor.copy_(state[name], non_blocking=True)
 
@@ -66,9 +66,9 @@ class CopiedRun(NamedTuple):
 class CheckpointWriter:
     """Writes the checkpoints of the runs of a pass, one after the other, in a thread.
 
-    Without `background`, and when there turns out to be no memory for the copies, `save` writes them itself. An error
-    of the thread, such as a full disk, is raised by the next `check`, `save` or `wait`. As a context it waits for the
-    thread at its end.
+    Without `background`, or if there is no memory for the copies, `save` writes the checkpoints itself. An error of the
+    thread, such as a full disk, is raised by the next `check`, `save` or `wait`. As a context manager it waits for the
+    thread on exit.
     """
 
     def __init__(self, device: str, background: bool = True) -> None:
@@ -78,7 +78,7 @@ class CheckpointWriter:
         self._files: dict[RunTrainer, StateFile] = {}
 
     def save(self, trainers: Sequence[RunTrainer], step: int) -> None:
-        """Save the states after `step` steps, once those saved before are on the disk."""
+        """Save the states after `step` steps, once the states saved before are on the disk."""
         self.wait()
         copies = self._copy(trainers) if self.background else None
         if copies is None:
@@ -148,7 +148,7 @@ class CheckpointWriter:
 
 
 def write_copies(copies: Sequence[CopiedRun], step: int, copied: torch.cuda.Event | None) -> None:
-    """What the thread does: wait for the copies, and write them."""
+    """Wait for the copies and write them. Runs in the thread."""
     if copied is not None:
         copied.synchronize()
     for run in copies:

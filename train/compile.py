@@ -22,7 +22,7 @@ RECOMPILE_LIMIT = 1 << 16
 def compile_step(trainer: Trainer, batch_size: int) -> str | None:
     """Compile a trainer's `forward_losses`, and try it on a batch of zeros.
 
-    Returns None, or the reason why the trainer stays eager in a few words.
+    Returns None, or in a few words the reason why the trainer stays eager.
     """
     variant, optimizer = trainer.variant, trainer.optimizer
 

@@ -41,13 +41,13 @@ class TrainConfig:
     modules: Sequence[str] = ()  # instead of the site: model.layers.{layer}.mlp.gate_proj:output
     seeds: Sequence[int] = (0,)
     caches: Sequence[str | Path] = ()  # folders or addresses, read as one; none: the cache of the model and layer
-    local_cache: int | None = None  # bytes of stores that the disk holds at a time; None: half of what is free
-    local_folder: Path | None = None  # where it holds them; None: activations/.pulled
+    local_cache: int | None = None  # bytes from stores that the disk holds at a time; None: half of the free space
+    local_folder: Path | None = None  # where they are kept; None: activations/.pulled
     source: RingCache | PlannedCache | None = None  # replaces caches: harvested while training, or not harvested yet
     model: str | None = None
     steps: int | None = None  # None: one epoch of the cache
     batch_size: int | None = None  # tokens; None: the recipe's
-    accumulate: int | None = None  # equal parts in which a batch is computed; None: 1, or those of the resumed run
+    accumulate: int | None = None  # equal parts in which a batch is computed; None: 1, or as in the resumed run
     width: str | None = None  # d_sae as "4x" (times d_in), "16k" or a number; None: the recipe's
     l0: Sequence[float] = ()  # target latents per token, for every recipe; empty: the recipe's default
     paper_exact: bool = False  # the paper's settings verbatim, unscaled
@@ -65,12 +65,12 @@ class TrainConfig:
     origins: Mapping[str, str] = field(default_factory=dict)  # non-default flag -> "flag" or "file:line"
 
     def record(self) -> dict[str, Any]:
-        """The config as JSON, under the keys of run.json, two of which are older than the names of the fields."""
+        """The config as JSON, under the keys of run.json. Two keys are older than the names of their fields."""
         on_disk = {"paper_exact": "literal", "shuffle_seed": "order_seed"}
         values = {on_disk.get(f.name, f.name): getattr(self, f.name) for f in fields(self) if f.name != "source"}
         for newer in ("modules", "accumulate", "precision", "local_cache", "local_folder"):
             if not values[newer]:
-                del values[newer]  # as in records that are older than it
+                del values[newer]  # as in records that are older than this option
         if self.capture == "auto":
             del values["capture"]
         return json.loads(json.dumps(values, default=str))

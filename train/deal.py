@@ -1,13 +1,13 @@
 """Assign runs to several processes (ranks).
 
-Runs that read the same batches (a stream) share a pass over them if one rank has them, which only saves reading the
-batches again. So a stream is divided over ranks if the last rank then finishes earlier. Three assignments are compared;
-the one that ends first is chosen, or among equals the one that reads the least:
+Runs that read the same batches (a stream) share a pass over them if they are on the same rank. This only saves reading
+the batches again, so a stream is divided over ranks if the last rank then finishes earlier. Three assignments are
+compared. The one that ends first is chosen; of equal ones, the one that reads the least:
 
 - every stream whole, the longest first, each to the rank that would finish it first;
 - all runs in the order of their streams, cut into as many pieces as there are ranks;
-- every run by itself, the longest first. Without reading this ends at most a third later than the best assignment
-  (Graham 1969, "Bounds on multiprocessing timing anomalies": 4/3 - 1/(3 ranks)).
+- every run by itself, the longest first. If reading took no time, this would end at most a third later than the best
+  assignment (Graham 1969, "Bounds on multiprocessing timing anomalies": 4/3 - 1/(3 ranks)).
 
 Ranks are assumed to be equally fast and to have the same memory.
 """
@@ -26,16 +26,16 @@ class Work(NamedTuple):
     stream: Hashable  # what decides their batches
     seconds: float  # of all steps
     reading: float  # seconds of one pass over the batches
-    part: float = 0.0  # of the memory of a pass, which they take between steps
+    part: float = 0.0  # their state between steps, as a part of the memory of a pass
 
     @property
     def alone(self) -> float:
-        """Seconds on a rank that has nothing else."""
+        """Seconds on a rank that has no other work."""
         return self.seconds + self.reading * passes(self.part)
 
 
 def passes(part: float) -> int:
-    """How many passes runs need that take so many times the memory of one."""
+    """The number of passes that runs need if they take `part` times the memory of one pass."""
     return max(1, math.ceil(part - 1e-9))
 
 
@@ -51,7 +51,7 @@ class RankShare:
             self.add(work)
 
     def seconds_with(self, work: Work) -> float:
-        """The seconds that it would take with more."""
+        """The seconds that the share would take with `work` added."""
         before = self._streams.get(work.stream)
         if before is None:
             return self.seconds + work.alone
@@ -78,7 +78,7 @@ def merge(works: Sequence[Work]) -> Work:
 
 
 def deal(works: Sequence[Work], ranks: int) -> list[RankShare]:
-    """Deal works of single runs to ranks: a share for each, empty where there is nothing for it."""
+    """Deal works of single runs to ranks. Returns a share for each rank, which may be empty."""
     streams = [merge(runs) for runs in by_stream(works)]
     in_order = [run for runs in by_stream(works) for run in longest_first(runs)]
     deals = [to_the_first_done(streams, ranks), cut(in_order, ranks), to_the_first_done(works, ranks)]
@@ -86,7 +86,7 @@ def deal(works: Sequence[Work], ranks: int) -> list[RankShare]:
 
 
 def end_of(shares: Iterable[RankShare]) -> float:
-    """When the last rank is done, in seconds from the start; to a microsecond, below which estimates say nothing."""
+    """When the last rank is done, in seconds from the start. Rounded to a microsecond: estimates are no finer."""
     return round(max(share.seconds for share in shares), 6)
 
 
@@ -103,7 +103,7 @@ def longest_first(works: Iterable[Work]) -> list[Work]:
 
 
 def to_the_first_done(works: Iterable[Work], ranks: int) -> list[RankShare]:
-    """Each work, the longest first, to the rank that would be done with it first."""
+    """Give each work, the longest first, to the rank that would finish it first."""
     shares = [RankShare() for _ in range(ranks)]
     for work in longest_first(works):
         min(shares, key=lambda share: share.seconds_with(work)).add(work)  # noqa: B023
@@ -111,7 +111,7 @@ def to_the_first_done(works: Iterable[Work], ranks: int) -> list[RankShare]:
 
 
 def cut(works: Sequence[Work], ranks: int) -> list[RankShare]:
-    """The works in their order, cut into pieces of which the longest is as short as possible."""
+    """Cut the works, in their order, so that the longest piece is as short as possible."""
     whole = sum(work.alone for work in works)
     seconds = smallest_bound(0.0, whole, lambda seconds: sum(1 for _ in pieces(works, seconds)) <= ranks)
     shares = list(pieces(works, seconds))
@@ -119,7 +119,7 @@ def cut(works: Sequence[Work], ranks: int) -> list[RankShare]:
 
 
 def pieces(works: Iterable[Work], seconds: float) -> Iterator[RankShare]:
-    """The works in their order, each share as large as `seconds` allows."""
+    """Cut the works, in their order, into shares that are each as large as `seconds` allows."""
     share = RankShare()
     for work in works:
         if share.runs and share.seconds_with(work) > seconds:

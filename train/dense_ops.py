@@ -1,11 +1,11 @@
-"""The matrix products of a dense step in training, each with what can be done in the same pass over the latents.
+"""The matrix products of a dense training step, each with the operations that fit into its pass over the latents.
 
-An elementwise pass over (B, F) takes up to a tenth of the time of a product, most where its result needs new memory,
-and autograd makes one for each bias, ReLU, mask and sum of gradients. Here the bias goes into the product, the gradient
-of a loss on the latents into the product that computes theirs, and ReLU and its mask work in place.
+An elementwise pass over (B, F) takes up to a tenth of the time of a product, and most if its result needs new memory.
+Autograd makes such a pass for each bias, ReLU, mask and sum of gradients. Here the product adds the bias, the product
+that computes the gradient of the latents adds the gradient of a loss on them, and ReLU and its mask work in place.
 
-No function gives a gradient to x, which makes a dense step five products and not six. Under autocast products, and so
-latents, are in its dtype; weights keep theirs, and gradients have that of their weights.
+No function computes a gradient of x, so a dense step takes five products instead of six. Under autocast, products and
+therefore latents have its dtype. Weights keep their own dtype, and gradients have the dtype of their weights.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 
 def encode(x_BD: Tensor, w_DF: Tensor, b_F: Tensor, b_D: Tensor | None) -> Tensor:
-    """(B, F): (x - b_dec) W_enc + b_enc. `b_D` is what the encoder subtracts from x, if anything."""
+    """(B, F): (x - b_dec) W_enc + b_enc. `b_D` is the b_dec that the encoder subtracts from x, or None."""
     return _Encode.apply(*center(x_BD, b_D), w_DF, b_F)
 
 
@@ -28,7 +28,7 @@ def encode_relu_decode(
 
 
 def total(f_BF: Tensor) -> Tensor:
-    """() the sum of all latents in float32, or float64. Its gradient is one number, which is not written out."""
+    """() the sum of all latents in float32 or float64. Its gradient is one number, expanded without new memory."""
     return _Total.apply(f_BF)
 
 
@@ -40,8 +40,8 @@ def squared_error(recon_BD: Tensor, x_BD: Tensor) -> Tensor:
 def center(x_BD: Tensor, b_D: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The encoder's input, in the dtype of products, and b_dec, which gets its gradient from the products.
 
-    Subtracting b_dec first costs a pass over (B, D) and saves one over each of W_enc and its gradient, and no rounded
-    product has to cancel the large means that some dimensions of a language model have.
+    Subtracting b_dec first costs a pass over (B, D), and saves a pass over W_enc and one over its gradient. Also, no
+    rounded product then has to cancel the large means that some dimensions of a language model have.
     """
     centered_BD = x_BD.detach() if b_D is None else x_BD.detach() - b_D.detach()
     device = x_BD.device.type
@@ -72,7 +72,7 @@ class _EncodeReLUDecode(torch.autograd.Function):
         decoder_FD = w_FD.to(x_BD.dtype)
         ctx.save_for_backward(x_BD, w_DF, f_BF, decoder_FD)
         ctx.subtracts, ctx.dtype = b_D is not None, w_FD.dtype
-        ctx.set_materialize_grads(False)  # zeros would be a pass over (B, F) where no loss is on the latents
+        ctx.set_materialize_grads(False)  # without a loss on the latents, zeros would cost a pass over (B, F)
         return f_BF, f_BF @ decoder_FD
 
     @staticmethod
@@ -118,6 +118,9 @@ class _SquaredError(torch.autograd.Function):
 def encoder_gradients(
     x_BD: Tensor, w_DF: Tensor, g_BF: Tensor, subtracts: bool, of_weights: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """The gradients to b_dec, W_enc and b_enc from that to the pre-activations; `x_BD` is the encoder's input."""
+    """The gradients of b_dec, W_enc and b_enc, from the gradient `g_BF` of the pre-activations.
+
+    `x_BD` is the encoder's input.
+    """
     b_F_ = g_BF.sum(0, dtype=w_DF.dtype)
     return -(w_DF @ b_F_) if subtracts else None, (x_BD.T @ g_BF).to(w_DF.dtype) if of_weights else None, b_F_

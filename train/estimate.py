@@ -23,7 +23,7 @@ TIMED_STEPS, TIMED_SECONDS = 5, 1.0  # a step is timed this often, or until this
 OPERATIONS = 10  # multiplications and additions of a step for each row and weight of W_enc, at least
 MAX_OPERATIONS = {"cpu": 2e11, "cuda": 1e14}  # in a timed step: a second or two
 MAX_LATENTS = {"cpu": 3e7, "cuda": 3e9}  # elements of f_BF in a timed step
-MEMORY_SHARE = 0.5  # of the free memory that timing may use
+MEMORY_SHARE = 0.5  # share of the free memory that timing may use
 
 
 class RunInFolder(BuildableRun, Protocol):
@@ -35,7 +35,7 @@ class RunBytes(NamedTuple):
     """The bytes of a run's SAE, and of its training state on the device and in each checkpoint."""
 
     sae: int
-    state: int  # weights, buffers and AdamW's two moments of what is trained
+    state: int  # weights, buffers, and AdamW's two moments of the weights that are trained
 
     @property
     def folder(self) -> int:
@@ -165,10 +165,10 @@ def describe_size(runs: Sequence[BuildableRun], folder: Path) -> str:
 
 
 def describe_time(passes: Sequence[Sequence[BuildableRun]], device: str, from_store: bool = False) -> list[str]:
-    """The lines of a plan that say what training takes on the device: memory and time. Runs a few steps per recipe.
+    """The lines of a plan about the memory and time that training takes on the device. Runs a few steps per recipe.
 
-    `passes` lists the runs that are on the device together, as `TrainPlan.passes` does. With `from_store` a line says
-    how fast the batches have to come.
+    `passes` lists the runs that are on the device together, as `TrainPlan.passes` does. With `from_store`, a line says
+    how fast the store has to deliver the batches.
     """
     device, link = resolve_device(device), []
     try:

@@ -14,8 +14,8 @@ def hooks_to_train(
 ) -> list[Hook]:
     """The site or the modules in every layer.
 
-    Modules outside the blocks are looked for in `arrays`, the names of a harvest's arrays; if None in the caches in
-    these folders; if there are none in all caches. Raises UsageError for what cannot be a site.
+    Modules outside the blocks are looked up in `arrays`, the names of a harvest's arrays. If that is None, they are
+    looked up in `caches`, and if that is empty, in all caches. Raises UsageError for an invalid site.
     """
     if not is_site(site):
         raise UsageError(

@@ -22,15 +22,15 @@ class L0Controller(Mechanism):
     c_w is the recipe's own coefficient at step w, a twentieth of the run; until then the recipe's warm-up acts. The
     recipe's schedule after step w is ignored, since a penalty that falls to zero has no final L0 of its own.
 
-    Weights follow a coefficient only at the optimizer's rate, so the sum of errors alone would oscillate. And while L0
-    falls from the half of all latents that are active at first, no penalty is needed to lower it: pushed further, L0
-    passes the target and latents die for good. So e includes how fast L0 falls, and is limited to [-1, 1/2]: it weakens
-    the penalty faster than it strengthens it.
+    Weights follow a coefficient only at the optimizer's rate, so the sum of errors alone would oscillate. Also, half of
+    all latents are active at first, and no penalty is needed while L0 falls from there. If a penalty pushes it further,
+    it passes the target and latents die for good. So e includes how fast L0 falls, and is limited to [-1, 1/2]: it
+    weakens the penalty faster than it strengthens it.
     """
 
     integral: Tensor  # (), s
     l0: Tensor  # (), a running mean over about five steps
-    earlier: Tensor  # (), one over about twenty
+    earlier: Tensor  # (), a running mean over about twenty
 
     def __init__(self, target: float, start_step: int, gain: float = 2.0, rate: float = 0.04) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class L0Controller(Mechanism):
         return lambda step: self.start_coefficient(name, step) * self.factor(step)
 
     def start_coefficient(self, name: str, step: Step) -> Tensor:
-        """The recipe's coefficient until step w, then c_w, at least 1e-6 because zero could not be scaled."""
+        """The recipe's coefficient until step w, then c_w. c_w is at least 1e-6, because zero could not be scaled."""
         recipe_coefficient, at_start = self.recipe_coefficients[name](step), getattr(self, f"start_{name}")
         return torch.where(step.i <= self.start_step, recipe_coefficient, at_start.clamp_min(1e-6))
 
@@ -75,8 +75,8 @@ class L0Controller(Mechanism):
 def control_l0(variant: "Variant", target: float, steps: int) -> bool:
     """Put the sparsity terms of a variant (`LossTerm.sparsity`) under an L0Controller.
 
-    Does nothing if its activation keeps k latents: k sets L0, and an additional penalty is left as it is. Returns
-    False if nothing sets L0.
+    Does nothing if its activation keeps k latents: k sets L0, and any additional penalty stays unchanged. Returns False
+    if nothing sets L0.
     """
     if any(hasattr(activation, "k") for activation in variant.sae.activation):
         return True

@@ -16,7 +16,7 @@ class LayerNormalized(NamedTuple):
 def layer_normalize(x_BD: Tensor) -> LayerNormalized:
     """Activations (..., d_in) with mean 0 and standard deviation 1 over d_in, so that |x|^2 = d_in - 1.
 
-    The formula is that of `normalize_activations="layer_norm"` in SAELens, its 1e-5 and divisor included.
+    The formula, including the 1e-5 and the divisor, is SAELens' for `normalize_activations="layer_norm"`.
     """
     mean_B1 = x_BD.mean(-1, keepdim=True)
     centered_BD = x_BD - mean_B1

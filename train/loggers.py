@@ -36,7 +36,7 @@ class TensorBoard:
 
 
 def wandb(folder: Path, config: Mapping[str, Any]) -> Logger:
-    """A run of the folder's name in the project `sae`, resumed if it exists. WANDB_MODE=offline keeps it local."""
+    """A run in the project `sae`, named like the folder and resumed if it exists. WANDB_MODE=offline keeps it local."""
     module = import_logger("wandb")
     settings = module.Settings(silent=True)
     return module.init(
@@ -46,7 +46,7 @@ def wandb(folder: Path, config: Mapping[str, Any]) -> Logger:
 
 
 def trackio(folder: Path, config: Mapping[str, Any]) -> Logger:
-    """A run of the folder's name in the project `sae`: `trackio show --project sae`."""
+    """A run in the project `sae`, named like the folder: `trackio show --project sae`."""
     module = import_logger("trackio")
     with contextlib.redirect_stdout(io.StringIO()):  # standard output is for results
         return module.init(project=PROJECT, name=folder.name, config=dict(config), resume="allow", embed=False)
@@ -60,7 +60,7 @@ LOGGERS: dict[str, Callable[[Path, Mapping[str, Any]], Logger]] = {
 
 
 def import_logger(name: str) -> Any:
-    """The module of a logger. Raises UnavailableError if its package is missing; metrics.jsonl needs none."""
+    """The module of a logger. Raises UnavailableError if its package is missing; metrics.jsonl needs no package."""
     return import_extra(name, f"--log {name}", "torch.utils.tensorboard" if name == "tensorboard" else None)
 
 

@@ -36,7 +36,8 @@ class L1(LossTerm):
 class MultiTopK(LossTerm):
     """mean_B sum_D (x - x_hat)^2 with the 4 k largest latents of each token (Multi-TopK, Gao et al. 2024, 5.3).
 
-    It makes the SAE work with other numbers of latents than the one it is trained for. There it weighs 1/8, next to k.
+    It makes the SAE work with other numbers of latents than the k it is trained for. In the paper it has a weight of
+    1/8, beside the loss with k.
     """
 
     undivided = ""
@@ -82,7 +83,7 @@ class AuxK(LossTerm):
         residual_BD = step.error_BD.detach()
         model_BD = (torch.zeros_like(z_BA).scatter(-1, top.indices, top.values) @ dec_AD).float()
         error = (residual_BD - model_BD).square().sum()
-        if step.part_of is not None:  # of the whole batch, of which the mean of the parts has to be the loss
+        if step.part_of is not None:  # the mean over the parts has to be the loss of the whole batch
             residual_BD = step.whole.error_BD
             error = error * (step.whole.tokens / step.tokens)
         variance = (residual_BD - residual_BD.mean(0)).square().sum()

@@ -25,7 +25,7 @@ class UnitNormDecoder(Mechanism):
 
 
 class UnitNormExport(Mechanism):
-    """For decoders whose rows are free in training: the saved SAE has unit rows and computes the same function.
+    """Gives the saved SAE unit decoder rows and the same function, for decoders whose rows are free in training.
 
         f_i <- f_i |W_i|,   W_i <- W_i / |W_i|
 
@@ -44,8 +44,8 @@ class UnitNormExport(Mechanism):
 class DeadLatents(Mechanism):
     """Counts the tokens since each latent last fired; a latent is dead after `after_tokens`.
 
-    `index_A` lists the dead latents for AuxK, padded to a power of two. It is updated only every `every` steps, so that
-    shapes stay fixed in between, and in place. `real_A` is 1 for its entries and 0 for its padding.
+    `index_A` lists the dead latents for AuxK, padded to a power of two. It is updated in place, and only every `every`
+    steps, so that shapes stay fixed in between. `real_A` is 1 for its entries and 0 for its padding.
     """
 
     since_F: Tensor  # int64, tokens
@@ -142,7 +142,7 @@ class ResampleDead(Mechanism):
             self.restart(step, self.silent().nonzero().squeeze(1))
 
     def restart(self, step: Step, index_N: Tensor) -> Tensor:
-        """Restart latents on tokens of the batch; returns those that got one."""
+        """Restart latents on tokens of the batch; returns the latents that got a token."""
         sae = step.sae
         probability_B = step.error_BD.square().sum(1).double().square().nan_to_num(0.0, 0.0, 0.0).cpu()
         index_N = index_N[: int((probability_B > 0).sum())]
@@ -173,8 +173,8 @@ class ResampleDead(Mechanism):
 class BatchTopKThreshold(Mechanism):
     """The threshold of a BatchTopK follows the smallest latent that its batches keep: t <- t + rate (min - t).
 
-    After training it becomes the mean of that minimum over the batches that would come next (after one epoch of the
-    cache: its rows again), so that the final weights have k latents per token on average, however short the run was.
+    After training, the threshold becomes the mean of that minimum over the next batches (after one epoch of the cache,
+    its rows again). So the final weights keep k latents per token on average, however short the run was.
     """
 
     batches: Tensor  # () int64

@@ -1,8 +1,8 @@
 """The memory of training, from a trace of two steps on tensors that have shapes and no values.
 
-A trace runs the actual code of a step, so it works for every recipe, whichever way its products are computed. It does
-not see the scratch memory inside single operations (except that of `topk` on a CPU), nor the memory of work between
-steps that depends on values; mechanisms declare the latter (`Mechanism.between_bytes`).
+A trace runs the actual code of a step, so it works for every recipe, however the recipe computes its products. It does
+not see scratch memory inside single operations (except for `topk` on a CPU), nor the memory of work between steps that
+depends on values. Mechanisms declare the memory of that work (`Mechanism.between_bytes`).
 """
 
 import json
@@ -19,13 +19,13 @@ from .loop import Trainer
 from .recipe import Recipe
 from .variant import RunConfig, Variant
 
-DEAD_SHARE = 0.5  # of the latents, which AuxK is planned for: it takes more memory the more of them are dead
-SAMPLE_ROWS = 10_000  # of what `Variant.reads_rows`
-SAMPLE_BYTES = 2 + 2 + 4 + 8 + 4  # an element of them: batches, all of them, in float32, in float64, normalized
-SORTED_BYTES = 16  # an element and its index, of which `topk` on a CPU makes a copy to sort
+DEAD_SHARE = 0.5  # of the latents, assumed to be dead: AuxK takes more memory the more latents are dead
+SAMPLE_ROWS = 10_000  # that a variant reads before its first step if it `reads_rows`
+SAMPLE_BYTES = 2 + 2 + 4 + 8 + 4  # of an element: in a batch, in all rows together, in float32, in float64, normalized
+SORTED_BYTES = 16  # an element and its index: `topk` on a CPU makes a copy of both to sort
 CHECKPOINT_COPIES = 2  # of the training state in host memory, while a checkpoint is read: its bytes, then its tensors
 
-# Of `memory_bound`: training states; elements for each token and latent, token and input, and pair of latents; others.
+# Factors of `memory_bound`: training states; elements per token and latent, token and input, pair of latents; others.
 BOUND_STATES, BOUND_LATENTS, BOUND_INPUTS, BOUND_PAIRS, BOUND_OTHER = 4, 40, 20, 16, 4 * 2**24
 
 
@@ -51,7 +51,7 @@ class RunMemory(NamedTuple):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make, as long as they are alive (`now`), and their `peak`."""
+    """Counts the bytes of the live tensors that operations have made (`now`), and their `peak`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class TracedSteps(NamedTuple):
 
 
 def trace_steps(live: LiveBytes, run: BuildableRun, device: str, rows: int) -> TracedSteps:
-    """Take two steps, as the moments are made in the first, and read metrics."""
+    """Take two steps, because the first one makes the moments, and read metrics."""
     config = run.config
     parts = config.accumulate if rows % config.accumulate == 0 else 1
     with torch.random.fork_rng(devices=[]), torch.device(device):  # a tensor without values cannot be moved later
@@ -146,14 +146,14 @@ def trace_steps(live: LiveBytes, run: BuildableRun, device: str, rows: int) -> T
 
 
 def host_bytes(run: BuildableRun) -> int:
-    """What a run takes in host memory while the first rows are read, or a checkpoint."""
+    """The bytes of host memory that a run takes while it reads the first rows or a checkpoint."""
     variant = untrained_variant(run, "meta")
     sample = SAMPLE_ROWS * run.config.d_in * SAMPLE_BYTES if variant.reads_rows else 0
     return max(sample, CHECKPOINT_COPIES * state_bytes(variant))
 
 
 def memory_bound(run: BuildableRun) -> int:
-    """A bound on all that `run_memory` finds, without a trace: generous, and enough where there is plenty."""
+    """A generous bound on all the memory that `run_memory` finds, without a trace. It suffices if memory is plenty."""
     config, variant = run.config, untrained_variant(run, "meta")
     rows = config.batch_size * (BOUND_LATENTS * config.d_sae + BOUND_INPUTS * config.d_in)
     start = SAMPLE_ROWS * config.d_in * SAMPLE_BYTES

@@ -46,7 +46,7 @@ def save_if_whole(trainer: RunTrainer) -> int:
 
 
 def describe_ways_on(trainers: Sequence[RunTrainer], config: TrainConfig) -> str:
-    """What to do: the commands that go on with less memory."""
+    """What the user can do: the commands that continue with less memory."""
     streaming = isinstance(config.source, RingCache)
     folders = " ".join(f"--resume {quote(trainer.run.folder)}" for trainer in trainers)
     command = "the same command" if streaming else f"`sae train {folders}`"
@@ -64,6 +64,6 @@ def describe_ways_on(trainers: Sequence[RunTrainer], config: TrainConfig) -> str
 
 
 def may_divide(trainer: RunTrainer, parts: int) -> bool:
-    """Whether the batches of a run can be computed in so many parts."""
+    """Whether the batches of a run can be computed in `parts` parts."""
     config = trainer.run.config
     return config.batch_size % parts == 0 and not trainer.run.compiled and not reasons_against(trainer.variant)

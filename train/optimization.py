@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ..common.learning_rate import peak_share
 
-SwitchedOff = Mapping[str, tuple[str, tuple[Any, ...]]]  # option -> another one, and its values that make it void
-ANY_NUMBER = ("a number",)  # of an option that can be none
+SwitchedOff = Mapping[str, tuple[str, tuple[Any, ...]]]  # option -> what switches it off: another option and its values
+ANY_NUMBER = ("a number",)  # stands for every number, in an option that can be none
 SWITCHED_OFF: SwitchedOff = {name: ("weight_decay", (0,)) for name in ("weight_decay_on", "weight_decay_form")}
-CENTERING = ("standardize", "layer_norm")  # values of normalize beside which `center` has no effect
+CENTERING = ("standardize", "layer_norm")  # values of `normalize` with which `center` has no effect
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Optimization:
         return self.lr * up * down
 
     def peak_share(self, steps: int) -> float:
-        """The largest learning rate of a run of so many steps, as a share of `lr`: below 1 if the warm-up is longer."""
+        """The largest learning rate in a run of `steps` steps, as a share of `lr`: below 1 if the warm-up is longer."""
         return peak_share(steps, self.warmup_steps(steps), self.decay_start)
 
     def notes(self, steps: int) -> Iterator[str]:
@@ -71,7 +71,7 @@ class Optimization:
             )
 
     def validation_errors(self, steps: int) -> Iterator[str]:
-        """One sentence for each option that cannot work in a run of so many steps."""
+        """One sentence for each option that cannot work in a run of `steps` steps."""
         if not self.lr > 0:
             yield f"lr={self.lr:g} is not positive."
         for name in ("beta1", "beta2"):

@@ -12,7 +12,7 @@ from .variant import Variant
 def make_optimizer(variant: Variant, device: str) -> torch.optim.Optimizer:
     """Fused Adam or AdamW with its learning rate and its skip-update flag on the device.
 
-    They differ in the weight decay alone: Adam adds it to the (clipped) gradient, AdamW subtracts it from the weights.
+    They differ only in weight decay: Adam adds it to the (clipped) gradient, AdamW subtracts it from the weights.
     """
     settings, W_enc = variant.optimization, variant.sae.W_enc
     others = [p for p in variant.parameters() if p is not W_enc]
@@ -36,8 +36,8 @@ def make_optimizer(variant: Variant, device: str) -> torch.optim.Optimizer:
 def capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """A context in which the optimizer may be captured in a CUDA graph.
 
-    It keeps its learning rate, its counts of steps and its flags on the device, and so computes the same with and
-    without the setting; torch refuses to capture without it, and warns of it where nothing is captured.
+    The optimizer keeps its learning rate, its counts of steps and its flags on the device, so it computes the same with
+    and without `capturable`. Without it torch refuses to capture; with it torch warns if nothing is captured.
     """
     for group in optimizer.param_groups:
         group["capturable"] = True
@@ -49,9 +49,9 @@ def capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def clip_gradients(variant: Variant, optimizer: torch.optim.Optimizer) -> Tensor:
-    """Let the next update clip the global gradient norm to the limit of the options; returns the norm.
+    """Let the next update clip the global gradient norm to the option `clip`; returns the norm.
 
-    The kernel that updates the weights scales the gradients on its way, so clipping takes no pass of its own.
+    The kernel that updates the weights also scales the gradients, so clipping needs no separate pass.
     """
     gradients = [p.grad for p in variant.parameters() if p.grad is not None]
     norm = total_norm(gradients)
@@ -59,7 +59,7 @@ def clip_gradients(variant: Variant, optimizer: torch.optim.Optimizer) -> Tensor
         scale = ((norm + 1e-6) / limit).clamp_min(1.0)
         if scale.dtype == torch.float32:
             optimizer.grad_scale = scale  # type: ignore[attr-defined]
-        else:  # the kernel reads no other
+        else:  # the kernel reads only float32
             torch._foreach_div_(gradients, scale)
     return norm
 
@@ -67,7 +67,7 @@ def clip_gradients(variant: Variant, optimizer: torch.optim.Optimizer) -> Tensor
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """() the L2 norm of all elements together.
 
-    Matrices are reduced row by row first: a CPU does that with all threads, and the norm of a whole tensor with one.
+    Matrices are reduced row by row first: a CPU uses all threads for that, but one thread for the norm of a tensor.
     """
     parts = [torch.linalg.vector_norm(g, dim=-1) if g.dim() > 1 else g for g in gradients]
     return torch.linalg.vector_norm(torch.cat([part.flatten() for part in parts]))

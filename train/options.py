@@ -54,7 +54,7 @@ class Option(NamedTuple):
 
 
 def options_class(build: Callable[..., Any]) -> type[RecipeOptions] | None:
-    """The dataclass that a build function takes, None if its options are plain arguments."""
+    """The dataclass that a build function takes, or None if its options are plain arguments."""
     kinds = [p.annotation for p in inspect.signature(build).parameters.values()][1:]
     return kinds[0] if len(kinds) == 1 and isinstance(kinds[0], type) and issubclass(kinds[0], RecipeOptions) else None
 

@@ -12,7 +12,7 @@ MAX_WIDTH = 2**31  # latents
 
 
 def parse_width(text: str | None, recipe: Recipe, d_in: int) -> int:
-    """d_sae from "4x" (times d_in), "16k" (times 1024) or a number; None is the recipe's."""
+    """d_sae from "4x" (times d_in), "16k" (times 1024) or a number; None gives the recipe's width."""
     if text is None:
         return round(recipe.width * d_in)
     number, unit = split_width(text)
@@ -20,7 +20,7 @@ def parse_width(text: str | None, recipe: Recipe, d_in: int) -> int:
 
 
 def split_width(text: str) -> tuple[float, str]:
-    """The number and the unit ("x", "k" or "") of a width. Raises UsageError unless it can be that of an SAE."""
+    """The number and the unit ("x", "k" or "") of a width. Raises UsageError for an impossible width."""
     unit = text[-1:].lower() if text[-1:].lower() in ("x", "k") else ""
     try:
         number = float(text[:-1]) if unit else int(text)
@@ -39,8 +39,8 @@ def parse_options(options: Mapping[str, Any] | Sequence[str], recipes: Sequence[
     """The options of each recipe: {variant: {option: value}}.
 
     `options` maps "option" or "variant.option" to values, or lists them as --set does: "option=value". An option
-    without a variant goes to every recipe that has it. None, which is `none` for --set, is the string "none" in an
-    option that has this string and cannot be None.
+    without a variant goes to every recipe that has it. If an option takes the string "none" but not None, then None
+    (`none` with --set) becomes that string.
     """
     parsed: dict[str, dict[str, Any]] = {recipe.name: {} for recipe in recipes}
     for key, value in (options if isinstance(options, Mapping) else split_options(options)).items():

@@ -16,11 +16,11 @@ from .memory import BuildableRun, RunMemory, host_bytes, memory_bound, run_memor
 from .recipe import Recipe
 from .variant import RunConfig
 
-FREE_SHARE = 0.9  # of the free memory that a pass may be planned to use: allocators and libraries need some too
+FREE_SHARE = 0.9  # share of the free memory that a pass may be planned to use: allocators and libraries need the rest
 SLOTS, DEVICE_BUFFERS = 4, 2  # batches that a loader holds in host memory, and on a GPU
 WORKSPACE = {"cpu": 128 << 20, "cuda": 96 << 20}
-"""Bytes besides those of tensors. cpu: glibc keeps freed blocks of up to 32 MB, of which some stay unused; measured by
-benchmarks/step_memory.py. cuda: what cuBLAS takes, about; not measured."""
+"""Bytes in addition to tensors. cpu: glibc keeps freed blocks of up to 32 MB, and some stay unused; measured by
+benchmarks/step_memory.py. cuda: about what cuBLAS takes; not measured."""
 WIDTH_STEP = 64
 
 
@@ -37,7 +37,7 @@ AnyRun = TypeVar("AnyRun", bound=PassRun)
 
 
 class Resized(NamedTuple):
-    """A run in another size."""
+    """A run with another config."""
 
     recipe: Recipe
     options: Mapping[str, Any]
@@ -49,8 +49,8 @@ class PassMemory(NamedTuple):
     """The memory of the runs of a pass on the device, in bytes."""
 
     state: int  # of all runs
-    step: int  # more in a step of the run that takes the most, since runs take turns
-    batches: int  # what the loader holds, and `WORKSPACE`
+    step: int  # additional in a step of the run that needs the most, since runs take turns
+    batches: int  # the batches that the loader holds, and `WORKSPACE`
 
     @property
     def total(self) -> int:
@@ -58,7 +58,7 @@ class PassMemory(NamedTuple):
 
 
 def group_by_pass(runs: Iterable[AnyRun]) -> list[list[AnyRun]]:
-    """The runs grouped by the batches that they read, whatever memory they take."""
+    """The runs grouped by the batches that they read, regardless of memory."""
     groups: dict[tuple[Any, ...], list[AnyRun]] = {}
     for run in runs:
         groups.setdefault(run.batches_key, []).append(run)
@@ -66,12 +66,12 @@ def group_by_pass(runs: Iterable[AnyRun]) -> list[list[AnyRun]]:
 
 
 def pass_memory(runs: Sequence[BuildableRun], device: str) -> PassMemory:
-    """What runs take that are on the device together."""
+    """The memory of runs that are on the device together."""
     return add_up([run_memory(run, device) for run in runs], runs[0].config, device)
 
 
 def add_up(memories: Sequence[RunMemory], config: RunConfig, device: str) -> PassMemory:
-    """What runs of these sizes take together; `config` is that of one of them, as to the batches."""
+    """The memory of runs of these sizes together. `config` is the config of one of them, for the size of batches."""
     kind = torch.device(device).type
     batch = 2 * config.batch_size * config.d_in
     step = max(memory.step for memory in memories)
@@ -90,7 +90,7 @@ def captured_memory(runs: Sequence[BuildableRun], device: str) -> int:
 
 
 def reserved_memory(runs: Sequence[BuildableRun], device: str, captured: bool = False) -> int:
-    """What to leave free for runs: a generous bound while there is plenty, else what they take."""
+    """The bytes to leave free for runs: a generous bound if memory is plenty, else what the runs take."""
     bound = sum(map(memory_bound, runs))
     if bound < available_memory(device) / 2:
         return bound
@@ -98,9 +98,9 @@ def reserved_memory(runs: Sequence[BuildableRun], device: str, captured: bool = 
 
 
 def split_by_memory(runs: Sequence[AnyRun], device: str, free: float) -> list[list[AnyRun]]:
-    """The runs of a pass in as many passes as it takes for each to fit: each run is in the first with room for it.
+    """Split the runs of a pass into passes that fit into memory. Each run goes into the first pass with room for it.
 
-    Raises UnavailableError for a run that does not fit alone; the message says what would.
+    Raises UnavailableError for a run that does not fit alone; the message says what would fit.
     """
     budget = FREE_SHARE * free
     if sum(map(memory_bound, runs)) <= budget:
@@ -119,7 +119,7 @@ def split_by_memory(runs: Sequence[AnyRun], device: str, free: float) -> list[li
 
 
 def plan_passes(runs: Sequence[AnyRun], device: str, streaming: bool = False) -> list[list[AnyRun]]:
-    """The passes of runs on a device with the memory that is free now. While `streaming` there can be only one.
+    """The passes of runs on a device with the memory that is free now. With `streaming` there can be only one pass.
 
     Raises:
         UnavailableError: a run does not fit alone, or with `streaming` the runs do not fit together.
@@ -157,14 +157,14 @@ def reason_against_capture(passes: Sequence[Sequence[PassRun]], device: str) -> 
 def copied_bytes(runs: Sequence[BuildableRun], device: str) -> int:
     """Bytes of host memory for copies of the states of runs, from which checkpoints are written while they train.
 
-    Those of a GPU are in pinned memory, of which torch takes a power of two.
+    For a GPU the copies are in pinned memory, which torch allocates in powers of two.
     """
     sizes = [state_bytes(untrained_variant(run, "meta")) for run in runs]
     return sum(1 << (size - 1).bit_length() if torch.device(device).type == "cuda" else size for size in sizes)
 
 
 def copies_fit(runs: Sequence[BuildableRun], device: str) -> bool:
-    """Whether these copies fit into the host memory that is free now, beside what else a pass takes of it."""
+    """Whether these copies fit into the host memory that is free now, together with the other needs of a pass."""
     copies, budget = copied_bytes(runs, device), FREE_SHARE * available_memory("cpu")
     if torch.device(device).type == "cuda":
         return copies + max(map(host_bytes, runs)) <= budget
@@ -183,7 +183,7 @@ def describe_copies(passes: Sequence[Sequence[BuildableRun]], device: str, in_ba
 
 
 def describe_memory(passes: Sequence[Sequence[BuildableRun]], device: str) -> str:
-    """The line of a plan that says what the pass takes that takes the most."""
+    """The line of a plan about the memory of the largest pass."""
     largest = max(passes, key=lambda runs: pass_memory(runs, device).total)
     memory = pass_memory(largest, device)
     return (
@@ -194,7 +194,7 @@ def describe_memory(passes: Sequence[Sequence[BuildableRun]], device: str) -> st
 
 
 def describe_passes(passes: Sequence[Sequence[PassRun]], device: str) -> Iterator[str]:
-    """A line of a plan for each group of runs whose memory divides it into several passes."""
+    """A line of a plan for each group of runs that needs several passes to fit into memory."""
     for group in group_by_pass(run for runs in passes for run in runs):
         parts = [runs for runs in passes if runs[0].batches_key == group[0].batches_key]
         if len(parts) > 1:
@@ -214,7 +214,7 @@ def describe_free(device: str, free: float) -> str:
 
 
 def describe_refusal(run: PassRun, device: str, free: float) -> str:
-    """Why a run does not fit, and the sizes that would."""
+    """Why a run does not fit, and the sizes that would fit."""
     config, memory = run.config, pass_memory([run], device)
     lines = [
         f"{run.recipe.name} with {config.d_sae:,} latents takes {format_bytes(memory.total)} of memory "
@@ -235,7 +235,7 @@ def describe_refusal(run: PassRun, device: str, free: float) -> str:
 
 
 def fits(run: BuildableRun, config: RunConfig, device: str, budget: float) -> bool:
-    """Whether a run would fit with another config; one that its recipe cannot have does not."""
+    """Whether a run would fit with another config. False if its recipe does not allow that config."""
     try:
         return pass_memory([Resized(run.recipe, run.options, run.stored, config)], device).total <= budget
     except UsageError:
@@ -255,7 +255,7 @@ def largest_width(run: BuildableRun, device: str, budget: float) -> int | None:
 
 
 def fewest_parts(run: BuildableRun, device: str, budget: float) -> int | None:
-    """The smallest number of parts, twice, four times, ... the run's, in which its batch would fit; None if none."""
+    """The smallest of 2, 4, 8, ... times the run's number of parts with which its batch would fit, or None."""
     config = run.config
     parts = 2 * config.accumulate
     if reasons_against(untrained_variant(run, "meta")):

@@ -150,7 +150,7 @@ class TrainPlan:
 
     @cached_property
     def planned_passes(self) -> list[list[Run]]:
-        """`passes` by the memory that is free when they are first asked for."""
+        """`passes`, planned for the memory that is free on first access."""
         streaming = isinstance(self.config.source, RingCache)  # then all runs are on the device at once
         return plan_passes(self.unfinished, resolve_device(self.config.device), streaming)
 
@@ -158,16 +158,16 @@ class TrainPlan:
     def passes(self) -> list[list[Run]]:
         """The unfinished runs, grouped into passes. The runs of a pass are on the device together.
 
-        Raises UnavailableError for a run that does not fit there; the message says what would.
+        Raises UnavailableError for a run that does not fit there; the message says what would fit.
         """
         left = [[run for run in runs if not run.done] for runs in self.planned_passes]
         return [runs for runs in left if runs]
 
     @cached_property
     def in_background(self) -> bool:
-        """Whether checkpoints are written while training goes on, by the memory that is free when this is first asked.
+        """Whether checkpoints are written while training goes on, given the memory that is free on first access.
 
-        If not, training waits for each: copies of the states would not fit beside the runs of some pass.
+        If not, training waits for each checkpoint, since copies of the states would not fit beside the runs of a pass.
         """
         device = resolve_device(self.config.device)
         return all(copies_fit(runs, device) for runs in self.planned_passes)
@@ -176,7 +176,7 @@ class TrainPlan:
     def eager_because(self) -> str:
         """Why the steps of a pass are launched one by one, as the end of a sentence; "" if they are one CUDA graph.
 
-        By the memory that is free when this is first asked.
+        Depends on the memory that is free on first access.
         """
         if self.config.capture == "off":
             return "--capture off"
@@ -184,14 +184,14 @@ class TrainPlan:
 
     @cached_property
     def shares(self) -> list[RankShare]:
-        """What each of several launched processes trains: numbers of `runs`. Times a few steps of each recipe."""
+        """The runs of each of several launched processes, as indices of `runs`. Times a few steps of each recipe."""
         unfinished = {number: run for number, run in enumerate(self.runs) if not run.done}
         return deal_runs(unfinished, resolve_device(self.config.device), rank_and_count()[1])
 
     def describe(self, time: bool = False) -> list[str]:
         """The lines that `sae train` prints first. With `time`, memory and time are estimated too, in a few seconds.
 
-        Empty in all but the first of several launched processes, which deals the runs.
+        Of several launched processes only the first, which deals the runs, returns lines.
         """
         rank, count = rank_and_count()
         if rank:
@@ -248,7 +248,7 @@ def plan_training(config: TrainConfig, reserved: Mapping[Path, float] = {}) -> T
     plan = TrainPlan(config, runs)
     check_disk_space(plan.unfinished, reserved)
     prepare_local_folder(plan.planned_passes, config.local_cache)
-    _ = plan.passes, plan.in_background, plan.eager_because  # by the memory that is free now; refuses what does not fit
+    _ = plan.passes, plan.in_background, plan.eager_because  # for the memory that is free now; refuse what does not fit
     return plan
 
 
@@ -283,9 +283,9 @@ def new_runs(config: TrainConfig) -> list[Run]:
 
 
 def check_options(runs: Iterable[Run]) -> Iterator[str]:
-    """Yield an error for each run that cannot be built, before anything is allocated or written. Sets `notes`, and of
+    """Yield an error for each run that cannot be built, before anything is allocated or written. Sets `notes` and, for
     runs that have been started, `stored` and `changed`."""
-    built: dict[Any, Variant] = {}  # most runs differ in their seed alone
+    built: dict[Any, Variant] = {}  # most runs differ only in their seed
     for run in runs:
         record = read_run_record(run.folder)
         run.stored = stored_options(record, run.folder)
@@ -315,7 +315,7 @@ def accumulate_errors(run: Run, variant: Variant) -> Iterator[str]:
 
 
 def make_run_config(config: TrainConfig, recipe: Recipe, cache: AnyCache, hook: Hook) -> RunConfig:
-    """The sizes of a run: those of the config, else the recipe's, and one epoch."""
+    """The sizes of a run, from the config; by default the recipe's sizes and one epoch."""
     array = cache.require_array(*hook)
     d_in = cache.array(array).shape[1]
     batch_size = recipe.batch_size if config.batch_size is None else config.batch_size

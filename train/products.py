@@ -1,4 +1,4 @@
-"""The precision that a trained SAE encodes and decodes in, whatever is set around it."""
+"""Encode and decode with a trained SAE in its own precision, whatever the caller has set."""
 
 import functools
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from ..common.precision import autocast, float32_products
 
 
 def in_own_precision(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A method of an SAE whose products are computed in its `precision`, with a result in the type of its weights.
+    """Make a method of an SAE compute its products in the SAE's `precision` and return the dtype of its weights.
 
-    With None they are as around the call: in training as the run has them.
+    If `precision` is None, products have the precision that the caller has set: in training, the precision of the run.
     """
 
     @functools.wraps(method)

@@ -26,7 +26,7 @@ class TrainProgress:
     say: Callable[[str], None] = lambda sentence: None
     """Called with sentences such as "... resumes from step 1000."."""
     problem: Callable[[str], None] | None = None
-    """Called with sentences that users have to know of every process; None: `say`."""
+    """Called in every process with sentences that users have to see; None: `say`."""
     overview: Callable[[Overview], None] = lambda overview: None
     """Called every few seconds in the first of several launched processes."""
 

@@ -1,12 +1,13 @@
 """Training in several processes (ranks) of a launcher: each trains its share of the runs, on its own device.
 
-The first process deals the runs and tells the others, since a process that starts later could find other runs
-unfinished, and no two time a step equally. Each locks the folders of its runs. From then on they share nothing but the
-files in these folders: a lock that is held says that its process works, a metrics.jsonl how far a run is, a sae.json
-that it is finished, and a note that is left beside a free lock that its process died. So a process that dies costs the
-steps of its own runs since their last checkpoints, and the others go on, unless the launcher ends them. A process that
-has finished its runs can die too while it waits for the others: until it has reported it holds a lock on `PRESENCE` in
-the folder of its first run. It reports after the processes before it have either reported or died, so one does for all.
+The first process deals the runs and tells the others, because a process that starts later could find other runs
+unfinished, and no two processes measure the same time for a step. Each process locks the folders of its runs. From then
+on the processes share only the files in these folders: a held lock shows that its process works, metrics.jsonl how far
+a run is, sae.json that it is finished, and a note beside a free lock that its process died. If a process dies, only the
+steps of its own runs since their last checkpoints are lost. The others go on, unless the launcher ends them. A process
+that has finished its runs can also die while it waits for the others. So it holds a lock on `PRESENCE` in the folder of
+its first run until it has reported. It reports after the processes before it have either reported or died, so that one
+process reports for all.
 """
 
 import fcntl
@@ -29,20 +30,20 @@ from .signals import stop_on_signal
 
 PRESENCE = ".lock.rank"
 POLL_SECONDS, UPDATE_SECONDS, TURN_SECONDS = 0.5, 2.0, 0.05
-STOP_SECONDS = 10.0  # in which the others have stopped when a launcher stops all; torchrun kills after 30
+STOP_SECONDS = 10.0  # after which the others have stopped if a launcher stops all; torchrun kills after 30
 LISTED = 5  # runs of a process, at most
-STALE_SECONDS = 60.0  # for which a network file system may not show a file of another machine
+STALE_SECONDS = 60.0  # that a network file system may need to show a file of another machine
 
 TrainRuns = Callable[[TrainPlan, TrainProgress, Callable[[], bool]], None]
 
 
 def train_on_ranks(plan: TrainPlan, group: ProcessGroup, progress: TrainProgress, train: TrainRuns) -> None:
-    """Train the share of this process with `train`, and return when every process has ended with its own.
+    """Train the share of this process with `train`. Returns when every process has ended the training of its share.
 
     Raises:
         Interrupted: this process was told to stop; its runs have checkpoints.
-        SaeError: not every run of the plan is finished; the message says which, in the first process that still runs.
-            In the others it is ReportedElsewhere.
+        SaeError: not every run of the plan is finished. In the first process that still runs, the message says which;
+            the other processes raise ReportedElsewhere.
     """
     shares = dealt_runs(plan, group)
     own, watch = TrainPlan(plan.config, shares[group.rank]), Watch(shares, group, progress)
@@ -58,7 +59,7 @@ def train_on_ranks(plan: TrainPlan, group: ProcessGroup, progress: TrainProgress
 
 
 def dealt_runs(plan: TrainPlan, group: ProcessGroup) -> list[list[Run]]:
-    """The runs of each process, as the first has dealt them. Raises UsageError if another plans other runs."""
+    """The runs of each process, as dealt by the first process. Raises UsageError if a process plans other runs."""
     names = [run.name for run in plan.runs]
     dealt = [sorted(share.runs) for share in plan.shares] if group.is_first else []
     told = group.gather((names, dealt))
@@ -87,7 +88,7 @@ def require_locks(shares: Sequence[Sequence[Run]]) -> None:
 
 
 def attempt(train: Callable[[], None], progress: TrainProgress) -> Exception | None:
-    """Train, and return what it raised. The others go on meanwhile, so it is said at once."""
+    """Train, and return the error that was raised, if any. It is shown at once, since the other processes go on."""
     try:
         train()
     except Interrupted as error:
@@ -100,7 +101,7 @@ def attempt(train: Callable[[], None], progress: TrainProgress) -> Exception | N
 
 
 class Watch:
-    """Looks from one process at the runs of all."""
+    """Watches the runs of all processes from one of them."""
 
     def __init__(self, shares: Sequence[Sequence[Run]], group: ProcessGroup, progress: TrainProgress) -> None:
         self.shares, self.group, self.progress = shares, group, progress
@@ -109,9 +110,10 @@ class Watch:
 
     @contextmanager
     def present(self) -> Iterator[None]:
-        """Until this process has reported. It then removes its file, unless others still train: they do without it.
+        """Hold a lock on `PRESENCE` until this process has reported, and then remove the file.
 
-        Raises UnavailableError if a process of another launch has trained the same run and waits for its others.
+        The file stays if others still train: with a free lock it shows them that this process is gone. Raises
+        UnavailableError if a process of another launch has trained the same run and waits for the rest of its launch.
         """
         if not (own := self.shares[self.group.rank]):
             yield
@@ -142,7 +144,8 @@ class Watch:
     def has_the_word(self, patience: float) -> bool:
         """Whether every process before this one has died, or was told to stop, without having reported.
 
-        Waits for each, for so many seconds in all, until it has done either: one that is about to report can still die.
+        Waits until each of them has reported or died, for `patience` seconds in all: a process that is about to report
+        can still die.
         """
         until = time.monotonic() + patience
         try:
@@ -167,7 +170,7 @@ class Watch:
         return replace(self.progress, step=look)
 
     def wait(self, should_stop: Callable[[], bool], problem: Exception | None) -> Exception | None:
-        """Wait until no process trains, or told to stop, for some seconds. Returns the problem of this process."""
+        """Wait until no process trains; after a request to stop, only some seconds. Returns this process's problem."""
         until = inf
         while (others_train := any(runs and is_locked(runs[0].folder) for runs in self.shares)) and (
             time.monotonic() < until
@@ -182,7 +185,7 @@ class Watch:
         return problem
 
     def update(self, at_once: bool = False) -> None:
-        """Report how far all runs are, in the first process, if some seconds have passed since the last time."""
+        """In the first process, report how far all runs are, if some seconds have passed since the last report."""
         if not self.group.is_first or (time.monotonic() - self.updated < UPDATE_SECONDS and not at_once):
             return
         self.updated = time.monotonic()
@@ -198,7 +201,7 @@ class Watch:
         return int(self.metrics.get(run.name, {}).get("step", 0))
 
     def report(self, problem: Exception | None) -> None:
-        """Raise what there is to say at the end: the first process that still runs speaks for all."""
+        """Raise an error about the runs that are not finished: the first process that still runs reports for all."""
         if not isinstance(problem, Interrupted):
             self.wait_for_files()
         unfinished = {rank: [run for run in runs if not run.done] for rank, runs in enumerate(self.shares)}
@@ -224,7 +227,7 @@ class Watch:
         self.end(kind(message) if speaks else ReportedElsewhere(kind.exit_code, message))
 
     def end(self, error: SaeError) -> NoReturn:
-        """Raise an error, which is shown first: once this process has left, no other shows it in its place."""
+        """Show an error, then raise it: once this process has left, no other process shows the error for it."""
         self.progress.end(error)
         raise error from None
 

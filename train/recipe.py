@@ -33,7 +33,7 @@ class Recipe:
     `width` is its default d_sae over d_in. `paper_exact` holds what `--paper-exact` sets: for each option whose default
     is not the paper's own setting, that setting and why it does not work as intended. Empty: the defaults are the
     paper's. None: they have not been compared with a paper. `switched_off` names options that have no effect with some
-    values of another option: name -> that option, and the values.
+    values of another option: name -> the other option and these values.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Recipe:
         return "" if self.paper_exact or self.scaled_options else "every default is the paper's own setting"
 
     def option_types(self) -> dict[str, Any]:
-        """The type of every option, those of the optimizer included."""
+        """The type of every option, including the options of the optimizer."""
         return {**self.types, **{f.name: f.type for f in fields(Optimization)}}
 
     def option_docs(self) -> dict[str, str]:
@@ -81,7 +81,7 @@ class Recipe:
             config: the sizes of the run.
             given: options by name; the others have their defaults.
             stored: for a run that has been started, every option that it was started with (`resolved` in run.json).
-                They win over defaults that have changed since, and `Variant.changed` lists those.
+                They override defaults that have changed since, and `Variant.changed` lists these.
         """
         exact = {name: value for name, (value, _) in (self.paper_exact or {}).items()} if config.paper_exact else {}
         options, problems = self.apply_l0(config, exact | dict(given), given)
@@ -112,7 +112,7 @@ class Recipe:
                     settings = Optimization(**{name: before[name] for name in asdict(settings)})
                 variant.configure(settings)
                 problems += variant.optimization.validation_errors(config.steps)
-                if stored is None:  # earlier versions took them
+                if stored is None:  # earlier versions accepted them
                     problems += self.switched_off_errors(given, values | asdict(variant.optimization))
                 notes += variant.optimization.notes(config.steps)
                 if config.l0 is not None and not control_l0(variant, config.l0, config.steps) and "l0" not in values:
@@ -142,7 +142,7 @@ class Recipe:
             )
         plain, _ = scale_options(dict(self.options), config, stored.get("normalize") == "none")
         plain |= {name: value for name, value in LATER_ENTRIES.items() if name in plain}
-        # As stored, not as a float where one is meant: a scaled k is an int, and sae.json would differ.
+        # Values keep their stored type. A scaled k is an int; as the option's float, it would change sae.json.
         return {**plain, **asdict(Optimization()), **{name: stored[name] for name in valid}}, problems
 
     def apply_l0(
@@ -165,7 +165,7 @@ class Recipe:
         ]
 
     def check_types(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """The options that exist and have the right type, and a sentence for each that does not."""
+        """The options that exist and have the right type, and a sentence for each of the others."""
         types, valid, problems = self.option_types(), {}, []
         for name, value in options.items():
             if name not in types:
@@ -183,9 +183,9 @@ class Recipe:
     def switched_off_errors(self, given: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
         """A sentence for each option that was given but has no effect because of another option.
 
-        With it, the run would have another name and the same numbers.
+        Such an option would change the name of the run but none of its numbers.
         """
-        defaults = asdict(Optimization())  # they may be given: a paper's optimizer is given whole
+        defaults = asdict(Optimization())  # may be given, so that a paper's optimizer can be given completely
         for name, (other, off) in self.options_without_effect().items():
             value = values[other]
             is_off = value is not None if off is ANY_NUMBER else value in off
@@ -343,7 +343,7 @@ def keyword_build(build: Build, options_type: type[RecipeOptions]) -> Build:
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of a name; UsageError suggests the nearest."""
+    """The recipe with this name. Raises UsageError, which suggests the nearest name."""
     from . import variants  # noqa: F401  (registers them)
 
     if name not in RECIPES:

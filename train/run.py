@@ -209,7 +209,7 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
     if record:
         if changed := trainer.variant.changed:
             progress.say(f"{run.name} keeps the options that it was started with: {describe_changes(changed)}.")
-        if not run.requested.get("log_every"):  # a resumed run keeps its own: a line is the mean since the one before
+        if not run.requested.get("log_every"):  # a resumed run keeps its own interval: each line is a mean over it
             trainer.log_every = record.get("asked", {}).get("log_every") or trainer.log_every
         trainer.digest = run_digest(record)
         trainer.steps_done = restore_checkpoint(trainer, run.folder, progress.say_problem, trainer.digest)
@@ -240,13 +240,13 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
 
 
 def record_changes(run: Run, record: RunRecord, steps_done: int) -> None:
-    """Write into run.json that a resumed run computes its steps otherwise than before: in other parts, or by a step of
-    another version.
+    """Record in run.json that a resumed run computes its steps in another way: in other parts, or by another version of
+    the step.
     """
     content: dict[str, Any] = {**record}
     for name, now in (("accumulate", run.config.accumulate), ("step_version", STEP_VERSION)):
         since = f"{name}_since"
-        changes = [[step, value] for step, value in content.pop(since, ()) if step < steps_done]  # others are undone
+        changes = [[step, value] for step, value in content.pop(since, ()) if step < steps_done]  # others were undone
         if now != (changes[-1][1] if changes else content.get(name, 1)):
             changes.append([steps_done, now])
         if changes:
@@ -272,7 +272,7 @@ def set_normalization(trainer: RunTrainer, cache: object) -> None:
 
 
 def first_rows(run: Run, count: int) -> torch.Tensor:
-    """The first `count` rows (count, d_in) that a run reads, from the start again where its cache has fewer."""
+    """The first `count` rows (count, d_in) that a run reads. Starts again if its cache has fewer rows."""
     batches = math.ceil(count / run.config.batch_size)
     with open_batches(run, 0, "cpu", batches) as loader:
         return torch.cat([x_BD.clone() for x_BD in loader])[:count].float()

@@ -17,7 +17,7 @@ from .plan import FORMAT, Run
 from .step_version import STEP_VERSION
 from .variant import Variant
 
-LAST_LINES = 1 << 14  # bytes, which hold the last line of metrics.jsonl
+LAST_LINES = 1 << 14  # bytes at the end of metrics.jsonl, which hold its last line
 
 
 def run_record(run: Run, variant: Variant, device: str) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def last_metrics(folder: Path) -> dict[str, float] | None:
 def truncate_metrics(folder: Path, step: int) -> None:
     """Drop the lines after `step`, whose steps will be taken again, and a last line that a kill cut off.
 
-    A warning counts lines before the last that cannot be read, which are dropped too.
+    Earlier lines that cannot be read are dropped too, and a warning gives their number.
     """
     path = folder / "metrics.jsonl"
     if not path.exists():

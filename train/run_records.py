@@ -22,7 +22,7 @@ AUTOMATIC_NAME = re.compile(r".*-s\d+-([0-9a-f]{6})")
 
 
 def read_sae_record(folder: Path) -> SavedSAE:
-    """The content of sae.json. Values that it repeats, or that run.json has too, are compared.
+    """The content of sae.json. Compares values that occur twice in it, or also in run.json.
 
     Raises:
         UsageError: the folder holds no trained SAE, or one that needs a newer version.
@@ -77,7 +77,7 @@ def run_digest(record: Mapping[str, Any]) -> str:
 
 
 def read_run_record(folder: Path) -> RunRecord | None:
-    """The content of run.json; None if there is none. In a folder with an automatic name, its digest is compared.
+    """The content of run.json; None if there is none. Compares its digest with the folder's name if that is automatic.
 
     Raises DamagedError if the record was damaged or edited, or belongs to another run.
     """

@@ -10,7 +10,7 @@ and cannot be folded; such an SAE applies it itself, with m and s the mean and t
     f     = s act(((x - m)/s - b_dec) W_enc + b_enc)
     x_hat = f W_dec + s b_dec + m
 
-Its latents are in units of raw activations, as those of every saved SAE.
+Its latents are in units of raw activations, like the latents of every saved SAE.
 """
 
 import hashlib
@@ -70,7 +70,7 @@ class SAE(nn.Module):
 
     Attributes:
         origin: what the SAE was trained on (model, layer, cache), as sae.json records it.
-        precision: of the products of `encode` and `decode`, such as "float32"; None: as around the call.
+        precision: precision of the products in `encode` and `decode`, such as "float32"; None: what the caller has set.
     """
 
     precision: str | None = None
@@ -96,10 +96,10 @@ class SAE(nn.Module):
         self.origin: dict[str, Any] = {}
 
     def pre_activations(self, x_BD: Tensor) -> Tensor:
-        """(x - b_dec) W_enc + b_enc, and in training no gradient to a batch x."""
+        """(x - b_dec) W_enc + b_enc. In training, a batch x gets no gradient."""
         if self.trains_on(x_BD):
             return dense_ops.encode(x_BD, self.W_enc, self.b_enc, self.b_dec if self.pre_bias else None)
-        # A trained SAE sums in the order in which every version of this package did, so that results stay bit for bit.
+        # A trained SAE sums in the same order as in every version of this package, so results keep the same bits.
         bias_F = self.b_enc - self.b_dec @ self.W_enc if self.pre_bias else self.b_enc
         z_BF = x_BD @ self.W_enc
         return z_BF.add_(bias_F) if z_BF.dtype == bias_F.dtype else z_BF + bias_F  # in place saves a pass over z_BF
@@ -125,7 +125,7 @@ class SAE(nn.Module):
         return SAEOutput(self.pre_activations(x_BD) if pre_BF is None else pre_BF, f_BF_or_none, recon_BD, kept)
 
     def run(self, x_BD: Tensor) -> TrainingOutput:
-        """The forward pass of a training step on normalized activations, with no more than a step needs."""
+        """The forward pass of a training step on normalized activations. Computes no more than a step needs."""
         b_D = self.b_dec if self.pre_bias else None
         if self.trains_on(x_BD) and [type(link) for link in self.activation] == [ReLU]:
             f_BF, recon_BD = dense_ops.encode_relu_decode(x_BD, self.W_enc, self.b_enc, b_D, self.W_dec)
@@ -197,10 +197,10 @@ def require_width(rows: Tensor, width: int, name: str) -> Tensor:
 def fold_normalization(sae: SAE, scale: float | Tensor, mean_D: Tensor, layer_norm: bool = False) -> SAE:
     """An SAE that does to x what `sae` does to (x - mean)/scale: x_hat = scale * x_hat_normalized + mean.
 
-    With one scale, latents are `scale` times as large: W_enc and W_dec stay, biases and thresholds are scaled. With a
-    scale for each dimension (d_in,), latents stay: rows of W_enc are divided by it and columns of W_dec multiplied, so
-    the rows of W_dec are no longer unit vectors. With `layer_norm` the SAE then normalizes each token itself; the scale
-    is 1 and the mean 0.
+    With one scale, latents become `scale` times as large: W_enc and W_dec do not change, biases and thresholds are
+    scaled. With a scale for each dimension (d_in,), latents do not change: rows of W_enc are divided by it and columns
+    of W_dec multiplied, so the rows of W_dec are no longer unit vectors. With `layer_norm`, the resulting SAE
+    normalizes each token itself; the scale is 1 and the mean 0.
     """
     raw = build_sae(sae_spec(sae), {k: v.detach().clone() for k, v in sae.state_dict().items()})
     if isinstance(scale, Tensor) and scale.dim():
@@ -220,7 +220,7 @@ def fold_normalization(sae: SAE, scale: float | Tensor, mean_D: Tensor, layer_no
 
 
 def sae_spec(sae: SAE) -> dict[str, Any]:
-    """What `build_sae` needs besides the tensors, as in sae.json."""
+    """Everything that `build_sae` needs besides the tensors, as in sae.json."""
     chain = [{"name": activation.name, **activation.options} for activation in sae.activation]
     spec = {"format": FORMAT, "d_in": sae.d_in, "d_sae": sae.d_sae, "pre_bias": sae.pre_bias, "activation": chain}
     return spec | ({"format": FORMAT_LAYER_NORM, "layer_norm": True} if sae.layer_norm else {})
@@ -300,7 +300,7 @@ def load_sae(folder: str | os.PathLike[str], device: str = "cpu") -> SAE:
 
 
 def outline_sae(folder: Path) -> SAE:
-    """The SAE of a run folder without its weights: its shape, options and origin. Reads the records alone.
+    """The SAE of a run folder without its weights: its shape, options and origin. Reads only the records.
 
     Raises UsageError as `load_sae`, and DamagedError for records that were damaged.
     """

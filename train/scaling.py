@@ -9,15 +9,14 @@ PAPER_WIDTH = 2304  # d_in of Gemma-2-2B, the papers' model
 PAPER_VARIANCE = 24.0
 """Elementwise variance of raw activations at layer 19 of Gemma-2-2B, from the papers' MSE and explained variance.
 
-Those give 27.1 = 2.66 / (1 - 0.902) in paper 004, but that MSE is SAEBench's, about 1.13 times the elementwise one.
+Those of paper 004 give 27.1 = 2.66 / (1 - 0.902), but its MSE is SAEBench's, about 1.13 times the elementwise one.
 """
 
 
 class ScaledDefault:
     """A default that a paper gives for d_in = 2304 or a variance of 24, and the rule that carries it over to a run.
 
-    The recipe is built with the number that `resolve` returns. Values given with `--set` and those of `--paper-exact`
-    are used as they are.
+    The recipe is built with the number that `resolve` returns. Values from `--set` and `--paper-exact` are not scaled.
     """
 
     of = "d_in"  # the field of RunConfig that the number is proportional to
@@ -77,7 +76,7 @@ class ScaleWithNorm(ScaleWithVariance):
 def scale_options(options: dict[str, Any], config: "RunConfig", raw: bool) -> tuple[dict[str, Any], list[str]]:
     """The options with scaled defaults resolved for a run, and a note for each number that differs from the paper's.
 
-    `--paper-exact` scales nothing but a k that is larger than the dictionary, which could not be trained.
+    `--paper-exact` scales only a k that is larger than the dictionary, because such a k could not be trained.
     """
     values, notes = dict(options), []
     for name, paper in options.items():

@@ -96,7 +96,7 @@ class SharedPass:
         due = [trainer for trainer in self.active if stop or checkpoint or trainer.logs_after(steps_done)]
         if due:
             self._log(steps_done, self._drop_failed_runs(due))
-        elif steps_done == 1:  # the first step has a line of its own, and still counts in the mean of the next
+        elif steps_done == 1:  # the first step gets its own line, and still counts in the mean of the next line
             self._log(steps_done, self._drop_failed_runs(list(self.active)), first=True)
         self._finish_runs(steps_done)
         if checkpoint and self.active:
@@ -115,7 +115,7 @@ class SharedPass:
         )
 
     def _save_after_store_failure(self, error: SaeError) -> SaeError:
-        """Checkpoint the runs where the next batch does not come from the store, or waiting for it was ended.
+        """Checkpoint the runs after the store did not give the next batch, or after the wait for it was stopped.
 
         Returns the error to raise.
         """
@@ -199,10 +199,10 @@ def open_batches(
     run: Run, step: int, device: str, count: int, sharing: Sequence[Run] | None = None,
     should_stop: Callable[[], bool] = lambda: False, captured: bool = False,
 ) -> BatchLoader | ResidentLoader:  # fmt: skip
-    """The next `count` batches of a run from a step on; of a ring, those of the group that is open.
+    """The next `count` batches of a run from a step on; from a ring, the batches of the open group.
 
-    With `sharing`, the runs of the pass, the loader may keep the rows on a GPU that has memory for them and the runs;
-    that does not pay for a few batches. `should_stop` ends waiting for a store.
+    `sharing` lists the runs of the pass. If it is given, the loader may keep the rows on a GPU that has memory for them
+    and the runs; that does not pay for a few batches. `should_stop` ends the wait for a store.
     """
     size, cache, batch = run.config.batch_size, run.cache, step
     assert not isinstance(cache, PlannedCache)

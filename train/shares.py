@@ -30,7 +30,7 @@ class DealtRun(PassRun, RunInFolder, Protocol):
 
 
 def deal_runs(runs: Mapping[int, DealtRun], device: str, ranks: int) -> list[RankShare]:
-    """Deal runs, by their numbers, to so many processes, each with a device like this one."""
+    """Deal runs, given by number, to `ranks` processes, each with a device like this one."""
     seconds = dict(zip(runs, step_times(list(runs.values()), device), strict=True))
     streams: dict[Hashable, list[int]] = {}
     for number, run in runs.items():
@@ -47,18 +47,18 @@ def deal_runs(runs: Mapping[int, DealtRun], device: str, ranks: int) -> list[Ran
 
 
 def read_rate(run: DealtRun) -> float:
-    """Bytes a second at which a process reads the batches of a run, about."""
+    """The approximate bytes per second at which a process reads the batches of a run."""
     return STORE_RATE if any(map(is_url, places_of(run.cache))) else READ_RATE
 
 
 def steps_left(run: RunInFolder) -> int:
-    """The steps that a run takes after its newest checkpoint, by the names of its files."""
+    """The steps that a run still has to take after its newest checkpoint. Reads only the names of its files."""
     names = [path.parent.name.removeprefix("step-") for path in run.folder.glob("checkpoints/step-*/state.json")]
     return max(0, run.config.steps - max((int(name) for name in names if name.isdecimal()), default=0))
 
 
 def step_times(runs: Sequence[DealtRun], device: str) -> list[float]:
-    """Seconds of a step of each run: measured, or by its operations if one of them is too large to be timed."""
+    """Seconds per step of each run: measured, or estimated from operations if a run is too large to be timed."""
     fix_cublas_workspace(device)  # the steps that are timed are the first of the process
     try:
         return seconds_per_step(runs, device)
@@ -79,7 +79,7 @@ def memory_parts(stream: Sequence[DealtRun], device: str) -> list[float]:
 
 
 def describe_shares(shares: Sequence[RankShare], runs: Sequence[DealtRun], device: str, memory: bool) -> list[str]:
-    """The lines of a plan about what each process trains; with `memory` also what that takes."""
+    """The lines of a plan about what each process trains and, with `memory`, about the memory for it."""
     device = resolve_device(device)
     count = sum(len(share.runs) for share in shares)
     lines = [f"deal     {format_count(count, 'run')} to {len(shares)} processes, by timing a few steps of each recipe"]
@@ -92,7 +92,7 @@ def describe_shares(shares: Sequence[RankShare], runs: Sequence[DealtRun], devic
 
 
 def describe_share(runs: Sequence[DealtRun], seconds: float, device: str, memory: bool) -> str:
-    """What one process trains."""
+    """Describe what one process trains."""
     passes = plan_passes(runs, device)
     line = f"{format_count(len(runs), 'run')} in {len(passes)} pass{'es' if len(passes) > 1 else ''}"
     line += f", about {format_duration(seconds)}"

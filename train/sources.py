@@ -1,4 +1,4 @@
-"""What runs are trained on: caches in folders or stores, opened as a TrainConfig names them."""
+"""The caches that runs are trained on, in folders or stores, opened as a TrainConfig names them."""
 
 from ..cache.catalog import find_cache
 from ..cache.concat import ConcatCache
@@ -36,7 +36,7 @@ def known_variance(cache: AnyCache, array: str) -> float | None:
 
 
 def places_of(cache: AnyCache) -> list[str]:
-    """Where a cache, or each of several that are read as one, is: the path of its folder, or its address."""
+    """The folder path or the address of a cache, or of each of several caches that are read as one."""
     caches = cache.caches if isinstance(cache, ConcatCache) else [cache]
     return [one.place if isinstance(one, Cache) and is_url(one.place) else str(one.folder.resolve()) for one in caches]
 

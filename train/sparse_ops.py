@@ -1,8 +1,8 @@
 """The matrix products of a step, computed only with the latents that may be active, where these are few.
 
-A dense product multiplies mostly zeros. With k of n latents active only the encoder needs one; the four other products
-(decoding, and the gradients to the latents, W_dec and W_enc) are sums of k rows per token. Shapes: N is the number of
-latents that may be active in the whole batch, a fixed number; they are ordered by token.
+A dense product multiplies mostly zeros. With k of n latents active, only the encoder needs a dense product. The four
+other products (decoding, and the gradients of the latents, W_dec and W_enc) are sums of k rows per token. Shapes: N is
+the number of latents that may be active in the whole batch, a fixed number; they are ordered by token.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SPARSE_FROM = {"cpu": 16, "cuda": 1024}
-"""Device -> the n/k from which sparse products are used. On other devices they never are.
+"""Device -> the n/k from which sparse products are used. On other devices they are never used.
 
 cpu: measured by benchmarks/bench_decode.py, the whole step of `topk`; see its table in benchmarks/results.
 cuda: not measured. By the limits of an H200 (790 TFLOP/s, 4.3 TB/s), gathering rows in float32 and a dense product in
@@ -77,7 +77,7 @@ class KeptLatents(NamedTuple):
             len(self.selected.token_start_B),
             len(self.selected.latent_start_F),
         )
-        # The ends stay numbers of the host: as a tensor they would have to be copied to the GPU in every step.
+        # The ends stay Python numbers: a tensor of them would have to be copied to the GPU in every step.
         section_N = torch.zeros_like(latent_N)
         for end in accumulate(sizes[:-1]):
             section_N += latent_N >= end
@@ -117,7 +117,7 @@ class _SparseEncode(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             centered_BD = x_BD if b_D is None else x_BD - b_D
             w_FD_ = sum_by_latent(g_N, centered_BD, token_N, latent_order_N, latent_start_F)
-            # In the order of the weights, in which autograd would copy it, but on a CPU on one thread.
+            # Copy it into the memory order of the weights. Autograd would do that too, but on a CPU with one thread.
             w_DF_ = torch.mul(w_FD_.T, 1, out=torch.empty_like(w_DF, dtype=w_FD_.dtype))
         return None, None, w_DF_, b_F_, None if b_D is None else -(w_DF @ b_F_), *[None] * 4
 
@@ -143,8 +143,8 @@ def encode(
 ) -> Tensor:
     """(N) pre-activations of the selected latents, taken from `pre_BF`.
 
-    `b_D` is what the encoder subtracts from x, if anything. The gradient to W_enc is (x - b)^T g, which is zero except
-    for the selected latents; x gets no gradient.
+    `b_D` is the b_dec that the encoder subtracts from x, or None. The gradient of W_enc is (x - b)^T g, which is zero
+    except for the selected latents; x gets no gradient.
     """
     return _SparseEncode.apply(
         pre_BF.detach(),

@@ -44,11 +44,14 @@ class Step:
 
     @property
     def whole(self) -> "Step":
-        """The whole batch; of one in parts `x_BD`, and for what `reads_batch` `error_BD` and `l0`."""
+        """The whole batch.
+
+        If it is computed in parts, it has only `x_BD` and, for code that `reads_batch`, `error_BD` and `l0`.
+        """
         return self if self.part_of is None else self.part_of
 
-    # What is made once, where it is asked for. Until Python 3.12 a cached_property takes a lock, which cannot be
-    # compiled: those that losses read are properties.
+    # Values that are computed once, on first access. Before Python 3.12 a cached_property takes a lock, which cannot be
+    # compiled, so the values that losses read are properties.
 
     @property
     def pre_BF(self) -> Tensor:
@@ -66,17 +69,17 @@ class Step:
 
     @property
     def f_BF(self) -> Tensor:
-        """Latents (B, F). Where `kept` has them, so do it and `counts_F`, without the zeros."""
+        """Latents (B, F). If `kept` is not None, it and `counts_F` describe the same latents without the zeros."""
         if self.computed_f_BF is None:
             assert self.kept is not None
-            with torch.enable_grad():  # a loss may read what a coefficient has asked for first, without a gradient
+            with torch.enable_grad():  # a coefficient may have asked for it first, without a gradient
                 self.computed_f_BF = self.kept.dense()
         return self.computed_f_BF
 
     @f_BF.setter
     def f_BF(self, value_BF: Tensor) -> None:
         self.computed_f_BF = value_BF
-        for name in ("counts_F", "l0", "fired_F"):  # of the latents before
+        for name in ("counts_F", "l0", "fired_F"):  # values of the previous latents
             self.__dict__.pop(name, None)
 
     @property
@@ -90,7 +93,7 @@ class Step:
     def squared_error(self) -> Tensor:
         """() sum_BD (x - x_hat)^2."""
         if self._squared_error is None:
-            whole = self._error_BD  # of a batch in parts there is nothing else
+            whole = self._error_BD  # a batch in parts has nothing else
             self._squared_error = squared_error(self.recon_BD, self.x_BD) if whole is None else whole.square().sum()
         return self._squared_error
 
@@ -119,7 +122,7 @@ class LossTerm(nn.Module, ABC):
     """A summand of the loss: a 0-d tensor. It may add to `step.metrics` and changes nothing else.
 
     With `--accumulate` it is computed for equal parts of the batch, and the mean of their values has to be the value
-    for the whole batch. `undivided` says why it is not, as a sentence without its end; "" if it is.
+    for the whole batch. `undivided` says why that does not hold, as a sentence without a period; "" if it holds.
     """
 
     undivided: str = "not all of its losses are known to be means over tokens"
@@ -134,25 +137,25 @@ class Mechanism(nn.Module):
     """Something that acts around the optimizer. Its buffers are its state; its hooks run under no_grad.
 
     `after_backward` and `after_step` run in every step, so they keep fixed shapes and never read a value back to the
-    host. `every_n_steps` may do both; it runs after every `every`-th step. What a step reads of a mechanism changes in
-    place, in both: the graph of a captured step (train/capture.py) reads the same memory each time.
+    host. `every_n_steps` may do both; it runs after every `every`-th step. All of them have to change in place what a
+    step reads of a mechanism: the graph of a captured step (train/capture.py) reads the same memory each time.
     """
 
     combine: ClassVar[Literal["", "mean", "min"]] = ""
-    """How the `statistic` of a batch follows from those of its equal parts; "": there is none."""
+    """How to combine the `statistic` of equal parts into that of the batch; "": there is no `statistic`."""
     undivided: str = ""  # why it needs the latents of a whole batch at once, as in LossTerm
     reads_batch = False  # whether the forward pass calls it, and it reads `step.whole.error_BD` or `step.whole.l0`
     every: int | None = None
     reads_rows = False  # whether it has a `start_from_rows`
 
     def start_from_rows(self, sae: SAE, sample_ND: Tensor) -> None:
-        """Before the first step of a run: change the start of the SAE by the first rows (N, D) that the run reads.
+        """Before the first step of a run: initialize the SAE from the first rows (N, D) that the run reads.
 
-        They are given as the SAE sees them. Called only if `reads_rows`.
+        The rows are normalized, as the SAE sees them. Called only if `reads_rows`.
         """
 
     def statistic(self, step: Step) -> Tensor:
-        """What `after_step` reads of the latents."""
+        """The tensor that `after_step` needs from the latents."""
         raise NotImplementedError
 
     def read_latents(self, step: Step) -> Tensor:
@@ -163,19 +166,19 @@ class Mechanism(nn.Module):
         """Gradients are ready, weights have not moved."""
 
     def after_step(self, step: Step) -> None:
-        """Weights have moved; the latents in `step` are those of the weights before."""
+        """Weights have moved; the latents in `step` belong to the weights before the update."""
 
     def every_n_steps(self, step: Step) -> None:
         """Between steps: may read values, change shapes and rewrite weights. `step.i` counts the step just taken."""
 
     def between_bytes(self, sae: SAE, tokens: int) -> int:
-        """The bytes that `every_n_steps` takes at its peak, beside those of a step on so many tokens, if they are more
-        than a few vectors of latents.
+        """The bytes that `every_n_steps` takes at its peak, in addition to a step on `tokens` tokens. Memory of a few
+        vectors of latents need not be counted.
         """
         return 0
 
     def shape_key(self) -> Hashable:
-        """What decides the shapes of a step, if `every_n_steps` changes it: a new value, and the graph is made anew."""
+        """A key of the shapes in a step, if `every_n_steps` changes them. For a new key, a new CUDA graph is made."""
         return None
 
     def calibrate(self, step: Step) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 # run.json and the checkpoints record it as `step_version`; without the entry it is 1.
 STEP_VERSION = 4
 
-MEASURED_STEPS = 25  # that the interrupted runs of tests/compatibility have left, on which the bounds are measured
+MEASURED_STEPS = 25  # left to the interrupted runs of tests/compatibility; the bounds are measured on them
 
 
 class RoundingBounds(NamedTuple):
@@ -25,15 +25,15 @@ class RoundingBounds(NamedTuple):
     metrics: float = 1e-4  # every other logged metric
 
 
-# Latents that are chosen by rank: of two that are nearly equal, rounding decides which is kept.
+# For recipes that choose latents by rank: rounding decides which of two nearly equal latents is kept.
 BY_RANK = RoundingBounds(1e-3, 3e-4, 1e-3)
 RANKING = (
     "topk", "batchtopk", "matryoshka", "ortsae", "switch", "competition", "competition-no-warmup", "competition-off",
     "competition-small", "competition-k320", "hierarchical-batchtopk", "hierarchical-topk320", "frozen-decoder",
     "soft-frozen-decoder", "frozen-encoder", "collapse-09",
 )  # fmt: skip
-# Recipes that rounding leads further apart than the default. Measured by benchmarks/step_versions.py; the bounds are at
-# least three times what it finds.
+# Recipes whose results differ by more than the default bounds. Measured by benchmarks/step_versions.py; the bounds are
+# at least three times what it finds.
 WIDER: Mapping[str, RoundingBounds] = {
     **dict.fromkeys(RANKING, BY_RANK),
     "gated": RoundingBounds(1e-3, 1e-5, 1e-4),

@@ -1,4 +1,4 @@
-"""Training on caches in stores: what passes will read of them, for the local folder to expect and the plan to tell."""
+"""Training on caches in stores: the chunks that passes will read, for the local folder and for the plan."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -18,7 +18,7 @@ from ..common.process_group import processes_on_this_machine
 from .sources import AnyCache, places_of
 from .variant import RunConfig
 
-CALIBRATION_BATCHES = 32  # that a run reads after its last step, if it fits a number to the final weights
+CALIBRATION_BATCHES = 32  # batches that a run reads after its last step, if it fits a number to the final weights
 
 
 class ReadingRun(Protocol):
@@ -84,13 +84,13 @@ def describe_pulling(passes: Sequence[Sequence[ReadingRun]]) -> list[str]:
 
 
 def expect(passes: Sequence[Sequence[ReadingRun]], say: Callable[[str], None]) -> None:
-    """Announce the readings of these passes to the local folder, if any; it calls `say` when they wait for long."""
+    """Announce the readings of these passes to the local folder, if any. It calls `say` if they wait for long."""
     if readings := expected_readings(passes):
         readings[0].folder.say = say
         readings[0].folder.expect(readings)
 
 
 def expect_nothing(passes: Sequence[Sequence[ReadingRun]]) -> None:
-    """Tell the local folder, if there is one, that nothing more will be read: its room is for others."""
+    """Tell the local folder, if there is one, that nothing more will be read, so that others can use its space."""
     if readings := expected_readings(passes):
         readings[0].folder.expect([])

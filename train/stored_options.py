@@ -22,5 +22,5 @@ def stored_options(record: RunRecord | None, folder: Path) -> dict[str, Any] | N
 
 
 def describe_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
-    """Options of a run that has been started, where a new run would have others: name -> (its value, the other)."""
+    """Describe options that differ from those of a new run: name -> (value in this run, value in a new run)."""
     return ", ".join(f"{name}={was} ({now} in a new run)" for name, (was, now) in changed.items())

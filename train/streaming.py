@@ -1,7 +1,7 @@
 """Training on a harvest that runs at the same time: all runs train on one group of windows, then the group is removed.
 
-Runs that read different batches (another layer or batch size, or resumed at another step) are passes of their own, but
-the disk has room for two groups only. So the outer loop is over groups, and in each the passes take turns.
+Runs that read different batches (another layer or batch size, or resumed at another step) form separate passes, but the
+disk has room for only two groups. So the outer loop is over groups, and the passes take turns on each group.
 """
 
 from collections.abc import Callable

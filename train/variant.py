@@ -78,7 +78,7 @@ class Variant(nn.Module):
     """
 
     mean_D: Tensor  # subtracted from raw activations
-    scale: Tensor  # by which they are divided then: (), or with normalize=standardize (d_in,)
+    scale: Tensor  # then divides them: () or, with normalize=standardize, (d_in,)
 
     def __init__(
         self,
@@ -99,8 +99,8 @@ class Variant(nn.Module):
         self.mechanisms = Mechanisms([dead, *mechanisms])
         self.optimization = optimization or Optimization()
         self.options: dict[str, Any] = {}  # the recipe's own, with the values it was built with
-        self.changed: dict[str, tuple[Any, Any]] = {}  # of a resumed run: option -> its value, what it would be now
-        self.notes: list[str] = []  # what a reader of the run should know about them
+        self.changed: dict[str, tuple[Any, Any]] = {}  # of a resumed run: option -> (its value, the value in a new run)
+        self.notes: list[str] = []  # what a reader of the run should know about the options
         self.register_buffer("mean_D", torch.zeros(sae.d_in))
         self.register_buffer("scale", torch.ones(()))
 
@@ -109,7 +109,7 @@ class Variant(nn.Module):
         self.coefficients[name] = coefficient if callable(coefficient) else constant(coefficient)
 
     def configure(self, optimization: Optimization) -> None:
-        """Set the options of the optimizer. Raises UsageError for an input that the SAE could not be saved for."""
+        """Set the options of the optimizer. Raises UsageError if the normalization cannot be folded into the SAE."""
         self.optimization = optimization
         if optimization.normalize == "standardize":
             if any(activation.sees_input for activation in self.sae.activation):
@@ -126,9 +126,9 @@ class Variant(nn.Module):
     def set_normalization(self, mean_D: Tensor, mean_square_norm: float, sample_ND: Tensor | None = None) -> None:
         """Set the constants of normalization from the mean row and E|x|^2 of the cache. Checkpoints hold them.
 
-        `sample_ND` are the first raw rows of the run, on any device, where something `reads_rows`:
-        normalize=standardize takes their mean and standard deviation, and mechanisms start from them. Without rows such
-        a mechanism does nothing.
+        `sample_ND` holds the first raw rows of the run, on any device. They are needed if `reads_rows`:
+        normalize=standardize takes their mean and standard deviation, and mechanisms start from them. Without rows, a
+        mechanism that starts from rows does nothing.
         """
         settings, square = self.optimization, mean_square_norm
         if settings.normalize == "standardize":
@@ -143,7 +143,7 @@ class Variant(nn.Module):
             self.scale.fill_(square**0.5)
         if settings.b_dec_init == "mean":
             start_D = (mean_D - self.mean_D) / self.scale
-            if settings.normalize == "layer_norm":  # the mean normalized row is not known: tokens of equal deviation
+            if settings.normalize == "layer_norm":  # the mean normalized row is unknown: assume equal deviations
                 start_D = (mean_D - mean_D.mean()) / (mean_square_norm / len(mean_D)) ** 0.5
             self.sae.b_dec.data.copy_(start_D)
         for mechanism in self.mechanisms:
@@ -178,7 +178,7 @@ class Variant(nn.Module):
         return [module for module in self.modules() if isinstance(module, KeepTopK)]
 
     def use_kernels(self) -> None:
-        """Let steps compute by the kernels of train/kernels what these can; on a CPU by torch, with the same result."""
+        """Let steps use the kernels of train/kernels where they can; on a CPU torch computes the same result."""
         for activation in self.chooses_largest:
             activation.by_kernels = True
 
@@ -187,7 +187,7 @@ class Variant(nn.Module):
         return any(activation.by_kernels for activation in self.chooses_largest)
 
     def shape_key(self) -> Hashable:
-        """What decides the shapes of a step, as far as mechanisms change it (`Mechanism.shape_key`)."""
+        """A key of the shapes in a step, as far as mechanisms change them (`Mechanism.shape_key`)."""
         return tuple(mechanism.shape_key() for mechanism in self.mechanisms)
 
     def scalars(self) -> dict[str, Tensor]:

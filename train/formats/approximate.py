@@ -20,8 +20,8 @@ FIT_ROWS = 1024
 def approximate_sae(sae: SAE, activation: str, x_RD: Tensor) -> tuple[CanonicalSAE, dict[str, Any]]:
     """Replace the end of an SAE's activation chain, from the first coupling link on, by one of APPROXIMATIONS.
 
-    topk gets the mean L0 on these rows as its k, jumprelu one threshold for all latents that gives the same L0; relu
-    has nothing to fit.
+    topk gets the mean L0 on these rows as its k. jumprelu gets one threshold for all latents, which gives the same L0.
+    relu has nothing to fit.
 
     Args:
         x_RD: activations to fit and measure on; at most FIT_ROWS of them are used.

@@ -40,7 +40,7 @@ class ForeignSAE:
     notes: list[str] = field(default_factory=list)  # for the user, printed by `sae import`
 
     def record_text(self, recorded: Mapping[str, Any]) -> None:
-        """Take over what files record about the text, under SAELens' keys. Values of another type are left out."""
+        """Copy what the files record about the text, under SAELens' keys. Values of the wrong type are left out."""
         if type(context := recorded.get("context_size")) is int and 0 < context < MAX_WIDTH:
             self.context = context
         if isinstance(prepend_bos := recorded.get("prepend_bos"), bool):
@@ -75,7 +75,7 @@ class Format:
     layer_norm: ClassVar[bool] = False  # whether it can store that each token is layer-normalized
     files: ClassVar[tuple[str, ...]]  # file names, the weights first
     parent_files: ClassVar[tuple[str, ...]] = ()  # file names in the folder above
-    config: ClassVar[str] = ""  # the small one of `files` that describes the SAE; "" if the path says it all
+    config: ClassVar[str] = ""  # the small file of `files` that describes the SAE; "" if the path says it all
 
     @classmethod
     def exported(cls) -> list[str]:

@@ -76,8 +76,8 @@ class CanonicalSAE:
     def with_unit_rows(self) -> "CanonicalSAE":
         """The same SAE with unit rows of W_dec.
 
-        A topk SAE whose rows are not of unit norm already is returned as it is: rescaling would change which latents
-        are the k largest.
+        A topk SAE whose rows do not have unit norm is returned unchanged: rescaling would change which latents are the
+        k largest.
         """
         if self.activation == "topk" and not self.has_unit_rows:
             return self
@@ -179,7 +179,7 @@ def to_float64(tensor: Tensor) -> Tensor:
 
 @singledispatch
 def fold_link(link: Activation, canonical: CanonicalSAE) -> CanonicalSAE:
-    """Fold one link of the activation chain into what precedes it. UsageError if no format can store the result."""
+    """Fold one link of the activation chain into the links before it. UsageError if no format can store the result."""
     raise UsageError(
         f"The activation {getattr(link, 'name', type(link).__name__)!r} makes the latents of a token depend on each "
         "other, which no other library's format can store. --approximate topk, jumprelu or relu writes the nearest SAE "

@@ -61,11 +61,14 @@ def export_sae(
     them are compared with the SAE's on 4,096 rows of its cache, or on synthetic rows if that is gone: the active
     latents have to be equal and relative errors at most 1e-5.
 
-    Args: run: a run folder (a path or a `Run`), or an `SAE` in memory. to: "saelens", "gemma-scope",
-    "dictionary-learning" or "sparsify". out: the folder to write, new or empty. Default: exports/<to> in the run
-    folder. approximate: "topk", "jumprelu" or "relu": if the format cannot store the SAE exactly, write the nearest SAE
-    with this activation, and record how much it differs. cache: the cache with rows to verify on. Default: the one that
-    the run was trained on. progress: called with (rows compared, rows in all).
+    Args:
+        run: a run folder (a path or a `Run`), or an `SAE` in memory.
+        to: "saelens", "gemma-scope", "dictionary-learning" or "sparsify".
+        out: the folder to write, new or empty. Default: exports/<to> in the run folder.
+        approximate: "topk", "jumprelu" or "relu": if the format cannot store the SAE exactly, write the nearest SAE
+            with this activation, and record how much it differs.
+        cache: the cache with rows to verify on. Default: the one that the run was trained on.
+        progress: called with (rows compared, rows in all).
 
     Returns:
         An `ExportResult` with `.folder`, `.files`, `.check` (the comparison) and `.notes`.
@@ -112,7 +115,7 @@ def fit_to_format(
 ) -> tuple[CanonicalSAE, dict[str, Any] | None]:
     """The SAE in a form that the format can store, and the record of an approximation if one was needed.
 
-    UsageError if it cannot be stored, naming the formats that can; a note is added about `approximate`.
+    Raises UsageError if the format cannot store it, and names the formats that can. Adds a note about `approximate`.
     """
     if sae.layer_norm and not fmt.layer_norm:
         named = ", ".join(other.name for other in Format.registry.values() if other.layer_norm)
@@ -158,7 +161,7 @@ def fit_to_format(
 
 
 def latent_scale(sae: SAE, canonical: CanonicalSAE, fmt: Format, notes: list[str]) -> Tensor:
-    """(d_sae): how many times larger the exported latents are, since their decoder rows were given unit norm."""
+    """(d_sae): how many times larger the exported latents are, because their decoder rows were given unit norm."""
     if fmt.name == "saelens" and canonical.activation == "topk" and not canonical.has_unit_rows:
         notes.append(
             "The decoder rows do not have unit norm and were left so: rescaling would change which latents are the k "
@@ -183,8 +186,8 @@ def latent_scale(sae: SAE, canonical: CanonicalSAE, fmt: Format, notes: list[str
 def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that is renamed to `target` if the block succeeds and removed if it fails.
 
-    UsageError if `target` exists and is not an empty folder, also if another process made it meanwhile: the first of
-    two wins, and its folder is whole.
+    Raises UsageError if `target` exists and is not an empty folder, even if another process made it meanwhile: the
+    first of two processes wins, and its folder is complete.
     """
     if target.is_file():
         raise UsageError(f"{target} is a file; nothing was written. Give a new folder with --out.")

@@ -2,9 +2,9 @@
 
     f = ReLU(z) where z > threshold,  z = x w_enc + b_enc;  x_hat = f w_dec + b_dec
 
-b_dec is not subtracted from the input. The folder is <site>[_all]/layer_<n>_width_<label>_l0_<label>. config.json has
-the model, the hook points by transformers' names of the modules, and the kind (sae, transcoder, clt or crosscoder).
-Where it is missing, the path says the same. docs/reference/formats.md has the sources.
+b_dec is not subtracted from the input. The folder is <site>[_all]/layer_<n>_width_<label>_l0_<label>. config.json
+records the model, the hook points (as names of modules in transformers) and the kind (sae, transcoder, clt or
+crosscoder). If it is missing, the path says the same. docs/reference/formats.md has the sources.
 """
 
 import re
@@ -49,7 +49,7 @@ class GemmaScope2(Format, name="gemma-scope-2"):
     config = "config.json"
 
     def is_weights(self, name: str) -> bool:
-        """Crosscoders and cross-layer transcoders have a file for each layer; they are found to be refused by name."""
+        """Also the files of crosscoders and cross-layer transcoders, one per layer, so that they can be refused."""
         return name == self.files[0] or re.fullmatch(r"params_layer_\d{1,4}\.safetensors", name) is not None
 
     def matches(self, folder: ForeignFolder) -> bool:
@@ -160,7 +160,7 @@ def hook_of_path(parts: tuple[str, ...]) -> Hook | None:
 
 
 def model_of_path(parts: tuple[str, ...]) -> str | None:
-    """`gemma-scope-2-1b-pt` is of google/gemma-3-1b-pt."""
+    """The model of a repository: `gemma-scope-2-1b-pt` has SAEs of google/gemma-3-1b-pt."""
     for part in parts:
         if match := re.fullmatch(r"gemma-scope-2-(270m|1b|4b|12b|27b)-(pt|it)", part):
             return parse_gemma_3(f"gemma-3-{match[1]}-{match[2]}")
@@ -168,7 +168,7 @@ def model_of_path(parts: tuple[str, ...]) -> str | None:
 
 
 def parse_gemma_3(name: object) -> str | None:
-    """A model's id on the Hub, where gemma-3-270m alone has no `-pt`; some configs say gemma-v3 and no owner."""
+    """A model's id on the Hub. Only gemma-3-270m has no `-pt` there; some configs say gemma-v3 and omit the owner."""
     if (model := parse_model(name)) is None:
         return None
     match = re.fullmatch(r"(?:google/)?gemma-(?:v)?3-(270m|1b|4b|12b|27b)-(pt|it)", model)

@@ -36,7 +36,7 @@ GEMMA_SCOPE_SITES = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"}  # 
 
 
 def hub_id(name: str) -> str:
-    """A model's id on the Hub, from that or from TransformerLens' name."""
+    """A model's id on the Hub, from the id itself or from TransformerLens' name."""
     return HUB_IDS.get(name, name)
 
 
@@ -53,8 +53,8 @@ def transformerlens_name(model: str) -> str:
 def parse_hook(text: str) -> Hook | None:
     """The hook point that a name means in any library's scheme, or None.
 
-    The input of a block is the output of the one before, under whose name it is known here; that of block 0 has none.
-    A module is known by its path. One outside the blocks is said to be of layer 0, since its name has no layer.
+    The input of a block gets the name of the output of the block before; the input of block 0 stays resid_pre. A module
+    is named by its path. A module outside the blocks gets layer 0, since its name has no layer.
     """
     text = text.strip()
     for site, patterns in HOOK_PATTERNS.items():
@@ -69,12 +69,12 @@ def parse_hook(text: str) -> Hook | None:
 
 
 def resid_post_for(hook: Hook) -> Hook:
-    """resid_post of the block before, for resid_pre; any other hook is returned as it is."""
+    """For resid_pre, resid_post of the block before; any other hook is returned unchanged."""
     return Hook(hook.layer - 1) if hook.site == "resid_pre" and hook.layer > 0 else hook
 
 
 def is_module(hook_name: object) -> bool:
-    """Whether our own name of a hook is that of a module, such as model.layers.12.mlp.gate_proj.output."""
+    """Whether a hook, in our own naming, is a module, such as model.layers.12.mlp.gate_proj.output."""
     return isinstance(hook_name, str) and hook_name.startswith("model.") and hook_name.endswith((".input", ".output"))
 
 
@@ -84,7 +84,7 @@ def recorded_hook(metadata: Mapping[str, Any]) -> Hook | None:
 
 
 def with_recorded_layer(hook: Hook | None, layer: object) -> Hook | None:
-    """A hook on a module outside the blocks, whose name has no layer, with the layer that the files record."""
+    """Add the layer that the files record to a hook on a module outside the blocks, whose name has no layer."""
     return hook._replace(layer=layer) if hook is not None and hook.is_outside and type(layer) is int else hook
 
 

@@ -79,7 +79,7 @@ class RemoteSAE:
 
     @property
     def origin(self) -> dict[str, str]:
-        """Where it is from, for run.json."""
+        """The source of the SAE, for run.json."""
         return {"repository": self.repository, "revision": self.commit, "path": self.sae.path or "."}
 
 
@@ -101,7 +101,7 @@ def list_repository(address: HubAddress) -> Snapshot:
 
 
 def find_remote_sae(address: HubAddress, layer: int | None = None) -> RemoteSAE:
-    """The SAE at an address, known by its files; nothing is downloaded. `layer` chooses between those of a folder.
+    """The SAE at an address, found by its files; nothing is downloaded. `layer` chooses among the SAEs of a folder.
 
     Raises like `list_repository`, and UsageError if there is none, or more than one.
     """
@@ -119,7 +119,7 @@ def download(remote: RemoteSAE, root: Path, say: Callable[[str], None]) -> Path:
     say(f"commit   {remote.repository} at {remote.commit}")
     for file in remote.sae.files:
         say(f"file     {file.name} ({format_bytes(file.size)})")
-    # The repository's name stays part of the local path: Gemma Scope's names model and site.
+    # The repository's name stays part of the local path: for Gemma Scope it contains the model and the site.
     local_repo = Path(root, *remote.repository.split("/"))
     for file in remote.sae.files:
         with translate_hub_errors(remote.repository):
@@ -136,7 +136,7 @@ def remote_file(sibling: Any) -> RemoteFile:
 def choose_sae(address: HubAddress, files: list[RemoteFile], layer: int | None = None) -> PublishedSAE:
     """The SAE at an address: its folder, a file in it, or the only SAE below.
 
-    UsageError if there is none, or more than one; `layer` then chooses between those of one folder.
+    Raises UsageError if there is none, or more than one. `layer` chooses among the SAEs of one folder.
     """
     folder, all_saes = PurePosixPath(address.folder), find_published(files, address.repo)
     exact = [

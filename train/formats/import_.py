@@ -38,7 +38,7 @@ from .verify import (
 FORMAT = 1  # of run.json
 
 HookCheck = Callable[[str, Hook, int], None]
-"""Raises UsageError if a model, by its name, has no such hook point or not with activations of this width."""
+"""Raises UsageError if the model of this name has no such hook point, or activations of another width there."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ImportConfig:
     model: str | None = None
     layer: int | None = None
     cache: str | Path | None = None
-    cache_if_fits: bool = False  # ignore `cache` if it holds no such activations; it is only one to evaluate on
+    cache_if_fits: bool = False  # ignore `cache` if it holds no such activations: it was given only for evaluation
     out: Path | None = None
     name: str | None = None
     check_hook: HookCheck = lambda model, hook, d_in: None
@@ -67,7 +67,7 @@ class ImportResult:
     sae: SAE
     check: Check
     cache: str | Path | None  # the cache that the run is tied to
-    candidates: list[Path]  # the caches that fit, where there are several and none was chosen
+    candidates: list[Path]  # the caches that fit, if there are several and none was chosen
     notes: list[str] = field(default_factory=list)
 
     def __fspath__(self) -> str:
@@ -99,7 +99,7 @@ def import_sae(
             the SAEs of several layers it chooses one.
         cache: a cache of the model, to verify on and to evaluate with. Default: the only cache that fits, if any.
         out: the folder in which the run folder is made. Default: runs/.
-        name: of the run folder. Default: imported-<activation>-L<layer>-n<d_sae>-<digest>.
+        name: name of the run folder. Default: imported-<activation>-L<layer>-n<d_sae>-<digest>.
         check_hook: called with the model's name, the hook point and d_in before anything is written; raises UsageError
             to refuse them.
         say: called with lines about a download.
@@ -142,7 +142,7 @@ def import_remote(
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = no_progress,
 ) -> ImportResult:
-    """Download an SAE into a temporary folder and import it. Arguments and errors as of `import_sae`."""
+    """Download an SAE into a temporary folder and import it. Arguments and errors as in `import_sae`."""
     with tempfile.TemporaryDirectory() as temporary:
         return import_files(download(remote, Path(temporary), say), config, remote.origin, progress)
 
@@ -201,7 +201,7 @@ def import_files(
 
 
 def overrides_of(config: ImportConfig, hook: Hook | None, model: str | None, used: ModelRecord) -> dict[str, Any]:
-    """The layer and model that were given and are not the `hook` and `model` of the files."""
+    """The given layer and model, if they differ from the `hook` and `model` of the files."""
     overrides: dict[str, Any] = {}
     if config.layer is not None and (hook is None or hook.layer != config.layer):
         overrides["layer"] = config.layer
@@ -211,9 +211,9 @@ def overrides_of(config: ImportConfig, hook: Hook | None, model: str | None, use
 
 
 def open_folder(path: Path, layer: int | None = None) -> tuple[ForeignFolder, Format]:
-    """The folder of an SAE, from its own path or that of a file in it, and its format.
+    """The folder of an SAE, given its path or the path of a file in it, and its format.
 
-    `layer` chooses between the SAEs of several layers in one folder.
+    `layer` chooses among the SAEs of several layers in one folder.
     """
     formats = Format.registry.values()
     is_weights = path.is_file() and any(fmt.is_weights(path.name) for fmt in formats)
@@ -235,7 +235,7 @@ def open_folder(path: Path, layer: int | None = None) -> tuple[ForeignFolder, Fo
 def resolve_hook_and_model(
     foreign: ForeignSAE, folder: Path, model: str | None, layer: int | None
 ) -> tuple[Hook, ModelRecord]:
-    """Hook point and model record: the given ones, else those of the files. UsageError if neither is known."""
+    """Hook point and model record: as given, else as in the files. UsageError if one of the two is unknown."""
     hook = foreign.hook
     if layer is not None:
         if layer < 0:
@@ -262,7 +262,7 @@ def resolve_hook_and_model(
 def hook_in_caches(model: ModelRecord, hook: Hook, cache_folder: str | Path | None) -> Hook:
     """The hook under which the caches of a model hold these activations: the output of a block is the next one's input.
 
-    `cache_folder` is the only cache that counts, if one is given.
+    If `cache_folder` is given, no other cache is considered.
     """
     if hook.site != "resid_post":
         return hook
@@ -277,7 +277,7 @@ def find_cache(
 ) -> tuple[Cache | None, list[Path]]:
     """A cache to evaluate an SAE on: the given one, else the only one of its model and hook, else None.
 
-    Second, the folders of those that fit where there are several.
+    Also returns the folders of all caches that fit, if there are several.
     """
     if cache_folder is not None:
         cache = open_place(cache_folder)

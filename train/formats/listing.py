@@ -1,7 +1,7 @@
-"""The list of what a release offers (`sae import --list`): the SAEs of a repository on the Hub or of a local folder.
+"""The list of the SAEs in a release (`sae import --list`): a repository on the Hub or a local folder.
 
-One request gives the names and sizes of all files. Paths say most of the rest; where they do not, the small config of
-an SAE is read, of MAX_CONFIGS SAEs at most. Weights are never downloaded.
+One request gives the names and sizes of all files. Paths give most of the other information. If a path does not, the
+small config of the SAE is read, for at most MAX_CONFIGS SAEs. Weights are never downloaded.
 """
 
 import re
@@ -39,7 +39,7 @@ class ReleaseList:
     refused: dict[str, int]
 
     def address(self, sae: PublishedSAE) -> str:
-        """What `sae import` and `sae evaluate` take."""
+        """The address of an SAE for `sae import` and `sae evaluate`."""
         if self.repository is None:
             return str(Path(self.name) / sae.path)
         return f"hf://{self.repository}/{sae.path}".rstrip("/")
@@ -86,7 +86,7 @@ def list_release(
 
     Args:
         text: owner/repo, hf://owner/repo[@revision][/folder], or a local folder.
-        layer, site, width: keep only the SAEs that say they have these; `width` as 16384 or 16k.
+        layer, site, width: keep only the SAEs whose path or config gives these values; `width` as 16384 or 16k.
 
     Raises:
         UsageError: the release or a filter is invalid, or nothing of a known format is there.
@@ -117,7 +117,7 @@ def list_release(
 
 
 def parse_release(text: str) -> HubAddress:
-    """The address of a release on the Hub. UsageError if the text is none."""
+    """The address of a release on the Hub. UsageError if the text is not an address."""
     if not text.startswith("hf://") and not REPO_ID.fullmatch(text.split("@")[0]):
         raise UsageError(
             f"There is no folder {text}. Give a folder, owner/repo, or hf://owner/repo[@revision][/folder]."
@@ -132,13 +132,13 @@ ConfigReader = Callable[[PublishedSAE], dict[str, Any]]
 
 
 def add_configs(saes: Sequence[PublishedSAE], read: ConfigReader, progress: Progress) -> list[PublishedSAE]:
-    """The SAEs, with what their configs say where their paths do not say hook point or width. Reads MAX_CONFIGS."""
+    """Add hook point and width from the configs of SAEs whose paths do not give them. Reads at most MAX_CONFIGS."""
     silent = [sae for sae in saes if sae.config and (sae.description.hook is None or sae.description.d_sae is None)]
     silent = silent[:MAX_CONFIGS]
     described = {}
     for number, sae in enumerate(silent):
         progress(number, len(silent))
-        with suppress(SaeError):  # what cannot be read is said when the SAE is imported
+        with suppress(SaeError):  # importing the SAE reports a config that cannot be read
             config = sae.format.describe_config(read(sae))
             described[sae.path] = replace(sae, description=sae.description.or_else(config))
     return [described.get(sae.path, sae) for sae in saes]
@@ -173,7 +173,7 @@ def hub_config_reader(repo: str, commit: str) -> ConfigReader:
 
 
 def may_fit(sae: PublishedSAE, layer: int | None, site: str | None, width: str | None) -> bool:
-    """Whether nothing that the path says is against the filters."""
+    """Whether nothing in the description of an SAE contradicts the filters."""
     hook, d_sae = sae.description.hook, sae.description.d_sae
     if hook is not None and (layer not in (None, hook.layer) or site not in (None, hook.site)):
         return False

@@ -26,9 +26,9 @@ def run_hook(sae: SAE) -> Hook | None:
 def hook_module(hook: Hook, cache: Cache | None) -> tuple[str, str] | None:
     """The module in transformers whose input or output the activations are: ("model.layers.12.mlp", "output").
 
-    It is what the harvest recorded. Without a cache, or with one that is too old to record it, only resid_post and
-    sites that are modules are known, by the usual names of blocks; others are None. resid_mid is always None: it is
-    neither an input nor an output.
+    The harvest records it. Without a cache, or with one that is too old to record it, the usual names of blocks give
+    resid_post and the sites that are modules; other sites are None. resid_mid is always None: it is neither an input
+    nor an output.
     """
     modules: dict[str, str] = {}
     if cache is not None:
@@ -45,9 +45,9 @@ def hook_module(hook: Hook, cache: Cache | None) -> tuple[str, str] | None:
 
 
 def context_beginning(origin: Mapping[str, Any], cache: Cache | None) -> dict[str, Any]:
-    """Whether contexts began with a special token (SAELens' prepend_bos), and with which where that is known.
+    """Whether contexts began with a special token (SAELens' prepend_bos), and with which one if that is known.
 
-    SAELens' own tokenizers put the model's BOS there, else its EOS, which is what caches of earlier versions have.
+    SAELens' own tokenizers put the model's BOS there, or its EOS if it has no BOS, as do caches of earlier versions.
     """
     imported = "format" in origin
     known = origin if cache is None or imported else cache.identity

@@ -22,7 +22,7 @@ CARD_METRICS = (
     ("sparse_probing", "sae", "sae_top_1_test_accuracy", "sparse probing, 1 latent"),
     ("unlearning", "unlearning", "unlearning_score", "unlearning"),
 )
-NOT_MEASURED = -1  # SAEBench's value for it
+NOT_MEASURED = -1  # SAEBench's value for a metric that was not measured
 RECIPE_KEYS = (
     "variant", "seed", "training_tokens", "dataset_path", "context_size", "model_revision", "cache_digest"
 )  # fmt: skip
@@ -83,8 +83,8 @@ sae import hf://{repo}
 def evaluation_metrics(run: Path) -> list[tuple[str, str]]:
     """(heading, value) of each of CARD_METRICS that evaluations/ of a run holds.
 
-    They are the numbers without outlier rows where a result has both, as in our tables. Metrics on the stand-in
-    dataset, texts of Python's standard library, say so.
+    If a result has numbers with and without outlier rows, those without are given, as in our tables. A heading says if
+    the metric was measured on the stand-in dataset, texts of Python's standard library.
     """
     results, metrics = read_metrics(run), []
     for name, category, metric, heading in CARD_METRICS:
@@ -97,7 +97,7 @@ def evaluation_metrics(run: Path) -> list[tuple[str, str]]:
 
 
 def read_metrics(run: Path) -> dict[str, dict[str, dict[str, float | None]]]:
-    """File name -> `eval_result_metrics` of each result. A warning names those that were damaged or of another SAE."""
+    """File name -> `eval_result_metrics` of each result. A warning names results that are damaged or of another SAE."""
     results = {}
     for path in sorted((run / "evaluations").glob("*.json")):
         try:

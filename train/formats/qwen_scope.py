@@ -28,7 +28,7 @@ REPOSITORY = re.compile(r"SAE-Res-([\w.\-]{1,80})-W(\d{1,5})K-L0_(\d{1,6})")
 
 
 class RepositoryName(NamedTuple):
-    """What the name of a Qwen-Scope repository says."""
+    """The information in the name of a Qwen-Scope repository."""
 
     model: str
     d_sae: int
@@ -123,7 +123,7 @@ class QwenScope(Format, name="qwen-scope"):
 
         def encode_decode(x_BD: Tensor) -> tuple[Tensor, Tensor]:
             top = (x_BD.double() @ w["W_enc"].T + w["b_enc"]).topk(k, dim=-1)
-            # Negative ones among the k largest would be kept by the model card's example; SAELens sets them to zero.
+            # The model card's example would keep negative values among the k largest; SAELens sets them to zero.
             f_BF = torch.zeros(len(x_BD), len(w["b_enc"]), dtype=torch.float64)
             f_BF.scatter_(-1, top.indices, top.values.clamp_min(0))
             return f_BF, f_BF @ w["W_dec"].T + w["b_dec"]

@@ -1,4 +1,4 @@
-"""The SAEs of a release: a repository, or a folder with many, known by the names and sizes of their files alone."""
+"""The SAEs of a release (a repository, or a folder with many SAEs), found by the names and sizes of their files."""
 
 import os
 from collections import defaultdict
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ...common.errors import UsageError
 from .base import Description, Format
 
-MAX_FILES = 200_000  # listed of a local folder; the largest releases have some thousands
+MAX_FILES = 200_000  # files that are listed of a local folder; the largest releases have some thousands
 
 
 class RemoteFile(NamedTuple):
@@ -27,8 +27,8 @@ class PublishedSAE:
 
     format: Format
     path: str  # what selects it in the release: a folder, or a file where a folder holds several SAEs
-    files: tuple[RemoteFile, ...]  # that an import reads, the weights first
-    refusal: str | None  # what it is, if not an SAE that can be imported: "transcoder"
+    files: tuple[RemoteFile, ...]  # files that an import reads, the weights first
+    refusal: str | None  # its kind, if it is not an SAE that can be imported: "transcoder"
     description: Description
 
     @property
@@ -46,7 +46,7 @@ class PublishedSAE:
 def find_published(files: Iterable[RemoteFile], repo: str) -> list[PublishedSAE]:
     """The SAEs among the files of a release, in the order of their paths.
 
-    `repo` is the repository's name, or that of the folder: some formats record the model nowhere else.
+    `repo` is the name of the repository or folder: some formats record the model only there.
     """
     folders: dict[PurePosixPath, dict[str, RemoteFile]] = defaultdict(dict)
     for file in files:

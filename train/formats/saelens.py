@@ -33,8 +33,8 @@ from .safe_read import (
     short_repr,
 )
 
-ARCHITECTURES = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}  # to CanonicalSAE's
-TRAINING_ARCHITECTURES = {"batchtopk", "matryoshka_batchtopk"}  # saved only while training; for inference a jumprelu
+ARCHITECTURES = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}  # -> CanonicalSAE's
+TRAINING_ARCHITECTURES = {"batchtopk", "matryoshka_batchtopk"}  # saved only while training; jumprelu for inference
 PER_TOKEN_NORMALIZATIONS = {
     "constant_norm_rescale": "divides each token by its own norm",
     "covariance_whitening": "whitens the input",
@@ -255,7 +255,7 @@ def fold_decoder_norm(canonical: CanonicalSAE, norm_F: Tensor, config_path: Path
 
 
 def add_metadata(foreign: ForeignSAE, config: dict[str, Any]) -> ForeignSAE:
-    """Model and hook point from the config: under "metadata", before version 6 at the top level."""
+    """Model and hook point from the config: under "metadata" or, before version 6, at the top level."""
     recorded = {**config, **config.get("metadata", {})}
     foreign.model = parse_model(recorded.get("model_name"))
     names = [recorded.get(key) for key in ("sae_hook_name", "hook_name", "hf_hook_name")]

@@ -2,9 +2,9 @@
 
 A pickle is a program. Before anything runs, every instruction of this one is inspected, and the file is refused unless
 it only builds dictionaries, lists, tuples, numbers and strings, an OrderedDict, and tensors by
-`torch._utils._rebuild_tensor_v2`. In place of that function the unpickler calls `RebuildTensor`, which only writes down
-what it was called with. The sizes written down are compared with the sizes of the entries in the zip file before any
-byte of a tensor is read.
+`torch._utils._rebuild_tensor_v2`. In place of that function the unpickler calls `RebuildTensor`, which only records its
+arguments. The recorded sizes are compared with the sizes of the entries in the zip file before any byte of a tensor is
+read.
 
 torch.load is not used, not even with `weights_only=True`: it trusts the number of elements that a pickle claims.
 """

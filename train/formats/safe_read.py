@@ -69,7 +69,7 @@ class TensorHeader:
 class ForeignFolder:
     """The folder of a foreign SAE. Only regular files inside it are ever opened.
 
-    `chosen` is the file with the weights, where the user named one and the folder can hold several.
+    `chosen` is the file with the weights, if the user named one in a folder that can hold several.
     """
 
     def __init__(self, path: Path, chosen: str | None = None) -> None:
@@ -227,7 +227,7 @@ def read_npz_tensor(
 def check_archive(path: Path, archive: zipfile.ZipFile, *, compressed: bool) -> None:
     """Refuse a zip file with duplicate, encrypted or escaping entries, or one that unpacks to far more than its size.
 
-    Without `compressed` every entry has to be stored as it is, so that the archive holds no more than it has bytes.
+    Without `compressed`, every entry has to be stored uncompressed, so that the entries are not larger than the file.
     """
     entries, size = archive.infolist(), path.stat().st_size
     names = [entry.filename for entry in entries]

@@ -142,14 +142,14 @@ class Sparsify(Format, name="sparsify"):
 def hookpoint(metadata: dict[str, Any]) -> str:
     """The name of the module whose output an SAE reads, in the base model of transformers: `layers.12.mlp`.
 
-    Raises UsageError for what is not the output of a module, which sparsify cannot name.
+    Raises UsageError for a hook that is not the output of a module, because sparsify cannot name it.
     """
     name, layer = metadata.get("hook_name"), metadata.get("hook_layer", 0)
     if name is None:
         return "sae"
     if "hf_hook_name" in metadata:
         return str(metadata["hf_hook_name"]).partition(".")[2]
-    if name.endswith("hook_resid_pre") and layer > 0:  # what the block before returns
+    if name.endswith("hook_resid_pre") and layer > 0:  # the output of the block before
         block = str(metadata.get("hf_hook_input_of", f"model.layers.{layer}")).partition(".")[2]
         return f"{block.rpartition('.')[0]}.{layer - 1}"
     raise UsageError(

@@ -29,7 +29,7 @@ def upload_sae(
     Nothing is uploaded before `confirm` returns True for its question. `say` is called with the notes, the result of
     the verification and the files. The other arguments are those of `export_sae`.
 
-    Raises Interrupted if `confirm` returns False, and what `export_sae` raises.
+    Raises Interrupted if `confirm` returns False, and the errors of `export_sae`.
     """
     from huggingface_hub import HfApi
 

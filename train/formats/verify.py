@@ -1,4 +1,4 @@
-"""Verification of exports and imports: the SAE and the files encode the same rows in float64, and are compared."""
+"""Verification of exports and imports: the SAE and the files encode the same rows in float64; results are compared."""
 
 import copy
 import math
@@ -78,7 +78,7 @@ class Check:
         )
 
     def record(self) -> dict[str, Any]:
-        """For run.json, under the keys that earlier versions wrote too."""
+        """The check as run.json records it, under the keys of earlier versions."""
         return {
             "rows": self.rows,
             "what": self.description,
@@ -116,7 +116,7 @@ def compare(
             f_BF = sae64.encode(x_BD)
             recon_BD = sae64.decode(f_BF, x_BD)
             their_f_BF, their_recon_BD = reference(x_BD)
-            if sae.layer_norm:  # ours are in units of raw activations, those of the files of the normalized token
+            if sae.layer_norm:  # ours are in units of raw activations, theirs in units of the normalized token
                 their_f_BF = their_f_BF * layer_normalize(x_BD).std_B1
             f_BF = f_BF if scale_F is None else f_BF * scale_F
             differs_BF = (f_BF != 0) != (their_f_BF != 0)
@@ -154,8 +154,8 @@ def require_passed(check: Check, action: str) -> Check:
 def check_orientation(sae: SAE, rows: SampleRows | None, path: Path) -> list[str]:
     """Notes about a square SAE, whose matrices have the same shape when they are transposed.
 
-    DamagedError if cached activations are reconstructed better with one or both matrices transposed. Where there are
-    none, a note says that this could not be checked.
+    Raises DamagedError if cached activations are reconstructed better with one or both matrices transposed. If there
+    are no cached activations, a note says that this could not be checked.
     """
     if rows is None:
         return [
@@ -203,7 +203,7 @@ def synthetic_rows(canonical: CanonicalSAE, count: int = SAMPLE_ROWS) -> SampleR
     """Random sums of decoder rows plus b_dec, at norms where latents begin to activate.
 
     Every other row is then moved along one latent's encoder direction until that latent is near its threshold, on
-    either side: rows drawn at random hardly ever come near one, so they would not notice a wrong threshold.
+    either side: random rows are rarely near a threshold, so they would not reveal a wrong one.
     """
     generator = torch.Generator().manual_seed(0)
     summands = min(32, max(1, canonical.d_sae // 8))
@@ -253,7 +253,7 @@ def move_near_thresholds(x_RD: Tensor, encoder: CanonicalSAE, threshold_F: Tenso
 
 
 def find_run_cache(origin: Mapping[str, Any]) -> Cache | None:
-    """The cache that a run was trained on, where it is now; None if it is gone. `origin`: of the SAE."""
+    """The cache that a run was trained on, even if it was moved; None if it is gone. `origin` is the SAE's."""
     folder, fingerprint = origin.get("cache"), origin.get("fingerprint")
     if not isinstance(folder, str) or not isinstance(fingerprint, str):
         return None
@@ -265,8 +265,8 @@ def sample_run_rows(
 ) -> tuple[Cache | None, SampleRows | None]:
     """The cache in `cache_folder`, by default the run's own, and rows of it.
 
-    The cache is None if it is gone; the rows are None if it is gone or, a ring buffer, keeps no rows. UsageError if an
-    explicit cache has no rows of the hook.
+    The cache is None if it is gone. The rows are None if it is gone or is a ring buffer, which keeps no rows. Raises
+    UsageError if an explicit cache has no rows of the hook.
     """
     cache = Cache(cache_folder) if cache_folder is not None else find_run_cache(origin)
     if cache is None or hook is None:

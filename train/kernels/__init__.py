@@ -1,1 +1,1 @@
-"""What a training step computes on a GPU by kernels of its own, written in Triton (extra `kernels`)."""
+"""Triton kernels for parts of a training step on a GPU (extra `kernels`)."""

@@ -26,7 +26,7 @@ def describe_kernels(runs: Iterable[BuildableRun], device: str) -> str:
 def reason_against_kernels(device: str) -> str:
     """Why a device does not use the kernels, as the end of a sentence; "" if it does.
 
-    The first time, each kernel is compiled and its result compared with that of torch.
+    The first call compiles each kernel and compares its result with torch's.
     """
     if torch.device(device).type != "cuda":
         return f"the device is {device}, which has none"
@@ -38,11 +38,11 @@ def reason_against_kernels(device: str) -> str:
             for rows, n, k in ((3, 100, 7), (3, z_RN.shape[1], 32), (1, z_RN.shape[1], ROOM)):
                 if not torch.equal(largest(z_RN[:rows, :n].to(device), k).cpu(), largest(z_RN[:rows, :n], k)):
                     return f"they choose other latents than torch on {device}"
-    except Exception as error:  # of Triton's compiler or of the driver: torch computes the same
+    except Exception as error:  # of Triton's compiler or of the driver; torch computes the same result
         return f"they do not work on {device}: {first_line(error)}"
     return ""
 
 
 def reason_against_triton() -> str:
-    """Why Triton is not there, as the end of a sentence; "" if it is."""
+    """Why Triton is not available, as the end of a sentence; "" if it is."""
     return "" if find_spec(EXTRAS["kernels"]) else f"Triton is not installed: pip install '{PACKAGE}[kernels]'"

@@ -4,7 +4,7 @@ from enum import Enum
 from typing import NamedTuple
 
 ROOM = 8192  # elements of a row that a program of the GPU holds in registers
-PROGRAMS = 256  # that share a row which is read several times; an H200 has 132 processors
+PROGRAMS = 256  # programs that share a row if it is read several times; an H200 has 132 processors
 CHUNK = 4096  # elements that such a program reads at once
 
 
@@ -27,7 +27,7 @@ class Division(NamedTuple):
     def of(
         cls, rows: int, n: int, k: int, room: int = ROOM, programs: int = PROGRAMS, chunk: int = CHUNK
     ) -> "Division":
-        """For rows of n elements, of which each program has `room` for so many."""
+        """The division of `rows` rows of n elements, if each program has room for `room` elements."""
         parts = -(-n // room)
         span = -(-n // parts)
         if parts == 1:

@@ -1,7 +1,7 @@
 """The k largest elements of each row, in Triton: see the operator `largest` in operators.py.
 
-A number is read as an integer key in the same order, so that the k-th largest, the bound, is found bit by bit or digit
-by digit. All keys above the bound are kept, and of those that equal it the first.
+Each number becomes an integer key in the same order. So the bound, which is the k-th largest key, can be found bit by
+bit or digit by digit. All keys above the bound are kept, and the first of the keys that equal it.
 """
 
 import torch
@@ -13,7 +13,7 @@ from .division import CHUNK, PROGRAMS, ROOM, Division, Way
 
 INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}  # as an integer of its bits
 DIGITS = 256  # values of a digit of 8 bits
-ELEMENTS = 16  # of a row, that a thread holds
+ELEMENTS = 16  # elements of a row that a thread holds
 TILE = 64  # programs whose counts are added at once
 
 
@@ -46,7 +46,7 @@ def launch_select(
 
 
 def by_digits(z_RN: Tensor, index_RK: Tensor, parts: int, span: int, chunk: int) -> None:
-    """Find the bound by its digits of 8 bits, the highest first, then write the indices."""
+    """Find the bound digit by digit (8 bits each, the highest first), then write the indices."""
     (rows, n), k = z_RN.shape, index_RK.shape[1]
     bits, infinity, grid = 8 * z_RN.element_size(), INFINITY[z_RN.dtype], (rows, parts)
     bound = z_RN.new_empty(rows, 2, dtype=torch.int32)
@@ -61,7 +61,7 @@ def by_digits(z_RN: Tensor, index_RK: Tensor, parts: int, span: int, chunk: int)
 
 @triton.jit
 def ordered(x, BITS: tl.constexpr, INF: tl.constexpr):
-    """int32 keys of so many bits in the order of the numbers: NaN above all of them, and one key for both zeros."""
+    """int32 keys of BITS bits in the order of the numbers. NaN is above all numbers; both zeros have one key."""
     if BITS == 16:
         bits = x.to(tl.int16, bitcast=True).to(tl.int32)
     else:
@@ -74,7 +74,7 @@ def ordered(x, BITS: tl.constexpr, INF: tl.constexpr):
 
 @triton.jit
 def kth_largest(key, k, BITS: tl.constexpr):
-    """The k-th largest key: from the sign on, the largest number with k keys or more that are not below it."""
+    """The k-th largest key. Finds, bit by bit from the sign on, the largest number that k or more keys reach."""
     bound = tl.where(tl.sum((key >= 0).to(tl.int32), 0) >= k, 0, -(1 << (BITS - 1)))
     for place in tl.static_range(BITS - 2, -1, -1):
         higher = bound + (1 << place)
@@ -86,7 +86,7 @@ def kth_largest(key, k, BITS: tl.constexpr):
 def select(
     z, choice, chosen, n, span, k, FROM_CHOICE: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, INF: tl.constexpr
 ):
-    """Of a part of a row, or of what was chosen of it before, the k largest elements, by their places in the row."""
+    """Write the places in the row of the k largest elements of a part of it, or of elements chosen from it before."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     place = tl.arange(0, BLOCK)
@@ -113,7 +113,7 @@ def count_digit(
     z, bound, histogram, above, n, span,
     AT: tl.constexpr, TOP: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, INF: tl.constexpr,
 ):  # fmt: skip
-    """The values of the digit at bit AT of those keys of a part whose higher digits are those of the bound."""
+    """Count the values of the digit at bit AT among the keys of a part whose higher digits equal the bound's."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     place = tl.arange(0, CHUNK)
@@ -141,8 +141,9 @@ def choose_digit(
     bound, histogram, above, start, ties, k, parts,
     AT: tl.constexpr, TOP: tl.constexpr, LAST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The bound's digit at bit AT. After the last, where each part writes, and how many elements that equal the bound.
+    """Choose the bound's digit at bit AT.
 
+    After the last digit, also compute where each part writes, and how many elements that equal the bound it writes.
     `bound` holds the digits so far, and how many elements with these digits are kept.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -192,7 +193,7 @@ def read_counts(histogram, program, there):
 def write_indices(
     z, bound, start, ties, chosen, n, span, k, CHUNK: tl.constexpr, BITS: tl.constexpr, INF: tl.constexpr
 ):
-    """The indices of a part's elements above the bound, and of the first so many that equal it."""
+    """Write the indices of a part's elements above the bound, and of the first `ties` elements that equal it."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     program = row * tl.num_programs(1) + part

@@ -1,22 +1,22 @@
 """The operators that have kernels in Triton.
 
-An operator is declared to torch, so that torch.compile, traces without values and CUDA graphs take it for one
-operation. It has two implementations with the same result: on a GPU the kernels, and on a CPU operations of torch,
-which the tests compare the kernels with. Importing this module does not import Triton.
+An operator is declared to torch, so that torch.compile, traces without values and CUDA graphs treat it as one
+operation. It has two implementations with the same result: the kernels on a GPU, and operations of torch on a CPU. The
+tests compare the two. Importing this module does not import Triton.
 """
 
 import torch
 from torch import Tensor
 
-LONGEST = 1 << 30  # elements of a row, whose indices the kernels compute in 32 bits
+LONGEST = 1 << 30  # elements of a row: the kernels compute indices in 32 bits
 
 
 @torch.library.custom_op("sae::largest", mutates_args=(), device_types="cpu")
 def largest(z_RN: Tensor, k: int) -> Tensor:
     """(R, k) int64: the indices of the k largest elements of each row of z (R, N), ascending.
 
-    Of equal elements those with the lowest indices are chosen, so that the choice depends on the values alone. As for
-    `topk` of torch, NaN is larger than every number, and 0.0 equals -0.0.
+    Among equal elements, those with the lowest indices are chosen, so that the choice depends only on the values. As in
+    `torch.topk`, NaN is larger than every number, and 0.0 equals -0.0.
     """
     return largest_by_sort(z_RN, k)
 

@@ -31,8 +31,8 @@ class CovarianceStart(Mechanism):
 
         W_i <- C^1/2 g_i / |C^1/2 g_i|,     W_enc <- W_dec^T
 
-    C is the covariance of the first rows that the run reads. The SAE's own first rows, which are isotropic, are the
-    g_i: their lengths do not matter, so runs of one seed start from the same draws.
+    C is the covariance of the first rows that the run reads. The g_i are the SAE's initial rows, which are isotropic.
+    Their lengths do not matter, so runs of one seed start from the same draws.
     """
 
     reads_rows = True
@@ -54,8 +54,8 @@ class DecoderCone(UnitNormDecoder):
     """
 
     start_FD: Tensor
-    mean_cosine: Tensor  # (), of the rows to their starts
-    at_edge: Tensor  # (), share of the rows that the last step had taken out of their cones
+    mean_cosine: Tensor  # (), mean cosine between the rows and their starts
+    at_edge: Tensor  # (), share of the rows that the last step moved out of their cones
 
     def __init__(self, sae: SAE, cosine: float) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class DecoderCone(UnitNormDecoder):
 
 
 def base_variant(config: RunConfig, base: Base, k: float, aux: float, aux_k: int | None) -> Variant:
-    """The variant that a control differs from in one thing."""
+    """The variant from which a control differs in one thing."""
     # Paper: BatchTopK, JumpReLU and ReLU, and TopK in App. C; the first is the default here and sets L0 by itself.
     # Paper: AdamW with rate 2e-4 and batches of 4,098 at width 73,728; here both are those of `batchtopk`.
     if base == "batchtopk":
@@ -115,7 +115,7 @@ def frozen_decoder(
     """
     variant = base_variant(config, base, k, aux, aux_k)
     variant.sae.W_dec.requires_grad_(False)
-    variant.mechanisms.pop(-1)  # UnitNormDecoder: the rows are unit vectors and stay as they are, bit for bit
+    variant.mechanisms.pop(-1)  # UnitNormDecoder: the rows are unit vectors and must not change by a bit
     # Paper: does not say how the encoder starts; here as in every SAE, as the transpose of the decoder.
     if init == "cov":
         variant.mechanisms.append(CovarianceStart())

@@ -18,26 +18,26 @@ from ..step import LossTerm, Mechanism, Step
 from ..variant import RunConfig, Variant
 from .baselines import relu
 
-SPARSE_FROM = 64  # if at most one in so many of n^2 pairs is chosen, gathering columns costs less than a full product
+SPARSE_FROM = 64  # if at most 1 in 64 of the n^2 pairs is chosen, gathering columns costs less than a full product
 
 
 class Decorrelation(LossTerm):
     """R(tau): penalize the correlation of only those pairs that fire together most (3).
 
-    `pair_choice` says among which pairs they are sought in a step:
+    `pair_choice` decides among which pairs a step looks for them:
         exact    all n (n - 1)/2 of them. Paper: claims O(n), but the dense C takes O(B n^2), and a share of the pairs
                  is O(n^2) of them.
-        blocks   those in the same block, after the latents were put in a random order and cut into blocks of about
+        blocks   the pairs in the same block. The latents are put in a random order and cut into blocks of about
                  `block`: O(B n block). Each step has another order, so every pair has the same chance. (2) to (4) are
-                 those of these pairs: tau and R are estimates from a random share of all pairs, R with a small bias,
-                 as the most correlated pairs of a share are not a share of the most correlated ones.
+                 computed from these pairs, so tau and R are estimates from a random share of all pairs. R has a small
+                 bias, because the most correlated pairs of a share are not a share of the most correlated pairs.
 
     C is computed without a gradient. The gradient of R is S f_hat, S_ij = 1/|S_t| for the chosen pairs over tau.
 
     Args:
-        fraction: |S_t| over the number of pairs among which it is sought.
+        fraction: |S_t| over the number of pairs from which it is chosen.
         tau_over: The pairs whose correlations give tau, see `decorrelation`.
-        pair_choice: Where the most correlated pairs are sought.
+        pair_choice: The pairs among which a step looks for the most correlated ones.
         block: Latents in a block. A dictionary of fewer than 1.5 blocks is one block.
     """
 
@@ -62,7 +62,7 @@ class Decorrelation(LossTerm):
             return self.penalty(step, f_BF) if self.pair_choice == "exact" else self.penalty_in_blocks(step, f_BF)
 
     def choose(self, corr_GMM: Tensor, step: Step) -> "ChosenPairs":
-        """The most correlated pairs of each block; C has the blocks' correlations, and becomes its upper triangle."""
+        """The most correlated pairs of all blocks. Reduces `corr_GMM`, their correlations, to its upper triangle."""
         blocks, size, _ = corr_GMM.shape
         alive_G = (corr_GMM.diagonal(dim1=1, dim2=2) > 0.5).sum(1)  # a silent latent has a column of zeros
         counted_G = alive_G if self.tau_over == "alive" else torch.full_like(alive_G, size)
@@ -136,11 +136,11 @@ class ChosenPairs(NamedTuple):
 
 
 def random_order(i: Tensor, seed: Tensor, n: int) -> Tensor:
-    """A random order of n latents for step i: by a hash of step and latent, so that nothing has to be kept.
+    """A random order of n latents for step i, from a hash of step and latent, so that no state has to be kept.
 
-    The hash is splitmix64 but for torch's shifts, which keep the sign: two latents may have one, which is harmless.
+    The hash is splitmix64, except that torch's shifts keep the sign. So two latents may share a hash; that is harmless.
 
-    A generator's state would be read by the host, and a checkpoint would have to hold it.
+    The host would have to read the state of a generator, and a checkpoint would have to hold it.
     """
     z_F = (torch.arange(n, device=i.device) + i * n + seed) * -0x61C8864680B583EB
     z_F = (z_F ^ (z_F >> 30)) * -0x40A7B892E31B1A47
@@ -149,7 +149,7 @@ def random_order(i: Tensor, seed: Tensor, n: int) -> Tensor:
 
 
 class BlockGradient(torch.autograd.Function):
-    """A value, whose gradient to the latents in the blocks is f M, and 0 to the others."""
+    """A value whose gradient is f M for the latents in the blocks and 0 for the others."""
 
     @staticmethod
     def forward(ctx: Any, f_BF: Tensor, value: Tensor, f_GBM: Tensor, matrix_GMM: Tensor, order_N: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class JumpFunction(torch.autograd.Function):
 
 
 class FiresFunction(torch.autograd.Function):
-    """H(z - theta) in theta's dtype. The gradient reaches theta alone: a count does not move pre-activations."""
+    """H(z - theta) in theta's dtype. The gradient reaches only theta: a count does not move pre-activations."""
 
     @staticmethod
     def forward(ctx: Any, z_BF: Tensor, theta_F: Tensor, eps: float) -> Tensor:
@@ -139,8 +139,8 @@ def speed_up_thresholds(config: RunConfig, variant: Variant, activation: JumpReL
 class L0(LossTerm):
     """mean_B sum_F H(z - theta).
 
-    H is computed from z, not f: in f, a z just below theta is 0 and looks far below, and the threshold would get half
-    its gradient.
+    H is computed from z, not from f. In f, a z just below theta is 0 and seems far below theta, so the threshold would
+    get only half its gradient.
     """
 
     sparsity = True
@@ -207,7 +207,7 @@ GEMMA_SCOPE = Optimization(lr=7e-5, beta1=0.0)
 def make_activation(
     config: RunConfig, bandwidth: float, threshold: float, ste_to_input: bool = False, l0: float = 1.0
 ) -> JumpReLU:
-    """The activation; UsageError lists what is wrong with the options of any of the three recipes."""
+    """The activation of any of the three recipes. Raises UsageError, which lists every invalid option."""
     errors = []
     if bandwidth <= 0:
         errors.append(

@@ -18,7 +18,7 @@ from .baselines import AUX_OPTIONS, batchtopk
 
 
 def permutation_of_step(step: Step, count: int) -> Tensor:
-    """A permutation of `count` that depends on the step alone, so that a resumed run has the same chunks.
+    """A permutation of `count` that depends only on the step, so that a resumed run has the same chunks.
 
     Each index is hashed with the step (the finalizer of MurmurHash3, on 32 of 64 bits), and the hashes are sorted.
     """

@@ -43,7 +43,7 @@ class BatchNorm(Activation, name="batch_norm"):
 class RunningStatistics(Mechanism):
     """Moves the running mean and variance of a BatchNorm after each step. The first batch sets them.
 
-    A forward pass leaves them as they are.
+    A forward pass does not change them.
     """
 
     def __init__(self, norm: BatchNorm, momentum: float = 0.1) -> None:

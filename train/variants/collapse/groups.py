@@ -56,7 +56,8 @@ class GroupUtilization(Mechanism):
 class GroupUpdate(Mechanism):
     """Scales the update of each group of latents: W_dec, or its free rows, W_enc and b_enc.
 
-    Adam ignores the scale of a gradient, so the update is scaled, not the gradient. Several of these multiply.
+    Adam ignores the scale of a gradient, so the update is scaled, not the gradient. The factors of several such
+    mechanisms multiply.
     """
 
     def __init__(self, rows: DecoderRows, count: int) -> None:
@@ -65,11 +66,11 @@ class GroupUpdate(Mechanism):
         self.weights_before: list[Tensor] = []  # before this step's update; not part of the state
 
     def factor_G(self, step: Step) -> Tensor:
-        """By what the update of each group is multiplied. Called once in a step, after the optimizer."""
+        """The factor on the update of each group (G). Called once in a step, after the optimizer."""
         raise NotImplementedError
 
     def weights(self, step: Step) -> list[Tensor]:
-        """What is scaled: (F, D), then (..., F)."""
+        """The weights that are scaled: (F, D), then (..., F)."""
         return [self.rows.parameter(step.sae).data, step.sae.W_enc.data, step.sae.b_enc.data]
 
     def after_backward(self, step: Step) -> None:
@@ -86,8 +87,8 @@ class GroupUpdate(Mechanism):
 class GroupLearningRate(GroupUpdate):
     """eta_g = eta_0 softmax(EMA(u_g)) (2), for W_dec, W_enc and b_enc of the latents in a group.
 
-    `rates_differed` counts the groups whose rate was not eta_0, by more than a thousandth, in all steps. By `mode` the
-    rate over eta_0 is
+    `rates_differed` counts, over all steps, the groups whose rate differed from eta_0 by more than a thousandth. By
+    `mode` the rate over eta_0 is
         softmax        softmax(u): the paper
         softmax_mean1  G softmax(u), so that the mean rate is eta_0
         softmax_temp   the same with u divided by its standard deviation
@@ -130,16 +131,16 @@ class GroupLearningRate(GroupUpdate):
 
 
 class GroupSampling(GroupUpdate):
-    """In each step a share of the groups is drawn by their utilization lately, and only the drawn groups are updated.
+    """In each step a share of the groups is drawn by their recent utilization, and only these groups are updated.
 
         s_g = 0.1/G + 0.9 u_g / sum u,   p_g = min(1, share G s_g),   update <- update [g drawn] / p_g
 
     u_g is the EMA of (2), whose decay is the momentum. One uniform number per step draws all groups (systematic
     sampling), so that g is drawn with probability p_g and about `share` of the groups are drawn in every step. Because
-    of 1/p_g the expected update is that without sampling, and the rate of a group stays that of (2), which run 8 adds.
-    All weights of a latent wait while its group is not drawn, those of a batch norm too; Adam's moments go on.
+    of 1/p_g, the expected update equals the update without sampling, and the rate of a group stays as in (2), which run
+    8 adds. While a group is not drawn, no weight of its latents changes, not even in a batch norm; Adam's moments do.
 
-    `groups_skipped` counts the groups that were not drawn, in all steps.
+    `groups_skipped` counts, over all steps, the groups that were not drawn.
 
     Paper: "adaptive per-group learning rates maintained through momentum-based importance sampling" (4.3), in every run
     (5), and no more. The share, the tenth that is drawn evenly (a silent group would never be drawn again), and 1/p are
@@ -185,7 +186,7 @@ class GroupSampling(GroupUpdate):
 
 # 4.2, third process: winner-take-all with local inhibition.
 
-COUNTED_TOKENS = 128  # of a batch, for counts that would cost a pass over all latents
+COUNTED_TOKENS = 128  # of a batch, for counts that would otherwise cost a pass over all latents
 
 
 class WinnerTakeAll(Activation, name="winner_take_all"):
@@ -197,8 +198,8 @@ class WinnerTakeAll(Activation, name="winner_take_all"):
     s_ij = max(0, cos) and the neighbors are saved with the SAE. Both forms scale with f. The strongest neighbor gets
     no gradient: it would cost a copy of the latents for each neighbor.
 
-    `counts` has, of the first 128 tokens of the last training batch, how many active latents inhibition weakened by
-    more than a thousandth (`inhibited`), and how many that were still active were not among the largest
+    `counts` holds two numbers for the first 128 tokens of the last training batch: how many active latents inhibition
+    weakened by more than a thousandth (`inhibited`), and how many that were still active were not among the largest
     (`outcompeted`).
     """
 
@@ -257,7 +258,7 @@ class WinnerTakeAll(Activation, name="winner_take_all"):
 class Neighbours(Mechanism):
     """Finds each latent's nearest neighbors every `every` steps, by angles of the encoder or the decoder.
 
-    They are sought in the latent's group or in the whole dictionary, as the activation's `near_scope` says.
+    It searches the latent's group or the whole dictionary, depending on the activation's `near_scope`.
 
     Paper: says proximity in feature space, without groups. Rows of the decoder are orthogonal in their group from run 6
     on, so in a group no two latents are near each other by the decoder, and hardly any by the encoder, which starts as

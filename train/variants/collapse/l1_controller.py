@@ -10,7 +10,7 @@ from ...step import Mechanism, Step
 class DynamicL1(Mechanism):
     """lambda(t), kept in bounds that move linearly from [0.02, 1.0] to [0.01, 0.5] (4.2).
 
-    `mode` chooses what the bounds hold:
+    `mode` chooses the value that the bounds limit:
         l0_target    lambda <- lambda exp(kappa (L0/L0* - 1))
         recon_ratio  0.04 times the error's share of the first error
         none         0.04
@@ -23,7 +23,7 @@ class DynamicL1(Mechanism):
     acted_penalty_moved: Tensor  # () int64
     acted_penalty_bounded: Tensor  # () int64
     value: Tensor  # ()
-    error: Tensor  # (), the mean squared error lately
+    error: Tensor  # (), the recent mean squared error
     first_error: Tensor  # ()
 
     def __init__(

@@ -54,7 +54,7 @@ class ContrastLoss(LossTerm):
 class DiversityLoss(LossTerm):
     """1 - H(p) / log n, where p are the shares of total activation of n groups, or of all latents without groups.
 
-    0 if all are used equally, 1 if one is used alone.
+    0 if all are used equally, 1 if only one is used.
 
     Paper: names a diversity loss and says no more. Shares are of activation, as a count has no gradient.
     """

@@ -61,7 +61,7 @@ class Sketch(Mechanism):
 
 
 class UtilizationEMA(ActivityEMA):
-    """u_i of (2): how often latent i fired lately, an average over steps with decay beta and bias correction.
+    """u_i of (2): how often latent i fired recently, an average over steps with decay beta and bias correction.
 
     The average starts at zero and is divided by the weight 1 - beta^t that it has gathered.
     """
@@ -87,7 +87,7 @@ class UtilizationEMA(ActivityEMA):
 class Totals(Mechanism):
     """Adds up counts of every step from the run's start, so that a run's log shows whether a part acted.
 
-    `counts` finds them by name, for a loss in `step.metrics`, for an activation in its `counts`.
+    `counts` returns the counts of a step by name: the `step.metrics` of a loss, or the `counts` of an activation.
     """
 
     def __init__(self, names: Iterable[str], counts: Callable[[Step], Mapping[str, Tensor]]) -> None:

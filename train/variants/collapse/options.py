@@ -45,7 +45,7 @@ class BaselineOptions(RecipeOptions):
         return 16
 
     def group_count(self, config: RunConfig) -> int:
-        """Groups in which rows are compared: before run 7, as few as leave room for orthogonal rows."""
+        """Groups in which rows are compared: before run 7, the fewest that leave room for orthogonal rows."""
         return fewest_groups(config.d_in, config.d_sae)
 
     def validation_errors(self, config: RunConfig) -> Iterator[str]:

@@ -18,15 +18,15 @@ ROUNDING = 1e-6  # elements of a unit row that differ by less were not moved
 
 
 def count_moved(rows_FD: Tensor, before_FD: Tensor) -> Tensor:
-    """() int64: how many unit rows differ from those before by more than rounding."""
+    """() int64: how many unit rows differ from the rows before by more than rounding."""
     return ((rows_FD - before_FD).abs().amax(1) > ROUNDING).sum()
 
 
 class GroupOrthogonalityLoss(LossTerm):
     """L_orth = mean_G |D_G D_G^T - I|_F^2 / M^2 (5), D_G the rows of a group: what Gram-Schmidt would remove.
 
-    On activations D_G has the latents of a group over the batch, each of length 1, and the diagonal is left out, since
-    a latent that is off has no length.
+    On activations, D_G holds the latents of a group over the batch, each of length 1. The diagonal is left out, since a
+    latent that is off has no length.
 
     Paper: "penalizes non-orthogonal feature components", where f stands for activations.
     """
@@ -52,7 +52,7 @@ class GroupOrthogonalityLoss(LossTerm):
 def gram_schmidt(rows_GMD: Tensor) -> Tensor:
     """Unit rows in the directions of (3), by a QR: modified Gram-Schmidt gives Q diag(R), up to R's signs.
 
-    It takes rows that are nearly dependent, as random ones of as many dimensions are. For steps there is
+    It can handle nearly dependent rows, such as d random rows of d dimensions. Training steps use
     `gram_schmidt_by_products`.
 
     Paper: sums over j <= k, which subtracts a row from itself; it has to be j < k.
@@ -63,9 +63,9 @@ def gram_schmidt(rows_GMD: Tensor) -> Tensor:
 
 
 def cholesky_factor(gram_GMM: Tensor) -> tuple[Tensor, Tensor]:
-    """L of A A^T = L L^T, with a millionth of its mean added to the diagonal: silent latents are rows of zeros.
+    """L of A A^T = L L^T. A millionth of its mean is added to the diagonal, since silent latents are rows of zeros.
 
-    And for each group where rounding left no factor (G), or 0 if L is one.
+    Also returns for each group (G) where rounding left no factor, or 0 if L is a factor.
     """
     guard_G = 1e-6 * gram_GMM.diagonal(dim1=1, dim2=2).mean(1) + 1e-12
     eye_MM = torch.eye(gram_GMM.shape[1], device=gram_GMM.device, dtype=gram_GMM.dtype)
@@ -74,7 +74,7 @@ def cholesky_factor(gram_GMM: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gram_schmidt_matrix(gram_GMM: Tensor) -> Tensor:
-    """The unit lower triangular T for which the rows of T A are (3) of those of A, given the Gram matrix A A^T.
+    """The unit lower triangular T such that T A is the result of (3) for the rows of A, given the Gram matrix A A^T.
 
     With A A^T = L L^T, T is diag(L) L^-1.
     """
@@ -87,11 +87,11 @@ def gram_schmidt_matrix(gram_GMM: Tensor) -> Tensor:
 def gram_schmidt_by_products(rows_GMD: Tensor) -> Tensor:
     """Unit rows in the directions of (3), by two Cholesky factors of Gram matrices instead of a QR.
 
-    A QR takes one row after the other, and on a GPU a launch or more for each. The first pass squares the condition
-    number of the rows, and the second makes good what this costs. Of the free rows of a run it was at most 4, and the
-    error 1e-7; at 30 times the learning rate 7,000 and 3e-6 (benchmarks/gram_schmidt.py). A QR in float32 rounds two to
-    three times as much. A group whose rows depend on each other so much that there is no factor becomes NaN, which ends
-    the run.
+    A QR takes one row after the other, on a GPU with one or more launches for each. The first pass squares the
+    condition number of the rows, and the second corrects the error of the first. For the free rows of a run the
+    condition number was at most 4 and the error 1e-7; at 30 times the learning rate they were 7,000 and 3e-6
+    (benchmarks/gram_schmidt.py). A QR in float32 has two to three times as much rounding. A group whose rows are so
+    dependent that there is no factor becomes NaN, which ends the run.
     """
     for _ in range(2):
         L_GMM, info_G = cholesky_factor(rows_GMD @ rows_GMD.mT)
@@ -103,11 +103,12 @@ def gram_schmidt_by_products(rows_GMD: Tensor) -> Tensor:
 class GramSchmidt(Mechanism):
     """Makes W_dec out of free rows by (3), group by group. The optimizer moves the free rows; W_dec is saved.
 
-    `gradient`: straight_through hands the gradient of a row of W_dec to its free row, less the part along either;
-    through differentiates (3). `order`: a group's first row keeps its direction and its last changes most; utilisation
-    puts the busiest latents first. With a sketch, (3) uses the inner products of the sketched rows.
+    `gradient`: straight_through gives the gradient of a row of W_dec to its free row, without the components along
+    either row; through differentiates (3). `order`: the first row of a group keeps its direction and the last row
+    changes most; utilisation puts the busiest latents first. With a sketch, (3) uses the inner products of the sketched
+    rows.
 
-    `orthogonalized` counts the rows that (3) moved by more than rounding, in all steps.
+    `orthogonalized` counts, over all steps, the rows that (3) moved by more than rounding.
     """
 
     acted_orthogonalized: Tensor  # () int64
@@ -199,9 +200,9 @@ class GramSchmidtLatents(Activation, name="gram_schmidt_latents"):
 
 
 class HardOrthogonality(Mechanism):
-    """After the update each group's rows become the nearest orthonormal ones: five times X <- (3 X - X X^T X) / 2.
+    """After the update each group's rows become the nearest orthonormal rows: five times X <- (3 X - X X^T X) / 2.
 
-    `rows_projected` counts the rows that this moved by more than rounding, in all steps.
+    `rows_projected` counts, over all steps, the rows that this moved by more than rounding.
 
     Paper: gives no form. The iteration converges from rows that were orthonormal a few steps ago, and runs start so.
     """

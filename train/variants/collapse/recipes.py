@@ -114,7 +114,7 @@ class CollapseParts:
 
 
 def optimization(config: RunConfig, options: o.BaselineOptions) -> Optimization:
-    """The optimizer's settings; the paper's budget has its learning-rate schedule."""
+    """The optimizer's settings; `budget=paper` also sets the paper's learning-rate schedule."""
     normalize: Literal["unit_ms", "none"] = "unit_ms" if options.units == "field" else "none"
     if options.budget != "paper":
         return Optimization(normalize=normalize)
@@ -133,7 +133,7 @@ def add_baseline(parts: CollapseParts, options: o.BaselineOptions) -> None:
     config = parts.config
     error: LossTerm = MSE()
     if options.batch_norm == "pre":
-        # Of a unit input the products with unit rows spread by about d_in^-0.5.
+        # The products of a unit input with unit rows have a spread of about d_in^-0.5.
         norm = BatchNorm(config.d_sae, config.d_in**-0.5 if options.units == "field" else 1.0)
         parts.activations.append(norm)
         parts.mechanisms.append(RunningStatistics(norm))
@@ -171,8 +171,8 @@ def add_contrast(parts: CollapseParts, options: o.ContrastOptions) -> None:
 def add_dynamic_l1(parts: CollapseParts, options: o.DynamicL1Options) -> None:
     """Add an L1 penalty that moves within falling bounds.
 
-    `--l0` does not rely on this controller: within its bounds and at this kappa L0 passes the target by far. So with
-    `--l0` lambda is controlled as in every other recipe.
+    `--l0` does not rely on this controller: within its bounds and at this kappa, L0 goes far past the target. So with
+    `--l0`, lambda is controlled as in every other recipe.
     """
     config = parts.config
     target = min(40.0, config.d_sae / 8) if options.l0 is None else options.l0
@@ -216,7 +216,7 @@ def add_gram_schmidt(parts: CollapseParts, options: o.GramSchmidtOptions) -> Non
 def add_groups(parts: CollapseParts, options: o.GroupOptions) -> None:
     """Add sixteen groups, within which rows are compared.
 
-    Every loss and constraint that compared any two rows now compares those of a group. The part that is added is a
+    Every loss and constraint that compared any two rows now compares only rows of one group. The added part itself is a
     monitor.
     """
     parts.groups = GroupUtilization(parts.utilization, options.groups, options.group_stat)
@@ -278,7 +278,7 @@ RUNS = (
 
 
 def build(config: RunConfig, options: o.BaselineOptions) -> Variant:
-    """The run whose options these are: the parts of run 0, 1, ... up to it."""
+    """The variant of the run that has these options: the parts of runs 0, 1, ... up to this run."""
     parts = CollapseParts(config, options)
     for run in RUNS:
         if isinstance(options, run.options):

@@ -30,7 +30,7 @@ class Coactivation(Mechanism):
     their latents. A latent that fires less often than `MIN_RATE` has no c, where (3) divides by almost nothing.
     """
 
-    turns = 1  # a step compares one in so many pairs, and so many steps all of them
+    turns = 1  # a step compares one in `turns` pairs, so `turns` steps compare all of them
     rate_F: Tensor
     seen: Tensor  # () 1 - beta^t
     undivided = "pairs of latents are counted in the whole batch"
@@ -54,7 +54,7 @@ class Coactivation(Mechanism):
     def conditional(self, i: Tensor | None = None) -> Tensor:
         """J_ij / min(p_i, p_j), the larger of P(f_i | f_j) and P(f_j | f_i) (S); -1 where it is not known.
 
-        Here and below, with the number i () of a step: of the pairs that this step compares. Else of all pairs.
+        Here and below: given the number i () of a step, for the pairs that this step compares; else for all pairs.
         """
         joint_S, known_S = self.joint(i)
         rarer_S = torch.minimum(*self.ends(self.rates(), i))
@@ -78,7 +78,7 @@ class Coactivation(Mechanism):
 
     @abstractmethod
     def sample(self, value_S: Tensor, vector_FX: Tensor) -> tuple[Tensor, Tensor]:
-        """The values of some pairs, evenly spread, and their <v_i, v_j>: all, or as many as have `BLOCK` elements."""
+        """The values and <v_i, v_j> of all pairs, or of evenly spread pairs that have about `BLOCK` elements."""
 
 
 class DensePairs(Coactivation):
@@ -118,11 +118,11 @@ class PairTable(Coactivation):
     """A table of `capacity` pairs i < j: S is (P).
 
     Every `every` steps the table is refreshed: all pairs of the last batch are ranked together with those in the table,
-    and the best stay. A new pair's J starts then, and has its own weight in `seen_P`. A table with room for all pairs
-    holds them from the start, and is `DensePairs` in another shape. `by` ranks pairs: "cofire" by their conditional
-    probability, "cosine" by the cosine of their decoder rows.
+    and the best stay. J of a new pair starts at that step, with its own weight in `seen_P`. A table with room for all
+    pairs holds them from the start, and equals `DensePairs` in another shape. `by` ranks pairs: "cofire" by their
+    conditional probability, "cosine" by the cosine of their decoder rows.
 
-    Step i compares the pairs i, i + `turns`, i + 2 `turns`, ... of the table, which are of all ranks, as a refreshed
+    Step i compares the pairs i, i + `turns`, i + 2 `turns`, ... of the table. They have all ranks, because a refreshed
     table is sorted. `turns` has to divide the number of pairs; a table that holds all pairs ignores it.
     """
 
@@ -192,7 +192,7 @@ class PairTable(Coactivation):
         return 4 * 28 * pairs + 4 * 4 * block + sorted_copy + 5 * tokens * sae.d_sae
 
     def every_n_steps(self, step: Step) -> None:
-        """Refresh the table. `slot` is the place of a pair in the table so far, -1 for a new one."""
+        """Refresh the table. `slot` is the place of a pair in the old table, -1 for a new pair."""
         unit_FD = F.normalize(step.sae.W_dec.detach(), dim=1)
         score_P = self.conditional() if self.by == "cofire" else self.inner(unit_FD, unit_FD)
         score_P = torch.where(self.first_P < self.second_P, score_P, -1)
@@ -234,7 +234,7 @@ class PairTable(Coactivation):
 
 
 def pair_blocks(first_P: Tensor, second_P: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pairs, as many at a time as have `BLOCK` elements in rows of `width`."""
+    """The pairs in parts that have at most `BLOCK` elements in rows of `width`."""
     size = max(1, BLOCK // width)
     return zip(first_P.split(size), second_P.split(size), strict=True)
 
@@ -242,7 +242,8 @@ def pair_blocks(first_P: Tensor, second_P: Tensor, width: int) -> Iterator[tuple
 def count_cofiring(fires_BF: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
     """The number of tokens on which both latents of each pair fire (P).
 
-    64 tokens fit a word, so a pair costs B/64 words: their AND, and its bits counted by twos, fours, bytes and words.
+    64 tokens fit into a word, so a pair takes B/64 words. The bits of their AND are counted in twos, fours, bytes and
+    words.
     """
     fires_BF = F.pad(fires_BF.to(torch.uint8), (0, 0, 0, -len(fires_BF) % 64))
     place_8 = torch.arange(8, dtype=torch.uint8, device=fires_BF.device)[:, None]
@@ -278,7 +279,7 @@ class PairProducts(torch.autograd.Function):
 def weighted_sums(weight_P: Tensor, row_FX: Tensor, from_P: Tensor, to_P: Tensor) -> Tensor:
     """(F, X): for each latent the weighted sum of the rows `from_P` of its pairs, in an order that is always the same.
 
-    Sorted by latent instead of added where they belong: on a GPU such additions come in any order.
+    The rows are sorted by latent instead of added in place, because a GPU does such additions in any order.
     """
     to_P, order_P = to_P.sort(stable=True)
     first_F = torch.searchsorted(to_P, torch.arange(len(row_FX), device=to_P.device))

@@ -69,14 +69,14 @@ class CompetitionLoss(LossTerm):
         return total / (step.sae.d_sae if self.reduction == "n" else 1)
 
     def diagonal_weights(self) -> Tensor:
-        """The weight of each pair (i, i) (F): that of P = 1 if it passes tau; 0 for latents that do not fire."""
+        """The weight of each pair (i, i) (F): that for P = 1 if it passes tau; 0 for latents that do not fire."""
         passes_F = (self.pairs.rates() >= MIN_RATE) & (self.tau <= 1)
         return passes_F.to(self.pairs.rate_F.dtype) / self.unit
 
     def weights(self, sae: SAE, i: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The weight of each pair (S), zero unless the pair passes tau, and the number () of pairs that pass.
 
-        Of the pairs that step i compares, or of all pairs.
+        For the pairs that step i compares; without i, for all pairs.
         """
         conditional_S = self.pairs.conditional(i)
         if self.target == "cofire":
@@ -100,17 +100,17 @@ class CompetitionLoss(LossTerm):
         return torch.where(first_moves_S, *moving)
 
     def squared_length(self, vector_FX: Tensor) -> Tensor:
-        """<v_i, v_i> (F); as one of a pair of the other directions, a latent has half of the gradient."""
+        """<v_i, v_i> (F). For the other values of `direction`, a latent gets half of the gradient, as one of a pair."""
         other_FX = vector_FX if self.direction == "symmetric" else vector_FX.detach()
         return (vector_FX * other_FX).sum(1)
 
     @torch.no_grad()
     def correlation(self, sae: SAE) -> tuple[Tensor, Tensor]:
-        """Pearson's r () of the weight of a pair, max(c_ij, c_ji), and the cosine of its decoder rows, over the pairs
-        that pass tau, and the number () of those pairs.
+        """Pearson's r () between the weight of a pair, max(c_ij, c_ji), and the cosine of its decoder rows, over the
+        pairs that pass tau; also the number () of these pairs.
 
-        This is "correlation r = 0.82 between semantic similarity and competition strength" (3.1). Of more pairs than
-        have `BLOCK` elements it is over an evenly spread part. It is 0 where fewer than three pass, or all have the
+        This is "correlation r = 0.82 between semantic similarity and competition strength" (3.1). If the pairs have
+        more than `BLOCK` elements, it is over an evenly spread part. It is 0 if fewer than three pass, or all have the
         same weight or cosine. Paper: does not say which pairs; below tau the strength of competition is zero.
         """
         weight_M, cosine_M = self.pairs.sample(self.weights(sae)[0], F.normalize(sae.W_dec, dim=1))

@@ -82,7 +82,7 @@ class MergeSimilar(Mechanism):
         return match_pairs(unit_FD @ unit_FD.T, self.above)
 
     def average_into_first(self, sae: SAE, i_M: Tensor, j_M: Tensor, share_M: Tensor) -> None:
-        """Latent i becomes share * i + (1 - share) * j, its decoder row unit."""
+        """Latent i becomes share * i + (1 - share) * j, with a unit decoder row."""
         sae.W_enc.data[:, i_M] = torch.lerp(sae.W_enc.data[:, j_M], sae.W_enc.data[:, i_M], share_M)
         if self.average == "encoder":
             return

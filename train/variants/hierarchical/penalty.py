@@ -11,8 +11,8 @@ from ...step import Mechanism, Step
 class AdaptivePenalty(Mechanism):
     """alpha = clamp(target / L_recon, low, high), without a gradient (5). A coefficient, with its average as state.
 
-    L_recon is the error of the rows that the SAE sees times `scale`, which is 1 for the error of its own input, or what
-    these rows were divided by, for the error in units of the cache. By `reading` it is
+    L_recon is the error of the rows that the SAE sees, times `scale`. `scale` is 1 for the error of the SAE's own
+    input, or the divisor of these rows for the error in units of the cache. By `reading` L_recon is
         mean   the mean squared error of an element: at the paper's explained variance 2.35 = 0.098 * 24 of raw rows,
                so alpha is 1.06
         sum    the squared error of a token, as the paper's loss of 4,668 is: alpha is 0.1, always
@@ -22,7 +22,7 @@ class AdaptivePenalty(Mechanism):
     reads_batch = True
     average: Tensor  # ()
     alpha: Tensor  # ()
-    acted_alpha: Tensor  # () int64, steps in which alpha was another than in the step before
+    acted_alpha: Tensor  # () int64, steps in which alpha differed from the step before
 
     def __init__(
         self, scale: Callable[[], Tensor], reading: str, target: float, low: float, high: float, ema: float
@@ -34,7 +34,7 @@ class AdaptivePenalty(Mechanism):
         self.register_buffer("acted_alpha", torch.zeros((), dtype=torch.int64))
 
     def recent_error(self, step: Step) -> Tensor:
-        """L_recon, this step included."""
+        """L_recon, including this step."""
         square_BD, square = step.whole.error_BD.detach().square(), self.scale() ** 2
         if square.dim():  # of each dimension (normalize=standardize)
             square_BD, square = square_BD * square, square.new_ones(())

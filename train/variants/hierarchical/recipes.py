@@ -39,7 +39,7 @@ PAPER_EXACT: dict[str, tuple[Any, str]] = {
 
 
 def logged(name: str, coefficient: Coefficient) -> Coefficient:
-    """The coefficient, whose value is logged as `name`."""
+    """The coefficient; its value is logged as `name`."""
 
     def value(step: Step) -> Tensor:
         step.metrics[name] = torch.as_tensor(coefficient(step))
@@ -171,7 +171,7 @@ def resampling(config: RunConfig, options: HierarchicalOptions, dead: DeadLatent
 
 
 def first_lambda(config: RunConfig, by: str) -> float:
-    """lambda_0 of (3). By k it keeps the baseline's share of the width, 320 of 2304."""
+    """lambda_0 of (3). With `by` k, k keeps the baseline's share of the width, 320 of 2304."""
     return {"d_in": config.d_in, "d_sae": config.d_sae, "k": K.resolve(config, False)}[by] ** -0.5
 
 

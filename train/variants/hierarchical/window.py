@@ -1,4 +1,4 @@
-"""Which latents are dead by the sliding window of paper 004, equation (4)."""
+"""Resampling of the latents that are dead by the sliding window of paper 004, equation (4)."""
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class ResampleByWindow(ResampleDead):
         restarted_N = super().restart(step, index_N)
         self.fired_WF[:, restarted_N] = 1
         if len(self.fired_WF) > self.window:
-            # The term of this step, which the next w steps do not overwrite, counts what the latent was before.
+            # The term of this step, which the next w steps do not overwrite, belongs to the latent before its restart.
             self.fired_WF[int(step.i) % len(self.fired_WF), restarted_N] = 0
         return restarted_N
 

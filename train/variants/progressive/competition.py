@@ -35,9 +35,10 @@ class SoftCompetition(Activation, name="competition"):
         softmax_scaled       e / sum e times the number of active latents
         softmax_active_only  e / sum e over the active latents, z > 0
 
-    T and `cut` are in the `unit` of the SAE's `input`, or of `rms_z`, the root mean square of a token's active latents,
-    under which the winner is nearly alone. Paper: alpha is nowhere exactly zero, so its L0 can only have counted what
-    exceeds the 0.01 of (3); hence `cut`.
+    `unit` is the unit of T and `cut`: that of the SAE's `input`, or `rms_z`, the root mean square of a token's active
+    latents, under which the winner is nearly alone.
+
+    Paper: alpha is nowhere exactly zero, so its L0 can only have counted what exceeds the 0.01 of (3); hence `cut`.
     """
 
     T: Tensor  # ()
@@ -79,8 +80,8 @@ class CompetitionTemperature(Mechanism):
     Paper: more use makes T larger and competition weaker, against its text; `sign` -1 turns that around. For rho in
     [0, 1] T is in [0.1, 0.237], so its bounds never bind.
 
-    `acted_tempered` sums |T - T'| over the steps. `acted_competed` sums which share of the latents' values the
-    competition moves, sum |z - alpha| / sum z over the first tokens of each batch.
+    `acted_tempered` sums |T - T'| over the steps. `acted_competed` sums the share of the latents' values that the
+    competition moves: sum |z - alpha| / sum z, over the first tokens of each batch.
     """
 
     acted_tempered: Tensor  # () float32

@@ -31,8 +31,8 @@ class EnabledUtilization(ActivityEMA):
         mean             the share of its tokens, so rho is about L0/n, always below 0.3
         any              whether any of its tokens, so rho is about 1
 
-    v is read nowhere but in rho, and rho nowhere but in (4) and (6). `acted_smoothed` sums over the steps by how much
-    the average moves rho away from that of the batch alone.
+    Only rho reads v, and only (4) and (6) read rho. `acted_smoothed` sums, over the steps, how far the average moves
+    rho away from its value for the batch alone.
     """
 
     undivided = "the utilization of latents is that of the whole batch"
@@ -65,15 +65,18 @@ class EnabledUtilization(ActivityEMA):
 class GrowCapacity(Mechanism):
     """Enables a share `start` of the latents, and every `interval` steps some more, by rho (4).
 
-    Until then a latent keeps its initial value: no gradient, no decoupled weight decay, not counted as dead. Its Adam
-    moments start at zero, with the common count of steps. `n_ref` is the n of (4), None is d_sae. Paper: 0.1 n rho is
-    at least 69 at n = 2304, so "adaptive 2-7" is 7 and "adaptive 4-10" is 10; they adapt for n around 100.
+    Until it is enabled, a latent keeps its initial value: it gets no gradient and no decoupled weight decay, and does
+    not count as dead. Its Adam moments start at zero, with the common count of steps. `n_ref` is the n of (4); None is
+    d_sae.
 
-    Which come first: the paper does not say. `order` is by `index`, or by `importance`: how often a latent that is not
-    enabled would fire, on the same average as (3).
+    Paper: 0.1 n rho is at least 69 at n = 2304, so "adaptive 2-7" is 7 and "adaptive 4-10" is 10; they adapt for n
+    around 100.
 
-    `acted_grown` counts the latents enabled since the start, `acted_adapted` the increments that rho made another than
-    the fixed 5.
+    The paper does not say which latents come first. `order` is by `index`, or by `importance`: how often a latent that
+    is not enabled would fire, averaged as in (3).
+
+    `acted_grown` counts the latents enabled since the start, `acted_adapted` the increments that differ from the fixed
+    5 because of rho.
     """
 
     n: Tensor  # (), not rounded
@@ -116,7 +119,7 @@ class GrowCapacity(Mechanism):
         return torch.where(rho < 0.3, low, torch.where(rho < 0.6, middle, high))
 
     def after_backward(self, step: Step) -> None:
-        # What weight decay moves, before this step's update; not part of the state.
+        # The weights that weight decay moves, before this step's update; not part of the state.
         groups = step.optimizer.param_groups
         decayed = {id(weight) for group in groups if group["weight_decay"] for weight in group["params"]}
         weights = ((name, getattr(step.sae, name)) for name in ("W_enc", "b_enc", "W_dec"))
