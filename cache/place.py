@@ -1,5 +1,5 @@
-"""Where the files of a cache are kept: in its folder. A harvest knows no other way to them, so that a cache can also be
-kept elsewhere, with the folder as the place in which its files are made.
+"""The place where the files of a cache are kept: its folder. A harvest reaches the files only through this interface,
+so that a cache can also be kept elsewhere, with its files made in the folder.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from .object_store import ObjectStore
 
 
 def chunk_error(folder: Path, file: str, record: Mapping[str, Any]) -> str | None:
-    """What is wrong with a chunk file in a folder; None if it is intact."""
+    """The problem with a chunk file in a folder; None if it is intact."""
     name, chunk = file.rsplit("/", 1)
     try:
         check_chunk(folder, read_array_spec(folder, name), int(chunk.split(".")[1]), {file: record})
@@ -36,8 +36,8 @@ def claim_file(number: int) -> str:
 class FolderPlace:
     """A cache in a folder that every worker sees.
 
-    They are called in this order: `fetch`, `begin`; for each window `publish`, then `create_commit` for each array;
-    `seal`. Any worker may call them at any time, and again.
+    Its methods are called in this order: `fetch`, `begin`; for each window `publish`, then `create_commit` for each
+    array; `seal`. Any worker may call them at any time, and again.
     """
 
     store: ObjectStore | None = None  # where the files are kept, if that is not the folder
@@ -58,11 +58,11 @@ class FolderPlace:
         """Called when tokens/ in the folder was written."""
 
     def commit_files(self) -> list[str]:
-        """The commits that there are now, sorted, relative to the folder: commits/000000.layer_05.json."""
+        """The commits that exist now, sorted, relative to the folder: commits/000000.layer_05.json."""
         return sorted(f"commits/{path.name}" for path in (self.folder / "commits").glob("*.json"))
 
     def has_commits(self, files: Iterable[str]) -> bool:
-        """Whether there are all of these commits now."""
+        """Whether all of these commits exist now."""
         return all((self.folder / file).exists() for file in files)
 
     def read_commits(self, files: Iterable[str]) -> Iterator[Mapping[str, Any] | None]:
@@ -82,14 +82,14 @@ class FolderPlace:
     def keep_largest(
         self, window: int, name: str, files: FileRecords, norms: np.ndarray, bits: np.ndarray
     ) -> list[str]:
-        """Called with the rows of a window of an array, before `publish`; the files that were written in addition."""
+        """Called with the rows of a window of an array, before `publish`; returns the files written in addition."""
         return []
 
     def publish(self, files: Iterable[str]) -> None:
         """Called with the chunks of a window, which are in the folder, before the first commit that lists them."""
 
     def create_commit(self, file: str, content: Mapping[str, Any]) -> bool:
-        """Write a commit unless there is one; whether this one was written."""
+        """Write a commit unless there is one; returns whether this one was written."""
         return COMMIT_RECORD.create(self.folder / file, content)
 
     def remove_records(self, files: Iterable[str]) -> None:
@@ -102,10 +102,10 @@ class FolderPlace:
             fsync_folder(folder)
 
     def fetch_damaged(self) -> None:
-        """As `fetch`, for a cache of which any file can be damaged; all records are in the folder afterwards."""
+        """Like `fetch`, for a cache that can have damaged files. All records are in the folder afterwards."""
 
     def chunk_errors(self, records: FileRecords) -> Iterator[tuple[str, str | None]]:
-        """Each of these chunk files, with what is wrong with it, or None if it is intact. Reads every byte."""
+        """Each of these chunk files with its problem, or None if it is intact. Reads every byte."""
         for file, record in records.items():
             yield file, chunk_error(self.folder, file, record)
 
@@ -120,13 +120,13 @@ class FolderPlace:
         return None
 
     def create_claim(self, file: str, content: Mapping[str, Any]) -> bool:
-        """Make a claim unless there is this one; whether it was made."""
+        """Make this claim unless it exists; returns whether it was made."""
         return CLAIM_RECORD.create(self.folder / file, content)
 
     def renew_claim(self, file: str, content: Mapping[str, Any]) -> None:
         """Replace a claim. Does nothing if it is gone: the text is cut."""
-        # In its place, since a rename would make a claim that another task has removed. One that is half written counts
-        # as a claim that cannot be read.
+        # Written in place, because a rename would restore a claim that another task has removed. A half-written claim
+        # counts as one that cannot be read.
         path = self.folder / file
         try:
             with path.open("r+b") as claim:
@@ -143,7 +143,7 @@ class FolderPlace:
             (self.folder / file).unlink(missing_ok=True)
 
     def is_begun(self) -> bool:
-        """Whether `begin` was called by some worker. If so, what it wrote is in the folder."""
+        """Whether `begin` was called by some worker. If so, its files are in the folder."""
         return (self.folder / "zarr.json").exists()
 
     def bring(self, records: FileRecords) -> None:
@@ -163,10 +163,11 @@ class FolderPlace:
         return None
 
     def seal(self, manifest: bytes, root: bytes, seen: bytes | None) -> bool:
-        """Write manifest.json if it still is what was seen (None: missing), in one step, then zarr.json; whether it is.
+        """Write manifest.json, in one step, then zarr.json, if manifest.json still equals `seen` (None: missing);
+        returns whether it did.
 
-        A manifest that was made of other commits than there are now is thus never the last one: the worker that
-        replaced a commit looks at the manifest afterwards.
+        A manifest made from commits that were replaced is thus never the last one: the worker that replaced a commit
+        checks the manifest afterwards.
         """
         with brief_lock(self.folder / "tokens" / "commit.json"):  # which nobody replaces any more
             if self.read_record("manifest.json") != seen:

@@ -76,7 +76,7 @@ class Cache:
         return str(self.folder)
 
     def _with_files(self, files: Callable[[], Iterable[str]], read: Callable[[], Read]) -> Read:
-        """Call `read`, which reads these files. Those of a cache in a folder are there."""
+        """Call `read`, which reads these files. A cache in a folder has them already."""
         return read()
 
     def _files_of(self, *arrays: str) -> list[str]:
@@ -89,12 +89,12 @@ class Cache:
 
     @property
     def model(self) -> str:
-        """What the model is called: its Hub id, or its folder's name and the first digits of the digest."""
+        """The name of the model: its Hub id, or its folder's name and the first digits of the digest."""
         return model_label(self.identity["model"])
 
     @property
     def model_argument(self) -> str:
-        """What `sae harvest --model` takes for the model: its Hub id, or the folder in which it last lay."""
+        """The value of `sae harvest --model` for the model: its Hub id, or the last known folder."""
         name = self.identity["model"]["name"]
         return (
             next(iter(recorded_folders(self.folder)), name) if is_digest(self.identity["model"]["revision"]) else name
@@ -112,7 +112,7 @@ class Cache:
 
     @property
     def hooks(self) -> list[Hook]:
-        """The hooks whose activations are complete, sorted. Raises DamagedError if a name is not that of a hook."""
+        """The hooks whose activations are complete, sorted. Raises DamagedError if a name is not a hook's name."""
         try:
             return sorted(map(Hook.from_array, self.attributes["complete"]))
         except DamagedError as error:
@@ -161,7 +161,7 @@ class Cache:
         return lines
 
     def describe_contexts(self) -> list[str]:
-        """Lines about what contexts begin with, and which of their tokens are left out."""
+        """Lines about the first token of contexts, and the tokens that are left out."""
         identity = self.identity
         bos = identity["bos"] if "bos" in identity else int(self._read_contexts().ids[0, 0])
         lines = [f"bos      {'none' if bos is None else f'token id {bos}'}"]
@@ -215,8 +215,7 @@ class Cache:
     def array_digest(self, name: str) -> str:
         """sha256 over what decides the rows of an array: fingerprint, checksums of its chunks, outlier limit.
 
-        A limit that no row exceeds decides nothing. In the statistics of older versions, which lack `largest`, it
-        counted nevertheless.
+        A limit that no row exceeds is not included, except with the statistics of older versions, which lack `largest`.
         """
         files = {f: r["crc32c"] for f, r in self.manifest["files"].items() if f.startswith(f"{name}/")}
         statistics = self.statistics(name)
@@ -355,7 +354,7 @@ class Cache:
         return copy_batches(loader, stop, getattr(torch, dtype))
 
     def contexts(self, *, held_out: bool) -> Contexts:
-        """The tokens: the contexts that were harvested, or those of the held-out documents."""
+        """The token contexts that were harvested, or the contexts of the held-out documents."""
         contexts = self._read_contexts()
         return contexts.select(contexts.held_out == held_out)
 

@@ -10,16 +10,16 @@ from ..common.files import folder_bytes, os_error
 from ..common.locks import LOCK_FILES, no_readers, reader_lock, writer_lock
 from .object_store import is_url
 
-PROOFS = ("harvest.json", "tokens/commit.json")  # of which a cache, or what is left of one, has at least one
-DRAFT = "tokens/draft/"  # another one
-# Without zarr.json it is no cache, and without its commits a harvest does not look at the other files.
+PROOFS = ("harvest.json", "tokens/commit.json")  # a cache, or the remains of one, has at least one of these
+DRAFT = "tokens/draft/"  # another proof
+# Without zarr.json it is not a cache, and without its commits a harvest does not look at the other files.
 FIRST = ("zarr.json", "manifest.json", "commits/", "tokens/commit.json")
 
 
 def removal_order(files: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The files of a cache in the order in which they are deleted, and the one that goes last, in a list.
+    """The files of a cache in the order in which they are deleted, and a list with the one that is deleted last.
 
-    Whenever this is interrupted, what is left is no cache, and is recognized as what is left of one.
+    If the deletion is interrupted, the remaining files are not a cache, and are recognized as the remains of one.
     """
     files = {*files}
     last = [file for file in PROOFS if file in files][:1]
@@ -32,7 +32,7 @@ def removal_order(files: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def require_cache_folder(folder: Path) -> None:
-    """Raise UsageError unless the folder is a cache, complete or not, or what is left of one."""
+    """Raise UsageError unless the folder is a cache, complete or not, or the remains of one."""
     if folder.is_symlink() and not folder.exists():
         raise UsageError(
             f"{folder} is a link to {folder.readlink()}, which does not exist; nothing was deleted. If it is on a "
@@ -43,7 +43,7 @@ def require_cache_folder(folder: Path) -> None:
 
 
 def is_emptied(folder: Path) -> bool:
-    """Whether a folder is empty or holds nothing but its lock: what a deletion that was killed near its end leaves."""
+    """Whether a folder is empty or holds only its lock: the remains of a deletion that was killed near its end."""
     if not folder.is_dir():
         return False
     return not any(folder.iterdir()) or {".lock"} <= {*files_of(folder)} <= {*LOCK_FILES}
@@ -59,7 +59,7 @@ def files_of(folder: Path) -> list[str]:
 
 
 def remove_cache(folder: Path) -> int:
-    """Delete a cache, complete or not; returns the bytes freed. Interrupted, it is finished by another call.
+    """Delete a cache, complete or not; returns the bytes freed. Another call finishes an interrupted deletion.
 
     Raises UsageError if the folder is not a cache, UnavailableError if a process is writing or reading it.
     """
@@ -85,7 +85,7 @@ def remove_cache(folder: Path) -> int:
 
 @contextlib.contextmanager
 def kept_caches(places: Iterable[str], command: str) -> Iterator[None]:
-    """Keep the caches in these folders from being deleted while they are read. Of those at an address none is locked.
+    """Keep the caches in these folders from being deleted while they are read. Caches at an address are not locked.
 
     Raises UsageError if one has been deleted since it was opened, UnavailableError if one is being deleted.
     """

@@ -1,6 +1,6 @@
-"""What comes into a local folder next, what goes for it, and what this process keeps: decided from one look.
+"""Decide from one look at a local folder which file to pull next, which to remove for it, and which to keep.
 
-Nothing here touches the folder. The caller holds its lock from the look until what was decided is done; see
+Nothing here touches the folder. The caller holds its lock from the look until the decision is carried out; see
 shared_folder.py for the protocol.
 """
 
@@ -22,7 +22,7 @@ OTHER_DISK = "free space, or give a --local-folder on another disk."
 
 
 class Needs(NamedTuple):
-    """What this process reads of a folder."""
+    """The files of a folder that this process reads, and their order."""
 
     schedule: ChunkSchedule
     files: Sequence[StoredFile]  # as the schedule numbers them
@@ -30,15 +30,15 @@ class Needs(NamedTuple):
     position: int  # the first step of the schedule that has not been read
     least: int  # bytes of the step that needs the most
     reading: Mapping[str, StoredFile]  # the files of the steps that are being read
-    waiting: Mapping[str, StoredFile]  # those of the step that is served first of those that wait
-    waits_behind: bool  # whether that is a step of another reading than the schedule begins with
+    waiting: Mapping[str, StoredFile]  # the files of the waiting step that is served first
+    waits_behind: bool  # whether that step is of another reading than the schedule's first step
     pulling: Collection[str]  # by this process
-    damaged: Collection[str]  # to be pulled anew although they are there
+    damaged: Collection[str]  # to be pulled again although they are present
     failed: Collection[str]  # not to be pulled for now
 
 
 class Decision(NamedTuple):
-    """What to do next. Without a `pull`, the end of a step over `after` may make room; NEVER: none is needed."""
+    """The next action. Without a `pull`, the end of a step over `after` may make room; NEVER: no file is needed."""
 
     pull: StoredFile | None
     remove: list[str]
@@ -47,7 +47,7 @@ class Decision(NamedTuple):
 
 
 class Room:
-    """A folder of at most `size` bytes as this process finds it, beside others."""
+    """A folder of at most `size` bytes as this process finds it, shared with other processes."""
 
     def __init__(self, needs: Needs, found: Contents, others: Collection[Statement], size: int) -> None:
         self.needs, self.found, self.kept_elsewhere = needs, found, kept_by(others)
@@ -66,8 +66,8 @@ class Room:
         return mask
 
     def kept(self) -> dict[str, StoredFile]:
-        """What this process keeps: what is read or waited for, and what it has use for, the earliest need first, as far
-        as its share goes.
+        """The files that this process keeps: those that are read or waited for, and those that it needs later, the
+        earliest need first, up to its share.
         """
         schedule, position, files = self.needs.schedule, self.needs.position, self.needs.files
         served = self._mask([*self.served, *self.needs.pulling])
@@ -79,7 +79,7 @@ class Room:
         return {files[number].name: files[number] for number in [*np.flatnonzero(served).tolist(), *others.tolist()]}
 
     def next(self) -> Decision:
-        """The file to pull now, and what has to be removed for it."""
+        """The file to pull now, and the files to remove for it."""
         needs, schedule = self.needs, self.needs.schedule
         served, failed = self._mask([*self.served]), self._mask(needs.failed)
         fixed = self._mask([*self.kept_elsewhere, *self.on_its_way]) | failed
@@ -99,7 +99,7 @@ class Room:
         if pull is None or not self._fits(pull.file, pull.needed):
             is_missing = (schedule.next_use(np.flatnonzero(~present), needs.position) < NEVER).any()
             return Decision(None, [], needs.position if is_missing else NEVER, bool(lacking))
-        if served[pull.evict].any():  # by steps that end before those before them do
+        if served[pull.evict].any():  # by steps that end before earlier steps do
             return Decision(None, [])
         if pull.after >= needs.position:
             return Decision(None, [], pull.after)
@@ -112,7 +112,7 @@ class Room:
         return Decision(needs.files[pull.file], remove)
 
     def _fits(self, file: int, needed: int) -> bool:
-        """Whether a file fits into the share beside all that is needed before it."""
+        """Whether a file fits into the share together with all files that are needed before it."""
         schedule, position = self.needs.schedule, self.needs.position
         if needed <= position:
             return True
@@ -121,7 +121,7 @@ class Room:
         return int(schedule.sizes[before].sum() + schedule.sizes[file]) <= self.share
 
     def describe(self) -> str:
-        """What takes the room that a step waits for, in a few words."""
+        """The use of the room that a step waits for, in a few words."""
         kept = sum(size for name, size in self.found.whole.items() if name in self.kept_elsewhere)
         coming = sum(self.found.parts.values())
         return f"other processes keep {format_bytes(kept)} of it, and {format_bytes(coming)} are being pulled"
@@ -155,5 +155,5 @@ def check_room(folder: Path, size: int, small: int, least: int, elsewhere: int) 
 
 
 def room_for(size: int) -> int:
-    """A little more than so many bytes, so that it is enough when rounded."""
+    """A little more than `size` bytes, so that the rounded number is enough."""
     return int(1.005 * size + 1e5)

@@ -1,4 +1,4 @@
-"""What a worker reads before it completes a cache, all of it at one moment, and what follows from it."""
+"""The records that a worker reads, at one moment, before it completes a cache, and the conclusions from them."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from typing import Any
 class SealState:
     """The records of a cache, read in this order: zarr.json, manifest.json, the commits of the arrays `names`.
 
-    A commit that another worker replaces after it was read leads to another manifest than the one that was seen: that
-    worker looks at the manifest when it has written the commit.
+    If another worker replaces a commit after it was read, the manifest will differ from the one that was seen: that
+    worker checks the manifest after it has written the commit.
     """
 
     names: set[str]  # of the arrays that are to be complete

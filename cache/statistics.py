@@ -25,8 +25,8 @@ def build_manifest(
     place: FolderPlace, fingerprint: str, layout: Layout, state: SealState, max_norm: float | None,
     token_text: Callable[[int], str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The content of manifest.json: what the one that was seen says of other arrays, with the files and the statistics
-    of those arrays of which every window is committed, with rows over `max_norm` medians as outliers.
+    """The content of manifest.json: the entries of the manifest that was seen for other arrays, and the files and
+    statistics of the arrays whose windows are all committed. Rows over `max_norm` medians are outliers.
 
     `token_text` gives the text of a token id, for the lists of the largest rows.
     """
@@ -135,7 +135,7 @@ def mean_and_mean_square(
     """The elementwise mean and mean square (2, d_in) float64 of all rows except the outliers.
 
     Takes the sums of the windows and subtracts the outlier rows, so it reads only the chunks that contain those.
-    `norms` are those of all rows. `read` is that of `iterate_rows`.
+    `norms` are the norms of all rows. `read` is passed to `iterate_rows`.
     """
     sums = read_array(folder, f"{name}.moments", files, layout).sum(0)
     for values in iterate_rows(folder, layout, name, outliers, norms[outliers], files, read):

@@ -18,7 +18,8 @@ LIST_ATTEMPTS = 5
 
 
 def list_stored_caches(url: str) -> dict[str, Cache | SaeError]:
-    """{address: cache} of the cache at an address, or of those one level below it, as `list_caches` lists folders."""
+    """{address: cache} of the cache at an address, or of the caches one level below it, like `list_caches` for
+    folders."""
     store = open_store(url)
     names = store.children()
     if "zarr.json" in names:
@@ -33,13 +34,13 @@ def stored_files(store: ObjectStore) -> dict[str, int]:
     Raises UsageError if there is none.
     """
     found = {key: size for key, size in store.list() if belongs(key)}
-    if not {*PROOFS} & found.keys():  # a zarr.json can be that of any Zarr group
+    if not {*PROOFS} & found.keys():  # any Zarr group has a zarr.json
         raise UsageError(f"{store.url} holds no activation cache; nothing was deleted.")
     return found
 
 
 def belongs(key: str) -> bool:
-    """Whether a key has the name of a file of a cache. Others under the address are none of ours."""
+    """Whether a key has the name of a file of a cache. Other objects under the address do not belong to the cache."""
     top = key.split("/")[0]
     return key in RECORDS or (key != top and (top in FOLDERS or is_array_name(top)))
 
@@ -47,8 +48,8 @@ def belongs(key: str) -> bool:
 def remove_stored_cache(store: ObjectStore) -> int:
     """Delete the cache at an address, complete or not; returns the bytes freed. Other objects there stay.
 
-    zarr.json goes first and harvest.json last: what an interruption leaves is no cache, and the next call deletes it.
-    Raises UsageError if there is no cache, UnavailableError if a process on this machine is writing it.
+    zarr.json goes first and harvest.json last: the remains of an interruption are not a cache, and the next call
+    deletes them. Raises UsageError if there is no cache, UnavailableError if a process on this machine is writing it.
     """
     size, folder = sum(stored_files(store).values()), working_folder(store.url)
     with writer_lock(folder, "sae cache rm"):
@@ -63,7 +64,7 @@ def remove_stored_cache(store: ObjectStore) -> int:
             store.delete(files)
         else:
             raise UnavailableError(f"{store.url} still lists objects of the cache. Run the same command again.")
-        # Before the last object, without which there is nothing that another call would delete.
+        # Before the last object: without it another call would find nothing to delete.
         for one in (*tasks, *(path for path in folder.iterdir() if path.name not in LOCK_FILES)):
             remove(one)
         store.delete(last)

@@ -7,8 +7,8 @@ for window, arrays in writer.missing_windows().items():
 writer.seal()
 
 A window is the unit of work. Its rows are a function of the text, so workers need no lock between them: a commit is
-created only where there is none, and what is committed is left alone. Whoever finds every window committed seals the
-cache, and sealing it again changes nothing.
+created only where there is none, and committed windows are not changed. A worker that finds every window committed
+seals the cache, and sealing it again changes nothing.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ class WindowRows:
 class CacheWriter:
     """Writes the activation arrays `widths` ({name: d_in}) into a cache, which it creates or continues.
 
-    The contexts must be written first. `place` is where the files are kept; the folder, unless another one is given.
+    The contexts must be written first. `place` is where the files are kept, by default the folder.
 
     Raises UsageError if the folder holds another harvest or other files, DamagedError if it was started with another
     number of rows or other tokens.
@@ -117,9 +117,9 @@ class CacheWriter:
         return any(self.commits([commit_file(window, array)]))
 
     def missing_windows(self, windows: Iterable[int] | None = None) -> dict[int, list[str]]:
-        """{window: names of the arrays of `widths` that are not committed for it}, without complete windows.
+        """{window: names of the arrays of `widths` that are not committed for it}; complete windows are left out.
 
-        Of all windows, or of these.
+        Looks at all windows, or at `windows`.
         """
         if windows is not None:
             missing = {w: [name for name in self.widths if not self.is_committed(w, name)] for w in windows}
@@ -135,7 +135,7 @@ class CacheWriter:
         return {window: names for window, names in missing.items() if names}
 
     def committed_windows(self) -> set[int]:
-        """The windows of which every array of `widths` has a commit. Reads only names."""
+        """The windows for which every array of `widths` has a commit. Reads only names."""
         files = set(self.place.commit_files())
         return {w for w in range(self.layout.n_windows) if files.issuperset(commit_file(w, n) for n in self.widths)}
 
@@ -170,7 +170,8 @@ class CacheWriter:
     def write_window(
         self, window: int, rows: WindowRows, made_with: Mapping[str, Any], *, replace: bool = False
     ) -> None:
-        """Write and commit those of the arrays `rows.bits` that are not committed for this window; with `replace` all.
+        """Write and commit the arrays in `rows.bits` that are not committed for this window; with `replace` all of
+        them.
 
         If anything fails, none of them is committed. `made_with` is recorded in the commits. Raises SaeError like
         `chunks_to_write`, UnavailableError if the disk is full or not writable.
@@ -215,15 +216,15 @@ class CacheWriter:
                 if theirs is None or theirs["files"] != commit["files"]:
                     mixed[name] = bits[name]
         if mixed:
-            # Another worker has committed this window since we looked, with other bytes, as another kind of GPU
-            # computes them. Its files and ours replaced each other; it is done, so ours can all be written again.
+            # Another worker has committed this window in the meantime with other bytes, such as those of another kind
+            # of GPU. Its files and ours replaced each other. It is done, so all of ours can be written again.
             self.write_window(window, dataclasses.replace(rows, bits=mixed), made_with, replace=True)
 
     def seal(self, max_norm: float | None = None, token_text: Callable[[int], str] | None = None) -> bool:
-        """Complete the cache if every window of the arrays of `widths` is committed; whether that is so.
+        """Complete the cache if every window of the arrays of `widths` is committed; returns whether it is.
 
         Does nothing to a cache that is complete. Several workers may do it at the same time. `max_norm` and
-        `token_text` are those of `finish`.
+        `token_text` are as for `finish`.
         """
         if not self.place.has_commits(self._commit_files(self.widths)):
             return False
@@ -261,7 +262,7 @@ class CacheWriter:
         return [commit_file(window, name) for window in range(self.layout.n_windows) for name in sorted(names)]
 
     def _seal_states(self) -> Iterator[SealState]:
-        """What is to be sealed, read anew each time."""
+        """The records to seal, read again each time."""
         for _ in range(SEAL_ATTEMPTS):
             yield self._seal_state()
         raise UnavailableError(f"{self.folder} is being changed by others all the time. Run the same command again.")
@@ -277,7 +278,7 @@ class CacheWriter:
         return SealState(names, complete, seen, manifest, found)
 
     def _seal(self, state: SealState, max_norm: float | None, token_text: Callable[[int], str] | None) -> bool:
-        """Write the manifest that follows from what was read; False if another worker has written one since."""
+        """Write the manifest that follows from `state`; False if another worker has written one since it was read."""
         manifest = build_manifest(self.place, self.fingerprint, self.layout, state, max_norm, token_text)
         root = CACHE_RECORD.encode(self._root(manifest["complete"]))
         if done := self.place.seal(MANIFEST_RECORD.encode(manifest), root, state.seen):
@@ -288,9 +289,9 @@ class CacheWriter:
 def harvest_started(folder: Path, fingerprint: str, identity: dict[str, Any] | None = None) -> bool:
     """Whether the folder holds the start of the harvest with this fingerprint; False if it is empty.
 
-    Raises UsageError if it holds another harvest or other files. With the identity, it says what differs.
+    Raises UsageError if it holds another harvest or other files. Given the identity, the message says what differs.
     """
-    # What is there is listed first: another worker may begin the harvest now, and its zarr.json precedes the rest.
+    # The files are listed first: another worker may begin the harvest now, and its zarr.json precedes the rest.
     names = {path.name for path in folder.iterdir()}
     existing = read_fingerprint(folder)
     if existing is None:
@@ -317,8 +318,8 @@ def read_fingerprint(folder: Path) -> str | None:
 
 
 def recorded_tokens(folder: Path) -> str | None:
-    """The digest of the tokens that a cache was harvested from, as in its zarr.json, else of those that its manifest
-    lists; None if it has neither.
+    """The digest of the tokens that a cache was harvested from: from its zarr.json, else from its manifest; None if it
+    has neither.
     """
     if (folder / "zarr.json").exists():
         return read_attributes(folder)["tokens"]

@@ -1,4 +1,4 @@
-"""Addresses, such as s3://bucket/pile, that are given where only a path on a disk can be."""
+"""Addresses, such as s3://bucket/pile, that are given where only a path on a disk is possible."""
 
 import os
 import re
@@ -12,7 +12,7 @@ ADDRESS = re.compile(r"(s3|gs|az|https?|file):/+", re.IGNORECASE)  # a Path has 
 def disk_path(path: str | os.PathLike[str], name: str = "") -> Path:
     """A path on a disk that a user gave. `name` says where, such as SAE_HOME.
 
-    Raises UsageError for an address, also one that a Path was made of. It does not repeat a credential.
+    Raises UsageError for an address, also in the form of a Path. The message does not repeat credentials.
     """
     text = os.fspath(path)
     if (match := ADDRESS.match(text)) is not None:

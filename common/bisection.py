@@ -1,4 +1,4 @@
-"""The smallest bound that serves, by halving."""
+"""Find the smallest sufficient bound by bisection."""
 
 from collections.abc import Callable
 
@@ -6,10 +6,10 @@ HALVINGS = 50
 
 
 def smallest_bound(low: float, high: float, serves: Callable[[float], bool]) -> float:
-    """The smallest number between `low` and `high` that serves, where larger ones do too.
+    """The smallest number between `low` and `high` for which `serves` is true, if it is true for all larger ones.
 
-    It is `high`, which is taken to serve and is not asked for, or a number that serves: at most (high - low) / 2**50
-    above the smallest.
+    `serves` is assumed to be true for `high` and is not called for it. It is true for the result, which is at most
+    (high - low) / 2**50 above the smallest such number.
     """
     for _ in range(HALVINGS):
         middle = (low + high) / 2

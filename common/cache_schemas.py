@@ -1,4 +1,4 @@
-"""The schema of every record of a cache and of what else lies under `activations/`. See schemas.py."""
+"""The schema of every record of a cache and of the other records under `activations/`. See schemas.py."""
 
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
@@ -356,12 +356,12 @@ class Draft(TypedDict):
 
 
 def cache_essentials(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The attributes of a cache that are ours: others can be added to the group."""
+    """The attributes of a cache that this package defines: others can be added to the group."""
     return {name: value for name, value in metadata["attributes"].items() if name in CacheAttributes.__annotations__}
 
 
 def no_essentials(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Nothing: the attributes of a group that only holds arrays can be changed by anybody."""
+    """No attributes: anybody can change the attributes of a group that only holds arrays."""
     return {}
 
 

@@ -43,10 +43,10 @@ def resolve_dtype(dtype: str, device: str) -> str:
 
 
 def fix_cublas_workspace(device: str) -> None:
-    """Let products on a GPU have the same bits in every run; does nothing on a CPU, or if the user has set it.
+    """Make products on a GPU have the same bits in every run. Does nothing on a CPU, or if the user has set it.
 
-    cuBLAS otherwise shares its workspace between streams as they come, and where it works decides how it sums. It reads
-    the setting before the first product of the process.
+    Otherwise cuBLAS assigns its workspace to streams as they come, and the assigned part decides how it sums. cuBLAS
+    reads the setting before the first product of the process.
     """
     if device.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

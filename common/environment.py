@@ -1,7 +1,7 @@
 """A record of the environment: package versions, the machine, and the revision of this package's source.
 
 Only the environment variables listed here are recorded, so no access token can end up in a record. The source revision
-is that of the package's own folder, never of the working directory, which may be a repository of the user's.
+comes from the package's own folder, never from the working directory, which may be the user's own repository.
 """
 
 import base64

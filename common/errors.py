@@ -60,8 +60,8 @@ def warn_left_out(what: object, error: SaeError) -> None:
 
 @contextlib.contextmanager
 def naming(place: str, folder: object) -> Iterator[None]:
-    """Name a place, such as an address, where the message of a DamagedError or UsageError names the folder that stands
-    for it on this machine.
+    """In the message of a DamagedError or UsageError, replace the folder that stands for a place on this machine by the
+    place itself, such as an address.
     """
     try:
         yield

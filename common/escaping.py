@@ -18,7 +18,7 @@ TERMINAL_UNSAFE = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 FORMULA_STARTS = tuple("=+-@＝＋－＠")  # of a cell, for Excel, LibreOffice Calc and Google Sheets
-MARKDOWN_SPECIAL = re.compile(r"[\\`*\[\]<>|~#]|(?<!\w)_|_(?!\w)")  # an underscore inside a word is only that
+MARKDOWN_SPECIAL = re.compile(r"[\\`*\[\]<>|~#]|(?<!\w)_|_(?!\w)")  # an underscore inside a word is not markup
 
 
 def is_byte(character: str) -> bool:
@@ -79,7 +79,7 @@ def _shell_character(character: str) -> str:
 
 
 def escape_for_csv(value: Any) -> Any:
-    """A cell of a CSV file: numbers and None as they are, and text that no spreadsheet takes for a formula.
+    """A cell of a CSV file: numbers and None unchanged, and text that no spreadsheet takes for a formula.
 
     Text that begins like a formula gets a leading apostrophe, which spreadsheets do not show. Control characters become
     visible escapes.

@@ -1,4 +1,5 @@
-"""The schema of every record of an evaluation: results, what all SAEs share, and labelled texts. See schemas.py."""
+"""The schema of every record of an evaluation: results, data that all SAEs share, and labelled texts. See
+schemas.py."""
 
 from typing import Annotated, Any, NotRequired, TypedDict
 

@@ -38,7 +38,8 @@ def atomic_write(path: Path, *parts: bytes | memoryview) -> None:
 
 
 def atomic_create(path: Path, *parts: bytes | memoryview) -> bool:
-    """Write like `atomic_write` unless `path` exists; returns whether this call created it. Of several, only one does.
+    """Write like `atomic_write` unless `path` exists; returns whether this call created it. Only one of several calls
+    does.
 
     Where a file system has no hard links, such as exFAT, two calls in the same instant can both return True.
     """
@@ -86,7 +87,7 @@ def _write_temporary(path: Path, parts: Sequence[bytes | memoryview], publish: C
                 temporary.unlink(missing_ok=True)
             if isinstance(error, FileExistsError) and path.exists():
                 raise
-            # Another process took this one for dead and has removed its temporary file: `remove_stale_files`.
+            # Another process mistook this one for dead and removed its temporary file (`remove_stale_files`).
             if not isinstance(error, FileNotFoundError) or attempt == WRITE_ATTEMPTS - 1:
                 raise os_error(error, path) from error
         else:
@@ -97,7 +98,7 @@ def _write_temporary(path: Path, parts: Sequence[bytes | memoryview], publish: C
 def temporary_path(path: Path) -> Path:
     """The name under which a file is written: `<name>.tmp-<process id>-<random hex>`.
 
-    Processes in two containers can have one id, and two threads of a process can write one file.
+    Processes in two containers can have the same id, and two threads of a process can write the same file.
     """
     return path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
 
@@ -206,8 +207,8 @@ DELETE_HINT = "Delete it and run the command that wrote it again."
 def read_file(path: Path, remedy: str = DELETE_HINT) -> bytes:
     """The bytes of a file.
 
-    Raises DamagedError with the remedy if it is missing or no file, UnavailableError if it cannot be read now: for lack
-    of permission, with too many open files, from a disk that fails.
+    Raises DamagedError with the remedy if it is missing or not a file, UnavailableError if it cannot be read now: no
+    permission, too many open files, or a failing disk.
     """
     try:
         return path.read_bytes()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .escaping import quote
 
-LONGEST_WORD, LONGEST_LINE = 400, 4000  # characters of a message that are shown whole
+LONGEST_WORD, LONGEST_LINE = 400, 4000  # characters of words and lines that are shown whole
 
 
 def format_count(number: int, noun: str) -> str:
@@ -20,7 +20,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """A duration in the largest unit of which there are at least two: `90 s`, `3.5 min`, `2.0 h`, `4.2 days`."""
+    """A duration in the largest unit that gives at least 2: `90 s`, `3.5 min`, `2.0 h`, `4.2 days`."""
     for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

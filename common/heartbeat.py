@@ -1,4 +1,4 @@
-"""Watch which of the launched processes still run, so that none waits for ever for a dead one.
+"""Watch which of the launched processes still run, so that none waits forever for a dead one.
 
 Each process raises a counter in torch's key-value store every few seconds. The store is in the launcher (torchrun) or
 in rank 0 (srun, mpirun). A launcher usually ends the other processes when one dies. This module is for launchers that
@@ -20,7 +20,7 @@ from .errors import UnavailableError
 BEAT = 5.0  # seconds between two beats
 PATIENCE = 120.0  # seconds without a beat after which a process counts as dead
 START = 600.0  # seconds that a process may take to start
-FAREWELL = 1.0  # seconds in which the others, which look five times a second, see what rank 0 has seen
+FAREWELL = 1.0  # seconds for the others, which look five times a second, to notice a death that rank 0 has noticed
 GAP = 5.0  # most seconds counted between two looks: a process that was stopped saw nothing meanwhile
 AGAIN = "Everything committed is safe; run the same command again, with any number of processes."
 
@@ -36,7 +36,7 @@ class Silence:
         self.seconds, self.looked = 0.0, -math.inf
 
     def after(self, sign: object) -> float:
-        """The seconds for which the sign has been as it is now; called at least every GAP seconds."""
+        """The seconds since the sign last changed. Call it at least every GAP seconds."""
         now = time.monotonic()
         if sign != self.last:
             self.last, self.seconds, self.looked = sign, 0.0, now
@@ -77,7 +77,7 @@ class Heartbeat:
             pause = 0.001
             while away := [r for r in range(self.count) if not self.store.check([f"sae/met/{self.steps}/{r}"])]:
                 dead |= {rank: sentence for rank in away if (sentence := self._find_dead(rank))}
-                # With rank 0 the store may end: it waits until the others know too, who finish their work first.
+                # The store may end with rank 0, so rank 0 waits until the others, which finish first, know too.
                 if dead and (self.rank or dead.keys() >= set(away)):
                     time.sleep(0 if self.rank else FAREWELL)
                     raise UnavailableError(f"{dead[min(dead)]} {AGAIN}")
@@ -90,7 +90,7 @@ class Heartbeat:
             ) from error
 
     def _find_dead(self, rank: int) -> str:
-        """A sentence if a process that has not arrived has ended or was not heard of for too long, else ""."""
+        """A sentence if a process that has not arrived has ended or has been silent for too long, else ""."""
         now, name = time.monotonic(), f"sae/name/{rank}"
         if not self.store.check([name]):
             late = now - self.started > START

@@ -16,7 +16,7 @@ import msgspec
 
 MAX_DEPTH = 200  # of nesting; the limit of the parsers depends on how deep the stack is
 MAX_LINE = 2**28  # bytes; a longer line is not read into memory
-MAX_JOINED = 2**26  # bytes of a file whose objects stand on several lines
+MAX_JOINED = 2**26  # bytes of a file whose objects span several lines
 ZSTD_BLOCK = 2**13  # compressed bytes; decompressed, at most 2**28
 SEARCHED_ROWS, SEARCHED_BYTES = 100, 2**24  # that are searched for a column
 NOT_JSON = "it is not JSON"
@@ -27,9 +27,9 @@ ReadRow = tuple[str, dict[str, Any] | None, str]  # "line 7", values, or why the
 
 
 class JsonRows:
-    """The rows of a file, compressed or not, with these columns; with None, the names of all of them.
+    """The rows of a file, compressed or not, with these columns; with None, the rows give the names of all columns.
 
-    A row is a line, an element of an array, or one of several objects that stand on several lines. Blank lines are no
+    A row is a line, an element of an array, or one of several objects that span several lines. Blank lines are not
     rows. A string in an array is a row with the column "text".
     """
 
@@ -85,7 +85,7 @@ class JsonRows:
         return dict(zip(self.columns, msgspec.structs.astuple(row), strict=True)), ""
 
     def _decode_leniently(self, line: bytes) -> tuple[dict[str, Any] | None, str]:
-        """The same with Python's parser, which takes NaN, numbers of any size, and tabs in strings."""
+        """`decode` with Python's parser, which takes NaN, numbers of any size, and tabs in strings."""
         try:
             row = json.loads(line.rstrip().decode(), strict=False)
         except UnicodeDecodeError as error:
@@ -104,7 +104,7 @@ class JsonRows:
         return values, ""
 
     def _lines(self, stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-        """The lines that are not blank, with their numbers from 1; of one that is too long, its beginning."""
+        """The lines that are not blank, with their numbers from 1. A line that is too long is cut."""
         number = 0
         while line := stream.readline(MAX_LINE):
             rest = line
@@ -125,7 +125,7 @@ class JsonRows:
             yield f"row {index}", *self.decode(element)
 
     def _joined_objects(self) -> list[bytes]:
-        """The objects of a file whose first line is not one, if nothing else stands in it; else none."""
+        """The objects of a file whose first line is not an object; empty if the file holds anything else."""
         with open_binary(self.file) as stream:
             data = stream.read(MAX_JOINED + 1).removeprefix(b"\xef\xbb\xbf")
         if len(data) > MAX_JOINED:
@@ -176,7 +176,7 @@ def too_deep(data: bytes) -> int | None:
 
 @contextmanager
 def open_binary(file: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file; those of a .gz or .zst file are decompressed. A cut file raises EOFError at its end."""
+    """The bytes of a file, decompressed if it is a .gz or .zst file. A cut file raises EOFError at its end."""
     with file.open("rb") as raw:
         if file.suffix.lower() == ".gz":
             yield cast(BinaryIO, gzip.GzipFile(fileobj=raw))
@@ -189,7 +189,7 @@ def open_binary(file: Path) -> Iterator[BinaryIO]:
 class ZstdReader(io.RawIOBase):
     """The decompressed bytes of a Zstandard file of one or more frames.
 
-    The reader that zstandard has takes a cut file for a whole one.
+    The reader of the zstandard package takes a cut file for a whole one.
     """
 
     def __init__(self, raw: BinaryIO) -> None:

@@ -1,12 +1,12 @@
-"""The sentence about an SAE that was asked for an L0 and has another, after training and wherever it is measured."""
+"""The sentence about an SAE whose L0 differs from its target, after training and wherever it is measured."""
 
-MISSED_BY = 0.1  # of the target, beyond which it is missed
+MISSED_BY = 0.1  # share of the target; beyond it the target is missed
 
 
 def missed_l0(name: str, l0: float | None, target: float | None, *, held_out: bool = False) -> list[str]:
     """One sentence if an L0 differs from its target by more than a tenth; none if either is unknown.
 
-    The L0 is that of held-out text, or of the last steps of the training.
+    The L0 is measured on held-out text, or over the last steps of training.
     """
     if not target or l0 is None or not abs(l0 / target - 1) > MISSED_BY:
         return []

@@ -12,7 +12,7 @@ def rate_share(step: int, steps: int, warmup: int, decay_start: float) -> float:
 
 
 def peak_share(steps: int, warmup: int, decay_start: float) -> float:
-    """The largest `rate_share` of a run: 1, unless the warm-up has not ended when the decay begins, or the run ends."""
+    """The largest `rate_share` of a run: 1, unless the decay begins or the run ends before the end of the warm-up."""
     if steps < 1:
         return 0.0
     decay = max(steps * (1 - decay_start), 1)

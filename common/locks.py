@@ -1,9 +1,9 @@
 """Locks of folders, by the operating system (flock): a lock is free as soon as its holder ends, however it ends.
 
 The lock is on the file `.lock` of a folder, which stays. One process holds it alone (`writer_lock`), or several hold it
-together, each of which adds files of its own (`shared_lock`). `.lock.holder` names the process, for others to read.
-Readers do not hinder writers, only a process that deletes the folder: they share another lock (`reader_lock`), on
-`.lock.readers`, to which each reader adds a line with its name. The last reader to leave removes it.
+together and each adds its own files (`shared_lock`). `.lock.holder` names the process, for others to read. Readers do
+not hinder writers, only a process that deletes the folder: they share another lock (`reader_lock`), on `.lock.readers`,
+to which each reader adds a line with its name. The last reader to leave removes it.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from .errors import UnavailableError, UsageError
 from .files import make_folder, os_error, remove_stale_files
 
 LOCK_FILES = (".lock.request", ".lock.readers", ".lock.shared", ".lock.holder", ".lock")
-WITHOUT = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # of a file system that has no locks
-LOOK_SECONDS = 0.2  # for which the looks of other processes (`is_locked`) can be in the way of a lock
+WITHOUT = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # errors of a file system without locks
+LOOK_SECONDS = 0.2  # how long checks by other processes (`is_locked`) can block a lock
 POLL_SECONDS = 0.01, 0.2  # between two attempts to lock: at first, and at most
 
 
@@ -75,7 +75,7 @@ def shared_lock(folder: Path, command: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reader_lock(folder: Path, command: str) -> Iterator[None]:
-    """Keep `folder` from being deleted by one that asks for `no_readers`, together with others that read it.
+    """Keep `folder` from being deleted by a process with `no_readers`. Several readers can hold this lock together.
 
     In a folder that cannot be written to and on a file system without locks nothing is locked.
 
@@ -117,7 +117,7 @@ def no_readers(folder: Path) -> Iterator[None]:
 
 
 def last_reader(path: Path) -> str:
-    """The process that began to read last, of those that may still run: a killed one leaves its line."""
+    """The last process to begin reading, among those that may still run. A killed process leaves its line."""
     with contextlib.suppress(OSError):
         for name in reversed(path.read_text().splitlines()):
             match = re.match(r"process (\d+) on (\S+) ", name)
@@ -134,7 +134,7 @@ def leave_readers(path: Path, lock: int) -> None:
 
 
 def leave(folder: Path, all_of_them: Path, together: int) -> None:
-    """Tidy a folder up if no other process shares it."""
+    """Clean up a folder if no other process shares it."""
     with contextlib.suppress(BlockingIOError):
         flock(together, fcntl.LOCK_EX)
         remove_stale_files(folder)
@@ -181,7 +181,7 @@ def was_abandoned(folder: Path) -> bool:
 
 
 def is_abandoned(path: Path) -> bool:
-    """Whether a file is there that its process removes at its end, and holds the exclusive lock on until then."""
+    """Whether a dead process left this file. A live one holds the exclusive lock on it, and removes it at its end."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
@@ -198,8 +198,8 @@ def is_abandoned(path: Path) -> bool:
 def acquire(path: Path, mode: int, patience: float = math.inf, *, in_new_folder: bool = True) -> int:
     """A file descriptor with a lock on `path`, which is created if needed, and its folder too if `in_new_folder`.
 
-    The file can be removed by the one that holds it alone: the lock is then on a new one. Raises BlockingIOError if
-    others hold it for `patience` seconds, another OSError if the file cannot be opened or its file system has no locks.
+    A process that holds the file alone can remove it; the lock is then on a new file. Raises BlockingIOError if others
+    hold it for `patience` seconds, another OSError if the file cannot be opened or its file system has no locks.
     """
     ends, (pause, longest) = time.monotonic() + patience, POLL_SECONDS
     while True:
@@ -257,7 +257,7 @@ def release(descriptor: int) -> None:
 
 @contextlib.contextmanager
 def locking(folder: Path, *, without: bool = False) -> Iterator[None]:
-    """Explain why a folder cannot be locked. With `without`, the lack of locks is no error."""
+    """Explain why a folder cannot be locked. With `without`, the lack of locks is not an error."""
     try:
         yield
     except BlockingIOError:

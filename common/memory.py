@@ -1,4 +1,4 @@
-"""How much memory is free, and what to do with an error that says there is too little."""
+"""The free memory, and the handling of errors that say there is too little."""
 
 import contextlib
 import gc
@@ -16,12 +16,12 @@ from .process_group import processes_on_this_machine
 
 LIMIT = "SAE_MEMORY_GB"  # environment variable: the most memory, in GB, that a plan may count on
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-# torch's allocator on a CPU, cuBLAS, and CUDA when it pins memory of the host.
+# Messages of torch's allocator on a CPU, of cuBLAS, and of CUDA when it pins memory of the host.
 SAID_BY = ("can't allocate memory", "ALLOC_FAILED", "CUDA error: out of memory")
 
 
 def available_memory(device: str) -> float:
-    """Bytes of memory available on the device; infinity if the system does not say (only Linux does, for a CPU).
+    """Bytes of memory available on the device; infinity if the system does not report it (only Linux does for a CPU).
 
     On a GPU, the free memory that CUDA reports. On a CPU, the free memory of the system, or what the limits of the
     process's control groups leave if that is less, divided by the number of processes that a launcher started on this
@@ -57,7 +57,7 @@ def free_in_system() -> float:
 
 
 def free_in_control_groups() -> float:
-    """The least that a memory limit on the control groups of this process leaves, in bytes; infinity without one.
+    """The smallest remainder of the memory limits on this process's control groups, in bytes; infinity without limits.
 
     A group is limited by every group above it. Both versions of control groups are read.
     """
@@ -73,7 +73,7 @@ def control_groups() -> Iterator[tuple[Path, bool]]:
                 continue
             root = CGROUPS / "memory" if controllers else CGROUPS
             folder = root / path.strip("/")
-            # In a container the path can be that of the host, of which only the root is visible.
+            # In a container the path can be the host's path, and only its root is visible.
             for place in [folder, *folder.parents] if folder.is_dir() else [root]:
                 yield place, not controllers
                 if place == root:

@@ -1,4 +1,4 @@
-"""The limit of files that a process may have open: raised where that is allowed, kept to, and named when it is reached.
+"""The limit on open files of a process: raise it where that is allowed, and explain it when it is reached.
 
 Every memory map of a chunk holds a file open. The usual soft limit is 1,024 on Linux and 256 on macOS.
 """
@@ -14,7 +14,7 @@ ENOUGH_FILES = 4096
 
 
 def files_limits() -> tuple[int, int]:
-    """How many files this process may have open, and up to which number it may raise that itself."""
+    """The number of files that this process may have open, and the number to which it may raise that limit itself."""
     try:
         import resource
     except ImportError:  # Windows
@@ -42,7 +42,7 @@ def describe_files_limit() -> str:
 
 
 def ran_out_of_files(error: BaseException) -> bool:
-    """Whether an error, or what caused it, is that too many files are open; libraries wrap that in errors of theirs."""
+    """Whether too many open files caused an error, directly or wrapped in an error of a library."""
     chain: BaseException | None = error
     while chain is not None:
         if isinstance(chain, OSError) and chain.errno in OUT_OF_FILES:
@@ -55,7 +55,7 @@ def ran_out_of_files(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def explaining_files_limit() -> Iterator[None]:
-    """Raise UnavailableError, with the limit, for whatever error says that too many files are open."""
+    """Raise UnavailableError, with the limit, for any error that says that too many files are open."""
     try:
         yield
     except (Interrupted, UnavailableError):

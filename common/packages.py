@@ -35,7 +35,7 @@ def installed_version(name: str) -> str | None:
 def outdated_packages() -> list[str]:
     """A sentence for each installed package that is older than the lowest version that this package works with.
 
-    pip installs none, but another package that is installed later can bring one: pip then only prints a warning.
+    pip installs none with this package, but a package installed later can bring one: pip then only prints a warning.
     """
     try:
         declared = metadata.requires(PACKAGE) or []

@@ -67,9 +67,9 @@ def cpu_flags() -> set[str] | None:
 
 
 def recorded_precision(record: Mapping[str, Any]) -> str:
-    """That of a run by its run.json, which names it only if it is not float32.
+    """The precision of a run by its run.json, which records it only if it is not float32.
 
-    Earlier versions named none: their runs on a GPU are of its default.
+    Earlier versions did not record it: their runs on a GPU have the GPU's default.
     """
     asked = record.get("precision") or record.get("asked", {}).get("precision")
     return asked or default_precision(record.get("device", "cpu"))
@@ -86,7 +86,7 @@ def autocast(precision: str, device: str) -> contextlib.AbstractContextManager[N
 def float32_products(precision: str) -> Iterator[None]:
     """A context in which products of float32 tensors are in tf32 if that is the precision, and else not.
 
-    torch has one setting for the whole process, which a user may have changed; it is put back at the end.
+    torch has one setting for the whole process, which a user may have changed; it is restored at the end.
     """
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]

@@ -1,6 +1,6 @@
 """Several processes of one command, started by a launcher: `torchrun --nproc_per_node N -m sae harvest ...`.
 
-They exchange small objects between the stages of their work, over gloo, also where they compute on GPUs.
+They exchange small objects between the stages of their work, over gloo, even if they compute on GPUs.
 """
 
 import functools
@@ -59,7 +59,7 @@ class ProcessGroup:
 
         Raises SaeError in every process if `work` raised one in any: its own, or ReportedElsewhere if `work` succeeded
         here, or failed with the same message in a process before this one. Interrupted is raised at once: a process
-        that has to stop waits for none.
+            that has to stop does not wait for others.
         """
         error: SaeError | None = None
         try:
@@ -98,7 +98,7 @@ def processes_on_this_machine() -> int:
 
 
 def with_launcher(command: str) -> str:
-    """A command to be started as this process was: by torchrun, or said in words after the command."""
+    """The command with the launcher of this process: torchrun before it, or a note in words after it."""
     count = rank_and_count()[1]
     if count == 1:
         return command

@@ -92,7 +92,7 @@ class RecordKind(Generic[Content]):
         atomic_write(path, self.encode(content))
 
     def create(self, path: Path, content: Mapping[str, Any]) -> bool:
-        """Write the content and its digest unless the file exists; whether this call did. Raises like `write`."""
+        """Write the content and its digest unless the file exists; returns whether it did. Raises like `write`."""
         return atomic_create(path, self.encode(content))
 
     def encode(self, content: Mapping[str, Any]) -> bytes:
@@ -113,7 +113,7 @@ class RecordKind(Generic[Content]):
     def add_digest(self, path: Path) -> bool:
         """Add the digest to a record of an earlier version. Returns whether it had none. Raises like `read`, `write`.
 
-        Only for content that something else has proved: a digest says that the content is as it was written.
+        Use it only for content that is proved in another way: a digest says that the content is as it was written.
         """
         content, has_digest = self.read_unwarned(path)
         if not has_digest:
@@ -137,7 +137,7 @@ def as_read(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe(error: Exception) -> str:
-    """What msgspec found: "expected `int`, got `str` - at `$.step`"."""
+    """The message of msgspec: "expected `int`, got `str` - at `$.step`"."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     text = str(error)

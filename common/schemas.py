@@ -1,5 +1,5 @@
-"""The schema of every record of a run: what each of its JSON files holds. Those of its evaluation are in
-evaluation_schemas.py, those of a cache in cache_schemas.py.
+"""The schema of every record of a run, one for each of its JSON files. The schemas of an evaluation are in
+evaluation_schemas.py, the schemas of a cache in cache_schemas.py.
 
 Field names are those on disk. `NotRequired` fields are absent where they say nothing, or in records of earlier
 versions. The first line of each docstring is the file's path. `python benchmarks/records_page.py` makes
@@ -235,8 +235,8 @@ RUN_RECORD = RecordKind(
     "an unfinished run has to be deleted and started again.",
 )
 
-# Entries of run.json and of its `resolved` that are newer than some runs, each with the value that does what was done
-# before there was the entry: a run that lacks one and a run that has this value are alike.
+# Entries of run.json and of its `resolved` that are newer than some runs. Each has the value that stands for the
+# earlier behavior: a run without the entry equals a run with this value.
 LATER_ENTRIES: Mapping[str, Any] = {
     "weight_decay_on": "encoder",
     "weight_decay_form": "decoupled",

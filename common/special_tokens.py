@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from .errors import UsageError, did_you_mean
 
 ENDOFTEXT = "<|endoftext|>"  # separated the documents of GPT-2, Pythia, Qwen, SmolLM2 and others in pretraining
-BOS_OR_EOS = "bos-or-eos"  # what earlier versions began contexts with: the tokenizer's BOS, else its EOS
+BOS_OR_EOS = "bos-or-eos"  # first token of contexts in earlier versions: the tokenizer's BOS, else its EOS
 TURN_MARKERS = frozenset(
     {
         "<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|start_header_id|>",
@@ -30,7 +30,7 @@ def special_token_ids(tokenizer: Any) -> list[int]:
 
 
 def bos_or_eos_id(tokenizer: Any) -> int | None:
-    """The tokenizer's BOS, else its EOS, else None: what contexts of earlier versions begin with."""
+    """The tokenizer's BOS, else its EOS, else None: the first token of contexts in earlier versions."""
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
@@ -68,7 +68,7 @@ def choose_bos(tokenizer: Any, request: str = "auto") -> BosChoice:
 
 
 def added_bos_id(tokenizer: Any) -> int | None:
-    """The id that the tokenizer itself puts before a text; of several its bos_token, else the last one."""
+    """The id that the tokenizer itself puts before a text. Of several ids it is the bos_token's, else the last one."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     starts = [start for start in range(len(whole)) if whole[start : start + len(bare)] == bare]

@@ -59,7 +59,7 @@ def read_rows(files: Sequence[Path], columns: Sequence[str], position: tuple[int
 def find_columns(files: Sequence[Path], wanted: Sequence[str]) -> list[str]:
     """The names of the columns.
 
-    A row of JSON can lack some. The rows are searched until all that are wanted have been found, for at most
+    A row of JSON can lack some. The rows are searched until all wanted columns have been found, for at most
     SEARCHED_BYTES.
 
     Raises UsageError for a file that cannot be read, and if none of the first rows can be.
@@ -91,7 +91,7 @@ def file_format(file: Path) -> str:
 
 
 def explain_errors(file: Path, open_rows: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-    """Yield from an iterator. Any error of it becomes a UsageError that names the file."""
+    """Yield from an iterator. Any error that it raises becomes a UsageError that names the file."""
     try:
         yield from open_rows()
     except SaeError:

@@ -16,7 +16,7 @@ PLACES = {
 
 
 def is_fast(tokenizer: Any) -> bool:
-    """Whether the library tokenizers does the work, which also tells where in a text each token stands."""
+    """Whether the tokenizers library implements it, which also gives the position of each token in a text."""
     return getattr(tokenizer, "backend_tokenizer", None) is not None
 
 
@@ -54,8 +54,8 @@ def tokenizer_digest(tokenizer: Any) -> str:
 def tokens_without_embedding(tokenizer: Any, rows: int | None) -> dict[int, str]:
     """{id: text} of the tokens whose ids are beyond the `rows` of a model's embedding, in the order of their ids.
 
-    A fine-tune can have added tokens and not enlarged its embedding. The other way round, an embedding with more rows
-    than there are tokens, is usual.
+    A fine-tune can add tokens without enlarging its embedding. The opposite, an embedding with more rows than tokens,
+    is common.
     """
     if rows is None:
         return {}

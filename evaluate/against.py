@@ -23,16 +23,16 @@ from .paired import SEED, Pairing, describe_pairs, pair_systems
 from .statistics import LEVEL, POWER, Finding, PairedComparison, default_margin, judge
 from .tables import format_detectable, number_name
 
-SYSTEM_KEYS = (  # of run.json, with the options: what two systems that differ in their L0 alone have in common
+SYSTEM_KEYS = (  # keys of run.json that, with the options, are equal in systems that differ only in L0
     "variant", "layer", "site", "order_seed", "d_sae", "steps", "batch_size", "literal", "cache", "compiled",
 )  # fmt: skip
 L0_OPTIONS = ("k", "l0", "l1", "penalty")  # options of recipes that set their L0, as --l0 does
-LIKE_L0 = 1.1  # times the smaller L0 that the larger may be, where no slope says what L0 moves
+LIKE_L0 = 1.1  # largest ratio of two L0 that counts as equal where there is no slope
 HEADS = ["system", "number", "difference", "95 % interval", "over", "p (Holm)", "smallest detectable", "verdict"]
 
 
 class L0Slope(NamedTuple):
-    """How a number moves with the logarithm of L0, and what says so, as the start of a sentence."""
+    """The slope of a number over the logarithm of L0, and its source as the start of a sentence."""
 
     per_log: float
     source: str
@@ -46,11 +46,12 @@ class AgainstLine:
     """One number of one system against the base.
 
     Attributes:
-        values: of the system and of the base: means over their seeds.
-        l0: of the system and of the base, if they were measured.
-        l0_shift: by how much their L0 alone moves the number, by a slope; None without a slope.
-        is_control: the system is a control, a part of which kept its random start.
-        l0_matters: that is enough to be detected, or half of the difference; without a slope: L0 differs by over 10 %.
+        values: the number of the system and of the base, each a mean over seeds.
+        l0: the L0 of the system and of the base, if both were measured.
+        l0_shift: the change of the number that the slope predicts from their L0 alone; None without a slope.
+        is_control: the system is a control: a part of it kept its random start.
+        l0_matters: `l0_shift` is large enough to be detected, or at least half of the difference. Without a slope: the
+            two L0 differ by over 10 %.
     """
 
     system: str
@@ -146,7 +147,7 @@ class Against:
 
     @property
     def verdicts(self) -> KnownVerdicts:
-        """The verdict on each pair, for notes that speak of the same pair."""
+        """The verdict on each pair, for notes about the same pair."""
         return {(line.system, self.base, line.metric, line.column): line.finding.verdict for line in self.lines}
 
     @property
@@ -168,7 +169,8 @@ class Against:
 def compare_against(comparison: Comparison, against: str, margins: Sequence[str] = ()) -> Against:
     """The differences of all systems from the one labeled `against`, which can be a reference.
 
-    `margins` are "number=margin", for numbers whose margin of equivalence is not a hundredth of their range.
+    `margins` are texts "number=margin", which replace the default margin of equivalence, a hundredth of a number's
+    range.
 
     Raises UsageError when there is no such system or number, or no other system.
     """
@@ -251,8 +253,8 @@ def l0_column() -> tuple[str, MetricColumn]:
 def l0_slope(comparison: Comparison, metric: str, column: MetricColumn) -> L0Slope | None:
     """The slope of a number over the logarithm of L0, within systems that differ in their L0 alone.
 
-    It is the least-squares slope with an intercept for each group of such systems, so that no other difference is taken
-    for one of L0. None if no group has two systems whose L0 differ by more than 10 %.
+    It is the least-squares slope with one intercept per group of such systems, so that other differences between
+    systems do not count as effects of L0. None if no group has two systems whose L0 differ by more than 10 %.
     """
     points: dict[str, list[tuple[float, float]]] = defaultdict(list)
     names = {}
@@ -294,7 +296,7 @@ def base_notes(base: ComparedSystem) -> list[str]:
 
 
 def unit_notes(lines: Sequence[AgainstLine]) -> list[str]:
-    """Notes about the limits of a comparison by the unit that was paired."""
+    """Notes about what a comparison cannot show, given the unit that was paired."""
     units = {line.pairing.differences.unit for line in lines if line.pairing.differences is not None}
     notes = []
     if by_text := sorted(units - {SEED}):
@@ -315,7 +317,7 @@ def unit_notes(lines: Sequence[AgainstLine]) -> list[str]:
 def l0_notes(lines: Sequence[AgainstLine], base: str, slopes: Slopes) -> list[str]:
     """Sentences for each system whose L0 is so far from the base's that it can explain or hide differences.
 
-    There is one for each slope that its numbers have.
+    A system gets one sentence for each slope that was used for its numbers.
     """
     notes = []
     by_system: dict[str, list[AgainstLine]] = defaultdict(list)

@@ -49,8 +49,8 @@ class Answer:
     Attributes:
         verdict: a few words.
         numbers: sentences, or parts of one, with the numbers behind the verdict.
-        is_good: whether the verdict speaks for the SAE; None if it says neither.
-        remedy: a sentence about missing numbers, which `command` follows.
+        is_good: whether the verdict speaks for the SAE; None if it speaks neither for nor against it.
+        remedy: a sentence about missing numbers, shown before `command`.
         command: the command that gives the missing numbers.
     """
 
@@ -73,7 +73,7 @@ class Report(NamedTuple):
 
 
 def answer_questions(near: RunsBeside) -> Report:
-    """The five answers about a run, in the order in which a page has them."""
+    """The five answers about a run, in the order of the page."""
     run = near.run
     pca = nearest_pca(run, near.references)
     lines = {
@@ -104,7 +104,7 @@ def alone(run: ComparedRun) -> ComparedSystem:
 
 
 def lines_against(run: ComparedRun, other: ComparedRun, numbers: Sequence[Number]) -> list[AgainstLine]:
-    """The run against another in each number that both have, named after the other."""
+    """One line for each number that both runs have. Each line has the name of the other run."""
     margins = [default_margin(column.floor, column.ceiling) for _, column in numbers]
     found = [
         pair_line(alone(run), alone(other), metric, column, margin)
@@ -131,7 +131,7 @@ def controls_beside(near: RunsBeside) -> Systems:
 
 
 def frontier_lines(near: RunsBeside) -> list[AgainstLine]:
-    """The run against the best other run of at most its L0, by KL score and by EV. Its other seeds are left out."""
+    """The run against the best other run with at most its L0, by KL score and by EV. Its other seeds are left out."""
     lines = []
     for number in FRONTIER_NUMBERS:
         if rival := best_rival(alone(near.run), map(alone, near.others), *number):
@@ -140,7 +140,7 @@ def frontier_lines(near: RunsBeside) -> list[AgainstLine]:
 
 
 def nearest_pca(run: ComparedRun, references: Sequence[ComparedRun]) -> ComparedRun | None:
-    """The PCA whose L0, its number of components, is nearest to that of the run."""
+    """The PCA whose L0 (its number of components) is nearest to the run's L0."""
     own = core_numbers(run)
     measured = [
         (abs(math.log(own[0] / found[0])), one)
@@ -191,12 +191,12 @@ def answer_control(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
 
 
 def share_of(near: RunsBeside, line: AgainstLine) -> Share | None:
-    """How much of a number the control of a line has, above its floor."""
+    """The share of a number, above its floor, that the control of a line also has."""
     return find_share(alone(near.run).run_by_seed, controls_beside(near)[line.system], line.metric, line.column)
 
 
 def answer_seed(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
-    """Beside one other seed: their difference. Beside more: whether the run is where another seed is expected."""
+    """With one other seed: the difference. With more: whether the run is in the range expected of another seed."""
     if lines:
         verdict, is_good = conclude(lines)
         more = "One other seed does not show how much seeds differ. Train more, then evaluate them together."
@@ -231,7 +231,7 @@ def answer_stable(near: RunsBeside) -> Answer:
     others = result.n.get("other_seeds", 0)
     in_all = metrics.get("recurring_in_all")
     found = f"in each of {others} other seeds"
-    if in_all is not None:  # results of earlier versions have no other share
+    if in_all is not None:  # missing in results of earlier versions
         found = f"on average over {others} other seeds, {in_all:.0%} in all of them"
     numbers, at_chance = [found if others > 1 else "in the other seed"], []
     for what in ("decoder", "activation"):
@@ -342,7 +342,7 @@ def interval_of(result: MetricResult, name: str) -> str:
 
 
 def with_untested(answer: Answer, run: ComparedRun, lines: Sequence[AgainstLine]) -> Answer:
-    """The answer, with the command that measures old results again if one could not be tested for that."""
+    """The answer, with a command that measures again if a result of an earlier version could not be tested."""
     if not any("--force" in line.pairing.reason for line in lines):
         return answer
     suite = ",".join(dict.fromkeys(line.metric for line in lines))
@@ -360,7 +360,7 @@ def not_measured(question: str, remedy: str, command: str) -> Answer:
 
 
 def missing_seeds(question: str, near: RunsBeside, suite: str) -> Answer:
-    """That a number over seeds is missing: the other seeds are there, can be trained, or cannot."""
+    """The answer if a number over seeds is missing: the other seeds exist, can be trained, or cannot."""
     run, folders = near.run, near.seed_folders
     if len(folders) > 1:
         there = f"{format_count(len(folders) - 1, 'other seed')} {'is' if len(folders) == 2 else 'are'} there"

@@ -29,7 +29,7 @@ from ..common.locks import acquire, held_if_possible, release
 from ..common.records import as_read
 
 FORMAT = 1  # version of the cached artifacts: increased when the way any of them is computed changes
-# Kinds that are activations of the model: most of the bytes, and soon computed again. Probes and scores are small.
+# Kinds that hold activations of the model: most of the bytes, and quick to compute again. Probes and scores are small.
 ACTIVATIONS = ("text_pass", "held_out", "rows", "last_rows", "letters", "sample")
 LIMIT_VARIABLE = "SAE_EVALUATION_GB"
 STALE_SECONDS = 3600  # seconds without a write after which a dead process's temporary file is removed
@@ -80,7 +80,7 @@ class ArtifactCache:
 
     @contextlib.contextmanager
     def claim(self, kind: str, keys: Iterable[Mapping[str, Any]]) -> Iterator[None]:
-        """Hold the locks for computing the missing ones of several artifacts, which one pass gives together.
+        """Hold the locks of those artifacts that are missing, for one pass that computes all of them.
 
         Inside, check again which are missing: another rank may have computed some while this one waited.
         """
@@ -92,9 +92,10 @@ class ArtifactCache:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keep every artifact while this is open. Before, remove activations above the limit, if nobody else uses any.
+        """Keep every artifact while this is open. On entry, remove activations above the limit if nobody else uses any.
 
-        The lock is the operating system's, shared by all who use the folder. Where there is none nothing is removed.
+        All who use the folder share one lock of the operating system. On a file system without locks nothing is
+        removed.
         """
         file = self.locks / "in_use"
         with contextlib.suppress(OSError), contextlib.ExitStack() as alone:
@@ -104,7 +105,7 @@ class ArtifactCache:
             yield
 
     def remove_unread(self) -> int:
-        """Remove activations that were not read for longest, down to the limit. Returns how many bytes that were."""
+        """Remove the least recently read activations, down to the limit. Returns the number of bytes removed."""
         kept = []
         for record in (found for kind in ACTIVATIONS for found in self.folder.glob(f"{kind}-[0-9a-f]*.json")):
             with contextlib.suppress(OSError):
@@ -122,9 +123,9 @@ class ArtifactCache:
 
     @contextlib.contextmanager
     def turn(self, name: str, wait: bool) -> Iterator[bool]:
-        """Whether it is this rank's turn at something of that name: not while another one holds it.
+        """Yield whether this rank may do the work called `name`: not while another rank holds its lock.
 
-        With `wait` it is, once the other has done it or has died.
+        With `wait`, wait until the other rank has done the work or has died, and yield True.
         """
         path = self.folder / name
         lock = self._acquire(path, wait)
@@ -148,7 +149,7 @@ class ArtifactCache:
                 self._release(path, lock)
 
     def _acquire(self, path: Path, wait: bool) -> int | None:
-        """None if another process has the lock and this one does not wait, or if locks cannot be had."""
+        """None if another process has the lock and this one does not wait, or if locks are not available."""
         file = self.locks / f"{path.stem}.lock"
         try:
             try:
@@ -192,7 +193,7 @@ class ArtifactCache:
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]:
                     with contextlib.suppress(OSError):  # of another user, or read-only
-                        os.utime(path.with_suffix(".json"))  # by which `remove_unread` knows when it was read
+                        os.utime(path.with_suffix(".json"))  # the time of the last read, for `remove_unread`
                     with utf8_path(path) as readable:
                         return load_file(readable, device)
         except (OSError, DamagedError, SafetensorError):
@@ -201,7 +202,7 @@ class ArtifactCache:
 
 
 def kept_limit() -> float:
-    """Bytes that artifacts may take: $SAE_EVALUATION_GB, by default 100 GB. Raises UsageError if it is no number."""
+    """Bytes that artifacts may take: $SAE_EVALUATION_GB, by default 100 GB. Raises UsageError for other values."""
     given = os.environ.get(LIMIT_VARIABLE, "") or "100"
     try:
         if (limit := float(given)) >= 0:
@@ -214,7 +215,7 @@ def kept_limit() -> float:
 def remove_stale_temporaries(folder: Path) -> int:
     """Remove temporary files of killed processes from a folder that has no lock. Returns how many were removed.
 
-    Recent files stay: a process on another machine can be writing one under an id that no process has here.
+    Recent files stay: a process on another machine can be writing one, and its id is not known here.
     """
     removed = 0
     for path in folder.glob("**/*.tmp-*"):

@@ -13,8 +13,8 @@ COLORS = ("#0072b2", "#d55e00", "#007a5a", "#b3508a", "#9a6a00", "#2b8cbe", "#6b
 MARKERS = "osD^vP*X"  # matplotlib's names
 DASHES = ("", "6 3", "2 3", "8 3 2 3")  # as in SVG
 Kind = Literal["points", "line", "both", "bars"]
-MIN_VALUE, MAX_VALUE = 1e-100, 1e100  # that an axis can show
-MAX_LINE_POINTS = 400  # of a line, more than can be told apart at the width of a chart
+MIN_VALUE, MAX_VALUE = 1e-100, 1e100  # the range that an axis can show
+MAX_LINE_POINTS = 400  # per line; more cannot be told apart at the width of a chart
 CHARACTER_WIDTH = 7  # approximate width of a character of a label, in pixels
 
 
@@ -74,8 +74,8 @@ class Chart:
 def ticks(low: float, high: float, log: bool = False, about: int = 5) -> list[float]:
     """Round numbers in [low, high], about `about` of them and at least three.
 
-    Steps are 1, 2 or 5 times a power of ten; with `log` the ticks themselves are such numbers, except in a range of
-    less than a decade, where the steps are even too.
+    Steps are 1, 2 or 5 times a power of ten. With `log` the ticks themselves are such numbers, unless the range is less
+    than a decade: then the steps are even too.
     """
     if log and high / low >= 10:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

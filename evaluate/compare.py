@@ -1,8 +1,8 @@
 """Compare runs from the result files that `sae evaluate` wrote. Nothing is measured and no weights are read.
 
 Runs that differ only in their seed form one *system*, shown as mean and standard deviation. Runs of different models,
-layers, texts or settings are compared only on request (`mix`), with a list of what differs. Numbers are those without
-outlier rows, where a run has both.
+layers, texts or settings are compared only on request (`mix`), with a list of what differs. If a run has numbers with
+and without outlier rows, those without are compared.
 """
 
 import csv
@@ -116,7 +116,7 @@ class Comparison:
         return [(m, one) for m, one in summary_columns() if any(run.value(m, one) is not None for run in self.runs)]
 
     def with_control_notes(self, known: KnownVerdicts) -> "Comparison":
-        """The comparison with a note for each system that is not better than its controls, as `sae evaluate` has it.
+        """The comparison with a note for each system that is not better than its controls, as in `sae evaluate`.
 
         `known` are the verdicts of a printed table, which the notes repeat (docs/reference/statistics.md).
         """
@@ -130,7 +130,7 @@ class Comparison:
 
 
 def summary_columns() -> list[tuple[str, MetricColumn]]:
-    """The numbers that tables of several runs show, each after the name of its metric."""
+    """(metric name, column) of each number that tables of several runs show."""
     return [(metric, one) for metric, name in SUMMARY_COLUMNS for one in METRICS[metric].columns if one.name == name]
 
 
@@ -171,7 +171,7 @@ def compare_runs(folders: Sequence[Path], mix: bool = False, references: bool = 
 
 
 def name_references(found: Sequence[ComparedRun]) -> dict[str, dict[Any, ComparedRun]]:
-    """References by label, the label being the name of the folder for those whose names are not unique."""
+    """References by label: their name, or the name of the folder where names are not unique."""
     by_folder = {one.folder: one for one in found}
     counts = Counter(one.name for one in by_folder.values())
     return {
@@ -180,7 +180,8 @@ def name_references(found: Sequence[ComparedRun]) -> dict[str, dict[Any, Compare
 
 
 def mixed_seeds(run: ComparedRun, runs: Sequence[ComparedRun]) -> list[str]:
-    """A sentence if a number that depends on the other seeds was measured with other seeds in a run of its system."""
+    """A sentence for each metric that compares seeds, if another run of the same system was compared with other
+    seeds."""
     notes = []
     for metric, settings in run.settings.items():
         if "seeds" not in settings or "seed" not in run.record:
@@ -266,7 +267,7 @@ def system_label(run: ComparedRun, keys: Sequence[str]) -> str:
 
 
 def comparison_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a line for each system, each reference, and each share that a control has of a system."""
+    """Headings, and a line for each system, each reference, and each control's share of a system."""
     headings, lines = system_table(comparison)
     return headings, [*lines, *share_lines(systems_and_references(comparison), comparison.columns)]
 
@@ -287,7 +288,7 @@ def system_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def share_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Headings, and the share that each control of a system has of its numbers; numbers without one are left out."""
+    """Headings, and each control's share of the numbers of its system; numbers without a share are left out."""
     headings = ["system", "control", *(metric_heading(*number).partition(" ↑")[0] for number in comparison.columns)]
     return without_empty_columns(headings, share_cells(systems_and_references(comparison), comparison.columns))
 
@@ -299,7 +300,7 @@ def systems_and_references(comparison: Comparison) -> dict[str, RunBySeed]:
 def detectable_line(comparison: Comparison) -> list[str]:
     """The smallest difference between two systems that could be detected, below the table; empty if nothing is paired.
 
-    It is the largest of the comparisons of the first system with each other, as `--against` makes them
+    It is the largest over the comparisons of the first system with each of the others, as in `--against`
     (docs/reference/statistics.md).
     """
     paired = {}
@@ -336,7 +337,7 @@ def to_records(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def flat_numbers(run: ComparedRun, masked: Collection[str]) -> Iterator[tuple[str, float | None]]:
-    """The numbers of a run; those of the metrics `masked` also without outlier rows."""
+    """The numbers of a run. For the metrics in `masked`, also the numbers without outlier rows."""
     for metric, result in run.results.items():
         if metric in masked and not result.masked:
             result = replace(result, masked=result)
@@ -351,7 +352,7 @@ def to_csv(comparison: Comparison) -> str:
 
 
 def records_as_csv(records: Sequence[Mapping[str, Any]]) -> str:
-    """Flat dictionaries as CSV. Text that a spreadsheet would compute is made plain text by `escape_for_csv`."""
+    """Flat dictionaries as CSV. `escape_for_csv` turns text that a spreadsheet would compute into plain text."""
     text = io.StringIO()
     names = list(dict.fromkeys(name for record in records for name in record))
     writer = csv.writer(text, lineterminator="\n")

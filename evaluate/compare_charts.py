@@ -24,7 +24,7 @@ CURVE_TITLES = {  # scalar in metrics.jsonl -> title; explained_variance is draw
 }
 LOG_SCALE_CURVES = ("explained_variance", "loss")
 ALL_ROWS_NOTE = "SAEBench's numbers over all rows, outlier rows included, like the published ones."
-FRAMING_REFERENCE = "pca"  # of the same L0 as the SAEs; the other references may be far from them
+FRAMING_REFERENCE = "pca"  # has the same L0 as the SAEs; the other references may be far from them
 PUBLISHED = Path(__file__).parent / "published.toml"
 
 
@@ -63,7 +63,7 @@ def frontiers(comparison: Comparison, numbers: Sequence[tuple[str, MetricColumn]
 
 
 def without_far_series(chart: Chart, names: Container[str]) -> Chart:
-    """The chart without those of the named series that lie far from the others; its note also has their points."""
+    """The chart without the named series that lie far from the others. Its note lists their points."""
     kept = [series for series in chart.series if series.name not in names]
     if not kept:
         return chart
@@ -110,7 +110,7 @@ def published_series(comparison: Comparison, metric: str, column: MetricColumn) 
 
 
 def training_curves(comparison: Comparison) -> list[Chart]:
-    """What training logged, over tokens: a line for each run."""
+    """The values that training logged, over tokens: a line for each run."""
     logs = {run.name: read_metrics_log(run.folder) for run in comparison.runs}
     charts = []
     for name, title in CURVE_TITLES.items():

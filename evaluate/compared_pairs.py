@@ -1,4 +1,4 @@
-"""Which pairs of latents a step of a run compared, in words: for the penalties on pairs of papers 002 and 003."""
+"""The pairs of latents that a training step compared, in words, for the pair penalties of papers 002 and 003."""
 
 import math
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ ALL_PAIRS = "all"
 def compared_pairs(record: Mapping[str, Any]) -> str | None:
     """The pairs that the run of a run.json compared in a step; None if its recipe has no choice of pairs.
 
-    A run without the options is of an earlier version, which had no choice. A small dictionary is a single block, or
-    its table has all pairs.
+    A run without these options was trained by an earlier version, which had no choice of pairs. A small dictionary is a
+    single block, or its table has all pairs.
     """
     options, latents = LATER_ENTRIES | record.get("resolved", {}), record.get("d_sae", math.inf)
     if record.get("variant") == "decorrelation":
@@ -28,7 +28,7 @@ def compared_pairs(record: Mapping[str, Any]) -> str | None:
 
 
 def options_of_earlier_pairs(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that a new run needs to compare the pairs of a run of an earlier version, which had no choice."""
+    """The options with which a new run compares the same pairs as an earlier version, which had no choice of pairs."""
     resolved = record.get("resolved", {})
     newer = (
         ["pair_choice"] if record.get("variant") == "decorrelation" else ["turns"] if "pair_store" in resolved else []

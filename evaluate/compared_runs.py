@@ -28,11 +28,11 @@ class ComparedRun:
         record: run.json; empty for an imported SAE.
         results: metric -> result.
         settings: metric -> the settings it was measured with.
-        notes: sentences about its numbers beside the references and its target L0.
-        conditions: equal for a run and its controls; "" if it cannot have any.
+        notes: sentences that compare its numbers with the references and its target L0.
+        conditions: a digest, equal for a run and its controls; "" if it cannot have controls.
         is_control: whether it is a control, as a run or as a reference.
-        base: the recipe that a control is made of; of another run, the one that its controls are.
-        control_notes: sentences about its system beside its controls.
+        base: the recipe that a control is made of; for another run, the recipe that its controls are made of.
+        control_notes: sentences that compare its system with its controls.
     """
 
     name: str

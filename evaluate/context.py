@@ -54,7 +54,7 @@ class EvalContext:
         data: a folder that is searched for datasets before the Hub:
             <data>/<name on the Hub>/<split>.jsonl or .parquet.
         device: where the model computes.
-        precision: of the SAEs' products: "float32", "tf32" or "bfloat16".
+        precision: the precision of the SAEs' matrix products: "float32", "tf32" or "bfloat16".
         model_config: the model's transformers config.
         model_argument: what --model takes for the model: a Hub id, or its folder on this machine.
         change: how the contexts differ from the cache's; `contexts` is changed already.
@@ -79,7 +79,7 @@ class EvalContext:
 
     @property
     def model_name(self) -> str:
-        """What the model is called."""
+        """The model's name."""
         return model_label({**self.model_identity, "name": self.model_identity["model"]})
 
     @property
@@ -99,14 +99,14 @@ class EvalContext:
 
     @property
     def special_ids(self) -> list[int]:
-        """Token ids at which no metric is computed, wherever they stand."""
+        """Token ids at which no metric is computed, at any position."""
         return list(self.context_format.skip_ids)
 
     def encode_texts(self, texts: Sequence[str], max_tokens: int | None = None) -> list[list[int]]:
-        """The ids of texts as the cache's contexts would begin, cut to `max_tokens`.
+        """The token ids of texts, with the same first token as the cache's contexts, cut to `max_tokens`.
 
-        Where the tokenizer itself puts the same token first, everything that it adds is kept, as in SAEBench. Special
-        tokens that are spelled in a text are special tokens.
+        If the tokenizer itself adds this first token, all tokens that it adds are kept, as in SAEBench. Special tokens
+        that are spelled out in a text become special tokens.
 
         Raises UsageError if a text has a token that the model has no embedding for.
         """
@@ -123,14 +123,14 @@ class EvalContext:
 
     @property
     def text_settings(self) -> dict[str, Any]:
-        """Additional settings of a metric with its own texts, if they differ from earlier versions. Those used the
-        token that the tokenizer adds, and left out pad, EOS and BOS.
+        """Additional settings of a metric with its own texts, if they differ from earlier versions. Earlier versions
+        used the first token of the tokenizer and left out pad, EOS and BOS.
         """
         return self._format_settings(added_bos_id(self.tokenizer))
 
     @property
     def prompt_settings(self) -> dict[str, Any]:
-        """As `text_settings`, for prompts that are put together from tokens: they began with BOS, else EOS."""
+        """Like `text_settings`, for prompts built from tokens: in earlier versions they began with BOS, else EOS."""
         return self._format_settings(bos_or_eos_id(self.tokenizer))
 
     def _format_settings(self, earlier_bos: int | None) -> dict[str, Any]:
@@ -149,7 +149,8 @@ class EvalContext:
 
     @property
     def logit_settings(self) -> dict[str, Any]:
-        """Additional settings of a metric of the model's logits: earlier versions rounded them as the model does."""
+        """Additional settings of a metric on the model's logits. Earlier versions rounded logits to the model's
+        dtype."""
         return {} if self.model_identity.get("llm_dtype") == "float32" else {"logits": "float32"}
 
     def batches(

@@ -1,7 +1,7 @@
 """Sentences that compare systems with their controls, with the verdicts and tests of docs/reference/statistics.md.
 
-The comparisons of these notes are a table of their own: every system against the best of its controls in each number
-that `sae compare` shows. A pair that a printed table tests too has that table's verdict in the note.
+The comparisons in these notes form a separate table: every system against the best of its controls, in each number that
+`sae compare` shows. If a printed table tests the same pair, the note repeats that table's verdict.
 """
 
 import statistics
@@ -45,10 +45,10 @@ class BesideControl(NamedTuple):
 
 
 def control_notes(systems: Systems, columns: Columns, known: KnownVerdicts) -> dict[str, list[str]]:
-    """Label -> sentences, for systems with controls: numbers that are not better or are the same, and unlike L0.
+    """Label -> sentences for systems with controls: numbers that are not better or are the same, and L0 that differs.
 
     Args:
-        systems: with their controls, which are systems too.
+        systems: the systems and their controls, which are systems too.
         columns: the numbers to compare; those without a better direction are left out.
         known: the verdicts of a printed table, which the notes repeat.
     """
@@ -82,7 +82,7 @@ def compare_with_controls(systems: Systems, columns: Columns, known: KnownVerdic
 def best_control(
     label: str, runs: RunBySeed, controls: Systems, metric: str, column: MetricColumn
 ) -> BesideControl | None:
-    """The control that is best in a number, by its mean over seeds; None where nothing is to be compared."""
+    """The control that is best in a number, by its mean over seeds; None if there is nothing to compare."""
     own = numbers(runs, metric, column)
     measured = {name: statistics.mean(n) for name, some in controls.items() if (n := numbers(some, metric, column))}
     if not column.better or column.category in NOT_OF_FEATURES or not own or not measured:
@@ -120,7 +120,7 @@ def describe_beside(found: Sequence[BesideControl]) -> str:
 
 
 def same_as_controls(label: str, runs: RunBySeed, controls: Systems, columns: Columns) -> Iterator[str]:
-    """A sentence for each control that has the value of the system in every number."""
+    """A sentence for each control that has the same value as the system in every number."""
     for name, some in controls.items():
         pairs = [
             (numbers(runs, *one), numbers(some, *one)) for one in columns if one[1].category not in NOT_OF_FEATURES

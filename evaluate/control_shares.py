@@ -1,4 +1,4 @@
-"""How much of a number the controls of a system already have."""
+"""The share of a system's numbers that its controls already have."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,9 +14,9 @@ SHARE_NOTE = (
     "(control - floor) / (run - floor), with its 95 % interval over the pairs. A control is one seed, unless its row "
     "says more"
 )
-NOT_OF_FEATURES = ("llm", "misc_metrics")  # categories of numbers that no SAE is praised for: the model's own, alive
+NOT_OF_FEATURES = ("llm", "misc_metrics")  # categories that say nothing about features: the model's numbers, alive
 
-Columns = Sequence[tuple[str, MetricColumn]]  # with the name of the metric
+Columns = Sequence[tuple[str, MetricColumn]]  # (name of the metric, column)
 Systems = Mapping[str, RunBySeed]  # label -> the runs that differ in their seed alone; references are systems too
 
 

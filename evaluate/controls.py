@@ -2,7 +2,7 @@
 2602.14111).
 
 train/variants/controls.py has their recipes and workflows/controls.py trains them. This module decides which control
-belongs to which run, and makes the reference rows of those that `sae evaluate --controls` has trained.
+belongs to which run, and makes reference rows of the controls that `sae evaluate --controls` has trained.
 """
 
 import json
@@ -33,8 +33,8 @@ def conditions_of(folder: Path) -> dict[str, Any] | None:
     """The conditions that a run shares with its controls: rows and their order, width, L0, steps, batch size,
     precision.
 
-    None for a run that cannot have controls here: an imported one, one that was trained with --stream, whose rows are
-    gone, and one of unknown L0.
+    None for a run that cannot have controls here: an imported run, a run trained with --stream (its rows are gone), or
+    a run of unknown L0.
 
     Raises DamagedError if run.json was damaged.
     """
@@ -49,7 +49,8 @@ def conditions_of(folder: Path) -> dict[str, Any] | None:
 
 
 def base_of(record: RunRecord | None) -> str:
-    """The base recipe of a control. For another run, that of its controls: its own if possible, else batchtopk."""
+    """The base recipe of a control. For another run, the base of its controls: its own recipe if possible, else
+    batchtopk."""
     if record is None:
         return BASES[0]
     if record["variant"] in RECIPES:
@@ -83,7 +84,7 @@ def conditions_digest(conditions: Mapping[str, Any] | None) -> str:
 def control_rows(group: EvalGroup, folders: Sequence[Path], outlines: bool = False) -> list[EvalRow]:
     """The trained controls among `folders` as reference rows for the runs that they control for.
 
-    Their results are stored with those of the other references. With `outlines` their weights are not read.
+    Their results are stored with the results of the other references. With `outlines` their weights are not read.
 
     Raises UsageError for a folder without a trained control, and DamagedError for one that cannot be read.
     """
@@ -99,7 +100,7 @@ def control_rows(group: EvalGroup, folders: Sequence[Path], outlines: bool = Fal
 
 
 def matching_controls(group: EvalGroup, folders: Sequence[Path]) -> list[tuple[Path, dict[str, Any], RowSet]]:
-    """The trained controls among `folders` that belong to runs of a group: with their conditions and its row set.
+    """The trained controls among `folders` that belong to runs of a group, each with its conditions and row set.
 
     Raises UsageError and DamagedError as `control_rows` does.
     """
@@ -145,7 +146,8 @@ def control_row(
 
 
 def distinct_names(names: Sequence[str], conditions: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of controls; those of one recipe and L0 also have their width, or all that tells them apart."""
+    """Distinct names of controls. Controls of the same recipe and L0 also have their width, or a digest, in the
+    name."""
     by_width = [f"{name}-n{one['d_sae']}" for name, one in zip(names, conditions, strict=True)]
     by_digest = [f"{name}-{conditions_digest(one)[:6]}" for name, one in zip(by_width, conditions, strict=True)]
     name_counts, width_counts = Counter(names), Counter(by_width)

@@ -24,10 +24,10 @@ from .rows import EvalGroup, EvalRow, placed
 
 REFERENCES = "references"  # the rows beside a run that are not trained: identity, zero, PCA, random dictionary
 REFERENCE_ROWS = 4
-RATE = {"cpu": 2e10, "cuda": 2e13}  # multiplications and additions in a second, of one core or one GPU
-# metric -> what it takes for an SAE with default options: multiplications and additions for each weight of the encoder,
-# and others. The first four as measured on gemma-2-mini (docs/explanation/several-processes.md), the others by their
-# rows.
+RATE = {"cpu": 2e10, "cuda": 2e13}  # multiplications and additions per second of one core or one GPU
+# metric -> multiplications and additions for one SAE with default options: per weight of the encoder, and a constant.
+# The first four were measured on gemma-2-mini (docs/explanation/several-processes.md), the others are estimates from
+# their number of rows.
 OPERATIONS = {
     "core": (0.0, 0.0),  # see seconds_of
     "absorption": (5e4, 3e10),
@@ -46,7 +46,7 @@ class Unit:
         runs: the run folders; for reference rows, one of the runs that they are references for.
         metrics: their names.
         beside: "" for the runs themselves, REFERENCES, or the folder of a control.
-        seconds: about how long it takes; only the proportions are certain.
+        seconds: the estimated time; only the proportions are reliable.
     """
 
     runs: tuple[Path, ...]
@@ -59,7 +59,7 @@ Share = tuple[Unit, ...]  # what one rank measures
 
 
 def deal_work(plan: EvaluatePlan, count: int) -> list[Share]:
-    """The share of each of `count` ranks. Raises UsageError for a control that is none."""
+    """The share of each of `count` ranks. Raises UsageError for a folder that is not a control."""
     units = [unit for group in plan.groups for unit in ordered_units(plan, group)]
     shares = split(units, count)
     systems = [unit for group in plan.groups for unit in system_units(plan, group)]

@@ -18,7 +18,7 @@ PUBLISHED_NOTE = (
     "L0 of the system."
 )
 
-Number = tuple[str, MetricColumn]  # with the name of the metric
+Number = tuple[str, MetricColumn]  # (name of the metric, column)
 
 
 def find_column(metric: str, name: str) -> Number:
@@ -26,9 +26,9 @@ def find_column(metric: str, name: str) -> Number:
     return metric, next(column for column in METRICS[metric].columns if column.name == name)
 
 
-# Of each of these more is better.
+# Higher is better in each of these.
 FRONTIER_NUMBERS = (find_column("core", "kl_div_score"), find_column("core", "fve"))
-PUBLISHED_NUMBER = find_column("core", "ce_loss_score")  # that published.toml has of reconstructions
+PUBLISHED_NUMBER = find_column("core", "ce_loss_score")  # the reconstruction number in published.toml
 
 
 class Published(NamedTuple):
@@ -60,9 +60,10 @@ def best_rival(
 
 
 def published_at(system: ComparedSystem, metric: str, column: MetricColumn) -> list[Published]:
-    """Published results of the system's model and layer at its L0, the best first. None outside of their points.
+    """Published results of the system's model and layer at its L0, the best first. Empty outside the range of their
+    points.
 
-    They count outlier rows, so the L0 is that over all rows: give a system `on_all_rows`.
+    They count outlier rows, so pass a system `on_all_rows`, whose L0 counts them too.
     """
     own = l0_of(system)
     if own is None:
@@ -77,7 +78,7 @@ def published_at(system: ComparedSystem, metric: str, column: MetricColumn) -> l
 
 
 def frontier_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a line for each system: how far the best system of no more L0 is ahead, and published results.
+    """Headings, and a line for each system: how far the best system with no higher L0 is ahead, and published results.
 
     Headings alone if fewer than two systems can be compared and nothing is published for their model and layer.
     """
@@ -106,7 +107,7 @@ def heading(metric: str, column: MetricColumn) -> str:
 
 
 def behind(system: ComparedSystem, systems: Sequence[ComparedSystem], metric: str, column: MetricColumn) -> str:
-    """A cell: the number, and how far behind the best other system of no more L0 it is."""
+    """A cell: the number, and how far it is behind the best other system with no higher L0."""
     own = system.mean_and_spread(metric, column)
     if own is None:
         return ""

@@ -1,4 +1,4 @@
-"""Open what an evaluation reads: the SAE of a run, the cache with its held-out text, and the model of that cache."""
+"""Open the inputs of an evaluation: the SAE of a run, the cache with its held-out text, and the model of that cache."""
 
 import contextlib
 from collections.abc import Callable, Mapping
@@ -86,7 +86,7 @@ def find_eval_cache(folder: Path, sae: SAE, *, cache: Place | None = None, model
         raise UnavailableError(f"{error} Or name another cache of {model_label(trained_on)} with --cache.") from error
     if found:
         return found
-    if "format" in sae.origin:  # imported: its cache was only the one that it was verified on
+    if "format" in sae.origin:  # imported: the recorded cache was only used to verify it
         return only_cache_of_model(folder, sae.origin)
     where = f" ({recorded})" if isinstance(recorded, str) else ""
     raise UsageError(
@@ -186,9 +186,9 @@ def find_model_of(cache: Cache, given: str | None) -> tuple[ModelSource, Any]:
 
 
 def check_tokenizer(cache: Cache, source: ModelSource, tokenizer: Any) -> tuple[str, ...]:
-    """Compare a model's tokenizer with that of a cache.
+    """Compare a model's tokenizer with the tokenizer of a cache.
 
-    Returns a note if the same files give another tokenizer with the installed versions than with those of the harvest.
+    Returns a note if the same files give a different tokenizer with the installed versions than with the harvest's.
 
     Raises UsageError if its files have changed.
     """
@@ -210,7 +210,7 @@ def check_tokenizer(cache: Cache, source: ModelSource, tokenizer: Any) -> tuple[
 
 
 def versions_of_harvest(cache: Cache) -> dict[str, str]:
-    """The versions of transformers and tokenizers with which a cache was harvested, as far as it says so."""
+    """The versions of transformers and tokenizers with which a cache was harvested, as far as it records them."""
     with contextlib.suppress(SaeError, KeyError, TypeError):
         versions = HARVEST_RECORD.read(cache.folder / "harvest.json")["environment"]["versions"]
         return {name: versions[name] for name in ("transformers", "tokenizers") if isinstance(versions.get(name), str)}
@@ -218,7 +218,7 @@ def versions_of_harvest(cache: Cache) -> dict[str, str]:
 
 
 def model_identity_of(source: ModelSource, attention: str, dtype: str) -> dict[str, Any]:
-    """What identifies the model and how it computes, in the settings of every result."""
+    """The identity of the model and its computation, for the settings of every result."""
     record = source.identity()
     adapters = {"adapters": record["adapters"]} if "adapters" in record else {}
     return {"model": source.name, "revision": source.revision, **adapters, "attention": attention, "llm_dtype": dtype}
@@ -240,11 +240,11 @@ def make_context(
     """The evaluation context of a cache: its model, found but not loaded yet, and its held-out text.
 
     The text is cut to the first contexts that hold `tokens` tokens, or is all of it. `model` says where the model's
-    folder is, if it has moved since the harvest. `origin` is that of the SAEs: for imported ones, their files decide
-    the first token and the length of contexts. `precision` is that of the SAEs' products.
+    folder is, if it has moved since the harvest. `origin` is the origin of the SAEs: the files of imported SAEs decide
+    the first token and the length of contexts. `precision` is the precision of the SAEs' matrix products.
 
-    Raises UsageError when the model or the tokenizer on this machine is another one than the cache was made with, or
-    when the cache has no held-out text.
+    Raises UsageError when the model or the tokenizer on this machine differs from the one that the cache was made with,
+    or when the cache has no held-out text.
     """
     load = load or model_loader()
     source, model_config = find_model_of(cache, model)

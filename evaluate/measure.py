@@ -36,7 +36,7 @@ def measure_all(
     references: Sequence[EvalRow],
     progress: ProgressFactory,
 ) -> None:
-    """Measure every metric for the rows that are `due` for it, by its name, and for reference rows."""
+    """Measure every metric for its rows in `due` (keyed by the metric's name) and for reference rows."""
     for metric in plan.metrics:
         if metric.name in group.settings:
             read_earlier_results(metric, group, references, plan.config.force)
@@ -44,7 +44,7 @@ def measure_all(
 
 
 def use_precision(rows: Sequence[EvalRow], precision: str) -> None:
-    """Let the SAEs of the rows compute their products in a precision: copies of them, with the same weights."""
+    """Replace the SAEs of the rows by copies with the same weights that compute their products in `precision`."""
     for row in rows:
         if isinstance(row.target.sae, SAE):
             sae = copy.copy(row.target.sae)
@@ -53,7 +53,7 @@ def use_precision(rows: Sequence[EvalRow], precision: str) -> None:
 
 
 def loaded(row: EvalRow, device: str, precision: str) -> EvalTarget:
-    """The target of a row with its SAE in memory, also if the plan knows only its outline.
+    """The target of a row with its SAE in memory, even if the plan has only its outline.
 
     Raises DamagedError if its files are not as they were written.
     """
@@ -88,7 +88,7 @@ def add_control_notes(rows: Sequence[EvalRow]) -> None:
 def reference_rows_if_possible(
     plan: EvaluatePlan, group: EvalGroup, row_sets: Sequence[RowSet] | None = None
 ) -> list[EvalRow]:
-    """`reference_rows`; none, and a note in the plan, if something outside keeps them from being made."""
+    """`reference_rows`, or no rows and a note in the plan if the disk or the memory does not allow them."""
     try:
         return reference_rows(group, row_sets)
     except Exception as error:
@@ -148,7 +148,7 @@ def measure(metric: Metric, group: EvalGroup, rows: Sequence[EvalRow], progress:
         if not out_of_memory(error):
             raise
         failure = UnavailableError(describe_running_out(metric, group, error))
-        release(error, group.ctx.device)  # the next metric has the memory
+        release(error, group.ctx.device)  # frees the memory for the next metric
         outcomes = [failure] * len(pending)
     for row, outcome in zip(pending, outcomes, strict=True):
         if isinstance(outcome, SaeError):

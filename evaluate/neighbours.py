@@ -17,7 +17,7 @@ from .compared_runs import ComparedRun, read_references, read_run, without_weigh
 from .control_shares import is_control_of
 from .tables import digest_without_seed
 
-MORE_SEEDS = 2  # that a command trains
+MORE_SEEDS = 2  # seeds that a command trains
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class RunsBeside:
     """The references and runs that a run is compared with.
 
     Attributes:
-        references: those of its text and hook, including its controls.
+        references: the references on its text and hook, including its controls.
         seeds: runs that differ from it only by seed, with core measured as for the run.
-        unmeasured: the folders of such runs with core measured otherwise, or not at all.
-        controls: runs that are controls of it, with its results of each metric measured alike; one of each recipe.
+        unmeasured: the folders of runs that differ only by seed, with core measured differently or not at all.
+        controls: its controls, one of each recipe, with the results that were measured with its own settings.
         others: the other runs of its model, layer and site, with core measured as for the run. No controls.
     """
 
@@ -53,7 +53,7 @@ def find_neighbours(run: ComparedRun) -> RunsBeside:
         if folder == run.folder.resolve() or not (folder / "sae.json").exists():
             continue
         try:
-            # A folder of many runs is read often: only what every run is compared in.
+            # A folder of many runs is read often, so only core is read, by which all runs are compared.
             is_seed = digest_of_system(read_run_record(folder)) == digest_of_system(run.record) != ""
             other = read_run(folder, metrics=("core",))
         except SaeError as error:

@@ -29,7 +29,7 @@ def norm_limit_of(origin: Mapping[str, Any], cache: Cache, hook: Hook, max_norm:
 
 
 def cached_norm_limit(cache: Cache, hook: Hook) -> float | None:
-    """The limit that a cache records for a hook; None if it has no rows of it."""
+    """The limit that a cache records for a hook; None if the cache has no rows of the hook."""
     if is_ring_cache(cache.folder) or hook not in cache.hooks:
         return None
     return cache.statistics(hook.array)["norm_limit"]

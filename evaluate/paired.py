@@ -17,7 +17,7 @@ RunBySeed = Mapping[Any, MeasuredRun]
 
 
 class PairedValues(NamedTuple):
-    """A number of two systems on the units that both were measured on, or why there are none: the end of a sentence."""
+    """A number of two systems on the units of both, or the reason why there are none, as the end of a sentence."""
 
     ours: Sequence[float] = ()
     theirs: Sequence[float] = ()
@@ -62,10 +62,10 @@ def differences_of(paired: PairedValues) -> Pairing:
 
 
 def pair_values(system: RunBySeed, other: RunBySeed, metric: str, column: MetricColumn) -> PairedValues:
-    """One number of two systems, value beside value.
+    """One number of two systems, as pairs of values.
 
     - Two seeds or more in common: one pair for each.
-    - `other` is a reference, which has no seed: each seed beside it, as it is one fixed SAE.
+    - `other` is a reference, which has no seed: each seed is paired with it, because it is one fixed SAE.
     - One run each, or one seed in common: these two runs, one pair for each document, data set or letter.
     """
     if not METRICS[metric].independent_seeds:

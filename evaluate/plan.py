@@ -59,7 +59,7 @@ class EvaluateConfig:
 
 @dataclass
 class EvaluatePlan:
-    """What `run_evaluation` will do.
+    """The plan that `run_evaluation` carries out.
 
     Attributes:
         refused: runs that cannot be evaluated, and why.
@@ -204,8 +204,8 @@ def whole_contexts(asked: int | None, read: int, changed: bool) -> str:
 def plan_evaluation(config: EvaluateConfig, refused: Mapping[Path, SaeError] | None = None) -> EvaluatePlan:
     """Open the runs, find their text, and read the results of earlier evaluations with the same settings.
 
-    A run that cannot be evaluated goes to `EvaluatePlan.refused`, as those in `refused` are already, a metric that
-    cannot run to `EvalRow.errors`.
+    A run that cannot be evaluated is added to `EvaluatePlan.refused`, which begins with the runs in `refused`. The
+    error of a metric that cannot run is in `EvalRow.errors`.
 
     Raises SaeError with all reasons when nothing can be measured and nothing was measured before, UsageError for
     contradictory arguments, and UnavailableError when a folder cannot be written or the disk is full.

@@ -1,8 +1,9 @@
 """Evaluate over the ranks of a launcher: each measures its share of the SAEs, on its own device.
 
 While they measure, ranks share only files. A result is a file of its run; values that do not depend on an SAE are files
-of the artifact cache, computed by the first rank to need them. At the end each rank sends the others what is in no
-file: errors and the names of reference rows. If a rank dies, its SAEs stay unmeasured; the same command measures them.
+of the artifact cache, computed by the first rank to need them. At the end each rank sends the others the values that no
+file holds: errors and the names of reference rows. If a rank dies, its SAEs stay unmeasured; the same command measures
+them.
 """
 
 import contextlib
@@ -48,9 +49,9 @@ def measure_over_ranks(
 ) -> list[list[EvalRow]]:
     """Measure this rank's share of a plan, and wait for the others. Returns the rows of each group of the plan.
 
-    Without `all_rows`, those that other ranks measured have no results.
+    Without `all_rows`, rows that other ranks measured have no results.
 
-    Raises SaeError if any rank did, and UnavailableError if one has ended.
+    Raises SaeError if any rank raised one, and UnavailableError if a rank has ended.
     """
     shares = ranks.everywhere(lambda: deal_work(plan, ranks.count))
     # All use the first rank's assignment: another may have planned when some results already existed.
@@ -82,7 +83,7 @@ def raise_error(error: SaeError) -> NoReturn:
 
 
 def measure_share(plan: EvaluatePlan, share: Share, progress: ProgressFactory) -> Measured:
-    """Measure the units of a share, group by group, with no more SAEs in memory than the group has there."""
+    """Measure the units of a share, group by group, with only the SAEs of one group in memory."""
     measured = Measured()
     known_notes = len(plan.notes)
     for number, group in enumerate(plan.groups):
@@ -235,7 +236,7 @@ class RanksView(NoView):
 
     @contextlib.contextmanager
     def others(self) -> Iterator[None]:
-        """While this rank has done its share."""
+        """The view while this rank waits for the others."""
         with self.beside_others("on the other ranks"):
             self.latest = (self.count, max(len(self.before), 1), "waiting for the other ranks")
             yield
@@ -245,7 +246,7 @@ class RanksView(NoView):
         self.show()
 
     def waiting(self, what: str) -> None:
-        """Say that this rank waits until another one has computed an artifact; with "", that it does no longer."""
+        """Show that this rank waits for another one to compute an artifact; with "", that it no longer waits."""
         self.awaited = f"waiting for another rank, which computes {what}" if what else ""
         self.show()
 

@@ -72,7 +72,7 @@ def reference_targets(
 
     The targets are taken one after the other, so that not all need to be in memory.
 
-    Raises UnavailableError if all rows of the text are outliers, or if there are no targets, as all are damaged.
+    Raises UnavailableError if all rows of the text are outliers, or if there are no targets because all are damaged.
     """
     hook, norm_limit = row_set
     x_RD = sample_activations(ctx, text, hook).float()
@@ -96,7 +96,7 @@ def reference_targets(
 
 
 def l0_and_width(target: EvalTarget, x_RD: Tensor) -> tuple[Tensor, int]:
-    """The mean number of latents that are not 0 at these rows, and the number of all."""
+    """The mean number of nonzero latents at these rows, and the number of all latents."""
     f_RF = target.sae.encode(x_RD)
     return (f_RF != 0).sum(1).float().mean(), f_RF.shape[1]
 

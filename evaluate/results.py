@@ -147,8 +147,8 @@ def archived_file(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> 
 def archive_other_settings(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> None:
     """Copy a result with other settings to the archive: it may have taken hours to measure.
 
-    A copy, and one that stays when it is brought back: several processes can do either at once, and no step of one
-    takes a result away from another. Raises UnavailableError if it cannot be written.
+    The result is copied, and the copy stays when it is brought back. Several processes can do both at once without
+    taking a result away from one another. Raises UnavailableError if it cannot be written.
     """
     path = result_file(folder, metric)
     with contextlib.suppress(DamagedError):  # there is no result, or a file that is not one and can be overwritten

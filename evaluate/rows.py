@@ -31,7 +31,7 @@ IGNORED_KEYS = (
     "step_version",
     "step_version_since",
 )
-NEAR_L0 = 1.1  # a PCA of up to this many times as many components as an SAE's L0 is one of equal L0
+NEAR_L0 = 1.1  # a PCA whose rank is up to this many times an SAE's L0 has equal L0
 
 
 class MeasuredRun(Protocol):
@@ -48,7 +48,7 @@ class MeasuredRun(Protocol):
 
     @property
     def target_l0(self) -> float | None:
-        """The L0 that its training was asked for, or None."""
+        """The target L0 of its training, or None."""
 
     @property
     def conditions(self) -> str:
@@ -60,15 +60,16 @@ class MeasuredRun(Protocol):
 
     @property
     def base(self) -> str:
-        """The recipe that a control is made of; of another run, the one that its controls are (`controls.base_of`)."""
+        """The recipe that a control is made of; for another run, the base of its controls (`controls.base_of`)."""
 
     @property
     def notes(self) -> Sequence[str]:
-        """Sentences about its numbers beside others (`notes_beside`); those of a single metric are its flags."""
+        """Sentences that compare its numbers with others (`notes_beside`). The notes of a single metric are its
+        flags."""
 
     @property
     def control_notes(self) -> Sequence[str]:
-        """Sentences about its system beside its controls (evaluate/control_notes.py)."""
+        """Sentences that compare its system with its controls (evaluate/control_notes.py)."""
 
 
 @dataclass
@@ -84,10 +85,10 @@ class EvalRow:
         weights: digest of the weights, the activations and the hook.
         results: metric name -> result.
         errors: metric name -> why that metric has no result.
-        target_l0: the L0 that its training was asked for.
+        target_l0: the target L0 of its training.
         conditions: equal for a run and its controls; "" if it cannot have any.
         is_control: whether it is a control, as a run or as a reference.
-        base: the base recipe of a control; for another run, that of its controls.
+        base: the base recipe of a control; for another run, the base recipe of its controls.
         notes: sentences that compare its numbers with others, once all are measured (`notes_beside`).
         control_notes: sentences that compare its system with its controls.
     """
@@ -115,7 +116,8 @@ class EvalRow:
         return self.target.reference
 
     def settings(self, shared: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of a result of this row: those of its group, its weights, and the limit of outlier rows."""
+        """The settings of a result of this row: the settings of its group, its weights, and the limit of outlier
+        rows."""
         limit = self.target.norm_limit
         return {**shared, "weights": self.weights} | ({} if limit is None else {"norm_limit": limit})
 
@@ -160,7 +162,7 @@ class EvalGroup:
 
     @property
     def row_sets(self) -> list[RowSet]:
-        """Those of the rows, in the order of hooks."""
+        """The row sets of the rows, in the order of hooks."""
         return list(dict.fromkeys(row.target.row_set for row in sorted(self.rows, key=lambda row: row.target.hook)))
 
     @property
@@ -189,7 +191,7 @@ def digest_without_seed(record: Mapping[str, Any]) -> str:
 
 
 def without_later_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Without those that earlier versions did not write, where they have the value that was meant then."""
+    """The entries without those that earlier versions did not write, if they have the value that was implied then."""
     return {k: v for k, v in entries.items() if k not in LATER_ENTRIES or v != LATER_ENTRIES[k]}
 
 

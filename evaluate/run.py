@@ -51,7 +51,7 @@ def run_evaluation(
 
     Returns the rows of all runs, each group followed by its reference rows. A metric that fails leaves its error in
     `EvalRow.errors`, and the others still run. Several processes of a launcher share the work (evaluate/ranks.py), and
-    each returns all rows; without `all_rows`, those that others measured have no results.
+    each returns all rows; without `all_rows`, rows that others measured have no results.
 
     Raises the errors as one, with the exit code of the first, when no metric could be measured at all, and
     UnavailableError if another process of the launcher has ended.
@@ -140,9 +140,9 @@ def evaluate_saes(
         mode: Definitions of the metrics: "0.6.0" (SAEBench now) or "2024-12" (behind the papers' numbers).
         max_norm: Rows whose norm exceeds this multiple of the median norm, such as attention sinks, are outliers: the
             model keeps its own activations there and they are not counted. "none": all rows count. Default: the limit
-            that the SAE was trained with, which run folders record; for objects, that of the cache.
+            that the SAE was trained with, which run folders record; for objects, the limit of the cache.
         norm_limit: For objects, the limit as an absolute norm.
-        systems: For objects that differ only by seed: the name of each -> a name of what they have in common, such as
+        systems: For objects that differ only by seed: the name of each -> the name of their common system, such as
             {"topk-0": "topk", "topk-1": "topk"}. Stability compares the objects of one system with each other.
         options: Options of metrics, as "metric.option=value".
         data: A folder to search for datasets before the Hub: `<name on the Hub>/<split>.jsonl` or `.parquet`.
@@ -152,9 +152,9 @@ def evaluate_saes(
             reference rows.
         device: Where the model computes: "auto", "cpu", "cuda", ... Processes of a launcher (torchrun) share run
             folders, each on its own GPU, and each returns all rows.
-        dtype: What the model computes in: "auto", "bfloat16" or "float32".
-        precision: What the SAEs compute their products in: "float32", "tf32" or "bfloat16". Your own objects compute
-            as they do, and take no other than "float32".
+        dtype: The dtype that the model computes in: "auto", "bfloat16" or "float32".
+        precision: The precision of the SAEs' matrix products: "float32", "tf32" or "bfloat16". Your own objects compute
+            in their own precision and accept only "float32".
         progress: Called with each metric's name; see `ProgressFactory`.
 
     Returns:
@@ -221,7 +221,7 @@ def plan_objects(
     norm_limit: float | None = None,
     systems: Mapping[str, str] | None = None,
 ) -> EvaluatePlan:
-    """The plan for objects that have no run folder. Without a `norm_limit` they have that of the cache."""
+    """The plan for objects that have no run folder. Without a `norm_limit` they have the cache's limit."""
     if not saes:
         raise UsageError("There are no SAEs to evaluate. Give them with their names, as in {'mine': my_sae}.")
     systems = systems or {}

@@ -1,6 +1,6 @@
 """The first token and the length of the contexts that an SAE is evaluated on.
 
-An SAE that was trained here is evaluated on the contexts of its cache as they are. An imported SAE was trained on other
+An SAE that was trained here is evaluated on the unchanged contexts of its cache. An imported SAE was trained on other
 text: its contexts begin with the token that its files name, or else as in a new harvest, and are cut to the length that
 it was trained on.
 """
@@ -22,7 +22,7 @@ class ContextChange:
 
     Attributes:
         bos: (earlier, new) token that contexts begin with; None if it stays.
-        max_tokens: contexts are cut to so many tokens; None if they are not longer.
+        max_tokens: contexts are cut to this many tokens; None if they are not longer.
     """
 
     bos: tuple[int | None, int | None] | None = None
@@ -42,7 +42,7 @@ class ContextChange:
         return ContextFormat(new, tuple(sorted({*form.skip_ids, *([] if new is None else [new])})), form.skip_positions)
 
     def apply(self, contexts: Contexts) -> Contexts:
-        """The contexts begun with another token, also where a packed document begins, and cut. Empty ones are left out.
+        """The contexts, cut, with the new first token, also where a packed document begins. Empty ones are left out.
 
         A new first token takes the place of the last one if the context was full.
         """
@@ -100,7 +100,7 @@ def bos_request(origin: Mapping[str, Any], tokenizer: Any) -> str:
 
 
 def text_request(origin: Mapping[str, Any]) -> tuple[Any, ...]:
-    """SAEs for which this is equal are evaluated on the same contexts of a cache."""
+    """A key: SAEs with equal keys are evaluated on the same contexts of a cache."""
     return tuple(origin.get(key) for key in ("bos_token", "prepend_bos", "context")) if is_imported(origin) else ()
 
 

@@ -1,7 +1,7 @@
-"""Intervals, tests and smallest detectable differences: what docs/reference/statistics.md prescribes.
+"""Intervals, tests and smallest detectable differences, as docs/reference/statistics.md prescribes.
 
 Nothing here knows of runs or metrics. The functions take numbers, one for each resampled unit: a seed, a document, a
-data set, a letter. scipy does the computing; Holm's correction, which it lacks, is the only procedure written out here.
+data set, a letter. scipy computes them; only Holm's correction, which scipy lacks, is written out here.
 """
 
 import math
@@ -19,7 +19,7 @@ CONFIDENCE = 0.95  # of every interval
 LEVEL = 0.05  # of the tests of a table together
 POWER = 0.8  # with which the smallest detectable difference is detected
 REPLICATES = 1000  # of a bootstrap
-MARGIN = 0.01  # of equivalence, as a share of the range of a number, where none is given
+MARGIN = 0.01  # default margin of equivalence, as a share of the range of a number
 NO_SPREAD = 1e-9  # differences that are equal to this relative tolerance have no spread to test with
 
 Verdict = Literal["better", "worse", "equivalent", "not distinguishable", "same in every pair", "not tested"]
@@ -37,7 +37,7 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
 
 
 def prediction_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Where another value like these is expected: mean ± t sd sqrt(1 + 1/n) by Student's t. Takes at least two values.
+    """The range expected of another such value: mean ± t sd sqrt(1 + 1/n) by Student's t. Takes at least two values.
 
     It is not the interval of the mean, which shrinks to a point with many values. This one does not.
     """
@@ -113,8 +113,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """The p-values corrected for their number, in the same order (Holm 1979).
 
     The smallest of m is multiplied by m, the next by m - 1, and so on; none becomes smaller than one before it, or
-    larger than 1. Those that are below 0.05 are then wrong together with a probability of at most 0.05, whatever
-    their dependence.
+    larger than 1. The probability that any below 0.05 is wrong is then at most 0.05, whatever their dependence.
     """
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     corrected, largest = [0.0] * len(p_values), 0.0
@@ -130,7 +129,7 @@ class PairedDifferences:
 
     Attributes:
         values: at least two.
-        unit: what was paired, in the singular: "seed", "document", "data set".
+        unit: the paired unit, in the singular: "seed", "document", "data set".
     """
 
     values: Sequence[float]
@@ -160,17 +159,17 @@ class PairedDifferences:
 
     @cached_property
     def p_value(self) -> float:
-        """Of a two-sided paired t test (`scipy.stats.ttest_1samp`); 1 if every difference is 0."""
+        """The p-value of a two-sided paired t test (`scipy.stats.ttest_1samp`); 1 if every difference is 0."""
         return float(ttest_1samp(self.values, 0).pvalue) if self.has_spread else 1.0
 
     def equivalence_p_value(self, margin: float) -> float:
-        """Of two one-sided t tests (Schuirmann 1987): that the mean difference is not within +- `margin`."""
+        """The p-value of two one-sided t tests (Schuirmann 1987): the mean difference is not within +- `margin`."""
         above = ttest_1samp(self.values, -margin, alternative="greater").pvalue
         below = ttest_1samp(self.values, margin, alternative="less").pvalue
         return float(max(above, below))
 
     def detectable(self, comparisons: int) -> float:
-        """The smallest detectable difference at the level that is left to each of so many comparisons."""
+        """The smallest detectable difference at the level that is left to each of `comparisons` comparisons."""
         return detectable_difference(self.sd, self.pairs, LEVEL / comparisons)
 
 

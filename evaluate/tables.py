@@ -65,7 +65,7 @@ def seed_of(row: EvalRow) -> Any:
 
 
 def without_empty_columns(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """A table, given by its headings and lines, less the columns in which no line has anything."""
+    """A table, given by its headings and lines, without the columns that are empty in every line."""
     kept = [place for place in range(len(heads)) if any(line[place] for line in lines)]
     return [heads[place] for place in kept], [[line[place] for place in kept] for line in lines]
 
@@ -211,7 +211,7 @@ def seed_differences(
 def detectable_lines(rows: Sequence[EvalRow], metric: str, columns: Sequence[MetricColumn]) -> list[list[str]]:
     """A line with the smallest difference between two SAEs that the text could show; none if nothing is paired.
 
-    It is the largest of the comparisons of the first SAE with each other, at the level that is left to each of them.
+    It is the largest over the comparisons of the first SAE with each of the others, at the level left to each of them.
     """
     saes = [row for row in rows if not row.is_reference]
     if len(saes) < 2:
@@ -250,7 +250,7 @@ def group_label(group: RunBySeed) -> str:
 
 
 def paired_difference(pairs: Sequence[tuple[MeasuredRun, MeasuredRun]], metric: str, column: MetricColumn) -> str:
-    """The mean difference of pairs of runs, with half its 95 % interval by Student's t; empty for under two pairs."""
+    """The mean difference of pairs of runs, with half its 95 % interval by Student's t; empty below two pairs."""
     values = [(metric_value(one, metric, column), metric_value(other, metric, column)) for one, other in pairs]
     differences = [one - other for one, other in values if one is not None and other is not None]
     return format_difference(PairedDifferences(differences, SEED) if len(differences) > 1 else None, column)

@@ -12,8 +12,8 @@ from . import sae_probes
 class ExternalData:
     """Data that another project publishes and a metric reads.
 
-    `size` is in bytes, of what is kept. `get` fetches it, from a file if one is given, and returns False if it was
-    there. `data_sets` returns the headings and lines of a table of what it holds.
+    `size` is the size of the kept files in bytes. `get` fetches the data, from a file if one is given, and returns
+    False if they were already there. `data_sets` returns the headings and lines of a table of the data sets.
     """
 
     name: str

@@ -32,7 +32,7 @@ def pinned_commit(name: str) -> str:
 
 
 def latest_commit(name: str) -> str:
-    """The latest commit on the Hub; offline, that of the copy that `datasets` would read."""
+    """The latest commit on the Hub; offline, the commit of the copy that `datasets` would read."""
     import huggingface_hub
 
     if (error := connection_error()) is not None:

@@ -336,7 +336,7 @@ def read_dataset_rows(
 
 
 def read_local_rows(name: str, file: Path, columns: Sequence[str]) -> Iterator[Row]:
-    """The rows of a local file. Raises UsageError for one that cannot be read: a sample has to be of all of them."""
+    """The rows of a local file. Raises UsageError for a row that cannot be read: samples are drawn from all rows."""
     rows = read_rows([file], columns)
     first = next(rows, None)
     if first is None:
@@ -362,8 +362,8 @@ def local_file(name: str, split: str, data: Path | None) -> Path | None:
 
 
 def open_on_hub(name: str, split: str, subset: str | None) -> Any:
-    """Open a dataset on the Hub. Datasets that are read whole are cached by `datasets`; europarl and github-code, of
-    which the beginning is enough, are streamed."""
+    """Open a dataset on the Hub. `datasets` caches datasets that are read whole. europarl and github-code are streamed,
+    since their beginning is enough."""
     commit = hub.pinned_commit(name)
     if (error := hub.connection_error()) and hub.cached_commit(name) is None:
         raise error  # immediately: `datasets` would try for half a minute

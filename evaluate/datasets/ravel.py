@@ -1,12 +1,12 @@
 """Facts about entities for RAVEL: questions with a place for the entity, and each entity's attributes.
 
-The files have the schema of the Hub's adamkarvonen/ravel_prompts, of which two are read for each type of entity:
+The files have the schema of adamkarvonen/ravel_prompts on the Hub. Two are read for each type of entity:
 
     ravel_<type>_attribute_to_prompts.json    {attribute: [template, ...]}; a template has one %s for the entity
     ravel_<type>_entity_attributes.json       {entity: {attribute: value}}
 
-They are read from <data>/adamkarvonen/ravel_prompts/ if they are there, else from the Hub. The package has a small set
-of its own, FACTS, which was written for it from common knowledge.
+They are read from <data>/adamkarvonen/ravel_prompts/ if they are there, else from the Hub. The package also contains
+its own small set, FACTS, written from common knowledge.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ PLACEHOLDER = "%s"
 
 @dataclass(frozen=True)
 class EntityFacts:
-    """What is asked about the entities of one type, in the order of the files."""
+    """The questions about the entities of one type, in the order of the files."""
 
     type: str
     templates: dict[str, tuple[str, ...]]  # attribute -> texts with one %s
@@ -64,7 +64,8 @@ def load_facts(dataset: str, entity_type: str, attributes: tuple[str, ...], data
 
 
 def facts_version(dataset: str, entity_types: tuple[str, ...], data: Path | None) -> str:
-    """What identifies the files, for the settings of a result: digests, and for the Hub the pinned commit."""
+    """The version of the files, for the settings of a result: digests of local files, and the pinned commit on the
+    Hub."""
     versions: dict[str, None] = {}
     for entity_type in entity_types:
         for part in PARTS:
@@ -81,7 +82,7 @@ def file_name(entity_type: str, part: str) -> str:
 
 
 def local_file(dataset: str, entity_type: str, part: str, data: Path | None) -> Path | None:
-    """The file on this machine, None if there is none. Raises UsageError for an entity type that FACTS has not."""
+    """The file on this machine, or None. Raises UsageError for an entity type that FACTS does not have."""
     name = file_name(entity_type, part)
     if dataset == FACTS:
         path = Path(__file__).with_name("facts") / name
@@ -111,7 +112,7 @@ def fact_file(dataset: str, entity_type: str, part: str, data: Path | None) -> P
 
 @contextlib.contextmanager
 def reading_from_hub(dataset: str, name: str) -> Iterator[None]:
-    """Raise UnavailableError, which says where a file can be put instead, if the Hub cannot be read."""
+    """Raise UnavailableError if the Hub cannot be read. The message says where to put the file instead."""
     try:
         yield
     except SaeError:

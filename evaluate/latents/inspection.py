@@ -34,7 +34,7 @@ from ..tables import describe_model
 from .stats import LatentStats
 
 DEFAULT_TOKENS = 100_000  # of held-out text
-MIN_PROBE_ACCURACY = 0.6  # of a one-latent probe, above which the latent is labeled with the class; chance is 0.5
+MIN_PROBE_ACCURACY = 0.6  # a latent gets the label of a class if its one-latent probe is above; chance is 0.5
 
 # A label of a latent: the number that labels are sorted by (largest first), the latent, the text.
 LabelCandidate = tuple[float, int, str]
@@ -67,7 +67,7 @@ class InspectedRun:
 
     @property
     def norm_limit(self) -> float | None:
-        """The norm over which activations are outlier rows, at which no latent counts as firing."""
+        """Activations with a larger norm are outlier rows, where no latent counts as firing."""
         return self.row.target.norm_limit
 
     @property
@@ -222,7 +222,7 @@ def check_latents(latents: Sequence[int], d_sae: int, name: str) -> None:
 
 
 class EncodedPrompt(NamedTuple):
-    """The tokens of a prompt and what the SAE makes of them.
+    """The tokens of a prompt and the SAE's activations on them.
 
     Attributes:
         ids: the token ids (S,).

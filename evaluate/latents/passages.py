@@ -27,7 +27,7 @@ class PassageWindow(NamedTuple):
 
     @classmethod
     def of(cls, tokens: int) -> Self:
-        """The window of a passage of `tokens` tokens, three quarters of which lead up to the central one.
+        """The window of a passage of `tokens` tokens. Three quarters of them lead up to the central one.
 
         Raises UsageError unless the number is positive.
         """

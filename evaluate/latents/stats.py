@@ -26,7 +26,7 @@ from ..metrics.packing import TOKENS_PER_ENCODE, encode_float32
 from .passages import DEFAULT_WINDOW, PassageTable, PassageWindow
 
 TOP_PASSAGES = 10  # with the largest activations
-SAMPLED_PASSAGES = 15  # that quantiles are taken from
+SAMPLED_PASSAGES = 15  # from which quantiles are taken
 BYTES_PER_PASSAGE_TOKEN = 4 * (TOP_PASSAGES + SAMPLED_PASSAGES)  # of memory, for each selected latent
 BINS = 32
 LISTED_LATENTS = 8  # nearest latents, and latents that fire together
@@ -65,7 +65,7 @@ class ActivationStats:
         fired_F: the number of tokens at which each latent fires, for all latents of the SAE.
         l0: the number of latents that fire at each token (T,).
         outliers: the number of tokens that are not counted because of their norm.
-        sum_K, peak_K, histogram: of the activations of the selected latents.
+        sum_K, peak_K, histogram: sum, maximum and histogram of the activations of the selected latents.
         top: the contexts with the largest activations.
         sample: contexts drawn in proportion to the number of tokens at which the latent fires, with one such token
             each, all equally likely.
@@ -155,7 +155,7 @@ class RankedEntries:
 
 @dataclass(frozen=True)
 class LatentStats:
-    """Everything that is shown of K latents.
+    """All statistics that are shown of K latents.
 
     Attributes:
         activations: how often, how strongly and where they fire.
@@ -243,7 +243,7 @@ def _latent_stats(
 def has_logit_effects(model: LanguageModel, hook: Hook) -> bool:
     """Whether decoder rows at a hook are directions of the residual stream, which the final norm and unembedding read.
 
-    They are not inside attention or an MLP, or where a model has more than a norm before its unembedding.
+    False inside attention or an MLP, and for a model that has more than a norm before its unembedding.
     """
     if hook.site not in RESIDUAL_SITES:
         return False
@@ -258,8 +258,8 @@ def direct_logits(model: LanguageModel, rows_KD: Tensor) -> Tensor:
     """The direct effect of residual-stream directions on the logits: (K, D) -> (K, V), float32.
 
     The directions are weighted by the final norm and multiplied with the unembedding, as with TransformerLens' W_U
-    after it has folded in that norm (its default), including the mean subtraction of a LayerNorm. Left out are
-    the norm's division, which is the same for all tokens, the soft cap, which keeps their order, and later blocks.
+    after it has folded in that norm (its default), including the mean subtraction of a LayerNorm. The norm's division
+    (the same for all tokens), the soft cap (which keeps their order) and later blocks are left out.
     """
     transformer: Any = model.model
     weight_VD = transformer.get_output_embeddings().weight

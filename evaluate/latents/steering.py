@@ -43,7 +43,7 @@ def steering(
         latent: Index of the latent, 0 to d_sae - 1.
         strength: Add `strength * d` to the activations x, where d is the latent's decoder row scaled to unit norm.
         clamp: Set the latent's activation f(x) to this value instead: x + (clamp - f(x)) * W_dec[latent]. Outlier rows,
-            with a norm over `sae.origin["norm_limit"]`, stay as they are: there f(x) means nothing.
+            with a norm over `sae.origin["norm_limit"]`, are not changed, because f(x) means nothing there.
         positions: The token positions to change, as a slice or a collection of numbers; default all. The model counts
             from 0, including padding on the left. Position 0 is usually BOS, which caches exclude, so the SAE has not
             been trained on it: use `positions=slice(1, None)` with `clamp`.

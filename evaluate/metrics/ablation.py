@@ -281,10 +281,10 @@ class Ablation(Metric):
 
 
 def fitting_thresholds(thresholds: Sequence[int], d_sae: int, metric: str) -> tuple[int, ...]:
-    """The numbers of latents to ablate in an SAE of this width: of the default ones those that it has.
+    """The numbers of latents to ablate in an SAE of this width. Defaults above its width are dropped.
 
     Raises:
-        UsageError: it has fewer latents than are to be ablated by an option, or than the least of the default.
+        UsageError: the SAE has fewer latents than a threshold that was set, or than the smallest default.
     """
     fit = tuple(n for n in thresholds if n <= d_sae)
     if len(fit) == len(thresholds) or (fit and tuple(thresholds) == THRESHOLDS):

@@ -15,7 +15,7 @@ BUFFER = 10  # tokens on each side of the middle of a passage
 TOP, WEIGHTED, RANDOM = 12, 7, 10  # passages of each kind
 TOP_SCORED, WEIGHTED_SCORED = 2, 2  # how many of them are held back to score the explanation
 CONTINUED = "◦"  # a token that only continues the character of the token before it
-FIRING_SHARE = 0.01  # of the largest activation in the top passages: a latent fires above it
+FIRING_SHARE = 0.01  # a latent fires above this share of its largest activation in the top passages
 
 
 class ExampleWindow(NamedTuple):
@@ -44,10 +44,11 @@ def select_examples(
 ) -> LatentExamples | None:
     """Select the passages of a latent, or return None if it has too few.
 
-    The latent is `value_P` > 0 at the flat indices `flat_P` (ascending) of `ids_RS`. The middle of a passage is at
-    least BUFFER from either end of its row. TOP passages have the largest activations, skipping those within BUFFER of
-    one already selected in the same row. WEIGHTED passages are drawn among activations below all of those, with weights
-    of their square. RANDOM passages are drawn anywhere and count as if the latent were silent there.
+    The latent's activations are `value_P` > 0 at the flat indices `flat_P` (ascending) of `ids_RS`, and 0 elsewhere.
+    The middle of a passage is at least BUFFER from either end of its row. TOP passages have the largest activations,
+    skipping those within BUFFER of one already selected in the same row. WEIGHTED passages are drawn among activations
+    below all of those, with the squares as weights. RANDOM passages are drawn anywhere and count as if the latent were
+    silent there.
     """
     rows, context = ids_RS.shape
     row_P, position_P = np.divmod(flat_P, context)
@@ -94,7 +95,7 @@ def cut_window(flat: int, flat_P: np.ndarray, value_P: np.ndarray, ids_RS: np.nd
 
 
 def split_characters(data: bytes) -> Iterator[tuple[int, str]]:
-    """The characters of UTF-8 text, each with the index of its first byte. Bytes of no character become ⟨E2 80⟩."""
+    """The characters of UTF-8 text, each with the index of its first byte. Other bytes become ⟨E2 80⟩."""
     start = 0
     while start < len(data):
         end = start
@@ -116,7 +117,7 @@ def character_size(data: bytes) -> int:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The byte that each character stands for in the tokens of a byte-level BPE, as of GPT-2.
+    """The byte that each character stands for in the tokens of a byte-level BPE, as in GPT-2.
 
     Visible characters of Latin-1 stand for themselves; the other 68 bytes, in order, are the characters from U+0100 on.
     """
@@ -160,7 +161,7 @@ class TokenText:
         return self.text(token).replace("\n", "\\n")
 
     def display(self, token: int) -> str:
-        """A token's text for a page or a terminal; the bytes that are no whole character are shown as ⟨E2 80⟩."""
+        """A token's text for a page or a terminal; bytes that form no whole character are shown as ⟨E2 80⟩."""
         return self.display_text([token])[0]
 
     def display_text(self, tokens: Sequence[int]) -> list[str]:

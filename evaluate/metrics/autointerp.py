@@ -225,7 +225,8 @@ class Autointerp(Metric):
     def select_passages(
         self, latent: int, flat_P: np.ndarray, value_P: np.ndarray, ids_RS: np.ndarray
     ) -> JudgedLatent | None:
-        """The passages of a latent, which is `value_P` at the flat indices `flat_P` of `ids_RS`; None if too few."""
+        """The passages of a latent with activations `value_P` at the flat indices `flat_P` of `ids_RS`; None if too
+        few."""
         examples = select_examples(flat_P, value_P, ids_RS, np.random.default_rng([SEED, latent]))
         if examples is None or not set(self.asked) & set(BALANCED_SCORES):
             return examples and JudgedLatent(examples)
@@ -235,9 +236,8 @@ class Autointerp(Metric):
     def result(
         self, entries: dict[str, Any], drawn: int, rows_RS: Tensor, judge: Judge | None, lacking: int = 0
     ) -> MetricResult:
-        """Average the scores in the entries of the judged latents, `drawn` of which were drawn.
-
-        `lacking` of them have too few passages for detection and fuzzing.
+        """Average the scores in the entries of the judged latents. `drawn` latents were drawn, and `lacking` of them
+        have too few passages for detection and fuzzing.
         """
         n = {"latents": drawn, "with_passages": len(entries), "tokens": rows_RS.numel()}
         metrics: dict[str, dict[str, float | None]] = {}
@@ -287,12 +287,13 @@ class Autointerp(Metric):
 
 
 def is_explained(target: EvalTarget) -> bool:
-    """Whether its latents are explained: those of an SAE or of a control, which was loaded from a run folder."""
+    """Whether its latents are explained: they are for an SAE or a control, which was loaded from a run folder."""
     return not target.reference or bool(getattr(target.sae, "origin", None))
 
 
 def mean_and_deviation(scores: Sequence[float]) -> tuple[float, float, list[float | None]]:
-    """SAEBench's mean and standard deviation (n - 1) over latents, and a 95 % interval of the mean; NaN of none."""
+    """SAEBench's mean and standard deviation (n - 1) over latents, and a 95 % interval of the mean; NaN without
+    scores."""
     if not scores:
         return math.nan, math.nan, []
     mean, deviation = statistics.fmean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
@@ -301,10 +302,10 @@ def mean_and_deviation(scores: Sequence[float]) -> tuple[float, float, list[floa
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """The mean over latents and its 95 % percentile interval over resampled latents; NaN of none, or one latent."""
+    """The mean over latents and its 95 % percentile interval over resampled latents, which is NaN below two latents."""
     if len(values) < 2:
         return (values or [math.nan])[0], (math.nan, math.nan)
-    if len(set(values)) == 1:  # so are those of every resample
+    if len(set(values)) == 1:  # every resample has the same mean
         return values[0], (values[0], values[0])
     low, high = bootstrap_interval([values], SEED)
     return statistics.fmean(values), (low, high)

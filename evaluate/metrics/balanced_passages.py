@@ -13,15 +13,15 @@ import numpy as np
 
 from .activation_examples import BUFFER, ExampleWindow, LatentExamples, cut_window
 
-MOST, FEWEST = 10, 5  # passages of each kind that a latent is scored on, and without which it is not scored
+MOST, FEWEST = 10, 5  # passages of each kind for one latent; with fewer than FEWEST it is not scored
 SILENT_DRAWS = 500  # places that are tried for the passages without the latent
 
 
 class BalancedPassage(NamedTuple):
     """A passage, whether the latent fires in it, and the tokens (W,) that are marked for fuzzing.
 
-    Where it fires, the marked tokens are those on which it does. Each passage without it has the marks of one with it,
-    at the same places: neither their number nor where they stand says anything.
+    Where it fires, the marked tokens are those on which it fires. Each passage without the latent copies the marks of a
+    passage with it, so that neither their number nor their places reveal anything.
     """
 
     window: ExampleWindow
@@ -38,9 +38,10 @@ def select_balanced(
 ) -> list[BalancedPassage] | None:
     """At most MOST passages with the latent and as many without, shuffled; None if there are fewer than FEWEST of each.
 
-    The latent is `value_P` > 0 at the flat indices `flat_P` (ascending) of `ids_RS`. No passage shares a token with
-    another, or with one that the latent is explained by. Those with the latent have it in their middle, one drawn from
-    each tenth of its activations above the threshold of the `examples`. In those without, no token has it at all.
+    The latent's activations are `value_P` > 0 at the flat indices `flat_P` (ascending) of `ids_RS`. No passage shares a
+    token with another passage, or with a passage of the explanation. In a passage with the latent, it fires on the
+    middle token; one such token is drawn from each tenth of its activations above the threshold of the `examples`. In a
+    passage without the latent, it fires on no token.
     """
     rows, context = ids_RS.shape
     explained = [window.middle for window in examples.explained]
@@ -68,7 +69,7 @@ def select_balanced(
 
 def overlaps(flat: np.ndarray, others: Sequence[int]) -> np.ndarray:
     """Which of the passages with these middles share a token with one of the others. Passages do not leave their row,
-    so those of two rows are never so close."""
+    so passages of two rows are never so close."""
     return (np.abs(flat[:, None] - np.array(others, dtype=np.int64)) <= 2 * BUFFER).any(1)
 
 

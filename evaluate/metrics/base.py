@@ -18,7 +18,7 @@ from ...train.sae import SAE
 from ..context import EvalContext
 
 MODES = ("0.6.0", "2024-12")  # SAEBench's current definitions, and those behind the five papers' numbers
-MANY_OUTLIERS = 0.01  # share of the rows above which a flag says so
+MANY_OUTLIERS = 0.01  # share of outlier rows above which there is a flag
 OUTLIERS = "outlier_rows"  # their number in `MetricResult.n`; absent if there are none
 MASKED = "masked_"  # begins the name of a category without outlier rows: masked_sparsity beside sparsity
 
@@ -56,7 +56,7 @@ class RowSet(NamedTuple):
     norm_limit: float | None = None
 
     def record(self, outliers: int) -> dict[str, Any]:
-        """Its entries in the key of an artifact; they include the limit if that left out any rows (`outliers`)."""
+        """Its entries in the key of an artifact. They include the limit if the limit left out any rows (`outliers`)."""
         return self.hook.record | ({"norm_limit": self.norm_limit} if outliers else {})
 
 
@@ -107,7 +107,7 @@ class MetricColumn:
     name: str
     format: str = ".4f"
     better: str = ""  # "up", "down", or "" if neither is better
-    floor: float | None = None  # smallest value; where higher is better, that of chance or of a useless SAE
+    floor: float | None = None  # smallest value; where higher is better, the value of chance or of a useless SAE
     ceiling: float | None = None  # largest value; where lower is better, the worst
     shared: bool = True  # whether shares of controls are computed: whether an SAE without features is at the floor
 
@@ -121,7 +121,7 @@ class MetricResult:
     measured. `flags` are sentences about numbers that mean less than they seem to. `extra` is anything else that a
     metric keeps.
 
-    All of these are over all rows, as SAEBench's names mean. `masked` is the same result without the outlier rows (see
+    All of these are over all rows, as SAEBench defines them. `masked` is the same result without the outlier rows (see
     `EvalTarget.norm_limit`); it is None if there were none, because the two are then equal.
     """
 
@@ -144,7 +144,7 @@ class MetricResult:
         return [*self.sound.flags, *misnamed_numbers(self.metrics)]
 
     def without_outliers(self, outliers: int, rows: int) -> "MetricResult":
-        """This result, saying that `outliers` of the rows it would have counted were left out, and `rows` were not."""
+        """This result, with a record that `outliers` rows were left out and `rows` rows were counted."""
         if not outliers:
             return self
         return replace(
@@ -212,7 +212,7 @@ class Metric(ABC):
 
     @classmethod
     def values_by_unit(cls, result: MetricResult, column: MetricColumn) -> UnitValues:
-        """The values of a number for each unit of a result, which tests between two SAEs are computed from."""
+        """The values of a number for each unit of a result. Tests between two SAEs are computed from them."""
         name = cls.unit_names.get(column.name, column.name)
         entries = result.details if cls.unit else []
         values = {str(entry.get(cls.unit_key)): entry.get(name) for entry in entries}
@@ -240,9 +240,9 @@ class Metric(ABC):
         return []
 
     def kept_bytes(self, ctx: EvalContext, targets: Sequence[EvalTarget]) -> int:
-        """How many bytes of activations measuring these keeps in the artifact cache, at most. Does not need the model.
+        """The most bytes of activations that measuring `targets` keeps in the artifact cache. Does not need the model.
 
-        If `knows_what_is_kept`, bytes that are in the cache already are not counted.
+        If `knows_what_is_kept`, bytes that are already in the cache are not counted.
         """
         return 0
 
@@ -254,9 +254,10 @@ class Metric(ABC):
         """
 
     def measure_both(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
-        """Like `measure`, but where rows were left out, over all rows, with the other result as `MetricResult.masked`.
+        """Like `measure`. Where rows were left out, the result is over all rows, and the other is its
+        `MetricResult.masked`.
 
-        SAEs without an outlier row in the text are measured once, and so are all SAEs by a metric that gives both.
+        SAEs without an outlier row in the text are measured once, as are all SAEs if `measure` already returns both.
         """
         outcomes = self.measure(ctx, targets, progress)
         masked = {
@@ -304,7 +305,7 @@ def outlier_flags(outliers: int, rows: int) -> list[str]:
 
 def nan_to_none(tree: Any) -> Any:
     """Replace the NaN and infinities in nested dictionaries and lists by None."""
-    if isinstance(tree, dict):  # of a wide SAE there are a hundred thousand numbers: no call for each
+    if isinstance(tree, dict):  # a wide SAE has a hundred thousand numbers: no call for each
         return {k: v if type(v) is float and math.isfinite(v) else nan_to_none(v) for k, v in tree.items()}
     if isinstance(tree, list):
         return [nan_to_none(v) for v in tree]

@@ -33,7 +33,7 @@ def train_probes(
     test_tasks: Sequence[ProbeTask],
     generators: Sequence[torch.Generator],
 ) -> LinearProbes:
-    """Train one probe per task, all in one batched product. The result is that of `probes.train_probe` for each.
+    """Train one probe per task, all in one batched product. The result equals `probes.train_probe` for each task.
 
     Cross-entropy + 1e-3 |w|_1, AdamW, 20 epochs in batches of 16; each probe keeps the first epoch of its best test
     accuracy. All tasks have the same size. Draws from each probe's generator: weight, bias, one order per epoch.

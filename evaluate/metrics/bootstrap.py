@@ -28,10 +28,10 @@ class BootstrapWeights:
 
     @classmethod
     def of(cls, counts: Sequence[int], *names: object, replicates: int = REPLICATES) -> Self:
-        """Resample within each class, whose number of texts `counts` is fixed by design.
+        """Resample within each class. The number of texts of each class, `counts`, is fixed by design.
 
-        The draws are seeded by `names`, the problem whose texts these are. They are the same for every SAE, so
-        differences between SAEs are paired.
+        The draws are seeded by `names`, which identify the problem. They are the same for every SAE, so differences
+        between SAEs are paired.
         """
         generator = make_generator("paired", "bootstrap", *names)
         drawn = [torch.randint(count, (replicates, count), generator=generator) for count in counts]

@@ -101,7 +101,7 @@ class Core(Metric):
         return settings
 
     def settings_of(self, target: EvalTarget, targets: Sequence[EvalTarget]) -> dict[str, Any]:
-        """`paired_latents`, where earlier versions, which did not record it, would have paired other latents.
+        """`paired_latents`, if earlier versions (which did not record it) would have paired other latents.
 
         The identity, zero and PCA do not say how many latents they have; for them it is not recorded.
         """
@@ -121,7 +121,7 @@ class Core(Metric):
 
     @torch.no_grad()
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
-        """Over all rows, and in `masked` without outlier rows: both from one pass of the model."""
+        """Results over all rows and, in `masked`, without outlier rows: both from one pass of the model."""
         progress(0, 1, "loading the model")
         batches = self.counted_batches(ctx)
         if not batches:
@@ -202,7 +202,7 @@ class BatchSteps:
         self.report(batch, place, f"SAE {place:,} of {self.saes:,}")
 
     def losses(self, batch: int) -> Callable[[float], None]:
-        """Takes the share of a batch's losses that is computed."""
+        """A function that takes the share of a batch's losses that is computed."""
         return lambda share: self.report(batch, 1 + self.saes + int(share * self.saes), "losses")
 
     def done(self) -> None:
@@ -241,9 +241,9 @@ class CoreSums:
 
 
 class MeasuredSAE:
-    """The sums of one SAE over all counted rows and, from its first outlier row on, over the others.
+    """The sums of one SAE over all counted rows and over the counted rows that are not outliers.
 
-    Until then the two are equal, so only one is kept.
+    Until the first outlier row the two are equal, and only one is kept.
     """
 
     def __init__(self, target: EvalTarget, paired_latents: int) -> None:
@@ -251,7 +251,7 @@ class MeasuredSAE:
         self.all = CoreSums(paired_latents)
         self.masked: CoreSums | None = None
         self.outliers = 0
-        self.tokens: int | None = None  # that are encoded at a time; decided once, when the model is in memory
+        self.tokens: int | None = None  # tokens encoded at a time; decided once, when the model is in memory
 
     def add_batch(self, run: ForwardPass | None, x_NSD: Tensor, counted_NS: Tensor, outlier_NS: Tensor) -> BatchSplice:
         """Take the activations of a batch; with a `run` also run the model on their reconstruction."""
@@ -274,7 +274,7 @@ class MeasuredSAE:
         return BatchSplice(outlier_NS, output_TD, restored_TD)
 
     def result(self, mode: str, tokens: dict[str, float | None], document_N: Tensor, text: str) -> Outcome:
-        """The numbers over all rows, and without outlier rows if there are any. `text` says on what text they are."""
+        """The numbers over all rows, and without outlier rows if there are any. `text` identifies the text."""
         every = build_result(mode, self.target, self.all, document_N, text, tokens)
         if self.masked is None:
             return every
@@ -299,7 +299,7 @@ def add_losses(
 ) -> None:
     """Add the KL and CE of a batch to the sums of each SAE. `final_TD` is the model's own final residual.
 
-    Logits are computed of so many tokens `at_once`. `report` is called with the share of the tokens that is done.
+    Logits are computed for `at_once` tokens at a time. `report` is called with the share of the tokens that is done.
     """
     tokens = CountedTokens.of(batch)
     outputs_TD = [final_TD, *zeroed.values(), *(one.output_TD for one in splices)]
@@ -329,7 +329,7 @@ def build_result(
     text: str,
     tokens: dict[str, float | None] | None = None,
 ) -> MetricResult:
-    """The numbers over the rows of `sums`. Without `tokens` those that do not depend on the rows are left out."""
+    """The numbers over the rows of `sums`. Without `tokens`, numbers that do not depend on the rows are left out."""
     stats = sums.stats
     ratios = loss_ratios(sums.original, sums.ablated, sums.spliced)
     W_dec_FD = getattr(target.sae, "W_dec", None)

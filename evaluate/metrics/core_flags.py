@@ -1,7 +1,7 @@
 """Core's flags about numbers that look better than the SAE is: sentences for `MetricResult.flags`.
 
-Some number of the table is best for an SAE that returns the mean of the text, for one that never fires or always fires,
-for one without sparsity, and for one with a wrong scale.
+Each of these SAEs is best in some number of the table: one that returns the mean of the text, one that never or always
+fires, one without sparsity, and one with a wrong scale.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from .base import EvalTarget
 from .latent_pairs import PAIRED_LATENTS
 from .sae_statistics import SAEStatistics
 
-# Beyond these there is a flag.
+# Beyond these limits there is a flag.
 MOSTLY_DEAD = 0.5  # share of the latents that are dead
 NOT_SPARSE = 0.9  # of d_in: with so many active latents a rotation of the activations reconstructs nearly everything
 ALWAYS_ON = 0.99  # share of the tokens at which a latent fires, for it to count as always active
@@ -37,7 +37,7 @@ def core_flags(target: EvalTarget, metrics: Metrics, stats: SAEStatistics) -> li
 
 
 def few_pairs(stats: SAEStatistics) -> str:
-    """A sentence if the pairs are of fewer latents than by default, with which the numbers are hardly comparable."""
+    """A sentence if fewer latents are paired than by default, because the numbers are then hardly comparable."""
     assert stats.pairs
     latents, d_sae = stats.pairs.latents, len(stats.density())
     if latents >= min(PAIRED_LATENTS, d_sae):

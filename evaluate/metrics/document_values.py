@@ -1,4 +1,4 @@
-"""Core's numbers by document, by which two SAEs are compared on the same documents (docs/reference/statistics.md)."""
+"""Core's numbers by document, to compare two SAEs on the same documents (docs/reference/statistics.md)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 from .sae_statistics import Ratio, SAEStatistics, divide, ratio_value, sum_by_document
 from .splice_losses import RatiosByCategory
 
-MAX_GROUPS = 1024  # of documents: what is kept in a result file stays under 100 kB however long the text is
+MAX_GROUPS = 1024  # groups of documents; a result file keeps under 100 kB of values for a text of any length
 
 
 def group_documents(document_N: Tensor) -> Tensor:
@@ -21,8 +21,8 @@ def group_documents(document_N: Tensor) -> Tensor:
 def values_by_group(ratio: Ratio, group_N: Tensor) -> Tensor:
     """A value for each group of documents (G,), whose mean is the ratio r of the sums.
 
-    It is r + (part - r whole) G / sum(whole). The standard error of its mean is that of the linearized ratio, which
-    `sae_statistics.ratio_interval` has, and the mean of the differences of two SAEs is the difference of their ratios.
+    It is r + (part - r whole) G / sum(whole). Its mean has the standard error of the linearized ratio, as in
+    `sae_statistics.ratio_interval`, and the mean of the differences of two SAEs is the difference of their ratios.
     """
     part_G, whole_G = sum_by_document(ratio, group_N)
     centre = ratio_value((part_G, whole_G))

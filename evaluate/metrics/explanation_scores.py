@@ -1,7 +1,7 @@
 """Explanations of latents, and how well a judge predicts from them where the latents fire.
 
-`saebench` is the score of SAEBench 0.6.0, whose prompts are asked in other words: of 14 passages the judge names those
-with the latent. `detection` and `fuzzing` are the scores of Paulo et al. 2024 (arXiv 2410.13928) and of the authors'
+`saebench` is the score of SAEBench 0.6.0, with prompts in other words: the judge names those of 14 passages on which
+the latent fires. `detection` and `fuzzing` are the scores of Paulo et al. 2024 (arXiv 2410.13928) and of the authors'
 library delphi: balanced accuracy over as many passages with the latent as without it (balanced_passages.py),
 PER_QUESTION at a time. In detection the judge says for each passage whether the latent fires in it. In fuzzing some of
 its tokens are marked, and the judge says whether the latent fires on the marked ones.
@@ -206,7 +206,7 @@ def prompts_of(explain: list[Message], questions: Sequence[ScoreQuestion]) -> li
 
 
 def score_answers(one: JudgedLatent, questions: Sequence[ScoreQuestion], answers: Sequence[str]) -> dict[str, Any]:
-    """The part of a latent's entry that the answers to the questions about its explanation give."""
+    """The part of a latent's entry that comes from the answers to the questions about its explanation."""
     entry: dict[str, Any] = {}
     for question, answer in zip(questions, answers, strict=True):
         if question.score == "saebench":

@@ -110,7 +110,7 @@ class SpellingPrompts:
         return torch.from_numpy(ids_NS)
 
     def all_prompts(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Prompts for all words with examples of their own split, and fresh prompts for the test words with any."""
+        """Prompts for all words with examples of their own split, and fresh ones for test words with any examples."""
         train, test = self.words[: self.train], self.words[self.train :]
         rng = random.Random(f"{seed} examples")
         own_split = torch.cat([self.prompts(train, train, rng), self.prompts(test, test, rng)])
@@ -118,7 +118,7 @@ class SpellingPrompts:
 
 
 def count_prompts(words: int) -> int:
-    """How many prompts `SpellingPrompts.all_prompts` makes of so many words."""
+    """How many prompts `SpellingPrompts.all_prompts` makes for `words` words."""
     return 2 * words - int(TRAIN_SHARE * words)
 
 

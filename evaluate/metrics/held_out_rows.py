@@ -31,14 +31,14 @@ def read_rows(
 ) -> dict[RowSet, KeptRows]:
     """The first `tokens` counted rows of held-out text that are not outliers: fewer if the text has no more.
 
-    They come from the artifact cache, or from one pass of the model, as far as it is needed.
+    They come from the artifact cache or, if they are missing there, from one pass of the model.
     """
     keys = {row_set: key_of(ctx, row_set, tokens, batch_contexts) for row_set in row_sets}
     captured: dict[RowSet, KeptRows] = {}
 
     def rows_of(row_set: RowSet) -> KeptRows:
         def make() -> dict[str, Tensor]:
-            if row_set not in captured:  # what is on the disk is damaged
+            if row_set not in captured:  # the kept file is damaged
                 captured.update(capture_rows(ctx, [row_set], tokens, batch_contexts, progress))
             x_TD, outliers = captured[row_set]
             return {"x": x_TD, "outliers": torch.tensor(outliers)}
@@ -48,7 +48,7 @@ def read_rows(
         except UnavailableError:
             if row_set not in captured:
                 raise
-            return captured[row_set]  # the disk is full: the numbers do not need what is kept
+            return captured[row_set]  # the disk is full: measure without keeping the rows
         return KeptRows(arrays["x"], int(arrays["outliers"]))
 
     with ctx.artifacts.claim(KIND, keys.values()):
@@ -66,7 +66,7 @@ def key_of(ctx: EvalContext, row_set: RowSet, tokens: int, batch_contexts: int) 
 
 
 def missing_bytes(ctx: EvalContext, row_sets: Iterable[RowSet], tokens: int, batch_contexts: int) -> int:
-    """How much `read_rows` will keep at most that is not there yet. Does not need the model."""
+    """The most bytes that `read_rows` will add to the artifact cache. Does not need the model."""
     rows = min(tokens, int(ctx.contexts.length.sum()))
     return sum(
         rows * ctx.row_bytes([row_set.hook])

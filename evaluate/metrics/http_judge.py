@@ -21,7 +21,7 @@ PARALLEL_QUESTIONS = 10
 RETRY_WAITS = (1, 2, 4, 8, 16)  # seconds before each retry of a busy or unreachable endpoint
 MAX_WAIT = 60  # seconds that an endpoint's Retry-After may ask for
 GRACE = 5.0  # seconds that questions under way have for their answers, after an error or Ctrl-C
-POLL = 0.1  # seconds between looks at whether to stop
+POLL = 0.1  # seconds between checks whether to stop
 MAX_REPLY = 1 << 20  # bytes that are read of a reply
 MAX_ANSWER = 10_000  # characters of an answer; more are cut off
 
@@ -81,11 +81,11 @@ class Endpoint:
     def answer_all(self, questions: Sequence[Sequence[Message]], keep: KeepAnswer) -> None:
         """Ask all questions, PARALLEL_QUESTIONS at a time, and call `keep(index, answer)` as each answer arrives.
 
-        After an error or Ctrl-C no further question is asked. Those that are under way, which are paid for, have GRACE
-        seconds for their answers.
+        After an error or Ctrl-C no further question is asked. Questions that are under way are already paid for; they
+        have GRACE seconds for their answers.
         """
         stop = threading.Event()
-        with futures.ThreadPoolExecutor(1) as thread:  # of its own: a notebook's has an event loop already
+        with futures.ThreadPoolExecutor(1) as thread:  # a new one: a notebook's already has an event loop
             try:
                 asking = thread.submit(asyncio.run, self._ask_in_parallel(questions, keep, stop))
                 # A Ctrl-C that arrives while a wait begins does not end that wait: Python acts on it after the wait.
@@ -156,8 +156,8 @@ class Endpoint:
         raise AssertionError("the last attempt returns or raises")
 
     async def _exchange(self, client: Any, body: dict[str, Any]) -> Reply:
-        """The endpoint's reply, whatever its status, of which little more than MAX_REPLY bytes are read."""
-        # A compressed reply could grow beyond every bound; none is asked for, and none is unpacked.
+        """The endpoint's reply, whatever its status. Little more than MAX_REPLY bytes of it are read."""
+        # A compressed reply could expand without bound, so none is requested and none is unpacked.
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         address = self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         data = bytearray()
@@ -201,7 +201,7 @@ class Endpoint:
 
 
 def describe_cause(error: BaseException) -> str:
-    """What is at the bottom of an error: httpx2 itself says only that all attempts failed."""
+    """The root cause of an error: httpx2 itself says only that all attempts failed."""
     *_, lowest = causes(error)
     if isinstance(lowest, ConnectionError) and lowest.errno:  # asyncio's own text gives no reason
         return os.strerror(lowest.errno)

@@ -1,4 +1,4 @@
-"""What the questions of autointerp cost, estimated before any of them is known."""
+"""The cost of autointerp's questions, estimated before any of them is known."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ EXPLAINED = TOP + WEIGHTED - TOP_SCORED - WEIGHTED_SCORED
 
 
 def tokens_of_latent(tokenizer: Any, scores: Sequence[str]) -> list[int]:
-    """For each question about one latent, about how many tokens it has."""
+    """The approximate number of tokens of each question about one latent."""
 
     def question(prompt: str, passages: int, of_each: int, more: int = 0) -> int:
         system = len(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
@@ -40,8 +40,8 @@ def describe_cost(
 ) -> str:
     """A line of the plan: the most questions, input tokens and output tokens that explaining these latents can take.
 
-    `judge` is its name, "" if there is none; `prices` are those of a million input and output tokens, 0 if unknown;
-    `kept` is the number of answers from earlier runs. Input tokens are counted with `tokenizer`, the evaluated model's.
+    `judge` is its name, "" if there is none; `prices` are per million input and output tokens, 0 if unknown; `kept` is
+    the number of answers from earlier runs. Input tokens are counted with `tokenizer`, the evaluated model's.
     """
     of_latent = tokens_of_latent(tokenizer, scores)
     questions, tokens_in = latents * len(of_latent), latents * sum(of_latent)

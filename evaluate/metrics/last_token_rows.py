@@ -16,7 +16,7 @@ from ...common.tokenizers import tokenizer_digest
 from ..context import EvalContext
 from .base import Progress
 
-MAX_TOKENS = 1024  # of a text, its last ones; BOS included
+MAX_TOKENS = 1024  # the last ones of a text are kept; BOS included
 TOKENS_PER_FORWARD = 8192  # with padding
 
 
@@ -47,7 +47,7 @@ def last_token_rows(
 def capture_last_rows(
     ctx: EvalContext, hooks: Sequence[Hook], texts: Sequence[str], progress: Progress
 ) -> dict[Hook, Tensor]:
-    """Run the model over the texts, those of similar length together."""
+    """Run the model over the texts, in batches of similar length."""
     ids = [keep_last_tokens(ctx, one) for one in ctx.encode_texts(texts)]
     if empty := [number for number, one in enumerate(ids) if not one]:
         raise UsageError(f"the text {texts[empty[0]]!r} has no token to probe. Remove it from the data set.")
@@ -70,7 +70,7 @@ def capture_last_rows(
 
 
 def keep_last_tokens(ctx: EvalContext, ids: list[int]) -> list[int]:
-    """The last MAX_TOKENS tokens of a text; BOS, if its contexts begin with one, stays the first of them."""
+    """The last MAX_TOKENS tokens of a text. BOS stays the first token if contexts begin with it."""
     if len(ids) <= MAX_TOKENS:
         return ids
     return ids[-MAX_TOKENS:] if ctx.context_format.bos_id is None else [ids[0], *ids[1 - MAX_TOKENS :]]

@@ -1,7 +1,7 @@
 """Correlations between the latents of SAEs on the same held-out tokens.
 
-The latents are kept sparsely, 12 bytes for each that is not 0: 25 MB for 32,768 tokens and an L0 of 64. The activations
-take 4 bytes a number, twice while random dictionaries are made: 2 x 300 MB for as many tokens of Gemma-2-2B.
+The latents are kept sparsely, with 12 bytes for each nonzero value: 25 MB for 32,768 tokens and an L0 of 64. The
+activations take 4 bytes a number, twice while random dictionaries are made: 2 x 300 MB for 32,768 tokens of Gemma-2-2B.
 
 Shape suffixes: T tokens, D d_in, F latents of one SAE, G of another, B a block of latents.
 """
@@ -23,8 +23,8 @@ from .held_out_rows import read_rows
 from .latent_matching import BlockSimilarity
 from .parts import tokens_per_encode
 
-MAX_ACTIVE = 2**28  # latents of an SAE that are not 0, on all tokens together: 3 GB
-CONSTANT = 1e-12  # of its mean square: a latent with a smaller variance is constant
+MAX_ACTIVE = 2**28  # nonzero latents of an SAE over all tokens: 3 GB
+CONSTANT = 1e-12  # a latent is constant if its variance is a smaller share of its mean square
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,13 @@ class HeldOutRows:
         return Latents.of(vstack(self.f[place], "csr"))
 
     def centered(self, device: str) -> Tensor:
-        """x less its mean (D, T), on a device."""
+        """x minus its mean (D, T), on a device."""
         x_TD = torch.cat(self.x)
         return x_TD.sub_(x_TD.mean(0)).T.to(device)
 
 
 def sparse(f_TF: Tensor) -> csr_matrix:
-    """As csr_matrix(f_TF), in float64; scipy looks for what is not 0 by two indices, which takes five times as long."""
+    """csr_matrix(f_TF) in float64. scipy finds nonzero values by two indices, which takes five times as long."""
     value_TF = f_TF.cpu().numpy()
     nonzero_TF = value_TF != 0
     place_Z = np.flatnonzero(nonzero_TF)

@@ -28,7 +28,7 @@ BlockSimilarity = Callable[[slice], Tensor]  # some of the F latents -> their si
 
 
 class Matching(NamedTuple):
-    """The partner of each latent (F,), -1 if it has none, and the signed similarity of the two (F,), then 0."""
+    """The partner of each latent (F,), or -1, and the signed similarity of the two (F,), or 0."""
 
     partner_F: np.ndarray
     similarity_F: np.ndarray
@@ -39,7 +39,7 @@ class Matching(NamedTuple):
         return float(np.abs(self.similarity_F).sum())
 
     def inverse(self, latents: int) -> Self:
-        """The same pairs as the other dictionary, of so many latents, sees them."""
+        """The same pairs, seen from the other dictionary, which has `latents` latents."""
         partner_G, similarity_G = np.full(latents, -1), np.zeros(latents)
         matched_F = self.partner_F >= 0
         partner_G[self.partner_F[matched_F]] = np.flatnonzero(matched_F)
@@ -79,7 +79,7 @@ def match_candidates(similarity: BlockSimilarity, latents: int, signed: bool = F
         values.append(similarity_BG.gather(1, candidate_BK).cpu())
     candidate_FK, similarity_FK = torch.cat(candidates).numpy(), torch.cat(values).double().numpy()
     gain_FK = similarity_FK.clip(0) if signed else np.abs(similarity_FK)
-    # Weights of 1 + gain, as a sparse graph has no edges of weight 0; a latent's column of its own means none.
+    # Weights are 1 + gain, since a sparse graph has no edges of weight 0. A latent's own extra column means no match.
     starts = np.arange(latents + 1) * count
     graph = csr_matrix((1 + gain_FK.ravel(), candidate_FK.ravel(), starts), (latents, latents))
     _, column_F = min_weight_full_bipartite_matching(hstack([graph, identity(latents)], "csr"), maximize=True)

@@ -1,7 +1,7 @@
 """Pairs of latents of one SAE: how alike they fire, and the cosines of their decoder rows (core).
 
-SAEBench has none of these numbers. They are over the pairs of a sample of latents, drawn once by a fixed seed: those of
-a smaller sample are in every larger one.
+SAEBench has none of these numbers. They are over the pairs of a sample of latents, drawn once with a fixed seed: a
+larger sample contains every smaller one.
 
 Shape suffixes: T counted tokens, D d_in, F latents that are paired.
 """
@@ -20,7 +20,7 @@ from ...common.memory import available_memory
 
 PAIRED_LATENTS = 1024  # by default, or all if an SAE has no more
 PAIRED_TOKENS = 32_768  # correlations are taken over the batches that start before this many tokens
-SPARSE_BELOW = 0.03  # share of active latents below which a CPU multiplies these alone in less time
+SPARSE_BELOW = 0.03  # share of active latents below which a CPU is faster with a sparse product
 GRAM_ROWS = 256  # rows of the Gram matrix computed at a time, from the diagonal to the right
 PAIR_BYTES = 48  # of memory for each pair of latents: sums in float32 and float64, cosines, and their ranks
 
@@ -32,11 +32,11 @@ class LatentPairs:
         self.latents = latents
         self.index_F: Tensor | None = None  # the sample; None before the first token
         self.gram_FF: Tensor | None = None  # float64, of the batches that ended
-        self.batch_FF: Tensor | None = None  # of the batch
+        self.batch_FF: Tensor | None = None  # of the current batch
         self.sparse: list[csr_array] = []  # latents of the batch whose products are not in it yet
 
     def add(self, f_TF: Tensor) -> None:
-        """Add f^T f of some tokens of a batch, at the latest when it ends. Only the upper triangle is complete."""
+        """Add f^T f of some tokens of a batch; sparse parts wait for its end. Only the upper triangle is complete."""
         if self.index_F is None:
             self.index_F = self.sample(f_TF)
         paired_TF = f_TF.index_select(1, self.index_F) if len(self.index_F) < f_TF.shape[1] else f_TF
@@ -52,7 +52,7 @@ class LatentPairs:
             self.batch_FF[rows, start:].addmm_(paired_TF[:, rows].T, paired_TF[:, start:])
 
     def sample(self, f_TF: Tensor) -> Tensor:
-        """Raises UsageError if the pairs do not fit into memory."""
+        """The latents to pair. Raises UsageError if the pairs do not fit into memory."""
         count = min(self.latents, f_TF.shape[1])
         needed, free = PAIR_BYTES * count**2, available_memory(str(f_TF.device))
         if needed > free:
@@ -90,7 +90,7 @@ class LatentPairs:
 
 
 def sparse_rows(f_TF: Tensor, active_N: Tensor) -> csr_array:
-    """Latents as a sparse matrix, given the places of those that are not zero."""
+    """Latents as a sparse matrix, given the places of the nonzero ones."""
     tokens, latents = f_TF.shape
     index_N, value_N = active_N.numpy(), f_TF.flatten()[active_N].numpy()
     ends = np.searchsorted(index_N, np.arange(0, f_TF.numel() + 1, latents))
@@ -147,7 +147,7 @@ def decoder_geometry(W_dec_FD: Tensor, latents: int) -> dict[str, float]:
     """|cosine| between pairs of decoder rows, and the effective rank of the decoder (Roy and Vetterli 2007).
 
     The effective rank is exp of the entropy of the normalized singular values. Rows are scaled to unit length first, so
-    that their lengths do not matter. Pairs are those of a sample of `latents`; with 0 there are none.
+    that their lengths do not matter. The pairs come from a sample of `latents` latents; with 0 there are none.
     """
     unit_FD = torch.nn.functional.normalize(W_dec_FD.float(), dim=1)
     sample_FD = unit_FD[sample_latents(len(unit_FD), latents, unit_FD.device)]

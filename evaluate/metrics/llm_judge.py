@@ -1,4 +1,4 @@
-"""What every judge of autointerp does, and how its answers are kept."""
+"""The interface of autointerp's judges, and the file that keeps their answers."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ MAX_ANSWER_TOKENS = 100
 
 
 class Judge(Protocol):
-    """Answers conversations with a text each."""
+    """Answers each conversation with a text."""
 
     def answer_all(self, questions: Sequence[Sequence[Message]], keep: KeepAnswer, /) -> None:
         """Call `keep(index, answer)` once for each question, in any order, as soon as it is answered.

@@ -18,9 +18,9 @@ TOKENS_PER_BATCH = 8192  # of the questions that are answered together, padding 
 class LocalJudge:
     """A chat model, by its Hub id or its folder. It is loaded for the first question. It runs no code of its own.
 
-    Answers are the most likely token each time. Questions of similar length are answered together. A batch rounds
-    differently from another, so an answer can differ where two tokens are almost equally likely; the same questions on
-    the same machine have the same answers.
+    Each token of an answer is the most likely one. Questions of similar length are answered together. Batches round
+    differently, so an answer can change where two tokens are almost equally likely. The same questions on the same
+    machine get the same answers.
 
     Memory: the weights, and the keys and values of TOKENS_PER_BATCH tokens (0.2 GB for SmolLM2-135M in float32, 1 GB
     for Llama 3 8B in bfloat16).
@@ -44,7 +44,7 @@ class LocalJudge:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What its answers depend on besides the questions."""
+        """The settings that its answers depend on besides the questions."""
         template = digest_of(self.tokenizer.chat_template)[:16]  # in a file of its own, which the revision leaves out
         return {"judge_revision": self.source.revision, "judge_dtype": self.dtype, "judge_template": template}
 
@@ -60,7 +60,7 @@ class LocalJudge:
                 keep(index, answer)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens of a question. Where the template takes no system message, it begins the user's."""
+        """The tokens of a question. If the template takes no system message, the user's message begins with it."""
         from jinja2 import TemplateError
 
         def render(conversation: list[Message]) -> list[int]:

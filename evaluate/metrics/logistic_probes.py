@@ -1,8 +1,8 @@
 """Logistic probes with the splits, the choice of latents and the choice of regularization of sae-probes.
 
 Source: sae-probes 0.4.2, `utils_data.py`, `run_sae_evals.py` and `utils_training.py` (Kantamneni et al. 2025). With the
-same rows and labels, the texts of a split, the ranking of latents and the probes are equal to its; every random draw
-is seeded with 42, as there.
+same rows and labels, the texts of a split, the ranking of latents and the probes equal those of sae-probes; every
+random draw is seeded with 42, as there.
 
 Shape suffixes: N texts, M texts of a split, F latents, K of them, D features.
 """
@@ -81,7 +81,7 @@ def splits_of(
 
 
 def imbalanced_size(label_N: np.ndarray) -> int:
-    """How many texts there are at any of SHARES: as many as the rarer class allows at its largest share."""
+    """The number of texts that is possible at each of SHARES: the rarer class limits it at its largest share."""
     positive = int(label_N.sum())
     return int(min((len(label_N) - positive) / (1 - min(SHARES)), positive / max(SHARES)))
 
@@ -107,8 +107,8 @@ def draw_split(label_N: np.ndarray, train: int, test: int, share: float) -> Prob
 def rank_latents(f_MF: Tensor, label_M: Tensor, count: int) -> Tensor:
     """The `count` latents that tell the classes apart best, the best first.
 
-    Each latent is divided by its mean over the texts where it is not zero; then the difference of its means over
-    positive and negative texts counts, whatever its sign.
+    Each latent is divided by its mean over the texts where it is not zero; its score is the absolute difference of its
+    means over positive and negative texts.
     """
     difference_F = torch.cat([scaled_difference(part_MF, label_M) for part_MF in f_MF.split(BLOCK, dim=1)])
     return difference_F.abs().argsort(descending=True)[:count]
@@ -129,9 +129,9 @@ def fit_probe(
     """Choose C by cross-validation, train with it on all texts in another order, and test.
 
     The penalty is L1 (saga) or L2 (lbfgs); both stop after 1,000 iterations, converged or not. Of equal AUCs the
-    largest C is chosen. With three texts or fewer C is 1, and the validation AUC is that of the training texts.
+    largest C is chosen. With three texts or fewer C is 1, and the validation AUC is measured on the training texts.
     """
-    # sae-probes gives scikit-learn torch tensors, whose type it does not know: it computes in float64.
+    # sae-probes passes torch tensors to scikit-learn, which does not know their type and computes in float64.
     x_MD, test_x_MD = x_MD.astype(np.float64), test_x_MD.astype(np.float64)
     strength, validation_auc = 1.0, math.nan
     if len(x_MD) > 3:
@@ -164,8 +164,8 @@ def choose_strength(x_MD: np.ndarray, label_M: np.ndarray, l1: bool) -> tuple[fl
 def folds_of(label_M: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The folds of cross-validation: indices to train on and to validate on.
 
-    For up to 12 texts every pair, for up to 127 six stratified folds; those without both classes in the validation
-    are left out. For more, the last 20 % but at most 100 texts.
+    Up to 12 texts: every pair. Up to 127 texts: six stratified folds. Folds without both classes in the validation are
+    left out. More texts: one fold, the last 20 % but at most 100 texts.
     """
     from sklearn.model_selection import LeavePOut, StratifiedKFold
 

@@ -1,4 +1,4 @@
-"""Logistic regressions as scikit-learn trains them; with an L1 penalty and numba the same in a fraction of the time.
+"""Logistic regressions as scikit-learn trains them; with an L1 penalty and numba, in a fraction of the time.
 
 An L1 probe on many latents stops at the limit of iterations before it converges, so its AUC depends on every step:
 only the same steps, rounded in the same places, give the AUC that sae-probes reports. scikit-learn's loop passes over
@@ -30,20 +30,21 @@ class LogisticModel(NamedTuple):
     intercept: float
 
     def decision(self, x_MD: np.ndarray) -> np.ndarray:
-        """The logits (M,); a positive one predicts class 1. With the bits of LogisticRegression.decision_function."""
+        """The logits (M,); a positive one predicts class 1. Equal to LogisticRegression.decision_function in every
+        bit."""
         return (x_MD @ self.weight_D[:, None])[:, 0] + self.intercept
 
     def probability(self, x_MD: np.ndarray) -> np.ndarray:
-        """The probability of class 1 (M,), with the bits of LogisticRegression.predict_proba."""
+        """The probability of class 1 (M,), equal to LogisticRegression.predict_proba in every bit."""
         return expit(self.decision(x_MD))
 
 
 class TrainingTexts(NamedTuple):
-    """What the loop reads of the texts that it trains on, which does not depend on C."""
+    """The training texts in the form that the loop reads, which does not depend on C."""
 
     value_Z: np.ndarray  # the numbers that are not zero, text by text
     index_Z: np.ndarray  # the feature of each
-    start_M: np.ndarray  # where those of each text begin (M + 1,)
+    start_M: np.ndarray  # where the numbers of each text begin (M + 1,)
     label_M: np.ndarray  # float64
     features: int
     step: float
@@ -62,13 +63,13 @@ Trainer = Callable[[np.ndarray, np.ndarray], Train]
 
 
 def logistic_trainer(x_MD: np.ndarray, label_M: np.ndarray, *, l1: bool) -> Train:
-    """Trains regressions of float64 rows and labels 0 and 1; with L1 by the compiled loop if there is one."""
+    """A function that trains on float64 rows and labels 0 and 1; with L1 by the compiled loop if there is one."""
     trainer = compiled_trainer() if l1 else None
     return trainer(x_MD, label_M) if trainer else functools.partial(train_with_sklearn, x_MD, label_M, l1=l1)
 
 
 def train_with_sklearn(x_MD: np.ndarray, label_M: np.ndarray, strength: float, *, l1: bool) -> LogisticModel:
-    """By scikit-learn alone: saga, or lbfgs with an L2 penalty; converged or not."""
+    """Train with scikit-learn alone: saga, or lbfgs with an L2 penalty; converged or not."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -81,7 +82,7 @@ def train_with_sklearn(x_MD: np.ndarray, label_M: np.ndarray, strength: float, *
 
 @functools.cache
 def compiled_trainer() -> Trainer | None:
-    """A trainer with a compiled loop; None without numba, or where it does not give scikit-learn's bits."""
+    """A trainer with a compiled loop; None without numba, or if it differs from scikit-learn in a bit."""
     try:
         import numba
     except ImportError:
@@ -91,7 +92,7 @@ def compiled_trainer() -> Trainer | None:
 
 
 def trainer_of(loop: Callable[..., tuple[np.ndarray, float]], x_MD: np.ndarray, label_M: np.ndarray) -> Train:
-    """Trains by a loop such as `saga_epochs`."""
+    """A function that trains with a loop such as `saga_epochs`."""
     texts, first = TrainingTexts.of(x_MD, label_M), first_random()
 
     def train(strength: float) -> LogisticModel:
@@ -110,7 +111,7 @@ def saga_epochs(
     value_Z: np.ndarray, index_Z: np.ndarray, start_M: np.ndarray, label_M: np.ndarray, features: int, step: float,
     penalty: float, random: int, tolerance: float, max_iterations: int,
 ) -> tuple[np.ndarray, float]:  # fmt: skip
-    """All epochs, each with as many texts, drawn at random, as there are. Returns the weights and the intercept."""
+    """Run all epochs. Each draws as many texts at random as there are. Returns the weights and the intercept."""
     texts = len(start_M) - 1
     weight_D, gradient_D, before_D = np.zeros(features), np.zeros(features), np.zeros(features)
     memory_M, seen_M = np.zeros(texts), np.zeros(texts, np.bool_)
@@ -164,7 +165,8 @@ def saga_epochs(
 
 
 def equals_sklearn(trainer: Trainer) -> bool:
-    """Whether the trainer gives the same bits on a small problem, which depend on the compilers of both."""
+    """Whether the trainer equals scikit-learn in every bit on a small problem. This depends on the compilers of
+    both."""
     random = np.random.RandomState(0)
     label_M = np.arange(150) % 2
     x_MD = random.gamma(2, 2, (150, 24)) * (random.rand(150, 24) < 0.2 + 0.2 * label_M[:, None])

@@ -22,9 +22,9 @@ class Pair:
 
     Attributes:
         decoder: by the absolute cosine of decoder rows.
-        signed: by their cosine; that of `decoder` where the sign has no meaning.
+        signed: by their cosine; the same as `decoder` where the sign has no meaning.
         activation: by the absolute correlation of latents.
-        varying: the larger of their numbers of latents that vary.
+        varying: the number of latents that vary, in the SAE with more of them.
     """
 
     decoder: Matching
@@ -74,12 +74,13 @@ def match_pair(
 
 
 def recurring_cosines(pair: Pair) -> np.ndarray:
-    """The cosine of each latent with its match (F,), from which it recurs; absolute where the sign has no meaning."""
+    """The cosine of each latent with its match (F,), which decides if it recurs; absolute where the sign has no
+    meaning."""
     return np.abs(pair.signed.similarity_F) if pair.signed is pair.decoder else pair.signed.similarity_F
 
 
 def matched_values(pairs: Sequence[Pair], nulls: Mapping[str, Sequence[Pair]]) -> dict[str, list[float]]:
-    """PW-MCC with each other seed and with each random dictionary, of each kind and of that with the larger mean."""
+    """PW-MCC with each other seed and with each random dictionary: by kind, and for the kind with the larger mean."""
     values: dict[str, list[float]] = {}
     for what in ("decoder", "activation"):
         values[f"{what}_pw_mcc"] = [getattr(pair, f"{what}_mcc") for pair in pairs]

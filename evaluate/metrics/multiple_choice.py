@@ -46,7 +46,7 @@ def parse_question(row: dict[str, Any], number: int, name: str) -> Question:
 class MultipleChoiceModel:
     """An instruction-tuned model that picks A, B, C or D: one user turn with the question, then "Answer: (".
 
-    Prompts begin with `bos_id`, unless the template puts it there.
+    Prompts begin with `bos_id`, which is added unless the template adds it.
 
     Raises UsageError if the tokenizer has no chat template or no tokens for the four letters.
     """

@@ -17,7 +17,7 @@ from ...harvest.model import LanguageModel
 from ..context import EvalContext
 from .base import EvalTarget, Progress, SAELike
 
-TOKENIZER_CHUNKS = 20  # SAEBench tokenizes a corpus in so many pieces, each on its own
+TOKENIZER_CHUNKS = 20  # SAEBench tokenizes a corpus in this many separate pieces
 TOKENS_PER_FORWARD = 4096  # tokens of one forward pass of the model
 TOKENS_PER_ENCODE = 1024  # tokens of one call of an SAE's encode
 
@@ -25,8 +25,8 @@ TOKENS_PER_ENCODE = 1024  # tokens of one call of an SAE's encode
 def pack_texts(texts: Sequence[str], tokenizer: Any, context: int, bos_id: int | None) -> Tensor:
     """Join texts by EOS and cut them into rows (R, context); BOS replaces the first token of each row.
 
-    Tokens that do not fill a row are dropped. SAEBench's BOS is the tokenizer's; here it is `bos_id`, what the contexts
-    that the SAEs were trained on begin with, which for Gemma and Llama is the same.
+    Tokens that do not fill a row are dropped. SAEBench uses the tokenizer's BOS. Here BOS is `bos_id`, the first token
+    of the contexts that the SAEs were trained on; for Gemma and Llama the two are the same.
     """
     joined = (tokenizer.eos_token or "\n").join(texts)
     size = max(1, -(-len(joined) // TOKENIZER_CHUNKS))
@@ -68,7 +68,7 @@ def pack_contexts(ctx: EvalContext, context: int) -> PackedRows:
 
 
 def separator_id(ctx: EvalContext) -> int | None:
-    """The token between two texts: EOS, or BOS if that bounds a chat turn."""
+    """The token between two texts: EOS, or BOS if EOS bounds a chat turn."""
     tokenizer = ctx.tokenizer
     turn = tokenizer.eos_token is not None and tokenizer.eos_token in turn_markers(tokenizer)
     return ctx.context_format.bos_id if turn else tokenizer.eos_token_id

@@ -10,14 +10,14 @@ from .base import SAELike
 
 CPU_NUMBERS = 2**21  # of a part on a CPU: 8 MB in float32
 MIN_TOKENS = 128  # of a part on a CPU: with fewer, reading the weights takes longer than the product
-MAX_NUMBERS = 2**31 - 1  # that kernels index with 32 bits
+MAX_NUMBERS = 2**31 - 1  # the most that kernels index with 32 bits
 COPIES = 4  # tensors of the size of a part in memory together: logits, log-probabilities of two models, probabilities
 SHARE = 0.5  # of the free memory that they may take
-CACHED_NUMBERS = 2**18  # of what several operations read one after the other on a CPU: 1 MB, which its caches hold
+CACHED_NUMBERS = 2**18  # numbers that a chain of operations reads at a time on a CPU: 1 MB, which fits its caches
 
 
 def tokens_at_once(numbers: int, device: torch.device | str) -> int:
-    """How many tokens to compute at a time, where each has so many numbers in float32: logits, or latents.
+    """How many tokens to compute at a time, where each has `numbers` float32 numbers: logits, or latents.
 
     On a GPU, as many as half of the free memory holds. On a CPU a part of 8 MB is fastest: tensors of tens of MB are
     allocated anew by the system each time, which can take longer than the products. $SAE_MEMORY_GB bounds both.
@@ -31,9 +31,9 @@ def tokens_at_once(numbers: int, device: torch.device | str) -> int:
 
 @torch.no_grad()
 def tokens_per_encode(sae: SAELike, x_TD: Tensor, device: torch.device | str) -> int:
-    """How many tokens an SAE encodes at a time. It need not say how many latents it has: it encodes one of the rows.
+    """How many tokens an SAE encodes at a time. The number of latents is found by encoding one row.
 
-    One that cannot gets all of them, and fails where its error is expected.
+    An SAE that cannot encode it gets all tokens at once, and fails where its error is expected.
     """
     try:
         latents = sae.encode(copy_to_device(x_TD[:1].float(), device)).shape[-1]

@@ -1,8 +1,8 @@
 """Residual activations of labeled texts without padding, and an SAE's latents summed over each text.
 
 Sparse probing, SCR and TPP read them. SAEBench pads every text to the same length and zeroes the padding. Here only
-counted tokens are stored: where one of SAEBench's sums runs over padding as well, that part is (padded positions) *
-encode(0), which `PooledLatents.zero_F` holds.
+counted tokens are stored. Where a sum of SAEBench runs over padding as well, that part is (padded positions) *
+encode(0), and `PooledLatents.zero_F` holds encode(0).
 
 Shape suffixes: N texts, S positions, T counted tokens of all texts, D d_in, F latents.
 """

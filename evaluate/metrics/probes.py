@@ -220,8 +220,8 @@ def logistic_accuracy(x_MK: Tensor, label_M: Tensor, test_x_MK: Tensor, test_lab
 def wilson_interval(share: float, count: float) -> list[float]:
     """95 % interval for a share of `count` independent trials (Wilson 1927).
 
-    `count` can be a fraction, as the effective number of texts behind a mean over data sets is. scipy's interval, which
-    `statistics.proportion_interval` has, takes whole numbers of hits only; the two agree to 1e-6 there.
+    `count` can be a fraction, such as the effective number of texts behind a mean over data sets. scipy's interval
+    (`statistics.proportion_interval`) takes only whole numbers of hits; for those the two agree to 1e-6.
     """
     z = 1.959964
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)

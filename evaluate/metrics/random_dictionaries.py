@@ -1,8 +1,8 @@
-"""Random dictionaries of the shape of an SAE: what a matching with them reaches is chance.
+"""Random dictionaries with the shape of an SAE. The score of a matching with them is chance.
 
 There are two kinds, since neither is right for every SAE. `shuffle_rows` keeps the entries of each decoder row, such as
-a few large ones, and none of the directions. `gaussian_rows` keeps the second moment of a decoder's rows, such as that
-of the activations from whose covariance they were drawn, or a direction in common, and none of the entries.
+a few large ones, and none of the directions. `gaussian_rows` keeps the second moment of a decoder's rows, such as the
+covariance of activations that they were drawn from or a common direction, and none of the entries.
 
 Shape suffixes: T tokens, D d_in, F latents of one SAE, B a block of latents.
 """
@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from .latent_correlation import Latents
 
 LATENTS_PER_BLOCK = 64  # of a random dictionary, computed at one time on all tokens
-SAMPLED = 16  # every so many tokens, to guess a threshold
+SAMPLED = 16  # one in this many tokens is sampled to guess a threshold
 MOMENT_ROUNDS = 50  # after which the second moment of Gaussian rows has the right eigenvalues to about 1e-3
 
 
@@ -27,15 +27,15 @@ def shuffle_rows(W_dec_FD: Tensor, seed: int) -> Tensor:
 
 
 def second_moment(unit_FD: Tensor) -> Tensor:
-    """E[w w^T] (D, D) over the rows of a dictionary. Their mean is not taken off: it is a direction in common too."""
+    """E[w w^T] (D, D) over the rows of a dictionary. Their mean is not subtracted: it is a common direction too."""
     return unit_FD.T @ unit_FD / len(unit_FD)
 
 
 def gaussian_rows(moment_DD: Tensor, latents: int, seed: int) -> Tensor:
-    """Gaussian directions of unit length (F, D) with a second moment, whose trace is 1.
+    """Gaussian directions of unit length (F, D) with the second moment `moment_DD`, whose trace is 1.
 
-    A Gaussian vector with this covariance would have another one after division by its length, so the variances along
-    the axes of the moment are those with which the rows have the right mean squares.
+    Division by the length changes the covariance of a Gaussian vector. The variances along the axes of the moment are
+    therefore chosen so that the divided rows have the right mean squares.
     """
     moment_D, axis_DD = torch.linalg.eigh(moment_DD.double().cpu())
     moment_D = moment_D.clamp_min(0)
@@ -67,10 +67,10 @@ def random_latents(direction_FD: Tensor, x_DT: Tensor, active_F: np.ndarray) -> 
 
 
 def strongest(value_T: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the `count` largest values are, and how far they are above the next smaller one: fewer if some equal it.
+    """The places of the `count` largest values, and how far they exceed the next smaller value; fewer if some equal it.
 
-    A sample gives a lower bound of that one, so that few values have to be ordered. It is no bound if `count` values or
-    fewer reach it; then all are ordered.
+    A sample gives a lower bound of that next value, so that few values have to be ordered. If `count` values or fewer
+    reach it, it is not a bound and all values are ordered.
     """
     sample_T = value_T[::SAMPLED]
     expected = min(int(count / SAMPLED * 1.25) + 8, len(sample_T) - 1)

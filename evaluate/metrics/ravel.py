@@ -49,7 +49,7 @@ from .ravel_prompts import (
 )
 from .ravel_scores import AttributeScores, mean_scores, score_intervals
 
-TOP_LATENTS = 20  # of each mask, that are named in the details
+TOP_LATENTS = 20  # latents of each mask that the details name
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class KnownFacts:
         return cls(entity_type, asked, prompts, tuple(kept) if len(kept) > 1 else (), refusals)
 
     def select(self, kept: Sequence[int], fewest: int) -> Self:
-        """With these prompts only."""
+        """The same facts with these prompts only."""
         chosen = [self.prompts[i] for i in kept]
         return self.of(self.entity_type, self.asked, chosen, self.attributes, fewest, self.refusals)
 
@@ -105,9 +105,9 @@ class RavelState:
 class Ravel(Metric):
     """`attributes` are entity types with an attribute each, at least two of a type.
 
-    Of each type, the `top_n_entities` of which the model knows most are used, and at most `num_pairs_per_attribute`
-    pairs of questions about an attribute. An attribute with fewer than `min_known_prompts` questions that the model
-    answers right is left out. What the model answers is kept in the artifact cache.
+    For each type, the `top_n_entities` entities that the model knows most about are used, and at most
+    `num_pairs_per_attribute` pairs of questions about an attribute. An attribute with fewer than `min_known_prompts`
+    questions that the model answers right is left out. The model's answers are kept in the artifact cache.
 
     Memory: the activations of the entities in all known questions, in the model's dtype (230 MB for 50,000 questions of
     Gemma-2-2B); those of one batch of questions with the later blocks' gradients; and twelve bytes a latent and SAE.
@@ -144,7 +144,8 @@ class Ravel(Metric):
 
     @classmethod
     def values_by_unit(cls, result: MetricResult, column: MetricColumn) -> UnitValues:
-        """By attribute; where types have unlike numbers of them, each is weighted so that the mean is the number."""
+        """By attribute. If types have different numbers of attributes, each is weighted so that the mean is the
+        number."""
         found = super().values_by_unit(result, column)
         type_of = {entry["entity_attribute"]: entry["entity_type"] for entry in result.details}
         sizes = Counter(type_of.values())
@@ -345,7 +346,7 @@ class RavelFacts(Ravel):
 
 
 def kept_prompts(x_ND: Tensor, norm_limit: float | None) -> tuple[int, ...]:
-    """The indices of the prompts whose entity is no outlier row."""
+    """The indices of the prompts whose entity is not an outlier row."""
     return tuple((~outlier_mask(x_ND, norm_limit)).nonzero()[:, 0].tolist())
 
 

@@ -1,4 +1,4 @@
-"""Whether what a model says is the attribute of an entity, by the rules of SAEBench 0.6.0 (`ravel/validation.py`).
+"""Check a model's answer about an attribute of an entity, by the rules of SAEBench 0.6.0 (`ravel/validation.py`).
 
 In general an answer is right if it begins with the expected value or is the beginning of it. Some values have rules of
 their own, because they have several names, or because no model says them to the last digit.
@@ -48,8 +48,8 @@ def is_near(expected: str, said: str) -> bool:
 def is_offset(zone: str, said: str) -> bool:
     """Whether an answer begins with the hours by which a time zone, such as Europe/Paris, differs from UTC.
 
-    Those of winter and of summer are right. SAEBench counts those of the day on which it is run, and one hour around
-    them for some zones.
+    The hours of winter and of summer are both right. SAEBench counts the hours of the day on which it is run and, for
+    some zones, one hour around them.
     """
     number = re.match(r"\s*([+\-−]?)\s*(\d{1,2})", said)
     if number is None:

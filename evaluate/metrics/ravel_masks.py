@@ -8,7 +8,7 @@ RAVEL) as in SAEBench 0.6.0 (`ravel/mdbm.py`). At the entity's last token the mo
 without the SAE's error term. The loss is the cross entropy of the wanted answer's first token. The temperature T falls
 from 1 to 1e-4 geometrically over the steps.
 
-The model runs once up to the hook for all SAEs, and from there on for each.
+The model runs once up to the hook for all SAEs, and from the hook on for each SAE.
 
 Shape suffixes: N pairs, S positions, D d_in, F latents, K generated tokens.
 """
@@ -64,7 +64,7 @@ class Mask:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Pairs, with the model's pass over their bases up to the hooks, and the token wanted of each (N,)."""
+    """Pairs, with the model's pass over their bases up to the hooks, and the wanted token of each (N,)."""
 
     prompts: PaddedPrompts
     run: PrefixPass
@@ -82,7 +82,7 @@ class PairBatch:
 
 
 def exchange(sae: SAELike, x_NSD: Tensor, position_N: Tensor, source_ND: Tensor, mask_F: Tensor) -> Tensor:
-    """The activations (N, S, D), decoded at each position from latents that are the source's under the mask.
+    """The activations (N, S, D), with each position decoded from latents that the mask takes from the source.
 
     Raises SaeError if the latents are NaN or infinite.
     """
@@ -137,7 +137,7 @@ def train_masks(
 def answer_under(
     ctx: EvalContext, mask: Mask, prompts: Sequence[FactPrompt], rows_ND: Tensor, pairs: Sequence[FactPair], tokens: int
 ) -> list[str]:
-    """What the model answers to the base of each pair when the latents under the mask are the source's."""
+    """The model's answer to the base of each pair, with the latents under the mask taken from the source."""
     pad = pad_id(ctx.tokenizer)
     mask_F = (mask.theta_F > 0).float()
     answers: list[str] = []

@@ -1,4 +1,4 @@
-"""The questions of RAVEL, what the model answers, and the pairs of questions that interventions are made on.
+"""The questions of RAVEL, the model's answers, and the pairs of questions for the interventions.
 
 Nothing here depends on an SAE. Orders and random draws are those of SAEBench 0.6.0 (`ravel/instance.py`,
 `ravel/intervention.py`), so that with the same answers the pairs are the same.
@@ -167,7 +167,7 @@ def by_length(prompts: Sequence[FactPrompt], size: int) -> Iterator[list[int]]:
 def ask(ctx: EvalContext, prompts: Sequence[FactPrompt], tokens: int, what: str, progress: Progress) -> Tensor:
     """The first `tokens` tokens that the model answers to each prompt (N, K), from the artifact cache or generated.
 
-    The cache is filled block by block, so that what was asked before a kill is not asked again.
+    The cache is filled block by block, so that questions answered before a kill are not asked again.
     """
     pad = pad_id(ctx.tokenizer)
     blocks = []
@@ -192,7 +192,7 @@ def ask(ctx: EvalContext, prompts: Sequence[FactPrompt], tokens: int, what: str,
 def known_prompts(
     prompts: Sequence[FactPrompt], answer_NK: Tensor, tokenizer: Any, top_entities: int
 ) -> list[FactPrompt]:
-    """The prompts that are answered right, of the entities with the most of them."""
+    """The prompts that the model answers right, for the entities with the most of them."""
     answers = tokenizer.batch_decode(answer_NK)
     known = [
         replace(prompt, first_token=first)
@@ -243,10 +243,10 @@ def draw_pairs(
 ) -> PairSplit:
     """The pairs for one attribute that is to change while the others stay.
 
-    There are at most `count` pairs about the attribute `changed`, whose answer is to become the source's, and as many
-    about all others together, whose answer is to stay. A share of all is for training.
+    At most `count` pairs are about the attribute `changed`: their answer should become the source's. As many pairs are
+    about all other attributes together: their answer should stay. A `share` of all pairs is for training.
 
-    The random draws are those of SAEBench 0.6.0 in its order.
+    The random draws equal those of SAEBench 0.6.0, in the same order.
     """
     causes = [
         FactPair(base, source, prompts[source].first_token, prompts[source].value)

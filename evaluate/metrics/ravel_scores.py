@@ -24,10 +24,10 @@ class AttributeScores:
 
     Attributes:
         entities: the entity of each pair's base.
-        is_cause: whether the source's answer is wanted, and it begins with another token than the base's. As in
-            SAEBench, a pair whose two answers begin alike counts with those whose answer is to stay.
+        is_cause: whether the source's answer is wanted and begins with another token than the base's. As in SAEBench, a
+            pair whose two answers begin with the same token counts as one whose answer should stay.
         right: whether the answer is the one wanted.
-        latents: what is said of the mask in the details.
+        latents: the entries about the mask in the details.
     """
 
     entity_type: str
@@ -94,7 +94,7 @@ def mean_scores(by_type: dict[str, list[AttributeScores]]) -> dict[str, float]:
 
 
 def score_intervals(by_type: dict[str, list[AttributeScores]], seed: int) -> dict[str, list[float]]:
-    """95 % intervals of the mean scores: the entities of each type are drawn anew with all their pairs.
+    """95 % intervals of the mean scores: the entities of each type are resampled with all their pairs.
 
     The draws are the same for every SAE that is measured on the same pairs.
     """
@@ -127,7 +127,7 @@ def finite_interval(samples: Sequence[np.ndarray], statistic: Any, seed: int) ->
 
 @dataclass(frozen=True)
 class EntityCounts:
-    """Of each entity and attribute (E, A, 4): cause pairs, right ones, isolation pairs, right ones."""
+    """For each entity and attribute (E, A, 4): cause pairs, right ones, isolation pairs, right ones."""
 
     counts_EAK: np.ndarray
 

@@ -46,7 +46,7 @@ SUITES = {
 
 
 def caveats(metrics: Iterable[str]) -> list[str]:
-    """What is known against each of these metrics, as a sentence each."""
+    """A sentence about the known weakness of each of these metrics that has one."""
     return [f"{name}: {METRICS[name].caveat}" for name in metrics if METRICS[name].caveat]
 
 

@@ -1,4 +1,4 @@
-"""The area under the ROC curve with the bits of scikit-learn's `roc_auc_score`, which takes ten times as long.
+"""The area under the ROC curve, equal in every bit to scikit-learn's `roc_auc_score`, which takes ten times as long.
 
 Probes choose their regularization by thousands of AUCs of a few texts each, where scikit-learn spends nearly all of its
 time on checks of its arguments. Corners, ratios and trapezoids are computed here in its order, so that two probes tie

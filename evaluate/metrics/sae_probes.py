@@ -5,12 +5,12 @@ latents that tell the classes of the training texts apart best are probed; see l
 and regularization. AUC and accuracy are averaged over the splits of a data set (in the setting normal there is one),
 then over data sets. Intervals resample data sets.
 
-Source: Kantamneni et al. 2025, "Are Sparse Autoencoders Useful?", arXiv 2502.16681, and its sae-probes 0.4.2, whose
-numbers these are for `--max-norm none`. It differs in what a result adds and in what it leaves out:
+Source: Kantamneni et al. 2025, "Are Sparse Autoencoders Useful?", arXiv 2502.16681, and its sae-probes 0.4.2. With
+`--max-norm none` the numbers equal those of sae-probes. The metric differs in what a result adds and leaves out:
 
-- Contexts begin as those that the SAE was trained on, where sae-probes takes what TransformerLens' tokenizer adds.
-- A text whose last token is an outlier row is left out, and so that classes stay balanced one of the other class is.
-- A k over the number of latents gives no number, where sae-probes probes all latents under that name.
+- Contexts begin like those that the SAE was trained on; sae-probes keeps what TransformerLens' tokenizer adds.
+- A text whose last token is an outlier row is left out with one of the other class, so that classes stay balanced.
+- A k over the number of latents gives no number; sae-probes probes all latents under that name.
 
 Memory, for one data set at a time: its rows (5,000 x d_in), an SAE's latents of them in sparse form, and those of the
 training texts (1,024 x d_sae float32, 67 MB at 16,384 latents).
@@ -49,10 +49,10 @@ from .logistic_probes import (
 )
 
 KS = (1, 2, 5, 16, 128)
-PENALTIES = ("l1", "l2")  # of the probes on latents; that on the model's activations has L2, as in sae-probes
+PENALTIES = ("l1", "l2")  # of the probes on latents; the model's own probe has L2, as in sae-probes
 DEFAULT_TEXTS = 5000  # of a data set
 ROWS_PER_ENCODE = 128
-NAMED_LATENTS = 16  # of a split, that a result lists
+NAMED_LATENTS = 16  # latents of a split that a result lists
 UNKNOWN = ProbeScore(*[math.nan] * len(ProbeScore._fields))
 
 
@@ -69,8 +69,8 @@ class SaeProbes(Metric):
     """On the data sets of `sae data get sae-probes`.
 
     `datasets` are names or numbers of `sae data list sae-probes`, `ks` numbers of latents. `setting` is normal,
-    scarcity (2 to 1,024 training texts) or imbalance (5 % to 95 % positive texts). `max_texts` and `max_train` are the
-    texts of a data set, and of those that a probe is trained on; the defaults are those of sae-probes.
+    scarcity (2 to 1,024 training texts) or imbalance (5 % to 95 % positive texts). `max_texts` limits the texts of a
+    data set, and `max_train` those that a probe is trained on; the defaults are those of sae-probes.
     """
 
     datasets: tuple[str, ...] = ("all",)
@@ -112,7 +112,7 @@ class SaeProbes(Metric):
     def names(self) -> list[str]:
         """The data sets that are asked for, in the order of the index.
 
-        Raises UsageError for one that there is not, UnavailableError if the data are not here.
+        Raises UsageError for an unknown one, UnavailableError if the data are not here.
         """
         known = data.dataset_names()
         if self.datasets == ("all",):
@@ -173,7 +173,7 @@ class SaeProbes(Metric):
         return problems
 
     def splits(self, label_N: np.ndarray, side: str) -> list[ProbeSplit]:
-        """The splits for the probes on latents or on the model. Of the latter sae-probes rounds the shares."""
+        """The splits for the probes on latents or on the model. For the model sae-probes rounds the shares."""
         shares = [round(share * 20) / 20 for share in SHARES] if side == "llm" else SHARES
         return splits_of(self.setting, label_N, self.max_train, shares)
 
@@ -201,7 +201,7 @@ class SaeProbes(Metric):
     ) -> "DatasetScores":  # fmt: skip
         """The scores of one data set, from the artifact cache or computed: a killed evaluation continues after them.
 
-        They are known by what the probes read, so that any object that encodes has them.
+        Their key is a digest of the probes' inputs, so any object that encodes can reuse them.
         """
         splits = problem.splits[side]
 
@@ -234,7 +234,7 @@ class ProbeProblem:
 
 @dataclass(frozen=True)
 class DatasetScores:
-    """Scores of one data set; those of the model have one entry in the place of the ks."""
+    """Scores of one data set. The model's scores have one entry instead of one for each k."""
 
     score_SK4: Tensor  # the fields of ProbeScore, NaN for a k over the number of latents
     constant_SK: Tensor  # whether the probed latents never vary in the training texts

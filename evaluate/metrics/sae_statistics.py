@@ -1,4 +1,4 @@
-"""Statistics of one SAE for the core metric: reconstruction, sparsity, and what SAEBench says of each latent.
+"""Statistics of one SAE for the core metric: reconstruction, sparsity, and SAEBench's numbers of each latent.
 
 Shape suffixes: N contexts, S positions, R rows that are replaced, T counted tokens, D d_in, F latents.
 """
@@ -38,7 +38,7 @@ def ratio_interval(ratio: Ratio) -> list[float]:
 
 
 def sum_by_document(ratio: Ratio, document_N: Tensor) -> Ratio:
-    """Sum the entries of a ratio over the contexts of each document. `document_N` may have further contexts."""
+    """Sum the entries of a ratio over the contexts of each document. `document_N` may cover more contexts."""
     _, index_N = document_N[: len(ratio[1])].unique(return_inverse=True)
     part, whole = (torch.zeros(int(index_N.max()) + 1).to(column).index_add_(0, index_N, column) for column in ratio)
     return part, whole
@@ -198,9 +198,9 @@ class SAEStatistics:
         return self.sums["x_square"] - float(self.sums["x"].square().sum()) / self.tokens
 
     def fve_interval(self, interval: list[float], fve: float) -> list[float]:
-        """Rescale the interval of the `fve` about the first batch's mean to that about the mean of all tokens.
+        """Rescale the interval of the `fve` from the first batch's mean to the mean of all tokens.
 
-        Sums per context have to be taken about a center that is known from the start.
+        Sums per context need a center that is known from the start.
         """
         around = self.sums["around_centre"]
         half = (interval[1] - interval[0]) / 2 * divide(around, self.variance)

@@ -4,8 +4,9 @@ Higher is better: 0 is no effect, 1 removes all of the bias.
 
 A probe is trained on texts of two classes in which a second attribute always goes with the class (male professors
 against female nurses), so it reads the attribute as well. The latents that matter most to a probe of the attribute are
-ablated. The score is the share of the biased probe's missing accuracy on the class, against a probe of the class
-itself, that this recovers. In the other direction, the latents of the class are ablated and the attribute is read.
+ablated. The biased probe is less accurate on the class than a probe of the class itself. The score is the share of this
+difference that the ablation recovers. In the other direction, the latents of the class are ablated and the attribute is
+read.
 
 Source: SHIFT of Marks et al. 2024, as automated by SAEBench 0.6.0, `evals/scr_and_tpp` (Karvonen et al. 2025). All
 texts of a pair are in its tasks, so only the probes depend on random numbers. Ablation is computed without decoding
@@ -128,10 +129,10 @@ def scr_scores(
 ) -> dict[str, Tensor]:
     """Scores (R,) by name, from accuracies (R,) on each task.
 
-    `biased` is the accuracy of the biased probe, `clean` that of the task's own probe, and `ablated[task][n]` that of
-    the biased probe without n latents of the other task. `scr_metric` is the score of the task at which the biased
-    probe is worse; if it is equally bad at both there is none. A score is 0 if less than MIN_ROOM is missing; in mode
-    2024-12 it is the quotient regardless, and absent for 0/0.
+    `biased` is the accuracy of the biased probe, `clean` is the accuracy of the task's own probe, and
+    `ablated[task][n]` is the accuracy of the biased probe without n latents of the other task. `scr_metric` is the
+    score of the task at which the biased probe is worse; if it is equally bad at both there is none. A score is 0 if
+    less than MIN_ROOM is missing; in mode 2024-12 it is the quotient regardless, and absent for 0/0.
     """
     scores = {}
     for number, task in enumerate(DIRECTIONS, 1):

@@ -60,7 +60,7 @@ class SparseProbing(Metric):
 
     `train_set_size` and `test_set_size` are texts of one binary task, `context` is tokens per text. An empty `k` means
     SAEBench's values of the mode. With rng="saebench" the draws are SAEBench's for an SAE whose activations were
-    cached: one generator from 42 over all datasets; that of the LLM's score restarts for each dataset.
+    cached: one generator seeded with 42 for all datasets; the generator of the LLM's score restarts for each dataset.
     """
 
     datasets: tuple[str, ...] = tuple(HUB)
@@ -220,7 +220,7 @@ class ProbedSAE:
     generator: torch.Generator  # serves all draws of the SAE with rng="saebench"
     scores: dict[str, ProbingScores] = field(default_factory=dict)
     folded: bool = False  # whether decoder norms were folded into the latents
-    rows: int = 0  # that were pooled
+    rows: int = 0  # rows that were pooled
     outliers: int = 0  # rows that were left out
     error: SaeError | None = None
 

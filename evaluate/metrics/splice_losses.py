@@ -17,7 +17,7 @@ from .parts import tokens_at_once, tokens_in_cache
 from .sae_statistics import Ratio
 
 RatiosByCategory = dict[str, dict[str, Ratio]]
-WHOLE_RESIDUAL = ("resid_pre", "resid_mid", "resid_post")  # sites that hold all that later blocks read of the text
+WHOLE_RESIDUAL = ("resid_pre", "resid_mid", "resid_post")  # sites that carry everything that later blocks read
 
 
 class TokenLosses(NamedTuple):
@@ -82,7 +82,7 @@ class CountedTokens:
     ) -> list[TokenLosses]:
         """The losses of each final residual (T, D). The first is the original model's, the reference.
 
-        Logits are computed for so many `tokens` at a time. A residual that is constant over positions (stride 0) is
+        Logits are computed for `tokens` tokens at a time. A residual that is constant over positions (stride 0) is
         unembedded once. `report` is called with the share of the tokens that is done.
         """
         constant = [output.stride(0) == 0 for output in outputs_TD]

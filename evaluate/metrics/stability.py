@@ -8,7 +8,7 @@ agree if the best match points the same way.
 
 Recurring latents (Paulo and Belrose 2025, arXiv 2501.16615) come from a separate matching, of the cosines with their
 sign, since a latent and its opposite mean different things. The sign has no meaning in an SAE with negative latents;
-there the matching is that of PW-MCC. The authors also require the encoder's rows to match; we do not, since not every
+there the matching of PW-MCC is used. The authors also require the encoder's rows to match; we do not, since not every
 SAE has them.
 
 Each number is compared with the same number for matched random dictionaries. Their rows are also used as encoder, with
@@ -16,8 +16,8 @@ thresholds at which every latent fires as often as in the SAE. They have the sam
 same activations, whose few large directions correlate any two dictionaries. There are two kinds
 (random_dictionaries.py): the SAE's own decoder rows with the entries of each in random order, which keeps large
 entries; and Gaussian rows with the second moment of the other seeds' decoder rows. The larger of the two is the null.
-The moment is that of the other seeds, because the SAE's own would also fit chance properties of its rows: the mean
-squared cosine between a decoder and rows with the other decoder's moment is exactly that between the two decoders.
+The moment comes from the other seeds, because the SAE's own moment would also fit chance properties of its rows: the
+mean squared cosine between a decoder and rows with the other decoder's moment is exactly that between the two decoders.
 
 Dead latents do not vary on these tokens. The decoder number includes their rows, as the authors' code does. They have
 no correlation; the activation number is taken over the other latents, and unmatched latents of the larger set count as
@@ -48,8 +48,8 @@ from .random_dictionaries import gaussian_rows, random_latents, second_moment, s
 NULLS = ("shuffled", "gaussian")  # kinds of random dictionaries
 EXACT_RANDOM = 2048  # latents of random dictionaries up to which the matching with them is optimal
 NULL_QUANTILE = 0.99  # of the matched cosines of random dictionaries, below which no latent recurs
-SAME_DECODER = 0.9999  # decoder PW-MCC of two seeds from which on a flag says so
-MANY_DEAD = 0.1  # share of the latents above which a flag says so
+SAME_DECODER = 0.9999  # decoder PW-MCC of two seeds above which there is a flag
+MANY_DEAD = 0.1  # share of dead latents above which there is a flag
 
 
 NamedPair = tuple[str, Pair]  # the name of the other seed, and the matchings with it
@@ -143,7 +143,7 @@ class Stability(Metric):
             require_comparable(targets, system, rows)
         except SaeError as error:
             return dict.fromkeys(system, error)
-        # In an order that does not depend on the command's, as of several optimal matchings one is taken.
+        # The order must not depend on the command, because one of several optimal matchings is taken.
         order = sorted(system, key=lambda place: (targets[place].weights, targets[place].name))
         latents = {place: rows.latents(place) for place in order}
         decoder = {place: unit_rows(targets[place], device) for place in order}
@@ -232,7 +232,7 @@ class Steps:
     done: int = 0
 
     def next(self, what: str) -> None:
-        """Say what begins now."""
+        """Report the step that begins now."""
         self.progress(self.done, self.total, what)
         self.done += 1
 
@@ -298,7 +298,7 @@ def stability_flags(
 def latent_details(seeds: Sequence[NamedPair], recurs_SF: np.ndarray, latents: Latents) -> list[dict[str, Any]]:
     """An entry per latent: whether it recurs in all other seeds, and its match in each, in the order of extra["seeds"].
 
-    Matches by decoder are those by which latents recur. There is none by activations if either latent does not vary.
+    Matches by decoder decide whether a latent recurs. There is no match by activations if either latent does not vary.
     """
     density_F = latents.active_F / latents.f_TF.shape[0]
     columns: dict[str, list[list[Any]]] = {}

@@ -1,4 +1,4 @@
-"""The model's passes over the text of core, kept in the artifact cache: SAEs that are measured later need none of them.
+"""The model's passes over the text of core, kept in the artifact cache: SAEs measured later do not repeat them.
 
 Shape suffixes: N contexts, S positions.
 """
@@ -20,7 +20,7 @@ from ...harvest.model import ForwardPass
 from ..context import ContextBatch, EvalContext
 from .base import Progress
 
-MAX_BYTES = 2 * 10**9  # of the passes over a text; those of a longer one are not kept
+MAX_BYTES = 2 * 10**9  # of the passes over a text; more are not kept
 FREE_SHARE = 0.25  # of the free disk that they may take
 KIND = "text_pass"  # of the artifacts: the activations of a batch at one hook, or its last hidden state
 
@@ -77,7 +77,7 @@ class TextPasses:
         return [self.key(batch, self.depends(one)) for one in (*hooks, *([None] if final else []))]
 
     def read(self, batch: ContextBatch, hooks: Sequence[Hook], final: bool) -> tuple[dict[Hook, Tensor], Tensor] | None:
-        """What is kept of a batch, on the model's device; None unless all of it is."""
+        """The kept tensors of a batch, on the model's device; None unless all of them are kept."""
         if not self.contains(batch, hooks, final):
             return None
         parts = [self.get(key) for key in self.keys(batch, hooks, final)]
@@ -118,9 +118,9 @@ class TextPasses:
         return needed <= min(MAX_BYTES, FREE_SHARE * free_space(self.ctx.artifacts.folder))
 
     def missing_bytes(self, with_losses: int) -> int:
-        """How much will be kept that is not there yet, if the first `with_losses` batches are run to the end.
+        """How many bytes are still to be kept, if the first `with_losses` batches are run to the end.
 
-        Found without the model: at most, where a hook lies inside a block.
+        Does not need the model. It is an upper bound if a hook lies inside a block.
         """
         size = getattr(torch, self.ctx.model_identity["llm_dtype"]).itemsize
         starts = [Hook(hook.layer - 1) for hook in self.hooks if hook.site != "resid_post" and hook.layer > 0]
@@ -143,7 +143,7 @@ class TextPasses:
         return {"final": True} if hook is None else hook.record
 
     def key(self, batch: ContextBatch, of: Mapping[str, Any]) -> dict[str, Any]:
-        """The batch as it is padded: another padding may round otherwise."""
+        """The key contains the padded shape, because another padding may round differently."""
         return {**self.ctx.model_identity, "ids": digest_of_ids(batch), "shape": list(batch.ids.shape), **of}
 
 

@@ -96,7 +96,7 @@ def sample_latents(d_sae: int, count: int | None) -> Tensor:
 
 
 def check_window_memory(window: PassageWindow, latents: int) -> PassageWindow:
-    """The window, if the passages of so many latents fit into memory. Raises UsageError otherwise."""
+    """The window, if the passages of `latents` latents fit into memory. Raises UsageError otherwise."""
     if (needed := BYTES_PER_PASSAGE_TOKEN * window.width * latents) > MAX_WINDOW_BYTES:
         raise UsageError(
             f"Passages of {window.width:,} tokens of {latents:,} latents need {format_bytes(needed)} of memory. "
@@ -254,7 +254,7 @@ def latent_entry(run: InspectedRun, stats: LatentStats, place: int, token_index:
 
 
 def read_training_curves(folder: Path) -> list[Chart]:
-    """Charts of what training logged; none without metrics.jsonl."""
+    """Charts of the values that training logged; none without metrics.jsonl."""
     charts, steps = [], read_metrics_log(folder)
     for name, title in CURVE_TITLES.items():
         points = [(step["tokens"], step[name]) for step in steps if "tokens" in step and name in step]

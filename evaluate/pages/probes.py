@@ -39,7 +39,7 @@ class ProbePart:
 
 
 def probes_of_run(result: MetricResult) -> ProbePart | None:
-    """Of one SAE: a column for each number of latents. None without data sets."""
+    """The part about one SAE, with a column for each number of latents. None without data sets."""
     ks, llm = measured_ks([result]), scores([result], LLM)
     if not ks or not llm:
         return None
@@ -51,7 +51,8 @@ def probes_of_run(result: MetricResult) -> ProbePart | None:
 
 
 def probes_of_systems(systems: Mapping[str, Sequence[MetricResult]]) -> ProbePart | None:
-    """Of several: a column for each system, a mean over its seeds, at the number of latents that all have."""
+    """The part about several systems: a column for each, with means over its seeds, at a number of latents that all
+    have."""
     systems = {label: some for label, some in systems.items() if some and measured_ks(some)}
     shared = set.intersection(*(set(measured_ks(some)) for some in systems.values())) if systems else set()
     llm = scores([one for some in systems.values() for one in some], LLM)
@@ -87,7 +88,7 @@ def draw_chart(names: Sequence[str], llm: Scores, drawn: Mapping[str, Scores]) -
 
 
 def compare_with_model(sae: Scores, llm: Scores, k: int) -> str:
-    """How a probe of k latents does beside the model's own, over the data sets that both have."""
+    """Compare a probe of k latents with the model's own probe, over the data sets that both have."""
     both = [name for name in llm if name in sae]
     if not both:
         return ""
@@ -115,7 +116,7 @@ def scores(results: Sequence[MetricResult], number: str) -> dict[str, float]:
 
 
 def measured_ks(results: Sequence[MetricResult]) -> list[int]:
-    """The numbers of latents that all results have a score of, in ascending order."""
+    """The numbers of latents for which all results have a score, in ascending order."""
     found = [
         {int(match[1]) for entry in one.sound.details for name, value in entry.items()
          if isinstance(value, (int, float)) and (match := SAE_AUC.fullmatch(name))}

@@ -13,15 +13,15 @@ from .svg import CHART_SIZE, draw_svg
 
 METRIC = "stability"
 BINS = 20  # of the histogram, from 0 to 1
-LISTED = 10  # latents of each end
+LISTED = 10  # latents listed at each end
 CHART_TITLE = "Weakest best match of a latent in another seed"
 
 
 class Latent(NamedTuple):
     """A latent that fires, and its best matches in the other seeds, in their order.
 
-    `weakest` is the smallest cosine among them: how far every other seed finds it again. Cosines are absolute where
-    their sign has no meaning, and in results of earlier versions.
+    `weakest` is the smallest cosine among them: every other seed has a match at least as close. Cosines are absolute
+    where their sign has no meaning, and in results of earlier versions.
     """
 
     number: int
@@ -43,7 +43,7 @@ class LatentLine(NamedTuple):
 class StabilityPart:
     """Attributes:
     lead: sentences with how many latents there are and recur.
-    heads: of the lists of latents; empty where there are none, as of several systems.
+    heads: the headings of the lists of latents; empty without lists, as for several systems.
     least, most: the latents that are found again least and most.
     """
 
@@ -56,7 +56,7 @@ class StabilityPart:
 
 
 def stability_of_run(result: MetricResult) -> StabilityPart | None:
-    """Of one SAE: the histogram, and the latents that are found again least and most. None without any that fires."""
+    """The part about one SAE: the histogram, and the latents found again least and most. None if no latent fires."""
     latents = live_latents(result)
     if not latents:
         return None
@@ -75,7 +75,7 @@ def stability_of_run(result: MetricResult) -> StabilityPart | None:
 
 
 def stability_of_systems(systems: Mapping[str, Sequence[MetricResult]]) -> StabilityPart | None:
-    """Of several: a line for each system, of the shares of its latents, over all its seeds together."""
+    """The part about several systems: a line for each, with shares of its latents over all its seeds together."""
     latents = {label: [one for result in some for one in live_latents(result)] for label, some in systems.items()}
     series = []
     for label, some in latents.items():

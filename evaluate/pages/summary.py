@@ -37,7 +37,7 @@ def summary_section(run: ComparedRun) -> dict[str, Any]:
 
 
 def frontier_charts(near: RunsBeside) -> list[Chart]:
-    """Core's numbers over L0: the run, those beside it, references and published SAEs. None if it is alone."""
+    """Core's numbers over L0: the run, other runs, references and published SAEs. Empty if the run is alone."""
     references = [ComparedSystem(run.name, [run]) for run in near.references]
     comparison = Comparison(group_by_system([near.run, *near.seeds, *near.others]), references, [])
     numbers = [one for one in (*FRONTIER_NUMBERS, PUBLISHED_NUMBER) if one in comparison.columns]
@@ -54,7 +54,7 @@ def has_published(chart: Chart) -> bool:
 
 
 def with_this(chart: Chart, run: ComparedRun, metric: str, column: Any) -> Chart:
-    """The chart with the run itself as a series of its own, drawn last."""
+    """The chart with the run itself as a separate series, drawn last."""
     l0, value = run.value(*L0_COLUMN), run.value(metric, column)
     if not l0 or value is None:
         return chart

@@ -23,9 +23,9 @@ from ..metrics.registry import METRICS
 from .quotes import is_same_number, printed_numbers
 
 PAPERS = ("000", "001", "002", "003", "004")
-FIELD = "field"  # the reading that is not the paper's but ours
+FIELD = "field"  # our own reading, not the paper's
 TRAINING_LOG = "training"  # metrics named training.<scalar> are scalars of metrics.jsonl
-STEP_TIME = "cost.step_time"  # of step_times.json: what a training step of a recipe takes
+STEP_TIME = "cost.step_time"  # the time of a recipe's training step, from step_times.json
 SAME_NUMBER = 0.05  # share by which two numbers may differ and still count as the same one, also in a verdict
 # Numbers of results in mode 2024-12 that claims refer to and tables do not show, with the better direction.
 # `details` are the entries per letter or dataset, `n` is what was counted.
@@ -125,8 +125,8 @@ class PaperFact:
 
 @dataclass(frozen=True)
 class Substitution:
-    """An equation of the paper that a reading replaces: `what` is done instead, as a clause, and why. It bears on
-    `claims`: their verdicts say so, and none of them is `contradicted` or `reproduced` in that reading."""
+    """An equation of the paper that a reading replaces: `what` is done instead, as a clause, and `why`. The verdicts on
+    `claims` say so, and none of them is `contradicted` or `reproduced` in that reading."""
 
     claims: tuple[str, ...]
     what: str
@@ -145,8 +145,8 @@ class Reading:
     why: str
     options: Mapping[str, Any] = field(default_factory=dict)
     literal: bool = False
-    steps: int | None = None  # of training, on any model; None: those of `run`
-    batch_size: int | None = None  # tokens, on any model; None: that of `run`, or the recipe's in `field` elsewhere
+    steps: int | None = None  # of training, on any model; None: the steps of `run`
+    batch_size: int | None = None  # tokens, on any model; None: as in `run`, or the recipe's in `field` elsewhere
     substitutes: tuple[Substitution, ...] = ()
 
     @property
@@ -155,7 +155,7 @@ class Reading:
         return self.name != FIELD
 
     def substitutions(self, claim: "Claim") -> list[Substitution]:
-        """Those that bear on a claim."""
+        """The substitutions that affect a claim."""
         return [one for one in self.substitutes if claim.id in one.claims]
 
 
@@ -171,13 +171,13 @@ class PaperSystem:
     width: str = ""  # as in --width
     options: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
-    adds_to: str = ""  # the system whose ablation this one is: it is that system plus one mechanism
+    adds_to: str = ""  # its ablation: this system is that one plus one mechanism
     counter: str = ""  # the scalar of metrics.jsonl that counts, from the start, what the mechanism did
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper claims of one system and one metric: a number, or a comparison in words."""
+    """A claim of the paper about one system and one metric: a number, or a comparison in words."""
 
     id: str  # unique within the paper
     where: str  # section, or table with row and column
@@ -197,7 +197,7 @@ class Claim:
     also: tuple[ClaimSource, ...] = ()
     says: Literal["", "more", "less", "equal"] = ""  # in words: how the system's number compares with the other's
     margin: float | None = None  # of `equal`: in `unit`, or in the metric's own without one
-    restates: str = ""  # the claim whose comparison this is again: a change beside its numbers, or another section
+    restates: str = ""  # the claim whose comparison this repeats, as a change or in another section
     copy_of: str = ""  # the claim whose number the paper prints here for another system
 
     @property

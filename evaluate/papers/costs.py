@@ -18,7 +18,7 @@ STEP_TIMES = Path(__file__).parent / "step_times.json"
 
 
 class StepTime(NamedTuple):
-    """Milliseconds of a step: the median over rounds and its quartiles, with what mechanisms do every N steps."""
+    """Milliseconds of a step: the median over rounds and its quartiles, including periodic work of mechanisms."""
 
     low: float
     middle: float
@@ -26,7 +26,7 @@ class StepTime(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """The ratio of two step times, the range that the quartiles of both leave to it, and where it was measured."""
+    """The ratio of two step times, its range by the quartiles of both, and where it was measured."""
 
     ratio: float
     low: float
@@ -50,7 +50,7 @@ def nearest_table(paper: Paper, tables: Sequence[dict[str, Any]]) -> dict[str, A
 
 
 def step_time(system: PaperSystem, table: dict[str, Any]) -> StepTime | None:
-    """The step time of a system: of its slowest recipe; None if one of its recipes was not measured."""
+    """The step time of a system's slowest recipe; None if one of its recipes was not measured."""
     times = [table["ms"].get(recipe) for recipe in system.recipes]
     if not times or None in times:
         return None
@@ -79,7 +79,7 @@ def judge_cost(claim: Claim, cost: Cost | None) -> Judgement:
         return Judgement("copy", f"of {claim.copy_of}")
     if cost is None:
         return Judgement("not measured", "a recipe that is not in step_times.json" if claim.against else "")
-    interval = 100 * (cost.low - 1), 100 * (cost.high - 1)  # in %, as a margin is
+    interval = 100 * (cost.low - 1), 100 * (cost.high - 1)  # in %, like a margin
     if claim.says == "equal":
         return judge_equality(claim, interval, on_paper_model=False)
     found = judge_direction(claim, interval)

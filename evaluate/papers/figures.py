@@ -38,7 +38,7 @@ STAND_IN_NOTE = "Measured on the standard-library substitute of the dataset."
 
 
 def paper_figures(report: PaperReport) -> dict[str, list[Chart]]:
-    """Charts by heading: those of the paper's own figures, and the others."""
+    """Charts by heading: the paper's own figures, and the others."""
     by_heading = {
         PAPER_HEADING: PAPER_FIGURES.get(report.paper.number, {}),
         EXTRA_HEADING: MECHANISM_FIGURES.get(report.paper.number, {}) | COMMON_FIGURES,
@@ -60,7 +60,7 @@ def over_training(
     """A logged scalar over tokens: the mean over seeds, with a band of 1 sd over seeds.
 
     With `sd` the band is the mean of that logged scalar. With `to_one` 1 - scalar is drawn, on a logarithmic axis. With
-    `share_of` the scalar is divided by that one.
+    `share_of` the scalar is divided by that logged scalar.
     """
     series = []
     for style, (label, runs) in enumerate(runs_by_system(report).items()):

@@ -1,8 +1,8 @@
 """Whether the mechanism that a claim is about did anything in the runs.
 
-A system names the system whose ablation it is (`adds_to`: it is that system plus one mechanism) and the scalar of
-metrics.jsonl that counts what the mechanism did (`counter`). The mechanism was idle if its counter ends at 0 in every
-run, or if every run has the weights of its ablation's run of the same layer and seed, bit for bit.
+A system names its ablation (`adds_to`: it is that system plus one mechanism) and the scalar of metrics.jsonl that
+counts what the mechanism did (`counter`). The mechanism was idle if its counter ends at 0 in every run, or if every run
+has the weights of its ablation's run of the same layer and seed, bit for bit.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from .runs import SystemRun
 
 
 def idle_mechanism(system: str, paper: Paper, runs: Sequence[SystemRun]) -> str:
-    """A phrase that says how the mechanism of a system can be seen to have done nothing; "" if it cannot.
+    """A phrase with the evidence that the mechanism of a system did nothing; "" if there is none.
 
     `runs` are of one layer.
     """
@@ -63,8 +63,7 @@ def inactive_mechanism(claim: Claim, paper: Paper, runs: Sequence[SystemRun]) ->
 
 
 def mechanisms_between(system: str, against: str, paper: Paper) -> list[str]:
-    """The systems whose mechanisms two systems of one family do not share; empty if one adds nothing to the other's
-    family."""
+    """The systems whose mechanisms two systems of one family do not share; empty if they are of two families."""
     own, other = family(system, paper), family(against, paper)
     if not set(own) & set(other):
         return []

@@ -94,7 +94,7 @@ def build_paper(tree: Mapping[str, Any], errors: list[str]) -> Paper | None:
 
 
 def build_tables(kind: type[Table], tree: Mapping[str, Any], key: str, errors: list[str]) -> tuple[Table, ...]:
-    """The valid tables of an array; what is wrong with the others is added to `errors`."""
+    """The valid tables of an array. The problems of the others are added to `errors`."""
     built = []
     for place, table in enumerate(tree.get(key, []), 1):
         label = f"{key} {table.get('id', place)}" if isinstance(table, dict) else key
@@ -174,7 +174,8 @@ def find_problems(paper: Paper, system_ids: Sequence[str]) -> Iterator[str]:
 
 
 def same_number_problems(contradiction: Contradiction, paper: Paper) -> Iterator[str]:
-    """A contradiction between two numbers that the verdict would not tell apart makes no claim inconsistent."""
+    """Problems with contradictions between two numbers that a verdict does not tell apart: they make no claim
+    inconsistent."""
     groups: dict[tuple[Any, ...], list[Claim]] = {}
     for claim in paper.claims:
         if claim.id in contradiction.claims and claim.value is not None and not claim.is_change:
@@ -263,7 +264,7 @@ def repetition_problems(claim: Claim, paper: Paper, label: str) -> Iterator[str]
 
 
 def subject(claim: Claim) -> str:
-    """What a claim is about, in a sentence."""
+    """The subject of a claim, for a sentence."""
     return f"{claim.metric} of {', '.join(claim.entries)}" if claim.entries else claim.metric
 
 

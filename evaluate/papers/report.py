@@ -1,4 +1,4 @@
-"""Compare a paper's claims with what was measured, in one reading. Runs must pass gates before they count."""
+"""Compare a paper's claims with the measured numbers, in one reading. Runs must pass gates before they count."""
 
 import math
 from collections.abc import Sequence
@@ -77,7 +77,7 @@ class PaperReport:
 
     @property
     def outlier_rows(self) -> int:
-        """How many outlier rows the numbers of a run count at most, because SAEBench's definitions do."""
+        """The most outlier rows that the numbers of a run count, because SAEBench's definitions count them."""
         return max((r.n.get(OUTLIERS, 0) for run in self.runs for r in run.run.results.values()), default=0)
 
     @property
@@ -87,7 +87,7 @@ class PaperReport:
 
     @property
     def distinct_runs(self) -> list[SystemRun]:
-        """Each run once: a system can be part of another, as `run-01` is of `runs` in paper 000."""
+        """Each run once: a system can be part of another, such as `run-01` of `runs` in paper 000."""
         return list({run.run.folder: run for run in self.runs}.values())
 
     @property
@@ -124,7 +124,7 @@ def build_report(
 
 
 def find_reading(paper: Paper, on_paper_model: bool, name: str | None) -> Reading:
-    """The reading of that name; None: the first on the paper's model, and `field` on others."""
+    """The reading called `name`; without a name, the first on the paper's model, and `field` on others."""
     name = name or (paper.readings[0].name if on_paper_model else FIELD)
     for reading in paper.readings:
         if reading.name == name:
@@ -203,7 +203,7 @@ def describe_substitutions(substituted: Sequence[Substitution]) -> list[str]:
 
 
 def notes_on_runs(claim: Claim, runs: Sequence[SystemRun], layers: Sequence[int], on_paper_model: bool) -> list[str]:
-    """Where the measured numbers are not quite what is claimed: another layer, a substitute of a dataset, a mean."""
+    """Notes where the measured numbers are not exactly the claimed ones: another layer or dataset, or a mean."""
     notes = []
     if set(layers) != set(claim.layers):
         relation = "of" if set(layers) < set(claim.layers) else "instead of"
@@ -292,7 +292,7 @@ def results_with_stand_ins(run: SystemRun, on_paper_model: bool) -> dict[str, Me
 
 
 def uses_stand_in(metric: str, runs: Sequence[SystemRun], on_paper_model: bool) -> bool:
-    """Whether a number of some run is that of the `_stdlib` variant of the metric."""
+    """Whether a number of some run comes from the `_stdlib` variant of the metric."""
     name = metric.split(".")[0]
     if on_paper_model or name not in STAND_INS:
         return False
@@ -324,7 +324,7 @@ def format_difference(claim: Claim, measured: Sequence[tuple[Values, Values]]) -
     level = EQUIVALENCE if claim.says == "equal" else CONFIDENCE
     in_unit = claim.is_change or claim.says
     unit = {"%": " %", "pp": " pp", "x": " x"}.get(claim.unit, "") if in_unit else ""
-    start, form = (1, ".3g") if unit == " x" else (0, "+.3g")  # differences are never multiples: 1 x is none
+    start, form = (1, ".3g") if unit == " x" else (0, "+.3g")  # differences are never multiples: 1 x is no change
     texts, means = [], []
     for own, other in measured:
         pairs = [(own[seed], other[seed]) for seed in sorted(own.keys() & other.keys())]

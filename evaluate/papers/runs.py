@@ -21,7 +21,7 @@ class SystemRun:
 
     Attributes:
         log: its metrics.jsonl.
-        weights: digest of what it trained; equal for two runs only if their SAEs are equal bit for bit. "": unknown.
+        weights: digest of its SAE; equal for two runs only if their SAEs are equal bit for bit. "": unknown.
         printed_warmup: the steps of warm-up that the paper prints, or None.
     """
 

@@ -108,7 +108,7 @@ def steps(value: int) -> str:
 
 
 def describe_fall(start: float) -> str:
-    """From when on the learning rate falls."""
+    """The point from which the learning rate falls, in words."""
     return "none" if start >= 1 else f"linearly to 0 from {start:.0%} of the run on"
 
 
@@ -131,7 +131,7 @@ def l1_warmup(run: SystemRun) -> int | None:
 
 
 def dataset_name(run: SystemRun) -> str | None:
-    """The dataset as the name of the cache's folder has it: <model>--<dataset>--<digest>."""
+    """The dataset as named by the cache's folder: <model>--<dataset>--<digest>."""
     parts = Path(str(run.run.origin.get("cache", ""))).name.split("--")
     return parts[1] if len(parts) == 3 else None
 
@@ -143,7 +143,7 @@ def layer_setting(paper: Paper, runs: Sequence[SystemRun]) -> Setting:
 
 
 def width_setting(paper: Paper, runs: Sequence[SystemRun]) -> Setting:
-    """The widths, which differ where a run's multiple of d_in is not the one that its system has in the paper."""
+    """The widths. They differ if a run's multiple of d_in differs from its system's multiple in the paper."""
     setup = paper.setup
     systems: dict[Any, list[str]] = {}
     differs = False

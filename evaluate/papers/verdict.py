@@ -48,14 +48,14 @@ MEAN_TOLERANCE = SAME_NUMBER  # share of the claimed number by which the mean ov
 INTERVAL_TOLERANCE = 0.10  # share of the claimed number within which the 95 % interval of that mean must lie
 NO_EFFECT = 0.10  # a difference below this share of the claimed effect counts as no effect, on the paper's model
 EQUIVALENCE = 0.90  # of the interval that must lie within the margin: two one-sided tests at 5 %
-LIKE_L0 = 1.10  # times the smaller L0 that the larger may be, for two systems to be of like L0
+LIKE_L0 = 1.10  # largest ratio of two L0 that counts as like
 # Metrics that L0 does not move, or that are L0 itself; every other one gets better or worse with L0 alone.
 FREE_OF_L0 = ("core.sparsity.l0", "core.sparsity.l1", "absorption.n.", "sparse_probing.llm.", "training.l0", STEP_TIME)
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a verdict depends on besides the measured numbers.
+    """The conditions of a verdict, besides the measured numbers.
 
     Attributes:
         l0: the measured L0 of the claim's two systems, or None if it is unknown or there is no other system.
@@ -73,7 +73,7 @@ class Conditions:
 
 
 class Judgement(NamedTuple):
-    """A verdict, and why it is not another one, where the numbers alone do not say so."""
+    """A verdict, and the reason for it where the numbers alone do not show it."""
 
     verdict: Verdict
     reason: str = ""
@@ -139,9 +139,9 @@ def judge(claim: Claim, values: Mapping[str, ValueBySeed], conditions: Condition
     Two things withhold a verdict that the numbers give:
 
     - not comparable, because of L0 (on another model, and for every metric that L0 moves): the L0 of the two systems
-      differ by more than 10 %. Only if the paper compares them at L0 that differ in the same direction does it remain
-      its own comparison; it can then be `direction only`, and nothing more. Where the paper compares at unlike L0 and
-      ours are alike, nothing is contradicted either.
+      differ by more than 10 %. If the paper itself compares them at L0 that differ in the same direction, the verdict
+      can be `direction only`, and nothing more. Where the paper compares at unlike L0 and ours are alike, nothing is
+      contradicted either.
     - not of the paper's equation: the reading replaces an equation that the claim is about, so that it can be neither
       reproduced nor contradicted.
     """
@@ -232,7 +232,7 @@ def other_agrees(claim: Claim, numbers: Sequence[float]) -> bool:
 
 
 def excludes(claim: Claim, numbers: Sequence[float]) -> bool:
-    """Whether the interval of the numbers has nothing in common with what counts as the claim's target."""
+    """Whether the interval of the numbers excludes every value that counts as the claim's target."""
     interval = confidence_interval(numbers)
     if claim.target is None or interval is None:
         return False
@@ -261,7 +261,7 @@ def withhold(claim: Claim, found: Judgement, conditions: Conditions) -> Judgemen
 
 
 def allow_for_l0(claim: Claim, found: Judgement, conditions: Conditions) -> Judgement:
-    """On another model, what can be said of two systems at their L0."""
+    """On another model, the verdict that the L0 of the two systems allow."""
     if conditions.on_paper_model or conditions.l0 is None or not depends_on_l0(claim):
         return found
     own, other = conditions.l0
@@ -303,7 +303,7 @@ def paired_changes(unit: str, pairs: Sequence[tuple[float, float]]) -> list[floa
     """The change of each pair (system, other): without a unit the difference, else in % of the other, in pp, as x times
     the other, or as a share of the other.
 
-    Empty if another is zero, except for differences and in pp.
+    Empty if a value of the other system is zero, except for differences and changes in pp.
     """
     if unit in ("", "pp"):
         return [(100 if unit else 1) * (one - two) for one, two in pairs]
