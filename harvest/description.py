@@ -63,7 +63,7 @@ def describe_source(plan: HarvestPlan) -> list[str]:
 
 
 def describe_format(plan: HarvestPlan) -> list[str]:
-    """The lines about what contexts begin with and which of their tokens are left out."""
+    """The lines about how contexts begin and which of their tokens are left out."""
     form, choice = plan.context_format, choose_bos(plan.tokenizer, plan.config.bos)
     token = "none" if form.bos_id is None else f"{token_text(plan.tokenizer, form.bos_id)} (id {form.bos_id})"
     lines = [f"bos      {token}: {choice.reason if form.bos_id == choice.id else 'as this cache was begun'}"]
@@ -82,7 +82,7 @@ def describe_format(plan: HarvestPlan) -> list[str]:
 
 
 def describe_size(plan: HarvestPlan, size: str, existing: ExistingRows) -> list[str]:
-    """The lines about what is written: where, how much, and in how many requests."""
+    """The lines about the writing: where, how much, and in how many requests."""
     free = f"{format_bytes(free_space(plan.folder))} free"
     if plan.store is None:
         return [f"size     {size}; {free}"]

@@ -88,7 +88,7 @@ class HarvestPlan:
 
     @property
     def context_format(self) -> ContextFormat:
-        """What contexts begin with, and which of their tokens are rows."""
+        """How contexts begin, and which of their tokens are rows."""
         return ContextFormat.of(self.identity, self.tokenizer)
 
     @property

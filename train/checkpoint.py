@@ -43,7 +43,7 @@ def training_state(trainer: Trainer) -> dict[str, Tensor]:
 def save_checkpoint(trainer: Trainer, folder: Path, step: int, run: str | None = None) -> None:
     """Write the state after `step` steps into the run folder's checkpoints/, and remove all but the newest two.
 
-    `run` is the digest of what decides the run.
+    `run` is the digest of everything that decides the run.
     """
     state = {name: tensor.contiguous().cpu() for name, tensor in training_state(trainer).items()}
     write_checkpoint(folder, step, to_safetensors(state), run)
@@ -68,7 +68,7 @@ class SavedState(NamedTuple):
     """A checkpoint that was read."""
 
     step: int
-    run: str | None  # digest of what decides its run; None: written by an earlier version, which recorded none
+    run: str | None  # digest of everything that decides its run; None: written by an earlier version, without it
     tensors: dict[str, Tensor]
     step_version: int  # version of the steps that led to it
 
@@ -98,7 +98,7 @@ def read_checkpoint(path: Path) -> SavedState:
 def restore_checkpoint(trainer: Trainer, folder: Path, say: Callable[[str], None], run: str | None = None) -> int:
     """Load the newest valid checkpoint of a run folder; returns its step, or 0 if there is none.
 
-    `run` is the digest of what decides the run.
+    `run` is the digest of everything that decides the run.
 
     Raises:
         UsageError: the checkpoint comes from another version. Starting over silently would throw training away.

@@ -56,7 +56,7 @@ def layout_of(state: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Si
 
 
 class CopiedRun(NamedTuple):
-    """What the thread needs to write the checkpoint of a run."""
+    """The data from which the thread writes the checkpoint of a run."""
 
     folder: Path
     digest: str

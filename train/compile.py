@@ -1,9 +1,9 @@
 """`sae train --compile`: torch.compile of a step's forward pass, losses and their gradient.
 
 Code that changes state (mechanisms, clipping, the optimizer) is not compiled. A compiled step sums in another order, so
-its results differ from those of an eager step in the last bits, and later in more; whether to compile is part of a
-run's identity. Shapes are compiled as constants, never as variables, so that a step does not depend on earlier shapes.
-A resumed run is therefore still identical bit for bit, with the same compiler on the same kind of machine.
+its results differ from an eager step's in the last bits, and later in more bits. Whether to compile is part of a run's
+identity. Shapes are compiled as constants, never as variables, so that a step does not depend on earlier shapes. A
+resumed run is therefore still identical bit for bit, with the same compiler on the same kind of machine.
 """
 
 from typing import Any

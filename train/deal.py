@@ -23,7 +23,7 @@ class Work(NamedTuple):
     """A run, or several of one stream, as a rank would train them."""
 
     runs: tuple[int, ...]  # their numbers
-    stream: Hashable  # what decides their batches
+    stream: Hashable  # the key of the batches that they read
     seconds: float  # of all steps
     reading: float  # seconds of one pass over the batches
     part: float = 0.0  # their state between steps, as a part of the memory of a pass

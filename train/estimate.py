@@ -159,7 +159,7 @@ def training_seconds(runs: Sequence[BuildableRun], device: str) -> float:
 
 
 def describe_size(runs: Sequence[BuildableRun], folder: Path) -> str:
-    """The line of a plan that says what the runs will leave on the disk of `folder`."""
+    """The line of a plan about the space that the runs will take on the disk of `folder`."""
     size = format_bytes(sum(run_bytes(run).folder for run in runs))
     return f"size     up to {size} in {format_count(len(runs), 'run folder')}; {format_bytes(free_space(folder))} free"
 

@@ -45,7 +45,7 @@ class BuildableRun(Protocol):
 class RunMemory(NamedTuple):
     """The memory of a run in bytes: on the device, and in host memory if that is separate."""
 
-    state: int  # stays between steps: weights, moments, buffers, and what mechanisms keep from step to step
+    state: int  # stays between steps: weights, moments, buffers, and tensors that mechanisms keep from step to step
     step: int  # additional at the peak of a step, or of the work between two steps
     host: int  # additional in host memory while the first rows, or a checkpoint, are read
 
@@ -93,7 +93,7 @@ def tensor_bytes(module: torch.nn.Module) -> tuple[int, int]:
 
 
 def state_bytes(variant: Variant) -> int:
-    """Bytes of a checkpoint: weights, buffers and the two moments of AdamW for what is trained."""
+    """Bytes of a checkpoint: weights, buffers and the two moments of AdamW for the weights that are trained."""
     weights, buffers = tensor_bytes(variant)
     return weights + buffers + 2 * sum(p.nbytes for p in variant.parameters() if p.requires_grad)
 

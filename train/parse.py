@@ -1,4 +1,4 @@
-"""Parse what users write: widths, and the options of recipes given with --set."""
+"""Parse the input of users: widths, and the options of recipes given with --set."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -90,7 +90,7 @@ def captured_memory(runs: Sequence[BuildableRun], device: str) -> int:
 
 
 def reserved_memory(runs: Sequence[BuildableRun], device: str, captured: bool = False) -> int:
-    """The bytes to leave free for runs: a generous bound if memory is plenty, else what the runs take."""
+    """The bytes to leave free for runs: a generous bound if memory is plenty, else the memory that the runs take."""
     bound = sum(map(memory_bound, runs))
     if bound < available_memory(device) / 2:
         return bound

@@ -60,7 +60,7 @@ def default_log_interval(steps: int) -> int:
 
 @dataclass
 class Run:
-    """One training run: what decides its result, and its folder. It can be given wherever a path is taken."""
+    """One training run: its folder, and everything that decides its result. It can be used wherever a path is taken."""
 
     recipe: Recipe
     options: dict[str, Any]
@@ -73,7 +73,7 @@ class Run:
     compiled: bool = False
     stored: Mapping[str, Any] | None = None  # every option that it was started with; None: it is new
     changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # of a finished run, see Variant.changed
-    notes: Sequence[str] = ()  # what the plan says about its options
+    notes: Sequence[str] = ()  # sentences of the plan about its options
     requested: Mapping[str, Any] = field(default_factory=dict)  # TrainConfig.record() of the plan it comes from
     problem: str | None = None  # why the run failed
 
@@ -125,7 +125,7 @@ class Run:
 
     @property
     def batches_key(self) -> tuple[Any, ...]:
-        """What decides the batches: runs with the same key share one pass over the data."""
+        """The key of the batches: runs with the same key share one pass over the data."""
         return (*self.cache_folders, self.hook, self.config.batch_size, self.shuffle_seed)
 
     def describe(self) -> str:
@@ -231,9 +231,9 @@ def plan_training(config: TrainConfig, reserved: Mapping[Path, float] = {}) -> T
     """Plan the runs that a config asks for. Writes nothing.
 
     Args:
-        config: what to train. With a `PlannedCache` as its source the plan is that of the finished cache, except for
-            what depends on its rows: the variance is unknown, so options that scale with it stay unscaled (a note
-            says so), and folder names end in `*` instead of a digest.
+        config: what to train. With a `PlannedCache` as its source, the plan equals the plan for the finished cache,
+            except for values that depend on its rows: the variance is unknown, so options that scale with it stay
+            unscaled (a note says so), and folder names end in `*` instead of a digest.
         reserved: folder -> bytes that something else will write into it meanwhile.
 
     Raises:

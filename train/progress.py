@@ -1,4 +1,4 @@
-"""What training reports while it runs."""
+"""The reports of training while it runs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -232,7 +232,7 @@ class Watch:
         raise error from None
 
     def wait_for_files(self) -> None:
-        """Wait until a network file system shows what processes on other machines have written at their end."""
+        """Wait until a network file system shows the last files that processes on other machines have written."""
         until = time.monotonic() + STALE_SECONDS
         while self.group.count > processes_on_this_machine() and time.monotonic() < until:
             late = [run for runs in self.shares for run in runs if not run.done and not run.problem]

@@ -30,10 +30,10 @@ Build = Callable[..., Variant]
 class Recipe:
     """A registered way to build a variant.
 
-    `width` is its default d_sae over d_in. `paper_exact` holds what `--paper-exact` sets: for each option whose default
-    is not the paper's own setting, that setting and why it does not work as intended. Empty: the defaults are the
-    paper's. None: they have not been compared with a paper. `switched_off` names options that have no effect with some
-    values of another option: name -> the other option and these values.
+    `width` is its default d_sae over d_in. `paper_exact` holds the settings of `--paper-exact`: for each option whose
+    default is not the paper's own setting, that setting and why it does not work as intended. If it is empty, the
+    defaults are the paper's. If it is None, they have not been compared with a paper. `switched_off` names options that
+    have no effect with some values of another option: name -> the other option and these values.
     """
 
     name: str
@@ -177,7 +177,7 @@ class Recipe:
         return valid, problems
 
     def options_without_effect(self) -> SwitchedOff:
-        """Options without effect at some values of another option: those of this recipe, and those of all recipes."""
+        """Options of this recipe, and of all recipes, that have no effect at some values of another option."""
         return {**self.switched_off, **SWITCHED_OFF}
 
     def switched_off_errors(self, given: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:

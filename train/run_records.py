@@ -12,7 +12,7 @@ from ..common.files import digest_of
 from ..common.schemas import RUN_RECORD, SAE_RECORD, RunRecord, SavedSAE
 
 FORMAT, FORMAT_LAYER_NORM = 1, 2  # of sae.json; versions that read only the first would leave out the layer norm
-# What decides the result of a run, in run.json: the digest of these entries ends the automatic name of its folder.
+# The entries of run.json that decide the result of a run: their digest ends the automatic name of its folder.
 IDENTITY = (
     "variant", "options", "layer", "site", "seed", "order_seed", "d_in", "d_sae", "steps", "batch_size", "l0",
     "literal", "cache", "compiled", "accumulate", "precision",

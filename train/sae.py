@@ -195,7 +195,7 @@ def require_width(rows: Tensor, width: int, name: str) -> Tensor:
 
 @torch.no_grad()
 def fold_normalization(sae: SAE, scale: float | Tensor, mean_D: Tensor, layer_norm: bool = False) -> SAE:
-    """An SAE that does to x what `sae` does to (x - mean)/scale: x_hat = scale * x_hat_normalized + mean.
+    """An SAE for raw x that equals `sae` applied to (x - mean)/scale: x_hat = scale * x_hat_normalized + mean.
 
     With one scale, latents become `scale` times as large: W_enc and W_dec do not change, biases and thresholds are
     scaled. With a scale for each dimension (d_in,), latents do not change: rows of W_enc are divided by it and columns

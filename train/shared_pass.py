@@ -167,7 +167,7 @@ class SharedPass:
 
 
 def finish_run(trainer: RunTrainer, writer: CheckpointWriter) -> None:
-    """Fold the normalization in and write what evaluation loads. sae.json comes last and marks the run as done."""
+    """Fold the normalization in and write the files for evaluation. sae.json comes last and marks the run as done."""
     run, variant = trainer.run, trainer.variant
     assert not isinstance(run.cache, PlannedCache)
     writer.save([trainer], run.steps)

@@ -31,7 +31,7 @@ def open_source(config: TrainConfig, hook: Hook) -> AnyCache:
 
 
 def known_variance(cache: AnyCache, array: str) -> float | None:
-    """The elementwise variance of an array; None where its rows do not exist yet."""
+    """The elementwise variance of an array; None if its rows do not exist yet."""
     return cache.statistics(array)["variance"] if isinstance(cache, Cache | ConcatCache) else None
 
 

@@ -137,12 +137,12 @@ class Mechanism(nn.Module):
     """Something that acts around the optimizer. Its buffers are its state; its hooks run under no_grad.
 
     `after_backward` and `after_step` run in every step, so they keep fixed shapes and never read a value back to the
-    host. `every_n_steps` may do both; it runs after every `every`-th step. All of them have to change in place what a
-    step reads of a mechanism: the graph of a captured step (train/capture.py) reads the same memory each time.
+    host. `every_n_steps` may do both; it runs after every `every`-th step. All of them have to change in place the
+    tensors that a step reads: the graph of a captured step (train/capture.py) reads the same memory each time.
     """
 
     combine: ClassVar[Literal["", "mean", "min"]] = ""
-    """How to combine the `statistic` of equal parts into that of the batch; "": there is no `statistic`."""
+    """How to combine the statistics of equal parts into the statistic of the batch; "": there is no `statistic`."""
     undivided: str = ""  # why it needs the latents of a whole batch at once, as in LossTerm
     reads_batch = False  # whether the forward pass calls it, and it reads `step.whole.error_BD` or `step.whole.l0`
     every: int | None = None
@@ -188,7 +188,7 @@ class Mechanism(nn.Module):
         """After training: change the copy that will be saved; its normalization is already folded in."""
 
     def after_restore(self) -> None:
-        """The buffers were loaded or moved: recompute what is derived from them."""
+        """The buffers were loaded or moved: recompute everything that is derived from them."""
 
     def scalars(self) -> dict[str, Tensor]:
         """0-d tensors to log."""

@@ -22,7 +22,7 @@ from .canonical import CanonicalSAE, from_canonical
 from .hook_names import parse_gemma_scope_path, parse_model, recorded_hook
 from .safe_read import ForeignFolder, read_npz_headers, read_weights, vector_size
 
-KINDS = {  # what is not an SAE on a layer -> its description
+KINDS = {  # kind of files that are not an SAE on a layer -> description
     "embedding": "an SAE on the embedding, scaled by sqrt(d_in)",
     "transcoder": "a transcoder, from the input of an MLP to its output",
 }

@@ -36,7 +36,7 @@ SITES_BY_MODULE = {
     "self_attn.o_proj.input": "attn_z",
     "post_feedforward_layernorm.output": "mlp_out",
 }
-KINDS = {  # first word of the folder, and `type` in config.json -> what it is
+KINDS = {  # first word of the folder, and `type` in config.json -> description
     "transcoder": "transcoder",
     "clt": "cross-layer transcoder",
     "crosscoder": "crosscoder",

@@ -1,4 +1,4 @@
-"""The metadata exported with the weights, under SAELens' keys: what its consumers read, and the provenance."""
+"""The metadata exported with the weights, under SAELens' keys: for programs that load the SAE, and the provenance."""
 
 import contextlib
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ def run_hook(sae: SAE) -> Hook | None:
 
 
 def hook_module(hook: Hook, cache: Cache | None) -> tuple[str, str] | None:
-    """The module in transformers whose input or output the activations are: ("model.layers.12.mlp", "output").
+    """The module in transformers that has the activations as input or output: ("model.layers.12.mlp", "output").
 
     The harvest records it. Without a cache, or with one that is too old to record it, the usual names of blocks give
     resid_post and the sites that are modules; other sites are None. resid_mid is always None: it is neither an input

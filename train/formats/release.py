@@ -26,7 +26,7 @@ class PublishedSAE:
     """An SAE of a release that has not been read yet, or files of the same layout that are not an SAE."""
 
     format: Format
-    path: str  # what selects it in the release: a folder, or a file where a folder holds several SAEs
+    path: str  # its path in the release: a folder, or a file if a folder holds several SAEs
     files: tuple[RemoteFile, ...]  # files that an import reads, the weights first
     refusal: str | None  # its kind, if it is not an SAE that can be imported: "transcoder"
     description: Description

@@ -30,7 +30,7 @@ from torch import Tensor
 from ...common.errors import DamagedError, SaeError, UsageError
 from ...common.files import parse_json, read_file
 
-MAX_HEADER_BYTES = 1 << 20  # of a header or config; those of real SAEs are far smaller
+MAX_HEADER_BYTES = 1 << 20  # of a header or config; real SAEs have far smaller ones
 MAX_COMPRESSION_RATIO = 100  # weights hardly compress; an archive that claims more is made to fill the memory
 MAX_WIDTH = 1 << 31
 SAFETENSORS_DTYPES = {
@@ -59,7 +59,7 @@ def damaged_if_unreadable(path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a file claims about one tensor; `read` loads it."""
+    """The shape and dtype of one tensor, as the file claims them; `read` loads the tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype

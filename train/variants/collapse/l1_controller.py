@@ -15,7 +15,8 @@ class DynamicL1(Mechanism):
         recon_ratio  0.04 times the error's share of the first error
         none         0.04
 
-    `penalty_moved` counts the steps in which lambda was not 0.04, `penalty_bounded` those in which a bound moved it.
+    `penalty_moved` counts the steps in which lambda was not 0.04. `penalty_bounded` counts the steps in which a bound
+    moved it.
 
     Paper: 0.04 lies in all of these bounds, so they never act on it (`none`). What they are to bound is left open.
     """

@@ -1,4 +1,4 @@
-"""The options of the eleven runs of paper 000. Each run has those of the run before and its own."""
+"""The options of the eleven runs of paper 000. Each run adds its own options to the options of the run before."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

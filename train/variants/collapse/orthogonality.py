@@ -230,7 +230,7 @@ class HardOrthogonality(Mechanism):
 def init_orthonormal(sae: SAE, rows: DecoderRows, part: str) -> None:
     """Start with orthonormal decoder rows in each group and the encoder as their transpose.
 
-    `part` names what needs them in the UsageError that is raised if a group has more than d_in latents.
+    Raises UsageError if a group has more than d_in latents. `part` names the part that needs orthonormal rows.
     """
     size = sae.d_sae // rows.groups
     if size > sae.d_in:

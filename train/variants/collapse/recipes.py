@@ -122,7 +122,7 @@ def optimization(config: RunConfig, options: o.BaselineOptions) -> Optimization:
     return Optimization(normalize=normalize, warmup=1000, decay_start=1.0)
 
 
-# The runs, each with what it adds to the one before.
+# The runs: each function adds the part of one run to the run before.
 
 
 def add_baseline(parts: CollapseParts, options: o.BaselineOptions) -> None:
@@ -258,7 +258,7 @@ class CollapseRun(NamedTuple):
 
     @property
     def addition(self) -> str:
-        """What this run adds, from "Add ..." in the first line of its function."""
+        """The addition of this run, from "Add ..." in the first line of its function."""
         return (inspect.getdoc(self.add) or "").split("\n")[0].removeprefix("Add ")
 
 

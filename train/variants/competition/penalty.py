@@ -1,4 +1,4 @@
-"""The penalty on similar pairs of latents that fire together (5), its growing strength (4), and what it did."""
+"""The penalty on similar pairs of latents that fire together (5), its growing strength (4), and its monitor."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ from .pairs import MIN_RATE, Coactivation
 class CompetitionLoss(LossTerm):
     """sum over pairs of max(c_ij, c_ji) <v_i, v_j>^2, for pairs above tau (5); c has no gradient.
 
-    `tau_on`    what has to reach tau: "conditional", P of one given the other, or "lift", c itself
+    `tau_on`    the value that has to reach tau: "conditional", P of one given the other, or "lift", c itself
     `weight`    the weight of a pair: "lift", c, or "conditional"
     `pair_vec`  v_i: "decoder", row i of W_dec, or "activation", f_i over the batch divided by sqrt(B)
                 Paper: writes <f_i, f_j> of "feature similarity" and f_i for both; the division by sqrt(B) makes the

@@ -1,4 +1,4 @@
-"""Competition of paper 001, (5) and (6), and the penalty on what it leaves, (2) and (7)."""
+"""Competition of paper 001, (5) and (6), and the penalty on its result, (2) and (7)."""
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ COUNTED_TOKENS = 64  # of a batch, over which the competition is counted
 
 
 class ChainL1(LossTerm):
-    """mean_B sum_F |c(pre)| for a chain c of activations of which the reconstruction uses none or only a part."""
+    """mean_B sum_F |c(pre)| for a chain c of activations that the reconstruction uses only in part or not at all."""
 
     sparsity = True
     undivided = ""
