@@ -155,7 +155,7 @@ def run_training(plan: TrainPlan, progress: TrainProgress = SILENT) -> None:
 def train_runs(
     plan: TrainPlan, progress: TrainProgress, should_stop: Callable[[], bool], *, device: str, locked: bool = False
 ) -> None:
-    """Train the unfinished runs of a plan in this process, which has `locked` their folders or locks them here."""
+    """Train the unfinished runs of a plan in this process. Locks their folders unless they are `locked` already."""
     passes = plan.passes
     places = (place for runs in passes for run in runs for place in run.cache_folders)
     with kept_caches(places, "sae train"), contextlib.ExitStack() as expected:

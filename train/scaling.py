@@ -64,7 +64,7 @@ class ScaleWithVariance(ScaledDefault, float):
 
 
 class ScaleWithNorm(ScaleWithVariance):
-    """A length, proportional to the standard deviation of raw input. Not scaled where the input has |x|^2 = 1."""
+    """A length, proportional to the standard deviation of raw input. Not scaled if the input has |x|^2 = 1."""
 
     def resolve(self, config: "RunConfig", raw: bool) -> float:
         return self * (self.value_in(config) / PAPER_VARIANCE) ** 0.5 if raw else float(self)

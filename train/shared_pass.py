@@ -218,7 +218,7 @@ def open_batches(
 
 @torch.no_grad()
 def calibrate(trainer: RunTrainer) -> None:
-    """Call the mechanisms that fit a number to the final weights, on the batches that follow the last step's."""
+    """Call the mechanisms that fit a number to the final weights, on the batches after the batch of the last step."""
     run = trainer.run
     calibrating = [m for m in trainer.variant.mechanisms if type(m).calibrate is not Mechanism.calibrate]
     if not calibrating:

@@ -123,7 +123,7 @@ class _SparseEncode(torch.autograd.Function):
 
 
 class _SparseDecode(torch.autograd.Function):
-    """The identity on a reconstruction; the gradient to W_dec is computed sparsely."""
+    """The identity on a reconstruction; the gradient of W_dec is computed sparsely."""
 
     @staticmethod
     def forward(ctx: Any, recon_BD: Tensor, w_FD: Tensor, value_N: Tensor, *chosen: Tensor) -> Tensor:

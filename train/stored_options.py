@@ -1,4 +1,4 @@
-"""The options that a run was started with. They are in its run.json, and win over defaults that have changed since."""
+"""The options that a run was started with. They are in its run.json, and override defaults that have changed since."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from ..common.schemas import RUN_RECORD, RunRecord
 
 
 def stored_options(record: RunRecord | None, folder: Path) -> dict[str, Any] | None:
-    """Every option that the run of a run.json was started with; None without one."""
+    """Every option that the run of a run.json was started with; None without such a record."""
     if record is None or "resolved" not in record:
         return None
     given, stored = record.get("options", {}), record["resolved"]
