@@ -66,7 +66,7 @@ class FolderPlace:
         return all((self.folder / file).exists() for file in files)
 
     def read_commits(self, files: Iterable[str]) -> Iterator[Mapping[str, Any] | None]:
-        """These commits as they are now, in this order; None for one that is missing."""
+        """The current content of these commits, in this order; None for a missing one."""
         for file in files:
             try:
                 yield COMMIT_RECORD.read(self.folder / file)
@@ -157,7 +157,7 @@ class FolderPlace:
         return row_reader(self.folder)
 
     def read_record(self, name: str) -> bytes | None:
-        """manifest.json or zarr.json as it is now; None if it is missing. It is in the folder afterwards."""
+        """The current manifest.json or zarr.json; None if it is missing. It is in the folder afterwards."""
         with contextlib.suppress(FileNotFoundError):
             return (self.folder / name).read_bytes()
         return None

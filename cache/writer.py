@@ -100,8 +100,8 @@ class CacheWriter:
         return group_metadata(attributes)
 
     def commits(self, files: Iterable[str] | None = None, *, check_files: bool = True) -> Iterator[dict[str, Any]]:
-        """The commits of windows as they are now: all, or these; with `check_files`, only those whose files exist with
-        their recorded sizes.
+        """The current commits of windows: all, or these; with `check_files`, only those whose files exist with their
+        recorded sizes.
 
         Raises DamagedError if a commit is damaged, or belongs to another harvest or window.
         """
@@ -242,7 +242,7 @@ class CacheWriter:
         return True
 
     def finish(self, max_norm: float | None = None, token_text: Callable[[int], str] | None = None) -> None:
-        """Write manifest.json, then the list of complete arrays in zarr.json, from the commits that there are.
+        """Write manifest.json, then the list of complete arrays in zarr.json, from the existing commits.
 
         Records of earlier versions get a digest.
 

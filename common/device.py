@@ -55,7 +55,7 @@ def fix_cublas_workspace(device: str) -> None:
 def copy_to_device(values: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """A tensor on a device: from the CPU to a GPU through pinned memory.
 
-    The copy is queued behind what the GPU is doing. `Tensor.to` from pageable memory would wait until all of it is
+    The copy is queued behind the GPU's current work. `Tensor.to` from pageable memory would wait until all of it is
     done, and leave the GPU idle until the next work is queued.
     """
     if torch.device(device).type == "cuda" and values.device.type == "cpu":

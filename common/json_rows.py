@@ -23,7 +23,7 @@ NOT_JSON = "it is not JSON"
 BLANKS = re.compile(r"\s*")
 STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*\\?(?:"|\Z)|[\[{]|[\]}]', re.DOTALL)  # strings, brackets
 
-ReadRow = tuple[str, dict[str, Any] | None, str]  # "line 7", values, or why there are none
+ReadRow = tuple[str, dict[str, Any] | None, str]  # "line 7", values or None, the reason for None
 
 
 class JsonRows:
@@ -43,7 +43,7 @@ class JsonRows:
             self.decoder = msgspec.json.Decoder(msgspec.defstruct("Columns", fields, rename=names))
 
     def read(self, skip: int = 0) -> Iterator[ReadRow]:
-        """The rows after the first `skip`. Raises what a damaged file raises, and ValueError for a broken array."""
+        """The rows after the first `skip`. Raises the errors of a damaged file, and ValueError for a broken array."""
         with open_binary(self.file) as stream:
             lines = self._lines(stream)
             first = next(lines, None)

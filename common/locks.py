@@ -30,7 +30,7 @@ POLL_SECONDS = 0.01, 0.2  # between two attempts to lock: at first, and at most
 def writer_lock(folder: Path, command: str, say: Callable[[str], None] = lambda message: None) -> Iterator[None]:
     """Hold the exclusive right to write into `folder`, which is created if needed; `command` is shown to others.
 
-    If the holder before has died, `say` is called with a message. On entry the temporary files of dead writers are
+    If the previous holder has died, `say` is called with a message. On entry the temporary files of dead writers are
     deleted: check first that the folder belongs to this package.
 
     Raises UnavailableError if another process holds the lock (the message names it), the folder cannot be written or
@@ -54,9 +54,9 @@ def writer_lock(folder: Path, command: str, say: Callable[[str], None] = lambda 
 def shared_lock(folder: Path, command: str) -> Iterator[None]:
     """Hold `folder`, which is created if needed, against `writer_lock`, together with others that do the same.
 
-    The last one to leave deletes the temporary files of dead writers. It knows that it is the last by a second lock,
-    `.lock.shared`, which it then holds alone; a process that comes meanwhile waits for it. On a file system without
-    locks nothing is locked and nothing is deleted.
+    The last one to leave deletes the temporary files of dead writers. A second lock, `.lock.shared`, tells it that it
+    is the last, because it then holds this lock alone. A process that comes meanwhile waits for it. On a file system
+    without locks nothing is locked and nothing is deleted.
 
     Raises UnavailableError if a process holds the exclusive lock or the folder cannot be written, UsageError if a file
     is in the way.
@@ -236,7 +236,7 @@ def flock(descriptor: int, mode: int) -> None:
     """Take or change a lock without waiting. Raises BlockingIOError if others hold it, OSError without locks."""
     try:
         fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
-    except PermissionError as error:  # what some file systems say
+    except PermissionError as error:  # raised by some file systems
         raise BlockingIOError(*error.args) from error
 
 
@@ -272,7 +272,7 @@ def locking(folder: Path, *, without: bool = False) -> Iterator[None]:
 
 
 def without_locks(folder: Path, error: OSError) -> UnavailableError:
-    """The error that says that a file system has no locks, and what to do."""
+    """The error about a file system without locks, with the remedy."""
     return UnavailableError(
         f"{folder} cannot be locked ({error.strerror}), so two commands could write into it at once. Mount its file "
         "system with locks (Lustre: -o flock; NFS: without nolock), or choose a folder on another one: --out, SAE_HOME."
@@ -280,7 +280,7 @@ def without_locks(folder: Path, error: OSError) -> UnavailableError:
 
 
 def locked_error(folder: Path) -> UnavailableError:
-    """The error that says who writes into a folder."""
+    """The error that names the process that writes into a folder."""
     holder = lock_holder(folder / ".lock.holder")
     return UnavailableError(f"{folder} is being written by {holder}. Wait until it ends, or stop it first.")
 

@@ -57,7 +57,7 @@ def free_in_system() -> float:
 
 
 def free_in_control_groups() -> float:
-    """The smallest remainder of the memory limits on this process's control groups, in bytes; infinity without limits.
+    """The least memory that the limits of this process's control groups leave, in bytes; infinity without limits.
 
     A group is limited by every group above it. Both versions of control groups are read.
     """
@@ -102,7 +102,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def release(error: BaseException, device: torch.device | str) -> None:
-    """Free what the frames of an error hold, and return the allocator's cache to the GPU.
+    """Free the memory that the frames of an error hold, and return the allocator's cache to the GPU.
 
     An error keeps its frames alive, and they keep the tensors that filled the memory.
     """

@@ -7,7 +7,7 @@ A record carries `content_digest`, the sha256 of its content without the digest 
 whitespace, so reformatting a file changes nothing). Every reader checks it. It detects accidents, such as a flipped
 bit; it does not detect forgery. The types of all fields are in schemas.py.
 
-Records written before 2026-11-29 have no digest. They are read as they are, and the first one causes a warning.
+Records written before 2026-11-29 have no digest. They are read without this check, and the first one causes a warning.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ class RecordKind(Generic[Content]):
     """
 
     schema: type[Content]
-    remedy: str  # what to do about a damaged record: a sentence
+    remedy: str  # a sentence: how to replace a damaged record
     digest_in: str = ""  # the object of the record that holds the digest; "": the record itself
     covered: Callable[[dict[str, Any]], Any] = dict  # the part of the content that the digest covers
     indent: int | None = 2  # None: the record is one line

@@ -1,8 +1,8 @@
 """Load models, tokenizers and datasets of transformers and datasets without ever running Python that they bring along.
 
-A folder or a repository can name Python of its own (`auto_map`). transformers runs it if trust_remote_code is True, and
-asks on the terminal if it is not set. Every loading call of this package goes through this file, which sets it to False
-and also keeps calls inside transformers from asking. tests/test_remote_code.py reads the sources.
+A folder or a repository can name its own Python code (`auto_map`). transformers runs it if trust_remote_code is True,
+and asks on the terminal if it is not set. Every loading call of this package goes through this file, which sets it to
+False and also keeps calls inside transformers from asking. tests/test_remote_code.py reads the sources.
 """
 
 import contextlib

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Treat SIGTERM, with which schedulers preempt jobs, like Ctrl-C."""
+    """Treat SIGTERM, which schedulers send to preempt jobs, like Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread can set signal handlers
         return

@@ -92,13 +92,13 @@ def turn_markers(tokenizer: Any) -> set[str]:
         return known
     try:
         rendered = tokenizer.apply_chat_template(conversation, tokenize=False)
-    except Exception:  # a template raises errors of its own, for example about roles
+    except Exception:  # a template can raise its own errors, for example about roles
         return known
     return known | {token for token in special_tokens(tokenizer) if rendered.find(token, 1) > 0}
 
 
 def find_token(tokenizer: Any, token: str, flag: str) -> int:
-    """The id of a token that is given as text or as a decimal id. Raises UsageError if the vocabulary has none."""
+    """The id of a token that is given as text or as a decimal id. Raises UsageError if the vocabulary lacks it."""
     vocabulary = tokenizer.get_vocab()
     if token in vocabulary:
         return vocabulary[token]

@@ -62,7 +62,7 @@ def find_columns(files: Sequence[Path], wanted: Sequence[str]) -> list[str]:
     A row of JSON can lack some. The rows are searched until all wanted columns have been found, for at most
     SEARCHED_BYTES.
 
-    Raises UsageError for a file that cannot be read, and if none of the first rows can be.
+    Raises UsageError for a file that cannot be read, or if none of the first rows can be read.
     """
     if file_format(files[0]) != "json":
         return list(explain_errors(files[0], lambda: iter(schema_of(files[0]).names)))

@@ -1,4 +1,4 @@
-"""Every system of a comparison against one of them: differences, tests, and what L0 alone would do.
+"""Every system of a comparison against one of them: differences, tests, and the effect of L0 alone.
 
 The rules are those of docs/reference/statistics.md.
 """
@@ -139,7 +139,7 @@ def format_p_value(p: float) -> str:
 
 @dataclass(frozen=True)
 class Against:
-    """The table of differences from `base`, and sentences that belong to it."""
+    """The table of differences from `base`, and notes about it."""
 
     base: str
     lines: Sequence[AgainstLine]
@@ -251,7 +251,7 @@ def l0_column() -> tuple[str, MetricColumn]:
 
 
 def l0_slope(comparison: Comparison, metric: str, column: MetricColumn) -> L0Slope | None:
-    """The slope of a number over the logarithm of L0, within systems that differ in their L0 alone.
+    """The slope of a number over the logarithm of L0, within systems that differ only in their L0.
 
     It is the least-squares slope with one intercept per group of such systems, so that other differences between
     systems do not count as effects of L0. None if no group has two systems whose L0 differ by more than 10 %.
@@ -280,7 +280,7 @@ def l0_slope(comparison: Comparison, metric: str, column: MetricColumn) -> L0Slo
 
 
 def digest_without_l0(record: Mapping[str, Any]) -> str:
-    """Equal for systems that differ in their L0 alone; `record` is run.json."""
+    """A digest, equal for systems that differ only in their L0; `record` is run.json."""
     options = {name: value for name, value in record.get("options", {}).items() if name not in L0_OPTIONS}
     return digest_of([*(record.get(key) for key in SYSTEM_KEYS), recorded_precision(record), options])
 

@@ -283,7 +283,7 @@ def answer_frontier(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
 
 
 def describe_published(run: ComparedRun) -> str:
-    """The rank of the run among published SAEs of its model and layer; "" if there are none at its L0."""
+    """The rank of the run among published SAEs of its model and layer; "" without any at its L0."""
     on_all_rows = alone(run.on_all_rows())
     own, published = on_all_rows.mean_and_spread(*PUBLISHED_NUMBER), published_at(on_all_rows, *PUBLISHED_NUMBER)
     if own is None or not published:

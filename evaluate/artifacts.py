@@ -1,4 +1,4 @@
-"""A cache on disk for what does not depend on an SAE: activations, probes, dataset statistics."""
+"""A cache on disk for data that does not depend on an SAE: activations, probes, dataset statistics."""
 
 import contextlib
 import fcntl
@@ -28,7 +28,7 @@ from ..common.formatting import format_bytes
 from ..common.locks import acquire, held_if_possible, release
 from ..common.records import as_read
 
-FORMAT = 1  # version of the cached artifacts: increased when the way any of them is computed changes
+FORMAT = 1  # version of the cached artifacts: increased when the computation of any of them changes
 # Kinds that hold activations of the model: most of the bytes, and quick to compute again. Probes and scores are small.
 ACTIVATIONS = ("text_pass", "held_out", "rows", "last_rows", "letters", "sample")
 LIMIT_VARIABLE = "SAE_EVALUATION_GB"

@@ -165,7 +165,7 @@ def compare_runs(folders: Sequence[Path], mix: bool = False, references: bool = 
     ]
     systems, beside = group_by_system(runs), {} if differences else name_references(read_references(runs, read))
     shown = [ComparedSystem(name, list(found.values())) for name, found in beside.items()] if references else []
-    if differences:  # each system has references of its own, and none is shown
+    if differences:  # each system has its own references, and no reference is shown
         beside = name_references([one for system in systems for one in read_references(system.runs, read)])
     return Comparison(systems, shown, differences, beside).with_control_notes({})
 
@@ -208,7 +208,7 @@ def seeds_of(settings: Mapping[str, Any]) -> frozenset[str]:
 
 
 def find_differences(runs: Sequence[ComparedRun]) -> list[str]:
-    """A sentence for each thing other than the training in which the runs differ."""
+    """A sentence for each difference between the runs other than their training."""
     differences = []
     for name in ("model", "layer", "site"):
         values = {str(sae_location(run)[name]): run for run in runs}
@@ -216,7 +216,7 @@ def find_differences(runs: Sequence[ComparedRun]) -> list[str]:
             differences.append(f"{name}: " + ", ".join(f"{value} ({run.name})" for value, run in values.items()))
     for metric in METRICS:
         measured = [run for run in runs if metric in run.settings]
-        # Limits of two caches differ a little; what matters is whether they mask the same number of rows.
+        # The limits of two caches differ a little. Runs are comparable if they mask the same number of rows.
         keys = {key for run in measured for key in without_weights(run.settings[metric])} - {"norm_limit"}
         counts = {run.results[metric].n.get(OUTLIERS, 0): run for run in measured}
         if len(counts) > 1:

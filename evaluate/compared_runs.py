@@ -1,4 +1,4 @@
-"""Runs and references as their files describe them, for comparisons and pages. No weights are read."""
+"""Runs and references, read from their files, for comparisons and pages. No weights are read."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from .rows import hook_suffix
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """A run as its files describe it.
+    """A run, read from its files.
 
     Attributes:
         origin: `origin` of sae.json.

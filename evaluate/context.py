@@ -46,8 +46,8 @@ class EvalContext:
     Attributes:
         load_model: returns the model; called repeatedly, it returns the same object.
         contexts: the held-out text.
-        context_format: what contexts begin with, and at which tokens no metric is computed (pad, EOS, BOS, and what
-            the harvest left out).
+        context_format: the first token of contexts, and the tokens at which no metric is computed (pad, EOS, BOS, and
+            those that the harvest left out).
         mode: "0.6.0" or "2024-12", the definitions of the metrics.
         model_identity: identifies the model and how it computes; part of every result's settings.
         text_identity: identifies the held-out text; part of the settings of the metrics that read it.
@@ -56,9 +56,9 @@ class EvalContext:
         device: where the model computes.
         precision: the precision of the SAEs' matrix products: "float32", "tf32" or "bfloat16".
         model_config: the model's transformers config.
-        model_argument: what --model takes for the model: a Hub id, or its folder on this machine.
+        model_argument: the value of --model for the model: a Hub id, or its folder on this machine.
         change: how the contexts differ from the cache's; `contexts` is changed already.
-        notes: what the user should know about the model and its tokenizer.
+        notes: sentences for the user about the model and its tokenizer.
     """
 
     load_model: Callable[[], LanguageModel]

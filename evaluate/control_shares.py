@@ -17,7 +17,7 @@ SHARE_NOTE = (
 NOT_OF_FEATURES = ("llm", "misc_metrics")  # categories that say nothing about features: the model's numbers, alive
 
 Columns = Sequence[tuple[str, MetricColumn]]  # (name of the metric, column)
-Systems = Mapping[str, RunBySeed]  # label -> the runs that differ in their seed alone; references are systems too
+Systems = Mapping[str, RunBySeed]  # label -> runs that differ only in their seed; references are systems too
 
 
 class Share(NamedTuple):
@@ -63,7 +63,7 @@ def numbers(runs: RunBySeed, metric: str, column: MetricColumn) -> list[float]:
 def share_lines(systems: Systems, columns: Columns) -> list[list[str]]:
     """A line of a table for each system and each of its controls: the shares of its numbers.
 
-    `columns` are those of the table after the first.
+    `columns` are the columns of the table after the first.
     """
     return [
         [f"share of {label} that {control} has", *cells] for label, control, *cells in share_cells(systems, columns)

@@ -55,7 +55,7 @@ class Unit:
     seconds: float = 0.0
 
 
-Share = tuple[Unit, ...]  # what one rank measures
+Share = tuple[Unit, ...]  # the units that one rank measures
 
 
 def deal_work(plan: EvaluatePlan, count: int) -> list[Share]:
@@ -152,7 +152,7 @@ def cut(units: Sequence[Unit], count: int, limit: float) -> list[Share]:
 
 
 def describe_deal(plan: EvaluatePlan, shares: Sequence[Share]) -> list[str]:
-    """The lines of a plan about what each rank measures, about how long that takes, and its memory."""
+    """The lines of a plan about the work of each rank, its approximate time, and its memory."""
     rows = {row.folder: (group, row) for group in plan.groups for row in group.rows}
     lines = [f"deal     {format_count(len(rows), 'SAE')} to {len(shares)} processes, by width and metrics"]
     for rank, share in enumerate(shares):

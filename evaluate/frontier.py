@@ -47,7 +47,7 @@ def l0_of(system: ComparedSystem) -> float | None:
 def best_rival(
     system: ComparedSystem, others: Iterable[ComparedSystem], metric: str, column: MetricColumn
 ) -> ComparedSystem | None:
-    """The best other system in a number at the system's L0 or less (the first among equals); None if there is none."""
+    """The best other system in a number at the system's L0 or less (the first among equals), or None."""
     own = l0_of(system)
     if own is None:
         return None
@@ -80,7 +80,7 @@ def published_at(system: ComparedSystem, metric: str, column: MetricColumn) -> l
 def frontier_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Headings, and a line for each system: how far the best system with no higher L0 is ahead, and published results.
 
-    Headings alone if fewer than two systems can be compared and nothing is published for their model and layer.
+    Only headings if fewer than two systems can be compared and nothing is published for their model and layer.
     """
     numbers = [one for one in FRONTIER_NUMBERS if one in comparison.columns]
     all_rows = comparison.on_all_rows().systems

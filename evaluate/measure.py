@@ -20,7 +20,7 @@ from .results import write_result
 from .rows import EvalGroup, EvalRow, hook_suffix
 from .tables import seed_verdicts, systems_of
 
-# Called with a metric's name before it is measured; the context manager gives the function that receives its progress.
+# Called with a metric's name before it is measured; the context manager yields the function for its progress.
 ProgressFactory = Callable[[str], AbstractContextManager[Progress]]
 
 

@@ -1,6 +1,6 @@
 """Pair the runs of two systems for a test: by seed, else by the units of the text that both were measured on.
 
-docs/reference/statistics.md says what each way can tell.
+docs/reference/statistics.md explains what each way can show.
 """
 
 import math
@@ -26,7 +26,7 @@ class PairedValues(NamedTuple):
 
 
 class Pairing(NamedTuple):
-    """The paired differences of a number, or why there are none, as the end of a sentence."""
+    """The paired differences of a number, or the reason why there are none, as the end of a sentence."""
 
     differences: PairedDifferences | None
     reason: str = ""

@@ -215,7 +215,7 @@ def plan_evaluation(config: EvaluateConfig, refused: Mapping[Path, SaeError] | N
         raise UsageError("Name the runs to evaluate: sae evaluate runs/...")
     plan = EvaluatePlan(config, metrics, [], artifact_cache(), dict(refused or {}))
     unfinished = unfinished_runs(config.runs)
-    if len(unfinished) < len(config.runs):  # if all are unfinished, load_sae refuses each and says why
+    if len(unfinished) < len(config.runs):  # if all are unfinished, load_sae refuses each with a reason
         plan.unfinished = unfinished
     load = model_loader()
     for cache, rows in load_rows(plan, None if rank_and_count()[1] > 1 else device):  # a rank loads its share later

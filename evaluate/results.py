@@ -18,7 +18,7 @@ from ..common.locks import held_if_possible
 from ..train.sae import require_result_of
 from .metrics.base import MASKED, JsonPath, Metric, MetricResult, misnamed_numbers
 
-ABSENT = -1.0  # what SAEBench writes for a number that does not exist
+ABSENT = -1.0  # SAEBench's value for a number that does not exist
 UNSTRUCTURED_KEYS = ("intervals", "n", "flags", "extra")
 
 
@@ -159,7 +159,7 @@ def archive_other_settings(folder: Path, metric: Metric, settings: Mapping[str, 
 
 
 def replacing_results(folder: Path) -> AbstractContextManager[None]:
-    """Hold the lock for replacing results of a run, so that none is replaced before it is archived."""
+    """Hold the lock for replacing results of a run, so that no result is replaced before it is archived."""
     return held_if_possible(folder / "evaluations" / ".lock")
 
 

@@ -211,7 +211,7 @@ def failures(rows: Iterable[EvalRow]) -> set[tuple[str, str]]:
 
 
 def describe_notes(row: MeasuredRun) -> list[str]:
-    """Every sentence about numbers of a row that mean less than they seem to, as files and --json give them."""
+    """Every sentence about numbers of a row that mean less than they seem to, as in files and with --json."""
     if row.is_reference:
         return []
     of_metrics = [f"{metric}: {note}" for metric, result in row.results.items() for note in result.notes]

@@ -47,7 +47,7 @@ def evaluate(config: EvaluateConfig, progress: ProgressFactory = no_progress_bar
 def run_evaluation(
     plan: EvaluatePlan, progress: ProgressFactory = no_progress_bar, *, all_rows: bool = True
 ) -> list[EvalRow]:
-    """Measure what a plan lists, and write a result file for each run and metric as soon as it is measured.
+    """Carry out a plan, and write a result file for each run and metric as soon as it is measured.
 
     Returns the rows of all runs, each group followed by its reference rows. A metric that fails leaves its error in
     `EvalRow.errors`, and the others still run. Several processes of a launcher share the work (evaluate/ranks.py), and

@@ -17,7 +17,7 @@ from scipy.stats import binomtest, bootstrap, t, ttest_1samp
 
 CONFIDENCE = 0.95  # of every interval
 LEVEL = 0.05  # of the tests of a table together
-POWER = 0.8  # with which the smallest detectable difference is detected
+POWER = 0.8  # probability of detecting the smallest detectable difference
 REPLICATES = 1000  # of a bootstrap
 MARGIN = 0.01  # default margin of equivalence, as a share of the range of a number
 NO_SPREAD = 1e-9  # differences that are equal to this relative tolerance have no spread to test with
@@ -214,7 +214,7 @@ def judge(table: Sequence[PairedComparison]) -> list[Finding]:
 
     - better, worse: the corrected p-value is below 0.05.
     - equivalent: otherwise, and two one-sided tests show that the difference is within the margin; their p-values are
-      corrected for the comparisons of the table too, as a family of their own.
+      corrected for the comparisons of the table too, as a separate family.
     - not distinguishable: otherwise. The true difference can be 0, or as large as the smallest detectable one.
     - same in every pair: every difference is exactly 0.
     - not tested: there are no two pairs, the number has no better direction, or every difference is the same.

@@ -52,7 +52,7 @@ CATALOG = {
 
 
 def find(name: str) -> ExternalData:
-    """The data of this name. Raises UsageError if there are none."""
+    """The data of this name. Raises UsageError for an unknown name."""
     if name not in CATALOG:
         raise UsageError(f"there are no data {name}{did_you_mean(name, CATALOG)}")
     return CATALOG[name]

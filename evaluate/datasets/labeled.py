@@ -1,8 +1,8 @@
 """Labeled texts for probing, SCR and TPP: train/test -> class -> texts, sampled as in SAEBench.
 
 There are eight datasets under their Hub names, with SAEBench's classes in SAEBench's order, and substitutes made from
-the standard library (stdlib.py) under names that begin with `stdlib/`. Sizes are those of one binary task. Half of its
-texts belong to one class, so a class has train_set_size // 2 texts.
+the standard library (stdlib.py) under names that begin with `stdlib/`. Sizes count the texts of one binary task. Half
+of its texts belong to one class, so a class has train_set_size // 2 texts.
 
 A dataset is read from a local folder if it is there, <data>/<name>/<split>.jsonl or .parquet (europarl:
 <data>/<name>/<pair of languages>/train), else from the Hub. Names such as <bias_in_bios>_class_set1 and

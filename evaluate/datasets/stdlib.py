@@ -4,7 +4,7 @@ They need neither network access nor a license.
 
     library   the package that a piece is from; each package is half prose (docstrings and comments), half code
     kind      whether a piece is from a docstring, a comment, code, or a help topic
-    subject   what the module of a piece is about: network, numbers, files, Python itself, or text; each subject is
+    subject   the topic of a piece's module: network, numbers, files, Python itself, or text; each subject is
               half docstrings, half code
 
 A piece is a few whole lines, about 200 characters. Every third piece, ordered by a hash of its text, is for testing.

@@ -32,7 +32,7 @@ BINS = 32
 LISTED_LATENTS = 8  # nearest latents, and latents that fire together
 LOGIT_TOKENS = 10  # with the largest positive logit effects, and as many with the largest negative
 BLOCK_ELEMENTS = 2**25  # of a dense float32 block: 128 MiB
-MAX_PAIR_TOKENS = 32_768  # tokens on which latents that fire together are counted, at most
+MAX_PAIR_TOKENS = 32_768  # most tokens that are searched for latents that fire together
 MAX_PAIR_COST = 2e9  # pairs of firing latents, at most: half a minute on one core
 
 
@@ -141,7 +141,8 @@ class ActivationStats:
 class RankedEntries:
     """A ranked list of latents or tokens for each of the K latents, best first.
 
-    `index` (K, M) is int64, with -1 after the end of a shorter list; `value` (K, M) is what the list is sorted by.
+    `index` (K, M) is int64, with -1 after the end of a shorter list; `value` (K, M) is the number by which the list is
+    sorted.
     """
 
     index: Tensor

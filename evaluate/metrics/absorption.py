@@ -45,7 +45,7 @@ from .unit_decoder import UnitDecoderSAE
 
 SILENT = 1e-8  # activation below which a latent does not fire
 MIN_SPELLING_F1 = 0.5  # a flag names the letters whose split latents have a lower F1
-MIN_PROBE_STEPS = 300  # of the probe that proposes candidates; Gemma's vocabulary gives it about a thousand
+MIN_PROBE_STEPS = 300  # of the probe that proposes candidates; about a thousand with Gemma's vocabulary
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def split_characters(data: bytes) -> Iterator[tuple[int, str]]:
 
 
 def character_size(data: bytes) -> int:
-    """The number of bytes of the character that UTF-8 text begins with; 0 if it begins with none."""
+    """The number of bytes of the first character of UTF-8 text; 0 if it does not begin with one."""
     for size in range(1, 5):
         with contextlib.suppress(UnicodeDecodeError):
             return len(data[:size].decode().encode())

@@ -69,7 +69,7 @@ class Autointerp(Metric):
 
     Memory: activations of 1,024 tokens at a time (64 MiB at 16k latents); where the drawn latents fire, at most 20
     million activations in one pass (0.8 GB; more passes if they fire more often); 14 KiB a latent. A local judge needs
-    its own, beside the model's (local_judge.py).
+    memory in addition to the model's (local_judge.py).
     """
 
     endpoint: str = ""

@@ -71,7 +71,7 @@ class EvalTarget:
     attention sinks. The model keeps its own activations there, and no metric counts them. None: there are no outliers.
 
     Targets of the same `system` differ only by seed; it is "" for a reference or an imported SAE. `name` and `weights`
-    (a digest) are those of its row.
+    (a digest) are copied from its row.
     """
 
     sae: SAELike
@@ -117,12 +117,12 @@ class MetricResult:
     """A metric's results for one SAE.
 
     `metrics` maps category -> name -> number, None where the number is undefined. `details` has one entry per latent,
-    letter or dataset. `intervals` has the shape of `metrics` and holds 95 % intervals [low, high]. `n` counts what was
-    measured. `flags` are sentences about numbers that mean less than they seem to. `extra` is anything else that a
-    metric keeps.
+    letter or dataset. `intervals` has the shape of `metrics` and holds 95 % intervals [low, high]. `n` has the counts
+    of measured tokens, texts and so on. `flags` are sentences about numbers that mean less than they seem to. `extra`
+    is anything else that a metric keeps.
 
     All of these are over all rows, as SAEBench defines them. `masked` is the same result without the outlier rows (see
-    `EvalTarget.norm_limit`); it is None if there were none, because the two are then equal.
+    `EvalTarget.norm_limit`); it is None without outlier rows, because the two are then equal.
     """
 
     metrics: dict[str, dict[str, float | None]]
@@ -176,7 +176,7 @@ class UnitValues(NamedTuple):
     """One value of a number for each unit that two SAEs can be paired by, such as a document or a data set.
 
     Attributes:
-        unit: what it is, in the singular; "" if there are none.
+        unit: its name in the singular; "" without units.
         values: by the name of the unit. Their mean is the number.
     """
 
@@ -207,7 +207,7 @@ class Metric(ABC):
     unit_key: ClassVar[str] = "dataset_name"
     unit_names: ClassVar[Mapping[str, str]] = {}  # number -> its name in an entry, where that is another one
 
-    knows_what_is_kept: ClassVar[bool] = False  # whether `kept_bytes` leaves out what is in the artifact cache already
+    knows_what_is_kept: ClassVar[bool] = False  # whether `kept_bytes` leaves out bytes that are already cached
     caveat: ClassVar[str] = ""  # a known weakness of the metric, with its source; shown wherever its numbers are
 
     @classmethod
@@ -273,7 +273,7 @@ class Metric(ABC):
 
 
 def misnamed_numbers(metrics: Mapping[str, Mapping[str, float | None]]) -> list[str]:
-    """A sentence for each number among these whose name in SAEBench promises more than its formula gives.
+    """A sentence for each of these numbers whose name in SAEBench promises more than its formula measures.
 
     The sentence names the sound number next to it. Results of earlier versions get the same sentences.
     """

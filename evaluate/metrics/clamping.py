@@ -26,7 +26,7 @@ class ClampPlan:
 
     @property
     def selections(self) -> list[tuple[int, ...]]:
-        """The distinct selections, without the empty one, which leaves the model as it is."""
+        """The distinct selections, without the empty one, which does not change the model."""
         return [selection for selection in dict.fromkeys(self.selected.values()) if selection]
 
     @property

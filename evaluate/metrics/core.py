@@ -1,13 +1,13 @@
-"""The core metric: what splicing in an SAE costs the model (KL, CE), how well the SAE reconstructs, how sparse it is,
-and how correlated its latents are.
+"""The core metric: the cost of splicing an SAE into the model (KL, CE), its reconstruction and sparsity, and the
+correlations of its latents.
 
 Higher is better for the KL and CE scores (1: the model alone, 0: the layer zeroed), explained variance, cosine and the
 share of alive latents; lower for KL, CE, MSE and correlations.
 
-Names and definitions are those of SAEBench 0.6.0 (`evals/core`). Where a name does not fit its definition, the correct
-number is also reported, under another name: `fve` (explained variance), `mse_elementwise`. The text differs: contexts
-are the cache's, of one document each unless it was packed. SAEBench divides `mse` by the tokens of a batch, so it is
-comparable within one text only. Pad, EOS and BOS positions keep their residual and are not counted.
+Names and definitions follow SAEBench 0.6.0 (`evals/core`). Where a name does not fit its definition, the correct number
+is also reported, under another name: `fve` (explained variance), `mse_elementwise`. The text differs: contexts are the
+cache's, of one document each unless it was packed. SAEBench divides `mse` by the tokens of a batch, so it is comparable
+within one text only. Pad, EOS and BOS positions keep their residual and are not counted.
 
 Under these names all other rows count, as in SAEBench. One attention sink can then decide the numbers, so where the
 text has outlier rows (`EvalTarget.norm_limit`) the same numbers are given without them as well, in
@@ -70,7 +70,7 @@ class Core(Metric):
     overlap.
 
     Correlations between latents and cosines between decoder rows, which SAEBench does not have, are over the pairs of a
-    sample of `paired_latents`: all pairs if there are no more latents, none with 0.
+    sample of `paired_latents`: all pairs if there are no more latents, no pairs with 0.
     """
 
     batch_contexts: int = 16

@@ -14,7 +14,7 @@ from .sae_statistics import SAEStatistics
 # Beyond these limits there is a flag.
 MOSTLY_DEAD = 0.5  # share of the latents that are dead
 NOT_SPARSE = 0.9  # of d_in: with so many active latents a rotation of the activations reconstructs nearly everything
-ALWAYS_ON = 0.99  # share of the tokens at which a latent fires, for it to count as always active
+ALWAYS_ON = 0.99  # a latent that fires at a larger share of the tokens counts as always active
 LIKE_THE_MEAN = 0.05  # explained variance below which an SAE is hardly better than the mean of the text
 SCALES = (0.8, 1.25)  # of relative_reconstruction_bias, which is 1 where no other scale would reconstruct better
 MIN_CE_COST = 0.02  # nats that zeroing the layer costs

@@ -48,7 +48,7 @@ def document_record(
 
 
 def values_in_record(record: Any, name: str) -> tuple[str, Mapping[str, float]]:
-    """The unit, and the values of a number by group. Empty for results of earlier versions, which kept none."""
+    """The unit, and the values of a number by group. Empty for results of earlier versions, which kept no values."""
     if not isinstance(record, dict) or name not in record.get("values", {}):
         return "", {}
     values = record["values"][name]

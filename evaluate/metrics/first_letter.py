@@ -49,7 +49,7 @@ class SpellingPrompts:
     """Words in a seeded random order, the first `train` of them for training, and their prompts as token ids.
 
     All prompts have one length, because a word is one token and the parts between words are the same. A prompt ends at
-    the word in question: what follows it cannot change the residual there.
+    the word in question, because later tokens cannot change the residual there.
 
     Paper: two entries of the vocabulary with the same text (a letter, and a byte that is that letter) are one word
     here.

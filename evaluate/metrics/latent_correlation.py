@@ -76,7 +76,7 @@ class Latents:
 
 @dataclass
 class HeldOutRows:
-    """The held-out activations of one row set (T, D), on the CPU, and the latents that each SAE gives for them.
+    """The held-out activations of one row set (T, D), on the CPU, and each SAE's latents on them.
 
     `failed` says why an SAE has no latents. `outliers` counts the rows that were left out among those that were read.
     """

@@ -16,7 +16,8 @@ TOKENS_PER_BATCH = 8192  # of the questions that are answered together, padding 
 
 
 class LocalJudge:
-    """A chat model, by its Hub id or its folder. It is loaded for the first question. It runs no code of its own.
+    """A chat model, by its Hub id or its folder. It is loaded for the first question. No code of the model's repository
+    is run.
 
     Each token of an answer is the most likely one. Questions of similar length are answered together. Batches round
     differently, so an answer can change where two tokens are almost equally likely. The same questions on the same
@@ -25,7 +26,8 @@ class LocalJudge:
     Memory: the weights, and the keys and values of TOKENS_PER_BATCH tokens (0.2 GB for SmolLM2-135M in float32, 1 GB
     for Llama 3 8B in bfloat16).
 
-    Raises UsageError for a model without a chat template, and what `sae harvest` raises for one that cannot be loaded.
+    Raises UsageError for a model without a chat template, and the errors of `sae harvest` for one that cannot be
+    loaded.
     """
 
     def __init__(self, model: str, device: str, dtype: str) -> None:
@@ -45,7 +47,7 @@ class LocalJudge:
     @property
     def identity(self) -> dict[str, Any]:
         """The settings that its answers depend on besides the questions."""
-        template = digest_of(self.tokenizer.chat_template)[:16]  # in a file of its own, which the revision leaves out
+        template = digest_of(self.tokenizer.chat_template)[:16]  # in a separate file, which the revision does not cover
         return {"judge_revision": self.source.revision, "judge_dtype": self.dtype, "judge_template": template}
 
     @cached_property
@@ -93,7 +95,7 @@ class LocalJudge:
 def batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
     """The indices of prompts of these lengths, the longest first, in batches of at most `limit` padded tokens.
 
-    A prompt that is longer than that is a batch of its own.
+    A longer prompt is a batch by itself.
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):

@@ -164,8 +164,8 @@ def choose_strength(x_MD: np.ndarray, label_M: np.ndarray, l1: bool) -> tuple[fl
 def folds_of(label_M: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The folds of cross-validation: indices to train on and to validate on.
 
-    Up to 12 texts: every pair. Up to 127 texts: six stratified folds. Folds without both classes in the validation are
-    left out. More texts: one fold, the last 20 % but at most 100 texts.
+    Up to 12 texts: every pair in turn. Up to 127 texts: six stratified folds. Folds without both classes in the
+    validation are left out. More texts: one fold, the last 20 % but at most 100 texts.
     """
     from sklearn.model_selection import LeavePOut, StratifiedKFold
 

@@ -52,7 +52,7 @@ class TextRows:
                 first, start = number + 1, end
 
     def without_outliers(self, norm_limit: float | None) -> "TextRows":
-        """The rows whose norm is at most `norm_limit`. A text of outlier rows alone keeps them, as it has no others."""
+        """The rows whose norm is at most `norm_limit`. A text with only outlier rows keeps them."""
         outlier_T = torch.cat([outlier_mask(x_TD, norm_limit) for x_TD in self.x_TD.split(ROWS_PER_NORM)])
         text_T = torch.repeat_interleave(torch.arange(len(self)), self.count_N)
         count_N = torch.bincount(text_T[~outlier_T], minlength=len(self))

@@ -5,8 +5,8 @@ decoder is affine, so a probe on the mean of x' over a text reads
 
     w x_mean + b - sum over ablated i of F_i (w . d_i),    F_i = (sum of f_i over all positions) / (counted tokens)
 
-and each text is encoded once, whatever is ablated. What `encode` returns for a zero row leaks in at BOS and at padding,
-as it does in SAEBench.
+and each text is encoded once, whatever is ablated. The latents of a zero row leak in at BOS and at padding, as in
+SAEBench.
 
 Shape suffixes: N texts, B rows of latents, D d_in, F latents, P probes.
 """
@@ -70,7 +70,7 @@ def affine_decoder(sae: SAELike, d_in: int, device: torch.device) -> Tensor:
 
     Raises UsageError if `decode` is not an affine function of the latents, which the read-out relies on.
     """
-    zero_1D = torch.zeros(1, d_in, device=device)  # what a layer norm adds to it is 0
+    zero_1D = torch.zeros(1, d_in, device=device)  # a layer norm adds 0 to it
     d_sae = sae.encode(zero_1D).shape[-1]
     offset_D = reconstruct(sae, torch.zeros(1, d_sae, device=device), zero_1D)[0]
     W_dec = getattr(sae, "W_dec", None)

@@ -17,7 +17,7 @@ from .latent_correlation import Latents
 
 LATENTS_PER_BLOCK = 64  # of a random dictionary, computed at one time on all tokens
 SAMPLED = 16  # one in this many tokens is sampled to guess a threshold
-MOMENT_ROUNDS = 50  # after which the second moment of Gaussian rows has the right eigenvalues to about 1e-3
+MOMENT_ROUNDS = 50  # enough for the right eigenvalues of the second moment of Gaussian rows to about 1e-3
 
 
 def shuffle_rows(W_dec_FD: Tensor, seed: int) -> Tensor:

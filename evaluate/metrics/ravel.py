@@ -1,4 +1,4 @@
-"""RAVEL: whether an SAE has latents for one attribute of an entity, apart from those of its other attributes.
+"""RAVEL: whether an SAE has separate latents for one attribute of an entity and for its other attributes.
 
     cause_score            how often the model gives a city the country of another city, after the latents of a mask
                            were exchanged for that other city's
@@ -11,7 +11,7 @@ Source: Huang et al. 2024, arXiv 2402.17700, as measured by SAEBench 0.6.0 (`eva
 answers right; a mask for each SAE and attribute, trained on 70 % of the pairs of questions and tested on the rest
 (ravel_masks); the mean over the attributes of an entity type, then over the types.
 
-With the same order of attributes, pairs and batches are SAEBench's. It differs in the position of the entity's last
+With the same order of attributes, pairs and batches equal SAEBench's. It differs in the position of the entity's last
 token where the tokenizer puts nothing before a text (SAEBench then reads the token after it) or joins it with what
 follows, in time zones (ravel_answers), and in attributes of which too little is known: they are left out, and the
 result says so. Questions whose entity is an outlier row (`EvalTarget.norm_limit`) are left out; where there are any,
@@ -54,7 +54,7 @@ TOP_LATENTS = 20  # latents of each mask that the details name
 
 @dataclass(frozen=True)
 class KnownFacts:
-    """What the model knows about one type of entity. Attributes that are not in `attributes` are not measured."""
+    """The model's knowledge about one type of entity. Attributes that are not in `attributes` are not measured."""
 
     entity_type: str
     asked: Counter[str]  # attribute -> number of questions
@@ -202,7 +202,7 @@ class Ravel(Metric):
         return [outcomes[number] for number in range(len(targets))]
 
     def known_facts(self, ctx: EvalContext, entity_type: str, progress: Progress) -> KnownFacts:
-        """Ask the model everything about one type of entity. What it does not know is left out."""
+        """Ask the model everything about one type of entity. Facts that it does not know are left out."""
         attributes = self.by_type[entity_type]
         facts = load_facts(self.dataset, entity_type, attributes, ctx.data)
         prompts = make_prompts(ctx, facts, attributes)

@@ -1,7 +1,7 @@
 """Check a model's answer about an attribute of an entity, by the rules of SAEBench 0.6.0 (`ravel/validation.py`).
 
-In general an answer is right if it begins with the expected value or is the beginning of it. Some values have rules of
-their own, because they have several names, or because no model says them to the last digit.
+In general an answer is right if it begins with the expected value or is the beginning of it. Some values have their own
+rules, because they have several names, or because no model says them to the last digit.
 """
 
 import contextlib

@@ -82,7 +82,7 @@ class PairBatch:
 
 
 def exchange(sae: SAELike, x_NSD: Tensor, position_N: Tensor, source_ND: Tensor, mask_F: Tensor) -> Tensor:
-    """The activations (N, S, D), with each position decoded from latents that the mask takes from the source.
+    """The activations (N, S, D). At `position_N` they are decoded from latents that the mask takes from the source.
 
     Raises SaeError if the latents are NaN or infinite.
     """

@@ -1,7 +1,7 @@
 """The questions of RAVEL, the model's answers, and the pairs of questions for the interventions.
 
-Nothing here depends on an SAE. Orders and random draws are those of SAEBench 0.6.0 (`ravel/instance.py`,
-`ravel/intervention.py`), so that with the same answers the pairs are the same.
+Nothing here depends on an SAE. Orders and random draws follow SAEBench 0.6.0 (`ravel/instance.py`,
+`ravel/intervention.py`), so that the same answers lead to the same pairs.
 
 Shape suffixes: N prompts, S positions, K generated tokens.
 """
@@ -105,7 +105,7 @@ def fill(template: str, entity: str) -> tuple[str, int]:
 def entity_positions(tokenizer: Any, fills: Sequence[tuple[str, int]]) -> list[int]:
     """The position of the entity's last token in each text, counted from the end.
 
-    That is the last token that begins before the entity ends. SAEBench counts the tokens of what follows the entity;
+    That is the last token that begins before the entity ends. SAEBench counts the tokens of the text after the entity;
     this is the same unless the tokens of the two are joined.
     """
     texts = [text for text, _ in fills]

@@ -12,8 +12,8 @@ Source: Kantamneni et al. 2025, "Are Sparse Autoencoders Useful?", arXiv 2502.16
 - A text whose last token is an outlier row is left out with one of the other class, so that classes stay balanced.
 - A k over the number of latents gives no number; sae-probes probes all latents under that name.
 
-Memory, for one data set at a time: its rows (5,000 x d_in), an SAE's latents of them in sparse form, and those of the
-training texts (1,024 x d_sae float32, 67 MB at 16,384 latents).
+Memory, for one data set at a time: its rows (5,000 x d_in), an SAE's latents of them in sparse form, and the dense
+latents of the training texts (1,024 x d_sae float32, 67 MB at 16,384 latents).
 
 Shape suffixes: N texts, D d_in, F latents, S splits, K numbers of latents.
 """
@@ -57,7 +57,7 @@ UNKNOWN = ProbeScore(*[math.nan] * len(ProbeScore._fields))
 
 
 class SplitScores(NamedTuple):
-    """Of one split: the scores of its probes, the latents that they read, and whether these never vary in training."""
+    """The scores of the probes on one split, the latents that they read, and whether these never vary in training."""
 
     probes: list[ProbeScore]
     latents: list[int]
@@ -70,7 +70,7 @@ class SaeProbes(Metric):
 
     `datasets` are names or numbers of `sae data list sae-probes`, `ks` numbers of latents. `setting` is normal,
     scarcity (2 to 1,024 training texts) or imbalance (5 % to 95 % positive texts). `max_texts` limits the texts of a
-    data set, and `max_train` those that a probe is trained on; the defaults are those of sae-probes.
+    data set, and `max_train` those that a probe is trained on; the defaults follow sae-probes.
     """
 
     datasets: tuple[str, ...] = ("all",)

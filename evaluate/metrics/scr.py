@@ -49,7 +49,8 @@ CLASS_NAMES = {  # as SAEBench writes them into the names of its results
 
 @dataclass(frozen=True)
 class Scr(Ablation):
-    """`scr_metric` is the score of the harder direction. A pair whose biased probe is equally bad at both has none."""
+    """`scr_metric` is the score of the harder direction. A pair whose biased probe is equally bad at both has no
+    `scr_metric`."""
 
     datasets: tuple[str, ...] = tuple(CLASS_NAMES)
 

@@ -46,7 +46,7 @@ from .matched_pairs import Pair, match_pair, matched_values, recurring_cosines, 
 from .random_dictionaries import gaussian_rows, random_latents, second_moment, shuffle_rows
 
 NULLS = ("shuffled", "gaussian")  # kinds of random dictionaries
-EXACT_RANDOM = 2048  # latents of random dictionaries up to which the matching with them is optimal
+EXACT_RANDOM = 2048  # random dictionaries of at most this many latents are matched optimally
 NULL_QUANTILE = 0.99  # of the matched cosines of random dictionaries, below which no latent recurs
 SAME_DECODER = 0.9999  # decoder PW-MCC of two seeds above which there is a flag
 MANY_DEAD = 0.1  # share of dead latents above which there is a flag

@@ -51,7 +51,7 @@ class TextPasses:
         return run
 
     def compute_together(self, with_losses: int, progress: Progress) -> None:
-        """Compute the passes that are not kept yet together with the other ranks, each batch by one of them.
+        """Share the passes that are not kept yet with the other ranks: one rank computes each batch.
 
         The first `with_losses` batches are run to the end. Does nothing in a command of one process. Where the passes
         do not fit on the disk, each rank computes them for itself as it goes.
@@ -113,7 +113,7 @@ class TextPasses:
                     return
 
     def fits(self, bytes_per_position: int) -> bool:
-        """Whether the passes may be kept, with so many bytes for each position of the text."""
+        """Whether the passes may be kept, with `bytes_per_position` bytes for each position of the text."""
         needed = bytes_per_position * sum(one.ids.numel() for one in self.batches)
         return needed <= min(MAX_BYTES, FREE_SHARE * free_space(self.ctx.artifacts.folder))
 

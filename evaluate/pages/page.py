@@ -27,7 +27,7 @@ def as_json(value: Any) -> Markup:
 
 
 def show(value: Any) -> Any:
-    """A value as a template shows it: text without invisible characters. Our own markup is left as it is."""
+    """A value as a template shows it: text without invisible characters. Our own markup is not changed."""
     return value if isinstance(value, Markup) else make_visible(str(value))
 
 

@@ -89,7 +89,7 @@ class PaperSetup:
         return self.steps > 0 and self.steps >= (self.warmup or 0)
 
     def optimization(self) -> dict[str, Any]:
-        """The options of the optimizer that implement what the paper prints.
+        """The options of the optimizer that implement the printed settings.
 
         Everything else is off: no paper prints a decay of the learning rate or an initial b_dec.
         """
@@ -151,7 +151,7 @@ class Reading:
 
     @property
     def is_papers(self) -> bool:
-        """Whether it trains what the paper prints."""
+        """Whether it trains with the paper's printed settings."""
         return self.name != FIELD
 
     def substitutions(self, claim: "Claim") -> list[Substitution]:
@@ -161,7 +161,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class PaperSystem:
-    """One of the paper's systems as recipes of ours.
+    """One of the paper's systems, as our recipes.
 
     With several recipes a claim must hold for each. Without recipes it is the language model by itself.
     """
@@ -193,7 +193,7 @@ class Claim:
     over: Literal["mean", "max"] = "mean"  # how entries are reduced to one number
     at: Literal["first", "last"] = "last"  # which line of metrics.jsonl
     reading: str = ""  # how an ambiguity or unit is read
-    why: str = ""  # why no metric of ours measures it
+    why: str = ""  # why none of our metrics measures it
     also: tuple[ClaimSource, ...] = ()
     says: Literal["", "more", "less", "equal"] = ""  # in words: how the system's number compares with the other's
     margin: float | None = None  # of `equal`: in `unit`, or in the metric's own without one

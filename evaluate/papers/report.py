@@ -347,7 +347,7 @@ def shown_layer(report: PaperReport) -> int:
 def runs_by_system(report: PaperReport) -> dict[str, list[SystemRun]]:
     """The runs at the shown layer by system; by recipe for a system with several recipes.
 
-    A system whose runs are among those of a system with several recipes is left out, so that no run is shown twice.
+    A system whose runs belong to a system with several recipes too is left out, so that no run is shown twice.
     """
     layer, systems = shown_layer(report), report.paper.systems
     united = {run.run.name for run in report.runs if len(systems[run.system].recipes) > 1}

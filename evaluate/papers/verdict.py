@@ -19,7 +19,7 @@ WORST_FIRST: tuple[Verdict, ...] = (
     "copy", "paper inconsistent", "contradicted", "not equivalent", "not of the paper's equation", "not measured",
     "mechanism inactive", "not comparable", "direction only", "equivalent within the margin", "reproduced",
 )  # fmt: skip
-MEANINGS: dict[Verdict, str] = {  # what each verdict means, in one line
+MEANINGS: dict[Verdict, str] = {  # the meaning of each verdict, in one line
     "reproduced": "on the paper's model and with three seeds or more, the mean is within 5 % of the claimed number or "
     "rounds to it, and the whole 95 % interval is within 10 % or twice the rounding; where a number is also claimed "
     "for the system it is compared with, that system's mean is as near to that",
@@ -136,7 +136,7 @@ def judge(claim: Claim, values: Mapping[str, ValueBySeed], conditions: Condition
       contradicted on the paper's model, and `not equivalent` on another, since a margin is a size.
     - not comparable: everything else, such as a single number on another model, or too few or too widely spread seeds.
 
-    Two things withhold a verdict that the numbers give:
+    Two things can replace the verdict by the numbers:
 
     - not comparable, because of L0 (on another model, and for every metric that L0 moves): the L0 of the two systems
       differ by more than 10 %. If the paper itself compares them at L0 that differ in the same direction, the verdict
