@@ -171,7 +171,7 @@ def files_limit(m: Matrix) -> None:
     words = {
         "harvest": [*HARVEST, "--out", "few"],
         "train": [*SHORT, "--cache", "whole", "--out", "few-runs"],
-        "verify": ["cache", "verify", "whole"],
+        "cache verify": ["cache", "verify", "whole"],
         "evaluate": ["evaluate", "RUN", "--cache", "whole", "--suite", "core", "--tokens", 500, "--device", "cpu"],
     }
     for name, command in words.items():

@@ -146,7 +146,7 @@ def test_reference_rows_stand_in_one_order_whoever_measured_them(config) -> None
 
 
 def test_a_folder_that_is_no_control_is_refused(config) -> None:
-    with pytest.raises(UsageError, match="is no control"):
+    with pytest.raises(UsageError, match="is not a control"):
         deal_work(plan_evaluation(replace(config, controls=config.runs[:1])), 2)
 
 

@@ -244,7 +244,7 @@ def test_shares_and_a_launcher_exclude_each_other(options: dict, tmp_path: Path,
         harvest_activations(**options, out=tmp_path / "c", share="1/2", prepare=True)
     monkeypatch.setenv("WORLD_SIZE", "4")
     for given in ({"share": "1/2"}, {"prepare": True}):
-        with pytest.raises(UsageError, match="a launcher has started 4 processes that do. Leave out --"):
+        with pytest.raises(UsageError, match="a launcher has started 4 processes that work together. Leave out --"):
             harvest_activations(**options, out=tmp_path / "c", **given)
 
 

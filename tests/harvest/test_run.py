@@ -529,7 +529,7 @@ def test_a_second_ctrl_c_stops_at_once(small: tuple[HarvestConfig, Cache], tmp_p
         ({"model": "gemma-2-mini", "dataset": None, "held_out": 0.1}, "--held-out has no effect on python-stdlib"),
         ({"model": "./nothere"}, "There is no folder ./nothere"),
         ({"revision": "abc"}, "--revision selects a commit on the Hub"),
-        ({"sites": ("resid",)}, "unknown --site resid: expected one of resid_pre, resid_mid, .*, or a module of"),
+        ({"sites": ("resid",)}, "unknown --site resid: expected one of resid_pre, resid_mid, .* output of a module of"),
         ({"modules": ("model.norm",), "sites": (), "layers": (0,), "origins": {"layer": "flag"}}, "--layer 0 has no "),
         ({"text_column": ""}, "--text-column cannot be empty"),
         ({"adapters": ("",)}, "--adapter cannot be empty"),
