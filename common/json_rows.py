@@ -162,7 +162,7 @@ def split_array(data: bytes) -> list[bytes]:
 
 
 def too_deep(data: bytes) -> int | None:
-    """The byte at which JSON is nested more than MAX_DEPTH levels deep, if it is."""
+    """The byte at which JSON is nested more than MAX_DEPTH levels deep, or None."""
     depth = 0
     for token in STRUCTURE.finditer(data):
         if (kind := data[token.start()]) in b"[{":

@@ -159,9 +159,9 @@ def evaluate_saes(
 
     Returns:
         A row per SAE, in order, then the reference rows. `row.results[metric].metrics[category][name]` is a number over
-        all rows, as SAEBench defines it, and `row.results[metric].sound` the result without outlier rows;
-        `row.errors[metric]` says why a metric has no result (absorption, for example, needs an object with `W_dec`),
-        `row.results[metric].notes` and `row.notes` which numbers mean less than they seem to, and `row.flat()` is one
+        all rows, as SAEBench defines it. `row.results[metric].sound` is the result without outlier rows.
+        `row.errors[metric]` says why a metric has no result (absorption, for example, needs an object with `W_dec`).
+        `row.results[metric].notes` and `row.notes` name numbers that mean less than they seem to. `row.flat()` is one
         dictionary for a data frame.
 
     Raises:

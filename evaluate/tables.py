@@ -27,7 +27,7 @@ def describe_model(record: Mapping[str, Any]) -> str:
 def tables(rows: Sequence[EvalRow]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """Yield (title, heads, lines) for each metric that was measured.
 
-    A cell is a number, with half its 95 % interval if it has one, and empty where a row has no such number. A number
+    A cell is a number, with half its 95 % interval if it has one. It is empty if the row has no such number. A number
     that no row has gets no column. Runs that differ only in their seed get a line with mean and standard deviation, and
     tests against the first such group; without seeds, the last line is the smallest detectable difference.
     """

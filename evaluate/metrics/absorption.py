@@ -94,7 +94,7 @@ class Absorption(Metric):
         return {**super().settings(ctx), **ctx.prompt_settings}
 
     def kept_bytes(self, ctx: EvalContext, targets: Sequence[EvalTarget]) -> int:
-        words = self.words or ctx.embedded_tokens or len(ctx.tokenizer)  # of a vocabulary some begin with a letter
+        words = self.words or ctx.embedded_tokens or len(ctx.tokenizer)  # only some tokens begin with a letter
         return count_prompts(words) * ctx.row_bytes({target.hook for target in targets})
 
     @classmethod

@@ -12,8 +12,8 @@ within one text only. Pad, EOS and BOS positions keep their residual and are not
 Under these names all other rows count, as in SAEBench. One attention sink can then decide the numbers, so where the
 text has outlier rows (`EvalTarget.norm_limit`) the same numbers are given without them as well, in
 `MetricResult.masked`: the model keeps its own activations at those rows, as at BOS, and they are not counted. The model
-runs once more for the contexts that hold such a row, and for no other. Its own pass over the text is kept in the
-artifact cache (`TextPasses`), so that an SAE that is measured later needs only the blocks after its hook.
+runs once more, only for the contexts that hold such a row. Its own pass over the text is kept in the artifact cache
+(`TextPasses`), so that an SAE that is measured later needs only the blocks after its hook.
 
 Shape suffixes: N contexts, S positions, T counted tokens, D d_in, F latents, V vocabulary.
 """

@@ -13,9 +13,9 @@ answers right; a mask for each SAE and attribute, trained on 70 % of the pairs o
 
 With the same order of attributes, pairs and batches equal SAEBench's. It differs in the position of the entity's last
 token where the tokenizer puts nothing before a text (SAEBench then reads the token after it) or joins it with what
-follows, in time zones (ravel_answers), and in attributes of which too little is known: they are left out, and the
-result says so. Questions whose entity is an outlier row (`EvalTarget.norm_limit`) are left out; where there are any,
-the metric is measured with them too, for SAEBench's numbers.
+follows, in time zones (ravel_answers), and in attributes about which the model knows too little: they are left out, and
+the result says so. Questions whose entity is an outlier row (`EvalTarget.norm_limit`) are left out; where there are
+any, the metric is measured with them too, for SAEBench's numbers.
 
 Shape suffixes: N prompts, D d_in, F latents.
 """

@@ -17,7 +17,8 @@ same activations, whose few large directions correlate any two dictionaries. The
 (random_dictionaries.py): the SAE's own decoder rows with the entries of each in random order, which keeps large
 entries; and Gaussian rows with the second moment of the other seeds' decoder rows. The larger of the two is the null.
 The moment comes from the other seeds, because the SAE's own moment would also fit chance properties of its rows: the
-mean squared cosine between a decoder and rows with the other decoder's moment is exactly that between the two decoders.
+mean squared cosine between a decoder and rows with the other decoder's moment equals exactly the mean squared cosine
+between the two decoders.
 
 Dead latents do not vary on these tokens. The decoder number includes their rows, as the authors' code does. They have
 no correlation; the activation number is taken over the other latents, and unmatched latents of the larger set count as

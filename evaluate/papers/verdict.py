@@ -130,9 +130,9 @@ def judge(claim: Claim, values: Mapping[str, ValueBySeed], conditions: Condition
       paper's. On the paper's model only, also where it lies within a tenth of the claimed difference, or where the
       interval does not overlap T +- d: sizes do not carry over to another model.
     - direction only: the whole interval of the difference lies on the paper's side of zero. Two printed numbers that
-      are one unit of their last digit apart have no direction, and the equal differences of two seeds no interval.
-    - equivalent within the margin, of a claim that two systems are equal: the 90 % interval of the difference lies
-      within +- the margin, which is two one-sided tests at 5 %. If it lies outside as a whole, the claim is
+      are one unit of their last digit apart have no direction, and equal differences of two seeds have no interval.
+    - equivalent within the margin (for a claim that two systems are equal): the 90 % interval of the difference lies
+      within +- the margin, which is two one-sided tests at 5 %. If the whole interval lies outside, the claim is
       contradicted on the paper's model, and `not equivalent` on another, since a margin is a size.
     - not comparable: everything else, such as a single number on another model, or too few or too widely spread seeds.
 
