@@ -33,7 +33,8 @@ WRITABLE = ("s3", "gs", "az", "file")
 SCHEMES = (*WRITABLE, "https", "http")
 URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 WITHOUT_SLASHES = re.compile(rf"({'|'.join(SCHEMES)}):/?(?!/)", re.IGNORECASE)  # a Path makes s3:/ of s3://
-RETRY = {"max_retries": 10, "retry_timeout": timedelta(minutes=3)}
+PATIENCE = 180.0  # seconds from the first attempt, after which there is no further one
+RETRY = {"max_retries": 10, "retry_timeout": timedelta(seconds=PATIENCE)}  # of obstore
 # The time for a whole request bounds the size of an object on a slow link, so only silence ends one.
 CLIENT = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "1h"}
 # Options of the HTTP client that the environment can set as, for example, AWS_ALLOW_HTTP. obstore reads them only where
@@ -335,7 +336,8 @@ class ObjectStore:
             raise DamagedError(f"{self.address(key)} gave {length:,} of its {expected:,} bytes. Try again.")
 
     def _try(self, action: Callable[[], Result], key: str) -> Result:
-        """Run a request; where a later try can succeed, up to ATTEMPTS times."""
+        """Run a request. If a later attempt can succeed, make up to ATTEMPTS within PATIENCE."""
+        started = time.monotonic()
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return action()
@@ -345,10 +347,11 @@ class ObjectStore:
                 problem = failure(error, self.address(key))
                 if not isinstance(problem, TransientError):
                     raise problem from None
-                if attempt == 1:  # obstore has tried for up to a minute
-                    warnings.warn(f"{self.url}: {problem.what}. Trying again.", StoreWarning, stacklevel=2)
-            if attempt < ATTEMPTS:
-                time.sleep(PAUSE * 2 ** (attempt - 1))
+            if attempt == ATTEMPTS or time.monotonic() - started >= PATIENCE:
+                break
+            if attempt == 1 and isinstance(problem, TransientError):
+                warnings.warn(f"{self.url}: {problem.what}. Trying again.", StoreWarning, stacklevel=2)
+            time.sleep(PAUSE * 2 ** (attempt - 1))
         raise problem from None
 
 

@@ -3,6 +3,7 @@
 import socket
 import sys
 import threading
+import time
 from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
@@ -428,6 +429,22 @@ def test_every_address_has_a_working_folder_of_its_own() -> None:
     urls = ["s3://a/b-c", "s3://a-b/c", "gs://a/b-c", "s3://a/b/c", "file:///a/b-c"]
     folders = [working_folder(url, task) for url in urls for task in ("", "--share-1-of-2")]
     assert len({*folders}) == len(folders) and len({folder.parent for folder in folders}) == 1
+
+
+@pytest.mark.parametrize(("seconds", "attempts"), [(1, 4), (70, 3), (200, 1)])
+def test_there_are_four_attempts_within_three_minutes(monkeypatch, tmp_path: Path, seconds: int, attempts: int) -> None:
+    """A store that does not answer takes minutes to fail; obstore itself has tried several times then."""
+    clock, begun = [0.0], []
+
+    def read() -> None:
+        begun.append(clock[0])
+        clock[0] += seconds
+        raise DamagedError("too short")
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with pytest.raises(DamagedError, match="too short"):
+        open_store(f"file://{tmp_path}")._try(read, "zarr.json")
+    assert len(begun) == attempts
 
 
 def test_an_object_that_ends_before_its_end_is_damaged(tmp_path: Path) -> None:
