@@ -1,11 +1,12 @@
 """Open the inputs of an evaluation: the SAE of a run, the cache with its held-out text, and the model of that cache."""
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..cache.catalog import caches_that, find_by_fingerprint, harvest_command, model_folders, open_caches
 from ..cache.context_format import ContextFormat
@@ -14,6 +15,7 @@ from ..cache.layout import is_ring_cache
 from ..cache.models import GivenModel, model_label, same_model
 from ..cache.opening import Place, open_place
 from ..cache.reader import Cache
+from ..cache.store_errors import TransientError
 from ..common.cache_schemas import HARVEST_RECORD
 from ..common.environment import installed_version
 from ..common.errors import SaeError, UnavailableError, UsageError
@@ -40,11 +42,28 @@ from .rows import EvalRow, digest_without_seed
 from .sae_text import change_for
 
 ModelLoader = Callable[[ModelSource, str, str, str], LanguageModel]  # source, dtype, device, attention
+Found = TypeVar("Found")
+ASK_AGAIN = 60.0  # seconds after which a store that did not answer is asked again
+SILENT: dict[Any, tuple[float, TransientError]] = {}  # place of a cache -> when its store did not answer, and the error
 
 
 def artifact_cache() -> ArtifactCache:
     """The cache of everything that does not depend on an SAE, in `activations/evaluation`."""
     return ArtifactCache(sae_home() / "activations" / "evaluation", shared=rank_and_count()[1] > 1)
+
+
+def ask(place: Place | None, open_cache: Callable[[], Found]) -> Found:
+    """Open a cache, unless the store at `place` has just failed to answer: that takes minutes, and many runs can have
+    the same cache. Its error is then raised again.
+    """
+    asked, error = SILENT.get(place, (float("-inf"), None))
+    if error is not None and time.monotonic() - asked < ASK_AGAIN:
+        raise error
+    try:
+        return open_cache()
+    except TransientError as error:
+        SILENT[place] = time.monotonic(), error
+        raise
 
 
 def find_eval_cache(folder: Path, sae: SAE, *, cache: Place | None = None, model: str | None = None) -> Cache:
@@ -70,7 +89,7 @@ def find_eval_cache(folder: Path, sae: SAE, *, cache: Place | None = None, model
             "Omit --model, or evaluate a run of that model."
         )
     if cache:
-        chosen = open_place(cache)
+        chosen = ask(cache, lambda: open_place(cache))
         if not same_model(chosen.identity["model"], trained_on):
             raise UsageError(
                 f"{folder} was trained on {describe_record(trained_on)}, but {cache} holds text for "
@@ -81,7 +100,8 @@ def find_eval_cache(folder: Path, sae: SAE, *, cache: Place | None = None, model
     if recorded is None and fingerprint is None:
         return only_cache_of_model(folder, sae.origin)
     try:
-        found = find_by_fingerprint(fingerprint, recorded if isinstance(recorded, str) else None)
+        place = recorded if isinstance(recorded, str) else None
+        found = ask(place, lambda: find_by_fingerprint(fingerprint, place))
     except UnavailableError as error:  # an address that does not answer
         raise UnavailableError(f"{error} Or name another cache of {model_label(trained_on)} with --cache.") from error
     if found:

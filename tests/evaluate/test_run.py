@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from sae.cache.reader import Cache
+from sae.cache.store_errors import TransientError
 from sae.common.errors import DamagedError, SaeError, UnavailableError, UsageError
 from sae.common.schemas import SAE_RECORD
 from sae.evaluate.artifacts import ArtifactCache
@@ -607,3 +608,27 @@ def test_a_cache_that_does_not_answer_is_named_with_what_to_do(monkeypatch: pyte
     origin = {"model": {"name": "gemma", "revision": None}, "layer": 0, "cache": "s3://b/pile", "fingerprint": "f"}
     with pytest.raises(UnavailableError, match="^s3://b/pile: .* Or name another cache of gemma with --cache.$"):
         find_eval_cache(Path("run"), SimpleNamespace(origin=origin))
+
+
+def test_a_store_that_does_not_answer_is_asked_once_for_all_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time takes minutes. After a minute it is asked again, and other caches are opened meanwhile."""
+    clock, asked = [0.0], []
+
+    def unreachable(fingerprint: object, folder: str) -> None:
+        asked.append(folder)
+        clock[0] += 200
+        raise TransientError.of(folder, "the store cannot be reached")
+
+    def refused(cache: str, name: str) -> None:
+        origin = {"model": {"name": "gemma", "revision": None}, "layer": 0, "cache": cache, "fingerprint": "f"}
+        with pytest.raises(UnavailableError, match=f"^{cache}: the store cannot be reached"):
+            find_eval_cache(Path(name), SimpleNamespace(origin=origin))
+
+    monkeypatch.setattr("sae.evaluate.inputs.SILENT", {})
+    monkeypatch.setattr("sae.evaluate.inputs.find_by_fingerprint", unreachable)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    refused("s3://b/pile", "one"), refused("s3://b/pile", "two"), refused("s3://c/pile", "three")
+    assert asked == ["s3://b/pile", "s3://c/pile"]
+    clock[0] += 60
+    refused("s3://b/pile", "one")
+    assert asked == ["s3://b/pile", "s3://c/pile", "s3://b/pile"]
