@@ -5,8 +5,8 @@ other settings come from the environment, under the names that each provider's o
 AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME and so on. obstore
 refreshes credentials that expire. An address that contains a credential is refused, so that it is never recorded.
 
-A failed request is tried again for about three minutes. Error messages have the address of the object and the store's
-error code, never the request, which can contain a signature.
+A failed request is tried again for three minutes, or up to six if the store never answers. Error messages have the
+address of the object and the store's error code, never the request, which can contain a signature.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 from urllib.parse import urlsplit
 
+from ..common.addresses import SCHEMES, WRITABLE
 from ..common.errors import DamagedError, UnavailableError, UsageError
 from ..common.files import atomic_write, os_error
 from ..common.packages import import_extra
@@ -29,8 +30,6 @@ from .store_errors import MissingError, StoreWarning, TransientError, failure, w
 
 Result = TypeVar("Result")
 
-WRITABLE = ("s3", "gs", "az", "file")
-SCHEMES = (*WRITABLE, "https", "http")
 URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 WITHOUT_SLASHES = re.compile(rf"({'|'.join(SCHEMES)}):/?(?!/)", re.IGNORECASE)  # a Path makes s3:/ of s3://
 PATIENCE = 180.0  # seconds from the first attempt, after which there is no further one

@@ -18,8 +18,7 @@ LIST_ATTEMPTS = 5
 
 
 def list_stored_caches(url: str) -> dict[str, Cache | SaeError]:
-    """{address: cache} of the cache at an address, or of the caches one level below it, like `list_caches` for
-    folders."""
+    """{address: cache} of the cache at an address, or of those one level below it, like `list_caches` for folders."""
     store = open_store(url)
     names = store.children()
     if "zarr.json" in names:

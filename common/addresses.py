@@ -1,4 +1,4 @@
-"""Addresses, such as s3://bucket/pile, that are given where only a path on a disk is possible."""
+"""The schemes of addresses, such as s3://bucket/pile, and the check that a path is not an address."""
 
 import os
 import re
@@ -6,7 +6,9 @@ from pathlib import Path
 
 from .errors import UsageError
 
-ADDRESS = re.compile(r"(s3|gs|az|https?|file):/+", re.IGNORECASE)  # a Path has dropped slashes
+WRITABLE = ("s3", "gs", "az", "file")
+SCHEMES = (*WRITABLE, "https", "http")
+ADDRESS = re.compile(rf"({'|'.join(SCHEMES)}):/+", re.IGNORECASE)  # a Path has dropped slashes
 
 
 def disk_path(path: str | os.PathLike[str], name: str = "") -> Path:

@@ -1,5 +1,4 @@
-"""The schema of every record of an evaluation: results, data that all SAEs share, and labelled texts. See
-schemas.py."""
+"""The schemas of the records of an evaluation: results, data shared by SAEs, labelled texts. See schemas.py."""
 
 from typing import Annotated, Any, NotRequired, TypedDict
 

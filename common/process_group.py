@@ -59,7 +59,7 @@ class ProcessGroup:
 
         Raises SaeError in every process if `work` raised one in any: its own, or ReportedElsewhere if `work` succeeded
         here, or failed with the same message in a process before this one. Interrupted is raised at once: a process
-            that has to stop does not wait for others.
+        that has to stop does not wait for others.
         """
         error: SaeError | None = None
         try:

@@ -14,8 +14,7 @@ def codec_essentials(codec: dict[str, Any]) -> dict[str, Any]:
 
 
 def array_essentials(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide how the bytes of an array are read. Other Zarr writers keep them and may change the
-    rest."""
+    """The settings that decide how the bytes of an array are read. Other Zarr writers may change the rest."""
     return {
         "shape": metadata["shape"],
         "data_type": metadata["data_type"],

@@ -180,8 +180,7 @@ def name_references(found: Sequence[ComparedRun]) -> dict[str, dict[Any, Compare
 
 
 def mixed_seeds(run: ComparedRun, runs: Sequence[ComparedRun]) -> list[str]:
-    """A sentence for each metric that compares seeds, if another run of the same system was compared with other
-    seeds."""
+    """A sentence for each metric that was computed over other seeds in another run of the same system."""
     notes = []
     for metric, settings in run.settings.items():
         if "seeds" not in settings or "seed" not in run.record:

@@ -149,8 +149,7 @@ class EvalContext:
 
     @property
     def logit_settings(self) -> dict[str, Any]:
-        """Additional settings of a metric on the model's logits. Earlier versions rounded logits to the model's
-        dtype."""
+        """Additional settings of a metric on logits, which earlier versions rounded to the dtype of the model."""
         return {} if self.model_identity.get("llm_dtype") == "float32" else {"logits": "float32"}
 
     def batches(

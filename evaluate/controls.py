@@ -49,8 +49,7 @@ def conditions_of(folder: Path) -> dict[str, Any] | None:
 
 
 def base_of(record: RunRecord | None) -> str:
-    """The base recipe of a control. For another run, the base of its controls: its own recipe if possible, else
-    batchtopk."""
+    """The base recipe of a control, or of the controls of another run: its own recipe if possible, else batchtopk."""
     if record is None:
         return BASES[0]
     if record["variant"] in RECIPES:
@@ -146,8 +145,7 @@ def control_row(
 
 
 def distinct_names(names: Sequence[str], conditions: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Distinct names of controls. Controls of the same recipe and L0 also have their width, or a digest, in the
-    name."""
+    """Distinct names of controls. If recipe and L0 are the same, the name also has the width, or a digest."""
     by_width = [f"{name}-n{one['d_sae']}" for name, one in zip(names, conditions, strict=True)]
     by_digest = [f"{name}-{conditions_digest(one)[:6]}" for name, one in zip(by_width, conditions, strict=True)]
     name_counts, width_counts = Counter(names), Counter(by_width)

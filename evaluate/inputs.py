@@ -43,8 +43,8 @@ from .sae_text import change_for
 
 ModelLoader = Callable[[ModelSource, str, str, str], LanguageModel]  # source, dtype, device, attention
 Found = TypeVar("Found")
-ASK_AGAIN = 60.0  # seconds after which a store that did not answer is asked again
-SILENT: dict[Any, tuple[float, TransientError]] = {}  # place of a cache -> when its store did not answer, and the error
+TRY_AGAIN = 60.0  # seconds after which a store that could not be reached is tried again
+UNREACHABLE: dict[Any, tuple[float, TransientError]] = {}  # place of a cache -> the time of the failure, and the error
 
 
 def artifact_cache() -> ArtifactCache:
@@ -52,17 +52,19 @@ def artifact_cache() -> ArtifactCache:
     return ArtifactCache(sae_home() / "activations" / "evaluation", shared=rank_and_count()[1] > 1)
 
 
-def ask(place: Place | None, open_cache: Callable[[], Found]) -> Found:
-    """Open a cache, unless the store at `place` has just failed to answer: that takes minutes, and many runs can have
-    the same cache. Its error is then raised again.
+def open_reachable(place: Place | None, open_cache: Callable[[], Found]) -> Found:
+    """Call `open_cache`, or raise the error again if the store at `place` could not be reached within TRY_AGAIN.
+
+    Many runs can have the same cache, and each failure takes minutes.
     """
-    asked, error = SILENT.get(place, (float("-inf"), None))
-    if error is not None and time.monotonic() - asked < ASK_AGAIN:
-        raise error
+    if place in UNREACHABLE:
+        failed, error = UNREACHABLE[place]
+        if time.monotonic() - failed < TRY_AGAIN:
+            raise error
     try:
         return open_cache()
     except TransientError as error:
-        SILENT[place] = time.monotonic(), error
+        UNREACHABLE[place] = time.monotonic(), error
         raise
 
 
@@ -89,7 +91,7 @@ def find_eval_cache(folder: Path, sae: SAE, *, cache: Place | None = None, model
             "Omit --model, or evaluate a run of that model."
         )
     if cache:
-        chosen = ask(cache, lambda: open_place(cache))
+        chosen = open_reachable(cache, lambda: open_place(cache))
         if not same_model(chosen.identity["model"], trained_on):
             raise UsageError(
                 f"{folder} was trained on {describe_record(trained_on)}, but {cache} holds text for "
@@ -101,7 +103,7 @@ def find_eval_cache(folder: Path, sae: SAE, *, cache: Place | None = None, model
         return only_cache_of_model(folder, sae.origin)
     try:
         place = recorded if isinstance(recorded, str) else None
-        found = ask(place, lambda: find_by_fingerprint(fingerprint, place))
+        found = open_reachable(place, lambda: find_by_fingerprint(fingerprint, place))
     except UnavailableError as error:  # an address that does not answer
         raise UnavailableError(f"{error} Or name another cache of {model_label(trained_on)} with --cache.") from error
     if found:

@@ -64,8 +64,7 @@ class MeasuredRun(Protocol):
 
     @property
     def notes(self) -> Sequence[str]:
-        """Sentences that compare its numbers with others (`notes_beside`). The notes of a single metric are its
-        flags."""
+        """Sentences that compare its numbers with others (`notes_beside`). Notes of a single metric are its flags."""
 
     @property
     def control_notes(self) -> Sequence[str]:
@@ -116,8 +115,7 @@ class EvalRow:
         return self.target.reference
 
     def settings(self, shared: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of a result of this row: the settings of its group, its weights, and the limit of outlier
-        rows."""
+        """The settings of a result of this row: those of its group, its weights, and its limit of outlier rows."""
         limit = self.target.norm_limit
         return {**shared, "weights": self.weights} | ({} if limit is None else {"norm_limit": limit})
 

@@ -218,8 +218,8 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
             if (now := trainer.variant.uses_kernels) != record.get("kernels", False):
                 how = ("with", "without") if now else ("without", "with")
                 progress.say(
-                    f"{run.name} goes on {how[0]} the kernels of this package, and was started {how[1]} them: of equal "
-                    "pre-activations, others may be kept."
+                    f"{run.name} was started {how[1]} the kernels of this package and goes on {how[0]} them. Where "
+                    "pre-activations are equal, it may keep other latents."
                 )
         if trainer.steps_done < run.steps and (version := trainer.restored_version) not in (None, STEP_VERSION):
             progress.say(f"{run.name}: {describe_version_change(run.recipe.name, version)}")

@@ -64,8 +64,7 @@ def load_facts(dataset: str, entity_type: str, attributes: tuple[str, ...], data
 
 
 def facts_version(dataset: str, entity_types: tuple[str, ...], data: Path | None) -> str:
-    """The version of the files, for the settings of a result: digests of local files, and the pinned commit on the
-    Hub."""
+    """The version of the files, for the settings of a result: digests of local files, or the commit on the Hub."""
     versions: dict[str, None] = {}
     for entity_type in entity_types:
         for part in PARTS:

@@ -57,8 +57,7 @@ class ProbeTexts(NamedTuple):
 
 
 class DatasetSource(NamedTuple):
-    """A data set: its file, and the index's entries for what is probed, in which texts, and their source (may be
-    empty)."""
+    """A data set: its file, what is probed in which texts, and their source (may be empty), from the index."""
 
     name: str
     file: str
@@ -79,8 +78,7 @@ def is_present() -> bool:
 
 
 def damaged_files() -> list[str]:
-    """The files of the folder that are missing or have changed since they were unpacked; only the record if it is
-    damaged."""
+    """The files that are missing or have changed since they were unpacked; only the record if that is damaged."""
     folder = data_folder()
     try:
         recorded = UNPACKED_RECORD.read(folder / CONTENTS)["files"]

@@ -225,8 +225,7 @@ class Autointerp(Metric):
     def select_passages(
         self, latent: int, flat_P: np.ndarray, value_P: np.ndarray, ids_RS: np.ndarray
     ) -> JudgedLatent | None:
-        """The passages of a latent with activations `value_P` at the flat indices `flat_P` of `ids_RS`; None if too
-        few."""
+        """The passages of a latent with activations `value_P` at the indices `flat_P` of `ids_RS`; None if too few."""
         examples = select_examples(flat_P, value_P, ids_RS, np.random.default_rng([SEED, latent]))
         if examples is None or not set(self.asked) & set(BALANCED_SCORES):
             return examples and JudgedLatent(examples)
@@ -292,8 +291,7 @@ def is_explained(target: EvalTarget) -> bool:
 
 
 def mean_and_deviation(scores: Sequence[float]) -> tuple[float, float, list[float | None]]:
-    """SAEBench's mean and standard deviation (n - 1) over latents, and a 95 % interval of the mean; NaN without
-    scores."""
+    """SAEBench's mean and standard deviation (n - 1) over latents, and a 95 % interval; NaN without scores."""
     if not scores:
         return math.nan, math.nan, []
     mean, deviation = statistics.fmean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0

@@ -30,8 +30,7 @@ class LogisticModel(NamedTuple):
     intercept: float
 
     def decision(self, x_MD: np.ndarray) -> np.ndarray:
-        """The logits (M,); a positive one predicts class 1. Equal to LogisticRegression.decision_function in every
-        bit."""
+        """The logits (M,), equal to LogisticRegression.decision_function in every bit; positive predicts class 1."""
         return (x_MD @ self.weight_D[:, None])[:, 0] + self.intercept
 
     def probability(self, x_MD: np.ndarray) -> np.ndarray:
@@ -165,8 +164,7 @@ def saga_epochs(
 
 
 def equals_sklearn(trainer: Trainer) -> bool:
-    """Whether the trainer equals scikit-learn in every bit on a small problem. This depends on the compilers of
-    both."""
+    """Whether the trainer equals scikit-learn in every bit on a small problem, which depends on both compilers."""
     random = np.random.RandomState(0)
     label_M = np.arange(150) % 2
     x_MD = random.gamma(2, 2, (150, 24)) * (random.rand(150, 24) < 0.2 + 0.2 * label_M[:, None])

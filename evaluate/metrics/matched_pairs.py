@@ -74,8 +74,7 @@ def match_pair(
 
 
 def recurring_cosines(pair: Pair) -> np.ndarray:
-    """The cosine of each latent with its match (F,), which decides if it recurs; absolute where the sign has no
-    meaning."""
+    """The cosine of each latent with its match (F,), which decides if it recurs; absolute if signs mean nothing."""
     return np.abs(pair.signed.similarity_F) if pair.signed is pair.decoder else pair.signed.similarity_F
 
 

@@ -144,8 +144,7 @@ class Ravel(Metric):
 
     @classmethod
     def values_by_unit(cls, result: MetricResult, column: MetricColumn) -> UnitValues:
-        """By attribute. If types have different numbers of attributes, each is weighted so that the mean is the
-        number."""
+        """By attribute, weighted so that the mean is the number if types have different numbers of attributes."""
         found = super().values_by_unit(result, column)
         type_of = {entry["entity_attribute"]: entry["entity_type"] for entry in result.details}
         sizes = Counter(type_of.values())

@@ -49,8 +49,7 @@ CLASS_NAMES = {  # as SAEBench writes them into the names of its results
 
 @dataclass(frozen=True)
 class Scr(Ablation):
-    """`scr_metric` is the score of the harder direction. A pair whose biased probe is equally bad at both has no
-    `scr_metric`."""
+    """`scr_metric` is the score of the harder direction; none if a pair's biased probe is equally bad at both."""
 
     datasets: tuple[str, ...] = tuple(CLASS_NAMES)
 

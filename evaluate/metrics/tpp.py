@@ -30,8 +30,7 @@ MIN_CLEAN_ACCURACY = 0.6  # a flag names probes below it; 0.5 is chance
 
 @dataclass(frozen=True)
 class Tpp(Ablation):
-    """The texts are the same as in sparse probing. With rng="saebench" every evaluation draws its negative texts
-    anew."""
+    """The texts are those of sparse probing. With rng="saebench" every evaluation draws its negative texts anew."""
 
     datasets: tuple[str, ...] = (f"{BIOS}_class_set1", REVIEWS)
 

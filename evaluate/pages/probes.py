@@ -51,8 +51,7 @@ def probes_of_run(result: MetricResult) -> ProbePart | None:
 
 
 def probes_of_systems(systems: Mapping[str, Sequence[MetricResult]]) -> ProbePart | None:
-    """The part about several systems: a column for each, with means over its seeds, at a number of latents that all
-    have."""
+    """The part about several systems: a column of means over seeds for each, at a number of latents that all have."""
     systems = {label: some for label, some in systems.items() if some and measured_ks(some)}
     shared = set.intersection(*(set(measured_ks(some)) for some in systems.values())) if systems else set()
     llm = scores([one for some in systems.values() for one in some], LLM)

@@ -174,8 +174,7 @@ def find_problems(paper: Paper, system_ids: Sequence[str]) -> Iterator[str]:
 
 
 def same_number_problems(contradiction: Contradiction, paper: Paper) -> Iterator[str]:
-    """Problems with contradictions between two numbers that a verdict does not tell apart: they make no claim
-    inconsistent."""
+    """Problems with contradictions between two numbers of the same verdict: they make no claim inconsistent."""
     groups: dict[tuple[Any, ...], list[Claim]] = {}
     for claim in paper.claims:
         if claim.id in contradiction.claims and claim.value is not None and not claim.is_change:

@@ -10,6 +10,7 @@ from sae.cache import object_store
 from sae.cache.object_store import open_store
 from sae.cli.main import app
 from sae.cli.options import refuse_addresses
+from sae.common.addresses import SCHEMES
 from sae.common.errors import UsageError
 
 from ..faulty_proxy import faulty_proxy
@@ -107,7 +108,7 @@ def test_what_is_refused_in_one_sentence(harvest: list[object], bucket: str, mon
     refused(4, "needs obstore, which is not installed: pip install 'sae-pipeline[remote]'", f"{bucket}/pile")
 
 
-@pytest.mark.parametrize("scheme", object_store.SCHEMES)
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_where_only_a_folder_can_stand_an_address_is_refused(scheme: str) -> None:
     address = f"{scheme}://{'/' * (scheme == 'file')}bucket/pile"
     for value in (Path(address), [Path("runs"), Path(address)]):

@@ -610,12 +610,12 @@ def test_a_cache_that_does_not_answer_is_named_with_what_to_do(monkeypatch: pyte
         find_eval_cache(Path("run"), SimpleNamespace(origin=origin))
 
 
-def test_a_store_that_does_not_answer_is_asked_once_for_all_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each time takes minutes. After a minute it is asked again, and other caches are opened meanwhile."""
-    clock, asked = [0.0], []
+def test_a_store_that_cannot_be_reached_is_tried_once_for_all_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each failure takes minutes. After another minute it is tried again; the stores of other caches are tried too."""
+    clock, tried = [0.0], []
 
     def unreachable(fingerprint: object, folder: str) -> None:
-        asked.append(folder)
+        tried.append(folder)
         clock[0] += 200
         raise TransientError.of(folder, "the store cannot be reached")
 
@@ -624,11 +624,11 @@ def test_a_store_that_does_not_answer_is_asked_once_for_all_runs(monkeypatch: py
         with pytest.raises(UnavailableError, match=f"^{cache}: the store cannot be reached"):
             find_eval_cache(Path(name), SimpleNamespace(origin=origin))
 
-    monkeypatch.setattr("sae.evaluate.inputs.SILENT", {})
+    monkeypatch.setattr("sae.evaluate.inputs.UNREACHABLE", {})
     monkeypatch.setattr("sae.evaluate.inputs.find_by_fingerprint", unreachable)
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     refused("s3://b/pile", "one"), refused("s3://b/pile", "two"), refused("s3://c/pile", "three")
-    assert asked == ["s3://b/pile", "s3://c/pile"]
+    assert tried == ["s3://b/pile", "s3://c/pile"]
     clock[0] += 60
     refused("s3://b/pile", "one")
-    assert asked == ["s3://b/pile", "s3://c/pile", "s3://b/pile"]
+    assert tried == ["s3://b/pile", "s3://c/pile", "s3://b/pile"]

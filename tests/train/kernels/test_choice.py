@@ -33,6 +33,6 @@ def test_run_json_says_whether_kernels_are_used_and_a_resumed_run_whether_that_c
     said: list[str] = []
     train(TrainConfig(resume=[topk], device="cpu"), TrainProgress(say=said.append))
     assert (
-        f"{topk.name} goes on without the kernels of this package, and was started with them: of equal "
-        "pre-activations, others may be kept."
+        f"{topk.name} was started with the kernels of this package and goes on without them. Where pre-activations are "
+        "equal, it may keep other latents."
     ) in said
