@@ -120,12 +120,13 @@ def jobs_of_model(design: Mapping[str, Any], model: str) -> Iterator[Job]:
         if "rate_of" not in one and "l0_of" not in one:
             for rate in fixed["rates"]:
                 yield maker.job("tune", name, main, fixed["tune_seed"], steps=fixed["tune_steps"], rate=rate)
-    yield from maker.seeds_and_stability("middle", systems, about["layers"])
+    yield from maker.seeds_and_stability("middle", systems, [main])
     yield from maker.own()
     for l0 in about["frontier"]:
         for name, one in systems.items():
             if one.get("frontier"):
                 yield maker.job("frontier", name, main, 0, l0=l0)
+    yield from maker.seeds_and_stability("middle", systems, [layer for layer in about["layers"] if layer != main])
     for also in design.get("also", []):
         if also["model"] == model:
             chosen = {name: systems[name] | {"block": "also"} for name in also["systems"]}
