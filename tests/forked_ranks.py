@@ -1,11 +1,12 @@
-"""Run the ranks of one command: `python forked_ranks.py COUNT sae-arguments...`, or a script with `-c CODE`.
+"""Run the ranks of one command: COUNT sae-arguments..., or a script with `-c CODE`.
 
-They are processes of their own with a group over gloo, as those of torchrun, but are forked once everything is
-imported: the imports take three seconds, and each of torchrun's processes has its own. A rank that dies leaves the
+They are processes of their own with a group over gloo, as those of torchrun, but are forked from a process that has
+imported everything: the imports take seconds, and each of torchrun's processes has its own. A rank that dies leaves the
 others running, as under launchers other than torchrun. Prints the exit codes of the ranks last.
 
 With $KILL_AT="PATTERN:N" and $KILL_MARKS, an empty folder, the rank that is about to give the N-th file of a matching
-path its name is killed, once. Started by torchrun, this is one of its ranks.
+path its name is killed, once. Started by torchrun, this is one of its ranks. Otherwise it is a worker process, which
+calls `launch`.
 """
 
 import os
@@ -13,13 +14,19 @@ import re
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+import accelerate  # noqa: F401
 import torch
+import torch._dynamo  # noqa: F401  (which groups of processes import)
+import transformers.models.gemma2.modeling_gemma2  # noqa: F401
+import typer  # noqa: F401
 
 import sae.evaluate.run  # noqa: F401  (before the fork; not sae.cli, which reads its rank when it is imported)
+from sae.tests.worker_process import serve
 
 
 def kill_at_rename() -> None:
@@ -43,6 +50,7 @@ def kill_at_rename() -> None:
 
 def run_rank(words: list[str]) -> NoReturn:
     code = 1
+    torch.set_num_threads(1)  # a forked process has no other threads; torch must find out before two threads use it
     if "KILL_AT" in os.environ:
         kill_at_rename()
     try:
@@ -66,7 +74,6 @@ def run_rank(words: list[str]) -> NoReturn:
 
 
 def main(count: int, words: list[str]) -> int:
-    torch.set_num_threads(1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -84,7 +91,24 @@ def main(count: int, words: list[str]) -> int:
     return max(map(abs, codes))
 
 
+def launch(words: list[str], folder: Path, environment: dict[str, str]) -> tuple[int, str, str]:
+    """Run ranks from a folder, with these environment variables alone: the exit code, stdout and stderr."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        if not (pid := os.fork()):
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            os.chdir(folder)
+            os.environ.clear()
+            os.environ.update(environment)
+            os._exit(main(int(words[0]), words[1:]))
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        out.seek(0)
+        err.seek(0)
+        return code, out.read().decode(), err.read().decode()
+
+
 if __name__ == "__main__":
     if "RANK" in os.environ:  # started by torchrun
         run_rank(sys.argv[2:])
-    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))
+    torch.set_num_threads(1)
+    serve("sae.tests")

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from sae.cache.reader import Cache
 from sae.train.sae import save_sae
 
 from ..run_records import write_run_record
+from ..worker_process import WorkerProcess
 from .metrics.test_stability import make_sae
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FORKED = [sys.executable, str(Path(__file__).parents[1] / "forked_ranks.py")]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "-m", "--nproc_per_node"]
+FORKED = str(Path(__file__).parents[1] / "forked_ranks.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 CORE = ["--suite", "core", "--tokens", "400", "--device", "cpu", "--set", "core.batch_contexts=4"]
 STABILITY = ["--set", "stability.tokens=50", "--set", "stability.draws=1"]
 QUICK = [*CORE, "--suite", "core,stability", *STABILITY]
@@ -49,23 +50,43 @@ def make_home(tiny_cache: Cache, tmp_path: Path):
     return make
 
 
-def command(ranks: int, words: Sequence[str], runs: Sequence[str], launcher: Sequence[str]) -> list[str]:
-    asked = ["evaluate", *(f"runs/{run}" for run in runs), *(words or QUICK)]
-    return [*launcher, str(ranks), *(["sae"] if launcher is TORCHRUN else []), *asked]
+def command(words: Sequence[str], runs: Sequence[str] = tuple(WIDTHS)) -> list[str]:
+    return ["evaluate", *(f"runs/{run}" for run in runs), *(words or QUICK)]
 
 
-def call(home: Path, words: Sequence[str], **variables: str) -> tuple[int, str, str]:
-    environment = os.environ | {"SAE_HOME": str(home), "OMP_NUM_THREADS": "1"} | variables
-    done = subprocess.run(words, env=environment, cwd=home, capture_output=True, text=True, timeout=600)
+def variables_of(home: Path, more: Mapping[str, str]) -> dict[str, str]:
+    return {**os.environ, "SAE_HOME": str(home), "OMP_NUM_THREADS": "1", **more}
+
+
+def torchrun(home: Path, ranks: int, words: Sequence[str], **variables: str) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [*TORCHRUN, str(ranks), *words], env=variables_of(home, variables), cwd=home, capture_output=True, text=True,
+        timeout=600,
+    )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
 
-def evaluate(
-    home: Path, ranks: int, *words: str, runs: Sequence[str] = tuple(WIDTHS), launcher: Sequence[str] = FORKED,
-    **variables: str,
-) -> tuple[int, str, str]:  # fmt: skip
-    """`sae evaluate` of some runs by so many ranks: the exit code, stdout and stderr."""
-    return call(home, command(ranks, words, runs, launcher), **variables)
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory: pytest.TempPathFactory):
+    """A function that runs a command by forked ranks: `(home, ranks, words, **variables) -> exit code, out, err`."""
+    launcher = WorkerProcess(["sae.tests.forked_ranks"], tmp_path_factory.mktemp("launcher") / "log")
+
+    def launch(home: Path, ranks: int, words: Sequence[str], **variables: str) -> tuple[int, str, str]:
+        asked = {"words": [str(ranks), *words], "folder": home, "environment": variables_of(home, variables)}
+        return launcher("forked_ranks.launch", **asked)
+
+    yield launch
+    launcher.close()
+
+
+@pytest.fixture
+def evaluate(launch):
+    """`sae evaluate` of some runs by so many forked ranks: `(home, ranks, *words) -> exit code, out, err`."""
+
+    def evaluate(home: Path, ranks: int, *words: str, runs: Sequence[str] = tuple(WIDTHS), **variables: str):
+        return launch(home, ranks, command(words, runs), **variables)
+
+    return evaluate
 
 
 @pytest.fixture
@@ -75,7 +96,7 @@ def evaluate_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[
     def evaluate(home: Path, *words: str, runs: Sequence[str] = tuple(WIDTHS)) -> tuple[int, str, str]:
         monkeypatch.setenv("SAE_HOME", str(home))
         monkeypatch.chdir(home)
-        monkeypatch.setattr(sys, "argv", ["sae", *command(1, words, runs, [])[1:]])
+        monkeypatch.setattr(sys, "argv", ["sae", *command(words, runs)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
             main()
@@ -102,7 +123,7 @@ def without_times(err: str) -> list[str]:
     return [line for line in err.splitlines() if not own.match(line)]
 
 
-def test_three_ranks_give_the_files_and_tables_of_one_process(make_home, evaluate_here) -> None:
+def test_three_ranks_give_the_files_and_tables_of_one_process(make_home, evaluate_here, evaluate) -> None:
     one, three = make_home("one"), make_home("three")
     alone, together = evaluate_here(one), evaluate(three, 3)
     assert alone[0] == together[0] == 1  # stability lacks a second seed of b-0
@@ -123,7 +144,7 @@ def test_torchrun_gives_the_numbers_of_one_process_for_more_metrics(make_home, e
         "--set", "sparse_probing_stdlib.test_set_size=20",
     ]  # fmt: skip
     one, many = make_home("one"), make_home("many")
-    alone, together = evaluate_here(one, *words), evaluate(many, count, *words, launcher=TORCHRUN)
+    alone, together = evaluate_here(one, *words), torchrun(many, count, ["-m", "sae", *command(words)])
     found = numbers(many)
     assert found == numbers(one) and together[1] == alone[1]
     assert {Path(path).stem for path in found} == {"core", "absorption", "sparse_probing_stdlib", "stability"}
@@ -153,7 +174,9 @@ def undisturbed() -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS, ids=str)
-def test_a_rank_that_dies_costs_its_own_saes_alone(make_home, evaluate_here, undisturbed, moment, tmp_path) -> None:
+def test_a_rank_that_dies_costs_its_own_saes_alone(
+    make_home, evaluate_here, undisturbed, moment, tmp_path, evaluate
+) -> None:
     """The others end with their shares; the same command with another number of ranks measures the rest."""
     pattern, number, before, after = moment
     if not undisturbed:
@@ -174,13 +197,12 @@ def test_a_rank_that_dies_costs_its_own_saes_alone(make_home, evaluate_here, und
 
 
 @pytest.mark.slow
-def test_a_launcher_that_ends_all_ranks_leaves_what_was_written(make_home, evaluate_here, tmp_path) -> None:
+def test_a_launcher_that_ends_all_ranks_leaves_what_was_written(make_home, evaluate_here, tmp_path, evaluate) -> None:
     one, home, marks = make_home("one"), make_home("killed"), tmp_path / "marks"
     evaluate_here(one)
     marks.mkdir()
-    torchrun = [*TORCHRUN[:4], "--nproc_per_node", "2", FORKED[1]]
     killed = {"KILL_AT": r"/runs/.*/core\.json$:2", "KILL_MARKS": str(marks)}
-    code, _, err = call(home, command(2, (), tuple(WIDTHS), torchrun), **killed)
+    code, _, err = torchrun(home, 2, [FORKED, "2", *command(())], **killed)
     assert "-9" in err and 0 < len(numbers(home)) < len(numbers(one))
     assert code == 1
     evaluate(home, 3)
@@ -188,7 +210,7 @@ def test_a_launcher_that_ends_all_ranks_leaves_what_was_written(make_home, evalu
 
 
 @pytest.mark.slow
-def test_a_rank_without_work_says_nothing(make_home, evaluate_here) -> None:
+def test_a_rank_without_work_says_nothing(make_home, evaluate_here, evaluate) -> None:
     one, two = make_home("one"), make_home("two")
     words = [*CORE, "--no-references"]
     alone, together = evaluate_here(one, *words, runs=["a-0"]), evaluate(two, 2, *words, runs=["a-0"])
@@ -219,9 +241,9 @@ with open(f"rows{os.environ['RANK']}.json", "w") as file:
 
 
 @pytest.mark.slow
-def test_evaluate_saes_returns_all_rows_in_each_process(make_home, evaluate_here) -> None:
+def test_evaluate_saes_returns_all_rows_in_each_process(make_home, evaluate_here, launch) -> None:
     one, two = make_home("one"), make_home("two")
-    code, _, err = call(two, [*FORKED, "2", "-c", IN_PYTHON])
+    code, _, err = launch(two, 2, ["-c", IN_PYTHON])
     assert code == 0, err
     _, out, _ = evaluate_here(one, *CORE, "--json", runs=["a-0", "b-0"])
     for rank in range(2):
@@ -231,7 +253,7 @@ def test_evaluate_saes_returns_all_rows_in_each_process(make_home, evaluate_here
 
 
 @pytest.mark.slow
-def test_what_is_wrong_with_an_sae_is_said_by_the_first_process(make_home, evaluate_here) -> None:
+def test_what_is_wrong_with_an_sae_is_said_by_the_first_process(make_home, evaluate_here, evaluate) -> None:
     """A damaged run, whose weights one rank alone reads, costs its own numbers and those of its system."""
     home, other = make_home("damaged"), make_home("other")
     weights = home / "runs" / "a-1" / "sae.safetensors"
@@ -249,13 +271,13 @@ def test_what_is_wrong_with_an_sae_is_said_by_the_first_process(make_home, evalu
 def test_torchrun_shows_all_tables_when_some_results_are_missing(make_home, evaluate_here, count: int) -> None:
     """Every rank fails, and torchrun stops all when one does, so the others end after the first has printed."""
     one, many = make_home("one"), make_home("many")
-    alone, together = evaluate_here(one), evaluate(many, count, launcher=TORCHRUN)
+    alone, together = evaluate_here(one), torchrun(many, count, ["-m", "sae", *command(())])
     assert alone[0] == together[0] == 1 and together[1] == alone[1] and "done     in " in together[2]
     assert "has ended" not in together[2]
 
 
 @pytest.mark.slow
-def test_every_rank_fails_where_nothing_can_be_measured(make_home, evaluate_here) -> None:
+def test_every_rank_fails_where_nothing_can_be_measured(make_home, evaluate_here, evaluate) -> None:
     home = make_home("damaged")
     for weights in home.glob("runs/*/sae.safetensors"):
         weights.write_bytes(weights.read_bytes()[:-1] + b"x")
@@ -266,25 +288,25 @@ def test_every_rank_fails_where_nothing_can_be_measured(make_home, evaluate_here
 
 
 @pytest.mark.slow
-def test_a_published_sae_is_imported_by_the_first_process(make_home, tiny_cache: Cache) -> None:
+def test_a_published_sae_is_imported_by_the_first_process(make_home, tiny_cache: Cache, launch) -> None:
     home = make_home("home")
     sae.export_sae(home / "runs" / "a-0", "saelens", home / "exported")
     shutil.rmtree(home / "runs")
     words = ["evaluate", "exported", *CORE, "--no-references", "--cache", str(tiny_cache.folder)]
-    code, out, err = call(home, [*FORKED, "2", *words])
+    code, out, err = launch(home, 2, words)
     assert code == 0 and "codes 0 0" in err, err
     (run,) = (home / "runs").iterdir()
     assert list(numbers(home)) == [f"runs/{run.name}/evaluations/core.json"] and run.name in out
 
 
 @pytest.mark.slow
-def test_an_error_of_the_plan_is_said_once(make_home) -> None:
+def test_an_error_of_the_plan_is_said_once(make_home, evaluate) -> None:
     code, out, err = evaluate(make_home("home"), 3, "--suite", "cor")
     assert code == 2 and "codes 2 2 2" in err and err.count("there is no metric cor") == 1
 
 
 @pytest.mark.slow
-def test_a_dry_run_says_the_deal_and_writes_nothing(make_home) -> None:
+def test_a_dry_run_says_the_deal_and_writes_nothing(make_home, evaluate) -> None:
     home = make_home("home")
     code, out, err = evaluate(home, 2, *QUICK, "--dry-run")
     assert code == 0 and "deal     3 SAEs to 2 processes, by width and metrics" in err
@@ -295,7 +317,9 @@ def test_a_dry_run_says_the_deal_and_writes_nothing(make_home) -> None:
 
 
 @pytest.mark.slow
-def test_controls_are_trained_over_ranks_and_evaluated(tiny_cache, tmp_path, evaluate_here, monkeypatch) -> None:
+def test_controls_are_trained_over_ranks_and_evaluated(
+    tiny_cache, tmp_path, evaluate_here, monkeypatch, evaluate
+) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     monkeypatch.setenv("SAE_HOME", str(one))
     sizes = {"steps": 20, "batch_size": 64, "width": "64", "layers": 1, "l0": 4}
