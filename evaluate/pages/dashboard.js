@@ -90,7 +90,8 @@ const CELLS = {
 
 function makeRow(place) {
   const cells = columns.map(({ key, text }) => {
-    const cell = el("td", { className: text ? "text" : "", title: key === "labels" ? table.labels[place] : "" }, ...CELLS[key](place));
+    const cell = el(key === "latent" ? "th" : "td", { className: text ? "text" : "", title: key === "labels" ? table.labels[place] : "" }, ...CELLS[key](place));
+    if (key === "latent") cell.scope = "row";
     cell.dataset.key = key;
     return cell;
   });
@@ -233,13 +234,13 @@ function makeList(title, rows) {
   return el("section", {}, el("h3", { textContent: title }), body);
 }
 
-const effect = (sign) => ([token, value]) => el("tr", {}, el("td", {}, chip(token)), el("td", { className: sign, textContent: number(value) }));
+const effect = (sign) => ([token, value]) => el("tr", {}, el("th", { scope: "row" }, chip(token)), el("td", { className: sign, textContent: number(value) }));
 
 function latentRow([latent, value, jaccard]) {
   const place = places.get(latent);
   const about = place === undefined ? [] : [...table.tokens[place].map(chip), " ", table.labels[place]];
   const shown = number(value) + (jaccard === undefined ? "" : ` (${jaccard.toFixed(2)})`);
-  return el("tr", {}, el("td", {}, linkTo(latent)), el("td", { textContent: shown }), el("td", { className: "text" }, ...about));
+  return el("tr", {}, el("th", { scope: "row" }, linkTo(latent)), el("td", { textContent: shown }), el("td", { className: "text" }, ...about));
 }
 
 function article(place, entry) {

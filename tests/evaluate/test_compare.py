@@ -313,7 +313,7 @@ def test_tests_against_a_system_are_a_table_that_scrolls_in_itself_and_curves_ar
     found = compare_runs([make_run(tmp_path), make_run(tmp_path, "relu", kl=0.5)])
     html = comparison_page(found, compare_against(found, "topk"))
     table = html.partition('<div class="scroll tall" role="region" tabindex="0" aria-label="Differences from topk">')[2]
-    assert '<td>relu</td><td class="text">L0</td>' in table
+    assert '<th scope="row">relu</th><td class="text">L0</td>' in table
     assert '<th scope="col" class="text verdict-words">verdict</th>' in table
     assert "<details><summary>4 training curves</summary>" in html
 

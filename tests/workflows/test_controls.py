@@ -182,7 +182,7 @@ def test_a_control_that_was_trained_as_a_run_is_a_control_too(tiny_cache: Cache)
     assert cells and cells == [cell for cell in share[1:] if cell] and not any("↑" in head for head in heads)
     html = comparison_page(found)
     assert "share of topk" not in html and "Shares of controls" in html
-    assert f'<td>topk</td><td class="text">frozen-decoder</td><td>{cells[0]}</td>' in html
+    assert f'<th scope="row">topk</th><td class="text">frozen-decoder</td><td>{cells[0]}</td>' in html
     assert "Shares of controls" not in comparison_page(compare_runs([runs[0].folder]))
     assert plan_controls(runs).count == 1
 

@@ -75,18 +75,18 @@ def page(opened, file):
 
 def latents(page) -> list[int]:
     """Those whose rows are drawn, from above."""
-    return [int(text) for text in page.locator("#rows tr[data-place] td:first-child").all_inner_texts()]
+    return [int(text) for text in page.locator("#rows tr[data-place] th[scope=row]").all_inner_texts()]
 
 
 def column(page, number: int) -> list[float]:
-    cells = page.locator(f"#rows tr[data-place] td:nth-child({number})").all_inner_texts()
+    cells = page.locator(f"#rows tr[data-place] > :nth-child({number})").all_inner_texts()
     return [float(cell.replace("%", "")) for cell in cells]
 
 
 def shows(page, latent: int) -> None:
     page.get_by_role("heading", name=f"Latent {latent}", exact=True).wait_for()
     assert page.url.endswith(f"#latent-{latent}") and page.title().startswith(f"latent {latent} ")
-    assert page.locator("#rows tr[aria-current] td").first.inner_text() == str(latent)
+    assert page.locator("#rows tr[aria-current] th").first.inner_text() == str(latent)
 
 
 def test_the_run_comes_first_and_its_dead_latents_lead_on(page):
@@ -126,7 +126,7 @@ def test_a_head_sorts_one_way_and_then_the_other(page, head, number):
     for _ in range(2):
         button.click()
         values = column(page, number)
-        sort = page.locator(f"#rows th[data-key={head}]").get_attribute("aria-sort")
+        sort = page.locator(f"#rows thead th[data-key={head}]").get_attribute("aria-sort")
         assert values == sorted(values, reverse=sort == "descending")
         seen.append(sort)
         ends.append(values[0])
@@ -140,14 +140,14 @@ def test_a_long_table_draws_what_is_seen(page):
     page.locator("#rows").evaluate("box => box.scrollTop = box.scrollHeight")
     page.locator('#rows tr[data-place="349"]').wait_for()
     assert latents(page)[-1] == 349 and len(latents(page)) < 100
-    page.locator("#rows tr[data-place]").last.locator("td").nth(2).click()  # anywhere on the row
+    page.locator("#rows tr[data-place]").last.locator("td").nth(1).click()  # anywhere on the row
     shows(page, 349)
 
 
 def test_neighbours_lead_to_each_other_and_back(page, file):
     page.goto(f"{file.as_uri()}#latent-5")
     shows(page, 5)
-    link = page.locator("#latent .lists a").first
+    link = page.locator("#latent .lists th[scope=row] a").first
     other = int(link.inner_text())
     link.click()
     shows(page, other)
@@ -221,10 +221,10 @@ def test_a_column_without_a_value_has_no_head_and_takes_no_room(page, opened, un
     plain.wait_for_selector("html[data-ready]", state="attached")
     plain.get_by_role("link", name="Latents (60)").click()
     assert heads(plain) == ["latent", "density", "mean", "max", "top tokens"]
-    assert plain.locator("#rows tr[data-place] >> nth=0 >> td").count() == 5
+    assert plain.locator("#rows tr[data-place] >> nth=0 >> td").count() == 4
     assert plain.locator("#which option").all_inner_texts() == ["all", "alive", "dead"]
     assert plain.locator("#search").get_attribute("placeholder") == "token or number"
-    box, last = plain.locator("#rows").bounding_box(), plain.locator("#rows th").last.bounding_box()
+    box, last = plain.locator("#rows").bounding_box(), plain.locator("#rows thead th").last.bounding_box()
     assert last["x"] + last["width"] > box["x"] + box["width"] - 20  # the tokens reach to the edge
 
 
@@ -285,7 +285,7 @@ def test_on_a_phone_everything_is_large_enough_for_a_finger(phone):
     phone.locator("nav a", has_text="Latents").tap()
     phone.locator("#rows tr[data-place]").nth(2).tap()
     phone.locator("#latent .passages li").first.wait_for()
-    sizes = phone.locator("button, select, input, nav a, #rows td a, .lists td a").evaluate_all(
+    sizes = phone.locator("button, select, input, nav a, #rows th a, .lists th a").evaluate_all(
         """found => found.filter(one => one.offsetWidth > 0 && !one.closest("dialog"))
             .map(one => [one.textContent, one.getBoundingClientRect()])
             .map(([text, box]) => [text, box.width, box.height])"""
@@ -303,7 +303,7 @@ def test_on_a_phone_everything_is_large_enough_for_a_finger(phone):
 def test_on_a_phone_a_chosen_latent_comes_into_view_and_buttons_lead_on(phone):
     phone.locator("nav a", has_text="Latents").tap()
     first, second = latents(phone)[:2]
-    phone.locator("#rows tr[data-place]").first.locator("td").nth(1).tap()
+    phone.locator("#rows tr[data-place]").first.locator("td").nth(0).tap()
     shows(phone, first)
     phone.wait_for_function("document.querySelector('#latent h2').getBoundingClientRect().top < innerHeight / 2")
     phone.get_by_role("button", name="Next latent").tap()

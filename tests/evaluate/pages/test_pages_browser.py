@@ -1,9 +1,11 @@
 """The comparison and a paper's report in a browser; any message on the console fails a test."""
 
+import re
 from dataclasses import replace
 
 import pytest
 
+from sae.evaluate.against import compare_against
 from sae.evaluate.compare import compare_runs
 from sae.evaluate.pages.comparison import comparison_page
 from sae.evaluate.pages.page import write_page
@@ -16,7 +18,7 @@ from ..test_compare import make_run
 
 
 def column(page, number: int) -> list[str]:
-    return page.locator(f"table.sortable >> nth=0 >> tbody tr td:nth-child({number})").all_inner_texts()
+    return page.locator(f"table.sortable >> nth=0 >> tbody tr > :nth-child({number})").all_inner_texts()
 
 
 @pytest.fixture
@@ -61,6 +63,22 @@ def test_every_number_has_its_chart_with_a_mark_for_each_system(comparison):
     figure = comparison.locator("figure", has_text="KL score")
     assert figure.locator("svg.chart path title").count() == 3
     assert comparison.locator("ul.key").first.inner_text().split() == ["b", "a", "c"]
+
+
+def test_every_row_of_a_table_begins_with_its_heading(tmp_path):
+    """So a screen reader says of which run, claim or setting a cell is."""
+    runs = [make_run(tmp_path, "a", seed=seed) for seed in (0, 1)] + [
+        make_run(tmp_path, "b", seed=seed) for seed in (0, 1)
+    ]
+    compared = compare_runs(runs)
+    report = build_report(load_paper("000"), runs_of(load_paper("000"), lettered), False)
+    for html in (
+        comparison_page(compared, compare_against(compared, "a", [])),
+        reproduction_page(report, "gemma-2-mini"),
+    ):
+        rows = re.findall(r"<tr[^>]*>\s*(<\w+ scope=\"\w+\")", html)
+        assert len(rows) == html.count("<tr") > html.count("<thead") == rows.count('<th scope="col"') > 1
+        assert set(rows) == {'<th scope="col"', '<th scope="row"'}
 
 
 @pytest.mark.parametrize("width", [400, 1300])

@@ -149,6 +149,6 @@ def test_a_setting_that_no_run_records_is_left_out():
 
 def test_the_page_has_the_settings():
     html = reproduction_page(build_report(PAPER, [made(sizes={"layer": 12})], False), "m")
-    assert '<td>layer</td><td class="text">19</td><td class="text">12</td><td class="text">differs</td>' in html
-    assert '<td>steps</td><td class="text">4,882</td><td class="text">4,882</td><td class="text"></td>' in html
+    cells = '<th scope="row">{}</th><td class="text">{}</td><td class="text">{}</td><td class="text">{}</td>'
+    assert cells.format("layer", 19, 12, "differs") in html and cells.format("steps", "4,882", "4,882", "") in html
     assert "Nothing was run yet." in reproduction_page(build_report(PAPER, [], False), "m")
