@@ -18,13 +18,17 @@ from sae.train.loop import Trainer
 from sae.train.recipe import find_recipe
 from sae.train.variant import RunConfig
 
+ALWAYS = {"cpu": {"float32": 1.0}}
+
 
 def numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def make_step(config: RunConfig, k: int, x_BD: torch.Tensor, sparse_from: dict[str, int]) -> Callable[[], float]:
-    """A training step, returning its milliseconds, that gathers rows from these n/k on (by device)."""
+def make_step(
+    config: RunConfig, k: int, x_BD: torch.Tensor, sparse_from: dict[str, dict[str, float]]
+) -> Callable[[], float]:
+    """A training step, returning its milliseconds, that gathers rows from these n/k on (as SPARSE_FROM)."""
     torch.manual_seed(0)
     trainer = Trainer(find_recipe("topk").make(config, {"k": k}), config.steps, "cpu")
 
@@ -55,7 +59,10 @@ def main() -> None:
         for n in (width * d_in for width in args.width):
             config = RunConfig(d_in, n, 1000, args.batch)
             for k in (n // ratio for ratio in args.ratio):
-                ways = {"dense": make_step(config, k, x_BD, {}), "rows": make_step(config, k, x_BD, {"cpu": 1})}
+                ways = {
+                    "dense": make_step(config, k, x_BD, {}),
+                    "rows": make_step(config, k, x_BD, {"cpu": {"float32": 1}}),
+                }
                 median = {name: statistics.median(times) for name, times in in_rounds(ways, args.rounds).items()}
                 share = median["rows"] / median["dense"]
                 times = f"{median['dense']:.1f} | {median['rows']:.1f} | {share:.2f}"

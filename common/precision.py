@@ -82,6 +82,21 @@ def autocast(precision: str, device: str) -> contextlib.AbstractContextManager[N
     return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the setting of float32 products
+def current_precision(device: str) -> str:
+    """The precision of products of float32 tensors on a device, by the settings of the caller."""
+    if torch.is_autocast_enabled(torch.device(device).type):
+        return "bfloat16"
+    return "float32" if general_float32_precision() == "highest" else "tf32"
+
+
+def general_float32_precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was changed for one backend alone
+        return "highest"
+
+
 @contextlib.contextmanager
 def float32_products(precision: str) -> Iterator[None]:
     """A context in which products of float32 tensors are in tf32 if that is the precision, and else not.
@@ -90,10 +105,7 @@ def float32_products(precision: str) -> Iterator[None]:
     """
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
-    try:
-        general = torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was changed for one backend alone
-        general = "highest"
+    general = general_float32_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
         yield

@@ -39,7 +39,7 @@ from .kernels.choice import describe_kernels
 from .memory import untrained_variant
 from .parse import parse_options, parse_width
 from .passes import copies_fit, describe_copies, describe_passes, plan_passes, reason_against_capture
-from .precision import describe_precision, explain_other_precision, find_folder, require_precision
+from .precision import describe_precision, describe_products, explain_other_precision, find_folder, require_precision
 from .recipe import Recipe, find_recipe
 from .sae import SAE, load_sae, read_run_record, read_sae_record
 from .shares import deal_runs, describe_shares
@@ -214,6 +214,7 @@ class TrainPlan:
                 because = f"launched one by one: {self.eager_because}" if self.eager_because else "in CUDA graphs"
                 lines.append(f"steps    {because}")
                 lines += filter(None, [describe_kernels(self.unfinished, device)])
+                lines += describe_products(self.unfinished, device)
             if time or not self.in_background:
                 lines.append(describe_copies(self.passes, device, self.in_background))
             if time:

@@ -1,12 +1,17 @@
 """The precision of a run's products: its line in the plan, and the runs that exist already."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..common.errors import UnavailableError
-from ..common.precision import reason_against, recorded_precision
+from ..common.precision import default_precision, reason_against, recorded_precision
+from .activation_functions import KeepTopK
+from .memory import BuildableRun, untrained_variant
 from .sae import read_run_record
+from .sparse_ops import SPARSE_FROM, sparse_is_faster
 
 
 def describe_precision(precision: str | None) -> str | None:
@@ -14,6 +19,23 @@ def describe_precision(precision: str | None) -> str | None:
     if precision in (None, "float32"):
         return None
     return f"products in {precision}; weights, moments and sums are in float32"
+
+
+def describe_products(runs: Iterable[BuildableRun], device: str) -> list[str]:
+    """The lines of a plan for a GPU that say which runs have sparse products, and why (`sparse_is_faster`)."""
+    lines = []
+    for run in runs:
+        sae, precision = untrained_variant(run, "meta").sae, run.config.precision or default_precision(device)
+        match list(sae.activation):
+            case [KeepTopK() as kept] if run.config.accumulate == 1 or not kept.over_batch:
+                kind = torch.device(device).type
+                way = "sparse" if sparse_is_faster(sae.d_sae, kept.k, kind, precision) else "dense"
+                border = SPARSE_FROM[kind][precision]
+                lines.append(
+                    f"products of {run.recipe.name} are {way}: {sae.d_sae / kept.k:,.0f} latents for each kept one; in "
+                    f"{precision}, sparse products are estimated to be faster from {border:,.0f} on"
+                )
+    return list(dict.fromkeys(lines))
 
 
 def require_precision(folder: Path, precision: str, device: str) -> None:

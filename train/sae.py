@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..common.addresses import disk_path
 from ..common.errors import DamagedError, UsageError, first_line
 from ..common.files import atomic_write, utf8_path
+from ..common.precision import current_precision
 from ..common.schemas import SAE_RECORD
 from . import dense_ops, sparse_ops
 from .activation_functions import Activation, KeepTopK, ReLU, activation_chain
@@ -146,7 +147,8 @@ class SAE(nn.Module):
             return None
         if first.cut is not None:  # how many latents pass it depends on values
             return None
-        return first if sparse_ops.sparse_is_faster(self.d_sae, first.k, self.W_dec.device.type) else None
+        device = self.W_dec.device.type
+        return first if sparse_ops.sparse_is_faster(self.d_sae, first.k, device, current_precision(device)) else None
 
     @in_own_precision
     def encode(self, x_BD: Tensor) -> Tensor:

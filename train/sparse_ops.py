@@ -5,6 +5,7 @@ other products (decoding, and the gradients of the latents, W_dec and W_enc) are
 the number of latents that may be active in the whole batch, a fixed number; they are ordered by token.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -13,18 +14,45 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SPARSE_FROM = {"cpu": 16, "cuda": 1024}
-"""Device -> the n/k from which sparse products are used. On other devices they are never used.
+FLOPS = {"float32": 60e12, "tf32": 395e12, "bfloat16": 790e12}
+"""Precision -> FLOPs of an H200 per second, as in benchmarks/step_budget.py; tf32 has half of bfloat16."""
+BANDWIDTH = 4.3e12
+"""Bytes per second of its memory."""
+ROW_BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2}
+"""Precision -> bytes of each element of a row that is gathered on a GPU (`row_dtype`)."""
+MARGIN = 1.4
+"""How much longer gathering may take than by its bytes. An estimate: it comes less close to its limit than products."""
+
+
+def break_even(precision: str) -> float:
+    """The n/k at which four gathers of k rows for each token take as long on a GPU as four dense products.
+
+    For each token and each of d_in elements, a gather reads k numbers, and a product has 2 n FLOPs.
+    """
+    return MARGIN * (ROW_BYTES[precision] / BANDWIDTH) / (2 / FLOPS[precision])
+
+
+SPARSE_FROM: dict[str, dict[str, float]] = {
+    "cpu": dict.fromkeys(FLOPS, 16.0),
+    "cuda": {precision: break_even(precision) for precision in FLOPS},
+}
+"""Device -> precision -> the n/k from which sparse products are used. On other devices they are never used.
 
 cpu: measured by benchmarks/bench_decode.py, the whole step of `topk`; see its table in benchmarks/results.
-cuda: not measured. By the limits of an H200 (790 TFLOP/s, 4.3 TB/s), gathering rows in float32 and a dense product in
-bfloat16 tie at 370, but gathering does not come as close to its limit as products do.
+cuda: by the model, not measured. 257 in bfloat16 and tf32, 39 in float32.
 """
 
 
-def sparse_is_faster(d_sae: int, k: float, device: str) -> bool:
-    """Whether to use sparse products. Depends on shapes and device only, so that a run does the same in every step."""
-    return device in SPARSE_FROM and d_sae >= SPARSE_FROM[device] * k
+def sparse_is_faster(d_sae: int, k: float, device: str, precision: str) -> bool:
+    """Whether to use sparse products. It is the same in every step of a run, whatever the values."""
+    return d_sae >= SPARSE_FROM.get(device, {}).get(precision, math.inf) * k
+
+
+def row_dtype(row_RD: Tensor) -> torch.dtype:
+    """The dtype in which rows are gathered: on a GPU that of products, on a CPU their own. Sums are in float32."""
+    device = row_RD.device.type
+    in_autocast = device == "cuda" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if in_autocast else row_RD.dtype
 
 
 class SelectedLatents(NamedTuple):
@@ -106,6 +134,7 @@ class _SparseEncode(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         flat_index_N, token_N, latent_order_N, latent_start_F = chosen
         ctx.save_for_backward(x_BD, w_DF, b_D, token_N, latent_order_N, latent_start_F)
+        ctx.row_dtype = row_dtype(x_BD)
         return pre_BF.flatten().index_select(0, flat_index_N).to(x_BD.dtype)
 
     @staticmethod
@@ -116,9 +145,10 @@ class _SparseEncode(torch.autograd.Function):
         w_DF_ = None
         if ctx.needs_input_grad[2]:
             centered_BD = x_BD if b_D is None else x_BD - b_D
-            w_FD_ = sum_by_latent(g_N, centered_BD, token_N, latent_order_N, latent_start_F)
+            row_BD = centered_BD.to(ctx.row_dtype)
+            w_FD_ = sum_by_latent(g_N, row_BD, token_N, latent_order_N, latent_start_F)
             # Copy it into the memory order of the weights. Autograd would do that too, but on a CPU with one thread.
-            w_DF_ = torch.mul(w_FD_.T, 1, out=torch.empty_like(w_DF, dtype=w_FD_.dtype))
+            w_DF_ = torch.mul(w_FD_.T, 1, out=torch.empty_like(w_DF))
         return None, None, w_DF_, b_F_, None if b_D is None else -(w_DF @ b_F_), *[None] * 4
 
 
@@ -128,13 +158,14 @@ class _SparseDecode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recon_BD: Tensor, w_FD: Tensor, value_N: Tensor, *chosen: Tensor) -> Tensor:
         ctx.save_for_backward(value_N, *chosen)
+        ctx.dtype = w_FD.dtype
         return recon_BD.view_as(recon_BD)
 
     @staticmethod
     def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
         value_N, *chosen = ctx.saved_tensors
         (g_BD,) = gradient
-        w_FD_ = sum_by_latent(value_N, g_BD.contiguous(), *chosen) if ctx.needs_input_grad[1] else None
+        w_FD_ = sum_by_latent(value_N, g_BD.contiguous(), *chosen).to(ctx.dtype) if ctx.needs_input_grad[1] else None
         return g_BD, w_FD_, None, None, None, None
 
 
@@ -162,7 +193,8 @@ def encode(
 def decode(kept: KeptLatents, w_FD: Tensor) -> Tensor:
     """(B, D): for each token the sum of its latents' rows of W_dec, times their values."""
     value_N, selected = kept
-    recon_BD = weighted_row_sums(selected.latent_N, w_FD.detach(), selected.token_start_B, value_N)
+    row_FD = w_FD.detach().to(row_dtype(w_FD))
+    recon_BD = weighted_row_sums(selected.latent_N, row_FD, selected.token_start_B, value_N)
     return _SparseDecode.apply(
         recon_BD, w_FD, value_N.detach(), selected.token_N, selected.latent_order_N, selected.latent_start_F
     )

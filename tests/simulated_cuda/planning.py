@@ -46,6 +46,23 @@ def about_steps(cache: Path, out: Path) -> dict[str, list[str]]:
     return lines
 
 
+def about_products(cache: Path, out: Path) -> dict[str, list[str]]:
+    """The lines of a plan about sparse and dense products, by what is special about it."""
+
+    def plan(*recipes: str, **more: Any) -> list[str]:
+        sizes = {"steps": 4, "batch_size": 64, "width": "2048", "device": "cuda"}
+        config = TrainConfig(recipes, layers=[0], caches=[cache], out=out, **{**sizes, **more})
+        return [line for line in plan_training(config).describe() if line.startswith("products of")]
+
+    with simulated_gpu():
+        return {
+            "bfloat16": plan("topk", "relu"),
+            "float32": plan("topk", precision="float32"),
+            "in parts": plan("batchtopk", accumulate=2),
+            "a CPU": plan("topk", device="cpu"),
+        }
+
+
 def about_kernels(cache: Path, out: Path) -> dict[str, list[str]]:
     """The line of a plan about the kernels, by what is special about it."""
 

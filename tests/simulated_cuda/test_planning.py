@@ -35,6 +35,17 @@ def test_a_plan_for_a_gpu_says_whether_steps_are_captured_and_why_not(
     assert little.startswith("steps    launched one by one: 2 runs in one graph take ") and "free on cuda" in little
 
 
+def test_a_plan_for_a_gpu_says_which_products_are_sparse_and_why(
+    gpu: SimulatedGPU, tiny_cache: Cache, tmp_path: Path
+) -> None:
+    """2,048 latents, of which 32 are kept. BatchTopK in parts of a batch is always dense."""
+    lines = gpu("planning.about_products", cache=tiny_cache.folder, out=tmp_path)
+    about = "products of topk are {}: 64 latents for each kept one; in {}, sparse products are estimated to be faster "
+    assert lines["bfloat16"] == [about.format("dense", "bfloat16") + "from 257 on"]
+    assert lines["float32"] == [about.format("sparse", "float32") + "from 39 on"]
+    assert lines["in parts"] == lines["a CPU"] == []
+
+
 def test_a_plan_for_a_gpu_says_whether_kernels_are_used_and_why_not(
     gpu: SimulatedGPU, tiny_cache: Cache, tmp_path: Path
 ) -> None:

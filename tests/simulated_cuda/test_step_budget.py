@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import sae.train.variants  # noqa: F401  (registers the recipes)
+from sae.train import sparse_ops
 from sae.train.recipe import RECIPES
 
 from .build import find_torch
@@ -206,14 +207,11 @@ def test_the_operations_are_those_of_steps_with_values(gpu: SimulatedGPU) -> Non
 
 
 def test_products_by_rows_are_counted_where_a_gpu_uses_them(gpu: SimulatedGPU) -> None:
-    """From 1,024 latents per kept one: one dense product of the encoder, and none of the other four."""
-    names = {k: [o.name for o in count(gpu, "topk", d_sae=2048, options={"k": k}).operations] for k in (2, 3)}
-    dense = {
-        k: [o for o in count(gpu, "topk", d_sae=2048, options={"k": k}).operations if o.cost.flops == 2 * B * D * 2048]
-        for k in (2, 3)
-    }
-    assert "_embedding_bag_forward_only" in names[2] or "_embedding_bag" in names[2]
-    assert len(dense[2]) == 1 and len(dense[3]) == 5
+    """From 257 latents per kept one: one dense product of the encoder, and none of the other four."""
+    operations = {k: count(gpu, "topk", d_sae=1028, options={"k": k}).operations for k in (3, 4)}
+    dense = {k: [o for o in found if o.cost.flops == 2 * B * D * 1028] for k, found in operations.items()}
+    assert len(dense[3]) == 1 and len(dense[4]) == 5
+    assert {o.dtype for o in operations[3] if o.cost.flops} >= {"bfloat16"}
 
 
 def test_the_count_does_not_depend_on_the_machine(gpu: SimulatedGPU) -> None:
@@ -261,6 +259,9 @@ def test_the_constants_are_fixed(script: dict[str, Any]) -> None:
     constants = [script[name] for name in ("FLOPS_BFLOAT16", "FLOPS_FLOAT32", "BANDWIDTH", "LAUNCH", "D_IN", "KEPT")]
     assert constants == [790e12, 60e12, 4.3e12, 5e-6, 2304, 100]
     assert script["SIZES"] == ((2304, 2048), (18432, 4096), (65536, 4096))
+    assert sparse_ops.BANDWIDTH == script["BANDWIDTH"]  # which decides between sparse and dense products
+    assert sparse_ops.FLOPS["bfloat16"] == script["FLOPS_BFLOAT16"]
+    assert sparse_ops.FLOPS["float32"] == script["FLOPS_FLOAT32"]
 
 
 def test_the_page_says_that_nothing_was_measured(script: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import sae.train.variants  # noqa: F401  (registers the recipes)
+from sae.common.precision import PRECISIONS
 from sae.train import activation_functions, sparse_ops
 from sae.train.checkpoint import restore_checkpoint, save_checkpoint, training_state
 from sae.train.loop import Trainer
@@ -61,9 +62,9 @@ def same_arithmetic(sparse: bool) -> Iterator[None]:
 
     Which latents are the largest does not depend on how they are found, but the order in which they are summed does.
     """
-    border = dict.fromkeys(("cpu", "cuda"), 1 if sparse else NEVER)
+    borders = dict.fromkeys(PRECISIONS, 1 if sparse else NEVER)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(sparse_ops.SPARSE_FROM, border))
+        stack.enter_context(mock.patch.dict(sparse_ops.SPARSE_FROM, dict.fromkeys(("cpu", "cuda"), borders)))
         stack.enter_context(mock.patch.object(activation_functions, "topk_indices", plain_topk))
         yield
 

@@ -170,7 +170,7 @@ def test_the_squared_error_is_one_whether_errors_are_read_first_or_not(monkeypat
 
 
 def step_of(recipe: str, monkeypatch, **options) -> Step:
-    monkeypatch.setattr(sparse_ops, "SPARSE_FROM", {"cpu": 1})
+    monkeypatch.setattr(sparse_ops, "SPARSE_FROM", {"cpu": {"float32": 1}})
     torch.manual_seed(0)
     variant = find_recipe(recipe).make(RunConfig(D_IN, D_SAE, 10, BATCH), options)
     return variant(torch.tensor(0), torch.randn(BATCH, D_IN), torch.optim.AdamW(variant.parameters()))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sae.common.precision import PRECISIONS
 from sae.train import sparse_ops
 from sae.train.activation_functions import BatchTopK, ReLU, TopK
 from sae.train.sae import SAE
@@ -13,7 +14,7 @@ both = pytest.mark.parametrize(
 )
 
 
-def tensors(monkeypatch, ways: dict[str, int], activation, pre_bias: bool) -> dict[str, torch.Tensor]:
+def tensors(monkeypatch, ways: dict[str, dict[str, float]], activation, pre_bias: bool) -> dict[str, torch.Tensor]:
     """A forward pass and the gradients of a loss that uses all of it, with sparse products from this n/k on."""
     monkeypatch.setattr(sparse_ops, "SPARSE_FROM", ways)
     torch.manual_seed(0)
@@ -34,7 +35,7 @@ def tensors(monkeypatch, ways: dict[str, int], activation, pre_bias: bool) -> di
 @both
 @pytest.mark.parametrize("pre_bias", [True, False])
 def test_sparse_products_equal_dense_ones(activation, pre_bias, monkeypatch) -> None:
-    gathered = tensors(monkeypatch, {"cpu": 1}, activation, pre_bias)
+    gathered = tensors(monkeypatch, {"cpu": {"float32": 1}}, activation, pre_bias)
     dense = tensors(monkeypatch, {}, activation, pre_bias)
     assert gathered.keys() == dense.keys()
     assert all((dense[f"gradient of {name}"] != 0).any() for name in ("W_enc", "W_dec", "b_enc", "b_dec"))
@@ -66,7 +67,7 @@ def test_a_gradient_that_is_one_number_reaches_every_row() -> None:
 
 @pytest.mark.parametrize("frozen", ["W_enc", "W_dec"])
 def test_frozen_weights_get_no_gradient_and_cost_no_product(monkeypatch, frozen: str) -> None:
-    monkeypatch.setattr(sparse_ops, "SPARSE_FROM", {"cpu": 1})
+    monkeypatch.setattr(sparse_ops, "SPARSE_FROM", {"cpu": {"float32": 1}})
     sums, sum_by_latent = [], sparse_ops.sum_by_latent
     monkeypatch.setattr(sparse_ops, "sum_by_latent", lambda *a: sums.append(a) or sum_by_latent(*a))
     sae = SAE(D_IN, D_SAE, [TopK(3)])
@@ -91,10 +92,25 @@ def test_threads_do_not_change_a_bit(monkeypatch) -> None:
     assert all(torch.equal(*pair) for pair in zip(one, two, strict=True))
 
 
-def test_shapes_and_device_decide() -> None:
-    assert sparse_ops.sparse_is_faster(128, 8, "cpu") and not sparse_ops.sparse_is_faster(127, 8, "cpu")
-    assert sparse_ops.sparse_is_faster(2**16, 64, "cuda") and not sparse_ops.sparse_is_faster(18432, 100, "cuda")
-    assert not sparse_ops.sparse_is_faster(2**20, 1, "mps")
+def test_on_a_cpu_a_measured_ratio_decides() -> None:
+    for precision in PRECISIONS:
+        assert sparse_ops.sparse_is_faster(128, 8, "cpu", precision)
+        assert not sparse_ops.sparse_is_faster(127, 8, "cpu", precision)
+    assert not sparse_ops.sparse_is_faster(2**20, 1, "mps", "float32")
+
+
+@pytest.mark.parametrize(
+    ("precision", "row_bytes", "flops", "expected"),
+    [("bfloat16", 2, 790e12, 257), ("tf32", 4, 395e12, 257), ("float32", 4, 60e12, 39)],
+)
+def test_on_a_gpu_bytes_and_flops_decide(precision: str, row_bytes: int, flops: float, expected: int) -> None:
+    """Sparse if four gathers of k rows per token take at most 1 / 1.4 of the time of four dense products."""
+    d_in, tokens, k = 2304, 4096, 100
+    for d_sae in (expected * k // 2, expected * k - k, expected * k + k, expected * k * 2):
+        gathers = 4 * tokens * k * d_in * row_bytes / 4.3e12
+        products = 4 * 2 * tokens * d_sae * d_in / flops
+        assert sparse_ops.sparse_is_faster(d_sae, k, "cuda", precision) == (1.4 * gathers <= products)
+        assert sparse_ops.sparse_is_faster(d_sae, k, "cuda", precision) == (d_sae > expected * k)
 
 
 def test_chains_and_evaluation_are_dense() -> None:

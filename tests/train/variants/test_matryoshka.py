@@ -43,7 +43,7 @@ def test_by_hand() -> None:
 
 @pytest.mark.parametrize("by_rows", [True, False])
 def test_the_gradient_is_that_of_the_losses_of_each_prefix(by_rows, monkeypatch) -> None:
-    monkeypatch.setattr(sparse_ops, "SPARSE_FROM", {"cpu": 1} if by_rows else {})
+    monkeypatch.setattr(sparse_ops, "SPARSE_FROM", {"cpu": {"float32": 1}} if by_rows else {})
     trainer = built("matryoshka")
     sae = trainer.variant.sae.double()
     torch.nn.init.normal_(sae.b_dec)
