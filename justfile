@@ -13,9 +13,9 @@ install:
 test: install
     .venv/bin/pytest
 
-# The tests that take longer.
+# The tests that take longer; three workers, as many of these tests wait for a process or a store.
 test-slow: install
-    .venv/bin/pytest -m slow
+    .venv/bin/pytest -m slow -n 3
 
 # What a commit has to pass besides the tests: lint, format, types.
 check: install
