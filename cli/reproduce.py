@@ -36,9 +36,9 @@ def reproduce(
         typer.Option(
             help="How to read what the paper leaves open: evidence (the printed schedule, in the units that the "
             "paper's numbers point to), literal (the printed schedule, every equation as printed) or field (this "
-            "package's units and schedule). Paper 004 also has lambda_k; 003 has only field and as_printed. Default: "
+            "package's units and schedule). Paper 004 also has lambda_k; 003 has no evidence. Default: "
             "evidence on the papers' model and field on others; always field for 003, because none of its numbers "
-            "points to any units and the penalty of as_printed had no visible effect."
+            "points to any units and the penalty as printed had no visible effect."
         ),
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Train on this cache instead of harvesting.")] = None,

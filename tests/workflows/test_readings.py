@@ -129,7 +129,7 @@ FIELD = {0: 3e-4 / 488, 487: 3e-4, 2441: 3e-4, 3905: 3e-4, 4393: 3e-4 * 489 / 97
         ("001", "field", "progressive", FIELD),
         ("002", "evidence", "competition", FLAT),
         ("002", "literal", "competition-baseline", FLAT),
-        ("003", "as_printed", "decorrelation", WARM),
+        ("003", "literal", "decorrelation", WARM),
         ("003", "field", "relu", FIELD),
         ("004", "evidence", "hierarchical", FLAT),
         ("004", "literal", "hierarchical-topk320", FLAT),

@@ -152,7 +152,7 @@ QUOTES = ("Adaptive τ", "Through nine", "documented through", "eliminating manu
             "claim runs: it restates more, which is about core.sparsity.l0 of a, not core.sparsity.l0.",
         ),
         (NO_READING, "There is no reading, so no units to train in."),
-        (changed('name = "as_printed"', 'name = "field"'), "Two of reading are called field."),
+        (changed('name = "literal"', 'name = "field"'), "Two of reading are called field."),
         (changed('id = "off"', 'id = "full"'), "Two of system are called full."),
         (
             changed('id = "off"', 'id = "off"\nadds_to = "off"'),

@@ -210,7 +210,7 @@ def test_options_that_mean_nothing_are_refused(options: dict) -> None:
 def test_as_printed_trains_what_the_paper_prints() -> None:
     """Both systems: raw input, f_enc(x), the whole L1 penalty from the first step on, and tau over all pairs."""
     paper = load_paper("003")
-    (reading,) = (one for one in paper.readings if one.name == "as_printed")
+    (reading,) = (one for one in paper.readings if one.name == "literal")
     for system in paper.systems.values():
         (recipe,) = map(find_recipe, system.recipes)
         options = {n: v for n, v in {**reading.options, **system.options}.items() if n in recipe.option_types()}
