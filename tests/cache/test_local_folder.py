@@ -182,6 +182,25 @@ def test_chunks_of_another_cache_make_room_and_what_a_dead_process_was_pulling_g
     assert 7 == sum(name.startswith(f"{cache.local_name}/") for name in found.whole)
 
 
+def test_only_so_many_bytes_are_pulled_at_once(
+    disk_cache: Cache, address: str, local: LocalFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are in memory until they are verified."""
+    cache, fetch, pulling, most = opened(address, local, 20), StoreCache.fetch_chunk, [0], [0]
+
+    def count(cache: StoreCache, file: str) -> bytes:
+        pulling[0] += 1
+        most[0] = max(most[0], pulling[0])
+        time.sleep(0.01)
+        data = fetch(cache, file)
+        pulling[0] -= 1
+        return data
+
+    monkeypatch.setattr(StoreCache, "fetch_chunk", count)
+    monkeypatch.setattr(module, "PULLED_BYTES", 2 * CHUNK)
+    assert same(read(cache, 74), read(disk_cache, 74)) and most[0] <= 2
+
+
 def test_a_long_wait_is_said_with_the_rate(
     disk_cache: Cache, address: str, local: LocalFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from sae.cache.layout import Layout
 from sae.cache.loader import BatchLoader
 from sae.cache.reader import Cache
 from sae.cache.ring import RingCache, WindowGroup
+from sae.common.cache_schemas import RING_RECORD
 from sae.common.errors import Interrupted, UsageError
 from sae.common.files import digest_of
 
@@ -155,3 +156,36 @@ def test_the_digest_of_a_ring_with_the_default_limit_is_that_of_an_older_version
     assert ring.array_digest("layer_05") == digest_of([ring.fingerprint, "layer_05", 2])
     digests = {masked_ring(tmp_path, max_norm).array_digest("layer_05") for max_norm in (10.0, 5.0, None)}
     assert len(digests) == 3
+
+
+def test_a_file_that_is_being_written_is_kept(harvested_ring: RingCache) -> None:
+    half = harvested_ring.folder / "layer_05" / "c.9.0.tmp-7"
+    half.write_bytes(b"half")
+    harvested_ring.keep_only(range(1))
+    assert sorted(path.name for path in half.parent.glob("c.*")) == ["c.0.0", "c.1.0", half.name]
+
+
+def test_what_was_harvested_before_a_failure_is_still_read(harvested_ring: RingCache) -> None:
+    harvested_ring.mark_harvested(0)
+    harvested_ring.report_failure(MemoryError("too little memory"))
+    harvested_ring.wait_for_group(0, stopping=lambda: False)
+    assert harvested_ring.current_group is not None and harvested_ring.current_group.number == 0
+    with pytest.raises(MemoryError, match="too little memory"):
+        harvested_ring.wait_for_group(1, stopping=lambda: False)
+
+
+def test_fixing_a_limit_keeps_those_of_other_arrays(harvested_ring: RingCache) -> None:
+    record = {"format": 1, "max_norm": 10.0, "norm_limits": {"layer_04": 3.0}}
+    RING_RECORD.write(harvested_ring.folder / "ring.json", record)
+    (sentence,) = harvested_ring.fix_norm_limits()
+    assert sentence.startswith("layer_05: ") and harvested_ring.norm_limit("layer_04") == 3.0
+
+
+def test_a_released_group_is_mapped_no_more(harvested_ring: RingCache) -> None:
+    """A mapped file would keep its disk space."""
+    harvested_ring.fix_norm_limits()
+    with BatchLoader(group_of(harvested_ring, 0), "layer_05", 4, seed=0) as batches:
+        next(batches)
+    harvested_ring.release_group(0)
+    assert not (harvested_ring.folder / "layer_05" / "c.0.0").exists()
+    assert str(harvested_ring.folder) not in Path("/proc/self/maps").read_text()

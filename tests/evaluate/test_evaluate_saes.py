@@ -61,6 +61,9 @@ def test_run_folders_are_evaluated_as_by_the_command(tiny_cache, home):
     broken.mkdir()
     with pytest.raises(UsageError, match="broken"):  # the others are not measured without it
         sae.evaluate_saes([*folders, broken], references=False, force=True, **ASKED)
+    (broken / "run.json").write_text("{}")
+    with pytest.raises(UsageError, match="broken has not finished training"):
+        sae.evaluate_saes([*folders, broken], references=False, **ASKED)
 
 
 def test_a_cache_is_kept_from_deletion_while_it_is_read(tiny_cache, home):

@@ -193,15 +193,18 @@ def test_a_multiple_at_or_below_one_is_refused(cache: Cache, home: Path) -> None
 
 
 def test_objects_have_the_limit_of_the_cache_or_their_own(cache: Cache) -> None:
-    def outliers(**options: Any) -> int:
+    def outliers(sae: SAE | None = None, **options: Any) -> int:
         arguments = {"cache": cache, "layer": 0, "suite": "core", "references": False, "device": "cpu", **options}
-        (row,) = evaluate_saes({"mine": make_sae()}, **arguments)
+        (row,) = evaluate_saes({"mine": sae or make_sae()}, **arguments)
         return row.results["core"].n.get("outlier_rows", 0)
 
     sinks = int((cache.contexts(held_out=True).ids == SINK).sum())
     assert outliers() == sinks
     assert outliers(max_norm="none") == outliers(norm_limit=1e6) == 0
-    assert outliers(norm_limit=13.0) > sinks
+    assert (lower := outliers(norm_limit=13.0)) > sinks
+    trained = make_sae()
+    trained.origin = {"norm_limit": 13.0}
+    assert outliers(trained) == lower  # the limit that it was trained with
 
 
 def test_comparisons_show_the_numbers_without_outlier_rows(cache: Cache, home: Path) -> None:

@@ -90,3 +90,16 @@ def test_a_result_that_cannot_be_set_aside_is_not_replaced(tmp_path: Path, monke
     with pytest.raises(UnavailableError, match="Cannot write"):
         write(tmp_path, 2)
     assert l0_of(tmp_path, 1) == 1 and result_file(tmp_path, METRIC).exists()
+
+
+def test_a_result_that_is_measured_again_with_the_same_settings_is_not_archived(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    write(tmp_path, 1)
+    assert [path.name for path in (tmp_path / "evaluations").iterdir() if path.name[0] != "."] == ["core.json"]
+
+
+def test_the_numbers_and_details_without_outlier_rows_are_read_back(tmp_path: Path) -> None:
+    masked = MetricResult({"sparsity": {"l0": 1.0}}, [{"latent": 1}])
+    result = MetricResult({"sparsity": {"l0": 2.0}}, [{"latent": 2}], masked=masked)
+    write_result(tmp_path, METRIC, settings(1), result, {})
+    assert read_result(tmp_path, METRIC, settings(1)) == result

@@ -26,7 +26,14 @@ from sae.evaluate.inputs import find_eval_cache, make_context
 from sae.evaluate.metrics.base import MetricResult
 from sae.evaluate.metrics.core import Core
 from sae.evaluate.metrics.registry import METRICS, metrics_of_suite
-from sae.evaluate.plan import EvaluateConfig, EvaluatePlan, plan_evaluation, unfinished_runs
+from sae.evaluate.plan import (
+    RESULT_BYTES,
+    RESULT_BYTES_PER_LATENT,
+    EvaluateConfig,
+    EvaluatePlan,
+    plan_evaluation,
+    unfinished_runs,
+)
 from sae.evaluate.results import read_result, write_result
 from sae.evaluate.run import evaluate, run_evaluation
 from sae.evaluate.statistics import detectable_difference
@@ -148,6 +155,19 @@ def test_a_new_run_beside_a_measured_one_leaves_it_alone(tiny_cache, home):
     assert "0..1" in heads[column["KL score ↑"]]
     assert lines[3][column["cosine ↑"]] == ""  # zero has no direction
     assert [row.results for row in evaluate(ask(old, new, references=True))] == [row.results for row in rows]
+
+
+def test_what_was_measured_stays_when_its_metric_cannot_run_any_more(tiny_cache, home, monkeypatch):
+    old, new = make_run(home / "old", tiny_cache), make_run(home / "new", tiny_cache, 0, 1)
+    evaluate(ask(old))
+
+    def refuse(metric: Core) -> None:
+        raise UnavailableError("a package is missing")
+
+    monkeypatch.setattr(Core, "check", refuse)
+    measured, pending = plan_evaluation(ask(old, new)).rows
+    assert measured.results.keys() == {"core"} and not measured.errors
+    assert not pending.results and str(pending.errors["core"]) == "a package is missing"
 
 
 def test_force_measures_reference_rows_again(tiny_cache, home):
@@ -355,6 +375,10 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(ti
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(UnavailableError, match=r"The disk is full: .*two/evaluations has 0.0 MB free"):
         plan_evaluation(ask(two))
+    for_16_latents = RESULT_BYTES + 16 * RESULT_BYTES_PER_LATENT
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=for_16_latents - 1))
+    with pytest.raises(UnavailableError, match="The disk is full: .*two/evaluations"):
+        plan_evaluation(ask(two))
     assert not (two / "evaluations").exists() and (one / "evaluations" / "core.json").read_bytes() == kept
 
 
@@ -531,6 +555,17 @@ def test_the_next_command_measures_more_of_the_same_runs_in_the_same_way(home):
     where = {"mode": "2024-12", "cache": home / "c", "data": home / "d", "device": "cpu", "dtype": "float32"}
     words = [word for name, value in where.items() for word in (f"--{name}", str(value))]
     assert following(**where) == [*command, "full", *words]
+    assert following(controls=[home / "control"]) == [*command, "full", "--controls"]
+
+
+def test_only_damage_alone_has_the_exit_code_of_damage(home):
+    damaged, wrong = DamagedError("damaged"), UsageError("wrong")
+
+    def code(*errors: SaeError) -> int:
+        refused = {home / str(number): error for number, error in enumerate(errors)}
+        return EvaluatePlan(EvaluateConfig([]), [], [], ArtifactCache(home), refused).exit_code([])
+
+    assert (code(damaged, damaged), code(damaged, wrong), code(wrong), code()) == (3, 1, 1, 0)
 
 
 def test_a_suite_of_names_is_read_leniently():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sae.cache.place import FolderPlace
 from sae.cache.reader import Cache
 from sae.cache.record_files import record_files
 from sae.cache.removal import remove_cache
@@ -18,11 +19,12 @@ from sae.common.errors import DamagedError, SaeError, UsageError
 from sae.common.files import read_json, write_json
 from sae.common.locks import writer_lock
 from sae.common.records import DIGEST, UncheckedRecordWarning
+from sae.common.special_tokens import BOS_OR_EOS
 from sae.harvest.documents import ListedDocuments, TextSource
 from sae.harvest.model import ModelSource
 from sae.harvest.plan import HarvestConfig, plan_harvest
 from sae.harvest.progress import HarvestProgress
-from sae.harvest.repair import repair
+from sae.harvest.repair import plan_same_harvest, repair
 from sae.harvest.request import request_of
 from sae.harvest.run import run_harvest
 
@@ -215,6 +217,31 @@ def test_a_cache_of_one_file_with_any_split_is_repaired(whole: Cache, folder: Pa
     assert repair(folder) and different(folder, whole.folder) <= {"harvest.json"}
 
 
+def test_a_cache_of_every_split_of_a_folder_is_repaired(request_: HarvestConfig, tmp_path: Path) -> None:
+    """Earlier versions read every file of a folder and recorded the split `train`."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for split in ("train", "test"):
+        shutil.copyfile(request_.dataset, texts / f"{split}{Path(request_.dataset).suffix}")
+    config = replace(request_, layers=(0,), sites=("resid_post",), dataset=str(texts), split="all", out=tmp_path / "of")
+    run_harvest(plan_harvest(config))
+    before = bytes_of(config.out)
+    record = HARVEST_RECORD.read(config.out / "harvest.json")
+    HARVEST_RECORD.write(config.out / "harvest.json", {**record, "split": "train"})
+    flip(config.out / FILES[0])
+    assert len(repair(config.out)) == 1
+    assert bytes_of(config.out) | {"harvest.json": b""} == before | {"harvest.json": b""}
+
+
+def test_a_damaged_harvest_json_stays_as_it_is(folder: Path) -> None:
+    """Nothing else records what it says."""
+    cut_off(folder / "harvest.json")
+    before = bytes_of(folder)
+    with pytest.raises(DamagedError, match="harvest.json"):
+        repair(folder)
+    assert bytes_of(folder) == before
+
+
 def test_everything_at_once(whole: Cache, folder: Path) -> None:
     for file in FILES:
         flip(folder / file)
@@ -295,6 +322,14 @@ def test_arrays_are_restored_with_the_pass_size_of_their_own_commit(request_: Ha
     before = bytes_of(out)
     flip(out / "row_ctx/c.0")  # of both
     assert len(repair(out)) == 1 and bytes_of(out) == before
+
+
+def test_a_cache_that_records_no_choice_of_bos_has_that_of_earlier_versions(folder: Path) -> None:
+    record = dict(HARVEST_RECORD.read(folder / "harvest.json"))
+    del record["bos"]
+    HARVEST_RECORD.write(folder / "harvest.json", record)
+    plan = plan_same_harvest(FolderPlace(folder), model=None, dataset=None, device="cpu")
+    assert plan.config.bos == BOS_OR_EOS
 
 
 def test_a_half_written_cache_is_not_repaired(folder: Path) -> None:

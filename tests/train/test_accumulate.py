@@ -8,6 +8,7 @@ import torch
 
 from sae.common.errors import UsageError
 from sae.common.files import read_json
+from sae.common.schemas import RUN_RECORD
 from sae.train.accumulate import reasons_against
 from sae.train.loop import Trainer
 from sae.train.memory import RunMemory, run_memory
@@ -16,6 +17,7 @@ from sae.train.plan import plan_training
 from sae.train.recipe import RECIPES, find_recipe
 from sae.train.variant import RunConfig
 
+from ..run_records import change_record
 from .runs import make_config, train
 
 find_recipe("relu")  # registers them all
@@ -157,6 +159,14 @@ def test_a_run_in_parts_is_killed_and_resumed_bit_for_bit(sparse_cache, tmp_path
         train(config, TrainProgress(step=stop))
     (folder,) = train(config)
     assert (folder / "sae.safetensors").read_bytes() == (whole / "sae.safetensors").read_bytes()
+
+
+def test_a_run_goes_on_in_its_last_number_of_parts(sparse_cache, tmp_path: Path) -> None:
+    config = make_config(sparse_cache, "batchtopk", out=tmp_path, options=["k=4"])
+    (folder,) = train(config)
+    change_record(RUN_RECORD, folder / "run.json", {"accumulate_since": [[4, 2], [8, 4]]})
+    (folder / "sae.json").unlink()
+    assert plan_training(config).runs[0].config.accumulate == 4
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from sae.common.memory import available_memory
 from sae.train import estimate
 from sae.train.estimate import check_disk_space, run_bytes, step_seconds, training_seconds
 from sae.train.loop import Trainer
-from sae.train.memory import RunMemory
+from sae.train.memory import RunMemory, run_memory
 from sae.train.passes import group_by_pass
 from sae.train.plan import TrainConfig, plan_training
 from sae.train.recipe import RECIPES, find_recipe
@@ -126,6 +126,10 @@ def test_a_dry_run_takes_little_of_the_memory(monkeypatch):
     wide = RunConfig(16, 4096, 10, 32)
     with pytest.raises(UnavailableError, match="not timed: a step of relu takes .* MB, and cpu has 1.0 MB"):
         step_seconds(Spec(find_recipe("relu"), {}, wide), "cpu")
+    memory = run_memory(Spec(find_recipe("relu"), {}, wide), "cpu", 32)
+    monkeypatch.setattr(estimate, "available_memory", lambda device: 1.9 * (memory.state + memory.step))
+    with pytest.raises(UnavailableError, match="not timed: a step of relu"):  # more than half of it
+        step_seconds(Spec(find_recipe("relu"), {}, wide), "cpu")
     monkeypatch.setattr(estimate, "available_memory", lambda device: 1e8)
     assert step_seconds(Spec(find_recipe("relu"), {}, wide), "cpu") > 0
     with pytest.raises(
@@ -154,6 +158,29 @@ def test_runs_on_one_disk_share_its_space_whatever_their_folders(sparse_cache, t
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed - 1))
     with pytest.raises(UnavailableError, match="2 runs"):
         check_disk_space(both)
+
+
+def test_activations_on_another_disk_take_nothing_from_the_runs(sparse_cache, tmp_path, monkeypatch):
+    (run,) = plan_training(make_config(sparse_cache, "relu", out=tmp_path / "runs")).runs
+    needed = run_bytes(run).folder + passing(run)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed))
+    monkeypatch.setattr(estimate, "disk_id", lambda folder: folder.name == "activations")
+    check_disk_space([run], {tmp_path / "activations": 1e15})
+
+
+def test_resuming_gets_no_space_back_from_a_finished_sae(tmp_path):
+    for name, size in (("sae.safetensors", 1000), ("sae.safetensors.tmp-7", 200), ("checkpoints", 30)):
+        (tmp_path / name).mkdir() if name == "checkpoints" else (tmp_path / name).write_bytes(bytes(size))
+    (tmp_path / "checkpoints" / "state").write_bytes(bytes(30))
+    assert estimate.checkpoint_bytes(tmp_path) == 230
+
+
+def test_a_store_has_to_give_two_bytes_for_each_number_of_a_batch(monkeypatch):
+    monkeypatch.setattr(estimate, "seconds_per_step", lambda runs, device: [0.25] * len(runs))
+    monkeypatch.setattr(estimate, "describe_memory", lambda passes, device: "memory")
+    run = Spec(find_recipe("relu"), {}, RunConfig(16, 64, 10, 1_000_000))
+    lines = estimate.describe_time([[run, run]], "cpu", from_store=True)
+    assert lines[-1].endswith("a store that gives 64.0 MB per second")
 
 
 def test_other_files_in_a_run_folder_do_not_count_as_checkpoints(sparse_cache, tmp_path, monkeypatch):

@@ -102,6 +102,14 @@ def test_a_changed_default_does_not_alter_a_run_that_is_resumed(
     assert new.name == folder.name and weights_of(new) != weights
 
 
+def test_each_seed_has_what_changed_for_it(sparse_cache, upgrade) -> None:
+    config = make_config(sparse_cache, "relu")
+    halved(config)
+    upgrade("relu", {"l1": 0.5})
+    begun, new = plan_training(replace(config, seeds=[0, 1])).runs
+    assert begun.changed == {"l1": (0.04, 0.5)} and not new.changed
+
+
 def test_what_changed_is_named_with_both_values_also_of_a_finished_run(sparse_cache, upgrade) -> None:
     config, said = make_config(sparse_cache, "relu"), []
     folder, _ = halved(config)

@@ -24,7 +24,7 @@ from sae.train.activation_functions import BatchTopK, TopK
 from sae.train.plan import Run, TrainConfig, TrainPlan
 from sae.train.recipe import find_recipe
 from sae.train.run import TrainProgress, run_training
-from sae.workflows.controls import plan_controls, train_controls
+from sae.workflows.controls import plan_controls, train_controls, training_caches
 
 from ..run_records import write_run_record, write_sae_record
 
@@ -129,6 +129,15 @@ def test_another_width_l0_length_or_cache_has_controls_of_its_own(
     (run,) = sae.train_saes("batchtopk", cache=other, options={"k": 4}, **SIZES)
     assert [one.done for one in plan_controls([run]).runs] == [True] * 3
     assert trained() == before
+
+
+def test_a_run_of_several_caches_needs_all_of_them(tiny_cache: Cache, home: Path, monkeypatch) -> None:
+    places = [str(tiny_cache.folder), str(home / "copied")]
+    monkeypatch.setattr("sae.workflows.controls.read_run_record", lambda folder: {"cache_folders": places})
+    monkeypatch.setattr("sae.workflows.controls.read_sae_record", lambda folder: {})
+    assert training_caches(home) is None
+    shutil.copytree(tiny_cache.folder, home / "copied")
+    assert training_caches(home) == [tiny_cache.folder, home / "copied"]
 
 
 def test_a_kill_between_goes_on_where_it_was(runs: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import signal
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -260,6 +261,27 @@ def test_rows_over_the_limit_of_the_first_window_are_masked_to_the_end(asked, tm
     assert read_json(folder / "sae.json")["origin"]["norm_limit"] == limit
 
 
+def test_a_run_goes_on_where_one_with_another_limit_has_been_since(asked, tmp_path: Path) -> None:
+    """All windows that it needs are there, but not its limit, for which the first one is harvested again, and goes."""
+    request, seen = request_of("topk"), set()
+
+    def stop(step: int, *_: object) -> None:
+        if step == 4 * PER_GROUP + 1:
+            while len(windows_there(the_ring())) < RING:
+                time.sleep(0.001)
+            signal.raise_signal(signal.SIGINT)
+
+    for max_norm in (1.2, 1.3):
+        with pytest.raises(Interrupted):
+            stream(asked | {"max_norm": max_norm}, request, TrainProgress(step=stop))
+    assert windows_there(the_ring()) == {8, 9, 10, 11}
+    look = TrainProgress(step=lambda *_: seen.update(windows_there(the_ring())))
+    (folder,) = stream(asked | {"max_norm": 1.2}, request, look)
+    assert seen == {8, 9, 10, 11}
+    (whole,) = stream(asked | {"max_norm": 1.2, "out": tmp_path / "ring"}, request_of("topk", out=tmp_path / "whole"))
+    assert weights(folder) == weights(whole)
+
+
 def test_a_run_added_later_starts_at_the_first_group(asked, tmp_path: Path, monkeypatch) -> None:
     """Windows that another run has released are harvested again, to the same bits, also where copies of the states do
     not fit, so that training waits for its checkpoints."""
@@ -435,6 +457,38 @@ def test_a_disk_too_small_for_the_ring_is_rejected_with_sizes_that_fit(asked, mo
     monkeypatch.setattr("sae.harvest.streaming.free_space", lambda folder: int(free))
     with pytest.raises(UnavailableError, match=f"4 windows of 256 rows needs .* {said}"):
         check_room(planned, ring)
+
+
+def test_the_harvest_has_the_options_of_training(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr("sae.workflows.stream.plan_ring", lambda config, windows: asked.append(config) or 1 / 0)
+    given = dict(device="cuda:3", modules=["h.{layer}.mlp"], model="gpt2", origins={"model": "flag"}, caches=["there"])
+    with pytest.raises(ZeroDivisionError):
+        plan_streaming(request_of("topk", **given), tokens=7)
+    (harvest,) = asked
+    assert (harvest.device, harvest.modules, harvest.sites) == ("cuda:3", ["h.{layer}.mlp"], ())
+    assert (harvest.model, harvest.out, harvest.tokens) == ("gpt2", "there", 7) and harvest.origins == given["origins"]
+
+
+def test_a_ring_takes_no_more_than_the_windows_of_the_text(asked) -> None:
+    sizes = [check_room(*plan_ring(Harvest(layers=[1], **asked), ring)) for ring in (10, 12, 40)]
+    assert sizes[0] < sizes[1] == sizes[2]
+
+
+def test_the_window_that_is_being_written_is_whole_when_training_ends(asked, monkeypatch) -> None:
+    planned, ring = plan_ring(Harvest(layers=[1], **asked), RING)
+    begun, ended = threading.Event(), []
+
+    def slowly(*_: object) -> None:
+        begun.set()
+        time.sleep(0.2)
+        ended.append(1)
+
+    monkeypatch.setattr("sae.harvest.streaming.write_windows", slowly)
+    monkeypatch.setattr(RingCache, "fix_norm_limits", lambda ring: [])
+    with harvest_ahead(planned, ring, range(1), print):
+        assert begun.wait(60)
+    assert ended
 
 
 def test_what_is_on_the_disk_already_needs_no_further_room(asked, monkeypatch) -> None:
