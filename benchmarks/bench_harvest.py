@@ -7,15 +7,20 @@ gemma-2-mini on its embedded text, tokenized before the clock starts. In rounds,
     harvest of 19    the same for layer 19 alone instead of 5, 12 and 19
 
 Each loads the model itself. Then the writer alone, at Gemma-2-2B's width, and the peak of memory at two cache sizes.
+
+`--host` measures something else: the host's part of a harvest, without a model. Prepared rows of three layers of that
+width go through it, as from a GPU that keeps the window (the host computes checksums, writes and flushes) and as from
+one that does not (it also places and measures the rows), on one core, on two, and so on.
 """
 
 import argparse
 import contextlib
+import os
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,14 +44,20 @@ from common import (
 from sae.cache.contexts import Contexts
 from sae.cache.hooks import Hook
 from sae.cache.layout import Layout
+from sae.cache.loader import as_uint16
+from sae.cache.measure import measure_rows
 from sae.cache.writer import CacheWriter, WindowRows
+from sae.harvest.device_copy import scatter
 from sae.harvest.model import LanguageModel
 from sae.harvest.plan import HarvestConfig, HarvestPlan, plan_harvest
+from sae.harvest.progress import HarvestProgress
 from sae.harvest.run import run_harvest
 from sae.harvest.stages import cache_layout, load_model_for, tokenize
-from sae.harvest.windows import WindowComputer
+from sae.harvest.windows import WindowComputer, write_windows
 
 LAYERS, WIDE = (5, 12, 19), 2304
+HOST_ARRAYS = [Hook(layer).array for layer in LAYERS]
+HOST_ROWS, PASS = 32_768, 4096  # of a window, of a pass of the model; with --host
 
 
 def prepare(plan: HarvestPlan, contexts: Contexts) -> None:
@@ -149,6 +160,62 @@ def timed_writer(folder: Path, compress: bool, rows: int = 16_384) -> Callable[[
     return run
 
 
+class PreparedRows:
+    """In the place of a WindowComputer: rows that cost no time, with what a GPU would have measured if `measured`."""
+
+    rows_in_draft = 0
+
+    def __init__(self, layout: Layout, measured: bool) -> None:
+        self.layout, self.measured = layout, measured
+        self.rows_RD = torch.from_numpy(model_like_rows(HOST_ROWS, WIDE)).view(torch.bfloat16)
+        self.slot = np.random.default_rng(0).permutation(HOST_ROWS)
+        self.found = dict.fromkeys(HOST_ARRAYS, measure_rows(as_uint16(self.rows_RD), layout.chunk_rows))
+
+    def memory(self, arrays: Sequence[str]) -> dict[str, Tensor]:
+        return {name: self.rows_RD.clone() for name in arrays}
+
+    def made_with(self) -> dict[str, Any]:
+        return {}
+
+    def compute(self, window: int, memory: dict[str, Tensor]) -> Callable[[], WindowRows]:
+        bits = {name: as_uint16(part) for name, part in memory.items()}
+        if not self.measured:
+            for at in range(0, HOST_ROWS, PASS):
+                part = self.rows_RD[at : at + PASS]
+                scatter(dict.fromkeys(bits, part), self.slot[at : at + PASS], bits)
+        at = np.arange(HOST_ROWS)
+        rows = WindowRows(bits, (at // 128).astype(np.uint32), (at % 128).astype(np.uint16))
+        return lambda: replace(rows, measured=self.found if self.measured else {})
+
+
+def host_part(folder: str, measured: bool, cores: int, windows: int) -> float:
+    """GB/s of activations through the host's part of a harvest, on some cores of this machine."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    torch.set_num_threads(1)
+    layout = Layout(windows * HOST_ROWS, HOST_ROWS)
+    write_text(Path(folder), layout.rows)
+    writer = CacheWriter(Path(folder), identity(), layout, dict.fromkeys(HOST_ARRAYS, WIDE))
+    computer = PreparedRows(layout, measured)
+    started = time.perf_counter()
+    write_windows(computer, writer, writer.missing_windows(), HarvestProgress())
+    seconds = time.perf_counter() - started
+    shutil.rmtree(folder)
+    return 2 * layout.rows * WIDE * len(HOST_ARRAYS) / seconds / 1e9
+
+
+def print_host_parts(folder: Path, rounds: int, windows: int) -> None:
+    """GB/s by cores, and what eight cores would do if each added as much as the last one did."""
+    for measured, title in ((True, "windows from a GPU"), (False, "rows, placed and measured by the host")):
+        speeds = []
+        for cores in range(1, len(os.sched_getaffinity(0)) + 1):
+            runs = [in_new_process(host_part, str(folder / "host"), measured, cores, windows) for _ in range(rounds)]
+            speeds.append(statistics.median(runs))
+            print(f"  {title}, {cores} cores: {speeds[-1]:.2f} GB/s ({min(runs):.2f} to {max(runs):.2f})")
+        if 1 < len(speeds) < 8:
+            eight = speeds[-1] + (8 - len(speeds)) * (speeds[-1] - speeds[-2])
+            print(f"  {title}, 8 cores: {eight:.1f} GB/s, an extrapolation that no disk limits")
+
+
 def peak_of_harvest(folder: str, windows: int, window: int) -> float:
     torch.set_num_threads(1)
     with AnonymousPeak() as peak:
@@ -173,11 +240,14 @@ def main() -> None:
         "--threads", type=int, default=1, help="torch threads; more than there are idle cores is slower than one"
     )
     parser.add_argument("--folder", default=".", help="where caches are written and removed again")
+    parser.add_argument("--host", type=int, metavar="WINDOWS", help="only the host's part, with windows of 32,768 rows")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(machine("transformers", "zarr"))
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = Path(temporary)
+        if args.host:
+            return print_host_parts(folder, args.rounds, args.host)
         three = plan_harvest(harvest_config(folder / "three", args.tokens, args.window))
         one = replace(three, folder=folder / "one", hooks=[Hook(19)])
         contexts = tokenize(three)

@@ -43,7 +43,7 @@ identity = {
 }
 
 # The records are those of a harvest; the chunks are not written, since opening a cache does not read them.
-def chunks_to_write(self, window, rows):
+def chunks_to_write(self, window, rows, run=map):
     one = range(window, window + 1)
     yield "", [(array, window, None) for array in layout.origin_arrays()]
     for name in rows.bits:

@@ -106,7 +106,7 @@ def encode_chunk(array: ArraySpec, rows: np.ndarray) -> tuple[list[BytesLike], d
         block = np.concatenate([block, np.zeros((array.chunk_shape[0] - len(block), *block.shape[1:]), block.dtype)])
     if array.block_rows is None:
         raw = block.reshape(-1).view(np.uint8)
-        checksum = google_crc32c.value(raw)
+        checksum = extended(0, raw)
         return [raw.data, struct.pack("<I", checksum)], {"bytes": len(raw) + 4, "crc32c": f"{checksum:08x}"}
     parts: list[BytesLike] = [
         BLOSC_CODEC.encode(block[start : start + array.block_rows]) for start in range(0, len(block), array.block_rows)
@@ -123,6 +123,13 @@ def write_chunk(folder: Path, array: ArraySpec, chunk: int, rows: np.ndarray) ->
     parts, record = encode_chunk(array, rows)
     atomic_write(folder / array.chunk_file(chunk), *parts)
     return array.chunk_file(chunk), record
+
+
+def extended(checksum: int, raw: np.ndarray) -> int:
+    """The crc32c of some bytes after others. In parts, because computing one holds the interpreter lock."""
+    for start in range(0, len(raw), READ_BYTES):
+        checksum = google_crc32c.extend(checksum, raw[start : start + READ_BYTES])
+    return checksum
 
 
 # --- checking --------------------------------------------------------------------------------------------------------
@@ -175,10 +182,8 @@ def file_checksums(path: Path, size: int) -> tuple[str, str]:
 
 def content_matches(content: bytes, array: ArraySpec, record: Mapping[str, Any]) -> bool:
     """Whether the content of a chunk's file matches its record, as in `check_chunk`."""
-    every, checksum = np.frombuffer(content, np.uint8), 0
-    values = every if array.block_rows else every[:-4]
-    for start in range(0, len(values), READ_BYTES):  # in parts, as in `file_checksums`
-        checksum = google_crc32c.extend(checksum, values[start : start + READ_BYTES])
+    every = np.frombuffer(content, np.uint8)
+    checksum = extended(0, every if array.block_rows else every[:-4])
     is_stored = bool(array.block_rows) or content[-4:] == struct.pack("<I", checksum)
     return len(content) == record["bytes"] and is_stored and f"{checksum:08x}" == record["crc32c"]
 

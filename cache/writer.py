@@ -12,14 +12,14 @@ seals the cache, and sealing it again changes nothing.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..common.cache_schemas import (
     ARRAY_RECORD,
@@ -31,18 +31,19 @@ from ..common.cache_schemas import (
 from ..common.errors import DamagedError, SaeError, UnavailableError, UsageError
 from ..common.files import digest_of
 from ..common.locks import LOCK_FILES
+from ..common.process_group import processes_on_this_machine
 from .chunks import read_attributes, write_chunk
 from .consistency import check_commit, check_same_harvest, check_same_text
 from .hooks import Hook
 from .layout import FORMAT, ArraySpec, Layout, commit_file, fingerprint_of, group_metadata
+from .measure import Measured, Run, measure_rows
 from .place import FolderPlace
 from .record_files import add_digests
 from .sealing import SealState
 from .statistics import build_manifest
 
-WRITE_THREADS = 2  # enough to saturate a disk; four are a tenth faster
+MOST_THREADS = 8  # that measure, compute checksums, write and flush; a disk can be saturated by two
 SEAL_ATTEMPTS = 20
-MEASURED_ROWS = 128  # rows per step of `norms_and_moments`: as many as fit into a core's cache
 # The files of a harvest that has no fingerprint yet; any other file means that the folder is used for something else.
 INITIAL_FILES = {"tokens", "harvest.json", "ring.json", "zarr.json", *LOCK_FILES}
 
@@ -56,6 +57,7 @@ class WindowRows:
     bits: Mapping[str, np.ndarray]  # array name -> (rows, d_in) uint16, the bits of bfloat16
     row_ctx: np.ndarray  # (rows,): the context that each row comes from
     row_pos: np.ndarray  # (rows,): its position in the context
+    measured: Mapping[str, Measured] = field(default_factory=dict)  # of the arrays that a GPU has measured
 
 
 class CacheWriter:
@@ -139,8 +141,10 @@ class CacheWriter:
         files = set(self.place.commit_files())
         return {w for w in range(self.layout.n_windows) if files.issuperset(commit_file(w, n) for n in self.widths)}
 
-    def chunks_to_write(self, window: int, rows: WindowRows) -> Iterator[tuple[str, list[ChunkWrite]]]:
+    def chunks_to_write(self, window: int, rows: WindowRows, run: Run = map) -> Iterator[tuple[str, list[ChunkWrite]]]:
         """The chunks of a window: first ("", row_ctx and row_pos), then (name, row_norm, moments and rows) per array.
+
+        `run`, which is `map` or that of a pool of threads, measures what is not measured yet.
 
         Raises SaeError if an activation is not finite or an array has the wrong shape.
         """
@@ -155,7 +159,7 @@ class CacheWriter:
                     f"expected {(size, self.widths[name])}: a hook did not fire."
                 )
             activations, row_norm, moments = layout.activation_arrays(name, self.widths[name])
-            norms, sums = norms_and_moments(block)
+            norms, sums = rows.measured.get(name) or measure_rows(block, layout.chunk_rows, run)
             if not np.isfinite(norms).all():
                 bad = int(np.flatnonzero(~np.isfinite(norms))[0])
                 raise SaeError(
@@ -188,9 +192,9 @@ class CacheWriter:
         if stale:
             self.place.remove_records(stale)
         pending, norms = {}, {}
-        with ThreadPoolExecutor(WRITE_THREADS) as pool:
+        with ThreadPoolExecutor(writing_threads()) as pool:
             # The norms and moments of an array are computed while the previous one is written.
-            for name, chunks in self.chunks_to_write(window, dataclasses.replace(rows, bits=bits)):
+            for name, chunks in self.chunks_to_write(window, dataclasses.replace(rows, bits=bits), pool.map):
                 pending[name] = pool.map(lambda chunk: write_chunk(self.folder, *chunk), chunks)
                 norms[name] = chunks[0][2]
             written = {name: dict(files) for name, files in pending.items()}
@@ -286,6 +290,12 @@ class CacheWriter:
         return done
 
 
+def writing_threads() -> int:
+    """The number of threads that write a window: a core's share of this machine for each, at least two."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(2, min(MOST_THREADS, cores // processes_on_this_machine()))
+
+
 def harvest_started(folder: Path, fingerprint: str, identity: dict[str, Any] | None = None) -> bool:
     """Whether the folder holds the start of the harvest with this fingerprint; False if it is empty.
 
@@ -327,19 +337,3 @@ def recorded_tokens(folder: Path) -> str | None:
     files = MANIFEST_RECORD.read(manifest)["files"] if manifest.exists() else {}
     tokens = {file: record for file, record in files.items() if file.startswith("tokens/")}
     return digest_of(tokens) if tokens else None
-
-
-def norms_and_moments(bits_RD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """L2 norms (R,) float32, and elementwise sum and sum of squares (2, D) float64, of rows of bfloat16 bits."""
-    d_in = bits_RD.shape[1]
-    squares, moments = [], torch.zeros(2, d_in, dtype=torch.float64)
-    ones_D, ones_R = torch.ones(d_in, dtype=torch.float64), torch.ones(MEASURED_ROWS, dtype=torch.float64)
-    # One buffer for all blocks: allocating memory for each would cost more than the sums.
-    buffer_RD = torch.empty(MEASURED_ROWS, d_in, dtype=torch.float64)
-    for block in torch.from_numpy(bits_RD).view(torch.bfloat16).split(MEASURED_ROWS):
-        values, ones = buffer_RD[: len(block)].copy_(block), ones_R[: len(block)]
-        moments[0] += ones @ values
-        values.square_()
-        moments[1] += ones @ values
-        squares.append(values @ ones_D)
-    return torch.cat(squares).sqrt().float().numpy(), moments.numpy()

@@ -4,10 +4,12 @@ from ..cache.reader import Cache
 from ..cache.statistics import describe_statistics
 from ..common.files import free_space
 from ..common.formatting import format_bytes, format_duration
+from ..common.memory import available_memory
 from ..common.process_group import rank_and_count
 from ..common.special_tokens import choose_bos, token_text
 from ..common.tokenizers import describe_tokens, tokens_without_embedding
-from .division import describe_division
+from .device_window import SHARE, fits_on_gpu
+from .division import WINDOWS_IN_MEMORY, describe_division, weight_bytes, window_bytes
 from .documents import UNREADABLE, describe_unreadable
 from .existing import ExistingRows
 from .plan import HarvestPlan
@@ -42,6 +44,7 @@ def describe_harvest(plan: HarvestPlan) -> list[str]:
             plan.dtype,
             plan.device,
         ),
+        *describe_window(plan),
         f"time     {describe_time(plan)}",
         f"cache    {existing.describe(plan.address, plan.config.max_norm)}",
     ]
@@ -93,6 +96,23 @@ def describe_size(plan: HarvestPlan, size: str, existing: ExistingRows) -> list[
         f"store    {plan.address}: about {requests.writes:,} writes and {requests.reads:,} reads",
         f"local    {plan.folder}: up to {format_bytes(plan.working_bytes)} at a time; {free}",
     ]
+
+
+def describe_window(plan: HarvestPlan) -> list[str]:
+    """The line about where a window is placed and measured, on a GPU."""
+    widths = {hook: plan.widths[hook.array] for hook in plan.existing.missing}
+    if not plan.device.startswith("cuda") or not widths:
+        return []
+    free = available_memory(plan.device) - (weight_bytes(plan.model_config, list(widths), plan.dtype) or 0)
+    size = window_bytes(plan.layout_to_fill, 2 * sum(widths.values()))
+    if fits_on_gpu(size, free):
+        memory = f"the memory of {plan.device}, and {WINDOWS_IN_MEMORY} x that of pinned memory of the host"
+    else:
+        memory = (
+            f"the memory of the host: more than {SHARE:.0%} of the {format_bytes(max(free, 0))} that the model leaves "
+            f"free on {plan.device}"
+        )
+    return [f"window   {format_bytes(size)} in {memory}"]
 
 
 def describe_time(plan: HarvestPlan) -> str:

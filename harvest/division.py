@@ -47,7 +47,7 @@ def describe_division(
 
 def describe_memory(layout: Layout, bytes_per_row: int, context: int, weights: int | None, device: str) -> str:
     """The memory that a process takes, without that of torch itself and of a forward pass."""
-    window = min(layout.window_rows, layout.rows) * bytes_per_row
+    window = window_bytes(layout, bytes_per_row)
     tokens = TOKEN_BYTES * layout.rows * context // (context - 1)
     parts = [
         f"{WINDOWS_IN_MEMORY} windows of {format_bytes(window)}", f"{format_bytes(tokens)} of token ids",
@@ -55,6 +55,11 @@ def describe_memory(layout: Layout, bytes_per_row: int, context: int, weights: i
     ]  # fmt: skip
     total = WINDOWS_IN_MEMORY * window + tokens + (weights or 0)
     return f"about {format_bytes(total)} in each process: {', '.join(parts)}"
+
+
+def window_bytes(layout: Layout, bytes_per_row: int) -> int:
+    """Bytes of the activations of a whole window."""
+    return min(layout.window_rows, layout.rows) * bytes_per_row
 
 
 def weight_bytes(model_config: Any, hooks: Sequence[Hook], dtype: str) -> int | None:

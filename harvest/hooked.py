@@ -18,6 +18,7 @@ from .module_io import input_tensor, output_tensor, with_input, with_output
 from .probe import find_sites
 from .recorder import BlockSites, Call, Recorder, Shapes, Site, shapes_of
 from .structure import Parts, decoder_config, find_parts
+from .whole_contexts import whole_contexts
 
 PROBED_TOKENS = (2, 8)  # contexts, positions
 
@@ -122,7 +123,7 @@ class HookedModel:
         return ids.reshape(count, positions).to(self.device)
 
     def run_trunk(self, ids_NS: Tensor) -> Any:
-        with torch.no_grad():
+        with torch.no_grad(), whole_contexts():
             return self.trunk(ids_NS, use_cache=False)
 
     def probe(self, layer: int) -> BlockSites:

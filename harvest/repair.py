@@ -226,7 +226,7 @@ def repair_windows(
     computer.set_model(load_model_for(plan, missing, plan.device))
     for (window, batch_contexts), arrays in group_by_batch(missing, commits, plan.config.batch_contexts).items():
         computer.batch_contexts = batch_contexts
-        rows = computer.compute(window, computer.buffers(arrays))
+        rows = computer.compute(window, computer.memory(arrays))()
         files_of_array = dict(writer.chunks_to_write(window, rows))
         for array in arrays:
             files = {

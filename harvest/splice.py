@@ -85,7 +85,7 @@ class Splicer:
         model = self.language_model
         kept: dict[Hook, Tensor] = {}
         with self.noting_outputs(), model.capturing(self.hooks_to_keep(hooks), kept):
-            final = model.trunk(ids_NS, use_cache=False).last_hidden_state
+            final = model.run_trunk(ids_NS).last_hidden_state
         return self.pass_of(ids_NS, hooks, kept, final)
 
     def resume(self, ids_NS: Tensor, hooks: Sequence[Hook], kept: dict[Hook, Tensor], final: Tensor) -> ForwardPass:

@@ -1,35 +1,41 @@
 """Compute the windows of a cache and write them.
 
-While the model computes one window, a thread measures, compresses if asked, writes and flushes the previous one. There
-is memory for two windows and no more: if neither is free, the model waits.
+While the model computes one window, threads measure, compress if asked, write and flush the previous one. There is
+memory for two windows and no more: if neither is free, the model waits. On a GPU with room for a window, its rows are
+placed and measured there, and one copy takes it to the memory of the host (device_window.py).
 """
 
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..cache.contexts import Contexts
 from ..cache.hooks import Hook
 from ..cache.layout import Layout
+from ..cache.loader import as_uint16
 from ..cache.writer import CacheWriter, WindowRows
 from ..common.device import copy_to_device, empty_gpu_cache
 from ..common.environment import source_revision
 from ..common.errors import Interrupted, SaeError, UnavailableError
-from ..common.memory import out_of_memory
+from ..common.memory import available_memory, out_of_memory
 from .device_copy import DeviceCopy
+from .device_window import DeviceWindow, fits_on_gpu, host_memory
+from .division import WINDOWS_IN_MEMORY, window_bytes
 from .model import LanguageModel
 from .plan import HarvestPlan
 from .progress import HarvestProgress
 from .window_draft import SAVE_SECONDS, WORTH_SAVING, ComputedRows, WindowDraft, remove_draft
 
-WINDOWS_IN_MEMORY = 2  # one is computed, one is written
 ORIGINS = ("row_ctx", "row_pos")
+Memory = dict[str, Tensor]  # of the host, for a window: array name -> (rows, d) bfloat16
+Pending = Callable[[], WindowRows]  # waits for the rows of a window that are being copied from a GPU
 
 
 def write_windows(
@@ -42,7 +48,7 @@ def write_windows(
 
     Raises Interrupted on Ctrl-C, when the window being written is safe.
     """
-    thread = WriterThread(writer, [computer.buffers(list(writer.widths)) for _ in range(WINDOWS_IN_MEMORY)])
+    thread = WriterThread(writer, [computer.memory(list(writer.widths)) for _ in range(WINDOWS_IN_MEMORY)])
     total, done = sum(len(writer.layout.row_range(window)) for window in windows), 0
 
     def report_rows(rows: int) -> None:
@@ -52,14 +58,14 @@ def write_windows(
     computer.report_rows = report_rows
     try:
         for window, arrays in windows.items():
-            buffers = thread.free.get()
+            memory = thread.free.get()
             if thread.error is not None:
                 break
             if left := [name for name in arrays if not writer.is_committed(window, name)]:
-                rows = computer.compute(window, {name: buffers[name] for name in left})
-                thread.write(window, rows, computer.made_with(), buffers)
+                rows = computer.compute(window, {name: memory[name] for name in left})
+                thread.write(window, rows, computer.made_with(), memory)
             else:
-                thread.free.put(buffers)
+                thread.free.put(memory)
             done += len(writer.layout.row_range(window))
         thread.finish()
     except KeyboardInterrupt:  # Ctrl-C, or SIGTERM
@@ -81,20 +87,19 @@ def write_windows(
 class WriterThread:
     """Writes windows in a thread. After an error it writes nothing more; `raise_error` raises it in the caller."""
 
-    def __init__(self, writer: CacheWriter, buffers: Sequence[dict[str, np.ndarray]]) -> None:
+    def __init__(self, writer: CacheWriter, memory: Sequence[Memory]) -> None:
         self.writer = writer
         self.error: BaseException | None = None
-        self.free: queue.SimpleQueue[dict[str, np.ndarray]] = queue.SimpleQueue()
-        for one in buffers:
+        self.free: queue.SimpleQueue[Memory] = queue.SimpleQueue()
+        for one in memory:
             self.free.put(one)
-        self._jobs: queue.SimpleQueue[tuple[int, WindowRows, dict[str, Any], dict[str, np.ndarray]] | None]
-        self._jobs = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[int, Pending, dict[str, Any], Memory] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)  # a second Ctrl-C does not wait for it
         self._thread.start()
 
-    def write(self, window: int, rows: WindowRows, made_with: dict[str, Any], buffers: dict[str, np.ndarray]) -> None:
-        """Queue a window. Its buffers return to `free` when it is written."""
-        self._jobs.put((window, rows, made_with, buffers))
+    def write(self, window: int, rows: Pending, made_with: dict[str, Any], memory: Memory) -> None:
+        """Queue a window. Its memory returns to `free` when it is written."""
+        self._jobs.put((window, rows, made_with, memory))
 
     def finish(self) -> None:
         """Wait until everything queued is written."""
@@ -107,14 +112,14 @@ class WriterThread:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            window, rows, made_with, buffers = job
+            window, rows, made_with, memory = job
             try:
                 if self.error is None:
-                    self.writer.write_window(window, rows, made_with)
+                    self.writer.write_window(window, rows(), made_with)
                     remove_draft(self.writer.folder, window)
             except BaseException as error:
                 self.error = error
-            self.free.put(buffers)
+            self.free.put(memory)
 
 
 class WindowComputer:
@@ -133,13 +138,20 @@ class WindowComputer:
         self.kept_NS = plan.context_format.row_mask(self.contexts)
         self.rows_before = np.concatenate([[0], np.cumsum(self.kept_NS.sum(1))])
         self.batch_contexts = plan.config.batch_contexts
+        self.device_window: DeviceWindow | None = None
 
     def set_model(self, model: LanguageModel) -> None:
         self.model, self.device_copy = model, DeviceCopy(model.device)
+        if model.device.type == "cuda":
+            rows = min(self.layout.window_rows, self.layout.rows)
+            size = window_bytes(self.layout, 2 * sum(self.plan.widths.values()))
+            if fits_on_gpu(size, available_memory(str(model.device))):
+                self.device_window = DeviceWindow(model.device, rows)
 
-    def buffers(self, arrays: Sequence[str]) -> dict[str, np.ndarray]:
-        """Memory for a window. The system provides it when it is first written to."""
-        return {name: np.empty((self.plan.config.window, self.plan.widths[name]), np.uint16) for name in arrays}
+    def memory(self, arrays: Sequence[str]) -> Memory:
+        """Memory of the host for a window. The system provides it when it is first written to, unless it is pinned."""
+        rows = min(self.layout.window_rows, self.layout.rows)
+        return host_memory(rows, {name: self.plan.widths[name] for name in arrays}, pinned=bool(self.device_window))
 
     def made_with(self) -> dict[str, Any]:
         """The part of a commit that says how its window was computed."""
@@ -147,14 +159,22 @@ class WindowComputer:
         own_versions = {"sae-pipeline": version("sae-pipeline"), "source": source_revision()}
         return {"batch_contexts": self.batch_contexts, "device": self.model.device.type, **versions, **own_versions}
 
-    def compute(self, window: int, buffers: Mapping[str, np.ndarray]) -> WindowRows:
-        """Compute a window into `buffers`. If memory runs out, retry with half as many contexts per pass."""
+    def compute(self, window: int, memory: Mapping[str, Tensor]) -> Pending:
+        """Compute a window into `memory`. If that of a GPU runs out, retry without a window there; then, as on a CPU,
+        with half as many contexts per pass.
+        """
         while True:
             try:
-                return self._compute(window, buffers)
+                return self._compute(window, memory)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
+            if self.device_window is not None:
+                self.device_window.drop()
+                self.device_window = None
+                self.progress.say(f"{self.model.device} is out of memory: windows are kept in the memory of the host.")
+                empty_gpu_cache(self.model.device)
+                continue
             if self.batch_contexts == 1:
                 raise UnavailableError(
                     f"Not even one context of {self.plan.config.context} tokens fits into the memory of "
@@ -170,17 +190,21 @@ class WindowComputer:
             self.device_copy.drop()
             empty_gpu_cache(self.model.device)
 
-    def _compute(self, window: int, buffers: Mapping[str, np.ndarray]) -> WindowRows:
+    def _compute(self, window: int, memory: Mapping[str, Tensor]) -> Pending:
         rows = self.layout.row_range(window)
         slot = np.random.Generator(np.random.Philox(key=[self.plan.config.seed, rows.start])).permutation(len(rows))
-        bits = {name: buffer[: len(rows)] for name, buffer in buffers.items()}
+        bits = {name: as_uint16(part[: len(rows)]) for name, part in memory.items()}
         row_ctx, row_pos = np.empty(len(rows), np.uint32), np.empty(len(rows), np.uint16)
         arrays: dict[str, np.ndarray] = {**bits, "row_ctx": row_ctx, "row_pos": row_pos}
         first = int(np.searchsorted(self.rows_before, rows.start, side="right")) - 1
         last = int(np.searchsorted(self.rows_before, rows.stop, side="left"))
-        draft, done = self._open_draft(window, buffers), ComputedRows(0, first)
+        if self.device_window:
+            self.device_window.begin({name: self.plan.widths[name] for name in memory})
+        draft, done = self._open_draft(window, memory), ComputedRows(0, first)
         if draft and (done := draft.load(arrays, slot, done)).rows:
             self.progress.say(f"{done.rows:,} of the {len(rows):,} rows of window {window} are already computed.")
+            if self.device_window:
+                self.device_window.restore(bits, slot[: done.rows])
         try:
             for start in range(done.context, last, self.batch_contexts):
                 batch = slice(start, min(start + self.batch_contexts, last))
@@ -188,21 +212,31 @@ class WindowComputer:
                 done = ComputedRows(done.rows + new, batch.stop)
                 self.report_rows(done.rows)
                 if draft and draft.seconds > SAVE_SECONDS:
-                    self.device_copy.wait()
+                    self._bring(bits, slot[draft.saved_rows : done.rows])
                     draft.save(arrays, slot, done)
         except KeyboardInterrupt:
             if draft and draft.seconds > WORTH_SAVING:
-                self.device_copy.wait()
+                self._bring(bits, slot[draft.saved_rows : done.rows])
                 draft.save(arrays, slot, done)
             self.rows_in_draft = draft.saved_rows if draft else 0
             raise
-        self.device_copy.wait()
         if done.rows != len(rows):
             raise SaeError(
                 f"{done.rows:,} rows were captured for a window of {len(rows):,}: the cache's tokens and layout do not "
                 "match."
             )
-        return WindowRows(bits, row_ctx, row_pos)
+        if self.device_window is None:
+            self.device_copy.wait()
+            return lambda: WindowRows(bits, row_ctx, row_pos)
+        arrived = self.device_window.send(memory, len(rows), self.layout.chunk_rows)
+        return lambda: WindowRows(bits, row_ctx, row_pos, arrived())
+
+    def _bring(self, bits: Mapping[str, np.ndarray], target: np.ndarray) -> None:
+        """Have the rows at these places of a window in the memory of the host."""
+        if self.device_window is None:
+            self.device_copy.wait()
+        else:
+            self.device_window.fetch(bits, target)
 
     def _compute_batch(self, batch: slice, rows: range, slot: np.ndarray, arrays: Mapping[str, np.ndarray]) -> int:
         """Compute a batch of contexts; row n goes to slot[n] of the activations, row_ctx and row_pos in `arrays`.
@@ -217,16 +251,20 @@ class WindowComputer:
         inside = (number >= rows.start) & (number < rows.stop)
         context, position = context[inside], position[inside]
         target = slot[: len(context)]
-        flat = copy_to_device(torch.from_numpy(context * longest + position), self.model.device)
+        places = np.stack([context * longest + position, target])
+        flat, target_T = copy_to_device(torch.from_numpy(places), self.model.device)
         hooks = [Hook.from_array(name) for name in arrays if name not in ORIGINS]
         captured = self.model.capture_hooks(copy_to_device(ids_NS, self.model.device), hooks)
         x_TD = {hook.array: captured[hook].flatten(0, 1)[flat].to(torch.bfloat16) for hook in hooks}
-        self.device_copy.send(x_TD, target, arrays)
+        if self.device_window is None:
+            self.device_copy.send(x_TD, target, arrays)
+        else:
+            self.device_window.place(x_TD, target_T)
         arrays["row_ctx"][target], arrays["row_pos"][target] = batch.start + context, position
         return len(context)
 
-    def _open_draft(self, window: int, buffers: Mapping[str, np.ndarray]) -> WindowDraft | None:
+    def _open_draft(self, window: int, arrays: Iterable[str]) -> WindowDraft | None:
         if not self.drafts:
             return None
-        owner = [self.plan.identity, window, sorted(buffers), self.made_with()]
+        owner = [self.plan.identity, window, sorted(arrays), self.made_with()]
         return WindowDraft(self.plan.folder, window, owner)

@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load
 
 from sae.cache.loader import BatchLoader, HostToDevice, as_uint16
+from sae.cache.measure import measure_rows
 from sae.cache.reader import Cache
 from sae.harvest.device_copy import DeviceCopy
+from sae.harvest.device_window import DeviceWindow, host_memory
 from sae.train import checkpoint_writer
 from sae.train.checkpoint_writer import CheckpointWriter, StateFile
 
@@ -125,6 +127,44 @@ def send_rows(chance: random.Random, without: str) -> bool:
                 compute.drain(chance.randrange(compute.done, len(compute.jobs) + 1))
         copy.wait()
     return bool((window[slot] == as_uint16(sent)).all())
+
+
+def wrong_windows_of_a_gpu(orders: int, without: str = "") -> list[int]:
+    """The random orders in which a window that was placed on the GPU, or its norms and moments, arrived otherwise."""
+    with simulated_gpu():
+        return [seed for seed in range(orders) if not send_windows(random.Random(seed), without)]
+
+
+def send_windows(chance: random.Random, without: str) -> bool:
+    """Windows of one `DeviceWindow`, each received at some time before its memory is needed again."""
+    rows, chunk_rows = 10, 4
+    with contextlib.ExitStack() as stack:
+        if without == "placing waits for the copy":
+            stack.enter_context(mock.patch.object(DeviceWindow, "_wait_for_copy", lambda self: None))
+        if without == "host waits for the copy":
+            stack.enter_context(mock.patch.object(streams.Event, "synchronize", lambda self: None))
+        window = DeviceWindow(GPU, rows)
+        assert isinstance(window.stream, streams.Stream)
+        window.stream.hurries = lambda: chance.random() < 0.3
+        window.begin({"layer": WIDTH})
+        memory = [host_memory(rows, {"layer": WIDTH}, pinned=True) for _ in range(2)]
+        right, pending = [], []
+        for number in range(STEPS):
+            order = torch.randperm(rows, generator=torch.Generator().manual_seed(number))
+            x = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(number)).bfloat16()
+            count = rows - number % 3  # some windows are shorter
+            for part in order[order < count].split(4):
+                window.place({"layer": x[part].to("cuda")}, part.to("cuda"))
+            pending.append((window.send(memory[number % 2], count, chunk_rows), memory[number % 2]["layer"], x[:count]))
+            while pending and (len(pending) == 2 or chance.random() < 0.5):
+                receive, received, expected = pending.pop(0)
+                norms, moments = receive()["layer"]
+                alone = measure_rows(as_uint16(expected), chunk_rows)
+                right.append(
+                    torch.equal(received[: len(expected)], expected)
+                    and bool((norms == alone.norms).all() and (moments == alone.moments).all())
+                )
+    return all(right)
 
 
 def wrong_checkpoints(orders: int, without: str = "") -> list[int]:

@@ -33,6 +33,16 @@ def test_without_one_of_the_harvests_waits_a_window_gets_other_rows(gpu: Simulat
     assert gpu("copies.wrong_windows", orders=10, without=wait)
 
 
+def test_a_window_of_the_gpu_arrives_whole_however_late_its_copy_runs(gpu: SimulatedGPU) -> None:
+    """With the norms and moments that the CPU finds, bit for bit."""
+    assert gpu("copies.wrong_windows_of_a_gpu", orders=10) == []
+
+
+@pytest.mark.parametrize("wait", ["placing waits for the copy", "host waits for the copy"])
+def test_without_one_of_its_waits_another_window_arrives(gpu: SimulatedGPU, wait: str) -> None:
+    assert gpu("copies.wrong_windows_of_a_gpu", orders=5, without=wait)
+
+
 def test_a_checkpoint_has_the_state_of_its_step_however_late_the_copies_run(gpu: SimulatedGPU) -> None:
     assert gpu("copies.wrong_checkpoints", orders=ORDERS) == []
 
@@ -47,4 +57,4 @@ def test_without_one_of_these_a_checkpoint_has_another_state(gpu: SimulatedGPU, 
 @pytest.mark.slow
 def test_three_thousand_orders(gpu: SimulatedGPU) -> None:
     assert gpu("copies.wrong_batches", orders=3000) == gpu("copies.wrong_windows", orders=3000) == []
-    assert gpu("copies.wrong_checkpoints", orders=1000) == []
+    assert gpu("copies.wrong_windows_of_a_gpu", orders=300) == gpu("copies.wrong_checkpoints", orders=1000) == []

@@ -6,18 +6,35 @@ import pytest
 
 from .gpu import SimulatedGPU
 
+CASES = ["", "little memory", "memory that ends", "Ctrl-C", "no pinned memory"]
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+
+@pytest.mark.parametrize(
+    "dtype, case", [*(("float32", case) for case in CASES), pytest.param("bfloat16", "", marks=pytest.mark.slow)]
+)
 def test_the_chunks_are_those_of_the_cpu_byte_for_byte(
-    gpu: SimulatedGPU, tiny_model: Path, sentences: Path, tmp_path: Path, dtype: str
+    gpu: SimulatedGPU, tiny_model: Path, sentences: Path, tmp_path: Path, dtype: str, case: str
 ) -> None:
     """Both layers, 400 rows in two windows; the last pass of a window is a part of a batch."""
     found = gpu(
         "harvesting.harvest", folder=tmp_path, model=str(tiny_model), dataset=str(sentences), layers=(0, 1),
-        tokens=400, context=32, window=256, held_out=0.2, dtype=dtype, batch_contexts=8,
+        tokens=400, context=32, window=256, held_out=0.2, dtype=dtype, batch_contexts=8, case=case,
     )  # fmt: skip
-    assert found["apart"] == [] and found["chunks"] == 16 and found["passes"] == 3
-    # Before a pass transformers looks at the positions of its tokens, for packed sequences.
-    ours = [wait for wait in found["waits"] if "(transformers/masking_utils.py:" not in wait]
-    assert ours == []
-    assert found["queued"] == 4 * found["passes"]  # ids and places to the GPU, the rows of two layers back
+    assert found["apart"] == [] and found["chunks"] == 16
+    of_passes, of_windows = found["queued"]
+    window, *said = found["said"]
+    if case == "little memory":
+        assert found["waits"] == [] and of_passes == of_windows == 4 * 3  # ids and places; the rows of two layers back
+        assert window.startswith("window   0.0 MB in the memory of the host: more than 50% of the ")
+    else:
+        assert window.startswith("window   0.0 MB in the memory of cuda")
+    if case == "":
+        # Ids and places of a pass. For each window and layer: its rows, and norms and moments of its one chunk.
+        assert found["waits"] == [] and found["passes"] == 3 and of_passes == 2 * 3
+        assert of_windows == of_passes + 2 * 2 * 3
+    if case == "memory that ends":
+        assert found["waits"] == [] and said == ["cuda:0 is out of memory: windows are kept in the memory of the host."]
+    if case == "Ctrl-C":
+        assert any("of the 256 rows of window 0 are already computed" in sentence for sentence in said)
+    if case == "no pinned memory":
+        assert len(found["waits"]) == 2  # one for each window, of 256 and of 144 rows

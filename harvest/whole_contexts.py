@@ -1,0 +1,37 @@
+"""Tell transformers that every context is one sequence.
+
+Given positions and no mask, transformers looks at the positions, to find several sequences in one context, and the host
+waits for the GPU to read what it has found. No context of this package has more than one sequence of positions.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from transformers import masking_utils
+
+FINDER = "find_packed_sequence_indices"
+_whole: ContextVar[bool] = ContextVar("whole", default=False)  # of a thread
+
+
+@contextlib.contextmanager
+def whole_contexts() -> Iterator[None]:
+    """While the context is open, transformers does not look for several sequences in what this thread runs."""
+    find = getattr(masking_utils, FINDER, None)  # an internal of transformers: without it there is nothing to avoid
+    if find is not None and not hasattr(find, "__wrapped__"):
+        setattr(masking_utils, FINDER, unless_whole(find))
+    token = _whole.set(True)
+    try:
+        yield
+    finally:
+        _whole.reset(token)
+
+
+def unless_whole(find: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(find)
+    def found(*args: Any, **keywords: Any) -> Any:
+        return None if _whole.get() else find(*args, **keywords)
+
+    return found
