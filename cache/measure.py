@@ -16,14 +16,14 @@ FEW_COLUMNS = 64  # columns that are left for the end: adding up fewer of them, 
 Run = Callable[[Callable[[Tensor], tuple[Tensor, Tensor]], Iterable[Tensor]], Iterable[tuple[Tensor, Tensor]]]
 
 
-class Measured(NamedTuple):
+class RowStatistics(NamedTuple):
     """What is measured of the R rows of a window of an array."""
 
     norms: np.ndarray  # (R,) float32: L2 norms
     moments: np.ndarray  # (2, D) float64: elementwise sum and sum of squares
 
     @classmethod
-    def of_chunks(cls, squares: Sequence[Tensor], sums: Sequence[Tensor]) -> "Measured":
+    def of_chunks(cls, squares: Sequence[Tensor], sums: Sequence[Tensor]) -> "RowStatistics":
         """From what `measure` has returned on the CPU, (C, R) and (C, 2, D) for some chunks at a time, in order."""
         norms = torch.cat([part.flatten() for part in squares]).sqrt().float().numpy()
         return cls(norms, np.add.reduce(torch.cat(list(sums)).numpy()))
@@ -53,8 +53,8 @@ def add_up(x: Tensor, dim: int, most: int = 1) -> Tensor:
     return x
 
 
-def measure_rows(bits_RD: np.ndarray, chunk_rows: int, run: Run = map) -> Measured:
+def measure_rows(bits_RD: np.ndarray, chunk_rows: int, run: Run = map) -> RowStatistics:
     """Measure rows of bfloat16 bits, chunk by chunk. `run` is `map` or that of a pool of threads."""
     chunks = torch.from_numpy(bits_RD).view(torch.bfloat16).split(chunk_rows)
     squares, sums = zip(*run(measure, [chunk[None] for chunk in chunks]), strict=True)
-    return Measured.of_chunks(squares, sums)
+    return RowStatistics.of_chunks(squares, sums)

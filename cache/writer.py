@@ -36,7 +36,7 @@ from .chunks import read_attributes, write_chunk
 from .consistency import check_commit, check_same_harvest, check_same_text
 from .hooks import Hook
 from .layout import FORMAT, ArraySpec, Layout, commit_file, fingerprint_of, group_metadata
-from .measure import Measured, Run, measure_rows
+from .measure import RowStatistics, Run, measure_rows
 from .place import FolderPlace
 from .record_files import add_digests
 from .sealing import SealState
@@ -57,7 +57,7 @@ class WindowRows:
     bits: Mapping[str, np.ndarray]  # array name -> (rows, d_in) uint16, the bits of bfloat16
     row_ctx: np.ndarray  # (rows,): the context that each row comes from
     row_pos: np.ndarray  # (rows,): its position in the context
-    measured: Mapping[str, Measured] = field(default_factory=dict)  # of the arrays that a GPU has measured
+    measured: Mapping[str, RowStatistics] = field(default_factory=dict)  # of the arrays that a GPU has measured
 
 
 class CacheWriter:

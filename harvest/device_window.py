@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..cache.loader import as_uint16
-from ..cache.measure import Measured, measure
+from ..cache.measure import RowStatistics, measure
 from ..common.device import copy_to_device
 from ..common.memory import out_of_memory
 
@@ -75,7 +75,7 @@ class DeviceWindow:
         for name in bits:
             bits[name][target] = as_uint16(self.x[name][there].cpu())
 
-    def send(self, memory: Mapping[str, Tensor], rows: int, chunk_rows: int) -> Callable[[], dict[str, Measured]]:
+    def send(self, memory: Mapping[str, Tensor], rows: int, chunk_rows: int) -> Callable[[], dict[str, RowStatistics]]:
         """Queue the measuring of the first `rows` rows and their copy into `memory`.
 
         The returned function waits for both, and returns what was measured of each array.
@@ -89,9 +89,9 @@ class DeviceWindow:
             copied = self.copied = torch.cuda.Event(blocking=True)
             copied.record(self.stream)
 
-        def wait() -> dict[str, Measured]:
+        def wait() -> dict[str, RowStatistics]:
             copied.synchronize()
-            return {name: Measured.of_chunks(parts[::2], parts[1::2]) for name, parts in arrived.items()}
+            return {name: RowStatistics.of_chunks(parts[::2], parts[1::2]) for name, parts in arrived.items()}
 
         return wait
 

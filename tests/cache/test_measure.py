@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sae.cache.loader import as_uint16
-from sae.cache.measure import Measured, measure, measure_rows
+from sae.cache.measure import RowStatistics, measure, measure_rows
 
 
 @pytest.mark.parametrize("rows, d_in", [(1, 1), (5, 3), (300, 65), (1000, 257)])
@@ -28,7 +28,7 @@ def test_the_bits_do_not_depend_on_threads_or_on_how_many_chunks_are_measured_at
     with ThreadPoolExecutor(3) as pool:
         threads = measure_rows(as_uint16(x), 256, pool.map)
     squares, sums = measure(x.view(4, 256, 96))
-    at_once = Measured.of_chunks([squares], [sums])
+    at_once = RowStatistics.of_chunks([squares], [sums])
     for other in (threads, at_once):
         assert one.norms.tobytes() == other.norms.tobytes() and one.moments.tobytes() == other.moments.tobytes()
     shuffled = measure_rows(as_uint16(x[torch.randperm(1024, generator=generator)]), 256)
