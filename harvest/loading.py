@@ -167,16 +167,24 @@ def load_tokenizer(source: ModelSource) -> Any:
     """The tokenizer of a model, as its files define it. What contexts begin with is decided by `choose_bos`."""
     with translate_load_errors(source.argument, "tokenizer"):
         tokenizer = from_pretrained(AutoTokenizer, source.location, **hub_revision(source))
-        check_tokenizer(tokenizer)
+        check_tokenizer(tokenizer, source.argument)
     return tokenizer
 
 
-def check_tokenizer(tokenizer: Any) -> None:
-    """Raise whatever a tokenizer raises when it is used: some files that make no sense are read without an error."""
+def check_tokenizer(tokenizer: Any, name: str) -> None:
+    """Raise whatever a tokenizer raises when it is used: some files that make no sense are read without an error.
+
+    For some models transformers makes a tokenizer from config.json alone, with special tokens and at most one more.
+    Raises DamagedError for it.
+    """
     tokenizer("a", add_special_tokens=False)
     tokenizer("a")
     special_tokens(tokenizer)
-    len(tokenizer)
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder) + 1:
+        raise DamagedError(
+            f"The tokenizer of {name} has special tokens and no others: its files, such as tokenizer.json, are "
+            "missing. Download them, or save them beside the weights with the tokenizer's save_pretrained."
+        )
 
 
 def load_first_blocks(

@@ -108,6 +108,17 @@ def test_a_panic_of_the_tokenizers_library_is_a_sentence(tiny_model: Path) -> No
             raise Panic("index out of range")
 
 
+@pytest.mark.parametrize("model_type", ["gemma2", "gpt2", "qwen2", "t5"])
+def test_a_tokenizer_whose_files_are_missing_is_refused(tmp_path: Path, model_type: str) -> None:
+    """transformers makes one from config.json alone, which would turn every text into unknown tokens."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    source, _ = find_model(str(tmp_path))
+    with pytest.raises(
+        DamagedError, match=r"special tokens and no others: its files, such as tokenizer\.json, are missing"
+    ):
+        load_tokenizer(source)
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [
