@@ -56,6 +56,7 @@ class TrainingOutput(NamedTuple):
     f_BF: Tensor | None  # None if they are `kept`
     recon_BD: Tensor
     kept: sparse_ops.KeptLatents | None = None
+    squared_error: Tensor | None = None  # () of the reconstruction, where it costs no pass of its own
 
 
 class SAE(nn.Module):
@@ -119,7 +120,7 @@ class SAE(nn.Module):
             z_BF = self.pre_activations(layer_normalize(x_BD).x_BD)
             f_BF = self.encode(x_BD)
             return SAEOutput(z_BF, f_BF, self.decode(f_BF, x_BD))
-        pre_BF, f_BF_or_none, recon_BD, kept = self.run(x_BD)
+        pre_BF, f_BF_or_none, recon_BD, kept, _ = self.run(x_BD)
         if f_BF_or_none is None:
             assert kept is not None
             f_BF_or_none = kept.dense()
@@ -133,9 +134,13 @@ class SAE(nn.Module):
             return TrainingOutput(None, f_BF, recon_BD + self.b_dec)
         pre_BF = self.pre_activations(x_BD)
         if topk := self.sparse_activation():
-            selected = sparse_ops.SelectedLatents.of(topk.select(pre_BF.detach()), *pre_BF.shape)
+            flat_index_N = topk.select(pre_BF.detach())
+            selected = sparse_ops.SelectedLatents.of(flat_index_N, len(x_BD), self.d_sae, topk.by_kernels)
             value_N = sparse_ops.encode(pre_BF, x_BD, self.W_enc, self.b_enc, b_D, selected).relu()
             kept = sparse_ops.KeptLatents(value_N, selected)
+            if topk.by_kernels:
+                decoded = sparse_ops.decode_and_compare(kept, self.W_dec, self.b_dec, x_BD)
+                return TrainingOutput(pre_BF, None, decoded[0], kept, decoded[1])
             return TrainingOutput(pre_BF, None, sparse_ops.decode(kept, self.W_dec) + self.b_dec, kept)
         f_BF = self.activate(pre_BF, x_BD)
         return TrainingOutput(pre_BF, f_BF, self.decode(f_BF))

@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from .kernels.operators import decode_rows, products_with_rows, sum_rows
 
 FLOPS = {"float32": 60e12, "tf32": 395e12, "bfloat16": 790e12}
 """Precision -> FLOPs of an H200 per second, as in benchmarks/step_budget.py; tf32 has half of bfloat16."""
@@ -64,9 +67,10 @@ class SelectedLatents(NamedTuple):
     token_start_B: Tensor  # where each token starts in the order by token
     latent_order_N: Tensor  # the permutation that orders by latent, then by token
     latent_start_F: Tensor  # where each latent starts in the order by latent
+    by_kernels: bool  # whether sums use the operators that have kernels on a GPU
 
     @classmethod
-    def of(cls, flat_index_N: Tensor, tokens: int, d_sae: int) -> "SelectedLatents":
+    def of(cls, flat_index_N: Tensor, tokens: int, d_sae: int, by_kernels: bool = False) -> "SelectedLatents":
         token_N, latent_N = flat_index_N.div(d_sae, rounding_mode="floor"), flat_index_N % d_sae
         by_latent_N, latent_order_N = latent_N.sort(stable=True)
         at_B, at_F = (torch.arange(count, device=flat_index_N.device) for count in (tokens, d_sae))
@@ -77,6 +81,7 @@ class SelectedLatents(NamedTuple):
             torch.searchsorted(token_N, at_B),
             latent_order_N,
             torch.searchsorted(by_latent_N, at_F),
+            by_kernels,
         )
 
 
@@ -110,7 +115,8 @@ class KeptLatents(NamedTuple):
         for end in accumulate(sizes[:-1]):
             section_N += latent_N >= end
         flat_index_N, latent_order_N = ((section_N * tokens + token_N) * d_sae + latent_N).sort()
-        return KeptLatents(self.value_N[latent_order_N], SelectedLatents.of(flat_index_N, len(sizes) * tokens, d_sae))
+        selected = SelectedLatents.of(flat_index_N, len(sizes) * tokens, d_sae, self.selected.by_kernels)
+        return KeptLatents(self.value_N[latent_order_N], selected)
 
 
 def weighted_row_sums(index_N: Tensor, row_RD: Tensor, first: Tensor, weight_N: Tensor) -> Tensor:
@@ -119,10 +125,21 @@ def weighted_row_sums(index_N: Tensor, row_RD: Tensor, first: Tensor, weight_N: 
 
 
 def sum_by_latent(
-    weight_N: Tensor, row_BD: Tensor, token_N: Tensor, latent_order_N: Tensor, latent_start_F: Tensor
-) -> Tensor:
-    """(F, D): f^T rows without the zeros, i.e. for each latent the weighted sum of the rows of its tokens."""
-    return weighted_row_sums(token_N[latent_order_N], row_BD, latent_start_F, weight_N[latent_order_N])
+    weight_N: Tensor, row_BD: Tensor, token_N: Tensor, latent_order_N: Tensor, latent_start_F: Tensor, *,
+    dtype: torch.dtype, by_kernels: bool, transposed: bool = False,
+) -> Tensor:  # fmt: skip
+    """(F, D): f^T rows without the zeros, i.e. for each latent the weighted sum of the rows of its tokens.
+
+    (D, F) if `transposed`.
+    """
+    index_N, weight_N = token_N[latent_order_N], weight_N[latent_order_N]
+    if by_kernels:
+        return sum_rows(index_N, row_BD, latent_start_F, weight_N, transposed).to(dtype)
+    sum_FD = weighted_row_sums(index_N, row_BD, latent_start_F, weight_N)
+    if not transposed:
+        return sum_FD.to(dtype)
+    # Copy it into the memory order of W_enc. Autograd would do that too, but on a CPU with one thread.
+    return torch.mul(sum_FD.T, 1, out=sum_FD.new_empty(sum_FD.shape[::-1], dtype=dtype))
 
 
 class _SparseEncode(torch.autograd.Function):
@@ -130,11 +147,12 @@ class _SparseEncode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, pre_BF: Tensor, x_BD: Tensor, w_DF: Tensor, b_F: Tensor, b_D: Tensor | None, *chosen: Tensor
+        ctx: Any, pre_BF: Tensor, x_BD: Tensor, w_DF: Tensor, b_F: Tensor, b_D: Tensor | None, by_kernels: bool,
+        *chosen: Tensor,
     ) -> Tensor:  # fmt: skip
         flat_index_N, token_N, latent_order_N, latent_start_F = chosen
         ctx.save_for_backward(x_BD, w_DF, b_D, token_N, latent_order_N, latent_start_F)
-        ctx.row_dtype = row_dtype(x_BD)
+        ctx.row_dtype, ctx.by_kernels = row_dtype(x_BD), by_kernels
         return pre_BF.flatten().index_select(0, flat_index_N).to(x_BD.dtype)
 
     @staticmethod
@@ -145,28 +163,67 @@ class _SparseEncode(torch.autograd.Function):
         w_DF_ = None
         if ctx.needs_input_grad[2]:
             centered_BD = x_BD if b_D is None else x_BD - b_D
+            chosen = token_N, latent_order_N, latent_start_F
             row_BD = centered_BD.to(ctx.row_dtype)
-            w_FD_ = sum_by_latent(g_N, row_BD, token_N, latent_order_N, latent_start_F)
-            # Copy it into the memory order of the weights. Autograd would do that too, but on a CPU with one thread.
-            w_DF_ = torch.mul(w_FD_.T, 1, out=torch.empty_like(w_DF))
-        return None, None, w_DF_, b_F_, None if b_D is None else -(w_DF @ b_F_), *[None] * 4
+            w_DF_ = sum_by_latent(g_N, row_BD, *chosen, dtype=w_DF.dtype, by_kernels=ctx.by_kernels, transposed=True)
+        return None, None, w_DF_, b_F_, None if b_D is None else -(w_DF @ b_F_), *[None] * 5
 
 
 class _SparseDecode(torch.autograd.Function):
     """The identity on a reconstruction; the gradient of W_dec is computed sparsely."""
 
     @staticmethod
-    def forward(ctx: Any, recon_BD: Tensor, w_FD: Tensor, value_N: Tensor, *chosen: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, recon_BD: Tensor, w_FD: Tensor, value_N: Tensor, by_kernels: bool, *chosen: Tensor
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(value_N, *chosen)
-        ctx.dtype = w_FD.dtype
+        ctx.dtype, ctx.by_kernels = w_FD.dtype, by_kernels
         return recon_BD.view_as(recon_BD)
 
     @staticmethod
     def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
         value_N, *chosen = ctx.saved_tensors
         (g_BD,) = gradient
-        w_FD_ = sum_by_latent(value_N, g_BD.contiguous(), *chosen).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-        return g_BD, w_FD_, None, None, None, None
+        w_FD_ = None
+        if ctx.needs_input_grad[1]:
+            w_FD_ = sum_by_latent(value_N, g_BD.contiguous(), *chosen, dtype=ctx.dtype, by_kernels=ctx.by_kernels)
+        return g_BD, w_FD_, *[None] * 5
+
+
+class _DecodeAndCompare(torch.autograd.Function):
+    """The operator `decode_rows`, with gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value_N: Tensor, w_FD: Tensor, b_D: Tensor, x_BD: Tensor, latent_N: Tensor, token_start_B: Tensor,
+        *chosen: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        row_FD = w_FD.to(row_dtype(w_FD))
+        recon_BD, squared_error, slope_N = decode_rows(value_N, row_FD, latent_N, token_start_B, b_D, x_BD)
+        ctx.save_for_backward(value_N, row_FD, x_BD, recon_BD, slope_N, latent_N, token_start_B, *chosen)
+        ctx.dtype = w_FD.dtype
+        ctx.set_materialize_grads(False)
+        return recon_BD, squared_error
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        value_N, row_FD, x_BD, recon_BD, slope_N, latent_N, token_start_B, *chosen = ctx.saved_tensors
+        g_BD, of_squared_error = gradients
+        g_N = None
+        if g_BD is not None:
+            g_BD = g_BD.contiguous()
+            g_N = products_with_rows(g_BD.to(row_FD.dtype), row_FD, latent_N, token_start_B).to(value_N.dtype)
+        if of_squared_error is not None:
+            factor = 2 * of_squared_error
+            error_BD, slope_N = (recon_BD - x_BD).mul_(factor), slope_N * factor
+            g_BD, g_N = (error_BD, slope_N) if g_BD is None else (g_BD + error_BD, g_N + slope_N)
+        if g_BD is None:
+            return (None,) * 9
+        w_FD_ = None
+        if ctx.needs_input_grad[1]:
+            w_FD_ = sum_by_latent(value_N, g_BD.to(row_FD.dtype), *chosen, dtype=ctx.dtype, by_kernels=True)
+        return g_N, w_FD_, g_BD.sum(0), *[None] * 6
 
 
 def encode(
@@ -183,6 +240,7 @@ def encode(
         w_DF,
         b_F,
         b_D,
+        selected.by_kernels,
         selected.flat_index_N,
         selected.token_N,
         selected.latent_order_N,
@@ -196,7 +254,32 @@ def decode(kept: KeptLatents, w_FD: Tensor) -> Tensor:
     row_FD = w_FD.detach().to(row_dtype(w_FD))
     recon_BD = weighted_row_sums(selected.latent_N, row_FD, selected.token_start_B, value_N)
     return _SparseDecode.apply(
-        recon_BD, w_FD, value_N.detach(), selected.token_N, selected.latent_order_N, selected.latent_start_F
+        recon_BD,
+        w_FD,
+        value_N.detach(),
+        selected.by_kernels,
+        selected.token_N,
+        selected.latent_order_N,
+        selected.latent_start_F,
+    )
+
+
+def decode_and_compare(kept: KeptLatents, w_FD: Tensor, b_D: Tensor, x_BD: Tensor) -> tuple[Tensor, Tensor]:
+    """x_hat = f W_dec + b_dec (B, D), and () sum_BD (x - x_hat)^2. On a GPU both take one pass over the rows of W_dec.
+
+    So does the gradient of the squared error to the latents.
+    """
+    value_N, selected = kept
+    return _DecodeAndCompare.apply(
+        value_N,
+        w_FD,
+        b_D,
+        x_BD,
+        selected.latent_N,
+        selected.token_start_B,
+        selected.token_N,
+        selected.latent_order_N,
+        selected.latent_start_F,
     )
 
 

@@ -97,6 +97,10 @@ class Step:
             self._squared_error = squared_error(self.recon_BD, self.x_BD) if whole is None else whole.square().sum()
         return self._squared_error
 
+    @squared_error.setter
+    def squared_error(self, value: Tensor | None) -> None:
+        self._squared_error = value
+
     @cached_property
     def counts_F(self) -> Tensor:
         """(F) float32: for how many tokens of the batch each latent is nonzero."""

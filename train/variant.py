@@ -159,8 +159,10 @@ class Variant(nn.Module):
     def forward(self, i: Tensor, x_BD: Tensor, optimizer: torch.optim.Optimizer) -> Step:
         """The forward pass of step i on raw activations (B, d_in)."""
         x_BD = self.normalize(x_BD)
-        pre_BF, f_BF, recon_BD, kept = self.sae.run(x_BD)
-        return Step(i, self.sae, optimizer, x_BD, pre_BF, f_BF, recon_BD.float(), kept)
+        pre_BF, f_BF, recon_BD, kept, squared_error = self.sae.run(x_BD)
+        step = Step(i, self.sae, optimizer, x_BD, pre_BF, f_BF, recon_BD.float(), kept)
+        step.squared_error = squared_error
+        return step
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """Each loss term times its coefficient. Coefficients that change over the run are added to the metrics."""

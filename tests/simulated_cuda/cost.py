@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae.train.kernels.division import Division
+from sae.train.kernels.division import SUM_TILE, Division, row_tile
 
 from . import kernel_cost
 from .ledger import line
@@ -158,6 +158,22 @@ def largest(call: Call) -> Cost:
     return Cost(launches, 0, moved)
 
 
+def decode_rows(call: Call) -> Cost:
+    """Every token is counted as if it had as many latents as the others; the squared errors are added by torch."""
+    value_N, row_FD, _, _, _, x_BD = call.args
+    (tokens, width), per_token = x_BD.shape, len(value_N) / max(len(x_BD), 1)
+    launches, moved = kernel_cost.of_decode([per_token] * tokens, width, row_FD.element_size(), row_tile(per_token))
+    return Cost(launches + 1, 4 * len(value_N) * width, moved + tokens * x_BD.element_size() + x_BD.element_size())
+
+
+def sum_rows(call: Call) -> Cost:
+    index_N, row_RD, start_F = call.args[:3]
+    width, stretches = row_RD.shape[1], len(start_F)
+    counts = [len(index_N) / max(stretches, 1)] * stretches
+    launches, moved = kernel_cost.of_sums(counts, width, row_RD.element_size(), SUM_TILE[-1])
+    return Cost(launches, 2 * len(index_N) * width, moved)
+
+
 def sort(call: Call) -> Cost:
     """A radix sort of elements with their positions (int64): each 8 bits of an element read and write both."""
     element = call.inputs[0].element_size()
@@ -209,6 +225,8 @@ BY_NAME = {
         index_fill: "index_fill index_fill_",
         topk: "topk",
         largest: "largest",
+        decode_rows: "decode_rows",
+        sum_rows: "sum_rows",
         sort: "sort argsort",
         fill: "zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full arange eye scalar_tensor "
         "fill_ zero_ normal_ uniform_ rand randn rand_like",

@@ -4,6 +4,8 @@ Formulas, since the interpreter takes minutes for the sizes of a real step. test
 the interpreter counts, to the byte.
 """
 
+from collections.abc import Sequence
+
 from sae.train.kernels.division import Division, Way
 
 INDEX, NUMBER = 8, 4  # bytes of a resulting index (int64), and of counts, bounds and places in between (int32)
@@ -26,3 +28,25 @@ def of_largest(division: Division, rows: int, n: int, k: int, element: int) -> t
     counted = digits * (row + parts * (DIGIT + NUMBER)) + (digits - 1) * parts * NUMBER
     chosen = digits * (parts * DIGIT + 2 * NUMBER) + (digits - 1) * 2 * NUMBER + parts * (DIGIT + 3 * NUMBER)
     return 2 * digits + 1, rows * (counted + chosen + row + 3 * parts * NUMBER + result)
+
+
+def of_decode(counts: Sequence[float], width: int, element: int, tile: tuple[int, int]) -> tuple[int, int]:
+    """Of decoding tokens with so many latents each, from rows of `width` elements of so many bytes."""
+    if not counts:
+        return 0, 0
+    (block, chunk), moved = tile, -INDEX  # the last token reads no next start
+    chunks = -(-width // chunk)
+    for count in counts:
+        first, more = min(count, block), max(count - block, 0)
+        index, row = INDEX + NUMBER, width * element
+        read_again = -(-more // block) * 2 * width * NUMBER  # reconstruction and x
+        moved += 2 * INDEX + first * (index + row + NUMBER) + more * (chunks * index + INDEX + 2 * row + NUMBER)
+        moved += read_again + 3 * width * NUMBER + NUMBER  # bias, x and reconstruction, and the squared error
+    return 1, round(moved)
+
+
+def of_sums(counts: Sequence[float], width: int, element: int, chunk: int) -> tuple[int, int]:
+    """Of sums of so many rows each, of `width` elements of so many bytes, in chunks."""
+    chunks, rows = -(-width // chunk), sum(counts)
+    per_chunk = 2 * len(counts) * INDEX - INDEX + rows * (INDEX + NUMBER)
+    return 1, round(chunks * per_chunk + rows * width * element + len(counts) * width * NUMBER)

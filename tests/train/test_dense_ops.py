@@ -50,7 +50,7 @@ LOSSES = {
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_relu_step_has_the_latents_and_gradients_of_its_formula(loss: str, pre_bias: bool) -> None:
     sae, x_BD = sae_and_rows(pre_bias)
-    _, f_BF, recon_BD, _ = sae.run(x_BD)
+    _, f_BF, recon_BD, *_ = sae.run(x_BD)
     _, expected_f_BF, expected_recon_BD = plain(sae, x_BD)
     torch.testing.assert_close(f_BF, expected_f_BF)
     torch.testing.assert_close(recon_BD, expected_recon_BD)

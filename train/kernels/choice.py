@@ -1,16 +1,17 @@
 """Whether a device uses the kernels, and which runs do."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 from ...common.errors import first_line
 from ...common.packages import EXTRAS, PACKAGE, installed_version
 from ..memory import BuildableRun, untrained_variant
 from .division import ROOM
-from .operators import largest
+from .operators import decode_by_bags, decode_rows, largest, sum_by_bags, sum_rows
 
 
 def describe_kernels(runs: Iterable[BuildableRun], device: str) -> str:
@@ -19,7 +20,10 @@ def describe_kernels(runs: Iterable[BuildableRun], device: str) -> str:
         return ""
     if reason := reason_against_kernels(device):
         return f"kernels  of torch: {reason}"
-    return f"kernels  of this package choose the largest latents, by Triton {installed_version(EXTRAS['kernels'])}"
+    version = installed_version(EXTRAS["kernels"])
+    return (
+        f"kernels  of this package choose the largest latents, and decode them in sparse products, by Triton {version}"
+    )
 
 
 @cache
@@ -38,6 +42,9 @@ def reason_against_kernels(device: str) -> str:
             for rows, n, k in ((3, 100, 7), (3, z_RN.shape[1], 32), (1, z_RN.shape[1], ROOM)):
                 if not torch.equal(largest(z_RN[:rows, :n].to(device), k).cpu(), largest(z_RN[:rows, :n], k)):
                     return f"they choose other latents than torch on {device}"
+            for counts in ((0, 3, 300, 40), (20, 20)):
+                if not decodes_as_torch(counts, dtype, device):
+                    return f"they decode latents to other values than torch on {device}"
     except Exception as error:  # of Triton's compiler or of the driver; torch computes the same result
         return f"they do not work on {device}: {first_line(error)}"
     return ""
@@ -46,3 +53,26 @@ def reason_against_kernels(device: str) -> str:
 def reason_against_triton() -> str:
     """Why Triton is not available, as the end of a sentence; "" if it is."""
     return "" if find_spec(EXTRAS["kernels"]) else f"Triton is not installed: pip install '{PACKAGE}[kernels]'"
+
+
+def in_float64(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors]
+
+
+def decodes_as_torch(counts: Sequence[int], dtype: torch.dtype, device: str) -> bool:
+    """Whether tokens with so many latents are decoded, and rows summed, as in float64 on a CPU, except for rounding."""
+    generator, n, width = torch.Generator().manual_seed(0), 400, 70
+    count_B, latent_N = torch.tensor(counts), torch.cat([torch.arange(count) for count in counts])
+    value_N, row_FD, bias_D, x_BD = (
+        torch.randn(*shape, generator=generator)
+        for shape in ((len(latent_N),), (n, width), (width,), (len(counts), width))
+    )
+    tensors = value_N, row_FD.to(dtype), latent_N, count_B.cumsum(0) - count_B, bias_D, x_BD
+    expected = [*decode_by_bags(*in_float64(tensors))]
+    found = [*decode_rows(*(tensor.to(device) for tensor in tensors))]
+    sums = latent_N % len(counts), x_BD.to(dtype), torch.arange(0, len(latent_N), 7), value_N
+    for transposed in (False, True):
+        index_N, row_RD, start_F, weight_N = in_float64(sums)
+        expected.append(sum_by_bags(index_N, row_RD, start_F, weight_N, transposed))
+        found.append(sum_rows(*(tensor.to(device) for tensor in sums), transposed))
+    return all(torch.allclose(a.cpu().double(), b, rtol=1e-4, atol=1e-3) for a, b in zip(found, expected, strict=True))

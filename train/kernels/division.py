@@ -1,5 +1,6 @@
-"""How the kernels that find the largest elements of rows divide them among programs of the GPU."""
+"""How kernels divide their work among programs of the GPU."""
 
+import math
 from enum import Enum
 from typing import NamedTuple
 
@@ -36,3 +37,17 @@ class Division(NamedTuple):
             return cls(Way.PARTS, parts, span)
         span = -(-n // (max(1, programs // max(rows, 1)) * chunk)) * chunk
         return cls(Way.DIGITS, -(-n // span), span)
+
+
+TILE = 4096  # elements of rows that a program of the GPU holds in registers
+MOST_ROWS = 256  # of them
+SUM_TILE = 32, 16, 128  # rows that are added at once, sums of a program, and columns of both
+
+
+def row_tile(latents: float) -> tuple[int, int]:
+    """Rows and columns that a program reads at once, if a token has so many latents on average. Powers of two.
+
+    Some tokens have more; there is room for a quarter more.
+    """
+    rows = min(MOST_ROWS, max(16, 1 << math.ceil(math.log2(max(1.25 * latents, 1)))))
+    return rows, TILE // rows

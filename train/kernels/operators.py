@@ -7,6 +7,7 @@ tests compare the two. Importing this module does not import Triton.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 LONGEST = 1 << 30  # elements of a row: the kernels compute indices in 32 bits
 
@@ -38,3 +39,89 @@ def _(z_RN: Tensor, k: int) -> Tensor:
     if z_RN.dtype not in INFINITY or z_RN.shape[1] > LONGEST:
         return largest_by_sort(z_RN, k)
     return find_largest(z_RN, k)
+
+
+@torch.library.custom_op("sae::decode_rows", mutates_args=(), device_types="cpu")
+def decode_rows(
+    value_N: Tensor, row_FD: Tensor, latent_N: Tensor, token_start_B: Tensor, bias_D: Tensor, x_BD: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Decode the kept latents of each token, and compare with x: in one pass over their rows on a GPU.
+
+    Args:
+        value_N: the values of the kept latents, ordered by token.
+        row_FD: the rows of W_dec, also in bfloat16. Sums have the dtype of x.
+        latent_N: which latents they are.
+        token_start_B: where each token starts in N.
+        bias_D: b_dec.
+        x_BD: the batch.
+
+    Returns:
+        (B, D) the reconstruction, () the sum of its squared errors, and (N) half of its gradient to the values.
+    """
+    return decode_by_bags(value_N, row_FD, latent_N, token_start_B, bias_D, x_BD)
+
+
+def decode_by_bags(
+    value_N: Tensor, row_FD: Tensor, latent_N: Tensor, token_start_B: Tensor, bias_D: Tensor, x_BD: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    row_FD = row_FD.to(x_BD.dtype)
+    recon_BD = bias_D + F.embedding_bag(latent_N, row_FD, token_start_B, mode="sum", per_sample_weights=value_N)
+    error_BD = recon_BD - x_BD
+    slope_N = products_with_rows(error_BD, row_FD, latent_N, token_start_B)
+    return recon_BD, error_BD.square().sum(), slope_N
+
+
+def products_with_rows(row_BD: Tensor, row_FD: Tensor, latent_N: Tensor, token_start_B: Tensor) -> Tensor:
+    """(N) the product of each kept latent's row with that of its token. Both have one dtype."""
+    at_N = torch.arange(len(latent_N), device=latent_N.device)
+    token_N = torch.searchsorted(token_start_B, at_N, right=True) - 1
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        row_BD, row_FD, latent_N, token_start_B, token_N, 0
+    )
+
+
+@decode_rows.register_fake
+def _(
+    value_N: Tensor, row_FD: Tensor, latent_N: Tensor, token_start_B: Tensor, bias_D: Tensor, x_BD: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x_BD), x_BD.new_empty(()), torch.empty_like(value_N)
+
+
+@decode_rows.register_kernel("cuda")
+def _(
+    value_N: Tensor, row_FD: Tensor, latent_N: Tensor, token_start_B: Tensor, bias_D: Tensor, x_BD: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    from .rows import decode
+
+    if x_BD.dtype != torch.float32:
+        return decode_by_bags(value_N, row_FD, latent_N, token_start_B, bias_D, x_BD)
+    return decode(value_N, row_FD, latent_N, token_start_B, bias_D, x_BD)
+
+
+@torch.library.custom_op("sae::sum_rows", mutates_args=(), device_types="cpu")
+def sum_rows(index_N: Tensor, row_RD: Tensor, start_F: Tensor, weight_N: Tensor, transposed: bool) -> Tensor:
+    """(F, D), or (D, F) if `transposed`: sums of weighted rows, one for each stretch of N that starts at `start_F`.
+
+    Rows may be in bfloat16. Sums have the dtype of the weights.
+    """
+    return sum_by_bags(index_N, row_RD, start_F, weight_N, transposed)
+
+
+def sum_by_bags(index_N: Tensor, row_RD: Tensor, start_F: Tensor, weight_N: Tensor, transposed: bool) -> Tensor:
+    sum_FD = F.embedding_bag(index_N, row_RD.to(weight_N.dtype), start_F, mode="sum", per_sample_weights=weight_N)
+    return sum_FD.T.contiguous() if transposed else sum_FD
+
+
+@sum_rows.register_fake
+def _(index_N: Tensor, row_RD: Tensor, start_F: Tensor, weight_N: Tensor, transposed: bool) -> Tensor:
+    shape = len(start_F), row_RD.shape[1]
+    return weight_N.new_empty(shape[::-1] if transposed else shape)
+
+
+@sum_rows.register_kernel("cuda")
+def _(index_N: Tensor, row_RD: Tensor, start_F: Tensor, weight_N: Tensor, transposed: bool) -> Tensor:
+    from .rows import sum_by_stretch
+
+    if weight_N.dtype != torch.float32:
+        return sum_by_bags(index_N, row_RD, start_F, weight_N, transposed)
+    return sum_by_stretch(index_N, row_RD, start_F, weight_N, transposed)

@@ -3,31 +3,64 @@
 python -m sae.tests.train.kernels.compiled answers calls of these functions.
 """
 
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from triton.runtime.jit import JITFunction
 
 from sae.tests.worker_process import serve
 from sae.train.kernels.largest import find_largest
+from sae.train.kernels.rows import decode, sum_by_stretch
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 
 
 def compile_largest(shapes: list[tuple[int, int, int]], dtype: torch.dtype, capability: int) -> dict[str, int]:
-    """Compile all kernels that are launched for these rows, n and k. Returns the bytes of machine code of each."""
-    launched: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    """Compile all kernels that are launched for these rows, n and k. Returns the `stack_bytes` of each."""
+    with recording() as launched:
+        for rows, n, k in shapes:
+            find_largest(torch.zeros(rows, n, dtype=dtype), k)
+    return compile_launched(launched, capability)
+
+
+def compile_rows(counts: list[int], dtype: torch.dtype, capability: int) -> dict[str, int]:
+    """Compile the kernels that decode tokens with so many latents, and that sum rows in both orders."""
+    with recording() as launched:
+        for count in counts:
+            index_N = torch.arange(count)
+            row_FD, x_BD = torch.zeros(count, 64, dtype=dtype), torch.zeros(1, 64)
+            decode(torch.zeros(count), row_FD, index_N, index_N[:1], torch.zeros(64), x_BD)
+        for transposed in (False, True):
+            sum_by_stretch(index_N, row_FD, index_N[:1], torch.zeros(count), transposed)
+    return compile_launched(launched, capability)
+
+
+Launched = list[tuple[Any, tuple[Any, ...], dict[str, Any]]]
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Launched]:
+    """Kernels that are launched here are written down instead, with their arguments."""
+    launched: Launched = []
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         launched.append((kernel, args, options))
 
     with mock.patch.object(JITFunction, "run", record):
-        for rows, n, k in shapes:
-            find_largest(torch.zeros(rows, n, dtype=dtype), k)
-    target, sizes = GPUTarget("cuda", capability, 32), {}
+        yield launched
+
+
+def compile_launched(launched: Launched, capability: int) -> dict[str, int]:
+    target, stacks = GPUTarget("cuda", capability, 32), {}
     for kernel, args, options in launched:
         given = dict(zip(kernel.arg_names, args, strict=True))
         fixed = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
@@ -36,10 +69,27 @@ def compile_largest(shapes: list[tuple[int, int, int]], dtype: torch.dtype, capa
             for name, value in given.items()
         }
         constants = {(kernel.arg_names.index(name),): given[name] for name in fixed}
-        built = compile(ASTSource(kernel, types, constants), target, options)
+        aligned = [name for name in types if types[name] != "constexpr" and is_aligned(given[name])]
+        attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+        built = compile(ASTSource(kernel, types, constants, attributes), target, options)
         name = f"{kernel.__name__} {[given[name] for name in sorted(fixed)]}"
-        sizes[name] = len(built.asm["cubin"])
-    return sizes
+        stacks[name] = stack_bytes(built.asm["cubin"])
+    return stacks
+
+
+def is_aligned(value: Any) -> bool:
+    """Whether Triton compiles a kernel for the case that this argument is a multiple of 16, as memory always is."""
+    return isinstance(value, torch.Tensor) or value % 16 == 0
+
+
+def stack_bytes(code: bytes) -> int:
+    """The memory that a thread of a kernel needs besides its registers."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        shown = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, check=True)
+    (stack,) = re.findall(r"STACK:(\d+)", shown.stdout.decode() + shown.stderr.decode())
+    return int(stack)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Triton's interpreter as a fixture."""
 
+import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -23,3 +25,13 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interprete
     one = Interpreter(["sae.tests.train.kernels.interpreted"], log, {"TRITON_INTERPRET": "1"})
     yield one
     one.close()
+
+
+@pytest.fixture
+def compiler(tmp_path: Path) -> Iterator[WorkerProcess]:
+    """A process that compiles kernels for a GPU, with an empty cache."""
+    if reason := reason_against_triton():
+        pytest.skip(reason)
+    cache = {"TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    with contextlib.closing(WorkerProcess(["sae.tests.train.kernels.compiled"], tmp_path / "log", cache)) as one:
+        yield one

@@ -13,6 +13,8 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from sae.tests.worker_process import serve
+from sae.train.kernels import rows
+from sae.train.kernels.division import SUM_TILE
 from sae.train.kernels.largest import find_largest
 
 
@@ -62,6 +64,24 @@ def largest(z_RN: Tensor, k: int, **sizes: int) -> tuple[Tensor, tuple[int, int]
     with counting() as traffic:
         index_RK = find_largest(z_RN, k, **sizes)
     return index_RK, traffic.cost
+
+
+def decode(
+    arguments: dict[str, Tensor], tile: tuple[int, int] | None = None
+) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+    """What the kernel decodes, and what it costs."""
+    with counting() as traffic:
+        found = rows.decode(**arguments, tile=tile)
+    return found, traffic.cost
+
+
+def sum_rows(
+    arguments: dict[str, Tensor], transposed: bool, tile: tuple[int, int, int] = SUM_TILE
+) -> tuple[Tensor, tuple[int, int]]:
+    """What the kernel adds, and what it costs."""
+    with counting() as traffic:
+        found = rows.sum_by_stretch(**arguments, transposed=transposed, tile=tile)
+    return found, traffic.cost
 
 
 if __name__ == "__main__":

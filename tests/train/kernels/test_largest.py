@@ -1,9 +1,7 @@
 """The k largest elements of a row: the reference by hand, and the kernels, in Triton's interpreter, against it."""
 
-import contextlib
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +9,6 @@ import torch
 from torch import Tensor
 
 from sae.tests.simulated_cuda.kernel_cost import of_largest
-from sae.tests.worker_process import WorkerProcess
-from sae.train.kernels.choice import reason_against_triton
 from sae.train.kernels.division import Division, Way
 from sae.train.kernels.operators import largest
 
@@ -100,16 +96,11 @@ def test_the_operator_is_known_to_torch() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_kernels_compile_for_a_gpu(tmp_path: Path, dtype: torch.dtype) -> None:
-    """To machine code for compute capability 9.0, that of an H200: all that are launched for three ways of dividing."""
-    if reason := reason_against_triton():
-        pytest.skip(reason)
-    compiler = WorkerProcess(
-        ["sae.tests.train.kernels.compiled"], tmp_path / "log", {"TRITON_CACHE_DIR": str(tmp_path / "triton")}
-    )
+def test_the_kernels_compile_for_a_gpu(compiler: Any, dtype: torch.dtype) -> None:
+    """For compute capability 9.0, that of an H200: all that are launched for three ways of dividing. No thread needs
+    memory besides its registers."""
     shapes = [(2, 100, 7), (2, 20_000, 32), (1, 20_000, 9000)]
     assert [Division.of(*shape).way for shape in shapes] == [Way.ROW, Way.PARTS, Way.DIGITS]
-    with contextlib.closing(compiler):
-        code = compiler("compiled.compile_largest", shapes=shapes, dtype=dtype, capability=90)
-    assert {name.split()[0] for name in code} == {"select", "count_digit", "choose_digit", "write_indices"}
-    assert all(code.values())
+    stacks = compiler("compiled.compile_largest", shapes=shapes, dtype=dtype, capability=90)
+    assert {name.split()[0] for name in stacks} == {"select", "count_digit", "choose_digit", "write_indices"}
+    assert not any(stacks.values())
