@@ -29,7 +29,8 @@ def compile_step(trainer: Trainer, batch_size: int) -> str | None:
     def pure(i: Tensor, x_BD: Tensor) -> tuple[tuple[Any, ...], dict[str, Tensor], dict[str, Tensor]]:
         step = variant(i, x_BD, optimizer)
         losses = variant.losses(step)
-        return (step.x_BD, step.computed_pre_BF, step.computed_f_BF, step.recon_BD, step.kept), losses, step.metrics
+        tensors = step.x_BD, step.computed_pre_BF, step.computed_f_BF, step.recon_BD, step.kept, step.selected_N
+        return tensors, losses, step.metrics
 
     # There is one compilation per variant and length of the list of dead latents; beyond the limit torch would stop.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = RECOMPILE_LIMIT
@@ -37,8 +38,10 @@ def compile_step(trainer: Trainer, batch_size: int) -> str | None:
 
     def forward_losses(x_BD: Tensor) -> tuple[Step, dict[str, Tensor]]:
         outputs, losses, metrics = compiled(trainer.i, x_BD)
-        x_BD, pre_BF, f_BF, recon_BD, kept = outputs
-        return Step(trainer.i, variant.sae, optimizer, x_BD, pre_BF, f_BF, recon_BD, kept, metrics), losses
+        x_BD, pre_BF, f_BF, recon_BD, kept, selected_N = outputs
+        step = Step(trainer.i, variant.sae, optimizer, x_BD, pre_BF, f_BF, recon_BD, kept, metrics)
+        step.selected_N = selected_N
+        return step, losses
 
     zeros_BD = torch.zeros(batch_size, variant.sae.d_in, dtype=torch.bfloat16, device=trainer.device)
     try:

@@ -27,6 +27,14 @@ def encode_relu_decode(
     return _EncodeReLUDecode.apply(*center(x_BD, b_D), w_DF, b_F, w_FD)
 
 
+def select_decode(pre_BF: Tensor, flat_index_N: Tensor, w_FD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """f = ReLU of the selected pre-activations, else 0 (B, F), f W_dec (B, D), and (N) the latents that are selected.
+
+    The last have no gradient.
+    """
+    return _SelectDecode.apply(pre_BF, flat_index_N, w_FD)
+
+
 def total(f_BF: Tensor) -> Tensor:
     """() the sum of all latents in float32 or float64. Its gradient is one number, expanded without new memory."""
     return _Total.apply(f_BF)
@@ -80,15 +88,31 @@ class _EncodeReLUDecode(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x_BD, w_DF, f_BF, decoder_FD = ctx.saved_tensors
         of_f_BF, of_recon_BD = gradients
-        if of_recon_BD is None:  # a loss on the latents alone
-            assert of_f_BF is not None
-            g_BF, w_FD_ = torch.ops.aten.threshold_backward(of_f_BF, f_BF, 0), None
-        else:
-            g_BD = of_recon_BD.to(f_BF.dtype)
-            g_BF = g_BD @ decoder_FD.T if of_f_BF is None else torch.addmm(of_f_BF, g_BD, decoder_FD.T)
-            torch.ops.aten.threshold_backward.grad_input(g_BF, f_BF, 0, grad_input=g_BF)  # in place: 0 where f is 0
-            w_FD_ = (f_BF.T @ g_BD).to(ctx.dtype) if ctx.needs_input_grad[4] else None
+        dtype = ctx.dtype if ctx.needs_input_grad[4] else None
+        g_BF, w_FD_ = decoder_gradients(f_BF, decoder_FD, of_f_BF, of_recon_BD, dtype)
         return None, *encoder_gradients(x_BD, w_DF, g_BF, ctx.subtracts, ctx.needs_input_grad[2]), w_FD_
+
+
+class _SelectDecode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre_BF: Tensor, flat_index_N: Tensor, w_FD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value_N = pre_BF.flatten().index_select(0, flat_index_N).relu_()
+        f_BF = torch.zeros_like(pre_BF).flatten().scatter_(0, flat_index_N, value_N).view_as(pre_BF)
+        decoder_FD = w_FD.to(pre_BF.dtype)
+        ctx.save_for_backward(f_BF, decoder_FD)
+        ctx.dtype = w_FD.dtype
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(value_N)
+        return f_BF, f_BF @ decoder_FD, value_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        f_BF, decoder_FD = ctx.saved_tensors
+        of_f_BF, of_recon_BD, _ = gradients
+        dtype = ctx.dtype if ctx.needs_input_grad[2] else None
+        g_BF, w_FD_ = decoder_gradients(f_BF, decoder_FD, of_f_BF, of_recon_BD, dtype)
+        return g_BF, None, w_FD_
 
 
 class _Total(torch.autograd.Function):
@@ -113,6 +137,22 @@ class _SquaredError(torch.autograd.Function):
     def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor, None]:
         (error_BD,) = ctx.saved_tensors
         return error_BD * (2 * gradient[0]), None
+
+
+def decoder_gradients(
+    f_BF: Tensor, decoder_FD: Tensor, of_f_BF: Tensor | None, of_recon_BD: Tensor | None, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of the pre-activations, which is 0 where a latent is, and of W_dec in a dtype, unless that is None.
+
+    `of_f_BF` is the gradient of losses on the latents, and `of_recon_BD` that of f W_dec; one of them may be None.
+    """
+    if of_recon_BD is None:
+        assert of_f_BF is not None
+        return torch.ops.aten.threshold_backward(of_f_BF, f_BF, 0), None
+    g_BD = of_recon_BD.to(f_BF.dtype)
+    g_BF = g_BD @ decoder_FD.T if of_f_BF is None else torch.addmm(of_f_BF, g_BD, decoder_FD.T)
+    torch.ops.aten.threshold_backward.grad_input(g_BF, f_BF, 0, grad_input=g_BF)  # in place
+    return g_BF, None if dtype is None else (f_BF.T @ g_BD).to(dtype)
 
 
 def encoder_gradients(

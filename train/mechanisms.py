@@ -187,7 +187,7 @@ class BatchTopKThreshold(Mechanism):
         self.calibrated = 0
 
     def statistic(self, step: Step) -> Tensor:
-        kept = (step.kept.value_N if step.kept else step.f_BF).detach().float()
+        kept = (step.f_BF if step.selected_N is None else step.selected_N).detach().float()
         return torch.where(kept > 0, kept, torch.inf).min()
 
     def _follow(self, step: Step, rate: Tensor | float) -> None:

@@ -57,6 +57,7 @@ class TrainingOutput(NamedTuple):
     recon_BD: Tensor
     kept: sparse_ops.KeptLatents | None = None
     squared_error: Tensor | None = None  # () of the reconstruction, where it costs no pass of its own
+    selected_N: Tensor | None = None  # the values of the latents that TopK or BatchTopK selects, without a gradient
 
 
 class SAE(nn.Module):
@@ -120,7 +121,7 @@ class SAE(nn.Module):
             z_BF = self.pre_activations(layer_normalize(x_BD).x_BD)
             f_BF = self.encode(x_BD)
             return SAEOutput(z_BF, f_BF, self.decode(f_BF, x_BD))
-        pre_BF, f_BF_or_none, recon_BD, kept, _ = self.run(x_BD)
+        pre_BF, f_BF_or_none, recon_BD, kept, *_ = self.run(x_BD)
         if f_BF_or_none is None:
             assert kept is not None
             f_BF_or_none = kept.dense()
@@ -133,27 +134,36 @@ class SAE(nn.Module):
             f_BF, recon_BD = dense_ops.encode_relu_decode(x_BD, self.W_enc, self.b_enc, b_D, self.W_dec)
             return TrainingOutput(None, f_BF, recon_BD + self.b_dec)
         pre_BF = self.pre_activations(x_BD)
-        if topk := self.sparse_activation():
-            flat_index_N = topk.select(pre_BF.detach())
-            selected = sparse_ops.SelectedLatents.of(flat_index_N, len(x_BD), self.d_sae, topk.by_kernels)
-            value_N = sparse_ops.encode(pre_BF, x_BD, self.W_enc, self.b_enc, b_D, selected).relu()
-            kept = sparse_ops.KeptLatents(value_N, selected)
-            if topk.by_kernels:
-                decoded = sparse_ops.decode_and_compare(kept, self.W_dec, self.b_dec, x_BD)
-                return TrainingOutput(pre_BF, None, decoded[0], kept, decoded[1])
-            return TrainingOutput(pre_BF, None, sparse_ops.decode(kept, self.W_dec) + self.b_dec, kept)
-        f_BF = self.activate(pre_BF, x_BD)
-        return TrainingOutput(pre_BF, f_BF, self.decode(f_BF))
+        topk = self.selecting_activation()
+        if topk is None or pre_BF.dim() != 2:
+            f_BF = self.activate(pre_BF, x_BD)
+            return TrainingOutput(pre_BF, f_BF, self.decode(f_BF))
+        flat_index_N = topk.select(pre_BF.detach())
+        if not self.sparse_activation():
+            f_BF, recon_BD, selected_N = dense_ops.select_decode(pre_BF, flat_index_N, self.W_dec)
+            return TrainingOutput(pre_BF, f_BF, recon_BD + self.b_dec, selected_N=selected_N)
+        selected = sparse_ops.SelectedLatents.of(flat_index_N, len(x_BD), self.d_sae, topk.by_kernels)
+        value_N = sparse_ops.encode(pre_BF, x_BD, self.W_enc, self.b_enc, b_D, selected).relu()
+        kept, selected_N, squared_error = sparse_ops.KeptLatents(value_N, selected), value_N.detach(), None
+        if topk.by_kernels:
+            recon_BD, squared_error = sparse_ops.decode_and_compare(kept, self.W_dec, self.b_dec, x_BD)
+        else:
+            recon_BD = sparse_ops.decode(kept, self.W_dec) + self.b_dec
+        return TrainingOutput(pre_BF, None, recon_BD, kept, squared_error, selected_N)
 
-    def sparse_activation(self) -> KeepTopK | None:
-        """The activation, if training should compute only with the latents that it selects (`sparse_is_faster`)."""
+    def selecting_activation(self) -> KeepTopK | None:
+        """The activation, if it is one that selects as many latents in every step, whatever the values."""
         first = self.activation[0]
         if not self.training or len(self.activation) > 1 or not isinstance(first, KeepTopK) or first.anneals:
             return None
-        if first.cut is not None:  # how many latents pass it depends on values
+        return first if first.cut is None else None
+
+    def sparse_activation(self) -> KeepTopK | None:
+        """The activation, if training should compute only with the latents that it selects (`sparse_is_faster`)."""
+        topk, device = self.selecting_activation(), self.W_dec.device.type
+        if topk is None or not sparse_ops.sparse_is_faster(self.d_sae, topk.k, device, current_precision(device)):
             return None
-        device = self.W_dec.device.type
-        return first if sparse_ops.sparse_is_faster(self.d_sae, first.k, device, current_precision(device)) else None
+        return topk
 
     @in_own_precision
     def encode(self, x_BD: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class Step:
     losses: dict[str, Tensor] = field(default_factory=dict)  # of one part of a batch
     part_of: "Step | None" = None  # the batch, if this is a part of it (train/accumulate.py)
     statistics: "dict[Mechanism, Tensor]" = field(default_factory=dict)  # of a batch in parts
+    selected_N: Tensor | None = None  # the values of the latents that TopK or BatchTopK selected, if they are at hand
     _error_BD: Tensor | None = None
     _squared_error: Tensor | None = None
 

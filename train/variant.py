@@ -159,9 +159,9 @@ class Variant(nn.Module):
     def forward(self, i: Tensor, x_BD: Tensor, optimizer: torch.optim.Optimizer) -> Step:
         """The forward pass of step i on raw activations (B, d_in)."""
         x_BD = self.normalize(x_BD)
-        pre_BF, f_BF, recon_BD, kept, squared_error = self.sae.run(x_BD)
-        step = Step(i, self.sae, optimizer, x_BD, pre_BF, f_BF, recon_BD.float(), kept)
-        step.squared_error = squared_error
+        done = self.sae.run(x_BD)
+        step = Step(i, self.sae, optimizer, x_BD, done.pre_BF, done.f_BF, done.recon_BD.float(), done.kept)
+        step.squared_error, step.selected_N = done.squared_error, done.selected_N
         return step
 
     def losses(self, step: Step) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sae.train import dense_ops, sparse_ops
-from sae.train.activation_functions import BatchTopK, ReLU, TopK
+from sae.train.activation_functions import BatchTopK, KeepTopK, ReLU, TopK
 from sae.train.losses import L1
 from sae.train.mechanisms import ActivityEMA
 from sae.train.memory import LiveBytes
@@ -60,6 +60,25 @@ def test_a_relu_step_has_the_latents_and_gradients_of_its_formula(loss: str, pre
         assert (gradient is None) == (got[name] is None), name
         if gradient is not None:
             assert gradient.any()
+            torch.testing.assert_close(got[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("activation", [TopK(8), BatchTopK(8.5)], ids=["topk", "batchtopk"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_step_that_selects_latents_has_the_gradients_of_its_formula(loss: str, activation: KeepTopK) -> None:
+    """Few pre-activations are positive, so that some of the selected ones become 0 and get no gradient."""
+    sae, x_BD = sae_and_rows(True, activation)
+    sae.b_enc.data -= 6
+    _, f_BF, recon_BD, kept, _, selected_N = sae.run(x_BD)
+    expected_BF = activation(sae.pre_activations(x_BD))
+    expected_BD = expected_BF @ sae.W_dec + sae.b_dec
+    assert kept is None and torch.equal(f_BF, expected_BF) and torch.equal(recon_BD, expected_BD)
+    assert (selected_N == 0).any() and torch.equal(selected_N[selected_N > 0].sort()[0], f_BF[f_BF > 0].sort()[0])
+    got, expected = (gradients(sae, LOSSES[loss](*made)) for made in ((f_BF, recon_BD), (expected_BF, expected_BD)))
+    assert any(gradient is not None for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (gradient is None) == (got[name] is None), name
+        if gradient is not None:
             torch.testing.assert_close(got[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
 
 
