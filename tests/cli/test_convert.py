@@ -92,3 +92,18 @@ def test_from_python(run, tmp_path):
     assert imported.sae.encode(torch.zeros(1, 8)).shape == (1, 16)
     assert json.loads((imported.folder / "run.json").read_text())["imported_from"]["format"] == "dictionary-learning"
     assert load_sae(imported).d_sae == 16
+
+
+def test_an_upload_gets_the_flags_of_its_command(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[bool, str | None, bool]] = []
+
+    def upload(run: Path, repo: str, *, private: bool, approximate: str | None, confirm, **others: object) -> str:
+        asked.append((private, approximate, confirm("Upload?")))
+        return f"https://huggingface.co/{repo}"
+
+    monkeypatch.setattr("sae.train.formats.upload.upload_sae", upload)
+    words = ["export", "run", "--to", "hub", "--repo", "me/sae", "--yes"]
+    for flags in ([], ["--private", "--approximate", "topk"]):
+        done = CliRunner().invoke(app, [*words, *flags])
+        assert done.exit_code == 0 and "done     https://huggingface.co/me/sae" in done.output
+    assert asked == [(False, None, True), (True, "topk", True)]

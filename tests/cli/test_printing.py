@@ -4,11 +4,13 @@ import ast
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from sae.cache.object_store import StoreWarning
+from sae.cli import console
 from sae.cli.console import bar, cli_command, echo, show_table, warnings_as_notes
 from sae.cli.main import app
 from sae.common.errors import UsageError
@@ -89,3 +91,12 @@ def test_a_warning_is_a_note_and_said_once(capsys: pytest.CaptureFixture[str]) -
         for number in (1, 1, 2):
             warnings.warn(f"Store {number} fails.", StoreWarning, stacklevel=1)
     assert capsys.readouterr().err == "note     Store 1 fails.\nnote     Store 2 fails.\n"
+
+
+def test_the_rate_of_a_new_stage_counts_from_its_beginning(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with bar("get", "rows") as shown:
+        for now[0], done in ((100.0, 100), (200.0, 1), (220.0, 20)):
+            shown(done, 100)
+    assert capsys.readouterr().err.splitlines()[-1] == "get 20/100 20.0% 1 rows/s  eta=80s"

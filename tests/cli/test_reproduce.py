@@ -3,12 +3,16 @@
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
+from typer.testing import CliRunner
+
+from sae.cli.main import app
 from sae.cli.reproduce import show_report
 from sae.evaluate.papers.claims import Claim, Paper
 from sae.evaluate.papers.parse import load_paper
 from sae.evaluate.papers.report import ClaimResult, PaperReport
-from sae.workflows.reproduce import ReproduceConfig
+from sae.workflows.reproduce import ReproduceConfig, Reproduction
 
 PLAN = "sae.workflows.reproduce.plan_reproduction"
 FLAGS = {
@@ -37,6 +41,15 @@ def test_every_flag_is_a_field_of_the_config_and_the_other_way_round(planned_wit
 def test_without_flags_the_config_is_the_default(planned_with: Callable) -> None:
     config, _ = planned_with(PLAN, "reproduce", {}, "all", without=(*FLAGS, "dry-run"))
     assert config == ReproduceConfig(["all"])
+
+
+def test_the_exit_code_is_that_of_the_evaluations(monkeypatch) -> None:
+    plan = SimpleNamespace(describe=lambda time: [])
+    monkeypatch.setattr(PLAN, lambda config, say: plan)
+    for code in (0, 1, 3):
+        made = Reproduction([], code)
+        monkeypatch.setattr("sae.workflows.reproduce.run_reproduction", lambda plan, stages, made=made: made)
+        assert CliRunner().invoke(app, ["reproduce", "000"]).exit_code == code
 
 
 def test_the_table_names_the_reading_counts_verdicts_and_says_what_they_mean(capsys) -> None:

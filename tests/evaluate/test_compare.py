@@ -345,6 +345,19 @@ def test_the_next_command_compares_the_same(tmp_path):
     assert last[3:-2] == [*runs, *asked]
 
 
+def test_the_command_says_what_is_compared_with_what(tmp_path, monkeypatch):
+    asked, runs = [], [str(make_run(tmp_path)), str(make_run(tmp_path, "relu"))]
+
+    def compare(folders, mix, references):
+        asked.append((mix, references))
+        return compare_runs(folders, mix, references)
+
+    monkeypatch.setattr("sae.evaluate.compare.compare_runs", compare)
+    for flags in ([], ["--mix", "--no-references"]):
+        assert CliRunner().invoke(app, ["compare", *runs, *flags]).exit_code == 0
+    assert asked == [(False, True), (True, False)]
+
+
 def test_stability_among_other_seeds_is_named(tmp_path):
     """A result depends on the seeds of its command: those of several commands have no mean."""
     runs = [make_run(tmp_path, seed=seed) for seed in range(3)]

@@ -351,6 +351,8 @@ def test_sae_dashboard_and_sae_inspect(run):
     assert code == 0 and str(run / "dashboard.html") in out
     assert "70 of 70 latents" in told and "next     sae inspect" in told
     assert (run / "dashboard.html").read_text().startswith("<!doctype html>")
+    code, _, told = sae("dashboard", run, "--tokens", "300", "--device", "cpu", "--latents", 3)
+    assert code == 0 and "3 of 70 latents" in told
     code, out, told = sae(
         "inspect", run, "--latent", 0, "--latent", 5, "--prompt", "the quick [bold]fox \x1b[31m", "--tokens", 300
     )

@@ -18,7 +18,7 @@ def fewest_groups(d_in: int, d_sae: int) -> int:
 
 @dataclass(frozen=True)
 class BaselineOptions(RecipeOptions):
-    """Run 0: ReLU latents and an L1 penalty, and what section 4.3 "uses for stability"."""
+    """Run 0: ReLU latents, an L1 penalty, and the techniques that section 4.3 uses for stability."""
 
     l1: float = 0.04
     """Strength lambda of the L1 penalty (1)."""
@@ -35,10 +35,11 @@ class BaselineOptions(RecipeOptions):
     batch_norm: Literal["off", "pre"] = "off"
     """pre: batch normalization of the pre-activations (4.3). The paper does not say where it normalizes."""
     importance: Literal["off", "loss_ema", "groups"] = "off"
-    """Importance sampling (4.3). groups: in each step update only groups of latents that are drawn by their utilization
-    lately; before run 7 there are 16 of them. loss_ema: weigh each token by its error over the recent mean error."""
+    """Importance sampling (4.3). groups: each step updates only some groups of latents, drawn by their recent
+    utilization; before run 7 there are 16 groups. loss_ema: weight each token by its error, relative to the recent mean
+    error."""
     importance_share: float = 0.5
-    """Share of the groups that `importance=groups` draws in each step. The paper gives none."""
+    """Share of the groups that `importance=groups` draws in each step. The paper gives no value."""
 
     def sampled_groups(self) -> int:
         """Groups that `importance=groups` draws from: before run 7 the paper's sixteen (4.1)."""
@@ -79,7 +80,7 @@ class MonitorOptions(BaselineOptions):
     jl_dim: int = ScaleWithWidth(128)
     """Dimensions of the Johnson-Lindenstrauss projection."""
     jl_on: Literal["decoder", "encoder", "activations"] = "decoder"
-    """What the projection sees: rows of the decoder, directions of the encoder, or the latents of a token."""
+    """What is projected: rows of the decoder, directions of the encoder, or the latents of a token."""
     beta: float = 0.9
     """Decay of the average of utilization u_i, per step (2)."""
 
@@ -94,14 +95,14 @@ class ContrastOptions(MonitorOptions):
     """Run 2: the contrast loss (4), and how it and the losses of later runs enter the total (5)."""
 
     alpha: float = 0.1
-    """Strength of the contrast loss (1). The paper gives none."""
+    """Strength of the contrast loss (1). The paper gives no value."""
     alpha_warmup: int | None = None
     """Steps over which the contrast loss, and the losses that later runs add, rise from zero. None: 1000, or a tenth of
     a shorter run."""
     contrast_cos: Literal["exact_group", "exact", "jl"] = "exact_group"
-    """Pairs whose angle counts: those in a group, all pairs, or all pairs seen through the projection."""
+    """Pairs whose cosine is penalized: those within a group, all pairs, or all pairs after the projection."""
     contrast_on: Literal["decoder", "activations"] = "decoder"
-    """What the angle of two latents is of: their rows of the decoder, or their activations over the batch (the paper,
+    """What is compared for two latents: their rows of the decoder, or their activations over the batch (the paper,
     where f stands for activations)."""
     tau_max: float = 0.4
     """|cos| above which a pair is pushed apart, at the first step (4)."""
@@ -113,8 +114,8 @@ class ContrastOptions(MonitorOptions):
     """Units of the contrast loss and of the losses that later runs add. fvu: shares of the input's variance, so that
     strengths fit any input. raw: as printed."""
     gradient_balance: float | None = None
-    """Largest gradient norm of the contrast loss, and of each loss that later runs add, as a multiple of that of the
-    reconstruction (4.3). None: not balanced."""
+    """Largest gradient norm of the contrast loss, and of each loss that later runs add, as a multiple of the
+    gradient norm of the reconstruction loss (4.3). None: no limit."""
 
     def validation_errors(self, config: RunConfig) -> Iterator[str]:
         yield from super().validation_errors(config)
@@ -137,8 +138,8 @@ class DynamicL1Options(ContrastOptions):
     """Run 3: lambda moves within bounds (4.2)."""
 
     l1_controller: Literal["l0_target", "recon_ratio", "none"] = "l0_target"
-    """What moves lambda within its bounds: the distance of L0 from `l0`, the error's share of the first error, or
-    nothing (the paper), so that the bounds never act."""
+    """What changes lambda within its bounds: the distance of L0 from `l0`, the reconstruction error relative to that of
+    the first step, or nothing (the paper), in which case the bounds have no effect."""
     l0: float | None = None
     """Latents per token that `l1_controller=l0_target` aims at. None: 40, or an eighth of a narrow dictionary."""
     kappa: float = 0.01
@@ -155,7 +156,7 @@ class DiversityOptions(DynamicL1Options):
     """Run 4: the diversity loss (6)."""
 
     diversity_strength: float = 0.01
-    """Strength of the diversity loss, which the paper names and does not define."""
+    """Strength of the diversity loss, which the paper names but does not define."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ class OrthogonalityLossOptions(DiversityOptions):
     """Run 5: L_orth (5)."""
 
     beta_orth: float = 0.01
-    """Strength beta of the orthogonality loss (5). The paper gives none."""
+    """Strength beta of the orthogonality loss (5). The paper gives no value."""
     orth_on: Literal["decoder", "activations"] = "decoder"
     """What is to be orthogonal: rows of the decoder, or the latents of a group over the batch (the paper)."""
 
@@ -173,12 +174,14 @@ class GramSchmidtOptions(OrthogonalityLossOptions):
     """Run 6: Gram-Schmidt in the forward pass (3)."""
 
     gs_axis: Literal["decoder_group", "jl", "activation_batch"] = "decoder_group"
-    """What (3) makes orthogonal: rows of W_dec in a group; the same by their projections; or the latents, each a column
-    over the batch (the paper)."""
+    """What (3) makes orthogonal: the rows of W_dec in a group; these rows, by their projections; or the latents, each
+    as a column over the batch (the paper)."""
     gs_order: Literal["index", "utilisation"] = "index"
-    """Order in which (3) takes the latents of a group; the first keeps its direction. utilisation: busiest first."""
+    """Order in which (3) processes the latents of a group; the first one keeps its direction. utilisation: the most
+    used latents first."""
     gs_gradient: Literal["straight_through", "through"] = "straight_through"
-    """straight_through: the gradient of an orthogonal row goes to the row it is made of. through: differentiate (3)."""
+    """straight_through: the gradient of an orthogonal row is passed to the row that it was made from. through:
+    differentiate (3)."""
 
 
 @dataclass(frozen=True)
@@ -202,8 +205,9 @@ class GroupRateOptions(GroupOptions):
     """Run 8: a learning rate for each group (2)."""
 
     group_lr: Literal["softmax_mean1", "softmax", "softmax_temp", "inverse"] = "softmax_mean1"
-    """Rate of a group over the run's rate. softmax: of utilization over groups (the paper). softmax_mean1: the same
-    times the number of groups. softmax_temp: utilization also divided by its spread. inverse: favors idle groups."""
+    """Learning rate of a group, relative to that of the run. softmax: the softmax over groups of their utilization (the
+    paper). softmax_mean1: the same times the number of groups. softmax_temp: utilization is also divided by its
+    standard deviation. inverse: the same, in favor of the least used groups."""
 
 
 @dataclass(frozen=True)
@@ -223,8 +227,8 @@ class WinnerTakeAllOptions(GroupRateOptions):
     near: Literal["encoder", "decoder"] = "encoder"
     """Vectors whose angles decide which latents are neighbors: directions of the encoder or rows of the decoder."""
     near_scope: Literal["group", "dictionary"] = "group"
-    """Where a latent's neighbors are sought: in its group, whose rows are orthogonal from run 6 on and so hardly near
-    each other, or in the whole dictionary."""
+    """Where the neighbors of a latent are searched: in its group, whose rows are orthogonal from run 6 on and therefore
+    far from each other, or in the whole dictionary."""
 
     def validation_errors(self, config: RunConfig) -> Iterator[str]:
         yield from super().validation_errors(config)
