@@ -400,3 +400,21 @@ def test_two_jobs_are_trained_evaluated_and_never_done_again(scripts, tmp_path, 
     )
     assert record["units"]["absorption"] and set(record["seconds"]) == {"train", "core", "absorption"}
     assert all(path.stat().st_size < 20_000 for path in records.values())
+
+
+PLAN = """
+import gemma_2_2b
+with gemma_2_2b.config_alone():
+    for reading in gemma_2_2b.READINGS:
+        rows, totals = gemma_2_2b.rows_of(reading, lambda run: 1000.0)
+        print(totals["tokens"], *(row.split(" | ")[1] for row in rows), round(totals["training"]))
+"""
+
+
+@pytest.mark.slow
+def test_all_papers_are_planned_on_gemma_2_2b_from_its_config_alone(tmp_path: Path) -> None:
+    """108 runs of 800 steps and 99 of 4,882, in both readings. A time of one second for each step adds up to them."""
+    done = subprocess.run([sys.executable, "-c", PLAN], cwd=FOLDER, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    steps = 108 * 800 + 99 * 4882
+    assert done.stdout.splitlines()[-2:] == [f"9998336 108 18 39 18 24 {steps}"] * 2
