@@ -20,6 +20,8 @@ class Activation(nn.Module):
     name: ClassVar[str]
     sees_input: ClassVar[bool] = False  # whether forward takes (z_BF, x_BD), as a router does
     nonnegative: ClassVar[bool] = False  # whether no latent is ever below zero
+    has_kernels: ClassVar[bool] = False  # whether training can use operators that have kernels on a GPU
+    by_kernels = False  # whether training does
     undivided: str = ""  # why tokens cannot be encoded in parts of a batch, as a sentence without a period
 
     def __init_subclass__(cls, *, name: str = "") -> None:
@@ -65,7 +67,7 @@ class KeepTopK(Activation):
     nonnegative = True
     over_batch: ClassVar[bool] = False  # whether it chooses among the latents of all tokens
     cut: Tensor | None = None  # () if a batch is computed in parts: the smallest pre-activation that it keeps
-    by_kernels = False  # whether training selects with the operator `largest`, which has kernels on a GPU
+    has_kernels = True
 
     def __init__(self, k: float) -> None:
         super().__init__(k=k)

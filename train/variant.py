@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..common.errors import UsageError
 from ..common.precision import recorded_precision
-from .activation_functions import KeepTopK
+from .activation_functions import Activation
 from .layer_norm import layer_normalize
 from .mechanisms import DeadLatents
 from .optimization import Optimization
@@ -175,18 +175,18 @@ class Variant(nn.Module):
         return losses
 
     @property
-    def chooses_largest(self) -> list[KeepTopK]:
-        """The activations that select the largest latents, which the kernels of train/kernels can do."""
-        return [module for module in self.modules() if isinstance(module, KeepTopK)]
+    def with_kernels(self) -> list[Activation]:
+        """The activations that can use the kernels of train/kernels."""
+        return [module for module in self.modules() if isinstance(module, Activation) and module.has_kernels]
 
     def use_kernels(self) -> None:
         """Let steps use the kernels of train/kernels where they can; on a CPU torch computes the same result."""
-        for activation in self.chooses_largest:
+        for activation in self.with_kernels:
             activation.by_kernels = True
 
     @property
     def uses_kernels(self) -> bool:
-        return any(activation.by_kernels for activation in self.chooses_largest)
+        return any(activation.by_kernels for activation in self.with_kernels)
 
     def shape_key(self) -> Hashable:
         """A key of the shapes in a step, as far as mechanisms change them (`Mechanism.shape_key`)."""

@@ -1,7 +1,7 @@
 """Parts about the device itself: its limits, and the kernels of this package."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,17 @@ from sizes import Sizes, seconds
 from sae.common.environment import environment_record
 from sae.common.precision import float32_products
 from sae.train.kernels.choice import reason_against_kernels
-from sae.train.kernels.operators import largest
+from sae.train.kernels.operators import (
+    decode_by_bags,
+    decode_rows,
+    jump_counts,
+    jump_counts_by_torch,
+    jump_gradients,
+    jump_gradients_by_torch,
+    largest,
+    sum_by_bags,
+    sum_rows,
+)  # fmt: skip
 
 Entries = Iterator[tuple[str, dict[str, Any]]]
 
@@ -50,7 +60,7 @@ def ceilings(sizes: Sizes) -> Entries:
 
 
 def kernels(sizes: Sizes) -> Entries:
-    """Each kernel's result beside that of a stable sort in float64, and its time beside torch's.
+    """Each kernel's result beside that of a stable sort in float64 or of torch, and its time beside torch's.
 
     A further kernel of train/kernels/operators.py gets an entry here.
     """
@@ -71,3 +81,33 @@ def kernels(sizes: Sizes) -> Entries:
                         "torch_ms": 1e3 * seconds(lambda z=z_RN, k=k: z.topk(k, sorted=False), sizes),
                     },
                 )
+        for name, kernel, by_torch in sums(sizes, d_sae, batch):
+            apart = [(a - b).abs() > 1e-2 * b.abs().max() for a, b in zip(kernel(), by_torch(), strict=True)]
+            yield (
+                f"{name}, {d_sae}x{batch} bfloat16",
+                {
+                    "wrong": sum(int(one.sum()) for one in apart),
+                    "ms": 1e3 * seconds(kernel, sizes),
+                    "torch_ms": 1e3 * seconds(by_torch, sizes),
+                },
+            )
+
+
+def sums(sizes: Sizes, d_sae: int, batch: int) -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
+    """The kernels that add, each with operations of torch that have nearly the same result."""
+    device, count = torch.device("cuda"), batch * sizes.k
+    row_FD, x_BD = (torch.randn(rows, sizes.d_in, device=device) for rows in (d_sae, batch))
+    value_N, bias_D = torch.randn(count, device=device), torch.randn(sizes.d_in, device=device)
+    latent_N = torch.randint(0, d_sae, (count,), device=device)
+    token_start_B = torch.arange(0, count, sizes.k, device=device)
+    decoding = value_N, row_FD.bfloat16(), latent_N, token_start_B, bias_D, x_BD
+    yield "decode_rows", lambda: decode_rows(*decoding), lambda: decode_by_bags(*decoding)
+    by_latent_N, order_N = latent_N.sort(stable=True)
+    start_F = torch.searchsorted(by_latent_N, torch.arange(d_sae, device=device))
+    adding = order_N.div(sizes.k, rounding_mode="floor"), x_BD.bfloat16(), start_F, value_N[order_N]
+    yield "sum_rows", lambda: [sum_rows(*adding, transposed=True)], lambda: [sum_by_bags(*adding, transposed=True)]
+    z_BF, g_BF = (torch.randn(batch, d_sae, device=device).bfloat16() for _ in range(2))
+    theta_F, eps = torch.rand(d_sae, device=device), 0.1
+    jump = z_BF, theta_F, g_BF, eps, False
+    yield "jump_gradients", lambda: jump_gradients(*jump), lambda: jump_gradients_by_torch(*jump)
+    yield "jump_counts", lambda: jump_counts(z_BF, theta_F, eps), lambda: jump_counts_by_torch(z_BF, theta_F, eps)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae.train.kernels.division import SUM_TILE, Division, row_tile
+from sae.train.kernels.division import JUMP_SPAN, SUM_TILE, Division, row_tile
 
 from . import kernel_cost
 from .ledger import line
@@ -174,6 +174,16 @@ def sum_rows(call: Call) -> Cost:
     return Cost(launches, 2 * len(index_N) * width, moved)
 
 
+def jump(call: Call) -> Cost:
+    """A kernel for parts of the tokens, and the sum of the parts by torch."""
+    z_BF, with_gradient = call.args[0], call.name == "jump_gradients"
+    tokens, width = z_BF.shape
+    elements, sums = (3 * z_BF.element_size(), 1) if with_gradient else (z_BF.element_size(), 2)
+    launches, moved = kernel_cost.of_jump(tokens, width, elements, sums, JUMP_SPAN)
+    added = sums * width * 4 * (-(-tokens // JUMP_SPAN) + 1)
+    return Cost(launches + sums, 0, moved + added)
+
+
 def sort(call: Call) -> Cost:
     """A radix sort of elements with their positions (int64): each 8 bits of an element read and write both."""
     element = call.inputs[0].element_size()
@@ -227,6 +237,7 @@ BY_NAME = {
         largest: "largest",
         decode_rows: "decode_rows",
         sum_rows: "sum_rows",
+        jump: "jump_gradients jump_counts",
         sort: "sort argsort",
         fill: "zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full arange eye scalar_tensor "
         "fill_ zero_ normal_ uniform_ rand randn rand_like",

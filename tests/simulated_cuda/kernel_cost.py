@@ -50,3 +50,9 @@ def of_sums(counts: Sequence[float], width: int, element: int, chunk: int) -> tu
     chunks, rows = -(-width // chunk), sum(counts)
     per_chunk = 2 * len(counts) * INDEX - INDEX + rows * (INDEX + NUMBER)
     return 1, round(chunks * per_chunk + rows * width * element + len(counts) * width * NUMBER)
+
+
+def of_jump(tokens: int, width: int, elements: int, sums: int, span: int) -> tuple[int, int]:
+    """Of a kernel of JumpReLU that reads or writes so many bytes for each pre-activation, and so many sums."""
+    parts = -(-tokens // span)
+    return 1, tokens * width * elements + parts * width * (1 + sums) * NUMBER

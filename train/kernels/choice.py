@@ -11,18 +11,18 @@ from ...common.errors import first_line
 from ...common.packages import EXTRAS, PACKAGE, installed_version
 from ..memory import BuildableRun, untrained_variant
 from .division import ROOM
-from .operators import decode_by_bags, decode_rows, largest, sum_by_bags, sum_rows
+from .operators import decode_by_bags, decode_rows, jump_counts, jump_gradients, largest, sum_by_bags, sum_rows
 
 
 def describe_kernels(runs: Iterable[BuildableRun], device: str) -> str:
     """The line of a plan for a GPU that says whether runs use the kernels; "" if none of them could."""
-    if not any(untrained_variant(run, "meta").chooses_largest for run in runs):
+    if not any(untrained_variant(run, "meta").with_kernels for run in runs):
         return ""
     if reason := reason_against_kernels(device):
         return f"kernels  of torch: {reason}"
     version = installed_version(EXTRAS["kernels"])
     return (
-        f"kernels  of this package choose the largest latents, and decode them in sparse products, by Triton {version}"
+        f"kernels  of this package select latents, decode them, and compute JumpReLU's gradients, by Triton {version}"
     )
 
 
@@ -45,6 +45,8 @@ def reason_against_kernels(device: str) -> str:
             for counts in ((0, 3, 300, 40), (20, 20)):
                 if not decodes_as_torch(counts, dtype, device):
                     return f"they decode latents to other values than torch on {device}"
+            if not jumps_as_torch(dtype, device):
+                return f"they compute other gradients of JumpReLU than torch on {device}"
     except Exception as error:  # of Triton's compiler or of the driver; torch computes the same result
         return f"they do not work on {device}: {first_line(error)}"
     return ""
@@ -76,3 +78,18 @@ def decodes_as_torch(counts: Sequence[int], dtype: torch.dtype, device: str) -> 
         expected.append(sum_by_bags(index_N, row_RD, start_F, weight_N, transposed))
         found.append(sum_rows(*(tensor.to(device) for tensor in sums), transposed))
     return all(torch.allclose(a.cpu().double(), b, rtol=1e-4, atol=1e-3) for a, b in zip(found, expected, strict=True))
+
+
+def jumps_as_torch(dtype: torch.dtype, device: str) -> bool:
+    """Whether JumpReLU's gradients and counts on a device are those of float64 on a CPU, except for rounding."""
+    generator, shape, eps = torch.Generator().manual_seed(0), (600, 70), 0.5
+    z_BF, g_BF = (torch.randn(*shape, generator=generator).to(dtype) for _ in range(2))
+    theta_F = torch.rand(shape[1], generator=generator)
+    found, expected = list(jump_counts(z_BF.to(device), theta_F.to(device), eps)), list(jump_counts(z_BF, theta_F, eps))
+    for to_input in (False, True):
+        found += jump_gradients(z_BF.to(device), theta_F.to(device), g_BF.to(device), eps, to_input)
+        expected += jump_gradients(z_BF.double(), theta_F.double(), g_BF.double(), eps, to_input)
+    rtol = 1e-2 if dtype == torch.bfloat16 else 1e-4
+    return all(
+        torch.allclose(a.cpu().double(), b.double(), rtol=rtol, atol=1e-3) for a, b in zip(found, expected, strict=True)
+    )

@@ -41,6 +41,8 @@ class Division(NamedTuple):
 
 TILE = 4096  # elements of rows that a program of the GPU holds in registers
 MOST_ROWS = 256  # of them
+JUMP_SPAN = 512  # tokens that a program of JumpReLU's kernels reads, one tile after the other
+JUMP_TILE = 16, 128  # tokens and latents of a tile
 SUM_TILE = 32, 16, 128  # rows that are added at once, sums of a program, and columns of both
 
 

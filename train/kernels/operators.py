@@ -125,3 +125,63 @@ def _(index_N: Tensor, row_RD: Tensor, start_F: Tensor, weight_N: Tensor, transp
     if weight_N.dtype != torch.float32:
         return sum_by_bags(index_N, row_RD, start_F, weight_N, transposed)
     return sum_by_stretch(index_N, row_RD, start_F, weight_N, transposed)
+
+
+@torch.library.custom_op("sae::jump_gradients", mutates_args=(), device_types="cpu")
+def jump_gradients(z_BF: Tensor, theta_F: Tensor, g_BF: Tensor, eps: float, to_input: bool) -> tuple[Tensor, Tensor]:
+    """JumpReLU's gradients, from the gradient g of z H(z - theta) (train/variants/jumprelu.py).
+
+    Returns the gradient of z (B, F), with `to_input` also that of theta's window, and the sums over tokens of g where
+    |z - theta| < eps/2 (F) in theta's dtype.
+    """
+    return jump_gradients_by_torch(z_BF, theta_F, g_BF, eps, to_input)
+
+
+def jump_gradients_by_torch(
+    z_BF: Tensor, theta_F: Tensor, g_BF: Tensor, eps: float, to_input: bool
+) -> tuple[Tensor, Tensor]:
+    near_BF = (z_BF - theta_F).abs() < eps / 2
+    near_F = (g_BF.to(theta_F.dtype) * near_BF).sum_to_size(theta_F.shape)
+    to_z_BF = g_BF * (z_BF > theta_F)
+    if to_input:
+        to_z_BF = to_z_BF + (theta_F / eps).to(g_BF.dtype) * near_BF * g_BF
+    return to_z_BF, near_F
+
+
+@jump_gradients.register_fake
+def _(z_BF: Tensor, theta_F: Tensor, g_BF: Tensor, eps: float, to_input: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(g_BF, memory_format=torch.contiguous_format), torch.empty_like(theta_F)
+
+
+@jump_gradients.register_kernel("cuda")
+def _(z_BF: Tensor, theta_F: Tensor, g_BF: Tensor, eps: float, to_input: bool) -> tuple[Tensor, Tensor]:
+    from .jump import gradients
+
+    if theta_F.dtype != torch.float32:
+        return jump_gradients_by_torch(z_BF, theta_F, g_BF, eps, to_input)
+    return gradients(z_BF, theta_F, g_BF, eps, to_input)
+
+
+@torch.library.custom_op("sae::jump_counts", mutates_args=(), device_types="cpu")
+def jump_counts(z_BF: Tensor, theta_F: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """For how many tokens z > theta (F), and for how many |z - theta| < eps/2 (F), in theta's dtype."""
+    return jump_counts_by_torch(z_BF, theta_F, eps)
+
+
+def jump_counts_by_torch(z_BF: Tensor, theta_F: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    above_BF, near_BF = z_BF > theta_F, (z_BF - theta_F).abs() < eps / 2
+    return above_BF.sum(0, dtype=theta_F.dtype), near_BF.sum(0, dtype=theta_F.dtype)
+
+
+@jump_counts.register_fake
+def _(z_BF: Tensor, theta_F: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(theta_F), torch.empty_like(theta_F)
+
+
+@jump_counts.register_kernel("cuda")
+def _(z_BF: Tensor, theta_F: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    from .jump import counts
+
+    if theta_F.dtype != torch.float32:
+        return jump_counts_by_torch(z_BF, theta_F, eps)
+    return counts(z_BF, theta_F, eps)

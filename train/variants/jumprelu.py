@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ...common.errors import UsageError
 from ..activation_functions import Activation
+from ..kernels.operators import jump_counts, jump_gradients
 from ..losses import MSE
 from ..mechanisms import DeadLatents, UnitNormDecoder, UnitNormExport
 from ..optimization import Optimization
@@ -69,6 +70,32 @@ class FiresFunction(torch.autograd.Function):
         return None, -(grad_BF * near_BF).sum_to_size(theta_F.shape) / ctx.eps, None
 
 
+class JumpByKernels(JumpFunction):
+    """The same, with an operator that has a kernel on a GPU: one pass for all gradients."""
+
+    @staticmethod
+    def backward(ctx: Any, grad_BF: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        z_BF, theta_F = ctx.saved_tensors
+        to_z_BF, grad_F = jump_gradients(z_BF, theta_F, grad_BF, ctx.eps, ctx.to_input)
+        return to_z_BF, -theta_F / ctx.eps * grad_F, None, None
+
+
+class CountByKernels(torch.autograd.Function):
+    """() sum_BF H(z - theta), with an operator that has a kernel on a GPU: one pass for it and theta's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, z_BF: Tensor, theta_F: Tensor, eps: float) -> Tensor:
+        fires_F, near_F = jump_counts(z_BF.detach(), theta_F, eps)
+        ctx.save_for_backward(near_F)
+        ctx.eps = eps
+        return fires_F.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[None, Tensor, None]:
+        (near_F,) = ctx.saved_tensors
+        return None, -gradient[0] * near_F / ctx.eps, None
+
+
 class JumpReLU(Activation, name="jumprelu"):
     """z H(z - theta) with a threshold per latent, always in float32.
 
@@ -76,19 +103,27 @@ class JumpReLU(Activation, name="jumprelu"):
     and is not rescaled.
     """
 
+    has_kernels = True
+
     def __init__(self, d_sae: int, bandwidth: float, start: float = 0.0, ste_to_input: bool = False) -> None:
         super().__init__(d_sae=d_sae, bandwidth=bandwidth)  # what a saved SAE needs to encode
         self.bandwidth, self.ste_to_input = bandwidth, ste_to_input
         self.threshold = nn.Parameter(torch.full((d_sae,), start))
 
     def forward(self, z_BF: Tensor) -> Tensor:
-        f_BF: Tensor = JumpFunction.apply(z_BF, self.threshold, self.bandwidth, self.ste_to_input)
+        function = JumpByKernels if self.by_kernels and self.training else JumpFunction
+        f_BF: Tensor = function.apply(z_BF, self.threshold, self.bandwidth, self.ste_to_input)
         return f_BF
 
     def fires(self, z_BF: Tensor) -> Tensor:
         """1 where a latent fires, 0 elsewhere (B, F), with a gradient to the thresholds."""
         fires_BF: Tensor = FiresFunction.apply(z_BF, self.threshold, self.bandwidth)
         return fires_BF
+
+    def count(self, z_BF: Tensor) -> Tensor:
+        """() the sum of `fires`, by kernels."""
+        count: Tensor = CountByKernels.apply(z_BF, self.threshold, self.bandwidth)
+        return count
 
     def rescale_(self, factor: float | Tensor) -> None:
         self.threshold.mul_(factor)
@@ -151,6 +186,8 @@ class L0(LossTerm):
         self.activation = activation
 
     def forward(self, step: Step) -> Tensor:
+        if self.activation.by_kernels:
+            return self.activation.count(step.pre_BF) / step.tokens
         return self.activation.fires(step.pre_BF).sum(-1).mean()
 
 

@@ -18,6 +18,7 @@ from triton.compiler import ASTSource, compile
 from triton.runtime.jit import JITFunction
 
 from sae.tests.worker_process import serve
+from sae.train.kernels.jump import counts, gradients
 from sae.train.kernels.largest import find_largest
 from sae.train.kernels.rows import decode, sum_by_stretch
 
@@ -44,6 +45,16 @@ def compile_rows(counts: list[int], dtype: torch.dtype, capability: int) -> dict
     return compile_launched(launched, capability)
 
 
+def compile_jump(dtype: torch.dtype, capability: int) -> dict[str, int]:
+    """Compile the kernels of JumpReLU."""
+    z_BF, theta_F = torch.zeros(1024, 64, dtype=dtype), torch.zeros(64)
+    with recording() as launched:
+        counts(z_BF, theta_F, 0.1)
+        for to_input in (False, True):
+            gradients(z_BF, theta_F, z_BF, 0.1, to_input)
+    return compile_launched(launched, capability)
+
+
 Launched = list[tuple[Any, tuple[Any, ...], dict[str, Any]]]
 
 
@@ -64,10 +75,7 @@ def compile_launched(launched: Launched, capability: int) -> dict[str, int]:
     for kernel, args, options in launched:
         given = dict(zip(kernel.arg_names, args, strict=True))
         fixed = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
-        types = {
-            name: "constexpr" if name in fixed else POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
-            for name, value in given.items()
-        }
+        types = {name: "constexpr" if name in fixed else type_of(value) for name, value in given.items()}
         constants = {(kernel.arg_names.index(name),): given[name] for name in fixed}
         aligned = [name for name in types if types[name] != "constexpr" and is_aligned(given[name])]
         attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
@@ -77,9 +85,16 @@ def compile_launched(launched: Launched, capability: int) -> dict[str, int]:
     return stacks
 
 
+def type_of(value: Any) -> str:
+    """The type of an argument, as Triton calls it."""
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
 def is_aligned(value: Any) -> bool:
     """Whether Triton compiles a kernel for the case that this argument is a multiple of 16, as memory always is."""
-    return isinstance(value, torch.Tensor) or value % 16 == 0
+    return isinstance(value, torch.Tensor) or isinstance(value, int) and value % 16 == 0
 
 
 def stack_bytes(code: bytes) -> int:

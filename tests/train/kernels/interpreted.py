@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from sae.tests.worker_process import serve
+from sae.train.kernels import jump as jump_kernels
 from sae.train.kernels import rows
 from sae.train.kernels.division import SUM_TILE
 from sae.train.kernels.largest import find_largest
@@ -81,6 +82,13 @@ def sum_rows(
     """What the kernel adds, and what it costs."""
     with counting() as traffic:
         found = rows.sum_by_stretch(**arguments, transposed=transposed, tile=tile)
+    return found, traffic.cost
+
+
+def jump(name: str, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+    """What a kernel of JumpReLU computes, in small parts, and what it costs."""
+    with counting() as traffic:
+        found = getattr(jump_kernels, name)(*arguments, span=8, tile=(4, 8))
     return found, traffic.cost
 
 
