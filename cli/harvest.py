@@ -119,6 +119,12 @@ def harvest(
         str, typer.Option(rich_help_panel=MODEL, help="Attention implementation of transformers.")
     ] = "eager",
     batch_contexts: Annotated[int, typer.Option(min=1, rich_help_panel=MODEL, help="Contexts in a forward pass.")] = 32,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile", rich_help_panel=MODEL, help="Compile the model's blocks; rows can differ by rounding."
+        ),
+    ] = False,
     window: Annotated[
         int, typer.Option(rich_help_panel=CACHE, help="Rows that are shuffled and written together.")
     ] = 262_144,
@@ -160,7 +166,7 @@ def harvest(
         held_out=held_out, bos=bos, keep_special=keep_special, skip_positions=skip_positions,
         skip_tokens=skip_token or (), pack=pack, window=window,
         storage_dtype=storage_dtype, compress=compress, max_norm=finite_or_none(max_norm), dtype=dtype,
-        attention=attention, batch_contexts=batch_contexts, seed=seed, device=device,
+        attention=attention, batch_contexts=batch_contexts, compiled=compiled, seed=seed, device=device,
         out=folder_or_url(out), share=share, prepare=prepare,
         origins=ORIGINS.get({}),
     )  # fmt: skip

@@ -191,6 +191,7 @@ WindowMadeWith = TypedDict(
             Annotated[Size, Meta(description="contexts in a forward pass, which can affect the last bits")]
         ],
         "device": NotRequired[str],
+        "compiled": NotRequired[Annotated[bool, Meta(description="--compile")]],
         "torch": NotRequired[str],
         "transformers": NotRequired[str],
         "sae-pipeline": NotRequired[str],
@@ -304,6 +305,7 @@ class Harvest(TypedDict):
     dtype: NotRequired[str]
     attention: NotRequired[str]
     batch_contexts: NotRequired[Size]
+    compiled: NotRequired[Annotated[bool, Meta(description="--compile")]]
     seed: NotRequired[Count]
     device: NotRequired[str]
     origins: NotRequired[Annotated[dict[str, str], Meta(description="flag -> where it was given")]]

@@ -48,6 +48,7 @@ class HarvestConfig:
     dtype: str = "auto"
     attention: str = "eager"  # the implementation that computes Gemma's soft-capping exactly
     batch_contexts: int = 32  # contexts in a forward pass
+    compiled: bool = False  # compile the blocks of the model
     seed: int = 0
     device: str = "auto"
     out: Path | str | None = None

@@ -54,7 +54,8 @@ def describe_source(plan: HarvestPlan) -> list[str]:
     """The lines about the model, its hooks and the text."""
     held_out = "a tenth" if plan.identity["held_out"] == "by name" else f"{plan.config.held_out_share:.0%}"
     return [
-        f"model    {plan.source.label} at {plan.source.revision[:12]}, computed in {plan.dtype} on {plan.device}",
+        f"model    {plan.source.label} at {plan.source.revision[:12]}, computed in {plan.dtype} on {plan.device}"
+        f"{', with compiled blocks' if plan.config.compiled else ''}",
         *(
             f"adapter  {adapter.name}, merged into the model; trained for {adapter.base or 'an unnamed model'}"
             for adapter in plan.source.adapters

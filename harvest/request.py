@@ -26,8 +26,9 @@ def request_of(plan: HarvestPlan) -> dict[str, Any]:
     """
     record = asdict(plan.config)
     record["adapters"] = [str(Path(one).resolve()) if Path(one).exists() else one for one in plan.config.adapters]
-    if not record["adapters"]:
-        del record["adapters"]
+    for name in ("adapters", "compiled"):
+        if not record[name]:
+            del record[name]
     for name in ("model", "dataset"):
         if record[name] and Path(record[name]).exists():
             record[name] = str(Path(record[name]).resolve())

@@ -64,9 +64,9 @@ def harvest_activations(
         progress: Callbacks for rows done and for messages. Default: silent.
         **options: Any other field of `sae.harvest.plan.HarvestConfig`: revision, dataset_revision, subset, split,
             text_column, chat_column, roles, bos, keep_special, skip_positions, skip_tokens, pack, window,
-            storage_dtype, compress, max_norm, dtype, attention, batch_contexts; share ("3/64") and prepare (True), for
-            the tasks of an array job; and modules: more sites, as "model.layers.{layer}.mlp.gate_proj:output", which
-            replace resid_post if `sites` is not given.
+            storage_dtype, compress, max_norm, dtype, attention, batch_contexts, compiled; share ("3/64") and prepare
+            (True), for the tasks of an array job; and modules: more sites, as
+            "model.layers.{layer}.mlp.gate_proj:output", which replace resid_post if `sites` is not given.
             Of several tasks that harvest one cache: share="3/64", the part of this one; prepare=True, only the text.
 
     Returns:

@@ -14,6 +14,7 @@ from ..common.cache_schemas import HARVEST_RECORD
 from ..common.errors import DamagedError, UsageError
 from ..common.files import digest_of
 from .architectures import check_loaded_sites
+from .compiled import compile_blocks
 from .contexts import make_contexts
 from .load_errors import translate_model_errors
 from .model import LanguageModel, load_trunk
@@ -102,6 +103,8 @@ def load_model_for(plan: HarvestPlan, windows: Mapping[int, Sequence[str]], devi
     )
     with translate_model_errors(plan.source.argument, plan.config.attention):
         check_loaded_sites(model, plan.model_config, hooks)
+    if plan.config.compiled:
+        compile_blocks(model, hooks)
     return model
 
 

@@ -157,7 +157,9 @@ class WindowComputer:
         """The part of a commit that says how its window was computed."""
         versions = {"torch": torch.__version__, "transformers": version("transformers")}
         own_versions = {"sae-pipeline": version("sae-pipeline"), "source": source_revision()}
-        return {"batch_contexts": self.batch_contexts, "device": self.model.device.type, **versions, **own_versions}
+        compiled = {"compiled": True} if self.plan.config.compiled else {}
+        where = {"batch_contexts": self.batch_contexts, "device": self.model.device.type, **compiled}
+        return {**where, **versions, **own_versions}
 
     def compute(self, window: int, memory: Mapping[str, Tensor]) -> Pending:
         """Compute a window into `memory`. If that of a GPU runs out, retry without a window there; then, as on a CPU,

@@ -1,0 +1,45 @@
+"""`sae harvest --compile`: torch.compile of the blocks of a model.
+
+Each block's `forward` is compiled, so hooks on a whole block, such as resid_post, are called outside of compiled code.
+A block with a hook inside stays as it is. Sizes are variables, so that a window has the same bits whatever was computed
+before it. A compiled block rounds otherwise than an eager one.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from ..cache.hooks import Hook
+from ..common.errors import UsageError, first_line
+from .model import LanguageModel
+
+BACKEND = "inductor"
+RECOMPILE_LIMIT = 1 << 10  # of one function of transformers, which all blocks share
+MOST_APART = 0.1  # of the norm of the activations
+
+
+def compile_blocks(model: LanguageModel, hooks: Sequence[Hook]) -> None:
+    """Compile the blocks that have no hook inside, and try them on a few tokens.
+
+    Raises UsageError if the compiler of this machine fails, or the activations differ by more than rounding.
+    """
+    name = type(model.model).__name__
+    last = max(hook.layer for hook in hooks)
+    inside = {hook.layer for hook in hooks if not hook.is_outside and model.site(hook).path}
+    ids_NS = model.probe_ids()
+    eager = model.capture(ids_NS, [last])[last].float()
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    try:
+        for layer, block in enumerate(model.blocks):
+            if layer not in inside:
+                block.forward = torch.compile(block.forward, dynamic=True, backend=BACKEND)
+        compiled = model.capture(ids_NS, [last])[last].float()
+    except Exception as error:  # whatever the compilers of this machine raise
+        reason = first_line(getattr(error, "inner_exception", error))  # that of the compiler, not torch's frame for it
+        raise UsageError(f"The blocks of {name} cannot be compiled here ({reason}). Leave out --compile.") from error
+    apart = float((compiled - eager).norm() / eager.norm())
+    if not apart <= MOST_APART:
+        raise UsageError(
+            f"The compiled blocks of {name} compute something else: their activations are {apart:.0%} apart from those "
+            "of the model. Leave out --compile."
+        )
