@@ -394,9 +394,9 @@ def test_each_paper_is_evaluated_with_its_own_runs_and_definitions_and_reported_
     )
     recipes = [[run.name.split("-L01")[0] for run in evaluation.runs] for evaluation in evaluations]
     assert recipes == [["progressive-baseline"], ["hierarchical-l1"]]
-    assert [(one.mode, one.suite, one.tokens) for one in evaluations] == [
-        ("2024-12", "quick", 77),
-        ("0.6.0", "quick", 77),
+    assert [(one.mode, one.suite, one.tokens, one.device) for one in evaluations] == [
+        ("2024-12", "quick", 77, "cpu"),
+        ("0.6.0", "quick", 77, "cpu"),
     ]
     assert done.exit_code == 4 and done.reports == [report for _, report in pages]
     assert [(name, report.reading.name) for name, report in pages] == [
