@@ -209,6 +209,14 @@ def test_a_cache_of_an_earlier_version_gets_digests(whole: Cache, folder: Path, 
     assert different(folder, whole.folder) == set()
 
 
+def test_what_is_repaired_reaches_the_store(whole: Cache, folder: Path, home: Path) -> None:
+    """At an address on a mounted file system, which takes no server."""
+    for file in ("layer_01/c.2.0", "tokens/ids/c.0.0"):
+        flip(folder / file)
+    assert len(repair(f"file://{folder}")) == 2
+    assert different(folder, whole.folder) == set()
+
+
 def test_a_cache_of_one_file_with_any_split_is_repaired(whole: Cache, folder: Path) -> None:
     """Earlier versions ignored --split for a file, and recorded it."""
     record = dict(HARVEST_RECORD.read(folder / "harvest.json")) | {"split": "nosuch"}
