@@ -24,7 +24,8 @@ PACKAGE_FILES = sorted(
 # Packages that are imported under another name.
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 TOOLS = {"pytest-xdist", "ruff", "mypy", "moto"}  # run, not imported
-KERNELS = {"train/kernels/largest.py": {"triton"}}  # files of an extra alone, which others import in functions
+KERNELS = {f"train/kernels/{name}.py": {"triton"} for name in ("jump", "largest", "rows", "update")}
+"""Files of an extra alone, which others import in functions."""
 
 
 def requirements(lines: list[str]) -> dict[str, str]:

@@ -151,3 +151,4 @@ def load_training_state(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
     trainer.failed_at.copy_(tensors["failed_at"])
     for mechanism in variant.mechanisms:
         mechanism.after_restore()
+    trainer.update.renew_copies()

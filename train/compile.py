@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..common.errors import first_line
 from ..common.precision import float32_products
+from .kernel_update import KernelUpdate
 from .loop import Trainer
 from .step import Step
 
@@ -25,6 +26,8 @@ def compile_step(trainer: Trainer, batch_size: int) -> str | None:
     Returns None, or in a few words the reason why the trainer stays eager.
     """
     variant, optimizer = trainer.variant, trainer.optimizer
+    if isinstance(trainer.update, KernelUpdate):
+        trainer.update.without_copies()  # the compiler rounds weights where it reads them
 
     def pure(i: Tensor, x_BD: Tensor) -> tuple[tuple[Any, ...], dict[str, Tensor], dict[str, Tensor]]:
         step = variant(i, x_BD, optimizer)

@@ -5,7 +5,8 @@ Autograd makes such a pass for each bias, ReLU, mask and sum of gradients. Here 
 that computes the gradient of the latents adds the gradient of a loss on them, and ReLU and its mask work in place.
 
 No function computes a gradient of x, so a dense step takes five products instead of six. Under autocast, products and
-therefore latents have its dtype. Weights keep their own dtype, and gradients have the dtype of their weights.
+therefore latents have its dtype. Weights keep their own dtype, and gradients have the dtype of their weights. If a
+weight has a copy in bfloat16 (train/kernel_update.py), products read the copy, and leave its gradient in bfloat16.
 """
 
 from typing import Any
@@ -45,6 +46,25 @@ def squared_error(recon_BD: Tensor, x_BD: Tensor) -> Tensor:
     return _SquaredError.apply(recon_BD, x_BD)
 
 
+COPY = "copy_for_products"  # the attribute of a weight that is its copy in bfloat16, kept by train/kernel_update.py
+
+
+def for_products(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, torch.dtype]:
+    """A weight in the dtype of products, and the dtype in which they leave its gradient."""
+    copy: Tensor | None = getattr(weight, COPY, None)
+    return (weight.to(dtype), weight.dtype) if copy is None or copy.dtype != dtype else (copy, dtype)
+
+
+def decode(f_BF: Tensor, w_FD: Tensor) -> Tensor:
+    """(B, D): f W_dec."""
+    device = f_BF.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else f_BF.dtype
+    copy: Tensor | None = getattr(w_FD, COPY, None)
+    if copy is None or copy.dtype != dtype or f_BF.dim() != 2:
+        return f_BF @ w_FD
+    return _Decode.apply(f_BF.to(dtype), w_FD)
+
+
 def center(x_BD: Tensor, b_D: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The encoder's input, in the dtype of products, and b_dec, which gets its gradient from the products.
 
@@ -59,16 +79,37 @@ def center(x_BD: Tensor, b_D: Tensor | None) -> tuple[Tensor, Tensor | None]:
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BD: Tensor, b_D: Tensor | None, w_DF: Tensor, b_F: Tensor) -> Tensor:
+        encoder_DF, ctx.dtype = for_products(w_DF, x_BD.dtype)
         ctx.save_for_backward(x_BD, w_DF)
         ctx.subtracts = b_D is not None
-        return torch.addmm(b_F.to(x_BD.dtype), x_BD, w_DF.to(x_BD.dtype))
+        return torch.addmm(b_F.to(x_BD.dtype), x_BD, encoder_DF)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
         x_BD, w_DF = ctx.saved_tensors
         (g_BF,) = gradient
-        return None, *encoder_gradients(x_BD, w_DF, g_BF, ctx.subtracts, ctx.needs_input_grad[2])
+        return None, *encoder_gradients(x_BD, w_DF, g_BF, ctx.subtracts, ctx.dtype if ctx.needs_input_grad[2] else None)
+
+
+class _Decode(torch.autograd.Function):
+    """A product with the copy of W_dec."""
+
+    @staticmethod
+    def forward(ctx: Any, f_BF: Tensor, w_FD: Tensor) -> Tensor:
+        decoder_FD, ctx.dtype = for_products(w_FD, f_BF.dtype)
+        ctx.save_for_backward(f_BF, decoder_FD)
+        return f_BF @ decoder_FD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
+        f_BF, decoder_FD = ctx.saved_tensors
+        (g_BD,) = gradient
+        return (
+            g_BD @ decoder_FD.T if ctx.needs_input_grad[0] else None,
+            (f_BF.T @ g_BD).to(ctx.dtype) if ctx.needs_input_grad[1] else None,
+        )
 
 
 class _EncodeReLUDecode(torch.autograd.Function):
@@ -76,10 +117,12 @@ class _EncodeReLUDecode(torch.autograd.Function):
     def forward(
         ctx: Any, x_BD: Tensor, b_D: Tensor | None, w_DF: Tensor, b_F: Tensor, w_FD: Tensor
     ) -> tuple[Tensor, Tensor]:
-        f_BF = torch.addmm(b_F.to(x_BD.dtype), x_BD, w_DF.to(x_BD.dtype)).relu_()  # pre-activations are not kept
-        decoder_FD = w_FD.to(x_BD.dtype)
+        (encoder_DF, ctx.dtype), (decoder_FD, ctx.decoder_dtype) = (
+            for_products(weight, x_BD.dtype) for weight in (w_DF, w_FD)
+        )
+        f_BF = torch.addmm(b_F.to(x_BD.dtype), x_BD, encoder_DF).relu_()  # pre-activations are not kept
         ctx.save_for_backward(x_BD, w_DF, f_BF, decoder_FD)
-        ctx.subtracts, ctx.dtype = b_D is not None, w_FD.dtype
+        ctx.subtracts = b_D is not None
         ctx.set_materialize_grads(False)  # without a loss on the latents, zeros would cost a pass over (B, F)
         return f_BF, f_BF @ decoder_FD
 
@@ -88,9 +131,10 @@ class _EncodeReLUDecode(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x_BD, w_DF, f_BF, decoder_FD = ctx.saved_tensors
         of_f_BF, of_recon_BD = gradients
-        dtype = ctx.dtype if ctx.needs_input_grad[4] else None
+        dtype = ctx.decoder_dtype if ctx.needs_input_grad[4] else None
         g_BF, w_FD_ = decoder_gradients(f_BF, decoder_FD, of_f_BF, of_recon_BD, dtype)
-        return None, *encoder_gradients(x_BD, w_DF, g_BF, ctx.subtracts, ctx.needs_input_grad[2]), w_FD_
+        dtype = ctx.dtype if ctx.needs_input_grad[2] else None
+        return None, *encoder_gradients(x_BD, w_DF, g_BF, ctx.subtracts, dtype), w_FD_
 
 
 class _SelectDecode(torch.autograd.Function):
@@ -98,9 +142,8 @@ class _SelectDecode(torch.autograd.Function):
     def forward(ctx: Any, pre_BF: Tensor, flat_index_N: Tensor, w_FD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         value_N = pre_BF.flatten().index_select(0, flat_index_N).relu_()
         f_BF = torch.zeros_like(pre_BF).flatten().scatter_(0, flat_index_N, value_N).view_as(pre_BF)
-        decoder_FD = w_FD.to(pre_BF.dtype)
+        decoder_FD, ctx.dtype = for_products(w_FD, pre_BF.dtype)
         ctx.save_for_backward(f_BF, decoder_FD)
-        ctx.dtype = w_FD.dtype
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(value_N)
         return f_BF, f_BF @ decoder_FD, value_N
@@ -156,11 +199,11 @@ def decoder_gradients(
 
 
 def encoder_gradients(
-    x_BD: Tensor, w_DF: Tensor, g_BF: Tensor, subtracts: bool, of_weights: bool
+    x_BD: Tensor, w_DF: Tensor, g_BF: Tensor, subtracts: bool, dtype: torch.dtype | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """The gradients of b_dec, W_enc and b_enc, from the gradient `g_BF` of the pre-activations.
 
-    `x_BD` is the encoder's input.
+    `x_BD` is the encoder's input, and `dtype` that of the gradient of W_enc, which is not computed if it is None.
     """
     b_F_ = g_BF.sum(0, dtype=w_DF.dtype)
-    return -(w_DF @ b_F_) if subtracts else None, (x_BD.T @ g_BF).to(w_DF.dtype) if of_weights else None, b_F_
+    return -(w_DF @ b_F_) if subtracts else None, None if dtype is None else (x_BD.T @ g_BF).to(dtype), b_F_

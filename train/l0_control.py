@@ -31,6 +31,7 @@ class L0Controller(Mechanism):
     integral: Tensor  # (), s
     l0: Tensor  # (), a running mean over about five steps
     earlier: Tensor  # (), a running mean over about twenty
+    leaves_weights = True
 
     def __init__(self, target: float, start_step: int, gain: float = 2.0, rate: float = 0.04) -> None:
         super().__init__()

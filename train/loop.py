@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ..common.precision import autocast, default_precision, float32_products
 from .accumulate import run_in_parts
+from .kernel_update import KernelUpdate
 from .metrics import MetricSums
-from .optimizer import clip_gradients, make_optimizer
+from .optimizer import OptimizerUpdate, WeightUpdate, make_optimizer
 from .step import Step
 from .variant import Variant
 
@@ -48,30 +49,31 @@ class Trainer:
         # The first step with a non-finite loss or gradient; -1: none.
         self.failed_at = torch.full((), -1, dtype=torch.int64, device=device)
         self.optimizer = make_optimizer(variant, device)
+        self.update: WeightUpdate = OptimizerUpdate(variant, self.optimizer, steps)
+        if variant.updates_by_kernels:
+            self.update = KernelUpdate(variant, self.optimizer, steps, self.precision == "bfloat16", parts > 1)
         self.metrics = MetricSums(device)  # over the steps since the last pop_metrics
 
     def step(self, x_BD: Tensor) -> Step:
         """One optimization step on raw activations (B, d_in). Reads no value back to the host."""
-        variant, optimizer = self.variant, self.optimizer
+        variant = self.variant
         step, losses = self.backward(x_BD)
         loss = torch.stack(list(losses.values())).sum()
         with torch.no_grad():
             for mechanism in variant.mechanisms:
                 mechanism.after_backward(step)
-            grad_norm = clip_gradients(variant, optimizer)
-            self._skip_update_unless_finite(loss + grad_norm)
-            optimizer.param_groups[0]["lr"].copy_(variant.optimization.lr_at(self.i, self.steps))
             self.changing = True
-            optimizer.step()
+            grad_norm = self.update.step(loss, self.i, self.failed_at)
             for mechanism in variant.mechanisms:
                 mechanism.after_step(step)
             self._add_metrics(step, loss, losses, grad_norm)
             self.i += 1
-        optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         return step
 
     def backward(self, x_BD: Tensor) -> tuple[Step, dict[str, Tensor]]:
         """The forward pass, its weighted losses, and their gradients."""
+        self.update.make_copies()
         with float32_products(self.precision):
             if self.parts > 1:
                 return self._run_in_parts(x_BD)
@@ -100,16 +102,12 @@ class Trainer:
     @torch.no_grad()
     def run_periodic(self, number: int, step: Step) -> None:
         """Call the mechanisms that act every `mechanism.every` steps, after step `number`."""
-        for mechanism in self.variant.mechanisms:
-            if mechanism.every and (number + 1) % mechanism.every == 0:
-                mechanism.every_n_steps(step)
+        due = [one for one in self.variant.mechanisms if one.every and (number + 1) % one.every == 0]
+        for mechanism in due:
+            mechanism.every_n_steps(step)
+        if due:
+            self.update.renew_copies()
         self.changing = False
-
-    def _skip_update_unless_finite(self, value: Tensor) -> None:
-        """After the first non-finite step the optimizer makes no more updates. The host notices at its next log."""
-        first = (self.failed_at < 0) & ~torch.isfinite(value)
-        self.failed_at.copy_(torch.where(first, self.i, self.failed_at))
-        self.optimizer.found_inf.copy_(self.failed_at >= 0)  # type: ignore[attr-defined]
 
     def _add_metrics(self, step: Step, loss: Tensor, losses: dict[str, Tensor], grad_norm: Tensor) -> None:
         variance = (step.x_BD - step.x_BD.mean(0)).square().sum()

@@ -14,12 +14,18 @@ from .step import Mechanism, Step
 class UnitNormDecoder(Mechanism):
     """Keeps the rows of W_dec on the unit sphere and removes the radial gradient. Has to be the last mechanism."""
 
+    by_kernels = False  # whether the update of the weights does both (train/kernel_update.py)
+
     def after_backward(self, step: Step) -> None:
+        if self.by_kernels:
+            return
         weight, gradient = step.sae.W_dec.data, step.sae.W_dec.grad
         assert gradient is not None  # the step has just been backpropagated
         gradient.addcmul_(weight, (gradient * weight).sum(1, keepdim=True), value=-1)
 
     def after_step(self, step: Step) -> None:
+        if self.by_kernels:
+            return
         weight = step.sae.W_dec.data
         weight /= weight.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
@@ -50,6 +56,7 @@ class DeadLatents(Mechanism):
 
     since_F: Tensor  # int64, tokens
     dead_F: Tensor  # bool, as of the last update
+    leaves_weights = True
 
     def __init__(self, d_sae: int, after_tokens: int, every: int = 50) -> None:
         super().__init__()
@@ -90,6 +97,7 @@ class ActivityEMA(Mechanism):
 
     rate_F: Tensor
     combine = "mean"
+    leaves_weights = True
 
     def __init__(self, d_sae: int, beta: float = 0.9, threshold: float = 0.0) -> None:
         super().__init__()
@@ -179,6 +187,7 @@ class BatchTopKThreshold(Mechanism):
 
     batches: Tensor  # () int64
     combine = "min"
+    leaves_weights = True
 
     def __init__(self, activation: BatchTopK, rate: float = 0.01) -> None:
         super().__init__()
@@ -217,6 +226,7 @@ class AnnealK(Mechanism):
     """
 
     room: Tensor  # () int64
+    leaves_weights = True
 
     def __init__(self, activation: KeepTopK, start: float, steps: int, every: int = 50) -> None:
         super().__init__()

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .kernels.choice import reason_against_kernels
 from .loop import Trainer
 from .recipe import Recipe
 from .variant import RunConfig, Variant
@@ -109,8 +110,9 @@ def run_memory(run: BuildableRun, device: str, rows: int | None = None) -> RunMe
     rows = run.config.batch_size if rows is None else rows
     key = run.recipe.name, json.dumps([run.options, run.stored], sort_keys=True), run.config, device, rows
     if key not in _traced:
+        kernels = not reason_against_kernels(device)
         with FakeTensorMode(), LiveBytes() as live:
-            traced = trace_steps(live, run, device, rows)
+            traced = trace_steps(live, run, device, rows, kernels)
         state = traced.state - 2 * rows * run.config.d_in  # without the batch
         step = max(traced.peak, traced.between) - traced.state
         _traced[key] = RunMemory(state, step, host_bytes(run))
@@ -125,12 +127,14 @@ class TracedSteps(NamedTuple):
     state: int  # after the steps
 
 
-def trace_steps(live: LiveBytes, run: BuildableRun, device: str, rows: int) -> TracedSteps:
+def trace_steps(live: LiveBytes, run: BuildableRun, device: str, rows: int, kernels: bool = False) -> TracedSteps:
     """Take two steps, because the first one makes the moments, and read metrics."""
     config = run.config
     parts = config.accumulate if rows % config.accumulate == 0 else 1
     with torch.random.fork_rng(devices=[]), torch.device(device):  # a tensor without values cannot be moved later
         variant = run.recipe.make(config, run.options, run.stored)
+    if kernels:
+        variant.use_kernels()
     trainer = Trainer(variant, config.steps, device, parts, config.precision)
     variant.dead.index_A = torch.zeros(round(DEAD_SHARE * config.d_sae), dtype=torch.int64, device=device)
     variant.dead.real_A = torch.zeros(len(variant.dead.index_A), device=device)

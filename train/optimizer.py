@@ -32,6 +32,40 @@ def make_optimizer(variant: Variant, device: str) -> torch.optim.Optimizer:
     return optimizer
 
 
+class WeightUpdate:
+    """Clips the gradient and updates the weights of a variant."""
+
+    def step(self, loss: Tensor, i: Tensor, failed_at: Tensor) -> Tensor:
+        """Take step `i` () int64, and return the norm of the gradient.
+
+        `failed_at` () int64 is the first step whose loss or gradient was not finite, or -1. This step sets it if it is
+        one. From then on the weights do not change; the host notices at its next log.
+        """
+        raise NotImplementedError
+
+    def make_copies(self) -> None:
+        """Make copies of the weights that products read, if there are none yet; before each forward pass."""
+
+    def renew_copies(self) -> None:
+        """Renew these copies, after something else has written weights."""
+
+
+class OptimizerUpdate(WeightUpdate):
+    """The update by the optimizer, in operations of torch."""
+
+    def __init__(self, variant: Variant, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        self.variant, self.optimizer, self.steps = variant, optimizer, steps
+
+    def step(self, loss: Tensor, i: Tensor, failed_at: Tensor) -> Tensor:
+        norm = clip_gradients(self.variant, self.optimizer)
+        failed = (failed_at < 0) & ~torch.isfinite(loss + norm)
+        failed_at.copy_(torch.where(failed, i, failed_at))
+        self.optimizer.found_inf.copy_(failed_at >= 0)  # type: ignore[attr-defined]
+        self.optimizer.param_groups[0]["lr"].copy_(self.variant.optimization.lr_at(i, self.steps))
+        self.optimizer.step()
+        return norm
+
+
 @contextlib.contextmanager
 def capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """A context in which the optimizer may be captured in a CUDA graph.

@@ -11,7 +11,9 @@ import torch
 from ..common.errors import UnavailableError, UsageError
 from ..common.formatting import format_bytes, format_count
 from ..common.memory import LIMIT, available_memory
+from ..common.packages import EXTRAS, installed_version
 from .accumulate import reasons_against
+from .kernels.choice import reason_against_kernels
 from .memory import BuildableRun, RunMemory, host_bytes, memory_bound, run_memory, state_bytes, untrained_variant
 from .recipe import Recipe
 from .variant import RunConfig
@@ -134,6 +136,20 @@ def plan_passes(runs: Sequence[AnyRun], device: str, streaming: bool = False) ->
             "(`sae harvest`) and train from the cache, which takes several passes if it has to."
         )
     return [list(runs)] if runs else []
+
+
+def describe_kernels(runs: Iterable[BuildableRun], device: str) -> str:
+    """The line of a plan for a GPU that says whether runs use the kernels; "" if none of them could."""
+    variants = [untrained_variant(run, "meta") for run in runs]
+    work = ["select latents", "decode them", "compute JumpReLU's gradients"]
+    work = work if any(variant.with_kernels for variant in variants) else []
+    work += ["update the weights"] if any(variant.updates_at_once for variant in variants) else []
+    if not work:
+        return ""
+    if reason := reason_against_kernels(device):
+        return f"kernels  of torch: {reason}"
+    listed = " and ".join(filter(None, (", ".join(work[:-1]), work[-1])))
+    return f"kernels  of this package {listed}, by Triton {installed_version(EXTRAS['kernels'])}"
 
 
 def reason_against_capture(passes: Sequence[Sequence[PassRun]], device: str) -> str:

@@ -35,10 +35,9 @@ from .config import FIXED, TrainConfig, check_seeds
 from .deal import RankShare
 from .estimate import check_disk_space, describe_size, describe_time
 from .hooks import hooks_to_train
-from .kernels.choice import describe_kernels
 from .memory import untrained_variant
 from .parse import parse_options, parse_width
-from .passes import copies_fit, describe_copies, describe_passes, plan_passes, reason_against_capture
+from .passes import copies_fit, describe_copies, describe_kernels, describe_passes, plan_passes, reason_against_capture
 from .precision import describe_precision, describe_products, explain_other_precision, find_folder, require_precision
 from .recipe import Recipe, find_recipe
 from .sae import SAE, load_sae, read_run_record, read_sae_record

@@ -188,7 +188,7 @@ class SAE(nn.Module):
         Raises:
             UsageError: for another width, or without the activations that are needed.
         """
-        recon_BD = require_width(f_BF, self.d_sae, "d_sae") @ self.W_dec
+        recon_BD = dense_ops.decode(require_width(f_BF, self.d_sae, "d_sae"), self.W_dec)
         if not self.layer_norm:
             return recon_BD + self.b_dec
         if x_BD is None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .dense_ops import for_products
 from .kernels.operators import decode_rows, products_with_rows, sum_rows
 
 FLOPS = {"float32": 60e12, "tf32": 395e12, "bfloat16": 790e12}
@@ -198,7 +199,7 @@ class _DecodeAndCompare(torch.autograd.Function):
         ctx: Any, value_N: Tensor, w_FD: Tensor, b_D: Tensor, x_BD: Tensor, latent_N: Tensor, token_start_B: Tensor,
         *chosen: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        row_FD = w_FD.to(row_dtype(w_FD))
+        row_FD, _ = for_products(w_FD, row_dtype(w_FD))
         recon_BD, squared_error, slope_N = decode_rows(value_N, row_FD, latent_N, token_start_B, b_D, x_BD)
         ctx.save_for_backward(value_N, row_FD, x_BD, recon_BD, slope_N, latent_N, token_start_B, *chosen)
         ctx.dtype = w_FD.dtype
@@ -251,7 +252,7 @@ def encode(
 def decode(kept: KeptLatents, w_FD: Tensor) -> Tensor:
     """(B, D): for each token the sum of its latents' rows of W_dec, times their values."""
     value_N, selected = kept
-    row_FD = w_FD.detach().to(row_dtype(w_FD))
+    row_FD = for_products(w_FD, row_dtype(w_FD))[0].detach()
     recon_BD = weighted_row_sums(selected.latent_N, row_FD, selected.token_start_B, value_N)
     return _SparseDecode.apply(
         recon_BD,

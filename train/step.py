@@ -152,6 +152,16 @@ class Mechanism(nn.Module):
     reads_batch = False  # whether the forward pass calls it, and it reads `step.whole.error_BD` or `step.whole.l0`
     every: int | None = None
     reads_rows = False  # whether it has a `start_from_rows`
+    leaves_weights = True
+    """Whether `after_backward` and `after_step` neither read nor write W_enc, W_dec, their gradients or moments.
+
+    Then kernels can project the gradient, update and normalize the weights at once (`Variant.updates_at_once`). In a
+    class that defines one of the two hooks it is False unless the class sets it.
+    """
+
+    def __init_subclass__(cls) -> None:
+        if vars(cls).keys() & {"after_backward", "after_step"}:
+            cls.leaves_weights = vars(cls).get("leaves_weights", False)
 
     def start_from_rows(self, sae: SAE, sample_ND: Tensor) -> None:
         """Before the first step of a run: initialize the SAE from the first rows (N, D) that the run reads.

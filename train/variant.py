@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from ..common.errors import UsageError
 from ..common.precision import recorded_precision
 from .activation_functions import Activation
+from .kernels.update_layout import LONGEST_ROW
 from .layer_norm import layer_normalize
-from .mechanisms import DeadLatents
+from .mechanisms import DeadLatents, UnitNormDecoder
 from .optimization import Optimization
 from .sae import SAE
 from .schedules import Coefficient, constant
@@ -79,6 +80,7 @@ class Variant(nn.Module):
 
     mean_D: Tensor  # subtracted from raw activations
     scale: Tensor  # then divides them: () or, with normalize=standardize, (d_in,)
+    updates_by_kernels = False  # whether a trainer updates the weights by kernels (train/kernel_update.py)
 
     def __init__(
         self,
@@ -179,14 +181,38 @@ class Variant(nn.Module):
         """The activations that can use the kernels of train/kernels."""
         return [module for module in self.modules() if isinstance(module, Activation) and module.has_kernels]
 
+    @property
+    def updates_at_once(self) -> bool:
+        """Whether the kernels can update all weights in one pass, since no mechanism acts on them in between."""
+        weights = [weight for weight in self.parameters() if weight.requires_grad]
+        return (
+            all(mechanism.leaves_weights or type(mechanism) is UnitNormDecoder for mechanism in self.mechanisms)
+            and all(weight.dtype == torch.float32 and weight.is_contiguous() for weight in weights)
+            and self.sae.d_in <= LONGEST_ROW
+        )
+
+    @property
+    def normalizes_at_once(self) -> bool:
+        """Whether the update of the weights by kernels also keeps the rows of W_dec on the unit sphere."""
+        return any(isinstance(mechanism, UnitNormDecoder) and mechanism.by_kernels for mechanism in self.mechanisms)
+
+    @property
+    def can_use_kernels(self) -> bool:
+        return bool(self.with_kernels) or self.updates_at_once
+
     def use_kernels(self) -> None:
         """Let steps use the kernels of train/kernels where they can; on a CPU torch computes the same result."""
         for activation in self.with_kernels:
             activation.by_kernels = True
+        if self.updates_at_once:
+            self.updates_by_kernels = True
+            for mechanism in self.mechanisms:
+                if isinstance(mechanism, UnitNormDecoder):
+                    mechanism.by_kernels = True
 
     @property
     def uses_kernels(self) -> bool:
-        return any(activation.by_kernels for activation in self.with_kernels)
+        return self.updates_by_kernels or any(activation.by_kernels for activation in self.with_kernels)
 
     def shape_key(self) -> Hashable:
         """A key of the shapes in a step, as far as mechanisms change them (`Mechanism.shape_key`)."""

@@ -184,6 +184,13 @@ def jump(call: Call) -> Cost:
     return Cost(launches + sums, 0, moved + added)
 
 
+def update(call: Call) -> Cost:
+    weights, gradients, copies, unit = (call.args[n] for n in (0, 1, 5, 6))
+    shapes, elements = [weight.shape for weight in weights], [gradient.element_size() for gradient in gradients]
+    launches, moved = kernel_cost.of_update(shapes, elements, unit, len(copies))
+    return Cost(launches, 0, moved)
+
+
 def sort(call: Call) -> Cost:
     """A radix sort of elements with their positions (int64): each 8 bits of an element read and write both."""
     element = call.inputs[0].element_size()
@@ -238,6 +245,7 @@ BY_NAME = {
         decode_rows: "decode_rows",
         sum_rows: "sum_rows",
         jump: "jump_gradients jump_counts",
+        update: "update",
         sort: "sort argsort",
         fill: "zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full arange eye scalar_tensor "
         "fill_ zero_ normal_ uniform_ rand randn rand_like",

@@ -55,6 +55,7 @@ def count_step(
                 variant = find_recipe(recipe).make(config, options or {})
         except UsageError as error:
             return str(error)
+        variant.use_kernels()
         with mock.patch.object(loop, "make_optimizer", optimizer_without_values):
             trainer = Trainer(variant.to("cuda"), STEPS, "cuda")
         (counted,) = count_steps(trainer, batch, dead, 1)
@@ -65,6 +66,7 @@ def count_values(recipe: str, d_in: int, d_sae: int, batch: int, dead: int) -> l
     """The same of the second and the third step of a run, with values."""
     with simulated_gpu():
         variant = find_recipe(recipe).make(RunConfig(d_in, d_sae, STEPS, batch, variance=24.0), {})
+        variant.use_kernels()
         trainer = Trainer(variant.to("cuda"), STEPS, "cuda")
         return count_steps(trainer, batch, dead, 2)
 
@@ -72,7 +74,6 @@ def count_values(recipe: str, d_in: int, d_sae: int, batch: int, dead: int) -> l
 def count_steps(trainer: Trainer, batch: int, dead: int, steps: int) -> list[Counted]:
     """Of the steps after the first, which also makes the moments and the sums of metrics. With kernels."""
     variant, counted = trainer.variant, []
-    variant.use_kernels()
     variant.dead.index_A = torch.zeros(dead, dtype=torch.int64, device="cuda")
     variant.dead.real_A = torch.ones(dead, device="cuda")
     x_BD = torch.ones(batch, variant.sae.d_in, dtype=torch.bfloat16, device="cuda")

@@ -5,8 +5,10 @@ the interpreter counts, to the byte.
 """
 
 from collections.abc import Sequence
+from math import prod
 
 from sae.train.kernels.division import Division, Way
+from sae.train.kernels.update_layout import Rows
 
 INDEX, NUMBER = 8, 4  # bytes of a resulting index (int64), and of counts, bounds and places in between (int32)
 DIGIT = 256 * NUMBER  # of the counts of a digit's values
@@ -56,3 +58,20 @@ def of_jump(tokens: int, width: int, elements: int, sums: int, span: int) -> tup
     """Of a kernel of JumpReLU that reads or writes so many bytes for each pre-activation, and so many sums."""
     parts = -(-tokens // span)
     return 1, tokens * width * elements + parts * width * (1 + sums) * NUMBER
+
+
+def of_update(
+    shapes: Sequence[Sequence[int]], elements: Sequence[int], unit: Sequence[bool], copies: int
+) -> tuple[int, int]:
+    """Of the update of weights of these shapes, from gradients whose elements have so many bytes, by one step.
+
+    `unit` says which weights have unit rows; the first `copies` have a copy in bfloat16.
+    """
+    moved = sums = 0
+    for n, (shape, element, is_unit) in enumerate(zip(shapes, elements, unit, strict=True)):
+        layout, size = Rows.of(shape, is_unit), prod(shape)
+        sums += layout.adding
+        added = size * (element + (NUMBER if is_unit else 0)) + NUMBER * layout.adding
+        updated = size * (element + 6 * NUMBER + (2 if n < copies else 0))
+        moved += added + updated + layout.rows * (6 * NUMBER + INDEX)
+    return 2 * len(shapes) + 1, moved + NUMBER * sums + 4 * NUMBER + 3 * INDEX

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from sae.train import memory as memory_module
 from sae.train.kernels import choice
 from sae.train.kernels.choice import reason_against_kernels
 from sae.train.kernels.operators import largest
-from sae.train.memory import run_memory
+from sae.train.kernels.update_operator import update
+from sae.train.memory import RunMemory, run_memory
 from sae.train.passes import FREE_SHARE, Resized, captured_memory, pass_memory
 from sae.train.plan import TrainConfig, plan_training
 from sae.train.recipe import RECIPES, find_recipe
@@ -22,6 +24,19 @@ def memory(recipe: str) -> dict[str, tuple[int, ...]]:
     run = Resized(find_recipe(recipe), {}, None, RunConfig(64, 512, 100, 256))
     with simulated_gpu():
         planned = {device: (*run_memory(run, device), *pass_memory([run], device)) for device in ("cpu", "cuda")}
+    return planned
+
+
+def memory_with_kernels(recipe: str) -> list[RunMemory]:
+    """What a run takes on a GPU without and with kernels."""
+    run = Resized(find_recipe(recipe), {}, None, RunConfig(64, 512, 100, 256))
+    planned = []
+    with simulated_gpu():
+        for reason in ("none here", ""):
+            memory_module._traced.clear()
+            with mock.patch.object(memory_module, "reason_against_kernels", lambda device, reason=reason: reason):
+                planned.append(run_memory(run, "cuda"))
+        memory_module._traced.clear()
     return planned
 
 
@@ -74,14 +89,26 @@ def about_kernels(cache: Path, out: Path) -> dict[str, list[str]]:
     def fails(*_: Any) -> None:
         raise RuntimeError("no kernel image is available")
 
+    def wrong_update(*given: Any) -> None:
+        update(*given)
+        weight = given[0][0]
+        weight.mul_(1 + 1e-3 * (weight.device.type == "cuda"))
+
     there = mock.patch.object(choice, "reason_against_triton", lambda: "")
     with simulated_gpu():
         lines = {"without Triton": plan("topk")}
         with there:
-            lines |= {"with Triton": plan("batchtopk"), "nothing for them": plan("relu"), "a CPU": plan("topk", "cpu")}
+            lines |= {
+                "with Triton": plan("batchtopk"),
+                "no latents to choose": plan("relu"),
+                "nothing for them": plan("progressive"),
+                "a CPU": plan("topk", "cpu"),
+            }
             with mock.patch.object(choice, "largest", fails):
                 lines["broken"] = plan("topk")
             with mock.patch.object(choice, "largest", lambda z_RN, k: largest(z_RN, k) + (z_RN.device.type == "cuda")):
                 lines["wrong"] = plan("topk")
+            with mock.patch.object(choice, "update", wrong_update):
+                lines["wrong update"] = plan("topk")
         reason_against_kernels.cache_clear()
     return lines

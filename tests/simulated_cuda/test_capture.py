@@ -50,8 +50,11 @@ def test_so_do_those_that_steer_l0(gpu: SimulatedGPU, recipe: str) -> None:
     assert compare(gpu, recipe, l0=8)["apart"] == {}
 
 
-def test_so_do_those_with_kernels(gpu: SimulatedGPU) -> None:
-    assert compare(gpu, "topk", "batchtopk", kernels=True)["apart"] == {}
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_so_do_those_with_kernels(gpu: SimulatedGPU, precision: str) -> None:
+    """Also after latents were restarted between steps: a graph reads the copies of the weights in place."""
+    recipes = ("topk", "batchtopk", "hierarchical-resample")
+    assert compare(gpu, *recipes, kernels=True, precision=precision, resumed=True)["apart"] == {}
 
 
 def test_what_mechanisms_have_a_step_compute_in_between_is_of_that_step(gpu: SimulatedGPU) -> None:

@@ -19,6 +19,13 @@ def test_a_step_is_traced_on_a_gpu(gpu: SimulatedGPU, recipe: str) -> None:
     assert most == gpu_step and batches == 2 * 2 * 256 * 64 + (96 << 20)
 
 
+def test_the_copies_that_kernels_keep_are_planned(gpu: SimulatedGPU) -> None:
+    """Two bytes for each element of W_dec and W_enc, and 12 for each step's learning rate and corrections. The
+    optimizer of torch also keeps the scale of the gradient."""
+    without, kernels = gpu("planning.memory_with_kernels", recipe="relu")
+    assert kernels.state - without.state == 2 * 2 * 64 * 512 + 12 * 101 - 4 and kernels.step <= without.step
+
+
 def test_a_plan_for_a_gpu_says_whether_steps_are_captured_and_why_not(
     gpu: SimulatedGPU, tiny_cache: Cache, tmp_path: Path
 ) -> None:
@@ -52,7 +59,12 @@ def test_a_plan_for_a_gpu_says_whether_kernels_are_used_and_why_not(
     """Only where something could use them. What does not work, or chooses otherwise than torch, is not used."""
     lines = gpu("planning.about_kernels", cache=tiny_cache.folder, out=tmp_path)
     assert lines["nothing for them"] == lines["a CPU"] == []
-    assert lines["with Triton"][0].startswith("kernels  of this package select latents, decode them, and")
+    assert lines["with Triton"][0].startswith(
+        "kernels  of this package select latents, decode them, compute JumpReLU's gradients and update the weights, "
+        "by Triton"
+    )
+    assert lines["no latents to choose"][0].startswith("kernels  of this package update the weights, by Triton")
     assert lines["without Triton"] == ["kernels  of torch: the simulated GPU runs no kernels"]
     assert lines["broken"] == ["kernels  of torch: they do not work on cuda: no kernel image is available"]
     assert lines["wrong"] == ["kernels  of torch: they choose other latents than torch on cuda"]
+    assert lines["wrong update"] == ["kernels  of torch: they update weights otherwise than torch on cuda"]

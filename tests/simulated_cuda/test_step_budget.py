@@ -182,8 +182,16 @@ def test_single_operations_cost_what_is_worked_by_hand(gpu: SimulatedGPU) -> Non
     }
 
 
-def test_adam_reads_four_numbers_a_parameter_and_writes_three(gpu: SimulatedGPU) -> None:
-    counted = count(gpu, "relu")
+def test_the_update_reads_and_writes_each_parameter_once(gpu: SimulatedGPU) -> None:
+    """The gradients of matrices are in bfloat16, and read once more for their norm, that of W_dec with the weights.
+    Each program for a row of W_dec or another weight also reads 32 bytes and writes a sum, which is read once."""
+    (update,) = [operation.cost for operation in count(gpu, "relu").operations if operation.name == "update"]
+    matrices, others = D * F * (2 * (2 + 24 + 2) + 2 * 2 + 4), (F + D) * (4 + 4 + 24)
+    assert update == Cost(9, 0, matrices + others + (F + 3) * (32 + 8) + 40)
+
+
+def test_adam_of_torch_reads_four_numbers_a_parameter_and_writes_three(gpu: SimulatedGPU) -> None:
+    counted = count(gpu, "soft-frozen-decoder")
     adam = [operation.cost for operation in counted.operations if operation.name.startswith("_fused_adam")]
     assert [cost.bytes for cost in adam] == [28 * D * F, 28 * (D * F + D + F)]  # W_enc has a group of its own
 

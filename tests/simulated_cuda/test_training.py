@@ -1,6 +1,7 @@
 """Every recipe on the simulated GPU: nothing waits in a step, and the run ends as on a CPU."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,54 @@ def test_nor_does_one_with_kernels(gpu: SimulatedGPU, recipe: str, options: tupl
     walked = gpu("training.walk", recipe=recipe, options=options, sparse=sparse, kernels=True)
     assert walked["waits"] == walked["unordered"] == []
     assert walked["apart"] == {}
+
+
+REWRITTEN = (("hierarchical-resample", ()), ("hierarchical", ("merge_above=0.3",)))  # latents restart, are merged
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "used"),
+    [("relu", (), True), ("jumprelu", (), True), *[(*case, True) for case in REWRITTEN],
+     ("collapse-10", (), False), ("progressive", (), False)],
+)  # fmt: skip
+def test_a_run_whose_weights_kernels_update_ends_as_without(
+    gpu: SimulatedGPU, recipe: str, options: tuple[str, ...], used: bool
+) -> None:
+    """With products in bfloat16, which read the copies of the weights, also after weights were rewritten between
+    steps. Recipes whose mechanisms write weights in a step (orthogonalization, growth) keep the optimizer of torch."""
+    walked = gpu("training.with_and_without_kernels", recipe=recipe, options=options, precision="bfloat16")
+    assert walked["apart"] == {} and walked["waits"] == []
+    assert walked["used"] is used and walked["copied"] == ([True, True] if used else None)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"precision": "float32"}, {"precision": "bfloat16", "parts": 4}, {"precision": "bfloat16", "l0": 8},
+     {"precision": "bfloat16", "options": ("weight_decay=0.1", "weight_decay_form=coupled", "clip=none")},
+     {"precision": "bfloat16", "options": ("weight_decay=0.1", "weight_decay_on=all")}],
+)  # fmt: skip
+def test_so_does_one(gpu: SimulatedGPU, more: dict[str, Any]) -> None:
+    walked = gpu("training.with_and_without_kernels", recipe="jumprelu", **more)
+    assert walked["apart"] == {} and walked["waits"] == [] and walked["used"]
+    assert walked["copied"] == ([True, True] if more["precision"] == "bfloat16" else [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_so_does_every_recipe(gpu: SimulatedGPU, recipe: str, precision: str) -> None:
+    walked = gpu("training.with_and_without_kernels", recipe=recipe, precision=precision)
+    assert walked["apart"] == {} and walked["waits"] == []
+
+
+@pytest.mark.parametrize(("recipe", "options"), REWRITTEN)
+def test_a_copy_of_a_weight_that_is_stale_is_found(gpu: SimulatedGPU, recipe: str, options: tuple[str, ...]) -> None:
+    """Where copies are not renewed after the weights were rewritten between steps."""
+    walked = gpu(
+        "training.with_and_without_kernels", recipe=recipe, options=options, precision="bfloat16",
+        fault="renews_no_copies",
+    )  # fmt: skip
+    assert walked["copied"] == [False, False] and "state/variant.sae.W_enc" in walked["apart"]
 
 
 @pytest.mark.slow

@@ -14,11 +14,12 @@ import sae.train.variants  # noqa: F401  (registers the recipes)
 from sae.common.precision import PRECISIONS
 from sae.train import activation_functions, sparse_ops
 from sae.train.checkpoint import restore_checkpoint, save_checkpoint, training_state
+from sae.train.kernel_update import KernelUpdate
 from sae.train.loop import Trainer
 from sae.train.parse import parse_options
 from sae.train.recipe import find_recipe
 from sae.train.sae import SAE, fold_normalization, load_sae, save_sae
-from sae.train.variant import RunConfig
+from sae.train.variant import RunConfig, Variant
 
 from .functions import simulated_gpu
 from .ledger import watch
@@ -89,13 +90,14 @@ class Walk:
         kernels: bool = False,
     ) -> None:
         self.recipe, self.options, self.parts, self.precision = recipe, options, parts, precision
-        self.kernels = kernels
+        self.kernels, self.updates = kernels, kernels  # whether they choose latents, and whether they update weights
         self.config = RunConfig(D_IN, d_sae, 30, BATCH, paper_exact=paper_exact, variance=24.0)
         self.device, self.folder = device, folder
         self.waits: list[str] = []
         self.unordered: list[str] = []
         self.reads: list[str] = []  # of a log
         self.dead = 0  # latents that AuxK had to work with
+        self.trainer: Trainer  # that took the steps
 
     def new_trainer(self) -> Trainer:
         """Periodic mechanisms act every second step. Latents are dead after a silent batch, and some start silent."""
@@ -103,7 +105,8 @@ class Walk:
         recipe = find_recipe(self.recipe)
         variant = recipe.make(self.config, parse_options(list(self.options), [recipe])[self.recipe])
         if self.kernels:
-            variant.use_kernels()
+            with contextlib.nullcontext() if self.updates else mock.patch.object(Variant, "updates_at_once", False):
+                variant.use_kernels()
         variant.dead.after_tokens = BATCH
         variant.sae.b_enc.data[:16] = -0.4
         for mechanism in variant.mechanisms:
@@ -116,7 +119,7 @@ class Walk:
         return trainer
 
     def run(self) -> dict[str, Any]:
-        trainer = self.new_trainer()
+        self.trainer = trainer = self.new_trainer()
         for number, x_BD in enumerate(batches(STEPS, BATCH)):
             x_BD = x_BD.to(self.device)
             with watch() as seen:
@@ -193,3 +196,37 @@ def differences(expected: dict[str, Any], found: dict[str, Any], prefix: str = "
             elif not torch.equal(a.nan_to_num(), b.nan_to_num()):
                 apart[f"{prefix}{name}"] = float((a - b).abs().max() / a.abs().max().clamp(min=1e-30))
     return apart
+
+
+def with_and_without_kernels(
+    recipe: str, precision: str, options: tuple[str, ...] = (), parts: int = 1, l0: float | None = None, fault: str = ""
+) -> dict[str, Any]:
+    """By what a run on the GPU whose weights kernels update ends apart from one without, after work between steps and
+    a resume. Both choose the largest latents by kernels.
+
+    `used` says whether the weights were updated by the operator, `copied` whether each copy in bfloat16 is that of its
+    weight in the end.
+    """
+    with simulated_gpu(), same_arithmetic(sparse=False), tempfile.TemporaryDirectory() as folder, broken(fault):
+        walks = [
+            Walk(recipe, options, False, D_SAE, "cuda", Path(folder) / str(number), parts, precision, kernels=True)
+            for number in range(2)
+        ]
+        walks[0].updates = False
+        for walk in walks:
+            walk.config = walk.config._replace(l0=l0)
+        apart = differences(*(walk.run() for walk in walks))
+        update = walks[1].trainer.update
+        used = isinstance(update, KernelUpdate)
+        copied = [torch.equal(c, w.bfloat16()) for w, c in update.copies.items()] if used else None
+    return {"apart": apart, "used": used, "copied": copied, "waits": walks[1].waits}
+
+
+@contextlib.contextmanager
+def broken(fault: str) -> Iterator[None]:
+    """A mistake: copies of the weights are not renewed after something else has written them."""
+    if fault == "renews_no_copies":
+        with mock.patch.object(KernelUpdate, "renew_copies", lambda update: None):
+            yield
+    else:
+        yield

@@ -166,7 +166,7 @@ def test_the_total_is_summed_in_float32() -> None:
 
 def test_the_gradient_of_a_bias_is_summed_in_float32() -> None:
     ones = torch.ones(257, 3, dtype=torch.bfloat16)
-    b_D_, w_DF_, b_F_ = dense_ops.encoder_gradients(ones[:, :2], torch.ones(2, 3), ones, True, False)
+    b_D_, w_DF_, b_F_ = dense_ops.encoder_gradients(ones[:, :2], torch.ones(2, 3), ones, True, None)
     assert b_F_.tolist() == [257.0] * 3 and b_D_.tolist() == [-771.0] * 2 and w_DF_ is None  # bfloat16 has 256 or 258
 
 

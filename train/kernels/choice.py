@@ -1,29 +1,20 @@
 """Whether a device uses the kernels, and which runs do."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...common.errors import first_line
-from ...common.packages import EXTRAS, PACKAGE, installed_version
-from ..memory import BuildableRun, untrained_variant
+from ...common.packages import EXTRAS, PACKAGE
 from .division import ROOM
 from .operators import decode_by_bags, decode_rows, jump_counts, jump_gradients, largest, sum_by_bags, sum_rows
-
-
-def describe_kernels(runs: Iterable[BuildableRun], device: str) -> str:
-    """The line of a plan for a GPU that says whether runs use the kernels; "" if none of them could."""
-    if not any(untrained_variant(run, "meta").with_kernels for run in runs):
-        return ""
-    if reason := reason_against_kernels(device):
-        return f"kernels  of torch: {reason}"
-    version = installed_version(EXTRAS["kernels"])
-    return (
-        f"kernels  of this package select latents, decode them, and compute JumpReLU's gradients, by Triton {version}"
-    )
+from .update_layout import CHUNK
+from .update_operator import update
 
 
 @cache
@@ -42,6 +33,8 @@ def reason_against_kernels(device: str) -> str:
             for rows, n, k in ((3, 100, 7), (3, z_RN.shape[1], 32), (1, z_RN.shape[1], ROOM)):
                 if not torch.equal(largest(z_RN[:rows, :n].to(device), k).cpu(), largest(z_RN[:rows, :n], k)):
                     return f"they choose other latents than torch on {device}"
+            if not updates_agree(dtype, device):
+                return f"they update weights otherwise than torch on {device}"
             for counts in ((0, 3, 300, 40), (20, 20)):
                 if not decodes_as_torch(counts, dtype, device):
                     return f"they decode latents to other values than torch on {device}"
@@ -50,6 +43,31 @@ def reason_against_kernels(device: str) -> str:
     except Exception as error:  # of Triton's compiler or of the driver; torch computes the same result
         return f"they do not work on {device}: {first_line(error)}"
     return ""
+
+
+def updates_agree(dtype: torch.dtype, device: str) -> bool:
+    """Whether the kernels update weights, from gradients of a dtype, as torch does up to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    number, place = torch.ones(()), torch.zeros((), dtype=torch.int64)
+    weight = F.normalize(torch.randn(5, 2 * CHUNK + 3, generator=generator), dim=1)
+    gradient, moment = torch.randn_like(weight).to(dtype), torch.rand(weight.shape, generator=generator)
+    for is_unit, coupled in itertools.product((True, False), repeat=2):
+        given = [[weight], [gradient], [moment], [moment], [0 * number], [weight.bfloat16()]]
+        scalars = number, place, place - 1, 0.01 * number.view(1), torch.tensor([[0.1, 0.03]])
+        results = []
+        for where in ("cpu", device):
+            tensors = [[tensor.to(where, copy=True) for tensor in tensors] for tensors in given]
+            update(
+                *tensors, [is_unit], [0.1], *(scalar.to(where, copy=True) for scalar in scalars), 1.0, 0.9, 0.999, 1e-8,
+                coupled,
+            )  # fmt: skip
+            results.append([tensors[n][0].cpu().float() for n in (0, 2, 3, 5)])
+        if not all(
+            torch.allclose(one, other, rtol=tolerance, atol=tolerance)
+            for one, other, tolerance in zip(*results, (1e-5, 1e-5, 1e-5, 0.01), strict=True)
+        ):
+            return False
+    return True
 
 
 def reason_against_triton() -> str:

@@ -63,6 +63,7 @@ class PAnnealing(Mechanism):
     factor: Tensor  # ()
     sums_Q2: Tensor  # mean_B sum_F f^p of the last batches, at the current p and at the next
     combine = "mean"
+    leaves_weights = True
 
     def __init__(self, end: float, start: float, stop: float, updates: int, queue: int) -> None:
         super().__init__()

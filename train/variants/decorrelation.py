@@ -169,6 +169,7 @@ class PenalizedPairs(Mechanism):
     """Counts the pairs that R penalized, summed over the steps from the run's start."""
 
     acted_pairs: Tensor  # () int64
+    leaves_weights = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -132,6 +132,8 @@ class JumpReLU(Activation, name="jumprelu"):
 class NonNegativeThreshold(Mechanism):
     """Clamps theta to 0 or above after every step, so that active latents are positive."""
 
+    leaves_weights = True
+
     def __init__(self, activation: JumpReLU) -> None:
         super().__init__()
         self.activation = activation
@@ -149,6 +151,8 @@ class ThresholdSpeedup(Mechanism):
     10,000 steps at a learning rate of 7e-5 can move a threshold by 0.7. Paper: a threshold moves by about the rate `lr`
     per step, as weights do, so a run of a thousand steps ends far above its target.
     """
+
+    leaves_weights = True
 
     def __init__(self, activation: JumpReLU, steps: int, lr: Callable[[], float]) -> None:
         super().__init__()

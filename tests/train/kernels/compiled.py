@@ -4,6 +4,7 @@ python -m sae.tests.train.kernels.compiled answers calls of these functions.
 """
 
 import contextlib
+import itertools
 import re
 import subprocess
 import tempfile
@@ -21,6 +22,7 @@ from sae.tests.worker_process import serve
 from sae.train.kernels.jump import counts, gradients
 from sae.train.kernels.largest import find_largest
 from sae.train.kernels.rows import decode, sum_by_stretch
+from sae.train.kernels.update import update_weights
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 
@@ -55,6 +57,20 @@ def compile_jump(dtype: torch.dtype, capability: int) -> dict[str, int]:
     return compile_launched(launched, capability)
 
 
+def compile_update(widths: list[int], dtype: torch.dtype, capability: int) -> dict[str, int]:
+    """Compile the kernels that update a matrix of unit rows and a vector, with gradients of this dtype."""
+    one, number = torch.zeros(()), torch.zeros((), dtype=torch.int64)
+    with recording() as launched:
+        for width, coupled in itertools.product(widths, (True, False)):
+            weights = [torch.zeros(2, width), torch.zeros(width)]
+            update_weights(
+                weights, [weight.to(dtype) for weight in weights], weights, weights, [one, one],
+                [weights[0].bfloat16()], [True, False], [0.1, 0.1], one, number, number, one, one, 1.0, 0.9, 0.999,
+                1e-8, coupled,
+            )  # fmt: skip
+    return compile_launched(launched, capability)
+
+
 Launched = list[tuple[Any, tuple[Any, ...], dict[str, Any]]]
 
 
@@ -81,6 +97,8 @@ def compile_launched(launched: Launched, capability: int) -> dict[str, int]:
         attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
         built = compile(ASTSource(kernel, types, constants, attributes), target, options)
         name = f"{kernel.__name__} {[given[name] for name in sorted(fixed)]}"
+        if given.get("COPIED"):
+            assert "cvt.rn.bf16" in built.asm["ptx"], "weights are rounded to the nearest number"
         stacks[name] = stack_bytes(built.asm["cubin"])
     return stacks
 

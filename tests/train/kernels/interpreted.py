@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
+import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
@@ -17,6 +19,7 @@ from sae.train.kernels import jump as jump_kernels
 from sae.train.kernels import rows
 from sae.train.kernels.division import SUM_TILE
 from sae.train.kernels.largest import find_largest
+from sae.train.kernels.update import update_weights
 
 
 class Traffic:
@@ -90,6 +93,25 @@ def jump(name: str, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], tup
     with counting() as traffic:
         found = getattr(jump_kernels, name)(*arguments, span=8, tile=(4, 8))
     return found, traffic.cost
+
+
+def update(given: list[Any]) -> tuple[dict[str, Any], tuple[int, int]]:
+    """What the kernels return and leave in the tensors that they change, and what they cost."""
+    weights, _, firsts, seconds, _, copies, *_, failed_at = given[:11]
+    with counting() as traffic, mock.patch.object(interpreter, "_convert_float", rounded):
+        norm, updated = update_weights(*given)
+    found = {"weights": weights, "firsts": firsts, "seconds": seconds, "copies": copies, "failed_at": failed_at}
+    return {**found, "norm": norm, "updated": updated}, traffic.cost
+
+
+def rounded(values: Any, source: Any, target: Any, mode: Any) -> Any:
+    """A conversion to bfloat16 that rounds, as a GPU does, where the interpreter cuts bits off."""
+    if (source, target) != (tl.float32, tl.bfloat16):
+        return CONVERT(values, source, target, mode)
+    return torch.from_numpy(np.ascontiguousarray(values)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+
+CONVERT = interpreter._convert_float
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ class DynamicL1(Mechanism):
     value: Tensor  # ()
     error: Tensor  # (), the recent mean squared error
     first_error: Tensor  # ()
+    leaves_weights = True
 
     def __init__(
         self, start: float, steps: int, target: float, mode: str = "l0_target", kappa: float = 0.01, beta: float = 0.9

@@ -67,6 +67,7 @@ class UtilizationEMA(ActivityEMA):
     """
 
     gathered: Tensor  # ()
+    leaves_weights = True
 
     def __init__(self, d_sae: int, beta: float = 0.9) -> None:
         super().__init__(d_sae, beta)
@@ -90,6 +91,8 @@ class Totals(Mechanism):
     `counts` returns the counts of a step by name: the `step.metrics` of a loss, or the `counts` of an activation.
     """
 
+    leaves_weights = True
+
     def __init__(self, names: Iterable[str], counts: Callable[[Step], Mapping[str, Tensor]]) -> None:
         super().__init__()
         self.names, self.counts = tuple(names), counts
@@ -109,6 +112,7 @@ class RecentError(Mechanism):
     """The mean squared error of a token, averaged over steps with decay beta. The first step sets it."""
 
     value: Tensor  # ()
+    leaves_weights = True
 
     def __init__(self, beta: float = 0.9) -> None:
         super().__init__()

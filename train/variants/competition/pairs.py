@@ -33,6 +33,7 @@ class Coactivation(Mechanism):
     turns = 1  # a step compares one in `turns` pairs, so `turns` steps compare all of them
     rate_F: Tensor
     seen: Tensor  # () 1 - beta^t
+    leaves_weights = True
     undivided = "pairs of latents are counted in the whole batch"
 
     def __init__(self, d_sae: int, beta: float) -> None:

@@ -132,6 +132,7 @@ class CompetitionMonitor(Mechanism):
     """Counts the pairs that the penalty acted on, and correlates c with the rows' cosine when metrics are logged."""
 
     acted_penalized: Tensor  # () int64, pairs i < j over all steps
+    leaves_weights = True
 
     def __init__(self, strength: Coefficient, correlation: Callable[[], tuple[Tensor, Tensor]]) -> None:
         super().__init__()

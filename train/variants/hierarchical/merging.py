@@ -39,6 +39,7 @@ class MergeSimilar(Mechanism):
 
     merged: Tensor  # () int64, in total
     disabled_F: Tensor  # bool
+    leaves_weights = True
 
     def __init__(
         self, resample: ResampleByWindow, above: float, every: int, on: str, average: str, weights: str, partner: str

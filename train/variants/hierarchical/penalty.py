@@ -20,6 +20,7 @@ class AdaptivePenalty(Mechanism):
     """
 
     reads_batch = True
+    leaves_weights = True
     average: Tensor  # ()
     alpha: Tensor  # ()
     acted_alpha: Tensor  # () int64, steps in which alpha differed from the step before

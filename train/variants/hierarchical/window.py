@@ -23,6 +23,7 @@ class ResampleByWindow(ResampleDead):
 
     fired_WF: Tensor  # the terms of the sum, as a ring buffer
     acted_silent: Tensor  # () int64, latents with p_i < below, in total
+    leaves_weights = True
     combine = "mean"
 
     def __init__(

@@ -38,6 +38,7 @@ class EnabledUtilization(ActivityEMA):
     undivided = "the utilization of latents is that of the whole batch"
     rho: Tensor  # ()
     acted_smoothed: Tensor  # () float32
+    leaves_weights = True
 
     def __init__(self, enabled: EnabledLatents, beta: float, tau: float, reading: str = "alive_fraction") -> None:
         super().__init__(len(enabled.on_F), beta, tau)
