@@ -21,6 +21,7 @@ from common import ARRAY, make_cache  # noqa: E402
 from sae.cache.hooks import Hook  # noqa: E402
 from sae.cache.loader import BatchLoader  # noqa: E402
 from sae.cache.writer import CacheWriter  # noqa: E402
+from sae.common.remote_code import from_config  # noqa: E402
 from sae.harvest import stages  # noqa: E402
 from sae.harvest.description import describe_harvest  # noqa: E402
 from sae.harvest.model import LanguageModel  # noqa: E402
@@ -46,7 +47,7 @@ def harvest(sizes: Sizes) -> Entries:
     config = model_config(sizes)
     torch.manual_seed(0)
     with torch.device("cuda" if sizes.d_in > 1000 else "cpu"):
-        trunk: Any = AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
+        trunk: Any = from_config(AutoModel, config, dtype=torch.bfloat16, attn_implementation="eager")
     model = LanguageModel(trunk.to("cuda").eval())
     with tempfile.TemporaryDirectory() as folder:
         wanted = HarvestConfig(

@@ -39,6 +39,7 @@ FLAGS = {
     "dtype": ("float32", "dtype", "float32"),
     "attention": ("sdpa", "attention", "sdpa"),
     "batch-contexts": ("5", "batch_contexts", 5),
+    "compile": (None, "compiled", True),
     "window": ("512", "window", 512),
     "compress": (None, "compress", True),
     "max-norm": ("8", "max_norm", 8.0),

@@ -161,7 +161,7 @@ def test_a_frozen_part_costs_no_gradient_where_products_are_dense() -> None:
 
 def test_a_frozen_part_costs_no_gradient_where_products_are_sparse(monkeypatch) -> None:
     calls, sums = [], sparse_ops.sum_by_latent
-    monkeypatch.setattr(sparse_ops, "sum_by_latent", lambda *tensors: calls.append(1) or sums(*tensors))
+    monkeypatch.setattr(sparse_ops, "sum_by_latent", lambda *given, **how: calls.append(1) or sums(*given, **how))
     counts = {}
     for name in ("batchtopk", *CONTROLS):
         torch.manual_seed(0)
