@@ -1,11 +1,11 @@
-"""`sae train --accumulate N`: compute a batch in N equal parts, whose gradients add up to the gradient of the batch.
+"""`sae train --accumulate N`: compute a batch in N equal parts and add up their gradients.
 
 A step then holds the latents of one part at a time. Most losses are means over tokens, so they equal the mean of the
 parts' means. Code that needs the whole batch reads `Step.whole`. It holds the input and, if a loss or mechanism of the
 recipe sets `reads_batch`, the errors and L0 of a first pass without gradients. BatchTopK first runs a pass over the
 pre-activations to find the smallest latent that the batch keeps. A recipe is refused if one of its losses, mechanisms
-or activations needs the latents of all tokens at once (`undivided`). Sums are taken in another order, so results differ
-from those of N = 1 by rounding.
+or activations needs the latents of all tokens at once (`undivided`). The order of summation changes with N, so results
+differ from those with N = 1 by rounding.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from .variant import Variant
 
 
 class WholeBatch(Step):
-    """A batch that is computed in parts: a step without `pre_BF`, `f_BF`, `kept`, `counts_F` and `recon_BD`."""
+    """A batch that is computed in parts. This step has no `pre_BF`, `f_BF`, `kept`, `counts_F` or `recon_BD`."""
 
     def __init__(self, i: Tensor, variant: Variant, optimizer: torch.optim.Optimizer, x_BD: Tensor) -> None:
         self.i, self.sae, self.optimizer = i, variant.sae, optimizer
@@ -31,7 +31,7 @@ class WholeBatch(Step):
 
     @torch.no_grad()
     def summarize(self, parts: Iterator[Step]) -> dict[str, Tensor]:
-        """Combine the values of the parts (not their latents) into values of the batch; returns the mean losses."""
+        """Combine the values of the parts (not their latents) into values of the batch, and return the mean losses."""
         errors, l0s, fired_F = [], [], torch.zeros(self.sae.d_sae, dtype=torch.bool, device=self.x_BD.device)
         losses: dict[str, list[Tensor]] = {}
         metrics: dict[str, list[Tensor]] = {}
@@ -46,7 +46,7 @@ class WholeBatch(Step):
                 metrics.setdefault(name, []).append(value.detach())
             for mechanism, values in statistics.items():
                 values.append(mechanism.statistic(step))
-            del step  # the next part is computed without it
+            del step  # free its memory before the next part is computed
         self._error_BD, self.l0, self.fired_F = torch.cat(errors), torch.stack(l0s).mean(), fired_F
         for mechanism, values in statistics.items():
             stacked_P = torch.stack(values)
@@ -67,8 +67,8 @@ def run_in_parts(
 ) -> tuple[WholeBatch, dict[str, Tensor]]:
     """Run the forward pass of step i in `count` parts and, with `backward`, compute the gradients.
 
-    `precision` makes the context that sets the precision of products. Returns the batch and its weighted losses without
-    their graph; without `backward` there are no losses.
+    `precision` returns a context manager that sets the precision of matrix products. Returns the batch and its weighted
+    losses, detached from the graph. Without `backward` there are no losses.
     """
     whole = WholeBatch(i, variant, optimizer, x_BD)
     parts = x_BD.split(len(x_BD) // count)

@@ -1,4 +1,4 @@
-"""Activation functions, from pre-activations to latents. An SAE has a chain of them and saves them by name."""
+"""Activation functions, which map pre-activations to latents. An SAE applies a chain of them and saves them by name."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import sparse_ops
 from .kernels.operators import largest
 
-SAMPLE_EVERY = 127  # prime, so that the sample holds all latents of a dictionary in turn
+SAMPLE_EVERY = 127  # prime, so that the sample covers all latents of a dictionary in turn
 
 
 class Activation(nn.Module):
@@ -21,8 +21,8 @@ class Activation(nn.Module):
     sees_input: ClassVar[bool] = False  # whether forward takes (z_BF, x_BD), as a router does
     nonnegative: ClassVar[bool] = False  # whether no latent is ever below zero
     has_kernels: ClassVar[bool] = False  # whether training can use operators that have kernels on a GPU
-    by_kernels = False  # whether training does
-    undivided: str = ""  # why tokens cannot be encoded in parts of a batch, as a sentence without a period
+    by_kernels = False  # whether training uses these operators
+    undivided: str = ""  # why a batch cannot be encoded in parts, as a sentence without a period; "" if it can
 
     def __init_subclass__(cls, *, name: str = "") -> None:
         if not name:
@@ -42,11 +42,11 @@ class Activation(nn.Module):
         """Change the parameters so that act(factor * z) = factor * act_before(z). ReLU and TopK need no change."""
 
     def recenter_(self, mean_D: Tensor) -> None:
-        """Change the parameters so that act(z, x) = act_before(z, x - mean). For activations that see the input."""
+        """Change the parameters so that act(z, x) = act_before(z, x - mean). For activations with `sees_input`."""
 
 
 def activation_chain(activations: Iterable[Activation]) -> Sequence[Activation]:
-    """The activations as one module, an nn.Sequential, whose elements are typed."""
+    """Combine the activations into one nn.Sequential, typed as a sequence of activations."""
     return cast("Sequence[Activation]", nn.Sequential(*activations))
 
 
@@ -66,7 +66,7 @@ class KeepTopK(Activation):
     now: Tensor | None  # () float32; part of the training state, not saved with an SAE
     nonnegative = True
     over_batch: ClassVar[bool] = False  # whether it chooses among the latents of all tokens
-    cut: Tensor | None = None  # () if a batch is computed in parts: the smallest pre-activation that it keeps
+    cut: Tensor | None = None  # (); if a batch is computed in parts, the smallest pre-activation that the batch keeps
     has_kernels = True
 
     def __init__(self, k: float) -> None:
@@ -87,7 +87,7 @@ class KeepTopK(Activation):
         return sparse_ops.scatter_latents(z_BF.flatten().index_select(0, flat_index_N).relu(), flat_index_N, z_BF)
 
     def set_cut(self, parts: Iterable[Tensor], tokens: int) -> None:
-        """Set `cut` from the pre-activations of the parts of a batch, which are computed one after the other."""
+        """Set `cut` from the pre-activations of the parts of a batch. The iterator computes one part at a time."""
         raise NotImplementedError
 
     def annealed(self, z: Tensor, tokens: int) -> Tensor:
@@ -101,8 +101,8 @@ class KeepTopK(Activation):
 def topk_indices(z_BF: Tensor, k: int) -> Tensor:
     """(B, k): the indices of the k largest elements of each row, in any order.
 
-    On a CPU, `topk` takes as long as the encoder's matrix product. There rows are split into groups of 8: the k largest
-    elements are in the k groups with the largest maxima.
+    On a CPU, `topk` takes as long as the encoder's matrix product. So on a CPU each row is split into groups of 8
+    elements: the k largest elements are in the k groups with the largest maxima.
     """
     groups, rest = divmod(z_BF.shape[1], 8)
     if z_BF.device.type != "cpu" or rest or groups < 2 * k:
@@ -116,9 +116,10 @@ def topk_indices(z_BF: Tensor, k: int) -> Tensor:
 def largest_indices(z_N: Tensor, count: int) -> Tensor:
     """(count) int64: the indices of the largest elements, ascending. Any of several equal elements may be chosen.
 
-    On a CPU, `topk` of all latents of a batch runs on one thread and takes longer than a product on two. There, a
-    sample gives a bound that a few more than `count` elements reach, and `topk` sees only those. The number of elements
-    that reach the bound has to be read, which a step that is only traced cannot do.
+    On a CPU, `topk` over all latents of a batch runs on one thread and takes longer than a matrix product on two
+    threads. So on a CPU a sample gives a lower bound that slightly more than `count` elements reach, and `topk` runs on
+    those elements only. This needs the number of elements that reach the bound, which is unknown while a step is traced
+    without values.
     """
     is_traced = type(z_N) is not Tensor or torch.compiler.is_compiling()
     found_N = None if z_N.device.type != "cpu" or is_traced else largest_by_sample(z_N, count)
@@ -137,7 +138,8 @@ def largest_by_sample(z_N: Tensor, count: int) -> Tensor | None:
     candidate_M = (z_N < top[-1]).logical_not_().nonzero()[:, 0]  # with every NaN, which counts as large
     if len(candidate_M) < count:
         return None
-    # Candidates above a second bound are kept without a rank, so that `topk`, which runs on one thread, orders fewer.
+    # Candidates above a second bound are kept without ranking them, so that `topk`, which runs on one thread, has less
+    # to sort.
     value_M, surplus = z_N[candidate_M], len(candidate_M) - count
     open_L = (value_M <= top[max(int(expected - margin), 0)]).nonzero()[:, 0]
     if len(open_L) < surplus:  # the second bound is too low
@@ -165,9 +167,9 @@ class TopK(KeepTopK, name="topk"):
 
 
 class BatchTopK(KeepTopK, name="batchtopk"):
-    """Keeps the B k largest latents of a batch in training, and latents above `threshold` later (Bussmann et al. 2024).
+    """Keeps the B k largest latents of a batch in training; afterwards, all above `threshold` (Bussmann et al. 2024).
 
-    So a loaded SAE encodes each token by itself. The mechanism BatchTopKThreshold sets the threshold.
+    A loaded SAE therefore encodes each token independently. The mechanism BatchTopKThreshold sets the threshold.
     """
 
     threshold: Tensor  # ()

@@ -1,18 +1,18 @@
-"""`sae train --capture`: the steps of all runs of a pass as one CUDA graph.
+"""`sae train --capture`: run the steps of all runs of a pass as one CUDA graph.
 
 An eager step launches a hundred or more kernels, one after the other. For a small SAE, the host takes longer to launch
-them than the GPU takes to run them. A graph holds the kernels of one step of every run, each run on a stream of its
-own, and one launch starts them all.
+them than the GPU takes to run them. A graph holds the kernels for one step of every run, with a separate stream per
+run. One launch starts them all.
 
-A launched graph runs the same kernels on the same memory again. So everything that changes from step to step changes in
+Each launch of a graph runs the same kernels on the same memory. So everything that changes between steps is updated in
 place, on the device: the batch is copied to where the graph reads it; the learning rate and all coefficients are
-computed from the number of the step; counters, averages and metrics are added up in place. When the shapes of a step
-change (`Mechanism.shape_key`), a new graph is made. The first step with new shapes is taken eagerly; it also creates
-Adam's moments and loads the kernels. The second step is captured. Nothing is computed during the capture; the graph is
-launched afterwards, for the second step too.
+computed from the step index; counters, averages and metrics are added up in place. When the shapes of a step change
+(`Mechanism.shape_key`), a new graph is captured. The first step with new shapes runs eagerly; it also creates Adam's
+moments and loads the kernels. The second step is captured. A capture computes nothing, so the graph is launched
+afterwards to compute the second step.
 
-The results equal those of eager steps bit for bit. This was shown on the simulated GPU of the tests. No real GPU was
-available, so neither the bits nor the speed on a real GPU are known.
+The results equal those of eager steps bit for bit. The tests show this on a simulated GPU. No real GPU was available,
+so neither the equality nor the speed has been measured on one.
 """
 
 import copy
@@ -29,7 +29,7 @@ from .step import Step
 
 
 class CapturedSteps:
-    """A graph of the steps of several trainers, made when it can be used and made again when it no longer fits.
+    """A CUDA graph of the steps of several trainers, captured when possible and captured again when shapes change.
 
     If a step cannot be captured, `say` is called with the reason, and all further steps are eager. No step is lost,
     since nothing is computed during a capture.
@@ -40,13 +40,14 @@ class CapturedSteps:
         self.refused = False
         self._key: Hashable = None  # the key of the graph; before there is a graph, the key of the last eager step
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._x_BD: Tensor  # where the graph reads the batch
+        self._x_BD: Tensor  # the memory from which the graph reads the batch
         self._steps: dict[Trainer, Step] = {}  # in the memory of the graph
 
     def replay(self, trainers: Sequence[Trainer], x_BD: Tensor) -> dict[Trainer, Step]:
-        """Launch the steps of all trainers on a batch (B, d_in); returns them as mechanisms see them between steps.
+        """Launch the steps of all trainers on a batch (B, d_in), and return them for the mechanisms that act between
+        steps.
 
-        Returns an empty dict if it took no step. The caller then has to take the steps one by one.
+        Returns an empty dict if it took no steps. The caller then has to run the steps one by one.
         """
         key = (x_BD.shape, *((trainer, trainer.variant.shape_key()) for trainer in trainers))
         if self.refused:
@@ -66,14 +67,14 @@ class CapturedSteps:
         for trainer in trainers:
             trainer.changing = True
         self._graph.replay()
-        # Copies, because values that mechanisms make a step compute between steps belong to this step alone.
+        # Copies, because values that a step computes lazily for mechanisms between steps belong to this step alone.
         return {trainer: copy.copy(step) for trainer, step in self._steps.items()}
 
     def _capture(self, trainers: Sequence[Trainer], x_BD: Tensor) -> None:
         self._x_BD = torch.empty_like(x_BD)
         graph, origin = torch.cuda.CUDAGraph(), torch.cuda.Stream(x_BD.device)
         streams = [torch.cuda.Stream(x_BD.device) for _ in trainers]
-        # Other threads, which copy batches and checkpoints meanwhile, are not captured, and may wait for the device.
+        # Other threads copy batches and checkpoints meanwhile. They are not captured, and may wait for the device.
         with torch.cuda.graph(graph, stream=origin, capture_error_mode="thread_local"):
             for trainer, stream in zip(trainers, streams, strict=True):
                 stream.wait_stream(origin)
@@ -98,7 +99,7 @@ class CapturedSteps:
 
 
 def detached(step: Step) -> Step:
-    """A copy of a step on the same memory, without its autograd graph, which would outlive the capture."""
+    """A copy of a step that shares its memory but not its autograd graph, which would otherwise outlive the capture."""
     kept = copy.copy(step)
     vars(kept).update(tree_map_only(Tensor, Tensor.detach, vars(step)))
     return kept

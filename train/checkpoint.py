@@ -1,4 +1,4 @@
-"""The checkpoint format: whole, verified, resumable. Tensors in safetensors, numbers in JSON, no pickle.
+"""The checkpoint format: complete, verified and resumable. Tensors are in safetensors, numbers in JSON; no pickle.
 
     checkpoints/step-00001000/
         state.safetensors    every tensor of the variant ("variant.<name>"), Adam's state ("optimizer.<name>.<key>"),
@@ -28,7 +28,7 @@ from .step_version import STEP_VERSION
 
 FORMAT = 1
 KEPT = 2
-COUNTER = "acted_"  # prefix of buffers that only count the actions of a mechanism
+COUNTER = "acted_"  # prefix of buffers that only count how often a mechanism acted
 
 
 def training_state(trainer: Trainer) -> dict[str, Tensor]:
@@ -58,7 +58,8 @@ def write_checkpoint(folder: Path, step: int, data: bytes | memoryview, run: str
     record |= {} if run is None else {"run": run}
     CHECKPOINT_RECORD.write(target / "state.json", record)
     checkpoints = sorted((folder / "checkpoints").glob("step-*"))
-    # Checkpoints of later steps were damaged and skipped when the run was resumed. Here they would push out valid ones.
+    # Checkpoints of later steps were damaged and skipped when the run was resumed. Kept, they would displace valid
+    # ones.
     skipped = [path for path in checkpoints if path.name > target.name]
     for old in [*skipped, *[path for path in checkpoints if path.name <= target.name][:-KEPT]]:
         shutil.rmtree(old, ignore_errors=True)
@@ -70,7 +71,7 @@ class SavedState(NamedTuple):
     step: int
     run: str | None  # digest of everything that decides its run; None: written by an earlier version, without it
     tensors: dict[str, Tensor]
-    step_version: int  # version of the steps that led to it
+    step_version: int  # `step_version` of the steps that led to it
 
 
 def read_checkpoint(path: Path) -> SavedState:
@@ -101,7 +102,7 @@ def restore_checkpoint(trainer: Trainer, folder: Path, say: Callable[[str], None
     `run` is the digest of everything that decides the run.
 
     Raises:
-        UsageError: the checkpoint comes from another version. Starting over silently would throw training away.
+        UsageError: the checkpoint comes from another version. Starting over silently would discard the training so far.
         DamagedError: it comes from another run.
     """
     for path in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
@@ -134,7 +135,7 @@ def restore_checkpoint(trainer: Trainer, folder: Path, say: Callable[[str], None
 
 
 def is_counter(name: str) -> bool:
-    """Whether a tensor of `training_state` only counts the actions of a mechanism and affects no result."""
+    """Whether a tensor of `training_state` only counts how often a mechanism acted, and so affects no result."""
     return name.rpartition(".")[2].startswith(COUNTER)
 
 

@@ -1,13 +1,13 @@
 """Write checkpoints while training goes on.
 
-Between two steps the states of the runs are copied, and a thread writes the copies, one checkpoint at a time; the next
-checkpoint waits for it. A kill at any instant is as safe as without the thread: an incomplete checkpoint has no
-state.json, and earlier checkpoints are removed only when it is complete.
+The states of the runs are copied between two steps, and a thread writes the copies to disk. It writes one checkpoint at
+a time; the next checkpoint waits until the last one is written. The thread makes a kill no less safe: an incomplete
+checkpoint has no state.json, and earlier checkpoints are removed only once the new one is complete.
 
-On a GPU the copies go into pinned memory and are queued on the stream of training, after the step that made the state
-and before the next. So the host does not wait, and no later step can change what is being copied. On a separate stream
-a copy could run during the next forward pass, but the code that changes the state in place would have to wait for it;
-that would gain some milliseconds per checkpoint. Copying within the GPU first would take GPU memory.
+On a GPU the copies go into pinned memory. They are queued on the training stream, between the step that produced the
+state and the next one. So the host does not wait, and no later step can change the state while it is copied. A copy on
+a separate stream could overlap the next forward pass and save some milliseconds per checkpoint, but the code that
+changes the state in place would have to wait for it. Copying within the GPU first would take GPU memory.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from .run_trainer import RunTrainer
 
 
 class StateFile:
-    """The bytes of a state.safetensors in host memory, with the tensors of a training state as views of them."""
+    """The bytes of a state.safetensors in host memory. The tensors of a training state are views of these bytes."""
 
     def __init__(self, state: dict[str, Tensor], pinned: bool) -> None:
         self.layout = layout_of(state)
@@ -46,7 +46,7 @@ class StateFile:
 
     @torch.no_grad()
     def copy(self, state: dict[str, Tensor]) -> None:
-        """Copy a state of this layout into the bytes. From a GPU, the copy is queued."""
+        """Copy a state with this layout into the bytes. A copy from a GPU is only queued."""
         for name, tensor in self.tensors.items():
             tensor.copy_(state[name], non_blocking=True)
 
@@ -56,7 +56,7 @@ def layout_of(state: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Si
 
 
 class CopiedRun(NamedTuple):
-    """The data from which the thread writes the checkpoint of a run."""
+    """The data that the thread needs to write the checkpoint of a run."""
 
     folder: Path
     digest: str
@@ -64,11 +64,11 @@ class CopiedRun(NamedTuple):
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of the runs of a pass, one after the other, in a thread.
+    """Writes the checkpoints of the runs of a pass one after the other, in a background thread.
 
-    Without `background`, or if there is no memory for the copies, `save` writes the checkpoints itself. An error of the
-    thread, such as a full disk, is raised by the next `check`, `save` or `wait`. As a context manager it waits for the
-    thread on exit.
+    Without `background`, or if there is no memory for the copies, `save` writes the checkpoints itself. If the thread
+    fails, for example because the disk is full, the next `check`, `save` or `wait` raises its error. A context manager:
+    on exit it waits for the thread.
     """
 
     def __init__(self, device: str, background: bool = True) -> None:
@@ -78,7 +78,7 @@ class CheckpointWriter:
         self._files: dict[RunTrainer, StateFile] = {}
 
     def save(self, trainers: Sequence[RunTrainer], step: int) -> None:
-        """Save the states after `step` steps, once the states saved before are on the disk."""
+        """Save the states after `step` steps. Waits until the states saved before are on the disk."""
         self.wait()
         copies = self._copy(trainers) if self.background else None
         if copies is None:
@@ -99,7 +99,7 @@ class CheckpointWriter:
             writing.result()
 
     def forget(self, trainer: RunTrainer) -> None:
-        """Free the memory for a run that has ended."""
+        """Free the memory held for a run that has ended."""
         self._files.pop(trainer, None)
 
     def give_up(self) -> None:
@@ -129,7 +129,7 @@ class CheckpointWriter:
         return file.bytes
 
     def _mark(self) -> torch.cuda.Event | None:
-        """An event after the copies that were queued."""
+        """Record an event after the queued copies; None on a CPU."""
         if self.device.type != "cuda":
             return None
         copied = torch.cuda.Event(blocking=True)

@@ -1,9 +1,10 @@
-"""`sae train --compile`: torch.compile of a step's forward pass, losses and their gradient.
+"""`sae train --compile`: apply torch.compile to a step's forward pass, losses and gradients.
 
-Code that changes state (mechanisms, clipping, the optimizer) is not compiled. A compiled step sums in another order, so
-its results differ from an eager step's in the last bits, and later in more bits. Whether to compile is part of a run's
-identity. Shapes are compiled as constants, never as variables, so that a step does not depend on earlier shapes. A
-resumed run is therefore still identical bit for bit, with the same compiler on the same kind of machine.
+Code that changes state (mechanisms, clipping, the optimizer) is not compiled. A compiled step sums in another order
+than an eager step, so its results differ by rounding, and the differences grow over the run. So `--compile` is part of
+a run's identity. Shapes are compiled as constants, never as variables, so that a step does not depend on earlier
+shapes. A resumed run therefore still equals an uninterrupted one bit for bit, given the same compiler on the same kind
+of machine.
 """
 
 from typing import Any
@@ -23,11 +24,11 @@ RECOMPILE_LIMIT = 1 << 16
 def compile_step(trainer: Trainer, batch_size: int) -> str | None:
     """Compile a trainer's `forward_losses`, and try it on a batch of zeros.
 
-    Returns None, or in a few words the reason why the trainer stays eager.
+    Returns None, or a short phrase that says why the trainer stays eager.
     """
     variant, optimizer = trainer.variant, trainer.optimizer
     if isinstance(trainer.update, KernelUpdate):
-        trainer.update.without_copies()  # the compiler rounds weights where it reads them
+        trainer.update.without_copies()  # compiled code rounds weights where it reads them
 
     def pure(i: Tensor, x_BD: Tensor) -> tuple[tuple[Any, ...], dict[str, Tensor], dict[str, Tensor]]:
         step = variant(i, x_BD, optimizer)
@@ -35,7 +36,7 @@ def compile_step(trainer: Trainer, batch_size: int) -> str | None:
         tensors = step.x_BD, step.computed_pre_BF, step.computed_f_BF, step.recon_BD, step.kept, step.selected_N
         return tensors, losses, step.metrics
 
-    # There is one compilation per variant and length of the list of dead latents; beyond the limit torch would stop.
+    # Torch compiles once per variant and length of the list of dead latents, and would stop at its default limit.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = RECOMPILE_LIMIT
     compiled = torch.compile(pure, fullgraph=True, dynamic=False)
 
@@ -52,7 +53,7 @@ def compile_step(trainer: Trainer, batch_size: int) -> str | None:
             with trainer.autocast():
                 _, losses = forward_losses(zeros_BD)
             torch.stack(list(losses.values())).sum().backward()
-    except Exception as error:  # whatever the compilers of this machine raise
+    except Exception as error:  # compilers may raise anything
         return first_line(error)
     finally:
         optimizer.zero_grad(set_to_none=True)

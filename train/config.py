@@ -10,7 +10,7 @@ from ..cache.planned import PlannedCache
 from ..cache.ring import RingCache
 from ..common.errors import UsageError
 
-# The flags that decide a run, and the fields of TrainConfig that hold them: none of them can be given with --resume.
+# The flags that define a run, and the fields of TrainConfig that hold them. None of them can be given with --resume.
 FIXED = {
     "--variant": "variants",
     "--layer": "layers",
@@ -38,12 +38,12 @@ class TrainConfig:
     variants: Sequence[str] = ()  # names of recipes
     layers: Sequence[int] = (12,)
     site: str = "resid_post"
-    modules: Sequence[str] = ()  # instead of the site: model.layers.{layer}.mlp.gate_proj:output
+    modules: Sequence[str] = ()  # used instead of the site, such as model.layers.{layer}.mlp.gate_proj:output
     seeds: Sequence[int] = (0,)
     caches: Sequence[str | Path] = ()  # folders or addresses, read as one; none: the cache of the model and layer
-    local_cache: int | None = None  # bytes from stores that the disk holds at a time; None: half of the free space
-    local_folder: Path | None = None  # where they are kept; None: activations/.pulled
-    source: RingCache | PlannedCache | None = None  # replaces caches: harvested while training, or not harvested yet
+    local_cache: int | None = None  # most bytes from stores kept on the disk at a time; None: half of the free space
+    local_folder: Path | None = None  # where these bytes are kept; None: activations/.pulled
+    source: RingCache | PlannedCache | None = None  # replaces caches: harvested during training, or not yet harvested
     model: str | None = None
     steps: int | None = None  # None: one epoch of the cache
     batch_size: int | None = None  # tokens; None: the recipe's
@@ -52,7 +52,7 @@ class TrainConfig:
     l0: Sequence[float] = ()  # target latents per token, for every recipe; empty: the recipe's default
     paper_exact: bool = False  # the paper's settings verbatim, unscaled
     options: Mapping[str, Any] | Sequence[str] = ()  # {"k": 64, "topk.lr": 1e-3}, or "k=64", "topk.lr=1e-3"
-    shuffle_seed: int = 0  # of the batch order, which all runs share
+    shuffle_seed: int = 0  # seed of the batch order, which all runs share
     resume: Sequence[Path] = ()  # run folders to resume, instead of new runs
     out: Path | None = None  # where run folders go; None: runs/
     device: str = "auto"
@@ -65,12 +65,12 @@ class TrainConfig:
     origins: Mapping[str, str] = field(default_factory=dict)  # non-default flag -> "flag" or "file:line"
 
     def record(self) -> dict[str, Any]:
-        """The config as JSON, under the keys of run.json. Two keys are older than the names of their fields."""
+        """The config as JSON, under the keys of run.json. Two of these keys keep older names than their fields."""
         on_disk = {"paper_exact": "literal", "shuffle_seed": "order_seed"}
         values = {on_disk.get(f.name, f.name): getattr(self, f.name) for f in fields(self) if f.name != "source"}
         for newer in ("modules", "accumulate", "precision", "local_cache", "local_folder"):
             if not values[newer]:
-                del values[newer]  # as in records that are older than this option
+                del values[newer]  # so that the record equals records older than this option
         if self.capture == "auto":
             del values["capture"]
         return json.loads(json.dumps(values, default=str))

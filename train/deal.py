@@ -1,15 +1,16 @@
 """Assign runs to several processes (ranks).
 
-Runs that read the same batches (a stream) share a pass over them if they are on the same rank. This only saves reading
-the batches again, so a stream is divided over ranks if the last rank then finishes earlier. Three assignments are
-compared. The one that ends first is chosen; of equal ones, the one that reads the least:
+Runs that read the same batches (a stream) share a pass over them if they are on the same rank. Sharing a pass only
+avoids reading the batches again, so a stream is divided over several ranks if the last rank then finishes earlier.
+Three assignments are compared. The one that finishes first is chosen; among ties, the one that reads the least:
 
-- every stream whole, the longest first, each to the rank that would finish it first;
-- all runs in the order of their streams, cut into as many pieces as there are ranks;
-- every run by itself, the longest first. If reading took no time, this would end at most a third later than the best
-  assignment (Graham 1969, "Bounds on multiprocessing timing anomalies": 4/3 - 1/(3 ranks)).
+- each stream as a whole, longest first, goes to the rank that would finish it first;
+- all runs, in the order of their streams, are cut into as many pieces as there are ranks;
+- each run separately, longest first, goes to the rank that would finish it first. If reading took no time, this would
+  take at most a third longer than the best assignment (Graham 1969, "Bounds on multiprocessing timing anomalies": 4/3 -
+  1/(3 ranks)).
 
-Ranks are assumed to be equally fast and to have the same memory.
+All ranks are assumed to have the same speed and memory.
 """
 
 import math
@@ -20,13 +21,13 @@ from ..common.bisection import smallest_bound
 
 
 class Work(NamedTuple):
-    """A run, or several of one stream, as a rank would train them."""
+    """One run, or several runs of one stream, that a rank trains together."""
 
-    runs: tuple[int, ...]  # their numbers
+    runs: tuple[int, ...]  # the numbers of the runs
     stream: Hashable  # the key of the batches that they read
-    seconds: float  # of all steps
-    reading: float  # seconds of one pass over the batches
-    part: float = 0.0  # their state between steps, as a part of the memory of a pass
+    seconds: float  # time of all steps
+    reading: float  # seconds to read the batches once
+    part: float = 0.0  # the state of the runs between steps, as a fraction of the memory of a pass
 
     @property
     def alone(self) -> float:
@@ -35,7 +36,7 @@ class Work(NamedTuple):
 
 
 def passes(part: float) -> int:
-    """The number of passes that runs need if they take `part` times the memory of one pass."""
+    """The number of passes needed for runs that take `part` times the memory of one pass."""
     return max(1, math.ceil(part - 1e-9))
 
 
@@ -44,14 +45,14 @@ class RankShare:
 
     def __init__(self, works: Iterable[Work] = ()) -> None:
         self.runs: list[int] = []
-        self.seconds = 0.0  # of steps and of reading
-        self.readings = 0  # passes over the batches of a stream
+        self.seconds = 0.0  # for steps and for reading
+        self.readings = 0  # how many times the batches of a stream are read
         self._streams: dict[Hashable, Work] = {}
         for work in works:
             self.add(work)
 
     def seconds_with(self, work: Work) -> float:
-        """The seconds that the share would take with `work` added."""
+        """The seconds that this share would take if `work` were added."""
         before = self._streams.get(work.stream)
         if before is None:
             return self.seconds + work.alone
@@ -67,7 +68,7 @@ class RankShare:
 
 
 def merge(works: Sequence[Work]) -> Work:
-    """Runs of one stream as one piece of work."""
+    """Combine runs of one stream into one piece of work."""
     return Work(
         tuple(number for work in works for number in work.runs),
         works[0].stream,
@@ -78,7 +79,7 @@ def merge(works: Sequence[Work]) -> Work:
 
 
 def deal(works: Sequence[Work], ranks: int) -> list[RankShare]:
-    """Deal works of single runs to ranks. Returns a share for each rank, which may be empty."""
+    """Deal works that hold one run each to ranks. Returns a share for each rank, possibly empty."""
     streams = [merge(runs) for runs in by_stream(works)]
     in_order = [run for runs in by_stream(works) for run in longest_first(runs)]
     deals = [to_the_first_done(streams, ranks), cut(in_order, ranks), to_the_first_done(works, ranks)]
@@ -86,7 +87,7 @@ def deal(works: Sequence[Work], ranks: int) -> list[RankShare]:
 
 
 def end_of(shares: Iterable[RankShare]) -> float:
-    """When the last rank is done, in seconds from the start. Rounded to a microsecond: estimates are no finer."""
+    """When the last rank is done, in seconds from the start. Rounded to a microsecond, so that ties are equal."""
     return round(max(share.seconds for share in shares), 6)
 
 
@@ -103,7 +104,7 @@ def longest_first(works: Iterable[Work]) -> list[Work]:
 
 
 def to_the_first_done(works: Iterable[Work], ranks: int) -> list[RankShare]:
-    """Give each work, the longest first, to the rank that would finish it first."""
+    """Assign each work, longest first, to the rank that would finish it first."""
     shares = [RankShare() for _ in range(ranks)]
     for work in longest_first(works):
         min(shares, key=lambda share: share.seconds_with(work)).add(work)  # noqa: B023
@@ -111,7 +112,7 @@ def to_the_first_done(works: Iterable[Work], ranks: int) -> list[RankShare]:
 
 
 def cut(works: Sequence[Work], ranks: int) -> list[RankShare]:
-    """Cut the works, in their order, so that the longest piece is as short as possible."""
+    """Cut the works, in the given order, so that the longest piece is as short as possible."""
     whole = sum(work.alone for work in works)
     seconds = smallest_bound(0.0, whole, lambda seconds: sum(1 for _ in pieces(works, seconds)) <= ranks)
     shares = list(pieces(works, seconds))
@@ -119,7 +120,7 @@ def cut(works: Sequence[Work], ranks: int) -> list[RankShare]:
 
 
 def pieces(works: Iterable[Work], seconds: float) -> Iterator[RankShare]:
-    """Cut the works, in their order, into shares that are each as large as `seconds` allows."""
+    """Cut the works, in the given order, into shares, each as large as possible within `seconds`."""
     share = RankShare()
     for work in works:
         if share.runs and share.seconds_with(work) > seconds:

@@ -1,12 +1,14 @@
-"""The matrix products of a dense training step, each with the operations that fit into its pass over the latents.
+"""The matrix products of a dense training step, each fused with the elementwise operations on its result.
 
-An elementwise pass over (B, F) takes up to a tenth of the time of a product, and most if its result needs new memory.
-Autograd makes such a pass for each bias, ReLU, mask and sum of gradients. Here the product adds the bias, the product
-that computes the gradient of the latents adds the gradient of a loss on them, and ReLU and its mask work in place.
+An elementwise pass over (B, F) takes up to a tenth of the time of a matrix product; it takes longest if its result
+needs new memory. Autograd makes such a pass for each bias, ReLU, mask and sum of gradients. Here the encoder's product
+also adds the bias. The product that computes the gradient of the latents also adds the gradient of any loss on the
+latents. ReLU and its mask work in place.
 
-No function computes a gradient of x, so a dense step takes five products instead of six. Under autocast, products and
-therefore latents have its dtype. Weights keep their own dtype, and gradients have the dtype of their weights. If a
-weight has a copy in bfloat16 (train/kernel_update.py), products read the copy, and leave its gradient in bfloat16.
+No function computes a gradient of x, so a dense step takes five products instead of six. Under autocast, products have
+the autocast dtype, and so do latents. Weights keep their own dtype, and gradients have the dtype of their weights. If a
+weight has a copy in bfloat16 (train/kernel_update.py), products read the copy, and the gradient of the weight is in
+bfloat16.
 """
 
 from typing import Any
@@ -29,20 +31,20 @@ def encode_relu_decode(
 
 
 def select_decode(pre_BF: Tensor, flat_index_N: Tensor, w_FD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """f = ReLU of the selected pre-activations, else 0 (B, F), f W_dec (B, D), and (N) the latents that are selected.
+    """f (B, F), the ReLU of the selected pre-activations and 0 elsewhere; f W_dec (B, D); the selected latents (N).
 
-    The last have no gradient.
+    The selected latents carry no gradient.
     """
     return _SelectDecode.apply(pre_BF, flat_index_N, w_FD)
 
 
 def total(f_BF: Tensor) -> Tensor:
-    """() the sum of all latents in float32 or float64. Its gradient is one number, expanded without new memory."""
+    """() the sum of all latents, in float32 or float64. Its gradient is one number, expanded without new memory."""
     return _Total.apply(f_BF)
 
 
 def squared_error(recon_BD: Tensor, x_BD: Tensor) -> Tensor:
-    """() sum_BD (x - x_hat)^2. Its gradient takes one pass over (B, D), where autograd takes four."""
+    """() sum_BD (x - x_hat)^2. Its gradient takes one pass over (B, D); autograd would take four."""
     return _SquaredError.apply(recon_BD, x_BD)
 
 
@@ -50,7 +52,7 @@ COPY = "copy_for_products"  # the attribute of a weight that is its copy in bflo
 
 
 def for_products(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, torch.dtype]:
-    """A weight in the dtype of products, and the dtype in which they leave its gradient."""
+    """A weight in the dtype of the products, and the dtype of the gradient that they compute for it."""
     copy: Tensor | None = getattr(weight, COPY, None)
     return (weight.to(dtype), weight.dtype) if copy is None or copy.dtype != dtype else (copy, dtype)
 
@@ -66,10 +68,10 @@ def decode(f_BF: Tensor, w_FD: Tensor) -> Tensor:
 
 
 def center(x_BD: Tensor, b_D: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The encoder's input, in the dtype of products, and b_dec, which gets its gradient from the products.
+    """The encoder's input in the dtype of the products, and b_dec, whose gradient the products compute.
 
-    Subtracting b_dec first costs a pass over (B, D), and saves a pass over W_enc and one over its gradient. Also, no
-    rounded product then has to cancel the large means that some dimensions of a language model have.
+    Subtracting b_dec first costs a pass over (B, D), and saves a pass over W_enc and one over its gradient. It also
+    avoids cancelling large means, which some dimensions of language models have, within a rounded product.
     """
     centered_BD = x_BD.detach() if b_D is None else x_BD.detach() - b_D.detach()
     device = x_BD.device.type
@@ -185,9 +187,9 @@ class _SquaredError(torch.autograd.Function):
 def decoder_gradients(
     f_BF: Tensor, decoder_FD: Tensor, of_f_BF: Tensor | None, of_recon_BD: Tensor | None, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of the pre-activations, which is 0 where a latent is, and of W_dec in a dtype, unless that is None.
+    """The gradients of the pre-activations (0 where the latent is 0) and of W_dec (in `dtype`; none if that is None).
 
-    `of_f_BF` is the gradient of losses on the latents, and `of_recon_BD` that of f W_dec; one of them may be None.
+    `of_f_BF` is the gradient of losses on the latents, and `of_recon_BD` is the gradient of f W_dec. One may be None.
     """
     if of_recon_BD is None:
         assert of_f_BF is not None
@@ -203,7 +205,7 @@ def encoder_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """The gradients of b_dec, W_enc and b_enc, from the gradient `g_BF` of the pre-activations.
 
-    `x_BD` is the encoder's input, and `dtype` that of the gradient of W_enc, which is not computed if it is None.
+    `x_BD` is the encoder's input. `dtype` is the dtype of the gradient of W_enc; if it is None, that is not computed.
     """
     b_F_ = g_BF.sum(0, dtype=w_DF.dtype)
     return -(w_DF @ b_F_) if subtracts else None, None if dtype is None else (x_BD.T @ g_BF).to(dtype), b_F_

@@ -1,4 +1,4 @@
-"""Estimates made before training: bytes on the disk, bytes on the device, and the time of the steps."""
+"""Estimates made before training: disk space, device memory, and the time of the steps."""
 
 import json
 import time
@@ -19,8 +19,8 @@ from .memory import BuildableRun, run_memory, state_bytes, tensor_bytes, untrain
 from .passes import describe_memory
 from .variant import RunConfig
 
-TIMED_STEPS, TIMED_SECONDS = 5, 1.0  # a step is timed this often, or until this much time is spent
-OPERATIONS = 10  # multiplications and additions of a step for each row and weight of W_enc, at least
+TIMED_STEPS, TIMED_SECONDS = 5, 1.0  # a step is timed this many times, or until this much time has passed
+OPERATIONS = 10  # least multiplications and additions in a step per row and weight of W_enc
 MAX_OPERATIONS = {"cpu": 2e11, "cuda": 1e14}  # in a timed step: a second or two
 MAX_LATENTS = {"cpu": 3e7, "cuda": 3e9}  # elements of f_BF in a timed step
 MEMORY_SHARE = 0.5  # share of the free memory that timing may use
@@ -39,7 +39,7 @@ class RunBytes(NamedTuple):
 
     @property
     def folder(self) -> int:
-        """The most that the run folder holds: the SAE and the checkpoints that are kept."""
+        """The maximum size of the run folder: the SAE and the checkpoints that are kept."""
         return self.sae + KEPT * self.state
 
 
@@ -49,9 +49,9 @@ def run_bytes(run: BuildableRun) -> RunBytes:
 
 
 def check_disk_space(runs: Iterable[RunInFolder], reserved: Mapping[Path, float] = {}) -> None:
-    """Check that the runs fit on their disks, in addition to the `reserved` bytes that will be written there.
+    """Check that the runs fit on their disks together with the `reserved` bytes that will also be written there.
 
-    Checkpoints that a run has written already need no further space.
+    Checkpoints that a run has already written are not counted again.
 
     Args:
         runs: the runs that are still to be trained.
@@ -67,7 +67,7 @@ def check_disk_space(runs: Iterable[RunInFolder], reserved: Mapping[Path, float]
     for disk, on_disk in by_disk.items():
         sizes = [run_bytes(run) for run in on_disk]
         activations = sum(size for folder, size in reserved.items() if disk_id(folder) == disk)
-        # A new checkpoint is complete before an older one is removed, and a run's last one before its SAE is written.
+        # A new checkpoint is written completely before an older one is removed, and a run's last one before its SAE.
         transient = max(size.state - size.sae for size in sizes)
         needed = sum(size.folder for size in sizes) - sum(checkpoint_bytes(run.folder) for run in on_disk) + transient
         place = existing_parent(on_disk[0].folder)
@@ -95,14 +95,14 @@ def checkpoint_bytes(folder: Path) -> int:
 
 
 def timed_rows(config: RunConfig, device: str) -> int:
-    """How many rows of a batch to time: all, or as many as take a second or two."""
+    """How many rows of a batch to time: all of them, or as many as take one or two seconds."""
     kind = torch.device(device).type
     limit = min(MAX_OPERATIONS[kind] / OPERATIONS / config.d_in, MAX_LATENTS[kind]) / config.d_sae
     return max(1, min(config.batch_size, int(limit)))
 
 
 def step_seconds(run: BuildableRun, device: str) -> float:
-    """The time of one step, measured on random rows. A batch that would take seconds is timed in part.
+    """The time of one step, measured on random rows. If a batch would take seconds, only part of it is timed.
 
     Raises UnavailableError if timing would take more than half of the free memory.
     """
@@ -117,7 +117,7 @@ def step_seconds(run: BuildableRun, device: str) -> float:
     trainer = Trainer(untrained_variant(run, device), config.steps, device, precision=config.precision)
     x_BD = torch.randn(rows, config.d_in, device=device).bfloat16()
     seconds = fastest_step(trainer, x_BD)
-    if 1 < rows < config.batch_size:  # the optimizer's part of a step does not grow with the rows
+    if 1 < rows < config.batch_size:  # the time of the optimizer does not grow with the rows
         one_row = fastest_step(trainer, x_BD[:1])
         seconds = one_row + max(seconds - one_row, 0.0) / (rows - 1) * (config.batch_size - 1)
     del trainer
@@ -165,7 +165,7 @@ def describe_size(runs: Sequence[BuildableRun], folder: Path) -> str:
 
 
 def describe_time(passes: Sequence[Sequence[BuildableRun]], device: str, from_store: bool = False) -> list[str]:
-    """The lines of a plan about the memory and time that training takes on the device. Runs a few steps per recipe.
+    """The lines of a plan about the memory and time that training needs on the device. Times a few steps per recipe.
 
     `passes` lists the runs that are on the device together, as `TrainPlan.passes` does. With `from_store`, a line says
     how fast the store has to deliver the batches.

@@ -12,10 +12,10 @@ from ..common.errors import UsageError
 def hooks_to_train(
     layers: Sequence[int], site: str, modules: Sequence[str], arrays: Sequence[str] | None, caches: Sequence[str | Path]
 ) -> list[Hook]:
-    """The site or the modules in every layer.
+    """The hooks for the site, or for the modules, in every layer.
 
-    Modules outside the blocks are looked up in `arrays`, the names of a harvest's arrays. If that is None, they are
-    looked up in `caches`, and if that is empty, in all caches. Raises UsageError for an invalid site.
+    Modules outside the blocks are looked up in `arrays`, the names of a harvest's arrays. If `arrays` is None, they are
+    looked up in `caches`; if `caches` is empty, in all caches. Raises UsageError for an invalid site.
     """
     if not is_site(site):
         raise UsageError(
@@ -38,7 +38,7 @@ def hooks_to_train(
 
 
 def outside_hook(known: Sequence[Hook], spec: ModuleSpec, text: str) -> Hook:
-    """The hook of a module outside the blocks. The caches know which layer it belongs to."""
+    """The hook of a module outside the blocks. The known hooks say which layer it belongs to."""
     for hook in known:
         is_same_end = hook.site.endswith(f".{spec.end}")
         if hook.is_outside and is_same_end and f".{spec.path}".endswith(f".{hook.module_path}"):
@@ -47,6 +47,6 @@ def outside_hook(known: Sequence[Hook], spec: ModuleSpec, text: str) -> Hook:
 
 
 def known_hooks(folders: Sequence[str | Path]) -> list[Hook]:
-    """The hooks of the caches in these folders, or of all caches."""
+    """The hooks of the caches in these folders. Without folders, the hooks of all caches."""
     caches = [open_place(folder) for folder in folders] if folders else open_caches()
     return [hook for cache in caches for hook in cache.hooks]

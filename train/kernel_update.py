@@ -1,4 +1,4 @@
-"""The update of a variant's weights by the kernels of train/kernels, and the copies that products read."""
+"""Update a variant's weights by the kernels in train/kernels, and keep the copies that matrix products read."""
 
 import torch
 from torch import Tensor
@@ -12,16 +12,16 @@ from .variant import Variant
 class KernelUpdate(WeightUpdate):
     """Updates all weights of a variant by the operator `update`, which also keeps copies of the matrices in bfloat16.
 
-    The moments are those of the optimizer, so a checkpoint is the same with and without kernels. Products in bfloat16
-    read the copies instead of rounding the weights in every step, and leave their gradients in bfloat16. Everything
-    else that writes weights has to be followed by `renew_copies`.
+    It uses the optimizer's own moments, so checkpoints are the same with and without kernels. Matrix products in
+    bfloat16 read the copies instead of rounding the weights in every step, and return gradients in bfloat16. Any other
+    code that writes weights has to call `renew_copies` afterwards.
 
     Args:
-        variant: on the device. Its mechanisms leave the weights to the update (`Variant.updates_at_once`).
-        optimizer: of `make_optimizer`.
-        steps: of the run.
-        copies: whether products are in bfloat16.
-        sums: whether a gradient is the sum over parts of a batch, which is taken in float32.
+        variant: the variant, on the device. Its `updates_at_once` has to be true.
+        optimizer: the optimizer from `make_optimizer`.
+        steps: number of steps of the run.
+        copies: whether matrix products are in bfloat16.
+        sums: whether gradients are summed over parts of a batch. The sums are in float32.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class KernelUpdate(WeightUpdate):
         self.corrections_S2 = torch.stack([rest_S1, rest_S2.sqrt()], dim=1).float().to(device)
         if not sums and hasattr(torch.Tensor, "grad_dtype"):  # of torch 2.10 and later; others round to float32
             for weight in self.copied:
-                weight.grad_dtype = None  # whatever the product gives
+                weight.grad_dtype = None  # accept the dtype of the product
 
     @torch.no_grad()
     def make_copies(self) -> None:
@@ -57,7 +57,7 @@ class KernelUpdate(WeightUpdate):
             copy.copy_(weight)  # in place, where a graph of a captured step reads it
 
     def without_copies(self) -> None:
-        """Let products round the weights themselves. To be called before the first step."""
+        """Let matrix products round the weights themselves. Call it before the first step."""
         self.copied = []
 
     def step(self, loss: Tensor, i: Tensor, failed_at: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class KernelUpdate(WeightUpdate):
         return norm
 
     def state(self, weight: Tensor) -> dict[str, Tensor]:
-        """Adam's state of a weight, which starts at zero."""
+        """Adam's state for a weight. Its moments start at zero."""
         state: dict[str, Tensor] = self.optimizer.state[weight]
         if not state:
             state["step"] = torch.zeros((), device=weight.device)

@@ -20,17 +20,17 @@ class L0Controller(Mechanism):
         c_t = c_w exp(s_t + gain e_t),     s_t <- s_t + rate e_t,     e = log(L0/target) + log(L0/L0_earlier)
 
     c_w is the recipe's own coefficient at step w, a twentieth of the run; until then the recipe's warm-up acts. The
-    recipe's schedule after step w is ignored, since a penalty that falls to zero has no final L0 of its own.
+    recipe's schedule after step w is ignored, because a penalty that falls to zero does not determine a final L0.
 
-    Weights follow a coefficient only at the optimizer's rate, so the sum of errors alone would oscillate. Also, half of
-    all latents are active at first, and no penalty is needed while L0 falls from there. If a penalty pushes it further,
-    it passes the target and latents die for good. So e includes how fast L0 falls, and is limited to [-1, 1/2]: it
-    weakens the penalty faster than it strengthens it.
+    Weights respond to a coefficient only at the optimizer's rate, so a controller that only integrates the error would
+    oscillate. Also, half of all latents are active at first, and L0 falls from there without any penalty. If a penalty
+    pushes L0 down further, it overshoots the target and latents die for good. So e includes how fast L0 falls. It is
+    limited to [-1, 1/2], so the penalty weakens faster than it strengthens.
     """
 
-    integral: Tensor  # (), s
-    l0: Tensor  # (), a running mean over about five steps
-    earlier: Tensor  # (), a running mean over about twenty
+    integral: Tensor  # (), s in the equation above
+    l0: Tensor  # (), a running mean of L0 over about five steps
+    earlier: Tensor  # (), a running mean of L0 over about twenty steps
     leaves_weights = True
 
     def __init__(self, target: float, start_step: int, gain: float = 2.0, rate: float = 0.04) -> None:
@@ -48,7 +48,7 @@ class L0Controller(Mechanism):
         return lambda step: self.start_coefficient(name, step) * self.factor(step)
 
     def start_coefficient(self, name: str, step: Step) -> Tensor:
-        """The recipe's coefficient until step w, then c_w. c_w is at least 1e-6, because zero could not be scaled."""
+        """The recipe's coefficient until step w, then c_w. c_w is at least 1e-6, because scaling zero has no effect."""
         recipe_coefficient, at_start = self.recipe_coefficients[name](step), getattr(self, f"start_{name}")
         return torch.where(step.i <= self.start_step, recipe_coefficient, at_start.clamp_min(1e-6))
 

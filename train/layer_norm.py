@@ -9,14 +9,15 @@ LAYER_NORM_EPS = 1e-5
 
 class LayerNormalized(NamedTuple):
     x_BD: Tensor  # (x - mean) / (std + 1e-5)
-    mean_B1: Tensor  # of the token over d_in
-    std_B1: Tensor  # with the divisor d_in - 1
+    mean_B1: Tensor  # mean of each token over d_in
+    std_B1: Tensor  # standard deviation of each token, with the divisor d_in - 1
 
 
 def layer_normalize(x_BD: Tensor) -> LayerNormalized:
     """Activations (..., d_in) with mean 0 and standard deviation 1 over d_in, so that |x|^2 = d_in - 1.
 
-    The formula, including the 1e-5 and the divisor, is SAELens' for `normalize_activations="layer_norm"`.
+    The formula, including the 1e-5 and the divisor, is the one that SAELens uses for
+    `normalize_activations="layer_norm"`.
     """
     mean_B1 = x_BD.mean(-1, keepdim=True)
     centered_BD = x_BD - mean_B1

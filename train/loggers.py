@@ -21,7 +21,7 @@ class Logger(Protocol):
 
 
 class TensorBoard:
-    """Event files in the run folder: `tensorboard --logdir runs`."""
+    """Writes event files into the run folder. View them with `tensorboard --logdir runs`."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self.writer = import_logger("tensorboard").SummaryWriter(str(folder / "tensorboard"))
@@ -46,7 +46,7 @@ def wandb(folder: Path, config: Mapping[str, Any]) -> Logger:
 
 
 def trackio(folder: Path, config: Mapping[str, Any]) -> Logger:
-    """A run in the project `sae`, named like the folder: `trackio show --project sae`."""
+    """A run in the project `sae`, named like the folder. View it with `trackio show --project sae`."""
     module = import_logger("trackio")
     with contextlib.redirect_stdout(io.StringIO()):  # standard output is for results
         return module.init(project=PROJECT, name=folder.name, config=dict(config), resume="allow", embed=False)
@@ -80,7 +80,7 @@ class Loggers:
         self.started: dict[str, list[Logger]] = {}
 
     def log(self, metrics: Mapping[str, Mapping[str, float]]) -> None:
-        """Log run name -> metrics, one of which is `step`."""
+        """Log metrics, given as run name -> metrics. One of the metrics is `step`."""
         for name, line in metrics.items():
             if name not in self.started:
                 run = self.runs[name]

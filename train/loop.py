@@ -22,7 +22,7 @@ def train_loop(
     after_step: Callable[[int], bool],
     replay: Callable[[Sequence["Trainer"], Tensor], dict["Trainer", Step]] | None = None,
 ) -> None:
-    """Take the steps until `after_step(number)` returns True. Trainers step on a batch in turn, or all by `replay`."""
+    """Take steps until `after_step(number)` returns True. Trainers step on a batch in turn, or all by `replay`."""
     for number in steps:
         x_BD = next(batches)
         taken = {} if replay is None else replay(trainers, x_BD)
@@ -36,17 +36,17 @@ class Trainer:
     """Trains one variant on its device. Checkpoints hold the variant, the optimizer, `i` and `failed_at`.
 
     Each batch is computed in `parts` parts, one after the other (`--accumulate`). `precision` is the precision of
-    products in the forward and the backward pass; None: the default of the device.
+    matrix products in the forward and backward passes; None: the default of the device.
     """
 
     def __init__(self, variant: Variant, steps: int, device: str, parts: int = 1, precision: str | None = None) -> None:
         self.variant, self.steps, self.device, self.parts = variant, steps, device, parts
         self.precision = precision or default_precision(device)
         self.autocast = partial(autocast, self.precision, device)
-        self.restored_version: int | None = None  # step_version of the checkpoint that it continues from
-        self.changing = False  # whether a step has begun to change the state, and has not ended
+        self.restored_version: int | None = None  # `step_version` of the checkpoint that was restored
+        self.changing = False  # whether a step has begun to change the state and has not finished
         self.i = torch.zeros((), dtype=torch.int64, device=device)  # index of the next step
-        # The first step with a non-finite loss or gradient; -1: none.
+        # The first step with a non-finite loss or gradient; -1 if there is none.
         self.failed_at = torch.full((), -1, dtype=torch.int64, device=device)
         self.optimizer = make_optimizer(variant, device)
         self.update: WeightUpdate = OptimizerUpdate(variant, self.optimizer, steps)
@@ -122,5 +122,5 @@ class Trainer:
         self.metrics.add(metrics)
 
     def pop_metrics(self, reset: bool = True) -> dict[str, float]:
-        """Means over the steps since the last reset, and the mechanisms' current scalars, in one read."""
+        """Means over the steps since the last reset, and the current scalars of mechanisms, in one device read."""
         return self.metrics.read(self.variant.scalars(), reset)

@@ -36,8 +36,8 @@ class L1(LossTerm):
 class MultiTopK(LossTerm):
     """mean_B sum_D (x - x_hat)^2 with the 4 k largest latents of each token (Multi-TopK, Gao et al. 2024, 5.3).
 
-    It makes the SAE work with other numbers of latents than the k it is trained for. In the paper it has a weight of
-    1/8, beside the loss with k.
+    It makes the SAE work with numbers of latents other than the k it is trained for. The paper adds it to the loss with
+    k, with weight 1/8.
     """
 
     undivided = ""
@@ -54,9 +54,10 @@ class MultiTopK(LossTerm):
 class AuxK(LossTerm):
     """Dead latents reconstruct the residual (Gao et al. 2024, A.2).
 
-    z = top-k_aux of ReLU(pre) among the dead latents, e_hat = z W_dec without b_dec. The loss is the squared error of
-    e_hat on the detached residual as a fraction of the residual's variance, times min(1, dead/k_aux). The dead latents
-    are gathered into a small dense problem, through which the gradient reaches their encoder weights.
+    z = top-k_aux of ReLU(pre) among the dead latents, e_hat = z W_dec without b_dec. The loss is the squared error
+    between e_hat and the detached residual, divided by the residual's variance, times min(1, dead/k_aux). The weights
+    of the dead latents are gathered into a small dense problem, through which the gradient reaches their encoder
+    weights.
     """
 
     undivided = ""
@@ -83,12 +84,12 @@ class AuxK(LossTerm):
         residual_BD = step.error_BD.detach()
         model_BD = (torch.zeros_like(z_BA).scatter(-1, top.indices, top.values) @ dec_AD).float()
         error = (residual_BD - model_BD).square().sum()
-        if step.part_of is not None:  # the mean over the parts has to be the loss of the whole batch
+        if step.part_of is not None:  # so that the mean over the parts is the loss of the whole batch
             residual_BD = step.whole.error_BD
             error = error * (step.whole.tokens / step.tokens)
         variance = (residual_BD - residual_BD.mean(0)).square().sum()
         share = (real_A.sum() / self.k_aux).clamp(max=1.0)
-        # A residual without variance (a batch of one) leaves nothing to explain: the loss and its gradient are 0.
+        # If the residual has no variance (a batch of one token), the loss and its gradient are 0.
         return share * error / torch.where(variance > 0, variance, torch.inf)
 
 
@@ -96,5 +97,5 @@ Reconstruction = Literal["sum", "mean"]
 
 
 def reconstruction_weight(reconstruction: Reconstruction, d_in: int) -> float:
-    """The coefficient of MSE that makes it a sum or a mean over d_in. A mean makes penalties d_in times as strong."""
+    """The coefficient that makes MSE a sum or a mean over d_in. A mean makes penalties d_in times as strong."""
     return 1.0 if reconstruction == "sum" else 1 / d_in

@@ -14,7 +14,7 @@ from .step import Mechanism, Step
 class UnitNormDecoder(Mechanism):
     """Keeps the rows of W_dec on the unit sphere and removes the radial gradient. Has to be the last mechanism."""
 
-    by_kernels = False  # whether the update of the weights does both (train/kernel_update.py)
+    by_kernels = False  # whether the kernels that update the weights do both (train/kernel_update.py)
 
     def after_backward(self, step: Step) -> None:
         if self.by_kernels:
@@ -31,11 +31,13 @@ class UnitNormDecoder(Mechanism):
 
 
 class UnitNormExport(Mechanism):
-    """Gives the saved SAE unit decoder rows and the same function, for decoders whose rows are free in training.
+    """Rescales the decoder rows of the saved SAE to unit length without changing its function.
+
+    For decoders whose rows are not constrained in training:
 
         f_i <- f_i |W_i|,   W_i <- W_i / |W_i|
 
-    Only for activations that act on each latent by itself: a choice between latents would see other magnitudes.
+    Only for activations that act on each latent separately: one that chooses among latents would see other magnitudes.
     """
 
     def export(self, sae: SAE) -> None:
@@ -50,11 +52,11 @@ class UnitNormExport(Mechanism):
 class DeadLatents(Mechanism):
     """Counts the tokens since each latent last fired; a latent is dead after `after_tokens`.
 
-    `index_A` lists the dead latents for AuxK, padded to a power of two. It is updated in place, and only every `every`
-    steps, so that shapes stay fixed in between. `real_A` is 1 for its entries and 0 for its padding.
+    `index_A` lists the dead latents for AuxK, padded to a power of two. It is updated in place every `every` steps, so
+    shapes stay fixed in between. `real_A` is 1 for entries of the list and 0 for padding.
     """
 
-    since_F: Tensor  # int64, tokens
+    since_F: Tensor  # int64: tokens since each latent last fired
     dead_F: Tensor  # bool, as of the last update
     leaves_weights = True
 
@@ -64,7 +66,7 @@ class DeadLatents(Mechanism):
         self.register_buffer("since_F", torch.zeros(d_sae, dtype=torch.int64))
         self.register_buffer("dead_F", torch.zeros(d_sae, dtype=torch.bool))
         self.index_A, self.real_A = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
-        self._index_F, self._real_F = self.index_A, self.real_A  # the memory of both lists, with room for all latents
+        self._index_F, self._real_F = self.index_A, self.real_A  # memory for both lists, with room for all latents
 
     def after_step(self, step: Step) -> None:
         self.since_F.add_(step.tokens).mul_(~step.fired_F)
@@ -114,7 +116,7 @@ class ActivityEMA(Mechanism):
 
 
 def reset_adam_state(step: Step, index_N: Tensor) -> None:
-    """Zero Adam's moments of some latents, in every weight they have. To be called after rewriting those weights."""
+    """Zero Adam's moments for some latents in all weights. Call it after rewriting those weights."""
     sae = step.sae
     for parameter, dimension in ((sae.W_dec, 0), (sae.W_enc, 1), (sae.b_enc, 0)):
         for name, moment in step.optimizer.state.get(parameter, {}).items():
@@ -125,10 +127,10 @@ def reset_adam_state(step: Step, index_N: Tensor) -> None:
 class ResampleDead(Mechanism):
     """Restarts dead latents on tokens that are badly reconstructed (Bricken et al. 2023).
 
-    Every `every` steps until step `until`, each dead latent takes the direction v = x - b_dec of a token drawn with
-    probability ~ loss^2: W_dec,i = v/|v|, W_enc,i = 0.2 v/|v| times the mean encoder norm of the other latents,
-    b_enc,i = 0, and its Adam state is reset. Tokens are drawn without replacement; if there are more dead latents than
-    tokens, the rest wait for the next time.
+    Every `every` steps until step `until`, each dead latent is set to the direction v = x - b_dec of a token drawn with
+    probability ~ loss^2: W_dec,i = v/|v|, W_enc,i = 0.2 v/|v| times the mean encoder norm of the other latents, b_enc,i
+    = 0, and its Adam state is reset. Tokens are drawn without replacement; if there are more dead latents than tokens,
+    the rest wait for the next time.
     """
 
     restarts: Tensor  # () int64, total
@@ -142,7 +144,7 @@ class ResampleDead(Mechanism):
         self.register_buffer("generator_state", generator.get_state())
 
     def silent(self) -> Tensor:
-        """(F) bool: which latents are dead now."""
+        """(F) bool: whether each latent is dead now."""
         return self.dead.since_F >= self.dead.after_tokens
 
     def every_n_steps(self, step: Step) -> None:
@@ -179,10 +181,11 @@ class ResampleDead(Mechanism):
 
 
 class BatchTopKThreshold(Mechanism):
-    """The threshold of a BatchTopK follows the smallest latent that its batches keep: t <- t + rate (min - t).
+    """Lets the threshold of a BatchTopK follow the smallest latent that its batches keep: t <- t + rate (min - t).
 
-    After training, the threshold becomes the mean of that minimum over the next batches (after one epoch of the cache,
-    its rows again). So the final weights keep k latents per token on average, however short the run was.
+    After training, the threshold is set to the mean of that minimum over the batches that follow (if the epoch has
+    ended, the first batches again). So the final weights keep k latents per token on average, however short the run
+    was.
     """
 
     batches: Tensor  # () int64
@@ -219,10 +222,12 @@ class BatchTopKThreshold(Mechanism):
 class AnnealK(Mechanism):
     """Lowers k from `start`: step t keeps k_t = start + (k - start) min(1, t/steps) latents per token, rounded down.
 
-    With many latents at first, few die. Tensors have room for the largest k_t of `every` steps; the rest is masked.
+    With many active latents at first, few die. Tensors have room for the largest k_t of `every` steps; unused slots are
+    masked.
 
     dictionary_learning (`k_anneal_steps`) and sparsify (`k_decay_steps`) do the same from start = d_in.
-    Paper: no baseline of the papers lowers k. dictionary_learning sets k to k_t after step t, so its first step has k.
+    Paper: none of the papers' baselines lowers k. dictionary_learning sets k to k_t after step t, so its first step has
+        k.
     """
 
     room: Tensor  # () int64

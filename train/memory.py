@@ -1,8 +1,8 @@
-"""The memory of training, from a trace of two steps on tensors that have shapes and no values.
+"""Estimate the memory of training by tracing two steps on tensors that have shapes but no values.
 
-A trace runs the actual code of a step, so it works for every recipe, however the recipe computes its products. It does
-not see scratch memory inside single operations (except for `topk` on a CPU), nor the memory of work between steps that
-depends on values. Mechanisms declare the memory of that work (`Mechanism.between_bytes`).
+A trace runs the actual code of a step, so it works for every recipe, however the recipe computes its matrix products.
+It misses scratch memory inside single operations (except for `topk` on a CPU). It also misses the memory of work
+between steps that depends on values; mechanisms declare that (`Mechanism.between_bytes`).
 """
 
 import json
@@ -20,11 +20,11 @@ from .loop import Trainer
 from .recipe import Recipe
 from .variant import RunConfig, Variant
 
-DEAD_SHARE = 0.5  # of the latents, assumed to be dead: AuxK takes more memory the more latents are dead
-SAMPLE_ROWS = 10_000  # that a variant reads before its first step if it `reads_rows`
-SAMPLE_BYTES = 2 + 2 + 4 + 8 + 4  # of an element: in a batch, in all rows together, in float32, in float64, normalized
-SORTED_BYTES = 16  # an element and its index: `topk` on a CPU makes a copy of both to sort
-CHECKPOINT_COPIES = 2  # of the training state in host memory, while a checkpoint is read: its bytes, then its tensors
+DEAD_SHARE = 0.5  # share of latents assumed to be dead: the more are dead, the more memory AuxK takes
+SAMPLE_ROWS = 10_000  # rows that a variant reads before its first step if it `reads_rows`
+SAMPLE_BYTES = 2 + 2 + 4 + 8 + 4  # per element: in a batch, in all rows joined, in float32, in float64, normalized
+SORTED_BYTES = 16  # per element, for it and its index: `topk` on a CPU copies both to sort them
+CHECKPOINT_COPIES = 2  # copies of the state in host memory while a checkpoint is read: its bytes and its tensors
 
 # Factors of `memory_bound`: training states; elements per token and latent, token and input, pair of latents; others.
 BOUND_STATES, BOUND_LATENTS, BOUND_INPUTS, BOUND_PAIRS, BOUND_OTHER = 4, 40, 20, 16, 4 * 2**24
@@ -46,13 +46,13 @@ class BuildableRun(Protocol):
 class RunMemory(NamedTuple):
     """The memory of a run in bytes: on the device, and in host memory if that is separate."""
 
-    state: int  # stays between steps: weights, moments, buffers, and tensors that mechanisms keep from step to step
-    step: int  # additional at the peak of a step, or of the work between two steps
-    host: int  # additional in host memory while the first rows, or a checkpoint, are read
+    state: int  # kept between steps: weights, moments, buffers, and tensors that mechanisms keep
+    step: int  # additional, at the peak of a step or of the work between two steps
+    host: int  # additional, in host memory while the first rows or a checkpoint are read
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the live tensors that operations have made (`now`), and their `peak`."""
+    """Counts the bytes of live tensors that operations have allocated (`now`), and the `peak` of this count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:  # a view, or an operation in place, has the storage of its input
+        if key not in self._known:  # views and in-place operations share the storage of their input
             self._known.add(key)
             self.now += size
             self.peak = max(self.peak, self.now)
@@ -103,7 +103,7 @@ _traced: dict[Any, RunMemory] = {}
 
 
 def run_memory(run: BuildableRun, device: str, rows: int | None = None) -> RunMemory:
-    """The memory of a run on a device, from a trace with `rows` rows in a batch; None: the batch size of the run.
+    """The memory of a run on a device, traced with `rows` rows in a batch; None: the batch size of the run.
 
     Runs that differ only by seed and data are traced once.
     """
@@ -128,7 +128,7 @@ class TracedSteps(NamedTuple):
 
 
 def trace_steps(live: LiveBytes, run: BuildableRun, device: str, rows: int, kernels: bool = False) -> TracedSteps:
-    """Take two steps, because the first one makes the moments, and read metrics."""
+    """Take two steps, because the first one allocates the moments, and read the metrics."""
     config = run.config
     parts = config.accumulate if rows % config.accumulate == 0 else 1
     with torch.random.fork_rng(devices=[]), torch.device(device):  # a tensor without values cannot be moved later
@@ -157,7 +157,7 @@ def host_bytes(run: BuildableRun) -> int:
 
 
 def memory_bound(run: BuildableRun) -> int:
-    """A generous bound on all the memory that `run_memory` finds, without a trace. It suffices if memory is plenty."""
+    """A generous upper bound, without a trace, on the total that `run_memory` finds. Used if memory is plentiful."""
     config, variant = run.config, untrained_variant(run, "meta")
     rows = config.batch_size * (BOUND_LATENTS * config.d_sae + BOUND_INPUTS * config.d_in)
     start = SAMPLE_ROWS * config.d_in * SAMPLE_BYTES

@@ -1,8 +1,8 @@
-"""When training runs out of memory: save the runs as they were before the step, and say in the error what to lower.
+"""When training runs out of memory, save the runs as they were before the step; the error says what to reduce.
 
-Until the optimizer changes the weights, a step has changed nothing that is in a checkpoint. A run whose weights were
-being changed, or whose mechanisms were working between two steps, is not consistent; it continues from its newest
-checkpoint on the disk.
+Until the optimizer changes the weights, a step has changed nothing that a checkpoint holds. If memory ran out while the
+weights were being changed, or while mechanisms were acting between two steps, the state of the run is inconsistent.
+Such a run continues from its newest checkpoint on the disk.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from .run_trainer import RunTrainer
 
 
 def save_after_running_out(trainers: Sequence[RunTrainer], error: BaseException, config: TrainConfig) -> SaeError:
-    """Save the runs that shared a pass when memory ran out; returns the error to raise."""
+    """Save the runs that shared a pass when memory ran out, and return the error to raise."""
     device, said = trainers[0].device, first_line(error).rstrip(".")
     for trainer in trainers:
         trainer.optimizer.zero_grad(set_to_none=True)
@@ -31,12 +31,12 @@ def save_after_running_out(trainers: Sequence[RunTrainer], error: BaseException,
 
 
 def save_if_whole(trainer: RunTrainer) -> int:
-    """Write a checkpoint unless a step was changing the state; returns the step from which the run will go on."""
+    """Write a checkpoint unless a step was changing the state. Returns the step at which the run will continue."""
     step = int(trainer.i)
     if step and not trainer.changing:
         try:
             save_checkpoint(trainer, trainer.run.folder, step, trainer.digest)
-        except (SaeError, RuntimeError, MemoryError) as error:  # a full disk, or no memory for a checkpoint either
+        except (SaeError, RuntimeError, MemoryError) as error:  # the disk is full, or memory too small
             if not (isinstance(error, SaeError) or out_of_memory(error)):
                 raise
         else:
@@ -46,7 +46,7 @@ def save_if_whole(trainer: RunTrainer) -> int:
 
 
 def describe_ways_on(trainers: Sequence[RunTrainer], config: TrainConfig) -> str:
-    """What the user can do: the commands that continue with less memory."""
+    """The commands with which the user can continue with less memory."""
     streaming = isinstance(config.source, RingCache)
     folders = " ".join(f"--resume {quote(trainer.run.folder)}" for trainer in trainers)
     command = "the same command" if streaming else f"`sae train {folders}`"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class MetricSums:
-    """Sums of 0-d metrics over steps, on their device. They change in place, so a captured step can add to them."""
+    """Sums of 0-d metrics over steps, kept on the device. They change in place, so a captured step can add to them."""
 
     def __init__(self, device: str) -> None:
         self.steps = torch.zeros((), dtype=torch.int64, device=device)
@@ -25,7 +25,7 @@ class MetricSums:
         self.steps += 1
 
     def read(self, scalars: Mapping[str, Tensor], reset: bool) -> dict[str, float]:
-        """The mean of each metric, and `scalars`, in one read from the device. With `reset` the sums start again."""
+        """The mean of each metric, and `scalars`, in one read from the device. `reset` sets the sums to zero."""
         steps, *numbers = read_numbers([self.steps, *self.sums.values(), *scalars.values()])
         means = {name: total / steps for name, total in zip(self.sums, numbers, strict=False)}
         if reset:
@@ -36,7 +36,7 @@ class MetricSums:
 
 @torch.no_grad()
 def read_numbers(tensors: Sequence[Tensor]) -> list[float]:
-    """The values of 0-d tensors, in one read from their device. Integers and booleans come as integers."""
+    """The values of 0-d tensors, in one read from their device. Integers and booleans are returned as integers."""
     bits = [value.double().view(torch.int64) if value.is_floating_point() else value.long() for value in tensors]
     read = torch.stack(bits).cpu()
     return [

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..common.learning_rate import peak_share
 
 SwitchedOff = Mapping[str, tuple[str, tuple[Any, ...]]]  # option -> what switches it off: another option and its values
-ANY_NUMBER = ("a number",)  # stands for every number, in an option that can be none
+ANY_NUMBER = ("a number",)  # placeholder for any number, for an option that can also be none
 SWITCHED_OFF: SwitchedOff = {name: ("weight_decay", (0,)) for name in ("weight_decay_on", "weight_decay_form")}
 CENTERING = ("standardize", "layer_norm")  # values of `normalize` with which `center` has no effect
 
@@ -46,13 +46,13 @@ class Optimization:
     center: bool = False
     """Also subtract the cache's mean row from the input."""
     b_dec_init: Literal["mean", "zero"] = "mean"
-    """Initial b_dec: the cache's mean row (under layer_norm less its mean, over the RMS of an element), or zero."""
+    """Initial b_dec: the cache's mean row (with layer_norm, minus its mean and over the RMS of an element), or zero."""
 
     def warmup_steps(self, steps: int) -> int:
         return min(1000, steps // 10) if self.warmup is None else self.warmup
 
     def lr_at(self, i: Tensor, steps: int) -> Tensor:
-        """The learning rate of step i: lr min(1, (i+1)/w), then linearly to 0 from `decay_start` on."""
+        """The learning rate of step i: lr min(1, (i+1)/w), falling linearly to 0 after `decay_start`."""
         up = ((i + 1) / max(self.warmup_steps(steps), 1)).clamp(max=1.0)
         down = ((steps - i) / max(steps * (1 - self.decay_start), 1)).clamp(max=1.0)
         return self.lr * up * down

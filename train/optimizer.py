@@ -10,9 +10,9 @@ from .variant import Variant
 
 
 def make_optimizer(variant: Variant, device: str) -> torch.optim.Optimizer:
-    """Fused Adam or AdamW with its learning rate and its skip-update flag on the device.
+    """Fused Adam or AdamW. Its learning rate and its flag to skip an update are on the device.
 
-    They differ only in weight decay: Adam adds it to the (clipped) gradient, AdamW subtracts it from the weights.
+    The two differ only in weight decay: Adam adds it to the (clipped) gradient, AdamW subtracts it from the weights.
     """
     settings, W_enc = variant.optimization, variant.sae.W_enc
     others = [p for p in variant.parameters() if p is not W_enc]
@@ -26,8 +26,8 @@ def make_optimizer(variant: Variant, device: str) -> torch.optim.Optimizer:
         eps=settings.eps,
         fused=True,
     )
-    # Attributes that the fused kernel reads: it divides gradients by grad_scale, and makes no update where found_inf
-    # is not zero.
+    # The fused kernel reads these attributes: it divides gradients by grad_scale, and skips the update if found_inf is
+    # not zero.
     optimizer.grad_scale, optimizer.found_inf = None, torch.zeros((), device=device)  # type: ignore[attr-defined]
     return optimizer
 
@@ -38,20 +38,20 @@ class WeightUpdate:
     def step(self, loss: Tensor, i: Tensor, failed_at: Tensor) -> Tensor:
         """Take step `i` () int64, and return the norm of the gradient.
 
-        `failed_at` () int64 is the first step whose loss or gradient was not finite, or -1. This step sets it if it is
-        one. From then on the weights do not change; the host notices at its next log.
+        `failed_at` () int64 is the first step whose loss or gradient was not finite, or -1. If this step is that one,
+        it sets `failed_at`. The weights then no longer change, and the host notices at its next log.
         """
         raise NotImplementedError
 
     def make_copies(self) -> None:
-        """Make copies of the weights that products read, if there are none yet; before each forward pass."""
+        """Make the copies of weights that products read, if there are none yet. Called before each forward pass."""
 
     def renew_copies(self) -> None:
-        """Renew these copies, after something else has written weights."""
+        """Renew these copies. To be called after other code has written weights."""
 
 
 class OptimizerUpdate(WeightUpdate):
-    """The update by the optimizer, in operations of torch."""
+    """Updates the weights by the optimizer, with torch operations."""
 
     def __init__(self, variant: Variant, optimizer: torch.optim.Optimizer, steps: int) -> None:
         self.variant, self.optimizer, self.steps = variant, optimizer, steps
@@ -70,8 +70,8 @@ class OptimizerUpdate(WeightUpdate):
 def capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """A context in which the optimizer may be captured in a CUDA graph.
 
-    The optimizer keeps its learning rate, its counts of steps and its flags on the device, so it computes the same with
-    and without `capturable`. Without it torch refuses to capture; with it torch warns if nothing is captured.
+    The optimizer keeps its learning rate, step counts and flags on the device, so its results do not depend on torch's
+    setting `capturable`. Without the setting torch refuses to capture; with it torch warns if nothing is captured.
     """
     for group in optimizer.param_groups:
         group["capturable"] = True
@@ -83,7 +83,7 @@ def capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def clip_gradients(variant: Variant, optimizer: torch.optim.Optimizer) -> Tensor:
-    """Let the next update clip the global gradient norm to the option `clip`; returns the norm.
+    """Make the next update clip the global gradient norm to the option `clip`. Returns the norm.
 
     The kernel that updates the weights also scales the gradients, so clipping needs no separate pass.
     """
@@ -101,7 +101,7 @@ def clip_gradients(variant: Variant, optimizer: torch.optim.Optimizer) -> Tensor
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """() the L2 norm of all elements together.
 
-    Matrices are reduced row by row first: a CPU uses all threads for that, but one thread for the norm of a tensor.
+    Matrices are first reduced row by row: a CPU uses all threads for that, but only one for the norm of a whole tensor.
     """
     parts = [torch.linalg.vector_norm(g, dim=-1) if g.dim() > 1 else g for g in gradients]
     return torch.linalg.vector_norm(torch.cat([part.flatten() for part in parts]))

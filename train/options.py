@@ -14,7 +14,7 @@
 
     def competition(config: RunConfig, options: CompetitionOptions) -> Variant: ...
 
-Either way an option has a name, a type, a default and a sentence that `sae variants NAME` prints.
+Either way, an option has a name, a type, a default and a description that `sae variants NAME` prints.
 """
 
 import ast
@@ -36,7 +36,7 @@ DeclaredBy = Callable[..., Any] | type
 
 @dataclass(frozen=True)
 class RecipeOptions:
-    """Base of the options of a recipe. A string below a field is its documentation."""
+    """Base class for the options of a recipe. The string below a field documents it."""
 
     def validation_errors(self, config: "RunConfig") -> Iterator[str]:
         """One sentence for each option that cannot work in this run."""
@@ -60,7 +60,7 @@ def options_class(build: Callable[..., Any]) -> type[RecipeOptions] | None:
 
 
 def read_options(declared_by: DeclaredBy) -> dict[str, Option]:
-    """Options in order, from a dataclass or from a function's arguments after the first."""
+    """The options in order, read from a dataclass or from a function's arguments after the first."""
     if isinstance(declared_by, type):
         return {f.name: Option(f.type, f.default) for f in fields(declared_by)}
     parameters = list(inspect.signature(declared_by).parameters.values())[1:]
@@ -68,12 +68,12 @@ def read_options(declared_by: DeclaredBy) -> dict[str, Option]:
 
 
 def read_option_docs(declared_by: DeclaredBy) -> dict[str, str]:
-    """The sentence of each documented option."""
+    """The description of each documented option."""
     return field_docs(declared_by) if isinstance(declared_by, type) else argument_docs(declared_by)
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The string below each annotated field of a class and of its bases. Read from the source; empty without one."""
+    """The string below each annotated field of a class and its bases, from the source. Empty without the source."""
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
         try:
@@ -87,7 +87,7 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def argument_docs(function: Callable[..., Any]) -> dict[str, str]:
-    """The entries of the section `Args:` of a docstring."""
+    """The entries in the `Args:` section of a docstring."""
     docs: dict[str, str] = {}
     _, _, section = (inspect.getdoc(function) or "").partition("\nArgs:\n")
     name = ""

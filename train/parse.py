@@ -1,4 +1,4 @@
-"""Parse the input of users: widths, and the options of recipes given with --set."""
+"""Parse user input: widths, and recipe options given with --set."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -39,8 +39,8 @@ def parse_options(options: Mapping[str, Any] | Sequence[str], recipes: Sequence[
     """The options of each recipe: {variant: {option: value}}.
 
     `options` maps "option" or "variant.option" to values, or lists them as --set does: "option=value". An option
-    without a variant goes to every recipe that has it. If an option takes the string "none" but not None, then None
-    (`none` with --set) becomes that string.
+    without a variant is passed to every recipe that has it. If an option accepts the string "none" but not None, then
+    None (`none` with --set) is turned into that string.
     """
     parsed: dict[str, dict[str, Any]] = {recipe.name: {} for recipe in recipes}
     for key, value in (options if isinstance(options, Mapping) else split_options(options)).items():
@@ -55,13 +55,13 @@ def parse_options(options: Mapping[str, Any] | Sequence[str], recipes: Sequence[
 
 
 def has_string_none(recipe: Recipe, option: str) -> bool:
-    """Whether an option has the string "none" and cannot be None."""
+    """Whether an option accepts the string "none" and not None."""
     types = recipe.option_types()
     return option in types and matches_type("none", types[option]) and not matches_type(None, types[option])
 
 
 def split_options(texts: Sequence[str]) -> dict[str, Any]:
-    """The strings of --set, "key=value", as a mapping."""
+    """Convert the "key=value" strings of --set to a mapping."""
     options: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -74,7 +74,7 @@ def split_options(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """A TOML value; `none` is None, and anything that is not TOML is a string."""
+    """Parse a TOML value. `none` becomes None, and text that is not valid TOML stays a string."""
     if text.lower() == "none":
         return None
     try:

@@ -1,4 +1,4 @@
-"""Group runs into passes: runs that read the same batches share a pass, as far as they fit into the free memory.
+"""Group runs into passes: runs that read the same batches share a pass if they fit into free memory together.
 
 Runs do not depend on each other, so several passes give the same results as one, bit for bit on a CPU.
 """
@@ -18,11 +18,11 @@ from .memory import BuildableRun, RunMemory, host_bytes, memory_bound, run_memor
 from .recipe import Recipe
 from .variant import RunConfig
 
-FREE_SHARE = 0.9  # share of the free memory that a pass may be planned to use: allocators and libraries need the rest
+FREE_SHARE = 0.9  # share of the free memory that a planned pass may use; allocators and libraries need the rest
 SLOTS, DEVICE_BUFFERS = 4, 2  # batches that a loader holds in host memory, and on a GPU
 WORKSPACE = {"cpu": 128 << 20, "cuda": 96 << 20}
-"""Bytes in addition to tensors. cpu: glibc keeps freed blocks of up to 32 MB, and some stay unused; measured by
-benchmarks/step_memory.py. cuda: about what cuBLAS takes; not measured."""
+"""Bytes needed in addition to tensors. cpu: glibc keeps freed blocks of up to 32 MB, some unused; measured by
+benchmarks/step_memory.py. cuda: about the size of the cuBLAS workspace; not measured."""
 WIDTH_STEP = 64
 
 
@@ -50,8 +50,8 @@ class Resized(NamedTuple):
 class PassMemory(NamedTuple):
     """The memory of the runs of a pass on the device, in bytes."""
 
-    state: int  # of all runs
-    step: int  # additional in a step of the run that needs the most, since runs take turns
+    state: int  # total of all runs
+    step: int  # additional during a step: the largest of any run, since runs take turns
     batches: int  # the batches that the loader holds, and `WORKSPACE`
 
     @property
@@ -73,7 +73,7 @@ def pass_memory(runs: Sequence[BuildableRun], device: str) -> PassMemory:
 
 
 def add_up(memories: Sequence[RunMemory], config: RunConfig, device: str) -> PassMemory:
-    """The memory of runs of these sizes together. `config` is the config of one of them, for the size of batches."""
+    """The total memory of runs with these sizes. `config` is the config of any of them, which has the batch size."""
     kind = torch.device(device).type
     batch = 2 * config.batch_size * config.d_in
     step = max(memory.step for memory in memories)
@@ -92,7 +92,7 @@ def captured_memory(runs: Sequence[BuildableRun], device: str) -> int:
 
 
 def reserved_memory(runs: Sequence[BuildableRun], device: str, captured: bool = False) -> int:
-    """The bytes to leave free for runs: a generous bound if memory is plenty, else the memory that the runs take."""
+    """The bytes to leave free for runs: a generous bound if memory is plentiful, otherwise what the runs take."""
     bound = sum(map(memory_bound, runs))
     if bound < available_memory(device) / 2:
         return bound
@@ -121,7 +121,7 @@ def split_by_memory(runs: Sequence[AnyRun], device: str, free: float) -> list[li
 
 
 def plan_passes(runs: Sequence[AnyRun], device: str, streaming: bool = False) -> list[list[AnyRun]]:
-    """The passes of runs on a device with the memory that is free now. With `streaming` there can be only one pass.
+    """Plan the passes of runs for the memory that is free on a device now. With `streaming` only one pass is possible.
 
     Raises:
         UnavailableError: a run does not fit alone, or with `streaming` the runs do not fit together.
@@ -153,7 +153,7 @@ def describe_kernels(runs: Iterable[BuildableRun], device: str) -> str:
 
 
 def reason_against_capture(passes: Sequence[Sequence[PassRun]], device: str) -> str:
-    """Why the steps of runs are not captured in a CUDA graph, as the end of a sentence; "" if they are."""
+    """Why the steps of runs are not captured in a CUDA graph, as the end of a sentence; "" if they are captured."""
     if torch.device(device).type != "cuda":
         return f"the device is {device}, which has no CUDA graphs"
     runs = [run for one in passes for run in one]
@@ -171,7 +171,7 @@ def reason_against_capture(passes: Sequence[Sequence[PassRun]], device: str) -> 
 
 
 def copied_bytes(runs: Sequence[BuildableRun], device: str) -> int:
-    """Bytes of host memory for copies of the states of runs, from which checkpoints are written while they train.
+    """Bytes of host memory for the copies of run states from which checkpoints are written during training.
 
     For a GPU the copies are in pinned memory, which torch allocates in powers of two.
     """
@@ -180,7 +180,7 @@ def copied_bytes(runs: Sequence[BuildableRun], device: str) -> int:
 
 
 def copies_fit(runs: Sequence[BuildableRun], device: str) -> bool:
-    """Whether these copies fit into the host memory that is free now, together with the other needs of a pass."""
+    """Whether these copies fit into the free host memory, together with everything else that a pass needs there."""
     copies, budget = copied_bytes(runs, device), FREE_SHARE * available_memory("cpu")
     if torch.device(device).type == "cuda":
         return copies + max(map(host_bytes, runs)) <= budget
@@ -230,7 +230,7 @@ def describe_free(device: str, free: float) -> str:
 
 
 def describe_refusal(run: PassRun, device: str, free: float) -> str:
-    """Why a run does not fit, and the sizes that would fit."""
+    """Explain why a run does not fit, and which sizes would fit."""
     config, memory = run.config, pass_memory([run], device)
     lines = [
         f"{run.recipe.name} with {config.d_sae:,} latents takes {format_bytes(memory.total)} of memory "
@@ -251,7 +251,7 @@ def describe_refusal(run: PassRun, device: str, free: float) -> str:
 
 
 def fits(run: BuildableRun, config: RunConfig, device: str, budget: float) -> bool:
-    """Whether a run would fit with another config. False if its recipe does not allow that config."""
+    """Whether a run would fit with another config. False if its recipe rejects that config."""
     try:
         return pass_memory([Resized(run.recipe, run.options, run.stored, config)], device).total <= budget
     except UsageError:
@@ -284,7 +284,7 @@ def fewest_parts(run: BuildableRun, device: str, budget: float) -> int | None:
 
 
 def largest_batch(run: BuildableRun, device: str, budget: float) -> int | None:
-    """The largest half, quarter, ... of the run's batch with which it would fit; None if there is none."""
+    """The largest of a half, a quarter, ... of the run's batch size with which it would fit, or None."""
     tokens = run.config.batch_size // 2
     while tokens and not fits(run, run.config._replace(batch_size=tokens, accumulate=1), device, budget):
         tokens //= 2

@@ -1,12 +1,12 @@
-"""The plan of training: the runs that a TrainConfig asks for, each checked, estimated and with its folder.
+"""The plan of training: the runs that a TrainConfig asks for. Each is checked and estimated, and has a folder.
 
     runs/<variant>-L12-n512-s0-<digest6>/
-        run.json             everything that decides the result, and the versions and device that made it
+        run.json             everything that determines the result, and the versions and device that produced it
         metrics.jsonl        one line per logged step
         checkpoints/         resumable states
         sae.safetensors, sae.json      written when training is done, sae.json last
 
-The digest covers everything that decides the result, so the same command finds the same folder and resumes it.
+The digest covers everything that determines the result, so the same command finds the same folder and resumes the run.
 """
 
 import itertools
@@ -53,13 +53,13 @@ CURVE_POINTS, MAX_LOG_INTERVAL = 100, 50
 
 
 def default_log_interval(steps: int) -> int:
-    """The steps between log lines of a run of `steps` steps: at most 50, and so few that a curve has 100 points."""
+    """The steps between log lines for a run of `steps` steps: at most 50, and at most a hundredth of the run."""
     return min(MAX_LOG_INTERVAL, max(1, steps // CURVE_POINTS))
 
 
 @dataclass
 class Run:
-    """One training run: its folder, and everything that decides its result. It can be used wherever a path is taken."""
+    """One training run: its folder, and everything that determines its result. Usable wherever a path is accepted."""
 
     recipe: Recipe
     options: dict[str, Any]
@@ -70,10 +70,10 @@ class Run:
     cache: AnyCache
     folder: Path = Path()
     compiled: bool = False
-    stored: Mapping[str, Any] | None = None  # every option that it was started with; None: it is new
-    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # of a finished run, see Variant.changed
-    notes: Sequence[str] = ()  # sentences of the plan about its options
-    requested: Mapping[str, Any] = field(default_factory=dict)  # TrainConfig.record() of the plan it comes from
+    stored: Mapping[str, Any] | None = None  # all options that the run was started with; None: a new run
+    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # for a finished run; see Variant.changed
+    notes: Sequence[str] = ()  # sentences about its options, shown in the plan
+    requested: Mapping[str, Any] = field(default_factory=dict)  # TrainConfig.record() of its plan
     problem: str | None = None  # why the run failed
 
     def __fspath__(self) -> str:
@@ -109,7 +109,7 @@ class Run:
         }
 
     def default_name(self) -> str:
-        """The name of the run folder. On a planned cache it ends in `*`, because the digest needs its rows."""
+        """The name of the run folder. For a planned cache it ends in `*`, because the digest depends on its rows."""
         digest = "*" if isinstance(self.cache, PlannedCache) else digest_of(self.identity())[:6]
         site = "" if self.hook.site == "resid_post" else f"-{self.hook.site}"
         l0 = "" if self.config.l0 is None else f"-l0_{self.config.l0:g}"
@@ -149,33 +149,34 @@ class TrainPlan:
 
     @cached_property
     def planned_passes(self) -> list[list[Run]]:
-        """`passes`, planned for the memory that is free on first access."""
-        streaming = isinstance(self.config.source, RingCache)  # then all runs are on the device at once
+        """`passes`, planned for the memory that is free at the first access."""
+        streaming = isinstance(self.config.source, RingCache)  # if so, all runs are on the device at once
         return plan_passes(self.unfinished, resolve_device(self.config.device), streaming)
 
     @property
     def passes(self) -> list[list[Run]]:
         """The unfinished runs, grouped into passes. The runs of a pass are on the device together.
 
-        Raises UnavailableError for a run that does not fit there; the message says what would fit.
+        Raises UnavailableError for a run that does not fit on the device; the message says what would fit.
         """
         left = [[run for run in runs if not run.done] for runs in self.planned_passes]
         return [runs for runs in left if runs]
 
     @cached_property
     def in_background(self) -> bool:
-        """Whether checkpoints are written while training goes on, given the memory that is free on first access.
+        """Whether checkpoints are written while training goes on, given the memory that is free at the first access.
 
-        If not, training waits for each checkpoint, since copies of the states would not fit beside the runs of a pass.
+        If not, training waits for each checkpoint, because copies of the states would not fit into memory with the
+        runs.
         """
         device = resolve_device(self.config.device)
         return all(copies_fit(runs, device) for runs in self.planned_passes)
 
     @cached_property
     def eager_because(self) -> str:
-        """Why the steps of a pass are launched one by one, as the end of a sentence; "" if they are one CUDA graph.
+        """Why the steps of a pass are launched one by one, as the end of a sentence; "" if they form one CUDA graph.
 
-        Depends on the memory that is free on first access.
+        Depends on the memory that is free at the first access.
         """
         if self.config.capture == "off":
             return "--capture off"
@@ -183,14 +184,14 @@ class TrainPlan:
 
     @cached_property
     def shares(self) -> list[RankShare]:
-        """The runs of each of several launched processes, as indices of `runs`. Times a few steps of each recipe."""
+        """The runs that each launched process trains, as indices into `runs`. Times a few steps of each recipe."""
         unfinished = {number: run for number, run in enumerate(self.runs) if not run.done}
         return deal_runs(unfinished, resolve_device(self.config.device), rank_and_count()[1])
 
     def describe(self, time: bool = False) -> list[str]:
         """The lines that `sae train` prints first. With `time`, memory and time are estimated too, in a few seconds.
 
-        Of several launched processes only the first, which deals the runs, returns lines.
+        With several launched processes, only the first, which deals the runs, returns lines.
         """
         rank, count = rank_and_count()
         if rank:
@@ -231,15 +232,15 @@ def plan_training(config: TrainConfig, reserved: Mapping[Path, float] = {}) -> T
     """Plan the runs that a config asks for. Writes nothing.
 
     Args:
-        config: what to train. With a `PlannedCache` as its source, the plan equals the plan for the finished cache,
-            except for values that depend on its rows: the variance is unknown, so options that scale with it stay
-            unscaled (a note says so), and folder names end in `*` instead of a digest.
-        reserved: folder -> bytes that something else will write into it meanwhile.
+        config: what to train. If its source is a `PlannedCache`, the plan equals the plan for the finished cache,
+            except for values that depend on the rows. The variance is unknown, so options that scale with it stay
+            unscaled (a note says so). Folder names end in `*` instead of a digest.
+        reserved: folder -> bytes that other work will write into it meanwhile.
 
     Raises:
         UsageError: something is wrong with the config; the message lists every problem.
-        UnavailableError: the runs do not fit on a disk, a run does not fit into memory, or there is no such device.
-        DamagedError: a record of a run that exists was damaged.
+        UnavailableError: the runs do not fit on a disk, a run does not fit into memory, or the device does not exist.
+        DamagedError: a record of an existing run is damaged.
     """
     runs = [resume_run(folder, config) for folder in config.resume] if config.resume else new_runs(config)
     for run in runs:
@@ -253,7 +254,7 @@ def plan_training(config: TrainConfig, reserved: Mapping[Path, float] = {}) -> T
 
 
 def new_runs(config: TrainConfig) -> list[Run]:
-    """The runs of a config without `resume`: every layer, recipe, L0 and seed."""
+    """The runs of a config without `resume`: every combination of layer, recipe, L0 and seed."""
     check_seeds(config.shuffle_seed, *config.seeds)
     precision = resolve_precision(config.precision, resolve_device(config.device))
     recipes = [find_recipe(name) for name in dict.fromkeys(config.variants)]
@@ -309,13 +310,13 @@ def check_options(runs: Iterable[Run]) -> Iterator[str]:
 
 
 def accumulate_errors(run: Run, variant: Variant) -> Iterator[str]:
-    """A sentence if the batches of a run should be computed in parts, and its recipe cannot do that."""
+    """Yield an error if a run has to compute its batches in parts and its recipe cannot do that."""
     if run.config.accumulate > 1 and (reasons := reasons_against(variant)):
         yield f"{run.recipe.name} cannot be trained with --accumulate: {'; '.join(reasons)}. Leave it out."
 
 
 def make_run_config(config: TrainConfig, recipe: Recipe, cache: AnyCache, hook: Hook) -> RunConfig:
-    """The sizes of a run, from the config; by default the recipe's sizes and one epoch."""
+    """The sizes of a run, taken from the config; by default the recipe's sizes and one epoch."""
     array = cache.require_array(*hook)
     d_in = cache.array(array).shape[1]
     batch_size = recipe.batch_size if config.batch_size is None else config.batch_size

@@ -1,4 +1,4 @@
-"""The precision of a run's products: its line in the plan, and the runs that exist already."""
+"""The precision of a run's matrix products: how the plan describes it, and how existing runs with it are found."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,14 +15,14 @@ from .sparse_ops import SPARSE_FROM, sparse_is_faster
 
 
 def describe_precision(precision: str | None) -> str | None:
-    """The line of a plan about products that are not in float32."""
+    """The line of a plan about matrix products that are not in float32."""
     if precision in (None, "float32"):
         return None
     return f"products in {precision}; weights, moments and sums are in float32"
 
 
 def describe_products(runs: Iterable[BuildableRun], device: str) -> list[str]:
-    """The lines of a plan for a GPU that say which runs have sparse products, and why (`sparse_is_faster`)."""
+    """The lines of a plan for a GPU that say which runs use sparse products, and why (`sparse_is_faster`)."""
     lines = []
     for run in runs:
         sae, precision = untrained_variant(run, "meta").sae, run.config.precision or default_precision(device)
@@ -50,14 +50,14 @@ def require_precision(folder: Path, precision: str, device: str) -> None:
 def find_folder(out: Path, name: str, unnamed: str, precision: str) -> Path:
     """The folder of a new run in `out`: `name`.
 
-    Runs of earlier versions keep their folder, whose name does not contain the precision (`unnamed`).
+    Runs of earlier versions keep their folders, whose names do not contain the precision (`unnamed`).
     """
     earlier = read_run_record(out / unnamed)
     return out / (unnamed if earlier is not None and recorded_precision(earlier) == precision else name)
 
 
 def explain_other_precision(folder: Path, record: Mapping[str, Any], precision: str | None) -> str:
-    """Why the run of an earlier version in a folder is not the new run; "" if it has the same precision."""
+    """Why an earlier version's run in a folder differs from the new run; "" if both have the same precision."""
     recorded = recorded_precision(record)
     if precision in (recorded, None):
         return ""

@@ -10,9 +10,10 @@ from ..common.precision import autocast, float32_products
 
 
 def in_own_precision(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Make a method of an SAE compute its products in the SAE's `precision` and return the dtype of its weights.
+    """Make a method of an SAE use the SAE's `precision` for matrix products and return tensors in the dtype of its
+    weights.
 
-    If `precision` is None, products have the precision that the caller has set: in training, the precision of the run.
+    If `precision` is None, products use the precision that the caller has set. In training that is the run's precision.
     """
 
     @functools.wraps(method)

@@ -8,13 +8,13 @@ from ..common.errors import SaeError
 
 
 class Overview(NamedTuple):
-    """How far the runs of all launched processes are."""
+    """The progress of the runs of all launched processes."""
 
-    steps_done: int  # of all runs together
+    steps_done: int  # total over all runs
     steps: int
     finished: frozenset[str]  # names of runs
     runs: int
-    metrics: dict[str, dict[str, float]]  # run name -> the metrics that it logged last, if it has logged any
+    metrics: dict[str, dict[str, float]]  # run name -> its last logged metrics, if there are any
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class TrainProgress:
     """Callbacks of training, silent by default."""
 
     step: Callable[[int, int, dict[str, dict[str, float]]], None] = lambda step, steps, metrics: None
-    """Called when metrics are logged, with the steps taken, the steps in all, and run name -> metrics."""
+    """Called when metrics are logged, with the steps taken, the total of steps, and run name -> metrics."""
     say: Callable[[str], None] = lambda sentence: None
     """Called with sentences such as "... resumes from step 1000."."""
     problem: Callable[[str], None] | None = None
@@ -31,7 +31,7 @@ class TrainProgress:
     """Called every few seconds in the first of several launched processes."""
 
     end: Callable[[SaeError], None] = lambda error: None
-    """Called in each of several launched processes with the error that it is about to raise at the end, if any."""
+    """Called in each launched process with the error that it is about to raise at the end, if any."""
 
     def say_problem(self, sentence: str) -> None:
         (self.problem or self.say)(sentence)

@@ -1,13 +1,13 @@
-"""Training in several processes (ranks) of a launcher: each trains its share of the runs, on its own device.
+"""Training in several processes (ranks) of a launcher: each process trains its share of the runs on its own device.
 
-The first process deals the runs and tells the others, because a process that starts later could find other runs
-unfinished, and no two processes measure the same time for a step. Each process locks the folders of its runs. From then
-on the processes share only the files in these folders: a held lock shows that its process works, metrics.jsonl how far
-a run is, sae.json that it is finished, and a note beside a free lock that its process died. If a process dies, only the
-steps of its own runs since their last checkpoints are lost. The others go on, unless the launcher ends them. A process
-that has finished its runs can also die while it waits for the others. So it holds a lock on `PRESENCE` in the folder of
-its first run until it has reported. It reports after the processes before it have either reported or died, so that one
-process reports for all.
+The first process deals the runs and tells the others which to train. The others cannot do this themselves: a process
+that starts later could find other runs unfinished, and no two processes measure the same time for a step. Each process
+locks the folders of its runs. After that the processes communicate only through files in these folders. A held lock
+shows that its process is working, and a note beside a free lock shows that its process died. metrics.jsonl shows the
+progress of a run, and sae.json that it is finished. If a process dies, only the steps of its own runs since their last
+checkpoints are lost. The others go on, unless the launcher ends them. A process that has finished its runs can also die
+while it waits for the others. So it holds a lock on `PRESENCE` in the folder of its first run until it has reported. It
+reports only after every process before it has reported or died, so that one process reports for all.
 """
 
 import fcntl
@@ -30,20 +30,20 @@ from .signals import stop_on_signal
 
 PRESENCE = ".lock.rank"
 POLL_SECONDS, UPDATE_SECONDS, TURN_SECONDS = 0.5, 2.0, 0.05
-STOP_SECONDS = 10.0  # after which the others have stopped if a launcher stops all; torchrun kills after 30
-LISTED = 5  # runs of a process, at most
-STALE_SECONDS = 60.0  # that a network file system may need to show a file of another machine
+STOP_SECONDS = 10.0  # time for the others to stop if a launcher stops all; torchrun kills after 30
+LISTED = 5  # most runs listed per process
+STALE_SECONDS = 60.0  # time that a network file system may need to show a file from another machine
 
 TrainRuns = Callable[[TrainPlan, TrainProgress, Callable[[], bool]], None]
 
 
 def train_on_ranks(plan: TrainPlan, group: ProcessGroup, progress: TrainProgress, train: TrainRuns) -> None:
-    """Train the share of this process with `train`. Returns when every process has ended the training of its share.
+    """Train the share of this process with `train`. Returns when every process has finished training its share.
 
     Raises:
         Interrupted: this process was told to stop; its runs have checkpoints.
-        SaeError: not every run of the plan is finished. In the first process that still runs, the message says which;
-            the other processes raise ReportedElsewhere.
+        SaeError: not every run of the plan is finished. In the first process that is still running, the message names
+            these runs; the other processes raise ReportedElsewhere.
     """
     shares = dealt_runs(plan, group)
     own, watch = TrainPlan(plan.config, shares[group.rank]), Watch(shares, group, progress)
@@ -59,7 +59,7 @@ def train_on_ranks(plan: TrainPlan, group: ProcessGroup, progress: TrainProgress
 
 
 def dealt_runs(plan: TrainPlan, group: ProcessGroup) -> list[list[Run]]:
-    """The runs of each process, as dealt by the first process. Raises UsageError if a process plans other runs."""
+    """The runs of each process, as dealt by the first. Raises UsageError if a process planned different runs."""
     names = [run.name for run in plan.runs]
     dealt = [sorted(share.runs) for share in plan.shares] if group.is_first else []
     told = group.gather((names, dealt))
@@ -78,7 +78,7 @@ def lock_runs(runs: Sequence[Run], locks: ExitStack, progress: TrainProgress) ->
 
 
 def require_locks(shares: Sequence[Sequence[Run]]) -> None:
-    """Raise UnavailableError if a lock that another process holds is not seen from here."""
+    """Raise UnavailableError if this process cannot see a lock that another process holds."""
     for runs in shares:
         if runs and not is_locked(runs[0].folder):
             raise UnavailableError(
@@ -88,7 +88,7 @@ def require_locks(shares: Sequence[Sequence[Run]]) -> None:
 
 
 def attempt(train: Callable[[], None], progress: TrainProgress) -> Exception | None:
-    """Train, and return the error that was raised, if any. It is shown at once, since the other processes go on."""
+    """Train, and return the error that was raised, if any. Shows it at once, since the other processes go on."""
     try:
         train()
     except Interrupted as error:
@@ -112,8 +112,9 @@ class Watch:
     def present(self) -> Iterator[None]:
         """Hold a lock on `PRESENCE` until this process has reported, and then remove the file.
 
-        The file stays if others still train: with a free lock it shows them that this process is gone. Raises
-        UnavailableError if a process of another launch has trained the same run and waits for the rest of its launch.
+        The file stays if others are still training: with its lock free, it shows them that this process is gone. Raises
+        UnavailableError if a process of another launch has trained the same run and is waiting for the rest of its
+        launch.
         """
         if not (own := self.shares[self.group.rank]):
             yield
@@ -135,17 +136,17 @@ class Watch:
             release(lock)
 
     def is_absent(self, rank: int) -> bool:
-        """Whether a process has died, or was told to stop before the others had ended."""
+        """Whether a process has died, or was told to stop before the others had finished."""
         runs = self.shares[rank]
         return any(was_abandoned(run.folder) for run in runs if not run.done) or any(
             is_abandoned(run.folder / PRESENCE) for run in runs[:1]
         )
 
     def has_the_word(self, patience: float) -> bool:
-        """Whether every process before this one has died, or was told to stop, without having reported.
+        """Whether every process before this one died or was told to stop before it reported.
 
-        Waits until each of them has reported or died, for `patience` seconds in all: a process that is about to report
-        can still die.
+        Waits at most `patience` seconds in total until each of them has reported or died, since a process that is about
+        to report can still die.
         """
         until = time.monotonic() + patience
         try:
@@ -161,7 +162,7 @@ class Watch:
         return True
 
     def while_training(self) -> TrainProgress:
-        """Callbacks for the runs of this process, which also update the overview."""
+        """Callbacks for the runs of this process. They also update the overview."""
 
         def look(steps_done: int, steps: int, metrics: dict[str, dict[str, float]]) -> None:
             self.progress.step(steps_done, steps, metrics)
@@ -170,7 +171,7 @@ class Watch:
         return replace(self.progress, step=look)
 
     def wait(self, should_stop: Callable[[], bool], problem: Exception | None) -> Exception | None:
-        """Wait until no process trains; after a request to stop, only some seconds. Returns this process's problem."""
+        """Wait until no process trains, or for some seconds after a request to stop. Returns this process's problem."""
         until = inf
         while (others_train := any(runs and is_locked(runs[0].folder) for runs in self.shares)) and (
             time.monotonic() < until
@@ -185,7 +186,7 @@ class Watch:
         return problem
 
     def update(self, at_once: bool = False) -> None:
-        """In the first process, report how far all runs are, if some seconds have passed since the last report."""
+        """In the first process, report the progress of all runs if some seconds have passed since the last report."""
         if not self.group.is_first or (time.monotonic() - self.updated < UPDATE_SECONDS and not at_once):
             return
         self.updated = time.monotonic()
@@ -201,7 +202,7 @@ class Watch:
         return int(self.metrics.get(run.name, {}).get("step", 0))
 
     def report(self, problem: Exception | None) -> None:
-        """Raise an error about the runs that are not finished: the first process that still runs reports for all."""
+        """Raise an error about unfinished runs. The first process that is still running reports for all."""
         if not isinstance(problem, Interrupted):
             self.wait_for_files()
         unfinished = {rank: [run for run in runs if not run.done] for rank, runs in enumerate(self.shares)}
@@ -218,7 +219,7 @@ class Watch:
         lines.append(
             f"{left} of {count} runs are not finished. The same command goes on with them, in any number of processes."
         )
-        if problem is not None and not isinstance(problem, SaeError):  # a bug, with its traceback
+        if problem is not None and not isinstance(problem, SaeError):  # a bug: raise it with its traceback
             if speaks:
                 self.progress.say_problem("\n".join(lines))
             raise problem
@@ -227,7 +228,7 @@ class Watch:
         self.end(kind(message) if speaks else ReportedElsewhere(kind.exit_code, message))
 
     def end(self, error: SaeError) -> NoReturn:
-        """Show an error, then raise it: once this process has left, no other process shows the error for it."""
+        """Show an error, then raise it. Once this process has left, no other process can show its error."""
         self.progress.end(error)
         raise error from None
 

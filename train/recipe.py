@@ -1,11 +1,10 @@
-"""A recipe builds a variant: an SAE, the terms of its loss, and the mechanisms around its steps.
+"""A recipe builds a variant: an SAE, its loss terms, and the mechanisms around its steps.
 
     @recipe("topk", paper="Gao et al. 2024", equations="eq. 3, A.2")
     def topk(config: RunConfig, k: int = 32) -> Variant: ...
 
-The arguments after `config` are the recipe's options, with their defaults; `--set k=64` reaches them by name. A recipe
-with many options takes them as one dataclass (options.py). The registry is read by the command line, the tests and the
-loader.
+The arguments after `config` are the recipe's options with their defaults; `--set k=64` sets one by name. A recipe with
+many options takes them as one dataclass (options.py). The command line, the tests and the loader read the registry.
 """
 
 import inspect
@@ -30,17 +29,18 @@ Build = Callable[..., Variant]
 class Recipe:
     """A registered way to build a variant.
 
-    `width` is its default d_sae over d_in. `paper_exact` holds the settings of `--paper-exact`: for each option whose
-    default is not the paper's own setting, that setting and why it does not work as intended. If it is empty, the
-    defaults are the paper's. If it is None, they have not been compared with a paper. `switched_off` names options that
-    have no effect with some values of another option: name -> the other option and these values.
+    `width` is its default ratio d_sae / d_in. `paper_exact` holds the settings of `--paper-exact`. For each option
+    whose default differs from the paper's setting, it holds that setting and the reason why it does not work as
+    intended. If it is empty, the defaults are the paper's. If it is None, the defaults have not been compared with a
+    paper. `switched_off` lists options that have no effect for some values of another option: name -> the other option
+    and these values.
     """
 
     name: str
     build: Build  # called with a RunConfig and the options by name
     declared_by: DeclaredBy
     options: Mapping[str, Any]  # the recipe's own options and their defaults
-    types: Mapping[str, Any]  # of the recipe's own options
+    types: Mapping[str, Any]  # types of the recipe's own options
     description: str  # its first line is a summary
     paper: str
     equations: str
@@ -55,7 +55,7 @@ class Recipe:
 
     @property
     def scaled_options(self) -> list[str]:
-        """The options whose defaults are the paper's numbers, scaled to the run unless with `--paper-exact`."""
+        """The options whose defaults are the paper's numbers, scaled to the run unless `--paper-exact` is given."""
         return [name for name, default in self.options.items() if isinstance(default, ScaledDefault)]
 
     @property
@@ -70,18 +70,18 @@ class Recipe:
         return {**self.types, **{f.name: f.type for f in fields(Optimization)}}
 
     def option_docs(self) -> dict[str, str]:
-        """The meaning of each of the recipe's own options, for those that are documented."""
+        """The descriptions of the recipe's own options that are documented."""
         docs = read_option_docs(self.declared_by)
         return {name: docs[name] for name in self.options if name in docs}
 
     def make(self, config: RunConfig, given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> Variant:
-        """Build the variant of a run with some options given. Raises UsageError with every problem.
+        """Build the variant of a run with the given options. Raises UsageError that lists every problem.
 
         Args:
             config: the sizes of the run.
-            given: options by name; the others have their defaults.
-            stored: for a run that has been started, every option that it was started with (`resolved` in run.json).
-                They override defaults that have changed since, and `Variant.changed` lists these.
+            given: options by name; all others have their defaults.
+            stored: for a run that exists, all options that it was started with (`resolved` in run.json). They override
+                defaults that have changed since; `Variant.changed` lists such options.
         """
         exact = {name: value for name, (value, _) in (self.paper_exact or {}).items()} if config.paper_exact else {}
         options, problems = self.apply_l0(config, exact | dict(given), given)
@@ -101,18 +101,18 @@ class Recipe:
         notes += duration_notes(values, config.steps)
         size_problems = list(size_errors(config, values.get("k")))
         problems += size_problems
-        if not size_problems:  # else the build would fail, or allocate more than the machine has
+        if not size_problems:  # otherwise the build would fail, or run out of memory
             try:
                 variant = self.build(config, **values)
                 settings = replace(variant.optimization, **shared)
-                if settings.normalize in CENTERING and "center" not in shared:  # a recipe's default, not a request
+                if settings.normalize in CENTERING and "center" not in shared:  # default, not a request
                     settings = replace(settings, center=False)
                 now = {**now, **asdict(settings)}
                 if stored is not None:
                     settings = Optimization(**{name: before[name] for name in asdict(settings)})
                 variant.configure(settings)
                 problems += variant.optimization.validation_errors(config.steps)
-                if stored is None:  # earlier versions accepted them
+                if stored is None:  # a run that exists may have them, since earlier versions did not check
                     problems += self.switched_off_errors(given, values | asdict(variant.optimization))
                 notes += variant.optimization.notes(config.steps)
                 if config.l0 is not None and not control_l0(variant, config.l0, config.steps) and "l0" not in values:
@@ -128,10 +128,11 @@ class Recipe:
         return variant
 
     def options_before(self, config: RunConfig, stored: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Every option of a run that was started with the `stored` ones, and a list of problems.
+        """All options of a run that was started with the `stored` options, and a list of problems.
 
-        An option that did not exist when the run began gets the value that reproduces the earlier behaviour: its value
-        in `LATER_ENTRIES`, or else its plain default, whatever `--paper-exact` or the recipe sets.
+        An option that did not exist when the run began gets the value that reproduces the earlier behaviour. That is
+        its value in `LATER_ENTRIES` or, without one, its plain default, regardless of `--paper-exact` and of the
+        recipe.
         """
         valid, problems = self.check_types({n: value for n, value in stored.items() if n in self.option_types()})
         removed = ", ".join(f"{name}={value}" for name, value in stored.items() if name not in self.option_types())
@@ -142,13 +143,14 @@ class Recipe:
             )
         plain, _ = scale_options(dict(self.options), config, stored.get("normalize") == "none")
         plain |= {name: value for name, value in LATER_ENTRIES.items() if name in plain}
-        # Values keep their stored type. A scaled k is an int; as the option's float, it would change sae.json.
+        # Values keep their stored type. A scaled k is stored as an int; converting it to the option's type, float,
+        # would change sae.json.
         return {**plain, **asdict(Optimization()), **{name: stored[name] for name in valid}}, problems
 
     def apply_l0(
         self, config: RunConfig, options: dict[str, Any], given: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
-        """The options with `--l0` as k or l0, if the recipe has one of them, and a list of problems."""
+        """The options with `--l0` set as k or l0, if the recipe has one of these, and a list of problems."""
         l0 = config.l0
         if l0 is None:
             return options, []
@@ -165,7 +167,7 @@ class Recipe:
         ]
 
     def check_types(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """The options that exist and have the right type, and a sentence for each of the others."""
+        """The options that exist and have the right type, and a sentence for every other option."""
         types, valid, problems = self.option_types(), {}, []
         for name, value in options.items():
             if name not in types:
@@ -177,7 +179,7 @@ class Recipe:
         return valid, problems
 
     def options_without_effect(self) -> SwitchedOff:
-        """Options of this recipe, and of all recipes, that have no effect at some values of another option."""
+        """Options, of this recipe or common to all, that have no effect for some values of another option."""
         return {**self.switched_off, **SWITCHED_OFF}
 
     def switched_off_errors(self, given: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
@@ -185,7 +187,7 @@ class Recipe:
 
         Such an option would change the name of the run but none of its numbers.
         """
-        defaults = asdict(Optimization())  # may be given, so that a paper's optimizer can be given completely
+        defaults = asdict(Optimization())  # allowed, so that a paper's optimizer can be specified completely
         for name, (other, off) in self.options_without_effect().items():
             value = values[other]
             is_off = value is not None if off is ANY_NUMBER else value in off
@@ -194,7 +196,7 @@ class Recipe:
                 yield f"{name}={given[name]} has no effect with {other}={shown}: leave it out."
 
     def paper_exact_notes(self, config: RunConfig, given: Mapping[str, Any]) -> list[str]:
-        """Notes about `--paper-exact`: each setting that it changes, and the drawback."""
+        """Notes about `--paper-exact`: one for each setting that it changes, with the drawback of that setting."""
         if not config.paper_exact:
             return []
         if self.why_not_paper_exact:
@@ -209,12 +211,12 @@ class Recipe:
 
 
 def is_duration(name: str) -> bool:
-    """Whether an option is the number of steps that a coefficient takes to its final value."""
+    """Whether an option is the number of steps that a coefficient takes to reach its final value."""
     return name.endswith(("_warmup", "anneal_steps"))
 
 
 def duration_errors(options: Mapping[str, Any], steps: int) -> Iterator[str]:
-    """A sentence for each option in steps that does not fit into the run."""
+    """A sentence for each option that is a number of steps and is negative or too long for the run."""
     for name, value in options.items():
         if is_duration(name) and value is not None and value < 0:
             yield f"{name}={value} is negative."
@@ -223,7 +225,7 @@ def duration_errors(options: Mapping[str, Any], steps: int) -> Iterator[str]:
 
 
 def duration_notes(options: Mapping[str, Any], steps: int) -> Iterator[str]:
-    """A sentence for each coefficient that does not reach its final value in the run."""
+    """A sentence for each coefficient that does not reach its final value within the run."""
     for name, value in options.items():
         if is_duration(name) and value is not None and value > steps:
             yield f"{name}={value} is longer than the run of {steps} steps, which ends {steps / value:.0%} of the way"
@@ -251,7 +253,7 @@ def matches_type(value: Any, type_: Any) -> bool:
 
 
 def int_as_float(value: Any, type_: Any) -> Any:
-    """An int given for a float as a float, since a tensor made of ints has another dtype."""
+    """Convert an int to float if the type is float, since a tensor built from ints has another dtype."""
     types = get_args(type_) or (type_,)
     return float(value) if float in types and int not in types and isinstance(value, int) else value
 
@@ -288,16 +290,17 @@ def recipe(
     One build function can be registered several times, as a model and its ablations.
 
     Args:
-        name: The recipe's name, which users type after `--variant`.
+        name: The recipe's name, as given to `--variant`.
         paper: Number of the paper, or its authors and year.
         equations: Equations or sections of the paper that it implements.
-        width: Default d_sae over d_in.
+        width: Default ratio d_sae / d_in.
         batch_size: Default batch size in tokens.
         paper_exact: See `Recipe`.
         options: Class of the options. Default: the annotation of the second argument.
         summary: One line about the recipe. Default: the docstring up to `Args:`.
-        unused: Options of the build function that have no effect in this recipe; it does not take them.
-        fixed: Values of options that this recipe does not take. A `ScaledDefault` only changes an option's default.
+        unused: Options of the build function that have no effect in this recipe. The recipe does not accept them.
+        fixed: Fixed values of options, which this recipe then does not accept. A `ScaledDefault` only changes the
+            default.
         switched_off: See `Recipe`.
     """
 
@@ -331,7 +334,7 @@ def recipe(
 
 
 def keyword_build(build: Build, options_type: type[RecipeOptions]) -> Build:
-    """A build function that takes the fields of its options by name, and validates them."""
+    """Wrap a build function so that it takes the fields of its options by name, and validates them."""
 
     @wraps(build)
     def build_from_keywords(config: RunConfig, **values: Any) -> Variant:
@@ -343,7 +346,7 @@ def keyword_build(build: Build, options_type: type[RecipeOptions]) -> Build:
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe with this name. Raises UsageError, which suggests the nearest name."""
+    """The recipe with this name. Raises UsageError that suggests the nearest name."""
     from . import variants  # noqa: F401  (registers them)
 
     if name not in RECIPES:

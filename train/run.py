@@ -1,4 +1,4 @@
-"""Run a TrainPlan. Runs that read the same batches share one pass: each batch is read once and steps all of them."""
+"""Run a TrainPlan. Runs that read the same batches share one pass: each batch is read once and used by all of them."""
 
 import contextlib
 import itertools
@@ -62,8 +62,8 @@ def train_saes(
 
     Every combination of variant, layer, L0 and seed is one run with its own folder; runs that read the same batches are
     trained together on one pass. Finished runs are not trained again, and interrupted ones are resumed. In a script
-    that a launcher such as torchrun has started several times, every process has to call it: each trains its share, and
-    all return when every run is finished.
+    that a launcher such as torchrun starts in several processes, every process has to call this function: each trains
+    its share, and all return when every run is finished.
 
     Examples:
         >>> runs = sae.train_saes(["topk", "batchtopk"], cache="activations/...", options={"k": 64, "topk.lr": 1e-3})
@@ -72,27 +72,30 @@ def train_saes(
 
     Args:
         variants: the name of a recipe, or several; `sae variants` lists them.
-        cache: an open cache, its folder or address, or several read as one. None: the only cache that holds the layer.
-        layers: zero-based blocks; the SAEs are of the residual stream after them.
+        cache: an open cache, its folder or address, or a list of these, read as one cache. None: the only cache that
+            holds the layer.
+        layers: zero-based block indices. The SAEs are trained on the residual stream after these blocks.
         seeds: seeds of the initial weights.
         steps: optimization steps. None: one epoch of the cache.
         width: d_sae, as a number, "16k" or "8x" for eight times d_in. None: the recipe's.
         l0: target latents per token, for any recipe. None: the recipe's default.
-        options: of the recipes, as {"k": 64, "topk.lr": 1e-3} or, as for --set, ["k=64", "topk.lr=1e-3"].
-        out: the folder of the run folders. None: runs/.
+        options: options of the recipes, as {"k": 64, "topk.lr": 1e-3} or in the form of --set, ["k=64",
+            "topk.lr=1e-3"].
+        out: the folder that will hold the run folders. None: runs/.
         device: "auto", "cpu", "cuda" or "cuda:N".
         progress: callbacks; None is silent.
         more: other fields of `sae.train.plan.TrainConfig`: batch_size, site, paper_exact, shuffle_seed, log_every, ...
 
     Returns:
-        A list of `Run`, which can be given wherever a path is taken; `run.load()` is its SAE, `run.folder` its folder.
+        A list of `Run`. A run can be passed wherever a path is accepted; `run.load()` loads its SAE, and `run.folder`
+        is its folder.
 
     Raises:
         UsageError: an argument is wrong; the message lists every problem. Nothing has been written.
         UnavailableError: the runs do not fit on the disk, or the device does not exist.
         Interrupted: after Ctrl-C or SIGTERM, with checkpoints written.
-        SaeError: a run was given up because its loss was not finite. The others are finished. With several processes,
-            one raises the errors of all, and the others raise ReportedElsewhere.
+        SaeError: a run was stopped because its loss was not finite. The others are finished. With several processes,
+            one raises an error for all of them, and the others raise ReportedElsewhere.
     """
     known = {f.name for f in fields(TrainConfig)} - {"variants", "caches"}
     for name in more:
@@ -131,12 +134,12 @@ def cache_folders(cache: Cache | ConcatCache | PathLike | Sequence[PathLike] | N
 
 
 def run_training(plan: TrainPlan, progress: TrainProgress = SILENT) -> None:
-    """Train the unfinished runs of a plan, one pass after the other. Several launched processes share them out.
+    """Train the unfinished runs of a plan, one pass after the other. Launched processes divide the runs among them.
 
     Raises:
         Interrupted: after Ctrl-C or SIGTERM, with checkpoints written.
         SaeError: a run failed; raised when all others are done.
-        UsageError: the plan is on a cache that has not been harvested.
+        UsageError: the plan uses a cache that has not been harvested.
     """
     if isinstance(plan.config.source, PlannedCache):
         raise UsageError(f"{plan.config.source.folder} has not been harvested yet. Harvest it, then plan again.")
@@ -176,7 +179,7 @@ def train_runs(
 
 
 def train_passes(passes: Sequence[SharedPass]) -> None:
-    """Train passes to their ends. Runs that resume from different steps share a pass from where they meet."""
+    """Train all passes to the end. Runs that resume from different steps share a pass once they reach the same step."""
     for one, later in itertools.zip_longest(passes, passes[1:]):
         if later is None or one.max_steps <= later.steps_done:
             one.train(one.max_steps)
@@ -201,7 +204,7 @@ def raise_problems(plan: TrainPlan) -> None:
 def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTrainer:
     """Build a run's variant, and load its newest checkpoint if it has one.
 
-    Without a checkpoint (`steps_done` is 0) the caller still has to `set_normalization`.
+    If there is no checkpoint (`steps_done` is 0), the caller still has to call `set_normalization`.
     """
     record = read_run_record(run.folder)
     run.stored = stored_options(record, run.folder)
@@ -209,7 +212,7 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
     if record:
         if changed := trainer.variant.changed:
             progress.say(f"{run.name} keeps the options that it was started with: {describe_changes(changed)}.")
-        if not run.requested.get("log_every"):  # a resumed run keeps its own interval: each line is a mean over it
+        if not run.requested.get("log_every"):  # a resumed run keeps its interval, over which each line is a mean
             trainer.log_every = record.get("asked", {}).get("log_every") or trainer.log_every
         trainer.digest = run_digest(record)
         trainer.steps_done = restore_checkpoint(trainer, run.folder, progress.say_problem, trainer.digest)
@@ -240,9 +243,7 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
 
 
 def record_changes(run: Run, record: RunRecord, steps_done: int) -> None:
-    """Record in run.json that a resumed run computes its steps in another way: in other parts, or by another version of
-    the step.
-    """
+    """Record in run.json that a resumed run divides batches into other parts, or uses another step version."""
     content: dict[str, Any] = {**record}
     for name, now in (("accumulate", run.config.accumulate), ("step_version", STEP_VERSION)):
         since = f"{name}_since"
@@ -263,7 +264,7 @@ def build_variant(run: Run) -> Variant:
 
 
 def set_normalization(trainer: RunTrainer, cache: object) -> None:
-    """Give a new trainer the constants of normalization, from the statistics of a cache."""
+    """Set the normalization constants of a new trainer from the statistics of a cache."""
     assert isinstance(cache, Cache | ConcatCache)
     array = trainer.run.hook.array
     mean_D = torch.from_numpy(cache.mean(array)).float().to(trainer.device)
@@ -272,7 +273,7 @@ def set_normalization(trainer: RunTrainer, cache: object) -> None:
 
 
 def first_rows(run: Run, count: int) -> torch.Tensor:
-    """The first `count` rows (count, d_in) that a run reads. Starts again if its cache has fewer rows."""
+    """The first `count` rows (count, d_in) that a run reads. Repeats the rows if the cache has fewer."""
     batches = math.ceil(count / run.config.batch_size)
     with open_batches(run, 0, "cpu", batches) as loader:
         return torch.cat([x_BD.clone() for x_BD in loader])[:count].float()

@@ -1,4 +1,4 @@
-"""The records in a run folder: everything that decides the run (run.json), a line per logged step (metrics.jsonl)."""
+"""The records in a run folder: run.json, which determines the run, and metrics.jsonl, a line per logged step."""
 
 import json
 import warnings
@@ -17,7 +17,7 @@ from .plan import FORMAT, Run
 from .step_version import STEP_VERSION
 from .variant import Variant
 
-LAST_LINES = 1 << 14  # bytes at the end of metrics.jsonl, which hold its last line
+LAST_LINES = 1 << 14  # bytes to read from the end of metrics.jsonl; enough for its last line
 
 
 def run_record(run: Run, variant: Variant, device: str) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def append_metrics(folder: Path, metrics: dict[str, float]) -> None:
 
 
 def last_metrics(folder: Path) -> dict[str, float] | None:
-    """The last whole line of metrics.jsonl, which another process may be writing; None if there is none."""
+    """The last complete line of metrics.jsonl, or None. Another process may be writing the file."""
     path = folder / "metrics.jsonl"
     try:
         with path.open("rb") as file:
@@ -67,9 +67,9 @@ def last_metrics(folder: Path) -> dict[str, float] | None:
 
 
 def truncate_metrics(folder: Path, step: int) -> None:
-    """Drop the lines after `step`, whose steps will be taken again, and a last line that a kill cut off.
+    """Drop the lines after `step`, because those steps will be repeated, and a last line that was cut off by a kill.
 
-    Earlier lines that cannot be read are dropped too, and a warning gives their number.
+    Earlier lines that cannot be parsed are also dropped, and a warning says how many.
     """
     path = folder / "metrics.jsonl"
     if not path.exists():

@@ -1,4 +1,4 @@
-"""The records of a run folder: run.json, which decides the result of a run, and sae.json."""
+"""The records in a run folder: run.json, which determines the result of a run, and sae.json."""
 
 import re
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ from ..common.evaluation_schemas import RESULT_RECORD, ResultFile
 from ..common.files import digest_of
 from ..common.schemas import RUN_RECORD, SAE_RECORD, RunRecord, SavedSAE
 
-FORMAT, FORMAT_LAYER_NORM = 1, 2  # of sae.json; versions that read only the first would leave out the layer norm
-# The entries of run.json that decide the result of a run: their digest ends the automatic name of its folder.
+FORMAT, FORMAT_LAYER_NORM = 1, 2  # formats of sae.json; versions that know only the first would skip the layer norm
+# The entries of run.json that determine the result of a run. The automatic folder name ends in their digest.
 IDENTITY = (
     "variant", "options", "layer", "site", "seed", "order_seed", "d_in", "d_sae", "steps", "batch_size", "l0",
     "literal", "cache", "compiled", "accumulate", "precision",
@@ -22,11 +22,11 @@ AUTOMATIC_NAME = re.compile(r".*-s\d+-([0-9a-f]{6})")
 
 
 def read_sae_record(folder: Path) -> SavedSAE:
-    """The content of sae.json. Compares values that occur twice in it, or also in run.json.
+    """Read sae.json. Checks that values recorded twice in it, or also in run.json, agree.
 
     Raises:
         UsageError: the folder holds no trained SAE, or one that needs a newer version.
-        DamagedError: a record was damaged or edited, or they contradict each other.
+        DamagedError: a record was damaged or edited, or the records contradict each other.
     """
     path = folder / "sae.json"
     if not path.exists():
@@ -77,7 +77,7 @@ def run_digest(record: Mapping[str, Any]) -> str:
 
 
 def read_run_record(folder: Path) -> RunRecord | None:
-    """The content of run.json; None if there is none. Compares its digest with the folder's name if that is automatic.
+    """Read run.json, or return None if there is none. Checks its digest against the folder's name if that is automatic.
 
     Raises DamagedError if the record was damaged or edited, or belongs to another run.
     """
@@ -102,7 +102,7 @@ def read_run_record(folder: Path) -> RunRecord | None:
 
 
 def require_result_of(sae: Mapping[str, Any], result: ResultFile, path: Path) -> None:
-    """Raise DamagedError if a result was measured on another SAE than the one of this sae.json, or at another hook."""
+    """Raise DamagedError if a result was measured on an SAE other than the one in this sae.json, or at another hook."""
     measured = described_sae(result["sae_cfg_dict"])
     for key, value in described_sae(sae).items():
         if key in measured and measured[key] != value:
@@ -113,7 +113,7 @@ def require_result_of(sae: Mapping[str, Any], result: ResultFile, path: Path) ->
 
 
 def described_sae(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of sae.json, or of the description of a reference, that say which SAE it is and what it reads."""
+    """The entries of sae.json, or of a reference's description, that identify the SAE and the activations it reads."""
     origin = record.get("origin")
     where = origin if isinstance(origin, dict) else record
     return {

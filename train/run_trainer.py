@@ -14,11 +14,11 @@ class RunTrainer(Trainer):
             variant.use_kernels()
         super().__init__(variant, run.steps, device, run.config.accumulate, run.config.precision)
         self.run = run
-        self.steps_done = 0  # steps that were done when it was prepared
-        self.logged = 0  # steps before the last line of metrics
-        self.digest = ""  # of everything that decides the run, as in run.json
+        self.steps_done = 0  # number of steps already done when this trainer was prepared
+        self.logged = 0  # number of steps done at the last line of metrics
+        self.digest = ""  # digest of everything that determines the run, as in run.json
         self.log_every = run.requested.get("log_every") or default_log_interval(run.steps)  # steps
 
     def logs_after(self, steps_done: int) -> bool:
-        """Whether metrics are logged after `steps_done` steps, even if there is no checkpoint."""
+        """Whether metrics are logged after `steps_done` steps even if no checkpoint is due then."""
         return steps_done % self.log_every == 0 or steps_done == self.steps

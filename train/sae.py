@@ -3,14 +3,15 @@
     f     = act((x - b_dec) W_enc + b_enc)
     x_hat = f W_dec + b_dec
 
-W_enc is (d_in, d_sae), W_dec (d_sae, d_in): its rows are the directions of the latents. A saved SAE takes raw
-activations; `fold_normalization` folds the normalization of training into it. A layer norm differs from token to token
-and cannot be folded; such an SAE applies it itself, with m and s the mean and the standard deviation of the token:
+W_enc has shape (d_in, d_sae) and W_dec (d_sae, d_in); the rows of W_dec are the directions of the latents. A saved SAE
+takes raw activations; `fold_normalization` folds the normalization used in training into its weights. A layer norm
+differs from token to token and cannot be folded. An SAE trained with layer norm applies it itself, with m and s the
+mean and the standard deviation of the token:
 
     f     = s act(((x - m)/s - b_dec) W_enc + b_enc)
     x_hat = f W_dec + s b_dec + m
 
-Its latents are in units of raw activations, like the latents of every saved SAE.
+The latents of this SAE are in units of raw activations, like those of every saved SAE.
 """
 
 import hashlib
@@ -50,13 +51,13 @@ class SAEOutput(NamedTuple):
 
 
 class TrainingOutput(NamedTuple):
-    """An SAEOutput whose parts are None if a training step does not need them: each costs a pass over (B, F)."""
+    """An SAEOutput whose fields are None if a training step does not need them, since each costs a pass over (B, F)."""
 
-    pre_BF: Tensor | None  # None for ReLU alone, which overwrites them
-    f_BF: Tensor | None  # None if they are `kept`
+    pre_BF: Tensor | None  # None if the activation is ReLU alone, which overwrites them
+    f_BF: Tensor | None  # None if the latents are in `kept`
     recon_BD: Tensor
     kept: sparse_ops.KeptLatents | None = None
-    squared_error: Tensor | None = None  # () of the reconstruction, where it costs no pass of its own
+    squared_error: Tensor | None = None  # () of the reconstruction, if it is computed without an extra pass
     selected_N: Tensor | None = None  # the values of the latents that TopK or BatchTopK selects, without a gradient
 
 
@@ -68,12 +69,12 @@ class SAE(nn.Module):
         d_sae: number of latents.
         activation: the chain from pre-activations to latents; default ReLU.
         pre_bias: whether the encoder subtracts b_dec from its input.
-        layer_norm: whether each token is layer-normalized first (see the module). An SAE in training has False: its
-            input is normalized already.
+        layer_norm: whether each token is layer-normalized first (see the module docstring). False during training,
+            where the input is already normalized.
 
     Attributes:
         origin: what the SAE was trained on (model, layer, cache), as sae.json records it.
-        precision: precision of the products in `encode` and `decode`, such as "float32"; None: what the caller has set.
+        precision: precision of matrix products in `encode` and `decode`, such as "float32"; None: as set by the caller.
     """
 
     precision: str | None = None
@@ -102,13 +103,13 @@ class SAE(nn.Module):
         """(x - b_dec) W_enc + b_enc. In training, a batch x gets no gradient."""
         if self.trains_on(x_BD):
             return dense_ops.encode(x_BD, self.W_enc, self.b_enc, self.b_dec if self.pre_bias else None)
-        # A trained SAE sums in the same order as in every version of this package, so results keep the same bits.
+        # A trained SAE sums in the same order in every version of this package, so its results stay bit-identical.
         bias_F = self.b_enc - self.b_dec @ self.W_enc if self.pre_bias else self.b_enc
         z_BF = x_BD @ self.W_enc
         return z_BF.add_(bias_F) if z_BF.dtype == bias_F.dtype else z_BF + bias_F  # in place saves a pass over z_BF
 
     def trains_on(self, x_BD: Tensor) -> bool:
-        """Whether x is a batch of training: rows without a gradient, for which train/dense_ops.py has the products."""
+        """Whether x is a training batch: rows that need no gradient, for which train/dense_ops.py has the products."""
         return self.training and x_BD.dim() == 2 and not x_BD.requires_grad
 
     def activate(self, z_BF: Tensor, x_BD: Tensor) -> Tensor:
@@ -128,7 +129,7 @@ class SAE(nn.Module):
         return SAEOutput(self.pre_activations(x_BD) if pre_BF is None else pre_BF, f_BF_or_none, recon_BD, kept)
 
     def run(self, x_BD: Tensor) -> TrainingOutput:
-        """The forward pass of a training step on normalized activations. Computes no more than a step needs."""
+        """The forward pass of a training step on normalized activations. Computes only what a step needs."""
         b_D = self.b_dec if self.pre_bias else None
         if self.trains_on(x_BD) and [type(link) for link in self.activation] == [ReLU]:
             f_BF, recon_BD = dense_ops.encode_relu_decode(x_BD, self.W_enc, self.b_enc, b_D, self.W_dec)
@@ -152,14 +153,14 @@ class SAE(nn.Module):
         return TrainingOutput(pre_BF, None, recon_BD, kept, squared_error, selected_N)
 
     def selecting_activation(self) -> KeepTopK | None:
-        """The activation, if it is one that selects as many latents in every step, whatever the values."""
+        """The activation, if it selects the same number of latents in every step, whatever the values."""
         first = self.activation[0]
         if not self.training or len(self.activation) > 1 or not isinstance(first, KeepTopK) or first.anneals:
             return None
         return first if first.cut is None else None
 
     def sparse_activation(self) -> KeepTopK | None:
-        """The activation, if training should compute only with the latents that it selects (`sparse_is_faster`)."""
+        """The activation, if training should compute with only the latents that it selects (`sparse_is_faster`)."""
         topk, device = self.selecting_activation(), self.W_dec.device.type
         if topk is None or not sparse_ops.sparse_is_faster(self.d_sae, topk.k, device, current_precision(device)):
             return None
@@ -167,7 +168,7 @@ class SAE(nn.Module):
 
     @in_own_precision
     def encode(self, x_BD: Tensor) -> Tensor:
-        """Latents (..., d_sae) of raw activations (..., d_in) of any dtype. Raises UsageError for another width."""
+        """Latents (..., d_sae) of raw activations (..., d_in) in any dtype. Raises UsageError for a wrong width."""
         x_BD = require_width(x_BD, self.d_in, "d_in")
         if self.layer_norm:
             normalized = layer_normalize(x_BD.to(torch.promote_types(x_BD.dtype, self.W_enc.dtype)))
@@ -178,15 +179,15 @@ class SAE(nn.Module):
 
     @in_own_precision
     def decode(self, f_BF: Tensor, x_BD: Tensor | None = None) -> Tensor:
-        """Reconstructed activations (..., d_in) of latents (..., d_sae).
+        """Reconstruct activations (..., d_in) from latents (..., d_sae).
 
         Args:
             f_BF: the latents.
-            x_BD: the raw activations that they were encoded from (..., d_in). Needed if `layer_norm`, which restores
-                the mean and the standard deviation of each token; without effect otherwise.
+            x_BD: the raw activations (..., d_in) from which the latents were encoded. Required if `layer_norm` is set,
+                to restore the mean and the standard deviation of each token; otherwise ignored.
 
         Raises:
-            UsageError: for another width, or without the activations that are needed.
+            UsageError: the width is wrong, or `x_BD` is required and missing.
         """
         recon_BD = dense_ops.decode(require_width(f_BF, self.d_sae, "d_sae"), self.W_dec)
         if not self.layer_norm:
@@ -212,12 +213,12 @@ def require_width(rows: Tensor, width: int, name: str) -> Tensor:
 
 @torch.no_grad()
 def fold_normalization(sae: SAE, scale: float | Tensor, mean_D: Tensor, layer_norm: bool = False) -> SAE:
-    """An SAE for raw x that equals `sae` applied to (x - mean)/scale: x_hat = scale * x_hat_normalized + mean.
+    """Return an SAE for raw x that equals `sae` applied to (x - mean)/scale: x_hat = scale * x_hat_normalized + mean.
 
-    With one scale, latents become `scale` times as large: W_enc and W_dec do not change, biases and thresholds are
-    scaled. With a scale for each dimension (d_in,), latents do not change: rows of W_enc are divided by it and columns
-    of W_dec multiplied, so the rows of W_dec are no longer unit vectors. With `layer_norm`, the resulting SAE
-    normalizes each token itself; the scale is 1 and the mean 0.
+    With a single scale, latents become `scale` times as large: W_enc and W_dec do not change, and biases and thresholds
+    are multiplied by it. With one scale per dimension (d_in,), latents do not change: the rows of W_enc are divided by
+    their scales and the columns of W_dec multiplied by them, so the rows of W_dec are no longer unit vectors. With
+    `layer_norm`, the resulting SAE normalizes each token itself; the scale is 1 and the mean 0.
     """
     raw = build_sae(sae_spec(sae), {k: v.detach().clone() for k, v in sae.state_dict().items()})
     if isinstance(scale, Tensor) and scale.dim():
@@ -237,14 +238,14 @@ def fold_normalization(sae: SAE, scale: float | Tensor, mean_D: Tensor, layer_no
 
 
 def sae_spec(sae: SAE) -> dict[str, Any]:
-    """Everything that `build_sae` needs besides the tensors, as in sae.json."""
+    """Everything that `build_sae` needs besides the tensors, in the form of sae.json."""
     chain = [{"name": activation.name, **activation.options} for activation in sae.activation]
     spec = {"format": FORMAT, "d_in": sae.d_in, "d_sae": sae.d_sae, "pre_bias": sae.pre_bias, "activation": chain}
     return spec | ({"format": FORMAT_LAYER_NORM, "layer_norm": True} if sae.layer_norm else {})
 
 
 def build_sae(spec: dict[str, Any], tensors: dict[str, Tensor] | None) -> SAE:
-    """The SAE of a spec, with its tensors; without them they are on the meta device, which holds no numbers.
+    """Build an SAE from a spec and its tensors. Without tensors, the SAE is on the meta device, which holds no values.
 
     Raises UsageError for an unknown activation.
     """
@@ -273,7 +274,7 @@ def save_sae(sae: SAE, folder: Path, origin: dict[str, Any], run: str | None = N
 
     Args:
         origin: the model, layer and cache, which evaluation needs.
-        run: `run_digest` of the run that trained it.
+        run: `run_digest` of the run that trained the SAE.
     """
     data = to_safetensors({k: v.detach().contiguous().cpu() for k, v in sae.state_dict().items()})
     atomic_write(folder / "sae.safetensors", data)
@@ -287,7 +288,7 @@ def load_sae(folder: str | os.PathLike[str], device: str = "cpu") -> SAE:
 
     Args:
         folder: a run folder, or a `Run`.
-        device: where its tensors go.
+        device: the device for its tensors.
 
     Raises:
         UsageError: the folder holds no trained SAE, or one that needs a newer version.
@@ -317,7 +318,7 @@ def load_sae(folder: str | os.PathLike[str], device: str = "cpu") -> SAE:
 
 
 def outline_sae(folder: Path) -> SAE:
-    """The SAE of a run folder without its weights: its shape, options and origin. Reads only the records.
+    """The SAE of a run folder without its weights, with its shape, options and origin. Reads only the records.
 
     Raises UsageError as `load_sae`, and DamagedError for records that were damaged.
     """

@@ -1,4 +1,4 @@
-"""Scaled defaults: a paper's constants carried over to other widths and to activations of another size."""
+"""Scaled defaults: a paper's constants, adapted to other widths and to activations of other magnitudes."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +9,13 @@ PAPER_WIDTH = 2304  # d_in of Gemma-2-2B, the papers' model
 PAPER_VARIANCE = 24.0
 """Elementwise variance of raw activations at layer 19 of Gemma-2-2B, from the papers' MSE and explained variance.
 
-Those of paper 004 give 27.1 = 2.66 / (1 - 0.902), but its MSE is SAEBench's, about 1.13 times the elementwise one.
+The values in paper 004 give 27.1 = 2.66 / (1 - 0.902), but its MSE is computed as in SAEBench, and is about 1.13 times
+the elementwise MSE.
 """
 
 
 class ScaledDefault:
-    """A default that a paper gives for d_in = 2304 or a variance of 24, and the rule that carries it over to a run.
+    """A default that a paper gives for d_in = 2304 or a variance of 24, with the rule that adapts it to a run.
 
     The recipe is built with the number that `resolve` returns. Values from `--set` and `--paper-exact` are not scaled.
     """
@@ -23,11 +24,11 @@ class ScaledDefault:
     reference: float = PAPER_WIDTH
 
     def resolve(self, config: "RunConfig", raw: bool) -> Any:
-        """The number for a run. `raw`: its input is not normalized."""
+        """The number for a run. `raw` says that the run's input is not normalized."""
         raise NotImplementedError
 
     def value_in(self, config: "RunConfig") -> float:
-        """The value of `of` in a run."""
+        """The run's value of the field named by `of`."""
         return float(getattr(config, self.of))
 
     def __str__(self) -> str:

@@ -33,14 +33,15 @@ def cosine(start: float, end: float, steps: float) -> Coefficient:
 def warmup(to: float, steps: int) -> Coefficient:
     """`to` times min(1, (t+1)/w), with t from 0: equation (4) of paper 002, which counts t from 1.
 
-    Papers say only "linearly over w steps". dictionary_learning and SAELens use t/w, the same ramp one step later. This
-    is the ramp of the learning rate, which would lose a step with t/w; so penalty and learning rate rise together.
+    The papers say only "linearly over w steps". dictionary_learning and SAELens use t/w, the same ramp one step later.
+    The learning rate has the ramp used here, because with t/w its first step would have no effect. So penalty and
+    learning rate rise together.
     """
     return lambda step: to * ((step.i + 1) / max(steps, 1)).clamp(max=1.0)
 
 
 def product(*factors: Coefficient) -> Coefficient:
-    """The product of several coefficients."""
+    """The coefficient that is the product of several others."""
 
     def coefficient(step: Step) -> Tensor | float:
         result: Tensor | float = 1.0

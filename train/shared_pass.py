@@ -1,4 +1,4 @@
-"""Runs that read the same batches: each batch is read once and steps all of them, until each is finished."""
+"""Train runs that read the same batches: each batch is read once and used by all runs, until all are finished."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,7 +34,7 @@ def shared_passes(
     writer: CheckpointWriter,
     capture: bool = False,
 ) -> list["SharedPass"]:
-    """Group trainers of the same batches by the step they resume from, since that decides the batch they read next.
+    """Group trainers of the same batches by the step from which they resume, which determines the batch they read next.
 
     With `capture` the steps of each group are one CUDA graph.
     """
@@ -44,7 +44,7 @@ def shared_passes(
 
 
 class SharedPass:
-    """Runs on one pass over the same batches, from the same step on, until each is done, fails or is interrupted."""
+    """Trains runs in one pass over the same batches, until each is done, fails or is interrupted."""
 
     def __init__(
         self,
@@ -60,11 +60,11 @@ class SharedPass:
         self.steps_done = trainers[0].steps_done
         self.max_steps = max(trainer.steps for trainer in trainers)
         self.batch_size = trainers[0].run.config.batch_size
-        self.seconds_waited = 0.0  # for data, by the loaders that are closed
+        self.seconds_waited = 0.0  # time that loaders, now closed, waited for data
 
     def train(self, until: int) -> None:
-        """Take the steps up to `until`. Runs that are not done then have a checkpoint there."""
-        self._finish_runs(self.steps_done)  # a run that was killed between its last checkpoint and its end
+        """Take the steps up to `until`. Runs that are not finished there get a checkpoint."""
+        self._finish_runs(self.steps_done)  # for a run that was killed between its last checkpoint and its end
         if self.active:
             self.until, first, sharing = until, self.active[0], [trainer.run for trainer in self.active]
             replay = CapturedSteps(self.progress.say).replay if self.capture else None
@@ -85,7 +85,7 @@ class SharedPass:
             self.steps_done, self.seconds_waited = until, self.seconds_waited + self.batches.seconds_waited
 
     def join(self, later: "SharedPass") -> None:
-        """Hand the runs over to a pass that begins where this one stopped."""
+        """Hand the runs over to a pass that begins at the step where this one stopped."""
         later.active, later.max_steps = [*later.active, *self.active], max(self.max_steps, later.max_steps)
 
     def _after_step(self, number: int) -> bool:
@@ -115,7 +115,7 @@ class SharedPass:
         )
 
     def _save_after_store_failure(self, error: SaeError) -> SaeError:
-        """Checkpoint the runs after the store did not give the next batch, or after the wait for it was stopped.
+        """Checkpoint the runs after the store failed to deliver the next batch, or the wait for it was interrupted.
 
         Returns the error to raise.
         """
@@ -131,7 +131,7 @@ class SharedPass:
         return type(error)(f"{error} {saved if steps_done else 'No step was taken.'}")
 
     def _drop_failed_runs(self, due: Sequence[RunTrainer]) -> list[RunTrainer]:
-        """Give up those trainers that failed, and return the others."""
+        """Drop the trainers that failed, and return the others."""
         for trainer in due:
             step, run = int(trainer.failed_at), trainer.run
             if step < 0:
@@ -167,7 +167,7 @@ class SharedPass:
 
 
 def finish_run(trainer: RunTrainer, writer: CheckpointWriter) -> None:
-    """Fold the normalization in and write the files for evaluation. sae.json comes last and marks the run as done."""
+    """Fold the normalization in and write the files for evaluation. sae.json comes last: it marks the run as done."""
     run, variant = trainer.run, trainer.variant
     assert not isinstance(run.cache, PlannedCache)
     writer.save([trainer], run.steps)
@@ -179,11 +179,11 @@ def finish_run(trainer: RunTrainer, writer: CheckpointWriter) -> None:
         "variant": run.recipe.name,
         "seed": run.seed,
         "training_tokens": run.steps * run.config.batch_size,
-        "cache": run.cache_folders[0],  # its held-out documents are held out of the other caches too
+        "cache": run.cache_folders[0],  # its held-out documents are also held out of the other caches
         "fingerprint": run.cache.fingerprint,
         "context": run.cache.identity["context"],
         **{key: run.cache.identity[key] for key in ("bos",) if key in run.cache.identity},
-        "norm_limit": run.cache.norm_limit(run.hook.array),  # rows over it were not trained on
+        "norm_limit": run.cache.norm_limit(run.hook.array),  # rows with a larger norm were not used in training
     }
     layer_norm = variant.optimization.normalize == "layer_norm"
     sae = fold_normalization(variant.sae, variant.scale, variant.mean_D, layer_norm)
@@ -199,10 +199,11 @@ def open_batches(
     run: Run, step: int, device: str, count: int, sharing: Sequence[Run] | None = None,
     should_stop: Callable[[], bool] = lambda: False, captured: bool = False,
 ) -> BatchLoader | ResidentLoader:  # fmt: skip
-    """The next `count` batches of a run from a step on; from a ring, the batches of the open group.
+    """The next `count` batches of a run, starting at a step. From a ring, the batches of the open group.
 
-    `sharing` lists the runs of the pass. If it is given, the loader may keep the rows on a GPU that has memory for them
-    and the runs; that does not pay for a few batches. `should_stop` ends the wait for a store.
+    `sharing` lists the runs of the pass. If it is given, the loader may keep all rows on the GPU, if they fit there
+    together with the runs. Do not pass it for only a few batches, for which this is not worthwhile. `should_stop` ends
+    the wait for a store.
     """
     size, cache, batch = run.config.batch_size, run.cache, step
     assert not isinstance(cache, PlannedCache)

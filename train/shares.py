@@ -16,9 +16,9 @@ from .memory import memory_bound, run_memory
 from .passes import FREE_SHARE, PassRun, add_up, copied_bytes, copies_fit, pass_memory, plan_passes
 from .sources import AnyCache, places_of
 
-# Approximate bytes per second at which a process reads batches. Disk: benchmarks/bench_cache.py. Store: an assumption,
-# a link of 10 Gbit/s that eight processes share. Processes of one machine pull a chunk only once while it fits into the
-# local folder, so this favours assigning runs that share batches to one process.
+# Approximate bytes per second at which a process reads batches. Disk: measured by benchmarks/bench_cache.py. Store:
+# assumes a link of 10 Gbit/s that eight processes share. Processes on one machine pull a chunk only once if it fits
+# into the local folder. This rate ignores that, so it favours assigning runs that share batches to one process.
 READ_RATE, STORE_RATE = 2e9, 150e6
 
 
@@ -30,7 +30,7 @@ class DealtRun(PassRun, RunInFolder, Protocol):
 
 
 def deal_runs(runs: Mapping[int, DealtRun], device: str, ranks: int) -> list[RankShare]:
-    """Deal runs, given by number, to `ranks` processes, each with a device like this one."""
+    """Deal runs, given as number -> run, to `ranks` processes, each with a device like this one."""
     seconds = dict(zip(runs, step_times(list(runs.values()), device), strict=True))
     streams: dict[Hashable, list[int]] = {}
     for number, run in runs.items():
@@ -59,7 +59,7 @@ def steps_left(run: RunInFolder) -> int:
 
 def step_times(runs: Sequence[DealtRun], device: str) -> list[float]:
     """Seconds per step of each run: measured, or estimated from operations if a run is too large to be timed."""
-    fix_cublas_workspace(device)  # the steps that are timed are the first of the process
+    fix_cublas_workspace(device)  # before the timed steps, which are the first of the process
     try:
         return seconds_per_step(runs, device)
     except UnavailableError:
@@ -68,7 +68,7 @@ def step_times(runs: Sequence[DealtRun], device: str) -> list[float]:
 
 
 def memory_parts(stream: Sequence[DealtRun], device: str) -> list[float]:
-    """The part of the memory of a pass that each run of a stream takes between steps; 0 if one pass holds them all."""
+    """The fraction of a pass's memory that each run of a stream takes between steps; 0 if one pass holds all runs."""
     budget = FREE_SHARE * available_memory(device)
     if sum(map(memory_bound, stream)) <= budget:
         return [0.0] * len(stream)
@@ -92,7 +92,7 @@ def describe_shares(shares: Sequence[RankShare], runs: Sequence[DealtRun], devic
 
 
 def describe_share(runs: Sequence[DealtRun], seconds: float, device: str, memory: bool) -> str:
-    """Describe what one process trains."""
+    """Describe the runs that one process trains."""
     passes = plan_passes(runs, device)
     line = f"{format_count(len(runs), 'run')} in {len(passes)} pass{'es' if len(passes) > 1 else ''}"
     line += f", about {format_duration(seconds)}"

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while training: the step is finished and a checkpoint written."""
+"""Handle Ctrl-C and SIGTERM during training: the current step is finished and a checkpoint is written."""
 
 import contextlib
 import signal
@@ -10,7 +10,7 @@ from ..common.errors import Interrupted
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Yields whether to stop: true after Ctrl-C or SIGTERM. A second Ctrl-C raises Interrupted at once."""
+    """Yields a function that returns True after Ctrl-C or SIGTERM. A second Ctrl-C raises Interrupted at once."""
     stop = False
 
     def handle(number: int, _frame: Any) -> None:

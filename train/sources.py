@@ -1,4 +1,4 @@
-"""The caches that runs are trained on, in folders or stores, opened as a TrainConfig names them."""
+"""Open the caches on which runs are trained, in folders or stores, as a TrainConfig names them."""
 
 from ..cache.catalog import find_cache
 from ..cache.concat import ConcatCache
@@ -36,7 +36,7 @@ def known_variance(cache: AnyCache, array: str) -> float | None:
 
 
 def places_of(cache: AnyCache) -> list[str]:
-    """The folder path or the address of a cache, or of each of several caches that are read as one."""
+    """The folder path or address of a cache; for several caches read as one, that of each."""
     caches = cache.caches if isinstance(cache, ConcatCache) else [cache]
     return [one.place if isinstance(one, Cache) and is_url(one.place) else str(one.folder.resolve()) for one in caches]
 

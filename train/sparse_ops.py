@@ -1,4 +1,4 @@
-"""The matrix products of a step, computed only with the latents that may be active, where these are few.
+"""The matrix products of a step, computed with only the latents that may be active, for steps where these are few.
 
 A dense product multiplies mostly zeros. With k of n latents active, only the encoder needs a dense product. The four
 other products (decoding, and the gradients of the latents, W_dec and W_enc) are sums of k rows per token. Shapes: N is
@@ -25,13 +25,14 @@ BANDWIDTH = 4.3e12
 ROW_BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2}
 """Precision -> bytes of each element of a row that is gathered on a GPU (`row_dtype`)."""
 MARGIN = 1.4
-"""How much longer gathering may take than by its bytes. An estimate: it comes less close to its limit than products."""
+"""How much longer gathering takes than its bytes imply. An estimate: products come closer to their limit than gathers.
+"""
 
 
 def break_even(precision: str) -> float:
     """The n/k at which four gathers of k rows for each token take as long on a GPU as four dense products.
 
-    For each token and each of d_in elements, a gather reads k numbers, and a product has 2 n FLOPs.
+    For each token and each of d_in elements, a gather reads k numbers, and a product takes 2 n FLOPs.
     """
     return MARGIN * (ROW_BYTES[precision] / BANDWIDTH) / (2 / FLOPS[precision])
 
@@ -40,33 +41,33 @@ SPARSE_FROM: dict[str, dict[str, float]] = {
     "cpu": dict.fromkeys(FLOPS, 16.0),
     "cuda": {precision: break_even(precision) for precision in FLOPS},
 }
-"""Device -> precision -> the n/k from which sparse products are used. On other devices they are never used.
+"""Device -> precision -> the smallest n/k at which sparse products are used. On other devices they are never used.
 
-cpu: measured by benchmarks/bench_decode.py, the whole step of `topk`; see its table in benchmarks/results.
-cuda: by the model, not measured. 257 in bfloat16 and tf32, 39 in float32.
+cpu: measured on whole steps of `topk` by benchmarks/bench_decode.py; see its table in benchmarks/results. cuda:
+computed by `break_even`, not measured. 257 in bfloat16 and tf32, 39 in float32.
 """
 
 
 def sparse_is_faster(d_sae: int, k: float, device: str, precision: str) -> bool:
-    """Whether to use sparse products. It is the same in every step of a run, whatever the values."""
+    """Whether to use sparse products. The answer is the same for every step of a run, whatever the values."""
     return d_sae >= SPARSE_FROM.get(device, {}).get(precision, math.inf) * k
 
 
 def row_dtype(row_RD: Tensor) -> torch.dtype:
-    """The dtype in which rows are gathered: on a GPU that of products, on a CPU their own. Sums are in float32."""
+    """The dtype in which rows are gathered: on a GPU the dtype of products, on a CPU their own. Sums are in float32."""
     device = row_RD.device.type
     in_autocast = device == "cuda" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if in_autocast else row_RD.dtype
 
 
 class SelectedLatents(NamedTuple):
-    """The indices of the latents that may be active, in both of the orders that the products need."""
+    """The indices of the latents that may be active, in the two orders that the products need."""
 
     flat_index_N: Tensor  # token * F + latent, ascending by token
     token_N: Tensor
     latent_N: Tensor
     token_start_B: Tensor  # where each token starts in the order by token
-    latent_order_N: Tensor  # the permutation that orders by latent, then by token
+    latent_order_N: Tensor  # the permutation that sorts by latent, then by token
     latent_start_F: Tensor  # where each latent starts in the order by latent
     by_kernels: bool  # whether sums use the operators that have kernels on a GPU
 
@@ -93,7 +94,7 @@ class KeptLatents(NamedTuple):
     selected: SelectedLatents
 
     def dense(self) -> Tensor:
-        """(B, F): the same latents with the zeros between them."""
+        """(B, F): the same latents as a dense tensor."""
         tokens, d_sae = len(self.selected.token_start_B), len(self.selected.latent_start_F)
         zeros_BF = self.value_N.new_zeros(tokens, d_sae)
         return scatter_latents(self.value_N, self.selected.flat_index_N, zeros_BF)
@@ -104,14 +105,14 @@ class KeptLatents(NamedTuple):
         return active_N.new_zeros(len(self.selected.latent_start_F)).scatter_add_(0, self.selected.latent_N, active_N)
 
     def by_section(self, sizes: Sequence[int]) -> "KeptLatents":
-        """The same latents, with sections of the dictionary as tokens: token t of section g becomes token g B + t."""
+        """The same latents with each section's tokens kept separate: token t of section g becomes token g B + t."""
         token_N, latent_N, tokens, d_sae = (
             self.selected.token_N,
             self.selected.latent_N,
             len(self.selected.token_start_B),
             len(self.selected.latent_start_F),
         )
-        # The ends stay Python numbers: a tensor of them would have to be copied to the GPU in every step.
+        # The ends stay Python numbers, because a tensor of them would have to be copied to the GPU in every step.
         section_N = torch.zeros_like(latent_N)
         for end in accumulate(sizes[:-1]):
             section_N += latent_N >= end
@@ -121,7 +122,7 @@ class KeptLatents(NamedTuple):
 
 
 def weighted_row_sums(index_N: Tensor, row_RD: Tensor, first: Tensor, weight_N: Tensor) -> Tensor:
-    """Sums of weighted rows, one for each stretch of N that starts at `first`, summed in the order of N."""
+    """Sums of weighted rows, one for each segment of N, in the order of N. The segments start at `first`."""
     return F.embedding_bag(index_N, row_RD, first, mode="sum", per_sample_weights=weight_N.to(row_RD.dtype))
 
 
@@ -129,7 +130,7 @@ def sum_by_latent(
     weight_N: Tensor, row_BD: Tensor, token_N: Tensor, latent_order_N: Tensor, latent_start_F: Tensor, *,
     dtype: torch.dtype, by_kernels: bool, transposed: bool = False,
 ) -> Tensor:  # fmt: skip
-    """(F, D): f^T rows without the zeros, i.e. for each latent the weighted sum of the rows of its tokens.
+    """(F, D): f^T rows, skipping zeros: for each latent, the weighted sum of the rows of its tokens.
 
     (D, F) if `transposed`.
     """
@@ -139,7 +140,7 @@ def sum_by_latent(
     sum_FD = weighted_row_sums(index_N, row_BD, latent_start_F, weight_N)
     if not transposed:
         return sum_FD.to(dtype)
-    # Copy it into the memory order of W_enc. Autograd would do that too, but on a CPU with one thread.
+    # Copy the sums into the memory order of W_enc. Autograd would do that too, but on a CPU with only one thread.
     return torch.mul(sum_FD.T, 1, out=sum_FD.new_empty(sum_FD.shape[::-1], dtype=dtype))
 
 
@@ -171,7 +172,7 @@ class _SparseEncode(torch.autograd.Function):
 
 
 class _SparseDecode(torch.autograd.Function):
-    """The identity on a reconstruction; the gradient of W_dec is computed sparsely."""
+    """The identity function on a reconstruction; the gradient of W_dec is computed sparsely."""
 
     @staticmethod
     def forward(
@@ -250,7 +251,7 @@ def encode(
 
 
 def decode(kept: KeptLatents, w_FD: Tensor) -> Tensor:
-    """(B, D): for each token the sum of its latents' rows of W_dec, times their values."""
+    """(B, D): for each token, the sum of its latents' rows of W_dec, weighted by their values."""
     value_N, selected = kept
     row_FD = for_products(w_FD, row_dtype(w_FD))[0].detach()
     recon_BD = weighted_row_sums(selected.latent_N, row_FD, selected.token_start_B, value_N)
@@ -266,9 +267,10 @@ def decode(kept: KeptLatents, w_FD: Tensor) -> Tensor:
 
 
 def decode_and_compare(kept: KeptLatents, w_FD: Tensor, b_D: Tensor, x_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """x_hat = f W_dec + b_dec (B, D), and () sum_BD (x - x_hat)^2. On a GPU both take one pass over the rows of W_dec.
+    """x_hat = f W_dec + b_dec (B, D), and () sum_BD (x - x_hat)^2. On a GPU one pass over the rows of W_dec computes
+    both.
 
-    So does the gradient of the squared error to the latents.
+    The same pass computes the gradient of the squared error with respect to the latents.
     """
     value_N, selected = kept
     return _DecodeAndCompare.apply(

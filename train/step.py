@@ -20,21 +20,21 @@ from .sparse_ops import KeptLatents
 
 @dataclass
 class Step:
-    """One step, from its forward pass on. Everything is on the device; nothing reads a value back to the host."""
+    """The state of one step. All tensors are on the device, and nothing reads a value back to the host."""
 
     i: Tensor  # () int64: index of the step, from 0
     sae: SAE
     optimizer: torch.optim.Optimizer
     x_BD: Tensor  # the batch as the SAE sees it: normalized, float32
-    computed_pre_BF: Tensor | None  # read `pre_BF`; None for ReLU alone
-    computed_f_BF: Tensor | None  # read `f_BF`; None as long as `kept` is enough
+    computed_pre_BF: Tensor | None  # use `pre_BF` instead; None if the activation is ReLU alone
+    computed_f_BF: Tensor | None  # use `f_BF` instead; None as long as `kept` suffices
     recon_BD: Tensor
-    kept: KeptLatents | None = None  # the latents of f_BF in sparse form, where the SAE computes with them
-    metrics: dict[str, Tensor] = field(default_factory=dict)  # logged with the loss; 0-d, added by losses
-    losses: dict[str, Tensor] = field(default_factory=dict)  # of one part of a batch
+    kept: KeptLatents | None = None  # the latents of f_BF in sparse form, if the SAE computes sparsely
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # 0-d tensors that losses add; logged with the loss
+    losses: dict[str, Tensor] = field(default_factory=dict)  # losses of one part of a batch
     part_of: "Step | None" = None  # the batch, if this is a part of it (train/accumulate.py)
-    statistics: "dict[Mechanism, Tensor]" = field(default_factory=dict)  # of a batch in parts
-    selected_N: Tensor | None = None  # the values of the latents that TopK or BatchTopK selected, if they are at hand
+    statistics: "dict[Mechanism, Tensor]" = field(default_factory=dict)  # for a batch in parts
+    selected_N: Tensor | None = None  # the values of the latents that TopK or BatchTopK selected, if available
     _error_BD: Tensor | None = None
     _squared_error: Tensor | None = None
 
@@ -47,11 +47,12 @@ class Step:
     def whole(self) -> "Step":
         """The whole batch.
 
-        If it is computed in parts, it has only `x_BD` and, for code that `reads_batch`, `error_BD` and `l0`.
+        If the batch is computed in parts, this step has only `x_BD` and, for code with `reads_batch`, `error_BD` and
+        `l0`.
         """
         return self if self.part_of is None else self.part_of
 
-    # Values that are computed once, on first access. Before Python 3.12 a cached_property takes a lock, which cannot be
+    # These values are computed once, on first access. Before Python 3.12, cached_property takes a lock, which cannot be
     # compiled, so the values that losses read are properties.
 
     @property
@@ -70,7 +71,7 @@ class Step:
 
     @property
     def f_BF(self) -> Tensor:
-        """Latents (B, F). If `kept` is not None, it and `counts_F` describe the same latents without the zeros."""
+        """Latents (B, F). If `kept` is not None, it holds the same latents without the zeros."""
         if self.computed_f_BF is None:
             assert self.kept is not None
             with torch.enable_grad():  # a coefficient may have asked for it first, without a gradient
@@ -94,7 +95,7 @@ class Step:
     def squared_error(self) -> Tensor:
         """() sum_BD (x - x_hat)^2."""
         if self._squared_error is None:
-            whole = self._error_BD  # a batch in parts has nothing else
+            whole = self._error_BD  # all that a batch in parts has
             self._squared_error = squared_error(self.recon_BD, self.x_BD) if whole is None else whole.square().sum()
         return self._squared_error
 
@@ -108,7 +109,7 @@ class Step:
         if self.kept is not None:
             return self.kept.counts()
         f_BF = self.f_BF.detach()
-        if f_BF.device.type == "cpu":  # two fast passes; the norm below branches at each element there
+        if f_BF.device.type == "cpu":  # two fast passes; on a CPU the norm below branches at each element
             return torch.ne(f_BF, 0, out=torch.empty_like(f_BF)).sum(0, dtype=torch.float32)
         return torch.linalg.vector_norm(f_BF, 0, dim=0, dtype=torch.float32)  # one pass
 
@@ -124,39 +125,40 @@ class Step:
 
 
 class LossTerm(nn.Module, ABC):
-    """A summand of the loss: a 0-d tensor. It may add to `step.metrics` and changes nothing else.
+    """One term of the loss, a 0-d tensor. It may add to `step.metrics` but changes nothing else.
 
-    With `--accumulate` it is computed for equal parts of the batch, and the mean of their values has to be the value
-    for the whole batch. `undivided` says why that does not hold, as a sentence without a period; "" if it holds.
+    With `--accumulate` the term is computed for equal parts of the batch, and the mean over the parts has to equal the
+    value for the whole batch. If it does not, `undivided` says why, as a sentence without a period; otherwise it is "".
     """
 
     undivided: str = "not all of its losses are known to be means over tokens"
     reads_batch = False  # whether it reads `step.whole.error_BD` or `step.whole.l0`
-    sparsity = False  # whether a larger coefficient leaves fewer latents active, so that `--l0` can move it
+    sparsity = False  # whether a larger coefficient leaves fewer latents active, so that `--l0` can control it
 
     @abstractmethod
     def forward(self, step: Step) -> Tensor: ...
 
 
 class Mechanism(nn.Module):
-    """Something that acts around the optimizer. Its buffers are its state; its hooks run under no_grad.
+    """A part of a recipe that acts around the optimizer. Its buffers are its state; its hooks run under no_grad.
 
     `after_backward` and `after_step` run in every step, so they keep fixed shapes and never read a value back to the
-    host. `every_n_steps` may do both; it runs after every `every`-th step. All of them have to change in place the
-    tensors that a step reads: the graph of a captured step (train/capture.py) reads the same memory each time.
+    host. `every_n_steps`, which runs after every `every`-th step, may change shapes and read values. All three have to
+    change the tensors that a step reads in place, because the graph of a captured step (train/capture.py) reads the
+    same memory each time.
     """
 
     combine: ClassVar[Literal["", "mean", "min"]] = ""
-    """How to combine the statistics of equal parts into the statistic of the batch; "": there is no `statistic`."""
-    undivided: str = ""  # why it needs the latents of a whole batch at once, as in LossTerm
-    reads_batch = False  # whether the forward pass calls it, and it reads `step.whole.error_BD` or `step.whole.l0`
+    """How to combine the statistics of equal parts into the statistic of the batch; "" if there is no `statistic`."""
+    undivided: str = ""  # why the mechanism needs the latents of a whole batch at once, as in LossTerm
+    reads_batch = False  # whether the forward pass calls it and it reads `step.whole.error_BD` or `step.whole.l0`
     every: int | None = None
-    reads_rows = False  # whether it has a `start_from_rows`
+    reads_rows = False  # whether it implements `start_from_rows`
     leaves_weights = True
     """Whether `after_backward` and `after_step` neither read nor write W_enc, W_dec, their gradients or moments.
 
-    Then kernels can project the gradient, update and normalize the weights at once (`Variant.updates_at_once`). In a
-    class that defines one of the two hooks it is False unless the class sets it.
+    If so, kernels can project the gradient and update and normalize the weights in one pass
+    (`Variant.updates_at_once`). In a class that defines one of the two hooks this is False unless the class sets it.
     """
 
     def __init_subclass__(cls) -> None:
@@ -164,7 +166,7 @@ class Mechanism(nn.Module):
             cls.leaves_weights = vars(cls).get("leaves_weights", False)
 
     def start_from_rows(self, sae: SAE, sample_ND: Tensor) -> None:
-        """Before the first step of a run: initialize the SAE from the first rows (N, D) that the run reads.
+        """Initialize the SAE from the first rows (N, D) that the run reads. Called before the first step of a run.
 
         The rows are normalized, as the SAE sees them. Called only if `reads_rows`.
         """
@@ -178,32 +180,32 @@ class Mechanism(nn.Module):
         return step.statistics[self] if self in step.statistics else self.statistic(step)
 
     def after_backward(self, step: Step) -> None:
-        """Gradients are ready, weights have not moved."""
+        """Called when gradients are ready and before weights change."""
 
     def after_step(self, step: Step) -> None:
-        """Weights have moved; the latents in `step` belong to the weights before the update."""
+        """Called after weights have changed. The latents in `step` were computed with the weights before the update."""
 
     def every_n_steps(self, step: Step) -> None:
-        """Between steps: may read values, change shapes and rewrite weights. `step.i` counts the step just taken."""
+        """Called between steps. May read values, change shapes and rewrite weights. `step.i` counts the last step."""
 
     def between_bytes(self, sae: SAE, tokens: int) -> int:
-        """The bytes that `every_n_steps` takes at its peak, in addition to a step on `tokens` tokens. Memory of a few
-        vectors of latents need not be counted.
+        """The peak bytes that `every_n_steps` takes in addition to a step on `tokens` tokens. Can ignore a few vectors
+        of latents.
         """
         return 0
 
     def shape_key(self) -> Hashable:
-        """A key of the shapes in a step, if `every_n_steps` changes them. For a new key, a new CUDA graph is made."""
+        """A key that changes when `every_n_steps` changes the shapes in a step. A new key leads to a new CUDA graph."""
         return None
 
     def calibrate(self, step: Step) -> None:
-        """After training: called for a few more batches, forward only, to fit a number to the final weights."""
+        """Called after training on a few more batches, forward only, to fit a number to the final weights."""
 
     def export(self, sae: SAE) -> None:
-        """After training: change the copy that will be saved; its normalization is already folded in."""
+        """Called after training. Changes the copy that will be saved; its normalization is already folded in."""
 
     def after_restore(self) -> None:
-        """The buffers were loaded or moved: recompute everything that is derived from them."""
+        """Called after buffers were loaded or moved. Recomputes everything that is derived from them."""
 
     def scalars(self) -> dict[str, Tensor]:
         """0-d tensors to log."""

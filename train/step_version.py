@@ -1,31 +1,31 @@
 """The version of the arithmetic of a training step, and how far the results of two versions can differ.
 
-A step of another version computes the same sums in another order, so they are rounded differently. A run that was
-interrupted under one version and continues under another has the bits of neither.
+Another version of a step computes the same sums in another order, so they are rounded differently. A run that was
+interrupted under one version and resumed under another is not bit-identical to a run under either.
 """
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
-# Raise it by one, by hand, in the commit that changes the bits which the step of any recipe computes on a CPU with
-# --accumulate 1: of its losses, gradients, optimizer or mechanisms. To see whether they change, train before and after
-# on one machine and compare sae.safetensors. tests/compatibility checks resumed runs against the bounds below. A change
-# of more than rounding needs a new option instead of a new version, so that earlier runs keep the old behaviour.
-# run.json and the checkpoints record it as `step_version`; without the entry it is 1.
+# Increase it by one, by hand, in a commit that changes any bits that a recipe's step computes on a CPU with
+# --accumulate 1, in its losses, gradients, optimizer or mechanisms. To see whether bits change, train before and after
+# the commit on one machine and compare sae.safetensors. tests/compatibility checks resumed runs against the bounds
+# below. A change beyond rounding needs a new option instead of a new version, so that earlier runs keep the old
+# behaviour. run.json and the checkpoints record it as `step_version`; if the entry is missing, it is 1.
 STEP_VERSION = 4
 
-MEASURED_STEPS = 25  # left to the interrupted runs of tests/compatibility; the bounds are measured on them
+MEASURED_STEPS = 25  # steps that interrupted runs in tests/compatibility still take; the bounds are measured over these
 
 
 class RoundingBounds(NamedTuple):
-    """The largest differences that rounding makes within `MEASURED_STEPS`, each relative to the value itself."""
+    """The largest differences caused by rounding within `MEASURED_STEPS`, each relative to the value itself."""
 
     weights: float = 1e-5  # norm of the difference of all tensors of the SAE, over their norm
     loss: float = 1e-5
     metrics: float = 1e-4  # every other logged metric
 
 
-# For recipes that choose latents by rank: rounding decides which of two nearly equal latents is kept.
+# For recipes that select latents by rank, where rounding decides which of two nearly equal latents is kept.
 BY_RANK = RoundingBounds(1e-3, 3e-4, 1e-3)
 RANKING = (
     "topk", "batchtopk", "matryoshka", "ortsae", "switch", "competition", "competition-no-warmup", "competition-off",
@@ -38,8 +38,8 @@ WIDER: Mapping[str, RoundingBounds] = {
     **dict.fromkeys(RANKING, BY_RANK),
     "gated": RoundingBounds(1e-3, 1e-5, 1e-4),
     "hierarchical-window": RoundingBounds(1e-3, 1e-5, 1e-3),
-    "collapse-10": BY_RANK._replace(metrics=3e-2),  # rows_projected counts small differences
-    "p-anneal": RoundingBounds(1e-2, 1e-3, 0.1),  # its gradient has no bound near zero
+    "collapse-10": BY_RANK._replace(metrics=3e-2),  # its metric rows_projected is sensitive to small differences
+    "p-anneal": RoundingBounds(1e-2, 1e-3, 0.1),  # its gradient is unbounded near zero
 }
 
 

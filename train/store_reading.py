@@ -1,4 +1,4 @@
-"""Training on caches in stores: the chunks that passes will read, for the local folder and for the plan."""
+"""For training on caches in stores: which chunks the passes will read, for the local folder and for the plan."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -18,7 +18,7 @@ from ..common.process_group import processes_on_this_machine
 from .sources import AnyCache, places_of
 from .variant import RunConfig
 
-CALIBRATION_BATCHES = 32  # batches that a run reads after its last step, if it fits a number to the final weights
+CALIBRATION_BATCHES = 32  # batches read after the last step of a run that fits a number to the final weights
 
 
 class ReadingRun(Protocol):
@@ -35,7 +35,7 @@ class ReadingRun(Protocol):
 
 
 def expected_readings(passes: Sequence[Sequence[ReadingRun]]) -> list[ChunkReading]:
-    """The readings of passes from stores, one after the other, from their first steps on."""
+    """The readings of passes from stores, in order, starting at the first step of each pass."""
     readings = []
     for runs in passes:
         cache, config = runs[0].cache, runs[0].config
@@ -47,10 +47,10 @@ def expected_readings(passes: Sequence[Sequence[ReadingRun]]) -> list[ChunkReadi
 
 
 def prepare_local_folder(passes: Sequence[Sequence[ReadingRun]], size: int | None) -> None:
-    """Set the size of the local folder, if one is needed.
+    """Set the size of the local folder if the passes need one.
 
-    Raises UsageError if it is too small for a batch of each process on this machine, UnavailableError if it does not
-    fit on its disk.
+    Raises UsageError if the size is too small for one batch per process on this machine, and UnavailableError if it
+    does not fit on the disk.
     """
     if readings := expected_readings(passes):
         local = readings[0].folder
@@ -84,13 +84,13 @@ def describe_pulling(passes: Sequence[Sequence[ReadingRun]]) -> list[str]:
 
 
 def expect(passes: Sequence[Sequence[ReadingRun]], say: Callable[[str], None]) -> None:
-    """Announce the readings of these passes to the local folder, if any. It calls `say` if they wait for long."""
+    """Announce the readings of these passes, if any, to the local folder. It calls `say` if they wait for long."""
     if readings := expected_readings(passes):
         readings[0].folder.say = say
         readings[0].folder.expect(readings)
 
 
 def expect_nothing(passes: Sequence[Sequence[ReadingRun]]) -> None:
-    """Tell the local folder, if there is one, that nothing more will be read, so that others can use its space."""
+    """Tell the local folder, if there is one, that no more will be read, so that other processes can use its space."""
     if readings := expected_readings(passes):
         readings[0].folder.expect([])

@@ -9,7 +9,7 @@ from ..common.schemas import RUN_RECORD, RunRecord
 
 
 def stored_options(record: RunRecord | None, folder: Path) -> dict[str, Any] | None:
-    """Every option that the run of a run.json was started with; None without such a record."""
+    """All options that the run of a run.json was started with; None if there is no record."""
     if record is None or "resolved" not in record:
         return None
     given, stored = record.get("options", {}), record["resolved"]
@@ -22,5 +22,5 @@ def stored_options(record: RunRecord | None, folder: Path) -> dict[str, Any] | N
 
 
 def describe_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
-    """Describe options that differ from those of a new run: name -> (value in this run, value in a new run)."""
+    """Describe options whose values differ from a new run's: name -> (value in this run, value in a new run)."""
     return ", ".join(f"{name}={was} ({now} in a new run)" for name, (was, now) in changed.items())

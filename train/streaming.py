@@ -1,7 +1,9 @@
-"""Training on a harvest that runs at the same time: all runs train on one group of windows, then the group is removed.
+"""Training on a harvest that runs at the same time: all runs train on a group of windows, and then the group is
+removed.
 
-Runs that read different batches (another layer or batch size, or resumed at another step) form separate passes, but the
-disk has room for only two groups. So the outer loop is over groups, and the passes take turns on each group.
+Runs that read different batches (because of another layer or batch size, or a different step at resumption) form
+separate passes, but the disk has room for only two groups. So the outer loop runs over groups, and all passes take
+their turn on each group.
 """
 
 from collections.abc import Callable
@@ -24,14 +26,15 @@ Harvest = Callable[[range, Callable[[str], None]], AbstractContextManager[None]]
 
 
 def train_streaming(plan: TrainPlan, progress: TrainProgress, harvest: Harvest) -> None:
-    """Train the unfinished runs of a plan whose source is a RingCache, from the earliest group that one of them needs.
+    """Train the unfinished runs of a plan whose source is a RingCache, starting at the earliest group that any run
+    needs.
 
-    The normalization constants come from the first group, since later rows are not known when training begins.
+    The normalization constants are computed from the first group, since later rows are not known when training begins.
 
     Raises:
         Interrupted: after Ctrl-C or SIGTERM, with checkpoints written.
         SaeError: a run failed; raised when all others are done.
-        Exception: whatever the harvest raised, with checkpoints written.
+        Exception: any error that the harvest raised, with checkpoints written.
     """
     ring, device = plan.config.source, resolve_device(plan.config.device)
     assert isinstance(ring, RingCache)
@@ -66,12 +69,12 @@ def train_streaming(plan: TrainPlan, progress: TrainProgress, harvest: Harvest) 
 
 
 def group_at(ring: RingCache, shared_pass: SharedPass, step: int) -> int:
-    """The group that a pass reads at a step; at its end, the group that it read last."""
+    """The group that a pass reads at a step; after the last step, the group that it read last."""
     return ring.group_at(min(step, shared_pass.max_steps - 1), shared_pass.batch_size)
 
 
 def train_on_group(ring: RingCache, shared_pass: SharedPass) -> None:
-    """Train a pass to the end of the group that is open."""
+    """Train a pass to the end of the open group."""
     assert ring.current_group is not None
     if not shared_pass.steps_done:
         for trainer in shared_pass.active:

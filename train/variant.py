@@ -29,12 +29,12 @@ class RunConfig(NamedTuple):
     batch_size: int
     l0: float | None = None  # target latents per token (`--l0`); None: the recipe's default
     paper_exact: bool = False  # the paper's settings verbatim instead of those that work
-    variance: float | None = None  # elementwise, of the cache's rows; None: unknown, so nothing is scaled by it
+    variance: float | None = None  # elementwise variance of the cache's rows; None: unknown, so nothing is scaled by it
     accumulate: int = 1  # equal parts in which a batch is computed
-    precision: str | None = None  # of products (common/precision.py); None: the default of the device
+    precision: str | None = None  # of matrix products (common/precision.py); None: the default of the device
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the result besides the cache, as in run.json; entries not in SIZES only if set."""
+        """Everything besides the cache that determines the result, as in run.json. Omits unset entries not in SIZES."""
         parts = self.accumulate if self.accumulate > 1 else None
         precision = self.precision if self.precision != "float32" else None
         optional = {"l0": self.l0, "literal": self.paper_exact, "accumulate": parts, "precision": precision}
@@ -68,18 +68,18 @@ class Mechanisms(nn.ModuleList):
 
 
 class Variant(nn.Module):
-    """Everything about one SAE that is trained: `.to()` moves all of it, and a checkpoint holds all of it.
+    """Everything that belongs to one SAE in training: `.to()` moves all of it, and a checkpoint holds all of it.
 
     Args:
         sae: the SAE.
         terms: name -> coefficient and loss term; the loss is the sum of their products.
-        mechanisms: run around the optimizer step, in this order, after `dead`.
+        mechanisms: mechanisms that act around the optimizer step, in this order, after `dead`.
         optimization: options of the optimizer; None: the defaults.
         dead: counts how long each latent has been inactive; the first mechanism of every variant.
     """
 
     mean_D: Tensor  # subtracted from raw activations
-    scale: Tensor  # then divides them: () or, with normalize=standardize, (d_in,)
+    scale: Tensor  # divides the centered activations; () or, with normalize=standardize, (d_in,)
     updates_by_kernels = False  # whether a trainer updates the weights by kernels (train/kernel_update.py)
 
     def __init__(
@@ -100,9 +100,9 @@ class Variant(nn.Module):
         self.dead = dead
         self.mechanisms = Mechanisms([dead, *mechanisms])
         self.optimization = optimization or Optimization()
-        self.options: dict[str, Any] = {}  # the recipe's own, with the values it was built with
-        self.changed: dict[str, tuple[Any, Any]] = {}  # of a resumed run: option -> (its value, the value in a new run)
-        self.notes: list[str] = []  # what a reader of the run should know about the options
+        self.options: dict[str, Any] = {}  # the recipe's own options, with the values used to build it
+        self.changed: dict[str, tuple[Any, Any]] = {}  # in a resumed run: option -> (its value, value in a new run)
+        self.notes: list[str] = []  # notes about the options for readers of the run
         self.register_buffer("mean_D", torch.zeros(sae.d_in))
         self.register_buffer("scale", torch.ones(()))
 
@@ -145,7 +145,7 @@ class Variant(nn.Module):
             self.scale.fill_(square**0.5)
         if settings.b_dec_init == "mean":
             start_D = (mean_D - self.mean_D) / self.scale
-            if settings.normalize == "layer_norm":  # the mean normalized row is unknown: assume equal deviations
+            if settings.normalize == "layer_norm":  # the mean normalized row is unknown; assume equal deviations
                 start_D = (mean_D - mean_D.mean()) / (mean_square_norm / len(mean_D)) ** 0.5
             self.sae.b_dec.data.copy_(start_D)
         for mechanism in self.mechanisms:
@@ -153,7 +153,7 @@ class Variant(nn.Module):
                 mechanism.start_from_rows(self.sae, self.normalize(sample_ND.to(self.mean_D.device)))
 
     def normalize(self, x_BD: Tensor) -> Tensor:
-        """Raw activations (B, d_in) as the SAE in training sees them, in float32."""
+        """Normalize raw activations (B, d_in) for the SAE in training. Returns float32."""
         if self.optimization.normalize == "layer_norm":
             return layer_normalize(x_BD.float()).x_BD
         return (x_BD.float() - self.mean_D).div_(self.scale)
@@ -183,7 +183,7 @@ class Variant(nn.Module):
 
     @property
     def updates_at_once(self) -> bool:
-        """Whether the kernels can update all weights in one pass, since no mechanism acts on them in between."""
+        """Whether the kernels can update all weights in one pass, because no mechanism acts on them in between."""
         weights = [weight for weight in self.parameters() if weight.requires_grad]
         return (
             all(mechanism.leaves_weights or type(mechanism) is UnitNormDecoder for mechanism in self.mechanisms)
@@ -215,7 +215,7 @@ class Variant(nn.Module):
         return self.updates_by_kernels or any(activation.by_kernels for activation in self.with_kernels)
 
     def shape_key(self) -> Hashable:
-        """A key of the shapes in a step, as far as mechanisms change them (`Mechanism.shape_key`)."""
+        """A key of the shapes in a step that mechanisms can change (`Mechanism.shape_key`)."""
         return tuple(mechanism.shape_key() for mechanism in self.mechanisms)
 
     def scalars(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Whether a device uses the kernels, and which runs do."""
+"""Decide whether a device uses the kernels, and which runs use them."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -19,9 +19,9 @@ from .update_operator import update
 
 @cache
 def reason_against_kernels(device: str) -> str:
-    """Why a device does not use the kernels, as the end of a sentence; "" if it does.
+    """Why a device does not use the kernels, as the end of a sentence; "" if it uses them.
 
-    The first call compiles each kernel and compares its result with torch's.
+    The first call compiles each kernel and compares its result with that of torch.
     """
     if torch.device(device).type != "cuda":
         return f"the device is {device}, which has none"
@@ -46,7 +46,7 @@ def reason_against_kernels(device: str) -> str:
 
 
 def updates_agree(dtype: torch.dtype, device: str) -> bool:
-    """Whether the kernels update weights, from gradients of a dtype, as torch does up to rounding."""
+    """Whether the kernels, given gradients of a dtype, update weights like torch, up to rounding."""
     generator = torch.Generator().manual_seed(0)
     number, place = torch.ones(()), torch.zeros((), dtype=torch.int64)
     weight = F.normalize(torch.randn(5, 2 * CHUNK + 3, generator=generator), dim=1)
@@ -80,7 +80,7 @@ def in_float64(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def decodes_as_torch(counts: Sequence[int], dtype: torch.dtype, device: str) -> bool:
-    """Whether tokens with so many latents are decoded, and rows summed, as in float64 on a CPU, except for rounding."""
+    """Whether the kernels decode tokens with `counts` latents, and sum rows, like float64 on a CPU up to rounding."""
     generator, n, width = torch.Generator().manual_seed(0), 400, 70
     count_B, latent_N = torch.tensor(counts), torch.cat([torch.arange(count) for count in counts])
     value_N, row_FD, bias_D, x_BD = (
@@ -99,7 +99,7 @@ def decodes_as_torch(counts: Sequence[int], dtype: torch.dtype, device: str) -> 
 
 
 def jumps_as_torch(dtype: torch.dtype, device: str) -> bool:
-    """Whether JumpReLU's gradients and counts on a device are those of float64 on a CPU, except for rounding."""
+    """Whether JumpReLU's gradients and counts on a device equal those computed in float64 on a CPU, up to rounding."""
     generator, shape, eps = torch.Generator().manual_seed(0), (600, 70), 0.5
     z_BF, g_BF = (torch.randn(*shape, generator=generator).to(dtype) for _ in range(2))
     theta_F = torch.rand(shape[1], generator=generator)

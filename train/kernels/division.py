@@ -4,9 +4,9 @@ import math
 from enum import Enum
 from typing import NamedTuple
 
-ROOM = 8192  # elements of a row that a program of the GPU holds in registers
-PROGRAMS = 256  # programs that share a row if it is read several times; an H200 has 132 processors
-CHUNK = 4096  # elements that such a program reads at once
+ROOM = 8192  # elements of a row that a GPU program holds in registers
+PROGRAMS = 256  # programs that share a row when it is read several times; an H200 has 132 multiprocessors
+CHUNK = 4096  # elements that each of these programs reads at once
 
 
 class Way(Enum):
@@ -22,7 +22,7 @@ class Division(NamedTuple):
 
     way: Way
     programs: int  # for each row
-    span: int  # elements of a program
+    span: int  # elements per program
 
     @classmethod
     def of(
@@ -39,17 +39,17 @@ class Division(NamedTuple):
         return cls(Way.DIGITS, -(-n // span), span)
 
 
-TILE = 4096  # elements of rows that a program of the GPU holds in registers
-MOST_ROWS = 256  # of them
+TILE = 4096  # elements of rows that a GPU program holds in registers
+MOST_ROWS = 256  # most rows in a tile
 JUMP_SPAN = 512  # tokens that a program of JumpReLU's kernels reads, one tile after the other
-JUMP_TILE = 16, 128  # tokens and latents of a tile
-SUM_TILE = 32, 16, 128  # rows that are added at once, sums of a program, and columns of both
+JUMP_TILE = 16, 128  # tokens and latents in a tile
+SUM_TILE = 32, 16, 128  # rows added at once, sums per program, and columns of both
 
 
 def row_tile(latents: float) -> tuple[int, int]:
-    """Rows and columns that a program reads at once, if a token has so many latents on average. Powers of two.
+    """The rows and columns that a program reads at once, for tokens with `latents` latents on average. Powers of two.
 
-    Some tokens have more; there is room for a quarter more.
+    The tile has room for a quarter more rows, since some tokens have more latents.
     """
     rows = min(MOST_ROWS, max(16, 1 << math.ceil(math.log2(max(1.25 * latents, 1)))))
     return rows, TILE // rows

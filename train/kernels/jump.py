@@ -12,7 +12,7 @@ def gradients(
     z_BF: Tensor, theta_F: Tensor, g_BF: Tensor, eps: float, to_input: bool,
     span: int = JUMP_SPAN, tile: tuple[int, int] = JUMP_TILE,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`jump_gradients`. Tests give a smaller `span` and `tile`."""
+    """The kernel for `jump_gradients`. Tests pass a smaller `span` and `tile`."""
     z_BF, g_BF = z_BF.contiguous(), g_BF.contiguous()
     of_z_BF, part_PF = torch.empty_like(g_BF), parts_of(z_BF, span)
     gradients_of_part[grid(z_BF, span, tile)](
@@ -24,7 +24,7 @@ def gradients(
 def counts(
     z_BF: Tensor, theta_F: Tensor, eps: float, span: int = JUMP_SPAN, tile: tuple[int, int] = JUMP_TILE
 ) -> tuple[Tensor, Tensor]:
-    """`jump_counts`. Tests give a smaller `span` and `tile`."""
+    """The kernel for `jump_counts`. Tests pass a smaller `span` and `tile`."""
     z_BF = z_BF.contiguous()
     fires_PF, near_PF = parts_of(z_BF, span), parts_of(z_BF, span)
     counts_of_part[grid(z_BF, span, tile)](
@@ -34,7 +34,7 @@ def counts(
 
 
 def parts_of(z_BF: Tensor, span: int) -> Tensor:
-    """(P, F) float32 for the sums of parts of the tokens, each of `span` tokens."""
+    """An empty (P, F) float32 tensor for sums over parts of `span` tokens each."""
     return z_BF.new_empty(triton.cdiv(len(z_BF), span), z_BF.shape[1], dtype=torch.float32)
 
 
@@ -72,7 +72,7 @@ def gradients_of_part(
 def counts_of_part(
     z, theta, fires, near, tokens, width, half, SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """For how many tokens of a part z is above theta, and for how many it is near."""
+    """Count the tokens of a part for which z is above theta, and those for which it is near theta."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(1) * SPAN
     inside = column < width

@@ -1,7 +1,8 @@
 """The k largest elements of each row, in Triton: see the operator `largest` in operators.py.
 
-Each number becomes an integer key in the same order. So the bound, which is the k-th largest key, can be found bit by
-bit or digit by digit. All keys above the bound are kept, and the first of the keys that equal it.
+Each number is mapped to an integer key, and the keys have the same order as the numbers. So the bound, which is the
+k-th largest key, can be found bit by bit or digit by digit. All elements above the bound are kept, and as many of the
+first elements that equal it as are needed for k.
 """
 
 import torch
@@ -11,14 +12,14 @@ from torch import Tensor
 
 from .division import CHUNK, PROGRAMS, ROOM, Division, Way
 
-INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}  # as an integer of its bits
-DIGITS = 256  # values of a digit of 8 bits
+INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}  # bits of infinity
+DIGITS = 256  # values of an 8-bit digit
 ELEMENTS = 16  # elements of a row that a thread holds
 TILE = 64  # programs whose counts are added at once
 
 
 def find_largest(z_RN: Tensor, k: int, room: int = ROOM, programs: int = PROGRAMS, chunk: int = CHUNK) -> Tensor:
-    """`largest` for bfloat16, float16 or float32. The other arguments are powers of two; tests give smaller ones."""
+    """`largest` for bfloat16, float16 or float32. The other arguments are powers of two; tests pass smaller ones."""
     z_RN = z_RN.contiguous()
     rows, n = z_RN.shape
     index_RK = torch.empty(rows, k, dtype=torch.int64, device=z_RN.device)
@@ -61,7 +62,7 @@ def by_digits(z_RN: Tensor, index_RK: Tensor, parts: int, span: int, chunk: int)
 
 @triton.jit
 def ordered(x, BITS: tl.constexpr, INF: tl.constexpr):
-    """int32 keys of BITS bits in the order of the numbers. NaN is above all numbers; both zeros have one key."""
+    """int32 keys of BITS bits, ordered like the numbers. NaN is above all numbers; 0.0 and -0.0 have the same key."""
     if BITS == 16:
         bits = x.to(tl.int16, bitcast=True).to(tl.int32)
     else:
@@ -74,7 +75,7 @@ def ordered(x, BITS: tl.constexpr, INF: tl.constexpr):
 
 @triton.jit
 def kth_largest(key, k, BITS: tl.constexpr):
-    """The k-th largest key. Finds, bit by bit from the sign on, the largest number that k or more keys reach."""
+    """The k-th largest key. Starting at the sign bit, finds the largest number that k or more keys reach."""
     bound = tl.where(tl.sum((key >= 0).to(tl.int32), 0) >= k, 0, -(1 << (BITS - 1)))
     for place in tl.static_range(BITS - 2, -1, -1):
         higher = bound + (1 << place)
@@ -86,7 +87,7 @@ def kth_largest(key, k, BITS: tl.constexpr):
 def select(
     z, choice, chosen, n, span, k, FROM_CHOICE: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, INF: tl.constexpr
 ):
-    """Write the places in the row of the k largest elements of a part of it, or of elements chosen from it before."""
+    """Write the positions in a row of the k largest elements of a part of it, or of elements chosen from it before."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     place = tl.arange(0, BLOCK)
@@ -96,12 +97,12 @@ def select(
         index = part * span + place
     real = (place < span) & (index < n)
     key = ordered(tl.load(z + row * n + index, mask=real, other=0.0), BITS, INF)
-    lowest: tl.constexpr = -(1 << (BITS - 1))  # below every number; a part that ends early fills its choice with these
+    lowest: tl.constexpr = -(1 << (BITS - 1))  # below every number; pads the selection of a short part
     key = tl.where(real, key, lowest)
     bound = kth_largest(key, k, BITS)
     above, equal = (key > bound).to(tl.int32), (key == bound).to(tl.int32)
     ties = k - tl.sum(above, 0)
-    counted = tl.cumsum((above << 16) | equal, 0)  # both counts in one scan: neither exceeds BLOCK
+    counted = tl.cumsum((above << 16) | equal, 0)  # one scan for both counts, since neither exceeds BLOCK
     equals = counted & 0xFFFF
     kept = (above == 1) | ((equal == 1) & (equals <= ties))
     to = (counted >> 16) + tl.minimum(equals, ties) - 1
@@ -143,8 +144,8 @@ def choose_digit(
 ):  # fmt: skip
     """Choose the bound's digit at bit AT.
 
-    After the last digit, also compute where each part writes, and how many elements that equal the bound it writes.
-    `bound` holds the digits so far, and how many elements with these digits are kept.
+    After the last digit, also compute where each part writes its indices, and how many elements equal to the bound it
+    keeps. `bound` holds the digits chosen so far, and how many elements with these digits are kept.
     """
     row = tl.program_id(0).to(tl.int64)
     value, tile = tl.arange(0, 256), tl.arange(0, TILE)

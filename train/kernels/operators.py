@@ -1,15 +1,15 @@
 """The operators that have kernels in Triton.
 
-An operator is declared to torch, so that torch.compile, traces without values and CUDA graphs treat it as one
-operation. It has two implementations with the same result: the kernels on a GPU, and operations of torch on a CPU. The
-tests compare the two. Importing this module does not import Triton.
+Each operator is registered with torch, so that torch.compile, traces without values and CUDA graphs treat it as one
+operation. It has two implementations with the same result: kernels on a GPU, and torch operations on a CPU. The tests
+compare them. Importing this module does not import Triton.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LONGEST = 1 << 30  # elements of a row: the kernels compute indices in 32 bits
+LONGEST = 1 << 30  # most elements in a row, since the kernels compute indices in 32 bits
 
 
 @torch.library.custom_op("sae::largest", mutates_args=(), device_types="cpu")
@@ -45,18 +45,20 @@ def _(z_RN: Tensor, k: int) -> Tensor:
 def decode_rows(
     value_N: Tensor, row_FD: Tensor, latent_N: Tensor, token_start_B: Tensor, bias_D: Tensor, x_BD: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Decode the kept latents of each token, and compare with x: in one pass over their rows on a GPU.
+    """Decode the kept latents of each token and compare the result with x. On a GPU this takes one pass over their
+    rows.
 
     Args:
         value_N: the values of the kept latents, ordered by token.
-        row_FD: the rows of W_dec, also in bfloat16. Sums have the dtype of x.
-        latent_N: which latents they are.
-        token_start_B: where each token starts in N.
+        row_FD: the rows of W_dec, possibly in bfloat16. Sums have the dtype of x.
+        latent_N: the indices of the kept latents.
+        token_start_B: where the latents of each token start in N.
         bias_D: b_dec.
         x_BD: the batch.
 
     Returns:
-        (B, D) the reconstruction, () the sum of its squared errors, and (N) half of its gradient to the values.
+        (B, D) the reconstruction; () the sum of its squared errors; (N) half the gradient of this sum with respect to
+        the values.
     """
     return decode_by_bags(value_N, row_FD, latent_N, token_start_B, bias_D, x_BD)
 
@@ -72,7 +74,7 @@ def decode_by_bags(
 
 
 def products_with_rows(row_BD: Tensor, row_FD: Tensor, latent_N: Tensor, token_start_B: Tensor) -> Tensor:
-    """(N) the product of each kept latent's row with that of its token. Both have one dtype."""
+    """(N) the dot product of each kept latent's row with the row of its token. All rows have the same dtype."""
     at_N = torch.arange(len(latent_N), device=latent_N.device)
     token_N = torch.searchsorted(token_start_B, at_N, right=True) - 1
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
@@ -100,7 +102,8 @@ def _(
 
 @torch.library.custom_op("sae::sum_rows", mutates_args=(), device_types="cpu")
 def sum_rows(index_N: Tensor, row_RD: Tensor, start_F: Tensor, weight_N: Tensor, transposed: bool) -> Tensor:
-    """(F, D), or (D, F) if `transposed`: sums of weighted rows, one for each stretch of N that starts at `start_F`.
+    """(F, D), or (D, F) if `transposed`: sums of weighted rows, one sum for each segment of N. `start_F` has their
+    starts.
 
     Rows may be in bfloat16. Sums have the dtype of the weights.
     """
@@ -131,8 +134,8 @@ def _(index_N: Tensor, row_RD: Tensor, start_F: Tensor, weight_N: Tensor, transp
 def jump_gradients(z_BF: Tensor, theta_F: Tensor, g_BF: Tensor, eps: float, to_input: bool) -> tuple[Tensor, Tensor]:
     """JumpReLU's gradients, from the gradient g of z H(z - theta) (train/variants/jumprelu.py).
 
-    Returns the gradient of z (B, F), with `to_input` also that of theta's window, and the sums over tokens of g where
-    |z - theta| < eps/2 (F) in theta's dtype.
+    Returns the gradient of z (B, F), which with `to_input` includes the gradient through theta's window, and the sums
+    over tokens of g where |z - theta| < eps/2 (F), in theta's dtype.
     """
     return jump_gradients_by_torch(z_BF, theta_F, g_BF, eps, to_input)
 
@@ -164,7 +167,7 @@ def _(z_BF: Tensor, theta_F: Tensor, g_BF: Tensor, eps: float, to_input: bool) -
 
 @torch.library.custom_op("sae::jump_counts", mutates_args=(), device_types="cpu")
 def jump_counts(z_BF: Tensor, theta_F: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """For how many tokens z > theta (F), and for how many |z - theta| < eps/2 (F), in theta's dtype."""
+    """The number of tokens with z > theta (F), and the number with |z - theta| < eps/2 (F), in theta's dtype."""
     return jump_counts_by_torch(z_BF, theta_F, eps)
 
 

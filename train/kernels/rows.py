@@ -17,7 +17,7 @@ def decode(
     x_BD: Tensor,
     tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`decode_rows` for rows in bfloat16, float16 or float32. Tests give a smaller `tile` (`row_tile`)."""
+    """`decode_rows` for rows in bfloat16, float16 or float32. Tests pass a smaller `tile` (`row_tile`)."""
     value_N, row_FD, x_BD = value_N.contiguous(), row_FD.contiguous(), x_BD.contiguous()
     tokens, width = x_BD.shape
     recon_BD, squared_B, slope_N = torch.empty_like(x_BD), x_BD.new_empty(tokens), torch.empty_like(value_N)
@@ -37,9 +37,9 @@ def decode_token(
 ):  # fmt: skip
     """Decode one token, and compare it with x.
 
-    A chunk of all rows is read at once. Its sum is the reconstruction's chunk, and the products of the rows with the
-    error in this chunk are the chunk's part of the slopes. A token with more than BLOCK latents reads the rows of the
-    others twice.
+    The same chunk of all rows is read at once. The sum of the rows is this chunk of the reconstruction. The dot
+    products of the rows with the error in this chunk are added to the slopes. For a token with more than BLOCK latents,
+    the rows beyond the first BLOCK are read twice.
     """
     token = tl.program_id(0).to(tl.int64)
     place, column = tl.arange(0, BLOCK), tl.arange(0, CHUNK)
@@ -92,7 +92,7 @@ def sum_by_stretch(
     index_N: Tensor, row_RD: Tensor, start_F: Tensor, weight_N: Tensor, transposed: bool,
     tile: tuple[int, int, int] = SUM_TILE,
 ) -> Tensor:  # fmt: skip
-    """`sum_rows` for rows in bfloat16, float16 or float32. Tests give a smaller `tile` (`SUM_TILE`)."""
+    """`sum_rows` for rows in bfloat16, float16 or float32. Tests pass a smaller `tile` (`SUM_TILE`)."""
     row_RD, width, stretches = row_RD.contiguous(), row_RD.shape[1], len(start_F)
     total = weight_N.new_empty((width, stretches) if transposed else (stretches, width))
     rows, block, chunk = tile
@@ -109,7 +109,7 @@ def sum_stretches(
     index, row, start, weight, total, stretches, count, width,
     TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of the sums of BLOCK stretches, of ROWS rows at once. Each sum is in the order of its rows."""
+    """Compute a chunk of the sums of BLOCK segments, ROWS rows at a time. Each sum adds its rows in order."""
     first, left = tl.program_id(0).to(tl.int64) * BLOCK, tl.program_id(1) * CHUNK
     place, one, column = tl.arange(0, ROWS), tl.arange(0, BLOCK), left + tl.arange(0, CHUNK)
     inside = column < width

@@ -1,9 +1,9 @@
 """The update of the weights, in Triton: see the operator `update` in update_operator.py.
 
-A kernel for each weight adds up the squares of its gradient; one program makes the norm, the scale and the decision
-from them; a kernel for each weight updates it. Where rows are unit vectors, a program has a row: it holds the weights
-and the gradient in registers, so that it projects, updates and normalizes the row in one pass. Other weights are read
-as chunks.
+For each weight, a kernel adds up the squares of its gradient. From these sums, one program computes the norm and the
+scale, and decides whether to update. Then a kernel updates each weight. Where rows are unit vectors, each program
+handles one row: it holds the weights and the gradient in registers, so it projects, updates and normalizes the row in
+one pass. Other weights are read in chunks.
 """
 
 from collections.abc import Sequence
@@ -65,13 +65,13 @@ def update_weights(
 
 @triton.jit
 def tangent(gradient, weight):
-    """A row of a gradient without its component along the weights, which are a unit vector."""
+    """A row of a gradient without its component along the row of weights, which is a unit vector."""
     return gradient - weight * tl.sum(gradient * weight, 0)
 
 
 @triton.jit
 def add_squares(gradient, weight, sums, size, rows, span, UNIT: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the sum of squares of every so-many-th row, after the projection of rows that are unit vectors."""
+    """Write this program's sum of squares over its rows, after projecting gradients of rows that are unit vectors."""
     program = tl.program_id(0)
     place = tl.arange(0, BLOCK)
     squares = tl.zeros((BLOCK,), tl.float32)
@@ -87,7 +87,7 @@ def add_squares(gradient, weight, sums, size, rows, span, UNIT: tl.constexpr, BL
 
 @triton.jit
 def decide(sums, loss, i, failed_at, norm, factors, count, limit, LIMITED: tl.constexpr, TILE: tl.constexpr):
-    """Write the norm of the gradient, the number that divides the gradient, and 1 if weights are updated, else 0."""
+    """Write the norm of the gradient, the divisor of the gradient, and 1 if weights are updated or 0 otherwise."""
     place = tl.arange(0, TILE)
     squares = tl.zeros((TILE,), tl.float32)
     for begin in range(0, count, TILE):
@@ -111,7 +111,7 @@ def move(
     size, span, beta1, rest1, beta2, rest2, eps, decay,
     UNIT: tl.constexpr, COUPLED: tl.constexpr, COPIED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Update a row, or a chunk, of a weight by Adam; write its moments and its copy. `rest` is 1 - beta."""
+    """Update a row or a chunk of a weight by Adam, and write its moments and its copy. `rest` is 1 - beta."""
     if tl.load(factors + 1) > 0:
         place = tl.arange(0, BLOCK)
         begin = tl.program_id(0).to(tl.int64) * span
@@ -134,7 +134,7 @@ def move(
         tl.store(second + begin + place, v, mask=real)
         w -= rate / correction1 * m / (tl.sqrt(v) / correction2 + eps)
         if UNIT:
-            w = tl.where(real, w, 0.0)  # an epsilon of 0 makes NaN of what is not there
+            w = tl.where(real, w, 0.0)  # with an epsilon of 0, the padding is NaN
             w = w / tl.maximum(tl.sqrt(tl.sum(w * w, 0)), 1e-12)
         tl.store(weight + begin + place, w, mask=real)
         if COPIED:

@@ -1,4 +1,4 @@
-"""How the kernels that update weights divide them among programs of the GPU."""
+"""How the kernels that update weights divide the weights among GPU programs."""
 
 from collections.abc import Sequence
 from math import prod
@@ -6,17 +6,17 @@ from typing import NamedTuple
 
 LONGEST_ROW = 8192  # elements of a row that a program holds in registers
 CHUNK = 2048  # elements of a weight without unit rows that a program updates
-ADDING = 1024  # programs that add up the squares of one gradient, at most; an H200 has 132 processors
-TILE = 1024  # sums that the program which adds them up reads at once
+ADDING = 1024  # most programs that add up the squares of one gradient; an H200 has 132 multiprocessors
+TILE = 1024  # sums that the program that adds up all sums reads at once
 ELEMENTS = 8  # elements of each tensor that a thread holds
 
 
 class Rows(NamedTuple):
-    """A weight as rows: its own rows if they are unit vectors, else chunks."""
+    """A weight divided into rows: its own rows if they are unit vectors, otherwise chunks."""
 
     rows: int
-    span: int  # elements of a row
-    block: int  # the next power of two
+    span: int  # elements in a row
+    block: int  # `span` rounded up to a power of two
 
     @classmethod
     def of(cls, shape: Sequence[int], unit: bool) -> "Rows":
@@ -27,10 +27,10 @@ class Rows(NamedTuple):
 
     @property
     def adding(self) -> int:
-        """The programs that add up the squares of its gradient."""
+        """The number of programs that add up the squares of its gradient."""
         return min(self.rows, ADDING)
 
 
 def warps(block: int) -> int:
-    """The warps (32 threads each) of a program for a row of so many elements."""
+    """The number of warps (32 threads each) in a program for a row of `block` elements."""
     return max(block // ELEMENTS // 32, 1)

@@ -29,30 +29,31 @@ def update(
     eps: float,
     coupled: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Take a step of Adam, as the optimizer, `clip_gradients` and `UnitNormDecoder` do one after the other.
+    """Take a step of Adam. The result equals that of `clip_gradients`, the optimizer and `UnitNormDecoder` in separate
+    passes.
 
     Args:
         weights: float32, each contiguous.
         gradients: their gradients, float32 or bfloat16.
         firsts: Adam's first moments.
         seconds: Adam's second moments.
-        steps: () float32 for each weight: how many updates it has had. They are not counted up here.
-        copies: bfloat16, of the first of the weights; they get the updated weights.
-        unit: for each weight, whether it is a matrix of unit rows: their gradient is projected onto the tangent, and
-            they are normalized after the update.
+        steps: () float32 for each weight: its number of updates so far. This function does not increment it.
+        copies: bfloat16 copies of the first weights; they receive the updated values.
+        unit: for each weight, whether it is a matrix with unit rows. The gradients of such rows are projected onto the
+            tangent space, and the rows are normalized after the update.
         decays: the weight decay of each weight; `coupled` adds it to the clipped gradient, otherwise weights shrink.
         loss: () float32.
         i: () int64, index of the step.
-        failed_at: () int64, the first step whose loss or gradient was not finite, or -1. From then on nothing is
-            updated.
+        failed_at: () int64, the first step whose loss or gradient was not finite, or -1. Starting at that step, nothing
+            is updated.
         rates_S: (S) float32, the learning rate of each step.
         corrections_S2: (S, 2) float32, 1 - beta1^s and sqrt(1 - beta2^s), for the update after s - 1 others.
-        limit: of the norm of all gradients together, after the projection; None: none.
+        limit: maximum norm of all gradients together, after the projection; None: no limit.
 
     Returns:
-        The norm, and 1 if the weights were updated, else 0: both () float32.
+        The norm, and 1 if the weights were updated or 0 otherwise; both () float32.
     """
-    projected = [gradient.to(torch.float32, copy=True) for gradient in gradients]  # Adam divides them by the scale
+    projected = [gradient.to(torch.float32, copy=True) for gradient in gradients]  # Adam scales them in place
     for weight, gradient, is_unit in zip(weights, projected, unit, strict=True):
         if is_unit:
             gradient.addcmul_(weight, (gradient * weight).sum(1, keepdim=True), value=-1)
