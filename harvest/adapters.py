@@ -22,12 +22,12 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """An adapter's name, where it is loaded from, and what pins its bytes; as for a model."""
+    """An adapter's name, its location and its pinned revision; the counterpart of `ModelSource`."""
 
     name: str
     location: str  # a Hub id or a folder
     revision: str  # a commit of the Hub, or the sha256 of the files
-    base: str | None  # the model that it was trained for, according to its configuration
+    base: str | None  # the model it was trained for, according to its configuration
 
     def identity(self) -> dict[str, str]:
         return {"name": self.name, "revision": self.revision}
@@ -64,7 +64,7 @@ def find_adapter(name: str, revision: str | None = None) -> AdapterSource:
 
 
 def find_recorded_adapters(records: Sequence[Mapping[str, str]], folders: Sequence[str]) -> tuple[AdapterSource, ...]:
-    """Find the adapters of a model record again. `folders`: where the local ones may lie.
+    """Find the adapters of a model record again. `folders` are searched for local adapters.
 
     Raises UsageError if one is not found.
     """
@@ -84,7 +84,7 @@ def find_recorded_adapters(records: Sequence[Mapping[str, str]], folders: Sequen
 
 
 def base_of(config: Path) -> str | None:
-    """The model that an adapter was trained for, according to its configuration.
+    """The model an adapter was trained for, according to its configuration.
 
     Raises DamagedError if its configuration cannot be read, UsageError if peft does not know its kind.
     """
@@ -124,7 +124,7 @@ def merge_adapters(model: Any, adapters: Sequence[AdapterSource]) -> Any:
             raise damaged_weights(adapter, str(error)) from error
         except MemoryError:
             raise
-        except Exception as error:  # of peft, of the model's own code, and of patterns in the configuration
+        except Exception as error:  # from peft, the model's own code, or patterns in the configuration
             lines = str(error).strip().splitlines() or [repr(error)]
             raise UsageError(f"The adapter {adapter.location} does not fit the model: {lines[-1].strip()}") from error
         check_all_loaded(adapted, adapter)

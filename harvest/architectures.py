@@ -1,8 +1,8 @@
 """The modules and widths of a model's hooks, from its configuration alone.
 
-No weights are loaded. The model is built on torch's meta device, where tensors have shapes and no numbers; that gives
-the names of the modules. One block of each kind is built in memory with random numbers and run on a few tokens
-(probe.py), which shows what its modules compute. When the weights are loaded the same probe runs on them (hooked.py).
+No weights are loaded. The model is built on torch's meta device, where tensors have shapes but no values; this yields
+the module names. One block of each kind is built in memory with random weights and run on a few tokens (probe.py),
+which shows what its modules compute. Once the real weights are loaded, the same probe runs on them (hooked.py).
 """
 
 import contextlib
@@ -31,9 +31,9 @@ __all__ = [
     "hooks_of_sites", "module_name",
 ]  # fmt: skip
 
-MOST_PARAMETERS = 1_000_000_000  # of a block that is built in memory
-SMALL = {"expert": 16, "intermediate_size": 256}  # word in the name of a size -> the value to which it can be reduced
-VOCABULARY = 64  # of the model with random numbers
+MOST_PARAMETERS = 1_000_000_000  # in a block that is built in memory
+SMALL = {"expert": 16, "intermediate_size": 256}  # word in the name of a size -> the value it is reduced to
+VOCABULARY = 64  # size for the model with random weights
 SKIPPED_OUTPUTS: tuple[Callable[[Any], Any], ...] = (lambda x: x, lambda x: (x,), lambda x: (x, None))
 
 
@@ -52,7 +52,7 @@ def module_name(hook: Hook, config: Any) -> str:
     name = ".".join(filter(None, (where, site.path)))
     if hook.site != "resid_post":
         return f"the input of {name}" if site.is_input else name
-    # The hidden state of the last block is after the final norm. Recurrent models count hidden states otherwise.
+    # The last hidden state is taken after the final norm. Recurrent models count hidden states differently.
     if hook.layer == len(blueprint.parts.blocks) - 1 or not hasattr(decoder_config(config), "num_attention_heads"):
         return name
     return f"{name}, hidden_states[{hook.layer + 1}]"
@@ -66,7 +66,7 @@ def hook_width(hook: Hook, config: Any) -> int:
 
 
 def check_context(config: Any, context: int, name: str) -> None:
-    """Raise UsageError if the model has a table of positions, and a context has more tokens than that."""
+    """Raise UsageError if the model has a table of positions that is shorter than a context."""
     decoder = decoder_config(config)
     positions = getattr(decoder, "max_position_embeddings", None) or getattr(decoder, "max_seq_len", None)
     if positions is not None and context > positions and blueprint_of(config).has_position_table():
@@ -76,9 +76,9 @@ def check_context(config: Any, context: int, name: str) -> None:
 
 
 def hooks_of_sites(config: Any, layers: Sequence[int], sites: Sequence[str], modules: Sequence[str]) -> list[Hook]:
-    """The hooks at sites, and at modules as --module names them, of every layer; in the order of a cache.
+    """The hooks at the given sites and modules (values of --module) of every layer, in the order that a cache uses.
 
-    A module outside the blocks is one hook, of the layer that it belongs to. Raises UsageError if there is no such
+    A module outside the blocks is a single hook, in the layer it belongs to. Raises UsageError if there is no such
     module.
     """
     hooks = set()
@@ -96,7 +96,7 @@ def hooks_of_sites(config: Any, layers: Sequence[int], sites: Sequence[str], mod
 
 
 def check_loaded_sites(model: HookedModel, config: Any, hooks: Sequence[Hook]) -> None:
-    """Raise UsageError unless running the model confirms each hook, on the module that was planned."""
+    """Raise UsageError unless running the loaded model finds each hook on the planned module."""
     model.check_hooks(hooks)
     for hook in hooks:
         planned, found = blueprint_of(config).site(hook), model.site(hook)
@@ -110,7 +110,7 @@ def check_loaded_sites(model: HookedModel, config: Any, hooks: Sequence[Hook]) -
 def can_truncate(config: Any, blocks: int) -> bool:
     """Whether the first blocks, built alone, have the same parameters as in the whole model.
 
-    They do not in Gemma 3n and 4, which keep inputs for all blocks in one embedding.
+    They do not in Gemma 3n and 4, because one embedding holds inputs for all blocks.
     """
     short = copy.deepcopy(config)
     truncate_config(short, blocks)
@@ -124,7 +124,7 @@ def parameter_count(config: Any) -> int:
 
 
 class Blueprint:
-    """The modules of a model without weights, and the sites that probing its blocks with random weights has found."""
+    """The modules of a model without weights, and the sites found by probing its blocks with random weights."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -153,7 +153,7 @@ class Blueprint:
         return Site(path, end == "input", self.real_width(hook.layer, path, end, shape[-1]), len(shape) == 2)
 
     def outside_hook(self, site: str) -> Hook:
-        """The hook on a module outside the blocks. Its path is complete, or has `model` for the trunk's path."""
+        """The hook on a module outside the blocks. Its path may begin with `model` in place of the trunk's path."""
         path, _, end = site.rpartition(".")
         trunk = f"{self.parts.trunk_path}." if self.parts.trunk_path else ""
         inside = path.removeprefix(trunk) if path.startswith(trunk) else path.removeprefix(OUTSIDE)
@@ -173,7 +173,7 @@ class Blueprint:
         return f"{self.parts.blocks_path.removeprefix(self.parts.trunk_path).lstrip('.')}."
 
     def check_blocks_path(self, spec: ModuleSpec, text: str) -> None:
-        """Raise UsageError unless the blocks are where a value of --module says, and have that module."""
+        """Raise UsageError unless the blocks are at the path given to --module and contain the given module."""
         if not f".{self.parts.blocks_path}".endswith(f".{spec.blocks}"):
             raise UsageError(
                 f"--module {text}: {self.class_name} has its blocks in {self.parts.blocks_path}, not in {spec.blocks}. "
@@ -184,13 +184,13 @@ class Blueprint:
             raise UsageError(f"--module {text}: no block has a module {spec.path}{did_you_mean(spec.path, known)}")
 
     def layer_outside(self, hook: Hook) -> int:
-        """The layer that a module outside the blocks belongs to: the first, or the last if it runs after the blocks."""
+        """The layer of a module outside the blocks: the last if the module runs after the blocks, otherwise the first."""
         layer, _ = self.first_block.outside(hook)
         return len(self.parts.blocks) - 1 if layer is None else layer
 
     @cached_property
     def first_block(self) -> HookedModel:
-        """The model with random numbers and one block, which shows what runs before and after the blocks."""
+        """The model with random weights and a single block, which shows what runs before and after the blocks."""
         return random_model(self.config, 0, [type(self.parts.blocks[0])])
 
     def outside_site(self, hook: Hook) -> Site:
@@ -203,14 +203,14 @@ class Blueprint:
         return self.first_block.site(Hook(0, hook.site))
 
     def real_width(self, layer: int, path: str, end: str, width: int) -> int:
-        """The width of a module's input or output in the real model, where the probed block has reduced sizes."""
+        """The width of a module's input or output in the real model; the probed block may have reduced sizes."""
         module = self.parts.blocks[layer].get_submodule(path)
         if isinstance(module, nn.Linear):
             return module.in_features if end == "input" else module.out_features
         return width
 
     def sites_of(self, layer: int) -> BlockSites:
-        """The sites of a block: those of the first block of its kind, probed with random numbers."""
+        """The sites of a block, found by probing the first block of the same kind with random weights."""
         kind = kind_of(self.parts.blocks[layer])
         if kind not in self._found:
             first = next(n for n, block in enumerate(self.parts.blocks) if kind_of(block) == kind)
@@ -236,7 +236,7 @@ class Blueprint:
             return model.probe(layer)
         except (UsageError, UnavailableError):
             raise
-        except Exception as error:  # of a model's own code; DamagedError if its first blocks cannot be built alone
+        except Exception as error:  # from a model's own code; DamagedError if its first blocks cannot be built alone
             why = describe(error.__cause__ or error)
             raise UsageError(
                 f"{self.class_name} with random numbers cannot be run: {why}. So its modules cannot be told apart "
@@ -264,7 +264,7 @@ def blueprint_of(config: Any) -> Blueprint:
 
 
 class Unhashed:
-    """A value that is not part of the key of a cache."""
+    """A wrapper that keeps a value out of an lru_cache key."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -307,7 +307,7 @@ def with_small_sizes(config: Any) -> Any:
 
 
 def random_model(config: Any, layer: int, classes: Sequence[type]) -> HookedModel:
-    """A trunk that ends with the block of a layer, which has random numbers. The blocks before it are skipped.
+    """A trunk that ends with the block of a layer, which has random weights. The blocks before it are skipped.
 
     `classes` are the classes of its blocks.
     """
@@ -332,7 +332,7 @@ def random_model(config: Any, layer: int, classes: Sequence[type]) -> HookedMode
             break
         except UsageError:
             raise
-        except Exception:  # of the model's own code, which takes the output of a block apart
+        except Exception:  # from the model's own code, which unpacks the output of a block
             if output is SKIPPED_OUTPUTS[-1] or layer == 0:
                 raise
     return hooked
@@ -346,7 +346,7 @@ def without_numbers_except(layer: int, classes: Sequence[type]) -> Iterator[None
 
     def wrapped(init: Callable[..., None]) -> Callable[..., None]:
         def build(self: Any, *args: Any, **keywords: Any) -> None:
-            if inside[0]:  # a class's own call of the class that it extends
+            if inside[0]:  # a call of the parent class's __init__
                 init(self, *args, **keywords)
                 return
             inside[0] = True
@@ -372,7 +372,7 @@ def without_numbers_except(layer: int, classes: Sequence[type]) -> Iterator[None
 
 @torch.no_grad()
 def randomize(model: HookedModel) -> None:
-    """Draw the parameters at random: a norm that does nothing would look like no norm."""
+    """Initialize all parameters at random: a norm with weight one would look like no norm."""
     for parameter in model.model.parameters():
         if parameter.device.type != "meta" and parameter.is_floating_point():
             if parameter.dim() >= 2:

@@ -1,4 +1,4 @@
-"""Build a model without numbers: on torch's meta device, where tensors have shapes and take no memory.
+"""Build a model without weights: on torch's meta device, where tensors have shapes but take no memory.
 
 This shows what a configuration describes before anything is allocated for it.
 """
@@ -27,7 +27,7 @@ MOST_PARTS = 500_000  # modules and parameters; DeepSeek-V3 with a module for ea
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """A context without transformers' warnings, which would list the blocks that are left out on purpose."""
+    """Silence transformers' warnings, which would list the blocks that are left out on purpose."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -38,7 +38,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def build_without_numbers(config: Any, *kinds: Any) -> nn.Module:
-    """A model on the meta device, of the first of these classes of transformers that accepts the configuration.
+    """Build a model on the meta device with the first of these transformers classes that accepts the configuration.
 
     Raises UsageError if none does, and DamagedError if the configuration describes a model that cannot be built.
     """
@@ -49,7 +49,7 @@ def build_without_numbers(config: Any, *kinds: Any) -> nn.Module:
                 return kind(config) if issubclass(kind, nn.Module) else from_config(kind, config)
         except SaeError:
             raise
-        except Exception as error:  # of the model's own code
+        except Exception as error:  # from the model's own code
             errors.append(error)
     known = [error for error in errors if "Unrecognized configuration class" not in str(error)]
     if not known:
@@ -59,7 +59,7 @@ def build_without_numbers(config: Any, *kinds: Any) -> nn.Module:
 
 @contextlib.contextmanager
 def limited_parts(config: Any) -> Iterator[None]:
-    """Raise DamagedError once a model that is built while the context is open has more than MOST_PARTS parts."""
+    """While the context is open, raise DamagedError once a model being built has more than MOST_PARTS parts."""
     parts = 0
 
     def count(*_: Any) -> None:
@@ -77,10 +77,10 @@ def limited_parts(config: Any) -> Iterator[None]:
 
 
 def build_with_numbers(config: Any, *, dtype: str, device: str, attention: str) -> nn.Module:
-    """A model with random numbers on a device.
+    """A model with random weights on a device.
 
-    Raises UsageError for an attention implementation that cannot be used, UnavailableError if the memory is too small,
-    and DamagedError for a configuration that makes no sense.
+    Raises UsageError for an attention implementation that cannot be used, UnavailableError if there is too little
+    memory, and DamagedError for a configuration that makes no sense.
     """
     name = model_name(config)
     check_memory(build_without_numbers(config, AutoModel), name, dtype, device)
@@ -104,7 +104,7 @@ def check_memory(model: Any, name: str, dtype: str, device: str) -> None:
 
 
 def total_memory(device: str) -> int:
-    """Bytes of memory of a GPU or of this machine, used or not."""
+    """The total memory of a GPU or of this machine, in bytes, used or not."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

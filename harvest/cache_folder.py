@@ -1,4 +1,4 @@
-"""The folder of a harvest: the one in which it has begun, else a new one."""
+"""Choose the folder of a harvest: the one where it was begun before, or a new one."""
 
 import contextlib
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from .model import ModelSource
 
 
 def default_folder(identity: dict[str, Any], text: TextSource, suffix: str = "") -> Path:
-    """The folder under activations/: the one in which this harvest has begun, else a new one.
+    """The folder under activations/ where this harvest was begun before, or a new one.
 
-    The name of the model or of the text may have been another one when the harvest began.
+    The model or the text may have had another name when the harvest began.
     """
     digest, root = fingerprint_of(identity), sae_home() / "activations"
     folder = root / f"{name_without_digest(identity['model']).split('/')[-1]}--{text.name}--{digest[:8]}{suffix}"
@@ -31,9 +31,9 @@ def default_folder(identity: dict[str, Any], text: TextSource, suffix: str = "")
 
 
 def is_begun(folder: Path, identity: dict[str, Any], *, has_own_name: bool) -> bool:
-    """Whether an earlier version began a harvest with this identity; it is then continued in the same way.
+    """Whether an earlier version began a harvest with this identity, which is then continued in the same way.
 
-    A folder whose name contains the identity's digest shows this; any other folder has to have its fingerprint.
+    A folder whose name contains the identity's digest is such a harvest; any other folder must record its fingerprint.
     """
     if has_own_name or not folder.is_dir():
         return folder.is_dir()

@@ -1,9 +1,9 @@
-"""Conversations -> token ids through the tokenizer's chat template, and which role wrote which token.
+"""Turn conversations into token ids with the tokenizer's chat template, and find which role wrote each token.
 
 If the template has generation marks, they mark what the assistant wrote. Otherwise, and for other roles, the
-conversation is rendered up to each message, which shows the text that the message adds. Part of that text is the header
-of the turn, which comes from the template. The assistant wrote the text after the generation prompt, with the token
-that ends the turn; another role wrote the content of its message.
+conversation is rendered up to each message, which shows the text that each message adds. This text includes the header
+of the turn, which comes from the template. The assistant's own part is the text after the generation prompt, including
+the token that ends the turn; the own part of any other role is the content of its message.
 """
 
 import re
@@ -24,15 +24,15 @@ from .encode import EncodedDocument, TemplateRefusal, spell
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ASSISTANT = "assistant"
-# Some templates print the date. It has to be the same whenever a harvest is continued or repaired.
+# Some templates print the date, which must not change when a harvest is continued or repaired.
 FIXED_DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%H": "00", "%M": "00", "%S": "00"}
-PROBE = "\ue000"  # a content that occurs nowhere else
+PROBE = "\ue000"  # a message content that occurs nowhere else
 Span = tuple[int, int]  # characters of a rendered conversation
 
 
 @dataclass(frozen=True)
 class ChatEncoder:
-    """Turns conversations into token ids, with marks of the tokens of `roles` if any are given.
+    """Turns conversations into token ids and, if `roles` are given, marks the tokens written by them.
 
     Raises UsageError if the tokenizer has no chat template, or one that is not valid Jinja.
     """
@@ -54,7 +54,7 @@ class ChatEncoder:
             )
         try:
             self.render([{"role": "user", "content": PROBE}])
-        except TemplateRefusal as refusal:  # it may only want other roles
+        except TemplateRefusal as refusal:  # the template may only accept other roles
             if isinstance(refusal.__cause__, TemplateSyntaxError):
                 raise UsageError(
                     f"The chat template of this tokenizer is not valid Jinja: {refusal}. Correct it in the model's "
@@ -75,10 +75,10 @@ class ChatEncoder:
         return {"template": digest_of(self.template), "roles": sorted(self.roles)}
 
     def encode(self, conversation: Conversation) -> EncodedDocument:
-        """The ids of a conversation, its template's special tokens among them, and the marks of its rows.
+        """The ids of a conversation, including its template's special tokens, and the marks of its rows.
 
-        Raises TemplateRefusal if the template does not render it or prints a list of parts as it is, and UsageError if
-        the parts of the roles are not found.
+        Raises TemplateRefusal if the template refuses the conversation or prints a list of parts verbatim, and
+        UsageError if the text written by the roles is not found.
         """
         text = self.render(conversation.messages)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -93,7 +93,7 @@ class ChatEncoder:
         return EncodedDocument(ids, marks if self.roles else ())
 
     def render(self, messages: Sequence[dict[str, Any]], *, prompt: bool = False) -> str:
-        """The text of messages; with `prompt`, and the header of the assistant's next turn."""
+        """The rendered text of messages; with `prompt`, followed by the header of the assistant's next turn."""
         return self._render(messages, add_generation_prompt=prompt)[0]
 
     def _render(self, messages: Sequence[dict[str, Any]], **options: Any) -> tuple[str, list[Span]]:
@@ -102,7 +102,7 @@ class ChatEncoder:
             rendered: Any = render_jinja_template(
                 conversations=[present], chat_template=self.template, **self.tokenizer.special_tokens_map, **options
             )
-        except Exception as error:  # Jinja's, those that the template raises, and those of its expressions
+        except Exception as error:  # from Jinja, raised by the template, or from its expressions
             raise TemplateRefusal(first_line(error)) from error
         (text,), spans = rendered
         if any(str(message["content"]) in text for message in present if isinstance(message.get("content"), list)):
@@ -110,9 +110,10 @@ class ChatEncoder:
         return text, [(int(first), int(last)) for first, last in spans[0]] if spans else []
 
     def literals(self, messages: Sequence[dict[str, Any]], text: str) -> dict[int, str]:
-        """{place: token} of each special token that is spelled in a message. It is text, not a token of the template.
+        """{place: token} for each special token spelled out in a message, which is text and not a token of the
+        template.
 
-        These are found by rendering the messages again with a mark inside each.
+        They are found by rendering the messages again with a mark inside each of them.
         """
         tokens = [token for token in special_tokens(self.tokenizer) if len(token) > 1]
         if not any(token in part for message in messages for part in strings(message) for token in tokens):
@@ -140,7 +141,7 @@ class ChatEncoder:
                     yield first, last
 
     def prefix_length(self, messages: Sequence[dict[str, Any]], text: str) -> int:
-        """The length of the first messages in a rendered conversation. Raises UsageError if they are not a prefix."""
+        """The length of the rendered first messages. Raises UsageError if they do not begin the rendered conversation."""
         if not messages:
             return 0
         try:
@@ -156,7 +157,7 @@ class ChatEncoder:
         return len(prefix)
 
     def own_part(self, messages: Sequence[dict[str, Any]], number: int, text: str, start: int, end: int) -> Span:
-        """The part of text[start:end], which message `number` adds, that its role wrote."""
+        """The part written by the role, within the text[start:end] that message `number` adds."""
         if messages[number]["role"] == ASSISTANT:
             header = self.render(messages[:number], prompt=True) if number else ""
             if len(header) > start and text.startswith(header):
@@ -173,7 +174,7 @@ class ChatEncoder:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """The strings in a message or its content; for a content made of parts, the text of each part."""
+    """The strings in a message or its content; if the content is a list of parts, the text of each part."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -186,7 +187,7 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def replace_strings(value: Any, change: Any) -> Any:
-    """A copy of a message in which every string that `strings` yields is changed."""
+    """A copy of a message in which `change` is applied to every string that `strings` yields."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
@@ -195,5 +196,5 @@ def replace_strings(value: Any, change: Any) -> Any:
 
 
 def break_with(mark: str) -> Any:
-    """A replacement for `re.sub` that puts a mark after the first character of what was found."""
+    """A replacement for `re.sub` that puts a mark after the first character of each match."""
     return lambda match: match[0][0] + mark + match[0][1:]

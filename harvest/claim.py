@@ -1,9 +1,9 @@
 """Claims decide which of several tasks cuts the text of a harvest. The others wait for it.
 
-A claim is a record in tokens/. A task creates it if there is none, and renews it while it works. A claim that has not
-changed for EXPIRY seconds has expired; the task that creates the next one (its number is one higher) continues with the
-text. Each task measures this time with its own clock, and leaves out the time for which it was itself stopped. A task
-that was only slow notices at its next step that there is a later claim.
+A claim is a record in tokens/. A task creates it if there is none, and renews it while working. A claim that has not
+changed for EXPIRY seconds has expired; the task that creates the next claim, with the next number, continues with the
+text. Each task measures this time with its own clock, excluding time during which the task itself was suspended. A task
+that was only slow notices the later claim at its next step.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ class ClaimLost(Exception):  # noqa: N818  (not an error: another task does the 
 
 
 class TextClaim:
-    """The claim that this task makes, or the one that it waits for."""
+    """The claim that this task makes or waits for."""
 
     def __init__(self, place: FolderPlace, command: str) -> None:
         self.place = place
         self.owner = f"process {os.getpid()} on {socket.gethostname()} ({command})"
-        self.task = secrets.token_hex(8)  # tells apart two processes of one number in two containers
-        self.silence = Silence()  # of the task that has the claim
-        self.holder = ""  # the task that this one waits for
+        self.task = secrets.token_hex(8)  # distinguishes processes with the same id in two containers
+        self.silence = Silence()  # how long the task with the claim has been silent
+        self.holder = ""  # the task whose claim this one waits for
 
     def take(self) -> str | None:
         """Make a claim if there is none or it has expired. Returns its file, or None while another task has it."""
@@ -54,7 +54,7 @@ class TextClaim:
 
     @contextlib.contextmanager
     def held(self, file: str) -> Iterator[Callable[[], None]]:
-        """Renew the claim while the context is open, then remove it and those before it, unless it was lost.
+        """Renew the claim while the context is open; then remove it and all earlier claims, unless it was lost.
 
         Yields a function to call before each step, which raises ClaimLost once another task has claimed the text.
         """

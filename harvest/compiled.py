@@ -1,8 +1,8 @@
-"""`sae harvest --compile`: torch.compile of the blocks of a model.
+"""`sae harvest --compile`: compile the blocks of a model with torch.compile.
 
 Each block's `forward` is compiled, so hooks on a whole block, such as resid_post, are called outside of compiled code.
-A block with a hook inside stays as it is. Sizes are variables, so that a window has the same bits whatever was computed
-before it. A compiled block rounds otherwise than an eager one.
+A block with a hook inside is not compiled. Sizes are dynamic, so a window has the same bits whatever was computed
+before it. A compiled block rounds differently from an eager one.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from ..common.errors import UsageError, first_line
 from .model import LanguageModel
 
 BACKEND = "inductor"
-RECOMPILE_LIMIT = 1 << 10  # of one function of transformers, which all blocks share
-MOST_APART = 0.1  # of the norm of the activations
+RECOMPILE_LIMIT = 1 << 10  # for one function of transformers, which all blocks share
+MOST_APART = 0.1  # difference, relative to the norm of the activations
 
 
 def compile_blocks(model: LanguageModel, hooks: Sequence[Hook]) -> None:
@@ -35,7 +35,7 @@ def compile_blocks(model: LanguageModel, hooks: Sequence[Hook]) -> None:
                 block.forward = torch.compile(block.forward, dynamic=True, backend=BACKEND)
         compiled = model.capture(ids_NS, [last])[last].float()
     except Exception as error:  # whatever the compilers of this machine raise
-        reason = first_line(getattr(error, "inner_exception", error))  # that of the compiler, not torch's frame for it
+        reason = first_line(getattr(error, "inner_exception", error))  # the compiler's, not torch's wrapper
         raise UsageError(f"The blocks of {name} cannot be compiled here ({reason}). Leave out --compile.") from error
     apart = float((compiled - eager).norm() / eager.norm())
     if not apart <= MOST_APART:

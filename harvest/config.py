@@ -1,4 +1,4 @@
-"""The options of a harvest, and the checks of them that need neither model nor text."""
+"""The options of a harvest, and the checks that need neither the model nor the text."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,22 +31,22 @@ class HarvestConfig:
     subset: str | None = None  # a configuration of the dataset
     split: str = "train"
     text_column: str = "text"
-    chat_column: str | None = None  # a column of messages instead, which go through the tokenizer's chat template
+    chat_column: str | None = None  # a column of messages instead, rendered with the tokenizer's chat template
     roles: Sequence[str] = ()  # harvest only what these roles wrote in a conversation; empty: all of it
     tokens: int | None = None  # None: ten million, or all of a shorter text
     context: int = 128  # tokens, BOS included
     bos: str = "auto"  # what contexts begin with: "auto", "none", or a token as text or id; see choose_bos
     held_out: float | None = None  # share of the documents; None: 0.05, or by name for the embedded text
     keep_special: bool = False  # harvest the rows of BOS, EOS and pad too
-    skip_positions: int = 0  # this many first positions of a context, BOS included, are left out
+    skip_positions: int = 0  # leave out this many positions at the start of a context, BOS included
     skip_tokens: Sequence[str] = ()  # tokens that are left out, as text or id
     pack: bool = False  # several documents in a context
     window: int = WINDOW_ROWS  # rows shuffled and written together
     storage_dtype: str = "bfloat16"
     compress: bool = False
-    max_norm: float | None = MAX_NORM  # rows whose norm exceeds this multiple of the median are masked; None: no row
+    max_norm: float | None = MAX_NORM  # mask rows whose norm exceeds this multiple of the median; None: mask none
     dtype: str = "auto"
-    attention: str = "eager"  # the implementation that computes Gemma's soft-capping exactly
+    attention: str = "eager"  # computes Gemma's soft-capping exactly
     batch_contexts: int = 32  # contexts in a forward pass
     compiled: bool = False  # compile the blocks of the model
     seed: int = 0
@@ -62,7 +62,7 @@ class HarvestConfig:
 
 
 def check_config(config: HarvestConfig, dataset: str) -> None:
-    """Raise UsageError for values that are wrong for any model and text."""
+    """Raise UsageError for values that are invalid whatever the model and text."""
     if config.model.encode(errors="replace").decode() != config.model:
         raise UsageError(
             f"The path --model {config.model} is not UTF-8, and the libraries of models and tokenizers cannot open it. "
@@ -121,7 +121,7 @@ def check_share(config: HarvestConfig) -> None:
 
 
 def check_site_names(sites: Sequence[str]) -> None:
-    """Raise UsageError for a text that is not a site of any model."""
+    """Raise UsageError for a name that cannot be a site of any model."""
     for site in sites:
         if not is_site(site):
             raise UsageError(
@@ -131,7 +131,7 @@ def check_site_names(sites: Sequence[str]) -> None:
 
 
 def check_sizes(config: HarvestConfig) -> None:
-    """The part of `check_config` about tokens, contexts and windows."""
+    """The checks of `check_config` for tokens, contexts and windows."""
     tokens, context, window = config.tokens, config.context, config.window
     if not isinstance(tokens, int | None):
         raise UsageError(f"invalid tokens {tokens!r}: expected a whole number, such as 10_000_000.")

@@ -1,12 +1,12 @@
 """Text -> contexts: tokenize documents, cut them, hold some out, shuffle.
 
 A context is BOS and up to `context - 1` tokens of one document; two documents never share a context. With `pack`,
-contexts are full instead: documents follow each other, each after a BOS of its own, and a document that continues in
-the next context gets a BOS there too. Held-out documents are packed only with each other. The `ContextFormat` says
-which token is the BOS, if any, and which tokens are rows.
+contexts are full instead: documents follow each other, each after its own BOS, and a document that continues in the
+next context gets a BOS there too. Held-out documents are packed only with each other. The `ContextFormat` determines
+the BOS token, if any, and which tokens are rows.
 
-A hash of the seed and the document's tokens decides which documents are held out. So no document that evaluation reads
-is trained on, even if it occurs several times, and whether it is given as text or as token ids.
+A hash of the seed and the document's tokens decides which documents are held out. So training never sees a document
+that evaluation reads, even if it occurs several times, and whether it is given as text or as token ids.
 """
 
 import hashlib
@@ -35,16 +35,16 @@ def make_contexts(
     exactly: bool, context: int, held_out: float, seed: int, pack: bool = False,
     checkpoint_tokens: int = CHECKPOINT_TOKENS,
 ) -> Contexts:  # fmt: skip
-    """Contexts with `tokens` rows to harvest, shuffled, and the held-out contexts that were read along with them.
+    """Shuffled contexts with `tokens` rows to harvest, and the held-out contexts found while reading them.
 
     Continues from `checkpoint`, which is saved every `checkpoint_tokens` tokens; this does not affect the result. While
-    the text is read, memory holds 4 bytes for each of those tokens and one batch of documents with its tokens (at most
-    BATCH_CHARACTERS + MAX_DOCUMENT characters); afterwards, 4 * context + 50 bytes for each context. Conversations take
-    one more byte for each token.
+    the text is read, memory use is 4 bytes for each of those tokens, plus one batch of documents with its tokens (at
+    most BATCH_CHARACTERS + MAX_DOCUMENT characters); afterwards, it is 4 * context + 50 bytes per context.
+    Conversations take one more byte per token.
 
-    Raises UsageError if the text has no tokens or, with `exactly`, too few, or has a token that the model has no
-    embedding for, and UnavailableError if the text cannot be read any further; the checkpoint then has everything that
-    was read so far.
+    Raises UsageError if the text has no tokens or, with `exactly`, too few, or has a token without an embedding in the
+    model, and UnavailableError if the text cannot be read any further; the checkpoint then contains everything read so
+    far.
     """
     cutter = ContextCutter(form, context, tokens, pack, marked=encode.marks_rows)
     cut_documents(text, encode, cutter, checkpoint, seed, held_out, checkpoint_tokens)
@@ -69,7 +69,7 @@ def make_contexts(
 
 
 def why_no_rows(text: TextSource) -> str:
-    """Why no token of a text is a row."""
+    """Explain why no token of a text is a row."""
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in text.skipped.items() if count)
     return f"all of its documents were skipped ({skipped})" if skipped else "it is empty"
 
@@ -119,13 +119,13 @@ def cut_documents(
 
 
 def name_document(document: Document, number: int, text: str) -> str:
-    """A document of a text, described for a message."""
+    """A description of a document, for a message."""
     begins = f", which begins {document.text[:40]!r}," if isinstance(document.text, str) else ""
     return f"Document {number:,} (counted from 0) of the text {text}{begins}"
 
 
 def describe_absent_roles(roles: Sequence[str], conversations: Sequence[Any]) -> str:
-    """A sentence about roles in `roles` that no message has, which may be misspelt; empty if every role occurs."""
+    """A sentence about those `roles` that no message has and that may be misspelt; empty if every role occurs."""
     present = {message["role"] for one in conversations if isinstance(one, Conversation) for message in one.messages}
     absent = [role for role in roles if role not in present]
     if not absent or not present:
@@ -137,7 +137,7 @@ def describe_absent_roles(roles: Sequence[str], conversations: Sequence[Any]) ->
 
 
 class Unfinished(NamedTuple):
-    """A context that is not full yet: its ids, the number of its first document, and the marks of its ids, if any."""
+    """A context that is not full yet: its ids, the number of its first document, and the marks of the ids, if any."""
 
     ids: list[int]
     document: int = 0
@@ -147,8 +147,8 @@ class Unfinished(NamedTuple):
 class ContextCutter:
     """Cuts the token ids of documents into contexts until there are `tokens` rows to harvest.
 
-    `unfinished` holds the context that is not full yet, once for harvested and once for held-out documents. Without
-    `pack` both are empty between documents. With `marked`, every document comes with marks of its rows.
+    `unfinished` holds the contexts that are not full yet: one for harvested documents, one for held-out documents.
+    Without `pack` both are empty between documents. With `marked`, every document comes with marks of its rows.
     """
 
     def __init__(self, form: ContextFormat, context: int, tokens: int, pack: bool, marked: bool = False) -> None:
@@ -159,7 +159,7 @@ class ContextCutter:
         self.contexts = empty_contexts(marked)
 
     def take(self) -> dict[str, np.ndarray]:
-        """The contexts since the last call: ids (T,) of all, one after the other; length, document, held_out (N,).
+        """The contexts added since the last call: their concatenated ids (T,), and length, document, held_out (N,).
 
         With `marked` also rows (T,).
         """
@@ -167,7 +167,7 @@ class ContextCutter:
         return {name: np.asarray(values) for name, values in columns.items()}
 
     def add(self, body: list[int], document: int, held_out: bool, marks: Sequence[int] = ()) -> None:
-        """Add the ids of a document, without its BOS, and with `marked` their marks."""
+        """Add the ids of a document, without its BOS; with `marked`, also their marks."""
         ids, first_document, ids_marks = self.unfinished[held_out]
         ids, ids_marks, done = list(ids), list(ids_marks), 0
         while done < len(body):
@@ -219,7 +219,7 @@ class ContextCutter:
 
 
 def empty_contexts(marked: bool) -> dict[str, array]:
-    """Growing arrays, for any number of contexts: an object per context would take too much memory."""
+    """Empty growable arrays that hold all contexts: one object per context would take too much memory."""
     columns = {"ids": array("I"), "length": array("H"), "document": array("I"), "held_out": array("B")}
     return columns | ({"rows": array("B")} if marked else {})
 
@@ -237,7 +237,7 @@ def next_batch(documents: Iterator[Document]) -> list[Document]:
 def shuffle_contexts(
     parts: Callable[[], Iterable[dict[str, np.ndarray]]], context: int, padding: int, seed: int
 ) -> Contexts:
-    """The contexts of all parts, padded, in the seed's order. The held-out ones come last, so row_ctx starts at 0."""
+    """All contexts, padded and shuffled by the seed. The held-out ones come last, so row_ctx starts at 0."""
     columns = zip(*((part["length"], part["document"], part["held_out"]) for part in parts()), strict=True)
     length, document, held_out = map(np.concatenate, columns)
     order = np.random.Generator(np.random.Philox(key=[seed, 2**63])).permutation(len(length))
@@ -259,7 +259,7 @@ def shuffle_contexts(
 
 
 def is_held_out(ids: list[int], seed: int, share: float) -> bool:
-    """Whether a document is held out, by a hash of the seed and its tokens."""
+    """Whether a document is held out, decided by a hash of the seed and its tokens."""
     content = f"{seed}:".encode() + np.array(ids, np.uint32).tobytes()
     hashed = int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
     return hashed < share * 2**64

@@ -1,4 +1,4 @@
-"""Read the documents in a column: of local files, or of a streamed dataset, waiting when the network fails."""
+"""Read documents from a column of local files or of a streamed dataset; wait and retry when the network fails."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -19,14 +19,14 @@ class Column:
     Attributes:
         name: its column.
         source: the name of the text.
-        vocabulary: how many ids the model's tokenizer has.
+        vocabulary: the number of ids of the model's tokenizer.
     """
 
     def __init__(self, name: str, *, source: str, vocabulary: int, chat: bool) -> None:
         self.name, self.source, self.vocabulary, self.chat = name, source, vocabulary, chat
 
     def check(self, columns: Sequence[str]) -> None:
-        """Raise UsageError unless it is one of these columns."""
+        """Raise UsageError unless `columns` contains this column."""
         if self.name not in columns:
             other = "" if self.chat else ", or with --chat-column if it holds lists of messages"
             raise UsageError(
@@ -35,7 +35,7 @@ class Column:
             )
 
     def document(self, value: Any, row: int, place: str) -> Document:
-        """The document in a cell, or Unreadable if it has other content. Raises UsageError for an unknown id."""
+        """The document in a cell, or Unreadable if the cell holds something else. Raises UsageError for an unknown id."""
         if value is None or isinstance(value, Unreadable):
             return Document(value)
         if self.chat:
@@ -87,7 +87,7 @@ class FileReader:
         return {"row": self.rows_read, "place": list(self.place)} if self.rows_read else None
 
     def seek(self, position: dict[str, Any] | None) -> None:
-        """Go to a position. One that an earlier version saved is only the number of rows that were read."""
+        """Go to a position. A position saved by an earlier version is just the number of rows read."""
         self.rows_read, self.place = (position["row"] if position else 0), (0, 0)
         skip = self.rows_read
         if position and "place" in position:
@@ -99,8 +99,9 @@ class FileReader:
 class DatasetReader:
     """The documents in a column of a `datasets.IterableDataset`.
 
-    A network failure is retried after each of `retry_seconds`; every row that arrives starts the count again. After the
-    last retry it raises UnavailableError. Any other failure raises `make_error(its first line)`.
+    A network failure is retried after each of `retry_seconds`; every row that arrives resets the count. After the last
+    retry the reader raises UnavailableError. Any other failure raises `make_error(first line of the failure's
+    message)`.
 
     Raises UsageError at once if there are no rows or no such column, and at a row with ids outside the vocabulary.
     """
@@ -137,12 +138,12 @@ class DatasetReader:
             self.rows = self._read_rows()
 
     def _read_rows(self) -> Iterator[dict[str, Any]]:
-        """The rows from the stream's position on."""
+        """The rows starting at the stream's position."""
         rows, failures = iter(self.stream), 0
         while True:
             try:
                 row = next(rows, None)
-            except Exception as error:  # pyarrow, httpx, fsspec, datasets and the Hub have classes of their own
+            except Exception as error:  # pyarrow, httpx, fsspec, datasets and the Hub have their own classes
                 self._wait_or_raise(error, failures)
                 failures += 1
                 self.stream.load_state_dict(self.stream.state_dict())
@@ -154,7 +155,7 @@ class DatasetReader:
             yield row
 
     def _wait_or_raise(self, error: Exception, failures: int) -> None:
-        """Wait after a network failure; `failures` is how many have preceded it without a row in between."""
+        """Wait after a network failure; `failures` counts the preceding failures since the last row."""
         problem = first_line(error)
         if not (self.retry_seconds and is_network_error(error)):
             raise self.make_error(problem) from error
@@ -170,7 +171,7 @@ class DatasetReader:
 
 
 def is_network_error(error: Exception) -> bool:
-    """Whether waiting may help."""
+    """Whether an error comes from the network, so that waiting may help."""
     from datasets.utils.file_utils import CONNECTION_ERRORS_TO_RETRY
     from huggingface_hub.errors import HfHubHTTPError
 

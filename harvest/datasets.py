@@ -20,10 +20,10 @@ EMBEDDED_TEXT = "python-stdlib"
 SPELLING_LINES = 40  # of spelling after each embedded document: about one token in ten
 MAX_LISTED_SUBSETS = 20  # in an error message
 MIN_SECTION = 2000  # characters of a document cut from a plain text file
-SEARCHED = {".txt", ".jsonl", ".json"}  # files that hold their text as it is
+SEARCHED = {".txt", ".jsonl", ".json"}  # files that contain their text uncompressed
 MOST_SEARCHED = 2**28  # bytes
 
-Say = Callable[[str], None]  # receives a message for the user
+Say = Callable[[str], None]  # called with a message for the user
 
 
 def open_text(
@@ -89,7 +89,7 @@ def open_embedded(tokenizer: Any, seed: int, say: Say) -> TextSource:
 def open_local(
     path: Path, subset: str | None, split: str, column: str, vocabulary: int, say: Say, chat: bool
 ) -> TextSource:
-    """Files of one format. A line of JSON or a row of a table is a document; plain text is cut at blank lines."""
+    """Open files of one format. A line of JSON or a row of a table is a document; plain text is cut at blank lines."""
     files = list_files(path, subset, split, say)
     suffixes = {file.suffix.lower() for file in files}
     formats = {FILE_FORMATS.get(suffix) for suffix in suffixes}
@@ -116,7 +116,7 @@ def files_may_contain(files: list[Path], strings: Sequence[str]) -> bool:
     ):
         return True
     spellings = {string.encode() for string in strings}
-    # JSON can write any character as \u1234, and a slash after a backslash.
+    # JSON can write any character as \u1234, and can escape a slash with a backslash.
     escapes = {rf"\u{ord(character):04x}".encode() for string in strings for character in string if character.isascii()}
     escapes |= {string.replace("/", r"\/").encode() for string in strings}
     for file in files:
@@ -143,7 +143,7 @@ def digest_of_files(path: Path, files: list[Path]) -> str:
 
 
 def read_sections(file: Path) -> Iterator[Document]:
-    """The sections of a text file; Unreadable for a section with bytes that are not UTF-8."""
+    """The sections of a text file; a section with bytes that are not UTF-8 becomes Unreadable."""
     text = file.read_text(encoding="utf-8", errors="surrogateescape")
     line = 1
     for section in split_paragraphs(text):
@@ -174,7 +174,7 @@ def split_paragraphs(text: str, min_characters: int = MIN_SECTION) -> Iterator[s
 def open_hub(
     name: str, revision: str | None, subset: str | None, split: str, column: str, vocabulary: int, say: Say, chat: bool
 ) -> TextSource:
-    """A dataset of the Hub at a commit, streamed."""
+    """Open a dataset of the Hub at a pinned commit, streamed."""
     import huggingface_hub
 
     def unreachable(problem: str) -> SaeError:
@@ -198,7 +198,7 @@ def open_hub(
 
 
 def hub_error(error: Exception, name: str, revision: str | None) -> SaeError | None:
-    """The error to raise if the Hub lacks or refuses the dataset, its revision, subset or split; otherwise None."""
+    """The error to raise if the dataset, its revision, subset or split does not exist or is refused; otherwise None."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):

@@ -16,8 +16,8 @@ from .plan import HarvestPlan
 from .store_costs import harvest_requests
 from .structure import embedding_rows
 
-# (model, layer) -> the elementwise variance that the papers' MSE and explained variance of one SAE imply. As it is
-# derived, it only serves as a plausibility check.
+# (model, layer) -> elementwise variance, derived from the MSE and explained variance that a paper reports for one SAE.
+# It only serves as a plausibility check.
 IMPLIED_VARIANCE = {("google/gemma-2-2b", 12): 5.6, ("google/gemma-2-2b", 19): 24.0}
 
 
@@ -67,7 +67,7 @@ def describe_source(plan: HarvestPlan) -> list[str]:
 
 
 def describe_format(plan: HarvestPlan) -> list[str]:
-    """The lines about how contexts begin and which of their tokens are left out."""
+    """The lines about how contexts begin and which tokens are left out."""
     form, choice = plan.context_format, choose_bos(plan.tokenizer, plan.config.bos)
     token = "none" if form.bos_id is None else f"{token_text(plan.tokenizer, form.bos_id)} (id {form.bos_id})"
     lines = [f"bos      {token}: {choice.reason if form.bos_id == choice.id else 'as this cache was begun'}"]
@@ -86,7 +86,7 @@ def describe_format(plan: HarvestPlan) -> list[str]:
 
 
 def describe_size(plan: HarvestPlan, size: str, existing: ExistingRows) -> list[str]:
-    """The lines about the writing: where, how much, and in how many requests."""
+    """The lines about what is written: where, how much, and in how many requests."""
     free = f"{format_bytes(free_space(plan.folder))} free"
     if plan.store is None:
         return [f"size     {size}; {free}"]
@@ -100,7 +100,7 @@ def describe_size(plan: HarvestPlan, size: str, existing: ExistingRows) -> list[
 
 
 def describe_window(plan: HarvestPlan) -> list[str]:
-    """The line about where a window is placed and measured, on a GPU."""
+    """On a GPU, the line about where a window is assembled and measured."""
     widths = {hook: plan.widths[hook.array] for hook in plan.existing.missing}
     if not plan.device.startswith("cuda") or not widths:
         return []
@@ -119,7 +119,7 @@ def describe_window(plan: HarvestPlan) -> list[str]:
 def describe_time(plan: HarvestPlan) -> str:
     """The estimated time as text. It is also part of the plan of `sae train --stream`.
 
-    If several processes are launched, only the first one, which prints, measures it.
+    If several processes are launched, only the first one measures it, since only that one prints.
     """
     rank, processes = rank_and_count()
     if rank > 0:
@@ -133,7 +133,7 @@ def describe_time(plan: HarvestPlan) -> str:
 
 
 def summarize_harvest(plan: HarvestPlan, cache: Cache, seconds: float) -> list[str]:
-    """The lines that `sae harvest` prints when the cache is finished: each array's statistics, rows and time."""
+    """The lines that `sae harvest` prints when the cache is finished: the statistics of each array, rows and time."""
     lines = []
     for hook in plan.hooks:
         implied = IMPLIED_VARIANCE.get((cache.model, hook.layer)) if hook.site == "resid_post" else None

@@ -1,4 +1,4 @@
-"""A window of rows in the memory of a GPU: rows are placed and measured there, and leave in one asynchronous copy."""
+"""A window of rows in GPU memory: rows are placed and measured there, and leave in one asynchronous copy."""
 
 from collections.abc import Callable, Mapping
 
@@ -11,18 +11,18 @@ from ..cache.measure import RowStatistics, measure
 from ..common.device import copy_to_device
 from ..common.memory import out_of_memory
 
-SHARE = 0.5  # of the free memory that a window may take; passes of the model need the rest
+SHARE = 0.5  # of the free memory may be taken by a window; forward passes need the rest
 
 
 def fits_on_gpu(window_bytes: int, free: float) -> bool:
-    """Whether a window may be kept in the memory of a GPU that has `free` bytes beside the weights."""
+    """Whether a window may be kept on a GPU that has `free` bytes left besides the weights."""
     return window_bytes <= SHARE * free
 
 
 def host_memory(rows: int, widths: Mapping[str, int], *, pinned: bool) -> dict[str, Tensor]:
-    """Memory of the host for a window: array name -> (rows, d) bfloat16.
+    """Allocate host memory for a window: array name -> (rows, d) bfloat16.
 
-    With `pinned` it is pinned, if the system allows that, and one block: torch rounds each block to a power of two.
+    With `pinned` it is a single pinned block, if the system allows that: torch rounds each block to a power of two.
     """
     size = rows * sum(widths.values())
     memory = None
@@ -39,10 +39,10 @@ def host_memory(rows: int, widths: Mapping[str, int], *, pinned: bool) -> dict[s
 
 
 class DeviceWindow:
-    """Memory of a GPU for one window at a time.
+    """GPU memory for one window at a time.
 
-    The copy of a full window has a CUDA stream of its own, so the next passes of the model compute beside it. The GPU
-    places their first rows once the copy has read the window; the host waits for nothing.
+    A full window is copied on a separate CUDA stream, so the next forward passes overlap with the copy. The GPU places
+    their first rows once the copy has read the window; the host never waits.
     """
 
     def __init__(self, device: torch.device, rows: int) -> None:
@@ -52,25 +52,25 @@ class DeviceWindow:
         self.x: dict[str, Tensor] = {}  # array name -> (rows, d) bfloat16
 
     def begin(self, widths: Mapping[str, int]) -> None:
-        """Have memory for these arrays."""
+        """Allocate memory for these arrays."""
         for name, width in widths.items():
             if name not in self.x:
                 self.x[name] = torch.empty(self.rows, width, dtype=torch.bfloat16, device=self.device)
 
     def place(self, rows: Mapping[str, Tensor], target: Tensor) -> None:
-        """Put rows[name] (n, d) bfloat16 at the places `target` (n,), all of them on the GPU."""
+        """Write rows[name] (n, d) bfloat16 to the positions `target` (n,); all tensors are on the GPU."""
         self._wait_for_copy()
         for name, x in rows.items():
             self.x[name].index_copy_(0, target, x)
 
     def restore(self, bits: Mapping[str, np.ndarray], target: np.ndarray) -> None:
-        """Put the rows at these places of a window in host memory at the same places."""
+        """Copy the rows at these positions of a window in host memory to the same positions on the GPU."""
         there = copy_to_device(torch.from_numpy(target), self.device)
         rows = {name: torch.from_numpy(x[target]).view(torch.bfloat16) for name, x in bits.items()}
         self.place({name: copy_to_device(x, self.device) for name, x in rows.items()}, there)
 
     def fetch(self, bits: Mapping[str, np.ndarray], target: np.ndarray) -> None:
-        """Copy the rows at these places into a window in host memory. The host waits for them."""
+        """Copy the rows at these positions into a window in host memory. The host waits for the copy."""
         there = copy_to_device(torch.from_numpy(target), self.device)
         for name in bits:
             bits[name][target] = as_uint16(self.x[name][there].cpu())
@@ -78,7 +78,7 @@ class DeviceWindow:
     def send(self, memory: Mapping[str, Tensor], rows: int, chunk_rows: int) -> Callable[[], dict[str, RowStatistics]]:
         """Queue the measuring of the first `rows` rows and their copy into `memory`.
 
-        The returned function waits for both, and returns what was measured of each array.
+        The returned function waits for both and returns the statistics of each array.
         """
         measured = {name: measure_chunks(self.x[name][:rows], chunk_rows) for name in memory}
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -113,7 +113,7 @@ class DeviceWindow:
 
 
 def measure_chunks(x_RD: Tensor, chunk_rows: int) -> list[Tensor]:
-    """Squared norms and sums of the chunks of a window, as `measure` returns them: of the whole ones, then the last."""
+    """Squared norms and sums of the chunks of a window, as from `measure`: first the full chunks, then the last."""
     whole = len(x_RD) // chunk_rows * chunk_rows
     parts = [x_RD[:whole].view(-1, chunk_rows, x_RD.shape[1])] if whole else []
     if whole < len(x_RD):

@@ -1,4 +1,4 @@
-"""The part of a harvest that each of several processes does, in rows, bytes and memory: lines of the plan."""
+"""Lines of the plan about each process's part of a harvest: rows, bytes and memory."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ from .building import build_without_numbers
 from .share import HarvestShare
 from .structure import decoder_config, truncate_config
 
-WINDOWS_IN_MEMORY = 2  # of each process: one is computed, one is written
+WINDOWS_IN_MEMORY = 2  # per process: one is computed, one is written
 TOKEN_BYTES = 5  # the id of a token, and whether it is a row
-SIDE_BYTES, NORM_BYTES = 6, 4  # of a row on the disk: row_ctx and row_pos; for each hook its row_norm
+SIDE_BYTES, NORM_BYTES = 6, 4  # per row on disk: row_ctx and row_pos; for each hook its row_norm
 
 
 def describe_division(
@@ -27,7 +27,7 @@ def describe_division(
 ) -> list[str]:  # fmt: skip
     """The lines about the work and memory of a process; none if a single process does everything.
 
-    With several ranks, `windows` are those of the rank with the most. `widths` has the hooks that are harvested.
+    With several ranks, `windows` are the windows of the rank with the most. `widths` contains the harvested hooks.
     """
     if (count := rank_and_count()[1]) > 1:
         machines = format_count(-(-count // processes_on_this_machine()), "machine")
@@ -46,7 +46,7 @@ def describe_division(
 
 
 def describe_memory(layout: Layout, bytes_per_row: int, context: int, weights: int | None, device: str) -> str:
-    """The memory that a process takes, without that of torch itself and of a forward pass."""
+    """A line about the memory of a process, excluding torch itself and the forward pass."""
     window = window_bytes(layout, bytes_per_row)
     tokens = TOKEN_BYTES * layout.rows * context // (context - 1)
     parts = [

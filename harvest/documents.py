@@ -1,7 +1,7 @@
 """Documents, and the sources that they are read from.
 
-A document is a row of a dataset, or a run of paragraphs of a text file. Rows into which several documents were packed
-before are treated as one.
+A document is a row of a dataset, or a run of paragraphs of a text file. A row into which several documents were already
+packed counts as one document.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from ..common.formatting import format_count
 from ..common.tables import Unreadable
 
 UNREADABLE = "unreadable"
-CHECKED_ROWS = 100  # from this many rows on, at most a hundredth of them may be unreadable
+CHECKED_ROWS = 100  # after this many rows, at most a hundredth of them may be unreadable
 TOLERATED_ROWS = 10  # additional unreadable rows that are allowed until the whole text is read
 REFUSED = "untemplated"  # conversations that the chat template does not render
 MAX_DOCUMENT = 20_000_000  # characters or ids; anything longer is a dump whose tokens would fill the memory
@@ -22,7 +22,7 @@ MAX_DOCUMENT = 20_000_000  # characters or ids; anything longer is a dump whose 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, each a dictionary with a role and content; its length is that of its content in characters."""
+    """Messages, each a dictionary with a role and content. Its length is the number of characters of its content."""
 
     messages: list[dict[str, Any]]
 
@@ -36,7 +36,7 @@ class Document(NamedTuple):
 
 
 class DocumentReader(Protocol):
-    """Yields documents in order, from any position on.
+    """Yields documents in order, starting at any position.
 
     `position` is the reader's position, as a value that can be stored as JSON. None is the beginning.
     """
@@ -69,14 +69,14 @@ class TextSource:
     """A text: its documents, the identity that pins it, and how many documents were skipped for each reason.
 
     Attributes:
-        read: documents read so far, with those that were skipped.
+        read: the number of documents read so far, including skipped ones.
         first_unreadable: why the first unreadable document could not be read.
     """
 
     name: str
     identity: dict[str, Any]
     reader: DocumentReader
-    say: Callable[[str], None] = lambda sentence: None  # receives messages for the user
+    say: Callable[[str], None] = lambda sentence: None  # called with messages for the user
     skipped: dict[str, int] = field(default_factory=lambda: {"empty": 0, "not text": 0, "huge": 0})
     # Whether the text may contain one of these strings. Only False is certain: not every text can be searched quickly.
     may_contain: Callable[[Sequence[str]], bool] = lambda strings: True
@@ -86,9 +86,9 @@ class TextSource:
 
     @property
     def documents(self) -> Iterator[Document]:
-        """The usable documents, from the current position on.
+        """The usable documents, starting at the current position.
 
-        Raises UsageError if too many cannot be read for this to be the text that was meant.
+        Raises UsageError if so many documents cannot be read that this is hardly the intended text.
         """
         for document in self.reader:
             self.read += 1
@@ -113,12 +113,12 @@ class TextSource:
 
     @property
     def unreadable_rows(self) -> dict[str, Any]:
-        """The rows that could not be read, as recorded with the cache: their number and the first. Empty if none."""
+        """The record of unreadable rows that is kept with the cache: their number and the first one. Empty if none."""
         count = self.skipped.get(UNREADABLE, 0)
         return {"rows": count, "first": self.first_unreadable} if count else {}
 
     def refuse(self, why: str) -> None:
-        """Count a conversation that the chat template does not render; the first one is explained to the user."""
+        """Count a conversation that the chat template does not render, and explain the first one to the user."""
         if not self.skipped.get(REFUSED):
             self.remark(
                 f"The chat template refuses a conversation of {self.name}: {why.rstrip('.')}. Such are skipped."
@@ -154,7 +154,7 @@ def describe_unreadable(rows: dict[str, Any]) -> str:
 
 
 def skip_reason(text: Any) -> str | None:
-    """Why a document is skipped, or None if it is not."""
+    """The reason why a document is skipped, or None if it is not."""
     if isinstance(text, Unreadable):
         return UNREADABLE
     if isinstance(text, Conversation):
@@ -189,7 +189,7 @@ def list_of_messages(value: Any) -> Any:
 
 
 def fault_of_messages(value: Any) -> str:
-    """What is wrong with a cell that should be a list of messages, each with a role and content; empty if nothing."""
+    """What is wrong with a cell that should be a list of messages, each with a role and content. Empty if it is valid."""
     value = list_of_messages(value)
     if not isinstance(value, list):
         return f"{value!r:.60}"

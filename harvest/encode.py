@@ -12,7 +12,7 @@ from .documents import Conversation, Document
 
 
 class EncodedDocument(NamedTuple):
-    """The ids of a document, without the token that its contexts begin with; for a conversation, with its marks."""
+    """The ids of a document, without the token that its contexts begin with; conversations also have marks."""
 
     ids: list[int]
     marks: Sequence[int] = ()  # 1 at the tokens of the roles that are harvested
@@ -49,12 +49,12 @@ class DocumentEncoder:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The roles in conversations whose tokens are rows; empty if the tokens of all roles are."""
+        """The conversation roles whose tokens are rows; empty if the tokens of all roles are rows."""
         return () if self.chat is None else self.chat.roles
 
     @property
     def padding(self) -> int:
-        """The token that fills up contexts; no result of the model at it is used."""
+        """The token that pads contexts; the model's results at padding are never used."""
         padding = self.tokenizer.pad_token_id or 0
         return padding if self.embedded is None or padding < self.embedded else 0
 
@@ -64,7 +64,7 @@ class DocumentEncoder:
         return bool(self.roles)
 
     def __call__(self, batch: Sequence[Document]) -> list[EncodedDocument | TemplateRefusal]:
-        """The documents' ids, or for a conversation that the template does not render, the reason."""
+        """The ids of each document; for a conversation that the template does not render, the reason."""
         encoded = iter(self.encode_texts([document.text for document in batch if isinstance(document.text, str)]))
 
         def encode_one(text: Any) -> EncodedDocument | TemplateRefusal:
@@ -94,8 +94,8 @@ class DocumentEncoder:
 def encode_as_text(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """The ids of texts, with special tokens in the texts tokenized as ordinary text.
 
-    A Unigram or WordPiece model can have the special token itself among its pieces and find it in the text. Then the
-    piece is replaced by the pieces of its parts.
+    A Unigram or WordPiece model can have the special token among its own pieces and find it in the text. That piece is
+    then replaced by the pieces of its parts.
     """
     ids: list[list[int]] = tokenizer(
         texts, add_special_tokens=False, split_special_tokens=True, verbose=False
@@ -111,7 +111,7 @@ def encode_as_text(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 def split_literals(tokenizer: Any, text: str, number_of: dict[int, str]) -> list[int]:
     """The ids of a text, with each special token that the model found in the text replaced by the ids of its parts.
 
-    A special token that stands for something else, like `<unk>` for a character, stays.
+    A special token that replaces other text, such as `<unk>` for an unknown character, stays.
     """
     if not is_fast(tokenizer):
         return split_before_encoding(tokenizer, text, list(number_of.values()))
@@ -135,7 +135,7 @@ def split_before_encoding(tokenizer: Any, text: str, tokens: list[str]) -> list[
 
 
 def spell(tokenizer: Any, token: str) -> list[int]:
-    """The ids of a special token's text, from the first of its splits in two that contains no special token."""
+    """The ids of a special token's text, encoded as two parts: the first cut for which no id is a special token."""
     model = tokenizer.backend_tokenizer.model
     special = set(special_tokens(tokenizer).values()) - {tokenizer.unk_token_id}
     for cut in range(1, len(token)):

@@ -12,14 +12,14 @@ from .hooked import HookedModel
 from .load_errors import translate_model_errors
 from .structure import decoder_config, truncate_config
 
-TIMED_CONTEXT = 2048  # attention over a longer context can fill the memory, and few documents are as long
-LONG_ENOUGH = 0.1  # seconds of a pass
+TIMED_CONTEXT = 2048  # attention over a longer context can fill the memory, and few documents are that long
+LONG_ENOUGH = 0.1  # seconds per pass
 
 
 def block_seconds_per_token(
     model_config: Any, *, dtype: str, device: str, attention: str, context: int, batch_contexts: int
 ) -> float:
-    """Seconds that one block of this shape takes per token on the device.
+    """Seconds per token that one block of this shape takes on the device.
 
     Raises UsageError if the attention implementation cannot be used, UnavailableError if the memory is too small, and
     DamagedError if the configuration makes no sense.

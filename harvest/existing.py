@@ -18,7 +18,7 @@ class ExistingRows:
     Attributes:
         cache: None if nothing has been begun.
         missing: the hooks of the harvest that are not complete.
-        windows: the windows that are to be harvested for them, with `rows_left` rows; none without a cache.
+        windows: the windows still to be harvested for these hooks, with `rows_left` rows; none without a cache.
         statistics_differ: whether the statistics of a complete hook were computed for another --max-norm, or are lost.
     """
 
@@ -30,7 +30,7 @@ class ExistingRows:
 
     @property
     def windows_left(self) -> int:
-        """How many windows are to be harvested."""
+        """The number of windows still to be harvested."""
         return len(self.windows)
 
     @property
@@ -39,7 +39,7 @@ class ExistingRows:
         return self.cache is not None and not self.missing
 
     def describe(self, folder: str, max_norm: float | None) -> str:
-        """The folder, and what a harvest into it will do."""
+        """Describe the folder and what a harvest into it will do."""
         if (cache := self.cache) is None:
             return folder
         held, missing = (", ".join(map(str, hooks)) for hooks in (cache.hooks, self.missing))

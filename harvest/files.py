@@ -31,8 +31,8 @@ KEYWORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }  # split -> its names
 SAVE_AGAIN = "Save the dataset again."
-ALL = "all"  # a split that has every file
-WHOLE = (*KEYWORDS["train"], ALL)  # the splits of a text that is not divided
+ALL = "all"  # a split that contains every file
+WHOLE = (*KEYWORDS["train"], ALL)  # names for the whole of an undivided text
 SHARD = re.compile(r"data/(?P<split>[^/]*)-\d{5}-of-(?P<shards>\d{5})[^/]*\.[^/]*")
 METADATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 ABOUT = {"readme", "license", "licence", "copying", "notice"}  # .txt or .json
@@ -57,9 +57,9 @@ class Configuration:
 
 
 def list_files(path: Path, subset: str | None, split: str, say: Say) -> list[Path]:
-    """The files of a text, in order. A folder that `save_to_disk` wrote lists its own.
+    """The files of a text, in order. A folder written by `save_to_disk` lists its own files.
 
-    Raises UsageError for an unknown split or subset, also of a single file.
+    Raises UsageError for an unknown split or subset, even if the text is a single file.
     """
     if not path.is_dir():
         check_split_of_file(path, split)
@@ -83,7 +83,7 @@ def list_files(path: Path, subset: str | None, split: str, say: Say) -> list[Pat
 
 
 def check_split_of_file(path: Path, split: str) -> None:
-    """Raise UsageError if the name of a single file does not contain the split that is asked for."""
+    """Raise UsageError if a single file is requested as a split that its name does not contain."""
     words = next((words for words in KEYWORDS.values() if split in words), (split,))
     if split not in WHOLE and not has_word(path.name, [re.escape(word) for word in words], in_folders=False):
         raise UsageError(
@@ -93,7 +93,7 @@ def check_split_of_file(path: Path, split: str) -> None:
 
 
 def choose_split(path: Path, splits: Sequence[str], split: str) -> str:
-    """The split that is meant: its own name, or another word for it. Raises UsageError if there is none."""
+    """The split with this name, or with a synonym of it. Raises UsageError if there is none."""
     if split in splits:
         return split
     for name, words in KEYWORDS.items():
@@ -116,7 +116,7 @@ def saved_list(record: Path, key: str) -> list[Any]:
 
 
 def saved_files(path: Path) -> list[Path]:
-    """The files that a folder of `save_to_disk` lists."""
+    """The files listed in a folder written by `save_to_disk`."""
     files = []
     for entry in saved_list(path / "state.json", "_data_files"):
         name = entry.get("filename") if isinstance(entry, dict) else None
@@ -127,7 +127,7 @@ def saved_files(path: Path) -> list[Path]:
 
 
 def folder_files(path: Path) -> list[Path]:
-    """The files of a known format in a folder and its subfolders, without files that are not text of the dataset."""
+    """The files of a known format in a folder and its subfolders, except files that are not part of the text."""
     found = []
     seen = {path.resolve()}
     for folder, folders, names in os.walk(path, onerror=refuse_folder, followlinks=True):
@@ -135,7 +135,7 @@ def folder_files(path: Path) -> list[Path]:
         folders[:] = [name for name in folders if name[0] != "." and not name.startswith("__")]
         for name in [name for name in folders if (here / name).is_symlink()]:
             target = (here / name).resolve()
-            if target in seen or target in path.resolve().parents:  # a circle
+            if target in seen or target in path.resolve().parents:  # a cycle of links
                 folders.remove(name)
             seen.add(target)
         found += [here / name for name in names if is_text_file(name)]
@@ -153,7 +153,7 @@ def is_text_file(name: str) -> bool:
 
 
 def splits_of_folder(path: Path, files: list[Path], subset: str | None, say: Say) -> Splits:
-    """split -> its files, by the README.md or by their names. Raises UsageError for an unknown subset."""
+    """split -> its files, according to the README.md or the file names. Raises UsageError for an unknown subset."""
     configuration = choose_configuration(path, files, read_configurations(path), subset)
     if configuration is None:
         splits = splits_by_name(path, files)
@@ -166,7 +166,7 @@ def splits_of_folder(path: Path, files: list[Path], subset: str | None, say: Say
 
 
 def splits_by_name(path: Path, files: list[Path]) -> Splits:
-    """split -> its files, by the names of files and folders. A name with two splits in it belongs to both."""
+    """split -> its files, according to file and folder names. A name that contains two splits belongs to both."""
     names = {file: file.relative_to(path).as_posix() for file in files}
     sharded: Splits = {}
     for file, name in names.items():
@@ -194,7 +194,7 @@ def has_word(name: str, words: Sequence[str], in_folders: bool) -> bool:
 
 
 def splits_by_pattern(path: Path, files: list[Path], configuration: Configuration) -> Splits:
-    """split -> its files, by the patterns of a README.md."""
+    """split -> its files, according to the patterns in a README.md."""
     names = {file: file.relative_to(path).parts for file in files}
     splits: Splits = {}
     for split, patterns in configuration.patterns.items():
@@ -207,7 +207,7 @@ def splits_by_pattern(path: Path, files: list[Path], configuration: Configuratio
 
 @functools.cache
 def matches(name: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Whether a path matches a pattern, part by part; the part ** stands for any number of folders."""
+    """Whether a path matches a pattern, part by part; the part ** matches any number of folders."""
     if not pattern:
         return not name
     if pattern[0] == "**" and matches(name, pattern[1:]):
@@ -218,7 +218,7 @@ def matches(name: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 
 def read_configurations(path: Path) -> list[Configuration]:
-    """The `configs` in the YAML header of a README.md; none if it names none."""
+    """The `configs` in the YAML header of a README.md; empty if there are none."""
     import huggingface_hub
 
     readme = path / "README.md"
@@ -226,7 +226,7 @@ def read_configurations(path: Path) -> list[Configuration]:
         return []
     try:
         metadata = huggingface_hub.metadata_load(readme)
-    except Exception as error:  # of YAML, of the encoding, of the system
+    except Exception as error:  # from YAML, the encoding or the system
         raise UsageError(
             f"The YAML header of {readme} cannot be read: {' '.join(str(error).split())[:200]}. Correct it, or remove "
             "README.md to choose the files by their names."
@@ -236,7 +236,7 @@ def read_configurations(path: Path) -> list[Configuration]:
 
 
 def read_configuration(entry: Any, readme: Path) -> Configuration:
-    """An entry of `configs`: `data_files` is a pattern, several, or a list of a split and its patterns each."""
+    """Parse an entry of `configs`. Its `data_files` is one pattern, several, or a list of splits with patterns."""
     entry = entry if isinstance(entry, dict) else {}
     files, name, folder = entry.get("data_files"), entry.get("config_name"), entry.get("data_dir") or ""
     patterns: dict[str, list[str]] = {}
@@ -291,7 +291,7 @@ def choose_configuration(
 
 
 def say_left_out(path: Path, files: list[Path], splits: Splits, say: Say) -> None:
-    """Report files that belong to no split, because their names contain none and those of other files do."""
+    """Report files that belong to no split: their names contain none, while the names of other files do."""
     belonging = {file for chosen in splits.values() for file in chosen}
     if left_out := [file for file in files if file not in belonging]:
         first = left_out[0].relative_to(path).as_posix()

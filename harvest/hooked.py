@@ -1,4 +1,4 @@
-"""A language model whose activations can be read and replaced, at the sites of its blocks and at any module.
+"""A language model whose activations can be read and replaced at the sites of its blocks and at any module.
 
 probe.py finds the sites by running a block on a few tokens. This module keeps its results and installs torch hooks
 there.
@@ -23,7 +23,7 @@ from .whole_contexts import whole_contexts
 PROBED_TOKENS = (2, 8)  # contexts, positions
 
 
-class _StopForward(Exception):  # noqa: N818  (not an error: the model has run as far as it has to)
+class _StopForward(Exception):  # noqa: N818  (not an error: the rest of the model is not needed)
     pass
 
 
@@ -60,7 +60,7 @@ class HookedModel:
 
     @cached_property
     def norm(self) -> nn.Module:
-        """The module between the last block and the unembedding, which is a norm; identity if there is none.
+        """The norm between the last block and the unembedding; identity if there is none.
 
         Raises UsageError if there are several.
         """
@@ -89,7 +89,7 @@ class HookedModel:
 
     def site(self, hook: Hook) -> Site:
         """The module of a hook. Raises UsageError if the model has no such site."""
-        if hook.site == "resid_post":  # checked when it is captured
+        if hook.site == "resid_post":  # checked when captured
             return Site("", False, int(self.config.hidden_size))
         if hook.is_outside:
             layer, seen = self.outside(hook)
@@ -127,7 +127,7 @@ class HookedModel:
             return self.trunk(ids_NS, use_cache=False)
 
     def probe(self, layer: int) -> BlockSites:
-        """The sites of a block, from a run on a few tokens that ends after it."""
+        """The sites of a block, found by running the model on a few tokens up to this block."""
         if layer not in self._probed:
             calls: list[tuple[int, Call]] = []
 
@@ -139,7 +139,7 @@ class HookedModel:
                 return hook
 
             def save_input(_module: nn.Module, args: Any, keywords: Any) -> Any:
-                x = input_tensor(args, keywords)  # later modules can change it in place
+                x = input_tensor(args, keywords)  # cloned: later modules can change it in place
                 return None if x is None else with_input(args, keywords, x.clone())
 
             blocks = self.blocks[: layer + 1]
@@ -160,7 +160,7 @@ class HookedModel:
         return self._probed[layer]
 
     def outside(self, hook: Hook) -> tuple[int | None, BlockSites]:
-        """The layer of a module outside the blocks, 0 or None for the last one, and the shapes of all calls."""
+        """The layer of a module outside the blocks (0, or None for the last layer), and the shapes of all calls."""
         if self._outside is None:
             with Recorder(self.trunk) as recorder:
                 self.run_trunk(self.probe_ids())
@@ -172,7 +172,7 @@ class HookedModel:
 
     @contextlib.contextmanager
     def _hooking(self, hook: Hook, use: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-        """Call `use` with the activations (N, S, d) at a hook, and replace them by its result unless that is None."""
+        """Call `use` with the activations (N, S, d) at a hook; unless the result is None, it replaces the activations."""
         site = self.site(hook)
         module = (self.trunk if hook.is_outside else self.blocks[hook.layer]).get_submodule(site.path)
         shape: list[tuple[int, ...]] = []
@@ -216,7 +216,7 @@ class HookedModel:
 
         def keep(hook: Hook) -> Callable[[Tensor], None]:
             def store(x: Tensor) -> None:
-                captured[hook] = x.clone()  # a later module can change it in place
+                captured[hook] = x.clone()  # cloned: a later module can change it in place
 
             return store
 
@@ -232,8 +232,8 @@ class HookedModel:
     def patching(self, hook: Hook, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """Replace the activations x (N, S, d) at the hook by `change(x)` while the context is open.
 
-        The block also adds the MLP's output to resid_mid, and no module reads it there. So attn_out is replaced
-        instead, by `change(x)` - resid_pre; the result is the same within rounding.
+        The block itself adds the MLP's output to resid_mid, where no module could intercept it. So at resid_mid,
+        attn_out is replaced by `change(x)` - resid_pre instead; the result is the same within rounding.
         """
         if hook.site != "resid_mid":
             with self._hooking(hook, lambda x: change(x).clone()):  # Falcon adds to its MLP's output in place
@@ -254,12 +254,12 @@ class HookedModel:
 
     @contextlib.contextmanager
     def _stopping_after(self, layer: int) -> Iterator[None]:
-        """End forward passes after this block while the context is open, since later blocks affect nothing captured."""
+        """While the context is open, end forward passes after this block, since later blocks do not affect the result."""
 
         def stop(_module: nn.Module, _inputs: Any, _output: Any) -> None:
             raise _StopForward
 
-        handle = self.blocks[layer].register_forward_hook(stop)  # runs after those that capture
+        handle = self.blocks[layer].register_forward_hook(stop)  # runs after the capturing hooks
         try:
             with contextlib.suppress(_StopForward):
                 yield
@@ -289,7 +289,7 @@ class HookedModel:
 
 
 def module_refusal(hook: Hook, seen: BlockSites) -> str | None:
-    """Why the input or output of a module cannot be a hook; None if it can."""
+    """The reason why the input or output of a module cannot be a hook; None if it can."""
     end = hook.site.rpartition(".")[2]
     calls = seen.shapes.get(hook.module_path)
     if not calls:
@@ -306,11 +306,11 @@ def module_refusal(hook: Hook, seen: BlockSites) -> str | None:
 
 
 def refusal(model: str, hook: Hook, why: str) -> str:
-    """A sentence that says why a model does not have a hook, and what to do."""
+    """A sentence that explains why a model does not have a hook, and what to do."""
     instead = "Use --site resid_post, or --module for any module." if hook.site in SITES else "Give another module."
     return f"{model} has no {hook}: {why}. {instead}"
 
 
 def belongs_to(hook: Hook, layer: int) -> str:
-    """A sentence that says that a module outside the blocks belongs to another layer."""
+    """A sentence stating that a module outside the blocks belongs to another layer."""
     return f"{hook.site} is outside the blocks and belongs to layer {layer}, not {hook.layer}. Use --layer {layer}."

@@ -1,4 +1,4 @@
-"""The identity of a harvest: everything that decides a byte of its cache."""
+"""The identity of a harvest: everything that determines the bytes of its cache."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from .config import TOKENS, HarvestConfig
 from .documents import TextSource
 from .model import ModelSource
 
-# This entry of the identity is "text" if special tokens in the text are tokenized as text. Without it they are special
-# tokens, as in earlier versions, or the text is known to contain none.
+# This entry of the identity is "text" if special tokens in the text are tokenized as text. If it is absent, they are
+# tokenized as special tokens, as in earlier versions, or the text is known to contain none.
 LITERALS = "special_tokens"
 
 
@@ -19,7 +19,7 @@ def identity_of(
     config: HarvestConfig, source: ModelSource, dtype: str, tokenizer: Any, form: ContextFormat, text: TextSource, *,
     held_out_by_name: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    """Everything that decides a byte of the cache, except layers and sites: a cache can hold several of them."""
+    """Everything that determines the bytes of the cache, except layers and sites: a cache can hold several of them."""
     return {
         "format": FORMAT,
         "model": source.identity(),

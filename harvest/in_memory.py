@@ -24,13 +24,13 @@ UNLIMITED = 2**62  # rows
 
 
 class Activations(NamedTuple):
-    """The activations at one hook: a row for each token, text after text."""
+    """The activations at one hook: one row per token, in the order of the texts."""
 
     x: Tensor  # (T, d_in) float32
     ids: Tensor  # (T,) int64
     tokens: list[str]  # the text of each id
     text: Tensor  # (T,) int64: the index of its text
-    position: Tensor  # (T,) int64: in its context, where BOS is 0
+    position: Tensor  # (T,) int64: the position in its context, where BOS is 0
 
 
 def activations(
@@ -44,13 +44,13 @@ def activations(
         acts = sae.activations(["The cat sat."], model="gemma-2-mini", layer=12)
         acts.tokens, acts.x.shape  # one row of x for each token
 
-    As in a harvest, each text comes after a BOS and is cut into contexts of at most `context` tokens, and the rows of
-    BOS, EOS and pad are left out unless `keep_special`. Special tokens spelled in a text are text.
+    As in a harvest, each text begins with a BOS and is cut into contexts of at most `context` tokens, and the rows of
+    BOS, EOS and pad are left out unless `keep_special` is set. Special tokens spelled in a text are text.
 
     Args:
         texts: Any number of strings.
-        model: A name as for `sae harvest --model`; only the blocks up to the layer are loaded. Or a model of
-            transformers, together with its `tokenizer`.
+        model: A name as for `sae harvest --model`, of which only the blocks up to the layer are loaded. Or a loaded
+            transformers model, together with its `tokenizer`.
         layer: Zero-based block.
         site: "resid_post" (the residual stream after the block), another site such as "mlp_out", or a module of the
             block, "mlp.gate_proj.output" (harvest/model.py).
@@ -91,7 +91,7 @@ def activations(
 
 
 def check_arguments(texts: Any, layer: Any, site: str, context: int, skip_positions: int) -> None:
-    """Raise UsageError for arguments that are wrong for any model."""
+    """Raise UsageError for arguments that are invalid whatever the model."""
     if isinstance(texts, str) or not isinstance(texts, Iterable) or not all(isinstance(text, str) for text in texts):
         raise UsageError("activations() takes a list of strings.")
     if not isinstance(layer, Integral):

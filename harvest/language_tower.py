@@ -1,8 +1,8 @@
 """Load only the language tower of a model that also reads images or sound.
 
-The whole class of transformers is built, so that the tower's tensors get their names as they do in the whole model, but
-the other parts are replaced by placeholders before any memory is allocated, their tensors are not read, and the files
-that hold nothing else are neither opened nor downloaded.
+The complete transformers class is built, so that the tower's tensors keep their names from the whole model. But the
+other parts are replaced by placeholders before any memory is allocated, their tensors are not read, and files that
+contain only such tensors are neither opened nor downloaded.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class LeftOut(nn.Module):
-    """Stands for a part of a model that text does not need. It keeps the part's plain attributes, such as sizes."""
+    """A placeholder for a part of a model that text does not need. It keeps the part's plain attributes, such as sizes."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
@@ -37,12 +37,12 @@ class LeftOut(nn.Module):
 
 
 def is_multimodal(config: Any) -> bool:
-    """Whether a language model is only a part of the model that a configuration describes."""
+    """Whether a configuration describes a model of which the language model is only a part."""
     return config.get_text_config() is not config
 
 
 def tower_class(config: Any, with_unembedding: bool) -> Any:
-    """transformers' class for a multimodal configuration, whose instances have a language tower only.
+    """A subclass of transformers' class for a multimodal configuration, whose instances have only the language tower.
 
     Raises UsageError if transformers has no such class.
     """
@@ -60,7 +60,7 @@ def tower_class(config: Any, with_unembedding: bool) -> Any:
         whole.__init__(self, config, *args, **options)
         leave_out_other_parts(self)
 
-    # transformers looks tensors' names up by the name of the class.
+    # transformers looks up tensor names by the name of the class.
     names_of_class = {"__module__": whole.__module__, "__qualname__": whole.__qualname__, "__doc__": whole.__doc__}
     return type(whole.__name__, (whole,), {**names_of_class, "__init__": init})
 
@@ -68,8 +68,8 @@ def tower_class(config: Any, with_unembedding: bool) -> Any:
 def leave_out_other_parts(model: Any) -> list[str]:
     """Replace everything but the language tower and the unembedding, in place. Returns the names of what was replaced.
 
-    The tower is the module with the configuration of the text. What is neither in it, nor holds it, nor is the
-    unembedding, is left out.
+    The tower is the module with the text configuration. Every module is left out unless it is inside the tower,
+    contains the tower, or is the unembedding.
     """
     path = tower_path(model)
     unembedding = model.get_output_embeddings()
@@ -87,7 +87,7 @@ def leave_out_other_parts(model: Any) -> list[str]:
 
 
 def tower_path(model: Any) -> str:
-    """The path of the outermost module whose configuration is that of the text."""
+    """The path of the outermost module that has the text configuration."""
     kind = type(model.config.get_text_config())
     for name, part in model.named_modules():
         if name and isinstance(getattr(part, "config", None), kind):
@@ -97,9 +97,9 @@ def tower_path(model: Any) -> str:
 
 @contextlib.contextmanager
 def needed_files(location: str, revision: dict[str, str], config: Any, tower: Any) -> Iterator[str]:
-    """A folder with the weight files that the tower needs, or `location` itself if that is all of them.
+    """A folder with the weight files that the tower needs, or `location` itself if it needs all of them.
 
-    A file is not needed if all its tensors belong to parts that were left out.
+    A file is not needed if all its tensors belong to omitted parts.
     """
     index = read_index(location, revision)
     if index is None:
@@ -119,12 +119,12 @@ def needed_files(location: str, revision: dict[str, str], config: Any, tower: An
             link.symlink_to(path.absolute())
         kept = {tensor: file for tensor, file in weight_map.items() if file in files}
         (Path(temporary) / INDEX).write_text(json.dumps({**index, "weight_map": kept}), encoding="utf-8")
-        (Path(temporary) / "generation_config.json").write_text("{}", encoding="utf-8")  # transformers asks for it
+        (Path(temporary) / "generation_config.json").write_text("{}", encoding="utf-8")  # transformers requests it
         yield temporary
 
 
 def read_index(location: str, revision: dict[str, str]) -> dict[str, Any] | None:
-    """The list of tensors and files of a model in several safetensors files; None if it has none.
+    """The index of a model that is split into several safetensors files; None if there is no index.
 
     Raises DamagedError if it names a file outside the folder of the model.
     """

@@ -1,8 +1,8 @@
 """Translate the errors of loading and running a model into messages that say what to do.
 
-What transformers, tokenizers and torch raise for files that make no sense is any type of error. So all of them are
-translated, with their type and text in the message and the error itself as its cause. Only calls into those libraries
-stand inside of these contexts.
+For malformed files, transformers, tokenizers and torch raise errors of any type. So every error is translated: its type
+and text go into the message, and the error itself becomes the cause. Only calls into those libraries are made inside
+these contexts.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ PARTS = {"config": "config.json", "tokenizer": "tokenizer's files", "weights": "
 
 @contextlib.contextmanager
 def translate_load_errors(name: str, part: str = "weights") -> Iterator[None]:
-    """Raise whatever loading a part of a model raises as an SaeError: its "config", "tokenizer" or "weights"."""
+    """Turn any error of loading a part of a model ("config", "tokenizer" or "weights") into an SaeError."""
     try:
         yield
     except OWN_ERRORS:
@@ -38,7 +38,7 @@ def translate_load_errors(name: str, part: str = "weights") -> Iterator[None]:
             f"The weights of {name} are refused: {describe(pickle.UnpicklingError(reason_of(error)))}. They are a "
             "pickle, which can hold a program, and only tensors are read. Use a version of the model in safetensors."
         ) from error
-    except BaseException as error:  # also the panics of tokenizers, which are not an Exception
+    except BaseException as error:  # also panics of tokenizers, which are not Exceptions
         if translated := load_error(error, name):
             raise translated from error
         is_folder = (Path(name) / "config.json").is_file() or name == mini.NAME
@@ -52,13 +52,13 @@ def translate_load_errors(name: str, part: str = "weights") -> Iterator[None]:
 
 
 def reason_of(error: pickle.UnpicklingError) -> str:
-    """Why torch refuses a pickle, without its advice to read it all the same."""
+    """Torch's reason for refusing a pickle, without its advice to read it anyway."""
     text = str(error).partition("WeightsUnpickler error:")[2] or "it holds more than tensors"
     return text.split("Please use")[0].split("Check the documentation")[0]
 
 
 def advice(part: str) -> str:
-    """What to do about a part of a model that makes no sense."""
+    """Advice for a malformed part of a model."""
     if part == "config":
         return "Download config.json again, or correct what is wrong in it."
     return f"Download the {PARTS[part]} again, or save them again with save_pretrained of the installed transformers."
@@ -66,7 +66,7 @@ def advice(part: str) -> str:
 
 @contextlib.contextmanager
 def translate_model_errors(name: str, attention: str = "eager") -> Iterator[None]:
-    """Raise whatever the code of a model raises when it is first built or run as an SaeError."""
+    """Turn any error that a model's code raises when it is first built or run into an SaeError."""
     try:
         yield
     except OWN_ERRORS:
@@ -83,7 +83,7 @@ def translate_model_errors(name: str, attention: str = "eager") -> Iterator[None
 
 
 def cannot_be_built(config: Any, why: BaseException | str) -> SaeError:
-    """The error for a configuration of which transformers cannot build a model."""
+    """The error for a configuration from which transformers cannot build a model."""
     reason = why if isinstance(why, str) else describe(why)
     return DamagedError(
         f"The config.json of {model_name(config)} describes a model that transformers cannot build: {reason}."
@@ -92,27 +92,27 @@ def cannot_be_built(config: Any, why: BaseException | str) -> SaeError:
 
 
 def model_name(config: Any) -> str:
-    """Where a configuration was loaded from, else the type of its model."""
+    """The place that a configuration was loaded from, or else its model type."""
     return str(getattr(config, "_name_or_path", "") or config.model_type)
 
 
 def describe(error: BaseException) -> str:
-    """The text of an error in one line, and its type."""
+    """The type of an error and its text, in one line."""
     text = " ".join(str(error).split())
     text = text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} ..."
     return f"{text.rstrip('.')} ({type(error).__name__})" if text else type(error).__name__
 
 
 def odd_values(config: Any) -> str:
-    """A sentence with the numbers of a configuration that can hardly be meant; empty if there are none."""
-    with contextlib.suppress(Exception):  # of a configuration that makes no sense
+    """A sentence listing implausible numbers in a configuration; empty if there are none."""
+    with contextlib.suppress(Exception):  # from a malformed configuration
         odd = list(dict.fromkeys(find_odd_values(config.to_dict())))
         return f" Odd values in it: {', '.join(odd[:5])}." if odd else ""
     return ""
 
 
 def find_odd_values(content: dict[str, Any]) -> Iterator[str]:
-    """The negative, vanishing and huge sizes in a configuration and its parts, each as `name = value`."""
+    """The negative, zero and huge sizes in a configuration and its parts, each as `name = value`."""
     for name, value in content.items():
         if isinstance(value, dict):
             yield from find_odd_values(value)
@@ -130,7 +130,7 @@ def out_of_memory_sentence(name: str, error: BaseException) -> str:
 
 
 def load_error(error: BaseException, name: str) -> SaeError | None:
-    """The error to raise if a model is missing or refused, the network down or the disk full; None otherwise.
+    """The error to raise if a model is missing or refused, the network is down or the disk is full; None otherwise.
 
     transformers raises an OSError in all of these cases; its causes tell which one it is.
     """
@@ -180,7 +180,7 @@ def load_error(error: BaseException, name: str) -> SaeError | None:
 
 
 def unsupported_model(causes: list[BaseException], name: str) -> str | None:
-    """The sentence for a model that transformers cannot load as it is; None for any other error."""
+    """The message for a model that transformers does not support as it is; None for any other error."""
     said = " ".join(map(str, causes))
     if (
         Path(name).is_dir()

@@ -41,7 +41,7 @@ COMMIT_LENGTH = 40  # hexadecimal digits of a commit of the Hub
 class ModelSource:
     """A model's name, where it is loaded from, and what pins its bytes."""
 
-    name: str  # as it is recorded and shown (cache/models.py)
+    name: str  # as recorded and displayed (cache/models.py)
     location: str  # a Hub id or a folder
     revision: str  # a commit of the Hub, or the sha256 of the files
     adapters: tuple[AdapterSource, ...] = ()  # to be merged into it, in this order
@@ -52,19 +52,19 @@ class ModelSource:
 
     @property
     def is_pinned(self) -> bool:
-        """Whether the revision covers every file that the model and its tokenizer are made from."""
+        """Whether the revision covers every file that the model and its tokenizer are built from."""
         if self.on_hub:
             return len(self.revision) == COMMIT_LENGTH
         return folder_digests(Path(self.location))[0] == self.revision
 
     @property
     def older_digests(self) -> tuple[str, ...]:
-        """What earlier versions recorded for a folder with these files, if not its revision."""
+        """The digests that earlier versions recorded for a folder with these files, if they differ from the revision."""
         return () if self.on_hub else folder_digests(Path(self.location))[1:]
 
     @property
     def argument(self) -> str:
-        """What `find_model` and --model take for this model."""
+        """The value by which `find_model` and --model find this model."""
         return mini.NAME if self.name == mini.NAME else self.location
 
     def identity(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class ModelSource:
 
     @property
     def label(self) -> str:
-        """What the model is called."""
+        """The display name of the model."""
         return model_label(self.identity())
 
 
@@ -104,7 +104,7 @@ def find_model(name: str, revision: str | None = None, adapters: Sequence[str] =
 
 
 def holds_adapter(name: str) -> str:
-    """Why the folder is refused: transformers would load the model that the adapter names instead of this one."""
+    """The message for a folder with an adapter: transformers would load the model named by the adapter instead."""
     return (
         f"{name} holds a PEFT adapter ({ADAPTER_CONFIG}). Give the model that it was trained for with --model, and "
         f"--adapter {name}. If it is a whole model, into which the adapter was merged, move {ADAPTER_CONFIG} out of it."
@@ -133,10 +133,10 @@ def config_file(source: ModelSource) -> Path | None:
 def find_recorded_model(
     record: ModelRecord, folders: Sequence[str] = (), given: str | None = None, adapter_folders: Sequence[str] = ()
 ) -> tuple[ModelSource, Any]:
-    """Find the model of a record again, as `find_model`: on the Hub, or in a folder that holds the same files.
+    """Find the model of a record again, like `find_model`: on the Hub, or in a folder that holds the same files.
 
-    `folders` are tried in turn if the record is of a folder; the user names `given` instead. Its adapters are found in
-    the same way, in `adapter_folders`.
+    If the record describes a folder, `folders` are tried in turn; `given` is the user's choice instead of these. The
+    adapters are found in the same way, in `adapter_folders`.
 
     Raises UsageError if `given` is another model, if the folder is not found, or if the model has changed.
     """
@@ -164,7 +164,7 @@ def describe_record(record: ModelRecord) -> str:
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The tokenizer of a model, as its files define it. What contexts begin with is decided by `choose_bos`."""
+    """The tokenizer of a model, as its files define it. `choose_bos` decides what contexts begin with."""
     with translate_load_errors(source.argument, "tokenizer"):
         tokenizer = from_pretrained(AutoTokenizer, source.location, **hub_revision(source))
         check_tokenizer(tokenizer, source.argument)
@@ -172,10 +172,10 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 
 def check_tokenizer(tokenizer: Any, name: str) -> None:
-    """Raise whatever a tokenizer raises when it is used: some files that make no sense are read without an error.
+    """Use a tokenizer once, so that it raises its errors now: some malformed files are read without an error.
 
-    For some models transformers makes a tokenizer from config.json alone, with special tokens and at most one more.
-    Raises DamagedError for it.
+    For some models transformers makes a tokenizer from config.json alone, with special tokens and at most one other
+    token. Raises DamagedError for such a tokenizer.
     """
     tokenizer("a", add_special_tokens=False)
     tokenizer("a")
@@ -192,7 +192,7 @@ def load_first_blocks(
 ) -> Any:
     """transformers' model up to a layer, without the later blocks and the unembedding.
 
-    With adapters it is the whole model, since they name the modules of that.
+    With adapters it is the whole model, since adapters name modules of the whole model.
     """
     if source.adapters:
         return load_whole_model(source, config, dtype=dtype, device=device, attention=attention)
@@ -201,7 +201,7 @@ def load_first_blocks(
     truncate_config(first, last_layer + 1)
     try:
         return load_transformer(kind, source, first, dtype, device, attention)
-    except DamagedError:  # in Gemma 3n and 4 the number of blocks decides the shape of tensors outside them
+    except DamagedError:  # in Gemma 3n and 4 the number of blocks determines the shape of tensors outside them
         return load_transformer(kind, source, config, dtype, device, attention)
 
 
@@ -215,7 +215,7 @@ def load_whole_model(source: ModelSource, config: Any, *, dtype: str, device: st
 def load_transformer(
     kind: Any, source: ModelSource, config: Any, dtype: str, device: str, attention: str | None
 ) -> Any:
-    """A model of transformers with the weights of `source`. Raises DamagedError unless they are all there."""
+    """A transformers model with the weights of `source`. Raises DamagedError unless all weights are present."""
     revision = hub_revision(source)
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet_transformers())

@@ -1,8 +1,8 @@
-"""Logits in float32 of a model that computes in bfloat16 or float16.
+"""Logits in float32 from a model that computes in bfloat16 or float16.
 
-Such a model rounds its logits: to steps of 1/16 where they are around 16, before and after a soft cap. A KL of two such
-distributions is about 1e-3 nats where it should be zero. The last product therefore gives its float32 sums as they are,
-and what the model's own code does to them (caps, scales) is done in float32.
+Such a model rounds its logits: to steps of 1/16 where they are around 16, before and after a soft cap. The KL
+divergence between two such distributions is about 1e-3 nats where it should be zero. So the last matrix multiplication
+returns its float32 sums unrounded, and the model's own code applies caps and scales in float32.
 """
 
 import contextlib
@@ -19,7 +19,8 @@ WEIGHTS_AT_ONCE = 2**24  # elements that are converted to float32 at a time, on 
 def unrounded_logits(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """A context in which a causal language model computes its logits in float32.
 
-    It changes nothing for a model in float32, and where the last layer is no plain linear one, such as a quantized one.
+    It changes nothing for a model in float32, or if the last layer is not a plain linear layer, such as a quantized
+    one.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if type(head) is not nn.Linear or head.weight.dtype not in (torch.bfloat16, torch.float16):
@@ -28,13 +29,13 @@ def unrounded_logits(model: nn.Module) -> contextlib.AbstractContextManager[Any]
 
 
 def unrounded_linear(x: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-    """x W^T + b in float32 (..., V), of x (..., D) and weights in less."""
+    """x W^T + b in float32 (..., V), from x (..., D) and weights of lower precision."""
     logits = UnroundedProduct.apply(x.flatten(0, -2).to(weight_VD.dtype), weight_VD).unflatten(0, x.shape[:-1])
     return logits if bias_V is None else logits + bias_V
 
 
 class UnroundedProduct(torch.autograd.Function):
-    """x W^T, whose sums are not rounded. Only x gets a gradient, in its own type, as of the model's own product."""
+    """x W^T with unrounded sums. Only x gets a gradient, in its own dtype, as from the model's own multiplication."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor) -> Tensor:
