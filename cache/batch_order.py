@@ -2,8 +2,8 @@
 
 The rows of each window were permuted when they were written. An epoch takes the chunks in a seeded order, lays them end
 to end, and cuts this sequence into `lanes` equal segments. Batch t is the t-th block of batch_size/lanes rows of every
-lane. So each read is contiguous, and a batch still mixes rows from up to `lanes` windows: the expected number of other
-rows of the same context, per row of a batch of B, is about B L (1/(lanes W) + 1/T) for contexts of L rows, windows of W
+lane. So each read is contiguous, and a batch still mixes rows from up to `lanes` windows. In a batch of B rows, each
+row shares its context with about B L (1/(lanes W) + 1/T) other rows on average, for contexts of L rows, windows of W
 rows and T rows in all.
 """
 
@@ -18,7 +18,7 @@ ALIGN = 8  # lanes start at a multiple of 8 rows: at d_in 2304 (4608 bytes) that
 
 
 class Span(NamedTuple):
-    """Consecutive rows of a chunk, from row `start` of the chunk on."""
+    """Consecutive rows of a chunk, starting at row `start`."""
 
     chunk: int
     start: int
@@ -56,7 +56,7 @@ class BatchOrder:
         self._shuffled = -1, np.empty(0, np.int64), np.empty(0, np.int64)
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order of the chunks in an epoch, and the number of rows up to the end of each. Threads can share it."""
+        """The order of the chunks in an epoch, and the number of rows up to the end of each chunk. Thread-safe."""
         number, order, end = self._shuffled
         if number != epoch:
             rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
@@ -72,7 +72,7 @@ class BatchOrder:
         first = self.lane_start + index_in_epoch * self.block_rows  # of each lane's block, counted in the epoch's order
         position = np.searchsorted(end, first, side="right")  # of the chunk in which the block begins
         chunk = order[position]
-        remaining = end[position] - first  # rows of that chunk from the beginning of the block on
+        remaining = end[position] - first  # rows of that chunk after the beginning of the block
         start = self.chunk_rows[chunk] - remaining
         spans = []
         lanes = (array.tolist() for array in (position, chunk, start, remaining))
@@ -88,9 +88,9 @@ class BatchOrder:
         return spans
 
     def uses(self, batches: range) -> np.ndarray:
-        """Which batches of a range read which chunks: (n, 3) int64 with a chunk and the first and last of the batches.
+        """Which batches of a range read which chunks: (n, 3) int64, each row a chunk and its first and last batch.
 
-        Each row is a stretch of consecutive batches. A chunk has several where lanes share it, and one in every epoch.
+        Each row is a run of consecutive batches. A chunk has several rows if lanes share it, and one in every epoch.
         """
         stretches = [np.empty((0, 3), np.int64)]
         per_epoch = self.batches_per_epoch

@@ -1,7 +1,7 @@
-"""The bfloat16 data type for zarr-python: the registered Zarr extension on disk, its 16 bits as uint16 in NumPy.
+"""The bfloat16 data type for zarr-python: the registered Zarr extension on disk, uint16 bits in NumPy.
 
 zarr-python has no bfloat16 yet. Importing this module registers one, so that `zarr.open_array` opens the arrays of a
-cache; `torch.from_numpy(array).view(torch.bfloat16)` then costs nothing. The metadata follows the zarr-extensions
+cache; `torch.from_numpy(array).view(torch.bfloat16)` then makes no copy. The metadata follows the zarr-extensions
 specification, so tensorstore and zarrs read the same files as native bfloat16.
 """
 

@@ -21,7 +21,7 @@ def list_caches(root: Path | None = None) -> dict[Path, Cache | SaeError]:
 
 
 def open_or_error(folder: Path | str) -> Cache | SaeError:
-    """The cache in a folder, or the error of opening it: a damaged cache must not make another command fail."""
+    """The cache in a folder, or the error raised by opening it: a damaged cache must not make other commands fail."""
     try:
         cache = open_place(folder)
         repr(cache), cache.state, cache.layout.n_windows
@@ -34,7 +34,7 @@ def open_or_error(folder: Path | str) -> Cache | SaeError:
 
 
 def open_caches(root: Path | None = None) -> list[Cache]:
-    """The caches under `activations/` that can be opened. Each of the others is named in a LeftOutWarning."""
+    """The caches under `activations/` that can be opened. A LeftOutWarning names each of the others."""
     caches = list_caches(root)
     for folder, error in caches.items():
         if isinstance(error, SaeError):
@@ -43,7 +43,7 @@ def open_caches(root: Path | None = None) -> list[Cache]:
 
 
 def caches_that(fit: Callable[[Cache], bool], caches: Iterable[Cache]) -> list[Cache]:
-    """The caches for which `fit` is true. One that is too damaged to tell is named in a LeftOutWarning."""
+    """The caches for which `fit` is true. A LeftOutWarning names each cache that is too damaged to tell."""
     fitting = []
     for cache in caches:
         try:
@@ -82,10 +82,11 @@ def find_cache(model: str | None, hook: Hook, root: Path | None = None) -> Cache
 
 
 def find_by_fingerprint(fingerprint: object, folder: Path | str | None, root: Path | None = None) -> Cache | None:
-    """The cache with a fingerprint: in its former place `folder` (a folder or an address), else under `activations/`.
+    """Find the cache with a fingerprint: at its former place `folder` (a folder or an address), or under
+    `activations/`.
 
-    None if it is in neither. A cache under `activations/` is preferred to an address. If the cache in the former place
-    cannot be opened and there is no other, its error is raised.
+    None if it is in neither place. A cache under `activations/` is preferred to an address. If the cache at the former
+    place cannot be opened and there is no other, the error of opening it is raised.
     """
     damage: SaeError | None = None
     if is_url(folder):
@@ -106,7 +107,7 @@ def find_by_fingerprint(fingerprint: object, folder: Path | str | None, root: Pa
 
 
 def model_folders(cache: Cache, key: str = "model") -> list[str]:
-    """The former folders of a cache's model: the one that its harvest was given, then those of other caches.
+    """The former folders of a cache's model: first the one given to its harvest, then those in other caches.
 
     With the key "adapters", the former folders of its adapters.
     """
@@ -120,9 +121,9 @@ def model_folders(cache: Cache, key: str = "model") -> list[str]:
 
 
 def harvest_command(model: str, hook: Hook, context: int | None = None) -> str:
-    """The command that makes a cache to evaluate an SAE of this hook on: half of its text is held out.
+    """The command that makes a cache for evaluating an SAE of this hook: half of the text is held out.
 
-    `context`: the length in tokens of the contexts that the SAE was trained on, where it is known.
+    `context`: the length in tokens of the contexts that the SAE was trained on, if known.
     """
     length = f" --context {context}" if context else ""
     return f"sae harvest --model {quote(model)} {hook.cli_flags}{length} --tokens 1M --held-out 0.5"

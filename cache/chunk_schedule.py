@@ -1,10 +1,10 @@
-"""Schedule the files of a known sequence of reads: when each is needed, and which to keep if not all fit.
+"""Schedule the files for a known sequence of reads: when each is needed, and which to keep if not all fit.
 
 A *step* reads several files at once, and the steps are known beforehand, because a batch number decides its rows. If a
 file has to be pulled and there is no room, the file whose next use is farthest away is removed (Belady 1966, A study of
-replacement algorithms for virtual-storage computer). This pulls the fewest files if all have one size. Files are pulled
-ahead, but only once the file that makes room for them has been read, so reading ahead causes no additional pulls (the
-"conservative" rule of Cao et al. 1995, A study of integrated prefetching and caching strategies).
+replacement algorithms for virtual-storage computer). This pulls the fewest files if all have the same size. Files are
+pulled ahead, but only once the file that makes room for them has been read, so reading ahead causes no additional pulls
+(the "conservative" rule of Cao et al. 1995, A study of integrated prefetching and caching strategies).
 """
 
 import heapq
@@ -21,11 +21,11 @@ class Pull(NamedTuple):
     file: int
     needed: int
     evict: list[int]
-    after: int  # the last step that reads one of `evict` before `needed`; -1: none does
+    after: int  # the last step before `needed` that reads one of `evict`; -1: none does
 
 
 class ChunkSchedule:
-    """The needs of files, numbered from 0: `uses` (n, 3) has rows of a file and the first and last step of a stretch.
+    """When files, numbered from 0, are needed: each row of `uses` (n, 3) is a file and a stretch's first and last step.
 
     Stretches of one file may overlap, as they do where lanes share a chunk. `sizes` (files,) are bytes.
     """
@@ -65,7 +65,7 @@ class ChunkSchedule:
             return 0
         steps = np.concatenate([self.first, self.last + 1])
         change = np.concatenate([self.sizes[self.file], -self.sizes[self.file]])
-        order = np.lexsort((change, steps))  # what ends at a step makes room before what begins there
+        order = np.lexsort((change, steps))  # at each step, ending stretches free room before others begin
         return int(np.cumsum(change[order]).max())
 
     def next_pull(
@@ -77,10 +77,10 @@ class ChunkSchedule:
         Args:
             position: the first step that has not been read.
             present: (files,) bool, the files that exist or are being pulled.
-            kept: (files,) bool, the files that cannot be removed.
+            kept: (files,) bool, the files that must not be removed.
             free: bytes that can be used without removing a file.
-            wanted: a file that has to be pulled now, whenever the schedule needs it; any file not `kept` can be
-            removed.
+            wanted: a file that has to be pulled now, regardless of when the schedule needs it; any file not `kept` can
+                be removed.
         """
         if wanted is not None:
             file, needed, spared = wanted, position, position - 1
@@ -97,7 +97,7 @@ class ChunkSchedule:
         later = self.next_use(candidates, needed)
         candidates, later = candidates[later > spared], later[later > spared]
         before = np.where(self.next_use(candidates, position) < needed, self.last_use(candidates, needed), -1)
-        order = np.lexsort((before, -later))  # of those that are needed equally late, the one that has been read first
+        order = np.lexsort((before, -later))  # of files needed equally late, the one that was read first
         room = np.cumsum(self.sizes[candidates[order]]) + free
         if not len(room) or room[-1] < self.sizes[file]:
             return None
@@ -106,9 +106,9 @@ class ChunkSchedule:
         return Pull(file, needed, candidates[evict].tolist(), int(before[evict].max()))
 
     def pulled(self, present: np.ndarray, capacity: int) -> np.ndarray:
-        """How often each file is pulled when all steps are read, (files,) int64, of those that are not `present` yet.
+        """How often each file is pulled when all steps are read, (files,) int64, if the `present` files exist at first.
 
-        It is the same whatever the speed of the link and of the reader.
+        The result does not depend on the speed of the link or the reader.
         """
         counts, held = np.zeros(len(self.sizes), np.int64), present.copy()
         following = np.full(len(self.file), NEVER)  # the first step of the file's next stretch
@@ -118,7 +118,7 @@ class ChunkSchedule:
         idle = [
             (-step, file) for file, step in enumerate(self.next_use(np.arange(len(held)), 0).tolist()) if held[file]
         ]
-        heapq.heapify(idle)  # (-next step, file) of files that are not being read; entries of earlier states stay in it
+        heapq.heapify(idle)  # (-next step, file) of files not being read; may contain stale entries
         key = {file: step for step, file in idle}
         reading: list[tuple[int, int, int]] = []  # (last step, file, -next step)
         for at in self.by_first.tolist():
@@ -141,7 +141,7 @@ class ChunkSchedule:
 
 
 def merge_stretches(uses: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """File, first and last step of the stretches, sorted by file and step, with those that meet made one."""
+    """File, first and last step of the stretches, sorted by file and step; adjoining stretches are merged."""
     file, first, last = uses[np.lexsort((uses[:, 1], uses[:, 0]))].astype(np.int64).T
     if not len(file):
         return file, first, last

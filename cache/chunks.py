@@ -37,8 +37,8 @@ BLOSC_CODEC = Blosc(BLOSC["cname"], BLOSC["clevel"], SHUFFLE, BLOSC["blocksize"]
 def read_attributes(folder: Path) -> dict[str, Any]:
     """The attributes in a cache's zarr.json.
 
-    Raises UsageError if it is another kind of Zarr group or has a newer format, DamagedError if it is not as it was
-    written or contradicts itself.
+    Raises UsageError if it is another kind of Zarr group or has a newer format, DamagedError if it was changed or
+    contradicts itself.
     """
     path = folder / "zarr.json"
     try:
@@ -53,7 +53,7 @@ def read_attributes(folder: Path) -> dict[str, Any]:
 
 
 def check_is_readable_cache(folder: Path | str, metadata: Any) -> None:
-    """Raise UsageError if the zarr.json of a folder is that of another kind of group, or of a newer format."""
+    """Raise UsageError if the zarr.json in a folder describes another kind of group, or a newer format."""
     attributes = metadata.get("attributes") if isinstance(metadata, dict) else None
     if not isinstance(attributes, dict):
         return
@@ -69,7 +69,7 @@ def check_is_readable_cache(folder: Path | str, metadata: Any) -> None:
 def read_array_spec(folder: Path, name: str, layout: Layout | None = None) -> ArraySpec:
     """The shape and storage of an array, from its zarr.json.
 
-    Raises DamagedError if that is not as it was written, or is not what the layout of the cache asks for.
+    Raises DamagedError if zarr.json was changed or does not match the layout of the cache.
     """
     path = folder / name / "zarr.json"
     metadata: dict[str, Any] = dict(ARRAY_RECORD.read(path))
@@ -88,7 +88,7 @@ def files_exist(folder: Path, records: FileRecords) -> bool:
 
 
 def file_sizes(folder: Path, files: Iterable[str]) -> dict[str, int]:
-    """The bytes of every file in the folders of these files."""
+    """The sizes in bytes of all files in the folders of these files."""
     sizes: dict[str, int] = {}
     for name in dict.fromkeys(file.rsplit("/", 1)[0] for file in files):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder / name) as entries:
@@ -126,7 +126,7 @@ def write_chunk(folder: Path, array: ArraySpec, chunk: int, rows: np.ndarray) ->
 
 
 def extended(checksum: int, raw: np.ndarray) -> int:
-    """The crc32c of some bytes after others. In parts, because computing one holds the interpreter lock."""
+    """Extend a crc32c by more bytes. Works in parts, because computing a crc32c holds the interpreter lock."""
     for start in range(0, len(raw), READ_BYTES):
         checksum = google_crc32c.extend(checksum, raw[start : start + READ_BYTES])
     return checksum
@@ -151,8 +151,8 @@ def check_chunk(folder: Path, array: ArraySpec, chunk: int, files: FileRecords) 
     """Read a chunk's file and raise DamagedError unless `files` lists it with this size and checksum.
 
     `files` are the records in the manifest, a commit or tokens/commit.json. The checksum at the end of a file does not
-    prove that the file belongs here, since a file of another window or another cache also has a valid one. The checksum
-    of an uncompressed chunk covers its rows; that of a shard covers the whole file.
+    prove that the file belongs here, since files of other windows and caches also end with valid checksums. In the
+    records, the checksum of an uncompressed chunk covers its rows; the checksum of a shard covers the whole file.
     """
     file = array.chunk_file(chunk)
     path = folder / file
@@ -192,7 +192,7 @@ def content_matches(content: bytes, array: ArraySpec, record: Mapping[str, Any])
 
 
 def most_open_chunks(caches: int = 1) -> int:
-    """How many memory maps each of some caches that are read together may keep open. Each holds a file open."""
+    """How many memory maps each of `caches` caches read together may keep open. Each map holds a file open."""
     return min(OPEN_CHUNKS, max(FEW_CHUNKS, files_limits()[0] // (4 * caches)))
 
 
@@ -246,7 +246,7 @@ def block_index(data: BytesLike | np.ndarray) -> np.ndarray:
 
 
 class RowsOfChunk(NamedTuple):
-    """Some rows of a chunk, whose file has `size` bytes."""
+    """Some rows of a chunk whose file has `size` bytes."""
 
     chunk: int
     rows: np.ndarray
@@ -262,7 +262,7 @@ def row_reader(folder: Path) -> RowReader:
 
 
 def read_rows(folder: Path, array: ArraySpec, chunk: int, rows: np.ndarray, size: int) -> np.ndarray:
-    """The given rows of a chunk, whose file has `size` bytes. Does not verify its checksum."""
+    """The given rows of a chunk whose file has `size` bytes. Does not verify the checksum."""
     if array.block_rows is None:
         return map_chunk(folder, array, chunk)[rows]
     shard = Shard(folder, array, chunk, size)
@@ -278,10 +278,10 @@ def read_chunk(folder: Path, array: ArraySpec, chunk: int, files: FileRecords) -
 def read_array(folder: Path, name: str, files: FileRecords, layout: Layout | None = None) -> np.ndarray:
     """A whole uncompressed array in memory, every chunk checked as by `check_chunk`; meant for the small arrays.
 
-    Raises DamagedError if a file is missing, short, or not the one that `files` lists, or like `read_array_spec`.
+    Raises DamagedError like `read_array_spec`, or if a file is missing, short, or not the one that `files` lists.
     """
     array = read_array_spec(folder, name, layout)
     values, per_chunk = np.empty(array.shape, array.numpy_dtype), array.chunk_shape[0]
-    for chunk in range(array.n_chunks):  # one map at a time: each holds a file open
+    for chunk in range(array.n_chunks):  # one map at a time: each map holds a file open
         values[chunk * per_chunk : (chunk + 1) * per_chunk] = read_chunk(folder, array, chunk, files)
     return values

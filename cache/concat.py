@@ -11,16 +11,16 @@ from .layout import ArraySpec, without_name
 from .reader import Cache
 from .reading import Folder, StoredFile
 
-# The held-out share and the seed are among them: they decide which documents training must not see, in any cache.
+# They include the held-out share and the seed, which decide what documents training must not see in any cache.
 COMPATIBLE_KEYS = ("model", "dtype", "attention", "tokenizer", "context", "held_out", "skip", "pack", "seed")
 
-# Entries of the identity that are absent at their default. The tokenization decides which documents are held out.
+# Entries of the identity that are omitted at their defaults. The tokenization affects which documents are held out.
 ADDED_KEYS = ("bos", "skip_positions", "special_tokens")
 ABSENT = object()
 
 
 class ConcatCache:
-    """The chunks of several caches one after the other, read like one cache.
+    """The concatenated chunks of several caches, read like one cache.
 
     Raises UsageError if the caches differ in one of COMPATIBLE_KEYS or if one is given twice.
     """
@@ -47,16 +47,16 @@ class ConcatCache:
         self._chunks = [(cache, chunk) for cache in self.caches for chunk in range(len(cache.chunk_rows))]
 
     def require_array(self, layer: int, site: str = "resid_post") -> str:
-        """The name of the array of a layer and site. Raises UsageError if a cache does not hold it complete."""
+        """The name of the array of a layer and site. Raises UsageError if the array is not complete in every cache."""
         (name,) = {cache.require_array(layer, site) for cache in self.caches}
         return name
 
     def array(self, name: str) -> ArraySpec:
-        """The array in the first cache: its width and dtype are the same in all, its number of rows is not."""
+        """The array in the first cache. Its width and dtype are the same in all caches; its number of rows is not."""
         return self.caches[0].array(name)
 
     def read_rows(self, name: str, index: int, start: int, count: int) -> list[np.ndarray]:
-        """`count` rows of chunk number `index`, from row `start` of the chunk on; see `Cache.read_rows`."""
+        """`count` rows of chunk number `index`, starting at row `start` of the chunk; see `Cache.read_rows`."""
         cache, chunk = self._chunks[index]
         return cache.read_rows(name, chunk, start, count)
 
@@ -79,12 +79,12 @@ class ConcatCache:
         )
 
     def norm_limit(self, name: str) -> float | None:
-        """The largest limit of the caches, over which no row is trained on; None if one of them has no limit."""
+        """The largest norm limit among the caches: no row above it is trained on. None if a cache has no limit."""
         limits = [cache.norm_limit(name) for cache in self.caches]
         return None if None in limits else max(limit for limit in limits if limit is not None)
 
     def array_digest(self, name: str) -> str:
-        """A digest of everything that decides the rows of an array; it depends on the order of the caches."""
+        """A digest of everything that determines the rows of an array, including the order of the caches."""
         return digest_of([cache.array_digest(name) for cache in self.caches])
 
     def statistics(self, name: str) -> dict[str, float]:

@@ -1,7 +1,7 @@
-"""Compare values that several records of a cache have in common, to detect damage to one of them.
+"""Compare the values that records of a cache share, to detect damage to one of the records.
 
-The digest of a record detects a change of the record. These checks also detect a record of another cache or window, and
-damage to records of earlier versions, which have no digest. They read no files.
+The digest of a record detects changes to it. These checks also detect a record that belongs to another cache or window,
+and damage to records of earlier versions, which have no digest. They read no files.
 """
 
 import re
@@ -43,7 +43,7 @@ def check_attributes(path: Path, attributes: Mapping[str, Any]) -> None:
 def check_array(path: Path, array: ArraySpec, layout: Layout, d_in: int | None) -> None:
     """Raise DamagedError unless an array has the shape and storage that the layout of its cache gives it.
 
-    `path` is the array's zarr.json; `d_in` the width of the activations that moments belong to.
+    `path` is the array's zarr.json; `d_in` is the width of the activations that the moments belong to.
     """
     if array.name.startswith("tokens/"):
         return  # their shapes follow from the number of contexts: see contexts.check_token_arrays
@@ -66,14 +66,14 @@ def describe_array(array: ArraySpec | None) -> str:
 
 
 def token_files(files: Collection[str]) -> set[str]:
-    """The files that the arrays in tokens/ have, with those of `tokens/rows` if one is listed."""
+    """The files of the arrays in tokens/, including `tokens/rows` if one of its files is listed."""
     rows = any(file.startswith("tokens/rows/") for file in files)
     return {array.chunk_file(0) for array in token_arrays(1, 1, rows=rows)}
 
 
 def check_commit(path: Path, commit: Mapping[str, Any], fingerprint: str, layout: Layout) -> None:
-    """Raise DamagedError unless the commit of a window belongs to the cache, has the name of its window and array, and
-    lists exactly their files.
+    """Raise DamagedError unless a commit belongs to the cache, is named after its window and array, and lists exactly
+    their files.
     """
     window, name = commit["window"], commit["array"]
     if commit["fingerprint"] != fingerprint:
@@ -94,7 +94,7 @@ def check_manifest(path: Path, manifest: Mapping[str, Any], attributes: Mapping[
         raise DamagedError(f"{path} comes from another harvest. {REPAIR_HINT}")
     if manifest["rows"] != layout.rows:
         raise contradiction(path, f"it has {manifest['rows']:,} rows", f"zarr.json has {layout.rows:,}")
-    # A harvest that was killed between the two can have added to the manifest only.
+    # A harvest that was killed between the two writes may have added arrays to the manifest only.
     if missing := sorted(set(attributes["complete"]) - set(complete)):
         raise contradiction(path, f"{missing[0]} is not complete in it", "it is in zarr.json")
     if different := sorted(set(statistics) ^ set(complete)):
@@ -115,7 +115,7 @@ def check_manifest_files(
 ) -> None:
     """Raise DamagedError unless a manifest lists the text of its cache and exactly the files of the complete arrays.
 
-    Of arrays that are not complete it may list any file that they can have.
+    For arrays that are not complete, it may list any file they can have.
     """
     every = range(layout.n_windows)
     expected = token_files(files) | window_files(layout, complete, every)
@@ -129,18 +129,18 @@ def check_manifest_files(
 
 
 def window_files(layout: Layout, names: Iterable[str], windows: range) -> set[str]:
-    """The files that these windows of activation arrays have, with those of row_ctx and row_pos."""
-    arrays = layout.arrays({name: 1 for name in names if is_array_name(name)})  # the width is in no file name
+    """The files of these windows of activation arrays, including those of row_ctx and row_pos."""
+    arrays = layout.arrays({name: 1 for name in names if is_array_name(name)})  # no file name depends on the width
     return {array.chunk_file(chunk) for array in arrays for chunk in layout.chunk_range(array, windows)}
 
 
 def is_array_name(name: str) -> bool:
-    """Whether a name is that of an array of activations, such as layer_12 or layer_12.mlp_out."""
+    """Whether this is the name of an array of activations, such as layer_12 or layer_12.mlp_out."""
     return re.fullmatch(r"layer_\d{2,}(\.[\w.]+)?", name) is not None
 
 
 def moments_of(name: str) -> str | None:
-    """The array of activations whose moments an array holds; None for any other array."""
+    """For an array of moments, the array of activations it belongs to; None for any other array."""
     return name.removesuffix(".moments") if name.endswith(".moments") else None
 
 
@@ -161,14 +161,12 @@ def check_names(path: Path, files: Collection[str], expected: Collection[str]) -
 
 
 def contradiction(path: Path, one: str, other: str) -> DamagedError:
-    """The error for a record of which `one` contradicts the `other`; both are clauses."""
+    """The error for a record in which `one` contradicts `other`; both are clauses."""
     return DamagedError(f"{path} contradicts itself or another record: {one}, but {other}. {REPAIR_HINT}")
 
 
 def check_same_text(place: Path | str, recorded: Mapping[str, Any], rows: int, tokens: str) -> None:
-    """Raise DamagedError if the harvest with these attributes was started with another number of rows, or with tokens
-    of another digest.
-    """
+    """Raise DamagedError if the harvest with these attributes was started with other tokens or another row count."""
     if recorded["rows"] != rows:
         raise DamagedError(
             f"{place} was started with {recorded['rows']:,} rows, but its text now has {rows:,}. Use another --out."
@@ -184,8 +182,8 @@ def check_same_harvest(
     place: Path | str, existing: str, fingerprint: str,
     theirs: Mapping[str, Any] | None = None, ours: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Raise UsageError if a folder or address holds another harvest (`existing`) than the one with this fingerprint.
-    The identities are compared to name the difference.
+    """Raise UsageError if the harvest in a folder or address (`existing`) does not have this fingerprint. The message
+    names the differences between the identities.
     """
     if existing != fingerprint:
         differs = f" Different: {describe_difference(theirs, ours)}." if theirs and ours else ""

@@ -14,11 +14,11 @@ from .contexts import Contexts
 
 @dataclass(frozen=True)
 class ContextFormat:
-    """How contexts are made of tokens.
+    """How contexts are built from tokens.
 
     Attributes:
         bos_id: the token that each context begins with; None if they begin with the first token of their text.
-        skip_ids: tokens that are never rows, at any position.
+        skip_ids: tokens that are never rows, whatever their position.
         skip_positions: how many positions at the beginning of a context are never rows; BOS is at position 0.
     """
 
@@ -33,7 +33,7 @@ class ContextFormat:
     ) -> Self:  # fmt: skip
         """The format of new contexts, from the options of `sae harvest`.
 
-        Pad, EOS, BOS and what contexts begin with are left out, unless `keep_special`.
+        Pad, EOS, BOS and the first token of contexts are skipped, unless `keep_special` is set.
 
         Raises UsageError for a token that the tokenizer does not have.
         """
@@ -50,7 +50,7 @@ class ContextFormat:
         return cls(bos_id, tuple(identity["skip"]), identity.get("skip_positions", 0))
 
     def identity(self, tokenizer: Any) -> dict[str, Any]:
-        """The entries of a cache's identity; entries that earlier versions lacked only if they are not the default."""
+        """The entries of a cache's identity. Entries that earlier versions lacked are omitted at defaults."""
         entries: dict[str, Any] = {"skip": list(self.skip_ids)}
         if self.bos_id != bos_or_eos_id(tokenizer):
             entries["bos"] = self.bos_id
@@ -60,18 +60,18 @@ class ContextFormat:
 
     @property
     def skip_record(self) -> Any:
-        """The settings that decide the rows of a text, for digests. Without skipped positions, only the list of ids."""
+        """The settings that decide which tokens are rows, for digests. Only the ids if no positions are skipped."""
         ids = list(self.skip_ids)
         return {"ids": ids, "positions": self.skip_positions} if self.skip_positions else ids
 
     def counted(self, ids_NS: Tensor) -> Tensor:
-        """Which tokens of contexts (N, S) or of one context (S,) are rows, judged by their ids and positions alone."""
+        """Mask of the tokens that are rows, by ids and positions alone, for contexts (N, S) or one context (S,)."""
         position_S = torch.arange(ids_NS.shape[-1], device=ids_NS.device)
         skip = torch.tensor(self.skip_ids, dtype=torch.int64, device=ids_NS.device)
         return ~torch.isin(ids_NS, skip) & (position_S >= self.skip_positions)
 
     def row_mask(self, contexts: Contexts) -> np.ndarray:
-        """Which positions are rows, (N, S) bool: inside the context, marked if it has marks, and not left out."""
+        """Mask (N, S) of the positions that are rows: not padding, marked if there are marks, and not skipped."""
         position_S = np.arange(contexts.ids.shape[1])
         inside_NS = (position_S < contexts.length[:, None]) & (position_S >= self.skip_positions)
         if contexts.rows is not None:

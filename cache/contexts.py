@@ -22,14 +22,14 @@ class Contexts:
     ids: np.ndarray  # (N, S) uint32
     length: np.ndarray  # (N,) uint16: tokens without padding
     document: np.ndarray  # (N,) uint32: the number of the document
-    held_out: np.ndarray  # (N,) bool: of a document kept for evaluation
+    held_out: np.ndarray  # (N,) bool: whether its document is kept for evaluation
     rows: np.ndarray | None = None  # (N, S) bool: in conversations, the tokens of the roles that are harvested
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def select(self, which: np.ndarray | slice) -> "Contexts":
-        """The contexts of a mask, an array of indices or a slice."""
+        """The contexts selected by a mask, an array of indices or a slice."""
         return Contexts(**{name: values[which] for name, values in self.arrays().items()})
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -53,7 +53,7 @@ class Contexts:
         TOKENS_RECORD.write(folder / "tokens" / "commit.json", commit)
 
     def file_records(self) -> dict[str, dict[str, Any]]:
-        """{file: record} as `write` would record them, without writing."""
+        """{file: record} of the files that `write` would write, without writing them."""
         values = self.arrays()
         return {a.chunk_file(0): encode_chunk(a, values[a.name.removeprefix("tokens/")])[1] for a in self.specs()}
 
@@ -85,7 +85,7 @@ class Contexts:
 
 
 def check_token_arrays(folder: Path, commit: Mapping[str, Any]) -> None:
-    """Raise DamagedError unless the arrays in tokens/ are those of its commit, with as many contexts as it says."""
+    """Raise DamagedError unless the arrays in tokens/ match its commit, including the number of contexts."""
     path = folder / "tokens" / "commit.json"
     check_names(path, commit["files"], token_files(commit["files"]))
     arrays = {name: read_array_spec(folder, name) for name in {file.rsplit("/", 1)[0] for file in commit["files"]}}

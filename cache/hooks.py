@@ -16,7 +16,7 @@ SITES = {  # site -> TransformerLens' name of the hook
     "mlp_hidden": "blocks.{}.mlp.hook_post",
     "mlp_out": "blocks.{}.hook_mlp_out",
 }
-RESIDUAL_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")  # the stream, and what is added to it
+RESIDUAL_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")  # the stream and its summands
 OUTSIDE = "model."  # begins the path of a module that is outside the blocks
 
 
@@ -24,8 +24,8 @@ class Hook(NamedTuple):
     """Where activations are read from the model: a site of a layer.
 
     The site is one of SITES, or `<path>.output` or `<path>.input` for any other module. `mlp.gate_proj.output` is in
-    the block of the layer; `model.embed_tokens.output` is outside the blocks, and `model` stands for what holds them.
-    Modules before the first block belong to layer 0, those after the last one to the last layer.
+    the block of the layer; `model.embed_tokens.output` is outside the blocks, and `model` denotes the module that
+    contains them. Modules before the first block belong to layer 0, those after the last one to the last layer.
     """
 
     layer: int
@@ -46,7 +46,7 @@ class Hook(NamedTuple):
 
     @property
     def name(self) -> str:
-        """TransformerLens' name, `blocks.12.hook_resid_post`; a module has `model.layers.12.mlp.up_proj.output`."""
+        """TransformerLens' name, `blocks.12.hook_resid_post`; for a module, `model.layers.12.mlp.up_proj.output`."""
         if self.site in SITES:
             return SITES[self.site].format(self.layer)
         return self.site if self.is_outside else f"model.layers.{self.layer}.{self.site}"
@@ -58,17 +58,17 @@ class Hook(NamedTuple):
 
     @property
     def module_path(self) -> str:
-        """The path of a module that is no named site, in the block, or in the trunk if it is outside the blocks."""
+        """The path of a module that is not a named site, in its block, or in the trunk if it is outside the blocks."""
         return self.site.rpartition(".")[0].removeprefix(OUTSIDE)
 
     @property
     def record(self) -> dict[str, Any]:
-        """Its entries in a record such as sae.json. The residual stream is meant where no site is named."""
+        """The entries of the hook in a record such as sae.json. A record without a site means the residual stream."""
         return {"layer": self.layer} | ({"site": self.site} if self.site != "resid_post" else {})
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Hook":
-        """The hook of a record with `layer` and perhaps `site`, the inverse of `record`."""
+        """The hook in a record with `layer` and optional `site`; the inverse of `record`."""
         return cls(record["layer"], record.get("site", "resid_post"))
 
     @classmethod
@@ -81,15 +81,15 @@ class Hook(NamedTuple):
 
 
 def is_site(text: str) -> bool:
-    """Whether a text has the form of a site: one of SITES, or the input or output of a module."""
+    """Whether a string is a valid site: one of SITES, or the input or output of a module."""
     return text in SITES or re.fullmatch(r"[\w.]+\.(input|output)", text) is not None
 
 
 class ModuleSpec(NamedTuple):
-    """A value of --module, taken apart: `model.layers.{layer}.mlp.gate_proj:output`."""
+    """A parsed value of --module, such as `model.layers.{layer}.mlp.gate_proj:output`."""
 
     blocks: str | None  # where the blocks are: model.layers; None for a module outside the blocks
-    layer: int | None  # None: every layer that was asked for
+    layer: int | None  # None: every requested layer
     path: str  # in the block, or of a module outside the blocks
     end: str  # input or output
 
@@ -102,7 +102,7 @@ class ModuleSpec(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "ModuleSpec":
-        """Take a value of --module apart. Raises UsageError for one of another form."""
+        """Parse a value of --module. Raises UsageError if it has another form."""
         match = re.fullmatch(r"([A-Za-z_]\w*(?:\.(?:\w+|\{layer\}))*)(?::(input|output))?", text)
         if match is None:
             raise UsageError(

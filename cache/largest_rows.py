@@ -1,9 +1,10 @@
 """The rows of a window with the largest norms, stored in an additional object of a cache in a store.
 
 The statistics of an array read the outlier rows and the rows with the largest norms, one in a thousand. On a disk they
-are read from the chunks; from a store, each row would be a request. Only all windows together show which rows these
-are, so each window stores more than a thousandth. Rows that an object lacks are read from the chunks. So are all rows
-if the object is missing, damaged, or made from other files than the listed ones. The object never changes a result.
+are read from the chunks; from a store, each row would be a request. Which rows these are is known only from all windows
+together, so each window stores more than a thousandth of its rows. Rows that are not in the object are read from the
+chunks. All rows are read from the chunks if the object is missing, damaged, or was made from files other than the
+listed ones. The object never changes a result.
 """
 
 import math
@@ -24,8 +25,8 @@ from .object_store import ObjectStore
 from .outliers import TOP_SHARE
 
 FOLDER = "largest"
-SHARE = 3 * TOP_SHARE  # of a window's rows: documents that have many of them are not spread evenly
-FAR = 4.0  # medians of the window; rows over it are kept too, since --max-norm can make them outliers
+SHARE = 3 * TOP_SHARE  # of a window's rows: documents with many of them are not spread evenly
+FAR = 4.0  # multiple of the window's median; rows above it are kept too: --max-norm can make them outliers
 MOST = 0.04  # of a window's rows
 
 
@@ -35,7 +36,7 @@ def largest_file(window: int, name: str) -> str:
 
 
 def encode_largest(files: FileRecords, norms: np.ndarray, bits: np.ndarray) -> bytes:
-    """The object of a window with these norms (rows,) and rows (rows, d_in), whose commit lists these files.
+    """The object for a window with these norms (rows,) and rows (rows, d_in), whose commit lists these files.
 
     It holds the digest of the files, the number of rows, their indices in the window, the rows, and a checksum.
     """
@@ -48,7 +49,7 @@ def encode_largest(files: FileRecords, norms: np.ndarray, bits: np.ndarray) -> b
 
 
 def decode_largest(data: bytes, files: FileRecords, array: ArraySpec) -> tuple[np.ndarray, np.ndarray] | None:
-    """The indices in their window and the rows that `encode_largest` kept; None if it was not made of these files."""
+    """The rows that `encode_largest` kept and their indices in the window; None if `data` is not from these files."""
     content, width = data[:-4], array.numpy_dtype.itemsize * array.shape[-1]
     if len(data) < 40 or data[-4:] != struct.pack("<I", google_crc32c.value(content)):
         return None
@@ -60,8 +61,8 @@ def decode_largest(data: bytes, files: FileRecords, array: ArraySpec) -> tuple[n
 
 
 def stored_row_reader(store: ObjectStore, layout: Layout, files: Mapping[str, Any]) -> RowReader:
-    """Reads rows of a cache in a store, whose manifest has these files: from the objects with the largest rows, and
-    from the chunks only if the objects lack them.
+    """A reader for rows of a cache in a store, whose manifest has these files. It reads from the objects with the
+    largest rows, and from the chunks only what the objects lack.
     """
 
     def read_window(array: ArraySpec, window: int, chunks: Sequence[RowsOfChunk]) -> list[np.ndarray]:
@@ -90,7 +91,7 @@ def stored_row_reader(store: ObjectStore, layout: Layout, files: Mapping[str, An
 
 
 def read_stored_rows(store: ObjectStore, array: ArraySpec, one: RowsOfChunk) -> np.ndarray:
-    """Rows of a chunk in a store, of which only these rows are read, or the compressed blocks that hold them."""
+    """Read rows of a chunk in a store: only the bytes of these rows, or of the compressed blocks that hold them."""
     key = array.chunk_file(one.chunk)
     if array.block_rows is None:
         size = array.chunk_bytes // array.chunk_shape[0]

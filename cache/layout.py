@@ -56,7 +56,7 @@ class ArraySpec:
     shape: tuple[int, ...]
     chunk_shape: tuple[int, ...]
     dtype: str  # a Zarr v3 data type, a key of DTYPES
-    logical_dtype: str | None = None  # "bfloat16" if its bits are stored as uint16, for readers without bfloat16
+    logical_dtype: str | None = None  # "bfloat16" if stored as uint16 bits, for readers without bfloat16
     block_rows: int | None = None  # rows per compressed block, if chunks are shards of compressed blocks
 
     @property
@@ -84,7 +84,8 @@ class ArraySpec:
 
     @property
     def fill_value(self) -> Any:
-        """What a Zarr reader returns where a chunk file is missing: NaN, so that lost rows are not taken for zeros.
+        """The value that a Zarr reader returns for a missing chunk file: NaN, so that lost rows are not taken for
+        zeros.
 
         Integers and booleans have no such value. Earlier versions recorded 0 for all of them.
         """
@@ -156,7 +157,7 @@ class Layout:
         return range(index * self.window_rows, min(self.rows, (index + 1) * self.window_rows))
 
     def rows_in(self, windows: Sequence[int]) -> int:
-        """The number of rows of some windows, each given once."""
+        """The total number of rows of these windows, each listed once."""
         missing_of_last = self.n_windows * self.window_rows - self.rows
         return len(windows) * self.window_rows - missing_of_last * (self.n_windows - 1 in windows)
 
@@ -191,13 +192,13 @@ class Layout:
         ]
 
     def chunk_range(self, array: ArraySpec, windows: range) -> range:
-        """The chunks of `array` that lie in these windows: several per window for activations, one for other arrays."""
+        """The chunks of `array` in these windows: several per window for activations, one for other arrays."""
         per_window = self.window_rows // array.chunk_shape[0] if len(array.shape) == 2 else 1
         return range(windows.start * per_window, min(windows.stop * per_window, array.n_chunks))
 
 
 def token_arrays(contexts: int, length: int, *, rows: bool = False) -> list[ArraySpec]:
-    """The arrays of `contexts` contexts of at most `length` tokens; with `rows`, marks of the tokens that are rows."""
+    """The arrays for `contexts` contexts of at most `length` tokens; with `rows`, also marks of the rows."""
     marks = [ArraySpec("tokens/rows", (contexts, length), (contexts, length), "bool")] if rows else []
     return [
         ArraySpec("tokens/ids", (contexts, length), (contexts, length), "uint32"),
@@ -214,7 +215,7 @@ def commit_file(window: int, array: str) -> str:
 
 
 def fingerprint_of(identity: dict[str, Any]) -> str:
-    """The digest of everything in the identity that decides a byte of the cache; names are left out."""
+    """The digest of everything in the identity that determines the bytes of the cache; names are left out."""
     return digest_of({key: without_name(value) for key, value in identity.items()})
 
 
@@ -242,5 +243,5 @@ def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_ring_cache(folder: Path) -> bool:
-    """Whether the folder keeps only some of its windows: the others were deleted, or are not harvested yet."""
+    """Whether the folder is a ring, which keeps only some windows: the others are deleted or not harvested yet."""
     return (folder / "ring.json").exists()

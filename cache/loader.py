@@ -39,20 +39,20 @@ class BatchSource(Protocol):
 
 class BatchLoader:
     """An iterator over the batches of one array, (batch_size, d_in) bfloat16, starting at any batch, up to `stop` or
-    without an end.
+    endless.
 
-    A batch is overwritten after the next call of `next`. The seed and the number `batch` of the next batch are the
-    whole state. `seconds_waited` is the time that the caller has waited for data. `store_failure` is the error that
+    A batch is overwritten after the next call of `next`. The seed and the number `batch` of the next batch are its
+    complete state. `seconds_waited` is the time that the caller has waited for data. `store_failure` is the error that
     `next` raised because a batch did not arrive from a store, or because `should_stop` ended the wait for it.
 
     Threads read ahead into a few slots. A thread takes the next batch number and a free slot in one step, so a batch
     never waits for a slot that a later batch holds. On a GPU the slots are pinned, and a separate CUDA stream copies
     batch n + 1 while the caller computes on batch n.
 
-    The chunks of a cache in a store are pulled into the local folder, ahead as far as it has room. `expected` means
-    that the folder was told to expect these batches.
+    The chunks of a cache in a store are pulled into the local folder, as far ahead as the folder has room. `expected`
+    means that the folder was told to expect these batches.
 
-    Raises UsageError if there are fewer rows than one batch. An error of a reading thread is raised by `next` when its
+    Raises UsageError if there are fewer rows than one batch. An error in a reading thread is raised by `next` when its
     batch is due.
     """
 
@@ -101,7 +101,8 @@ class BatchLoader:
                 self._slot_freed.wait_for(lambda: self._closed or self._free_slots or self._next_to_read >= self.stop)
                 if self._closed or self._next_to_read >= self.stop:
                     return
-                # On a CPU the slot freed last is still in the cache; on a GPU the one freed first has been copied.
+                # On a CPU, take the slot freed last, which is still in the CPU cache; on a GPU the one freed first,
+                # already copied.
                 slot = self._free_slots.popleft() if self._copier else self._free_slots.pop()
                 number, self._next_to_read = self._next_to_read, self._next_to_read + 1
             result: int | BaseException = slot
@@ -175,12 +176,12 @@ class BatchLoader:
 
 
 class HostToDevice:
-    """Copies host slots into two buffers on the GPU, on a CUDA stream of its own; never blocks the host."""
+    """Copies host slots into two buffers on the GPU, on a separate CUDA stream; never blocks the host."""
 
     def __init__(self, slots: list[Tensor], device: torch.device) -> None:
         self.slots, self.stream = slots, torch.cuda.Stream(device)
         self.buffers = [torch.empty_like(slots[0], device=device) for _ in range(2)]
-        self.free: list[torch.cuda.Event | None] = [None, None]  # the computation on each buffer has finished
+        self.free: list[torch.cuda.Event | None] = [None, None]  # events: the computation on each buffer has finished
         self.copied: list[torch.cuda.Event | None] = [None] * len(slots)
         self.last_copied = -1  # the last batch whose copy was queued
         self.stream.wait_stream(
@@ -315,10 +316,10 @@ def open_loader(
     expected: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> BatchLoader | ResidentLoader:
-    """The loader for a device: `ResidentLoader` on a GPU with room for the whole array, else `BatchLoader`.
+    """Open the loader for a device: `ResidentLoader` on a GPU with room for the whole array, otherwise `BatchLoader`.
 
-    `reserve` is the number of bytes on the device that the user of the batches will still need. The other arguments
-    are those of `BatchLoader`.
+    `reserve` is the number of bytes on the device that the caller will still need. The other arguments are passed to
+    `BatchLoader`.
 
     Raises UsageError if there are fewer rows than one batch.
     """
@@ -334,7 +335,7 @@ def open_loader(
 
 
 def copy_batches(loader: BatchLoader | ResidentLoader, stop: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Iterate over new tensors with the batches before number `stop`; closes the loader at the end."""
+    """Iterate over copies of the batches before number `stop`; closes the loader at the end."""
     with loader:
         while loader.batch < stop:
             yield next(loader).to(dtype, copy=True)

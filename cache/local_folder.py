@@ -1,7 +1,8 @@
-"""The local folder for chunks of caches in stores. It has a limited size, reads ahead, and is shared by processes.
+"""The local folder for chunks of caches in stores. Its size is limited, chunks are pulled ahead, and processes share
+it.
 
-It is known beforehand when each chunk is needed (chunk_schedule.py), so threads pull chunks ahead. If there is no room,
-the chunk whose next use is farthest away is removed; chunks that no process will read go first. Names are
+The order in which chunks are needed is known in advance (chunk_schedule.py), so threads pull chunks ahead. If there is
+no room, the chunk whose next use is farthest away is removed; chunks that no process will read go first. Names are
 `<cache>/<file of the cache>`. Only chunks of activations are removed; records, tokens and other small files stay, and
 count towards the size. shared_folder.py has the protocol between processes, room.py the decisions. One waiting step is
 served at a time, so that two steps never hold chunks that the other needs; its chunks stay until it is read.
@@ -39,22 +40,22 @@ class LocalFolder:
     def __init__(self, folder: Path) -> None:
         self.folder, self.size = folder, default_size(folder)
         self.pulled_files = self.pulled_bytes = 0  # by this process
-        self.say: Callable[[str], None] = lambda sentence: None  # called when a step has to wait for long
+        self.say: Callable[[str], None] = lambda sentence: None  # called when a step waits for long
         self._shared = SharedFolder(folder)
         self._lock = threading.Lock()
         self._arrived, self._to_decide = threading.Condition(self._lock), threading.Condition(self._lock)
-        self._deciding = threading.Lock()  # one thread decides at a time; the others pull, or wait for their turn
+        self._deciding = threading.Lock()  # one thread decides at a time; the others pull or wait
         self._plan = ReadingPlan()
-        self._waiting: dict[tuple[ChunkReading, int], Files] = {}  # (reading, step), as they came
+        self._waiting: dict[tuple[ChunkReading, int], Files] = {}  # by (reading, step), in order of arrival
         self._being_read: dict[tuple[ChunkReading, int], Files] = {}
-        self._kept: dict[str, StoredFile] = {}  # as in this process's statement
+        self._kept: dict[str, StoredFile] = {}  # as this process has stated
         self._ready: frozenset[str] = frozenset()  # kept and complete
         self._pulling: set[str] = set()
         self._verified: set[str] = set()  # of the kept files, by this process
         self._damaged: set[str] = set()  # found damaged by this process, which pulls them again
         self._replaced: set[str] = set()  # found damaged, and pulled again by another process
-        self._failed: dict[str, tuple[float, Exception]] = {}  # name -> when and how pulling it ended
-        self._free_after = -1  # the step whose end makes room for the next pull; NEVER: nothing is to be pulled
+        self._failed: dict[str, tuple[float, Exception]] = {}  # name -> time and error of the last attempt
+        self._free_after = -1  # the step whose end makes room for the next pull; NEVER: nothing to pull
         self._blocked = ""  # the reason why a step has no room, for a message
         self._arrivals = Arrivals()
         self._threads: list[threading.Thread] = []
@@ -62,8 +63,8 @@ class LocalFolder:
     # --- what is read ------------------------------------------------------------------------------------------------
 
     def expect(self, readings: Sequence[ChunkReading]) -> None:
-        """Name what will be read after the open readings, in this order: it is pulled ahead, or kept. The room for it
-        is reserved until nothing is expected any more.
+        """Announce what will be read after the open readings, in this order. It is pulled ahead, or kept, and the room
+        for it is reserved until nothing is expected any more.
         """
         with self._lock:
             self._plan.expect(readings)
@@ -71,9 +72,9 @@ class LocalFolder:
             self._leave_if_idle()
 
     def begin(self, reading: ChunkReading, expected_until: int | None = None) -> None:
-        """Begin to pull for a reading. Of the expected readings with its key, the steps up to a number are then done.
+        """Begin to pull for a reading. Expected readings with the same key are then done up to step `expected_until`.
 
-        Raises UsageError if the folder is too small for one of its steps beside one of each other process.
+        Raises UsageError if the folder cannot hold one of its steps together with one step of each other process.
         """
         with self._lock:
             with self._shared.mutex():
@@ -88,7 +89,7 @@ class LocalFolder:
             self._start_threads()
 
     def end(self, reading: ChunkReading) -> None:
-        """Pull no further for a reading. What is there stays until the room is needed."""
+        """Stop pulling for a reading. Files that are present stay until the room is needed."""
         with self._lock:
             reading.closed = True
             self._plan.end(reading)
@@ -112,7 +113,7 @@ class LocalFolder:
     def wait(self, reading: ChunkReading, step: int, files: Files) -> None:
         """Wait until the files of a step are there and verified, and keep them until `done`.
 
-        Raises what pulling one of them raised. An earlier failure to pull one does not count: it is tried again.
+        Raises any error of pulling one of them. Earlier failures do not count: such files are tried again.
         """
         while True:
             self._wait_for_files(reading, step, files)
@@ -124,7 +125,7 @@ class LocalFolder:
             if not damaged:
                 return
             with self._lock:
-                self._damaged |= damaged - self._verified  # unless it has been pulled anew meanwhile
+                self._damaged |= damaged - self._verified  # unless pulled again meanwhile
                 self._ready -= self._damaged
             self._drop(reading, step)
 
@@ -156,13 +157,13 @@ class LocalFolder:
                 raise
 
     def _let_read(self) -> None:
-        """Let those waiting steps begin whose files all exist. From then on these files stay."""
+        """Let waiting steps begin once all their files exist. From then on these files stay."""
         for key in [key for key, files in self._waiting.items() if self._ready.issuperset(files)]:
             self._being_read[key] = self._waiting.pop(key)
             self._arrived.notify_all()
 
     def _is_whole(self, file: StoredFile) -> bool:
-        """Whether a file that is being read matches its record. Files that this process has pulled do."""
+        """Whether a file that is being read matches its record, as any file pulled by this process does."""
         if file.name not in self._verified:
             try:
                 file.source.verify_file(file.file)
@@ -191,7 +192,7 @@ class LocalFolder:
             self._leave_if_idle()
 
     def holds(self, name: str) -> bool:
-        """Whether a file is there and stays because an open step reads it."""
+        """Whether a file is present and is kept because an open step reads it."""
         with self._lock:
             return any(name in names for names in self._being_read.values())
 
@@ -213,7 +214,7 @@ class LocalFolder:
         )  # fmt: skip
 
     def _first_waiting(self) -> tuple[Files, bool]:
-        """The files of the step to serve, which is the earliest one of the reading that waits longest, and whether the
+        """The files of the step to serve (the earliest step of the reading that has waited longest), and whether the
         schedule begins with another reading.
         """
         if not self._waiting:
@@ -225,7 +226,7 @@ class LocalFolder:
     # --- the size ----------------------------------------------------------------------------------------------------
 
     def _agree_on_size(self, shared: bool) -> None:
-        """The processes that share the folder have one size: that of the first."""
+        """Processes that share the folder use the same size: the size set by the first process."""
         path = self.folder / ".size"
         with contextlib.suppress(OSError, ValueError):
             if shared:
@@ -234,8 +235,8 @@ class LocalFolder:
                 path.write_text(str(self.size))
 
     def check_size(self, readings: Sequence[ChunkReading], processes: int = 1) -> None:
-        """Raise UsageError if the folder is too small for a step of one of the readings in each of some processes that
-        are about to begin. Writes nothing.
+        """Raise UsageError if the folder is too small for one step of any of these readings in each of the processes
+        that are about to begin. Writes nothing.
         """
         least = max((one.least for one in readings), default=0)
         check_room(self.folder, self.size, contents(self.folder).other, least, least * (processes - 1))
@@ -255,7 +256,7 @@ class LocalFolder:
                 while True:
                     try:
                         file, patience = self._decide()
-                    except Exception as error:  # the folder cannot be written: raised in waiting threads
+                    except Exception as error:  # the folder is not writable: raised in waiting threads
                         file, patience = None, LOOK_AGAIN
                         self._fail_waiting(error)
                     if file is not None:
@@ -264,7 +265,7 @@ class LocalFolder:
             self._pull(file)
 
     def _decide(self) -> tuple[StoredFile | None, float | None]:
-        """The file to pull now, for which room has been made; or None and how long to wait before looking again."""
+        """The file to pull now, after making room for it; or None and the time to wait before looking again."""
         if not self._plan.readings:
             return None, None
         with self._shared.mutex():
@@ -273,7 +274,7 @@ class LocalFolder:
             room = Room(self._needs(), found, others.values(), self.size)
             waiting = len(self._waiting)
             self._keep(room.kept(), found.whole)
-            if len(self._waiting) < waiting:  # what the steps that have begun read does not go
+            if len(self._waiting) < waiting:  # files of steps that have begun are not removed
                 room = Room(self._needs(), found, others.values(), self.size)
             decision = room.next()
             self._free_after, self._blocked = decision.after, ""
@@ -291,7 +292,7 @@ class LocalFolder:
         self._arrived.notify_all()
 
     def _keep(self, kept: Mapping[str, StoredFile], whole: Collection[str]) -> None:
-        """State what this process keeps and pulls, and let the steps that have all their files begin."""
+        """State what this process keeps and pulls, and let steps begin if all their files are present."""
         self._forget(self._kept.keys() - kept.keys())
         self._ready &= kept.keys()
         self._state(kept)
@@ -303,14 +304,14 @@ class LocalFolder:
         self._shared.state(Statement(frozenset(kept), frozenset(self._pulling), self._plan.least))
 
     def _forget(self, names: Collection[str]) -> None:
-        """Close the maps of chunks that are kept no longer: removing one that is mapped frees no space."""
+        """Close the maps of chunks that are no longer kept: removing a mapped file frees no space."""
         for name in names:
             file = self._kept[name]
             file.source.forget_chunk(file.file)
             self._verified.discard(name)
 
     def _reserve(self, file: StoredFile, remove: Collection[str]) -> None:
-        """Reserve room for a file, visibly to other processes, and remove the files that have to make room."""
+        """Reserve room for a file, visibly to other processes, and remove the files that make room for it."""
         path = self._part(file.name)
         self._pulling.add(file.name)
         try:
@@ -329,7 +330,7 @@ class LocalFolder:
         return self.folder / part_name(name, self._shared.owner)
 
     def _pull(self, file: StoredFile) -> None:
-        """Pull a file for which there is room. It appears whole; a kill leaves a part, which others remove."""
+        """Pull a file for which there is room. The file appears whole; a kill leaves a part, which others remove."""
         part, failure = self._part(file.name), None
         try:
             data = file.source.fetch_chunk(file.file)
@@ -369,7 +370,7 @@ class LocalFolder:
     # --- the folder --------------------------------------------------------------------------------------------------
 
     def _look(self, others: Mapping[str, Statement]) -> Contents:
-        """The files in the folder. Removes parts that no process is pulling, and damaged files that none is reading."""
+        """The files in the folder. Removes parts that nobody is pulling, and damaged files that nobody is reading."""
         found = contents(self.folder)
         for name, owner in list(found.parts):
             is_own = owner == self._shared.owner
@@ -390,7 +391,7 @@ OPENED: dict[Path, LocalFolder] = {}
 
 
 def local_folder(folder: Path | None = None, size: int | None = None) -> LocalFolder:
-    """The local folder of this process at a path, of at most `size` bytes. None: the default, or what it was before."""
+    """The process's local folder at a path, of at most `size` bytes. None: the default, or the previous value."""
     path = (folder or default_place()).resolve()
     if path not in OPENED:
         OPENED[path] = LocalFolder(path)

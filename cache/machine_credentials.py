@@ -1,16 +1,16 @@
-"""Check that the machine's metadata service can give credentials: obstore waits three minutes for a service that does
-not answer, as on EC2 inside a container.
+"""Check that the machine's metadata service can provide credentials: obstore waits three minutes for a service that
+does not answer, as on EC2 inside a container.
 """
 
 import http.client
 import os
 from urllib.parse import urlsplit
 
-GIVEN = (  # one of these in the environment: the machine is not asked
+GIVEN = (  # if one of these is set, the machine is not asked
     "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_WEB_IDENTITY_TOKEN_FILE",
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI",
 )  # fmt: skip
-SECONDS = 2.0  # in which the service answers; it is on the machine
+SECONDS = 2.0  # for the service to answer; it is local
 
 
 def asks_the_machine(scheme: str) -> bool:

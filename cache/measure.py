@@ -1,7 +1,7 @@
 """Norms and moments of rows, with the same bits on every device and with any number of threads.
 
-Sums are in float64, and each is made of additions of whole tensors in an order that is fixed here. A library's own sum
-or product would choose the order by itself, and another one on a GPU.
+Sums are in float64, computed by additions of whole tensors in an order that is fixed here. A library's own sum or
+product would choose its own order, and a different one on a GPU.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,25 +12,25 @@ import torch
 from torch import Tensor
 
 BLOCK_ROWS = 128  # rows that are converted to float64 at a time: as many as fit into a core's cache
-FEW_COLUMNS = 64  # columns that are left for the end: adding up fewer of them, block by block, is slow
+FEW_COLUMNS = 64  # columns left for a final step: adding up fewer, block by block, is slow
 Run = Callable[[Callable[[Tensor], tuple[Tensor, Tensor]], Iterable[Tensor]], Iterable[tuple[Tensor, Tensor]]]
 
 
 class RowStatistics(NamedTuple):
-    """What is measured of the R rows of a window of an array."""
+    """Statistics of the R rows of one window of an array."""
 
     norms: np.ndarray  # (R,) float32: L2 norms
     moments: np.ndarray  # (2, D) float64: elementwise sum and sum of squares
 
     @classmethod
     def of_chunks(cls, squares: Sequence[Tensor], sums: Sequence[Tensor]) -> "RowStatistics":
-        """From what `measure` has returned on the CPU, (C, R) and (C, 2, D) for some chunks at a time, in order."""
+        """Combine outputs of `measure` on the CPU, (C, R) and (C, 2, D), for consecutive groups of chunks."""
         norms = torch.cat([part.flatten() for part in squares]).sqrt().float().numpy()
         return cls(norms, np.add.reduce(torch.cat(list(sums)).numpy()))
 
 
 def measure(x_CRD: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared norms (C, R), and elementwise sums and sums of squares (C, 2, D), float64, of C chunks of R rows."""
+    """Squared norms (C, R), and elementwise sums and sums of squares (C, 2, D), in float64, for C chunks of R rows."""
     chunks, rows, d_in = x_CRD.shape
     sums = x_CRD.new_zeros(2, chunks, min(BLOCK_ROWS, rows), d_in, dtype=torch.float64)
     buffer, narrow = torch.empty_like(sums[0]), []
@@ -45,7 +45,7 @@ def measure(x_CRD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add_up(x: Tensor, dim: int, most: int = 1) -> Tensor:
-    """Add the last half along a dimension to the first, in place, until at most `most` are left; returns these."""
+    """Add the second half along a dimension to the first, in place, until at most `most` entries are left."""
     while (size := x.shape[dim]) > most:
         half = size // 2
         x.narrow(dim, 0, half).add_(x.narrow(dim, size - half, half))
@@ -54,7 +54,7 @@ def add_up(x: Tensor, dim: int, most: int = 1) -> Tensor:
 
 
 def measure_rows(bits_RD: np.ndarray, chunk_rows: int, run: Run = map) -> RowStatistics:
-    """Measure rows of bfloat16 bits, chunk by chunk. `run` is `map` or that of a pool of threads."""
+    """Measure rows of bfloat16 bits, chunk by chunk. `run` is `map` or the `map` method of a thread pool."""
     chunks = torch.from_numpy(bits_RD).view(torch.bfloat16).split(chunk_rows)
     squares, sums = zip(*run(measure, [chunk[None] for chunk in chunks]), strict=True)
     return RowStatistics.of_chunks(squares, sums)

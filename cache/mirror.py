@@ -45,10 +45,10 @@ class Mirror:
         return f"Mirror({self.store.url!r}, {str(self.folder)!r})"
 
     def pull(self, names: Iterable[str], check: Callable[[str], None] | None = None, threads: int = THREADS) -> None:
-        """Download those of the files that the folder lacks.
+        """Download the files that the folder lacks.
 
-        `check` is called with the name of each file that arrived and raises DamagedError if it is not what it should
-        be. Then the file is downloaded once more, and if that is no better it is deleted and the error raised.
+        `check` is called with the name of each downloaded file and raises DamagedError if its content is wrong. The
+        file is then downloaded once more; if it is still wrong, it is deleted and the error is raised.
         """
         missing = [name for name in dict.fromkeys(names) if not (self.folder / name).is_file()]
         self._each(lambda name: self._pull(name, check), missing, threads)
@@ -67,7 +67,7 @@ class Mirror:
                     raise
 
     def pull_existing(self, names: Iterable[str]) -> None:
-        """Download those of the small files that the folder lacks and the store has."""
+        """Download those small files that the store has and the folder lacks."""
 
         def pull(name: str) -> None:
             if (data := self.store.find(name)) is not None:
@@ -76,7 +76,7 @@ class Mirror:
         self._each(pull, [name for name in names if not (self.folder / name).is_file()], RECORD_THREADS)
 
     def push(self, names: Iterable[str]) -> None:
-        """Upload the files. All of them are in the store when this returns."""
+        """Upload the files. When this returns, all of them are in the store."""
         self._each(lambda name: self.store.put(name, self.folder / name), names)
 
     def drop(self, names: Iterable[str]) -> None:
@@ -86,13 +86,13 @@ class Mirror:
                 (self.folder / name).unlink()
 
     def _each(self, action: Callable[[str], None], names: Iterable[str], threads: int = THREADS) -> None:
-        """Run an action for each file, several at a time. After the first error no further one is begun."""
+        """Run an action for each file, several at a time. After the first error no further action is begun."""
         for _ in map_ahead(action, names, threads):
             pass
 
 
 def map_ahead(action: Callable[[Item], Result], items: Iterable[Item], threads: int = THREADS) -> Iterator[Result]:
-    """The results of an action, in order, computed by several threads at most `2 * threads` ahead.
+    """The results of an action, in order, computed by `threads` threads at most `2 * threads` items ahead.
 
     Raises the first error. Actions that have not begun by then are not started.
     """

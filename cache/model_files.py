@@ -14,7 +14,7 @@ TRAINING_FILES = {  # files that training and evaluation scripts write next to a
     "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json", "test_results.json",
     "training_args.bin", "optimizer.bin", "scheduler.bin",
 }  # fmt: skip
-# The files of transformers' tokenizers whose names end otherwise. Where there is a tokenizer.json they are not read.
+# Files of transformers' tokenizers with other suffixes. They are not read if there is a tokenizer.json.
 TOKENIZER_FILES = {
     "vocab.txt", "merges.txt", "bpe.codes", "dict.txt", "prophetnet.tokenizer", "source.spm", "target.spm",
     "vocab.bpe", "qwen.tiktoken",
@@ -28,8 +28,8 @@ def deciding_files(folder: Path) -> tuple[list[str], list[str], list[str]]:
     that an index names. Files that training writes next to a model, hidden files, and .bin weights next to safetensors
     are left out.
 
-    The two other lists are those of earlier versions: one without the weights in subfolders and the tokenizer's text
-    files, and one with all JSON files and weights in the folder.
+    The two other lists are the ones used by earlier versions: one without the weights in subfolders and the tokenizer's
+    text files, and one with all JSON files and weights in the folder.
 
     Raises DamagedError if an index cannot be read, or names a file outside the folder, and OSError.
     """
@@ -47,7 +47,7 @@ def deciding_files(folder: Path) -> tuple[list[str], list[str], list[str]]:
 
 
 def named_weights(folder: Path) -> list[str]:
-    """The weights of a folder that transformers reads, named by their paths in it, as an index lists them.
+    """The weights in a folder that transformers reads, as relative paths like those in an index.
 
     Raises DamagedError if the index cannot be read, or names a file outside the folder.
     """
@@ -66,7 +66,7 @@ def read_foreign(path: Path) -> Any:
 
 
 def explicit_weights(folder: Path) -> str | None:
-    """The file that config.json itself names for the weights, as transformers 5 allows."""
+    """The weights file named in config.json itself, as transformers 5 allows."""
     try:
         content = read_foreign(folder / CONFIG)
     except (DamagedError, FileNotFoundError):  # reported when the configuration is loaded
@@ -105,7 +105,7 @@ def check_inside(name: str, where: str) -> None:
 
 
 def pickled_weights(folder: Path) -> Iterator[Path]:
-    """The weights of a folder that are not safetensors, and which torch.load would read."""
+    """The weights in a folder that are not safetensors and that torch.load would read."""
     for name in named_weights(folder):
         if not name.endswith(".safetensors") and (folder / name).is_file():
             yield folder / name

@@ -25,7 +25,7 @@ ModelRecord = Mapping[str, Any]
 DIGEST_LENGTH = 64  # hexadecimal digits of a sha256; a commit of the Hub has 40
 SHORT_DIGEST = 8
 REMEMBERED_BYTES = 64 << 20  # smaller files are digested again each time, in a few hundredths of a second
-SETTLED_NS = 1_000_000_000  # a file that was changed in the last second could change again at the same time stamp
+SETTLED_NS = 1_000_000_000  # a file changed within the last second could change again with the same time stamp
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
@@ -45,7 +45,7 @@ def folder_label(folder: Path, digest: str) -> str:
 
 
 def name_without_digest(record: ModelRecord) -> str:
-    """The name of a model, or of its folder, which it keeps when its files change."""
+    """The name of a model, or of its folder, which stays the same when the files change."""
     return model_label(record).removesuffix(f"-{record['revision'][:SHORT_DIGEST]}")
 
 
@@ -77,19 +77,19 @@ class GivenModel:
         return self.is_base_of(record)
 
     def is_base_of(self, record: ModelRecord) -> bool:
-        """Whether this is the model of a record, or the one into which its adapters were merged."""
+        """Whether this is the model of a record, or the model into which its adapters were merged."""
         if self.text in (record.get("name"), model_label(record)):
             return True
         return record.get("revision") in self.digests
 
     def record(self) -> dict[str, Any]:
-        """The record of this model; a model of the Hub has no revision in it, since none is named."""
+        """The record of this model; for a model of the Hub it has no revision, since the user gave none."""
         if not self.digests:
             return {"name": self.text, "revision": None}
         return {"name": folder_label(Path(self.text).resolve(), self.digests[0]), "revision": self.digests[0]}
 
     def describe(self) -> str:
-        """The name, and the digest if it is a folder, for an error message."""
+        """The name and, for a folder, the digest, for an error message."""
         return f"{self.text} (sha256 {self.digests[0][:12]})" if self.digests else self.text
 
 
@@ -122,7 +122,7 @@ def combined_digest(names: Iterable[str], digests: Mapping[str, str]) -> str:
 
 
 def file_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Name of a file in a folder -> sha256. Reads only the files that changed since their digest was remembered."""
+    """File name -> sha256, for files in a folder. Reads only files that changed since their digest was remembered."""
     known, fresh, hashed = read_remembered("files"), {}, 0
     digests = {}
     for name in names:
@@ -157,14 +157,14 @@ def remembered_path() -> Path:
 
 def read_remembered(part: str) -> dict[str, Any]:
     """A part of activations/.models.json: "files" (path -> stamp and sha256) or "folders" (digest -> paths)."""
-    with contextlib.suppress(DamagedError):  # it can always be made again
+    with contextlib.suppress(DamagedError):  # it can always be recreated
         content: dict[str, Any] = dict(MODELS_RECORD.read(remembered_path()))
         return content[part]
     return {}
 
 
 def remember(part: str, entries: Mapping[str, Any]) -> None:
-    """Add entries to a part of activations/.models.json. Does nothing where that cannot be written."""
+    """Add entries to a part of activations/.models.json. Does nothing if the file cannot be written."""
     content = {one: read_remembered(one) for one in ("files", "folders")}
     content[part] |= entries
     content["files"] = {path: entry for path, entry in content["files"].items() if os.path.exists(path)}
@@ -173,14 +173,14 @@ def remember(part: str, entries: Mapping[str, Any]) -> None:
 
 
 def remember_folder(folder: Path, digest: str) -> None:
-    """Remember where a model lies, for later commands that read a cache of it."""
+    """Remember the folder of a model, for later commands that read a cache of it."""
     path = str(folder.resolve())
     others = [one for one in read_remembered("folders").get(digest, ()) if one != path]
     remember("folders", {digest: [path, *others][:4]})
 
 
 def recorded_folders(cache_folder: Path, key: str = "model") -> list[str]:
-    """The paths of the model, or of the adapters, as the last harvest into a cache was given them."""
+    """The paths of the model, or of the adapters, that were given to the last harvest into a cache."""
     with contextlib.suppress(DamagedError):
         value: Any = HARVEST_RECORD.read(cache_folder / "harvest.json").get(key)
         return [one for one in ([value] if isinstance(value, str) else value or ()) if isinstance(one, str)]
@@ -188,8 +188,8 @@ def recorded_folders(cache_folder: Path, key: str = "model") -> list[str]:
 
 
 def find_folder(record: ModelRecord, candidates: Iterable[str]) -> Path:
-    """The folder with the files of a record that has a digest: the first candidate or remembered folder that holds
-    them.
+    """The folder with the files of a recorded model: the first candidate or remembered folder whose digest matches the
+    record.
 
     Raises UsageError if none does.
     """

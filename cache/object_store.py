@@ -31,13 +31,13 @@ from .store_errors import MissingError, StoreWarning, TransientError, failure, w
 Result = TypeVar("Result")
 
 URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
-WITHOUT_SLASHES = re.compile(rf"({'|'.join(SCHEMES)}):/?(?!/)", re.IGNORECASE)  # a Path makes s3:/ of s3://
-PATIENCE = 180.0  # seconds from the first attempt, after which there is no further one
+WITHOUT_SLASHES = re.compile(rf"({'|'.join(SCHEMES)}):/?(?!/)", re.IGNORECASE)  # a Path turns s3:// into s3:/
+PATIENCE = 180.0  # seconds after the first attempt within which further attempts begin
 RETRY = {"max_retries": 10, "retry_timeout": timedelta(seconds=PATIENCE)}  # of obstore
-# The time for a whole request bounds the size of an object on a slow link, so only silence ends one.
+# A timeout for whole requests would limit the size of objects on a slow link, so only silence ends a request.
 CLIENT = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "1h"}
-# Options of the HTTP client that the environment can set as, for example, AWS_ALLOW_HTTP. obstore reads them only where
-# it is given no others.
+# Options of the HTTP client that the environment can set, for example as AWS_ALLOW_HTTP. obstore reads them only if it
+# is given no options.
 CLIENT_OPTIONS = (
     "allow_http",
     "allow_invalid_certificates",
@@ -50,7 +50,7 @@ PREFIXES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
 ATTEMPTS = 4  # for failures that obstore does not retry: a body that ends early, a lost answer to a conditional write
 PAUSE = 0.4  # seconds before the second attempt; doubled before each further one
 PART_BYTES = 64 << 20  # of an upload; a chunk of activations is smaller, so it is one request
-COALESCE_BYTES = 64 << 10  # between two ranges that one request reads
+COALESCE_BYTES = 64 << 10  # largest gap between ranges that one request reads
 
 
 def is_url(path: object) -> TypeGuard[str]:
@@ -59,8 +59,8 @@ def is_url(path: object) -> TypeGuard[str]:
 
 
 def folder_or_url(path: str | Path | None) -> str | Path | None:
-    """A path that a user gave, where an address is allowed: the address as it is, else a Path, which would lose a slash
-    of an address. Raises UsageError for an address that has lost one.
+    """Convert a user's path to a Path, unless it is an address, which is returned unchanged: a Path would drop one of
+    its slashes. Raises UsageError for an address that has lost a slash.
     """
     if path is not None:
         check_slashes(path)
@@ -75,10 +75,10 @@ def check_slashes(path: object) -> None:
 
 
 def open_store(url: str, *, write: bool = False) -> "ObjectStore":
-    """The objects under an address. No request is made to it, so a bucket that is missing shows at the first use.
+    """Open the objects under an address. No request is made, so a missing bucket is noticed only at the first use.
 
-    Raises UsageError for an address that cannot be used, with `write` also for one that can only be read, and
-    UnavailableError without the extra `remote`, or where nothing gives credentials for s3.
+    Raises UsageError for an address that cannot be used, or with `write` can only be read, and UnavailableError without
+    the extra `remote` or without any source of credentials for s3.
     """
     address = check_url(url)
     scheme = address.split("://")[0]
@@ -98,7 +98,7 @@ def open_store(url: str, *, write: bool = False) -> "ObjectStore":
 
 
 def client_options(scheme: str) -> dict[str, Any]:
-    """The options of the HTTP client: CLIENT, and what the environment says."""
+    """The options of the HTTP client: CLIENT, and those set in the environment."""
     prefix = PREFIXES.get(scheme)
     names = {name: f"{prefix}{name.upper()}" for name in CLIENT_OPTIONS if prefix}
     given = {name: os.environ[variable] for name, variable in names.items() if variable in os.environ}
@@ -106,7 +106,7 @@ def client_options(scheme: str) -> dict[str, Any]:
 
 
 def check_url(url: str) -> str:
-    """The address without a slash at its end. Raises UsageError, which does not repeat a credential."""
+    """The address without a trailing slash. Raises UsageError without repeating credentials in the message."""
     if (match := URL.match(url)) is None:
         raise UsageError(f"{url} is not an address: expected one such as s3://bucket/prefix.")
     scheme = match[1].lower()
@@ -153,7 +153,7 @@ class ObjectStore:
         return f"{self.url}/{key}" if key else self.url
 
     def get(self, key: str) -> bytes:
-        """The content of an object. Raises DamagedError if it is missing or shorter than the store says it is."""
+        """The content of an object. Raises DamagedError if it is missing or shorter than its recorded size."""
 
         def read() -> bytes:
             result = self.store.get(key)
@@ -168,7 +168,7 @@ class ObjectStore:
         atomic_write(path, self.get(key))
 
     def put(self, key: str, content: bytes | memoryview | Path) -> None:
-        """Write an object, whole or not at all: these bytes, or those of a file. Replaces one that is there."""
+        """Write an object atomically, from bytes or a file. Replaces an existing object."""
         self.check_writable()
         if isinstance(content, Path):
             try:
@@ -178,7 +178,7 @@ class ObjectStore:
         self._try(lambda: self.store.put(key, content, chunk_size=PART_BYTES, max_concurrency=2), key)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write an object unless there is one with this key, in one step; returns whether it now holds `data`.
+        """Atomically write an object unless its key exists; returns whether the object now holds `data`.
 
         The answer to a successful write can be lost, so an object with the same bytes counts as written by this call.
         Writers that have to be distinguished write different bytes.
@@ -195,10 +195,10 @@ class ObjectStore:
         return self._try(write, key) or self.find(key) == data
 
     def replace(self, key: str, data: bytes, seen: bytes) -> bool:
-        """Write an object if it still holds what was seen, in one step; returns whether it now holds `data`. It is not
-        written if it is missing.
+        """Atomically replace an object if it still holds `seen`; returns whether it now holds `data`. A missing object
+        is not written.
 
-        On a mounted file system (file://) the two are not one step.
+        On a mounted file system (file://) the check and the write are not atomic.
         """
         self.check_writable()
 
@@ -218,8 +218,8 @@ class ObjectStore:
             return False
 
     def check_conditional_writes(self, key: str) -> None:
-        """Raise UnavailableError unless the store refuses to create an object that exists, and to replace one that has
-        changed. `key` is the key of a temporary object. Takes five requests.
+        """Raise UnavailableError unless the store refuses to create an object that exists, and to replace an object
+        that has changed. `key` is the key of a temporary object. Takes five requests.
         """
         if self.is_folder:
             return
@@ -236,7 +236,7 @@ class ObjectStore:
             return self._try(put, key)
 
         try:
-            # Where an answer was lost, the second attempt is refused.
+            # If an answer was lost, the second attempt is refused.
             first = write(b"1", "create") or self._try(lambda: version_of(self.store.head(key)), key)
             refused = write(b"2", "create") is None and (
                 (write(b"3", first) is not None or self.get(key) == b"3") and write(b"4", first) is None
@@ -281,7 +281,7 @@ class ObjectStore:
         return self._try(lambda: self.store.head(key)["size"], key)
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
-        """(key, bytes) of each object in a folder such as "commits", or of all. It can be out of date.
+        """(key, bytes) of each object in a folder such as "commits", or of all objects. The list can be out of date.
 
         Raises UsageError for a web server.
         """
@@ -290,7 +290,7 @@ class ObjectStore:
         return iter([(one["path"], one["size"]) for one in found])
 
     def children(self, prefix: str = "") -> Sequence[str]:
-        """The names of the folders and objects directly in a folder, sorted. It can be out of date.
+        """The names of the folders and objects directly in a folder, sorted. The list can be out of date.
 
         Raises UsageError for a web server.
         """
@@ -310,15 +310,15 @@ class ObjectStore:
             self._try(partial(self._delete, some), some[0])
 
     def _delete(self, keys: Sequence[str]) -> None:
-        with contextlib.suppress(FileNotFoundError):  # only a folder says so, and stops there
+        with contextlib.suppress(FileNotFoundError):  # only raised for a folder, and ends the deletion
             self.store.delete(keys)
 
     def check(self) -> None:
-        """Raise UnavailableError unless the bucket exists and may be listed. One request."""
+        """Raise UnavailableError unless the bucket exists and may be listed. Makes one request."""
         self._try(lambda: next(iter(self.store.list(None, chunk_size=1)), None), "")
 
     def check_writable(self) -> None:
-        """Raise UsageError for an address that can only be read, whatever its server allows. No request."""
+        """Raise UsageError if this kind of address can only be read. Makes no request."""
         scheme = self.url.split("://")[0]
         if scheme not in WRITABLE:
             writable = ", ".join(f"{one}://" for one in WRITABLE)
@@ -335,7 +335,7 @@ class ObjectStore:
             raise DamagedError(f"{self.address(key)} gave {length:,} of its {expected:,} bytes. Try again.")
 
     def _try(self, action: Callable[[], Result], key: str) -> Result:
-        """Run a request. If a later attempt can succeed, make up to ATTEMPTS within PATIENCE."""
+        """Run a request. After a failure that may pass, make up to ATTEMPTS attempts within PATIENCE."""
         started = time.monotonic()
         for attempt in range(1, ATTEMPTS + 1):
             try:
@@ -355,7 +355,7 @@ class ObjectStore:
 
 
 def version_of(written: Mapping[str, Any]) -> dict[str, Any]:
-    """The value for a condition: S3 and Azure compare the tag of the content, Google the number of the write."""
+    """The version for a conditional write: S3 and Azure compare the content's tag, Google the number of the write."""
     return {name: written[name] for name in ("e_tag", "version") if written[name] is not None}
 
 

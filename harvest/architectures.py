@@ -184,7 +184,7 @@ class Blueprint:
             raise UsageError(f"--module {text}: no block has a module {spec.path}{did_you_mean(spec.path, known)}")
 
     def layer_outside(self, hook: Hook) -> int:
-        """The layer of a module outside the blocks: the last if the module runs after the blocks, otherwise the first."""
+        """The layer of a module outside the blocks: the last if the module runs after the blocks, else the first."""
         layer, _ = self.first_block.outside(hook)
         return len(self.parts.blocks) - 1 if layer is None else layer
 

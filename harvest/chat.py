@@ -141,7 +141,7 @@ class ChatEncoder:
                     yield first, last
 
     def prefix_length(self, messages: Sequence[dict[str, Any]], text: str) -> int:
-        """The length of the rendered first messages. Raises UsageError if they do not begin the rendered conversation."""
+        """The length of the rendered first messages. Raises UsageError if the conversation does not begin with them."""
         if not messages:
             return 0
         try:

@@ -35,7 +35,7 @@ class Column:
             )
 
     def document(self, value: Any, row: int, place: str) -> Document:
-        """The document in a cell, or Unreadable if the cell holds something else. Raises UsageError for an unknown id."""
+        """The document in a cell; Unreadable if the cell holds something else. Raises UsageError for an unknown id."""
         if value is None or isinstance(value, Unreadable):
             return Document(value)
         if self.chat:

@@ -189,7 +189,7 @@ def list_of_messages(value: Any) -> Any:
 
 
 def fault_of_messages(value: Any) -> str:
-    """What is wrong with a cell that should be a list of messages, each with a role and content. Empty if it is valid."""
+    """What is wrong with a cell that should be a list of messages with a role and content; empty if it is valid."""
     value = list_of_messages(value)
     if not isinstance(value, list):
         return f"{value!r:.60}"

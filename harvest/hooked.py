@@ -172,7 +172,7 @@ class HookedModel:
 
     @contextlib.contextmanager
     def _hooking(self, hook: Hook, use: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-        """Call `use` with the activations (N, S, d) at a hook; unless the result is None, it replaces the activations."""
+        """Call `use` with the activations (N, S, d) at a hook; a result that is not None replaces them."""
         site = self.site(hook)
         module = (self.trunk if hook.is_outside else self.blocks[hook.layer]).get_submodule(site.path)
         shape: list[tuple[int, ...]] = []
@@ -254,7 +254,7 @@ class HookedModel:
 
     @contextlib.contextmanager
     def _stopping_after(self, layer: int) -> Iterator[None]:
-        """While the context is open, end forward passes after this block, since later blocks do not affect the result."""
+        """While the context is open, end forward passes after this block: no later block is needed."""
 
         def stop(_module: nn.Module, _inputs: Any, _output: Any) -> None:
             raise _StopForward

@@ -26,7 +26,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class LeftOut(nn.Module):
-    """A placeholder for a part of a model that text does not need. It keeps the part's plain attributes, such as sizes."""
+    """A placeholder for a part of a model that text does not need. It keeps plain attributes, such as sizes."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()

@@ -59,7 +59,7 @@ class ModelSource:
 
     @property
     def older_digests(self) -> tuple[str, ...]:
-        """The digests that earlier versions recorded for a folder with these files, if they differ from the revision."""
+        """The digests that earlier versions recorded for a folder with these files, other than the revision."""
         return () if self.on_hub else folder_digests(Path(self.location))[1:]
 
     @property

@@ -4,7 +4,7 @@ A *layer* is the zero-based index of a block and means the residual stream after
 TransformerLens, the output of `model.layers[12]`, `hidden_states[13]` in transformers (which applies the final norm to
 the last one; here it is left out).
 
-A block has more sites, which hooked.py reads and replaces, and probe.py finds by the numbers of the block:
+A block has more sites, which hooked.py reads and replaces, and which probe.py finds from the block's activations:
 
     resid_pre   what enters the block
     attn_out    what attention adds to the residual stream: in Gemma 2 after a norm
@@ -15,9 +15,9 @@ A block has more sites, which hooked.py reads and replaces, and probe.py finds b
     mlp_out     what the MLP adds to the residual stream
     resid_post  what leaves the block: resid_pre + attn_out + mlp_out
 
-In a hybrid, "attention" is whatever stands in its place and reads earlier tokens, such as a Mamba mixer. Any other
-module is a site too: `mlp.gate_proj.output` is the output of `model.layers[12].mlp.gate_proj`, `mlp.gate_proj.input`
-its input (cache/hooks.py).
+In a hybrid model, "attention" is whatever module replaces it and reads earlier tokens, such as a Mamba mixer. Any other
+module is a site too: `mlp.gate_proj.output` is the output of `model.layers[12].mlp.gate_proj`, and
+`mlp.gate_proj.input` is its input (cache/hooks.py).
 
 Shape suffixes: N contexts in a batch, S positions, D d_model, V vocabulary.
 """
@@ -88,9 +88,9 @@ def load_model(
 
 
 def refuse_unknown_ids(model: "LanguageModel") -> "LanguageModel":
-    """Let the model raise UsageError for token ids that it has no embedding for, where torch raises IndexError.
+    """Make the model raise UsageError, instead of torch's IndexError, for token ids without an embedding.
 
-    Not on a GPU, where looking at the ids would wait for the previous pass: who gives it ids has checked them.
+    Ids are not checked on a GPU, where reading them would wait for the previous pass; there callers check them before.
     """
     embedding = model.trunk.get_input_embeddings()
     rows = int(embedding.num_embeddings)
@@ -111,8 +111,8 @@ def refuse_unknown_ids(model: "LanguageModel") -> "LanguageModel":
 class LanguageModel(HookedModel):
     """A decoder with a list of blocks.
 
-    `capture` reads the residual stream, `capture_hooks` reads any hook, `forward` and `prefix` make it possible to run
-    the model again from changed activations, and `patching` changes activations during any call of the model.
+    `capture` reads the residual stream and `capture_hooks` reads any hook. `forward` and `prefix` allow running the
+    model again from changed activations. `patching` changes activations during any call of the model.
     """
 
     @cached_property
@@ -129,16 +129,16 @@ class LanguageModel(HookedModel):
 
     @torch.no_grad()
     def resume(self, ids_NS: Tensor, hooks: Sequence[Hook], kept: dict[Hook, Tensor], final: Tensor) -> ForwardPass:
-        """The pass that `forward` returned, from its `kept` (at `hooks_to_keep`) and its `final`."""
+        """Recreate the pass that `forward` returned, from its `kept` (at `hooks_to_keep`) and its `final`."""
         return self._splicer.resume(ids_NS, hooks, kept, final)
 
     def hooks_to_keep(self, hooks: Sequence[Hook]) -> list[Hook]:
-        """Where a `ForwardPass` of these hooks keeps activations: there, and where the model starts again for them."""
+        """The hooks where a `ForwardPass` keeps activations: these hooks, and those from which the model restarts."""
         return self._splicer.hooks_to_keep(hooks)
 
     @torch.no_grad()
     def prefix(self, ids_NS: Tensor, hooks: Sequence[Hook]) -> PrefixPass:
-        """A pass that ends at the last of the hooks, for those who need the model only as changed at a hook.
+        """A pass that ends at the last hook, for callers that do not need the outputs of the unchanged model.
 
         Raises UsageError as `forward` does.
         """

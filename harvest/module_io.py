@@ -1,4 +1,4 @@
-"""The activations in what a module of transformers is called with and returns.
+"""The activations in the arguments and the output of a transformers module.
 
 Modules take the activations as their first argument or as `hidden_states`, and return them alone or as the first tensor
 of a tuple.
@@ -13,7 +13,7 @@ INPUT_NAMES = ("hidden_states", "x", "input", "hidden_state")
 
 
 def input_key(args: Sequence[Any], keywords: Mapping[str, Any]) -> int | str | None:
-    """Which argument of a call holds the activations: its position or its name; None if there is none."""
+    """The position or name of the argument that holds the activations; None if no argument does."""
     if args:
         return 0 if isinstance(args[0], Tensor) else None
     names = [*INPUT_NAMES, *keywords]

@@ -1,7 +1,7 @@
 """Checks of pytorch_model.bin before torch reads it.
 
-It is a zip file with a pickle and the bytes of the tensors. torch reads the pickle with weights_only, which runs
-nothing; what it does not limit is how much an entry unpacks to.
+It is a zip file with a pickle and the bytes of the tensors. torch reads the pickle with weights_only, which runs no
+code but does not limit the unpacked size of an entry.
 """
 
 import zipfile
@@ -13,7 +13,7 @@ ADVICE = "Download it again, or better a version in safetensors."
 
 
 def check_pickled(path: Path) -> None:
-    """Raise DamagedError if a file of weights is truncated, or unpacks to more than its size.
+    """Raise DamagedError if a weights file is truncated, or unpacks to more than its size.
 
     Files that torch wrote before version 1.6 are not zip files; reading them needs no more memory than their size.
     """

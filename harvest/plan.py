@@ -62,14 +62,14 @@ class HarvestPlan:
     model_config: Any  # transformers' configuration of the model
     tokenizer: Any
     text: TextSource
-    identity: dict[str, Any]  # everything that decides a byte of the cache
+    identity: dict[str, Any]  # everything that determines the bytes of the cache
     folder: Path
     hooks: list[Hook]
     tokens: int  # rows to harvest; an upper bound where config.tokens is None
     dtype: str
     device: str
     chat: ChatEncoder | None = None  # for a text of conversations
-    store: ObjectStore | None = None  # of a cache in an object store; `folder` is then its working folder
+    store: ObjectStore | None = None  # for a cache in an object store; `folder` is then its working folder
 
     @cached_property
     def widths(self) -> dict[str, int]:
@@ -78,7 +78,7 @@ class HarvestPlan:
 
     @property
     def share(self) -> HarvestShare | None:
-        """The share of an array job that this task does."""
+        """This task's share of an array job."""
         return None if self.config.share is None else HarvestShare.parse(self.config.share)
 
     @property
@@ -143,7 +143,7 @@ class HarvestPlan:
         return existing.cache if existing.is_finished else None
 
     def is_complete(self, cache: Cache) -> bool:
-        """Whether every planned hook is complete in the cache. False after one share while other shares are missing."""
+        """Whether every planned hook is complete in the cache. False while other tasks' shares are missing."""
         return set(self.hooks) <= set(cache.hooks)
 
     def token_text(self, token: int) -> str:
@@ -170,13 +170,13 @@ class HarvestPlan:
 
     @property
     def layout_to_fill(self) -> Layout:
-        """The layout of the cache that has been begun, or else of the cache that will be."""
+        """The layout of the cache that this harvest continues, or else of the new cache."""
         cache = self.existing.cache
         return self.layout if cache is None else cache.layout
 
     @property
     def windows_left(self) -> Sequence[int]:
-        """The windows that are to be harvested, by this process or another."""
+        """The windows still to be harvested, by this process or another."""
         existing = self.existing
         return range(self.layout.n_windows) if existing.cache is None else existing.windows
 
@@ -190,7 +190,7 @@ class HarvestPlan:
 
     @property
     def working_bytes(self) -> int:
-        """The most bytes that the working folder of a cache in an object store holds."""
+        """For a cache in an object store, the maximum number of bytes in the working folder."""
         return working_bytes(self.layout, self.bytes_per_token, processes_on_this_machine())
 
     def estimated_seconds(self) -> float:
@@ -205,7 +205,7 @@ class HarvestPlan:
         return per_block * blocks * (self.tokens if existing.cache is None else existing.rows_left)
 
     def unreadable_rows(self) -> dict[str, Any]:
-        """The number of unreadable rows of the text and the first of them, by this run or an earlier run's record."""
+        """The number of unreadable rows of the text and the first of them, from this run or an earlier run's record."""
         record = self.folder / "harvest.json"
         if self.text.read or not record.exists():
             return self.text.unreadable_rows
@@ -214,7 +214,7 @@ class HarvestPlan:
         return {}
 
     def check_space(self, needed: float, per_token: float) -> None:
-        """Raise UnavailableError if `needed` bytes do not fit on the disk."""
+        """Raise UnavailableError if the disk has no room for `needed` bytes."""
         if self.store is not None:
             return check_working_folder(self.folder, self.working_bytes)
         free = free_space(self.folder)
@@ -232,7 +232,8 @@ def plan_harvest(
 ) -> HarvestPlan:
     """Check a configuration and resolve everything in it. Loads no weights and writes nothing.
 
-    `say` receives notes about the text and about caches of other revisions; `suffix` ends the default folder's name.
+    `say` is called with notes about the text and about caches of other revisions; `suffix` ends the default folder's
+    name.
 
     Raises UsageError for a configuration that cannot be harvested and UnavailableError if the model or the text cannot
     be reached.

@@ -1,17 +1,18 @@
-"""Find the sites of a block by its numbers: which module's input or output is what attention adds, what the MLP reads.
+"""Find the sites of a block from its activations: which module's input or output is attn_out, mlp_in and so on.
 
-A block is run on a few tokens, and run again with one thing changed:
+A block is run on a few tokens, then run again with one thing changed:
 
 - Its two *parts* are the modules whose outputs a and m satisfy resid_pre + a + m = resid_post, within rounding. Of
   modules with equal outputs the outermost is taken.
-- The part whose output at a token changes when an earlier token does is the attention, or what stands in its place,
-  such as a Mamba or DeltaNet mixer; the other one is the MLP.
-- If a change of the attention's output changes the MLP's, they are sequential and resid_mid = resid_pre + a is what
-  some module reads; otherwise they are parallel.
-- The projection of a part is the linear map whose output, or whose normed output, is that of the part. Its input is
-  attn_z or mlp_hidden.
+- The part whose output at a token changes when an earlier token changes is the attention, or its replacement, such as a
+  Mamba or DeltaNet mixer; the other part is the MLP.
+- If changing the attention's output changes the MLP's output, the two are sequential, and some module reads resid_mid =
+  resid_pre + a; otherwise they are parallel.
+- The projection of a part is the linear map whose output, with or without a norm after it, is the part's output. Its
+  input is attn_z or mlp_hidden.
 
-A site that these tests do not prove is refused, with what was seen. Everything here works on rows: (N S, width).
+A site that these tests do not prove is refused, with a description of what was seen. All tensors here are rows: (N S,
+width).
 """
 
 from collections.abc import Callable, Mapping
@@ -53,7 +54,7 @@ def find_sites(block: nn.Module, call: Call, shape: tuple[int, int]) -> BlockSit
 
 
 class BlockProbe:
-    """The numbers of a block in one run (`calls`), and runs with something changed."""
+    """The activations of a block in one run (`calls`), and methods for runs with something changed."""
 
     def __init__(self, block: nn.Module, call: Call, shape: tuple[int, int]) -> None:
         self.block, self.call, self.shape = block, call, shape
@@ -67,7 +68,7 @@ class BlockProbe:
         self.order = {path: number for number, path in enumerate(self.calls)}
         self.x = {path: x for path, call in self.calls.items() if (x := self.rows(call.x)) is not None}
         self.y = {path: y for path, call in self.calls.items() if (y := self.rows(call.y)) is not None}
-        self.parts: dict[str, str] = {}  # "attention" and "MLP" -> the module whose output it is
+        self.parts: dict[str, str] = {}  # "attention" and "MLP" -> path of the module
         self.inner: set[str] = set()
 
     def rows(self, x: Tensor | None) -> Tensor | None:
@@ -82,7 +83,7 @@ class BlockProbe:
     def run(
         self, x: Tensor | None = None, changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None
     ) -> dict[str, list[Call]]:
-        """Run the block alone, on other activations or with other outputs of some modules."""
+        """Run the block alone, with other input activations or with some module outputs replaced."""
         args, keywords = self.call.args, self.call.keywords
         given = self.call.x if x is None else x
         args, keywords = with_input(args, keywords, given.clone())  # type: ignore[union-attr]
@@ -91,7 +92,7 @@ class BlockProbe:
         return recorder.calls
 
     def noise(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Activations with random numbers of their own size added, at some of the rows."""
+        """Activations plus random noise of proportional size, at the given rows."""
         flat = x.reshape(self.shape[0] * self.shape[1], -1)
         size = flat.float().pow(2).mean(1, keepdim=True).sqrt().clamp_min(1e-3)
         change = NOISE * size * torch.randn(flat.shape, generator=self.generator).to(flat.device)
@@ -100,19 +101,19 @@ class BlockProbe:
         return (flat + change.to(flat.dtype)).reshape(x.shape)
 
     def rounding(self) -> float:
-        """How much two ways to compute a sum may differ, relative to its largest term."""
+        """How far two computations of the same sum may differ, relative to its largest term."""
         numbers = [z for z in (self.call.x, *self.block.parameters()) if z is not None and z.is_floating_point()]
         return max(2 * max(torch.finfo(z.dtype).eps for z in numbers), 1e-6)
 
     def changed(self, before: Tensor, after: Tensor | None, rows: Tensor | None = None) -> bool:
-        """Whether a change of the inputs has changed these activations, by more than rounding does."""
+        """Whether a change of the inputs changed these activations by more than rounding."""
         if after is None:
             return True
         difference = (after - before).norm(dim=1) / before.norm(dim=1).clamp_min(1e-30)
         return bool((difference if rows is None else difference[rows]).max() > 4 * self.rounding())
 
     def unsound(self) -> str | None:
-        """Why the numbers of the block alone say nothing; None if they do."""
+        """The reason why a run of the block alone is not conclusive; None if it is."""
         assert self.resid_pre is not None and self.resid_post is not None and self.call.x is not None
         if self.resid_pre.shape != self.resid_post.shape:
             return f"the block reads {self.resid_pre.shape[1]} numbers per token and returns {self.resid_post.shape[1]}"
@@ -121,7 +122,7 @@ class BlockProbe:
         return None
 
     def reads_later_tokens(self) -> bool:
-        """Whether a change of the last token changes what the block returns at earlier ones."""
+        """Whether changing the last token changes the block's output at earlier tokens."""
         assert self.call.x is not None and self.resid_post is not None
         positions = torch.arange(len(self.later_rows)).remainder(self.shape[1])
         is_last = positions == self.shape[1] - 1
@@ -157,7 +158,7 @@ class BlockProbe:
         self.find_middle(attention, mlp, reads_first)
 
     def not_added(self, error: float, one: str, other: str) -> str:
-        """What is seen of a block that does not simply add two outputs."""
+        """A description of a block that does not simply add two outputs."""
         if len(self.parts) == 2:
             assert self.resid_pre is not None and self.resid_post is not None
             one, other = self.parts.values()
@@ -189,7 +190,7 @@ class BlockProbe:
             self.refuse("no module reads resid_pre + attn_out", "resid_mid")
 
     def find_single_part(self, path: str) -> None:
-        """The sites of a block that adds the output of one module."""
+        """Find the sites of a block that adds the output of a single module."""
         if self.mixes(path, {}):
             self.parts = {"attention": path}
             self.add("attn_out", path)
@@ -202,7 +203,7 @@ class BlockProbe:
             self.refuse(why, "attn_out", "attn_z", "resid_mid")
 
     def find_unproved_parts(self) -> None:
-        """The attention and the MLP of a block that does not simply add them, where only one module can be each."""
+        """Find the attention and the MLP of a block that does not simply add them, if each has only one candidate."""
         assert self.resid_post is not None
         matrices = {
             path: sum(p.dim() >= 2 for p in self.block.get_submodule(path).parameters())
@@ -231,7 +232,7 @@ class BlockProbe:
             self.find_mlp_in()
 
     def find_mlp_in(self) -> None:
-        """Find the module whose input is what the MLP reads."""
+        """Find the module whose input is mlp_in."""
         reader = self.mlp_reader()
         if reader is None or reader not in self.x:
             self.refuse("no single module of the block is its MLP", "mlp_in")
@@ -261,11 +262,11 @@ class BlockProbe:
         return linear[0] if linear else None
 
     def projection(self, part: str) -> str | None:
-        """The linear map in which a part ends."""
+        """The linear map at the end of a part."""
         return self.chain(part)[1]
 
     def chain(self, part: str) -> tuple[list[str], str | None]:
-        """The modules whose outputs lead to that of a part, last one first, and the linear map if it ends in one."""
+        """The modules that compute a part's output, last one first, and the linear map if the chain ends in one."""
         chain: list[str] = []
         target = self.y[self.parts[part]]
         for _ in range(4):  # the last norm and what it reads
@@ -282,7 +283,7 @@ class BlockProbe:
         return chain, None
 
     def is_norm(self, path: str) -> bool:
-        """Whether a module returns the same for twice its input. That is made large, so that no eps matters."""
+        """Whether a module returns the same for twice its input, which is made large so that no eps matters."""
         x = self.calls[path].x
         if x is None or self.x[path].shape != self.y[path].shape:
             return False
@@ -291,7 +292,7 @@ class BlockProbe:
         return once is not None and twice is not None and self.distance(once, twice) < 0.01 + self.rounding()
 
     def is_linear(self, path: str) -> bool:
-        """Whether a module multiplies its input with a matrix and adds a bias, by its numbers."""
+        """Whether a module is affine (a matrix and a bias), judged by its outputs."""
         module, call = self.block.get_submodule(path), self.calls[path]
         if call.x is None or torch.equal(self.x[path], self.y.get(path, torch.empty(0))):
             return False
@@ -312,7 +313,7 @@ class BlockProbe:
         return self.block.get_submodule(path)(*args, **keywords)
 
     def mixes_alone(self, path: str) -> bool:
-        """Whether a module's output at a token depends on its input at earlier ones."""
+        """Whether a module's output at a token depends on its input at earlier tokens."""
         call = self.calls[path]
         try:
             y = self.rows(output_tensor(self.rerun(path, self.noise(call.x, ~self.later_rows))))  # type: ignore
@@ -321,7 +322,7 @@ class BlockProbe:
         return self.changed(self.y[path], y, self.later_rows)
 
     def mixes(self, path: str, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> bool:
-        """Whether a module's output at a token changes with the block's input at the first one."""
+        """Whether a module's output at a token depends on the block's input at the first token."""
         assert self.call.x is not None
         y = self.y_with(path, changes, self.noise(self.call.x, ~self.later_rows))
         return self.changed(self.y[path], y, self.later_rows)
@@ -332,7 +333,7 @@ class BlockProbe:
         return self.rows(self.run(x, changes)[path][0].y)
 
     def candidates(self) -> list[str]:
-        """The modules with different outputs as wide as the residual stream, of equal ones the outermost."""
+        """The modules with outputs as wide as the residual stream; of modules with equal outputs, the outermost."""
         assert self.resid_post is not None
         chosen: list[str] = []
         for path in sorted(self.y, key=lambda one: (one.count("."), self.order[one])):
@@ -342,7 +343,7 @@ class BlockProbe:
         return chosen
 
     def nearest_pair(self) -> tuple[float, str, str]:
-        """The two modules whose outputs best add up to what the block adds, and by how much they miss."""
+        """The error and the two modules whose outputs best add up to what the block adds."""
         assert self.resid_pre is not None and self.resid_post is not None
         best, candidates = (float("inf"), "", ""), self.candidates()
         for number, one in enumerate(candidates):
@@ -360,7 +361,7 @@ class BlockProbe:
         return best
 
     def distance(self, one: Tensor, other: Tensor, *terms: str) -> float:
-        """The largest distance of two rows, relative to the largest norm among them and the terms of their sum."""
+        """The largest distance between matching rows, relative to the largest norm of the rows and the given terms."""
         norms = [z.norm(dim=1) for z in (one, other, *(self.y[path] for path in terms))]
         return float(((one - other).norm(dim=1) / torch.stack(norms).max(0).values.clamp_min(1e-30)).max())
 

@@ -1,4 +1,4 @@
-"""Record what the modules of a model are called with and return, and what a probe of a block has found."""
+"""Record the inputs and outputs of a model's modules, and the findings of a block's probe."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,11 +15,11 @@ class Site(NamedTuple):
     path: str  # of the module, in the block or in the trunk; "" is the block itself
     is_input: bool
     width: int
-    is_flat: bool = False  # (N S, width), as mixtures of experts have it, instead of (N, S, width)
+    is_flat: bool = False  # (N S, width), as in mixtures of experts, instead of (N, S, width)
 
 
 class Call(NamedTuple):
-    """One call of a module: its arguments, and the activations in them and in its output."""
+    """One call of a module: its arguments, and the activations in its arguments and output."""
 
     args: tuple[Any, ...]
     keywords: dict[str, Any]
@@ -37,11 +37,11 @@ def shapes_of(calls: list[Call]) -> list[Shapes]:
 
 @dataclass
 class BlockSites:
-    """What the probe of a block has found: its sites, why others are refused, and all calls of its modules."""
+    """The findings of a block's probe: its sites, why other sites are refused, and all calls of its modules."""
 
     sites: dict[str, Site] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
-    shapes: dict[str, list[Shapes]] = field(default_factory=dict)  # path of a module -> of each of its calls
+    shapes: dict[str, list[Shapes]] = field(default_factory=dict)  # path of a module -> shapes of its calls
     shape: tuple[int, int] = (0, 0)  # of the tokens: N, S
     is_parallel: bool = False
 

@@ -37,9 +37,9 @@ def repair(
     folder: Path | str, progress: HarvestProgress = SILENT, *, model: str | None = None, dataset: str | None = None,
     device: str = "auto",
 ) -> list[str]:  # fmt: skip
-    """Check every byte and harvest again what differs from its record. Returns a sentence for each repaired file.
+    """Check every byte and harvest again every file that differs from its record. Returns a sentence for each repair.
 
-    `folder` can be an address. `model` and `dataset` say where they are now, if they have moved.
+    `folder` can be an address. `model` and `dataset` give their current locations, if they have moved.
 
     Raises UsageError if the model or the text has changed, or if the cache is only half written.
     """
@@ -80,7 +80,7 @@ def repair_place(
         repaired += list(
             repair_windows(plan, writer, WindowComputer(plan, contexts, writer.layout, progress), progress)
         )
-        for max_norm in {*max_norms.values()}:  # layers can have been harvested with different ones
+        for max_norm in {*max_norms.values()}:  # layers may have been harvested with different values
             widths = {name: width for name, width in plan.widths.items() if max_norms[name] == max_norm}
             part = CacheWriter(folder, plan.identity, writer.layout, widths, place)
             if repaired or not part.is_finished(max_norm):
@@ -101,7 +101,7 @@ def check_complete(folder: Path) -> None:
 
 
 def recorded_max_norms(plan: HarvestPlan) -> dict[str, float | None]:
-    """Array name -> its --max-norm: from the manifest, or from the last harvest if the array is not in it."""
+    """Array name -> its --max-norm, from the manifest; for arrays not in the manifest, from the last harvest."""
     manifest = plan.folder / "manifest.json"
     known = MANIFEST_RECORD.read(manifest)["statistics"] if manifest.exists() else {}
     return {name: known[name]["max_norm"] if name in known else plan.config.max_norm for name in plan.widths}
@@ -120,7 +120,7 @@ def remove_damaged_records(place: FolderPlace) -> Iterator[str]:
 
 
 def plan_same_harvest(place: FolderPlace, *, model: str | None, dataset: str | None, device: str) -> HarvestPlan:
-    """The plan of the harvest that wrote a cache. Raises UsageError unless it would give the same bytes."""
+    """The plan of the harvest that wrote a cache. Raises UsageError unless the plan would produce the same bytes."""
     folder = place.folder
     record: dict[str, Any] = dict(HARVEST_RECORD.read(folder / "harvest.json"))
     known = {field.name for field in fields(HarvestConfig)} - {"modules"}  # in the record: the names of the hooks
@@ -161,7 +161,7 @@ def plan_text_of(folder: Path, options: dict[str, Any], hooks: list[Hook]) -> Ha
         return plan_with(options)
     try:
         plan = plan_with(options)
-    except UsageError:  # perhaps there is nothing of its split
+    except UsageError:  # perhaps the split has no files
         return plan_with(options | {"split": ALL})
     if (folder / "zarr.json").exists():
         identity = read_attributes(folder)["identity"]
@@ -178,7 +178,7 @@ def changed_inputs(identity: dict[str, Any], plan: HarvestPlan) -> list[str]:
 
 
 def recorded_model(folder: Path) -> str | None:
-    """Where the files of the cache's model are now, if it was harvested from a folder and they are found."""
+    """The current folder of the cache's model; None if it is not from a folder or is not found."""
     with contextlib.suppress(SaeError):
         record = read_attributes(folder)["identity"]["model"]
         if is_digest(record["revision"]) and record["name"] != mini.NAME:
@@ -187,8 +187,8 @@ def recorded_model(folder: Path) -> str | None:
 
 
 def repair_tokens(plan: HarvestPlan) -> Iterator[str]:
-    """Tokenize the text again if one of its files is damaged or belongs to another cache. The result has to equal what
-    was recorded.
+    """Tokenize the text again if one of its files is damaged or belongs to another cache. The result has to match the
+    record.
     """
     record = plan.folder / "tokens" / "commit.json"
     files: dict[str, Any] = dict(TOKENS_RECORD.read(record)["files"]) if record.exists() else {}
@@ -211,7 +211,7 @@ def repair_tokens(plan: HarvestPlan) -> Iterator[str]:
 def repair_windows(
     plan: HarvestPlan, writer: CacheWriter, computer: WindowComputer, progress: HarvestProgress
 ) -> Iterator[str]:
-    """Compute again the windows with damaged files, and write those files. The window's other files stay."""
+    """Recompute the windows with damaged files, and rewrite those files. Other files of these windows stay."""
     commits = {(c["window"], c["array"]): c for c in writer.commits(check_files=False)}
     records = {file: record for commit in commits.values() for file, record in commit["files"].items()}
     damaged = find_damaged(plan.place, records, progress)
@@ -261,7 +261,7 @@ def find_damaged(place: FolderPlace, records: dict[str, Any], progress: HarvestP
 def group_by_batch(
     missing: dict[int, list[str]], commits: dict[tuple[int, str], dict[str, Any]], default: int
 ) -> dict[tuple[int, int], list[str]]:
-    """Group arrays by window and by their commit's contexts per forward pass, which can affect the last bits."""
+    """Group arrays by window and by the contexts per forward pass, which can affect the last bits, in their commit."""
     groups: dict[tuple[int, int], list[str]] = defaultdict(list)
     for window, arrays in missing.items():
         for array in arrays:

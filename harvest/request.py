@@ -15,13 +15,13 @@ from ..common.records import as_read
 from ..common.special_tokens import token_text
 from .plan import HarvestPlan
 
-OF_ONE_PROCESS = ("share", "prepare")  # options that say nothing about the cache
+OF_ONE_PROCESS = ("share", "prepare")  # options that do not describe the cache
 
 
 def request_of(plan: HarvestPlan) -> dict[str, Any]:
     """The content of harvest.json: the last request for this cache, from which `sae cache repair` repeats it.
 
-    Paths are absolute and Hub revisions pinned, so that it works from any folder and after the Hub has moved on.
+    Paths are absolute and Hub revisions pinned, so the request works from any folder and after the Hub has changed.
     Each window's commit file records the settings it was harvested with.
     """
     record = asdict(plan.config)
@@ -44,9 +44,9 @@ def request_of(plan: HarvestPlan) -> dict[str, Any]:
     record = {name: value for name, value in record.items() if name not in not_recorded}
     bos_id = plan.context_format.bos_id
     record["bos_token"] = None if bos_id is None else token_text(plan.tokenizer, bos_id)
-    modules = read_hook_modules(plan.folder) | plan.modules  # keeps those of layers harvested earlier
+    modules = read_hook_modules(plan.folder) | plan.modules  # keeps the modules of layers harvested earlier
     environment = environment_record()
-    environment["variables"].pop("WORLD_SIZE", None)  # how many processes there were decides no byte
+    environment["variables"].pop("WORLD_SIZE", None)  # the number of processes affects no byte
     return record | {
         "device": plan.device if ":" in plan.config.device else plan.device.partition(":")[0],
         "modules": dict(sorted(modules.items())),
@@ -56,7 +56,7 @@ def request_of(plan: HarvestPlan) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def request_turn(folder: Path) -> Iterator[None]:
-    """For reading harvest.json and writing it: two tasks that add other layers keep each other's."""
+    """Hold a lock for reading and rewriting harvest.json, so that tasks adding layers keep each other's entries."""
     lock = folder / ".lock.request"
     with held_if_possible(lock):
         try:
@@ -66,7 +66,7 @@ def request_turn(folder: Path) -> Iterator[None]:
 
 
 def request_differs(plan: HarvestPlan) -> bool:
-    """Whether harvest.json says something else than this plan, or nothing. Each task has an environment of its own."""
+    """Whether harvest.json is missing or differs from this plan in anything but environment and device."""
     ours, path = as_read(request_of(plan)), plan.folder / "harvest.json"
     with contextlib.suppress(DamagedError):  # also raised if it is missing
         theirs = HARVEST_RECORD.read(path)

@@ -67,10 +67,10 @@ def harvest_activations(
             storage_dtype, compress, max_norm, dtype, attention, batch_contexts, compiled; share ("3/64") and prepare
             (True), for the tasks of an array job; and modules: more sites, as
             "model.layers.{layer}.mlp.gate_proj:output", which replace resid_post if `sites` is not given.
-            Of several tasks that harvest one cache: share="3/64", the part of this one; prepare=True, only the text.
+            For several tasks that harvest one cache: share="3/64" is this task's part; prepare=True does only the text.
 
     Returns:
-        The cache, opened. After a share it has no new layers as long as others are missing.
+        The opened cache. After one share, it has no new layers as long as other shares are missing.
 
     Raises:
         UsageError: An option is unknown or invalid, or the folder holds something else.
@@ -95,16 +95,16 @@ def harvest_activations(
 
 
 def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
-    """Run a plan, or the rest of it, and open the cache. Several launched processes share the windows.
+    """Run a plan, or what remains of it, and open the cache. Several launched processes share the windows.
 
-    Of a cache in a store, what is opened is the working folder, which has the records and no chunks.
+    For a cache in a store, the working folder is opened, which has the records but no chunks.
 
-    With `plan.config.share` it runs this share, and with `plan.config.prepare` what precedes the first window; the
-    cache is then complete only if nothing else was missing.
+    With `plan.config.share` only this share is run, and with `plan.config.prepare` only the steps before the first
+    window; the cache is then complete only if nothing else was missing.
 
-    Raises UsageError if the folder holds something else, or if the processes do not see one folder; UnavailableError if
-    the disk is too small, another process is writing, or one of the launched ones has ended; and Interrupted on Ctrl-C,
-    with every committed window safe.
+    Raises UsageError if the folder holds something else, or if the processes do not see the same folder;
+    UnavailableError if the disk is too small, another process is writing, or one of the launched processes has ended;
+    and Interrupted on Ctrl-C, with every committed window safe.
     """
     keep_freed_memory()
     with sigterm_as_ctrl_c(), naming(plan.address, plan.folder):
@@ -116,9 +116,9 @@ def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
 
 
 def harvest_ranks(plan: HarvestPlan, group: ProcessGroup, progress: HarvestProgress) -> None:
-    """Harvest as one of the processes of a group, or alone. The first one holds the folder's lock for all.
+    """Harvest as one process of a group, or alone. The first process holds the folder's lock for all.
 
-    That is enough: should it die before the others, and another harvest begin, they only commit what is missing.
+    That is enough: if it dies before the others and another harvest begins, they only commit missing windows.
     """
     with contextlib.ExitStack() as stack:
 
@@ -142,7 +142,7 @@ def harvest_ranks(plan: HarvestPlan, group: ProcessGroup, progress: HarvestProgr
 
         begun = group.everywhere(begin)
         group.everywhere(fetch)
-        # One list for all: what a process sees of a network disk can be some seconds old.
+        # All processes use one list: a process's view of a network disk can be some seconds old.
         missing = group.gather(begun[2] if begun else None)[0]
         if plan.store is None:
             check_one_folder(plan.folder, group)
@@ -155,7 +155,7 @@ def harvest_ranks(plan: HarvestPlan, group: ProcessGroup, progress: HarvestProgr
 
 
 def check_one_folder(folder: Path, group: ProcessGroup) -> None:
-    """Raise UsageError unless every process sees what the first has written into the folder: its note of the lock."""
+    """Raise UsageError unless every process sees the lock note that the first process wrote into the folder."""
     note, host = folder / ".lock.holder", socket.gethostname()
     expected, first = group.gather((note.read_text() if note.exists() else "", host))[0]
 
@@ -173,6 +173,6 @@ def check_one_folder(folder: Path, group: ProcessGroup) -> None:
 
 
 def remove_locks_of_ranks(folder: Path) -> None:
-    """Remove the folders that the ranks of an earlier version left when they were killed."""
+    """Remove the folders left by killed ranks of an earlier version."""
     for rank_folder in folder.glob(".rank*"):
         shutil.rmtree(rank_folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A share of a harvest: what one task of an array job does, without knowing of the others."""
+"""A share of a harvest: the part done by one task of an array job, independently of the other tasks."""
 
 import re
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class HarvestShare:
 
     @classmethod
     def parse(cls, text: str) -> "HarvestShare":
-        """The inverse of str. Raises UsageError for a text of another form, or a number outside 1 to the count."""
+        """The inverse of str. Raises UsageError for any other form, or a number outside the range 1 to count."""
         match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
         if match is None:
             raise UsageError(f"invalid --share {text!r}: expected the number of a share and how many there are: 3/64.")
@@ -38,7 +38,7 @@ class HarvestShare:
 
 
 def shares_of(windows: Sequence[int], count: int) -> str:
-    """Whose windows these are, as text: "share 5", "shares 5, 9 and 2 others"."""
+    """The shares that these windows belong to, as text: "share 5", "shares 5, 9 and 2 others"."""
     numbers = sorted({window % count + 1 for window in windows})
     if len(numbers) == 1:
         return f"share {numbers[0]}"

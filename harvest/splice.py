@@ -1,7 +1,7 @@
 """Run a language model again from changed activations, with the model's own code.
 
 The blocks before the hook are skipped: each returns at once, and the last one returns its earlier output. Everything
-else is the model's own code: the embedding, the arguments of the blocks, the blocks from the hook on, the final norm,
+else is the model's own code: the embedding, the arguments of the blocks, the blocks after the hook, the final norm and
 the logits. So nothing here depends on the model family. If blocks store values for later ones (as in Gemma 4, where
 some layers share keys and values), nothing is skipped; `Splicer.check` detects this.
 
@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from ..cache.hooks import Hook
 from ..common.errors import SaeError, UsageError
 
-TOLERANCE = 0.01  # of the largest logit, by which running a model in parts may change its logits
+TOLERANCE = 0.01  # allowed change of logits when a model is run in parts, relative to the largest
 
 
 @dataclass
 class PrefixPass:
-    """The activations of some contexts at some hooks, from each of which the rest of the model can be run.
+    """The activations of some contexts at some hooks. The rest of the model can be run from each hook.
 
-    `run_from(hook, x)` returns the model's last hidden state (N, S, D), the input of `LanguageModel.unembed`, had the
-    activations at `hook` been x (N, S, d), such as an SAE's reconstruction. M versions of the contexts can be run
-    together, as (M N, S, d). With a mask (N,) only the contexts at which it is True are run, and x is of these.
-    Gradients flow back to x if x requires them.
+    `run_from(hook, x)` replaces the activations at `hook` by x (N, S, d), such as an SAE's reconstruction, and returns
+    the model's last hidden state (N, S, D), the input of `LanguageModel.unembed`. M versions of the contexts can be run
+    together, as (M N, S, d). With a mask (N,), only the contexts at which it is True are run, and x contains only
+    these. Gradients flow back to x if x requires them.
     """
 
     activations: dict[Hook, Tensor]  # hook -> (N, S, d)
@@ -41,7 +41,7 @@ class PrefixPass:
 class ForwardPass(PrefixPass):
     """A whole forward pass. `final` (N, S, D) is the model's own last hidden state.
 
-    From `kept` and `final`, `LanguageModel.resume` makes the pass again without running the model.
+    `LanguageModel.resume` recreates the pass from `kept` and `final` without running the model.
     """
 
     final: Tensor
@@ -67,7 +67,7 @@ class Splicer:
         return self.keep(ids_NS, hooks)
 
     def prefix(self, ids_NS: Tensor, hooks: Sequence[Hook]) -> PrefixPass:
-        """Like `forward`, but the pass ends at the last of the hooks."""
+        """Like `forward`, but the pass ends at the last hook."""
         self.check_once(hooks)
         kept = self.language_model.capture_hooks(ids_NS, self.hooks_to_keep(hooks))
         return PrefixPass({hook: kept[hook] for hook in hooks}, self.runner(ids_NS, hooks, kept))
@@ -89,7 +89,7 @@ class Splicer:
         return self.pass_of(ids_NS, hooks, kept, final)
 
     def resume(self, ids_NS: Tensor, hooks: Sequence[Hook], kept: dict[Hook, Tensor], final: Tensor) -> ForwardPass:
-        """The pass of `forward` that had these activations at `hooks_to_keep`, and this last hidden state."""
+        """Recreate a pass of `forward` from its activations at `hooks_to_keep` and its last hidden state."""
         self.check_once(hooks)
         return self.pass_of(ids_NS, hooks, kept, final)
 
@@ -130,7 +130,7 @@ class Splicer:
         return run_from
 
     def skipped_to(self, hook: Hook) -> Hook | None:
-        """The last activations that do not depend on those at a hook, or are those: where the model can start again.
+        """The hook from which the model can restart: the last one not affected by changes at `hook`, or `hook` itself.
 
         None if that is the embedding. A module outside the blocks belongs to the first layer if it runs before them
         and to the last if it runs after them.
@@ -143,7 +143,7 @@ class Splicer:
 
     @contextlib.contextmanager
     def starting_after(self, layer: int, x_NSD: Tensor) -> Iterator[None]:
-        """Let the model skip the blocks up to `layer`, with x as what they give to the next one."""
+        """Let the model skip the blocks up to `layer`, and pass x to the next block."""
 
         def skipped(index: int) -> Callable[..., Any]:
             others = self.other_outputs[index]
@@ -157,7 +157,7 @@ class Splicer:
 
     @contextlib.contextmanager
     def noting_outputs(self) -> Iterator[None]:
-        """Note what each block returns besides the residual stream: a skipped block has to return as much."""
+        """Record what each block returns besides the residual stream: a skipped block has to return as many values."""
 
         def note(index: int) -> Callable[..., None]:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -190,7 +190,7 @@ class Splicer:
     def check(self, hooks: Sequence[Hook]) -> None:
         """Raise UsageError unless `run_from` and `unembed` reproduce the logits of the model at these hooks.
 
-        Finds out from which hooks on the blocks can be run without those before.
+        Finds out for which hooks the earlier blocks can be skipped.
         """
         model = self.language_model
         ids_NS = torch.arange(8, device=model.device).reshape(2, 4) % model.config.vocab_size
@@ -201,7 +201,7 @@ class Splicer:
             return float((logits_NSV - expected_NSV).abs().max() / expected_NSV.abs().max())
 
         if hooks:
-            model.capture_hooks(ids_NS, hooks)  # refuses activations that are not one vector a token
+            model.capture_hooks(ids_NS, hooks)  # refuses activations that are not one vector per token
         run = self.keep(ids_NS, hooks)
         self.require(difference(run.final), "computing its logits from its last hidden state")
         for hook in hooks:
@@ -216,7 +216,7 @@ class Splicer:
                 off = (self.unembed(changed_again_NSD) - self.unembed(whole_NSD)).float().abs().max()
                 same = max(difference(again_NSD), float(off / expected_NSV.abs().max())) <= TOLERANCE
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-                same = False  # a later block misses what a skipped one leaves
+                same = False  # a later block needs something from a skipped one
             self.skips_blocks[hook] = same
 
     def require(self, difference: float, what: str) -> None:
@@ -228,14 +228,14 @@ class Splicer:
 
 
 def gradients_of(x: Tensor) -> torch.set_grad_enabled:
-    """A context in which gradients are recorded only if those of x are."""
+    """A context in which gradients are recorded only if x requires them."""
     return torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad)
 
 
 @contextlib.contextmanager
 def replacing_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Call `forward` in place of a module's while the context is open."""
-    own = vars(module).get("forward")  # where another library has put one in place of the class's
+    """Replace a module's `forward` while the context is open."""
+    own = vars(module).get("forward")  # if another library has overridden the class's
     vars(module)["forward"] = forward
     try:
         yield

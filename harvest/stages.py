@@ -1,4 +1,4 @@
-"""The stages of a harvest, which one process, several ranks and the tasks of an array job go through: the text and the
+"""The stages of a harvest, shared by single processes, ranks and tasks of an array job: first the text and the
 metadata, then the windows.
 """
 
@@ -41,7 +41,7 @@ def start_cache(plan: HarvestPlan, check: Callable[[], None] = lambda: None) -> 
 
 
 def open_cache(plan: HarvestPlan) -> tuple[CacheWriter, Contexts]:
-    """The same for a process that did not write it: another one has."""
+    """Like `start_cache`, for a process that opens what another process has written."""
     contexts = Contexts.read(plan.folder, recorded_tokens(plan.folder))
     return CacheWriter(plan.folder, plan.identity, cache_layout(plan, contexts), plan.widths, plan.place), contexts
 
@@ -50,7 +50,7 @@ def harvest_windows(
     plan: HarvestPlan, writer: CacheWriter, contexts: Contexts, missing: Mapping[int, list[str]],
     mine: Mapping[int, list[str]], progress: HarvestProgress,
 ) -> None:  # fmt: skip
-    """Harvest the windows that are `mine`, of all that are missing."""
+    """Harvest the missing windows that are `mine`."""
     if not missing:
         return
     rows = {window: len(writer.layout.row_range(window)) for window in missing}
@@ -109,9 +109,9 @@ def load_model_for(plan: HarvestPlan, windows: Mapping[int, Sequence[str]], devi
 
 
 def read_or_tokenize(plan: HarvestPlan, check: Callable[[], None] = lambda: None) -> Contexts:
-    """The contexts to run: those that an earlier start of this harvest wrote, or tokenized and written now.
+    """The contexts to run: written by an earlier start of this harvest, or tokenized and written now.
 
-    Raises DamagedError if they are not those that the cache was started with.
+    Raises DamagedError if the cache was started with other contexts.
     """
     if not (harvest_started(plan.folder, fingerprint_of(plan.identity)) and Contexts.is_complete(plan.folder)):
         contexts = tokenize(plan, check)
@@ -137,8 +137,8 @@ def tokenize(plan: HarvestPlan, check: Callable[[], None] = lambda: None) -> Con
 
 
 def check_before_text(plan: HarvestPlan) -> None:
-    """Raise UnavailableError if the rows that were asked for do not fit on the disk, or the store cannot be written:
-    reading the text can take long.
+    """Raise UnavailableError if the requested rows do not fit on the disk, or the store cannot be written. Called
+    before the text is read, which can take long.
     """
     if Contexts.is_complete(plan.folder):
         return

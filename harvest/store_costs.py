@@ -10,23 +10,23 @@ from ..common.errors import UnavailableError
 from ..common.files import free_space
 from ..common.formatting import format_bytes
 
-RECORDS, RECORD_READS = 21, 16  # tokens/, the records beside it, and the test of conditional writes
+RECORDS, RECORD_READS = 21, 16  # tokens/, the records beside it, and testing conditional writes
 ARRAY_RECORDS = 3  # zarr.json of an array, its row_norm and its moments
 TOKEN_BYTES = 5  # of tokens/ for each token: its id, and room for what contexts do not fill
-LISTED = 1000  # objects of one answer to a listing
+LISTED = 1000  # objects per response to a listing
 LARGEST_READS = 3
-SIDE_BYTES = 10  # of row_norm, row_ctx and row_pos for each row, which the statistics of an array read
+SIDE_BYTES = 10  # per row: row_norm, row_ctx and row_pos, which the statistics of an array read
 
 
 class Requests(NamedTuple):
-    """Requests to a store that answers each of them, of one process that does all."""
+    """The number of requests of a single process, if the store answers each of them."""
 
     writes: int
     reads: int
 
 
 def harvest_requests(layout: Layout, arrays: int, windows: int) -> Requests:
-    """The requests for harvesting so many windows of so many arrays, and for sealing the cache."""
+    """The requests for harvesting this many windows of this many arrays, and for sealing the cache."""
     chunks = -(-layout.window_rows // layout.chunk_rows)
     chunks_of_window = 2 + arrays * (chunks + 3)  # row_ctx and row_pos; of an array row_norm, moments and largest rows
     writes = windows * (chunks_of_window + arrays) + ARRAY_RECORDS * arrays + RECORDS
@@ -40,22 +40,22 @@ def list_requests(layout: Layout, arrays: int) -> int:
 
 
 def seal_requests(layout: Layout, arrays: int) -> int:
-    """The requests that read what sealing needs: row_ctx and row_pos, and for each window of an array its commit, norms
-    and moments, and its largest rows, three times if there are outlier rows.
+    """The requests of sealing, which reads row_ctx and row_pos, and for each window of an array its commit, norms and
+    moments, and its largest rows; these three times if there are outlier rows.
     """
     return list_requests(layout, arrays) + layout.n_windows * (2 + arrays * (3 + LARGEST_READS))
 
 
 def working_bytes(layout: Layout, bytes_per_token: int, processes: int) -> int:
-    """The most bytes that the working folder holds: the tokens, with a window of each process on this machine and its
-    largest rows, or with what the statistics of an array read.
+    """The maximum size of the working folder in bytes: the tokens, plus either one window and its largest rows for each
+    process on this machine, or what the statistics of an array read.
     """
     windows = processes * min(layout.window_rows, layout.rows) * bytes_per_token * (1 + MOST)
     return math.ceil(TOKEN_BYTES * layout.rows + max(windows, SIDE_BYTES * layout.rows))
 
 
 def check_working_folder(folder: Path, needed: int) -> None:
-    """Raise UnavailableError if the disk of the working folder has no room for so many bytes."""
+    """Raise UnavailableError if the disk of the working folder does not have this many bytes free."""
     if 1.02 * needed > (free := free_space(folder)):
         raise UnavailableError(
             f"The working folder of the harvest, {folder}, needs up to {format_bytes(1.02 * needed)} and has "

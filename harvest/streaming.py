@@ -23,12 +23,12 @@ from .windows import WindowComputer, write_windows
 TEXT_BYTES = 5  # per token: its id, and its share of the held-out text
 
 
-class TrainingEnded(Exception):  # noqa: N818  (not an error: the harvest has run as far as it has to)
+class TrainingEnded(Exception):  # noqa: N818  (not an error: no more windows are needed)
     """Raised in the harvesting thread when training will read no more windows."""
 
 
 def plan_ring(config: HarvestConfig, size: int) -> tuple[HarvestPlan, RingCache]:
-    """Plan a harvest in a folder of its own, and the ring of its windows. Writes nothing.
+    """Plan a harvest in a separate folder, and the ring of its windows. Writes nothing.
 
     Raises UsageError if config.tokens is not given, or if the folder holds something else.
     """
@@ -81,7 +81,7 @@ def harvest_ahead(plan: HarvestPlan, ring: RingCache, groups: range, say: Callab
         ring.create(groups.start)
         writer, contexts = start_cache(plan)
         ring.start_at(groups.start)
-        # Resumed without the folder that recorded the limits: they come from the first window, harvested once more.
+        # Resumed without the folder that recorded the limits: harvest the first window again to find them.
         first_window = {} if ring.has_norm_limits or not groups.start else {0: list(plan.widths)}
         windows_to_read = ring.windows(groups)
         missing = {window: arrays for window, arrays in writer.missing_windows().items() if window in windows_to_read}
@@ -92,7 +92,7 @@ def harvest_ahead(plan: HarvestPlan, ring: RingCache, groups: range, say: Callab
 
         progress = HarvestProgress(stop_when_closed, say)
         computer = WindowComputer(plan, contexts, ring.layout, progress)
-        if missing or first_window:  # not in the thread: loading a model touches torch's default dtype and random state
+        if missing or first_window:  # not in the thread: loading a model changes torch's default dtype and random state
             computer.set_model(load_model_for(plan, missing | first_window, plan.device))
         if first_window:
             write_windows(computer, writer, first_window, progress)
@@ -111,7 +111,7 @@ def harvest_ahead(plan: HarvestPlan, ring: RingCache, groups: range, say: Callab
                     ring.mark_harvested(group)
             except TrainingEnded:
                 pass
-            except BaseException as error:  # raised in whoever waits for the group
+            except BaseException as error:  # raised in the thread that waits for the group
                 ring.report_failure(error)
 
         thread = threading.Thread(target=harvest_groups, daemon=True)

@@ -1,7 +1,7 @@
-"""The parts of a language model of transformers, found by structure: its blocks, and the trunk that runs them.
+"""The parts of a transformers language model, found by structure: its blocks, and the trunk that runs them.
 
-The blocks are a list of modules, as many as the configuration says. The trunk is the module that turns token ids into
-the last hidden state: the innermost one that holds the blocks and takes `input_ids`.
+The blocks are a list of modules whose length is given by the configuration. The trunk is the module that turns token
+ids into the last hidden state: the innermost one that holds the blocks and takes `input_ids`.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from torch import nn
 
 from ..common.errors import DamagedError, UsageError
 
-MOST_BLOCKS = 10_000  # of a model; the deepest have some hundred
+MOST_BLOCKS = 10_000  # in a model; the deepest have a few hundred
 
 
 class Parts(NamedTuple):
@@ -26,12 +26,12 @@ class Parts(NamedTuple):
 
 
 def decoder_config(config: Any) -> Any:
-    """The configuration of the language model within that of a model that also reads images or sound."""
+    """The configuration of the language model, within the configuration of a model that also reads images or sound."""
     return config.get_text_config(decoder=True)
 
 
 def embedding_rows(config: Any) -> int | None:
-    """The number of token ids that a model has an embedding for; None if its configuration does not say."""
+    """The number of token ids for which a model has embeddings; None if its configuration does not say."""
     return getattr(decoder_config(config), "vocab_size", None)
 
 
@@ -77,7 +77,7 @@ def parts_around(model: nn.Module, path: str, blocks: Any) -> Parts | None:
 
 
 def check_config(config: Any, name: str) -> None:
-    """Raise DamagedError unless the sizes that every model has are numbers that a model can have."""
+    """Raise DamagedError if one of the sizes that every model has is not plausible."""
     decoder = decoder_config(config)
     for field, most in {"num_hidden_layers": MOST_BLOCKS, "hidden_size": 2**31, "vocab_size": 2**31}.items():
         value = getattr(decoder, field, None)
@@ -89,9 +89,9 @@ def check_config(config: Any, name: str) -> None:
 
 
 def check_config_file(content: Any, path: str) -> None:
-    """Raise DamagedError unless the content of a config.json is one of which transformers can make a configuration.
+    """Raise DamagedError unless transformers can build a configuration from the content of a config.json.
 
-    It makes a list with an entry for each block, so an absurd number of blocks would fill the memory.
+    transformers makes a list with an entry for each block, so an absurd number of blocks would fill the memory.
     """
     if not isinstance(content, dict):
         raise DamagedError(f"{path} is not the configuration of a model: expected an object. Download it again.")
@@ -107,7 +107,7 @@ def check_config_file(content: Any, path: str) -> None:
 
 
 def shorten(value: Any) -> str:
-    """A value of a foreign file for a message."""
+    """A value from a foreign file, shortened for a message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
@@ -132,7 +132,7 @@ def check_layers(config: Any, layers: Sequence[int], name: str) -> None:
 
 
 def truncate_config(config: Any, blocks: int) -> None:
-    """Change a configuration, in place, into that of a model with only the first `blocks` blocks."""
+    """Change a configuration in place so that the model has only the first `blocks` blocks."""
     decoder = decoder_config(config)
     depth = decoder.num_hidden_layers
     per_block = {
@@ -142,5 +142,5 @@ def truncate_config(config: Any, blocks: int) -> None:
     for name, value in per_block.items():
         with contextlib.suppress(AttributeError):  # derived from others
             setattr(decoder, name, value[:blocks])
-    with contextlib.suppress(AttributeError):  # derived from a list, such as that of Nemotron-H
+    with contextlib.suppress(AttributeError):  # derived from a list, as in Nemotron-H
         decoder.num_hidden_layers = blocks

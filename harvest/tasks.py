@@ -1,4 +1,4 @@
-"""Harvest a share: one of several tasks that do not know of each other, in any order, started again at any time."""
+"""Harvest a share as one of several independent tasks, which can run in any order and be restarted at any time."""
 
 import contextlib
 import time
@@ -15,11 +15,11 @@ from .share import shares_of
 from .stages import check_before_text, check_folder, harvest_windows, open_cache, start_cache
 from .window_draft import remove_draft
 
-POLL, POLL_STORE = 1.0, 5.0  # seconds between two looks whether the text is cut: on a disk, in a store
+POLL, POLL_STORE = 1.0, 5.0  # seconds between checks whether the text is cut: on a disk, in a store
 
 
 def harvest_share(plan: HarvestPlan, progress: HarvestProgress) -> None:
-    """Harvest a share, beside other tasks in any order, and complete the cache if nothing is missing then."""
+    """Harvest a share, independently of other tasks, and complete the cache if nothing is missing afterwards."""
     check_folder(plan)
     if plan.store is None:
         lock = shared_lock(plan.folder, plan.command)
@@ -51,17 +51,17 @@ def harvest_share(plan: HarvestPlan, progress: HarvestProgress) -> None:
 
 
 def is_cut(plan: HarvestPlan) -> bool:
-    """Whether some task has cut the text, and written what precedes the first window. If so, this one has it."""
+    """Whether some task has cut the text and written what precedes the first window. If so, the folder has it."""
     return plan.place.is_begun() and Contexts.is_complete(plan.folder)
 
 
 def begin_together(plan: HarvestPlan, progress: HarvestProgress) -> tuple[CacheWriter, Contexts]:
-    """What `start_cache` returns. Of several tasks one cuts the text; the others wait for it."""
+    """Returns the same as `start_cache`. One of several tasks cuts the text; the others wait for it."""
     claim, told = TextClaim(plan.place, plan.command), ""
     while not is_cut(plan):
         if file := claim.take():
             with contextlib.suppress(ClaimLost), claim.held(file) as check:
-                if is_cut(plan):  # by a task that was done between the look and the claim
+                if is_cut(plan):  # by a task that finished between the check and the claim
                     break
                 check_before_text(plan)
                 return start_cache(plan, check)

@@ -3,8 +3,8 @@
     tokens/draft/000000.safetensors    the contexts up to the first checkpoint, as ContextCutter.take returns them
     tokens/draft/state.json            the checksum of each such file and the reading state; written last
 
-A checkpoint is used only by the harvest that wrote it. One that is damaged, or that an earlier version wrote, is
-discarded, and the text is read from its beginning.
+A checkpoint is used only by the harvest that wrote it. A checkpoint that is damaged or was written by an earlier
+version is discarded, and the text is read from its beginning.
 """
 
 import shutil
@@ -26,8 +26,8 @@ class TokenizeCheckpoint:
     """The verified parts of a checkpoint. `check` is called before anything is written.
 
     Attributes:
-        state: the one saved with the last part, or None without any.
-        discarded: why what an earlier start has written is not used; "" if there was nothing, or if it is used.
+        state: the reading state saved with the last part; None if there is no part.
+        discarded: why an earlier checkpoint is not used; "" if there was none, or if it is used.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], check: Callable[[], None] = lambda: None) -> None:
@@ -46,7 +46,7 @@ class TokenizeCheckpoint:
             remove_checkpoint(folder)
 
     def _restore(self) -> None:
-        """Take over what an earlier start has written. Raises DamagedError if it cannot be used."""
+        """Load the checkpoint of an earlier start. Raises DamagedError if it cannot be used."""
         path = self.folder / "state.json"
         saved = TOKENIZE_RECORD.read(path)
         if saved["owner"] != self.owner:

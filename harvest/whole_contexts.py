@@ -1,7 +1,7 @@
 """Tell transformers that every context is one sequence.
 
-Given positions and no mask, transformers looks at the positions, to find several sequences in one context, and the host
-waits for the GPU to read what it has found. No context of this package has more than one sequence of positions.
+Given positions and no mask, transformers searches the positions for several sequences in one context, and the host
+waits for the GPU to read the result. In this package, every context has a single sequence of positions.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ _whole: ContextVar[bool] = ContextVar("whole", default=False)  # of a thread
 
 @contextlib.contextmanager
 def whole_contexts() -> Iterator[None]:
-    """While the context is open, transformers does not look for several sequences in what this thread runs."""
-    find = getattr(masking_utils, FINDER, None)  # an internal of transformers: without it there is nothing to avoid
+    """While the context is open, transformers does not look for several sequences in this thread's passes."""
+    find = getattr(masking_utils, FINDER, None)  # internal to transformers: if missing, there is nothing to avoid
     if find is not None and not hasattr(find, "__wrapped__"):
         setattr(masking_utils, FINDER, unless_whole(find))
     token = _whole.set(True)

@@ -1,11 +1,12 @@
-"""Drafts: the rows of a window that are computed so far, on disk, so that an interrupted window is not begun again.
+"""Drafts: the rows of a window computed so far, on disk, so that an interrupted window is not started over.
 
     drafts/000000/000000.safetensors   rows in the order in which they were computed: each array, row_ctx, row_pos
     drafts/000000/state.json           what computed them, the checksum of each part, where to go on; written last
 
 A window is committed as a whole, and on a slow machine it takes hours. A draft is saved every SAVE_SECONDS and on
-Ctrl-C, so on a fast machine there is none. It is used only by a harvest that would compute the same bytes: another
-device, version or number of contexts per pass begins the window again. It is removed once the window is committed.
+Ctrl-C, so on a fast machine there is none. A draft is used only by a harvest that would compute the same bytes: another
+device, version or number of contexts per pass starts the window over. The draft is removed once the window is
+committed.
 """
 
 import contextlib
@@ -25,18 +26,18 @@ from ..common.errors import DamagedError, UnavailableError
 from ..common.files import atomic_write, digest_of, read_file
 
 SAVE_SECONDS = 60.0  # between two parts
-WORTH_SAVING = 5.0  # seconds of computing that Ctrl-C saves
+WORTH_SAVING = 5.0  # seconds of computing worth a draft on Ctrl-C
 
 
 class ComputedRows(NamedTuple):
-    """How far a window is computed. One value, so that an interrupt cannot come between its parts."""
+    """How far a window is computed. A single value, so that an interrupt cannot leave it half updated."""
 
     rows: int
     context: int  # the next one to compute
 
 
 class WindowDraft:
-    """The draft of a window. `owner`: everything that decides its bytes, and what computes them."""
+    """The draft of a window. `owner` is everything that determines its bytes, and the software and device used."""
 
     def __init__(self, folder: Path, window: int, owner: Any) -> None:
         self.folder, self.owner = draft_folder(folder, window), digest_of(owner)
@@ -45,9 +46,9 @@ class WindowDraft:
         self.has_room = True
 
     def load(self, arrays: Mapping[str, np.ndarray], slot: np.ndarray, start: ComputedRows) -> ComputedRows:
-        """Put the rows of the draft into `arrays` at their places, row n at slot[n]; returns where to go on.
+        """Copy the rows of the draft into `arrays`, row n to slot[n]; returns where to continue.
 
-        That is `start` if there is no draft, or one that is damaged or of another owner.
+        Returns `start` if there is no draft, or if the draft is damaged or has another owner.
         """
         with contextlib.suppress(DamagedError):  # also raised if there is none
             state = DRAFT_RECORD.read(self.folder / "state.json")
@@ -73,16 +74,16 @@ class WindowDraft:
 
     @property
     def seconds(self) -> float:
-        """How long ago the last part was saved, or the window begun."""
+        """The seconds since the last part was saved, or since the window was begun."""
         return time.monotonic() - self.saved_at
 
     def save(self, arrays: Mapping[str, np.ndarray], slot: np.ndarray, progress: ComputedRows) -> None:
-        """Save the rows since the last part. On a full disk the draft is given up: the window itself needs the room."""
+        """Save the rows since the last part. On a full disk the draft is dropped: the window itself needs the room."""
         if progress.rows == self.saved_rows or not self.has_room:
             return
         new = slot[self.saved_rows : progress.rows]
         try:
-            if not self.checksums:  # of another owner
+            if not self.checksums:  # the old parts have another owner
                 shutil.rmtree(self.folder, ignore_errors=True)
             data = safetensors.numpy.save({name: values[new] for name, values in arrays.items()})
             atomic_write(self._part_file(len(self.checksums)), data)
@@ -105,12 +106,12 @@ def draft_folder(folder: Path, window: int) -> Path:
 def remove_draft(folder: Path, window: int) -> None:
     """Remove the draft of a window that is committed, and the folder of drafts if it was the last."""
     shutil.rmtree(draft_folder(folder, window), ignore_errors=True)
-    with contextlib.suppress(OSError):  # there are others, or none
+    with contextlib.suppress(OSError):  # there are other drafts, or no folder
         (folder / "drafts").rmdir()
 
 
 def remove_other_drafts(folder: Path, windows: Mapping[int, Any]) -> None:
-    """Remove the drafts of all but these windows: those of which a killed harvest had just committed the window."""
+    """Remove the drafts of all other windows: a killed harvest had committed them but not yet removed their drafts."""
     for path in (folder / "drafts").glob("*"):
         if not path.name.isdecimal() or int(path.name) not in windows:
             shutil.rmtree(path, ignore_errors=True)

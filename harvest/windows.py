@@ -35,18 +35,17 @@ from .window_draft import SAVE_SECONDS, WORTH_SAVING, ComputedRows, WindowDraft,
 
 ORIGINS = ("row_ctx", "row_pos")
 Memory = dict[str, Tensor]  # of the host, for a window: array name -> (rows, d) bfloat16
-Pending = Callable[[], WindowRows]  # waits for the rows of a window that are being copied from a GPU
+Pending = Callable[[], WindowRows]  # waits for the rows of a window being copied from a GPU
 
 
 def write_windows(
     computer: "WindowComputer", writer: CacheWriter, windows: Mapping[int, list[str]], progress: HarvestProgress
 ) -> None:
-    """Compute the arrays of each window and write them, both at the same time.
+    """Compute the arrays of each window while writing those of the previous window.
 
-    Arrays that another worker has committed by now are left out: before they are computed, and again before they are
-    written.
+    Arrays that another worker has committed meanwhile are skipped; this is checked before computing and before writing.
 
-    Raises Interrupted on Ctrl-C, when the window being written is safe.
+    Raises Interrupted on Ctrl-C, once the window being written is safe.
     """
     thread = WriterThread(writer, [computer.memory(list(writer.widths)) for _ in range(WINDOWS_IN_MEMORY)])
     total, done = sum(len(writer.layout.row_range(window)) for window in windows), 0
@@ -78,7 +77,7 @@ def write_windows(
             f"Stopped. {safe} of {writer.layout.n_windows} windows are safe{begun}; run the same command again to "
             "continue."
         ) from None
-    except BaseException:  # of the model, or of a progress callback
+    except BaseException:  # from the model or a progress callback
         thread.finish()
         raise
     thread.raise_error()
@@ -98,11 +97,11 @@ class WriterThread:
         self._thread.start()
 
     def write(self, window: int, rows: Pending, made_with: dict[str, Any], memory: Memory) -> None:
-        """Queue a window. Its memory returns to `free` when it is written."""
+        """Queue a window. Its memory returns to `free` once the window is written."""
         self._jobs.put((window, rows, made_with, memory))
 
     def finish(self) -> None:
-        """Wait until everything queued is written."""
+        """Wait until all queued windows are written."""
         self._jobs.put(None)
         self._thread.join()
 
@@ -123,9 +122,9 @@ class WriterThread:
 
 
 class WindowComputer:
-    """Computes the rows of windows, with `drafts` continuing those that were interrupted.
+    """Computes the rows of windows; with `drafts`, continues interrupted windows.
 
-    They are a pure function of the text, the seed, the window and the number of contexts in a forward pass.
+    The rows are a pure function of the text, the seed, the window and the number of contexts in a forward pass.
     """
 
     def __init__(
@@ -149,7 +148,7 @@ class WindowComputer:
                 self.device_window = DeviceWindow(model.device, rows)
 
     def memory(self, arrays: Sequence[str]) -> Memory:
-        """Memory of the host for a window. The system provides it when it is first written to, unless it is pinned."""
+        """Host memory for a window. Unless pinned, the system provides it only when it is first written to."""
         rows = min(self.layout.window_rows, self.layout.rows)
         return host_memory(rows, {name: self.plan.widths[name] for name in arrays}, pinned=bool(self.device_window))
 
@@ -162,8 +161,8 @@ class WindowComputer:
         return {**where, **versions, **own_versions}
 
     def compute(self, window: int, memory: Mapping[str, Tensor]) -> Pending:
-        """Compute a window into `memory`. If that of a GPU runs out, retry without a window there; then, as on a CPU,
-        with half as many contexts per pass.
+        """Compute a window into `memory`. If GPU memory runs out, retry without a window on the GPU; after that, as on
+        a CPU, with half as many contexts per pass.
         """
         while True:
             try:
@@ -234,7 +233,7 @@ class WindowComputer:
         return lambda: WindowRows(bits, row_ctx, row_pos, arrived())
 
     def _bring(self, bits: Mapping[str, np.ndarray], target: np.ndarray) -> None:
-        """Have the rows at these places of a window in the memory of the host."""
+        """Copy the rows at these positions of a window to host memory, if they are on a GPU."""
         if self.device_window is None:
             self.device_copy.wait()
         else:
@@ -248,7 +247,7 @@ class WindowComputer:
         longest = int(self.contexts.length[batch].max())
         ids_NS = torch.from_numpy(self.contexts.ids[batch, :longest].astype(np.int64))
         context, position = np.nonzero(self.kept_NS[batch, :longest])
-        # A context at the edge of the window belongs to two windows; only its rows in this one are kept.
+        # A context at the edge of a window belongs to two windows; only its rows in this window are kept.
         number = self.rows_before[batch.start] + np.arange(len(context))
         inside = (number >= rows.start) & (number < rows.stop)
         context, position = context[inside], position[inside]

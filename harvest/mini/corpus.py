@@ -1,8 +1,8 @@
 """The text of the running Python's own standard library: help topics, docstrings and source.
 
-Nothing is copied into the repository, since every machine that runs this has the text already. A document is a help
-topic, the docstrings of a module, or the source of a module. A hash of the module's name decides what is held out, so
-that the docstrings and the source of a module are always on the same side, on every machine and in every run. Help
+Nothing is copied into the repository, since every machine that runs this code already has the text. A document is a
+help topic, the docstrings of a module, or the source of a module. A hash of the module's name decides what is held out,
+so that the docstrings and the source of a module are always on the same side, on every machine and in every run. Help
 topics and the tables of `encodings` are never held out: they repeat each other almost word for word.
 """
 
@@ -38,13 +38,13 @@ class StdlibDocument(NamedTuple):
 
 
 def is_held_out(path: str) -> bool:
-    """Whether a module is held out: one in ten, by a hash of its path, so that no list and no order matters."""
+    """Whether a module is held out: one in ten, chosen by a hash of its path, independent of other modules."""
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "little") % HELD_OUT_ONE_IN == 0
 
 
 @functools.cache
 def stdlib_documents() -> tuple[StdlibDocument, ...]:
-    """Every document, sorted by name. Reading the library takes some seconds, so that a process does it once."""
+    """Every document, sorted by name. Reading the library takes some seconds, so the result is cached."""
     return tuple(read_documents())
 
 
@@ -80,7 +80,7 @@ def docstrings(source: str) -> str:
 
 
 def walk_statements(module: ast.Module) -> Iterator[ast.AST]:
-    """The module and the statements below it, in the order of `ast.walk`, which is slow since it visits expressions."""
+    """The module and its statements, in the order of `ast.walk`, which is slower because it visits expressions."""
     found: deque[ast.AST] = deque([module])
     while found:
         node = found.popleft()

@@ -3,9 +3,9 @@
 A `Gemma2ForCausalLM` with Gemma-2-2B's depth (26 blocks) and a width of 128, trained on the harvested documents of
 corpus.py and on spelling prompts. One feature is planted on purpose: a linear head on the residual stream after block 4
 predicts the first letter of every token that is a word, and its loss is added to the model's. The head is thrown away
-afterwards. It leaves a residual stream in which the first letter is a linear feature known in advance, which is what
-an absorption metric has to be tested on. Without the head, the model carries the word itself to the answer and looks up
-the letter there, and no probe finds the letter at the word.
+afterwards. It leaves a residual stream in which the first letter is known to be a linear feature, which a test of an
+absorption metric needs. Without the head, the model carries the word itself to the answer and looks up the letter
+there, and no probe finds the letter at the word.
 """
 
 import argparse
@@ -34,7 +34,7 @@ BATCH, SPELLING = 16, 3  # contexts in a step, and how many of them are spelling
 STEPS = 1800
 PLANTED_AFTER, PLANTED_WEIGHT = 4, 0.3
 PAD, EOS, BOS = 0, 1, 2  # Gemma's ids
-RARE = "JKQUVWXYZ"  # letters of which a plain BPE of this text has too few whole words
+RARE = "JKQUVWXYZ"  # letters for which a plain BPE of this text has too few whole words
 LETTERS = 26
 
 

@@ -41,14 +41,14 @@ def batches_of(items: list[Any], size: int) -> Iterator[list[Any]]:
 
 
 def tokenize_documents(tokenizer: Any, *, held_out: bool) -> list[list[int]]:
-    """The token ids of the documents of one side."""
+    """The token ids of the training documents or of the held-out documents."""
     texts = [d.text for d in stdlib_documents() if d.held_out == held_out]
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 @torch.no_grad()
 def cross_entropies(model: LanguageModel, tokenizer: Any, contexts: int) -> tuple[float, float, int]:
-    """Held-out nats per token of the model and of the training split's unigrams, and the number of held-out tokens."""
+    """Held-out nats per token: the model's and the training split's unigrams'; and the number of held-out tokens."""
     train = torch.tensor([t for ids in tokenize_documents(tokenizer, held_out=False) for t in ids])
     held_out = tokenize_documents(tokenizer, held_out=True)
     counts = torch.bincount(train, minlength=len(tokenizer)) + 1.0
