@@ -1,5 +1,4 @@
-"""The local folder for chunks of caches in stores. Its size is limited, chunks are pulled ahead, and processes share
-it.
+"""The local folder for chunks of caches in stores. It has a size limit, is filled ahead, and is shared by processes.
 
 The order in which chunks are needed is known in advance (chunk_schedule.py), so threads pull chunks ahead. If there is
 no room, the chunk whose next use is farthest away is removed; chunks that no process will read go first. Names are
@@ -235,8 +234,8 @@ class LocalFolder:
                 path.write_text(str(self.size))
 
     def check_size(self, readings: Sequence[ChunkReading], processes: int = 1) -> None:
-        """Raise UsageError if the folder is too small for one step of any of these readings in each of the processes
-        that are about to begin. Writes nothing.
+        """Raise UsageError if the folder cannot hold one step of any of these readings for each of `processes`
+        processes. Writes nothing.
         """
         least = max((one.least for one in readings), default=0)
         check_room(self.folder, self.size, contents(self.folder).other, least, least * (processes - 1))
