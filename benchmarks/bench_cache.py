@@ -1,10 +1,10 @@
 """How fast a cache is read: `python benchmarks/bench_cache.py [--gb 2]`.
 
-A cache of synthetic bfloat16 rows of width 2304 is written by the same writer as a harvest. Batches are then read by
-our loader and by the alternatives, in rounds, in random order. The tables have medians, relative to a memory copy of
-the same bytes in the same run. In `epoch 2` maps are open and pages in memory: chunks were verified and touched before.
-The first epoch is measured in separate processes, warm and cold; cold means that the files were dropped from the page
-cache.
+The script writes a cache of synthetic bfloat16 rows of width 2304 with the writer that a harvest uses. Our loader and
+the alternatives then read batches, in rounds, in random order. The tables have medians, relative to a memory copy of
+the same bytes in the same run. In `epoch 2` the files are already mapped and their pages in memory, since the chunks
+were verified and touched before. The first epoch is measured in separate processes, warm and cold; cold means that the
+files were dropped from the page cache.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def timed(read: Callable[[int], object], count: int) -> Way:
 def from_loader(
     batches: BatchLoader | ResidentLoader, count: int, compute: Callable[[Tensor], object] = lambda x_BD: None
 ) -> Way:
-    """Time batches of a loader, from when those that it had read ahead are used up."""
+    """Time batches of a loader, starting when the batches that it had read ahead are used up."""
     way = timed(lambda number: compute(next(batches)), count)
 
     def run() -> Spent:
@@ -64,7 +64,7 @@ def from_loader(
 
 
 def loaders(cache: Cache, packed: Cache, batch: int) -> dict[str, BatchLoader | ResidentLoader]:
-    """Our loaders, each after one epoch."""
+    """Our loaders, each after it has read one epoch."""
     opened: dict[str, BatchLoader | ResidentLoader] = {
         "our loader": BatchLoader(cache, ARRAY, batch),
         "our loader, one thread": BatchLoader(cache, ARRAY, batch, threads=1),

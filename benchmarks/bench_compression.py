@@ -1,8 +1,8 @@
 """Savings and cost of the compressed profile: `python benchmarks/bench_compression.py`.
 
-Rows of gemma-2-mini, harvested here (layers 5, 12, 19; width 128), and synthetic rows of width 2304 with outlier
-dimensions. Each chunk is encoded and decoded by the cache's own code, in one thread. The bound is the ratio at the
-order-0 entropy of each dimension's high byte; the low byte is noise and kept whole.
+It uses rows of gemma-2-mini, which the script harvests (layers 5, 12, 19; width 128), and synthetic rows of width 2304
+with outlier dimensions. The cache's own code encodes and decodes each chunk, in one thread. The bound is the ratio at
+the order-0 entropy of each dimension's high byte; the low byte is noise and counted in full.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def harvested_rows(folder: Path, tokens: int) -> dict[str, np.ndarray]:
 
 
 def entropy_bound(bits_RD: np.ndarray) -> float:
-    """Compression ratio if a value took 8 bits and the mean entropy of a dimension's high byte."""
+    """Compression ratio if a value took 8 bits plus the mean entropy of a dimension's high byte."""
     entropy = 0.0
     for high in (bits_RD >> 8).T:
         share = np.bincount(high, minlength=256) / len(high)

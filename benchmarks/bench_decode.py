@@ -1,8 +1,8 @@
 """From which n/k on is gathering rows faster? `python benchmarks/bench_decode.py [--d-in 128,512,2304]`.
 
-Whole training steps of `topk`, once by dense products and once by the rows of the active latents
-(`train/sparse_ops.py`), with the same weights and batches, in rounds, in random order. One thread, in its processor
-time, which other work on the machine hardly changes. `of dense` is below 1 where rows are faster;
+Times whole training steps of `topk`, once with dense products and once by gathering the rows of the active latents
+(`train/sparse_ops.py`), with the same weights and batches, in rounds, in random order. Times are processor time of one
+thread, which other work on the machine hardly changes. `of dense` is below 1 where gathering is faster;
 `sparse_ops.SPARSE_FROM` is set from this table.
 """
 
@@ -28,7 +28,7 @@ def numbers(text: str) -> list[int]:
 def make_step(
     config: RunConfig, k: int, x_BD: torch.Tensor, sparse_from: dict[str, dict[str, float]]
 ) -> Callable[[], float]:
-    """A training step, returning its milliseconds, that gathers rows from these n/k on (as SPARSE_FROM)."""
+    """A function that times a training step in milliseconds; rows are gathered from these n/k up (see SPARSE_FROM)."""
     torch.manual_seed(0)
     trainer = Trainer(find_recipe("topk").make(config, {"k": k}), config.steps, "cpu")
 

@@ -1,9 +1,10 @@
-"""How the cost of paper 003's penalty grows with the width n: claimed is O(n).
+"""How the cost of paper 003's penalty grows with the width n; the paper claims O(n).
 
     python benchmarks/bench_decorrelation_scaling.py > benchmarks/results/DATE-decorrelation-scaling.md
 
 Trains `decorrelation` and `relu` without a pre-bias (the paper's SAE with and without the penalty) at a fixed d_in and
-batch on the same rows, one thread, in processor time; in rounds, in random order. Three times per width:
+batch on the same rows, in rounds, in random order. Times are processor time of one thread. There are three for each
+width:
 
     plain    a step without the penalty: O(n)
     added    what the penalty adds to it: the difference within a round
@@ -50,7 +51,7 @@ class Times(NamedTuple):
 
 
 def milliseconds(work: Callable[[], object], device: str, repeats: int) -> float:
-    """Per call. Processor time on a CPU, wall-clock time on a GPU."""
+    """Milliseconds per call: processor time on a CPU, wall-clock time on a GPU."""
     if device == "cpu":
         started = time.process_time()
         for _ in range(repeats):

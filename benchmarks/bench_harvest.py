@@ -1,16 +1,17 @@
 """Cost of a harvest over the model's own forward pass: `python benchmarks/bench_harvest.py`.
 
-gemma-2-mini on its embedded text, tokenized before the clock starts. In rounds, in random order:
+Runs gemma-2-mini on its embedded text, which is tokenized before the clock starts, in rounds, in random order:
 
-    forward          the truncated model on the same passes as the harvest, without hooks, results discarded
-    harvest          all of it, from loading the model to sealing the cache, with checksums, flushes and commits
-    harvest of 19    the same for layer 19 alone instead of 5, 12 and 19
+    forward the truncated model on the same passes as the harvest, without hooks, results discarded harvest the whole
+    harvest, from loading the model to sealing the cache, with checksums, flushes and commits harvest of 19 the same for
+    layer 19 alone instead of 5, 12 and 19
 
-Each loads the model itself. Then the writer alone, at Gemma-2-2B's width, and the peak of memory at two cache sizes.
+Each of them loads the model itself. The script then measures the writer alone, at Gemma-2-2B's width, and peak memory
+at two cache sizes.
 
-`--host` measures something else: the host's part of a harvest, without a model. Prepared rows of three layers of that
-width go through it, as from a GPU that keeps the window (the host computes checksums, writes and flushes) and as from
-one that does not (it also places and measures the rows), on one core, on two, and so on.
+`--host` measures something else: the host's part of a harvest, without a model. It processes prepared rows of three
+layers of that width on one core, on two, and so on. The rows arrive either as from a GPU that keeps the window (the
+host computes checksums, writes and flushes) or as from one that does not (the host also places and measures the rows).
 """
 
 import argparse
@@ -61,7 +62,7 @@ HOST_ROWS, PASS = 32_768, 4096  # of a window, of a pass of the model; with --ho
 
 
 def prepare(plan: HarvestPlan, contexts: Contexts) -> None:
-    """Leave what a harvest that was stopped after tokenizing leaves."""
+    """Create the files that remain when a harvest is stopped after tokenizing."""
     shutil.rmtree(plan.folder, ignore_errors=True)
     contexts.write(plan.folder)
     CacheWriter(plan.folder, plan.identity, cache_layout(plan, contexts), plan.widths)
@@ -161,7 +162,7 @@ def timed_writer(folder: Path, compress: bool, rows: int = 16_384) -> Callable[[
 
 
 class PreparedRows:
-    """In the place of a WindowComputer: rows that cost no time, with what a GPU would have measured if `measured`."""
+    """Replaces a WindowComputer: rows that cost no time, with a GPU's statistics of them if `measured`."""
 
     rows_in_draft = 0
 
@@ -189,7 +190,7 @@ class PreparedRows:
 
 
 def host_part(folder: str, measured: bool, cores: int, windows: int) -> float:
-    """GB/s of activations through the host's part of a harvest, on some cores of this machine."""
+    """GB/s of activations through the host's part of a harvest, on a given number of cores of this machine."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     torch.set_num_threads(1)
     layout = Layout(windows * HOST_ROWS, HOST_ROWS)
@@ -204,7 +205,7 @@ def host_part(folder: str, measured: bool, cores: int, windows: int) -> float:
 
 
 def print_host_parts(folder: Path, rounds: int, windows: int) -> None:
-    """GB/s by cores, and what eight cores would do if each added as much as the last one did."""
+    """GB/s by number of cores, and an extrapolation to eight cores, where each adds as much as the last one did."""
     for measured, title in ((True, "windows from a GPU"), (False, "rows, placed and measured by the host")):
         speeds = []
         for cores in range(1, len(os.sched_getaffinity(0)) + 1):

@@ -1,11 +1,12 @@
 """Training from an object store against training from a disk: `python benchmarks/bench_remote.py [--rounds 3]`.
 
-A cache of synthetic bfloat16 rows is in a folder, and in a store on loopback: a server of our own in another process
-that sends files as fast as it can, or at a rate (moto's, which the tests use, is slower than any real store). Each
-round trains the same run from the disk, from the store with a local folder that holds a part of it, and from the store
-through links that are slower, in an order that changes; each in a process of its own, with an empty local folder. The
-chunks of the first batches are pulled before training begins: `after ten steps` is the speed from then on. The tables
-have medians over the rounds of ratios within a round. `needed` is the rate at which training reads.
+A cache of synthetic bfloat16 rows is kept in a folder and in a store on loopback. The store is our own server in
+another process, which sends files as fast as it can or at a fixed rate (moto's server, which the tests use, is slower
+than any real store). Each round trains the same run from the disk, from the store with a local folder that holds part
+of the cache, and from the store through slower links, in changing order. Each training has its own process and an empty
+local folder. The chunks of the first batches are downloaded before training begins; `after ten steps` is the speed
+after that. The tables have medians over rounds of the ratios within a round. `needed` is the rate at which training
+reads.
 """
 
 import argparse
@@ -32,7 +33,7 @@ CHUNK_ROWS = 1024  # an eighth of the usual, so that a small cache has as many c
 
 
 class Files(SimpleHTTPRequestHandler):
-    """Serves a folder over HTTP/1.1, with ranges left out, at `rate` bytes a second over all connections."""
+    """Serves a folder over HTTP/1.1, without range requests, at `rate` bytes per second over all connections."""
 
     protocol_version = "HTTP/1.1"
     rate = float("inf")
@@ -63,7 +64,7 @@ def serve(folder: str, rate: float) -> None:
 
 
 def train(place: str, out: str, local: str, size: int, steps: int, width: int, batch_size: int) -> None:
-    """Train one run, and print the seconds of its steps, those that it waited, and what was pulled."""
+    """Train one run, and print the seconds of its steps, the seconds spent waiting, and what was downloaded."""
     import torch
 
     from sae.cache.local_folder import OPENED
@@ -91,7 +92,7 @@ def train(place: str, out: str, local: str, size: int, steps: int, width: int, b
 
 @contextmanager
 def served(folder: Path, rate: float) -> Any:
-    """The address of a folder that another process serves, and where its count of requests will be."""
+    """The address of a folder that another process serves, and the place where its count of requests will be."""
     words = [sys.executable, __file__, "--serve", str(folder), str(rate)]
     requests: list[int] = []
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -102,7 +103,7 @@ def served(folder: Path, rate: float) -> Any:
 
 
 def measure(place: str, folder: Path, size: int, arguments: argparse.Namespace) -> dict[str, float]:
-    """Train in a new process, and watch how large the local folder becomes."""
+    """Train in a new process, and watch the size of the local folder."""
     numbers = [size, arguments.steps, arguments.width, arguments.batch_size]
     with tempfile.TemporaryDirectory(dir=folder) as work:
         local = Path(work) / "local"

@@ -1,7 +1,8 @@
 """Cost of a trainer step: `python benchmarks/bench_train.py [--d-in 512] [--width 1,8] [--saelens PYTHON]`.
 
-Six tables, all but `threads` on one thread and in its processor time, which other work on the machine hardly changes;
-in rounds, in random order, one process at a time. Cells are the median and the interquartile range over rounds.
+Prints six tables. All but `threads` use processor time of one thread, which other work on the machine hardly changes.
+Measurements run in rounds, in random order, one process at a time. Cells are the median and the interquartile range
+over rounds.
 
     step       relu, topk and batchtopk, beside the peers' trainers as published on the same batches (environments as in
                peers/agree_train.py), and relative to a lower bound: the five products of a dense step alone, in the
@@ -17,7 +18,7 @@ in rounds, in random order, one process at a time. Cells are the median and the 
                processor time of two threads says nothing about it: only on a machine with two idle cores.
 
 With `--json FILE` the table of recipes is also added to a file like evaluate/papers/step_times.json, where it replaces
-one of the same sizes: claims about the cost of a step are compared with that file.
+a table with the same sizes. Claims about the cost of a step are compared with that file.
 """
 
 import argparse
@@ -56,7 +57,7 @@ ROUNDED = (*BASES, "jumprelu", "gated", "matryoshka", "decorrelation")  # in the
 
 
 class Peer:
-    """A peer's process, which works only while a request is open."""
+    """The process of a peer library, which works only while a request is open."""
 
     def __init__(self, name: str, python: str) -> None:
         script = Path(__file__).parent / "peers" / "time_peer.py"
@@ -91,7 +92,7 @@ def make_step(trainer: Trainer, config: RunConfig) -> Step:
 
 
 def products(config: RunConfig) -> Step:
-    """Only the products of a dense step: encode, decode, and the gradients of latents, W_dec and W_enc."""
+    """Only the matrix products of a dense step: encode, decode, and the gradients of latents, W_dec and W_enc."""
     kind = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     tokens, d_in, d_sae = config.batch_size, config.d_in, config.d_sae
     sizes = ((tokens, d_in), (tokens, d_sae), (d_in, d_sae), (d_sae, d_in))
@@ -105,7 +106,7 @@ def products(config: RunConfig) -> Step:
 
 
 def options_for(recipe: str, config: RunConfig) -> dict[str, Any]:
-    """The options of our recipe, for a peer's trainer."""
+    """The options of our recipe, in the form that a peer's trainer takes."""
     variant = make_trainer(recipe, config).variant
     options = variant.options | {"l1_warmup": 1000, "warmup": 1000, "dead_tokens": config.dead_after_tokens}
     sizes = {"d_in": config.d_in, "d_sae": config.d_sae, "batch": config.batch_size, "steps": config.steps}
@@ -142,7 +143,7 @@ def show_steps(config: RunConfig, peers: Mapping[str, Peer], rounds: int, steps:
 
 
 def periodic_cost(trainer: Trainer, config: RunConfig) -> float:
-    """Milliseconds per step of what mechanisms do every N steps, divided by N."""
+    """Milliseconds per step of the work that mechanisms do every N steps, divided by N."""
     step, spent = trainer.step(batches(config.batch_size, config.d_in)[0]), 0.0
     with torch.no_grad():
         for mechanism in trainer.variant.mechanisms:
@@ -174,7 +175,7 @@ def show_recipes(config: RunConfig, rounds: int, steps: int, file: Path | None =
 def write_step_times(
     file: Path, config: RunConfig, found: Mapping[str, list[float]], periodic: Mapping[str, float]
 ) -> None:
-    """Add a table to a file of step times: for each recipe the quartiles, and what is done every N steps."""
+    """Add a table to a file of step times: for each recipe, the quartiles and the time of work done every N steps."""
     table = {
         "machine": machine().split(",")[0],
         "date": date.today().isoformat(),
@@ -281,7 +282,7 @@ def show_precision(config: RunConfig, rounds: int, steps: int) -> None:
 
 
 def wall_ms(step: Step, steps: int, threads: int) -> float:
-    """Milliseconds of wall time per step on so many threads."""
+    """Milliseconds of wall time per step with a given number of threads."""
     torch.set_num_threads(threads)
     try:
         step(0)  # the threads are started in an untimed step

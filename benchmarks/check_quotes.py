@@ -1,9 +1,10 @@
-"""Check that the quotes of `evaluate/papers/*.toml` are in the papers, and the papers' numbers in a quote.
+"""Check that the papers contain the quotes of `evaluate/papers/*.toml`, and that the quotes contain the papers'
+numbers.
 
     python benchmarks/check_quotes.py --papers DIR      DIR/000*.txt and so on: the papers as text
 
-Runs of white space count as one space, and a hyphen at the end of a line may or may not be part of the word. Prints
-the quotes that are not found, and the numbers of a paper that are in no quote, so that no claim is missing. Numbers in
+Runs of white space count as one space, and a hyphen at the end of a line may or may not be part of the word. Prints the
+quotes that are not found, and the numbers of a paper that are in no quote, so that no claim is missed. Numbers in
 formulas, headings, citations and names are not results, nor are those in the references. Exits with 1 if anything was
 printed.
 """

@@ -2,10 +2,11 @@
 
     python -m sae.benchmarks.checkpoint_cost [--rounds 7] [--recipe topk ...] [--size 576x2304x1024 ...]
 
-In every round each way takes the same steps, with a checkpoint in the middle, in random order. Per checkpoint:
-`processor`, the time of all threads of the process over that of the steps alone; `training`, that of the thread which
-trains; `held`, the time on the clock for which `save` held it. Processor time is nearly independent of what else runs.
-`share`: of a run with a checkpoint every 1,000 steps, by `processor` and by `training`.
+In every round, both ways run in random order and take the same steps, with a checkpoint in the middle. The columns, per
+checkpoint: `processor` is the additional processor time of all threads of the process, compared with the steps alone;
+`training` is the same for the training thread; `held` is the wall-clock time for which `save` held this thread.
+Processor time is nearly independent of other work on the machine. `share` is the share of a run with a checkpoint every
+1,000 steps, by `processor` and by `training`.
 """
 
 import argparse
@@ -38,7 +39,7 @@ class Cost(NamedTuple):
 
 
 def take_round(trainer: Any, x_BD: torch.Tensor, writer: CheckpointWriter | None) -> Cost:
-    """`STEPS` steps; with a writer, a checkpoint after half of them, which is on the disk at the end."""
+    """Takes `STEPS` steps; with a writer, also a checkpoint after half of them, which is on disk at the end."""
     processor, training, held = time.process_time(), time.thread_time(), 0.0
     for number in range(STEPS):
         trainer.step(x_BD)

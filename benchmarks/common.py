@@ -30,7 +30,7 @@ WINDOW = 65_536
 
 
 def model_like_rows(rows: int, d_in: int = D_IN, seed: int = 0) -> np.ndarray:
-    """Bfloat16 bits (rows, d_in) of rows like a language model's activations.
+    """Bfloat16 bits, shape (rows, d_in), of rows that resemble a language model's activations.
 
     Dimensions have unequal scales, six of them 20 to 80 times the others, and norms differ from row to row.
     """
@@ -48,7 +48,7 @@ def model_like_rows(rows: int, d_in: int = D_IN, seed: int = 0) -> np.ndarray:
 def make_cache(
     folder: Path, gigabytes: float, *, compress: bool = False, d_in: int = D_IN, most: int = WINDOW
 ) -> Cache:
-    """A cache written as a harvest writes it. Windows, of at most `most` rows, hold the same; the text is zeros."""
+    """A cache written as by a harvest. All windows (at most `most` rows) have the same content; token ids are 0."""
     window = min(most, int(gigabytes * 1e9 / 2 / d_in) // CONTEXT * CONTEXT)
     count = round(gigabytes * 1e9 / 2 / d_in / window)
     layout = Layout(count * window, window, compress=compress)
@@ -95,7 +95,7 @@ class Spent(NamedTuple):
 
 
 def in_rounds(ways: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """The results of each way, one per round. In every round all ways run once, in random order."""
+    """The results of each way, one per round. In every round each way runs once, in random order."""
     results: dict[str, list[T]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name in random.sample(list(ways), len(ways)):
@@ -122,7 +122,7 @@ def in_new_process(function: Callable[..., T], *arguments: object) -> T:
 
 
 class AnonymousPeak:
-    """Peak of the process' anonymous memory, in MB: `with AnonymousPeak() as peak: ...`, then `peak.mb`.
+    """Peak of the process's anonymous memory, in MB: `with AnonymousPeak() as peak: ...`, then `peak.mb`.
 
     Pages of mapped files belong to the system and are not counted. Sampled every ten milliseconds.
     """

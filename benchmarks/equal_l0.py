@@ -1,19 +1,19 @@
 """The effect of each mechanism at equal L0: pairs of systems, compared seed by seed and layer by layer.
 
     sae train --layer 5 --layer 12 --layer 19 --l0 32 --seed 0 --seed 1 --seed 2 --variant ...
-
-The whole command is in docs/explanation/findings.md.
     sae evaluate runs/*
     python benchmarks/equal_l0.py runs/* > table.md
 
+The whole `sae train` command is in docs/explanation/findings.md.
+
 Prints Markdown. A cell is the mean difference over seeds and half its 95 % interval by Student's t. `L0` is the mean
-difference over all layers and seeds. `sign` counts in how many pairs the first system has the larger KL score.
-`also differs` lists the shared options in which the two recipes differ besides the mechanism that they are named for:
-such a line compares two whole systems and says nothing about one mechanism.
+difference over all layers and seeds. `sign` counts in how many pairs the first system has the larger KL score. `also
+differs` lists shared options in which the two recipes differ besides the mechanism: a line with such options compares
+two whole systems and says nothing about one mechanism.
 
 Seeds share the data, its order and the evaluation text; they differ in the initial weights. All recipes of a seed start
-from the same weights, except `collapse-06` and later, whose rows start orthonormal. Where `--l0` controls a penalty, a
-recipe's own schedule for it has no effect after a twentieth of the run.
+from the same weights, except `collapse-06` and later, whose rows start orthonormal. If `--l0` controls a penalty, the
+recipe's own schedule of that penalty has no effect after a twentieth of the run.
 """
 
 import argparse
@@ -61,7 +61,7 @@ Runs = dict[tuple[str, int, int], ComparedRun]  # recipe, layer, seed -> run
 
 
 def index_runs(all_runs: Iterable[ComparedRun]) -> Runs:
-    """Runs by recipe, layer and seed. UsageError if two runs have the same, since one would be ignored."""
+    """Runs by recipe, layer and seed. Raises UsageError if two runs agree in all three, since one would be ignored."""
     runs: Runs = {}
     for run in all_runs:
         key = run.record["variant"], run.record["layer"], run.record["seed"]
@@ -74,7 +74,7 @@ def index_runs(all_runs: Iterable[ComparedRun]) -> Runs:
 
 
 def other_differences(one: ComparedRun, other: ComparedRun) -> list[str]:
-    """The options that both runs have with different values: lr, weight decay, pre_bias (input x - b_dec), ..."""
+    """The options for which both runs have different values: lr, weight decay, pre_bias (input x - b_dec), ..."""
     options, other_options = (
         run.record["resolved"] | {"pre_bias": read_sae_record(run.folder)["pre_bias"]} for run in (one, other)
     )

@@ -1,9 +1,9 @@
-"""Tiny random models of many families, and the checks of every site of each.
+"""Tiny random models of many families, and checks of all sites of each.
 
 tests/harvest/test_families.py runs them as tests, benchmarks/family_table.py writes what they find into
-docs/reference/families.md.
-A model is three or four blocks of width 32 with every parameter random, so that no norm or bias does nothing. What our
-hooks read and change is compared with plain hooks of torch on transformers' model, placed by the name of the module.
+docs/reference/families.md. A model has three or four blocks of width 32 with random parameters, so that every norm and
+bias has an effect. The reads and changes of our hooks are compared with those of plain torch hooks on transformers'
+model, which are attached by module name.
 """
 
 import contextlib
@@ -108,7 +108,7 @@ def make_config(kind: str, **more: Any) -> Any:
 
 
 def make_model(kind: str, **more: Any) -> Any:
-    """A tiny random model of a family, as transformers makes it."""
+    """A tiny random model of a family, built by transformers."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(make_config(kind, **more), trust_remote_code=False)
     model.eval().requires_grad_(False)
@@ -118,7 +118,7 @@ def make_model(kind: str, **more: Any) -> Any:
 
 @torch.no_grad()
 def randomize(model: nn.Module) -> None:
-    """Draw every parameter at random; those that decide how fast a Mamba's states decay only a little."""
+    """Draw every parameter at random, but change those that set the decay rate of a Mamba's states only a little."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -128,7 +128,7 @@ def randomize(model: nn.Module) -> None:
 
 @dataclass
 class FamilyResult:
-    """What holds for a family: in each block, the module of every site, or why it is refused."""
+    """The result for a family: in each block, the module of every site, or the reason why the site is refused."""
 
     kind: str
     class_name: str
@@ -139,7 +139,7 @@ class FamilyResult:
 
 @torch.no_grad()
 def examine(kind: str) -> FamilyResult:
-    """Check every site of every block of a family. Raises AssertionError where a law does not hold."""
+    """Check every site of every block of a family. Raises AssertionError if a check fails."""
     transformer = make_model(kind)
     model, config = LanguageModel(transformer), transformer.config
     ids_NS = torch.randint(3, 64, (3, 11), generator=torch.Generator().manual_seed(1))
@@ -167,7 +167,7 @@ def hooks_on(transformer: Any) -> int:
 
 
 def chosen_layers(model: LanguageModel) -> list[int]:
-    """A block of each kind: of several the second, which has others before and after it."""
+    """One block of each kind. If there are several, it is the second, which has others before and after it."""
     of_kind: dict[str, list[int]] = {}
     for layer, block in enumerate(model.blocks):
         of_kind.setdefault(kind_of(block), []).append(layer)
@@ -175,7 +175,7 @@ def chosen_layers(model: LanguageModel) -> list[int]:
 
 
 def sites_of(model: LanguageModel, config: Any, layer: int) -> tuple[list[str], dict[str, str]]:
-    """The sites of a block, and why the others are refused. The weights and the configuration alone have to agree."""
+    """The sites of a block, and why others are refused. Checks that weights and configuration give the same result."""
     sites, refused = [], {}
     for site in SITES:
         hook, reasons = Hook(layer, site), []
@@ -194,7 +194,7 @@ def sites_of(model: LanguageModel, config: Any, layer: int) -> tuple[list[str], 
 
 
 def check_captured(transformer: Any, ids_NS: Tensor, captured: dict[Hook, Tensor], plain: Any) -> None:
-    """What is captured is, to the bit, transformers' hidden states and what a plain hook on the named module sees."""
+    """Captured activations equal, to the bit, transformers' hidden states and a plain hook's on the named module."""
     for hook, x in captured.items():
         assert x.shape[:2] == ids_NS.shape
         seen: list[Tensor] = []
@@ -211,7 +211,7 @@ def check_captured(transformer: Any, ids_NS: Tensor, captured: dict[Hook, Tensor
 
 
 def check_sum(found: dict[str, Tensor], refused: dict[str, str]) -> None:
-    """What the attention and the MLP add, and nothing else, leads from resid_pre to resid_post."""
+    """The difference between resid_post and resid_pre is exactly what the attention and the MLP add."""
     if "attn_out" in found or "mlp_out" in found:
         total = found["resid_pre"] + found.get("attn_out", 0) + found.get("mlp_out", 0)
         torch.testing.assert_close(total, found["resid_post"], rtol=1e-5, atol=1e-5)
@@ -220,7 +220,7 @@ def check_sum(found: dict[str, Tensor], refused: dict[str, str]) -> None:
 
 
 def check_spliced(model: LanguageModel, ids_NS: Tensor, hook: Hook, x: Tensor) -> bool:
-    """Running from a hook is what a plain hook that replaces its activations does; False if it is refused."""
+    """Running from a hook equals running with a plain hook that replaces its activations; False if it is refused."""
     transformer, changed = model.model, 0.5 * x.roll(1, 0) + 0.1
     run = model.forward(ids_NS, [hook])
     plain = transformer(ids_NS, use_cache=False).logits
@@ -236,7 +236,7 @@ def check_spliced(model: LanguageModel, ids_NS: Tensor, hook: Hook, x: Tensor) -
 
 
 def check_truncated(transformer: Any, model: LanguageModel, ids_NS: Tensor) -> None:
-    """The first blocks alone, as a harvest loads them, give the activations of the whole model."""
+    """The first blocks alone, as loaded by a harvest, give the same activations as the whole model."""
     last = max(0, len(model.blocks) - 2)
     config = copy.deepcopy(transformer.config)
     if "resid_post" in model.probe(last).refused or not can_truncate(config, last + 1):
@@ -252,7 +252,7 @@ def check_truncated(transformer: Any, model: LanguageModel, ids_NS: Tensor) -> N
 
 @contextlib.contextmanager
 def plain_hook(transformer: Any, hook: Hook, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """A hook of torch on the module that `module_name` names, without any other code of this package."""
+    """A torch hook on the module that `module_name` names, without any other code of this package."""
     words = module_name(hook, transformer.config)
     module = transformer.get_submodule(words.removeprefix("the input of ").split(",")[0])
 

@@ -53,7 +53,7 @@ reads earlier tokens, be it attention, a Mamba or DeltaNet mixer or a convolutio
 
 
 def table_row(result: FamilyResult) -> str:
-    """A family's line of the table."""
+    """The table row of a family."""
     cells = []
     for site in SITES:
         count, kinds = sum(site in block for block in result.blocks), len(result.blocks)
@@ -72,7 +72,7 @@ def part_of(name: str) -> str:
 
 
 def reason_lines(results: list[FamilyResult]) -> Iterator[str]:
-    """Why sites are refused, with the families of which it is seen."""
+    """The reasons for which sites are refused, with the families to which each applies."""
     families: dict[tuple[str, str], list[str]] = {}  # sites, reason -> families
     for result in results:
         for refused in result.refused:

@@ -1,11 +1,11 @@
-"""How long `sae evaluate` takes for an SAE more, when the model's own work is on the disk: the quick suite, one thread.
+"""How long `sae evaluate` takes for a further SAE, once the model's own work is on disk: the quick suite, one thread.
 
     python benchmarks/further_sae.py [--width 4x] [--systems 3] [--metrics core,absorption]
 
-Harvests gemma-2-mini and trains systems of three seeds, which need not be good SAEs. The first three SAEs are measured
-with everything new: the model's work and the references. Each other system is three SAEs more, with the stability of
-their three pairs; what the command takes with nothing to measure is subtracted. The times are processor seconds, which
-hardly depend on what else runs.
+Harvests gemma-2-mini and trains systems of three seeds, which need not be good SAEs. For the first three SAEs
+everything is computed anew, including the model's work and the references. Each other system adds three SAEs, with the
+stability of their three pairs; the time that the command takes when there is nothing to measure is subtracted. Times
+are processor seconds, which hardly depend on other work on the machine.
 """
 
 import argparse

@@ -1,7 +1,8 @@
-"""Make a page of what was measured on a GPU: `python benchmarks/gpu_report.py FILE`, of benchmarks/gpu/run.py.
+"""Make a page of the measurements on a GPU: `python benchmarks/gpu_report.py FILE`, with a file of
+benchmarks/gpu/run.py.
 
-Writes benchmarks/results/DATE-gpu.md, with the milliseconds of the newest page of step_budget.py beside the measured
-ones, and prints the constants of the model as they would have to stand in step_budget.py and train/sparse_ops.py.
+Writes benchmarks/results/DATE-gpu.md, with the milliseconds from the newest page of step_budget.py beside the measured
+ones. Also prints the measured values for the constants of the model in step_budget.py and train/sparse_ops.py.
 """
 
 import argparse
@@ -17,7 +18,7 @@ Found = Mapping[str, Mapping[str, Any]]
 
 
 def modelled_ms(folder: Path) -> dict[str, float]:
-    """The milliseconds of a step by the model, by "recipe latentsxtokens", of the newest page of step_budget.py."""
+    """The modelled milliseconds of a step from the newest page of step_budget.py; keys are "recipe latentsxtokens"."""
     pages = sorted(folder.glob("*-step-budget.md"))
     lines = pages[-1].read_text().splitlines() if pages else []
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
@@ -25,7 +26,7 @@ def modelled_ms(folder: Path) -> dict[str, float]:
 
 
 def constants(parts: Mapping[str, Any]) -> dict[str, float]:
-    """The constants of the model as they were measured, by the names that they have in the code."""
+    """The measured constants of the model, by their names in the code."""
     found: Found = parts.get("ceilings", {}).get("found", {})
     named = {
         "FLOPS_BFLOAT16": ("product bfloat16", "flops"), "FLOPS_FLOAT32": ("product float32", "flops"),
@@ -35,7 +36,7 @@ def constants(parts: Mapping[str, Any]) -> dict[str, float]:
 
 
 def border_of(parts: Mapping[str, Any]) -> dict[str, float]:
-    """The n/k from which sparse products are faster, between the measured ones on a logarithmic scale."""
+    """The n/k above which sparse products are faster, interpolated between the measured n/k on a logarithmic scale."""
     found: Found = parts.get("border", {}).get("found", {})
     gain = sorted(
         (float(r), f["dense_ms"] / f["sparse_ms"]) for r, f in found.items() if f["dense_ms"] and f["sparse_ms"]

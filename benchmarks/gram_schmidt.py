@@ -1,9 +1,9 @@
-"""How exact the two Cholesky factors of collapse-06's Gram-Schmidt are, beside a QR in float32.
+"""How exact the two Cholesky factorizations in collapse-06's Gram-Schmidt are, compared with a float32 QR.
 
     python benchmarks/gram_schmidt.py activations/... --steps 300
 
-Trains the recipe and compares, every so many steps, the rows that both give for its free rows with those of a QR in
-float64. Also the condition number of the free rows of a group, on which the errors depend.
+Trains the recipe. At regular intervals it compares the rows that both methods compute from the free rows with those of
+a float64 QR. It also prints the condition number of the free rows of a group, on which the errors depend.
 """
 
 import argparse

@@ -1,11 +1,12 @@
-"""What it costs to open a cache of 10,000 chunks and a run: the price of checking their records.
+"""The time to open a cache of 10,000 chunks and a run: the cost of checking their records.
 
     python benchmarks/open_cost.py                         this checkout
     python benchmarks/open_cost.py --against ../before     and another one, on the files that it writes itself
 
-Each checkout (a folder called `sae` that holds the package) writes the records of a cache of one layer, without its
-chunks, then times, each in a new process after the imports: opening the cache, with its manifest as training does, and
-loading the SAE of a run (--run). The median of several processes is printed, and the load of the machine.
+Each checkout (a folder called `sae` that holds the package) writes the records of a one-layer cache, without its
+chunks. It then times two operations, each in a new process after the imports: opening the cache with its manifest, as
+training does, and loading the SAE of a run (--run). It prints the median over several processes, and the load of the
+machine.
 """
 
 import argparse
@@ -111,7 +112,7 @@ def main() -> None:
 
 
 def in_python(checkout: Path, script: str, *words: object) -> str:
-    """What a script prints, run with the package of a checkout."""
+    """The output of a script that runs with the package of a checkout."""
     environment = os.environ | {"PYTHONPATH": str(checkout.parent), "OMP_NUM_THREADS": "1"}
     words_of_command = [sys.executable, "-W", "ignore", "-c", script, *map(str, words)]
     done = subprocess.run(words_of_command, env=environment, capture_output=True, text=True, cwd="/")

@@ -1,9 +1,9 @@
-"""What a step loses that does not compare all pairs of latents: papers 002 and 003, on gemma-2-mini.
+"""The loss when a step does not compare all pairs of latents: papers 002 and 003, on gemma-2-mini.
 
     sae harvest --model gemma-2-mini --layer 12 --tokens 2400k
     python benchmarks/pair_choice.py activations/... --out FOLDER > benchmarks/results/DATE-pair-choice.md
 
-Two tables for each of `decorrelation` and `competition`.
+There are two tables for each of `decorrelation` and `competition`.
 
     runs       the same recipe with all pairs, with what a step compares by default, and without the penalty, three
                seeds each: what they measure on held-out text, and the penalty over all pairs of latents on rows that
@@ -12,8 +12,8 @@ Two tables for each of `decorrelation` and `competition`.
     overlap    along one run that compares some pairs: the share of the penalty of all pairs that these hold, and the
                penalty as estimated from them, over that of all pairs.
 
-Of `decorrelation` also the gradient: that of several steps' blocks on the same latents, averaged, beside that of all
-pairs.
+For `decorrelation` it also compares gradients: the average over the blocks of several steps on the same latents, beside
+the gradient of all pairs.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def read_batches(cache: Cache, sizes: Sizes, first: int, count: int) -> Iterator
 
 
 def latents_step(f_BF: Tensor, trained: sae.SAE | None = None) -> Step:
-    """A step of which a loss may read the latents and the SAE."""
+    """A step from which a loss can read the latents and the SAE."""
     nothing = f_BF[:, :0]
     return Step(torch.tensor(0), trained, None, nothing, f_BF, f_BF, nothing)  # type: ignore[arg-type]
 
@@ -114,12 +114,12 @@ EVALUATED = 32_768  # held-out tokens
 
 
 def find_score(metrics: Mapping[str, Any], name: str) -> float:
-    """A number of core by its name, in whichever group it is."""
+    """A number of `core` by its name, whatever its group."""
     return float(next(group[name] for group in metrics.values() if name in group))
 
 
 def train_and_measure(cache: Cache, recipe: str, sizes: Sizes, out: Path) -> dict[str, list[dict[str, float]]]:
-    """For each choice of pairs the numbers of each seed."""
+    """The numbers of each seed, for each choice of pairs."""
     unread = [x_BD.clone() for x_BD in read_batches(cache, sizes, sizes.steps, UNREAD)]
     runs = {
         choice: sae.train_saes(
@@ -166,7 +166,7 @@ def runs_table(found: Mapping[str, list[dict[str, float]]]) -> list[str]:
 def trained_steps(
     cache: Cache, recipe: str, options: dict[str, Any], sizes: Sizes
 ) -> Iterator[tuple[int, Step, Variant]]:
-    """Train seed 0; after each step its number, what it saw, and the variant."""
+    """Train seed 0; yields, after each step, the step's number, what it saw, and the variant."""
     torch.manual_seed(0)
     config = RunConfig(cache.array(ARRAY).shape[1], sizes.d_sae, sizes.steps, sizes.batch)
     variant = find_recipe(recipe).make(config, options)

@@ -1,9 +1,10 @@
-"""The sampling error of core's numbers over pairs of latents: of the pairs of 1,024 drawn latents, beside all pairs.
+"""The sampling error of core's numbers for pairs of latents: the pairs of 1,024 drawn latents, compared with all pairs.
 
     python benchmarks/paired_latents.py runs/topk-... runs/batchtopk-...
 
-For each run the cosines of the activations of all pairs of latents, over rows of the cache that it was trained on; then
-the same numbers over the pairs of some latents, drawn anew many times: their mean, and their standard deviation.
+For each run, the script computes the cosines between the activations of all pairs of latents, over rows of the cache on
+which the run was trained. It then computes the same numbers over the pairs of randomly drawn latents, for many draws,
+and prints their mean and standard deviation.
 """
 
 import argparse
@@ -28,7 +29,7 @@ BATCH = 1024
 
 
 def absolute_cosines(run: Path) -> Tensor:
-    """|cosine| of the activations of all pairs of alive latents of a run (F, F)."""
+    """|cosine| between the activations of all pairs of alive latents of a run, shape (F, F)."""
     loaded, record = sae.load_sae(run), read_json(run / "run.json")
     cache = Cache(Path(record["cache_folders"][0]))
     pairs = LatentPairs(loaded.d_sae)
@@ -42,7 +43,7 @@ def absolute_cosines(run: Path) -> Tensor:
 
 
 def draws(cosine_FF: Tensor, latents: int, count: int) -> list[Mapping[str, float]]:
-    """The numbers over the pairs of so many latents, for each of several draws."""
+    """The numbers over the pairs of a given number of latents, for each of several draws."""
     generator = torch.Generator().manual_seed(0)
     drawn = (torch.randperm(len(cosine_FF), generator=generator)[:latents] for _ in range(count))
     return [distribution(pairs_of(cosine_FF[chosen][:, chosen])) for chosen in drawn]

@@ -1,14 +1,15 @@
-"""What several processes of a launcher gain: `python benchmarks/ranks.py train|harvest|evaluate [--rounds 3]`.
+"""The gain from several processes of a launcher: `python benchmarks/ranks.py train|harvest|evaluate [--rounds 3]`.
 
-The commands are those of a user, `torchrun --nproc_per_node 2 -m sae ...` beside `sae ...`, in rounds, in random order:
+It compares the commands that a user would give, `torchrun --nproc_per_node 2 -m sae ...` and `sae ...`, in rounds, in
+random order:
 
     pinned     a process on one core, and two, each on a core of its own (taskset); each computes with one thread
     unpinned   a process with two threads, and two with one thread each, wherever the system puts them
 
-Three times are given: that of the work, by the files that it leaves; that of the whole command, which starts Python and
-imports torch in every process, and where runs are dealt times a few steps of each recipe; and the processor time of the
-process that took the most, which other work on the machine hardly changes. The first two mean something only on a
-machine with two idle cores. Memory is the peak of the anonymous memory of each process.
+Three times are given: the time of the work, judged by the files that it leaves; the time of the whole command, which
+starts Python, imports torch in every process and, if runs are assigned, times a few steps of each recipe; and the
+processor time of the process that took the most, which other work on the machine hardly changes. The first two are
+meaningful only on a machine with two idle cores. Memory is the peak anonymous memory of each process.
 
     train      eight runs of relu, 576 -> 2,304, in batches of 1,024 tokens: eight seeds, which share a pass
     harvest    layer 12 of gemma-2-mini in windows of 8,192 rows; the work is from the end of cutting the text to the
@@ -36,7 +37,7 @@ CORES = 2
 
 
 class Measured(NamedTuple):
-    """A command that ended well."""
+    """The measurements of a command that succeeded."""
 
     command: float  # seconds of wall time, from its start to its end
     work: float  # seconds between the first and the last file that count
@@ -45,7 +46,7 @@ class Measured(NamedTuple):
 
 
 class Process(NamedTuple):
-    """What a process has taken so far."""
+    """The resources that a process has used so far."""
 
     rank: int
     memory: float  # anonymous, MB
@@ -56,7 +57,7 @@ Files = tuple[str, str]  # patterns of the files whose times begin and end the w
 
 
 def run(words: list[str], out: Path, files: Files, *, processes: int, threads: int, pinned: bool) -> Measured:
-    """Run `sae` with these words, with `out` as SAE_HOME and for its files, and measure it."""
+    """Run `sae` with these arguments, with `out` as SAE_HOME and as the folder of its files, and measure it."""
     sae = [sys.executable, "-P", "-m", "sae", *words]
     if pinned:  # the shell of each rank replaces itself by the command, on the core of its number
         sae = ["sh", "-c", 'exec taskset -c "${LOCAL_RANK:-0}" "$@"', "sh", *sae]
@@ -91,7 +92,7 @@ def environment(threads: int, home: Path) -> dict[str, str]:
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes that a process has started, and those that they have."""
+    """All descendants of a process."""
     try:
         children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
@@ -100,7 +101,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def look_at(pid: int, *, launched: bool) -> Process | None:
-    """A process with a rank, or the only one; None for others, such as the launcher, and those that have ended."""
+    """The resources of a process with a rank, or of the only one; None for the launcher and for ended processes."""
     folder = Path(f"/proc/{pid}")
     try:
         variables = (folder / "environ").read_bytes().split(b"\0")
@@ -173,7 +174,7 @@ def harvest(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Eight SAEs, each time in a home without anything that is kept."""
+    """Eight SAEs, each time in a new home without any kept results."""
     with tempfile.TemporaryDirectory() as scratch:
         made, cache = Path(scratch) / "made", Path(scratch) / "cache"
         width = ["--width", "2304", "--steps", str(options.steps), "--device", "cpu"]

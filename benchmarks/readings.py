@@ -2,10 +2,10 @@
 
     python benchmarks/readings.py > benchmarks/results/DATE-readings.md
 
-Each is planned as `sae reproduce` plans it, with its options, and trained for two steps on random rows of width 32. The
-run is then cut back to its first step, planned and resumed anew. "resumes" says that the weights are the same bit for
-bit, "loads" that the finished SAE is read from its files and reconstructs rows to finite numbers. Sizes, rates and
-decay are those of a run on the papers' model without flags.
+Each system is planned with its options, as in `sae reproduce`, and trained for two steps on random rows of width 32.
+The run is then cut back to its first step, planned again and resumed. "resumes" means that the weights are the same bit
+for bit; "loads" means that the finished SAE is read from its files and reconstructs rows to finite numbers. Sizes,
+rates and decay are those of a run on the papers' model without flags.
 """
 
 import shutil
@@ -42,7 +42,7 @@ HEADS = ("builds", "steps", "resumes", "loads")
 
 
 class Checked(NamedTuple):
-    """How far one recipe of a system came in a reading: the number of HEADS that hold, and what stopped it."""
+    """The result for one recipe of a system in a reading: how many of HEADS hold, and what stopped it."""
 
     reading: str
     job: Job
@@ -51,7 +51,7 @@ class Checked(NamedTuple):
 
 
 def random_cache(folder: Path) -> Cache:
-    """Normal rows around a mean that is not zero, as a finished cache of layer 12 of a model called `synthetic`."""
+    """Normally distributed rows with a nonzero mean, as a finished cache of layer 12 of a model called `synthetic`."""
     layout = Layout(ROWS, ROWS)
     Contexts(
         ids=np.zeros((ROWS // 16, 17), np.uint32), length=np.full(ROWS // 16, 17, np.uint16),
@@ -72,7 +72,7 @@ def random_cache(folder: Path) -> Cache:
 
 
 def pairs() -> Iterator[tuple[Paper, Reading]]:
-    """Every paper with each of its readings."""
+    """Every paper, with each of its readings."""
     for paper in map(load_paper, PAPERS):
         for reading in paper.readings:
             yield paper, reading
@@ -105,7 +105,7 @@ def check_alone(reading: str, job: Job, cache: Path, config: ReproduceConfig) ->
 
 
 class CheckFailed(SaeError):
-    """What does not hold of a run, and how many of HEADS do."""
+    """What does not hold for a run, and how many of HEADS do."""
 
     def __init__(self, passed: int, sentence: str) -> None:
         super().__init__(sentence)
@@ -133,7 +133,7 @@ def check_jobs(jobs: Sequence[Job], cache: Path, config: ReproduceConfig) -> Non
 
 
 def train(jobs: Sequence[Job], cache: Path, config: ReproduceConfig) -> list[Run]:
-    """Plan a pass and train what is not finished of it. The first step has a checkpoint."""
+    """Plan a pass and train its unfinished runs. The first step has a checkpoint."""
     plan = plan_training(replace(train_config(jobs, cache, config), checkpoint_every=STEPS - 1))
     try:
         run_training(TrainPlan(plan.config, plan.runs))

@@ -31,7 +31,7 @@ def sort_key(row: EvalRow) -> tuple[int, int, str]:
 
 
 def short_name(name: str) -> str:
-    """A run's name without width, seed and digest, which all runs of the table share."""
+    """A run's name without its digest and without the width and seed, which all runs of the table share."""
     return re.sub(r"-n\d+-s\d+-[0-9a-f]+$", "", name)
 
 

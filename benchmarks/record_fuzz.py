@@ -1,16 +1,16 @@
 """Damage the JSON records of a small cache and its runs at random, and read them: `python benchmarks/record_fuzz.py`.
 
-10,000 times one bit of one record is flipped, and 2,000 times its structure is changed: a key is deleted or doubled, a
-value gets another type, is nested 20,000 deep, becomes a number of 5,000 digits or NaN, two values change places, the
-file is emptied. What reads the record is then called in this process. Each time it must
+In 10,000 trials one bit of a record is flipped, and in 2,000 trials its structure is changed: a key is deleted or
+doubled; a value gets another type, is nested 20,000 deep, or becomes a number of 5,000 digits or NaN; two values are
+exchanged; or the file is emptied. The readers of the record are then called in this process. Each time they must
 
-- give what the whole record gives,
-- raise an error with a sentence (SaeError),
+- give what the intact record gives,
+- raise an error with a message (SaeError),
 - or differ in one of the ways that HARMLESS lists;
 
-any other exception is a bug, and a difference that is not listed is damage read as truth. The script then fails.
-Half of the structural changes are made to a record without its digest, as earlier versions wrote it: there a changed
-value is not noticed, and only exceptions count. Writes benchmarks/results/<date>-record-fuzz.md.
+any other exception is a bug, and a difference that is not listed means that damaged data was accepted. The script then
+fails. Half of the structural changes are made to a record without its digest, as earlier versions wrote it. In such a
+record a changed value is not noticed, so only exceptions count. Writes benchmarks/results/<date>-record-fuzz.md.
 """
 
 import argparse
@@ -66,7 +66,7 @@ Change = Callable[[Any, random.Random], str]
 
 @dataclass
 class Counts:
-    """How often each outcome was seen, by kind of record and of damage, and what must not happen."""
+    """How often each outcome occurred, by kind of record and of damage, and the outcomes that must not occur."""
 
     seen: collections.Counter[tuple[str, str, str]] = field(default_factory=collections.Counter)
     bad: list[str] = field(default_factory=list)
@@ -134,7 +134,7 @@ def build(home: Path) -> dict[Path, Read]:
 
 
 def read_cache(folder: Path) -> list[Any]:
-    """What training and `sae cache verify` read."""
+    """Reads what training and `sae cache verify` read."""
     cache = Cache(folder)
     read: list[Any] = [cache.describe(), cache.identity, cache.rows, cache.layers, len(list(cache.verify()))]
     for name in ("layer_00", "layer_01"):
@@ -198,7 +198,7 @@ def digest(array: Any) -> str:
 
 
 def fuzz(records: dict[Path, Read], flips: int, structural: int, seed: int) -> Counts:
-    """Damage random records and read them. Files are left as they were."""
+    """Damage random records and read them. The files are restored afterwards."""
     rng, counts, paths = random.Random(seed), Counts(), list(records)
     whole = {path: path.read_bytes() for path in paths}
     clean = {path: repr(records[path]()) for path in paths}
@@ -268,7 +268,7 @@ def places(tree: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def replacing(new: Callable[[Any, random.Random], Any]) -> Change:
-    """A change of one value, anywhere."""
+    """A change of one value at a random place."""
 
     def change(tree: Any, rng: random.Random) -> str:
         holder, key = rng.choice(list(places(tree)))

@@ -1,4 +1,4 @@
-"""The page about our JSON records, from their schemas.
+"""The page about our JSON records, generated from their schemas.
 
 python benchmarks/records_page.py > docs/reference/records.md
 """
@@ -61,7 +61,7 @@ def page() -> Iterator[str]:
 
 
 def rows(schema: Any, before: str = "", above: tuple[Any, ...] = ()) -> Iterator[tuple[str, str, bool, str]]:
-    """The field, type, whether it is required, and description of every field of a record, with those inside of it."""
+    """The path, type, whether it is required, and description of every field of a record, including nested fields."""
     for name, hint in get_type_hints(schema, include_extras=True).items():
         required = name in schema.__required_keys__
         value = get_args(hint)[0] if get_origin(hint) is NotRequired else hint
@@ -73,14 +73,14 @@ def rows(schema: Any, before: str = "", above: tuple[Any, ...] = ()) -> Iterator
 
 
 def parts(value: Any) -> tuple[Any, tuple[Any, ...]]:
-    """What a type is made of: its origin and arguments, without annotations."""
+    """The origin and the arguments of a type, without annotations."""
     while get_origin(value) is Annotated:
         value = get_args(value)[0]
     return get_origin(value), get_args(value)
 
 
 def object_in(value: Any) -> Any:
-    """The TypedDict that a type is, can be, or is a list or dictionary of; None for any other type."""
+    """The TypedDict in a type (the type itself, a member of a union, or the items of a list or dictionary), or None."""
     origin, arguments = parts(value)
     if origin in (Union, types.UnionType):
         return next(filter(None, map(object_in, arguments)), None)
@@ -91,7 +91,7 @@ def object_in(value: Any) -> Any:
 
 
 def brackets(value: Any) -> str:
-    """How the path of a field inside goes on: `files.*` for a dictionary, `codecs[]` for a list."""
+    """The suffix of the path before nested fields: `files.*` for a dictionary, `codecs[]` for a list."""
     origin, arguments = parts(value)
     if origin is dict:
         return ".*" + brackets(arguments[1])

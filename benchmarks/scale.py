@@ -5,9 +5,10 @@
     python benchmarks/scale.py --measure                what this machine says about the constants that are measured
     python benchmarks/scale.py --processes              real harvests of 1 to 3 processes, beside the simulation
 
-Nothing is measured on a cluster: every time on the page is simulated, from constants that are read, measured on two CPU
-cores or assumed. The program's own decisions are imported, not imitated: windows and their objects, requests to the
-store, the deal of runs, which chunk is pulled and which makes room. `simulation/` has the simulations.
+Nothing is measured on a cluster: every time on the page is simulated, from constants that are looked up, measured on
+two CPU cores, or assumed. The program's own decisions are imported, not imitated: windows and their objects, requests
+to the store, the assignment of runs, and which chunk is downloaded and which one is removed for it. `simulation/` has
+the simulations.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 def wrapped(lines: Iterable[str]) -> str:
-    """Lines of Markdown as text, with paragraphs filled."""
+    """Lines of Markdown joined to text, with wrapped paragraphs."""
     found: list[str] = []
     for is_text, group in itertools.groupby(lines, lambda line: bool(line) and line.lstrip()[0] not in "|#"):
         text = list(group)
@@ -110,7 +111,7 @@ def harvest_row(name: str, harvest: Harvest) -> str:
 
 
 def phases_of(harvest: Harvest) -> dict[str, float]:
-    """Seconds of the phases of a harvest that one process, or each process by itself, goes through."""
+    """Seconds of those phases of a harvest that one process, or each process by itself, goes through."""
     return {
         "cutting the text": harvest.cut_seconds,
         "starting and reading the text": harvest.constants.start + harvest.text_seconds,

@@ -1,9 +1,9 @@
 """Shuffle quality of a cache's batches: `python benchmarks/shuffle_quality.py`. Uses row numbers only, no data.
 
 Row r of a harvest belongs to context r // L, since contexts are shuffled before they are harvested. Each window is
-permuted as `harvest.run` does it, and batches are those of the loader's own order. For comparison: rows in file order,
-the half-refilled buffer of SAELens and dictionary_learning (permute, serve half, refill), and a fresh permutation of
-all rows.
+permuted as in `harvest.run`, and batches follow the loader's own order. For comparison: rows in file order, the
+half-refilled buffer of SAELens and dictionary_learning (permute, serve half, refill), and a fresh permutation of all
+rows.
 
     partners     P, the number of other rows of its own context that a row meets in its batch; the closed form for this
                  design is B L (1/(lanes W) + 1/T)
@@ -29,7 +29,7 @@ def generator(*key: int) -> np.random.Generator:
 
 
 def harvested_rows(layout: Layout, seed: int) -> np.ndarray:
-    """Position in the cache -> number of the row in the order of the text, as harvest.windows places them."""
+    """For each position in the cache, its row's number in the order of the text, as placed by harvest.windows."""
     placed = np.empty(layout.rows, np.int64)
     for window in range(layout.n_windows):
         rows = layout.row_range(window)
@@ -83,7 +83,7 @@ def mixing(rows: np.ndarray, batch: int, context: int, sample: int) -> dict[str,
 
 
 def moving(served: list[np.ndarray], rows: int) -> dict[str, float]:
-    """Rank correlation and mean distance of the positions of rows in two epochs, for rows that both serve."""
+    """Rank correlation and mean distance of the positions of rows in two epochs, for rows served in both."""
     place = np.full((2, rows), -1, np.int64)
     for epoch in range(2):
         place[epoch, served[epoch]] = np.arange(len(served[epoch]))

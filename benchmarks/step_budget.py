@@ -1,4 +1,4 @@
-"""What one training step of each recipe costs on a GPU by a model, and whether it stays within its budget.
+"""The modelled cost of one training step of each recipe on a GPU, and whether it stays within its budget.
 
     python benchmarks/step_budget.py                                    every recipe at every size: a page in Markdown
     python benchmarks/step_budget.py topk --size 18432x4096             one of them, at one size
@@ -8,12 +8,12 @@
 
 Nothing here is measured, and no GPU is needed: milliseconds are a model. The step runs on the simulated GPU of the
 tests, on tensors that have shapes and no values: forward and backward pass, optimizer, mechanisms and metrics, under
-autocast. Each operation below autograd costs launches, FLOPs and bytes (tests/simulated_cuda/cost.py), and each takes
-as long as its FLOPs at the speed of their type or its bytes at the speed of memory, whichever is longer. The host
-queues launches while the GPU computes, so a step takes the longer of the two sums.
+autocast. Each operation below autograd costs launches, FLOPs and bytes (tests/simulated_cuda/cost.py). Its time is that
+of its FLOPs at the speed of their dtype or of its bytes at the speed of memory, whichever is longer. The host queues
+launches while the GPU computes, so the time of a step is the larger of the two sums.
 
-The budgets stand in step_budget.json: launches, FLOPs and bytes, which are counted and equal on every machine with the
-same torch. A test fails if a recipe exceeds its own. It needs a build of torch for CPUs and a C++ compiler.
+step_budget.json has the budgets: launches, FLOPs and bytes. These are counted, so they are equal on every machine with
+the same torch. A test fails if a recipe exceeds its budget. The script needs a CPU build of torch and a C++ compiler.
 """
 
 import argparse
@@ -51,7 +51,7 @@ Budgets = dict[str, dict[str, dict[str, int]]]  # recipe -> size -> quantity
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step of a recipe costs at one size. Times in milliseconds, by the model."""
+    """The cost of a recipe's step at one size. Times are modelled milliseconds."""
 
     recipe: str
     d_sae: int
@@ -81,7 +81,7 @@ class StepCost:
 
     @property
     def ideal_ms(self) -> float:
-        """The least that a step of this size can take, dense or, if it is less, by the latents that are kept.
+        """The least time that a step of this size can take, with dense products or, if that is less, sparse ones.
 
         dense    five products of B x D x F in bfloat16, and four passes over the latents (written and read by the
                  forward pass, and their gradients by the backward pass)
@@ -107,7 +107,7 @@ def size_name(d_sae: int, batch: int) -> str:
 
 
 def options_of(recipe: str) -> dict[str, Any]:
-    """The options of a recipe here: its defaults, with k = 100 unless it keeps more, and no limit of memory."""
+    """The options of a recipe in this script: its defaults, with k = 100 unless it keeps more, and no memory limit."""
     defaults = find_recipe(recipe).options
     k = {"k": KEPT} if isinstance(defaults.get("k"), int) and defaults["k"] < KEPT else {}
     return k | ({"memory_gb": 1000.0} if "memory_gb" in defaults else {})
@@ -126,18 +126,18 @@ def count(gpu: SimulatedGPU, recipe: str, d_sae: int, batch: int, **arguments: A
 
 
 def torch_release() -> str:
-    """The release of torch, as 2.13: another one may launch other kernels."""
+    """The release of torch, such as 2.13, since another release may launch other kernels."""
     return ".".join(importlib.metadata.version("torch").split(".")[:2])
 
 
 def read_budgets() -> tuple[str, Budgets]:
-    """The release of torch that they are for, and the budgets."""
+    """The release of torch that the budgets are for, and the budgets."""
     content = json.loads(BUDGETS.read_text())
     return content["torch"], content["budgets"]
 
 
 def write_budgets(budgets: Budgets) -> None:
-    """One line for each size, in the order of the registry, so that a change shows which recipes it is about."""
+    """One line for each size, in the order of the registry, so that a diff shows which recipes changed."""
     blocks = []
     for recipe in sorted(budgets, key=list(RECIPES).index):
         lines = [f'      "{size}": {json.dumps(budget)}' for size, budget in budgets[recipe].items()]
@@ -147,7 +147,7 @@ def write_budgets(budgets: Budgets) -> None:
 
 
 def over_budget(cost: StepCost, budgets: Budgets) -> list[str]:
-    """A sentence for each quantity that is over the recipe's budget, with what to do; or that it has none."""
+    """A message for each quantity over the recipe's budget, with what to do, or that the recipe has no budget."""
     how = f"python benchmarks/step_budget.py {cost.recipe} --renew"
     budget = budgets.get(cost.recipe, {}).get(cost.size)
     where = f"{cost.recipe} with {cost.d_sae:,} latents and {cost.batch:,} tokens"
@@ -163,7 +163,7 @@ def over_budget(cost: StepCost, budgets: Budgets) -> list[str]:
 
 
 def under_budget(cost: StepCost, budgets: Budgets) -> list[str]:
-    """A sentence for each quantity that is under the recipe's budget: what was saved could be lost again unseen."""
+    """A message for each quantity under the recipe's budget: the saving could be lost again unnoticed."""
     budget = budgets.get(cost.recipe, {}).get(cost.size, {})
     return [
         f"{cost.recipe} with {cost.d_sae:,} latents and {cost.batch:,} tokens: a step has {value:,} {name}, "
@@ -203,7 +203,7 @@ def page(costs: Sequence[StepCost], refused: Mapping[str, str]) -> str:
 
 
 def longest(cost: StepCost, number: int) -> str:
-    """The operations that take the longest, those of one line together, in Markdown."""
+    """The operations that take the longest, summed by source line, in Markdown."""
     lines: dict[tuple[str, str, str], list[Operation]] = {}
     for operation in cost.counted.operations:
         lines.setdefault((operation.line, operation.name, operation.inputs), []).append(operation)

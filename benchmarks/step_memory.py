@@ -1,10 +1,10 @@
-"""The planned memory of training beside the measured one, for a recipe of every family at two sizes, on a CPU.
+"""Planned and measured memory of training, for a recipe of every family at two sizes, on a CPU.
 
     python -m sae.benchmarks.step_memory [--recipe relu ...] [--size 256x1024x512 ...]
 
-Each measurement is a process of its own. It trains a few steps with half of the latents dead and every mechanism acting
-between two steps, reads metrics, and takes the growth of its peak resident set (VmHWM of /proc) over what it held once
-torch was loaded and a tiny step taken. `planned` is what `sae train` plans, without batches and checkpoints.
+Each measurement runs in a separate process. It trains a few steps with half of the latents dead and every mechanism
+acting between two steps, and reads metrics. The measured memory is the growth of its peak resident set (VmHWM of /proc)
+since torch was loaded and a tiny step was taken. `planned` is what `sae train` plans, without batches and checkpoints.
 """
 
 import argparse

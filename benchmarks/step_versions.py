@@ -1,13 +1,15 @@
-"""How far two versions of a step's arithmetic lead apart: the bounds of train/step_version.py, for every recipe.
+"""How far runs diverge under two versions of a step's arithmetic: the bounds of train/step_version.py, for every
+recipe.
 
     python -m sae.benchmarks.step_versions [--draws 6] [RUN ...]
 
-The interrupted runs of tests/compatibility take their last 25 steps once as they are, and then again with errors of
-rounding: noise of `ERROR` times their root mean square is added to pre-activations, reconstructions and gradients. That
-is several times what another order of a sum changes. What is exactly zero, such as the gradient of a latent that did
-not fire, stays zero in any order. So does `--accumulate 4`, where a recipe takes it, without
-noise: it adds up the same gradients in another order. For each recipe it prints the largest distances, over its runs
-and draws, beside their bounds: of all weights (norm of the difference, over the norm), and of each metric's mean.
+The interrupted runs of tests/compatibility take their last 25 steps once unchanged, and then again with rounding
+errors: noise of `ERROR` times their root mean square is added to pre-activations, reconstructions and gradients. This
+noise is several times as large as the effect of another order of summation. Values that are exactly zero, such as the
+gradient of a latent that did not fire, stay zero in any order. Recipes that accept `--accumulate 4` are also run with
+it, without noise: it adds up the same gradients in another order. For each recipe the script prints the largest
+distances, over its runs and draws, beside their bounds: for all weights (norm of the difference divided by the norm),
+and for each metric's mean.
 """
 
 import argparse
@@ -38,7 +40,7 @@ ERROR = 2.0**-21  # eight times the largest error of one rounding in float32
 
 
 def copy_home(home: Path) -> list[Path]:
-    """The home of the fixtures as a kill left it; the folders of its runs."""
+    """A copy of the fixtures' home as a kill left it, and the folders of its runs."""
     for name, to in (("model", "model"), ("caches", "activations"), ("trained", "runs")):
         shutil.copytree(OLD_HOME / name, home / to)
     for path in home.rglob("*.json*"):
@@ -47,7 +49,7 @@ def copy_home(home: Path) -> list[Path]:
 
 
 class Rounding:
-    """Adds errors to what a step computes, while it is entered."""
+    """A context in which errors are added to what a step computes."""
 
     def __init__(self, seed: int) -> None:
         self.random = torch.Generator().manual_seed(seed)
@@ -78,14 +80,14 @@ class Rounding:
 
 
 class End(NamedTuple):
-    """Of a run: the tensors of the SAE, and the mean of each metric over the steps taken."""
+    """The end of a run: the tensors of the SAE, and the mean of each metric over the steps taken."""
 
     tensors: dict[str, Tensor]
     metrics: dict[str, float]
 
 
 def take_steps(trainer: Trainer, start: dict[str, Tensor], batches: list[Tensor]) -> End:
-    """Take steps from a state on."""
+    """Take steps, starting from a state."""
     load_training_state(trainer, {name: tensor.clone() for name, tensor in start.items()})
     for number, x_BD in enumerate(batches, int(start["i"])):
         trainer.run_periodic(number, trainer.step(x_BD))
@@ -93,7 +95,7 @@ def take_steps(trainer: Trainer, start: dict[str, Tensor], batches: list[Tensor]
 
 
 class Distance(NamedTuple):
-    """Of the SAEs and the metrics of two ends of a run."""
+    """The distances between the SAEs and the metrics of two ends of a run."""
 
     weights: float
     metrics: dict[str, float]
@@ -112,7 +114,7 @@ def distance(one: End, other: End) -> Distance:
 
 
 def run_distance(run: Run, draws: int) -> Distance:
-    """The largest distance that rounding makes in what is left of an interrupted run."""
+    """The largest distance that rounding causes in the remaining steps of an interrupted run."""
     trainer = prepare_trainer(run, "cpu", SILENT)
     start = {name: tensor.clone() for name, tensor in training_state(trainer).items()}
     with open_batches(run, trainer.steps_done, "cpu") as loader:

@@ -1,14 +1,14 @@
-"""Which variants recover the atoms that synthetic data is made of?
+"""Which variants recover the atoms from which synthetic data is built?
 
     x = sum_i c_i a_i,     a_i unit vectors, about `l0` of them active, c_i uniform in [0.5, 1.5]
 
     python benchmarks/synthetic_recovery.py
     python benchmarks/synthetic_recovery.py --variant topk --variant jumprelu --steps 1000
 
-For each atom, the cosine of the nearest decoder row. The table has its mean over atoms before and after training, and
-the number of atoms above 0.9 after it. Learning rates and penalties are for this data: width 64 and 3,000 steps are far
-from a language model. A dictionary has two latents per atom: with one, each latent that dies or duplicates another
-would lose an atom.
+Each atom is compared with the nearest decoder row by cosine. The table has the mean cosine over atoms before and after
+training, and the number of atoms above 0.9 after it. Learning rates and penalties are chosen for this data: width 64
+and 3,000 steps are far from a language model. A dictionary has two latents per atom: with one, each latent that dies or
+duplicates another would lose an atom.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def options_of(name: str) -> dict[str, float | int]:
 
 
 class Atoms:
-    """The true dictionary, and batches made from it."""
+    """The true dictionary, and batches generated from it."""
 
     def __init__(self, seed: int = 0) -> None:
         self.random = torch.Generator().manual_seed(
@@ -55,7 +55,7 @@ class Atoms:
         return (active_BA * (0.5 + torch.rand(count, ATOMS, generator=self.random))) @ self.atoms_AD
 
     def nearest_cosine(self, dec_FD: Tensor) -> Tensor:
-        """The cosine of each atom's nearest decoder row."""
+        """The cosine between each atom and its nearest decoder row."""
         return (self.atoms_AD @ normalize(dec_FD, dim=1).T).max(1).values
 
 

@@ -1,15 +1,16 @@
-"""Run the quick tests with the lowest versions that pyproject.toml declares, and with the newest there are:
+"""Run the quick tests with the lowest versions that pyproject.toml declares, and with the newest available ones:
 
     pip install uv
     python benchmarks/version_bounds.py FOLDER > page.md
     python benchmarks/version_bounds.py FOLDER --pin torch==2.13.0+cpu --find-links WHEELS > page.md
 
 Each end gets a virtual environment in FOLDER with this checkout and all its extras: the lowest with uv's `--resolution
-lowest-direct`, which takes the lowest allowed version of what is declared here and the newest of what those packages
-need. The tests run one folder of tests/ after another. What is finished is kept in FOLDER, so a later call goes on
-where the last one was stopped, and tries again what failed; `--again lowest` begins an end anew. A test that fails is
-run once more, alone. The page is printed at the end; the exit code is 1 if a test still fails. `--pin` fixes a version
-at both ends, for a package of which only some versions can be had; the page then says that its bound was not tried.
+lowest-direct`, which takes the lowest allowed version of the packages declared here and the newest version of their own
+dependencies. The folders of tests/ are run one after another. Finished results are kept in FOLDER, so a later call
+continues where the last one stopped, and repeats what failed; `--again lowest` starts that end from the beginning. A
+test that fails is run once more by itself. The page is printed at the end; the exit code is 1 if a test still fails.
+`--pin` fixes a version at both ends, for a package of which only some versions are available; the page then says that
+its bound was not tried.
 """
 
 import argparse
@@ -85,7 +86,7 @@ def install(folder: Path, end: str, arguments: argparse.Namespace) -> None:
 
 
 def run_tests(folder: Path, workers: int) -> None:
-    """Run what has not been run: the files at the top of tests/, and each of its folders."""
+    """Run the tests that have not been run: the files at the top of tests/, and each of its folders."""
     tests = ROOT / "tests"
     pieces = {"*.py": sorted(tests.glob("test_*.py"))} | {name: [tests / name] for name in FOLDERS}
     for name, paths in pieces.items():
@@ -129,7 +130,7 @@ def pytest(folder: Path, tests: list[str], workers: int) -> dict[str, Any]:
 
 
 def test_id(case: ET.Element) -> str:
-    """What pytest takes as an argument: file::class::name; a file that could not be read has only its name."""
+    """The argument for pytest: file::class::name, or only the file's name if the file could not be read."""
     file = case.get("file") or f"{case.get('name', '').replace('.', '/')}.py"
     within = (case.get("classname") or "").removeprefix(file.removesuffix(".py").replace("/", ".")).strip(".")
     return "::".join(filter(None, [file, *within.split("."), case.get("name")])) if case.get("file") else file
