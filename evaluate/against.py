@@ -1,4 +1,4 @@
-"""Every system of a comparison against one of them: differences, tests, and the effect of L0 alone.
+"""Compare every system with one of them: differences, tests, and the effect of L0 alone.
 
 The rules are those of docs/reference/statistics.md.
 """
@@ -23,16 +23,16 @@ from .paired import SEED, Pairing, describe_pairs, pair_systems
 from .statistics import LEVEL, POWER, Finding, PairedComparison, default_margin, judge
 from .tables import format_detectable, number_name
 
-SYSTEM_KEYS = (  # keys of run.json that, with the options, are equal in systems that differ only in L0
+SYSTEM_KEYS = (  # keys of run.json that, like the options, are equal in systems that differ only in L0
     "variant", "layer", "site", "order_seed", "d_sae", "steps", "batch_size", "literal", "cache", "compiled",
 )  # fmt: skip
-L0_OPTIONS = ("k", "l0", "l1", "penalty")  # options of recipes that set their L0, as --l0 does
-LIKE_L0 = 1.1  # largest ratio of two L0 that counts as equal where there is no slope
+L0_OPTIONS = ("k", "l0", "l1", "penalty")  # options with which a recipe sets its L0, as --l0 does
+LIKE_L0 = 1.1  # largest ratio of two L0 values that count as equal where there is no slope
 HEADS = ["system", "number", "difference", "95 % interval", "over", "p (Holm)", "smallest detectable", "verdict"]
 
 
 class L0Slope(NamedTuple):
-    """The slope of a number over the logarithm of L0, and its source as the start of a sentence."""
+    """The slope of a number over the logarithm of L0, and where the slope comes from, as the start of a sentence."""
 
     per_log: float
     source: str
@@ -48,10 +48,10 @@ class AgainstLine:
     Attributes:
         values: the number of the system and of the base, each a mean over seeds.
         l0: the L0 of the system and of the base, if both were measured.
-        l0_shift: the change of the number that the slope predicts from their L0 alone; None without a slope.
+        l0_shift: the change in the number that the slope predicts from the two L0 values alone; None without a slope.
         is_control: the system is a control: a part of it kept its random start.
-        l0_matters: `l0_shift` is large enough to be detected, or at least half of the difference. Without a slope: the
-            two L0 differ by over 10 %.
+        l0_matters: `l0_shift` is large enough to be detected, or is at least half of the difference. Without a slope:
+            the two L0 values differ by over 10 %.
     """
 
     system: str
@@ -147,7 +147,7 @@ class Against:
 
     @property
     def verdicts(self) -> KnownVerdicts:
-        """The verdict on each pair, for notes about the same pair."""
+        """The verdict on each pair, to be repeated in notes about the same pair."""
         return {(line.system, self.base, line.metric, line.column): line.finding.verdict for line in self.lines}
 
     @property
@@ -159,7 +159,7 @@ class Against:
         )
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Headings, and a line for each number of each system."""
+        """The headings, and one line for each number of each system."""
         return list(HEADS), [line.cells() for line in self.lines]
 
     def records(self) -> list[dict[str, Any]]:
@@ -167,7 +167,7 @@ class Against:
 
 
 def compare_against(comparison: Comparison, against: str, margins: Sequence[str] = ()) -> Against:
-    """The differences of all systems from the one labeled `against`, which can be a reference.
+    """The differences between every system and the one labeled `against`, which can be a reference.
 
     `margins` are texts "number=margin", which replace the default margin of equivalence, a hundredth of a number's
     range.
@@ -280,7 +280,7 @@ def l0_slope(comparison: Comparison, metric: str, column: MetricColumn) -> L0Slo
 
 
 def digest_without_l0(record: Mapping[str, Any]) -> str:
-    """A digest, equal for systems that differ only in their L0; `record` is run.json."""
+    """A digest that is equal for systems that differ only in their L0; `record` is the content of run.json."""
     options = {name: value for name, value in record.get("options", {}).items() if name not in L0_OPTIONS}
     return digest_of([*(record.get(key) for key in SYSTEM_KEYS), recorded_precision(record), options])
 
@@ -296,7 +296,7 @@ def base_notes(base: ComparedSystem) -> list[str]:
 
 
 def unit_notes(lines: Sequence[AgainstLine]) -> list[str]:
-    """Notes about what a comparison cannot show, given the unit that was paired."""
+    """Notes about what a comparison cannot show because of the unit that was paired."""
     units = {line.pairing.differences.unit for line in lines if line.pairing.differences is not None}
     notes = []
     if by_text := sorted(units - {SEED}):

@@ -63,7 +63,7 @@ class Answer:
 
 
 class Report(NamedTuple):
-    """The answers, and every comparison behind them. Each comparison names what the SAE was compared with."""
+    """The answers, and every comparison behind them. Each comparison names the other SAE."""
 
     answers: list[Answer]
     lines: list[AgainstLine]
@@ -124,14 +124,14 @@ def control_lines(near: RunsBeside) -> list[AgainstLine]:
 
 
 def controls_beside(near: RunsBeside) -> Systems:
-    """The controls of the run among its references and the runs in its folder, each as a system."""
+    """The run's controls, found among its references and the runs in its folder, each as a system."""
     return controls_of(
         alone(near.run).run_by_seed, {one.name: {one.name: one} for one in (*near.references, *near.controls)}
     )
 
 
 def frontier_lines(near: RunsBeside) -> list[AgainstLine]:
-    """The run against the best other run with at most its L0, by KL score and by EV. Its other seeds are left out."""
+    """The run against the best other run whose L0 is no higher, by KL score and by EV. Its other seeds are left out."""
     lines = []
     for number in FRONTIER_NUMBERS:
         if rival := best_rival(alone(near.run), map(alone, near.others), *number):
@@ -191,12 +191,12 @@ def answer_control(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
 
 
 def share_of(near: RunsBeside, line: AgainstLine) -> Share | None:
-    """The share of a number, above its floor, that the control of a line also has."""
+    """The share of a number's height above its floor that the control in this line also reaches."""
     return find_share(alone(near.run).run_by_seed, controls_beside(near)[line.system], line.metric, line.column)
 
 
 def answer_seed(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
-    """With one other seed: the difference. With more: whether the run is in the range expected of another seed."""
+    """With one other seed, the difference. With more, whether the run lies in the range expected of another seed."""
     if lines:
         verdict, is_good = conclude(lines)
         more = "One other seed does not show how much seeds differ. Train more, then evaluate them together."
@@ -283,7 +283,7 @@ def answer_frontier(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
 
 
 def describe_published(run: ComparedRun) -> str:
-    """The rank of the run among published SAEs of its model and layer; "" without any at its L0."""
+    """The rank of the run among published SAEs of its model and layer; "" if none is published at its L0."""
     on_all_rows = alone(run.on_all_rows())
     own, published = on_all_rows.mean_and_spread(*PUBLISHED_NUMBER), published_at(on_all_rows, *PUBLISHED_NUMBER)
     if own is None or not published:

@@ -28,7 +28,7 @@ from ..common.formatting import format_bytes
 from ..common.locks import acquire, held_if_possible, release
 from ..common.records import as_read
 
-FORMAT = 1  # version of the cached artifacts: increased when the computation of any of them changes
+FORMAT = 1  # version of the cached artifacts, increased when the way any of them is computed changes
 # Kinds that hold activations of the model: most of the bytes, and quick to compute again. Probes and scores are small.
 ACTIVATIONS = ("text_pass", "held_out", "rows", "last_rows", "letters", "sample")
 LIMIT_VARIABLE = "SAE_EVALUATION_GB"
@@ -39,7 +39,7 @@ class ArtifactCache:
     """Tensors on disk, keyed by a digest of everything that they depend on.
 
     A file that is truncated or does not match its checksum is computed again. Several processes can share a cache: each
-    writes to its own temporary file, and the last rename wins.
+    writes to its own temporary file, and the last one to rename its file wins.
 
     The ranks of one command (`shared`) compute each artifact once: the first rank to need it holds its lock, and the
     others wait and then read it. The operating system frees the lock of a process that dies. On a file system without
@@ -54,7 +54,7 @@ class ArtifactCache:
     def __init__(self, folder: Path, shared: bool = False) -> None:
         self.folder, self.shared, self.limit = folder, shared, kept_limit()
         self.waiting: Callable[[str], None] = lambda what: None
-        self._held: set[Path] = set()  # locks of this process: it may ask for one again
+        self._held: set[Path] = set()  # locks that this process holds: it may ask for one again
 
     def describe(self) -> str:
         """The folder, its size, and the limit above which files are removed."""
@@ -80,9 +80,9 @@ class ArtifactCache:
 
     @contextlib.contextmanager
     def claim(self, kind: str, keys: Iterable[Mapping[str, Any]]) -> Iterator[None]:
-        """Hold the locks of those artifacts that are missing, for one pass that computes all of them.
+        """Hold the locks of the missing artifacts during one pass that computes all of them.
 
-        Inside, check again which are missing: another rank may have computed some while this one waited.
+        Inside the context, check again which are missing: another rank may have computed some while this one waited.
         """
         missing = [self.path(kind, key) for key in keys if not self.contains(kind, key)]
         with contextlib.ExitStack() as locks:
@@ -92,9 +92,10 @@ class ArtifactCache:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keep every artifact while this is open. On entry, remove activations above the limit if nobody else uses any.
+        """Keep every artifact while this is open. On entry, remove activations above the limit if no other process uses
+        any.
 
-        All who use the folder share one lock of the operating system. On a file system without locks nothing is
+        All processes that use the folder share one operating-system lock. On a file system without locks nothing is
         removed.
         """
         file = self.locks / "in_use"
@@ -115,7 +116,7 @@ class ArtifactCache:
         for _, size, record in sorted(kept):
             if removed >= above:
                 break
-            with contextlib.suppress(OSError):  # the record first: without it there is no artifact
+            with contextlib.suppress(OSError):  # remove the record first: an artifact does not exist without its record
                 record.unlink()
                 record.with_suffix(".safetensors").unlink()
                 removed += size
@@ -123,7 +124,7 @@ class ArtifactCache:
 
     @contextlib.contextmanager
     def turn(self, name: str, wait: bool) -> Iterator[bool]:
-        """Yield whether this rank may do the work called `name`: not while another rank holds its lock.
+        """Yield whether this rank may do the work called `name`. It may not while another rank holds its lock.
 
         With `wait`, wait until the other rank has done the work or has died, and yield True.
         """
@@ -137,7 +138,7 @@ class ArtifactCache:
 
     @contextlib.contextmanager
     def _lock(self, path: Path) -> Iterator[None]:
-        """The lock of an artifact, once no other process has it. Does nothing in a command of one process."""
+        """Hold the lock of an artifact, once no other process has it. Does nothing in a single-process command."""
         if not self.shared or path in self._held:
             yield
             return
@@ -149,7 +150,7 @@ class ArtifactCache:
                 self._release(path, lock)
 
     def _acquire(self, path: Path, wait: bool) -> int | None:
-        """None if another process has the lock and this one does not wait, or if locks are not available."""
+        """The lock; None if another process has it and this one does not wait, or if locks are not available."""
         file = self.locks / f"{path.stem}.lock"
         try:
             try:

@@ -1,6 +1,6 @@
 """Charts as data, with ticks and axis ranges. They are drawn in pages/: as SVG for a page, with matplotlib for a paper.
 
-Series differ in color and in shape or dashes. The colors can be told apart by color-blind readers.
+Series differ in color and in shape or dashes. Color-blind readers can tell the colors apart.
 """
 
 import math
@@ -23,9 +23,9 @@ class Series:
     """Points (x, y).
 
     Attributes:
-        spread: half an interval around each y, drawn as a bar through points and a band around a line.
+        spread: half the width of an interval around each y, drawn as an error bar at points or a band around a line.
         labels: a tooltip for each point.
-        style: series of one style share color and shape; by default it is the series' place in its chart.
+        style: series with the same style share color and shape; defaults to the index of the series in its chart.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Chart:
         return self.longest * len(self.categories) > width
 
     def dodged(self, series: Series) -> list[float]:
-        """The x of a series, shifted so that points of several series in one category lie side by side."""
+        """The x values of a series, shifted so that the points of several series in one category lie side by side."""
         if not self.categories:
             return list(series.x)
         sharing = [[one for one in self.series if x in one.x] for x in series.x]
@@ -75,7 +75,7 @@ def ticks(low: float, high: float, log: bool = False, about: int = 5) -> list[fl
     """Round numbers in [low, high], about `about` of them and at least three.
 
     Steps are 1, 2 or 5 times a power of ten. With `log` the ticks themselves are such numbers, unless the range is less
-    than a decade: then the steps are even too.
+    than a decade: then the ticks are evenly spaced too.
     """
     if log and high / low >= 10:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -130,7 +130,7 @@ def axis_range(values: Sequence[float], log: bool) -> tuple[float, float]:
         factor = max((high / low) ** 0.06, 1.1)
         return low / factor, high * factor
     if max(abs(low), abs(high)) < MIN_VALUE:
-        return -0.06, 1.0  # all zero: most likely shares, which are not negative
+        return -0.06, 1.0  # all zero: most likely shares, which cannot be negative
     margin = 0.06 * (high - low) or 0.06 * abs(high)
     return low - margin, high + margin
 

@@ -2,7 +2,7 @@
 
 Runs that differ only in their seed form one *system*, shown as mean and standard deviation. Runs of different models,
 layers, texts or settings are compared only on request (`mix`), with a list of what differs. If a run has numbers with
-and without outlier rows, those without are compared.
+and without outlier rows, the numbers without them are compared.
 """
 
 import csv
@@ -50,7 +50,7 @@ SUMMARY_COLUMNS = (  # (metric, number): the columns of the table, each also plo
     *(("autointerp", f"{score}_balanced_accuracy") for score in ("detection", "fuzzing")),
 )
 SUMMARY_METRICS = frozenset(metric for metric, _ in SUMMARY_COLUMNS)
-LABEL_KEYS = ("layer", "d_sae", "l0", "steps")  # keys of run.json that are shown in labels if systems differ in them
+LABEL_KEYS = ("layer", "d_sae", "l0", "steps")  # keys of run.json that labels show if the systems differ in them
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ class ComparedSystem:
 
     @property
     def run_by_seed(self) -> dict[Any, ComparedRun]:
-        """Seed -> run. A seed that was trained twice is not another sample: the last run counts. An imported SAE has
-        no seed and counts as one."""
+        """Seed -> run. A seed that was trained twice is not another sample, so only its last run counts. An imported
+        SAE has no seed and counts as a single seed."""
         return {run.record.get("seed", run.name): run for run in self.runs}
 
     def mean_and_spread(self, metric: str, column: MetricColumn) -> tuple[float, float] | None:
-        """The mean and sd over seeds; for a single seed its value and half its 95 % interval over the text, or 0."""
+        """The mean and sd over seeds; for a single seed, its value and half its 95 % interval over the text, or 0."""
         measured = [run for run in self.run_by_seed.values() if run.value(metric, column) is not None]
         values = [value for run in measured if (value := run.value(metric, column)) is not None]
         if len(values) > 1:
@@ -106,7 +106,7 @@ class Comparison:
         )
 
     def on_all_rows(self) -> "Comparison":
-        """The comparison of SAEBench's numbers, which count outlier rows."""
+        """The same comparison with SAEBench's numbers, which count outlier rows."""
         systems, references = ([one.on_all_rows() for one in some] for some in (self.systems, self.references))
         return replace(self, systems=systems, references=references)
 
@@ -116,7 +116,7 @@ class Comparison:
         return [(m, one) for m, one in summary_columns() if any(run.value(m, one) is not None for run in self.runs)]
 
     def with_control_notes(self, known: KnownVerdicts) -> "Comparison":
-        """The comparison with a note for each system that is not better than its controls, as in `sae evaluate`.
+        """The same comparison with a note for each system that is not better than its controls, as in `sae evaluate`.
 
         `known` are the verdicts of a printed table, which the notes repeat (docs/reference/statistics.md).
         """
@@ -137,7 +137,7 @@ def summary_columns() -> list[tuple[str, MetricColumn]]:
 def compare_runs(folders: Sequence[Path], mix: bool = False, references: bool = True) -> Comparison:
     """Read the results of runs and group the runs into systems.
 
-    Raises UsageError for runs without results, and unless `mix` for runs that differ in more than their training.
+    Raises UsageError for runs without results and, without `mix`, for runs that differ in more than their training.
     """
     if not folders:
         raise UsageError("Name the runs to compare: sae compare runs/...")
@@ -171,7 +171,7 @@ def compare_runs(folders: Sequence[Path], mix: bool = False, references: bool = 
 
 
 def name_references(found: Sequence[ComparedRun]) -> dict[str, dict[Any, ComparedRun]]:
-    """References by label: their name, or the name of the folder where names are not unique."""
+    """References by label. The label is the name of the reference, or of its folder where names are not unique."""
     by_folder = {one.folder: one for one in found}
     counts = Counter(one.name for one in by_folder.values())
     return {
@@ -202,7 +202,7 @@ def mixed_seeds(run: ComparedRun, runs: Sequence[ComparedRun]) -> list[str]:
 
 
 def seeds_of(settings: Mapping[str, Any]) -> frozenset[str]:
-    """The digests of the SAE and of the seeds that it was compared with."""
+    """The digests of the SAE and of the other seeds with which it was compared."""
     return frozenset([settings.get("weights", ""), *settings.get("seeds", ())])
 
 
@@ -266,7 +266,7 @@ def system_label(run: ComparedRun, keys: Sequence[str]) -> str:
 
 
 def comparison_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a line for each system, each reference, and each control's share of a system."""
+    """The headings, and one line for each system, each reference, and each control's share of its system's numbers."""
     headings, lines = system_table(comparison)
     return headings, [*lines, *share_lines(systems_and_references(comparison), comparison.columns)]
 
@@ -287,7 +287,7 @@ def system_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def share_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Headings, and each control's share of the numbers of its system; numbers without a share are left out."""
+    """The headings, and each control's share of its system's numbers. Numbers without a share are left out."""
     headings = ["system", "control", *(metric_heading(*number).partition(" ↑")[0] for number in comparison.columns)]
     return without_empty_columns(headings, share_cells(systems_and_references(comparison), comparison.columns))
 
@@ -320,9 +320,8 @@ def detectable_line(comparison: Comparison) -> list[str]:
 def to_records(comparison: Comparison) -> list[dict[str, Any]]:
     """Every number of every run as one flat dictionary per run, keyed by metric.category.name.
 
-    Numbers without outlier rows are under metric.masked_category.name. If one run has them, all get them; for a run
-    without outlier rows they equal its other numbers. `notes` are sentences about numbers that mean less than they
-    seem.
+    Numbers without outlier rows are under metric.masked_category.name. If one run has such numbers, every record gets
+    them; for a run without outlier rows they equal its other numbers. `notes` are sentences about misleading numbers.
     """
     masked = {metric for run in comparison.runs for metric, result in run.results.items() if result.masked}
     return [
@@ -351,7 +350,7 @@ def to_csv(comparison: Comparison) -> str:
 
 
 def records_as_csv(records: Sequence[Mapping[str, Any]]) -> str:
-    """Flat dictionaries as CSV. `escape_for_csv` turns text that a spreadsheet would compute into plain text."""
+    """Flat dictionaries as CSV. `escape_for_csv` makes plain text of what a spreadsheet would read as a formula."""
     text = io.StringIO()
     names = list(dict.fromkeys(name for record in records for name in record))
     writer = csv.writer(text, lineterminator="\n")

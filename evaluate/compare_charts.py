@@ -29,12 +29,12 @@ PUBLISHED = Path(__file__).parent / "published.toml"
 
 
 def frontiers(comparison: Comparison, numbers: Sequence[tuple[str, MetricColumn]] | None = None) -> list[Chart]:
-    """A chart for each of `numbers`, by default each column of the comparison, over L0.
+    """One chart over L0 for each of `numbers` (default: each column of the comparison).
 
-    Each recipe is a series through its systems in order of L0; references are points. The range of the axes comes from
-    the SAEs and the PCA: with the identity, whose L0 is d_in, nearly equal SAEs would be drawn in one place. Points far
-    outside the axes are named in the chart's note. In charts with published results, numbers are SAEBench's, which
-    count outlier rows as the published ones do; the note says so.
+    Each recipe is a series through its systems in order of L0; references are points. The axes cover the SAEs and the
+    PCA only: if they also covered the identity, whose L0 is d_in, nearly equal SAEs would be drawn in the same place.
+    Points far outside the axes are named in the chart's note. Charts with published results show SAEBench's numbers,
+    which count outlier rows as the published results do; the note says so.
     """
     l0 = next(column for column in METRICS[L0[0]].columns if column.name == L0[1])
     systems = [*comparison.systems, *comparison.references]
@@ -76,7 +76,7 @@ def without_far_series(chart: Chart, names: Container[str]) -> Chart:
 
 
 def in_frame(frame: tuple[tuple[float, float], tuple[float, float]], l0: float, y: float) -> bool:
-    """Whether a point is within the axes, or so near that they grow by at most a quarter."""
+    """Whether a point lies within the axes, or so near to them that including it extends them by at most a quarter."""
     (x_low, x_high), (y_low, y_high) = frame
     x_room, y_room = (x_high / x_low) ** 0.25, (y_high - y_low) / 4
     return x_low / x_room <= l0 <= x_high * x_room and y_low - y_room <= y <= y_high + y_room
@@ -110,7 +110,7 @@ def published_series(comparison: Comparison, metric: str, column: MetricColumn) 
 
 
 def training_curves(comparison: Comparison) -> list[Chart]:
-    """The values that training logged, over tokens: a line for each run."""
+    """The values logged during training, plotted over tokens with one line for each run."""
     logs = {run.name: read_metrics_log(run.folder) for run in comparison.runs}
     charts = []
     for name, title in CURVE_TITLES.items():

@@ -1,4 +1,4 @@
-"""The pairs of latents that a training step compared, in words, for the pair penalties of papers 002 and 003."""
+"""A description of the pairs of latents that a training step compared, for the pair penalties of papers 002 and 003."""
 
 import math
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ ALL_PAIRS = "all"
 
 
 def compared_pairs(record: Mapping[str, Any]) -> str | None:
-    """The pairs that the run of a run.json compared in a step; None if its recipe has no choice of pairs.
+    """A description of the pairs that a run compared in a step; None if its recipe has no choice of pairs.
 
     A run without these options was trained by an earlier version, which had no choice of pairs. A small dictionary is a
-    single block, or its table has all pairs.
+    single block, or its table contains all pairs.
     """
     options, latents = LATER_ENTRIES | record.get("resolved", {}), record.get("d_sae", math.inf)
     if record.get("variant") == "decorrelation":

@@ -29,9 +29,9 @@ class ComparedRun:
         results: metric -> result.
         settings: metric -> the settings it was measured with.
         notes: sentences that compare its numbers with the references and its target L0.
-        conditions: a digest, equal for a run and its controls; "" if it cannot have controls.
+        conditions: a digest that is equal for a run and its controls; "" if the run cannot have controls.
         is_control: whether it is a control, as a run or as a reference.
-        base: the recipe that a control is made of; for another run, the recipe that its controls are made of.
+        base: the recipe that a control is built from; for another run, the recipe that its controls are built from.
         control_notes: sentences that compare its system with its controls.
     """
 
@@ -62,7 +62,7 @@ class ComparedRun:
         return any(result.masked for result in self.results.values())
 
     def on_all_rows(self) -> "ComparedRun":
-        """The run with SAEBench's numbers, which count outlier rows."""
+        """The same run with SAEBench's numbers, which count outlier rows."""
         return replace(self, results={name: replace(one, masked=None) for name, one in self.results.items()})
 
 
@@ -114,7 +114,7 @@ def read_references(
 ) -> list[ComparedRun]:
     """The references that were measured on the runs' text and hook. Controls are included if one of the runs has them.
 
-    `read` gives the results of a folder.
+    `read` returns the results in a folder.
     """
     hook = Hook.from_record({"layer": None, **runs[0].origin})
     end = f"-L{hook.layer}{hook_suffix(hook)}-"
@@ -155,7 +155,7 @@ def is_wanted(control: ComparedRun, runs: Sequence[ComparedRun]) -> bool:
 
 
 def name_controls(references: Sequence[ComparedRun]) -> list[ComparedRun]:
-    """The references, with distinct names for controls of one recipe and L0."""
+    """The references, with distinct names for controls that have the same recipe and L0."""
     controls = [one for one in references if one.is_control]
     names = distinct_names([one.name for one in controls], [one.record for one in controls])
     named = [replace(one, name=name) for one, name in zip(controls, names, strict=True)]
@@ -163,7 +163,7 @@ def name_controls(references: Sequence[ComparedRun]) -> list[ComparedRun]:
 
 
 def without_weights(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without the digests of the SAE and of the seeds that it was compared with.
+    """The settings without the digests of the SAE and of the other seeds with which it was compared.
 
     `paired_latents` is left out too: it is recorded for wide SAEs only and does not affect comparability.
     """

@@ -29,7 +29,7 @@ class ContextBatch:
     Attributes:
         ids: token ids (N, S), int64.
         is_token: True where there is a token, not padding (N, S).
-        counted: True where metrics are computed: the tokens that a harvest would make rows of (N, S).
+        counted: True where metrics are computed, which is at the tokens that a harvest would store as rows (N, S).
         document: the document that each context was cut from (N,), on the CPU.
     """
 
@@ -49,7 +49,7 @@ class EvalContext:
         context_format: the first token of contexts, and the tokens at which no metric is computed (pad, EOS, BOS, and
             those that the harvest left out).
         mode: "0.6.0" or "2024-12", the definitions of the metrics.
-        model_identity: identifies the model and how it computes; part of every result's settings.
+        model_identity: identifies the model and the way it computes; part of the settings of every result.
         text_identity: identifies the held-out text; part of the settings of the metrics that read it.
         data: a folder that is searched for datasets before the Hub:
             <data>/<name on the Hub>/<split>.jsonl or .parquet.
@@ -57,7 +57,7 @@ class EvalContext:
         precision: the precision of the SAEs' matrix products: "float32", "tf32" or "bfloat16".
         model_config: the model's transformers config.
         model_argument: the value of --model for the model: a Hub id, or its folder on this machine.
-        change: how the contexts differ from the cache's; `contexts` is changed already.
+        change: how the contexts differ from those in the cache; `contexts` already includes this change.
         notes: sentences for the user about the model and its tokenizer.
     """
 
@@ -89,11 +89,11 @@ class EvalContext:
 
     @property
     def embedded_tokens(self) -> int | None:
-        """The number of token ids that the model has an embedding for; a tokenizer can have more."""
+        """The number of token ids for which the model has an embedding; a tokenizer can have more token ids."""
         return getattr(self.model_config, "vocab_size", None)
 
     def row_bytes(self, hooks: Iterable[Hook]) -> int:
-        """The bytes of the activations at one token, at all of these hooks. Does not need the model."""
+        """The size in bytes of one token's activations at all of these hooks. Does not need the model."""
         size = getattr(torch, self.model_identity["llm_dtype"]).itemsize
         return sum(size * hook_width(hook, self.model_config) for hook in hooks)
 
@@ -108,7 +108,7 @@ class EvalContext:
         If the tokenizer itself adds this first token, all tokens that it adds are kept, as in SAEBench. Special tokens
         that are spelled out in a text become special tokens.
 
-        Raises UsageError if a text has a token that the model has no embedding for.
+        Raises UsageError if a text contains a token without an embedding in the model.
         """
         bos_id = self.context_format.bos_id
         limit = {"truncation": True, "max_length": max_tokens} if max_tokens else {}
@@ -123,14 +123,15 @@ class EvalContext:
 
     @property
     def text_settings(self) -> dict[str, Any]:
-        """Additional settings of a metric with its own texts, if they differ from earlier versions. Earlier versions
-        used the first token of the tokenizer and left out pad, EOS and BOS.
+        """Additional settings of a metric that has its own texts, where they differ from earlier versions, which used
+        the tokenizer's first token and left out pad, EOS and BOS.
         """
         return self._format_settings(added_bos_id(self.tokenizer))
 
     @property
     def prompt_settings(self) -> dict[str, Any]:
-        """Like `text_settings`, for prompts built from tokens: in earlier versions they began with BOS, else EOS."""
+        """Like `text_settings`, for prompts built from tokens: in earlier versions these began with BOS or, without
+        one, with EOS."""
         return self._format_settings(bos_or_eos_id(self.tokenizer))
 
     def _format_settings(self, earlier_bos: int | None) -> dict[str, Any]:
@@ -143,13 +144,13 @@ class EvalContext:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The part of this context that every metric's result depends on."""
+        """The settings from this context on which the result of every metric depends."""
         own = {} if self.precision == "float32" else {"sae_precision": self.precision}
         return {"mode": self.mode, **self.model_identity, **own}
 
     @property
     def logit_settings(self) -> dict[str, Any]:
-        """Additional settings of a metric on logits, which earlier versions rounded to the dtype of the model."""
+        """Additional settings of a metric that reads logits. Earlier versions rounded logits to the model's dtype."""
         return {} if self.model_identity.get("llm_dtype") == "float32" else {"logits": "float32"}
 
     def batches(

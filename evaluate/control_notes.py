@@ -35,7 +35,7 @@ class BesideControl(NamedTuple):
 
     @property
     def is_higher(self) -> bool:
-        """Whether the system has the better value, whatever a test says."""
+        """Whether the system has the better value, regardless of any test."""
         own, other = self.values
         return own > other if self.column.better == "up" else own < other
 
@@ -45,7 +45,7 @@ class BesideControl(NamedTuple):
 
 
 def control_notes(systems: Systems, columns: Columns, known: KnownVerdicts) -> dict[str, list[str]]:
-    """Label -> sentences for systems with controls: numbers that are not better or are the same, and L0 that differs.
+    """Label -> sentences for each system with controls: numbers that are equal or not better, or a different L0.
 
     Args:
         systems: the systems and their controls, which are systems too.
@@ -64,7 +64,7 @@ def control_notes(systems: Systems, columns: Columns, known: KnownVerdicts) -> d
 
 
 def compare_with_controls(systems: Systems, columns: Columns, known: KnownVerdicts) -> list[BesideControl]:
-    """Every system against its best control in each number, by the tests of one table."""
+    """Compare every system with its best control in each number; all these tests are corrected as one table."""
     pairs, tests = [], []
     for label, runs in systems.items():
         controls = controls_of(runs, systems)

@@ -14,14 +14,14 @@ SHARE_NOTE = (
     "(control - floor) / (run - floor), with its 95 % interval over the pairs. A control is one seed, unless its row "
     "says more"
 )
-NOT_OF_FEATURES = ("llm", "misc_metrics")  # categories that say nothing about features: the model's numbers, alive
+NOT_OF_FEATURES = ("llm", "misc_metrics")  # not about features: the model's own numbers, the share of alive latents
 
 Columns = Sequence[tuple[str, MetricColumn]]  # (name of the metric, column)
 Systems = Mapping[str, RunBySeed]  # label -> runs that differ only in their seed; references are systems too
 
 
 class Share(NamedTuple):
-    """The part of a system's number that a control has, and its 95 % interval; None where nothing was paired."""
+    """The share of a system's number that a control reaches, and its 95 % interval (None where nothing was paired)."""
 
     part: float
     interval: Interval | None = None
@@ -34,8 +34,8 @@ class Share(NamedTuple):
 def find_share(system: RunBySeed, control: RunBySeed, metric: str, column: MetricColumn) -> Share | None:
     """(control - floor) / (system - floor), for the means over the paired units, with Fieller's interval.
 
-    If nothing can be paired, the means over the runs are used. None if lower is better, if the number has no such
-    floor, or if the 95 % interval of the system itself includes the floor, since the share could then be any number.
+    If nothing can be paired, the means over the runs are used. None if lower is better, if the number has no usable
+    floor, or if the 95 % interval of the system itself includes the floor: the share could then be any number.
     """
     floor = column.floor
     if column.better != "up" or floor is None or not column.shared or column.category in NOT_OF_FEATURES:
@@ -61,7 +61,7 @@ def numbers(runs: RunBySeed, metric: str, column: MetricColumn) -> list[float]:
 
 
 def share_lines(systems: Systems, columns: Columns) -> list[list[str]]:
-    """A line of a table for each system and each of its controls: the shares of its numbers.
+    """One line of a table for each pair of a system and one of its controls, with the shares of the system's numbers.
 
     `columns` are the columns of the table after the first.
     """
@@ -84,7 +84,7 @@ def share_cells(systems: Systems, columns: Columns) -> list[list[str]]:
 def controls_of(system: RunBySeed, systems: Systems) -> dict[str, RunBySeed]:
     """The controls of a system: trained on the same rows, at the same width and L0, for the same number of steps.
 
-    If some of them are made of the base recipe for this system, only those are returned.
+    If some of them are built from the base recipe chosen for this system, only those are returned.
     """
     run = first_of(system)
     found = {label: runs for label, runs in systems.items() if is_control_of(first_of(runs), run)}

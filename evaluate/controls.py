@@ -1,8 +1,7 @@
-"""Controls: SAEs with a part that keeps its random start, trained like the runs that they control for (arXiv
-2602.14111).
+"""Controls (arXiv 2602.14111): SAEs in which one part keeps its random start, trained like the runs they control for.
 
 train/variants/controls.py has their recipes and workflows/controls.py trains them. This module decides which control
-belongs to which run, and makes reference rows of the controls that `sae evaluate --controls` has trained.
+belongs to which run, and turns the controls trained by `sae evaluate --controls` into reference rows.
 """
 
 import json
@@ -20,7 +19,7 @@ from .metrics.base import EvalTarget, RowSet
 from .rows import EvalGroup, EvalRow, hook_suffix
 
 RECIPES = ("frozen-decoder", "soft-frozen-decoder", "frozen-encoder")
-BASES = ("batchtopk", "topk")  # recipes that a control can be made of (its option `base`); the first is the default
+BASES = ("batchtopk", "topk")  # recipes that a control can be built from (its option `base`); the first is the default
 SHARED = ("layer", "site", "d_sae", "steps", "batch_size", "order_seed", "cache")  # equal in a run and its control
 
 
@@ -30,8 +29,7 @@ def controls_folder() -> Path:
 
 
 def conditions_of(folder: Path) -> dict[str, Any] | None:
-    """The conditions that a run shares with its controls: rows and their order, width, L0, steps, batch size,
-    precision.
+    """The conditions shared by a run and its controls: rows and their order, width, L0, steps, batch size, precision.
 
     None for a run that cannot have controls here: an imported run, a run trained with --stream (its rows are gone), or
     a run of unknown L0.
@@ -49,7 +47,8 @@ def conditions_of(folder: Path) -> dict[str, Any] | None:
 
 
 def base_of(record: RunRecord | None) -> str:
-    """The base recipe of a control, or of the controls of another run: its own recipe if possible, else batchtopk."""
+    """The base recipe of a control; for another run, that of its controls: its own recipe if possible, else
+    batchtopk."""
     if record is None:
         return BASES[0]
     if record["variant"] in RECIPES:
@@ -70,20 +69,20 @@ def trained_l0(folder: Path, record: RunRecord) -> float | None:
     for line in reversed(lines):
         try:
             return float(min(max(round(json.loads(line)["l0"]), 1), record["d_sae"]))
-        except (ValueError, LookupError, TypeError):  # a kill cut it off
+        except (ValueError, LookupError, TypeError):  # the line was cut off when the process was killed
             continue
     return None
 
 
 def conditions_digest(conditions: Mapping[str, Any] | None) -> str:
-    """Equal for a run and its controls; "" where the conditions are unknown."""
+    """A digest that is equal for a run and its controls; "" where the conditions are unknown."""
     return digest_of(dict(conditions)) if conditions else ""
 
 
 def control_rows(group: EvalGroup, folders: Sequence[Path], outlines: bool = False) -> list[EvalRow]:
     """The trained controls among `folders` as reference rows for the runs that they control for.
 
-    Their results are stored with the results of the other references. With `outlines` their weights are not read.
+    Their results are stored with the results of the other references. With `outlines`, their weights are not read.
 
     Raises UsageError for a folder without a trained control, and DamagedError for one that cannot be read.
     """
@@ -145,7 +144,7 @@ def control_row(
 
 
 def distinct_names(names: Sequence[str], conditions: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Distinct names of controls. If recipe and L0 are the same, the name also has the width, or a digest."""
+    """Distinct names of controls. If the recipe and L0 are the same, the name also contains the width or a digest."""
     by_width = [f"{name}-n{one['d_sae']}" for name, one in zip(names, conditions, strict=True)]
     by_digest = [f"{name}-{conditions_digest(one)[:6]}" for name, one in zip(by_width, conditions, strict=True)]
     name_counts, width_counts = Counter(names), Counter(by_width)

@@ -1,8 +1,8 @@
 """Assign SAEs to the ranks of one command, from the records alone, before a model is loaded or a weight is read.
 
-A unit is a run, the seeds of a system for a metric that reads them together, or reference rows. Units are ordered by
-hook and cut into consecutive shares, with the longest share as short as possible, so that a rank reads the model's
-activations at few hooks.
+A unit is a run, all seeds of a system (for a metric that reads them together), or a set of reference rows. Units are
+ordered by hook and cut into consecutive shares such that the longest share is as short as possible. Each rank then
+reads the model's activations at few hooks.
 """
 
 from collections import Counter
@@ -22,7 +22,7 @@ from .metrics.base import EvalTarget, Metric
 from .plan import EvaluatePlan
 from .rows import EvalGroup, EvalRow, placed
 
-REFERENCES = "references"  # the rows beside a run that are not trained: identity, zero, PCA, random dictionary
+REFERENCES = "references"  # the untrained rows that a run is compared with: identity, zero, PCA, random dictionary
 REFERENCE_ROWS = 4
 RATE = {"cpu": 2e10, "cuda": 2e13}  # multiplications and additions per second of one core or one GPU
 # metric -> multiplications and additions for one SAE with default options: per weight of the encoder, and a constant.
@@ -43,9 +43,9 @@ class Unit:
     """Work that is assigned to one rank as a whole.
 
     Attributes:
-        runs: the run folders; for reference rows, one of the runs that they are references for.
+        runs: the run folders; for reference rows, one of the runs that are compared with them.
         metrics: their names.
-        beside: "" for the runs themselves, REFERENCES, or the folder of a control.
+        beside: "" for the runs themselves, REFERENCES for untrained references, or the folder of a control.
         seconds: the estimated time; only the proportions are reliable.
     """
 
@@ -72,7 +72,7 @@ def deal_work(plan: EvaluatePlan, count: int) -> list[Share]:
 
 
 def ordered_units(plan: EvaluatePlan, group: EvalGroup) -> list[Unit]:
-    """The units of a group, ordered by hook, and the longest first at each hook."""
+    """The units of a group, ordered by hook and, at each hook, with the longest first."""
     together = [metric for metric in plan.metrics if not metric.independent_seeds]
     alone = [metric for metric in plan.metrics if metric.name in group.settings and metric not in together]
     measurable = [metric for metric in plan.metrics if metric.name in group.settings]
@@ -96,7 +96,7 @@ def ordered_units(plan: EvaluatePlan, group: EvalGroup) -> list[Unit]:
 
 
 def system_units(plan: EvaluatePlan, group: EvalGroup) -> Iterator[Unit]:
-    """The systems of a group for each metric that reads all of their seeds."""
+    """The systems of a group, as units, for each metric that reads all of their seeds."""
     for metric in plan.metrics:
         if metric.independent_seeds or metric.name not in group.settings:
             continue
@@ -127,7 +127,8 @@ def seconds_of(metric: Metric, ctx: EvalContext, target: EvalTarget) -> float:
 
 
 def split(units: Sequence[Unit], count: int) -> list[Share]:
-    """Consecutive shares of the units. The longest is as short as possible, and none is empty unless units are few."""
+    """Consecutive shares of the units. The longest is as short as possible; none is empty unless there are too few
+    units."""
     seconds = [unit.seconds for unit in units]
     longest, whole = max(seconds, default=0.0), sum(seconds)
     shares = cut(units, count, smallest_bound(longest, whole, lambda limit: len(cut(units, count, limit)) <= count))

@@ -1,4 +1,4 @@
-"""The frontier of L0 against a number: which other SAEs are better with at most as many latents per token."""
+"""The frontier of a number over L0: which other SAEs are better with at most as many latents per token."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -60,10 +60,10 @@ def best_rival(
 
 
 def published_at(system: ComparedSystem, metric: str, column: MetricColumn) -> list[Published]:
-    """Published results of the system's model and layer at its L0, the best first. Empty outside the range of their
-    points.
+    """Published results of the system's model and layer at its L0, the best first. Empty if that L0 lies outside the
+    published points.
 
-    They count outlier rows, so pass a system `on_all_rows`, whose L0 counts them too.
+    Published results count outlier rows, so pass a system `on_all_rows`, whose L0 counts them too.
     """
     own = l0_of(system)
     if own is None:
@@ -78,9 +78,10 @@ def published_at(system: ComparedSystem, metric: str, column: MetricColumn) -> l
 
 
 def frontier_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a line for each system: how far the best system with no higher L0 is ahead, and published results.
+    """Headings, and a line for each system: the lead of the best system with no higher L0, and published results.
 
-    Only headings if fewer than two systems can be compared and nothing is published for their model and layer.
+    Returns only headings if fewer than two systems can be compared and no results are published for their model and
+    layer.
     """
     numbers = [one for one in FRONTIER_NUMBERS if one in comparison.columns]
     all_rows = comparison.on_all_rows().systems
@@ -120,7 +121,7 @@ def behind(system: ComparedSystem, systems: Sequence[ComparedSystem], metric: st
 
 
 def published_cells(system: ComparedSystem) -> list[str]:
-    """The number over all rows, the best published one at this L0, and how many of the published ones have less."""
+    """The number over all rows, the best published number at this L0, and how many published numbers are lower."""
     own, (_, column) = system.mean_and_spread(*PUBLISHED_NUMBER), PUBLISHED_NUMBER
     published = published_at(system, *PUBLISHED_NUMBER)
     if own is None or not published:

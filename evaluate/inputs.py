@@ -53,9 +53,9 @@ def artifact_cache() -> ArtifactCache:
 
 
 def open_reachable(place: Place | None, open_cache: Callable[[], Found]) -> Found:
-    """Call `open_cache`, or raise the error again if the store at `place` could not be reached within TRY_AGAIN.
+    """Call `open_cache`. If the store at `place` could not be reached less than TRY_AGAIN ago, raise that error again.
 
-    Many runs can have the same cache, and each failure takes minutes.
+    Many runs can have the same cache, and each failed attempt takes minutes.
     """
     if place in UNREACHABLE:
         failed, error = UNREACHABLE[place]
@@ -71,8 +71,8 @@ def open_reachable(place: Place | None, open_cache: Callable[[], Found]) -> Foun
 def find_eval_cache(folder: Path, sae: SAE, *, cache: Place | None = None, model: str | None = None) -> Cache:
     """The cache whose held-out text an SAE is evaluated on.
 
-    That is `cache` if given, else the cache the SAE was trained on, even if it has moved to `activations/`. For an SAE
-    that was imported and names no cache, it is the only cache of its model there.
+    This is `cache` if given, else the cache the SAE was trained on, even if that has moved to `activations/`. For an
+    imported SAE that names no cache, it is the only cache of the SAE's model in `activations/`.
 
     Raises UsageError when there is no such cache, when several fit, or when the SAE belongs to another model, and
     DamagedError when the cache it was trained on is damaged.
@@ -128,7 +128,7 @@ def load_run(
 ) -> tuple[EvalRow, Cache]:
     """A run folder as a row, and the cache whose text it is evaluated on (`find_eval_cache`).
 
-    `max_norm` as in `norm_limit_of`. Without a `device` the weights are not read (`outline_sae`).
+    `max_norm` is passed to `norm_limit_of`. Without a `device`, the weights are not read (`outline_sae`).
     """
     sae = outline_sae(folder) if device is None else load_sae(folder, device)
     text_cache = find_eval_cache(folder, sae, cache=cache, model=model)
@@ -138,8 +138,8 @@ def load_run(
 def row_of_run(folder: Path, sae: SAE, cache: Cache, max_norm: float | None = None) -> EvalRow:
     """The row of a run folder on the text of a cache.
 
-    The digest in `weights` covers more than the tensors: the k of a TopK is not a tensor, and one SAE can be evaluated
-    at several hooks.
+    The digest in `weights` covers more than the tensors, because the k of a TopK is not a tensor and one SAE can be
+    evaluated at several hooks.
     """
     folder = folder.resolve()
     record, hook = dict(read_sae_record(folder)), Hook.from_record(sae.origin)
@@ -156,7 +156,7 @@ def row_of_run(folder: Path, sae: SAE, cache: Cache, max_norm: float | None = No
 
 
 def only_cache_of_model(folder: Path, origin: Mapping[str, Any]) -> Cache:
-    """The one cache with held-out text of a model: any will do for an SAE that was trained elsewhere."""
+    """The only cache of a model that has held-out text. Used for SAEs trained elsewhere, for which any would do."""
     model, name = origin["model"], model_label(origin["model"])
 
     def is_usable(c: Cache) -> bool:
@@ -210,9 +210,10 @@ def find_model_of(cache: Cache, given: str | None) -> tuple[ModelSource, Any]:
 def check_tokenizer(cache: Cache, source: ModelSource, tokenizer: Any) -> tuple[str, ...]:
     """Compare a model's tokenizer with the tokenizer of a cache.
 
-    Returns a note if the same files give a different tokenizer with the installed versions than with the harvest's.
+    Returns a note if the same files produce a different tokenizer with the installed library versions than they did
+    during the harvest.
 
-    Raises UsageError if its files have changed.
+    Raises UsageError if the files have changed.
     """
     expected, found = cache.identity.get("tokenizer"), tokenizer_digest(tokenizer)
     if expected in (None, found):
@@ -261,9 +262,10 @@ def make_context(
 ) -> EvalContext:
     """The evaluation context of a cache: its model, found but not loaded yet, and its held-out text.
 
-    The text is cut to the first contexts that hold `tokens` tokens, or is all of it. `model` says where the model's
-    folder is, if it has moved since the harvest. `origin` is the origin of the SAEs: the files of imported SAEs decide
-    the first token and the length of contexts. `precision` is the precision of the SAEs' matrix products.
+    The text consists of the first contexts that hold `tokens` tokens; by default it is all of the held-out text.
+    `model` is the model's folder, if it has moved since the harvest. `origin` is the origin of the SAEs: for imported
+    SAEs, their files determine the first token and the length of contexts. `precision` is the precision of the SAEs'
+    matrix products.
 
     Raises UsageError when the model or the tokenizer on this machine differs from the one that the cache was made with,
     or when the cache has no held-out text.
@@ -282,7 +284,7 @@ def make_context(
     tokenizer = load_tokenizer(source)
     notes = check_tokenizer(cache, source, tokenizer)
     form = ContextFormat.of(cache.identity, tokenizer)
-    # SAEBench never counts special tokens, while a cache harvested with --keep-special may skip none.
+    # SAEBench never counts special tokens, but a cache harvested with --keep-special may count all of them.
     special = {*form.skip_ids, *special_token_ids(tokenizer), *([] if form.bos_id is None else [form.bos_id])}
     form = replace(form, skip_ids=tuple(sorted(special)))
     change = change_for(origin or {}, form, cache.identity["context"], tokenizer)

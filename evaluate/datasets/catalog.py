@@ -1,4 +1,4 @@
-"""The data that `sae data` lists and gets."""
+"""The data that `sae data list` shows and `sae data get` fetches."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from . import sae_probes
 
 @dataclass(frozen=True)
 class ExternalData:
-    """Data that another project publishes and a metric reads.
+    """Data that are published by another project and read by a metric.
 
-    `size` is the size of the kept files in bytes. `get` fetches the data, from a file if one is given, and returns
-    False if they were already there. `data_sets` returns the headings and lines of a table of the data sets.
+    `size` is the size in bytes of the files that are kept. `get` fetches the data (from a file if one is given) and
+    returns False if they were already there. `data_sets` returns the headings and lines of a table of the data sets.
     """
 
     name: str

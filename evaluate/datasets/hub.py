@@ -48,7 +48,8 @@ def latest_commit(name: str) -> str:
 
 @functools.cache
 def connection_error() -> Exception | None:
-    """Why the Hub cannot be reached, or None. Cached: a network that drops packets costs a timeout per attempt."""
+    """Why the Hub cannot be reached, or None. The answer is cached, because each attempt on a network that drops
+    packets takes a full timeout."""
     import huggingface_hub
 
     try:
@@ -59,7 +60,7 @@ def connection_error() -> Exception | None:
 
 
 def cached_commit(name: str) -> str | None:
-    """The commit of the copy that `datasets` uses offline: the one written last."""
+    """The commit of the copy that `datasets` uses offline, which is the copy written last."""
     from datasets import config
     from datasets.naming import camelcase_to_snakecase
 

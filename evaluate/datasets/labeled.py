@@ -1,8 +1,8 @@
 """Labeled texts for probing, SCR and TPP: train/test -> class -> texts, sampled as in SAEBench.
 
-There are eight datasets under their Hub names, with SAEBench's classes in SAEBench's order, and substitutes made from
-the standard library (stdlib.py) under names that begin with `stdlib/`. Sizes count the texts of one binary task. Half
-of its texts belong to one class, so a class has train_set_size // 2 texts.
+There are eight datasets under their Hub names, with SAEBench's classes in SAEBench's order. Substitutes built from the
+standard library (stdlib.py) have names that begin with `stdlib/`. Sizes count the texts of one binary task. Half of its
+texts belong to one class, so a class has train_set_size // 2 texts.
 
 A dataset is read from a local folder if it is there, <data>/<name>/<split>.jsonl or .parquet (europarl:
 <data>/<name>/<pair of languages>/train), else from the Hub. Names such as <bias_in_bios>_class_set1 and
@@ -85,7 +85,7 @@ class LabeledDataset:
 
 @dataclass(frozen=True)
 class CodeDataset:
-    """github-code: the first files of each language that are long enough, without their head, often a license."""
+    """github-code: the first long enough files of each language, without their beginning (often a license)."""
 
     name: str
     languages: tuple[str, ...]
@@ -106,7 +106,7 @@ class CodeDataset:
 
 @dataclass(frozen=True)
 class TranslationDataset:
-    """europarl: for each language the first sentences of one side of a language pair."""
+    """europarl: for each language, the first sentences from one side of a language pair."""
 
     name: str
     subsets: tuple[tuple[str, str], ...]  # (language, language pair that it is read from)
@@ -139,7 +139,7 @@ REVIEW_COLUMNS: dict[str, Any] = {"text": "text", "label": "category", "attribut
 BIOS_PAIRS = ((21, 13), (1, 11), (25, 22), (2, 26))
 # (books, CDs and vinyl), (software, electronics), (pet supplies, office products), (industrial, toys and games)
 REVIEWS_PAIRS = ((24, 26), (30, 6), (18, 11), (3, 1))
-# Pairs for which a probe trained on both signals uses both. With prose against code, or other pairs, it uses only one.
+# A probe trained on both signals of these pairs uses both. With other pairs, such as prose and code, it uses only one.
 SUBJECT_PAIRS = (("network", "numbers"), ("numbers", "python"), ("files", "numbers"))
 
 HUB: dict[str, LabeledDataset | CodeDataset | TranslationDataset] = {
@@ -162,7 +162,7 @@ STAND_INS: dict[str, LabeledDataset] = {
     ),
 }
 DATASETS: dict[str, LabeledDataset | CodeDataset | TranslationDataset] = HUB | STAND_INS
-# Names of classes that are numbers in a dataset.
+# Names of the classes that a dataset stores as numbers.
 CLASS_NAMES: dict[str, dict[str, str]] = {
     BIOS: {str(number): name for number, name in enumerate((
         "accountant architect attorney chiropractor comedian composer dentist dietitian dj filmmaker interior_designer "
@@ -180,7 +180,7 @@ CLASS_NAMES: dict[str, dict[str, str]] = {
 def load_texts(name: str, data: Path | None, train_set_size: int = 4000, test_set_size: int = 1000) -> Texts:
     """train/test -> class -> texts, in SAEBench's order of classes: train_set_size // 2 (test_set_size // 2) of each.
 
-    Raises UsageError for an unknown name, a missing column or a class with too few texts, and UnavailableError when the
+    Raises UsageError for an unknown name, a missing column or a class with too few texts, and UnavailableError if the
     Hub cannot be reached.
     """
     for option, size in (("train_set_size", train_set_size), ("test_set_size", test_set_size)):
@@ -208,7 +208,7 @@ def load_quadrants(
     (c+, a+) and NN those of (c-, a-); NP has the first q of (c+, a-) and PN those of (c-, a+). Like SAEBench, this
     requires one more text in PP and NN.
 
-    Raises UsageError for a dataset without pairs or a quadrant with too few texts, and what `load_texts` raises.
+    Raises UsageError for a dataset without pairs or a quadrant with too few texts, and like `load_texts`.
     """
     source = find_dataset(name)
     if not isinstance(source, LabeledDataset) or not source.pairs:
@@ -272,7 +272,7 @@ def find_dataset(name: str) -> LabeledDataset | CodeDataset | TranslationDataset
 
 
 def class_name(dataset: str, label: str) -> str:
-    """The name of a class that is a number in the dataset; otherwise the class itself."""
+    """The name of a class if the dataset stores it as a number; otherwise the class itself."""
     source = DATASETS.get(dataset)
     return CLASS_NAMES.get(source.name, {}).get(label, label) if source else label
 

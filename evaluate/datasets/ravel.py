@@ -1,4 +1,4 @@
-"""Facts about entities for RAVEL: questions with a place for the entity, and each entity's attributes.
+"""Facts about entities for RAVEL: question templates with a placeholder for the entity, and each entity's attributes.
 
 The files have the schema of adamkarvonen/ravel_prompts on the Hub. Two are read for each type of entity:
 
@@ -36,7 +36,7 @@ class EntityFacts:
     def questions(self, attributes: tuple[str, ...]) -> Iterator[tuple[str, str, str, str]]:
         """(entity, attribute, template, value) of every question about these attributes.
 
-        An entity without a value of an attribute is not asked about it.
+        Questions about an attribute leave out entities that have no value for it.
         """
         for entity, values in self.values.items():
             for attribute, templates in self.templates.items():
@@ -48,7 +48,7 @@ def load_facts(dataset: str, entity_type: str, attributes: tuple[str, ...], data
     """The facts about one type of entity.
 
     Raises:
-        UsageError: a file has another schema, or the files have no such attribute.
+        UsageError: a file has a different schema, or the files have no such attribute.
         UnavailableError: the files are neither in the folder `data` nor on a Hub that can be reached.
     """
     paths = {part: fact_file(dataset, entity_type, part, data) for part in PARTS}
@@ -124,7 +124,7 @@ def reading_from_hub(dataset: str, name: str) -> Iterator[None]:
 
 
 def check_templates(content: Any, path: Path) -> dict[str, tuple[str, ...]]:
-    """Attribute -> templates. Raises UsageError for another schema."""
+    """Attribute -> templates. Raises UsageError if the schema is different."""
     if not isinstance(content, dict) or not all(isinstance(texts, list) for texts in content.values()):
         raise UsageError(f"{path} does not have RAVEL's schema: expected {{attribute: [template, ...]}}.")
     for attribute, texts in content.items():
@@ -138,7 +138,7 @@ def check_templates(content: Any, path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def check_values(content: Any, path: Path) -> dict[str, dict[str, str]]:
-    """Entity -> attribute -> value. Raises UsageError for another schema."""
+    """Entity -> attribute -> value. Raises UsageError if the schema is different."""
     if not isinstance(content, dict) or not all(isinstance(values, dict) for values in content.values()):
         raise UsageError(f"{path} does not have RAVEL's schema: expected {{entity: {{attribute: value}}}}.")
     for entity, values in content.items():

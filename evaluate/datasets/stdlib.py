@@ -1,6 +1,6 @@
 """Substitutes for the labeled datasets of the Hub, made from the running Python's standard library.
 
-They need neither network access nor a license.
+Using them requires neither network access nor a license.
 
     library   the package that a piece is from; each package is half prose (docstrings and comments), half code
     kind      whether a piece is from a docstring, a comment, code, or a help topic
@@ -8,8 +8,8 @@ They need neither network access nor a license.
               half docstrings, half code
 
 A piece is a few whole lines, about 200 characters. Every third piece, ordered by a hash of its text, is for testing.
-The embedded model was trained on most of this text, and it differs between releases of Python. Results therefore
-compare SAEs on one machine, and cannot be compared with SAEBench's.
+The embedded model was trained on most of this text, and the text differs between releases of Python. Results therefore
+only compare SAEs on one machine, and are not comparable with SAEBench's.
 """
 
 import ast
@@ -30,7 +30,7 @@ SUBJECTS = {
     "python": "ast inspect dis tokenize pdb bdb traceback doctest pydoc typing".split(),
     "text": "string textwrap difflib csv configparser json html re optparse argparse gettext plistlib".split(),
 }
-PIECE_CHARACTERS, MIN_CHARACTERS = 200, 60  # about, and at least
+PIECE_CHARACTERS, MIN_CHARACTERS = 200, 60  # approximate and minimum length of a piece
 TEST_EVERY = 3
 DocumentedNode = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -95,7 +95,7 @@ def module_pieces(module: str) -> tuple[tuple[str, str], ...]:
 
 
 def split_into_pieces(text: str) -> Iterator[str]:
-    """Split into runs of lines of about PIECE_CHARACTERS characters, without blank lines."""
+    """Split text into groups of consecutive lines with about PIECE_CHARACTERS characters each, without blank lines."""
     piece = ""
     for line in text.splitlines():
         piece += line.rstrip() + "\n" if line.strip() else ""
