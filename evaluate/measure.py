@@ -1,4 +1,4 @@
-"""Measure the rows of a group: one pass of the model for each metric and all rows that lack it."""
+"""Measure the rows of a group. For each metric, one pass of the model serves all rows that lack a result."""
 
 import contextlib
 import copy
@@ -44,7 +44,8 @@ def measure_all(
 
 
 def use_precision(rows: Sequence[EvalRow], precision: str) -> None:
-    """Replace the SAEs of the rows by copies with the same weights that compute their products in `precision`."""
+    """Replace the SAEs of the rows by copies with the same weights whose matrix products are computed in
+    `precision`."""
     for row in rows:
         if isinstance(row.target.sae, SAE):
             sae = copy.copy(row.target.sae)
@@ -55,7 +56,7 @@ def use_precision(rows: Sequence[EvalRow], precision: str) -> None:
 def loaded(row: EvalRow, device: str, precision: str) -> EvalTarget:
     """The target of a row with its SAE in memory, even if the plan has only its outline.
 
-    Raises DamagedError if its files are not as they were written.
+    Raises DamagedError if its files have changed since they were written.
     """
     sae = row.target.sae
     if not isinstance(sae, SAE) or not sae.W_enc.is_meta:
@@ -88,7 +89,7 @@ def add_control_notes(rows: Sequence[EvalRow]) -> None:
 def reference_rows_if_possible(
     plan: EvaluatePlan, group: EvalGroup, row_sets: Sequence[RowSet] | None = None
 ) -> list[EvalRow]:
-    """`reference_rows`, or no rows and a note in the plan if the disk or the memory does not allow them."""
+    """`reference_rows`; if disk or memory does not allow them, no rows, and a note in the plan."""
     try:
         return reference_rows(group, row_sets)
     except Exception as error:
@@ -100,7 +101,7 @@ def reference_rows_if_possible(
 
 
 def reference_rows(group: EvalGroup, wanted: Sequence[RowSet] | None = None) -> list[EvalRow]:
-    """Reference rows for each row set of a group, or for some. Their results are kept in the artifact cache."""
+    """Reference rows for each row set of a group, or for some of them. Their results are kept in the artifact cache."""
     ctx, cache, rows = group.ctx, group.cache, []
     training_text = ctx.change.apply(cache.contexts(held_out=False))
     row_sets = group.row_sets
@@ -122,7 +123,7 @@ def reference_rows(group: EvalGroup, wanted: Sequence[RowSet] | None = None) -> 
 
 
 def describe_running_out(metric: Metric, group: EvalGroup, error: BaseException) -> str:
-    """A sentence about the memory that a metric ran out of, and the options to lower."""
+    """A sentence that says which memory a metric ran out of, and which options to lower."""
     sizes = [name for name in ("batch_contexts", "tokens") if name in {field.name for field in fields(metric)}]
     smaller = [f"a smaller --set {metric.name}.{name}" for name in sizes]
     ways = [*smaller, "fewer runs in one command", "--no-references", "a smaller model (--dtype bfloat16)"]
@@ -133,7 +134,7 @@ def describe_running_out(metric: Metric, group: EvalGroup, error: BaseException)
 
 
 def measure(metric: Metric, group: EvalGroup, rows: Sequence[EvalRow], progress: ProgressFactory) -> None:
-    """Measure one metric for all rows that lack it, in one pass."""
+    """Measure one metric, in one pass, for all rows that lack a result of it."""
     pending = group.pending(metric.name, rows)
     if not pending:
         return

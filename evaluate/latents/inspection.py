@@ -34,7 +34,7 @@ from ..tables import describe_model
 from .stats import LatentStats
 
 DEFAULT_TOKENS = 100_000  # of held-out text
-MIN_PROBE_ACCURACY = 0.6  # a latent gets the label of a class if its one-latent probe is above; chance is 0.5
+MIN_PROBE_ACCURACY = 0.6  # a latent is labeled with a class if its one-latent probe is above this; chance is 0.5
 
 # A label of a latent: the number that labels are sorted by (largest first), the latent, the text.
 LabelCandidate = tuple[float, int, str]
@@ -47,7 +47,7 @@ class InspectedRun:
     Attributes:
         hook: where the SAE reads.
         row: the results that were measured with these weights.
-        compared: the same run, with the settings of its results, to be compared with others.
+        compared: the same run with the settings of its results, for comparing it with other runs.
         labels: latent -> its labels from evaluations (`latent_labels`).
     """
 
@@ -81,9 +81,9 @@ def open_run(
 ) -> InspectedRun:
     """Open a run folder with about `tokens` tokens of its cache's held-out text.
 
-    `model` says where the model's folder lies, if it has moved since the harvest.
+    `model` is the model's folder, if it has moved since the harvest.
 
-    Raises UsageError when the folder is not a trained run or its cache is missing, and DamagedError when its files
+    Raises UsageError if the folder is not a trained run or its cache is missing, and DamagedError if its files
     contradict each other.
     """
     check_tokens(tokens)
@@ -126,7 +126,7 @@ def read_results(row: EvalRow) -> tuple[dict[str, MetricResult], dict[str, dict[
                 continue
             record = read_result_record(path, metric)
             require_result_of(row.record, record, path)
-            if record["eval_config"].get("weights") != row.weights:  # k and the like, which are not tensors
+            if record["eval_config"].get("weights") != row.weights:  # k and similar values, which are not tensors
                 raise DamagedError(f"{path} is a result of another SAE. {RESULT_RECORD.remedy}")
             results[name], settings[name] = result_of(record, path), record["eval_config"]
         except DamagedError as error:
@@ -135,7 +135,7 @@ def read_results(row: EvalRow) -> tuple[dict[str, MetricResult], dict[str, dict[
 
 
 def compared_run(row: EvalRow, settings: dict[str, dict[str, Any]]) -> ComparedRun:
-    """A run for comparisons, with the results of its row and their settings."""
+    """The run in the form that comparisons read: the results of its row, with their settings."""
     folder = row.folder or Path()
     record = read_run_record(folder)
     return ComparedRun(
@@ -152,13 +152,13 @@ def notes_of_run(row: EvalRow, compared: ComparedRun) -> list[str]:
         references = read_references([compared])
     except DamagedError as error:
         return [*notes_beside(row, []), f"It is not compared with the PCA: {error}"]
-    return notes_beside(row, references)  # the answers at the top of the page cover its controls
+    return notes_beside(row, references)  # controls are covered by the answers at the top of the page
 
 
 def latent_labels(results: dict[str, MetricResult], d_sae: int) -> dict[int, list[str]]:
     """Latent -> its labels: first letters (absorption), explanations (autointerp), classes of texts (sparse probing).
 
-    Classes are sorted by the accuracy of the probe. A result that was edited by hand and cannot be read is skipped.
+    Classes are sorted by the accuracy of the probe. Results that were edited by hand and cannot be read are skipped.
     """
     candidates: list[LabelCandidate] = []
     for name, read in LABEL_SOURCES.items():
@@ -190,12 +190,12 @@ def explanation_labels(result: MetricResult) -> Iterator[LabelCandidate]:
 
 
 def class_labels(result: MetricResult) -> Iterator[LabelCandidate]:
-    """The classes of texts that sparse probing can tell from the others by a single latent.
+    """The classes of texts that sparse probing can tell apart from the other texts by a single latent.
 
-    The candidate for a class is the latent whose mean differs most between texts of the class and other texts, if it is
-    larger for the class. It is labeled if the 95 % interval of the accuracy of a probe on it alone, over the test
-    texts, lies above MIN_PROBE_ACCURACY. (A latent that fires in a fifth of a class's texts and in no others has an
-    accuracy of 0.6.) Older results do not record latents and give no labels.
+    The candidate for a class is the latent whose mean differs most between texts of the class and other texts, provided
+    that its mean is larger for the class. The candidate is labeled if a probe on it alone has an accuracy whose 95 %
+    interval, over the test texts, lies above MIN_PROBE_ACCURACY. (A latent that fires in a fifth of a class's texts and
+    in no others has an accuracy of 0.6.) Older results do not record latents, so there are no labels from them.
     """
     for name, scores in (result.extra or {}).items():
         dataset = name.removesuffix("_results")

@@ -19,7 +19,7 @@ DEFAULT_TOKENS = 64  # of a passage
 class PassageWindow(NamedTuple):
     """How many tokens a passage holds before and after its central one.
 
-    Near the beginning or the end of a context the passage is shifted into it, so that it is as long as any other.
+    Near the beginning or the end of a context, the passage is shifted to stay inside the context at full length.
     """
 
     before: int
@@ -27,7 +27,7 @@ class PassageWindow(NamedTuple):
 
     @classmethod
     def of(cls, tokens: int) -> Self:
-        """The window of a passage of `tokens` tokens. Three quarters of them lead up to the central one.
+        """The window for passages of `tokens` tokens, three quarters of which lead up to the central token.
 
         Raises UsageError unless the number is positive.
         """
@@ -45,7 +45,7 @@ class PassageWindow(NamedTuple):
         return self if self.width < context else self._replace(before=context - 1, after=0)
 
     def starts(self, position_P: Tensor, context: int) -> Tensor:
-        """The position (P,) at which the passage around each `position_P` (P,) of a context begins."""
+        """The positions (P,) at which the passages around the positions `position_P` (P,) of a context begin."""
         return (position_P - self.before).clamp(min=0).clamp(max=max(0, context - self.width))
 
 
@@ -55,7 +55,7 @@ DEFAULT_WINDOW = PassageWindow.of(DEFAULT_TOKENS)
 class Passage(NamedTuple):
     """A token at which a latent fires, with the latent's activations `values` (W,) around it.
 
-    `values[i]` is at position `start + i` of the context; it is zero after the end of the context.
+    `values[i]` is at position `start + i` of the context; values after the end of the context are zero.
     """
 
     context: int
@@ -68,14 +68,14 @@ class Passage(NamedTuple):
         return float(self.values[self.position - self.start])
 
     def inside(self, length: int) -> np.ndarray:
-        """The activations at those positions that a context of `length` tokens has."""
+        """The activations at the positions that exist in a context of `length` tokens."""
         return self.values[: length - self.start]
 
 
 class PassageTable:
     """The `count` passages with the largest score for each latent, at most one per context.
 
-    `score` (K, P) is in no order, and -inf for missing passages. `context` and `position` (K, P) locate the central
+    `score` (K, P) is not sorted, and is -inf for missing passages. `context` and `position` (K, P) locate the central
     token, `start` (K, P) is the first position of the passage around it, and `values` (K, P, W) holds the activations.
     """
 
@@ -89,7 +89,7 @@ class PassageTable:
         self.values = torch.zeros(latents, count, window.width, device=device)
 
     def offer(self, score_NK: Tensor, position_NK: Tensor, f_NSK: Tensor, first: int) -> None:
-        """Add contexts `first`, `first` + 1, ...: for each latent a score and the position of the central token."""
+        """Add the contexts `first`, `first` + 1, ..., each with a score and a central position for every latent."""
         kept = self.score.shape[1]
         index_KP = torch.cat([self.score, score_NK.T], 1).topk(kept, 1).indices
         fresh_KP = index_KP >= kept

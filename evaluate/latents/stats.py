@@ -25,15 +25,15 @@ from ..metrics.base import Progress, RowSet
 from ..metrics.packing import TOKENS_PER_ENCODE, encode_float32
 from .passages import DEFAULT_WINDOW, PassageTable, PassageWindow
 
-TOP_PASSAGES = 10  # with the largest activations
-SAMPLED_PASSAGES = 15  # from which quantiles are taken
-BYTES_PER_PASSAGE_TOKEN = 4 * (TOP_PASSAGES + SAMPLED_PASSAGES)  # of memory, for each selected latent
+TOP_PASSAGES = 10  # passages with the largest activations
+SAMPLED_PASSAGES = 15  # passages from which quantiles are taken
+BYTES_PER_PASSAGE_TOKEN = 4 * (TOP_PASSAGES + SAMPLED_PASSAGES)  # memory for each selected latent
 BINS = 32
 LISTED_LATENTS = 8  # nearest latents, and latents that fire together
-LOGIT_TOKENS = 10  # with the largest positive logit effects, and as many with the largest negative
+LOGIT_TOKENS = 10  # tokens listed with the largest positive logit effects, and as many with the largest negative
 BLOCK_ELEMENTS = 2**25  # of a dense float32 block: 128 MiB
-MAX_PAIR_TOKENS = 32_768  # most tokens that are searched for latents that fire together
-MAX_PAIR_COST = 2e9  # pairs of firing latents, at most: half a minute on one core
+MAX_PAIR_TOKENS = 32_768  # at most this many tokens are searched for latents that fire together
+MAX_PAIR_COST = 2e9  # maximum number of pairs of firing latents: half a minute on one core
 
 
 class Histogram:
@@ -64,12 +64,12 @@ class ActivationStats:
     Attributes:
         fired_F: the number of tokens at which each latent fires, for all latents of the SAE.
         l0: the number of latents that fire at each token (T,).
-        outliers: the number of tokens that are not counted because of their norm.
+        outliers: the number of tokens left out because of their norm.
         sum_K, peak_K, histogram: sum, maximum and histogram of the activations of the selected latents.
         top: the contexts with the largest activations.
-        sample: contexts drawn in proportion to the number of tokens at which the latent fires, with one such token
-            each, all equally likely.
-        pair_activations: the activations of all latents at the first `pair_tokens` tokens, a sparse array.
+        sample: contexts drawn with probability proportional to the number of tokens at which the latent fires, each
+            with one of these tokens, drawn uniformly.
+        pair_activations: the activations of all latents at the first `pair_tokens` tokens, as a sparse array.
 
     Memory: four times the activations of 1,024 tokens (1.1 GB at 65,536 latents), and for each selected latent
     `BYTES_PER_PASSAGE_TOKEN` times the tokens of `window` (6.4 kB for passages of 64 tokens).
@@ -115,7 +115,7 @@ class ActivationStats:
         self.sample.offer(*self.sample_keys(fires_NSK), f_NSK, first)
 
     def sample_keys(self, fires_NSK: Tensor) -> tuple[Tensor, Tensor]:
-        """Random keys (N, K) of contexts, and a token of each.
+        """Random keys (N, K) of contexts, and one token for each key.
 
         The contexts with the largest keys are a sample weighted by the number of firing tokens (Efraimidis and
         Spirakis 2006).
@@ -141,8 +141,7 @@ class ActivationStats:
 class RankedEntries:
     """A ranked list of latents or tokens for each of the K latents, best first.
 
-    `index` (K, M) is int64, with -1 after the end of a shorter list; `value` (K, M) is the number by which the list is
-    sorted.
+    `index` (K, M) is int64, with -1 after the end of a shorter list. The lists are sorted by `value` (K, M).
     """
 
     index: Tensor
@@ -156,12 +155,12 @@ class RankedEntries:
 
 @dataclass(frozen=True)
 class LatentStats:
-    """All statistics that are shown of K latents.
+    """All statistics that pages show about K latents.
 
     Attributes:
         activations: how often, how strongly and where they fire.
-        raised, lowered: the tokens with the largest positive and negative logit effects; None if the SAE's decoder
-            rows are not directions of the residual stream.
+        raised, lowered: the tokens with the largest positive and negative logit effects; None if the decoder rows of
+            the SAE are not directions in the residual stream.
         nearest: latents with the largest cosines of decoder rows.
         coactive: latents that fire at the same tokens, by the cosine of activations.
         jaccard: Jaccard's index of each entry in `coactive` (K, M).
@@ -242,9 +241,9 @@ def _latent_stats(
 
 
 def has_logit_effects(model: LanguageModel, hook: Hook) -> bool:
-    """Whether decoder rows at a hook are directions of the residual stream, which the final norm and unembedding read.
+    """Whether decoder rows at a hook are directions in the residual stream, which the final norm and unembedding read.
 
-    False inside attention or an MLP, and for a model that has more than a norm before its unembedding.
+    False inside attention or an MLP, and for a model with anything besides a norm before its unembedding.
     """
     if hook.site not in RESIDUAL_SITES:
         return False
@@ -259,8 +258,8 @@ def direct_logits(model: LanguageModel, rows_KD: Tensor) -> Tensor:
     """The direct effect of residual-stream directions on the logits: (K, D) -> (K, V), float32.
 
     The directions are weighted by the final norm and multiplied with the unembedding, as with TransformerLens' W_U
-    after it has folded in that norm (its default), including the mean subtraction of a LayerNorm. The norm's division
-    (the same for all tokens), the soft cap (which keeps their order) and later blocks are left out.
+    after it has folded in that norm (its default), including the mean subtraction of a LayerNorm. Left out are the
+    norm's division (the same for all tokens), the soft cap (which preserves their order) and later blocks.
     """
     transformer: Any = model.model
     weight_VD = transformer.get_output_embeddings().weight
@@ -294,7 +293,7 @@ def nearest_latents(W_dec_FD: Tensor, latents_K: Tensor, progress: Progress) -> 
 
 
 def coactive_latents(f_TF: Any, latents_K: Tensor, progress: Progress) -> tuple[RankedEntries, Tensor]:
-    """The latents that fire together with each, ranked by the cosine of activations over tokens; and Jaccard's index.
+    """The latents that fire together with each latent, ranked by the cosine of activations, and Jaccard's index.
 
     `f_TF` is a scipy.sparse array of activations in column format. Jaccard's index (K, M) is the number of tokens at
     which both fire, divided by the number at which at least one does.
@@ -325,7 +324,7 @@ def coactive_latents(f_TF: Any, latents_K: Tensor, progress: Progress) -> tuple[
 
 
 def split_blocks(rows: Tensor, width: int, progress: Progress) -> Iterator[Tensor]:
-    """Yield the rows in blocks, such that a dense block of this width fits into memory."""
+    """Yield slices of the rows, short enough for a dense block of this width to fit into memory."""
     done = 0
     for part in rows.split(max(1, BLOCK_ELEMENTS // width)):
         yield part

@@ -43,13 +43,13 @@ def steering(
         latent: Index of the latent, 0 to d_sae - 1.
         strength: Add `strength * d` to the activations x, where d is the latent's decoder row scaled to unit norm.
         clamp: Set the latent's activation f(x) to this value instead: x + (clamp - f(x)) * W_dec[latent]. Outlier rows,
-            with a norm over `sae.origin["norm_limit"]`, are not changed, because f(x) means nothing there.
-        positions: The token positions to change, as a slice or a collection of numbers; default all. The model counts
-            from 0, including padding on the left. Position 0 is usually BOS, which caches exclude, so the SAE has not
-            been trained on it: use `positions=slice(1, None)` with `clamp`.
+            whose norm exceeds `sae.origin["norm_limit"]`, are not changed, because f(x) is meaningless there.
+        positions: The token positions to change, as a slice or a collection of numbers (default: all). They count from
+            0 and include padding on the left. Position 0 is usually BOS, which caches exclude, so the SAE has not been
+            trained on it: use `positions=slice(1, None)` with `clamp`.
 
     Yields:
-        The model. It is restored when the context is closed, also after an error. Contexts can be nested.
+        The model. It is restored when the context is closed, even after an error. Contexts can be nested.
 
     Raises:
         UsageError: the SAE does not fit the model or does not record its layer, the latent does not exist or has a zero
@@ -90,7 +90,7 @@ def steering(
 
 
 def hook_of_sae(sae: SAE, model: LanguageModel) -> Hook:
-    """Where the SAE reads. Raises UsageError if the model has no such hook or another width there."""
+    """The hook that the SAE reads. Raises UsageError if the model has no such hook or its width differs there."""
     if "layer" not in sae.origin:
         raise UsageError("This SAE does not record its layer. Set sae.origin['layer'] to a zero-based block.")
     hook = Hook.from_record(sae.origin)

@@ -1,1 +1,1 @@
-"""The metrics of `sae evaluate`: one file each, all of the shape of `base.Metric`, listed in `registry`."""
+"""The metrics of `sae evaluate`: one file each, all subclasses of `base.Metric`, listed in `registry`."""

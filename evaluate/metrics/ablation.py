@@ -1,7 +1,7 @@
 """Shared by SCR and TPP: train probes on texts, rank latents by their effect on each probe, ablate, measure accuracies.
 
-`Ablation` is the metric without its scores; scr.py and tpp.py define the tasks of a dataset, the effect of a latent,
-and the scores. Ablation never decodes: see probe_readout.
+`Ablation` is the part that the two metrics share. scr.py and tpp.py define the tasks of a dataset, the effect of a
+latent, and the scores. Ablation never decodes (see probe_readout).
 
 Shape suffixes: N texts, D d_in, F latents, P probes, R replicates of the bootstrap.
 """
@@ -46,13 +46,13 @@ class AblationProblem:
         return [self.draw(split, p, make_generator("paired", self.name, split, p)) for p in range(len(self.probes))]
 
     def task_source(self, split: str, generator: torch.Generator | None) -> DrawTask:
-        """Tasks drawn from the generator, or without one the fixed tasks."""
+        """A source of tasks drawn with the generator or, without a generator, of the fixed tasks."""
         fixed = self.fixed_tasks(split)
         return lambda probe: self.draw(split, probe, generator) if generator else fixed[probe]
 
 
 class AblationBasis(NamedTuple):
-    """The part of a problem for one row set that does not depend on the SAE."""
+    """The part of a problem that does not depend on the SAE, for one row set."""
 
     labeled: LabeledRows
     test_mean_ND: Tensor
@@ -61,20 +61,20 @@ class AblationBasis(NamedTuple):
 
 @dataclass
 class AblationState:
-    """The measurements of one SAE so far, by problem."""
+    """The measurements of one SAE so far, keyed by problem."""
 
-    metric: "Ablation"  # with the thresholds that fit this SAE
+    metric: "Ablation"  # a copy with the thresholds that fit this SAE
     W_dec_FD: Tensor
     generator: torch.Generator | None  # serves all draws of this SAE with rng="saebench"
     left_out: tuple[int, ...] = ()  # thresholds above its width
     scores: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # problem -> name -> score (R,)
-    without_leak: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # the same without encode(0) at padding
+    without_leak: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # same, without encode(0) at padding
     extra: dict[str, Any] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
     test_texts: int = 0
     rows: int = 0  # of texts
     outliers: int = 0  # rows that were left out
-    fewest_effective: int = sys.maxsize  # latents with an effect on a probe, the minimum over probes
+    fewest_effective: int = sys.maxsize  # number of latents with an effect on a probe, minimum over probes
     error: SaeError | None = None  # why it cannot be measured
 
 
@@ -106,7 +106,7 @@ class Ablation(Metric):
 
     @abstractmethod
     def problems(self, dataset: str, data: Path | None) -> Iterator[AblationProblem]:
-        """The problems of one dataset. Raises SaeError if its texts are not available."""
+        """The problems of one dataset. Raises SaeError if the texts are not available."""
 
     @abstractmethod
     def effects(self, difference_PF: Tensor, align_FP: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class Ablation(Metric):
 
     @abstractmethod
     def count_texts(self, dataset: str) -> int:
-        """How many texts the problems of a dataset have, at most. Reads nothing."""
+        """The maximum number of texts in the problems of a dataset. Reads nothing."""
 
     def kept_bytes(self, ctx: EvalContext, targets: Sequence[EvalTarget]) -> int:
         texts = sum(map(self.count_texts, self.datasets))
@@ -181,7 +181,7 @@ class Ablation(Metric):
     def bases(
         self, ctx: EvalContext, problem: AblationProblem, row_sets: Sequence[RowSet], progress: Progress
     ) -> dict[RowSet, AblationBasis]:
-        """Rows of the texts and probes on them for each row set, from the artifact cache or computed."""
+        """For each row set, the rows of the texts and the probes on them, from the artifact cache or computed."""
         tasks = {split: problem.fixed_tasks(split) for split in problem.texts}
         by_row_set = read_labeled_rows(ctx, row_sets, problem.name, problem.texts, progress, self.context)
         depends = {
@@ -281,7 +281,7 @@ class Ablation(Metric):
 
 
 def fitting_thresholds(thresholds: Sequence[int], d_sae: int, metric: str) -> tuple[int, ...]:
-    """The numbers of latents to ablate in an SAE of this width. Defaults above its width are dropped.
+    """The numbers of latents to ablate in an SAE of this width. Default numbers above the width are dropped.
 
     Raises:
         UsageError: the SAE has fewer latents than a threshold that was set, or than the smallest default.

@@ -1,19 +1,20 @@
-"""The absorption metric: does the latent of a first letter stay silent on words whose own latent has absorbed it?
+"""The absorption metric: does a first-letter latent stay silent on words whose own latents have absorbed the letter?
 
-Lower is better; 0 is no absorption. A silent or dead SAE scores 0 too, which flags report.
+Lower is better; 0 is no absorption. A silent or dead SAE also scores 0, which a flag reports.
 
-Words of the tokenizer's vocabulary are placed in spelling prompts, and the residual is read at the word (first_letter).
-A linear probe on the residual finds the directions of the 26 letters. Small logistic regressions on the latents find
-the split latents of each letter, those that spell it (letter_probes). A word is absorbed if the probe finds its letter
-but the letter's contribution comes from other latents.
+Words from the tokenizer's vocabulary are placed in spelling prompts, and the residual is read at the word
+(first_letter). Linear probes on the residual find a direction for each of the 26 letters. Small logistic regressions on
+the latents find the latents that spell each letter, its *split latents* (letter_probes). A word is absorbed if the
+probe finds its letter but the letter's contribution comes from other latents.
 
 Source: Chanin et al. 2024, as measured by SAEBench 0.6.0 (`evals/absorption`): absorption fraction and full absorption
-in mode 0.6.0, the rate behind the five papers' numbers in mode 2024-12. It differs in randomness and prompts: SAEBench
-draws without a seed, from a vocabulary whose order changes by process. Here words are sorted by token and every draw is
-seeded, the same for every SAE. A word is scored on a different prompt from the one on which it was found.
+in mode 0.6.0; in mode 2024-12, the rate behind the five papers' numbers. Randomness and prompts differ from SAEBench,
+which draws without a seed from a vocabulary whose order changes from process to process. Here words are sorted by
+token, and every draw is seeded and the same for every SAE. A word is scored on a different prompt from the one on which
+it was found.
 
-Memory: the rows of all words in the model's dtype; 8 bytes for each latent that fires on a word; at most
-unit_decoder.MAX_DENSE_LATENTS dense latents.
+Memory: the rows of all words in the model's dtype; 8 bytes for each pair of a word and a latent that fires on it; at
+most unit_decoder.MAX_DENSE_LATENTS dense latents.
 
 Shape suffixes: N words, B words of a batch, D d_in, F latents, K candidate latents, L letters, S positions.
 """
@@ -50,10 +51,11 @@ MIN_PROBE_STEPS = 300  # of the probe that proposes candidates; about a thousand
 
 @dataclass(frozen=True)
 class Absorption(Metric):
-    """`words` words of the vocabulary are drawn, as evenly over letters as it allows; 0 takes all.
+    """`words` words are drawn from the vocabulary, as evenly over letters as it allows; 0 takes all words.
 
-    Only letters that the model's own probe finds with F1 above `min_GT_probe_f1` are scored. `k_sparse_probe_*` belong
-    to the probe on latents that proposes candidates. The remaining options are SAEBench's thresholds.
+    Only letters that the probe on the model's residual finds with an F1 above `min_GT_probe_f1` are scored.
+    `k_sparse_probe_*` belong to the probe on latents that proposes candidates. The remaining options are SAEBench's
+    thresholds.
     """
 
     words: int = 0
@@ -99,7 +101,7 @@ class Absorption(Metric):
 
     @classmethod
     def values_by_unit(cls, result: MetricResult, column: MetricColumn) -> UnitValues:
-        """By letter. In mode 2024-12, letters without candidate words are in no mean."""
+        """The values by letter. In mode 2024-12, letters without candidate words are left out of every mean."""
         averaged = [entry for entry in result.details if entry.get("num_candidates", 1)]
         return super().values_by_unit(replace(result, details=averaged), column)
 
@@ -152,7 +154,8 @@ class Absorption(Metric):
         return result.without_outliers(rows.outliers, len(rows.train_ND) + len(rows.test_ND))
 
     def scored_letters(self, mode: str, rows: SpellingRows) -> list[int]:
-        """Letters that the model's own probe finds; all letters in mode 2024-12. Raises SaeError if there are none."""
+        """Letters that the probe on the residual finds; all letters in mode 2024-12. Raises SaeError if there are
+        none."""
         f1_L = rows.f1_L
         letters = [letter for letter in range(26) if mode == "2024-12" or f1_L[letter] > self.min_GT_probe_f1]
         if not letters:
@@ -193,7 +196,7 @@ class Absorption(Metric):
         train: SparseLatents,
         scored: Sequence["ScoredLetter"],
     ) -> MetricResult:
-        """Average over letters. In mode 2024-12, letters without candidate words are not averaged."""
+        """Average over letters. In mode 2024-12, letters without candidate words are left out."""
         old = mode == "2024-12"
         averaged = [letter for letter in scored if not old or letter.entry["num_candidates"]]
         details = [letter.entry for letter in scored]
@@ -323,7 +326,7 @@ def score_letter(
     scores: "AbsorptionScores",
     missed_N: Tensor,
 ) -> ScoredLetter:
-    """`missed_N` says which of the scored words the regression on the split latents misses."""
+    """`missed_N` is True for the scored words that the regression on the split latents misses."""
     entry = {
         "first_letter": LETTERS[letter],
         "num_probe_true_positives": len(scores.fraction_N),
@@ -347,7 +350,7 @@ def score_letter(
 
 
 def rate_entry(name: str, count: str, hit_N: Tensor) -> dict[str, Any]:
-    """A share, its count, and its 95 % interval."""
+    """A share with its count and its 95 % interval."""
     n, hits = len(hit_N), float(hit_N.sum())
     if not n:
         return {name: float("nan"), count: 0}
@@ -365,8 +368,8 @@ def mean_entry(name: str, values: Sequence[float], deviation: bool = False) -> d
 class AbsorptionScores(NamedTuple):
     """Scores of each word of one letter."""
 
-    fraction_N: Tensor  # share of the letter that comes from absorbing latents, 0 to 1
-    dominated_N: Tensor  # bool: a single latent along the probe carries enough of the letter
+    fraction_N: Tensor  # share of the letter's contribution that comes from absorbing latents, 0 to 1
+    dominated_N: Tensor  # bool: a single latent along the probe contributes enough of the letter
     silent_N: Tensor  # bool: none of the letter's main latents fires
     main_sum_N: Tensor  # sum of the letter's main latents
 
@@ -376,8 +379,8 @@ def score_words(
 ) -> AbsorptionScores:
     """Score the words of one letter (SAEBench 0.6.0, `evals/absorption`).
 
-    `along_N` is the residual's projection on the unit probe, `cosine_F` each decoder row's cosine with it, `main` the
-    letter's split latents. A latent contributes its activation times its cosine.
+    `along_N` is the projection of the residual on the unit-norm probe, `cosine_F` the cosine of each decoder row with
+    the probe, and `main` the split latents of the letter. A latent contributes its activation times its cosine.
     """
     enough = settings.probe_projection_proportion_threshold
     p_NF = f_NF * cosine_F

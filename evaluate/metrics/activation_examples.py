@@ -13,8 +13,8 @@ import numpy as np
 
 BUFFER = 10  # tokens on each side of the middle of a passage
 TOP, WEIGHTED, RANDOM = 12, 7, 10  # passages of each kind
-TOP_SCORED, WEIGHTED_SCORED = 2, 2  # how many of them are held back to score the explanation
-CONTINUED = "◦"  # a token that only continues the character of the token before it
+TOP_SCORED, WEIGHTED_SCORED = 2, 2  # how many of these are held back for scoring the explanation
+CONTINUED = "◦"  # shown for a token that only continues the character of the previous token
 FIRING_SHARE = 0.01  # a latent fires above this share of its largest activation in the top passages
 
 
@@ -27,7 +27,8 @@ class ExampleWindow(NamedTuple):
 
 
 class LatentExamples(NamedTuple):
-    """One latent's passages: 15 to explain it by, the strongest first; 14 to score the explanation on, shuffled."""
+    """One latent's passages: 15 from which it is explained, strongest first, and 14, shuffled, to score the
+    explanation."""
 
     explained: list[ExampleWindow]
     scored: list[ExampleWindow]
@@ -35,7 +36,7 @@ class LatentExamples(NamedTuple):
 
     @property
     def firing(self) -> list[int]:
-        """The numbers, from 1, of the scored passages in which the latent fires."""
+        """The numbers (from 1) of the scored passages in which the latent fires."""
         return [i for i, window in enumerate(self.scored, 1) if (window.values > self.threshold).any()]
 
 
@@ -45,10 +46,10 @@ def select_examples(
     """Select the passages of a latent, or return None if it has too few.
 
     The latent's activations are `value_P` > 0 at the flat indices `flat_P` (ascending) of `ids_RS`, and 0 elsewhere.
-    The middle of a passage is at least BUFFER from either end of its row. TOP passages have the largest activations,
-    skipping those within BUFFER of one already selected in the same row. WEIGHTED passages are drawn among activations
-    below all of those, with the squares as weights. RANDOM passages are drawn anywhere and count as if the latent were
-    silent there.
+    The middle of a passage is at least BUFFER from either end of its row. TOP passages are those with the largest
+    activations, except passages within BUFFER of one already selected in the same row. WEIGHTED passages are drawn from
+    the activations below all of these, with the squared activations as weights. RANDOM passages are drawn anywhere and
+    count as if the latent were silent there.
     """
     rows, context = ids_RS.shape
     row_P, position_P = np.divmod(flat_P, context)
@@ -86,7 +87,7 @@ def select_examples(
 
 
 def cut_window(flat: int, flat_P: np.ndarray, value_P: np.ndarray, ids_RS: np.ndarray) -> ExampleWindow:
-    """The passage around a token, given by its flat index, at least BUFFER from either end of its row."""
+    """The passage around a token, given by its flat index, which is at least BUFFER from either end of its row."""
     start = flat - BUFFER
     values = np.zeros(2 * BUFFER + 1, np.float32)
     low, high = np.searchsorted(flat_P, [start, start + len(values)])
@@ -117,9 +118,9 @@ def character_size(data: bytes) -> int:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The byte that each character stands for in the tokens of a byte-level BPE, as in GPT-2.
+    """The byte that each character represents in the tokens of a byte-level BPE such as GPT-2's.
 
-    Visible characters of Latin-1 stand for themselves; the other 68 bytes, in order, are the characters from U+0100 on.
+    Visible Latin-1 characters represent themselves; the other 68 bytes are, in order, the characters from U+0100.
     """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in visible]
@@ -130,7 +131,7 @@ BYTE_OF_CHARACTER = byte_alphabet()
 
 
 def token_bytes(name: str | bytes) -> bytes | None:
-    """The bytes of a token, by its name in a byte-level BPE or as <0xE2> of SentencePiece; None for other names."""
+    """The bytes of a token, from its name in a byte-level BPE or in SentencePiece (<0xE2>); None for other names."""
     if isinstance(name, bytes):
         return name
     if found := re.fullmatch("<0x([0-9A-Fa-f]{2})>", name):
@@ -167,7 +168,7 @@ class TokenText:
     def display_text(self, tokens: Sequence[int]) -> list[str]:
         """The texts of successive tokens for a page or a terminal.
 
-        A character that several tokens share is shown at the first of them, and the others as CONTINUED.
+        A character that several tokens share is shown at the first of them; the other tokens are shown as CONTINUED.
         """
         shown: list[str] = []
         for incomplete, group in groupby(tokens, lambda token: "\ufffd" in self.text(token)):
@@ -190,7 +191,7 @@ class TokenText:
         return self.marked(window.ids, window.values > (np.inf if threshold is None else threshold))
 
     def marked(self, ids: np.ndarray, marks: np.ndarray) -> str:
-        """The text of tokens, with those that are marked enclosed in << and >>; neighbours share a pair."""
+        """The text of tokens, with marked tokens enclosed in << and >>; adjacent marked tokens share one pair."""
         text = ""
         for token, mark in zip(ids.tolist(), marks.tolist(), strict=True):
             text += f"<<{self.word(token)}>>" if mark else self.word(token)

@@ -1,7 +1,7 @@
 """Autointerp: how well a judge, a language model, predicts where a latent fires from a short explanation of it.
 
 Higher is better. The judge reads passages on which a latent fires and explains it. Then it reads other passages and,
-from the explanation alone, says on which the latent fires. `scores` names the ways in which it is asked and scored:
+from the explanation alone, says on which the latent fires. `scores` lists the ways to question and score the judge:
 
 saebench: the judge names those of 14 passages on which the latent fires. The score of a latent is the share of the 14
     that it gets right; 10 of them are random. A judge that always answers None scores about 10/14.
@@ -9,9 +9,8 @@ detection, fuzzing: the balanced accuracies of Paulo et al. 2024, in explanation
     0.5.
 
 Source: SAEBench 0.6.0, `evals/autointerp`; Paulo et al. 2024 (arXiv 2410.13928). The prompts are this project's own, so
-scores agree with SAEBench's statistically, not digit for digit. Latents do not count as firing at outlier rows
-(`EvalTarget.norm_limit`). SAEBench also shows passages at such rows; asking the judge for both would cost twice as
-much.
+scores agree with SAEBench's statistically but not exactly. Latents do not count as firing at outlier rows
+(`EvalTarget.norm_limit`). SAEBench also shows passages at such rows; asking about both would double the cost.
 """
 
 import contextlib
@@ -59,13 +58,14 @@ class Autointerp(Metric):
     """The judge is `judge_model` at `endpoint`, the base URL of an OpenAI-compatible API. Its key, if it needs one, is
     read from the environment variable named by `key_variable`. With the endpoint "local" the judge is a chat model of
     transformers, by its Hub id or folder, on the device of the evaluation. Without an endpoint no judge is asked, and
-    the result holds the prompts.
+    the result contains the prompts.
 
-    `latents` latents are drawn among those that fire on more than `dead_latent_threshold` of at most `tokens` tokens of
-    the held-out text, packed into rows of `context` tokens with EOS between documents. Each latent has its own random
-    generator, so its passages do not depend on the others. Two passes of the model serve all SAEs.
+    `latents` latents are drawn from those that fire on more than `dead_latent_threshold` tokens of the text. The text
+    is at most `tokens` tokens of held-out text, packed into rows of `context` tokens with EOS between documents. Each
+    latent has its own random generator, so its passages do not depend on the others. Two passes of the model serve all
+    SAEs.
 
-    `price_in` and `price_out` are the judge's prices per million tokens; the plan then has the cost of its answers.
+    `price_in` and `price_out` are the judge's prices per million tokens, which the plan's cost estimate uses.
 
     Memory: activations of 1,024 tokens at a time (64 MiB at 16k latents); where the drawn latents fire, at most 20
     million activations in one pass (0.8 GB; more passes if they fire more often); 14 KiB a latent. A local judge needs
@@ -103,16 +103,16 @@ class Autointerp(Metric):
         found = {**super().settings(ctx), **ctx.text_identity, **self.local_identity(ctx), "scores": self.asked}
         left_out = ["price_in", "price_out"]
         if self.asked == Autointerp.scores:
-            left_out.append("scores")  # as in results of earlier versions, which had no other
+            left_out.append("scores")  # as in results of earlier versions, which had no other scores
         return {name: value for name, value in found.items() if name not in left_out}
 
     def local_identity(self, ctx: EvalContext) -> dict[str, Any]:
-        """The settings, besides its name, that the answers of a local judge depend on."""
+        """The settings, other than its name, on which the answers of a local judge depend."""
         judge = self.judge(ctx.device) if self.endpoint == LOCAL else None
         return judge.identity if isinstance(judge, LocalJudge) else {}
 
     def check(self) -> None:
-        """Check the options and ask the judge a test question, so that a wrong key or endpoint fails at once.
+        """Check the options, and ask the judge a test question so that a wrong key or endpoint fails at once.
 
         For a local judge, only the tokenizer is loaded.
         """
@@ -171,7 +171,7 @@ class Autointerp(Metric):
         ]
 
     def kept_answers(self, ctx: EvalContext) -> int:
-        """How many answers of this judge are kept; 0 if they cannot be read, which `measure` reports."""
+        """How many answers of this judge are already kept; 0 if they cannot be read (`measure` then reports why)."""
         with contextlib.suppress(SaeError):
             return len(KeptAnswers.read(self.answers_file(ctx))) if self.endpoint else 0
         return 0
@@ -203,7 +203,7 @@ class Autointerp(Metric):
             note = f"questions answered, SAE {number + 1} of {len(indices)}"
             try:
                 entries = judge_latents(kept, latents[number], words, self.asked, partial(progress, note=note))
-            except UnavailableError as stopped:  # the results of earlier SAEs are whole
+            except UnavailableError as stopped:  # the results of earlier SAEs are complete
                 error = UnavailableError(f"{stopped} The answers so far are kept: the same command asks only the rest.")
                 outcomes[i:] = [error if j in indices[number:] else not_trained for j in range(i, len(targets))]
                 break
@@ -213,12 +213,12 @@ class Autointerp(Metric):
         return outcomes
 
     def answers_file(self, ctx: EvalContext) -> Path:
-        """Where the answers of this judge are kept, whatever they are about."""
+        """The file in which all answers of this judge are kept, whatever the question."""
         identity = [self.endpoint, self.judge_model, *self.local_identity(ctx).values()]
         return ctx.artifacts.folder / f"judge-{digest_of(identity)[:16]}.jsonl"
 
     def draw_latents(self, share_F: np.ndarray, tokens: int) -> list[int]:
-        """A sample of the latents that are alive, from the share of tokens on which each latent fires."""
+        """A sample of the alive latents, given the share of tokens on which each latent fires."""
         alive = [int(latent) for latent in np.flatnonzero(share_F * tokens > self.dead_latent_threshold)]
         return sorted(random.Random(SEED).sample(alive, min(self.latents, len(alive))))
 
@@ -229,14 +229,14 @@ class Autointerp(Metric):
         examples = select_examples(flat_P, value_P, ids_RS, np.random.default_rng([SEED, latent]))
         if examples is None or not set(self.asked) & set(BALANCED_SCORES):
             return examples and JudgedLatent(examples)
-        rng = np.random.default_rng([SEED, latent, 1])  # another: SAEBench's passages do not depend on these
+        rng = np.random.default_rng([SEED, latent, 1])  # separate: SAEBench's passages do not depend on these draws
         return JudgedLatent(examples, select_balanced(flat_P, value_P, ids_RS, examples, rng))
 
     def result(
         self, entries: dict[str, Any], drawn: int, rows_RS: Tensor, judge: Judge | None, lacking: int = 0
     ) -> MetricResult:
-        """Average the scores in the entries of the judged latents. `drawn` latents were drawn, and `lacking` of them
-        have too few passages for detection and fuzzing.
+        """Average the scores in the entries of the judged latents. `drawn` is the number of latents that were drawn;
+        `lacking` of them have too few passages for detection and fuzzing.
         """
         n = {"latents": drawn, "with_passages": len(entries), "tokens": rows_RS.numel()}
         metrics: dict[str, dict[str, float | None]] = {}
@@ -286,7 +286,7 @@ class Autointerp(Metric):
 
 
 def is_explained(target: EvalTarget) -> bool:
-    """Whether its latents are explained: they are for an SAE or a control, which was loaded from a run folder."""
+    """Whether the target's latents are explained: yes for SAEs and controls, which are loaded from run folders."""
     return not target.reference or bool(getattr(target.sae, "origin", None))
 
 

@@ -1,7 +1,7 @@
-"""Passages to score an explanation on by detection and fuzzing: as many with the latent as without it.
+"""Passages for scoring an explanation by detection and fuzzing: as many with the latent as without it.
 
 Source: Paulo et al. 2024 (arXiv 2410.13928), and the authors' library delphi. As there, the passages with the latent
-come from all strengths of its activation, and the others from anywhere in the text where it is silent.
+cover all strengths of its activation, and the others come from anywhere in the text where it is silent.
 
 Shape suffixes: R rows of text, S positions, P tokens on which a latent fires, W tokens of a passage.
 """
@@ -14,14 +14,14 @@ import numpy as np
 from .activation_examples import BUFFER, ExampleWindow, LatentExamples, cut_window
 
 MOST, FEWEST = 10, 5  # passages of each kind for one latent; with fewer than FEWEST it is not scored
-SILENT_DRAWS = 500  # places that are tried for the passages without the latent
+SILENT_DRAWS = 500  # number of places tried to find passages without the latent
 
 
 class BalancedPassage(NamedTuple):
     """A passage, whether the latent fires in it, and the tokens (W,) that are marked for fuzzing.
 
     Where it fires, the marked tokens are those on which it fires. Each passage without the latent copies the marks of a
-    passage with it, so that neither their number nor their places reveal anything.
+    passage with it, so that neither the number nor the places of marks reveal whether the latent fires.
     """
 
     window: ExampleWindow
@@ -68,8 +68,8 @@ def select_balanced(
 
 
 def overlaps(flat: np.ndarray, others: Sequence[int]) -> np.ndarray:
-    """Which of the passages with these middles share a token with one of the others. Passages do not leave their row,
-    so passages of two rows are never so close."""
+    """Which of the passages with these middle tokens share a token with one of the other passages. Passages do not
+    cross the ends of their row, so passages in different rows never overlap."""
     return (np.abs(flat[:, None] - np.array(others, dtype=np.int64)) <= 2 * BUFFER).any(1)
 
 

@@ -18,9 +18,9 @@ from ...train.sae import SAE
 from ..context import EvalContext
 
 MODES = ("0.6.0", "2024-12")  # SAEBench's current definitions, and those behind the five papers' numbers
-MANY_OUTLIERS = 0.01  # share of outlier rows above which there is a flag
-OUTLIERS = "outlier_rows"  # their number in `MetricResult.n`; absent if there are none
-MASKED = "masked_"  # begins the name of a category without outlier rows: masked_sparsity beside sparsity
+MANY_OUTLIERS = 0.01  # share of outlier rows above which a flag is added
+OUTLIERS = "outlier_rows"  # key of the number of outlier rows in `MetricResult.n`; absent if there are none
+MASKED = "masked_"  # prefix of categories without outlier rows: masked_sparsity in addition to sparsity
 
 
 class SAELike(Protocol):
@@ -34,7 +34,7 @@ class SAELike(Protocol):
 def encode_finite(sae: SAELike, x_TD: Tensor) -> Tensor:
     """The latents (T, F) in float32. Raises SaeError for NaN and infinity, which probes cannot read."""
     f_TF = sae.encode(x_TD.float()).float()
-    # The sum is not finite if any latent is not; it is much faster, and can overflow.
+    # The sum is not finite if any latent is not. It is much faster to check, but can overflow.
     if not f_TF.sum().isfinite() and not f_TF.isfinite().all():
         rows = int((~f_TF.isfinite().all(-1)).sum())
         raise SaeError(
@@ -50,13 +50,14 @@ def reconstruct(sae: SAELike, f: Tensor, x: Tensor) -> Tensor:
 
 
 class RowSet(NamedTuple):
-    """Which activations are read: those at `hook` whose norm is at most `norm_limit`, or all if it is None."""
+    """The activations that are read: those at `hook` whose norm is at most `norm_limit`, or all if that is None."""
 
     hook: Hook
     norm_limit: float | None = None
 
     def record(self, outliers: int) -> dict[str, Any]:
-        """Its entries in the key of an artifact. They include the limit if the limit left out any rows (`outliers`)."""
+        """The entries of this row set in the key of an artifact. The limit is included if it left out any rows
+        (`outliers`)."""
         return self.hook.record | ({"norm_limit": self.norm_limit} if outliers else {})
 
 
@@ -93,36 +94,36 @@ class EvalTarget:
 
 
 class Progress(Protocol):
-    """Called as a metric advances. A `done` smaller than the last one starts another stage of the work."""
+    """Called as a metric advances. A `done` smaller than the previous one starts a new stage of the work."""
 
     def __call__(self, done: int, total: int, note: str = "") -> None: ...
 
 
 @dataclass(frozen=True)
 class MetricColumn:
-    """One number of a metric as a table shows it: where it is in `MetricResult.metrics`, and how to read it."""
+    """A number of a metric in a table: where to find it in `MetricResult.metrics`, and how to read it."""
 
     heading: str
     category: str
     name: str
     format: str = ".4f"
     better: str = ""  # "up", "down", or "" if neither is better
-    floor: float | None = None  # smallest value; where higher is better, the value of chance or of a useless SAE
+    floor: float | None = None  # smallest value; where higher is better, the value at chance or for a useless SAE
     ceiling: float | None = None  # largest value; where lower is better, the worst
-    shared: bool = True  # whether shares of controls are computed: whether an SAE without features is at the floor
+    shared: bool = True  # whether shares of controls are computed, i.e. an SAE without features is at the floor
 
 
 @dataclass(frozen=True)
 class MetricResult:
     """A metric's results for one SAE.
 
-    `metrics` maps category -> name -> number, None where the number is undefined. `details` has one entry per latent,
-    letter or dataset. `intervals` has the shape of `metrics` and holds 95 % intervals [low, high]. `n` has the counts
-    of measured tokens, texts and so on. `flags` are sentences about numbers that mean less than they seem to. `extra`
-    is anything else that a metric keeps.
+    `metrics` maps category -> name -> number, with None for an undefined number. `details` has one entry per latent,
+    letter or dataset. `intervals` has the same keys as `metrics` and holds 95 % intervals [low, high]. `n` holds the
+    counts of measured tokens, texts and so on. `flags` are sentences that warn about misleading numbers. `extra` is
+    anything else that a metric stores.
 
-    All of these are over all rows, as SAEBench defines them. `masked` is the same result without the outlier rows (see
-    `EvalTarget.norm_limit`); it is None without outlier rows, because the two are then equal.
+    All of these include all rows, as SAEBench defines them. `masked` is the same result without the outlier rows (see
+    `EvalTarget.norm_limit`); it is None if there are no outlier rows, because the two results are then equal.
     """
 
     metrics: dict[str, dict[str, float | None]]
@@ -140,7 +141,7 @@ class MetricResult:
 
     @property
     def notes(self) -> list[str]:
-        """The flags of `sound`, and sentences about numbers that are not what SAEBench calls them, over all rows."""
+        """The flags of `sound`, and sentences about numbers over all rows that SAEBench's names describe wrongly."""
         return [*self.sound.flags, *misnamed_numbers(self.metrics)]
 
     def without_outliers(self, outliers: int, rows: int) -> "MetricResult":
@@ -173,11 +174,11 @@ class MetricResult:
 
 
 class UnitValues(NamedTuple):
-    """One value of a number for each unit that two SAEs can be paired by, such as a document or a data set.
+    """The values of a number, one for each unit by which two SAEs can be paired, such as a document or a data set.
 
     Attributes:
-        unit: its name in the singular; "" without units.
-        values: by the name of the unit. Their mean is the number.
+        unit: the name of the unit in the singular; "" if there are no units.
+        values: name of a unit -> value. The mean of the values is the number.
     """
 
     unit: str
@@ -191,28 +192,28 @@ Outcome = MetricResult | SaeError  # an error explains why this metric cannot me
 class Metric(ABC):
     """A metric is a dataclass: its fields are the options of `--set <name>.<option>=<value>`.
 
-    Raise `definition` whenever the computed numbers change; results of an earlier definition are then measured again.
+    Increase `definition` whenever the computed numbers change; earlier results are then measured again.
     """
 
-    name: ClassVar[str]  # of the suite entry and of the result file
+    name: ClassVar[str]  # name of the suite entry and of the result file
     type_id: ClassVar[str]  # SAEBench's `eval_type_id`
-    saebench_rows: ClassVar[bool] = True  # whether SAEBench's numbers are measured too where there are outlier rows
+    saebench_rows: ClassVar[bool] = True  # whether SAEBench's numbers are measured as well if there are outlier rows
     title: ClassVar[str]  # the heading of its table
-    columns: ClassVar[tuple[MetricColumn, ...]]  # of its table
+    columns: ClassVar[tuple[MetricColumn, ...]]  # the columns of its table
     definition: ClassVar[int] = 1
     # How two SAEs are paired (docs/reference/statistics.md): an entry of `MetricResult.details` is a `unit`, and
     # `unit_key` names it.
-    unit: ClassVar[str] = ""  # such as "data set"; "" if the entries are not the same for every SAE
-    independent_seeds: ClassVar[bool] = True  # False: a run is measured with runs of other seeds, and depends on them
+    unit: ClassVar[str] = ""  # such as "data set"; "" if the entries differ between SAEs
+    independent_seeds: ClassVar[bool] = True  # False: a run's result depends on the other seeds measured with it
     unit_key: ClassVar[str] = "dataset_name"
-    unit_names: ClassVar[Mapping[str, str]] = {}  # number -> its name in an entry, where that is another one
+    unit_names: ClassVar[Mapping[str, str]] = {}  # number -> its name in an entry, where the two differ
 
-    knows_what_is_kept: ClassVar[bool] = False  # whether `kept_bytes` leaves out bytes that are already cached
-    caveat: ClassVar[str] = ""  # a known weakness of the metric, with its source; shown wherever its numbers are
+    knows_what_is_kept: ClassVar[bool] = False  # whether `kept_bytes` excludes bytes that are already cached
+    caveat: ClassVar[str] = ""  # a known weakness of the metric, with its source; shown wherever its numbers are shown
 
     @classmethod
     def values_by_unit(cls, result: MetricResult, column: MetricColumn) -> UnitValues:
-        """The values of a number for each unit of a result. Tests between two SAEs are computed from them."""
+        """The value of a number for each unit of a result. Tests between two SAEs are computed from these values."""
         name = cls.unit_names.get(column.name, column.name)
         entries = result.details if cls.unit else []
         values = {str(entry.get(cls.unit_key)): entry.get(name) for entry in entries}
@@ -221,26 +222,27 @@ class Metric(ABC):
     def settings(self, ctx: EvalContext) -> dict[str, Any]:
         """Everything besides the SAE that determines the result. Metrics that read a dataset add its digest.
 
-        Raises SaeError if that dataset is not available.
+        Raises SaeError if the dataset is not available.
         """
         return {**asdict(self), "definition": self.definition, **ctx.settings}
 
     def settings_of(self, target: EvalTarget, targets: Sequence[EvalTarget]) -> dict[str, Any]:
-        """Further settings that the result of `target` depends on, such as the other `targets`.
+        """Further settings on which the result of `target` depends, such as the other `targets`.
 
         Raises SaeError if the other targets do not suffice.
         """
         return {}
 
     def check(self) -> None:  # noqa: B027  (most metrics have nothing to check)
-        """Raise SaeError before any work if something would fail later: invalid options, an unreachable judge."""
+        """Raise SaeError before any work for anything that would fail later: invalid options, an unreachable judge."""
 
     def describe_cost(self, ctx: EvalContext, saes: int) -> list[str]:
-        """Lines of the plan about costs other than time of measuring `saes` SAEs."""
+        """Lines of the plan about the costs, other than time, of measuring `saes` SAEs."""
         return []
 
     def kept_bytes(self, ctx: EvalContext, targets: Sequence[EvalTarget]) -> int:
-        """The most bytes of activations that measuring `targets` keeps in the artifact cache. Does not need the model.
+        """At most how many bytes of activations measuring `targets` adds to the artifact cache. Does not need the
+        model.
 
         If `knows_what_is_kept`, bytes that are already in the cache are not counted.
         """
@@ -248,16 +250,16 @@ class Metric(ABC):
 
     @abstractmethod
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
-        """Evaluate every target on the same text, one outcome each. Raises SaeError if no target can be measured.
+        """Evaluate all targets on the same text, with one outcome for each. Raises SaeError if none can be measured.
 
-        Outlier rows are left out, and `n["outlier_rows"]` of a result says how many, if there were any.
+        Outlier rows are left out. If there were any, `n["outlier_rows"]` of a result is their number.
         """
 
     def measure_both(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
-        """Like `measure`. Where rows were left out, the result is over all rows, and the other is its
-        `MetricResult.masked`.
+        """Like `measure`, but if rows were left out, the result covers all rows, and its `MetricResult.masked` is the
+        result without outlier rows.
 
-        SAEs without an outlier row in the text are measured once, as are all SAEs if `measure` already returns both.
+        SAEs without outlier rows in the text are measured only once, as are all SAEs if `measure` already returns both.
         """
         outcomes = self.measure(ctx, targets, progress)
         masked = {
@@ -275,7 +277,7 @@ class Metric(ABC):
 def misnamed_numbers(metrics: Mapping[str, Mapping[str, float | None]]) -> list[str]:
     """A sentence for each of these numbers whose name in SAEBench promises more than its formula measures.
 
-    The sentence names the sound number next to it. Results of earlier versions get the same sentences.
+    The sentence names the sound number to use instead. Results of earlier versions get the same sentences.
     """
     quality = metrics.get("reconstruction_quality", {})
     named, sound = quality.get("explained_variance"), quality.get("fve")
@@ -294,7 +296,7 @@ def misnamed_numbers(metrics: Mapping[str, Mapping[str, float | None]]) -> list[
 
 
 def outlier_flags(outliers: int, rows: int) -> list[str]:
-    """A flag if many of the rows are outliers, which are left out."""
+    """A flag if many rows were left out as outliers."""
     if outliers <= MANY_OUTLIERS * rows:
         return []
     return [
@@ -305,14 +307,14 @@ def outlier_flags(outliers: int, rows: int) -> list[str]:
 
 def nan_to_none(tree: Any) -> Any:
     """Replace the NaN and infinities in nested dictionaries and lists by None."""
-    if isinstance(tree, dict):  # a wide SAE has a hundred thousand numbers: no call for each
+    if isinstance(tree, dict):  # inlined: a wide SAE has a hundred thousand numbers, too many for a call each
         return {k: v if type(v) is float and math.isfinite(v) else nan_to_none(v) for k, v in tree.items()}
     if isinstance(tree, list):
         return [nan_to_none(v) for v in tree]
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
-JsonPath = list[str | int]  # keys and indices that lead to a value in nested dictionaries and lists
+JsonPath = list[str | int]  # the path to a value in nested dictionaries and lists, as keys and indices
 
 
 def check_mode(mode: str) -> None:
