@@ -1,4 +1,4 @@
-"""Linear probes of many tasks trained together, as one batched matrix product (SCR and TPP).
+"""Linear probes of many tasks, trained together with batched matrix multiplications (SCR and TPP).
 
 Shape suffixes: N texts, B texts of a task, b texts of a batch, D d_in, P probes.
 """
@@ -33,10 +33,11 @@ def train_probes(
     test_tasks: Sequence[ProbeTask],
     generators: Sequence[torch.Generator],
 ) -> LinearProbes:
-    """Train one probe per task, all in one batched product. The result equals `probes.train_probe` for each task.
+    """Train one probe per task, all of them batched. The result equals that of `probes.train_probe` for each task.
 
-    Cross-entropy + 1e-3 |w|_1, AdamW, 20 epochs in batches of 16; each probe keeps the first epoch of its best test
-    accuracy. All tasks have the same size. Draws from each probe's generator: weight, bias, one order per epoch.
+    The loss is cross-entropy + 1e-3 |w|_1, minimized by AdamW in 20 epochs with batches of 16. Each probe keeps the
+    first epoch with its best test accuracy. All tasks have the same size. Each probe's generator draws, in this order,
+    its weight, its bias, and one order per epoch.
     """
     # Paper: SAEBench trains in the model's dtype, bfloat16 for Gemma; this is float32.
     rows_PB = torch.stack([task.rows for task in tasks])

@@ -19,7 +19,7 @@ REPLICATES = 400
 
 @dataclass(frozen=True)
 class BootstrapWeights:
-    """How often each replicate draws each text (R, N). Replicate 0 is the sample itself: every text once.
+    """How often each replicate draws each text (R, N). Replicate 0 is the sample itself, with every text once.
 
     An accuracy is therefore a vector (R,), and so is every score computed from accuracies; its entry 0 is the score.
     """
@@ -28,7 +28,7 @@ class BootstrapWeights:
 
     @classmethod
     def of(cls, counts: Sequence[int], *names: object, replicates: int = REPLICATES) -> Self:
-        """Resample within each class. The number of texts of each class, `counts`, is fixed by design.
+        """Resample within each class, because the number of texts of each class (`counts`) is fixed by design.
 
         The draws are seeded by `names`, which identify the problem. They are the same for every SAE, so differences
         between SAEs are paired.
@@ -48,6 +48,6 @@ class BootstrapWeights:
 
 
 def bootstrap_interval(score_R: Tensor) -> list[float]:
-    """95 % interval over the replicates in which the score is defined."""
+    """The 95 % interval over the replicates in which the score is defined."""
     finite_R = score_R[1:][score_R[1:].isfinite()]
     return torch.quantile(finite_R, finite_R.new_tensor([0.025, 0.975])).tolist() if len(finite_R) else [math.nan] * 2

@@ -16,7 +16,7 @@ from .packing import TOKENS_PER_ENCODE, encode_float32
 
 @dataclass(frozen=True)
 class ClampPlan:
-    """The latents of one SAE to clamp, for each retain threshold and number of latents."""
+    """The latents of one SAE that are clamped, for each retain threshold and number of latents."""
 
     target: EvalTarget
     selected: dict[tuple[float, int], tuple[int, ...]]
@@ -26,12 +26,12 @@ class ClampPlan:
 
     @property
     def selections(self) -> list[tuple[int, ...]]:
-        """The distinct selections, without the empty one, which does not change the model."""
+        """The distinct non-empty selections. An empty one does not change the model."""
         return [selection for selection in dict.fromkeys(self.selected.values()) if selection]
 
     @property
     def union(self) -> list[int]:
-        """Every latent of any selection, in ascending order."""
+        """All latents that occur in any selection, in ascending order."""
         return sorted({latent for selection in self.selections for latent in selection})
 
     def latents(self, x_NSD: Tensor) -> Tensor:

@@ -2,18 +2,19 @@
 correlations of its latents.
 
 Higher is better for the KL and CE scores (1: the model alone, 0: the layer zeroed), explained variance, cosine and the
-share of alive latents; lower for KL, CE, MSE and correlations.
+share of alive latents; lower is better for KL, CE, MSE and correlations.
 
 Names and definitions follow SAEBench 0.6.0 (`evals/core`). Where a name does not fit its definition, the correct number
-is also reported, under another name: `fve` (explained variance), `mse_elementwise`. The text differs: contexts are the
-cache's, of one document each unless it was packed. SAEBench divides `mse` by the tokens of a batch, so it is comparable
-within one text only. Pad, EOS and BOS positions keep their residual and are not counted.
+is also reported under another name: `fve` (explained variance), `mse_elementwise`. The text differs from SAEBench's:
+the contexts are those of the cache, with one document in each unless the cache was packed. SAEBench divides `mse` by
+the number of tokens in a batch, so `mse` is comparable only within one text. Pad, EOS and BOS positions keep their
+residual and are not counted.
 
-Under these names all other rows count, as in SAEBench. One attention sink can then decide the numbers, so where the
-text has outlier rows (`EvalTarget.norm_limit`) the same numbers are given without them as well, in
-`MetricResult.masked`: the model keeps its own activations at those rows, as at BOS, and they are not counted. The model
-runs once more, only for the contexts that hold such a row. Its own pass over the text is kept in the artifact cache
-(`TextPasses`), so that an SAE that is measured later needs only the blocks after its hook.
+Under these names all other rows count, as in SAEBench, so a single attention sink can dominate the numbers. If the text
+has outlier rows (`EvalTarget.norm_limit`), `MetricResult.masked` therefore holds the same numbers without them: at
+these rows the model keeps its own activations, as at BOS, and they are not counted. For this the model runs a second
+time, but only on contexts that contain such a row. The model's own pass over the text is kept in the artifact cache
+(`TextPasses`), so SAEs that are measured later run only the blocks after their hook.
 
 Shape suffixes: N contexts, S positions, T counted tokens, D d_in, F latents, V vocabulary.
 """
@@ -58,7 +59,7 @@ from .sae_statistics import (
 from .splice_losses import CountedTokens, loss_ratios, tokens_per_unembed, zero_ablated_output
 from .text_passes import TextPasses
 
-EARLIER_PAIRED_LATENTS = 2048  # of versions without the option
+EARLIER_PAIRED_LATENTS = 2048  # in versions without the option
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,12 @@ class Core(Metric):
     """A batch has `batch_contexts` contexts. KL and CE are measured on the first `reconstruction_batches` batches,
     everything else on the first `sparsity_batches`.
 
-    In SAEBench the sparsity batches start where the reconstruction batches stop; held-out text is short, so here they
-    overlap.
+    In SAEBench the sparsity batches start where the reconstruction batches end. Here the two overlap, because held-out
+    text is short.
 
-    Correlations between latents and cosines between decoder rows, which SAEBench does not have, are over the pairs of a
-    sample of `paired_latents`: all pairs if there are no more latents, no pairs with 0.
+    Correlations between latents and cosines between decoder rows, which SAEBench does not have, are computed over all
+    pairs in a sample of `paired_latents` latents. The sample contains every latent if the SAE has no more than that;
+    with 0 there are no pairs.
     """
 
     batch_contexts: int = 16
@@ -101,9 +103,9 @@ class Core(Metric):
         return settings
 
     def settings_of(self, target: EvalTarget, targets: Sequence[EvalTarget]) -> dict[str, Any]:
-        """`paired_latents`, if earlier versions (which did not record it) would have paired other latents.
+        """`paired_latents`, if earlier versions, which did not record it, would have paired different latents.
 
-        The identity, zero and PCA do not say how many latents they have; for them it is not recorded.
+        It is not recorded for the identity, zero and PCA, whose number of latents is unknown.
         """
         d_sae = getattr(target.sae, "d_sae", 0)
         same = min(self.paired_latents, d_sae) == min(EARLIER_PAIRED_LATENTS, d_sae)
@@ -121,7 +123,7 @@ class Core(Metric):
 
     @torch.no_grad()
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
-        """Results over all rows and, in `masked`, without outlier rows: both from one pass of the model."""
+        """The results over all rows and, in `masked`, without outlier rows, both from one pass of the model."""
         progress(0, 1, "loading the model")
         batches = self.counted_batches(ctx)
         if not batches:
@@ -181,7 +183,7 @@ class Core(Metric):
 
 @dataclass(frozen=True)
 class BatchSteps:
-    """Progress inside a batch, which can take minutes with a large model.
+    """Progress within a batch, which can take minutes with a large model.
 
     The steps of a batch are the model's pass and, for each SAE, its splice and its losses. The current step is shown
     while it runs.
@@ -202,7 +204,7 @@ class BatchSteps:
         self.report(batch, place, f"SAE {place:,} of {self.saes:,}")
 
     def losses(self, batch: int) -> Callable[[float], None]:
-        """A function that takes the share of a batch's losses that is computed."""
+        """A function to call with the share of a batch's losses that has been computed."""
         return lambda share: self.report(batch, 1 + self.saes + int(share * self.saes), "losses")
 
     def done(self) -> None:
@@ -216,8 +218,8 @@ class BatchSplice(NamedTuple):
     Attributes:
         outlier_NS: where the outlier rows are.
         output_TD: the model's final residual with the reconstruction at all counted tokens.
-        restored_TD: the same with the model's own activations at outlier rows, at the counted tokens of the contexts
-            that hold such rows.
+        restored_TD: the same, but with the model's own activations at outlier rows, for the counted tokens of contexts
+            that contain such rows.
     """
 
     outlier_NS: Tensor
@@ -226,7 +228,7 @@ class BatchSplice(NamedTuple):
 
 
 class CoreSums:
-    """The sums of one SAE over some rows. The losses are sums by context (N, 4), one tensor for each batch."""
+    """The sums of one SAE over some rows. The losses are summed by context, in one tensor (N, 4) for each batch."""
 
     def __init__(self, paired_latents: int) -> None:
         self.stats = SAEStatistics(paired_latents)
@@ -251,10 +253,10 @@ class MeasuredSAE:
         self.all = CoreSums(paired_latents)
         self.masked: CoreSums | None = None
         self.outliers = 0
-        self.tokens: int | None = None  # tokens encoded at a time; decided once, when the model is in memory
+        self.tokens: int | None = None  # tokens encoded at a time; decided once, after the model has been loaded
 
     def add_batch(self, run: ForwardPass | None, x_NSD: Tensor, counted_NS: Tensor, outlier_NS: Tensor) -> BatchSplice:
-        """Take the activations of a batch; with a `run` also run the model on their reconstruction."""
+        """Add the activations of a batch; with a `run`, also run the model on their reconstruction."""
         outliers = int(outlier_NS.sum())
         self.outliers += outliers
         if outliers and self.masked is None:
@@ -267,14 +269,14 @@ class MeasuredSAE:
         if run is None:
             return BatchSplice(outlier_NS)
         output_TD, chosen_N = run.run_from(self.target.hook, patched_NSD)[counted_NS], outlier_NS.any(1)
-        if not outliers or self.target.everywhere:  # zero at every position is zero at outlier rows too
+        if not outliers or self.target.everywhere:  # zero at every position includes outlier rows
             return BatchSplice(outlier_NS, output_TD, output_TD[chosen_N[counted_NS.nonzero()[:, 0]]])
         restored_NSD = torch.where(outlier_NS[..., None], x_NSD, patched_NSD)[chosen_N]
         restored_TD = run.run_from(self.target.hook, restored_NSD, chosen_N)[counted_NS[chosen_N]]
         return BatchSplice(outlier_NS, output_TD, restored_TD)
 
     def result(self, mode: str, tokens: dict[str, float | None], document_N: Tensor, text: str) -> Outcome:
-        """The numbers over all rows, and without outlier rows if there are any. `text` identifies the text."""
+        """The numbers over all rows and, if there are outlier rows, without them. `text` identifies the text."""
         every = build_result(mode, self.target, self.all, document_N, text, tokens)
         if self.masked is None:
             return every
@@ -299,7 +301,7 @@ def add_losses(
 ) -> None:
     """Add the KL and CE of a batch to the sums of each SAE. `final_TD` is the model's own final residual.
 
-    Logits are computed for `at_once` tokens at a time. `report` is called with the share of the tokens that is done.
+    Logits are computed for `at_once` tokens at a time. `report` is called with the share of the tokens done so far.
     """
     tokens = CountedTokens.of(batch)
     outputs_TD = [final_TD, *zeroed.values(), *(one.output_TD for one in splices)]
@@ -342,7 +344,7 @@ def build_result(
     if W_dec_FD is not None and tokens:
         metrics["dictionary"] = decoder_geometry(W_dec_FD, stats.pairs.latents if stats.pairs else 0)
     details = latent_details(target.sae, stats) if isinstance(target.sae, SAE) else []
-    if details and mode != "2024-12":  # SAEBench reports these since January 2025
+    if details and mode != "2024-12":  # SAEBench has reported these since January 2025
         metrics["misc_metrics"] = density_summary(stats.density(), details)
     ratios |= stats.ratios()
     intervals = {

@@ -1,6 +1,6 @@
-"""Core's flags about numbers that look better than the SAE is: sentences for `MetricResult.flags`.
+"""Core's flags, sentences for `MetricResult.flags` about numbers that make an SAE look better than it is.
 
-Each of these SAEs is best in some number of the table: one that returns the mean of the text, one that never or always
+In some column of the table, each of these SAEs is best: one that returns the mean of the text, one that never or always
 fires, one without sparsity, and one with a wrong scale.
 """
 
@@ -11,12 +11,12 @@ from .base import EvalTarget
 from .latent_pairs import PAIRED_LATENTS
 from .sae_statistics import SAEStatistics
 
-# Beyond these limits there is a flag.
+# Beyond these limits, a flag is added.
 MOSTLY_DEAD = 0.5  # share of the latents that are dead
-NOT_SPARSE = 0.9  # of d_in: with so many active latents a rotation of the activations reconstructs nearly everything
+NOT_SPARSE = 0.9  # of d_in: with so many active latents, any rotation of the activations reconstructs nearly everything
 ALWAYS_ON = 0.99  # a latent that fires at a larger share of the tokens counts as always active
 LIKE_THE_MEAN = 0.05  # explained variance below which an SAE is hardly better than the mean of the text
-SCALES = (0.8, 1.25)  # of relative_reconstruction_bias, which is 1 where no other scale would reconstruct better
+SCALES = (0.8, 1.25)  # of relative_reconstruction_bias, which is 1 if no other scale would reconstruct better
 MIN_CE_COST = 0.02  # nats that zeroing the layer costs
 
 NO_PAIRS = "Not measured: correlations between latents and cosines between decoder rows (core.paired_latents is 0)."
@@ -25,7 +25,7 @@ Metrics = Mapping[str, Mapping[str, Any]]
 
 
 def core_flags(target: EvalTarget, metrics: Metrics, stats: SAEStatistics) -> list[str]:
-    """Sentences about numbers that mean less than they seem to. References get none: they are degenerate by design."""
+    """Sentences about misleading numbers. References get none, because they are degenerate by design."""
     if target.reference:
         return []
     left_out = [few_pairs(stats)] if stats.pairs else [NO_PAIRS]
@@ -37,7 +37,7 @@ def core_flags(target: EvalTarget, metrics: Metrics, stats: SAEStatistics) -> li
 
 
 def few_pairs(stats: SAEStatistics) -> str:
-    """A sentence if fewer latents are paired than by default, because the numbers are then hardly comparable."""
+    """A sentence if fewer latents are paired than by default, since the numbers are then hardly comparable."""
     assert stats.pairs
     latents, d_sae = stats.pairs.latents, len(stats.density())
     if latents >= min(PAIRED_LATENTS, d_sae):

@@ -1,4 +1,4 @@
-"""Core's numbers by document, to compare two SAEs on the same documents (docs/reference/statistics.md)."""
+"""Core's numbers by document, for comparing two SAEs on the same documents (docs/reference/statistics.md)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,21 +8,22 @@ from torch import Tensor
 from .sae_statistics import Ratio, SAEStatistics, divide, ratio_value, sum_by_document
 from .splice_losses import RatiosByCategory
 
-MAX_GROUPS = 1024  # groups of documents; a result file keeps under 100 kB of values for a text of any length
+MAX_GROUPS = 1024  # groups of documents; keeps the values in a result file under 100 kB for a text of any length
 
 
 def group_documents(document_N: Tensor) -> Tensor:
-    """The group of each context's document (N,): its document, or one of MAX_GROUPS runs of consecutive documents."""
+    """The group of each context (N,): its document, or one of MAX_GROUPS blocks of consecutive documents."""
     documents, rank_N = document_N.unique(return_inverse=True)
     groups = min(len(documents), MAX_GROUPS)
     return rank_N * groups // len(documents)
 
 
 def values_by_group(ratio: Ratio, group_N: Tensor) -> Tensor:
-    """A value for each group of documents (G,), whose mean is the ratio r of the sums.
+    """Values for the groups of documents (G,), such that their mean is the ratio r of the sums.
 
-    It is r + (part - r whole) G / sum(whole). Its mean has the standard error of the linearized ratio, as in
-    `sae_statistics.ratio_interval`, and the mean of the differences of two SAEs is the difference of their ratios.
+    A value is r + (part - r whole) G / sum(whole). The mean of the values has the standard error of the linearized
+    ratio, as in `sae_statistics.ratio_interval`, and the mean difference between two SAEs is the difference of their
+    ratios.
     """
     part_G, whole_G = sum_by_document(ratio, group_N)
     centre = ratio_value((part_G, whole_G))
@@ -34,7 +35,7 @@ def document_record(
 ) -> dict[str, Any]:
     """The content of core's `MetricResult.extra`: the values of each number by group of documents, and the text's id.
 
-    Seven digits are kept. The explained variance is rescaled like its interval (`SAEStatistics.fve_interval`).
+    Values have seven digits. The explained variance is rescaled like its interval (`SAEStatistics.fve_interval`).
     """
     group_N = group_documents(document_N)
     values = {name: values_by_group(ratio, group_N) for of in ratios.values() for name, ratio in of.items()}
@@ -48,7 +49,7 @@ def document_record(
 
 
 def values_in_record(record: Any, name: str) -> tuple[str, Mapping[str, float]]:
-    """The unit, and the values of a number by group. Empty for results of earlier versions, which kept no values."""
+    """The unit, and the values of a number by group. Empty for results of earlier versions, which stored no values."""
     if not isinstance(record, dict) or name not in record.get("values", {}):
         return "", {}
     values = record["values"][name]

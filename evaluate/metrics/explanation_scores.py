@@ -1,8 +1,8 @@
-"""Explanations of latents, and how well a judge predicts from them where the latents fire.
+"""Explanations of latents, and scores of how well a judge predicts from them where the latents fire.
 
-`saebench` is the score of SAEBench 0.6.0, with prompts in other words: the judge names those of 14 passages on which
-the latent fires. `detection` and `fuzzing` are the scores of Paulo et al. 2024 (arXiv 2410.13928) and of the authors'
-library delphi: balanced accuracy over as many passages with the latent as without it (balanced_passages.py),
+`saebench` is the score of SAEBench 0.6.0, with reworded prompts: the judge names the passages, out of 14, on which the
+latent fires. `detection` and `fuzzing` are the scores of Paulo et al. 2024 (arXiv 2410.13928) and of the authors'
+library delphi: balanced accuracy over equally many passages with and without the latent (balanced_passages.py), asked
 PER_QUESTION at a time. In detection the judge says for each passage whether the latent fires in it. In fuzzing some of
 its tokens are marked, and the judge says whether the latent fires on the marked ones.
 """
@@ -19,7 +19,7 @@ from .llm_judge import KeptAnswers, Message
 SCORES = ("saebench", "detection", "fuzzing")
 BALANCED_SCORES = SCORES[1:]
 EXPLANATION_PLACEHOLDER = "{explanation}"  # in prompts written without a judge
-MAX_DIGITS = 6  # of the number of a passage; Python refuses to read numbers of thousands of digits
+MAX_DIGITS = 6  # of a passage's number; Python refuses to parse numbers with thousands of digits
 PER_QUESTION = 5  # passages of a question of detection or fuzzing, as in delphi
 
 EXPLAIN_PROMPT = """\
@@ -94,7 +94,7 @@ def parse_predictions(answer: str, count: int) -> list[int] | None:
 
 
 def detection_accuracy(predicted: Sequence[int], firing: Sequence[int], count: int) -> float:
-    """The share of `count` passages for which it is predicted correctly whether the latent fires."""
+    """The share of `count` passages for which the prediction is correct."""
     return sum((number in predicted) == (number in firing) for number in range(1, count + 1)) / count
 
 
@@ -108,17 +108,17 @@ def passages_prompt(score: str, asked: Sequence[BalancedPassage], words: TokenTe
 
 
 def parse_verdicts(answer: str, count: int) -> list[bool] | None:
-    """The answers to `count` passages, 0 or 1 with commas between them in the first line; None for anything else."""
+    """The answers about `count` passages, parsed from a first line of 0s and 1s with commas; None for anything else."""
     line = next(iter(answer.strip().splitlines()), "")
     digits = [part.strip() for part in line.strip("[]. ").split(",")]
     return [digit == "1" for digit in digits] if len(digits) == count and set(digits) <= {"0", "1"} else None
 
 
 def balanced_scores(fires: Sequence[bool], predicted: Sequence[bool | None]) -> dict[str, float] | None:
-    """The rates of a latent over the passages whose answer could be parsed; None without both kinds of passages.
+    """A latent's rates over the passages with parsed answers; None unless these include both kinds of passages.
 
-    The balanced accuracy is the mean of the true positive and the true negative rate: 0.5 for a judge that always says
-    the same, and on average for one that guesses.
+    The balanced accuracy is the mean of the true positive and the true negative rate: 0.5 for a judge that always gives
+    the same answer and, on average, for one that guesses.
     """
     hits = [one for one, fired in zip(predicted, fires, strict=True) if fired and one is not None]
     alarms = [one for one, fired in zip(predicted, fires, strict=True) if not fired and one is not None]
@@ -133,7 +133,7 @@ def balanced_scores(fires: Sequence[bool], predicted: Sequence[bool | None]) -> 
 
 
 class ScoreQuestion(NamedTuple):
-    """A question about a latent, and the passages that it asks about by detection or fuzzing."""
+    """A question about a latent, with its passages if it is about detection or fuzzing."""
 
     score: str
     messages: list[Message]
@@ -166,9 +166,10 @@ def judge_latents(
     scores: Sequence[str],
     progress: Progress,
 ) -> dict[str, Any]:
-    """One entry per latent with SAEBench's names, an object for detection and fuzzing, the prompts and the answers.
+    """One entry per latent: numbers named as in SAEBench, an object each for detection and fuzzing, prompts and
+    answers.
 
-    All latents are explained first; then all questions about the explanations are asked together.
+    All latents are explained first. Then all questions about the explanations are asked together.
     """
     explain = {latent: explain_prompt(one.examples, words) for latent, one in latents.items()}
     if judge is None:

@@ -5,7 +5,8 @@ A prompt repeats the line
     {word} has the first letter: {L}
 
 for ten example words and ends at the word in question. Words come from the tokenizer's vocabulary, sorted by token, and
-every draw is seeded. Prompts are built from token ids. After `sae-spelling` (Chanin et al. 2024), as SAEBench uses it.
+every draw is seeded. Prompts are built from token ids. The task follows `sae-spelling` (Chanin et al. 2024), which
+SAEBench also uses.
 
 Shape suffixes: N words or prompts, S positions, D d_in, L letters.
 """
@@ -33,7 +34,7 @@ from .letter_probes import DenseRows, LetterProbes, f1_score, seeded_generator, 
 
 LETTERS = string.ascii_lowercase
 TEMPLATE = " has the first letter:"
-EXAMPLES = 10  # answered lines before the word in question
+EXAMPLES = 10  # example lines with answers before the word in question
 TRAIN_SHARE = 0.8
 PROMPTS_PER_FORWARD = 64
 
@@ -46,13 +47,12 @@ class VocabularyWord(NamedTuple):
 
 @dataclass(frozen=True)
 class SpellingPrompts:
-    """Words in a seeded random order, the first `train` of them for training, and their prompts as token ids.
+    """Words in a seeded random order, of which the first `train` are for training, and their prompts as token ids.
 
     All prompts have one length, because a word is one token and the parts between words are the same. A prompt ends at
     the word in question, because later tokens cannot change the residual there.
 
-    Paper: two entries of the vocabulary with the same text (a letter, and a byte that is that letter) are one word
-    here.
+    Paper: two vocabulary entries with the same text (a letter, and the byte of that letter) count as one word here.
     """
 
     words: list[VocabularyWord]
@@ -60,7 +60,7 @@ class SpellingPrompts:
     prefix: list[int]  # BOS, then a newline except in mode 2024-12
     question: list[int]  # the tokens after a word
     answers: list[list[int]]  # by letter: the tokens after the question, newline included
-    from_ids: int  # words that the tokenizer would split differently in their text
+    from_ids: int  # number of words whose text the tokenizer would split differently
 
     @classmethod
     def of(
@@ -69,7 +69,7 @@ class SpellingPrompts:
     ) -> Self:  # fmt: skip
         """Draw `words` words (0: all) and tokenize the template. Prompts begin with `bos_id`.
 
-        `embedded` is the number of tokens that the model has an embedding for, if the tokenizer can have more.
+        `embedded` is the number of tokens that have an embedding in the model, if the tokenizer can have more.
 
         Raises UsageError if the tokenizer cannot build such prompts or has too few words.
         """
@@ -110,7 +110,8 @@ class SpellingPrompts:
         return torch.from_numpy(ids_NS)
 
     def all_prompts(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Prompts for all words with examples of their own split, and fresh ones for test words with any examples."""
+        """Prompts for all words with examples from their own split, and fresh prompts for test words with any
+        examples."""
         train, test = self.words[: self.train], self.words[self.train :]
         rng = random.Random(f"{seed} examples")
         own_split = torch.cat([self.prompts(train, train, rng), self.prompts(test, test, rng)])
@@ -127,7 +128,7 @@ def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def check_words(words: Sequence[VocabularyWord], train: int, *, sampled: bool) -> None:
-    """Raise UsageError unless every letter can be trained on and there are enough words to test on."""
+    """Raise UsageError unless every letter has words to train on and there are enough words to test on."""
     missing = sorted(set(range(26)) - {word.letter for word in words[:train]})
     if not missing and len(words) - train > EXAMPLES:
         return
@@ -154,8 +155,8 @@ def draw_words(pool: Sequence[VocabularyWord], count: int, rng: random.Random) -
 def vocabulary_words(tokenizer: Any, start: list[int], embedded: int | None = None) -> list[VocabularyWord]:
     """Every vocabulary entry of ASCII letters, with or without a leading space, sorted by token.
 
-    `start` holds the ids of a newline. Entries are decoded after it, because some tokenizers drop the space of the
-    first token of a text.
+    `start` holds the ids of a newline. Entries are decoded after a newline, because some tokenizers drop the leading
+    space of a text's first token.
     """
     newline, special = tokenizer.decode(start), set(tokenizer.all_special_ids)
     words: dict[str, VocabularyWord] = {}
@@ -178,14 +179,14 @@ class SpellingRows:
     train_letter_N: Tensor
     test_ND: Tensor
     test_letter_N: Tensor
-    fresh_ND: Tensor  # of the test words in fresh prompts, on which absorption is scored
+    fresh_ND: Tensor  # rows of the test words in fresh prompts, on which absorption is scored
     probe: LetterProbes
     from_ids: int = 0  # see SpellingPrompts
     outliers: int = 0  # words that were left out because of the norm of a row
 
     @property
     def positive_NL(self) -> Tensor:
-        """Letters that the probes predict for the test words."""
+        """The letters that the probes predict for the test words."""
         return self.probe.logits(self.test_ND) > 0
 
     @property
@@ -205,7 +206,7 @@ def read_spelling_rows(
 
     A word is left out if its row is an outlier in either of its prompts.
 
-    Raises UsageError if no words of a letter to train on are left.
+    Raises UsageError if a letter has no training words left.
     """
     own_split_NS, fresh_NS = prompts.all_prompts(seed)
     ids_NS = torch.cat([own_split_NS, fresh_NS])

@@ -1,4 +1,4 @@
-"""The rows of held-out text on which the latents of SAEs are compared, from one pass of the model for all hooks.
+"""The rows of held-out text on which SAEs' latents are compared, from one pass of the model for all hooks.
 
 They stay in the artifact cache, in the model's dtype: 150 MB for 32,768 tokens of Gemma-2-2B in bfloat16.
 
@@ -20,7 +20,7 @@ KIND = "held_out"  # of the artifacts
 
 
 class KeptRows(NamedTuple):
-    """The rows of a row set (T, D), on the CPU, and the number of outlier rows among all that were read for them."""
+    """The rows of a row set (T, D), on the CPU, and how many outlier rows were skipped while reading them."""
 
     x_TD: Tensor
     outliers: int
@@ -29,7 +29,7 @@ class KeptRows(NamedTuple):
 def read_rows(
     ctx: EvalContext, row_sets: Sequence[RowSet], tokens: int, batch_contexts: int, progress: Progress
 ) -> dict[RowSet, KeptRows]:
-    """The first `tokens` counted rows of held-out text that are not outliers: fewer if the text has no more.
+    """The first `tokens` counted rows of held-out text that are not outliers, or fewer if the text is shorter.
 
     They come from the artifact cache or, if they are missing there, from one pass of the model.
     """
@@ -58,7 +58,7 @@ def read_rows(
 
 
 def key_of(ctx: EvalContext, row_set: RowSet, tokens: int, batch_contexts: int) -> dict[str, Any]:
-    """All that the rows depend on."""
+    """Everything on which the rows depend."""
     return {
         **ctx.model_identity, **ctx.text_identity, "skip": ctx.context_format.skip_record, "tokens": tokens,
         "batch_contexts": batch_contexts, **row_set.hook.record, "norm_limit": row_set.norm_limit,
@@ -66,7 +66,7 @@ def key_of(ctx: EvalContext, row_set: RowSet, tokens: int, batch_contexts: int) 
 
 
 def missing_bytes(ctx: EvalContext, row_sets: Iterable[RowSet], tokens: int, batch_contexts: int) -> int:
-    """The most bytes that `read_rows` will add to the artifact cache. Does not need the model."""
+    """At most how many bytes `read_rows` will add to the artifact cache. Does not need the model."""
     rows = min(tokens, int(ctx.contexts.length.sum()))
     return sum(
         rows * ctx.row_bytes([row_set.hook])

@@ -1,4 +1,4 @@
-"""The judge behind a URL: any endpoint of the OpenAI chat-completions protocol, asked with httpx2."""
+"""A judge behind a URL: any endpoint with the OpenAI chat-completions protocol, called through httpx2."""
 
 import asyncio
 import contextlib
@@ -19,11 +19,11 @@ from .llm_judge import MAX_ANSWER_TOKENS, KeepAnswer, Message
 
 PARALLEL_QUESTIONS = 10
 RETRY_WAITS = (1, 2, 4, 8, 16)  # seconds before each retry of a busy or unreachable endpoint
-MAX_WAIT = 60  # seconds that an endpoint's Retry-After may ask for
-GRACE = 5.0  # seconds that questions under way have for their answers, after an error or Ctrl-C
+MAX_WAIT = 60  # longest wait in seconds that an endpoint's Retry-After may request
+GRACE = 5.0  # seconds to wait for the answers to pending questions after an error or Ctrl-C
 POLL = 0.1  # seconds between checks whether to stop
-MAX_REPLY = 1 << 20  # bytes that are read of a reply
-MAX_ANSWER = 10_000  # characters of an answer; more are cut off
+MAX_REPLY = 1 << 20  # bytes of a reply that are read
+MAX_ANSWER = 10_000  # characters of an answer, which is cut off after them
 
 
 class Reply(NamedTuple):
@@ -39,9 +39,9 @@ class Reply(NamedTuple):
 class Endpoint:
     """A chat model at `url`, the base URL of an API such as https://api.openai.com/v1.
 
-    A busy or unreachable endpoint is retried after each of `waits` seconds. Redirects are not followed, so the key goes
-    to `url` only. Raises UnavailableError if the endpoint refuses or does not answer with a chat completion of bounded
-    size in bounded time, UsageError for an invalid URL or key or an unknown model.
+    If the endpoint is busy or unreachable, the request is retried after each of `waits` seconds. Redirects are not
+    followed, so the key goes to `url` only. Raises UnavailableError if the endpoint refuses, or does not return a chat
+    completion within the limits of size and time, and UsageError for an invalid URL or key or an unknown model.
     """
 
     url: str
@@ -81,14 +81,14 @@ class Endpoint:
     def answer_all(self, questions: Sequence[Sequence[Message]], keep: KeepAnswer) -> None:
         """Ask all questions, PARALLEL_QUESTIONS at a time, and call `keep(index, answer)` as each answer arrives.
 
-        After an error or Ctrl-C no further question is asked. Questions that are under way are already paid for; they
-        have GRACE seconds for their answers.
+        After an error or Ctrl-C no further question is asked. Pending questions are already paid for, so their answers
+        are awaited for GRACE seconds.
         """
         stop = threading.Event()
-        with futures.ThreadPoolExecutor(1) as thread:  # a new one: a notebook's already has an event loop
+        with futures.ThreadPoolExecutor(1) as thread:  # a new thread: a notebook's own already has an event loop
             try:
                 asking = thread.submit(asyncio.run, self._ask_in_parallel(questions, keep, stop))
-                # A Ctrl-C that arrives while a wait begins does not end that wait: Python acts on it after the wait.
+                # If Ctrl-C arrives just as a wait begins, Python handles it only after the wait.
                 while not futures.wait([asking], timeout=POLL).done:
                     pass
                 asking.result()
@@ -203,7 +203,7 @@ class Endpoint:
 def describe_cause(error: BaseException) -> str:
     """The root cause of an error: httpx2 itself says only that all attempts failed."""
     *_, lowest = causes(error)
-    if isinstance(lowest, ConnectionError) and lowest.errno:  # asyncio's own text gives no reason
+    if isinstance(lowest, ConnectionError) and lowest.errno:  # asyncio's own message gives no reason
         return os.strerror(lowest.errno)
     return str(lowest) or type(lowest).__name__
 

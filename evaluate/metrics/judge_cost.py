@@ -9,7 +9,7 @@ from .explanation_scores import DETECTION_PROMPT, EXPLAIN_PROMPT, FUZZING_PROMPT
 from .llm_judge import MAX_ANSWER_TOKENS
 
 PASSAGE = 2 * BUFFER + 1 + 4  # tokens of a passage with its number and line break
-MARKS = 4  # tokens of the marks of a passage
+MARKS = 4  # tokens of the marks in a passage
 EXPLANATION = 25  # tokens of an explanation with the words before it
 TEMPLATE = 12  # tokens that a chat template puts around a question
 
@@ -38,7 +38,7 @@ def tokens_of_latent(tokenizer: Any, scores: Sequence[str]) -> list[int]:
 def describe_cost(
     tokenizer: Any, latents: int, scores: Sequence[str], *, judge: str, prices: tuple[float, float], kept: int
 ) -> str:
-    """A line of the plan: the most questions, input tokens and output tokens that explaining these latents can take.
+    """A line of the plan: at most how many questions, input tokens and output tokens explaining these latents takes.
 
     `judge` is its name, "" if there is none; `prices` are per million input and output tokens, 0 if unknown; `kept` is
     the number of answers from earlier runs. Input tokens are counted with `tokenizer`, the evaluated model's.

@@ -16,7 +16,7 @@ from ...common.tokenizers import tokenizer_digest
 from ..context import EvalContext
 from .base import Progress
 
-MAX_TOKENS = 1024  # the last ones of a text are kept; BOS included
+MAX_TOKENS = 1024  # including BOS; of a longer text, the last ones are kept
 TOKENS_PER_FORWARD = 8192  # with padding
 
 

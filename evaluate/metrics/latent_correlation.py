@@ -1,7 +1,8 @@
 """Correlations between the latents of SAEs on the same held-out tokens.
 
-The latents are kept sparsely, with 12 bytes for each nonzero value: 25 MB for 32,768 tokens and an L0 of 64. The
-activations take 4 bytes a number, twice while random dictionaries are made: 2 x 300 MB for 32,768 tokens of Gemma-2-2B.
+The latents are stored sparsely, with 12 bytes for each nonzero value: 25 MB for 32,768 tokens and an L0 of 64. The
+activations take 4 bytes per number, and are in memory twice while random dictionaries are built: 2 x 300 MB for 32,768
+tokens of Gemma-2-2B.
 
 Shape suffixes: T tokens, D d_in, F latents of one SAE, G of another, B a block of latents.
 """
@@ -24,7 +25,7 @@ from .latent_matching import BlockSimilarity
 from .parts import tokens_per_encode
 
 MAX_ACTIVE = 2**28  # nonzero latents of an SAE over all tokens: 3 GB
-CONSTANT = 1e-12  # a latent is constant if its variance is a smaller share of its mean square
+CONSTANT = 1e-12  # a latent is constant if its variance is less than this share of its mean square
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Latents:
 
     @property
     def active_F(self) -> np.ndarray:
-        """At how many tokens each latent is not 0 (F,)."""
+        """The number of tokens at which each latent is not 0 (F,)."""
         return np.bincount(self.f_TF.indices, minlength=self.f_TF.shape[1])
 
     @property
@@ -78,7 +79,7 @@ class Latents:
 class HeldOutRows:
     """The held-out activations of one row set (T, D), on the CPU, and each SAE's latents on them.
 
-    `failed` says why an SAE has no latents. `outliers` counts the rows that were left out among those that were read.
+    `failed` says why an SAE has no latents. `outliers` is the number of outlier rows that were skipped while reading.
     """
 
     x: list[Tensor] = field(default_factory=list)
@@ -91,12 +92,12 @@ class HeldOutRows:
         return sum(map(len, self.x))
 
     def add(self, x_TD: Tensor, saes: dict[int, SAELike]) -> None:
-        """Take more rows, on the SAEs' device, which are encoded at once; `saes` are keyed by their place."""
+        """Add more rows, on the SAEs' device, and encode them immediately. `saes` are keyed by their index."""
         self.x.append(x_TD.float().cpu())
         self.encode(x_TD, saes)
 
     def encode(self, x_TD: Tensor, saes: dict[int, SAELike]) -> None:
-        """Keep the latents of more rows."""
+        """Encode more rows and keep their latents."""
         for place, sae in saes.items():
             kept = self.f.setdefault(place, [])
             try:
@@ -134,7 +135,7 @@ def sparse(f_TF: Tensor) -> csr_matrix:
 def read_latents(
     ctx: EvalContext, targets: Sequence[EvalTarget], tokens: int, batch_contexts: int, progress: Progress
 ) -> dict[RowSet, HeldOutRows]:
-    """The rows of held-out text of each row set, and the latents of each target there, keyed by the target's place."""
+    """The rows of held-out text for each row set, and each target's latents on them, keyed by the target's index."""
     row_sets = list(dict.fromkeys(target.row_set for target in targets))
     found = {}
     for row_set, (x_TD, outliers) in read_rows(ctx, row_sets, tokens, batch_contexts, progress).items():

@@ -30,7 +30,8 @@ def collect_firings(
 ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
     """Yield (index of the target, latent, flat positions in rows_RS, activations there) of every drawn latent.
 
-    Takes as few passes of the model as MAX_FIRINGS allows, estimated from the `shares` of tokens on which latents fire.
+    The number of passes of the model is the smallest that MAX_FIRINGS allows, as estimated from the `shares` of tokens
+    on which latents fire.
     """
     passes: list[list[list[int]]] = []  # for each pass, the latents of each target
     total = MAX_FIRINGS + 1.0

@@ -1,11 +1,11 @@
 """Match the latents of two dictionaries one to one, so that the sum of |similarity| over the pairs is largest.
 
-With `signed`, the sum of the similarities themselves.
+With `signed`, the sum of the similarities themselves is maximized.
 
-Up to EXACT_LATENTS latents the matching is optimal (scipy's linear_sum_assignment); it holds the similarities of all
-pairs, 9 bytes each: 2.4 GB for 16,384 latents, and takes minutes at that size. With more, only the CANDIDATES most
-similar latents of each are considered, 16 bytes each, which gives a lower bound. On 4,096 directions of 128 dimensions,
-half of them shared, it equals the optimum to seven digits.
+Up to EXACT_LATENTS latents the matching is optimal (scipy's linear_sum_assignment). It holds the similarities of all
+pairs in memory, at 9 bytes each: 2.4 GB for 16,384 latents, for which it takes minutes. With more latents, only the
+CANDIDATES most similar partners of each latent are considered, at 16 bytes each. The sum is then a lower bound of the
+optimum. On 4,096 directions of 128 dimensions, half of them shared, it equals the optimum to seven digits.
 
 Shape suffixes: F latents of one dictionary, G of the other, B a block of the F, K candidates.
 """
@@ -24,7 +24,7 @@ EXACT_LATENTS = 16_384
 CANDIDATES = 64
 BLOCK = 1024  # latents whose similarities are computed at one time
 
-BlockSimilarity = Callable[[slice], Tensor]  # some of the F latents -> their similarities (B, G) with all G
+BlockSimilarity = Callable[[slice], Tensor]  # a slice of the F latents -> their similarities (B, G) with all G latents
 
 
 class Matching(NamedTuple):
@@ -50,7 +50,7 @@ class Matching(NamedTuple):
 def match_latents(
     similarity: BlockSimilarity, latents: int, exact_latents: int = EXACT_LATENTS, signed: bool = False
 ) -> Matching:
-    """The matching of the `latents` of one dictionary with as many of another."""
+    """The matching between the `latents` latents of one dictionary and as many of another."""
     match = match_all_pairs if latents <= exact_latents else match_candidates
     return match(similarity, latents, signed)
 
@@ -79,7 +79,7 @@ def match_candidates(similarity: BlockSimilarity, latents: int, signed: bool = F
         values.append(similarity_BG.gather(1, candidate_BK).cpu())
     candidate_FK, similarity_FK = torch.cat(candidates).numpy(), torch.cat(values).double().numpy()
     gain_FK = similarity_FK.clip(0) if signed else np.abs(similarity_FK)
-    # Weights are 1 + gain, since a sparse graph has no edges of weight 0. A latent's own extra column means no match.
+    # Weights are 1 + gain, since a sparse graph has no edges of weight 0. Each latent's extra column means no match.
     starts = np.arange(latents + 1) * count
     graph = csr_matrix((1 + gain_FK.ravel(), candidate_FK.ravel(), starts), (latents, latents))
     _, column_F = min_weight_full_bipartite_matching(hstack([graph, identity(latents)], "csr"), maximize=True)

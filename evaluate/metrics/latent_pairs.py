@@ -1,7 +1,7 @@
 """Pairs of latents of one SAE: how alike they fire, and the cosines of their decoder rows (core).
 
-SAEBench has none of these numbers. They are over the pairs of a sample of latents, drawn once with a fixed seed: a
-larger sample contains every smaller one.
+SAEBench has none of these numbers. They are computed over all pairs in a sample of latents, drawn with a fixed seed
+such that a larger sample contains every smaller one.
 
 Shape suffixes: T counted tokens, D d_in, F latents that are paired.
 """
@@ -18,11 +18,11 @@ from ...common.errors import UsageError
 from ...common.formatting import format_bytes
 from ...common.memory import available_memory
 
-PAIRED_LATENTS = 1024  # by default, or all if an SAE has no more
+PAIRED_LATENTS = 1024  # default sample size; an SAE with fewer latents is sampled whole
 PAIRED_TOKENS = 32_768  # correlations are taken over the batches that start before this many tokens
-SPARSE_BELOW = 0.03  # share of active latents below which a CPU is faster with a sparse product
+SPARSE_BELOW = 0.03  # share of active latents below which a sparse matrix multiplication is faster on a CPU
 GRAM_ROWS = 256  # rows of the Gram matrix computed at a time, from the diagonal to the right
-PAIR_BYTES = 48  # of memory for each pair of latents: sums in float32 and float64, cosines, and their ranks
+PAIR_BYTES = 48  # memory for each pair of latents: sums in float32 and float64, cosines, and their ranks
 
 
 class LatentPairs:
@@ -31,12 +31,12 @@ class LatentPairs:
     def __init__(self, latents: int) -> None:
         self.latents = latents
         self.index_F: Tensor | None = None  # the sample; None before the first token
-        self.gram_FF: Tensor | None = None  # float64, of the batches that ended
-        self.batch_FF: Tensor | None = None  # of the current batch
-        self.sparse: list[csr_array] = []  # latents of the batch whose products are not in it yet
+        self.gram_FF: Tensor | None = None  # float64, sum over finished batches
+        self.batch_FF: Tensor | None = None  # sum over the current batch
+        self.sparse: list[csr_array] = []  # latents of the current batch that are not yet in batch_FF
 
     def add(self, f_TF: Tensor) -> None:
-        """Add f^T f of some tokens of a batch; sparse parts wait for its end. Only the upper triangle is complete."""
+        """Add f^T f for some tokens of a batch; sparse parts wait for its end. Only the upper triangle is complete."""
         if self.index_F is None:
             self.index_F = self.sample(f_TF)
         paired_TF = f_TF.index_select(1, self.index_F) if len(self.index_F) < f_TF.shape[1] else f_TF
@@ -74,7 +74,7 @@ class LatentPairs:
     def correlation(self, W_dec_FD: Tensor | None) -> dict[str, float]:
         """Cosines between the activations of pairs of alive latents, over PAIRED_TOKENS counted tokens (003, eq. 2).
 
-        With decoder rows, also Spearman's rank correlation of those cosines with the cosines of the rows (002, sec. 4).
+        With decoder rows, also Spearman's rank correlation of these cosines with the cosines of the rows (002, sec. 4).
         """
         assert self.gram_FF is not None and self.index_F is not None
         alive = self.gram_FF.diagonal() > 0
@@ -90,7 +90,7 @@ class LatentPairs:
 
 
 def sparse_rows(f_TF: Tensor, active_N: Tensor) -> csr_array:
-    """Latents as a sparse matrix, given the places of the nonzero ones."""
+    """The latents as a sparse matrix, given the positions of the nonzero entries."""
     tokens, latents = f_TF.shape
     index_N, value_N = active_N.numpy(), f_TF.flatten()[active_N].numpy()
     ends = np.searchsorted(index_N, np.arange(0, f_TF.numel() + 1, latents))
@@ -110,7 +110,7 @@ def gram_cosines(gram_FF: Tensor) -> Tensor:
 
 
 def upper_triangle(matrix_FF: Tensor) -> Tensor:
-    """The entries above the diagonal: every pair once."""
+    """The entries above the diagonal, which contain every pair once."""
     return matrix_FF[tuple(torch.triu_indices(len(matrix_FF), len(matrix_FF), 1, device=matrix_FF.device))]
 
 

@@ -1,5 +1,5 @@
 """Letter probes of the absorption metric: 26 logistic regressions on residual rows or on SAE latents, and the split
-latents, those that spell a letter together.
+latents, which together spell a letter.
 
 Shape suffixes: N words, B words of a batch, D d_in, F latents, K candidate latents, L letters.
 """
@@ -20,7 +20,7 @@ from .base import Progress
 
 
 def seeded_generator(seed: int, purpose: str) -> torch.Generator:
-    """A random generator that depends on the seed and the purpose only."""
+    """A random generator that depends only on the seed and the purpose."""
     digest = hashlib.sha256(f"absorption {purpose} {seed}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:6]))
 
@@ -56,10 +56,10 @@ class DenseRows:
 
 @dataclass(frozen=True)
 class SparseLatents:
-    """The latents that fire on each word, one word after the other, in compressed sparse rows."""
+    """The latents that fire on each word, as a matrix in compressed sparse row format."""
 
-    latents: Tensor  # int32: which
-    values: Tensor  # float32: how strongly
+    latents: Tensor  # int32: the index of each firing latent
+    values: Tensor  # float32: its activation
     start_N: Tensor  # where each word's entries start, and the total: (N + 1,)
     width: int
 
@@ -112,10 +112,10 @@ def train_letter_probes(
     l1: float = 0.0,
     progress: Progress | None = None,
 ) -> LetterProbes:
-    """Train 26 logistic regressions on the same rows; each letter's positives weigh as much as all its negatives.
+    """Train 26 logistic regressions on the same rows. For each letter, positives and negatives have equal total weight.
 
     Adam with a learning rate that decays exponentially from 1e-2 to 1e-5, one step per epoch. The loss adds `l1` times
-    the mean over letters of sum |w|. Every letter has to occur among the rows.
+    the mean over letters of sum |w|. Every letter must occur among the rows.
     """
     device, bound = rows.device, rows.width**-0.5
     weight_LD = torch.empty(26, rows.width).uniform_(-bound, bound, generator=generator).to(device).requires_grad_()
@@ -153,16 +153,16 @@ class FeatureSplit(NamedTuple):
     """The latents that spell one letter: the first `size` candidates."""
 
     size: int
-    f1: list[float]  # of 1, 2, ... candidates, up to the first that adds too little
+    f1: list[float]  # F1 with 1, 2, ... candidates, up to the first candidate that adds too little
     missed: np.ndarray  # (N,) bool: test words whose letter the regression on these latents misses
 
 
 def split_latents(
     train_NK: np.ndarray, train_answer_N: np.ndarray, test_NK: np.ndarray, test_answer_N: np.ndarray, jump: float
 ) -> FeatureSplit:
-    """Find a letter's split latents: candidates, best first, as long as each raises F1 on the test words by `jump`.
+    """Find a letter's split latents: add candidates, best first, while each raises the F1 on test words by `jump`.
 
-    SAEBench fits all K regressions; those after the first that adds too little have no influence and are skipped here.
+    SAEBench fits all K regressions. Those after the first that adds too little have no effect and are skipped here.
     """
     missed: dict[int, np.ndarray] = {}
 
@@ -176,7 +176,8 @@ def split_latents(
 
 
 def count_split_latents(f1_of_k: Iterable[float], jump: float) -> tuple[int, list[float]]:
-    """How many of F1_1, F1_2, ... exceed the one before by more than `jump` (at least 1), and the F1s consumed."""
+    """How many of F1_1, F1_2, ... exceed the one before by more than `jump` (at least 1), and the F1s that were
+    read."""
     seen: list[float] = []
     for value in f1_of_k:
         seen.append(value)

@@ -1,4 +1,4 @@
-"""The interface of autointerp's judges, and the file that keeps their answers."""
+"""The interface of autointerp's judges, and the file in which their answers are kept."""
 
 import contextlib
 import json
@@ -22,18 +22,18 @@ class Judge(Protocol):
     """Answers each conversation with a text."""
 
     def answer_all(self, questions: Sequence[Sequence[Message]], keep: KeepAnswer, /) -> None:
-        """Call `keep(index, answer)` once for each question, in any order, as soon as it is answered.
+        """Call `keep(index, answer)` once for each question, in any order, as soon as the answer arrives.
 
-        Raises UnavailableError if it stops answering.
+        Raises UnavailableError if the judge stops answering.
         """
 
 
 class KeptAnswers:
-    """A judge whose answers are kept in a file, so that no question is asked and paid for twice.
+    """A judge whose answers are kept in a file so that no question is asked, and paid for, twice.
 
-    The file has a line of JSON for each answer, appended when the answer arrives: `messages`, the question; `answer`;
-    and `digest`, of both. A kill at any instant loses the questions that are under way. A line that is cut off or does
-    not match its digest is left out, and its question is asked again. Several processes can append to one file.
+    The file has a line of JSON for each answer, appended when the answer arrives: `messages` (the question), `answer`,
+    and `digest` (of both). A kill at any moment loses only the questions that are pending. A line that is cut off or
+    does not match its digest is left out, and its question is asked again. Several processes can append to one file.
     """
 
     def __init__(self, judge: Judge, path: Path) -> None:
@@ -61,7 +61,7 @@ class KeptAnswers:
         return answers
 
     def ask_all(self, questions: Sequence[Sequence[Message]], progress: Progress) -> list[str]:
-        """The answers, in order. The judge is asked only what it has not answered before, and each question once."""
+        """The answers, in order. The judge is asked only what it has not answered before, each question once."""
         digests = [digest_of(list(messages)) for messages in questions]
         open_questions = {digest: list(messages) for digest, messages in zip(digests, questions, strict=True)}
         open_questions = {digest: one for digest, one in open_questions.items() if digest not in self.answers}
@@ -83,7 +83,7 @@ class KeptAnswers:
     def append(self, messages: Sequence[Message], answer: str) -> None:
         """Add a line to the file. Raises UnavailableError if the disk is full or not writable."""
         entry = {"messages": messages, "answer": answer, "digest": digest_of([messages, answer])}
-        # The line begins with a line break too: the last line of the file may have been cut off by a kill.
+        # Begin with a line break as well: the last line of the file may have been cut off by a kill.
         line = b"\n" + json.dumps(entry).encode() + b"\n"
         try:
             make_folder(self.path.parent)
@@ -98,5 +98,5 @@ class KeptAnswers:
 
 
 def read_key(variable: str) -> str:
-    """The key in an environment variable, or "" if it is not set: a local endpoint needs none."""
+    """The key in an environment variable; "" if the variable is not set, since a local endpoint needs no key."""
     return os.environ.get(variable, "").strip()

@@ -1,4 +1,4 @@
-"""The judge on this machine: a chat model of transformers, for those who have no key."""
+"""A judge on this machine: a chat model of transformers, for users without an API key."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -12,15 +12,15 @@ from ...common.files import digest_of
 from ...harvest.model import find_model, load_tokenizer, load_whole_model
 from .llm_judge import MAX_ANSWER_TOKENS, KeepAnswer, Message
 
-TOKENS_PER_BATCH = 8192  # of the questions that are answered together, padding and answers included
+TOKENS_PER_BATCH = 8192  # of questions that are answered together, including padding and answers
 
 
 class LocalJudge:
-    """A chat model, by its Hub id or its folder. It is loaded for the first question. No code of the model's repository
-    is run.
+    """A chat model, by its Hub id or its folder. It is loaded when the first question is asked. No code from the
+    model's repository is run.
 
-    Each token of an answer is the most likely one. Questions of similar length are answered together. Batches round
-    differently, so an answer can change where two tokens are almost equally likely. The same questions on the same
+    Each token of an answer is the most likely one. Questions of similar length are answered together. Rounding depends
+    on the batch, so an answer can change where two tokens are almost equally likely. The same questions on the same
     machine get the same answers.
 
     Memory: the weights, and the keys and values of TOKENS_PER_BATCH tokens (0.2 GB for SmolLM2-135M in float32, 1 GB
@@ -46,8 +46,8 @@ class LocalJudge:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings that its answers depend on besides the questions."""
-        template = digest_of(self.tokenizer.chat_template)[:16]  # in a separate file, which the revision does not cover
+        """The settings on which its answers depend, other than the questions."""
+        template = digest_of(self.tokenizer.chat_template)[:16]  # its file is not covered by the revision
         return {"judge_revision": self.source.revision, "judge_dtype": self.dtype, "judge_template": template}
 
     @cached_property
@@ -62,7 +62,7 @@ class LocalJudge:
                 keep(index, answer)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens of a question. If the template takes no system message, the user's message begins with it."""
+        """The tokens of a question. If the template accepts no system message, the user's message begins with it."""
         from jinja2 import TemplateError
 
         def render(conversation: list[Message]) -> list[int]:
@@ -95,7 +95,7 @@ class LocalJudge:
 def batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
     """The indices of prompts of these lengths, the longest first, in batches of at most `limit` padded tokens.
 
-    A longer prompt is a batch by itself.
+    A prompt longer than that is a batch by itself.
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):

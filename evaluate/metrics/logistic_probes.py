@@ -1,8 +1,8 @@
 """Logistic probes with the splits, the choice of latents and the choice of regularization of sae-probes.
 
-Source: sae-probes 0.4.2, `utils_data.py`, `run_sae_evals.py` and `utils_training.py` (Kantamneni et al. 2025). With the
-same rows and labels, the texts of a split, the ranking of latents and the probes equal those of sae-probes; every
-random draw is seeded with 42, as there.
+Source: sae-probes 0.4.2, `utils_data.py`, `run_sae_evals.py` and `utils_training.py` (Kantamneni et al. 2025). Given
+the same rows and labels, the texts of a split, the ranking of latents and the probes equal those of sae-probes. As
+there, every random draw is seeded with 42.
 
 Shape suffixes: N texts, M texts of a split, F latents, K of them, D features.
 """
@@ -20,9 +20,9 @@ from ...common.errors import UsageError
 from .logistic_regression import SEED, logistic_trainer
 from .roc_auc import roc_auc
 
-STRENGTHS = np.logspace(5, -5, 10)  # the values of C that are tried, the weakest regularization first
-FEW, SOME = 12, 128  # texts: up to FEW every pair is left out in turn, below SOME there are six folds
-MIN_TEST = 100  # texts that training leaves for the test
+STRENGTHS = np.logspace(5, -5, 10)  # the values of C to try, with the weakest regularization first
+FEW, SOME = 12, 128  # with at most FEW texts every pair is left out in turn, with fewer than SOME there are six folds
+MIN_TEST = 100  # texts that are left for the test
 SHARES = tuple(np.linspace(0.05, 0.95, 19).tolist())  # of positive texts, in the setting imbalance
 TRAIN_SIZES = np.unique(np.round(np.logspace(1, 10, 20, base=2)).astype(int))  # in the setting scarcity: 2 to 1,024
 SETTINGS = ("normal", "scarcity", "imbalance")
@@ -38,7 +38,7 @@ class ProbeSplit(NamedTuple):
 
 
 class ProbeScore(NamedTuple):
-    """A probe on a split: test scores, and the C that was chosen by the AUC in cross-validation."""
+    """The test scores of a probe on a split, and the C that cross-validation chose by AUC."""
 
     test_auc: float
     test_accuracy: float
@@ -54,9 +54,9 @@ def splits_of(
 ) -> list[ProbeSplit]:
     """The splits of a data set in one of SETTINGS.
 
-    `normal` is one split: up to `max_train` texts to train on, and all others but one to test on, half of them
-    positive. `scarcity` has a split for each of TRAIN_SIZES up to `max_train`. `imbalance` has one for each of
-    `shares`, the same number of texts in all. At least 100 texts are left for the test.
+    `normal` is a single split, with up to `max_train` texts for training and all others but one for testing, half of
+    them positive. `scarcity` has a split for each of TRAIN_SIZES up to `max_train`. `imbalance` has a split for each of
+    `shares`, all with the same number of texts. At least 100 texts are left for the test.
 
     Raises UsageError for an unknown setting, or too few texts.
     """
@@ -81,7 +81,7 @@ def splits_of(
 
 
 def imbalanced_size(label_N: np.ndarray) -> int:
-    """The number of texts that is possible at each of SHARES: the rarer class limits it at its largest share."""
+    """The number of texts that is possible at every one of SHARES. The rarer class limits it, at its largest share."""
     positive = int(label_N.sum())
     return int(min((len(label_N) - positive) / (1 - min(SHARES)), positive / max(SHARES)))
 
@@ -105,7 +105,7 @@ def draw_split(label_N: np.ndarray, train: int, test: int, share: float) -> Prob
 
 
 def rank_latents(f_MF: Tensor, label_M: Tensor, count: int) -> Tensor:
-    """The `count` latents that tell the classes apart best, the best first.
+    """The `count` latents that best tell the classes apart, best first.
 
     Each latent is divided by its mean over the texts where it is not zero; its score is the absolute difference of its
     means over positive and negative texts.
@@ -126,9 +126,9 @@ def scaled_difference(f_MF: Tensor, label_M: Tensor) -> Tensor:
 def fit_probe(
     x_MD: np.ndarray, label_M: np.ndarray, test_x_MD: np.ndarray, test_label_M: np.ndarray, *, l1: bool
 ) -> ProbeScore:
-    """Choose C by cross-validation, train with it on all texts in another order, and test.
+    """Choose C by cross-validation, train with that C on all texts in a new order, and test.
 
-    The penalty is L1 (saga) or L2 (lbfgs); both stop after 1,000 iterations, converged or not. Of equal AUCs the
+    The penalty is L1 (saga) or L2 (lbfgs); both stop after 1,000 iterations, converged or not. Among equal AUCs, the
     largest C is chosen. With three texts or fewer C is 1, and the validation AUC is measured on the training texts.
     """
     # sae-probes passes torch tensors to scikit-learn, which does not know their type and computes in float64.
@@ -150,13 +150,13 @@ def fit_probe(
 
 
 def choose_strength(x_MD: np.ndarray, label_M: np.ndarray, l1: bool) -> tuple[float, float]:
-    """The C of the highest mean AUC over the folds, and that AUC."""
+    """The C with the highest mean AUC over the folds, and that AUC."""
     fold_aucs = [fold_auc(x_MD, label_M, *fold, l1) for fold in folds_of(label_M)]
     means: list[float] = []
     for strength in STRENGTHS.tolist():
         means.append(float(np.mean([auc(strength) for auc in fold_aucs])))
         if means[-1] == 1:
-            break  # no other can be higher, and of equal ones the first is chosen
+            break  # no other AUC can be higher, and among equal ones the first is chosen
     best = int(np.argmax(means))
     return float(STRENGTHS[best]), means[best]
 
@@ -164,8 +164,8 @@ def choose_strength(x_MD: np.ndarray, label_M: np.ndarray, l1: bool) -> tuple[fl
 def folds_of(label_M: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The folds of cross-validation: indices to train on and to validate on.
 
-    Up to 12 texts: every pair in turn. Up to 127 texts: six stratified folds. Folds without both classes in the
-    validation are left out. More texts: one fold, the last 20 % but at most 100 texts.
+    Up to 12 texts: every pair in turn. Up to 127 texts: six stratified folds. Folds whose validation part lacks a class
+    are left out. More texts: one fold, whose validation part is the last 20 %, but at most 100 texts.
     """
     from sklearn.model_selection import LeavePOut, StratifiedKFold
 
@@ -184,7 +184,7 @@ def folds_of(label_M: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def fold_auc(
     x_MD: np.ndarray, label_M: np.ndarray, train_M: np.ndarray, validation_M: np.ndarray, l1: bool
 ) -> Callable[[float], float]:
-    """The AUC in the validation of a fold as a function of C: 0.5 if it trains on one class only."""
+    """The validation AUC of a fold as a function of C; 0.5 if the fold trains on one class only."""
     train_x_MD, train_label_M = x_MD[train_M], label_M[train_M]
     if (train_label_M == train_label_M[0]).all():
         return lambda strength: 0.5

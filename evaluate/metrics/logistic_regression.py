@@ -1,11 +1,11 @@
-"""Logistic regressions as scikit-learn trains them; with an L1 penalty and numba, in a fraction of the time.
+"""Logistic regressions equal to scikit-learn's. With an L1 penalty and numba, training takes a fraction of the time.
 
-An L1 probe on many latents stops at the limit of iterations before it converges, so its AUC depends on every step:
-only the same steps, rounded in the same places, give the AUC that sae-probes reports. scikit-learn's loop passes over
-the features of a text three times; latents are mostly zero, and a zero takes part in one of them only.
+An L1 probe on many latents stops at the limit of iterations before it converges, so its AUC depends on every step. Only
+the same steps, rounded in the same places, produce the AUC that sae-probes reports. scikit-learn's loop passes over the
+features of a text three times. Latents are mostly zero, and a zero matters in only one of these passes.
 
 Source: SAGA, Defazio et al. 2014, arXiv 1407.0202, section 4, as scikit-learn 1.9 computes it in float64 (`_sag_fast`).
-`compiled_trainer` compares the two on this machine before ours is used.
+`compiled_trainer` compares the two implementations on this machine before ours is used.
 
 Shape suffixes: M texts, D features, Z numbers that are not zero.
 """
@@ -20,7 +20,7 @@ import numpy as np
 from scipy.special import expit
 
 SEED, MAX_ITERATIONS = 42, 1000
-TOLERANCE = 1e-4  # scikit-learn's: an epoch that changes no weight by more than this share of the largest is the last
+TOLERANCE = 1e-4  # scikit-learn's: the last epoch changes no weight by more than this share of the largest
 
 
 class LogisticModel(NamedTuple):
@@ -30,11 +30,11 @@ class LogisticModel(NamedTuple):
     intercept: float
 
     def decision(self, x_MD: np.ndarray) -> np.ndarray:
-        """The logits (M,), equal to LogisticRegression.decision_function in every bit; positive predicts class 1."""
+        """The logits (M,), bit for bit equal to LogisticRegression.decision_function; positive predicts class 1."""
         return (x_MD @ self.weight_D[:, None])[:, 0] + self.intercept
 
     def probability(self, x_MD: np.ndarray) -> np.ndarray:
-        """The probability of class 1 (M,), equal to LogisticRegression.predict_proba in every bit."""
+        """The probability of class 1 (M,), bit for bit equal to LogisticRegression.predict_proba."""
         return expit(self.decision(x_MD))
 
 
@@ -43,7 +43,7 @@ class TrainingTexts(NamedTuple):
 
     value_Z: np.ndarray  # the numbers that are not zero, text by text
     index_Z: np.ndarray  # the feature of each
-    start_M: np.ndarray  # where the numbers of each text begin (M + 1,)
+    start_M: np.ndarray  # index of each text's first number, then the total (M + 1,)
     label_M: np.ndarray  # float64
     features: int
     step: float
@@ -62,7 +62,7 @@ Trainer = Callable[[np.ndarray, np.ndarray], Train]
 
 
 def logistic_trainer(x_MD: np.ndarray, label_M: np.ndarray, *, l1: bool) -> Train:
-    """A function that trains on float64 rows and labels 0 and 1; with L1 by the compiled loop if there is one."""
+    """A function that trains on float64 rows and labels 0 and 1. L1 uses the compiled loop if it is available."""
     trainer = compiled_trainer() if l1 else None
     return trainer(x_MD, label_M) if trainer else functools.partial(train_with_sklearn, x_MD, label_M, l1=l1)
 
@@ -81,7 +81,7 @@ def train_with_sklearn(x_MD: np.ndarray, label_M: np.ndarray, strength: float, *
 
 @functools.cache
 def compiled_trainer() -> Trainer | None:
-    """A trainer with a compiled loop; None without numba, or if it differs from scikit-learn in a bit."""
+    """A trainer with a compiled loop; None without numba, or if its results differ from scikit-learn's in any bit."""
     try:
         import numba
     except ImportError:
@@ -110,7 +110,7 @@ def saga_epochs(
     value_Z: np.ndarray, index_Z: np.ndarray, start_M: np.ndarray, label_M: np.ndarray, features: int, step: float,
     penalty: float, random: int, tolerance: float, max_iterations: int,
 ) -> tuple[np.ndarray, float]:  # fmt: skip
-    """Run all epochs. Each draws as many texts at random as there are. Returns the weights and the intercept."""
+    """Run all epochs, each with as many random draws as there are texts. Returns the weights and the intercept."""
     texts = len(start_M) - 1
     weight_D, gradient_D, before_D = np.zeros(features), np.zeros(features), np.zeros(features)
     memory_M, seen_M = np.zeros(texts), np.zeros(texts, np.bool_)
@@ -164,7 +164,7 @@ def saga_epochs(
 
 
 def equals_sklearn(trainer: Trainer) -> bool:
-    """Whether the trainer equals scikit-learn in every bit on a small problem, which depends on both compilers."""
+    """Whether the trainer equals scikit-learn bit for bit on a small problem. This depends on the compilers of both."""
     random = np.random.RandomState(0)
     label_M = np.arange(150) % 2
     x_MD = random.gamma(2, 2, (150, 24)) * (random.rand(150, 24) < 0.2 + 0.2 * label_M[:, None])
