@@ -166,8 +166,7 @@ def judge_latents(
     scores: Sequence[str],
     progress: Progress,
 ) -> dict[str, Any]:
-    """One entry per latent: numbers named as in SAEBench, an object each for detection and fuzzing, prompts and
-    answers.
+    """One entry per latent: numbers named as in SAEBench, objects for detection and fuzzing, prompts and answers.
 
     All latents are explained first. Then all questions about the explanations are asked together.
     """

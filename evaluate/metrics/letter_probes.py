@@ -176,8 +176,7 @@ def split_latents(
 
 
 def count_split_latents(f1_of_k: Iterable[float], jump: float) -> tuple[int, list[float]]:
-    """How many of F1_1, F1_2, ... exceed the one before by more than `jump` (at least 1), and the F1s that were
-    read."""
+    """How many of F1_1, F1_2, ... exceed the one before by more than `jump` (at least 1), and the F1s read."""
     seen: list[float] = []
     for value in f1_of_k:
         seen.append(value)

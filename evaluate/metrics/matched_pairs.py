@@ -1,4 +1,4 @@
-"""Two SAEs matched latent by latent: by the directions of their decoders and by their activations. See stability.py.
+"""Match two SAEs latent by latent, by the directions of their decoders and by their activations. See stability.py.
 
 Shape suffixes: F latents, D d_in.
 """
@@ -22,9 +22,9 @@ class Pair:
 
     Attributes:
         decoder: by the absolute cosine of decoder rows.
-        signed: by their cosine; the same as `decoder` where the sign has no meaning.
+        signed: by their cosine; the same as `decoder` if the sign has no meaning.
         activation: by the absolute correlation of latents.
-        varying: the number of latents that vary, in the SAE with more of them.
+        varying: the number of latents that vary, in whichever SAE has more of them.
     """
 
     decoder: Matching
@@ -57,7 +57,7 @@ def match_pair(
 ) -> Pair:
     """Match two SAEs by their decoders, given as rows of unit length, and by their latents.
 
-    `signed`: also by the cosines with their sign, unless a latent of either is negative at a token.
+    With `signed`, also match by the cosines with their sign, unless a latent of either SAE is negative at some token.
     """
 
     def cosine(rows: slice) -> Tensor:
@@ -74,12 +74,13 @@ def match_pair(
 
 
 def recurring_cosines(pair: Pair) -> np.ndarray:
-    """The cosine of each latent with its match (F,), which decides if it recurs; absolute if signs mean nothing."""
+    """The cosine of each latent with its match (F,), which decides whether it recurs; absolute if signs mean
+    nothing."""
     return np.abs(pair.signed.similarity_F) if pair.signed is pair.decoder else pair.signed.similarity_F
 
 
 def matched_values(pairs: Sequence[Pair], nulls: Mapping[str, Sequence[Pair]]) -> dict[str, list[float]]:
-    """PW-MCC with each other seed and with each random dictionary: by kind, and for the kind with the larger mean."""
+    """PW-MCC with each other seed and random dictionary: for each kind, and for the kind with the larger mean."""
     values: dict[str, list[float]] = {}
     for what in ("decoder", "activation"):
         values[f"{what}_pw_mcc"] = [getattr(pair, f"{what}_mcc") for pair in pairs]

@@ -17,7 +17,7 @@ from ...harvest.model import LanguageModel
 from .probes import make_generator
 
 LETTERS = "ABCD"
-PROMPTS_PER_FORWARD = 8  # in one pass of the model
+PROMPTS_PER_FORWARD = 8  # prompts in one forward pass of the model
 REPLICATES = 1000
 
 
@@ -33,7 +33,7 @@ class Question(NamedTuple):
 
 
 def parse_question(row: dict[str, Any], number: int, name: str) -> Question:
-    """Check row `number` of the dataset `name`. Raises UsageError."""
+    """Parse row `number` of the dataset `name`. Raises UsageError if the row is invalid."""
     text, choices, answer = row["question"], row["choices"], row["answer"]
     if not (isinstance(text, str) and isinstance(choices, list) and len(choices) == 4 and answer in range(4)):
         raise UsageError(
@@ -44,7 +44,8 @@ def parse_question(row: dict[str, Any], number: int, name: str) -> Question:
 
 
 class MultipleChoiceModel:
-    """An instruction-tuned model that picks A, B, C or D: one user turn with the question, then "Answer: (".
+    """An instruction-tuned model that picks A, B, C or D. A prompt is one user turn with the question, then "Answer:
+    (".
 
     Prompts begin with `bos_id`, which is added unless the template adds it.
 
@@ -89,9 +90,9 @@ class MultipleChoiceModel:
             yield batch, copy_to_device(ids_NS, device), copy_to_device(last_N, device)
 
     def pick(self, logits: Tensor) -> Tensor:
-        """From logits (..., V), the choice (...,) whose letter is the most probable, with or without a leading space.
+        """The choice (...,) whose letter has the largest logit in (..., V), with or without a leading space.
 
-        Logits are compared directly, because softmax preserves their order.
+        Probabilities are not needed, because softmax preserves the order of logits.
         """
         return logits.float()[..., self.letters.to(logits.device)].amax(-1).argmax(-1)
 
@@ -107,7 +108,7 @@ class MultipleChoiceModel:
 
 
 def resample_right(right_IN: Tensor, name: str) -> Tensor:
-    """Bootstrap the number of right answers: (R, I) from right_IN, which questions are right under each intervention.
+    """Bootstrap the number of right answers (R, I). `right_IN` says which are right under each intervention.
 
     The draws are seeded by `name`, so they are the same for every SAE.
     """

@@ -23,7 +23,7 @@ TOKENS_PER_ENCODE = 1024  # tokens of one call of an SAE's encode
 
 
 def pack_texts(texts: Sequence[str], tokenizer: Any, context: int, bos_id: int | None) -> Tensor:
-    """Join texts by EOS and cut them into rows (R, context); BOS replaces the first token of each row.
+    """Join texts with EOS and cut them into rows (R, context). BOS replaces the first token of each row.
 
     Tokens that do not fill a row are dropped. SAEBench uses the tokenizer's BOS. Here BOS is `bos_id`, the first token
     of the contexts that the SAEs were trained on; for Gemma and Llama the two are the same.
@@ -39,7 +39,7 @@ def pack_texts(texts: Sequence[str], tokenizer: Any, context: int, bos_id: int |
 
 
 class PackedRows(NamedTuple):
-    """Rows of equal length, and where metrics are computed: (R, S) each."""
+    """Rows of equal length, and a mask of the tokens at which metrics are computed: (R, S) each."""
 
     ids: Tensor
     counted: Tensor
@@ -49,9 +49,9 @@ class PackedRows(NamedTuple):
 
 
 def pack_contexts(ctx: EvalContext, context: int) -> PackedRows:
-    """Pack the held-out contexts into rows (R, context): their BOS removed, EOS after each; BOS in column 0.
+    """Pack the held-out contexts into rows (R, context): remove their BOS, put EOS after each, and BOS in column 0.
 
-    Where EOS bounds a chat turn, BOS stands after each context instead.
+    If EOS ends a chat turn, BOS is put after each context instead.
     """
     bos, text = ctx.context_format.bos_id, ctx.contexts
     separator = torch.tensor([] if (end := separator_id(ctx)) is None else [end], dtype=torch.int64)
@@ -68,14 +68,14 @@ def pack_contexts(ctx: EvalContext, context: int) -> PackedRows:
 
 
 def separator_id(ctx: EvalContext) -> int | None:
-    """The token between two texts: EOS, or BOS if EOS bounds a chat turn."""
+    """The token between two texts: EOS, or BOS if EOS ends a chat turn."""
     tokenizer = ctx.tokenizer
     turn = tokenizer.eos_token is not None and tokenizer.eos_token in turn_markers(tokenizer)
     return ctx.context_format.bos_id if turn else tokenizer.eos_token_id
 
 
 def fill_rows(flat_T: Tensor, context: int, bos: int | None) -> Tensor:
-    """Cut tokens into full rows (R, context), overwrite the first token of each by BOS, drop the remainder."""
+    """Cut tokens into full rows (R, context), overwrite each row's first token with BOS, drop the remainder."""
     rows_RS = flat_T[: len(flat_T) // context * context].view(-1, context).clone()
     if bos is not None:
         rows_RS[:, 0] = bos
@@ -93,7 +93,7 @@ class FiringFrequency(NamedTuple):
     Attributes:
         share_F: the share of the counted tokens on which each latent is positive.
         tokens: the number of counted tokens.
-        outliers: the number of tokens that were not counted because of their norm.
+        outliers: the number of tokens left out because of their norm.
     """
 
     share_F: np.ndarray
@@ -104,7 +104,7 @@ class FiringFrequency(NamedTuple):
 def firing_frequencies(
     model: LanguageModel, rows: PackedRows, targets: Sequence[EvalTarget], progress: Progress
 ) -> list[FiringFrequency]:
-    """How often the latents of each SAE fire on rows of text, at the counted tokens, without outlier rows."""
+    """How often each SAE's latents fire on rows of text, over the counted tokens that are not outlier rows."""
     hooks = sorted({target.hook for target in targets})
     counts: list[Any] = [0] * len(targets)
     outliers = [0] * len(targets)
@@ -135,9 +135,10 @@ def encode_float32(sae: SAELike, x_TD: Tensor) -> Tensor:
 
 
 def select_forget_latents(forget_F: np.ndarray, retain_F: np.ndarray, threshold: float) -> tuple[int, ...]:
-    """Latents that fire on less than `threshold` of the retain corpus, most frequent on the forget corpus first.
+    """The latents that fire on a share below `threshold` of the retain corpus, sorted by how often they fire on the
+    forget corpus (most often first).
 
-    Among ties the latent with the largest index comes first; SAEBench leaves ties to an unstable sort, so its order
+    Among ties, the latent with the largest index comes first. SAEBench leaves ties to an unstable sort, so its order
     depends on the machine. Frequencies are rounded to six decimals, because SAEBench writes them to a file that way and
     reads them back.
     """

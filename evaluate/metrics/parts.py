@@ -8,19 +8,19 @@ from ...common.errors import SaeError
 from ...common.memory import available_memory
 from .base import SAELike
 
-CPU_NUMBERS = 2**21  # of a part on a CPU: 8 MB in float32
-MIN_TOKENS = 128  # of a part on a CPU: with fewer, reading the weights takes longer than the product
-MAX_NUMBERS = 2**31 - 1  # the most that kernels index with 32 bits
-COPIES = 4  # tensors of the size of a part in memory together: logits, log-probabilities of two models, probabilities
-SHARE = 0.5  # of the free memory that they may take
+CPU_NUMBERS = 2**21  # size of a part on a CPU: 8 MB in float32
+MIN_TOKENS = 128  # of a part on a CPU: with fewer, reading the weights takes longer than multiplying by them
+MAX_NUMBERS = 2**31 - 1  # the most elements that kernels index with 32 bits
+COPIES = 4  # part-sized tensors in memory at a time: logits, log-probabilities of two models, probabilities
+SHARE = 0.5  # share of the free memory that these may take
 CACHED_NUMBERS = 2**18  # numbers that a chain of operations reads at a time on a CPU: 1 MB, which fits its caches
 
 
 def tokens_at_once(numbers: int, device: torch.device | str) -> int:
-    """How many tokens to compute at a time, where each has `numbers` float32 numbers: logits, or latents.
+    """How many tokens to compute at a time, if each has `numbers` float32 numbers (logits or latents).
 
-    On a GPU, as many as half of the free memory holds. On a CPU a part of 8 MB is fastest: tensors of tens of MB are
-    allocated anew by the system each time, which can take longer than the products. $SAE_MEMORY_GB bounds both.
+    On a GPU, as many as half of the free memory holds. On a CPU a part of 8 MB is fastest: the system allocates tensors
+    of tens of MB anew each time, which can take longer than the matrix multiplications. $SAE_MEMORY_GB limits both.
     """
     device = torch.device(device)
     tokens = min(SHARE * available_memory(str(device)) / (COPIES * 4 * numbers), MAX_NUMBERS // numbers)
@@ -43,5 +43,5 @@ def tokens_per_encode(sae: SAELike, x_TD: Tensor, device: torch.device | str) ->
 
 
 def tokens_in_cache(numbers: int, device: torch.device, tokens: int) -> int:
-    """How many of the `tokens` of a part to give to a chain of operations on its elements: on a GPU all of them."""
+    """How many of the `tokens` of a part to process at a time with elementwise operations: on a GPU, all of them."""
     return max(1, CACHED_NUMBERS // numbers if device.type == "cpu" else tokens)

@@ -1,7 +1,7 @@
 """Residual activations of labeled texts without padding, and an SAE's latents summed over each text.
 
 Sparse probing, SCR and TPP read them. SAEBench pads every text to the same length and zeroes the padding. Here only
-counted tokens are stored. Where a sum of SAEBench runs over padding as well, that part is (padded positions) *
+counted tokens are stored. Where SAEBench sums over padding as well, the padding contributes (padded positions) *
 encode(0), and `PooledLatents.zero_F` holds encode(0).
 
 Shape suffixes: N texts, S positions, T counted tokens of all texts, D d_in, F latents.
@@ -24,7 +24,7 @@ from .base import Progress, SAELike, encode_finite
 
 TEXTS_PER_FORWARD = 32
 ROWS_PER_NORM = 65_536  # rows whose norms are computed at a time
-MIN_TOKENS_PER_ENCODE = 64  # with fewer, reading the SAE's weights takes longer than the product
+MIN_TOKENS_PER_ENCODE = 64  # with fewer, reading the SAE's weights takes longer than multiplying by them
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,10 @@ class TextRows:
         return len(self.count_N)
 
     def batches(self, tokens: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Whole texts, about `tokens` rows at a time: the slice of texts, their rows (T, D), each row's text (T,).
+        """Batches of whole texts, about `tokens` rows each: the slice of texts, their rows (T, D), each row's text
+        (T,).
 
-        Texts are numbered from the start of the slice.
+        Texts are numbered within the slice.
         """
         ends, first, start = self.count_N.cumsum(0).tolist(), 0, 0
         for number, end in enumerate(ends):
@@ -87,8 +88,8 @@ class PooledLatents:
 def rows_per_encode(d_sae: int, device: torch.device) -> int:
     """How many rows one call of `encode` takes.
 
-    On a CPU their latents take 4 MB, which fits the cache and reuses memory. Tensors of tens of MB are allocated anew
-    by the system each time, which took as long as the products.
+    On a CPU their latents take 4 MB, which fits into the cache and reuses memory. The system allocates tensors of tens
+    of MB anew each time, which took as long as the matrix multiplications.
     """
     latents = 2**20 if device.type == "cpu" else 2**26
     return max(MIN_TOKENS_PER_ENCODE, latents // d_sae)
@@ -112,9 +113,9 @@ def read_text_rows(
     """The activation rows at each hook for texts truncated to `context` tokens (BOS included).
 
     They come from the artifact cache, or from one pass of the model over the texts. A text without a counted token has
-    a count of 0; callers that divide by the counts have to drop it first.
+    a count of 0. Callers that divide by the counts must drop such texts first.
     """
-    if context < 2:  # the tokenizer would take 0 as no limit
+    if context < 2:  # the tokenizer would treat 0 as no limit
         raise UsageError(f"a context of {context} tokens holds no text after BOS. Give 2 or more.")
     ids = ctx.encode_texts(texts, context)
     depends = {**ctx.model_identity, "skip": ctx.context_format.skip_record, "ids": digest_of(ids)}

@@ -5,8 +5,8 @@ decoder is affine, so a probe on the mean of x' over a text reads
 
     w x_mean + b - sum over ablated i of F_i (w . d_i),    F_i = (sum of f_i over all positions) / (counted tokens)
 
-and each text is encoded once, whatever is ablated. The latents of a zero row leak in at BOS and at padding, as in
-SAEBench.
+so each text is encoded only once, regardless of which latents are ablated. As in SAEBench, BOS and padding contribute
+the latents of a zero row.
 
 Shape suffixes: N texts, B rows of latents, D d_in, F latents, P probes.
 """
@@ -36,10 +36,10 @@ def mean_latent_differences(pooled: PooledLatents, tasks: Sequence[ProbeTask]) -
 
 
 def strongest_latents(effect_F: Tensor, count: int) -> Tensor:
-    """The `count` latents with the largest effects; fewer if fewer have a nonzero effect.
+    """The `count` latents with the largest effects, or fewer if fewer latents have a nonzero effect.
 
-    Latents without an effect rank above those with a negative effect and may be selected; `topk` decides among ties, as
-    in SAEBench.
+    Latents without an effect rank above latents with a negative effect and may be selected. As in SAEBench, `topk`
+    breaks ties.
     """
     return effect_F.topk(min(count, int(effect_F.count_nonzero()))).indices
 
@@ -49,12 +49,12 @@ class ProbeReadout:
     """The logits of probes on each text, and how much each latent contributes to them."""
 
     logit_NP: Tensor
-    latent_NF: Tensor  # F_i of the module's docstring: summed over all positions, per counted token
-    align_FP: Tensor  # w . d: change of a probe's logit per unit of a latent
+    latent_NF: Tensor  # F_i in the module's docstring: sum over all positions / counted tokens
+    align_FP: Tensor  # w . d: change in a probe's logit per unit of a latent
 
     @classmethod
     def of(cls, probes: LinearProbes, mean_ND: Tensor, pooled: PooledLatents, W_dec: Tensor, context: int) -> Self:
-        """`context` is the length SAEBench pads texts to. A latent that fires on a zero row fires on all padding."""
+        """`context` is the padded length in SAEBench. A latent that fires on a zero row fires on all padding."""
         padded_N = context - pooled.count_N
         latent_NF = (pooled.sum_NF + padded_N[:, None] * pooled.zero_F) / pooled.count_N[:, None]
         return cls(probes.logits(mean_ND), latent_NF, W_dec @ probes.weight_PD.T)
@@ -66,7 +66,7 @@ class ProbeReadout:
 
 @torch.no_grad()
 def affine_decoder(sae: SAELike, d_in: int, device: torch.device) -> Tensor:
-    """The decoder matrix (F, D) on the CPU. Without a W_dec it is computed by decoding unit latents.
+    """The decoder matrix (F, D) on the CPU, computed by decoding unit latents if the SAE has no W_dec.
 
     Raises UsageError if `decode` is not an affine function of the latents, which the read-out relies on.
     """

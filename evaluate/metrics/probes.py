@@ -1,7 +1,7 @@
 """Binary tasks from classes of texts, and linear probes on them (sparse probing, SCR and TPP).
 
-A text is one row of features, the mean over its counted tokens. A task lists rows and their labels, so that one matrix
-of all texts serves every task.
+Each text is one row of features, which is the mean over its counted tokens. A task lists rows and their labels, so one
+matrix of all texts serves every task.
 
 Shape suffixes: N texts, M texts of a task, D features of a text (dimensions of the activations, or latents), K of them.
 """
@@ -24,7 +24,7 @@ from .base import Progress, RowSet, SAELike
 from .pooled_activations import PooledLatents, TextRows, pool_latents, read_text_rows
 from .unit_decoder import decoder_norms_to_fold
 
-RNGS = ("paired", "saebench")  # values of the option `rng`: see make_generator
+RNGS = ("paired", "saebench")  # values of the option `rng` (see make_generator)
 SEED = 42  # SAEBench's
 
 
@@ -63,8 +63,8 @@ def read_labeled_rows(
 ) -> dict[RowSet, LabeledRows]:
     """The activation rows of a dataset's texts for each row set, from the artifact cache or one pass of the model.
 
-    Metrics that read the same texts in the same order share them. Raises UsageError for a text that consists of special
-    tokens only: it has no mean.
+    Metrics that read the same texts in the same order share these rows. Raises UsageError for a text that consists only
+    of special tokens, since it has no mean.
     """
     flat = [text for classes in texts.values() for texts_of_class in classes.values() for text in texts_of_class]
     by_hook = read_text_rows(ctx, sorted({row_set.hook for row_set in row_sets}), flat, progress, context)
@@ -84,7 +84,7 @@ def read_labeled_rows(
 
 
 class ProbeTask(NamedTuple):
-    """A binary task: indices of its texts (M,) among all texts of a split, and their labels (M,), 1.0 or 0.0."""
+    """A binary task: the indices (M,) of its texts among all texts of a split, and their labels (M,), 1.0 or 0.0."""
 
     rows: Tensor
     label: Tensor
@@ -93,8 +93,8 @@ class ProbeTask(NamedTuple):
 def make_generator(rng: str, *names: object) -> torch.Generator:
     """A random generator. With rng="paired" it is seeded by `names`, with rng="saebench" by 42.
 
-    Paired draws do not depend on earlier draws, so they are the same for every SAE. With "saebench", one generator has
-    to serve all draws of an SAE, in SAEBench's order.
+    Paired draws do not depend on earlier draws, so they are the same for every SAE. With "saebench", a single generator
+    must serve all draws of an SAE, in SAEBench's order.
     """
     if rng not in RNGS:
         raise UsageError(
@@ -165,9 +165,9 @@ def train_probe(
 ) -> BinaryProbe:
     """Logistic regression by AdamW (weight decay 0.01) on BCE + l1 * sum |weight|, reshuffled every epoch.
 
-    Stops after `patience` epochs without a better test accuracy and returns the first best epoch. Choosing the epoch by
-    the texts that are then reported flatters every probe a little; SAEBench does the same. Draws from the generator:
-    weight, bias, one order per epoch.
+    Stops after `patience` epochs without a better test accuracy and returns the first best epoch. The epoch is chosen
+    on the texts whose accuracy is then reported, which flatters every probe a little; SAEBench does the same. The
+    generator draws, in this order, weight, bias, and one order per epoch.
     """
     linear = nn.utils.skip_init(nn.Linear, x_MD.shape[1], 1)
     nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5), generator=generator)
@@ -221,7 +221,7 @@ def wilson_interval(share: float, count: float) -> list[float]:
     """95 % interval for a share of `count` independent trials (Wilson 1927).
 
     `count` can be a fraction, such as the effective number of texts behind a mean over data sets. scipy's interval
-    (`statistics.proportion_interval`) takes only whole numbers of hits; for those the two agree to 1e-6.
+    (`statistics.proportion_interval`) accepts only whole numbers of hits, for which the two agree to 1e-6.
     """
     z = 1.959964
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
@@ -230,7 +230,7 @@ def wilson_interval(share: float, count: float) -> list[float]:
 
 
 def pool_unit_norm(sae: SAELike, rows: TextRows, device: torch.device) -> tuple[PooledLatents, bool]:
-    """`pool_latents` with the decoder norms folded into the latents, and whether they had to be."""
+    """`pool_latents` with the decoder norms folded into the latents, and whether folding was necessary."""
     pooled, norm_F = pool_latents(sae, rows, device), decoder_norms_to_fold(sae)
     if norm_F is None:
         return pooled, False

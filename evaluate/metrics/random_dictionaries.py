@@ -1,8 +1,8 @@
-"""Random dictionaries with the shape of an SAE. The score of a matching with them is chance.
+"""Random dictionaries with the shape of an SAE. The score of matching an SAE with them is the chance level.
 
-There are two kinds, since neither is right for every SAE. `shuffle_rows` keeps the entries of each decoder row, such as
-a few large ones, and none of the directions. `gaussian_rows` keeps the second moment of a decoder's rows, such as the
-covariance of activations that they were drawn from or a common direction, and none of the entries.
+There are two kinds, since neither is right for every SAE. `shuffle_rows` preserves the entries of each decoder row
+(which may include a few large ones) but not the directions. `gaussian_rows` preserves the second moment of a decoder's
+rows (which may reflect the covariance of activations, or a common direction) but not the entries.
 
 Shape suffixes: T tokens, D d_in, F latents of one SAE, B a block of latents.
 """
@@ -15,9 +15,9 @@ from torch.nn.functional import normalize
 
 from .latent_correlation import Latents
 
-LATENTS_PER_BLOCK = 64  # of a random dictionary, computed at one time on all tokens
+LATENTS_PER_BLOCK = 64  # latents of a random dictionary that are computed at a time, on all tokens
 SAMPLED = 16  # one in this many tokens is sampled to guess a threshold
-MOMENT_ROUNDS = 50  # enough for the right eigenvalues of the second moment of Gaussian rows to about 1e-3
+MOMENT_ROUNDS = 50  # enough to fit the eigenvalues of the second moment of Gaussian rows to about 1e-3
 
 
 def shuffle_rows(W_dec_FD: Tensor, seed: int) -> Tensor:
@@ -27,15 +27,15 @@ def shuffle_rows(W_dec_FD: Tensor, seed: int) -> Tensor:
 
 
 def second_moment(unit_FD: Tensor) -> Tensor:
-    """E[w w^T] (D, D) over the rows of a dictionary. Their mean is not subtracted: it is a common direction too."""
+    """E[w w^T] (D, D) over the rows of a dictionary. Their mean is not subtracted, since it is a common direction."""
     return unit_FD.T @ unit_FD / len(unit_FD)
 
 
 def gaussian_rows(moment_DD: Tensor, latents: int, seed: int) -> Tensor:
-    """Gaussian directions of unit length (F, D) with the second moment `moment_DD`, whose trace is 1.
+    """Random unit vectors (F, D), normalized from Gaussian ones, with second moment `moment_DD`, whose trace is 1.
 
-    Division by the length changes the covariance of a Gaussian vector. The variances along the axes of the moment are
-    therefore chosen so that the divided rows have the right mean squares.
+    Normalizing a Gaussian vector changes its covariance. The variances along the eigenvectors of the moment are
+    therefore chosen so that the normalized rows have the right mean squares.
     """
     moment_D, axis_DD = torch.linalg.eigh(moment_DD.double().cpu())
     moment_D = moment_D.clamp_min(0)
@@ -52,7 +52,7 @@ def gaussian_rows(moment_DD: Tensor, latents: int, seed: int) -> Tensor:
 def random_latents(direction_FD: Tensor, x_DT: Tensor, active_F: np.ndarray) -> Latents:
     """The latents relu(x . d_i - theta_i) of random directions d_i, for activations x of mean 0.
 
-    theta_i is such that latent i fires at active_F[i] of the tokens, as often as the corresponding latent of the SAE.
+    theta_i is chosen so that latent i fires at active_F[i] of the tokens, as often as the SAE's latent i.
     """
     places, values = [], []
     for start in range(0, len(active_F), LATENTS_PER_BLOCK):
@@ -67,10 +67,11 @@ def random_latents(direction_FD: Tensor, x_DT: Tensor, active_F: np.ndarray) -> 
 
 
 def strongest(value_T: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The places of the `count` largest values, and how far they exceed the next smaller value; fewer if some equal it.
+    """The indices of the `count` largest values, and how far they exceed the next smaller value; fewer if some equal
+    it.
 
-    A sample gives a lower bound of that next value, so that few values have to be ordered. If `count` values or fewer
-    reach it, it is not a bound and all values are ordered.
+    A sample provides a lower bound of that next value, so that only few values have to be sorted. If no more than
+    `count` values reach it, it is not a bound, and all values are sorted.
     """
     sample_T = value_T[::SAMPLED]
     expected = min(int(count / SAMPLED * 1.25) + 8, len(sample_T) - 1)
@@ -84,6 +85,6 @@ def strongest(value_T: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def largest(value_T: np.ndarray, place: int) -> np.float32:
-    """The value at a place in descending order."""
+    """The value at this index in descending order."""
     ascending = len(value_T) - 1 - place
     return np.partition(value_T, ascending)[ascending]

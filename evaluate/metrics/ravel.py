@@ -5,17 +5,17 @@
     isolation_score        how often it still gives the city's own continent and language
     disentanglement_score  their mean
 
-Higher is better. Exchanging everything has cause 1 and isolation 0, exchanging nothing the reverse.
+Higher is better. Exchanging everything yields cause 1 and isolation 0; exchanging nothing yields the reverse.
 
-Source: Huang et al. 2024, arXiv 2402.17700, as measured by SAEBench 0.6.0 (`evals/ravel`): the questions that the model
-answers right; a mask for each SAE and attribute, trained on 70 % of the pairs of questions and tested on the rest
-(ravel_masks); the mean over the attributes of an entity type, then over the types.
+Source: Huang et al. 2024, arXiv 2402.17700, as measured by SAEBench 0.6.0 (`evals/ravel`). Only questions that the
+model answers right are used. For each SAE and attribute, a mask is trained on 70 % of the pairs of questions and tested
+on the rest (ravel_masks). Scores are averaged over the attributes of an entity type, then over the types.
 
-With the same order of attributes, pairs and batches equal SAEBench's. It differs in the position of the entity's last
-token where the tokenizer puts nothing before a text (SAEBench then reads the token after it) or joins it with what
-follows, in time zones (ravel_answers), and in attributes about which the model knows too little: they are left out, and
-the result says so. Questions whose entity is an outlier row (`EvalTarget.norm_limit`) are left out; where there are
-any, the metric is measured with them too, for SAEBench's numbers.
+With the same order of attributes, pairs and batches equal SAEBench's. There are three differences. The position of the
+entity's last token differs if the tokenizer puts nothing before a text (SAEBench then reads the token after it) or
+joins that token with what follows. Time zones differ (ravel_answers). Attributes about which the model knows too little
+are left out, and the result says so. Questions whose entity is an outlier row (`EvalTarget.norm_limit`) are left out.
+If there are any, the metric is also measured with them, to obtain SAEBench's numbers.
 
 Shape suffixes: N prompts, D d_in, F latents.
 """
@@ -60,7 +60,7 @@ class KnownFacts:
     asked: Counter[str]  # attribute -> number of questions
     prompts: list[FactPrompt]  # answered right
     attributes: tuple[str, ...]
-    refusals: list[str]  # why attributes are left out
+    refusals: list[str]  # reasons why attributes are left out
 
     @classmethod
     def of(
@@ -72,7 +72,7 @@ class KnownFacts:
         fewest: int,
         refusals: Sequence[str] = (),
     ) -> Self:
-        """`fewest` is the number of right answers that an attribute needs; `refusals` are earlier ones."""
+        """`fewest` is the number of right answers that an attribute needs; `refusals` are the earlier reasons."""
         kept, refusals = [], [*refusals]
         for attribute in attributes:
             values = [prompt.value for prompt in prompts if prompt.attribute == attribute]
@@ -87,7 +87,7 @@ class KnownFacts:
         return cls(entity_type, asked, prompts, tuple(kept) if len(kept) > 1 else (), refusals)
 
     def select(self, kept: Sequence[int], fewest: int) -> Self:
-        """The same facts with these prompts only."""
+        """The same facts, with only these prompts."""
         chosen = [self.prompts[i] for i in kept]
         return self.of(self.entity_type, self.asked, chosen, self.attributes, fewest, self.refusals)
 
@@ -103,14 +103,15 @@ class RavelState:
 
 @dataclass(frozen=True)
 class Ravel(Metric):
-    """`attributes` are entity types with an attribute each, at least two of a type.
+    """`attributes` are pairs of an entity type and an attribute, at least two for each type.
 
     For each type, the `top_n_entities` entities that the model knows most about are used, and at most
     `num_pairs_per_attribute` pairs of questions about an attribute. An attribute with fewer than `min_known_prompts`
     questions that the model answers right is left out. The model's answers are kept in the artifact cache.
 
-    Memory: the activations of the entities in all known questions, in the model's dtype (230 MB for 50,000 questions of
-    Gemma-2-2B); those of one batch of questions with the later blocks' gradients; and twelve bytes a latent and SAE.
+    Memory: the activations at the entities of all known questions, in the model's dtype (230 MB for 50,000 questions
+    with Gemma-2-2B); the activations of one batch of questions with the later blocks' gradients; and twelve bytes per
+    latent and SAE.
     """
 
     attributes: tuple[str, ...] = (
@@ -144,7 +145,8 @@ class Ravel(Metric):
 
     @classmethod
     def values_by_unit(cls, result: MetricResult, column: MetricColumn) -> UnitValues:
-        """By attribute, weighted so that the mean is the number if types have different numbers of attributes."""
+        """The values by attribute, weighted so that their mean is the number even if types have different numbers of
+        attributes."""
         found = super().values_by_unit(result, column)
         type_of = {entry["entity_attribute"]: entry["entity_type"] for entry in result.details}
         sizes = Counter(type_of.values())
@@ -201,7 +203,7 @@ class Ravel(Metric):
         return [outcomes[number] for number in range(len(targets))]
 
     def known_facts(self, ctx: EvalContext, entity_type: str, progress: Progress) -> KnownFacts:
-        """Ask the model everything about one type of entity. Facts that it does not know are left out."""
+        """Ask the model all questions about one type of entity. Facts that it does not know are left out."""
         attributes = self.by_type[entity_type]
         facts = load_facts(self.dataset, entity_type, attributes, ctx.data)
         prompts = make_prompts(ctx, facts, attributes)
@@ -211,7 +213,7 @@ class Ravel(Metric):
         return KnownFacts.of(entity_type, asked, known, attributes, self.min_known_prompts)
 
     def require_facts(self, ctx: EvalContext, known: Sequence[KnownFacts]) -> None:
-        """Raise SaeError unless at least one entity type has two attributes with enough known answers."""
+        """Raise SaeError unless at least one entity type has two attributes with enough right answers."""
         if not any(facts.attributes for facts in known):
             counts = "; ".join(refusal for facts in known for refusal in facts.refusals)
             raise SaeError(
@@ -230,7 +232,7 @@ class Ravel(Metric):
         kept: Sequence[Sequence[int]],
         progress: Progress,
     ) -> list[Outcome]:
-        """Measure SAEs for which the same prompts are kept."""
+        """Measure a group of SAEs for which the same prompts are kept."""
         outliers = sum(
             len(facts.prompts) - len(indices) for facts, indices in zip(known, kept, strict=True) if facts.attributes
         )
@@ -327,7 +329,7 @@ class Ravel(Metric):
 
 @dataclass(frozen=True)
 class RavelFacts(Ravel):
-    """The same on a small set of facts about countries and cities, which needs no download.
+    """The same metric on a small set of facts about countries and cities, which needs no download.
 
     There are fewer questions and pairs, so the masks are trained for more epochs.
     """

@@ -1,7 +1,7 @@
 """Check a model's answer about an attribute of an entity, by the rules of SAEBench 0.6.0 (`ravel/validation.py`).
 
 In general an answer is right if it begins with the expected value or is the beginning of it. Some values have their own
-rules, because they have several names, or because no model says them to the last digit.
+rules, because they have several names or because no model states them to the last digit.
 """
 
 import contextlib
@@ -9,8 +9,8 @@ import datetime
 import re
 from zoneinfo import ZoneInfo
 
-DEGREES = 2  # by which a coordinate may be off
-PLACE_WORDS = ("coord", "latitude", "longitude")  # of questions about a coordinate
+DEGREES = 2  # error that is allowed in a coordinate
+PLACE_WORDS = ("coord", "latitude", "longitude")  # words in questions about a coordinate
 
 
 def is_right(text: str, value: str, answer: str) -> bool:
@@ -21,7 +21,7 @@ def is_right(text: str, value: str, answer: str) -> bool:
     expected = value.lower()
     if any(word in text for word in PLACE_WORDS):
         return is_near(expected, said)
-    if "United States" in value or "United Kingdom" in value:  # with capitals, and up to the end of the answer
+    if "United States" in value or "United Kingdom" in value:  # case-sensitive, and up to the end of the answer
         whole = answer.strip().replace("the ", "")
         return whole.startswith((value.strip().replace("the ", ""), "England"))
     if "South Korea" in value:
@@ -48,8 +48,8 @@ def is_near(expected: str, said: str) -> bool:
 def is_offset(zone: str, said: str) -> bool:
     """Whether an answer begins with the hours by which a time zone, such as Europe/Paris, differs from UTC.
 
-    The hours of winter and of summer are both right. SAEBench counts the hours of the day on which it is run and, for
-    some zones, one hour around them.
+    The offsets in winter and in summer are both right. SAEBench accepts the offset on the day on which it is run and,
+    for some zones, offsets within one hour of it.
     """
     number = re.match(r"\s*([+\-−]?)\s*(\d{1,2})", said)
     if number is None:

@@ -1,14 +1,15 @@
 """Masks over the latents of SAEs that change one attribute of an entity and keep the others (RAVEL).
 
 The mask of an SAE is a vector theta (F,), trained by differential binary masking (Cao et al. 2020; Huang et al. 2024,
-RAVEL) as in SAEBench 0.6.0 (`ravel/mdbm.py`). At the entity's last token the model gets the decoding of
+RAVEL) as in SAEBench 0.6.0 (`ravel/mdbm.py`). At the entity's last token, the model's activations are replaced by the
+decoding of
 
     (1 - m) * f_base + m * f_source,    m = sigmoid(theta / T) in training, theta > 0 afterwards
 
 without the SAE's error term. The loss is the cross entropy of the wanted answer's first token. The temperature T falls
 from 1 to 1e-4 geometrically over the steps.
 
-The model runs once up to the hook for all SAEs, and from the hook on for each SAE.
+Up to the hook the model runs once for all SAEs; after the hook it runs for each SAE.
 
 Shape suffixes: N pairs, S positions, D d_in, F latents, K generated tokens.
 """
@@ -46,7 +47,7 @@ class Mask:
 
     @property
     def selected(self) -> int:
-        """The number of latents that it replaces."""
+        """The number of latents that the mask replaces."""
         return int((self.theta_F > 0).sum())
 
     def step(self, ctx: EvalContext, batch: "PairBatch", source_ND: Tensor, temperature: float) -> None:
@@ -64,7 +65,7 @@ class Mask:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Pairs, with the model's pass over their bases up to the hooks, and the wanted token of each (N,)."""
+    """Pairs, the model's pass over their bases up to the hooks, and the wanted token of each pair (N,)."""
 
     prompts: PaddedPrompts
     run: PrefixPass
@@ -82,7 +83,7 @@ class PairBatch:
 
 
 def exchange(sae: SAELike, x_NSD: Tensor, position_N: Tensor, source_ND: Tensor, mask_F: Tensor) -> Tensor:
-    """The activations (N, S, D). At `position_N` they are decoded from latents that the mask takes from the source.
+    """The activations (N, S, D). At `position_N` they are decoded from base and source latents mixed by the mask.
 
     Raises SaeError if the latents are NaN or infinite.
     """
@@ -113,7 +114,7 @@ def train_masks(
     what: str,
     progress: Progress,
 ) -> None:
-    """Train the masks of all SAEs on the same batches. `rows` has the entity's activations of every prompt (N, d).
+    """Train the masks of all SAEs on the same batches. `rows` has the entity's activations for every prompt (N, d).
 
     An SAE that cannot be measured gets an `error` and is left out.
     """
@@ -137,7 +138,7 @@ def train_masks(
 def answer_under(
     ctx: EvalContext, mask: Mask, prompts: Sequence[FactPrompt], rows_ND: Tensor, pairs: Sequence[FactPair], tokens: int
 ) -> list[str]:
-    """The model's answer to the base of each pair, with the latents under the mask taken from the source."""
+    """The model's answer to the base of each pair, with the masked latents taken from the source."""
     pad = pad_id(ctx.tokenizer)
     mask_F = (mask.theta_F > 0).float()
     answers: list[str] = []
@@ -152,6 +153,6 @@ def answer_under(
 
 
 def in_first_pass(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`change` for the first pass of a generation; the later ones have only the generated tokens."""
+    """Apply `change` in the first pass of a generation only: the later passes contain only generated tokens."""
     passes = itertools.count()
     return lambda x_NSD: change(x_NSD) if next(passes) == 0 else x_NSD

@@ -27,7 +27,7 @@ from ..datasets.ravel import PLACEHOLDER, EntityFacts
 from .base import Progress
 from .ravel_answers import is_right
 
-PROMPTS_PER_BLOCK = 2048  # whose answers are kept in one file of the artifact cache
+PROMPTS_PER_BLOCK = 2048  # prompts whose answers are kept in one file of the artifact cache
 PROMPTS_PER_FORWARD = 64
 
 
@@ -37,7 +37,7 @@ class FactPrompt:
 
     Attributes:
         position: the index in `ids` of the entity's last token, counted from the end (negative).
-        first_token: the first token of the model's answer; -1 before it has been asked.
+        first_token: the first token of the model's answer; -1 before the model has been asked.
     """
 
     text: str
@@ -52,7 +52,7 @@ class FactPrompt:
 class FactPair(NamedTuple):
     """Two questions about one attribute; the entity's activations in `base` are replaced by those in `source`.
 
-    `base` and `source` are indices of prompts. The answer wanted is `value`, which begins with the token `target`.
+    `base` and `source` are indices of prompts. The wanted answer is `value`, which begins with the token `target`.
     """
 
     base: int
@@ -62,14 +62,14 @@ class FactPair(NamedTuple):
 
 
 class PairSplit(NamedTuple):
-    """The pairs of one attribute: to train the mask on, and to test it on."""
+    """The pairs of one attribute, split into those that train the mask and those that test it."""
 
     train: list[FactPair]
     test: list[FactPair]
 
 
 class PaddedPrompts(NamedTuple):
-    """Prompts as one batch, padded on one side: ids (N, S), where tokens are (N, S), and each entity's position (N,).
+    """Prompts as one batch, padded on one side: ids (N, S), a mask of tokens (N, S), and each entity's position (N,).
 
     `last_N` has the positions of the last tokens.
     """
@@ -97,7 +97,7 @@ def make_prompts(ctx: EvalContext, facts: EntityFacts, attributes: tuple[str, ..
 
 
 def fill(template: str, entity: str) -> tuple[str, int]:
-    """The text of a question, and where the entity ends in it. %% is a percent sign, as in Python's formats."""
+    """The text of a question, and where the entity ends in it. As in Python's format strings, %% is a percent sign."""
     before, after = (part.replace("%%", "%") for part in template.split(PLACEHOLDER))
     return f"{before}{entity}{after}", len(before) + len(entity)
 
@@ -120,7 +120,7 @@ def entity_positions(tokenizer: Any, fills: Sequence[tuple[str, int]]) -> list[i
 
 
 def pad_id(tokenizer: Any) -> int:
-    """A token to pad with; nothing attends to it."""
+    """The token for padding; nothing attends to it."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return int(next(token for token in known if token is not None))
 
@@ -144,7 +144,7 @@ def pad_prompts(prompts: Sequence[FactPrompt], pad: int, device: torch.device, l
 def generate(model: LanguageModel, batch: PaddedPrompts, tokens: int, pad: int) -> Tensor:
     """The model's most probable continuation of each prompt, (N, K). The batch is padded on the left.
 
-    After the end of a text there is only padding.
+    After the end of a text, the continuation is padding.
 
     Raises UsageError if the model cannot generate.
     """
@@ -159,13 +159,13 @@ def generate(model: LanguageModel, batch: PaddedPrompts, tokens: int, pad: int) 
 
 
 def by_length(prompts: Sequence[FactPrompt], size: int) -> Iterator[list[int]]:
-    """The indices of the prompts in batches of at most `size`, of similar length each."""
+    """The indices of the prompts, in batches of at most `size` prompts of similar length."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     yield from (order[start : start + size] for start in range(0, len(order), size))
 
 
 def ask(ctx: EvalContext, prompts: Sequence[FactPrompt], tokens: int, what: str, progress: Progress) -> Tensor:
-    """The first `tokens` tokens that the model answers to each prompt (N, K), from the artifact cache or generated.
+    """The first `tokens` tokens of the model's answer to each prompt (N, K), from the artifact cache or generated.
 
     The cache is filled block by block, so that questions answered before a kill are not asked again.
     """
@@ -241,7 +241,7 @@ def capture_rows(
 def draw_pairs(
     prompts: Sequence[FactPrompt], attributes: Sequence[str], changed: str, count: int, share: float, rng: random.Random
 ) -> PairSplit:
-    """The pairs for one attribute that is to change while the others stay.
+    """The pairs for changing one attribute while the others stay the same.
 
     At most `count` pairs are about the attribute `changed`: their answer should become the source's. As many pairs are
     about all other attributes together: their answer should stay. A `share` of all pairs is for training.
@@ -266,7 +266,7 @@ def draw_pairs(
 def sample_pairs(
     prompts: Sequence[FactPrompt], attribute: str, count: int, rng: random.Random
 ) -> list[tuple[int, int]]:
-    """Pairs (base, source) of prompts about an attribute that has different values in the two."""
+    """Pairs (base, source) of prompts about one attribute whose values differ between the two."""
     own = [i for i, prompt in enumerate(prompts) if prompt.attribute == attribute]
     bases = own if len(own) < count else rng.sample(own, count)
     others = {

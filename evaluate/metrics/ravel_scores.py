@@ -24,10 +24,10 @@ class AttributeScores:
 
     Attributes:
         entities: the entity of each pair's base.
-        is_cause: whether the source's answer is wanted and begins with another token than the base's. As in SAEBench, a
-            pair whose two answers begin with the same token counts as one whose answer should stay.
-        right: whether the answer is the one wanted.
-        latents: the entries about the mask in the details.
+        is_cause: whether the source's answer is the wanted one and its first token differs from the base's. As in
+            SAEBench, a pair whose two answers have the same first token counts as a pair whose answer should stay.
+        right: whether the wanted answer was given.
+        latents: what the details say about the mask.
     """
 
     entity_type: str
@@ -94,7 +94,7 @@ def mean_scores(by_type: dict[str, list[AttributeScores]]) -> dict[str, float]:
 
 
 def score_intervals(by_type: dict[str, list[AttributeScores]], seed: int) -> dict[str, list[float]]:
-    """95 % intervals of the mean scores: the entities of each type are resampled with all their pairs.
+    """95 % intervals of the mean scores. The entities of each type are resampled, with all of their pairs.
 
     The draws are the same for every SAE that is measured on the same pairs.
     """
@@ -116,7 +116,7 @@ def score_intervals(by_type: dict[str, list[AttributeScores]], seed: int) -> dic
 def finite_interval(samples: Sequence[np.ndarray], statistic: Any, seed: int) -> list[float]:
     """95 % percentile interval over the resamples in which the statistic is defined."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DegenerateDataWarning)  # of scipy's own interval, where a resample is undefined
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # from scipy's own interval, if a resample is undefined
         found = bootstrap(
             samples, statistic, n_resamples=RESAMPLES, vectorized=True, method="percentile",
             rng=np.random.default_rng(seed),
@@ -127,7 +127,8 @@ def finite_interval(samples: Sequence[np.ndarray], statistic: Any, seed: int) ->
 
 @dataclass(frozen=True)
 class EntityCounts:
-    """For each entity and attribute (E, A, 4): cause pairs, right ones, isolation pairs, right ones."""
+    """Counts for each entity and attribute (E, A, 4): cause pairs, how many are right, isolation pairs, how many are
+    right."""
 
     counts_EAK: np.ndarray
 

@@ -1,4 +1,4 @@
-"""The list of all metrics, the suites made of them, and the parser of `--suite` and `--set`.
+"""The list of all metrics, the suites built from them, and the parser of `--suite` and `--set`.
 
 To add a metric, write one new file with a subclass of `base.Metric` and add that class to METRIC_CLASSES.
 """
@@ -37,7 +37,7 @@ METRIC_CLASSES: tuple[type[Metric], ...] = (
     Autointerp,
 )
 METRICS = {metric.name: metric for metric in METRIC_CLASSES}
-# In a suite only if one of its options is set: a judge costs money, and our facts need a model that knows geography.
+# Part of a suite only if one of its options is set: a judge costs money, our facts need a model that knows geography.
 OPT_IN = ("autointerp", "ravel_facts")
 SUITES = {
     "quick": ("core", "absorption", "sparse_probing_stdlib", "stability"),
@@ -46,7 +46,7 @@ SUITES = {
 
 
 def caveats(metrics: Iterable[str]) -> list[str]:
-    """A sentence about the known weakness of each of these metrics that has one."""
+    """A sentence for each of these metrics that has a known weakness."""
     return [f"{name}: {METRICS[name].caveat}" for name in metrics if METRICS[name].caveat]
 
 
@@ -89,7 +89,7 @@ def unknown_metric(suite: str, name: str) -> str:
 
 
 def parse_option(option: str, names: Sequence[str]) -> tuple[str, str, Any]:
-    """Split `metric.option=value` into the metric, its option and the value in the type of the option's default."""
+    """Split `metric.option=value` into the metric, its option, and the value, in the type of the option's default."""
     metric, _, rest = option.partition(".")
     name, equals, text = rest.partition("=")
     defaults = {f.name: f.default for f in fields(METRICS[metric])} if metric in METRICS else {}

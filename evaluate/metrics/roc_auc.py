@@ -1,8 +1,8 @@
-"""The area under the ROC curve, equal in every bit to scikit-learn's `roc_auc_score`, which takes ten times as long.
+"""The area under the ROC curve, bit for bit equal to scikit-learn's `roc_auc_score`, which takes ten times as long.
 
-Probes choose their regularization by thousands of AUCs of a few texts each, where scikit-learn spends nearly all of its
-time on checks of its arguments. Corners, ratios and trapezoids are computed here in its order, so that two probes tie
-here if and only if they tie there.
+Probes choose their regularization by thousands of AUCs of a few texts each. For these, scikit-learn spends nearly all
+of its time on checking arguments. Corners, ratios and trapezoids are computed here in scikit-learn's order, so two
+probes tie here if and only if they tie there.
 
 Shape suffixes: M texts, T thresholds.
 """
@@ -13,11 +13,11 @@ import numpy as np
 
 
 def roc_auc(label_M: np.ndarray, score_M: np.ndarray) -> float:
-    """The AUC of finite scores for labels 0 and 1; NaN if all labels are the same."""
+    """The AUC of finite scores with labels 0 and 1; NaN if all labels are equal."""
     if (label_M == label_M[0]).all():
         return math.nan
     order_M = np.argsort(score_M)[::-1]
-    # Texts of equal scores are on one side of every threshold, in whatever order they are.
+    # Texts with equal scores are always on the same side of a threshold, so their order does not matter.
     last_T = np.append(np.flatnonzero(np.diff(score_M[order_M])), len(score_M) - 1)
     true_T = np.cumsum(label_M[order_M], dtype=np.float64)[last_T]
     false_T = 1 + last_T - true_T

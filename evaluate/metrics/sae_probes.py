@@ -1,19 +1,19 @@
 """sae_probes: how well logistic probes on a few latents tell the classes of 113 data sets apart. 0.5 is chance.
 
-A text is the latents at its last token, or for the model's own score the activations there. In each data set the k
-latents that tell the classes of the training texts apart best are probed; see logistic_probes.py for splits, ranking
-and regularization. AUC and accuracy are averaged over the splits of a data set (in the setting normal there is one),
-then over data sets. Intervals resample data sets.
+A text is represented by the latents at its last token or, for the model's own score, by the activations there. In each
+data set, the k latents that best tell the classes of the training texts apart are probed. See logistic_probes.py for
+splits, ranking and regularization. AUC and accuracy are averaged over the splits of a data set (in the setting normal
+there is one), then over data sets. Intervals resample data sets.
 
 Source: Kantamneni et al. 2025, "Are Sparse Autoencoders Useful?", arXiv 2502.16681, and its sae-probes 0.4.2. With
-`--max-norm none` the numbers equal those of sae-probes. The metric differs in what a result adds and leaves out:
+`--max-norm none` the numbers equal those of sae-probes. The differences are:
 
 - Contexts begin like those that the SAE was trained on; sae-probes keeps what TransformerLens' tokenizer adds.
-- A text whose last token is an outlier row is left out with one of the other class, so that classes stay balanced.
-- A k over the number of latents gives no number; sae-probes probes all latents under that name.
+- A text whose last token is an outlier row is left out, together with one of the other class to keep classes balanced.
+- A k larger than the number of latents yields no number; sae-probes then probes all latents under that name.
 
-Memory, for one data set at a time: its rows (5,000 x d_in), an SAE's latents of them in sparse form, and the dense
-latents of the training texts (1,024 x d_sae float32, 67 MB at 16,384 latents).
+Memory, for one data set at a time: its rows (5,000 x d_in), one SAE's latents of these rows in sparse form, and the
+dense latents of the training texts (1,024 x d_sae float32, 67 MB at 16,384 latents).
 
 Shape suffixes: N texts, D d_in, F latents, S splits, K numbers of latents.
 """
@@ -50,14 +50,14 @@ from .logistic_probes import (
 
 KS = (1, 2, 5, 16, 128)
 PENALTIES = ("l1", "l2")  # of the probes on latents; the model's own probe has L2, as in sae-probes
-DEFAULT_TEXTS = 5000  # of a data set
+DEFAULT_TEXTS = 5000  # texts of a data set
 ROWS_PER_ENCODE = 128
 NAMED_LATENTS = 16  # latents of a split that a result lists
 UNKNOWN = ProbeScore(*[math.nan] * len(ProbeScore._fields))
 
 
 class SplitScores(NamedTuple):
-    """The scores of the probes on one split, the latents that they read, and whether these never vary in training."""
+    """The scores of the probes on one split, the latents that they read, and whether these are constant in training."""
 
     probes: list[ProbeScore]
     latents: list[int]
@@ -66,9 +66,9 @@ class SplitScores(NamedTuple):
 
 @dataclass(frozen=True)
 class SaeProbes(Metric):
-    """On the data sets of `sae data get sae-probes`.
+    """Probes on the data sets that `sae data get sae-probes` fetches.
 
-    `datasets` are names or numbers of `sae data list sae-probes`, `ks` numbers of latents. `setting` is normal,
+    `datasets` are names or numbers from `sae data list sae-probes`; `ks` are numbers of latents. `setting` is normal,
     scarcity (2 to 1,024 training texts) or imbalance (5 % to 95 % positive texts). `max_texts` limits the texts of a
     data set, and `max_train` those that a probe is trained on; the defaults follow sae-probes.
     """
@@ -112,7 +112,7 @@ class SaeProbes(Metric):
     def names(self) -> list[str]:
         """The data sets that are asked for, in the order of the index.
 
-        Raises UsageError for an unknown one, UnavailableError if the data are not here.
+        Raises UsageError for an unknown data set and UnavailableError if the data have not been fetched.
         """
         known = data.dataset_names()
         if self.datasets == ("all",):
@@ -173,7 +173,7 @@ class SaeProbes(Metric):
         return problems
 
     def splits(self, label_N: np.ndarray, side: str) -> list[ProbeSplit]:
-        """The splits for the probes on latents or on the model. For the model sae-probes rounds the shares."""
+        """The splits for the probes on latents or on the model. For the model, sae-probes rounds the shares."""
         shares = [round(share * 20) / 20 for share in SHARES] if side == "llm" else SHARES
         return splits_of(self.setting, label_N, self.max_train, shares)
 
@@ -199,9 +199,9 @@ class SaeProbes(Metric):
         self, ctx: EvalContext, problem: "ProbeProblem", side: str, features: Mapping[str, Any],
         probe: Callable[[ProbeSplit], SplitScores],
     ) -> "DatasetScores":  # fmt: skip
-        """The scores of one data set, from the artifact cache or computed: a killed evaluation continues after them.
+        """The scores of one data set, from the artifact cache or computed. A killed evaluation continues after them.
 
-        Their key is a digest of the probes' inputs, so any object that encodes can reuse them.
+        They are keyed by a digest of the probes' inputs, so any object that encodes can reuse them.
         """
         splits = problem.splits[side]
 
@@ -236,14 +236,14 @@ class ProbeProblem:
 class DatasetScores:
     """Scores of one data set. The model's scores have one entry instead of one for each k."""
 
-    score_SK4: Tensor  # the fields of ProbeScore, NaN for a k over the number of latents
+    score_SK4: Tensor  # the fields of ProbeScore; NaN for a k larger than the number of latents
     constant_SK: Tensor  # whether the probed latents never vary in the training texts
     latent_SK: Tensor  # the probed latents, the best first
     splits: list[ProbeSplit]
     outliers: int
 
     def mean(self, score: str, place: int = 0) -> float:
-        """The mean over the splits of a field of ProbeScore, for the k in this place."""
+        """The mean over the splits of a field of ProbeScore, for the k at this index."""
         return float(self.score_SK4[:, place, ProbeScore._fields.index(score)].mean())
 
 
@@ -259,7 +259,7 @@ class ScoredSAE:
 
 
 def balanced(label_N: np.ndarray, usable_N: np.ndarray, max_texts: int) -> np.ndarray:
-    """The first usable texts of each class, as many of both, at most `max_texts` in all: ascending indices."""
+    """Indices, ascending, of the first usable texts of each class: as many of both, at most `max_texts` in all."""
     by_class = [np.flatnonzero(usable_N & (label_N == label)) for label in (0, 1)]
     each = min(max_texts // 2, *map(len, by_class))
     return np.sort(np.concatenate([texts[:each] for texts in by_class]))
@@ -340,7 +340,7 @@ def describe_dataset(name: str, llm: DatasetScores, sae: DatasetScores, ks: Sequ
 
 
 def describe_splits(llm: DatasetScores, sae: DatasetScores, ks: Sequence[int]) -> list[dict[str, Any]]:
-    """For each split its sizes, the scores of every probe, and the first of the latents, the best first."""
+    """For each split, its sizes, the scores of every probe, and the best latents, best first."""
     return [
         {
             "train": len(split.train_M),

@@ -1,4 +1,4 @@
-"""Statistics of one SAE for the core metric: reconstruction, sparsity, and SAEBench's numbers of each latent.
+"""Statistics of one SAE for the core metric: reconstruction, sparsity, and SAEBench's numbers for each latent.
 
 Shape suffixes: N contexts, S positions, R rows that are replaced, T counted tokens, D d_in, F latents.
 """
@@ -18,7 +18,7 @@ from .parts import tokens_per_encode
 
 PER_CONTEXT = ("l0", "cossim", "error", "around_centre", "tokens")  # sums kept per context, for the intervals
 
-Ratio = tuple[Tensor, Tensor]  # numerator and denominator of a number, each as one summand per context
+Ratio = tuple[Tensor, Tensor]  # numerator and denominator of a number, each as one term per context
 
 
 def ratio_value(ratio: Ratio) -> float:
@@ -26,7 +26,7 @@ def ratio_value(ratio: Ratio) -> float:
 
 
 def ratio_interval(ratio: Ratio) -> list[float]:
-    """95 % interval by linearizing the ratio. Its entries have to be independent: documents rather than contexts."""
+    """95 % interval from linearizing the ratio. Its entries must be independent: documents rather than contexts."""
     part, whole = ratio
     count, total = len(whole), float(whole.sum())
     if count < 2 or not total:
@@ -38,14 +38,14 @@ def ratio_interval(ratio: Ratio) -> list[float]:
 
 
 def sum_by_document(ratio: Ratio, document_N: Tensor) -> Ratio:
-    """Sum the entries of a ratio over the contexts of each document. `document_N` may cover more contexts."""
+    """Sum the entries of a ratio over the contexts of each document. `document_N` can be longer."""
     _, index_N = document_N[: len(ratio[1])].unique(return_inverse=True)
     part, whole = (torch.zeros(int(index_N.max()) + 1).to(column).index_add_(0, index_N, column) for column in ratio)
     return part, whole
 
 
 def divide(part: float, whole: float) -> float:
-    """part / whole, NaN if whole is 0: a text of one token has neither a variance nor a next token."""
+    """part / whole, or NaN if whole is 0, because a text of one token has neither a variance nor a next token."""
     return part / whole if whole else math.nan
 
 
@@ -59,8 +59,8 @@ def splice(
 ) -> Tensor:
     """The activations of one batch (N, S, D) with the SAE's reconstruction at the counted tokens.
 
-    The batch is encoded once, `tokens` at a time (default: `tokens_per_encode`), and added to each of the `statistics`,
-    restricted to its rows (N, S), which are counted tokens.
+    The batch is encoded once, `tokens` tokens at a time (default: `tokens_per_encode`). It is added to each of the
+    `statistics`, restricted to the rows (N, S) given with it, which are counted tokens.
     """
     replaced_NS = torch.ones_like(counted_NS) if target.everywhere else counted_NS
     x_RD, context_R = x_NSD[replaced_NS], replaced_NS.nonzero()[:, 0]
@@ -88,16 +88,16 @@ def splice(
 
 
 class SAEStatistics:
-    """Sums in float64 over some of the counted tokens of one SAE: reconstruction, sparsity and pairs of latents.
+    """Sums in float64, for one SAE, over some of the counted tokens: reconstruction, sparsity and pairs of latents.
 
-    `splice` adds batches: `add_latents` for each chunk of a batch, then `end_batch`, which also computes the numbers
-    that SAEBench defines per batch. `pairs` is None without `paired_latents`.
+    `splice` adds batches. It calls `add_latents` for each chunk of a batch, then `end_batch`, which also computes the
+    numbers that SAEBench defines per batch. `pairs` is None without `paired_latents`.
     """
 
     def __init__(self, paired_latents: int = 0) -> None:
         self.sums: defaultdict[str, Any] = defaultdict(float)
         self.tokens = self.batches = 0
-        self.per_context: list[Tensor] = []  # one (N, len(PER_CONTEXT)) a batch: sums over each context
+        self.per_context: list[Tensor] = []  # a tensor (N, len(PER_CONTEXT)) for each batch: sums over each context
         self.center_D: Tensor | None = None  # mean of the first batch: the per-context variance is taken about it
         self.pairs = LatentPairs(paired_latents) if paired_latents else None
         self.start_batch()
@@ -107,10 +107,10 @@ class SAEStatistics:
         self.l0_l1: list[Tensor] = []
 
     def add_latents(self, f_TF: Tensor, context_T: Tensor, contexts: int) -> None:
-        """Take the latents of some tokens of a batch of `contexts` contexts, and the context of each token."""
+        """Add the latents at some tokens of a batch of `contexts` contexts, given the context of each token."""
         if self.fired_NF is None:
             self.fired_NF = f_TF.new_zeros(contexts, f_TF.shape[1])
-        # Comparisons are written as 0 and 1 into one float tensor: bools, and their conversion, take 20 times as long.
+        # Comparisons are written as 0 and 1 into one float tensor: creating and converting bools takes 20 times as long.
         part_TF = torch.ne(f_TF, 0, out=torch.empty_like(f_TF))
         self.l0_l1.append(torch.stack([part_TF.sum(-1).double(), f_TF.sum(-1).double()], 1))
         self.fired_NF.index_add_(0, context_T, torch.gt(f_TF, 0, out=part_TF))
@@ -120,11 +120,11 @@ class SAEStatistics:
             self.pairs.add(f_TF)
 
     def skip_batch(self, contexts: int) -> None:
-        """Take a batch of `contexts` contexts without a token."""
+        """Add a batch of `contexts` contexts without any token."""
         self.per_context.append(torch.zeros(contexts, len(PER_CONTEXT), dtype=torch.float64))
 
     def end_batch(self, x_TD: Tensor, recon_TD: Tensor, context_T: Tensor, contexts: int) -> None:
-        """Take the activations of a batch's tokens, their reconstructions, and the context of each token."""
+        """Add the activations of a batch's tokens and their reconstructions, given the context of each token."""
         if self.pairs:
             self.pairs.end_batch()
         if self.fired_NF is not None:
@@ -143,7 +143,7 @@ class SAEStatistics:
             "l2_norm_in": norm_in,
             "l2_norm_out": norm_out,
             "l2_ratio": norm_out / torch.where(norm_in < 1e-4, 1.0, norm_in),
-            "mse": error / len(error),  # SAEBench divides by the batch's tokens instead of the dimensions
+            "mse": error / len(error),  # SAEBench divides by the number of tokens instead of the number of dimensions
             "cossim": dot / (norm_in * norm_out),
             "explained_variance_legacy": 1 - error / (x_TD - x_TD.mean(0)).square().sum(-1).double(),
             "error": error,
@@ -168,7 +168,7 @@ class SAEStatistics:
         self.batches += 1
 
     def scalars(self, mode: str) -> dict[str, dict[str, float]]:
-        """The categories reconstruction_quality, shrinkage and sparsity of SAEBench."""
+        """SAEBench's categories reconstruction_quality, shrinkage and sparsity."""
         s, d_in = self.sums, len(self.sums["x"])
 
         def mean(*names: str) -> dict[str, float]:
@@ -198,7 +198,7 @@ class SAEStatistics:
         return self.sums["x_square"] - float(self.sums["x"].square().sum()) / self.tokens
 
     def fve_interval(self, interval: list[float], fve: float) -> list[float]:
-        """Rescale the interval of the `fve` from the first batch's mean to the mean of all tokens.
+        """Rescale the interval of the `fve`, taken about the first batch's mean, to the mean of all tokens.
 
         Sums per context need a center that is known from the start.
         """
@@ -227,7 +227,7 @@ def largest_other_cosine(rows_FD: Tensor, block: int = 4096) -> Tensor:
     largest = []
     for start in range(0, len(unit), block):
         cosine = unit[start : start + block] @ unit.T
-        cosine.diagonal(start).fill_(-torch.inf)  # of each row with itself
+        cosine.diagonal(start).fill_(-torch.inf)  # each row with itself
         largest.append(cosine.amax(1))
     return torch.cat(largest)
 
