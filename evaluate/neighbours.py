@@ -1,4 +1,4 @@
-"""The other runs in the folder of a run: its other seeds, and SAEs that were measured with the same settings."""
+"""The runs in the same folder as a run: its other seeds, and SAEs that were measured with the same settings."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -26,10 +26,10 @@ class RunsBeside:
 
     Attributes:
         references: the references on its text and hook, including its controls.
-        seeds: runs that differ from it only by seed, with core measured as for the run.
-        unmeasured: the folders of runs that differ only by seed, with core measured differently or not at all.
-        controls: its controls, one of each recipe, with the results that were measured with its own settings.
-        others: the other runs of its model, layer and site, with core measured as for the run. No controls.
+        seeds: runs that differ from it only in their seed, with core measured in the same way.
+        unmeasured: the folders of runs that differ only in their seed, with core measured differently or not at all.
+        controls: its controls, one of each recipe, with the results that were measured with the same settings.
+        others: the other runs of its model, layer and site, except controls, with core measured in the same way.
     """
 
     run: ComparedRun
@@ -53,7 +53,7 @@ def find_neighbours(run: ComparedRun) -> RunsBeside:
         if folder == run.folder.resolve() or not (folder / "sae.json").exists():
             continue
         try:
-            # A folder of many runs is read often, so only core is read, by which all runs are compared.
+            # A folder with many runs is read often. So only core is read, which is what all runs are compared by.
             is_seed = digest_of_system(read_run_record(folder)) == digest_of_system(run.record) != ""
             other = read_run(folder, metrics=("core",))
         except SaeError as error:
@@ -76,7 +76,7 @@ def find_neighbours(run: ComparedRun) -> RunsBeside:
 
 
 def nearest_seed(run: ComparedRun, others: Sequence[ComparedRun]) -> ComparedRun:
-    """The one with the seed of the run, or else the first: a run is compared with a run, not with the best of many."""
+    """The control with the run's seed, or else the first: a run is compared with one run, not with the best of many."""
     return next((one for one in others if one.record.get("seed") == run.record.get("seed")), others[0])
 
 
@@ -94,14 +94,14 @@ def digest_of_system(record: Mapping[str, Any] | None) -> str:
 
 
 def measured_alike(run: ComparedRun, other: ComparedRun, metric: str = "core") -> bool:
-    """Whether a metric was measured in both, with the same settings. Limits of two caches differ a little."""
+    """Whether both have a result of a metric with the same settings. (Norm limits of two caches differ a little.)"""
     settings = [without_weights(one.settings.get(metric, {})) for one in (run, other)]
     ours, theirs = ({name: v for name, v in one.items() if name != "norm_limit"} for one in settings)
     return metric in run.results and metric in other.results and ours == theirs
 
 
 def more_seeds_command(run: ComparedRun) -> str:
-    """The command that trains a run with other seeds; "" where the run's record does not hold all of it."""
+    """The command that trains a run with other seeds; "" if the run's record is not sufficient for it."""
     record = run.record
     is_usual = len(record.get("cache_folders", ())) == 1 and "ring" not in record
     if not digest_of_system(record) or not is_usual or record.get("asked", {}).get("modules"):
@@ -126,5 +126,5 @@ def more_seeds_command(run: ComparedRun) -> str:
 
 
 def describe_option(value: Any) -> str:
-    """The value of an option as `--set` takes it."""
+    """The value of an option in the form that `--set` accepts."""
     return "none" if value is None else value if isinstance(value, str) else json.dumps(value)

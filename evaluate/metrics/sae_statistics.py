@@ -110,7 +110,7 @@ class SAEStatistics:
         """Add the latents at some tokens of a batch of `contexts` contexts, given the context of each token."""
         if self.fired_NF is None:
             self.fired_NF = f_TF.new_zeros(contexts, f_TF.shape[1])
-        # Comparisons are written as 0 and 1 into one float tensor: creating and converting bools takes 20 times as long.
+        # Comparisons are written as 0 and 1 into one float tensor: making and converting bools takes 20 times as long.
         part_TF = torch.ne(f_TF, 0, out=torch.empty_like(f_TF))
         self.l0_l1.append(torch.stack([part_TF.sum(-1).double(), f_TF.sum(-1).double()], 1))
         self.fired_NF.index_add_(0, context_T, torch.gt(f_TF, 0, out=part_TF))

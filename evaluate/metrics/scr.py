@@ -2,15 +2,15 @@
 
 Higher is better: 0 is no effect, 1 removes all of the bias.
 
-A probe is trained on texts of two classes in which a second attribute always goes with the class (male professors
-against female nurses), so it reads the attribute as well. The latents that matter most to a probe of the attribute are
-ablated. The biased probe is less accurate on the class than a probe of the class itself. The score is the share of this
-difference that the ablation recovers. In the other direction, the latents of the class are ablated and the attribute is
-read.
+A *biased* probe is trained on texts of two classes in which a second attribute always coincides with the class (male
+professors and female nurses), so it also reads the attribute. It is therefore less accurate on the class than a probe
+that is trained on the class alone. The latents that matter most to a probe of the attribute are ablated. The score is
+the share of the missing accuracy that this recovers. In the other direction, the latents of the class are ablated and
+the attribute is read.
 
-Source: SHIFT of Marks et al. 2024, as automated by SAEBench 0.6.0, `evals/scr_and_tpp` (Karvonen et al. 2025). All
-texts of a pair are in its tasks, so only the probes depend on random numbers. Ablation is computed without decoding
-(probe_readout), and every score has a bootstrap interval.
+Source: SHIFT of Marks et al. 2024, as automated by SAEBench 0.6.0, `evals/scr_and_tpp` (Karvonen et al. 2025). The
+tasks of a pair contain all of its texts, so only the probes depend on random numbers. Ablation is computed without
+decoding (probe_readout), and every score has a bootstrap interval.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ ATTRIBUTE, CLASS, BIASED = range(3)
 POSITIVE = {ATTRIBUTE: ("PP/2", "PN"), CLASS: ("PP/2", "NP"), BIASED: ("PP",)}
 NEGATIVE = {ATTRIBUTE: ("NP", "NN/2"), CLASS: ("PN", "NN/2"), BIASED: ("NN",)}
 DIRECTIONS = {CLASS: ATTRIBUTE, ATTRIBUTE: CLASS}  # task to read -> task whose latents are ablated
-MIN_ROOM = 1e-3  # missing accuracy below which the score is 0: SAEBench since 2025-02-14
+MIN_ROOM = 1e-3  # missing accuracy below which the score is 0, as in SAEBench since 2025-02-14
 CLASS_NAMES = {  # as SAEBench writes them into the names of its results
     f"{BIOS}_class_set1": {
         "21": "professor", "13": "nurse", "1": "architect", "11": "journalist", "25": "surgeon", "22": "psychologist",
@@ -49,7 +49,7 @@ CLASS_NAMES = {  # as SAEBench writes them into the names of its results
 
 @dataclass(frozen=True)
 class Scr(Ablation):
-    """`scr_metric` is the score of the harder direction; none if a pair's biased probe is equally bad at both."""
+    """`scr_metric` is the score of the harder direction, or none if a pair's biased probe is equally bad at both."""
 
     datasets: tuple[str, ...] = tuple(CLASS_NAMES)
 
@@ -131,8 +131,8 @@ def scr_scores(
 
     `biased` is the accuracy of the biased probe, `clean` is the accuracy of the task's own probe, and
     `ablated[task][n]` is the accuracy of the biased probe without n latents of the other task. `scr_metric` is the
-    score of the task at which the biased probe is worse; if it is equally bad at both there is none. A score is 0 if
-    less than MIN_ROOM is missing; in mode 2024-12 it is the quotient regardless, and absent for 0/0.
+    score of the task at which the biased probe is worse; if it is equally bad at both, there is none. A score is 0 if
+    the missing accuracy is below MIN_ROOM. In mode 2024-12 it is always the quotient, and absent for 0/0.
     """
     scores = {}
     for number, task in enumerate(DIRECTIONS, 1):
@@ -150,7 +150,7 @@ def scr_scores(
 
 
 def pair_flags(biased: Mapping[int, Tensor], clean: Mapping[int, Tensor]) -> list[str]:
-    """Sentences about why the scores of a pair may mean little."""
+    """Sentences that say why the scores of a pair may mean little."""
     if biased[CLASS][0] == biased[ATTRIBUTE][0]:
         return ["the biased probe is equally good at both tasks, so this pair has no scr_metric."]
     harder = min(DIRECTIONS, key=lambda task: float(biased[task][0]))
@@ -166,7 +166,7 @@ def pair_flags(biased: Mapping[int, Tensor], clean: Mapping[int, Tensor]) -> lis
 
 @dataclass(frozen=True)
 class ScrStdlib(Scr):
-    """The same without a download: pieces of Python's standard library on two subjects, docstrings or code."""
+    """The same metric without a download, on pieces of Python's standard library: two subjects, docstrings or code."""
 
     datasets: tuple[str, ...] = ("stdlib/subject",)
     train_set_size: int = 400

@@ -1,21 +1,21 @@
 """Sparse probing: how well a few latents predict the class of a text. Higher accuracy is better; 0.5 is chance.
 
-Each class of each dataset is a binary task against the other classes. A text is the mean of its latents over the
-counted tokens, or of its residual for the LLM's own score. Two probes per task: one on all features, trained until the
-test accuracy stops rising, and scikit-learn's logistic regression on the k features whose class means differ most.
-Accuracies are averaged over the classes of a dataset, then over datasets.
+Each class of each dataset is a binary task against the other classes. A text is represented by the mean of its latents
+(for the LLM's own score, of its residual) over the counted tokens. There are two probes per task: one on all features,
+trained until the test accuracy stops rising, and scikit-learn's logistic regression on the k features whose class means
+differ most. Accuracies are averaged over the classes of a dataset, then over datasets.
 
-Source: SAEBench 0.6.0, `evals/sparse_probing` (after Gurnee et al. 2023), with its definitions and names. It differs in
-what a result adds and in two numerical choices:
+Source: SAEBench 0.6.0, `evals/sparse_probing` (after Gurnee et al. 2023), with its definitions and names. There are
+three differences, an addition and two numerical choices:
 
-- `sae_top_1_latents` and so on name the latents that the probes on few latents read: dataset -> class -> latent ->
-  difference, the largest first. The difference is the latent's mean over the task's training texts of the class minus
-  its mean over the others, so it is positive where the latent fires more for the class.
+- `sae_top_1_latents` and similar entries name the latents that the probes on few latents read: dataset -> class ->
+  latent -> difference, the largest first. The difference is the latent's mean over the task's training texts of the
+  class minus its mean over the others, so it is positive where the latent fires more for the class.
 - The logistic regression is regularized, so accuracies depend on the scale of the latents: decoder norms other than 1
   are folded into them first.
 - SAEBench sums residuals in the model's dtype; the sums here are in float32.
 
-Memory: the rows of one dataset at each layer (memory-mapped), and one SAE's pooled latents of it, N x d_sae.
+Memory: the rows of one dataset at each layer (memory-mapped), and one SAE's pooled latents on it, N x d_sae.
 
 Shape suffixes: N texts, M texts of a task, D features of a text, K selected features.
 """
@@ -49,18 +49,19 @@ from .probes import (
 )
 
 K_OF_MODE = {"0.6.0": (1, 2, 5), "2024-12": (1, 2, 5, 10, 20, 50)}
-RESULT_KS = (1, 2, 5, 10, 20, 50, 100)  # SAEBench's files have a field for each
-MAX_NAMED_LATENTS = 5  # a result names the latents of probes on at most this many
+RESULT_KS = (1, 2, 5, 10, 20, 50, 100)  # the values of k that have a field in SAEBench's files
+MAX_NAMED_LATENTS = 5  # results name the latents of probes on at most this many latents
 BATCH, EPOCHS, PATIENCE, RATE = 250, 100, 10, 1e-2  # of the probe on all features
 
 
 @dataclass(frozen=True)
 class SparseProbing(Metric):
-    """On SAEBench's eight datasets, from `--data` or the Hub.
+    """Sparse probing on SAEBench's eight datasets, from `--data` or the Hub.
 
     `train_set_size` and `test_set_size` are texts of one binary task, `context` is tokens per text. An empty `k` means
-    SAEBench's values of the mode. With rng="saebench" the draws are SAEBench's for an SAE whose activations were
-    cached: one generator seeded with 42 for all datasets; the generator of the LLM's score restarts for each dataset.
+    SAEBench's values for the mode. With rng="saebench", the draws are those of SAEBench for an SAE whose activations
+    were cached: one generator, seeded with 42, serves all datasets, and the generator for the LLM's score restarts for
+    each dataset.
     """
 
     datasets: tuple[str, ...] = tuple(HUB)
@@ -122,7 +123,7 @@ class SparseProbing(Metric):
     def llm_scores(
         self, ctx: EvalContext, row_set: RowSet, name: str, texts: Texts, rows: LabeledRows, ks: Sequence[int]
     ) -> "ProbingScores":
-        """Scores of probes on the model's own activations on one dataset, from the artifact cache or computed."""
+        """The scores, on one dataset, of probes on the model's own activations, from the artifact cache or computed."""
 
         def make() -> dict[str, Tensor]:
             generator = make_generator(self.rng)
@@ -140,7 +141,7 @@ class SparseProbing(Metric):
     def probe_sae(
         self, ctx: EvalContext, target: EvalTarget, sae: "ProbedSAE", name: str, rows: LabeledRows, ks: Sequence[int]
     ) -> None:
-        """Add the scores of one SAE on one dataset to `sae`, or the error for too few latents or infinite ones."""
+        """Add the scores of one SAE on one dataset to `sae`, or the error if its latents are too few or not finite."""
         try:
             pooled, folded = pool_unit_norm(target.sae, rows.rows, ctx.model.device)
         except SaeError as error:
@@ -168,7 +169,7 @@ class SparseProbing(Metric):
 
 @dataclass(frozen=True)
 class SparseProbingStdlib(SparseProbing):
-    """The same on texts of Python's standard library, which needs no download: fewer and shorter texts."""
+    """The same metric on fewer and shorter texts, from Python's standard library, which need no download."""
 
     datasets: tuple[str, ...] = tuple(STAND_INS)
     train_set_size: int = 400
@@ -180,10 +181,10 @@ class SparseProbingStdlib(SparseProbing):
 
 @dataclass
 class ProbingScores:
-    """Test accuracies per class of one dataset: `full` on all features, `top[k]` on the k of largest difference.
+    """Test accuracies by class for one dataset: `full` on all features, `top[k]` on the k of largest difference.
 
-    `constant[k]` counts the classes whose k features never vary, so that the probe has nothing to read. `selected[k]`
-    maps class -> feature -> difference, for k up to MAX_NAMED_LATENTS.
+    `constant[k]` is the number of classes whose k features are all constant, so that the probe has nothing to read.
+    `selected[k]` maps class -> feature -> difference, for k up to MAX_NAMED_LATENTS.
     """
 
     full: dict[str, float] = field(default_factory=dict)
@@ -230,7 +231,7 @@ def probe_dataset(
 ) -> ProbingScores:
     """Train and test the probes of one dataset; `features` has one row per text.
 
-    `generator_for("full", class)` and `generator_for(k, class)` return the generator of a task's draws. A k above the
+    `generator_for("full", class)` and `generator_for(k, class)` return the generator for a task's draws. A k above the
     number of features is skipped.
     """
     (train_ND, counts), (test_ND, test_counts) = features["train"], features["test"]

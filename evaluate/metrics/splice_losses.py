@@ -1,4 +1,4 @@
-"""KL and CE of a model with an SAE spliced in, per token and summed over contexts (core).
+"""KL and CE of a model with an SAE spliced in, per token and summed by context (core).
 
 Shape suffixes: N contexts, S positions, T counted tokens, D d_model, V vocabulary.
 """
@@ -21,7 +21,7 @@ WHOLE_RESIDUAL = ("resid_pre", "resid_mid", "resid_post")  # sites that carry ev
 
 
 class TokenLosses(NamedTuple):
-    """In nats at each token (T,): KL(original || spliced), and CE of the next token."""
+    """Losses in nats at each token (T,): KL(original || spliced), and the CE of the next token."""
 
     kl_T: Tensor
     ce_T: Tensor
@@ -32,7 +32,7 @@ class TokenLosses(NamedTuple):
 
 
 def token_losses(original_TV: Tensor, p_TV: Tensor, logits_TV: Tensor, next_T: Tensor) -> TokenLosses:
-    """The losses of logits, given the log-probabilities and the probabilities of the original model."""
+    """The losses of these logits, given the log-probabilities and the probabilities of the original model."""
     tokens = tokens_in_cache(logits_TV.shape[1], logits_TV.device, len(logits_TV))
     kl, ce = [], []
     for own_TV, own_p_TV, logits, ids_T in zip(
@@ -45,7 +45,7 @@ def token_losses(original_TV: Tensor, p_TV: Tensor, logits_TV: Tensor, next_T: T
 
 
 def tokens_per_unembed(model: LanguageModel, final_TD: Tensor) -> int:
-    """How many tokens to compute the logits of at a time."""
+    """How many tokens' logits to compute at a time."""
     return tokens_at_once(model.unembed(final_TD[:1]).shape[-1], final_TD.device)
 
 
@@ -80,10 +80,10 @@ class CountedTokens:
         tokens: int,
         report: Callable[[float], None] | None = None,
     ) -> list[TokenLosses]:
-        """The losses of each final residual (T, D). The first is the original model's, the reference.
+        """The losses of each final residual (T, D). The first one is the original model's, which is the reference.
 
         Logits are computed for `tokens` tokens at a time. A residual that is constant over positions (stride 0) is
-        unembedded once. `report` is called with the share of the tokens that is done.
+        unembedded once. `report` is called with the share of the tokens done so far.
         """
         constant = [output.stride(0) == 0 for output in outputs_TD]
         chunks: list[list[TokenLosses]] = [[] for _ in outputs_TD]
@@ -99,7 +99,7 @@ class CountedTokens:
         return [TokenLosses(*map(torch.cat, zip(*of_output, strict=True))) for of_output in chunks]
 
     def sum_by_context(self, losses: TokenLosses, kept_T: Tensor | None = None) -> Tensor:
-        """Sums over the tokens (default: all) of each context, (N, 4): KL, CE, tokens, tokens with a next token."""
+        """The sums over each context's tokens (default: all), (N, 4): KL, CE, tokens, tokens with a next token."""
         ce_T = torch.where(self.has_next_T, losses.ce_T, 0)
         columns = [losses.kl_T, ce_T, torch.ones_like(losses.kl_T), self.has_next_T]
         values, context_T = torch.stack([column.double() for column in columns], 1).cpu(), self.context_T.cpu()
@@ -109,11 +109,11 @@ class CountedTokens:
 
 
 def zero_ablated_output(run: ForwardPass, hook: Hook, batch: ContextBatch, constant_D: dict[Hook, Tensor]) -> Tensor:
-    """The model's final residual at the counted positions (T, D) when a hook is zeroed at every position.
+    """The model's final residual at the counted positions (T, D) if a hook is zeroed at every position.
 
-    With the whole residual stream zeroed, attention over equal values returns that value, so all positions and texts
-    have the same output. Once the first batch confirms it, `constant_D` keeps that one vector per hook and no later
-    batch runs the model for it. At other sites the residual stream still carries the text.
+    If the whole residual stream is zeroed, attention over equal values returns that value, so all positions and texts
+    have the same output. Once the first batch confirms this, `constant_D` keeps the vector for each hook, and later
+    batches do not run the model for it. At other sites, the residual stream still carries the text.
     """
     if hook not in constant_D:
         output_TD = run.run_from(hook, torch.zeros_like(run.activations[hook]))[batch.counted]

@@ -1,28 +1,28 @@
-"""Stability: the similarity of an SAE to SAEs of the same training with other seeds.
+"""Stability: how similar an SAE is to SAEs trained in the same way with other seeds.
 
-PW-MCC (Song et al. 2025, arXiv 2505.20254) is the mean, over the optimal one-to-one matching of the latents of two
-SAEs, of the absolute cosine of their decoder rows; here also of the absolute Pearson correlation of their activations
-on the same held-out tokens. The number of an SAE is the mean over the other seeds, so that the mean over the SAEs of a
-system is the mean over all pairs. In the authors' code (examples/evaluate_mcc.py) the cosines keep their sign; the two
-agree if the best match points the same way.
+PW-MCC (Song et al. 2025, arXiv 2505.20254) matches the latents of two SAEs one to one, optimally, and averages the
+absolute cosine of the decoder rows over the matched pairs. Here this is also done with the absolute Pearson correlation
+of activations on the same held-out tokens. An SAE's number is the mean over the other seeds, so the mean over the SAEs
+of a system is the mean over all pairs. In the authors' code (examples/evaluate_mcc.py) the cosines keep their sign. The
+two definitions agree if the best matches point the same way.
 
-Recurring latents (Paulo and Belrose 2025, arXiv 2501.16615) come from a separate matching, of the cosines with their
-sign, since a latent and its opposite mean different things. The sign has no meaning in an SAE with negative latents;
-there the matching of PW-MCC is used. The authors also require the encoder's rows to match; we do not, since not every
-SAE has them.
+Recurring latents (Paulo and Belrose 2025, arXiv 2501.16615) come from a separate matching by signed cosines, since a
+latent and its opposite mean different things. In an SAE with negative latents the sign has no meaning, and the matching
+of PW-MCC is used. The authors also require the rows of the encoder to match; we do not, since not every SAE has such
+rows.
 
-Each number is compared with the same number for matched random dictionaries. Their rows are also used as encoder, with
-thresholds at which every latent fires as often as in the SAE. They have the same width and firing rates, and read the
-same activations, whose few large directions correlate any two dictionaries. There are two kinds
-(random_dictionaries.py): the SAE's own decoder rows with the entries of each in random order, which keeps large
-entries; and Gaussian rows with the second moment of the other seeds' decoder rows. The larger of the two is the null.
-The moment comes from the other seeds, because the SAE's own moment would also fit chance properties of its rows: the
-mean squared cosine between a decoder and rows with the other decoder's moment equals exactly the mean squared cosine
-between the two decoders.
+Each number is compared with the same number for matched random dictionaries. Their rows also serve as encoder, with
+thresholds at which every latent fires as often as the SAE's. The random dictionaries thus have the same width and
+firing rates. They also read the same activations, in which a few large directions correlate any two dictionaries. There
+are two kinds (random_dictionaries.py): the SAE's own decoder rows with the entries of each row in random order, which
+preserves large entries; and Gaussian rows with the second moment of the other seeds' decoder rows. The larger of the
+two numbers is the null. The moment comes from the other seeds, because the SAE's own moment would also fit chance
+properties of its rows: the mean squared cosine between a decoder and rows with the other decoder's moment equals
+exactly the mean squared cosine between the two decoders.
 
-Dead latents do not vary on these tokens. The decoder number includes their rows, as the authors' code does. They have
-no correlation; the activation number is taken over the other latents, and unmatched latents of the larger set count as
-0.
+Dead latents do not vary on these tokens. Their rows are included in the decoder number, as in the authors' code. They
+have no correlation, so the activation number is computed over the other latents, and unmatched latents of the larger
+set count as 0.
 
 Shape suffixes: F latents, D d_in.
 """
@@ -48,9 +48,9 @@ from .random_dictionaries import gaussian_rows, random_latents, second_moment, s
 
 NULLS = ("shuffled", "gaussian")  # kinds of random dictionaries
 EXACT_RANDOM = 2048  # random dictionaries of at most this many latents are matched optimally
-NULL_QUANTILE = 0.99  # of the matched cosines of random dictionaries, below which no latent recurs
-SAME_DECODER = 0.9999  # decoder PW-MCC of two seeds above which there is a flag
-MANY_DEAD = 0.1  # share of dead latents above which there is a flag
+NULL_QUANTILE = 0.99  # quantile of the matched cosines of random dictionaries, below which no latent recurs
+SAME_DECODER = 0.9999  # decoder PW-MCC of two seeds above which a flag is added
+MANY_DEAD = 0.1  # share of dead latents above which a flag is added
 
 
 NamedPair = tuple[str, Pair]  # the name of the other seed, and the matchings with it
@@ -60,9 +60,9 @@ NamedPair = tuple[str, Pair]  # the name of the other seed, and the matchings wi
 class Stability(Metric):
     """`tokens` held-out tokens are read, in batches of `batch_contexts` contexts.
 
-    A latent recurs in another seed if the cosine with its match reaches `threshold` (0.7 as in Paulo and Belrose 2025,
-    arXiv 2501.16615) and the NULL_QUANTILE of the absolute cosines in the `draws` random dictionaries of either kind.
-    Up to `exact_latents` latents the matching of two seeds is optimal.
+    A latent recurs in another seed if the cosine with its match is at least `threshold` (0.7, as in Paulo and Belrose
+    2025, arXiv 2501.16615) and at least the NULL_QUANTILE of the absolute cosines in the `draws` random dictionaries of
+    either kind. Up to `exact_latents` latents the matching of two seeds is optimal.
     """
 
     tokens: int = 32_768
@@ -139,12 +139,12 @@ class Stability(Metric):
     def compare_seeds(
         self, targets: Sequence[EvalTarget], system: Sequence[int], rows: HeldOutRows, device: str, progress: Progress
     ) -> dict[int, Outcome]:
-        """The outcomes of the targets of one system, keyed like `system` and `rows` by their places in `targets`."""
+        """The outcomes for the targets of one system, keyed like `system` and `rows` by their index in `targets`."""
         try:
             require_comparable(targets, system, rows)
         except SaeError as error:
             return dict.fromkeys(system, error)
-        # The order must not depend on the command, because one of several optimal matchings is taken.
+        # The order must not depend on the command, because it decides which of several optimal matchings is found.
         order = sorted(system, key=lambda place: (targets[place].weights, targets[place].name))
         latents = {place: rows.latents(place) for place in order}
         decoder = {place: unit_rows(targets[place], device) for place in order}
@@ -239,7 +239,7 @@ class Steps:
 
 
 def other_seeds(target: EvalTarget, targets: Sequence[EvalTarget]) -> list[EvalTarget]:
-    """The targets that differ from `target` only by seed."""
+    """The targets that differ from `target` only in their seed."""
     beside = [one for one in targets if one is not target and one.system == target.system]
     return [one for one in beside if target.system and one.row_set == target.row_set]
 
@@ -297,9 +297,10 @@ def stability_flags(
 
 
 def latent_details(seeds: Sequence[NamedPair], recurs_SF: np.ndarray, latents: Latents) -> list[dict[str, Any]]:
-    """An entry per latent: whether it recurs in all other seeds, and its match in each, in the order of extra["seeds"].
+    """One entry per latent: whether it recurs in all other seeds, and its match in each of them, ordered as
+    extra["seeds"].
 
-    Matches by decoder decide whether a latent recurs. There is no match by activations if either latent does not vary.
+    Matches by decoder decide whether a latent recurs. A latent that does not vary has no match by activations.
     """
     density_F = latents.active_F / latents.f_TF.shape[0]
     columns: dict[str, list[list[Any]]] = {}

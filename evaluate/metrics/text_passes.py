@@ -1,4 +1,4 @@
-"""The model's passes over the text of core, kept in the artifact cache: SAEs measured later do not repeat them.
+"""The model's passes over the text of core, kept in the artifact cache so that they are not repeated for later SAEs.
 
 Shape suffixes: N contexts, S positions.
 """
@@ -20,8 +20,8 @@ from ...harvest.model import ForwardPass
 from ..context import ContextBatch, EvalContext
 from .base import Progress
 
-MAX_BYTES = 2 * 10**9  # of the passes over a text; more are not kept
-FREE_SHARE = 0.25  # of the free disk that they may take
+MAX_BYTES = 2 * 10**9  # limit for the passes over a text, which are not kept if they are larger
+FREE_SHARE = 0.25  # share of the free disk space that they may take
 KIND = "text_pass"  # of the artifacts: the activations of a batch at one hook, or its last hidden state
 
 
@@ -30,7 +30,7 @@ class TextPasses:
 
     def __init__(self, ctx: EvalContext, hooks: Sequence[Hook], batches: Sequence[ContextBatch]) -> None:
         self.ctx, self.hooks, self.batches = ctx, hooks, batches
-        self.keeps: bool | None = None  # whether they are kept; decided by the size of the first
+        self.keeps: bool | None = None  # whether passes are kept; decided by the size of the first
 
     def activations(self, batch: ContextBatch) -> Mapping[Hook, Tensor]:
         """The activations (N, S, d) at the hooks."""
@@ -51,10 +51,10 @@ class TextPasses:
         return run
 
     def compute_together(self, with_losses: int, progress: Progress) -> None:
-        """Share the passes that are not kept yet with the other ranks: one rank computes each batch.
+        """Divide the passes that are not kept yet among the ranks, so that each batch is computed by one rank.
 
-        The first `with_losses` batches are run to the end. Does nothing in a command of one process. Where the passes
-        do not fit on the disk, each rank computes them for itself as it goes.
+        The first `with_losses` batches are run to the end. Does nothing if the command has a single process. If the
+        passes do not fit on the disk, each rank computes them for itself when it needs them.
         """
         if not self.ctx.artifacts.shared:
             return
@@ -87,7 +87,7 @@ class TextPasses:
         return dict(zip(hooks, tensors, strict=False)), tensors[-1]
 
     def get(self, key: Mapping[str, Any]) -> Tensor | None:
-        """None if the file is damaged."""
+        """The kept tensor, or None if its file is damaged."""
 
         def missing() -> dict[str, Tensor]:
             raise LookupError
@@ -113,14 +113,14 @@ class TextPasses:
                     return
 
     def fits(self, bytes_per_position: int) -> bool:
-        """Whether the passes may be kept, with `bytes_per_position` bytes for each position of the text."""
+        """Whether passes with `bytes_per_position` bytes for each position of the text may be kept."""
         needed = bytes_per_position * sum(one.ids.numel() for one in self.batches)
         return needed <= min(MAX_BYTES, FREE_SHARE * free_space(self.ctx.artifacts.folder))
 
     def missing_bytes(self, with_losses: int) -> int:
-        """How many bytes are still to be kept, if the first `with_losses` batches are run to the end.
+        """How many bytes are still missing from the cache, if the first `with_losses` batches are run to the end.
 
-        Does not need the model. It is an upper bound if a hook lies inside a block.
+        Does not need the model. The number is an upper bound if a hook lies inside a block.
         """
         size = getattr(torch, self.ctx.model_identity["llm_dtype"]).itemsize
         starts = [Hook(hook.layer - 1) for hook in self.hooks if hook.site != "resid_post" and hook.layer > 0]
@@ -143,7 +143,7 @@ class TextPasses:
         return {"final": True} if hook is None else hook.record
 
     def key(self, batch: ContextBatch, of: Mapping[str, Any]) -> dict[str, Any]:
-        """The key contains the padded shape, because another padding may round differently."""
+        """The key contains the padded shape, because different padding may round differently."""
         return {**self.ctx.model_identity, "ids": digest_of_ids(batch), "shape": list(batch.ids.shape), **of}
 
 

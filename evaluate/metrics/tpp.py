@@ -1,10 +1,11 @@
-"""TPP, targeted probe perturbation: does ablating the latents of one class hurt the probe of that class alone?
+"""TPP, targeted probe perturbation: does ablating the latents of one class hurt only the probe of that class?
 
 Higher is better; 0 is no targeted effect.
 
-Each class of a dataset has a probe against the other classes, and latents that matter most to it. When the latents of
-one class are ablated, the intended difference is the accuracy that its own probe loses, the unintended difference the
-mean accuracy that the other probes lose. The metric is intended minus unintended, averaged over classes.
+Each class of a dataset has a probe against the other classes, and a set of latents that matter most to this probe. When
+the latents of one class are ablated, the intended difference is the accuracy that its own probe loses, and the
+unintended difference is the mean accuracy that the other probes lose. The metric is intended minus unintended, averaged
+over classes.
 
 Source: SAEBench 0.6.0, `evals/scr_and_tpp` (Karvonen et al. 2025). Ablation is computed without decoding
 (probe_readout), and every score has a bootstrap interval.
@@ -30,7 +31,7 @@ MIN_CLEAN_ACCURACY = 0.6  # a flag names probes below it; 0.5 is chance
 
 @dataclass(frozen=True)
 class Tpp(Ablation):
-    """The texts are those of sparse probing. With rng="saebench" every evaluation draws its negative texts anew."""
+    """The texts are the same as in sparse probing. With rng="saebench", every evaluation draws new negatives."""
 
     datasets: tuple[str, ...] = (f"{BIOS}_class_set1", REVIEWS)
 
@@ -91,7 +92,7 @@ class Tpp(Ablation):
     def ablated_accuracies(
         self, readout: ProbeReadout, effect_PF: Tensor, draw_task: DrawTask, bootstrap: BootstrapWeights
     ) -> list[dict[int, list[Tensor]]]:
-        """For each class and number of its latents ablated, every probe's accuracy (R,)."""
+        """Every probe's accuracy (R,), for each class and each number of its latents that are ablated."""
         by_class: list[dict[int, list[Tensor]]] = [{} for _ in effect_PF]
         for by_n, effect_F in zip(by_class, effect_PF, strict=True):
             for n in self.thresholds:
@@ -101,7 +102,7 @@ class Tpp(Ablation):
 
 
 def draw_task(texts: Texts, split: str, probe: int, generator: torch.Generator) -> ProbeTask:
-    """One class, number `probe`, against the others."""
+    """The task of the class with number `probe` against the other classes."""
     counts = {label: len(texts_of_class) for label, texts_of_class in texts[split].items()}
     return one_vs_rest_task(counts, list(counts)[probe], generator)
 
@@ -121,7 +122,7 @@ def class_scores(target: int, clean: Sequence[Tensor], ablated: dict[int, list[T
 
 @dataclass(frozen=True)
 class TppStdlib(Tpp):
-    """The same on texts of Python's standard library, which needs no download."""
+    """The same metric on texts from Python's standard library, which needs no download."""
 
     datasets: tuple[str, ...] = ("stdlib/library", "stdlib/subject")
     train_set_size: int = 400

@@ -18,14 +18,14 @@ from ...common.errors import SaeError
 from .base import SAELike, encode_finite
 from .letter_probes import SparseLatents
 
-MAX_DENSE_LATENTS = 2**25  # rows x latents held densely at one time
-NORM_TOLERANCE = 1e-5  # of the norms of the rows of W_dec, which should be 1
+MAX_DENSE_LATENTS = 2**25  # rows x latents held densely at a time
+NORM_TOLERANCE = 1e-5  # allowed deviation from 1 of the norms of W_dec's rows
 
 
 def decoder_norms_to_fold(sae: SAELike) -> Tensor | None:
-    """Norms of the decoder rows (F,) to multiply latents by, as if the rows had unit length.
+    """The norms of the decoder rows (F,), by which to multiply latents so that the rows can have unit length.
 
-    None if the rows have unit length already, or if the SAE has no W_dec.
+    None if the rows already have unit length, or if the SAE has no W_dec.
     """
     W_dec = getattr(sae, "W_dec", None)
     if W_dec is None:
@@ -40,7 +40,7 @@ class UnitDecoderSAE:
     """An SAE with its decoder norms folded into the latents, so that the rows of W_dec have unit length."""
 
     sae: SAELike
-    W_dec: Tensor  # (F, D) float32, of unit rows
+    W_dec: Tensor  # (F, D) float32, with unit rows
     norm_F: Tensor  # multiplies the latents, after the activation
     folded: int  # number of rows whose norm was not 1
 

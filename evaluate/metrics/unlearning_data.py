@@ -11,14 +11,14 @@ from typing import Any
 from ..datasets.labeled import Row, hub_commit, local_file, read_dataset_rows
 
 FORGET_QUESTIONS = "wmdp-bio"
-FORGET_CORPUS = "bio-forget-corpus"  # file name without .jsonl, as WMDP distributes it
-MIN_CHARACTERS = 50  # texts of the corpora that are not longer are skipped
-DatasetPath = tuple[Any, ...]  # dataset, split, columns and, for some, a subset
-ReadRows = Callable[[], Iterator[Row]]  # streams the rows anew on each call
+FORGET_CORPUS = "bio-forget-corpus"  # name, without .jsonl, of the file that WMDP distributes
+MIN_CHARACTERS = 50  # texts of the corpora must be longer than this
+DatasetPath = tuple[Any, ...]  # dataset, split, columns and, for some datasets, a subset
+ReadRows = Callable[[], Iterator[Row]]  # each call streams the rows from the start
 
 
 def dataset_paths(side_effects: Sequence[str], data: Path | None) -> dict[str, DatasetPath]:
-    """The two corpora and the sets of questions, by name; `side_effects` names sets of MMLU, `data` local files."""
+    """The two corpora and the sets of questions, by name. `side_effects` names sets of MMLU, `data` a folder."""
     question, text = ("question", "choices", "answer"), ("text",)
     has_local_file = local_file("", FORGET_CORPUS, data) is not None
     return {
@@ -36,7 +36,7 @@ def reader(path: DatasetPath, data: Path | None) -> ReadRows:
 
 
 def data_version(path: DatasetPath, data: Path | None) -> str:
-    """The digest of a local file's rows, whatever its format, or the commit of a dataset on the Hub."""
+    """The digest of a local file's rows (the same for every format), or the commit of a dataset on the Hub."""
     dataset, split, _, *subset = path
     folder = "/".join([dataset, *subset])
     if local_file(folder, split, data):

@@ -1,1 +1,1 @@
-"""Pages that need no server: the frame they share, and charts for them and for papers."""
+"""Pages that need no server: their common frame, and charts for pages and papers."""

@@ -64,7 +64,7 @@ def comparison_page(comparison: Comparison, against: Against | None = None) -> s
 
 
 def results_by_system(comparison: Comparison, metric: str) -> dict[str, list[MetricResult]]:
-    """The results of a metric: of each system, a run for each seed."""
+    """The results of a metric, for each seed of each system."""
     return {
         system.label: [run.results[metric] for run in system.run_by_seed.values() if metric in run.results]
         for system in comparison.systems

@@ -1,7 +1,7 @@
 """Self-contained HTML pages: style, script and data are in one file, and a content policy blocks everything else.
 
-Text from datasets, tokenizers and names is untrusted. It is escaped in HTML, encoded as JSON in scripts, and characters
-that would hide or reorder the text around them are shown by `make_visible`: templates do this to every value.
+Text from datasets, tokenizers and names is untrusted. Templates escape every value in HTML and encode it as JSON in
+scripts. Characters that would hide or reorder the text around them are made visible by `make_visible`.
 """
 
 import base64
@@ -27,7 +27,7 @@ def as_json(value: Any) -> Markup:
 
 
 def show(value: Any) -> Any:
-    """A value as a template shows it: text without invisible characters. Our own markup is not changed."""
+    """A value in the form that templates show: text without invisible characters. Our own markup is not changed."""
     return value if isinstance(value, Markup) else make_visible(str(value))
 
 
@@ -41,7 +41,7 @@ def templates() -> Environment:
 
 
 def render_page(template: str, scripts: Sequence[str] = (), **values: Any) -> str:
-    """Render a template of this folder; `scripts` are the files of the only script that may run in the page."""
+    """Render a template from this folder. `scripts` are the files of the only script that may run in the page."""
     code = "".join((HERE / name).read_text() for name in scripts)
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     policy = (

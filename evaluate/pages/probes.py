@@ -16,7 +16,7 @@ from .svg import CHART_SIZE, draw_svg
 METRIC = "sae_probes"
 LLM = "llm_test_auc"
 SAE_AUC = re.compile(r"sae_top_(\d+)_test_auc")
-USUAL_K = 16  # number of latents at which SAEs are compared; if not measured, the largest smaller one
+USUAL_K = 16  # number of latents at which SAEs are compared; if it was not measured, the next smaller one that was
 MODEL = "the model's own probe"
 CHART_TITLE = "Test AUC by data set, the model's best first"
 
@@ -51,7 +51,7 @@ def probes_of_run(result: MetricResult) -> ProbePart | None:
 
 
 def probes_of_systems(systems: Mapping[str, Sequence[MetricResult]]) -> ProbePart | None:
-    """The part about several systems: a column of means over seeds for each, at a number of latents that all have."""
+    """The part about several systems: for each, a column of means over seeds, at a number of latents common to all."""
     systems = {label: some for label, some in systems.items() if some and measured_ks(some)}
     shared = set.intersection(*(set(measured_ks(some)) for some in systems.values())) if systems else set()
     llm = scores([one for some in systems.values() for one in some], LLM)
@@ -64,7 +64,7 @@ def probes_of_systems(systems: Mapping[str, Sequence[MetricResult]]) -> ProbePar
 
 
 def build_part(lead: str, llm: Scores, columns: Mapping[str, Scores], drawn: Mapping[str, Scores]) -> ProbePart:
-    """The part from the scores of the model's probe, of the columns of the table, and of the series of the chart."""
+    """Build the part from the scores of the model's probe, of the table's columns, and of the chart's series."""
     names = sorted(llm, key=lambda name: (-llm[name], name))
     sides = [llm, *columns.values()]
     lines = [[name, *(f"{side[name]:.4f}" if name in side else "" for side in sides)] for name in names]
@@ -74,7 +74,7 @@ def build_part(lead: str, llm: Scores, columns: Mapping[str, Scores], drawn: Map
 
 
 def draw_chart(names: Sequence[str], llm: Scores, drawn: Mapping[str, Scores]) -> Markup:
-    """The data sets in order from left to right: the model's own probe as a line, other series as marks."""
+    """A chart with the data sets from left to right: the model's own probe as a line, other series as marks."""
     sides: list[tuple[str, Scores, Kind]] = [(MODEL, llm, "both")]
     sides += [(label, side, "points") for label, side in drawn.items()]
     series = []
@@ -105,7 +105,7 @@ def compare_with_model(sae: Scores, llm: Scores, k: int) -> str:
 
 
 def scores(results: Sequence[MetricResult], number: str) -> dict[str, float]:
-    """The mean over results of a number of each data set. Data sets without it are left out."""
+    """The mean over results of one number, for each data set. Data sets without the number are left out."""
     found: dict[str, list[float]] = {}
     for result in results:
         for entry in result.sound.details:

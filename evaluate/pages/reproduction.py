@@ -65,20 +65,20 @@ def describe_runs(report: PaperReport) -> str:
 
 
 def shown_verdicts(report: PaperReport) -> list[Verdict]:
-    """The verdicts that the page has, the best first."""
+    """The verdicts that occur on the page, best first."""
     found = {row.verdict for row in report.rows}
     return [verdict for verdict in reversed(WORST_FIRST) if verdict in found]
 
 
 def verdict_class(verdict: str) -> str:
-    """A verdict as a class of page.css."""
+    """The class in page.css for a verdict."""
     return verdict.replace("'", "").replace(" ", "-")
 
 
 def draw_charts(charts: Sequence[Chart], systems: Container[str]) -> tuple[Markup, list[tuple[Chart, Markup, bool]]]:
     """The shared legend of the systems, and each chart as (chart, drawing, whether it is wide).
 
-    The legend leaves out charts whose axis names the systems. A chart with series that are not systems has its own.
+    Charts whose axis names the systems are left out of the legend. A chart whose series are not systems has its own.
     """
     sharing = [
         chart

@@ -1,4 +1,4 @@
-"""The part of a page about stability: which latents another seed finds again."""
+"""The part of a page about stability: which latents are found again in other seeds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from .svg import CHART_SIZE, draw_svg
 
 METRIC = "stability"
 BINS = 20  # of the histogram, from 0 to 1
-LISTED = 10  # latents listed at each end
+LISTED = 10  # latents in each of the two lists
 CHART_TITLE = "Weakest best match of a latent in another seed"
 
 
 class Latent(NamedTuple):
-    """A latent that fires, and its best matches in the other seeds, in their order.
+    """A latent that fires, and its best matches in the other seeds, in the order of the seeds.
 
-    `weakest` is the smallest cosine among them: every other seed has a match at least as close. Cosines are absolute
-    where their sign has no meaning, and in results of earlier versions.
+    `weakest` is the smallest cosine among them: every other seed has a match at least as close. Cosines are absolute if
+    their sign has no meaning, and in results of earlier versions.
     """
 
     number: int
@@ -33,7 +33,7 @@ class Latent(NamedTuple):
 
 
 class LatentLine(NamedTuple):
-    """A line of a list; `latent` is its number, which a page can link to."""
+    """A line of a list. `latent` is the latent's number, to which a page can link."""
 
     latent: int
     cells: Sequence[str]
@@ -42,8 +42,8 @@ class LatentLine(NamedTuple):
 @dataclass(frozen=True)
 class StabilityPart:
     """Attributes:
-    lead: sentences with how many latents there are and recur.
-    heads: the headings of the lists of latents; empty without lists, as for several systems.
+    lead: sentences that say how many latents there are, and how many recur.
+    heads: the headings of the lists of latents; empty if there are no lists, as for several systems.
     least, most: the latents that are found again least and most.
     """
 
@@ -75,7 +75,7 @@ def stability_of_run(result: MetricResult) -> StabilityPart | None:
 
 
 def stability_of_systems(systems: Mapping[str, Sequence[MetricResult]]) -> StabilityPart | None:
-    """The part about several systems: a line for each, with shares of its latents over all its seeds together."""
+    """The part about several systems: one line for each, with shares of the latents of all its seeds together."""
     latents = {label: [one for result in some for one in live_latents(result)] for label, some in systems.items()}
     series = []
     for label, some in latents.items():

@@ -21,7 +21,7 @@ L0_COLUMN = find_column("core", "l0")
 
 
 def summary_section(run: ComparedRun) -> dict[str, Any]:
-    """The values of the template's part about a run: answers, frontier, sae_probes and stability."""
+    """The values for the part of the template about a run: answers, frontier, sae_probes and stability."""
     near = find_neighbours(run)
     charts = frontier_charts(near)
     probed, stable = run.results.get(PROBES), run.results.get(STABILITY)
@@ -44,7 +44,7 @@ def frontier_charts(near: RunsBeside) -> list[Chart]:
     charts = []
     for number, chart in zip(numbers, frontiers(comparison, numbers), strict=True):
         if sum(len(series.x) for series in chart.series) > 1:
-            # Where published results are drawn, the others are over all rows too.
+            # If published results are drawn, the other numbers are over all rows, too.
             charts.append(with_this(chart, near.run.on_all_rows() if has_published(chart) else near.run, *number))
     return charts
 

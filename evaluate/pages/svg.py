@@ -23,8 +23,8 @@ from ..charts import (
 )
 from .page import templates
 
-CHART_SIZE = (440, 280)  # pixels; about a column of a page and readable on a phone
-SHAPES = {  # of each of matplotlib's markers, as an SVG path around (0, 0)
+CHART_SIZE = (440, 280)  # pixels; about the width of a column of a page, and readable on a phone
+SHAPES = {  # the shape of each of matplotlib's markers, as an SVG path around (0, 0)
     "o": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0Z",
     "s": "M-3.5-3.5H3.5V3.5H-3.5Z",
     "D": "M0-5L5 0L0 5L-5 0Z",
@@ -61,7 +61,7 @@ def draw_svg(chart: Chart, legend: bool = True, width: int = 620, height: int = 
     """The chart as an <svg> element that takes its colors from the page, in light or dark mode.
 
     Values that are not finite, and values <= 0 on a logarithmic axis, are left out. `height` excludes the legend and
-    slanted category names, which are added to it. Without `legend` the page shows a `shared_legend`.
+    slanted category names, which add to it. Without `legend`, the page has to show a `shared_legend`.
     """
     chart = replace(chart, series=[thin_out(one) for one in chart.series])
     (x_low, x_high), (y_low, y_high) = axis_ranges(chart)
@@ -69,7 +69,7 @@ def draw_svg(chart: Chart, legend: bool = True, width: int = 620, height: int = 
     right, top, bottom = 12, 10, 46 if chart.x_title else 26
     left = max(64, 30 + round(CHARACTER_WIDTH * max(map(len, tick_labels(y_ticks)), default=0)))  # axis title, labels
     slanted = chart.slanted(width - left - right)
-    if slanted:  # by 45 degrees, with the end of a name at its tick
+    if slanted:  # by 45 degrees, so that a name ends at its tick
         reach = math.ceil(chart.longest * math.sqrt(0.5))
         left = max(left, reach - (width - left - right) // (2 * len(chart.categories)))
         bottom, height = bottom + reach, height + reach
@@ -150,7 +150,7 @@ def style_of(series: Series, number: int) -> dict[str, Any]:
 
 
 def legend_places(names: Sequence[str], width: int, left: int) -> list[tuple[int, int]]:
-    """(x, row) of each name, in as many columns as the longest name allows."""
+    """The (x, row) of each name, in as many columns as the longest name allows."""
     longest = max(map(len, names), default=0) * CHARACTER_WIDTH + 26
     columns = max(1, (width - left) // longest)
     return [(left + number % columns * longest, number // columns) for number in range(len(names))]

@@ -1,7 +1,7 @@
-"""The output of `sae inspect`: the numbers of the dashboard for a terminal.
+"""The output of `sae inspect`: the numbers of the dashboard, shown in a terminal.
 
-Text from datasets goes through `make_visible`, which leaves no control characters, into rich's Text, which does not
-interpret markup.
+Text from datasets passes through `make_visible`, which leaves no control characters. It is shown as rich's Text, which
+does not interpret markup.
 """
 
 import math
@@ -19,8 +19,8 @@ from ..latents.inspection import InspectedRun, encode_prompt
 from ..latents.passages import Passage, quantile_passages
 from ..latents.stats import LatentStats, RankedEntries
 
-STRONGEST = 5  # latents that are shown for a token of a prompt
-PLAIN_WIDTH = 200  # of output that is not a terminal
+STRONGEST = 5  # latents shown for each token of a prompt
+PLAIN_WIDTH = 200  # width of output that does not go to a terminal
 LONGEST_WORD, BEGINNING = 40, 16  # characters of a token that are shown
 BLOCKS = " ▁▂▃▄▅▆▇█"
 PALE, FULL = (255, 244, 214), (230, 159, 0)  # RGB background of the least and the most active tokens
@@ -66,12 +66,13 @@ def passage_text(run: InspectedRun, passage: Passage, peak: float) -> Text:
 
 
 def shorten(word: str) -> str:
-    """The text of a token; of a long one, such as a line of hyphens, the beginning and its length."""
+    """The text of a token. A long one, such as a line of hyphens, is reduced to its beginning and its length."""
     return word if len(word) <= LONGEST_WORD else f"{word[:BEGINNING]}…×{len(word)}"
 
 
 def text_histogram(counts: Sequence[int]) -> str:
-    """One block character per bin, up to the last non-empty bin. The tallest bin is full; only empty bins are blank."""
+    """One block character per bin, up to the last non-empty bin. The largest bin gets a full block; only empty bins are
+    blank."""
     last = max((i for i, count in enumerate(counts) if count), default=-1)
     most = max(counts)
     return "".join(BLOCKS[math.ceil(count * (len(BLOCKS) - 1) / most)] for count in counts[: last + 1])
@@ -137,7 +138,7 @@ def latent_list(run: InspectedRun, entries: Sequence[tuple[int, float]], notes: 
 
 
 def prompt_table(run: InspectedRun, prompt: str, latents: Sequence[int] = ()) -> Table:
-    """The tokens of a prompt with the most active latents at each, of all latents or of `latents`."""
+    """The tokens of a prompt, each with its most active latents, chosen from all latents or from `latents`."""
     ids, f_SF, outlier_norm = encode_prompt(run, prompt)
     names = list(latents) or range(run.sae.d_sae)
     chosen_SK = f_SF[:, list(latents)] if latents else f_SF
