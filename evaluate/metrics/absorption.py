@@ -8,10 +8,9 @@ the latents find the latents that spell each letter, its *split latents* (letter
 probe finds its letter but the letter's contribution comes from other latents.
 
 Source: Chanin et al. 2024, as measured by SAEBench 0.6.0 (`evals/absorption`): absorption fraction and full absorption
-in mode 0.6.0; in mode 2024-12, the rate behind the five papers' numbers. Randomness and prompts differ from SAEBench,
-which draws without a seed from a vocabulary whose order changes from process to process. Here words are sorted by
-token, and every draw is seeded and the same for every SAE. A word is scored on a different prompt from the one on which
-it was found.
+in mode 0.6.0; in mode 2024-12, the rate behind the five papers' numbers. Randomness and prompts differ: SAEBench draws
+without a seed from a vocabulary whose order changes by process. Here words are sorted by token, and draws are seeded
+and equal for every SAE. A word is found and scored on different prompts.
 
 Memory: the rows of all words in the model's dtype; 8 bytes for each pair of a word and a latent that fires on it; at
 most unit_decoder.MAX_DENSE_LATENTS dense latents.
@@ -53,9 +52,8 @@ MIN_PROBE_STEPS = 300  # of the probe that proposes candidates; about a thousand
 class Absorption(Metric):
     """`words` words are drawn from the vocabulary, as evenly over letters as it allows; 0 takes all words.
 
-    Only letters that the probe on the model's residual finds with an F1 above `min_GT_probe_f1` are scored.
-    `k_sparse_probe_*` belong to the probe on latents that proposes candidates. The remaining options are SAEBench's
-    thresholds.
+    Only letters that the probe on the residual finds with F1 above `min_GT_probe_f1` are scored. `k_sparse_probe_*`
+    belong to the probe on latents that proposes candidates. Other options are SAEBench's thresholds.
     """
 
     words: int = 0
@@ -154,8 +152,7 @@ class Absorption(Metric):
         return result.without_outliers(rows.outliers, len(rows.train_ND) + len(rows.test_ND))
 
     def scored_letters(self, mode: str, rows: SpellingRows) -> list[int]:
-        """Letters that the probe on the residual finds; all letters in mode 2024-12. Raises SaeError if there are
-        none."""
+        """Letters that the residual's probe finds; all letters in mode 2024-12. Raises SaeError if there are none."""
         f1_L = rows.f1_L
         letters = [letter for letter in range(26) if mode == "2024-12" or f1_L[letter] > self.min_GT_probe_f1]
         if not letters:

@@ -5,7 +5,7 @@ decoder is affine, so a probe on the mean of x' over a text reads
 
     w x_mean + b - sum over ablated i of F_i (w . d_i),    F_i = (sum of f_i over all positions) / (counted tokens)
 
-so each text is encoded only once, regardless of which latents are ablated. As in SAEBench, BOS and padding contribute
+Each text is therefore encoded only once, whichever latents are ablated. As in SAEBench, BOS and padding contribute
 the latents of a zero row.
 
 Shape suffixes: N texts, B rows of latents, D d_in, F latents, P probes.
