@@ -44,8 +44,7 @@ class CapturedSteps:
         self._steps: dict[Trainer, Step] = {}  # in the memory of the graph
 
     def replay(self, trainers: Sequence[Trainer], x_BD: Tensor) -> dict[Trainer, Step]:
-        """Launch the steps of all trainers on a batch (B, d_in), and return them for the mechanisms that act between
-        steps.
+        """Launch the steps of all trainers on a batch (B, d_in), and return them for mechanisms that act in between.
 
         Returns an empty dict if it took no steps. The caller then has to run the steps one by one.
         """

@@ -227,7 +227,7 @@ class AnnealK(Mechanism):
 
     dictionary_learning (`k_anneal_steps`) and sparsify (`k_decay_steps`) do the same from start = d_in.
     Paper: none of the papers' baselines lowers k. dictionary_learning sets k to k_t after step t, so its first step has
-        k.
+    k.
     """
 
     room: Tensor  # () int64

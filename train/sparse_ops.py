@@ -267,8 +267,7 @@ def decode(kept: KeptLatents, w_FD: Tensor) -> Tensor:
 
 
 def decode_and_compare(kept: KeptLatents, w_FD: Tensor, b_D: Tensor, x_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """x_hat = f W_dec + b_dec (B, D), and () sum_BD (x - x_hat)^2. On a GPU one pass over the rows of W_dec computes
-    both.
+    """x_hat = f W_dec + b_dec (B, D), and () sum_BD (x - x_hat)^2. On a GPU, one pass over W_dec's rows computes both.
 
     The same pass computes the gradient of the squared error with respect to the latents.
     """

@@ -189,8 +189,9 @@ class Mechanism(nn.Module):
         """Called between steps. May read values, change shapes and rewrite weights. `step.i` counts the last step."""
 
     def between_bytes(self, sae: SAE, tokens: int) -> int:
-        """The peak bytes that `every_n_steps` takes in addition to a step on `tokens` tokens. Can ignore a few vectors
-        of latents.
+        """The peak bytes that `every_n_steps` takes in addition to a step on `tokens` tokens.
+
+        A few vectors of latents need not be counted.
         """
         return 0
 

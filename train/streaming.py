@@ -1,5 +1,4 @@
-"""Training on a harvest that runs at the same time: all runs train on a group of windows, and then the group is
-removed.
+"""Training on a harvest that runs at the same time: all runs train on a group of windows, which is then removed.
 
 Runs that read different batches (because of another layer or batch size, or a different step at resumption) form
 separate passes, but the disk has room for only two groups. So the outer loop runs over groups, and all passes take
@@ -26,8 +25,7 @@ Harvest = Callable[[range, Callable[[str], None]], AbstractContextManager[None]]
 
 
 def train_streaming(plan: TrainPlan, progress: TrainProgress, harvest: Harvest) -> None:
-    """Train the unfinished runs of a plan whose source is a RingCache, starting at the earliest group that any run
-    needs.
+    """Train the unfinished runs of a plan whose source is a RingCache, starting at the earliest group they need.
 
     The normalization constants are computed from the first group, since later rows are not known when training begins.
 

@@ -45,8 +45,7 @@ def _(z_RN: Tensor, k: int) -> Tensor:
 def decode_rows(
     value_N: Tensor, row_FD: Tensor, latent_N: Tensor, token_start_B: Tensor, bias_D: Tensor, x_BD: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Decode the kept latents of each token and compare the result with x. On a GPU this takes one pass over their
-    rows.
+    """Decode the kept latents of each token and compare the result with x; on a GPU, in one pass over their rows.
 
     Args:
         value_N: the values of the kept latents, ordered by token.
@@ -102,8 +101,8 @@ def _(
 
 @torch.library.custom_op("sae::sum_rows", mutates_args=(), device_types="cpu")
 def sum_rows(index_N: Tensor, row_RD: Tensor, start_F: Tensor, weight_N: Tensor, transposed: bool) -> Tensor:
-    """(F, D), or (D, F) if `transposed`: sums of weighted rows, one sum for each segment of N. `start_F` has their
-    starts.
+    """(F, D), or (D, F) if `transposed`: sums of weighted rows, one for each segment of N. The segments start at
+    `start_F`.
 
     Rows may be in bfloat16. Sums have the dtype of the weights.
     """

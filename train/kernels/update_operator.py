@@ -29,8 +29,7 @@ def update(
     eps: float,
     coupled: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Take a step of Adam. The result equals that of `clip_gradients`, the optimizer and `UnitNormDecoder` in separate
-    passes.
+    """Take a step of Adam. The result equals that of `clip_gradients`, the optimizer and `UnitNormDecoder`.
 
     Args:
         weights: float32, each contiguous.

@@ -1,4 +1,4 @@
-"""Two more penalties on ReLU latents: weighted by decoder norms, and with an exponent that decreases.
+"""Two more penalties on ReLU latents: one weighted by decoder norms, and one with a decreasing exponent.
 
 april      L = |x - x_hat|^2 + l1 sum_i f_i |W_dec,i|          rows of W_dec are free
 p-anneal   L = |x - x_hat|^2 + l1 c_t sum_i f_i^{p_t}          p_t: 1 -> p_end
@@ -19,7 +19,7 @@ from ..variant import RunConfig, Variant
 
 
 class WeightedL1(LossTerm):
-    """mean_B sum_F |f_i| |W_dec,i|: making latents smaller and their decoder rows longer does not reduce it."""
+    """mean_B sum_F |f_i| |W_dec,i|. Shrinking latents while lengthening their decoder rows does not reduce it."""
 
     sparsity = True
     undivided = ""
@@ -35,8 +35,8 @@ def april(config: RunConfig, l1: float = 5.0, l1_warmup: int | None = None) -> V
     Rows are scaled to unit norm when the SAE is saved.
 
     Args:
-        l1: Strength of the penalty in the paper's units, inputs with E|x| = sqrt(d_in). With E|x|^2 = 1 the same
-            objective, divided by d_in, has l1 / sqrt(d_in).
+        l1: Strength of the penalty in the paper's units, where inputs have E|x| = sqrt(d_in). For inputs with E|x|^2 =
+            1, the same objective divided by d_in has the strength l1 / sqrt(d_in).
         l1_warmup: Steps over which the penalty rises from zero. None: a twentieth of the run.
     """
     sae = SAE(config.d_in, config.d_sae, pre_bias=False)
@@ -57,11 +57,11 @@ class PAnnealing(Mechanism):
     At each change the coefficient is multiplied by the ratio of the old penalty to the new one over the last `queue`
     batches, so that the value of the penalty is continuous.
 
-    Paper: its code places the last change at the last step, so that p_end is never trained.
+    Paper: its code makes the last change at the last step, so the SAE is never trained with p_end.
     """
 
     factor: Tensor  # ()
-    sums_Q2: Tensor  # mean_B sum_F f^p of the last batches, at the current p and at the next
+    sums_Q2: Tensor  # mean_B sum_F f^p of the last batches, for the current p and the next
     combine = "mean"
     leaves_weights = True
 
@@ -90,7 +90,7 @@ class PAnnealing(Mechanism):
         ratio = torch.where(following > 0, current / following, 1.0)
         p_changes = self.changes(step.i + 1) > changes
         self.factor.mul_(torch.where(p_changes, ratio, 1.0))
-        self.sums_Q2.mul_(~p_changes)  # sums at the old exponents do not apply to the next change
+        self.sums_Q2.mul_(~p_changes)  # sums for the old exponents do not apply to the next change
 
     def scalars(self) -> dict[str, Tensor]:
         return {"p_factor": self.factor}
@@ -130,14 +130,14 @@ def p_anneal(
 ) -> Variant:
     """ReLU latents under a penalty whose exponent falls from 1 to 0.2.
 
-    With a small exponent it counts latents instead of shrinking them.
+    With a small exponent, the penalty counts latents instead of shrinking them.
 
     Args:
         l1: Strength of the penalty.
         p_end: Last exponent.
         start: Share of the run after which the exponent starts to fall.
         updates: Number of equal steps in which the exponent falls.
-        queue: Batches over which the penalty is measured to keep its value at a change of the exponent.
+        queue: Batches over which the penalty is measured, to keep its value when the exponent changes.
         l1_warmup: Steps over which the penalty rises from zero. None: a twentieth of the run.
     """
     errors = []

@@ -11,7 +11,7 @@ from ..schedules import warmup
 from ..step import Mechanism
 from ..variant import RunConfig, Variant
 
-AUX_OPTIONS = {"aux_k": ("aux", (0,))}  # without effect where AuxK is off
+AUX_OPTIONS = {"aux_k": ("aux", (0,))}  # no effect if AuxK is off
 
 
 @recipe("relu", paper="Bricken et al. 2023", width=1)
@@ -45,7 +45,7 @@ def topk_variant(
     k_start: float | None,
     *mechanisms: Mechanism,
 ) -> Variant:
-    """The variant of `topk` and `batchtopk`: no penalty, AuxK for dead latents, and a k that may be annealed."""
+    """The variant for `topk` and `batchtopk`: no penalty, AuxK for dead latents, and optional annealing of k."""
     start = min(config.d_in, config.d_sae) if k_start is None else k_start
     k, errors = activation.k, []
     if aux_k is not None and aux_k < 1:
@@ -84,7 +84,7 @@ def topk(
         k: Latents kept per token.
         aux: Weight of AuxK, which trains dead latents to model the residual (A.2).
         aux_k: Dead latents that AuxK uses per token. None: d_in / 2.
-        multi: Weight of Multi-TopK, the error with 4 k latents (5.3). 0 is off; the paper's is 1/8.
+        multi: Weight of Multi-TopK, the error with 4 k latents (5.3). 0: off. The paper uses 1/8.
         k_anneal_steps: Steps over which k falls from `k_start` to `k`. 0: k is constant.
         k_start: k at the first step of the annealing. None: d_in.
     """
@@ -105,8 +105,8 @@ def batchtopk(
 ) -> Variant:
     """The k largest latents per token, on average over a batch.
 
-    The B k largest of a batch of B tokens are kept. After training a threshold takes their place, so that each token is
-    coded alone.
+    The B k largest latents in a batch of B tokens are kept. After training, a threshold replaces this selection, so
+    that each token is encoded independently.
 
     Args:
         k: Latents kept per token, on average over the batch.

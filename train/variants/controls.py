@@ -1,11 +1,11 @@
-"""Controls for what an SAE learns: part of it keeps its random start (Korznikov et al. 2026, arXiv 2602.14111, 4.1).
+"""Controls for what an SAE learns: a part keeps its random start (Korznikov et al. 2026, arXiv 2602.14111, 4.1).
 
     frozen-decoder        W_dec is drawn at random and never trained
     soft-frozen-decoder   each row of W_dec stays within a cosine of its random start
     frozen-encoder        W_enc is drawn at random and never trained
 
-Everything else is that of `batchtopk` (or `topk`), so a number that a control also has does not show learned features.
-`sae evaluate --controls` trains them beside the runs that they control for, and shows them as reference rows.
+Everything else is as in `batchtopk` (or `topk`). So a score that a control also reaches is no evidence of learned
+features. `sae evaluate --controls` trains controls for the runs that it evaluates, and shows them as reference rows.
 """
 
 from typing import Literal
@@ -27,12 +27,12 @@ Base = Literal["batchtopk", "topk"]
 
 
 class CovarianceStart(Mechanism):
-    """Rows of W_dec drawn from a normal distribution with the covariance of the activations, then normalized (App. E).
+    """Draws rows of W_dec from a normal distribution with the activations' covariance and normalizes them (App. E).
 
         W_i <- C^1/2 g_i / |C^1/2 g_i|,     W_enc <- W_dec^T
 
     C is the covariance of the first rows that the run reads. The g_i are the SAE's initial rows, which are isotropic.
-    Their lengths do not matter, so runs of one seed start from the same draws.
+    Their lengths do not matter, so runs with the same seed start from the same draws.
     """
 
     reads_rows = True
@@ -46,7 +46,7 @@ class CovarianceStart(Mechanism):
 
 
 class DecoderCone(UnitNormDecoder):
-    """Keeps the rows of W_dec on the unit sphere and within a cosine of their start. Has to be the last mechanism.
+    """Keeps the rows of W_dec on the unit sphere, within a cosine of their start. Has to be the last mechanism.
 
         W_i <- the nearest unit vector with W_i . s_i = cosine,     where W_i . s_i < cosine
 
@@ -82,8 +82,8 @@ class DecoderCone(UnitNormDecoder):
 
 
 def base_variant(config: RunConfig, base: Base, k: float, aux: float, aux_k: int | None) -> Variant:
-    """The variant from which a control differs in one thing."""
-    # Paper: BatchTopK, JumpReLU and ReLU, and TopK in App. C; the first is the default here and sets L0 by itself.
+    """The variant that a control changes in one respect."""
+    # Paper: uses BatchTopK, JumpReLU and ReLU, and TopK in App. C. BatchTopK, the default here, sets L0 by itself.
     # Paper: AdamW with rate 2e-4 and batches of 4,098 at width 73,728; here both are those of `batchtopk`.
     if base == "batchtopk":
         return batchtopk(config, k=k, aux=aux, aux_k=aux_k)
@@ -103,13 +103,13 @@ def frozen_decoder(
 ) -> Variant:
     """A control: `batchtopk` with a random decoder that is never trained.
 
-    What it scores is what an encoder can do with random directions.
+    Its scores show what an encoder can achieve with random directions.
 
     Args:
         k: Latents kept per token, on average over the batch.
-        base: What is trained otherwise: batchtopk, or topk.
-        init: How the rows are drawn. cov: with the covariance of the activations, the stronger control in the paper.
-            iso: uniformly from the unit sphere.
+        base: Recipe that the control changes: batchtopk or topk.
+        init: How the rows are drawn. cov: with the covariance of the activations, which is the stronger control in the
+            paper. iso: uniformly from the unit sphere.
         aux: Weight of AuxK, which trains dead latents to model the residual.
         aux_k: Dead latents that AuxK uses per token. None: d_in / 2.
     """
@@ -138,7 +138,7 @@ def soft_frozen_decoder(
     Args:
         k: Latents kept per token, on average over the batch.
         cosine: Least cosine of a decoder row with its start.
-        base: What is trained otherwise: batchtopk, or topk.
+        base: Recipe that the control changes: batchtopk or topk.
         aux: Weight of AuxK, which trains dead latents to model the residual.
         aux_k: Dead latents that AuxK uses per token. None: d_in / 2.
     """
@@ -162,7 +162,7 @@ def frozen_encoder(
 
     Args:
         k: Latents kept per token, on average over the batch.
-        base: What is trained otherwise: batchtopk, or topk.
+        base: Recipe that the control changes: batchtopk or topk.
         aux: Weight of AuxK, which trains the biases and decoder rows of dead latents to model the residual.
         aux_k: Dead latents that AuxK uses per token. None: d_in / 2.
     """

@@ -3,8 +3,8 @@
     L = |x - x_hat|^2 + l1 |f|_1 + strength R(tau)                          (1)
     R = mean over the most correlated 0.1 % of pairs of ReLU(|C_ij| - tau)  (3)
 
-The paper's nine runs ended after zero steps, so it measured nothing. By default a step seeks S_t among random pairs
-(`pair_choice`); `sae reproduce 003` among all, as printed.
+The paper's nine runs ended after zero steps, so it measured nothing. By default, a step chooses S_t from random pairs
+(`pair_choice`); in `sae reproduce 003`, it chooses from all pairs, as printed.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -22,22 +22,22 @@ SPARSE_FROM = 64  # if at most 1 in 64 of the n^2 pairs is chosen, gathering col
 
 
 class Decorrelation(LossTerm):
-    """R(tau): penalize the correlation of only those pairs that fire together most (3).
+    """R(tau): penalizes the correlation of only the pairs that fire together most (3).
 
-    `pair_choice` decides among which pairs a step looks for them:
-        exact    all n (n - 1)/2 of them. Paper: claims O(n), but the dense C takes O(B n^2), and a share of the pairs
-                 is O(n^2) of them.
-        blocks   the pairs in the same block. The latents are put in a random order and cut into blocks of about
-                 `block`: O(B n block). Each step has another order, so every pair has the same chance. (2) to (4) are
-                 computed from these pairs, so tau and R are estimates from a random share of all pairs. R has a small
-                 bias, because the most correlated pairs of a share are not a share of the most correlated pairs.
+    `pair_choice` decides which pairs a step searches for them:
+        exact    all n (n - 1)/2 pairs. Paper: claims O(n), but the dense C takes O(B n^2), and a fixed share of all
+                 pairs is O(n^2) pairs.
+        blocks   the pairs in the same block. The latents are shuffled and cut into blocks of about `block` latents: O(B
+                 n block). Each step uses another order, so every pair has the same chance. (2) to (4) are computed from
+                 these pairs only, so tau and R are estimates from a random sample of all pairs. R has a small bias,
+                 because the most correlated pairs of a sample are not a sample of the most correlated pairs.
 
-    C is computed without a gradient. The gradient of R is S f_hat, S_ij = 1/|S_t| for the chosen pairs over tau.
+    C is computed without a gradient. The gradient of R is S f_hat, with S_ij = 1/|S_t| for chosen pairs above tau.
 
     Args:
-        fraction: |S_t| over the number of pairs from which it is chosen.
-        tau_over: The pairs whose correlations give tau, see `decorrelation`.
-        pair_choice: The pairs among which a step looks for the most correlated ones.
+        fraction: |S_t| divided by the number of pairs from which it is chosen.
+        tau_over: The pairs from whose correlations tau is computed; see `decorrelation`.
+        pair_choice: The pairs that a step searches for the most correlated ones.
         block: Latents in a block. A dictionary of fewer than 1.5 blocks is one block.
     """
 
@@ -62,9 +62,9 @@ class Decorrelation(LossTerm):
             return self.penalty(step, f_BF) if self.pair_choice == "exact" else self.penalty_in_blocks(step, f_BF)
 
     def choose(self, corr_GMM: Tensor, step: Step) -> "ChosenPairs":
-        """The most correlated pairs of all blocks. Reduces `corr_GMM`, their correlations, to its upper triangle."""
+        """The most correlated pairs in all blocks. Overwrites `corr_GMM`, the correlations, with its upper triangle."""
         blocks, size, _ = corr_GMM.shape
-        alive_G = (corr_GMM.diagonal(dim1=1, dim2=2) > 0.5).sum(1)  # a silent latent has a column of zeros
+        alive_G = (corr_GMM.diagonal(dim1=1, dim2=2) > 0.5).sum(1)  # the column of a silent latent is zero
         counted_G = alive_G if self.tau_over == "alive" else torch.full_like(alive_G, size)
         pairs = (counted_G * (counted_G - 1) / 2).sum().clamp_min(1)
         upper_GMM = corr_GMM.triu_(1)  # C is not negative, as latents are not: |C| = C
@@ -73,8 +73,8 @@ class Decorrelation(LossTerm):
         tau = mean + sd  # (4). Paper: tau is a statistic; with a gradient it would correlate every other pair
         count = max(1, round(self.fraction * blocks * size * (size - 1) / 2))
         top = upper_GMM.flatten().topk(count, sorted=False)
-        # If fewer pairs fire together than `fraction` asks for, the rest are zeros of the lower triangle, not pairs.
-        # They do not pass, since tau is not negative.
+        # If fewer pairs fire together than `fraction` asks for, the rest are zeros in the lower triangle, which are not
+        # pairs. These do not pass, since tau is not negative.
         passes_P = top.values > tau
         step.metrics |= {"tau": tau, "mean_correlation": mean, "sd_correlation": sd, "pairs_over_tau": passes_P.sum()}
         return ChosenPairs(upper_GMM, top.values, top.indices, passes_P, tau)
@@ -99,7 +99,7 @@ class Decorrelation(LossTerm):
         n = f_BF.shape[1]
         blocks = max(1, round(n / self.block))
         size = n // blocks
-        order_N = random_order(step.i, self.seed, n)[: blocks * size]  # a few latents are in no block in this step
+        order_N = random_order(step.i, self.seed, n)[: blocks * size]  # leaves a few latents out of this step
         with torch.no_grad():
             f_GBM = f_BF.detach().index_select(1, order_N).unflatten(1, (blocks, size)).transpose(0, 1)
             gram_GMM = f_GBM.mT @ f_GBM
@@ -115,7 +115,7 @@ class Decorrelation(LossTerm):
 
 
 class ChosenPairs(NamedTuple):
-    """The pairs of S_t; `index_P` is their place in the upper triangles of the blocks."""
+    """The pairs of S_t. `index_P` has their positions in the upper triangles of the blocks."""
 
     upper_GMM: Tensor
     value_P: Tensor
@@ -130,7 +130,7 @@ class ChosenPairs(NamedTuple):
 
     @property
     def weight_GMM(self) -> Tensor:
-        """S: 1/|S_t| for the pairs over tau, else 0, in the upper triangles."""
+        """S: 1/|S_t| for the pairs above tau and 0 otherwise, in the upper triangles."""
         weight = torch.zeros_like(self.upper_GMM).flatten()
         return weight.scatter(0, self.index_P, self.passes_P / len(self.index_P)).view_as(self.upper_GMM)
 
@@ -138,9 +138,10 @@ class ChosenPairs(NamedTuple):
 def random_order(i: Tensor, seed: Tensor, n: int) -> Tensor:
     """A random order of n latents for step i, from a hash of step and latent, so that no state has to be kept.
 
-    The hash is splitmix64, except that torch's shifts keep the sign. So two latents may share a hash; that is harmless.
+    The hash is splitmix64, except that torch's shifts keep the sign. So two latents may have the same hash, which is
+    harmless.
 
-    The host would have to read the state of a generator, and a checkpoint would have to hold it.
+    A random generator would have state that the host has to read and a checkpoint has to hold.
     """
     z_F = (torch.arange(n, device=i.device) + i * n + seed) * -0x61C8864680B583EB
     z_F = (z_F ^ (z_F >> 30)) * -0x40A7B892E31B1A47
@@ -149,7 +150,7 @@ def random_order(i: Tensor, seed: Tensor, n: int) -> Tensor:
 
 
 class BlockGradient(torch.autograd.Function):
-    """A value whose gradient is f M for the latents in the blocks and 0 for the others."""
+    """A value whose gradient is f M for latents in the blocks and 0 for all others."""
 
     @staticmethod
     def forward(ctx: Any, f_BF: Tensor, value: Tensor, f_GBM: Tensor, matrix_GMM: Tensor, order_N: Tensor) -> Tensor:
@@ -204,12 +205,13 @@ def decorrelation(
 ) -> Variant:
     """`relu` plus a penalty on the most correlated 0.1 % of pairs.
 
-    Paper: gives no strength. Of the encoder it says f_enc(x), a function of x and not of x - b_dec. No warm-up of the
-    L1 penalty is printed (l1_warmup=0). tau is of all off-diagonal correlations (4), but a latent that is silent in the
-    batch has none, since (2) is 0/0: by default its pairs are left out (tau_over=all counts them as 0). 5.1 has tau
-    follow running statistics, (4) those of step t, which are used. (5) normalizes the rows of W_dec after each update;
-    the gradient along each row is removed before it, too, so that Adam's moments hold none of it. S_t is chosen among
-    all pairs (3), which costs more than the rest of a step; by default among random pairs, other ones in each step.
+    Paper: gives no strength. It writes the encoder as f_enc(x), a function of x and not of x - b_dec. It prints no
+    warm-up of the L1 penalty (l1_warmup=0). tau is computed from all off-diagonal correlations (4). A latent that is
+    silent in the batch has none, since (2) is 0/0; by default its pairs are left out (tau_over=all counts them as 0).
+    According to 5.1 tau follows running statistics, but according to (4) it uses the statistics of step t; we follow
+    (4). (5) normalizes the rows of W_dec after each update. We also remove the gradient along each row before the
+    update, so that it does not enter Adam's moments. The paper chooses S_t from all pairs (3), which costs more than
+    the rest of a step; by default we choose it from random pairs, drawn anew in each step.
 
     Args:
         strength: Strength of the penalty R (1).
@@ -217,11 +219,11 @@ def decorrelation(
         l1: Strength of the L1 penalty (1).
         l1_warmup: Steps over which the L1 penalty rises from zero. None: a twentieth of the run.
         pre_bias: Subtract b_dec from the encoder's input.
-        tau_over: Pairs whose mean and standard deviation give tau (4). alive: those of two latents that fire in the
+        tau_over: Pairs whose mean and standard deviation give tau (4). alive: pairs of latents that both fire in the
             batch. all: every pair; the correlation of a silent latent counts as 0.
-        pair_choice: Pairs among which a step seeks the most correlated ones. exact: all (3). blocks: those within
-            blocks of latents, which are put together at random in each step; far cheaper in a wide dictionary.
-        block: Latents in a block, about. A dictionary of fewer than 1.5 blocks is a single one, with all its pairs.
+        pair_choice: Pairs that a step searches for the most correlated ones. exact: all pairs (3). blocks: pairs within
+            blocks of latents, which are drawn at random in each step; far cheaper for a wide dictionary.
+        block: Approximate number of latents in a block. A dictionary of fewer than 1.5 blocks is a single block.
     """
     if not 0 < fraction <= 1:
         raise UsageError(f"invalid fraction={fraction:g}: expected a share of the pairs above 0 and up to 1.")

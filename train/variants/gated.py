@@ -5,7 +5,7 @@
     f_gate = ReLU(z + b_gate)
     L      = |x - x_hat(f)|^2 + l1 |f_gate|_1 + |x - (f_gate sg(W_dec) + sg(b_dec))|^2
 
-The step function in f has no gradient: the gate learns from the last two terms alone. sg stops the gradient.
+The step function in f has no gradient, so the gate learns from the last two terms alone. sg stops the gradient.
 """
 
 import torch
@@ -72,9 +72,9 @@ class GateMSE(LossTerm):
 
 @recipe("gated", paper="Rajamanoharan et al. 2024a")
 def gated(config: RunConfig, l1: float = 0.04, l1_warmup: int | None = None) -> Variant:
-    """A gate under an L1 penalty chooses the latents that fire.
+    """A gate with an L1 penalty chooses the latents that fire.
 
-    Their magnitudes are not penalized and so not shrunk.
+    The magnitudes of latents are not penalized, and therefore not shrunk.
 
     Args:
         l1: Strength of the L1 penalty on the gate.

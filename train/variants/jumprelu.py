@@ -2,8 +2,8 @@
 
     f = z H(z - theta),     z = x W_enc + b_enc
 
-The gradient of a step function is zero or undefined. These are used instead, with K(u) = 1[|u| < 1/2] and a
-bandwidth eps:
+The gradient of a step function is zero or undefined. The following gradients are used instead, with K(u) = 1[|u| < 1/2]
+and a bandwidth eps:
 
     d (z H(z - theta)) / d theta = -(theta/eps) K((z - theta)/eps)
     d H(z - theta)     / d theta = -(1/eps)     K((z - theta)/eps)
@@ -71,7 +71,7 @@ class FiresFunction(torch.autograd.Function):
 
 
 class JumpByKernels(JumpFunction):
-    """The same, with an operator that has a kernel on a GPU: one pass for all gradients."""
+    """The same function, with an operator that has a GPU kernel: one pass computes all gradients."""
 
     @staticmethod
     def backward(ctx: Any, grad_BF: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -81,7 +81,7 @@ class JumpByKernels(JumpFunction):
 
 
 class CountByKernels(torch.autograd.Function):
-    """() sum_BF H(z - theta), with an operator that has a kernel on a GPU: one pass for it and theta's gradient."""
+    """() sum_BF H(z - theta), with an operator that has a GPU kernel: one pass computes it and theta's gradient."""
 
     @staticmethod
     def forward(ctx: Any, z_BF: Tensor, theta_F: Tensor, eps: float) -> Tensor:
@@ -99,7 +99,7 @@ class CountByKernels(torch.autograd.Function):
 class JumpReLU(Activation, name="jumprelu"):
     """z H(z - theta) with a threshold per latent, always in float32.
 
-    `bandwidth` is a length on the axis of z, so it presumes the normalization of the run. It matters in training only
+    `bandwidth` is a length on the axis of z, so it depends on the normalization of the run. It is used only in training
     and is not rescaled.
     """
 
@@ -148,8 +148,8 @@ class NonNegativeThreshold(Mechanism):
 class ThresholdSpeedup(Mechanism):
     """With `--l0`, scales the updates of thresholds so that a short run can move them as far as a long one.
 
-    10,000 steps at a learning rate of 7e-5 can move a threshold by 0.7. Paper: a threshold moves by about the rate `lr`
-    per step, as weights do, so a run of a thousand steps ends far above its target.
+    10,000 steps at a learning rate of 7e-5 can move a threshold by 0.7. Paper: a threshold moves by about `lr` per
+    step, like a weight. So a run of a thousand steps ends far above its target.
     """
 
     leaves_weights = True
@@ -159,7 +159,7 @@ class ThresholdSpeedup(Mechanism):
         self.activation, self.steps, self.lr = activation, steps, lr
 
     def after_backward(self, step: Step) -> None:
-        # Before this step's update; not part of the state.
+        # The thresholds before this step's update; not part of the state.
         self.threshold_before_F = self.activation.threshold.detach().clone()
 
     def after_step(self, step: Step) -> None:
@@ -209,7 +209,7 @@ class TargetL0(L0):
         l0 = super().forward(step)
         if step.part_of is None:
             return (l0 / self.target - 1).square()
-        # Each part has the value of the whole batch, and its share of the gradient.
+        # Each part returns the value for the whole batch, with its share of the gradient.
         excess = step.whole.l0 / self.target - 1
         return excess.square() + 2 * excess / self.target * (l0 - l0.detach())
 
@@ -229,7 +229,7 @@ class Tanh(LossTerm):
 
 
 class PreActLoss(LossTerm):
-    """mean_B sum_F ReLU(theta - z) |W_dec,i|: a small pull on latents that do not fire, so that none stays dead."""
+    """mean_B sum_F ReLU(theta - z) |W_dec,i|: a weak pull on latents that do not fire, so that none stays dead."""
 
     undivided = ""
 
@@ -289,8 +289,9 @@ def jumprelu(
 ) -> Variant:
     """Learned thresholds under a penalty that holds L0 at `l0`.
 
-    The penalty is (L0/l0 - 1)^2. A threshold moves by about the learning rate per step. At the default rate a run of a
-    thousand steps ends far above `l0`; with `--l0` only the thresholds move faster, and the run reaches its target.
+    The penalty is (L0/l0 - 1)^2. A threshold moves by about the learning rate per step. At the default rate, a run of a
+    thousand steps ends far above `l0`. With `--l0`, the thresholds (and nothing else) move faster, and the run reaches
+    its target.
 
     Args:
         l0: Target of the number of latents per token.
@@ -335,12 +336,12 @@ def jumprelu_tanh(
 ) -> Variant:
     """Learned thresholds under a tanh penalty, with free decoder rows.
 
-    Rows are scaled to unit norm when the SAE is saved. Options are in the paper's units, inputs with E|x| = sqrt(d_in).
-    With E|x|^2 = 1 the same objective, divided by d_in, has penalty/d_in, c sqrt(d_in), and reach, bandwidth and
-    threshold over sqrt(d_in).
+    Rows are scaled to unit norm when the SAE is saved. Options are in the paper's units, where inputs have E|x| =
+    sqrt(d_in). For inputs with E|x|^2 = 1, the same objective divided by d_in has penalty/d_in, c sqrt(d_in), and
+    reach, bandwidth and threshold divided by sqrt(d_in).
 
-    Paper: prints dJumpReLU/dx without `ste_to_input`, and writes that the estimator's gradient reaches all parameters;
-    SAELens has it.
+    Paper: prints dJumpReLU/dx without `ste_to_input`, but writes that the estimator's gradient reaches all parameters.
+    SAELens implements the latter.
 
     Args:
         penalty: Strength of the tanh penalty, which rises over the whole run.
@@ -348,11 +349,12 @@ def jumprelu_tanh(
         reach: Strength of the pull on latents that do not fire, so that none stays dead.
         bandwidth: Width eps of the window in which a threshold gets a gradient.
         threshold: Initial threshold of every latent.
-        ste_to_input: The gradient that a threshold gets within the window also reaches the pre-activation, and so the
-            encoder.
+        ste_to_input: Also pass the gradient that a threshold gets within the window to the pre-activation, and so to
+            the encoder.
     """
     scale = config.d_in**0.5
-    # Paper: learns log theta, which Adam moves by its rate in log space: hardly at all. theta itself is learned here.
+    # Paper: learns log theta, which Adam moves by its rate in log space, so it hardly changes. Here theta itself is
+    # learned.
     activation = make_activation(config, bandwidth / scale, threshold / scale, ste_to_input)
     variant = Variant(
         SAE(config.d_in, config.d_sae, [activation], pre_bias=False),

@@ -1,8 +1,8 @@
-"""Matryoshka SAE (Bussmann et al. 2025): every prefix of the dictionary is trained as a dictionary of its own.
+"""Matryoshka SAE (Bussmann et al. 2025): every prefix of the dictionary is trained as a separate dictionary.
 
     L = mean_g |x - (f_{1:n_g} W_dec,{1:n_g} + b_dec)|^2,     n_g = n/2^(G-1), ..., n/2, n
 
-BatchTopK chooses once among all latents; the prefixes share its choice. The order of latents carries meaning.
+BatchTopK selects once among all latents, and all prefixes share this selection. The order of latents carries meaning.
 """
 
 from itertools import pairwise
@@ -22,8 +22,8 @@ class NestedMSE(LossTerm):
     """The squared error, averaged over prefixes.
 
     Each block between two prefixes is decoded once, and a prefix's reconstruction is the sum of the blocks up to it.
-    The residuals of all prefixes that contain a block are summed before the gradient at the block is computed: one
-    product, as for a plain decoder.
+    The residuals of all prefixes that contain a block are summed before the gradient at the block is computed. So the
+    gradient takes one matrix product, as with a plain decoder.
     """
 
     undivided = ""
@@ -46,7 +46,8 @@ class NestedMSE(LossTerm):
         for block_BD in self.blocks(step):
             recon_BD = block_BD + recon_BD
             losses.append((step.x_BD - recon_BD).square().sum(-1).mean())
-        # Paper: does not say whether the losses are summed or averaged; with a mean the other terms keep their weight.
+        # Paper: does not say whether the losses are summed or averaged. With a mean, the other terms keep their
+        # relative weight.
         return torch.stack(losses).mean()
 
 
@@ -64,7 +65,7 @@ def matryoshka(
 
     Args:
         k: Latents kept per token, on average over the batch.
-        prefixes: Number of prefixes, each twice as long as the one before; the last is the whole dictionary.
+        prefixes: Number of prefixes, each twice as long as the previous one; the last is the whole dictionary.
         aux: Weight of AuxK, which trains dead latents to model the residual.
         aux_k: Dead latents that AuxK uses per token. None: d_in / 2.
         k_anneal_steps: Steps over which k falls from `k_start` to `k`. 0: k is constant.

@@ -2,8 +2,8 @@
 
     L = |x - x_hat|^2 + aux + strength mean_i max_{j in chunk(i), j != i} cos(W_i, W_j)^2
 
-The rows are shuffled into chunks of at most `chunk` at each step, so that the cost is O(n chunk d) and every pair meets
-sooner or later.
+In each step the rows are shuffled into chunks of at most `chunk` rows. So the cost is O(n chunk d), and over time every
+pair is compared.
 """
 
 import torch
@@ -18,7 +18,7 @@ from .baselines import AUX_OPTIONS, batchtopk
 
 
 def permutation_of_step(step: Step, count: int) -> Tensor:
-    """A permutation of `count` that depends only on the step, so that a resumed run has the same chunks.
+    """A permutation of `count` indices that depends only on the step, so that a resumed run uses the same chunks.
 
     Each index is hashed with the step (the finalizer of MurmurHash3, on 32 of 64 bits), and the hashes are sorted.
     """
@@ -31,8 +31,9 @@ def permutation_of_step(step: Step, count: int) -> Tensor:
 class OrtSAELoss(LossTerm):
     """mean_i max_{j in chunk(i), j != i} cos(W_i, W_j)^2.
 
-    The nearest row is found without a gradient, and its cosine is computed again with one: O(n d) instead of a backward
-    pass through the chunks' matrices. Where the maximum is unique this is its gradient.
+    The nearest row is found without a gradient, and then its cosine is computed again with a gradient. That takes O(n
+    d) instead of a backward pass through the chunks' matrices. Where the maximum is unique, the result is its exact
+    gradient.
     """
 
     undivided = ""
@@ -66,18 +67,18 @@ def ortsae(
 ) -> Variant:
     """`batchtopk` with a penalty on each decoder row's nearest row.
 
-    The nearest row is that of a random chunk of rows, drawn anew at each step.
+    The nearest row is searched in a random chunk of rows, drawn anew in each step.
 
-    Paper: its text was not at hand; strength and chunk are ours.
+    Paper: its text was not available; strength and chunk are ours.
 
     Args:
         k: Latents kept per token, on average over the batch.
         strength: Strength of the penalty on similar decoder rows.
-        chunk: Rows in a chunk, at most. Each row is compared with those of its chunk.
+        chunk: Maximum number of rows in a chunk. Each row is compared with the other rows of its chunk.
         aux: Weight of AuxK, which trains dead latents to model the residual.
         aux_k: Dead latents that AuxK uses per token. None: d_in / 2.
     """
-    if chunk < 3 or config.d_sae < 2:  # from 3 on, chunks of nearly equal size have at least two rows
+    if chunk < 3 or config.d_sae < 2:  # with 3 or more, chunks of nearly equal size have at least two rows
         raise UsageError(
             f"chunk={chunk} of {config.d_sae} latents can leave a row without another: set chunk to 3 or more and "
             "--width to 2 or more."

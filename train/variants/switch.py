@@ -4,8 +4,8 @@
     f     = TopK(p_e ReLU(z)) among the latents of expert e
     L     = |x - x_hat|^2 + balance E sum_j F_j P_j
 
-F_j is the share of tokens sent to expert j, P_j its mean probability; the sum is smallest, 1/E, where all are equal.
-The encoder is computed for every expert, so routing saves no work here; nor does it in the authors' code.
+F_j is the share of tokens sent to expert j, and P_j is the expert's mean probability. The sum has its minimum, 1/E,
+where all are equal. The encoder is computed for every expert, so routing saves no work, here or in the authors' code.
 """
 
 import torch
@@ -24,7 +24,7 @@ from .baselines import lr_for_width
 
 
 class Switch(Activation, name="switch"):
-    """TopK within the expert that a token is routed to, whose latents are multiplied by the router's probability."""
+    """TopK within the expert to which a token is routed. Its latents are multiplied by the router's probability."""
 
     sees_input = True
 
@@ -80,7 +80,7 @@ class LoadBalanceLoss(LossTerm):
 def switch(config: RunConfig, k: int = 32, experts: int | None = None, balance: float = 0.1) -> Variant:
     """A router picks one expert per token and keeps its k largest latents.
 
-    Paper: weighs the balance with 3 times d_in on inputs of its own scale; `balance` presumes E|x|^2 = 1.
+    Paper: weights the balance loss by 3 times d_in, for inputs of its own scale; `balance` assumes E|x|^2 = 1.
 
     Args:
         k: Latents kept per token.
@@ -100,7 +100,7 @@ def switch(config: RunConfig, k: int = 32, experts: int | None = None, balance: 
         SAE(config.d_in, config.d_sae, [activation]),
         {"mse": (1.0, MSE()), "balance": (balance, LoadBalanceLoss(activation))},
         [UnitNormDecoder()],
-        # The authors start b_dec and b_router both at the data's center: a centered input is the same.
+        # The authors initialize b_dec and b_router to the data's center, which is equivalent to a centered input.
         Optimization(lr=lr_for_width(config.d_sae), center=True),
         dead=DeadLatents(config.d_sae, config.dead_after_tokens),
     )

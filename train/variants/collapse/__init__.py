@@ -1,16 +1,16 @@
-"""The feature collapse problem (paper 000): a baseline and ten runs, each the one before plus one mechanism.
+"""The feature collapse problem (paper 000): a baseline and ten runs, each of which adds one mechanism to the last.
 
     L = |x - x_hat|^2 + lambda(t) |f|_1 + alpha(t) L_contrast + beta(t) L_orth   (5)
 
-`recipes.py` has the eleven runs in order, `options.py` their options. The parts follow the paper's method section:
-`monitors.py`, `groups.py` and `orthogonality.py` are 4.1; `losses.py`, `l1_controller.py` and the winner-take-all in
-`groups.py` are 4.2; `batch_norm.py` is 4.3. Every default is a reading that works. Where the paper's own setting
-differs, it is another value of an option.
+`recipes.py` has the eleven runs in order, and `options.py` their options. The modules follow the paper's method
+section: `monitors.py`, `groups.py` and `orthogonality.py` are 4.1; `losses.py`, `l1_controller.py` and the
+winner-take-all in `groups.py` are 4.2; `batch_norm.py` is 4.3. Every default is an interpretation of the paper that
+works. Where the paper's own setting differs, it is another value of an option.
 
-Paper: names five pairs of runs; the split inside a pair is ours. It gives no alpha, no beta, and no rule for lambda
-inside its bounds.
-Paper: calls absorption 0 and one split feature a collapse. 0 is the good end of that score, and 1 means no splitting.
-Paper: 100,000 tokens in batches of 125 are 800 steps, all of them inside its warm-up of 1000.
+Paper: names five pairs of runs; the split within each pair is ours. It gives no alpha, no beta, and no rule for lambda
+within its bounds. Paper: takes an absorption of 0 and a split-feature score of 1 as a collapse. But 0 is the best
+absorption, and 1 means no splitting. Paper: 100,000 tokens in batches of 125 make 800 steps, all within its warm-up of
+1000 steps.
 
 Shape suffixes here, besides those of train/step.py: G groups, M latents in a group, S dimensions of the sketch,
 N neighbors or a few tokens, T steps.

@@ -8,10 +8,11 @@ from ...step import Mechanism, Step
 
 
 class BatchNorm(Activation, name="batch_norm"):
-    """gain (z - mean)/sqrt(var + eps) + shift for each latent: batch statistics in training, running ones afterwards.
+    """gain (z - mean)/sqrt(var + eps) + shift for each latent, with batch statistics in training, then running ones.
 
-    Paper: does not say where; before the ReLU, all latents then fire about half of the time until L1 moves `shift`. It
-    gives no first gain: with normalized inputs ours keeps the scale of the pre-activations, else it is 1, as usual.
+    Paper: does not say where it normalizes. Before the ReLU, it makes all latents fire about half of the time until L1
+    moves `shift`. The paper gives no initial gain. With normalized inputs, ours keeps the scale of the pre-activations;
+    otherwise it is 1, as usual.
     """
 
     undivided = "batch normalization takes the mean and variance of the whole batch"

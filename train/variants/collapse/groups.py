@@ -1,4 +1,4 @@
-"""Paper 000: groups of latents, their learning rates (4.1), their sampling (4.3), and winner-take-all in them (4.2)."""
+"""Paper 000: groups of latents, with learning rates (4.1), sampling (4.3) and winner-take-all (4.2) per group."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ from .monitors import UtilizationEMA
 
 
 class DecoderRows(nn.Module):
-    """The decoder's rows in equal groups, as losses and constraints compare them.
+    """The decoder's rows in equal groups. Losses and constraints compare rows within a group.
 
-    They are W_dec itself, unless Gram-Schmidt in the forward pass makes W_dec out of free rows.
+    The rows are W_dec itself, unless Gram-Schmidt in the forward pass computes W_dec from free rows.
     """
 
     free_FD: nn.Parameter | None
@@ -26,11 +26,11 @@ class DecoderRows(nn.Module):
         self.register_parameter("free_FD", None)
 
     def parameter(self, sae: SAE) -> nn.Parameter:
-        """The rows that the optimizer moves (F, D)."""
+        """The rows that the optimizer updates (F, D)."""
         return sae.W_dec if self.free_FD is None else self.free_FD
 
     def grouped(self, sae: SAE) -> Tensor:
-        """The same by group (G, M, D)."""
+        """The same rows by group (G, M, D)."""
         return self.parameter(sae).unflatten(0, (self.groups, -1))
 
 
@@ -38,7 +38,7 @@ class DecoderRows(nn.Module):
 
 
 class GroupUtilization(Mechanism):
-    """u_g of (2) for each group: the mean, or the maximum, of its latents' utilization. A monitor."""
+    """Monitors u_g of (2) for each group: the mean or the maximum of its latents' utilization."""
 
     def __init__(self, utilization: UtilizationEMA, count: int, stat: str = "mean") -> None:
         super().__init__()
@@ -54,9 +54,9 @@ class GroupUtilization(Mechanism):
 
 
 class GroupUpdate(Mechanism):
-    """Scales the update of each group of latents: W_dec, or its free rows, W_enc and b_enc.
+    """Scales the update of each group of latents, in W_dec (or its free rows), W_enc and b_enc.
 
-    Adam ignores the scale of a gradient, so the update is scaled, not the gradient. The factors of several such
+    Adam ignores the scale of a gradient, so the update is scaled instead of the gradient. The factors of several such
     mechanisms multiply.
     """
 
@@ -87,15 +87,15 @@ class GroupUpdate(Mechanism):
 class GroupLearningRate(GroupUpdate):
     """eta_g = eta_0 softmax(EMA(u_g)) (2), for W_dec, W_enc and b_enc of the latents in a group.
 
-    `rates_differed` counts, over all steps, the groups whose rate differed from eta_0 by more than a thousandth. By
-    `mode` the rate over eta_0 is
+    `rates_differed` counts, over all steps, the groups whose rate differed from eta_0 by more than a thousandth. `mode`
+    chooses the ratio of the rate to eta_0:
         softmax        softmax(u): the paper
         softmax_mean1  G softmax(u), so that the mean rate is eta_0
-        softmax_temp   the same with u divided by its standard deviation
-        inverse        the same with -u, which favors the groups that are used least
+        softmax_temp   as softmax_mean1, with u divided by its standard deviation
+        inverse        as softmax_temp with -u, which favors the groups that are used least
 
-    Paper: a softmax over 16 groups sums to 1 and is flat for a u below 0.1, so `softmax` divides the rate by 16 and
-    does little else.
+    Paper: a softmax over 16 groups sums to 1 and is nearly flat for u below 0.1, so `softmax` divides the rate by about
+    16 and does little else.
     """
 
     acted_rates_differed: Tensor  # () int64
@@ -131,24 +131,26 @@ class GroupLearningRate(GroupUpdate):
 
 
 class GroupSampling(GroupUpdate):
-    """In each step a share of the groups is drawn by their recent utilization, and only these groups are updated.
+    """In each step, draws a share of the groups by recent utilization, and updates only these groups.
 
         s_g = 0.1/G + 0.9 u_g / sum u,   p_g = min(1, share G s_g),   update <- update [g drawn] / p_g
 
-    u_g is the EMA of (2), whose decay is the momentum. One uniform number per step draws all groups (systematic
-    sampling), so that g is drawn with probability p_g and about `share` of the groups are drawn in every step. Because
-    of 1/p_g, the expected update equals the update without sampling, and the rate of a group stays as in (2), which run
-    8 adds. While a group is not drawn, no weight of its latents changes, not even in a batch norm; Adam's moments do.
+    u_g is the EMA of (2), whose decay is the momentum. One uniform random number per step draws all groups (systematic
+    sampling). So g is drawn with probability p_g, and about `share` of the groups are drawn in every step. Because of
+    the factor 1/p_g, the expected update equals the update without sampling, and the rates of (2), which run 8 adds,
+    stay the same. While a group is not drawn, no weight of its latents changes, not even in a batch norm, but Adam's
+    moments do.
 
     `groups_skipped` counts, over all steps, the groups that were not drawn.
 
-    Paper: "adaptive per-group learning rates maintained through momentum-based importance sampling" (4.3), in every run
-    (5), and no more. The share, the tenth that is drawn evenly (a silent group would never be drawn again), and 1/p are
-    ours. Without 1/p the sampling itself would be a rate by utilization, and (2) would act twice.
+    Paper: says only "adaptive per-group learning rates maintained through momentum-based importance sampling" (4.3),
+    for every run (5). The share, the tenth that is drawn evenly, and the factor 1/p are ours. Without the tenth, a
+    silent group would never be drawn again. Without 1/p, the sampling itself would scale rates by utilization, and (2)
+    would act twice.
     """
 
     acted_groups_skipped: Tensor  # () int64
-    uniform_T: Tensor  # the random number of each step, drawn in advance, so that a resumed run has the same
+    uniform_T: Tensor  # one random number per step, drawn in advance so that a resumed run uses the same ones
 
     def __init__(self, rows: DecoderRows, d_sae: int, count: int, share: float, beta: float, steps: int) -> None:
         super().__init__(rows, count)
@@ -167,9 +169,10 @@ class GroupSampling(GroupUpdate):
     def factor_G(self, step: Step) -> Tensor:
         self.utilization.after_step(step)
         probability_G = self.probability_G
-        # The points uniform, uniform + 1, ... lie on a line on which each group has an interval of its probability.
+        # The points uniform, uniform + 1, ... lie on a line on which each group has an interval as long as its
+        # probability.
         uniform_1 = self.uniform_T.index_select(0, (step.i % len(self.uniform_T)).view(1))
-        # Not `cumsum`: on a GPU its order differs from run to run. In float64 sums in any order round alike.
+        # Not `cumsum`, whose order on a GPU differs from run to run. In float64, sums in any order round alike.
         until_GG = torch.ones(self.count, self.count, dtype=torch.float64, device=probability_G.device).tril()
         end_G = (until_GG * probability_G).sum(1).to(probability_G.dtype) - uniform_1
         drawn_G = end_G.floor() > (end_G - probability_G).floor()
@@ -186,24 +189,24 @@ class GroupSampling(GroupUpdate):
 
 # 4.2, third process: winner-take-all with local inhibition.
 
-COUNTED_TOKENS = 128  # of a batch, for counts that would otherwise cost a pass over all latents
+COUNTED_TOKENS = 128  # tokens of a batch to count on; counting on all would cost a pass over all latents
 
 
 class WinnerTakeAll(Activation, name="winner_take_all"):
-    """Neighbors inhibit each other, then only the largest latents of each group stay on.
+    """Neighbors inhibit each other; then only the largest latents of each group stay active.
 
         subtractive  f_i <- ReLU(f_i - gamma max_{j near i} s_ij f_j)
         divisive     f_i <- f_i^2 / (f_i + gamma max_{j near i} s_ij f_j)
 
-    s_ij = max(0, cos) and the neighbors are saved with the SAE. Both forms scale with f. The strongest neighbor gets
-    no gradient: it would cost a copy of the latents for each neighbor.
+    s_ij = max(0, cos). It is saved with the SAE, as are the neighbors. Both forms are homogeneous in f. The strongest
+    neighbor gets no gradient, which would cost a copy of the latents for each neighbor.
 
     `counts` holds two numbers for the first 128 tokens of the last training batch: how many active latents inhibition
-    weakened by more than a thousandth (`inhibited`), and how many that were still active were not among the largest
-    (`outcompeted`).
+    weakened by more than a thousandth (`inhibited`), and how many latents were still active after that but not among
+    the largest (`outcompeted`).
     """
 
-    near_FN: Tensor  # indices, as floats like everything that is saved with an SAE
+    near_FN: Tensor  # indices; stored as floats, like everything that is saved with an SAE
     closeness_FN: Tensor
 
     def __init__(
@@ -219,7 +222,7 @@ class WinnerTakeAll(Activation, name="winner_take_all"):
         options: dict[str, Any] = dict(groups=groups, winners=winners, gamma=gamma)
         options |= dict(neighbours=neighbours, inhibition=inhibition)
         if near_scope != "group":
-            options["near_scope"] = near_scope  # earlier versions read an SAE without it
+            options["near_scope"] = near_scope  # omitted by default, so that earlier versions can read the SAE
         super().__init__(d_sae=d_sae, **options)
         self.groups, self.winners, self.gamma, self.inhibition = groups, winners, gamma, inhibition
         self.near_scope, self.near_groups = near_scope, groups if near_scope == "group" else 1
@@ -256,13 +259,13 @@ class WinnerTakeAll(Activation, name="winner_take_all"):
 
 
 class Neighbours(Mechanism):
-    """Finds each latent's nearest neighbors every `every` steps, by angles of the encoder or the decoder.
+    """Finds each latent's nearest neighbors every `every` steps, by angles between encoder or decoder directions.
 
-    It searches the latent's group or the whole dictionary, depending on the activation's `near_scope`.
+    The activation's `near_scope` decides whether it searches the latent's group or the whole dictionary.
 
-    Paper: says proximity in feature space, without groups. Rows of the decoder are orthogonal in their group from run 6
-    on, so in a group no two latents are near each other by the decoder, and hardly any by the encoder, which starts as
-    its transpose: there the inhibition has little to act on.
+    Paper: says proximity in feature space, and does not mention groups. Starting with run 6, decoder rows in a group
+    are orthogonal. So within a group no two latents are near each other by the decoder, and hardly any are by the
+    encoder, which starts as its transpose. There the inhibition has little to act on.
     """
 
     def __init__(self, activation: WinnerTakeAll, sae: SAE, near: str = "encoder", every: int = 100) -> None:
@@ -280,7 +283,7 @@ class Neighbours(Mechanism):
         first_G = torch.arange(groups, device=rows_FD.device) * size
         near_GMN = self.activation.near_FN.view(groups, size, count)
         closeness_GMN = self.activation.closeness_FN.view(groups, size, count)
-        rows = size if self.activation.near_scope == "group" else 1024  # all cosines of a wide dictionary do not fit
+        rows = size if self.activation.near_scope == "group" else 1024  # a wide dictionary's cosines do not fit
         for start in range(0, size, rows):
             some = slice(start, start + rows)
             cosine_GCM = unit_GMD[:, some] @ unit_GMD.mT

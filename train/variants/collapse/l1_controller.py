@@ -1,4 +1,4 @@
-"""Paper 000, 4.2, second process: the L1 penalty moves within bounds."""
+"""Paper 000, 4.2, second process: an L1 penalty that moves within bounds."""
 
 import torch
 from torch import Tensor
@@ -10,15 +10,16 @@ from ...step import Mechanism, Step
 class DynamicL1(Mechanism):
     """lambda(t), kept in bounds that move linearly from [0.02, 1.0] to [0.01, 0.5] (4.2).
 
-    `mode` chooses the value that the bounds limit:
+    `mode` chooses the value to which the bounds are applied:
         l0_target    lambda <- lambda exp(kappa (L0/L0* - 1))
-        recon_ratio  0.04 times the error's share of the first error
+        recon_ratio  0.04 times the ratio of the error to the first error
         none         0.04
 
     `penalty_moved` counts the steps in which lambda was not 0.04. `penalty_bounded` counts the steps in which a bound
     moved it.
 
-    Paper: 0.04 lies in all of these bounds, so they never act on it (`none`). What they are to bound is left open.
+    Paper: 0.04 is within these bounds at all times, so they never act on it (`none`). The paper does not say what the
+    bounds apply to.
     """
 
     acted_penalty_moved: Tensor  # () int64

@@ -13,14 +13,15 @@ from .monitors import RecentError, Sketch
 
 
 class ContrastLoss(LossTerm):
-    """mean over pairs i < j of ReLU(|cos(v_i, v_j)| - tau(t))^power, tau by (4); pairs of a group, or all of them.
+    """mean over pairs i < j of ReLU(|cos(v_i, v_j)| - tau(t))^power, with tau by (4); over pairs within groups, or all.
 
     v_i is the row of latent i in the decoder, or its activations over the batch (`on`).
 
-    Paper: measures the "cosine similarity between features", where f stands for activations. As few tokens make
-    unrelated latents alike, and as a latent that is off is unlike any other, rows are the default.
-    Paper: through the sketch, the angle of unrelated rows has a standard deviation of 1/sqrt(128) = 0.088, so that at
-    the final tau of 0.05 more than half of all unrelated pairs count as alike. Without `sketch` angles are exact.
+    Paper: measures the "cosine similarity between features", where f denotes activations. Rows are the default here,
+    because over few tokens the activations of unrelated latents look alike, and an inactive latent is similar to no
+    other. Paper: through the sketch, the cosine of unrelated rows has a standard deviation of 1/sqrt(128) = 0.088. So
+    at the final tau of 0.05, more than half of all unrelated pairs count as similar. Without `sketch`, cosines are
+    exact.
     """
 
     def __init__(
@@ -52,11 +53,12 @@ class ContrastLoss(LossTerm):
 
 
 class DiversityLoss(LossTerm):
-    """1 - H(p) / log n, where p are the shares of total activation of n groups, or of all latents without groups.
+    """1 - H(p) / log n, where p are the shares of n groups in the total activation; without groups, of all latents.
 
     0 if all are used equally, 1 if only one is used.
 
-    Paper: names a diversity loss and says no more. Shares are of activation, as a count has no gradient.
+    Paper: names a diversity loss and says no more. Shares are computed from activations, because a count has no
+    gradient.
     """
 
     undivided = "the entropy is that of shares in the whole batch"
@@ -77,9 +79,10 @@ class DiversityLoss(LossTerm):
 class ImportanceWeightedMSE(LossTerm):
     """mean_B w |x - x_hat|^2, where w is |x - x_hat|^2 over its recent mean and has no gradient.
 
-    Paper: momentum-based importance sampling, undefined. Here of tokens; `GroupSampling` draws groups, as 4.3 says. A
-    token is read once in an epoch, so there is no past loss of its own to sample it by; instead of being drawn more
-    often, a token with a large error weighs more. The correction 1/(N p) would undo that.
+    Paper: mentions momentum-based importance sampling without defining it. This class applies it to tokens;
+    `GroupSampling` draws groups, as 4.3 says. A token is read once per epoch, so it has no past loss to sample by. A
+    token with a large error therefore gets a larger weight instead of being drawn more often. The correction 1/(N p)
+    would undo that.
     """
 
     undivided, reads_batch = "", True
@@ -95,10 +98,10 @@ class ImportanceWeightedMSE(LossTerm):
 
 
 class BalancedLoss(LossTerm):
-    """A loss scaled so that its gradient, coefficient included, is at most `rho` times as long as the reconstruction's.
+    """Scales a loss so that its gradient, with its coefficient, is at most `rho` times as long as the reconstruction's.
 
-    Paper: gradient balancing, undefined. Each balanced loss costs a backward pass of its own. `losses_balanced` counts
-    the losses of a step that were scaled down.
+    Paper: mentions gradient balancing without defining it. Each balanced loss costs an extra backward pass.
+    `losses_balanced` counts the losses that were scaled down in a step.
     """
 
     undivided = "a loss is balanced by the length of its gradient over the whole batch"

@@ -1,4 +1,4 @@
-"""Paper 000, 4.1: the projection, and the averages that other parts read. They do not change training."""
+"""Paper 000, 4.1: the projection, and the averages that other modules read. They do not change training."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -12,10 +12,10 @@ from ...step import Mechanism, Step
 
 
 class Sketch(Mechanism):
-    """Rows seen through R, the Q of a random Gaussian matrix: S dimensions that keep angles up to 1/sqrt(S) (4.1).
+    """Projects rows by R, the Q of a random Gaussian matrix, to S dimensions. Angles are kept up to 1/sqrt(S) (4.1).
 
-    Paper: R is d_sae x 128 and is to project features; with d_sae = d_in that is a decoder's row as well as a token's
-    latents. `on` chooses: decoder, encoder, or activations, of which only lengths are logged.
+    Paper: R is d_sae x 128 and projects features. With d_sae = d_in, a feature could be a decoder row or the latents of
+    a token. `on` chooses decoder, encoder or activations; for activations only lengths are logged.
     """
 
     every = 50
@@ -61,9 +61,9 @@ class Sketch(Mechanism):
 
 
 class UtilizationEMA(ActivityEMA):
-    """u_i of (2): how often latent i fired recently, an average over steps with decay beta and bias correction.
+    """u_i of (2): how often latent i fired recently, averaged over steps with decay beta and bias correction.
 
-    The average starts at zero and is divided by the weight 1 - beta^t that it has gathered.
+    The average starts at zero and is divided by its accumulated weight 1 - beta^t.
     """
 
     gathered: Tensor  # ()
@@ -86,7 +86,7 @@ class UtilizationEMA(ActivityEMA):
 
 
 class Totals(Mechanism):
-    """Adds up counts of every step from the run's start, so that a run's log shows whether a part acted.
+    """Adds up the counts of all steps since the start of the run, so that the log shows whether a mechanism acted.
 
     `counts` returns the counts of a step by name: the `step.metrics` of a loss, or the `counts` of an activation.
     """

@@ -12,7 +12,7 @@ BUDGET_TOKENS = {"paper": 100_000, "matched": 10_000_000}
 
 
 def fewest_groups(d_in: int, d_sae: int) -> int:
-    """The smallest number of equal groups whose rows can be orthogonal: one if the dictionary is no wider than d_in."""
+    """The smallest number of equal groups whose rows can be orthogonal. It is one if d_sae is at most d_in."""
     return next(groups for groups in range(1, d_sae + 1) if d_sae % groups == 0 and d_sae // groups <= d_in)
 
 
@@ -30,8 +30,8 @@ class BaselineOptions(RecipeOptions):
     """Units of the loss. field: input scaled to E|x|^2 = 1, error summed over d_in. as_printed: raw input, error
     summed. evidence: raw input, error averaged over d_in."""
     budget: Literal["paper", "matched"] | None = None
-    """Require a number of tokens: paper is 100,000 with the paper's warm-up of 1000 steps and no decay, matched is 10
-    million, as in the other papers. None: any. `sae reproduce 000` sets both itself."""
+    """Require a number of tokens. paper: 100,000, with the paper's warm-up of 1000 steps and no decay. matched: 10
+    million, as in the other papers. None: any number. `sae reproduce 000` sets both itself."""
     batch_norm: Literal["off", "pre"] = "off"
     """pre: batch normalization of the pre-activations (4.3). The paper does not say where it normalizes."""
     importance: Literal["off", "loss_ema", "groups"] = "off"
@@ -42,11 +42,11 @@ class BaselineOptions(RecipeOptions):
     """Share of the groups that `importance=groups` draws in each step. The paper gives no value."""
 
     def sampled_groups(self) -> int:
-        """Groups that `importance=groups` draws from: before run 7 the paper's sixteen (4.1)."""
+        """The number of groups from which `importance=groups` draws: before run 7, the paper's sixteen (4.1)."""
         return 16
 
     def group_count(self, config: RunConfig) -> int:
-        """Groups in which rows are compared: before run 7, the fewest that leave room for orthogonal rows."""
+        """The number of groups in which rows are compared: before run 7, the fewest that allow orthogonal rows."""
         return fewest_groups(config.d_in, config.d_sae)
 
     def validation_errors(self, config: RunConfig) -> Iterator[str]:
@@ -102,8 +102,8 @@ class ContrastOptions(MonitorOptions):
     contrast_cos: Literal["exact_group", "exact", "jl"] = "exact_group"
     """Pairs whose cosine is penalized: those within a group, all pairs, or all pairs after the projection."""
     contrast_on: Literal["decoder", "activations"] = "decoder"
-    """What is compared for two latents: their rows of the decoder, or their activations over the batch (the paper,
-    where f stands for activations)."""
+    """What is compared for two latents: their decoder rows, or their activations over the batch (the paper, where f
+    denotes activations)."""
     tau_max: float = 0.4
     """|cos| above which a pair is pushed apart, at the first step (4)."""
     tau_min: float = 0.05
@@ -111,8 +111,8 @@ class ContrastOptions(MonitorOptions):
     contrast_power: float = 1.0
     """Exponent of the excess |cos| - tau: 1 is linear, 2 squared."""
     loss_units: Literal["fvu", "raw"] = "fvu"
-    """Units of the contrast loss and of the losses that later runs add. fvu: shares of the input's variance, so that
-    strengths fit any input. raw: as printed."""
+    """Units of the contrast loss and of the losses that later runs add. fvu: fractions of the input's variance, so that
+    strengths suit any input. raw: as printed."""
     gradient_balance: float | None = None
     """Largest gradient norm of the contrast loss, and of each loss that later runs add, as a multiple of the
     gradient norm of the reconstruction loss (4.3). None: no limit."""
@@ -141,7 +141,7 @@ class DynamicL1Options(ContrastOptions):
     """What changes lambda within its bounds: the distance of L0 from `l0`, the reconstruction error relative to that of
     the first step, or nothing (the paper), in which case the bounds have no effect."""
     l0: float | None = None
-    """Latents per token that `l1_controller=l0_target` aims at. None: 40, or an eighth of a narrow dictionary."""
+    """Target of `l1_controller=l0_target`, in latents per token. None: 40, or an eighth of a narrow dictionary."""
     kappa: float = 0.01
     """Rate of `l1_controller=l0_target`: lambda grows by exp(kappa (L0/l0 - 1)) per step."""
 
@@ -166,7 +166,7 @@ class OrthogonalityLossOptions(DiversityOptions):
     beta_orth: float = 0.01
     """Strength beta of the orthogonality loss (5). The paper gives no value."""
     orth_on: Literal["decoder", "activations"] = "decoder"
-    """What is to be orthogonal: rows of the decoder, or the latents of a group over the batch (the paper)."""
+    """What should be orthogonal: decoder rows, or the latents of a group over the batch (the paper)."""
 
 
 @dataclass(frozen=True)
@@ -174,13 +174,13 @@ class GramSchmidtOptions(OrthogonalityLossOptions):
     """Run 6: Gram-Schmidt in the forward pass (3)."""
 
     gs_axis: Literal["decoder_group", "jl", "activation_batch"] = "decoder_group"
-    """What (3) makes orthogonal: the rows of W_dec in a group; these rows, by their projections; or the latents, each
-    as a column over the batch (the paper)."""
+    """What (3) makes orthogonal: the rows of W_dec in a group; these rows, with inner products of their projections; or
+    the latents, each as a column over the batch (the paper)."""
     gs_order: Literal["index", "utilisation"] = "index"
-    """Order in which (3) processes the latents of a group; the first one keeps its direction. utilisation: the most
+    """Order in which (3) processes the latents of a group; the first latent keeps its direction. utilisation: the most
     used latents first."""
     gs_gradient: Literal["straight_through", "through"] = "straight_through"
-    """straight_through: the gradient of an orthogonal row is passed to the row that it was made from. through:
+    """straight_through: the gradient of an orthogonal row is passed to the row from which it was computed. through:
     differentiate (3)."""
 
 
@@ -205,9 +205,9 @@ class GroupRateOptions(GroupOptions):
     """Run 8: a learning rate for each group (2)."""
 
     group_lr: Literal["softmax_mean1", "softmax", "softmax_temp", "inverse"] = "softmax_mean1"
-    """Learning rate of a group, relative to that of the run. softmax: the softmax over groups of their utilization (the
-    paper). softmax_mean1: the same times the number of groups. softmax_temp: utilization is also divided by its
-    standard deviation. inverse: the same, in favor of the least used groups."""
+    """Learning rate of a group, relative to the run's. softmax: the softmax of utilization over groups (the paper).
+    softmax_mean1: the same times the number of groups. softmax_temp: as softmax_mean1, with utilization divided by its
+    standard deviation. inverse: as softmax_temp, but favoring the least used groups."""
 
 
 @dataclass(frozen=True)
@@ -215,20 +215,20 @@ class WinnerTakeAllOptions(GroupRateOptions):
     """Run 9: winner-take-all with local inhibition (4.2)."""
 
     wta_share: float = 0.1
-    """Share of each group's latents that stay on per token, rounded up. `--l0` raises it if it needs more."""
+    """Share of each group's latents that stay active per token, rounded up. `--l0` raises the share if necessary."""
     wta_scope: Literal["group", "global"] = "group"
-    """Where winners compete: in each group, or in the whole dictionary."""
+    """Where latents compete: within each group, or in the whole dictionary."""
     inhibition: Literal["subtractive", "divisive", "off"] = "subtractive"
     """How the strongest neighbor weakens a latent: by subtraction, by division, or not at all."""
     gamma: float = 0.25
     """Strength of the inhibition."""
     neighbours: int = 8
-    """Neighbors of each latent, at most one fewer than its group has latents."""
+    """Number of neighbors of each latent; at most the size of its group minus one."""
     near: Literal["encoder", "decoder"] = "encoder"
     """Vectors whose angles decide which latents are neighbors: directions of the encoder or rows of the decoder."""
     near_scope: Literal["group", "dictionary"] = "group"
-    """Where the neighbors of a latent are searched: in its group, whose rows are orthogonal from run 6 on and therefore
-    far from each other, or in the whole dictionary."""
+    """Where the neighbors of a latent are searched: in its group, or in the whole dictionary. Starting with run 6, the
+    rows of a group are orthogonal and therefore far from each other."""
 
     def validation_errors(self, config: RunConfig) -> Iterator[str]:
         yield from super().validation_errors(config)
@@ -242,7 +242,7 @@ class WinnerTakeAllOptions(GroupRateOptions):
 
 @dataclass(frozen=True)
 class HardOrthogonalityOptions(WinnerTakeAllOptions):
-    """Run 10: rows are made orthonormal after the update (6)."""
+    """Run 10: rows are made orthonormal after each update (6)."""
 
     hard_every: int = 1
     """Steps between two projections onto orthonormal rows."""

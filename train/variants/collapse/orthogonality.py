@@ -14,21 +14,21 @@ from .groups import DecoderRows
 from .monitors import Sketch, UtilizationEMA
 from .options import fewest_groups
 
-ROUNDING = 1e-6  # elements of a unit row that differ by less were not moved
+ROUNDING = 1e-6  # a smaller change in an element of a unit row counts as no change
 
 
 def count_moved(rows_FD: Tensor, before_FD: Tensor) -> Tensor:
-    """() int64: how many unit rows differ from the rows before by more than rounding."""
+    """() int64: how many unit rows differ from their earlier values by more than rounding."""
     return ((rows_FD - before_FD).abs().amax(1) > ROUNDING).sum()
 
 
 class GroupOrthogonalityLoss(LossTerm):
-    """L_orth = mean_G |D_G D_G^T - I|_F^2 / M^2 (5), D_G the rows of a group: what Gram-Schmidt would remove.
+    """L_orth = mean_G |D_G D_G^T - I|_F^2 / M^2 (5), where D_G are the rows of a group.
 
-    On activations, D_G holds the latents of a group over the batch, each of length 1. The diagonal is left out, since a
-    latent that is off has no length.
+    On activations, D_G holds the latents of a group over the batch, each normalized to length 1. The diagonal is left
+    out, because an inactive latent cannot be normalized.
 
-    Paper: "penalizes non-orthogonal feature components", where f stands for activations.
+    Paper: "penalizes non-orthogonal feature components", where f denotes activations.
     """
 
     def __init__(self, rows: DecoderRows, on: str = "decoder") -> None:
@@ -52,10 +52,10 @@ class GroupOrthogonalityLoss(LossTerm):
 def gram_schmidt(rows_GMD: Tensor) -> Tensor:
     """Unit rows in the directions of (3), by a QR: modified Gram-Schmidt gives Q diag(R), up to R's signs.
 
-    It can handle nearly dependent rows, such as d random rows of d dimensions. Training steps use
+    It can handle nearly dependent rows, such as d random rows in d dimensions. Training steps use
     `gram_schmidt_by_products`.
 
-    Paper: sums over j <= k, which subtracts a row from itself; it has to be j < k.
+    Paper: sums over j <= k, which subtracts a row from itself; it should be j < k.
     """
     q_GDM, r_GMM = torch.linalg.qr(rows_GMD.mT)
     sign_GM = torch.where(r_GMM.diagonal(dim1=1, dim2=2) < 0, -1.0, 1.0)
@@ -63,9 +63,9 @@ def gram_schmidt(rows_GMD: Tensor) -> Tensor:
 
 
 def cholesky_factor(gram_GMM: Tensor) -> tuple[Tensor, Tensor]:
-    """L of A A^T = L L^T. A millionth of its mean is added to the diagonal, since silent latents are rows of zeros.
+    """L with A A^T = L L^T. A millionth of its mean is added to the diagonal, since silent latents are rows of zeros.
 
-    Also returns for each group (G) where rounding left no factor, or 0 if L is a factor.
+    Also returns for each group (G) the row where rounding made the factorization fail; 0 if it succeeded.
     """
     guard_G = 1e-6 * gram_GMM.diagonal(dim1=1, dim2=2).mean(1) + 1e-12
     eye_MM = torch.eye(gram_GMM.shape[1], device=gram_GMM.device, dtype=gram_GMM.dtype)
@@ -87,11 +87,11 @@ def gram_schmidt_matrix(gram_GMM: Tensor) -> Tensor:
 def gram_schmidt_by_products(rows_GMD: Tensor) -> Tensor:
     """Unit rows in the directions of (3), by two Cholesky factors of Gram matrices instead of a QR.
 
-    A QR takes one row after the other, on a GPU with one or more launches for each. The first pass squares the
-    condition number of the rows, and the second corrects the error of the first. For the free rows of a run the
-    condition number was at most 4 and the error 1e-7; at 30 times the learning rate they were 7,000 and 3e-6
-    (benchmarks/gram_schmidt.py). A QR in float32 has two to three times as much rounding. A group whose rows are so
-    dependent that there is no factor becomes NaN, which ends the run.
+    A QR processes the rows one by one; on a GPU each takes one or more launches. A Gram matrix squares the condition
+    number of the rows, so the second factor corrects the error of the first. For the free rows of a run, the condition
+    number was at most 4 and the error 1e-7; at 30 times the learning rate they were 7,000 and 3e-6
+    (benchmarks/gram_schmidt.py). A QR in float32 has two to three times as much rounding error. If the rows of a group
+    are so dependent that the factorization fails, the group becomes NaN, which ends the run.
     """
     for _ in range(2):
         L_GMM, info_G = cholesky_factor(rows_GMD @ rows_GMD.mT)
@@ -101,12 +101,12 @@ def gram_schmidt_by_products(rows_GMD: Tensor) -> Tensor:
 
 
 class GramSchmidt(Mechanism):
-    """Makes W_dec out of free rows by (3), group by group. The optimizer moves the free rows; W_dec is saved.
+    """Computes W_dec from free rows by (3), group by group. The optimizer updates the free rows; W_dec is saved.
 
-    `gradient`: straight_through gives the gradient of a row of W_dec to its free row, without the components along
+    `gradient`: straight_through passes the gradient of a row of W_dec to its free row, without its components along
     either row; through differentiates (3). `order`: the first row of a group keeps its direction and the last row
-    changes most; utilisation puts the busiest latents first. With a sketch, (3) uses the inner products of the sketched
-    rows.
+    changes most; utilisation puts the most used latents first. With a sketch, (3) uses the inner products of the
+    sketched rows.
 
     `orthogonalized` counts, over all steps, the rows that (3) moved by more than rounding.
     """
@@ -129,7 +129,7 @@ class GramSchmidt(Mechanism):
         self.register_buffer("acted_orthogonalized", torch.zeros((), dtype=torch.int64))
 
     def orthogonalize(self, free_FD: Tensor) -> Tensor:
-        """(3) of free rows (F, D), as unit rows (F, D)."""
+        """Apply (3) to free rows (F, D). Returns unit rows (F, D)."""
         rows_GMD = free_FD.unflatten(0, (self.rows.groups, -1))
         order_GM1 = None
         if self.order == "utilisation":
@@ -156,7 +156,7 @@ class GramSchmidt(Mechanism):
             to_free_FD = gradient - (gradient * weight).sum(1, keepdim=True) * weight
         total_FD = to_free_FD if free.grad is None else to_free_FD + free.grad
         free.grad = total_FD - (total_FD * free).sum(1, keepdim=True) * free
-        gradient.zero_()  # W_dec follows in `after_step`: the optimizer must not move it, nor the clipping count it
+        gradient.zero_()  # `after_step` sets W_dec; the optimizer and clipping must ignore it
 
     def after_step(self, step: Step) -> None:
         assert self.rows.free_FD is not None
@@ -171,10 +171,10 @@ class GramSchmidt(Mechanism):
 
 
 class GramSchmidtLatents(Activation, name="gram_schmidt_latents"):
-    """(3) as printed, on the latents themselves, each a column over the batch. After training it does nothing.
+    """(3) as printed, applied to the latents, each as a column over the batch. After training it does nothing.
 
-    Paper: so a token's latents depend on the rest of its batch, are negative in places and hardly ever zero, and a
-    column beyond the number of tokens has nothing left. There is no rule for a single token.
+    Paper: with this, a token's latents depend on the rest of its batch, are sometimes negative and hardly ever zero.
+    A column beyond the number of tokens has no component left. The paper gives no rule for a single token.
     """
 
     undivided = "Gram-Schmidt acts on latents over the whole batch"
@@ -182,7 +182,7 @@ class GramSchmidtLatents(Activation, name="gram_schmidt_latents"):
     def __init__(self, groups: int, gradient: str = "straight_through") -> None:
         super().__init__(groups=groups, gradient=gradient)
         self.groups, self.gradient = groups, gradient
-        self.counts: dict[str, Tensor] = {}  # of the last training batch, for `Totals`
+        self.counts: dict[str, Tensor] = {}  # counts of the last training batch, for `Totals`
 
     def forward(self, f_BF: Tensor) -> Tensor:
         if not self.training:
@@ -200,11 +200,12 @@ class GramSchmidtLatents(Activation, name="gram_schmidt_latents"):
 
 
 class HardOrthogonality(Mechanism):
-    """After the update each group's rows become the nearest orthonormal rows: five times X <- (3 X - X X^T X) / 2.
+    """Replaces each group's rows by the nearest orthonormal rows after an update: five times X <- (3 X - X X^T X)/2.
 
-    `rows_projected` counts, over all steps, the rows that this moved by more than rounding.
+    `rows_projected` counts, over all steps, the rows that this changed by more than rounding.
 
-    Paper: gives no form. The iteration converges from rows that were orthonormal a few steps ago, and runs start so.
+    Paper: gives no formula. The iteration converges for rows that were orthonormal a few steps ago, and runs start with
+    such rows.
     """
 
     acted_rows_projected: Tensor  # () int64

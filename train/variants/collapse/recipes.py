@@ -58,9 +58,9 @@ SWITCHED_OFF = {
 class CollapseParts:
     """The parts of a variant, to which each run adds its own."""
 
-    utilization: UtilizationEMA  # from run 1 on
-    sketch: Sketch  # from run 1 on
-    groups: GroupUtilization  # from run 7 on
+    utilization: UtilizationEMA  # set by run 1 and later
+    sketch: Sketch  # set by run 1 and later
+    groups: GroupUtilization  # set by run 7 and later
 
     def __init__(self, config: RunConfig, options: o.BaselineOptions) -> None:
         self.config, self.options = config, options
@@ -70,7 +70,7 @@ class CollapseParts:
         self.activations: list[Activation] = []
         self.mechanisms: list[Mechanism] = []
         self.last_mechanisms: list[Mechanism] = []  # after all others that change weights, before the unit norm
-        self.totals: list[Mechanism] = []  # last, since a checkpoint names tensors by the place of their mechanism
+        self.totals: list[Mechanism] = []  # last, since checkpoints name tensors by the position of their mechanism
         self.losses: dict[str, tuple[Coefficient | float, LossTerm]] = {}
 
     def add_loss(
@@ -118,11 +118,11 @@ def optimization(config: RunConfig, options: o.BaselineOptions) -> Optimization:
     normalize: Literal["unit_ms", "none"] = "unit_ms" if options.units == "field" else "none"
     if options.budget != "paper":
         return Optimization(normalize=normalize)
-    # Paper: warms up over 1000 steps. In a shorter run the rate rises to the last step and stays below its peak.
+    # Paper: warms up over 1000 steps. In a shorter run, the rate rises until the last step and stays below its peak.
     return Optimization(normalize=normalize, warmup=1000, decay_start=1.0)
 
 
-# The runs: each function adds the part of one run to the run before.
+# The runs: each function adds the part of one run to those of the previous run.
 
 
 def add_baseline(parts: CollapseParts, options: o.BaselineOptions) -> None:
@@ -133,7 +133,7 @@ def add_baseline(parts: CollapseParts, options: o.BaselineOptions) -> None:
     config = parts.config
     error: LossTerm = MSE()
     if options.batch_norm == "pre":
-        # The products of a unit input with unit rows have a spread of about d_in^-0.5.
+        # The dot products of a unit input with unit rows have a standard deviation of about d_in^-0.5.
         norm = BatchNorm(config.d_sae, config.d_in**-0.5 if options.units == "field" else 1.0)
         parts.activations.append(norm)
         parts.mechanisms.append(RunningStatistics(norm))
@@ -171,7 +171,7 @@ def add_contrast(parts: CollapseParts, options: o.ContrastOptions) -> None:
 def add_dynamic_l1(parts: CollapseParts, options: o.DynamicL1Options) -> None:
     """Add an L1 penalty that moves within falling bounds.
 
-    `--l0` does not rely on this controller: within its bounds and at this kappa, L0 goes far past the target. So with
+    `--l0` does not use this controller, because with its bounds and this kappa, L0 overshoots the target by far. With
     `--l0`, lambda is controlled as in every other recipe.
     """
     config = parts.config
@@ -232,7 +232,7 @@ def add_winner_take_all(parts: CollapseParts, options: o.WinnerTakeAllOptions) -
     """Add winner-take-all in each group, with inhibition."""
     config, share = parts.config, options.wta_share
     if config.l0 is not None:
-        share = max(share, config.l0 / config.d_sae)  # room for what `--l0` asks for
+        share = max(share, config.l0 / config.d_sae)  # leave room for the L0 of `--l0`
     groups, winners = options.groups, math.ceil(share * config.d_sae / options.groups)
     if options.wta_scope == "global":
         groups, winners = 1, winners * groups
@@ -246,7 +246,7 @@ def add_winner_take_all(parts: CollapseParts, options: o.WinnerTakeAllOptions) -
 
 def add_hard_orthogonality(parts: CollapseParts, options: o.HardOrthogonalityOptions) -> None:
     """Add orthonormal rows in each group after every update."""
-    # Paper: with (3) in the forward pass as well; of rows that are orthonormal, (3) changes nothing.
+    # Paper: keeps (3) in the forward pass as well, but (3) does not change orthonormal rows.
     init_orthonormal(parts.sae, parts.rows, "Hard orthogonality")
     parts.mechanisms.append(HardOrthogonality(parts.rows, options.hard_every))
 
@@ -258,7 +258,7 @@ class CollapseRun(NamedTuple):
 
     @property
     def addition(self) -> str:
-        """The addition of this run, from "Add ..." in the first line of its function."""
+        """What this run adds, taken from "Add ..." in the first line of its function."""
         return (inspect.getdoc(self.add) or "").split("\n")[0].removeprefix("Add ")
 
 
@@ -278,7 +278,7 @@ RUNS = (
 
 
 def build(config: RunConfig, options: o.BaselineOptions) -> Variant:
-    """The variant of the run that has these options: the parts of runs 0, 1, ... up to this run."""
+    """The variant of the run that has these options, with the parts of runs 0, 1, ... up to this run."""
     parts = CollapseParts(config, options)
     for run in RUNS:
         if isinstance(options, run.options):

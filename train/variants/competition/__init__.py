@@ -4,27 +4,29 @@
     alpha = min(1, t / t_w)                                                                       (4)
     L     = |x - x_hat|^2 + l1 |f|_1 + strength alpha sum_ij max(c_ij, c_ji) <f_i, f_j>^2         (5)
 
-P(f_i | f_j) = J_ij / p_j, so max(c_ij, c_ji) = J_ij / min(p_i, p_j) / (k/n): how often the rarer latent of a pair
-brings the other, over chance. It is symmetric, and so is <f_i, f_j>: the direction of (3) has no effect on (5).
+P(f_i | f_j) = J_ij / p_j, so max(c_ij, c_ji) = J_ij / min(p_i, p_j) / (k/n): how often the other latent of a pair fires
+when the rarer one does, relative to chance. Both this maximum and <f_i, f_j> are symmetric, so the direction of (3) has
+no effect on (5).
 
-The paper's own settings are `tau_on=lift reduction=sum pair_store=dense`, and `diagonal=true` for a sum that holds
-i = j. Two of them have no effect as intended (`PAPER_EXACT` of `recipes.py`). The defaults are readings that work.
+The paper's own settings are `tau_on=lift reduction=sum pair_store=dense`, and `diagonal=true` to include i = j in the
+sum. Two of them do not work as intended (`PAPER_EXACT` in `recipes.py`). The defaults are interpretations that work.
 
-Paper: (5) is a sum over all i, j. By default tau is on P instead of c, the sum is the mean over the pairs that pass,
-and i = j is left out: c_ii = P(f_i | f_i) / (k/n) = n/k, so that the diagonal is (n/k) sum_i |f_i|^4, a constant of
-unit rows.
+Paper: (5) is a sum over all i, j. By default, tau applies to P instead of c, the sum is replaced by the mean over the
+pairs that pass, and i = j is left out. With i = j, c_ii = P(f_i | f_i) / (k/n) = n/k, so the diagonal is (n/k) sum_i
+|f_i|^4, a constant for unit rows.
 
-The dense J has n^2 entries, 1.4 GB at n = 18432, and its products take n (2B + 6d) / 10Bd = 7 times the operations of
-the rest of a step. With k latents per token few pairs ever pass, so `pair_store=table` follows a fixed number of pairs
-and looks for better ones now and then. A step counts how often they fire together, and penalizes one in `turns` of
-them, in turn: the rows of all would be read from memory in every step. Pairs that pass stay so for many steps, as beta
-averages over about a hundred, so each is penalized before it has changed.
+The dense J has n^2 entries, 1.4 GB at n = 18432, and its matrix products take n (2B + 6d) / 10Bd = 7 times the
+operations of the rest of a step. With k latents per token, few pairs ever pass. So `pair_store=table` follows a fixed
+number of pairs and looks for better ones from time to time. Every step counts how often all pairs of the table fire
+together, but penalizes only one in `turns` of them, in turn, because penalizing all would read all their rows from
+memory in every step. Since beta averages over about a hundred steps, pairs that pass keep passing for many steps, so
+each is penalized before its statistics change.
 
-Paper: states two numbers of steps, of k and of every result, and prints the L1 baseline's numbers as those of "no
-competition"; `competition-off` is the same model without (5), `competition-baseline` the other one. It prints no
-warm-up of lambda_1, which ours has unless `l1_warmup=0`. It writes E(x), so the encoder does not see x - b_dec. It does
-not state the activation or the units of its loss: what its baseline's explained variance of 0.293 points to is
-`reconstruction=mean normalize=none`.
+Paper: states two different values for the number of steps, for k and for every result. It prints the L1 baseline's
+numbers as those of "no competition"; here `competition-off` is the same model without (5), and `competition-baseline`
+is the L1 baseline. It prints no warm-up of lambda_1, which ours has unless `l1_warmup=0`. It writes E(x), so the
+encoder does not see x - b_dec. It does not state the activation or the units of its loss; the baseline's explained
+variance of 0.293 points to `reconstruction=mean normalize=none`.
 
 `pairs.py` is (3), `penalty.py` is (4) and (5), `recipes.py` has the options and the recipes.
 

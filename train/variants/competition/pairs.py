@@ -1,6 +1,7 @@
-"""The statistics of pairs of latents (3): how often they fire, and fire together.
+"""The statistics of pairs of latents (3): how often each fires, and how often both fire together.
 
-All pairs (`DensePairs`), or a table of some of them (`PairTable`). Shape suffixes as in the folder's docstring.
+They cover all pairs (`DensePairs`) or a table of some pairs (`PairTable`). The docstring of this package explains the
+shape suffixes.
 """
 
 from abc import abstractmethod
@@ -15,22 +16,22 @@ from ...sae import SAE
 from ...sparse_ops import weighted_row_sums
 from ...step import Mechanism, Step
 
-MIN_RATE = 1e-5  # a latent that fires less often than this per token has no known conditional probability
-BLOCK = 2**24  # elements to work on at once, so that the table's work needs little memory besides the table
+MIN_RATE = 1e-5  # the conditional probability counts as unknown for a latent that fires less often per token
+BLOCK = 2**24  # elements to process at once, so that a table needs little additional memory
 
 
 class Coactivation(Mechanism):
     """p_i = P(f_i > 0) and J_ij = P(f_i > 0, f_j > 0), averaged over steps: a <- beta a + (1 - beta) of the batch.
 
-    Each unordered pair occurs once. A subclass decides which pairs it follows, and thereby the shape S of all per-pair
-    tensors.
+    Each unordered pair occurs once. A subclass decides which pairs to follow, which determines the shape S of all
+    per-pair tensors.
 
-    Paper: says only "exponential moving averages (decay rate 0.99)". Ours start at zero and are divided by the weight
-    that they have gathered, 1 - beta^t. This leaves J / p as it is, apart from pairs that a table follows later than
-    their latents. A latent that fires less often than `MIN_RATE` has no c, where (3) divides by almost nothing.
+    Paper: says only "exponential moving averages (decay rate 0.99)". Ours start at zero and are divided by their
+    accumulated weight, 1 - beta^t. This does not change J / p, except for pairs that enter a table after the start. A
+    latent that fires less often than `MIN_RATE` has no c, because (3) would divide by almost zero.
     """
 
-    turns = 1  # a step compares one in `turns` pairs, so `turns` steps compare all of them
+    turns = 1  # a step compares one in `turns` pairs, so all pairs are compared within `turns` steps
     rate_F: Tensor
     seen: Tensor  # () 1 - beta^t
     leaves_weights = True
@@ -53,9 +54,10 @@ class Coactivation(Mechanism):
         return self.rate_F / self.seen.clamp_min(1e-12)
 
     def conditional(self, i: Tensor | None = None) -> Tensor:
-        """J_ij / min(p_i, p_j), the larger of P(f_i | f_j) and P(f_j | f_i) (S); -1 where it is not known.
+        """J_ij / min(p_i, p_j), the larger of P(f_i | f_j) and P(f_j | f_i) (S); -1 where this is unknown.
 
-        Here and below: given the number i () of a step, for the pairs that this step compares; else for all pairs.
+        Here and below, if the index i () of a step is given, the result covers the pairs that this step compares;
+        otherwise all pairs.
         """
         joint_S, known_S = self.joint(i)
         rarer_S = torch.minimum(*self.ends(self.rates(), i))
@@ -67,11 +69,11 @@ class Coactivation(Mechanism):
 
     @abstractmethod
     def joint(self, i: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """J (S), and a mask (S) of its entries that are pairs with statistics."""
+        """J (S), and a mask (S) of the entries that are pairs with statistics."""
 
     @abstractmethod
     def ends(self, value_F: Tensor, i: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The value of the first and of the second latent of each pair; both broadcast to S."""
+        """The values of the first and the second latent of each pair. Both broadcast to S."""
 
     @abstractmethod
     def inner(self, left_FX: Tensor, right_FX: Tensor, i: Tensor | None = None) -> Tensor:
@@ -79,7 +81,7 @@ class Coactivation(Mechanism):
 
     @abstractmethod
     def sample(self, value_S: Tensor, vector_FX: Tensor) -> tuple[Tensor, Tensor]:
-        """The values and <v_i, v_j> of all pairs, or of evenly spread pairs that have about `BLOCK` elements."""
+        """The values and <v_i, v_j> of all pairs, or of an evenly spaced subset with about `BLOCK` elements."""
 
 
 class DensePairs(Coactivation):
@@ -93,7 +95,7 @@ class DensePairs(Coactivation):
 
     @staticmethod
     def gigabytes(d_sae: int) -> float:
-        """J and the temporaries of a step: at most eight matrices of its size."""
+        """Memory for J and the temporaries of a step: at most eight matrices of the size of J."""
         return 8 * 4 * d_sae**2 / 1e9
 
     def update_joint(self, fires_BF: Tensor) -> None:
@@ -118,13 +120,13 @@ class DensePairs(Coactivation):
 class PairTable(Coactivation):
     """A table of `capacity` pairs i < j: S is (P).
 
-    Every `every` steps the table is refreshed: all pairs of the last batch are ranked together with those in the table,
-    and the best stay. J of a new pair starts at that step, with its own weight in `seen_P`. A table with room for all
-    pairs holds them from the start, and equals `DensePairs` in another shape. `by` ranks pairs: "cofire" by their
-    conditional probability, "cosine" by the cosine of their decoder rows.
+    Every `every` steps the table is refreshed: all pairs of the last batch are ranked together with the pairs in the
+    table, and the best are kept. For a new pair, J starts at that step, with a separate weight in `seen_P`. A table
+    with room for all pairs holds them from the start and equals `DensePairs` in another shape. `by` chooses the
+    ranking: "cofire" by conditional probability, "cosine" by the cosine of the decoder rows.
 
-    Step i compares the pairs i, i + `turns`, i + 2 `turns`, ... of the table. They have all ranks, because a refreshed
-    table is sorted. `turns` has to divide the number of pairs; a table that holds all pairs ignores it.
+    Step i compares the pairs i, i + `turns`, i + 2 `turns`, ... of the table. These cover all ranks, because a
+    refreshed table is sorted. `turns` has to divide the number of pairs; a table that holds all pairs ignores `turns`.
     """
 
     first_P: Tensor  # int64; entries in which first = second are empty
@@ -154,7 +156,7 @@ class PairTable(Coactivation):
 
     @staticmethod
     def gigabytes(capacity: int) -> float:
-        """The table's columns of 24 B, four times 28 B while it is refreshed, and four blocks."""
+        """Memory for the table (24 B per pair), a refresh (four times 28 B per pair), and four blocks."""
         return ((24 + 4 * 28) * capacity + 4 * 4 * BLOCK) / 1e9
 
     def update_joint(self, fires_BF: Tensor) -> None:
@@ -193,7 +195,7 @@ class PairTable(Coactivation):
         return 4 * 28 * pairs + 4 * 4 * block + sorted_copy + 5 * tokens * sae.d_sae
 
     def every_n_steps(self, step: Step) -> None:
-        """Refresh the table. `slot` is the place of a pair in the old table, -1 for a new pair."""
+        """Refresh the table. `slot` is the position of a pair in the old table, or -1 for a new pair."""
         unit_FD = F.normalize(step.sae.W_dec.detach(), dim=1)
         score_P = self.conditional() if self.by == "cofire" else self.inner(unit_FD, unit_FD)
         score_P = torch.where(self.first_P < self.second_P, score_P, -1)
@@ -215,11 +217,11 @@ class PairTable(Coactivation):
         self.seen_P.copy_(torch.where(stays_P, self.seen_P[slot_P], 0))
 
     def candidates(self, step: Step, unit_FD: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Scores (I, F) of pairs that are not in the table, a block of first latents at a time; 0 marks no pair."""
+        """Yield scores (I, F) of pairs not in the table, one block of first latents at a time. 0 marks no pair."""
         fires_BF = (step.f_BF.detach() > 0).float()
         n, size = fires_BF.shape[1], max(1, BLOCK // fires_BF.shape[1])
-        # Paper: follows every pair. Candidates are ranked as if each latent had fired three more times, without the
-        # other: in a single batch, rare latents that fired together once would look alike.
+        # Paper: follows every pair. Here candidates are ranked as if each latent had fired three more times without the
+        # other. Otherwise rare latents that fired together once in a batch would rank highest.
         rate_F = self.rates() + 3 / len(fires_BF)
         for start in range(0, n, size):
             rows = slice(start, start + size)
@@ -235,7 +237,7 @@ class PairTable(Coactivation):
 
 
 def pair_blocks(first_P: Tensor, second_P: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pairs in parts that have at most `BLOCK` elements in rows of `width`."""
+    """Split the pairs into parts whose rows of `width` elements have at most `BLOCK` elements in total."""
     size = max(1, BLOCK // width)
     return zip(first_P.split(size), second_P.split(size), strict=True)
 
@@ -243,8 +245,7 @@ def pair_blocks(first_P: Tensor, second_P: Tensor, width: int) -> Iterator[tuple
 def count_cofiring(fires_BF: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
     """The number of tokens on which both latents of each pair fire (P).
 
-    64 tokens fit into a word, so a pair takes B/64 words. The bits of their AND are counted in twos, fours, bytes and
-    words.
+    A word holds 64 tokens, so a pair takes B/64 words. The bits of the AND are counted in twos, fours, bytes and words.
     """
     fires_BF = F.pad(fires_BF.to(torch.uint8), (0, 0, 0, -len(fires_BF) % 64))
     place_8 = torch.arange(8, dtype=torch.uint8, device=fires_BF.device)[:, None]
@@ -261,7 +262,7 @@ def count_cofiring(fires_BF: Tensor, first_P: Tensor, second_P: Tensor) -> Tenso
 
 
 class PairProducts(torch.autograd.Function):
-    """<left_i, right_j> for each pair, by blocks: the rows of all pairs at once would be larger than the dense J."""
+    """<left_i, right_j> for each pair, in blocks: the rows of all pairs together would exceed the dense J."""
 
     @staticmethod
     def forward(ctx: Any, left_FX: Tensor, right_FX: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
@@ -278,9 +279,9 @@ class PairProducts(torch.autograd.Function):
 
 
 def weighted_sums(weight_P: Tensor, row_FX: Tensor, from_P: Tensor, to_P: Tensor) -> Tensor:
-    """(F, X): for each latent the weighted sum of the rows `from_P` of its pairs, in an order that is always the same.
+    """(F, X): for each latent, the weighted sum of the rows `from_P` of its pairs, in a deterministic order.
 
-    The rows are sorted by latent instead of added in place, because a GPU does such additions in any order.
+    The rows are sorted by latent and then summed. A GPU would add rows in place in an arbitrary order.
     """
     to_P, order_P = to_P.sort(stable=True)
     first_F = torch.searchsorted(to_P, torch.arange(len(row_FX), device=to_P.device))

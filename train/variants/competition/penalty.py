@@ -1,4 +1,4 @@
-"""The penalty on similar pairs of latents that fire together (5), its growing strength (4), and its monitor."""
+"""The penalty on similar pairs of latents that fire together (5), its rising strength (4), and its monitor."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ from .pairs import MIN_RATE, Coactivation
 class CompetitionLoss(LossTerm):
     """sum over pairs of max(c_ij, c_ji) <v_i, v_j>^2, for pairs above tau (5); c has no gradient.
 
-    `tau_on`    the value that has to reach tau: "conditional", P of one given the other, or "lift", c itself
+    `tau_on`    the value that has to reach tau: "conditional", P of one latent given the other, or "lift", c itself
     `weight`    the weight of a pair: "lift", c, or "conditional"
     `pair_vec`  v_i: "decoder", row i of W_dec, or "activation", f_i over the batch divided by sqrt(B)
                 Paper: writes <f_i, f_j> of "feature similarity" and f_i for both; the division by sqrt(B) makes the
@@ -24,9 +24,9 @@ class CompetitionLoss(LossTerm):
     `direction` which latent gets the gradient: "symmetric", both; "child_only", the rarer; "parent_only", the other
     `reduction` "active_pairs", the mean over pairs that pass; "sum", over ordered pairs as printed; "n", that over n
     `target`    "cofire", as printed; or "absorption": pairs of decoder cosine over 0.2 that fire together less than
-                tau, weighted by what they lack. Paper: a parent that is absorbed is silent when its child fires, so
-                absorbed pairs are those which (5) leaves alone.
-    `diagonal`  whether the pairs include i = j, of every latent that fires: P is 1 and c is n/k (5)
+                tau, weighted by what they lack. Paper: an absorbed parent is silent when its child fires, so (5) does
+                not act on absorbed pairs.
+    `diagonal`  whether the pairs include i = j for every latent that fires; there P is 1 and c is n/k (5)
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class CompetitionLoss(LossTerm):
         with torch.no_grad():
             weight_S, count = self.weights(step.sae, step.i)
         step.metrics |= {"pairs_above": count, "mean_coefficient": weight_S.sum() / count.clamp_min(1)}
-        times = 2 * self.pairs.turns  # (i, j) and (j, i); one in `turns` pairs stands for all
+        times = 2 * self.pairs.turns  # counts (i, j) and (j, i), and scales one in `turns` pairs up to all
         total = times * (weight_S * self.similarity(vector_FX, step.i).square()).sum()
         ordered = times * count
         if self.diagonal:
@@ -69,14 +69,14 @@ class CompetitionLoss(LossTerm):
         return total / (step.sae.d_sae if self.reduction == "n" else 1)
 
     def diagonal_weights(self) -> Tensor:
-        """The weight of each pair (i, i) (F): that for P = 1 if it passes tau; 0 for latents that do not fire."""
+        """The weight of each pair (i, i) (F): the weight for P = 1 if 1 passes tau; 0 for silent latents."""
         passes_F = (self.pairs.rates() >= MIN_RATE) & (self.tau <= 1)
         return passes_F.to(self.pairs.rate_F.dtype) / self.unit
 
     def weights(self, sae: SAE, i: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The weight of each pair (S), zero unless the pair passes tau, and the number () of pairs that pass.
+        """The weight of each pair (S), which is zero unless the pair passes tau, and the number () of pairs that pass.
 
-        For the pairs that step i compares; without i, for all pairs.
+        Covers the pairs that step i compares; without i, all pairs.
         """
         conditional_S = self.pairs.conditional(i)
         if self.target == "cofire":
@@ -90,7 +90,7 @@ class CompetitionLoss(LossTerm):
         return torch.where(active_S, amount_S / self.unit, 0.0), active_S.sum()
 
     def similarity(self, vector_FX: Tensor, i: Tensor | None = None) -> Tensor:
-        """<v_i, v_j> (S), with a gradient to the latents that `direction` names."""
+        """<v_i, v_j> (S), with a gradient to the latents that `direction` selects."""
         if self.direction == "symmetric":
             return self.pairs.inner(vector_FX, vector_FX, i)
         first_S, second_S = self.pairs.ends(self.pairs.rate_F, i)
@@ -100,7 +100,7 @@ class CompetitionLoss(LossTerm):
         return torch.where(first_moves_S, *moving)
 
     def squared_length(self, vector_FX: Tensor) -> Tensor:
-        """<v_i, v_i> (F). For the other values of `direction`, a latent gets half of the gradient, as one of a pair."""
+        """<v_i, v_i> (F). Unless `direction` is symmetric, the gradient is halved, as for one latent of a pair."""
         other_FX = vector_FX if self.direction == "symmetric" else vector_FX.detach()
         return (vector_FX * other_FX).sum(1)
 
@@ -110,8 +110,9 @@ class CompetitionLoss(LossTerm):
         pairs that pass tau; also the number () of these pairs.
 
         This is "correlation r = 0.82 between semantic similarity and competition strength" (3.1). If the pairs have
-        more than `BLOCK` elements, it is over an evenly spread part. It is 0 if fewer than three pass, or all have the
-        same weight or cosine. Paper: does not say which pairs; below tau the strength of competition is zero.
+        more than `BLOCK` elements, it is computed on an evenly spaced subset. It is 0 if fewer than three pairs pass,
+        or if all have the same weight or cosine. Paper: does not say which pairs it uses; below tau, the strength of
+        competition is zero.
         """
         weight_M, cosine_M = self.pairs.sample(self.weights(sae)[0], F.normalize(sae.W_dec, dim=1))
         passes_M = weight_M > 0
@@ -123,13 +124,13 @@ class CompetitionLoss(LossTerm):
 
 
 def centred(value_M: Tensor, where_M: Tensor) -> Tensor:
-    """The values minus their mean, both where the mask is set; 0 elsewhere."""
+    """The values minus their mean where the mask is set, and 0 elsewhere. The mean covers only values in the mask."""
     mean = torch.where(where_M, value_M, 0).sum() / where_M.sum().clamp_min(1)
     return torch.where(where_M, value_M - mean, 0)
 
 
 class CompetitionMonitor(Mechanism):
-    """Counts the pairs that the penalty acted on, and correlates c with the rows' cosine when metrics are logged."""
+    """Counts the pairs on which the penalty acted, and computes `correlation` when metrics are logged."""
 
     acted_penalized: Tensor  # () int64, pairs i < j over all steps
     leaves_weights = True
@@ -148,7 +149,7 @@ class CompetitionMonitor(Mechanism):
 
 
 def competition_strength(strength: float, steps: int) -> Coefficient:
-    """strength min(1, t/steps), t counted from 1 (4). Logged as `competition_strength`."""
+    """strength min(1, t/steps), where t counts from 1 (4). Logged as `competition_strength`."""
     ramp = warmup(strength, steps)
 
     def coefficient(step: Step) -> Tensor | float:
@@ -160,7 +161,7 @@ def competition_strength(strength: float, steps: int) -> Coefficient:
 
 
 def add_competition(variant: Variant, strength: Coefficient, loss: CompetitionLoss) -> Variant:
-    """Add the loss to any variant, and its statistics and its monitor to the mechanisms, before the unit norm."""
+    """Add the loss to a variant, and its statistics and monitor to the variant's mechanisms before the unit norm."""
     variant.add_term("competition", strength, loss)
     for mechanism in (loss.pairs, CompetitionMonitor(strength, lambda: loss.correlation(variant.sae))):
         variant.mechanisms.insert(len(variant.mechanisms) - 1, mechanism)

@@ -48,7 +48,7 @@ class CompetitionOptions(RecipeOptions):
     direction: Literal["symmetric", "child_only", "parent_only"] = "symmetric"
     """Latent of a pair that gets the gradient: both, the rarer one (child), or the other (parent)."""
     reduction: Literal["active_pairs", "sum", "n"] = "active_pairs"
-    """active_pairs: mean over pairs that pass tau. sum: over all ordered pairs (the paper). n: that sum over d_sae."""
+    """active_pairs: mean over pairs that pass tau. sum: over all ordered pairs (the paper). n: that sum / d_sae."""
     diagonal: bool = False
     """Also penalize each latent's similarity to itself, as the printed sum over all i and j does (5)."""
     target: Literal["cofire", "absorption"] = "cofire"
@@ -62,11 +62,11 @@ class CompetitionOptions(RecipeOptions):
     refresh: int = 100
     """Steps after which the table looks for better pairs."""
     turns: int = 8
-    """A step penalizes one in so many pairs of the table, in turn; their mean, or their scaled sum, stands for that of
-    the whole table. 1: the whole table in every step. The mean is 0 in a step of which no pair passes tau, so it is too
-    small on average where fewer pairs than `turns` pass."""
+    """A step penalizes one in this many pairs of the table, in turn. Their mean, or their scaled sum, is the estimate
+    for the whole table. 1: the whole table in every step. The mean is 0 in a step in which no pair passes tau, so on
+    average it is too small if fewer pairs than `turns` pass."""
     memory_gb: float = 2.0
-    """Memory that the statistics of pairs may take, in GB. More is refused before the run starts."""
+    """Memory that the statistics of pairs may take, in GB. A run that needs more is refused before it starts."""
     act: Literal["topk", "batchtopk", "relu"] = "topk"
     """Activation function. The paper bounds L0 by k and does not name one."""
     l1: float = 0.04
@@ -134,7 +134,7 @@ def competition(config: RunConfig, options: CompetitionOptions) -> Variant:
 
 
 def topk_with_l1(config: RunConfig, options: CompetitionOptions) -> Variant:
-    """The model of (1): the variant before (5) is added."""
+    """The model of (1), before (5) is added."""
     dead = DeadLatents(config.d_sae, config.dead_after_tokens)
     mechanisms: list[Mechanism] = [UnitNormDecoder()]
     activation: Activation = ReLU()

@@ -10,9 +10,9 @@ from .window import ResampleByWindow
 
 
 def match_pairs(cosine_FF: Tensor, above: float) -> tuple[Tensor, Tensor]:
-    """Disjoint pairs i < j with cosine above `above`: the most similar first, no latent twice.
+    """Disjoint pairs i < j with a cosine above `above`. The most similar pairs come first, and no latent occurs twice.
 
-    Paper: calls it hierarchical clustering and prints a rule for two latents; it does not say which pairs are taken.
+    Paper: calls this hierarchical clustering and prints a rule for two latents, but does not say how pairs are chosen.
     """
     i_P, j_P = (cosine_FF.triu(1) > above).nonzero(as_tuple=True)
     order_P = cosine_FF[i_P, j_P].argsort(descending=True, stable=True)
@@ -27,14 +27,15 @@ def match_pairs(cosine_FF: Tensor, above: float) -> tuple[Tensor, Tensor]:
 
 
 class MergeSimilar(Mechanism):
-    """Given two latents i, j with a cosine over `above`, i becomes the average of both (7); their Adam state is reset.
+    """Merges latents i, j with a cosine above `above`: i becomes the average of both (7). Their Adam state is reset.
 
-    Paper: does not say of what the cosine is, nor what becomes of j, of W_dec and of b_enc. Cosines are of the rows of
-    W_dec, or of the columns of W_enc (`on`). By `average`, W_enc alone is averaged, as (7) is printed, or `all`: b_enc
-    as W_enc is, and W_dec,i becomes the direction of W_dec,i + W_dec,j. With `weights` = activity each latent is
-    weighted by how often it fired lately. The `partner` j is restarted (`recycle`), or silent from then on (`disable`,
-    so that the "adaptive feature count" of 4.3 falls): with W_enc,j = 0 and b_enc,j = 0 it has no gradient, and what
-    weight decay and Adam's moments move is zero too.
+    Paper: does not say which vectors the cosine compares, nor what happens to j, to W_dec and to b_enc. Here `on`
+    chooses cosines of the rows of W_dec or of the columns of W_enc. `average` chooses what is averaged: W_enc alone, as
+    (7) is printed, or `all`, where b_enc is averaged like W_enc and W_dec,i becomes the direction of W_dec,i + W_dec,j.
+    With `weights` = activity, each latent is weighted by how often it fired recently. The `partner` j is either
+    restarted (`recycle`) or silenced for the rest of the run (`disable`, so that the "adaptive feature count" of 4.3
+    falls). With W_enc,j = 0 and b_enc,j = 0, a silenced latent gets no gradient, and weight decay and Adam's moments
+    leave it at zero.
     """
 
     merged: Tensor  # () int64, in total
@@ -74,7 +75,7 @@ class MergeSimilar(Mechanism):
         self.merged += len(i_M)
 
     def between_bytes(self, sae: SAE, tokens: int) -> int:
-        return sae.d_sae * (8 * sae.d_in + 9 * sae.d_sae)  # unit rows; cosines, their upper triangle, a mask
+        return sae.d_sae * (8 * sae.d_in + 9 * sae.d_sae)  # unit rows; cosines, their upper triangle, and a mask
 
     def similar_pairs(self, sae: SAE) -> tuple[Tensor, Tensor]:
         rows_FD = sae.W_dec.data if self.on == "decoder" else sae.W_enc.data.T

@@ -1,4 +1,4 @@
-"""The penalty of paper 004 weakens while the reconstruction is bad: equation (5)."""
+"""Paper 004, equation (5): the penalty weakens while the reconstruction is bad."""
 
 from collections.abc import Callable
 
@@ -11,19 +11,20 @@ from ...step import Mechanism, Step
 class AdaptivePenalty(Mechanism):
     """alpha = clamp(target / L_recon, low, high), without a gradient (5). A coefficient, with its average as state.
 
-    L_recon is the error of the rows that the SAE sees, times `scale`. `scale` is 1 for the error of the SAE's own
-    input, or the divisor of these rows for the error in units of the cache. By `reading` L_recon is
-        mean   the mean squared error of an element: at the paper's explained variance 2.35 = 0.098 * 24 of raw rows,
-               so alpha is 1.06
-        sum    the squared error of a token, as the paper's loss of 4,668 is: alpha is 0.1, always
-    averaged over steps with decay `ema`. Paper: names no average; 0 is the error of the step itself.
+    L_recon is the error on the rows that the SAE sees, times `scale`. `scale` is 1 to measure the error on the SAE's
+    own input, or the divisor of these rows to measure it in units of the cache. `reading` chooses L_recon:
+        mean   the mean squared error per element; at the paper's explained variance this is 2.35 = 0.098 * 24 for raw
+               rows, so alpha is 1.06
+        sum    the squared error per token, like the paper's loss of 4,668; alpha is then always 0.1
+    L_recon is averaged over steps with decay `ema`. Paper: mentions no average; a decay of 0 gives the error of the
+    current step.
     """
 
     reads_batch = True
     leaves_weights = True
     average: Tensor  # ()
     alpha: Tensor  # ()
-    acted_alpha: Tensor  # () int64, steps in which alpha differed from the step before
+    acted_alpha: Tensor  # () int64, number of steps in which alpha differed from the previous step
 
     def __init__(
         self, scale: Callable[[], Tensor], reading: str, target: float, low: float, high: float, ema: float
@@ -37,7 +38,7 @@ class AdaptivePenalty(Mechanism):
     def recent_error(self, step: Step) -> Tensor:
         """L_recon, including this step."""
         square_BD, square = step.whole.error_BD.detach().square(), self.scale() ** 2
-        if square.dim():  # of each dimension (normalize=standardize)
+        if square.dim():  # one scale per dimension (normalize=standardize)
             square_BD, square = square_BD * square, square.new_ones(())
         error = square * (square_BD.mean() if self.reading == "mean" else square_BD.sum(1).mean())
         return torch.where(step.i == 0, error, torch.lerp(error, self.average, self.ema))

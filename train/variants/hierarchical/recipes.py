@@ -25,7 +25,7 @@ from .window import ResampleByWindow
 
 PAPER: dict[str, Any] = {"paper": "004", "width": 1}
 OPTIMIZATION = Optimization(weight_decay=0.01, clip=1.0)
-K = ScaleWithWidth(320)  # of the TopK baseline
+K = ScaleWithWidth(320)  # k of the TopK baseline
 PAPER_EXACT: dict[str, tuple[Any, str]] = {
     "dead_by": ("batch", "in a sparse SAE most latents fire for less than 1 % of the tokens of a batch"),
     "stability": ("mean", "in a sparse SAE most latents fire for less than 1 % of tokens, so most of them restart"),
@@ -51,7 +51,7 @@ def logged(name: str, coefficient: Coefficient) -> Coefficient:
 @dataclass(frozen=True)
 class HierarchicalOptions(RecipeOptions):
     restarts: Literal["window", "dead", "never"] = "window"
-    """Latents that restart: silent over a window of steps (4), dead by the count of tokens, or none."""
+    """Latents that restart: those silent over a window of steps (4), those dead by the count of tokens, or none."""
     adaptive: bool = True
     """Weaken the penalty while the reconstruction is bad (5)."""
     merging: bool = True
@@ -59,28 +59,28 @@ class HierarchicalOptions(RecipeOptions):
     l1: float | None = None
     """lambda_0 of (3), the strength of the L1 penalty at the first step. None: see `lambda_by`."""
     lambda_by: Literal["d_in", "d_sae", "k"] = "d_in"
-    """lambda_0 is one over the square root of d_in (5.4), of d_sae (the k of 4.1), or of the baseline's k, 320."""
+    """lambda_0 is 1 over the square root of d_in (5.4), of d_sae (the k of 4.1), or of the baseline's k, 320."""
     l1_end: float = 0.0
     """Strength of the L1 penalty at the last step (3)."""
     resample_every: int = 100
     """Steps between two restarts of dead latents, before there is a window."""
     dead_by: Literal["tokens", "batch"] = "tokens"
-    """Who is dead before there is a window: latents that have not fired for a tenth of the run's tokens, or those with
-    p_i of (4) below `below` in the last batch."""
+    """Which latents count as dead before there is a window: those that have not fired for a tenth of the run's tokens,
+    or those with p_i of (4) below `below` in the last batch."""
     restart_share: float = 0.9
-    """Share of the run after which no latent restarts and none is merged. The paper names no end: 1."""
+    """Share of the run after which no latent restarts or is merged. The paper mentions no end, which is 1."""
     window: int = 100
-    """Steps w of the window (4), and between two restarts."""
+    """Number of steps w in the window (4), and between two restarts."""
     terms: Literal["w", "w+1"] = "w"
-    """Steps in the sum of (4), which is divided by w: w, or the w + 1 that it prints."""
+    """Number of terms in the sum of (4), which is divided by w: w, or w + 1 as printed."""
     below: float = 0.01
     """A latent is dead if p_i is below this (4)."""
     stability: Literal["any", "mean"] = "any"
-    """How a step counts for p_i (4): whether any of its tokens fires the latent, or the share of tokens that do."""
+    """What a step adds to p_i (4): whether the latent fires on any of its tokens, or on which share of them."""
     recon_in_alpha: Literal["mean", "sum"] = "mean"
     """L_recon in (5): mean over d_in, or summed as in the paper's loss."""
     alpha_units: Literal["raw", "input"] = "raw"
-    """Units of L_recon in (5): of raw activations, or of the normalized input, as the loss (6) is."""
+    """Units of L_recon in (5): raw activations, or the normalized input, as in the loss (6)."""
     target: float = ScaleWithVariance(2.5)
     """L_recon at which alpha is 1 (5), in `alpha_units`."""
     alpha_low: float = 0.1
@@ -94,13 +94,13 @@ class HierarchicalOptions(RecipeOptions):
     merge_every: int = 100
     """Steps between two rounds of merging (7)."""
     merge_on: Literal["decoder", "encoder"] = "decoder"
-    """Directions whose cosine counts in (7): rows of W_dec, or columns of W_enc."""
+    """Directions whose cosines are compared in (7): rows of W_dec, or columns of W_enc."""
     merge_average: Literal["all", "encoder"] = "all"
     """What (7) averages: W_enc, b_enc and W_dec, or W_enc alone, as it is printed."""
     merge_weights: Literal["equal", "activity"] = "equal"
-    """Weights of the average in (7): equal, or how often each latent fired lately."""
+    """Weights of the average in (7): equal, or how often each latent fired recently."""
     merge_partner: Literal["recycle", "disable"] = "recycle"
-    """What becomes of the second latent of a merged pair: it restarts on a badly reconstructed token, or is silent."""
+    """Fate of the second latent of a merged pair: it restarts on a badly reconstructed token, or is silenced."""
     pre_bias: bool = False
     """Subtract b_dec from the encoder's input. The paper's encoder sees x itself (1)."""
 
@@ -113,7 +113,7 @@ class HierarchicalOptions(RecipeOptions):
 
 
 def build(config: RunConfig, options: HierarchicalOptions) -> Variant:
-    """The full model or one of its ablations, by `restarts`, `adaptive` and `merging`."""
+    """The full model or one of its ablations, depending on `restarts`, `adaptive` and `merging`."""
     dead = DeadLatents(config.d_sae, config.dead_after_tokens)
     start = first_lambda(config, options.lambda_by) if options.l1 is None else options.l1
     penalty = logged("lambda", linear(start, options.l1_end, config.steps))  # (3)
@@ -141,15 +141,15 @@ def build(config: RunConfig, options: HierarchicalOptions) -> Variant:
 
 
 def resampling(config: RunConfig, options: HierarchicalOptions, dead: DeadLatents) -> list[Mechanism]:
-    """Restarts of dead latents (4), and merging (7), which restarts the partners that it frees."""
-    # Paper: to the end. A latent restarted just before it would stay as it was drawn.
+    """The mechanisms that restart dead latents (4) and merge similar ones (7), which frees latents to restart."""
+    # Paper: restarts until the end. A latent that restarts just before the end would keep its initial values.
     until = math.floor(round(options.restart_share * config.steps, 6))
     below, stability = options.below, options.stability
     if options.restarts == "never":
         return []
     if options.restarts == "dead":
-        # Paper: restarts one ablation before the window says who is dead, and does not say who is until then: this
-        # package's dead latents, or (4) on one batch.
+        # Paper: one ablation restarts dead latents before the window is introduced, and it does not say which latents
+        # are dead there. Here these are this package's dead latents, or those of (4) on one batch.
         every = options.resample_every
         if options.dead_by == "tokens":
             return [ResampleDead(dead, every, until)]
@@ -171,7 +171,7 @@ def resampling(config: RunConfig, options: HierarchicalOptions, dead: DeadLatent
 
 
 def first_lambda(config: RunConfig, by: str) -> float:
-    """lambda_0 of (3). With `by` k, k keeps the baseline's share of the width, 320 of 2304."""
+    """lambda_0 of (3). If `by` is k, k keeps the baseline's ratio to the width, 320 of 2304."""
     return {"d_in": config.d_in, "d_sae": config.d_sae, "k": K.resolve(config, False)}[by] ** -0.5
 
 
@@ -231,7 +231,7 @@ for _name, _summary, _equations, _unused, _fixed in ABLATIONS:
 
 
 def with_optimization(variant: Variant) -> Variant:
-    """A baseline with the optimizer settings of everything the paper compares."""
+    """Give a baseline the optimizer settings that the paper uses for all systems that it compares."""
     variant.optimization = OPTIMIZATION
     return variant
 
@@ -253,7 +253,7 @@ def topk(config: RunConfig, k: int = K, aux: float = 1 / 32) -> Variant:
 def batchtopk(config: RunConfig, k: float = K, aux: float = 1 / 32) -> Variant:
     """The paper's BatchTopK baseline.
 
-    Paper: gives it no k; this is that of its TopK baseline. It does not mention AuxK; its readings set aux=0.
+    Paper: states no k for it; this is the k of the TopK baseline. It does not mention AuxK; its readings set aux=0.
 
     Args:
         k: Latents kept per token, on average over the batch.

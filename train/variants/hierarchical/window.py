@@ -1,4 +1,4 @@
-"""Resampling of the latents that are dead by the sliding window of paper 004, equation (4)."""
+"""Resampling of latents that are dead according to the sliding window of paper 004, equation (4)."""
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from ...step import Step
 class ResampleByWindow(ResampleDead):
     """Resamples latents with p_i < `below`, where p_i is a sum over the last steps divided by `window` (4).
 
-    By `stability`, a step counts for p_i if `any` of its tokens fires i, or by its `mean` share of tokens that do.
-    Paper: does not say which; by `mean`, most latents of a sparse SAE are dead. A restarted latent has a full window
-    before it can be restarted again, and so has every latent at the start of the run.
+    `stability` chooses what a step adds to p_i: 1 if latent i fires on `any` of its tokens, or the `mean` over its
+    tokens. Paper: does not say which; by `mean`, most latents of a sparse SAE are dead. After a restart a latent has a
+    full window before it can be restarted again, as has every latent at the start of the run.
 
     Paper: its sum from t - w to t has w + 1 terms. `terms` is w, or w + 1 as printed.
 
@@ -21,8 +21,8 @@ class ResampleByWindow(ResampleDead):
         terms: steps in the sum; default `window`.
     """
 
-    fired_WF: Tensor  # the terms of the sum, as a ring buffer
-    acted_silent: Tensor  # () int64, latents with p_i < below, in total
+    fired_WF: Tensor  # the terms of the sum, in a ring buffer
+    acted_silent: Tensor  # () int64, total number of latents with p_i < below
     leaves_weights = True
     combine = "mean"
 
@@ -63,7 +63,7 @@ class ResampleByWindow(ResampleDead):
         restarted_N = super().restart(step, index_N)
         self.fired_WF[:, restarted_N] = 1
         if len(self.fired_WF) > self.window:
-            # The term of this step, which the next w steps do not overwrite, belongs to the latent before its restart.
+            # The term of this step belongs to the latent before its restart, and the next w steps do not overwrite it.
             self.fired_WF[int(step.i) % len(self.fired_WF), restarted_N] = 0
         return restarted_N
 

@@ -1,4 +1,4 @@
-"""Competition of paper 001, (5) and (6), and the penalty on its result, (2) and (7)."""
+"""Paper 001: the competition, (5) and (6), and the penalty on its result, (2) and (7)."""
 
 import torch
 from torch import Tensor, nn
@@ -8,11 +8,11 @@ from ...schedules import Coefficient
 from ...step import LossTerm, Mechanism, Step
 from .growth import EnabledUtilization
 
-COUNTED_TOKENS = 64  # of a batch, over which the competition is counted
+COUNTED_TOKENS = 64  # tokens of a batch on which the competition is measured
 
 
 class ChainL1(LossTerm):
-    """mean_B sum_F |c(pre)| for a chain c of activations that the reconstruction uses only in part or not at all."""
+    """mean_B sum_F |c(pre)| for a chain c of activations, not all of which the reconstruction uses."""
 
     sparsity = True
     undivided = ""
@@ -35,10 +35,10 @@ class SoftCompetition(Activation, name="competition"):
         softmax_scaled       e / sum e times the number of active latents
         softmax_active_only  e / sum e over the active latents, z > 0
 
-    `unit` is the unit of T and `cut`: that of the SAE's `input`, or `rms_z`, the root mean square of a token's active
-    latents, under which the winner is nearly alone.
+    `unit` is the unit of T and `cut`: the unit of the SAE's `input`, or `rms_z`, the root mean square of a token's
+    active latents. With `rms_z`, the winner is nearly alone.
 
-    Paper: alpha is nowhere exactly zero, so its L0 can only have counted what exceeds the 0.01 of (3); hence `cut`.
+    Paper: alpha is never exactly zero, so the paper's L0 must count values above the 0.01 of (3); hence `cut`.
     """
 
     T: Tensor  # ()
@@ -77,11 +77,11 @@ class SoftCompetition(Activation, name="competition"):
 class CompetitionTemperature(Mechanism):
     """T follows rho: T <- 0.99 T + 0.01 clamp(T_base (1 + sign (exp(exp(rho) - 1) - 1) s), low, high) (6).
 
-    Paper: more use makes T larger and competition weaker, against its text; `sign` -1 turns that around. For rho in
-    [0, 1] T is in [0.1, 0.237], so its bounds never bind.
+    Paper: by (6), more use raises T and weakens competition, which contradicts the paper's text; `sign` -1 reverses
+    that. For rho in [0, 1], T is in [0.1, 0.237], so its bounds never apply.
 
     `acted_tempered` sums |T - T'| over the steps. `acted_competed` sums the share of the latents' values that the
-    competition moves: sum |z - alpha| / sum z, over the first tokens of each batch.
+    competition changes, sum |z - alpha| / sum z, over the first tokens of each batch.
     """
 
     acted_tempered: Tensor  # () float32

@@ -1,4 +1,4 @@
-"""Growth of paper 001, (3) and (4): latents are enabled as the enabled ones are used."""
+"""Paper 001: growth, (3) and (4). More latents are enabled as the enabled ones are used."""
 
 import math
 
@@ -11,7 +11,7 @@ from ...step import Mechanism, Step
 
 
 class EnabledLatents(Activation, name="enabled"):
-    """Sets latents that are not enabled yet to minus infinity: they never fire and take no part in a competition."""
+    """Sets latents that are not yet enabled to minus infinity, so they neither fire nor take part in competition."""
 
     on_F: Tensor  # 1 or 0
 
@@ -24,15 +24,15 @@ class EnabledLatents(Activation, name="enabled"):
 
 
 class EnabledUtilization(ActivityEMA):
-    """v_i (3) and rho, the share of the enabled latents that is in use.
+    """v_i (3) and rho, the share of the enabled latents that are in use.
 
-    Paper: 1[|f_i(x_t)| > tau] is of one token, x_t here is a batch. By `reading`, v_i is
-        alive_fraction   the share of its tokens, and rho the share of enabled latents with v_i over 0.001
-        mean             the share of its tokens, so rho is about L0/n, always below 0.3
-        any              whether any of its tokens, so rho is about 1
+    Paper: 1[|f_i(x_t)| > tau] is for one token, but here x_t is a batch. `reading` chooses v_i and rho:
+        alive_fraction   v_i is the share of tokens that use i, and rho the share of enabled latents with v_i over 0.001
+        mean             v_i is the share of tokens that use i, so rho is about L0/n, always below 0.3
+        any              v_i is whether any token uses i, so rho is about 1
 
-    Only rho reads v, and only (4) and (6) read rho. `acted_smoothed` sums, over the steps, how far the average moves
-    rho away from its value for the batch alone.
+    Only rho reads v, and only (4) and (6) read rho. `acted_smoothed` sums, over the steps, the difference between rho
+    and its value for the batch alone.
     """
 
     undivided = "the utilization of latents is that of the whole batch"
@@ -64,24 +64,24 @@ class EnabledUtilization(ActivityEMA):
 
 
 class GrowCapacity(Mechanism):
-    """Enables a share `start` of the latents, and every `interval` steps some more, by rho (4).
+    """Enables a share `start` of the latents at first, and more of them every `interval` steps, by rho (4).
 
-    Until it is enabled, a latent keeps its initial value: it gets no gradient and no decoupled weight decay, and does
-    not count as dead. Its Adam moments start at zero, with the common count of steps. `n_ref` is the n of (4); None is
-    d_sae.
+    Until a latent is enabled, its weights keep their initial values: it gets no gradient and no decoupled weight decay,
+    and does not count as dead. Its Adam moments start at zero, with the step count of all latents. `n_ref` is the n of
+    (4); None is d_sae.
 
-    Paper: 0.1 n rho is at least 69 at n = 2304, so "adaptive 2-7" is 7 and "adaptive 4-10" is 10; they adapt for n
-    around 100.
+    Paper: 0.1 n rho is at least 69 at n = 2304, so "adaptive 2-7" is always 7 and "adaptive 4-10" always 10. They adapt
+    only for n around 100.
 
     The paper does not say which latents come first. `order` is by `index`, or by `importance`: how often a latent that
-    is not enabled would fire, averaged as in (3).
+    is not yet enabled would fire, averaged as in (3).
 
     `acted_grown` counts the latents enabled since the start, `acted_adapted` the increments that differ from the fixed
     5 because of rho.
     """
 
     n: Tensor  # (), not rounded
-    wish_F: Tensor  # how often each latent would fire
+    wish_F: Tensor  # how often each latent would fire if it were enabled
     acted_grown: Tensor  # () int64
     acted_adapted: Tensor  # () int64
 
@@ -111,7 +111,7 @@ class GrowCapacity(Mechanism):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
 
     def increment(self, rho: Tensor) -> Tensor:
-        """The latents to enable at once by (4), at the paper's width."""
+        """The number of latents that (4) enables at once, at the paper's width."""
         low = torch.full_like(rho, 5.0)
         if not self.hybrid:
             return low
@@ -120,7 +120,7 @@ class GrowCapacity(Mechanism):
         return torch.where(rho < 0.3, low, torch.where(rho < 0.6, middle, high))
 
     def after_backward(self, step: Step) -> None:
-        # The weights that weight decay moves, before this step's update; not part of the state.
+        # The weights that weight decay changes, before this step's update; not part of the state.
         groups = step.optimizer.param_groups
         decayed = {id(weight) for group in groups if group["weight_decay"] for weight in group["params"]}
         weights = ((name, getattr(step.sae, name)) for name in ("W_enc", "b_enc", "W_dec"))

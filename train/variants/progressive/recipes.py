@@ -34,10 +34,10 @@ Init = Literal["transpose", "uniform"]
 
 
 def start_weights(sae: SAE, init: Init) -> SAE:
-    """The SAE with its initial weights: W_enc the transpose of unit rows of W_dec, or both uniform and independent.
+    """Initialize the SAE: W_dec with unit rows and W_enc as its transpose, or both uniform and independent.
 
-    uniform is PyTorch's start of a linear layer, in +-1/sqrt(d_in) for W_enc and +-1/sqrt(d_sae) for W_dec, whose rows
-    then get unit norm (1). Biases stay zero.
+    uniform is PyTorch's initialization of a linear layer, in +-1/sqrt(d_in) for W_enc and +-1/sqrt(d_sae) for W_dec.
+    The rows of W_dec are then normalized (1). Biases stay zero.
     """
     if init == "uniform":
         with torch.no_grad():
@@ -57,15 +57,16 @@ def baseline(
 ) -> Variant:
     """ReLU latents and an L1 penalty: no growth, no competition.
 
-    Paper: the baseline has "fixed sparsity targets" (5), and none is printed. A penalty with a fixed coefficient sets
-    no L0, and the 90.60 of the results is measured. Ours has the penalty; `--l0 90.6` moves it to hold that L0.
+    Paper: the baseline has "fixed sparsity targets" (5), but none is printed. A penalty with a fixed coefficient does
+    not set L0, and the 90.60 in the results is a measurement. Ours has a fixed penalty; `--l0 90.6` adjusts it to reach
+    that L0.
 
     Args:
         l1: Strength of the L1 penalty (2).
         reconstruction: Squared error summed or averaged over d_in. The paper's numbers point to mean, with
             normalize=none.
         pre_bias: Subtract b_dec from the encoder's input. The paper's encoder sees x itself.
-        init: Start of the weights: W_enc the transpose of W_dec, or uniform (the paper, of all its systems).
+        init: Initial weights: W_enc as the transpose of W_dec, or uniform (the paper, for all its systems).
     """
     return Variant(
         start_weights(SAE(config.d_in, config.d_sae, pre_bias=pre_bias), init),
@@ -79,9 +80,9 @@ def baseline(
 @dataclass(frozen=True)
 class ProgressiveOptions(RecipeOptions):
     start: float = 0.25
-    """Share of the latents that are enabled from the start."""
+    """Share of the latents that are enabled at the start."""
     interval: int | None = None
-    """Steps between two increments (4). None: 10 in 4882, so that growth fills half of the run. The paper: 1."""
+    """Steps between two increments (4). None: 10 for 4882 steps, so that growth takes half of the run. The paper: 1."""
     hybrid: bool = True
     """Choose the increment by rho (4); false: always 5."""
     n_ref: int | None = 100
@@ -89,7 +90,7 @@ class ProgressiveOptions(RecipeOptions):
     pace: float = ScaleWithDictionary(1)
     """Factor on the increments of (4), which the paper gives at 2304 latents."""
     order: Literal["index", "importance"] = "index"
-    """Order in which latents are enabled. importance: those first that would fire most often."""
+    """Order in which latents are enabled. importance: the latents that would fire most often come first."""
     beta: float = 0.9
     """Decay of the average v of (3), per step."""
     tau: float = ScaleWithNorm(0.01)
@@ -99,20 +100,20 @@ class ProgressiveOptions(RecipeOptions):
     """rho in (3): the share of enabled latents with v over 0.001, the mean share of tokens (the paper), or the share of
     latents that fire for any token of a batch."""
     competition: Literal["softmax_peak", "softmax", "softmax_scaled", "softmax_active_only", "off"] = "softmax_peak"
-    """Weights in (5): exp((z - max z)/T); over their sum (the paper); that times the number of active latents; over the
-    sum of the active latents; or no competition."""
+    """Weights in (5): exp((z - max z)/T); the same over their sum (the paper); that times the number of active latents;
+    the same over the sum for active latents; or no competition."""
     competition_in_recon: bool = True
     """Reconstruct from alpha; false: from z, and only penalize alpha (2)."""
     cut: float = ScaleWithNorm(0.01)
-    """alpha is set to zero unless it is above this, in units of `temperature_unit`. The paper: 0."""
+    """Values of alpha up to this are set to zero, in units of `temperature_unit`. The paper: 0."""
     temperature: float = ScaleWithNorm(0.1)
     """T_base of (6)."""
     temperature_unit: Literal["input", "rms_z"] = "input"
-    """Unit of T and `cut`: that of the SAE's input, or the root mean square of a token's active latents."""
+    """Unit of T and `cut`: the unit of the SAE's input, or the root mean square of a token's active latents."""
     temperature_low: float = ScaleWithNorm(0.05)
     """Lower bound of T (6)."""
     temperature_high: float = ScaleWithNorm(0.3)
-    """Upper bound of T (6), and where T_base starts under `anneal_steps`."""
+    """Upper bound of T (6), and the start of T_base with `anneal_steps`."""
     density_scale: float = 0.3
     """s of (6): how strongly T follows rho."""
     density_sign: int = 1
@@ -120,18 +121,18 @@ class ProgressiveOptions(RecipeOptions):
     momentum: float = 0.99
     """Momentum of T, per step (6)."""
     anneal_steps: int = 0
-    """Steps over which T_base of (6) falls from `temperature_high` to `temperature`, beside what (6) does. 0: constant.
-    The paper: 2000, without saying how the two go together."""
+    """Steps over which T_base of (6) falls from `temperature_high` to `temperature`, in addition to (6). 0: constant.
+    The paper: 2000, without saying how the two combine."""
     l1: float = 0.04
     """Strength of the L1 penalty (2)."""
     l1_on: Literal["alpha", "z", "both"] = "alpha"
-    """Latents under the L1 penalty: alpha (2), z, or both: the penalty on z adds the l1 sign(z) of (7)."""
+    """Latents under the L1 penalty: alpha (2), z, or both. The penalty on z adds the l1 sign(z) of (7)."""
     reconstruction: Reconstruction = "sum"
     """Squared error summed or averaged over d_in. The paper's numbers point to mean, with normalize=none."""
     pre_bias: bool = False
     """Subtract b_dec from the encoder's input. The paper's encoder sees x itself."""
     init: Init = "transpose"
-    """Start of the weights: W_enc the transpose of W_dec, or uniform (the paper)."""
+    """Initial weights: W_enc as the transpose of W_dec, or uniform (the paper)."""
 
     def validation_errors(self, config: RunConfig) -> Iterator[str]:
         if not 0 < self.start <= 1:
@@ -164,7 +165,7 @@ SWITCHED_OFF = {"n_ref": ("hybrid", (False,)), **{name: ("competition", ("off",)
 def progressive(config: RunConfig, options: ProgressiveOptions) -> Variant:
     """Latents are enabled as they are used, and compete.
 
-    A quarter of the latents is enabled at first. They compete under a temperature that follows their use.
+    At first a quarter of the latents are enabled. They compete at a temperature that follows their use.
     """
     interval = options.interval
     if interval is None:
@@ -208,7 +209,7 @@ def competition_parts(
     return competition, CompetitionTemperature(competition, utilization, base, scale, sign, low, high, momentum)
 
 
-# Without competition there is no cut either: L0 counts every positive latent.
+# Without competition there is no cut, so L0 counts every positive latent.
 ABLATIONS: tuple[tuple[str, str, tuple[str, ...], dict[str, Any]], ...] = (
     ("all-at-once", "`progressive` with every latent enabled from the start.", GROWTH, {"start": 1.0}),
     ("fixed-increment", "`progressive` that grows by 5 whatever the utilization.", ("n_ref",), {"hybrid": False}),
