@@ -82,8 +82,7 @@ def find_cache(model: str | None, hook: Hook, root: Path | None = None) -> Cache
 
 
 def find_by_fingerprint(fingerprint: object, folder: Path | str | None, root: Path | None = None) -> Cache | None:
-    """Find the cache with a fingerprint: at its former place `folder` (a folder or an address), or under
-    `activations/`.
+    """Find the cache with a fingerprint: at its former place `folder` (path or address), or under `activations/`.
 
     None if it is in neither place. A cache under `activations/` is preferred to an address. If the cache at the former
     place cannot be opened and there is no other, the error of opening it is raised.

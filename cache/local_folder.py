@@ -71,7 +71,7 @@ class LocalFolder:
             self._leave_if_idle()
 
     def begin(self, reading: ChunkReading, expected_until: int | None = None) -> None:
-        """Begin to pull for a reading. Expected readings with the same key are then done up to step `expected_until`.
+        """Begin to pull for a reading. In expected readings with its key, steps before `expected_until` are done.
 
         Raises UsageError if the folder cannot hold one of its steps together with one step of each other process.
         """

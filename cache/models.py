@@ -188,8 +188,7 @@ def recorded_folders(cache_folder: Path, key: str = "model") -> list[str]:
 
 
 def find_folder(record: ModelRecord, candidates: Iterable[str]) -> Path:
-    """The folder with the files of a recorded model: the first candidate or remembered folder whose digest matches the
-    record.
+    """The folder with the files of a recorded model: the first candidate or remembered folder whose digest matches.
 
     Raises UsageError if none does.
     """

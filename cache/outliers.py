@@ -1,8 +1,8 @@
-"""Outlier rows: rows whose L2 norm is over a multiple of the median norm, such as those of attention sinks.
+"""Outlier rows: rows whose L2 norm exceeds a multiple of the median norm, such as the rows of attention sinks.
 
 A few of them can hold most of the variance of an array. They stay in the cache and are left out of statistics, training
-and evaluation. The limit is an absolute norm for each array, which `sae.json` records too, so that an SAE is evaluated
-on the kind of rows that it was trained on.
+and evaluation. The limit is an absolute norm for each array. `sae.json` records it too, so that an SAE is evaluated on
+the same kind of rows as it was trained on.
 """
 
 from collections import Counter
@@ -19,8 +19,8 @@ from .chunks import FileRecords, RowReader, RowsOfChunk, read_array_spec, read_c
 from .layout import Layout
 
 MAX_NORM = 10.0  # multiple of the median norm
-TOP_SHARE = 0.001  # of the rows: those whose share of the variance is reported
-WARNING_SHARE = 0.1  # of the variance, held by these rows, above which a warning says so
+TOP_SHARE = 0.001  # of the rows: their share of the variance is reported
+WARNING_SHARE = 0.1  # of the variance: a warning is given if these rows hold more
 LISTED = 3  # positions and tokens
 NORM_TOLERANCE = 1e-6  # relative: norms are stored in float32
 
@@ -64,7 +64,7 @@ def largest_rows(
     folder: Path, layout: Layout, norms: np.ndarray, files: FileRecords,
     token_text: Callable[[int], str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Where the rows with the largest of these norms (rows,) come from: those over MAX_NORM medians, or the top 0.1 %.
+    """The origin of the rows with the largest norms (rows,): those over MAX_NORM medians, or else the top 0.1 %.
 
     Returns the largest `norm`, the number of `rows`, and their most frequent `positions` and `tokens`, each as
     [position, number of rows] or [id, number of rows, text].
@@ -85,9 +85,9 @@ def share_of_top_rows(
     folder: Path, layout: Layout, name: str, norms: np.ndarray, kept: np.ndarray, mean: np.ndarray, variance: float,
     files: FileRecords, read: RowReader | None = None,
 ) -> float:  # fmt: skip
-    """The share of the variance of the rows `kept` that the 0.1 % of them with the largest norms hold.
+    """The share of the variance of the `kept` rows that is held by the 0.1 % with the largest norms.
 
-    `mean` (d_in,) and the elementwise `variance` are those of the rows `kept`.
+    `mean` (d_in,) and the elementwise `variance` are computed over the `kept` rows.
     """
     top = kept[top_rows(norms[kept])]
     total = variance * len(mean) * len(kept)
@@ -97,7 +97,7 @@ def share_of_top_rows(
 
 
 def describe_largest(statistics: dict[str, Any]) -> str:
-    """The rows with the largest norms of an array in one line; "" for a cache that an older version wrote."""
+    """The rows with the largest norms of an array in one line; "" for a cache written by an older version."""
     if (largest := statistics.get("largest")) is None:
         return ""
     masked = f" ({largest['share_unmasked']:.1%} without the masked rows)" if statistics["marked"] else ""
@@ -128,11 +128,11 @@ def iterate_rows(
     folder: Path, layout: Layout, name: str, rows: np.ndarray, norms: np.ndarray, files: FileRecords,
     read: RowReader | None = None,
 ) -> Iterator[np.ndarray]:  # fmt: skip
-    """Yield the given rows (ascending) of an array in float64, chunk by chunk. Reads only the chunks that hold them.
+    """Yield the given rows (ascending) of an array in float64, chunk by chunk. Reads only the chunks with these rows.
 
-    `norms` are their L2 norms as row_norm records them. A checksum would need the whole chunk, which is large, so each
-    row has to have its recorded norm instead. Raises DamagedError for one that has another. `read` reads the rows; by
-    default those of the files in the folder.
+    `norms` are their L2 norms, as recorded in row_norm. Verifying a checksum would require reading the whole chunk, so
+    the norm of each row is compared instead. Raises DamagedError if one differs. `read` reads the rows; by default,
+    from the files in the folder.
     """
     array = read_array_spec(folder, name, layout)
     chunk_of_row = rows // layout.chunk_rows
@@ -159,7 +159,7 @@ def locate_rows(folder: Path, layout: Layout, rows: np.ndarray, files: FileRecor
 
 
 def origin_of_rows(folder: Path, layout: Layout, name: str, rows: np.ndarray, files: FileRecords) -> np.ndarray:
-    """The values of row_ctx or row_pos at the given rows. Reads only the windows that hold them."""
+    """The values of row_ctx or row_pos at the given rows. Reads only the windows with these rows."""
     array, window_of_row = read_array_spec(folder, name), rows // layout.window_rows
     values = np.empty(len(rows), array.numpy_dtype)
     for window in np.unique(window_of_row).tolist():

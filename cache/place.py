@@ -1,5 +1,5 @@
-"""The place where the files of a cache are kept: its folder. A harvest reaches the files only through this interface,
-so that a cache can also be kept elsewhere, with its files made in the folder.
+"""The place where the files of a cache are kept: its folder. A harvest accesses the files only through this interface,
+so a cache can also be stored elsewhere, with the folder used to create its files.
 """
 
 import contextlib
@@ -37,25 +37,25 @@ class FolderPlace:
     """A cache in a folder that every worker sees.
 
     Its methods are called in this order: `fetch`, `begin`; for each window `publish`, then `create_commit` for each
-    array; `seal`. Any worker may call them at any time, and again.
+    array; `seal`. Any worker may call them at any time, and repeatedly.
     """
 
-    store: ObjectStore | None = None  # where the files are kept, if that is not the folder
+    store: ObjectStore | None = None  # where the files are stored, if not in the folder
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def fetch(self) -> None:
-        """Called first, by the holder of the folder's lock. Afterwards the records and tokens are in the folder."""
+        """Called first, by the holder of the folder's lock. Brings the records and tokens into the folder."""
 
     def begin(self) -> None:
-        """Called before the first window: tokens/, harvest.json and all zarr.json are in the folder."""
+        """Called before the first window, when tokens/, harvest.json and all zarr.json are in the folder."""
 
     def check_writes(self) -> None:
         """Called before the text is cut and before windows are computed: both can take hours."""
 
     def publish_tokens(self) -> None:
-        """Called when tokens/ in the folder was written."""
+        """Called when tokens/ has been written to the folder."""
 
     def commit_files(self) -> list[str]:
         """The commits that exist now, sorted, relative to the folder: commits/000000.layer_05.json."""
@@ -82,18 +82,18 @@ class FolderPlace:
     def keep_largest(
         self, window: int, name: str, files: FileRecords, norms: np.ndarray, bits: np.ndarray
     ) -> list[str]:
-        """Called with the rows of a window of an array, before `publish`; returns the files written in addition."""
+        """Called with the rows of a window of an array, before `publish`; returns any additional files written."""
         return []
 
     def publish(self, files: Iterable[str]) -> None:
-        """Called with the chunks of a window, which are in the folder, before the first commit that lists them."""
+        """Called with the chunks of a window, already in the folder, before the first commit that lists them."""
 
     def create_commit(self, file: str, content: Mapping[str, Any]) -> bool:
         """Write a commit unless there is one; returns whether this one was written."""
         return COMMIT_RECORD.create(self.folder / file, content)
 
     def remove_records(self, files: Iterable[str]) -> None:
-        """Remove records: commits of files that are about to be replaced, and damaged ones."""
+        """Remove records: commits of files that are about to be replaced, and damaged records."""
         folders = set()
         for file in files:
             (self.folder / file).unlink(missing_ok=True)
@@ -102,7 +102,7 @@ class FolderPlace:
             fsync_folder(folder)
 
     def fetch_damaged(self) -> None:
-        """Like `fetch`, for a cache that can have damaged files. All records are in the folder afterwards."""
+        """Like `fetch`, for a cache that may have damaged files. Brings all records into the folder."""
 
     def chunk_errors(self, records: FileRecords) -> Iterator[tuple[str, str | None]]:
         """Each of these chunk files with its problem, or None if it is intact. Reads every byte."""
@@ -114,7 +114,7 @@ class FolderPlace:
         return sorted(f"tokens/{path.name}" for path in (self.folder / "tokens").glob("claim-??????.json"))
 
     def read_claim(self, file: str) -> Mapping[str, Any] | None:
-        """A claim; None if it is gone, or not whole."""
+        """The content of a claim; None if it is missing or incomplete."""
         with contextlib.suppress(DamagedError):
             return CLAIM_RECORD.read(self.folder / file)
         return None
@@ -124,9 +124,9 @@ class FolderPlace:
         return CLAIM_RECORD.create(self.folder / file, content)
 
     def renew_claim(self, file: str, content: Mapping[str, Any]) -> None:
-        """Replace a claim. Does nothing if it is gone: the text is cut."""
+        """Replace a claim. Does nothing if it was removed, because the text is cut then."""
         # Written in place, because a rename would restore a claim that another task has removed. A half-written claim
-        # counts as one that cannot be read.
+        # counts as unreadable.
         path = self.folder / file
         try:
             with path.open("r+b") as claim:
@@ -143,11 +143,11 @@ class FolderPlace:
             (self.folder / file).unlink(missing_ok=True)
 
     def is_begun(self) -> bool:
-        """Whether `begin` was called by some worker. If so, its files are in the folder."""
+        """Whether some worker has called `begin`. If so, the files of `begin` are in the folder."""
         return (self.folder / "zarr.json").exists()
 
     def bring(self, records: FileRecords) -> None:
-        """Called before small files of committed windows are read: they are in the folder afterwards."""
+        """Called before small files of committed windows are read. Brings them into the folder."""
 
     def drop(self, records: FileRecords) -> None:
         """Called when these files have been read."""
@@ -157,19 +157,19 @@ class FolderPlace:
         return row_reader(self.folder)
 
     def read_record(self, name: str) -> bytes | None:
-        """The current manifest.json or zarr.json; None if it is missing. It is in the folder afterwards."""
+        """The current manifest.json or zarr.json, also brought into the folder; None if it is missing."""
         with contextlib.suppress(FileNotFoundError):
             return (self.folder / name).read_bytes()
         return None
 
     def seal(self, manifest: bytes, root: bytes, seen: bytes | None) -> bool:
-        """Write manifest.json, in one step, then zarr.json, if manifest.json still equals `seen` (None: missing);
-        returns whether it did.
+        """Atomically write manifest.json if it still equals `seen` (None: missing), then zarr.json; returns whether it
+        was written.
 
-        A manifest made from commits that were replaced is thus never the last one: the worker that replaced a commit
-        checks the manifest afterwards.
+        Thus a manifest made from replaced commits is never the final one: the worker that replaced a commit checks the
+        manifest afterwards.
         """
-        with brief_lock(self.folder / "tokens" / "commit.json"):  # which nobody replaces any more
+        with brief_lock(self.folder / "tokens" / "commit.json"):  # which is never replaced again
             if self.read_record("manifest.json") != seen:
                 return False
             for name, data in (("manifest.json", manifest), ("zarr.json", root)):

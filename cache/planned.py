@@ -1,4 +1,4 @@
-"""A cache that is still to be harvested, with the properties that a training plan needs."""
+"""A cache that has not been harvested yet, with the properties that a training plan needs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +13,13 @@ from .models import model_label
 class PlannedCache:
     """The folder, identity, layout and widths of a cache that a `HarvestPlan` will write. It has no rows to read.
 
-    It has the parts of a `Cache` that `train.plan.plan_training` uses, so training can be checked and its cost
-    estimated before the harvest. It lacks what depends on the rows: it has no statistics, and `array_digest` raises.
-    `rows` is an upper bound if the harvest takes "up to" a number of tokens.
+    It provides the parts of a `Cache` that `train.plan.plan_training` uses, so training can be checked and its cost
+    estimated before the harvest. Nothing that depends on the rows is available: there are no statistics, and
+    `array_digest` raises. `rows` is an upper bound if the harvest takes "up to" a number of tokens.
 
     Args:
         folder: where the harvest will write.
-        identity: everything that decides a byte of the cache, as in its zarr.json.
+        identity: everything that determines the bytes of the cache, as in its zarr.json.
         layout: rows, windows and chunks.
         widths: array name -> width of its rows, for every array that the harvest will write.
     """
@@ -35,7 +35,7 @@ class PlannedCache:
 
     @property
     def model(self) -> str:
-        """What the model is called."""
+        """The display name of the model."""
         return model_label(self.identity["model"])
 
     @property

@@ -28,17 +28,17 @@ class PullPlan(NamedTuple):
 
     @property
     def bytes_missing(self) -> int:
-        """The bytes by which the folder would grow if it had room for everything."""
+        """The number of bytes by which the folder would grow if it had unlimited room."""
         return int(self.sizes[~self.present].sum())
 
     @property
     def pulled_again(self) -> int:
-        """How many pulls bring a file that was in the folder before."""
+        """The number of pulls of files that were in the folder before."""
         return int((self.counts - ~self.present).sum())
 
 
 def plan_pulls(folder: Path, size: int, readings: Sequence[ChunkReading]) -> PullPlan:
-    """What readings, of which none has begun, will pull into a folder of at most `size` bytes, one after the other."""
+    """What readings that have not begun, run one after the other, will pull into a folder of at most `size` bytes."""
     found, (schedule, files) = contents(folder), schedule_of(readings)
     present = np.array([file.name in found.whole for file in files], bool)
     room, held = max(size - found.other, 0), found.other + sum(found.whole.values())

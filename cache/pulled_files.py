@@ -1,4 +1,4 @@
-"""What a local folder for pulled files holds, and where it is. Names are `<cache>/<file of the cache>`."""
+"""The content and location of a local folder for pulled files. Names are `<cache>/<file of the cache>`."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ..common.files import free_space, sae_home
 from .consistency import SIDE_ARRAYS, is_array_name
 
-FREE_SHARE = 0.5  # of the disk's free space, which the folder takes unless told otherwise
+FREE_SHARE = 0.5  # of the disk's free space: the default size of the folder
 RATE_SECONDS = 30.0  # over which the rate of arrivals is measured
 PART = ".part"  # ends the name of a file that is being pulled: `<chunk>.<owner>.part`
 
@@ -26,17 +26,17 @@ class Contents(NamedTuple):
 
 
 class Arrivals:
-    """At what rate files have arrived lately."""
+    """Measures the rate at which files have recently arrived."""
 
     def __init__(self) -> None:
         self._recent: deque[tuple[float, int]] = deque(maxlen=64)  # (time, bytes)
 
     def add(self, size: int) -> None:
-        """Note that a file of so many bytes has arrived."""
+        """Record that a file of `size` bytes has arrived."""
         self._recent.append((time.monotonic(), size))
 
     def bytes_per_second(self) -> float:
-        """Over the last seconds."""
+        """The rate over the last RATE_SECONDS."""
         now = time.monotonic()
         recent = [(at, size) for at, size in list(self._recent) if now - at < RATE_SECONDS]
         return sum(size for _, size in recent) / max(now - recent[0][0], 1.0) if recent else 0.0
@@ -48,7 +48,7 @@ def contents(folder: Path) -> Contents:
     other = 0
     for name, size in walk(folder, ""):
         if "/" not in name:
-            continue  # what the processes that share the folder state in it
+            continue  # statements of the processes that share the folder
         if not is_chunk(name):
             other += size
         elif name.endswith(PART):
@@ -59,7 +59,7 @@ def contents(folder: Path) -> Contents:
 
 
 def part_name(chunk: str, owner: str) -> str:
-    """The name of the part that a process pulls a chunk into."""
+    """The name of the partial file into which a process pulls a chunk."""
     return f"{chunk}.{owner}{PART}" if owner else f"{chunk}{PART}"
 
 
@@ -82,18 +82,18 @@ def walk(folder: Path | str, prefix: str) -> Iterator[tuple[str, int]]:
 
 
 def is_chunk(name: str) -> bool:
-    """Whether a name in the folder is that of a chunk of activations: `<cache>/layer_12/c.3.0`."""
+    """Whether a name in the folder denotes a chunk of activations: `<cache>/layer_12/c.3.0`."""
     parts = name.split("/")
     is_array = len(parts) == 3 and is_array_name(parts[1]) and not parts[1].endswith(SIDE_ARRAYS)
     return is_array and parts[2].startswith("c.")
 
 
 def default_place() -> Path:
-    """Where pulled files go unless told otherwise: hidden, since activations/* lists caches."""
+    """The default place for pulled files: hidden, since activations/* lists caches."""
     return sae_home() / "activations" / ".pulled"
 
 
 def default_size(folder: Path) -> int:
-    """The share of the disk that the folder takes unless told otherwise, in bytes, with what it holds already."""
+    """The default size of the folder in bytes: a share of the disk space that is free or used by the folder."""
     held = sum(size for _, size in walk(folder, ""))
     return int(FREE_SHARE * (free_space(folder) + held))

@@ -4,7 +4,7 @@
     rows = cache.read_chunk("layer_12", 0)   # (8192, 2304) uint16: the bits of bfloat16, memory-mapped
 
 Data that no commit lists does not exist. Data that a commit lists but that is missing, short or fails its checksum is
-damaged: reading it raises DamagedError, and it never reads as zeros.
+damaged: reading it raises DamagedError and never returns zeros.
 """
 
 import threading
@@ -46,7 +46,7 @@ from .statistics import describe_statistics, mean_and_mean_square
 
 Read = TypeVar("Read")
 
-DECODED_BLOCKS = 128  # of a compressed cache (150 MB at d_in 2304): a lane's next read needs the rest of its block
+DECODED_BLOCKS = 128  # for compressed caches (150 MB at d_in 2304): a lane's next read needs the rest of its block
 
 
 class Cache:
@@ -76,7 +76,7 @@ class Cache:
         return str(self.folder)
 
     def _with_files(self, files: Callable[[], Iterable[str]], read: Callable[[], Read]) -> Read:
-        """Call `read`, which reads these files. A cache in a folder has them already."""
+        """Call `read`, which reads these files. For a cache in a folder they are already present."""
         return read()
 
     def _files_of(self, *arrays: str) -> list[str]:
@@ -102,7 +102,7 @@ class Cache:
 
     @property
     def fingerprint(self) -> str:
-        """The digest of every input of the harvest that decides a byte."""
+        """The digest of all inputs of the harvest that determine the bytes of the cache."""
         return self.attributes["fingerprint"]
 
     @property
@@ -161,7 +161,7 @@ class Cache:
         return lines
 
     def describe_contexts(self) -> list[str]:
-        """Lines about the first token of contexts, and the tokens that are left out."""
+        """Lines about the first token of contexts, and about skipped tokens."""
         identity = self.identity
         bos = identity["bos"] if "bos" in identity else int(self._read_contexts().ids[0, 0])
         lines = [f"bos      {'none' if bos is None else f'token id {bos}'}"]
@@ -172,7 +172,7 @@ class Cache:
         return lines
 
     def describe_outliers(self, hook: Hook) -> list[str]:
-        """Lines about the rows of an array with the largest norms, and a warning if they decide its statistics."""
+        """Lines about the rows of an array with the largest norms, and a warning if they dominate its statistics."""
         statistics = self.statistics(hook.array)
         lines = [f"{'':8s} {line}" for line in [describe_largest(statistics)] if line]
         return lines + [f"warning  {line}" for line in [outlier_warning(hook.array, statistics)] if line]
@@ -213,7 +213,7 @@ class Cache:
         return hook.array
 
     def array_digest(self, name: str) -> str:
-        """sha256 over what decides the rows of an array: fingerprint, checksums of its chunks, outlier limit.
+        """The sha256 of everything that determines the rows of an array: fingerprint, chunk checksums, outlier limit.
 
         A limit that no row exceeds is not included, except with the statistics of older versions, which lack `largest`.
         """
@@ -223,7 +223,7 @@ class Cache:
         return digest_of([self.fingerprint, files, limit])
 
     def statistics(self, name: str) -> dict[str, Any]:
-        """The statistics of an array in the manifest, without its outlier rows; see `array_statistics`."""
+        """The statistics of an array from the manifest, without outlier rows; see `array_statistics`."""
         return self.manifest["statistics"][name]
 
     def mean(self, name: str) -> np.ndarray:
@@ -254,7 +254,7 @@ class Cache:
         return self._with_files(lambda: files, lambda: read_array(self.folder, norms, records, self.layout))
 
     def _read_array(self, name: str) -> ArraySpec:
-        files = [f"{one}/zarr.json" for one in (name, name.removesuffix(".moments"))]  # which tells their width
+        files = [f"{one}/zarr.json" for one in (name, name.removesuffix(".moments"))]  # which gives their width
         return self._with_files(lambda: files, lambda: read_array_spec(self.folder, name, self.layout))
 
     def _open_chunk(self, name: str, index: int) -> np.ndarray | Shard:
@@ -295,7 +295,7 @@ class Cache:
         return rows[: self.array(name).rows_in_chunk(index)]
 
     def read_rows(self, name: str, index: int, start: int, count: int) -> list[np.ndarray]:
-        """`count` rows of chunk number `index`, from row `start` of the chunk on, as parts to concatenate.
+        """`count` rows of chunk number `index`, starting at row `start` of the chunk, as parts to concatenate.
 
         The parts are views of the memory map, or of decoded blocks if the cache is compressed.
         """
@@ -309,7 +309,7 @@ class Cache:
         ]
 
     def stored_files(self, name: str) -> tuple[Folder, list[StoredFile | None]] | None:
-        """The local folder and the file of each chunk of an array, if the cache is in a store; None for any other."""
+        """The local folder and the file of each chunk of an array, if the cache is in a store; otherwise None."""
         return None
 
     @property
@@ -354,7 +354,7 @@ class Cache:
         return copy_batches(loader, stop, getattr(torch, dtype))
 
     def contexts(self, *, held_out: bool) -> Contexts:
-        """The token contexts that were harvested, or the contexts of the held-out documents."""
+        """The harvested contexts, or the contexts of the held-out documents."""
         contexts = self._read_contexts()
         return contexts.select(contexts.held_out == held_out)
 
@@ -366,7 +366,7 @@ class Cache:
         return self._with_files(files, lambda: Contexts.read(self.folder, self.attributes["tokens"]))
 
     def verify(self) -> Iterator[str]:
-        """Read every record and every byte, and yield the name of each verified file of the manifest.
+        """Read every record and every byte, and yield the name of each verified file in the manifest.
 
         Raises DamagedError at the first damaged file.
         """
@@ -377,7 +377,7 @@ class Cache:
             yield file
 
     def check_sizes(self) -> None:
-        """Raise DamagedError if a file of the manifest is missing or has another size. Reads no activations."""
+        """Raise DamagedError if a file in the manifest is missing or has another size. Reads no activations."""
         sizes = self._file_sizes()
         damaged = [file for file, record in self.manifest["files"].items() if sizes.get(file) != record["bytes"]]
         if damaged:
@@ -390,6 +390,6 @@ class Cache:
         return file_sizes(self.folder, self.manifest["files"])
 
     def verify_file(self, file: str) -> None:
-        """Read a file of the manifest and raise DamagedError unless it matches its record."""
+        """Read a file listed in the manifest and raise DamagedError unless it matches its record."""
         name, chunk = file.rsplit("/", 1)
         check_chunk(self.folder, self.array(name), int(chunk.split(".")[1]), self.manifest["files"])

@@ -1,7 +1,7 @@
-"""A sequence of steps that read chunks of an array, of which some may be in a store: batches of training, for example.
+"""A sequence of steps that read chunks of an array, for example training batches. Some chunks may be in a store.
 
-`open_reading` gives a `ChunkReading`; its `step` waits until the chunks of a step are in the local folder and keeps
-them there meanwhile. For a cache on a disk there is nothing to wait for.
+`open_reading` returns a `ChunkReading`; its `step` waits until the chunks of a step are in the local folder, and keeps
+them there during the step. For a cache on a disk there is nothing to wait for.
 """
 
 import sys
@@ -17,12 +17,12 @@ from .batch_order import BatchOrder
 from .chunk_schedule import ChunkSchedule
 
 ENDLESS = sys.maxsize
-KNOWN_EPOCHS = 3  # that are planned at a time, the present one among them
-SIZED_EPOCHS = 64  # of which the one that needs the most bytes at once is looked for
+KNOWN_EPOCHS = 3  # planned at a time, including the current epoch
+SIZED_EPOCHS = 64  # searched for the step that needs the most bytes at once
 
 
 class FileSource(Protocol):
-    """A cache in a store, which its chunks are pulled from."""
+    """A cache in a store from which chunks are pulled."""
 
     def fetch_chunk(self, file: str) -> bytes: ...  # verified
     def verify_file(self, file: str) -> None: ...  # in the local folder; raises DamagedError
@@ -54,12 +54,12 @@ class Folder(Protocol):
 
 
 class ChunkReading:
-    """Steps that read chunks. They begin in order and may end in another.
+    """Steps that read chunks. They begin in order and may end in any order.
 
     Args:
         folder: where chunks are pulled to.
-        files: of each chunk, None for one that is on a disk already.
-        uses: which steps of a range read which chunks, as `BatchOrder.uses` says it.
+        files: the file of each chunk; None for a chunk that is already on a disk.
+        uses: which steps of a range read which chunks, in the form of `BatchOrder.uses`.
         steps: the steps that will be read, up to ENDLESS.
         per_epoch: the steps after which the same chunks are read again.
         key: equal for readings of the same steps.
@@ -71,22 +71,22 @@ class ChunkReading:
     ) -> None:  # fmt: skip
         self.folder, self.files, self.uses, self.steps, self.per_epoch = folder, files, uses, steps, per_epoch
         self.key = key
-        self.position = steps.start  # all steps before it are read
-        self._read: set[int] = set()  # steps after it that are read
+        self.position = steps.start  # all earlier steps have been read
+        self._read: set[int] = set()  # later steps that have been read
         self.closed = False
 
     def known_steps(self, epochs: int = KNOWN_EPOCHS) -> range:
-        """The steps that are planned now: the rest of this epoch and the next ones."""
+        """The steps that are planned now: the rest of this epoch and the next epochs."""
         stop = (self.position // self.per_epoch + epochs) * self.per_epoch
         return range(self.position, max(self.position, min(self.steps.stop, stop)))
 
     @cached_property
     def least(self) -> int:
-        """The most bytes that one of the next steps needs."""
+        """The largest number of bytes that any of the next steps needs."""
         return schedule_of([self], SIZED_EPOCHS)[0].most_at_once()
 
     def finish(self, step: int) -> None:
-        """Note that a step is read."""
+        """Record that a step has been read."""
         self._read.add(step)
         while self.position in self._read:
             self._read.remove(self.position)
@@ -94,9 +94,9 @@ class ChunkReading:
 
     @contextmanager
     def step(self, number: int, chunks: Collection[int]) -> Iterator[None]:
-        """Wait until the chunks that a step reads are there. They stay as long as the context is open.
+        """Wait until the chunks of a step are present. They stay as long as the context is open.
 
-        Raises what pulling raised, or ReadingClosed.
+        Raises any error of pulling them, or ReadingClosed.
         """
         files = (self.files[chunk] for chunk in chunks)
         self.folder.wait(self, number, {file.name: file for file in files if file is not None})
@@ -106,7 +106,7 @@ class ChunkReading:
             self.folder.done(self, number)
 
     def close(self) -> None:
-        """End the reading; whoever waits for it gets ReadingClosed."""
+        """End the reading; threads that wait for it get ReadingClosed."""
         self.folder.end(self)
 
 
@@ -115,13 +115,13 @@ class ReadingClosed(Exception):
 
 
 class DiskReading:
-    """The reading of a cache that lies on a disk: nothing is waited for."""
+    """The reading of a cache on a disk, which never waits."""
 
     def step(self, number: int, chunks: Collection[int]) -> AbstractContextManager[None]:
         return nullcontext()
 
     def close(self) -> None:
-        """Nothing is kept."""
+        """Does nothing."""
 
 
 class ChunkSource(Protocol):
@@ -133,21 +133,21 @@ class ChunkSource(Protocol):
 
 
 def batch_reading(source: ChunkSource, name: str, order: BatchOrder, batches: range) -> ChunkReading | None:
-    """The reading of batches of an array, not begun; None if all chunks are on a disk."""
+    """A reading of the batches of an array, not begun yet; None if all chunks are on a disk."""
     if (stored := source.stored_files(name)) is None:
         return None
     return ChunkReading(*stored, order.uses, batches, order.batches_per_epoch, key_of(stored[1], order))
 
 
 def key_of(files: Sequence[StoredFile | None], order: BatchOrder) -> object:
-    """What readings of the same batches have in common."""
+    """A key that is equal for readings of the same batches."""
     return next(file.name for file in files if file is not None), len(files), order.batch_size, order.seed
 
 
 def open_reading(
     source: ChunkSource, name: str, order: BatchOrder, batches: range, expected: bool = False
 ) -> ChunkReading | DiskReading:
-    """Begin to read batches of an array; `expected`, if the local folder was told to expect them."""
+    """Begin to read batches of an array. `expected`: whether the local folder was told to expect them."""
     if (reading := batch_reading(source, name, order, batches)) is None:
         return DiskReading()
     reading.folder.begin(reading, batches.stop if expected else None)
@@ -171,7 +171,7 @@ def open_chunk_reading(
 
 
 def schedule_of(readings: Sequence[ChunkReading], epochs: int = KNOWN_EPOCHS) -> tuple[ChunkSchedule, list[StoredFile]]:
-    """The schedule of readings one after the other, each from its position on, and the files that it numbers."""
+    """The schedule of consecutive readings, each starting at its position, and the files by their numbers."""
     numbers: dict[str, int] = {}
     files: list[StoredFile] = []
     uses, offset = [np.empty((0, 3), np.int64)], 0

@@ -1,4 +1,4 @@
-"""What a process reads of its local folder next: the open readings, then what is expected, as one schedule."""
+"""What a process reads next from its local folder: the open readings, then the expected ones, as one schedule."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from .reading import ChunkReading, schedule_of
 
 
 class ReadingPlan:
-    """The reading that was opened last comes first: the others wait for its end. Not for several threads at once."""
+    """The reading opened last comes first: the others wait for its end. Not thread-safe."""
 
     def __init__(self) -> None:
         self.readings: list[ChunkReading] = []
@@ -14,7 +14,7 @@ class ReadingPlan:
         self.remake()
 
     def remake(self) -> None:
-        """Make the schedule anew, from where the readings are now."""
+        """Rebuild the schedule, starting at the current positions of the readings."""
         readings = [*self.readings, *self.expected]
         self.schedule, self.files = schedule_of(readings)
         self.number = {file.name: number for number, file in enumerate(self.files)}
@@ -23,21 +23,21 @@ class ReadingPlan:
 
     @property
     def position(self) -> int:
-        """The step of the schedule that is read next."""
+        """The next step of the schedule to be read."""
         return self.readings[0].position - self._first_step if self.readings else 0
 
     @property
     def least(self) -> int:
-        """The bytes of the step that needs the most."""
+        """The largest number of bytes that any step needs."""
         return max((one.least for one in (*self.readings, *self.expected)), default=0)
 
     def expect(self, readings: Sequence[ChunkReading]) -> None:
-        """Name what will be read after the open readings, in this order."""
+        """Announce what will be read after the open readings, in this order."""
         self.expected = list(readings)
         self.remake()
 
     def begin(self, reading: ChunkReading, expected_until: int | None) -> None:
-        """Open a reading. Of the expected readings with its key, the steps up to a number are then done."""
+        """Open a reading. In expected readings with its key, the steps before `expected_until` are then done."""
         for one in self.expected:
             if expected_until is not None and one.key == reading.key:
                 one.position = max(one.position, expected_until)
@@ -51,6 +51,6 @@ class ReadingPlan:
         self.remake()
 
     def goes_on(self, reading: ChunkReading) -> bool:
-        """Whether a reading has come to where more of its steps are to be planned than the schedule has."""
+        """Whether a reading has advanced so far that the schedule should include more of its steps."""
         first = bool(self.readings) and reading is self.readings[0]
         return first and reading.known_steps().stop > self._known_until

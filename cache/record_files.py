@@ -1,4 +1,4 @@
-"""All the records of a cache: which files they are, which of them are damaged, and which have no digest."""
+"""All records of a cache: which files they are, which of them are damaged, and which have no digest."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,7 +33,7 @@ IN_FOLDER: dict[str, RecordKind[Any]] = {
 
 
 def record_files(folder: Path) -> Iterator[tuple[Path, RecordKind[Any]]]:
-    """Every record in a cache's folder and its kind. Arrays that others have added to the group are none of ours."""
+    """Every record in a cache's folder and its kind. Arrays added to the group by others are ignored."""
     yield from ((folder / name, kind) for name, kind in IN_FOLDER.items() if (folder / name).exists())
     for path in sorted([*folder.glob("*/zarr.json"), *folder.glob("tokens/*/zarr.json")]):
         name = path.parent.relative_to(folder).as_posix()
@@ -43,7 +43,7 @@ def record_files(folder: Path) -> Iterator[tuple[Path, RecordKind[Any]]]:
 
 
 def damaged_records(folder: Path) -> Iterator[tuple[Path, DamagedError]]:
-    """Every record of a cache that is not as it was written, or contradicts the others, with what is wrong with it.
+    """Every record of a cache that was changed or contradicts other records, with the error.
 
     Raises UsageError if the folder holds a cache of a newer format, or another group.
     """
@@ -61,9 +61,9 @@ def damaged_records(folder: Path) -> Iterator[tuple[Path, DamagedError]]:
 def check_record(
     folder: Path, path: Path, kind: RecordKind[Any], attributes: Mapping[str, Any] | None
 ) -> Mapping[str, Any]:
-    """Read one record and raise DamagedError unless it is as it was written and belongs to the cache.
+    """Read one record and raise DamagedError if it was changed or does not belong to the cache.
 
-    `attributes` are those of the cache; None if they are lost, so that nothing can be compared with them.
+    `attributes` are the attributes of the cache; None if they are lost and cannot be compared.
     """
     content: Mapping[str, Any] = kind.read(path)
     layout = None if attributes is None else layout_of(attributes)
@@ -80,8 +80,8 @@ def check_record(
 
 
 def verify_records(folder: Path, attributes: Mapping[str, Any]) -> None:
-    """Read every record of a complete cache. Raises DamagedError at the first one that is damaged, that contradicts
-    another, or that is missing.
+    """Read every record of a complete cache. Raises DamagedError at the first record that is missing, damaged, or
+    contradicts another.
     """
     contents = {path: check_record(folder, path, kind, attributes) for path, kind in record_files(folder)}
     manifest = contents[folder / "manifest.json"]
@@ -96,12 +96,12 @@ def verify_records(folder: Path, attributes: Mapping[str, Any]) -> None:
 
 
 def add_digests(folder: Path) -> int:
-    """Add the digest to every record of an earlier version. Returns how many had none."""
+    """Add a digest to every record that an earlier version wrote without one. Returns the number of such records."""
     return sum(kind.add_digest(path) for path, kind in record_files(folder))
 
 
 def read_hook_modules(folder: Path) -> dict[str, str]:
-    """{array: name of the hooked module in transformers}, as the harvest recorded it; {} if it did not (older ones)."""
+    """{array: name of the hooked module in transformers}, as recorded by the harvest; {} for older harvests."""
     try:
         return HARVEST_RECORD.read(folder / "harvest.json").get("modules", {})
     except DamagedError:  # also raised if the file is missing

@@ -1,4 +1,4 @@
-"""Delete a cache, and keep one that is read from being deleted."""
+"""Delete a cache, and protect caches that are being read from deletion."""
 
 import contextlib
 import os
@@ -12,14 +12,14 @@ from .object_store import is_url
 
 PROOFS = ("harvest.json", "tokens/commit.json")  # a cache, or the remains of one, has at least one of these
 DRAFT = "tokens/draft/"  # another proof
-# Without zarr.json it is not a cache, and without its commits a harvest does not look at the other files.
+# Without zarr.json a folder is not a cache, and without commits a harvest ignores the other files.
 FIRST = ("zarr.json", "manifest.json", "commits/", "tokens/commit.json")
 
 
 def removal_order(files: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The files of a cache in the order in which they are deleted, and a list with the one that is deleted last.
+    """The files of a cache in the order of deletion, and a list with the one that is deleted last.
 
-    If the deletion is interrupted, the remaining files are not a cache, and are recognized as the remains of one.
+    If the deletion is interrupted, the remaining files are not a cache but are recognized as the remains of a cache.
     """
     files = {*files}
     last = [file for file in PROOFS if file in files][:1]
@@ -85,7 +85,7 @@ def remove_cache(folder: Path) -> int:
 
 @contextlib.contextmanager
 def kept_caches(places: Iterable[str], command: str) -> Iterator[None]:
-    """Keep the caches in these folders from being deleted while they are read. Caches at an address are not locked.
+    """Protect the caches in these folders from deletion while they are read. Caches at an address are not locked.
 
     Raises UsageError if one has been deleted since it was opened, UnavailableError if one is being deleted.
     """

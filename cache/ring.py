@@ -6,8 +6,9 @@ Windows are processed in groups of half the ring: training reads one group while
 as one epoch of a `BatchOrder`, whose epoch number is the number of the group; the rows left over at its end are
 dropped. So the rows of a batch depend only on the sizes, the seed and the batch size.
 
-The position of the ring is not recorded. Training's checkpoints say which group is needed. The windows of that group
-and the next may exist; other windows are deleted, and missing ones are harvested, to the same bytes no matter when.
+The position of the ring is not recorded. The training checkpoints determine which group is needed. The windows of that
+group and the next group may exist; other windows are deleted, and missing windows are harvested. Their bytes do not
+depend on when this happens.
 """
 
 import threading
@@ -107,7 +108,7 @@ class RingCache:
         return Hook(layer, site).array
 
     def array_digest(self, name: str) -> str:
-        """A digest of everything that decides the rows of an array and the order in which they are read."""
+        """A digest of everything that determines the rows of an array and the order in which they are read."""
         masked = [] if self.max_norm == MAX_NORM else [self.max_norm]  # older versions had no such option
         return digest_of([self.fingerprint, name, self.capacity // GROUPS_ON_DISK, *masked])
 
@@ -116,7 +117,7 @@ class RingCache:
     def create(self, first_group: int) -> None:
         """Mark the folder as a ring, before anything else is written into it.
 
-        A ring of an older version records no `max_norm`. Unless it starts again at the first group it masks nothing.
+        A ring of an older version records no `max_norm`. It masks nothing, unless it restarts at the first group.
         """
         path = self.folder / "ring.json"
         if not path.exists() or (first_group == 0 and RING_RECORD.read(path).get("max_norm") != self.max_norm):
@@ -129,7 +130,7 @@ class RingCache:
         return limits is None or set(self.widths) <= set(limits)
 
     def _norm_limits(self) -> dict[str, float] | None:
-        """Array name -> norm limit, as ring.json records them for this `max_norm`; None if nothing is masked."""
+        """Array name -> norm limit, as recorded in ring.json for this `max_norm`; None if nothing is masked."""
         path = self.folder / "ring.json"
         record: dict[str, Any] = dict(RING_RECORD.read(path)) if path.exists() else {"max_norm": self.max_norm}
         if self.max_norm is None or "max_norm" not in record:
@@ -145,7 +146,7 @@ class RingCache:
         return None if limits is None else limits[name]
 
     def fix_norm_limits(self) -> list[str]:
-        """Record the limits that follow from window 0, which must be on disk, unless they are recorded already.
+        """Record the limits that follow from window 0, which must be on disk, unless they are already recorded.
 
         Returns a sentence for each array whose limit was not recorded before.
         """
@@ -165,7 +166,7 @@ class RingCache:
         ]
 
     def read_commit(self, window: int, name: str) -> WindowCommit:
-        """The commit of a window of an array. Raises DamagedError if it is missing, damaged or of another window."""
+        """The commit of a window of an array. Raises DamagedError if it is missing, damaged or for another window."""
         path = self.folder / commit_file(window, name)
         commit = COMMIT_RECORD.read(path)
         check_commit(path, commit, self.fingerprint, self.layout)
@@ -202,9 +203,9 @@ class RingCache:
         return time.perf_counter() - started
 
     def locate_batch(self, batch: int, batch_size: int) -> tuple["WindowGroup", int]:
-        """The current group, and the number that a batch of training has in the `BatchOrder` of this group.
+        """The current group, and the number of a training batch within the `BatchOrder` of this group.
 
-        That order is endless: the last batch of the group is followed by another epoch of it.
+        That order is endless: after the last batch of the group, another epoch of the same group follows.
         """
         assert self.current_group is not None
         group = self.current_group
@@ -213,7 +214,7 @@ class RingCache:
         return group, group.number * batches_in_group + batch - before
 
     def release_group(self, group: int) -> None:
-        """Delete a group, once every run has a checkpoint at its end, and let the harvest continue."""
+        """Delete a group once every run has a checkpoint at the end of the group, and let the harvest continue."""
         if self.current_group is not None:
             self.current_group.close()
         with self._changed:
@@ -222,7 +223,7 @@ class RingCache:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """End the ring because training has ended; `wait_for_room` then returns False."""
+        """Close the ring because training has ended; `wait_for_room` then returns False."""
         if self.current_group is not None:
             self.current_group.close()
         with self._changed:
@@ -284,7 +285,7 @@ class WindowGroup(Cache):
         return super().read_rows(name, self.first_chunk + index, start, count)
 
     def norm_limit(self, name: str) -> float | None:
-        """The norm over which a row of an array is an outlier, which the first window of the ring has fixed."""
+        """The norm over which a row of an array is an outlier, fixed by the first window of the ring."""
         return self.ring.norm_limit(name)
 
     def outlier_rows(self, name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Decide from one look at a local folder which file to pull next, which to remove for it, and which to keep.
+"""Decide, from one look at a local folder, which file to pull next, which files to remove for it, and which to keep.
 
 Nothing here touches the folder. The caller holds its lock from the look until the decision is carried out; see
 shared_folder.py for the protocol.
@@ -30,15 +30,15 @@ class Needs(NamedTuple):
     position: int  # the first step of the schedule that has not been read
     least: int  # bytes of the step that needs the most
     reading: Mapping[str, StoredFile]  # the files of the steps that are being read
-    waiting: Mapping[str, StoredFile]  # the files of the waiting step that is served first
-    waits_behind: bool  # whether that step is of another reading than the schedule's first step
+    waiting: Mapping[str, StoredFile]  # the files of the waiting step served first
+    waits_behind: bool  # whether that step and the schedule's first step are from different readings
     pulling: Collection[str]  # by this process
     damaged: Collection[str]  # to be pulled again although they are present
     failed: Collection[str]  # not to be pulled for now
 
 
 class Decision(NamedTuple):
-    """The next action. Without a `pull`, the end of a step over `after` may make room; NEVER: no file is needed."""
+    """The next action. Without a `pull`, a step after `after` may make room when it ends; NEVER: no file is needed."""
 
     pull: StoredFile | None
     remove: list[str]
@@ -56,7 +56,7 @@ class Room:
         left = max(0, self.room - needs.least - self.reserved_elsewhere)
         self.share = needs.least + left // (1 + len(others))
         self.on_its_way = set(needs.pulling).union(*(one.pulling for one in others))
-        self.served = {**needs.reading, **needs.waiting}  # kept whatever the share is
+        self.served = {**needs.reading, **needs.waiting}  # kept whatever this process's share
         self.whole = found.whole.keys() - needs.damaged
         self.there = self._mask([*self.whole, *self.on_its_way])
 
@@ -66,8 +66,8 @@ class Room:
         return mask
 
     def kept(self) -> dict[str, StoredFile]:
-        """The files that this process keeps: those that are read or waited for, and those that it needs later, the
-        earliest need first, up to its share.
+        """The files that this process keeps: those being read or waited for, then those needed later, in the order of
+        need, up to its share.
         """
         schedule, position, files = self.needs.schedule, self.needs.position, self.needs.files
         served = self._mask([*self.served, *self.needs.pulling])
@@ -99,7 +99,7 @@ class Room:
         if pull is None or not self._fits(pull.file, pull.needed):
             is_missing = (schedule.next_use(np.flatnonzero(~present), needs.position) < NEVER).any()
             return Decision(None, [], needs.position if is_missing else NEVER, bool(lacking))
-        if served[pull.evict].any():  # by steps that end before earlier steps do
+        if served[pull.evict].any():  # kept for steps that end before earlier steps
             return Decision(None, [])
         if pull.after >= needs.position:
             return Decision(None, [], pull.after)
@@ -121,19 +121,19 @@ class Room:
         return int(schedule.sizes[before].sum() + schedule.sizes[file]) <= self.share
 
     def describe(self) -> str:
-        """The use of the room that a step waits for, in a few words."""
+        """A short description of what occupies the room that a step waits for."""
         kept = sum(size for name, size in self.found.whole.items() if name in self.kept_elsewhere)
         coming = sum(self.found.parts.values())
         return f"other processes keep {format_bytes(kept)} of it, and {format_bytes(coming)} are being pulled"
 
 
 def check_room(folder: Path, size: int, small: int, least: int, elsewhere: int) -> None:
-    """Raise UsageError if a folder of `size` bytes has no room for a step of each process.
+    """Raise UsageError if a folder of `size` bytes has no room for one step of every process.
 
     Args:
         folder: the folder.
-        size: bytes that it may hold.
-        small: bytes of its files that stay.
+        size: maximum bytes in the folder.
+        small: bytes of files that are never removed.
         least: bytes that a step of this process needs.
         elsewhere: bytes that a step of each other process needs.
     """
@@ -155,5 +155,5 @@ def check_room(folder: Path, size: int, small: int, least: int, elsewhere: int) 
 
 
 def room_for(size: int) -> int:
-    """A little more than `size` bytes, so that the rounded number is enough."""
+    """A little more than `size` bytes, so that the number is still enough when it is shown rounded."""
     return int(1.005 * size + 1e5)

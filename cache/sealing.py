@@ -1,4 +1,4 @@
-"""The records that a worker reads, at one moment, before it completes a cache, and the conclusions from them."""
+"""The records that a worker reads before it completes a cache, and what follows from them."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from typing import Any
 class SealState:
     """The records of a cache, read in this order: zarr.json, manifest.json, the commits of the arrays `names`.
 
-    If another worker replaces a commit after it was read, the manifest will differ from the one that was seen: that
-    worker checks the manifest after it has written the commit.
+    If another worker replaces a commit after it was read, the manifest will differ from the one seen: that worker
+    checks the manifest after writing the commit.
     """
 
-    names: set[str]  # of the arrays that are to be complete
+    names: set[str]  # arrays to be completed
     complete: set[str]  # the arrays that zarr.json lists
     seen: bytes | None  # manifest.json; None if it is missing
     manifest: Mapping[str, Any] | None
@@ -25,7 +25,7 @@ class SealState:
         return all((window, name) in found for window in range(n_windows) for name in names)
 
     def covers(self, names: Collection[str], max_norm: float | None) -> bool:
-        """Whether the manifest and zarr.json have these arrays, with outlier rows by this `max_norm`."""
+        """Whether the manifest and zarr.json include these arrays, with outlier rows for this `max_norm`."""
         statistics = self.manifest["statistics"] if self.manifest else {}
         return all(
             name in self.complete and name in statistics and statistics[name]["max_norm"] == max_norm for name in names
@@ -33,6 +33,6 @@ class SealState:
 
     @property
     def is_listed(self) -> bool:
-        """Whether the manifest has the files of the commits."""
+        """Whether the manifest lists the files of the commits."""
         files = self.manifest["files"] if self.manifest else {}
         return all(files.get(file) == record for one in self.commits for file, record in one["files"].items())

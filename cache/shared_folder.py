@@ -1,15 +1,15 @@
-"""A folder of pulled files that several processes share: who keeps, pulls and needs what.
+"""A folder of pulled files shared by several processes: which process keeps, pulls and needs which files.
 
 The protocol:
 
 1. One lock of the folder (`mutex`) is held around every look at the folder and what follows from it: removing a
-   chunk, making or removing a part, renaming a part to its chunk, and stating. So nobody acts on what another has
-   changed since.
+   chunk, making or removing a part, renaming a part to its chunk, and stating. So no process acts on outdated
+   information.
 2. A process that reads has a file `.reader-<owner>` that it keeps locked, and beside it a statement of what it keeps
    and pulls. `owner` is random: no two processes ever have the same. The system frees the lock when the process ends,
    however it ends, and its statement no longer counts.
 3. A process states that it keeps a chunk under the lock under which it saw the chunk, or before the chunk is there, and
-   only then reads it. It withdraws that once its memory maps of the chunk are closed.
+  only then reads it. It withdraws the statement once its memory maps of the chunk are closed.
 4. No process removes a chunk that another keeps. A damaged chunk is replaced; processes that read it keep the old file.
 5. A chunk is pulled into a part with the owner's name, which only the owner writes. Others remove it once the owner no
    longer runs.
@@ -37,7 +37,7 @@ BUSY = (errno.EACCES, errno.EAGAIN)
 
 
 class Statement(NamedTuple):
-    """What a process keeps, so that no other removes it; what it pulls, so that no other does; what a step needs."""
+    """What a process keeps (no other removes it), what it pulls (no other pulls it), and what one step needs."""
 
     kept: frozenset[str] = frozenset()
     pulling: frozenset[str] = frozenset()
@@ -47,14 +47,14 @@ class Statement(NamedTuple):
 class SharedFolder:
     """A place in a shared folder, which is created if needed.
 
-    All methods but `mutex` and `close` are called inside of `mutex`.
+    All methods except `mutex` and `close` must be called inside `mutex`.
 
     Raises UnavailableError if the folder cannot be written, its disk has no locks, or a statement cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / ".lock"
-        self.owner = ""  # while it has joined
+        self.owner = ""  # set while joined
         try:
             make_folder(folder)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -67,7 +67,7 @@ class SharedFolder:
 
     @contextmanager
     def mutex(self) -> Iterator[None]:
-        """The exclusive right to look at the folder and to change it. Waits for others, who need it for moments."""
+        """Hold the exclusive right to look at the folder and change it. Others hold it only for moments."""
         with self._threads:
             self._lock(self._file, fcntl.LOCK_EX)
             try:
@@ -76,7 +76,7 @@ class SharedFolder:
                 self._lock(self._file, fcntl.LOCK_UN)
 
     def join(self, least: int) -> None:
-        """Count this process among those that read."""
+        """Register this process as a reader."""
         if not self.owner:
             owner = secrets.token_hex(8)
             path = self.folder / f"{READER}{owner}"
@@ -89,7 +89,7 @@ class SharedFolder:
         self.state(Statement(least=least) if self._stated is None else self._stated._replace(least=least))
 
     def leave(self) -> None:
-        """Count this process no longer."""
+        """Unregister this process."""
         if self.owner:
             self._remove(self.owner)
             os.close(self._own_file)
@@ -106,7 +106,7 @@ class SharedFolder:
         return {owner: self._read_statement(owner) for owner in sorted(alive)}
 
     def state(self, statement: Statement) -> None:
-        """Tell the others what this process, which has joined, keeps, pulls and needs."""
+        """Tell the others what this process keeps, pulls and needs. Requires `join`."""
         if statement == self._stated:
             return
         path = self._statement(self.owner)
@@ -178,5 +178,5 @@ class SharedFolder:
 
 
 def kept_by(statements: Iterable[Statement]) -> frozenset[str]:
-    """What any of some processes keeps."""
+    """The chunks that at least one of these processes keeps."""
     return frozenset().union(*(one.kept for one in statements))

@@ -17,7 +17,7 @@ from .place import FolderPlace
 from .sealing import SealState
 
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
-OUTLIER_DIMENSION_RATIO = 8  # root mean square over the median one of all dimensions
+OUTLIER_DIMENSION_RATIO = 8  # root mean square relative to the median over all dimensions
 MAX_OUTLIER_DIMENSIONS = 32  # listed in the statistics
 
 
@@ -25,10 +25,10 @@ def build_manifest(
     place: FolderPlace, fingerprint: str, layout: Layout, state: SealState, max_norm: float | None,
     token_text: Callable[[int], str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The content of manifest.json: the entries of the manifest that was seen for other arrays, and the files and
-    statistics of the arrays whose windows are all committed. Rows over `max_norm` medians are outliers.
+    """The content of manifest.json: the existing entries for other arrays, and the files and statistics of the arrays
+    whose windows are all committed. Rows over `max_norm` medians are outliers.
 
-    `token_text` gives the text of a token id, for the lists of the largest rows.
+    `token_text` returns the text of a token id, for the lists of the largest rows.
     """
     windows = Counter(commit["array"] for commit in state.commits)
     new = sorted(array for array, committed in windows.items() if committed == layout.n_windows)
@@ -63,12 +63,12 @@ def array_statistics(
     """Statistics of an activation array, as recorded in the manifest, from float64 sums.
 
     Rows whose norm is over `norm_limit` = `max_norm` x the median norm are outliers, counted by "marked". They are kept
-    in the array but masked out of training and of all other statistics. Only `largest` is about all rows: the rows with
-    the largest norms, as `largest_rows` lists them, the elementwise variance of all rows, and the share of the
-    variance that the top 0.1 % of all rows and of the unmasked rows hold.
+    in the array but masked out of training and of all other statistics. Only `largest` covers all rows: it has the rows
+    with the largest norms, as listed by `largest_rows`, the elementwise variance of all rows, and the share of the
+    variance held by the top 0.1 % of all rows and of the unmasked rows.
 
     `variance` is the mean over dimensions of each dimension's variance (elementwise); `mean_square_norm` is E|x|^2;
-    `norm_of_mean` is |E x|. `outlier_dimensions` are the dimensions with a root mean square over 8x the median one.
+    `norm_of_mean` is |E x|. `outlier_dimensions` are the dimensions whose root mean square is over 8x the median.
     """
     folder = place.folder
     sides = (f"{name}.row_norm/", f"{name}.moments/")
@@ -134,8 +134,8 @@ def mean_and_mean_square(
 ) -> np.ndarray:  # fmt: skip
     """The elementwise mean and mean square (2, d_in) float64 of all rows except the outliers.
 
-    Takes the sums of the windows and subtracts the outlier rows, so it reads only the chunks that contain those.
-    `norms` are the norms of all rows. `read` is passed to `iterate_rows`.
+    Takes the sums of the windows and subtracts the outlier rows, so only chunks with outlier rows are read. `norms` are
+    the norms of all rows. `read` is passed to `iterate_rows`.
     """
     sums = read_array(folder, f"{name}.moments", files, layout).sum(0)
     for values in iterate_rows(folder, layout, name, outliers, norms[outliers], files, read):

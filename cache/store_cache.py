@@ -1,8 +1,8 @@
-"""A cache in an object store. What is read of it is pulled into the local folder (local_folder.py) and read there.
+"""A cache in an object store. Files are pulled into the local folder (local_folder.py) and read there.
 
 Records, tokens and the small arrays are pulled whole when they are first read, and stay. Chunks of activations are
-pulled ahead of who reads them, and make room for others. A file is verified when it arrives; one that is damaged is
-pulled once more.
+pulled before they are read, and are removed when others need the room. A file is verified when it arrives; a damaged
+file is pulled once more.
 """
 
 import contextlib
@@ -46,10 +46,10 @@ class StoreCache(Cache):
         self._refresh("zarr.json", root)
         with naming(self.store.url, self.mirror.folder):
             super().__init__(self.mirror.folder, open_chunks)
-        # What can change without a change of the rows: the statistics, and where the model lies.
+        # These can change while the rows stay the same: the statistics, and the location of the model.
         self._refresh("manifest.json")
         self._refresh("harvest.json")
-        self._maps: dict[str, np.ndarray | Shard] = {}  # of files that the local folder keeps; that used last is last
+        self._maps: dict[str, np.ndarray | Shard] = {}  # of files kept in the local folder; most recently used last
         self._maps_lock = threading.Lock()
         self._means: dict[str, np.ndarray] = {}
 
@@ -93,7 +93,7 @@ class StoreCache(Cache):
         yield from map_ahead(verify, files)
 
     def _verify_records(self) -> None:
-        """Read every record from the store, whatever the local folder holds."""
+        """Read every record from the store, ignoring the local folder."""
         arrays = {file.rsplit("/", 1)[0] for file in self.manifest["files"]}
         windows = range(self.layout.n_windows)
         names = [
@@ -120,9 +120,9 @@ class StoreCache(Cache):
             atomic_write(path, content)
 
     def _with_files(self, files: Callable[[], Iterable[str]], read: Callable[[], Read]) -> Read:
-        """Pull the files that are missing, and read. If what is there is damaged, pull all of them again.
+        """Pull the missing files, then read. If a file is damaged, pull all of them again.
 
-        Each is replaced, never missing in between: other processes that share the folder may be about to read it.
+        Files are replaced atomically, because other processes that share the folder may be about to read them.
         """
         names = list(files())
         self._pull(name for name in names if not (self.mirror.folder / name).is_file())
@@ -133,7 +133,7 @@ class StoreCache(Cache):
             return read()
 
     def _pull(self, names: Iterable[str]) -> None:
-        """Pull files, also those that are there: records, then what the manifest lists, each verified before it gets
+        """Pull files, replacing existing ones: records, then what the manifest lists. Each is verified before it gets
         its name.
         """
         listed: Mapping[str, Any] = self.manifest["files"] if "manifest" in self.__dict__ else {}
@@ -178,7 +178,7 @@ class StoreCache(Cache):
             self._maps.pop(file, None)
 
     def _open_chunk(self, name: str, index: int) -> np.ndarray | Shard:
-        """A chunk of activations: one that the local folder keeps now, or else one that is pulled for this call."""
+        """A chunk of activations: from the local folder if kept there, or else pulled for this call."""
         array = self.array(name)
         file = array.chunk_file(index)
         if self.local.holds(f"{self.local_name}/{file}"):
@@ -195,7 +195,7 @@ class StoreCache(Cache):
         local.begin(reading)
         try:
             with reading.step(0, [index]):
-                return self._map(array, index)  # it can be read as long as it is mapped, whatever happens to the file
+                return self._map(array, index)  # readable as long as it is mapped, even if the file is removed
         finally:
             reading.close()
 
@@ -211,7 +211,7 @@ class StoreCache(Cache):
 
     @cached_property
     def _row_reader(self) -> RowReader:
-        """Reads single rows from the store, of which only their own bytes are pulled."""
+        """A reader for single rows in the store, which pulls only the bytes of these rows."""
         return stored_row_reader(self.store, self.layout, self.manifest["files"])
 
     def mean(self, name: str) -> np.ndarray:
@@ -222,9 +222,9 @@ class StoreCache(Cache):
 
 
 def read_root(store: ObjectStore) -> tuple[str, bytes]:
-    """The name that a cache has in the local folder, and its zarr.json.
+    """The name of a cache in the local folder, and its zarr.json.
 
-    The name depends on the address too: two harvests of one text may differ in the last bits.
+    The name also depends on the address: two harvests of the same text may differ in the last bits.
     """
     if (content := store.find("zarr.json")) is None:
         raise UsageError(

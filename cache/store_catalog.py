@@ -18,7 +18,7 @@ LIST_ATTEMPTS = 5
 
 
 def list_stored_caches(url: str) -> dict[str, Cache | SaeError]:
-    """{address: cache} of the cache at an address, or of those one level below it, like `list_caches` for folders."""
+    """{address: cache} for the cache at an address, or for caches one level below, like `list_caches` for folders."""
     store = open_store(url)
     names = store.children()
     if "zarr.json" in names:
@@ -28,7 +28,7 @@ def list_stored_caches(url: str) -> dict[str, Cache | SaeError]:
 
 
 def stored_files(store: ObjectStore) -> dict[str, int]:
-    """{key: bytes} of the objects that belong to the cache at an address, complete or not, as they are listed.
+    """{key: bytes} of the listed objects that belong to the cache at an address, complete or not.
 
     Raises UsageError if there is none.
     """
@@ -39,7 +39,7 @@ def stored_files(store: ObjectStore) -> dict[str, int]:
 
 
 def belongs(key: str) -> bool:
-    """Whether a key has the name of a file of a cache. Other objects under the address do not belong to the cache."""
+    """Whether a key is a valid file name in a cache. Other objects under the address do not belong to the cache."""
     top = key.split("/")[0]
     return key in RECORDS or (key != top and (top in FOLDERS or is_array_name(top)))
 
@@ -47,7 +47,7 @@ def belongs(key: str) -> bool:
 def remove_stored_cache(store: ObjectStore) -> int:
     """Delete the cache at an address, complete or not; returns the bytes freed. Other objects there stay.
 
-    zarr.json goes first and harvest.json last: the remains of an interruption are not a cache, and the next call
+    zarr.json is deleted first and harvest.json last: the remains of an interruption are not a cache, and the next call
     deletes them. Raises UsageError if there is no cache, UnavailableError if a process on this machine is writing it.
     """
     size, folder = sum(stored_files(store).values()), working_folder(store.url)
@@ -63,7 +63,7 @@ def remove_stored_cache(store: ObjectStore) -> int:
             store.delete(files)
         else:
             raise UnavailableError(f"{store.url} still lists objects of the cache. Run the same command again.")
-        # Before the last object: without it another call would find nothing to delete.
+        # Before the last object is deleted: without it another call would find nothing to delete.
         for one in (*tasks, *(path for path in folder.iterdir() if path.name not in LOCK_FILES)):
             remove(one)
         store.delete(last)

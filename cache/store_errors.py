@@ -1,5 +1,5 @@
-"""Error messages for the failures of an object store. They have the address of the object and the store's error code,
-never the request, which can contain a signature.
+"""Error messages for the failures of an object store. They contain the address of the object and the store's error
+code, but never the request, which can contain a signature.
 """
 
 import re
@@ -11,7 +11,7 @@ CREDENTIALS = {  # the variables that hold them, and the one for reading a publi
     "gs": ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SKIP_SIGNATURE=true"),
     "az": ("AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN", "AZURE_SKIP_SIGNATURE=true"),
 }
-# What obstore's message holds where it found no credentials and asked the machine for some.
+# Part of obstore's message if it found no credentials and asked the machine for some.
 WITHOUT_CREDENTIALS = ("169.254.", "/api/token", "token request", "MissingAccessKeyId", "MissingSecretAccessKey")
 
 
@@ -20,7 +20,7 @@ class MissingError(DamagedError):
 
 
 class TransientError(UnavailableError):
-    """A failure of a store that can pass. Made of its message alone, as errors are that are raised again."""
+    """A failure of a store that may be temporary. Built from its message alone, like errors that are raised again."""
 
     what = ""  # how the store failed
 
@@ -35,11 +35,11 @@ class TransientError(UnavailableError):
 
 
 class StoreWarning(UserWarning):
-    """A store fails, and is asked again."""
+    """A request to a store failed and is retried."""
 
 
 def without_credentials(address: str) -> UnavailableError:
-    """The error for missing credentials; it says where they are looked for."""
+    """The error for missing credentials; it lists where credentials are searched."""
     variables, public = CREDENTIALS.get(address.partition("://")[0], CREDENTIALS["s3"])
     return UnavailableError(
         f"No credentials for {address} were found. Set them in the environment, such as {variables}; {public} reads a "
@@ -48,12 +48,12 @@ def without_credentials(address: str) -> UnavailableError:
 
 
 def failure(error: Exception, address: str) -> Exception:
-    """The error with a sentence for what obstore raised: MissingError for a missing object, else UnavailableError."""
+    """Translate an error of obstore: MissingError for a missing object, otherwise UnavailableError."""
     text = str(error)
     code = match[1] if (match := re.search(r"<Code>(\w{1,60})</Code>", text)) else ""
     status = int(match[1]) if (match := re.search(r"status code: (\d{3})", text)) else 0
     answer = " ".join(filter(None, [str(status or ""), code])) or type(error).__name__
-    # Nothing else of the text goes into a message: the request in it can hold a signature.
+    # Nothing else from the text goes into the message: the request can contain a signature.
     if code in ("NoSuchBucket", "ContainerNotFound"):
         return UnavailableError(f"{address}: the bucket does not exist ({answer}). Create it, or correct the address.")
     if isinstance(error, FileNotFoundError):

@@ -1,9 +1,10 @@
-"""A cache in an object store that a harvest writes: files are made in a working folder and become objects of one name.
+"""A cache that a harvest writes to an object store: files are created in a working folder and uploaded by name.
 
-The working folder holds the tokens, the records, and the chunks of the window that is being uploaded; what is uploaded
-goes. A window exists as soon as its commit does. A listing can be out of date, so a commit that it lacks is asked for
-by its name. The commit comes after the chunks that it lists, and is written only where there is none; the manifest and
-zarr.json are replaced only if they are as they were read, so that no worker undoes what another has completed.
+The working folder holds the tokens, the records, and the chunks of the window being uploaded; uploaded chunks are
+deleted. A window exists as soon as its commit does. A listing can be out of date, so a commit that is not listed is
+requested by name. A commit is written after the chunks that it lists, and only if there is none yet. The manifest and
+zarr.json are replaced only if they have not changed since they were read, so that no worker undoes what another has
+completed.
 """
 
 import contextlib
@@ -42,9 +43,9 @@ from .mirror import RECORD_THREADS, Mirror, map_ahead
 from .object_store import ObjectStore
 from .place import FolderPlace, claim_file
 
-OWN = {"drafts", ".lock", ".lock.holder"}  # of the working folder, never an object
+OWN = {"drafts", ".lock", ".lock.holder"}  # in the working folder only, never objects
 DRAFT = "draft"  # in tokens/: likewise
-OWNER = "tokens/owner"  # of the tokens that are being uploaded; there until there is a zarr.json
+OWNER = "tokens/owner"  # whose tokens are being uploaded; exists until there is a zarr.json
 RECORDS = ("zarr.json", "harvest.json", "manifest.json")
 # What a killed harvest can leave before zarr.json.
 INITIAL = {"tokens", "harvest.json"}
@@ -63,7 +64,7 @@ class StorePlace(FolderPlace):
     # --- before the first window -------------------------------------------------------------------------------------
 
     def fetch(self) -> None:
-        """Make the working folder agree with the store: its records and tokens, and nothing that is not there.
+        """Make the working folder match the store: with its records and tokens, and nothing else.
 
         The caller holds the folder's lock.
         """
@@ -90,7 +91,7 @@ class StorePlace(FolderPlace):
             self.mirror.pull_existing(commit_file(window, name) for name in self._arrays() for window in windows)
 
     def _clear(self, *, tokens: bool = False) -> None:
-        """Remove the files from the folder of which the store may have another version."""
+        """Remove the files in the folder of which the store may have another version."""
         for path in self.folder.iterdir():
             if path.name not in OWN | {"tokens"}:
                 remove(path)
@@ -102,10 +103,10 @@ class StorePlace(FolderPlace):
             atomic_write(self.folder / name, data)
 
     def begin(self) -> None:
-        """Upload what comes before the first window, tokens first, so that a zarr.json proves that they are there.
+        """Upload what comes before the first window; tokens first, so that a zarr.json proves that the tokens exist.
 
-        Raises UsageError or DamagedError if another harvest has begun there, or this one with other tokens; nothing is
-        changed then.
+        Raises UsageError or DamagedError if another harvest has begun at this address, or this one with other tokens;
+        nothing is changed then.
         """
         ours = self.folder / "zarr.json"
         if (theirs := self.store.find("zarr.json")) is None:
@@ -118,7 +119,7 @@ class StorePlace(FolderPlace):
         self._push_request()
         arrays = [f"{path.parent.name}/zarr.json" for path in self.folder.glob("*/zarr.json")]
         if theirs is None and not self.store.put_if_absent("zarr.json", ours.read_bytes()):
-            theirs = self.store.get("zarr.json")  # of another worker of this harvest
+            theirs = self.store.get("zarr.json")  # from another worker of this harvest
         if theirs is not None:
             atomic_write(ours, theirs)
         for name in arrays:
@@ -127,13 +128,13 @@ class StorePlace(FolderPlace):
             self.store.delete([OWNER])
 
     def check_writes(self) -> None:
-        """Raise UnavailableError unless the store may be written and keeps what others have written. Asked once."""
+        """Raise UnavailableError unless the store is writable and does not overwrite others' objects. Checked once."""
         if not self.is_checked:
             self.store.check_conditional_writes(f"tokens/test-of-conditional-writes-{secrets.token_hex(4)}")
             self.is_checked = True
 
     def _claim_address(self, ours: Path) -> bytes | None:
-        """Say in the store whose tokens come there, until a zarr.json does; that zarr.json, if there is one by now."""
+        """Record in the store whose tokens are being uploaded. Returns the zarr.json, if there is one by now."""
         attributes = CACHE_RECORD.read(ours)["attributes"]
         if not self.store.put_if_absent(OWNER, f"{attributes['fingerprint']} {attributes['tokens']}".encode()):
             raise UsageError(
@@ -161,14 +162,14 @@ class StorePlace(FolderPlace):
         self.mirror.push(["tokens/commit.json"])
 
     def _push_request(self) -> None:
-        """Upload harvest.json, with the modules of layers that other tasks have added in the meantime."""
+        """Upload harvest.json, including modules of layers that other tasks have added in the meantime."""
         path, address = self.folder / "harvest.json", self.store.address("harvest.json")
         for _ in range(SEAL_ATTEMPTS):
             theirs = self.store.find("harvest.json")
             if theirs is None:
                 done = self.store.put_if_absent("harvest.json", path.read_bytes())
             else:
-                with contextlib.suppress(DamagedError):  # one that cannot be read is replaced
+                with contextlib.suppress(DamagedError):  # an unreadable record is replaced
                     there, ours = HARVEST_RECORD.parse(theirs, address), HARVEST_RECORD.read(path)
                     modules = there.get("modules", {}) | ours.get("modules", {})
                     HARVEST_RECORD.write_if_changed(path, {**ours, "modules": dict(sorted(modules.items()))})
@@ -184,7 +185,7 @@ class StorePlace(FolderPlace):
             self.store.put(name, data)
 
     def _arrays(self) -> set[str]:
-        """The arrays that can have commits: those of this harvest, and those that are complete already."""
+        """The arrays that can have commits: those of this harvest, and those already complete."""
         manifest = self.folder / "manifest.json"
         complete = MANIFEST_RECORD.read(manifest)["complete"] if manifest.exists() else []
         here = {path.parent.name for path in self.folder.glob("*/zarr.json")}
@@ -193,11 +194,11 @@ class StorePlace(FolderPlace):
     # --- windows -----------------------------------------------------------------------------------------------------
 
     def commit_files(self) -> list[str]:
-        """As they are listed: a listing can be out of date."""
+        """The listed commits; the listing can be out of date."""
         return sorted(name for name, _ in self.store.list("commits") if name.endswith(".json"))
 
     def has_commits(self, files: Iterable[str]) -> bool:
-        """Those that are not listed are asked for by name, up to the first that is missing."""
+        """Unlisted commits are requested by name, up to the first that is missing."""
         listed = set(self.commit_files())
         return all(self.store.exists(file) for file in files if file not in listed)
 
@@ -207,7 +208,7 @@ class StorePlace(FolderPlace):
             yield None if data is None else COMMIT_RECORD.parse(data, self.folder / file)
 
     def has_files(self, records: FileRecords) -> bool:
-        """True: an object is whole once it is there, and a commit comes after its objects."""
+        """Always True: an object is whole once it exists, and a commit is written after its objects."""
         return True
 
     def publish(self, files: Iterable[str]) -> None:
@@ -246,7 +247,7 @@ class StorePlace(FolderPlace):
     # --- claims ------------------------------------------------------------------------------------------------------
 
     def claim_files(self) -> list[str]:
-        """Asked for by name, from the first: a listing can be out of date."""
+        """The claims, requested by name starting at the first, since a listing can be out of date."""
         names = (claim_file(number) for number in itertools.count(1))
         return list(itertools.takewhile(lambda name: self.store.find(name) is not None, names))
 
@@ -284,7 +285,7 @@ class StorePlace(FolderPlace):
         self.mirror.drop(file for file in records if not file.startswith("tokens/"))
 
     def row_reader(self, layout: Layout, files: FileRecords) -> RowReader:
-        """Rows of chunks, of which only these rows are downloaded, or the compressed blocks that hold them."""
+        """A reader that downloads only the requested rows of chunks, or the compressed blocks that hold them."""
         return stored_row_reader(self.store, layout, files)
 
     def read_record(self, name: str) -> bytes | None:
@@ -309,7 +310,7 @@ class StorePlace(FolderPlace):
         raise UnavailableError(f"{self.store.url} is being changed by others all the time. Run the same command again.")
 
     def _seal_root(self, root: bytes) -> bool:
-        """Upload zarr.json, unless the one that is there lists as many arrays; whether it does now."""
+        """Upload zarr.json unless the stored one already lists these arrays; returns whether it lists them now."""
         theirs = self.store.get("zarr.json")
         wanted, listed = (
             set(CACHE_RECORD.parse(data, "zarr.json")["attributes"]["complete"]) for data in (root, theirs)
@@ -321,10 +322,10 @@ class StorePlace(FolderPlace):
 
 
 def check_address(store: ObjectStore, identity: dict[str, Any]) -> None:
-    """Raise UsageError if an address holds another harvest than the one with this identity, or other objects."""
+    """Raise UsageError if an address holds a harvest with another identity, or other objects."""
     data = store.find("zarr.json")
     if data is None and (others := sorted(set(store.children()) - INITIAL)):
-        data = store.find("zarr.json")  # of another task, which may have begun in between
+        data = store.find("zarr.json")  # from another task, which may have begun in between
         if data is None:
             raise UsageError(
                 f"{store.url} holds {others[0]}, but no activation cache. Choose another address with --out."
@@ -342,8 +343,8 @@ def read_group(store: ObjectStore, data: bytes) -> Mapping[str, Any]:
 
 
 def take_snapshot(store: ObjectStore, folder: Path) -> None:
-    """Put into a folder what a plan looks at: zarr.json, manifest.json, and an empty file for each commit that is
-    listed. A listing can be out of date, so this decides nothing.
+    """Write into a folder what a plan reads: zarr.json, manifest.json, and an empty file for each listed commit. A
+    listing can be out of date, so nothing is decided from it.
     """
     Mirror(store, folder).pull_existing(["zarr.json", "manifest.json"])
     for name, _ in store.list("commits"):

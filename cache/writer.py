@@ -1,4 +1,4 @@
-"""Write a cache: windows of shuffled rows, each complete or absent, in any order, by any number of workers.
+"""Write a cache: windows of shuffled rows, each complete or absent, written in any order by any number of workers.
 
 contexts.write(folder)
 writer = CacheWriter(folder, identity, layout, widths={"layer_05": 2304, "layer_12": 2304})
@@ -6,9 +6,9 @@ for window, arrays in writer.missing_windows().items():
     writer.write_window(window, WindowRows({"layer_05": bits, "layer_12": bits}, row_ctx, row_pos), made_with={})
 writer.seal()
 
-A window is the unit of work. Its rows are a function of the text, so workers need no lock between them: a commit is
-created only where there is none, and committed windows are not changed. A worker that finds every window committed
-seals the cache, and sealing it again changes nothing.
+A window is the unit of work. Its rows are a function of the text, so workers need no locks: a commit is created only if
+there is none yet, and committed windows are not changed. A worker that finds every window committed seals the cache.
+Sealing a cache again changes nothing.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ from .record_files import add_digests
 from .sealing import SealState
 from .statistics import build_manifest
 
-MOST_THREADS = 8  # that measure, compute checksums, write and flush; a disk can be saturated by two
+MOST_THREADS = 8  # to measure, compute checksums, write and flush; two can saturate a disk
 SEAL_ATTEMPTS = 20
 # The files of a harvest that has no fingerprint yet; any other file means that the folder is used for something else.
 INITIAL_FILES = {"tokens", "harvest.json", "ring.json", "zarr.json", *LOCK_FILES}
@@ -57,16 +57,16 @@ class WindowRows:
     bits: Mapping[str, np.ndarray]  # array name -> (rows, d_in) uint16, the bits of bfloat16
     row_ctx: np.ndarray  # (rows,): the context that each row comes from
     row_pos: np.ndarray  # (rows,): its position in the context
-    measured: Mapping[str, RowStatistics] = field(default_factory=dict)  # of the arrays that a GPU has measured
+    measured: Mapping[str, RowStatistics] = field(default_factory=dict)  # statistics of arrays measured on a GPU
 
 
 class CacheWriter:
     """Writes the activation arrays `widths` ({name: d_in}) into a cache, which it creates or continues.
 
-    The contexts must be written first. `place` is where the files are kept, by default the folder.
+    The contexts must be written first. `place` is where the files are stored, by default the folder.
 
-    Raises UsageError if the folder holds another harvest or other files, DamagedError if it was started with another
-    number of rows or other tokens.
+    Raises UsageError if the folder holds another harvest or other files, DamagedError if the harvest was started with
+    another number of rows or other tokens.
     """
 
     def __init__(
@@ -102,8 +102,8 @@ class CacheWriter:
         return group_metadata(attributes)
 
     def commits(self, files: Iterable[str] | None = None, *, check_files: bool = True) -> Iterator[dict[str, Any]]:
-        """The current commits of windows: all, or these; with `check_files`, only those whose files exist with their
-        recorded sizes.
+        """The current commits of windows: all, or the given ones; with `check_files`, only those whose files exist with
+        their recorded sizes.
 
         Raises DamagedError if a commit is damaged, or belongs to another harvest or window.
         """
@@ -128,7 +128,7 @@ class CacheWriter:
         else:
             if self.place.store is None:
                 committed = {commit_file(one["window"], one["array"]) for one in self.commits()}
-            else:  # an object is whole once it is there, and a commit comes after its objects
+            else:  # an object is whole once it exists, and a commit is written after its objects
                 committed = set(self.place.commit_files())
             missing = {
                 window: [name for name in self.widths if commit_file(window, name) not in committed]
@@ -144,7 +144,7 @@ class CacheWriter:
     def chunks_to_write(self, window: int, rows: WindowRows, run: Run = map) -> Iterator[tuple[str, list[ChunkWrite]]]:
         """The chunks of a window: first ("", row_ctx and row_pos), then (name, row_norm, moments and rows) per array.
 
-        `run`, which is `map` or that of a pool of threads, measures what is not measured yet.
+        Arrays not measured yet are measured with `run`, which is `map` or the `map` method of a thread pool.
 
         Raises SaeError if an activation is not finite or an array has the wrong shape.
         """
@@ -174,10 +174,10 @@ class CacheWriter:
     def write_window(
         self, window: int, rows: WindowRows, made_with: Mapping[str, Any], *, replace: bool = False
     ) -> None:
-        """Write and commit the arrays in `rows.bits` that are not committed for this window; with `replace` all of
-        them.
+        """Write and commit the arrays in `rows.bits` that are not yet committed for this window, or with `replace` all
+        of them.
 
-        If anything fails, none of them is committed. `made_with` is recorded in the commits. Raises SaeError like
+        If anything fails, no array is committed. `made_with` is recorded in the commits. Raises SaeError like
         `chunks_to_write`, UnavailableError if the disk is full or not writable.
         """
         bits, stale = {}, []
@@ -188,7 +188,7 @@ class CacheWriter:
                 stale += [file] * len(commits)
         if not bits:
             return
-        # A commit must not outlive the files that it lists, which are about to be replaced, or are lost.
+        # A commit must not outlive the files that it lists, which are lost or about to be replaced.
         if stale:
             self.place.remove_records(stale)
         pending, norms = {}, {}
@@ -220,14 +220,15 @@ class CacheWriter:
                 if theirs is None or theirs["files"] != commit["files"]:
                     mixed[name] = bits[name]
         if mixed:
-            # Another worker has committed this window in the meantime with other bytes, such as those of another kind
-            # of GPU. Its files and ours replaced each other. It is done, so all of ours can be written again.
+            # Another worker has committed this window in the meantime with other bytes, for example from another kind
+            # of GPU. The two workers' files overwrote each other. The other worker is done, so all our files can be
+            # written again.
             self.write_window(window, dataclasses.replace(rows, bits=mixed), made_with, replace=True)
 
     def seal(self, max_norm: float | None = None, token_text: Callable[[int], str] | None = None) -> bool:
         """Complete the cache if every window of the arrays of `widths` is committed; returns whether it is.
 
-        Does nothing to a cache that is complete. Several workers may do it at the same time. `max_norm` and
+        Does nothing if the cache is already complete. Several workers may call it at the same time. `max_norm` and
         `token_text` are as for `finish`.
         """
         if not self.place.has_commits(self._commit_files(self.widths)):
@@ -242,31 +243,31 @@ class CacheWriter:
                     break
             except DamagedError:
                 if self._seal_state().commits == state.commits:
-                    raise  # else another worker replaced a window whose norms were read
+                    raise  # otherwise another worker replaced a window whose norms were read
         return True
 
     def finish(self, max_norm: float | None = None, token_text: Callable[[int], str] | None = None) -> None:
         """Write manifest.json, then the list of complete arrays in zarr.json, from the existing commits.
 
-        Records of earlier versions get a digest.
+        Adds a digest to records of earlier versions.
 
         Rows of the arrays of `widths` whose norm is over `max_norm` x the median norm become outlier rows: they are
-        kept, but masked out of training, evaluation and statistics. `token_text` gives the text of a token id, for the
-        statistics to name the tokens of the largest rows.
+        kept, but masked out of training, evaluation and statistics. `token_text` returns the text of a token id, so
+        that the statistics can name the tokens of the largest rows.
         """
         for state in self._seal_states():
             if self._seal(state, max_norm, token_text):
                 break
 
     def is_finished(self, max_norm: float | None = None) -> bool:
-        """Whether the manifest covers every array of `widths`, with outlier rows by this `max_norm`."""
+        """Whether the manifest covers every array of `widths`, with outlier rows for this `max_norm`."""
         return self._seal_state(commits=False).covers(self.widths, max_norm)
 
     def _commit_files(self, names: Iterable[str]) -> list[str]:
         return [commit_file(window, name) for window in range(self.layout.n_windows) for name in sorted(names)]
 
     def _seal_states(self) -> Iterator[SealState]:
-        """The records to seal, read again each time."""
+        """The records needed for sealing, read again for each item."""
         for _ in range(SEAL_ATTEMPTS):
             yield self._seal_state()
         raise UnavailableError(f"{self.folder} is being changed by others all the time. Run the same command again.")
@@ -276,13 +277,13 @@ class CacheWriter:
         complete = set(read_attributes(self.folder)["complete"])
         seen = self.place.read_record("manifest.json")
         manifest = None if seen is None else MANIFEST_RECORD.parse(seen, self.folder / "manifest.json")
-        lost = complete - set(manifest["complete"] if manifest else ())  # with the manifest that had them
+        lost = complete - set(manifest["complete"] if manifest else ())  # along with the manifest that listed them
         names = {*self.widths, *lost}
         found = list(self.commits(self._commit_files(names))) if commits else []
         return SealState(names, complete, seen, manifest, found)
 
     def _seal(self, state: SealState, max_norm: float | None, token_text: Callable[[int], str] | None) -> bool:
-        """Write the manifest that follows from `state`; False if another worker has written one since it was read."""
+        """Write the manifest that follows from `state`; False if another worker has written a manifest since then."""
         manifest = build_manifest(self.place, self.fingerprint, self.layout, state, max_norm, token_text)
         root = CACHE_RECORD.encode(self._root(manifest["complete"]))
         if done := self.place.seal(MANIFEST_RECORD.encode(manifest), root, state.seen):
@@ -291,7 +292,7 @@ class CacheWriter:
 
 
 def writing_threads() -> int:
-    """The number of threads that write a window: a core's share of this machine for each, at least two."""
+    """The number of threads that write a window: the cores per launched process on this machine, at least two."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(2, min(MOST_THREADS, cores // processes_on_this_machine()))
 
@@ -301,11 +302,11 @@ def harvest_started(folder: Path, fingerprint: str, identity: dict[str, Any] | N
 
     Raises UsageError if it holds another harvest or other files. Given the identity, the message says what differs.
     """
-    # The files are listed first: another worker may begin the harvest now, and its zarr.json precedes the rest.
+    # List the files first: another worker may begin the harvest now, and its zarr.json comes before the other files.
     names = {path.name for path in folder.iterdir()}
     existing = read_fingerprint(folder)
     if existing is None:
-        # A name without its suffix: a killed writer may have left the temporary file of a record.
+        # Compare names without suffixes: a killed writer may have left the temporary file of a record.
         others = {name for name in names if name.split(".tmp-")[0] not in INITIAL_FILES}
         if others:
             left = f" (`sae cache rm {folder}` deletes what it has left)" if "harvest.json" in names else ""
@@ -328,8 +329,8 @@ def read_fingerprint(folder: Path) -> str | None:
 
 
 def recorded_tokens(folder: Path) -> str | None:
-    """The digest of the tokens that a cache was harvested from: from its zarr.json, else from its manifest; None if it
-    has neither.
+    """The digest of the tokens that a cache was harvested from, read from zarr.json or else the manifest; None if both
+    are missing.
     """
     if (folder / "zarr.json").exists():
         return read_attributes(folder)["tokens"]

@@ -1,4 +1,4 @@
-"""The schemes of addresses, such as s3://bucket/pile, and the check that a path is not an address."""
+"""The schemes of addresses, such as s3://bucket/pile, and a check that a path is not an address."""
 
 import os
 import re
@@ -8,13 +8,13 @@ from .errors import UsageError
 
 WRITABLE = ("s3", "gs", "az", "file")
 SCHEMES = (*WRITABLE, "https", "http")
-ADDRESS = re.compile(rf"({'|'.join(SCHEMES)}):/+", re.IGNORECASE)  # a Path has dropped slashes
+ADDRESS = re.compile(rf"({'|'.join(SCHEMES)}):/+", re.IGNORECASE)  # a Path drops slashes
 
 
 def disk_path(path: str | os.PathLike[str], name: str = "") -> Path:
-    """A path on a disk that a user gave. `name` says where, such as SAE_HOME.
+    """Convert a user's argument to a path on a disk. `name` is where it was given, such as SAE_HOME.
 
-    Raises UsageError for an address, also in the form of a Path. The message does not repeat credentials.
+    Raises UsageError for an address, even if it was converted to a Path. The message does not repeat credentials.
     """
     text = os.fspath(path)
     if (match := ADDRESS.match(text)) is not None:

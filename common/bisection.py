@@ -6,10 +6,11 @@ HALVINGS = 50
 
 
 def smallest_bound(low: float, high: float, serves: Callable[[float], bool]) -> float:
-    """The smallest number between `low` and `high` for which `serves` is true, if it is true for all larger ones.
+    """The smallest number between `low` and `high` for which `serves` is true, assuming it is true for all larger
+    numbers.
 
-    `serves` is assumed to be true for `high` and is not called for it. It is true for the result, which is at most
-    (high - low) / 2**50 above the smallest such number.
+    `serves` is assumed to be true for `high` and is not called for it. `serves` is true for the result, which is at
+    most (high - low) / 2**50 above the exact smallest number.
     """
     for _ in range(HALVINGS):
         middle = (low + high) / 2

@@ -14,7 +14,7 @@ DTYPES = ("auto", "bfloat16", "float32")
 def resolve_device(device: str) -> str:
     """Check a device name (auto, cpu, cuda or cuda:N); `auto` becomes cuda if torch sees a GPU, else cpu.
 
-    In one of several processes of a launcher that see all GPUs, cuda becomes the GPU of the process.
+    If a launcher started several processes that see all GPUs, cuda becomes the GPU of this process.
 
     Raises UsageError for any other name, UnavailableError if torch does not see that GPU.
     """
@@ -43,20 +43,21 @@ def resolve_dtype(dtype: str, device: str) -> str:
 
 
 def fix_cublas_workspace(device: str) -> None:
-    """Make products on a GPU have the same bits in every run. Does nothing on a CPU, or if the user has set it.
+    """Make matrix multiplications on a GPU bitwise reproducible. Does nothing on a CPU, or if the user has set the
+    variable.
 
-    Otherwise cuBLAS assigns its workspace to streams as they come, and the assigned part decides how it sums. cuBLAS
-    reads the setting before the first product of the process.
+    Otherwise cuBLAS assigns parts of its workspace to streams in order of arrival, and the assigned part affects the
+    order of sums. cuBLAS reads the setting before the first multiplication of the process.
     """
     if device.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def copy_to_device(values: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """A tensor on a device: from the CPU to a GPU through pinned memory.
+    """Copy a tensor to a device; from the CPU to a GPU through pinned memory.
 
-    The copy is queued behind the GPU's current work. `Tensor.to` from pageable memory would wait until all of it is
-    done, and leave the GPU idle until the next work is queued.
+    The copy is queued behind the GPU's current work. `Tensor.to` from pageable memory would wait until all that work is
+    done, and leave the GPU idle until more work is queued.
     """
     if torch.device(device).type == "cuda" and values.device.type == "cpu":
         return values.pin_memory().to(device, non_blocking=True)
@@ -64,7 +65,7 @@ def copy_to_device(values: torch.Tensor, device: torch.device | str) -> torch.Te
 
 
 def empty_gpu_cache(device: torch.device | str) -> None:
-    """Return the memory that torch's allocator caches to the GPU; does nothing on a CPU."""
+    """Release the GPU memory that torch's allocator caches; does nothing on a CPU."""
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
 

@@ -21,7 +21,7 @@ from .packages import PACKAGE, installed_version, outdated_packages
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("cache", "cli", "common", "evaluate", "harvest", "train", "workflows")
-# Packages whose version can change a computed number or a byte on disk.
+# Packages whose version can affect computed numbers or bytes on disk.
 PACKAGES = (
     PACKAGE, "torch", "transformers", "tokenizers", "datasets", "numpy", "safetensors", "zarr", "numcodecs",
     "scikit-learn", "accelerate", "triton",

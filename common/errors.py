@@ -1,4 +1,4 @@
-"""The errors that a user can act on, with their exit codes. Each message says what was found, what was expected and
+"""The errors that a user can act on, with their exit codes. Each message states what was found, what was expected and
 what to do.
 """
 
@@ -30,7 +30,7 @@ class DamagedError(SaeError):
 
 
 class UnavailableError(SaeError):
-    """Something outside this program is missing: access, network, disk space, a lock, a GPU (exit code 4)."""
+    """Something outside this program is not available: access, network, disk space, a lock, a GPU (exit code 4)."""
 
     exit_code = 4
 
@@ -42,7 +42,7 @@ class Interrupted(SaeError):
 
 
 class ReportedElsewhere(SaeError):
-    """An error that another of several launched processes reports; this one only ends with its exit code."""
+    """An error that another of several launched processes reports; this process only exits with its exit code."""
 
     def __init__(self, exit_code: int, message: str) -> None:
         super().__init__(message)
@@ -54,14 +54,14 @@ class LeftOutWarning(UserWarning):
 
 
 def warn_left_out(what: object, error: SaeError) -> None:
-    """Warn that a command leaves out `what`, a folder or a file; `error` says why it cannot be opened."""
+    """Warn that a command leaves out `what`, a folder or a file; `error` is the reason why it cannot be opened."""
     warnings.warn(f"{what} is left out: {error}", LeftOutWarning, stacklevel=3)
 
 
 @contextlib.contextmanager
 def naming(place: str, folder: object) -> Iterator[None]:
-    """In the message of a DamagedError or UsageError, replace the folder that stands for a place on this machine by the
-    place itself, such as an address.
+    """In the message of a DamagedError or UsageError, replace a local folder by the place that it mirrors, such as an
+    address.
     """
     try:
         yield

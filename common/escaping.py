@@ -1,8 +1,8 @@
-"""Text that others chose (names of folders, models and datasets, contents of files), made harmless where it is shown.
+"""Make untrusted text (names of folders, models and datasets, contents of files) harmless where it is shown.
 
-A terminal obeys control characters, a spreadsheet computes a cell that looks like a formula, Markdown reads HTML, and
-all of them can be misled by characters that hide or reorder the text around them. Python keeps a byte of a path that is
-not UTF-8 as a lone surrogate (U+DC80 to U+DCFF), which no file or terminal takes.
+A terminal obeys control characters, a spreadsheet evaluates cells that look like formulas, and Markdown interprets
+HTML. In all of them, some characters hide or reorder the text around them. Python represents a byte of a path that is
+not UTF-8 as a lone surrogate (U+DC80 to U+DCFF), which no file or terminal accepts.
 """
 
 import os
@@ -22,7 +22,7 @@ MARKDOWN_SPECIAL = re.compile(r"[\\`*\[\]<>|~#]|(?<!\w)_|_(?!\w)")  # an undersc
 
 
 def is_byte(character: str) -> bool:
-    """Whether a character stands for a byte of a path that is not UTF-8."""
+    """Whether a character represents a byte of a path that is not UTF-8."""
     return "\udc80" <= character <= "\udcff"
 
 
@@ -43,7 +43,7 @@ def _visible(character: str) -> str:
 
 
 def escape_for_terminal(text: str) -> str:
-    r"""Replace control characters and characters that cannot be shown by visible escapes: `\x1b`, `\r` or `\u202e`.
+    r"""Replace control characters and unprintable characters by visible escapes: `\x1b`, `\r` or `\u202e`.
 
     Line breaks are kept. A byte of a path that is not UTF-8 becomes `\xff`.
     """
@@ -59,9 +59,9 @@ def _escape(character: str) -> str:
 
 
 def quote(text: str | os.PathLike[str]) -> str:
-    r"""A word of a shell command, as by `shlex.quote`, which a terminal can show and a user can copy.
+    r"""Quote a word of a shell command like `shlex.quote`, so that a terminal can show it and a user can copy it.
 
-    Control characters are written as bash and zsh read them: a folder whose name is the byte 0xff is `$'\xff'`.
+    Control characters use the syntax of bash and zsh: a folder whose name is the byte 0xff becomes `$'\xff'`.
     """
     text = os.fspath(text)
     if "\n" not in text and not TERMINAL_UNSAFE.search(text):
@@ -79,7 +79,7 @@ def _shell_character(character: str) -> str:
 
 
 def escape_for_csv(value: Any) -> Any:
-    """A cell of a CSV file: numbers and None unchanged, and text that no spreadsheet takes for a formula.
+    """A cell of a CSV file: numbers and None unchanged, text changed so that no spreadsheet takes it for a formula.
 
     Text that begins like a formula gets a leading apostrophe, which spreadsheets do not show. Control characters become
     visible escapes.
@@ -91,5 +91,5 @@ def escape_for_csv(value: Any) -> Any:
 
 
 def escape_for_markdown(text: str) -> str:
-    """Text on a page of Markdown, also in a table: no markup, no HTML, one line, and nothing invisible."""
+    """Escape text for Markdown, including tables: no markup, no HTML, one line, and nothing invisible."""
     return MARKDOWN_SPECIAL.sub(lambda match: f"\\{match[0]}", make_visible(text)).replace("&", "&amp;")

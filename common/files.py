@@ -1,7 +1,7 @@
 """Atomic and durable file writes, JSON and TOML, and the sizes of folders.
 
 Every file of a cache or a run folder is written with `atomic_write`: under a temporary name, flushed to disk, renamed.
-So a kill at any instant leaves the old file, the new one or neither, and at most a stray temporary file
+So a kill at any instant leaves the old file, the new file or neither, plus at most a stray temporary file
 (`temporary_path`), which `remove_stale_files` deletes.
 """
 
@@ -38,8 +38,8 @@ def atomic_write(path: Path, *parts: bytes | memoryview) -> None:
 
 
 def atomic_create(path: Path, *parts: bytes | memoryview) -> bool:
-    """Write like `atomic_write` unless `path` exists; returns whether this call created it. Only one of several calls
-    does.
+    """Write like `atomic_write` unless `path` exists; returns whether this call created it. Of concurrent calls, only
+    one creates it.
 
     Where a file system has no hard links, such as exFAT, two calls in the same instant can both return True.
     """
@@ -51,7 +51,7 @@ def atomic_create(path: Path, *parts: bytes | memoryview) -> bool:
 
 
 def _link(temporary: Path, path: Path) -> None:
-    """Give a file a second name, which must not exist, and remove the first."""
+    """Give a file a second name, which must not exist yet, and remove the first name."""
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -67,7 +67,7 @@ def _link(temporary: Path, path: Path) -> None:
 
 
 def _write_temporary(path: Path, parts: Sequence[bytes | memoryview], publish: Callable[[Path, Path], None]) -> None:
-    """Write and flush a temporary file, then give it its name. Raises FileExistsError if `publish` does."""
+    """Write and flush a temporary file, then give it its final name. Raises FileExistsError if `publish` does."""
     for attempt in range(WRITE_ATTEMPTS):
         temporary = temporary_path(path)
         try:
@@ -104,7 +104,7 @@ def temporary_path(path: Path) -> Path:
 
 
 def temporary_process(path: Path) -> int | None:
-    """The id of the process that wrote a temporary file, also of an earlier version's `<name>.tmp-<process id>`.
+    """The id of the process that wrote a temporary file; also parses the earlier form `<name>.tmp-<process id>`.
 
     None for any other file.
     """
@@ -113,7 +113,7 @@ def temporary_process(path: Path) -> int | None:
 
 
 def os_error(error: OSError, path: Path | str, verb: str = "write") -> UnavailableError:
-    """The UnavailableError that explains why `path` could not be written, or read with the verb "read"."""
+    """The UnavailableError that explains why `path` could not be written, or with the verb "read", not be read."""
     if error.errno in OUT_OF_FILES:
         return UnavailableError(
             f"Too many files are open: {path} could not be opened. {describe_files_limit()} Raise it and run the same "
@@ -133,7 +133,7 @@ def os_error(error: OSError, path: Path | str, verb: str = "write") -> Unavailab
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raise UnavailableError for an OSError of reading `path`, such as too many open files: the file may be whole."""
+    """Raise UnavailableError if reading `path` raises OSError, as for too many open files: the file may be whole."""
     try:
         yield
     except OSError as error:
@@ -179,7 +179,7 @@ def remove_stale_files(folder: Path) -> int:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, or a folder with everything in it. Files in a folder that cannot be deleted stay."""
+    """Delete a file, or a folder with everything in it. Files in the folder that cannot be deleted are skipped."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -188,7 +188,7 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def utf8_path(path: Path) -> Iterator[str]:
-    """A path of an existing file for libraries that cannot open one that is not UTF-8, such as safetensors.
+    """A UTF-8 path of an existing file, for libraries such as safetensors that cannot open other paths.
 
     Raises OSError if the file cannot be opened.
     """
@@ -207,8 +207,8 @@ DELETE_HINT = "Delete it and run the command that wrote it again."
 def read_file(path: Path, remedy: str = DELETE_HINT) -> bytes:
     """The bytes of a file.
 
-    Raises DamagedError with the remedy if it is missing or not a file, UnavailableError if it cannot be read now: no
-    permission, too many open files, or a failing disk.
+    Raises DamagedError with the remedy if it is missing or not a file, UnavailableError if it cannot be read now
+    because of permissions, too many open files, or a failing disk.
     """
     try:
         return path.read_bytes()
@@ -239,7 +239,7 @@ def parse_toml(data: bytes | str, source: Path | str) -> dict[str, Any]:
     """Parse TOML that a user gave; `source` only appears in the message.
 
     Raises UsageError if it is not UTF-8, not TOML, nested too deeply, has an integer of thousands of digits, or is so
-    long that reading it would take longer than a few seconds.
+    long that parsing it would take more than a few seconds.
     """
     if len(data) > MAX_TOML:
         raise UsageError(f"{source} is too long: expected at most {MAX_TOML:,} bytes of TOML.")

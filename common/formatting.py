@@ -1,4 +1,4 @@
-"""Counts, sizes, durations, shell arguments and long values as text for people."""
+"""Format counts, sizes, durations, shell arguments and long values for people."""
 
 import re
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .escaping import quote
 
-LONGEST_WORD, LONGEST_LINE = 400, 4000  # characters of words and lines that are shown whole
+LONGEST_WORD, LONGEST_LINE = 400, 4000  # characters; longer words and lines are shortened
 
 
 def format_count(number: int, noun: str) -> str:
@@ -28,7 +28,7 @@ def format_duration(seconds: float) -> str:
 
 
 def shell_paths(paths: Sequence[Path]) -> str:
-    """Paths as arguments of a shell command: `folder/*` if they are three or more and all that the folder contains."""
+    """Paths as shell arguments: `folder/*` if there are three or more and the folder contains nothing else."""
     parents = {Path(path).parent for path in paths}
     if len(parents) == 1 and len(paths) > 2:
         parent = parents.pop()
@@ -38,7 +38,7 @@ def shell_paths(paths: Sequence[Path]) -> str:
 
 
 def shorten_values(message: str) -> str:
-    """A message without the middle of words and lines of thousands of characters, such as a value that a user gave."""
+    """A message in which long words and lines, such as a value given by a user, are cut in the middle."""
     message = re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda match: _without_middle(match[0], LONGEST_WORD), message)
     return "\n".join(_without_middle(line, LONGEST_LINE) for line in message.split("\n"))
 

@@ -20,15 +20,15 @@ from .errors import UnavailableError
 BEAT = 5.0  # seconds between two beats
 PATIENCE = 120.0  # seconds without a beat after which a process counts as dead
 START = 600.0  # seconds that a process may take to start
-FAREWELL = 1.0  # seconds for the others, which look five times a second, to notice a death that rank 0 has noticed
-GAP = 5.0  # most seconds counted between two looks: a process that was stopped saw nothing meanwhile
+FAREWELL = 1.0  # seconds for the others, which check five times a second, to notice a death after rank 0 has
+GAP = 5.0  # most seconds counted between two checks: a suspended process saw nothing meanwhile
 AGAIN = "Everything committed is safe; run the same command again, with any number of processes."
 
 
 class Silence:
-    """The time for which a sign of life of another process has not changed, as far as this process could see.
+    """Measures how long another process's sign of life has not changed, as far as this process could see.
 
-    Time in which this process was stopped, or its machine suspended, is not counted: the other may have been, too.
+    Time while this process or its machine was suspended is not counted: the other may have been suspended, too.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Heartbeat:
             time.sleep(BEAT)
 
     def meet(self) -> None:
-        """Return once every process has called this as often as this one. Ctrl-C ends the waiting.
+        """Wait until every process has called this as often as this process. Ctrl-C ends the wait.
 
         Raises UnavailableError, naming the processes, if some have ended or have not started.
         """
@@ -90,7 +90,7 @@ class Heartbeat:
             ) from error
 
     def _find_dead(self, rank: int) -> str:
-        """A sentence if a process that has not arrived has ended or has been silent for too long, else ""."""
+        """A sentence if a process has ended or has been silent for too long before arriving, otherwise ""."""
         now, name = time.monotonic(), f"sae/name/{rank}"
         if not self.store.check([name]):
             late = now - self.started > START
@@ -98,7 +98,7 @@ class Heartbeat:
         who = f"Rank {rank} of {self.count} ({self.store.get(name).decode()})"
         machine, process = self.store.get(f"sae/machine/{rank}").decode().rsplit(" ", 1)
         if machine and machine == self.machine and has_ended(int(process)):
-            # It may have arrived, and ended well, between the two looks.
+            # It may have arrived, and ended normally, between the two checks.
             return "" if self.store.check([f"sae/met/{self.steps}/{rank}"]) else f"{who} has ended."
         if self.silences[rank].after(self.store.add(f"sae/beat/{rank}", 0)) > PATIENCE:
             return f"{who} no longer runs: it has been silent for {PATIENCE:g} s."
@@ -115,7 +115,7 @@ def pid_namespace() -> str:
 
 
 def has_ended(process: int) -> bool:
-    """Whether a process of this machine has ended, whether or not its parent has noticed."""
+    """Whether a process on this machine has ended, even if its parent has not noticed yet."""
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):

@@ -1,6 +1,6 @@
-"""Read the objects in a file of JSON Lines, or of one JSON array, without decoding more than the columns asked for.
+"""Read the objects in a JSON Lines file or a single JSON array, decoding only the requested columns.
 
-The parser of pyarrow, which `datasets` uses, infers a type for every column and ends the process at deep nesting.
+pyarrow's parser, which `datasets` uses, infers a type for every column and crashes the process on deep nesting.
 """
 
 import gzip
@@ -18,7 +18,7 @@ MAX_DEPTH = 200  # of nesting; the limit of the parsers depends on how deep the 
 MAX_LINE = 2**28  # bytes; a longer line is not read into memory
 MAX_JOINED = 2**26  # bytes of a file whose objects span several lines
 ZSTD_BLOCK = 2**13  # compressed bytes; decompressed, at most 2**28
-SEARCHED_ROWS, SEARCHED_BYTES = 100, 2**24  # that are searched for a column
+SEARCHED_ROWS, SEARCHED_BYTES = 100, 2**24  # searched for a column
 NOT_JSON = "it is not JSON"
 BLANKS = re.compile(r"\s*")
 STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*\\?(?:"|\Z)|[\[{]|[\]}]', re.DOTALL)  # strings, brackets
@@ -27,10 +27,10 @@ ReadRow = tuple[str, dict[str, Any] | None, str]  # "line 7", values or None, th
 
 
 class JsonRows:
-    """The rows of a file, compressed or not, with these columns; with None, the rows give the names of all columns.
+    """The rows of a file, compressed or not, with these columns; with None, rows have the names of all columns.
 
-    A row is a line, an element of an array, or one of several objects that span several lines. Blank lines are not
-    rows. A string in an array is a row with the column "text".
+    A row is a line, an element of an array, or one of several objects that may span several lines each. Blank lines are
+    skipped. A string in an array is a row with the column "text".
     """
 
     def __init__(self, file: Path, columns: Sequence[str] | None) -> None:
@@ -85,7 +85,7 @@ class JsonRows:
         return dict(zip(self.columns, msgspec.structs.astuple(row), strict=True)), ""
 
     def _decode_leniently(self, line: bytes) -> tuple[dict[str, Any] | None, str]:
-        """`decode` with Python's parser, which takes NaN, numbers of any size, and tabs in strings."""
+        """`decode` with Python's parser, which accepts NaN, numbers of any size, and tabs in strings."""
         try:
             row = json.loads(line.rstrip().decode(), strict=False)
         except UnicodeDecodeError as error:
@@ -104,7 +104,7 @@ class JsonRows:
         return values, ""
 
     def _lines(self, stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-        """The lines that are not blank, with their numbers from 1. A line that is too long is cut."""
+        """The lines that are not blank, with their line numbers, counted from 1. Too long lines are cut."""
         number = 0
         while line := stream.readline(MAX_LINE):
             rest = line
@@ -176,7 +176,7 @@ def too_deep(data: bytes) -> int | None:
 
 @contextmanager
 def open_binary(file: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, decompressed if it is a .gz or .zst file. A cut file raises EOFError at its end."""
+    """The bytes of a file, decompressed if it is a .gz or .zst file. A truncated file raises EOFError at its end."""
     with file.open("rb") as raw:
         if file.suffix.lower() == ".gz":
             yield cast(BinaryIO, gzip.GzipFile(fileobj=raw))
@@ -189,7 +189,7 @@ def open_binary(file: Path) -> Iterator[BinaryIO]:
 class ZstdReader(io.RawIOBase):
     """The decompressed bytes of a Zstandard file of one or more frames.
 
-    The reader of the zstandard package takes a cut file for a whole one.
+    The reader in the zstandard package does not notice truncated files.
     """
 
     def __init__(self, raw: BinaryIO) -> None:

@@ -1,10 +1,10 @@
-"""The sentence about an SAE whose L0 differs from its target, after training and wherever it is measured."""
+"""The sentence about an SAE whose L0 misses its target, shown after training and wherever the L0 is measured."""
 
 MISSED_BY = 0.1  # share of the target; beyond it the target is missed
 
 
 def missed_l0(name: str, l0: float | None, target: float | None, *, held_out: bool = False) -> list[str]:
-    """One sentence if an L0 differs from its target by more than a tenth; none if either is unknown.
+    """One sentence if an L0 differs from its target by more than a tenth; empty otherwise, or if either is unknown.
 
     The L0 is measured on held-out text, or over the last steps of training.
     """

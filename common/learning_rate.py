@@ -1,4 +1,4 @@
-"""The learning rate's schedule as plain numbers, for training and for pages about runs that are trained."""
+"""The learning rate schedule as plain numbers, for training and for pages about trained runs."""
 
 import math
 

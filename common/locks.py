@@ -1,9 +1,9 @@
-"""Locks of folders, by the operating system (flock): a lock is free as soon as its holder ends, however it ends.
+"""Folder locks from the operating system (flock): a lock is released as soon as its holder ends, however it ends.
 
-The lock is on the file `.lock` of a folder, which stays. One process holds it alone (`writer_lock`), or several hold it
-together and each adds its own files (`shared_lock`). `.lock.holder` names the process, for others to read. Readers do
-not hinder writers, only a process that deletes the folder: they share another lock (`reader_lock`), on `.lock.readers`,
-to which each reader adds a line with its name. The last reader to leave removes it.
+The lock is on the file `.lock` in a folder, which is never removed. Either one process holds it alone (`writer_lock`),
+or several hold it together and each adds its own files (`shared_lock`). `.lock.holder` tells others which process holds
+it. Readers do not block writers, only a process that deletes the folder: they share another lock (`reader_lock`), on
+`.lock.readers`, to which each reader adds a line with its name. The last reader to leave removes this file.
 """
 
 import contextlib
@@ -52,11 +52,12 @@ def writer_lock(folder: Path, command: str, say: Callable[[str], None] = lambda 
 
 @contextlib.contextmanager
 def shared_lock(folder: Path, command: str) -> Iterator[None]:
-    """Hold `folder`, which is created if needed, against `writer_lock`, together with others that do the same.
+    """Share the lock on `folder`, which is created if needed, with other callers of this function; excludes
+    `writer_lock`.
 
-    The last one to leave deletes the temporary files of dead writers. A second lock, `.lock.shared`, tells it that it
-    is the last, because it then holds this lock alone. A process that comes meanwhile waits for it. On a file system
-    without locks nothing is locked and nothing is deleted.
+    The last process to leave deletes the temporary files of dead writers. It knows that it is the last if it can hold a
+    second lock, `.lock.shared`, alone. A process that arrives meanwhile waits for it. On a file system without locks
+    nothing is locked and nothing is deleted.
 
     Raises UnavailableError if a process holds the exclusive lock or the folder cannot be written, UsageError if a file
     is in the way.
@@ -77,7 +78,7 @@ def shared_lock(folder: Path, command: str) -> Iterator[None]:
 def reader_lock(folder: Path, command: str) -> Iterator[None]:
     """Keep `folder` from being deleted by a process with `no_readers`. Several readers can hold this lock together.
 
-    In a folder that cannot be written to and on a file system without locks nothing is locked.
+    Nothing is locked if the folder is not writable or its file system has no locks.
 
     Raises UnavailableError if the folder is being deleted.
     """
@@ -99,7 +100,7 @@ def reader_lock(folder: Path, command: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_readers(folder: Path) -> Iterator[None]:
-    """Hold `folder` against `reader_lock`. Raises UnavailableError, which names a reader, if there are some."""
+    """Exclude `reader_lock` on `folder`. Raises UnavailableError, which names a reader, if there are readers."""
     path = folder / ".lock.readers"
     try:
         lock = acquire(path, fcntl.LOCK_EX, LOOK_SECONDS, in_new_folder=False)
@@ -117,7 +118,7 @@ def no_readers(folder: Path) -> Iterator[None]:
 
 
 def last_reader(path: Path) -> str:
-    """The last process to begin reading, among those that may still run. A killed process leaves its line."""
+    """The last process that began to read, among those that may still run. A killed process leaves its line."""
     with contextlib.suppress(OSError):
         for name in reversed(path.read_text().splitlines()):
             match = re.match(r"process (\d+) on (\S+) ", name)
@@ -144,7 +145,7 @@ def leave(folder: Path, all_of_them: Path, together: int) -> None:
 
 @contextlib.contextmanager
 def brief_lock(path: Path) -> Iterator[None]:
-    """Hold the lock of a file for a moment; waits for others that do. Does nothing on a file system without locks."""
+    """Hold the lock of a file briefly; waits for other holders. Does nothing on a file system without locks."""
     lock = None
     try:
         lock = acquire(path, fcntl.LOCK_EX)
@@ -159,10 +160,10 @@ def brief_lock(path: Path) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process holds the exclusive lock of a folder, this one included. Several can look at the same time."""
+    """Whether a process, maybe this one, holds the exclusive lock of a folder. Several can check at the same time."""
     try:
         descriptor = os.open(folder / ".lock", os.O_RDONLY)
-    except OSError:  # nobody has ever locked it, or it has been removed
+    except OSError:  # it was never locked, or it has been removed
         return False
     try:
         flock(descriptor, fcntl.LOCK_SH)
@@ -181,7 +182,7 @@ def was_abandoned(folder: Path) -> bool:
 
 
 def is_abandoned(path: Path) -> bool:
-    """Whether a dead process left this file. A live one holds the exclusive lock on it, and removes it at its end."""
+    """Whether a dead process left this file. A live process holds an exclusive lock on it and removes it when done."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
@@ -198,8 +199,9 @@ def is_abandoned(path: Path) -> bool:
 def acquire(path: Path, mode: int, patience: float = math.inf, *, in_new_folder: bool = True) -> int:
     """A file descriptor with a lock on `path`, which is created if needed, and its folder too if `in_new_folder`.
 
-    A process that holds the file alone can remove it; the lock is then on a new file. Raises BlockingIOError if others
-    hold it for `patience` seconds, another OSError if the file cannot be opened or its file system has no locks.
+    A process that holds the lock alone may remove the file; the lock is then taken on a new file. Raises
+    BlockingIOError if others hold it for `patience` seconds, another OSError if the file cannot be opened or its file
+    system has no locks.
     """
     ends, (pause, longest) = time.monotonic() + patience, POLL_SECONDS
     while True:
@@ -225,7 +227,7 @@ def acquire(path: Path, mode: int, patience: float = math.inf, *, in_new_folder:
 
 @contextlib.contextmanager
 def held_if_possible(path: Path, mode: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Wait for a lock on `path` and hold it. No effect if the file cannot be made or its file system has no locks."""
+    """Wait for a lock on `path` and hold it. Does nothing if the file cannot be created or the disk has no locks."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             stack.callback(release, acquire(path, mode))
@@ -249,7 +251,7 @@ def is_file_of(path: Path, descriptor: int) -> bool:
 
 
 def release(descriptor: int) -> None:
-    """Give up a lock, also where a forked process has a copy of the descriptor."""
+    """Release a lock, even if a forked process has a copy of the descriptor."""
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
@@ -257,7 +259,7 @@ def release(descriptor: int) -> None:
 
 @contextlib.contextmanager
 def locking(folder: Path, *, without: bool = False) -> Iterator[None]:
-    """Explain why a folder cannot be locked. With `without`, the lack of locks is not an error."""
+    """Explain in an error why a folder cannot be locked. With `without`, a lack of locks is not an error."""
     try:
         yield
     except BlockingIOError:
@@ -280,25 +282,25 @@ def without_locks(folder: Path, error: OSError) -> UnavailableError:
 
 
 def locked_error(folder: Path) -> UnavailableError:
-    """The error that names the process that writes into a folder."""
+    """The error for a locked folder, which names the process that writes into it."""
     holder = lock_holder(folder / ".lock.holder")
     return UnavailableError(f"{folder} is being written by {holder}. Wait until it ends, or stop it first.")
 
 
 def write_note(note: Path, command: str) -> None:
-    """Write who holds the lock of a folder."""
+    """Record which process holds the lock of a folder."""
     with contextlib.suppress(OSError):  # a full disk is reported when something has to be written
         note.write_text(describe_process(command))
 
 
 def describe_process(command: str) -> str:
-    """This process, as others name it."""
+    """A description of this process, for messages in other processes."""
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     return f"process {os.getpid()} on {socket.gethostname()} ({command}) since {since}"
 
 
 def lock_holder(note: Path) -> str:
-    """The process that `note` names. There is no note if it has just ended; it is empty if the disk was full."""
+    """The process named in `note`. There is no note if the process has just ended; a full disk leaves an empty note."""
     with contextlib.suppress(OSError):
         if holder := note.read_text():
             return holder

@@ -1,4 +1,4 @@
-"""The free memory, and the handling of errors that say there is too little."""
+"""Measure free memory, and handle out-of-memory errors."""
 
 import contextlib
 import gc
@@ -16,16 +16,16 @@ from .process_group import processes_on_this_machine
 
 LIMIT = "SAE_MEMORY_GB"  # environment variable: the most memory, in GB, that a plan may count on
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-# Messages of torch's allocator on a CPU, of cuBLAS, and of CUDA when it pins memory of the host.
+# Messages from torch's CPU allocator, from cuBLAS, and from CUDA when it pins host memory.
 SAID_BY = ("can't allocate memory", "ALLOC_FAILED", "CUDA error: out of memory")
 
 
 def available_memory(device: str) -> float:
     """Bytes of memory available on the device; infinity if the system does not report it (only Linux does for a CPU).
 
-    On a GPU, the free memory that CUDA reports. On a CPU, the free memory of the system, or what the limits of the
-    process's control groups leave if that is less, divided by the number of processes that a launcher started on this
-    machine; files that are cached in memory count as free. $SAE_MEMORY_GB limits both.
+    On a GPU, this is the free memory that CUDA reports. On a CPU, it is the free memory of the system, or less if the
+    limits of the process's control groups leave less, divided by the number of processes that a launcher started on
+    this machine. Files cached in memory count as free. $SAE_MEMORY_GB limits both.
 
     Raises UsageError if $SAE_MEMORY_GB is not a positive number.
     """
@@ -49,7 +49,7 @@ def memory_limit() -> float:
 
 
 def free_in_system() -> float:
-    """MemAvailable of /proc/meminfo in bytes; infinity where there is none."""
+    """MemAvailable from /proc/meminfo in bytes; infinity if it does not exist."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         lines = dict(line.split(":", 1) for line in (PROC / "meminfo").read_text().splitlines())
         return 1024 * float(lines.get("MemAvailable", "inf kB").split()[0])
@@ -65,7 +65,7 @@ def free_in_control_groups() -> float:
 
 
 def control_groups() -> Iterator[tuple[Path, bool]]:
-    """The folders of the groups of this process that may limit its memory, and whether they are of version 2."""
+    """The folders of this process's control groups that may limit its memory, and whether they have version 2."""
     with contextlib.suppress(OSError, ValueError):
         for line in (PROC / "self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -102,9 +102,9 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def release(error: BaseException, device: torch.device | str) -> None:
-    """Free the memory that the frames of an error hold, and return the allocator's cache to the GPU.
+    """Free the memory held by the frames of an error, and return the allocator's cache to the GPU.
 
-    An error keeps its frames alive, and they keep the tensors that filled the memory.
+    An error keeps its frames alive, which keep alive the tensors that filled the memory.
     """
     seen: BaseException | None = error
     while seen is not None:

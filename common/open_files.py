@@ -1,4 +1,4 @@
-"""The limit on open files of a process: raise it where that is allowed, and explain it when it is reached.
+"""The limit on a process's open files: raise it where allowed, and explain it when it is reached.
 
 Every memory map of a chunk holds a file open. The usual soft limit is 1,024 on Linux and 256 on macOS.
 """
@@ -14,7 +14,7 @@ ENOUGH_FILES = 4096
 
 
 def files_limits() -> tuple[int, int]:
-    """The number of files that this process may have open, and the number to which it may raise that limit itself."""
+    """The number of files that this process may have open, and the highest value to which it may raise this limit."""
     try:
         import resource
     except ImportError:  # Windows
@@ -25,7 +25,7 @@ def files_limits() -> tuple[int, int]:
 
 
 def raise_files_limit() -> None:
-    """Raise the limit of this process to ENOUGH_FILES, or as near to that as the system allows."""
+    """Raise this process's limit to ENOUGH_FILES, or as close to it as the system allows."""
     soft, hard = files_limits()
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
@@ -47,7 +47,7 @@ def ran_out_of_files(error: BaseException) -> bool:
     while chain is not None:
         if isinstance(chain, OSError) and chain.errno in OUT_OF_FILES:
             return True
-        if "Too many open files" in str(chain):  # of a library in Rust or C++, without an errno
+        if "Too many open files" in str(chain):  # from a library in Rust or C++, without an errno
             return True
         chain = chain.__cause__ or (None if chain.__suppress_context__ else chain.__context__)
     return False
@@ -55,7 +55,7 @@ def ran_out_of_files(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def explaining_files_limit() -> Iterator[None]:
-    """Raise UnavailableError, with the limit, for any error that says that too many files are open."""
+    """Turn any error about too many open files into UnavailableError, with the limit in its message."""
     try:
         yield
     except (Interrupted, UnavailableError):

@@ -1,4 +1,4 @@
-"""Find installed packages, packages that are older than declared, and optional ones.
+"""Find installed packages, outdated packages, and optional packages.
 
 The required packages and their lowest versions are declared in pyproject.toml only, and read from the metadata of the
 installation.
@@ -35,7 +35,8 @@ def installed_version(name: str) -> str | None:
 def outdated_packages() -> list[str]:
     """A sentence for each installed package that is older than the lowest version that this package works with.
 
-    pip installs none with this package, but a package installed later can bring one: pip then only prints a warning.
+    pip does not install outdated packages with this package, but installing another package later can: pip then only
+    warns.
     """
     try:
         declared = metadata.requires(PACKAGE) or []
@@ -55,7 +56,7 @@ def outdated_packages() -> list[str]:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """The release of a version as numbers that compare: "2.13.0+cpu" is (2, 13), as are "2.13" and "2.13.0rc1"."""
+    """The release of a version as comparable numbers: "2.13.0+cpu", "2.13" and "2.13.0rc1" are all (2, 13)."""
     release = re.match(r"\d+(?:\.\d+)*", version)
     parts = [int(part) for part in release[0].split(".")] if release else []
     while parts and parts[-1] == 0:

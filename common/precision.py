@@ -1,7 +1,7 @@
-"""The precision of matrix products: float32, tf32 (float32 numbers, rounded to 11 bits) or bfloat16.
+"""The precision of matrix multiplications: float32, tf32 (float32 numbers rounded to 11 bits) or bfloat16.
 
-Weights, moments, gradients and sums are float32 in all three. Under bfloat16 torch's autocast rounds the inputs of
-products, and their results.
+Weights, moments, gradients and sums are float32 in all three. With bfloat16, torch's autocast rounds the inputs and
+results of multiplications.
 """
 
 import contextlib
@@ -14,8 +14,8 @@ import torch
 from .errors import UnavailableError, UsageError
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
-TF32_CAPABILITY = (8, 0)  # of the first GPUs with products in tf32 (Ampere)
-CPU_FLAGS = ("avx512_bf16", "amx_bf16")  # of a processor that multiplies in bfloat16: with AVX-512, or with tiles
+TF32_CAPABILITY = (8, 0)  # of the first GPUs with tf32 multiplication (Ampere)
+CPU_FLAGS = ("avx512_bf16", "amx_bf16")  # of processors that multiply in bfloat16: with AVX-512, or with tiles
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -25,7 +25,7 @@ def default_precision(device: str) -> str:
 
 
 def resolve_precision(precision: str | None, device: str) -> str:
-    """Check a precision on a device; None is the default of the device.
+    """Check a precision for a device; None means the device's default.
 
     Raises UsageError for an unknown one, UnavailableError if the device cannot compute in it.
     """
@@ -39,9 +39,9 @@ def resolve_precision(precision: str | None, device: str) -> str:
 
 
 def reason_against(precision: str, device: str) -> str:
-    """Why a device cannot compute in a precision, as the end of a sentence; "" if it can.
+    """The reason why a device cannot compute in a precision, as the end of a sentence; "" if it can.
 
-    torch multiplies in bfloat16 on any processor, but slower than in float32 on one without instructions for it.
+    torch can multiply in bfloat16 on any processor, but without special instructions this is slower than float32.
     """
     on_cpu = torch.device(device).type == "cpu"
     if precision == "tf32" and on_cpu:
@@ -67,7 +67,7 @@ def cpu_flags() -> set[str] | None:
 
 
 def recorded_precision(record: Mapping[str, Any]) -> str:
-    """The precision of a run by its run.json, which records it only if it is not float32.
+    """The precision of a run according to its run.json, which records it only if it is not float32.
 
     Earlier versions did not record it: their runs on a GPU have the GPU's default.
     """
@@ -76,7 +76,7 @@ def recorded_precision(record: Mapping[str, Any]) -> str:
 
 
 def autocast(precision: str, device: str) -> contextlib.AbstractContextManager[None]:
-    """A context in which products of float32 tensors are computed in bfloat16, if that is the precision."""
+    """A context in which float32 tensors are multiplied in bfloat16, if that is the precision."""
     if precision != "bfloat16":
         return contextlib.nullcontext()
     return torch.autocast(torch.device(device).type, torch.bfloat16)
@@ -84,7 +84,7 @@ def autocast(precision: str, device: str) -> contextlib.AbstractContextManager[N
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace the setting of float32 products
 def current_precision(device: str) -> str:
-    """The precision of products of float32 tensors on a device, by the settings of the caller."""
+    """The precision in which float32 tensors are multiplied on a device under the caller's settings."""
     if torch.is_autocast_enabled(torch.device(device).type):
         return "bfloat16"
     return "float32" if general_float32_precision() == "highest" else "tf32"
@@ -93,13 +93,13 @@ def current_precision(device: str) -> str:
 def general_float32_precision() -> str:
     try:
         return torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was changed for one backend alone
+    except RuntimeError:  # it was changed for a single backend
         return "highest"
 
 
 @contextlib.contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """A context in which products of float32 tensors are in tf32 if that is the precision, and else not.
+    """A context in which float32 tensors are multiplied in tf32 exactly if that is the precision.
 
     torch has one setting for the whole process, which a user may have changed; it is restored at the end.
     """

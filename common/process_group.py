@@ -57,9 +57,9 @@ class ProcessGroup:
     def everywhere(self, work: Callable[[], T]) -> T:
         """Call `work` in every process, and return its result once it has succeeded in all.
 
-        Raises SaeError in every process if `work` raised one in any: its own, or ReportedElsewhere if `work` succeeded
-        here, or failed with the same message in a process before this one. Interrupted is raised at once: a process
-        that has to stop does not wait for others.
+        Raises SaeError in every process if `work` raised one in any process: the process's own error, or
+        ReportedElsewhere if `work` succeeded in this process or failed with the same message in a lower rank.
+        Interrupted is raised at once: a process that has to stop does not wait for others.
         """
         error: SaeError | None = None
         try:
@@ -77,13 +77,13 @@ class ProcessGroup:
 
 
 def rank_and_count() -> tuple[int, int]:
-    """The rank of this process and how many were launched, from the environment: (0, 1) without a launcher.
+    """The rank of this process and the number of launched processes, from the environment: (0, 1) without a launcher.
 
-    Raises UsageError if a launcher was asked for several processes and started one, or several that do not know of each
-    other.
+    Raises UsageError if a launcher that was asked for several processes started one, or several that do not know of
+    each other.
     """
     if "WORLD_SIZE" not in os.environ:
-        # accelerate gives the address of the first process where it was asked for several.
+        # accelerate sets the address of the first process if it was asked for several.
         if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ:
             raise UsageError(f"`accelerate launch --cpu` starts one process, whatever --num_processes says. {LAUNCH}")
         sizes = {name: int(os.environ[name]) for name in MPI_SIZES if os.environ.get(name, "").isdecimal()}
@@ -93,12 +93,12 @@ def rank_and_count() -> tuple[int, int]:
 
 
 def processes_on_this_machine() -> int:
-    """How many of the launched processes share the memory of this machine."""
+    """The number of launched processes that share the memory of this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def with_launcher(command: str) -> str:
-    """The command with the launcher of this process: torchrun before it, or a note in words after it."""
+    """The command with this process's launcher: with torchrun before it, or a note in words after it."""
     count = rank_and_count()[1]
     if count == 1:
         return command
@@ -132,7 +132,7 @@ def current_process_group(device: str = "cpu") -> ProcessGroup:
 
 @functools.cache
 def join() -> Heartbeat:
-    """Join the processes that were launched with this one, once."""
+    """Join the process group of this launch; later calls do nothing."""
     from accelerate import PartialState
     from torch.distributed.rendezvous import rendezvous
 
@@ -147,7 +147,7 @@ def join() -> Heartbeat:
     heartbeat.meet()
     prefix = torch.distributed.PrefixStore("sae/gloo", store)
     torch.distributed.init_process_group("gloo", store=prefix, rank=rank, world_size=count, timeout=TIMEOUT)
-    PartialState(cpu=True, backend="gloo")  # accelerate, which others may ask, knows of the group
+    PartialState(cpu=True, backend="gloo")  # tells accelerate, which others may use, about the group
     return heartbeat
 
 

@@ -3,8 +3,8 @@
     SAE_RECORD.write(folder / "sae.json", content)
     content = SAE_RECORD.read(folder / "sae.json")
 
-A record carries `content_digest`, the sha256 of its content without the digest (`digest_of`: keys sorted, no
-whitespace, so reformatting a file changes nothing). Every reader checks it. It detects accidents, such as a flipped
+A record contains `content_digest`, the sha256 of its content without the digest (`digest_of`: keys sorted, no
+whitespace, so reformatting a file does not affect it). Every reader checks it. It detects accidents, such as a flipped
 bit; it does not detect forgery. The types of all fields are in schemas.py.
 
 Records written before 2026-11-29 have no digest. They are read without this check, and the first one causes a warning.
@@ -41,7 +41,7 @@ class RecordKind(Generic[Content]):
     """
 
     schema: type[Content]
-    remedy: str  # a sentence: how to replace a damaged record
+    remedy: str  # a sentence about how to replace a damaged record
     digest_in: str = ""  # the object of the record that holds the digest; "": the record itself
     covered: Callable[[dict[str, Any]], Any] = dict  # the part of the content that the digest covers
     indent: int | None = 2  # None: the record is one line
@@ -49,8 +49,8 @@ class RecordKind(Generic[Content]):
     def read(self, path: Path) -> Content:
         """The content, without the digest.
 
-        Raises DamagedError if the file is missing, is not JSON, does not match its digest, or a field is missing or
-        has another type.
+        Raises DamagedError if the file is missing, is not JSON or does not match its digest, or if a field is missing
+        or has the wrong type.
         """
         content, has_digest = self.read_unwarned(path)
         if not has_digest:
@@ -58,7 +58,7 @@ class RecordKind(Generic[Content]):
         return content
 
     def read_unwarned(self, path: Path) -> tuple[Content, bool]:
-        """The content as `read` returns it, without a warning, and whether the record has a digest. Raises like it."""
+        """The content as returned by `read`, and whether the record has a digest. Never warns; raises like `read`."""
         return self.parse_unwarned(read_file(path, self.remedy), path)
 
     def parse(self, data: bytes, source: Path | str) -> Content:
@@ -104,16 +104,16 @@ class RecordKind(Generic[Content]):
         return (json.dumps(sealed, indent=self.indent) + "\n").encode()
 
     def write_if_changed(self, path: Path, content: Mapping[str, Any]) -> None:
-        """Write the content unless the file holds it already, with a digest. Raises like `write`."""
+        """Write the content unless the file already has this content with a digest. Raises like `write`."""
         with contextlib.suppress(DamagedError):  # also raised for a missing file
             if self.read_unwarned(path) == (as_read(content), True):
                 return
         self.write(path, content)
 
     def add_digest(self, path: Path) -> bool:
-        """Add the digest to a record of an earlier version. Returns whether it had none. Raises like `read`, `write`.
+        """Add a digest to a record of an earlier version. Returns whether it had none. Raises like `read` and `write`.
 
-        Use it only for content that is proved in another way: a digest says that the content is as it was written.
+        Use it only for content that was verified in another way: a digest asserts that the content is unchanged.
         """
         content, has_digest = self.read_unwarned(path)
         if not has_digest:
@@ -132,7 +132,7 @@ class RecordKind(Generic[Content]):
 
 
 def as_read(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content as it is after writing and reading: keys are text, tuples are lists."""
+    """The content as it would be read back after writing: keys become strings, tuples become lists."""
     return json.loads(json.dumps(dict(content)))
 
 

@@ -1,8 +1,9 @@
-"""Load models, tokenizers and datasets of transformers and datasets without ever running Python that they bring along.
+"""Load models, tokenizers and datasets with transformers and datasets, without ever running code that they contain.
 
-A folder or a repository can name its own Python code (`auto_map`). transformers runs it if trust_remote_code is True,
-and asks on the terminal if it is not set. Every loading call of this package goes through this file, which sets it to
-False and also keeps calls inside transformers from asking. tests/test_remote_code.py reads the sources.
+A folder or a repository can name its own Python code (`auto_map`). transformers runs this code if trust_remote_code is
+True, and asks on the terminal if it is not set. Every loading call of this package goes through this file, which sets
+trust_remote_code to False and also keeps calls inside transformers from asking. tests/test_remote_code.py checks this
+in the sources.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ def load_dataset(path: str, **options: Any) -> Any:
 def never_asking() -> Iterator[None]:
     """While the context is open, transformers raises an error where it would ask whether to run code.
 
-    It loads some parts without passing trust_remote_code on, such as a backbone that a configuration names.
+    transformers loads some parts, such as a backbone named in a configuration, without passing trust_remote_code on.
     """
     from transformers import dynamic_module_utils
 

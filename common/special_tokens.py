@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from .errors import UsageError, did_you_mean
 
-ENDOFTEXT = "<|endoftext|>"  # separated the documents of GPT-2, Pythia, Qwen, SmolLM2 and others in pretraining
+ENDOFTEXT = "<|endoftext|>"  # separated documents in the pretraining of GPT-2, Pythia, Qwen, SmolLM2 and others
 BOS_OR_EOS = "bos-or-eos"  # first token of contexts in earlier versions: the tokenizer's BOS, else its EOS
 TURN_MARKERS = frozenset(
     {
@@ -35,11 +35,11 @@ def bos_or_eos_id(tokenizer: Any) -> int | None:
 
 
 def choose_bos(tokenizer: Any, request: str = "auto") -> BosChoice:
-    """The token that contexts begin with, for a request as for `--bos`: "auto", "none", or a token as text or id.
+    """The token that contexts begin with, for a value of `--bos`: "auto", "none", or a token as text or id.
 
-    "auto" is the token that the tokenizer itself puts before a text; else `<|endoftext|>` if that is a special token of
-    the vocabulary; else bos_token or eos_token, unless it bounds a chat turn; else none. A turn marker at the beginning
-    of ordinary text is unlike the model's training data, and causes attention sinks.
+    "auto" is the token that the tokenizer itself puts before a text; otherwise `<|endoftext|>` if that is a special
+    token of the vocabulary; otherwise bos_token or eos_token, unless it bounds a chat turn; otherwise none. A turn
+    marker at the beginning of ordinary text is unlike the model's training data, and causes attention sinks.
 
     Raises UsageError for a token that the vocabulary does not have.
     """
@@ -68,7 +68,7 @@ def choose_bos(tokenizer: Any, request: str = "auto") -> BosChoice:
 
 
 def added_bos_id(tokenizer: Any) -> int | None:
-    """The id that the tokenizer itself puts before a text. Of several ids it is the bos_token's, else the last one."""
+    """The id that the tokenizer itself puts before a text; of several ids, the bos_token's or else the last."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     starts = [start for start in range(len(whole)) if whole[start : start + len(bare)] == bare]
@@ -85,7 +85,7 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
 
 
 def turn_markers(tokenizer: Any) -> set[str]:
-    """The special tokens that bound a chat turn: the well-known ones, and those inside a rendered conversation."""
+    """The special tokens that bound a chat turn: well-known ones, and those found in a rendered conversation."""
     conversation = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
     known = {token for token in special_tokens(tokenizer) if token in TURN_MARKERS}
     if not getattr(tokenizer, "chat_template", None):
@@ -108,11 +108,11 @@ def find_token(tokenizer: Any, token: str, flag: str) -> int:
         raise UsageError(f"{flag} {token}: the tokenizer has the ids 0 to {len(tokenizer) - 1:,}.")
     ids = tokenizer(token, add_special_tokens=False)["input_ids"]
     if len(ids) == 1 and ids[0] != tokenizer.unk_token_id and tokenizer.decode(ids) == token:
-        return ids[0]  # text whose spelling in the vocabulary differs, such as a newline
+        return ids[0]  # text that is spelled differently in the vocabulary, such as a newline
     known = dict.fromkeys([*special_tokens(tokenizer), *tokenizer.get_added_vocab()])
     raise UsageError(f"{flag} {token!r} is not one token of this tokenizer{did_you_mean(token, list(known)[:400])}")
 
 
 def token_text(tokenizer: Any, token: int) -> str:
-    """How a token is spelled in the vocabulary, for messages."""
+    """The spelling of a token in the vocabulary, for messages."""
     return str(tokenizer.convert_ids_to_tokens(token))

@@ -1,7 +1,7 @@
-"""Read columns of JSON Lines, JSON, Parquet and Arrow files, row by row, from any row on.
+"""Read columns of JSON Lines, JSON, Parquet and Arrow files, row by row, starting at any row.
 
-Only the requested columns are decoded; the content of the others, and a change of their type, does not matter. A row
-that cannot be decoded is returned with its problem, and reading goes on with the next one.
+Only the requested columns are decoded; the content and type of other columns do not matter. A row that cannot be
+decoded is returned with its problem, and reading continues with the next row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ from .json_rows import SEARCHED_ROWS, JsonRows, ReadRow
 FORMATS = {
     ".jsonl": "json", ".json": "json", ".zst": "json", ".gz": "json", ".parquet": "parquet", ".arrow": "arrow",
 }  # fmt: skip  # suffix -> format
-BATCH_ROWS = 256  # of a Parquet file that are decoded together
+BATCH_ROWS = 256  # rows of a Parquet file decoded together
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Row(NamedTuple):
 
 
 def read_rows(files: Sequence[Path], columns: Sequence[str], position: tuple[int, int] = (0, 0)) -> Iterator[Row]:
-    """The rows of files of one format, in order, from a position on.
+    """The rows of files of one format, in order, starting at a position.
 
-    Raises UsageError for a file that cannot be read, or not to its end.
+    Raises UsageError for a file that cannot be read completely.
     """
     first, start = position
     for number, file in enumerate(files):
@@ -59,7 +59,7 @@ def read_rows(files: Sequence[Path], columns: Sequence[str], position: tuple[int
 def find_columns(files: Sequence[Path], wanted: Sequence[str]) -> list[str]:
     """The names of the columns.
 
-    A row of JSON can lack some. The rows are searched until all wanted columns have been found, for at most
+    JSON rows can lack columns. The rows are searched until all wanted columns have been found, for at most
     SEARCHED_BYTES.
 
     Raises UsageError for a file that cannot be read, or if none of the first rows can be read.
@@ -155,7 +155,7 @@ def open_arrow(stream: Any, fields: list[int] | None = None) -> tuple[Any, Itera
 
 
 def batch_rows(schema: Any, batches: Iterator[Any], columns: Sequence[str], row: int, skip: int) -> Iterator[ReadRow]:
-    """The rows of record batches that begin with row number `row`, from row `skip` on."""
+    """The rows of record batches whose first row has number `row`, starting at row `skip`."""
     decoders = {name: column_decoder(schema, name) for name in columns}
     for batch in batches:
         before, row = row, row + batch.num_rows

@@ -9,21 +9,21 @@ from .errors import UsageError
 from .files import digest_of
 
 SHOWN_TOKENS = 5
-# Options of a Python tokenizer that do not change the ids of a text: where its files lie, and what loaded it.
+# Options of a Python tokenizer that do not affect token ids: the location of its files, and what loaded it.
 PLACES = {
     "name_or_path", "is_local", "local_files_only", "backend", "model_max_length", "trust_remote_code", "auto_map",
 }  # fmt: skip
 
 
 def is_fast(tokenizer: Any) -> bool:
-    """Whether the tokenizers library implements it, which also gives the position of each token in a text."""
+    """Whether it is implemented by the tokenizers library, which also provides the position of each token in a text."""
     return getattr(tokenizer, "backend_tokenizer", None) is not None
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
     """The sha256 of everything that decides the ids of a text; part of a cache's identity.
 
-    It does not depend on where the tokenizer's files lie. A tokenizer that is written in Python, such as ByT5's, is
+    It does not depend on the location of the tokenizer's files. A tokenizer written in Python, such as ByT5's, is
     identified by its class, vocabulary, added tokens, options and files.
     """
     if is_fast(tokenizer):
@@ -52,7 +52,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def tokens_without_embedding(tokenizer: Any, rows: int | None) -> dict[int, str]:
-    """{id: text} of the tokens whose ids are beyond the `rows` of a model's embedding, in the order of their ids.
+    """{id: text} of the tokens whose ids exceed the `rows` of a model's embedding, in the order of their ids.
 
     A fine-tune can add tokens without enlarging its embedding. The opposite, an embedding with more rows than tokens,
     is common.

@@ -1,4 +1,4 @@
-"""The parts of an array's zarr.json that decide how its bytes are read, whichever Zarr program wrote it."""
+"""The parts of an array's zarr.json that affect how its bytes are read, whichever Zarr program wrote it."""
 
 from typing import Any
 

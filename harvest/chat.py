@@ -110,8 +110,7 @@ class ChatEncoder:
         return text, [(int(first), int(last)) for first, last in spans[0]] if spans else []
 
     def literals(self, messages: Sequence[dict[str, Any]], text: str) -> dict[int, str]:
-        """{place: token} for each special token spelled out in a message, which is text and not a token of the
-        template.
+        """{place: token} for each special token spelled out in a message; such a token is text.
 
         They are found by rendering the messages again with a mark inside each of them.
         """

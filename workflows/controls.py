@@ -1,8 +1,9 @@
 """Train the controls of runs, for `sae evaluate --controls` (train/variants/controls.py; arXiv 2602.14111).
 
-A control is trained once for the rows, width, L0, steps, batch size and order of batches of the runs that it controls
-for, with seed 0, as an ordinary run in `activations/evaluation/controls/`: a second command finds it there, and resumes
-one that was interrupted. It is made of the recipe of the run, if that is topk or batchtopk, else of batchtopk.
+A control is trained once, with seed 0, for the rows, width, L0, steps, batch size and order of batches of the runs that
+it controls for. It is an ordinary run in `activations/evaluation/controls/`, where later commands find it, or resume it
+if it was interrupted. Its recipe is based on the recipe of the run if that is topk or batchtopk, and otherwise on
+batchtopk.
 """
 
 import os
@@ -24,7 +25,7 @@ from ..train.sae import read_run_record, read_sae_record
 
 
 class Wanted(NamedTuple):
-    """The controls of a run of `variant`: made of the recipe `base`, under `conditions`, trained on `caches`."""
+    """The controls of a run of `variant`: based on the recipe `base`, with `conditions`, trained on `caches`."""
 
     variant: str
     base: str
@@ -38,9 +39,9 @@ class ControlsPlan:
 
     Attributes:
         train: the controls, finished or not; None if no run can have any.
-        count: how many runs they control for.
-        bases: the recipes that they are made of.
-        notes: sentences about runs without controls, and about runs whose controls are made of another recipe.
+        count: the number of runs that they control for.
+        bases: the recipes that they are based on.
+        notes: sentences about runs without controls, and about runs whose controls are based on another recipe.
         problems: why controls cannot be trained; the evaluation goes on without them.
     """
 
@@ -60,7 +61,7 @@ class ControlsPlan:
 
     @property
     def trained_folders(self) -> tuple[Path, ...]:
-        """The folders of those that can be evaluated now."""
+        """The folders of the controls that can be evaluated now."""
         return tuple(run.folder for run in self.runs if run.done)
 
     def describe(self) -> list[str]:
@@ -81,7 +82,7 @@ class ControlsPlan:
 def plan_controls(runs: Sequence[str | os.PathLike[str]], device: str = "auto") -> ControlsPlan:
     """Plan the controls of finished runs: the three recipes for each distinct set of conditions and base.
 
-    A run that is a control itself has none. Folders that cannot be read are left to the evaluation, which says why.
+    A run that is itself a control has none. Folders that cannot be read are left to the evaluation, which reports why.
     Controls that do not fit on the disk, or that have a damaged record, are among the plan's `problems`.
     """
     wanted: dict[str, Wanted] = {}
@@ -114,7 +115,7 @@ def plan_controls(runs: Sequence[str | os.PathLike[str]], device: str = "auto") 
 
 
 def find_wanted(folder: Path) -> Wanted | str | None:
-    """The controls of a run; or why it gets none, as the end of a sentence; or None if it is itself a control.
+    """The controls of a run; or the reason why it gets none, as the end of a sentence; or None if it is a control.
 
     Raises SaeError if the folder cannot be read.
     """
@@ -128,7 +129,7 @@ def find_wanted(folder: Path) -> Wanted | str | None:
 
 
 def control_config(wanted: Wanted, device: str) -> TrainConfig:
-    """The controls as something to train."""
+    """The training configuration of the controls."""
     conditions = wanted.conditions
     return TrainConfig(
         variants=RECIPES,
@@ -150,7 +151,7 @@ def control_config(wanted: Wanted, device: str) -> TrainConfig:
 def training_caches(folder: Path) -> list[str | Path] | None:
     """The places of the caches that a run was trained on, or None if one is gone. Finds one moved to activations/."""
     record, origin = read_run_record(folder), read_sae_record(folder).get("origin", {})
-    assert record is not None  # it has conditions
+    assert record is not None  # since it has conditions
     places: list[str | Path] = [place if is_url(place) else Path(place) for place in record["cache_folders"]]
     if len(places) > 1:
         is_there = (is_url(place) or (Path(place) / "zarr.json").exists() for place in places)
@@ -160,7 +161,7 @@ def training_caches(folder: Path) -> list[str | Path] | None:
 
 
 def reason_without(folder: Path, conditions: Mapping[str, Any] | None) -> str:
-    """Why a finished run gets no controls, as the end of a sentence."""
+    """The reason why a finished run gets no controls, as the end of a sentence."""
     if conditions is not None:
         return "the cache that it was trained on was not found. Move it back, or to activations/."
     record = read_run_record(folder)
@@ -174,7 +175,7 @@ def reason_without(folder: Path, conditions: Mapping[str, Any] | None) -> str:
 def train_controls(
     runs: Sequence[str | os.PathLike[str]], *, device: str = "auto", progress: TrainProgress | None = None
 ) -> list[Run]:
-    """Train the controls of finished runs, or find those that are trained, for `sae.evaluate_saes(controls=...)`.
+    """Train the controls of finished runs, or find trained ones, for `sae.evaluate_saes(controls=...)`.
 
     Examples:
         >>> runs = sae.train_saes("topk", cache="activations/...", l0=32)

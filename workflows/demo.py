@@ -1,4 +1,4 @@
-"""The workflow of `sae demo`: the three stages on the embedded model and text, with nothing to download."""
+"""The workflow of `sae demo`: the three stages on the embedded model and text, without any downloads."""
 
 from collections.abc import Sequence
 from pathlib import Path

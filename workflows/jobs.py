@@ -59,12 +59,12 @@ class Job:
 
     @property
     def pass_key(self) -> tuple[Any, ...]:
-        """Jobs with the same key can be trained in one pass."""
+        """A key that is equal for jobs that can be trained in one pass."""
         return self.dataset, self.steps, self.batch_size, self.width, self.paper_exact, self.layers, self.seeds
 
 
 def jobs_of(paper: Paper, config: ReproduceConfig, on_paper_model: bool) -> list[Job]:
-    """What to train for a paper: each recipe of each system, in the chosen reading."""
+    """The jobs of a paper: each recipe of each system, in the chosen reading."""
     reading = find_reading(paper, on_paper_model, config.reading)
     paper_batches = paper.reproduction.batch_size if reading.is_papers or on_paper_model else None
     main = paper.systems["full" if "full" in paper.systems else next(iter(paper.systems))]
@@ -96,12 +96,13 @@ def scale_width(system: str, main: str, width: str | None) -> str | None:
     try:
         return f"{float(number) * factor:g}{unit}"
     except ValueError:
-        return width  # plan_training reports what is wrong with it
+        return width  # plan_training reports the error
 
 
 def set_options(recipe: str, paper: Paper, reading: Reading, system: PaperSystem) -> tuple[str, ...]:
-    """The options of a job, as for --set: the system's, those of the reading that the recipe has, and the paper's
-    optimizer, in this order of precedence."""
+    """The options of a job, as for --set: the system's options, the options of the reading that the recipe has, and the
+    paper's optimizer, in this order of precedence.
+    """
     known = find_recipe(recipe).option_types()
     printed = paper.setup.optimization() if reading.is_papers else {}
     options = printed | {name: value for name, value in reading.options.items() if name in known} | dict(system.options)
@@ -109,12 +110,12 @@ def set_options(recipe: str, paper: Paper, reading: Reading, system: PaperSystem
 
 
 def to_set_value(value: Any) -> str:
-    """A TOML value, or None, as --set takes it."""
+    """A TOML value, or None, in the syntax of --set."""
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
 def group_by_pass(jobs: Iterable[Job]) -> list[list[Job]]:
-    """Jobs to be trained in one pass: equal in all but recipe and options, and no recipe with two sets of options."""
+    """Group jobs that share a pass: equal except in recipe and options, and no recipe with two sets of options."""
     groups: list[list[Job]] = []
     for job in jobs:
         for group in groups:
@@ -133,7 +134,7 @@ def options_by_recipe(jobs: Iterable[Job]) -> dict[str, tuple[str, ...]]:
 
 
 def train_config(jobs: Sequence[Job], source: Path | PlannedCache, config: ReproduceConfig) -> TrainConfig:
-    """The training of a pass, on the folder of a cache or on one that is still to be harvested."""
+    """The training configuration of a pass, on an existing cache or one that is still to be harvested."""
     first, recipes = jobs[0], options_by_recipe(jobs)
     return TrainConfig(
         variants=list(recipes),
@@ -152,5 +153,5 @@ def train_config(jobs: Sequence[Job], source: Path | PlannedCache, config: Repro
 
 
 def model_folder_name(model: str) -> str:
-    """The last part of a folder's path or of an id on the Hub."""
+    """The last part of a folder's path or of a Hub id."""
     return Path(model).resolve().name if Path(model).is_dir() else Path(model).name

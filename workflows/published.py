@@ -1,7 +1,7 @@
 """Evaluate a published SAE in one command: turn the arguments of `sae evaluate` into run folders.
 
-A run folder stays as it is. hf://owner/repo/folder and a folder of another library's files are imported into runs/ and
-found there again the next time, by the commit or by the checksums of the files.
+A run folder is used as it is. hf://owner/repo/folder and folders with another library's files are imported into runs/.
+The next time, the import is found there by the commit or by the checksums of the files.
 """
 
 import re
@@ -31,12 +31,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PublishedConfig:
-    """How to import what is not a run folder yet. None means what the files say."""
+    """How to import SAEs that are not run folders yet. None means the value from the files."""
 
     model: str | None = None
     layer: int | None = None
     cache: str | Path | None = None
-    dry_run: bool = False  # say what would be imported, and import nothing
+    dry_run: bool = False  # only report what would be imported
 
 
 @dataclass
@@ -53,7 +53,7 @@ class RunFolders:
     pending: list[str] = field(default_factory=list)
 
     def raise_refusals(self) -> None:
-        """Raise all refusals as one error, which has the exit code of the refusals if they share one."""
+        """Raise all refusals as one error, with their exit code if they all have the same."""
         errors = list(self.refused.values())
         if errors:
             kind = type(errors[0]) if len({error.exit_code for error in errors}) == 1 else SaeError
@@ -63,9 +63,9 @@ class RunFolders:
 def find_or_import(
     texts: Sequence[str], config: PublishedConfig, say: Say = lambda line: None, progress: Progress = no_progress
 ) -> RunFolders:
-    """The run folder of each text: the folder itself, or what was imported from it now or earlier.
+    """The run folder for each argument: the folder itself, or the run imported from it now or earlier.
 
-    One that cannot be imported is put into `RunFolders.refused`, and the others are still found.
+    Arguments that cannot be imported are put into `RunFolders.refused`; the others are still processed.
 
     Args:
         texts: run folders, hf://owner/repo[@revision]/folder, or folders of another library's files.
@@ -114,7 +114,7 @@ def is_foreign(path: Path) -> bool:
         return False
     try:
         open_folder(path)
-    except UsageError:  # several SAEs in a folder are refused when it is opened again
+    except UsageError:  # a folder with several SAEs is refused when it is opened again
         return path.is_dir() and any(fmt.is_weights(p.name) for p in path.glob("*") for fmt in Format.registry.values())
     return True
 
@@ -123,7 +123,7 @@ def is_foreign(path: Path) -> bool:
 
 
 def run_of_address(text: str, config: PublishedConfig, say: Say, progress: Progress) -> Path | None:
-    """The run folder of an address on the Hub. None if it would have to be imported in a dry run."""
+    """The run folder for an address on the Hub. None in a dry run if it would have to be imported."""
     address = HubAddress.parse(text)
     if address.revision and COMMIT.fullmatch(address.revision):  # nothing to resolve, so no need to ask the Hub
         for folder, source in imported_runs(config):
@@ -164,7 +164,7 @@ def free_name(remote: RemoteSAE, config: PublishedConfig) -> str:
 
 
 def run_of_files(path: Path, config: PublishedConfig, say: Say, progress: Progress) -> Path | None:
-    """The run folder of another library's files. None if they would have to be imported in a dry run."""
+    """The run folder for another library's files. None in a dry run if they would have to be imported."""
     folder, fmt = open_folder(path, config.layer)
     sha256 = file_digests(fmt, folder)
     for run, source in imported_runs(config):
@@ -185,7 +185,7 @@ Source = dict[str, Any]  # `imported_from` of run.json
 
 
 def imported_runs(config: PublishedConfig) -> Iterator[tuple[Path, Source]]:
-    """The imported runs in runs/ that fit a configuration, newest first, each with its source."""
+    """The imported runs in runs/ that match a configuration, newest first, each with its source."""
     fits = fitting(config)
     records = [path for path in (sae_home() / "runs").glob("*/run.json") if (path.parent / "sae.json").exists()]
     for path in sorted(records, key=lambda path: path.stat().st_mtime, reverse=True):
@@ -202,7 +202,7 @@ def imported_runs(config: PublishedConfig) -> Iterator[tuple[Path, Source]]:
 
 
 def fitting(config: PublishedConfig) -> Callable[[Origin, Source], bool]:
-    """Whether an imported SAE has the model and layer that are asked for, or those of its files if none are."""
+    """A test whether an imported SAE has the requested model and layer, or those in its files if none are requested."""
     given = GivenModel(config.model) if config.model is not None else None
 
     def fits(origin: Origin, source: Source) -> bool:
@@ -224,7 +224,7 @@ def import_config(config: PublishedConfig, name: str | None = None) -> ImportCon
 
 
 def announce(imported: ImportResult, say: Say) -> Path:
-    """Say what an import found. Returns its run folder."""
+    """Report what an import found. Returns the run folder."""
     for note in imported.notes:
         say(f"note     {note}")
     say(f"checked  {imported.check}")
@@ -236,7 +236,7 @@ def announce(imported: ImportResult, say: Say) -> Path:
 
 
 def check_hook(model: str, hook: Hook, d_in: int) -> None:
-    """UsageError if a model whose config is on this machine has no such layer, or another width there.
+    """Raise UsageError if a model's config on this machine shows that the layer does not exist or has another width.
 
     If the config is not on this machine, nothing is checked.
     """
@@ -255,7 +255,7 @@ def check_hook(model: str, hook: Hook, d_in: int) -> None:
 
 
 def local_model_config(model: str) -> Any | None:
-    """transformers' configuration of a model's text part, if it is on this machine; asks nothing of the network."""
+    """transformers' configuration of a model's text part, if it is on this machine; makes no network requests."""
     from transformers import AutoConfig
 
     location = str(mini.WEIGHTS) if model == mini.NAME else model

@@ -1,4 +1,4 @@
-"""Reproduce a paper: train its systems, evaluate them, and report every number it claims next to the one measured.
+"""Reproduce a paper: train its systems, evaluate them, and report each claimed number next to the measured one.
 
 Existing caches, runs and results are reused, so a reproduction can be interrupted and repeated.
 """
@@ -36,11 +36,11 @@ from ..train.recipe import find_recipe
 from ..train.shares import describe_shares
 from .jobs import Job, ReproduceConfig, group_by_pass, jobs_of, options_by_recipe, train_config
 
-ALL = "all"  # stands for every paper
+ALL = "all"  # means every paper
 
 
 def default_suite(papers: Sequence[Paper]) -> str:
-    """The suite on another model than the papers': `quick`, and the stand-ins of other metrics that they claim."""
+    """The suite for models other than the papers': `quick`, plus stand-ins for other metrics that the papers claim."""
     claimed = {claim.metric.split(".")[0] for paper in papers for claim in paper.claims}
     stand_ins = [name for name in METRICS if name.endswith("_stdlib") and name.removesuffix("_stdlib") in claimed]
     more = [name for name in stand_ins if name not in SUITES["quick"]]
@@ -70,7 +70,7 @@ class ReproducePlan:
 
     @cached_property
     def train_plans(self) -> list[TrainPlan]:
-        """For each pass, the plan of its training, on the cache or on the one that will be harvested."""
+        """For each pass, its training plan, on the existing or the planned cache."""
         configs = [train_config(jobs, self.source_of(jobs), self.config) for jobs in self.passes]
         return [plan_training(config, self.harvest_bytes) for config in configs]
 
@@ -91,9 +91,9 @@ class ReproducePlan:
         return source.folder
 
     def describe(self, time: bool = False) -> list[str]:
-        """The lines that `sae reproduce` prints first; with `time` also memory and time, which takes seconds.
+        """The lines that `sae reproduce` prints first; with `time`, also memory and time, which takes some seconds.
 
-        Empty in all but the first of several launched processes.
+        Of several launched processes, only the first returns any lines.
         """
         if rank_and_count()[0]:
             return []
@@ -116,17 +116,17 @@ class ReproducePlan:
 
     @property
     def unfinished(self) -> list[Run]:
-        """The runs that are still to be trained."""
+        """The runs that have not been trained yet."""
         return [run for plan in self.train_plans for run in plan.unfinished]
 
 
 def describe_notes(runs: Iterable[Run]) -> list[str]:
-    """The notes of the training plans about options: one line for each note, with the recipes that it applies to."""
+    """The training plans' notes about options: one line per note, with the recipes that it applies to."""
     recipes: dict[str, list[str]] = {}  # sentence -> recipes
     for run in runs:
         for note in run.notes:
             recipe, _, sentence = note.partition(": ")
-            if not sentence.startswith("--paper-exact"):  # nobody gave this flag: a reading did
+            if not sentence.startswith("--paper-exact"):  # not a user's flag: a reading sets it
                 recipes.setdefault(sentence, []).append(recipe)
     return [
         f"note     {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {sentence}"
@@ -172,7 +172,7 @@ def is_paper_model(config: ReproduceConfig, papers: Iterable[Paper]) -> bool:
 def sources_of(
     jobs: Sequence[Job], config: ReproduceConfig, say: Callable[[str], None]
 ) -> dict[str | None, Cache | HarvestPlan]:
-    """For each dataset, the cache that was given, or the plan of a harvest long enough for its longest job."""
+    """For each dataset, the given cache, or the plan of a harvest that is long enough for the longest job."""
     if config.cache is not None:
         cache = Cache(config.cache)
         if not (given := GivenModel(config.model)).is_model_of(cache.identity["model"]):
@@ -203,10 +203,10 @@ def check_reading(name: str | None, papers: Sequence[Paper]) -> None:
 
 
 def as_one_plan(plans: Sequence[TrainPlan]) -> TrainPlan:
-    """The runs of several plans as one, so that they can be dealt to several processes together."""
+    """The runs of several plans as one plan, so that they can be distributed over several processes together."""
     runs: dict[Any, Run] = {}
     for run in (run for plan in plans for run in plan.runs):
-        options = json.dumps(run.options, sort_keys=True)  # until a cache is harvested, no digest tells runs apart
+        options = json.dumps(run.options, sort_keys=True)  # before the harvest, no digest distinguishes runs
         runs.setdefault((run.folder, run.config, options), run)
     return TrainPlan(plans[0].config, list(runs.values()))
 
@@ -230,7 +230,7 @@ class Reproduction:
 
 
 def page_name(paper: Paper, reading: Reading, on_paper_model: bool) -> str:
-    """The file of a paper's page. Verdicts are of a reading, so every one but the default has a page of its own."""
+    """The file name of a paper's page. Verdicts depend on the reading, so each reading has a separate page."""
     is_default = reading == find_reading(paper, on_paper_model, None)
     return f"{paper.number}.html" if is_default else f"{paper.number}-{reading.name}.html"
 
@@ -278,5 +278,5 @@ def run_reproduction(plan: ReproducePlan, stages: Stages) -> Reproduction:
         write_page(page, reproduction_page(report, model_name(plan)))
         stages.report(report, page)
         result.reports.append(report)
-    group.barrier()  # a launcher stops the first process, at its pages, when another ends with an error
+    group.barrier()  # otherwise the launcher stops the first process at its pages when another ends with an error
     return result

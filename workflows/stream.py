@@ -1,7 +1,7 @@
-"""Harvest while training: the runs train on windows of activations that are removed when every run has read them.
+"""Harvest while training: the runs train on windows of activations that are deleted once every run has read them.
 
-The harvest runs in a thread, ahead of training, and at most `windows` windows of it are on the disk. Text that would
-take terabytes as a cache can be trained on once, in order.
+The harvest runs in a thread, ahead of training, and keeps at most `windows` windows on the disk. So runs can train
+once, in order, on text whose cache would take terabytes.
 """
 
 from dataclasses import dataclass, replace
@@ -31,10 +31,10 @@ class StreamingPlan:
     harvest: HarvestPlan
     ring: RingCache
     train: TrainPlan
-    ring_bytes: int  # of the windows that are on the disk together, and the text
+    ring_bytes: int  # the windows on the disk at one time, and the text
 
     def describe(self, time: bool = False) -> list[str]:
-        """The lines that `sae train --stream` prints before it begins; with `time` also those of training."""
+        """The lines that `sae train --stream` prints before it begins; with `time`, training's time too."""
         ring, layout, folder = self.ring, self.ring.layout, self.harvest.folder
         return [
             *describe_source(self.harvest),
@@ -55,7 +55,7 @@ class StreamingPlan:
         return [f"masked   rows with a norm over {self.ring.max_norm:g}x the median of the first window"]
 
     def describe_unread_rows(self) -> list[str]:
-        """For each batch size, how many rows at the ends of groups do not fill a batch."""
+        """Lines with the number of rows at the ends of groups that do not fill a batch, for each batch size."""
         lines = []
         for batch_size in sorted({run.config.batch_size for run in self.train.runs}):
             unread = self.harvest.tokens - self.ring.cumulative_batches(batch_size)[-1] * batch_size
@@ -64,16 +64,16 @@ class StreamingPlan:
 
 
 def plan_streaming(config: TrainConfig, *, windows: int = WINDOWS, **harvest_options: Any) -> StreamingPlan:
-    """Plan training on a text that is harvested meanwhile.
+    """Plan training on a text that is harvested at the same time.
 
     Args:
         config: what to train. Its `model`, `layers`, `site` or `modules`, and `device` are harvested; a `caches`
             entry is the folder for the windows.
-        windows: how many windows may be on the disk together, an even number.
+        windows: how many windows may be on the disk at the same time, an even number.
         harvest_options: fields of HarvestConfig, such as `tokens`, `dataset`, `context`, `window` and `max_norm`.
 
     Raises:
-        UsageError: the number of tokens is not given, a run is to be resumed by its folder, or a launcher has started
+        UsageError: the number of tokens is not given, a run would be resumed by its folder, or a launcher has started
             several processes.
         UnavailableError: the model or the text cannot be reached, or the disk is too small.
     """
