@@ -6,8 +6,8 @@ over rounds.
 
     step       relu, topk and batchtopk, beside the peers' trainers as published on the same batches (environments as in
                peers/agree_train.py), and relative to a lower bound: the five products of a dense step alone, in the
-               same rounds. Below 1 of it rows are gathered (train/sparse_ops.py). FLOP are those of matrix products, by
-               torch's counter, which counts none for gathered rows.
+               same rounds. Steps below 1 gather rows instead (train/sparse_ops.py). FLOP are those of matrix products,
+               from torch's counter, which counts none for gathered rows.
     recipes    every recipe over its base: topk if it keeps a fixed number of latents, else relu. Includes what
                mechanisms do every N steps, divided by N.
     together   V relu runs in one pass over a cache, relative to V runs one after the other.
