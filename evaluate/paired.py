@@ -1,4 +1,4 @@
-"""Pair the runs of two systems for a test: by seed, else by the units of the text that both were measured on.
+"""Pair the runs of two systems for a test: by seed or else by the units of the text on which both were measured.
 
 docs/reference/statistics.md explains what each way can show.
 """
@@ -17,7 +17,7 @@ RunBySeed = Mapping[Any, MeasuredRun]
 
 
 class PairedValues(NamedTuple):
-    """A number of two systems on the units of both, or the reason why there are none, as the end of a sentence."""
+    """A number of two systems on their common units, or the reason why there are none, as the end of a sentence."""
 
     ours: Sequence[float] = ()
     theirs: Sequence[float] = ()
@@ -33,7 +33,7 @@ class Pairing(NamedTuple):
 
 
 def metric_value(row: MeasuredRun, metric: str, column: MetricColumn) -> float | None:
-    """A number of a row, without outlier rows where there were any; None if it was not measured."""
+    """A number of a row, without outlier rows if there were any; None if it was not measured."""
     result = row.results.get(metric)
     return None if result is None else result.sound.metrics.get(column.category, {}).get(column.name)
 
@@ -50,7 +50,7 @@ def pair_systems(system: RunBySeed, other: RunBySeed, metric: str, column: Metri
 
 
 def pair_runs(run: MeasuredRun, other: MeasuredRun, metric: str, column: MetricColumn) -> Pairing:
-    """The differences run - other of one number on the units of the text that both were measured on."""
+    """The differences run - other of one number on the units of the text on which both were measured."""
     return differences_of(pair_units(run, other, metric, column))
 
 
@@ -65,8 +65,8 @@ def pair_values(system: RunBySeed, other: RunBySeed, metric: str, column: Metric
     """One number of two systems, as pairs of values.
 
     - Two seeds or more in common: one pair for each.
-    - `other` is a reference, which has no seed: each seed is paired with it, because it is one fixed SAE.
-    - One run each, or one seed in common: these two runs, one pair for each document, data set or letter.
+    - `other` is a reference, which has no seed: each seed is paired with this one fixed SAE.
+    - One run each, or one seed in common: these two runs are paired by document, data set or letter.
     """
     if not METRICS[metric].independent_seeds:
         return PairedValues(reason="it belongs to all seeds together")
@@ -88,7 +88,7 @@ def pair_values(system: RunBySeed, other: RunBySeed, metric: str, column: Metric
 
 
 def pair_units(run: MeasuredRun, other: MeasuredRun, metric: str, column: MetricColumn) -> PairedValues:
-    """One number of two runs on the units of the text that both were measured on."""
+    """One number of two runs on the units of the text on which both were measured."""
     ours, theirs = run_values(run, metric, column), run_values(other, metric, column)
     if not ours.unit:
         return PairedValues(reason="one seed, and no values by unit")
@@ -103,7 +103,7 @@ def pair_units(run: MeasuredRun, other: MeasuredRun, metric: str, column: Metric
 
 
 def run_values(run: MeasuredRun, metric: str, column: MetricColumn) -> UnitValues:
-    """The unit of a number, and its value by unit; no values if their mean is not the number."""
+    """The unit of a number, and its values by unit. There are no values if their mean is not the number."""
     value = metric_value(run, metric, column)
     if value is None:
         return UnitValues(METRICS[metric].unit, {})
@@ -115,7 +115,7 @@ def run_values(run: MeasuredRun, metric: str, column: MetricColumn) -> UnitValue
 
 
 def describe_pairs(differences: PairedDifferences) -> str:
-    """How much was paired: "3 seeds", "1,024 groups of documents"."""
+    """What was paired: "3 seeds", "1,024 groups of documents"."""
     first, _, rest = differences.unit.partition(" of ")
     plural = f"{first}s of {rest}" if rest else f"{first}s"
     return f"{differences.pairs:,} {plural}"

@@ -32,7 +32,7 @@ from .results import read_result
 from .rows import EvalGroup, EvalRow, failures, placed
 from .sae_text import describe_change, text_request
 
-RESULT_BYTES, RESULT_BYTES_PER_LATENT = 1 << 20, 1024  # free disk space that the results of a run can need
+RESULT_BYTES, RESULT_BYTES_PER_LATENT = 1 << 20, 1024  # disk space that the results of a run can need
 NEXT_SUITE = {"quick": "full", "full": "autointerp", "autointerp": ""}  # else "quick"
 
 
@@ -45,7 +45,7 @@ class EvaluateConfig:
     tokens: int | None = None  # None: as many as SAEBench reads, or all of the held-out text
     mode: str = "0.6.0"
     model: str | None = None
-    cache: str | Path | None = None  # a folder or an address; None: the cache that each run was trained on
+    cache: str | Path | None = None  # a folder or an address; None: the cache on which each run was trained
     max_norm: float | None = None  # mask rows over this multiple of the median norm; None: as in training; inf: none
     options: Sequence[str] = ()  # metric.option=value
     data: Path | None = None  # a folder to search for datasets before the Hub
@@ -54,7 +54,7 @@ class EvaluateConfig:
     controls: Sequence[Path] = ()  # run folders of controls (workflows/controls.py), trained before this is run
     device: str = "auto"
     dtype: str = "auto"
-    precision: str = "float32"  # of the SAEs' products
+    precision: str = "float32"  # of the SAEs' matrix multiplications
 
 
 @dataclass
@@ -63,7 +63,7 @@ class EvaluatePlan:
 
     Attributes:
         refused: runs that cannot be evaluated, and why.
-        unfinished: runs that are skipped because their training has not finished.
+        unfinished: runs that are skipped because their training is not finished.
         expected_failures: metrics that cannot run and why, as known before the run.
         notes: sentences to show after the tables.
     """
@@ -115,7 +115,7 @@ class EvaluatePlan:
         return lines
 
     def _refusals(self) -> list[str]:
-        """Each reason once, followed by the runs that it applies to and does not name."""
+        """Each reason once, followed by those runs to which it applies and which it does not name."""
         lines = []
         for reason in dict.fromkeys(map(str, self.refused.values())):
             names = [folder.name for folder, error in self.refused.items() if str(error) == reason]
@@ -159,7 +159,7 @@ class EvaluatePlan:
     def exit_code(self, rows: Sequence[EvalRow]) -> int:
         """0 if everything that was asked for was measured, 3 if only damaged files prevented it, else 1.
 
-        A metric of a named suite that needs data or packages which this machine lacks is not an error.
+        If a metric of a named suite needs data or packages that this machine lacks, that is not an error.
         """
         errors = [error for row in self.rows for error in row.errors.values()]
         failed = [*self.refused.values(), *(error for error in errors if not isinstance(error, UnavailableError))]
@@ -171,9 +171,9 @@ class EvaluatePlan:
         return 0 if optional or not self.expected_failures else 1
 
     def next_command(self) -> str:
-        """The command that measures more of the same runs; empty after the last suite.
+        """The command for the next suite on the same runs; empty after the last suite.
 
-        After `full` that is `autointerp`, which without a judge writes its prompts.
+        After `full`, this is `autointerp`, which writes its prompts if there is no judge.
         """
         config = self.config
         suite = NEXT_SUITE.get(config.suite, "quick")
@@ -190,9 +190,9 @@ class EvaluatePlan:
 
 
 def whole_contexts(asked: int | None, read: int, changed: bool) -> str:
-    """A remark behind the number of tokens if it differs from the requested one; empty if it does not.
+    """A remark after the number of tokens if that differs from the requested number; otherwise empty.
 
-    `changed`: whether the files of an imported SAE decide the first token and the length of contexts.
+    `changed`: whether an imported SAE's files determine the first token and the length of contexts.
     """
     if asked is None or asked == read:
         return ""
@@ -261,7 +261,7 @@ def resolve_config(config: EvaluateConfig) -> tuple[list[Metric], str, str]:
 
 
 def load_rows(plan: EvaluatePlan, device: str | None) -> list[tuple[Cache, list[EvalRow]]]:
-    """The runs as rows, grouped by the contexts that they are evaluated on; fills in `plan.refused`."""
+    """The runs as rows, grouped by the contexts on which they are evaluated. Fills in `plan.refused`."""
     config = plan.config
     groups: dict[tuple[str, Any], list[EvalRow]] = {}
     for folder, path in {run.resolve(): run for run in config.runs}.items():
@@ -281,7 +281,7 @@ def load_rows(plan: EvaluatePlan, device: str | None) -> list[tuple[Cache, list[
 
 
 def text_notes(cache: Cache, ctx: EvalContext, rows: Sequence[EvalRow]) -> list[str]:
-    """Sentences about the tokenizer, and about the contexts that imported SAEs are evaluated on."""
+    """Sentences about the tokenizer, and about the contexts on which imported SAEs are evaluated."""
     form, context = ContextFormat.of(cache.identity, ctx.tokenizer), cache.identity["context"]
     return [*ctx.notes] + [
         line
@@ -330,7 +330,7 @@ def check_group(plan: EvaluatePlan, group: EvalGroup) -> None:
 
 
 def prepare_metrics(metrics: Sequence[Metric], group: EvalGroup, force: bool) -> None:
-    """Fill in the settings of every metric that can run, and unless `force` the results measured with them before."""
+    """Fill in the settings of every metric that can run and, without `force`, earlier results with these settings."""
     for metric in metrics:
         try:
             group.settings[metric.name] = metric.settings(group.ctx)
@@ -352,7 +352,7 @@ def record_failure(metric: Metric, rows: Sequence[EvalRow], error: SaeError) -> 
 
 
 def read_earlier_results(metric: Metric, group: EvalGroup, rows: Sequence[EvalRow], force: bool) -> None:
-    """Unless `force`, fill in the results of rows that have one; and the errors of those that cannot be measured."""
+    """Fill in the earlier results of rows (not with `force`), and the errors of rows that cannot be measured."""
     for row in rows:
         try:
             settings = group.settings_of(metric, row)
@@ -371,7 +371,7 @@ def refuse_row(plan: EvaluatePlan, group: EvalGroup, row: EvalRow, error: SaeErr
 
 
 def check_writable(folder: Path, needed: int) -> None:
-    """Raise UnavailableError unless files can be written in a folder and `needed` bytes are free."""
+    """Raise UnavailableError unless a folder is writable and `needed` bytes are free."""
     parent = existing_parent(folder)
     probe = temporary_path(parent / ".writable")
     try:
@@ -390,7 +390,7 @@ def check_writable(folder: Path, needed: int) -> None:
 def raise_if_nothing_to_do(plan: EvaluatePlan) -> None:
     """When nothing can be measured and nothing was measured before, raise all reasons as one error.
 
-    It has the exit code of the reasons if they share one.
+    The error has the exit code of the reasons if they share one.
     """
     if any(metric.name not in row.errors for row in plan.rows for metric in plan.metrics):
         return

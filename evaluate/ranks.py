@@ -1,9 +1,9 @@
-"""Evaluate over the ranks of a launcher: each measures its share of the SAEs, on its own device.
+"""Evaluate over the ranks of a launcher. Each rank measures its share of the SAEs on its own device.
 
-While they measure, ranks share only files. A result is a file of its run; values that do not depend on an SAE are files
-of the artifact cache, computed by the first rank to need them. At the end each rank sends the others the values that no
-file holds: errors and the names of reference rows. If a rank dies, its SAEs stay unmeasured; the same command measures
-them.
+While they measure, ranks share only files. Results are files in the run folders. Values that do not depend on an SAE
+are files in the artifact cache, computed by the first rank that needs them. At the end, each rank sends the others what
+no file contains: errors and the names of reference rows. If a rank dies, its SAEs stay unmeasured until the same
+command is run again.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from .reference_saes import Identity
 from .results import result_file
 from .rows import EvalGroup, EvalRow
 
-TICK_SECONDS = 2.0  # between two counts of the results of all ranks
+TICK_SECONDS = 2.0  # seconds between two counts of all ranks' results
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Measured:
 
     Attributes:
         errors: run folder and metric -> why there is no result.
-        references: number of the group and place in it -> a reference row, without its SAE and results.
+        references: number of the group and index in it -> a reference row, without its SAE and results.
         notes: sentences to show after the tables.
     """
 
@@ -54,7 +54,7 @@ def measure_over_ranks(
     Raises SaeError if any rank raised one, and UnavailableError if a rank has ended.
     """
     shares = ranks.everywhere(lambda: deal_work(plan, ranks.count))
-    # All use the first rank's assignment: another may have planned when some results already existed.
+    # All ranks use the first rank's assignment: others may have planned when some results already existed.
     shares, controls = ranks.gather((shares, plan.config.controls) if ranks.is_first else None)[0]
     plan.config = replace(plan.config, controls=controls)
     view = RanksView(plan, progress) if ranks.is_first else NoView(progress)
@@ -70,7 +70,7 @@ def measure_over_ranks(
 
 
 def attempt(plan: EvaluatePlan, share: Share, progress: ProgressFactory) -> Callable[[], Measured]:
-    """Measure a share. Returns a function that returns the results, or raises the SaeError that ended it."""
+    """Measure a share. Returns a function that returns the results or raises the SaeError that ended the work."""
     try:
         measured = measure_share(plan, share, progress)
     except SaeError as error:
@@ -107,7 +107,7 @@ def measure_share(plan: EvaluatePlan, share: Share, progress: ProgressFactory) -
 def load_due(group: EvalGroup, units: Sequence[Unit], measured: Measured) -> dict[str, list[EvalRow]]:
     """The rows that are due for each metric, with their SAEs in memory.
 
-    A run that is damaged gets an error, and so do all seeds of its system for a metric that reads them together.
+    A damaged run gets an error. So do all seeds of its system, for a metric that reads them together.
     """
     rows = {row.folder: row for row in group.rows}
     due: dict[str, list[EvalRow]] = {}
@@ -127,7 +127,7 @@ def load_due(group: EvalGroup, units: Sequence[Unit], measured: Measured) -> dic
 
 
 def share_of_references(plan: EvaluatePlan, group: EvalGroup, units: Sequence[Unit]) -> dict[tuple[int, ...], EvalRow]:
-    """The reference rows of some units, by their position among those of the group: row sets first, then controls."""
+    """The reference rows of some units, by their index among those of the group: row sets first, then controls."""
     if not units:
         return {}
     row_sets = {row.folder: row.target.row_set for row in group.rows}
@@ -175,7 +175,7 @@ def unseen(row: EvalRow, metric: Metric) -> SaeError:
 
 
 class NoView:
-    """The view of the ranks after the first, which show nothing."""
+    """The view of all ranks but the first, which shows nothing."""
 
     def __init__(self, progress: ProgressFactory) -> None:
         self.progress = progress
@@ -192,9 +192,9 @@ class NoView:
 
 
 class RanksView(NoView):
-    """The progress of the first rank's metrics, with the number of results of all ranks, counted as files.
+    """The progress of the first rank's metrics, with the number of result files from all ranks.
 
-    A thread counts and shows them, even while the rank waits.
+    A thread counts the files and shows their number, even while the rank waits.
     """
 
     def __init__(self, plan: EvaluatePlan, progress: ProgressFactory) -> None:
@@ -265,7 +265,7 @@ class RanksView(NoView):
 
 
 def stamp(path: Path) -> tuple[int, int] | None:
-    """A value that changes whenever a file is written again; None if there is no file."""
+    """A value that changes whenever a file is rewritten; None if there is no file."""
     try:
         found = path.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""Reference SAEs to compare with: the identity, zero, a PCA and a random dictionary. None of them is trained."""
+"""Untrained reference SAEs for comparison: the identity, zero, a PCA and a random dictionary."""
 
 from collections.abc import Iterable
 
@@ -16,11 +16,11 @@ from .context import EvalContext
 from .metrics.base import EvalTarget, RowSet
 
 FIT_CONTEXTS = 256  # contexts of training text that the PCA is fitted on: some 30,000 rows
-GAIN_ROWS = 2048  # the first of these rows, on which the SAEs' L0 is measured and the gain is fitted
+GAIN_ROWS = 2048  # number of these rows, from the first, used to measure the SAEs' L0 and to fit the gain
 
 
 class Identity:
-    """x_hat = x, for which every score is 1."""
+    """x_hat = x, so every score is 1."""
 
     def encode(self, x: Tensor) -> Tensor:
         return x
@@ -30,7 +30,7 @@ class Identity:
 
 
 class Zero:
-    """x_hat = 0 at every position, BOS included, for which the scores are 0."""
+    """x_hat = 0 at every position, including BOS, so the scores are 0."""
 
     def encode(self, x: Tensor) -> Tensor:
         return x.new_zeros(x.shape)
@@ -55,7 +55,7 @@ class PCA:
 
 
 def random_dictionary(x_RD: Tensor, d_sae: int, k: int) -> SAE:
-    """An SAE with random unit rows, TopK of their products with x - mean, and the gain with the least squared error."""
+    """An SAE with random unit rows, TopK of their dot products with x - mean, and the least-squares gain."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         sae = SAE(x_RD.shape[1], d_sae, [TopK(k)]).requires_grad_(False).to(x_RD.device).eval()
@@ -70,7 +70,7 @@ def reference_targets(
 ) -> dict[str, EvalTarget]:
     """Identity, zero, PCA and a random dictionary for SAEs of one row set, at their median L0 and width.
 
-    The targets are taken one after the other, so that not all need to be in memory.
+    The targets are read one after the other, so not all of them have to be in memory.
 
     Raises UnavailableError if all rows of the text are outliers, or if there are no targets because all are damaged.
     """
@@ -96,7 +96,7 @@ def reference_targets(
 
 
 def l0_and_width(target: EvalTarget, x_RD: Tensor) -> tuple[Tensor, int]:
-    """The mean number of nonzero latents at these rows, and the number of all latents."""
+    """The mean number of nonzero latents at these rows, and the total number of latents."""
     f_RF = target.sae.encode(x_RD)
     return (f_RF != 0).sum(1).float().mean(), f_RF.shape[1]
 

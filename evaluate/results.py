@@ -31,11 +31,11 @@ def write_result(
 ) -> None:
     """Write a result in SAEBench's envelope; `record` is the contents of sae.json.
 
-    A result with other settings is copied to `evaluations/earlier/` first. As in SAEBench's files, -1 stands for a
-    number that does not exist. Since a number can also be -1, `absent` lists where such numbers are.
+    A result with other settings is copied to `evaluations/earlier/` first. As in SAEBench's files, -1 is written for a
+    number that does not exist. Since a number can also be -1, `absent` lists the places of numbers that do not exist.
 
-    The metrics without outlier rows are additional categories masked_<category>; the rest of that result is under
-    "masked" in eval_result_unstructured.
+    The metrics without outlier rows are in additional categories masked_<category>. The other parts of that result are
+    under "masked" in eval_result_unstructured.
     """
     values = {"metrics": result.named_metrics, "details": result.details}
     absent = list(find_leaves(None, values))
@@ -74,8 +74,8 @@ def read_result(
 ) -> MetricResult | None:
     """The result of an earlier evaluation with the same settings, or None.
 
-    If it was archived, it is copied back to the metric's file where the folder can be written. `sae` is the content of
-    sae.json, with which the result is compared.
+    If the result was archived, it is copied back to the metric's file, provided that the folder is writable. `sae` is
+    the content of sae.json, with which the result is compared.
 
     Raises DamagedError for a file that is not a result, was damaged, or belongs to another SAE.
     """
@@ -140,18 +140,18 @@ def make_result(metrics: dict[str, Any], details: list[Any], unstructured: Mappi
 
 
 def archived_file(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> Path:
-    """Where the result with these settings is kept after a result with other settings has replaced it."""
+    """The file that keeps the result with these settings after a result with other settings has replaced it."""
     return folder / "evaluations" / "earlier" / f"{metric.name}-{digest_of(settings)[:8]}.json"
 
 
 def archive_other_settings(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> None:
-    """Copy a result with other settings to the archive: it may have taken hours to measure.
+    """Copy a result with other settings to the archive, because it may have taken hours to measure.
 
-    The result is copied, and the copy stays when it is brought back. Several processes can do both at once without
-    taking a result away from one another. Raises UnavailableError if it cannot be written.
+    The result is copied rather than moved, and its copy stays when it is brought back. Several processes can therefore
+    do both at once without taking results away from one another. Raises UnavailableError if the copy cannot be written.
     """
     path = result_file(folder, metric)
-    with contextlib.suppress(DamagedError):  # there is no result, or a file that is not one and can be overwritten
+    with contextlib.suppress(DamagedError):  # there is no result, or the file is not a result and can be overwritten
         data = read_file(path)
         archived = archived_file(folder, metric, RESULT_RECORD.parse(data, path)["eval_config"])
         if archived != archived_file(folder, metric, settings):

@@ -31,7 +31,7 @@ IGNORED_KEYS = (
     "step_version",
     "step_version_since",
 )
-NEAR_L0 = 1.1  # a PCA whose rank is up to this many times an SAE's L0 has equal L0
+NEAR_L0 = 1.1  # a PCA counts as having an SAE's L0 if its rank is at most this many times that L0
 
 
 class MeasuredRun(Protocol):
@@ -52,7 +52,7 @@ class MeasuredRun(Protocol):
 
     @property
     def conditions(self) -> str:
-        """Equal for a run and its controls (`controls.conditions_digest`); "" if it cannot have any."""
+        """A digest equal for a run and its controls (`controls.conditions_digest`); "" if it cannot have any."""
 
     @property
     def is_control(self) -> bool:
@@ -60,7 +60,7 @@ class MeasuredRun(Protocol):
 
     @property
     def base(self) -> str:
-        """The recipe that a control is made of; for another run, the base of its controls (`controls.base_of`)."""
+        """The recipe that a control is built from; for another run, the base of its controls (`controls.base_of`)."""
 
     @property
     def notes(self) -> Sequence[str]:
@@ -78,14 +78,14 @@ class EvalRow:
     Attributes:
         name: its name in tables.
         target: the SAE and its hook.
-        folder: its results are in `evaluations/` there; None for an object, whose results are not written.
+        folder: the folder whose `evaluations/` holds its results; None for an object, whose results are not written.
         sae_folder: where its SAE is; None for an object and for references that are not trained.
         record: the contents of sae.json, or a description of the reference.
         weights: digest of the weights, the activations and the hook.
         results: metric name -> result.
         errors: metric name -> why that metric has no result.
         target_l0: the target L0 of its training.
-        conditions: equal for a run and its controls; "" if it cannot have any.
+        conditions: a digest that is equal for a run and its controls; "" if it cannot have any.
         is_control: whether it is a control, as a run or as a reference.
         base: the base recipe of a control; for another run, the base recipe of its controls.
         notes: sentences that compare its numbers with others, once all are measured (`notes_beside`).
@@ -115,7 +115,7 @@ class EvalRow:
         return self.target.reference
 
     def settings(self, shared: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of a result of this row: those of its group, its weights, and its limit of outlier rows."""
+        """The settings of a result of this row: those of its group, its weights, and its norm limit."""
         limit = self.target.norm_limit
         return {**shared, "weights": self.weights} | ({} if limit is None else {"norm_limit": limit})
 
@@ -124,8 +124,8 @@ class EvalRow:
 
         Keys are `name`, `layer`, `site` and `metric.category.number`, whose values are numbers or None;
         `metric.masked_category.number` is without outlier rows, where there were any. A metric that failed has its
-        error message under the metric's name. `notes` is a list of sentences about numbers that mean less than they
-        seem to; read it before the numbers.
+        error message under the metric's name. `notes` is a list of sentences about misleading numbers; read it before
+        the numbers.
         """
         values = {
             f"{metric}.{category}.{name}": value
@@ -140,13 +140,13 @@ class EvalRow:
 
 @dataclass
 class EvalGroup:
-    """The rows of one cache: they share every pass of the model. `settings` has an entry per metric that can run."""
+    """The rows of one cache, which share every pass of the model. `settings` has an entry per metric that can run."""
 
     cache: Cache
     ctx: EvalContext
     rows: list[EvalRow]
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)  # about the text that imported SAEs are evaluated on
+    notes: list[str] = field(default_factory=list)  # about the text on which imported SAEs are evaluated
 
     def pending(self, metric: str, rows: Sequence[EvalRow] | None = None) -> list[EvalRow]:
         """The rows (default: of this group) for which a metric has neither a result nor an error."""
@@ -154,7 +154,7 @@ class EvalGroup:
         return [row for row in rows if metric not in row.results and metric not in row.errors]
 
     def kept_bytes(self, metric: Metric) -> int:
-        """About how many bytes of activations measuring a metric adds to the artifact cache."""
+        """The approximate number of bytes of activations that measuring a metric adds to the artifact cache."""
         pending = self.pending(metric.name) if metric.name in self.settings else []
         return metric.kept_bytes(self.ctx, [row.target for row in pending]) if pending else 0
 
@@ -168,11 +168,11 @@ class EvalGroup:
         return [row.target for row in self.rows]
 
     def settings_of(self, metric: Metric, row: EvalRow) -> dict[str, Any]:
-        """All settings of a metric's result of a row. Raises SaeError if the row cannot be measured in this group."""
+        """All settings of a row's result of a metric. Raises SaeError if the row cannot be measured in this group."""
         return row.settings(self.settings[metric.name]) | metric.settings_of(row.target, self.targets)
 
     def measured_with(self, metric: Metric, pending: Sequence[EvalRow]) -> list[EvalRow]:
-        """Pending rows, then the rows with a result that these are compared with: seeds of the same system."""
+        """Pending rows, then the rows with a result with which these are compared: seeds of the same system."""
         systems = set() if metric.independent_seeds else {row.target.system for row in pending}
         done = [row for row in self.rows if metric.name in row.results and row.target.system in systems]
         return [*pending, *done]
@@ -189,12 +189,12 @@ def digest_without_seed(record: Mapping[str, Any]) -> str:
 
 
 def without_later_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries without those that earlier versions did not write, if they have the value that was implied then."""
+    """The entries, except those that earlier versions did not write and whose value is what was implied then."""
     return {k: v for k, v in entries.items() if k not in LATER_ENTRIES or v != LATER_ENTRIES[k]}
 
 
 def placed(hook: Hook) -> str:
-    """Where the SAEs of a hook are, in a sentence: "after layer 12" or "at mlp_out of layer 12"."""
+    """The location of a hook's SAEs, as part of a sentence: "after layer 12" or "at mlp_out of layer 12"."""
     return f"after {hook}" if hook.site == "resid_post" else f"at {hook}"
 
 
@@ -209,7 +209,7 @@ def failures(rows: Iterable[EvalRow]) -> set[tuple[str, str]]:
 
 
 def describe_notes(row: MeasuredRun) -> list[str]:
-    """Every sentence about numbers of a row that mean less than they seem to, as in files and with --json."""
+    """Every sentence about misleading numbers of a row, as in files and with --json."""
     if row.is_reference:
         return []
     of_metrics = [f"{metric}: {note}" for metric, result in row.results.items() for note in result.notes]
@@ -217,7 +217,8 @@ def describe_notes(row: MeasuredRun) -> list[str]:
 
 
 def add_notes(rows: Sequence[EvalRow]) -> None:
-    """Fill in the notes of rows that were measured together, which compare each with references on the same rows."""
+    """Fill in the notes of rows that were measured together. They compare each row with references on the same
+    activations."""
     for row in rows:
         row.notes = notes_beside(row, [one for one in rows if one.target.row_set == row.target.row_set])
 

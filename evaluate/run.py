@@ -1,4 +1,4 @@
-"""Run an evaluation: measure every metric, in one pass of the model per text for all SAEs, and write the results."""
+"""Run an evaluation: measure every metric, with one pass of the model per text for all SAEs, and write the results."""
 
 import contextlib
 import math
@@ -47,11 +47,11 @@ def evaluate(config: EvaluateConfig, progress: ProgressFactory = no_progress_bar
 def run_evaluation(
     plan: EvaluatePlan, progress: ProgressFactory = no_progress_bar, *, all_rows: bool = True
 ) -> list[EvalRow]:
-    """Carry out a plan, and write a result file for each run and metric as soon as it is measured.
+    """Carry out a plan and write a result file for each run and metric as soon as it has been measured.
 
     Returns the rows of all runs, each group followed by its reference rows. A metric that fails leaves its error in
     `EvalRow.errors`, and the others still run. Several processes of a launcher share the work (evaluate/ranks.py), and
-    each returns all rows; without `all_rows`, rows that others measured have no results.
+    each returns all rows; without `all_rows`, rows measured by other processes have no results.
 
     Raises the errors as one, with the exit code of the first, when no metric could be measured at all, and
     UnavailableError if another process of the launcher has ended.
@@ -161,8 +161,8 @@ def evaluate_saes(
         A row per SAE, in order, then the reference rows. `row.results[metric].metrics[category][name]` is a number over
         all rows, as SAEBench defines it. `row.results[metric].sound` is the result without outlier rows.
         `row.errors[metric]` says why a metric has no result (absorption, for example, needs an object with `W_dec`).
-        `row.results[metric].notes` and `row.notes` name numbers that mean less than they seem to. `row.flat()` is one
-        dictionary for a data frame.
+        `row.results[metric].notes` and `row.notes` warn about misleading numbers. `row.flat()` is one dictionary for a
+        data frame.
 
     Raises:
         UsageError: an object does not encode and decode activations of the model's width, a run folder cannot be
@@ -203,7 +203,7 @@ def evaluate_saes(
 
 
 def plan_folders(folders: Sequence[str | os.PathLike[str]], config: EvaluateConfig) -> EvaluatePlan:
-    """The plan for run folders; in contrast to `plan_evaluation`, a run that cannot be evaluated is an error."""
+    """The plan for run folders. Unlike in `plan_evaluation`, a run that cannot be evaluated raises an error."""
     plan = plan_evaluation(replace(config, runs=[disk_path(folder) for folder in folders]))
     problems = [f"{folder} has not finished training." for folder in plan.unfinished]
     problems += map(str, plan.refused.values())
@@ -221,7 +221,7 @@ def plan_objects(
     norm_limit: float | None = None,
     systems: Mapping[str, str] | None = None,
 ) -> EvaluatePlan:
-    """The plan for objects that have no run folder. Without a `norm_limit` they have the cache's limit."""
+    """The plan for objects without a run folder. By default, their norm limit is the cache's."""
     if not saes:
         raise UsageError("There are no SAEs to evaluate. Give them with their names, as in {'mine': my_sae}.")
     systems = systems or {}

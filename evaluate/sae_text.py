@@ -1,8 +1,8 @@
-"""The first token and the length of the contexts that an SAE is evaluated on.
+"""The first token and the length of the contexts on which an SAE is evaluated.
 
 An SAE that was trained here is evaluated on the unchanged contexts of its cache. An imported SAE was trained on other
-text: its contexts begin with the token that its files name, or else as in a new harvest, and are cut to the length that
-it was trained on.
+text: its contexts begin with the token named in its files, or else as in a new harvest, and are cut to the length on
+which it was trained.
 """
 
 from collections.abc import Mapping
@@ -21,8 +21,8 @@ class ContextChange:
     """How contexts of a cache are changed for an SAE.
 
     Attributes:
-        bos: (earlier, new) token that contexts begin with; None if it stays.
-        max_tokens: contexts are cut to this many tokens; None if they are not longer.
+        bos: the (earlier, new) first token of contexts; None if it stays the same.
+        max_tokens: contexts are cut to this many tokens; None if none is longer.
     """
 
     bos: tuple[int | None, int | None] | None = None
@@ -30,7 +30,7 @@ class ContextChange:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings that a result depends on besides the cache; empty if nothing changes."""
+        """The settings on which a result depends, other than the cache; empty if nothing changes."""
         bos = {} if self.bos is None else {"bos": self.bos[1]}
         return bos | ({} if self.max_tokens is None else {"max_tokens": self.max_tokens})
 
@@ -42,9 +42,9 @@ class ContextChange:
         return ContextFormat(new, tuple(sorted({*form.skip_ids, *([] if new is None else [new])})), form.skip_positions)
 
     def apply(self, contexts: Contexts) -> Contexts:
-        """The contexts, cut, with the new first token, also where a packed document begins. Empty ones are left out.
+        """The contexts, cut, with the new first token, which also begins packed documents. Empty ones are left out.
 
-        A new first token takes the place of the last one if the context was full.
+        If a context was full, the added first token displaces its last token.
         """
         if self == ContextChange():
             return contexts
@@ -61,7 +61,7 @@ class ContextChange:
         return changed.select(length_N > 0)
 
     def _begin(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of a context with its new beginning, and the position that each had; -1 for one that is new."""
+        """The ids of a context with its new beginning, and the earlier position of each id (-1 for a new one)."""
         position = np.arange(len(ids))
         if self.bos is None:
             return ids, position
@@ -75,7 +75,7 @@ class ContextChange:
 
 
 def change_for(origin: Mapping[str, Any], form: ContextFormat, context: int, tokenizer: Any) -> ContextChange:
-    """How contexts of the format `form` and of `context` tokens are changed for an SAE with this origin."""
+    """How contexts with the format `form` and `context` tokens are changed for an SAE with this origin."""
     if not is_imported(origin):
         return ContextChange()
     bos_id = choose_bos(tokenizer, bos_request(origin, tokenizer)).id
@@ -107,7 +107,7 @@ def text_request(origin: Mapping[str, Any]) -> tuple[Any, ...]:
 def describe_change(
     name: str, origin: Mapping[str, Any], change: ContextChange, form: ContextFormat, context: int, tokenizer: Any
 ) -> list[str]:
-    """Sentences about the contexts that an imported SAE is evaluated on."""
+    """Sentences about the contexts on which an imported SAE is evaluated."""
     if not is_imported(origin):
         return []
 

@@ -1,4 +1,4 @@
-"""Results as tables: each number with its meaning, better direction, range and uncertainty."""
+"""Tables of results: each number with its meaning, better direction, range and uncertainty."""
 
 import re
 import statistics
@@ -27,9 +27,10 @@ def describe_model(record: Mapping[str, Any]) -> str:
 def tables(rows: Sequence[EvalRow]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """Yield (title, heads, lines) for each metric that was measured.
 
-    A cell is a number, with half its 95 % interval if it has one. It is empty if the row has no such number. A number
-    that no row has gets no column. Runs that differ only in their seed get a line with mean and standard deviation, and
-    tests against the first such group; without seeds, the last line is the smallest detectable difference.
+    A cell is a number, with half its 95 % interval if it has one. It is empty if the row has no such number. Numbers
+    that no row has get no column. For each group of runs that differ only in their seed, there is a line with mean and
+    standard deviation, and there are tests against the first such group. Without seeds, the last line is the smallest
+    detectable difference.
     """
     for name, columns in shown_columns(rows).items():
         measured = [row for row in rows if name in row.results]
@@ -42,7 +43,7 @@ def tables(rows: Sequence[EvalRow]) -> Iterator[tuple[str, list[str], list[list[
 
 
 def shown_columns(rows: Sequence[MeasuredRun]) -> dict[str, list[MetricColumn]]:
-    """The metrics that were measured -> their numbers that at least one row has."""
+    """Metrics that were measured -> the numbers that at least one row has."""
     return {
         name: [c for c in metric.columns if any(metric_value(row, name, c) is not None for row in rows)]
         for name, metric in METRICS.items()
@@ -51,7 +52,7 @@ def shown_columns(rows: Sequence[MeasuredRun]) -> dict[str, list[MetricColumn]]:
 
 
 def systems_of(rows: Sequence[EvalRow]) -> dict[str, dict[Any, EvalRow]]:
-    """The rows by label and seed: runs that differ only in their seed together, every other row by itself."""
+    """The rows by label and seed. Runs that differ only in their seed share a label; every other row has its own."""
     groups = runs_by_seed(rows)
     grouped = [row for group in groups for row in group.values()]
     alone = [row for row in rows if not any(row is other for other in grouped)]
@@ -65,13 +66,13 @@ def seed_of(row: EvalRow) -> Any:
 
 
 def without_empty_columns(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """A table, given by its headings and lines, without the columns that are empty in every line."""
+    """The headings and lines of a table, without the columns that are empty in every line."""
     kept = [place for place in range(len(heads)) if any(line[place] for line in lines)]
     return [heads[place] for place in kept], [[line[place] for place in kept] for line in lines]
 
 
 def describe_counts(results: Sequence[MetricResult]) -> str:
-    """How much was measured, where it is the same for all results, and how many outlier rows were left out."""
+    """The amount that was measured, if it is the same for all results, and how many outlier rows were left out."""
     counts = {
         ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in one.n.items() if n and what != OUTLIERS)
         for one in results
@@ -84,11 +85,11 @@ def describe_counts(results: Sequence[MetricResult]) -> str:
 
 
 def notes(rows: Sequence[MeasuredRun], shown: Collection[str] | None = None) -> list[str]:
-    """The flags and notes of all runs as sentences. Flags that differ only in their numbers, or in the letters
-    that they list, are given once.
+    """The flags and notes of all runs as sentences. Flags that differ only in their numbers, or in the letters that
+    they list, appear once.
 
-    They are about the numbers that tables show, without outlier rows. `shown` names the metrics that tables can have,
-    by default all. The caveats of measured metrics are included.
+    They are about the numbers that tables show, without outlier rows. `shown` names the metrics that can be in tables
+    (default: all). The caveats of measured metrics are included.
     """
     measured = dict.fromkeys(metric for row in rows for metric in row.results)
     shown = [metric for metric in measured if shown is None or metric in shown]
@@ -108,13 +109,13 @@ def notes(rows: Sequence[MeasuredRun], shown: Collection[str] | None = None) -> 
 
 
 def column_heading(column: MetricColumn) -> str:
-    """The name with an arrow in the better direction; below it the range of the number."""
+    """The name, with an arrow in the better direction and, below, the range of the number."""
     ends = ["" if end is None else f"{end:g}" for end in (column.floor, column.ceiling)]
     return column.heading + ARROWS[column.better] + (f"\n{ends[0]}..{ends[1]}" if any(ends) else "")
 
 
 def metric_heading(metric: str, column: MetricColumn) -> str:
-    """The column's heading, below the name of its metric where the heading alone is ambiguous."""
+    """The column's heading, with the name of its metric above it if the heading alone is ambiguous."""
     names = {
         "absorption": "absorption",
         "sparse_probing": "probing",
@@ -168,14 +169,14 @@ def seed_lines(rows: Sequence[EvalRow], metric: str, columns: Sequence[MetricCol
 def judge_seeds(
     groups: Sequence[RunBySeed], metric: str, columns: Sequence[MetricColumn]
 ) -> dict[int, list[tuple[PairedComparison, Finding]]]:
-    """The place of each group but the first -> its comparison with the first in each number, judged together."""
+    """Index of each group but the first -> its comparison with the first group in each number, judged together."""
     paired = {place: seed_differences(groups[place], groups[0], metric, columns) for place in range(1, len(groups))}
     findings = iter(judge([one for tests in paired.values() for one in tests]))
     return {place: [(one, next(findings)) for one in tests] for place, tests in paired.items()}
 
 
 def seed_verdicts(rows: Sequence[EvalRow]) -> dict[tuple[str, str, str, MetricColumn], Verdict]:
-    """The verdicts of the rows' tables on groups of seeds: (group, first group, metric, column) -> verdict."""
+    """The verdicts on groups of seeds in the rows' tables: (group, first group, metric, column) -> verdict."""
     known = {}
     for metric, columns in shown_columns(rows).items():
         groups = runs_by_seed([row for row in rows if metric in row.results])
@@ -209,9 +210,9 @@ def seed_differences(
 
 
 def detectable_lines(rows: Sequence[EvalRow], metric: str, columns: Sequence[MetricColumn]) -> list[list[str]]:
-    """A line with the smallest difference between two SAEs that the text could show; none if nothing is paired.
+    """A line with the smallest difference between two SAEs that this text could show; no line if nothing is paired.
 
-    It is the largest over the comparisons of the first SAE with each of the others, at the level left to each of them.
+    It is the largest over the comparisons of the first SAE with each other SAE, at the level that remains for each.
     """
     saes = [row for row in rows if not row.is_reference]
     if len(saes) < 2:
@@ -231,7 +232,7 @@ def detectable_lines(rows: Sequence[EvalRow], metric: str, columns: Sequence[Met
 
 
 def runs_by_seed(rows: Sequence[EvalRow]) -> list[dict[int, EvalRow]]:
-    """The groups of at least two runs that differ only in their seed, as seed -> run."""
+    """Groups of at least two runs that differ only in their seed, each as a mapping seed -> run."""
     groups: dict[str, dict[int, EvalRow]] = {}
     for row in rows:
         if row.folder:
@@ -264,7 +265,7 @@ def format_difference(differences: PairedDifferences | None, column: MetricColum
 
 
 def format_detectable(difference: float | None, column: MetricColumn) -> str:
-    """A smallest detectable difference; ">1" for one that exceeds the whole range of a number from 0 to 1."""
+    """A smallest detectable difference as text; ">1" if it exceeds the whole range of a number between 0 and 1."""
     if difference is None:
         return ""
     span = None if column.floor is None or column.ceiling is None else column.ceiling - column.floor

@@ -1,18 +1,18 @@
 """The claims of the five papers, as data.
 
-`NNN.toml` describes one paper: every number that it claims as a result (`claim`), the setup it states (`ran`, `fact`),
-the runs that reproduce it (`run`), our recipes for its systems (`system`), the units in which its options are read
-(`reading`, the first of which is for the paper's own model), where it contradicts itself (`contradiction`), and what it
-says it measures without giving a number (`unreported`). Every statement is backed by a quote of at most one line.
+`NNN.toml` describes one paper: every number that it claims as a result (`claim`), the setup that it states (`ran`,
+`fact`), the runs that reproduce it (`run`), our recipes for its systems (`system`), the units in which its options are
+read (`reading`; the first is for the paper's own model), its contradictions (`contradiction`), and what it claims to
+measure without stating a number (`unreported`). Every statement is backed by a quote of at most one line.
 
-A claim is a printed number for one system and one metric. With `against` it compares two systems. Either both have a
-number (`against_value` is the other system's), or the value is the change from the other system in its unit: % of the
-other's number, pp between two shares, or x times the other's. Where the paper expresses the sign of a change in words,
-the sign of the value is ours. A comparison that the paper makes in words alone has no value: `says` is its direction,
-or "equal", within a `margin` that we fixed in the file before anything was measured.
+A claim is a printed number for one system and one metric. With `against` it compares two systems. Then either both have
+a number (`against_value` is the other system's), or the value is the change relative to the other system. The unit of a
+change is % of the other's number, pp between two shares, or x (times the other's number). If the paper expresses the
+sign of a change in words, the sign of the value is ours. A comparison in words alone has no value: `says` is its
+direction or "equal", within a `margin` that we fixed in the file before anything was measured.
 
 A paper often states one comparison several times. A claim that `restates` another is judged but not counted again. A
-claim with the number of another row, printed for another system (`copy_of`), is not judged.
+claim that repeats the number of another row for a different system (`copy_of`) is not judged.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,9 +25,9 @@ from .quotes import is_same_number, printed_numbers
 PAPERS = ("000", "001", "002", "003", "004")
 FIELD = "field"  # our own reading, not the paper's
 TRAINING_LOG = "training"  # metrics named training.<scalar> are scalars of metrics.jsonl
-STEP_TIME = "cost.step_time"  # the time of a recipe's training step, from step_times.json
+STEP_TIME = "cost.step_time"  # the time of one training step of a recipe, from step_times.json
 SAME_NUMBER = 0.05  # share by which two numbers may differ and still count as the same one, also in a verdict
-# Numbers of results in mode 2024-12 that claims refer to and tables do not show, with the better direction.
+# Numbers of mode 2024-12 to which claims refer but which tables do not show, with the better direction.
 # `details` are the entries per letter or dataset, `n` is what was counted.
 EXTRA_METRICS = {
     "core.reconstruction_quality.mse": "down",
@@ -51,7 +51,7 @@ CLAIM_METRICS = EXTRA_METRICS | {
 
 @dataclass(frozen=True)
 class ClaimSource:
-    """Another place of the paper with the same number."""
+    """Another place in the paper that states the same number."""
 
     where: str
     quote: str
@@ -59,7 +59,7 @@ class ClaimSource:
 
 @dataclass(frozen=True)
 class PaperSetup:
-    """The setup that the paper states. `steps` follows from its numbers; 0 if it says that nothing was trained."""
+    """The setup that the paper states. `steps` is derived from its numbers; 0 if it says that nothing was trained."""
 
     model: str  # as printed
     reads_as: str
@@ -91,7 +91,7 @@ class PaperSetup:
     def optimization(self) -> dict[str, Any]:
         """The options of the optimizer that implement the printed settings.
 
-        Everything else is off: no paper prints a decay of the learning rate or an initial b_dec.
+        All other options are off: no paper prints a decay of the learning rate or an initial b_dec.
         """
         return {
             "lr": self.lr,
@@ -125,8 +125,9 @@ class PaperFact:
 
 @dataclass(frozen=True)
 class Substitution:
-    """An equation of the paper that a reading replaces: `what` is done instead, as a clause, and `why`. The verdicts on
-    `claims` say so, and none of them is `contradicted` or `reproduced` in that reading."""
+    """An equation of the paper that a reading replaces. `what` is a clause that says what is done instead, and `why` is
+    the reason. The verdicts on `claims` mention the replacement, and in that reading none of them is `contradicted` or
+    `reproduced`."""
 
     claims: tuple[str, ...]
     what: str
@@ -135,10 +136,11 @@ class Substitution:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a paper is read: options for all its recipes that have them. A system's options override them.
+    """How a paper is read: options for all of its recipes that have such options. A system's own options override
+    these.
 
-    The reading `field` is our own. Every other one is the paper's: it also trains under the printed schedule, weight
-    decay and clipping (`PaperSetup.optimization`), which `options` override.
+    The reading `field` is our own. Every other reading is the paper's: it also trains with the printed schedule, weight
+    decay and clipping (`PaperSetup.optimization`), unless `options` override these.
     """
 
     name: str
@@ -151,7 +153,7 @@ class Reading:
 
     @property
     def is_papers(self) -> bool:
-        """Whether it trains with the paper's printed settings."""
+        """Whether this reading trains with the paper's printed settings."""
         return self.name != FIELD
 
     def substitutions(self, claim: "Claim") -> list[Substitution]:
@@ -161,9 +163,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class PaperSystem:
-    """One of the paper's systems, as our recipes.
+    """One of the paper's systems, expressed as our recipes.
 
-    With several recipes a claim must hold for each. Without recipes it is the language model by itself.
+    If there are several recipes, a claim must hold for each. Without recipes, the system is the language model itself.
     """
 
     id: str
@@ -171,7 +173,7 @@ class PaperSystem:
     width: str = ""  # as in --width
     options: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
-    adds_to: str = ""  # its ablation: this system is that one plus one mechanism
+    adds_to: str = ""  # the system's ablation, to which it adds one mechanism
     counter: str = ""  # the scalar of metrics.jsonl that counts, from the start, what the mechanism did
 
 
@@ -189,14 +191,14 @@ class Claim:
     against: str = ""  # another system
     against_value: float | None = None
     layers: tuple[int, ...] = ()  # default: all of the paper's
-    entries: tuple[str, ...] = ()  # letters or datasets in a result's details; default: all
-    over: Literal["mean", "max"] = "mean"  # how entries are reduced to one number
-    at: Literal["first", "last"] = "last"  # which line of metrics.jsonl
+    entries: tuple[str, ...] = ()  # letters or datasets in a result's details (default: all)
+    over: Literal["mean", "max"] = "mean"  # how the entries are reduced to one number
+    at: Literal["first", "last"] = "last"  # the line of metrics.jsonl that is read
     reading: str = ""  # how an ambiguity or unit is read
     why: str = ""  # why none of our metrics measures it
     also: tuple[ClaimSource, ...] = ()
     says: Literal["", "more", "less", "equal"] = ""  # in words: how the system's number compares with the other's
-    margin: float | None = None  # of `equal`: in `unit`, or in the metric's own without one
+    margin: float | None = None  # for `equal`: in `unit` or, without one, in the metric's own unit
     restates: str = ""  # the claim whose comparison this repeats, as a change or in another section
     copy_of: str = ""  # the claim whose number the paper prints here for another system
 
@@ -212,7 +214,7 @@ class Claim:
 
     @property
     def target(self) -> float | None:
-        """The value in the unit of the metric; for a change, in its printed unit. None for a claim in words."""
+        """The value in the metric's unit or, for a change, in its printed unit. None for a claim in words."""
         if self.value is None:
             return None
         return self.value / 100 if self.unit == "%" and not self.is_change else self.value
@@ -227,7 +229,7 @@ class Claim:
 
     @property
     def direction(self) -> int:
-        """1 if the system's number is claimed to exceed the other's, -1 if it is claimed to be below, else 0.
+        """1 if the system's number is claimed to be above the other's, -1 if it is claimed to be below it, 0 otherwise.
 
         Two printed numbers that differ by one unit of their last digit may be equal, so they have no direction.
         """
@@ -240,7 +242,7 @@ class Claim:
 
     @property
     def is_within_rounding(self) -> bool:
-        """Whether the two printed numbers may be the same number, rounded up once and down once."""
+        """Whether the two printed numbers can be the same number, once rounded up and once rounded down."""
         if self.value is None or self.against_value is None:
             return False
         scale = abs(self.target / self.value) if self.target and self.value else 1.0
@@ -248,8 +250,8 @@ class Claim:
 
     @property
     def effect(self) -> float | None:
-        """By how much the system exceeds the other: as a share of the other's number, or the printed change; None
-        without another system, in words alone, or where the other's number is 0."""
+        """By how much the system exceeds the other: the printed change, or a share of the other's number. None if there
+        is no other system, if the claim is in words alone, or if the other's number is 0."""
         if self.value is None:
             return None
         if self.against_value is not None:
@@ -258,7 +260,7 @@ class Claim:
 
     @property
     def rounding(self) -> float:
-        """Half of the last printed digit, in the unit of `target`: numbers that round to the value agree."""
+        """Half of the last printed digit, in the unit of `target`. Numbers that round to the value agree with it."""
         if self.value is None or self.target is None:
             return 0.0
         places = max(
@@ -271,7 +273,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Contradiction:
-    """Where the paper contradicts itself; the verdict on `claims` is "paper inconsistent"."""
+    """A place where the paper contradicts itself. The verdict on `claims` is then "paper inconsistent"."""
 
     what: str
     quotes: tuple[str, ...]
@@ -281,7 +283,7 @@ class Contradiction:
 
 @dataclass(frozen=True)
 class Unreported:
-    """Something that the paper says it measures, without giving a number."""
+    """Something that the paper says it measures, without stating a number."""
 
     what: str
     quote: str
@@ -308,7 +310,7 @@ class Paper:
         return any(claim.id in contradiction.claims for contradiction in self.contradictions)
 
     def is_counted(self, claim: Claim) -> bool:
-        """Whether a claim counts by itself: it neither restates another nor copies its number."""
+        """Whether a claim counts by itself, because it neither restates another claim nor copies its number."""
         return not claim.restates and not claim.copy_of
 
     def quotes(self) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """The time of a recipe's training step, measured by benchmarks/bench_train.py, and the verdict on a claim about it.
 
 step_times.json has a table of medians and quartiles in milliseconds for each measured width. Times depend on the
-machine and on our implementation, not the paper's, so their size neither contradicts nor reproduces a claim.
+machine and on our implementation, which is not the paper's, so their size neither contradicts nor reproduces a claim.
 """
 
 import json
@@ -18,7 +18,8 @@ STEP_TIMES = Path(__file__).parent / "step_times.json"
 
 
 class StepTime(NamedTuple):
-    """Milliseconds of a step: the median over rounds and its quartiles, including periodic work of mechanisms."""
+    """The milliseconds of a step: the median over rounds and the quartiles, including the periodic work of
+    mechanisms."""
 
     low: float
     middle: float
@@ -26,7 +27,7 @@ class StepTime(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """The ratio of two step times, its range by the quartiles of both, and where it was measured."""
+    """The ratio of two step times, its range given the quartiles of both, and where it was measured."""
 
     ratio: float
     low: float
@@ -40,7 +41,7 @@ def step_time_tables() -> list[dict[str, Any]]:
 
 
 def nearest_table(paper: Paper, tables: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The table whose width, as a multiple of d_in, is nearest to the paper's; among equals the one of largest d_in."""
+    """The table whose width, as a multiple of d_in, is nearest to the paper's; among ties, the one of largest d_in."""
     width = paper.setup.d_sae / paper.setup.d_in
 
     def distance(table: dict[str, Any]) -> tuple[float, int]:
@@ -59,7 +60,7 @@ def step_time(system: PaperSystem, table: dict[str, Any]) -> StepTime | None:
 
 
 def measured_cost(claim: Claim, paper: Paper, tables: Sequence[dict[str, Any]] | None = None) -> Cost | None:
-    """The step time of the claim's system as a multiple of the other's; None if one of them was not measured."""
+    """The step time of the claim's system as a multiple of the other's; None if either was not measured."""
     if not claim.against:
         return None
     table = nearest_table(paper, step_time_tables() if tables is None else tables)
@@ -74,7 +75,7 @@ def measured_cost(claim: Claim, paper: Paper, tables: Sequence[dict[str, Any]] |
 
 
 def judge_cost(claim: Claim, cost: Cost | None) -> Judgement:
-    """The verdict on a claim about step times. The range between quartiles stands for the interval; see `judge`."""
+    """The verdict on a claim about step times. The range between quartiles serves as the interval; see `judge`."""
     if claim.copy_of:
         return Judgement("copy", f"of {claim.copy_of}")
     if cost is None:

@@ -1,11 +1,11 @@
-"""A paper's figures, redrawn from our runs, and charts of what its mechanisms logged but the paper does not plot.
+"""A paper's figures, redrawn from our runs, and charts of logged mechanism values that the paper does not plot.
 
-A series is a system of the paper, at the first of its layers that was trained. Training curves show every run,
-measurements only runs that pass the gates. Charts without data are left out.
+A series is a system of the paper at the first of the paper's layers that was trained. Training curves show every run;
+measurements show only runs that pass the gates. Charts without data are left out.
 
-Paper: only the captions of the figures are available, without axes. Which metrics figure 1 of 004 shows, that the
-reconstruction in figure 1 (a) of 001 is the explained variance, and that the time axis of 001 and 003 is tokens, are
-our readings.
+Paper: only the captions of the figures are available, without axes. Three things are our readings: the metrics in
+figure 1 of 004, explained variance as the reconstruction in figure 1 (a) of 001, and tokens as the time axis of 001 and
+003.
 """
 
 import math
@@ -33,12 +33,12 @@ ABSORPTION = "absorption.mean.mean_absorption_score"
 SPLIT = "absorption.mean.mean_num_split_features"
 SCR = "scr.scr_metrics.scr_metric_threshold_2"
 Draw = Callable[[PaperReport, str], Chart]  # called with a report and a title
-Values = dict[float, list[float]]  # x -> the value of each run there
+Values = dict[float, list[float]]  # x -> the value of each run at x
 STAND_IN_NOTE = "Measured on the standard-library substitute of the dataset."
 
 
 def paper_figures(report: PaperReport) -> dict[str, list[Chart]]:
-    """Charts by heading: the paper's own figures, and the others."""
+    """Charts by heading: the paper's own figures, and other charts."""
     by_heading = {
         PAPER_HEADING: PAPER_FIGURES.get(report.paper.number, {}),
         EXTRA_HEADING: MECHANISM_FIGURES.get(report.paper.number, {}) | COMMON_FIGURES,
@@ -59,8 +59,8 @@ def over_training(
 ) -> Chart:
     """A logged scalar over tokens: the mean over seeds, with a band of 1 sd over seeds.
 
-    With `sd` the band is the mean of that logged scalar. With `to_one` 1 - scalar is drawn, on a logarithmic axis. With
-    `share_of` the scalar is divided by that logged scalar.
+    With `sd`, the band is the mean of the logged scalar of that name. With `to_one`, 1 - scalar is drawn on a
+    logarithmic axis. With `share_of`, the scalar is divided by the logged scalar of that name.
     """
     series = []
     for style, (label, runs) in enumerate(runs_by_system(report).items()):
@@ -77,7 +77,7 @@ def over_training(
 
 
 def curve(runs: Sequence[SystemRun], name: str, share_of: str = "") -> Values:
-    """Tokens -> a logged scalar in each run, or its share of another; lines where the other is 0 are left out."""
+    """Tokens -> a logged scalar in each run, or its share of another scalar. Lines where that is 0 are left out."""
     values: Values = {}
     for run in runs:
         lines = [line for line in run.log if name in line and "tokens" in line]
@@ -100,7 +100,7 @@ def by_system(report: PaperReport, title: str, metric: str, y: str) -> Chart:
 
 
 def by_system_and_k(report: PaperReport, title: str, ks: Sequence[int]) -> Chart:
-    """Sparse probing: a category for each system, a series for each number of latents."""
+    """Sparse probing, with a category for each system and a series for each number of latents."""
     measured = {label: probing(runs, ks, report.on_paper_model) for label, runs in runs_by_system(report).items()}
     systems = [label for label, values in measured.items() if values]
     series = []
@@ -148,7 +148,7 @@ def by_letter(report: PaperReport, title: str) -> Chart:
 
 
 def letters(report: PaperReport) -> tuple[list[str], list[list[str]]]:
-    """Headings and lines: absorption by first letter and system, the mean over seeds in %."""
+    """The headings and lines of a table: absorption by first letter and system, as the mean over seeds in %."""
     rates = rates_by_letter(report)
     shown = [label for label in runs_by_system(report) if any(label in of for of in rates.values())]
     lines = [

@@ -1,8 +1,8 @@
 """Whether the mechanism that a claim is about did anything in the runs.
 
-A system names its ablation (`adds_to`: it is that system plus one mechanism) and the scalar of metrics.jsonl that
-counts what the mechanism did (`counter`). The mechanism was idle if its counter ends at 0 in every run, or if every run
-has the weights of its ablation's run of the same layer and seed, bit for bit.
+A system names its ablation (`adds_to`, the system to which it adds one mechanism) and the scalar in metrics.jsonl that
+counts the mechanism's actions (`counter`). The mechanism was idle if its counter ends at 0 in every run, or if every
+run has, bit for bit, the weights of the ablation's run with the same layer and seed.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from .runs import SystemRun
 
 
 def idle_mechanism(system: str, paper: Paper, runs: Sequence[SystemRun]) -> str:
-    """A phrase with the evidence that the mechanism of a system did nothing; "" if there is none.
+    """A phrase with the evidence that the mechanism of a system did nothing; "" if there is no such evidence.
 
     `runs` are of one layer.
     """
@@ -28,7 +28,7 @@ def idle_mechanism(system: str, paper: Paper, runs: Sequence[SystemRun]) -> str:
 
 
 def are_equal(runs: Sequence[SystemRun], others: Sequence[SystemRun]) -> bool:
-    """Whether each run has the weights of a run of the others with its seed. Needs one recipe on either side."""
+    """Whether each run has the weights of the other system's run with its seed. Needs one recipe on either side."""
     if len({run.recipe for run in runs}) != 1 or len({run.recipe for run in others}) != 1:
         return False
     weights = {run.seed: run.weights for run in others}
@@ -36,12 +36,12 @@ def are_equal(runs: Sequence[SystemRun], others: Sequence[SystemRun]) -> bool:
 
 
 def inactive_mechanism(claim: Claim, paper: Paper, runs: Sequence[SystemRun]) -> str:
-    """A phrase that says that the claim is about a mechanism that did nothing; "" if it is not.
+    """A phrase that says that the claim is about a mechanism that did nothing; "" if that is not the case.
 
-    - Two systems of one family, which differ by some mechanisms: all of these were idle.
+    - Two systems of one family, which differ by some mechanisms, all of which were idle.
     - A system compared with another model, or by itself: its own mechanism was idle, and the paper makes the same claim
-      about the system without it, so the row would count one run twice. The same applies if the two systems differ by
-      several idle mechanisms.
+      about the system without this mechanism, so the row would count one run twice. The same applies if the two systems
+      differ by several idle mechanisms.
 
     `runs` are of one layer.
     """
@@ -63,7 +63,7 @@ def inactive_mechanism(claim: Claim, paper: Paper, runs: Sequence[SystemRun]) ->
 
 
 def mechanisms_between(system: str, against: str, paper: Paper) -> list[str]:
-    """The systems whose mechanisms two systems of one family do not share; empty if they are of two families."""
+    """The systems whose mechanisms only one of two systems of a family has; empty if they are of different families."""
     own, other = family(system, paper), family(against, paper)
     if not set(own) & set(other):
         return []
@@ -71,7 +71,7 @@ def mechanisms_between(system: str, against: str, paper: Paper) -> list[str]:
 
 
 def family(system: str, paper: Paper) -> list[str]:
-    """A system, the one that it adds to, and so on."""
+    """A system, the system to which it adds a mechanism, and so on."""
     systems = []
     while system:
         systems.append(system)

@@ -67,7 +67,7 @@ def check_keys(tree: Mapping[str, Any]) -> list[str]:
 
 
 def build_paper(tree: Mapping[str, Any], errors: list[str]) -> Paper | None:
-    """The paper; None if a table is invalid, in which case `errors` says why."""
+    """The paper, or None if a table is invalid; `errors` then says why."""
     setup = build_table(PaperSetup, tree["ran"], "ran", errors)
     reproduction = build_table(ReproductionSetup, tree["run"], "run", errors)
     facts = build_tables(PaperFact, tree, "fact", errors)
@@ -94,7 +94,7 @@ def build_paper(tree: Mapping[str, Any], errors: list[str]) -> Paper | None:
 
 
 def build_tables(kind: type[Table], tree: Mapping[str, Any], key: str, errors: list[str]) -> tuple[Table, ...]:
-    """The valid tables of an array. The problems of the others are added to `errors`."""
+    """The valid tables of an array. Problems with the other tables are added to `errors`."""
     built = []
     for place, table in enumerate(tree.get(key, []), 1):
         label = f"{key} {table.get('id', place)}" if isinstance(table, dict) else key
@@ -104,7 +104,7 @@ def build_tables(kind: type[Table], tree: Mapping[str, Any], key: str, errors: l
 
 
 def build_table(kind: type[Table], table: Any, label: str, errors: list[str]) -> Table | None:
-    """A table as a dataclass; None if it is invalid, in which case `errors` says why."""
+    """A table as a dataclass, or None if it is invalid; `errors` then says why."""
     if not isinstance(table, dict):
         errors.append(f"{label} is not a table.")
         return None
@@ -128,7 +128,7 @@ def build_table(kind: type[Table], table: Any, label: str, errors: list[str]) ->
 
 
 def has_type(value: Any, kind: Any) -> bool:
-    """Whether a TOML value has an annotated type."""
+    """Whether a TOML value has the annotated type."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) is tuple:
@@ -144,7 +144,7 @@ def has_type(value: Any, kind: Any) -> bool:
 
 
 def find_problems(paper: Paper, system_ids: Sequence[str]) -> Iterator[str]:
-    """Problems between a paper's tables, each of which is valid by itself, as sentences."""
+    """Problems between a paper's tables that are valid individually, as sentences."""
     ids = [claim.id for claim in paper.claims]
     for name, names in (("system", system_ids), ("claim", ids), ("reading", [r.name for r in paper.readings])):
         yield from (f"Two of {name} are called {one}." for one in sorted(set(names)) if names.count(one) > 1)
@@ -174,7 +174,8 @@ def find_problems(paper: Paper, system_ids: Sequence[str]) -> Iterator[str]:
 
 
 def same_number_problems(contradiction: Contradiction, paper: Paper) -> Iterator[str]:
-    """Problems with contradictions between two numbers of the same verdict: they make no claim inconsistent."""
+    """Problems with contradictions between two numbers that lead to the same verdict: these make no claim
+    inconsistent."""
     groups: dict[tuple[Any, ...], list[Claim]] = {}
     for claim in paper.claims:
         if claim.id in contradiction.claims and claim.value is not None and not claim.is_change:
@@ -288,7 +289,7 @@ def unit_problems(claim: Claim, paper: Paper, label: str) -> Iterator[str]:
 
 
 def check_metric_name(metric: str, label: str) -> Iterator[str]:
-    """Yield an error unless it is `none`, a number of a metric, or a scalar that training logs."""
+    """Yield an error unless the name is `none`, a number of a metric, or a scalar that training logs."""
     if metric != "none" and not metric.startswith(f"{TRAINING_LOG}.") and metric not in CLAIM_METRICS:
         yield (
             f"{label}: unknown metric {metric}: expected a number of a metric, {TRAINING_LOG}.<scalar>, or none"

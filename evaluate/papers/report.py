@@ -1,4 +1,4 @@
-"""Compare a paper's claims with the measured numbers, in one reading. Runs must pass gates before they count."""
+"""Compare a paper's claims with the measured numbers, in one reading of the paper. Only runs that pass gates count."""
 
 import math
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ LOGGED_L0 = Claim(id="l0", where="", quote="", metric="training.l0")
 class ClaimResult:
     """A claim, the measured values and their difference as text, and the verdict.
 
-    `counted` is False for a restatement and for a copy of another row's number.
+    `counted` is False for restatements and for copies of another row's number.
     """
 
     claim: Claim
@@ -61,7 +61,7 @@ class PaperReport:
 
     @property
     def counts(self) -> dict[Verdict, int]:
-        """How many claims have each verdict, the worst first; a claim and its restatements count once."""
+        """The number of claims with each verdict, worst first. A claim and its restatements count once."""
         verdicts = [row.verdict for row in self.rows if row.counted]
         return {verdict: verdicts.count(verdict) for verdict in reversed(WORST_FIRST) if verdict in verdicts}
 
@@ -77,7 +77,7 @@ class PaperReport:
 
     @property
     def outlier_rows(self) -> int:
-        """The most outlier rows that the numbers of a run count, because SAEBench's definitions count them."""
+        """The largest number of outlier rows that a run's numbers count, as SAEBench's definitions do."""
         return max((r.n.get(OUTLIERS, 0) for run in self.runs for r in run.run.results.values()), default=0)
 
     @property
@@ -87,12 +87,12 @@ class PaperReport:
 
     @property
     def distinct_runs(self) -> list[SystemRun]:
-        """Each run once: a system can be part of another, such as `run-01` of `runs` in paper 000."""
+        """Each run once, since a system can be part of another, as `run-01` is part of `runs` in paper 000."""
         return list({run.run.folder: run for run in self.runs}.values())
 
     @property
     def below_peak(self) -> str:
-        """A sentence about runs that end within the warm-up that the paper prints; "" if there are none."""
+        """A sentence about runs that end within the paper's printed warm-up; "" if there are none."""
         within = [run for run in self.distinct_runs if run.is_within_warmup and not run.failed_gates()]
         if not within:
             return ""
@@ -106,7 +106,7 @@ class PaperReport:
 def build_report(
     paper: Paper, runs: Sequence[SystemRun], on_paper_model: bool, reading: str | None = None
 ) -> PaperReport:
-    """Every claim of the paper with its verdict, in order, in the reading that the runs were trained in.
+    """Every claim of the paper, in order, with its verdict in the reading in which the runs were trained.
 
     Nothing is trained or measured: a report can be made again from the same folders. Runs that fail a gate count as not
     measured.
@@ -124,7 +124,7 @@ def build_report(
 
 
 def find_reading(paper: Paper, on_paper_model: bool, name: str | None) -> Reading:
-    """The reading called `name`; without a name, the first on the paper's model, and `field` on others."""
+    """The reading called `name`. By default, the first on the paper's model and `field` on other models."""
     name = name or (paper.readings[0].name if on_paper_model else FIELD)
     for reading in paper.readings:
         if reading.name == name:
@@ -142,7 +142,7 @@ def claim_result(
     if claim.metric == STEP_TIME:
         return cost_result(claim, paper, reading)
     judgements: list[Judgement] = []
-    measured: list[tuple[Values, Values]] = []  # of the system, and of the other
+    measured: list[tuple[Values, Values]] = []  # values of the system, and of the other system
     layers, idle = layers_of(claim, runs, on_paper_model), []
     for layer in layers:
         at_layer = [run for run in runs if run.layer == layer]
@@ -203,7 +203,7 @@ def describe_substitutions(substituted: Sequence[Substitution]) -> list[str]:
 
 
 def notes_on_runs(claim: Claim, runs: Sequence[SystemRun], layers: Sequence[int], on_paper_model: bool) -> list[str]:
-    """Notes where the measured numbers are not exactly the claimed ones: another layer or dataset, or a mean."""
+    """Notes where the measured numbers are not exactly what is claimed: another layer or dataset, or a mean."""
     notes = []
     if set(layers) != set(claim.layers):
         relation = "of" if set(layers) < set(claim.layers) else "instead of"
@@ -229,7 +229,7 @@ def describe_restatement(claim: Claim) -> list[str]:
 def l0_of_both(
     pair: tuple[tuple[str, str], tuple[str, str]], runs: Sequence[SystemRun], on_paper_model: bool
 ) -> tuple[float, float] | None:
-    """The mean L0 of two systems, given as (system, recipe): of core, or else of the last steps of training."""
+    """The mean L0 of two systems, given as (system, recipe): from core, or else from the last steps of training."""
     for claim in (L0, LOGGED_L0):
         own, other = (values_by_seed(claim, *one, runs, on_paper_model) for one in pair)
         if own and other:
@@ -238,8 +238,8 @@ def l0_of_both(
 
 
 def printed_l0_ratio(claim: Claim, paper: Paper) -> float | None:
-    """The paper's L0 of the claim's system as a multiple of the other's; None if it does not print both, or contradicts
-    itself about them."""
+    """The ratio of the L0 that the paper prints for the claim's system to the other system's L0. None if it does not
+    print both, or contradicts itself about them."""
     printed = {}
     for one in paper.claims:
         if one.metric != L0.metric or one.value is None or paper.inconsistent(one):
@@ -256,14 +256,14 @@ def printed_l0_ratio(claim: Claim, paper: Paper) -> float | None:
 
 
 def layers_of(claim: Claim, runs: Sequence[SystemRun], on_paper_model: bool) -> list[int]:
-    """The claim's layers that were trained. On another model: all trained layers if there are none."""
+    """The claim's layers that were trained. On another model, if none of them were, all trained layers."""
     trained = sorted({run.layer for run in runs})
     claimed = [layer for layer in trained if layer in claim.layers]
     return claimed if claimed or on_paper_model else trained
 
 
 def recipes_of(system: str, paper: Paper) -> Sequence[str]:
-    """The recipes of a system; for the language model by itself "", which matches any run."""
+    """The recipes of a system. For the language model itself this is "", which matches any run."""
     return paper.systems[system].recipes or ("",) if system else ()
 
 
@@ -292,7 +292,7 @@ def results_with_stand_ins(run: SystemRun, on_paper_model: bool) -> dict[str, Me
 
 
 def uses_stand_in(metric: str, runs: Sequence[SystemRun], on_paper_model: bool) -> bool:
-    """Whether a number of some run comes from the `_stdlib` variant of the metric."""
+    """Whether any run's number comes from the `_stdlib` variant of the metric."""
     name = metric.split(".")[0]
     if on_paper_model or name not in STAND_INS:
         return False
@@ -300,10 +300,10 @@ def uses_stand_in(metric: str, runs: Sequence[SystemRun], on_paper_model: bool) 
 
 
 def format_measured(claim: Claim, shown: Sequence[tuple[Sequence[float], Sequence[float]]]) -> str:
-    """The mean and sd over seeds, with the other system's if there is one; the range over several recipes or layers."""
+    """The mean and sd over seeds, also of any other system; with several recipes or layers, the range."""
     if not shown:
         return ""
-    relative = claim.unit == "%" and (claim.is_change or claim.says)  # of the other system's number, in any unit
+    relative = claim.unit == "%" and (claim.is_change or claim.says)  # % of the other system's number, in any unit
     scale = 100 if claim.unit in ("%", "pp") and not relative else 1
     sign = " %" if scale == 100 else ""
 
@@ -319,8 +319,8 @@ def format_measured(claim: Claim, shown: Sequence[tuple[Sequence[float], Sequenc
 
 
 def format_difference(claim: Claim, measured: Sequence[tuple[Values, Values]]) -> str:
-    """The mean difference of the two systems over seeds with the interval that decides; the range over several recipes
-    or layers. Where the claim is a multiple, so is this."""
+    """The mean difference between the two systems over seeds, with the interval that decides; with several recipes or
+    layers, the range. It is a multiple if the claim is one."""
     level = EQUIVALENCE if claim.says == "equal" else CONFIDENCE
     in_unit = claim.is_change or claim.says
     unit = {"%": " %", "pp": " pp", "x": " x"}.get(claim.unit, "") if in_unit else ""
@@ -339,7 +339,7 @@ def format_difference(claim: Claim, measured: Sequence[tuple[Values, Values]]) -
 
 
 def shown_layer(report: PaperReport) -> int:
-    """The layer of figures: the first trained layer that the paper has too, else the first trained one."""
+    """The layer that figures show: the first trained layer that the paper also has, else the first trained layer."""
     layers = sorted({run.layer for run in report.runs})
     return next((layer for layer in layers if layer in report.paper.setup.layers), layers[0] if layers else 0)
 
@@ -347,7 +347,7 @@ def shown_layer(report: PaperReport) -> int:
 def runs_by_system(report: PaperReport) -> dict[str, list[SystemRun]]:
     """The runs at the shown layer by system; by recipe for a system with several recipes.
 
-    A system whose runs belong to a system with several recipes too is left out, so that no run is shown twice.
+    A system is left out if its runs also belong to a system with several recipes, so that no run is shown twice.
     """
     layer, systems = shown_layer(report), report.paper.systems
     united = {run.run.name for run in report.runs if len(systems[run.system].recipes) > 1}
@@ -360,7 +360,7 @@ def runs_by_system(report: PaperReport) -> dict[str, list[SystemRun]]:
 
 
 def metric_values(metric: str, runs: Sequence[SystemRun], on_paper_model: bool) -> list[float]:
-    """A metric, named as in claims, in each run that passes the gates and has it."""
+    """The values of a metric, named as in claims, in each run that passes the gates and has it."""
     claim = Claim(id="", where="", quote="", metric=metric)
     sound = [run for run in runs if not run.failed_gates()]
     values = [measured_value(claim, results_with_stand_ins(run, on_paper_model), run.log) for run in sound]
@@ -368,7 +368,7 @@ def metric_values(metric: str, runs: Sequence[SystemRun], on_paper_model: bool) 
 
 
 def unreported_table(report: PaperReport) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a line for each thing that the paper measures without a number: mean and sd of our systems."""
+    """Headings, and a line for each thing that the paper measures without a number: our mean and sd."""
     groups = runs_by_system(report)
     lines = []
     for one in report.paper.unreported:

@@ -1,4 +1,4 @@
-"""The runs of a paper's systems: their logs, and the gates that they must pass before they count."""
+"""The runs of a paper's systems: their logs, and the gates that they must pass in order to count."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from ..compared_runs import ComparedRun
 from ..metrics.base import MetricResult
 
 MIN_ALIVE = 0.10  # share of latents that fire; below it the SAE has collapsed
-VARIANCE_TOLERANCE = 0.10  # by which explained variance on held-out text may differ from the last training steps
+VARIANCE_TOLERANCE = 0.10  # allowed difference of explained variance on held-out text from the last training steps
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class SystemRun:
 
     Attributes:
         log: its metrics.jsonl.
-        weights: digest of its SAE; equal for two runs only if their SAEs are equal bit for bit. "": unknown.
+        weights: digest of its SAE, equal for two runs only if their SAEs are equal bit for bit; "" if unknown.
         printed_warmup: the steps of warm-up that the paper prints, or None.
     """
 
@@ -57,12 +57,12 @@ class SystemRun:
 
     @property
     def peak_share(self) -> float:
-        """The share of its peak that the learning rate reached."""
+        """The share of its peak value that the learning rate reached."""
         return peak_share(self.steps_done, self.warmup, self.resolved.get("decay_start", 1.0))
 
     @property
     def is_within_warmup(self) -> bool:
-        """Whether the run ended before its warm-up did."""
+        """Whether the run ended before its warm-up ended."""
         return self.warmup > self.steps_done
 
     def failed_gates(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Compare the settings of the runs, read from their records, with those that the paper prints."""
+"""Compare the settings of runs, read from their records, with the settings that the paper prints."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from .claims import Paper, PaperSetup
 from .runs import SystemRun
 
 NOT_PRINTED = "not printed"
-MAX_VALUES = 4  # different values of a setting that are listed
-L1_WARMUP_SHARE = 20  # a penalty that was given no warm-up rises over a 20th of the run, as in sae.train.variant
+MAX_VALUES = 4  # at most this many different values of a setting are listed
+L1_WARMUP_SHARE = 20  # a penalty without a given warm-up rises over a 20th of the run, as in sae.train.variant
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting: as the paper prints it, as it was run, and whether the two differ."""
+    """One setting: the paper's printed value, our value, and whether the two differ."""
 
     name: str
     printed: str
@@ -38,7 +38,7 @@ class SettingRow:
 
 
 def compare_settings(paper: Paper, runs: Sequence[SystemRun]) -> list[Setting]:
-    """Every setting in which the runs can be compared with the paper. Settings that no run records are left out."""
+    """Every setting in which runs and paper can be compared. Settings that no run records are left out."""
     if not runs:
         return []
     settings = [layer_setting(paper, runs), width_setting(paper, runs)]
@@ -56,14 +56,14 @@ def compare_settings(paper: Paper, runs: Sequence[SystemRun]) -> list[Setting]:
 
 
 def show_values(systems: dict[Any, list[str]], show: Callable[[Any], str]) -> str:
-    """The values, the most frequent first; the others with the systems that have them."""
+    """The values, the most frequent first; the other values are followed by the systems that have them."""
     ordered = sorted(systems, key=lambda value: -len(systems[value]))
     texts = [show(ordered[0]), *(f"{show(value)} ({', '.join(systems[value])})" for value in ordered[1:MAX_VALUES])]
     return "; ".join(texts) + (f"; and {len(ordered) - MAX_VALUES} more" if len(ordered) > MAX_VALUES else "")
 
 
 def setting_rows(setup: PaperSetup) -> list[SettingRow]:
-    """The settings that `[ran]` prints, or could print, and where run.json has them."""
+    """The settings that `[ran]` contains or could contain, and where to find them in run.json."""
 
     def option(name: str) -> Callable[[SystemRun], Any]:
         return lambda run: run.resolved.get(name)
@@ -113,7 +113,7 @@ def describe_fall(start: float) -> str:
 
 
 def describe_decay(options: Any) -> str | None:
-    """Weight decay in words: how large, on what, and in which form; None if it is not given."""
+    """A description of weight decay: how large, on what, and in which form; None if it is not given."""
     if (value := options.get("weight_decay")) is None:
         return None
     if not value:
@@ -143,7 +143,7 @@ def layer_setting(paper: Paper, runs: Sequence[SystemRun]) -> Setting:
 
 
 def width_setting(paper: Paper, runs: Sequence[SystemRun]) -> Setting:
-    """The widths. They differ if a run's multiple of d_in differs from its system's multiple in the paper."""
+    """The widths. They count as different if a run's multiple of d_in differs from that of its system in the paper."""
     setup = paper.setup
     systems: dict[Any, list[str]] = {}
     differs = False

@@ -14,7 +14,7 @@ Verdict = Literal[
     "reproduced", "direction only", "equivalent within the margin", "contradicted", "not equivalent",
     "not of the paper's equation", "mechanism inactive", "not comparable", "not measured", "paper inconsistent", "copy",
 ]  # fmt: skip
-# The worst first. A claim about several recipes or layers gets the worst of their verdicts.
+# Worst first. A claim about several recipes or layers gets the worst of their verdicts.
 WORST_FIRST: tuple[Verdict, ...] = (
     "copy", "paper inconsistent", "contradicted", "not equivalent", "not of the paper's equation", "not measured",
     "mechanism inactive", "not comparable", "direction only", "equivalent within the margin", "reproduced",
@@ -48,18 +48,18 @@ MEAN_TOLERANCE = SAME_NUMBER  # share of the claimed number by which the mean ov
 INTERVAL_TOLERANCE = 0.10  # share of the claimed number within which the 95 % interval of that mean must lie
 NO_EFFECT = 0.10  # a difference below this share of the claimed effect counts as no effect, on the paper's model
 EQUIVALENCE = 0.90  # of the interval that must lie within the margin: two one-sided tests at 5 %
-LIKE_L0 = 1.10  # largest ratio of two L0 that counts as like
-# Metrics that L0 does not move, or that are L0 itself; every other one gets better or worse with L0 alone.
+LIKE_L0 = 1.10  # largest ratio of two L0 values that count as alike
+# Metrics that do not depend on L0, or are L0 itself. Every other metric gets better or worse with L0 alone.
 FREE_OF_L0 = ("core.sparsity.l0", "core.sparsity.l1", "absorption.n.", "sparse_probing.llm.", "training.l0", STEP_TIME)
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """The conditions of a verdict, besides the measured numbers.
+    """The conditions on which a verdict depends, other than the measured numbers.
 
     Attributes:
         l0: the measured L0 of the claim's two systems, or None if it is unknown or there is no other system.
-        printed_l0: the paper's own L0 of the first as a multiple of the other's, or None if it prints none.
+        printed_l0: the ratio of the first system's L0 to the other's in the paper, or None if it prints none.
         substituted: the reading replaces an equation that the claim is about.
         inactive: the mechanism that the claim is about did nothing.
     """
@@ -73,7 +73,7 @@ class Conditions:
 
 
 class Judgement(NamedTuple):
-    """A verdict, and the reason for it where the numbers alone do not show it."""
+    """A verdict, and the reason for it if the numbers alone do not show it."""
 
     verdict: Verdict
     reason: str = ""
@@ -84,7 +84,7 @@ def measured_value(
 ) -> float | None:
     """The claim's metric in the results of one run or in its metrics.jsonl; None if it was not measured.
 
-    It is SAEBench's number, over all rows: the papers do not leave out outlier rows.
+    This is SAEBench's number, over all rows, because the papers do not leave out outlier rows.
     """
     metric, _, rest = claim.metric.partition(".")
     if metric == TRAINING_LOG:
@@ -127,10 +127,11 @@ def judge(claim: Claim, values: Mapping[str, ValueBySeed], conditions: Condition
       printed digit) of T, and its interval within 2 d of T; and where the paper also prints the other system's
       number and it was run, its mean is as near to that.
     - contradicted: the whole interval of the difference of the two systems lies on the opposite side of zero from the
-      paper's. On the paper's model only, also where it lies within a tenth of the claimed difference, or where the
-      interval does not overlap T +- d: sizes do not carry over to another model.
-    - direction only: the whole interval of the difference lies on the paper's side of zero. Two printed numbers that
-      are one unit of their last digit apart have no direction, and equal differences of two seeds have no interval.
+      paper's. On the paper's model, a claim is also contradicted if the interval lies within a tenth of the claimed
+      difference, or does not overlap T +- d. This does not apply to other models, to which sizes do not carry over.
+    - direction only: the whole interval of the difference lies on the paper's side of zero. There is no direction
+      between two printed numbers that differ by one unit of their last digit, and no interval if the differences of two
+      seeds are equal.
     - equivalent within the margin (for a claim that two systems are equal): the 90 % interval of the difference lies
       within +- the margin, which is two one-sided tests at 5 %. If the whole interval lies outside, the claim is
       contradicted on the paper's model, and `not equivalent` on another, since a margin is a size.
@@ -139,9 +140,9 @@ def judge(claim: Claim, values: Mapping[str, ValueBySeed], conditions: Condition
     Two things can replace the verdict by the numbers:
 
     - not comparable, because of L0 (on another model, and for every metric that L0 moves): the L0 of the two systems
-      differ by more than 10 %. If the paper itself compares them at L0 that differ in the same direction, the verdict
-      can be `direction only`, and nothing more. Where the paper compares at unlike L0 and ours are alike, nothing is
-      contradicted either.
+      differ by more than 10 %. If the paper itself compares them at L0 values that differ in the same direction, the
+      verdict can be `direction only` but nothing more. If the paper compares at different L0 and ours are alike,
+      nothing is contradicted either.
     - not of the paper's equation: the reading replaces an equation that the claim is about, so that it can be neither
       reproduced nor contradicted.
     """
@@ -163,7 +164,7 @@ def judge(claim: Claim, values: Mapping[str, ValueBySeed], conditions: Condition
 def judge_numbers(
     claim: Claim, system: Sequence[float], pairs: Sequence[tuple[float, float]], on_paper_model: bool
 ) -> Judgement:
-    """The verdict by the numbers alone, without regard to L0 and to substitutions; see `judge`."""
+    """The verdict by the numbers alone, regardless of L0 and substitutions; see `judge`."""
     changes = differences(claim, pairs)
     if claim.says == "equal":
         return judge_equality(claim, confidence_interval(changes, EQUIVALENCE), on_paper_model)
@@ -180,8 +181,8 @@ def judge_numbers(
 
 
 def differences(claim: Claim, pairs: Sequence[tuple[float, float]]) -> list[float]:
-    """By how much the system exceeds the other, pair by pair: a claimed change or margin in its unit, else in the
-    metric's own; never as a multiple, so that no difference is 0."""
+    """By how much the system exceeds the other, pair by pair: in the unit of the claimed change or margin, else in the
+    metric's own. It is never a multiple, so 0 means no difference."""
     in_unit = claim.is_change or claim.says
     return [change - (claim.unit == "x") for change in paired_changes(claim.unit if in_unit else "", pairs)]
 
@@ -222,8 +223,8 @@ def agrees(claim: Claim, numbers: Sequence[float]) -> bool:
 
 
 def other_agrees(claim: Claim, numbers: Sequence[float]) -> bool:
-    """Whether the other system has its printed number, too: a comparison is reproduced by both. True if the paper
-    prints none, or the other system was not run."""
+    """Whether the other system's number agrees with its printed one, too, which reproducing a comparison requires. True
+    if the paper prints none or the other system was not run."""
     if claim.against_value is None or not numbers:
         return True
     scale = 100 if claim.unit == "%" else 1
@@ -232,7 +233,7 @@ def other_agrees(claim: Claim, numbers: Sequence[float]) -> bool:
 
 
 def excludes(claim: Claim, numbers: Sequence[float]) -> bool:
-    """Whether the interval of the numbers excludes every value that counts as the claim's target."""
+    """Whether the interval of the numbers excludes every value that agrees with the claim's target."""
     interval = confidence_interval(numbers)
     if claim.target is None or interval is None:
         return False
@@ -241,19 +242,19 @@ def excludes(claim: Claim, numbers: Sequence[float]) -> bool:
 
 
 def nearness(claim: Claim, target: float) -> float:
-    """How far from the target a mean still agrees with it."""
+    """The largest distance from the target at which a mean still agrees with it."""
     return max(MEAN_TOLERANCE * abs(target), claim.rounding)
 
 
 def has_no_effect(claim: Claim, shares: Interval | None) -> bool:
-    """Whether the whole interval of the difference, as a share or as the claimed change, is within a tenth of it."""
+    """Whether the whole interval of the difference, in the form of the claimed effect, is within a tenth of it."""
     if not claim.effect or shares is None:
         return False
     return is_within(shares, -NO_EFFECT * abs(claim.effect), NO_EFFECT * abs(claim.effect))
 
 
 def withhold(claim: Claim, found: Judgement, conditions: Conditions) -> Judgement:
-    """The verdict by the numbers, unless L0 or a substituted equation does not allow it; see `judge`."""
+    """The verdict by the numbers, replaced if L0 or a substituted equation does not allow it; see `judge`."""
     found = allow_for_l0(claim, found, conditions)
     if conditions.substituted and found.verdict in ("reproduced", "contradicted", "not equivalent"):
         return Judgement("not of the paper's equation")
@@ -261,7 +262,7 @@ def withhold(claim: Claim, found: Judgement, conditions: Conditions) -> Judgemen
 
 
 def allow_for_l0(claim: Claim, found: Judgement, conditions: Conditions) -> Judgement:
-    """On another model, the verdict that the L0 of the two systems allow."""
+    """The verdict that the L0 values of the two systems allow, on another model."""
     if conditions.on_paper_model or conditions.l0 is None or not depends_on_l0(claim):
         return found
     own, other = conditions.l0
@@ -279,19 +280,19 @@ def allow_for_l0(claim: Claim, found: Judgement, conditions: Conditions) -> Judg
 
 
 def depends_on_l0(claim: Claim) -> bool:
-    """Whether L0 by itself moves the claim's metric. The first step is before any L0 has been reached."""
+    """Whether L0 by itself changes the claim's metric. At the first step, no L0 has been reached yet."""
     return not claim.metric.startswith(FREE_OF_L0) and not (
         claim.metric.startswith(TRAINING_LOG) and claim.at == "first"
     )
 
 
 def side_of_one(ratio: float | None) -> int:
-    """1 if a ratio of two L0 is above what counts as like, -1 if it is below, 0 if they are alike or it is unknown."""
+    """1 if a ratio of two L0 values is above the range that counts as alike, -1 if below, 0 if alike or unknown."""
     return 0 if ratio is None or 1 / LIKE_L0 <= ratio <= LIKE_L0 else 1 if ratio > 1 else -1
 
 
 def combine_judgements(judgements: Iterable[Judgement]) -> Judgement:
-    """The verdict on a claim about several recipes or layers: the worst of them, with every reason for it."""
+    """The verdict on a claim about several recipes or layers: the worst of their verdicts, with every reason for it."""
     judgements = list(judgements)
     verdicts: list[Verdict] = [one.verdict for one in judgements] or ["not measured"]
     worst = min(verdicts, key=WORST_FIRST.index)
@@ -300,8 +301,8 @@ def combine_judgements(judgements: Iterable[Judgement]) -> Judgement:
 
 
 def paired_changes(unit: str, pairs: Sequence[tuple[float, float]]) -> list[float]:
-    """The change of each pair (system, other): without a unit the difference, else in % of the other, in pp, as x times
-    the other, or as a share of the other.
+    """The change in each pair (system, other). Without a unit, it is the difference; otherwise it is in % of the other,
+    in pp, as x times the other, or as a share of the other.
 
     Empty if a value of the other system is zero, except for differences and changes in pp.
     """
@@ -317,7 +318,7 @@ def paired_changes(unit: str, pairs: Sequence[tuple[float, float]]) -> list[floa
 def confidence_interval(values: Sequence[float], level: float = CONFIDENCE) -> Interval | None:
     """The interval of the mean by Student's t; None for fewer than two values or values that are not finite.
 
-    None also for two equal values other than 0, as counts can be: they say nothing about the spread.
+    Also None for two equal values other than 0, such as counts, because they say nothing about the spread.
     """
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
