@@ -276,7 +276,7 @@ def read_chunk(folder: Path, array: ArraySpec, chunk: int, files: FileRecords) -
 
 
 def read_array(folder: Path, name: str, files: FileRecords, layout: Layout | None = None) -> np.ndarray:
-    """A whole uncompressed array in memory, every chunk checked as by `check_chunk`; meant for the small arrays.
+    """Read a whole uncompressed array into memory, checking every chunk like `check_chunk`; for small arrays.
 
     Raises DamagedError like `read_array_spec`, or if a file is missing, short, or not the one that `files` lists.
     """

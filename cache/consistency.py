@@ -41,7 +41,7 @@ def check_attributes(path: Path, attributes: Mapping[str, Any]) -> None:
 
 
 def check_array(path: Path, array: ArraySpec, layout: Layout, d_in: int | None) -> None:
-    """Raise DamagedError unless an array has the shape and storage that the layout of its cache gives it.
+    """Raise DamagedError unless an array's shape and storage match the layout of its cache.
 
     `path` is the array's zarr.json; `d_in` is the width of the activations that the moments belong to.
     """

@@ -45,7 +45,7 @@ class ContextFormat:
 
     @classmethod
     def of(cls, identity: Mapping[str, Any], tokenizer: Any) -> Self:
-        """The format of a cache with this identity. Caches of earlier versions begin with BOS, else EOS."""
+        """The format of a cache with this identity. Contexts of earlier versions begin with BOS, or else EOS."""
         bos_id = identity["bos"] if "bos" in identity else bos_or_eos_id(tokenizer)
         return cls(bos_id, tuple(identity["skip"]), identity.get("skip_positions", 0))
 

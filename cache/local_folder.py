@@ -369,7 +369,7 @@ class LocalFolder:
     # --- the folder --------------------------------------------------------------------------------------------------
 
     def _look(self, others: Mapping[str, Statement]) -> Contents:
-        """The files in the folder. Removes parts that nobody is pulling, and damaged files that nobody is reading."""
+        """The files in the folder. Removes parts not being pulled, and damaged files not being read, by any process."""
         found = contents(self.folder)
         for name, owner in list(found.parts):
             is_own = owner == self._shared.owner

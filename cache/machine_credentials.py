@@ -20,7 +20,7 @@ def asks_the_machine(scheme: str) -> bool:
 
 
 def machine_answers() -> bool:
-    """Whether that service answers at all, whatever it says."""
+    """Whether the service answers at all, with any status."""
     service = urlsplit(os.environ.get("AWS_METADATA_ENDPOINT", "http://169.254.169.254"))
     try:
         connection = http.client.HTTPConnection(service.hostname or "", service.port, timeout=SECONDS)

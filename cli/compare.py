@@ -9,7 +9,7 @@ from ..common.escaping import quote
 from .console import cli_command, echo, show_table
 
 SUFFIXES = (".html", ".csv", ".json")
-MAX_REPEATED_RUNS = 8  # above this number the next command does not repeat the runs
+MAX_REPEATED_RUNS = 8  # with more runs, the suggested next command does not repeat them
 
 
 @cli_command
@@ -112,7 +112,7 @@ def compare(
 
 
 def flags(against: str | None, margins: list[str], *, mix: bool, references: bool) -> str:
-    """The flags that decide what is compared, as words of the same command."""
+    """The flags that determine what is compared, as words for a repeated command."""
     words = [] if against is None else ["--against", quote(against)]
     words += [word for one in margins for word in ("--margin", quote(one))]
     words += ["--mix"] * mix + ["--no-references"] * (not references)

@@ -1,4 +1,4 @@
-"""`--config file.toml`, which every command takes: a table for each command, with the long names of its flags as keys.
+"""`--config file.toml`, an option of every command: a table per command, with the long names of its flags as keys.
 
     [harvest]
     model = "google/gemma-2-2b"
@@ -8,8 +8,8 @@
     batch-size = 4096
     set = { k = 64, topk.k = 32 }
 
-The whole file is checked as the flags would be, and all mistakes are reported together. Flags override the file, and
-`--set` overrides it option by option. This module imports only typer and the errors, since `sae --help` imports it.
+The whole file is checked like flags, and all mistakes are reported together. Flags override the file, and `--set`
+overrides it option by option. This module imports only typer and the errors, since `sae --help` imports it.
 """
 
 import functools
@@ -29,14 +29,14 @@ from ..common.errors import SaeError, UsageError, did_you_mean
 from .printing import print_error, print_line
 
 SET = "set_"  # the parameter of --set, the only flag that can be given as a table
-ORIGINS: ContextVar[Mapping[str, str]] = ContextVar("ORIGINS")  # of the running command: flag -> where it was given
+ORIGINS: ContextVar[Mapping[str, str]] = ContextVar("ORIGINS")  # for the running command: flag -> where it was given
 MAX_MISTAKES = 20  # reported for one file
-# The parts of TOML that decide where a statement ends: strings and comments, which can hold anything, brackets and
-# line ends.
+# The parts of TOML that determine where a statement ends: strings and comments, which can contain anything, brackets
+# and line ends.
 TOKENS = re.compile(
     r"""\"{3}(?:\\.|[^\\])*?\"{3,5}|'{3}.*?'{3,5}|"(?:\\.|[^"\\])*"|'[^']*'|\#[^\n]*|[\[\]{}]|\n""", re.DOTALL
 )
-FILE = "sae.cli.config_file"  # the key under which a typer context keeps the file that was read
+FILE = "sae.cli.config_file"  # the key under which a typer context keeps the parsed file
 
 # Flags and TOML keys that were renamed: command -> old name -> new name. The old ones still work, with a note.
 RENAMED: dict[tuple[str, ...], dict[str, str]] = {
@@ -55,7 +55,7 @@ class CommandWithOldNames(TyperCommand):
 
 
 def _current_names(args: Sequence[str], renamed: Mapping[str, str]) -> Iterator[str]:
-    """The arguments with old flags replaced, up to a `--`."""
+    """The arguments with old flag names replaced, up to a `--`."""
     only_values = False
     for arg in args:
         only_values = only_values or arg == "--"
@@ -104,7 +104,7 @@ class ConfigFile:
         return f"{self.path}:{self.lines[key]}"
 
     def _read_table(self, table: Mapping[str, Any], command: Any, words: Command) -> Iterator[str]:
-        """Read the table of a command or of a group of commands; yields the mistakes in it."""
+        """Read the table of a command or command group; yields the mistakes in it."""
         subcommands = getattr(command, "commands", None)
         known = subcommands if subcommands is not None else options_of(command)
         for key, value in table.items():
@@ -155,7 +155,7 @@ def line_numbers(text: str) -> dict[Key, int]:
 
 
 def statements(text: str) -> Iterator[tuple[int, str]]:
-    """The headers and the `key = value` of a valid TOML text, each with the line on which it begins."""
+    """The headers and `key = value` statements of a valid TOML text, each with the line on which it begins."""
     start, line, depth, first = 0, 1, 0, 1
     for token in TOKENS.finditer(text + "\n"):
         if token[0] in "[{":
@@ -170,7 +170,7 @@ def statements(text: str) -> Iterator[tuple[int, str]]:
 
 
 def flatten(table: Mapping[str, Any], tables: bool = False) -> Iterator[tuple[Key, Any]]:
-    """The keys of a nested table as paths, with their values; with `tables`, the keys of inner tables too."""
+    """The keys of a nested table as paths, with their values; with `tables`, also the keys of inner tables."""
     for key, value in table.items():
         if isinstance(value, dict):
             yield from (((key, *path), leaf) for path, leaf in flatten(value, tables))
@@ -185,7 +185,7 @@ def options_of(command: Any) -> dict[str, Any]:
 
 
 def to_args(param: Any, value: Any) -> Any:
-    """A TOML value as it would be on the command line: a string, a list of strings, or a bool for a switch.
+    """A TOML value in the form used on the command line: a string, a list of strings, or a bool for a switch.
 
     Raises ValueError if the value does not fit the parameter.
     """
@@ -252,7 +252,7 @@ def command_of(context: Any) -> Command:
 
 
 def resolve(context: Any) -> dict[str, Value]:
-    """Every parameter of a command by its long name, with its value and where that was given."""
+    """Every parameter of a command by its long name, with its value and the origin of the value."""
     file: ConfigFile | None = context.meta.get(FILE)
     command = command_of(context)
     in_file = file.origins.get(command, {}) if file else {}
@@ -273,7 +273,7 @@ def resolve(context: Any) -> dict[str, Value]:
 
 
 def _merge_set(param: Any, flags: list[str], from_file: list[str], origins: Mapping[str, Any]) -> Value:
-    """The --set options of the flags, and those of the file that they do not override."""
+    """The --set options given as flags, and those in the file that the flags do not override."""
     overridden = {text.partition("=")[0] for text in flags}
     kept = [n for n, text in enumerate(from_file) if text.partition("=")[0] not in overridden]
     where = [origins[SET][n] for n in kept] + ["flag"] * len(flags)
@@ -281,7 +281,7 @@ def _merge_set(param: Any, flags: list[str], from_file: list[str], origins: Mapp
 
 
 def with_config(command: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a command: it takes --config, and while it runs `ORIGINS` says where each value was given."""
+    """Decorate a command so that it takes --config; while it runs, `ORIGINS` has the origin of each value."""
 
     @functools.wraps(command)
     def run(*args: Any, config: Path | None = None, context_: typer.Context | None = None, **kwargs: Any) -> None:

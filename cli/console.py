@@ -1,4 +1,4 @@
-"""Terminal output: lines and one progress bar on stderr, tables on stdout; errors become a line and an exit code.
+"""Terminal output: lines and one progress bar on stderr, tables on stdout; errors become one line and an exit code.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 damaged data, 4 something outside is missing (access, disk, GPU), 130
 interrupted, 141 the reader of the output closed it (128 + SIGPIPE, which shells report for any program).
@@ -31,8 +31,8 @@ from .printing import print_error, print_line
 if TYPE_CHECKING:
     from ..common.errors import SaeError
 
-SECONDS_PER_LINE = 10  # between the progress lines that replace the bar where stderr is not a terminal
-TABLE_WIDTH = 200  # where stdout is not a terminal
+SECONDS_PER_LINE = 10  # between progress lines, which replace the bar if stderr is not a terminal
+TABLE_WIDTH = 200  # if stdout is not a terminal
 BROKEN_PIPE = 141
 LOWER = (
     "Everything committed is safe. Use a smaller --window, --context or --batch-contexts (harvest), --accumulate or "
@@ -40,27 +40,27 @@ LOWER = (
 )
 
 RANK = int(os.environ.get("RANK", "0"))
-QUIET = RANK > 0  # of several launched processes the others print nothing but problems
+QUIET = RANK > 0  # of several launched processes, all but the first print only problems
 
 
 def echo(text: str) -> None:
-    """Print a line on stderr, in the first of several launched processes."""
+    """Print a line on stderr; of several launched processes, only in the first."""
     if not QUIET:
         print_line(text, err=True)
 
 
 def echo_problem(text: str) -> None:
-    """Print a problem on stderr, in any of several launched processes; all but the first name themselves."""
+    """Print a problem on stderr, in every launched process; all but the first add their rank."""
     print_error(f"rank {RANK}: {text}" if QUIET else text)
 
 
 def cli_command(command: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a command: it takes --config, and its errors become a line and an exit code."""
+    """Decorate a command so that it takes --config, and its errors become one line and an exit code."""
     return with_config(report_errors(command))
 
 
 def report_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn errors that a user can act on into a line and an exit code. Any other is a bug and shows its traceback."""
+    """Turn errors that a user can act on into one line and an exit code. Other errors are bugs and show a traceback."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -69,7 +69,7 @@ def report_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             with sigterm_as_ctrl_c(), warnings_as_notes():
                 _run_command(command, args, kwargs)
-        except KeyboardInterrupt:  # also one that arrives while another error is being reported
+        except KeyboardInterrupt:  # even if it arrives while another error is being reported
             ignore_interrupts()
             echo("stopped: interrupted. Everything committed is safe; run the same command again to continue.")
             raise typer.Exit(130) from None
@@ -82,7 +82,7 @@ def report_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def warnings_as_notes() -> Iterator[None]:
-    """Print this package's own warnings as notes, each once."""
+    """Print warnings of this package as notes, each once."""
     show, shown = warnings.showwarning, set()
 
     def print_note(
@@ -157,14 +157,14 @@ def report(error: "SaeError", say: Callable[[str], None] = echo_problem) -> None
 
 
 def error_line(error: "SaeError") -> str:
-    """An error as a line. The message of an interruption begins with "Stopped", which is not repeated."""
+    """An error as one line. "Stopped" at the beginning of an interruption's message is not repeated."""
     if error.exit_code != 130:
         return f"error: {error}"
     return f"stopped: {str(error).removeprefix('Stopped').lstrip('. ')}"
 
 
 def ignore_interrupts() -> None:
-    """Ignore further Ctrl-C: one is being handled, and another would break into the exit and print a traceback."""
+    """Ignore further Ctrl-C: one is being handled, and another would interrupt the exit and print a traceback."""
     with contextlib.suppress(ValueError):  # not in the main thread, which keeps its signal handlers
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -191,7 +191,7 @@ class BarAndTable(Progress):
 
 
 class Bar:
-    """A live progress bar; where stderr is not a terminal, a line every ten seconds.
+    """A live progress bar; if stderr is not a terminal, a line every ten seconds.
 
     Call it with the work done, the total and a note. A smaller number than before starts a new stage.
     """
@@ -235,7 +235,7 @@ class Bar:
             self.progress.console.print(escape_for_terminal(sentence), highlight=False, markup=False, soft_wrap=True)
 
     def say_problem(self, sentence: str) -> None:
-        """The same, but for a problem, which any of several launched processes prints."""
+        """Like `say`, but for a problem, which every launched process prints."""
         if QUIET:
             echo_problem(sentence)
         else:
@@ -261,7 +261,7 @@ def make_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 
 def plain_text(text: str, style: str = "") -> Text:
-    """Text that rich shows as it is: brackets in a name are not markup, and escape sequences are not obeyed."""
+    """Text that rich shows verbatim: brackets in a name are not markup, and escape sequences are escaped."""
     return Text(escape_for_terminal(text), style)
 
 
@@ -271,6 +271,6 @@ def show_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) 
     console = Console()
     width = console.width if console.is_terminal else TABLE_WIDTH
     full_width = Console(width=10_000).measure(table).maximum  # a narrower table would break numbers in two
-    # As the table's own title it would be folded to the table's width.
+    # A title of the table itself would be wrapped to the table's width.
     console.print(plain_text(title, "italic"), soft_wrap=True)
     Console(width=max(width, full_width)).print(table, crop=False)

@@ -75,7 +75,7 @@ def export(
 
 
 def confirm(question: str, shown: Bar) -> bool:
-    """Ask on the terminal; the bar makes room for the question. UsageError if there is no terminal to ask on."""
+    """Ask on the terminal, while the bar is hidden. Raises UsageError if there is no terminal to ask on."""
     from ..common.errors import UsageError
 
     if not sys.stdin.isatty():
@@ -150,7 +150,7 @@ def import_(
 
 
 def show_release(text: str, *, layer: int | None, site: str | None, width: str | None, as_json: bool) -> None:
-    """Print what a release offers: a table of SAEs or of groups of them, what else it has, and the next command."""
+    """Print the content of a release: a table of SAEs or groups of SAEs, its other content, and the next command."""
     from ..common.formatting import format_count
     from ..train.formats.listing import MAX_ROWS, list_release
 

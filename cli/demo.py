@@ -25,7 +25,7 @@ def demo(
 
     config = harvest_config(tokens)
     folder = sae_home() / "demo"
-    os.environ["SAE_HOME"] = str(folder)  # so that no later command takes the demo's cache or runs for the user's own
+    os.environ["SAE_HOME"] = str(folder)  # so that no later command mistakes the demo's cache or runs for the user's
     cache = execute(show_harvest(config))
     runs = run_train(train_config(cache.folder, steps))
     echo("note     decorrelation ran with fraction=0.05 and strength=0.2; its default is the paper's 0.1 % of pairs")

@@ -119,7 +119,7 @@ def evaluate(
         found = ranks.first(lambda: find_or_import(runs, published, shown.say, shown))
     if not found.folders:
         ranks.everywhere(found.raise_refusals)
-        return  # a dry run of what is not imported yet
+        return  # a dry run for SAEs that are not imported yet
     controlled = plan_controls(found.folders, device) if controls else ControlsPlan()
     config = EvaluateConfig(
         runs=found.folders,
@@ -149,7 +149,7 @@ def evaluate(
 def run_evaluate(
     plan: "EvaluatePlan", controls: "ControlsPlan | None" = None, *, as_json: bool = False, dry_run: bool = False
 ) -> int:
-    """Print a plan, train its controls, run it with a progress bar, and print its tables.
+    """Print a plan, train the controls, run the plan with a progress bar, and print its tables.
 
     Returns the exit code. With several launched processes, the first one sends it to the others after printing.
     """
@@ -163,7 +163,7 @@ def run_evaluate(
         return 1 if plan.refused or (controls and controls.problems) else 0
     are_missing = bool(controls and controls.problems)
     if controls and controls.train and controls.train.unfinished:
-        are_missing |= not train_all(controls.train, table=not as_json)  # stdout then has only the rows
+        are_missing |= not train_all(controls.train, table=not as_json)  # keeps stdout to the rows alone
         plan.config = replace(plan.config, controls=controls.trained_folders)
     rows = run_evaluation(plan, lambda metric: bar(f"evaluate {metric}", ""), all_rows=not QUIET)
     code = plan.exit_code(rows) or int(are_missing)
@@ -178,7 +178,7 @@ def run_evaluate(
 
 
 def ranks_lines(plan: "EvaluatePlan") -> list[str]:
-    """What each of several launched processes will measure; controls that are not trained yet are dealt later."""
+    """Lines about what each launched process will measure; untrained controls are distributed later."""
     from ..common.process_group import rank_and_count
     from ..evaluate.deal import deal_work, describe_deal
 
@@ -204,7 +204,7 @@ def show_rows(plan: "EvaluatePlan", rows: "Sequence[EvalRow]", as_json: bool) ->
 
 
 def train_all(controls: "TrainPlan", *, table: bool) -> bool:
-    """Train the controls. Prints why a control has failed, and keeps the others. Returns whether all are trained."""
+    """Train the controls. Prints why a control failed, and keeps the others. Returns whether all are trained."""
     import torch
 
     from ..common.errors import Interrupted, SaeError

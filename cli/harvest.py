@@ -1,4 +1,4 @@
-"""`sae harvest`: text -> cache. The lines that it prints are written in harvest/description.py."""
+"""`sae harvest`: text -> cache. The printed lines come from harvest/description.py."""
 
 import time
 from typing import TYPE_CHECKING, Annotated
@@ -174,7 +174,7 @@ def harvest(
     if not dry_run:
         cache = execute(plan)
         if not plan.is_complete(cache):
-            return  # other tasks have windows to do
+            return  # other tasks still have windows to harvest
         hook = cache.hooks[len(cache.hooks) // 2]
         command = f"sae train --variant decorrelation {hook.cli_flags} --cache {quote(plan.address)}"
         echo(f"next     {with_launcher(command)}")

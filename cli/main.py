@@ -1,4 +1,4 @@
-"""The command line: parses, delegates, prints. `sae --help` imports neither torch nor any of our folders."""
+"""The command line: parses, delegates, prints. `sae --help` imports neither torch nor other folders of this package."""
 
 import sys
 from typing import Annotated, Any
@@ -25,8 +25,8 @@ from .variants import variants
 
 
 class Program(TyperGroup):
-    """The program. It exits with 141 when the reader of its output closes it, where click and rich exit with 1. It
-    raises a Ctrl-C that arrives while the words are parsed, on which typer exits silently.
+    """The program. It exits with 141 when the reader closes its output, where click and rich exit with 1. It raises a
+    Ctrl-C that arrives while arguments are parsed, where typer exits silently.
 
     If an error quotes words of the command line, their escape sequences are shown as text.
     """

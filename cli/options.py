@@ -70,7 +70,7 @@ def check_width(text: str | None) -> str | None:
 
 
 def one_of(*values: str) -> Callable[[str | None], str | None]:
-    """The callback of an option that takes one of some values. Raises typer.BadParameter for any other."""
+    """A callback for an option with a fixed set of values. Raises typer.BadParameter for any other value."""
 
     def check(value: str | None) -> str | None:
         if value is not None and value not in values:
@@ -82,15 +82,15 @@ def one_of(*values: str) -> Callable[[str | None], str | None]:
 
 
 def check_device(device: str) -> str:
-    """The callback of --device. Raises typer.BadParameter for what cannot be one, whatever the machine has."""
+    """The callback of --device. Raises typer.BadParameter for an invalid name, whatever devices exist."""
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", device):
         raise typer.BadParameter(f"{device!r} is unknown: expected auto, cpu, cuda or cuda:N")
     return device
 
 
 def refuse_addresses(values: Iterable[object]) -> None:
-    """Raise UsageError if an argument of type Path is an address: there only folders and files on a disk are allowed.
-    Arguments that can be addresses too have the type str.
+    """Raise UsageError if an argument of type Path is an address: such arguments must be folders or files on a disk.
+    Arguments that may be addresses have the type str.
     """
     from ..common.addresses import disk_path
 
@@ -101,11 +101,11 @@ def refuse_addresses(values: Iterable[object]) -> None:
 
 
 def finite_or_none(multiple: float) -> float | None:
-    """What `HarvestConfig.max_norm` takes: None in place of infinity."""
+    """Convert to a value of `HarvestConfig.max_norm`: None in place of infinity."""
     return None if multiple == math.inf else multiple
 
 
-MAX_SEED = 2**63 - 1  # the largest that the random generators of torch and numpy both take
+MAX_SEED = 2**63 - 1  # the largest seed that both torch and numpy accept
 STREAMING = "Harvesting while training (with --stream)"  # a group of flags in the help
 
 Tokens = Annotated[

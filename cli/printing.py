@@ -1,5 +1,5 @@
-"""Print the lines of a command. Escape sequences, which a hostile name may contain, are shown as text, so that the
-terminal does not obey them. Imports only typer, since `sae --help` imports it.
+"""Print the lines of a command. Escape sequences, which a hostile name may contain, are shown as text, so the terminal
+does not obey them. This module imports only typer, since `sae --help` imports it.
 """
 
 import contextlib
@@ -12,12 +12,12 @@ from ..common.formatting import shorten_values
 
 
 def print_line(text: str = "", *, err: bool = False) -> None:
-    """Print a line, or several, on stdout, or with `err` on stderr."""
+    """Print one or more lines on stdout, or with `err` on stderr."""
     typer.echo(escape_for_terminal(text), err=err)
 
 
 def print_error(text: str) -> None:
-    """Print an error on stderr. Values of thousands of characters in it are shortened."""
+    """Print an error on stderr, with values of thousands of characters shortened."""
     print_line(shorten_values(text), err=True)
 
 
@@ -28,7 +28,7 @@ def ask(question: str) -> bool:
 
 @contextlib.contextmanager
 def printable_usage_errors() -> Iterator[None]:
-    """Escape the messages of the parser of the command line, which quote words that may be names of files."""
+    """Escape the messages of the command-line parser, which quote words that may be file names."""
     try:
         yield
     except Exception as error:

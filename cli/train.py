@@ -38,7 +38,7 @@ STREAM_FLAGS = {"windows": "ring", "max_norm": "max-norm"}  # option of `plan_st
 RECORDS = "Checkpoints and logging"
 MACHINE = "Machine"
 COLUMNS = ("loss", "L0", "EV", "dead")  # of the table of runs
-MUCH_WAITING = 0.1  # share of the time above which the bar mentions it
+MUCH_WAITING = 0.1  # share of the time above which the bar shows it
 LOGGED = {"loss", "l0", "explained_variance", "dead", "waited_for_data"}  # metrics that are shown
 
 
@@ -249,7 +249,7 @@ def train(
 
 
 def run_train(config: "TrainConfig", dry_run: bool = False) -> "list[Run]":
-    """Plan, print the plan, and train unless it is a dry run. Returns the runs."""
+    """Make a plan, print it, and train unless it is a dry run. Returns the runs."""
     from ..common.process_group import current_process_group
     from ..train.plan import plan_training
 
@@ -262,7 +262,7 @@ def run_train(config: "TrainConfig", dry_run: bool = False) -> "list[Run]":
 
 
 def run_streaming(config: "TrainConfig", harvest_options: Mapping[str, Any], dry_run: bool) -> "list[Run]":
-    """Plan and train as `run_train` does, with --stream: the activations are harvested meanwhile."""
+    """Plan and train like `run_train`, with --stream: activations are harvested at the same time."""
     from ..workflows import stream
 
     plan = stream.plan_streaming(config, **harvest_options)
@@ -274,7 +274,7 @@ def run_streaming(config: "TrainConfig", harvest_options: Mapping[str, Any], dry
 
 
 def execute(plan: "TrainPlan", run: "Callable[[TrainProgress], None] | None" = None, *, table: bool = True) -> None:
-    """Train the runs of a plan with a bar, by `run` if it is given, and print their last metrics as a `table`."""
+    """Train the runs of a plan with a bar, using `run` if given, and print their last metrics if `table`."""
     from ..cache.object_store import is_url
     from ..common.process_group import rank_and_count
     from ..train.loggers import Loggers
@@ -319,14 +319,14 @@ def execute(plan: "TrainPlan", run: "Callable[[TrainProgress], None] | None" = N
 
 
 class Waits:
-    """Says what share of the time since the last log line training has waited for its batches, if it is large."""
+    """Reports the share of time since the last log line that training waited for batches, if it is large."""
 
     def __init__(self, in_store: bool) -> None:
         self.what = "the store" if in_store else "data"
         self.at, self.waited = time.monotonic(), 0.0
 
     def note(self, metrics: Mapping[str, Mapping[str, float]]) -> str:
-        """A part of the text next to the bar."""
+        """The text about waiting, shown next to the bar."""
         now, waited = time.monotonic(), max((line["waited_for_data"] for line in metrics.values()), default=self.waited)
         share = (waited - self.waited) / max(now - self.at, 1e-9)
         self.at, self.waited = now, waited
@@ -334,7 +334,7 @@ class Waits:
 
 
 def progress_note(metrics: Mapping[str, dict[str, float]], runs: "list[Run]", live: bool) -> str:
-    """The metrics next to the bar: of the only run, or of the first of several with its name.
+    """The metrics shown next to the bar: those of the only run, or of the first run, with its name.
 
     A live bar shows a table of several runs instead.
     """

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..train.recipe import Recipe
 
 WIDTH = 100  # columns
-PAPER_WIDTH = 2304  # d_in of the papers' model, at which the pages give what depends on the width
+PAPER_WIDTH = 2304  # d_in of the papers' model, used on the pages for values that depend on the width
 
 
 @cli_command
@@ -95,7 +95,7 @@ def option_lines(name: str, default: Any, kind: Any, meaning: str) -> Iterator[s
 
 
 def paper_exact_lines(recipe: "Recipe") -> Iterator[str]:
-    """What `--paper-exact` sets, and why that does not work as the paper intends."""
+    """Lines about what `--paper-exact` sets, and why this does not work as the paper intends."""
     if recipe.why_not_paper_exact:
         yield from wrapped(f"Changes nothing: {recipe.why_not_paper_exact}.", 2)
         return
@@ -109,7 +109,7 @@ def paper_exact_lines(recipe: "Recipe") -> Iterator[str]:
 
 
 def show_value(value: Any) -> str:
-    """A value as `--set` takes it."""
+    """A value in the syntax of `--set`."""
     if isinstance(value, (bool, type(None))):
         return str(value).lower()
     from ..train.scaling import ScaledDefault
@@ -118,7 +118,7 @@ def show_value(value: Any) -> str:
 
 
 def show_type(kind: Any) -> str:
-    """A type, or the choices."""
+    """The name of a type, or its choices."""
     if get_origin(kind) is Literal:
         return " | ".join(map(str, get_args(kind)))
     if get_args(kind):
@@ -150,7 +150,7 @@ def equations_of(recipe: "Recipe") -> list[str]:
 
 
 def default_optimization(recipe: "Recipe") -> dict[str, Any]:
-    """The optimizer options that a recipe sets, at the width of the papers' model; nothing is allocated."""
+    """The optimizer options that a recipe sets, at the width of the papers' model. Allocates nothing."""
     import torch
 
     from ..train.variant import RunConfig
@@ -173,7 +173,7 @@ def measured(name: str) -> str:
 
 
 def labelled(label: str, text: str) -> list[str]:
-    """A text with a label in front of its first line."""
+    """A text with a label before its first line."""
     return textwrap.wrap(f"{label:10}{text}", WIDTH, subsequent_indent=" " * 10)
 
 

@@ -298,7 +298,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def existing_parent(folder: Path) -> Path:
-    """`folder` if it exists, else its nearest parent that does."""
+    """`folder` if it exists, otherwise its nearest existing parent."""
     while not folder.exists():
         folder = folder.parent
     return folder

@@ -169,7 +169,7 @@ def is_locked(folder: Path) -> bool:
         flock(descriptor, fcntl.LOCK_SH)
     except BlockingIOError:
         return True
-    except OSError:  # without locks nobody holds one
+    except OSError:  # without locks, no process holds one
         return False
     finally:
         os.close(descriptor)

@@ -1,7 +1,7 @@
 """The schema of every record of a run, one for each of its JSON files. The schemas of an evaluation are in
 evaluation_schemas.py, the schemas of a cache in cache_schemas.py.
 
-Field names are those on disk. `NotRequired` fields are absent where they say nothing, or in records of earlier
+Field names are the names on disk. `NotRequired` fields are absent if they do not apply, or in records of earlier
 versions. The first line of each docstring is the file's path. `python benchmarks/records_page.py` makes
 docs/reference/records.md from the three files.
 """
@@ -235,8 +235,8 @@ RUN_RECORD = RecordKind(
     "an unfinished run has to be deleted and started again.",
 )
 
-# Entries of run.json and of its `resolved` that are newer than some runs. Each has the value that stands for the
-# earlier behavior: a run without the entry equals a run with this value.
+# Entries of run.json and of its `resolved` that some older runs lack. Each value here describes the earlier behavior: a
+# run without the entry equals a run with this value.
 LATER_ENTRIES: Mapping[str, Any] = {
     "weight_decay_on": "encoder",
     "weight_decay_form": "decoupled",

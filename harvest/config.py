@@ -160,7 +160,7 @@ def check_sizes(config: HarvestConfig) -> None:
 
 
 def check_layers_are_used(config: HarvestConfig, hooks: Sequence[Hook]) -> None:
-    """Raise UsageError for --layer flags that every --module overrides with a layer of its own."""
+    """Raise UsageError for --layer flags that have no effect because every --module names its own layer."""
     used = {hook.layer for hook in hooks}
     if "layer" in config.origins and used.isdisjoint(config.layers):
         layers = ", ".join(map(str, sorted(used)))

@@ -12,8 +12,8 @@ from ..cache.loader import as_uint16
 class DeviceCopy:
     """Copies rows to host memory and scatters them into a window.
 
-    On a GPU the copy uses a CUDA stream of its own and pinned memory, and the rows are scattered while the next forward
-    pass computes. On a CPU they are scattered at once.
+    On a GPU the copy uses a separate CUDA stream and pinned memory, and the rows are scattered during the next forward
+    pass. On a CPU they are scattered at once.
     """
 
     def __init__(self, device: torch.device) -> None:

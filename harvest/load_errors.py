@@ -1,4 +1,4 @@
-"""Translate the errors of loading and running a model into messages that say what to do.
+"""Translate errors from loading and running a model into messages that tell the user what to do.
 
 For malformed files, transformers, tokenizers and torch raise errors of any type. So every error is translated: its type
 and text go into the message, and the error itself becomes the cause. Only calls into those libraries are made inside

@@ -1,8 +1,8 @@
 """The language model and its hook points.
 
-A *layer* is the zero-based index of a block and means the residual stream after it: `blocks.12.hook_resid_post` in
-TransformerLens, the output of `model.layers[12]`, `hidden_states[13]` in transformers (which applies the final norm to
-the last one; here it is left out).
+A *layer* is the zero-based index of a block, and denotes the residual stream after that block:
+`blocks.12.hook_resid_post` in TransformerLens, the output of `model.layers[12]`, `hidden_states[13]` in transformers
+(which applies the final norm to the last one; here it is left out).
 
 A block has more sites, which hooked.py reads and replaces, and which probe.py finds from the block's activations:
 

@@ -182,7 +182,7 @@ class HarvestPlan:
 
     @property
     def windows_of_process(self) -> Sequence[int]:
-        """The windows of this process: those of its share, or of the rank that has the most."""
+        """The windows of this process's share; without a share, the windows of the rank that has the most."""
         if self.share is None:
             return self.windows_left[:: rank_and_count()[1]]
         left, of_share = self.windows_left, self.share.windows(self.layout_to_fill.n_windows)

@@ -42,7 +42,7 @@ class ControlsPlan:
         count: the number of runs that they control for.
         bases: the recipes that they are based on.
         notes: sentences about runs without controls, and about runs whose controls are based on another recipe.
-        problems: why controls cannot be trained; the evaluation goes on without them.
+        problems: why controls cannot be trained; the evaluation continues without them.
     """
 
     train: TrainPlan | None = None
@@ -149,7 +149,7 @@ def control_config(wanted: Wanted, device: str) -> TrainConfig:
 
 
 def training_caches(folder: Path) -> list[str | Path] | None:
-    """The places of the caches that a run was trained on, or None if one is gone. Finds one moved to activations/."""
+    """The places of the caches that a run was trained on; None if one is missing. Also looks in activations/."""
     record, origin = read_run_record(folder), read_sae_record(folder).get("origin", {})
     assert record is not None  # since it has conditions
     places: list[str | Path] = [place if is_url(place) else Path(place) for place in record["cache_folders"]]

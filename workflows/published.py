@@ -96,7 +96,7 @@ def find_or_import(
 
 
 def advice_on_address(text: str) -> str:
-    """Advice on an argument that may be meant as an address on the Hub."""
+    """Advice on an argument that may be intended as an address on the Hub."""
     address = re.sub(r"^(https?://)?(www\.)?(huggingface\.co|hf\.co)/|^hf:/*", "", text)
     owner, _, rest = address.partition("/")
     repo, _, folder = rest.partition("/")

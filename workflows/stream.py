@@ -34,7 +34,10 @@ class StreamingPlan:
     ring_bytes: int  # the windows on the disk at one time, and the text
 
     def describe(self, time: bool = False) -> list[str]:
-        """The lines that `sae train --stream` prints before it begins; with `time`, training's time too."""
+        """The lines that `sae train --stream` prints before it begins.
+
+        With `time`, memory and time of training are estimated too.
+        """
         ring, layout, folder = self.ring, self.ring.layout, self.harvest.folder
         return [
             *describe_source(self.harvest),
