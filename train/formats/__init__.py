@@ -1,4 +1,4 @@
-"""SAEs to and from the file formats of other libraries.
+"""Conversion of SAEs to and from the file formats of other libraries.
 
 Each format is one module with a subclass of `base.Format`. Importing this package imports every module in the folder,
 which registers the formats; a new format is therefore one new file.

@@ -1,7 +1,7 @@
 """The interface of a file format, and the registry of all formats.
 
 `write` and `read` go through `CanonicalSAE`. `reference` does not: it computes latents and reconstructions from the
-files alone, following the other library's own equations. Exports and imports are both checked against it.
+files alone, following the other library's own equations. Both exports and imports are checked against `reference`.
 """
 
 import contextlib
@@ -27,20 +27,20 @@ Reference = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass
 class ForeignSAE:
-    """An SAE read from another library's files, with the information in the files. None: not recorded."""
+    """An SAE read from another library's files, with the information in the files. None means not recorded."""
 
     sae: SAE
     model: str | None = None  # id on the Hub
     hook: Hook | None = None
-    context: int | None = None  # length in tokens of the contexts that it was trained on
+    context: int | None = None  # length in tokens of the training contexts
     prepend_bos: bool | None = None  # whether these contexts began with the tokenizer's BOS
     bos_token: str | None = None  # the token itself; only our own exports record it
-    dataset: str | None = None  # id on the Hub of the text that it was trained on
+    dataset: str | None = None  # id on the Hub of the training text
     metadata: dict[str, Any] = field(default_factory=dict)  # everything else in the files
     notes: list[str] = field(default_factory=list)  # for the user, printed by `sae import`
 
     def record_text(self, recorded: Mapping[str, Any]) -> None:
-        """Copy what the files record about the text, under SAELens' keys. Values of the wrong type are left out."""
+        """Copy the files' information about the text, recorded under SAELens' keys. Skips values of the wrong type."""
         if type(context := recorded.get("context_size")) is int and 0 < context < MAX_WIDTH:
             self.context = context
         if isinstance(prepend_bos := recorded.get("prepend_bos"), bool):
@@ -53,7 +53,7 @@ class ForeignSAE:
 
 @dataclass(frozen=True)
 class Description:
-    """The information about a published SAE in its path or its config, without its weights. None: not given."""
+    """The information about a published SAE from its path or config, without its weights. None means not given."""
 
     model: str | None = None  # id on the Hub
     hook: Hook | None = None
@@ -70,16 +70,17 @@ class Format:
 
     registry: ClassVar[dict[str, "Format"]] = {}
     name: ClassVar[str]
-    # The activations of CanonicalSAE that it can store, the preferred one first. Empty: exports are not supported.
+    # The activations of CanonicalSAE that the format can store, preferred one first. Empty if exports are not
+    # supported.
     activations: ClassVar[tuple[str, ...]] = ()
-    layer_norm: ClassVar[bool] = False  # whether it can store that each token is layer-normalized
+    layer_norm: ClassVar[bool] = False  # whether the format can record that tokens are layer-normalized
     files: ClassVar[tuple[str, ...]]  # file names, the weights first
     parent_files: ClassVar[tuple[str, ...]] = ()  # file names in the folder above
-    config: ClassVar[str] = ""  # the small file of `files` that describes the SAE; "" if the path says it all
+    config: ClassVar[str] = ""  # the small file in `files` that describes the SAE; "" if the path says everything
 
     @classmethod
     def exported(cls) -> list[str]:
-        """The names of the formats that exports can be written in; the others are only imported."""
+        """The names of the formats that can be exported; all others can only be imported."""
         return [name for name, fmt in cls.registry.items() if fmt.activations]
 
     def __init_subclass__(cls, *, name: str) -> None:
@@ -103,11 +104,11 @@ class Format:
         return self.files[0]
 
     def select(self, folder: ForeignFolder, layer: int | None) -> ForeignFolder:
-        """The folder with one SAE chosen, for formats that keep the SAEs of several layers in one folder."""
+        """Choose one SAE in the folder, for formats that keep the SAEs of several layers in one folder."""
         return folder
 
     def refusal(self, repo: str, weights: PurePosixPath) -> str | None:
-        """The kind of the files, such as "transcoder", if the path shows that they are not an SAE. Else None."""
+        """The kind of the files, such as "transcoder", if the path shows that they are not an SAE; otherwise None."""
         return None
 
     def describe_path(self, repo: str, weights: PurePosixPath) -> Description:
@@ -125,13 +126,12 @@ class Format:
     def read(self, folder: ForeignFolder) -> ForeignSAE:
         """Read the files.
 
-        Raises DamagedError for files that contradict themselves, UsageError for SAEs that this package has no
-        equivalent for.
+        Raises DamagedError for inconsistent files, and UsageError for SAEs that have no equivalent in this package.
         """
         raise NotImplementedError
 
     def reference(self, folder: ForeignFolder) -> Reference:
-        """A function that encodes and decodes with the files' own tensors, in the other library's convention."""
+        """A function that encodes and decodes with the files' own tensors, following the other library's equations."""
         raise NotImplementedError
 
 
@@ -153,7 +153,7 @@ def describe_path(path: PurePosixPath) -> Description:
 
 
 def parse_width(label: str) -> int:
-    """The number of latents that Gemma Scope's labels stand for, all powers of two: 65k is 65,536, 1m 1,048,576."""
+    """The number of latents meant by a Gemma Scope label. All are powers of two: 65k is 65,536, and 1m is 1,048,576."""
     if label.isdigit():
         return int(label)
     return 1 << round(math.log2(max(1, int(label[:-1]) * {"k": 1000, "m": 1_000_000}[label[-1]])))

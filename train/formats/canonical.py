@@ -10,8 +10,8 @@
 With `layer_norm`, x is the layer-normalized token and x_hat is its reconstruction before the norm is undone.
 
 All tensors are float64. `to_canonical` folds the activation chain of an SAE into this form link by link (`fold_link`).
-A link without a folding rule makes the latents of a token depend on each other while encoding; no other library can
-store that, so it is rejected by name.
+A link without a folding rule makes the latents of a token depend on each other in the encoder. No other library can
+store that, so such a link is rejected by name.
 """
 
 from collections.abc import Sequence
@@ -74,7 +74,7 @@ class CanonicalSAE:
         return self.b_enc + self.b_dec @ self.W_enc
 
     def with_unit_rows(self) -> "CanonicalSAE":
-        """The same SAE with unit rows of W_dec.
+        """The same SAE, rescaled to unit rows of W_dec.
 
         A topk SAE whose rows do not have unit norm is returned unchanged: rescaling would change which latents are the
         k largest.
@@ -106,7 +106,7 @@ class CanonicalSAE:
         return None
 
     def is_ambiguous(self, x_BD: Tensor) -> Tensor:
-        """(B, d_sae) bool: where rounding the weights to float32 could decide whether a latent is active.
+        """(B, d_sae) bool: where rounding the weights to float32 could change whether a latent is active.
 
         x_BD: raw activations.
         """
@@ -119,7 +119,7 @@ class CanonicalSAE:
             assert canonical.threshold is not None
             return (z_BF - canonical.threshold).abs() <= FLOAT32_ROUNDING * (magnitude_BF + canonical.threshold)
         cutoff_BF = torch.zeros_like(z_BF)
-        if canonical.k < canonical.d_sae:  # halfway between the smallest latent kept and the largest dropped
+        if canonical.k < canonical.d_sae:  # halfway between the smallest kept latent and the largest dropped one
             cutoff_BF += z_BF.topk(canonical.k + 1, dim=-1).values[:, -2:].mean(1, keepdim=True).clamp_min(0)
         largest_B1 = magnitude_BF.amax(1, keepdim=True)
         distance_BF = torch.minimum((z_BF - cutoff_BF).abs(), z_BF.abs())
@@ -179,7 +179,7 @@ def to_float64(tensor: Tensor) -> Tensor:
 
 @singledispatch
 def fold_link(link: Activation, canonical: CanonicalSAE) -> CanonicalSAE:
-    """Fold one link of the activation chain into the links before it. UsageError if no format can store the result."""
+    """Fold one link of the activation chain into those before it. Raises UsageError if no format can store that."""
     raise UsageError(
         f"The activation {getattr(link, 'name', type(link).__name__)!r} makes the latents of a token depend on each "
         "other, which no other library's format can store. --approximate topk, jumprelu or relu writes the nearest SAE "
@@ -188,7 +188,7 @@ def fold_link(link: Activation, canonical: CanonicalSAE) -> CanonicalSAE:
 
 
 def set_activation(link: Activation, canonical: CanonicalSAE, activation: str) -> CanonicalSAE:
-    """Turn z into latents. After another activation only a relu is accepted: it changes nothing there."""
+    """Set the activation that turns z into latents. After one is set, only a relu is accepted; it has no effect."""
     if canonical.activation and activation != "relu":
         raise UsageError(
             f"The activation {link.name!r} follows another one ({canonical.activation}); no format can store both."
@@ -273,7 +273,7 @@ def from_canonical(canonical: CanonicalSAE, *, pre_bias: bool = False) -> SAE:
         tensors["activation.0.threshold"] = canonical.threshold.clamp_min(0)  # below 0 the ReLU decides
     if canonical.activation == "gated":
         assert canonical.r_mag is not None and canonical.b_mag is not None
-        # `Gated` keeps the gate's bias itself: both paths take the same z, so b_enc is zero.
+        # `Gated` holds the gate's bias itself. Both paths take the same z, so b_enc is zero.
         b_mag = canonical.b_mag
         if pre_bias:
             b_mag = b_mag + canonical.r_mag.exp() * (canonical.b_dec @ canonical.W_enc)

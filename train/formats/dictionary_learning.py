@@ -28,8 +28,8 @@ from .hook_names import first_hook, hub_id, is_module, parse_model, recorded_hoo
 from .safe_pickle import read_state_dict_headers
 from .safe_read import ForeignFolder, TensorHeader, get_nested, read_weights, short_repr, vector_size
 
-# The tensors of each class and their shapes: D is d_in, F d_sae, G the number of groups, "" a scalar. A folder whose
-# config.json names a class with other tensors contradicts itself.
+# The tensors of each class and their shapes: D is d_in, F d_sae, G the number of groups, "" a scalar. A folder is
+# inconsistent if its config.json names a class with other tensors.
 CLASS_TENSORS = {
     "AutoEncoder": {"bias": "D", "encoder.weight": "FD", "encoder.bias": "F", "decoder.weight": "DF"},
     "AutoEncoderNew": {"encoder.weight": "FD", "encoder.bias": "F", "decoder.weight": "DF", "decoder.bias": "D"},
@@ -100,7 +100,7 @@ class DictionaryLearning(Format, name="dictionary-learning"):
         write_json(folder / "config.json", {"trainer": trainer, "buffer": buffer_config, "about": metadata})
 
     def load(self, folder: ForeignFolder) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-        """The class, config.json, and the tensors as they are in the file."""
+        """The class, config.json, and the tensors exactly as in the file."""
         path = folder.require_file("ae.pt")
         headers = read_state_dict_headers(path)
         config = folder.read_json("config.json") if folder.has("config.json") else {}
@@ -179,7 +179,7 @@ class DictionaryLearning(Format, name="dictionary-learning"):
 
 
 def state_dict(canonical: CanonicalSAE) -> dict[str, Tensor]:
-    """The tensors of the class that an SAE is exported as, in float64."""
+    """The tensors of an exported SAE, in float64, under the names of the class as which it is exported."""
     matrices = {"encoder.weight": canonical.W_enc.T, "decoder.weight": canonical.W_dec.T}
     match canonical.activation:
         case "relu":
@@ -225,10 +225,10 @@ def submodule_name(metadata: dict[str, Any]) -> str | None:
 
 
 def resolve_class(path: Path, headers: dict[str, TensorHeader], recorded: object) -> str:
-    """The class of an SAE, by its tensors and the class that config.json records, if any.
+    """The class of an SAE, determined from its tensors and from the class that config.json records, if any.
 
-    Raises DamagedError if the two contradict each other, UsageError if the tensors fit several classes and none is
-    recorded.
+    Raises DamagedError if the two contradict each other, and UsageError if the tensors fit several classes and no class
+    is recorded.
     """
     fitting = [name for name, tensors in CLASS_TENSORS.items() if set(tensors) == set(headers)]
     if not fitting:
@@ -298,7 +298,7 @@ def find_hook(folder: ForeignFolder, config: dict[str, Any]) -> Hook | None:
 
 
 def hook_texts(trainer: Mapping[str, Any]) -> tuple[Any, str | None]:
-    """The submodule's name, and a name of the hook point made from the layer's number if it can mean resid_post."""
+    """The submodule's name, and a hook name built from the layer's number if the submodule can be resid_post."""
     submodule, layer = trainer.get("submodule_name"), trainer.get("layer")
     known = type(layer) is int and layer >= 0 and may_be_resid_post(submodule)
     return submodule, f"blocks.{layer}.hook_resid_post" if known else None

@@ -1,4 +1,4 @@
-"""Export of an SAE to another library's files, verified before the folder gets its final name."""
+"""Export an SAE to another library's files. The files are verified before their folder gets its final name."""
 
 import contextlib
 import errno
@@ -24,12 +24,12 @@ from .metadata import export_metadata, run_hook
 from .safe_read import ForeignFolder
 from .verify import Check, Progress, SampleRows, compare, no_progress, require_passed, sample_run_rows, synthetic_rows
 
-NUMBERS = itertools.count()  # in the names of temporary folders
+NUMBERS = itertools.count()  # used in the names of temporary folders
 
 
 @dataclass
 class ExportResult:
-    """The folder of an export, which can also be used as a path, and how it was verified."""
+    """The result of an export: the folder and the verification. It can be used as a path to the folder."""
 
     folder: Path
     format: str
@@ -57,9 +57,9 @@ def export_sae(
     """Write an SAE in the file format of another library, and verify the files.
 
     The exported SAE takes raw activations, has unit decoder rows and float32 weights; any factor by which training
-    scaled the activations is folded in. The files are then read back, and latents and reconstructions computed from
-    them are compared with the SAE's on 4,096 rows of its cache, or on synthetic rows if that is gone: the active
-    latents have to be equal and relative errors at most 1e-5.
+    scaled the activations is folded in. The files are then read back. Latents and reconstructions computed from them
+    are compared with the SAE's on 4,096 rows of its cache, or on synthetic rows if the cache is gone. The active
+    latents have to be equal, and relative errors at most 1e-5.
 
     Args:
         run: a run folder (a path or a `Run`), or an `SAE` in memory.
@@ -113,7 +113,7 @@ def export_folder(run: Path | None, to: str, out: str | os.PathLike[str] | None)
 def fit_to_format(
     sae: SAE, fmt: Format, approximate: str | None, rows: SampleRows | None, notes: list[str]
 ) -> tuple[CanonicalSAE, dict[str, Any] | None]:
-    """The SAE in a form that the format can store, and the record of an approximation if one was needed.
+    """Convert an SAE to a form that the format can store. Also returns the record of an approximation, if any.
 
     Raises UsageError if the format cannot store it, and names the formats that can. Adds a note about `approximate`.
     """
@@ -122,7 +122,7 @@ def fit_to_format(
         try:
             to_canonical(sae)
             others = f"{named} can."
-        except UsageError:  # not exactly in any format
+        except UsageError:  # no format can store it exactly
             others = f"No format can store it exactly; {named} can store the nearest topk, jumprelu or relu SAE "
             others += "(--approximate)."
         raise UsageError(
@@ -161,7 +161,7 @@ def fit_to_format(
 
 
 def latent_scale(sae: SAE, canonical: CanonicalSAE, fmt: Format, notes: list[str]) -> Tensor:
-    """(d_sae): how many times larger the exported latents are, because their decoder rows were given unit norm."""
+    """(d_sae): the factors by which exported latents are larger because their decoder rows got unit norm."""
     if fmt.name == "saelens" and canonical.activation == "topk" and not canonical.has_unit_rows:
         notes.append(
             "The decoder rows do not have unit norm and were left so: rescaling would change which latents are the k "

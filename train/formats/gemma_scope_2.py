@@ -49,7 +49,7 @@ class GemmaScope2(Format, name="gemma-scope-2"):
     config = "config.json"
 
     def is_weights(self, name: str) -> bool:
-        """Also the files of crosscoders and cross-layer transcoders, one per layer, so that they can be refused."""
+        """Also true for files of crosscoders and cross-layer transcoders (one per layer), which are then refused."""
         return name == self.files[0] or re.fullmatch(r"params_layer_\d{1,4}\.safetensors", name) is not None
 
     def matches(self, folder: ForeignFolder) -> bool:
@@ -73,7 +73,7 @@ class GemmaScope2(Format, name="gemma-scope-2"):
         )
 
     def load(self, folder: ForeignFolder) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The config, and the tensors as they are in the file. UsageError for anything but an SAE."""
+        """The config, and the tensors exactly as in the file. Raises UsageError for anything other than an SAE."""
         config, config_path = {}, folder.path / "config.json"
         if folder.has("config.json"):
             config = folder.read_json("config.json")
@@ -140,7 +140,7 @@ class GemmaScope2(Format, name="gemma-scope-2"):
 
 
 def kind_of_path(parts: tuple[str, ...]) -> str | None:
-    """The kind that a folder in the path names, if it is not an SAE (the innermost such folder first); else None."""
+    """The kind other than SAE that a folder in the path names, or None. The innermost such folder counts."""
     for part in reversed(parts):
         word = part.split("_")[0]
         if word in KINDS:
@@ -178,7 +178,7 @@ def parse_gemma_3(name: object) -> str | None:
 
 
 def parse_module(text: object) -> Hook | None:
-    """`model.layers.12.self_attn.o_proj.input`: None for a module that no site stands for."""
+    """`model.layers.12.self_attn.o_proj.input`: None for a module that corresponds to no site."""
     pattern = r"model\.(?:language_model\.)?layers\.(\d{1,4})\.(.+)"
     if not isinstance(text, str) or (match := re.fullmatch(pattern, text)) is None or match[2] not in SITES_BY_MODULE:
         return None

@@ -19,7 +19,7 @@ TRANSFORMERLENS_NAMES = {hub: name for name, hub in HUB_IDS.items()}
 
 TRUNKS = ("model", "model.language_model", "language_model.model", "gpt_neox", "transformer", "backbone")
 BLOCK = rf"(?:(?:{'|'.join(map(re.escape, TRUNKS))})\.)?(?:layers|h)\.(\d{{1,4}})"
-"""A block as transformers names it, with its number."""
+"""A block with its number, as transformers names it."""
 HOOK_PATTERNS = {
     site: [
         re.escape(name).replace(r"\{\}", r"(\d{1,4})"),  # TransformerLens, SAELens
@@ -36,7 +36,7 @@ GEMMA_SCOPE_SITES = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"}  # 
 
 
 def hub_id(name: str) -> str:
-    """A model's id on the Hub, from the id itself or from TransformerLens' name."""
+    """A model's id on the Hub, given the id or TransformerLens' name."""
     return HUB_IDS.get(name, name)
 
 
@@ -53,7 +53,7 @@ def transformerlens_name(model: str) -> str:
 def parse_hook(text: str) -> Hook | None:
     """The hook point that a name means in any library's scheme, or None.
 
-    The input of a block gets the name of the output of the block before; the input of block 0 stays resid_pre. A module
+    The input of a block is named as the output of the previous block; the input of block 0 remains resid_pre. A module
     is named by its path. A module outside the blocks gets layer 0, since its name has no layer.
     """
     text = text.strip()
@@ -69,7 +69,7 @@ def parse_hook(text: str) -> Hook | None:
 
 
 def resid_post_for(hook: Hook) -> Hook:
-    """For resid_pre, resid_post of the block before; any other hook is returned unchanged."""
+    """Turn resid_pre into resid_post of the previous block. Any other hook is returned unchanged."""
     return Hook(hook.layer - 1) if hook.site == "resid_pre" and hook.layer > 0 else hook
 
 
@@ -89,7 +89,7 @@ def with_recorded_layer(hook: Hook | None, layer: object) -> Hook | None:
 
 
 def first_hook(texts: Iterable[object]) -> Hook | None:
-    """The hook point of the first text that names one. UsageError if a text names one that is not supported."""
+    """The hook point of the first text that names one. Raises UsageError for an unsupported one."""
     for text in texts:
         if not isinstance(text, str) or not text:
             continue

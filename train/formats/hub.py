@@ -86,8 +86,8 @@ class RemoteSAE:
 def list_repository(address: HubAddress) -> Snapshot:
     """The files of a repository with their sizes, in one request that also resolves the revision to a commit.
 
-    Raises UnavailableError if the Hub cannot be reached or does not grant access, UsageError if there is no such
-    revision, or a file name leads out of its folder.
+    Raises UnavailableError if the Hub cannot be reached or denies access, and UsageError if the revision does not exist
+    or a file name leads out of its folder.
     """
     from huggingface_hub import HfApi
 
@@ -101,9 +101,9 @@ def list_repository(address: HubAddress) -> Snapshot:
 
 
 def find_remote_sae(address: HubAddress, layer: int | None = None) -> RemoteSAE:
-    """The SAE at an address, found by its files; nothing is downloaded. `layer` chooses among the SAEs of a folder.
+    """Find the SAE at an address by its files, without downloading. `layer` chooses among the SAEs of a folder.
 
-    Raises like `list_repository`, and UsageError if there is none, or more than one.
+    Raises the errors of `list_repository`, and UsageError if there is no SAE or more than one.
     """
     snapshot = list_repository(address)
     return RemoteSAE(address.repo, snapshot.commit, choose_sae(address, snapshot.files, layer))
@@ -134,9 +134,9 @@ def remote_file(sibling: Any) -> RemoteFile:
 
 
 def choose_sae(address: HubAddress, files: list[RemoteFile], layer: int | None = None) -> PublishedSAE:
-    """The SAE at an address: its folder, a file in it, or the only SAE below.
+    """Choose the SAE at an address, which is its folder, a file in that folder, or a folder above a single SAE.
 
-    Raises UsageError if there is none, or more than one. `layer` chooses among the SAEs of one folder.
+    Raises UsageError if there is no SAE or more than one. `layer` chooses among the SAEs of one folder.
     """
     folder, all_saes = PurePosixPath(address.folder), find_published(files, address.repo)
     exact = [
@@ -165,12 +165,12 @@ def choose_sae(address: HubAddress, files: list[RemoteFile], layer: int | None =
 
 
 def is_unsafe_name(name: str) -> bool:
-    """Whether a file name leads out of its folder, or holds control characters that a terminal would obey."""
+    """Whether a file name leads out of its folder, or contains control characters that a terminal would interpret."""
     return not name.isprintable() or name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts
 
 
 def check_download(path: Path, file: RemoteFile) -> None:
-    """DamagedError unless a file has the size and checksum that the Hub declares."""
+    """Raise DamagedError unless a file has the size and checksum that the Hub declares."""
     if not path.is_file() or path.stat().st_size != file.size:
         raise DamagedError(
             f"The download of {file.name} is incomplete: expected {file.size:,} bytes. Run the same command again."

@@ -1,4 +1,4 @@
-"""Import of another library's files as a run folder, verified before the folder gets its final name."""
+"""Import another library's files as a run folder. The SAE is verified before the folder gets its final name."""
 
 import hashlib
 import os
@@ -48,7 +48,7 @@ class ImportConfig:
     model: str | None = None
     layer: int | None = None
     cache: str | Path | None = None
-    cache_if_fits: bool = False  # ignore `cache` if it holds no such activations: it was given only for evaluation
+    cache_if_fits: bool = False  # ignore `cache` if it lacks these activations: it was given only for evaluation
     out: Path | None = None
     name: str | None = None
     check_hook: HookCheck = lambda model, hook, d_in: None
@@ -60,7 +60,7 @@ class ImportConfig:
 
 @dataclass
 class ImportResult:
-    """The run folder of an import, which can also be used as a path, its SAE, and how it was verified."""
+    """The result of an import: the run folder, its SAE and the verification. It can be used as a path to the folder."""
 
     folder: Path
     format: str
@@ -88,15 +88,15 @@ def import_sae(
 ) -> ImportResult:
     """Make a run folder from files of SAELens, Gemma Scope 1 and 2, Qwen-Scope, dictionary_learning or sparsify.
 
-    The format is detected from the files, and nothing in them is run. Latents and reconstructions computed with the
+    The format is detected from the files, and no code in them is run. Latents and reconstructions computed with the
     files' own tensors are compared with those of the imported SAE, as in `export_sae`. If there is a cache of its model
     and layer, `sae evaluate` works on the run folder as on any other.
 
     Args:
-        path: a folder, the file with the weights in it, or hf://owner/repo[@revision]/folder.
+        path: a folder, the weights file in a folder, or hf://owner/repo[@revision]/folder.
         model: id on the Hub, or a folder. Needed only if the files do not record it; overrides what they record.
         layer: zero-based block. Needed only if the files do not record it; overrides what they record. In a folder with
-            the SAEs of several layers it chooses one.
+            SAEs of several layers, chooses one of them.
         cache: a cache of the model, to verify on and to evaluate with. Default: the only cache that fits, if any.
         out: the folder in which the run folder is made. Default: runs/.
         name: name of the run folder. Default: imported-<activation>-L<layer>-n<d_sae>-<digest>.
@@ -111,7 +111,7 @@ def import_sae(
     Raises:
         UsageError: the files are refused, unsupported or missing, or model and layer are not known.
         DamagedError: the files are truncated or contradict each other.
-        UnavailableError: the Hub cannot be reached or does not grant access.
+        UnavailableError: the Hub cannot be reached or denies access.
         SaeError: the verification failed; nothing is left behind.
 
     Examples:
@@ -235,7 +235,7 @@ def open_folder(path: Path, layer: int | None = None) -> tuple[ForeignFolder, Fo
 def resolve_hook_and_model(
     foreign: ForeignSAE, folder: Path, model: str | None, layer: int | None
 ) -> tuple[Hook, ModelRecord]:
-    """Hook point and model record: as given, else as in the files. UsageError if one of the two is unknown."""
+    """The hook point and model record, as given or as in the files. Raises UsageError if either is unknown."""
     hook = foreign.hook
     if layer is not None:
         if layer < 0:
@@ -262,7 +262,7 @@ def resolve_hook_and_model(
 def hook_in_caches(model: ModelRecord, hook: Hook, cache_folder: str | Path | None) -> Hook:
     """The hook under which the caches of a model hold these activations: the output of a block is the next one's input.
 
-    If `cache_folder` is given, no other cache is considered.
+    If `cache_folder` is given, only that cache is considered.
     """
     if hook.site != "resid_post":
         return hook
@@ -275,9 +275,9 @@ def hook_in_caches(model: ModelRecord, hook: Hook, cache_folder: str | Path | No
 def find_cache(
     model: ModelRecord, hook: Hook, d_in: int, cache_folder: str | Path | None, notes: list[str]
 ) -> tuple[Cache | None, list[Path]]:
-    """A cache to evaluate an SAE on: the given one, else the only one of its model and hook, else None.
+    """The cache on which to evaluate an SAE: the given one, or the only one of its model and hook, or None.
 
-    Also returns the folders of all caches that fit, if there are several.
+    Also returns the folders of all matching caches, if there are several.
     """
     if cache_folder is not None:
         cache = open_place(cache_folder)
@@ -301,7 +301,7 @@ def find_cache(
 
 
 def holds(cache: Cache, model: ModelRecord, hook: Hook, d_in: int) -> bool:
-    """Whether a cache holds activations that an SAE can be verified on."""
+    """Whether a cache holds activations on which an SAE can be verified."""
     fits = same_model(cache.identity["model"], model) and hook in cache.hooks
     return fits and cache.array(hook.array).shape[1] == d_in
 

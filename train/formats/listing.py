@@ -1,7 +1,7 @@
-"""The list of the SAEs in a release (`sae import --list`): a repository on the Hub or a local folder.
+"""List the SAEs in a release (`sae import --list`), which is a repository on the Hub or a local folder.
 
-One request gives the names and sizes of all files. Paths give most of the other information. If a path does not, the
-small config of the SAE is read, for at most MAX_CONFIGS SAEs. Weights are never downloaded.
+One request returns the names and sizes of all files. Most other information is in the paths. For an SAE whose path
+lacks it, the small config is read, for at most MAX_CONFIGS SAEs. Weights are never downloaded.
 """
 
 import re
@@ -21,8 +21,8 @@ from .hub import REPO_ID, HubAddress, list_repository, translate_hub_errors
 from .release import PublishedSAE, find_published, list_local_files, natural_key
 from .safe_read import MAX_HEADER_BYTES, ForeignFolder
 
-MAX_CONFIGS = 40  # read for one list
-MAX_ROWS = 40  # of a table; more SAEs are shown in groups
+MAX_CONFIGS = 40  # most configs read for one list
+MAX_ROWS = 40  # most rows in a table; more SAEs are shown in groups
 
 Progress = Callable[[int, int], None]  # (configs read, configs in all)
 Row = tuple[str, ...]
@@ -30,7 +30,7 @@ Row = tuple[str, ...]
 
 @dataclass(frozen=True)
 class ReleaseList:
-    """The SAEs of a release that fit the filters, and how many other files of the same layouts it has, by kind."""
+    """The SAEs of a release that match the filters, and the number of other files with the same layouts, by kind."""
 
     name: str  # hf://owner/repo/folder, or a folder
     repository: str | None  # on the Hub
@@ -89,7 +89,7 @@ def list_release(
         layer, site, width: keep only the SAEs whose path or config gives these values; `width` as 16384 or 16k.
 
     Raises:
-        UsageError: the release or a filter is invalid, or nothing of a known format is there.
+        UsageError: the release or a filter is invalid, or the release has no files in a known format.
         UnavailableError: the Hub cannot be reached or does not grant access.
     """
     if width is not None and not re.fullmatch(r"[1-9]\d{0,8}[kKmM]?", width):
@@ -198,7 +198,7 @@ def widths(label: str) -> set[int]:
 
 
 def group_pattern(path: str) -> str:
-    """A path with its layer, L0 and number of the trainer left open: `layer_*/width_16k/average_l0_*`."""
+    """A path with `*` for its layer, L0 and trainer number: `layer_*/width_16k/average_l0_*`."""
     path = re.sub(r"(?<![^\W_])(layers?|blocks)([._]?)\d+", r"\1\2*", path)
     return re.sub(r"(?<![^\W_])(l0|trainer)_\d+", r"\1_*", path)
 
@@ -223,7 +223,7 @@ def unique(values: Iterable[str | None]) -> str:
 
 
 def span(values: Iterable[int | None]) -> str:
-    """`12`, `0-25`, or `5, 12, 19` if some between are missing; `-` if it is not known."""
+    """Format values as `12`, as `0-25`, or as `5, 12, 19` if some in between are missing; `-` if none is known."""
     known = sorted({value for value in values if value is not None})
     if not known:
         return "-"

@@ -1,4 +1,4 @@
-"""The metadata exported with the weights, under SAELens' keys: for programs that load the SAE, and the provenance."""
+"""The metadata exported with the weights under SAELens' keys, for programs that load the SAE and for provenance."""
 
 import contextlib
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from ..sae import SAE, read_run_record
 from .canonical import chain_name
 from .hook_names import transformerlens_name
 
-# The oldest SAELens release that reads what is written here. Without a version its loader drops all other metadata.
+# The oldest SAELens release that reads these files. Without a version, its loader drops all other metadata.
 SAELENS_VERSION = "6.28.0"
 
 
@@ -45,9 +45,9 @@ def hook_module(hook: Hook, cache: Cache | None) -> tuple[str, str] | None:
 
 
 def context_beginning(origin: Mapping[str, Any], cache: Cache | None) -> dict[str, Any]:
-    """Whether contexts began with a special token (SAELens' prepend_bos), and with which one if that is known.
+    """Whether contexts began with a special token (SAELens' prepend_bos) and, if known, which token.
 
-    SAELens' own tokenizers put the model's BOS there, or its EOS if it has no BOS, as do caches of earlier versions.
+    SAELens' own tokenizers prepend the model's BOS, or its EOS if it has no BOS. So do caches of earlier versions.
     """
     imported = "format" in origin
     known = origin if cache is None or imported else cache.identity
@@ -67,7 +67,7 @@ def context_beginning(origin: Mapping[str, Any], cache: Cache | None) -> dict[st
 def export_metadata(sae: SAE, run: Path | None, cache: Cache | None) -> dict[str, Any]:
     """The metadata of an export: SAELens' keys first, then our own.
 
-    `run` is the run folder, `cache` the cache that it was trained on; None if there is none.
+    `run` is the run folder, and `cache` is the cache on which the run was trained. Either can be None.
     """
     origin, hook = sae.origin, run_hook(sae)
     recorded = read_run_record(run) if run is not None else None

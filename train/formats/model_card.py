@@ -1,4 +1,4 @@
-"""The model card of an SAE on the Hub: what it is, its metrics, how to load it, how it was trained."""
+"""The model card of an SAE on the Hub: a description, its metrics, how to load it, and how it was trained."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ RECIPE_KEYS = (
 
 
 def model_card(exported: ExportResult, run: Path, repo: str, base_model: str | None) -> str:
-    """README.md for a repository with a SAELens export. `base_model`: id on the Hub of the model it was trained on."""
+    """README.md for a repository with a SAELens export. `base_model` is the Hub id of the model of its activations."""
     metadata = exported.metadata
     config = read_json(exported.folder / "cfg.json")
     title = escape_for_markdown(str(metadata.get("variant") or config["architecture"]))
@@ -83,8 +83,8 @@ sae import hf://{repo}
 def evaluation_metrics(run: Path) -> list[tuple[str, str]]:
     """(heading, value) of each of CARD_METRICS that evaluations/ of a run holds.
 
-    If a result has numbers with and without outlier rows, those without are given, as in our tables. A heading says if
-    the metric was measured on the stand-in dataset, texts of Python's standard library.
+    If a result has values with and without outlier rows, the values without are used, as in our tables. A heading says
+    if the metric was measured on the stand-in dataset, texts from Python's standard library.
     """
     results, metrics = read_metrics(run), []
     for name, category, metric, heading in CARD_METRICS:

@@ -48,7 +48,7 @@ class QwenScope(Format, name="qwen-scope"):
         return weights
 
     def weights_name(self, folder: ForeignFolder) -> str:
-        """The file that was chosen, or the only one. UsageError if there are several."""
+        """The chosen file, or the only one. Raises UsageError if there are several and none was chosen."""
         if folder.chosen is not None:
             return folder.chosen
         names = weights_of(folder)
@@ -81,7 +81,7 @@ class QwenScope(Format, name="qwen-scope"):
         )
 
     def load(self, folder: ForeignFolder) -> tuple[str, dict[str, Any], int, dict[str, Tensor]]:
-        """The name of the weights, config.json, k, and the tensors as they are in the file."""
+        """The name of the weights file, config.json, k, and the tensors exactly as in the file."""
         file, path = self.weights_name(folder), folder.path / "config.json"
         weights = folder.require_file(file)
         headers = read_state_dict_headers(weights)
@@ -138,7 +138,7 @@ def layer_of(name: str) -> int:
 
 
 def weights_of(folder: ForeignFolder) -> list[str]:
-    """The files with weights in a folder, in the order of their layers."""
+    """The weights files in a folder, ordered by layer."""
     if not folder.path.is_dir():
         return []
     return sorted((path.name for path in folder.path.iterdir() if WEIGHTS.fullmatch(path.name)), key=layer_of)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ...common.errors import UsageError
 from .base import Description, Format
 
-MAX_FILES = 200_000  # files that are listed of a local folder; the largest releases have some thousands
+MAX_FILES = 200_000  # most files listed in a local folder; the largest releases have some thousands
 
 
 class RemoteFile(NamedTuple):
@@ -23,7 +23,7 @@ class RemoteFile(NamedTuple):
 
 @dataclass(frozen=True)
 class PublishedSAE:
-    """An SAE of a release that has not been read yet, or files of the same layout that are not an SAE."""
+    """An SAE of a release that has not been read yet, or files with the same layout that are not an SAE."""
 
     format: Format
     path: str  # its path in the release: a folder, or a file if a folder holds several SAEs
@@ -67,7 +67,7 @@ def find_published(files: Iterable[RemoteFile], repo: str) -> list[PublishedSAE]
 def published_sae(
     fmt: Format, weights: RemoteFile, folder: dict[str, RemoteFile], above: dict[str, RemoteFile], repo: str
 ) -> PublishedSAE:
-    """The SAE that a file with weights belongs to. `folder`, `above`: the files beside it and one level up, by name."""
+    """The SAE to which a weights file belongs. `folder`, `above`: the files beside it and one level up, by name."""
     others = [folder[name] for name in fmt.files[1:] if name in folder]
     others += [above[name] for name in fmt.parent_files if name in above and above is not folder]
     path = PurePosixPath(weights.name)

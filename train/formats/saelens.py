@@ -3,9 +3,9 @@
     x'     = x - b_dec if apply_b_dec_to_input; true if the key is missing
     topk   with rescale_acts_by_decoder_norm: f = the k largest of z |W_dec,i|, x_hat = (f / |W_dec|) W_dec + b_dec
 
-Exports take raw activations and have unit decoder rows and b_dec folded into b_enc. A relu is exported as `standard`,
-everything with a threshold as `jumprelu`. `normalize_activations="layer_norm"` is the layer norm of an `SAE`, whose
-latents are larger than SAELens' by the token's standard deviation.
+Exported SAEs take raw activations, have unit decoder rows, and have b_dec folded into b_enc. A relu SAE is exported as
+`standard`, and every SAE with a threshold as `jumprelu`. `normalize_activations="layer_norm"` is the layer norm of an
+`SAE`, whose latents are larger than SAELens' by the token's standard deviation.
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ from .safe_read import (
 )
 
 ARCHITECTURES = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}  # -> CanonicalSAE's
-TRAINING_ARCHITECTURES = {"batchtopk", "matryoshka_batchtopk"}  # saved only while training; jumprelu for inference
+TRAINING_ARCHITECTURES = {"batchtopk", "matryoshka_batchtopk"}  # saved only in training; for inference, jumprelu
 PER_TOKEN_NORMALIZATIONS = {
     "constant_norm_rescale": "divides each token by its own norm",
     "covariance_whitening": "whitens the input",
@@ -176,7 +176,7 @@ def saelens_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A config from before version 6 in the terms of version 6: topk was an activation of `standard`."""
+    """Convert a config from before version 6 to the form of version 6. Before, topk was an activation of `standard`."""
     renamed = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
     config = {renamed.get(name, name): value for name, value in config.items()}
     if config.get("activation_fn") == "topk" and (k := get_nested(config, "activation_fn_kwargs", "k")) is not None:
@@ -191,7 +191,7 @@ def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_activation(path: Path, config: dict[str, Any]) -> str:
-    """The activation of CanonicalSAE that a config stands for. UsageError if it is not supported."""
+    """The activation of CanonicalSAE that a config describes. Raises UsageError if it is not supported."""
     architecture = get_str(path, config, "architecture", "standard")
     if architecture in TRAINING_ARCHITECTURES:
         raise UsageError(
@@ -215,9 +215,9 @@ def read_activation(path: Path, config: dict[str, Any]) -> str:
 
 
 def input_scale(folder: ForeignFolder, config: dict[str, Any]) -> float:
-    """The factor that x is multiplied by before the SAE.
+    """The factor by which x is multiplied before the SAE.
 
-    UsageError if it differs from token to token or is not recorded.
+    Raises UsageError if the factor differs from token to token or is not recorded.
     """
     path = folder.path / "cfg.json"
     normalization = get_str(path, config, "normalize_activations", "none")

@@ -1,10 +1,9 @@
 """The tensors of a `torch.save` state dict (ae.pt), read without torch.load and without running its pickle.
 
-A pickle is a program. Before anything runs, every instruction of this one is inspected, and the file is refused unless
-it only builds dictionaries, lists, tuples, numbers and strings, an OrderedDict, and tensors by
-`torch._utils._rebuild_tensor_v2`. In place of that function the unpickler calls `RebuildTensor`, which only records its
-arguments. The recorded sizes are compared with the sizes of the entries in the zip file before any byte of a tensor is
-read.
+A pickle is a program. Before any of it runs, every instruction is inspected. The file is refused unless it only builds
+dictionaries, lists, tuples, numbers and strings, an OrderedDict, and tensors by `torch._utils._rebuild_tensor_v2`.
+Instead of that function, the unpickler calls `RebuildTensor`, which only records its arguments. The recorded sizes are
+compared with the sizes of the entries in the zip file before any byte of a tensor is read.
 
 torch.load is not used, not even with `weights_only=True`: it trusts the number of elements that a pickle claims.
 """
@@ -68,7 +67,7 @@ class RebuildTensor:
 
 
 class TensorUnpickler(pickle.Unpickler):
-    """An unpickler that resolves the names in ALLOWED_GLOBALS, none of them to the real torch object."""
+    """An unpickler that resolves only the names in ALLOWED_GLOBALS, and none of them to the real torch object."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED_GLOBALS:
@@ -85,7 +84,7 @@ class TensorUnpickler(pickle.Unpickler):
 
 
 def check_opcodes(path: Path, program: bytes) -> None:
-    """UsageError if a pickle does anything but describe tensors. Inspects the program; runs nothing."""
+    """Raise UsageError if a pickle does more than describe tensors. Inspects the program without running it."""
     for opcode, argument, _ in pickletools.genops(program):
         name = tuple(str(argument).split(" ", 1))
         if opcode.name == "GLOBAL" and name not in ALLOWED_GLOBALS:
@@ -97,7 +96,7 @@ def check_opcodes(path: Path, program: bytes) -> None:
                 f"Refused: {path} is a pickle that does more than describe tensors ({opcode.name}). "
                 f"{ASK_FOR_SAFETENSORS}"
             )
-        if opcode.name == "LONG_BINPUT":  # the unpickler allocates a memo table up to the index that it names
+        if opcode.name == "LONG_BINPUT":  # the unpickler allocates a memo table up to this index
             assert isinstance(argument, int)
             if not 0 <= argument < MAX_PICKLE_BYTES:
                 raise DamagedError(f"{path}: its pickle asks for a memo table of {argument:,} entries.")

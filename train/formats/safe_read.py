@@ -5,12 +5,12 @@ The rules that every reader in this folder follows, and why:
 1. Nothing in a foreign file is run. Neither torch nor numpy unpickles anything: a pickle is a program, and loading it
    can do whatever its author likes. Object arrays in an .npz are pickles and are refused; for ae.pt see safe_pickle.py.
 2. Only regular files inside the SAE's folder are opened. Symbolic links and archive entries that lead out of it are
-   refused, so that an import cannot be made to read other files; a pipe or device counts as missing, since opening
-   one can block or have effects.
+   refused, so that an import cannot be made to read other files. A pipe or device counts as missing, because opening it
+   can block or have side effects.
 3. Memory is bounded by the size of the file. A header can claim any shape, so the claim is compared with the bytes
    in the file and with the shapes that the format requires before anything is allocated. Archives that would unpack to
    more than 100 times their size, and headers or configs of more than 1 MiB, are refused.
-4. Whatever else a parser raises on such bytes becomes a DamagedError that names the file.
+4. Any other exception that a parser raises on such bytes becomes a DamagedError that names the file.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ from torch import Tensor
 from ...common.errors import DamagedError, SaeError, UsageError
 from ...common.files import parse_json, read_file
 
-MAX_HEADER_BYTES = 1 << 20  # of a header or config; real SAEs have far smaller ones
-MAX_COMPRESSION_RATIO = 100  # weights hardly compress; an archive that claims more is made to fill the memory
+MAX_HEADER_BYTES = 1 << 20  # size limit of a header or config; those of real SAEs are far smaller
+MAX_COMPRESSION_RATIO = 100  # weights hardly compress; a higher ratio means that the archive is meant to fill memory
 MAX_WIDTH = 1 << 31
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -80,7 +80,7 @@ class ForeignFolder:
         return (self.path / name).is_file()
 
     def require_file(self, name: str) -> Path:
-        """The path of a file. UsageError if a link leads out of the folder, DamagedError if not a regular file."""
+        """The path of a file. Raises UsageError if a link leads out, DamagedError if it is not a regular file."""
         path, root = self.path / name, self.path.resolve()
         if not path.resolve().is_relative_to(root):
             raise UsageError(
@@ -102,7 +102,7 @@ class ForeignFolder:
         return content
 
 
-# --- values of a config: any JSON value can stand in any place --------------------------------------------------------
+# --- values of a config: any JSON value can be in any place ----------------------------------------------------------
 
 
 def get_positive_int(path: Path, config: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -145,7 +145,7 @@ def short_repr(value: Any) -> str:
 
 
 def read_safetensors_headers(path: Path) -> dict[str, TensorHeader]:
-    """The tensors of a safetensors file by name. DamagedError unless the bytes of each are in the file."""
+    """The tensors of a safetensors file by name. Raises DamagedError unless the file has all of their bytes."""
     size = path.stat().st_size
     with damaged_if_unreadable(path), path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -227,7 +227,7 @@ def read_npz_tensor(
 def check_archive(path: Path, archive: zipfile.ZipFile, *, compressed: bool) -> None:
     """Refuse a zip file with duplicate, encrypted or escaping entries, or one that unpacks to far more than its size.
 
-    Without `compressed`, every entry has to be stored uncompressed, so that the entries are not larger than the file.
+    Unless `compressed` is set, all entries have to be stored uncompressed, so that they cannot exceed the file's size.
     """
     entries, size = archive.infolist(), path.stat().st_size
     names = [entry.filename for entry in entries]
@@ -247,7 +247,7 @@ def check_archive(path: Path, archive: zipfile.ZipFile, *, compressed: bool) -> 
 
 
 def check_header(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype, available: int) -> None:
-    """DamagedError unless a shape is valid and needs exactly the bytes available."""
+    """Raise DamagedError unless a shape is valid and needs exactly the available bytes."""
     if len(shape) > 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in shape):
         raise DamagedError(f"{path}: {name} has the shape {short_repr(shape)}; expected at most two sizes.")
     needed = math.prod(shape) * dtype.itemsize
@@ -267,7 +267,7 @@ def tensor_from_bytes(data: bytearray, shape: tuple[int, ...], dtype: torch.dtyp
 
 
 def vector_size(path: Path, headers: Mapping[str, TensorHeader], name: str) -> int:
-    """The size of a vector by its header."""
+    """The size of a vector, from its header."""
     if name not in headers or len(headers[name].shape) != 1 or headers[name].shape[0] < 1:
         raise DamagedError(f"{path} has no vector {name}. It holds {short_repr(sorted(headers))}.")
     return headers[name].shape[0]

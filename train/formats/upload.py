@@ -1,4 +1,4 @@
-"""Upload of a run to the Hugging Face Hub, as a SAELens export with a model card."""
+"""Upload a run to the Hugging Face Hub as a SAELens export with a model card."""
 
 import tempfile
 from collections.abc import Callable

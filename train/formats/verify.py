@@ -1,4 +1,4 @@
-"""Verification of exports and imports: the SAE and the files encode the same rows in float64; results are compared."""
+"""Verify exports and imports: the SAE and the files encode the same rows in float64, and the results are compared."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ from .canonical import CanonicalSAE
 SAMPLE_ROWS, SAMPLE_BLOCKS = 4096, 16  # rows to compare on, read from this many places in a cache
 BATCH_ROWS = 256
 TOLERANCE = 1e-5  # largest relative error of f and of x_hat
-MUCH_SMALLER = 0.5  # of two squared errors: one is less than half of the other
+MUCH_SMALLER = 0.5  # a squared error is much smaller than another if their ratio is below this
 
 Progress = Callable[[int, int], None]  # (rows done, rows in all)
 
@@ -37,14 +37,14 @@ class SampleRows:
     """Activations to compare on."""
 
     x_RD: Tensor  # float32
-    description: str  # where they come from
+    description: str  # where the rows come from
 
 
 @dataclass(frozen=True)
 class Check:
     """The result of a comparison.
 
-    An active latent is one that is not zero. Rows with ambiguous latents are left out of the two errors.
+    A latent is active if it is not zero. Rows with ambiguous latents are left out of the two errors.
     """
 
     rows: int
@@ -104,7 +104,7 @@ def compare(
 
     Args:
         canonical: the same SAE in canonical form, to decide where rounding matters.
-        scale_F: how many times larger the latents of the files are, (d_sae).
+        scale_F: (d_sae) the factors by which the latents computed from the files are larger.
     """
     sae64 = copy.deepcopy(sae).double().cpu().eval()
     mismatches = ambiguous_rows = 0
@@ -143,7 +143,7 @@ def relative_error(difference_square: float, square: float) -> float:
 
 
 def require_passed(check: Check, action: str) -> Check:
-    """SaeError if a comparison did not pass. `action`: the subject of the sentence, "The export to saelens"."""
+    """Raise SaeError if a comparison failed. `action` is the subject of its sentence: "The export to saelens"."""
     if not check.passed:
         raise SaeError(
             f"{action} failed verification, and no files were kept: {check}. This is a bug: please report it."
@@ -152,7 +152,7 @@ def require_passed(check: Check, action: str) -> Check:
 
 
 def check_orientation(sae: SAE, rows: SampleRows | None, path: Path) -> list[str]:
-    """Notes about a square SAE, whose matrices have the same shape when they are transposed.
+    """Notes about a square SAE, whose matrices keep their shapes when they are transposed.
 
     Raises DamagedError if cached activations are reconstructed better with one or both matrices transposed. If there
     are no cached activations, a note says that this could not be checked.
@@ -203,7 +203,7 @@ def synthetic_rows(canonical: CanonicalSAE, count: int = SAMPLE_ROWS) -> SampleR
     """Random sums of decoder rows plus b_dec, at norms where latents begin to activate.
 
     Every other row is then moved along one latent's encoder direction until that latent is near its threshold, on
-    either side: random rows are rarely near a threshold, so they would not reveal a wrong one.
+    either side. Random rows are rarely near a threshold, so they would not reveal a wrong threshold.
     """
     generator = torch.Generator().manual_seed(0)
     summands = min(32, max(1, canonical.d_sae // 8))
@@ -229,8 +229,8 @@ def synthetic_rows(canonical: CanonicalSAE, count: int = SAMPLE_ROWS) -> SampleR
 def activating_norm(canonical: CanonicalSAE, encoder: CanonicalSAE, threshold_F: Tensor) -> float:
     """The norm at which a row brings a latent to its threshold, median over latents.
 
-    If the encoder takes x - b_dec and has no bias, only the rounding error of b_enc + b_dec W_enc is left; the norm of
-    b_dec is then returned instead.
+    If the encoder takes x - b_dec and has no bias, only the rounding error of b_enc + b_dec W_enc is left. The norm of
+    b_dec is returned in that case.
     """
     encoder_norm_F = encoder.W_enc.norm(dim=0).clamp_min(1e-30)
     bias_F = canonical.b_dec @ encoder.W_enc + encoder.b_enc
@@ -240,7 +240,7 @@ def activating_norm(canonical: CanonicalSAE, encoder: CanonicalSAE, threshold_F:
 
 
 def move_near_thresholds(x_RD: Tensor, encoder: CanonicalSAE, threshold_F: Tensor, generator: torch.Generator) -> None:
-    """Move every other row along a random latent's encoder direction to near that latent's threshold, in place."""
+    """Move every other row, in place, along a random latent's encoder direction to near its threshold."""
     spread = float((x_RD[:64] @ encoder.W_enc).std())
     latent_N = torch.randint(encoder.d_sae, (len(x_RD) // 2,), generator=generator)
     w_ND = encoder.W_enc.T[latent_N]
@@ -263,10 +263,10 @@ def find_run_cache(origin: Mapping[str, Any]) -> Cache | None:
 def sample_run_rows(
     origin: Mapping[str, Any], hook: Hook | None, cache_folder: Path | None
 ) -> tuple[Cache | None, SampleRows | None]:
-    """The cache in `cache_folder`, by default the run's own, and rows of it.
+    """The cache in `cache_folder`, by default the run's own, and sample rows from it.
 
-    The cache is None if it is gone. The rows are None if it is gone or is a ring buffer, which keeps no rows. Raises
-    UsageError if an explicit cache has no rows of the hook.
+    The cache is None if it is gone. The rows are None if the cache is gone or is a ring buffer, which keeps no rows.
+    Raises UsageError if an explicitly given cache has no rows for the hook.
     """
     cache = Cache(cache_folder) if cache_folder is not None else find_run_cache(origin)
     if cache is None or hook is None:
