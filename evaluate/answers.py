@@ -1,6 +1,6 @@
 """The first questions about an SAE: is it better than simple baselines, is it stable across seeds, is it the best?
 
-Five answers, each with its numbers and 95 % intervals, or with the command that gives the missing numbers. The tests
+Five answers, each with its numbers and 95 % intervals, or with the command that computes the missing numbers. The tests
 follow docs/reference/statistics.md; Holm's correction covers all of them together, as one table.
 """
 
@@ -48,10 +48,10 @@ class Answer:
 
     Attributes:
         verdict: a few words.
-        numbers: sentences, or parts of one, with the numbers behind the verdict.
+        numbers: sentences, or parts of a sentence, with the numbers behind the verdict.
         is_good: whether the verdict speaks for the SAE; None if it speaks neither for nor against it.
         remedy: a sentence about missing numbers, shown before `command`.
-        command: the command that gives the missing numbers.
+        command: the command that computes the missing numbers.
     """
 
     question: str
@@ -264,7 +264,7 @@ def answer_frontier(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
         if numbers:
             return Answer(FRONTIER, f"not known {at}", [*numbers, beside])
         found = [beside, "no published SAEs of this model and layer are known"]
-        if near.others:  # all were measured: nothing is missing
+        if near.others:  # all of them were measured, so nothing is missing
             return Answer(FRONTIER, f"not known {at}", found)
         folder = quote(run.folder.parent)
         return Answer(

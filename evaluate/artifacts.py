@@ -193,7 +193,7 @@ class ArtifactCache:
                 return None
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]:
-                    with contextlib.suppress(OSError):  # of another user, or read-only
+                    with contextlib.suppress(OSError):  # owned by another user, or read-only
                         os.utime(path.with_suffix(".json"))  # the time of the last read, for `remove_unread`
                     with utf8_path(path) as readable:
                         return load_file(readable, device)
@@ -216,7 +216,7 @@ def kept_limit() -> float:
 def remove_stale_temporaries(folder: Path) -> int:
     """Remove temporary files of killed processes from a folder that has no lock. Returns how many were removed.
 
-    Recent files stay: a process on another machine can be writing one, and its id is not known here.
+    Recent files stay, because a process on another machine, whose id is unknown here, may be writing one.
     """
     removed = 0
     for path in folder.glob("**/*.tmp-*"):

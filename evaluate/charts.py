@@ -14,7 +14,7 @@ MARKERS = "osD^vP*X"  # matplotlib's names
 DASHES = ("", "6 3", "2 3", "8 3 2 3")  # as in SVG
 Kind = Literal["points", "line", "both", "bars"]
 MIN_VALUE, MAX_VALUE = 1e-100, 1e100  # the range that an axis can show
-MAX_LINE_POINTS = 400  # per line; more cannot be told apart at the width of a chart
+MAX_LINE_POINTS = 400  # per line; at the width of a chart, more points cannot be told apart
 CHARACTER_WIDTH = 7  # approximate width of a character of a label, in pixels
 
 

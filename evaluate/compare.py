@@ -215,7 +215,7 @@ def find_differences(runs: Sequence[ComparedRun]) -> list[str]:
             differences.append(f"{name}: " + ", ".join(f"{value} ({run.name})" for value, run in values.items()))
     for metric in METRICS:
         measured = [run for run in runs if metric in run.settings]
-        # The limits of two caches differ a little. Runs are comparable if they mask the same number of rows.
+        # Norm limits of two caches differ a little. Runs are comparable if they mask the same number of rows.
         keys = {key for run in measured for key in without_weights(run.settings[metric])} - {"norm_limit"}
         counts = {run.results[metric].n.get(OUTLIERS, 0): run for run in measured}
         if len(counts) > 1:

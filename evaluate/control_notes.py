@@ -1,7 +1,7 @@
 """Sentences that compare systems with their controls, with the verdicts and tests of docs/reference/statistics.md.
 
-The comparisons in these notes form a separate table: every system against the best of its controls, in each number that
-`sae compare` shows. If a printed table tests the same pair, the note repeats that table's verdict.
+The comparisons in these notes form a separate table, which compares every system with the best of its controls in each
+number that `sae compare` shows. If a printed table tests the same pair, the note repeats that table's verdict.
 """
 
 import statistics

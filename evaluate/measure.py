@@ -95,7 +95,7 @@ def reference_rows_if_possible(
     except Exception as error:
         if not (isinstance(error, UnavailableError) or out_of_memory(error)):
             raise
-        # For example a read-only folder, or a PCA that does not fit.
+        # For example, the folder is read-only or a PCA does not fit into memory.
         plan.notes.append(f"The reference rows (identity, zero, PCA, random dictionary) are left out: {error}")
         return []
 

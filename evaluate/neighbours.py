@@ -62,7 +62,7 @@ def find_neighbours(run: ComparedRun) -> RunsBeside:
         alike = sae_location(other) == sae_location(run) and measured_alike(run, other)
         if is_seed:
             if other.record["seed"] == run.record["seed"]:
-                continue  # trained twice: not another draw
+                continue  # trained twice: not an independent draw
             if alike:
                 found.seeds.append(other)
             else:

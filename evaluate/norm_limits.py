@@ -36,7 +36,7 @@ def cached_norm_limit(cache: Cache, hook: Hook) -> float | None:
 
 
 def describe_norm_limits(rows: Sequence[EvalRow]) -> list[str]:
-    """Lines of a plan that say which rows are left out, and for which SAEs none are left out."""
+    """Lines of a plan that say which rows are left out, and for which SAEs no rows are left out."""
     lines = []
     for hook, limit in sorted({(row.target.hook, row.target.norm_limit or math.inf) for row in rows}):
         names = [r.name for r in rows if r.target.hook == hook and (r.target.norm_limit or math.inf) == limit]

@@ -204,7 +204,7 @@ def hook_suffix(hook: Hook) -> str:
 
 
 def failures(rows: Iterable[EvalRow]) -> set[tuple[str, str]]:
-    """(metric, reason) for everything that has no result, except reference rows."""
+    """(metric, reason) for everything without a result, except for reference rows."""
     return {(m, str(error)) for row in rows if not row.is_reference for m, error in row.errors.items()}
 
 

@@ -104,7 +104,7 @@ def notes(rows: Sequence[MeasuredRun], shown: Collection[str] | None = None) -> 
         others = f" and {len(flags) - 1} more" if len(flags) > 1 else ""
         sentences.append(f"{metric}, {name}{others}: {flag}")
     shares = [SHARE_NOTE] if any(row.is_control for row in rows) and not all(row.is_control for row in rows) else []
-    beside = dict.fromkeys(note for row in rows for note in row.control_notes)  # the runs of a system share them
+    beside = dict.fromkeys(note for row in rows for note in row.control_notes)  # shared by the runs of a system
     return [*sentences, *caveats(shown), *dict.fromkeys(note for row in rows for note in row.notes), *beside, *shares]
 
 
@@ -115,7 +115,7 @@ def column_heading(column: MetricColumn) -> str:
 
 
 def metric_heading(metric: str, column: MetricColumn) -> str:
-    """The column's heading, with the name of its metric above it if the heading alone is ambiguous."""
+    """The column's heading, below the name of its metric if the heading alone is ambiguous."""
     names = {
         "absorption": "absorption",
         "sparse_probing": "probing",

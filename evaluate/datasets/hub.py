@@ -75,7 +75,7 @@ def is_commit(text: str) -> bool:
 
 
 def check_commit(name: str, wanted: str, dataset: Any) -> None:
-    """Raise UnavailableError if `datasets`, offline, has used a copy of another commit."""
+    """Raise UnavailableError if `datasets`, being offline, has used a copy from a different commit."""
     for file in getattr(dataset, "cache_files", [])[:1]:
         commit = Path(file["filename"]).parent.name
         if is_commit(commit) and commit != wanted:

@@ -180,7 +180,7 @@ def download_wheel(folder: Path) -> Path:
 
 
 def describe_failure(done: subprocess.CompletedProcess[str]) -> str:
-    """The reason why pip failed: its message about the connection, else its last error line, else its last line."""
+    """The reason why pip failed: its message about the connection, or its last error line, or its last line."""
     if broken := re.findall(r"connection broken by '(.+)':? /", done.stderr):
         return str(broken[-1])
     lines = done.stderr.strip().splitlines()

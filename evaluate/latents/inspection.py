@@ -33,7 +33,7 @@ from ..statistics import proportion_interval
 from ..tables import describe_model
 from .stats import LatentStats
 
-DEFAULT_TOKENS = 100_000  # of held-out text
+DEFAULT_TOKENS = 100_000  # number of tokens of held-out text
 MIN_PROBE_ACCURACY = 0.6  # a latent is labeled with a class if its one-latent probe is above this; chance is 0.5
 
 # A label of a latent: the number that labels are sorted by (largest first), the latent, the text.

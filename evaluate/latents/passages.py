@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...common.errors import UsageError
 
-DEFAULT_TOKENS = 64  # of a passage
+DEFAULT_TOKENS = 64  # length of a passage
 
 
 class PassageWindow(NamedTuple):

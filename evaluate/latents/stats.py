@@ -31,7 +31,7 @@ BYTES_PER_PASSAGE_TOKEN = 4 * (TOP_PASSAGES + SAMPLED_PASSAGES)  # memory for ea
 BINS = 32
 LISTED_LATENTS = 8  # nearest latents, and latents that fire together
 LOGIT_TOKENS = 10  # tokens listed with the largest positive logit effects, and as many with the largest negative
-BLOCK_ELEMENTS = 2**25  # of a dense float32 block: 128 MiB
+BLOCK_ELEMENTS = 2**25  # elements of a dense float32 block: 128 MiB
 MAX_PAIR_TOKENS = 32_768  # at most this many tokens are searched for latents that fire together
 MAX_PAIR_COST = 2e9  # maximum number of pairs of firing latents: half a minute on one core
 

@@ -72,10 +72,10 @@ class AblationState:
     extra: dict[str, Any] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
     test_texts: int = 0
-    rows: int = 0  # of texts
+    rows: int = 0  # number of text rows
     outliers: int = 0  # rows that were left out
     fewest_effective: int = sys.maxsize  # number of latents with an effect on a probe, minimum over probes
-    error: SaeError | None = None  # why it cannot be measured
+    error: SaeError | None = None  # why this SAE cannot be measured
 
 
 class AblationScores(NamedTuple):
@@ -102,7 +102,7 @@ class Ablation(Metric):
     rng: str = "paired"
 
     unit = "data set"
-    category: ClassVar[str]  # of the scores in the result
+    category: ClassVar[str]  # category of the scores in the result
 
     @abstractmethod
     def problems(self, dataset: str, data: Path | None) -> Iterator[AblationProblem]:

@@ -269,7 +269,7 @@ class LetterCandidates:
     """The latents that the L1 probe proposes for each letter, and their activations on the words."""
 
     order_LK: Tensor  # candidates of each letter, best first
-    columns_LK: Tensor  # their columns in train_NC and test_NC
+    columns_LK: Tensor  # the candidates' columns in train_NC and test_NC
     train_NC: np.ndarray
     test_NC: np.ndarray
     train_letter_N: np.ndarray

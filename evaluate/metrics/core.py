@@ -173,7 +173,7 @@ class Core(Metric):
         return UnitValues(*values_in_record(result.extra, column.name))
 
     def counted_batches(self, ctx: EvalContext, device: str | None = None) -> list[ContextBatch]:
-        """The batches that contain a counted token; on the model's device, or on another without the model."""
+        """The batches that contain a counted token, on the model's device or on a given one (without the model)."""
         return [
             batch
             for batch in ctx.batches(self.batch_contexts, self.sparsity_batches, device=device)

@@ -201,7 +201,7 @@ class Endpoint:
 
 
 def describe_cause(error: BaseException) -> str:
-    """The root cause of an error: httpx2 itself says only that all attempts failed."""
+    """The root cause of an error, since httpx2 itself reports only that all attempts failed."""
     *_, lowest = causes(error)
     if isinstance(lowest, ConnectionError) and lowest.errno:  # asyncio's own message gives no reason
         return os.strerror(lowest.errno)

@@ -24,7 +24,7 @@ from .held_out_rows import read_rows
 from .latent_matching import BlockSimilarity
 from .parts import tokens_per_encode
 
-MAX_ACTIVE = 2**28  # nonzero latents of an SAE over all tokens: 3 GB
+MAX_ACTIVE = 2**28  # limit for the nonzero latents of an SAE over all tokens: 3 GB
 CONSTANT = 1e-12  # a latent is constant if its variance is less than this share of its mean square
 
 
@@ -62,7 +62,7 @@ class Latents:
         return bool((self.f_TF.data < 0).any())
 
     def correlation(self, other: "Latents") -> BlockSimilarity:
-        """Pearson correlations with the latents of another SAE; 0 for a latent that does not vary."""
+        """Pearson correlations with the latents of another SAE; 0 for latents that do not vary."""
         f_FT, tokens = self.f_TF.T.tocsr(), self.f_TF.shape[0]
         with np.errstate(divide="ignore"):
             scale_F, scale_G = (np.where(one.varies_F, 1 / one.sd_F, 0) for one in (self, other))

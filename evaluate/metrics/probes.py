@@ -52,7 +52,7 @@ class LabeledRows:
         return replace(self, rows=self.rows.without_outliers(norm_limit))
 
     def split(self, feature_ND: Tensor) -> dict[str, ProbeFeatures]:
-        """Split a matrix with one row per text into train and test."""
+        """Split a matrix with one row per text into the rows of train and of test."""
         sizes = [sum(counts.values()) for counts in self.counts.values()]
         parts = feature_ND.split(sizes)
         return {split: ProbeFeatures(x, counts) for (split, counts), x in zip(self.counts.items(), parts, strict=True)}

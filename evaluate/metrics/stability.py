@@ -233,7 +233,7 @@ class Steps:
     done: int = 0
 
     def next(self, what: str) -> None:
-        """Report the step that begins now."""
+        """Report that the next step begins."""
         self.progress(self.done, self.total, what)
         self.done += 1
 
@@ -264,7 +264,7 @@ def require_comparable(targets: Sequence[EvalTarget], system: Sequence[int], row
 
 
 def t_interval(values: Sequence[float], of_another: bool) -> list[float]:
-    """95 % interval of the mean, or of another value like these (a prediction interval), by Student's t."""
+    """95 % interval, by Student's t, of the mean or of one further value like these (a prediction interval)."""
     count = len(values)
     spread = float(np.std(values, ddof=1)) * math.sqrt(1 / count + of_another)
     half, centre = float(t.ppf(0.975, count - 1)) * spread, float(np.mean(values))

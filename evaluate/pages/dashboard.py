@@ -47,7 +47,7 @@ DENSITY_BINS_PER_DECADE, MAX_L0_BINS = 8, 40
 
 
 def compress_json(value: Any) -> str:
-    """The value as JSON, gzip, base64. Equal values give equal text."""
+    """The value as JSON, gzip, base64. Equal values produce equal text."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
