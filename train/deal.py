@@ -87,7 +87,7 @@ def deal(works: Sequence[Work], ranks: int) -> list[RankShare]:
 
 
 def end_of(shares: Iterable[RankShare]) -> float:
-    """When the last rank is done, in seconds from the start. Rounded to a microsecond, so that ties are equal."""
+    """When the last rank is done, in seconds from the start. Rounded to a microsecond, since estimates are no finer."""
     return round(max(share.seconds for share in shares), 6)
 
 

@@ -202,7 +202,7 @@ def open_batches(
     """The next `count` batches of a run, starting at a step. From a ring, the batches of the open group.
 
     `sharing` lists the runs of the pass. If it is given, the loader may keep all rows on the GPU, if they fit there
-    together with the runs. Do not pass it for only a few batches, for which this is not worthwhile. `should_stop` ends
+    together with the runs. This is not worthwhile for only a few batches. `should_stop` ends
     the wait for a store.
     """
     size, cache, batch = run.config.batch_size, run.cache, step

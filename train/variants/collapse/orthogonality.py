@@ -23,7 +23,7 @@ def count_moved(rows_FD: Tensor, before_FD: Tensor) -> Tensor:
 
 
 class GroupOrthogonalityLoss(LossTerm):
-    """L_orth = mean_G |D_G D_G^T - I|_F^2 / M^2 (5), where D_G are the rows of a group.
+    """L_orth = mean_G |D_G D_G^T - I|_F^2 / M^2 (5), with D_G the rows of a group. Gram-Schmidt makes it 0.
 
     On activations, D_G holds the latents of a group over the batch, each normalized to length 1. The diagonal is left
     out, because an inactive latent cannot be normalized.
