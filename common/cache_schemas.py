@@ -18,7 +18,7 @@ REPAIR_HINT = (
 
 
 class FileRecord(TypedDict):
-    """What is recorded about the file of a chunk."""
+    """The record of a chunk's file."""
 
     bytes: Annotated[Size, Meta(description="size of the file")]
     crc32c: Annotated[Crc32c, Meta(description="of the values; of the whole file if the array is compressed")]
@@ -35,7 +35,7 @@ class Adapter(TypedDict):
 
 
 class ModelIdentity(TypedDict):
-    """Which language model it is."""
+    """The identity of the language model."""
 
     name: Annotated[str, Meta(description="Hub id, or the folder's name with 8 digits of its digest; never compared")]
     revision: NotRequired[Annotated[str, Meta(description="commit on the Hub, or sha256 of the files of a folder")]]
@@ -43,7 +43,7 @@ class ModelIdentity(TypedDict):
 
 
 class DataIdentity(TypedDict):
-    """Which text it is."""
+    """The identity of the text."""
 
     name: Annotated[str, Meta(description="never compared")]
     revision: NotRequired[Annotated[str, Meta(description="commit on the Hub, or sha256 of the text's files")]]
@@ -54,7 +54,7 @@ class DataIdentity(TypedDict):
 
 
 class CacheIdentity(TypedDict):
-    """Everything that decides a byte of the cache. An entry that a cache lacks has the value of earlier versions."""
+    """Everything that determines the bytes of the cache. A missing entry has the value of earlier versions."""
 
     format: NotRequired[Size]
     model: ModelIdentity
@@ -133,13 +133,13 @@ class ChunkGrid(TypedDict):
 
 
 class KeySeparator(TypedDict):
-    """What stands between the numbers in the name of a chunk's file."""
+    """The separator between the numbers in a chunk's file name."""
 
     separator: Literal["."]
 
 
 class ChunkKeys(TypedDict):
-    """How the files of chunks are called."""
+    """How the files of chunks are named."""
 
     name: Literal["default"]
     configuration: KeySeparator
@@ -176,7 +176,7 @@ class ZarrGroup(TypedDict):
 
 
 class Source(TypedDict):
-    """Which source of this package it was."""
+    """The version of this package's source."""
 
     sha256: NotRequired[Annotated[str, Meta(description="of the source files")]]
     commit: NotRequired[str | None]
@@ -221,7 +221,7 @@ class TokensCommit(TypedDict):
 
 
 class OutlierDimension(TypedDict):
-    """A dimension with a root mean square over 8 times the median one."""
+    """A dimension whose root mean square is over 8 times the median."""
 
     mean: float
     sd: float
@@ -358,7 +358,7 @@ class Draft(TypedDict):
 
 
 def cache_essentials(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The attributes of a cache that this package defines: others can be added to the group."""
+    """The attributes of a cache that this package defines; others may be added to the group."""
     return {name: value for name, value in metadata["attributes"].items() if name in CacheAttributes.__annotations__}
 
 

@@ -24,7 +24,7 @@ class Unstructured(TypedDict):
 
 
 class MaskedPart(Unstructured):
-    """The rest of the result without outlier rows. Its numbers are the categories masked_<category>."""
+    """Further results without outlier rows. The numbers themselves are in the categories masked_<category>."""
 
     details: list[dict[str, Any]]
 

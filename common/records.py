@@ -92,7 +92,7 @@ class RecordKind(Generic[Content]):
         atomic_write(path, self.encode(content))
 
     def create(self, path: Path, content: Mapping[str, Any]) -> bool:
-        """Write the content and its digest unless the file exists; returns whether it did. Raises like `write`."""
+        """Write content and digest unless the file exists; returns whether it was written. Raises like `write`."""
         return atomic_create(path, self.encode(content))
 
     def encode(self, content: Mapping[str, Any]) -> bytes:

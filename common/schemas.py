@@ -60,7 +60,7 @@ class RecordedModel(TypedDict):
 
 
 class SAEOrigin(TypedDict, total=False):
-    """What an SAE was trained on, as far as it is known."""
+    """What an SAE was trained on, as far as known."""
 
     model: RecordedModel
     layer: Annotated[int, Meta(ge=0, description="zero-based block")]
@@ -83,7 +83,7 @@ class SAEOrigin(TypedDict, total=False):
 
 
 class SavedActivation(TypedDict):
-    """A function of the chain from pre-activations to latents. Its options, such as `k`, stand beside its name."""
+    """A function in the chain from pre-activations to latents. Its options, such as `k`, are stored beside its name."""
 
     name: str
 
@@ -154,7 +154,7 @@ class ImportSource(TypedDict):
 
 
 class ImportCheck(TypedDict):
-    """How an imported SAE was compared with one computed from the files."""
+    """The comparison of an imported SAE with one computed from the files."""
 
     rows: Annotated[Count, Meta(description="activations that both were computed on")]
     what: Annotated[str, Meta(description="where the rows are from")]

@@ -40,7 +40,7 @@ class AdapterSource:
 def find_adapter(name: str, revision: str | None = None) -> AdapterSource:
     """Find an adapter and pin its bytes; reads no weights.
 
-    Raises UsageError if it is not there, or is not in safetensors, and UnavailableError if the Hub cannot be reached.
+    Raises UsageError if it does not exist or is not in safetensors, and UnavailableError if the Hub cannot be reached.
     """
     import_extra("adapters", "--adapter")
     folder = Path(name)

@@ -102,7 +102,7 @@ class DeviceWindow:
 
     def _to_host(self, x: Tensor) -> Tensor:
         target = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-        x.record_stream(self.stream)  # its memory is not reused before the copy has read it
+        x.record_stream(self.stream)  # keeps its memory from being reused before the copy has read it
         return target
 
     def _wait_for_copy(self) -> None:

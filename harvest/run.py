@@ -29,7 +29,7 @@ from .stages import check_before_text, check_folder, harvest_windows, open_cache
 from .tasks import harvest_share
 from .window_draft import remove_other_drafts
 
-SEEN_WITHIN = 60.0  # seconds after which a file on a network disk is seen by every machine
+SEEN_WITHIN = 60.0  # seconds until every machine sees a new file on a network disk
 
 
 def harvest_activations(

@@ -58,7 +58,7 @@ class Splicer:
     def __init__(self, language_model: Any) -> None:
         """`language_model` is the `LanguageModel` whose trunk, blocks, `capturing` and `patching` are used."""
         self.language_model = language_model
-        self.other_outputs: dict[int, tuple[None, ...] | None] = {}  # block -> what it returns besides the residual
+        self.other_outputs: dict[int, tuple[None, ...] | None] = {}  # block -> its outputs besides the residual
         self.skips_blocks: dict[Hook, bool] = {}  # the hooks that were checked
 
     def forward(self, ids_NS: Tensor, hooks: Sequence[Hook]) -> ForwardPass:

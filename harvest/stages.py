@@ -94,7 +94,7 @@ def cache_layout(plan: HarvestPlan, contexts: Contexts) -> Layout:
 def load_model_for(plan: HarvestPlan, windows: Mapping[int, Sequence[str]], device: str) -> LanguageModel:
     """The model up to the deepest layer among the arrays of these windows.
 
-    Raises UsageError unless its own numbers prove the sites.
+    Raises UsageError unless a probe of the loaded model proves the sites.
     """
     hooks = sorted({Hook.from_array(name) for names in windows.values() for name in names})
     last = max(hook.layer for hook in hooks)

@@ -41,7 +41,7 @@ def list_requests(layout: Layout, arrays: int) -> int:
 
 def seal_requests(layout: Layout, arrays: int) -> int:
     """The requests of sealing, which reads row_ctx and row_pos, and for each window of an array its commit, norms and
-    moments, and its largest rows; these three times if there are outlier rows.
+    moments, and its largest rows (three times if there are outlier rows).
     """
     return list_requests(layout, arrays) + layout.n_windows * (2 + arrays * (3 + LARGEST_READS))
 
