@@ -2,9 +2,9 @@
 
 The script writes a cache of synthetic bfloat16 rows of width 2304 with the writer that a harvest uses. Our loader and
 the alternatives then read batches, in rounds, in random order. The tables have medians, relative to a memory copy of
-the same bytes in the same run. In `epoch 2` the files are already mapped and their pages in memory, since the chunks
-were verified and touched before. The first epoch is measured in separate processes, warm and cold; cold means that the
-files were dropped from the page cache.
+the same bytes in the same run. In `epoch 2` the files are already mapped and their pages are in memory, because the
+first epoch verified and touched the chunks. The first epoch is measured in separate processes, warm and cold; cold
+means that the files were dropped from the page cache.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def timed(read: Callable[[int], object], count: int) -> Way:
 def from_loader(
     batches: BatchLoader | ResidentLoader, count: int, compute: Callable[[Tensor], object] = lambda x_BD: None
 ) -> Way:
-    """Time batches of a loader, starting when the batches that it had read ahead are used up."""
+    """Time the batches of a loader, after those that it had already read ahead."""
     way = timed(lambda number: compute(next(batches)), count)
 
     def run() -> Spent:
@@ -126,7 +126,7 @@ def show(title: str, spent: dict[str, list[Spent]], batch: int) -> None:
 
 
 def show_with_compute(cache: Cache, packed: Cache, batch: int, rounds: int, milliseconds: float) -> None:
-    """With a matrix product after every batch: how much time the batch adds to it."""
+    """The time that reading a batch adds to a matrix product, with one product after every batch."""
     still, weight = torch.randn(batch, D_IN), torch.randn(D_IN, 4096)
     product = timed(lambda number: still[:64] @ weight, 20)
     product()

@@ -3,8 +3,8 @@
 The pages show random SAEs on the embedded model's layer 12, with the held-out text of a small cache. A headless
 Chromium opens them, each time in a new window. `ready`: from the start of the navigation until the table of latents is
 drawn, by the page's own clock. `open`: the same by our clock, including the start of the window. `a latent`: from a
-click on a link until the latent is drawn, for latents in blocks that are not unpacked yet. Needs playwright and a
-Chromium on the PATH.
+click on a link until the latent is drawn, for latents whose blocks of the page are not unpacked yet. Needs playwright
+and a Chromium on the PATH.
 """
 
 import argparse

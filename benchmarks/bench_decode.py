@@ -1,4 +1,4 @@
-"""From which n/k on is gathering rows faster? `python benchmarks/bench_decode.py [--d-in 128,512,2304]`.
+"""Above which n/k is gathering rows faster? `python benchmarks/bench_decode.py [--d-in 128,512,2304]`.
 
 Times whole training steps of `topk`, once with dense products and once by gathering the rows of the active latents
 (`train/sparse_ops.py`), with the same weights and batches, in rounds, in random order. Times are processor time of one
@@ -28,7 +28,8 @@ def numbers(text: str) -> list[int]:
 def make_step(
     config: RunConfig, k: int, x_BD: torch.Tensor, sparse_from: dict[str, dict[str, float]]
 ) -> Callable[[], float]:
-    """A function that times a training step in milliseconds; rows are gathered from these n/k up (see SPARSE_FROM)."""
+    """A function that times a training step in milliseconds; rows are gathered at this n/k and above (see
+    SPARSE_FROM)."""
     torch.manual_seed(0)
     trainer = Trainer(find_recipe("topk").make(config, {"k": k}), config.steps, "cpu")
 

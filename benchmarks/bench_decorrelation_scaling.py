@@ -31,7 +31,7 @@ from sae.train.recipe import find_recipe
 from sae.train.step import Step
 from sae.train.variant import RunConfig
 
-STEPS = 100_000  # length of the run that a step belongs to: no latent is dead yet
+STEPS = 100_000  # length of the run that the timed step belongs to; no latent is dead yet
 SYSTEMS: Mapping[str, Mapping[str, object]] = {
     "decorrelation": {"pair_choice": "exact"},
     "relu": {"pre_bias": False},

@@ -6,8 +6,8 @@ Runs gemma-2-mini on its embedded text, which is tokenized before the clock star
     harvest, from loading the model to sealing the cache, with checksums, flushes and commits harvest of 19 the same for
     layer 19 alone instead of 5, 12 and 19
 
-Each of them loads the model itself. The script then measures the writer alone, at Gemma-2-2B's width, and peak memory
-at two cache sizes.
+Each of the three loads the model itself. The script then measures the writer alone, at Gemma-2-2B's width, and peak
+memory at two cache sizes.
 
 `--host` measures something else: the host's part of a harvest, without a model. It processes prepared rows of three
 layers of that width on one core, on two, and so on. The rows arrive either as from a GPU that keeps the window (the
@@ -99,7 +99,7 @@ def record_calls(owner: type, method: str) -> Iterator[Spans]:
 
 
 def record_passes(plan: HarvestPlan, contexts: Contexts) -> list[Tensor]:
-    """The ids of every pass of a harvest, (N, S) each, in order."""
+    """The token ids of every forward pass of a harvest, each of shape (N, S), in order."""
     prepare(plan, contexts)
     original, passes = LanguageModel.capture_hooks, []
 

@@ -3,10 +3,10 @@
 A cache of synthetic bfloat16 rows is kept in a folder and in a store on loopback. The store is our own server in
 another process, which sends files as fast as it can or at a fixed rate (moto's server, which the tests use, is slower
 than any real store). Each round trains the same run from the disk, from the store with a local folder that holds part
-of the cache, and from the store through slower links, in changing order. Each training has its own process and an empty
-local folder. The chunks of the first batches are downloaded before training begins; `after ten steps` is the speed
-after that. The tables have medians over rounds of the ratios within a round. `needed` is the rate at which training
-reads.
+of the cache, and from the store through slower links, in changing order. Each training run has its own process and an
+empty local folder. The chunks of the first batches are downloaded before training begins; `after ten steps` is the
+speed after that. The tables have medians over rounds of the ratios within a round. `needed` is the rate at which
+training reads.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from sae.cache.pulled_files import walk
 
 PIECE = 1 << 18  # bytes that are sent at a time
 WAYS = ("store", "link at 2x", "link at 0.5x")
-CHUNK_ROWS = 1024  # an eighth of the usual, so that a small cache has as many chunks for its lanes as a large one
+CHUNK_ROWS = 1024  # an eighth of the usual size, so that a small cache has as many chunks per lane as a large one
 
 
 class Files(SimpleHTTPRequestHandler):
@@ -92,7 +92,7 @@ def train(place: str, out: str, local: str, size: int, steps: int, width: int, b
 
 @contextmanager
 def served(folder: Path, rate: float) -> Any:
-    """The address of a folder that another process serves, and the place where its count of requests will be."""
+    """The address of a folder that another process serves, and a list that will hold its count of requests."""
     words = [sys.executable, __file__, "--serve", str(folder), str(rate)]
     requests: list[int] = []
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:

@@ -12,8 +12,8 @@ over rounds.
                mechanisms do every N steps, divided by N.
     together   V relu runs in one pass over a cache, relative to V runs one after the other.
     compiled   --compile relative to eager.
-    precision  --precision bfloat16 relative to float32, beside the gain that follows from that of the five products
-               alone and the share that a step's products have of it. Not measured where the processor has no bfloat16.
+    precision  --precision bfloat16 relative to float32, beside the gain expected from the speed-up of the five products
+               alone and their share of a step. Not measured where the processor has no bfloat16.
     threads    what a second thread gains relu, topk and batchtopk, and the five products alone. In wall time, since the
                processor time of two threads says nothing about it: only on a machine with two idle cores.
 
@@ -57,7 +57,7 @@ ROUNDED = (*BASES, "jumprelu", "gated", "matryoshka", "decorrelation")  # in the
 
 
 class Peer:
-    """The process of a peer library, which works only while a request is open."""
+    """The process of a peer library, which computes only while it answers a request."""
 
     def __init__(self, name: str, python: str) -> None:
         script = Path(__file__).parent / "peers" / "time_peer.py"

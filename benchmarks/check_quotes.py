@@ -5,8 +5,8 @@ numbers.
 
 Runs of white space count as one space, and a hyphen at the end of a line may or may not be part of the word. Prints the
 quotes that are not found, and the numbers of a paper that are in no quote, so that no claim is missed. Numbers in
-formulas, headings, citations and names are not results, nor are those in the references. Exits with 1 if anything was
-printed.
+formulas, headings, citations, names and the list of references are not results and are left out. Exits with 1 if
+anything was printed.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a checkpoint costs a run on a CPU, when training waits for it and when a thread writes it.
+"""The cost of a checkpoint for a run on a CPU, when training waits for it and when a thread writes it.
 
     python -m sae.benchmarks.checkpoint_cost [--rounds 7] [--recipe topk ...] [--size 576x2304x1024 ...]
 

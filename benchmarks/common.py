@@ -108,7 +108,7 @@ def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def drop_from_page_cache(folder: Path) -> None:
-    """Make the next read of these files come from the disk, or from its own cache."""
+    """Drop these files from the page cache, so that the next read comes from the disk or from the disk's own cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:

@@ -1,6 +1,6 @@
 """Tiny random models of many families, and checks of all sites of each.
 
-tests/harvest/test_families.py runs them as tests, benchmarks/family_table.py writes what they find into
+tests/harvest/test_families.py runs them as tests, and benchmarks/family_table.py writes the results to
 docs/reference/families.md. A model has three or four blocks of width 32 with random parameters, so that every norm and
 bias has an effect. The reads and changes of our hooks are compared with those of plain torch hooks on transformers'
 model, which are attached by module name.
@@ -35,7 +35,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1,
     "max_position_embeddings": 64,
 }  # fmt: skip
-OMIT = object()  # marks a size that a family must not be given
+OMIT = object()  # marks a size that must not be passed to a family's configuration
 EXPERTS: dict[str, Any] = {
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
     "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1,

@@ -1,4 +1,4 @@
-"""Make a page of the measurements on a GPU: `python benchmarks/gpu_report.py FILE`, with a file of
+"""Make a page from the measurements on a GPU: `python benchmarks/gpu_report.py FILE`, with a file of
 benchmarks/gpu/run.py.
 
 Writes benchmarks/results/DATE-gpu.md, with the milliseconds from the newest page of step_budget.py beside the measured

@@ -8,7 +8,7 @@ There are two tables for each of `decorrelation` and `competition`.
     runs       the same recipe with all pairs, with what a step compares by default, and without the penalty, three
                seeds each: what they measure on held-out text, and the penalty over all pairs of latents on rows that
                no run has read. A cell is the mean over seeds and half its 95 % interval, and for each choice of pairs
-               the difference from all pairs, seed by seed.
+               the difference from the runs with all pairs, seed by seed.
     overlap    along one run that compares some pairs: the share of the penalty of all pairs that these hold, and the
                penalty as estimated from them, over that of all pairs.
 
@@ -74,7 +74,7 @@ def read_batches(cache: Cache, sizes: Sizes, first: int, count: int) -> Iterator
 
 
 def latents_step(f_BF: Tensor, trained: sae.SAE | None = None) -> Step:
-    """A step from which a loss can read the latents and the SAE."""
+    """A step object from which a loss can read the latents and the SAE."""
     nothing = f_BF[:, :0]
     return Step(torch.tensor(0), trained, None, nothing, f_BF, f_BF, nothing)  # type: ignore[arg-type]
 
@@ -166,7 +166,8 @@ def runs_table(found: Mapping[str, list[dict[str, float]]]) -> list[str]:
 def trained_steps(
     cache: Cache, recipe: str, options: dict[str, Any], sizes: Sizes
 ) -> Iterator[tuple[int, Step, Variant]]:
-    """Train seed 0; yields, after each step, the step's number, what it saw, and the variant."""
+    """Train seed 0. After each step, yields the step's number, the step's tensors as the losses saw them, and the
+    variant."""
     torch.manual_seed(0)
     config = RunConfig(cache.array(ARRAY).shape[1], sizes.d_sae, sizes.steps, sizes.batch)
     variant = find_recipe(recipe).make(config, options)

@@ -127,7 +127,7 @@ def bad_inputs(m: Matrix, rows: list[dict[str, str]]) -> None:
 
 
 def make_odd_texts(rows: list[dict[str, str]], lines: bytes) -> None:
-    """Texts as people have them: odd rows and columns, splits, metadata and other files beside them."""
+    """Texts as found in practice: odd rows and columns, splits, and metadata or other files beside them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -165,7 +165,7 @@ def make_odd_texts(rows: list[dict[str, str]], lines: bytes) -> None:
 
 
 def rows_of(folder: str) -> dict[str, bytes]:
-    """The files with activations, where they come from, and the text."""
+    """The files that hold the activations, the origin of each row, and the text."""
     return {file: raw for file, raw in read_files(folder).items() if file.startswith(("layer_", "row_", "tokens/"))}
 
 
@@ -218,7 +218,7 @@ def bad_values(m: Matrix) -> None:
 
 
 def bad_saes(m: Matrix) -> None:
-    """SAEs that learned nothing, or have no numbers: what is seen beside their results."""
+    """SAEs that learned nothing or have no numbers: the notes shown beside their results."""
     import torch
 
     from sae.cache.reader import Cache

@@ -1,4 +1,4 @@
-"""`sae` as a process: started, signalled, and its output and exit code."""
+"""Run `sae` as a process: start it, send it signals, and read its output and exit code."""
 
 import contextlib
 import multiprocessing
@@ -39,7 +39,8 @@ class Outcome(NamedTuple):
 
     @property
     def last(self) -> str:
-        """The last message, from error, stopped or done to the end; else the last line, without its frame."""
+        """The last message, starting at `error`, `stopped` or `done`; if there is none, the last line, without its
+        frame."""
         text = self.err.strip() or self.out.strip()
         framed = re.sub("[│╭╮╰╯─]|Error ─", "", text[text.find("╭") :]) if "╭" in text else text
         lines = [" ".join(framed.split())] if "╭" in text else text.splitlines()
@@ -109,7 +110,7 @@ class Command:
 
 
 def forked(words: list[str], files: list[Path], env: dict[str, str]) -> None:
-    """`sae` in a process that has imported everything already, with its own streams."""
+    """`sae` in a forked process that has already imported everything and has its own streams."""
     for number, (file, flags) in enumerate(zip(files, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True)):
         os.dup2(os.open(file, flags), number)
     sys.stdin, sys.argv = open(0), ["sae", *words]

@@ -11,7 +11,7 @@ from faults.table import Matrix
 
 
 def change(field: str) -> Callable[[Path], None]:
-    """Change the first number of a field of a record, whose digest stays as it was."""
+    """Change the first number in a field of a record, but leave the record's digest unchanged."""
 
     def hurt(path: Path) -> None:
         pattern = re.compile(rf'("{field}": \[?\s*)(\d)')
@@ -78,7 +78,7 @@ SHORT = [*TRAIN, "--steps", 5, "--device", "cpu"]
 
 
 def side_arrays(m: Matrix) -> None:
-    """Files that are whole, and belong to another window or another cache."""
+    """Intact files that belong to another window or another cache."""
     m.head("Files of another window or another cache")
     outcome = sae(*HARVEST, "--seed", 1, "--out", "reseeded")
     assert outcome.code == OK, outcome

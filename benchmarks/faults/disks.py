@@ -51,7 +51,8 @@ def full_disks(m: Matrix) -> None:
 
 
 def full_while_training(m: Matrix) -> None:
-    """A disk that something else fills between two checkpoints; lines of metrics still fit, a checkpoint does not."""
+    """A disk that another program fills between two checkpoints: lines of metrics still fit on it, but a checkpoint
+    does not."""
     words = [*TRAIN, "--cache", "whole", "--steps", 600, "--checkpoint-every", 20]
     with disk("filling", "4m"):
         command = Command(*words, "--out", "filling/runs")

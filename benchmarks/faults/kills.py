@@ -102,7 +102,7 @@ def kills(m: Matrix) -> None:
             time.sleep(rng.uniform(0, 0.003))
         outcome = command.wait()
         codes[outcome.code] += 1
-        # Python itself reports, and loses, an interrupt that falls into a callback of its garbage collection.
+        # Python itself reports and then drops an interrupt that arrives during a callback of its garbage collector.
         quiet = re.sub(r"Exception ignored in: .*\nTraceback(.*\n)*?KeyboardInterrupt:? *\n", "", outcome.err)
         swallowed += quiet != outcome.err
         if outcome.code == -signal.SIGINT:  # Python ends itself by the signal if it fell into code that C runs while

@@ -45,7 +45,8 @@ def bad_models(m: Matrix) -> None:
 
 
 def harvest(m: Matrix, fault: str, model: str, code: int, *words: Any, after: str = "") -> Path:
-    """Harvest from a model with "y" on stdin, as a row: if it is refused nothing is committed, and no code has run."""
+    """Harvest from a model with "y" on stdin, as a row of the table. If it is refused, nothing may be committed; in no
+    case may its code run."""
     out = Path("models-cache")
     shutil.rmtree(out, ignore_errors=True)
     outcome = sae(*HARVEST, "--model", f"./{model}", "--out", out, *words, stdin="y\n" * 20)
@@ -168,7 +169,7 @@ def python_tokenizer(m: Matrix) -> None:
 
 
 def changed_tokenizer(m: Matrix) -> None:
-    """The tokenizer's files are not of the cache's model any more: a cache whose record names another digest."""
+    """The tokenizer's files no longer match the cache's model: a cache whose record names another digest."""
     home = Path("homes-models").absolute()
     folder = copied("vocabulary")
     words = ["--model", "./vocabulary", "--out", home / "activations" / "one", "--held-out", 0.2]

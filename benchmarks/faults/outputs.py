@@ -1,4 +1,5 @@
-"""Hostile names, paths that are not UTF-8, files out of all bounds, pages on full disks, a judge without end."""
+"""Hostile names, paths that are not UTF-8, files of absurd sizes, pages on full disks, and a judge that never stops
+answering."""
 
 import contextlib
 import csv
@@ -32,7 +33,7 @@ def copy_run(folder: str, name: str) -> Path:
 
 
 def is_clean(outcome: Outcome) -> bool:
-    """Whether nothing that a terminal obeys was printed."""
+    """Whether the output is free of control sequences that a terminal would obey."""
     return all(c.isprintable() or c == "\n" for c in outcome.out + outcome.err)
 
 
@@ -186,7 +187,7 @@ def two_exports(m: Matrix) -> None:
 
 @contextlib.contextmanager
 def judge(reply: bytes, end: bytes = b"") -> Iterator[str]:
-    """The URL of a server that answers with these bytes, and if `end` is given with those again and again."""
+    """The URL of a server that answers with these bytes and then, if `end` is given, repeats `end` without stopping."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def answer(connection: socket.socket) -> None:

@@ -120,7 +120,7 @@ def remedies(m: Matrix, run: Path) -> None:
 
 
 def swap(old: str, new: str) -> Callable[[str], str]:
-    """A change of the first `old` in a text, which has to be there."""
+    """A function that replaces the first `old` in a text; `old` has to occur in it."""
 
     def change(text: str) -> str:
         assert old in text, old
@@ -130,5 +130,5 @@ def swap(old: str, new: str) -> Callable[[str], str]:
 
 
 def copy(run: Path, name: str) -> Path:
-    """A copy of a run, in another folder and under its own name, whose digest counts."""
+    """A copy of a run in another folder but under its own name, so that the digest in the name is checked."""
     return Path(shutil.copytree(run, Path(name) / run.name))

@@ -1,4 +1,4 @@
-"""The rows of the table of faults, and what broke a rule."""
+"""The rows of the table of faults, and the faults that broke a rule."""
 
 import os
 import re
@@ -38,7 +38,7 @@ class Matrix:
 
 
 def normalized(text: str) -> str:
-    """A message without what depends on this machine and moment."""
+    """A message without the parts that depend on the machine or the time."""
     text = text.replace(f"{os.getcwd()}/", "").replace(os.getcwd(), ".")
     text = re.sub(r"process \d+ on \S+", "process N on HOST", text)
     text = re.sub(r"since [\d-]+ [\d:]+", "since TIME", text)

@@ -62,7 +62,7 @@ def ceilings(sizes: Sizes) -> Entries:
 def kernels(sizes: Sizes) -> Entries:
     """Each kernel's result beside that of a stable sort in float64 or of torch, and its time beside torch's.
 
-    A further kernel of train/kernels/operators.py gets an entry here.
+    Add an entry here for each new kernel of train/kernels/operators.py.
     """
     if reason := reason_against_kernels("cuda"):
         yield "refused", {"reason": reason}
@@ -94,7 +94,7 @@ def kernels(sizes: Sizes) -> Entries:
 
 
 def sums(sizes: Sizes, d_sae: int, batch: int) -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
-    """The kernels that add, each with operations of torch that have nearly the same result."""
+    """The kernels that compute sums, each with the torch operations that give nearly the same result."""
     device, count = torch.device("cuda"), batch * sizes.k
     row_FD, x_BD = (torch.randn(rows, sizes.d_in, device=device) for rows in (d_sae, batch))
     value_N, bias_D = torch.randn(count, device=device), torch.randn(sizes.d_in, device=device)

@@ -33,7 +33,7 @@ Entries = Iterator[tuple[str, dict[str, Any]]]
 
 
 def model_config(sizes: Sizes) -> Any:
-    """Gemma 2 2B up to the deepest layer that is harvested, with the width of the sizes."""
+    """Gemma 2 2B up to the deepest harvested layer, with the width given by the sizes."""
     heads = max(1, sizes.d_in // 288)
     return Gemma2Config(
         vocab_size=256_000 if sizes.d_in > 1000 else 8192, hidden_size=sizes.d_in, intermediate_size=4 * sizes.d_in,
@@ -43,7 +43,7 @@ def model_config(sizes: Sizes) -> Any:
 
 
 def harvest(sizes: Sizes) -> Entries:
-    """Tokens per second of a harvest, from the embedded text, by a model whose weights are random."""
+    """Tokens per second of a harvest of the embedded text with a model that has random weights."""
     config = model_config(sizes)
     torch.manual_seed(0)
     with torch.device("cuda" if sizes.d_in > 1000 else "cpu"):

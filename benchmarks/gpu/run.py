@@ -1,9 +1,9 @@
 """Measure everything that depends on a GPU, in at most eight minutes on an H200: `python benchmarks/gpu/run.py`.
 
-It needs this checkout, installed, and torch for CUDA; nothing is downloaded. Each part runs in a process of its own
-with a limit of time, and what it has found is written into the file of --out at once, so a part that fails or hangs
-costs only itself. `benchmarks/gpu_report.py FILE` makes a page of it. With --simulated the parts run at small sizes on
-the simulated GPU of the tests: that tries the code and measures nothing.
+It needs this checkout, installed, and torch for CUDA; nothing is downloaded. Each part runs in its own process with a
+time limit, and its results are written to the file given by --out at once, so a part that fails or hangs loses only its
+own results. `benchmarks/gpu_report.py FILE` makes a page from that file. With --simulated the parts run at small sizes
+on the tests' simulated GPU, which exercises the code and measures nothing.
 """
 
 import argparse
@@ -45,7 +45,8 @@ def simulate(folder: Path) -> None:
 
 
 def run_part(name: str, simulated: bool, limit: float) -> Iterator[tuple[str, Any]]:
-    """What a part finds, as it finds it; at the end its seconds, and its error if it has failed or takes too long."""
+    """Yields the results of a part as they arrive; at the end its seconds, and its error if it failed or took too
+    long."""
     started = time.monotonic()
     ours, theirs = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=work, args=(name, simulated, theirs))
@@ -68,7 +69,7 @@ def run_part(name: str, simulated: bool, limit: float) -> Iterator[tuple[str, An
 
 
 def work(name: str, simulated: bool, results: Connection) -> None:
-    """A part, in its process."""
+    """Run a part; called in the part's own process."""
     import ceilings
     import data
     import steps

@@ -1,4 +1,4 @@
-"""The sizes at which everything is measured: on a GPU, and on the simulated one, where only the code is tried."""
+"""The sizes at which everything is measured: on a GPU, and on the simulated GPU, which only exercises the code."""
 
 import statistics
 import time
@@ -13,7 +13,7 @@ BUDGET = ("relu", "topk", "batchtopk", "matryoshka", "jumprelu", "gated", "decor
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of an H200: the whole takes at most eight minutes."""
+    """The sizes for an H200, on which all parts together take at most eight minutes."""
 
     product: int = 8192  # of a square matrix
     copied: int = 1 << 30  # bytes
@@ -43,7 +43,8 @@ SMALL = Sizes(
 
 
 def seconds(function: Callable[[], Any], sizes: Sizes, calls: int = 1) -> float:
-    """The median time of a call of `function`, of rounds of some calls after one to warm up, with what it launches."""
+    """The median time of a call of `function`, including the kernels that it launches. Several calls are timed in each
+    round, after one call to warm up."""
     function()
     rounds = []
     for _ in range(sizes.rounds):

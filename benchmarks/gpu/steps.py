@@ -57,7 +57,7 @@ def batch_of(rows: int, d_in: int) -> Tensor:
 
 
 def recipes(sizes: Sizes) -> Entries:
-    """Three steps of every recipe, in which waiting is an error, and their peak of memory beside the plan's."""
+    """Three steps of every recipe, in which waiting is an error, and their peak memory beside the plan's estimate."""
     d_sae, rows = sizes.recipe
     x_BD = batch_of(rows, sizes.d_in)
     for recipe in RECIPES:
@@ -99,7 +99,7 @@ def walk(
     recipe: str, options: dict[str, Any], d_in: int, d_sae: int, rows: int, stops: tuple[int, ...], captured: bool,
     folder: Path,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The state at the last stop, of a run that is saved and loaded at the others."""
+    """The state at the last of the stops, for a run that is saved and loaded again at each of the earlier ones."""
     at = 0
     for stop in stops:
         trainer = make_trainer(recipe, d_in, d_sae, rows, options)
@@ -117,7 +117,7 @@ def walk(
 
 
 def steps(sizes: Sizes) -> Entries:
-    """Milliseconds of a step, eager and captured; of several runs in one graph; last, of compiled ones."""
+    """Milliseconds of eager and captured steps, then of several runs in one graph, then of compiled steps."""
     for d_sae, rows in sizes.steps:
         for recipe in BUDGET:
             yield f"{recipe} {d_sae}x{rows}", step_times(recipe, d_sae, rows, sizes)
@@ -149,7 +149,7 @@ def step_times(recipe: str, d_sae: int, rows: int, sizes: Sizes, compiled: bool 
 
 
 def captured_ms(trainers: list[Trainer], x_BD: Tensor, sizes: Sizes) -> float | None:
-    """Of one launch of the graph of these steps; None if CUDA refuses."""
+    """Milliseconds of one launch of the graph of these steps; None if CUDA refuses to capture them."""
     said: list[str] = []
     graph = CapturedSteps(said.append)
     for _ in range(3):
@@ -173,7 +173,8 @@ def border(sizes: Sizes) -> Entries:
 
 
 def checkpoints(sizes: Sizes) -> Entries:
-    """Seconds for which saving stops training, and until a checkpoint is written; the first one also pins memory."""
+    """Seconds for which saving a checkpoint stops training, and seconds until it is written; the first checkpoint also
+    pins memory."""
     trainer: Any = make_trainer("topk", sizes.d_in, sizes.checkpoint, sizes.recipe[1], {"k": sizes.k})
     trainer.step(batch_of(sizes.recipe[1], sizes.d_in))
     gigabytes = sum(tensor.nbytes for tensor in training_state(trainer).values()) / 1e9
