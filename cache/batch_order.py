@@ -90,7 +90,7 @@ class BatchOrder:
     def uses(self, batches: range) -> np.ndarray:
         """Which batches of a range read which chunks: (n, 3) int64, each row a chunk and its first and last batch.
 
-        Each row is a run of consecutive batches. A chunk has several rows if lanes share it, and one in every epoch.
+        Each row is a run of consecutive batches. A chunk has one row per epoch for each lane that reads it.
         """
         stretches = [np.empty((0, 3), np.int64)]
         per_epoch = self.batches_per_epoch

@@ -106,7 +106,7 @@ def find_by_fingerprint(fingerprint: object, folder: Path | str | None, root: Pa
 
 
 def model_folders(cache: Cache, key: str = "model") -> list[str]:
-    """The former folders of a cache's model: first the one given to its harvest, then those in other caches.
+    """The former folders of a cache's model: first the one given to its harvest, then those recorded in other caches.
 
     With the key "adapters", the former folders of its adapters.
     """

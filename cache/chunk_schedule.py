@@ -25,7 +25,7 @@ class Pull(NamedTuple):
 
 
 class ChunkSchedule:
-    """When files, numbered from 0, are needed: each row of `uses` (n, 3) is a file and a stretch's first and last step.
+    """When files, numbered from 0, are needed. A row of `uses` (n, 3): a file and a stretch's first and last step.
 
     Stretches of one file may overlap, as they do where lanes share a chunk. `sizes` (files,) are bytes.
     """
@@ -38,7 +38,7 @@ class ChunkSchedule:
         self._first_keys, self._last_keys = (self.file * self._span + steps for steps in (self.first, self.last))
 
     def next_use(self, files: np.ndarray, step: int) -> np.ndarray:
-        """For each file the first step from `step` on that needs it, or NEVER."""
+        """For each file, the first step at or after `step` that needs it, or NEVER."""
         at = np.searchsorted(self._last_keys, files * self._span + min(step, self._span - 1))
         found = at.clip(max=max(len(self.file) - 1, 0))
         if not len(self.file):
@@ -47,7 +47,7 @@ class ChunkSchedule:
         return np.where(is_used, np.maximum(self.first[found], step), NEVER)
 
     def last_use(self, files: np.ndarray, step: int) -> np.ndarray:
-        """For each file the last step before `step` that needs it, or -1."""
+        """For each file, the last step before `step` that needs it, or -1."""
         at = np.searchsorted(self._first_keys, files * self._span + min(step, self._span - 1)) - 1
         if not len(self.file):
             return np.full(len(files), -1)
@@ -97,7 +97,7 @@ class ChunkSchedule:
         later = self.next_use(candidates, needed)
         candidates, later = candidates[later > spared], later[later > spared]
         before = np.where(self.next_use(candidates, position) < needed, self.last_use(candidates, needed), -1)
-        order = np.lexsort((before, -later))  # of files needed equally late, the one that was read first
+        order = np.lexsort((before, -later))  # if needed equally late, the one read first
         room = np.cumsum(self.sizes[candidates[order]]) + free
         if not len(room) or room[-1] < self.sizes[file]:
             return None

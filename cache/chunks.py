@@ -1,4 +1,4 @@
-"""Read and write chunks: one file each, with a checksum that any Zarr reader verifies and that lets us memory-map it.
+"""Read and write chunks. Each is one file, which can be memory-mapped and has a checksum that Zarr readers verify.
 
 An uncompressed chunk is its raw rows followed by a crc32c. A compressed chunk is a Zarr shard: blocks of rows, each
 compressed, followed by an index of the blocks.
@@ -88,7 +88,7 @@ def files_exist(folder: Path, records: FileRecords) -> bool:
 
 
 def file_sizes(folder: Path, files: Iterable[str]) -> dict[str, int]:
-    """The sizes in bytes of all files in the folders of these files."""
+    """The sizes in bytes of all files in the folders that contain these files."""
     sizes: dict[str, int] = {}
     for name in dict.fromkeys(file.rsplit("/", 1)[0] for file in files):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder / name) as entries:
@@ -192,7 +192,7 @@ def content_matches(content: bytes, array: ArraySpec, record: Mapping[str, Any])
 
 
 def most_open_chunks(caches: int = 1) -> int:
-    """How many memory maps each of `caches` caches read together may keep open. Each map holds a file open."""
+    """The memory maps that each of `caches` caches, read together, may keep open. Each map holds a file open."""
     return min(OPEN_CHUNKS, max(FEW_CHUNKS, files_limits()[0] // (4 * caches)))
 
 

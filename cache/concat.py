@@ -52,7 +52,7 @@ class ConcatCache:
         return name
 
     def array(self, name: str) -> ArraySpec:
-        """The array in the first cache. Its width and dtype are the same in all caches; its number of rows is not."""
+        """The array in the first cache. All caches share its width and dtype, but not its number of rows."""
         return self.caches[0].array(name)
 
     def read_rows(self, name: str, index: int, start: int, count: int) -> list[np.ndarray]:
@@ -61,7 +61,7 @@ class ConcatCache:
         return cache.read_rows(name, chunk, start, count)
 
     def stored_files(self, name: str) -> tuple[Folder, list[StoredFile | None]] | None:
-        """The local folder, and the file of each chunk that is in a store; None if none is."""
+        """The local folder, and the file of each chunk that is in a store; None if no chunk is."""
         found = [cache.stored_files(name) for cache in self.caches]
         folders = [stored[0] for stored in found if stored is not None]
         if not folders:

@@ -182,7 +182,7 @@ def check_same_harvest(
     place: Path | str, existing: str, fingerprint: str,
     theirs: Mapping[str, Any] | None = None, ours: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Raise UsageError if the harvest in a folder or address (`existing`) does not have this fingerprint. The message
+    """Raise UsageError if the harvest at a folder or address (`existing`) does not have this fingerprint. The message
     names the differences between the identities.
     """
     if existing != fingerprint:

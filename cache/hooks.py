@@ -53,12 +53,12 @@ class Hook(NamedTuple):
 
     @property
     def is_outside(self) -> bool:
-        """Whether it is on a module outside the blocks, such as the embedding or the final norm."""
+        """Whether the hook is on a module outside the blocks, such as the embedding or the final norm."""
         return self.site.startswith(OUTSIDE)
 
     @property
     def module_path(self) -> str:
-        """The path of a module that is not a named site, in its block, or in the trunk if it is outside the blocks."""
+        """The path of a module without a named site, in its block, or in the trunk if it is outside the blocks."""
         return self.site.rpartition(".")[0].removeprefix(OUTSIDE)
 
     @property
@@ -95,7 +95,7 @@ class ModuleSpec(NamedTuple):
 
     @property
     def site(self) -> str:
-        """The site in the block. The block itself is the residual stream."""
+        """The site in the block. For the block itself it is resid_post (its output) or resid_pre (its input)."""
         if not self.path:
             return "resid_post" if self.end == "output" else "resid_pre"
         return f"{self.path}.{self.end}"

@@ -38,8 +38,8 @@ class BatchSource(Protocol):
 
 
 class BatchLoader:
-    """An iterator over the batches of one array, (batch_size, d_in) bfloat16, starting at any batch, up to `stop` or
-    endless.
+    """An iterator over the batches of one array, (batch_size, d_in) bfloat16, starting at any batch. It ends before
+    batch `stop`, or never.
 
     A batch is overwritten after the next call of `next`. The seed and the number `batch` of the next batch are its
     complete state. `seconds_waited` is the time that the caller has waited for data. `store_failure` is the error that

@@ -4,7 +4,8 @@ The order in which chunks are needed is known in advance (chunk_schedule.py), so
 no room, the chunk whose next use is farthest away is removed; chunks that no process will read go first. Names are
 `<cache>/<file of the cache>`. Only chunks of activations are removed; records, tokens and other small files stay, and
 count towards the size. shared_folder.py has the protocol between processes, room.py the decisions. One waiting step is
-served at a time, so that two steps never hold chunks that the other needs; its chunks stay until it is read.
+served at a time, so that two steps never hold chunks that the other needs. The chunks of that step stay until it has
+been read.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from .shared_folder import SharedFolder, Statement, kept_by
 PULLS, PULLED_BYTES = 16, 512 << 20  # at the same time; the bytes are in memory until they are verified
 TRY_AGAIN = 30.0  # seconds after which a failed pull ahead is tried again; a chunk that is needed is tried at once
 LOOK_AGAIN, LOOK_AGAIN_SOON = 1.0, 0.1  # seconds until the folder is checked again for changes by other processes
-SAY_AFTER, SAY_EVERY = 10.0, 60.0  # seconds of waiting
+SAY_AFTER, SAY_EVERY = 10.0, 60.0  # seconds of waiting until the first message, and between messages
 
 Files = Mapping[str, StoredFile]  # by their names
 
@@ -71,7 +72,7 @@ class LocalFolder:
             self._leave_if_idle()
 
     def begin(self, reading: ChunkReading, expected_until: int | None = None) -> None:
-        """Begin to pull for a reading. In expected readings with its key, steps before `expected_until` are done.
+        """Begin to pull for a reading. In expected readings with its key, steps before `expected_until` count as done.
 
         Raises UsageError if the folder cannot hold one of its steps together with one step of each other process.
         """

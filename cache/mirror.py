@@ -20,7 +20,7 @@ RECORD_THREADS = 32  # for records, and for other objects of at most a few MiB
 
 
 def working_folder(url: str, task: str = "") -> Path:
-    """The folder on this machine for what is being written to an address; `task` ends its name."""
+    """The folder on this machine for a cache being written to an address; its name ends with `task`."""
     name = re.sub(r"[^\w.-]+", "-", url.split("://")[1]).strip("-")
     return sae_home() / "uploads" / f"{name}--{digest_of(url)[:8]}{task}"
 

@@ -77,8 +77,8 @@ def check_slashes(path: object) -> None:
 def open_store(url: str, *, write: bool = False) -> "ObjectStore":
     """Open the objects under an address. No request is made, so a missing bucket is noticed only at the first use.
 
-    Raises UsageError for an address that cannot be used, or with `write` can only be read, and UnavailableError without
-    the extra `remote` or without any source of credentials for s3.
+    Raises UsageError for an address that cannot be used or, with `write`, can only be read; and UnavailableError
+    without the extra `remote` or without any source of credentials for s3.
     """
     address = check_url(url)
     scheme = address.split("://")[0]

@@ -124,7 +124,7 @@ class FolderPlace:
         return CLAIM_RECORD.create(self.folder / file, content)
 
     def renew_claim(self, file: str, content: Mapping[str, Any]) -> None:
-        """Replace a claim. Does nothing if it was removed, because the text is cut then."""
+        """Replace a claim. Does nothing if the claim was removed: the text is cut by then."""
         # Written in place, because a rename would restore a claim that another task has removed. A half-written claim
         # counts as unreadable.
         path = self.folder / file
@@ -166,8 +166,8 @@ class FolderPlace:
         """Atomically write manifest.json if it still equals `seen` (None: missing), then zarr.json; returns whether it
         was written.
 
-        Thus a manifest made from replaced commits is never the final one: the worker that replaced a commit checks the
-        manifest afterwards.
+        So a manifest built from commits that were then replaced is never the final one: the worker that replaced a
+        commit checks the manifest afterwards.
         """
         with brief_lock(self.folder / "tokens" / "commit.json"):  # which is never replaced again
             if self.read_record("manifest.json") != seen:

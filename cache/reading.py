@@ -115,7 +115,7 @@ class ReadingClosed(Exception):
 
 
 class DiskReading:
-    """The reading of a cache on a disk, which never waits."""
+    """A reading of a cache on a disk. It never waits."""
 
     def step(self, number: int, chunks: Collection[int]) -> AbstractContextManager[None]:
         return nullcontext()

@@ -37,7 +37,7 @@ class ReadingPlan:
         self.remake()
 
     def begin(self, reading: ChunkReading, expected_until: int | None) -> None:
-        """Open a reading. In expected readings with its key, the steps before `expected_until` are then done."""
+        """Open a reading. In expected readings with its key, steps before `expected_until` then count as done."""
         for one in self.expected:
             if expected_until is not None and one.key == reading.key:
                 one.position = max(one.position, expected_until)

@@ -188,7 +188,7 @@ class RingCache:
     def wait_for_group(self, group: int, stopping: Callable[[], bool]) -> float:
         """Wait until a group is harvested and make it the current one; returns the seconds waited.
 
-        Raises Interrupted as soon as `stopping()` is true, and the harvest's error if the harvest failed before.
+        Raises Interrupted as soon as `stopping()` is true, and the harvest's error if the harvest fails first.
         """
         started = time.perf_counter()
         with self._changed:

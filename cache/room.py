@@ -38,7 +38,7 @@ class Needs(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """The next action. Without a `pull`, a step after `after` may make room when it ends; NEVER: no file is needed."""
+    """The next action. If `pull` is None, room may be made once step `after` has ended; NEVER: no file is needed."""
 
     pull: StoredFile | None
     remove: list[str]

@@ -3,13 +3,13 @@
 The protocol:
 
 1. One lock of the folder (`mutex`) is held around every look at the folder and what follows from it: removing a
-   chunk, making or removing a part, renaming a part to its chunk, and stating. So no process acts on outdated
-   information.
+   chunk, making or removing a part, renaming a part to its chunk, and changing a statement. So no process acts on
+   outdated information.
 2. A process that reads has a file `.reader-<owner>` that it keeps locked, and beside it a statement of what it keeps
    and pulls. `owner` is random: no two processes ever have the same. The system frees the lock when the process ends,
-   however it ends, and its statement no longer counts.
-3. A process states that it keeps a chunk under the lock under which it saw the chunk, or before the chunk is there, and
-  only then reads it. It withdraws the statement once its memory maps of the chunk are closed.
+   however it ends; from then on its statement does not count.
+3. Before a process reads a chunk, it states that it keeps it. It does so while it still holds the lock under which it
+   saw the chunk, or before the chunk exists. It withdraws the statement once its memory maps of the chunk are closed.
 4. No process removes a chunk that another keeps. A damaged chunk is replaced; processes that read it keep the old file.
 5. A chunk is pulled into a part with the owner's name, which only the owner writes. Others remove it once the owner no
    longer runs.

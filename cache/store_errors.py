@@ -6,7 +6,7 @@ import re
 
 from ..common.errors import DamagedError, UnavailableError
 
-CREDENTIALS = {  # the variables that hold them, and the one for reading a public bucket without any
+CREDENTIALS = {  # the variables that hold credentials, and the one for reading public buckets without them
     "s3": ("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", "AWS_SKIP_SIGNATURE=true"),
     "gs": ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SKIP_SIGNATURE=true"),
     "az": ("AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN", "AZURE_SKIP_SIGNATURE=true"),
@@ -20,7 +20,7 @@ class MissingError(DamagedError):
 
 
 class TransientError(UnavailableError):
-    """A failure of a store that may be temporary. Built from its message alone, like errors that are raised again."""
+    """A failure of a store that may be temporary. The constructor takes only the message, so it can be raised again."""
 
     what = ""  # how the store failed
 

@@ -43,11 +43,11 @@ from .mirror import RECORD_THREADS, Mirror, map_ahead
 from .object_store import ObjectStore
 from .place import FolderPlace, claim_file
 
-OWN = {"drafts", ".lock", ".lock.holder"}  # in the working folder only, never objects
-DRAFT = "draft"  # in tokens/: likewise
+OWN = {"drafts", ".lock", ".lock.holder"}  # only in the working folder, never uploaded
+DRAFT = "draft"  # in tokens/; never uploaded either
 OWNER = "tokens/owner"  # whose tokens are being uploaded; exists until there is a zarr.json
 RECORDS = ("zarr.json", "harvest.json", "manifest.json")
-# What a killed harvest can leave before zarr.json.
+# What a harvest can leave if it is killed before it has written zarr.json.
 INITIAL = {"tokens", "harvest.json"}
 SEAL_ATTEMPTS = 20
 
@@ -91,7 +91,7 @@ class StorePlace(FolderPlace):
             self.mirror.pull_existing(commit_file(window, name) for name in self._arrays() for window in windows)
 
     def _clear(self, *, tokens: bool = False) -> None:
-        """Remove the files in the folder of which the store may have another version."""
+        """Remove from the folder every file that may differ from the store's version."""
         for path in self.folder.iterdir():
             if path.name not in OWN | {"tokens"}:
                 remove(path)

@@ -44,7 +44,7 @@ from .statistics import build_manifest
 
 MOST_THREADS = 8  # to measure, compute checksums, write and flush; two can saturate a disk
 SEAL_ATTEMPTS = 20
-# The files of a harvest without a fingerprint yet; any other file means that the folder is used for something else.
+# The files of a harvest that has no fingerprint yet; any other file means that the folder is used for something else.
 INITIAL_FILES = {"tokens", "harvest.json", "ring.json", "zarr.json", *LOCK_FILES}
 
 ChunkWrite = tuple[ArraySpec, int, np.ndarray]  # an array, the number of a chunk, its rows

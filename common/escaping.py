@@ -27,7 +27,7 @@ def is_byte(character: str) -> bool:
 
 
 def make_visible(text: str) -> str:
-    """Replace invisible characters: controls, bidi marks, lone surrogates, unassigned code points become ⟨202E⟩.
+    """Show invisible characters (controls, bidi marks, lone surrogates, unassigned code points) as codes like ⟨202E⟩.
 
     A line break becomes ↵, a tab ⇥, and a byte of a path that is not UTF-8 �. Letters, combining marks and emoji are
     kept.

@@ -113,7 +113,7 @@ def temporary_process(path: Path) -> int | None:
 
 
 def os_error(error: OSError, path: Path | str, verb: str = "write") -> UnavailableError:
-    """The UnavailableError that explains why `path` could not be written, or with the verb "read", not be read."""
+    """The UnavailableError that explains why `path` could not be written, or read if `verb` is "read"."""
     if error.errno in OUT_OF_FILES:
         return UnavailableError(
             f"Too many files are open: {path} could not be opened. {describe_files_limit()} Raise it and run the same "
@@ -133,7 +133,7 @@ def os_error(error: OSError, path: Path | str, verb: str = "write") -> Unavailab
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raise UnavailableError if reading `path` raises OSError, as for too many open files: the file may be whole."""
+    """Raise UnavailableError if reading `path` raises OSError, as with too many open files: the file may be intact."""
     try:
         yield
     except OSError as error:

@@ -62,7 +62,7 @@ class JsonRows:
                     yield f"line {number}", *self.decode(line)
 
     def search(self) -> Iterator[ReadRow]:
-        """The first rows: SEARCHED_BYTES, or SEARCHED_ROWS if none of them can be decoded."""
+        """The first rows, up to SEARCHED_BYTES; only SEARCHED_ROWS rows if none of them can be decoded."""
         readable = False
         for number, row in enumerate(self.read(), 1):
             yield row
@@ -104,7 +104,7 @@ class JsonRows:
         return values, ""
 
     def _lines(self, stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-        """The lines that are not blank, with their line numbers, counted from 1. Too long lines are cut."""
+        """The lines that are not blank, with their line numbers, counted from 1. Lines that are too long are cut."""
         number = 0
         while line := stream.readline(MAX_LINE):
             rest = line

@@ -4,8 +4,8 @@ import math
 
 
 def rate_share(step: int, steps: int, warmup: int, decay_start: float) -> float:
-    """The learning rate of a step as a share of its peak: min(1, (step + 1)/warmup), linearly to 0 after the decay's
-    start. `step` counts from 0, and `decay_start` is a share of the run."""
+    """The learning rate of a step as a share of its peak: min(1, (step + 1)/warmup), times a factor that falls linearly
+    from 1 to 0 once the decay starts. `step` counts from 0, and `decay_start` is a share of the run."""
     up = min((step + 1) / max(warmup, 1), 1.0)
     down = min((steps - step) / max(steps * (1 - decay_start), 1), 1.0)
     return up * down

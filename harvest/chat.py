@@ -54,7 +54,7 @@ class ChatEncoder:
             )
         try:
             self.render([{"role": "user", "content": PROBE}])
-        except TemplateRefusal as refusal:  # the template may only accept other roles
+        except TemplateRefusal as refusal:  # the template may accept only other roles
             if isinstance(refusal.__cause__, TemplateSyntaxError):
                 raise UsageError(
                     f"The chat template of this tokenizer is not valid Jinja: {refusal}. Correct it in the model's "

@@ -6,7 +6,7 @@ next context gets a BOS there too. Held-out documents are packed only with each 
 the BOS token, if any, and which tokens are rows.
 
 A hash of the seed and the document's tokens decides which documents are held out. So training never sees a document
-that evaluation reads, even if it occurs several times, and whether it is given as text or as token ids.
+that evaluation reads, even if it occurs several times, no matter whether it is given as text or as token ids.
 """
 
 import hashlib

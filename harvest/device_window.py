@@ -41,8 +41,8 @@ def host_memory(rows: int, widths: Mapping[str, int], *, pinned: bool) -> dict[s
 class DeviceWindow:
     """GPU memory for one window at a time.
 
-    A full window is copied on a separate CUDA stream, so the next forward passes overlap with the copy. The GPU places
-    their first rows once the copy has read the window; the host never waits.
+    A full window is copied on a separate CUDA stream, so the next forward passes overlap with the copy. Only the GPU
+    waits: it places the first rows of the next window once the copy has read this one.
     """
 
     def __init__(self, device: torch.device, rows: int) -> None:

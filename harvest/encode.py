@@ -135,7 +135,7 @@ def split_before_encoding(tokenizer: Any, text: str, tokens: list[str]) -> list[
 
 
 def spell(tokenizer: Any, token: str) -> list[int]:
-    """The ids of a special token's text, encoded as two parts: the first cut for which no id is a special token."""
+    """The ids of a special token's text, cut in two at the first place that leaves no special token in the ids."""
     model = tokenizer.backend_tokenizer.model
     special = set(special_tokens(tokenizer).values()) - {tokenizer.unk_token_id}
     for cut in range(1, len(token)):

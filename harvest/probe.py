@@ -283,7 +283,7 @@ class BlockProbe:
         return chain, None
 
     def is_norm(self, path: str) -> bool:
-        """Whether a module returns the same for twice its input, which is made large so that no eps matters."""
+        """Whether a module returns the same for an input and its double. The input is large, so that no eps matters."""
         x = self.calls[path].x
         if x is None or self.x[path].shape != self.y[path].shape:
             return False

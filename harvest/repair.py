@@ -259,7 +259,7 @@ def find_damaged(place: FolderPlace, records: dict[str, Any], progress: HarvestP
 def group_by_batch(
     missing: dict[int, list[str]], commits: dict[tuple[int, str], dict[str, Any]], default: int
 ) -> dict[tuple[int, int], list[str]]:
-    """Group arrays by window and by the contexts per forward pass, which can affect the last bits, in their commit."""
+    """Group arrays by window and by the contexts per pass in their commit, since these can affect the last bits."""
     groups: dict[tuple[int, int], list[str]] = defaultdict(list)
     for window, arrays in missing.items():
         for array in arrays:

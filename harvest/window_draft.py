@@ -1,7 +1,7 @@
 """Drafts: the rows of a window computed so far, on disk, so that an interrupted window is not started over.
 
     drafts/000000/000000.safetensors   rows in the order in which they were computed: each array, row_ctx, row_pos
-    drafts/000000/state.json           what computed them, the checksum of each part, where to go on; written last
+    drafts/000000/state.json           what computed them, the checksum of each part, where to continue; written last
 
 A window is committed as a whole, and on a slow machine it takes hours. A draft is saved every SAVE_SECONDS and on
 Ctrl-C, so on a fast machine there is none. A draft is used only by a harvest that would compute the same bytes: another

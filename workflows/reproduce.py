@@ -278,5 +278,5 @@ def run_reproduction(plan: ReproducePlan, stages: Stages) -> Reproduction:
         write_page(page, reproduction_page(report, model_name(plan)))
         stages.report(report, page)
         result.reports.append(report)
-    group.barrier()  # otherwise the launcher stops the first process at its pages when another ends with an error
+    group.barrier()  # or the launcher would end the first process before its last page if another one fails
     return result
