@@ -60,7 +60,7 @@ class ChunkSchedule:
         return self.file[(self.first <= step) & (self.last >= step)]
 
     def most_at_once(self) -> int:
-        """The most bytes that one step needs."""
+        """The largest number of bytes that one step needs."""
         if not len(self.file):
             return 0
         steps = np.concatenate([self.first, self.last + 1])

@@ -25,7 +25,7 @@ from .object_store import ObjectStore
 from .outliers import TOP_SHARE
 
 FOLDER = "largest"
-SHARE = 3 * TOP_SHARE  # of a window's rows: documents with many of them are not spread evenly
+SHARE = 3 * TOP_SHARE  # of a window's rows; above TOP_SHARE, as some windows have more large rows than others
 FAR = 4.0  # multiple of the window's median; rows above it are kept too: --max-norm can make them outliers
 MOST = 0.04  # of a window's rows
 

@@ -4,8 +4,7 @@ The order in which chunks are needed is known in advance (chunk_schedule.py), so
 no room, the chunk whose next use is farthest away is removed; chunks that no process will read go first. Names are
 `<cache>/<file of the cache>`. Only chunks of activations are removed; records, tokens and other small files stay, and
 count towards the size. shared_folder.py has the protocol between processes, room.py the decisions. One waiting step is
-served at a time, so that two steps never hold chunks that the other needs. The chunks of that step stay until it has
-been read.
+served at a time, so that two steps never hold chunks that the other needs. The chunks stay until the step is read.
 """
 
 import contextlib

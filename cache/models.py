@@ -97,10 +97,10 @@ class GivenModel:
 
 
 def folder_digests(folder: Path) -> tuple[str, ...]:
-    """The sha256 over the names and bytes of the files in a folder that decide what its model computes.
+    """Digests of a folder: the sha256 over the names and bytes of the files that decide what its model computes.
 
-    model_files.py says which files. The digests of earlier versions, which used other files, follow, so that their
-    records still identify this folder.
+    model_files.py selects the files. Earlier versions selected other files; their digests come after the current one,
+    so that their records still identify this folder.
 
     Raises UnavailableError if a file cannot be read, and DamagedError if an index of weights makes no sense.
     """

@@ -64,7 +64,7 @@ def largest_rows(
     folder: Path, layout: Layout, norms: np.ndarray, files: FileRecords,
     token_text: Callable[[int], str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The origin of the rows with the largest norms (rows,): those over MAX_NORM medians, or else the top 0.1 %.
+    """Where the rows with the largest `norms` (rows,) come from: those over MAX_NORM medians, or else the top 0.1 %.
 
     Returns the largest `norm`, the number of `rows`, and their most frequent `positions` and `tokens`, each as
     [position, number of rows] or [id, number of rows, text].

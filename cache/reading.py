@@ -171,7 +171,7 @@ def open_chunk_reading(
 
 
 def schedule_of(readings: Sequence[ChunkReading], epochs: int = KNOWN_EPOCHS) -> tuple[ChunkSchedule, list[StoredFile]]:
-    """The schedule of consecutive readings, each starting at its position, and the files by their numbers."""
+    """The schedule of consecutive readings, each starting at its position, and the list of files that it numbers."""
     numbers: dict[str, int] = {}
     files: list[StoredFile] = []
     uses, offset = [np.empty((0, 3), np.int64)], 0

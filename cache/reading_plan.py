@@ -28,7 +28,7 @@ class ReadingPlan:
 
     @property
     def least(self) -> int:
-        """The largest number of bytes that any step needs."""
+        """The largest number of bytes that one step needs."""
         return max((one.least for one in (*self.readings, *self.expected)), default=0)
 
     def expect(self, readings: Sequence[ChunkReading]) -> None:

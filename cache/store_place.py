@@ -64,7 +64,7 @@ class StorePlace(FolderPlace):
     # --- before the first window -------------------------------------------------------------------------------------
 
     def fetch(self) -> None:
-        """Make the working folder match the store: with its records and tokens, and nothing else.
+        """Make the working folder match the store: it then holds the store's records and tokens and nothing else.
 
         The caller holds the folder's lock.
         """
@@ -103,7 +103,7 @@ class StorePlace(FolderPlace):
             atomic_write(self.folder / name, data)
 
     def begin(self) -> None:
-        """Upload what comes before the first window; tokens first, so that a zarr.json proves that the tokens exist.
+        """Upload the files that precede the windows; tokens first, so that a zarr.json proves that the tokens exist.
 
         Raises UsageError or DamagedError if another harvest has begun at this address, or this one with other tokens;
         nothing is changed then.

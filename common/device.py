@@ -43,8 +43,8 @@ def resolve_dtype(dtype: str, device: str) -> str:
 
 
 def fix_cublas_workspace(device: str) -> None:
-    """Make matrix multiplications on a GPU bitwise reproducible. Does nothing on a CPU, or if the user has set the
-    variable.
+    """Make matrix multiplications on a GPU bitwise reproducible. Does nothing on a CPU, or if the user has set
+    CUBLAS_WORKSPACE_CONFIG.
 
     Otherwise cuBLAS assigns parts of its workspace to streams in order of arrival, and the assigned part affects the
     order of sums. cuBLAS reads the setting before the first multiplication of the process.

@@ -106,7 +106,7 @@ class Heartbeat:
 
 
 def pid_namespace() -> str:
-    """An identifier of the machine or container that numbers its processes; "" if it is not known."""
+    """An identifier of the machine or container that assigns the process ids; "" if it is not known."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -189,7 +189,7 @@ def cell_value(cell: Any) -> Any:
 
 
 def bytes_for_strings(kind: Any) -> Any:
-    """The same Arrow type with bytes in place of strings, whose encoding `validate` does not check."""
+    """The same Arrow type with bytes in place of strings, so that `validate` does not check the encoding."""
     import pyarrow as pa
 
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):

@@ -15,7 +15,7 @@ from ..common.packages import import_extra
 from ..common.remote_code import never_asking
 from .load_errors import translate_load_errors
 
-# Kinds that cannot be merged into a model, and for which peft loads a tokenizer or other adapters.
+# Kinds of adapters that cannot be merged into a model, and for which peft loads a tokenizer or other adapters.
 LOADING_KINDS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "XLORA")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -307,7 +307,7 @@ def with_small_sizes(config: Any) -> Any:
 
 
 def random_model(config: Any, layer: int, classes: Sequence[type]) -> HookedModel:
-    """A trunk that ends with the block of a layer, which has random weights. The blocks before it are skipped.
+    """A trunk that ends with the block of a layer. This block has random weights, and the blocks before it are skipped.
 
     `classes` are the classes of its blocks.
     """

@@ -66,7 +66,7 @@ def tower_class(config: Any, with_unembedding: bool) -> Any:
 
 
 def leave_out_other_parts(model: Any) -> list[str]:
-    """Replace everything but the language tower and the unembedding, in place. Returns the names of what was replaced.
+    """Replace all but the language tower and the unembedding, in place. Returns the names of the replaced modules.
 
     The tower is the module with the text configuration. Every module is left out unless it is inside the tower,
     contains the tower, or is the unembedding.

@@ -118,7 +118,7 @@ def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
 def harvest_ranks(plan: HarvestPlan, group: ProcessGroup, progress: HarvestProgress) -> None:
     """Harvest as one process of a group, or alone. The first process holds the folder's lock for all.
 
-    That is enough: if it dies before the others and another harvest begins, they only commit missing windows.
+    That is enough: if it dies first and another harvest begins, the other processes only commit missing windows.
     """
     with contextlib.ExitStack() as stack:
 

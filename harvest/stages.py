@@ -35,8 +35,8 @@ def start_cache(plan: HarvestPlan, check: Callable[[], None] = lambda: None) -> 
         HARVEST_RECORD.write_if_changed(plan.folder / "harvest.json", request_of(plan))
     writer = CacheWriter(plan.folder, plan.identity, cache_layout(plan, contexts), plan.widths, plan.place)
     writer.place.begin()
-    remove_checkpoint(plan.folder)  # from here on the tokens are read, never made again
-    writer.place.remove_claims(reversed(writer.place.claim_files()))  # also of tasks that died
+    remove_checkpoint(plan.folder)  # from now on the tokens are read, never made again
+    writer.place.remove_claims(reversed(writer.place.claim_files()))  # including those of tasks that died
     return writer, contexts
 
 

@@ -26,7 +26,7 @@ class Requests(NamedTuple):
 
 
 def harvest_requests(layout: Layout, arrays: int, windows: int) -> Requests:
-    """The requests for harvesting this many windows of this many arrays, and for sealing the cache."""
+    """The number of requests for harvesting this many windows of this many arrays, and for sealing the cache."""
     chunks = -(-layout.window_rows // layout.chunk_rows)
     chunks_of_window = 2 + arrays * (chunks + 3)  # row_ctx and row_pos; of an array row_norm, moments and largest rows
     writes = windows * (chunks_of_window + arrays) + ARRAY_RECORDS * arrays + RECORDS
@@ -35,13 +35,13 @@ def harvest_requests(layout: Layout, arrays: int, windows: int) -> Requests:
 
 
 def list_requests(layout: Layout, arrays: int) -> int:
-    """The requests that list the commits of all windows."""
+    """The number of requests that list the commits of all windows."""
     return -(-layout.n_windows * arrays // LISTED)
 
 
 def seal_requests(layout: Layout, arrays: int) -> int:
-    """The requests of sealing, which reads row_ctx and row_pos, and for each window of an array its commit, norms and
-    moments, and its largest rows (three times if there are outlier rows).
+    """The requests for sealing. Sealing reads row_ctx and row_pos and, for each window of an array, the commit, the
+    norms, the moments and the largest rows (these three times if there are outlier rows).
     """
     return list_requests(layout, arrays) + layout.n_windows * (2 + arrays * (3 + LARGEST_READS))
 

@@ -30,7 +30,7 @@ WORTH_SAVING = 5.0  # seconds of computing worth a draft on Ctrl-C
 
 
 class ComputedRows(NamedTuple):
-    """How far a window is computed. A single value, so that an interrupt cannot leave it half updated."""
+    """How far a window has been computed. A single value, so that an interrupt cannot leave it half updated."""
 
     rows: int
     context: int  # the next one to compute

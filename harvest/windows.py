@@ -133,7 +133,7 @@ class WindowComputer:
         self.plan, self.layout, self.progress, self.drafts = plan, layout, progress, drafts
         self.report_rows: Callable[[int], None] = lambda rows: None  # rows done of the current window
         self.rows_in_draft = 0  # of the window that was interrupted
-        self.contexts = contexts.select(slice(0, int((~contexts.held_out).sum())))  # held out come last; no copy
+        self.contexts = contexts.select(slice(0, int((~contexts.held_out).sum())))  # held-out ones come last: a view
         self.kept_NS = plan.context_format.row_mask(self.contexts)
         self.rows_before = np.concatenate([[0], np.cumsum(self.kept_NS.sum(1))])
         self.batch_contexts = plan.config.batch_contexts

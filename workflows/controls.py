@@ -115,7 +115,7 @@ def plan_controls(runs: Sequence[str | os.PathLike[str]], device: str = "auto") 
 
 
 def find_wanted(folder: Path) -> Wanted | str | None:
-    """The controls of a run; or the reason why it gets none, as the end of a sentence; or None if it is a control.
+    """The controls of a run, or the reason why it gets none, as the end of a sentence. None if the run is a control.
 
     Raises SaeError if the folder cannot be read.
     """
