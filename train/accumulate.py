@@ -1,11 +1,11 @@
 """`sae train --accumulate N`: compute a batch in N equal parts and add up their gradients.
 
 A step then holds the latents of one part at a time. Most losses are means over tokens, so they equal the mean of the
-parts' means. Code that needs the whole batch reads `Step.whole`. It holds the input and, if a loss or mechanism of the
-recipe sets `reads_batch`, the errors and L0 of a first pass without gradients. BatchTopK first runs a pass over the
-pre-activations to find the smallest latent that the batch keeps. A recipe is refused if one of its losses, mechanisms
-or activations needs the latents of all tokens at once (`undivided`). The order of summation changes with N, so results
-differ from those with N = 1 by rounding.
+parts' means. Code that needs the whole batch reads `Step.whole`. It holds the input. If a loss or mechanism of the
+recipe sets `reads_batch`, it also holds the errors and L0 from a first pass without gradients. BatchTopK first runs a
+pass over the pre-activations to find the smallest latent that the batch keeps. A recipe is refused if one of its
+losses, mechanisms or activations needs the latents of all tokens at once (`undivided`). N changes the order of
+summation, so results differ by rounding from a run with N = 1.
 """
 
 from collections.abc import Callable, Iterator
@@ -51,7 +51,7 @@ class WholeBatch(Step):
         for mechanism, values in statistics.items():
             stacked_P = torch.stack(values)
             self.statistics[mechanism] = stacked_P.mean(0) if mechanism.combine == "mean" else stacked_P.amin(0)
-        # Metrics that are integers count weights, so they are the same in every part.
+        # Integer metrics are counts of weights, so they are the same in every part.
         self.metrics = {n: torch.stack(v).mean() if v[0].is_floating_point() else v[0] for n, v in metrics.items()}
         return {name: torch.stack(values).mean() for name, values in losses.items()}
 

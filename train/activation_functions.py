@@ -117,9 +117,9 @@ def largest_indices(z_N: Tensor, count: int) -> Tensor:
     """(count) int64: the indices of the largest elements, ascending. Any of several equal elements may be chosen.
 
     On a CPU, `topk` over all latents of a batch runs on one thread and takes longer than a matrix product on two
-    threads. So on a CPU a sample gives a lower bound that slightly more than `count` elements reach, and `topk` runs on
-    those elements only. This needs the number of elements that reach the bound, which is unknown while a step is traced
-    without values.
+    threads. So on a CPU a lower bound is taken from a sample, such that slightly more than `count` elements reach it,
+    and `topk` runs on those elements only. The number of these elements has to be known, so this is not possible while
+    a step is traced without values.
     """
     is_traced = type(z_N) is not Tensor or torch.compiler.is_compiling()
     found_N = None if z_N.device.type != "cpu" or is_traced else largest_by_sample(z_N, count)
@@ -129,13 +129,13 @@ def largest_indices(z_N: Tensor, count: int) -> Tensor:
 def largest_by_sample(z_N: Tensor, count: int) -> Tensor | None:
     """As `largest_indices`; None if the sample's bound is too high."""
     sample = z_N[::SAMPLE_EVERY]
-    expected = count / SAMPLE_EVERY  # how many of the largest elements are in the sample
+    expected = count / SAMPLE_EVERY  # expected number of the largest elements in the sample
     margin = 0.1 * expected + 3 * math.sqrt(expected)
     rank = int(expected + margin) + 1
     if rank > len(sample):
         return None
     top = sample.topk(rank).values
-    candidate_M = (z_N < top[-1]).logical_not_().nonzero()[:, 0]  # with every NaN, which counts as large
+    candidate_M = (z_N < top[-1]).logical_not_().nonzero()[:, 0]  # includes every NaN, which counts as large
     if len(candidate_M) < count:
         return None
     # Candidates above a second bound are kept without ranking them, so that `topk`, which runs on one thread, has less

@@ -44,7 +44,7 @@ class CapturedSteps:
         self._steps: dict[Trainer, Step] = {}  # in the memory of the graph
 
     def replay(self, trainers: Sequence[Trainer], x_BD: Tensor) -> dict[Trainer, Step]:
-        """Launch the steps of all trainers on a batch (B, d_in), and return them for mechanisms that act in between.
+        """Launch all trainers' steps on a batch (B, d_in), and return them for mechanisms that act between steps.
 
         Returns an empty dict if it took no steps. The caller then has to run the steps one by one.
         """
@@ -58,7 +58,7 @@ class CapturedSteps:
         if self._graph is None:
             try:
                 self._capture(trainers, x_BD)
-            except RuntimeError as error:  # of CUDA, or out of memory
+            except RuntimeError as error:  # raised by CUDA, or out of memory
                 self._give_up(trainers, error)
                 return {}
         assert self._graph is not None
@@ -66,7 +66,7 @@ class CapturedSteps:
         for trainer in trainers:
             trainer.changing = True
         self._graph.replay()
-        # Copies, because values that a step computes lazily for mechanisms between steps belong to this step alone.
+        # Return copies, because values that a step computes lazily for mechanisms are valid for that step alone.
         return {trainer: copy.copy(step) for trainer, step in self._steps.items()}
 
     def _capture(self, trainers: Sequence[Trainer], x_BD: Tensor) -> None:

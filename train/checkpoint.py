@@ -58,8 +58,8 @@ def write_checkpoint(folder: Path, step: int, data: bytes | memoryview, run: str
     record |= {} if run is None else {"run": run}
     CHECKPOINT_RECORD.write(target / "state.json", record)
     checkpoints = sorted((folder / "checkpoints").glob("step-*"))
-    # Checkpoints of later steps were damaged and skipped when the run was resumed. Kept, they would displace valid
-    # ones.
+    # Checkpoints of later steps were damaged and skipped when the run was resumed. If they were kept, they would
+    # displace valid ones.
     skipped = [path for path in checkpoints if path.name > target.name]
     for old in [*skipped, *[path for path in checkpoints if path.name <= target.name][:-KEPT]]:
         shutil.rmtree(old, ignore_errors=True)
@@ -103,7 +103,7 @@ def restore_checkpoint(trainer: Trainer, folder: Path, say: Callable[[str], None
 
     Raises:
         UsageError: the checkpoint comes from another version. Starting over silently would discard the training so far.
-        DamagedError: it comes from another run.
+        DamagedError: the checkpoint comes from another run.
     """
     for path in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
         try:
@@ -121,7 +121,7 @@ def restore_checkpoint(trainer: Trainer, folder: Path, say: Callable[[str], None
             )
         state = training_state(trainer)
         for name in state.keys() - tensors.keys():
-            if is_counter(name):  # newer than the checkpoint, so it counts from here on
+            if is_counter(name):  # newer than the checkpoint, so it starts counting here
                 tensors[name] = state[name]
         if any(name not in tensors or tensors[name].shape != tensor.shape for name, tensor in state.items()):
             raise UsageError(

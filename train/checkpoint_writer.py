@@ -1,7 +1,7 @@
 """Write checkpoints while training goes on.
 
 The states of the runs are copied between two steps, and a thread writes the copies to disk. It writes one checkpoint at
-a time; the next checkpoint waits until the last one is written. The thread makes a kill no less safe: an incomplete
+a time; the next checkpoint waits until the last one is written. A kill remains safe with the thread: an incomplete
 checkpoint has no state.json, and earlier checkpoints are removed only once the new one is complete.
 
 On a GPU the copies go into pinned memory. They are queued on the training stream, between the step that produced the
@@ -78,7 +78,7 @@ class CheckpointWriter:
         self._files: dict[RunTrainer, StateFile] = {}
 
     def save(self, trainers: Sequence[RunTrainer], step: int) -> None:
-        """Save the states after `step` steps. Waits until the states saved before are on the disk."""
+        """Save the states after `step` steps. Waits until the previously saved states are on the disk."""
         self.wait()
         copies = self._copy(trainers) if self.background else None
         if copies is None:

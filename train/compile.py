@@ -1,7 +1,7 @@
 """`sae train --compile`: apply torch.compile to a step's forward pass, losses and gradients.
 
-Code that changes state (mechanisms, clipping, the optimizer) is not compiled. A compiled step sums in another order
-than an eager step, so its results differ by rounding, and the differences grow over the run. So `--compile` is part of
+Code that changes state (mechanisms, clipping, the optimizer) is not compiled. A compiled step sums in a different order
+from an eager step, so its results differ by rounding, and the differences grow over the run. So `--compile` is part of
 a run's identity. Shapes are compiled as constants, never as variables, so that a step does not depend on earlier
 shapes. A resumed run therefore still equals an uninterrupted one bit for bit, given the same compiler on the same kind
 of machine.

@@ -33,7 +33,7 @@ FIXED = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The options of `sae train`, under the names of its flags (plural where a flag repeats)."""
+    """The options of `sae train`. Fields are named like its flags, in the plural if a flag can be repeated."""
 
     variants: Sequence[str] = ()  # names of recipes
     layers: Sequence[int] = (12,)
@@ -70,7 +70,7 @@ class TrainConfig:
         values = {on_disk.get(f.name, f.name): getattr(self, f.name) for f in fields(self) if f.name != "source"}
         for newer in ("modules", "accumulate", "precision", "local_cache", "local_folder"):
             if not values[newer]:
-                del values[newer]  # so that the record equals records older than this option
+                del values[newer]  # so that the record equals records from before this option existed
         if self.capture == "auto":
             del values["capture"]
         return json.loads(json.dumps(values, default=str))

@@ -48,7 +48,7 @@ def squared_error(recon_BD: Tensor, x_BD: Tensor) -> Tensor:
     return _SquaredError.apply(recon_BD, x_BD)
 
 
-COPY = "copy_for_products"  # the attribute of a weight that is its copy in bfloat16, kept by train/kernel_update.py
+COPY = "copy_for_products"  # attribute of a weight: its bfloat16 copy, kept by train/kernel_update.py
 
 
 def for_products(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, torch.dtype]:
@@ -70,8 +70,8 @@ def decode(f_BF: Tensor, w_FD: Tensor) -> Tensor:
 def center(x_BD: Tensor, b_D: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The encoder's input in the dtype of the products, and b_dec, whose gradient the products compute.
 
-    Subtracting b_dec first costs a pass over (B, D), and saves a pass over W_enc and one over its gradient. It also
-    avoids cancelling large means, which some dimensions of language models have, within a rounded product.
+    Subtracting b_dec first costs a pass over (B, D), and saves a pass over W_enc and one over its gradient. Some
+    dimensions of language models have large means, which then do not have to cancel within a rounded product.
     """
     centered_BD = x_BD.detach() if b_D is None else x_BD.detach() - b_D.detach()
     device = x_BD.device.type
@@ -187,7 +187,7 @@ class _SquaredError(torch.autograd.Function):
 def decoder_gradients(
     f_BF: Tensor, decoder_FD: Tensor, of_f_BF: Tensor | None, of_recon_BD: Tensor | None, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of the pre-activations (0 where the latent is 0) and of W_dec (in `dtype`; none if that is None).
+    """The gradients of the pre-activations (0 where the latent is 0) and of W_dec (in `dtype`, unless that is None).
 
     `of_f_BF` is the gradient of losses on the latents, and `of_recon_BD` is the gradient of f W_dec. One may be None.
     """
@@ -205,7 +205,8 @@ def encoder_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """The gradients of b_dec, W_enc and b_enc, from the gradient `g_BF` of the pre-activations.
 
-    `x_BD` is the encoder's input. `dtype` is the dtype of the gradient of W_enc; if it is None, that is not computed.
+    `x_BD` is the encoder's input. `dtype` is the dtype of the gradient of W_enc; if it is None, this gradient is not
+    computed.
     """
     b_F_ = g_BF.sum(0, dtype=w_DF.dtype)
     return -(w_DF @ b_F_) if subtracts else None, None if dtype is None else (x_BD.T @ g_BF).to(dtype), b_F_

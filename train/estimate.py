@@ -20,8 +20,8 @@ from .passes import describe_memory
 from .variant import RunConfig
 
 TIMED_STEPS, TIMED_SECONDS = 5, 1.0  # a step is timed this many times, or until this much time has passed
-OPERATIONS = 10  # least multiplications and additions in a step per row and weight of W_enc
-MAX_OPERATIONS = {"cpu": 2e11, "cuda": 1e14}  # in a timed step: a second or two
+OPERATIONS = 10  # minimum multiplications and additions in a step, per row and weight of W_enc
+MAX_OPERATIONS = {"cpu": 2e11, "cuda": 1e14}  # limit for a timed step: a second or two
 MAX_LATENTS = {"cpu": 3e7, "cuda": 3e9}  # elements of f_BF in a timed step
 MEMORY_SHARE = 0.5  # share of the free memory that timing may use
 
@@ -67,7 +67,8 @@ def check_disk_space(runs: Iterable[RunInFolder], reserved: Mapping[Path, float]
     for disk, on_disk in by_disk.items():
         sizes = [run_bytes(run) for run in on_disk]
         activations = sum(size for folder, size in reserved.items() if disk_id(folder) == disk)
-        # A new checkpoint is written completely before an older one is removed, and a run's last one before its SAE.
+        # A new checkpoint is written completely before an older one is removed, and a run's last checkpoint before its
+        # SAE.
         transient = max(size.state - size.sae for size in sizes)
         needed = sum(size.folder for size in sizes) - sum(checkpoint_bytes(run.folder) for run in on_disk) + transient
         place = existing_parent(on_disk[0].folder)

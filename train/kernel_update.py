@@ -1,4 +1,4 @@
-"""Update a variant's weights by the kernels in train/kernels, and keep the copies that matrix products read."""
+"""Update a variant's weights with the kernels in train/kernels, and keep the copies that matrix products read."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from .variant import Variant
 
 
 class KernelUpdate(WeightUpdate):
-    """Updates all weights of a variant by the operator `update`, which also keeps copies of the matrices in bfloat16.
+    """Updates all weights of a variant with the operator `update`, which also keeps bfloat16 copies of the matrices.
 
     It uses the optimizer's own moments, so checkpoints are the same with and without kernels. Matrix products in
     bfloat16 read the copies instead of rounding the weights in every step, and return gradients in bfloat16. Any other
@@ -40,7 +40,7 @@ class KernelUpdate(WeightUpdate):
         betas = self.settings.beta1, self.settings.beta2
         rest_S1, rest_S2 = (-torch.expm1(step_S * torch.tensor(beta, dtype=torch.float64).log()) for beta in betas)
         self.corrections_S2 = torch.stack([rest_S1, rest_S2.sqrt()], dim=1).float().to(device)
-        if not sums and hasattr(torch.Tensor, "grad_dtype"):  # of torch 2.10 and later; others round to float32
+        if not sums and hasattr(torch.Tensor, "grad_dtype"):  # since torch 2.10; earlier versions round to float32
             for weight in self.copied:
                 weight.grad_dtype = None  # accept the dtype of the product
 
@@ -54,7 +54,7 @@ class KernelUpdate(WeightUpdate):
     @torch.no_grad()
     def renew_copies(self) -> None:
         for weight, copy in self.copies.items():
-            copy.copy_(weight)  # in place, where a graph of a captured step reads it
+            copy.copy_(weight)  # in place, because the graph of a captured step reads this memory
 
     def without_copies(self) -> None:
         """Let matrix products round the weights themselves. Call it before the first step."""

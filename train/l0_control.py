@@ -24,7 +24,7 @@ class L0Controller(Mechanism):
 
     Weights respond to a coefficient only at the optimizer's rate, so a controller that only integrates the error would
     oscillate. Also, half of all latents are active at first, and L0 falls from there without any penalty. If a penalty
-    pushes L0 down further, it overshoots the target and latents die for good. So e includes how fast L0 falls. It is
+    pushes L0 down further, it overshoots the target and latents die for good. So e includes how fast L0 falls. e is
     limited to [-1, 1/2], so the penalty weakens faster than it strengthens.
     """
 

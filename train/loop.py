@@ -22,7 +22,7 @@ def train_loop(
     after_step: Callable[[int], bool],
     replay: Callable[[Sequence["Trainer"], Tensor], dict["Trainer", Step]] | None = None,
 ) -> None:
-    """Take steps until `after_step(number)` returns True. Trainers step on a batch in turn, or all by `replay`."""
+    """Take steps until `after_step(number)` returns True. Trainers step on a batch in turn, or together by `replay`."""
     for number in steps:
         x_BD = next(batches)
         taken = {} if replay is None else replay(trainers, x_BD)

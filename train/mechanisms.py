@@ -225,9 +225,9 @@ class AnnealK(Mechanism):
     With many active latents at first, few die. Tensors have room for the largest k_t of `every` steps; unused slots are
     masked.
 
-    dictionary_learning (`k_anneal_steps`) and sparsify (`k_decay_steps`) do the same from start = d_in.
-    Paper: none of the papers' baselines lowers k. dictionary_learning sets k to k_t after step t, so its first step has
-    k.
+    dictionary_learning (`k_anneal_steps`) and sparsify (`k_decay_steps`) do the same with start = d_in.
+    Paper: none of the papers' baselines lowers k. dictionary_learning sets k to k_t after step t, so its first step
+    uses k.
     """
 
     room: Tensor  # () int64

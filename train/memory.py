@@ -1,8 +1,8 @@
 """Estimate the memory of training by tracing two steps on tensors that have shapes but no values.
 
 A trace runs the actual code of a step, so it works for every recipe, however the recipe computes its matrix products.
-It misses scratch memory inside single operations (except for `topk` on a CPU). It also misses the memory of work
-between steps that depends on values; mechanisms declare that (`Mechanism.between_bytes`).
+It misses scratch memory inside single operations (except for `topk` on a CPU). It also misses the memory that is used
+between steps by work that depends on values, so mechanisms declare that memory (`Mechanism.between_bytes`).
 """
 
 import json
@@ -157,7 +157,7 @@ def host_bytes(run: BuildableRun) -> int:
 
 
 def memory_bound(run: BuildableRun) -> int:
-    """A generous upper bound, without a trace, on the total that `run_memory` finds. Used if memory is plentiful."""
+    """A generous upper bound on the total of `run_memory`, found without a trace. Used if memory is plentiful."""
     config, variant = run.config, untrained_variant(run, "meta")
     rows = config.batch_size * (BOUND_LATENTS * config.d_sae + BOUND_INPUTS * config.d_in)
     start = SAMPLE_ROWS * config.d_in * SAMPLE_BYTES

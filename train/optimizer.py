@@ -38,8 +38,8 @@ class WeightUpdate:
     def step(self, loss: Tensor, i: Tensor, failed_at: Tensor) -> Tensor:
         """Take step `i` () int64, and return the norm of the gradient.
 
-        `failed_at` () int64 is the first step whose loss or gradient was not finite, or -1. If this step is that one,
-        it sets `failed_at`. The weights then no longer change, and the host notices at its next log.
+        `failed_at` () int64 is the first step whose loss or gradient was not finite, or -1. If step `i` is the first
+        such step, `failed_at` is set to it. The weights then no longer change, and the host notices at its next log.
         """
         raise NotImplementedError
 
@@ -47,11 +47,11 @@ class WeightUpdate:
         """Make the copies of weights that products read, if there are none yet. Called before each forward pass."""
 
     def renew_copies(self) -> None:
-        """Renew these copies. To be called after other code has written weights."""
+        """Renew these copies. Call this after other code has written weights."""
 
 
 class OptimizerUpdate(WeightUpdate):
-    """Updates the weights by the optimizer, with torch operations."""
+    """Updates the weights with the optimizer, by torch operations."""
 
     def __init__(self, variant: Variant, optimizer: torch.optim.Optimizer, steps: int) -> None:
         self.variant, self.optimizer, self.steps = variant, optimizer, steps

@@ -48,7 +48,7 @@ def require_precision(folder: Path, precision: str, device: str) -> None:
 
 
 def find_folder(out: Path, name: str, unnamed: str, precision: str) -> Path:
-    """The folder of a new run in `out`: `name`.
+    """The folder `name` of a new run in `out`.
 
     Runs of earlier versions keep their folders, whose names do not contain the precision (`unnamed`).
     """

@@ -150,7 +150,7 @@ class Recipe:
     def apply_l0(
         self, config: RunConfig, options: dict[str, Any], given: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
-        """The options with `--l0` set as k or l0, if the recipe has one of these, and a list of problems."""
+        """The options, where k or l0 is set to `--l0` if the recipe has one of these, and a list of problems."""
         l0 = config.l0
         if l0 is None:
             return options, []
@@ -179,7 +179,7 @@ class Recipe:
         return valid, problems
 
     def options_without_effect(self) -> SwitchedOff:
-        """Options, of this recipe or common to all, that have no effect for some values of another option."""
+        """The options, own or common to all recipes, that have no effect for some values of another option."""
         return {**self.switched_off, **SWITCHED_OFF}
 
     def switched_off_errors(self, given: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
@@ -299,7 +299,7 @@ def recipe(
         options: Class of the options. Default: the annotation of the second argument.
         summary: One line about the recipe. Default: the docstring up to `Args:`.
         unused: Options of the build function that have no effect in this recipe. The recipe does not accept them.
-        fixed: Fixed values of options, which this recipe then does not accept. A `ScaledDefault` only changes the
+        fixed: Fixed values for options. The recipe does not accept these options. A `ScaledDefault` only changes the
             default.
         switched_off: See `Recipe`.
     """

@@ -212,7 +212,7 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
     if record:
         if changed := trainer.variant.changed:
             progress.say(f"{run.name} keeps the options that it was started with: {describe_changes(changed)}.")
-        if not run.requested.get("log_every"):  # a resumed run keeps its interval, over which each line is a mean
+        if not run.requested.get("log_every"):  # a resumed run keeps its interval, since each line is a mean over it
             trainer.log_every = record.get("asked", {}).get("log_every") or trainer.log_every
         trainer.digest = run_digest(record)
         trainer.steps_done = restore_checkpoint(trainer, run.folder, progress.say_problem, trainer.digest)
@@ -243,11 +243,11 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
 
 
 def record_changes(run: Run, record: RunRecord, steps_done: int) -> None:
-    """Record in run.json that a resumed run divides batches into other parts, or uses another step version."""
+    """Record in run.json that a resumed run uses another number of parts per batch or another step version."""
     content: dict[str, Any] = {**record}
     for name, now in (("accumulate", run.config.accumulate), ("step_version", STEP_VERSION)):
         since = f"{name}_since"
-        changes = [[step, value] for step, value in content.pop(since, ()) if step < steps_done]  # others were undone
+        changes = [[step, value] for step, value in content.pop(since, ()) if step < steps_done]  # others: undone
         if now != (changes[-1][1] if changes else content.get(name, 1)):
             changes.append([steps_done, now])
         if changes:
@@ -257,7 +257,7 @@ def record_changes(run: Run, record: RunRecord, steps_done: int) -> None:
 
 
 def build_variant(run: Run) -> Variant:
-    """The variant at step 0: the recipe under the run's seed, before `set_normalization`."""
+    """The variant at step 0, built by the recipe with the run's seed, before `set_normalization`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         return run.recipe.make(run.config, run.options, run.stored)

@@ -62,7 +62,7 @@ class TrainingOutput(NamedTuple):
 
 
 class SAE(nn.Module):
-    """A sparse autoencoder. The rows of W_dec start as random unit vectors, W_enc as its transpose, biases at zero.
+    """A sparse autoencoder. W_dec starts with random unit rows, W_enc as its transpose, and biases at zero.
 
     Args:
         d_in: width of the activations.

@@ -24,7 +24,7 @@ class ScaledDefault:
     reference: float = PAPER_WIDTH
 
     def resolve(self, config: "RunConfig", raw: bool) -> Any:
-        """The number for a run. `raw` says that the run's input is not normalized."""
+        """The number for a run. `raw` says whether the run's input is left unnormalized."""
         raise NotImplementedError
 
     def value_in(self, config: "RunConfig") -> float:

@@ -31,7 +31,7 @@ def cosine(start: float, end: float, steps: float) -> Coefficient:
 
 
 def warmup(to: float, steps: int) -> Coefficient:
-    """`to` times min(1, (t+1)/w), with t from 0: equation (4) of paper 002, which counts t from 1.
+    """`to` times min(1, (t+1)/w), where t starts at 0. This is equation (4) of paper 002, where t starts at 1.
 
     The papers say only "linearly over w steps". dictionary_learning and SAELens use t/w, the same ramp one step later.
     The learning rate has the ramp used here, because with t/w its first step would have no effect. So penalty and

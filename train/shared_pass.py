@@ -34,7 +34,7 @@ def shared_passes(
     writer: CheckpointWriter,
     capture: bool = False,
 ) -> list["SharedPass"]:
-    """Group trainers of the same batches by the step from which they resume, which determines the batch they read next.
+    """Group trainers that read the same batches by the step from which they resume, and so by their next batch.
 
     With `capture` the steps of each group are one CUDA graph.
     """
@@ -199,7 +199,7 @@ def open_batches(
     run: Run, step: int, device: str, count: int, sharing: Sequence[Run] | None = None,
     should_stop: Callable[[], bool] = lambda: False, captured: bool = False,
 ) -> BatchLoader | ResidentLoader:  # fmt: skip
-    """The next `count` batches of a run, starting at a step. From a ring, the batches of the open group.
+    """The next `count` batches of a run, starting at a step. With a ring, the batches of the open group.
 
     `sharing` lists the runs of the pass. If it is given, the loader may keep all rows on the GPU, if they fit there
     together with the runs. This is not worthwhile for only a few batches. `should_stop` ends

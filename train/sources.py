@@ -36,7 +36,7 @@ def known_variance(cache: AnyCache, array: str) -> float | None:
 
 
 def places_of(cache: AnyCache) -> list[str]:
-    """The folder path or address of a cache; for several caches read as one, that of each."""
+    """The folder path or address of a cache, or of each cache if several are read as one."""
     caches = cache.caches if isinstance(cache, ConcatCache) else [cache]
     return [one.place if isinstance(one, Cache) and is_url(one.place) else str(one.folder.resolve()) for one in caches]
 

@@ -19,7 +19,7 @@ from .dense_ops import for_products
 from .kernels.operators import decode_rows, products_with_rows, sum_rows
 
 FLOPS = {"float32": 60e12, "tf32": 395e12, "bfloat16": 790e12}
-"""Precision -> FLOPs of an H200 per second, as in benchmarks/step_budget.py; tf32 has half of bfloat16."""
+"""Precision -> FLOPs of an H200 per second, as in benchmarks/step_budget.py; tf32 has half the rate of bfloat16."""
 BANDWIDTH = 4.3e12
 """Bytes per second of its memory."""
 ROW_BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2}
@@ -54,7 +54,7 @@ def sparse_is_faster(d_sae: int, k: float, device: str, precision: str) -> bool:
 
 
 def row_dtype(row_RD: Tensor) -> torch.dtype:
-    """The dtype in which rows are gathered: on a GPU the dtype of products, on a CPU their own. Sums are in float32."""
+    """The dtype of gathered rows: on a GPU that of matrix products, on a CPU their own. Sums are in float32."""
     device = row_RD.device.type
     in_autocast = device == "cuda" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if in_autocast else row_RD.dtype

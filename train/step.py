@@ -74,7 +74,7 @@ class Step:
         """Latents (B, F). If `kept` is not None, it holds the same latents without the zeros."""
         if self.computed_f_BF is None:
             assert self.kept is not None
-            with torch.enable_grad():  # a coefficient may have asked for it first, without a gradient
+            with torch.enable_grad():  # a coefficient may have read it first, without a gradient
                 self.computed_f_BF = self.kept.dense()
         return self.computed_f_BF
 

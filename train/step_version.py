@@ -1,7 +1,7 @@
 """The version of the arithmetic of a training step, and how far the results of two versions can differ.
 
 Another version of a step computes the same sums in another order, so they are rounded differently. A run that was
-interrupted under one version and resumed under another is not bit-identical to a run under either.
+interrupted under one version and resumed under another is not bit-identical to a run under either version alone.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import NamedTuple
 # --accumulate 1, in its losses, gradients, optimizer or mechanisms. To see whether bits change, train before and after
 # the commit on one machine and compare sae.safetensors. tests/compatibility checks resumed runs against the bounds
 # below. A change beyond rounding needs a new option instead of a new version, so that earlier runs keep the old
-# behaviour. run.json and the checkpoints record it as `step_version`; if the entry is missing, it is 1.
+# behaviour. run.json and the checkpoints record the version as `step_version`; without that entry, it is 1.
 STEP_VERSION = 4
 
 MEASURED_STEPS = 25  # steps that interrupted runs in tests/compatibility still take; the bounds are measured over these

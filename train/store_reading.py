@@ -1,4 +1,4 @@
-"""For training on caches in stores: which chunks the passes will read, for the local folder and for the plan."""
+"""For training on caches in stores: tell the local folder and the plan which chunks the passes will read."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -84,7 +84,7 @@ def describe_pulling(passes: Sequence[Sequence[ReadingRun]]) -> list[str]:
 
 
 def expect(passes: Sequence[Sequence[ReadingRun]], say: Callable[[str], None]) -> None:
-    """Announce the readings of these passes, if any, to the local folder. It calls `say` if they wait for long."""
+    """Announce the readings of these passes, if any, to the local folder, which calls `say` if they wait for long."""
     if readings := expected_readings(passes):
         readings[0].folder.say = say
         readings[0].folder.expect(readings)

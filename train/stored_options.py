@@ -9,7 +9,7 @@ from ..common.schemas import RUN_RECORD, RunRecord
 
 
 def stored_options(record: RunRecord | None, folder: Path) -> dict[str, Any] | None:
-    """All options that the run of a run.json was started with; None if there is no record."""
+    """All options with which a run was started, from its run.json; None if there is no record."""
     if record is None or "resolved" not in record:
         return None
     given, stored = record.get("options", {}), record["resolved"]

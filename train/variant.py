@@ -31,7 +31,7 @@ class RunConfig(NamedTuple):
     paper_exact: bool = False  # the paper's settings verbatim instead of those that work
     variance: float | None = None  # elementwise variance of the cache's rows; None: unknown, so nothing is scaled by it
     accumulate: int = 1  # equal parts in which a batch is computed
-    precision: str | None = None  # of matrix products (common/precision.py); None: the default of the device
+    precision: str | None = None  # for matrix products (common/precision.py); None: the default of the device
 
     def identity(self) -> dict[str, Any]:
         """Everything besides the cache that determines the result, as in run.json. Omits unset entries not in SIZES."""
@@ -80,7 +80,7 @@ class Variant(nn.Module):
 
     mean_D: Tensor  # subtracted from raw activations
     scale: Tensor  # divides the centered activations; () or, with normalize=standardize, (d_in,)
-    updates_by_kernels = False  # whether a trainer updates the weights by kernels (train/kernel_update.py)
+    updates_by_kernels = False  # whether a trainer updates the weights with kernels (train/kernel_update.py)
 
     def __init__(
         self,

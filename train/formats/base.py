@@ -35,7 +35,7 @@ class ForeignSAE:
     context: int | None = None  # length in tokens of the training contexts
     prepend_bos: bool | None = None  # whether these contexts began with the tokenizer's BOS
     bos_token: str | None = None  # the token itself; only our own exports record it
-    dataset: str | None = None  # id on the Hub of the training text
+    dataset: str | None = None  # the dataset of the training text, as an id on the Hub
     metadata: dict[str, Any] = field(default_factory=dict)  # everything else in the files
     notes: list[str] = field(default_factory=list)  # for the user, printed by `sae import`
 

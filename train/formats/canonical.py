@@ -46,7 +46,7 @@ class CanonicalSAE:
     """
 
     W_enc: Tensor  # (d_in, d_sae)
-    b_enc: Tensor  # (d_sae); of a gated SAE the gate's bias
+    b_enc: Tensor  # (d_sae); for a gated SAE, the gate's bias
     W_dec: Tensor  # (d_sae, d_in)
     b_dec: Tensor  # (d_in)
     activation: str = ""

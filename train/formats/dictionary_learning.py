@@ -179,7 +179,7 @@ class DictionaryLearning(Format, name="dictionary-learning"):
 
 
 def state_dict(canonical: CanonicalSAE) -> dict[str, Tensor]:
-    """The tensors of an exported SAE, in float64, under the names of the class as which it is exported."""
+    """The tensors of an exported SAE in float64, by the names that its class in dictionary_learning uses."""
     matrices = {"encoder.weight": canonical.W_enc.T, "decoder.weight": canonical.W_dec.T}
     match canonical.activation:
         case "relu":
@@ -286,7 +286,8 @@ def read_threshold(folder: ForeignFolder, tensors: dict[str, Tensor], dict_class
 def find_hook(folder: ForeignFolder, config: dict[str, Any]) -> Hook | None:
     """The hook point: from our own metadata, the submodule's name, the folder's path, or the layer's number.
 
-    The number of a layer says nothing about the site in it, so it is used only if the submodule can be resid_post.
+    A layer's number does not say which site in the layer is meant, so it is used only if the submodule can be
+    resid_post.
     """
     trainer = config.get("trainer")
     submodule, by_number = hook_texts(trainer if isinstance(trainer, dict) else {})

@@ -4,7 +4,7 @@
 
 b_dec is not subtracted from the input. The folder is <site>[_all]/layer_<n>_width_<label>_l0_<label>. config.json
 records the model, the hook points (as names of modules in transformers) and the kind (sae, transcoder, clt or
-crosscoder). If it is missing, the path says the same. docs/reference/formats.md has the sources.
+crosscoder). If config.json is missing, the path gives the same information. docs/reference/formats.md has the sources.
 """
 
 import re

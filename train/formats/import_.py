@@ -38,7 +38,7 @@ from .verify import (
 FORMAT = 1  # of run.json
 
 HookCheck = Callable[[str, Hook, int], None]
-"""Raises UsageError if the model of this name has no such hook point, or activations of another width there."""
+"""Raises UsageError if the model of this name has no such hook point, or if its activations have another width."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ImportConfig:
     model: str | None = None
     layer: int | None = None
     cache: str | Path | None = None
-    cache_if_fits: bool = False  # ignore `cache` if it lacks these activations: it was given only for evaluation
+    cache_if_fits: bool = False  # ignore `cache` if it lacks these activations, since it was given only for evaluation
     out: Path | None = None
     name: str | None = None
     check_hook: HookCheck = lambda model, hook, d_in: None
@@ -100,8 +100,8 @@ def import_sae(
         cache: a cache of the model, to verify on and to evaluate with. Default: the only cache that fits, if any.
         out: the folder in which the run folder is made. Default: runs/.
         name: name of the run folder. Default: imported-<activation>-L<layer>-n<d_sae>-<digest>.
-        check_hook: called with the model's name, the hook point and d_in before anything is written; raises UsageError
-            to refuse them.
+        check_hook: called with the model's name, the hook point and d_in before anything is written; it may raise
+            UsageError to refuse the import.
         say: called with lines about a download.
         progress: called with (rows compared, rows in all).
 
@@ -150,7 +150,7 @@ def import_remote(
 def import_files(
     path: Path, config: ImportConfig, hub_origin: dict[str, str] | None = None, progress: Progress = no_progress
 ) -> ImportResult:
-    """`import_sae` of local files. `hub_origin`: where they were downloaded from."""
+    """`import_sae` for local files. `hub_origin` says where they were downloaded from."""
     folder, fmt = open_folder(path, config.layer)
     foreign = fmt.read(folder)
     file_hook, file_model = foreign.hook, foreign.model
@@ -211,7 +211,7 @@ def overrides_of(config: ImportConfig, hook: Hook | None, model: str | None, use
 
 
 def open_folder(path: Path, layer: int | None = None) -> tuple[ForeignFolder, Format]:
-    """The folder of an SAE, given its path or the path of a file in it, and its format.
+    """The folder and the format of an SAE, given the path of the folder or of a file in it.
 
     `layer` chooses among the SAEs of several layers in one folder.
     """
@@ -260,7 +260,7 @@ def resolve_hook_and_model(
 
 
 def hook_in_caches(model: ModelRecord, hook: Hook, cache_folder: str | Path | None) -> Hook:
-    """The hook under which the caches of a model hold these activations: the output of a block is the next one's input.
+    """The hook under which a model's caches hold these activations: one block's output is the next block's input.
 
     If `cache_folder` is given, only that cache is considered.
     """

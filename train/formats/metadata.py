@@ -26,9 +26,9 @@ def run_hook(sae: SAE) -> Hook | None:
 def hook_module(hook: Hook, cache: Cache | None) -> tuple[str, str] | None:
     """The module in transformers that has the activations as input or output: ("model.layers.12.mlp", "output").
 
-    The harvest records it. Without a cache, or with one that is too old to record it, the usual names of blocks give
-    resid_post and the sites that are modules; other sites are None. resid_mid is always None: it is neither an input
-    nor an output.
+    The harvest records this module. Without a cache, or with one that is too old to record it, the usual names of
+    blocks give resid_post and the sites that are modules; other sites are None. resid_mid is always None: it is neither
+    an input nor an output.
     """
     modules: dict[str, str] = {}
     if cache is not None:

@@ -29,7 +29,7 @@ RECIPE_KEYS = (
 
 
 def model_card(exported: ExportResult, run: Path, repo: str, base_model: str | None) -> str:
-    """README.md for a repository with a SAELens export. `base_model` is the Hub id of the model of its activations."""
+    """README.md for a repository with a SAELens export. `base_model` is the Hub id of the model that the SAE reads."""
     metadata = exported.metadata
     config = read_json(exported.folder / "cfg.json")
     title = escape_for_markdown(str(metadata.get("variant") or config["architecture"]))
@@ -81,10 +81,10 @@ sae import hf://{repo}
 
 
 def evaluation_metrics(run: Path) -> list[tuple[str, str]]:
-    """(heading, value) of each of CARD_METRICS that evaluations/ of a run holds.
+    """The (heading, value) of each metric in CARD_METRICS that a run's evaluations/ folder has.
 
     If a result has values with and without outlier rows, the values without are used, as in our tables. A heading says
-    if the metric was measured on the stand-in dataset, texts from Python's standard library.
+    if the metric was measured on the stand-in dataset (texts from Python's standard library).
     """
     results, metrics = read_metrics(run), []
     for name, category, metric, heading in CARD_METRICS:
@@ -97,7 +97,7 @@ def evaluation_metrics(run: Path) -> list[tuple[str, str]]:
 
 
 def read_metrics(run: Path) -> dict[str, dict[str, dict[str, float | None]]]:
-    """File name -> `eval_result_metrics` of each result. A warning names results that are damaged or of another SAE."""
+    """File name -> `eval_result_metrics` of each result. Warns of results that are damaged or belong to another SAE."""
     results = {}
     for path in sorted((run / "evaluations").glob("*.json")):
         try:

@@ -78,7 +78,7 @@ def published_sae(
 
 
 def natural_key(text: str) -> list[tuple[int, str]]:
-    """Sorts `layer_2` before `layer_12`."""
+    """A sort key that puts `layer_2` before `layer_12`."""
     digits, parts = "", list[tuple[int, str]]()
     for character in text + "\0":
         if character.isdecimal() and character.isascii():

@@ -4,8 +4,8 @@
     topk   with rescale_acts_by_decoder_norm: f = the k largest of z |W_dec,i|, x_hat = (f / |W_dec|) W_dec + b_dec
 
 Exported SAEs take raw activations, have unit decoder rows, and have b_dec folded into b_enc. A relu SAE is exported as
-`standard`, and every SAE with a threshold as `jumprelu`. `normalize_activations="layer_norm"` is the layer norm of an
-`SAE`, whose latents are larger than SAELens' by the token's standard deviation.
+`standard`, and every SAE with a threshold as `jumprelu`. `normalize_activations="layer_norm"` corresponds to an `SAE`
+with `layer_norm`, but the latents of our `SAE` are SAELens' latents times the token's standard deviation.
 """
 
 from collections.abc import Mapping
@@ -155,8 +155,8 @@ class SAELens(Format, name="saelens"):
 def saelens_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     """The metadata with SAELens' name of the hook point.
 
-    A module has no hook point in TransformerLens. For it, SAELens runs transformers' own model and reads the outputs of
-    modules. UsageError for an input, which SAELens cannot name.
+    A module has no hook point in TransformerLens. For a module, SAELens runs transformers' own model and reads the
+    module's output. Raises UsageError for the input of a module, which SAELens cannot name.
     """
     name = metadata.get("hook_name")
     if not is_module(name):

@@ -140,7 +140,7 @@ class Sparsify(Format, name="sparsify"):
 
 
 def hookpoint(metadata: dict[str, Any]) -> str:
-    """The name of the module whose output an SAE reads, in the base model of transformers: `layers.12.mlp`.
+    """The name, within transformers' base model, of the module whose output an SAE reads: `layers.12.mlp`.
 
     Raises UsageError for a hook that is not the output of a module, because sparsify cannot name it.
     """

@@ -78,7 +78,7 @@ class Check:
         )
 
     def record(self) -> dict[str, Any]:
-        """The check as run.json records it, under the keys of earlier versions."""
+        """The check as run.json records it, with the same keys as in earlier versions."""
         return {
             "rows": self.rows,
             "what": self.description,
@@ -143,7 +143,7 @@ def relative_error(difference_square: float, square: float) -> float:
 
 
 def require_passed(check: Check, action: str) -> Check:
-    """Raise SaeError if a comparison failed. `action` is the subject of its sentence: "The export to saelens"."""
+    """Raise SaeError if a comparison failed. `action` is the subject of the error message: "The export to saelens"."""
     if not check.passed:
         raise SaeError(
             f"{action} failed verification, and no files were kept: {check}. This is a bug: please report it."
@@ -227,7 +227,7 @@ def synthetic_rows(canonical: CanonicalSAE, count: int = SAMPLE_ROWS) -> SampleR
 
 
 def activating_norm(canonical: CanonicalSAE, encoder: CanonicalSAE, threshold_F: Tensor) -> float:
-    """The norm at which a row brings a latent to its threshold, median over latents.
+    """The norm at which a row brings a latent to its threshold, as the median over latents.
 
     If the encoder takes x - b_dec and has no bias, only the rounding error of b_enc + b_dec W_enc is left. The norm of
     b_dec is returned in that case.

@@ -40,7 +40,7 @@ def reason_against_kernels(device: str) -> str:
                     return f"they decode latents to other values than torch on {device}"
             if not jumps_as_torch(dtype, device):
                 return f"they compute other gradients of JumpReLU than torch on {device}"
-    except Exception as error:  # of Triton's compiler or of the driver; torch computes the same result
+    except Exception as error:  # from Triton's compiler or the driver; torch computes the same result
         return f"they do not work on {device}: {first_line(error)}"
     return ""
 

@@ -1,8 +1,8 @@
 """The k largest elements of each row, in Triton: see the operator `largest` in operators.py.
 
 Each number is mapped to an integer key, and the keys have the same order as the numbers. So the bound, which is the
-k-th largest key, can be found bit by bit or digit by digit. All elements above the bound are kept, and as many of the
-first elements that equal it as are needed for k.
+k-th largest key, can be found bit by bit or digit by digit. All elements above the bound are kept, and then the first
+elements that equal it, until there are k.
 """
 
 import torch
@@ -87,7 +87,7 @@ def kth_largest(key, k, BITS: tl.constexpr):
 def select(
     z, choice, chosen, n, span, k, FROM_CHOICE: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, INF: tl.constexpr
 ):
-    """Write the positions in a row of the k largest elements of a part of it, or of elements chosen from it before."""
+    """Write the positions in a row of the k largest elements of a part of the row, or of elements chosen before."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     place = tl.arange(0, BLOCK)
@@ -114,7 +114,7 @@ def count_digit(
     z, bound, histogram, above, n, span,
     AT: tl.constexpr, TOP: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, INF: tl.constexpr,
 ):  # fmt: skip
-    """Count the values of the digit at bit AT among the keys of a part whose higher digits equal the bound's."""
+    """Count each value of the digit at bit AT, over the keys of a part whose higher digits equal the bound's."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     place = tl.arange(0, CHUNK)

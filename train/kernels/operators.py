@@ -101,7 +101,7 @@ def _(
 
 @torch.library.custom_op("sae::sum_rows", mutates_args=(), device_types="cpu")
 def sum_rows(index_N: Tensor, row_RD: Tensor, start_F: Tensor, weight_N: Tensor, transposed: bool) -> Tensor:
-    """(F, D), or (D, F) if `transposed`: sums of weighted rows, one for each segment of N. They start at `start_F`.
+    """(F, D), or (D, F) if `transposed`: sums of weighted rows, one per segment of N; segments start at `start_F`.
 
     Rows may be in bfloat16. Sums have the dtype of the weights.
     """

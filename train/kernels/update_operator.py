@@ -46,7 +46,7 @@ def update(
         failed_at: () int64, the first step whose loss or gradient was not finite, or -1. Starting at that step, nothing
             is updated.
         rates_S: (S) float32, the learning rate of each step.
-        corrections_S2: (S, 2) float32, 1 - beta1^s and sqrt(1 - beta2^s), for the update after s - 1 others.
+        corrections_S2: (S, 2) float32, 1 - beta1^s and sqrt(1 - beta2^s), for the s-th update.
         limit: maximum norm of all gradients together, after the projection; None: no limit.
 
     Returns:

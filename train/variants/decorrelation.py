@@ -67,7 +67,7 @@ class Decorrelation(LossTerm):
         alive_G = (corr_GMM.diagonal(dim1=1, dim2=2) > 0.5).sum(1)  # the column of a silent latent is zero
         counted_G = alive_G if self.tau_over == "alive" else torch.full_like(alive_G, size)
         pairs = (counted_G * (counted_G - 1) / 2).sum().clamp_min(1)
-        upper_GMM = corr_GMM.triu_(1)  # C is not negative, as latents are not: |C| = C
+        upper_GMM = corr_GMM.triu_(1)  # latents are never negative, so |C| = C
         mean = upper_GMM.sum() / pairs
         sd = (upper_GMM.square().sum() / pairs - mean.square()).clamp_min(0).sqrt()
         tau = mean + sd  # (4). Paper: tau is a statistic; with a gradient it would correlate every other pair

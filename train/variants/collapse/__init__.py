@@ -5,10 +5,10 @@
 `recipes.py` has the eleven runs in order, and `options.py` their options. The modules follow the paper's method
 section: `monitors.py`, `groups.py` and `orthogonality.py` are 4.1; `losses.py`, `l1_controller.py` and the
 winner-take-all in `groups.py` are 4.2; `batch_norm.py` is 4.3. Every default is an interpretation of the paper that
-works. Where the paper's own setting differs, it is another value of an option.
+works. Where the paper's own setting differs, an option has a value for it.
 
 Paper: names five pairs of runs; the split within each pair is ours. It gives no alpha, no beta, and no rule for lambda
-within its bounds. Paper: takes an absorption of 0 and a split-feature score of 1 as a collapse. But 0 is the best
+within its bounds. Paper: interprets an absorption of 0 and a split-feature score of 1 as a collapse. But 0 is the best
 absorption, and 1 means no splitting. Paper: 100,000 tokens in batches of 125 make 800 steps, all within its warm-up of
 1000 steps.
 

@@ -172,7 +172,8 @@ class GroupSampling(GroupUpdate):
         # The points uniform, uniform + 1, ... lie on a line on which each group has an interval as long as its
         # probability.
         uniform_1 = self.uniform_T.index_select(0, (step.i % len(self.uniform_T)).view(1))
-        # Not `cumsum`, whose order on a GPU differs from run to run. In float64, sums in any order round alike.
+        # Not `cumsum`, whose order on a GPU differs from run to run. A sum in float64, rounded afterwards, is the same
+        # in any order.
         until_GG = torch.ones(self.count, self.count, dtype=torch.float64, device=probability_G.device).tril()
         end_G = (until_GG * probability_G).sum(1).to(probability_G.dtype) - uniform_1
         drawn_G = end_G.floor() > (end_G - probability_G).floor()
@@ -198,8 +199,8 @@ class WinnerTakeAll(Activation, name="winner_take_all"):
         subtractive  f_i <- ReLU(f_i - gamma max_{j near i} s_ij f_j)
         divisive     f_i <- f_i^2 / (f_i + gamma max_{j near i} s_ij f_j)
 
-    s_ij = max(0, cos). It is saved with the SAE, as are the neighbors. Both forms are homogeneous in f. The strongest
-    neighbor gets no gradient, which would cost a copy of the latents for each neighbor.
+    s_ij = max(0, cos). s_ij and the neighbors are saved with the SAE. Both forms are homogeneous in f. The strongest
+    neighbor gets no gradient, because that would cost a copy of the latents for each neighbor.
 
     `counts` holds two numbers for the first 128 tokens of the last training batch: how many active latents inhibition
     weakened by more than a thousandth (`inhibited`), and how many latents were still active after that but not among
@@ -265,7 +266,7 @@ class Neighbours(Mechanism):
 
     Paper: says proximity in feature space, and does not mention groups. Starting with run 6, decoder rows in a group
     are orthogonal. So within a group no two latents are near each other by the decoder, and hardly any are by the
-    encoder, which starts as its transpose. There the inhibition has little to act on.
+    encoder, which starts as its transpose. So within groups, inhibition has little to act on.
     """
 
     def __init__(self, activation: WinnerTakeAll, sae: SAE, near: str = "encoder", every: int = 100) -> None:

@@ -53,7 +53,7 @@ class ContrastLoss(LossTerm):
 
 
 class DiversityLoss(LossTerm):
-    """1 - H(p) / log n, where p are the shares of n groups in the total activation; without groups, of all latents.
+    """1 - H(p) / log n, where p are the shares of the n groups (without groups: the n latents) in the total activation.
 
     0 if all are used equally, 1 if only one is used.
 

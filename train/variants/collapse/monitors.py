@@ -15,7 +15,7 @@ class Sketch(Mechanism):
     """Projects rows by R, the Q of a random Gaussian matrix, to S dimensions. Angles are kept up to 1/sqrt(S) (4.1).
 
     Paper: R is d_sae x 128 and projects features. With d_sae = d_in, a feature could be a decoder row or the latents of
-    a token. `on` chooses decoder, encoder or activations; for activations only lengths are logged.
+    a token. `on` chooses decoder, encoder or activations; for activations, only lengths are logged.
     """
 
     every = 50

@@ -87,9 +87,9 @@ def gram_schmidt_matrix(gram_GMM: Tensor) -> Tensor:
 def gram_schmidt_by_products(rows_GMD: Tensor) -> Tensor:
     """Unit rows in the directions of (3), by two Cholesky factors of Gram matrices instead of a QR.
 
-    A QR processes the rows one by one; on a GPU each takes one or more launches. A Gram matrix squares the condition
-    number of the rows, so the second factor corrects the error of the first. For the free rows of a run, the condition
-    number was at most 4 and the error 1e-7; at 30 times the learning rate they were 7,000 and 3e-6
+    A QR processes the rows one by one; on a GPU, each row takes one or more launches. A Gram matrix squares the
+    condition number of the rows, so the second factor corrects the error of the first. For the free rows of a run, the
+    condition number was at most 4 and the error 1e-7; at 30 times the learning rate they were 7,000 and 3e-6
     (benchmarks/gram_schmidt.py). A QR in float32 has two to three times as much rounding error. If the rows of a group
     are so dependent that the factorization fails, the group becomes NaN, which ends the run.
     """
@@ -174,7 +174,8 @@ class GramSchmidtLatents(Activation, name="gram_schmidt_latents"):
     """(3) as printed, applied to the latents, each as a column over the batch. After training it does nothing.
 
     Paper: with this, a token's latents depend on the rest of its batch, are sometimes negative and hardly ever zero.
-    A column beyond the number of tokens has no component left. The paper gives no rule for a single token.
+    If there are more columns than tokens, the last ones have no component left. The paper gives no rule for a single
+    token.
     """
 
     undivided = "Gram-Schmidt acts on latents over the whole batch"

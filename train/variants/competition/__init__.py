@@ -23,10 +23,10 @@ memory in every step. Since beta averages over about a hundred steps, pairs that
 each is penalized before its statistics change.
 
 Paper: states two different values for the number of steps, for k and for every result. It prints the L1 baseline's
-numbers as those of "no competition"; here `competition-off` is the same model without (5), and `competition-baseline`
-is the L1 baseline. It prints no warm-up of lambda_1, which ours has unless `l1_warmup=0`. It writes E(x), so the
-encoder does not see x - b_dec. It does not state the activation or the units of its loss; the baseline's explained
-variance of 0.293 points to `reconstruction=mean normalize=none`.
+numbers as the results of "no competition"; here `competition-off` is the same model without (5), and
+`competition-baseline` is the L1 baseline. It mentions no warm-up of lambda_1; ours has one unless `l1_warmup=0`. It
+writes E(x), so the encoder does not see x - b_dec. It does not state the activation or the units of its loss; the
+baseline's explained variance of 0.293 points to `reconstruction=mean normalize=none`.
 
 `pairs.py` is (3), `penalty.py` is (4) and (5), `recipes.py` has the options and the recipes.
 

@@ -262,7 +262,7 @@ def count_cofiring(fires_BF: Tensor, first_P: Tensor, second_P: Tensor) -> Tenso
 
 
 class PairProducts(torch.autograd.Function):
-    """<left_i, right_j> for each pair, in blocks: the rows of all pairs together would exceed the dense J."""
+    """<left_i, right_j> for each pair, in blocks, since the rows of all pairs would exceed the dense J in size."""
 
     @staticmethod
     def forward(ctx: Any, left_FX: Tensor, right_FX: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ times as large (`lambda_by`).
 Paper: says that its input is normalized "using per-layer statistics from a 10K token sample", but not which statistics.
 We take it to mean the mean and the standard deviation of each dimension (`normalize=standardize`). It prints losses
 that are sums over raw activations. So L_recon in (5) is in these units whatever the input, unless `alpha_units=input`;
-the target 2.5 belongs to their variance at the paper's layer, 24.
+the target 2.5 presumes the variance of raw activations at the paper's layer, 24.
 
 Paper: trains with Adam and weight decay 0.01, added to the gradient, and mentions neither warm-up nor decay of the
 learning rate. The defaults here are AdamW's decay of W_enc alone and this package's schedule. The paper's readings

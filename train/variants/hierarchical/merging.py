@@ -52,7 +52,7 @@ class MergeSimilar(Mechanism):
         self.register_buffer("disabled_F", torch.zeros(resample.fired_WF.shape[1], dtype=torch.bool))
 
     def after_step(self, step: Step) -> None:
-        # A disabled latent is neither dead nor silent, so nothing restarts it.
+        # A disabled latent counts as neither dead nor silent, so nothing restarts it.
         self.resample.fired_WF.masked_fill_(self.disabled_F, 1)
         self.resample.dead.since_F.masked_fill_(self.disabled_F, 0)
 

@@ -9,8 +9,9 @@ from ...step import Mechanism, Step
 
 
 class AdaptivePenalty(Mechanism):
-    """alpha = clamp(target / L_recon, low, high), without a gradient (5). A coefficient, with its average as state.
+    """alpha = clamp(target / L_recon, low, high), without a gradient (5).
 
+    It serves as a coefficient. Its state includes the average of L_recon.
     L_recon is the error on the rows that the SAE sees, times `scale`. `scale` is 1 to measure the error on the SAE's
     own input, or the divisor of these rows to measure it in units of the cache. `reading` chooses L_recon:
         mean   the mean squared error per element; at the paper's explained variance this is 2.35 = 0.098 * 24 for raw

@@ -11,8 +11,8 @@ class ResampleByWindow(ResampleDead):
     """Resamples latents with p_i < `below`, where p_i is a sum over the last steps divided by `window` (4).
 
     `stability` chooses what a step adds to p_i: 1 if latent i fires on `any` of its tokens, or the `mean` over its
-    tokens. Paper: does not say which; by `mean`, most latents of a sparse SAE are dead. After a restart a latent has a
-    full window before it can be restarted again, as has every latent at the start of the run.
+    tokens. Paper: does not say which; with `mean`, most latents of a sparse SAE count as dead. After its restart, and
+    at the start of the run, a latent has a full window before it can be restarted.
 
     Paper: its sum from t - w to t has w + 1 terms. `terms` is w, or w + 1 as printed.
 
