@@ -215,7 +215,7 @@ def parse_margins(texts: Sequence[str], columns: Sequence[tuple[str, MetricColum
 def pair_line(
     system: ComparedSystem, base: ComparedSystem, metric: str, column: MetricColumn, margin: float | None
 ) -> AgainstLine | None:
-    """One line before its test; None if the number was not measured in both."""
+    """One line of the table before it is tested; None if the number was not measured in both systems."""
     values = [one.mean_and_spread(metric, column) for one in (system, base)]
     if values[0] is None or values[1] is None:
         return None

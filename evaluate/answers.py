@@ -131,7 +131,8 @@ def controls_beside(near: RunsBeside) -> Systems:
 
 
 def frontier_lines(near: RunsBeside) -> list[AgainstLine]:
-    """The run against the best other run whose L0 is no higher, by KL score and by EV. Its other seeds are left out."""
+    """The run against the best other run whose L0 is no higher, by KL score and by EV. The run's other seeds are left
+    out."""
     lines = []
     for number in FRONTIER_NUMBERS:
         if rival := best_rival(alone(near.run), map(alone, near.others), *number):
@@ -196,7 +197,7 @@ def share_of(near: RunsBeside, line: AgainstLine) -> Share | None:
 
 
 def answer_seed(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
-    """With one other seed, the difference. With more, whether the run lies in the range expected of another seed."""
+    """With one other seed: the difference. With more: whether the run lies in the range expected for another seed."""
     if lines:
         verdict, is_good = conclude(lines)
         more = "One other seed does not show how much seeds differ. Train more, then evaluate them together."
@@ -360,7 +361,7 @@ def not_measured(question: str, remedy: str, command: str) -> Answer:
 
 
 def missing_seeds(question: str, near: RunsBeside, suite: str) -> Answer:
-    """The answer if a number over seeds is missing: the other seeds exist, can be trained, or cannot."""
+    """The answer if a number over seeds is missing: the other seeds exist, can be trained, or cannot be."""
     run, folders = near.run, near.seed_folders
     if len(folders) > 1:
         there = f"{format_count(len(folders) - 1, 'other seed')} {'is' if len(folders) == 2 else 'are'} there"

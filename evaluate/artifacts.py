@@ -92,8 +92,8 @@ class ArtifactCache:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keep every artifact while this is open. On entry, remove activations above the limit if no other process uses
-        any.
+        """A context manager that keeps every artifact. On entry, it removes activations above the limit if no other
+        process uses the folder.
 
         All processes that use the folder share one operating-system lock. On a file system without locks nothing is
         removed.
@@ -203,7 +203,7 @@ class ArtifactCache:
 
 
 def kept_limit() -> float:
-    """Bytes that artifacts may take: $SAE_EVALUATION_GB, by default 100 GB. Raises UsageError for other values."""
+    """Bytes that artifacts may take: $SAE_EVALUATION_GB, by default 100 GB. Raises UsageError for an invalid value."""
     given = os.environ.get(LIMIT_VARIABLE, "") or "100"
     try:
         if (limit := float(given)) >= 0:

@@ -180,7 +180,7 @@ def name_references(found: Sequence[ComparedRun]) -> dict[str, dict[Any, Compare
 
 
 def mixed_seeds(run: ComparedRun, runs: Sequence[ComparedRun]) -> list[str]:
-    """A sentence for each metric that was computed over other seeds in another run of the same system."""
+    """A sentence for each metric that compared this run and another run of its system with different sets of seeds."""
     notes = []
     for metric, settings in run.settings.items():
         if "seeds" not in settings or "seed" not in run.record:
@@ -297,7 +297,7 @@ def systems_and_references(comparison: Comparison) -> dict[str, RunBySeed]:
 
 
 def detectable_line(comparison: Comparison) -> list[str]:
-    """The smallest difference between two systems that could be detected, below the table; empty if nothing is paired.
+    """The smallest detectable difference between two systems, shown below the table; empty if nothing is paired.
 
     It is the largest over the comparisons of the first system with each of the others, as in `--against`
     (docs/reference/statistics.md).

@@ -47,8 +47,8 @@ def conditions_of(folder: Path) -> dict[str, Any] | None:
 
 
 def base_of(record: RunRecord | None) -> str:
-    """The base recipe of a control; for another run, that of its controls: its own recipe if possible, else
-    batchtopk."""
+    """The recipe that a control is built from. For another run, the recipe that its controls are built from: its own if
+    possible, else batchtopk."""
     if record is None:
         return BASES[0]
     if record["variant"] in RECIPES:

@@ -32,7 +32,7 @@ PUBLISHED_NUMBER = find_column("core", "ce_loss_score")  # the reconstruction nu
 
 
 class Published(NamedTuple):
-    """A published result, at the L0 of an SAE: interpolated between the points on its two sides, over log L0."""
+    """A published result at an SAE's L0, interpolated over log L0 between the published points on either side."""
 
     name: str
     value: float
@@ -47,7 +47,7 @@ def l0_of(system: ComparedSystem) -> float | None:
 def best_rival(
     system: ComparedSystem, others: Iterable[ComparedSystem], metric: str, column: MetricColumn
 ) -> ComparedSystem | None:
-    """The best other system in a number at the system's L0 or less (the first among equals), or None."""
+    """The other system that is best in a number, among those whose L0 is no higher (the first of equals), or None."""
     own = l0_of(system)
     if own is None:
         return None

@@ -126,7 +126,7 @@ def load_run(
     device: str | None = "cpu",
     max_norm: float | None = None,
 ) -> tuple[EvalRow, Cache]:
-    """A run folder as a row, and the cache whose text it is evaluated on (`find_eval_cache`).
+    """A row for a run folder, and the cache whose text the SAE is evaluated on (`find_eval_cache`).
 
     `max_norm` is passed to `norm_limit_of`. Without a `device`, the weights are not read (`outline_sae`).
     """
@@ -136,7 +136,7 @@ def load_run(
 
 
 def row_of_run(folder: Path, sae: SAE, cache: Cache, max_norm: float | None = None) -> EvalRow:
-    """The row of a run folder on the text of a cache.
+    """A row for a run folder, to be evaluated on the text of a cache.
 
     The digest in `weights` covers more than the tensors, because the k of a TopK is not a tensor and one SAE can be
     evaluated at several hooks.
@@ -194,7 +194,7 @@ def model_loader() -> ModelLoader:
 
 
 def find_model_of(cache: Cache, given: str | None) -> tuple[ModelSource, Any]:
-    """The model of a cache and its configuration: at `given`, where the harvest found it, or on the Hub."""
+    """The model of a cache and its configuration, from `given`, the place where the harvest found it, or the Hub."""
     try:
         return find_recorded_model(
             cache.identity["model"], model_folders(cache), given, model_folders(cache, "adapters")

@@ -89,7 +89,7 @@ def add_control_notes(rows: Sequence[EvalRow]) -> None:
 def reference_rows_if_possible(
     plan: EvaluatePlan, group: EvalGroup, row_sets: Sequence[RowSet] | None = None
 ) -> list[EvalRow]:
-    """`reference_rows`; if disk or memory does not allow them, no rows, and a note in the plan."""
+    """Like `reference_rows`. If disk space or memory does not suffice, returns no rows and adds a note to the plan."""
     try:
         return reference_rows(group, row_sets)
     except Exception as error:

@@ -46,14 +46,14 @@ class RunsBeside:
 
 
 def find_neighbours(run: ComparedRun) -> RunsBeside:
-    """Read the references of a run and the runs in its folder. A warning names those that cannot be read."""
+    """Read the references of a run and the other runs in the same folder. A warning names those that cannot be read."""
     found = RunsBeside(run, read_references([run]))
     controls: dict[str, list[ComparedRun]] = {}
     for folder in sorted(run.folder.resolve().parent.iterdir()):
         if folder == run.folder.resolve() or not (folder / "sae.json").exists():
             continue
         try:
-            # A folder with many runs is read often. So only core is read, which is what all runs are compared by.
+            # A folder with many runs is read often. So only core is read, the metric by which all runs are compared.
             is_seed = digest_of_system(read_run_record(folder)) == digest_of_system(run.record) != ""
             other = read_run(folder, metrics=("core",))
         except SaeError as error:

@@ -115,7 +115,7 @@ class EvaluatePlan:
         return lines
 
     def _refusals(self) -> list[str]:
-        """Each reason once, followed by those runs to which it applies and which it does not name."""
+        """Each reason once, followed by the runs to which it applies, except those that the reason itself names."""
         lines = []
         for reason in dict.fromkeys(map(str, self.refused.values())):
             names = [folder.name for folder, error in self.refused.items() if str(error) == reason]
@@ -291,7 +291,7 @@ def text_notes(cache: Cache, ctx: EvalContext, rows: Sequence[EvalRow]) -> list[
 
 
 def unfinished_runs(runs: Sequence[Path]) -> list[Path]:
-    """Run folders whose training has started and not finished."""
+    """Run folders whose training has started but not finished."""
     return [run for run in runs if (run / "run.json").exists() and not (run / "sae.json").exists()]
 
 
@@ -390,7 +390,7 @@ def check_writable(folder: Path, needed: int) -> None:
 def raise_if_nothing_to_do(plan: EvaluatePlan) -> None:
     """When nothing can be measured and nothing was measured before, raise all reasons as one error.
 
-    The error has the exit code of the reasons if they share one.
+    If all reasons have the same exit code, so has the error.
     """
     if any(metric.name not in row.errors for row in plan.rows for metric in plan.metrics):
         return

@@ -175,7 +175,7 @@ def unseen(row: EvalRow, metric: Metric) -> SaeError:
 
 
 class NoView:
-    """The view of all ranks but the first, which shows nothing."""
+    """A view that shows nothing, for all ranks but the first."""
 
     def __init__(self, progress: ProgressFactory) -> None:
         self.progress = progress

@@ -147,8 +147,9 @@ def archived_file(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> 
 def archive_other_settings(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> None:
     """Copy a result with other settings to the archive, because it may have taken hours to measure.
 
-    The result is copied rather than moved, and its copy stays when it is brought back. Several processes can therefore
-    do both at once without taking results away from one another. Raises UnavailableError if the copy cannot be written.
+    The result is copied rather than moved, and the copy stays in the archive after it has been copied back. Several
+    processes can therefore do both at once without taking results away from one another. Raises UnavailableError if the
+    copy cannot be written.
     """
     path = result_file(folder, metric)
     with contextlib.suppress(DamagedError):  # there is no result, or the file is not a result and can be overwritten

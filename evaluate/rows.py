@@ -168,11 +168,11 @@ class EvalGroup:
         return [row.target for row in self.rows]
 
     def settings_of(self, metric: Metric, row: EvalRow) -> dict[str, Any]:
-        """All settings of a row's result of a metric. Raises SaeError if the row cannot be measured in this group."""
+        """All settings of a metric's result for a row. Raises SaeError if the row cannot be measured in this group."""
         return row.settings(self.settings[metric.name]) | metric.settings_of(row.target, self.targets)
 
     def measured_with(self, metric: Metric, pending: Sequence[EvalRow]) -> list[EvalRow]:
-        """Pending rows, then the rows with a result with which these are compared: seeds of the same system."""
+        """Pending rows, then the rows with results that they are compared with: other seeds of the same systems."""
         systems = set() if metric.independent_seeds else {row.target.system for row in pending}
         done = [row for row in self.rows if metric.name in row.results and row.target.system in systems]
         return [*pending, *done]

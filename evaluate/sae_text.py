@@ -42,7 +42,7 @@ class ContextChange:
         return ContextFormat(new, tuple(sorted({*form.skip_ids, *([] if new is None else [new])})), form.skip_positions)
 
     def apply(self, contexts: Contexts) -> Contexts:
-        """The contexts, cut, with the new first token, which also begins packed documents. Empty ones are left out.
+        """The contexts, cut and with the new first token, which also begins packed documents. Empty ones are left out.
 
         If a context was full, the added first token displaces its last token.
         """

@@ -39,7 +39,7 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
 def prediction_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """The range expected of another such value: mean ± t sd sqrt(1 + 1/n) by Student's t. Takes at least two values.
 
-    It is not the interval of the mean, which shrinks to a point with many values. This one does not.
+    Unlike the interval of the mean, it does not shrink to a point as the number of values grows.
     """
     spread = float(np.std(values, ddof=1)) * math.sqrt(1 + 1 / len(values))
     if not spread:
@@ -54,7 +54,7 @@ def fieller_interval(
     """Fieller's interval of the ratio of two paired means (J. R. Statist. Soc. B 16, 1954). Takes at least two pairs.
 
     These are the ratios q for which a paired t test of numerators - q denominators finds no difference from 0.
-    None where they have no ends, because the mean of the denominators may be 0.
+    None if they are unbounded, because the mean of the denominators may be 0.
     """
     top, bottom, pairs = float(np.mean(numerators)), float(np.mean(denominators)), len(numerators)
     limit = float(t.isf((1 - confidence) / 2, pairs - 1)) ** 2 / pairs
@@ -84,7 +84,7 @@ def bootstrap_interval(
     """95 % percentile interval of a statistic (`scipy.stats.bootstrap`); each sample is resampled by itself.
 
     `statistic` takes the samples as arguments and the keyword `axis`. The same `seed` gives the same draws, so
-    intervals of SAEs that were measured on the same units are made from the same resamples.
+    intervals of SAEs that were measured on the same units come from the same resamples.
     """
     # scipy refuses a sample of one value. Two copies of the value have the same resamples.
     arrays = [np.repeat(array, 2) if len(array := np.asarray(sample)) == 1 else array for sample in samples]

@@ -212,7 +212,8 @@ def seed_differences(
 def detectable_lines(rows: Sequence[EvalRow], metric: str, columns: Sequence[MetricColumn]) -> list[list[str]]:
     """A line with the smallest difference between two SAEs that this text could show; no line if nothing is paired.
 
-    It is the largest over the comparisons of the first SAE with each other SAE, at the level that remains for each.
+    That difference is the largest over the comparisons of the first SAE with each other SAE, at the level that remains
+    for each.
     """
     saes = [row for row in rows if not row.is_reference]
     if len(saes) < 2:

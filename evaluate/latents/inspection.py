@@ -42,12 +42,12 @@ LabelCandidate = tuple[float, int, str]
 
 @dataclass(frozen=True)
 class InspectedRun:
-    """A run that is open for inspection.
+    """A run that has been opened for inspection.
 
     Attributes:
         hook: where the SAE reads.
-        row: the results that were measured with these weights.
-        compared: the same run with the settings of its results, for comparing it with other runs.
+        row: the row of the run, with the results that were measured with these weights.
+        compared: the run and the settings of its results, in the form that comparisons with other runs read.
         labels: latent -> its labels from evaluations (`latent_labels`).
     """
 
@@ -135,7 +135,7 @@ def read_results(row: EvalRow) -> tuple[dict[str, MetricResult], dict[str, dict[
 
 
 def compared_run(row: EvalRow, settings: dict[str, dict[str, Any]]) -> ComparedRun:
-    """The run in the form that comparisons read: the results of its row, with their settings."""
+    """The run in the form that comparisons read, with the results of its row and the settings of each."""
     folder = row.folder or Path()
     record = read_run_record(folder)
     return ComparedRun(

@@ -1,6 +1,6 @@
 """Passages of text around the tokens at which latents fire.
 
-Shape suffixes: N contexts, S positions, K latents, P passages of each, W positions of a passage.
+Shape suffixes: N contexts, S positions, K latents, P passages of each latent, W positions of a passage.
 """
 
 import math
@@ -41,7 +41,7 @@ class PassageWindow(NamedTuple):
         return self.before + 1 + self.after
 
     def limited_to(self, context: int) -> Self:
-        """The window, or the whole context if it is no longer than the window."""
+        """This window, or one that spans the whole context if the context is no longer than this window."""
         return self if self.width < context else self._replace(before=context - 1, after=0)
 
     def starts(self, position_P: Tensor, context: int) -> Tensor:
@@ -95,7 +95,7 @@ class PassageTable:
         fresh_KP = index_KP >= kept
         stays_KP = torch.zeros(len(index_KP), kept + 1, dtype=torch.bool, device=index_KP.device)
         stays_KP.scatter_(1, index_KP.clamp(max=kept), True)
-        latent, slot = (~stays_KP[:, :kept]).nonzero(as_tuple=True)  # as many of each latent as fresh passages
+        latent, slot = (~stays_KP[:, :kept]).nonzero(as_tuple=True)  # per latent, one slot for each fresh passage
         context = index_KP[fresh_KP] - kept
         position = position_NK[context, latent]
         start = self.window.starts(position, length := f_NSK.shape[1])

@@ -84,7 +84,7 @@ class ActivationStats:
         self.histogram = Histogram(count, device)
         self.top = PassageTable(count, TOP_PASSAGES, window, device)
         self.sample = PassageTable(count, SAMPLED_PASSAGES, window, device)
-        self.generator = torch.Generator().manual_seed(0)  # on the CPU, so that every device draws the same
+        self.generator = torch.Generator().manual_seed(0)  # on the CPU, so that draws are the same on every device
         self.l0_parts: list[Tensor] = []
         self.pair_parts: list[Any] = []
         self.pair_tokens, self.pair_cost = 0, 0.0
@@ -257,9 +257,9 @@ def has_logit_effects(model: LanguageModel, hook: Hook) -> bool:
 def direct_logits(model: LanguageModel, rows_KD: Tensor) -> Tensor:
     """The direct effect of residual-stream directions on the logits: (K, D) -> (K, V), float32.
 
-    The directions are weighted by the final norm and multiplied with the unembedding, as with TransformerLens' W_U
-    after it has folded in that norm (its default), including the mean subtraction of a LayerNorm. Left out are the
-    norm's division (the same for all tokens), the soft cap (which preserves their order) and later blocks.
+    The directions are weighted by the final norm, including the mean subtraction of a LayerNorm, and multiplied with
+    the unembedding. TransformerLens' W_U has the same effect, because that norm is folded into it by default. Left out
+    are the norm's division (the same for all tokens), the soft cap (which preserves their order) and later blocks.
     """
     transformer: Any = model.model
     weight_VD = transformer.get_output_embeddings().weight

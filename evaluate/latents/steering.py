@@ -132,7 +132,7 @@ class PositionMask:
             handle.remove()
 
     def mask(self, device: torch.device) -> Tensor:
-        """True at the selected positions: (N or 1, S) bool, or (1,) if all are."""
+        """True at the selected positions: (N or 1, S) bool, or (1,) if all are selected."""
         if self.positions is None:
             return torch.ones(1, dtype=torch.bool, device=device)
         if self.position_ids is None:

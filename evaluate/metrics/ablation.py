@@ -46,7 +46,7 @@ class AblationProblem:
         return [self.draw(split, p, make_generator("paired", self.name, split, p)) for p in range(len(self.probes))]
 
     def task_source(self, split: str, generator: torch.Generator | None) -> DrawTask:
-        """A source of tasks drawn with the generator or, without a generator, of the fixed tasks."""
+        """A function that draws tasks with the generator or, without a generator, returns the fixed tasks."""
         fixed = self.fixed_tasks(split)
         return lambda probe: self.draw(split, probe, generator) if generator else fixed[probe]
 
@@ -122,7 +122,7 @@ class Ablation(Metric):
         bootstrap: BootstrapWeights,
         mode: str,
     ) -> AblationScores:
-        """Ablate the latents of largest effect and measure accuracies on the tasks that `draw_task` returns."""
+        """Ablate the latents with the largest effect and measure accuracies on the tasks that `draw_task` returns."""
 
     def settings(self, ctx: EvalContext) -> dict[str, Any]:
         texts = {name: dataset_version(name, ctx.data) for name in self.datasets}

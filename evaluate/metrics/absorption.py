@@ -152,7 +152,7 @@ class Absorption(Metric):
         return result.without_outliers(rows.outliers, len(rows.train_ND) + len(rows.test_ND))
 
     def scored_letters(self, mode: str, rows: SpellingRows) -> list[int]:
-        """Letters that the residual's probe finds; all letters in mode 2024-12. Raises SaeError if there are none."""
+        """Letters that the probe on the residual finds; in mode 2024-12, all. Raises SaeError if there are none."""
         f1_L = rows.f1_L
         letters = [letter for letter in range(26) if mode == "2024-12" or f1_L[letter] > self.min_GT_probe_f1]
         if not letters:

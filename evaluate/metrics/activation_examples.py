@@ -140,7 +140,7 @@ def token_bytes(name: str | bytes) -> bytes | None:
 
 
 class TokenText:
-    """The text of tokens, each on its own and in passages of one line."""
+    """Converts tokens to text, one token by itself or a passage on one line."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer

@@ -300,7 +300,8 @@ def mean_and_deviation(scores: Sequence[float]) -> tuple[float, float, list[floa
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """The mean over latents and its 95 % percentile interval over resampled latents, which is NaN below two latents."""
+    """The mean over latents and its 95 % percentile interval over resampled latents, which is NaN for one latent or
+    none."""
     if len(values) < 2:
         return (values or [math.nan])[0], (math.nan, math.nan)
     if len(set(values)) == 1:  # every resample has the same mean

@@ -56,7 +56,7 @@ class RowSet(NamedTuple):
     norm_limit: float | None = None
 
     def record(self, outliers: int) -> dict[str, Any]:
-        """The entries of this row set in the key of an artifact. The limit is included if it left out any rows
+        """The entries of this row set in the key of an artifact. The limit is included only if it left out rows
         (`outliers`)."""
         return self.hook.record | ({"norm_limit": self.norm_limit} if outliers else {})
 
@@ -110,7 +110,7 @@ class MetricColumn:
     better: str = ""  # "up", "down", or "" if neither is better
     floor: float | None = None  # smallest value; where higher is better, the value at chance or for a useless SAE
     ceiling: float | None = None  # largest value; where lower is better, the worst
-    shared: bool = True  # whether shares of controls are computed, i.e. an SAE without features is at the floor
+    shared: bool = True  # whether shares of controls are computed; if so, an SAE without features is at the floor
 
 
 @dataclass(frozen=True)
@@ -229,20 +229,20 @@ class Metric(ABC):
     def settings_of(self, target: EvalTarget, targets: Sequence[EvalTarget]) -> dict[str, Any]:
         """Further settings on which the result of `target` depends, such as the other `targets`.
 
-        Raises SaeError if the other targets do not suffice.
+        Raises SaeError if the metric needs other targets that are missing.
         """
         return {}
 
     def check(self) -> None:  # noqa: B027  (most metrics have nothing to check)
-        """Raise SaeError before any work for anything that would fail later: invalid options, an unreachable judge."""
+        """Raise SaeError early for anything that would fail later, such as invalid options or an unreachable judge."""
 
     def describe_cost(self, ctx: EvalContext, saes: int) -> list[str]:
         """Lines of the plan about the costs, other than time, of measuring `saes` SAEs."""
         return []
 
     def kept_bytes(self, ctx: EvalContext, targets: Sequence[EvalTarget]) -> int:
-        """At most how many bytes of activations measuring `targets` adds to the artifact cache. Does not need the
-        model.
+        """An upper bound on the bytes of activations that measuring `targets` adds to the artifact cache. Does not need
+        the model.
 
         If `knows_what_is_kept`, bytes that are already in the cache are not counted.
         """

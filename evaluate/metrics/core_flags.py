@@ -1,6 +1,6 @@
-"""Core's flags, sentences for `MetricResult.flags` about numbers that make an SAE look better than it is.
+"""Core's flags: sentences for `MetricResult.flags` about numbers that make an SAE look better than it is.
 
-In some column of the table, each of these SAEs is best: one that returns the mean of the text, one that never or always
+Each of these SAEs is best in some column of the table: one that returns the mean of the text, one that never or always
 fires, one without sparsity, and one with a wrong scale.
 """
 

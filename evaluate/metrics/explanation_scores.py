@@ -2,9 +2,9 @@
 
 `saebench` is the score of SAEBench 0.6.0, with reworded prompts: the judge names the passages, out of 14, on which the
 latent fires. `detection` and `fuzzing` are the scores of Paulo et al. 2024 (arXiv 2410.13928) and of the authors'
-library delphi: balanced accuracy over equally many passages with and without the latent (balanced_passages.py), asked
-PER_QUESTION at a time. In detection the judge says for each passage whether the latent fires in it. In fuzzing some of
-its tokens are marked, and the judge says whether the latent fires on the marked ones.
+library delphi: balanced accuracy over equally many passages with and without the latent (balanced_passages.py), with
+PER_QUESTION passages in one question. In detection the judge says for each passage whether the latent fires in it. In
+fuzzing some of its tokens are marked, and the judge says whether the latent fires on the marked ones.
 """
 
 import re

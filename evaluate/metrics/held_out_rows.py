@@ -66,7 +66,7 @@ def key_of(ctx: EvalContext, row_set: RowSet, tokens: int, batch_contexts: int) 
 
 
 def missing_bytes(ctx: EvalContext, row_sets: Iterable[RowSet], tokens: int, batch_contexts: int) -> int:
-    """At most how many bytes `read_rows` will add to the artifact cache. Does not need the model."""
+    """An upper bound on the bytes that `read_rows` will add to the artifact cache. Does not need the model."""
     rows = min(tokens, int(ctx.contexts.length.sum()))
     return sum(
         rows * ctx.row_bytes([row_set.hook])

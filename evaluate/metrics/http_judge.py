@@ -39,9 +39,10 @@ class Reply(NamedTuple):
 class Endpoint:
     """A chat model at `url`, the base URL of an API such as https://api.openai.com/v1.
 
-    If the endpoint is busy or unreachable, the request is retried after each of `waits` seconds. Redirects are not
-    followed, so the key goes to `url` only. Raises UnavailableError if the endpoint refuses, or does not return a chat
-    completion within the limits of size and time, and UsageError for an invalid URL or key or an unknown model.
+    If the endpoint is busy or unreachable, the request is sent again after each wait in `waits` (in seconds).
+    Redirects are not followed, so the key goes to `url` only. Raises UnavailableError if the endpoint refuses, or does
+    not return a chat completion within the limits of size and time, and UsageError for an invalid URL or key or an
+    unknown model.
     """
 
     url: str

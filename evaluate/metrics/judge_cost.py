@@ -38,7 +38,7 @@ def tokens_of_latent(tokenizer: Any, scores: Sequence[str]) -> list[int]:
 def describe_cost(
     tokenizer: Any, latents: int, scores: Sequence[str], *, judge: str, prices: tuple[float, float], kept: int
 ) -> str:
-    """A line of the plan: at most how many questions, input tokens and output tokens explaining these latents takes.
+    """A line of the plan: upper bounds on the questions, input tokens and output tokens for explaining these latents.
 
     `judge` is its name, "" if there is none; `prices` are per million input and output tokens, 0 if unknown; `kept` is
     the number of answers from earlier runs. Input tokens are counted with `tokenizer`, the evaluated model's.

@@ -16,7 +16,7 @@ from ...common.tokenizers import tokenizer_digest
 from ..context import EvalContext
 from .base import Progress
 
-MAX_TOKENS = 1024  # including BOS; of a longer text, the last ones are kept
+MAX_TOKENS = 1024  # including BOS; longer texts are cut to their last tokens
 TOKENS_PER_FORWARD = 8192  # with padding
 
 

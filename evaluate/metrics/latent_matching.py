@@ -28,7 +28,7 @@ BlockSimilarity = Callable[[slice], Tensor]  # a slice of the F latents -> their
 
 
 class Matching(NamedTuple):
-    """The partner of each latent (F,), or -1, and the signed similarity of the two (F,), or 0."""
+    """The partner of each latent (F,), -1 for none; and their signed similarity (F,), 0 where there is no partner."""
 
     partner_F: np.ndarray
     similarity_F: np.ndarray

@@ -26,7 +26,7 @@ PAIR_BYTES = 48  # memory for each pair of latents: sums in float32 and float64,
 
 
 class LatentPairs:
-    """Inner products of the latents at some tokens, for all pairs of at most `latents` of them."""
+    """Inner products of the latents over some tokens, for all pairs in a sample of at most `latents` latents."""
 
     def __init__(self, latents: int) -> None:
         self.latents = latents
@@ -36,7 +36,8 @@ class LatentPairs:
         self.sparse: list[csr_array] = []  # latents of the current batch that are not yet in batch_FF
 
     def add(self, f_TF: Tensor) -> None:
-        """Add f^T f for some tokens of a batch; sparse parts wait for its end. Only the upper triangle is complete."""
+        """Add f^T f for some tokens of a batch. Sparse latents are stored and added when the batch ends. Only the upper
+        triangle of the sum is complete."""
         if self.index_F is None:
             self.index_F = self.sample(f_TF)
         paired_TF = f_TF.index_select(1, self.index_F) if len(self.index_F) < f_TF.shape[1] else f_TF
@@ -147,7 +148,8 @@ def decoder_geometry(W_dec_FD: Tensor, latents: int) -> dict[str, float]:
     """|cosine| between pairs of decoder rows, and the effective rank of the decoder (Roy and Vetterli 2007).
 
     The effective rank is exp of the entropy of the normalized singular values. Rows are scaled to unit length first, so
-    that their lengths do not matter. The pairs come from a sample of `latents` latents; with 0 there are none.
+    that their lengths do not matter. The pairs come from a sample of `latents` latents; if that is 0, there are no
+    pairs.
     """
     unit_FD = torch.nn.functional.normalize(W_dec_FD.float(), dim=1)
     sample_FD = unit_FD[sample_latents(len(unit_FD), latents, unit_FD.device)]

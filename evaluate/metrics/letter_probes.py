@@ -176,7 +176,8 @@ def split_latents(
 
 
 def count_split_latents(f1_of_k: Iterable[float], jump: float) -> tuple[int, list[float]]:
-    """How many of F1_1, F1_2, ... exceed the one before by more than `jump` (at least 1), and the F1s read."""
+    """The number of leading F1s, each above the one before by more than `jump` (at least 1), and all F1s that were
+    read."""
     seen: list[float] = []
     for value in f1_of_k:
         seen.append(value)

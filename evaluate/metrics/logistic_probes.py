@@ -81,7 +81,7 @@ def splits_of(
 
 
 def imbalanced_size(label_N: np.ndarray) -> int:
-    """The number of texts that is possible at every one of SHARES. The rarer class limits it, at its largest share."""
+    """The largest number of texts that allows every one of SHARES. The rarer class limits it, at its largest share."""
     positive = int(label_N.sum())
     return int(min((len(label_N) - positive) / (1 - min(SHARES)), positive / max(SHARES)))
 

@@ -33,7 +33,7 @@ def tokens_at_once(numbers: int, device: torch.device | str) -> int:
 def tokens_per_encode(sae: SAELike, x_TD: Tensor, device: torch.device | str) -> int:
     """How many tokens an SAE encodes at a time. The number of latents is found by encoding one row.
 
-    An SAE that cannot encode it gets all tokens at once, and fails where its error is expected.
+    An SAE that cannot encode that row gets all tokens at once, and fails where its error is expected.
     """
     try:
         latents = sae.encode(copy_to_device(x_TD[:1].float(), device)).shape[-1]

@@ -86,7 +86,7 @@ class PooledLatents:
 
 
 def rows_per_encode(d_sae: int, device: torch.device) -> int:
-    """How many rows one call of `encode` takes.
+    """The number of rows to pass to `encode` at a time.
 
     On a CPU their latents take 4 MB, which fits into the cache and reuses memory. The system allocates tensors of tens
     of MB anew each time, which took as long as the matrix multiplications.

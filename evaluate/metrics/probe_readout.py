@@ -1,7 +1,7 @@
 """Logits of linear probes on texts, before and after latents are ablated, without decoding (SCR and TPP).
 
-SAEBench ablates by x' = x - x_hat + decode(f with some latents set to 0), at every position of the padded text. The
-decoder is affine, so a probe on the mean of x' over a text reads
+SAEBench ablates latents by replacing x by x' = x - x_hat + decode(f with some latents set to 0), at every position of
+the padded text. The decoder is affine, so a probe on the mean of x' over a text reads
 
     w x_mean + b - sum over ablated i of F_i (w . d_i),    F_i = (sum of f_i over all positions) / (counted tokens)
 

@@ -67,8 +67,8 @@ def random_latents(direction_FD: Tensor, x_DT: Tensor, active_F: np.ndarray) -> 
 
 
 def strongest(value_T: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The indices of the `count` largest values, and how far they exceed the next smaller value; fewer if some equal
-    it.
+    """The indices of the `count` largest values, and by how much each exceeds the next smaller value. Values equal to
+    that one are left out.
 
     A sample provides a lower bound of that next value, so that only few values have to be sorted. If no more than
     `count` values reach it, it is not a bound, and all values are sorted.

@@ -11,8 +11,8 @@ Source: Huang et al. 2024, arXiv 2402.17700, as measured by SAEBench 0.6.0 (`eva
 model answers right are used. For each SAE and attribute, a mask is trained on 70 % of the pairs of questions and tested
 on the rest (ravel_masks). Scores are averaged over the attributes of an entity type, then over the types.
 
-With the same order of attributes, pairs and batches equal SAEBench's. There are three differences. The position of the
-entity's last token differs if the tokenizer puts nothing before a text (SAEBench then reads the token after it) or
+Given the same order of attributes, the pairs and batches equal SAEBench's. There are three differences. The position of
+the entity's last token differs if the tokenizer puts nothing before a text (SAEBench then reads the token after it) or
 joins that token with what follows. Time zones differ (ravel_answers). Attributes about which the model knows too little
 are left out, and the result says so. Questions whose entity is an outlier row (`EvalTarget.norm_limit`) are left out.
 If there are any, the metric is also measured with them, to obtain SAEBench's numbers.

@@ -192,7 +192,7 @@ def ask(ctx: EvalContext, prompts: Sequence[FactPrompt], tokens: int, what: str,
 def known_prompts(
     prompts: Sequence[FactPrompt], answer_NK: Tensor, tokenizer: Any, top_entities: int
 ) -> list[FactPrompt]:
-    """The prompts that the model answers right, for the entities with the most of them."""
+    """The prompts that the model answers right, for the entities with the most such prompts."""
     answers = tokenizer.batch_decode(answer_NK)
     known = [
         replace(prompt, first_token=first)

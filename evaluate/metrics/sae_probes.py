@@ -199,7 +199,7 @@ class SaeProbes(Metric):
         self, ctx: EvalContext, problem: "ProbeProblem", side: str, features: Mapping[str, Any],
         probe: Callable[[ProbeSplit], SplitScores],
     ) -> "DatasetScores":  # fmt: skip
-        """The scores of one data set, from the artifact cache or computed. A killed evaluation continues after them.
+        """The scores of one data set, from the artifact cache or computed. After a kill, they are not computed again.
 
         They are keyed by a digest of the probes' inputs, so any object that encodes can reuse them.
         """
@@ -259,7 +259,7 @@ class ScoredSAE:
 
 
 def balanced(label_N: np.ndarray, usable_N: np.ndarray, max_texts: int) -> np.ndarray:
-    """Indices, ascending, of the first usable texts of each class: as many of both, at most `max_texts` in all."""
+    """The indices, ascending, of the first usable texts: equally many of each class, at most `max_texts` in all."""
     by_class = [np.flatnonzero(usable_N & (label_N == label)) for label in (0, 1)]
     each = min(max_texts // 2, *map(len, by_class))
     return np.sort(np.concatenate([texts[:each] for texts in by_class]))

@@ -59,8 +59,8 @@ def splice(
 ) -> Tensor:
     """The activations of one batch (N, S, D) with the SAE's reconstruction at the counted tokens.
 
-    The batch is encoded once, `tokens` tokens at a time (default: `tokens_per_encode`). It is added to each of the
-    `statistics`, restricted to the rows (N, S) given with it, which are counted tokens.
+    The batch is encoded once, `tokens` tokens at a time (default: `tokens_per_encode`). Each of the `statistics` comes
+    with a mask (N, S) of some of the counted tokens, and only these tokens are added to it.
     """
     replaced_NS = torch.ones_like(counted_NS) if target.everywhere else counted_NS
     x_RD, context_R = x_NSD[replaced_NS], replaced_NS.nonzero()[:, 0]
@@ -91,7 +91,7 @@ class SAEStatistics:
     """Sums in float64, for one SAE, over some of the counted tokens: reconstruction, sparsity and pairs of latents.
 
     `splice` adds batches. It calls `add_latents` for each chunk of a batch, then `end_batch`, which also computes the
-    numbers that SAEBench defines per batch. `pairs` is None without `paired_latents`.
+    numbers that SAEBench defines per batch. `pairs` is None if `paired_latents` is 0.
     """
 
     def __init__(self, paired_latents: int = 0) -> None:

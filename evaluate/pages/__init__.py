@@ -1,1 +1,1 @@
-"""Pages that need no server: their common frame, and charts for pages and papers."""
+"""Static HTML pages: the frame that they share, and charts for pages and papers."""

@@ -1,4 +1,4 @@
-"""`sae dashboard`: one self-contained HTML file with a run's numbers and every latent. It needs no server.
+"""`sae dashboard`: one self-contained HTML file with a run's numbers and every latent. It opens without a server.
 
 The page holds compressed JSON: the text (once), the columns of the table of latents, and blocks of latents. A block is
 unpacked when one of its latents is opened.
@@ -47,7 +47,7 @@ DENSITY_BINS_PER_DECADE, MAX_L0_BINS = 8, 40
 
 
 def compress_json(value: Any) -> str:
-    """The value as JSON, gzip, base64. Equal values produce equal text."""
+    """The value as JSON, compressed with gzip and encoded in base64. Equal values produce equal text."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
@@ -58,18 +58,19 @@ def round_digits(value: float) -> float:
 
 
 class TokenIndex:
-    """Numbers the texts of tokens in the order in which a page first uses them. `words` lists the texts."""
+    """Gives each distinct token text an index, in the order in which a page first uses them. `words` lists the
+    texts."""
 
     def __init__(self, run: InspectedRun) -> None:
         self.run, self.places = run, dict[str, int]()
         self.words: list[str] = []
 
     def __call__(self, token: int) -> int:
-        """The number of a token that is shown on its own."""
+        """The index of the text of a token that is shown on its own."""
         return self._number(self.run.token_text.display(token))
 
     def text(self, tokens: Sequence[int]) -> list[int]:
-        """The numbers of successive tokens, which can share characters."""
+        """The indices of the texts of successive tokens. Several tokens can share one character."""
         return [self._number(text) for text in self.run.token_text.display_text(tokens)]
 
     def _number(self, text: str) -> int:

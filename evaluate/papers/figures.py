@@ -77,7 +77,8 @@ def over_training(
 
 
 def curve(runs: Sequence[SystemRun], name: str, share_of: str = "") -> Values:
-    """Tokens -> a logged scalar in each run, or its share of another scalar. Lines where that is 0 are left out."""
+    """Tokens -> a logged scalar in each run, or its share of another scalar. Lines where the other scalar is 0 are left
+    out."""
     values: Values = {}
     for run in runs:
         lines = [line for line in run.log if name in line and "tokens" in line]

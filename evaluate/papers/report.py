@@ -300,7 +300,8 @@ def uses_stand_in(metric: str, runs: Sequence[SystemRun], on_paper_model: bool) 
 
 
 def format_measured(claim: Claim, shown: Sequence[tuple[Sequence[float], Sequence[float]]]) -> str:
-    """The mean and sd over seeds, also of any other system; with several recipes or layers, the range."""
+    """The mean and sd over seeds, also for the other system if there is one; the range with several recipes or
+    layers."""
     if not shown:
         return ""
     relative = claim.unit == "%" and (claim.is_change or claim.says)  # % of the other system's number, in any unit

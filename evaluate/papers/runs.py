@@ -12,7 +12,7 @@ from ..compared_runs import ComparedRun
 from ..metrics.base import MetricResult
 
 MIN_ALIVE = 0.10  # share of latents that fire; below it the SAE has collapsed
-VARIANCE_TOLERANCE = 0.10  # allowed difference of explained variance on held-out text from the last training steps
+VARIANCE_TOLERANCE = 0.10  # allowed difference between explained variance on held-out text and in the last steps
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,7 @@ def agrees(claim: Claim, numbers: Sequence[float]) -> bool:
 
 
 def other_agrees(claim: Claim, numbers: Sequence[float]) -> bool:
-    """Whether the other system's number agrees with its printed one, too, which reproducing a comparison requires. True
+    """Whether the other system's number also agrees with its printed number, as a reproduced comparison requires. True
     if the paper prints none or the other system was not run."""
     if claim.against_value is None or not numbers:
         return True
