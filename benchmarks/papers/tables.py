@@ -1,4 +1,4 @@
-"""Tables of the comparison, made from the records alone.
+"""Tables of the comparison, generated from the records alone.
 
     python benchmarks/papers/tables.py > page.md
 
@@ -46,12 +46,13 @@ class Line:
     """One comparison a - b of one measure.
 
     Attributes:
-        differences: by seed, of which each is the mean over layers; None if there are no two.
+        differences: one per seed, each the mean over layers; None if there are fewer than two.
         by_layer: layer -> differences by seed.
         l0: mean L0 of a and b.
         claim: what the paper says of a: lower, higher, equal or "".
         why_not: why it is not tested.
-        l0_shift: what the difference of L0 alone makes of the measure, by the slope of the frontiers; None: unknown.
+        l0_shift: the change of the measure that the difference in L0 alone would cause, by the slope of the frontiers;
+        None: unknown.
     """
 
     id: str
@@ -93,7 +94,7 @@ def make_line(
     design: Mapping[str, Any], valid: Valid, model: str, pair: Mapping[str, Any], measure: str, claim: str,
     why_not: str = "",
 ) -> Line:  # fmt: skip
-    """A comparison, from the records that there are."""
+    """A comparison, from the records that exist so far."""
     own, about = pair.get("own", False), design["model"][model]
     layers = [about["main_layer"]] if own or measure.startswith("probe") else about["layers"]
     parts = ("own", pair.get("part_b", "own")) if own else ("middle", "middle")
@@ -193,7 +194,7 @@ def families(
 
 
 def verdict(line: Line, found: Finding, tested: bool) -> str:
-    """The words of docs/reference/statistics.md, and how it stands to what the paper says."""
+    """The verdict in the words of docs/reference/statistics.md, and whether it agrees with the paper's claim."""
     if line.why_not:
         return line.why_not
     if not tested or line.differences is None:
@@ -216,7 +217,7 @@ def verdict(line: Line, found: Finding, tested: bool) -> str:
 
 
 def widened(one: PairedDifferences, comparisons: int) -> tuple[float, float]:
-    """The interval of the mean at the level that Bonferroni leaves to each of so many comparisons."""
+    """The interval of the mean at the Bonferroni-corrected level for this number of comparisons."""
     return mean_interval(one.values, 1 - LEVEL / max(1, comparisons)) if one.has_spread else one.interval
 
 
@@ -298,7 +299,7 @@ def tuning_table(design: Mapping[str, Any], known: Sequence[Known], valid: Valid
 
 
 def frontier_table(design: Mapping[str, Any], known: Sequence[Known], valid: Valid, model: str) -> list[str]:
-    """KL score and EV at each L0, of seed 0."""
+    """KL score and EV of seed 0 at each L0."""
     about = design["model"][model]
     targets = sorted({*about["frontier"], about["l0"]})
     systems = dict.fromkeys(one.job.system for one in known if one.job.model == model and one.job.part == "frontier")

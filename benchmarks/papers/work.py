@@ -1,4 +1,4 @@
-"""Train and evaluate jobs through the product's own functions, and make their records.
+"""Train and evaluate jobs with the package's own functions, and write their records.
 
 Nothing here trains or measures: runs are planned by `plan_training`, trained on one pass by `run_training`, and
 measured by `evaluate_saes`.
@@ -104,7 +104,8 @@ class Bench:
         ]
 
     def plan(self, job: Job, caches: Caches) -> Run:
-        """The run of a job. Finished runs keep their folder, which has a name by what decides the run."""
+        """The run of a job. A finished run is found again in its folder, whose name follows from everything that
+        decides the run."""
         options = list(job.options)
         if job.rate is not None:
             options.append(f"lr={job.rate:g}")
@@ -118,7 +119,7 @@ class Bench:
         return run
 
     def train(self, jobs: Sequence[Job], caches: Caches) -> tuple[list[Run], float]:
-        """Train the runs of jobs on one pass. Returns them, those that failed with their `problem`, and the seconds."""
+        """Train the runs of jobs in one pass. Returns the runs, where failed ones have a `problem`, and the seconds."""
         runs, started = [self.plan(job, caches) for job in jobs], time.monotonic()
         distinct = list({run.folder: run for run in runs}.values())
         plan = TrainPlan(TrainConfig(device="cpu", precision="float32", checkpoint_every=500), distinct)
@@ -176,7 +177,8 @@ class Bench:
         return results, seconds, errors
 
     def measure_stability(self, one: Known, caches: Caches) -> Path:
-        """Of the seeds of a system. A run whose files this machine does not have is trained again."""
+        """Measure the stability of the seeds of a system. A run whose files are not on this machine is trained
+        again."""
         job, started = one.job, time.monotonic()
         runs, _ = self.train(self.seed_jobs(job), caches)
         content = self.base(one, caches)
@@ -197,7 +199,7 @@ class Bench:
         return write_record(self.records, job, content)
 
     def base(self, one: Known, caches: Caches) -> dict[str, Any]:
-        """What every record has."""
+        """The fields that every record has."""
         return {
             "id": one.job.id, "digest": one.digest, "job": one.job.identity(), "date": date.today().isoformat(),
             "commit": self.commit, "versions": {name: version(name) for name in ("torch", "numpy", "transformers")}
@@ -209,7 +211,7 @@ class Bench:
         self, one: Known, run: Run, results: Mapping[str, Mapping[str, MetricResult]], trained: float,
         seconds: Mapping[str, float], caches: Caches,
     ) -> dict[str, Any]:  # fmt: skip
-        """The record of a run. Seconds are those of the unit, shared out equally over its runs."""
+        """The record of a run. The seconds of the unit are divided equally among its runs."""
         content = self.base(one, caches)
         count = max(1, len(results))
         shared = {name: round(value / count, 1) for name, value in {"train": trained, **seconds}.items()}
@@ -224,14 +226,14 @@ class Bench:
 
 
 def found(row: EvalRow, suite: str) -> dict[str, MetricResult]:
-    """The result of a metric without outlier rows. Raises the error of one that could not be measured."""
+    """The result of a metric without outlier rows. Raises the metric's error if it could not be measured."""
     if suite in row.errors:
         raise row.errors[suite]
     return {suite: row.results[suite].sound}
 
 
 def measures(results: Mapping[str, MetricResult]) -> dict[str, dict[str, float | None]]:
-    """Value and interval over the text of each measure."""
+    """The value of each measure, and its interval over the text."""
     values: dict[str, dict[str, float | None]] = {}
     for name, (metric, category, number) in MEASURES.items():
         if metric in results:
@@ -242,7 +244,7 @@ def measures(results: Mapping[str, MetricResult]) -> dict[str, dict[str, float |
 
 
 def unit_values(results: Mapping[str, MetricResult]) -> dict[str, dict[str, float]]:
-    """By document, letter or data set, for comparisons of two runs."""
+    """Values by document, letter or data set, for comparisons of two runs."""
     values = {}
     for name in BY_UNIT:
         metric, category, number = MEASURES[name]
@@ -265,7 +267,7 @@ def rounded(value: float | None) -> float | None:
 
 
 def weights_digest(run: Run) -> str:
-    """Equal for two runs only if their SAEs are equal bit for bit."""
+    """A digest that is equal for two runs only if their SAEs are equal bit for bit."""
     sae = read_sae_record(run.folder)
     return digest_of({key: sae[key] for key in ("sha256", "activation", "pre_bias")})[:16]  # type: ignore[literal-required]
 

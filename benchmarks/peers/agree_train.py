@@ -198,7 +198,7 @@ def main() -> None:
 
 
 def report(peer: str, folder: Path, agreeing: list[str], effects: dict[str, list[str]]) -> None:
-    """One line of the first table for each recipe, and what the second says of it."""
+    """One line of the first table for each recipe, and its lines of the second table."""
     x_SBD, _ = read(folder / "data.safetensors")
     for recipe in PEERS[peer]:
         initial, _ = read(folder / f"{recipe}.safetensors")

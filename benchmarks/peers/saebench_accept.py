@@ -1,8 +1,8 @@
 """`saebench_reference.py --accept`: run the tests against SAEBench's fixtures and print what each compared, as a table.
 
 A test records its headline number on both sides, the largest relative difference of all its numbers, and what has to be
-equal (`record_comparison` in tests/evaluate/conftest.py). Tests record before they assert, so the table has failing
-differences too.
+equal (`record_comparison` in tests/evaluate/conftest.py). Tests record before they assert, so the table also has the
+differences of failing tests.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """SAELens' side: `python saelens.py rows.bin folder [--dtype float16] [--check]`, one line of JSON.
 
-Its own runner writes, end to end, and its own store reads, as its training asks it to. Only two things are put in its
-place: the model, which hands over the precomputed rows, and the tokens, which are ready.
+Its own runner writes, end to end, and its own store reads, as its training asks it to. Only two parts are replaced: the
+model, by one that returns the precomputed rows, and the tokens, which are prepared beforehand.
 """
 
 import argparse
@@ -30,7 +30,7 @@ HOOK = "blocks.12.hook_resid_post"
 
 
 class Precomputed:
-    """Stands for the model: hands over the next contexts, in bfloat16 as a model would."""
+    """Replaces the model: returns the next contexts, in bfloat16 as a model would."""
 
     W_E = torch.empty(0)  # the store asks on which device the embedding is
 

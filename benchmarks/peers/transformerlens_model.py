@@ -1,4 +1,5 @@
-"""A Gemma 2 of ours, of any size, as TransformerLens' model: what peers are given in place of one by name."""
+"""A Gemma 2 of ours, of any size, as a TransformerLens model, passed to peers that would otherwise load a model by
+name."""
 
 from pathlib import Path
 

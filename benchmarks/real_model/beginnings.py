@@ -1,4 +1,4 @@
-"""What a context begins with: the model's loss with nothing, or one of several tokens, in front of the same text."""
+"""The beginning of a context: the model's loss with nothing, or one of several tokens, in front of the same text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,8 @@ def compare_beginnings(
 ) -> dict[str, dict[str, Any]]:
     """CE of the same tokens for each beginning (a token id, or None), and how many rows are outliers at each layer.
 
-    `begins_with_token` says that the contexts of `text` begin with a token that is not of the text; it is cut off.
+    `begins_with_token` says that the contexts of `text` begin with a token that is not part of the text; this token is
+    cut off.
     """
     bodies = [ids[begins_with_token:length] for ids, length in zip(text.ids, text.length, strict=True)]
     bodies = [body.astype(np.int64) for body in bodies if len(body) > FROM + 1]

@@ -5,8 +5,8 @@
 
 Trains RECIPES and CONTROLS on the cache of the standing arm, all with one width, L0 and number of steps; measures core,
 stability, absorption and sae_probes on all of them; and writes what `sae compare --against` prints to
-benchmarks/results or --out. Every command skips what is done, so a bench that was stopped goes on where it was:
-training at a checkpoint, sae_probes at a data set, the other metrics at their beginning.
+benchmarks/results or --out. Every command skips what is done, so a stopped bench continues where it was: training at a
+checkpoint, sae_probes at a data set, and the other metrics from their beginning.
 
 sae_probes runs over the DATASETS of sae-probes with the shortest texts, since on a processor the texts decide how long
 it takes, and over up to 2,000 texts of each. Get them first, with SAE_HOME=FOLDER/standing: `sae data get sae-probes`.
@@ -38,7 +38,7 @@ DATASETS = (  # the forty with the fewest tokens a text, as SmolLM2's tokenizer 
 
 @dataclass(frozen=True)
 class Bench:
-    """Runs `sae` with the home of the standing arm."""
+    """Runs `sae` with the standing arm's home as SAE_HOME."""
 
     home: Path
 
@@ -61,7 +61,7 @@ class Bench:
         )  # fmt: skip
 
     def runs(self, asked: argparse.Namespace) -> list[Path]:
-        """The finished runs of the asked recipes, seeds, L0 and steps."""
+        """The finished runs of the requested recipes, seeds, L0 and steps."""
         found = []
         for path in sorted(self.home.glob("runs/*/run.json")):
             run = json.loads(path.read_text())

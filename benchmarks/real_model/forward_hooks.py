@@ -4,8 +4,8 @@
 
 This file imports nothing of the package and shares no code with it. It reads the files as docs/reference/cache-
 format.md and sae.json describe them, encodes by the equations of the recipes, and runs the whole model once for each
-SAE with a forward hook on its block. What it measures stays per row, so that the numbers can be taken again without any
-one row.
+SAE with a forward hook on its block. Measurements are kept for each row, so that the numbers can be computed again
+without any one row.
 
 Definitions. Counted rows are the tokens of the held-out contexts that are not special and, where the cache has a limit,
 not over it in norm. A reconstruction replaces the activation at counted rows only. KL(model || spliced) is averaged
@@ -55,7 +55,7 @@ class HeldOutText:
 
 @dataclass
 class PlainCache:
-    """What is read of a cache: its identity, its statistics, its text and its rows."""
+    """The parts of a cache that are read: its identity, statistics, text and rows."""
 
     folder: Path
     attributes: dict[str, Any] = field(init=False)
@@ -72,7 +72,7 @@ class PlainCache:
         return json.loads((self.folder / "manifest.json").read_text())["statistics"][array].get("norm_limit")
 
     def held_out(self, tokens: int | None = None) -> HeldOutText:
-        """The held-out contexts, or the first of them that hold `tokens` tokens."""
+        """The held-out contexts, or the first of them that together hold `tokens` tokens."""
         group = zarr.open_group(self.folder / "tokens", mode="r")
         chosen = np.flatnonzero(group["held_out"][:])
         length = group["length"][:][chosen]
@@ -145,7 +145,8 @@ def load_plain_sae(folder: Path) -> PlainSAE:
 
 @dataclass
 class RowTable:
-    """What was measured at each row that is a token and not special. R rows, K SAEs; of outlier rows too, if spliced.
+    """Measurements at each row whose token is not special: R rows, K SAEs. Outlier rows are included if they were
+    spliced.
 
     `error` is |x - x_hat|^2, `distance` |x - mean of the counted x|^2. `ce` is NaN where no token follows. `first_row`
     (K, F) is the row on which each latent is largest, -1 where it never fires.

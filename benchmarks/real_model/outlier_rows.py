@@ -1,4 +1,4 @@
-"""What a few rows of huge norm do to the numbers of a cache and of its SAEs, with and without masking them.
+"""How a few rows of huge norm change the numbers of a cache and of its SAEs, with and without masking these rows.
 
 Everything is computed from what forward_hooks.py measures, row by row.
 """
@@ -114,7 +114,7 @@ def order_of_pairs(table: RowTable, number: str) -> Iterator[dict[str, Any]]:
     """Each pair of SAEs: the difference of a number, its paired 95 % interval over documents, and what one row does.
 
     `number` is "fve" or "kl". The order of two SAEs by explained variance is that of their summed errors, since they
-    share the variance. `rows_that_turn_it` are the rows without any one of which the order is the other way round.
+    share the variance. `rows_that_turn_it` are the rows of which each one alone, if left out, reverses the order.
     """
     value, weight = (table.error, table.distance) if number == "fve" else (table.kl, np.ones(len(table.norm)))
     sign = -1 if number == "fve" else 1
@@ -136,7 +136,8 @@ def order_of_pairs(table: RowTable, number: str) -> Iterator[dict[str, Any]]:
 
 
 def order_stability(table: RowTable) -> dict[str, Any]:
-    """Whether any decided order (its interval excludes zero) turns when one held-out row is left out; and near ties."""
+    """Whether any decided order (one whose interval excludes zero) is reversed when one held-out row is left out; and
+    near ties."""
     numbers = ("fve", "kl") if table.has_losses else ("fve",)
     pairs = [pair for number in numbers for pair in order_of_pairs(table, number)]
     ev = explained_variance_without_each_row(table)

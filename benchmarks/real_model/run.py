@@ -6,12 +6,12 @@ Two arms, each with a home of its own (FOLDER/<arm>, its SAE_HOME):
 
     standing   the defaults: harvest, train, core, absorption, a dashboard, a comparison
     sinks      the same model with <|im_start|> before every context, which makes attention sinks: rows of a hundred
-               times the median norm. What masking them changes is measured here
+               times the median norm. The effect of masking them is measured here
 
 and between them three checks that share no code with the package (forward_hooks.py): KL, CE and explained variance of
 every SAE, the bits of stored activations, and what a context should begin with. Each stage writes FOLDER/stages/<stage>
-.json when it is done and is skipped from then on; a stage that was killed goes on where the command that it runs goes
-on. At the end stand a JSON file and a Markdown table of everything, in benchmarks/results/ or --out.
+.json when it is done and is skipped from then on; a stage that was killed continues where its command continues. At the
+end, a JSON file and a Markdown table of everything are written to benchmarks/results/ or --out.
 """
 
 import argparse
@@ -65,7 +65,7 @@ CHECKED = {
 
 @dataclass(frozen=True)
 class Arm:
-    """One harvest with what is trained on it."""
+    """One harvest and the runs that are trained on it."""
 
     name: str
     home: Path
@@ -87,7 +87,7 @@ class Arm:
 
 
 class Bench:
-    """Runs stages and keeps what each has found and how long it took."""
+    """Runs stages and keeps the result and the duration of each."""
 
     def __init__(self, args: argparse.Namespace, model: Path, text: Path) -> None:
         self.args, self.model, self.text, self.folder = args, model, text, args.folder
@@ -253,7 +253,7 @@ class Bench:
 
 
 def sound_numbers(result: dict[str, Any]) -> dict[str, float]:
-    """EV, KL and CE of an evaluation: without outlier rows where there are some, else of all rows."""
+    """EV, KL and CE of an evaluation: without outlier rows if the text has any, otherwise over all rows."""
     metrics = result["metrics"]
     return {name: metrics.get(f"masked_{category}", metrics[category])[name] for name, category in CHECKED.items()}
 

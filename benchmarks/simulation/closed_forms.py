@@ -1,4 +1,4 @@
-"""What has a formula, for the simulations to be held against."""
+"""Closed formulas against which the simulations are checked."""
 
 import math
 
@@ -8,7 +8,7 @@ from .harvest import Harvest
 
 
 def undisturbed_seconds(harvest: Harvest) -> float:
-    """Time to the last commit, of equal processes on links and stores that nothing waits for, without failures.
+    """Time to the last commit for equal processes without failures, if nothing waits for links or the store.
 
     A process computes its windows one after the other. The last is written and committed behind them; where writing
     takes longer than computing, the windows follow each other at that pace instead.

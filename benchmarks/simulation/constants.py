@@ -1,5 +1,5 @@
-"""What the simulations assume: each number with its unit and its source. `benchmarks/scale.py --set name=value` changes
-one.
+"""The assumptions of the simulations: each number with its unit and its source. `benchmarks/scale.py --set name=value`
+changes one.
 
 Nothing here was measured on a GPU, a cluster or a bucket. A source that names a page was read there; "measured" names
 what was measured on two CPU cores, and by which script; "assumed" is a guess that the result depends on.

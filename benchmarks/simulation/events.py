@@ -1,4 +1,4 @@
-"""A clock of events, and what transfers and requests wait for."""
+"""A clock of events, and the links and servers that transfers and requests wait for."""
 
 import heapq
 import itertools
@@ -10,7 +10,8 @@ Call = Callable[..., None]
 
 
 class Clock:
-    """Calls functions at their times, in order; of equal times, in the order in which they were asked for."""
+    """Calls functions at their times, in order; calls with equal times run in the order in which they were
+    requested."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -81,7 +82,7 @@ class Link:
 
 
 class Server:
-    """Serves requests in the order in which they come, `rate` per second."""
+    """Serves requests in the order of their arrival, `rate` per second."""
 
     def __init__(self, clock: Clock, rate: float) -> None:
         self.clock, self.rate = clock, rate

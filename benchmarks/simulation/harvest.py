@@ -138,7 +138,8 @@ class Harvest:
 
     @property
     def bounds(self) -> dict[str, float]:
-        """Seconds that each resource needs for all windows, if it does nothing else: none can be undercut."""
+        """Seconds that each resource needs for all windows if it does nothing else: lower bounds on the harvest's
+        time."""
         c, windows = self.constants, self.layout.n_windows
         sent = windows * self.window_bytes
         per_node = min(c.node_link, self.gpus * THREADS * c.connection)
@@ -158,7 +159,7 @@ def put_requests(size: int) -> int:
 
 @dataclass
 class HarvestResult:
-    """What became of a harvest. Times in seconds."""
+    """The outcome of a harvest. Times are in seconds."""
 
     harvest: Harvest
     windows_seconds: float  # from the start of the first process to the last commit
@@ -186,7 +187,7 @@ class Process:
         self.stop()
 
     def stop(self) -> int:
-        """Lose what is in memory; returns how many windows that were."""
+        """Lose the windows in memory; returns their number."""
         held = self.held
         self.life += 1
         self.held, self.computing, self.writing = 0, False, False
@@ -195,7 +196,7 @@ class Process:
         return held
 
     def begin(self, windows: Sequence[int]) -> None:
-        """Start with these windows: import, list what is committed, read the text."""
+        """Start with these windows: import the package, list the commits, read the text."""
         self.share, self.todo = windows, deque(windows)
         if windows:
             harvest = self.run.harvest
@@ -270,7 +271,7 @@ class Node:
 
 
 class HarvestRun:
-    """Runs a harvest from the moment when its text is cut."""
+    """Runs a harvest, starting when its text has been cut."""
 
     def __init__(self, harvest: Harvest, seed: int = 0, fail_after: float | None = None) -> None:
         """`fail_after`: seconds after which a node fails, besides the failures of chance."""

@@ -40,7 +40,7 @@ class Measured(NamedTuple):
 
 
 def harvest(processes: int, folder: Path) -> Measured:
-    """Harvest with so many processes."""
+    """Harvest with this number of processes."""
     launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     words = [
         "-m",
@@ -62,7 +62,7 @@ def harvest(processes: int, folder: Path) -> Measured:
 
 
 def simulate(processes: int, one: Measured, cores: int) -> float:
-    """Seconds to the last commit by the simulation, from what one process took."""
+    """Seconds to the last commit according to the simulation, from the times that one process took."""
     free = replace(
         Constants(), start=one.before, latency=0, connection=UNLIMITED, node_link=UNLIMITED, put_rate=UNLIMITED,
         get_rate=UNLIMITED, writer=UNLIMITED, node_failures=0, speed_spread=0,

@@ -111,7 +111,7 @@ def state_of(recipe: str, steps: int) -> int:
 
 @dataclass
 class SweepResult:
-    """What became of a sweep. Times in seconds, of all ranks where there are several."""
+    """The outcome of a sweep. Times are in seconds, summed over all ranks if there are several."""
 
     sweep: Sweep
     seconds: float  # until the last run is done
@@ -166,7 +166,8 @@ class Rank:
         return self.position == len(self.files)
 
     def pin(self) -> None:
-        """Keep what is there and needed, the earliest need first, as far as the share of this process goes."""
+        """Keep the files that are present and needed, those needed earliest first, as far as this process's share
+        allows."""
         there = np.flatnonzero(self.node.present | self.node.coming)
         needs = self.schedule.next_use(there, self.position)
         there = there[np.argsort(needs, kind="stable")][: int((needs < NEVER).sum())]
@@ -263,7 +264,7 @@ class Node:
             self.changed(rank)
 
     def changed(self, rank: Rank) -> None:
-        """Something was read or has arrived: those that waited for it go on."""
+        """Called when a file was read or has arrived: the processes that waited for it continue."""
         for one in (rank, *(other for other in self.ranks if other is not rank)):
             one.read()
             one.pull()
