@@ -85,7 +85,7 @@ def find_by_fingerprint(fingerprint: object, folder: Path | str | None, root: Pa
     """Find the cache with a fingerprint: at its former place `folder` (path or address), or under `activations/`.
 
     None if it is in neither place. A cache under `activations/` is preferred to an address. If the cache at the former
-    place cannot be opened and there is no other, the error of opening it is raised.
+    place cannot be opened and there is no other, the error raised by opening it is raised again.
     """
     damage: SaeError | None = None
     if is_url(folder):

@@ -79,7 +79,7 @@ class Contexts:
 
     @staticmethod
     def is_complete(folder: Path) -> bool:
-        """Whether `write` has finished in this folder and its files still exist with their recorded sizes."""
+        """Whether `write` has finished in this folder and its output still exists with the recorded sizes."""
         record = folder / "tokens" / "commit.json"
         return record.exists() and files_exist(folder, TOKENS_RECORD.read(record)["files"])
 

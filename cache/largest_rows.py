@@ -61,8 +61,8 @@ def decode_largest(data: bytes, files: FileRecords, array: ArraySpec) -> tuple[n
 
 
 def stored_row_reader(store: ObjectStore, layout: Layout, files: Mapping[str, Any]) -> RowReader:
-    """A reader for rows of a cache in a store, whose manifest has these files. It reads from the objects with the
-    largest rows, and from the chunks only what the objects lack.
+    """A reader for rows of a cache in a store, whose manifest has these files. It reads rows from the objects with the
+    largest rows, and from the chunks only if the objects lack them.
     """
 
     def read_window(array: ArraySpec, window: int, chunks: Sequence[RowsOfChunk]) -> list[np.ndarray]:

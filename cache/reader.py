@@ -254,7 +254,7 @@ class Cache:
         return self._with_files(lambda: files, lambda: read_array(self.folder, norms, records, self.layout))
 
     def _read_array(self, name: str) -> ArraySpec:
-        files = [f"{one}/zarr.json" for one in (name, name.removesuffix(".moments"))]  # which gives their width
+        files = [f"{one}/zarr.json" for one in (name, name.removesuffix(".moments"))]  # for the width of the moments
         return self._with_files(lambda: files, lambda: read_array_spec(self.folder, name, self.layout))
 
     def _open_chunk(self, name: str, index: int) -> np.ndarray | Shard:

@@ -17,7 +17,7 @@ FIRST = ("zarr.json", "manifest.json", "commits/", "tokens/commit.json")
 
 
 def removal_order(files: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The files of a cache in the order of deletion, and a list with the one that is deleted last.
+    """The files of a cache in the order of deletion, except the last one, which is in the second list.
 
     If the deletion is interrupted, the remaining files are not a cache but are recognized as the remains of a cache.
     """

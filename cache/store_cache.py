@@ -133,8 +133,8 @@ class StoreCache(Cache):
             return read()
 
     def _pull(self, names: Iterable[str]) -> None:
-        """Pull files, replacing existing ones: records, then what the manifest lists. Each is verified before it gets
-        its name.
+        """Pull files, replacing existing ones: records, then the files that the manifest lists. Each is verified before
+        it gets its name.
         """
         listed: Mapping[str, Any] = self.manifest["files"] if "manifest" in self.__dict__ else {}
         names = list(dict.fromkeys(names))

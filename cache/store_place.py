@@ -185,7 +185,7 @@ class StorePlace(FolderPlace):
             self.store.put(name, data)
 
     def _arrays(self) -> set[str]:
-        """The arrays that can have commits: those of this harvest, and those already complete."""
+        """The arrays that can have commits: the arrays of this harvest, and those that are already complete."""
         manifest = self.folder / "manifest.json"
         complete = MANIFEST_RECORD.read(manifest)["complete"] if manifest.exists() else []
         here = {path.parent.name for path in self.folder.glob("*/zarr.json")}

@@ -40,7 +40,7 @@ def writer_lock(folder: Path, command: str, say: Callable[[str], None] = lambda 
     with locking(folder):
         lock = acquire(folder / ".lock", fcntl.LOCK_EX, LOOK_SECONDS)
     try:
-        if note.exists():  # its process died: one that ends normally deletes its note
+        if note.exists():  # its process died; a process that ends normally deletes its note
             say(f"{folder} was locked by {lock_holder(note)}, which no longer runs; its lock was taken over.")
         remove_stale_files(folder)
         write_note(note, command)
@@ -197,7 +197,7 @@ def is_abandoned(path: Path) -> bool:
 
 
 def acquire(path: Path, mode: int, patience: float = math.inf, *, in_new_folder: bool = True) -> int:
-    """A file descriptor with a lock on `path`, which is created if needed, and its folder too if `in_new_folder`.
+    """A file descriptor with a lock on `path`. Creates the file if needed, and with `in_new_folder` also its folder.
 
     A process that holds the lock alone may remove the file; the lock is then taken on a new file. Raises
     BlockingIOError if others hold it for `patience` seconds, another OSError if the file cannot be opened or its file

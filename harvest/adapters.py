@@ -22,7 +22,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """An adapter's name, its location and its pinned revision; the counterpart of `ModelSource`."""
+    """The name, location and pinned revision of an adapter, as `ModelSource` has them for a model."""
 
     name: str
     location: str  # a Hub id or a folder

@@ -31,7 +31,7 @@ def default_folder(identity: dict[str, Any], text: TextSource, suffix: str = "")
 
 
 def is_begun(folder: Path, identity: dict[str, Any], *, has_own_name: bool) -> bool:
-    """Whether an earlier version began a harvest with this identity, which is then continued in the same way.
+    """Whether an earlier version began a harvest with this identity. Such a harvest is continued in the same way.
 
     A folder whose name contains the identity's digest is such a harvest; any other folder must record its fingerprint.
     """

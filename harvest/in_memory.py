@@ -49,8 +49,8 @@ def activations(
 
     Args:
         texts: Any number of strings.
-        model: A name as for `sae harvest --model`, of which only the blocks up to the layer are loaded. Or a loaded
-            transformers model, together with its `tokenizer`.
+        model: A name as for `sae harvest --model`; only the blocks up to the layer are loaded. Or a transformers model
+            that is already loaded, together with its `tokenizer`.
         layer: Zero-based block.
         site: "resid_post" (the residual stream after the block), another site such as "mlp_out", or a module of the
             block, "mlp.gate_proj.output" (harvest/model.py).

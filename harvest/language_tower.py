@@ -37,7 +37,7 @@ class LeftOut(nn.Module):
 
 
 def is_multimodal(config: Any) -> bool:
-    """Whether a configuration describes a model of which the language model is only a part."""
+    """Whether a configuration describes a model that contains a language model as only one of its parts."""
     return config.get_text_config() is not config
 
 

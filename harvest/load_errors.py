@@ -92,7 +92,7 @@ def cannot_be_built(config: Any, why: BaseException | str) -> SaeError:
 
 
 def model_name(config: Any) -> str:
-    """The place that a configuration was loaded from, or else its model type."""
+    """The place that a configuration was loaded from; if it has none, its model type."""
     return str(getattr(config, "_name_or_path", "") or config.model_type)
 
 

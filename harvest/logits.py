@@ -35,7 +35,7 @@ def unrounded_linear(x: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Ten
 
 
 class UnroundedProduct(torch.autograd.Function):
-    """x W^T with unrounded sums. Only x gets a gradient, in its own dtype, as from the model's own multiplication."""
+    """x W^T with unrounded sums. Only x gets a gradient, in its own dtype, as in the model's own multiplication."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The activations in the arguments and the output of a transformers module.
+"""Find and replace the activations in the arguments and the output of a transformers module.
 
 Modules take the activations as their first argument or as `hidden_states`, and return them alone or as the first tensor
 of a tuple.

@@ -157,7 +157,7 @@ class Splicer:
 
     @contextlib.contextmanager
     def noting_outputs(self) -> Iterator[None]:
-        """Record what each block returns besides the residual stream: a skipped block has to return as many values."""
+        """Record what each block returns besides the residual stream: a skipped block must return equally many values."""
 
         def note(index: int) -> Callable[..., None]:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -179,7 +179,7 @@ class Splicer:
         return type(model.trunk(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False))
 
     def unembed(self, final: Tensor) -> Tensor:
-        """The model's logits (..., V) for what its trunk returns (..., D), by its own code: scales, caps and biases."""
+        """The model's logits (..., V) for its trunk's output (..., D), by its own code: scales, caps and biases."""
         model = self.language_model
         final_1TD = final.flatten(0, -2)[None]
         ids_1T = torch.zeros(final_1TD.shape[:2], dtype=torch.int64, device=final.device)

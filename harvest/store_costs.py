@@ -12,7 +12,7 @@ from ..common.formatting import format_bytes
 
 RECORDS, RECORD_READS = 21, 16  # tokens/, the records beside it, and testing conditional writes
 ARRAY_RECORDS = 3  # zarr.json of an array, its row_norm and its moments
-TOKEN_BYTES = 5  # of tokens/ for each token: its id, and room for what contexts do not fill
+TOKEN_BYTES = 5  # bytes in tokens/ for each token: its id, and room for the padding of contexts
 LISTED = 1000  # objects per response to a listing
 LARGEST_READS = 3
 SIDE_BYTES = 10  # per row: row_norm, row_ctx and row_pos, which the statistics of an array read

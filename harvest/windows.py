@@ -41,7 +41,7 @@ Pending = Callable[[], WindowRows]  # waits for the rows of a window being copie
 def write_windows(
     computer: "WindowComputer", writer: CacheWriter, windows: Mapping[int, list[str]], progress: HarvestProgress
 ) -> None:
-    """Compute the arrays of each window while writing those of the previous window.
+    """Compute the arrays of each window while the arrays of the previous window are written.
 
     Arrays that another worker has committed meanwhile are skipped; this is checked before computing and before writing.
 

@@ -28,7 +28,7 @@ class ReproduceConfig:
     reading: str | None = None  # how the paper's units are read: "evidence", "field", "literal" ...
     steps: int | None = None
     batch_size: int | None = None  # tokens; on another model than the paper's: each recipe's default
-    width: str | None = None  # latents, as for TrainConfig; systems of another width keep their proportion to it
+    width: str | None = None  # latents, as for TrainConfig; systems with another width are scaled in proportion
     dataset: str | None = None
     cache: Path | None = None  # train on this cache instead of harvesting
     suite: str | None = None  # "full" on the papers' model, else `default_suite`

@@ -261,5 +261,5 @@ def local_model_config(model: str) -> Any | None:
     location = str(mini.WEIGHTS) if model == mini.NAME else model
     try:
         return from_pretrained(AutoConfig, location, local_files_only=True).get_text_config()
-    except Exception:  # loading the model reports what is wrong with it
+    except Exception:  # loading the model will report the error
         return None

@@ -80,7 +80,7 @@ def docstrings(source: str) -> str:
 
 
 def walk_statements(module: ast.Module) -> Iterator[ast.AST]:
-    """The module and its statements, in the order of `ast.walk`, which is slower because it visits expressions."""
+    """The module and its statements, in the order of `ast.walk`. `ast.walk` is slower: it visits expressions."""
     found: deque[ast.AST] = deque([module])
     while found:
         node = found.popleft()

@@ -112,7 +112,7 @@ class PretrainBatches:
         return [*self.newline, word.token, *self.template, *self.answer[word.letter]]
 
     def _spelling(self) -> tuple[list[int], list[int]]:
-        """The ids of a context of spelling, and its labels: -100 at the words, which cannot be predicted."""
+        """The ids of a spelling context and its labels: -100 at the words, which cannot be predicted."""
         ids, labels = [BOS], [-100]
         # For half of the words the letter is drawn first, so that rare letters are spelled often enough.
         while len(ids) < CONTEXT:
