@@ -157,7 +157,7 @@ class Splicer:
 
     @contextlib.contextmanager
     def noting_outputs(self) -> Iterator[None]:
-        """Record what each block returns besides the residual stream: a skipped block must return equally many values."""
+        """Record the values that each block returns besides the residual: a skipped block must return as many."""
 
         def note(index: int) -> Callable[..., None]:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
