@@ -12,8 +12,8 @@ processor time of the process that took the most, which other work on the machin
 meaningful only on a machine with two idle cores. Memory is the peak anonymous memory of each process.
 
     train      eight runs of relu, 576 -> 2,304, in batches of 1,024 tokens: eight seeds, which share a pass
-    harvest    layer 12 of gemma-2-mini in windows of 8,192 rows; the work is from the end of cutting the text to the
-               last commit, so it holds loading the model, and not the statistics at the end
+    harvest    layer 12 of gemma-2-mini in windows of 8,192 rows; the work lasts from the end of cutting the text to the
+               last commit, so it includes loading the model but not the statistics at the end
     evaluate   core of eight such SAEs of gemma-2-mini, 128 -> 2,304, with nothing computed before: the work is from the
                first pass of the model that is kept to the last result
 """
@@ -59,7 +59,7 @@ Files = tuple[str, str]  # patterns of the files whose times begin and end the w
 def run(words: list[str], out: Path, files: Files, *, processes: int, threads: int, pinned: bool) -> Measured:
     """Run `sae` with these arguments, with `out` as SAE_HOME and as the folder of its files, and measure it."""
     sae = [sys.executable, "-P", "-m", "sae", *words]
-    if pinned:  # the shell of each rank replaces itself by the command, on the core of its number
+    if pinned:  # the shell of each rank replaces itself with the command, on the core of its number
         sae = ["sh", "-c", 'exec taskset -c "${LOCAL_RANK:-0}" "$@"', "sh", *sae]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [*torchrun, "--no-python", *sae] if processes > 1 else sae
@@ -174,7 +174,7 @@ def harvest(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Eight SAEs, each time in a new home without any kept results."""
+    """Evaluates eight SAEs, each time in a new home that has no kept results."""
     with tempfile.TemporaryDirectory() as scratch:
         made, cache = Path(scratch) / "made", Path(scratch) / "cache"
         width = ["--width", "2304", "--steps", str(options.steps), "--device", "cpu"]

@@ -42,7 +42,7 @@ HEADS = ("builds", "steps", "resumes", "loads")
 
 
 class Checked(NamedTuple):
-    """The result for one recipe of a system in a reading: how many of HEADS hold, and what stopped it."""
+    """The result for one recipe of a system in a reading: how many of HEADS hold, and the problem that stopped it."""
 
     reading: str
     job: Job
@@ -105,7 +105,7 @@ def check_alone(reading: str, job: Job, cache: Path, config: ReproduceConfig) ->
 
 
 class CheckFailed(SaeError):
-    """What does not hold for a run, and how many of HEADS do."""
+    """The problem with a run, and how many of HEADS hold for it."""
 
     def __init__(self, passed: int, sentence: str) -> None:
         super().__init__(sentence)

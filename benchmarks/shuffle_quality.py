@@ -29,7 +29,7 @@ def generator(*key: int) -> np.random.Generator:
 
 
 def harvested_rows(layout: Layout, seed: int) -> np.ndarray:
-    """For each position in the cache, its row's number in the order of the text, as placed by harvest.windows."""
+    """For each position in the cache, the number of its row in the order of the text, as placed by harvest.windows."""
     placed = np.empty(layout.rows, np.int64)
     for window in range(layout.n_windows):
         rows = layout.row_range(window)

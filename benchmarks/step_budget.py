@@ -8,9 +8,9 @@
 
 Nothing here is measured, and no GPU is needed: milliseconds are a model. The step runs on the simulated GPU of the
 tests, on tensors that have shapes and no values: forward and backward pass, optimizer, mechanisms and metrics, under
-autocast. Each operation below autograd costs launches, FLOPs and bytes (tests/simulated_cuda/cost.py). Its time is that
-of its FLOPs at the speed of their dtype or of its bytes at the speed of memory, whichever is longer. The host queues
-launches while the GPU computes, so the time of a step is the larger of the two sums.
+autocast. Each operation below autograd costs launches, FLOPs and bytes (tests/simulated_cuda/cost.py). Its time is
+either the time for its FLOPs at the speed of their dtype or the time for its bytes at the speed of memory, whichever is
+longer. The host queues launches while the GPU computes, so the time of a step is the larger of the two sums.
 
 step_budget.json has the budgets: launches, FLOPs and bytes. These are counted, so they are equal on every machine with
 the same torch. A test fails if a recipe exceeds its budget. The script needs a CPU build of torch and a C++ compiler.

@@ -56,7 +56,7 @@ def measure(name: str, size: str, parts: int) -> None:
     planned = run_memory(run, "cpu")
     train(Resized(run.recipe, {}, None, RunConfig(64, 512, 10, 64)), 2)  # libraries are loaded
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     train(run, 4)
     print(planned.state, planned.step, resident("VmHWM") - before)
 

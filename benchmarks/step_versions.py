@@ -80,7 +80,7 @@ class Rounding:
 
 
 class End(NamedTuple):
-    """The end of a run: the tensors of the SAE, and the mean of each metric over the steps taken."""
+    """The state at the end of a run: the SAE's tensors, and the mean of each metric over the steps taken."""
 
     tensors: dict[str, Tensor]
     metrics: dict[str, float]
@@ -95,7 +95,7 @@ def take_steps(trainer: Trainer, start: dict[str, Tensor], batches: list[Tensor]
 
 
 class Distance(NamedTuple):
-    """The distances between the SAEs and the metrics of two ends of a run."""
+    """The distances between two final states of a run, in the SAE's tensors and in the metrics."""
 
     weights: float
     metrics: dict[str, float]

@@ -47,7 +47,7 @@ class Atoms:
     def __init__(self, seed: int = 0) -> None:
         self.random = torch.Generator().manual_seed(
             1000 + seed
-        )  # not the seed of the weights, which would then start as the atoms
+        )  # differs from the seed of the weights, which would otherwise start as the atoms
         self.atoms_AD = normalize(torch.randn(ATOMS, D_IN, generator=self.random), dim=1)
 
     def rows(self, count: int) -> Tensor:

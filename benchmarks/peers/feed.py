@@ -1,4 +1,5 @@
-"""Shared by both sides of saelens_cache.py: the rows they are fed, timing, the disk, the check. Needs only numpy."""
+"""Code shared by both sides of saelens_cache.py: their input rows, timing, dropping files from the page cache, and the
+check. Needs only numpy."""
 
 import contextlib
 import gc

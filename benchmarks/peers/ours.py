@@ -46,7 +46,7 @@ def write(folder: Path, fed: np.ndarray) -> None:
 
 
 def batches(folder: Path, batch: int, target: torch.Tensor | None = None) -> Generator[torch.Tensor]:
-    """Batches without end, copied into `target`, and so to its dtype, if given."""
+    """An endless iterator of batches; if `target` is given, they are copied into it and so converted to its dtype."""
     with BatchLoader(Cache(folder), LAYER, batch) as found:
         for rows in found:
             yield rows if target is None else target.copy_(rows)

@@ -53,7 +53,7 @@ FIXTURE_TEXTS, FIXTURE_SIZES, FIXTURE_SHARES = 340, [2, 3, 5, 38, 143], [0.05, 0
 
 
 class Coder:
-    """max(0, x W + b), of which the largest `keep` stay, or all if it is 0."""
+    """max(0, x W + b), with all but the `keep` largest set to 0; if `keep` is 0, all are kept."""
 
     def __init__(self, weights: dict[str, Tensor], keep: int) -> None:
         self.weights, self.keep = weights, keep
@@ -199,7 +199,8 @@ def report(
 
 
 def match(found: dict[str, DatasetScores], probes: list[dict[str, Any]], ks: Any) -> list[tuple[float, float, int]]:
-    """For each probe how far AUC and accuracy are apart, and how many of its latents are others, or in other places."""
+    """For each probe, the differences in AUC and accuracy, and how many of its latents differ or are in another
+    place."""
     pairs = []
     for probe in probes:
         scores = found[probe["dataset"]]

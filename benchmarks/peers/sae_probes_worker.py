@@ -30,7 +30,7 @@ MODEL, HOOK = "model", "blocks.0.hook_resid_post"
 
 
 class Coder:
-    """An SAE as sae-probes needs it."""
+    """An SAE with the interface that sae-probes needs."""
 
     def __init__(self, weights: dict[str, Tensor], keep: int) -> None:
         self.weights, self.keep = weights, keep

@@ -1,8 +1,8 @@
 """Our side of `saebench_reference.py --time`: `python saebench_ours.py FOLDER METRIC ACTIVATION ...`.
 
-FOLDER is a problem written by saebench_problem.py, read like SAEBench's side reads it: the same model, contexts, tables
-and words, the same sizes, and SAEBench's random numbers if a metric has an option for that. Prints one line of JSON in
-the worker's form: the time of each SAE, its metrics, and the peak memory.
+FOLDER is a problem written by saebench_problem.py, read in the same way as on SAEBench's side: the same model,
+contexts, tables and words, the same sizes, and SAEBench's random numbers if a metric has an option for that. Prints one
+line of JSON in the worker's form: the time of each SAE, its metrics, and the peak memory.
 """
 
 import contextlib
@@ -110,8 +110,9 @@ def timed(metric: Metric, ctx: EvalContext, targets: list[EvalTarget]) -> tuple[
 def measure(metric: Metric, ctx: EvalContext, targets: list[EvalTarget]) -> list[dict[str, Any]]:
     """Measure the first SAE alone, then the others in one call, as a user does.
 
-    By then everything that does not depend on an SAE is cached, but for the original model's logits in core. There the
-    first is measured once more, then all at once, and the cost of a further one is the difference of these two.
+    By then everything that does not depend on an SAE is cached, except the original model's logits in core. For core,
+    the first SAE is measured once more, then all SAEs at once, and the cost of a further SAE follows from the
+    difference between the two.
     """
     (first,), *spent = timed(metric, ctx, targets[:1])
     again = 1 if metric.name == "core" else 0

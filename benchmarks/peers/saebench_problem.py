@@ -157,7 +157,8 @@ def make_saes(folder: Path, contexts: Tensor, letters_AD: Tensor | None, size: S
 
 
 def make_contexts(tokens: list[int], size: Size, rng: random.Random) -> Tensor:
-    """(N, S): windows packed with documents as SAEBench packs them, BOS first and between; now and then an EOS."""
+    """(N, S): windows packed with documents as SAEBench packs them, with BOS at the beginning and between documents,
+    and occasionally an EOS."""
     n = size.contexts_per_batch * (size.reconstruction_batches + size.sparsity_batches)
     rows = [[BOS, *rng.choices(tokens, k=size.context - 1)] for _ in range(n)]
     for number, row in enumerate(rows):
@@ -169,8 +170,8 @@ def make_contexts(tokens: list[int], size: Size, rng: random.Random) -> Tensor:
 
 
 def make_table(table: dict[str, Any], spaced: list[str], size: Size, rng: random.Random) -> dict[str, Any]:
-    """Rows in random order: enough of every class and attribute. Some of the words of a text are those of its class or
-    of its attribute; the rest is the same in all."""
+    """Rows in random order: enough of every class and attribute. Some of the words of a text belong to its class or its
+    attribute; the others come from one list for all texts."""
     labels = [*table["probed"], *table["pair"].values()]
     own = {label: rng.sample(spaced, 2) for label in [*labels, *map(str, table["values"])]}
     common = rng.sample(spaced, 200)

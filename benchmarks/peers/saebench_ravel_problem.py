@@ -34,7 +34,7 @@ VALUES = {
     "sage": {"Field": ("stars", "stones", "songs", "deep songs"), "Home": ("north", "south", "east")},
 }
 WORDS = ("the", "of", "is", "in", "we", "say", "that", "a", "and", "has", "sage", "town")
-UNKNOWN = 0.15  # share of the facts that the model learned otherwise
+UNKNOWN = 0.15  # share of the facts that the model learned with another answer
 STEPS, SAE_STEPS = 300, 250
 
 
@@ -110,7 +110,7 @@ def sentences(learned: dict[str, dict[str, dict[str, str]]]) -> Iterator[tuple[s
 
 
 def train_model(folder: Path, tokenizer: Tokenizer, learned: dict[str, Any], seed: int) -> Gemma2ForCausalLM:
-    """A Gemma 2 of three blocks that continues each question by its answer and the beginning of another question."""
+    """A Gemma 2 of three blocks that continues each question with its answer and the beginning of another question."""
     torch.manual_seed(seed)
     config = Gemma2Config(
         vocab_size=tokenizer.get_vocab_size(), hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=3,

@@ -1,4 +1,4 @@
-"""SAEBench 0.6.0 on small inputs, as the reference of our metrics; and its time beside ours on larger ones.
+"""Runs SAEBench 0.6.0 on small inputs, as the reference for our metrics, and times both on larger ones.
 
     python -m venv env-saebench     # Python 3.11
     env-saebench/bin/pip install torch==2.13.0 numpy==1.26.4 transformer-lens==2.17.0 sae-lens==6.28.2 \\
@@ -10,9 +10,9 @@
     python benchmarks/peers/saebench_reference.py env-saebench/bin/python --time core,sparse_probing,scr,tpp,absorption
     python benchmarks/peers/saebench_reference.py --accept
 
-saebench_problem.py makes the inputs, saebench_worker.py runs SAEBench on them in its own environment, saebench_ours.py
-runs ours. tests/evaluate/fixtures/saebench/README.md describes the fixtures. `--accept` prints how far our numbers are
-from them: it runs the tests that compare them, and does not need SAEBench.
+saebench_problem.py makes the inputs, saebench_worker.py runs SAEBench on them in its own environment, and
+saebench_ours.py runs our metrics. tests/evaluate/fixtures/saebench/README.md describes the fixtures. `--accept` prints
+how far our numbers are from them: it runs the tests that compare them, and does not need SAEBench.
 
 `--time` gives both sides the same folder, with a separate process for each metric and side, side after side in rounds.
 The tables have processor seconds of the first SAE and of a further one, and the process' peak memory, as medians over

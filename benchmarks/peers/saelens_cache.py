@@ -1,6 +1,7 @@
 """Our cache against SAELens': `python benchmarks/peers/saelens_cache.py --peer their/env/bin/python [--gb 0.6]`.
 
-Both sides are fed the same rows, each in its own process and environment, in turns. The table has medians over rounds.
+Both sides get the same rows, each in its own process and environment, and take turns. The table has medians over
+rounds.
 """
 
 import argparse

@@ -28,7 +28,8 @@ SHAPES = {"narrow": (12, 30), "square": (24, 24), "wide": (60, 10)}  # d_sae, d_
 
 
 def make_decoders() -> dict[str, Tensor]:
-    """Pairs of decoders: random ones, and ones of which a half is shared, permuted, turned round and rescaled."""
+    """Pairs of decoders: random pairs, and pairs that share half of their rows, permuted, with flipped signs and
+    rescaled."""
     generator = torch.Generator().manual_seed(0)
     decoders = {}
     for name, (latents, width) in SHAPES.items():

@@ -1,11 +1,11 @@
 """A harvest over nodes of GPUs into a bucket, window by window.
 
-What is the program's own: the windows and the objects of each (cache/layout.py), how windows are shared out, how many
-windows a process has in memory and that it writes one while it computes the next (harvest/windows.py), how many
+Taken from the program itself: the windows and the objects of each (cache/layout.py), how windows are shared out, how
+many windows a process has in memory and that it writes one while it computes the next (harvest/windows.py), how many
 requests it makes for what (harvest/store_costs.py, cache/store_place.py) and how many at a time (cache/mirror.py), that
-a window counts when its commit is there, and who begins again what after a failure. What is assumed: every time, in
-constants.py. A process that fails loses the windows that it has in memory; drafts (harvest/window_draft.py) save what
-has been computed for over a minute, and no window here takes as long.
+a window counts when its commit exists, and which work is begun again by which process after a failure. Assumed: all
+times, in constants.py. A process that fails loses the windows that it has in memory; drafts (harvest/window_draft.py)
+save what has been computed for over a minute, and no window here takes as long.
 """
 
 import math
@@ -274,7 +274,7 @@ class HarvestRun:
     """Runs a harvest, starting when its text has been cut."""
 
     def __init__(self, harvest: Harvest, seed: int = 0, fail_after: float | None = None) -> None:
-        """`fail_after`: seconds after which a node fails, besides the failures of chance."""
+        """`fail_after`: seconds after which a node fails, in addition to random failures."""
         c = harvest.constants
         self.fail_after = fail_after
         self.harvest, self.layout, self.clock = harvest, harvest.layout, Clock()

@@ -1,9 +1,10 @@
 """Training many runs over ranks, from a bucket with a bounded local cache on each node.
 
-What is the program's own: the deal of runs to ranks (train/deal.py), bytes of a run's state (train/memory.py), which
-file a process pulls next and which one makes room (cache/chunk_schedule.py), and the interval of checkpoints. Files
-here are coarser than chunks: a layer has GROUPS of them, each read by consecutive steps. The processes of a node share
-its local cache, and what one has pulled another does not pull again while it is there.
+Taken from the program itself: the assignment of runs to ranks (train/deal.py), bytes of a run's state
+(train/memory.py), which file a process pulls next and which one makes room (cache/chunk_schedule.py), and the interval
+of checkpoints. Files here are coarser than chunks: a layer has GROUPS of them, each read by consecutive steps. The
+processes of a node share its local cache: a file that one process has pulled is not pulled again by another while it is
+there.
 """
 
 import random
@@ -211,7 +212,7 @@ class Rank:
                 kept |= other.pinned
         pull = self.schedule.next_pull(self.position, there, kept, node.free)
         if pull is None:
-            self.after = -1  # others keep what would make room: try again when they go on
+            self.after = -1  # others still need the files that would make room; try again when they continue
         elif not self.fits(pull.needed):
             self.after = self.position
         elif pull.after >= self.position:
@@ -319,7 +320,7 @@ class SweepRun:
             self.clock.after(self.rng.expovariate(rate), self._fail, node)
 
     def _fail(self, lost: Node) -> None:
-        """The launcher ends all ranks; the same command goes on from checkpoints. A new node has an empty cache."""
+        """The launcher ends all ranks; the same command continues from checkpoints. A new node has an empty cache."""
         self.failures += 1
         self._plan_failure(lost)
         lost.present[:] = False

@@ -22,7 +22,7 @@ SETTINGS: dict[str, Any] = {
     "n_generated_tokens": 3, "llm_dtype": "float32", "llm_batch_size": 8,
 }  # fmt: skip
 KINDS = ("relu", "topk", "jumprelu", "identity")
-# Questions, values and answers of which all combinations are judged.
+# Questions, values and answers; SAEBench judges all their combinations.
 TEXTS = ("the country is", "the language is", "the latitude is", "the longitude, in coordinates:", "the land of")
 VALUES = (
     "France", "North America", "United States", "the United Kingdom", "South Korea", "Mandarin", "Mandarin Chinese",
@@ -72,7 +72,7 @@ def record_judgements(record: Recorder) -> None:
 
 @contextlib.contextmanager
 def recording_answers(record: Recorder) -> Iterator[None]:
-    """Record which questions are answered right, and the entities that are kept."""
+    """Record which questions are answered correctly and which entities are kept."""
     judge, keep = instance.RAVELInstance.evaluate_correctness, instance.RAVELInstance.filter_top_entities
 
     def evaluate_correctness(self: Any) -> None:
@@ -96,7 +96,7 @@ def recording_answers(record: Recorder) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recording_masks(record: Recorder, kind: str) -> Iterator[None]:
-    """Record the trained mask of every attribute, the tokens that are wanted, and which answers are right."""
+    """Record the trained mask of every attribute, the wanted tokens, and which answers are right."""
     train, generate, judge = mdbm.train_mdbm, intervention.generate_batched_interventions, evaluate_completion
     attributes = [f"{kind}.{t}.{a}" for t, of in SETTINGS["entity_attribute_selection"].items() for a in of]
     names = iter(attributes)
@@ -131,5 +131,5 @@ def recording_masks(record: Recorder, kind: str) -> Iterator[None]:
 
 
 def wanted(loader: Any) -> Tensor:
-    """Of every pair (N, 2): the first token of the base's answer, and the one wanted."""
+    """For every pair, shape (N, 2): the first token of the base's answer, and the wanted token."""
     return torch.cat([torch.stack([batch[4], batch[5]], 1) for batch in loader]).to(torch.int16)

@@ -1,4 +1,4 @@
-"""Shared by SAEBench's side: the problem as SAEBench's objects, recording, and replacing the network."""
+"""Code shared by SAEBench's side: it makes SAEBench's objects from the problem, records, and replaces downloads."""
 
 import contextlib
 import json

@@ -86,7 +86,8 @@ def bit_string(labels: Tensor) -> str:
 
 
 def name_probes(record: Recorder, run: str, probes: list[dict[str, Any]], config: Any) -> dict[str, Any]:
-    """Probes by name, in SAEBench's order: dataset, the model's own (on the first run), all latents, each k."""
+    """Probes by name, in SAEBench's order: for each dataset the model's own probes (on the first run), all latents, and
+    each k."""
     from sae_bench.sae_bench_utils.dataset_info import chosen_classes_per_dataset
 
     found: dict[str, Any] = {}

@@ -52,7 +52,8 @@ class Texts:
 
 
 def without_network(problem: Problem, texts: Texts | None) -> contextlib.ExitStack:
-    """Replace downloads by the model and the tables, and with `texts` passes through the model by activations."""
+    """Replace downloads by the model and the tables; if `texts` is given, also replace passes through the model by
+    activations."""
     stack = contextlib.ExitStack()
     given = staticmethod(lambda *_, **__: problem.model)
     stack.enter_context(patch.object(HookedTransformer, "from_pretrained_no_processing", given))
