@@ -123,8 +123,8 @@ class EvalContext:
 
     @property
     def text_settings(self) -> dict[str, Any]:
-        """Additional settings of a metric that has its own texts, where they differ from earlier versions, which used
-        the tokenizer's first token and left out pad, EOS and BOS.
+        """Additional settings of a metric that has its own texts. Only differences from earlier versions are recorded:
+        these used the tokenizer's first token and left out pad, EOS and BOS.
         """
         return self._format_settings(added_bos_id(self.tokenizer))
 

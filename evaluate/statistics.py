@@ -74,7 +74,7 @@ def proportion_interval(hits: int, count: int) -> list[float]:
 
 
 def mean_of_means(*samples: NDArray[Any], axis: int = -1) -> Any:
-    """The mean over samples of their means: of letters over words, of data sets over texts."""
+    """The mean of the samples' means, such as the mean over letters of each letter's mean over its words."""
     return np.mean([np.mean(sample, axis=axis) for sample in samples], axis=0)
 
 
@@ -217,7 +217,7 @@ def judge(table: Sequence[PairedComparison]) -> list[Finding]:
       corrected for the comparisons of the table too, as a separate family.
     - not distinguishable: otherwise. The true difference can be 0, or as large as the smallest detectable one.
     - same in every pair: every difference is exactly 0.
-    - not tested: there are no two pairs, the number has no better direction, or every difference is the same.
+    - not tested: there are fewer than two pairs, the number has no better direction, or every difference is the same.
     """
     tests = [place for place, one in enumerate(table) if one.is_test]
     with_margin = [place for place in tests if table[place].margin and has_spread(table[place])]

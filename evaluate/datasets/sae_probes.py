@@ -57,7 +57,8 @@ class ProbeTexts(NamedTuple):
 
 
 class DatasetSource(NamedTuple):
-    """An entry of the index: a data set's file, what is probed in which texts, and their source (may be empty)."""
+    """An entry of the index: a data set's file, what is probed, in which texts, and a link to their source (may be
+    empty)."""
 
     name: str
     file: str

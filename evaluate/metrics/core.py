@@ -103,7 +103,8 @@ class Core(Metric):
         return settings
 
     def settings_of(self, target: EvalTarget, targets: Sequence[EvalTarget]) -> dict[str, Any]:
-        """`paired_latents`, if earlier versions, which did not record it, would have paired different latents.
+        """`paired_latents`, if it leads to other pairs than the fixed value of earlier versions, which did not record
+        it.
 
         It is not recorded for the identity, zero and PCA, whose number of latents is unknown.
         """

@@ -147,7 +147,7 @@ class JudgedLatent(NamedTuple):
     balanced: Sequence[BalancedPassage] | None = None
 
     def questions(self, scores: Sequence[str], words: TokenText, explanation: str) -> list[ScoreQuestion]:
-        """The questions about its explanation."""
+        """The questions about the latent's explanation."""
         found = []
         if "saebench" in scores:
             found.append(ScoreQuestion("saebench", score_prompt(self.examples, words, explanation)))

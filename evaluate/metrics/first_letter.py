@@ -110,7 +110,8 @@ class SpellingPrompts:
         return torch.from_numpy(ids_NS)
 
     def all_prompts(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Prompts for all words with examples from their own split, and fresh ones for test words with any examples."""
+        """Prompts for all words, with examples from each word's own split. Then, fresh prompts for the test words, with
+        examples from all words."""
         train, test = self.words[: self.train], self.words[self.train :]
         rng = random.Random(f"{seed} examples")
         own_split = torch.cat([self.prompts(train, train, rng), self.prompts(test, test, rng)])

@@ -45,7 +45,7 @@ class KeptAnswers:
 
     @staticmethod
     def read(path: Path) -> dict[str, str]:
-        """The answers of a file: digest of the question -> answer.
+        """The answers in a file: digest of the question -> answer.
 
         Raises DamagedError if the .json file beside it, which an earlier version wrote, was damaged.
         """

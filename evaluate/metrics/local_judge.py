@@ -46,7 +46,7 @@ class LocalJudge:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings on which its answers depend, other than the questions."""
+        """The settings, other than the questions, on which the judge's answers depend."""
         template = digest_of(self.tokenizer.chat_template)[:16]  # its file is not covered by the revision
         return {"judge_revision": self.source.revision, "judge_dtype": self.dtype, "judge_template": template}
 

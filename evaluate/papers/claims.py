@@ -136,8 +136,8 @@ class Substitution:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a paper is read: options for all of its recipes that have such options. A system's own options override
-    these.
+    """How a paper is read: options, which are set for every recipe of the paper that has them. A system's own options
+    override these.
 
     The reading `field` is our own. Every other reading is the paper's: it also trains with the printed schedule, weight
     decay and clipping (`PaperSetup.optimization`), unless `options` override these.

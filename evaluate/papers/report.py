@@ -87,7 +87,7 @@ class PaperReport:
 
     @property
     def distinct_runs(self) -> list[SystemRun]:
-        """Each run once, since a system can be part of another, as `run-01` is part of `runs` in paper 000."""
+        """The runs without repetition: a system can be part of another, as `run-01` is part of `runs` in paper 000."""
         return list({run.run.folder: run for run in self.runs}.values())
 
     @property

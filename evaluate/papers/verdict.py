@@ -124,8 +124,8 @@ def judge(claim: Claim, values: Mapping[str, ValueBySeed], conditions: Condition
     Then the numbers decide (`judge_numbers`):
 
     - reproduced (on the paper's model only): at least 3 seeds, their mean within d = max(5 % of |T|, half of the last
-      printed digit) of T, and its interval within 2 d of T; and where the paper also prints the other system's
-      number and it was run, its mean is as near to that.
+      printed digit) of T, and its interval within 2 d of T; and if the paper also prints the other system's number and
+      that system was run, its mean is as near to its printed number.
     - contradicted: the whole interval of the difference of the two systems lies on the opposite side of zero from the
       paper's. On the paper's model, a claim is also contradicted if the interval lies within a tenth of the claimed
       difference, or does not overlap T +- d. This does not apply to other models, to which sizes do not carry over.
