@@ -127,7 +127,7 @@ def largest_indices(z_N: Tensor, count: int) -> Tensor:
 
 
 def largest_by_sample(z_N: Tensor, count: int) -> Tensor | None:
-    """As `largest_indices`; None if the sample's bound is too high."""
+    """Like `largest_indices`, but returns None if the sample's bound is too high."""
     sample = z_N[::SAMPLE_EVERY]
     expected = count / SAMPLE_EVERY  # expected number of the largest elements in the sample
     margin = 0.1 * expected + 3 * math.sqrt(expected)

@@ -41,7 +41,7 @@ class TrainConfig:
     modules: Sequence[str] = ()  # used instead of the site, such as model.layers.{layer}.mlp.gate_proj:output
     seeds: Sequence[int] = (0,)
     caches: Sequence[str | Path] = ()  # folders or addresses, read as one; none: the cache of the model and layer
-    local_cache: int | None = None  # most bytes from stores kept on the disk at a time; None: half of the free space
+    local_cache: int | None = None  # maximum bytes from stores to keep on the disk; None: half of the free space
     local_folder: Path | None = None  # where these bytes are kept; None: activations/.pulled
     source: RingCache | PlannedCache | None = None  # replaces caches: harvested during training, or not yet harvested
     model: str | None = None

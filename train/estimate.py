@@ -90,7 +90,7 @@ def disk_id(folder: Path) -> int:
 
 
 def checkpoint_bytes(folder: Path) -> int:
-    """Bytes of a run's checkpoints and of half-written SAEs. A finished SAE does not count: resuming rewrites it."""
+    """The bytes of a run's checkpoints and half-written SAEs. A finished SAE does not count: resuming rewrites it."""
     partial = sum(path.stat().st_size for path in folder.glob("sae.safetensors.tmp-*"))
     return partial + folder_bytes(folder / "checkpoints")
 

@@ -37,7 +37,8 @@ class UnitNormExport(Mechanism):
 
         f_i <- f_i |W_i|,   W_i <- W_i / |W_i|
 
-    Only for activations that act on each latent separately: one that chooses among latents would see other magnitudes.
+    Only for activations that act on each latent separately: an activation that chooses among latents would see changed
+    magnitudes.
     """
 
     def export(self, sae: SAE) -> None:
@@ -183,9 +184,8 @@ class ResampleDead(Mechanism):
 class BatchTopKThreshold(Mechanism):
     """Lets the threshold of a BatchTopK follow the smallest latent that its batches keep: t <- t + rate (min - t).
 
-    After training, the threshold is set to the mean of that minimum over the batches that follow (if the epoch has
-    ended, the first batches again). So the final weights keep k latents per token on average, however short the run
-    was.
+    After training, the threshold is set to the mean of that minimum over the batches that follow, or over the first
+    batches if the epoch has ended. So the final weights keep k latents per token on average, however short the run was.
     """
 
     batches: Tensor  # () int64

@@ -46,7 +46,7 @@ def save_if_whole(trainer: RunTrainer) -> int:
 
 
 def describe_ways_on(trainers: Sequence[RunTrainer], config: TrainConfig) -> str:
-    """The commands with which the user can continue with less memory."""
+    """The commands by which the user can continue with less memory."""
     streaming = isinstance(config.source, RingCache)
     folders = " ".join(f"--resume {quote(trainer.run.folder)}" for trainer in trainers)
     command = "the same command" if streaming else f"`sae train {folders}`"

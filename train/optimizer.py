@@ -68,7 +68,7 @@ class OptimizerUpdate(WeightUpdate):
 
 @contextlib.contextmanager
 def capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """A context in which the optimizer may be captured in a CUDA graph.
+    """A context manager inside which the optimizer may be captured in a CUDA graph.
 
     The optimizer keeps its learning rate, step counts and flags on the device, so its results do not depend on torch's
     setting `capturable`. Without the setting torch refuses to capture; with it torch warns if nothing is captured.

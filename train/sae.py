@@ -320,7 +320,7 @@ def load_sae(folder: str | os.PathLike[str], device: str = "cpu") -> SAE:
 def outline_sae(folder: Path) -> SAE:
     """The SAE of a run folder without its weights, with its shape, options and origin. Reads only the records.
 
-    Raises UsageError as `load_sae`, and DamagedError for records that were damaged.
+    Raises UsageError in the same cases as `load_sae`, and DamagedError for damaged records.
     """
     from . import variants  # noqa: F401  (registers the activations that are defined there)
 

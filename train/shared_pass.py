@@ -63,7 +63,7 @@ class SharedPass:
         self.seconds_waited = 0.0  # time that loaders, now closed, waited for data
 
     def train(self, until: int) -> None:
-        """Take the steps up to `until`. Runs that are not finished there get a checkpoint."""
+        """Take the steps up to `until`. Runs that are not finished by then get a checkpoint."""
         self._finish_runs(self.steps_done)  # for a run that was killed between its last checkpoint and its end
         if self.active:
             self.until, first, sharing = until, self.active[0], [trainer.run for trainer in self.active]
@@ -85,7 +85,7 @@ class SharedPass:
             self.steps_done, self.seconds_waited = until, self.seconds_waited + self.batches.seconds_waited
 
     def join(self, later: "SharedPass") -> None:
-        """Hand the runs over to a pass that begins at the step where this one stopped."""
+        """Hand the runs over to a pass that begins at the step where this pass stopped."""
         later.active, later.max_steps = [*later.active, *self.active], max(self.max_steps, later.max_steps)
 
     def _after_step(self, number: int) -> bool:

@@ -21,7 +21,7 @@ from .shared_pass import SharedPass, shared_passes
 from .signals import stop_on_signal
 
 Harvest = Callable[[range, Callable[[str], None]], AbstractContextManager[None]]
-"""Harvests a range of groups while the context that it returns is open."""
+"""Called with a range of groups. Returns a context manager, inside which these groups are harvested."""
 
 
 def train_streaming(plan: TrainPlan, progress: TrainProgress, harvest: Harvest) -> None:

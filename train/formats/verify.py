@@ -200,7 +200,7 @@ def cached_rows(cache: Cache, hook: Hook, count: int = SAMPLE_ROWS) -> SampleRow
 
 
 def synthetic_rows(canonical: CanonicalSAE, count: int = SAMPLE_ROWS) -> SampleRows:
-    """Random sums of decoder rows plus b_dec, at norms where latents begin to activate.
+    """Random sums of decoder rows plus b_dec, scaled to norms at which latents begin to activate.
 
     Every other row is then moved along one latent's encoder direction until that latent is near its threshold, on
     either side. Random rows are rarely near a threshold, so they would not reveal a wrong threshold.

@@ -34,7 +34,7 @@ from ..variant import RunConfig, Variant
 class JumpFunction(torch.autograd.Function):
     """z H(z - theta). The gradient reaches z where the latent fires, and theta where |z - theta| < eps/2.
 
-    With `to_input`, z also gets theta's gradient there, with the opposite sign: H depends only on z - theta.
+    With `to_input`, z also gets theta's gradient there, with the opposite sign, because H depends only on z - theta.
     """
 
     @staticmethod

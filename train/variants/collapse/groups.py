@@ -172,8 +172,8 @@ class GroupSampling(GroupUpdate):
         # The points uniform, uniform + 1, ... lie on a line on which each group has an interval as long as its
         # probability.
         uniform_1 = self.uniform_T.index_select(0, (step.i % len(self.uniform_T)).view(1))
-        # Not `cumsum`, whose order on a GPU differs from run to run. A sum in float64, rounded afterwards, is the same
-        # in any order.
+        # Not `cumsum`, whose order of summation on a GPU differs from run to run. A sum in float64, rounded afterwards,
+        # is the same in any order.
         until_GG = torch.ones(self.count, self.count, dtype=torch.float64, device=probability_G.device).tril()
         end_G = (until_GG * probability_G).sum(1).to(probability_G.dtype) - uniform_1
         drawn_G = end_G.floor() > (end_G - probability_G).floor()

@@ -19,13 +19,13 @@ class CompetitionLoss(LossTerm):
     `tau_on`    the value that has to reach tau: "conditional", P of one latent given the other, or "lift", c itself
     `weight`    the weight of a pair: "lift", c, or "conditional"
     `pair_vec`  v_i: "decoder", row i of W_dec, or "activation", f_i over the batch divided by sqrt(B)
-                Paper: writes <f_i, f_j> of "feature similarity" and f_i for both; the division by sqrt(B) makes the
-                product a mean over tokens, which does not grow with the batch
+                Paper: writes f_i for both, and calls <f_i, f_j> "feature similarity"; the division by sqrt(B) makes
+                the product a mean over tokens, which does not grow with the batch
     `direction` which latent gets the gradient: "symmetric", both; "child_only", the rarer; "parent_only", the other
     `reduction` "active_pairs", the mean over pairs that pass; "sum", over ordered pairs as printed; "n", that over n
-    `target`    "cofire", as printed; or "absorption": pairs of decoder cosine over 0.2 that fire together less than
-                tau, weighted by what they lack. Paper: an absorbed parent is silent when its child fires, so (5) does
-                not act on absorbed pairs.
+    `target`    "cofire", as printed; or "absorption": pairs with a decoder cosine over 0.2 that fire together less
+                than tau, weighted by how far they are below it. Paper: an absorbed parent is silent when its child
+                fires, so (5) does not act on absorbed pairs.
     `diagonal`  whether the pairs include i = j for every latent that fires; there P is 1 and c is n/k (5)
     """
 
