@@ -52,7 +52,7 @@ class CompetitionOptions(RecipeOptions):
     diagonal: bool = False
     """Also penalize each latent's similarity to itself, as the printed sum over all i and j does (5)."""
     target: Literal["cofire", "absorption"] = "cofire"
-    """Pairs to penalize: those that fire together (the paper), or those with a decoder cosine over 0.2 that rarely do."""
+    """Pairs to penalize: those that fire together (the paper), or those with decoder cosine over 0.2 that rarely do."""
     beta: float = 0.99
     """Decay of the averages of p and J, per step."""
     pair_store: Literal["table", "dense"] = "table"
