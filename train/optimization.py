@@ -40,7 +40,7 @@ class Optimization:
     """Limit of the global gradient norm, after the decoder's projection. None: off."""
     normalize: Literal["unit_ms", "standardize", "layer_norm", "none"] = "unit_ms"
     """unit_ms: divide the input by sqrt(E|x|^2), from the cache's manifest. standardize: subtract the mean and divide
-    by the standard deviation of each dimension over the first 10,000 rows that training reads. layer_norm: subtract each
+    by the standard deviation of each dimension, of the first 10,000 rows that training reads. layer_norm: subtract each
     token's own mean over d_in and divide by its standard deviation, so that |x|^2 = d_in - 1; the saved SAE does the
     same. none: raw input."""
     center: bool = False
