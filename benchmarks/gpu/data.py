@@ -15,7 +15,7 @@ import torch
 from sizes import Sizes, seconds
 from transformers import AutoModel, Gemma2Config
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.insert(1, str(Path(__file__).parents[1]))
 import sae  # noqa: E402
 from common import ARRAY, make_cache  # noqa: E402
 from sae.cache.hooks import Hook  # noqa: E402
