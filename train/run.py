@@ -222,7 +222,7 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
                 how = ("with", "without") if now else ("without", "with")
                 progress.say(
                     f"{run.name} was started {how[1]} the kernels of this package and goes on {how[0]} them. Where "
-                    "pre-activations are equal, it may keep other latents, and sums are rounded otherwise."
+                    "pre-activations are equal, it may keep other latents, and sums are rounded differently."
                 )
         if trainer.steps_done < run.steps and (version := trainer.restored_version) not in (None, STEP_VERSION):
             progress.say(f"{run.name}: {describe_version_change(run.recipe.name, version)}")

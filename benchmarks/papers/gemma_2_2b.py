@@ -117,11 +117,14 @@ def key_of(run: Any) -> Any:
 
 def rows_of(reading: str | None, times: StepTimes) -> tuple[list[str], dict[str, float]]:
     """A row of the page for each paper, and the totals."""
+    import step_budget
+
     from sae.train.passes import pass_memory
 
     plan = plan_of(reading)
     (harvest,) = plan.harvests
-    products = 2 * block_parameters() * (max(hook.layer for hook in harvest.hooks) + 1) * harvest.tokens / 790e12
+    blocks = max(hook.layer for hook in harvest.hooks) + 1
+    products = 2 * block_parameters() * blocks * harvest.tokens / step_budget.FLOPS_BFLOAT16
     totals = {
         "tokens": harvest.tokens, "activations": harvest.bytes_to_write,
         "harvest": max(products, harvest.bytes_to_write / HOST), "runs": 0, "training": 0.0,

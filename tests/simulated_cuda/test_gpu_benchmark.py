@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sae.train import variants  # noqa: F401  (registers the recipes)
 from sae.train.recipe import RECIPES
 
 from .gpu import SimulatedGPU

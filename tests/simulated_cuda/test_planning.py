@@ -66,5 +66,5 @@ def test_a_plan_for_a_gpu_says_whether_kernels_are_used_and_why_not(
     assert lines["no latents to choose"][0].startswith("kernels  of this package update the weights, by Triton")
     assert lines["without Triton"] == ["kernels  of torch: the simulated GPU runs no kernels"]
     assert lines["broken"] == ["kernels  of torch: they do not work on cuda: no kernel image is available"]
-    assert lines["wrong"] == ["kernels  of torch: they choose other latents than torch on cuda"]
-    assert lines["wrong update"] == ["kernels  of torch: they update weights otherwise than torch on cuda"]
+    assert lines["wrong"] == ["kernels  of torch: they select other latents than torch on cuda"]
+    assert lines["wrong update"] == ["kernels  of torch: they update weights differently from torch on cuda"]

@@ -32,9 +32,9 @@ def reason_against_kernels(device: str) -> str:
             z_RN = torch.randn(3, 3 * ROOM + 5, generator=torch.Generator().manual_seed(0)).to(dtype)
             for rows, n, k in ((3, 100, 7), (3, z_RN.shape[1], 32), (1, z_RN.shape[1], ROOM)):
                 if not torch.equal(largest(z_RN[:rows, :n].to(device), k).cpu(), largest(z_RN[:rows, :n], k)):
-                    return f"they choose other latents than torch on {device}"
+                    return f"they select other latents than torch on {device}"
             if not updates_agree(dtype, device):
-                return f"they update weights otherwise than torch on {device}"
+                return f"they update weights differently from torch on {device}"
             for counts in ((0, 3, 300, 40), (20, 20)):
                 if not decodes_as_torch(counts, dtype, device):
                     return f"they decode latents to other values than torch on {device}"

@@ -34,5 +34,5 @@ def test_run_json_says_whether_kernels_are_used_and_a_resumed_run_whether_that_c
     train(TrainConfig(resume=[topk], device="cpu"), TrainProgress(say=said.append))
     assert (
         f"{topk.name} was started with the kernels of this package and goes on without them. Where pre-activations are "
-        "equal, it may keep other latents, and sums are rounded otherwise."
+        "equal, it may keep other latents, and sums are rounded differently."
     ) in said
