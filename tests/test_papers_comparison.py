@@ -329,6 +329,20 @@ def test_tables_say_what_the_differences_show(scripts, tmp_path, more, noise, wo
     assert row.rstrip(" |").endswith(word)
 
 
+def test_a_layer_counts_when_all_its_seeds_are_finished(scripts, tmp_path):
+    design = small_design(scripts)
+    design["model"]["gemma-2-mini"]["layers"] = [5, 12]
+    write(scripts, design, tmp_path, of_part(scripts, design, "tune"))
+    gain = lambda job: 0.5 + (job.system == "topk") * ({5: 0.1, 12: 0.2}[job.layer] + NOISE[job.seed])  # noqa: E731
+    runs = of_part(scripts, design, "middle")
+    write(scripts, design, tmp_path, [job for job in runs if (job.layer, job.seed) != (5, 2)], kl=gain)
+    cells = table(scripts, design, tmp_path)[2].split(" | ")
+    assert cells[5] == "+0.2000" and "better (higher); preliminary, without layer 5" in cells[-1]
+    write(scripts, design, tmp_path, runs, kl=gain)
+    cells = table(scripts, design, tmp_path)[2].split(" | ")
+    assert cells[5] == "+0.1500" and "preliminary" not in cells[-1]
+
+
 def test_tables_name_idle_mechanisms_unlike_l0_and_failed_runs(scripts, tmp_path):
     design = small_design(scripts)
     write(scripts, design, tmp_path, of_part(scripts, design, "tune"))

@@ -10,7 +10,7 @@ those of evaluate/statistics.py; design.md says what they mean.
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -48,6 +48,7 @@ class Line:
     Attributes:
         differences: one per seed, each the mean over layers; None if there are fewer than two.
         by_layer: layer -> differences by seed.
+        open_layers: layers of the design that are left out of `differences` because a seed has no record there yet.
         l0: mean L0 of a and b.
         claim: what the paper says of a: lower, higher, equal or "".
         why_not: why it is not tested.
@@ -64,6 +65,7 @@ class Line:
     by_layer: Mapping[int, Sequence[float]]
     l0: tuple[float, float] | None
     margin: float | None
+    open_layers: Sequence[int] = ()
     why_not: str = ""
     l0_shift: float | None = None
 
@@ -94,23 +96,25 @@ def make_line(
     design: Mapping[str, Any], valid: Valid, model: str, pair: Mapping[str, Any], measure: str, claim: str,
     why_not: str = "",
 ) -> Line:  # fmt: skip
-    """A comparison, from the records that exist so far."""
+    """A comparison, from the records that exist so far.
+
+    The difference of a seed is the mean over layers. While other layers than the main one are not finished, it is the
+    mean over those that have as many seeds as the main layer.
+    """
     own, about = pair.get("own", False), design["model"][model]
     layers = [about["main_layer"]] if own or measure.startswith("probe") else about["layers"]
     parts = ("own", pair.get("part_b", "own")) if own else ("middle", "middle")
-    by_layer: dict[int, list[float]] = {}
-    by_seed: dict[int, list[float]] = {}
+    by_layer: dict[int, dict[int, float]] = {}
     for layer in layers:
         ours, theirs = (
             values(valid, model, part, pair[side], layer, measure) for part, side in zip(parts, "ab", strict=True)
         )
-        common = sorted(set(ours) & set(theirs))
-        by_layer[layer] = [ours[seed] - theirs[seed] for seed in common]
-        for seed in common:
-            by_seed.setdefault(seed, []).append(ours[seed] - theirs[seed])
-    whole = [mean(some) for some in by_seed.values() if len(some) == len(layers)]
+        by_layer[layer] = {seed: ours[seed] - theirs[seed] for seed in sorted(set(ours) & set(theirs))}
+    seeds = set(by_layer[about["main_layer"]])
+    complete = [layer for layer in layers if seeds <= set(by_layer[layer])]
+    whole = [mean(by_layer[layer][seed] for layer in complete) for seed in sorted(seeds)]
     l0s = [
-        [one for layer in layers for one in values(valid, model, part, pair[side], layer, "l0").values()]
+        [one for layer in complete for one in values(valid, model, part, pair[side], layer, "l0").values()]
         for part, side in zip(parts, "ab", strict=True)
     ]
     l0 = (mean(l0s[0]), mean(l0s[1])) if all(l0s) else None
@@ -122,8 +126,9 @@ def make_line(
     slope = None if own else l0_slope(design, valid, model, (pair["a"], pair["b"]), measure)
     shift = None if slope is None or l0 is None else slope * math.log(l0[0] / l0[1])
     return Line(
-        pair["id"], pair["a"], pair["b"], measure, claim, differences, by_layer, l0,
-        design["margin"].get(measure), why_not, shift,
+        pair["id"], pair["a"], pair["b"], measure, claim, differences,
+        {layer: list(some.values()) for layer, some in by_layer.items()}, l0, design["margin"].get(measure),
+        [layer for layer in layers if layer not in complete], why_not, shift,
     )  # fmt: skip
 
 
@@ -235,12 +240,14 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def family_table(lines: Sequence[Line]) -> list[str]:
-    """The comparisons of a family, judged together."""
+def family_table(lines: Sequence[Line], chosen: Callable[[Line], bool] = lambda line: True) -> list[str]:
+    """The chosen comparisons of a family; all of the family are judged together."""
     findings = judge([line.comparison for line in lines])
     tests = sum(line.comparison.is_test for line in lines)
     rows = []
     for line, found in zip(lines, findings, strict=True):
+        if not chosen(line):
+            continue
         one = line.differences
         layers = [f"L{layer} {mean(some):+.4f}" for layer, some in line.by_layer.items() if some]
         rows.append([
@@ -250,7 +257,8 @@ def family_table(lines: Sequence[Line]) -> list[str]:
             "" if one is None else span(widened(one, tests)), "" if one is None else span(one.interval),
             "" if found.p_value is None else f"{found.p_value:.4f}", number(found.detectable),
             "; ".join(layers) if len(layers) > 1 else "",
-            verdict(line, found, line.comparison.is_test) + "; at another L0" * line.at_another_l0,
+            verdict(line, found, line.comparison.is_test) + "; at another L0" * line.at_another_l0
+            + f"; preliminary, without layer {' and '.join(map(str, line.open_layers))}" * bool(line.open_layers),
         ])  # fmt: skip
     heads = (
         "id", "a - b", "measure", "the paper says", "L0", "difference", "seeds", f"interval, corrected for {tests}",
