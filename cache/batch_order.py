@@ -2,9 +2,9 @@
 
 The rows of each window were permuted when they were written. An epoch takes the chunks in a seeded order, lays them end
 to end, and cuts this sequence into `lanes` equal segments. Batch t is the t-th block of batch_size/lanes rows of every
-lane. So each read is contiguous, and a batch still mixes rows from up to `lanes` windows. In a batch of B rows, each
-row shares its context with about B L (1/(lanes W) + 1/T) other rows on average, for contexts of L rows, windows of W
-rows and T rows in all.
+lane. So each read is contiguous, and a batch still mixes rows from up to `lanes` windows. With contexts of L rows,
+windows of W rows, batches of B rows and T rows in total, a row shares its context with on average about
+B L (1/(lanes W) + 1/T) other rows of its batch.
 """
 
 from typing import NamedTuple
@@ -69,8 +69,8 @@ class BatchOrder:
         """The rows of a batch, in order."""
         epoch, index_in_epoch = divmod(batch, self.batches_per_epoch)
         order, end = self._shuffle(epoch)
-        first = self.lane_start + index_in_epoch * self.block_rows  # of each lane's block, counted in the epoch's order
-        position = np.searchsorted(end, first, side="right")  # of the chunk in which the block begins
+        first = self.lane_start + index_in_epoch * self.block_rows  # first row of each lane's block, in epoch order
+        position = np.searchsorted(end, first, side="right")  # position in `order` of the chunk where the block begins
         chunk = order[position]
         remaining = end[position] - first  # rows of that chunk after the beginning of the block
         start = self.chunk_rows[chunk] - remaining
@@ -88,9 +88,10 @@ class BatchOrder:
         return spans
 
     def uses(self, batches: range) -> np.ndarray:
-        """Which batches of a range read which chunks: (n, 3) int64, each row a chunk and its first and last batch.
+        """The batches in a range that read each chunk: (n, 3) int64 with the columns chunk, first batch, last batch.
 
-        Each row is a run of consecutive batches. A chunk has one row per epoch for each lane that reads it.
+        Every batch from the first to the last one reads the chunk. A chunk has one row per epoch for each lane that
+        reads it.
         """
         stretches = [np.empty((0, 3), np.int64)]
         per_epoch = self.batches_per_epoch

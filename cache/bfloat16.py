@@ -28,7 +28,7 @@ def to_bits(value: float) -> int:
 
 
 def from_bits(bits: int) -> float:
-    """The value of a bfloat16 given by its bits."""
+    """The value of the bfloat16 with these bits."""
     (value,) = struct.unpack("<f", struct.pack("<I", (int(bits) & 0xFFFF) << 16))
     return value
 

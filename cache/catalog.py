@@ -82,10 +82,10 @@ def find_cache(model: str | None, hook: Hook, root: Path | None = None) -> Cache
 
 
 def find_by_fingerprint(fingerprint: object, folder: Path | str | None, root: Path | None = None) -> Cache | None:
-    """Find the cache with a fingerprint: at its former place `folder` (path or address), or under `activations/`.
+    """Find the cache with this fingerprint: at its recorded place `folder` (path or address), or under `activations/`.
 
-    None if it is in neither place. A cache under `activations/` is preferred to an address. If the cache at the former
-    place cannot be opened and there is no other, the error raised by opening it is raised again.
+    Returns None if it is in neither place. A cache under `activations/` is preferred to one at an address. If the cache
+    at the recorded place cannot be opened and there is no other, the error from opening it is raised.
     """
     damage: SaeError | None = None
     if is_url(folder):
@@ -106,9 +106,9 @@ def find_by_fingerprint(fingerprint: object, folder: Path | str | None, root: Pa
 
 
 def model_folders(cache: Cache, key: str = "model") -> list[str]:
-    """The former folders of a cache's model: first the one given to its harvest, then those recorded in other caches.
+    """The recorded folders of a cache's model: first the one given to its harvest, then those from other caches.
 
-    With the key "adapters", the former folders of its adapters.
+    With the key "adapters", the recorded folders of the model's adapters.
     """
     record = cache.identity["model"]
     others = [

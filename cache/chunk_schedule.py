@@ -1,6 +1,6 @@
 """Schedule the files for a known sequence of reads: when each is needed, and which to keep if not all fit.
 
-A *step* reads several files at once, and the steps are known beforehand, because a batch number decides its rows. If a
+A *step* reads several files at once. All steps are known in advance, because the batch number determines the rows. If a
 file has to be pulled and there is no room, the file whose next use is farthest away is removed (Belady 1966, A study of
 replacement algorithms for virtual-storage computer). This pulls the fewest files if all have the same size. Files are
 pulled ahead, but only once the file that makes room for them has been read, so reading ahead causes no additional pulls
@@ -25,9 +25,11 @@ class Pull(NamedTuple):
 
 
 class ChunkSchedule:
-    """When files, numbered from 0, are needed. A row of `uses` (n, 3): a file and a stretch's first and last step.
+    """The steps at which files, numbered from 0, are needed.
 
-    Stretches of one file may overlap, as they do where lanes share a chunk. `sizes` (files,) are bytes.
+    A row of `uses` (n, 3) is a file and the first and last step of a *stretch*: a range of consecutive steps that all
+    read the file. Stretches of the same file may overlap, for example if lanes share a chunk. `sizes` (files,) are in
+    bytes.
     """
 
     def __init__(self, uses: np.ndarray, sizes: np.ndarray) -> None:
@@ -71,8 +73,8 @@ class ChunkSchedule:
     def next_pull(
         self, position: int, present: np.ndarray, kept: np.ndarray, free: int, wanted: int | None = None
     ) -> Pull | None:
-        """The next pull, if all steps before `position` have been read. None if no file is missing, or if there is no
-        room while the `kept` files stay.
+        """The next pull, given that all steps before `position` have been read. None if no file is missing, or if
+        there is no room for one as long as the `kept` files stay.
 
         Args:
             position: the first step that has not been read.
@@ -97,7 +99,7 @@ class ChunkSchedule:
         later = self.next_use(candidates, needed)
         candidates, later = candidates[later > spared], later[later > spared]
         before = np.where(self.next_use(candidates, position) < needed, self.last_use(candidates, needed), -1)
-        order = np.lexsort((before, -later))  # if needed equally late, the one read first
+        order = np.lexsort((before, -later))  # of files needed equally late, first the one that can be removed soonest
         room = np.cumsum(self.sizes[candidates[order]]) + free
         if not len(room) or room[-1] < self.sizes[file]:
             return None
@@ -106,7 +108,7 @@ class ChunkSchedule:
         return Pull(file, needed, candidates[evict].tolist(), int(before[evict].max()))
 
     def pulled(self, present: np.ndarray, capacity: int) -> np.ndarray:
-        """How often each file is pulled when all steps are read, (files,) int64, if the `present` files exist at first.
+        """How often each file is pulled when all steps are read, (files,) int64; the `present` files exist already.
 
         The result does not depend on the speed of the link or the reader.
         """

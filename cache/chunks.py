@@ -75,7 +75,9 @@ def read_array_spec(folder: Path, name: str, layout: Layout | None = None) -> Ar
     metadata: dict[str, Any] = dict(ARRAY_RECORD.read(path))
     array = ArraySpec.from_metadata(name, metadata)
     if array_essentials(metadata) != array_essentials(array.metadata()):
-        raise contradiction(path, "its codecs differ", "expected those of docs/reference/cache-format.md")
+        raise contradiction(
+            path, "it lists unexpected codecs", "the cache format has only those in docs/reference/cache-format.md"
+        )
     if layout is not None:
         of = moments_of(name)
         check_array(path, array, layout, None if of is None else read_array_spec(folder, of, layout).shape[-1])
@@ -148,7 +150,7 @@ def check_size(path: Path, size: int) -> None:
 
 
 def check_chunk(folder: Path, array: ArraySpec, chunk: int, files: FileRecords) -> None:
-    """Read a chunk's file and raise DamagedError unless `files` lists it with this size and checksum.
+    """Read a chunk's file and raise DamagedError unless it has the size and checksum listed in `files`.
 
     `files` are the records in the manifest, a commit or tokens/commit.json. The checksum at the end of a file does not
     prove that the file belongs here, since files of other windows and caches also end with valid checksums. In the
@@ -192,7 +194,7 @@ def content_matches(content: bytes, array: ArraySpec, record: Mapping[str, Any])
 
 
 def most_open_chunks(caches: int = 1) -> int:
-    """The memory maps that each of `caches` caches, read together, may keep open. Each map holds a file open."""
+    """How many memory maps each of `caches` caches that are read together may keep open. A map keeps a file open."""
     return min(OPEN_CHUNKS, max(FEW_CHUNKS, files_limits()[0] // (4 * caches)))
 
 
@@ -257,7 +259,7 @@ RowReader = Callable[[ArraySpec, Sequence[RowsOfChunk]], Iterator[np.ndarray]]
 
 
 def row_reader(folder: Path) -> RowReader:
-    """Reads rows of the chunks in a folder."""
+    """A function that reads rows of the chunks in a folder."""
     return lambda array, chunks: (read_rows(folder, array, *one) for one in chunks)
 
 

@@ -1,4 +1,4 @@
-"""Read several caches of the same model, computation and held-out documents as one."""
+"""Read several caches as one. They must agree in their model, their computation and their held-out documents."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,10 +11,11 @@ from .layout import ArraySpec, without_name
 from .reader import Cache
 from .reading import Folder, StoredFile
 
-# They include the held-out share and the seed, which decide what documents training must not see in any cache.
+# The held-out share and the seed decide which documents training must not see. This choice must be the same everywhere.
 COMPATIBLE_KEYS = ("model", "dtype", "attention", "tokenizer", "context", "held_out", "skip", "pack", "seed")
 
-# Entries of the identity that are omitted at their defaults. The tokenization affects which documents are held out.
+# Entries of the identity that are omitted if they have their default values. They must agree too, because the
+# tokenization affects which documents are held out.
 ADDED_KEYS = ("bos", "skip_positions", "special_tokens")
 ABSENT = object()
 
@@ -61,7 +62,7 @@ class ConcatCache:
         return cache.read_rows(name, chunk, start, count)
 
     def stored_files(self, name: str) -> tuple[Folder, list[StoredFile | None]] | None:
-        """The local folder, and the file of each chunk that is in a store; None if no chunk is."""
+        """The local folder, and the stored file of each chunk (None: on a disk). None if all chunks are on a disk."""
         found = [cache.stored_files(name) for cache in self.caches]
         folders = [stored[0] for stored in found if stored is not None]
         if not folders:

@@ -14,7 +14,7 @@ from ..common.errors import DamagedError, UsageError
 from ..common.files import digest_of
 from .layout import ArraySpec, Layout, describe_difference, fingerprint_of, token_arrays
 
-SIDE_ARRAYS = (".row_norm", ".moments")  # of an array of activations
+SIDE_ARRAYS = (".row_norm", ".moments")  # suffixes of the arrays that belong to an array of activations
 
 
 def layout_of(attributes: Mapping[str, Any]) -> Layout:
@@ -34,10 +34,10 @@ def check_attributes(path: Path, attributes: Mapping[str, Any]) -> None:
         expected["rows"] = identity["tokens"]
     for name, value in {**expected, "chunk_rows": layout.chunk_rows}.items():
         if attributes[name] != value:
-            raise contradiction(path, f"{name} is {attributes[name]}", f"{value} follows from the rest of it")
+            raise contradiction(path, f"{name} is {attributes[name]}", f"its other attributes require {value}")
     for name in attributes["complete"]:
         if not is_array_name(name):
-            raise contradiction(path, f"{name!r} is complete", "no array has such a name")
+            raise contradiction(path, f"it lists {name!r} as complete", "no array can have that name")
 
 
 def check_array(path: Path, array: ArraySpec, layout: Layout, d_in: int | None) -> None:
@@ -54,14 +54,16 @@ def check_array(path: Path, array: ArraySpec, layout: Layout, d_in: int | None) 
         expected = layout.activation_arrays(activations_of(array.name), width)
     if array not in expected:
         named = {one.name: one for one in expected}.get(array.name)
-        raise contradiction(path, describe_array(array), f"{describe_array(named)} follows from the cache's zarr.json")
+        raise contradiction(
+            path, f"it describes {describe_array(array)}", f"the cache's zarr.json requires {describe_array(named)}"
+        )
 
 
 def describe_array(array: ArraySpec | None) -> str:
     """The shape and storage of an array in a few words."""
     if array is None:
         return "no such array"
-    blocks = "" if array.block_rows is None else f" of blocks of {array.block_rows} rows"
+    blocks = "" if array.block_rows is None else f", compressed in blocks of {array.block_rows} rows"
     return f"{array.dtype} {list(array.shape)} in chunks of {list(array.chunk_shape)}{blocks}"
 
 
@@ -79,9 +81,9 @@ def check_commit(path: Path, commit: Mapping[str, Any], fingerprint: str, layout
     if commit["fingerprint"] != fingerprint:
         raise DamagedError(f"{path} belongs to another harvest ({commit['fingerprint'][:8]}). {REPAIR_HINT}")
     if path.name != f"{window:06d}.{name}.json":
-        raise contradiction(path, f"it is of window {window} of {name}", "the name of the file is of another")
+        raise contradiction(path, f"it describes window {window} of {name}", "its file is named after another")
     if window >= layout.n_windows:
-        raise contradiction(path, f"it is of window {window}", f"the cache has only {layout.n_windows} windows")
+        raise contradiction(path, f"it describes window {window}", f"the cache has only {layout.n_windows} windows")
     if commit["rows"] != (rows := len(layout.row_range(window))):
         raise contradiction(path, f"it has {commit['rows']:,} rows", f"window {window} has {rows:,}")
     check_names(path, commit["files"], window_files(layout, [name], range(window, window + 1)))
@@ -96,9 +98,9 @@ def check_manifest(path: Path, manifest: Mapping[str, Any], attributes: Mapping[
         raise contradiction(path, f"it has {manifest['rows']:,} rows", f"zarr.json has {layout.rows:,}")
     # A harvest that was killed between the two writes may have added arrays to the manifest only.
     if missing := sorted(set(attributes["complete"]) - set(complete)):
-        raise contradiction(path, f"{missing[0]} is not complete in it", "it is in zarr.json")
+        raise contradiction(path, f"it does not list {missing[0]} as complete", "zarr.json does")
     if different := sorted(set(statistics) ^ set(complete)):
-        raise contradiction(path, f"{different[0]} is in `complete` or `statistics`", "it is not in both")
+        raise contradiction(path, f"{different[0]} is in `complete` or `statistics`", "not in both")
     for name, one in statistics.items():
         if one["count"] + one["marked"] != layout.rows:
             rows = f"{name} has {one['count']:,} rows and {one['marked']:,} outlier rows"
@@ -125,11 +127,11 @@ def check_manifest_files(
         check_names(path, files, expected | (allowed & files.keys()))
     text = {file: record for file, record in files.items() if file.startswith("tokens/")}
     if digest_of(text) != tokens:
-        raise contradiction(path, "its files in tokens/ are of one text", "zarr.json records the digest of another")
+        raise contradiction(path, "its files in tokens/ contain one text", "zarr.json records the digest of another")
 
 
 def window_files(layout: Layout, names: Iterable[str], windows: range) -> set[str]:
-    """The files of these windows of activation arrays, including those of row_ctx and row_pos."""
+    """The files of activation arrays in these windows, including the files of row_ctx and row_pos."""
     arrays = layout.arrays({name: 1 for name in names if is_array_name(name)})  # no file name depends on the width
     return {array.chunk_file(chunk) for array in arrays for chunk in layout.chunk_range(array, windows)}
 
@@ -156,7 +158,7 @@ def check_names(path: Path, files: Collection[str], expected: Collection[str]) -
     for sentence, some in (("does not list", set(expected) - set(files)), ("lists", set(files) - set(expected))):
         if some:
             more = f" and {len(some) - 1:,} more" if len(some) > 1 else ""
-            wrong = "which has to be there" if sentence == "does not list" else "which the cache cannot have"
+            wrong = "which the cache must have" if sentence == "does not list" else "which the cache cannot have"
             raise DamagedError(f"{path} {sentence} {min(some)}{more}, {wrong}. {REPAIR_HINT}")
 
 
@@ -166,15 +168,16 @@ def contradiction(path: Path, one: str, other: str) -> DamagedError:
 
 
 def check_same_text(place: Path | str, recorded: Mapping[str, Any], rows: int, tokens: str) -> None:
-    """Raise DamagedError if the harvest with these attributes was started with other tokens or another row count."""
+    """Raise DamagedError if the harvest at a place, with the `recorded` attributes, had another row count or text."""
     if recorded["rows"] != rows:
         raise DamagedError(
-            f"{place} was started with {recorded['rows']:,} rows, but its text now has {rows:,}. Use another --out."
+            f"The harvest at {place} was started with {recorded['rows']:,} rows, but its text now has {rows:,}. Use "
+            "another --out."
         )
     if recorded["tokens"] != tokens:
         raise DamagedError(
-            f"{place} was started with different tokens than its text gives now, probably because of another version "
-            "of tokenizers. Use another --out."
+            f"The harvest at {place} was started with other tokens than the tokenizer now produces for its text, "
+            "probably because the version of `tokenizers` has changed. Use another --out."
         )
 
 

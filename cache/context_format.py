@@ -1,4 +1,4 @@
-"""The first token of a cache's contexts, and which of their tokens are rows: one definition for all readers."""
+"""Which token begins the contexts of a cache, and which of their tokens are rows: one definition for all readers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,12 +45,12 @@ class ContextFormat:
 
     @classmethod
     def of(cls, identity: Mapping[str, Any], tokenizer: Any) -> Self:
-        """The format of a cache with this identity. Contexts of earlier versions begin with BOS, or else EOS."""
+        """The format of a cache with this identity. Earlier versions began contexts with BOS, or EOS without a BOS."""
         bos_id = identity["bos"] if "bos" in identity else bos_or_eos_id(tokenizer)
         return cls(bos_id, tuple(identity["skip"]), identity.get("skip_positions", 0))
 
     def identity(self, tokenizer: Any) -> dict[str, Any]:
-        """The entries of a cache's identity. Entries that earlier versions lacked are omitted at defaults."""
+        """The entries for a cache's identity. Entries that earlier versions lacked are omitted at default values."""
         entries: dict[str, Any] = {"skip": list(self.skip_ids)}
         if self.bos_id != bos_or_eos_id(tokenizer):
             entries["bos"] = self.bos_id

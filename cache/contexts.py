@@ -33,7 +33,7 @@ class Contexts:
         return Contexts(**{name: values[which] for name, values in self.arrays().items()})
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays by name, as in the folder tokens/; `rows` only if there is one."""
+        """The arrays by name, as in the folder tokens/, without `rows` if it is None."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: array for name, array in values.items() if array is not None}
 
@@ -62,7 +62,7 @@ class Contexts:
         """Read the contexts of a cache, each file checked against tokens/commit.json.
 
         `digest` is the expected result of `digest_of` for the record's files, from the cache's zarr.json; None if there
-        is no zarr.json yet. Raises DamagedError if a file is missing or is not the listed one, or the digest differs.
+        is no zarr.json yet. Raises DamagedError if a file is missing or differs from its record, or the digest differs.
         """
         record = folder / "tokens" / "commit.json"
         commit = TOKENS_RECORD.read(record)

@@ -17,7 +17,7 @@ SITES = {  # site -> TransformerLens' name of the hook
     "mlp_out": "blocks.{}.hook_mlp_out",
 }
 RESIDUAL_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")  # the stream and its summands
-OUTSIDE = "model."  # begins the path of a module that is outside the blocks
+OUTSIDE = "model."  # prefix of the path of a module outside the blocks
 
 
 class Hook(NamedTuple):
@@ -63,7 +63,7 @@ class Hook(NamedTuple):
 
     @property
     def record(self) -> dict[str, Any]:
-        """The entries of the hook in a record such as sae.json. A record without a site means the residual stream."""
+        """The hook's entries in a record such as sae.json; the site is omitted for the residual stream (resid_post)."""
         return {"layer": self.layer} | ({"site": self.site} if self.site != "resid_post" else {})
 
     @classmethod
@@ -102,13 +102,12 @@ class ModuleSpec(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "ModuleSpec":
-        """Parse a value of --module. Raises UsageError if it has another form."""
+        """Parse a value of --module. Raises UsageError if it is invalid."""
         match = re.fullmatch(r"([A-Za-z_]\w*(?:\.(?:\w+|\{layer\}))*)(?::(input|output))?", text)
         if match is None:
             raise UsageError(
-                f"invalid --module {text}: expected the name of a module as transformers has it, with {{layer}} for "
-                "the number of the block, such as 'model.layers.{layer}.mlp.gate_proj' or "
-                "'model.layers.{layer}.mlp:input'."
+                f"invalid --module {text}: expected the module's name in transformers, with {{layer}} in place of the "
+                "block number, such as 'model.layers.{layer}.mlp.gate_proj' or 'model.layers.{layer}.mlp:input'."
             )
         path, end = match[1], match[2] or "output"
         inside = re.fullmatch(r"(.+?)\.(\{layer\}|\d+)(?:\.(.+))?", path)

@@ -1,10 +1,10 @@
 """The rows of a window with the largest norms, stored in an additional object of a cache in a store.
 
-The statistics of an array read the outlier rows and the rows with the largest norms, one in a thousand. On a disk they
-are read from the chunks; from a store, each row would be a request. Which rows these are is known only from all windows
-together, so each window stores more than a thousandth of its rows. Rows that are not in the object are read from the
-chunks. All rows are read from the chunks if the object is missing, damaged, or was made from files other than the
-listed ones. The object never changes a result.
+Computing the statistics of an array requires its outlier rows and the thousandth of its rows with the largest norms. On
+a disk they are read from the chunks; in a store, each of these rows would take a request. Which rows these are is known
+only when all windows are written, so each window stores more than a thousandth of its rows. Rows that are not in the
+object are read from the chunks. All rows are read from the chunks if the object is missing or damaged, or was made from
+files other than the listed ones. The object never changes a result.
 """
 
 import math
@@ -36,9 +36,9 @@ def largest_file(window: int, name: str) -> str:
 
 
 def encode_largest(files: FileRecords, norms: np.ndarray, bits: np.ndarray) -> bytes:
-    """The object for a window with these norms (rows,) and rows (rows, d_in), whose commit lists these files.
+    """The object for a window: `norms` (rows,) and `bits` (rows, d_in) of its rows, and the `files` in its commit.
 
-    It holds the digest of the files, the number of rows, their indices in the window, the rows, and a checksum.
+    It contains the digest of the files, the number of rows, their indices in the window, the rows, and a checksum.
     """
     far = min(int(MOST * len(norms)), int(np.count_nonzero(norms > FAR * np.median(norms))))
     smallest = len(norms) - max(math.ceil(SHARE * len(norms)), far)
@@ -61,8 +61,8 @@ def decode_largest(data: bytes, files: FileRecords, array: ArraySpec) -> tuple[n
 
 
 def stored_row_reader(store: ObjectStore, layout: Layout, files: Mapping[str, Any]) -> RowReader:
-    """A reader for rows of a cache in a store, whose manifest has these files. It reads rows from the objects with the
-    largest rows, and from the chunks only if the objects lack them.
+    """A reader for rows of a cache in a store; `files` are the files in its manifest. It reads rows from the objects
+    with the largest rows, and from the chunks only the rows that these objects lack.
     """
 
     def read_window(array: ArraySpec, window: int, chunks: Sequence[RowsOfChunk]) -> list[np.ndarray]:

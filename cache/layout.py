@@ -10,7 +10,7 @@
         row_ctx/ row_pos/    uint32, uint16 (rows,): the position in tokens/ids that each row comes from
         tokens/              the exact ids fed to the model: ids, length, document, held_out (held-out contexts last);
                              for conversations also rows, the tokens of the roles that are harvested
-        commits/             one file per window and array, written last: the only proof that they exist
+        commits/             one file per window and array, written last: the only proof that its rows are complete
         harvest.json         the harvest's configuration, so that a damaged window can be harvested again
         manifest.json        the files of the complete arrays, from their commits, with statistics
         ring.json            instead of a manifest, if `sae train --stream` deletes windows that it has read
@@ -198,7 +198,7 @@ class Layout:
 
 
 def token_arrays(contexts: int, length: int, *, rows: bool = False) -> list[ArraySpec]:
-    """The arrays for `contexts` contexts of at most `length` tokens; with `rows`, also marks of the rows."""
+    """The arrays for `contexts` contexts of at most `length` tokens; with `rows`, also the mask of harvested tokens."""
     marks = [ArraySpec("tokens/rows", (contexts, length), (contexts, length), "bool")] if rows else []
     return [
         ArraySpec("tokens/ids", (contexts, length), (contexts, length), "uint32"),
@@ -230,7 +230,7 @@ def describe_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> s
 
 
 def without_name(value: Any) -> Any:
-    """An entry of the identity without names: revisions identify models, adapters and datasets, wherever they lie."""
+    """An entry of the identity without names: revisions identify models, adapters and datasets, wherever they are."""
     if not isinstance(value, dict):
         return value
     adapters = {"adapters": [one["revision"] for one in value["adapters"]]} if "adapters" in value else {}

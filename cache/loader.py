@@ -39,7 +39,7 @@ class BatchSource(Protocol):
 
 class BatchLoader:
     """An iterator over the batches of one array, (batch_size, d_in) bfloat16, starting at any batch. It ends before
-    batch `stop`, or never.
+    batch `stop`; by default it never ends.
 
     A batch is overwritten after the next call of `next`. The seed and the number `batch` of the next batch are its
     complete state. `seconds_waited` is the time that the caller has waited for data. `store_failure` is the error that
@@ -50,10 +50,10 @@ class BatchLoader:
     batch n + 1 while the caller computes on batch n.
 
     The chunks of a cache in a store are pulled into the local folder, as far ahead as the folder has room. `expected`
-    means that the folder was told to expect these batches.
+    says whether these batches were announced with `LocalFolder.expect`.
 
-    Raises UsageError if there are fewer rows than one batch. An error in a reading thread is raised by `next` when its
-    batch is due.
+    Raises UsageError if there are fewer rows than one batch. If a reading thread fails, `next` raises its error when
+    the batch is due.
     """
 
     def __init__(

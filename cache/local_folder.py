@@ -1,10 +1,14 @@
-"""The local folder for chunks of caches in stores. It has a size limit, is filled ahead, and is shared by processes.
+"""The local folder for chunks of caches in stores. It has a size limit, chunks are pulled into it before they are
+needed, and processes share it.
 
 The order in which chunks are needed is known in advance (chunk_schedule.py), so threads pull chunks ahead. If there is
 no room, the chunk whose next use is farthest away is removed; chunks that no process will read go first. Names are
 `<cache>/<file of the cache>`. Only chunks of activations are removed; records, tokens and other small files stay, and
 count towards the size. shared_folder.py has the protocol between processes, room.py the decisions. One waiting step is
-served at a time, so that two steps never hold chunks that the other needs. The chunks stay until the step is read.
+served at a time; otherwise two steps could each occupy the room that the other needs. The chunks of a step stay until
+it has been read.
+
+A *reading* (`ChunkReading`) is a known sequence of steps that read chunks of one array.
 """
 
 import contextlib
@@ -23,7 +27,7 @@ from .room import Needs, Room, check_room
 from .shared_folder import SharedFolder, Statement, kept_by
 
 PULLS, PULLED_BYTES = 16, 512 << 20  # at the same time; the bytes are in memory until they are verified
-TRY_AGAIN = 30.0  # seconds after which a failed pull ahead is tried again; a chunk that is needed is tried at once
+TRY_AGAIN = 30.0  # seconds after which a failed pull ahead is tried again; a chunk that a step waits for has no delay
 LOOK_AGAIN, LOOK_AGAIN_SOON = 1.0, 0.1  # seconds until the folder is checked again for changes by other processes
 SAY_AFTER, SAY_EVERY = 10.0, 60.0  # seconds of waiting until the first message, and between messages
 
@@ -39,7 +43,7 @@ class LocalFolder:
     def __init__(self, folder: Path) -> None:
         self.folder, self.size = folder, default_size(folder)
         self.pulled_files = self.pulled_bytes = 0  # by this process
-        self.say: Callable[[str], None] = lambda sentence: None  # called when a step waits for long
+        self.say: Callable[[str], None] = lambda sentence: None  # called when a step has waited for long
         self._shared = SharedFolder(folder)
         self._lock = threading.Lock()
         self._arrived, self._to_decide = threading.Condition(self._lock), threading.Condition(self._lock)
@@ -47,7 +51,7 @@ class LocalFolder:
         self._plan = ReadingPlan()
         self._waiting: dict[tuple[ChunkReading, int], Files] = {}  # by (reading, step), in order of arrival
         self._being_read: dict[tuple[ChunkReading, int], Files] = {}
-        self._kept: dict[str, StoredFile] = {}  # as this process has stated
+        self._kept: dict[str, StoredFile] = {}  # the files in this process's last statement
         self._ready: frozenset[str] = frozenset()  # kept and complete
         self._pulling: set[str] = set()
         self._verified: set[str] = set()  # of the kept files, by this process
@@ -62,8 +66,8 @@ class LocalFolder:
     # --- what is read ------------------------------------------------------------------------------------------------
 
     def expect(self, readings: Sequence[ChunkReading]) -> None:
-        """Announce what will be read after the open readings, in this order. It is pulled ahead, or kept, and the room
-        for it is reserved until nothing is expected any more.
+        """Announce the readings that will follow the open ones, in this order. Their chunks are pulled ahead or kept,
+        and room for them is reserved until no more readings are expected.
         """
         with self._lock:
             self._plan.expect(readings)
@@ -71,7 +75,7 @@ class LocalFolder:
             self._leave_if_idle()
 
     def begin(self, reading: ChunkReading, expected_until: int | None = None) -> None:
-        """Begin to pull for a reading. In expected readings with its key, steps before `expected_until` count as done.
+        """Begin to pull for a reading. Expected readings with the same key count as done up to step `expected_until`.
 
         Raises UsageError if the folder cannot hold one of its steps together with one step of each other process.
         """
@@ -110,9 +114,9 @@ class LocalFolder:
                 self._shared.leave()
 
     def wait(self, reading: ChunkReading, step: int, files: Files) -> None:
-        """Wait until the files of a step are there and verified, and keep them until `done`.
+        """Wait until the files of a step are present and verified, and keep them until `done` is called.
 
-        Raises any error of pulling one of them. Earlier failures do not count: such files are tried again.
+        Raises the error if one of them cannot be pulled. A file whose pull failed earlier is tried again first.
         """
         while True:
             self._wait_for_files(reading, step, files)
@@ -129,7 +133,7 @@ class LocalFolder:
             self._drop(reading, step)
 
     def _wait_for_files(self, reading: ChunkReading, step: int, files: Files) -> None:
-        """Wait until the files of a step are there and the step counts as being read."""
+        """Wait until the files of a step are present and the step counts as being read."""
         started, say_at, key = time.monotonic(), SAY_AFTER, (reading, step)
         with self._lock:
             self._waiting[key] = files
@@ -162,7 +166,7 @@ class LocalFolder:
             self._arrived.notify_all()
 
     def _is_whole(self, file: StoredFile) -> bool:
-        """Whether a file that is being read matches its record, as any file pulled by this process does."""
+        """Whether a file that is being read matches its record. Files pulled by this process are already verified."""
         if file.name not in self._verified:
             try:
                 file.source.verify_file(file.file)
@@ -200,7 +204,7 @@ class LocalFolder:
             return f"Waiting for room in {self.folder} for a chunk of step {step:,}: {self._blocked}."
         rate = format_bytes(self._arrivals.bytes_per_second())
         files = format_count(len(names), "chunk")
-        return f"Waiting for the store: {files} of step {step:,} are still to come; {rate} arrive per second."
+        return f"Waiting for the store: {files} of step {step:,} not yet received; receiving {rate} per second."
 
     def _needs(self) -> Needs:
         """What this process reads now."""
@@ -329,7 +333,9 @@ class LocalFolder:
         return self.folder / part_name(name, self._shared.owner)
 
     def _pull(self, file: StoredFile) -> None:
-        """Pull a file for which there is room. The file appears whole; a kill leaves a part, which others remove."""
+        """Pull a file for which there is room. It appears only when complete; other processes remove the part file that
+        a killed process leaves.
+        """
         part, failure = self._part(file.name), None
         try:
             data = file.source.fetch_chunk(file.file)
@@ -369,7 +375,7 @@ class LocalFolder:
     # --- the folder --------------------------------------------------------------------------------------------------
 
     def _look(self, others: Mapping[str, Statement]) -> Contents:
-        """The files in the folder. Removes parts not being pulled, and damaged files not being read, by any process."""
+        """The files in the folder. Removes part files that no process pulls and damaged files that no process reads."""
         found = contents(self.folder)
         for name, owner in list(found.parts):
             is_own = owner == self._shared.owner
@@ -390,7 +396,7 @@ OPENED: dict[Path, LocalFolder] = {}
 
 
 def local_folder(folder: Path | None = None, size: int | None = None) -> LocalFolder:
-    """The process's local folder at a path, of at most `size` bytes. None: the default, or the previous value."""
+    """This process's `LocalFolder` at a path (None: the default path), of at most `size` bytes (None: unchanged)."""
     path = (folder or default_place()).resolve()
     if path not in OPENED:
         OPENED[path] = LocalFolder(path)

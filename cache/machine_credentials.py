@@ -6,7 +6,7 @@ import http.client
 import os
 from urllib.parse import urlsplit
 
-GIVEN = (  # if one of these is set, the machine is not asked
+GIVEN = (  # if one of these is set, the metadata service is not asked
     "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_WEB_IDENTITY_TOKEN_FILE",
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI",
 )  # fmt: skip
@@ -14,13 +14,13 @@ SECONDS = 2.0  # for the service to answer; it is local
 
 
 def asks_the_machine(scheme: str) -> bool:
-    """Whether obstore would ask the service of Amazon's machines for credentials."""
+    """Whether obstore would ask the EC2 metadata service for credentials."""
     public = os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true", "t", "yes", "y", "on")
     return scheme == "s3" and not public and not any(os.environ.get(name) for name in GIVEN)
 
 
 def machine_answers() -> bool:
-    """Whether the service answers at all, with any status."""
+    """Whether the metadata service answers at all, with any status."""
     service = urlsplit(os.environ.get("AWS_METADATA_ENDPOINT", "http://169.254.169.254"))
     try:
         connection = http.client.HTTPConnection(service.hostname or "", service.port, timeout=SECONDS)

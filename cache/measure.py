@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 BLOCK_ROWS = 128  # rows that are converted to float64 at a time: as many as fit into a core's cache
-FEW_COLUMNS = 64  # columns left for a final step: adding up fewer, block by block, is slow
+FEW_COLUMNS = 64  # each block is added up to this many columns; the rest is faster in one step for all blocks
 Run = Callable[[Callable[[Tensor], tuple[Tensor, Tensor]], Iterable[Tensor]], Iterable[tuple[Tensor, Tensor]]]
 
 

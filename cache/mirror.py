@@ -15,7 +15,7 @@ from .object_store import ObjectStore
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-THREADS = 8  # requests at a time; each holds a few MiB of a download, or the whole object of an upload
+THREADS = 8  # requests at a time; each keeps in memory a few MiB of a download, or the whole object of an upload
 RECORD_THREADS = 32  # for records, and for other objects of at most a few MiB
 
 
@@ -34,7 +34,7 @@ def working_folders(url: str) -> list[Path]:
 class Mirror:
     """A folder beside a store, with methods that move files between them. Names are relative, such as `layer_12/c.3.0`.
 
-    Files appear whole or not at all, in the folder and in the store. The methods raise what the store raises. Threads
+    Files appear whole or not at all, in the folder and in the store. The methods raise the errors of the store. Threads
     can share a mirror as long as no two of them move the same file.
     """
 
@@ -48,7 +48,7 @@ class Mirror:
         """Download the files that the folder lacks.
 
         `check` is called with the name of each downloaded file and raises DamagedError if its content is wrong. The
-        file is then downloaded once more; if it is still wrong, it is deleted and the error is raised.
+        file is then downloaded again; if it is still wrong, it is deleted and the error is raised.
         """
         missing = [name for name in dict.fromkeys(names) if not (self.folder / name).is_file()]
         self._each(lambda name: self._pull(name, check), missing, threads)

@@ -28,10 +28,10 @@ def deciding_files(folder: Path) -> tuple[list[str], list[str], list[str]]:
     that an index names. Files that training writes next to a model, hidden files, and .bin weights next to safetensors
     are left out.
 
-    The two other lists are the ones used by earlier versions: one without the weights in subfolders and the tokenizer's
-    text files, and one with all JSON files and weights in the folder.
+    Earlier versions used the two other lists: one without the weights in subfolders and the tokenizer's text files, and
+    one with all JSON files and weights in the folder.
 
-    Raises DamagedError if an index cannot be read, or names a file outside the folder, and OSError.
+    Raises DamagedError if an index is not valid JSON or names a file outside the folder, OSError if it cannot be read.
     """
     inside = sorted(path.name for path in folder.iterdir() if path.is_file())
     every = [name for name in inside if Path(name).suffix in MODEL_SUFFIXES]
@@ -86,8 +86,8 @@ def checked_weight_map(index: Any, where: str) -> dict[str, str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise DamagedError(
-            f"{where} does not say which file holds which tensor: expected a weight_map of names. Download the model "
-            "again."
+            f"{where} does not say which file contains which tensor: expected a weight_map from tensor names to file "
+            "names. Download the model again."
         )
     for name in sorted(set(weight_map.values())):
         check_inside(name, where)
@@ -100,7 +100,7 @@ def check_inside(name: str, where: str) -> None:
     if ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or not parts or "\0" in name:
         raise DamagedError(
             f"{where} names weights outside the folder of the model: {name!r}. They are not read. Download the model "
-            "again, or copy its weights into its folder and name them there."
+            f"again, or copy the weights into the model's folder and correct the path in {where}."
         )
 
 

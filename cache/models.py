@@ -1,9 +1,9 @@
 """Identify the language model that a cache, a run or a result belongs to.
 
 A *model record* is {"name", "revision"}. A model of the Hub has its id as name and a commit as revision. A model in a
-folder is identified by the digest of its files, wherever the folder lies: its revision is the digest, its name the
-folder's name and the first 8 digits of the digest. (In caches of earlier versions it is the folder's absolute path.)
-Where PEFT adapters were merged into it, the record has a third key, "adapters": [{"name", "revision"}, ...].
+folder is identified by the digest of its files, wherever the folder is: its revision is the digest, its name the
+folder's name and the first 8 digits of the digest. (Earlier versions recorded the folder's absolute path as the name.)
+If PEFT adapters were merged into the model, the record has a third key, "adapters": [{"name", "revision"}, ...].
 """
 
 import contextlib
@@ -24,7 +24,7 @@ ModelRecord = Mapping[str, Any]
 
 DIGEST_LENGTH = 64  # hexadecimal digits of a sha256; a commit of the Hub has 40
 SHORT_DIGEST = 8
-REMEMBERED_BYTES = 64 << 20  # smaller files are digested again each time, in a few hundredths of a second
+REMEMBERED_BYTES = 64 << 20  # digests of fewer bytes are not remembered: they take a few hundredths of a second
 SETTLED_NS = 1_000_000_000  # a file changed within the last second could change again with the same time stamp
 
 
@@ -102,7 +102,7 @@ def folder_digests(folder: Path) -> tuple[str, ...]:
     model_files.py selects the files. Earlier versions selected other files; their digests come after the current one,
     so that their records still identify this folder.
 
-    Raises UnavailableError if a file cannot be read, and DamagedError if an index of weights makes no sense.
+    Raises UnavailableError if a file cannot be read, and DamagedError if an index of weights is invalid.
     """
     folder = folder.resolve()
     try:

@@ -3,7 +3,7 @@
 s3, gs and az (Azure) can be read and written, https and http only read; file:///folder is a mounted file system. All
 other settings come from the environment, under the names that each provider's own tools use: AWS_REGION,
 AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME and so on. obstore
-refreshes credentials that expire. An address that contains a credential is refused, so that it is never recorded.
+refreshes credentials that expire. An address that contains a credential is rejected, so that it is never recorded.
 
 A failed request is tried again for three minutes, or up to six if the store never answers. Error messages have the
 address of the object and the store's error code, never the request, which can contain a signature.
@@ -118,7 +118,7 @@ def check_url(url: str) -> str:
         raise UsageError(f"invalid address {scheme}://...: expected {scheme}://bucket/prefix.") from None
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise UsageError(
-            f"The {scheme}:// address carries a user name, a password, a query or a fragment. Give credentials in the "
+            f"The {scheme}:// address contains a user name, a password, a query or a fragment. Give credentials in the "
             f"environment, for example as AWS_ACCESS_KEY_ID, and the address as {scheme}://bucket/prefix."
         )
     if not parts.netloc and scheme != "file":
@@ -181,7 +181,7 @@ class ObjectStore:
         """Atomically write an object unless its key exists; returns whether the object now holds `data`.
 
         The answer to a successful write can be lost, so an object with the same bytes counts as written by this call.
-        Writers that have to be distinguished write different bytes.
+        Writers that must be distinguished have to write different bytes.
         """
         self.check_writable()
 
@@ -219,7 +219,7 @@ class ObjectStore:
 
     def check_conditional_writes(self, key: str) -> None:
         """Raise UnavailableError unless the store refuses to create an object that exists, and to replace an object
-        that has changed. `key` is the key of a temporary object. Takes five requests.
+        that has changed. `key` is the key of a temporary object. Makes five requests.
         """
         if self.is_folder:
             return
@@ -245,9 +245,9 @@ class ObjectStore:
             self.delete([key])
         if not refused:
             raise UnavailableError(
-                f"{self.url}: the store ignores the condition of a write (If-None-Match, If-Match), so workers would "
-                "overwrite each other's results. Use a store that supports it, such as S3, Google Cloud Storage, "
-                "Azure, R2 or MinIO in a current version, or harvest into a folder and copy it there."
+                f"{self.url}: the store ignores the conditions of conditional writes (If-None-Match, If-Match), so "
+                "workers would overwrite each other's results. Use a store that supports them, such as S3, Google "
+                "Cloud Storage, Azure, R2 or a current version of MinIO, or harvest into a folder and upload it."
             )
 
     def find(self, key: str) -> bytes | None:
@@ -303,7 +303,7 @@ class ObjectStore:
         return self._try(read, prefix)
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Delete objects. A key without an object is no error."""
+        """Delete objects. A key without an object is not an error."""
         self.check_writable()
         keys = list(keys)
         for some in [[key] for key in keys] if self.is_folder else [keys] if keys else []:
@@ -332,10 +332,10 @@ class ObjectStore:
 
     def _check_length(self, key: str, length: int, expected: int) -> None:
         if length != expected:
-            raise DamagedError(f"{self.address(key)} gave {length:,} of its {expected:,} bytes. Try again.")
+            raise DamagedError(f"Received only {length:,} of the {expected:,} bytes of {self.address(key)}. Try again.")
 
     def _try(self, action: Callable[[], Result], key: str) -> Result:
-        """Run a request. After a failure that may pass, make up to ATTEMPTS attempts within PATIENCE."""
+        """Run a request. If it fails for a reason that may be temporary, make up to ATTEMPTS attempts in PATIENCE."""
         started = time.monotonic()
         for attempt in range(1, ATTEMPTS + 1):
             try:

@@ -64,7 +64,8 @@ def largest_rows(
     folder: Path, layout: Layout, norms: np.ndarray, files: FileRecords,
     token_text: Callable[[int], str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Where the rows with the largest `norms` (rows,) come from: those over MAX_NORM medians, or else the top 0.1 %.
+    """Where the rows with the largest `norms` (rows,) come from: the rows above MAX_NORM x the median norm, or the top
+    0.1 % if there are none.
 
     Returns the largest `norm`, the number of `rows`, and their most frequent `positions` and `tokens`, each as
     [position, number of rows] or [id, number of rows, text].
@@ -145,8 +146,8 @@ def iterate_rows(
         recorded = norms[chunk_of_row == one.chunk]
         if not np.allclose(np.linalg.norm(values, axis=1), recorded, rtol=NORM_TOLERANCE, atol=0):
             raise DamagedError(
-                f"{folder / array.chunk_file(one.chunk)} has rows of other norms than {name}.row_norm records: a bit "
-                f"was flipped, or it comes from another window or another cache. {REPAIR_HINT}"
+                f"{folder / array.chunk_file(one.chunk)} has rows whose norms differ from {name}.row_norm: a bit was "
+                f"flipped, or the file comes from another window or another cache. {REPAIR_HINT}"
             )
         yield values
 

@@ -1,5 +1,5 @@
-"""The place where the files of a cache are kept: its folder. A harvest accesses the files only through this interface,
-so a cache can also be stored elsewhere, with the folder used to create its files.
+"""Where a harvest stores the files of a cache: in a folder. A harvest accesses the files only through this interface,
+so a subclass can store them elsewhere and use the folder only to create them.
 """
 
 import contextlib
@@ -29,7 +29,10 @@ def chunk_error(folder: Path, file: str, record: Mapping[str, Any]) -> str | Non
 
 
 def claim_file(number: int) -> str:
-    """The claim with this number, counted from 1, relative to the cache's folder."""
+    """The file of the claim with this number, counted from 1, relative to the cache's folder.
+
+    A *claim* says that a task is cutting the text into contexts.
+    """
     return f"tokens/claim-{number:06d}.json"
 
 
@@ -46,13 +49,15 @@ class FolderPlace:
         self.folder = folder
 
     def fetch(self) -> None:
-        """Called first, by the holder of the folder's lock. Brings the records and tokens into the folder."""
+        """Called first, while the folder's lock is held. Copies the stored records and tokens into the folder."""
 
     def begin(self) -> None:
-        """Called before the first window, when tokens/, harvest.json and all zarr.json are in the folder."""
+        """Called before the first window, when tokens/, harvest.json and all zarr.json files are in the folder."""
 
     def check_writes(self) -> None:
-        """Called before the text is cut and before windows are computed: both can take hours."""
+        """Check that files can be stored. Called before the text is cut and before windows are computed, because both
+        can take hours.
+        """
 
     def publish_tokens(self) -> None:
         """Called when tokens/ has been written to the folder."""
@@ -102,7 +107,7 @@ class FolderPlace:
             fsync_folder(folder)
 
     def fetch_damaged(self) -> None:
-        """Like `fetch`, for a cache that may have damaged files. Brings all records into the folder."""
+        """Like `fetch`, for a cache that may have damaged files. Copies all stored records into the folder."""
 
     def chunk_errors(self, records: FileRecords) -> Iterator[tuple[str, str | None]]:
         """Each of these chunk files with its problem, or None if it is intact. Reads every byte."""
@@ -110,7 +115,7 @@ class FolderPlace:
             yield file, chunk_error(self.folder, file, record)
 
     def claim_files(self) -> list[str]:
-        """The claims of tasks to cut the text, in order."""
+        """The files of all claims, in order."""
         return sorted(f"tokens/{path.name}" for path in (self.folder / "tokens").glob("claim-??????.json"))
 
     def read_claim(self, file: str) -> Mapping[str, Any] | None:
@@ -120,11 +125,11 @@ class FolderPlace:
         return None
 
     def create_claim(self, file: str, content: Mapping[str, Any]) -> bool:
-        """Make this claim unless it exists; returns whether it was made."""
+        """Write this claim unless it exists; returns whether it was written."""
         return CLAIM_RECORD.create(self.folder / file, content)
 
     def renew_claim(self, file: str, content: Mapping[str, Any]) -> None:
-        """Replace a claim. Does nothing if the claim was removed: the text is cut by then."""
+        """Replace a claim. Does nothing if the claim was removed, because the text has then been cut."""
         # Written in place, because a rename would restore a claim that another task has removed. A half-written claim
         # counts as unreadable.
         path = self.folder / file
@@ -147,13 +152,13 @@ class FolderPlace:
         return (self.folder / "zarr.json").exists()
 
     def bring(self, records: FileRecords) -> None:
-        """Called before small files of committed windows are read. Brings them into the folder."""
+        """Called before small files of committed windows are read. Copies them into the folder."""
 
     def drop(self, records: FileRecords) -> None:
         """Called when these files have been read."""
 
     def row_reader(self, layout: Layout, files: FileRecords) -> RowReader:
-        """Reads rows of chunks of activations. Does not verify checksums."""
+        """A function that reads rows of chunks of activations. It does not verify checksums."""
         return row_reader(self.folder)
 
     def read_record(self, name: str) -> bytes | None:
@@ -166,8 +171,8 @@ class FolderPlace:
         """Atomically write manifest.json if it still equals `seen` (None: missing), then zarr.json; returns whether it
         was written.
 
-        So a manifest built from commits that were then replaced is never the final one: the worker that replaced a
-        commit checks the manifest afterwards.
+        A manifest may be built from commits that are replaced in the meantime. It is never the final one, because the
+        worker that replaces a commit checks the manifest afterwards.
         """
         with brief_lock(self.folder / "tokens" / "commit.json"):  # which is never replaced again
             if self.read_record("manifest.json") != seen:

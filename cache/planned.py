@@ -58,7 +58,7 @@ class PlannedCache:
         if hook.array not in self.widths:
             planned = ", ".join(map(str, self.hooks))
             raise UsageError(
-                f"The planned harvest of {self.folder} covers {planned}, not {hook}. Add `{hook.cli_flags}`."
+                f"The harvest planned for {self.folder} covers {planned}, not {hook}. Add `{hook.cli_flags}`."
             )
         return hook.array
 

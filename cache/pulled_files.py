@@ -14,7 +14,7 @@ from .consistency import SIDE_ARRAYS, is_array_name
 
 FREE_SHARE = 0.5  # of the disk's free space: the default size of the folder
 RATE_SECONDS = 30.0  # seconds over which the rate of arrivals is measured
-PART = ".part"  # ends the name of a file that is being pulled: `<chunk>.<owner>.part`
+PART = ".part"  # suffix of a file that is being pulled: `<chunk>.<owner>.part`
 
 
 class Contents(NamedTuple):

@@ -168,7 +168,7 @@ class Cache:
         if positions := identity.get("skip_positions", 0):
             lines[0] += f"; the first {format_count(positions, 'position')} of each context are left out"
         if roles := (identity.get("chat") or {}).get("roles"):
-            lines.append(f"chat     rows are what {' and '.join(roles)} wrote")
+            lines.append(f"chat     rows are the tokens written by {' and '.join(roles)}")
         return lines
 
     def describe_outliers(self, hook: Hook) -> list[str]:
@@ -186,7 +186,7 @@ class Cache:
         if is_ring_cache(self.folder):
             raise UsageError(
                 f"{self.place} is {self.state}: only the `sae train --stream` that fills it can read it. "
-                "Use `sae harvest` for a cache to keep."
+                "To create a permanent cache, use `sae harvest`."
             )
         if not self.attributes["complete"]:
             raise UsageError(
@@ -203,7 +203,7 @@ class Cache:
 
         Raises UsageError if the cache does not hold the complete array, or like `manifest`.
         """
-        self.manifest  # noqa: B018  (raises its own message if the cache is half written)
+        self.manifest  # noqa: B018  (raises an error if the cache is half written)
         hook = Hook(layer, site)
         if hook not in self.hooks:
             hooks = ", ".join(map(str, self.hooks))

@@ -59,9 +59,9 @@ class ChunkReading:
     Args:
         folder: where chunks are pulled to.
         files: the file of each chunk; None for a chunk that is already on a disk.
-        uses: which steps of a range read which chunks, in the form of `BatchOrder.uses`.
+        uses: the steps in a range that read each chunk, in the form of `BatchOrder.uses`.
         steps: the steps that will be read, up to ENDLESS.
-        per_epoch: the steps after which the same chunks are read again.
+        per_epoch: the number of steps after which the same chunks are read again.
         key: equal for readings of the same steps.
     """
 
@@ -96,7 +96,7 @@ class ChunkReading:
     def step(self, number: int, chunks: Collection[int]) -> Iterator[None]:
         """Wait until the chunks of a step are present. They stay as long as the context is open.
 
-        Raises any error of pulling them, or ReadingClosed.
+        Raises the error if one of them cannot be pulled, or ReadingClosed.
         """
         files = (self.files[chunk] for chunk in chunks)
         self.folder.wait(self, number, {file.name: file for file in files if file is not None})
@@ -147,7 +147,7 @@ def key_of(files: Sequence[StoredFile | None], order: BatchOrder) -> object:
 def open_reading(
     source: ChunkSource, name: str, order: BatchOrder, batches: range, expected: bool = False
 ) -> ChunkReading | DiskReading:
-    """Begin to read batches of an array. `expected`: whether the local folder was told to expect them."""
+    """Begin to read batches of an array. `expected`: whether they were announced to the local folder (`expect`)."""
     if (reading := batch_reading(source, name, order, batches)) is None:
         return DiskReading()
     reading.folder.begin(reading, batches.stop if expected else None)
@@ -171,7 +171,7 @@ def open_chunk_reading(
 
 
 def schedule_of(readings: Sequence[ChunkReading], epochs: int = KNOWN_EPOCHS) -> tuple[ChunkSchedule, list[StoredFile]]:
-    """The schedule of consecutive readings, each starting at its position, and the list of files that it numbers."""
+    """The schedule of consecutive readings, each starting at its position, and its files ordered by their numbers."""
     numbers: dict[str, int] = {}
     files: list[StoredFile] = []
     uses, offset = [np.empty((0, 3), np.int64)], 0

@@ -32,12 +32,12 @@ class ReadingPlan:
         return max((one.least for one in (*self.readings, *self.expected)), default=0)
 
     def expect(self, readings: Sequence[ChunkReading]) -> None:
-        """Announce what will be read after the open readings, in this order."""
+        """Announce the readings that will follow the open ones, in this order."""
         self.expected = list(readings)
         self.remake()
 
     def begin(self, reading: ChunkReading, expected_until: int | None) -> None:
-        """Open a reading. In expected readings with its key, steps before `expected_until` then count as done."""
+        """Open a reading. Expected readings with the same key count as done up to step `expected_until`."""
         for one in self.expected:
             if expected_until is not None and one.key == reading.key:
                 one.position = max(one.position, expected_until)

@@ -33,7 +33,7 @@ IN_FOLDER: dict[str, RecordKind[Any]] = {
 
 
 def record_files(folder: Path) -> Iterator[tuple[Path, RecordKind[Any]]]:
-    """Every record in a cache's folder and its kind. Arrays added to the group by others are ignored."""
+    """Every record in a cache's folder and its kind. Arrays that other software added to the group are ignored."""
     yield from ((folder / name, kind) for name, kind in IN_FOLDER.items() if (folder / name).exists())
     for path in sorted([*folder.glob("*/zarr.json"), *folder.glob("tokens/*/zarr.json")]):
         name = path.parent.relative_to(folder).as_posix()
@@ -89,7 +89,7 @@ def verify_records(folder: Path, attributes: Mapping[str, Any]) -> None:
         for window in range(layout_of(attributes).n_windows):
             path = folder / commit_file(window, name)
             if path not in contents:
-                raise DamagedError(f"{path} is missing, though manifest.json has the array {name}. {REPAIR_HINT}")
+                raise DamagedError(f"{path} is missing, but manifest.json lists the array {name}. {REPAIR_HINT}")
             for file, record in contents[path]["files"].items():
                 if (listed := manifest["files"][file]) != record:
                     raise contradiction(path, f"it lists {file} with {record}", f"manifest.json lists it with {listed}")

@@ -35,8 +35,8 @@ def require_cache_folder(folder: Path) -> None:
     """Raise UsageError unless the folder is a cache, complete or not, or the remains of one."""
     if folder.is_symlink() and not folder.exists():
         raise UsageError(
-            f"{folder} is a link to {folder.readlink()}, which does not exist; nothing was deleted. If it is on a "
-            "disk that is not mounted, mount that; if it has been deleted, delete the link."
+            f"{folder} is a link to {folder.readlink()}, which does not exist; nothing was deleted. If the target is "
+            "on a disk that is not mounted, mount the disk. If the target was deleted, delete the link too."
         )
     if not (any((folder / proof).exists() for proof in (*PROOFS, DRAFT)) or is_emptied(folder)):
         raise UsageError(f"{folder} holds no activation cache; nothing was deleted.")

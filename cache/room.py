@@ -1,7 +1,7 @@
-"""Decide, from one look at a local folder, which file to pull next, which files to remove for it, and which to keep.
+"""Decide, from a listing of a local folder, which file to pull next, which files to remove for it, and which to keep.
 
-Nothing here touches the folder. The caller holds its lock from the look until the decision is carried out; see
-shared_folder.py for the protocol.
+Nothing here touches the folder. The caller holds the folder's lock from before the listing until the decision has been
+carried out; see shared_folder.py for the protocol.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -38,7 +38,7 @@ class Needs(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """The next action. If `pull` is None, room may be made once step `after` has ended; NEVER: no file is needed."""
+    """The next action. If `pull` is None, there may be room once step `after` has ended (NEVER: no file is needed)."""
 
     pull: StoredFile | None
     remove: list[str]
@@ -47,7 +47,7 @@ class Decision(NamedTuple):
 
 
 class Room:
-    """A folder of at most `size` bytes as this process finds it, shared with other processes."""
+    """The state of a folder of at most `size` bytes that this process shares with others."""
 
     def __init__(self, needs: Needs, found: Contents, others: Collection[Statement], size: int) -> None:
         self.needs, self.found, self.kept_elsewhere = needs, found, kept_by(others)
@@ -56,7 +56,7 @@ class Room:
         left = max(0, self.room - needs.least - self.reserved_elsewhere)
         self.share = needs.least + left // (1 + len(others))
         self.on_its_way = set(needs.pulling).union(*(one.pulling for one in others))
-        self.served = {**needs.reading, **needs.waiting}  # kept whatever this process's share
+        self.served = {**needs.reading, **needs.waiting}  # kept even if they exceed this process's share
         self.whole = found.whole.keys() - needs.damaged
         self.there = self._mask([*self.whole, *self.on_its_way])
 
@@ -99,7 +99,7 @@ class Room:
         if pull is None or not self._fits(pull.file, pull.needed):
             is_missing = (schedule.next_use(np.flatnonzero(~present), needs.position) < NEVER).any()
             return Decision(None, [], needs.position if is_missing else NEVER, bool(lacking))
-        if served[pull.evict].any():  # kept for steps that end before earlier steps
+        if served[pull.evict].any():  # kept for a later step that began before an earlier one
             return Decision(None, [])
         if pull.after >= needs.position:
             return Decision(None, [], pull.after)
@@ -124,7 +124,7 @@ class Room:
         """A short description of what occupies the room that a step waits for."""
         kept = sum(size for name, size in self.found.whole.items() if name in self.kept_elsewhere)
         coming = sum(self.found.parts.values())
-        return f"other processes keep {format_bytes(kept)} of it, and {format_bytes(coming)} are being pulled"
+        return f"other processes keep {format_bytes(kept)} there, and {format_bytes(coming)} are being pulled"
 
 
 def check_room(folder: Path, size: int, small: int, least: int, elsewhere: int) -> None:
@@ -141,15 +141,15 @@ def check_room(folder: Path, size: int, small: int, least: int, elsewhere: int) 
         return
     needed = room_for(least + elsewhere + small)
     disk = free_space(folder) + folder_bytes(folder)
-    beside = f", those of the other processes that share the folder {format_bytes(elsewhere)}" * (elsewhere > 0)
-    first = " The processes have the size of the one that came first: start all of them with it." * (elsewhere > 0)
+    beside = f", other processes that share the folder need {format_bytes(elsewhere)} for theirs" * (elsewhere > 0)
+    first = " All processes use the size given to the first one, so start all of them with this size." * (elsewhere > 0)
     raise UsageError(
-        f"--local-cache {format_bytes(size)} is too small: one step reads chunks of {format_bytes(least)}{beside}, and "
-        f"{format_bytes(small)} of {folder} are other files. "
+        f"--local-cache {format_bytes(size)} is too small: one step reads {format_bytes(least)} of chunks{beside}, and "
+        f"other files in {folder} take {format_bytes(small)}. "
         + (
-            f"Give --local-cache {format_bytes(needed)} or more; what is more is read ahead.{first}"
+            f"Give --local-cache {format_bytes(needed)} or more; additional room is used to read ahead.{first}"
             if needed <= disk
-            else f"It needs {format_bytes(needed)}, and its disk has {format_bytes(disk)}: {OTHER_DISK}"
+            else f"It needs {format_bytes(needed)}, but its disk has only {format_bytes(disk)}: {OTHER_DISK}"
         )
     )
 

@@ -1,4 +1,4 @@
-"""The records that a worker reads before it completes a cache, and what follows from them."""
+"""The records that a worker reads before it completes a cache, and the conclusions from them."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass

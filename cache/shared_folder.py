@@ -2,19 +2,20 @@
 
 The protocol:
 
-1. One lock of the folder (`mutex`) is held around every look at the folder and what follows from it: removing a
-   chunk, making or removing a part, renaming a part to its chunk, and changing a statement. So no process acts on
+1. A process holds the folder's lock (`mutex`) while it lists the folder and acts on the listing: while it removes a
+   chunk, creates or removes a part, renames a part to its chunk, or changes its statement. So no process acts on
    outdated information.
-2. A process that reads has a file `.reader-<owner>` that it keeps locked, and beside it a statement of what it keeps
-   and pulls. `owner` is random: no two processes ever have the same. The system frees the lock when the process ends,
-   however it ends; from then on its statement does not count.
-3. Before a process reads a chunk, it states that it keeps it. It does so while it still holds the lock under which it
-   saw the chunk, or before the chunk exists. It withdraws the statement once its memory maps of the chunk are closed.
+2. A process that reads has a file `.reader-<owner>`, which it keeps locked, and beside it a *statement* of the chunks
+   that it keeps and pulls. `owner` is random and differs between processes. The operating system releases the lock when
+   the process ends for any reason; after that, its statement is ignored.
+3. Before a process reads a chunk, it states that it keeps the chunk. It does so while it still holds the lock under
+   which it saw the chunk, or before the chunk exists. It withdraws the statement once its memory maps of the chunk are
+   closed.
 4. No process removes a chunk that another keeps. A damaged chunk is replaced; processes that read it keep the old file.
-5. A chunk is pulled into a part with the owner's name, which only the owner writes. Others remove it once the owner no
-   longer runs.
-6. A process states the bytes that one of its steps needs. The folder has room for a step of each, and what is left is
-   shared out equally, so none waits for another to end.
+5. A chunk is pulled into a *part*, a file with the owner's name that only the owner writes. Other processes remove the
+   part once the owner no longer runs.
+6. A process states the number of bytes that one of its steps needs. The folder has room for one step of every process,
+   and the remaining room is divided equally, so no process has to wait until another one ends.
 """
 
 import contextlib
@@ -37,19 +38,19 @@ BUSY = (errno.EACCES, errno.EAGAIN)
 
 
 class Statement(NamedTuple):
-    """What a process keeps (no other removes it), what it pulls (no other pulls it), and what one step needs."""
+    """The chunks that a process keeps (no other removes them) and pulls (no other pulls them), and its need of room."""
 
     kept: frozenset[str] = frozenset()
     pulling: frozenset[str] = frozenset()
-    least: int = 0  # bytes
+    least: int = 0  # bytes that one step needs
 
 
 class SharedFolder:
-    """A place in a shared folder, which is created if needed.
+    """This process's access to a shared folder, which is created if needed.
 
     All methods except `mutex` and `close` must be called inside `mutex`.
 
-    Raises UnavailableError if the folder cannot be written, its disk has no locks, or a statement cannot be read.
+    Raises UnavailableError if the folder is not writable, its disk does not support locks, or a statement is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,7 +68,7 @@ class SharedFolder:
 
     @contextmanager
     def mutex(self) -> Iterator[None]:
-        """Hold the exclusive right to look at the folder and change it. Others hold it only for moments."""
+        """Hold the exclusive right to list and change the folder. Other processes hold it only briefly."""
         with self._threads:
             self._lock(self._file, fcntl.LOCK_EX)
             try:
@@ -148,8 +149,8 @@ class SharedFolder:
             raise os_error(error, path, "read") from error
         except (ValueError, TypeError) as error:
             raise UnavailableError(
-                f"{path}, in which a process says what it reads, is damaged. Stop the commands that use {self.folder}, "
-                "then run them again."
+                f"{path}, which lists the chunks that a process reads, is damaged. Stop the commands that use "
+                f"{self.folder}, then run them again."
             ) from error
 
     def _is_alive(self, owner: str) -> bool:

@@ -26,7 +26,7 @@ def build_manifest(
     token_text: Callable[[int], str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The content of manifest.json: the existing entries for other arrays, and the files and statistics of the arrays
-    whose windows are all committed. Rows over `max_norm` medians are outliers.
+    whose windows are all committed. Rows whose norm is over `max_norm` x the median norm are outliers.
 
     `token_text` returns the text of a token id, for the lists of the largest rows.
     """

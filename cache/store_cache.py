@@ -1,8 +1,8 @@
 """A cache in an object store. Files are pulled into the local folder (local_folder.py) and read there.
 
 Records, tokens and the small arrays are pulled whole when they are first read, and stay. Chunks of activations are
-pulled before they are read, and are removed when others need the room. A file is verified when it arrives; a damaged
-file is pulled once more.
+pulled before they are read, and are removed when other chunks need the room. A file is verified when it arrives; a
+damaged file is pulled again once.
 """
 
 import contextlib
@@ -76,7 +76,7 @@ class StoreCache(Cache):
         return sizes | dict(zip(unlisted, map_ahead(size, unlisted), strict=True))
 
     def verify(self) -> Iterator[str]:
-        """Read every record and every byte in the store, keep none, and yield the name of each verified file.
+        """Read every record and every byte in the store without keeping them, and yield the name of each verified file.
 
         Raises DamagedError at the first damaged file.
         """
@@ -110,7 +110,7 @@ class StoreCache(Cache):
     # --- small files -------------------------------------------------------------------------------------------------
 
     def _refresh(self, file: str, content: bytes | None = None) -> None:
-        """Bring a record up to date; a half-written cache lacks some."""
+        """Update the local copy of a record. If the store lacks it, as in a half-written cache, the copy is deleted."""
         path = self.mirror.folder / file
         if content is None:
             content = self.store.find(file)
@@ -133,8 +133,8 @@ class StoreCache(Cache):
             return read()
 
     def _pull(self, names: Iterable[str]) -> None:
-        """Pull files, replacing existing ones: records, then the files that the manifest lists. Each is verified before
-        it gets its name.
+        """Pull files, replacing existing ones: records, then the files that the manifest lists. A listed file is
+        verified before it appears under its name.
         """
         listed: Mapping[str, Any] = self.manifest["files"] if "manifest" in self.__dict__ else {}
         names = list(dict.fromkeys(names))
@@ -149,8 +149,8 @@ class StoreCache(Cache):
 
     def _damaged(self, file: str) -> DamagedError:
         return DamagedError(
-            f"{self.store.address(file)} is not the file that the cache lists: it was truncated or changed, or is of "
-            f"another cache. Run `sae cache repair {self.place}`."
+            f"{self.store.address(file)} is not the file that the cache lists: it was truncated or changed, or belongs "
+            f"to another cache. Run `sae cache repair {self.place}`."
         )
 
     # --- chunks ------------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ class StoreCache(Cache):
         ]
 
     def fetch_chunk(self, file: str) -> bytes:
-        """The bytes of a chunk in the store, verified. Raises DamagedError if it is damaged twice."""
+        """The bytes of a chunk in the store, verified. Raises DamagedError if two downloads in a row are damaged."""
         name, record = file.rsplit("/", 1)[0], self.manifest["files"][file]
         for _ in range(2):
             data = self.store.get(file)
@@ -178,7 +178,7 @@ class StoreCache(Cache):
             self._maps.pop(file, None)
 
     def _open_chunk(self, name: str, index: int) -> np.ndarray | Shard:
-        """A chunk of activations: from the local folder if kept there, or else pulled for this call."""
+        """A chunk of activations: from the local folder if it is kept there, otherwise pulled for this call."""
         array = self.array(name)
         file = array.chunk_file(index)
         if self.local.holds(f"{self.local_name}/{file}"):

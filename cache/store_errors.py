@@ -27,7 +27,7 @@ class TransientError(UnavailableError):
     @classmethod
     def of(cls, address: str, what: str) -> "TransientError":
         error = cls(
-            f"{address}: {what}, also after several tries. Check the network and the endpoint, and run the same "
+            f"{address}: {what}, even after several attempts. Check the network and the endpoint, and run the same "
             "command again; everything committed is safe."
         )
         error.what = what
@@ -39,7 +39,7 @@ class StoreWarning(UserWarning):
 
 
 def without_credentials(address: str) -> UnavailableError:
-    """The error for missing credentials; it lists where credentials are searched."""
+    """The error for missing credentials; it names the environment variables to set."""
     variables, public = CREDENTIALS.get(address.partition("://")[0], CREDENTIALS["s3"])
     return UnavailableError(
         f"No credentials for {address} were found. Set them in the environment, such as {variables}; {public} reads a "
@@ -64,8 +64,8 @@ def failure(error: Exception, address: str) -> Exception:
         return without_credentials(address)
     if status in (401, 403):
         return UnavailableError(
-            f"{address}: the store refused the credentials ({answer}). Check them, that they have not expired, and "
-            "that they may read and write there."
+            f"{address}: the store refused the credentials ({answer}). Check that they are correct, have not expired, "
+            "and allow reading and writing there."
         )
     if "BadScheme" in text:
         return UnavailableError(

@@ -1,10 +1,9 @@
-"""A cache that a harvest writes to an object store: files are created in a working folder and uploaded by name.
+"""A cache that a harvest writes to an object store: files are created in a working folder and uploaded from there.
 
 The working folder holds the tokens, the records, and the chunks of the window being uploaded; uploaded chunks are
 deleted. A window exists as soon as its commit does. A listing can be out of date, so a commit that is not listed is
 requested by name. A commit is written after the chunks that it lists, and only if there is none yet. The manifest and
-zarr.json are replaced only if they have not changed since they were read, so that no worker undoes what another has
-completed.
+zarr.json are replaced only if they have not changed since they were read, so that no worker undoes the work of another.
 """
 
 import contextlib
@@ -45,7 +44,7 @@ from .place import FolderPlace, claim_file
 
 OWN = {"drafts", ".lock", ".lock.holder"}  # only in the working folder, never uploaded
 DRAFT = "draft"  # in tokens/; never uploaded either
-OWNER = "tokens/owner"  # whose tokens are being uploaded; exists until there is a zarr.json
+OWNER = "tokens/owner"  # identifies the harvest whose tokens are being uploaded; exists until there is a zarr.json
 RECORDS = ("zarr.json", "harvest.json", "manifest.json")
 # What a harvest can leave if it is killed before it has written zarr.json.
 INITIAL = {"tokens", "harvest.json"}
@@ -105,8 +104,8 @@ class StorePlace(FolderPlace):
     def begin(self) -> None:
         """Upload the files that precede the windows; tokens first, so that a zarr.json proves that the tokens exist.
 
-        Raises UsageError or DamagedError if another harvest has begun at this address, or this one with other tokens;
-        nothing is changed then.
+        Raises UsageError or DamagedError, and changes nothing, if another harvest has begun at this address, or if this
+        harvest has begun there with other tokens.
         """
         ours = self.folder / "zarr.json"
         if (theirs := self.store.find("zarr.json")) is None:
@@ -128,18 +127,18 @@ class StorePlace(FolderPlace):
             self.store.delete([OWNER])
 
     def check_writes(self) -> None:
-        """Raise UnavailableError unless the store is writable and does not overwrite others' objects. Checked once."""
+        """Raise UnavailableError unless the store is writable and supports conditional writes. Checked only once."""
         if not self.is_checked:
             self.store.check_conditional_writes(f"tokens/test-of-conditional-writes-{secrets.token_hex(4)}")
             self.is_checked = True
 
     def _claim_address(self, ours: Path) -> bytes | None:
-        """Record in the store whose tokens are being uploaded. Returns the zarr.json, if there is one by now."""
+        """Record in the store that this harvest uploads its tokens. Returns the zarr.json if another task wrote it."""
         attributes = CACHE_RECORD.read(ours)["attributes"]
         if not self.store.put_if_absent(OWNER, f"{attributes['fingerprint']} {attributes['tokens']}".encode()):
             raise UsageError(
-                f"{self.store.url} is being begun by a harvest with other options or other tokens. Use another --out. "
-                f"If that harvest was stopped for good, delete {self.store.address(OWNER)} first."
+                f"A harvest with other options or other tokens is starting at {self.store.url}. Use another --out. If "
+                f"that harvest will not be continued, delete {self.store.address(OWNER)} first."
             )
         return self.store.find("zarr.json")
 
@@ -177,7 +176,7 @@ class StorePlace(FolderPlace):
                 done = theirs == ours_now or self.store.replace("harvest.json", ours_now, theirs)
             if done:
                 return
-        raise UnavailableError(f"{self.store.url} is being changed by others all the time. Run the same command again.")
+        raise UnavailableError(f"Other processes keep changing {self.store.url}. Run the same command again.")
 
     def _push_if_changed(self, name: str) -> None:
         data = (self.folder / name).read_bytes()
@@ -208,7 +207,7 @@ class StorePlace(FolderPlace):
             yield None if data is None else COMMIT_RECORD.parse(data, self.folder / file)
 
     def has_files(self, records: FileRecords) -> bool:
-        """Always True: an object is whole once it exists, and a commit is written after its objects."""
+        """Always True: an object is complete once it exists, and a commit is written after its objects."""
         return True
 
     def publish(self, files: Iterable[str]) -> None:
@@ -307,7 +306,7 @@ class StorePlace(FolderPlace):
         for _ in range(SEAL_ATTEMPTS):
             if self._seal_root(root):
                 return True
-        raise UnavailableError(f"{self.store.url} is being changed by others all the time. Run the same command again.")
+        raise UnavailableError(f"Other processes keep changing {self.store.url}. Run the same command again.")
 
     def _seal_root(self, root: bytes) -> bool:
         """Upload zarr.json unless the stored one already lists these arrays; returns whether it lists them now."""
@@ -343,8 +342,8 @@ def read_group(store: ObjectStore, data: bytes) -> Mapping[str, Any]:
 
 
 def take_snapshot(store: ObjectStore, folder: Path) -> None:
-    """Write into a folder what a plan reads: zarr.json, manifest.json, and an empty file for each listed commit. A
-    listing can be out of date, so nothing is decided from it.
+    """Write the files that a plan reads into a folder: zarr.json, manifest.json, and an empty file for each listed
+    commit. The listing can be out of date, so no decision depends on it.
     """
     Mirror(store, folder).pull_existing(["zarr.json", "manifest.json"])
     for name, _ in store.list("commits"):

@@ -121,14 +121,14 @@ class CacheWriter:
     def missing_windows(self, windows: Iterable[int] | None = None) -> dict[int, list[str]]:
         """{window: names of the arrays of `widths` that are not committed for it}; complete windows are left out.
 
-        Looks at all windows, or at `windows`.
+        Checks all windows, or only the given `windows`.
         """
         if windows is not None:
             missing = {w: [name for name in self.widths if not self.is_committed(w, name)] for w in windows}
         else:
             if self.place.store is None:
                 committed = {commit_file(one["window"], one["array"]) for one in self.commits()}
-            else:  # an object is whole once it exists, and a commit is written after its objects
+            else:  # an object is complete once it exists, and a commit is written after its objects
                 committed = set(self.place.commit_files())
             missing = {
                 window: [name for name in self.widths if commit_file(window, name) not in committed]
@@ -270,7 +270,7 @@ class CacheWriter:
         """The records needed for sealing, read again for each item."""
         for _ in range(SEAL_ATTEMPTS):
             yield self._seal_state()
-        raise UnavailableError(f"{self.folder} is being changed by others all the time. Run the same command again.")
+        raise UnavailableError(f"Other processes keep changing {self.folder}. Run the same command again.")
 
     def _seal_state(self, *, commits: bool = True) -> SealState:
         self.place.read_record("zarr.json")
@@ -283,7 +283,7 @@ class CacheWriter:
         return SealState(names, complete, seen, manifest, found)
 
     def _seal(self, state: SealState, max_norm: float | None, token_text: Callable[[int], str] | None) -> bool:
-        """Write the manifest that follows from `state`; False if another worker has written a manifest since then."""
+        """Write the manifest that follows from `state`; False if another worker wrote one after `state` was read."""
         manifest = build_manifest(self.place, self.fingerprint, self.layout, state, max_norm, token_text)
         root = CACHE_RECORD.encode(self._root(manifest["complete"]))
         if done := self.place.seal(MANIFEST_RECORD.encode(manifest), root, state.seen):
@@ -300,7 +300,8 @@ def writing_threads() -> int:
 def harvest_started(folder: Path, fingerprint: str, identity: dict[str, Any] | None = None) -> bool:
     """Whether the folder holds the start of the harvest with this fingerprint; False if it is empty.
 
-    Raises UsageError if it holds another harvest or other files. Given the identity, the message says what differs.
+    Raises UsageError if it holds another harvest or other files. If `identity` is given, the message lists the
+    differences.
     """
     # List the files first: another worker may begin the harvest now, and its zarr.json comes before the other files.
     names = {path.name for path in folder.iterdir()}
@@ -309,7 +310,7 @@ def harvest_started(folder: Path, fingerprint: str, identity: dict[str, Any] | N
         # Compare names without suffixes: a killed writer may have left the temporary file of a record.
         others = {name for name in names if name.split(".tmp-")[0] not in INITIAL_FILES}
         if others:
-            left = f" (`sae cache rm {folder}` deletes what it has left)" if "harvest.json" in names else ""
+            left = f" (`sae cache rm {folder}` deletes the remains of one)" if "harvest.json" in names else ""
             raise UsageError(
                 f"{folder} holds {min(others)}, but no activation cache{left}. Choose a new folder with --out."
             )

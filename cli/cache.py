@@ -16,11 +16,11 @@ Place = Annotated[
     str,
     typer.Argument(
         metavar="CACHE",
-        help="The cache's folder, such as one under activations/, or address, such as s3://bucket/pile.",
+        help="A cache: its folder, such as one under activations/, or its address, such as s3://bucket/pile.",
     ),
 ]
 Address = Annotated[
-    str | None, typer.Argument(help="An address, such as s3://bucket: the caches at it or directly below it instead.")
+    str | None, typer.Argument(help="List the caches at or directly below this address instead, such as s3://bucket.")
 ]
 
 
@@ -47,7 +47,7 @@ def list_(address: Address = None) -> None:
 @cache_app.command()
 @cli_command
 def info(folder: Place) -> None:
-    """Print what a cache holds and check that its files exist with their sizes. Reads no activations."""
+    """Print what a cache contains and check that its files exist with the recorded sizes. Reads no activations."""
     from ..cache.opening import open_cache
 
     started = time.monotonic()
@@ -56,7 +56,7 @@ def info(folder: Place) -> None:
         print_line(line)
     cache.check_sizes()
     print_line(
-        f"files    {len(cache.manifest['files']):,}, all present with their sizes, checked in "
+        f"files    {len(cache.manifest['files']):,}, all present with the recorded sizes, checked in "
         f"{time.monotonic() - started:.2f} s; `sae cache verify` checks their content"
     )
 

@@ -2,7 +2,7 @@
 
     [harvest]
     model = "google/gemma-2-2b"
-    layer = [5, 12]         # a list where the flag repeats
+    layer = [5, 12]         # a list if the flag can be repeated
 
     [train]
     batch-size = 4096
@@ -97,7 +97,7 @@ class ConfigFile:
         self.origins: dict[Command, dict[str, Any]] = {}  # parameter -> file:line, or a list of those for --set
         found = self._read_table(content, context.find_root().command, ())
         if mistakes := list(islice(found, MAX_MISTAKES)):
-            more = [f"{path}: there is more after these {MAX_MISTAKES} mistakes."] if next(found, None) else []
+            more = [f"{path}: there are more mistakes after these {MAX_MISTAKES}."] if next(found, None) else []
             raise UsageError("\n".join(mistakes + more))
 
     def origin(self, key: Key) -> str:
@@ -281,7 +281,7 @@ def _merge_set(param: Any, flags: list[str], from_file: list[str], origins: Mapp
 
 
 def with_config(command: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a command so that it takes --config; while it runs, `ORIGINS` has the origin of each value."""
+    """Decorate a command so that it accepts --config; while it runs, `ORIGINS` has the origin of each value."""
 
     @functools.wraps(command)
     def run(*args: Any, config: Path | None = None, context_: typer.Context | None = None, **kwargs: Any) -> None:

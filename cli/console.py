@@ -55,7 +55,7 @@ def echo_problem(text: str) -> None:
 
 
 def cli_command(command: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a command so that it takes --config, and its errors become one line and an exit code."""
+    """Decorate a command so that it accepts --config, and its errors become one line and an exit code."""
     return with_config(report_errors(command))
 
 
@@ -123,8 +123,8 @@ def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: di
         if not any("\ud800" <= character <= "\udfff" for character in str(error.object)):
             raise
         echo_problem(
-            f"error: A library cannot take the name {error.object}, which is not UTF-8. Rename the file or folder, or "
-            "give a link to it with another name."
+            f"error: A library does not accept the name {error.object}, which is not UTF-8. Rename the file or folder, "
+            "or give a link to it with another name."
         )
         raise typer.Exit(2) from None
     except BrokenPipeError:
@@ -143,7 +143,7 @@ def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: di
             raise typer.Exit(4) from None
         if not outdated:
             raise
-        echo_problem(f"error: {type(error).__name__}: {error}. Install what the note above names, and try again.")
+        echo_problem(f"error: {type(error).__name__}: {error}. Update the packages in the notes above and try again.")
         raise typer.Exit(4) from None
 
 

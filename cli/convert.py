@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from ..train.formats.import_ import ImportResult
 
 HUB = "With --to hub"
-OVERRIDES = "If the files do not say, or to override them"
-LIST = "What a repository offers"
+OVERRIDES = "If the files do not contain it, or to override them"
+LIST = "Listing SAEs"
 
 
 @cli_command
@@ -32,7 +32,7 @@ def export(
     ] = None,
     approximate: Annotated[
         str | None,
-        typer.Option(help="topk, jumprelu or relu: if the format cannot store the SAE, write the nearest with it."),
+        typer.Option(help="topk, jumprelu or relu: approximate with it an SAE that the format cannot store."),
     ] = None,
     repo: Annotated[str | None, typer.Option(rich_help_panel=HUB, help="Repository to upload to: owner/name.")] = None,
     private: Annotated[
@@ -45,7 +45,7 @@ def export(
 
     if to == "hub":
         if repo is None or out is not None:
-            raise UsageError("--to hub needs --repo owner/name and does not take --out.")
+            raise UsageError("--to hub needs --repo owner/name and does not accept --out.")
         from ..train.formats.upload import upload_sae
 
         with bar("verify", "rows") as shown:
@@ -79,7 +79,7 @@ def confirm(question: str, shown: Bar) -> bool:
     from ..common.errors import UsageError
 
     if not sys.stdin.isatty():
-        raise UsageError("No terminal to ask for confirmation; nothing was uploaded. To upload without asking: --yes.")
+        raise UsageError("No terminal to ask for confirmation; nothing was uploaded. Use --yes to upload without it.")
     shown.progress.stop()
     try:
         return ask(question)
@@ -98,7 +98,7 @@ def import_(
     cache: Annotated[
         Path | None,
         typer.Option(
-            help="Cache of its model, to verify and evaluate on. Default: the only one that matches.",
+            help="Cache of the SAE's model, to verify and evaluate on. Default: the only one that matches.",
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where to create the run folder. Default: runs/.")] = None,
@@ -106,7 +106,7 @@ def import_(
     model: Annotated[str | None, typer.Option(rich_help_panel=OVERRIDES, help="Id on the Hub, or a folder.")] = None,
     layer: Annotated[
         int | None,
-        typer.Option(min=0, rich_help_panel=OVERRIDES, help="Zero-based block; chooses between those of a folder."),
+        typer.Option(min=0, rich_help_panel=OVERRIDES, help="Zero-based block; selects an SAE if there are several."),
     ] = None,
     list_: Annotated[
         bool,
@@ -120,12 +120,12 @@ def import_(
     site: Annotated[str | None, typer.Option(rich_help_panel=LIST, help="Only this site: resid_post.")] = None,
     json_: Annotated[bool, typer.Option("--json", rich_help_panel=LIST, help="Print JSON on stdout.")] = False,
 ) -> None:
-    """Make a run from the files of another library. Executes no code from them."""
+    """Create a run from the files of another library. Executes no code from them."""
     from ..common.errors import UsageError
 
     if list_:
         if (cache, out, name, model) != (None, None, None, None):
-            raise UsageError("--list imports nothing and does not take --cache, --out, --name or --model.")
+            raise UsageError("--list imports nothing and does not accept --cache, --out, --name or --model.")
         show_release(path, layer=layer, site=site, width=width, as_json=json_)
         return
     if width is not None or site is not None or json_:
@@ -165,9 +165,9 @@ def show_release(text: str, *, layer: int | None, site: str | None, width: str |
     if release.saes:
         show_table(f"{format_count(len(release.saes), 'SAE')} in {release.name}{commit}", *release.table())
     else:
-        echo(f"note     No SAE in {release.name}{commit} fits.")
+        echo(f"note     No SAE in {release.name}{commit} matches.")
     if refused:
-        echo(f"note     Not SAEs, cannot be imported: {refused}.")
+        echo(f"note     Not SAEs and not importable: {refused}.")
     if len(release.saes) > MAX_ROWS:
         echo(f"next     sae import --list {quote(text)} --layer N --width 16k   (one row for each SAE)")
     elif release.saes:

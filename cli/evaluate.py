@@ -38,12 +38,12 @@ def evaluate(
     ] = "quick",
     tokens: Tokens = None,
     mode: Annotated[
-        str, typer.Option(help="Definitions of the numbers: 0.6.0 (SAEBench now) or 2024-12 (those of the papers).")
+        str, typer.Option(help="Definitions of the metrics: 0.6.0 (current SAEBench) or 2024-12 (as in the papers).")
     ] = "0.6.0",
     model: Annotated[
         str | None,
         typer.Option(
-            help="Reject runs of any other model. Also gives the folder of a model that has moved, and the model of a "
+            help="Reject runs of any other model. Also sets the folder of a model that has moved, and the model of a "
             "published SAE whose files do not name it.",
             rich_help_panel=INPUTS,
         ),
@@ -83,9 +83,9 @@ def evaluate(
         bool,
         typer.Option(
             "--controls",
-            help="Train frozen controls of the runs, once: a random decoder, a decoder that stays near its start, and "
-            "a random encoder, made of topk for topk runs and of batchtopk for others. Add their rows, and the share "
-            "of each number that a control reaches.",
+            help="Train frozen controls of the runs, once: with a random decoder, with a decoder that stays near its "
+            "initialization, and with a random encoder, based on topk for topk runs and on batchtopk for others. Add "
+            "their rows, and the share of each number that a control reaches.",
         ),
     ] = False,
     dtype: Annotated[
@@ -163,7 +163,7 @@ def run_evaluate(
         return 1 if plan.refused or (controls and controls.problems) else 0
     are_missing = bool(controls and controls.problems)
     if controls and controls.train and controls.train.unfinished:
-        are_missing |= not train_all(controls.train, table=not as_json)  # keeps stdout to the rows alone
+        are_missing |= not train_all(controls.train, table=not as_json)  # with --json, only the rows go to stdout
         plan.config = replace(plan.config, controls=controls.trained_folders)
     rows = run_evaluation(plan, lambda metric: bar(f"evaluate {metric}", ""), all_rows=not QUIET)
     code = plan.exit_code(rows) or int(are_missing)
@@ -204,7 +204,7 @@ def show_rows(plan: "EvaluatePlan", rows: "Sequence[EvalRow]", as_json: bool) ->
 
 
 def train_all(controls: "TrainPlan", *, table: bool) -> bool:
-    """Train the controls. Prints why a control failed, and keeps the others. Returns whether all are trained."""
+    """Train the controls; returns whether all are trained. Prints why a control failed, and keeps the others."""
     import torch
 
     from ..common.errors import Interrupted, SaeError

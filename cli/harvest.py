@@ -41,12 +41,12 @@ def harvest(
         str | None,
         typer.Option(
             rich_help_panel=TASKS,
-            help="Harvest share I of N, such as 3/64: a task of an array job, in any order.",
+            help="Harvest only share I of N, such as 3/64, as one task of an array job. Tasks run in any order.",
             metavar="I/N",
         ),
     ] = None,
     prepare: Annotated[
-        bool, typer.Option("--prepare", rich_help_panel=TASKS, help="Only cut the text, for all shares to read.")
+        bool, typer.Option("--prepare", rich_help_panel=TASKS, help="Only cut the text into contexts, for all shares.")
     ] = False,
     held_out: Annotated[
         float | None,
@@ -56,8 +56,8 @@ def harvest(
         str,
         typer.Option(
             rich_help_panel=TEXT,
-            help="What each context begins with: auto (what the tokenizer puts there, else <|endoftext|>, else its "
-            "bos_token or eos_token unless it bounds a chat turn), none, or a token as text or id.",
+            help="First token of each context: auto (the one that the tokenizer adds, else <|endoftext|>, else its "
+            "bos_token or eos_token unless it begins or ends a chat turn), none, or a token as text or id.",
         ),
     ] = "auto",
     keep_special: Annotated[
@@ -65,7 +65,7 @@ def harvest(
     ] = False,
     skip_positions: Annotated[
         int,
-        typer.Option(rich_help_panel=TEXT, help="First positions of a context that are not harvested; BOS is one."),
+        typer.Option(rich_help_panel=TEXT, help="Do not harvest this many first positions of a context. BOS is one."),
     ] = 0,
     skip_token: Annotated[
         list[str] | None,
@@ -75,24 +75,24 @@ def harvest(
         bool, typer.Option("--pack", rich_help_panel=TEXT, help="Fill each context with several documents.")
     ] = False,
     text_column: Annotated[
-        str, typer.Option(rich_help_panel=TEXT, help="Column of the dataset that holds text or token ids.")
+        str, typer.Option(rich_help_panel=TEXT, help="Column of the dataset that contains text or token ids.")
     ] = "text",
     chat_column: Annotated[
         str | None,
         typer.Option(
             rich_help_panel=TEXT,
-            help="Column that holds lists of messages (role, content) instead, for the tokenizer's chat template.",
+            help="Column that contains lists of messages (role, content) instead, for the tokenizer's chat template.",
         ),
     ] = None,
     roles: Annotated[
         list[str] | None,
-        typer.Option(rich_help_panel=TEXT, help="Harvest only what this role wrote: assistant. Can be repeated."),
+        typer.Option(rich_help_panel=TEXT, help="Harvest only tokens of this role: assistant. Can be repeated."),
     ] = None,
     subset: Annotated[
         str | None, typer.Option(rich_help_panel=TEXT, help="Configuration of a dataset that has several.")
     ] = None,
     split: Annotated[
-        str, typer.Option(rich_help_panel=TEXT, help="Split of the dataset. Of a folder, all reads every file.")
+        str, typer.Option(rich_help_panel=TEXT, help="Split of the dataset. For a folder, all reads every file.")
     ] = "train",
     dataset_revision: Annotated[
         str | None, typer.Option(rich_help_panel=TEXT, help="Commit of the dataset on the Hub.")

@@ -137,8 +137,8 @@ LocalCache = Annotated[
         "--local-cache",
         parser=parse_bytes,
         metavar="SIZE",
-        help="With a cache at an address: the most that pulled files take on the disk, such as 200GB. Default: half of "
-        "the free space.",
+        help="For a cache at an address: the maximum disk space for pulled files, such as 200GB. Default: half of the "
+        "free space.",
         rich_help_panel="Object stores",
     ),
 ]
@@ -146,7 +146,7 @@ LocalFolderPath = Annotated[
     Path | None,
     typer.Option(
         "--local-folder",
-        help="With a cache at an address: the folder for pulled files, on a local disk. Default: activations/.pulled.",
+        help="For a cache at an address: the folder for pulled files, on a local disk. Default: activations/.pulled.",
         rich_help_panel="Object stores",
     ),
 ]

@@ -1,5 +1,5 @@
-"""Print the lines of a command. Escape sequences, which a hostile name may contain, are shown as text, so the terminal
-does not obey them. This module imports only typer, since `sae --help` imports it.
+"""Print the lines of a command. Escape sequences, which a malicious name may contain, are shown as text, so the
+terminal does not obey them. This module imports only typer, since `sae --help` imports it.
 """
 
 import contextlib

@@ -34,11 +34,11 @@ def reproduce(
     reading: Annotated[
         str | None,
         typer.Option(
-            help="How to read what the paper leaves open: evidence (the printed schedule, in the units that the "
-            "paper's numbers point to), literal (the printed schedule, every equation as printed) or field (this "
-            "package's units and schedule). Paper 004 also has lambda_k; 003 has no evidence. Default: "
+            help="How to interpret what the paper leaves open: evidence (the printed schedule, in the units that the "
+            "paper's numbers suggest), literal (the printed schedule, every equation as printed) or field (this "
+            "package's units and schedule). Paper 004 also has lambda_k; 003 does not have evidence. Default: "
             "evidence on the papers' model and field on others; always field for 003, because none of its numbers "
-            "points to any units and the penalty as printed had no visible effect."
+            "suggests any units and the penalty as printed had no visible effect."
         ),
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Train on this cache instead of harvesting.")] = None,
@@ -53,7 +53,7 @@ def reproduce(
         typer.Option(
             min=1,
             rich_help_panel=SIZES,
-            help="Tokens in a batch. On another model, the reading field of 001 to 004 takes each recipe's.",
+            help="Tokens per batch. On another model, `--reading field` of 001 to 004 uses each recipe's default.",
         ),
     ] = None,
     width: Annotated[
@@ -67,7 +67,7 @@ def reproduce(
         str | None,
         typer.Option(
             rich_help_panel=EVALUATION,
-            help="As for `sae evaluate`. Default: full on the papers' model, else quick and the metrics of the claims.",
+            help="As for `sae evaluate`. Default: full on the papers' model; on others quick and the claimed metrics.",
         ),
     ] = None,
     evaluate_tokens: Annotated[

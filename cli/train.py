@@ -63,7 +63,7 @@ def train(
             "--l0",
             parser=parse_positive,
             metavar="N",
-            help="Target latents per token, for any recipe. Can be repeated, with a run for each.",
+            help="Target number of active latents per token, for any recipe. Can be repeated; each value is a run.",
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps. Default: one epoch of the cache.")] = None,
@@ -77,8 +77,8 @@ def train(
         bool,
         typer.Option(
             "--paper-exact",
-            help="Use the paper's settings of the recipe's own options, even where they have no effect. The paper's "
-            "learning-rate schedule comes with `sae reproduce --reading literal`, or --set.",
+            help="Use the paper's settings for the recipe's own options, even where they have no effect. For the "
+            "paper's learning-rate schedule, use `sae reproduce --reading literal` or --set.",
         ),
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for the run folders. Default: runs/.")] = None,
@@ -97,7 +97,7 @@ def train(
         typer.Option(
             min=1,
             metavar="N",
-            help="Compute each batch in N equal parts: less memory, the same result but for rounding.",
+            help="Compute each batch in N equal parts: takes less memory, with the same result up to rounding.",
             rich_help_panel=DATA,
         ),
     ] = None,
@@ -187,7 +187,7 @@ def train(
         str | None,
         typer.Option(
             callback=PRECISIONS,
-            help="Precision of matrix products: float32, tf32 or bfloat16, with float32 weights in each. Default: "
+            help="Precision of matrix products: float32, tf32 or bfloat16. Weights are always float32. Default: "
             "bfloat16 on a GPU, float32 on a CPU.",
             rich_help_panel=MACHINE,
         ),
@@ -274,7 +274,7 @@ def run_streaming(config: "TrainConfig", harvest_options: Mapping[str, Any], dry
 
 
 def execute(plan: "TrainPlan", run: "Callable[[TrainProgress], None] | None" = None, *, table: bool = True) -> None:
-    """Train the runs of a plan with a bar, using `run` if given, and print their last metrics if `table`."""
+    """Train the runs of a plan with a progress bar, using `run` if given; print their last metrics if `table`."""
     from ..cache.object_store import is_url
     from ..common.process_group import rank_and_count
     from ..train.loggers import Loggers

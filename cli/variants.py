@@ -28,7 +28,7 @@ def variants(
         list[str] | None, typer.Argument(metavar="NAME", help="Recipes to show in full.", show_default=False)
     ] = None,
 ) -> None:
-    """List the recipes that `sae train --variant` takes, or show some of them with every option."""
+    """List the recipes that `sae train --variant` accepts, or show some of them with every option."""
     from ..train import variants as _  # noqa: F401  (registers the recipes)
     from ..train.recipe import RECIPES, find_recipe
 
@@ -73,7 +73,7 @@ def recipe_page(recipe: "Recipe") -> Iterator[str]:
     yield ""
     yield "options (--set NAME=VALUE)"
     types, docs = recipe.option_types(), recipe.option_docs()
-    void = {name: f" Without effect under {other}={' or '.join(map(show_value, off))}." for name, (other, off) in
+    void = {name: f" Has no effect with {other}={' or '.join(map(show_value, off))}." for name, (other, off) in
             recipe.options_without_effect().items()}  # fmt: skip
     for name, default in recipe.options.items():
         yield from option_lines(name, default, types[name], docs.get(name, "not documented") + void.get(name, ""))
@@ -105,7 +105,7 @@ def paper_exact_lines(recipe: "Recipe") -> Iterator[str]:
     if scaled := recipe.scaled_options:
         yield from wrapped(f"Uses the paper's number for {', '.join(scaled)}, without scaling it to the run.", 2)
     if "k" in scaled:
-        yield from wrapped("A k above the number of latents (--width) is scaled to d_in even then.", 2)
+        yield from wrapped("A k above the number of latents (--width) is still scaled to d_in.", 2)
 
 
 def show_value(value: Any) -> str:

@@ -22,8 +22,8 @@ def disk_path(path: str | os.PathLike[str], name: str = "") -> Path:
         if re.search("[@?#]", rest):
             rest = "..."
         raise UsageError(
-            f"{name and f'{name}='}{scheme}:{'///' if scheme == 'file' else '//'}{rest} is an address, and only a path "
-            "on a disk can be given there. To read what is at the address, copy it to a folder first; to write there, "
-            "copy the folder afterwards (for S3: aws s3 sync FROM TO)."
+            f"{name and f'{name}='}{scheme}:{'///' if scheme == 'file' else '//'}{rest} is an address, but only a path "
+            "on a disk is accepted here. To read the files at the address, copy them to a folder first; to write "
+            "there, copy the folder afterwards (for S3: aws s3 sync FROM TO)."
         )
     return Path(path)

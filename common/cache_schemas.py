@@ -54,7 +54,7 @@ class DataIdentity(TypedDict):
 
 
 class CacheIdentity(TypedDict):
-    """Everything that determines the bytes of the cache. A missing entry has the value of earlier versions."""
+    """Everything that determines the bytes of the cache. A missing entry has the value that earlier versions used."""
 
     format: NotRequired[Size]
     model: ModelIdentity
@@ -69,7 +69,9 @@ class CacheIdentity(TypedDict):
     bos: NotRequired[Annotated[int | None, Meta(description="id that contexts begin with; null: none")]]
     skip: NotRequired[Annotated[list[Count], Meta(description="ids that are never rows")]]
     skip_positions: NotRequired[Annotated[Count, Meta(description="first positions that are never rows")]]
-    special_tokens: NotRequired[Annotated[str, Meta(description="`text`: those spelled in documents are text")]]
+    special_tokens: NotRequired[
+        Annotated[str, Meta(description="`text`: special tokens spelled out in documents are tokenized as text")]
+    ]
     pack: NotRequired[Annotated[bool, Meta(description="several documents in a context")]]
     seed: NotRequired[Annotated[Count, Meta(description="of the order, and of the choice of held-out documents")]]
     window_rows: NotRequired[Size]
@@ -236,7 +238,7 @@ class LargestRows(TypedDict):
     tokens: Annotated[list[tuple[int, int, str | None]], Meta(description="the most frequent tokens: [id, rows, text]")]
     variance: Annotated[float, Meta(description="elementwise, of all rows")]
     share: Annotated[float, Meta(description="of the variance, held by the top 0.1 % of rows")]
-    share_unmasked: Annotated[float, Meta(description="the same without outlier rows")]
+    share_unmasked: Annotated[float, Meta(description="this share among the rows that are not outliers")]
 
 
 class Statistics(TypedDict):
@@ -246,7 +248,7 @@ class Statistics(TypedDict):
     marked: Annotated[Count, Meta(description="outlier rows")]
     max_norm: Annotated[float | None, Meta(description="`--max-norm`: a multiple of the median norm; null: no limit")]
     norm_limit: Annotated[float | None, Meta(description="the norm over which a row is an outlier; null: no limit")]
-    variance: Annotated[float, Meta(description="mean over dimensions of each one's variance")]
+    variance: Annotated[float, Meta(description="mean of the variances of the dimensions")]
     mean_square_norm: float
     mean_norm: float
     norm_of_mean: float
@@ -270,7 +272,7 @@ class UnreadableRows(TypedDict):
     """Rows of the text that could not be read."""
 
     rows: Count
-    first: Annotated[str, Meta(description="why the first one could not")]
+    first: Annotated[str, Meta(description="why the first one could not be read")]
 
 
 class Harvest(TypedDict):
@@ -292,7 +294,7 @@ class Harvest(TypedDict):
     tokens: int | None
     context: Size
     bos: NotRequired[str]
-    bos_token: NotRequired[Annotated[str | None, Meta(description="what contexts begin with, as text")]]
+    bos_token: NotRequired[Annotated[str | None, Meta(description="the token that contexts begin with, as text")]]
     held_out: float | None
     keep_special: NotRequired[bool]
     skip_positions: NotRequired[Count]
@@ -344,7 +346,7 @@ class TokenizeDraft(TypedDict):
 class ClaimOfText(TypedDict):
     """tokens/claim-000001.json"""
 
-    owner: Annotated[str, Meta(description="the task that cuts the text, as others name it")]
+    owner: Annotated[str, Meta(description="the task that cuts the text, as other tasks show it")]
     task: Annotated[str, Meta(description="random; tells tasks apart")]
     beat: Annotated[Count, Meta(description="how often the claim was renewed")]
 
@@ -373,10 +375,12 @@ GROUP_RECORD = RecordKind(ZarrGroup, REPAIR_HINT, digest_in="attributes", covere
 COMMIT_RECORD = RecordKind(WindowCommit, REPAIR_HINT, indent=None)
 TOKENS_RECORD = RecordKind(TokensCommit, REPAIR_HINT)
 MANIFEST_RECORD = RecordKind(Manifest, REPAIR_HINT)
-HARVEST_RECORD = RecordKind(Harvest, "Run the same `sae harvest` again, which writes it anew.")
+HARVEST_RECORD = RecordKind(Harvest, "Run the same `sae harvest` again; it rewrites this file.")
 RING_RECORD = RecordKind(
     Ring, "Delete the ring's folder and run the same `sae train --stream` again: its windows are harvested again."
 )
-TOKENIZE_RECORD = RecordKind(TokenizeDraft, "Run the same `sae harvest` again, which reads the text anew.", indent=None)
-CLAIM_RECORD = RecordKind(ClaimOfText, "Delete it: another task then cuts the text.", indent=None)
+TOKENIZE_RECORD = RecordKind(
+    TokenizeDraft, "Run the same `sae harvest` again; it reads the text from the beginning.", indent=None
+)
+CLAIM_RECORD = RecordKind(ClaimOfText, "Delete it: another task then cuts the text into contexts.", indent=None)
 DRAFT_RECORD = RecordKind(Draft, "Delete the folder: the window is then computed from its beginning.")

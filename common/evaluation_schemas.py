@@ -11,7 +11,7 @@ from .schemas import Sha256
 
 
 class Unstructured(TypedDict):
-    """What SAEBench has no fields for."""
+    """Results for which SAEBench has no fields."""
 
     intervals: Annotated[
         dict[str, dict[str, list[float | None]]],
@@ -30,12 +30,12 @@ class MaskedPart(Unstructured):
 
 
 class UnstructuredResult(Unstructured):
-    """What SAEBench has no fields for. It also holds the record's content digest."""
+    """Results for which SAEBench has no fields, and the record's content digest."""
 
     absent: NotRequired[
         Annotated[
             list[list[str | int]],
-            Meta(description="where a number does not exist, and -1 stands for it: the keys that lead to it"),
+            Meta(description="for each number that does not exist and is written as -1: the keys that lead to it"),
         ]
     ]
     masked: NotRequired[Annotated[MaskedPart | None, Meta(description="the rest of the result without outlier rows")]]
@@ -44,7 +44,7 @@ class UnstructuredResult(Unstructured):
 class ResultFile(TypedDict):
     """evaluations/<metric>.json, and evaluations/earlier/<metric>-<digest>.json for results with other settings
 
-    The fields are SAEBench's. The digest in the name of an earlier result is that of `eval_config`.
+    The fields are SAEBench's. The digest in the name of an earlier result is the digest of its `eval_config`.
     """
 
     eval_type_id: Annotated[str, Meta(description="SAEBench's name of the metric")]
@@ -54,14 +54,14 @@ class ResultFile(TypedDict):
     eval_id: str
     datetime_epoch_millis: int
     eval_result_metrics: Annotated[
-        dict[str, dict[str, float | None]], Meta(description="category -> name -> number; -1 may stand for null")
+        dict[str, dict[str, float | None]], Meta(description="category -> name -> number; -1 may mean null")
     ]
     eval_result_details: Annotated[list[dict[str, Any]], Meta(description="one entry per latent, letter or dataset")]
     sae_bench_commit_hash: Annotated[str, Meta(description="version of this package")]
     sae_lens_id: str
     sae_lens_release_id: Annotated[str, Meta(description="name of the run folder")]
     sae_lens_version: str
-    sae_cfg_dict: Annotated[dict[str, Any], Meta(description="sae.json, or what describes a reference")]
+    sae_cfg_dict: Annotated[dict[str, Any], Meta(description="sae.json, or the description of a reference")]
     eval_result_unstructured: UnstructuredResult
 
 
@@ -90,7 +90,7 @@ class PinnedDataset(TypedDict):
     """activations/evaluation/datasets/<name>.json"""
 
     dataset: Annotated[str, Meta(description="id on the Hub")]
-    commit: Annotated[str, Meta(description="the one that is read")]
+    commit: Annotated[str, Meta(description="the commit that is read")]
 
 
 class JudgeAnswers(TypedDict):
@@ -103,7 +103,7 @@ class JudgeAnswers(TypedDict):
     answers: Annotated[dict[str, str], Meta(description="digest of the question -> answer")]
 
 
-DATA_RECORD = RecordKind(EvaluationData, "Delete it: what it describes is computed again.")
+DATA_RECORD = RecordKind(EvaluationData, "Delete it: the tensors that it describes are computed again.")
 DATASET_RECORD = RecordKind(PinnedDataset, "Delete it to use the latest commit of the dataset.")
 JUDGE_ANSWERS_RECORD = RecordKind(JudgeAnswers, "Delete it: the judge is then asked again.")
 
@@ -123,4 +123,4 @@ class UnpackedData(TypedDict):
     files: Annotated[dict[str, Sha256], Meta(description="path in the folder -> sha256 of that file")]
 
 
-UNPACKED_RECORD = RecordKind(UnpackedData, "Run `sae data get sae-probes` again: it replaces what is damaged.")
+UNPACKED_RECORD = RecordKind(UnpackedData, "Run `sae data get sae-probes` again: it replaces damaged files.")

@@ -116,8 +116,8 @@ def os_error(error: OSError, path: Path | str, verb: str = "write") -> Unavailab
     """The UnavailableError that explains why `path` could not be written, or read if `verb` is "read"."""
     if error.errno in OUT_OF_FILES:
         return UnavailableError(
-            f"Too many files are open: {path} could not be opened. {describe_files_limit()} Raise it and run the same "
-            "command again; everything committed is safe."
+            f"Too many files are open: {path} could not be opened. {describe_files_limit()} Raise the limit and run "
+            "the same command again; everything committed is safe."
         )
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UnavailableError(
@@ -199,7 +199,7 @@ def utf8_path(path: Path) -> Iterator[str]:
 
 # --- JSON and TOML ---------------------------------------------------------------------------------------------------
 
-MAX_TOML = 1 << 18  # bytes; a config of every flag has some 10,000
+MAX_TOML = 1 << 18  # bytes; a configuration with every flag has about 10,000
 MAX_DOTS_PER_LINE = 200
 DELETE_HINT = "Delete it and run the command that wrote it again."
 

@@ -27,7 +27,7 @@ ReadRow = tuple[str, dict[str, Any] | None, str]  # "line 7", values or None, th
 
 
 class JsonRows:
-    """The rows of a file, compressed or not, with these columns; with None, rows have the names of all columns.
+    """The rows of a file, compressed or not, with the given columns, or with all columns if `columns` is None.
 
     A row is a line, an element of an array, or one of several objects that may span several lines each. Blank lines are
     skipped. A string in an array is a row with the column "text".
@@ -125,7 +125,7 @@ class JsonRows:
             yield f"row {index}", *self.decode(element)
 
     def _joined_objects(self) -> list[bytes]:
-        """The objects of a file whose first line is not an object; empty if the file holds anything else."""
+        """The objects of a file in which they may span several lines; empty if it contains anything but objects."""
         with open_binary(self.file) as stream:
             data = stream.read(MAX_JOINED + 1).removeprefix(b"\xef\xbb\xbf")
         if len(data) > MAX_JOINED:
@@ -150,14 +150,14 @@ def split_array(data: bytes) -> list[bytes]:
     try:
         return [bytes(element) for element in msgspec.json.decode(data, type=list[msgspec.Raw])]
     except (msgspec.MsgspecError, ValueError, RecursionError):
-        pass  # it may hold NaN
+        pass  # it may contain NaN
     try:
         array = json.loads(data.decode(), strict=False)
     except RecursionError as error:
         line = data.count(b"\n", 0, too_deep(data) or 0) + 1
         raise ValueError(f"line {line} is nested more than {MAX_DEPTH} levels deep") from error
     if not isinstance(array, list):
-        raise ValueError("it begins with [ and is not an array")
+        raise ValueError("it begins with [ but is not an array")
     return [json.dumps(element).encode() for element in array]
 
 

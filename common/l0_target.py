@@ -1,6 +1,6 @@
 """The sentence about an SAE whose L0 misses its target, shown after training and wherever the L0 is measured."""
 
-MISSED_BY = 0.1  # share of the target; beyond it the target is missed
+MISSED_BY = 0.1  # share of the target; with a larger difference the target is missed
 
 
 def missed_l0(name: str, l0: float | None, target: float | None, *, held_out: bool = False) -> list[str]:
@@ -12,5 +12,6 @@ def missed_l0(name: str, l0: float | None, target: float | None, *, held_out: bo
         return []
     said = f"has L0 {l0:.1f} on held-out text" if held_out else f"ended at L0 {l0:.1f}"
     return [
-        f"{name} {said}, {l0 / target - 1:+.0%} from its target {target:g}. Train longer, or compare it at its own L0."
+        f"{name} {said}, {l0 / target - 1:+.0%} from its target {target:g}. Train longer, or compare it with SAEs of "
+        "its own L0."
     ]

@@ -21,20 +21,20 @@ from .errors import UnavailableError, UsageError
 from .files import make_folder, os_error, remove_stale_files
 
 LOCK_FILES = (".lock.request", ".lock.readers", ".lock.shared", ".lock.holder", ".lock")
-WITHOUT = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # errors of a file system without locks
+WITHOUT = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # if a file system does not support locks
 LOOK_SECONDS = 0.2  # how long checks by other processes (`is_locked`) can block a lock
 POLL_SECONDS = 0.01, 0.2  # between two attempts to lock: at first, and at most
 
 
 @contextlib.contextmanager
 def writer_lock(folder: Path, command: str, say: Callable[[str], None] = lambda message: None) -> Iterator[None]:
-    """Hold the exclusive right to write into `folder`, which is created if needed; `command` is shown to others.
+    """Hold the exclusive right to write into `folder`, which is created if needed. Other processes show `command`.
 
     If the previous holder has died, `say` is called with a message. On entry the temporary files of dead writers are
     deleted: check first that the folder belongs to this package.
 
-    Raises UnavailableError if another process holds the lock (the message names it), the folder cannot be written or
-    its file system has no locks, UsageError if a file is in the way.
+    Raises UnavailableError if another process holds the lock (the message names it), the folder is not writable or its
+    file system does not support locks, UsageError if a file is in the way.
     """
     note = folder / ".lock.holder"
     with locking(folder):
@@ -56,11 +56,11 @@ def shared_lock(folder: Path, command: str) -> Iterator[None]:
     `writer_lock`.
 
     The last process to leave deletes the temporary files of dead writers. It knows that it is the last if it can hold a
-    second lock, `.lock.shared`, alone. A process that arrives meanwhile waits for it. On a file system without locks
-    nothing is locked and nothing is deleted.
+    second lock, `.lock.shared`, alone. A process that arrives meanwhile waits for it. If the file system does not
+    support locks, nothing is locked and nothing is deleted.
 
-    Raises UnavailableError if a process holds the exclusive lock or the folder cannot be written, UsageError if a file
-    is in the way.
+    Raises UnavailableError if a process holds the exclusive lock or the folder is not writable, UsageError if a file is
+    in the way.
     """
     note, all_of_them = folder / ".lock.holder", folder / ".lock.shared"
     with contextlib.ExitStack() as stack:
@@ -78,7 +78,7 @@ def shared_lock(folder: Path, command: str) -> Iterator[None]:
 def reader_lock(folder: Path, command: str) -> Iterator[None]:
     """Keep `folder` from being deleted by a process with `no_readers`. Several readers can hold this lock together.
 
-    Nothing is locked if the folder is not writable or its file system has no locks.
+    Nothing is locked if the folder is not writable or its file system does not support locks.
 
     Raises UnavailableError if the folder is being deleted.
     """
@@ -145,7 +145,7 @@ def leave(folder: Path, all_of_them: Path, together: int) -> None:
 
 @contextlib.contextmanager
 def brief_lock(path: Path) -> Iterator[None]:
-    """Hold the lock of a file briefly; waits for other holders. Does nothing on a file system without locks."""
+    """Wait for the lock of a file and hold it briefly. Does nothing if the file system does not support locks."""
     lock = None
     try:
         lock = acquire(path, fcntl.LOCK_EX)
@@ -201,7 +201,7 @@ def acquire(path: Path, mode: int, patience: float = math.inf, *, in_new_folder:
 
     A process that holds the lock alone may remove the file; the lock is then taken on a new file. Raises
     BlockingIOError if others hold it for `patience` seconds, another OSError if the file cannot be opened or its file
-    system has no locks.
+    system does not support locks.
     """
     ends, (pause, longest) = time.monotonic() + patience, POLL_SECONDS
     while True:
@@ -227,7 +227,7 @@ def acquire(path: Path, mode: int, patience: float = math.inf, *, in_new_folder:
 
 @contextlib.contextmanager
 def held_if_possible(path: Path, mode: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Wait for a lock on `path` and hold it. Does nothing if the file cannot be created or the disk has no locks."""
+    """Wait for a lock on `path` and hold it. Does nothing if the file cannot be created or locks are not supported."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             stack.callback(release, acquire(path, mode))
@@ -235,7 +235,7 @@ def held_if_possible(path: Path, mode: int = fcntl.LOCK_EX) -> Iterator[None]:
 
 
 def flock(descriptor: int, mode: int) -> None:
-    """Take or change a lock without waiting. Raises BlockingIOError if others hold it, OSError without locks."""
+    """Take or change a lock without waiting. Raises BlockingIOError if others hold it, OSError if unsupported."""
     try:
         fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
     except PermissionError as error:  # raised by some file systems
@@ -259,7 +259,7 @@ def release(descriptor: int) -> None:
 
 @contextlib.contextmanager
 def locking(folder: Path, *, without: bool = False) -> Iterator[None]:
-    """Explain in an error why a folder cannot be locked. With `without`, a lack of locks is not an error."""
+    """Explain in an error why a folder cannot be locked. With `without`, it is no error that locks are unsupported."""
     try:
         yield
     except BlockingIOError:
@@ -274,10 +274,11 @@ def locking(folder: Path, *, without: bool = False) -> Iterator[None]:
 
 
 def without_locks(folder: Path, error: OSError) -> UnavailableError:
-    """The error about a file system without locks, with the remedy."""
+    """The error about a file system that does not support locks, with the remedy."""
     return UnavailableError(
         f"{folder} cannot be locked ({error.strerror}), so two commands could write into it at once. Mount its file "
-        "system with locks (Lustre: -o flock; NFS: without nolock), or choose a folder on another one: --out, SAE_HOME."
+        "system with locks (Lustre: -o flock; NFS: without nolock), or choose a folder on another file system with "
+        "--out or SAE_HOME."
     )
 
 

@@ -1,6 +1,6 @@
 """The limit on a process's open files: raise it where allowed, and explain it when it is reached.
 
-Every memory map of a chunk holds a file open. The usual soft limit is 1,024 on Linux and 256 on macOS.
+Every memory map of a chunk keeps a file open. The usual soft limit is 1,024 on Linux and 256 on macOS.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ def raise_files_limit() -> None:
 def describe_files_limit() -> str:
     """A sentence about the limit and where it is set."""
     limit = files_limits()[0]
-    return f"The limit is {limit} at a time: `ulimit -n` shows it, and `ulimit -n {ENOUGH_FILES}` raises it."
+    return f"The limit is {limit} open files: `ulimit -n` shows it, and `ulimit -n {ENOUGH_FILES}` raises it."
 
 
 def ran_out_of_files(error: BaseException) -> bool:
@@ -64,6 +64,6 @@ def explaining_files_limit() -> Iterator[None]:
         if not ran_out_of_files(error):
             raise
         raise UnavailableError(
-            f"Too many files are open. {describe_files_limit()} Raise it and run the same command again; everything "
-            "committed is safe."
+            f"Too many files are open. {describe_files_limit()} Raise the limit and run the same command again; "
+            "everything committed is safe."
         ) from error

@@ -50,7 +50,7 @@ def outdated_packages() -> list[str]:
         version = installed_version(name)
         if version is not None and numbers(version) < numbers(lowest):
             sentences.append(
-                f"{name} {version} is installed, and {PACKAGE} needs {lowest} or newer: pip install '{name}>={lowest}'."
+                f"{name} {version} is installed, but {PACKAGE} needs {lowest} or newer: pip install '{name}>={lowest}'."
             )
     return sentences
 
@@ -80,5 +80,5 @@ def import_extra(extra: str, what: str, module: str | None = None) -> ModuleType
             ) from None
         raise UnavailableError(
             f"{what} needs {package}, but {package} {version} cannot be imported ({error}). "
-            f"Install another version of it: pip install -U {package}."
+            f"Install another version: pip install -U {package}."
         ) from None

@@ -45,15 +45,15 @@ def reason_against(precision: str, device: str) -> str:
     """
     on_cpu = torch.device(device).type == "cpu"
     if precision == "tf32" and on_cpu:
-        return "the device is cpu, and only GPUs have products in tf32"
+        return "the device is cpu, but only GPUs compute products in tf32"
     if precision == "tf32" and (capability := torch.cuda.get_device_capability(device)) < TF32_CAPABILITY:
-        return f"it needs a GPU of compute capability 8.0, and {device} has {'.'.join(map(str, capability))}"
+        return f"it needs a GPU of compute capability 8.0, but {device} has {'.'.join(map(str, capability))}"
     if precision == "bfloat16" and on_cpu:
         found = cpu_flags()
         if found is None:
-            return f"the processor is not known to multiply in bfloat16: there is no {CPUINFO}, which would say so"
+            return f"it is not known whether the processor multiplies in bfloat16, because {CPUINFO} does not exist"
         if found.isdisjoint(CPU_FLAGS):
-            return f"the processor has neither {' nor '.join(CPU_FLAGS)} (by {CPUINFO})"
+            return f"the processor has neither {' nor '.join(CPU_FLAGS)} (according to {CPUINFO})"
     return ""
 
 
@@ -99,7 +99,7 @@ def general_float32_precision() -> str:
 
 @contextlib.contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """A context in which float32 tensors are multiplied in tf32 exactly if that is the precision.
+    """A context in which float32 tensors are multiplied in tf32 if and only if `precision` is tf32.
 
     torch has one setting for the whole process, which a user may have changed; it is restored at the end.
     """

@@ -79,8 +79,8 @@ class ProcessGroup:
 def rank_and_count() -> tuple[int, int]:
     """The rank of this process and the number of launched processes, from the environment: (0, 1) without a launcher.
 
-    Raises UsageError if a launcher that was asked for several processes started one, or several that do not know of
-    each other.
+    Raises UsageError if a launcher that was asked for several processes started only one, or several that do not know
+    about each other.
     """
     if "WORLD_SIZE" not in os.environ:
         # accelerate sets the address of the first process if it was asked for several.
@@ -113,9 +113,9 @@ def is_first_on_this_machine() -> bool:
 
 
 def current_process_group(device: str = "cpu") -> ProcessGroup:
-    """The group of this process, which computes on `device`; a GPU becomes the current one of the process.
+    """The group of this process, which computes on `device`. A GPU becomes the current device of the process.
 
-    Raises UnavailableError if not all processes have started after some minutes.
+    Raises UnavailableError if some processes have not started after several minutes.
     """
     if rank_and_count()[1] == 1:
         return ProcessGroup(device=device)
@@ -147,7 +147,7 @@ def join() -> Heartbeat:
     heartbeat.meet()
     prefix = torch.distributed.PrefixStore("sae/gloo", store)
     torch.distributed.init_process_group("gloo", store=prefix, rank=rank, world_size=count, timeout=TIMEOUT)
-    PartialState(cpu=True, backend="gloo")  # tells accelerate, which others may use, about the group
+    PartialState(cpu=True, backend="gloo")  # tells accelerate, which other code may use, about the group
     return heartbeat
 
 

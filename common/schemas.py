@@ -36,7 +36,7 @@ class RememberedModels(TypedDict):
     ]
 
 
-MODELS_RECORD = RecordKind(RememberedModels, "Delete it: it is made again.")
+MODELS_RECORD = RecordKind(RememberedModels, "Delete it: it is created again.")
 # --- runs/<name>/ -----------------------------------------------------------------------------------------------------
 
 
@@ -159,7 +159,7 @@ class ImportCheck(TypedDict):
     rows: Annotated[Count, Meta(description="activations that both were computed on")]
     what: Annotated[str, Meta(description="where the rows are from")]
     l0: float
-    different: Annotated[Count, Meta(description="latents that are active on one side only")]
+    different: Annotated[Count, Meta(description="latents that are active in only one of the two")]
     rounded: Annotated[Count, Meta(description="rows left out because float32 rounding decides which latents fire")]
     error_f: Annotated[float, Meta(description="relative error of the latents")]
     error_x: Annotated[float, Meta(description="relative error of the reconstructions")]
@@ -193,23 +193,23 @@ class RunRecord(TypedDict):
         Annotated[
             Precision,
             Meta(
-                description="of products; absent: float32, or of a run on a GPU of an earlier version bfloat16, unless "
-                "`asked` names it"
+                description="of matrix products; absent: float32, or bfloat16 for a run of an earlier version on a "
+                "GPU, unless `asked` names one"
             ),
         ]
     ]
-    accumulate: NotRequired[Annotated[int, Meta(ge=2, description="--accumulate it began with; absent: 1")]]
+    accumulate: NotRequired[Annotated[int, Meta(ge=2, description="--accumulate at its start; absent: 1")]]
     accumulate_since: NotRequired[
         Annotated[
             list[tuple[Count, Size]],
-            Meta(description="step -> --accumulate from there on, if a resumed run was given another"),
+            Meta(description="[step, --accumulate from this step], if the run was resumed with another value"),
         ]
     ]
     step_version: NotRequired[Annotated[Size, Meta(description="train/step_version.py, when the run began; absent: 1")]]
     step_version_since: NotRequired[
         Annotated[
             list[tuple[Count, Size]],
-            Meta(description="step -> step_version from there on, if the run was resumed with another"),
+            Meta(description="[step, step_version from this step], if the run was resumed with another version"),
         ]
     ]
     resolved: NotRequired[Annotated[dict[str, Any], Meta(description="every option, given or default")]]
@@ -225,7 +225,7 @@ class RunRecord(TypedDict):
     threads: NotRequired[Annotated[int, Meta(description="of torch")]]
     imported_from: NotRequired[ImportSource]
     check: NotRequired[ImportCheck]
-    notes: NotRequired[Annotated[list[str], Meta(description="what the import said")]]
+    notes: NotRequired[Annotated[list[str], Meta(description="messages of the import")]]
     metadata: NotRequired[Annotated[dict[str, Any], Meta(description="everything else in the imported files")]]
 
 
@@ -275,5 +275,5 @@ class Checkpoint(TypedDict):
 
 
 CHECKPOINT_RECORD = RecordKind(
-    Checkpoint, "Delete this checkpoint's folder and resume: training goes on from the one before it."
+    Checkpoint, "Delete this checkpoint's folder and resume: training continues from the previous checkpoint."
 )

@@ -1,11 +1,11 @@
-"""Special tokens of a tokenizer: which one a context begins with, and which bound a chat turn."""
+"""Special tokens of a tokenizer: which one begins a context, and which ones begin or end a chat turn."""
 
 from typing import Any, NamedTuple
 
 from .errors import UsageError, did_you_mean
 
 ENDOFTEXT = "<|endoftext|>"  # separated documents in the pretraining of GPT-2, Pythia, Qwen, SmolLM2 and others
-BOS_OR_EOS = "bos-or-eos"  # first token of contexts in earlier versions: the tokenizer's BOS, else its EOS
+BOS_OR_EOS = "bos-or-eos"  # first token of contexts in earlier versions: the tokenizer's BOS, or EOS without a BOS
 TURN_MARKERS = frozenset(
     {
         "<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|start_header_id|>",
@@ -85,7 +85,7 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
 
 
 def turn_markers(tokenizer: Any) -> set[str]:
-    """The special tokens that bound a chat turn: well-known ones, and those found in a rendered conversation."""
+    """The special tokens that begin or end a chat turn: well-known ones, and those found in a rendered conversation."""
     conversation = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
     known = {token for token in special_tokens(tokenizer) if token in TURN_MARKERS}
     if not getattr(tokenizer, "chat_template", None):

@@ -80,8 +80,8 @@ def find_columns(files: Sequence[Path], wanted: Sequence[str]) -> list[str]:
             break
     if problems and not found:
         raise UsageError(
-            f"No row of {files[0]} can be read as JSON ({len(problems):,} tried; first: {problems[0]}). Give a file of "
-            "JSON Lines, a JSON array, Parquet or Arrow."
+            f"No row of {files[0]} can be read as JSON ({len(problems):,} tried; first: {problems[0]}). Give a JSON "
+            "Lines, JSON array, Parquet or Arrow file."
         )
     return list(found)
 

@@ -16,7 +16,7 @@ PLACES = {
 
 
 def is_fast(tokenizer: Any) -> bool:
-    """Whether it is implemented by the tokenizers library, which also provides the position of each token in a text."""
+    """Whether a tokenizer is implemented by the tokenizers library, which also returns each token's place in a text."""
     return getattr(tokenizer, "backend_tokenizer", None) is not None
 
 
@@ -52,7 +52,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def tokens_without_embedding(tokenizer: Any, rows: int | None) -> dict[int, str]:
-    """{id: text} of the tokens whose ids exceed the `rows` of a model's embedding, in the order of their ids.
+    """{id: text} of the tokens for which a model's embedding of `rows` rows has no row, in the order of their ids.
 
     A fine-tune can add tokens without enlarging its embedding. The opposite, an embedding with more rows than tokens,
     is common.
@@ -76,7 +76,7 @@ def check_embedded(ids: Iterable[int], rows: int | None, tokenizer: Any, where: 
         return
     token = {largest: str(tokenizer.convert_ids_to_tokens(largest))}
     raise UsageError(
-        f"{where} has the token {describe_tokens(token)}, and the embedding of the model has {rows:,} rows: the "
-        "tokenizer has tokens that were added without enlarging the model. Leave such texts out, take the token out of "
-        "the tokenizer's files, or use the model whose embedding has it."
+        f"{where} contains the token {describe_tokens(token)}, but the model's embedding has only {rows:,} rows: "
+        "tokens were added to the tokenizer without enlarging the model. Leave such texts out, remove the token from "
+        "the tokenizer's files, or use the model whose embedding includes it."
     )

@@ -73,7 +73,7 @@ class ControlsPlan:
         due, done = len(self.train.unfinished), len(self.runs) - len(self.train.unfinished)
         counts = [f"{due} to train" if due else "", f"{done} already trained" if done else ""]
         lines.append(
-            f"controls {' and '.join(filter(None, counts))}, made of {' and '.join(self.bases)}, for "
+            f"controls {' and '.join(filter(None, counts))}, based on {' and '.join(self.bases)}, for "
             f"{format_count(self.count, 'run')}; kept in {controls_folder()}"
         )
         return [*lines, *(self.train.describe(time=True) if due else ())]
@@ -100,8 +100,8 @@ def plan_controls(runs: Sequence[str | os.PathLike[str]], device: str = "auto") 
             wanted.setdefault(f"{found.base} {conditions_digest(found.conditions)}", found)
     if others:
         notes.append(
-            f"no controls are made of {', '.join(dict.fromkeys(others))}: controls of {BASES[0]} are used instead, so "
-            "a difference between a run and its control can also come from the difference of the two recipes."
+            f"controls are not based on {', '.join(dict.fromkeys(others))}: controls based on {BASES[0]} are used "
+            "instead, so a difference between a run and its control can also come from their different recipes."
         )
     for one in wanted.values():
         try:
@@ -168,8 +168,8 @@ def reason_without(folder: Path, conditions: Mapping[str, Any] | None) -> str:
     if record is None or "imported_from" in record:
         return "it was imported, so the rows and steps of its training are not known."
     if "ring" in record:
-        return "it was trained with --stream, whose activations are gone."
-    return "its L0 is not known: run.json has no --l0, k or l0, and metrics.jsonl no L0."
+        return "it was trained with --stream, which deleted its activations."
+    return "its L0 is not known: run.json has no --l0, k or l0, and metrics.jsonl has no L0."
 
 
 def train_controls(

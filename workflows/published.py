@@ -134,7 +134,7 @@ def run_of_address(text: str, config: PublishedConfig, say: Say, progress: Progr
     except UnavailableError as error:
         for folder, source in imported_runs(config):
             if is_from(source, address) and address.revision is None:
-                say(f"note     {error} Using what was imported earlier.")
+                say(f"note     {error} Using the SAE that was imported earlier.")
                 return reuse(folder, text, str(source.get("revision")), say)
         raise
     for folder, source in imported_runs(config):
@@ -244,12 +244,12 @@ def check_hook(model: str, hook: Hook, d_in: int) -> None:
     layers, width = (getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size"))
     if isinstance(layers, int) and hook.layer >= layers:
         raise UsageError(
-            f"The SAE is of layer {hook.layer}, but {model} has the layers 0 to {layers - 1}. Give another --layer, or "
-            "the SAE's own model with --model."
+            f"The SAE belongs to layer {hook.layer}, but {model} has the layers 0 to {layers - 1}. Give another "
+            "--layer, or the SAE's own model with --model."
         )
     if isinstance(width, int) and hook.site in RESIDUAL_SITES and d_in != width:
         raise UsageError(
-            f"The SAE takes activations of width {d_in}, but {model} has width {width} at {hook}. Give the SAE's own "
+            f"The SAE expects activations of width {d_in}, but {model} has width {width} at {hook}. Give the SAE's own "
             "model with --model."
         )
 

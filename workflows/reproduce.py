@@ -138,13 +138,13 @@ def plan_reproduction(config: ReproduceConfig, say: Callable[[str], None] = lamb
     """Check a reproduction as a whole, before starting hours of work.
 
     Raises:
-        UsageError: an option or a paper is unknown, or the cache is of another model.
+        UsageError: an option or a paper is unknown, or the cache belongs to another model.
         UnavailableError: the model or the dataset cannot be reached, or the disk is too small for caches and runs.
     """
     counts = {"steps": config.steps, "batch-size": config.batch_size, "evaluate-tokens": config.evaluate_tokens}
     for flag, number in counts.items():
         if number is not None and number < 1:
-            raise UsageError(f"--{flag} {number} is not positive. Leave it out to use the paper's.")
+            raise UsageError(f"--{flag} {number} is not positive. Leave it out to use the paper's value.")
     check_seeds(*config.seeds or ())
     if config.width is not None:
         split_width(config.width)
@@ -198,7 +198,7 @@ def check_reading(name: str | None, papers: Sequence[Paper]) -> None:
     if not without:
         return
     expected = "; ".join(f"{', '.join(readings[number])} ({number})" for number in without)
-    others = f" Papers with different readings need a command each: {', '.join(readings)}." if len(papers) > 1 else ""
+    others = f" Run a separate command for each of the papers {', '.join(readings)}." if len(papers) > 1 else ""
     raise UsageError(f"unknown --reading {name!r} for paper {', '.join(without)}: expected one of {expected}.{others}")
 
 

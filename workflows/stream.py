@@ -82,11 +82,11 @@ def plan_streaming(config: TrainConfig, *, windows: int = WINDOWS, **harvest_opt
     """
     if (count := rank_and_count()[1]) > 1:
         raise UsageError(
-            f"--stream harvests and trains in one process, and a launcher has started {count}. Harvest first, with the "
-            "same launcher (`sae harvest`), and train from the cache; or leave the launcher out."
+            f"--stream harvests and trains in one process, but a launcher has started {count}. Harvest first with the "
+            "same launcher (`sae harvest`) and train on the cache, or do not use a launcher."
         )
     if config.resume:
-        raise UsageError("--resume cannot be combined with --stream. Run the command that began the run again.")
+        raise UsageError("--resume cannot be combined with --stream. To resume, repeat the run's original command.")
     if len(config.caches) > 1:
         raise UsageError("--stream writes one folder: give --cache at most once.")
     if config.caches and is_url(config.caches[0]):

@@ -99,7 +99,7 @@ def test_a_folder_that_is_too_small_for_a_batch_is_refused_with_a_size_that_work
 ) -> None:
     cache = opened(address, local, 15)
     with pytest.raises(
-        UsageError, match=r"too small: one step reads chunks of .* Give --local-cache [\d.]+ MB or more"
+        UsageError, match=r"too small: one step reads .* of chunks.* Give --local-cache [\d.]+ MB or more"
     ):
         read(cache, 64)
     assert not list(local.folder.glob(".reader-*"))  # it reads nothing, for other processes too
@@ -214,7 +214,7 @@ def test_a_long_wait_is_said_with_the_rate(
     monkeypatch.setattr(StoreCache, "fetch_chunk", slow)
     monkeypatch.setattr(local, "say", said.append)
     next(cache.batches(5, batch_size=74))
-    said_so = r"Waiting for the store: \d+ chunks? of step \d are still to come; 0.0 MB arrive per second."
+    said_so = r"Waiting for the store: \d+ chunks? of step \d not yet received; receiving 0.0 MB per second."
     assert re.fullmatch(said_so, said[0])
 
 

@@ -216,9 +216,9 @@ def test_missing_credentials_are_named_as_the_provider_names_them(scheme: str, v
     ("url", "message"),
     [
         ("ftp://host/a", "unknown scheme ftp://: expected s3://, gs://, az://, file://, https://, http://"),
-        ("s3://user:hunter2@bucket/a", "carries a user name, a password, a query or a fragment"),
-        ("s3://bucket/a?X-Amz-Signature=hunter2", "carries a user name"),
-        ("https://host/a#hunter2", "carries a user name"),
+        ("s3://user:hunter2@bucket/a", "contains a user name, a password, a query or a fragment"),
+        ("s3://bucket/a?X-Amz-Signature=hunter2", "contains a user name"),
+        ("https://host/a#hunter2", "contains a user name"),
         ("s3://", "names no bucket"),
         ("file://", "names no folder"),
         ("file://host/a", "names no folder"),
@@ -316,7 +316,7 @@ def test_a_store_that_ignores_conditions_is_found_out(proxy: FaultyProxy, bucket
     if not ignored:
         store.check_conditional_writes("tokens/test")
     else:
-        with pytest.raises(UnavailableError, match="pile: the store ignores the condition of a write"):
+        with pytest.raises(UnavailableError, match="pile: the store ignores the conditions of conditional writes"):
             store.check_conditional_writes("tokens/test")
     assert len(proxy.requests) <= 5 and [key for key, _ in store.list()] == ["zarr.json"]
 
@@ -450,7 +450,7 @@ def test_there_are_four_attempts_within_three_minutes(monkeypatch, tmp_path: Pat
 def test_an_object_that_ends_before_its_end_is_damaged(tmp_path: Path) -> None:
     store = open_store(f"file://{tmp_path}/objects")
     store.store = SimpleNamespace(get=lambda key: SimpleNamespace(bytes=lambda: b"1", meta={"size": 2}))
-    with pytest.raises(DamagedError, match="objects/a gave 1 of its 2 bytes"):
+    with pytest.raises(DamagedError, match="Received only 1 of the 2 bytes of .*objects/a"):
         store.get("a")
 
 

@@ -105,30 +105,30 @@ def test_a_changed_value_without_a_digest_gives_a_sentence_or_is_one_of_few(fold
     ("file", "at", "value", "message"),
     [
         ("zarr.json", ("attributes", "identity", "seed"), 5, "its fingerprint is"),
-        ("zarr.json", ("attributes", "window_rows"), 24, "window_rows is 24, but 16 follows"),
-        ("zarr.json", ("attributes", "chunk_rows"), 8, "chunk_rows is 8, but 16 follows"),
-        ("zarr.json", ("attributes", "storage_dtype"), "uint16", "storage_dtype is uint16, but bfloat16 follows"),
-        ("zarr.json", ("attributes", "compress"), True, "compress is True, but False follows"),
-        ("zarr.json", ("attributes", "rows"), 39, "rows is 39, but 40 follows"),
-        ("zarr.json", ("attributes", "complete"), ["layer_05", "layer_19"], "layer_19 is not complete in it"),
-        ("zarr.json", ("attributes", "complete"), ["nonsense"], "no array has such a name"),
-        ("zarr.json", ("attributes", "tokens"), "0" * 64, "its files in tokens/ are of one text, but zarr.json"),
-        ("layer_05/zarr.json", ("shape",), [39, 8], r"bfloat16 \[39, 8\] .* but bfloat16 \[40, 8\] .* follows"),
-        ("layer_05/zarr.json", ("codecs", 1, "name"), "adler32", "its codecs differ"),
-        ("layer_05/zarr.json", ("data_type",), "uint16", r"uint16 \[40, 8\] .* but bfloat16 \[40, 8\]"),
-        ("layer_05.moments/zarr.json", ("shape",), [3, 2, 9], r"\[3, 2, 9\] .* but float64 \[3, 2, 8\]"),
-        ("layer_05.row_norm/zarr.json", ("shape",), [39], r"\[39\] .* but float32 \[40\]"),
-        ("row_pos/zarr.json", ("shape",), [39], r"\[39\] .* but uint16 \[40\]"),
+        ("zarr.json", ("attributes", "window_rows"), 24, "window_rows is 24, but its other attributes require 16"),
+        ("zarr.json", ("attributes", "chunk_rows"), 8, "chunk_rows is 8, but its other attributes require 16"),
+        ("zarr.json", ("attributes", "storage_dtype"), "uint16", "but its other attributes require bfloat16"),
+        ("zarr.json", ("attributes", "compress"), True, "compress is True, but its other attributes require False"),
+        ("zarr.json", ("attributes", "rows"), 39, "rows is 39, but its other attributes require 40"),
+        ("zarr.json", ("attributes", "complete"), ["layer_05", "layer_19"], "not list layer_19 as complete, but"),
+        ("zarr.json", ("attributes", "complete"), ["nonsense"], "no array can have that name"),
+        ("zarr.json", ("attributes", "tokens"), "0" * 64, "its files in tokens/ contain one text, but zarr.json"),
+        ("layer_05/zarr.json", ("shape",), [39, 8], r"bfloat16 \[39, 8\] .* zarr.json requires bfloat16 \[40, 8\]"),
+        ("layer_05/zarr.json", ("codecs", 1, "name"), "adler32", "it lists unexpected codecs"),
+        ("layer_05/zarr.json", ("data_type",), "uint16", r"uint16 \[40, 8\] .* requires bfloat16 \[40, 8\]"),
+        ("layer_05.moments/zarr.json", ("shape",), [3, 2, 9], r"\[3, 2, 9\] .* requires float64 \[3, 2, 8\]"),
+        ("layer_05.row_norm/zarr.json", ("shape",), [39], r"\[39\] .* requires float32 \[40\]"),
+        ("row_pos/zarr.json", ("shape",), [39], r"\[39\] .* requires uint16 \[40\]"),
         ("tokens/length/zarr.json", ("shape",), [5], r"it has 6 contexts, but tokens/length is uint16 \[5\]"),
         ("tokens/commit.json", ("contexts",), 5, r"it has 5 contexts, but tokens/\w+ is"),
         ("manifest.json", ("rows",), 39, "it has 39 rows, but zarr.json has 40"),
         ("manifest.json", ("fingerprint",), "0" * 64, "manifest.json comes from another harvest"),
-        ("manifest.json", ("complete",), ["layer_05"], "layer_12 is not complete in it"),
+        ("manifest.json", ("complete",), ["layer_05"], "it does not list layer_12 as complete, but zarr.json"),
         ("manifest.json", ("complete",), ["layer_05", "layer_12", "layer_19"], "layer_19 is in `complete` or"),
         ("manifest.json", ("statistics", "layer_05", "count"), 39, "39 rows and 0 outlier rows, but the cache has 40"),
         ("manifest.json", ("statistics", "layer_05", "norm_limit"), 3.0, "max_norm None, but its norm_limit is 3"),
-        ("commits/000001.layer_05.json", ("window",), 2, "it is of window 2 of layer_05, but the name"),
-        ("commits/000001.layer_05.json", ("array",), "layer_12", "it is of window 1 of layer_12, but the name"),
+        ("commits/000001.layer_05.json", ("window",), 2, "it describes window 2 of layer_05, but its file"),
+        ("commits/000001.layer_05.json", ("array",), "layer_12", "it describes window 1 of layer_12, but its file"),
         ("commits/000001.layer_05.json", ("rows",), 15, "it has 15 rows, but window 1 has 16"),
         ("commits/000001.layer_05.json", ("fingerprint",), "0" * 64, "belongs to another harvest"),
         ("commits/000001.layer_05.json", ("files", "row_ctx/c.1", "bytes"), 1, "it lists row_ctx/c.1 with"),
@@ -181,13 +181,13 @@ def test_the_files_of_an_array_that_is_not_complete_may_be_listed(
 def test_a_commit_beyond_the_last_window_is_found(cache: Cache) -> None:
     content = COMMIT_RECORD.read(cache.folder / "commits/000001.layer_05.json")
     COMMIT_RECORD.write(cache.folder / "commits/000003.layer_05.json", content | {"window": 3})
-    with pytest.raises(DamagedError, match="it is of window 3, but the cache has only 3 windows"):
+    with pytest.raises(DamagedError, match="it describes window 3, but the cache has only 3 windows"):
         read_all(cache.folder)
 
 
 def test_a_missing_commit_is_found_by_verify(cache: Cache) -> None:
     (cache.folder / "commits/000001.layer_05.json").unlink()
-    with pytest.raises(DamagedError, match="000001.layer_05.json is missing, though manifest.json has the array"):
+    with pytest.raises(DamagedError, match="000001.layer_05.json is missing, but manifest.json lists the array"):
         list(open_cache(cache.folder).verify())
 
 

@@ -104,7 +104,7 @@ def test_what_a_killed_deletion_leaves_is_not_harvested_into(cache: Cache, monke
     commits = len(list((cache.folder / "commits").iterdir()))
     killed_at(2 + commits, lambda: remove_cache(cache.folder), monkeypatch)
     with pytest.raises(
-        UsageError, match=f"no activation cache .`sae cache rm {cache.folder}` deletes what it has left"
+        UsageError, match=f"no activation cache .`sae cache rm {cache.folder}` deletes the remains of one"
     ):
         harvest_started(cache.folder, cache.fingerprint)
     assert remove_cache(cache.folder) > 0

@@ -216,18 +216,16 @@ def test_statements_are_told_apart_by_what_they_say(tmp_path: Path) -> None:
     with b.mutex():
         assert list(b.others().values()) == [Statement(frozenset({"two"}))]
         path.write_text("[[")
-        with pytest.raises(UnavailableError, match="says what it reads, is damaged"):
+        with pytest.raises(UnavailableError, match="lists the chunks that a process reads, is damaged"):
             b.others()
 
 
 def test_a_process_for_whose_step_there_is_no_room_is_refused_and_the_others_are_told_of(address: str, pair) -> None:
     a, b = pair
     begin(a, address, [[0, 1]], 3)
-    with pytest.raises(
-        UsageError, match=r"those of the other processes that share the folder 0.0 MB.* or more"
-    ) as info:
+    with pytest.raises(UsageError, match=r"other processes that share the folder need 0.0 MB.* or more") as info:
         begin(b, address, [[2, 3]], 3)
-    assert "start all of them with it" in str(info.value)
+    assert "start all of them with this size" in str(info.value)
     assert len(list(a.folder.glob(".reader-*"))) == 2  # b has not joined
 
 
@@ -238,7 +236,7 @@ def test_room_that_vanishes_later_is_told_to_the_step_that_waits_for_it(address:
     pull(a)
     with a._lock:
         a._waiting[reading, 0] = {reading.files[n].name: reading.files[n] for n in (0, 1)}
-        with pytest.raises(UsageError, match="is too small: one step reads chunks of 0.0 MB, and"):
+        with pytest.raises(UsageError, match="is too small: one step reads 0.0 MB of chunks, and"):
             a._decide()
 
 

@@ -52,7 +52,7 @@ def test_list_info_and_verify(stored: ObjectStore, tiny_cache: Cache, bucket: st
         assert sae("cache", "list", address) == line
     assert "no caches under" in sae("cache", "list", bucket)
     here, there = sae("cache", "info", tiny_cache.folder), sae("cache", "info", stored.url)
-    assert there.splitlines()[:-1] == here.splitlines()[:-1] and "all present with their sizes" in there
+    assert there.splitlines()[:-1] == here.splitlines()[:-1] and "all present with the recorded sizes" in there
     assert f"{stored.url}: {len(tiny_cache.manifest['files'])} files, all checksums match" in sae(
         "cache", "verify", stored.url
     )
@@ -63,7 +63,7 @@ def test_a_web_server_is_asked_for_each_file(tiny_cache: Cache) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}/{tiny_cache.folder.name}"
-        assert "all present with their sizes" in sae("cache", "info", address)
+        assert "all present with the recorded sizes" in sae("cache", "info", address)
         assert "all checksums match" in sae("cache", "verify", address)
         for command in (["list"], ["rm", "--yes"], ["repair"]):
             assert "which cannot list its files" in sae("cache", *command, address, code=2).replace("\n", " ")
@@ -110,7 +110,7 @@ def test_a_listing_from_before_is_no_damage(
 ) -> None:
     with faulty_proxy(s3_endpoint, lambda request: "stale" if request.is_listing else None) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        assert "all present with their sizes" in sae("cache", "info", stored.url)
+        assert "all present with the recorded sizes" in sae("cache", "info", stored.url)
         assert proxy.injected
 
 

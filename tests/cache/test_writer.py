@@ -113,7 +113,7 @@ def test_other_tokens_raise(cache: Cache, finite_bits, make_writer) -> None:
     record = TOKENS_RECORD.read(cache.folder / "tokens/commit.json")
     record["files"]["tokens/ids/c.0.0"]["crc32c"] = "00000000"
     TOKENS_RECORD.write(cache.folder / "tokens/commit.json", record)
-    with pytest.raises(DamagedError, match="was started with different tokens than its text gives now"):
+    with pytest.raises(DamagedError, match="was started with other tokens than the tokenizer now produces"):
         make_writer(cache.folder, {5: finite_bits(ROWS, D, 5)}, 16)
 
 

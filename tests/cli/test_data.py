@@ -23,7 +23,7 @@ def test_the_list_says_source_license_size_and_how_to_get_it(tmp_path: Path, mon
         "arXiv 2502.16681",
         "license  MIT",
         "45.0 MB",
-        "not here; `sae data get sae-probes` gets it",
+        "not on this machine; `sae data get sae-probes` downloads it",
     ):
         assert part in listed.output
     missing = ask("list", "sae-probes")

@@ -97,7 +97,7 @@ def test_what_is_refused_in_one_sentence(harvest: list[object], bucket: str, mon
         ["evaluate", "runs/a", "--data"], ["evaluate"], ["import"],
     ):  # fmt: skip
         code, told = sae(*words, "s3://bucket/pile")
-        assert code == 2 and "s3://bucket/pile is an address, and only a path on a disk" in " ".join(told.split()), told
+        assert code == 2 and "s3://bucket/pile is an address, but only a path on a disk" in " ".join(told.split()), told
     assert not list(Path().glob("s3:*"))
     monkeypatch.setattr(object_store, "RETRY", {**object_store.RETRY, "max_retries": 0})
     monkeypatch.setattr(object_store, "PAUSE", 0)
@@ -112,6 +112,6 @@ def test_what_is_refused_in_one_sentence(harvest: list[object], bucket: str, mon
 def test_where_only_a_folder_can_stand_an_address_is_refused(scheme: str) -> None:
     address = f"{scheme}://{'/' * (scheme == 'file')}bucket/pile"
     for value in (Path(address), [Path("runs"), Path(address)]):
-        with pytest.raises(UsageError, match=f"^{address} is an address, and only a path on a disk can be given there"):
+        with pytest.raises(UsageError, match=f"^{address} is an address, but only a path on a disk is accepted here"):
             refuse_addresses([None, value])
     refuse_addresses([address, Path(f"activations/{scheme}"), [Path("runs")], None])

@@ -56,16 +56,16 @@ def test_a_page_describes_every_option(name: str) -> None:
 
 def test_a_page_says_which_options_another_one_makes_void() -> None:
     page = " ".join(output_of("decorrelation").split())
-    assert "Without effect under pair_choice=exact." in page and page.count("Without effect under weight_decay=0.") == 2
+    assert "Has no effect with pair_choice=exact." in page and page.count("Has no effect with weight_decay=0.") == 2
     page = " ".join(output_of("collapse-baseline").split())
-    assert "Without effect under importance=off or loss_ema." in page and "Without effect under inhibition" not in page
+    assert "Has no effect with importance=off or loss_ema." in page and "Has no effect with inhibition" not in page
 
 
 def test_a_page_says_what_paper_exact_does_and_where_it_does_nothing() -> None:
     page = output_of("competition")
     assert "  tau_on=lift\n      warning: chance is 1 on the scale of c and tau is 0.6" in page
     assert "Uses the paper's number for k, without scaling it to the run." in page
-    assert "A k above the number of latents (--width) is scaled to d_in even then." in page
+    assert "A k above the number of latents (--width) is still scaled to d_in." in page
     assert "A k above" not in output_of("progressive")
 
 

@@ -1,4 +1,4 @@
-"""An address where only a path on a disk can be given."""
+"""An address where only a path on a disk is accepted."""
 
 import os
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from sae.common.files import sae_home
     ],
 )
 def test_functions_refuse_an_address_as_it_was_given(call: Callable[[str], object]) -> None:
-    with pytest.raises(UsageError, match="^s3://bucket/pile is an address, and only a path on a disk can be given"):
+    with pytest.raises(UsageError, match="^s3://bucket/pile is an address, but only a path on a disk is accepted"):
         call("s3://bucket/pile")
     assert not os.listdir()
 

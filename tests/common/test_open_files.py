@@ -27,7 +27,7 @@ from sae.common.open_files import (
 )
 from sae.harvest.repair import remove_damaged_records
 
-SENTENCE = r"Too many files are open.*The limit is 3 at a time: `ulimit -n` shows it, and `ulimit -n 4096` raises it"
+SENTENCE = r"Too many files are open.*The limit is 3 open files: `ulimit -n` shows it, and `ulimit -n 4096` raises it"
 CHUNKS = 80
 
 

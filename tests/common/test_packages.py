@@ -59,7 +59,7 @@ def test_an_older_package_is_named_with_the_version_that_is_needed(old_packages:
     install(old_packages, "transformers", "4.57.6")
     (sentence,) = outdated_packages()
     assert sentence == (
-        "transformers 4.57.6 is installed, and sae-pipeline needs 5.0 or newer: pip install 'transformers>=5.0'."
+        "transformers 4.57.6 is installed, but sae-pipeline needs 5.0 or newer: pip install 'transformers>=5.0'."
     )
     install(old_packages, "peft", "0.1.0")  # of an extra
     install(old_packages, "hypothesis", "1.0")  # of the tests
@@ -69,7 +69,7 @@ def test_an_older_package_is_named_with_the_version_that_is_needed(old_packages:
 def test_every_command_names_it_before_it_begins(old_packages: Path) -> None:
     install(old_packages, "transformers", "4.57.6")
     result = CliRunner().invoke(app, ["cache", "info", "nothing/here"])
-    assert result.stderr.startswith("note     transformers 4.57.6 is installed, and sae-pipeline needs ")
+    assert result.stderr.startswith("note     transformers 4.57.6 is installed, but sae-pipeline needs ")
     report = CliRunner().invoke(app, ["env"])
     assert "outdated  transformers 4.57.6 is installed" in report.stdout
 
@@ -87,7 +87,7 @@ def test_what_an_older_package_lacks_is_a_sentence(old_packages: Path) -> None:
     result = CliRunner().invoke(program)
     assert result.exit_code == OUTSIDE and "Traceback" not in result.output
     assert "error: ImportError: cannot import name 'a_newer_function'" in result.stderr
-    assert "Install what the note above names" in result.stderr
+    assert "Update the packages in the notes above" in result.stderr
 
 
 @pytest.mark.parametrize("extra", EXTRAS)

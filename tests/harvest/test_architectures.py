@@ -38,7 +38,7 @@ def test_a_module_is_taken_apart(text: str, spec: tuple, site: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "model.layers.{layer}.mlp:both", "a b", "../x", "model..norm", ":input"])
 def test_what_is_no_module_is_rejected(text: str) -> None:
-    with pytest.raises(UsageError, match="invalid --module .*: expected the name of a module as transformers has it"):
+    with pytest.raises(UsageError, match="invalid --module .*: expected the module's name in transformers"):
         ModuleSpec.parse(text)
 
 

@@ -233,7 +233,7 @@ def test_a_cache_says_what_its_contexts_begin_with_and_which_tokens_are_rows(tal
     cache, plan = harvest(model, talks, tmp_path / "some", roles=("assistant",), bos="none", skip_positions=2)
     lines = cache.describe()
     assert "bos      none; the first 2 positions of each context are left out" in lines
-    assert "chat     rows are what assistant wrote" in lines
+    assert "chat     rows are the tokens written by assistant" in lines
     assert (
         " tokens left out" in summarize_harvest(plan, cache, 0)[-1]
         and "special" not in summarize_harvest(plan, cache, 0)[-1]

@@ -60,13 +60,15 @@ def test_the_plan_names_tokens_without_an_embedding(enlarged: Path, sentences: P
 
 def test_a_text_with_such_a_token_is_refused_at_its_first_document(enlarged: Path, tmp_path: Path) -> None:
     text = lines(tmp_path / "text.jsonl", *["the quick brown fox " * 3] * 5, "a fox <yyy> and a dog", "<zzz>")
-    refused = r"Document 5 \(counted from 0\) of the text text, which begins 'a fox <yyy> and a dog', has the token "
-    with pytest.raises(UsageError, match=refused + r"'<yyy>' \(id 8,193\), and the embedding of the model has 8,192"):
+    refused = (
+        r"Document 5 \(counted from 0\) of the text text, which begins 'a fox <yyy> and a dog', contains the token "
+    )
+    with pytest.raises(UsageError, match=refused + r"'<yyy>' \(id 8,193\), but the model's embedding has only 8,192"):
         run_harvest(plan(enlarged, text))
-    with pytest.raises(UsageError, match=r"texts\[1\] has the token '<zzz>'"):
+    with pytest.raises(UsageError, match=r"texts\[1\] contains the token '<zzz>'"):
         activations(["fine", "not <zzz>"], model=str(enlarged), layer=0, device="cpu")
     ids = lines(tmp_path / "ids.jsonl", [5, 6, 7], [8, 8193])
-    with pytest.raises(UsageError, match=r"Document 1 .* has the token '<yyy>'"):
+    with pytest.raises(UsageError, match=r"Document 1 .* contains the token '<yyy>'"):
         run_harvest(plan(enlarged, ids))
 
 
@@ -79,7 +81,7 @@ def test_a_text_without_such_tokens_is_harvested_as_ever(enlarged: Path, tiny_mo
     assert torch.equal(one.x, other.x) and one.ids.tolist() == other.ids.tolist()
     context = make_context(own)
     assert context.encode_texts(texts[:2]) == make_context(whole).encode_texts(texts[:2])
-    with pytest.raises(UsageError, match=r"Text 1 of 2 has the token '<zzz>' .* has 8,192 rows"):
+    with pytest.raises(UsageError, match=r"Text 1 of 2 contains the token '<zzz>' .* has only 8,192 rows"):
         context.encode_texts(["fine", "not <zzz>"])
 
 
@@ -97,7 +99,7 @@ def assert_same_rows(one: Cache, other: Cache) -> None:
 
 
 def test_a_bos_without_an_embedding_is_refused(enlarged: Path, sentences: Path) -> None:
-    with pytest.raises(UsageError, match=r"What each context begins with \(--bos\) has the token '<zzz>'"):
+    with pytest.raises(UsageError, match=r"What each context begins with \(--bos\) contains the token '<zzz>'"):
         plan(enlarged, sentences, bos="<zzz>")
 
 

@@ -168,9 +168,9 @@ def test_the_default_is_bfloat16_on_a_gpu_and_float32_on_a_cpu(processor, make_t
     ("kind", "flags", "sentence"),
     [
         ("bfloat16", "avx512f", "--precision bfloat16 cannot be used: the processor has neither avx512_bf16 nor "
-         r"amx_bf16 \(by .*\)\. Use --precision float32\."),
-        ("bfloat16", None, "the processor is not known to multiply in bfloat16: there is no .*cpuinfo, which would"),
-        ("tf32", "avx512_bf16", "tf32 cannot be used: the device is cpu, and only GPUs have products in tf32. Use"),
+         r"amx_bf16 \(according to .*\)\. Use --precision float32\."),
+        ("bfloat16", None, "it is not known whether the processor multiplies in bfloat16, because .*cpuinfo does"),
+        ("tf32", "avx512_bf16", "tf32 cannot be used: the device is cpu, but only GPUs compute products in tf32. Use"),
     ],
 )  # fmt: skip
 def test_what_the_device_cannot_do_is_refused(sparse_cache, processor, kind, flags, sentence) -> None:
@@ -194,7 +194,7 @@ def test_an_unknown_precision_is_refused(sparse_cache) -> None:
 
 def test_tf32_needs_a_gpu_that_has_it(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.raises(UnavailableError, match="it needs a GPU of compute capability 8.0, and cuda:1 has 7.5"):
+    with pytest.raises(UnavailableError, match="it needs a GPU of compute capability 8.0, but cuda:1 has 7.5"):
         resolve_precision("tf32", "cuda:1")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert resolve_precision("tf32", "cuda:1") == "tf32"

@@ -387,7 +387,9 @@ def test_a_size_that_is_too_small_is_refused_before_anything_is_written(
     with pytest.raises(UsageError, match=r"--local-cache 0.3 MB is too small: one step reads chunks of 0.5 MB"):
         plan_training(config)
     monkeypatch.setattr("sae.cache.room.free_space", lambda folder: 1000)  # no size that would do fits
-    with pytest.raises(UsageError, match=r"It needs 0.\d MB, and its disk has 0.0 MB: free space, or give a --local-f"):
+    with pytest.raises(
+        UsageError, match=r"It needs 0.\d MB, but its disk has only 0.0 MB: free space, or give a --local-f"
+    ):
         plan_training(config)
     assert not (tmp_path / "runs").exists()
 
@@ -399,7 +401,7 @@ def test_ranks_that_share_the_folder_are_refused_with_a_size_for_all(
     options = dict(caches=[address], out=tmp_path / "runs")
     plan_training(make_config(tiny_cache, "topk", "relu", local_cache=1_000_000, **options))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # for two runs, two of them read
-    with pytest.raises(UsageError, match=r"1.0 MB is too small: one step.* those of the other processes") as info:
+    with pytest.raises(UsageError, match=r"1.0 MB is too small: one step.* other processes that share") as info:
         plan_training(make_config(tiny_cache, "topk", "relu", local_cache=1_000_000, **options))
     enough = re.search(r"Give --local-cache ([\d.]+) MB or more", str(info.value))
     assert enough is not None

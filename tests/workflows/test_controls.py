@@ -60,9 +60,9 @@ def trained() -> dict[str, tuple[int, bytes]]:
 
 def test_controls_are_trained_once_evaluated_and_found_again(runs: list[Run], home: Path) -> None:
     planned = evaluate(*runs, "--dry-run")
-    assert "controls 3 to train, made of batchtopk, for 3 runs; kept in " in planned.output
+    assert "controls 3 to train, based on batchtopk, for 3 runs; kept in " in planned.output
     assert str(controls_folder()) in planned.output
-    assert planned.output.count("no controls are made of relu: controls of batchtopk are used instead") == 1
+    assert planned.output.count("controls are not based on relu: controls based on batchtopk are used instead") == 1
     assert re.search(r"time +about \d.* of training on cpu", planned.output) and "and 3 controls" in planned.output
     assert not controls_folder().exists()
 
@@ -74,7 +74,7 @@ def test_controls_are_trained_once_evaluated_and_found_again(runs: list[Run], ho
     kept = trained()
     assert len(kept) == 3
     again = evaluate(*runs, "--no-references")
-    assert trained() == kept and "controls 3 already trained, made of batchtopk, for 3 runs" in again.output
+    assert trained() == kept and "controls 3 already trained, based on batchtopk, for 3 runs" in again.output
     assert "core: " in again.output and "3 already measured" in again.output
     assert "share of" in again.stdout and "share lines: how much of a number above its floor" in again.output
 
@@ -168,7 +168,7 @@ def test_runs_that_cannot_have_controls_are_named_and_evaluated(runs: list[Run],
     plan = plan_controls([imported, streamed, gone, runs[0]])
     assert plan.count == 1 and [note.split(" gets no controls: ") for note in plan.notes] == [
         ["imported", "it was imported, so the rows and steps of its training are not known."],
-        ["streamed", "it was trained with --stream, whose activations are gone."],
+        ["streamed", "it was trained with --stream, which deleted its activations."],
         ["gone", "the cache that it was trained on was not found. Move it back, or to activations/."],
     ]
     controls = train_controls(runs)
@@ -201,7 +201,7 @@ def test_a_topk_has_controls_made_of_topk_and_others_stay_at_hand(tiny_cache: Ca
     runs = sae.train_saes(["topk", "batchtopk"], cache=tiny_cache, l0=4, **SIZES)
     plan = plan_controls(runs)
     assert [run.options for run in plan.runs] == [{"base": "topk"}] * 3 + [{}] * 3 and not plan.notes
-    assert "controls 6 to train, made of topk and batchtopk, for 2 runs" in plan.describe()[0]
+    assert "controls 6 to train, based on topk and batchtopk, for 2 runs" in plan.describe()[0]
     controls = train_controls(runs[:1]) + train_controls(runs[1:])
     assert all(
         type(run.load().activation[0]) is kind for run, kind in zip(controls, [TopK] * 3 + [BatchTopK] * 3, strict=True)

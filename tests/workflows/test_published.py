@@ -98,7 +98,7 @@ def test_a_new_commit_is_imported_beside_the_old_one(local_hub, cached_model, ho
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     lines: list[str] = []
     assert find_or_import([ADDRESS], config, lines.append).folders == [new]
-    assert "Using what was imported earlier" in lines[0] and "b" * 12 in lines[1]
+    assert "Using the SAE that was imported earlier" in lines[0] and "b" * 12 in lines[1]
     named = f"hf://{REPO}@v1/{FOLDER}"  # nobody knows which commit that is
     assert isinstance(find_or_import([named], config).refused[named], UnavailableError)
     other = find_or_import(["hf://someone/else"], config)

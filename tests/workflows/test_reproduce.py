@@ -233,7 +233,7 @@ def test_a_dry_run_counts_existing_runs(tiny_model, sentences, home):
     [
         (["005"], "no paper 005"),
         (["003", "--reading", "evidence"], "unknown --reading 'evidence' for paper 003: expected one of field,"),
-        (["003", "004", "--reading", "evidence"], "Papers with different readings need a command each: 003, 004."),
+        (["003", "004", "--reading", "evidence"], "Run a separate command for each of the papers 003, 004."),
         (["all", "--reading", "lambda_k"], "for paper 000, 001, 002, 003: expected one of evidence, field, lit"),
         (["003", "--suite", "cor"], "there is no metric cor; did you mean core?"),
     ],

@@ -438,7 +438,7 @@ def test_an_address_is_refused(home: Path) -> None:
 def test_several_processes_are_refused(home: Path, monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     result = CliRunner().invoke(app, ["train", "--stream", "--variant", "topk", "--tokens", "3000"])
-    assert result.exit_code == 2 and "a launcher has started 8. Harvest first, with the same launcher" in result.output
+    assert result.exit_code == 2 and "a launcher has started 8. Harvest first with the same launcher" in result.output
     assert not list(home.iterdir())
 
 

@@ -75,7 +75,7 @@ def test_the_command_prints_a_table_or_json(gemma_scope_2):
     table = call("import", "--list", GEMMA)
     assert table.exit_code == 0, table.stderr
     assert f"516 SAEs in {GEMMA} at 0123456789ab" in table.stdout and len(table.stdout.splitlines()) < 40
-    assert "Not SAEs, cannot be imported: 1 crosscoder, 30 transcoders." in table.stderr
+    assert "Not SAEs and not importable: 1 crosscoder, 30 transcoders." in table.stderr
     record = json.loads(call("import", "--list", GEMMA, "--layer", 12, "--site", "mlp_out", "--json").stdout)
     assert record["commit"] == gemma_scope_2.commit and record["refused"] == {"transcoder": 30, "crosscoder": 1}
     assert len(record["saes"]) == 6 and record["saes"][0] == {
@@ -94,7 +94,7 @@ def test_the_command_prints_a_table_or_json(gemma_scope_2):
     assert few.exit_code == 0 and "No SAE in" in few.stderr
     for words, sentence in (
         ((GEMMA, "--width", "16k"), "--width, --site and --json need --list"),
-        (("--list", GEMMA, "--name", "x"), "--list imports nothing and does not take"),
+        (("--list", GEMMA, "--name", "x"), "--list imports nothing and does not accept"),
         (("--list", "no/such/folder"), "There is no folder no/such/folder. Give a folder, owner/repo, or hf://"),
     ):
         refused = call("import", *words)
