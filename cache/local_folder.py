@@ -1,14 +1,10 @@
-"""The local folder for chunks of caches in stores. It has a size limit, chunks are pulled into it before they are
-needed, and processes share it.
+"""The local folder for chunks of caches in stores, which has a size limit, is filled ahead, and is shared by processes.
 
 The order in which chunks are needed is known in advance (chunk_schedule.py), so threads pull chunks ahead. If there is
 no room, the chunk whose next use is farthest away is removed; chunks that no process will read go first. Names are
 `<cache>/<file of the cache>`. Only chunks of activations are removed; records, tokens and other small files stay, and
 count towards the size. shared_folder.py has the protocol between processes, room.py the decisions. One waiting step is
-served at a time; otherwise two steps could each occupy the room that the other needs. The chunks of a step stay until
-it has been read.
-
-A *reading* (`ChunkReading`) is a known sequence of steps that read chunks of one array.
+served at a time, or else two steps could each occupy the room that the other needs. Its chunks stay until it is read.
 """
 
 import contextlib
@@ -333,9 +329,7 @@ class LocalFolder:
         return self.folder / part_name(name, self._shared.owner)
 
     def _pull(self, file: StoredFile) -> None:
-        """Pull a file for which there is room. It appears only when complete; other processes remove the part file that
-        a killed process leaves.
-        """
+        """Pull a file for which there is room. It appears when complete; others remove the part of a killed process."""
         part, failure = self._part(file.name), None
         try:
             data = file.source.fetch_chunk(file.file)
