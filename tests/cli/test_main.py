@@ -599,7 +599,7 @@ def test_ctrl_c_before_a_command_begins_prints_one_line(monkeypatch, capsys, whe
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 130 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    assert capsys.readouterr().err == "stopped: interrupted before anything was begun.\n"
+    assert capsys.readouterr().err == "stopped: interrupted before anything was started.\n"
 
 
 def test_counts_use_the_singular_for_one():
