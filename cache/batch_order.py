@@ -3,8 +3,8 @@
 The rows of each window were permuted when they were written. An epoch takes the chunks in a seeded order, lays them end
 to end, and cuts this sequence into `lanes` equal segments. Batch t is the t-th block of batch_size/lanes rows of every
 lane. So each read is contiguous, and a batch still mixes rows from up to `lanes` windows. With contexts of L rows,
-windows of W rows, batches of B rows and T rows in total, a row shares its context with on average about
-B L (1/(lanes W) + 1/T) other rows of its batch.
+windows of W rows, batches of B rows and T rows in total, a row shares its context with about
+B L (1/(lanes W) + 1/T) other rows of its batch on average.
 """
 
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class Span(NamedTuple):
 
 
 def lane_count(batch_size: int) -> int:
-    """The number of lanes: the largest divisor of the batch size up to 32."""
+    """The number of lanes: the largest divisor of the batch size that is at most 32."""
     return next(n for n in range(min(MAX_LANES, batch_size), 0, -1) if batch_size % n == 0)
 
 

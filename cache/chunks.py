@@ -61,8 +61,9 @@ def check_is_readable_cache(folder: Path | str, metadata: Any) -> None:
         raise UsageError(f"{folder} is a Zarr group, but not an activation cache. Create a cache with `sae harvest`.")
     if isinstance(number := attributes.get("format"), int) and number > FORMAT:
         raise UsageError(
-            f"{folder} was written in format {number}; this version reads up to {FORMAT}. Upgrade this package. If no "
-            "newer version wrote it, its zarr.json is damaged: delete that file and run `sae cache repair`."
+            f"{folder} was written in format {number}; this version reads formats up to {FORMAT}. Upgrade this "
+            "package. If no newer version wrote it, its zarr.json is damaged: delete that file and run `sae cache "
+            "repair`."
         )
 
 

@@ -11,7 +11,7 @@ from .layout import ArraySpec, without_name
 from .reader import Cache
 from .reading import Folder, StoredFile
 
-# The held-out share and the seed decide which documents training must not see. This choice must be the same everywhere.
+# The held-out share and the seed decide which documents training must not see; this choice must be the same in all.
 COMPATIBLE_KEYS = ("model", "dtype", "attention", "tokenizer", "context", "held_out", "skip", "pack", "seed")
 
 # Entries of the identity that are omitted if they have their default values. They must agree too, because the

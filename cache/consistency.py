@@ -26,7 +26,9 @@ def check_attributes(path: Path, attributes: Mapping[str, Any]) -> None:
     """Raise DamagedError if the attributes of a cache contradict each other; `path` is its zarr.json."""
     identity, layout = attributes["identity"], layout_of(attributes)
     if fingerprint_of(identity) != attributes["fingerprint"]:
-        raise contradiction(path, f"its fingerprint is {attributes['fingerprint'][:12]}", "its identity has another")
+        raise contradiction(
+            path, f"its fingerprint is {attributes['fingerprint'][:12]}", "its identity has another fingerprint"
+        )
     expected = {key: identity[key] for key in ("window_rows", "chunk_rows", "storage_dtype") if key in identity}
     if "compress" in identity:
         expected["compress"] = identity["compress"] is not None
@@ -117,7 +119,7 @@ def check_manifest_files(
 ) -> None:
     """Raise DamagedError unless a manifest lists the text of its cache and exactly the files of the complete arrays.
 
-    For arrays that are not complete, it may list any file they can have.
+    For arrays that are not complete, it may list any file that these arrays can have.
     """
     every = range(layout.n_windows)
     expected = token_files(files) | window_files(layout, complete, every)
@@ -185,8 +187,8 @@ def check_same_harvest(
     place: Path | str, existing: str, fingerprint: str,
     theirs: Mapping[str, Any] | None = None, ours: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Raise UsageError if the harvest at a folder or address (`existing`) does not have this fingerprint. The message
-    names the differences between the identities.
+    """Raise UsageError unless `existing`, the fingerprint of the harvest at a folder or address, is `fingerprint`. The
+    message names the differences between the identities.
     """
     if existing != fingerprint:
         differs = f" Different: {describe_difference(theirs, ours)}." if theirs and ours else ""

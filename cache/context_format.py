@@ -45,12 +45,15 @@ class ContextFormat:
 
     @classmethod
     def of(cls, identity: Mapping[str, Any], tokenizer: Any) -> Self:
-        """The format of a cache with this identity. Earlier versions began contexts with BOS, or EOS without a BOS."""
+        """The format of a cache with this identity.
+
+        In caches of earlier versions, contexts begin with BOS, or with EOS if the tokenizer has no BOS.
+        """
         bos_id = identity["bos"] if "bos" in identity else bos_or_eos_id(tokenizer)
         return cls(bos_id, tuple(identity["skip"]), identity.get("skip_positions", 0))
 
     def identity(self, tokenizer: Any) -> dict[str, Any]:
-        """The entries for a cache's identity. Entries that earlier versions lacked are omitted at default values."""
+        """The entries for a cache's identity. Entries that earlier versions lacked are omitted if they are defaults."""
         entries: dict[str, Any] = {"skip": list(self.skip_ids)}
         if self.bos_id != bos_or_eos_id(tokenizer):
             entries["bos"] = self.bos_id
@@ -60,7 +63,7 @@ class ContextFormat:
 
     @property
     def skip_record(self) -> Any:
-        """The settings that decide which tokens are rows, for digests. Only the ids if no positions are skipped."""
+        """The settings that decide which tokens are rows, for digests: only the ids if no positions are skipped."""
         ids = list(self.skip_ids)
         return {"ids": ids, "positions": self.skip_positions} if self.skip_positions else ids
 
@@ -71,7 +74,7 @@ class ContextFormat:
         return ~torch.isin(ids_NS, skip) & (position_S >= self.skip_positions)
 
     def row_mask(self, contexts: Contexts) -> np.ndarray:
-        """Mask (N, S) of the positions that are rows: not padding, marked if there are marks, and not skipped."""
+        """Mask (N, S) of the positions that are rows: not padding, in `contexts.rows` if that is set, not skipped."""
         position_S = np.arange(contexts.ids.shape[1])
         inside_NS = (position_S < contexts.length[:, None]) & (position_S >= self.skip_positions)
         if contexts.rows is not None:

@@ -16,7 +16,7 @@ SITES = {  # site -> TransformerLens' name of the hook
     "mlp_hidden": "blocks.{}.mlp.hook_post",
     "mlp_out": "blocks.{}.hook_mlp_out",
 }
-RESIDUAL_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")  # the stream and its summands
+RESIDUAL_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")  # the stream and what is added to it
 OUTSIDE = "model."  # prefix of the path of a module outside the blocks
 
 
@@ -58,7 +58,7 @@ class Hook(NamedTuple):
 
     @property
     def module_path(self) -> str:
-        """The path of a module without a named site, in its block, or in the trunk if it is outside the blocks."""
+        """For a site that is not in SITES, the path of its module in the block, or in the trunk if `is_outside`."""
         return self.site.rpartition(".")[0].removeprefix(OUTSIDE)
 
     @property

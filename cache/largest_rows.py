@@ -26,7 +26,7 @@ from .outliers import TOP_SHARE
 
 FOLDER = "largest"
 SHARE = 3 * TOP_SHARE  # of a window's rows; above TOP_SHARE, as some windows have more large rows than others
-FAR = 4.0  # multiple of the window's median; rows above it are kept too: --max-norm can make them outliers
+FAR = 4.0  # multiple of the window's median; rows above it are stored too, because --max-norm can make them outliers
 MOST = 0.04  # of a window's rows
 
 

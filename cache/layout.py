@@ -87,7 +87,7 @@ class ArraySpec:
         """The value that a Zarr reader returns for a missing chunk file: NaN, so that lost rows are not taken for
         zeros.
 
-        Integers and booleans have no such value. Earlier versions recorded 0 for all of them.
+        Integers and booleans have no such value. Earlier versions recorded 0 for every dtype.
         """
         if self.logical_dtype == "bfloat16":
             return NAN_BITS

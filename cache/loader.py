@@ -101,8 +101,8 @@ class BatchLoader:
                 self._slot_freed.wait_for(lambda: self._closed or self._free_slots or self._next_to_read >= self.stop)
                 if self._closed or self._next_to_read >= self.stop:
                     return
-                # On a CPU, take the slot freed last, which is still in the CPU cache; on a GPU the one freed first,
-                # already copied.
+                # On a CPU, take the slot freed last, which is still in the CPU cache. On a GPU, take the slot freed
+                # first, which has already been copied.
                 slot = self._free_slots.popleft() if self._copier else self._free_slots.pop()
                 number, self._next_to_read = self._next_to_read, self._next_to_read + 1
             result: int | BaseException = slot

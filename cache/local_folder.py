@@ -1,10 +1,10 @@
 """The local folder for chunks of caches in stores, which has a size limit, is filled ahead, and is shared by processes.
 
 The order in which chunks are needed is known in advance (chunk_schedule.py), so threads pull chunks ahead. If there is
-no room, the chunk whose next use is farthest away is removed; chunks that no process will read go first. Names are
+no room, chunks that no process will read are removed first, then the chunk whose next use is farthest away. Names are
 `<cache>/<file of the cache>`. Only chunks of activations are removed; records, tokens and other small files stay, and
-count towards the size. shared_folder.py has the protocol between processes, room.py the decisions. One waiting step is
-served at a time, or else two steps could each occupy the room that the other needs. Its chunks stay until it is read.
+count towards the size. shared_folder.py defines the protocol between processes; room.py decides what to pull and
+remove. One waiting step is served at a time: otherwise two steps could each occupy the room that the other needs.
 """
 
 import contextlib
@@ -310,7 +310,7 @@ class LocalFolder:
             self._verified.discard(name)
 
     def _reserve(self, file: StoredFile, remove: Collection[str]) -> None:
-        """Reserve room for a file, visibly to other processes, and remove the files that make room for it."""
+        """Reserve room for a file so that other processes see it, and remove the files that make room for it."""
         path = self._part(file.name)
         self._pulling.add(file.name)
         try:

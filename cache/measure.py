@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 BLOCK_ROWS = 128  # rows that are converted to float64 at a time: as many as fit into a core's cache
-FEW_COLUMNS = 64  # each block is added up to this many columns; the rest is faster in one step for all blocks
+FEW_COLUMNS = 64  # columns of a block are summed until this many are left; the rest is summed for all blocks at once
 Run = Callable[[Callable[[Tensor], tuple[Tensor, Tensor]], Iterable[Tensor]], Iterable[tuple[Tensor, Tensor]]]
 
 

@@ -26,7 +26,7 @@ def working_folder(url: str, task: str = "") -> Path:
 
 
 def working_folders(url: str) -> list[Path]:
-    """The working folders on this machine for an address, of every task."""
+    """The working folders on this machine for an address, one for each task."""
     folder = working_folder(url)
     return sorted(folder.parent.glob(f"{folder.name}*"))
 

@@ -34,7 +34,7 @@ URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 WITHOUT_SLASHES = re.compile(rf"({'|'.join(SCHEMES)}):/?(?!/)", re.IGNORECASE)  # a Path turns s3:// into s3:/
 PATIENCE = 180.0  # seconds after the first attempt within which further attempts begin
 RETRY = {"max_retries": 10, "retry_timeout": timedelta(seconds=PATIENCE)}  # of obstore
-# A timeout for whole requests would limit the size of objects on a slow link, so only silence ends a request.
+# A timeout for whole requests would limit the size of objects on a slow link, so only a pause without data ends one.
 CLIENT = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "1h"}
 # Options of the HTTP client that the environment can set, for example as AWS_ALLOW_HTTP. obstore reads them only if it
 # is given no options.
@@ -47,7 +47,7 @@ CLIENT_OPTIONS = (
     *CLIENT,
 )
 PREFIXES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
-ATTEMPTS = 4  # for failures that obstore does not retry: a body that ends early, a lost answer to a conditional write
+ATTEMPTS = 4  # for failures that obstore does not retry: a truncated body, a lost answer to a conditional write
 PAUSE = 0.4  # seconds before the second attempt; doubled before each further one
 PART_BYTES = 64 << 20  # of an upload; a chunk of activations is smaller, so it is one request
 COALESCE_BYTES = 64 << 10  # largest gap between ranges that one request reads
@@ -77,8 +77,8 @@ def check_slashes(path: object) -> None:
 def open_store(url: str, *, write: bool = False) -> "ObjectStore":
     """Open the objects under an address. No request is made, so a missing bucket is noticed only at the first use.
 
-    Raises UsageError for an address that cannot be used or, with `write`, can only be read; and UnavailableError
-    without the extra `remote` or without any source of credentials for s3.
+    Raises UsageError if the address is invalid, or can only be read and `write` is set; UnavailableError if the extra
+    `remote` is not installed or there is no source of credentials for s3.
     """
     address = check_url(url)
     scheme = address.split("://")[0]
@@ -335,7 +335,7 @@ class ObjectStore:
             raise DamagedError(f"Received only {length:,} of the {expected:,} bytes of {self.address(key)}. Try again.")
 
     def _try(self, action: Callable[[], Result], key: str) -> Result:
-        """Run a request. If it fails for a reason that may be temporary, make up to ATTEMPTS attempts in PATIENCE."""
+        """Run a request. After a failure that may be temporary, try again: ATTEMPTS times at most, within PATIENCE."""
         started = time.monotonic()
         for attempt in range(1, ATTEMPTS + 1):
             try:
@@ -355,7 +355,7 @@ class ObjectStore:
 
 
 def version_of(written: Mapping[str, Any]) -> dict[str, Any]:
-    """The version for a conditional write: S3 and Azure compare the content's tag, Google the number of the write."""
+    """The version for a conditional write: S3 and Azure compare the ETag of the content, Google its generation."""
     return {name: written[name] for name in ("e_tag", "version") if written[name] is not None}
 
 

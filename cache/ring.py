@@ -7,8 +7,8 @@ as one epoch of a `BatchOrder`, whose epoch number is the number of the group; t
 dropped. So the rows of a batch depend only on the sizes, the seed and the batch size.
 
 The position of the ring is not recorded. The training checkpoints determine which group is needed. The windows of that
-group and the next group may exist; other windows are deleted, and missing windows are harvested. Their bytes do not
-depend on when this happens.
+group and the next group may exist; other windows are deleted, and missing windows are harvested. The bytes of a window
+do not depend on when it is harvested.
 """
 
 import threading

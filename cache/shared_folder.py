@@ -38,7 +38,7 @@ BUSY = (errno.EACCES, errno.EAGAIN)
 
 
 class Statement(NamedTuple):
-    """The chunks that a process keeps (no other removes them) and pulls (no other pulls them), and its need of room."""
+    """The chunks that a process keeps, so that no other removes them, and those it pulls, so that no other does."""
 
     kept: frozenset[str] = frozenset()
     pulling: frozenset[str] = frozenset()

@@ -47,8 +47,9 @@ def belongs(key: str) -> bool:
 def remove_stored_cache(store: ObjectStore) -> int:
     """Delete the cache at an address, complete or not; returns the bytes freed. Other objects there stay.
 
-    zarr.json is deleted first and harvest.json last: the remains of an interruption are not a cache, and the next call
-    deletes them. Raises UsageError if there is no cache, UnavailableError if a process on this machine is writing it.
+    zarr.json is deleted first and harvest.json last: after an interruption the remaining objects are not a cache, and
+    the next call deletes them. Raises UsageError if there is no cache, UnavailableError if a process on this machine is
+    writing it.
     """
     size, folder = sum(stored_files(store).values()), working_folder(store.url)
     with writer_lock(folder, "sae cache rm"):

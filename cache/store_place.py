@@ -52,7 +52,7 @@ SEAL_ATTEMPTS = 20
 
 
 class StorePlace(FolderPlace):
-    """A cache under the address of `store`, with `folder` as the working folder of this process's machine."""
+    """A cache under the address of `store`, with `folder` as the working folder on this machine."""
 
     def __init__(self, store: ObjectStore, folder: Path) -> None:
         super().__init__(folder)

@@ -220,9 +220,9 @@ class CacheWriter:
                 if theirs is None or theirs["files"] != commit["files"]:
                     mixed[name] = bits[name]
         if mixed:
-            # Another worker has committed this window in the meantime with other bytes, for example from another kind
-            # of GPU. The two workers' files overwrote each other. The other worker is done, so all our files can be
-            # written again.
+            # Another worker has committed this window in the meantime with other bytes, for example computed on another
+            # GPU model. The two workers' files overwrote each other. The other worker is done, so all files of this
+            # worker can be written again.
             self.write_window(window, dataclasses.replace(rows, bits=mixed), made_with, replace=True)
 
     def seal(self, max_norm: float | None = None, token_text: Callable[[int], str] | None = None) -> bool:

@@ -266,7 +266,7 @@ def plain_text(text: str, style: str = "") -> Text:
 
 
 def show_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout, never narrower than its numbers."""
+    """Print a table on stdout, wide enough that no number is broken."""
     table = make_table(heads, rows)
     console = Console()
     width = console.width if console.is_terminal else TABLE_WIDTH

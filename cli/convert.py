@@ -32,7 +32,7 @@ def export(
     ] = None,
     approximate: Annotated[
         str | None,
-        typer.Option(help="topk, jumprelu or relu: approximate with it an SAE that the format cannot store."),
+        typer.Option(help="Approximate an SAE that the format cannot store, with topk, jumprelu or relu."),
     ] = None,
     repo: Annotated[str | None, typer.Option(rich_help_panel=HUB, help="Repository to upload to: owner/name.")] = None,
     private: Annotated[
@@ -79,7 +79,7 @@ def confirm(question: str, shown: Bar) -> bool:
     from ..common.errors import UsageError
 
     if not sys.stdin.isatty():
-        raise UsageError("No terminal to ask for confirmation; nothing was uploaded. Use --yes to upload without it.")
+        raise UsageError("No terminal to ask for confirmation; nothing was uploaded. Use --yes to upload anyway.")
     shown.progress.stop()
     try:
         return ask(question)

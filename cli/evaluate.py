@@ -30,7 +30,7 @@ def evaluate(
         typer.Argument(
             metavar="RUN...",
             help="Run folders, or published SAEs, which are imported first: hf://owner/repo/folder, or a folder of "
-            "another library's files. Runs of one cache share every pass of the model.",
+            "another library's files. Runs trained on the same cache share the model's passes.",
         ),
     ],
     suite: Annotated[

@@ -65,7 +65,9 @@ def harvest(
     ] = False,
     skip_positions: Annotated[
         int,
-        typer.Option(rich_help_panel=TEXT, help="Do not harvest this many first positions of a context. BOS is one."),
+        typer.Option(
+            rich_help_panel=TEXT, help="Skip this many positions at the start of each context, including BOS."
+        ),
     ] = 0,
     skip_token: Annotated[
         list[str] | None,
@@ -137,7 +139,7 @@ def harvest(
             rich_help_panel=CACHE,
             parser=parse_max_norm,
             metavar="N|none",
-            help="Leave rows whose norm exceeds this multiple of the median out of training and evaluation.",
+            help="Exclude rows whose norm exceeds this multiple of the median from training and evaluation.",
         ),
     ] = 10.0,
     storage_dtype: Annotated[

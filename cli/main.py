@@ -25,8 +25,8 @@ from .variants import variants
 
 
 class Program(TyperGroup):
-    """The program. It exits with 141 when the reader closes its output, where click and rich exit with 1. It raises a
-    Ctrl-C that arrives while arguments are parsed, where typer exits silently.
+    """The program. When the reader closes its output it exits with 141, where click and rich would exit with 1. If
+    Ctrl-C arrives while arguments are parsed it raises KeyboardInterrupt, where typer would exit silently.
 
     If an error quotes words of the command line, their escape sequences are shown as text.
     """

@@ -36,7 +36,7 @@ def reproduce(
         typer.Option(
             help="How to interpret what the paper leaves open: evidence (the printed schedule, in the units that the "
             "paper's numbers suggest), literal (the printed schedule, every equation as printed) or field (this "
-            "package's units and schedule). Paper 004 also has lambda_k; 003 does not have evidence. Default: "
+            "package's units and schedule). Paper 004 also has lambda_k; 003 lacks evidence. Default: "
             "evidence on the papers' model and field on others; always field for 003, because none of its numbers "
             "suggests any units and the penalty as printed had no visible effect."
         ),

@@ -63,7 +63,7 @@ def train(
             "--l0",
             parser=parse_positive,
             metavar="N",
-            help="Target number of active latents per token, for any recipe. Can be repeated; each value is a run.",
+            help="Target number of active latents per token, for any recipe. Can be repeated: one run per value.",
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps. Default: one epoch of the cache.")] = None,
@@ -122,7 +122,9 @@ def train(
     tokens: StreamTokens = None,
     ring: Annotated[
         int | None,
-        typer.Option(min=2, help="Maximum number of windows on the disk, even. Default: 4.", rich_help_panel=STREAMING),
+        typer.Option(
+            min=2, help="Maximum (even) number of windows on the disk. Default: 4.", rich_help_panel=STREAMING
+        ),
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="As in `sae harvest`.", rich_help_panel=STREAMING)] = None,
     context: Annotated[

@@ -50,7 +50,9 @@ class DataIdentity(TypedDict):
     column: NotRequired[str | None]
     split: NotRequired[str]
     subset: NotRequired[str]
-    spelled_lines: NotRequired[Annotated[Count, Meta(description="of python-stdlib: generated lines that spell words")]]
+    spelled_lines: NotRequired[
+        Annotated[Count, Meta(description="for python-stdlib: generated lines that spell words")]
+    ]
 
 
 class CacheIdentity(TypedDict):
@@ -58,21 +60,21 @@ class CacheIdentity(TypedDict):
 
     format: NotRequired[Size]
     model: ModelIdentity
-    dtype: NotRequired[Annotated[str, Meta(description="in which the model computes")]]
+    dtype: NotRequired[Annotated[str, Meta(description="dtype in which the model computes")]]
     attention: NotRequired[Annotated[str, Meta(description="implementation of attention")]]
-    tokenizer: NotRequired[Annotated[Sha256, Meta(description="of the tokenizer, serialized")]]
+    tokenizer: NotRequired[Annotated[Sha256, Meta(description="of the serialized tokenizer")]]
     data: DataIdentity
     chat: NotRequired[Annotated[dict[str, Any], Meta(description="digest of the chat template, and roles")]]
-    tokens: NotRequired[Annotated[int | str, Meta(description="rows that were asked for, or `up to` a number")]]
+    tokens: NotRequired[Annotated[int | str, Meta(description="requested rows, or `up to` a number")]]
     context: NotRequired[Annotated[Size, Meta(description="tokens per context, BOS included")]]
     held_out: NotRequired[Annotated[float | str, Meta(description="share of documents held out, or `by name`")]]
     bos: NotRequired[Annotated[int | None, Meta(description="id that contexts begin with; null: none")]]
     skip: NotRequired[Annotated[list[Count], Meta(description="ids that are never rows")]]
-    skip_positions: NotRequired[Annotated[Count, Meta(description="first positions that are never rows")]]
+    skip_positions: NotRequired[Annotated[Count, Meta(description="number of first positions that are never rows")]]
     special_tokens: NotRequired[
         Annotated[str, Meta(description="`text`: special tokens spelled out in documents are tokenized as text")]
     ]
-    pack: NotRequired[Annotated[bool, Meta(description="several documents in a context")]]
+    pack: NotRequired[Annotated[bool, Meta(description="whether a context contains several documents")]]
     seed: NotRequired[Annotated[Count, Meta(description="of the order, and of the choice of held-out documents")]]
     window_rows: NotRequired[Size]
     chunk_rows: NotRequired[Size]
@@ -92,7 +94,7 @@ class CacheAttributes(TypedDict):
     chunk_rows: Annotated[Size, Meta(description="rows per file")]
     storage_dtype: Literal["bfloat16", "uint16"]
     compress: bool
-    complete: Annotated[list[str], Meta(description="arrays of which every window exists")]
+    complete: Annotated[list[str], Meta(description="arrays whose windows all exist")]
     to_read: NotRequired[Annotated[str, Meta(description="a line of Python for other readers")]]
 
 
@@ -105,7 +107,7 @@ class CacheGroup(TypedDict):
 
 
 class CodecConfiguration(TypedDict):
-    """The settings of a codec that decide how bytes are read; blosc keeps its own in the bytes."""
+    """The settings of a codec that decide how bytes are read; blosc stores its settings in the bytes."""
 
     endian: NotRequired[Literal["little"]]
     chunk_shape: NotRequired[Annotated[list[Size], Meta(min_length=1, description="of a block in a shard")]]
@@ -151,7 +153,7 @@ class ArrayAttributes(TypedDict):
     """The attributes of an array."""
 
     logical_dtype: NotRequired[
-        Annotated[Literal["bfloat16"], Meta(description="what the bits are, if they are stored as uint16")]
+        Annotated[Literal["bfloat16"], Meta(description="type of the bits, if they are stored as uint16")]
     ]
 
 
@@ -232,12 +234,12 @@ class OutlierDimension(TypedDict):
 class LargestRows(TypedDict):
     """The rows with the largest norms, outlier rows included."""
 
-    norm: Annotated[float, Meta(description="the largest")]
-    rows: Annotated[Count, Meta(description="how many are described")]
+    norm: Annotated[float, Meta(description="the largest norm")]
+    rows: Annotated[Count, Meta(description="number of rows described here")]
     positions: Annotated[list[tuple[int, int]], Meta(description="the most frequent positions: [position, rows]")]
     tokens: Annotated[list[tuple[int, int, str | None]], Meta(description="the most frequent tokens: [id, rows, text]")]
     variance: Annotated[float, Meta(description="elementwise, of all rows")]
-    share: Annotated[float, Meta(description="of the variance, held by the top 0.1 % of rows")]
+    share: Annotated[float, Meta(description="share of the variance held by the top 0.1 % of rows")]
     share_unmasked: Annotated[float, Meta(description="this share among the rows that are not outliers")]
 
 
@@ -263,7 +265,7 @@ class Manifest(TypedDict):
     format: Size
     fingerprint: Annotated[Sha256, Meta(description="of the cache")]
     rows: Size
-    complete: Annotated[list[str], Meta(description="arrays of which every window exists")]
+    complete: Annotated[list[str], Meta(description="arrays whose windows all exist")]
     statistics: Annotated[dict[str, Statistics], Meta(description="of each complete array")]
     files: Annotated[Files, Meta(description="the files of the complete arrays, from their commits, and of tokens/")]
 

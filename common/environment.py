@@ -52,7 +52,7 @@ def environment_record() -> dict[str, Any]:
 
 
 def describe_environment() -> list[str]:
-    """The environment as lines for a bug report: versions, machine, folders, whether the Hub has a token."""
+    """The environment as lines for a bug report: versions, machine, folders, and whether there is a Hub token."""
     from huggingface_hub import constants, get_token
 
     from .device import resolve_device  # imports torch
@@ -71,7 +71,8 @@ def describe_environment() -> list[str]:
         "gpu": f"{', '.join(record['gpus'])} with CUDA {record['cuda']}" if record["gpus"] else "torch sees no GPU",
         "device": f"{resolve_device('auto')} by default, precision of float32 matrix products: {precision}",
         "folders": f"{home.resolve()}{home_note}, {format_bytes(free_space(home.resolve()))} free",
-        "variables": ", ".join(f"{name}={value}" for name, value in record["variables"].items()) or "none that matter",
+        "variables": ", ".join(f"{name}={value}" for name, value in record["variables"].items())
+        or "none that affect results",
         "hub": f"{'logged in' if get_token() else 'not logged in'}, files in {constants.HF_HUB_CACHE}",
     }
     outdated = [f"{'outdated':9s} {sentence}" for sentence in outdated_packages()]

@@ -20,7 +20,7 @@ class Unstructured(TypedDict):
     n: Annotated[dict[str, int], Meta(description="how many tokens, texts, ... were measured")]
     flags: Annotated[list[str], Meta(description="sentences about numbers that mean less than they seem to")]
     extra: Annotated[Any, Meta(description="anything else that the metric keeps")]
-    notes: NotRequired[Annotated[list[str], Meta(description="sentences about SAEBench's names that mislead")]]
+    notes: NotRequired[Annotated[list[str], Meta(description="sentences about misleading names in SAEBench")]]
 
 
 class MaskedPart(Unstructured):

@@ -125,7 +125,7 @@ class JsonRows:
             yield f"row {index}", *self.decode(element)
 
     def _joined_objects(self) -> list[bytes]:
-        """The objects of a file in which they may span several lines; empty if it contains anything but objects."""
+        """The objects of a file, each of which may span several lines; empty if the file contains other values too."""
         with open_binary(self.file) as stream:
             data = stream.read(MAX_JOINED + 1).removeprefix(b"\xef\xbb\xbf")
         if len(data) > MAX_JOINED:

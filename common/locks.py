@@ -128,7 +128,7 @@ def last_reader(path: Path) -> str:
 
 
 def leave_readers(path: Path, lock: int) -> None:
-    """Remove the file of the readers after the last one."""
+    """Remove the readers' file if this process was the last reader."""
     with contextlib.suppress(OSError):
         flock(lock, fcntl.LOCK_EX)
         path.unlink(missing_ok=True)
@@ -169,7 +169,7 @@ def is_locked(folder: Path) -> bool:
         flock(descriptor, fcntl.LOCK_SH)
     except BlockingIOError:
         return True
-    except OSError:  # without locks, no process holds one
+    except OSError:  # locks are not supported, so no process holds one
         return False
     finally:
         os.close(descriptor)
@@ -259,7 +259,9 @@ def release(descriptor: int) -> None:
 
 @contextlib.contextmanager
 def locking(folder: Path, *, without: bool = False) -> Iterator[None]:
-    """Explain in an error why a folder cannot be locked. With `without`, it is no error that locks are unsupported."""
+    """Explain in an error why a folder cannot be locked. If `without` is set, a file system that does not support locks
+    is not an error.
+    """
     try:
         yield
     except BlockingIOError:

@@ -23,9 +23,9 @@ SAID_BY = ("can't allocate memory", "ALLOC_FAILED", "CUDA error: out of memory")
 def available_memory(device: str) -> float:
     """Bytes of memory available on the device; infinity if the system does not report it (only Linux does for a CPU).
 
-    On a GPU, this is the free memory that CUDA reports. On a CPU, it is the free memory of the system, or less if the
-    limits of the process's control groups leave less, divided by the number of processes that a launcher started on
-    this machine. Files cached in memory count as free. $SAE_MEMORY_GB limits both.
+    On a GPU, this is the free memory that CUDA reports. On a CPU, it is the free memory of the system or, if that is
+    less, the memory that the process's control groups leave, divided by the number of processes that a launcher started
+    on this machine. Memory that caches files counts as free. $SAE_MEMORY_GB limits the result on both.
 
     Raises UsageError if $SAE_MEMORY_GB is not a positive number.
     """
@@ -104,7 +104,7 @@ def out_of_memory(error: BaseException) -> bool:
 def release(error: BaseException, device: torch.device | str) -> None:
     """Free the memory held by the frames of an error, and return the allocator's cache to the GPU.
 
-    An error keeps its frames alive, which keep alive the tensors that filled the memory.
+    An error keeps its frames alive, and the frames keep the tensors alive that filled the memory.
     """
     seen: BaseException | None = error
     while seen is not None:

@@ -58,7 +58,7 @@ def reason_against(precision: str, device: str) -> str:
 
 
 def cpu_flags() -> set[str] | None:
-    """The instruction sets of the processor, under the names of Linux; None where they are not known."""
+    """The instruction sets of the processor, under their names in Linux; None if they are not known."""
     try:
         lines = CPUINFO.read_text().splitlines()
     except OSError:

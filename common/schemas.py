@@ -72,7 +72,7 @@ class SAEOrigin(TypedDict, total=False):
     cache: Annotated[str | None, Meta(description="folder of the cache, which holds the text to evaluate on")]
     fingerprint: Annotated[str | None, Meta(description="of that cache")]
     context: Annotated[int | None, Meta(description="tokens in a context")]
-    bos: Annotated[int | None, Meta(description="id of the token that begins contexts; null: none does")]
+    bos: Annotated[int | None, Meta(description="id of the token that begins contexts; null: no token")]
     norm_limit: Annotated[
         float | None, Meta(description="rows with a larger norm are outliers and were not trained on; null: no limit")
     ]
@@ -95,7 +95,7 @@ class SavedSAE(TypedDict):
     d_in: Annotated[Size, Meta(description="width of the activations")]
     d_sae: Annotated[Size, Meta(description="number of latents")]
     pre_bias: Annotated[bool, Meta(description="whether the encoder subtracts b_dec from its input")]
-    layer_norm: NotRequired[Annotated[bool, Meta(description="whether it layer-normalizes each token; format 2 only")]]
+    layer_norm: NotRequired[Annotated[bool, Meta(description="whether the encoder layer-normalizes tokens; format 2")]]
     activation: list[SavedActivation]
     sha256: Annotated[Sha256, Meta(description="of sae.safetensors")]
     run: NotRequired[Annotated[Sha256, Meta(description="digest of what decides the run, as in its checkpoints")]]
@@ -149,7 +149,7 @@ class ImportSource(TypedDict):
     repository: NotRequired[Annotated[str, Meta(description="on the Hub")]]
     revision: NotRequired[Annotated[str, Meta(description="commit on the Hub")]]
     overrides: NotRequired[
-        Annotated[dict[str, Any], Meta(description="`layer` and `model` where --layer and --model replaced the files'")]
+        Annotated[dict[str, Any], Meta(description="`layer` and `model`, if options replaced the values in the files")]
     ]
 
 
@@ -215,7 +215,7 @@ class RunRecord(TypedDict):
     resolved: NotRequired[Annotated[dict[str, Any], Meta(description="every option, given or default")]]
     paper: NotRequired[str]
     cache_folders: NotRequired[Annotated[list[str], Meta(min_length=1)]]
-    ring: NotRequired[Annotated[int, Meta(description="tokens on disk at a time, of a run with --stream")]]
+    ring: NotRequired[Annotated[int, Meta(description="for a run with --stream: tokens on disk at a time")]]
     asked: NotRequired[AskedOptions]
     device: NotRequired[str]
     kernels: NotRequired[
@@ -231,8 +231,8 @@ class RunRecord(TypedDict):
 
 RUN_RECORD = RecordKind(
     RunRecord,
-    "Restore run.json from a copy. Without one, delete it to keep a finished SAE, which can be evaluated without it; "
-    "an unfinished run has to be deleted and started again.",
+    "Restore run.json from a copy. If there is no copy: a finished SAE can be evaluated without run.json, so delete "
+    "that file; an unfinished run has to be deleted and started again.",
 )
 
 # Entries of run.json and of its `resolved` that some older runs lack. Each value here describes the earlier behavior: a

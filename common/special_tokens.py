@@ -38,8 +38,8 @@ def choose_bos(tokenizer: Any, request: str = "auto") -> BosChoice:
     """The token that contexts begin with, for a value of `--bos`: "auto", "none", or a token as text or id.
 
     "auto" is the token that the tokenizer itself puts before a text; otherwise `<|endoftext|>` if that is a special
-    token of the vocabulary; otherwise bos_token or eos_token, unless it bounds a chat turn; otherwise none. A turn
-    marker at the beginning of ordinary text is unlike the model's training data, and causes attention sinks.
+    token of the vocabulary; otherwise bos_token or eos_token, unless it begins or ends a chat turn; otherwise none. A
+    turn marker at the beginning of ordinary text is unlike the model's training data, and causes attention sinks.
 
     Raises UsageError for a token that the vocabulary does not have.
     """
@@ -68,7 +68,7 @@ def choose_bos(tokenizer: Any, request: str = "auto") -> BosChoice:
 
 
 def added_bos_id(tokenizer: Any) -> int | None:
-    """The id that the tokenizer itself puts before a text; of several ids, the bos_token's or else the last."""
+    """The id that the tokenizer itself puts before a text. If there are several, the bos_token's, or else the last."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     starts = [start for start in range(len(whole)) if whole[start : start + len(bare)] == bare]

@@ -9,7 +9,7 @@ from .errors import UsageError
 from .files import digest_of
 
 SHOWN_TOKENS = 5
-# Options of a Python tokenizer that do not affect token ids: the location of its files, and what loaded it.
+# Options of a Python tokenizer that do not affect token ids: where its files are, and how it was loaded.
 PLACES = {
     "name_or_path", "is_local", "local_files_only", "backend", "model_max_length", "trust_remote_code", "auto_map",
 }  # fmt: skip

@@ -175,7 +175,7 @@ def reason_without(folder: Path, conditions: Mapping[str, Any] | None) -> str:
 def train_controls(
     runs: Sequence[str | os.PathLike[str]], *, device: str = "auto", progress: TrainProgress | None = None
 ) -> list[Run]:
-    """Train the controls of finished runs, or find trained ones, for `sae.evaluate_saes(controls=...)`.
+    """Train the controls of finished runs, or find existing ones, for `sae.evaluate_saes(controls=...)`.
 
     Examples:
         >>> runs = sae.train_saes("topk", cache="activations/...", l0=32)

@@ -152,7 +152,7 @@ def is_from(source: dict[str, Any], address: HubAddress) -> bool:
 
 
 def free_name(remote: RemoteSAE, config: PublishedConfig) -> str:
-    """`gemma-scope-2-1b-pt--resid_post--layer_12_width_16k_l0_medium`; with a digest if that is taken."""
+    """`gemma-scope-2-1b-pt--resid_post--layer_12_width_16k_l0_medium`; a digest is added if this name is taken."""
     words = [remote.repository.split("/")[1], *remote.sae.path.split("/")]
     name = "--".join(re.sub(r"[^\w.\-]", "_", word) for word in words if word)[:120].strip("-.")
     if not (sae_home() / "runs" / name).exists():

@@ -80,7 +80,7 @@ class ReproducePlan:
 
     @property
     def harvest_bytes(self) -> dict[Path, float]:
-        """What the harvests will write into each folder."""
+        """The number of bytes that the harvests will write into each folder."""
         return {harvest.folder: harvest.bytes_to_write for harvest in self.harvests}
 
     def source_of(self, jobs: Sequence[Job]) -> Path | PlannedCache:

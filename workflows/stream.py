@@ -70,14 +70,14 @@ def plan_streaming(config: TrainConfig, *, windows: int = WINDOWS, **harvest_opt
     """Plan training on a text that is harvested at the same time.
 
     Args:
-        config: what to train. Its `model`, `layers`, `site` or `modules`, and `device` are harvested; a `caches`
-            entry is the folder for the windows.
+        config: what to train. Its `model`, `layers`, `site` or `modules`, and `device` also apply to the harvest; a
+            `caches` entry is the folder for the windows.
         windows: how many windows may be on the disk at the same time, an even number.
         harvest_options: fields of HarvestConfig, such as `tokens`, `dataset`, `context`, `window` and `max_norm`.
 
     Raises:
-        UsageError: the number of tokens is not given, a run would be resumed by its folder, or a launcher has started
-            several processes.
+        UsageError: the number of tokens is not given, `config.resume` is set, or a launcher has started several
+            processes.
         UnavailableError: the model or the text cannot be reached, or the disk is too small.
     """
     if (count := rank_and_count()[1]) > 1:

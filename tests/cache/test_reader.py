@@ -183,7 +183,9 @@ def test_a_newer_format_raises(cache: Cache) -> None:
     root = read_json(cache.folder / "zarr.json")
     root["attributes"]["format"] = 99
     (cache.folder / "zarr.json").write_text(json.dumps(root))
-    with pytest.raises(UsageError, match="was written in format 99; this version reads up to 1. Upgrade") as raised:
+    with pytest.raises(
+        UsageError, match="was written in format 99; this version reads formats up to 1. Upgrade"
+    ) as raised:
         Cache(cache.folder)
     assert raised.value.exit_code == 2
 

@@ -364,7 +364,7 @@ def test_a_newer_format_is_left_alone(folder: Path) -> None:
     write_json(folder / "zarr.json", root)
     (folder / "layer_00/c.0.0").unlink()
     before = bytes_of(folder)
-    with pytest.raises(UsageError, match="was written in format 2; this version reads up to 1. Upgrade"):
+    with pytest.raises(UsageError, match="was written in format 2; this version reads formats up to 1. Upgrade"):
         repair(folder)
     assert bytes_of(folder) == before
 
