@@ -37,9 +37,10 @@ def bos_or_eos_id(tokenizer: Any) -> int | None:
 def choose_bos(tokenizer: Any, request: str = "auto") -> BosChoice:
     """The token that contexts begin with, for a value of `--bos`: "auto", "none", or a token as text or id.
 
-    "auto" is the token that the tokenizer itself puts before a text; otherwise `<|endoftext|>` if that is a special
-    token of the vocabulary; otherwise bos_token or eos_token, unless it begins or ends a chat turn; otherwise none. A
-    turn marker at the beginning of ordinary text is unlike the model's training data, and causes attention sinks.
+    "auto" is the first of these that exists: the token that the tokenizer itself puts before a text; `<|endoftext|>`,
+    if it is a special token of the vocabulary; bos_token or eos_token, unless it begins or ends a chat turn. Otherwise
+    it is none. A turn marker at the beginning of ordinary text is unlike the model's training data, and causes
+    attention sinks.
 
     Raises UsageError for a token that the vocabulary does not have.
     """
