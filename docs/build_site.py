@@ -1,7 +1,7 @@
 """Build the documentation site into build/site: `python docs/build_site.py`, or `just docs`.
 
-The site has the README and every file that a page links to, in the folders of the repository, so that a link means the
-same in a checkout and on the site. A notebook also becomes a page, with its stored outputs. The commands are documented
+The site has the README and every file that a page links to, in the folders of the repository, so that a link leads to
+the same file in a checkout and on the site. A notebook also becomes a page, with its stored outputs. The commands are documented
 from the command line itself. The build fails if a link leads nowhere, if no page links to a page of docs/, or if a
 public name of the package is not documented.
 """
@@ -81,7 +81,7 @@ def describe_command(command: Any, name: str) -> Iterator[str]:
 
 
 def describe_recipes() -> Iterator[str]:
-    """The Markdown of all recipes, as `sae variants NAME` shows them, without what they share."""
+    """The Markdown of all recipes, as `sae variants NAME` shows them, without the options that they share."""
     for name, recipe in RECIPES.items():
         own = "\n".join(recipe_page(recipe)).partition("\noptimizer options")[0]
         yield f"\n## {name}\n\n```text\n{own.rstrip()}\n```\n"

@@ -1,5 +1,5 @@
 #!/bin/bash
-# A bucket from one machine: plan and harvest into it, check it, train from it.
+# A cache in a bucket, from one machine: plan, harvest into the bucket, check the cache, train from it.
 set -euo pipefail
 
 export AWS_REGION=${AWS_REGION:-us-east-1} # credentials: AWS_ACCESS_KEY_ID and so on, or the role of the machine

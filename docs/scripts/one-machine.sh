@@ -1,5 +1,5 @@
 #!/bin/bash
-# Eight GPUs of one machine: harvest, train and evaluate, each over all of them.
+# Eight GPUs of one machine: harvest, train and evaluate, each on all of them.
 set -euo pipefail
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} # threads of each process; torchrun would set 1

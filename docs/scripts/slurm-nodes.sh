@@ -1,5 +1,5 @@
 #!/bin/bash
-# Training on four nodes of eight GPUs: sbatch slurm-nodes.sh. The runs are dealt to 32 processes.
+# Training on four nodes of eight GPUs: sbatch slurm-nodes.sh. The runs are assigned to 32 processes.
 #SBATCH --job-name=train
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -12,7 +12,7 @@
 set -euo pipefail
 
 export OMP_NUM_THREADS=8
-# export GLOO_SOCKET_IFNAME=ib0 # where the names of the nodes lead to an interface that the others do not reach
+# export GLOO_SOCKET_IFNAME=ib0 # if the nodes' names resolve to an interface that the other nodes cannot reach
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 exec srun torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node 8 \
