@@ -72,7 +72,7 @@ def section(paper: Paper) -> Iterator[str]:
         touched = f" Judged inconsistent: {', '.join(f'`{name}`' for name in one.claims)}." if one.claims else ""
         yield f"- **{one.what}** " + " / ".join(f"“{quote}”" for quote in one.quotes) + f" {one.follows}{touched}"
     if substituted := [(reading, one) for reading in paper.readings for one in reading.substitutes]:
-        yield "\nSome readings train these in another form, so their claims can be neither reproduced nor contradicted:\n"
+        yield "\nSome readings train these in another form, so the claims can be neither reproduced nor contradicted:\n"
         for one in dict.fromkeys(one for _, one in substituted):
             names = ", ".join(reading.name for reading, other in substituted if other == one)
             yield f"- {names}: {one.what}. {one.why} Claims: {', '.join(f'`{name}`' for name in one.claims)}."
