@@ -21,7 +21,9 @@ class FileRecord(TypedDict):
     """The record of a chunk's file."""
 
     bytes: Annotated[Size, Meta(description="size of the file")]
-    crc32c: Annotated[Crc32c, Meta(description="of the values; of the whole file if the array is compressed")]
+    crc32c: Annotated[
+        Crc32c, Meta(description="checksum of the values, or of the whole file if the array is compressed")
+    ]
 
 
 Files = dict[str, FileRecord]
@@ -62,20 +64,20 @@ class CacheIdentity(TypedDict):
     model: ModelIdentity
     dtype: NotRequired[Annotated[str, Meta(description="dtype in which the model computes")]]
     attention: NotRequired[Annotated[str, Meta(description="implementation of attention")]]
-    tokenizer: NotRequired[Annotated[Sha256, Meta(description="of the serialized tokenizer")]]
+    tokenizer: NotRequired[Annotated[Sha256, Meta(description="digest of the serialized tokenizer")]]
     data: DataIdentity
     chat: NotRequired[Annotated[dict[str, Any], Meta(description="digest of the chat template, and roles")]]
     tokens: NotRequired[Annotated[int | str, Meta(description="requested rows, or `up to` a number")]]
     context: NotRequired[Annotated[Size, Meta(description="tokens per context, BOS included")]]
     held_out: NotRequired[Annotated[float | str, Meta(description="share of documents held out, or `by name`")]]
-    bos: NotRequired[Annotated[int | None, Meta(description="id that contexts begin with; null: none")]]
-    skip: NotRequired[Annotated[list[Count], Meta(description="ids that are never rows")]]
+    bos: NotRequired[Annotated[int | None, Meta(description="id of the first token of contexts; null: no such token")]]
+    skip: NotRequired[Annotated[list[Count], Meta(description="ids of tokens that are never rows")]]
     skip_positions: NotRequired[Annotated[Count, Meta(description="number of first positions that are never rows")]]
     special_tokens: NotRequired[
         Annotated[str, Meta(description="`text`: special tokens spelled out in documents are tokenized as text")]
     ]
     pack: NotRequired[Annotated[bool, Meta(description="whether a context contains several documents")]]
-    seed: NotRequired[Annotated[Count, Meta(description="of the order, and of the choice of held-out documents")]]
+    seed: NotRequired[Annotated[Count, Meta(description="seed of the order, and of the choice of held-out documents")]]
     window_rows: NotRequired[Size]
     chunk_rows: NotRequired[Size]
     storage_dtype: NotRequired[str]
@@ -86,9 +88,9 @@ class CacheAttributes(TypedDict):
     """The attributes of a cache's group."""
 
     format: Annotated[Size, Meta(description="version of the cache format")]
-    fingerprint: Annotated[Sha256, Meta(description="of `identity` without names")]
+    fingerprint: Annotated[Sha256, Meta(description="digest of `identity` without names")]
     identity: CacheIdentity
-    tokens: Annotated[Sha256, Meta(description="of `files` in tokens/commit.json")]
+    tokens: Annotated[Sha256, Meta(description="digest of `files` in tokens/commit.json")]
     rows: Size
     window_rows: Annotated[Size, Meta(description="rows shuffled and written together")]
     chunk_rows: Annotated[Size, Meta(description="rows per file")]
@@ -110,7 +112,7 @@ class CodecConfiguration(TypedDict):
     """The settings of a codec that decide how bytes are read; blosc stores its settings in the bytes."""
 
     endian: NotRequired[Literal["little"]]
-    chunk_shape: NotRequired[Annotated[list[Size], Meta(min_length=1, description="of a block in a shard")]]
+    chunk_shape: NotRequired[Annotated[list[Size], Meta(min_length=1, description="shape of a block in a shard")]]
     codecs: NotRequired[list["Codec"]]
     index_codecs: NotRequired[list["Codec"]]
     index_location: NotRequired[Literal["start", "end"]]
@@ -162,7 +164,7 @@ class ZarrArray(TypedDict):
 
     zarr_format: Literal[3]
     node_type: Literal["array"]
-    shape: Annotated[list[Count], Meta(min_length=1, description="rows first")]
+    shape: Annotated[list[Count], Meta(min_length=1, description="the first number is the number of rows")]
     data_type: Literal["bfloat16", "uint16", "uint32", "float32", "float64", "bool"]
     chunk_grid: ChunkGrid
     chunk_key_encoding: ChunkKeys
@@ -182,7 +184,7 @@ class ZarrGroup(TypedDict):
 class Source(TypedDict):
     """The version of this package's source."""
 
-    sha256: NotRequired[Annotated[str, Meta(description="of the source files")]]
+    sha256: NotRequired[Annotated[str, Meta(description="digest of the source files")]]
     commit: NotRequired[str | None]
     changed: NotRequired[Annotated[bool | None, Meta(description="whether the source differs from the commit")]]
 
@@ -208,10 +210,10 @@ class WindowCommit(TypedDict):
     """commits/<window>.<array>.json"""
 
     format: Size
-    fingerprint: Annotated[Sha256, Meta(description="of the cache")]
+    fingerprint: Annotated[Sha256, Meta(description="fingerprint of the cache")]
     window: Annotated[Count, Meta(description="also in the file's name")]
     array: Annotated[str, Meta(description="also in the file's name")]
-    rows: Annotated[Size, Meta(description="of this window")]
+    rows: Annotated[Size, Meta(description="rows in this window")]
     made_with: WindowMadeWith
     files: Annotated[Files, Meta(description="the files of this window of the array, and of row_ctx and row_pos")]
 
@@ -238,7 +240,7 @@ class LargestRows(TypedDict):
     rows: Annotated[Count, Meta(description="number of rows described here")]
     positions: Annotated[list[tuple[int, int]], Meta(description="the most frequent positions: [position, rows]")]
     tokens: Annotated[list[tuple[int, int, str | None]], Meta(description="the most frequent tokens: [id, rows, text]")]
-    variance: Annotated[float, Meta(description="elementwise, of all rows")]
+    variance: Annotated[float, Meta(description="elementwise variance of all rows")]
     share: Annotated[float, Meta(description="share of the variance held by the top 0.1 % of rows")]
     share_unmasked: Annotated[float, Meta(description="this share among the rows that are not outliers")]
 
@@ -254,8 +256,10 @@ class Statistics(TypedDict):
     mean_square_norm: float
     mean_norm: float
     norm_of_mean: float
-    norm_quantiles: Annotated[dict[str, float], Meta(description="by share of rows")]
-    outlier_dimensions: Annotated[dict[str, OutlierDimension], Meta(description="by number of the dimension")]
+    norm_quantiles: Annotated[dict[str, float], Meta(description="share of rows -> quantile of the norm")]
+    outlier_dimensions: Annotated[
+        dict[str, OutlierDimension], Meta(description="number of the dimension -> its statistics")
+    ]
     largest: NotRequired[LargestRows]
 
 
@@ -263,11 +267,13 @@ class Manifest(TypedDict):
     """manifest.json"""
 
     format: Size
-    fingerprint: Annotated[Sha256, Meta(description="of the cache")]
+    fingerprint: Annotated[Sha256, Meta(description="fingerprint of the cache")]
     rows: Size
     complete: Annotated[list[str], Meta(description="arrays whose windows all exist")]
-    statistics: Annotated[dict[str, Statistics], Meta(description="of each complete array")]
-    files: Annotated[Files, Meta(description="the files of the complete arrays, from their commits, and of tokens/")]
+    statistics: Annotated[dict[str, Statistics], Meta(description="statistics of each complete array")]
+    files: Annotated[
+        Files, Meta(description="the files of the complete arrays, from their commits, and the files in tokens/")
+    ]
 
 
 class UnreadableRows(TypedDict):
@@ -340,8 +346,8 @@ class TokenizeState(TypedDict):
 class TokenizeDraft(TypedDict):
     """tokens/draft/state.json"""
 
-    owner: Annotated[Sha256, Meta(description="of the cache's identity and the version of `datasets`")]
-    checksums: Annotated[list[Crc32c], Meta(description="of the files beside it, in order")]
+    owner: Annotated[Sha256, Meta(description="digest of the cache's identity and the version of `datasets`")]
+    checksums: Annotated[list[Crc32c], Meta(description="checksums of the files beside it, in order")]
     state: TokenizeState
 
 
@@ -357,7 +363,7 @@ class Draft(TypedDict):
     """drafts/<window>/state.json"""
 
     owner: Annotated[Sha256, Meta(description="digest of the harvest, the arrays and what computes them")]
-    checksums: Annotated[list[Crc32c], Meta(description="of each <number>.safetensors")]
+    checksums: Annotated[list[Crc32c], Meta(description="checksum of each <number>.safetensors")]
     context: Annotated[Count, Meta(description="the next context to compute")]
 
 

@@ -19,7 +19,7 @@ class Unstructured(TypedDict):
     ]
     n: Annotated[dict[str, int], Meta(description="how many tokens, texts, ... were measured")]
     flags: Annotated[list[str], Meta(description="sentences about numbers that mean less than they seem to")]
-    extra: Annotated[Any, Meta(description="anything else that the metric keeps")]
+    extra: Annotated[Any, Meta(description="everything else that the metric records")]
     notes: NotRequired[Annotated[list[str], Meta(description="sentences about misleading names in SAEBench")]]
 
 
@@ -38,7 +38,9 @@ class UnstructuredResult(Unstructured):
             Meta(description="for each number that does not exist and is written as -1: the keys that lead to it"),
         ]
     ]
-    masked: NotRequired[Annotated[MaskedPart | None, Meta(description="the rest of the result without outlier rows")]]
+    masked: NotRequired[
+        Annotated[MaskedPart | None, Meta(description="the other parts of the result, without outlier rows")]
+    ]
 
 
 class ResultFile(TypedDict):
@@ -83,7 +85,7 @@ class EvaluationData(TypedDict):
 
     kind: str
     depends: Annotated[dict[str, Any], Meta(description="everything that decides the tensors; its digest is the name")]
-    sha256: Annotated[Sha256, Meta(description="of the .safetensors file")]
+    sha256: Annotated[Sha256, Meta(description="digest of the .safetensors file")]
 
 
 class PinnedDataset(TypedDict):
@@ -119,7 +121,7 @@ class UnpackedData(TypedDict):
     name: str
     version: str
     source: str
-    sha256: Annotated[Sha256, Meta(description="of the package's file")]
+    sha256: Annotated[Sha256, Meta(description="digest of the package's file")]
     files: Annotated[dict[str, Sha256], Meta(description="path in the folder -> sha256 of that file")]
 
 

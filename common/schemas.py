@@ -64,22 +64,22 @@ class SAEOrigin(TypedDict, total=False):
 
     model: RecordedModel
     layer: Annotated[int, Meta(ge=0, description="zero-based block")]
-    site: Annotated[str, Meta(description="of the layer, such as resid_post or mlp.gate_proj.output")]
+    site: Annotated[str, Meta(description="site in the layer, such as resid_post or mlp.gate_proj.output")]
     hook_name: Annotated[str, Meta(description="layer and site in one: blocks.12.hook_resid_post")]
     variant: str
     seed: Count
     training_tokens: Annotated[Count, Meta(description="steps * batch_size of run.json")]
     cache: Annotated[str | None, Meta(description="folder of the cache, which holds the text to evaluate on")]
-    fingerprint: Annotated[str | None, Meta(description="of that cache")]
+    fingerprint: Annotated[str | None, Meta(description="fingerprint of that cache")]
     context: Annotated[int | None, Meta(description="tokens in a context")]
     bos: Annotated[int | None, Meta(description="id of the token that begins contexts; null: no token")]
     norm_limit: Annotated[
         float | None, Meta(description="rows with a larger norm are outliers and were not trained on; null: no limit")
     ]
-    format: Annotated[str, Meta(description="of the files of an imported SAE, such as saelens")]
-    prepend_bos: Annotated[bool, Meta(description="of an imported SAE: whether a BOS token began its contexts")]
-    bos_token: Annotated[str, Meta(description="of an imported SAE: that token")]
-    dataset: Annotated[str, Meta(description="of an imported SAE: the text that it was trained on")]
+    format: Annotated[str, Meta(description="for an imported SAE: format of its files, such as saelens")]
+    prepend_bos: Annotated[bool, Meta(description="for an imported SAE: whether a BOS token began its contexts")]
+    bos_token: Annotated[str, Meta(description="for an imported SAE: this BOS token")]
+    dataset: Annotated[str, Meta(description="for an imported SAE: the text that it was trained on")]
 
 
 class SavedActivation(TypedDict):
@@ -97,7 +97,7 @@ class SavedSAE(TypedDict):
     pre_bias: Annotated[bool, Meta(description="whether the encoder subtracts b_dec from its input")]
     layer_norm: NotRequired[Annotated[bool, Meta(description="whether the encoder layer-normalizes tokens; format 2")]]
     activation: list[SavedActivation]
-    sha256: Annotated[Sha256, Meta(description="of sae.safetensors")]
+    sha256: Annotated[Sha256, Meta(description="digest of sae.safetensors")]
     run: NotRequired[Annotated[Sha256, Meta(description="digest of what decides the run, as in its checkpoints")]]
     origin: NotRequired[SAEOrigin]
 
@@ -113,7 +113,7 @@ SAE_RECORD = RecordKind(
 class RecordedSource(TypedDict):
     """The source of this package."""
 
-    sha256: Annotated[Sha256, Meta(description="of its files")]
+    sha256: Annotated[Sha256, Meta(description="digest of its files")]
     commit: str | None
     changed: Annotated[bool | None, Meta(description="whether it differs from the commit or the wheel")]
 
@@ -144,9 +144,9 @@ class ImportSource(TypedDict):
     """The files that an SAE was imported from."""
 
     format: str
-    sha256: Annotated[dict[str, Sha256], Meta(description="of each file, by its path in the folder")]
+    sha256: Annotated[dict[str, Sha256], Meta(description="path in the folder -> digest of the file")]
     path: Annotated[str, Meta(description="a folder, or a folder of the repository")]
-    repository: NotRequired[Annotated[str, Meta(description="on the Hub")]]
+    repository: NotRequired[Annotated[str, Meta(description="repository on the Hub")]]
     revision: NotRequired[Annotated[str, Meta(description="commit on the Hub")]]
     overrides: NotRequired[
         Annotated[dict[str, Any], Meta(description="`layer` and `model`, if options replaced the values in the files")]
@@ -157,7 +157,7 @@ class ImportCheck(TypedDict):
     """The comparison of an imported SAE with one computed from the files."""
 
     rows: Annotated[Count, Meta(description="activations that both were computed on")]
-    what: Annotated[str, Meta(description="where the rows are from")]
+    what: Annotated[str, Meta(description="source of the rows")]
     l0: float
     different: Annotated[Count, Meta(description="latents that are active in only one of the two")]
     rounded: Annotated[Count, Meta(description="rows left out because float32 rounding decides which latents fire")]
@@ -179,33 +179,35 @@ class RunRecord(TypedDict):
     options: NotRequired[Annotated[dict[str, Any], Meta(description="options that were given; absent: imported")]]
     layer: Annotated[int, Meta(ge=0, description="zero-based block")]
     site: str
-    seed: NotRequired[Annotated[Count, Meta(description="of the initial weights")]]
-    order_seed: NotRequired[Annotated[Count, Meta(description="of the order of batches: --shuffle-seed")]]
+    seed: NotRequired[Annotated[Count, Meta(description="seed of the initial weights")]]
+    order_seed: NotRequired[Annotated[Count, Meta(description="seed of the order of batches (--shuffle-seed)")]]
     d_in: Size
     d_sae: Size
     steps: NotRequired[Size]
     batch_size: NotRequired[Annotated[Size, Meta(description="tokens in a step")]]
     l0: NotRequired[Annotated[float, Meta(description="--l0, if it was given")]]
     literal: NotRequired[Annotated[bool, Meta(description="--paper-exact")]]
-    cache: NotRequired[Annotated[Sha256, Meta(description="over everything that decides the rows")]]
+    cache: NotRequired[Annotated[Sha256, Meta(description="digest of everything that decides the rows")]]
     compiled: NotRequired[Annotated[bool, Meta(description="--compile")]]
     precision: NotRequired[
         Annotated[
             Precision,
             Meta(
-                description="of matrix products; absent: float32, or bfloat16 for a run of an earlier version on a "
-                "GPU, unless `asked` names one"
+                description="precision of matrix products; absent: float32, or bfloat16 for a run of an earlier version "
+                "on a GPU, unless `asked` names one"
             ),
         ]
     ]
-    accumulate: NotRequired[Annotated[int, Meta(ge=2, description="--accumulate at its start; absent: 1")]]
+    accumulate: NotRequired[Annotated[int, Meta(ge=2, description="--accumulate at the start of the run; absent: 1")]]
     accumulate_since: NotRequired[
         Annotated[
             list[tuple[Count, Size]],
             Meta(description="[step, --accumulate from this step], if the run was resumed with another value"),
         ]
     ]
-    step_version: NotRequired[Annotated[Size, Meta(description="train/step_version.py, when the run began; absent: 1")]]
+    step_version: NotRequired[
+        Annotated[Size, Meta(description="version in train/step_version.py when the run began; absent: 1")]
+    ]
     step_version_since: NotRequired[
         Annotated[
             list[tuple[Count, Size]],
@@ -219,10 +221,10 @@ class RunRecord(TypedDict):
     asked: NotRequired[AskedOptions]
     device: NotRequired[str]
     kernels: NotRequired[
-        Annotated[bool, Meta(description="whether the kernels of train/kernels were used at its start")]
+        Annotated[bool, Meta(description="whether the kernels of train/kernels were used at the start of the run")]
     ]
     environment: NotRequired[RecordedEnvironment]
-    threads: NotRequired[Annotated[int, Meta(description="of torch")]]
+    threads: NotRequired[Annotated[int, Meta(description="number of torch's threads")]]
     imported_from: NotRequired[ImportSource]
     check: NotRequired[ImportCheck]
     notes: NotRequired[Annotated[list[str], Meta(description="messages of the import")]]
@@ -267,8 +269,8 @@ class Checkpoint(TypedDict):
 
     format: int
     step: Annotated[Count, Meta(description="optimizer steps taken; also in the folder's name and in the tensor `i`")]
-    sha256: Annotated[Sha256, Meta(description="of state.safetensors")]
-    step_version: NotRequired[Annotated[Size, Meta(description="of the steps before it; absent: 1")]]
+    sha256: Annotated[Sha256, Meta(description="digest of state.safetensors")]
+    step_version: NotRequired[Annotated[Size, Meta(description="version of the steps before it; absent: 1")]]
     run: NotRequired[
         Annotated[Sha256, Meta(description="digest of what decides the run: `variant` to `compiled` of its run.json")]
     ]
