@@ -193,8 +193,8 @@ class RunRecord(TypedDict):
         Annotated[
             Precision,
             Meta(
-                description="precision of matrix products; absent: float32, or bfloat16 for a run of an earlier version "
-                "on a GPU, unless `asked` names one"
+                description="precision of matrix products; absent: float32, or bfloat16 for a run of an earlier "
+                "version on a GPU, unless `asked` names one"
             ),
         ]
     ]
