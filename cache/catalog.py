@@ -34,7 +34,7 @@ def open_or_error(folder: Path | str) -> Cache | SaeError:
 
 
 def open_caches(root: Path | None = None) -> list[Cache]:
-    """The caches under `activations/` that can be opened. A LeftOutWarning names each of the others."""
+    """The caches under `activations/` that can be opened. A LeftOutWarning names each cache that cannot."""
     caches = list_caches(root)
     for folder, error in caches.items():
         if isinstance(error, SaeError):

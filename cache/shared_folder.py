@@ -107,7 +107,7 @@ class SharedFolder:
         return {owner: self._read_statement(owner) for owner in sorted(alive)}
 
     def state(self, statement: Statement) -> None:
-        """Tell the others what this process keeps, pulls and needs. Requires `join`."""
+        """Tell the other processes what this process keeps, pulls and needs. Requires `join`."""
         if statement == self._stated:
             return
         path = self._statement(self.owner)

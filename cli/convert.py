@@ -28,7 +28,7 @@ def export(
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(help="Cache with rows to verify on. Default: the one the run was trained on."),
+        typer.Option(help="Cache with rows to verify on. Default: the cache that the run was trained on."),
     ] = None,
     approximate: Annotated[
         str | None,

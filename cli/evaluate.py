@@ -84,8 +84,8 @@ def evaluate(
         typer.Option(
             "--controls",
             help="Train frozen controls of the runs, once: with a random decoder, with a decoder that stays near its "
-            "initialization, and with a random encoder, based on topk for topk runs and on batchtopk for others. Add "
-            "their rows, and the share of each number that a control reaches.",
+            "initialization, and with a random encoder. They are based on topk for topk runs and on batchtopk for "
+            "other runs. Add their rows, and the share of each number that a control reaches.",
         ),
     ] = False,
     dtype: Annotated[

@@ -12,7 +12,7 @@ UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}  # of bytes
 
 
 def parse_tokens(text: str) -> int:
-    """A positive token count, with or without a unit: 10M, 2e8, 1.5B, 500k. Raises typer.BadParameter for others."""
+    """A positive token count, with or without a unit: 10M, 2e8, 1.5B, 500k. Raises typer.BadParameter if invalid."""
     try:
         unit = {"k": 1e3, "m": 1e6, "b": 1e9}.get(text[-1:].lower())
         tokens = int(float(text[:-1]) * unit) if unit else int(float(text))
@@ -24,7 +24,7 @@ def parse_tokens(text: str) -> int:
 
 
 def parse_bytes(text: str | int) -> int:
-    """A positive number of bytes, with or without a unit: 200GB, 1.5TB, 64MB. Raises typer.BadParameter for others."""
+    """A positive number of bytes, with or without a unit: 200GB, 1.5TB, 64MB. Raises typer.BadParameter if invalid."""
     number = str(text).strip().upper().removesuffix("B")
     try:
         size = int(float(number[:-1]) * UNITS[number[-1]]) if number[-1:] in UNITS else int(float(number))

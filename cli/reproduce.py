@@ -67,7 +67,7 @@ def reproduce(
         str | None,
         typer.Option(
             rich_help_panel=EVALUATION,
-            help="As for `sae evaluate`. Default: full on the papers' model; on others quick and the claimed metrics.",
+            help="As for `sae evaluate`. Default: full on the papers' model, otherwise quick and the claimed metrics.",
         ),
     ] = None,
     evaluate_tokens: Annotated[

@@ -28,7 +28,7 @@ AGAIN = "Everything committed is safe; run the same command again, with any numb
 class Silence:
     """Measures how long another process's sign of life has not changed, as far as this process could see.
 
-    Time while this process or its machine was suspended is not counted: the other may have been suspended, too.
+    Time while this process or its machine was suspended is not counted: the other process may have been suspended too.
     """
 
     def __init__(self) -> None:

@@ -154,7 +154,7 @@ class ImportSource(TypedDict):
 
 
 class ImportCheck(TypedDict):
-    """The comparison of an imported SAE with one computed from the files."""
+    """The comparison of an imported SAE with the SAE computed directly from the original files."""
 
     rows: Annotated[Count, Meta(description="activations that both were computed on")]
     what: Annotated[str, Meta(description="source of the rows")]
