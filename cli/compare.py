@@ -27,7 +27,7 @@ def compare(
     against: Annotated[
         str | None,
         typer.Option(
-            help="A system in the table: test the other systems against it, and show the smallest detectable difference."
+            help="A system in the table: test the other systems against it and show the smallest detectable difference."
         ),
     ] = None,
     margin: Annotated[
