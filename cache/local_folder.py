@@ -329,7 +329,7 @@ class LocalFolder:
         return self.folder / part_name(name, self._shared.owner)
 
     def _pull(self, file: StoredFile) -> None:
-        """Pull a file for which there is room. It appears when complete; other processes remove parts of killed ones."""
+        """Pull a file for which there is room. It appears when complete; other processes remove parts left by kills."""
         part, failure = self._part(file.name), None
         try:
             data = file.source.fetch_chunk(file.file)
