@@ -11,11 +11,15 @@ weight has a copy in bfloat16 (train/kernel_update.py), products read the copy, 
 bfloat16.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .kernels.prefix_operator import compare_prefixes, prefix_gradients
 
 
 def encode(x_BD: Tensor, w_DF: Tensor, b_F: Tensor, b_D: Tensor | None) -> Tensor:
@@ -46,6 +50,21 @@ def total(f_BF: Tensor) -> Tensor:
 def squared_error(recon_BD: Tensor, x_BD: Tensor) -> Tensor:
     """() sum_BD (x - x_hat)^2. Its gradient takes one pass over (B, D); autograd would take four."""
     return _SquaredError.apply(recon_BD, x_BD)
+
+
+def select_decode_sections(
+    pre_BF: Tensor, flat_index_N: Tensor, w_FD: Tensor, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Like `select_decode`, but sections of the dictionary are decoded separately: (G, B, D) instead of (B, D)."""
+    return _SelectDecodeSections.apply(pre_BF, flat_index_N, w_FD, sizes)
+
+
+def squared_errors(part_GBD: Tensor, b_D: Tensor, x_BD: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, D): b_dec plus all parts; (G): for each g, the squared error of b_dec plus the first g parts.
+
+    With operators that have kernels on a GPU, which take one pass, and another one for the gradients.
+    """
+    return _SquaredErrors.apply(part_GBD, b_D, x_BD)
 
 
 COPY = "copy_for_products"  # attribute of a weight: its bfloat16 copy, kept by train/kernel_update.py
@@ -160,6 +179,69 @@ class _SelectDecode(torch.autograd.Function):
         return g_BF, None, w_FD_
 
 
+class _SelectDecodeSections(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, pre_BF: Tensor, flat_index_N: Tensor, w_FD: Tensor, sizes: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        value_N = pre_BF.flatten().index_select(0, flat_index_N).relu_()
+        f_BF = torch.zeros_like(pre_BF).flatten().scatter_(0, flat_index_N, value_N).view_as(pre_BF)
+        decoder_FD, ctx.dtype = for_products(w_FD, pre_BF.dtype)
+        ctx.sections = sections(sizes)
+        part_GBD = f_BF.new_empty(len(sizes), len(f_BF), w_FD.shape[1])
+        for part_BD, section in zip(part_GBD, ctx.sections, strict=True):
+            torch.mm(f_BF[:, section], decoder_FD[section], out=part_BD)
+        ctx.save_for_backward(f_BF, decoder_FD)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(value_N)
+        return f_BF, part_GBD, value_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        f_BF, decoder_FD = ctx.saved_tensors
+        of_f_BF, of_part_GBD, _ = gradients
+        if of_part_GBD is None:
+            return *decoder_gradients(f_BF, decoder_FD, of_f_BF, None, None), None, None
+        g_BF, w_FD_ = torch.empty_like(f_BF), None
+        for g_BD, section in zip(of_part_GBD, ctx.sections, strict=True):
+            torch.mm(g_BD, decoder_FD[section].T, out=g_BF[:, section])
+        if of_f_BF is not None:
+            g_BF += of_f_BF
+        torch.ops.aten.threshold_backward.grad_input(g_BF, f_BF, 0, grad_input=g_BF)  # in place
+        if ctx.needs_input_grad[2]:
+            w_FD_ = torch.empty_like(decoder_FD)
+            for g_BD, section in zip(of_part_GBD, ctx.sections, strict=True):
+                torch.mm(f_BF[:, section].T, g_BD, out=w_FD_[section])
+            w_FD_ = w_FD_.to(ctx.dtype)
+        return g_BF, None, w_FD_, None
+
+
+class _SquaredErrors(torch.autograd.Function):
+    """The operators `compare_prefixes` and `prefix_gradients`."""
+
+    @staticmethod
+    def forward(ctx: Any, part_GBD: Tensor, b_D: Tensor, x_BD: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(part_GBD, b_D, x_BD)
+        ctx.set_materialize_grads(False)
+        recon_BD, squared_G = compare_prefixes(part_GBD, b_D, x_BD)
+        return recon_BD, squared_G
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        part_GBD, b_D, x_BD = ctx.saved_tensors
+        of_recon_BD, of_squared_G = gradients
+        g_GBD = g_D = None
+        if of_squared_G is not None:
+            g_GBD, g_D = prefix_gradients(part_GBD, b_D, x_BD, 2 * of_squared_G)
+        if of_recon_BD is not None:
+            of_part_GBD = of_recon_BD.to(part_GBD.dtype).expand_as(part_GBD)
+            g_GBD = of_part_GBD if g_GBD is None else g_GBD + of_part_GBD
+            g_D = of_recon_BD.sum(0) if g_D is None else g_D + of_recon_BD.sum(0)
+        return g_GBD, g_D, None
+
+
 class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, f_BF: Tensor) -> Tensor:
@@ -182,6 +264,11 @@ class _SquaredError(torch.autograd.Function):
     def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor, None]:
         (error_BD,) = ctx.saved_tensors
         return error_BD * (2 * gradient[0]), None
+
+
+def sections(sizes: Sequence[int]) -> list[slice]:
+    """Consecutive slices of these sizes."""
+    return [slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
 
 
 def decoder_gradients(

@@ -141,7 +141,7 @@ def plan_passes(runs: Sequence[AnyRun], device: str, streaming: bool = False) ->
 def describe_kernels(runs: Iterable[BuildableRun], device: str) -> str:
     """The line of a plan for a GPU that says whether runs use the kernels; "" if none of them could."""
     variants = [untrained_variant(run, "meta") for run in runs]
-    work = ["select latents", "decode them", "compute JumpReLU's gradients"]
+    work = ["select latents", "decode them", "compute gradients of JumpReLU and gated SAEs"]
     work = work if any(variant.with_kernels for variant in variants) else []
     work += ["update the weights"] if any(variant.updates_at_once for variant in variants) else []
     if not work:

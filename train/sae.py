@@ -16,7 +16,7 @@ The latents of this SAE are in units of raw activations, like those of every sav
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +59,7 @@ class TrainingOutput(NamedTuple):
     kept: sparse_ops.KeptLatents | None = None
     squared_error: Tensor | None = None  # () of the reconstruction, if it is computed without an extra pass
     selected_N: Tensor | None = None  # the values of the latents that TopK or BatchTopK selects, without a gradient
+    values: Mapping[str, Tensor] = {}  # what losses of the recipe read, if a pass of its own computes it  # noqa: RUF012
 
 
 class SAE(nn.Module):
@@ -78,6 +79,8 @@ class SAE(nn.Module):
     """
 
     precision: str | None = None
+    own_pass: Callable[["SAE", Tensor], TrainingOutput | None] | None = None
+    """A recipe's own `run` with kernels. None, or if it returns None: the usual one."""
 
     def __init__(
         self,
@@ -130,6 +133,8 @@ class SAE(nn.Module):
 
     def run(self, x_BD: Tensor) -> TrainingOutput:
         """The forward pass of a training step on normalized activations. Computes only what a step needs."""
+        if self.own_pass is not None and self.trains_on(x_BD) and (done := self.own_pass(self, x_BD)) is not None:
+            return done
         b_D = self.b_dec if self.pre_bias else None
         if self.trains_on(x_BD) and [type(link) for link in self.activation] == [ReLU]:
             f_BF, recon_BD = dense_ops.encode_relu_decode(x_BD, self.W_enc, self.b_enc, b_D, self.W_dec)

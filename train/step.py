@@ -5,7 +5,7 @@ Shape suffixes in this folder: B tokens in the batch, D d_in, F d_sae, K latents
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -35,6 +35,9 @@ class Step:
     part_of: "Step | None" = None  # the batch, if this is a part of it (train/accumulate.py)
     statistics: "dict[Mechanism, Tensor]" = field(default_factory=dict)  # for a batch in parts
     selected_N: Tensor | None = None  # the values of the latents that TopK or BatchTopK selected, if available
+    values: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # what losses read, from a recipe's own pass (SAE.own_pass)
     _error_BD: Tensor | None = None
     _squared_error: Tensor | None = None
 

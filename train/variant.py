@@ -163,7 +163,9 @@ class Variant(nn.Module):
         x_BD = self.normalize(x_BD)
         done = self.sae.run(x_BD)
         step = Step(i, self.sae, optimizer, x_BD, done.pre_BF, done.f_BF, done.recon_BD.float(), done.kept)
-        step.squared_error, step.selected_N = done.squared_error, done.selected_N
+        step.squared_error, step.selected_N, step.values = done.squared_error, done.selected_N, done.values
+        if "counts_F" in step.values:
+            step.counts_F = step.values["counts_F"]
         return step
 
     def losses(self, step: Step) -> dict[str, Tensor]:

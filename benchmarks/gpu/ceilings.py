@@ -10,6 +10,12 @@ from sizes import Sizes, seconds
 from sae.common.environment import environment_record
 from sae.common.precision import float32_products
 from sae.train.kernels.choice import reason_against_kernels
+from sae.train.kernels.gate_operator import (
+    gate_gradients,
+    gate_gradients_by_torch,
+    gate_latents,
+    gate_latents_by_torch,
+)
 from sae.train.kernels.operators import (
     decode_by_bags,
     decode_rows,
@@ -21,6 +27,12 @@ from sae.train.kernels.operators import (
     sum_by_bags,
     sum_rows,
 )  # fmt: skip
+from sae.train.kernels.prefix_operator import (
+    compare_prefixes,
+    compare_prefixes_by_torch,
+    prefix_gradients,
+    prefix_gradients_by_torch,
+)
 
 Entries = Iterator[tuple[str, dict[str, Any]]]
 
@@ -111,3 +123,9 @@ def sums(sizes: Sizes, d_sae: int, batch: int) -> Iterator[tuple[str, Callable[[
     jump = z_BF, theta_F, g_BF, eps, False
     yield "jump_gradients", lambda: jump_gradients(*jump), lambda: jump_gradients_by_torch(*jump)
     yield "jump_counts", lambda: jump_counts(z_BF, theta_F, eps), lambda: jump_counts_by_torch(z_BF, theta_F, eps)
+    gate = z_BF, theta_F, theta_F, theta_F, g_BF, g_BF, theta_F[0]
+    yield "gate_latents", lambda: gate_latents(*gate[:4]), lambda: gate_latents_by_torch(*gate[:4])
+    yield "gate_gradients", lambda: gate_gradients(*gate), lambda: gate_gradients_by_torch(*gate)
+    prefixes = x_BD.expand(5, -1, -1).bfloat16(), bias_D, x_BD, torch.ones(5, device=device)
+    yield "compare_prefixes", lambda: compare_prefixes(*prefixes[:3]), lambda: compare_prefixes_by_torch(*prefixes[:3])
+    yield "prefix_gradients", lambda: prefix_gradients(*prefixes), lambda: prefix_gradients_by_torch(*prefixes)

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae.train.kernels.division import JUMP_SPAN, SUM_TILE, Division, row_tile
+from sae.train.kernels.division import (
+    JUMP_SPAN,
+    JUMP_TILE,
+    PREFIX_COLUMNS,
+    PREFIX_SPAN,
+    SUM_TILE,
+    Division,
+    row_tile,
+)
 
 from . import kernel_cost
 from .ledger import line
@@ -108,8 +116,8 @@ SEVERAL = {"count_nonzero": 2, "cumsum": 2, "nonzero": 3}
 def product(call: Call) -> Cost:
     """(..., m, k) by (..., k, n): 2 m k n FLOPs."""
     left = call.args[-2] if call.name in ("mm", "bmm", "mv", "dot") else call.args[1]
-    inner = left.shape[-1]
-    return Cost(1, 2 * call.outputs[0].numel() * inner, call.touched)
+    inner, read = left.shape[-1], sum(map(size, tensors_of(call.args)))  # without the memory for the result
+    return Cost(1, 2 * call.outputs[0].numel() * inner, read + call.written)
 
 
 def row_products(call: Call) -> Cost:
@@ -184,6 +192,28 @@ def jump(call: Call) -> Cost:
     return Cost(launches + sums, 0, moved + added)
 
 
+def gate(call: Call) -> Cost:
+    """A kernel for parts of the tokens, and the sums of the parts by torch."""
+    z_BF, with_gradient = call.args[0], call.name == "gate_gradients"
+    tokens, width = z_BF.shape
+    passes, sums, scalars = (4, 3, 1) if with_gradient else (3, 2, 0)
+    elements = passes * z_BF.element_size()
+    launches, moved = kernel_cost.of_gate(tokens, width, elements, sums, scalars, JUMP_SPAN, JUMP_TILE[1])
+    return Cost(launches + sums, 0, moved + sums * width * 4 * (-(-tokens // JUMP_SPAN) + 1))
+
+
+def prefixes(call: Call) -> Cost:
+    """A kernel for parts of the tokens and dimensions, and the sum of the parts by torch."""
+    part_GBD, with_gradient = call.args[0], call.name == "prefix_gradients"
+    count, tokens, width = part_GBD.shape
+    launches, moved = kernel_cost.of_prefixes(
+        part_GBD.shape, part_GBD.element_size(), PREFIX_SPAN, PREFIX_COLUMNS, with_gradient
+    )
+    parts, programs = -(-tokens // PREFIX_SPAN), -(-tokens // PREFIX_SPAN) * -(-width // PREFIX_COLUMNS)
+    added = (parts + 1) * width if with_gradient else (programs + 1) * count
+    return Cost(launches + 1, 0, moved + 4 * added)
+
+
 def update(call: Call) -> Cost:
     weights, gradients, copies, unit = (call.args[n] for n in (0, 1, 5, 6))
     shapes, elements = [weight.shape for weight in weights], [gradient.element_size() for gradient in gradients]
@@ -245,6 +275,8 @@ BY_NAME = {
         decode_rows: "decode_rows",
         sum_rows: "sum_rows",
         jump: "jump_gradients jump_counts",
+        gate: "gate_latents gate_gradients",
+        prefixes: "compare_prefixes prefix_gradients",
         update: "update",
         sort: "sort argsort",
         fill: "zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full arange eye scalar_tensor "

@@ -60,6 +60,27 @@ def of_jump(tokens: int, width: int, elements: int, sums: int, span: int) -> tup
     return 1, tokens * width * elements + parts * width * (1 + sums) * NUMBER
 
 
+def of_gate(
+    tokens: int, width: int, elements: int, sums: int, scalars: int, span: int, columns: int
+) -> tuple[int, int]:
+    """Of a kernel of the gated SAE that reads or writes so many bytes for each pre-activation, and so many sums.
+
+    Each program reads three parameters of each of its latents, and `scalars` numbers.
+    """
+    parts = -(-tokens // span)
+    programs = parts * -(-width // columns)
+    return 1, tokens * width * elements + (parts * width * (3 + sums) + programs * scalars) * NUMBER
+
+
+def of_prefixes(shape: Sequence[int], element: int, span: int, columns: int, gradients: bool) -> tuple[int, int]:
+    """Of comparing parts of this shape (G, B, D), whose elements have so many bytes, with x, or of their gradients."""
+    prefixes, tokens, width = shape
+    parts = -(-tokens // span)
+    programs, read = parts * -(-width // columns), prod(shape) * element + tokens * width * NUMBER
+    written = prod(shape) * element + parts * width * NUMBER if gradients else tokens * width * NUMBER
+    return 1, read + written + (parts * width + programs * prefixes) * NUMBER
+
+
 def of_update(
     shapes: Sequence[Sequence[int]], elements: Sequence[int], unit: Sequence[bool], copies: int
 ) -> tuple[int, int]:

@@ -53,7 +53,7 @@ def test_so_do_those_that_steer_l0(gpu: SimulatedGPU, recipe: str) -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_so_do_those_with_kernels(gpu: SimulatedGPU, precision: str) -> None:
     """Also after latents were restarted between steps: a graph reads the copies of the weights in place."""
-    recipes = ("topk", "batchtopk", "hierarchical-resample")
+    recipes = ("topk", "batchtopk", "hierarchical-resample", "gated", "matryoshka")
     assert compare(gpu, *recipes, kernels=True, precision=precision, resumed=True)["apart"] == {}
 
 

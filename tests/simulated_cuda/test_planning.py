@@ -60,7 +60,8 @@ def test_a_plan_for_a_gpu_says_whether_kernels_are_used_and_why_not(
     lines = gpu("planning.about_kernels", cache=tiny_cache.folder, out=tmp_path)
     assert lines["nothing for them"] == lines["a CPU"] == []
     assert lines["with Triton"][0].startswith(
-        "kernels  of this package select latents, decode them, compute JumpReLU's gradients and update the weights, "
+        "kernels  of this package select latents, decode them, compute gradients of JumpReLU and gated "
+        "SAEs and update the weights, "
         "by Triton"
     )
     assert lines["no latents to choose"][0].startswith("kernels  of this package update the weights, by Triton")

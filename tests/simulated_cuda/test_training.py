@@ -64,7 +64,8 @@ def test_nor_does_a_step_in_parts(gpu: SimulatedGPU, recipe: str) -> None:
 
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize(
-    ("recipe", "options"), [("topk", ("k=4", "multi=0.125")), ("batchtopk", ("k=2.5",)), ("jumprelu", ())]
+    ("recipe", "options"),
+    [("topk", ("k=4", "multi=0.125")), ("batchtopk", ("k=2.5",)), ("jumprelu", ()), ("gated", ()), ("matryoshka", ())],
 )
 def test_nor_does_one_with_kernels(gpu: SimulatedGPU, recipe: str, options: tuple[str, ...], sparse: bool) -> None:
     walked = gpu("training.walk", recipe=recipe, options=options, sparse=sparse, kernels=True)

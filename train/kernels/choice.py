@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from ...common.errors import first_line
 from ...common.packages import EXTRAS, PACKAGE
 from .division import ROOM
+from .gate_operator import gate_gradients, gate_latents
 from .operators import decode_by_bags, decode_rows, jump_counts, jump_gradients, largest, sum_by_bags, sum_rows
+from .prefix_operator import compare_prefixes, prefix_gradients
 from .update_layout import CHUNK
 from .update_operator import update
 
@@ -40,6 +42,10 @@ def reason_against_kernels(device: str) -> str:
                     return f"they decode latents to other values than torch on {device}"
             if not jumps_as_torch(dtype, device):
                 return f"they compute other gradients of JumpReLU than torch on {device}"
+            if not gates_as_torch(dtype, device):
+                return f"they compute other latents of gated SAEs than torch on {device}"
+            if not all(prefixes_as_torch(count, dtype, device) for count in (1, 5)):
+                return f"they compute other errors of prefixes than torch on {device}"
     except Exception as error:  # from Triton's compiler or the driver; torch computes the same result
         return f"they do not work on {device}: {first_line(error)}"
     return ""
@@ -108,6 +114,41 @@ def jumps_as_torch(dtype: torch.dtype, device: str) -> bool:
         found += jump_gradients(z_BF.to(device), theta_F.to(device), g_BF.to(device), eps, to_input)
         expected += jump_gradients(z_BF.double(), theta_F.double(), g_BF.double(), eps, to_input)
     rtol = 1e-2 if dtype == torch.bfloat16 else 1e-4
+    return all(
+        torch.allclose(a.cpu().double(), b.double(), rtol=rtol, atol=1e-3) for a, b in zip(found, expected, strict=True)
+    )
+
+
+def gates_as_torch(dtype: torch.dtype, device: str) -> bool:
+    """Whether a gated SAE's latents and gradients on a device equal float64's on a CPU, up to rounding."""
+    generator, shape = torch.Generator().manual_seed(0), (600, 70)
+    z_BF, *of_BF = (torch.randn(*shape, generator=generator).to(dtype) for _ in range(3))
+    parameters = [torch.rand(shape[1], generator=generator) for _ in range(3)]
+    given = z_BF, *parameters, *of_BF, torch.tensor(0.5)
+    found, expected = [], []
+    for count, operator in ((4, gate_latents), (7, gate_gradients)):
+        found += operator(*(tensor.to(device) for tensor in given[:count]))
+        expected += operator(*in_float64(given[:count]))
+    return near(found, expected, 1e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+def prefixes_as_torch(count: int, dtype: torch.dtype, device: str) -> bool:
+    """Whether the errors of so many prefixes, and their gradients, equal float64's on a CPU, up to rounding."""
+    generator, tokens, width = torch.Generator().manual_seed(0), 300, 70
+    part_GBD = torch.randn(count, tokens, width, generator=generator).to(dtype)
+    bias_D, x_BD, weight_G = (
+        torch.randn(*shape, generator=generator) for shape in ((width,), (tokens, width), (count,))
+    )
+    given = part_GBD, bias_D, x_BD, weight_G
+    found, expected = [], []
+    for number, operator in ((3, compare_prefixes), (4, prefix_gradients)):
+        found += operator(*(tensor.to(device) for tensor in given[:number]))
+        expected += operator(*in_float64(given[:number]))
+    return near(found, expected, 1e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+def near(found: Iterable[Tensor], expected: Iterable[Tensor], rtol: float) -> bool:
+    """Whether tensors equal those in float64, up to rounding."""
     return all(
         torch.allclose(a.cpu().double(), b.double(), rtol=rtol, atol=1e-3) for a, b in zip(found, expected, strict=True)
     )

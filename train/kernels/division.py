@@ -44,6 +44,8 @@ MOST_ROWS = 256  # most rows in a tile
 JUMP_SPAN = 512  # tokens that a program of JumpReLU's kernels reads, one tile after the other
 JUMP_TILE = 16, 128  # tokens and latents in a tile
 SUM_TILE = 32, 16, 128  # rows added at once, sums per program, and columns of both
+PREFIX_SPAN = 128  # tokens that a program of the prefixes' kernels reads, one tile after the other
+PREFIX_COLUMNS = 64  # dimensions in a tile
 
 
 def row_tile(latents: float) -> tuple[int, int]:
@@ -53,3 +55,8 @@ def row_tile(latents: float) -> tuple[int, int]:
     """
     rows = min(MOST_ROWS, max(16, 1 << math.ceil(math.log2(max(1.25 * latents, 1)))))
     return rows, TILE // rows
+
+
+def prefix_tile(prefixes: int) -> tuple[int, int]:
+    """The tokens and dimensions that a program reads at once, for each of so many prefixes. Powers of two."""
+    return max(1, TILE // PREFIX_COLUMNS >> (prefixes - 1).bit_length()), PREFIX_COLUMNS

@@ -5,14 +5,17 @@
 BatchTopK selects once among all latents, and all prefixes share this selection. The order of latents carries meaning.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ...common.errors import UsageError
-from .. import sparse_ops
+from .. import dense_ops, sparse_ops
 from ..recipe import recipe
+from ..sae import SAE, TrainingOutput
 from ..step import LossTerm, Step
 from ..variant import RunConfig, Variant
 from .baselines import AUX_OPTIONS, batchtopk
@@ -41,6 +44,8 @@ class NestedMSE(LossTerm):
         return [f_BS @ dec_SD for f_BS, dec_SD in parts]
 
     def forward(self, step: Step) -> Tensor:
+        if "squared_errors_G" in step.values:
+            return step.values["squared_errors_G"].mean() / step.tokens
         recon_BD: Tensor = step.sae.b_dec
         losses = []
         for block_BD in self.blocks(step):
@@ -49,6 +54,19 @@ class NestedMSE(LossTerm):
         # Paper: does not say whether the losses are summed or averaged. With a mean, the other terms keep their
         # relative weight.
         return torch.stack(losses).mean()
+
+
+def decode_by_section(sae: SAE, x_BD: Tensor, sizes: Sequence[int]) -> TrainingOutput | None:
+    """`SAE.run` with kernels and dense products: each section is decoded once, for all prefixes and the SAE itself."""
+    topk = sae.selecting_activation()
+    if topk is None or not topk.by_kernels or sae.sparse_activation():
+        return None
+    pre_BF = sae.pre_activations(x_BD)
+    flat_index_N = topk.select(pre_BF.detach())
+    f_BF, part_GBD, selected_N = dense_ops.select_decode_sections(pre_BF, flat_index_N, sae.W_dec, sizes)
+    recon_BD, squared_G = dense_ops.squared_errors(part_GBD, sae.b_dec, x_BD)
+    values = {"squared_errors_G": squared_G}
+    return TrainingOutput(pre_BF, f_BF, recon_BD, None, squared_G[-1], selected_N, values)
 
 
 @recipe("matryoshka", paper="Bussmann et al. 2025", switched_off=AUX_OPTIONS)
@@ -78,5 +96,7 @@ def matryoshka(
             "Set fewer, or a larger --width."
         )
     variant = batchtopk(config, k=k, aux=aux, aux_k=aux_k, k_anneal_steps=k_anneal_steps, k_start=k_start)
-    variant.add_term("mse", 1.0, NestedMSE([config.d_sae >> g for g in reversed(range(prefixes))]))
+    nested = NestedMSE([config.d_sae >> g for g in reversed(range(prefixes))])
+    variant.add_term("mse", 1.0, nested)
+    variant.sae.own_pass = partial(decode_by_section, sizes=nested.sizes)
     return variant

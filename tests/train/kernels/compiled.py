@@ -19,6 +19,7 @@ from triton.compiler import ASTSource, compile
 from triton.runtime.jit import JITFunction
 
 from sae.tests.worker_process import serve
+from sae.train.kernels import gate, prefix
 from sae.train.kernels.jump import counts, gradients
 from sae.train.kernels.largest import find_largest
 from sae.train.kernels.rows import decode, sum_by_stretch
@@ -54,6 +55,25 @@ def compile_jump(dtype: torch.dtype, capability: int) -> dict[str, int]:
         counts(z_BF, theta_F, 0.1)
         for to_input in (False, True):
             gradients(z_BF, theta_F, z_BF, 0.1, to_input)
+    return compile_launched(launched, capability)
+
+
+def compile_gate(dtype: torch.dtype, capability: int) -> dict[str, int]:
+    """Compile the kernels of the gated SAE."""
+    z_BF, parameter_F = torch.zeros(1024, 64, dtype=dtype), torch.zeros(64)
+    with recording() as launched:
+        gate.latents(z_BF, parameter_F, parameter_F, parameter_F)
+        gate.gradients(z_BF, parameter_F, parameter_F, parameter_F, z_BF, z_BF, torch.zeros(()))
+    return compile_launched(launched, capability)
+
+
+def compile_prefixes(counts: list[int], dtype: torch.dtype, capability: int) -> dict[str, int]:
+    """Compile the kernels that compare so many prefixes with the batch."""
+    with recording() as launched:
+        for count in counts:
+            given = torch.zeros(count, 256, 128, dtype=dtype), torch.zeros(128), torch.zeros(256, 128)
+            prefix.compare(*given)
+            prefix.gradients(*given, torch.zeros(count))
     return compile_launched(launched, capability)
 
 

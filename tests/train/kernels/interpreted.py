@@ -15,7 +15,9 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from sae.tests.worker_process import serve
+from sae.train.kernels import gate as gate_kernels
 from sae.train.kernels import jump as jump_kernels
+from sae.train.kernels import prefix as prefix_kernels
 from sae.train.kernels import rows
 from sae.train.kernels.division import SUM_TILE
 from sae.train.kernels.largest import find_largest
@@ -92,6 +94,20 @@ def jump(name: str, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], tup
     """What a kernel of JumpReLU computes, in small parts, and what it costs."""
     with counting() as traffic:
         found = getattr(jump_kernels, name)(*arguments, span=8, tile=(4, 8))
+    return found, traffic.cost
+
+
+def gate(name: str, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+    """What a kernel of the gated SAE computes, in small parts, and what it costs."""
+    with counting() as traffic, mock.patch.object(interpreter, "_convert_float", rounded):
+        found = getattr(gate_kernels, name)(*arguments, span=8, tile=(4, 8))
+    return found, traffic.cost
+
+
+def prefix(name: str, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+    """What a kernel of the prefixes computes, in small parts, and what it costs."""
+    with counting() as traffic, mock.patch.object(interpreter, "_convert_float", rounded):
+        found = getattr(prefix_kernels, name)(*arguments, span=8, tile=(4, 8))
     return found, traffic.cost
 
 
