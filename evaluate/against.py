@@ -1,4 +1,4 @@
-"""Compare every system with one of them: differences, tests, and the effect of L0 alone.
+"""Compare every system with one chosen system: differences, tests, and the effect of L0 alone.
 
 The rules are those of docs/reference/statistics.md.
 """
@@ -23,16 +23,16 @@ from .paired import SEED, Pairing, describe_pairs, pair_systems
 from .statistics import LEVEL, POWER, Finding, PairedComparison, default_margin, judge
 from .tables import format_detectable, number_name
 
-SYSTEM_KEYS = (  # keys of run.json that, like the options, are equal in systems that differ only in L0
+SYSTEM_KEYS = (  # keys of run.json that, like the options, must be equal in systems that differ only in L0
     "variant", "layer", "site", "order_seed", "d_sae", "steps", "batch_size", "literal", "cache", "compiled",
 )  # fmt: skip
-L0_OPTIONS = ("k", "l0", "l1", "penalty")  # options with which a recipe sets its L0, as --l0 does
-LIKE_L0 = 1.1  # largest ratio of two L0 values that count as equal where there is no slope
+L0_OPTIONS = ("k", "l0", "l1", "penalty")  # options that set the L0 of a recipe, as --l0 does
+LIKE_L0 = 1.1  # without a slope, L0 values up to this ratio count as equal
 HEADS = ["system", "number", "difference", "95 % interval", "over", "p (Holm)", "smallest detectable", "verdict"]
 
 
 class L0Slope(NamedTuple):
-    """The slope of a number over the logarithm of L0, and where the slope comes from, as the start of a sentence."""
+    """The slope of a number over log L0, and the first words of a sentence that names the source of the slope."""
 
     per_log: float
     source: str
@@ -49,7 +49,7 @@ class AgainstLine:
         values: the number of the system and of the base, each a mean over seeds.
         l0: the L0 of the system and of the base, if both were measured.
         l0_shift: the change in the number that the slope predicts from the two L0 values alone; None without a slope.
-        is_control: the system is a control: a part of it kept its random start.
+        is_control: the system is a control: a part of it kept its random initial weights.
         l0_matters: `l0_shift` is large enough to be detected, or is at least half of the difference. Without a slope:
             the two L0 values differ by over 10 %.
     """
@@ -169,10 +169,9 @@ class Against:
 def compare_against(comparison: Comparison, against: str, margins: Sequence[str] = ()) -> Against:
     """The differences between every system and the one labeled `against`, which can be a reference.
 
-    `margins` are texts "number=margin", which replace the default margin of equivalence, a hundredth of a number's
-    range.
+    `margins` are strings "number=margin". They replace the default equivalence margin, 1 % of a number's range.
 
-    Raises UsageError when there is no such system or number, or no other system.
+    Raises UsageError if `against` or a number in `margins` does not exist, or if there is no other system.
     """
     named = {system.label: system for system in [*comparison.references, *comparison.systems]}
     if against not in named:
@@ -276,7 +275,7 @@ def l0_slope(comparison: Comparison, metric: str, column: MetricColumn) -> L0Slo
         f"{names[key]} at L0 {', '.join(f'{l0:.3g}' for l0, _ in sorted(some))}" for key, some in usable.items()
     )
     what = f"slope over log L0 of {sources}" if len(x) > 2 else f"difference between two systems, {sources},"
-    return L0Slope(float(x @ y / (x @ x)), f"The {what} gives")
+    return L0Slope(float(x @ y / (x @ x)), f"The {what} predicts")
 
 
 def digest_without_l0(record: Mapping[str, Any]) -> str:
@@ -290,7 +289,8 @@ def base_notes(base: ComparedSystem) -> list[str]:
     if not base.runs[0].is_control:
         return []
     return [
-        f"{base.label} is a control: a part of it kept its random start. If a system is not better than it in a "
+        f"{base.label} is a control: a part of it kept its random initial weights. If a system is not better "
+        "than it in a "
         "number, that number does not show learned features."
     ]
 
@@ -301,15 +301,17 @@ def unit_notes(lines: Sequence[AgainstLine]) -> list[str]:
     notes = []
     if by_text := sorted(units - {SEED}):
         notes.append(
-            f"Paired by {', '.join(by_text)}: one run of each system. A verdict is about these two SAEs on other text "
-            "of this kind; one seed cannot tell whether their recipes differ."
+            f"The differences are paired by {', '.join(by_text)}, with one run of each system. A verdict "
+            "holds for these two SAEs on other text of this kind; one seed cannot show whether their "
+            "recipes differ."
         )
     few = sorted(
         {one.pairs for line in lines if (one := line.pairing.differences) and one.unit == SEED and one.pairs < 3}
     )
     if few:
         notes.append(
-            "Two seeds have one degree of freedom: only very large differences are found. Train three or more."
+            "Two seeds leave one degree of freedom, so only very large differences can be found. Train "
+            "three or more seeds."
         )
     return notes
 
@@ -333,13 +335,13 @@ def l0_notes(lines: Sequence[AgainstLine], base: str, slopes: Slopes) -> list[st
             if (slope := slopes[line.metric, line.column]) is not None:
                 by_source[slope.source].append(f"{line.number} {line.l0_shift:+{line.column.format}}")
         notes += [
-            f"{at}. {source} {', '.join(moved)} for that: enough to be detected, or half of the difference. Compare at "
-            "equal L0 (sae train --l0)."
+            f"{at}. {source} {', '.join(moved)} from this difference in L0 alone: enough to be detected, or "
+            "at least half of the measured difference. Compare at equal L0 (sae train --l0)."
             for source, moved in by_source.items()
         ]
         if sum(map(len, by_source.values())) < len(some):
             notes.append(
-                f"{at}: more than 10 % apart, and no two systems here differ in their L0 alone, which would tell how "
-                "the numbers move with it. Compare at equal L0 (sae train --l0)."
+                f"{at}: they differ by more than 10 %, and no two systems here differ only in L0, so the "
+                "effect of L0 on the numbers is unknown. Compare at equal L0 (sae train --l0)."
             )
     return notes

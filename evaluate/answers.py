@@ -1,7 +1,7 @@
 """The first questions about an SAE: is it better than simple baselines, is it stable across seeds, is it the best?
 
 Five answers, each with its numbers and 95 % intervals, or with the command that computes the missing numbers. The tests
-follow docs/reference/statistics.md; Holm's correction covers all of them together, as one table.
+follow docs/reference/statistics.md; Holm's correction covers all tests together, as in one table.
 """
 
 import math
@@ -35,10 +35,11 @@ PCA, CONTROL, SEED, STABLE, FRONTIER = (
 )
 EXPLAINED = {
     PCA: "A PCA with as many components as the SAE has latents per token, fitted on the same activations.",
-    CONTROL: "An SAE of the same width, L0 and length, whose decoder or encoder keeps its random start.",
+    CONTROL: "An SAE of the same width and L0, trained for as many steps, whose decoder or encoder keeps its random "
+    "initial weights.",
     SEED: "The runs that differ from this one only by seed.",
-    STABLE: "PW-MCC: the mean similarity of latents and their best matches in another seed, matched one to one.",
-    FRONTIER: "No other SAE is better with as many latents per token or fewer.",
+    STABLE: "PW-MCC: the mean similarity between the latents and their one-to-one matches in the SAE of another seed.",
+    FRONTIER: "No other SAE with the same number of latents per token, or fewer, is better.",
 }
 
 
@@ -160,9 +161,9 @@ def answer_pca(near: RunsBeside, pca: ComparedRun | None, lines: Sequence[Agains
     if pca is None or not lines:
         return not_measured(PCA, "No PCA was measured on this text.", evaluate_command(near.run, "core"))
     verdict, is_good = conclude(lines)
-    answer = Answer(PCA, verdict, name_others(lines, "beside"), is_good)
+    answer = Answer(PCA, verdict, name_others(lines, "against"), is_good)
     if any(line.l0_matters for line in lines):
-        remedy = "This PCA has another L0. Evaluate the SAE alone to get one with its L0:"
+        remedy = "This PCA has a different L0. Evaluate the SAE alone to get a PCA with the same L0:"
         return replace(answer, remedy=remedy, command=evaluate_command(near.run, "core"))
     return with_untested(answer, near.run, lines)
 
@@ -185,9 +186,9 @@ def answer_control(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
     found = [(share.part, line) for line in lines if line.metric != "core" and (share := share_of(near, line))]
     shown += [max(found, key=lambda pair: pair[0])[1]] if found else []
     numbers = []
-    for line, text in zip(shown, name_others(shown, "beside"), strict=True):
+    for line, text in zip(shown, name_others(shown, "against"), strict=True):
         share = share_of(near, line)
-        numbers.append(text if share is None else f"{text}, the control has {share}")
+        numbers.append(text if share is None else f"{text}; the control reaches {share}")
     return with_untested(Answer(CONTROL, verdict, numbers, is_good), run, shown)
 
 
@@ -202,7 +203,7 @@ def answer_seed(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
         verdict, is_good = conclude(lines)
         more = "One other seed does not show how much seeds differ. Train more, then evaluate them together."
         command = more_seeds_command(near.run)
-        numbers = name_others(lines, "beside")
+        numbers = name_others(lines, "against")
         return Answer(SEED, verdict, numbers, is_good, more if command else "", command)
     numbers, sides = [], []
     for metric, column in CORE_NUMBERS:
@@ -214,14 +215,19 @@ def answer_seed(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
             form = column.format
             numbers.append(
                 f"{column.heading} {own:{form}}, {len(others)} other seeds {statistics.mean(others):{form}} ± "
-                f"{statistics.stdev(others):{form}} (sd); another one is expected at {low:{form}} to {high:{form}}"
+                f"{statistics.stdev(others):{form}} (sd); another seed is expected at {low:{form}} to {high:{form}}"
             )
     if not numbers:
         return missing_seeds(SEED, near, "core")
     if not any(sides):
         return Answer(SEED, "like the other seeds", numbers)
     is_good = True if min(sides) >= 0 else False if max(sides) <= 0 else None
-    return Answer(SEED, {True: "above them", False: "below them", None: "above and below"}[is_good], numbers, is_good)
+    return Answer(
+        SEED,
+        {True: "above the other seeds", False: "below the other seeds", None: "above and below"}[is_good],
+        numbers,
+        is_good,
+    )
 
 
 def answer_stable(near: RunsBeside) -> Answer:
@@ -247,7 +253,7 @@ def answer_stable(near: RunsBeside) -> Answer:
         return Answer(STABLE, "not known", numbers[1:])
     verdict = f"{recurring:.0%} of latents recur"
     if at_chance:
-        return Answer(STABLE, f"{verdict}; {' and '.join(at_chance)} no more than chance", numbers, False)
+        return Answer(STABLE, f"{verdict}; {' and '.join(at_chance)} not above chance", numbers, False)
     return Answer(STABLE, verdict, numbers)
 
 
@@ -260,7 +266,7 @@ def answer_frontier(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
     numbers += [published] if published else []
     at = f"at L0 {ours[0]:.1f}"
     if not lines:
-        some = f"none of {format_count(len(near.others), 'other run')} in its folder has its L0 or less"
+        some = f"none of {format_count(len(near.others), 'other run')} in its folder has this L0 or a lower one"
         beside = some if near.others else "no other run in its folder was measured with the same settings"
         if numbers:
             return Answer(FRONTIER, f"not known {at}", [*numbers, beside])
@@ -291,8 +297,8 @@ def describe_published(run: ComparedRun) -> str:
         return ""
     best, form, less = published[0], PUBLISHED_NUMBER[1].format, sum(one.value < own[0] for one in published)
     return (
-        f"{PUBLISHED_NUMBER[1].heading} {own[0]:{form}} is above {less} of {len(published)} published SAEs at this L0, "
-        f"measured on other text (best {best.value:{form}}, {best.name})"
+        f"{PUBLISHED_NUMBER[1].heading} {own[0]:{form}} is above {less} of {len(published)} published SAEs "
+        f"at this L0 (measured on other text; the best is {best.value:{form}}, {best.name})"
     )
 
 
@@ -348,7 +354,7 @@ def with_untested(answer: Answer, run: ComparedRun, lines: Sequence[AgainstLine]
         return answer
     suite = ",".join(dict.fromkeys(line.metric for line in lines))
     controls = " --controls" if answer.question == CONTROL else ""
-    remedy = "An earlier version measured some results and kept too little to test them. Measure again:"
+    remedy = "An earlier version measured some of these results and stored too little for a test. Measure them again:"
     return replace(answer, remedy=remedy, command=f"{evaluate_command(run, suite)} --force{controls}")
 
 
@@ -364,11 +370,13 @@ def missing_seeds(question: str, near: RunsBeside, suite: str) -> Answer:
     """The answer if a number over seeds is missing: the other seeds exist, can be trained, or cannot be."""
     run, folders = near.run, near.seed_folders
     if len(folders) > 1:
-        there = f"{format_count(len(folders) - 1, 'other seed')} {'is' if len(folders) == 2 else 'are'} there"
+        there = (
+            f"There {'is' if len(folders) == 2 else 'are'} {format_count(len(folders) - 1, 'other seed')} in its folder"
+        )
         command = f"sae evaluate {' '.join(map(quote, folders))} --suite {suite}"
         return not_measured(question, f"{there}. Evaluate all of them together:", command)
     if command := more_seeds_command(run):
         suite = "" if suite == "core" else f" with --suite {suite}"
         remedy = f"There is no other seed in its folder. Train some, then evaluate them together{suite}."
         return not_measured(question, remedy, command)
-    return Answer(question, "not known", ["Too little is known of its training to repeat it with another seed."])
+    return Answer(question, "not known", ["Too little is known about its training to repeat it with another seed."])

@@ -29,7 +29,7 @@ from ..common.locks import acquire, held_if_possible, release
 from ..common.records import as_read
 
 FORMAT = 1  # version of the cached artifacts, increased when the way any of them is computed changes
-# Kinds that hold activations of the model: most of the bytes, and quick to compute again. Probes and scores are small.
+# Kinds that contain model activations, which take most of the space and are quick to recompute. Other kinds are small.
 ACTIVATIONS = ("text_pass", "held_out", "rows", "last_rows", "letters", "sample")
 LIMIT_VARIABLE = "SAE_EVALUATION_GB"
 STALE_SECONDS = 3600  # seconds without a write after which a dead process's temporary file is removed
@@ -42,8 +42,8 @@ class ArtifactCache:
     writes to its own temporary file, and the last one to rename its file wins.
 
     The ranks of one command (`shared`) compute each artifact once: the first rank to need it holds its lock, and the
-    others wait and then read it. The operating system frees the lock of a process that dies. On a file system without
-    locks every rank computes what it needs.
+    others wait and then read it. The operating system frees the lock of a process that dies. On a file system that does
+    not support locks, every rank computes what it needs.
 
     Attributes:
         limit: bytes of activations above which `in_use` removes the least recently read ones.
@@ -59,7 +59,7 @@ class ArtifactCache:
     def describe(self) -> str:
         """The folder, its size, and the limit above which files are removed."""
         now, free, limit = map(format_bytes, (folder_bytes(self.folder), free_space(self.folder), self.limit))
-        return f"{self.folder} ({now} now, {free} free; above {limit} activations not read for longest are removed)"
+        return f"{self.folder} ({now} now, {free} free; above {limit}, the least recently read activations are removed)"
 
     def get_or_compute(
         self, kind: str, depends: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]], device: str = "cpu"
@@ -95,8 +95,8 @@ class ArtifactCache:
         """A context manager that keeps every artifact. On entry, it removes activations above the limit if no other
         process uses the folder.
 
-        All processes that use the folder share one operating-system lock. On a file system without locks nothing is
-        removed.
+        All processes that use the folder share one operating-system lock. On a file system that does not support locks,
+        nothing is removed.
         """
         file = self.locks / "in_use"
         with contextlib.suppress(OSError), contextlib.ExitStack() as alone:
@@ -126,7 +126,7 @@ class ArtifactCache:
     def turn(self, name: str, wait: bool) -> Iterator[bool]:
         """Yield whether this rank may do the work called `name`. It may not while another rank holds its lock.
 
-        With `wait`, wait until the other rank has done the work or has died, and yield True.
+        If `wait` is true, wait until the other rank has done the work or has died, and yield True.
         """
         path = self.folder / name
         lock = self._acquire(path, wait)
@@ -161,7 +161,7 @@ class ArtifactCache:
                 self.waiting(path.stem)
                 lock = acquire(file, fcntl.LOCK_EX)
                 self.waiting("")
-        except OSError:  # read-only or full, or without locks: each rank computes for itself
+        except OSError:  # read-only, full, or does not support locks: each rank computes for itself
             return None
         self._held.add(path)
         return lock
@@ -171,7 +171,7 @@ class ArtifactCache:
         release(lock)
 
     def remove_locks(self) -> None:
-        """Remove the lock files of artifacts, when all ranks are done. Computing an artifact twice changes nothing."""
+        """Remove the lock files of artifacts, when all ranks are done. It is harmless to compute an artifact twice."""
         for path in self.locks.glob("*.lock"):
             with contextlib.suppress(OSError):
                 path.unlink()

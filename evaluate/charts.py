@@ -74,8 +74,8 @@ class Chart:
 def ticks(low: float, high: float, log: bool = False, about: int = 5) -> list[float]:
     """Round numbers in [low, high], about `about` of them and at least three.
 
-    Steps are 1, 2 or 5 times a power of ten. With `log` the ticks themselves are such numbers, unless the range is less
-    than a decade: then the ticks are evenly spaced too.
+    Steps are 1, 2 or 5 times a power of ten. If `log` is true, the ticks themselves are such numbers, unless the range
+    is less than a decade; then the ticks are evenly spaced as well.
     """
     if log and high / low >= 10:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

@@ -39,7 +39,7 @@ SUMMARY_COLUMNS = (  # (metric, number): the columns of the table, each also plo
     ("core", "frac_alive"),
     ("core", "mean"),
     ("absorption", "mean_full_absorption_score"),
-    ("absorption", "mean_absorption_score"),  # of mode 2024-12
+    ("absorption", "mean_absorption_score"),  # in mode 2024-12
     *((metric, f"sae_top_{k}_test_accuracy") for metric in ("sparse_probing", "sparse_probing_stdlib") for k in (1, 5)),
     *(("sae_probes", f"sae_top_{k}_test_auc") for k in (1, 16)),
     ("unlearning", "unlearning_score"),
@@ -101,8 +101,8 @@ class Comparison:
         if not most:
             return ""
         return (
-            f"Outlier rows (up to {most:,} of a run and metric) are left out; .csv and .json files also have "
-            "SAEBench's numbers, over all rows."
+            f"Outlier rows are left out (up to {most:,} per run and metric); .csv and .json files also "
+            "contain SAEBench's numbers, computed over all rows."
         )
 
     def on_all_rows(self) -> "Comparison":
@@ -137,7 +137,7 @@ def summary_columns() -> list[tuple[str, MetricColumn]]:
 def compare_runs(folders: Sequence[Path], mix: bool = False, references: bool = True) -> Comparison:
     """Read the results of runs and group the runs into systems.
 
-    Raises UsageError for runs without results and, without `mix`, for runs that differ in more than their training.
+    Raises UsageError if a run has no results, or if `mix` is false and the runs differ in more than their training.
     """
     if not folders:
         raise UsageError("Name the runs to compare: sae compare runs/...")
@@ -180,7 +180,7 @@ def name_references(found: Sequence[ComparedRun]) -> dict[str, dict[Any, Compare
 
 
 def mixed_seeds(run: ComparedRun, runs: Sequence[ComparedRun]) -> list[str]:
-    """A sentence for each metric that compared this run and another run of its system with different sets of seeds."""
+    """A sentence for each metric whose results for this run and for another run of its system cover different seeds."""
     notes = []
     for metric, settings in run.settings.items():
         if "seeds" not in settings or "seed" not in run.record:
@@ -194,7 +194,7 @@ def mixed_seeds(run: ComparedRun, runs: Sequence[ComparedRun]) -> list[str]:
         ]
         if others:
             notes.append(
-                f"{metric} of {run.name} was measured with other seeds than {metric} of {', '.join(others[:3])}"
+                f"{metric} of {run.name} was measured with different seeds from {metric} of {', '.join(others[:3])}"
                 f"{f' and {len(others) - 3} more' if len(others) > 3 else ''}: their numbers are not comparable. "
                 f"Give all seeds in one command: sae evaluate RUN... --suite {metric}"
             )
@@ -350,7 +350,8 @@ def to_csv(comparison: Comparison) -> str:
 
 
 def records_as_csv(records: Sequence[Mapping[str, Any]]) -> str:
-    """Flat dictionaries as CSV. `escape_for_csv` makes plain text of what a spreadsheet would read as a formula."""
+    """Flat dictionaries as CSV. `escape_for_csv` turns values that a spreadsheet would read as formulas into plain
+    text."""
     text = io.StringIO()
     names = list(dict.fromkeys(name for record in records for name in record))
     writer = csv.writer(text, lineterminator="\n")

@@ -71,7 +71,7 @@ def without_far_series(chart: Chart, names: Container[str]) -> Chart:
     points = {series.name: list(zip(series.x, series.y, strict=True)) for series in chart.series}
     near = [one for one in chart.series if one in kept or all(in_frame(frame, *xy) for xy in points[one.name])]
     far = [label.partition(": ") for series in chart.series if series not in near for label in series.labels]
-    outside = f"Outside of this chart: {'; '.join(f'{name} ({point})' for name, _, point in far)}." if far else ""
+    outside = f"Outside this chart: {'; '.join(f'{name} ({point})' for name, _, point in far)}." if far else ""
     return replace(chart, series=near, note=" ".join(filter(None, [chart.note, outside])))
 
 
@@ -125,7 +125,7 @@ def training_curves(comparison: Comparison) -> list[Chart]:
 
 
 def read_metrics_log(folder: Path) -> list[dict[str, float]]:
-    """The numbers in each line of metrics.jsonl; none if there is no such file.
+    """The numbers in each line of metrics.jsonl; an empty list if there is no such file.
 
     A last line that was cut off by a kill is skipped; a warning counts any other line that cannot be read.
     """

@@ -28,7 +28,8 @@ def compared_pairs(record: Mapping[str, Any]) -> str | None:
 
 
 def options_of_earlier_pairs(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with which a new run compares the same pairs as an earlier version, which had no choice of pairs."""
+    """The options with which a new run compares the same pairs as a run of an earlier version, which had no choice of
+    pairs."""
     resolved = record.get("resolved", {})
     newer = (
         ["pair_choice"] if record.get("variant") == "decorrelation" else ["turns"] if "pair_store" in resolved else []

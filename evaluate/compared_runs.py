@@ -31,7 +31,7 @@ class ComparedRun:
         notes: sentences that compare its numbers with the references and its target L0.
         conditions: a digest that is equal for a run and its controls; "" if the run cannot have controls.
         is_control: whether it is a control, as a run or as a reference.
-        base: the recipe that a control is built from; for another run, the recipe that its controls are built from.
+        base: the recipe that a control is built from; for any other run, the recipe that its controls are built from.
         control_notes: sentences that compare its system with its controls.
     """
 
@@ -112,7 +112,7 @@ def read_results(
 def read_references(
     runs: Sequence[ComparedRun], read: Callable[[Path], RunResults] = read_results
 ) -> list[ComparedRun]:
-    """The references that were measured on the runs' text and hook. Controls are included if one of the runs has them.
+    """The references measured on the same text and hook as the runs. Of the controls, only those of these runs.
 
     `read` returns the results in a folder.
     """

@@ -123,15 +123,15 @@ class EvalContext:
 
     @property
     def text_settings(self) -> dict[str, Any]:
-        """Additional settings of a metric that has its own texts. Only differences from earlier versions are recorded:
-        these used the tokenizer's first token and left out pad, EOS and BOS.
+        """Additional settings of a metric that has its own texts. Only differences from earlier versions are recorded.
+        Earlier versions used the tokenizer's own first token and left out pad, EOS and BOS.
         """
         return self._format_settings(added_bos_id(self.tokenizer))
 
     @property
     def prompt_settings(self) -> dict[str, Any]:
-        """Like `text_settings`, for prompts built from tokens: in earlier versions these began with BOS or, without
-        one, with EOS."""
+        """Like `text_settings`, for prompts built from tokens: in earlier versions, these prompts began with BOS, or
+        with EOS if the tokenizer has no BOS."""
         return self._format_settings(bos_or_eos_id(self.tokenizer))
 
     def _format_settings(self, earlier_bos: int | None) -> dict[str, Any]:
@@ -144,7 +144,7 @@ class EvalContext:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings from this context on which the result of every metric depends."""
+        """The settings in this context that affect the results of every metric."""
         own = {} if self.precision == "float32" else {"sae_precision": self.precision}
         return {"mode": self.mode, **self.model_identity, **own}
 
@@ -158,7 +158,7 @@ class EvalContext:
     ) -> Iterator[ContextBatch]:
         """Yield at most `count` batches of `size` contexts of `text` (default: the held-out text).
 
-        They are on `device` (default: the model's, which is loaded for that).
+        The batches are on `device` (default: the model's device; this loads the model).
 
         Each batch is as wide as its longest context.
         """

@@ -102,7 +102,7 @@ def known_verdict(one: BesideControl, known: KnownVerdicts) -> Verdict | None:
 def describe_beside(found: Sequence[BesideControl]) -> str:
     """One sentence on all numbers of a system; "" if it is better than its controls in each.
 
-    A number that cannot be tested is named only if the control has the better value, or the same.
+    A number that cannot be tested is named only if the control's value is better or equal.
     """
     tested = [one for one in found if one.verdict != "not tested"]
     named: dict[str, list[str]] = {verdict: [str(one) for one in tested if one.verdict == verdict] for verdict in NAMED}
@@ -114,8 +114,8 @@ def describe_beside(found: Sequence[BesideControl]) -> str:
         better = sum(one.verdict == "better" for one in tested)
         parts.insert(0, f"better in {better} of {format_count(len(tested), 'tested number')}")
     return (
-        f"{found[0].system} against its best control: {'; '.join(parts)}. A number that a control also has does not "
-        "show learned features."
+        f"{found[0].system} against its best control: {'; '.join(parts)}. A number that a control also "
+        "reaches does not show learned features."
     )
 
 

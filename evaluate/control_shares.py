@@ -1,4 +1,4 @@
-"""The share of a system's numbers that its controls already have."""
+"""The share of a system's numbers that its controls already reach."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,9 @@ from .rows import MeasuredRun
 from .statistics import Interval, fieller_interval
 
 SHARE_NOTE = (
-    "share lines: how much of a number above its floor (chance, or a useless SAE) a control already has, "
-    "(control - floor) / (run - floor), with its 95 % interval over the pairs. A control is one seed, unless its row "
-    "says more"
+    "share lines: the share of a run's number above its floor (chance, or a useless SAE) that a control "
+    "reaches, (control - floor) / (run - floor), with its 95 % interval over the pairs. A control is one "
+    "seed, unless its row shows more"
 )
 NOT_OF_FEATURES = ("llm", "misc_metrics")  # not about features: the model's own numbers, the share of alive latents
 

@@ -1,7 +1,8 @@
-"""Controls (arXiv 2602.14111): SAEs in which one part keeps its random start, trained like the runs they control for.
+"""Controls (arXiv 2602.14111): SAEs in which one part keeps its random initial weights, trained like the runs they
+control for.
 
-train/variants/controls.py has their recipes and workflows/controls.py trains them. This module decides which control
-belongs to which run, and turns the controls trained by `sae evaluate --controls` into reference rows.
+Their recipes are in train/variants/controls.py, and workflows/controls.py trains them. This module decides which
+control belongs to which run, and turns the controls trained by `sae evaluate --controls` into reference rows.
 """
 
 import json
@@ -32,7 +33,7 @@ def conditions_of(folder: Path) -> dict[str, Any] | None:
     """The conditions shared by a run and its controls: rows and their order, width, L0, steps, batch size, precision.
 
     None for a run that cannot have controls here: an imported run, a run trained with --stream (its rows are gone), or
-    a run of unknown L0.
+    a run whose L0 is unknown.
 
     Raises DamagedError if run.json was damaged.
     """
@@ -47,8 +48,8 @@ def conditions_of(folder: Path) -> dict[str, Any] | None:
 
 
 def base_of(record: RunRecord | None) -> str:
-    """The recipe that a control is built from. For another run, the recipe that its controls are built from: its own if
-    possible, else batchtopk."""
+    """The recipe that a control is built from. For any other run, the recipe that its controls are built from: the
+    run's own recipe if possible, else batchtopk."""
     if record is None:
         return BASES[0]
     if record["variant"] in RECIPES:
@@ -57,7 +58,7 @@ def base_of(record: RunRecord | None) -> str:
 
 
 def trained_l0(folder: Path, record: RunRecord) -> float | None:
-    """The L0 of a run: its --l0, k or l0, else the L0 of its last logged steps, rounded to an integer."""
+    """The L0 of a run: its --l0, k or l0 if set, else the last L0 in its log, rounded to an integer."""
     options = record.get("resolved", {})
     for asked in (record.get("l0"), options.get("k"), options.get("l0")):
         if asked is not None:
@@ -75,16 +76,17 @@ def trained_l0(folder: Path, record: RunRecord) -> float | None:
 
 
 def conditions_digest(conditions: Mapping[str, Any] | None) -> str:
-    """A digest that is equal for a run and its controls; "" where the conditions are unknown."""
+    """A digest that is equal for a run and its controls; "" if the conditions are unknown."""
     return digest_of(dict(conditions)) if conditions else ""
 
 
 def control_rows(group: EvalGroup, folders: Sequence[Path], outlines: bool = False) -> list[EvalRow]:
     """The trained controls among `folders` as reference rows for the runs that they control for.
 
-    Their results are stored with the results of the other references. With `outlines`, their weights are not read.
+    Their results are stored with the results of the other references. If `outlines` is true, their weights are not
+    read.
 
-    Raises UsageError for a folder without a trained control, and DamagedError for one that cannot be read.
+    Raises UsageError for a folder that does not contain a trained control, and DamagedError for a damaged control.
     """
     row_sets = group.row_sets
     rows = [
@@ -100,7 +102,7 @@ def control_rows(group: EvalGroup, folders: Sequence[Path], outlines: bool = Fal
 def matching_controls(group: EvalGroup, folders: Sequence[Path]) -> list[tuple[Path, dict[str, Any], RowSet]]:
     """The trained controls among `folders` that belong to runs of a group, each with its conditions and row set.
 
-    Raises UsageError and DamagedError as `control_rows` does.
+    Raises the same errors as `control_rows`.
     """
     conditions = {folder: control_conditions(folder) for folder in folders}
     return [
@@ -112,11 +114,12 @@ def matching_controls(group: EvalGroup, folders: Sequence[Path]) -> list[tuple[P
 
 
 def control_conditions(folder: Path) -> dict[str, Any]:
-    """The conditions of a trained control. Raises UsageError for anything else."""
+    """The conditions of a trained control. Raises UsageError if the folder is not a trained control."""
     conditions = conditions_of(folder)
     if conditions is None or read_sae_record(folder).get("origin", {}).get("variant") not in RECIPES:
         raise UsageError(
-            f"{folder} is not a control. Give runs of {', '.join(RECIPES)}, as `sae.train_controls` returns them."
+            f"{folder} is not a control. Give folders of runs of {', '.join(RECIPES)}, as returned by "
+            "`sae.train_controls`."
         )
     return conditions
 

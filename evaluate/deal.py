@@ -1,8 +1,8 @@
-"""Assign SAEs to the ranks of one command, from the records alone, before a model is loaded or a weight is read.
+"""Assign SAEs to the ranks of one command. Reads only records: no model is loaded and no weights are read.
 
 A unit is a run, all seeds of a system (for a metric that reads them together), or a set of reference rows. Units are
-ordered by hook and cut into consecutive shares such that the longest share is as short as possible. Each rank then
-reads the model's activations at few hooks.
+ordered by hook and divided into consecutive shares so that the longest share takes as little time as possible. Each
+rank then reads the model's activations at few hooks.
 """
 
 from collections import Counter
@@ -25,7 +25,7 @@ from .rows import EvalGroup, EvalRow, placed
 REFERENCES = "references"  # the untrained rows that a run is compared with: identity, zero, PCA, random dictionary
 REFERENCE_ROWS = 4
 RATE = {"cpu": 2e10, "cuda": 2e13}  # multiplications and additions per second of one core or one GPU
-# metric -> multiplications and additions for one SAE with default options: per weight of the encoder, and a constant.
+# metric -> multiplications and additions for one SAE with default options: (per weight of the encoder, constant).
 # The first four were measured on gemma-2-mini (docs/explanation/several-processes.md), the others are estimates from
 # their number of rows.
 OPERATIONS = {
@@ -43,8 +43,8 @@ class Unit:
     """Work that is assigned to one rank as a whole.
 
     Attributes:
-        runs: the run folders; for reference rows, one of the runs that are compared with them.
-        metrics: their names.
+        runs: the run folders; for reference rows, one of the runs compared with them.
+        metrics: the names of the metrics.
         beside: "" for the runs themselves, REFERENCES for untrained references, or the folder of a control.
         seconds: the estimated time; only the proportions are reliable.
     """
@@ -72,7 +72,7 @@ def deal_work(plan: EvaluatePlan, count: int) -> list[Share]:
 
 
 def ordered_units(plan: EvaluatePlan, group: EvalGroup) -> list[Unit]:
-    """The units of a group, ordered by hook and, at each hook, with the longest first."""
+    """The units of a group, ordered by hook; at each hook, the longest come first."""
     together = [metric for metric in plan.metrics if not metric.independent_seeds]
     alone = [metric for metric in plan.metrics if metric.name in group.settings and metric not in together]
     measurable = [metric for metric in plan.metrics if metric.name in group.settings]
@@ -113,11 +113,11 @@ def unit_of(group: EvalGroup, rows: Sequence[EvalRow], metrics: Sequence[Metric]
 
 
 def seconds_of(metric: Metric, ctx: EvalContext, target: EvalTarget) -> float:
-    """The approximate time of a metric for one SAE, without the work that is shared by all SAEs."""
+    """The approximate time in seconds of a metric for one SAE, without the work that is shared by all SAEs."""
     per_weight, others = OPERATIONS.get(metric.name, UNKNOWN)
     weights = target.sae.d_in * target.sae.d_sae  # type: ignore[attr-defined]
     operations = per_weight * weights + others
-    if metric.name == "core":  # for each SAE the blocks after the hook and the unembedding run again
+    if metric.name == "core":  # the blocks after the hook and the unembedding run again for each SAE
         config, tokens = ctx.model_config, int(ctx.contexts.length.sum())
         unembedding = config.vocab_size * config.hidden_size
         blocks = max(parameter_count(config) - unembedding, 0)

@@ -11,11 +11,11 @@ from .compare_charts import published_series
 from .metrics.base import MetricColumn
 from .metrics.registry import METRICS
 
-SAME_L0 = 1.01  # L0 up to this many times as large counts as equal: thresholds hit a target L0 only roughly
+SAME_L0 = 1.01  # L0 values up to this ratio count as equal: thresholds reach a target L0 only approximately
 ON_FRONTIER = "on the frontier"
 PUBLISHED_NOTE = (
-    "Published results were measured by others on other text, over all rows, and are interpolated over log L0 to the "
-    "L0 of the system."
+    "Published results were measured by others, on other text and over all rows. They are interpolated over "
+    "log L0 to the L0 of the system."
 )
 
 Number = tuple[str, MetricColumn]  # (name of the metric, column)
@@ -39,7 +39,7 @@ class Published(NamedTuple):
 
 
 def l0_of(system: ComparedSystem) -> float | None:
-    """The L0 of a system, a mean over its seeds; None if it is not known."""
+    """The mean L0 of a system over its seeds; None if it is not known."""
     found = system.mean_and_spread(*find_column(*L0))
     return found[0] if found else None
 
@@ -78,7 +78,8 @@ def published_at(system: ComparedSystem, metric: str, column: MetricColumn) -> l
 
 
 def frontier_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a line for each system: the lead of the best system with no higher L0, and published results.
+    """Headings, and a line for each system: how far it is behind the best system whose L0 is no higher, and published
+    results.
 
     Returns only headings if fewer than two systems can be compared and no results are published for their model and
     layer.
@@ -108,7 +109,7 @@ def heading(metric: str, column: MetricColumn) -> str:
 
 
 def behind(system: ComparedSystem, systems: Sequence[ComparedSystem], metric: str, column: MetricColumn) -> str:
-    """A cell: the number, and how far it is behind the best other system with no higher L0."""
+    """A cell: the number, and how far it is behind the best other system whose L0 is no higher."""
     own = system.mean_and_spread(metric, column)
     if own is None:
         return ""

@@ -43,7 +43,7 @@ from .sae_text import change_for
 
 ModelLoader = Callable[[ModelSource, str, str, str], LanguageModel]  # source, dtype, device, attention
 Found = TypeVar("Found")
-TRY_AGAIN = 60.0  # seconds after which a store that could not be reached is tried again
+TRY_AGAIN = 60.0  # seconds before a store that could not be reached is tried again
 UNREACHABLE: dict[Any, tuple[float, TransientError]] = {}  # place of a cache -> the time of the failure, and the error
 
 
@@ -74,8 +74,8 @@ def find_eval_cache(folder: Path, sae: SAE, *, cache: Place | None = None, model
     This is `cache` if given, else the cache the SAE was trained on, even if that has moved to `activations/`. For an
     imported SAE that names no cache, it is the only cache of the SAE's model in `activations/`.
 
-    Raises UsageError when there is no such cache, when several fit, or when the SAE belongs to another model, and
-    DamagedError when the cache it was trained on is damaged.
+    Raises UsageError if there is no such cache, if several match, or if the SAE belongs to another model. Raises
+    DamagedError if the cache it was trained on is damaged.
     """
     match sae.origin:
         case {"model": {"name": str()} as trained_on, "layer": int()}:
@@ -94,8 +94,8 @@ def find_eval_cache(folder: Path, sae: SAE, *, cache: Place | None = None, model
         chosen = open_reachable(cache, lambda: open_place(cache))
         if not same_model(chosen.identity["model"], trained_on):
             raise UsageError(
-                f"{folder} was trained on {describe_record(trained_on)}, but {cache} holds text for "
-                f"{describe_record(chosen.identity['model'])}."
+                f"{folder} was trained on {describe_record(trained_on)}, but {cache} was harvested from "
+                f"{describe_record(chosen.identity['model'])}. Name a cache of the SAE's model with --cache."
             )
         return chosen
     recorded, fingerprint = sae.origin.get("cache"), sae.origin.get("fingerprint")
@@ -112,7 +112,7 @@ def find_eval_cache(folder: Path, sae: SAE, *, cache: Place | None = None, model
         return only_cache_of_model(folder, sae.origin)
     where = f" ({recorded})" if isinstance(recorded, str) else ""
     raise UsageError(
-        f"The cache that {folder} was trained on{where} was not found; it holds the text to evaluate on. "
+        f"The cache that {folder} was trained on{where} was not found. It contains the text to evaluate on. "
         "Move it back or to activations/, harvest it again with the same "
         f"`sae harvest --model {model_label(trained_on)}`, or name another cache of that model with --cache."
     )
@@ -128,7 +128,7 @@ def load_run(
 ) -> tuple[EvalRow, Cache]:
     """A row for a run folder, and the cache whose text the SAE is evaluated on (`find_eval_cache`).
 
-    `max_norm` is passed to `norm_limit_of`. Without a `device`, the weights are not read (`outline_sae`).
+    `max_norm` is passed to `norm_limit_of`. If `device` is None, the weights are not read (`outline_sae`).
     """
     sae = outline_sae(folder) if device is None else load_sae(folder, device)
     text_cache = find_eval_cache(folder, sae, cache=cache, model=model)
@@ -156,7 +156,8 @@ def row_of_run(folder: Path, sae: SAE, cache: Cache, max_norm: float | None = No
 
 
 def only_cache_of_model(folder: Path, origin: Mapping[str, Any]) -> Cache:
-    """The only cache of a model that has held-out text. Used for SAEs trained elsewhere, for which any would do."""
+    """The only cache of a model that has held-out text. Used for SAEs trained elsewhere, which do not need a particular
+    cache."""
     model, name = origin["model"], model_label(origin["model"])
 
     def is_usable(c: Cache) -> bool:
@@ -169,12 +170,12 @@ def only_cache_of_model(folder: Path, origin: Mapping[str, Any]) -> Cache:
     if not usable:
         command = harvest_command(name, Hook.from_record(origin), origin.get("context"))
         raise UsageError(
-            f"{folder} names no cache, and no cache in {sae_home() / 'activations'} holds held-out text for {name}. "
-            f"Name one with --cache, or make one: {command}"
+            f"{folder} names no cache, and no cache in {sae_home() / 'activations'} has held-out text for "
+            f"{name}. Name one with --cache, or harvest one: {command}"
         )
     listed = "\n".join(f"  --cache {c.folder}   ({c.rows:,} rows, {c.identity['data']['name']})" for c in usable)
     raise UsageError(
-        f"{folder} names no cache, and {len(usable)} caches hold held-out text for {name}. Choose one:\n{listed}"
+        f"{folder} names no cache, and {len(usable)} caches have held-out text for {name}. Choose one:\n{listed}"
     )
 
 
@@ -201,17 +202,17 @@ def find_model_of(cache: Cache, given: str | None) -> tuple[ModelSource, Any]:
         )
     except UsageError as error:
         raise UsageError(
-            f"{cache.place} was harvested from {describe_record(cache.identity['model'])}. {error} "
-            "If the folder has moved, name it with --model FOLDER; if it has changed, restore it, or harvest and train "
-            "again: results of one model would be reported for the other."
+            f"{cache.place} was harvested from {describe_record(cache.identity['model'])}. {error} If the "
+            "folder has moved, name it with --model FOLDER. If it has changed, restore it, or harvest and "
+            "train again. Otherwise, results of one model would be reported for another."
         ) from error
 
 
 def check_tokenizer(cache: Cache, source: ModelSource, tokenizer: Any) -> tuple[str, ...]:
     """Compare a model's tokenizer with the tokenizer of a cache.
 
-    Returns a note if the same files produce a different tokenizer with the installed library versions than they did
-    during the harvest.
+    Returns a note if the files are the same but the installed library versions load a different tokenizer from them
+    than the versions used for the harvest.
 
     Raises UsageError if the files have changed.
     """
@@ -222,18 +223,20 @@ def check_tokenizer(cache: Cache, source: ModelSource, tokenizer: Any) -> tuple[
     differing = [f"{name} {made}" for name, made in made_with.items() if made != installed_version(name)]
     if differing and source.is_pinned:
         return (
-            f"the tokenizer of {source.label} differs from that of the harvest, although its files are the same: the "
-            f"harvest had {' and '.join(differing)}. Install that to be sure that texts get the same tokens",
+            f"the tokenizer of {source.label} differs from the tokenizer of the harvest, although its files "
+            f"are the same: the harvest used {' and '.join(differing)}. Install the same to make sure that "
+            "texts are tokenized in the same way",
         )
     raise UsageError(
-        f"{cache.place} was harvested with another tokenizer (sha256 {str(expected)[:12]}) than the one in "
-        f"{source.argument} (sha256 {found[:12]}), so its token ids would mean other text. Restore the tokenizer's "
-        "files, or name the folder that has them with --model; otherwise harvest and train again."
+        f"{cache.place} was harvested with a different tokenizer (sha256 {str(expected)[:12]}) from the one "
+        f"in {source.argument} (sha256 {found[:12]}), so its token ids would stand for different text. "
+        "Restore the tokenizer's files, or name the folder that has them with --model. If they are lost, "
+        "harvest and train again."
     )
 
 
 def versions_of_harvest(cache: Cache) -> dict[str, str]:
-    """The versions of transformers and tokenizers with which a cache was harvested, as far as it records them."""
+    """The versions of transformers and tokenizers with which a cache was harvested, if the cache records them."""
     with contextlib.suppress(SaeError, KeyError, TypeError):
         versions = HARVEST_RECORD.read(cache.folder / "harvest.json")["environment"]["versions"]
         return {name: versions[name] for name in ("transformers", "tokenizers") if isinstance(versions.get(name), str)}
@@ -262,13 +265,13 @@ def make_context(
 ) -> EvalContext:
     """The evaluation context of a cache: its model, found but not loaded yet, and its held-out text.
 
-    The text consists of the first contexts that hold `tokens` tokens; by default it is all of the held-out text.
-    `model` is the model's folder, if it has moved since the harvest. `origin` is the origin of the SAEs: for imported
-    SAEs, their files determine the first token and the length of contexts. `precision` is the precision of the SAEs'
-    matrix products.
+    The text consists of as many of the first contexts as are needed for `tokens` tokens; by default it is all of the
+    held-out text. `model` is the model's folder, if it has moved since the harvest. `origin` is the origin of the SAEs;
+    the origin of imported SAEs determines the first token and the length of contexts. `precision` is the precision of
+    the SAEs' matrix products.
 
-    Raises UsageError when the model or the tokenizer on this machine differs from the one that the cache was made with,
-    or when the cache has no held-out text.
+    Raises UsageError if the model or the tokenizer on this machine differs from the one that the cache was harvested
+    with, or if the cache has no held-out text.
     """
     load = load or model_loader()
     source, model_config = find_model_of(cache, model)
@@ -284,7 +287,7 @@ def make_context(
     tokenizer = load_tokenizer(source)
     notes = check_tokenizer(cache, source, tokenizer)
     form = ContextFormat.of(cache.identity, tokenizer)
-    # SAEBench never counts special tokens, but a cache harvested with --keep-special may count all of them.
+    # SAEBench never counts special tokens, but a cache harvested with --keep-special may count them.
     special = {*form.skip_ids, *special_token_ids(tokenizer), *([] if form.bos_id is None else [form.bos_id])}
     form = replace(form, skip_ids=tuple(sorted(special)))
     change = change_for(origin or {}, form, cache.identity["context"], tokenizer)

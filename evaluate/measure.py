@@ -36,7 +36,7 @@ def measure_all(
     references: Sequence[EvalRow],
     progress: ProgressFactory,
 ) -> None:
-    """Measure every metric for its rows in `due` (keyed by the metric's name) and for reference rows."""
+    """Measure every metric for its rows in `due` (keyed by the metric's name) and for the reference rows."""
     for metric in plan.metrics:
         if metric.name in group.settings:
             read_earlier_results(metric, group, references, plan.config.force)
@@ -56,7 +56,7 @@ def use_precision(rows: Sequence[EvalRow], precision: str) -> None:
 def loaded(row: EvalRow, device: str, precision: str) -> EvalTarget:
     """The target of a row with its SAE in memory, even if the plan has only its outline.
 
-    Raises DamagedError if its files have changed since they were written.
+    Raises DamagedError if the SAE's files have changed since they were written.
     """
     sae = row.target.sae
     if not isinstance(sae, SAE) or not sae.W_enc.is_meta:
@@ -78,7 +78,8 @@ def loaded_targets(rows: Sequence[EvalRow], ctx: EvalContext) -> Iterator[EvalTa
 
 
 def add_control_notes(rows: Sequence[EvalRow]) -> None:
-    """Fill in the notes that compare each system of rows with its controls. All runs of a system get them."""
+    """Set `control_notes` of the rows: sentences that compare each system with its controls. All runs of a system get
+    the same notes."""
     systems = systems_of(rows)
     found = control_notes(systems, summary_columns(), seed_verdicts(rows))
     for label, runs in systems.items():
@@ -89,7 +90,7 @@ def add_control_notes(rows: Sequence[EvalRow]) -> None:
 def reference_rows_if_possible(
     plan: EvaluatePlan, group: EvalGroup, row_sets: Sequence[RowSet] | None = None
 ) -> list[EvalRow]:
-    """Like `reference_rows`. If disk space or memory does not suffice, returns no rows and adds a note to the plan."""
+    """Like `reference_rows`. If disk space or memory is insufficient, returns no rows and adds a note to the plan."""
     try:
         return reference_rows(group, row_sets)
     except Exception as error:
@@ -123,7 +124,7 @@ def reference_rows(group: EvalGroup, wanted: Sequence[RowSet] | None = None) -> 
 
 
 def describe_running_out(metric: Metric, group: EvalGroup, error: BaseException) -> str:
-    """A sentence that says which memory a metric ran out of, and which options to lower."""
+    """Sentences that say which device ran out of memory, and with which options a metric needs less."""
     sizes = [name for name in ("batch_contexts", "tokens") if name in {field.name for field in fields(metric)}]
     smaller = [f"a smaller --set {metric.name}.{name}" for name in sizes]
     ways = [*smaller, "fewer runs in one command", "--no-references", "a smaller model (--dtype bfloat16)"]
@@ -134,7 +135,7 @@ def describe_running_out(metric: Metric, group: EvalGroup, error: BaseException)
 
 
 def measure(metric: Metric, group: EvalGroup, rows: Sequence[EvalRow], progress: ProgressFactory) -> None:
-    """Measure one metric, in one pass, for all rows that lack a result of it."""
+    """Measure one metric, in one pass, for all rows that have no result of it."""
     pending = group.pending(metric.name, rows)
     if not pending:
         return

@@ -25,7 +25,7 @@ class RunsBeside:
     """The references and runs that a run is compared with.
 
     Attributes:
-        references: the references on its text and hook, including its controls.
+        references: the references measured on its text and hook, including its controls.
         seeds: runs that differ from it only in their seed, with core measured in the same way.
         unmeasured: the folders of runs that differ only in their seed, with core measured differently or not at all.
         controls: its controls, one of each recipe, with the results that were measured with the same settings.
@@ -46,14 +46,16 @@ class RunsBeside:
 
 
 def find_neighbours(run: ComparedRun) -> RunsBeside:
-    """Read the references of a run and the other runs in the same folder. A warning names those that cannot be read."""
+    """Read the references of a run and the other runs in the same folder. A warning names the runs that cannot be
+    read."""
     found = RunsBeside(run, read_references([run]))
     controls: dict[str, list[ComparedRun]] = {}
     for folder in sorted(run.folder.resolve().parent.iterdir()):
         if folder == run.folder.resolve() or not (folder / "sae.json").exists():
             continue
         try:
-            # A folder with many runs is read often. So only core is read, the metric by which all runs are compared.
+            # Only core is read, the metric by which all runs are compared: a folder can have many runs and is read
+            # often.
             is_seed = digest_of_system(read_run_record(folder)) == digest_of_system(run.record) != ""
             other = read_run(folder, metrics=("core",))
         except SaeError as error:
@@ -62,7 +64,7 @@ def find_neighbours(run: ComparedRun) -> RunsBeside:
         alike = sae_location(other) == sae_location(run) and measured_alike(run, other)
         if is_seed:
             if other.record["seed"] == run.record["seed"]:
-                continue  # trained twice: not an independent draw
+                continue  # the same seed trained twice is not an independent sample
             if alike:
                 found.seeds.append(other)
             else:
@@ -76,7 +78,8 @@ def find_neighbours(run: ComparedRun) -> RunsBeside:
 
 
 def nearest_seed(run: ComparedRun, others: Sequence[ComparedRun]) -> ComparedRun:
-    """The control with the run's seed, or else the first: a run is compared with one run, not with the best of many."""
+    """The control with the run's seed, or else the first one. A run is compared with one control, not with the best of
+    several."""
     return next((one for one in others if one.record.get("seed") == run.record.get("seed")), others[0])
 
 
@@ -94,8 +97,8 @@ def digest_of_system(record: Mapping[str, Any] | None) -> str:
 
 
 def measured_alike(run: ComparedRun, other: ComparedRun, metric: str = "core") -> bool:
-    """Whether both runs have a result of a metric with the same settings. (Norm limits of two caches differ a
-    little.)"""
+    """Whether both runs have a result of a metric with the same settings. Norm limits are ignored, because those of two
+    caches differ a little."""
     settings = [without_weights(one.settings.get(metric, {})) for one in (run, other)]
     ours, theirs = ({name: v for name, v in one.items() if name != "norm_limit"} for one in settings)
     return metric in run.results and metric in other.results and ours == theirs

@@ -1,4 +1,4 @@
-"""The norm above which an SAE's input rows are outliers, which are left out of its evaluation (cache.outliers)."""
+"""The norm above which an SAE's input rows are outliers. Outliers are left out of its evaluation (cache.outliers)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ def norm_limit_of(origin: Mapping[str, Any], cache: Cache, hook: Hook, max_norm:
     """The limit for an SAE with this `origin` (from sae.json) on the text of a cache; None if no row is an outlier.
 
     If `max_norm` is given, the limit is that multiple of the median norm of the cache's rows at the hook. Otherwise it
-    is the limit in sae.json; for a run of an older version, it is the limit of the cache, if the run was trained on
+    is the limit in sae.json. For a run of an earlier version, it is the limit of the cache if the run was trained on
     that cache.
 
-    Raises UsageError if `max_norm` is given and the cache does not hold the rows of the hook.
+    Raises UsageError if `max_norm` is given and the cache does not contain the rows of the hook.
     """
     if max_norm is not None:
         if math.isinf(max_norm):
@@ -37,7 +37,7 @@ def cached_norm_limit(cache: Cache, hook: Hook) -> float | None:
 
 
 def describe_norm_limits(rows: Sequence[EvalRow]) -> list[str]:
-    """Lines of a plan that say which rows are left out, and for which SAEs no rows are left out."""
+    """Lines of a plan that say which rows are left out for which SAEs."""
     lines = []
     for hook, limit in sorted({(row.target.hook, row.target.norm_limit or math.inf) for row in rows}):
         names = [r.name for r in rows if r.target.hook == hook and (r.target.norm_limit or math.inf) == limit]

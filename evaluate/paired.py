@@ -1,4 +1,4 @@
-"""Pair the runs of two systems for a test: by seed or else by the units of the text on which both were measured.
+"""Pair the runs of two systems for a test, either by seed or by the units of the text on which both were measured.
 
 docs/reference/statistics.md explains what each way can show.
 """
@@ -17,7 +17,7 @@ RunBySeed = Mapping[Any, MeasuredRun]
 
 
 class PairedValues(NamedTuple):
-    """A number of two systems on their common units, or the reason why there are none, as the end of a sentence."""
+    """A number of two systems on their common units, or (as the end of a sentence) the reason why there are none."""
 
     ours: Sequence[float] = ()
     theirs: Sequence[float] = ()
@@ -26,7 +26,7 @@ class PairedValues(NamedTuple):
 
 
 class Pairing(NamedTuple):
-    """The paired differences of a number, or the reason why there are none, as the end of a sentence."""
+    """The paired differences of a number, or (as the end of a sentence) the reason why there are none."""
 
     differences: PairedDifferences | None
     reason: str = ""
@@ -39,7 +39,7 @@ def metric_value(row: MeasuredRun, metric: str, column: MetricColumn) -> float |
 
 
 def half_interval(row: MeasuredRun, metric: str, column: MetricColumn) -> float:
-    """Half the 95 % interval of a number over the text; 0 if it has none."""
+    """Half the 95 % interval of a number over the text; 0 if it has no interval."""
     low, high = row.results[metric].sound.intervals.get(column.category, {}).get(column.name) or (None, None)
     return 0.0 if low is None or high is None else (high - low) / 2
 
@@ -64,12 +64,12 @@ def differences_of(paired: PairedValues) -> Pairing:
 def pair_values(system: RunBySeed, other: RunBySeed, metric: str, column: MetricColumn) -> PairedValues:
     """One number of two systems, as pairs of values.
 
-    - Two seeds or more in common: one pair for each.
-    - `other` is a reference, which has no seed: each seed is paired with this one fixed SAE.
-    - One run each, or one seed in common: these two runs are paired by document, data set or letter.
+    - The systems have two or more seeds in common: one pair for each.
+    - `other` is a reference, which has no seed: each seed is paired with this one SAE.
+    - The systems have one run each, or one seed in common: these two runs are paired by document, data set or letter.
     """
     if not METRICS[metric].independent_seeds:
-        return PairedValues(reason="it belongs to all seeds together")
+        return PairedValues(reason="the number belongs to all seeds together")
     ours, theirs = (
         {seed: value for seed, run in runs.items() if (value := metric_value(run, metric, column)) is not None}
         for runs in (system, other)
@@ -103,7 +103,7 @@ def pair_units(run: MeasuredRun, other: MeasuredRun, metric: str, column: Metric
 
 
 def run_values(run: MeasuredRun, metric: str, column: MetricColumn) -> UnitValues:
-    """The unit of a number, and its values by unit. There are no values if their mean is not the number."""
+    """The unit of a number, and its values by unit. There are no values if their mean does not equal the number."""
     value = metric_value(run, metric, column)
     if value is None:
         return UnitValues(METRICS[metric].unit, {})
@@ -115,7 +115,7 @@ def run_values(run: MeasuredRun, metric: str, column: MetricColumn) -> UnitValue
 
 
 def describe_pairs(differences: PairedDifferences) -> str:
-    """What was paired: "3 seeds", "1,024 groups of documents"."""
+    """The paired units as text: "3 seeds", "1,024 groups of documents"."""
     first, _, rest = differences.unit.partition(" of ")
     plural = f"{first}s of {rest}" if rest else f"{first}s"
     return f"{differences.pairs:,} {plural}"

@@ -1,4 +1,4 @@
-"""Plan an evaluation: open the runs, find their text, and see which results exist already.
+"""Plan an evaluation: open the runs, find their text, and determine which results already exist.
 
 Every error that can be found without loading a model is raised here, or recorded in the plan.
 """
@@ -33,7 +33,7 @@ from .rows import EvalGroup, EvalRow, failures, placed
 from .sae_text import describe_change, text_request
 
 RESULT_BYTES, RESULT_BYTES_PER_LATENT = 1 << 20, 1024  # disk space that the results of a run can need
-NEXT_SUITE = {"quick": "full", "full": "autointerp", "autointerp": ""}  # else "quick"
+NEXT_SUITE = {"quick": "full", "full": "autointerp", "autointerp": ""}  # any other suite is followed by "quick"
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class EvaluateConfig:
     mode: str = "0.6.0"
     model: str | None = None
     cache: str | Path | None = None  # a folder or an address; None: the cache on which each run was trained
-    max_norm: float | None = None  # mask rows over this multiple of the median norm; None: as in training; inf: none
+    max_norm: float | None = None  # mask rows over this multiple of the median norm; None: as in training; inf: no mask
     options: Sequence[str] = ()  # metric.option=value
     data: Path | None = None  # a folder to search for datasets before the Hub
     force: bool = False
     references: bool = True
-    controls: Sequence[Path] = ()  # run folders of controls (workflows/controls.py), trained before this is run
+    controls: Sequence[Path] = ()  # run folders of trained controls (workflows/controls.py)
     device: str = "auto"
     dtype: str = "auto"
     precision: str = "float32"  # of the SAEs' matrix multiplications
@@ -87,7 +87,8 @@ class EvaluatePlan:
         return any(group.pending(metric.name) for group in self.groups for metric in self.metrics)
 
     def describe(self) -> list[str]:
-        """The plan as complete lines: what is refused, what runs on which text, and where results are written."""
+        """The plan as complete lines: what cannot be evaluated, what runs on which text, and where results are
+        written."""
         lines = [
             f"skipped  {one} has not finished training: sae train --resume {quote(one)}" for one in self.unfinished
         ]
@@ -110,12 +111,12 @@ class EvaluatePlan:
                 for metric in self.metrics
                 if (size := sum(group.kept_bytes(metric) for group in self.groups))
             )
-            cached = f"what does not depend on the SAE is cached in {self.artifacts.describe()}{kept}"
+            cached = f"data that do not depend on an SAE are cached in {self.artifacts.describe()}{kept}"
             lines.append(f"writes   evaluations/<metric>.json in each run; {cached}")
         return lines
 
     def _refusals(self) -> list[str]:
-        """Each reason once, followed by the runs to which it applies, except those that the reason itself names."""
+        """Each reason once, followed by the runs that it applies to, except runs that the reason itself names."""
         lines = []
         for reason in dict.fromkeys(map(str, self.refused.values())):
             names = [folder.name for folder, error in self.refused.items() if str(error) == reason]
@@ -157,7 +158,7 @@ class EvaluatePlan:
         return failures(rows) - self.expected_failures
 
     def exit_code(self, rows: Sequence[EvalRow]) -> int:
-        """0 if everything that was asked for was measured, 3 if only damaged files prevented it, else 1.
+        """0 if everything requested was measured, 3 if only damaged files prevented it, else 1.
 
         If a metric of a named suite needs data or packages that this machine lacks, that is not an error.
         """
@@ -190,35 +191,40 @@ class EvaluatePlan:
 
 
 def whole_contexts(asked: int | None, read: int, changed: bool) -> str:
-    """A remark after the number of tokens if that differs from the requested number; otherwise empty.
+    """A remark to follow the number of tokens if it differs from the requested number; otherwise empty.
 
     `changed`: whether an imported SAE's files determine the first token and the length of contexts.
     """
     if asked is None or asked == read:
         return ""
     if changed:
-        return f" ({asked:,} asked; whole contexts are read, begun and cut as the SAE's files say)"
-    return f" ({asked:,} asked; {'whole contexts are read' if read > asked else 'the cache has no more held-out text'})"
+        return (
+            f" ({asked:,} requested; whole contexts are read, and their first token and length follow the SAE's files)"
+        )
+    return (
+        f" ({asked:,} requested; "
+        f"{'whole contexts are read' if read > asked else 'the cache has no more held-out text'})"
+    )
 
 
 def plan_evaluation(config: EvaluateConfig, refused: Mapping[Path, SaeError] | None = None) -> EvaluatePlan:
     """Open the runs, find their text, and read the results of earlier evaluations with the same settings.
 
-    A run that cannot be evaluated is added to `EvaluatePlan.refused`, which begins with the runs in `refused`. The
-    error of a metric that cannot run is in `EvalRow.errors`.
+    A run that cannot be evaluated is added to `EvaluatePlan.refused`, which begins with the runs in `refused`. If a
+    metric cannot run, its error is in `EvalRow.errors`.
 
-    Raises SaeError with all reasons when nothing can be measured and nothing was measured before, UsageError for
-    contradictory arguments, and UnavailableError when a folder cannot be written or the disk is full.
+    Raises SaeError with all reasons if nothing can be measured and nothing was measured before, UsageError for
+    contradictory arguments, and UnavailableError if a folder cannot be written or the disk is full.
     """
     metrics, device, dtype = resolve_config(config)
     if not config.runs:
         raise UsageError("Name the runs to evaluate: sae evaluate runs/...")
     plan = EvaluatePlan(config, metrics, [], artifact_cache(), dict(refused or {}))
     unfinished = unfinished_runs(config.runs)
-    if len(unfinished) < len(config.runs):  # if all are unfinished, load_sae refuses each with a reason
+    if len(unfinished) < len(config.runs):  # if all are unfinished, load_sae raises an error with a reason for each
         plan.unfinished = unfinished
     load = model_loader()
-    for cache, rows in load_rows(plan, None if rank_and_count()[1] > 1 else device):  # a rank loads its share later
+    for cache, rows in load_rows(plan, None if rank_and_count()[1] > 1 else device):  # a rank loads its SAEs later
         try:
             ctx = make_context(
                 cache, mode=config.mode, tokens=config.tokens, data=config.data, device=device, dtype=dtype, load=load,
@@ -238,7 +244,7 @@ def plan_evaluation(config: EvaluateConfig, refused: Mapping[Path, SaeError] | N
             check_writable(plan.artifacts.folder, 0)
         except UnavailableError as error:
             raise UnavailableError(
-                f"{error} What does not depend on the SAE is cached there; set SAE_HOME to use another folder."
+                f"{error} Data that do not depend on an SAE are cached there. Set SAE_HOME to use another folder."
             ) from error
         remove_stale_temporaries(plan.artifacts.folder)
     return plan
@@ -252,8 +258,8 @@ def resolve_config(config: EvaluateConfig) -> tuple[list[Metric], str, str]:
     check_max_norm(config.max_norm)
     if config.data is not None and not config.data.is_dir():
         raise UsageError(
-            f"--data {config.data} is not a folder. Give a folder that holds <name on the Hub>/<split>.jsonl or "
-            ".parquet."
+            f"--data {config.data} is not a folder. Give a folder that contains <name on the "
+            "Hub>/<split>.jsonl or .parquet."
         )
     device = resolve_device(config.device)
     resolve_precision(config.precision, device)
@@ -275,7 +281,7 @@ def load_rows(plan: EvaluatePlan, device: str | None) -> list[tuple[Cache, list[
         groups.setdefault((cache.place, text_request(row.record["origin"])), []).append(row)
         if config.cache and row.record["origin"].get("fingerprint") not in (None, cache.fingerprint):
             plan.notes.append(
-                f"{path} was trained on a different cache from {cache.place}: it may have been trained on this text."
+                f"{path} was trained on a different cache from {cache.place}, so it may have been trained on this text."
             )
     return [(open_place(place), rows) for (place, _), rows in groups.items()]
 
@@ -296,7 +302,8 @@ def unfinished_runs(runs: Sequence[Path]) -> list[Path]:
 
 
 def check_group(plan: EvaluatePlan, group: EvalGroup) -> None:
-    """Refuse the rows of a group that cannot be evaluated, and prepare the metrics of the others."""
+    """Move the rows that cannot be evaluated from a group to `plan.refused`, and prepare the metrics of the other
+    rows."""
     model_config, model = group.ctx.model_config, group.ctx.model_name
     layers = model_config.num_hidden_layers
     for row in list(group.rows):
@@ -314,8 +321,8 @@ def check_group(plan: EvaluatePlan, group: EvalGroup) -> None:
             continue
         if d_in != (width := hook_width(hook, model_config)):
             refuse_row(plan, group, row, UsageError(
-                f"{row.folder} takes activations of width {d_in}, but {model} has width {width} at {hook}: "
-                "it belongs to another model."
+                f"{row.folder} takes activations of width {d_in}, but {model} has width {width} at {hook}. "
+                "It belongs to another model."
             ))  # fmt: skip
     prepare_metrics(plan.metrics, group, plan.config.force)
     for row in list(group.rows):
@@ -330,11 +337,12 @@ def check_group(plan: EvaluatePlan, group: EvalGroup) -> None:
 
 
 def prepare_metrics(metrics: Sequence[Metric], group: EvalGroup, force: bool) -> None:
-    """Fill in the settings of every metric that can run and, without `force`, earlier results with these settings."""
+    """Fill in the settings of every metric that can run and, unless `force` is true, earlier results with these
+    settings."""
     for metric in metrics:
         try:
             group.settings[metric.name] = metric.settings(group.ctx)
-        except SaeError as error:  # something that the metric reads is missing
+        except SaeError as error:  # the metric needs data or packages that are missing
             record_failure(metric, group.rows, error)
             continue
         read_earlier_results(metric, group, group.rows, force)
@@ -352,7 +360,7 @@ def record_failure(metric: Metric, rows: Sequence[EvalRow], error: SaeError) -> 
 
 
 def read_earlier_results(metric: Metric, group: EvalGroup, rows: Sequence[EvalRow], force: bool) -> None:
-    """Fill in the earlier results of rows (not with `force`), and the errors of rows that cannot be measured."""
+    """Fill in the earlier results of rows (unless `force` is true), and the errors of rows that cannot be measured."""
     for row in rows:
         try:
             settings = group.settings_of(metric, row)
@@ -388,9 +396,9 @@ def check_writable(folder: Path, needed: int) -> None:
 
 
 def raise_if_nothing_to_do(plan: EvaluatePlan) -> None:
-    """When nothing can be measured and nothing was measured before, raise all reasons as one error.
+    """If nothing can be measured and nothing was measured before, raise all reasons as one error.
 
-    If all reasons have the same exit code, so has the error.
+    If all reasons have the same exit code, the error has it too.
     """
     if any(metric.name not in row.errors for row in plan.rows for metric in plan.metrics):
         return

@@ -1,9 +1,9 @@
-"""Evaluate over the ranks of a launcher. Each rank measures its share of the SAEs on its own device.
+"""Evaluate with several ranks, started by a launcher. Each rank measures its share of the SAEs on its own device.
 
-While they measure, ranks share only files. Results are files in the run folders. Values that do not depend on an SAE
-are files in the artifact cache, computed by the first rank that needs them. At the end, each rank sends the others what
-no file contains: errors and the names of reference rows. If a rank dies, its SAEs stay unmeasured until the same
-command is run again.
+While they measure, ranks exchange data only through files. Results are files in the run folders. Values that do not
+depend on an SAE are files in the artifact cache, computed by the first rank that needs them. At the end, each rank
+sends the other ranks the data that no file contains: errors and the names of reference rows. If a rank dies, its SAEs
+stay unmeasured until the same command is run again.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from .reference_saes import Identity
 from .results import result_file
 from .rows import EvalGroup, EvalRow
 
-TICK_SECONDS = 2.0  # seconds between two counts of all ranks' results
+TICK_SECONDS = 2.0  # seconds between two counts of the results of all ranks
 
 
 @dataclass
@@ -34,8 +34,8 @@ class Measured:
     """The values that a rank sends to the others.
 
     Attributes:
-        errors: run folder and metric -> why there is no result.
-        references: number of the group and index in it -> a reference row, without its SAE and results.
+        errors: (run folder, metric) -> why there is no result.
+        references: (number of the group, indices in it) -> a reference row, without its SAE and results.
         notes: sentences to show after the tables.
     """
 
@@ -47,14 +47,14 @@ class Measured:
 def measure_over_ranks(
     plan: EvaluatePlan, ranks: ProcessGroup, progress: ProgressFactory, all_rows: bool
 ) -> list[list[EvalRow]]:
-    """Measure this rank's share of a plan, and wait for the others. Returns the rows of each group of the plan.
+    """Measure this rank's share of a plan and wait for the other ranks. Returns the rows of each group of the plan.
 
-    Without `all_rows`, rows that other ranks measured have no results.
+    If `all_rows` is false, rows that other ranks measured have no results.
 
     Raises SaeError if any rank raised one, and UnavailableError if a rank has ended.
     """
     shares = ranks.everywhere(lambda: deal_work(plan, ranks.count))
-    # All ranks use the first rank's assignment: others may have planned when some results already existed.
+    # All ranks use the first rank's assignment, because another rank may have planned when more results existed.
     shares, controls = ranks.gather((shares, plan.config.controls) if ranks.is_first else None)[0]
     plan.config = replace(plan.config, controls=controls)
     view = RanksView(plan, progress) if ranks.is_first else NoView(progress)
@@ -105,9 +105,9 @@ def measure_share(plan: EvaluatePlan, share: Share, progress: ProgressFactory) -
 
 
 def load_due(group: EvalGroup, units: Sequence[Unit], measured: Measured) -> dict[str, list[EvalRow]]:
-    """The rows that are due for each metric, with their SAEs in memory.
+    """The rows to measure for each metric, with their SAEs in memory.
 
-    A damaged run gets an error. So do all seeds of its system, for a metric that reads them together.
+    A damaged run gets an error. For a metric that reads all seeds together, all seeds of its system get the error.
     """
     rows = {row.folder: row for row in group.rows}
     due: dict[str, list[EvalRow]] = {}
@@ -127,7 +127,8 @@ def load_due(group: EvalGroup, units: Sequence[Unit], measured: Measured) -> dic
 
 
 def share_of_references(plan: EvaluatePlan, group: EvalGroup, units: Sequence[Unit]) -> dict[tuple[int, ...], EvalRow]:
-    """The reference rows of some units, by their index among those of the group: row sets first, then controls."""
+    """The reference rows of some units, keyed by their index among the reference rows of the group: row sets first,
+    then controls."""
     if not units:
         return {}
     row_sets = {row.folder: row.target.row_set for row in group.rows}
@@ -146,7 +147,7 @@ def share_of_references(plan: EvaluatePlan, group: EvalGroup, units: Sequence[Un
 
 
 def join(plan: EvaluatePlan, found: Sequence[Measured], all_rows: bool) -> list[list[EvalRow]]:
-    """The rows of each group with the measurements of all ranks: results from files, the rest from their messages."""
+    """The rows of each group with the measurements of all ranks: results from files, the rest from `found`."""
     errors = {key: error for one in found for key, error in one.errors.items()}
     told = {place: row for one in found for place, row in one.references.items()}
     plan.notes += [note for one in found for note in one.notes]
@@ -169,8 +170,8 @@ def join(plan: EvaluatePlan, found: Sequence[Measured], all_rows: bool) -> list[
 def unseen(row: EvalRow, metric: Metric) -> SaeError:
     assert row.folder is not None
     return UnavailableError(
-        f"{result_file(row.folder, metric)} was written by another process and is not seen here. Processes share run "
-        "folders: put them on a file system that all machines see."
+        f"{result_file(row.folder, metric)} was written by another process but cannot be found here. All "
+        "processes must see the same run folders. Put the folders on a shared file system."
     )
 
 
@@ -246,7 +247,8 @@ class RanksView(NoView):
         self.show()
 
     def waiting(self, what: str) -> None:
-        """Show that this rank waits for another one to compute an artifact; with "", that it no longer waits."""
+        """Show that this rank waits until another rank has computed an artifact. With "", show that it no longer
+        waits."""
         self.awaited = f"waiting for another rank, which computes {what}" if what else ""
         self.show()
 

@@ -15,8 +15,8 @@ from ..train.sae import SAE
 from .context import EvalContext
 from .metrics.base import EvalTarget, RowSet
 
-FIT_CONTEXTS = 256  # contexts of training text that the PCA is fitted on: some 30,000 rows
-GAIN_ROWS = 2048  # number of these rows, from the first, used to measure the SAEs' L0 and to fit the gain
+FIT_CONTEXTS = 256  # number of training contexts that the PCA is fitted on: about 30,000 rows
+GAIN_ROWS = 2048  # the first rows, which are used to measure the L0 of the SAEs and to fit the gain
 
 
 class Identity:
@@ -40,7 +40,7 @@ class Zero:
 
 
 class PCA:
-    """x_hat = mean + projection on the `rank` directions of largest variance. Latents are signed and dense."""
+    """x_hat = mean + projection onto the `rank` directions of largest variance. Latents are signed and dense."""
 
     def __init__(self, x_RD: Tensor, rank: int) -> None:
         self.b_dec = x_RD.mean(0)
@@ -68,9 +68,9 @@ def random_dictionary(x_RD: Tensor, d_sae: int, k: int) -> SAE:
 def reference_targets(
     ctx: EvalContext, text: Contexts, row_set: RowSet, targets: Iterable[EvalTarget]
 ) -> dict[str, EvalTarget]:
-    """Identity, zero, PCA and a random dictionary for SAEs of one row set, at their median L0 and width.
+    """Identity, zero, PCA and a random dictionary for the SAEs of one row set, with their median L0 and width.
 
-    The targets are read one after the other, so not all of them have to be in memory.
+    The targets are read one after another, so that not all of them have to be in memory.
 
     Raises UnavailableError if all rows of the text are outliers, or if there are no targets because all are damaged.
     """
@@ -78,10 +78,14 @@ def reference_targets(
     x_RD = sample_activations(ctx, text, hook).float()
     x_RD = x_RD[~outlier_mask(x_RD, norm_limit)]
     if not len(x_RD):
-        raise UnavailableError(f"the norms of all rows of {hook} are over {norm_limit:.4g}, the limit of an outlier.")
+        raise UnavailableError(
+            f"all rows of {hook} are outliers, with norms over {norm_limit:.4g}. Pass --max-norm none to count them."
+        )
     gain_RD = x_RD[:GAIN_ROWS]
     if not (sizes := [l0_and_width(target, gain_RD) for target in targets]):
-        raise UnavailableError(f"no SAE of {hook} could be read, whose L0 and width PCA and random would have.")
+        raise UnavailableError(
+            f"no SAE at {hook} could be read. The PCA and the random dictionary need the L0 and width of one."
+        )
     l0s, widths = torch.stack([l0 for l0, _ in sizes]), torch.tensor([width for _, width in sizes])
     rank = min(max(round(float(l0s.median())), 1), x_RD.shape[1] - 1)
     width = max(int(widths.median()), rank)

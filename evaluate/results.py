@@ -32,10 +32,11 @@ def write_result(
     """Write a result in SAEBench's envelope; `record` is the contents of sae.json.
 
     A result with other settings is copied to `evaluations/earlier/` first. As in SAEBench's files, -1 is written for a
-    number that does not exist. Since a number can also be -1, `absent` lists the places of numbers that do not exist.
+    number that does not exist. Because a number can also be -1, `absent` lists the paths of the numbers that do not
+    exist.
 
-    The metrics without outlier rows are in additional categories masked_<category>. The other parts of that result are
-    under "masked" in eval_result_unstructured.
+    The metrics without outlier rows are in additional categories masked_<category>. The other parts of the result
+    without outlier rows are under "masked" in eval_result_unstructured.
     """
     values = {"metrics": result.named_metrics, "details": result.details}
     absent = list(find_leaves(None, values))
@@ -75,7 +76,7 @@ def read_result(
     """The result of an earlier evaluation with the same settings, or None.
 
     If the result was archived, it is copied back to the metric's file, provided that the folder is writable. `sae` is
-    the content of sae.json, with which the result is compared.
+    the content of sae.json, to which the result must belong.
 
     Raises DamagedError for a file that is not a result, was damaged, or belongs to another SAE.
     """
@@ -91,7 +92,7 @@ def read_result(
     require_result_of(sae or {}, record, archived)
     if archived_file(folder, metric, record["eval_config"]) != archived:
         raise DamagedError(
-            f"{archived} has other settings than the digest in its name says: it was damaged or renamed. "
+            f"The settings in {archived} do not match the digest in its name. The file was damaged or renamed. "
             f"{RESULT_RECORD.remedy}"
         )
     result = result_of(record, archived)
@@ -106,14 +107,14 @@ def read_result_record(path: Path, metric: Metric | type[Metric]) -> ResultFile:
     record = RESULT_RECORD.read(path)
     if record["eval_type_id"] != metric.type_id:
         raise DamagedError(
-            f"{path} is a result of {record['eval_type_id']}, not of {metric.name}: it was renamed. "
+            f"{path} is a result of {record['eval_type_id']}, not of {metric.name}. The file was renamed. "
             f"{RESULT_RECORD.remedy}"
         )
     return record
 
 
 def result_of(record: ResultFile, path: Path) -> MetricResult:
-    """The result that a file holds. Raises DamagedError if its parts contradict each other."""
+    """The result in a result file. Raises DamagedError if its parts contradict each other."""
     unstructured: Any = record["eval_result_unstructured"]
     written = {"metrics": record["eval_result_metrics"], "details": record["eval_result_details"]}
     absent = unstructured.get("absent")
@@ -125,7 +126,7 @@ def result_of(record: ResultFile, path: Path) -> MetricResult:
         }
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise DamagedError(
-            f"{path}: `absent` in eval_result_unstructured does not fit the numbers. {RESULT_RECORD.remedy}"
+            f"{path}: `absent` in eval_result_unstructured does not match the numbers. {RESULT_RECORD.remedy}"
         ) from error
     if (rest := unstructured.get("masked")) is None:
         return make_result(metrics, values["details"], unstructured)
@@ -140,7 +141,7 @@ def make_result(metrics: dict[str, Any], details: list[Any], unstructured: Mappi
 
 
 def archived_file(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> Path:
-    """The file that keeps the result with these settings after a result with other settings has replaced it."""
+    """The file in which the result with these settings is archived when a result with other settings replaces it."""
     return folder / "evaluations" / "earlier" / f"{metric.name}-{digest_of(settings)[:8]}.json"
 
 
@@ -148,8 +149,8 @@ def archive_other_settings(folder: Path, metric: Metric, settings: Mapping[str, 
     """Copy a result with other settings to the archive, because it may have taken hours to measure.
 
     The result is copied rather than moved, and the copy stays in the archive after it has been copied back. Several
-    processes can therefore do both at once without taking results away from one another. Raises UnavailableError if the
-    copy cannot be written.
+    processes can therefore do both at once without losing results. Raises UnavailableError if the copy cannot be
+    written.
     """
     path = result_file(folder, metric)
     with contextlib.suppress(DamagedError):  # there is no result, or the file is not a result and can be overwritten
@@ -160,7 +161,7 @@ def archive_other_settings(folder: Path, metric: Metric, settings: Mapping[str, 
 
 
 def replacing_results(folder: Path) -> AbstractContextManager[None]:
-    """Hold the lock for replacing results of a run, so that no result is replaced before it is archived."""
+    """Hold the lock for replacing the results of a run, so that no result is replaced before it is archived."""
     return held_if_possible(folder / "evaluations" / ".lock")
 
 

@@ -16,7 +16,7 @@ from .context import EvalContext
 from .metrics.base import EvalTarget, Metric, MetricResult, RowSet
 from .metrics.registry import caveats
 
-# Keys of run.json that do not affect the weights, or only by rounding: runs of one recipe can come from several
+# Keys of run.json that do not affect the weights, or only through rounding. Runs of one recipe can come from several
 # commands, machines and versions.
 IGNORED_KEYS = (
     "seed",
@@ -52,19 +52,21 @@ class MeasuredRun(Protocol):
 
     @property
     def conditions(self) -> str:
-        """A digest equal for a run and its controls (`controls.conditions_digest`); "" if it cannot have any."""
+        """A digest that is equal for a run and its controls (`controls.conditions_digest`); "" if it cannot have
+        controls."""
 
     @property
     def is_control(self) -> bool:
-        """Whether a part of it kept its random start (evaluate/controls.py)."""
+        """Whether a part of it kept its random initial weights (evaluate/controls.py)."""
 
     @property
     def base(self) -> str:
-        """The recipe that a control is built from; for another run, the base of its controls (`controls.base_of`)."""
+        """The recipe that a control is built from; for any other run, the base of its controls (`controls.base_of`)."""
 
     @property
     def notes(self) -> Sequence[str]:
-        """Sentences that compare its numbers with others (`notes_beside`). Notes of a single metric are its flags."""
+        """Sentences that compare its numbers with other runs (`notes_beside`). Notes about a single metric are its
+        flags."""
 
     @property
     def control_notes(self) -> Sequence[str]:
@@ -78,17 +80,17 @@ class EvalRow:
     Attributes:
         name: its name in tables.
         target: the SAE and its hook.
-        folder: the folder whose `evaluations/` holds its results; None for an object, whose results are not written.
-        sae_folder: where its SAE is; None for an object and for references that are not trained.
+        folder: the folder with its results in `evaluations/`; None for an object, whose results are not written.
+        sae_folder: the folder of its SAE; None for an object and for references that are not trained.
         record: the contents of sae.json, or a description of the reference.
         weights: digest of the weights, the activations and the hook.
         results: metric name -> result.
         errors: metric name -> why that metric has no result.
         target_l0: the target L0 of its training.
-        conditions: a digest that is equal for a run and its controls; "" if it cannot have any.
+        conditions: a digest that is equal for a run and its controls; "" if it cannot have controls.
         is_control: whether it is a control, as a run or as a reference.
-        base: the base recipe of a control; for another run, the base recipe of its controls.
-        notes: sentences that compare its numbers with others, once all are measured (`notes_beside`).
+        base: the base recipe of a control; for any other run, the base recipe of its controls.
+        notes: sentences that compare its numbers with other rows, set when all rows are measured (`notes_beside`).
         control_notes: sentences that compare its system with its controls.
     """
 
@@ -115,7 +117,7 @@ class EvalRow:
         return self.target.reference
 
     def settings(self, shared: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of a result of this row: those of its group, its weights, and its norm limit."""
+        """The settings of a result of this row: the settings of its group, its weights, and its norm limit."""
         limit = self.target.norm_limit
         return {**shared, "weights": self.weights} | ({} if limit is None else {"norm_limit": limit})
 
@@ -123,9 +125,9 @@ class EvalRow:
         """The row as one flat dictionary, for `pandas.DataFrame([row.flat() for row in rows])`.
 
         Keys are `name`, `layer`, `site` and `metric.category.number`, whose values are numbers or None;
-        `metric.masked_category.number` is without outlier rows, where there were any. A metric that failed has its
-        error message under the metric's name. `notes` is a list of sentences about misleading numbers; read it before
-        the numbers.
+        `metric.masked_category.number` is the number without outlier rows, if there were any. If a metric failed, its
+        error message is under the metric's name. `notes` is a list of sentences about misleading numbers; read it
+        before the numbers.
         """
         values = {
             f"{metric}.{category}.{name}": value
@@ -189,7 +191,8 @@ def digest_without_seed(record: Mapping[str, Any]) -> str:
 
 
 def without_later_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries, except those that earlier versions did not write and whose value is what was implied then."""
+    """The entries, except those that earlier versions did not write and that have the value implied by these
+    versions."""
     return {k: v for k, v in entries.items() if k not in LATER_ENTRIES or v != LATER_ENTRIES[k]}
 
 
@@ -209,7 +212,7 @@ def failures(rows: Iterable[EvalRow]) -> set[tuple[str, str]]:
 
 
 def describe_notes(row: MeasuredRun) -> list[str]:
-    """Every sentence about misleading numbers of a row, as in files and with --json."""
+    """Every sentence about misleading numbers of a row, as in result files and the output of --json."""
     if row.is_reference:
         return []
     of_metrics = [f"{metric}: {note}" for metric, result in row.results.items() for note in result.notes]
@@ -217,7 +220,7 @@ def describe_notes(row: MeasuredRun) -> list[str]:
 
 
 def add_notes(rows: Sequence[EvalRow]) -> None:
-    """Fill in the notes of rows that were measured together. They compare each row with references on the same
+    """Set the notes of rows that were measured together. They compare each row with references on the same
     activations."""
     for row in rows:
         row.notes = notes_beside(row, [one for one in rows if one.target.row_set == row.target.row_set])
@@ -234,7 +237,7 @@ def notes_beside(row: MeasuredRun, references: Iterable[MeasuredRun]) -> list[st
 def below_pca(row: MeasuredRun, references: Iterable[MeasuredRun]) -> list[str]:
     """A sentence if an SAE explains less variance than a PCA with at most as many components as its L0.
 
-    It names the best such PCA of the `references`, which were measured on the same rows.
+    It names the best such PCA among `references`, which were measured on the same rows.
     """
     l0, explained = core_numbers(row) or (None, None)
     if l0 is None or explained is None:

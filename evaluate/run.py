@@ -40,7 +40,7 @@ from .rows import EvalGroup, EvalRow, add_notes, placed
 
 
 def evaluate(config: EvaluateConfig, progress: ProgressFactory = no_progress_bar) -> list[EvalRow]:
-    """Plan and run. Runs that cannot be evaluated are left out; use `plan_evaluation` to see which and why."""
+    """Plan and run an evaluation. Runs that cannot be evaluated are left out; `plan_evaluation` says which and why."""
     return run_evaluation(plan_evaluation(config), progress)
 
 
@@ -49,11 +49,12 @@ def run_evaluation(
 ) -> list[EvalRow]:
     """Carry out a plan and write a result file for each run and metric as soon as it has been measured.
 
-    Returns the rows of all runs, each group followed by its reference rows. A metric that fails leaves its error in
-    `EvalRow.errors`, and the others still run. Several processes of a launcher share the work (evaluate/ranks.py), and
-    each returns all rows; without `all_rows`, rows measured by other processes have no results.
+    Returns the rows of all runs, each group followed by its reference rows. If a metric fails, its error is stored in
+    `EvalRow.errors`, and the other metrics still run. Several processes of a launcher share the work
+    (evaluate/ranks.py), and each returns all rows; if `all_rows` is false, rows measured by other processes have no
+    results.
 
-    Raises the errors as one, with the exit code of the first, when no metric could be measured at all, and
+    If no metric could be measured at all, raises all errors as one, with the exit code of the first. Raises
     UnavailableError if another process of the launcher has ended.
     """
     keep_freed_memory()
@@ -126,32 +127,32 @@ def evaluate_saes(
         31.8
 
     Args:
-        saes: One of two things. A mapping of names to objects with `encode`, (T, d_in) -> (T, d_sae), and `decode`,
-            (T, d_sae) -> (T, d_in). They take raw activations, are on `device` already, and need `cache` and `layer`.
-            No result files are written for them. Or a sequence of run folders (anything `os.PathLike`), for which
-            model, layer and cache are known; results are read from and written to `<run>/evaluations/<metric>.json`,
-            as by `sae evaluate`.
-        cache: The cache whose held-out text is read, and whose model is run. For run folders it defaults to the cache
-            that each was trained on.
+        saes: Either a mapping of names to objects with `encode`, (T, d_in) -> (T, d_sae), and `decode`, (T, d_sae) ->
+            (T, d_in). They take raw activations, must be on `device` already, and need `cache` and `layer`. No result
+            files are written for them. Or a sequence of run folders (anything `os.PathLike`), which record model, layer
+            and cache. Results are read from and written to `<run>/evaluations/<metric>.json`, as in `sae evaluate`.
+        cache: The cache whose held-out text is read and whose model is run. For run folders, it defaults to the cache
+            that each run was trained on.
         layer: The zero-based block whose activations the objects were trained on. Not for run folders, which record it.
-        site: Where in that block: "resid_post" (the residual stream after it) or another site of `sae harvest`.
+        site: The site in that block: "resid_post" (the residual stream after it) or another site of `sae harvest`.
         suite: "quick", "full", or names of metrics separated by commas, such as "core,absorption".
         tokens: How many tokens of held-out text to read. Default: as many as SAEBench reads, or all.
-        mode: Definitions of the metrics: "0.6.0" (SAEBench now) or "2024-12" (behind the papers' numbers).
+        mode: Definitions of the metrics: "0.6.0" (SAEBench's current ones) or "2024-12" (those behind the papers'
+        numbers).
         max_norm: Rows whose norm exceeds this multiple of the median norm, such as attention sinks, are outliers: the
             model keeps its own activations there and they are not counted. "none": all rows count. Default: the limit
             that the SAE was trained with, which run folders record; for objects, the limit of the cache.
         norm_limit: For objects, the limit as an absolute norm.
-        systems: For objects that differ only by seed: the name of each -> the name of their common system, such as
+        systems: For objects that differ only by seed: a mapping from their names to the name of their common system,
+        such as
             {"topk-0": "topk", "topk-1": "topk"}. Stability compares the objects of one system with each other.
         options: Options of metrics, as "metric.option=value".
         data: A folder to search for datasets before the Hub: `<name on the Hub>/<split>.jsonl` or `.parquet`.
         force: Measure again even if a run has a result with the same settings.
         references: Add rows for the identity, zero, a PCA and a random dictionary.
-        controls: Controls of the run folders, as `sae.train_controls` returns them, to be added as
-            reference rows.
-        device: Where the model computes: "auto", "cpu", "cuda", ... Processes of a launcher (torchrun) share run
-            folders, each on its own GPU, and each returns all rows.
+        controls: Controls of the run folders, as returned by `sae.train_controls`, to add as reference rows.
+        device: Where the model computes: "auto", "cpu", "cuda", ... Several processes of a launcher (torchrun) divide
+            the run folders, each on its own GPU, and each returns all rows.
         dtype: The dtype that the model computes in: "auto", "bfloat16" or "float32".
         precision: The precision of the SAEs' matrix products: "float32", "tf32" or "bfloat16". Your own objects compute
             in their own precision and accept only "float32".
@@ -168,7 +169,7 @@ def evaluate_saes(
         UsageError: an object does not encode and decode activations of the model's width, a run folder cannot be
             evaluated, or an argument is invalid.
         DamagedError: a file of a run or cache is corrupt.
-        UnavailableError: the model, the disk or the device is missing something.
+        UnavailableError: the model is not available, the disk is full or not writable, or the device is out of memory.
     """
     config = EvaluateConfig(
         [], suite, tokens, mode, options=options, data=disk_path(data) if data else None, force=force,
@@ -178,16 +179,18 @@ def evaluate_saes(
     if isinstance(saes, Mapping):
         if rank_and_count()[1] > 1:
             raise UsageError(
-                "A launcher has started several processes, and they share SAEs by their run folders: give run folders, "
-                "or start one process for SAEs without one."
+                "A launcher has started several processes, which can divide only run folders. Give run "
+                "folders, or start a single process for SAEs without a run folder."
             )
         if cache is None or layer is None:
-            raise UsageError("SAEs without a run folder need cache= and layer=: cache='activations/...', layer=12.")
+            raise UsageError(
+                "SAEs without a run folder need cache= and layer=, such as cache='activations/...', layer=12."
+            )
         opened = cache if isinstance(cache, Cache) else open_place(cache)
         plan = plan_objects(saes, opened, Hook(layer, site), config, norm_limit, systems)
     elif isinstance(saes, str) or not isinstance(saes, Sequence):
         raise UsageError(
-            f"expected SAEs with their names, as in {{'mine': my_sae}}, or a list of run folders; got "
+            f"Expected a mapping of names to SAEs, as in {{'mine': my_sae}}, or a list of run folders. Found "
             f"{type(saes).__name__} {saes!r:.60}."
         )
     else:
@@ -196,7 +199,7 @@ def evaluate_saes(
         if norm_limit is not None:
             raise UsageError("Run folders record their norm limit: omit norm_limit=, or give max_norm=.")
         if systems is not None:
-            raise UsageError("Run folders record what they differ in: omit systems=.")
+            raise UsageError("Run folders record which of them differ only by seed: omit systems=.")
         place = cache.place if isinstance(cache, Cache) else cache
         plan = plan_folders(saes, replace(config, cache=place if place is None or is_url(place) else Path(place)))
     return run_evaluation(plan, progress)
@@ -221,15 +224,15 @@ def plan_objects(
     norm_limit: float | None = None,
     systems: Mapping[str, str] | None = None,
 ) -> EvaluatePlan:
-    """The plan for objects without a run folder. By default, their norm limit is the cache's."""
+    """The plan for objects without a run folder. By default, they have the norm limit of the cache."""
     if not saes:
-        raise UsageError("There are no SAEs to evaluate. Give them with their names, as in {'mine': my_sae}.")
+        raise UsageError("There are no SAEs to evaluate. Give a mapping of names to SAEs, as in {'mine': my_sae}.")
     systems = systems or {}
     if unknown := [name for name in systems if name not in saes]:
         raise UsageError(f"systems= names {unknown[0]}, which is not among the SAEs{did_you_mean(unknown[0], saes)}")
     metrics, device, dtype = resolve_config(config)
     if config.precision != "float32" and (own := [name for name, sae in saes.items() if not isinstance(sae, SAE)]):
-        raise UsageError(f"{own[0]} is not an SAE of this package, and computes as it does: omit precision=.")
+        raise UsageError(f"{own[0]} is not an SAE of this package, so its precision cannot be chosen: omit precision=.")
     ctx = make_context(
         cache, mode=config.mode, tokens=config.tokens, data=config.data, device=device, dtype=dtype,
         precision=config.precision,
@@ -264,7 +267,7 @@ def check_sae_like(name: str, sae: SAELike, hook: Hook, ctx: EvalContext) -> Non
     """Raise UsageError unless an object encodes and decodes activations of the hook's width, to finite numbers."""
     if getattr(sae, "training", False):
         raise UsageError(
-            f"{name} is in training mode, in which some activations depend on the whole batch: call .eval() on it."
+            f"{name} is in training mode, in which some activations depend on the whole batch. Call .eval() on it."
         )
     generator = torch.Generator().manual_seed(0)
     x_BD = torch.randn(2, hook_width(hook, ctx.model_config), generator=generator).to(ctx.device)
@@ -281,4 +284,4 @@ def check_sae_like(name: str, sae: SAELike, hook: Hook, ctx: EvalContext) -> Non
             "have the shape of x."
         )
     if not all(torch.isfinite(torch.as_tensor(part)).all() for part in (f_BF, recon_BD)):
-        raise UsageError(f"{name} returns NaN or infinity for finite activations: its weights may not be finite.")
+        raise UsageError(f"{name} returns NaN or infinity for finite activations. Its weights may not be finite.")

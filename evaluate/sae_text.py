@@ -1,8 +1,8 @@
 """The first token and the length of the contexts on which an SAE is evaluated.
 
 An SAE that was trained here is evaluated on the unchanged contexts of its cache. An imported SAE was trained on other
-text: its contexts begin with the token named in its files, or else as in a new harvest, and are cut to the length on
-which it was trained.
+text. Its contexts begin with the token named in its files, or else with the same token as in a new harvest, and are cut
+to the length on which it was trained.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ class ContextChange:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings on which a result depends, other than the cache; empty if nothing changes."""
+        """The settings that affect a result in addition to the cache; empty if nothing changes."""
         bos = {} if self.bos is None else {"bos": self.bos[1]}
         return bos | ({} if self.max_tokens is None else {"max_tokens": self.max_tokens})
 
@@ -42,7 +42,8 @@ class ContextChange:
         return ContextFormat(new, tuple(sorted({*form.skip_ids, *([] if new is None else [new])})), form.skip_positions)
 
     def apply(self, contexts: Contexts) -> Contexts:
-        """The contexts, cut and with the new first token, which also begins packed documents. Empty ones are left out.
+        """The contexts, cut and with the new first token, which also begins packed documents. Empty contexts are left
+        out.
 
         If a context was full, the added first token displaces its last token.
         """
@@ -100,7 +101,7 @@ def bos_request(origin: Mapping[str, Any], tokenizer: Any) -> str:
 
 
 def text_request(origin: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A key: SAEs with equal keys are evaluated on the same contexts of a cache."""
+    """A key that is equal for SAEs that are evaluated on the same contexts of a cache."""
     return tuple(origin.get(key) for key in ("bos_token", "prepend_bos", "context")) if is_imported(origin) else ()
 
 
@@ -125,5 +126,8 @@ def describe_change(
     if change.max_tokens:
         lines.append(f"{name}: contexts are cut from {context} tokens to {change.max_tokens}, as it was trained on")
     elif isinstance(trained_on, int) and trained_on > context:
-        lines.append(f"{name}: it was trained on contexts of {trained_on} tokens; those of the cache have {context}")
+        lines.append(
+            f"{name}: it was trained on contexts of {trained_on} tokens; the contexts of the cache have "
+            f"{context} tokens"
+        )
     return lines

@@ -1,7 +1,7 @@
-"""Intervals, tests and smallest detectable differences, as docs/reference/statistics.md prescribes.
+"""Intervals, tests and smallest detectable differences, as defined in docs/reference/statistics.md.
 
-Nothing here knows of runs or metrics. The functions take numbers, one for each resampled unit: a seed, a document, a
-data set, a letter. scipy computes them; only Holm's correction, which scipy lacks, is written out here.
+This module does not depend on runs or metrics. The functions take numbers, one for each resampled unit: a seed, a
+document, a data set, a letter. scipy does the computations, except Holm's correction, which it lacks.
 """
 
 import math
@@ -16,11 +16,11 @@ from scipy.special import nctdtrinc
 from scipy.stats import binomtest, bootstrap, t, ttest_1samp
 
 CONFIDENCE = 0.95  # of every interval
-LEVEL = 0.05  # of the tests of a table together
+LEVEL = 0.05  # of all tests of a table together
 POWER = 0.8  # probability of detecting the smallest detectable difference
 REPLICATES = 1000  # of a bootstrap
 MARGIN = 0.01  # default margin of equivalence, as a share of the range of a number
-NO_SPREAD = 1e-9  # differences that are equal to this relative tolerance have no spread to test with
+NO_SPREAD = 1e-9  # differences that are equal within this relative tolerance have no spread to test with
 
 Verdict = Literal["better", "worse", "equivalent", "not distinguishable", "same in every pair", "not tested"]
 Interval = tuple[float, float]
@@ -28,7 +28,7 @@ Statistic = Callable[..., Any]  # of samples, along the keyword `axis`
 
 
 def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """The interval of the mean by Student's t (`scipy.stats.t.interval`). Takes at least two values."""
+    """The interval of the mean by Student's t (`scipy.stats.t.interval`). Needs at least two values."""
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
     if not error:
         return float(np.mean(values)), float(np.mean(values))
@@ -37,7 +37,8 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
 
 
 def prediction_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """The range expected of another such value: mean ± t sd sqrt(1 + 1/n) by Student's t. Takes at least two values.
+    """The range in which another such value is expected: mean ± t sd sqrt(1 + 1/n) by Student's t. Needs at least two
+    values.
 
     Unlike the interval of the mean, it does not shrink to a point as the number of values grows.
     """
@@ -51,10 +52,10 @@ def prediction_interval(values: Sequence[float], confidence: float = CONFIDENCE)
 def fieller_interval(
     numerators: Sequence[float], denominators: Sequence[float], confidence: float = CONFIDENCE
 ) -> Interval | None:
-    """Fieller's interval of the ratio of two paired means (J. R. Statist. Soc. B 16, 1954). Takes at least two pairs.
+    """Fieller's interval of the ratio of two paired means (J. R. Statist. Soc. B 16, 1954). Needs at least two pairs.
 
-    These are the ratios q for which a paired t test of numerators - q denominators finds no difference from 0.
-    None if they are unbounded, because the mean of the denominators may be 0.
+    The interval contains the ratios q for which a paired t test of numerators - q denominators finds no difference from
+    0. None if it is unbounded, because the mean of the denominators may be 0.
     """
     top, bottom, pairs = float(np.mean(numerators)), float(np.mean(denominators)), len(numerators)
     limit = float(t.isf((1 - confidence) / 2, pairs - 1)) ** 2 / pairs
@@ -81,12 +82,12 @@ def mean_of_means(*samples: NDArray[Any], axis: int = -1) -> Any:
 def bootstrap_interval(
     samples: Sequence[ArrayLike], seed: int, statistic: Statistic = mean_of_means, replicates: int = REPLICATES
 ) -> list[float]:
-    """95 % percentile interval of a statistic (`scipy.stats.bootstrap`); each sample is resampled by itself.
+    """95 % percentile interval of a statistic (`scipy.stats.bootstrap`). Each sample is resampled separately.
 
-    `statistic` takes the samples as arguments and the keyword `axis`. The same `seed` gives the same draws, so
+    `statistic` takes the samples as arguments and the keyword `axis`. The same `seed` leads to the same draws, so
     intervals of SAEs that were measured on the same units come from the same resamples.
     """
-    # scipy refuses a sample of one value. Two copies of the value have the same resamples.
+    # scipy raises an error for a sample of one value. Two copies of the value have the same resamples.
     arrays = [np.repeat(array, 2) if len(array := np.asarray(sample)) == 1 else array for sample in samples]
     found = bootstrap(
         arrays, statistic, n_resamples=replicates, vectorized=True, method="percentile",
@@ -100,9 +101,9 @@ def detectable_difference(sd: float, pairs: int, level: float = LEVEL, power: fl
 
     It is sd / sqrt(pairs) * nc, where nc is the noncentrality at which Student's noncentral t with pairs - 1 degrees of
     freedom exceeds the critical value t(1 - level/2) with probability `power` (`scipy.special.nctdtrinc`). The other
-    tail, which such a difference reaches with a probability under 1e-3, is left out.
+    tail, which such a difference reaches with a probability below 1e-3, is ignored.
 
-    `sd` is the standard deviation of the paired differences. The measured difference plays no part in it.
+    `sd` is the standard deviation of the paired differences. The result does not depend on the measured difference.
     """
     degrees = pairs - 1
     noncentrality = nctdtrinc(degrees, 1 - power, t.isf(level / 2, degrees))
@@ -112,8 +113,9 @@ def detectable_difference(sd: float, pairs: int, level: float = LEVEL, power: fl
 def holm(p_values: Sequence[float]) -> list[float]:
     """The p-values corrected for their number, in the same order (Holm 1979).
 
-    The smallest of m is multiplied by m, the next by m - 1, and so on; none becomes smaller than one before it, or
-    larger than 1. The probability that any below 0.05 is wrong is then at most 0.05, whatever their dependence.
+    The smallest of m p-values is multiplied by m, the next by m - 1, and so on. No corrected value is smaller than the
+    one before it, or larger than 1. The probability of any false rejection at 0.05 is then at most 0.05, even if the
+    tests depend on each other.
     """
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     corrected, largest = [0.0] * len(p_values), 0.0
@@ -149,7 +151,8 @@ class PairedDifferences:
 
     @cached_property
     def has_spread(self) -> bool:
-        """Whether the differences are not all equal. If they are, there is no test: their variation is unknown."""
+        """Whether the differences are not all equal. If they are equal, their variation is unknown, so there is no
+        test."""
         return not math.isclose(min(self.values), max(self.values), rel_tol=NO_SPREAD)
 
     @property
@@ -163,7 +166,8 @@ class PairedDifferences:
         return float(ttest_1samp(self.values, 0).pvalue) if self.has_spread else 1.0
 
     def equivalence_p_value(self, margin: float) -> float:
-        """The p-value of two one-sided t tests (Schuirmann 1987): the mean difference is not within +- `margin`."""
+        """The p-value of two one-sided t tests (Schuirmann 1987) of the hypothesis that the mean difference is not
+        within +- `margin`."""
         above = ttest_1samp(self.values, -margin, alternative="greater").pvalue
         below = ttest_1samp(self.values, margin, alternative="less").pvalue
         return float(max(above, below))
@@ -179,7 +183,7 @@ class PairedComparison(NamedTuple):
     Attributes:
         differences: None if there are no pairs.
         better: "up" or "down", the better direction of the number; "" if it has none and is not tested.
-        margin: differences of at most this size count as none; None if no margin is stated.
+        margin: differences of at most this size count as equivalent; None if there is no margin.
     """
 
     differences: PairedDifferences | None
@@ -199,7 +203,7 @@ class Finding(NamedTuple):
         p_value: corrected for the comparisons of the table; None if it was not tested.
         equivalence_p_value: corrected likewise; None without a margin or a spread.
         detectable: the smallest detectable difference; None without a spread.
-        small: a difference that was found is also shown to be within the margin.
+        small: the verdict is better or worse, but the difference is also shown to be within the margin.
     """
 
     verdict: Verdict
@@ -254,5 +258,5 @@ def conclude(one: PairedComparison, p_value: float | None, equivalence: float | 
 
 
 def default_margin(floor: float | None, ceiling: float | None) -> float | None:
-    """The margin of a number for which none was given: a hundredth of its range; None without two ends."""
+    """The margin of a number for which no margin was given: 1 % of its range; None if the range is not known."""
     return None if floor is None or ceiling is None else MARGIN * (ceiling - floor)

@@ -14,7 +14,7 @@ from .paired import SEED, RunBySeed, half_interval, metric_value, pair_runs, pai
 from .rows import EvalRow, MeasuredRun, digest_without_seed
 from .statistics import Finding, PairedComparison, PairedDifferences, Verdict, default_margin, judge
 
-VARYING = re.compile(r"[0-9.]+|\b[a-z](?:, [a-z])*(?=\))")  # in a flag: numbers, and letters listed before a bracket
+VARYING = re.compile(r"[0-9.]+|\b[a-z](?:, [a-z])*(?=\))")  # in a flag: numbers, and letters listed before a ")"
 ARROWS = {"up": " ↑", "down": " ↓", "": ""}
 
 
@@ -27,10 +27,10 @@ def describe_model(record: Mapping[str, Any]) -> str:
 def tables(rows: Sequence[EvalRow]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """Yield (title, heads, lines) for each metric that was measured.
 
-    A cell is a number, with half its 95 % interval if it has one. It is empty if the row has no such number. Numbers
-    that no row has get no column. For each group of runs that differ only in their seed, there is a line with mean and
-    standard deviation, and there are tests against the first such group. Without seeds, the last line is the smallest
-    detectable difference.
+    A cell is a number, with half its 95 % interval if it has one. It is empty if the row has no such number. Columns
+    without any number are left out. For each group of runs that differ only in their seed, there is a line with mean
+    and standard deviation, and there are tests against the first such group. If there are no such groups, the last line
+    is the smallest detectable difference.
     """
     for name, columns in shown_columns(rows).items():
         measured = [row for row in rows if name in row.results]
@@ -72,7 +72,8 @@ def without_empty_columns(heads: Sequence[str], lines: Sequence[Sequence[str]]) 
 
 
 def describe_counts(results: Sequence[MetricResult]) -> str:
-    """The amount that was measured, if it is the same for all results, and how many outlier rows were left out."""
+    """The counts of what was measured, if they are the same for all results, and the number of outlier rows left
+    out."""
     counts = {
         ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in one.n.items() if n and what != OUTLIERS)
         for one in results
@@ -85,10 +86,10 @@ def describe_counts(results: Sequence[MetricResult]) -> str:
 
 
 def notes(rows: Sequence[MeasuredRun], shown: Collection[str] | None = None) -> list[str]:
-    """The flags and notes of all runs as sentences. Flags that differ only in their numbers, or in the letters that
-    they list, appear once.
+    """The flags and notes of all runs as sentences. Flags that differ only in their numbers, or in listed letters,
+    appear once.
 
-    They are about the numbers that tables show, without outlier rows. `shown` names the metrics that can be in tables
+    They are about the numbers without outlier rows, which tables show. `shown` names the metrics that can be in tables
     (default: all). The caveats of measured metrics are included.
     """
     measured = dict.fromkeys(metric for row in rows for metric in row.results)
@@ -109,13 +110,13 @@ def notes(rows: Sequence[MeasuredRun], shown: Collection[str] | None = None) -> 
 
 
 def column_heading(column: MetricColumn) -> str:
-    """The name, with an arrow in the better direction and, below, the range of the number."""
+    """The name with an arrow in the better direction and, on the next line, the range of the number."""
     ends = ["" if end is None else f"{end:g}" for end in (column.floor, column.ceiling)]
     return column.heading + ARROWS[column.better] + (f"\n{ends[0]}..{ends[1]}" if any(ends) else "")
 
 
 def metric_heading(metric: str, column: MetricColumn) -> str:
-    """The column's heading, below the name of its metric if the heading alone is ambiguous."""
+    """The column's heading; if the heading alone is ambiguous, the name of the metric is on the line above it."""
     names = {
         "absorption": "absorption",
         "sparse_probing": "probing",
@@ -146,9 +147,9 @@ def format_with_spread(value: float, spread: float, form: str) -> str:
 def seed_lines(rows: Sequence[EvalRow], metric: str, columns: Sequence[MetricColumn]) -> list[list[str]]:
     """A line with mean and sd for each group of runs that differ only in their seed.
 
-    From the second group on, three lines follow: its difference from the first group, paired over runs with the same
-    seed, with half the 95 % interval; the smallest difference that these seeds could show; and the verdict, by p-values
-    that are corrected for all comparisons of the table (docs/reference/statistics.md).
+    For every group except the first, three lines follow: its difference from the first group, paired over runs with the
+    same seed, with half the 95 % interval; the smallest difference that these seeds can detect; and the verdict, based
+    on p-values that are corrected for all comparisons of the table (docs/reference/statistics.md).
     """
     groups = runs_by_seed(rows)
     judged = judge_seeds(groups, metric, columns)
@@ -210,10 +211,10 @@ def seed_differences(
 
 
 def detectable_lines(rows: Sequence[EvalRow], metric: str, columns: Sequence[MetricColumn]) -> list[list[str]]:
-    """A line with the smallest difference between two SAEs that this text could show; no line if nothing is paired.
+    """A line with the smallest difference between two SAEs that this text can detect; no line if nothing is paired.
 
-    That difference is the largest over the comparisons of the first SAE with each other SAE, at the level that remains
-    for each.
+    This is the largest value over the comparisons of the first SAE with each other SAE, at the level corrected for
+    their number.
     """
     saes = [row for row in rows if not row.is_reference]
     if len(saes) < 2:

@@ -177,7 +177,7 @@ def test_a_tokenizer_that_changed_is_refused_at_evaluation(
 
     monkeypatch.setattr(inputs, "load_tokenizer", load_changed)
     expected = cache.identity["tokenizer"][:12]
-    refusal = rf"was harvested with another tokenizer \(sha256 {expected}\) than the one in .*Restore .*--model"
+    refusal = rf"was harvested with a different tokenizer \(sha256 {expected}\) from the one in .*Restore .*--model"
     with pytest.raises(UsageError, match=refusal):
         evaluate(run.folder)
     with pytest.raises(UsageError, match=refusal):
@@ -185,7 +185,9 @@ def test_a_tokenizer_that_changed_is_refused_at_evaluation(
     monkeypatch.setattr(inputs, "versions_of_harvest", lambda cache: {"transformers": "4.0.0"})
     config = EvaluateConfig([run.folder], suite="core", tokens=200, references=False, device="cpu", force=True)
     plan = plan_evaluation(config)
-    (note,) = [line for line in plan.describe() if "differs from that of the harvest, although its files" in line]
+    (note,) = [
+        line for line in plan.describe() if "differs from the tokenizer of the harvest, although its files" in line
+    ]
     assert "the harvest had transformers 4.0.0. Install that" in note
     assert run_evaluation(plan)[0].results["core"].metrics == before
     monkeypatch.setattr(ModelSource, "is_pinned", False)

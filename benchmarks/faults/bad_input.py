@@ -247,7 +247,7 @@ def bad_saes(m: Matrix) -> None:
         "its scores stand",
         bool(said),
     )
-    read = [line for line in outcome.err.splitlines() if line.endswith("(100 asked; whole contexts are read)")]
+    read = [line for line in outcome.err.splitlines() if line.endswith("(100 requested; whole contexts are read)")]
     m.row(
         "`evaluate --tokens` within a context", outcome._replace(err="\n".join(read)), OK, "whole contexts", bool(read)
     )

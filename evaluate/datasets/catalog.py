@@ -12,8 +12,8 @@ from . import sae_probes
 class ExternalData:
     """Data that are published by another project and read by a metric.
 
-    `size` is the size in bytes of the files that are kept. `get` fetches the data (from a file if one is given) and
-    returns False if they were already there. `data_sets` returns the headings and lines of a table of the data sets.
+    `size` is the size of the stored files in bytes. `get` fetches the data (from a file if one is given) and returns
+    False if they were already there. `data_sets` returns the headings and lines of a table that lists the data sets.
     """
 
     name: str
@@ -52,7 +52,7 @@ CATALOG = {
 
 
 def find(name: str) -> ExternalData:
-    """The data of this name. Raises UsageError for an unknown name."""
+    """The data with this name. Raises UsageError for an unknown name."""
     if name not in CATALOG:
         raise UsageError(f"there are no data {name}{did_you_mean(name, CATALOG)}")
     return CATALOG[name]

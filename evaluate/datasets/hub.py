@@ -48,13 +48,13 @@ def latest_commit(name: str) -> str:
 
 @functools.cache
 def connection_error() -> Exception | None:
-    """Why the Hub cannot be reached, or None. The answer is cached, because each attempt on a network that drops
-    packets takes a full timeout."""
+    """Why the Hub cannot be reached; None if it can. The result is cached, because on a network that drops packets each
+    attempt takes a full timeout."""
     import huggingface_hub
 
     try:
         huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=TIMEOUT_SECONDS)
-    except Exception as error:  # from whichever HTTP client it uses, or because offline mode is set
+    except Exception as error:  # the type depends on the HTTP client; it can also mean that offline mode is set
         return error
     return None
 
@@ -75,12 +75,12 @@ def is_commit(text: str) -> bool:
 
 
 def check_commit(name: str, wanted: str, dataset: Any) -> None:
-    """Raise UnavailableError if `datasets`, being offline, has used a copy from a different commit."""
+    """Raise UnavailableError if `datasets` was offline and used a copy from a different commit."""
     for file in getattr(dataset, "cache_files", [])[:1]:
         commit = Path(file["filename"]).parent.name
         if is_commit(commit) and commit != wanted:
             raise UnavailableError(
-                f"The dataset {name} is pinned to commit {wanted[:12]} here, but the copy on this machine is "
-                f"{commit[:12]}. Connect to the Hub, or remove activations/evaluation/datasets/"
+                f"The dataset {name} is pinned to commit {wanted[:12]}, but the copy on this machine is of "
+                f"commit {commit[:12]}. Connect to the Hub, or remove activations/evaluation/datasets/"
                 f"{name.replace('/', '--')}.json to use the copy."
             )

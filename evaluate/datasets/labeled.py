@@ -1,10 +1,10 @@
 """Labeled texts for probing, SCR and TPP: train/test -> class -> texts, sampled as in SAEBench.
 
-There are eight datasets under their Hub names, with SAEBench's classes in SAEBench's order. Substitutes built from the
-standard library (stdlib.py) have names that begin with `stdlib/`. Sizes count the texts of one binary task. Half of its
-texts belong to one class, so a class has train_set_size // 2 texts.
+Eight datasets have their Hub names and SAEBench's classes in SAEBench's order. Substitutes built from the standard
+library (stdlib.py) have names that begin with `stdlib/`. Sizes count the texts of one binary task. Each class provides
+half of them, so a class has train_set_size // 2 texts.
 
-A dataset is read from a local folder if it is there, <data>/<name>/<split>.jsonl or .parquet (europarl:
+A dataset is read from the local file <data>/<name>/<split>.jsonl or .parquet if it exists (europarl:
 <data>/<name>/<pair of languages>/train), else from the Hub. Names such as <bias_in_bios>_class_set1 and
 <amazon_reviews>_sentiment are SAEBench's; they are read from the folder of the dataset itself.
 """
@@ -39,7 +39,7 @@ class LabeledDataset:
     """A dataset whose rows have a label, and optionally an attribute over which every class is balanced.
 
     Attributes:
-        name: the dataset that the rows are read from.
+        name: the name of the dataset on the Hub.
         text, label, attribute: names of columns.
         classes: the values of the label that are used.
         values: the values of the attribute; SCR's positive value comes first.
@@ -85,7 +85,7 @@ class LabeledDataset:
 
 @dataclass(frozen=True)
 class CodeDataset:
-    """github-code: the first long enough files of each language, without their beginning (often a license)."""
+    """github-code: the first files of each language that are long enough, without their beginning (often a license)."""
 
     name: str
     languages: tuple[str, ...]
@@ -109,7 +109,7 @@ class TranslationDataset:
     """europarl: for each language, the first sentences from one side of a language pair."""
 
     name: str
-    subsets: tuple[tuple[str, str], ...]  # (language, language pair that it is read from)
+    subsets: tuple[tuple[str, str], ...]  # (language, the language pair it is read from)
 
     def read(self, dataset: str, data: Path | None, sizes: dict[str, int]) -> Texts:
         wanted = 1 + sum(size // 2 for size in sizes.values())
@@ -139,7 +139,7 @@ REVIEW_COLUMNS: dict[str, Any] = {"text": "text", "label": "category", "attribut
 BIOS_PAIRS = ((21, 13), (1, 11), (25, 22), (2, 26))
 # (books, CDs and vinyl), (software, electronics), (pet supplies, office products), (industrial, toys and games)
 REVIEWS_PAIRS = ((24, 26), (30, 6), (18, 11), (3, 1))
-# A probe trained on both signals of these pairs uses both. With other pairs, such as prose and code, it uses only one.
+# A probe trained on both signals of these pairs uses both. For other pairs, such as prose and code, it uses only one.
 SUBJECT_PAIRS = (("network", "numbers"), ("numbers", "python"), ("files", "numbers"))
 
 HUB: dict[str, LabeledDataset | CodeDataset | TranslationDataset] = {
@@ -162,7 +162,7 @@ STAND_INS: dict[str, LabeledDataset] = {
     ),
 }
 DATASETS: dict[str, LabeledDataset | CodeDataset | TranslationDataset] = HUB | STAND_INS
-# Names of the classes that a dataset stores as numbers.
+# The names of classes that a dataset stores as numbers.
 CLASS_NAMES: dict[str, dict[str, str]] = {
     BIOS: {str(number): name for number, name in enumerate((
         "accountant architect attorney chiropractor comedian composer dentist dietitian dj filmmaker interior_designer "
@@ -178,14 +178,15 @@ CLASS_NAMES: dict[str, dict[str, str]] = {
 
 
 def load_texts(name: str, data: Path | None, train_set_size: int = 4000, test_set_size: int = 1000) -> Texts:
-    """train/test -> class -> texts, in SAEBench's order of classes: train_set_size // 2 (test_set_size // 2) of each.
+    """train/test -> class -> texts, with the classes in SAEBench's order and train_set_size // 2 (test_set_size // 2)
+    texts per class.
 
     Raises UsageError for an unknown name, a missing column or a class with too few texts, and UnavailableError if the
     Hub cannot be reached.
     """
     for option, size in (("train_set_size", train_set_size), ("test_set_size", test_set_size)):
         if size < 4:
-            raise UsageError(f"{option}={size} leaves no text for a class: expected at least 4.")
+            raise UsageError(f"{option}={size} leaves no text for a class. Expected at least 4.")
     return find_dataset(name).read(name, data, {"train": train_set_size, "test": test_set_size})
 
 
@@ -204,11 +205,11 @@ def load_quadrants(
 ) -> dict[tuple[str, str], Quadrants]:
     """SCR's pairs of classes (c+, c-) -> train/test -> quadrant -> texts in the order of the dataset.
 
-    Let q = size // 4, and a+ and a- the positive and negative value of the attribute. PP has the first 2q texts of
-    (c+, a+) and NN those of (c-, a-); NP has the first q of (c+, a-) and PN those of (c-, a+). Like SAEBench, this
-    requires one more text in PP and NN.
+    Let q = size // 4, and let a+ and a- be the positive and the negative value of the attribute. PP has the first 2q
+    texts of (c+, a+) and NN those of (c-, a-); NP has the first q of (c+, a-) and PN those of (c-, a+). Like SAEBench,
+    this requires one more text in PP and NN.
 
-    Raises UsageError for a dataset without pairs or a quadrant with too few texts, and like `load_texts`.
+    Raises UsageError for a dataset without pairs or a quadrant with too few texts, and the errors of `load_texts`.
     """
     source = find_dataset(name)
     if not isinstance(source, LabeledDataset) or not source.pairs:
@@ -234,7 +235,7 @@ def load_quadrants(
 def dataset_version(name: str, data: Path | None) -> str:
     """The version of a dataset, for the settings of a result: a digest of local files, or a commit on the Hub.
 
-    Raises UnavailableError when the Hub does not report the commit.
+    Raises UnavailableError if the Hub does not report the commit.
     """
     source = find_dataset(name)
     if name in STAND_INS:
@@ -258,7 +259,7 @@ def dataset_version(name: str, data: Path | None) -> str:
 
 
 def hub_commit(name: str, place: str) -> str:
-    """The pinned commit of a dataset on the Hub. Raises UnavailableError when the Hub does not report it."""
+    """The pinned commit of a dataset on the Hub. Raises UnavailableError if the Hub does not report it."""
     try:
         return hub.pinned_commit(name)
     except Exception as error:  # huggingface_hub and its dependencies raise many types
@@ -284,7 +285,8 @@ def sample_texts(texts: Sequence[str], count: int) -> list[str]:
 
 
 def shuffle_and_split(name: str, texts_by_class: dict[str, list[str]], sizes: dict[str, int]) -> Texts:
-    """Shuffle each class's texts in turn, with one generator; the first ones are for training."""
+    """Shuffle the texts of one class after the other with the same generator. The first texts are for training, the
+    next for testing."""
     train, test = (sizes[split] // 2 for split in SPLITS)
     rng = random.Random(SEED)
     for label, texts in texts_by_class.items():
@@ -300,8 +302,8 @@ def shuffle_and_split(name: str, texts_by_class: dict[str, list[str]], sizes: di
 def checked_text(name: str, split: str, value: Any, column: str) -> str:
     if not isinstance(value, str):
         raise UsageError(
-            f"{name} has a row in {split} with {value!r:.40} in {column}, where a text was expected. "
-            "Fix or remove that row."
+            f"{name} has a row in {split} with {value!r:.40} in column {column}. Expected a text. Fix or "
+            "remove that row."
         )
     return value
 
@@ -336,7 +338,8 @@ def read_dataset_rows(
 
 
 def read_local_rows(name: str, file: Path, columns: Sequence[str]) -> Iterator[Row]:
-    """The rows of a local file. Raises UsageError for a row that cannot be read: samples are drawn from all rows."""
+    """The rows of a local file. Raises UsageError for a row that cannot be read, because samples are drawn from all
+    rows."""
     rows = read_rows([file], columns)
     first = next(rows, None)
     if first is None:
@@ -352,7 +355,7 @@ def check_columns(name: str, source: str, wanted: Sequence[str], found: Sequence
     if missing := [column for column in wanted if column not in found]:
         raise UsageError(
             f"{source} has no column {missing[0]!r}; its columns are {', '.join(map(repr, found))}. "
-            f"{name} needs {', '.join(map(repr, wanted))}."
+            f"{name} needs the columns {', '.join(map(repr, wanted))}."
         )
 
 
@@ -391,6 +394,6 @@ def read_error(error: Exception, name: str, place: str) -> SaeError:
             "then run `hf auth login`."
         )
     return UnavailableError(
-        f"The dataset {name} could not be read: {first_line(error).rstrip('.')}. Check the network, or name a folder "
-        f"that holds {place}.jsonl (or .parquet) with --data."
+        f"The dataset {name} could not be read: {first_line(error).rstrip('.')}. Check the network, or use "
+        f"--data with a folder that contains {place}.jsonl (or .parquet)."
     )

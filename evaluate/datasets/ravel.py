@@ -1,12 +1,12 @@
 """Facts about entities for RAVEL: question templates with a placeholder for the entity, and each entity's attributes.
 
-The files have the schema of adamkarvonen/ravel_prompts on the Hub. Two are read for each type of entity:
+The files have the schema of adamkarvonen/ravel_prompts on the Hub. Two files are read for each type of entity:
 
     ravel_<type>_attribute_to_prompts.json    {attribute: [template, ...]}; a template has one %s for the entity
     ravel_<type>_entity_attributes.json       {entity: {attribute: value}}
 
-They are read from <data>/adamkarvonen/ravel_prompts/ if they are there, else from the Hub. The package also contains
-its own small set, FACTS, written from common knowledge.
+They are read from <data>/adamkarvonen/ravel_prompts/ if they exist there, else from the Hub. This package also contains
+a small set of its own, FACTS, written from common knowledge.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ class EntityFacts:
     def questions(self, attributes: tuple[str, ...]) -> Iterator[tuple[str, str, str, str]]:
         """(entity, attribute, template, value) of every question about these attributes.
 
-        Questions about an attribute leave out entities that have no value for it.
+        An entity that has no value for an attribute gets no questions about it.
         """
         for entity, values in self.values.items():
             for attribute, templates in self.templates.items():
@@ -48,7 +48,7 @@ def load_facts(dataset: str, entity_type: str, attributes: tuple[str, ...], data
     """The facts about one type of entity.
 
     Raises:
-        UsageError: a file has a different schema, or the files have no such attribute.
+        UsageError: a file has a different schema, or an attribute has no templates.
         UnavailableError: the files are neither in the folder `data` nor on a Hub that can be reached.
     """
     paths = {part: fact_file(dataset, entity_type, part, data) for part in PARTS}
@@ -58,7 +58,7 @@ def load_facts(dataset: str, entity_type: str, attributes: tuple[str, ...], data
     for attribute in attributes:
         if attribute not in templates:
             raise UsageError(
-                f"{dataset} asks nothing about {entity_type}.{attribute}{did_you_mean(attribute, templates)}"
+                f"{dataset} has no questions about {entity_type}.{attribute}{did_you_mean(attribute, templates)}"
             )
     return EntityFacts(entity_type, templates, values)
 
@@ -98,7 +98,7 @@ def local_file(dataset: str, entity_type: str, part: str, data: Path | None) -> 
 
 
 def fact_file(dataset: str, entity_type: str, part: str, data: Path | None) -> Path:
-    """The file on this machine, downloaded if it is not there. Raises UnavailableError if it cannot be."""
+    """The file on this machine, downloaded if it is not there. Raises UnavailableError if the download fails."""
     if (path := local_file(dataset, entity_type, part, data)) is not None:
         return path
     from huggingface_hub import hf_hub_download
@@ -118,8 +118,8 @@ def reading_from_hub(dataset: str, name: str) -> Iterator[None]:
         raise
     except Exception as error:  # huggingface_hub and its dependencies raise many types
         raise UnavailableError(
-            f"{name} of {dataset} could not be read: {first_line(error).rstrip('.')}. Check the network, or name a "
-            f"folder that holds {dataset}/{name} with --data."
+            f"{name} of {dataset} could not be read: {first_line(error).rstrip('.')}. Check the network, or "
+            f"use --data with a folder that contains {dataset}/{name}."
         ) from error
 
 
@@ -131,8 +131,8 @@ def check_templates(content: Any, path: Path) -> dict[str, tuple[str, ...]]:
         for text in texts:
             if not isinstance(text, str) or text.count(PLACEHOLDER) != 1:
                 raise UsageError(
-                    f"{path}: {text!r:.60}, a template of {attribute}, does not have exactly one {PLACEHOLDER} for the "
-                    "entity."
+                    f"{path}: {text!r:.60} is a template of {attribute}. Expected exactly one {PLACEHOLDER} "
+                    "in it, for the entity."
                 )
     return {attribute: tuple(texts) for attribute, texts in content.items()}
 
@@ -145,6 +145,7 @@ def check_values(content: Any, path: Path) -> dict[str, dict[str, str]]:
         for attribute, value in values.items():
             if not isinstance(value, str | None):
                 raise UsageError(
-                    f"{path}: the {attribute} of {entity} is {value!r:.40}; expected a text, or null if it has none."
+                    f"{path}: the {attribute} of {entity} is {value!r:.40}. Expected a text, or null if "
+                    "there is no value."
                 )
     return content

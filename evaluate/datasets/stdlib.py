@@ -2,14 +2,14 @@
 
 Using them requires neither network access nor a license.
 
-    library   the package that a piece is from; each package is half prose (docstrings and comments), half code
-    kind      whether a piece is from a docstring, a comment, code, or a help topic
+    library   the package that a piece comes from; each package is half prose (docstrings and comments), half code
+    kind      whether a piece comes from a docstring, a comment, code, or a help topic
     subject   the topic of a piece's module: network, numbers, files, Python itself, or text; each subject is
               half docstrings, half code
 
-A piece is a few whole lines, about 200 characters. Every third piece, ordered by a hash of its text, is for testing.
-The embedded model was trained on most of this text, and the text differs between releases of Python. Results therefore
-only compare SAEs on one machine, and are not comparable with SAEBench's.
+A piece is a few whole lines, about 200 characters. Pieces are ordered by a hash of their text, and every third is for
+testing. The embedded model was trained on most of this text, and the text differs between releases of Python. Results
+therefore serve only to compare SAEs on one machine, and are not comparable with SAEBench's.
 """
 
 import ast

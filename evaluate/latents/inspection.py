@@ -34,9 +34,9 @@ from ..tables import describe_model
 from .stats import LatentStats
 
 DEFAULT_TOKENS = 100_000  # number of tokens of held-out text
-MIN_PROBE_ACCURACY = 0.6  # a latent is labeled with a class if its one-latent probe is above this; chance is 0.5
+MIN_PROBE_ACCURACY = 0.6  # accuracy of a one-latent probe above which the latent gets the label; chance is 0.5
 
-# A label of a latent: the number that labels are sorted by (largest first), the latent, the text.
+# A label of a latent: the sort key (largest first), the latent, the text.
 LabelCandidate = tuple[float, int, str]
 
 
@@ -47,7 +47,7 @@ class InspectedRun:
     Attributes:
         hook: where the SAE reads.
         row: the row of the run, with the results that were measured with these weights.
-        compared: the run and the settings of its results, in the form that comparisons with other runs read.
+        compared: the run and the settings of its results, in the form that comparisons with other runs use.
         labels: latent -> its labels from evaluations (`latent_labels`).
     """
 
@@ -67,7 +67,7 @@ class InspectedRun:
 
     @property
     def norm_limit(self) -> float | None:
-        """Activations with a larger norm are outlier rows, where no latent counts as firing."""
+        """Activations with a larger norm are outlier rows. No latent counts as firing there."""
         return self.row.target.norm_limit
 
     @property
@@ -101,7 +101,7 @@ def open_run(
         raise DamagedError(f"{folder}/sae.json was overwritten: {error}") from None
     if (width := hook_width(hook, ctx.model_config)) != sae.d_in:
         raise DamagedError(
-            f"{folder} takes activations of width {sae.d_in}, but {hook} of the model has width {width}."
+            f"The SAE in {folder} takes activations of width {sae.d_in}, but {hook} of the model has width {width}."
         )
     row = row_of_run(folder, sae, cache)
     results, settings = read_results(row)
@@ -114,9 +114,9 @@ def open_run(
 
 
 def read_results(row: EvalRow) -> tuple[dict[str, MetricResult], dict[str, dict[str, Any]]]:
-    """The results in evaluations/ of a run, and the settings of each.
+    """The results in the folder evaluations/ of a run, and the settings of each.
 
-    A warning names those that were damaged or belong to another SAE.
+    A warning names the results that were damaged or belong to another SAE.
     """
     results, settings = {}, {}
     for name, metric in METRICS.items():
@@ -126,7 +126,7 @@ def read_results(row: EvalRow) -> tuple[dict[str, MetricResult], dict[str, dict[
                 continue
             record = read_result_record(path, metric)
             require_result_of(row.record, record, path)
-            if record["eval_config"].get("weights") != row.weights:  # k and similar values, which are not tensors
+            if record["eval_config"].get("weights") != row.weights:  # these cover k, which is not a tensor
                 raise DamagedError(f"{path} is a result of another SAE. {RESULT_RECORD.remedy}")
             results[name], settings[name] = result_of(record, path), record["eval_config"]
         except DamagedError as error:
@@ -135,7 +135,7 @@ def read_results(row: EvalRow) -> tuple[dict[str, MetricResult], dict[str, dict[
 
 
 def compared_run(row: EvalRow, settings: dict[str, dict[str, Any]]) -> ComparedRun:
-    """The run in the form that comparisons read, with the results of its row and the settings of each."""
+    """The run in the form that comparisons use, with the results of its row and the settings of each."""
     folder = row.folder or Path()
     record = read_run_record(folder)
     return ComparedRun(
@@ -151,7 +151,7 @@ def notes_of_run(row: EvalRow, compared: ComparedRun) -> list[str]:
     try:
         references = read_references([compared])
     except DamagedError as error:
-        return [*notes_beside(row, []), f"It is not compared with the PCA: {error}"]
+        return [*notes_beside(row, []), f"This run is not compared with the PCA: {error}"]
     return notes_beside(row, references)  # controls are covered by the answers at the top of the page
 
 
@@ -172,7 +172,7 @@ def latent_labels(results: dict[str, MetricResult], d_sae: int) -> dict[int, lis
 
 
 def letter_labels(result: MetricResult) -> Iterator[LabelCandidate]:
-    """The first letter that absorption's probes read from a latent."""
+    """The first letters that absorption's probes read from latents."""
     for letter in result.details:
         for latent in letter["main_latents"]:
             f1 = letter["f1_k_sparse"][len(letter["main_latents"]) - 1]
@@ -190,12 +190,12 @@ def explanation_labels(result: MetricResult) -> Iterator[LabelCandidate]:
 
 
 def class_labels(result: MetricResult) -> Iterator[LabelCandidate]:
-    """The classes of texts that sparse probing can tell apart from the other texts by a single latent.
+    """The classes of texts that sparse probing can distinguish from the other texts by a single latent.
 
-    The candidate for a class is the latent whose mean differs most between texts of the class and other texts, provided
-    that its mean is larger for the class. The candidate is labeled if a probe on it alone has an accuracy whose 95 %
-    interval, over the test texts, lies above MIN_PROBE_ACCURACY. (A latent that fires in a fifth of a class's texts and
-    in no others has an accuracy of 0.6.) Older results do not record latents, so there are no labels from them.
+    The candidate for a class is the latent whose mean differs most between texts of the class and other texts. It gets
+    the label if its mean is larger for the class and if a probe on it alone has an accuracy whose 95 % interval over
+    the test texts lies above MIN_PROBE_ACCURACY. (A latent that fires in a fifth of a class's texts and in no others
+    has an accuracy of 0.6.) Older results do not record latents, so there are no labels from them.
     """
     for name, scores in (result.extra or {}).items():
         dataset = name.removesuffix("_results")
@@ -265,8 +265,8 @@ def describe_outliers(run: InspectedRun, stats: LatentStats) -> str:
         return ""
     return " ".join(
         [
-            f"Left out: {format_count(outliers, 'outlier row')} with a norm over {run.norm_limit:.4g}, on which this "
-            "SAE was not trained.",
+            f"{format_count(outliers, 'outlier row')} with a norm over {run.norm_limit:.4g} "
+            f"{'is' if outliers == 1 else 'are'} left out, because this SAE was not trained on such rows.",
             *outlier_flags(outliers, outliers + len(stats.activations.l0)),
         ]
     )

@@ -1,6 +1,6 @@
 """Passages of text around the tokens at which latents fire.
 
-Shape suffixes: N contexts, S positions, K latents, P passages of each latent, W positions of a passage.
+Shape suffixes: N contexts, S positions, K latents, P passages per latent, W positions of a passage.
 """
 
 import math
@@ -17,7 +17,7 @@ DEFAULT_TOKENS = 64  # length of a passage
 
 
 class PassageWindow(NamedTuple):
-    """How many tokens a passage holds before and after its central one.
+    """How many tokens a passage contains before and after its central token.
 
     Near the beginning or the end of a context, the passage is shifted to stay inside the context at full length.
     """
@@ -27,7 +27,7 @@ class PassageWindow(NamedTuple):
 
     @classmethod
     def of(cls, tokens: int) -> Self:
-        """The window for passages of `tokens` tokens, three quarters of which lead up to the central token.
+        """The window for passages of `tokens` tokens, three quarters of which precede the central token.
 
         Raises UsageError unless the number is positive.
         """
@@ -41,11 +41,11 @@ class PassageWindow(NamedTuple):
         return self.before + 1 + self.after
 
     def limited_to(self, context: int) -> Self:
-        """This window, or one that spans the whole context if the context is no longer than this window."""
+        """This window, or a window of the whole context if the context is no longer than this window."""
         return self if self.width < context else self._replace(before=context - 1, after=0)
 
     def starts(self, position_P: Tensor, context: int) -> Tensor:
-        """The positions (P,) at which the passages around the positions `position_P` (P,) of a context begin."""
+        """The first positions (P,) of the passages around the positions `position_P` (P,) of a context."""
         return (position_P - self.before).clamp(min=0).clamp(max=max(0, context - self.width))
 
 
@@ -76,7 +76,7 @@ class PassageTable:
     """The `count` passages with the largest score for each latent, at most one per context.
 
     `score` (K, P) is not sorted, and is -inf for missing passages. `context` and `position` (K, P) locate the central
-    token, `start` (K, P) is the first position of the passage around it, and `values` (K, P, W) holds the activations.
+    token, `start` (K, P) is the first position of the passage around it, and `values` (K, P, W) are the activations.
     """
 
     def __init__(
@@ -106,7 +106,8 @@ class PassageTable:
         self.values[latent, slot] = torch.where(span < length, values, 0)
 
     def passages(self, latent: int) -> list[Passage]:
-        """The passages of the latent at this index among the K, best first. `offer` must not be called afterwards."""
+        """The passages of the latent at this index of the K latents, best first. `offer` must not be called
+        afterwards."""
         score_P, context_P, position_P, start_P, values_PW = (array[latent] for array in self._arrays)
         order = np.argsort(-score_P, kind="stable")
         return [

@@ -1,7 +1,7 @@
 """Statistics of single latents: where they fire on held-out text, their logit effects, and their nearest latents.
 
 Shape suffixes: N contexts, S positions, T counted tokens, D d_in, F latents of the SAE, K selected latents, C a block
-of those, B bins of a histogram, M entries of a list.
+of them, B bins of a histogram, M entries of a list.
 """
 
 import math
@@ -30,16 +30,16 @@ SAMPLED_PASSAGES = 15  # passages from which quantiles are taken
 BYTES_PER_PASSAGE_TOKEN = 4 * (TOP_PASSAGES + SAMPLED_PASSAGES)  # memory for each selected latent
 BINS = 32
 LISTED_LATENTS = 8  # nearest latents, and latents that fire together
-LOGIT_TOKENS = 10  # tokens listed with the largest positive logit effects, and as many with the largest negative
+LOGIT_TOKENS = 10  # listed tokens with the largest positive logit effects, and as many with the largest negative ones
 BLOCK_ELEMENTS = 2**25  # elements of a dense float32 block: 128 MiB
-MAX_PAIR_TOKENS = 32_768  # at most this many tokens are searched for latents that fire together
+MAX_PAIR_TOKENS = 32_768  # number of tokens that are searched for latents that fire together
 MAX_PAIR_COST = 2e9  # maximum number of pairs of firing latents: half a minute on one core
 
 
 class Histogram:
     """Exact counts of each latent's positive activations in bins [b w, (b + 1) w), in one pass.
 
-    The bin width `width` (K,) is a power of two. When a value exceeds the last bin the width doubles, and neighboring
+    The bin width `width` (K,) is a power of two. When a value exceeds the last bin, the width doubles and neighboring
     bins merge.
     """
 
@@ -72,7 +72,7 @@ class ActivationStats:
         pair_activations: the activations of all latents at the first `pair_tokens` tokens, as a sparse array.
 
     Memory: four times the activations of 1,024 tokens (1.1 GB at 65,536 latents), and for each selected latent
-    `BYTES_PER_PASSAGE_TOKEN` times the tokens of `window` (6.4 kB for passages of 64 tokens).
+    `BYTES_PER_PASSAGE_TOKEN` times the number of tokens in `window` (6.4 kB for passages of 64 tokens).
     """
 
     def __init__(self, d_sae: int, latents_K: Tensor, window: PassageWindow = DEFAULT_WINDOW) -> None:
@@ -148,14 +148,14 @@ class RankedEntries:
     value: Tensor
 
     def entries(self, latent: int) -> list[tuple[int, float]]:
-        """(index, value) of each entry in the list of the latent at this index among the K."""
+        """(index, value) of each entry in the list of the latent at this index of the K latents."""
         pairs = zip(self.index[latent].tolist(), self.value[latent].tolist(), strict=True)
         return [(index, value) for index, value in pairs if index >= 0]
 
 
 @dataclass(frozen=True)
 class LatentStats:
-    """All statistics that pages show about K latents.
+    """All statistics of K latents that pages show.
 
     Attributes:
         activations: how often, how strongly and where they fire.
@@ -215,17 +215,19 @@ def latent_stats(
 ) -> LatentStats:
     """The statistics of the latents `latents_K` (K,) int64 of an SAE at a hook, on the held-out text of `ctx`.
 
-    `window` says how many tokens the passages hold. Tokens whose activations have a norm over `norm_limit` are not
-    counted or shown as examples.
+    `window` says how many tokens a passage contains. Tokens whose activations have a norm over `norm_limit` are neither
+    counted nor shown as examples.
 
-    Raises SaeError when activations are not finite, and UnavailableError when the device runs out of memory.
+    Raises SaeError if activations are not finite, and UnavailableError if the device runs out of memory.
     """
     try:
         return _latent_stats(ctx, sae, RowSet(hook, norm_limit), latents_K, progress, window)
     except Exception as error:
         if not out_of_memory(error):
             raise
-        raise UnavailableError(f"The device is out of memory: {error} Pass --latents or --device cpu.") from error
+        raise UnavailableError(
+            f"The device is out of memory: {error} Show fewer latents with --latents, or use --device cpu."
+        ) from error
 
 
 def _latent_stats(
@@ -243,7 +245,7 @@ def _latent_stats(
 def has_logit_effects(model: LanguageModel, hook: Hook) -> bool:
     """Whether decoder rows at a hook are directions in the residual stream, which the final norm and unembedding read.
 
-    False inside attention or an MLP, and for a model with anything besides a norm before its unembedding.
+    False inside attention or an MLP, and for a model that has more than a norm before its unembedding.
     """
     if hook.site not in RESIDUAL_SITES:
         return False
@@ -258,8 +260,9 @@ def direct_logits(model: LanguageModel, rows_KD: Tensor) -> Tensor:
     """The direct effect of residual-stream directions on the logits: (K, D) -> (K, V), float32.
 
     The directions are weighted by the final norm, including the mean subtraction of a LayerNorm, and multiplied with
-    the unembedding. TransformerLens' W_U has the same effect, because that norm is folded into it by default. Left out
-    are the norm's division (the same for all tokens), the soft cap (which preserves their order) and later blocks.
+    the unembedding. TransformerLens' W_U has the same effect, because that norm is folded into it by default. The
+    division in the norm (the same for all tokens), the soft cap (which preserves their order) and later blocks are left
+    out.
     """
     transformer: Any = model.model
     weight_VD = transformer.get_output_embeddings().weight
@@ -273,7 +276,7 @@ def direct_logits(model: LanguageModel, rows_KD: Tensor) -> Tensor:
 
 
 def logit_effects(model: LanguageModel, rows_KD: Tensor, progress: Progress) -> tuple[RankedEntries, RankedEntries]:
-    """The tokens whose logits each latent raises most and lowers most, by `direct_logits`."""
+    """The tokens whose logits each latent raises most and lowers most, according to `direct_logits`."""
     ups, downs = [], []
     for rows_CD in split_blocks(rows_KD, model.config.vocab_size, progress):
         effect_CV = direct_logits(model, rows_CD)

@@ -38,7 +38,7 @@ def steering(
         ...     model.generate(**tokenizer("The", return_tensors="pt"))
 
     Args:
-        model: A causal language model of transformers, the one that the SAE was trained on.
+        model: The causal language model of transformers that the SAE was trained on.
         sae: The SAE. `sae.origin` says which layer and site it reads.
         latent: Index of the latent, 0 to d_sae - 1.
         strength: Add `strength * d` to the activations x, where d is the latent's decoder row scaled to unit norm.
@@ -53,7 +53,7 @@ def steering(
 
     Raises:
         UsageError: the SAE does not fit the model or does not record its layer, the latent does not exist or has a zero
-            decoder row, or not exactly one of strength and clamp is given.
+            decoder row, or strength and clamp are both given or both missing.
     """
     if not isinstance(sae, SAE) or not hasattr(model, "config"):
         raise UsageError(
@@ -62,7 +62,9 @@ def steering(
     language_model, mask = LanguageModel(model), PositionMask(positions)
     hook = hook_of_sae(sae, language_model)
     if positions is not None and hook.is_outside:
-        raise UsageError(f"The SAE reads {hook}, outside the blocks, where positions are not known. Omit positions.")
+        raise UsageError(
+            f"The SAE reads {hook}, which is outside the blocks, where token positions are not known. Omit positions."
+        )
     if latent not in range(sae.d_sae):
         raise UsageError(f"There is no latent {latent!r}: the SAE has latents 0 to {sae.d_sae - 1}.")
     if (strength is None) == (clamp is None):
@@ -90,7 +92,7 @@ def steering(
 
 
 def hook_of_sae(sae: SAE, model: LanguageModel) -> Hook:
-    """The hook that the SAE reads. Raises UsageError if the model has no such hook or its width differs there."""
+    """The hook that the SAE reads. Raises UsageError if the model has no such hook or a different width there."""
     if "layer" not in sae.origin:
         raise UsageError("This SAE does not record its layer. Set sae.origin['layer'] to a zero-based block.")
     hook = Hook.from_record(sae.origin)
@@ -105,14 +107,15 @@ def hook_of_sae(sae: SAE, model: LanguageModel) -> Hook:
 
 
 class PositionMask:
-    """Selects tokens by position. With a KV cache a forward pass contains only the new tokens."""
+    """Selects tokens by position. Positions are recorded, because with a KV cache a forward pass contains only the new
+    tokens."""
 
     def __init__(self, positions: Positions) -> None:
         if isinstance(positions, slice) and any(
             end is not None and end < 0 for end in (positions.start, positions.stop)
         ):
             raise UsageError(
-                f"invalid positions {positions}: negative positions are unknown during generation. Count from 0."
+                f"invalid positions {positions}: negative positions are not defined during generation. Count from 0."
             )
         self.positions = positions
         self.position_ids: Any = None

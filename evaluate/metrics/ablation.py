@@ -1,7 +1,8 @@
-"""Shared by SCR and TPP: train probes on texts, rank latents by their effect on each probe, ablate, measure accuracies.
+"""The common part of SCR and TPP: train probes on texts, rank latents by their effect on each probe, ablate latents,
+and measure accuracies.
 
-`Ablation` is the part that the two metrics share. scr.py and tpp.py define the tasks of a dataset, the effect of a
-latent, and the scores. Ablation never decodes (see probe_readout).
+scr.py and tpp.py define the tasks of a dataset, the effect of a latent, and the scores. Ablation never decodes latents
+(see probe_readout).
 
 Shape suffixes: N texts, D d_in, F latents, P probes, R replicates of the bootstrap.
 """
@@ -46,7 +47,7 @@ class AblationProblem:
         return [self.draw(split, p, make_generator("paired", self.name, split, p)) for p in range(len(self.probes))]
 
     def task_source(self, split: str, generator: torch.Generator | None) -> DrawTask:
-        """A function that draws tasks with the generator or, without a generator, returns the fixed tasks."""
+        """A function that draws tasks with `generator`; if that is None, it returns the fixed tasks."""
         fixed = self.fixed_tasks(split)
         return lambda probe: self.draw(split, probe, generator) if generator else fixed[probe]
 
@@ -65,16 +66,16 @@ class AblationState:
 
     metric: "Ablation"  # a copy with the thresholds that fit this SAE
     W_dec_FD: Tensor
-    generator: torch.Generator | None  # serves all draws of this SAE with rng="saebench"
-    left_out: tuple[int, ...] = ()  # thresholds above its width
+    generator: torch.Generator | None  # with rng="saebench": used for all draws of this SAE
+    left_out: tuple[int, ...] = ()  # thresholds above the SAE's width
     scores: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # problem -> name -> score (R,)
-    without_leak: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # same, without encode(0) at padding
+    without_leak: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # without encode(0) at padding
     extra: dict[str, Any] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
     test_texts: int = 0
     rows: int = 0  # number of text rows
     outliers: int = 0  # rows that were left out
-    fewest_effective: int = sys.maxsize  # number of latents with an effect on a probe, minimum over probes
+    fewest_effective: int = sys.maxsize  # smallest number of latents that affect a probe
     error: SaeError | None = None  # why this SAE cannot be measured
 
 
@@ -90,8 +91,8 @@ class AblationScores(NamedTuple):
 class Ablation(Metric):
     """Intervals come from a bootstrap over the test texts of each class, with the same draws for every SAE.
 
-    Memory: one SAE's latents summed over each text of one problem (at most 12,500 texts): (12,500, d_sae) in float32,
-    0.8 GB at 16k latents.
+    Memory: the latents of one SAE, summed over each text of one problem: at most (12,500, d_sae) in float32, 0.8 GB at
+    16k latents.
     """
 
     datasets: tuple[str, ...] = ()
@@ -110,7 +111,7 @@ class Ablation(Metric):
 
     @abstractmethod
     def effects(self, difference_PF: Tensor, align_FP: Tensor) -> Tensor:
-        """The effect of each latent on each probe (P, F), by which latents are ranked."""
+        """The effect of each latent on each probe (P, F). Latents are ranked by it."""
 
     @abstractmethod
     def scores(
@@ -122,7 +123,7 @@ class Ablation(Metric):
         bootstrap: BootstrapWeights,
         mode: str,
     ) -> AblationScores:
-        """Ablate the latents with the largest effect and measure accuracies on the tasks that `draw_task` returns."""
+        """Ablate the latents with the largest effects and measure accuracies on the tasks that `draw_task` returns."""
 
     def settings(self, ctx: EvalContext) -> dict[str, Any]:
         texts = {name: dataset_version(name, ctx.data) for name in self.datasets}
@@ -143,7 +144,7 @@ class Ablation(Metric):
             raise UsageError(f"{self.name}.thresholds={','.join(map(str, self.thresholds))}: give 1 latent or more.")
         for option in ("train_set_size", "test_set_size"):
             if (size := getattr(self, option)) < 4:
-                raise UsageError(f"{self.name}.{option}={size}: give 4 or more, one text of each kind.")
+                raise UsageError(f"{self.name}.{option}={size}: give 4 or more, so that each kind has a text.")
 
     @torch.no_grad()
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
@@ -234,7 +235,7 @@ class Ablation(Metric):
         effect_PF = self.effects(difference_PF, readout.align_FP)
         if bool(pooled.zero_F.any()):
             without_leak = readout_of(replace(test, zero_F=0 * test.zero_F))
-            # A copy of the generator, so that the scores below are drawn as if this had not run.
+            # Uses a copy of the generator, so that the draws for the scores below do not change.
             draw_test = problem.task_source("test", state.generator and state.generator.clone_state())
             sample_only = BootstrapWeights(bootstrap.weight_RN[:1])
             scores = self.scores(problem, without_leak, effect_PF, draw_test, sample_only, ctx.mode)
@@ -269,19 +270,20 @@ class Ablation(Metric):
             missing = ", ".join(map(str, state.left_out))
             yield f"No score at {missing} latents: this SAE has {len(state.W_dec_FD)}."
         if state.fewest_effective < max(self.thresholds):
-            yield f"Only {state.fewest_effective} latents affect one of the probes; no more are ablated there."
+            yield f"Only {state.fewest_effective} latents affect one of the probes, so no more are ablated for it."
         if state.without_leak:
             scores, without_leak = metrics[self.category], metrics["without_leak"]
             shown = {column.name for column in self.columns} & without_leak.keys()
             most = max((abs(without_leak[name] - scores[name]) for name in shown), default=0.0)
             yield (
-                "Some latents fire on a zero row, so ablating them changes BOS and padding too, as in SAEBench. "
-                f"Without that (category without_leak), the scores of the table change by up to {most:.3f}."
+                "Some latents fire on a zero row, so ablating them also changes BOS and padding, as in "
+                "SAEBench. Without this effect (category without_leak), the scores of the table differ by "
+                f"up to {most:.3f}."
             )
 
 
 def fitting_thresholds(thresholds: Sequence[int], d_sae: int, metric: str) -> tuple[int, ...]:
-    """The numbers of latents to ablate in an SAE of this width. Default numbers above the width are dropped.
+    """The numbers of latents to ablate in an SAE of this width. Default thresholds above the width are dropped.
 
     Raises:
         UsageError: the SAE has fewer latents than a threshold that was set, or than the smallest default.

@@ -1,19 +1,19 @@
-"""The absorption metric: does a first-letter latent stay silent on words whose own latents have absorbed the letter?
+"""The absorption metric: does a first-letter latent stay silent on words whose other latents have absorbed the letter?
 
 Lower is better; 0 is no absorption. A silent or dead SAE also scores 0, which a flag reports.
 
-Words from the tokenizer's vocabulary are placed in spelling prompts, and the residual is read at the word
+Words from the tokenizer's vocabulary are placed in spelling prompts, and the residual stream is read at the word
 (first_letter). Linear probes on the residual find a direction for each of the 26 letters. Small logistic regressions on
 the latents find the latents that spell each letter, its *split latents* (letter_probes). A word is absorbed if the
 probe finds its letter but the letter's contribution comes from other latents.
 
 Source: Chanin et al. 2024, as measured by SAEBench 0.6.0 (`evals/absorption`): absorption fraction and full absorption
-in mode 0.6.0; in mode 2024-12, the rate behind the five papers' numbers. Randomness and prompts differ: SAEBench draws
-without a seed from a vocabulary whose order changes by process. Here words are sorted by token, and draws are seeded
-and equal for every SAE. A word is found and scored on different prompts.
+in mode 0.6.0; in mode 2024-12, the absorption rate that the five papers report. Randomness and prompts differ: SAEBench
+draws without a seed from a vocabulary whose order changes from process to process. Here words are sorted by token, and
+draws are seeded and equal for every SAE. A word is selected and scored on different prompts.
 
-Memory: the rows of all words in the model's dtype; 8 bytes for each pair of a word and a latent that fires on it; at
-most unit_decoder.MAX_DENSE_LATENTS dense latents.
+Memory: the activations at all words in the model's dtype; 8 bytes for each pair of a word and a latent that fires on
+it; at most unit_decoder.MAX_DENSE_LATENTS dense latents.
 
 Shape suffixes: N words, B words of a batch, D d_in, F latents, K candidate latents, L letters, S positions.
 """
@@ -45,15 +45,16 @@ from .unit_decoder import UnitDecoderSAE
 
 SILENT = 1e-8  # activation below which a latent does not fire
 MIN_SPELLING_F1 = 0.5  # a flag names the letters whose split latents have a lower F1
-MIN_PROBE_STEPS = 300  # of the probe that proposes candidates; about a thousand with Gemma's vocabulary
+MIN_PROBE_STEPS = 300  # of the probe that proposes candidates; Gemma's vocabulary leads to about a thousand
 
 
 @dataclass(frozen=True)
 class Absorption(Metric):
-    """`words` words are drawn from the vocabulary, as evenly over letters as it allows; 0 takes all words.
+    """`words` words are drawn from the vocabulary, as evenly over the letters as possible; 0 selects all words.
 
-    Only letters that the probe on the residual finds with F1 above `min_GT_probe_f1` are scored. `k_sparse_probe_*`
-    belong to the probe on latents that proposes candidates. Other options are SAEBench's thresholds.
+    Only letters that the probe on the residual stream finds with an F1 above `min_GT_probe_f1` are scored.
+    `k_sparse_probe_*` are options of the probe on latents that proposes candidates. The other options are SAEBench's
+    thresholds.
     """
 
     words: int = 0
@@ -104,7 +105,7 @@ class Absorption(Metric):
         return super().values_by_unit(replace(result, details=averaged), column)
 
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
-        """Raises UsageError if the model's tokenizer or vocabulary does not suit the metric."""
+        """Raises UsageError if the model's tokenizer or vocabulary is unsuitable for the metric."""
         self.check()
         prompts = SpellingPrompts.of(
             ctx.tokenizer, self.words, self.random_seed, bos_id=ctx.context_format.bos_id,
@@ -143,7 +144,7 @@ class Absorption(Metric):
             split = candidates.split(letter, self.f1_jump_threshold)
             positive_N = true_positive_NL[:, letter]
             if not (mode == "2024-12" or positive_N.any()):
-                continue  # as in SAEBench; in mode 2024-12 it is dropped later, for lack of candidate words
+                continue  # as in SAEBench; in mode 2024-12 it is dropped later, because it has no candidate words
             main = candidates.order_LK[letter, : split.size]
             scores = self.score(unit_sae, rows.fresh_ND[positive_N], rows.probe.weight_LD[letter], main)
             missed_N = torch.from_numpy(split.missed)[positive_N]
@@ -152,13 +153,15 @@ class Absorption(Metric):
         return result.without_outliers(rows.outliers, len(rows.train_ND) + len(rows.test_ND))
 
     def scored_letters(self, mode: str, rows: SpellingRows) -> list[int]:
-        """Letters that the probe on the residual finds; in mode 2024-12, all. Raises SaeError if there are none."""
+        """The letters that the probe on the residual stream finds; all letters in mode 2024-12. Raises SaeError if
+        there are none."""
         f1_L = rows.f1_L
         letters = [letter for letter in range(26) if mode == "2024-12" or f1_L[letter] > self.min_GT_probe_f1]
         if not letters:
             raise SaeError(
-                f"Absorption needs letters that the model spells, but no letter's probe has an F1 above "
-                f"{self.min_GT_probe_f1}: the best has {float(f1_L.max()):.2f}. Use another layer or model, or lower "
+                "Absorption needs letters that a probe can read from the model's activations, but no "
+                f"letter's probe has an F1 above {self.min_GT_probe_f1}: the best has "
+                f"{float(f1_L.max()):.2f}. Use another layer or model, or lower "
                 "absorption.min_GT_probe_f1."
             )
         return letters
@@ -238,8 +241,8 @@ class Absorption(Metric):
     ) -> Iterator[str]:
         if unit_sae.folded:
             yield (
-                f"{unit_sae.folded} of {len(unit_sae.W_dec)} rows of W_dec do not have unit length: their norms were "
-                "folded into the latents."
+                f"{unit_sae.folded} of {len(unit_sae.W_dec)} rows of W_dec did not have unit length. Their "
+                "norms were folded into the latents."
             )
         steps = self.k_sparse_probe_num_epochs * -(-(len(train.start_N) - 1) // self.k_sparse_probe_batch_size)
         if steps < MIN_PROBE_STEPS:
@@ -248,20 +251,23 @@ class Absorption(Metric):
                 "each letter. Use more words or a smaller absorption.k_sparse_probe_batch_size."
             )
         if not len(train.latents):
-            yield "No latent fires on any word: an absorption of 0 says nothing about such an SAE."
+            yield "No latent fires on any word, so the absorption of 0 says nothing about this SAE."
         elif weak := [letter.entry["first_letter"] for letter in scored if letter.split_f1 < MIN_SPELLING_F1]:
             yield (
                 f"The split latents do not spell {len(weak)} of {len(scored)} letters (F1 below {MIN_SPELLING_F1}: "
-                f"{', '.join(weak)}); absorption of these letters is not measured on latents that stand for them."
+                f"{', '.join(weak)}); so their absorption is not measured on latents that represent these letters."
             )
         if old and averaged < 26:
             letters = "No letter has" if not averaged else f"Only {averaged} of 26 letters have"
             yield (
-                f"{letters} a word that the k-sparse probe misses while its latents are silent; the other letters are "
-                "not in the mean."
+                f"{letters} a word that the k-sparse probe misses while the letter's latents are silent. The "
+                "other letters are not in the mean."
             )
         if not old and averaged < self.min_feats_for_eval:
-            yield f"Only {averaged} letters are scored; SAEBench reports no number below {self.min_feats_for_eval}."
+            yield (
+                f"Only {averaged} letters are scored. SAEBench reports no number for fewer than "
+                f"{self.min_feats_for_eval}."
+            )
 
 
 @dataclass(frozen=True)
@@ -355,7 +361,7 @@ def rate_entry(name: str, count: str, hit_N: Tensor) -> dict[str, Any]:
 
 
 def mean_entry(name: str, values: Sequence[float], deviation: bool = False) -> dict[str, float]:
-    """The mean over letters and, with `deviation`, the sample standard deviation; NaN for too few letters."""
+    """The mean over letters and, if `deviation` is true, the sample standard deviation; NaN for too few letters."""
     entry = {f"mean_{name}": sum(values) / len(values) if values else float("nan")}
     if deviation:
         entry[f"std_dev_{name}"] = stdev(values) if len(values) > 1 else float("nan")
@@ -366,7 +372,7 @@ class AbsorptionScores(NamedTuple):
     """Scores of each word of one letter."""
 
     fraction_N: Tensor  # share of the letter's contribution that comes from absorbing latents, 0 to 1
-    dominated_N: Tensor  # bool: a single latent along the probe contributes enough of the letter
+    dominated_N: Tensor  # bool: one latent aligned with the probe contributes enough of the letter
     silent_N: Tensor  # bool: none of the letter's main latents fires
     main_sum_N: Tensor  # sum of the letter's main latents
 

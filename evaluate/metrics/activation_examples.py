@@ -14,7 +14,7 @@ import numpy as np
 BUFFER = 10  # tokens on each side of the middle of a passage
 TOP, WEIGHTED, RANDOM = 12, 7, 10  # passages of each kind
 TOP_SCORED, WEIGHTED_SCORED = 2, 2  # how many of these are held back for scoring the explanation
-CONTINUED = "◦"  # shown for a token that only continues the character of the previous token
+CONTINUED = "◦"  # shown for a token that only contains more bytes of the previous token's character
 FIRING_SHARE = 0.01  # a latent fires above this share of its largest activation in the top passages
 
 
@@ -27,8 +27,7 @@ class ExampleWindow(NamedTuple):
 
 
 class LatentExamples(NamedTuple):
-    """One latent's passages: 15 from which it is explained, strongest first, and 14, shuffled, to score the
-    explanation."""
+    """One latent's passages: 15 to explain it, strongest first, and 14 to score the explanation, shuffled."""
 
     explained: list[ExampleWindow]
     scored: list[ExampleWindow]
@@ -46,10 +45,10 @@ def select_examples(
     """Select the passages of a latent, or return None if it has too few.
 
     The latent's activations are `value_P` > 0 at the flat indices `flat_P` (ascending) of `ids_RS`, and 0 elsewhere.
-    The middle of a passage is at least BUFFER from either end of its row. TOP passages are those with the largest
-    activations, except passages within BUFFER of one already selected in the same row. WEIGHTED passages are drawn from
-    the activations below all of these, with the squared activations as weights. RANDOM passages are drawn anywhere and
-    count as if the latent were silent there.
+    The middle of a passage is at least BUFFER tokens from either end of its row. The first TOP passages have the
+    largest activations, except that no two of them in one row are within BUFFER tokens of each other. WEIGHTED passages
+    are drawn from the smaller activations, with the squared activations as weights. RANDOM passages are drawn from
+    anywhere, and the latent counts as silent in them.
     """
     rows, context = ids_RS.shape
     row_P, position_P = np.divmod(flat_P, context)
@@ -87,7 +86,7 @@ def select_examples(
 
 
 def cut_window(flat: int, flat_P: np.ndarray, value_P: np.ndarray, ids_RS: np.ndarray) -> ExampleWindow:
-    """The passage around a token, given by its flat index, which is at least BUFFER from either end of its row."""
+    """The passage around the token at a flat index, which is at least BUFFER tokens from either end of its row."""
     start = flat - BUFFER
     values = np.zeros(2 * BUFFER + 1, np.float32)
     low, high = np.searchsorted(flat_P, [start, start + len(values)])
@@ -96,7 +95,8 @@ def cut_window(flat: int, flat_P: np.ndarray, value_P: np.ndarray, ids_RS: np.nd
 
 
 def split_characters(data: bytes) -> Iterator[tuple[int, str]]:
-    """The characters of UTF-8 text, each with the index of its first byte. Other bytes become ⟨E2 80⟩."""
+    """The characters of UTF-8 text, each with the index of its first byte. Bytes that form no character become ⟨E2
+    80⟩."""
     start = 0
     while start < len(data):
         end = start
@@ -110,7 +110,7 @@ def split_characters(data: bytes) -> Iterator[tuple[int, str]]:
 
 
 def character_size(data: bytes) -> int:
-    """The number of bytes of the first character of UTF-8 text; 0 if it does not begin with one."""
+    """The number of bytes of the first character of UTF-8 text; 0 if the text does not begin with a character."""
     for size in range(1, 5):
         with contextlib.suppress(UnicodeDecodeError):
             return len(data[:size].decode().encode())
@@ -120,7 +120,8 @@ def character_size(data: bytes) -> int:
 def byte_alphabet() -> dict[str, int]:
     """The byte that each character represents in the tokens of a byte-level BPE such as GPT-2's.
 
-    Visible Latin-1 characters represent themselves; the other 68 bytes are, in order, the characters from U+0100.
+    Visible Latin-1 characters represent themselves; the other 68 bytes are represented, in order, by the characters
+    from U+0100.
     """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in visible]
@@ -140,7 +141,7 @@ def token_bytes(name: str | bytes) -> bytes | None:
 
 
 class TokenText:
-    """Converts tokens to text, one token by itself or a passage on one line."""
+    """Converts tokens to text: a single token, or a passage on one line."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -150,7 +151,7 @@ class TokenText:
 
     def text(self, token: int) -> str:
         """A token's text with its leading space, which some tokenizers drop from the first token of a text."""
-        if token >= self.tokens:  # the embedding can have more rows; not every tokenizer decodes them
+        if token >= self.tokens:  # the embedding can have more rows, which not every tokenizer decodes
             return ""
         if token not in self.cache:
             alone, both = self.tokenizer.decode([self.before]), self.tokenizer.decode([self.before, token])
@@ -177,7 +178,7 @@ class TokenText:
         return shown
 
     def _join_bytes(self, tokens: Sequence[int]) -> list[str]:
-        """The texts of successive tokens, some of which end or begin within a character."""
+        """The texts of successive tokens, some of which begin or end inside a character."""
         parts = [token_bytes(self.tokenizer.convert_ids_to_tokens(token)) for token in tokens]
         whole = b"".join(part or b"" for part in parts)
         owner = [place for place, part in enumerate(parts) for _ in part or b""]

@@ -1,16 +1,18 @@
-"""Autointerp: how well a judge, a language model, predicts where a latent fires from a short explanation of it.
+"""Autointerp: how well a judge (a language model) predicts from a short explanation of a latent where the latent fires.
 
-Higher is better. The judge reads passages on which a latent fires and explains it. Then it reads other passages and,
-from the explanation alone, says on which the latent fires. `scores` lists the ways to question and score the judge:
+Higher is better. The judge reads passages on which a latent fires and explains it. Then it reads other passages and
+says, from the explanation alone, on which of them the latent fires. `scores` lists the ways to question and score the
+judge:
 
 saebench: the judge names those of 14 passages on which the latent fires. The score of a latent is the share of the 14
-    that it gets right; 10 of them are random. A judge that always answers None scores about 10/14.
+    passages that the judge gets right; 10 of the passages are random. A judge that always answers None scores about
+    10/14.
 detection, fuzzing: the balanced accuracies of Paulo et al. 2024, in explanation_scores.py. A judge that guesses scores
     0.5.
 
 Source: SAEBench 0.6.0, `evals/autointerp`; Paulo et al. 2024 (arXiv 2410.13928). The prompts are this project's own, so
 scores agree with SAEBench's statistically but not exactly. Latents do not count as firing at outlier rows
-(`EvalTarget.norm_limit`). SAEBench also shows passages at such rows; asking about both would double the cost.
+(`EvalTarget.norm_limit`). SAEBench also shows passages at such rows; measuring both variants would double the cost.
 """
 
 import contextlib
@@ -47,29 +49,29 @@ from .packing import firing_frequencies, pack_contexts
 SEED = 42
 LOCAL = "local"  # the endpoint of a judge that runs on this machine
 TEST_QUESTION: list[Message] = [{"role": "user", "content": "Reply with None, and with nothing else."}]
-TEST_WAITS = (1,)  # seconds before retries of the test question: an endpoint that exists answers soon
+TEST_WAITS = (1,)  # seconds before retries of the test question: an endpoint that exists answers quickly
 SCORE_NAMES = ("autointerp_score", "autointerp_std_dev")
 RATES = ("balanced_accuracy", "true_positive_rate", "true_negative_rate")
-CHANCE = 0.5  # balanced accuracy of a judge that guesses, or always says the same
+CHANCE = 0.5  # balanced accuracy of a judge that guesses or always gives the same answer
 
 
 @dataclass(frozen=True)
 class Autointerp(Metric):
-    """The judge is `judge_model` at `endpoint`, the base URL of an OpenAI-compatible API. Its key, if it needs one, is
-    read from the environment variable named by `key_variable`. With the endpoint "local" the judge is a chat model of
-    transformers, by its Hub id or folder, on the device of the evaluation. Without an endpoint no judge is asked, and
-    the result contains the prompts.
+    """The judge is `judge_model` at `endpoint`, the base URL of an OpenAI-compatible API. If it needs a key, the key is
+    read from the environment variable named by `key_variable`. With the endpoint "local", `judge_model` is the Hub id
+    or the folder of a chat model of transformers, which runs on the device of the evaluation. Without an endpoint, no
+    judge is asked, and the result contains the prompts.
 
     `latents` latents are drawn from those that fire on more than `dead_latent_threshold` tokens of the text. The text
     is at most `tokens` tokens of held-out text, packed into rows of `context` tokens with EOS between documents. Each
-    latent has its own random generator, so its passages do not depend on the others. Two passes of the model serve all
-    SAEs.
+    latent has its own random generator, so its passages do not depend on other latents. Two passes of the model serve
+    all SAEs.
 
     `price_in` and `price_out` are the judge's prices per million tokens, which the plan's cost estimate uses.
 
-    Memory: activations of 1,024 tokens at a time (64 MiB at 16k latents); where the drawn latents fire, at most 20
-    million activations in one pass (0.8 GB; more passes if they fire more often); 14 KiB a latent. A local judge needs
-    memory in addition to the model's (local_judge.py).
+    Memory: activations of 1,024 tokens at a time (64 MiB at 16k latents); at most 20 million activations of the drawn
+    latents in one pass (0.8 GB; with more activations there are more passes); 14 KiB per latent. A local judge needs
+    additional memory (local_judge.py).
     """
 
     endpoint: str = ""
@@ -96,7 +98,7 @@ class Autointerp(Metric):
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """The scores that are asked for, in a fixed order."""
+        """The requested scores, in a fixed order."""
         return tuple(score for score in SCORES if score in self.scores)
 
     def settings(self, ctx: EvalContext) -> dict[str, Any]:
@@ -107,7 +109,7 @@ class Autointerp(Metric):
         return {name: value for name, value in found.items() if name not in left_out}
 
     def local_identity(self, ctx: EvalContext) -> dict[str, Any]:
-        """The settings, other than its name, on which the answers of a local judge depend."""
+        """The settings, other than its name, that affect the answers of a local judge."""
         judge = self.judge(ctx.device) if self.endpoint == LOCAL else None
         return judge.identity if isinstance(judge, LocalJudge) else {}
 
@@ -121,16 +123,17 @@ class Autointerp(Metric):
         if isinstance(judge, Endpoint):
             if not replace(judge, waits=TEST_WAITS).ask(TEST_QUESTION).strip():
                 raise UnavailableError(
-                    f"{self.judge_model} at {self.endpoint} answered the test question with nothing. It has "
-                    f"{MAX_ANSWER_TOKENS} tokens, which a model that thinks before it answers uses up: name one that "
-                    "does not, or switch that off on the server."
+                    f"{self.judge_model} at {self.endpoint} gave an empty answer to the test question. An "
+                    f"answer can have {MAX_ANSWER_TOKENS} tokens, which a model that thinks before it "
+                    "answers uses up. Choose a model that does not think, or switch thinking off on the "
+                    "server."
                 )
 
     def check_options(self) -> None:
         if min(self.latents, self.tokens) < 1 or self.context <= 2 * BUFFER:
             raise UsageError(
-                "autointerp.latents and autointerp.tokens must be 1 or more, "
-                f"autointerp.context more than {2 * BUFFER}."
+                "autointerp.latents and autointerp.tokens must be 1 or more, and autointerp.context must be "
+                f"more than {2 * BUFFER}."
             )
         for score in self.scores:
             if score not in SCORES:
@@ -140,19 +143,21 @@ class Autointerp(Metric):
                 )
         if not re.fullmatch("([A-Za-z_][A-Za-z0-9_]*)?", self.key_variable):  # not shown: it may be the key
             raise UsageError(
-                "autointerp.key_variable is not the name of an environment variable. Put the key into one, such as "
-                "OPENAI_API_KEY, and give its name: what is given here is stored with every result."
+                "autointerp.key_variable is not the name of an environment variable. Put the key into a "
+                "variable such as OPENAI_API_KEY and give its name, because the value of this option is "
+                "stored with every result."
             )
         if not (0 <= self.price_in < math.inf and 0 <= self.price_out < math.inf):
             raise UsageError("autointerp.price_in and autointerp.price_out must be 0 or more, per million tokens.")
 
     def judge(self, device: str) -> Judge | None:
-        """The judge; a local one on this device."""
+        """The judge. A local judge runs on `device`."""
         if not self.endpoint:
             return None
         if not self.judge_model:
             raise UsageError(
-                f"Which model is the judge at {self.endpoint}? Name it with --set autointerp.judge_model=..."
+                f"autointerp.endpoint is {self.endpoint}, but no judge is named. Name its model with --set "
+                "autointerp.judge_model=..."
             )
         if self.endpoint == LOCAL:
             return LocalJudge(self.judge_model, device, resolve_dtype("auto", device))
@@ -171,7 +176,7 @@ class Autointerp(Metric):
         ]
 
     def kept_answers(self, ctx: EvalContext) -> int:
-        """How many answers of this judge are already kept; 0 if they cannot be read (`measure` then reports why)."""
+        """How many answers of this judge are already stored; 0 if they cannot be read (`measure` then reports why)."""
         with contextlib.suppress(SaeError):
             return len(KeptAnswers.read(self.answers_file(ctx))) if self.endpoint else 0
         return 0
@@ -184,8 +189,8 @@ class Autointerp(Metric):
         rows = pack_contexts(ctx, self.context).first(max(1, self.tokens // self.context))
         rows_RS = rows.ids
         if not len(rows_RS):
-            raise UsageError(f"The held-out text has less than one row of {self.context} tokens. Harvest more of it.")
-        not_trained = UsageError("Autointerp explains trained latents, and a reference that was not trained has none.")
+            raise UsageError(f"The held-out text has less than one row of {self.context} tokens. Harvest more text.")
+        not_trained = UsageError("Autointerp explains trained latents, which an untrained reference does not have.")
         outcomes: list[Outcome] = [not_trained] * len(targets)
         indices = [i for i, target in enumerate(targets) if is_explained(target)]
         trained = [targets[i] for i in indices]
@@ -204,7 +209,10 @@ class Autointerp(Metric):
             try:
                 entries = judge_latents(kept, latents[number], words, self.asked, partial(progress, note=note))
             except UnavailableError as stopped:  # the results of earlier SAEs are complete
-                error = UnavailableError(f"{stopped} The answers so far are kept: the same command asks only the rest.")
+                error = UnavailableError(
+                    f"{stopped} The answers received so far are stored. Run the same command again to ask only "
+                    "the remaining questions."
+                )
                 outcomes[i:] = [error if j in indices[number:] else not_trained for j in range(i, len(targets))]
                 break
             lacking = sum(one.balanced is None for one in latents[number].values())
@@ -213,7 +221,7 @@ class Autointerp(Metric):
         return outcomes
 
     def answers_file(self, ctx: EvalContext) -> Path:
-        """The file in which all answers of this judge are kept, whatever the question."""
+        """The file that stores the answers of this judge to all questions."""
         identity = [self.endpoint, self.judge_model, *self.local_identity(ctx).values()]
         return ctx.artifacts.folder / f"judge-{digest_of(identity)[:16]}.jsonl"
 
@@ -225,18 +233,19 @@ class Autointerp(Metric):
     def select_passages(
         self, latent: int, flat_P: np.ndarray, value_P: np.ndarray, ids_RS: np.ndarray
     ) -> JudgedLatent | None:
-        """The passages of a latent with activations `value_P` at the indices `flat_P` of `ids_RS`; None if too few."""
+        """The passages of a latent with activations `value_P` at the indices `flat_P` of `ids_RS`; None if there are
+        too few."""
         examples = select_examples(flat_P, value_P, ids_RS, np.random.default_rng([SEED, latent]))
         if examples is None or not set(self.asked) & set(BALANCED_SCORES):
             return examples and JudgedLatent(examples)
-        rng = np.random.default_rng([SEED, latent, 1])  # separate: SAEBench's passages do not depend on these draws
+        rng = np.random.default_rng([SEED, latent, 1])  # its own draws, which do not affect SAEBench's passages
         return JudgedLatent(examples, select_balanced(flat_P, value_P, ids_RS, examples, rng))
 
     def result(
         self, entries: dict[str, Any], drawn: int, rows_RS: Tensor, judge: Judge | None, lacking: int = 0
     ) -> MetricResult:
-        """Average the scores in the entries of the judged latents. `drawn` is the number of latents that were drawn;
-        `lacking` of them have too few passages for detection and fuzzing.
+        """Average the scores in the entries of the judged latents. `drawn` is the number of drawn latents, and
+        `lacking` is how many of them have too few passages for detection and fuzzing.
         """
         n = {"latents": drawn, "with_passages": len(entries), "tokens": rows_RS.numel()}
         metrics: dict[str, dict[str, float | None]] = {}
@@ -253,7 +262,8 @@ class Autointerp(Metric):
                 n["scored"] = len(scores)
             if len(scores) < len(entries):
                 flags.append(
-                    f"{len(entries) - len(scores)} latents are left out: the judge's answers could not be parsed."
+                    f"{len(entries) - len(scores)} latents are left out, because the judge's answers about "
+                    "them could not be parsed."
                 )
         for score in self.asked:
             if score in BALANCED_SCORES:
@@ -270,23 +280,24 @@ class Autointerp(Metric):
     def flags(self, entries: dict[str, Any], drawn: int, tokens: int, judge: Judge | None) -> Iterator[str]:
         if drawn < self.latents:
             yield (
-                f"{drawn} latents fire on more than {self.dead_latent_threshold} tokens, fewer than the {self.latents} "
-                "asked for."
+                f"Only {drawn} latents fire on more than {self.dead_latent_threshold} tokens; "
+                f"autointerp.latents asks for {self.latents}."
             )
         if tokens < self.tokens // self.context * self.context:
-            yield f"The held-out text has {tokens:,} tokens, fewer than the {self.tokens:,} asked for."
+            yield f"The held-out text has only {tokens:,} tokens; autointerp.tokens asks for {self.tokens:,}."
         if len(entries) < drawn:
             yield f"{drawn - len(entries)} latents have too few separate passages and are left out."
         if judge is None:
             yield (
-                f"No judge was asked: the prompts for {len(entries)} latents are in evaluations/{self.name}.json. Name "
-                "one with --set autointerp.endpoint=URL --set autointerp.judge_model=NAME, or with the endpoint "
-                f"{LOCAL} a chat model that runs on this machine."
+                f"No judge was asked. The prompts for {len(entries)} latents are in "
+                f"evaluations/{self.name}.json. Name a judge with --set autointerp.endpoint=URL --set "
+                f"autointerp.judge_model=NAME; with the endpoint {LOCAL}, it is a chat model that runs on "
+                "this machine."
             )
 
 
 def is_explained(target: EvalTarget) -> bool:
-    """Whether the target's latents are explained: yes for SAEs and controls, which are loaded from run folders."""
+    """Whether the target's latents are explained: true for SAEs and controls, which are loaded from run folders."""
     return not target.reference or bool(getattr(target.sae, "origin", None))
 
 
@@ -300,8 +311,8 @@ def mean_and_deviation(scores: Sequence[float]) -> tuple[float, float, list[floa
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """The mean over latents and its 95 % percentile interval over resampled latents, which is NaN for one latent or
-    none."""
+    """The mean over latents and its 95 % percentile interval over resampled latents. The interval is NaN for fewer than
+    two latents."""
     if len(values) < 2:
         return (values or [math.nan])[0], (math.nan, math.nan)
     if len(set(values)) == 1:  # every resample has the same mean
@@ -315,16 +326,15 @@ def balanced_flags(
 ) -> Iterator[str]:
     """Sentences about a score of detection or fuzzing."""
     if lacking:
-        yield f"{lacking} latents have too few passages of their own for {score} and are left out of it."
+        yield f"{lacking} latents have too few passages for {score} and are left out of it."
     if unread := sum(part["predicted"].count(None) for part in parts):
         asked = sum(len(part["predicted"]) for part in parts)
         yield (
-            f"{score}: the judge's answers about {unread:,} of {asked:,} passages could not be parsed, and do not "
-            "count."
+            f"{score}: the judge's answers about {unread:,} of {asked:,} passages could not be parsed and do not count."
         )
     if interval[0] <= CHANCE <= interval[1]:
         yield (
             f"{score}: the 95 % interval, {interval[0]:.3f} to {interval[1]:.3f}, contains {CHANCE}, the score of a "
-            "judge that guesses: the judge is too weak, its explanations say nothing, or too few latents were asked "
-            "about."
+            "judge that guesses. The judge is too weak, its explanations say nothing, or the judge was "
+            "asked about too few latents."
         )

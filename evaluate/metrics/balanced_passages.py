@@ -1,7 +1,7 @@
-"""Passages for scoring an explanation by detection and fuzzing: as many with the latent as without it.
+"""Passages for scoring an explanation by detection and fuzzing: in half of them the latent fires.
 
-Source: Paulo et al. 2024 (arXiv 2410.13928), and the authors' library delphi. As there, the passages with the latent
-cover all strengths of its activation, and the others come from anywhere in the text where it is silent.
+Source: Paulo et al. 2024 (arXiv 2410.13928), and the authors' library delphi. As in delphi, the passages with the
+latent cover all strengths of its activation, and the other passages come from anywhere in the text where it is silent.
 
 Shape suffixes: R rows of text, S positions, P tokens on which a latent fires, W tokens of a passage.
 """
@@ -13,15 +13,16 @@ import numpy as np
 
 from .activation_examples import BUFFER, ExampleWindow, LatentExamples, cut_window
 
-MOST, FEWEST = 10, 5  # passages of each kind for one latent; with fewer than FEWEST it is not scored
-SILENT_DRAWS = 500  # number of places tried to find passages without the latent
+MOST, FEWEST = 10, 5  # passages of each kind for one latent; a latent with fewer than FEWEST is not scored
+SILENT_DRAWS = 500  # number of places that are tried to find passages without the latent
 
 
 class BalancedPassage(NamedTuple):
     """A passage, whether the latent fires in it, and the tokens (W,) that are marked for fuzzing.
 
-    Where it fires, the marked tokens are those on which it fires. Each passage without the latent copies the marks of a
-    passage with it, so that neither the number nor the places of marks reveal whether the latent fires.
+    In a passage with the latent, the marked tokens are those on which it fires. Each passage without the latent copies
+    the marks of a passage with it, so that neither the number nor the positions of the marks reveal whether the latent
+    fires.
     """
 
     window: ExampleWindow
@@ -36,7 +37,8 @@ def select_balanced(
     examples: LatentExamples,
     rng: np.random.Generator,
 ) -> list[BalancedPassage] | None:
-    """At most MOST passages with the latent and as many without, shuffled; None if there are fewer than FEWEST of each.
+    """At most MOST passages with the latent and as many without it, shuffled; None if there are fewer than FEWEST of
+    each kind.
 
     The latent's activations are `value_P` > 0 at the flat indices `flat_P` (ascending) of `ids_RS`. No passage shares a
     token with another passage, or with a passage of the explanation. In a passage with the latent, it fires on the
@@ -68,13 +70,13 @@ def select_balanced(
 
 
 def overlaps(flat: np.ndarray, others: Sequence[int]) -> np.ndarray:
-    """Which of the passages with these middle tokens share a token with one of the other passages. Passages do not
-    cross the ends of their row, so passages in different rows never overlap."""
+    """A mask of the passages with middle tokens `flat` that share a token with a passage around one of `others`.
+    Passages do not cross the ends of their row, so passages in different rows never overlap."""
     return (np.abs(flat[:, None] - np.array(others, dtype=np.int64)) <= 2 * BUFFER).any(1)
 
 
 def first_separate(candidates: Iterable[int], taken: Sequence[int], count: int) -> list[int]:
-    """The first `count` candidates that share no token with each other or with the passages that are taken."""
+    """The first `count` candidates that share no token with each other or with the passages in `taken`."""
     found: list[int] = []
     for flat in candidates:
         if len(found) == count:

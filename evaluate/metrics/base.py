@@ -1,7 +1,7 @@
 """The interface of every metric: `Metric` takes an `EvalContext` and `EvalTarget`s, and returns `MetricResult`s.
 
-Each metric is a file of this folder and is listed in registry.py. However many SAEs it evaluates, a metric runs the
-model once over its text.
+Each metric is a file in this folder and is listed in registry.py. A metric runs the model only once over its text, for
+any number of SAEs.
 """
 
 import math
@@ -17,7 +17,7 @@ from ...common.errors import SaeError, UsageError
 from ...train.sae import SAE
 from ..context import EvalContext
 
-MODES = ("0.6.0", "2024-12")  # SAEBench's current definitions, and those behind the five papers' numbers
+MODES = ("0.6.0", "2024-12")  # SAEBench's current definitions, and the definitions behind the five papers' numbers
 MANY_OUTLIERS = 0.01  # share of outlier rows above which a flag is added
 OUTLIERS = "outlier_rows"  # key of the number of outlier rows in `MetricResult.n`; absent if there are none
 MASKED = "masked_"  # prefix of categories without outlier rows: masked_sparsity in addition to sparsity
@@ -34,12 +34,12 @@ class SAELike(Protocol):
 def encode_finite(sae: SAELike, x_TD: Tensor) -> Tensor:
     """The latents (T, F) in float32. Raises SaeError for NaN and infinity, which probes cannot read."""
     f_TF = sae.encode(x_TD.float()).float()
-    # The sum is not finite if any latent is not. It is much faster to check, but can overflow.
+    # If any latent is not finite, neither is the sum, which is much faster to check. A finite sum can overflow, though.
     if not f_TF.sum().isfinite() and not f_TF.isfinite().all():
         rows = int((~f_TF.isfinite().all(-1)).sum())
         raise SaeError(
-            f"The SAE's latents are NaN or infinite at {rows:,} of {len(f_TF):,} rows, so it cannot be measured. Its "
-            "weights or the precision that it computes in do not suit these activations."
+            f"The SAE's latents are NaN or infinite at {rows:,} of {len(f_TF):,} rows, so it cannot be "
+            "measured. Its weights or its precision are unsuitable for these activations."
         )
     return f_TF
 
@@ -50,14 +50,15 @@ def reconstruct(sae: SAELike, f: Tensor, x: Tensor) -> Tensor:
 
 
 class RowSet(NamedTuple):
-    """The activations that are read: those at `hook` whose norm is at most `norm_limit`, or all if that is None."""
+    """The activations that are read: those at `hook` whose norm is at most `norm_limit`, or all if `norm_limit` is
+    None."""
 
     hook: Hook
     norm_limit: float | None = None
 
     def record(self, outliers: int) -> dict[str, Any]:
-        """The entries of this row set in the key of an artifact. The limit is included only if it left out rows
-        (`outliers`)."""
+        """The entries of this row set in the key of an artifact. The limit is included only if rows were left out
+        because of it (`outliers`)."""
         return self.hook.record | ({"norm_limit": self.norm_limit} if outliers else {})
 
 
@@ -65,11 +66,13 @@ class RowSet(NamedTuple):
 class EvalTarget:
     """An SAE to evaluate, and the hook whose activations it reads.
 
-    Its reconstruction replaces the activations at the counted tokens; with `everywhere`, at BOS and padding as well.
-    `reference` marks a baseline row (identity, zero, PCA, random dictionary) that other rows are compared with.
+    Its reconstruction replaces the activations at the counted tokens and, if `everywhere` is true, at BOS and padding
+    as well. `reference` marks a baseline row (identity, zero, PCA, random dictionary) that other rows are compared
+    with.
 
     Counted tokens whose activations have a norm over `norm_limit` are outlier rows (see cache.outliers), such as
-    attention sinks. The model keeps its own activations there, and no metric counts them. None: there are no outliers.
+    attention sinks. The model keeps its own activations there, and no metric counts them. If `norm_limit` is None,
+    there are no outlier rows.
 
     Targets of the same `system` differ only by seed; it is "" for a reference or an imported SAE. `name` and `weights`
     (a digest) are copied from its row.
@@ -110,7 +113,7 @@ class MetricColumn:
     better: str = ""  # "up", "down", or "" if neither is better
     floor: float | None = None  # smallest value; where higher is better, the value at chance or for a useless SAE
     ceiling: float | None = None  # largest value; where lower is better, the worst
-    shared: bool = True  # whether shares of controls are computed; if so, an SAE without features is at the floor
+    shared: bool = True  # whether shares of controls are computed; if true, an SAE without features is at the floor
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,9 @@ class MetricResult:
     """A metric's results for one SAE.
 
     `metrics` maps category -> name -> number, with None for an undefined number. `details` has one entry per latent,
-    letter or dataset. `intervals` has the same keys as `metrics` and holds 95 % intervals [low, high]. `n` holds the
-    counts of measured tokens, texts and so on. `flags` are sentences that warn about misleading numbers. `extra` is
-    anything else that a metric stores.
+    letter or dataset. `intervals` has the same keys as `metrics`; its values are 95 % intervals [low, high]. `n`
+    contains the numbers of measured tokens, texts and so on. `flags` are sentences that warn about misleading numbers.
+    `extra` is anything else that a metric stores.
 
     All of these include all rows, as SAEBench defines them. `masked` is the same result without the outlier rows (see
     `EvalTarget.norm_limit`); it is None if there are no outlier rows, because the two results are then equal.
@@ -136,12 +139,12 @@ class MetricResult:
 
     @property
     def sound(self) -> "MetricResult":
-        """The result without outlier rows: what tables, pages and comparisons show."""
+        """The result without outlier rows, which tables, pages and comparisons show."""
         return self.masked or self
 
     @property
     def notes(self) -> list[str]:
-        """The flags of `sound`, and sentences about numbers over all rows that SAEBench's names describe wrongly."""
+        """The flags of `sound`, and sentences about numbers over all rows whose names in SAEBench are misleading."""
         return [*self.sound.flags, *misnamed_numbers(self.metrics)]
 
     def without_outliers(self, outliers: int, rows: int) -> "MetricResult":
@@ -169,7 +172,8 @@ class MetricResult:
     def of(
         cls, metrics: Mapping[str, Mapping[str, float | None]], details: list[dict[str, Any]] | None = None, **more: Any
     ) -> Self:
-        """Replace NaN and infinity by None, so that a new result equals the same result read from its file."""
+        """A result in which NaN and infinity are replaced by None, so that it equals the same result read from its
+        file."""
         return cls(*nan_to_none([metrics, details or []]), **nan_to_none(more))
 
 
@@ -197,16 +201,16 @@ class Metric(ABC):
 
     name: ClassVar[str]  # name of the suite entry and of the result file
     type_id: ClassVar[str]  # SAEBench's `eval_type_id`
-    saebench_rows: ClassVar[bool] = True  # whether SAEBench's numbers are measured as well if there are outlier rows
+    saebench_rows: ClassVar[bool] = True  # whether to measure SAEBench's numbers too if there are outlier rows
     title: ClassVar[str]  # the heading of its table
     columns: ClassVar[tuple[MetricColumn, ...]]  # the columns of its table
     definition: ClassVar[int] = 1
-    # How two SAEs are paired (docs/reference/statistics.md): an entry of `MetricResult.details` is a `unit`, and
-    # `unit_key` names it.
+    # How two SAEs are paired (docs/reference/statistics.md): each entry of `MetricResult.details` is one `unit`, whose
+    # name is the value at `unit_key`.
     unit: ClassVar[str] = ""  # such as "data set"; "" if the entries differ between SAEs
     independent_seeds: ClassVar[bool] = True  # False: a run's result depends on the other seeds measured with it
     unit_key: ClassVar[str] = "dataset_name"
-    unit_names: ClassVar[Mapping[str, str]] = {}  # number -> its name in an entry, where the two differ
+    unit_names: ClassVar[Mapping[str, str]] = {}  # number -> its name in an entry, if the two differ
 
     knows_what_is_kept: ClassVar[bool] = False  # whether `kept_bytes` excludes bytes that are already cached
     caveat: ClassVar[str] = ""  # a known weakness of the metric, with its source; shown wherever its numbers are shown
@@ -220,39 +224,40 @@ class Metric(ABC):
         return UnitValues(cls.unit, {key: float(v) for key, v in values.items() if isinstance(v, (int, float))})
 
     def settings(self, ctx: EvalContext) -> dict[str, Any]:
-        """Everything besides the SAE that determines the result. Metrics that read a dataset add its digest.
+        """Everything that determines the result, except the SAE. Metrics that read a dataset add its digest.
 
         Raises SaeError if the dataset is not available.
         """
         return {**asdict(self), "definition": self.definition, **ctx.settings}
 
     def settings_of(self, target: EvalTarget, targets: Sequence[EvalTarget]) -> dict[str, Any]:
-        """Further settings on which the result of `target` depends, such as the other `targets`.
+        """Further settings that determine the result of `target`, such as the other `targets`.
 
         Raises SaeError if the metric needs other targets that are missing.
         """
         return {}
 
     def check(self) -> None:  # noqa: B027  (most metrics have nothing to check)
-        """Raise SaeError early for anything that would fail later, such as invalid options or an unreachable judge."""
+        """Raise SaeError for a problem that would make `measure` fail, such as invalid options or an unreachable
+        judge."""
 
     def describe_cost(self, ctx: EvalContext, saes: int) -> list[str]:
-        """Lines of the plan about the costs, other than time, of measuring `saes` SAEs."""
+        """Lines of the plan about the costs of measuring `saes` SAEs, other than time."""
         return []
 
     def kept_bytes(self, ctx: EvalContext, targets: Sequence[EvalTarget]) -> int:
         """An upper bound on the bytes of activations that measuring `targets` adds to the artifact cache. Does not need
         the model.
 
-        If `knows_what_is_kept`, bytes that are already in the cache are not counted.
+        If `knows_what_is_kept` is true, bytes that are already in the cache are not counted.
         """
         return 0
 
     @abstractmethod
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
-        """Evaluate all targets on the same text, with one outcome for each. Raises SaeError if none can be measured.
+        """Evaluate all targets on the same text. Returns one outcome for each; raises SaeError if none can be measured.
 
-        Outlier rows are left out. If there were any, `n["outlier_rows"]` of a result is their number.
+        Outlier rows are left out. If there are any, `n["outlier_rows"]` of a result is their number.
         """
 
     def measure_both(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
@@ -275,9 +280,9 @@ class Metric(ABC):
 
 
 def misnamed_numbers(metrics: Mapping[str, Mapping[str, float | None]]) -> list[str]:
-    """A sentence for each of these numbers whose name in SAEBench promises more than its formula measures.
+    """A sentence for each of these numbers whose SAEBench name does not match its formula.
 
-    The sentence names the sound number to use instead. Results of earlier versions get the same sentences.
+    The sentence names the number to use instead. Results of earlier versions get the same sentences.
     """
     quality = metrics.get("reconstruction_quality", {})
     named, sound = quality.get("explained_variance"), quality.get("fve")
@@ -287,10 +292,12 @@ def misnamed_numbers(metrics: Mapping[str, Mapping[str, float | None]]) -> list[
         "SAEBench 0.6.0's formula, whose denominator is not the variance: it is not 0 for an SAE that returns the mean "
         "of the text, and it can exceed 1"
         if "explained_variance_legacy" in quality
-        else "SAEBench's formula of 2024, a mean of ratios, in which the tokens nearest to the mean weigh most"
+        else "SAEBench's formula of 2024, a mean of ratios in which the tokens nearest to the mean have the "
+        "largest weight"
     )
     return [
-        f"explained_variance ({named:.4f}) is {formula}. Trust fve ({sound:.4f}): 1 - squared error / squared distance "
+        f"explained_variance ({named:.4f}) is {formula}. Use fve ({sound:.4f}) instead: 1 - squared error / "
+        "squared distance "
         "from the mean, 0 for the mean and 1 for a perfect SAE."
     ]
 
@@ -300,14 +307,15 @@ def outlier_flags(outliers: int, rows: int) -> list[str]:
     if outliers <= MANY_OUTLIERS * rows:
         return []
     return [
-        f"{outliers:,} of {rows:,} rows ({outliers / rows:.1%}) are outliers by their norm and left out, more than a "
-        "few attention sinks: the SAE is judged on the rest. --max-norm none counts them too."
+        f"{outliers:,} of {rows:,} rows ({outliers / rows:.1%}) are left out as outliers because of their "
+        "norm. These are more than a few attention sinks, and the SAE is judged only on the other rows. To "
+        "count all rows, pass --max-norm none."
     ]
 
 
 def nan_to_none(tree: Any) -> Any:
     """Replace the NaN and infinities in nested dictionaries and lists by None."""
-    if isinstance(tree, dict):  # inlined: a wide SAE has a hundred thousand numbers, too many for a call each
+    if isinstance(tree, dict):  # inlined: a wide SAE has a hundred thousand numbers, and a call for each would be slow
         return {k: v if type(v) is float and math.isfinite(v) else nan_to_none(v) for k, v in tree.items()}
     if isinstance(tree, list):
         return [nan_to_none(v) for v in tree]
@@ -321,6 +329,6 @@ def check_mode(mode: str) -> None:
     """Raise UsageError unless `mode` is one of MODES."""
     if mode not in MODES:
         raise UsageError(
-            f"--mode {mode} is unknown: {MODES[0]} (SAEBench's current definitions) or {MODES[1]} (those behind the "
-            "papers' numbers)."
+            f"--mode {mode} is unknown. Expected {MODES[0]} (SAEBench's current definitions) or {MODES[1]} "
+            "(the definitions behind the papers' numbers)."
         )

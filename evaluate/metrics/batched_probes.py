@@ -33,11 +33,11 @@ def train_probes(
     test_tasks: Sequence[ProbeTask],
     generators: Sequence[torch.Generator],
 ) -> LinearProbes:
-    """Train one probe per task, all of them batched. The result equals that of `probes.train_probe` for each task.
+    """Train one probe per task, all in one batch. Each probe equals the result of `probes.train_probe` for its task.
 
-    The loss is cross-entropy + 1e-3 |w|_1, minimized by AdamW in 20 epochs with batches of 16. Each probe keeps the
-    first epoch with its best test accuracy. All tasks have the same size. Each probe's generator draws, in this order,
-    its weight, its bias, and one order per epoch.
+    The loss is cross-entropy + 1e-3 |w|_1, minimized by AdamW in 20 epochs with batches of 16. Each probe is taken from
+    the first epoch with its best test accuracy. All tasks have the same size. Each probe's generator draws, in this
+    order, its weight, its bias, and one order per epoch.
     """
     # Paper: SAEBench trains in the model's dtype, bfloat16 for Gemma; this is float32.
     rows_PB = torch.stack([task.rows for task in tasks])

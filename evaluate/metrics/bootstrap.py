@@ -19,9 +19,10 @@ REPLICATES = 400
 
 @dataclass(frozen=True)
 class BootstrapWeights:
-    """How often each replicate draws each text (R, N). Replicate 0 is the sample itself, with every text once.
+    """How often each replicate contains each text (R, N). Replicate 0 is the sample itself, with every text once.
 
-    An accuracy is therefore a vector (R,), and so is every score computed from accuracies; its entry 0 is the score.
+    An accuracy is therefore a vector (R,), and so is every score computed from accuracies. Entry 0 is the score of the
+    sample.
     """
 
     weight_RN: Tensor

@@ -16,7 +16,7 @@ from .packing import TOKENS_PER_ENCODE, encode_float32
 
 @dataclass(frozen=True)
 class ClampPlan:
-    """The latents of one SAE that are clamped, for each retain threshold and number of latents."""
+    """The clamped latents of one SAE, for each retain threshold and number of latents."""
 
     target: EvalTarget
     selected: dict[tuple[float, int], tuple[int, ...]]
@@ -42,7 +42,8 @@ class ClampPlan:
         return torch.where(outlier_mask(x_NSD, self.target.norm_limit)[..., None], 0, f_NSK)
 
     def clamp(self, x_NSD: Tensor, f_NSK: Tensor, selection: Sequence[int], multipliers_M: Tensor) -> Tensor:
-        """The residual with one selection clamped, for every multiplier (M, N, S, D). `f_NSK` is from `latents`."""
+        """The residual stream with one selection clamped, for every multiplier (M, N, S, D). `f_NSK` is the result of
+        `latents`."""
         column = {latent: i for i, latent in enumerate(self.union)}
         f_NSK = f_NSK[..., [column[latent] for latent in selection]]
         return clamp_latents(x_NSD, f_NSK, self.unit_FD[list(selection)], multipliers_M)

@@ -4,17 +4,17 @@ correlations of its latents.
 Higher is better for the KL and CE scores (1: the model alone, 0: the layer zeroed), explained variance, cosine and the
 share of alive latents; lower is better for KL, CE, MSE and correlations.
 
-Names and definitions follow SAEBench 0.6.0 (`evals/core`). Where a name does not fit its definition, the correct number
-is also reported under another name: `fve` (explained variance), `mse_elementwise`. The text differs from SAEBench's:
-the contexts are those of the cache, with one document in each unless the cache was packed. SAEBench divides `mse` by
-the number of tokens in a batch, so `mse` is comparable only within one text. Pad, EOS and BOS positions keep their
-residual and are not counted.
+Names and definitions follow SAEBench 0.6.0 (`evals/core`). Where a name does not match its definition, the correct
+number is also reported under another name: `fve` (explained variance), `mse_elementwise`. The text differs from
+SAEBench's: it consists of the contexts of the cache, with one document in each unless the cache was packed. SAEBench
+divides `mse` by the number of tokens in a batch, so `mse` is comparable only between SAEs measured on the same text.
+Pad, EOS and BOS positions keep their activations and are not counted.
 
-Under these names all other rows count, as in SAEBench, so a single attention sink can dominate the numbers. If the text
-has outlier rows (`EvalTarget.norm_limit`), `MetricResult.masked` therefore holds the same numbers without them: at
-these rows the model keeps its own activations, as at BOS, and they are not counted. For this the model runs a second
-time, but only on contexts that contain such a row. The model's own pass over the text is kept in the artifact cache
-(`TextPasses`), so SAEs that are measured later run only the blocks after their hook.
+All other rows are counted under these names, as in SAEBench, so a single attention sink can dominate the numbers. If
+the text has outlier rows (`EvalTarget.norm_limit`), `MetricResult.masked` therefore contains the same numbers without
+them: at these rows the model keeps its own activations, as at BOS, and they are not counted. To compute them, the model
+runs a second time on the contexts that contain such a row. The model's own pass over the text is kept in the artifact
+cache (`TextPasses`), so SAEs that are measured later run only the blocks after their hook.
 
 Shape suffixes: N contexts, S positions, T counted tokens, D d_in, F latents, V vocabulary.
 """
@@ -67,12 +67,12 @@ class Core(Metric):
     """A batch has `batch_contexts` contexts. KL and CE are measured on the first `reconstruction_batches` batches,
     everything else on the first `sparsity_batches`.
 
-    In SAEBench the sparsity batches start where the reconstruction batches end. Here the two overlap, because held-out
+    In SAEBench the sparsity batches start where the reconstruction batches end. Here they overlap, because held-out
     text is short.
 
     Correlations between latents and cosines between decoder rows, which SAEBench does not have, are computed over all
-    pairs in a sample of `paired_latents` latents. The sample contains every latent if the SAE has no more than that;
-    with 0 there are no pairs.
+    pairs in a sample of `paired_latents` latents. The sample contains every latent if the SAE has at most
+    `paired_latents`; with 0 there are no pairs.
     """
 
     batch_contexts: int = 16
@@ -103,8 +103,8 @@ class Core(Metric):
         return settings
 
     def settings_of(self, target: EvalTarget, targets: Sequence[EvalTarget]) -> dict[str, Any]:
-        """`paired_latents`, if it leads to other pairs than the fixed value of earlier versions, which did not record
-        it.
+        """`paired_latents`, if it selects different pairs from the fixed value of earlier versions, which did not
+        record it.
 
         It is not recorded for the identity, zero and PCA, whose number of latents is unknown.
         """
@@ -174,7 +174,8 @@ class Core(Metric):
         return UnitValues(*values_in_record(result.extra, column.name))
 
     def counted_batches(self, ctx: EvalContext, device: str | None = None) -> list[ContextBatch]:
-        """The batches that contain a counted token, on the model's device or on a given one (without the model)."""
+        """The batches that contain a counted token, on `device` or, by default, on the model's device (which loads the
+        model)."""
         return [
             batch
             for batch in ctx.batches(self.batch_contexts, self.sparsity_batches, device=device)
@@ -217,10 +218,10 @@ class BatchSplice(NamedTuple):
     """The result of splicing an SAE into one batch.
 
     Attributes:
-        outlier_NS: where the outlier rows are.
+        outlier_NS: True at outlier rows.
         output_TD: the model's final residual with the reconstruction at all counted tokens.
-        restored_TD: the same, but with the model's own activations at outlier rows, for the counted tokens of contexts
-            that contain such rows.
+        restored_TD: the final residual with the model's own activations at outlier rows, for the counted tokens of
+            contexts that contain such rows.
     """
 
     outlier_NS: Tensor
@@ -246,7 +247,7 @@ class CoreSums:
 class MeasuredSAE:
     """The sums of one SAE over all counted rows and over the counted rows that are not outliers.
 
-    Until the first outlier row the two are equal, and only one is kept.
+    Until the first outlier row, the two are equal and only the first exists.
     """
 
     def __init__(self, target: EvalTarget, paired_latents: int) -> None:
@@ -257,7 +258,7 @@ class MeasuredSAE:
         self.tokens: int | None = None  # tokens encoded at a time; decided once, after the model has been loaded
 
     def add_batch(self, run: ForwardPass | None, x_NSD: Tensor, counted_NS: Tensor, outlier_NS: Tensor) -> BatchSplice:
-        """Add the activations of a batch; with a `run`, also run the model on their reconstruction."""
+        """Add the activations of a batch. If `run` is given, also run the model on their reconstruction."""
         outliers = int(outlier_NS.sum())
         self.outliers += outliers
         if outliers and self.masked is None:
@@ -283,8 +284,9 @@ class MeasuredSAE:
             return every
         if not self.masked.stats.tokens:
             return UsageError(
-                f"The norms of all {self.outliers:,} rows of the held-out text are over {self.target.norm_limit:.4g}, "
-                "so all of them are outliers. The limit belongs to other activations: pass --max-norm none."
+                f"All {self.outliers:,} rows of the held-out text have norms over "
+                f"{self.target.norm_limit:.4g}, so all of them are outliers. The limit was made for other "
+                "activations. Pass --max-norm none."
             )
         masked = build_result(mode, self.target, self.masked, document_N, text)
         return every.with_masked(masked.without_outliers(self.outliers, masked.n["tokens"]))
@@ -332,7 +334,7 @@ def build_result(
     text: str,
     tokens: dict[str, float | None] | None = None,
 ) -> MetricResult:
-    """The numbers over the rows of `sums`. Without `tokens`, numbers that do not depend on the rows are left out."""
+    """The numbers over the rows of `sums`. If `tokens` is None, numbers that do not depend on the rows are left out."""
     stats = sums.stats
     ratios = loss_ratios(sums.original, sums.ablated, sums.spliced)
     W_dec_FD = getattr(target.sae, "W_dec", None)

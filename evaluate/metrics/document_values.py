@@ -19,11 +19,11 @@ def group_documents(document_N: Tensor) -> Tensor:
 
 
 def values_by_group(ratio: Ratio, group_N: Tensor) -> Tensor:
-    """Values for the groups of documents (G,), such that their mean is the ratio r of the sums.
+    """One value per group of documents (G,), such that the mean of the values is the ratio r of the sums.
 
-    A value is r + (part - r whole) G / sum(whole). The mean of the values has the standard error of the linearized
-    ratio, as in `sae_statistics.ratio_interval`, and the mean difference between two SAEs is the difference of their
-    ratios.
+    The value of a group is r + (part - r whole) G / sum(whole). The mean of the values has the standard error of the
+    linearized ratio, as in `sae_statistics.ratio_interval`, and the mean difference between two SAEs is the difference
+    of their ratios.
     """
     part_G, whole_G = sum_by_document(ratio, group_N)
     centre = ratio_value((part_G, whole_G))
@@ -35,7 +35,8 @@ def document_record(
 ) -> dict[str, Any]:
     """The content of core's `MetricResult.extra`: the values of each number by group of documents, and the text's id.
 
-    Values have seven digits. The explained variance is rescaled like its interval (`SAEStatistics.fve_interval`).
+    Values are rounded to seven digits. The explained variance is rescaled like its interval
+    (`SAEStatistics.fve_interval`).
     """
     group_N = group_documents(document_N)
     values = {name: values_by_group(ratio, group_N) for of in ratios.values() for name, ratio in of.items()}

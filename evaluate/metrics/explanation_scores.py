@@ -1,10 +1,10 @@
-"""Explanations of latents, and scores of how well a judge predicts from them where the latents fire.
+"""Explanations of latents, and scores that say how well a judge predicts from them where the latents fire.
 
 `saebench` is the score of SAEBench 0.6.0, with reworded prompts: the judge names the passages, out of 14, on which the
 latent fires. `detection` and `fuzzing` are the scores of Paulo et al. 2024 (arXiv 2410.13928) and of the authors'
-library delphi: balanced accuracy over equally many passages with and without the latent (balanced_passages.py), with
-PER_QUESTION passages in one question. In detection the judge says for each passage whether the latent fires in it. In
-fuzzing some of its tokens are marked, and the judge says whether the latent fires on the marked ones.
+library delphi: the balanced accuracy over equally many passages with and without the latent (balanced_passages.py),
+with PER_QUESTION passages in one question. In detection, the judge says for each passage whether the latent fires in
+it. In fuzzing, some tokens of a passage are marked, and the judge says whether the latent fires on the marked tokens.
 """
 
 import re
@@ -19,7 +19,7 @@ from .llm_judge import KeptAnswers, Message
 SCORES = ("saebench", "detection", "fuzzing")
 BALANCED_SCORES = SCORES[1:]
 EXPLANATION_PLACEHOLDER = "{explanation}"  # in prompts written without a judge
-MAX_DIGITS = 6  # of a passage's number; Python refuses to parse numbers with thousands of digits
+MAX_DIGITS = 6  # in the number of a passage; Python does not parse numbers with thousands of digits
 PER_QUESTION = 5  # passages of a question of detection or fuzzing, as in delphi
 
 EXPLAIN_PROMPT = """\
@@ -108,7 +108,8 @@ def passages_prompt(score: str, asked: Sequence[BalancedPassage], words: TokenTe
 
 
 def parse_verdicts(answer: str, count: int) -> list[bool] | None:
-    """The answers about `count` passages, parsed from a first line of 0s and 1s with commas; None for anything else."""
+    """The answers about `count` passages, parsed from a first line of 0s and 1s separated by commas; None for anything
+    else."""
     line = next(iter(answer.strip().splitlines()), "")
     digits = [part.strip() for part in line.strip("[]. ").split(",")]
     return [digit == "1" for digit in digits] if len(digits) == count and set(digits) <= {"0", "1"} else None
@@ -166,9 +167,10 @@ def judge_latents(
     scores: Sequence[str],
     progress: Progress,
 ) -> dict[str, Any]:
-    """One entry per latent: numbers named as in SAEBench, objects for detection and fuzzing, prompts and answers.
+    """One entry per latent: numbers with SAEBench's names, an object each for detection and fuzzing, prompts and
+    answers.
 
-    All latents are explained first. Then all questions about the explanations are asked together.
+    First the judge explains all latents. Then it is asked all questions about the explanations together.
     """
     explain = {latent: explain_prompt(one.examples, words) for latent, one in latents.items()}
     if judge is None:

@@ -1,4 +1,4 @@
-"""The first-letter task of the absorption metric: spelling prompts, the residual at their words, and letter probes.
+"""The first-letter task of the absorption metric: spelling prompts, activations at their words, and letter probes.
 
 A prompt repeats the line
 
@@ -50,7 +50,7 @@ class SpellingPrompts:
     """Words in a seeded random order, of which the first `train` are for training, and their prompts as token ids.
 
     All prompts have one length, because a word is one token and the parts between words are the same. A prompt ends at
-    the word in question, because later tokens cannot change the residual there.
+    the word in question, because later tokens cannot change the activations there.
 
     Paper: two vocabulary entries with the same text (a letter, and the byte of that letter) count as one word here.
     """
@@ -69,7 +69,8 @@ class SpellingPrompts:
     ) -> Self:  # fmt: skip
         """Draw `words` words (0: all) and tokenize the template. Prompts begin with `bos_id`.
 
-        `embedded` is the number of tokens that have an embedding in the model, if the tokenizer can have more.
+        `embedded` is the number of tokens that have an embedding in the model, because the tokenizer can have more
+        tokens.
 
         Raises UsageError if the tokenizer cannot build such prompts or has too few words.
         """
@@ -83,8 +84,8 @@ class SpellingPrompts:
         question = Counter(filter(None, after)).most_common(1)
         if not start or not question:
             raise UsageError(
-                "This tokenizer does not suit absorption: no word of its vocabulary is one token in a line such as "
-                "'cat has the first letter:' after a newline."
+                "This tokenizer is unsuitable for absorption: no word of its vocabulary is a single token "
+                "in a line such as 'cat has the first letter:' after a newline."
             )
         usual = question[0][0]
         first = after.index(usual)
@@ -92,8 +93,8 @@ class SpellingPrompts:
         answers = [line[len(head[first]) + len(usual) :] for line in answered]
         if len({len(answer) for answer in answers}) > 1:
             raise UsageError(
-                "This tokenizer does not suit absorption: its answers ' A' to ' Z' differ in their number of tokens, "
-                "so prompts would be of unequal lengths."
+                "This tokenizer is unsuitable for absorption: its answers ' A' to ' Z' differ in their "
+                "number of tokens, so prompts would have unequal lengths."
             )
         bos = [] if bos_id is None else [bos_id]
         from_ids = sum(tokens != usual for tokens in after)
@@ -110,8 +111,8 @@ class SpellingPrompts:
         return torch.from_numpy(ids_NS)
 
     def all_prompts(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Prompts for all words, with examples from each word's own split. Then, fresh prompts for the test words, with
-        examples from all words."""
+        """Two sets of prompts: one for all words, with examples from the word's own split, and a fresh one for the test
+        words, with examples from all words."""
         train, test = self.words[: self.train], self.words[self.train :]
         rng = random.Random(f"{seed} examples")
         own_split = torch.cat([self.prompts(train, train, rng), self.prompts(test, test, rng)])
@@ -128,22 +129,21 @@ def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def check_words(words: Sequence[VocabularyWord], train: int, *, sampled: bool) -> None:
-    """Raise UsageError unless every letter has words to train on and there are enough words to test on."""
+    """Raise UsageError unless every letter has training words and there are enough test words."""
     missing = sorted(set(range(26)) - {word.letter for word in words[:train]})
     if not missing and len(words) - train > EXAMPLES:
         return
     none = f" (none begins with {', '.join(LETTERS[letter] for letter in missing)})" if missing else ""
     subject = f"The {len(words)} sampled words" if sampled else f"The {len(words)} words of the vocabulary"
     raise UsageError(
-        f"{subject} are too few for absorption: {train} to train on{none} and {len(words) - train} to test on. "
-        "It needs words of every letter to train on and more "
-        f"than {EXAMPLES} to test on. "
-        f"Use {'more words (absorption.words)' if sampled else 'a model with a larger vocabulary'}."
+        f"{subject} are too few for absorption: {train} are for training{none} and {len(words) - train} for "
+        f"testing. Expected training words of every letter and more than {EXAMPLES} test words. Use "
+        f"{'more words (absorption.words)' if sampled else 'a model with a larger vocabulary'}."
     )
 
 
 def draw_words(pool: Sequence[VocabularyWord], count: int, rng: random.Random) -> list[VocabularyWord]:
-    """All words in random order, or `count` of them, as evenly over letters as the pool allows."""
+    """All words in random order, or `count` of them, distributed over letters as evenly as the pool allows."""
     order, seen, rank = rng.sample(pool, len(pool)), Counter[int](), {}
     for word in order:
         rank[word] = seen[word.letter]
@@ -153,10 +153,10 @@ def draw_words(pool: Sequence[VocabularyWord], count: int, rng: random.Random) -
 
 
 def vocabulary_words(tokenizer: Any, start: list[int], embedded: int | None = None) -> list[VocabularyWord]:
-    """Every vocabulary entry of ASCII letters, with or without a leading space, sorted by token.
+    """Every vocabulary entry that consists of ASCII letters, with or without a leading space, sorted by token.
 
-    `start` holds the ids of a newline. Entries are decoded after a newline, because some tokenizers drop the leading
-    space of a text's first token.
+    `start` contains the ids of a newline. Entries are decoded after a newline, because some tokenizers drop the leading
+    space of the first token of a text.
     """
     newline, special = tokenizer.decode(start), set(tokenizer.all_special_ids)
     words: dict[str, VocabularyWord] = {}
@@ -202,7 +202,7 @@ class SpellingRows:
 def read_spelling_rows(
     ctx: EvalContext, prompts: SpellingPrompts, row_sets: Sequence[RowSet], seed: int, progress: Progress
 ) -> dict[RowSet, SpellingRows]:
-    """Rows and letter probes for each row set, from the artifact cache or one pass of the model.
+    """Activation rows and letter probes for each row set, from the artifact cache or one pass of the model.
 
     A word is left out if its row is an outlier in either of its prompts.
 
@@ -223,8 +223,9 @@ def read_spelling_rows(
         outliers, letter_N = int((~train_N).sum() + (~test_N).sum()), train_letter_N[train_N]
         if outliers and len(letter_N.unique()) < len(LETTERS):
             raise UsageError(
-                f"{outliers:,} of {len(prompts.words):,} words are outliers by the norm of their activations at "
-                f"{hook}, which leaves too few for absorption. --max-norm none counts them."
+                f"{outliers:,} of {len(prompts.words):,} words are outliers because of the norm of their "
+                f"activations at {hook}. The other words are too few for absorption. To count all words, "
+                "pass --max-norm none."
             )
         key = {**depends, **row_set.record(outliers)}
         probe = read_letter_probes(ctx, key, train_ND[train_N], letter_N, seed, progress)

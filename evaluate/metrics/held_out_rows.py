@@ -1,6 +1,7 @@
-"""The rows of held-out text on which SAEs' latents are compared, from one pass of the model for all hooks.
+"""The activation rows of held-out text on which the latents of SAEs are compared, from one pass of the model for all
+hooks.
 
-They stay in the artifact cache, in the model's dtype: 150 MB for 32,768 tokens of Gemma-2-2B in bfloat16.
+The rows stay in the artifact cache, in the model's dtype: 150 MB for 32,768 tokens of Gemma-2-2B in bfloat16.
 
 Shape suffixes: T tokens, D d_in.
 """
@@ -31,7 +32,7 @@ def read_rows(
 ) -> dict[RowSet, KeptRows]:
     """The first `tokens` counted rows of held-out text that are not outliers, or fewer if the text is shorter.
 
-    They come from the artifact cache or, if they are missing there, from one pass of the model.
+    The rows come from the artifact cache or, if they are missing there, from one pass of the model.
     """
     keys = {row_set: key_of(ctx, row_set, tokens, batch_contexts) for row_set in row_sets}
     captured: dict[RowSet, KeptRows] = {}
@@ -48,7 +49,7 @@ def read_rows(
         except UnavailableError:
             if row_set not in captured:
                 raise
-            return captured[row_set]  # the disk is full: measure without keeping the rows
+            return captured[row_set]  # the disk is full: measure without storing the rows
         return KeptRows(arrays["x"], int(arrays["outliers"]))
 
     with ctx.artifacts.claim(KIND, keys.values()):

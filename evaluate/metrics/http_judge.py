@@ -1,4 +1,4 @@
-"""A judge behind a URL: any endpoint with the OpenAI chat-completions protocol, called through httpx2."""
+"""A judge at a URL: any endpoint with the OpenAI chat-completions protocol, called through httpx2."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ MAX_WAIT = 60  # longest wait in seconds that an endpoint's Retry-After may requ
 GRACE = 5.0  # seconds to wait for the answers to pending questions after an error or Ctrl-C
 POLL = 0.1  # seconds between checks whether to stop
 MAX_REPLY = 1 << 20  # bytes of a reply that are read
-MAX_ANSWER = 10_000  # characters of an answer, which is cut off after them
+MAX_ANSWER = 10_000  # characters after which an answer is cut off
 
 
 class Reply(NamedTuple):
@@ -40,15 +40,15 @@ class Endpoint:
     """A chat model at `url`, the base URL of an API such as https://api.openai.com/v1.
 
     If the endpoint is busy or unreachable, the request is sent again after each wait in `waits` (in seconds).
-    Redirects are not followed, so the key goes to `url` only. Raises UnavailableError if the endpoint refuses, or does
-    not return a chat completion within the limits of size and time, and UsageError for an invalid URL or key or an
-    unknown model.
+    Redirects are not followed, so the key is sent only to `url`. Raises UnavailableError if the endpoint rejects a
+    request or does not return a chat completion within the limits of size and time, and UsageError for an invalid URL
+    or key or an unknown model.
     """
 
     url: str
     model: str
     key: str = field(default="", repr=False)
-    timeout: float = 60.0  # seconds without a byte
+    timeout: float = 60.0  # longest time in seconds without a byte
     time_limit: float = 300.0  # seconds for an answer, from the connection to its last byte
     waits: Sequence[float] = RETRY_WAITS
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
@@ -57,7 +57,7 @@ class Endpoint:
         try:
             self._httpx.URL(self.url)
             parts = urlsplit(self.url)
-            port = parts.port  # raises ValueError for an invalid port, which httpx2 does not look at
+            port = parts.port  # raises ValueError for an invalid port, which httpx2 does not check
         except (ValueError, self._httpx.InvalidURL):
             parts, port = urlsplit(""), None
         spaced = any(character.isspace() for character in self.url)
@@ -69,8 +69,9 @@ class Endpoint:
             )
         if not (self.key.isascii() and self.key.isprintable()):
             raise UsageError(
-                "The key in the environment variable that autointerp.key_variable names has characters that no key "
-                "has, such as a line break or a letter that is not ASCII. Set it again."
+                "The key in the environment variable named by autointerp.key_variable contains characters "
+                "that are not allowed in a key, such as a line break or a non-ASCII letter. Set the "
+                "variable again."
             )
 
     def ask(self, messages: Sequence[Message]) -> str:
@@ -82,8 +83,8 @@ class Endpoint:
     def answer_all(self, questions: Sequence[Sequence[Message]], keep: KeepAnswer) -> None:
         """Ask all questions, PARALLEL_QUESTIONS at a time, and call `keep(index, answer)` as each answer arrives.
 
-        After an error or Ctrl-C no further question is asked. Pending questions are already paid for, so their answers
-        are awaited for GRACE seconds.
+        After an error or Ctrl-C, no further question is asked. Pending questions are already paid for, so their answers
+        are awaited for up to GRACE seconds.
         """
         stop = threading.Event()
         with futures.ThreadPoolExecutor(1) as thread:  # a new thread: a notebook's own already has an event loop
@@ -137,10 +138,10 @@ class Endpoint:
                     f"The judge at {self.url} did not finish its answer within {self.time_limit:g} s. Try again, or "
                     "choose a faster judge."
                 ) from None
-            except self._httpx.HTTPError as error:  # no connection, a broken one, a time out
+            except self._httpx.HTTPError as error:  # no connection, a broken connection, a timeout
                 if wait is None:
                     silent = isinstance(error, self._httpx.TimeoutException)
-                    cause = f"nothing came within {self.timeout:g} s" if silent else describe_cause(error)
+                    cause = f"no data arrived within {self.timeout:g} s" if silent else describe_cause(error)
                     attempts = format_count(len(self.waits) + 1, "attempt")
                     raise UnavailableError(
                         f"The judge at {self.url} could not be reached in {attempts}: {cause}. Check the network and "
@@ -157,8 +158,8 @@ class Endpoint:
         raise AssertionError("the last attempt returns or raises")
 
     async def _exchange(self, client: Any, body: dict[str, Any]) -> Reply:
-        """The endpoint's reply, whatever its status. Little more than MAX_REPLY bytes of it are read."""
-        # A compressed reply could expand without bound, so none is requested and none is unpacked.
+        """The endpoint's reply with any status. Little more than MAX_REPLY bytes of it are read."""
+        # A compressed reply could expand without limit, so compression is not requested and nothing is unpacked.
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         address = self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         data = bytearray()
@@ -179,8 +180,8 @@ class Endpoint:
         reply = f" It says: {message}" if message and not (self.key and self.key in message) else ""
         if error.code in (401, 403):
             return UnavailableError(
-                f"The judge at {self.url} refuses the key (HTTP {error.code}). Put a valid key into the environment "
-                f"variable that autointerp.key_variable names.{reply}"
+                f"The judge at {self.url} rejects the key (HTTP {error.code}). Put a valid key into the "
+                f"environment variable named by autointerp.key_variable.{reply}"
             )
         if error.code == 404:
             return UsageError(
@@ -190,12 +191,12 @@ class Endpoint:
             )
         if error.code == 429:
             return UnavailableError(
-                f"The judge at {self.url} accepts no more questions for now, or the account is used up (HTTP 429, "
-                f"{len(self.waits) + 1} times). Try again later.{reply}"
+                f"The judge at {self.url} accepts no more questions for now, or the account has no credit "
+                f"left (HTTP 429, {len(self.waits) + 1} times). Try again later.{reply}"
             )
-        hint = "Try again later, or look into the server's log."
+        hint = "Try again later, or look at the server's log."
         if error.code < 400:
-            hint = "Redirects are not followed. Name the address that it leads to with --set autointerp.endpoint=..."
+            hint = "Redirects are not followed. Give the target address with --set autointerp.endpoint=..."
         elif error.code < 500:
             hint = "Check --set autointerp.judge_model=... and --set autointerp.endpoint=..."
         return UnavailableError(f"The judge at {self.url} answered HTTP {error.code} {error.reason}.{reply} {hint}")
@@ -219,8 +220,8 @@ def parse_reply(reply: bytes, url: str) -> str:
     """The text of a chat completion, at most MAX_ANSWER characters. Raises UnavailableError for any other reply."""
     if len(reply) > MAX_REPLY:
         raise UnavailableError(
-            f"The judge at {url} answered with more than {format_bytes(MAX_REPLY)}; an answer has some hundred bytes. "
-            "Check --set autointerp.endpoint=..."
+            f"The judge at {url} answered with more than {format_bytes(MAX_REPLY)}; an answer should have a "
+            "few hundred bytes. Check --set autointerp.endpoint=..."
         )
     try:
         content = parse_json(reply, url)["choices"][0]["message"]["content"]

@@ -1,4 +1,4 @@
-"""The cost of autointerp's questions, estimated before any of them is known."""
+"""The estimated cost of autointerp's questions, before the questions are known."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +10,8 @@ from .llm_judge import MAX_ANSWER_TOKENS
 
 PASSAGE = 2 * BUFFER + 1 + 4  # tokens of a passage with its number and line break
 MARKS = 4  # tokens of the marks in a passage
-EXPLANATION = 25  # tokens of an explanation with the words before it
-TEMPLATE = 12  # tokens that a chat template puts around a question
+EXPLANATION = 25  # tokens of an explanation and the words before it
+TEMPLATE = 12  # tokens that a chat template adds to a question
 
 SCORED = TOP_SCORED + WEIGHTED_SCORED + RANDOM
 EXPLAINED = TOP + WEIGHTED - TOP_SCORED - WEIGHTED_SCORED
@@ -40,22 +40,23 @@ def describe_cost(
 ) -> str:
     """A line of the plan: upper bounds on the questions, input tokens and output tokens for explaining these latents.
 
-    `judge` is its name, "" if there is none; `prices` are per million input and output tokens, 0 if unknown; `kept` is
-    the number of answers from earlier runs. Input tokens are counted with `tokenizer`, the evaluated model's.
+    `judge` is the judge's name, or "" if there is no judge. `prices` are per million input and output tokens, 0 if
+    unknown. `kept` is the number of answers from earlier runs. Input tokens are counted with `tokenizer`, which belongs
+    to the evaluated model.
     """
     of_latent = tokens_of_latent(tokenizer, scores)
     questions, tokens_in = latents * len(of_latent), latents * sum(of_latent)
     tokens_out = questions * MAX_ANSWER_TOKENS
-    who = f"{judge} gets" if judge else "none is named, the prompts are written; one would get"
+    who = f"{judge} gets" if judge else "none is named, so only the prompts are written; a judge would get"
     line = (
         f"judge    {who} at most {questions:,} questions ({len(of_latent)} for each of {latents:,} latents), about "
-        f"{millions(tokens_in)} tokens in, and gives at most {millions(tokens_out)} tokens out"
+        f"{millions(tokens_in)} input tokens, and returns at most {millions(tokens_out)} output tokens"
     )
     if any(prices):
         cost = (tokens_in * prices[0] + tokens_out * prices[1]) / 1e6
         shown = f"{cost:,.2f}" if cost >= 1 else f"{cost:.2g}"
         line += f": at most about {shown} at {prices[0]:g} and {prices[1]:g} per million tokens"
-    return line + (f"; {kept:,} of its answers are kept and not asked for again" if kept else "")
+    return line + (f"; {kept:,} of its answers are already stored and not requested again" if kept else "")
 
 
 def millions(tokens: int) -> str:

@@ -25,8 +25,8 @@ def last_token_rows(
 ) -> dict[Hook, Tensor]:
     """The activations (N, D) at each hook at the last token of every text, in the model's dtype.
 
-    They come from the artifact cache, or from one pass of the model up to the last of the hooks. `source` identifies
-    the texts. Raises UsageError for a text without a token.
+    The rows come from the artifact cache, or from one pass of the model up to the last of the hooks. `source`
+    identifies the texts. Raises UsageError for a text that has no token.
     """
     depends = {**ctx.model_identity, **source, "bos": ctx.context_format.bos_id, "max_tokens": MAX_TOKENS}
     depends["tokenizer"] = tokenizer_digest(ctx.tokenizer)

@@ -1,7 +1,7 @@
 """Correlations between the latents of SAEs on the same held-out tokens.
 
 The latents are stored sparsely, with 12 bytes for each nonzero value: 25 MB for 32,768 tokens and an L0 of 64. The
-activations take 4 bytes per number, and are in memory twice while random dictionaries are built: 2 x 300 MB for 32,768
+activations take 4 bytes per number and are in memory twice while random dictionaries are built: 2 x 300 MB for 32,768
 tokens of Gemma-2-2B.
 
 Shape suffixes: T tokens, D d_in, F latents of one SAE, G of another, B a block of latents.
@@ -24,7 +24,7 @@ from .held_out_rows import read_rows
 from .latent_matching import BlockSimilarity
 from .parts import tokens_per_encode
 
-MAX_ACTIVE = 2**28  # limit for the nonzero latents of an SAE over all tokens: 3 GB
+MAX_ACTIVE = 2**28  # limit for the number of nonzero latents of an SAE over all tokens: 3 GB
 CONSTANT = 1e-12  # a latent is constant if its variance is less than this share of its mean square
 
 
@@ -32,7 +32,7 @@ CONSTANT = 1e-12  # a latent is constant if its variance is less than this share
 class Latents:
     """The latents of one SAE (T, F), in float64, with their means and standard deviations (F,).
 
-    `varies_F` is False for dead latents: those that are 0 at every token, or otherwise constant.
+    `varies_F` is False for dead latents: latents that are 0 at every token or constant for another reason.
     """
 
     f_TF: csr_matrix
@@ -92,12 +92,12 @@ class HeldOutRows:
         return sum(map(len, self.x))
 
     def add(self, x_TD: Tensor, saes: dict[int, SAELike]) -> None:
-        """Add more rows, on the SAEs' device, and encode them immediately. `saes` are keyed by their index."""
+        """Add rows that are on the SAEs' device, and encode them immediately. `saes` are keyed by their index."""
         self.x.append(x_TD.float().cpu())
         self.encode(x_TD, saes)
 
     def encode(self, x_TD: Tensor, saes: dict[int, SAELike]) -> None:
-        """Encode more rows and keep their latents."""
+        """Encode rows and store their latents."""
         for place, sae in saes.items():
             kept = self.f.setdefault(place, [])
             try:
@@ -105,9 +105,9 @@ class HeldOutRows:
                     kept.append(sparse(encode_finite(sae, x_TD)))
                 if (active := sum(part.nnz for part in kept)) > MAX_ACTIVE:
                     raise UsageError(
-                        f"At {sum(part.shape[0] for part in kept):,} tokens {active:,} of the latents are not 0: the "
-                        "SAE is not sparse, and they do not fit into memory. Read less text, such as --set "
-                        "stability.tokens=4096."
+                        f"At {sum(part.shape[0] for part in kept):,} tokens, {active:,} activations of "
+                        "latents are not 0. The SAE is not sparse, and they do not fit into memory. Read "
+                        "less text, for example with --set stability.tokens=4096."
                     )
             except SaeError as error:
                 self.failed[place] = error

@@ -28,7 +28,7 @@ def collect_firings(
     shares: Sequence[np.ndarray],
     progress: Progress,
 ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-    """Yield (index of the target, latent, flat positions in rows_RS, activations there) of every drawn latent.
+    """Yield (index of the target, latent, flat positions in the rows, activations there) for every drawn latent.
 
     The number of passes of the model is the smallest that MAX_FIRINGS allows, as estimated from the `shares` of tokens
     on which latents fire.

@@ -1,11 +1,11 @@
 """Match the latents of two dictionaries one to one, so that the sum of |similarity| over the pairs is largest.
 
-With `signed`, the sum of the similarities themselves is maximized.
+If `signed` is true, the sum of the similarities themselves is maximized.
 
-Up to EXACT_LATENTS latents the matching is optimal (scipy's linear_sum_assignment). It holds the similarities of all
-pairs in memory, at 9 bytes each: 2.4 GB for 16,384 latents, for which it takes minutes. With more latents, only the
-CANDIDATES most similar partners of each latent are considered, at 16 bytes each. The sum is then a lower bound of the
-optimum. On 4,096 directions of 128 dimensions, half of them shared, it equals the optimum to seven digits.
+Up to EXACT_LATENTS latents, the matching is optimal (scipy's linear_sum_assignment). It keeps the similarities of all
+pairs in memory, at 9 bytes each: 2.4 GB for 16,384 latents, which take minutes. With more latents, only the CANDIDATES
+most similar partners of each latent are considered, at 16 bytes each, and the sum is a lower bound of the optimum. For
+4,096 directions of 128 dimensions, half of them shared, it equals the optimum to seven digits.
 
 Shape suffixes: F latents of one dictionary, G of the other, B a block of the F, K candidates.
 """
@@ -28,7 +28,7 @@ BlockSimilarity = Callable[[slice], Tensor]  # a slice of the F latents -> their
 
 
 class Matching(NamedTuple):
-    """The partner of each latent (F,), -1 for none; and their signed similarity (F,), 0 where there is no partner."""
+    """The partner of each latent (F,), or -1, and its signed similarity to the partner (F,), or 0 without a partner."""
 
     partner_F: np.ndarray
     similarity_F: np.ndarray
@@ -39,7 +39,7 @@ class Matching(NamedTuple):
         return float(np.abs(self.similarity_F).sum())
 
     def inverse(self, latents: int) -> Self:
-        """The same pairs, seen from the other dictionary, which has `latents` latents."""
+        """The same pairs for the latents of the other dictionary, which has `latents` latents."""
         partner_G, similarity_G = np.full(latents, -1), np.zeros(latents)
         matched_F = self.partner_F >= 0
         partner_G[self.partner_F[matched_F]] = np.flatnonzero(matched_F)
@@ -69,7 +69,7 @@ def match_all_pairs(similarity: BlockSimilarity, latents: int, signed: bool = Fa
 
 
 def match_candidates(similarity: BlockSimilarity, latents: int, signed: bool = False) -> Matching:
-    """Each latent is matched with one of its CANDIDATES most similar ones, or with none."""
+    """Match each latent with one of the CANDIDATES most similar latents, or with none."""
     count = min(CANDIDATES, latents)
     candidates, values = [], []
     for rows in blocks(latents):

@@ -1,7 +1,7 @@
-"""Pairs of latents of one SAE: how alike they fire, and the cosines of their decoder rows (core).
+"""Pairs of latents of one SAE: the similarity of their activations, and the cosines of their decoder rows (core).
 
-SAEBench has none of these numbers. They are computed over all pairs in a sample of latents, drawn with a fixed seed
-such that a larger sample contains every smaller one.
+SAEBench has none of these numbers. They are computed over all pairs in a sample of latents. The sample is drawn with a
+fixed seed, so that a larger sample contains every smaller one.
 
 Shape suffixes: T counted tokens, D d_in, F latents that are paired.
 """
@@ -18,8 +18,8 @@ from ...common.errors import UsageError
 from ...common.formatting import format_bytes
 from ...common.memory import available_memory
 
-PAIRED_LATENTS = 1024  # default sample size; an SAE with fewer latents is sampled whole
-PAIRED_TOKENS = 32_768  # correlations are taken over the batches that start before this many tokens
+PAIRED_LATENTS = 1024  # default sample size; for an SAE with fewer latents, the sample is all of them
+PAIRED_TOKENS = 32_768  # correlations are computed over the batches that start before this many tokens
 SPARSE_BELOW = 0.03  # share of active latents below which a sparse matrix multiplication is faster on a CPU
 GRAM_ROWS = 256  # rows of the Gram matrix computed at a time, from the diagonal to the right
 PAIR_BYTES = 48  # memory for each pair of latents: sums in float32 and float64, cosines, and their ranks
@@ -58,8 +58,9 @@ class LatentPairs:
         needed, free = PAIR_BYTES * count**2, available_memory(str(f_TF.device))
         if needed > free:
             raise UsageError(
-                f"core.paired_latents={self.latents}: all pairs of {count:,} latents take {format_bytes(needed)} of "
-                f"memory, and {format_bytes(int(free))} are free. Give {math.isqrt(int(free / PAIR_BYTES)):,} or less."
+                f"core.paired_latents={self.latents}: all pairs of {count:,} latents need "
+                f"{format_bytes(needed)} of memory, but only {format_bytes(int(free))} are free. Give "
+                f"{math.isqrt(int(free / PAIR_BYTES)):,} or less."
             )
         return sample_latents(f_TF.shape[1], self.latents, f_TF.device)
 
@@ -75,7 +76,8 @@ class LatentPairs:
     def correlation(self, W_dec_FD: Tensor | None) -> dict[str, float]:
         """Cosines between the activations of pairs of alive latents, over PAIRED_TOKENS counted tokens (003, eq. 2).
 
-        With decoder rows, also Spearman's rank correlation of these cosines with the cosines of the rows (002, sec. 4).
+        If `W_dec_FD` is given, also Spearman's rank correlation of these cosines with the cosines of the decoder rows
+        (002, sec. 4).
         """
         assert self.gram_FF is not None and self.index_F is not None
         alive = self.gram_FF.diagonal() > 0
@@ -119,8 +121,8 @@ def distribution(values: Tensor) -> dict[str, float]:
     """Mean, standard deviation and quantiles (linear interpolation)."""
     shares = {"quantile_50": 0.5, "quantile_90": 0.9, "quantile_99": 0.99, "quantile_99.9": 0.999}
     positions = {name: share * (len(values) - 1) for name, share in shares.items()}
-    # Only these positions are sorted: torch.quantile takes at most 16 million numbers, and a full sort is several times
-    # slower.
+    # Only these positions are sorted: torch.quantile accepts at most 16 million numbers, and a full sort is several
+    # times slower.
     ends = sorted({end for position in positions.values() for end in (math.floor(position), math.ceil(position))})
     ordered = dict(zip(ends, np.partition(values.detach().cpu().numpy(), ends)[ends].tolist(), strict=True))
 

@@ -1,5 +1,5 @@
-"""Letter probes of the absorption metric: 26 logistic regressions on residual rows or on SAE latents, and the split
-latents, which together spell a letter.
+"""Letter probes of the absorption metric: 26 logistic regressions on activations or on SAE latents, and the split
+latents, which together represent a letter.
 
 Shape suffixes: N words, B words of a batch, D d_in, F latents, K candidate latents, L letters.
 """
@@ -26,7 +26,7 @@ def seeded_generator(seed: int, purpose: str) -> torch.Generator:
 
 
 class LetterProbes(NamedTuple):
-    """26 logistic regressions side by side."""
+    """26 logistic regressions, one for each letter."""
 
     weight_LD: Tensor
     bias_L: Tensor
@@ -150,10 +150,10 @@ def f1_score(positive_N: np.ndarray, answer_N: np.ndarray) -> float:
 
 
 class FeatureSplit(NamedTuple):
-    """The latents that spell one letter: the first `size` candidates."""
+    """The latents that represent one letter: the first `size` candidates."""
 
     size: int
-    f1: list[float]  # F1 with 1, 2, ... candidates, up to the first candidate that adds too little
+    f1: list[float]  # F1 with 1, 2, ... candidates, until a candidate adds too little
     missed: np.ndarray  # (N,) bool: test words whose letter the regression on these latents misses
 
 
@@ -162,7 +162,8 @@ def split_latents(
 ) -> FeatureSplit:
     """Find a letter's split latents: add candidates, best first, while each raises the F1 on test words by `jump`.
 
-    SAEBench fits all K regressions. Those after the first that adds too little have no effect and are skipped here.
+    SAEBench fits all K regressions. The regressions after the first candidate that adds too little have no effect and
+    are skipped here.
     """
     missed: dict[int, np.ndarray] = {}
 
@@ -176,8 +177,8 @@ def split_latents(
 
 
 def count_split_latents(f1_of_k: Iterable[float], jump: float) -> tuple[int, list[float]]:
-    """The number of leading F1s, each above the one before by more than `jump` (at least 1), and all F1s that were
-    read."""
+    """The number of leading F1s (at least 1) that each exceed the previous one by more than `jump`, and all F1s that
+    were read."""
     seen: list[float] = []
     for value in f1_of_k:
         seen.append(value)

@@ -1,4 +1,4 @@
-"""The interface of autointerp's judges, and the file in which their answers are kept."""
+"""The interface of autointerp's judges, and the file that stores their answers."""
 
 import contextlib
 import json
@@ -29,11 +29,11 @@ class Judge(Protocol):
 
 
 class KeptAnswers:
-    """A judge whose answers are kept in a file so that no question is asked, and paid for, twice.
+    """A judge whose answers are stored in a file, so that no question is asked (and paid for) twice.
 
-    The file has a line of JSON for each answer, appended when the answer arrives: `messages` (the question), `answer`,
-    and `digest` (of both). A kill at any moment loses only the questions that are pending. A line that is cut off or
-    does not match its digest is left out, and its question is asked again. Several processes can append to one file.
+    The file has one line of JSON per answer, appended when the answer arrives: `messages` (the question), `answer`, and
+    `digest` (of both). If the process is killed, only the answers to pending questions are lost. A line that is cut off
+    or does not match its digest is ignored, and its question is asked again. Several processes can append to one file.
     """
 
     def __init__(self, judge: Judge, path: Path) -> None:
@@ -47,7 +47,7 @@ class KeptAnswers:
     def read(path: Path) -> dict[str, str]:
         """The answers in a file: digest of the question -> answer.
 
-        Raises DamagedError if the .json file beside it, which an earlier version wrote, was damaged.
+        Raises DamagedError if the .json file next to it, which an earlier version wrote, is damaged.
         """
         answers: dict[str, str] = {}
         earlier = path.with_suffix(".json")
@@ -61,7 +61,8 @@ class KeptAnswers:
         return answers
 
     def ask_all(self, questions: Sequence[Sequence[Message]], progress: Progress) -> list[str]:
-        """The answers, in order. The judge is asked only what it has not answered before, each question once."""
+        """The answers, in order. The judge is asked only the questions that it has not answered before, each of them
+        once."""
         digests = [digest_of(list(messages)) for messages in questions]
         open_questions = {digest: list(messages) for digest, messages in zip(digests, questions, strict=True)}
         open_questions = {digest: one for digest, one in open_questions.items() if digest not in self.answers}

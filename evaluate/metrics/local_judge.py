@@ -12,21 +12,20 @@ from ...common.files import digest_of
 from ...harvest.model import find_model, load_tokenizer, load_whole_model
 from .llm_judge import MAX_ANSWER_TOKENS, KeepAnswer, Message
 
-TOKENS_PER_BATCH = 8192  # of questions that are answered together, including padding and answers
+TOKENS_PER_BATCH = 8192  # tokens of the questions that are answered together, including padding and answers
 
 
 class LocalJudge:
-    """A chat model, by its Hub id or its folder. It is loaded when the first question is asked. No code from the
+    """A chat model, named by its Hub id or its folder. It is loaded when the first question is asked. No code from the
     model's repository is run.
 
-    Each token of an answer is the most likely one. Questions of similar length are answered together. Rounding depends
-    on the batch, so an answer can change where two tokens are almost equally likely. The same questions on the same
-    machine get the same answers.
+    Decoding is greedy. Questions of similar length are answered together. Rounding depends on the batch, so an answer
+    can change where two tokens are almost equally likely. The same questions on the same machine get the same answers.
 
     Memory: the weights, and the keys and values of TOKENS_PER_BATCH tokens (0.2 GB for SmolLM2-135M in float32, 1 GB
     for Llama 3 8B in bfloat16).
 
-    Raises UsageError for a model without a chat template, and the errors of `sae harvest` for one that cannot be
+    Raises UsageError for a model without a chat template, and the errors of `sae harvest` for a model that cannot be
     loaded.
     """
 
@@ -40,13 +39,13 @@ class LocalJudge:
         self.tokenizer: Any = load_tokenizer(self.source)
         if not getattr(self.tokenizer, "chat_template", None):
             raise UsageError(
-                f"autointerp.judge_model={model} has no chat template, so it answers no questions. Name a model "
-                "that was trained to, such as one whose name ends with Instruct or -it."
+                f"autointerp.judge_model={model} has no chat template, so it cannot answer questions. Name a "
+                "model that was trained to answer, such as one whose name ends with Instruct or -it."
             )
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings, other than the questions, on which the judge's answers depend."""
+        """The settings, other than the questions, that affect the judge's answers."""
         template = digest_of(self.tokenizer.chat_template)[:16]  # its file is not covered by the revision
         return {"judge_revision": self.source.revision, "judge_dtype": self.dtype, "judge_template": template}
 
@@ -95,7 +94,7 @@ class LocalJudge:
 def batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
     """The indices of prompts of these lengths, the longest first, in batches of at most `limit` padded tokens.
 
-    A prompt longer than that is a batch by itself.
+    A prompt longer than `limit` is a batch of its own.
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):

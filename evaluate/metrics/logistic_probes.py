@@ -1,8 +1,8 @@
 """Logistic probes with the splits, the choice of latents and the choice of regularization of sae-probes.
 
 Source: sae-probes 0.4.2, `utils_data.py`, `run_sae_evals.py` and `utils_training.py` (Kantamneni et al. 2025). Given
-the same rows and labels, the texts of a split, the ranking of latents and the probes equal those of sae-probes. As
-there, every random draw is seeded with 42.
+the same rows and labels, the texts of a split, the ranking of latents and the probes equal those of sae-probes. As in
+sae-probes, every random draw is seeded with 42.
 
 Shape suffixes: N texts, M texts of a split, F latents, K of them, D features.
 """
@@ -21,8 +21,8 @@ from .logistic_regression import SEED, logistic_trainer
 from .roc_auc import roc_auc
 
 STRENGTHS = np.logspace(5, -5, 10)  # the values of C to try, with the weakest regularization first
-FEW, SOME = 12, 128  # with at most FEW texts every pair is left out in turn, with fewer than SOME there are six folds
-MIN_TEST = 100  # texts that are left for the test
+FEW, SOME = 12, 128  # with at most FEW texts, each pair is left out once; with fewer than SOME, there are six folds
+MIN_TEST = 100  # number of texts that are reserved for the test
 SHARES = tuple(np.linspace(0.05, 0.95, 19).tolist())  # of positive texts, in the setting imbalance
 TRAIN_SIZES = np.unique(np.round(np.logspace(1, 10, 20, base=2)).astype(int))  # in the setting scarcity: 2 to 1,024
 SETTINGS = ("normal", "scarcity", "imbalance")
@@ -54,9 +54,9 @@ def splits_of(
 ) -> list[ProbeSplit]:
     """The splits of a data set in one of SETTINGS.
 
-    `normal` is a single split, with up to `max_train` texts for training and all others but one for testing, half of
-    them positive. `scarcity` has a split for each of TRAIN_SIZES up to `max_train`. `imbalance` has a split for each of
-    `shares`, all with the same number of texts. At least 100 texts are left for the test.
+    `normal` is a single split with up to `max_train` training texts; all other texts but one are test texts. In both
+    parts, half of the texts are positive. `scarcity` has a split for each of TRAIN_SIZES up to `max_train`. `imbalance`
+    has a split for each of `shares`, all with the same number of texts. At least 100 texts are reserved for the test.
 
     Raises UsageError for an unknown setting, or too few texts.
     """
@@ -74,14 +74,15 @@ def splits_of(
         raise UsageError(f"setting={setting} is unknown: expected {', '.join(SETTINGS[:-1])} or {SETTINGS[-1]}.")
     if largest < 2:
         raise UsageError(
-            f"{texts} texts are too few for the setting {setting}: {MIN_TEST} are left for the test, and at least two "
-            "are trained on. Raise max_texts."
+            f"{texts} texts are too few for the setting {setting}: {MIN_TEST} are reserved for the test, and "
+            "at least two are needed for training. Raise max_texts."
         )
     return [draw_split(label_N, *size) for size in sizes]
 
 
 def imbalanced_size(label_N: np.ndarray) -> int:
-    """The largest number of texts that allows every one of SHARES. The rarer class limits it, at its largest share."""
+    """The largest number of texts for which every one of SHARES is possible. The rarer class limits it at its largest
+    share."""
     positive = int(label_N.sum())
     return int(min((len(label_N) - positive) / (1 - min(SHARES)), positive / max(SHARES)))
 
@@ -105,7 +106,7 @@ def draw_split(label_N: np.ndarray, train: int, test: int, share: float) -> Prob
 
 
 def rank_latents(f_MF: Tensor, label_M: Tensor, count: int) -> Tensor:
-    """The `count` latents that best tell the classes apart, best first.
+    """The `count` latents that best separate the classes, best first.
 
     Each latent is divided by its mean over the texts where it is not zero; its score is the absolute difference of its
     means over positive and negative texts.
@@ -126,12 +127,12 @@ def scaled_difference(f_MF: Tensor, label_M: Tensor) -> Tensor:
 def fit_probe(
     x_MD: np.ndarray, label_M: np.ndarray, test_x_MD: np.ndarray, test_label_M: np.ndarray, *, l1: bool
 ) -> ProbeScore:
-    """Choose C by cross-validation, train with that C on all texts in a new order, and test.
+    """Choose C by cross-validation, train with this C on all texts in a new order, and test.
 
     The penalty is L1 (saga) or L2 (lbfgs); both stop after 1,000 iterations, converged or not. Among equal AUCs, the
     largest C is chosen. With three texts or fewer C is 1, and the validation AUC is measured on the training texts.
     """
-    # sae-probes passes torch tensors to scikit-learn, which does not know their type and computes in float64.
+    # sae-probes passes torch tensors to scikit-learn, which does not recognize them and computes in float64.
     x_MD, test_x_MD = x_MD.astype(np.float64), test_x_MD.astype(np.float64)
     strength, validation_auc = 1.0, math.nan
     if len(x_MD) > 3:
@@ -156,7 +157,7 @@ def choose_strength(x_MD: np.ndarray, label_M: np.ndarray, l1: bool) -> tuple[fl
     for strength in STRENGTHS.tolist():
         means.append(float(np.mean([auc(strength) for auc in fold_aucs])))
         if means[-1] == 1:
-            break  # no other AUC can be higher, and among equal ones the first is chosen
+            break  # no AUC can be higher, and among equal AUCs the first is chosen
     best = int(np.argmax(means))
     return float(STRENGTHS[best]), means[best]
 
@@ -164,8 +165,9 @@ def choose_strength(x_MD: np.ndarray, label_M: np.ndarray, l1: bool) -> tuple[fl
 def folds_of(label_M: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The folds of cross-validation: indices to train on and to validate on.
 
-    Up to 12 texts: every pair in turn. Up to 127 texts: six stratified folds. Folds whose validation part lacks a class
-    are left out. More texts: one fold, whose validation part is the last 20 %, but at most 100 texts.
+    Up to 12 texts: one fold for every pair of texts, which is the validation part. Up to 127 texts: six stratified
+    folds. More texts: one fold, whose validation part is the last 20 %, but at most 100 texts. With up to 127 texts,
+    folds whose validation part lacks a class are left out.
     """
     from sklearn.model_selection import LeavePOut, StratifiedKFold
 
@@ -184,7 +186,7 @@ def folds_of(label_M: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def fold_auc(
     x_MD: np.ndarray, label_M: np.ndarray, train_M: np.ndarray, validation_M: np.ndarray, l1: bool
 ) -> Callable[[float], float]:
-    """The validation AUC of a fold as a function of C; 0.5 if the fold trains on one class only."""
+    """The validation AUC of a fold as a function of C; 0.5 if the training part has only one class."""
     train_x_MD, train_label_M = x_MD[train_M], label_M[train_M]
     if (train_label_M == train_label_M[0]).all():
         return lambda strength: 0.5

@@ -1,11 +1,11 @@
 """Logistic regressions equal to scikit-learn's. With an L1 penalty and numba, training takes a fraction of the time.
 
-An L1 probe on many latents stops at the limit of iterations before it converges, so its AUC depends on every step. Only
-the same steps, rounded in the same places, produce the AUC that sae-probes reports. scikit-learn's loop passes over the
-features of a text three times. Latents are mostly zero, and a zero matters in only one of these passes.
+An L1 probe on many latents reaches the iteration limit before it converges, so its AUC depends on every step. Only the
+same steps, rounded in the same places, produce the AUC that sae-probes reports. scikit-learn's loop makes three passes
+over the features of a text. Latents are mostly zero, and zeros matter in only one of these passes.
 
 Source: SAGA, Defazio et al. 2014, arXiv 1407.0202, section 4, as scikit-learn 1.9 computes it in float64 (`_sag_fast`).
-`compiled_trainer` compares the two implementations on this machine before ours is used.
+`compiled_trainer` compares the two implementations on this machine before it uses the compiled loop.
 
 Shape suffixes: M texts, D features, Z numbers that are not zero.
 """
@@ -20,7 +20,7 @@ import numpy as np
 from scipy.special import expit
 
 SEED, MAX_ITERATIONS = 42, 1000
-TOLERANCE = 1e-4  # scikit-learn's: the last epoch changes no weight by more than this share of the largest
+TOLERANCE = 1e-4  # as in scikit-learn: stop when no weight changes by more than this share of the largest
 
 
 class LogisticModel(NamedTuple):
@@ -39,7 +39,7 @@ class LogisticModel(NamedTuple):
 
 
 class TrainingTexts(NamedTuple):
-    """The training texts in the form that the loop reads, which does not depend on C."""
+    """The training texts as the loop reads them. This form does not depend on C."""
 
     value_Z: np.ndarray  # the numbers that are not zero, text by text
     index_Z: np.ndarray  # the feature of each
@@ -68,7 +68,8 @@ def logistic_trainer(x_MD: np.ndarray, label_M: np.ndarray, *, l1: bool) -> Trai
 
 
 def train_with_sklearn(x_MD: np.ndarray, label_M: np.ndarray, strength: float, *, l1: bool) -> LogisticModel:
-    """Train with scikit-learn alone: saga, or lbfgs with an L2 penalty; converged or not."""
+    """Train with scikit-learn alone, by saga with an L1 penalty or by lbfgs with an L2 penalty, even if it does not
+    converge."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -102,7 +103,7 @@ def trainer_of(loop: Callable[..., tuple[np.ndarray, float]], x_MD: np.ndarray, 
 
 @functools.cache
 def first_random() -> int:
-    """The state of the generator that draws the texts, as scikit-learn seeds it."""
+    """The first state of the generator that draws the texts, as in scikit-learn."""
     return int(np.random.RandomState(SEED).randint(1, np.iinfo(np.int32).max))
 
 
@@ -118,7 +119,7 @@ def saga_epochs(
     intercept, intercept_gradient, seen = 0.0, 0.0, 0
     for _ in range(max_iterations):
         for turn in range(texts + 1):
-            if turn > 0:  # the step along the mean gradient and the threshold, due since the last text
+            if turn > 0:  # the delayed step along the mean gradient and the threshold of the last text
                 along = step_sum[turn] - step_sum[turn - 1]
                 threshold = penalty_sum[turn] - penalty_sum[turn - 1]
                 for d in range(features):

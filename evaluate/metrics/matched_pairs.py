@@ -18,13 +18,13 @@ from .latent_matching import Matching, match_latents
 
 @dataclass(frozen=True)
 class Pair:
-    """The matchings of two SAEs, seen from one of them.
+    """The matchings of two SAEs, indexed by the latents of one of them.
 
     Attributes:
-        decoder: by the absolute cosine of decoder rows.
-        signed: by their cosine; the same as `decoder` if the sign has no meaning.
-        activation: by the absolute correlation of latents.
-        varying: the number of latents that vary, in whichever SAE has more of them.
+        decoder: matching by the absolute cosine of decoder rows.
+        signed: matching by their signed cosine; the same object as `decoder` if the sign has no meaning.
+        activation: matching by the absolute correlation of activations.
+        varying: the number of latents that vary in an SAE; the larger number of the two SAEs.
     """
 
     decoder: Matching
@@ -55,9 +55,9 @@ def unit_rows(target: EvalTarget, device: str) -> Tensor:
 def match_pair(
     unit_FD: Tensor, other_FD: Tensor, latents: Latents, others: Latents, exact_latents: int, signed: bool = True
 ) -> Pair:
-    """Match two SAEs by their decoders, given as rows of unit length, and by their latents.
+    """Match two SAEs by their decoders, given as rows of unit length, and by their activations.
 
-    With `signed`, also match by the cosines with their sign, unless a latent of either SAE is negative at some token.
+    If `signed` is true, also match by the signed cosines, unless a latent of either SAE is negative at some token.
     """
 
     def cosine(rows: slice) -> Tensor:
@@ -80,7 +80,8 @@ def recurring_cosines(pair: Pair) -> np.ndarray:
 
 
 def matched_values(pairs: Sequence[Pair], nulls: Mapping[str, Sequence[Pair]]) -> dict[str, list[float]]:
-    """PW-MCC with each other seed and random dictionary: for each kind, and for the kind with the larger mean."""
+    """PW-MCC with each other seed and with each random dictionary. For the latter, the values of each kind, and those
+    of the kind with the larger mean."""
     values: dict[str, list[float]] = {}
     for what in ("decoder", "activation"):
         values[f"{what}_pw_mcc"] = [getattr(pair, f"{what}_mcc") for pair in pairs]

@@ -37,8 +37,8 @@ def parse_question(row: dict[str, Any], number: int, name: str) -> Question:
     text, choices, answer = row["question"], row["choices"], row["answer"]
     if not (isinstance(text, str) and isinstance(choices, list) and len(choices) == 4 and answer in range(4)):
         raise UsageError(
-            f"Row {number} of {name} is not a question: expected a text, 4 choices and an answer from 0 to 3, found "
-            f"{type(text).__name__}, {choices!r:.60} and {answer!r:.20}."
+            f"Row {number} of {name} is not a question. Expected a text, 4 choices and an answer from 0 to "
+            f"3. Found {type(text).__name__}, {choices!r:.60} and {answer!r:.20}. Fix or remove the row."
         )
     return Question(text, tuple(map(str, choices)), answer)
 
@@ -56,8 +56,8 @@ class MultipleChoiceModel:
         self.model, self.tokenizer, self.identity, self.bos_id = model, tokenizer, identity, bos_id
         if not getattr(tokenizer, "chat_template", None):
             raise UsageError(
-                f"{identity['name']} has no chat template, so it is not an instruction-tuned model. Name one with "
-                "--set unlearning.model=..., a folder or a Hub id."
+                f"{identity['name']} has no chat template, so it is not an instruction-tuned model. Give the "
+                "folder or the Hub id of an instruction-tuned model with --set unlearning.model=..."
             )
         letters = [[tokenizer.encode(space + a, add_special_tokens=False) for space in ("", " ")] for a in LETTERS]
         if any(len(plain) != 1 for plain, _ in letters):
@@ -78,7 +78,8 @@ class MultipleChoiceModel:
         return ids if self.bos_id is None or ids[0] == self.bos_id else [self.bos_id, *ids]
 
     def batches(self, prompts: Sequence[list[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Batches of prompts of similar length: their indices, ids (N, S) padded on the right, last positions (N,)."""
+        """Batches of prompts of similar length: their indices, their ids (N, S) padded on the right, and their last
+        positions (N,)."""
         longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for start in range(0, len(longest_first), PROMPTS_PER_FORWARD):
             batch = longest_first[start : start + PROMPTS_PER_FORWARD]
@@ -90,7 +91,7 @@ class MultipleChoiceModel:
             yield batch, copy_to_device(ids_NS, device), copy_to_device(last_N, device)
 
     def pick(self, logits: Tensor) -> Tensor:
-        """The choice (...,) whose letter has the largest logit in (..., V), with or without a leading space.
+        """The choice (...,) whose letter, with or without a leading space, has the largest of the logits (..., V).
 
         Probabilities are not needed, because softmax preserves the order of logits.
         """
@@ -108,7 +109,7 @@ class MultipleChoiceModel:
 
 
 def resample_right(right_IN: Tensor, name: str) -> Tensor:
-    """Bootstrap the number of right answers (R, I). `right_IN` says which are right under each intervention.
+    """Bootstrap the number of right answers (R, I). `right_IN` says which answers are right under each intervention.
 
     The draws are seeded by `name`, so they are the same for every SAE.
     """

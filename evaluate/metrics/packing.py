@@ -26,7 +26,7 @@ def pack_texts(texts: Sequence[str], tokenizer: Any, context: int, bos_id: int |
     """Join texts with EOS and cut them into rows (R, context). BOS replaces the first token of each row.
 
     Tokens that do not fill a row are dropped. SAEBench uses the tokenizer's BOS. Here BOS is `bos_id`, the first token
-    of the contexts that the SAEs were trained on; for Gemma and Llama the two are the same.
+    of the contexts that the SAEs were trained on. For Gemma and Llama, the two are the same token.
     """
     joined = (tokenizer.eos_token or "\n").join(texts)
     size = max(1, -(-len(joined) // TOKENIZER_CHUNKS))
@@ -49,9 +49,9 @@ class PackedRows(NamedTuple):
 
 
 def pack_contexts(ctx: EvalContext, context: int) -> PackedRows:
-    """Pack the held-out contexts into rows (R, context): remove their BOS, put EOS after each, and BOS in column 0.
+    """Pack the held-out contexts into rows (R, context): remove their BOS, append EOS to each, and put BOS in column 0.
 
-    If EOS ends a chat turn, BOS is put after each context instead.
+    If EOS is the token that ends a chat turn, BOS is appended instead.
     """
     bos, text = ctx.context_format.bos_id, ctx.contexts
     separator = torch.tensor([] if (end := separator_id(ctx)) is None else [end], dtype=torch.int64)
@@ -68,7 +68,7 @@ def pack_contexts(ctx: EvalContext, context: int) -> PackedRows:
 
 
 def separator_id(ctx: EvalContext) -> int | None:
-    """The token between two texts: EOS, or BOS if EOS ends a chat turn."""
+    """The token between two texts: EOS, or BOS if EOS is the token that ends a chat turn."""
     tokenizer = ctx.tokenizer
     turn = tokenizer.eos_token is not None and tokenizer.eos_token in turn_markers(tokenizer)
     return ctx.context_format.bos_id if turn else tokenizer.eos_token_id
@@ -104,7 +104,7 @@ class FiringFrequency(NamedTuple):
 def firing_frequencies(
     model: LanguageModel, rows: PackedRows, targets: Sequence[EvalTarget], progress: Progress
 ) -> list[FiringFrequency]:
-    """How often each SAE's latents fire on rows of text, over the counted tokens that are not outlier rows."""
+    """How often each SAE's latents fire on rows of text, among the counted tokens that are not outlier rows."""
     hooks = sorted({target.hook for target in targets})
     counts: list[Any] = [0] * len(targets)
     outliers = [0] * len(targets)
@@ -130,17 +130,17 @@ def firing_frequencies(
 
 
 def encode_float32(sae: SAELike, x_TD: Tensor) -> Tensor:
-    """The latents (T, F) in float32, whatever the dtype of the activations."""
+    """The latents (T, F) in float32, for activations of any dtype."""
     return sae.encode(x_TD.float()).float()
 
 
 def select_forget_latents(forget_F: np.ndarray, retain_F: np.ndarray, threshold: float) -> tuple[int, ...]:
-    """The latents that fire on a share below `threshold` of the retain corpus, sorted by how often they fire on the
-    forget corpus (most often first).
+    """The latents that fire on less than the share `threshold` of the retain corpus, sorted by how often they fire on
+    the forget corpus (most often first).
 
-    Among ties, the latent with the largest index comes first. SAEBench leaves ties to an unstable sort, so its order
-    depends on the machine. Frequencies are rounded to six decimals, because SAEBench writes them to a file that way and
-    reads them back.
+    Of latents with equal frequency, the latent with the largest index comes first. SAEBench leaves ties to an unstable
+    sort, so its order depends on the machine. Frequencies are rounded to six decimals, because SAEBench writes them to
+    a file that way and reads them back.
     """
     forget_F, retain_F = (np.array([float(f"{share:f}") for share in shares]) for shares in (forget_F, retain_F))
     forget_F = np.where(retain_F >= threshold, 0.0, forget_F)

@@ -1,4 +1,4 @@
-"""How many tokens are computed at a time: logits and latents are the largest tensors of an evaluation."""
+"""How many tokens are computed at a time, since logits and latents are the largest tensors of an evaluation."""
 
 import torch
 from torch import Tensor
@@ -8,19 +8,19 @@ from ...common.errors import SaeError
 from ...common.memory import available_memory
 from .base import SAELike
 
-CPU_NUMBERS = 2**21  # size of a part on a CPU: 8 MB in float32
+CPU_NUMBERS = 2**21  # elements of a part on a CPU: 8 MB in float32
 MIN_TOKENS = 128  # of a part on a CPU: with fewer, reading the weights takes longer than multiplying by them
-MAX_NUMBERS = 2**31 - 1  # the most elements that kernels index with 32 bits
-COPIES = 4  # part-sized tensors in memory at a time: logits, log-probabilities of two models, probabilities
-SHARE = 0.5  # share of the free memory that these may take
-CACHED_NUMBERS = 2**18  # numbers that a chain of operations reads at a time on a CPU: 1 MB, which fits its caches
+MAX_NUMBERS = 2**31 - 1  # largest number of elements that kernels can index with 32 bits
+COPIES = 4  # tensors of this size in memory at a time: logits, log-probabilities of two models, probabilities
+SHARE = 0.5  # share of the free memory that these tensors may take
+CACHED_NUMBERS = 2**18  # numbers that chained operations read at a time on a CPU: 1 MB, which fits into its cache
 
 
 def tokens_at_once(numbers: int, device: torch.device | str) -> int:
     """How many tokens to compute at a time, if each has `numbers` float32 numbers (logits or latents).
 
-    On a GPU, as many as half of the free memory holds. On a CPU a part of 8 MB is fastest: the system allocates tensors
-    of tens of MB anew each time, which can take longer than the matrix multiplications. $SAE_MEMORY_GB limits both.
+    On a GPU, as many as fit into half of the free memory. On a CPU, a part of 8 MB is fastest, because larger tensors
+    are allocated again each time, which can take longer than the matrix multiplications. $SAE_MEMORY_GB limits both.
     """
     device = torch.device(device)
     tokens = min(SHARE * available_memory(str(device)) / (COPIES * 4 * numbers), MAX_NUMBERS // numbers)
@@ -33,7 +33,7 @@ def tokens_at_once(numbers: int, device: torch.device | str) -> int:
 def tokens_per_encode(sae: SAELike, x_TD: Tensor, device: torch.device | str) -> int:
     """How many tokens an SAE encodes at a time. The number of latents is found by encoding one row.
 
-    An SAE that cannot encode that row gets all tokens at once, and fails where its error is expected.
+    An SAE that cannot encode this row gets all tokens at once, so that it fails later, where errors are handled.
     """
     try:
         latents = sae.encode(copy_to_device(x_TD[:1].float(), device)).shape[-1]

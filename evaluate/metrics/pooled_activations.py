@@ -1,8 +1,8 @@
 """Residual activations of labeled texts without padding, and an SAE's latents summed over each text.
 
 Sparse probing, SCR and TPP read them. SAEBench pads every text to the same length and zeroes the padding. Here only
-counted tokens are stored. Where SAEBench sums over padding as well, the padding contributes (padded positions) *
-encode(0), and `PooledLatents.zero_F` holds encode(0).
+counted tokens are stored. Where SAEBench also sums over padding, the padding contributes (padded positions) *
+encode(0); `PooledLatents.zero_F` is encode(0).
 
 Shape suffixes: N texts, S positions, T counted tokens of all texts, D d_in, F latents.
 """
@@ -39,8 +39,8 @@ class TextRows:
         return len(self.count_N)
 
     def batches(self, tokens: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Batches of whole texts, about `tokens` rows each: the slice of texts, their rows (T, D), each row's text
-        (T,).
+        """Batches of whole texts with about `tokens` rows each: the slice of texts, their rows (T, D), and the number
+        of each row's text (T,).
 
         Texts are numbered within the slice.
         """
@@ -88,8 +88,8 @@ class PooledLatents:
 def rows_per_encode(d_sae: int, device: torch.device) -> int:
     """The number of rows to pass to `encode` at a time.
 
-    On a CPU their latents take 4 MB, which fits into the cache and reuses memory. The system allocates tensors of tens
-    of MB anew each time, which took as long as the matrix multiplications.
+    On a CPU, their latents take 4 MB, which fits into the cache and lets the system reuse memory. Larger tensors were
+    allocated again each time, which took as long as the matrix multiplications.
     """
     latents = 2**20 if device.type == "cpu" else 2**26
     return max(MIN_TOKENS_PER_ENCODE, latents // d_sae)
@@ -112,11 +112,11 @@ def read_text_rows(
 ) -> dict[Hook, TextRows]:
     """The activation rows at each hook for texts truncated to `context` tokens (BOS included).
 
-    They come from the artifact cache, or from one pass of the model over the texts. A text without a counted token has
-    a count of 0. Callers that divide by the counts must drop such texts first.
+    The rows come from the artifact cache, or from one pass of the model over the texts. A text without a counted token
+    has a count of 0. Callers that divide by the counts must drop such texts first.
     """
     if context < 2:  # the tokenizer would treat 0 as no limit
-        raise UsageError(f"a context of {context} tokens holds no text after BOS. Give 2 or more.")
+        raise UsageError(f"a context of {context} tokens has no room for text after BOS. Give 2 or more.")
     ids = ctx.encode_texts(texts, context)
     depends = {**ctx.model_identity, "skip": ctx.context_format.skip_record, "ids": digest_of(ids)}
     captured: dict[Hook, TextRows] = {}
@@ -138,7 +138,7 @@ def read_text_rows(
 def capture_rows(
     ctx: EvalContext, hooks: Sequence[Hook], ids: Sequence[Sequence[int]], progress: Progress
 ) -> dict[Hook, TextRows]:
-    """Run the model once over the texts, batching those of similar length, up to the last of `hooks`."""
+    """Run the model once over the texts, in batches of similar length, up to the last of `hooks`."""
     rows: dict[Hook, list[Tensor]] = {hook: [torch.empty(0)] * len(ids) for hook in hooks}
     longest_first = sorted(range(len(ids)), key=lambda text: -len(ids[text]))
     for start in range(0, len(longest_first), TEXTS_PER_FORWARD):

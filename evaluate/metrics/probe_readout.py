@@ -5,7 +5,7 @@ the padded text. The decoder is affine, so a probe on the mean of x' over a text
 
     w x_mean + b - sum over ablated i of F_i (w . d_i),    F_i = (sum of f_i over all positions) / (counted tokens)
 
-Each text is therefore encoded only once, whichever latents are ablated. As in SAEBench, BOS and padding contribute
+Each text is therefore encoded only once for all sets of ablated latents. As in SAEBench, BOS and padding contribute
 the latents of a zero row.
 
 Shape suffixes: N texts, B rows of latents, D d_in, F latents, P probes.
@@ -39,7 +39,7 @@ def strongest_latents(effect_F: Tensor, count: int) -> Tensor:
     """The `count` latents with the largest effects, or fewer if fewer latents have a nonzero effect.
 
     Latents without an effect rank above latents with a negative effect and may be selected. As in SAEBench, `topk`
-    breaks ties.
+    decides between equal effects.
     """
     return effect_F.topk(min(count, int(effect_F.count_nonzero()))).indices
 
@@ -68,7 +68,7 @@ class ProbeReadout:
 def affine_decoder(sae: SAELike, d_in: int, device: torch.device) -> Tensor:
     """The decoder matrix (F, D) on the CPU, computed by decoding unit latents if the SAE has no W_dec.
 
-    Raises UsageError if `decode` is not an affine function of the latents, which the read-out relies on.
+    Raises UsageError if `decode` is not an affine function of the latents, as the readout requires.
     """
     zero_1D = torch.zeros(1, d_in, device=device)  # a layer norm adds 0 to it
     d_sae = sae.encode(zero_1D).shape[-1]

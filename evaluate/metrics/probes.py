@@ -1,7 +1,7 @@
 """Binary tasks from classes of texts, and linear probes on them (sparse probing, SCR and TPP).
 
-Each text is one row of features, which is the mean over its counted tokens. A task lists rows and their labels, so one
-matrix of all texts serves every task.
+Each text is one row of features, which is the mean over its counted tokens. A task lists rows and their labels, so all
+tasks use one matrix of all texts.
 
 Shape suffixes: N texts, M texts of a task, D features of a text (dimensions of the activations, or latents), K of them.
 """
@@ -64,7 +64,7 @@ def read_labeled_rows(
     """The activation rows of a dataset's texts for each row set, from the artifact cache or one pass of the model.
 
     Metrics that read the same texts in the same order share these rows. Raises UsageError for a text that consists only
-    of special tokens, since it has no mean.
+    of special tokens, because it has no mean.
     """
     flat = [text for classes in texts.values() for texts_of_class in classes.values() for text in texts_of_class]
     by_hook = read_text_rows(ctx, sorted({row_set.hook for row_set in row_sets}), flat, progress, context)
@@ -94,11 +94,11 @@ def make_generator(rng: str, *names: object) -> torch.Generator:
     """A random generator. With rng="paired" it is seeded by `names`, with rng="saebench" by 42.
 
     Paired draws do not depend on earlier draws, so they are the same for every SAE. With "saebench", a single generator
-    must serve all draws of an SAE, in SAEBench's order.
+    must be used for all draws of an SAE, in SAEBench's order.
     """
     if rng not in RNGS:
         raise UsageError(
-            f"rng={rng} is unknown: paired (one generator per draw) or saebench (one generator for all draws)."
+            f"rng={rng} is unknown. Expected paired (one generator per draw) or saebench (one generator for all draws)."
         )
     digest = hashlib.sha256("\0".join(map(str, names)).encode()).digest()
     seed = SEED if rng == "saebench" else int.from_bytes(digest[:7], "little")
@@ -163,11 +163,11 @@ def train_probe(
     patience: int,
     l1: float = 0.0,
 ) -> BinaryProbe:
-    """Logistic regression by AdamW (weight decay 0.01) on BCE + l1 * sum |weight|, reshuffled every epoch.
+    """Train a logistic regression with AdamW (weight decay 0.01) on BCE + l1 * sum |weight|, reshuffling every epoch.
 
     Stops after `patience` epochs without a better test accuracy and returns the first best epoch. The epoch is chosen
-    on the texts whose accuracy is then reported, which flatters every probe a little; SAEBench does the same. The
-    generator draws, in this order, weight, bias, and one order per epoch.
+    by the same test accuracy that is then reported, which makes every probe look slightly too good; SAEBench does the
+    same. The generator draws, in this order, weight, bias, and one order per epoch.
     """
     linear = nn.utils.skip_init(nn.Linear, x_MD.shape[1], 1)
     nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5), generator=generator)
@@ -221,7 +221,7 @@ def wilson_interval(share: float, count: float) -> list[float]:
     """95 % interval for a share of `count` independent trials (Wilson 1927).
 
     `count` can be a fraction, such as the effective number of texts behind a mean over data sets. scipy's interval
-    (`statistics.proportion_interval`) accepts only whole numbers of hits, for which the two agree to 1e-6.
+    (`statistics.proportion_interval`) accepts only whole numbers of hits, for which the two intervals agree to 1e-6.
     """
     z = 1.959964
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)

@@ -1,8 +1,8 @@
-"""Random dictionaries with the shape of an SAE. The score of matching an SAE with them is the chance level.
+"""Random dictionaries of an SAE's shape. The similarity of an SAE to them is the chance level of stability.
 
-There are two kinds, since neither is right for every SAE. `shuffle_rows` preserves the entries of each decoder row
-(which may include a few large ones) but not the directions. `gaussian_rows` preserves the second moment of a decoder's
-rows (which may reflect the covariance of activations, or a common direction) but not the entries.
+There are two kinds, because neither is right for every SAE. `shuffle_rows` preserves the entries of each decoder row (a
+few of which may be large) but not the directions. `gaussian_rows` preserves the second moment of a decoder's rows
+(which may reflect the covariance of activations, or a common direction) but not the entries.
 
 Shape suffixes: T tokens, D d_in, F latents of one SAE, B a block of latents.
 """
@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from .latent_correlation import Latents
 
 LATENTS_PER_BLOCK = 64  # latents of a random dictionary that are computed at a time, on all tokens
-SAMPLED = 16  # one in this many tokens is sampled to guess a threshold
+SAMPLED = 16  # one in this many tokens is sampled to estimate a threshold
 MOMENT_ROUNDS = 50  # enough to fit the eigenvalues of the second moment of Gaussian rows to about 1e-3
 
 
@@ -27,12 +27,12 @@ def shuffle_rows(W_dec_FD: Tensor, seed: int) -> Tensor:
 
 
 def second_moment(unit_FD: Tensor) -> Tensor:
-    """E[w w^T] (D, D) over the rows of a dictionary. Their mean is not subtracted, since it is a common direction."""
+    """E[w w^T] (D, D) over the rows of a dictionary. The mean is not subtracted, because it is a common direction."""
     return unit_FD.T @ unit_FD / len(unit_FD)
 
 
 def gaussian_rows(moment_DD: Tensor, latents: int, seed: int) -> Tensor:
-    """Random unit vectors (F, D), normalized from Gaussian ones, with second moment `moment_DD`, whose trace is 1.
+    """Random unit vectors (F, D): normalized Gaussian vectors with the second moment `moment_DD`, whose trace is 1.
 
     Normalizing a Gaussian vector changes its covariance. The variances along the eigenvectors of the moment are
     therefore chosen so that the normalized rows have the right mean squares.
@@ -67,11 +67,11 @@ def random_latents(direction_FD: Tensor, x_DT: Tensor, active_F: np.ndarray) -> 
 
 
 def strongest(value_T: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The indices of the `count` largest values, and by how much each exceeds the next smaller value. Values equal to
-    that one are left out.
+    """The indices of the `count` largest values, and by how much each exceeds the largest of the other values. Values
+    equal to that value are left out.
 
-    A sample provides a lower bound of that next value, so that only few values have to be sorted. If no more than
-    `count` values reach it, it is not a bound, and all values are sorted.
+    A sample provides a lower bound of that value, so that only few values have to be sorted. If at most `count` values
+    reach it, it is not a bound, and all values are sorted.
     """
     sample_T = value_T[::SAMPLED]
     expected = min(int(count / SAMPLED * 1.25) + 8, len(sample_T) - 1)

@@ -1,21 +1,22 @@
 """RAVEL: whether an SAE has separate latents for one attribute of an entity and for its other attributes.
 
-    cause_score            how often the model gives a city the country of another city, after the latents of a mask
-                           were exchanged for that other city's
-    isolation_score        how often it still gives the city's own continent and language
+    cause_score            how often the model names the country of another city, after the latents of a mask were
+                           exchanged for those of the other city
+    isolation_score        how often it still names the city's own continent and language
     disentanglement_score  their mean
 
-Higher is better. Exchanging everything yields cause 1 and isolation 0; exchanging nothing yields the reverse.
+Higher is better. If everything is exchanged, cause is 1 and isolation is 0; if nothing is exchanged, it is the reverse.
 
 Source: Huang et al. 2024, arXiv 2402.17700, as measured by SAEBench 0.6.0 (`evals/ravel`). Only questions that the
 model answers right are used. For each SAE and attribute, a mask is trained on 70 % of the pairs of questions and tested
 on the rest (ravel_masks). Scores are averaged over the attributes of an entity type, then over the types.
 
-Given the same order of attributes, the pairs and batches equal SAEBench's. There are three differences. The position of
-the entity's last token differs if the tokenizer puts nothing before a text (SAEBench then reads the token after it) or
-joins that token with what follows. Time zones differ (ravel_answers). Attributes about which the model knows too little
-are left out, and the result says so. Questions whose entity is an outlier row (`EvalTarget.norm_limit`) are left out.
-If there are any, the metric is also measured with them, to obtain SAEBench's numbers.
+Given the same order of attributes, the pairs and batches equal SAEBench's. There are three differences. First, the
+position of the entity's last token differs if the tokenizer adds no token before a text (SAEBench then reads the token
+after the entity) or joins the entity's last token with the following text. Second, time zones differ (ravel_answers).
+Third, attributes about which the model knows too little are left out, and the result says so. Questions whose entity is
+an outlier row (`EvalTarget.norm_limit`) are left out. If there are any, the metric is also measured with them, to
+obtain SAEBench's numbers.
 
 Shape suffixes: N prompts, D d_in, F latents.
 """
@@ -54,7 +55,8 @@ TOP_LATENTS = 20  # latents of each mask that the details name
 
 @dataclass(frozen=True)
 class KnownFacts:
-    """The model's knowledge about one type of entity. Attributes that are not in `attributes` are not measured."""
+    """The questions about one type of entity that the model answers right. Only the attributes in `attributes` are
+    measured."""
 
     entity_type: str
     asked: Counter[str]  # attribute -> number of questions
@@ -72,7 +74,7 @@ class KnownFacts:
         fewest: int,
         refusals: Sequence[str] = (),
     ) -> Self:
-        """`fewest` is the number of right answers that an attribute needs; `refusals` are the earlier reasons."""
+        """`fewest` is the number of right answers that an attribute needs; `refusals` are reasons found earlier."""
         kept, refusals = [], [*refusals]
         for attribute in attributes:
             values = [prompt.value for prompt in prompts if prompt.attribute == attribute]
@@ -83,7 +85,7 @@ class KnownFacts:
             count = f"{len(values):,} of {asked[attribute]:,} questions answered right"
             refusals.append(f"{entity_type}.{attribute}: {count}{alike}")
         if len(kept) == 1:
-            refusals.append(f"{entity_type}.{kept[0]}: no other attribute to keep")
+            refusals.append(f"{entity_type}.{kept[0]}: there is no other attribute to keep unchanged")
         return cls(entity_type, asked, prompts, tuple(kept) if len(kept) > 1 else (), refusals)
 
     def select(self, kept: Sequence[int], fewest: int) -> Self:
@@ -107,11 +109,11 @@ class Ravel(Metric):
 
     For each type, the `top_n_entities` entities that the model knows most about are used, and at most
     `num_pairs_per_attribute` pairs of questions about an attribute. An attribute with fewer than `min_known_prompts`
-    questions that the model answers right is left out. The model's answers are kept in the artifact cache.
+    questions that the model answers right is left out. The model's answers are stored in the artifact cache.
 
     Memory: the activations at the entities of all known questions, in the model's dtype (230 MB for 50,000 questions
-    with Gemma-2-2B); the activations of one batch of questions with the later blocks' gradients; and twelve bytes per
-    latent and SAE.
+    with Gemma-2-2B); the activations of one batch of questions, with gradients in the blocks after the hook; and twelve
+    bytes per latent and SAE.
     """
 
     attributes: tuple[str, ...] = (
@@ -145,8 +147,8 @@ class Ravel(Metric):
 
     @classmethod
     def values_by_unit(cls, result: MetricResult, column: MetricColumn) -> UnitValues:
-        """The values by attribute, weighted so that their mean is the number even if types have different numbers of
-        attributes."""
+        """The values by attribute, weighted so that their mean equals the metric's number even if types have different
+        numbers of attributes."""
         found = super().values_by_unit(result, column)
         type_of = {entry["entity_attribute"]: entry["entity_type"] for entry in result.details}
         sizes = Counter(type_of.values())
@@ -171,8 +173,9 @@ class Ravel(Metric):
         for entity_type, attributes in self.by_type.items():
             if len({*attributes}) < 2 or not all(attributes) or len({*attributes}) < len(attributes):
                 raise UsageError(
-                    f"{self.name}.attributes has {', '.join(f'{entity_type}.{a}' for a in attributes)}: give two or "
-                    "more different attributes of each entity type, such as city.Country,city.Language."
+                    f"{self.name}.attributes has {', '.join(f'{entity_type}.{a}' for a in attributes)}. Give "
+                    "two or more different attributes of each entity type, such as "
+                    "city.Country,city.Language."
                 )
         for option in (
             "top_n_entities", "num_pairs_per_attribute", "num_epochs", "batch_size", "n_generated_tokens",
@@ -203,7 +206,7 @@ class Ravel(Metric):
         return [outcomes[number] for number in range(len(targets))]
 
     def known_facts(self, ctx: EvalContext, entity_type: str, progress: Progress) -> KnownFacts:
-        """Ask the model all questions about one type of entity. Facts that it does not know are left out."""
+        """Ask the model all questions about one type of entity. Questions that it answers wrong are left out."""
         attributes = self.by_type[entity_type]
         facts = load_facts(self.dataset, entity_type, attributes, ctx.data)
         prompts = make_prompts(ctx, facts, attributes)
@@ -217,9 +220,9 @@ class Ravel(Metric):
         if not any(facts.attributes for facts in known):
             counts = "; ".join(refusal for facts in known for refusal in facts.refusals)
             raise SaeError(
-                f"{ctx.model_name} knows too few facts to change one of them and keep another. RAVEL needs two "
-                f"attributes of a type of entity, each with {self.min_known_prompts} questions that the model answers "
-                f"right and two different answers. Found: {counts}. Use a model that knows more, or lower "
+                f"{ctx.model_name} knows too few facts for RAVEL. It needs two attributes of one entity "
+                f"type, each with {self.min_known_prompts} questions that the model answers right and with "
+                f"two different answers. Found: {counts}. Use a model that knows more, or lower "
                 f"{self.name}.min_known_prompts."
             )
 
@@ -232,7 +235,7 @@ class Ravel(Metric):
         kept: Sequence[Sequence[int]],
         progress: Progress,
     ) -> list[Outcome]:
-        """Measure a group of SAEs for which the same prompts are kept."""
+        """Measure a group of SAEs that use the same prompts."""
         outliers = sum(
             len(facts.prompts) - len(indices) for facts, indices in zip(known, kept, strict=True) if facts.attributes
         )
@@ -270,8 +273,8 @@ class Ravel(Metric):
         tested = [pair for batch in test for pair in batch]
         if not train or not tested:
             raise UsageError(
-                f"{what} has {len(pairs.train)} pairs to train on and {len(pairs.test)} to test on, and a batch has "
-                f"{self.batch_size}. Use a smaller {self.name}.batch_size, or more pairs."
+                f"{what} has {len(pairs.train)} training pairs and {len(pairs.test)} test pairs, but a batch "
+                f"needs {self.batch_size}. Use a smaller {self.name}.batch_size, or more pairs."
             )
         working = [state for state in states if state.error is None]
         masks: list[Mask] = []
@@ -319,8 +322,8 @@ class Ravel(Metric):
     def flags(self, state: RavelState, chosen: Sequence[KnownFacts]) -> Iterator[str]:
         if refusals := [refusal for facts in chosen for refusal in facts.refusals]:
             yield (
-                f"Left out, because the model knows fewer than {self.min_known_prompts} answers or they are all the "
-                f"same: {'; '.join(refusals)}."
+                f"Attributes are left out if the model knows fewer than {self.min_known_prompts} answers, if "
+                f"all answers are the same, or if no other attribute is left: {'; '.join(refusals)}."
             )
         all_scores = [scores for of_type in state.scores.values() for scores in of_type]
         if empty := [f"{one.entity_type}.{one.attribute}" for one in all_scores if not one.latents["latents"]]:
@@ -331,7 +334,7 @@ class Ravel(Metric):
 class RavelFacts(Ravel):
     """The same metric on a small set of facts about countries and cities, which needs no download.
 
-    There are fewer questions and pairs, so the masks are trained for more epochs.
+    It has fewer questions and pairs, so the masks are trained for more epochs.
     """
 
     attributes: tuple[str, ...] = (

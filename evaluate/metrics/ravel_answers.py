@@ -1,7 +1,7 @@
-"""Check a model's answer about an attribute of an entity, by the rules of SAEBench 0.6.0 (`ravel/validation.py`).
+"""Check a model's answer about an attribute of an entity with the rules of SAEBench 0.6.0 (`ravel/validation.py`).
 
-In general an answer is right if it begins with the expected value or is the beginning of it. Some values have their own
-rules, because they have several names or because no model states them to the last digit.
+In general, an answer is right if it begins with the expected value or is the beginning of it. Some values have their
+own rules, because they have several names or because models do not state them to the last digit.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import datetime
 import re
 from zoneinfo import ZoneInfo
 
-DEGREES = 2  # error that is allowed in a coordinate
+DEGREES = 2  # allowed error of a coordinate
 PLACE_WORDS = ("coord", "latitude", "longitude")  # words in questions about a coordinate
 
 
@@ -21,7 +21,7 @@ def is_right(text: str, value: str, answer: str) -> bool:
     expected = value.lower()
     if any(word in text for word in PLACE_WORDS):
         return is_near(expected, said)
-    if "United States" in value or "United Kingdom" in value:  # case-sensitive, and up to the end of the answer
+    if "United States" in value or "United Kingdom" in value:  # case-sensitive, and not cut at a quotation mark
         whole = answer.strip().replace("the ", "")
         return whole.startswith((value.strip().replace("the ", ""), "England"))
     if "South Korea" in value:
@@ -38,7 +38,7 @@ def is_right(text: str, value: str, answer: str) -> bool:
 
 
 def is_near(expected: str, said: str) -> bool:
-    """Whether the first whole number of an answer is within DEGREES of a coordinate, whose sign does not count."""
+    """Whether the first whole number of an answer is within DEGREES of a coordinate, ignoring the sign."""
     number = re.search(r"\d+", said)
     with contextlib.suppress(ValueError):
         return number is not None and abs(float(expected.strip("-−")) - float(number[0])) <= DEGREES
@@ -55,7 +55,7 @@ def is_offset(zone: str, said: str) -> bool:
     if number is None:
         return False
     hours = int(number[2]) * (-1 if number[1] in ("-", "−") else 1)
-    with contextlib.suppress(Exception):  # no such zone, or no data about zones on this machine
+    with contextlib.suppress(Exception):  # there is no such zone, or this machine has no time zone data
         days = (datetime.datetime(2024, month, 1, tzinfo=ZoneInfo(zone)).utcoffset() for month in (1, 7))
         return hours in {int(offset.total_seconds() / 3600) for offset in days if offset is not None}
     return False

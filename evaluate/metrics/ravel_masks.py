@@ -6,10 +6,10 @@ decoding of
 
     (1 - m) * f_base + m * f_source,    m = sigmoid(theta / T) in training, theta > 0 afterwards
 
-without the SAE's error term. The loss is the cross entropy of the wanted answer's first token. The temperature T falls
-from 1 to 1e-4 geometrically over the steps.
+without the SAE's error term. The loss is the cross entropy of the first token of the wanted answer. The temperature T
+falls from 1 to 1e-4 geometrically over the steps.
 
-Up to the hook the model runs once for all SAEs; after the hook it runs for each SAE.
+The blocks up to the hook run once for all SAEs; the blocks after the hook run for each SAE.
 
 Shape suffixes: N pairs, S positions, D d_in, F latents, K generated tokens.
 """
@@ -83,7 +83,8 @@ class PairBatch:
 
 
 def exchange(sae: SAELike, x_NSD: Tensor, position_N: Tensor, source_ND: Tensor, mask_F: Tensor) -> Tensor:
-    """The activations (N, S, D). At `position_N` they are decoded from base and source latents mixed by the mask.
+    """The activations (N, S, D), where those at `position_N` are decoded from base and source latents mixed by the
+    mask.
 
     Raises SaeError if the latents are NaN or infinite.
     """
@@ -114,7 +115,8 @@ def train_masks(
     what: str,
     progress: Progress,
 ) -> None:
-    """Train the masks of all SAEs on the same batches. `rows` has the entity's activations for every prompt (N, d).
+    """Train the masks of all SAEs on the same batches. `rows` contains the entity's activations for every prompt (N,
+    d).
 
     An SAE that cannot be measured gets an `error` and is left out.
     """

@@ -27,7 +27,7 @@ from ..datasets.ravel import PLACEHOLDER, EntityFacts
 from .base import Progress
 from .ravel_answers import is_right
 
-PROMPTS_PER_BLOCK = 2048  # prompts whose answers are kept in one file of the artifact cache
+PROMPTS_PER_BLOCK = 2048  # prompts whose answers are stored in one file of the artifact cache
 PROMPTS_PER_FORWARD = 64
 
 
@@ -50,9 +50,9 @@ class FactPrompt:
 
 
 class FactPair(NamedTuple):
-    """Two questions about one attribute; the entity's activations in `base` are replaced by those in `source`.
+    """Two questions about one attribute. The entity's activations in `base` are replaced by those in `source`.
 
-    `base` and `source` are indices of prompts. The wanted answer is `value`, which begins with the token `target`.
+    `base` and `source` are indices of prompts. The wanted answer is `value`, whose first token is `target`.
     """
 
     base: int
@@ -81,7 +81,7 @@ class PaddedPrompts(NamedTuple):
 
 
 def make_prompts(ctx: EvalContext, facts: EntityFacts, attributes: tuple[str, ...]) -> list[FactPrompt]:
-    """Every question about these attributes, entity by entity. Raises UsageError for a text that cannot be embedded."""
+    """Every question about these attributes, entity by entity. Raises UsageError for a token without an embedding."""
     questions = list(facts.questions(attributes))
     fills = [fill(template, entity) for entity, _, template, _ in questions]
     texts = [text for text, _ in fills]
@@ -105,8 +105,8 @@ def fill(template: str, entity: str) -> tuple[str, int]:
 def entity_positions(tokenizer: Any, fills: Sequence[tuple[str, int]]) -> list[int]:
     """The position of the entity's last token in each text, counted from the end.
 
-    That is the last token that begins before the entity ends. SAEBench counts the tokens of the text after the entity;
-    this is the same unless the tokens of the two are joined.
+    This is the last token that begins before the entity ends. SAEBench counts the tokens of the text after the entity,
+    which leads to the same position unless a token contains parts of both.
     """
     texts = [text for text, _ in fills]
     if not is_fast(tokenizer):
@@ -144,7 +144,7 @@ def pad_prompts(prompts: Sequence[FactPrompt], pad: int, device: torch.device, l
 def generate(model: LanguageModel, batch: PaddedPrompts, tokens: int, pad: int) -> Tensor:
     """The model's most probable continuation of each prompt, (N, K). The batch is padded on the left.
 
-    After the end of a text, the continuation is padding.
+    After an end-of-text token, the continuation is padding.
 
     Raises UsageError if the model cannot generate.
     """
@@ -167,7 +167,7 @@ def by_length(prompts: Sequence[FactPrompt], size: int) -> Iterator[list[int]]:
 def ask(ctx: EvalContext, prompts: Sequence[FactPrompt], tokens: int, what: str, progress: Progress) -> Tensor:
     """The first `tokens` tokens of the model's answer to each prompt (N, K), from the artifact cache or generated.
 
-    The cache is filled block by block, so that questions answered before a kill are not asked again.
+    The cache is filled block by block, so that after a kill, questions of complete blocks are not asked again.
     """
     pad = pad_id(ctx.tokenizer)
     blocks = []
@@ -243,8 +243,9 @@ def draw_pairs(
 ) -> PairSplit:
     """The pairs for changing one attribute while the others stay the same.
 
-    At most `count` pairs are about the attribute `changed`: their answer should become the source's. As many pairs are
-    about all other attributes together: their answer should stay. A `share` of all pairs is for training.
+    At most `count` pairs are about the attribute `changed`; their answers should become those of the source. At most as
+    many pairs are about all other attributes together; their answers should stay the same. A `share` of all pairs is
+    for training.
 
     The random draws equal those of SAEBench 0.6.0, in the same order.
     """
@@ -266,7 +267,7 @@ def draw_pairs(
 def sample_pairs(
     prompts: Sequence[FactPrompt], attribute: str, count: int, rng: random.Random
 ) -> list[tuple[int, int]]:
-    """Pairs (base, source) of prompts about one attribute whose values differ between the two."""
+    """Pairs (base, source) of prompts about one attribute, with different values of it."""
     own = [i for i, prompt in enumerate(prompts) if prompt.attribute == attribute]
     bases = own if len(own) < count else rng.sample(own, count)
     others = {

@@ -24,10 +24,11 @@ class AttributeScores:
 
     Attributes:
         entities: the entity of each pair's base.
-        is_cause: whether the source's answer is the wanted one and its first token differs from the base's. As in
-            SAEBench, a pair whose two answers have the same first token counts as a pair whose answer should stay.
+        is_cause: whether the answer should change to the source's and the two answers have different first tokens. As
+            in SAEBench, a pair whose two answers have the same first token counts as a pair whose answer should stay
+            the same.
         right: whether the wanted answer was given.
-        latents: what the details say about the mask.
+        latents: the entries about the mask in the details.
     """
 
     entity_type: str
@@ -94,7 +95,7 @@ def mean_scores(by_type: dict[str, list[AttributeScores]]) -> dict[str, float]:
 
 
 def score_intervals(by_type: dict[str, list[AttributeScores]], seed: int) -> dict[str, list[float]]:
-    """95 % intervals of the mean scores. The entities of each type are resampled, with all of their pairs.
+    """95 % intervals of the mean scores, from resampling the entities of each type together with all of their pairs.
 
     The draws are the same for every SAE that is measured on the same pairs.
     """
@@ -127,8 +128,8 @@ def finite_interval(samples: Sequence[np.ndarray], statistic: Any, seed: int) ->
 
 @dataclass(frozen=True)
 class EntityCounts:
-    """Counts for each entity and attribute (E, A, 4): cause pairs, how many are right, isolation pairs, how many are
-    right."""
+    """Counts for each entity and attribute (E, A, 4): cause pairs, right cause pairs, isolation pairs, right isolation
+    pairs."""
 
     counts_EAK: np.ndarray
 

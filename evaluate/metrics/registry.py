@@ -37,7 +37,7 @@ METRIC_CLASSES: tuple[type[Metric], ...] = (
     Autointerp,
 )
 METRICS = {metric.name: metric for metric in METRIC_CLASSES}
-# Part of a suite only if one of its options is set: a judge costs money, our facts need a model that knows geography.
+# In a suite only if one of its options is set: a judge costs money, and ravel_facts needs a model that knows geography.
 OPT_IN = ("autointerp", "ravel_facts")
 SUITES = {
     "quick": ("core", "absorption", "sparse_probing_stdlib", "stability"),
@@ -51,7 +51,7 @@ def caveats(metrics: Iterable[str]) -> list[str]:
 
 
 def metrics_of_suite(suite: str, options: Sequence[str] = ()) -> list[Metric]:
-    """The metrics that `--suite` and `--set` ask for.
+    """The metrics that `--suite` and `--set` select.
 
     `suite` is the name of a suite or a comma-separated list of metrics; `options` are `metric.option=value`. Raises one
     UsageError that lists every mistake.
@@ -73,7 +73,7 @@ def metrics_of_suite(suite: str, options: Sequence[str] = ()) -> list[Metric]:
 def metric_names(suite: str, options: Sequence[str]) -> tuple[str, ...]:
     names = SUITES.get(suite) or tuple(dict.fromkeys(name for part in suite.split(",") if (name := part.strip())))
     if not names:
-        raise UsageError(f"--suite {suite!r} names no metric; there are {', '.join([*SUITES, *METRICS])}.")
+        raise UsageError(f"--suite {suite!r} names no metric. Choose from {', '.join([*SUITES, *METRICS])}.")
     if suite in SUITES:
         names += tuple(name for name in OPT_IN if any(option.startswith(f"{name}.") for option in options))
     return names
@@ -83,7 +83,8 @@ def unknown_metric(suite: str, name: str) -> str:
     if name in SUITES:
         example = ",".join(SUITES["quick"][:2])
         return (
-            f"--suite {suite}: {name} is a suite and cannot be combined; list the metrics instead, such as {example}."
+            f"--suite {suite}: {name} is a suite and cannot be combined with metrics. List the metrics "
+            f"instead, such as {example}."
         )
     return f"--suite {suite}: there is no metric {name}{did_you_mean(name, [*METRICS, *SUITES])}"
 

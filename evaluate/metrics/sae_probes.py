@@ -1,16 +1,19 @@
-"""sae_probes: how well logistic probes on a few latents tell the classes of 113 data sets apart. 0.5 is chance.
+"""sae_probes: how well logistic probes on a few latents separate the classes of 113 data sets. 0.5 is chance.
 
 A text is represented by the latents at its last token or, for the model's own score, by the activations there. In each
-data set, the k latents that best tell the classes of the training texts apart are probed. See logistic_probes.py for
+data set, the k latents that best separate the classes of the training texts are probed. See logistic_probes.py for
 splits, ranking and regularization. AUC and accuracy are averaged over the splits of a data set (in the setting normal
 there is one), then over data sets. Intervals resample data sets.
 
-Source: Kantamneni et al. 2025, "Are Sparse Autoencoders Useful?", arXiv 2502.16681, and its sae-probes 0.4.2. With
-`--max-norm none` the numbers equal those of sae-probes. The differences are:
+Source: Kantamneni et al. 2025, "Are Sparse Autoencoders Useful?", arXiv 2502.16681, and its package sae-probes 0.4.2.
+With `--max-norm none`, the numbers equal those of sae-probes except for these differences:
 
-- Contexts begin like those that the SAE was trained on; sae-probes keeps what TransformerLens' tokenizer adds.
-- A text whose last token is an outlier row is left out, together with one of the other class to keep classes balanced.
-- A k larger than the number of latents yields no number; sae-probes then probes all latents under that name.
+- Contexts begin with the same token as those that the SAE was trained on; sae-probes keeps the tokens that
+  TransformerLens' tokenizer adds.
+- A text whose last token is an outlier row is left out, together with a text of the other class to keep the classes
+  balanced.
+- For a k larger than the number of latents, there is no number; sae-probes then reports a probe on all latents under
+  that name.
 
 Memory, for one data set at a time: its rows (5,000 x d_in), one SAE's latents of these rows in sparse form, and the
 dense latents of the training texts (1,024 x d_sae float32, 67 MB at 16,384 latents).
@@ -49,15 +52,16 @@ from .logistic_probes import (
 )
 
 KS = (1, 2, 5, 16, 128)
-PENALTIES = ("l1", "l2")  # of the probes on latents; the model's own probe has L2, as in sae-probes
-DEFAULT_TEXTS = 5000  # texts of a data set
+PENALTIES = ("l1", "l2")  # of the probes on latents; the probe on the model's activations uses L2, as in sae-probes
+DEFAULT_TEXTS = 5000  # number of texts of a data set
 ROWS_PER_ENCODE = 128
-NAMED_LATENTS = 16  # latents of a split that a result lists
+NAMED_LATENTS = 16  # number of latents per split that a result lists
 UNKNOWN = ProbeScore(*[math.nan] * len(ProbeScore._fields))
 
 
 class SplitScores(NamedTuple):
-    """The scores of the probes on one split, the latents that they read, and whether these are constant in training."""
+    """The scores of the probes on one split, the latents that they read, and whether these are constant in the training
+    texts."""
 
     probes: list[ProbeScore]
     latents: list[int]
@@ -68,9 +72,9 @@ class SplitScores(NamedTuple):
 class SaeProbes(Metric):
     """Probes on the data sets that `sae data get sae-probes` fetches.
 
-    `datasets` are names or numbers from `sae data list sae-probes`; `ks` are numbers of latents. `setting` is normal,
-    scarcity (2 to 1,024 training texts) or imbalance (5 % to 95 % positive texts). `max_texts` limits the texts of a
-    data set, and `max_train` those that a probe is trained on; the defaults follow sae-probes.
+    `datasets` are names or numbers from `sae data list sae-probes`; `ks` are the numbers of latents to probe. `setting`
+    is normal, scarcity (2 to 1,024 training texts) or imbalance (5 % to 95 % positive texts). `max_texts` limits the
+    texts of a data set, and `max_train` those that a probe is trained on; the defaults follow sae-probes.
     """
 
     datasets: tuple[str, ...] = ("all",)
@@ -96,21 +100,23 @@ class SaeProbes(Metric):
 
     def check(self) -> None:
         if self.setting not in SETTINGS:
-            raise UsageError(f"{self.name}.setting={self.setting} is unknown: expected one of {', '.join(SETTINGS)}.")
+            raise UsageError(f"{self.name}.setting={self.setting} is unknown. Expected one of {', '.join(SETTINGS)}.")
         if self.penalty not in PENALTIES:
-            raise UsageError(f"{self.name}.penalty={self.penalty} is unknown: expected l1 or l2.")
+            raise UsageError(f"{self.name}.penalty={self.penalty} is unknown. Expected l1 or l2.")
         if not self.ks or min(self.ks) < 1:
-            raise UsageError(f"{self.name}.ks={','.join(map(str, self.ks))}: a probe reads at least one latent.")
+            raise UsageError(
+                f"{self.name}.ks={','.join(map(str, self.ks))}: a probe needs at least one latent. Give 1 or more."
+            )
         for option in ("max_texts", "max_train"):
             if (value := getattr(self, option)) < 2:
-                raise UsageError(f"{self.name}.{option}={value}: give 2 or more, a text of each class.")
+                raise UsageError(f"{self.name}.{option}={value}: give 2 or more, so that each class has a text.")
         try:
             self.splits(np.arange(min(self.max_texts, DEFAULT_TEXTS) // 2 * 2) % 2, "sae")
         except UsageError as error:
             raise UsageError(f"{self.name}.max_texts={self.max_texts}: {error}") from None
 
     def names(self) -> list[str]:
-        """The data sets that are asked for, in the order of the index.
+        """The requested data sets, in the order of the index.
 
         Raises UsageError for an unknown data set and UnavailableError if the data have not been fetched.
         """
@@ -152,7 +158,7 @@ class SaeProbes(Metric):
     def read_problems(
         self, ctx: EvalContext, row_sets: Sequence[RowSet], name: str, progress: Progress
     ) -> dict[RowSet, "ProbeProblem"]:
-        """A data set's rows and splits for each row set; the model runs once over the texts, or not at all."""
+        """A data set's rows and splits for each row set. The model runs over the texts at most once."""
         texts, label_N = data.read_texts(name)
         chosen = balanced(label_N, np.ones(len(texts), bool), self.max_texts)
         source = {"dataset": name, "data": data.dataset_digest(name), "texts": len(chosen)}
@@ -166,14 +172,17 @@ class SaeProbes(Metric):
                 splits = {side: self.splits(label_N[chosen][kept], side) for side in ("sae", "llm")}
             except UsageError as error:
                 masked = int(outlier_N.sum())
-                hint = f" {masked:,} texts that end in an outlier row are left out; --max-norm none counts them."
+                hint = (
+                    f" {masked:,} texts that end in an outlier row are left out. To count them, pass --max-norm none."
+                )
                 raise UsageError(f"{name}: {error}{hint if masked else ''}") from None
             x_ND = rows[row_set.hook][torch.from_numpy(kept)].float()
             problems[row_set] = ProbeProblem(x_ND, label_N[chosen][kept], splits, int(outlier_N.sum()))
         return problems
 
     def splits(self, label_N: np.ndarray, side: str) -> list[ProbeSplit]:
-        """The splits for the probes on latents or on the model. For the model, sae-probes rounds the shares."""
+        """The splits for the probes on latents ("sae") or on the model's activations ("llm"), for which sae-probes
+        rounds the shares."""
         shares = [round(share * 20) / 20 for share in SHARES] if side == "llm" else SHARES
         return splits_of(self.setting, label_N, self.max_train, shares)
 
@@ -199,9 +208,10 @@ class SaeProbes(Metric):
         self, ctx: EvalContext, problem: "ProbeProblem", side: str, features: Mapping[str, Any],
         probe: Callable[[ProbeSplit], SplitScores],
     ) -> "DatasetScores":  # fmt: skip
-        """The scores of one data set, from the artifact cache or computed. After a kill, they are not computed again.
+        """The scores of one data set, from the artifact cache or computed. Scores that are complete when the process is
+        killed are not computed again.
 
-        They are keyed by a digest of the probes' inputs, so any object that encodes can reuse them.
+        They are keyed by a digest of the probes' inputs, so this also works for SAE objects without files.
         """
         splits = problem.splits[side]
 
@@ -234,7 +244,7 @@ class ProbeProblem:
 
 @dataclass(frozen=True)
 class DatasetScores:
-    """Scores of one data set. The model's scores have one entry instead of one for each k."""
+    """Scores of one data set. The model's own scores have a single entry instead of one for each k."""
 
     score_SK4: Tensor  # the fields of ProbeScore; NaN for a k larger than the number of latents
     constant_SK: Tensor  # whether the probed latents never vary in the training texts
@@ -259,7 +269,8 @@ class ScoredSAE:
 
 
 def balanced(label_N: np.ndarray, usable_N: np.ndarray, max_texts: int) -> np.ndarray:
-    """The indices, ascending, of the first usable texts: equally many of each class, at most `max_texts` in all."""
+    """The indices of the first usable texts in ascending order: equally many of each class, at most `max_texts` in
+    total."""
     by_class = [np.flatnonzero(usable_N & (label_N == label)) for label in (0, 1)]
     each = min(max_texts // 2, *map(len, by_class))
     return np.sort(np.concatenate([texts[:each] for texts in by_class]))
@@ -303,7 +314,7 @@ def digest_arrays(*arrays: np.ndarray) -> str:
 
 
 def build_result(llm: Mapping[str, DatasetScores], sae: Mapping[str, DatasetScores], ks: Sequence[int]) -> MetricResult:
-    """Means over the data sets, with intervals from resampling them."""
+    """Means over the data sets, with intervals from resampling the data sets."""
     details = [describe_dataset(name, llm[name], sae[name], ks) for name in sae]
     fields = {
         "llm": ["llm_test_auc", "llm_test_accuracy"],
@@ -358,16 +369,16 @@ def probe_flags(sae: Mapping[str, DatasetScores], ks: Sequence[int]) -> list[str
     flags = []
     for place, k in enumerate(ks):
         if not all(math.isfinite(one.mean("test_auc", place)) for one in sae.values()):
-            flags.append(f"k={k}: the SAE has fewer latents, so there is no number.")
+            flags.append(f"k={k}: there is no number, because the SAE has fewer latents.")
         if constant := sum(bool(one.constant_SK[:, place].any()) for one in sae.values()):
             flags.append(
-                f"k={k}: in {constant} of {len(sae)} data sets the chosen latents never vary in the training texts, "
-                "which gives an AUC of exactly 0.5."
+                f"k={k}: in {constant} of {len(sae)} data sets, the chosen latents never vary in the "
+                "training texts, so the AUC is exactly 0.5."
             )
     if outliers := {name: one.outliers for name, one in sae.items() if one.outliers}:
         named = ", ".join(f"{name} {count:,}" for name, count in sorted(outliers.items(), key=lambda item: -item[1]))
         flags.append(
-            f"Texts that end in an outlier row are left out, each with one of the other class: {named}. --max-norm "
-            "none counts them, as sae-probes does."
+            "Texts that end in an outlier row are left out, each together with a text of the other class: "
+            f"{named}. To count them, as sae-probes does, pass --max-norm none."
         )
     return flags

@@ -16,9 +16,9 @@ from .base import EvalTarget, reconstruct
 from .latent_pairs import PAIRED_TOKENS, LatentPairs
 from .parts import tokens_per_encode
 
-PER_CONTEXT = ("l0", "cossim", "error", "around_centre", "tokens")  # sums kept per context, for the intervals
+PER_CONTEXT = ("l0", "cossim", "error", "around_centre", "tokens")  # sums per context, for the intervals
 
-Ratio = tuple[Tensor, Tensor]  # numerator and denominator of a number, each as one term per context
+Ratio = tuple[Tensor, Tensor]  # numerator and denominator of a number, each with one term per context
 
 
 def ratio_value(ratio: Ratio) -> float:
@@ -26,7 +26,7 @@ def ratio_value(ratio: Ratio) -> float:
 
 
 def ratio_interval(ratio: Ratio) -> list[float]:
-    """95 % interval from linearizing the ratio. Its entries must be independent: documents rather than contexts."""
+    """95 % interval from linearizing the ratio. The entries must be independent, so sum them by document first."""
     part, whole = ratio
     count, total = len(whole), float(whole.sum())
     if count < 2 or not total:
@@ -45,7 +45,7 @@ def sum_by_document(ratio: Ratio, document_N: Tensor) -> Ratio:
 
 
 def divide(part: float, whole: float) -> float:
-    """part / whole, or NaN if whole is 0, because a text of one token has neither a variance nor a next token."""
+    """part / whole, or NaN if whole is 0. (A text of one token has neither a variance nor a next token.)"""
     return part / whole if whole else math.nan
 
 
@@ -59,8 +59,8 @@ def splice(
 ) -> Tensor:
     """The activations of one batch (N, S, D) with the SAE's reconstruction at the counted tokens.
 
-    The batch is encoded once, `tokens` tokens at a time (default: `tokens_per_encode`). Each of the `statistics` comes
-    with a mask (N, S) of some of the counted tokens, and only these tokens are added to it.
+    The batch is encoded once, `tokens` tokens at a time (default: `tokens_per_encode`). Each entry of `statistics` has
+    a mask (N, S) of some of the counted tokens, and only these tokens are added to it.
     """
     replaced_NS = torch.ones_like(counted_NS) if target.everywhere else counted_NS
     x_RD, context_R = x_NSD[replaced_NS], replaced_NS.nonzero()[:, 0]
@@ -88,17 +88,17 @@ def splice(
 
 
 class SAEStatistics:
-    """Sums in float64, for one SAE, over some of the counted tokens: reconstruction, sparsity and pairs of latents.
+    """Sums for one SAE over some of the counted tokens, in float64: reconstruction, sparsity and pairs of latents.
 
-    `splice` adds batches. It calls `add_latents` for each chunk of a batch, then `end_batch`, which also computes the
-    numbers that SAEBench defines per batch. `pairs` is None if `paired_latents` is 0.
+    `splice` adds batches. It calls `add_latents` for each chunk of a batch and then `end_batch`, which also computes
+    the numbers that SAEBench defines per batch. `pairs` is None if `paired_latents` is 0.
     """
 
     def __init__(self, paired_latents: int = 0) -> None:
         self.sums: defaultdict[str, Any] = defaultdict(float)
         self.tokens = self.batches = 0
         self.per_context: list[Tensor] = []  # a tensor (N, len(PER_CONTEXT)) for each batch: sums over each context
-        self.center_D: Tensor | None = None  # mean of the first batch: the per-context variance is taken about it
+        self.center_D: Tensor | None = None  # mean of the first batch, about which the variance per context is taken
         self.pairs = LatentPairs(paired_latents) if paired_latents else None
         self.start_batch()
 
@@ -110,7 +110,8 @@ class SAEStatistics:
         """Add the latents at some tokens of a batch of `contexts` contexts, given the context of each token."""
         if self.fired_NF is None:
             self.fired_NF = f_TF.new_zeros(contexts, f_TF.shape[1])
-        # Comparisons are written as 0 and 1 into one float tensor: making and converting bools takes 20 times as long.
+        # Comparisons are written as 0 and 1 into one float tensor, because creating and converting bools takes 20 times
+        # as long.
         part_TF = torch.ne(f_TF, 0, out=torch.empty_like(f_TF))
         self.l0_l1.append(torch.stack([part_TF.sum(-1).double(), f_TF.sum(-1).double()], 1))
         self.fired_NF.index_add_(0, context_T, torch.gt(f_TF, 0, out=part_TF))
@@ -198,7 +199,8 @@ class SAEStatistics:
         return self.sums["x_square"] - float(self.sums["x"].square().sum()) / self.tokens
 
     def fve_interval(self, interval: list[float], fve: float) -> list[float]:
-        """Rescale the interval of the `fve`, taken about the first batch's mean, to the mean of all tokens.
+        """Rescale the interval of `fve`, which is computed about the mean of the first batch, to the mean of all
+        tokens.
 
         Sums per context need a center that is known from the start.
         """
@@ -207,7 +209,7 @@ class SAEStatistics:
         return [fve - half, fve + half]
 
     def ratios(self) -> dict[str, dict[str, Ratio]]:
-        """The numbers that have an interval."""
+        """The numbers that have an interval, as ratios."""
         column = dict(zip(PER_CONTEXT, torch.cat(self.per_context).T, strict=True))
         tokens = column["tokens"]
         explained = column["around_centre"] - column["error"], column["around_centre"]
@@ -227,7 +229,7 @@ def largest_other_cosine(rows_FD: Tensor, block: int = 4096) -> Tensor:
     largest = []
     for start in range(0, len(unit), block):
         cosine = unit[start : start + block] @ unit.T
-        cosine.diagonal(start).fill_(-torch.inf)  # each row with itself
+        cosine.diagonal(start).fill_(-torch.inf)  # the cosine of each row with itself
         largest.append(cosine.amax(1))
     return torch.cat(largest)
 

@@ -1,16 +1,16 @@
-"""SCR, spurious correlation removal: does ablating the latents of an unwanted attribute free a probe from it?
+"""SCR, spurious correlation removal: does ablating the latents of an unwanted attribute remove a probe's bias from it?
 
-Higher is better: 0 is no effect, 1 removes all of the bias.
+Higher is better: 0 means no effect, 1 means that all of the bias is removed.
 
 A *biased* probe is trained on texts of two classes in which a second attribute always coincides with the class (male
 professors and female nurses), so it also reads the attribute. It is therefore less accurate on the class than a probe
 that is trained on the class alone. The latents that matter most to a probe of the attribute are ablated. The score is
-the share of the missing accuracy that this recovers. In the other direction, the latents of the class are ablated and
-the attribute is read.
+the share of the missing accuracy that the ablation recovers. In the other direction, the latents of the class are
+ablated and the accuracy on the attribute is measured.
 
 Source: SHIFT of Marks et al. 2024, as automated by SAEBench 0.6.0, `evals/scr_and_tpp` (Karvonen et al. 2025). The
-tasks of a pair contain all of its texts, so only the probes depend on random numbers. Ablation is computed without
-decoding (probe_readout), and every score has a bootstrap interval.
+tasks of a pair of classes contain all of its texts, so only the probes depend on random numbers. Ablation is computed
+without decoding (probe_readout), and every score has a bootstrap interval.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,12 +30,12 @@ from .probes import ProbeTask
 PROBES = ("attribute", "class", "biased")
 ATTRIBUTE, CLASS, BIASED = range(3)
 # The texts of each probe's task, by quadrant of class and attribute: (c+, a+) is PP, (c+, a-) is NP, (c-, a+) is PN and
-# (c-, a-) is NN. "/2" is the first half of a quadrant.
+# (c-, a-) is NN. "/2" means the first half of a quadrant.
 POSITIVE = {ATTRIBUTE: ("PP/2", "PN"), CLASS: ("PP/2", "NP"), BIASED: ("PP",)}
 NEGATIVE = {ATTRIBUTE: ("NP", "NN/2"), CLASS: ("PN", "NN/2"), BIASED: ("NN",)}
 DIRECTIONS = {CLASS: ATTRIBUTE, ATTRIBUTE: CLASS}  # task to read -> task whose latents are ablated
 MIN_ROOM = 1e-3  # missing accuracy below which the score is 0, as in SAEBench since 2025-02-14
-CLASS_NAMES = {  # as SAEBench writes them into the names of its results
+CLASS_NAMES = {  # as in the names of SAEBench's results
     f"{BIOS}_class_set1": {
         "21": "professor", "13": "nurse", "1": "architect", "11": "journalist", "25": "surgeon", "22": "psychologist",
         "2": "attorney", "26": "teacher",
@@ -49,7 +49,8 @@ CLASS_NAMES = {  # as SAEBench writes them into the names of its results
 
 @dataclass(frozen=True)
 class Scr(Ablation):
-    """`scr_metric` is the score of the harder direction, or none if a pair's biased probe is equally bad at both."""
+    """`scr_metric` is the score of the harder direction. It does not exist if a pair's biased probe is equally bad at
+    both."""
 
     datasets: tuple[str, ...] = tuple(CLASS_NAMES)
 
@@ -58,7 +59,8 @@ class Scr(Ablation):
     title = "scr, spurious correlation removal by number of latents ablated (0: nothing, 1: all of the bias)"
     category = "scr_metrics"
     caveat = (
-        "Do not rank SAEs by SCR: with many latents ablated it falls where the ground truth rises (Are SAE Benchmarks "
+        "Do not rank SAEs by SCR: when many latents are ablated, it falls although the ground truth rises "
+        "(Are SAE Benchmarks "
         "Reliable?, arXiv 2605.18229)."
     )
     columns = tuple(
@@ -66,7 +68,9 @@ class Scr(Ablation):
     )
 
     def count_texts(self, dataset: str) -> int:
-        of_a_pair = 6 * (self.train_set_size // 4 + self.test_set_size // 4)  # two quarters of PP and NN, one of others
+        of_a_pair = 6 * (
+            self.train_set_size // 4 + self.test_set_size // 4
+        )  # 2 quarters of PP and of NN, 1 of NP and of PN
         return len(getattr(find_dataset(dataset), "pairs", ())) * of_a_pair
 
     def problems(self, dataset: str, data: Path | None) -> Iterator[AblationProblem]:
@@ -131,8 +135,9 @@ def scr_scores(
 
     `biased` is the accuracy of the biased probe, `clean` is the accuracy of the task's own probe, and
     `ablated[task][n]` is the accuracy of the biased probe without n latents of the other task. `scr_metric` is the
-    score of the task at which the biased probe is worse; if it is equally bad at both, there is none. A score is 0 if
-    the missing accuracy is below MIN_ROOM. In mode 2024-12 it is always the quotient, and absent for 0/0.
+    score of the task at which the biased probe is worse; if it is equally bad at both, there is no `scr_metric`. A
+    score is 0 if the missing accuracy is below MIN_ROOM. In mode 2024-12, it is always the quotient, and absent for
+    0/0.
     """
     scores = {}
     for number, task in enumerate(DIRECTIONS, 1):
@@ -150,7 +155,7 @@ def scr_scores(
 
 
 def pair_flags(biased: Mapping[int, Tensor], clean: Mapping[int, Tensor]) -> list[str]:
-    """Sentences that say why the scores of a pair may mean little."""
+    """Sentences that say why the scores of a pair may not be meaningful."""
     if biased[CLASS][0] == biased[ATTRIBUTE][0]:
         return ["the biased probe is equally good at both tasks, so this pair has no scr_metric."]
     harder = min(DIRECTIONS, key=lambda task: float(biased[task][0]))
@@ -159,8 +164,9 @@ def pair_flags(biased: Mapping[int, Tensor], clean: Mapping[int, Tensor]) -> lis
     if low >= MIN_ROOM:
         return []
     return [
-        f"the biased probe is not clearly worse at the {PROBES[harder]} than that task's own probe (by "
-        f"{float(room_R[0]):.3f}, 95 %: {low:.3f} to {high:.3f}), and scores are shares of that difference."
+        f"at the {PROBES[harder]}, the biased probe is not clearly worse than that task's own probe (by "
+        f"{float(room_R[0]):.3f}, 95 %: {low:.3f} to {high:.3f}), but the scores are shares of this "
+        "difference."
     ]
 
 

@@ -1,19 +1,19 @@
 """Sparse probing: how well a few latents predict the class of a text. Higher accuracy is better; 0.5 is chance.
 
 Each class of each dataset is a binary task against the other classes. A text is represented by the mean of its latents
-(for the LLM's own score, of its residual) over the counted tokens. There are two probes per task: one on all features,
-trained until the test accuracy stops rising, and scikit-learn's logistic regression on the k features whose class means
-differ most. Accuracies are averaged over the classes of a dataset, then over datasets.
+(for the LLM's own score, of its activations) over the counted tokens. There are two probes per task: a probe on all
+features, trained until the test accuracy stops rising, and scikit-learn's logistic regression on the k features whose
+class means differ most. Accuracies are averaged over the classes of a dataset, then over datasets.
 
 Source: SAEBench 0.6.0, `evals/sparse_probing` (after Gurnee et al. 2023), with its definitions and names. There are
-three differences, an addition and two numerical choices:
+three differences: an addition and two numerical choices.
 
 - `sae_top_1_latents` and similar entries name the latents that the probes on few latents read: dataset -> class ->
-  latent -> difference, the largest first. The difference is the latent's mean over the task's training texts of the
-  class minus its mean over the others, so it is positive where the latent fires more for the class.
-- The logistic regression is regularized, so accuracies depend on the scale of the latents: decoder norms other than 1
-  are folded into them first.
-- SAEBench sums residuals in the model's dtype; the sums here are in float32.
+  latent -> difference, the largest first. The difference is the latent's mean over the training texts of the class
+  minus its mean over the other training texts of the task, so it is positive if the latent fires more for the class.
+- The logistic regression is regularized, so accuracies depend on the scale of the latents. Decoder norms other than 1
+  are therefore folded into the latents first.
+- SAEBench sums activations in the model's dtype; here the sums are in float32.
 
 Memory: the rows of one dataset at each layer (memory-mapped), and one SAE's pooled latents on it, N x d_sae.
 
@@ -51,17 +51,17 @@ from .probes import (
 K_OF_MODE = {"0.6.0": (1, 2, 5), "2024-12": (1, 2, 5, 10, 20, 50)}
 RESULT_KS = (1, 2, 5, 10, 20, 50, 100)  # the values of k that have a field in SAEBench's files
 MAX_NAMED_LATENTS = 5  # results name the latents of probes on at most this many latents
-BATCH, EPOCHS, PATIENCE, RATE = 250, 100, 10, 1e-2  # of the probe on all features
+BATCH, EPOCHS, PATIENCE, RATE = 250, 100, 10, 1e-2  # for the probe on all features
 
 
 @dataclass(frozen=True)
 class SparseProbing(Metric):
     """Sparse probing on SAEBench's eight datasets, from `--data` or the Hub.
 
-    `train_set_size` and `test_set_size` are texts of one binary task, `context` is tokens per text. An empty `k` means
-    SAEBench's values for the mode. With rng="saebench", the draws are those of SAEBench for an SAE whose activations
-    were cached: one generator, seeded with 42, serves all datasets, and the generator for the LLM's score restarts for
-    each dataset.
+    `train_set_size` and `test_set_size` are numbers of texts of one binary task, and `context` is the number of tokens
+    per text. An empty `k` selects SAEBench's values for the mode. With rng="saebench", the draws equal SAEBench's draws
+    for an SAE whose activations were cached: one generator, seeded with 42, is used for all datasets, and the generator
+    for the LLM's score restarts for each dataset.
     """
 
     datasets: tuple[str, ...] = tuple(HUB)
@@ -90,7 +90,9 @@ class SparseProbing(Metric):
 
     def ks(self, mode: str) -> tuple[int, ...]:
         if any(k < 1 for k in self.k):
-            raise UsageError(f"{self.name}.k={','.join(map(str, self.k))}: a probe reads at least one latent.")
+            raise UsageError(
+                f"{self.name}.k={','.join(map(str, self.k))}: a probe needs at least one latent. Give 1 or more."
+            )
         return self.k or K_OF_MODE[mode]
 
     def kept_bytes(self, ctx: EvalContext, targets: Sequence[EvalTarget]) -> int:
@@ -99,7 +101,7 @@ class SparseProbing(Metric):
 
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         ks = self.ks(ctx.mode)
-        make_generator(self.rng)  # reject an unknown rng before the model runs
+        make_generator(self.rng)  # raises an error for an unknown rng before the model runs
         texts = {name: load_texts(name, ctx.data, self.train_set_size, self.test_set_size) for name in self.datasets}
         row_sets = list(dict.fromkeys(target.row_set for target in targets))
         llm: dict[RowSet, dict[str, ProbingScores]] = {row_set: {} for row_set in row_sets}
@@ -149,8 +151,8 @@ class SparseProbing(Metric):
             return
         if (d_sae := len(pooled.zero_F)) < max(ks):
             sae.error = UsageError(
-                f"A probe on {max(ks)} latents needs that many, but this SAE has {d_sae}. "
-                f"Give smaller ones: --set {self.name}.k=1"
+                f"This SAE has {d_sae} latents, too few for a probe on {max(ks)}. Give smaller values of k: "
+                f"--set {self.name}.k=1"
             )
             return
         sae.folded |= folded
@@ -159,7 +161,8 @@ class SparseProbing(Metric):
         sae.scores[name] = probe_dataset(features, ks, self.generators(sae.generator, name))
 
     def generators(self, shared: torch.Generator, dataset: str) -> Callable[..., torch.Generator]:
-        """A function from the names of a draw to its generator: always `shared` with rng="saebench"."""
+        """A function that returns the generator for the draw with some names. With rng="saebench", this is always
+        `shared`."""
 
         def generator_for(*names: object) -> torch.Generator:
             return shared if self.rng == "saebench" else make_generator(self.rng, "sparse_probing", dataset, *names)
@@ -181,7 +184,8 @@ class SparseProbingStdlib(SparseProbing):
 
 @dataclass
 class ProbingScores:
-    """Test accuracies by class for one dataset: `full` on all features, `top[k]` on the k of largest difference.
+    """Test accuracies by class for one dataset: `full` on all features, `top[k]` on the k features with the largest
+    difference.
 
     `constant[k]` is the number of classes whose k features are all constant, so that the probe has nothing to read.
     `selected[k]` maps class -> feature -> difference, for k up to MAX_NAMED_LATENTS.
@@ -218,7 +222,7 @@ class ProbingScores:
 class ProbedSAE:
     """The scores of one SAE by dataset while they are being measured."""
 
-    generator: torch.Generator  # serves all draws of the SAE with rng="saebench"
+    generator: torch.Generator  # used for all draws of the SAE with rng="saebench"
     scores: dict[str, ProbingScores] = field(default_factory=dict)
     folded: bool = False  # whether decoder norms were folded into the latents
     rows: int = 0  # rows that were pooled
@@ -317,12 +321,12 @@ def build_result(
 
 def probing_flags(sae: Mapping[str, ProbingScores], ks: Sequence[int], tasks: int, folded: bool) -> list[str]:
     flags = [
-        f"k={k}: in {constant} of {tasks} tasks the selected latents never vary, which gives exactly 0.5."
+        f"k={k}: in {constant} of {tasks} tasks, the selected latents never vary, so the accuracy is exactly 0.5."
         for k in ks
         if (constant := sum(scores.constant[k] for scores in sae.values()))
     ]
     if folded:
-        flags.append("Decoder rows do not have unit length: their norms were folded into the latents.")
+        flags.append("Decoder rows do not have unit length, so their norms were folded into the latents.")
     return flags
 
 

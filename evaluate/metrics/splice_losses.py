@@ -17,7 +17,7 @@ from .parts import tokens_at_once, tokens_in_cache
 from .sae_statistics import Ratio
 
 RatiosByCategory = dict[str, dict[str, Ratio]]
-WHOLE_RESIDUAL = ("resid_pre", "resid_mid", "resid_post")  # sites that carry everything that later blocks read
+WHOLE_RESIDUAL = ("resid_pre", "resid_mid", "resid_post")  # sites that contain everything that later blocks read
 
 
 class TokenLosses(NamedTuple):
@@ -27,7 +27,7 @@ class TokenLosses(NamedTuple):
     ce_T: Tensor
 
     def replace_at(self, place_T: Tensor, others: "TokenLosses") -> "TokenLosses":
-        """These losses, but with the other losses at the tokens where `place_T` is True."""
+        """These losses, with `others` inserted at the tokens where `place_T` is True."""
         return TokenLosses(*(own_T.masked_scatter(place_T, new_T) for own_T, new_T in zip(self, others, strict=True)))
 
 
@@ -54,7 +54,7 @@ class CountedTokens:
     """The counted tokens of a batch of `contexts` contexts, or some of them.
 
     Attributes:
-        context_T: the context of each.
+        context_T: the context of each token.
         next_T: the id of the next token.
         has_next_T: False at the last token of a context, whose next token is unknown.
     """
@@ -80,7 +80,7 @@ class CountedTokens:
         tokens: int,
         report: Callable[[float], None] | None = None,
     ) -> list[TokenLosses]:
-        """The losses of each final residual (T, D). The first one is the original model's, which is the reference.
+        """The losses of each final residual (T, D). The first one belongs to the original model and is the reference.
 
         Logits are computed for `tokens` tokens at a time. A residual that is constant over positions (stride 0) is
         unembedded once. `report` is called with the share of the tokens done so far.
@@ -109,11 +109,11 @@ class CountedTokens:
 
 
 def zero_ablated_output(run: ForwardPass, hook: Hook, batch: ContextBatch, constant_D: dict[Hook, Tensor]) -> Tensor:
-    """The model's final residual at the counted positions (T, D) if a hook is zeroed at every position.
+    """The model's final residual at the counted positions (T, D) when a hook is zeroed at every position.
 
     If the whole residual stream is zeroed, attention over equal values returns that value, so all positions and texts
-    have the same output. Once the first batch confirms this, `constant_D` keeps the vector for each hook, and later
-    batches do not run the model for it. At other sites, the residual stream still carries the text.
+    have the same output. If the first batch confirms this, the vector for each hook is stored in `constant_D`, and
+    later batches do not run the model for it. At other sites, the residual stream still carries the text.
     """
     if hook not in constant_D:
         output_TD = run.run_from(hook, torch.zeros_like(run.activations[hook]))[batch.counted]
@@ -124,7 +124,7 @@ def zero_ablated_output(run: ForwardPass, hook: Hook, batch: ContextBatch, const
 
 
 def loss_ratios(original: Sequence[Tensor], ablated: Sequence[Tensor], spliced: Sequence[Tensor]) -> RatiosByCategory:
-    """Raw KL and CE (lower is better), and scores: 1 is the original model, 0 the zeroed layer.
+    """Raw KL and CE (lower is better), and their scores: 1 for the original model, 0 for the zeroed layer.
 
     The arguments are the sums by context (N, 4) of each batch.
     """

@@ -1,28 +1,28 @@
 """Stability: how similar an SAE is to SAEs trained in the same way with other seeds.
 
 PW-MCC (Song et al. 2025, arXiv 2505.20254) matches the latents of two SAEs one to one, optimally, and averages the
-absolute cosine of the decoder rows over the matched pairs. Here this is also done with the absolute Pearson correlation
-of activations on the same held-out tokens. An SAE's number is the mean over the other seeds, so the mean over the SAEs
-of a system is the mean over all pairs. In the authors' code (examples/evaluate_mcc.py) the cosines keep their sign. The
-two definitions agree if the best matches point the same way.
+absolute cosine of the decoder rows over the matched pairs. Here the same is also done with the absolute Pearson
+correlation of activations on the same held-out tokens. An SAE's number is the mean over the other seeds, so the mean
+over the SAEs of a system is the mean over all pairs. In the authors' code (examples/evaluate_mcc.py), the cosines keep
+their sign. The two definitions agree if the best matches have positive cosines.
 
-Recurring latents (Paulo and Belrose 2025, arXiv 2501.16615) come from a separate matching by signed cosines, since a
-latent and its opposite mean different things. In an SAE with negative latents the sign has no meaning, and the matching
-of PW-MCC is used. The authors also require the rows of the encoder to match; we do not, since not every SAE has such
-rows.
+Recurring latents (Paulo and Belrose 2025, arXiv 2501.16615) come from a separate matching by signed cosines, because a
+latent and its opposite mean different things. In an SAE with negative latents, the sign has no meaning, and the
+matching of PW-MCC is used. The authors also require that the encoder rows match. This is not required here, because not
+every SAE has encoder rows.
 
-Each number is compared with the same number for matched random dictionaries. Their rows also serve as encoder, with
-thresholds at which every latent fires as often as the SAE's. The random dictionaries thus have the same width and
-firing rates. They also read the same activations, in which a few large directions correlate any two dictionaries. There
-are two kinds (random_dictionaries.py): the SAE's own decoder rows with the entries of each row in random order, which
-preserves large entries; and Gaussian rows with the second moment of the other seeds' decoder rows. The larger of the
-two numbers is the null. The moment comes from the other seeds, because the SAE's own moment would also fit chance
-properties of its rows: the mean squared cosine between a decoder and rows with the other decoder's moment equals
-exactly the mean squared cosine between the two decoders.
+Each number is compared with the same number for matched random dictionaries. Their rows are also used as encoder, with
+thresholds at which every latent fires as often as the SAE's latent. The random dictionaries thus have the same width
+and firing rates. They also read the same activations, in which a few large directions cause correlations between any
+two dictionaries. There are two kinds (random_dictionaries.py): the SAE's own decoder rows with the entries of each row
+in random order, which preserves large entries; and Gaussian rows with the second moment of the other seeds' decoder
+rows. The null is the larger of the two numbers. The moment comes from the other seeds, because the SAE's own moment
+would also fit chance properties of its rows. With the moment of another decoder, the mean squared cosine between an
+SAE's decoder and the random rows equals exactly the mean squared cosine between the two decoders.
 
-Dead latents do not vary on these tokens. Their rows are included in the decoder number, as in the authors' code. They
-have no correlation, so the activation number is computed over the other latents, and unmatched latents of the larger
-set count as 0.
+Dead latents are those that do not vary on these tokens. Their rows are included in the decoder PW-MCC, as in the
+authors' code. They have no correlation, so the activation PW-MCC is computed over the other latents, and unmatched
+latents of the larger set count as 0.
 
 Shape suffixes: F latents, D d_in.
 """
@@ -48,7 +48,7 @@ from .random_dictionaries import gaussian_rows, random_latents, second_moment, s
 
 NULLS = ("shuffled", "gaussian")  # kinds of random dictionaries
 EXACT_RANDOM = 2048  # random dictionaries of at most this many latents are matched optimally
-NULL_QUANTILE = 0.99  # quantile of the matched cosines of random dictionaries, below which no latent recurs
+NULL_QUANTILE = 0.99  # no latent recurs below this quantile of the cosines matched with random dictionaries
 SAME_DECODER = 0.9999  # decoder PW-MCC of two seeds above which a flag is added
 MANY_DEAD = 0.1  # share of dead latents above which a flag is added
 
@@ -62,7 +62,7 @@ class Stability(Metric):
 
     A latent recurs in another seed if the cosine with its match is at least `threshold` (0.7, as in Paulo and Belrose
     2025, arXiv 2501.16615) and at least the NULL_QUANTILE of the absolute cosines in the `draws` random dictionaries of
-    either kind. Up to `exact_latents` latents the matching of two seeds is optimal.
+    either kind. Up to `exact_latents` latents, the matching of two seeds is optimal.
     """
 
     tokens: int = 32_768
@@ -77,7 +77,7 @@ class Stability(Metric):
     name = "stability"
     type_id = "stability"
     saebench_rows = False
-    title = "stability: what the other seeds find again (PW-MCC; null: random dictionaries)"
+    title = "stability: similarity to the SAEs of other seeds (PW-MCC; null: random dictionaries)"
     columns = (
         MetricColumn("decoder PW-MCC", "stability", "decoder_pw_mcc", ".3f", "up", 0, 1, shared=False),
         MetricColumn("null", "stability", "decoder_pw_mcc_null", ".3f"),
@@ -100,9 +100,9 @@ class Stability(Metric):
         alone = [one.name for one in targets if not one.reference and not other_seeds(one, targets)]
         others = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
         raise UnavailableError(
-            f"stability needs at least two runs that differ only by seed, and there is no other seed of "
-            f"{', '.join(alone[:3])}{others}. Name all seeds in one command; `sae train` with --seed 0 --seed 1 --seed "
-            "2 trains three. An imported SAE has no seeds."
+            "stability needs at least two runs that differ only by seed, but there is no other seed of "
+            f"{', '.join(alone[:3])}{others}. Name all seeds in one command. To train three seeds, pass "
+            "--seed 0 --seed 1 --seed 2 to `sae train`. An imported SAE has no seeds."
         )
 
     def check(self) -> None:
@@ -215,13 +215,14 @@ class Stability(Metric):
         flags = []
         if latents > self.exact_latents:
             flags.append(
-                f"The {latents:,} latents were matched among the {CANDIDATES} most similar ones of each, because they "
-                f"are more than {self.exact_latents:,}: PW-MCC is a lower bound."
+                f"With {latents:,} latents, more than {self.exact_latents:,}, each latent is matched with "
+                f"one of its {CANDIDATES} most similar latents, so PW-MCC is a lower bound."
             )
         if metrics["recurring_threshold"] > self.threshold:
             flags.append(
-                f"Random dictionaries of this shape reach a cosine of {self.threshold:g}, so a latent recurs only from "
-                f"{metrics['recurring_threshold']:.3f} on, the {NULL_QUANTILE:.0%} quantile of their matches."
+                f"Random dictionaries of this shape reach a cosine of {self.threshold:g}, so a latent recurs "
+                f"only if its cosine is at least {metrics['recurring_threshold']:.3f}, the "
+                f"{NULL_QUANTILE:.0%} quantile of their matches."
             )
         return flags
 
@@ -249,7 +250,7 @@ def require_comparable(targets: Sequence[EvalTarget], system: Sequence[int], row
     for place in system:
         if not hasattr(targets[place].sae, "W_dec"):
             kind = type(targets[place].sae).__name__
-            raise SaeError(f"Stability compares the directions of latents, and {kind} has no W_dec.")
+            raise SaeError(f"Stability compares the decoder directions of latents, but {kind} has no W_dec.")
         if place in rows.failed:
             raise SaeError(f"{targets[place].name}: {rows.failed[place]}")
     widths = {len(targets[place].sae.W_dec): targets[place].name for place in system}  # type: ignore[attr-defined]
@@ -258,13 +259,15 @@ def require_comparable(targets: Sequence[EvalTarget], system: Sequence[int], row
         raise UsageError(f"All seeds of one system must have the same number of latents, but {shown}.")
     if not rows.tokens:
         raise SaeError(
-            "The held-out text has no token to compare latents on: all are special tokens or outlier rows. Harvest "
+            "The held-out text has no token on which latents can be compared: all are special tokens or "
+            "outlier rows. Harvest "
             "with a different dataset, or pass --max-norm none."
         )
 
 
 def t_interval(values: Sequence[float], of_another: bool) -> list[float]:
-    """95 % interval, by Student's t, of the mean or of one further value like these (a prediction interval)."""
+    """95 % interval by Student's t: of the mean or, if `of_another` is true, of one further value (a prediction
+    interval)."""
     count = len(values)
     spread = float(np.std(values, ddof=1)) * math.sqrt(1 / count + of_another)
     half, centre = float(t.ppf(0.975, count - 1)) * spread, float(np.mean(values))
@@ -275,8 +278,8 @@ def stability_flags(
     metrics: Mapping[str, float], intervals: Mapping[str, list[float]], seeds: Sequence[NamedPair]
 ) -> list[str]:
     flags = [
-        f"Its decoder equals that of {name}: a copy, or a decoder that neither seed nor training changes. Then PW-MCC "
-        "says nothing about what training finds again."
+        f"Its decoder equals the decoder of {name}. One is a copy of the other, or neither seed nor training "
+        "changes the decoder. PW-MCC then says nothing about the stability of training."
         for name, pair in seeds
         if pair.decoder_mcc > SAME_DECODER
     ]
@@ -285,22 +288,23 @@ def stability_flags(
         _, high = intervals.get(f"{what}_pw_mcc_null", (null, null))
         if value <= high:
             flags.append(
-                f"The {what} PW-MCC of {value:.3f} is not above what random dictionaries reach, {high:.3f}: these "
-                "seeds have nothing in common that chance does not give."
+                f"The {what} PW-MCC of {value:.3f} is not above the value that random dictionaries reach, "
+                f"{high:.3f}: these seeds have no more in common than by chance."
             )
     if (dead := 1 - metrics["frac_alive"]) > MANY_DEAD:
         flags.append(
-            f"{dead:.0%} of the latents do not vary on these tokens. The activation PW-MCC leaves them out; the "
-            f"decoder PW-MCC counts their rows, and is {metrics['decoder_pw_mcc_alive']:.3f} without them."
+            f"{dead:.0%} of the latents do not vary on these tokens. The activation PW-MCC leaves them out. "
+            "The decoder PW-MCC includes their rows; without them, it is "
+            f"{metrics['decoder_pw_mcc_alive']:.3f}."
         )
     return flags
 
 
 def latent_details(seeds: Sequence[NamedPair], recurs_SF: np.ndarray, latents: Latents) -> list[dict[str, Any]]:
-    """One entry per latent: whether it recurs in all other seeds, and its match in each of them, ordered as
+    """One entry per latent: whether it recurs in all other seeds, and its match in each of them, in the order of
     extra["seeds"].
 
-    Matches by decoder decide whether a latent recurs. A latent that does not vary has no match by activations.
+    Whether a latent recurs is decided by its decoder match. A latent that does not vary has no activation match.
     """
     density_F = latents.active_F / latents.f_TF.shape[0]
     columns: dict[str, list[list[Any]]] = {}

@@ -1,4 +1,4 @@
-"""The model's passes over the text of core, kept in the artifact cache so that they are not repeated for later SAEs.
+"""The model's passes over the text of core, stored in the artifact cache so that they are not repeated for later SAEs.
 
 Shape suffixes: N contexts, S positions.
 """
@@ -20,17 +20,17 @@ from ...harvest.model import ForwardPass
 from ..context import ContextBatch, EvalContext
 from .base import Progress
 
-MAX_BYTES = 2 * 10**9  # limit for the passes over a text, which are not kept if they are larger
-FREE_SHARE = 0.25  # share of the free disk space that they may take
-KIND = "text_pass"  # of the artifacts: the activations of a batch at one hook, or its last hidden state
+MAX_BYTES = 2 * 10**9  # the passes over a text are not stored if they take more than this
+FREE_SHARE = 0.25  # share of the free disk space that the passes may take
+KIND = "text_pass"  # kind of the artifacts: the activations of a batch at one hook, or its last hidden state
 
 
 class TextPasses:
-    """Passes over the batches of a text, up to some hooks or, with losses, to the end."""
+    """Passes over the batches of a text, up to the hooks or, if losses are measured, to the end."""
 
     def __init__(self, ctx: EvalContext, hooks: Sequence[Hook], batches: Sequence[ContextBatch]) -> None:
         self.ctx, self.hooks, self.batches = ctx, hooks, batches
-        self.keeps: bool | None = None  # whether passes are kept; decided by the size of the first
+        self.keeps: bool | None = None  # whether passes are stored; decided by the size of the first pass
 
     def activations(self, batch: ContextBatch) -> Mapping[Hook, Tensor]:
         """The activations (N, S, d) at the hooks."""
@@ -51,7 +51,7 @@ class TextPasses:
         return run
 
     def compute_together(self, with_losses: int, progress: Progress) -> None:
-        """Divide the passes that are not kept yet among the ranks, so that each batch is computed by one rank.
+        """Divide the passes that are not stored yet among the ranks, so that each batch is computed by one rank.
 
         The first `with_losses` batches are run to the end. Does nothing if the command has a single process. If the
         passes do not fit on the disk, each rank computes them for itself when it needs them.
@@ -64,20 +64,21 @@ class TextPasses:
                 hooks, final = (wholly_kept, True) if number < with_losses else (self.hooks, False)
                 if self.keeps is False or self.contains(batch, hooks, final):
                     continue
-                progress(number, len(self.batches), "passes of the model, dealt to all ranks")
+                progress(number, len(self.batches), "passes of the model, divided among all ranks")
                 with self.ctx.artifacts.turn(f"{KIND}-batch-{digest_of_ids(batch)[:16]}", wait) as is_mine:
                     if is_mine and not self.contains(batch, hooks, final):
                         self.whole(batch) if final else self.activations(batch)
 
     def contains(self, batch: ContextBatch, hooks: Sequence[Hook], final: bool) -> bool:
-        """Whether a batch's activations at the hooks are kept and, with `final`, its last hidden state."""
+        """Whether a batch's activations at the hooks are stored and, if `final` is true, its last hidden state as
+        well."""
         return all(self.ctx.artifacts.contains(KIND, key) for key in self.keys(batch, hooks, final))
 
     def keys(self, batch: ContextBatch, hooks: Sequence[Hook], final: bool) -> list[dict[str, Any]]:
         return [self.key(batch, self.depends(one)) for one in (*hooks, *([None] if final else []))]
 
     def read(self, batch: ContextBatch, hooks: Sequence[Hook], final: bool) -> tuple[dict[Hook, Tensor], Tensor] | None:
-        """The kept tensors of a batch, on the model's device; None unless all of them are kept."""
+        """The stored tensors of a batch, on the model's device; None unless all of them are stored."""
         if not self.contains(batch, hooks, final):
             return None
         parts = [self.get(key) for key in self.keys(batch, hooks, final)]
@@ -87,7 +88,7 @@ class TextPasses:
         return dict(zip(hooks, tensors, strict=False)), tensors[-1]
 
     def get(self, key: Mapping[str, Any]) -> Tensor | None:
-        """The kept tensor, or None if its file is damaged."""
+        """The stored tensor, or None if its file is damaged."""
 
         def missing() -> dict[str, Tensor]:
             raise LookupError
@@ -113,12 +114,13 @@ class TextPasses:
                     return
 
     def fits(self, bytes_per_position: int) -> bool:
-        """Whether passes with `bytes_per_position` bytes for each position of the text may be kept."""
+        """Whether passes with `bytes_per_position` bytes for each position of the text are small enough to be
+        stored."""
         needed = bytes_per_position * sum(one.ids.numel() for one in self.batches)
         return needed <= min(MAX_BYTES, FREE_SHARE * free_space(self.ctx.artifacts.folder))
 
     def missing_bytes(self, with_losses: int) -> int:
-        """How many bytes are still missing from the cache, if the first `with_losses` batches are run to the end.
+        """How many bytes are not in the cache yet, if the first `with_losses` batches are run to the end.
 
         Does not need the model. The number is an upper bound if a hook lies inside a block.
         """

@@ -1,11 +1,11 @@
 """TPP, targeted probe perturbation: does ablating the latents of one class hurt only the probe of that class?
 
-Higher is better; 0 is no targeted effect.
+Higher is better; 0 means that there is no targeted effect.
 
 Each class of a dataset has a probe against the other classes, and a set of latents that matter most to this probe. When
-the latents of one class are ablated, the intended difference is the accuracy that its own probe loses, and the
-unintended difference is the mean accuracy that the other probes lose. The metric is intended minus unintended, averaged
-over classes.
+the latents of one class are ablated, the intended difference is the accuracy that the probe of this class loses, and
+the unintended difference is the mean accuracy that the other probes lose. The metric is intended minus unintended,
+averaged over classes.
 
 Source: SAEBench 0.6.0, `evals/scr_and_tpp` (Karvonen et al. 2025). Ablation is computed without decoding
 (probe_readout), and every score has a bootstrap interval.
@@ -26,7 +26,7 @@ from .bootstrap import BootstrapWeights
 from .probe_readout import ProbeReadout, strongest_latents
 from .probes import ProbeTask, one_vs_rest_task
 
-MIN_CLEAN_ACCURACY = 0.6  # a flag names probes below it; 0.5 is chance
+MIN_CLEAN_ACCURACY = 0.6  # a flag names probes with a lower accuracy; 0.5 is chance
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,10 @@ class Tpp(Ablation):
 
     name = "tpp"
     type_id = "tpp"
-    title = "tpp, targeted probe perturbation by number of latents ablated (accuracy lost by the class's probe alone)"
+    title = (
+        "tpp, targeted probe perturbation by number of latents ablated (accuracy lost by the class's own probe, "
+        "minus other probes)"
+    )
     category = "tpp_metrics"
     caveat = "Do not rank SAEs by TPP: it gets worse with training (Are SAE Benchmarks Reliable?, arXiv 2605.18229)."
     columns = tuple(
@@ -102,13 +105,14 @@ class Tpp(Ablation):
 
 
 def draw_task(texts: Texts, split: str, probe: int, generator: torch.Generator) -> ProbeTask:
-    """The task of the class with number `probe` against the other classes."""
+    """The task of the class with index `probe` against the other classes."""
     counts = {label: len(texts_of_class) for label, texts_of_class in texts[split].items()}
     return one_vs_rest_task(counts, list(counts)[probe], generator)
 
 
 def class_scores(target: int, clean: Sequence[Tensor], ablated: dict[int, list[Tensor]]) -> dict[str, Tensor]:
-    """Scores (R,) of one class by name, from the accuracies (R,) of all probes before and after its ablation."""
+    """Scores (R,) of one class by name, from the accuracies (R,) of all probes before and after its latents are
+    ablated."""
     scores = {}
     for n, after in ablated.items():
         lost = [before_R - after_R for before_R, after_R in zip(clean, after, strict=True)]

@@ -1,7 +1,7 @@
 """Decoder norms folded into the latents: f_i <- f_i * |d_i|, d_i <- d_i / |d_i|.
 
 Metrics that depend on the scale of latents (absorption, sparse probing, unlearning) then do not depend on how an SAE
-splits that scale between its latents and its decoder.
+divides the scale between its latents and its decoder.
 
 Shape suffixes: N rows, D d_in, F latents.
 """
@@ -18,12 +18,12 @@ from ...common.errors import SaeError
 from .base import SAELike, encode_finite
 from .letter_probes import SparseLatents
 
-MAX_DENSE_LATENTS = 2**25  # rows x latents held densely at a time
+MAX_DENSE_LATENTS = 2**25  # rows x latents in dense form at a time
 NORM_TOLERANCE = 1e-5  # allowed deviation from 1 of the norms of W_dec's rows
 
 
 def decoder_norms_to_fold(sae: SAELike) -> Tensor | None:
-    """The norms of the decoder rows (F,), by which to multiply latents so that the rows can have unit length.
+    """The norms of the decoder rows (F,). Latents must be multiplied by them if the rows are scaled to unit length.
 
     None if the rows already have unit length, or if the SAE has no W_dec.
     """
@@ -48,7 +48,9 @@ class UnitDecoderSAE:
     def of(cls, sae: SAELike, device: torch.device) -> Self:
         W_dec = getattr(sae, "W_dec", None)
         if W_dec is None:
-            raise SaeError(f"Absorption needs the directions of latents, and {type(sae).__name__} has no W_dec.")
+            raise SaeError(
+                f"Absorption needs the decoder directions of latents, but {type(sae).__name__} has no W_dec."
+            )
         W_dec = W_dec.detach().to(device).float()
         norm_F = W_dec.norm(dim=1)
         folded = int(((norm_F - 1).abs() > NORM_TOLERANCE).sum())

@@ -1,4 +1,4 @@
-"""The texts of the unlearning metric: a corpus to forget and one to retain, and multiple-choice questions."""
+"""The texts of the unlearning metric: a forget corpus, a retain corpus, and multiple-choice questions."""
 
 import hashlib
 import json
@@ -11,14 +11,15 @@ from typing import Any
 from ..datasets.labeled import Row, hub_commit, local_file, read_dataset_rows
 
 FORGET_QUESTIONS = "wmdp-bio"
-FORGET_CORPUS = "bio-forget-corpus"  # name, without .jsonl, of the file that WMDP distributes
+FORGET_CORPUS = "bio-forget-corpus"  # name of the file that WMDP distributes, without .jsonl
 MIN_CHARACTERS = 50  # texts of the corpora must be longer than this
 DatasetPath = tuple[Any, ...]  # dataset, split, columns and, for some datasets, a subset
 ReadRows = Callable[[], Iterator[Row]]  # each call streams the rows from the start
 
 
 def dataset_paths(side_effects: Sequence[str], data: Path | None) -> dict[str, DatasetPath]:
-    """The two corpora and the sets of questions, by name. `side_effects` names sets of MMLU, `data` a folder."""
+    """The two corpora and the sets of questions, by name. `side_effects` are names of MMLU subsets; `data` is a
+    folder."""
     question, text = ("question", "choices", "answer"), ("text",)
     has_local_file = local_file("", FORGET_CORPUS, data) is not None
     return {
@@ -36,7 +37,7 @@ def reader(path: DatasetPath, data: Path | None) -> ReadRows:
 
 
 def data_version(path: DatasetPath, data: Path | None) -> str:
-    """The digest of a local file's rows (the same for every format), or the commit of a dataset on the Hub."""
+    """A digest of a local file's rows (equal for all file formats), or the commit of a dataset on the Hub."""
     dataset, split, _, *subset = path
     folder = "/".join([dataset, *subset])
     if local_file(folder, split, data):
@@ -45,7 +46,7 @@ def data_version(path: DatasetPath, data: Path | None) -> str:
 
 
 def digest_of_rows(read: ReadRows) -> str:
-    """sha256 of the rows, the same for a JSONL and a Parquet file."""
+    """The sha256 of the rows, which is equal for a JSONL and a Parquet file."""
     digest = hashlib.sha256()
     for row in read():
         digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")

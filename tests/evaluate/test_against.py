@@ -88,7 +88,7 @@ def test_one_run_each_is_paired_by_document(tmp_path):
     assert line.cells()[4] == "4 documents" and line.pairing.differences.mean == pytest.approx(0.02)
     assert line.finding.detectable == pytest.approx(detectable_difference(line.pairing.differences.sd, 4))
     assert line.verdict == "better"
-    assert any("one seed cannot tell whether their recipes differ" in note for note in found.notes)
+    assert any("one seed cannot show whether their recipes differ" in note for note in found.notes)
 
 
 def test_one_seed_in_common_is_paired_by_document_too(tmp_path):
@@ -200,7 +200,9 @@ def test_without_a_slope_l0_matters_from_ten_percent_on(tmp_path):
     found = compare_against(compare_runs(runs), "topk")
     assert [line.verdict for line in found.lines] == ["", "better, at another L0"]
     (note,) = found.notes
-    assert note.startswith("relu has L0 36.0, topk 32.0: more than 10 % apart, and no two systems here differ in their")
+    assert note.startswith(
+        "relu has L0 36.0, topk 32.0: they differ by more than 10 %, and no two systems here differ only"
+    )
     near = [*runs[:3], *seeds_of(tmp_path, "gated", (0.92, 0.82, 0.719), l0=35.0)]
     assert not compare_against(compare_runs(near), "topk").notes
     below = [*runs[:3], *seeds_of(tmp_path, "jumprelu", (0.92, 0.82, 0.719), l0=28.0)]
@@ -218,7 +220,9 @@ def test_a_slope_over_l0_comes_from_within_recipes(tmp_path):
     assert by_system["topk k=16"].l0_shift == pytest.approx(-0.1) and by_system["topk k=16"].l0_matters
     assert not by_system["gated"].l0_matters  # L0 33 moves it by 0.004 of a difference of 0.2
     note = next(note for note in found.notes if note.startswith("topk k=16 has L0 16.0, topk k=32 32.0."))
-    assert "The slope over log L0 of topk at L0 16, 32, 64 gives KL score ↑ -0.1000 for that: enough to be" in note
+    assert (
+        "The slope over log L0 of topk at L0 16, 32, 64 predicts KL score ↑ -0.1000 from this difference in L0" in note
+    )
     assert [note.split(" has ")[0] for note in found.notes if " has L0 " in note] == ["topk k=16", "topk k=64"]
 
 
@@ -239,7 +243,7 @@ def test_two_systems_are_not_called_a_slope_and_each_number_has_its_own_source(t
     told = [note for note in compare_against(compare_runs(runs), "topk k=32").notes if note.startswith("topk k=16")]
     start, end = (
         "topk k=16 has L0 16.0, topk k=32 32.0. ",
-        " for that: enough to be detected, or half of the difference. ",
+        " from this difference in L0 alone: enough to be detected, or at least half of the measured difference. ",
     )
     line, pair = (note.removeprefix(start).partition(end) for note in told)
     assert line[0] == "The slope over log L0 of topk at L0 16, 32, 64 gives KL score ↑ -0.1000"
@@ -297,7 +301,7 @@ def test_what_belongs_to_all_seeds_together_is_not_tested_over_them(tmp_path):
     for place, run in enumerate(runs):
         write_result_record(run, "stability", eval_result_metrics={"stability": {"decoder_pw_mcc": 0.1 * place}})
     (line,) = (one for one in compare_against(compare_runs(runs), "topk").lines if one.metric == "stability")
-    assert line.verdict == "not tested (it belongs to all seeds together)"
+    assert line.verdict == "not tested (the number belongs to all seeds together)"
 
 
 def test_a_control_is_not_called_better_without_saying_that_it_is_one(tmp_path):
@@ -311,6 +315,6 @@ def test_a_control_is_not_called_better_without_saying_that_it_is_one(tmp_path):
     )
     turned = compare_against(replace(found, systems=systems), "frozen")
     assert turned.notes == [
-        "frozen is a control: a part of it kept its random start. If a system is not better than it in a number, that "
-        "number does not show learned features."
+        "frozen is a control: a part of it kept its random initial weights. If a system is not better than it "
+        "in a number, that number does not show learned features."
     ]

@@ -165,11 +165,11 @@ def test_the_best_control_counts_and_its_share_is_told(runs, home):
     answer = answers_of(run)[CONTROL]
     assert (answer.verdict, answer.is_good) == ("yes", True)
     ev, kl = answer.numbers
-    assert ev.startswith("beside frozen-decoder-32: EV") and ev.endswith(
-        ", the control has 75% (75 to 75)"
+    assert ev.startswith("against frozen-decoder-32: EV") and ev.endswith(
+        "; the control reaches 75% (75 to 75)"
     )  # 0.6 / 0.8
-    assert kl.startswith("beside frozen-encoder-32: KL") and kl.endswith(
-        ", the control has 80% (80 to 80)"
+    assert kl.startswith("against frozen-encoder-32: KL") and kl.endswith(
+        "; the control reaches 80% (80 to 80)"
     )  # 0.72 / 0.9
 
 
@@ -182,8 +182,8 @@ def test_a_control_trained_as_a_run_beside_it_counts_by_the_run_of_the_same_seed
     near = find_neighbours(read_run(run))  # trained as long, and measured alike
     assert [one.name for one in near.controls] == ["frozen-1"] and near.others == [] == near.references
     answer = answers_of(run)[CONTROL]
-    assert answer.verdict == "yes" and answer.numbers[0].startswith("beside frozen-1: EV 0.8000, +0.4000")
-    assert answer.numbers[0].endswith(", the control has 50% (50 to 50)")  # 0.4 / 0.8
+    assert answer.verdict == "yes" and answer.numbers[0].startswith("against frozen-1: EV 0.8000, +0.4000")
+    assert answer.numbers[0].endswith("; the control reaches 50% (50 to 50)")  # 0.4 / 0.8
     assert find_neighbours(read_run(runs / "frozen-1")).controls == []
 
 
@@ -192,10 +192,10 @@ def test_a_control_as_good_as_the_run_is_not_called_worse(runs, home):
     make_reference(home, "frozen-decoder-32", 32.0, 0.9, 0.8, conditions_of(run))
     answer = answers_of(run)[CONTROL]
     assert answer.verdict == "same in every pair" and answer.is_good is None
-    assert all("the control has 100% (100 to 100)" in number for number in answer.numbers)
+    assert all("the control reaches 100% (100 to 100)" in number for number in answer.numbers)
     assert answer.numbers == [
-        "beside frozen-decoder-32: EV 0.8000 against 0.8000, the control has 100% (100 to 100)",
-        "KL score 0.9000 against 0.9000, the control has 100% (100 to 100)",
+        "against frozen-decoder-32: EV 0.8000 against 0.8000; the control reaches 100% (100 to 100)",
+        "KL score 0.9000 against 0.9000; the control reaches 100% (100 to 100)",
     ]
 
 
@@ -212,7 +212,7 @@ def test_of_the_other_metrics_the_number_of_which_a_control_has_most_is_told(run
         )  # fmt: skip
     numbers = answers_of(run)[CONTROL].numbers
     assert len(numbers) == 3 and "k=16" in numbers[2]
-    assert numbers[2].endswith("the control has 67% (67 to 67)")  # 0.2 / 0.3 of k = 16; of k = 1 it has 0.1 / 0.4
+    assert numbers[2].endswith("the control reaches 67% (67 to 67)")  # 0.2 / 0.3 of k = 16; of k = 1 it has 0.1 / 0.4
 
 
 def test_controls_are_asked_for_by_all_that_was_measured_but_stability(runs):
@@ -242,7 +242,7 @@ def test_a_run_of_unknown_training_has_neither_controls_nor_seeds(runs):
 
 @pytest.mark.parametrize(
     ("kl", "verdict", "is_good"),
-    [(0.9, "like the other seeds", None), (0.97, "above them", True), (0.8, "below them", False)],
+    [(0.9, "like the other seeds", None), (0.97, "above the other seeds", True), (0.8, "below the other seeds", False)],
 )
 def test_a_run_is_seen_beside_the_spread_of_its_other_seeds(runs, kl, verdict, is_good):
     others = [0.89, 0.9, 0.91]
@@ -256,7 +256,7 @@ def test_a_run_is_seen_beside_the_spread_of_its_other_seeds(runs, kl, verdict, i
     low, high = prediction_interval(others)
     assert {line.system for line in report_of(run).lines} == {"longer"}  # on the frontier: no single seed is tested
     assert answer.numbers[1] == (
-        f"KL score {kl:.4f}, 3 other seeds 0.9000 ± 0.0100 (sd); another one is expected at {low:.4f} to {high:.4f}"
+        f"KL score {kl:.4f}, 3 other seeds 0.9000 ± 0.0100 (sd); another seed is expected at {low:.4f} to {high:.4f}"
     )
 
 
@@ -280,7 +280,7 @@ def test_seeds_that_are_there_are_to_be_measured_with_it(runs):
     other = make_run(runs / "s1", seed=1, contexts=99)
     found = answers_of(run)
     assert found[SEED].command == f"sae evaluate {run} {other} --suite core"
-    assert found[SEED].remedy == "1 other seed is there. Evaluate all of them together:"
+    assert found[SEED].remedy == "There is 1 other seed in its folder. Evaluate all of them together:"
     assert found[STABLE].command == f"sae evaluate {run} {other} --suite stability"
 
 
@@ -313,9 +313,9 @@ def test_stability_stands_beside_chance(runs):
     for high in (0.62, 0.7):  # the number itself, and above it
         write_stability(run, null_high=high)
         answer = answers_of(run)[STABLE]
-        assert (answer.verdict, answer.is_good) == ("42% of latents recur; decoder PW-MCC no more than chance", False)
+        assert (answer.verdict, answer.is_good) == ("42% of latents recur; decoder PW-MCC not above chance", False)
     write_stability(run, activation_pw_mcc=0.05)  # below the mean of chance, which has no interval here
-    assert answers_of(run)[STABLE].verdict == "42% of latents recur; activation PW-MCC no more than chance"
+    assert answers_of(run)[STABLE].verdict == "42% of latents recur; activation PW-MCC not above chance"
     write_stability(run, others=1)
     assert answers_of(run)[STABLE].numbers[0] == "in the other seed"
     write_stability(run, recurring=None)
@@ -376,7 +376,7 @@ def test_published_saes_stand_beside_a_run_of_their_model(runs):
     gemma = {"name": "google/gemma-2-2b", "revision": "0"}
     run = make_run(runs / "one", model=gemma, l0=40.0, kl=0.9647)
     text = " ".join(answers_of(run)[FRONTIER].numbers)
-    assert "CE score 0.9647 is above 2 of 12 published SAEs at this L0, measured on other text" in text
+    assert "CE score 0.9647 is above 2 of 12 published SAEs at this L0 (measured on other text" in text
 
 
 def test_all_comparisons_of_a_report_are_corrected_together(runs, home):
@@ -423,8 +423,8 @@ def test_several_verdicts_are_called_equivalent_only_if_all_are(verdicts, answer
 def test_a_name_is_said_again_only_where_it_changes():
     column = MetricColumn("EV", "c", "n", better="up", floor=0, ceiling=1)
     lines = [AgainstLine(name, "core", column, (0.5, 0.5), Pairing(None), None, Finding("better")) for name in "abba"]
-    assert [text.split(":")[0] for text in name_others(lines, "beside")] == [
-        "beside a", "beside b", "EV 0.5000 against 0.5000", "beside a",
+    assert [text.split(":")[0] for text in name_others(lines, "against")] == [
+        "against a", "against b", "EV 0.5000 against 0.5000", "against a",
     ]  # fmt: skip
 
 
@@ -435,4 +435,4 @@ def test_where_all_others_have_more_latents_per_token_no_command_is_given(runs):
     make_run(runs / "relu", l0=40.0, variant="relu")
     answer = answers_of(run)[FRONTIER]
     assert answer.verdict == "not known at L0 32.0" and answer.command == answer.remedy == ""
-    assert answer.numbers[0] == "none of 1 other run in its folder has its L0 or less"
+    assert answer.numbers[0] == "none of 1 other run in its folder has this L0 or a lower one"

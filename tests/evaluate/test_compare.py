@@ -226,7 +226,7 @@ def test_a_reference_far_from_the_saes_is_named_below_the_chart(tmp_path):
     far = references(("identity", 576.0, 1.0), ("random-32", 32.0, 0.3), ("pca-32", 32.0, 0.8))
     (chart,) = frontiers(replace(found, references=far))
     assert [one.name for one in chart.series] == ["topk", "pca"]
-    assert chart.note == "Outside of this chart: identity (L0 576.0, 1); random-32 (L0 32.0, 0.3)."
+    assert chart.note == "Outside this chart: identity (L0 576.0, 1); random-32 (L0 32.0, 0.3)."
     near = references(("identity", 40.0, 0.96), ("random-32", 20.0, 0.91))
     (chart,) = frontiers(replace(found, references=near))
     assert [one.name for one in chart.series] == ["topk", "identity", "random"] and chart.note == ""
@@ -370,9 +370,11 @@ def test_stability_among_other_seeds_is_named(tmp_path):
                 eval_config=core["eval_config"] | {"weights": str(number), "seeds": list(seeds)},
                 eval_result_unstructured=core["eval_result_unstructured"],
             )  # fmt: skip
-        return [note for row in compare_runs(runs).rows for note in row.notes if "measured with other seeds" in note]
+        return [
+            note for row in compare_runs(runs).rows for note in row.notes if "measured with different seeds" in note
+        ]
 
     assert write("12", "02", "01") == []
     found = write("1", "0", "01")
     assert len(found) == 3 and "sae evaluate RUN... --suite stability" in found[0]
-    assert f"stability of {runs[2].name} was measured with other seeds than stability of {runs[0].name}" in found[2]
+    assert f"stability of {runs[2].name} was measured with different seeds from stability of {runs[0].name}" in found[2]

@@ -204,7 +204,7 @@ def test_the_words_of_a_note_are_the_verdicts_of_paired_tests() -> None:
     (note,) = note_of(run, control("frozen", l0=32, ev=values(0.81, 1e-4), kl=values(0.69, 0.05), k1=0.60, llm=0.9))
     assert note == (
         "topk against its best control: better in 0 of 2 tested numbers; worse in EV ↑ (0.8000; frozen 0.8100); "
-        "not distinguishable in KL score ↑ (0.7000; frozen 0.6900). A number that a control also has does not show "
+        "not distinguishable in KL score ↑ (0.7000; frozen 0.6900). A number that a control also reaches does not show "
         "learned features."
     )
     (note,) = note_of(run, control("frozen", ev=values(0.8), kl=values(0.7001, 2e-4)))
@@ -339,7 +339,7 @@ def test_the_same_verdict_in_the_table_of_against_and_in_the_note(tmp_path) -> N
     assert "not distinguishable" in line
     sentence = f"{topk} against its best control: better in 0 of 1 tested number; not distinguishable in KL score"
     assert shown.count(sentence) == 1
-    assert f"note     {frozen_label} is a control: a part of it kept its random start" in shown
+    assert f"note     {frozen_label} is a control: a part of it kept its random initial weights" in shown
     assert out[1].read_text().count(sentence) == 1
     noted = [any(sentence in note for note in record["notes"]) for record in json.loads(out[0].read_text())]
     assert noted == [True] * 3 + [False] * 9

@@ -110,7 +110,7 @@ def of_layer_1() -> SAE:
         (of_layer_1, {}, "one was trained after layer 1, not after layer 0: pass layer=1"),
         (trained, {"suite": "cor"}, "there is no metric cor; did you mean core"),
         (trained, {"cache": "nowhere"}, "nowhere holds no activation cache"),
-        (None, {}, "There are no SAEs to evaluate. Give them with their names"),
+        (None, {}, "There are no SAEs to evaluate. Give a mapping of names to SAEs"),
     ],
 )
 def test_an_object_that_cannot_be_evaluated_is_refused(tiny_cache, make, change, sentence):
@@ -120,7 +120,7 @@ def test_an_object_that_cannot_be_evaluated_is_refused(tiny_cache, make, change,
 
 
 def test_an_sae_without_a_name_is_refused(tiny_cache):
-    with pytest.raises(UsageError, match="SAEs with their names, as in .*, or a list of run folders; got SAE"):
+    with pytest.raises(UsageError, match="mapping of names to SAEs, as in .*, or a list of run folders. Found SAE"):
         sae.evaluate_saes(SAE(32, 16), cache=tiny_cache, layer=0)
 
 

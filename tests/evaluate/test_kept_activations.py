@@ -52,7 +52,7 @@ def test_the_plan_says_how_much_is_kept_that_is_not_there_yet(config, home, monk
     (line,) = [line for line in plan.describe() if line.startswith("writes")]
     for name, size in announced.items():
         assert f"; {name} adds up to {format_bytes(size)} there" in line
-    assert "above 100.00 GB activations not read for longest are removed" in line
+    assert "above 100.00 GB, the least recently read activations are removed" in line
     monkeypatch.undo()
     monkeypatch.setenv("SAE_HOME", str(home))
     run_evaluation(plan)

@@ -81,7 +81,7 @@ def test_the_mean_explains_nothing_zeros_less_and_a_perfect_sae_everything(tiny_
         assert quality["explained_variance"] == pytest.approx(0, abs=1e-5)  # one batch: its mean is the text's
     (note,) = [one for one in rows[0].results["core"].notes if "explained_variance (" in one]
     assert f"explained_variance ({quality['explained_variance']:.4f}) is SAEBench" in note
-    assert f"Trust fve ({quality['fve']:.4f})" in note
+    assert f"Use fve ({quality['fve']:.4f})" in note
 
 
 def test_the_sound_number_and_the_note_reach_every_file_of_a_finished_run(tiny_cache, home):
@@ -99,11 +99,11 @@ def test_the_sound_number_and_the_note_reach_every_file_of_a_finished_run(tiny_c
         file = json.loads((home / kind / "evaluations" / "core.json").read_text())
         for found in (rows[kind], compared[kind]):
             assert found[QUALITY + "fve"] == pytest.approx(fve, abs=1e-6)
-            assert [one for one in found["notes"] if re.search(r"explained_variance \(.*Trust fve", one)]
+            assert [one for one in found["notes"] if re.search(r"explained_variance \(.*Use fve", one)]
         assert file["eval_result_metrics"]["reconstruction_quality"]["fve"] == pytest.approx(fve, abs=1e-6)
-        assert "Trust fve" in file["eval_result_unstructured"]["notes"][0]
+        assert "Use fve" in file["eval_result_unstructured"]["notes"][0]
     assert any("hardly better than the mean" in one or "negative" in one for one in rows["mean"]["notes"])
-    assert "Trust fve" in to_csv(compare_runs(folders, references=False))
+    assert "Use fve" in to_csv(compare_runs(folders, references=False))
     shown = CliRunner().invoke(app, words)
     beside = CliRunner().invoke(app, ["compare", *map(str, folders)])
     for printed in (shown, beside):
@@ -138,12 +138,14 @@ def test_a_bad_sae_has_a_flag_that_says_what_its_numbers_hide(tiny_cache):
     def said(name: str, words: str) -> bool:
         return any(words in flag for flag in found[name].flags)
 
-    assert said("mean", "L0 is 0") and said("mean", "KL and CE scores compare with a zeroed layer")
+    assert said("mean", "L0 is 0") and said("mean", "KL and CE scores, which compare with a zeroed layer")
     assert found["input"].metrics["reconstruction_quality"]["fve"] == pytest.approx(1)
-    assert said("input", "L0 is 32.0 at 32 dimensions: with so many active latents a rotation reconstructs everything")
+    assert said(
+        "input", "L0 is 32.0 for 32 dimensions. With so many active latents, a mere rotation reconstructs everything"
+    )
     for name, scale in (("double", "2.00"), ("half", "0.50")):
         assert found[name].metrics["reconstruction_quality"]["cossim"] == pytest.approx(1)
-        assert said(name, f"Reconstructions have {scale} times the length that would fit best")
+        assert said(name, f"Reconstructions are {scale} times as long as would fit best")
     assert not said("input", "times the length")
     assert found["dense"].metrics["reconstruction_quality"]["fve"] > 0.1  # it is a PCA of rank 4
     assert said("dense", "Most of the L0 of 4.0 is 4 latents that fire at over 99% of the tokens")
@@ -239,9 +241,9 @@ def test_a_missed_l0_and_a_better_pca_are_noted_wherever_the_numbers_are_seen(mi
 @pytest.mark.parametrize(
     ("tokens", "text"),
     [
-        (60, "64 held-out tokens in 2 contexts of {} (60 asked; whole contexts are read)"),
+        (60, "64 held-out tokens in 2 contexts of {} (60 requested; whole contexts are read)"),
         (64, "64 held-out tokens in 2 contexts of {}"),
-        (10**6, " contexts of {} (1,000,000 asked; the cache has no more held-out text)"),
+        (10**6, " contexts of {} (1,000,000 requested; the cache has no more held-out text)"),
     ],
 )
 def test_the_plan_says_that_whole_contexts_are_read(tiny_cache, missed, home, tokens, text):

@@ -212,7 +212,7 @@ def test_comparisons_show_the_numbers_without_outlier_rows(cache: Cache, home: P
     rows = evaluate(ask(*runs))
     found = compare_runs(runs)
     sinks = rows[0].results["core"].n["outlier_rows"]
-    assert found.masked_note.startswith(f"Outlier rows (up to {sinks:,} of")
+    assert found.masked_note.startswith(f"Outlier rows are left out (up to {sinks:,} per")
     ((title, *_),) = tables(rows)
     assert title.endswith(f" tokens, {sinks:,} outlier rows left out")
     _, lines = comparison_table(found)
@@ -243,7 +243,7 @@ def test_no_latent_s_example_is_an_outlier_row(cache: Cache, home: Path) -> None
 
     assert SINK in strongest(None) and SINK not in strongest(opened.norm_limit)
     page = dashboard_page(opened, latents, "2026-11-29", silent)
-    assert f"Left out: {int((ids == SINK).sum())} outlier rows with a norm over {opened.norm_limit:.4g}" in page
+    assert f"{int((ids == SINK).sum())} outlier rows with a norm over {opened.norm_limit:.4g} are left out" in page
     plain = open_run(make_run(home / "runs" / "two", cache, norm_limit=None), device="cpu")
     assert "outlier" not in dashboard_page(plain, latents, "2026-11-29", silent)
 

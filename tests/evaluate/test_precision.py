@@ -101,7 +101,9 @@ def test_references_and_objects_compute_in_it_too(run: Path, tiny_cache: Cache) 
 
         decode = encode
 
-    with pytest.raises(UsageError, match="own is not an SAE of this package, and computes as it does: omit precision="):
+    with pytest.raises(
+        UsageError, match="own is not an SAE of this package, so its precision cannot be chosen: omit precision="
+    ):
         evaluate_saes({"own": Own()}, precision="bfloat16", **asked)
 
 

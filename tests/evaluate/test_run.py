@@ -248,10 +248,10 @@ def test_another_harvest_at_the_recorded_place_is_refused(tiny_cache, home):
         ({"model": "gemma-2-mini"}, r"was trained on tiny-gemma-.* \(sha256 .*\), not on gemma-2-mini"),
         (
             {"suite": "core,full"},
-            "full is a suite and cannot be combined; list the metrics instead, such as core,absorption",
+            "full is a suite and cannot be combined with metrics. List the metrics instead, such as core,absorption",
         ),
         ({"suite": "core,absorbtion"}, "there is no metric absorbtion; did you mean absorption?"),
-        ({"mode": "0.5"}, "--mode 0.5 is unknown: 0.6.0"),
+        ({"mode": "0.5"}, "--mode 0.5 is unknown. Expected 0.6.0"),
         ({"runs": ()}, "Name the runs to evaluate"),
         ({"tokens": 0}, "--tokens 0: expected a positive number"),
         ({"options": ["core.batch_contexts=0"]}, "core.batch_contexts=0: give 1 or more"),
@@ -318,7 +318,7 @@ def test_a_run_without_a_cache_takes_the_only_one_of_its_model(tiny_cache, tiny_
     del spec["origin"]["cache"], spec["origin"]["fingerprint"]
     SAE_RECORD.write(absent / "sae.json", spec)
     for imported in (run, absent):
-        with pytest.raises(UsageError, match="names no cache, and no cache in .*activations holds held-out text"):
+        with pytest.raises(UsageError, match="names no cache, and no cache in .*activations has held-out text"):
             evaluate(ask(imported))
     small = small_harvest(home, tiny_model, sentences, 0.2)
     for imported in (run, absent):
@@ -326,7 +326,7 @@ def test_a_run_without_a_cache_takes_the_only_one_of_its_model(tiny_cache, tiny_
         assert result_of(imported)["eval_config"]["text"] == small.fingerprint
     shutil.copytree(tiny_cache.folder, home / "activations" / "tiny")
     with pytest.raises(
-        UsageError, match=r"2 caches hold held-out text for .*Choose one:\n  --cache .*small .*\n  --cache .*tiny"
+        UsageError, match=r"2 caches have held-out text for .*Choose one:\n  --cache .*small .*\n  --cache .*tiny"
     ):
         evaluate(ask(run))
     evaluate(ask(run, cache=home / "activations" / "tiny"))
@@ -340,7 +340,7 @@ def test_a_cache_that_is_named_overrides_and_is_of_the_same_model(tiny_cache, ti
     assert "may have been trained on this text" in found.notes[0]
     run_evaluation(found)
     assert result_of(run)["eval_config"]["text"] == small.fingerprint
-    with pytest.raises(UsageError, match="other was trained on gpt2, but .*small holds text for .*tiny-gemma"):
+    with pytest.raises(UsageError, match="other was trained on gpt2, but .*small was harvested from .*tiny-gemma"):
         plan_evaluation(ask(other, cache=small.folder))
     with pytest.raises(UsageError, match="nowhere holds no activation cache"):
         plan_evaluation(ask(run, cache=home / "nowhere"))
@@ -477,7 +477,7 @@ def test_a_result_is_of_the_sae_json_that_it_was_measured_with(tiny_cache, home)
     [
         ([], r"expected `object`, got `array` - at `\$.origin`"),
         ({"model": "gemma"}, r"expected `object`, got `str` - at `\$.origin.model`"),
-        ({"cache": None, "fingerprint": "0"}, "was trained on was not found; it holds the text"),
+        ({"cache": None, "fingerprint": "0"}, "was trained on was not found. It contains the text"),
         ({"layer": "twelve"}, r"expected `int`, got `str` - at `\$.origin.layer`"),
         ({"layer": 99}, "says layer 99, but .* has layers 0 to"),
         ({"layer": -1}, r"expected `int` >= 0 - at `\$.origin.layer`"),
@@ -570,7 +570,7 @@ def test_only_damage_alone_has_the_exit_code_of_damage(home):
 
 def test_a_suite_of_names_is_read_leniently():
     assert [metric.name for metric in metrics_of_suite("core, absorption,,core,")] == ["core", "absorption"]
-    with pytest.raises(UsageError, match="--suite ',' names no metric; there are quick, full, core"):
+    with pytest.raises(UsageError, match="--suite ',' names no metric. Choose from quick, full, core"):
         metrics_of_suite(",")
 
 

@@ -162,7 +162,7 @@ def test_an_export_says_what_contexts_began_with_and_comes_back_to_the_same_numb
         ({"prepend_bos": True, "bos_token": None}, "record the first token of its contexts: <|im_start|> instead"),
         ({"prepend_bos": None, "bos_token": None}, "do not record the first token of its contexts: <|endoftext|>, as"),
         ({"context_size": 6}, "contexts are cut from 12 tokens to 6, as it was trained on"),
-        ({"context_size": 1024}, "it was trained on contexts of 1024 tokens; those of the cache have 12"),
+        ({"context_size": 1024}, "it was trained on contexts of 1024 tokens; the contexts of the cache have 12 tokens"),
     ],
 )  # fmt: skip
 def test_an_imported_sae_is_evaluated_on_contexts_like_its_own(

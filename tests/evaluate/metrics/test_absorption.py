@@ -157,7 +157,7 @@ def test_letters_that_the_model_does_not_spell_do_not_count():
     result = PLANTED.result("0.6.0", sae, deaf, CPU)
     assert [entry["first_letter"] for entry in result.details] == ["a", "b", "c"]
     assert result.metrics["mean"]["mean_full_absorption_score"] == pytest.approx(2 / TEST / 3)
-    assert "Only 3 letters are scored; SAEBench reports no number below 20." in result.flags
+    assert "Only 3 letters are scored. SAEBench reports no number for fewer than 20." in result.flags
     weight[:] = 0
     with pytest.raises(SaeError, match=r"no letter's probe has an F1 above 0\.6: the best has 0\.00"):
         PLANTED.result("0.6.0", sae, deaf, CPU)
@@ -342,4 +342,4 @@ def test_a_model_that_does_not_spell_gets_a_sentence_for_each_sae(ctx):
     targets = [EvalTarget(SAE(32, 50, [ReLU()]).requires_grad_(False), Hook(layer)) for layer in (0, 1)]
     for outcome in Absorption(words=260, min_GT_probe_f1=0.99).measure(ctx, targets, silent):
         assert isinstance(outcome, SaeError)
-        assert "Absorption needs letters that the model spells" in str(outcome)
+        assert "Absorption needs letters that a probe can read" in str(outcome)

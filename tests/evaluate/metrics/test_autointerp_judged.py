@@ -96,7 +96,9 @@ def test_a_judge_that_stops_answering_is_asked_only_the_rest(run, server):
     server.replies = [reply]
     options = [*SMALL, f"autointerp.endpoint={server.url}", "autointerp.judge_model=j"]
     config = EvaluateConfig(runs=[run], suite="autointerp", options=options, device="cpu")
-    with pytest.raises(UnavailableError, match="did not answer with a chat completion.* answers so far are kept"):
+    with pytest.raises(
+        UnavailableError, match="did not answer with a chat completion.* answers received so far are stored"
+    ):
         evaluate(config)
     assert not (run / "evaluations" / "autointerp.json").exists()
     (row, *_) = evaluate(config)
@@ -111,22 +113,24 @@ def test_a_judge_that_stops_answering_is_asked_only_the_rest(run, server):
 def test_a_judge_that_fails_is_a_sentence_and_nothing_is_written(run, server):
     server.replies = [(401, {}, {"error": {"message": "no such key"}})]
     options = [*SMALL, f"autointerp.endpoint={server.url}", "autointerp.judge_model=j"]
-    with pytest.raises(UnavailableError, match=r"refuses the key \(HTTP 401\).* It says: no such key"):
+    with pytest.raises(UnavailableError, match=r"rejects the key \(HTTP 401\).* It says: no such key"):
         plan_evaluation(EvaluateConfig(runs=[run], suite="autointerp", options=options, device="cpu"))
     assert not (run / "evaluations").exists() and len(server.seen) == 1
     found = plan_evaluation(
         EvaluateConfig(runs=[run], suite="core,autointerp", options=options, device="cpu")
     )  # core is to be measured
     assert [list(group.settings) for group in found.groups] == [["core"]]
-    assert "refuses the key" in str(found.rows[0].errors["autointerp"])
-    with pytest.raises(UsageError, match=r"Name it with --set autointerp\.judge_model"):
+    assert "rejects the key" in str(found.rows[0].errors["autointerp"])
+    with pytest.raises(UsageError, match=r"Name its model with --set autointerp\.judge_model"):
         evaluate(EvaluateConfig(runs=[run], suite="autointerp", options=options[:-1], device="cpu"))
 
 
 def test_a_judge_that_answers_nothing_is_not_asked_further(run, server):
     server.replies = [server.completion(None)]  # as of a model that thinks for longer than the answer may be
     options = [*SMALL, f"autointerp.endpoint={server.url}", "autointerp.judge_model=j"]
-    with pytest.raises(UnavailableError, match="j at .* answered the test question with nothing. It has 100 tokens"):
+    with pytest.raises(
+        UnavailableError, match="j at .* gave an empty answer to the test question. An answer can have 100 tokens"
+    ):
         plan_evaluation(EvaluateConfig(runs=[run], suite="autointerp", options=options, device="cpu"))
     assert len(server.seen) == 1
 
@@ -208,8 +212,8 @@ def test_a_judge_that_always_says_yes_has_one_half_and_a_right_one_has_one(spars
     asked = asked_by(server)
     assert len(asked) == 10 * len(entries) > 10 and set(asked.values()) == {1}
     asks = f"judge    yes at {server.url} gets at most 30 questions (10 for each of 3 latents), about "
-    tokens = "k tokens in"
-    assert line.startswith(asks) and line.endswith(f"{tokens}, and gives at most 3k tokens out")
+    tokens = "k input tokens"
+    assert line.startswith(asks) and line.endswith(f"{tokens}, and returns at most 3k output tokens")
     thousands = line.removeprefix(asks).split(tokens)[0]
     tokenizer = plan.groups[0].ctx.tokenizer
     texts = [one["content"] for entry in entries.values() for prompt in entry["prompts"] for one in prompt]
@@ -254,9 +258,11 @@ def test_a_further_score_reuses_the_explanations_and_leaves_the_first_as_it_is(s
         for line in plan_evaluation(replace(config, options=[*config.options, *prices])).describe()
         if line.startswith("judge")
     ]
-    found = re.search(r"about (\d+)k tokens in.* 2k tokens out: at most about ([\d.]+) at 1000 and 2000 per", line)
+    found = re.search(
+        r"about (\d+)k input tokens.* 2k output tokens: at most about ([\d.]+) at 1000 and 2000 per", line
+    )
     assert float(found[2]) == pytest.approx(int(found[1]) + 2 * 1.5, abs=0.6)
-    assert line.endswith(f"; {6 * count} of its answers are kept and not asked for again")
+    assert line.endswith(f"; {6 * count} of its answers are already stored and not requested again")
     (only,) = evaluate(config)
     assert only.results["autointerp"].metrics == {"fuzzing": second.metrics["fuzzing"]}
     assert len(asked_by(server)) == 6 * count and not any("parsed" in flag for flag in only.results["autointerp"].flags)
@@ -265,7 +271,9 @@ def test_a_further_score_reuses_the_explanations_and_leaves_the_first_as_it_is(s
 def test_the_plan_says_what_a_judge_would_cost_if_none_is_named(run):
     config = EvaluateConfig([run], "autointerp", options=SMALL, device="cpu", references=False)
     (line,) = [line for line in plan_evaluation(config).describe() if line.startswith("judge")]
-    assert line.startswith("judge    none is named, the prompts are written; one would get at most 6 questions (2 for ")
+    assert line.startswith(
+        "judge    none is named, so only the prompts are written; a judge would get at most 6 questions (2 for "
+    )
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,7 @@ def test_latents_with_too_few_passages_are_counted(latents, words, tmp_path):
     metric = Autointerp(latents=len(LATENTS), tokens=128, scores=BOTH)
     result = metric.result(entries, len(LATENTS), torch.zeros(1, 128), judge, lacking=3)
     assert result.n["detection_latents"] == len(LATENTS) - 3
-    assert "3 latents have too few passages of their own for fuzzing and are left out of it." in result.flags
+    assert "3 latents have too few passages for fuzzing and are left out of it." in result.flags
 
 
 def test_one_latent_has_no_interval(latents, words, tmp_path):

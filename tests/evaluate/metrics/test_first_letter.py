@@ -111,9 +111,9 @@ def test_a_word_that_its_text_would_not_give_is_put_in_by_its_token():
 
 
 def test_tokenizers_and_vocabularies_that_cannot_serve_get_one_sentence(tokenizer):
-    with pytest.raises(UsageError, match=r"no word of its vocabulary is one token in a line"):
+    with pytest.raises(UsageError, match=r"no word of its vocabulary is a single token in a line"):
         SpellingPrompts.of(Pieces(pieces(newline="\r")), 0, 0, bos_id=2)
-    with pytest.raises(UsageError, match=r"prompts would be of unequal lengths"):
+    with pytest.raises(UsageError, match=r"prompts would have unequal lengths"):
         SpellingPrompts.of(Pieces([" " if piece == " Q" else piece for piece in pieces("Q")]), 0, 0, bos_id=2)
     with pytest.raises(
         UsageError, match=r"to train on \(none begins with q, z\) .* Use a model with a larger vocabulary"

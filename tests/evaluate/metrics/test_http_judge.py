@@ -51,7 +51,7 @@ def test_a_busy_endpoint_is_waited_for(server):
         (
             (403, {}, {"error": {"message": "key k is bad"}}),
             UnavailableError,
-            r"refuses the key \(HTTP 403\).*names\.$",
+            r"rejects the key \(HTTP 403\).*key_variable\.$",
             1,
         ),
         (
@@ -169,7 +169,9 @@ def test_a_long_answer_is_cut(server):
 
 @pytest.mark.parametrize("key", ["k\nX-Injected: 1", "schl\u00fcssel", "a\x00b"])
 def test_what_is_no_key_is_refused_and_not_shown(key):
-    with pytest.raises(UsageError, match="autointerp.key_variable names has characters that no key has") as error:
+    with pytest.raises(
+        UsageError, match="named by autointerp.key_variable contains characters that are not allowed"
+    ) as error:
         Endpoint("http://h/v1", "m", key)
     assert key not in str(error.value)
 
@@ -204,7 +206,7 @@ def test_many_questions_are_asked_at_once_and_each_gets_its_own_answer(server):
 def test_after_a_refusal_no_further_question_is_asked(server):
     server.replies = [(401, {}, {})]
     kept = []
-    with pytest.raises(UnavailableError, match="refuses the key"):
+    with pytest.raises(UnavailableError, match="rejects the key"):
         Endpoint(server.url, "m").answer_all([MESSAGES] * 50, lambda *answer: kept.append(answer))
     assert len(server.seen) <= PARALLEL_QUESTIONS and not kept
 
@@ -290,7 +292,7 @@ def test_an_error_ends_questions_that_hang(server, monkeypatch):
         return (401, {}, {})
 
     server.replies = [reply]
-    with pytest.raises(UnavailableError, match="refuses the key"):
+    with pytest.raises(UnavailableError, match="rejects the key"):
         Endpoint(server.url, "m").answer_all([[{"role": "user", "content": str(n)}] for n in (0, 1)], lambda *_: None)
     assert hung == []
     released.set()
@@ -299,7 +301,7 @@ def test_an_error_ends_questions_that_hang(server, monkeypatch):
 def test_an_endpoint_that_says_nothing_is_a_sentence(server):
     released = threading.Event()
     server.replies = [lambda body: server.completion(str(released.wait(20)))]
-    with pytest.raises(UnavailableError, match=r"in 1 attempt: nothing came within 0\.2 s\. Check the network"):
+    with pytest.raises(UnavailableError, match=r"in 1 attempt: no data arrived within 0\.2 s\. Check the network"):
         Endpoint(server.url, "m", timeout=0.2, waits=()).ask(MESSAGES)
     released.set()
 

@@ -82,7 +82,7 @@ def test_batches_hold_every_prompt_once_and_at_most_so_many_tokens():
 
 
 def test_a_model_without_a_chat_template_is_refused(tiny_model):
-    with pytest.raises(UsageError, match="has no chat template, so it answers no questions. Name a model"):
+    with pytest.raises(UsageError, match="has no chat template, so it cannot answer questions. Name a model"):
         LocalJudge(str(tiny_model), "cpu", "float32")
 
 
@@ -126,5 +126,5 @@ def test_the_test_question_of_a_plan_does_not_load_the_model(run, chat_model, mo
     monkeypatch.setattr(module, "load_whole_model", lambda *_, **__: pytest.fail("loaded"))
     options = ["autointerp.endpoint=local", f"autointerp.judge_model={chat_model}"]
     assert plan_evaluation(EvaluateConfig([run], "autointerp", options=options, device="cpu")).has_work
-    with pytest.raises(UsageError, match=r"Which model is the judge at local\?"):
+    with pytest.raises(UsageError, match="autointerp.endpoint is local, but no judge is named"):
         plan_evaluation(EvaluateConfig([run], "autointerp", options=options[:1], device="cpu"))

@@ -45,5 +45,5 @@ def test_the_larger_of_a_letter_s_two_tokens_counts(chat_model):
     "row", [{"question": 1}, {"choices": ["a", "b"]}, {"choices": "abcd"}, {"answer": 4}, {"answer": "A"}]
 )
 def test_a_row_that_is_no_question_is_a_sentence(row):
-    with pytest.raises(UsageError, match="Row 5 of wmdp is not a question: expected a text, 4 choices and an answer"):
+    with pytest.raises(UsageError, match="Row 5 of wmdp is not a question. Expected a text, 4 choices and an answer"):
         parse_question({"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 0, **row}, 5, "wmdp")

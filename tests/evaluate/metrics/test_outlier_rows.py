@@ -236,7 +236,9 @@ def test_saebench_s_numbers_are_those_of_all_rows_and_the_others_stand_beside_th
     assert found.n == plain.n | {"outlier_rows": outliers}
     assert found.masked == (alone.masked or alone) and found.masked.masked is None
     assert found.masked.metrics != plain.metrics
-    assert any("outliers by their norm" in flag for flag in found.masked.flags)  # over 1 % of the rows are
+    assert any(
+        "left out as outliers because of their norm" in flag for flag in found.masked.flags
+    )  # over 1 % of the rows are
 
     write_result(tmp_path, metric, {}, found, {})
     assert read_result(tmp_path, metric, {}) == found

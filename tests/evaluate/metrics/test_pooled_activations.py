@@ -114,5 +114,5 @@ def test_no_block_behind_the_last_layer_asked_for_is_run(ctx):
 
 @pytest.mark.parametrize("context", [-1, 0, 1])
 def test_a_context_without_room_for_text_is_refused(ctx, context):
-    with pytest.raises(UsageError, match=f"a context of {context} tokens holds no text"):
+    with pytest.raises(UsageError, match=f"a context of {context} tokens has no room for text"):
         read_text_rows(ctx, [Hook(0)], TEXTS, silent, context)

@@ -44,7 +44,7 @@ def test_paired_draws_depend_on_their_names_alone():
     torch.manual_seed(7)
     assert torch.equal(first, torch.randperm(99, generator=make_generator("paired", "set", "class", 2)))
     assert not torch.equal(first, torch.randperm(99, generator=make_generator("paired", "set", "class", 5)))
-    with pytest.raises(UsageError, match="rng=fast is unknown: paired"):
+    with pytest.raises(UsageError, match="rng=fast is unknown. Expected paired"):
         make_generator("fast")
 
 

@@ -255,7 +255,7 @@ def test_too_few_known_facts_are_a_refusal_with_numbers(ctx, metric):
     )
     with pytest.raises(SaeError, match=f"too few facts .*each with 33 questions .*{numbers}"):
         replace(metric, min_known_prompts=33).measure(ctx, [EvalTarget(one_by_one(), Hook(0))], silent)
-    with pytest.raises(SaeError, match=r"thing\.Color: 30 of 32 .*thing\.Shape: no other attribute to keep"):
+    with pytest.raises(SaeError, match=r"thing\.Color: 30 of 32 .*thing\.Shape: there is no other attribute to keep"):
         replace(metric, min_known_prompts=31).measure(ctx, [EvalTarget(one_by_one(), Hook(0))], silent)
 
 
@@ -334,8 +334,8 @@ def test_what_cannot_be_measured_is_a_sentence(ctx, metric, monkeypatch, change,
     [
         ([], {}, "expected {attribute"),
         ({"Color": "the %s"}, {}, "expected {attribute"),
-        ({"Color": ["the thing"]}, {}, "'the thing', a template of Color, does not have exactly one %s"),
-        ({"Color": ["%s or %s"]}, {}, "does not have exactly one %s"),
+        ({"Color": ["the thing"]}, {}, "'the thing' is a template of Color. Expected exactly one %s"),
+        ({"Color": ["%s or %s"]}, {}, "Expected exactly one %s"),
         ({"Color": ["%s"]}, {"thing0": "red"}, "expected {entity"),
         ({"Color": ["%s"]}, {"thing0": {"Color": 3}}, "the Color of thing0 is 3; expected a text"),
     ],

@@ -127,8 +127,7 @@ def test_the_identity_is_the_model_and_zero_is_chance(ctx):
     assert identity.metrics["sae"]["sae_top_32_test_auc"] == pytest.approx(identity.metrics["llm"]["llm_test_auc"])
     assert {value for name, value in zero.metrics["sae"].items() if name.endswith("auc")} == {0.5}
     assert zero.flags == [
-        f"k={k}: in 2 of 2 data sets the chosen latents never vary in the training texts, which gives an AUC of "
-        "exactly 0.5."
+        f"k={k}: in 2 of 2 data sets, the chosen latents never vary in the training texts, so the AUC is exactly 0.5."
         for k in (1, 32)
     ]
 
@@ -232,7 +231,7 @@ def test_texts_that_end_in_an_outlier_row_are_left_out_and_named(ctx):
 def test_a_k_over_the_number_of_latents_has_no_number(ctx):
     (found,) = measured(ctx, make_sae(latents=2))
     assert found.metrics["sae"]["sae_top_3_test_auc"] is None and found.metrics["sae"]["sae_top_1_test_auc"] is not None
-    assert "k=3: the SAE has fewer latents, so there is no number." in found.flags
+    assert "k=3: there is no number, because the SAE has fewer latents." in found.flags
 
 
 def test_latents_that_are_not_finite_are_an_error_of_that_sae_alone(ctx):
@@ -265,8 +264,8 @@ def test_what_is_asked_for_is_checked_before_the_work(ctx, tmp_path, monkeypatch
 
     assert settings("datasets=21,5_pets", "ks=1,2")["datasets"] == NAMES == settings()["datasets"]
     for option, problem in (
-        ("setting=scarce", "setting=scarce is unknown: expected one of normal, scarcity, imbalance"),
-        ("penalty=l3", "penalty=l3 is unknown"), ("ks=0", "a probe reads at least one latent"),
+        ("setting=scarce", "setting=scarce is unknown. Expected one of normal, scarcity, imbalance"),
+        ("penalty=l3", "penalty=l3 is unknown"), ("ks=0", "a probe needs at least one latent"),
         ("datasets=5_pet", "no data set 5_pet; did you mean 5_pets"), ("datasets=", "datasets= names no data set"),
         ("max_texts=-5", "max_texts=-5: give 2 or more"), ("max_train=1", "max_train=1: give 2 or more"),
         ("max_texts=101", "max_texts=101: 100 texts are too few for the setting normal.*Raise max_texts"),

@@ -118,7 +118,7 @@ def test_a_difference_that_may_be_none_is_flagged():
     (flag,) = pair_flags(
         {CLASS: one(0.6).expand(4), ATTRIBUTE: one(0.8).expand(4)}, {CLASS: accuracies, ATTRIBUTE: one(0.9).expand(4)}
     )
-    assert "not clearly worse at the class" in flag
+    assert "at the class, the biased probe is not clearly worse" in flag
     assert "by 0.020" in flag
     assert (
         pair_flags(

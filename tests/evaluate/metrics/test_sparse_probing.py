@@ -142,7 +142,7 @@ def test_the_identity_is_the_model_and_zero_is_chance(ctx):
     assert zero.metrics["llm"] == identity.metrics["llm"]
     assert identity.flags == []
     assert zero.flags == [
-        f"k={k}: in 6 of 6 tasks the selected latents never vary, which gives exactly 0.5." for k in (1, 3)
+        f"k={k}: in 6 of 6 tasks, the selected latents never vary, so the accuracy is exactly 0.5." for k in (1, 3)
     ]
 
 
@@ -177,15 +177,15 @@ def test_the_length_of_decoder_rows_changes_nothing(ctx):
     plain, folded = measured(ctx, sae, stretched)
     for name, value in plain.metrics["sae"].items():
         assert folded.metrics["sae"][name] == pytest.approx(value, abs=0.02)
-    assert folded.flags == ["Decoder rows do not have unit length: their norms were folded into the latents."]
+    assert folded.flags == ["Decoder rows do not have unit length, so their norms were folded into the latents."]
 
 
 def test_what_cannot_be_probed_has_a_sentence(ctx, home):
     narrow, wide = measured(ctx, make_sae(0, 2), make_sae())
-    assert str(narrow).startswith("A probe on 3 latents needs that many, but this SAE has 2.") and isinstance(
+    assert str(narrow).startswith("This SAE has 2 latents, too few for a probe on 3.") and isinstance(
         wide, MetricResult
     )
-    with pytest.raises(UsageError, match="a probe reads at least one latent"):
+    with pytest.raises(UsageError, match="a probe needs at least one latent"):
         measured(ctx, make_sae(), metric=replace(METRIC, k=(0,)))
     with pytest.raises(UsageError, match="rng=fast is unknown"):
         measured(ctx, make_sae(), metric=replace(METRIC, rng="fast"))

@@ -89,7 +89,7 @@ def test_a_run_against_itself_has_1_also_permuted_or_rescaled(tiny_cache, home):
         assert found["activation_pw_mcc"] == pytest.approx(1, abs=1e-6)  # the dead latent is left out on both sides
         assert found["recurring"] == 1 and found["frac_alive"] == (F - 1) / F
         flags = " ".join(row.results["stability"].flags)
-        assert flags.count("Its decoder equals that of run-") == 2
+        assert flags.count("Its decoder equals the decoder of run-") == 2
     details = file_of(runs[0])["eval_result_details"]
     position = {int(latent): place for place, latent in enumerate(order)}
     names = file_of(runs[0])["eval_result_unstructured"]["extra"]["seeds"]
@@ -313,7 +313,7 @@ def test_runs_of_two_systems_are_compared_with_their_own_and_beside_each_other(t
 
 def test_a_run_without_another_seed_is_an_error_alone_and_none_in_a_suite(tiny_cache, home):
     alone, other = save(home / "alone", tiny_cache, 0, make_sae(0)), save(home / "o", tiny_cache, 0, make_sae(1), l0=4)
-    reason = "stability needs at least two runs that differ only by seed, and there is no other seed of alone, o. Name"
+    reason = "stability needs at least two runs that differ only by seed, but there is no other seed of alone, o. Name"
     with pytest.raises(UnavailableError, match=reason):
         evaluate(ask(alone, other))
     first, second = evaluate(ask(alone, other, suite="core,stability", tokens=60))
@@ -371,7 +371,7 @@ def test_wide_dictionaries_are_matched_by_candidates_and_say_so(tiny_cache, home
     exact, *_ = evaluate(ask(*runs))
     wide, *_ = evaluate(ask(*runs, options=["stability.exact_latents=40"]))
     assert numbers(wide)["decoder_pw_mcc"] == pytest.approx(numbers(exact)["decoder_pw_mcc"])  # 48 are all candidates
-    flag = "The 48 latents were matched among the 64 most similar ones of each, because they are more than 40"
+    flag = "With 48 latents, more than 40, each latent is matched with one of its 64 most similar latents"
     assert any(flag in one for one in wide.results["stability"].flags)
     assert not any("most similar" in one for one in exact.results["stability"].flags)
 

@@ -197,7 +197,7 @@ def test_the_length_of_decoder_rows_changes_nothing_and_is_said(ctx, metric):
     plain, folded = metric.measure(ctx, [EvalTarget(sae, Hook(0)), EvalTarget(scaled, Hook(0))], silent)
     assert folded.metrics == plain.metrics and folded.details == plain.details
     assert [flag for flag in folded.flags if flag not in plain.flags] == [
-        "Decoder rows do not have unit length: their norms were folded into the latents."
+        "Decoder rows do not have unit length, so their norms were folded into the latents."
     ]
 
 
@@ -280,7 +280,9 @@ def test_evaluate_writes_it_and_a_missing_corpus_fails_alone(ctx, planted, data,
     assert row.results["unlearning"].n["forget_rows"] > 4
     (row,) = evaluate(replace(request, suite="core,unlearning", data=None))
     assert "core" in row.results and isinstance(row.errors["unlearning"], UnavailableError)
-    assert "cais/wmdp-bio-forget-corpus/train.jsonl (or .parquet) with --data" in str(row.errors["unlearning"])
+    assert "use --data with a folder that contains cais/wmdp-bio-forget-corpus/train.jsonl (or .parquet)" in str(
+        row.errors["unlearning"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -292,7 +294,7 @@ def test_evaluate_writes_it_and_a_missing_corpus_fails_alone(ctx, planted, data,
             UnavailableError,
             "license at https://huggingface.co/somebody/something-it",
         ),
-        ({"rng": "none"}, UsageError, "unlearning.rng=none is unknown: paired or saebench"),
+        ({"rng": "none"}, UsageError, "unlearning.rng=none is unknown. Expected paired or saebench"),
         ({"rows": 0}, UsageError, "must be 1 or more"),
         ({"context": 4000}, UsageError, "has less than one row of 4000 tokens"),
         (
