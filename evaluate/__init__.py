@@ -1,1 +1,1 @@
-"""Evaluate SAEs: metrics, tables and pages. One pass of the model over a text serves every SAE."""
+"""Evaluate SAEs: metrics, tables and pages. The model runs once over a text for all SAEs."""

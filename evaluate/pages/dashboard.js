@@ -1,11 +1,11 @@
 "use strict";
-// Text and tokens only ever enter the page as textContent. `place` is the index of a latent in the table's columns.
+// Text and tokens are inserted into the page only as textContent. `place` is the index of a latent in the table's columns.
 
 const byId = (id) => document.getElementById(id);
 const about = JSON.parse(byId("about").textContent);
-const LONG = 40; // characters of a token, over which it is cut
+const LONG = 40; // tokens with more characters are cut
 const AROUND = 10; // rows drawn above and below the visible ones
-let columns = [ // those without a value in any row are removed
+let columns = [ // columns without a value in any row are removed
   { key: "latent", title: "latent", up: true },
   { key: "density", title: "density" },
   { key: "mean", title: "mean" },
@@ -15,7 +15,7 @@ let columns = [ // those without a value in any row are removed
 ];
 const box = byId("rows"), search = byId("search"), which = byId("which"), help = byId("help");
 const name = document.title, special = new Set(about.special);
-const rowHeight = () => parseFloat(getComputedStyle(box).getPropertyValue("--row")); // pixels; more for fingers
+const rowHeight = () => parseFloat(getComputedStyle(box).getPropertyValue("--row")); // pixels; larger on touch screens
 
 let table, words, haystack;
 let text = null; // unpacked when the first latent is opened
@@ -66,7 +66,7 @@ const percent = (share) => (share === 0 ? "0 %" : `${share < 0.0995 ? (100 * sha
 
 const shorten = (word, longest, kept) => (word.length > longest ? `${word.slice(0, kept)}…×${word.length}` : word);
 
-// A token on its own: spaces are shown as dots, and a long token is cut, with the whole text as tooltip.
+// A single token: spaces are shown as dots, and a long token is cut, with the whole text as its tooltip.
 function chip(token) {
   const word = words[token].replaceAll(" ", "·");
   return el("span", { className: "token chip", textContent: shorten(word, 24, 20), title: word });
@@ -138,7 +138,7 @@ function drawHeads() {
   box.querySelector("thead tr").replaceChildren(...heads);
 }
 
-// Filter by the search and the menu, then sort. A whole number puts the latent with that number first.
+// Filter by the search text and the menu, then sort. If the search text is a whole number, the latent with that number comes first.
 function updateOrder() {
   const query = search.value.trim().toLowerCase() || search.value; // a search for spaces finds spaces
   const matches = { all: () => true, alive: (p) => table.density[p] > 0, dead: (p) => table.density[p] === 0, labeled: (p) => table.labels[p] !== "" }[which.value];
@@ -168,7 +168,7 @@ function reveal(place) {
 // A token within text. `level` is its activation; undefined outside the passage, where activations are not on the page.
 function makeToken(place, level, peak) {
   const word = words[place];
-  const blank = /^ +$/.test(word), begins = word.startsWith(" ") && !blank; // that space is drawn before the color
+  const blank = /^ +$/.test(word), begins = word.startsWith(" ") && !blank; // the leading space is drawn without color
   const shown = blank && word.length > 4 ? `·×${word.length} ` : shorten(begins ? word.slice(1) : word, LONG, 16);
   const token = el("span", { textContent: shown });
   if (level) {
@@ -205,7 +205,7 @@ function wholeContextButton(line, draw, tokens) {
     const whole = button.ariaExpanded === "false", above = line.querySelector(".chosen").getBoundingClientRect().top;
     draw(whole);
     Object.assign(button, { ariaExpanded: String(whole), textContent: whole ? "less" : "more" });
-    window.scrollBy(0, line.querySelector(".chosen").getBoundingClientRect().top - above); // the token stays in its place
+    window.scrollBy(0, line.querySelector(".chosen").getBoundingClientRect().top - above); // keep the token in its place on the screen
   });
   return button;
 }
@@ -296,7 +296,7 @@ async function route() {
   if (inRun) return;
   if (latent === undefined) showMessage("Choose a latent.");
   else if (places.has(Number(latent))) await show(places.get(Number(latent)));
-  else showMessage(Number(latent) < about.d_sae ? `Latent ${latent} is not on this page, which holds ${count(table.latent.length)} of ${count(about.d_sae)}.` : `There is no latent ${latent}: this SAE has latents 0 to ${about.d_sae - 1}.`);
+  else showMessage(Number(latent) < about.d_sae ? `Latent ${latent} is not on this page, which contains ${count(table.latent.length)} of ${count(about.d_sae)} latents.` : `There is no latent ${latent}: this SAE has latents 0 to ${about.d_sae - 1}.`);
 }
 
 const go = (place) => { if (place !== undefined) location.hash = `#latent-${table.latent[place]}`; };
@@ -363,5 +363,5 @@ async function start() {
   document.documentElement.dataset.ready = Math.round(performance.now());
 }
 
-if (typeof DecompressionStream === "undefined") document.body.prepend(el("p", { className: "warning", textContent: "This browser cannot unpack the latents. Use a browser from 2024 or later." }));
+if (typeof DecompressionStream === "undefined") document.body.prepend(el("p", { className: "warning", textContent: "This browser cannot decompress the latents. Use a browser from 2024 or later." }));
 else start();

@@ -1,7 +1,7 @@
-"""`sae dashboard`: one self-contained HTML file with a run's numbers and every latent. It opens without a server.
+"""`sae dashboard`: one self-contained HTML file with a run's numbers and every latent. It needs no server.
 
-The page holds compressed JSON: the text (once), the columns of the table of latents, and blocks of latents. A block is
-unpacked when one of its latents is opened.
+The page contains compressed JSON: the text (once), the columns of the table of latents, and blocks of latents. A block
+is decompressed when one of its latents is opened.
 """
 
 import base64
@@ -36,7 +36,7 @@ LATENTS_PER_BLOCK = 64
 LEVELS = 255  # an activation in a passage is stored as n / LEVELS of the latent's largest activation
 MAX_DEAD_LINKS = 200
 BYTES_PER_LATENT, BYTES_PER_PASSAGE, BYTES_PER_TOKEN = 900, 3, 3  # approximate sizes in a page
-MAX_WINDOW_BYTES = 4 * 2**30  # of memory for the activations in passages
+MAX_WINDOW_BYTES = 4 * 2**30  # memory limit for the activations in passages
 CURVE_TITLES = {  # scalar in metrics.jsonl -> title
     "loss": "loss",
     "explained_variance": "explained variance",
@@ -58,8 +58,7 @@ def round_digits(value: float) -> float:
 
 
 class TokenIndex:
-    """Gives each distinct token text an index, in the order in which a page first uses them. `words` lists the
-    texts."""
+    """Assigns an index to each distinct token text, in the order of first use. `words` lists the texts."""
 
     def __init__(self, run: InspectedRun) -> None:
         self.run, self.places = run, dict[str, int]()
@@ -83,7 +82,7 @@ class TokenIndex:
 def check_page_path(path: Path) -> Path:
     """Return the path if a page can be written there; raise UsageError otherwise."""
     if path.suffix != ".html" or path.is_dir():
-        raise UsageError(f"--out {path}: expected the name of a file that ends in .html.")
+        raise UsageError(f"--out {path}: expected a file name that ends in .html.")
     return path
 
 
@@ -100,7 +99,7 @@ def check_window_memory(window: PassageWindow, latents: int) -> PassageWindow:
     """Return the window if the passages of `latents` latents fit into memory; raise UsageError otherwise."""
     if (needed := BYTES_PER_PASSAGE_TOKEN * window.width * latents) > MAX_WINDOW_BYTES:
         raise UsageError(
-            f"Passages of {window.width:,} tokens of {latents:,} latents need {format_bytes(needed)} of memory. "
+            f"Passages of {window.width:,} tokens for {latents:,} latents need {format_bytes(needed)} of memory. "
             "Give a smaller --passage, or show fewer latents with --latents."
         )
     return window
@@ -255,7 +254,7 @@ def latent_entry(run: InspectedRun, stats: LatentStats, place: int, token_index:
 
 
 def read_training_curves(folder: Path) -> list[Chart]:
-    """Charts of the values logged during training; none without metrics.jsonl."""
+    """Charts of the values logged during training; empty if there is no metrics.jsonl."""
     charts, steps = [], read_metrics_log(folder)
     for name, title in CURVE_TITLES.items():
         points = [(step["tokens"], step[name]) for step in steps if "tokens" in step and name in step]
@@ -266,7 +265,7 @@ def read_training_curves(folder: Path) -> list[Chart]:
 
 
 def density_chart(density_F: Tensor) -> Chart:
-    """Histogram of the densities of latents that fire, on a logarithmic axis; bins of an eighth of a decade."""
+    """Histogram of the densities of latents that fire, on a logarithmic axis with eight bins per decade."""
     decades = density_F[density_F > 0].log10()
     bins, counts = (decades * DENSITY_BINS_PER_DECADE).floor().unique(return_counts=True)
     x, y = 10 ** ((bins + 0.5) / DENSITY_BINS_PER_DECADE), counts
@@ -274,7 +273,7 @@ def density_chart(density_F: Tensor) -> Chart:
 
 
 def l0_chart(l0_T: Tensor) -> Chart:
-    """Histogram of the number of latents per token, with at most MAX_L0_BINS bins that span equally many integers."""
+    """Histogram of the number of latents per token, with at most MAX_L0_BINS bins of equally many integers."""
     low, high = (int(l0_T.min()), int(l0_T.max())) if len(l0_T) else (0, 0)
     width = -(-(high - low + 1) // MAX_L0_BINS)
     bins, counts = ((l0_T - low) // width).unique(return_counts=True)

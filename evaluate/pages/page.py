@@ -1,7 +1,8 @@
-"""Self-contained HTML pages: style, script and data are in one file, and a content policy blocks everything else.
+"""Self-contained HTML pages: style, script and data are in one file, and a content security policy blocks everything
+else.
 
-Text from datasets, tokenizers and names is untrusted. Templates escape every value in HTML and encode it as JSON in
-scripts. Characters that would hide or reorder the text around them are made visible by `make_visible`.
+Text from datasets, tokenizers and names is untrusted. Templates escape every value in HTML, and encode values in
+scripts as JSON. Characters that would hide or reorder other text are made visible by `make_visible`.
 """
 
 import base64
@@ -41,7 +42,8 @@ def templates() -> Environment:
 
 
 def render_page(template: str, scripts: Sequence[str] = (), **values: Any) -> str:
-    """Render a template from this folder. `scripts` are the files of the only script that may run in the page."""
+    """Render a template from this folder. `scripts` are files that are joined into the only script that may run in the
+    page."""
     code = "".join((HERE / name).read_text() for name in scripts)
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     policy = (

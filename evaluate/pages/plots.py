@@ -30,14 +30,14 @@ def save_charts(charts: Sequence[Chart], folder: Path) -> None:
 def save_chart(chart: Chart, path: Path) -> None:
     """Draw a chart to a file; the suffix decides the format (.svg, .png, .pdf).
 
-    Raises UnavailableError without matplotlib or if the file cannot be written, and UsageError for a suffix that
-    matplotlib does not write. The file is written completely or not at all.
+    Raises UnavailableError if matplotlib is not installed or the file cannot be written, and UsageError for a format
+    that matplotlib cannot write. The file is written completely or not at all.
     """
     import_extra("plots", "A plot", "matplotlib.figure")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    # Equal charts produce equal bytes, and a $ in a name does not begin a formula.
+    # Makes equal charts produce equal bytes, and prevents a $ in a name from beginning a formula.
     with rc_context({"svg.hashsalt": "sae", "svg.fonttype": "none", "text.parse_math": False}):
         figure = Figure(figsize=(6.2, 4.2), layout="constrained")
         axes = figure.add_subplot(

@@ -16,7 +16,7 @@ from .svg import CHART_SIZE, draw_svg
 METRIC = "sae_probes"
 LLM = "llm_test_auc"
 SAE_AUC = re.compile(r"sae_top_(\d+)_test_auc")
-USUAL_K = 16  # number of latents at which SAEs are compared; if it was not measured, the next smaller one that was
+USUAL_K = 16  # SAEs are compared at this number of latents, or at the next smaller number that was measured
 MODEL = "the model's own probe"
 CHART_TITLE = "Test AUC by data set, the model's best first"
 
@@ -51,7 +51,8 @@ def probes_of_run(result: MetricResult) -> ProbePart | None:
 
 
 def probes_of_systems(systems: Mapping[str, Sequence[MetricResult]]) -> ProbePart | None:
-    """The part about several systems: for each, a column of means over seeds, at a number of latents common to all."""
+    """The part about several systems: for each, a column of means over seeds, at a number of latents that all have in
+    common."""
     systems = {label: some for label, some in systems.items() if some and measured_ks(some)}
     shared = set.intersection(*(set(measured_ks(some)) for some in systems.values())) if systems else set()
     llm = scores([one for some in systems.values() for one in some], LLM)
@@ -59,7 +60,7 @@ def probes_of_systems(systems: Mapping[str, Sequence[MetricResult]]) -> ProbePar
         return None
     k = usual_k(sorted(shared))
     columns = {label: scores(some, auc_of(k)) for label, some in systems.items()}
-    lead = f"Probes of {format_count(k, 'latent')}; a system's number is the mean over its seeds."
+    lead = f"Probes on {format_count(k, 'latent')}. A system's number is the mean over its seeds."
     return build_part(lead, llm, columns, columns)
 
 
@@ -87,14 +88,15 @@ def draw_chart(names: Sequence[str], llm: Scores, drawn: Mapping[str, Scores]) -
 
 
 def compare_with_model(sae: Scores, llm: Scores, k: int) -> str:
-    """Compare a probe of k latents with the model's own probe, over the data sets that both have."""
+    """Compare a probe on k latents with the model's own probe, over the data sets that both have."""
     both = [name for name in llm if name in sae]
     if not both:
         return ""
     above = f"{sum(sae[name] > llm[name] for name in both)} of {format_count(len(both), 'data set')}"
     ours, theirs = (mean(side[name] for name in both) for side in (sae, llm))
     text = (
-        f"A probe of {format_count(k, 'latent')} is above the model's own in {above}: mean AUC {ours:.4f} against "
+        f"A probe on {format_count(k, 'latent')} is better than the model's own probe on {above}: mean AUC "
+        f"{ours:.4f} against "
         f"{theirs:.4f}"
     )
     if len(both) < 2:

@@ -23,7 +23,7 @@ WIDE = (1240, 460)  # pixels
 def reproduction_page(report: PaperReport, model: str) -> str:
     """The HTML page: claims with verdicts, gates, the paper's contradictions, what was run, and figures.
 
-    `model` is shown where no run records one.
+    `model` is shown if no run records a model.
     """
     paper, systems = report.paper, runs_by_system(report)
     models = sorted({describe_model(run.run.origin["model"]) for run in report.runs if "model" in run.run.origin})
@@ -76,9 +76,10 @@ def verdict_class(verdict: str) -> str:
 
 
 def draw_charts(charts: Sequence[Chart], systems: Container[str]) -> tuple[Markup, list[tuple[Chart, Markup, bool]]]:
-    """The shared legend of the systems, and each chart as (chart, drawing, whether it is wide).
+    """The shared legend of the systems, and a tuple (chart, drawing, whether it is wide) for each chart.
 
-    Charts whose axis names the systems are left out of the legend. A chart whose series are not systems has its own.
+    The shared legend leaves out charts whose axis names the systems. A chart whose series are not systems has its own
+    legend.
     """
     sharing = [
         chart

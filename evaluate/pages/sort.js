@@ -1,8 +1,8 @@
 "use strict";
-// Tables of class "sortable": a click on a head, or Enter or Space on it, sorts by that column; again, in reverse order.
-// A cell counts as its first number; cells without one come last.
+// Tables of class "sortable": a click on a heading, or Enter or Space, sorts by its column; a second one reverses the order.
+// Cells are compared by their first number; cells without a number come last.
 
-{ // a block of its own: a page can have other scripts
+{ // in its own block, because a page can have other scripts
   function number(cell) {
     const found = cell.textContent.replace(/,(?=\d{3})/g, "").match(/^\s*[-+]?[\d.]+(e[-+]?\d+)?/i);
     return found ? parseFloat(found[0]) : NaN;

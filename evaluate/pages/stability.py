@@ -1,4 +1,4 @@
-"""The part of a page about stability: which latents are found again in other seeds."""
+"""The part of a page about stability: how similar the latents are to their matches in other seeds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from .svg import CHART_SIZE, draw_svg
 METRIC = "stability"
 BINS = 20  # of the histogram, from 0 to 1
 LISTED = 10  # latents in each of the two lists
-CHART_TITLE = "Weakest best match of a latent in another seed"
+CHART_TITLE = "Smallest cosine of a latent with its matches in other seeds"
 
 
 class Latent(NamedTuple):
     """A latent that fires, and its best matches in the other seeds, in the order of the seeds.
 
-    `weakest` is the smallest cosine among them: every other seed has a match at least as close. Cosines are absolute if
-    their sign has no meaning, and in results of earlier versions.
+    `weakest` is the smallest cosine with these matches. Cosines are absolute if their sign has no meaning, and in
+    results of earlier versions.
     """
 
     number: int
@@ -33,7 +33,7 @@ class Latent(NamedTuple):
 
 
 class LatentLine(NamedTuple):
-    """A line of a list. `latent` is the latent's number, to which a page can link."""
+    """A line of a list. `latent` is the number of the latent, for links."""
 
     latent: int
     cells: Sequence[str]
@@ -42,9 +42,9 @@ class LatentLine(NamedTuple):
 @dataclass(frozen=True)
 class StabilityPart:
     """Attributes:
-    lead: sentences that say how many latents there are, and how many recur.
+    lead: sentences with the number of latents, and how many of them recur.
     heads: the headings of the lists of latents; empty if there are no lists, as for several systems.
-    least, most: the latents that are found again least and most.
+    least, most: the latents with the smallest and the largest `weakest`.
     """
 
     lead: str
@@ -56,7 +56,7 @@ class StabilityPart:
 
 
 def stability_of_run(result: MetricResult) -> StabilityPart | None:
-    """The part about one SAE: the histogram, and the latents found again least and most. None if no latent fires."""
+    """The part about one SAE: the histogram, and the least and most stable latents. None if no latent fires."""
     latents = live_latents(result)
     if not latents:
         return None
@@ -75,7 +75,7 @@ def stability_of_run(result: MetricResult) -> StabilityPart | None:
 
 
 def stability_of_systems(systems: Mapping[str, Sequence[MetricResult]]) -> StabilityPart | None:
-    """The part about several systems: one line for each, with shares of the latents of all its seeds together."""
+    """The part about several systems: one line for each, with shares of the latents of all its seeds taken together."""
     latents = {label: [one for result in some for one in live_latents(result)] for label, some in systems.items()}
     series = []
     for label, some in latents.items():
@@ -86,7 +86,10 @@ def stability_of_systems(systems: Mapping[str, Sequence[MetricResult]]) -> Stabi
         return None
     chart = Chart(CHART_TITLE, "cosine of decoder rows", "share of the latents that fire", series)
     named = ", ".join(one.name for one in series)
-    lead = f"{named}: latents of all seeds of a system together, without those that never fire on the held-out text."
+    lead = (
+        f"{named}: the latents of all seeds of a system taken together, without latents that never fire on the "
+        "held-out text."
+    )
     return StabilityPart(lead, CHART_TITLE, draw_svg(chart, True, *CHART_SIZE))
 
 
@@ -117,11 +120,11 @@ def describe_latents(result: MetricResult, latents: Sequence[Latent]) -> str:
     recurring = sum(one.recurs for one in latents)
     threshold = result.sound.metrics.get("stability", {}).get("recurring_threshold")
     meaning = "" if threshold is None else f", with a cosine of at least {threshold:.3g} in every other seed"
-    left_out = f" {dead:,} that never fire on the held-out text are left out." if dead else ""
+    left_out = f" {dead:,} latents that never fire on the held-out text are left out." if dead else ""
     typical = mean(one.weakest for one in latents)
     return (
-        f"{recurring:,} of {len(latents):,} latents recur{meaning}. Their weakest best match has a mean cosine of "
-        f"{typical:.3f}.{left_out}"
+        f"{recurring:,} of {len(latents):,} latents recur{meaning}. The smallest cosine of a latent with its "
+        f"matches is {typical:.3f} on average over latents.{left_out}"
     )
 
 

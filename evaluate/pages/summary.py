@@ -37,14 +37,15 @@ def summary_section(run: ComparedRun) -> dict[str, Any]:
 
 
 def frontier_charts(near: RunsBeside) -> list[Chart]:
-    """Core's numbers over L0: the run, other runs, references and published SAEs. Empty if the run is alone."""
+    """Core's numbers over L0: the run, other runs, references and published SAEs. Empty if there is nothing to compare
+    with."""
     references = [ComparedSystem(run.name, [run]) for run in near.references]
     comparison = Comparison(group_by_system([near.run, *near.seeds, *near.others]), references, [])
     numbers = [one for one in (*FRONTIER_NUMBERS, PUBLISHED_NUMBER) if one in comparison.columns]
     charts = []
     for number, chart in zip(numbers, frontiers(comparison, numbers), strict=True):
         if sum(len(series.x) for series in chart.series) > 1:
-            # If published results are drawn, the other numbers are over all rows, too.
+            # If published results are drawn, all other numbers are over all rows too.
             charts.append(with_this(chart, near.run.on_all_rows() if has_published(chart) else near.run, *number))
     return charts
 

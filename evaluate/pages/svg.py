@@ -23,7 +23,7 @@ from ..charts import (
 )
 from .page import templates
 
-CHART_SIZE = (440, 280)  # pixels; about the width of a column of a page, and readable on a phone
+CHART_SIZE = (440, 280)  # pixels: about the width of a column of a page, and readable on a phone
 SHAPES = {  # the shape of each of matplotlib's markers, as an SVG path around (0, 0)
     "o": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0Z",
     "s": "M-3.5-3.5H3.5V3.5H-3.5Z",
@@ -47,7 +47,7 @@ class Scale:
     end: float
 
     def position(self, value: float) -> float | None:
-        """The pixel of a value; None if it has no place on the axis."""
+        """The pixel of a value; None if it cannot be drawn on the axis."""
         if not is_drawable(value, self.log):
             return None
         if self.log:
@@ -60,8 +60,8 @@ class Scale:
 def draw_svg(chart: Chart, legend: bool = True, width: int = 620, height: int = 360) -> Markup:
     """The chart as an <svg> element that takes its colors from the page, in light or dark mode.
 
-    Values that are not finite, and values <= 0 on a logarithmic axis, are left out. `height` excludes the legend and
-    slanted category names, which add to it. Without `legend`, the page has to show a `shared_legend`.
+    Values that are not finite, and values <= 0 on a logarithmic axis, are left out. `height` does not include the
+    legend and slanted category names. If `legend` is false, the page has to show a `shared_legend`.
     """
     chart = replace(chart, series=[thin_out(one) for one in chart.series])
     (x_low, x_high), (y_low, y_high) = axis_ranges(chart)
@@ -69,7 +69,7 @@ def draw_svg(chart: Chart, legend: bool = True, width: int = 620, height: int = 
     right, top, bottom = 12, 10, 46 if chart.x_title else 26
     left = max(64, 30 + round(CHARACTER_WIDTH * max(map(len, tick_labels(y_ticks)), default=0)))  # axis title, labels
     slanted = chart.slanted(width - left - right)
-    if slanted:  # by 45 degrees, so that a name ends at its tick
+    if slanted:  # rotate by 45 degrees, so that a name ends at its tick
         reach = math.ceil(chart.longest * math.sqrt(0.5))
         left = max(left, reach - (width - left - right) // (2 * len(chart.categories)))
         bottom, height = bottom + reach, height + reach
@@ -128,7 +128,7 @@ def bar_width(series: Sequence[dict[str, Any]]) -> float:
 
 
 def shared_legend(charts: Sequence[Chart]) -> Markup:
-    """One legend for charts whose series share their styles: every series once, in the order of styles."""
+    """One legend for charts in which each series has the same style: every series once, in the order of styles."""
     entries: dict[str, tuple[int, dict[str, Any]]] = {}
     for chart in charts:
         for number, series in enumerate(chart.series):
@@ -141,7 +141,7 @@ def shared_legend(charts: Sequence[Chart]) -> Markup:
 
 
 def style_of(series: Series, number: int) -> dict[str, Any]:
-    """Name, kind, color, marker and dashes of a series; `number` is its place in the chart."""
+    """Name, kind, color, marker and dashes of a series; `number` is its index in the chart."""
     style = number if series.style is None else series.style
     return {
         "name": series.name, "kind": series.kind, "class": f"--c{style % len(COLORS)}",

@@ -20,7 +20,7 @@ from ..latents.passages import Passage, quantile_passages
 from ..latents.stats import LatentStats, RankedEntries
 
 STRONGEST = 5  # latents shown for each token of a prompt
-PLAIN_WIDTH = 200  # width of output that does not go to a terminal
+PLAIN_WIDTH = 200  # width of output that is not sent to a terminal
 LONGEST_WORD, BEGINNING = 40, 16  # characters of a token that are shown
 BLOCKS = " ▁▂▃▄▅▆▇█"
 PALE, FULL = (255, 244, 214), (230, 159, 0)  # RGB background of the least and the most active tokens
@@ -40,7 +40,7 @@ def print_blocks(blocks: Sequence[Any]) -> None:
 
 
 def highlight_tokens(words: Sequence[str], values: Sequence[float], peak: float) -> Text:
-    """The texts of tokens, with active ones on a colored background, or between << and >> without colors."""
+    """The texts of tokens. Active tokens have a colored background or, without colors, are between << and >>."""
     console = make_console()
     plain = console.color_system is None or console.no_color
     text = Text()
@@ -66,7 +66,7 @@ def passage_text(run: InspectedRun, passage: Passage, peak: float) -> Text:
 
 
 def shorten(word: str) -> str:
-    """The text of a token. A long one, such as a line of hyphens, is reduced to its beginning and its length."""
+    """The text of a token. A long text, such as a line of hyphens, is shortened to its beginning and its length."""
     return word if len(word) <= LONGEST_WORD else f"{word[:BEGINNING]}…×{len(word)}"
 
 

@@ -1,15 +1,16 @@
 """The claims of the five papers, as data.
 
 `NNN.toml` describes one paper: every number that it claims as a result (`claim`), the setup that it states (`ran`,
-`fact`), the runs that reproduce it (`run`), our recipes for its systems (`system`), the units in which its options are
-read (`reading`; the first is for the paper's own model), its contradictions (`contradiction`), and what it claims to
-measure without stating a number (`unreported`). Every statement is backed by a quote of at most one line.
+`fact`), the runs that reproduce it (`run`), our recipes for its systems (`system`), the ways to read its options
+(`reading`; the first is for the paper's own model), its contradictions (`contradiction`), and what it claims to measure
+without stating a number (`unreported`). Every statement comes with a quote of at most one line.
 
-A claim is a printed number for one system and one metric. With `against` it compares two systems. Then either both have
-a number (`against_value` is the other system's), or the value is the change relative to the other system. The unit of a
-change is % of the other's number, pp between two shares, or x (times the other's number). If the paper expresses the
-sign of a change in words, the sign of the value is ours. A comparison in words alone has no value: `says` is its
-direction or "equal", within a `margin` that we fixed in the file before anything was measured.
+A claim is a printed number for one system and one metric. If `against` is given, it compares two systems. Then either
+both have a number (`against_value` is the number of the other system), or the value is the change relative to the other
+system. The unit of a change is % of the other system's number, pp between two shares, or x (times the other system's
+number). If the paper expresses the sign of a change in words, the sign of the value was added here. A comparison in
+words alone has no value: `says` is its direction or "equal", within a `margin` that was fixed in the file before
+anything was measured.
 
 A paper often states one comparison several times. A claim that `restates` another is judged but not counted again. A
 claim that repeats the number of another row for a different system (`copy_of`) is not judged.
@@ -26,9 +27,9 @@ PAPERS = ("000", "001", "002", "003", "004")
 FIELD = "field"  # our own reading, not the paper's
 TRAINING_LOG = "training"  # metrics named training.<scalar> are scalars of metrics.jsonl
 STEP_TIME = "cost.step_time"  # the time of one training step of a recipe, from step_times.json
-SAME_NUMBER = 0.05  # share by which two numbers may differ and still count as the same one, also in a verdict
-# Numbers of mode 2024-12 to which claims refer but which tables do not show, with the better direction.
-# `details` are the entries per letter or dataset, `n` is what was counted.
+SAME_NUMBER = 0.05  # two numbers that differ by at most this share count as the same number, also in verdicts
+# Numbers of mode 2024-12 that claims refer to but tables do not show, with the better direction. `details` are the
+# entries per letter or dataset; `n` are counts.
 EXTRA_METRICS = {
     "core.reconstruction_quality.mse": "down",
     "core.reconstruction_quality.explained_variance": "up",
@@ -59,7 +60,8 @@ class ClaimSource:
 
 @dataclass(frozen=True)
 class PaperSetup:
-    """The setup that the paper states. `steps` is derived from its numbers; 0 if it says that nothing was trained."""
+    """The setup that the paper states. `steps` is derived from its numbers; it is 0 if the paper says that nothing was
+    trained."""
 
     model: str  # as printed
     reads_as: str
@@ -91,7 +93,7 @@ class PaperSetup:
     def optimization(self) -> dict[str, Any]:
         """The options of the optimizer that implement the printed settings.
 
-        All other options are off: no paper prints a decay of the learning rate or an initial b_dec.
+        All other options are off, because no paper prints a decay of the learning rate or an initial b_dec.
         """
         return {
             "lr": self.lr,
@@ -126,8 +128,8 @@ class PaperFact:
 @dataclass(frozen=True)
 class Substitution:
     """An equation of the paper that a reading replaces. `what` is a clause that says what is done instead, and `why` is
-    the reason. The verdicts on `claims` mention the replacement, and in that reading none of them is `contradicted` or
-    `reproduced`."""
+    the reason. Notes on `claims` mention the replacement, and in that reading the verdict on them is never
+    `contradicted` or `reproduced`."""
 
     claims: tuple[str, ...]
     what: str
@@ -136,19 +138,19 @@ class Substitution:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a paper is read: options, which are set for every recipe of the paper that has them. A system's own options
-    override these.
+    """How a paper is read: options that are set for every recipe of the paper that has them. A system's own options
+    override them.
 
     The reading `field` is our own. Every other reading is the paper's: it also trains with the printed schedule, weight
-    decay and clipping (`PaperSetup.optimization`), unless `options` override these.
+    decay and clipping (`PaperSetup.optimization`), unless `options` override them.
     """
 
     name: str
     why: str
     options: Mapping[str, Any] = field(default_factory=dict)
     literal: bool = False
-    steps: int | None = None  # of training, on any model; None: the steps of `run`
-    batch_size: int | None = None  # tokens, on any model; None: as in `run`, or the recipe's in `field` elsewhere
+    steps: int | None = None  # training steps, on any model; None: the steps of `run`
+    batch_size: int | None = None  # tokens, on any model; None: as in `run`; in `field` on other models, the recipe's
     substitutes: tuple[Substitution, ...] = ()
 
     @property
@@ -165,7 +167,8 @@ class Reading:
 class PaperSystem:
     """One of the paper's systems, expressed as our recipes.
 
-    If there are several recipes, a claim must hold for each. Without recipes, the system is the language model itself.
+    If there are several recipes, a claim must hold for each of them. A system without recipes is the language model
+    itself.
     """
 
     id: str
@@ -173,8 +176,8 @@ class PaperSystem:
     width: str = ""  # as in --width
     options: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
-    adds_to: str = ""  # the system's ablation, to which it adds one mechanism
-    counter: str = ""  # the scalar of metrics.jsonl that counts, from the start, what the mechanism did
+    adds_to: str = ""  # the system without one of this system's mechanisms (its ablation)
+    counter: str = ""  # the scalar of metrics.jsonl with the total number of the mechanism's actions
 
 
 @dataclass(frozen=True)
@@ -194,12 +197,12 @@ class Claim:
     entries: tuple[str, ...] = ()  # letters or datasets in a result's details (default: all)
     over: Literal["mean", "max"] = "mean"  # how the entries are reduced to one number
     at: Literal["first", "last"] = "last"  # the line of metrics.jsonl that is read
-    reading: str = ""  # how an ambiguity or unit is read
+    reading: str = ""  # how an ambiguity or a unit is interpreted
     why: str = ""  # why none of our metrics measures it
     also: tuple[ClaimSource, ...] = ()
-    says: Literal["", "more", "less", "equal"] = ""  # in words: how the system's number compares with the other's
-    margin: float | None = None  # for `equal`: in `unit` or, without one, in the metric's own unit
-    restates: str = ""  # the claim whose comparison this repeats, as a change or in another section
+    says: Literal["", "more", "less", "equal"] = ""  # in words: the system's number is ... than the other's
+    margin: float | None = None  # for `equal`: in `unit`, or in the metric's own unit if `unit` is empty
+    restates: str = ""  # the claim whose comparison this claim repeats, as a change or in another section
     copy_of: str = ""  # the claim whose number the paper prints here for another system
 
     @property
@@ -229,7 +232,8 @@ class Claim:
 
     @property
     def direction(self) -> int:
-        """1 if the system's number is claimed to be above the other's, -1 if it is claimed to be below it, 0 otherwise.
+        """1 if the system's number is claimed to be above the other system's, -1 if it is claimed to be below, 0
+        otherwise.
 
         Two printed numbers that differ by one unit of their last digit may be equal, so they have no direction.
         """
@@ -242,7 +246,7 @@ class Claim:
 
     @property
     def is_within_rounding(self) -> bool:
-        """Whether the two printed numbers can be the same number, once rounded up and once rounded down."""
+        """Whether the two printed numbers can be the same number, rounded up in one place and down in the other."""
         if self.value is None or self.against_value is None:
             return False
         scale = abs(self.target / self.value) if self.target and self.value else 1.0
@@ -250,8 +254,8 @@ class Claim:
 
     @property
     def effect(self) -> float | None:
-        """By how much the system exceeds the other: the printed change, or a share of the other's number. None if there
-        is no other system, if the claim is in words alone, or if the other's number is 0."""
+        """By how much the system exceeds the other system: the printed change, or a share of the other system's number.
+        None if there is no other system, if the claim is in words alone, or if the other system's number is 0."""
         if self.value is None:
             return None
         if self.against_value is not None:
@@ -260,7 +264,8 @@ class Claim:
 
     @property
     def rounding(self) -> float:
-        """Half of the last printed digit, in the unit of `target`. Numbers that round to the value agree with it."""
+        """Half a unit of the last printed digit, in the unit of `target`. Numbers that round to the value agree with
+        it."""
         if self.value is None or self.target is None:
             return 0.0
         places = max(
@@ -296,9 +301,9 @@ class Paper:
 
     number: str
     title: str
-    mode: str  # of `sae evaluate`: the definitions of the metrics
-    setup: PaperSetup  # `ran` in the file
-    reproduction: ReproductionSetup  # `run` in the file
+    mode: str  # the option --mode of `sae evaluate`: the definitions of the metrics
+    setup: PaperSetup  # the table `ran` in the file
+    reproduction: ReproductionSetup  # the table `run` in the file
     facts: tuple[PaperFact, ...]
     readings: tuple[Reading, ...]
     systems: Mapping[str, PaperSystem]

@@ -1,7 +1,8 @@
 """The time of a recipe's training step, measured by benchmarks/bench_train.py, and the verdict on a claim about it.
 
 step_times.json has a table of medians and quartiles in milliseconds for each measured width. Times depend on the
-machine and on our implementation, which is not the paper's, so their size neither contradicts nor reproduces a claim.
+machine and on our implementation, which differs from the paper's, so the size of a ratio neither contradicts nor
+reproduces a claim.
 """
 
 import json
@@ -27,7 +28,7 @@ class StepTime(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """The ratio of two step times, its range given the quartiles of both, and where it was measured."""
+    """The ratio of two step times, its range from the quartiles of both, and where it was measured."""
 
     ratio: float
     low: float
@@ -41,7 +42,8 @@ def step_time_tables() -> list[dict[str, Any]]:
 
 
 def nearest_table(paper: Paper, tables: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The table whose width, as a multiple of d_in, is nearest to the paper's; among ties, the one of largest d_in."""
+    """The table whose width, as a multiple of d_in, is nearest to the paper's. Of equally near tables, the one with the
+    largest d_in."""
     width = paper.setup.d_sae / paper.setup.d_in
 
     def distance(table: dict[str, Any]) -> tuple[float, int]:
@@ -60,7 +62,7 @@ def step_time(system: PaperSystem, table: dict[str, Any]) -> StepTime | None:
 
 
 def measured_cost(claim: Claim, paper: Paper, tables: Sequence[dict[str, Any]] | None = None) -> Cost | None:
-    """The step time of the claim's system as a multiple of the other's; None if either was not measured."""
+    """The step time of the claim's system as a multiple of the other system's; None if either was not measured."""
     if not claim.against:
         return None
     table = nearest_table(paper, step_time_tables() if tables is None else tables)
@@ -69,17 +71,17 @@ def measured_cost(claim: Claim, paper: Paper, tables: Sequence[dict[str, Any]] |
         return None
     source = (
         f"{own.middle:.1f} ms against {other.middle:.1f} ms a step on {table['machine']}, {table['date']}, "
-        f"d_in {table['d_in']:,}, {table['d_sae']:,} latents, {table['batch_size']:,} tokens, options at their defaults"
+        f"d_in {table['d_in']:,}, {table['d_sae']:,} latents, {table['batch_size']:,} tokens, default options"
     )
     return Cost(own.middle / other.middle, own.low / other.high, own.high / other.low, source)
 
 
 def judge_cost(claim: Claim, cost: Cost | None) -> Judgement:
-    """The verdict on a claim about step times. The range between quartiles serves as the interval; see `judge`."""
+    """The verdict on a claim about step times. The range between the quartiles is used as the interval; see `judge`."""
     if claim.copy_of:
         return Judgement("copy", f"of {claim.copy_of}")
     if cost is None:
-        return Judgement("not measured", "a recipe that is not in step_times.json" if claim.against else "")
+        return Judgement("not measured", "step_times.json lacks a recipe" if claim.against else "")
     interval = 100 * (cost.low - 1), 100 * (cost.high - 1)  # in %, like a margin
     if claim.says == "equal":
         return judge_equality(claim, interval, on_paper_model=False)

@@ -1,8 +1,8 @@
-"""Whether the mechanism that a claim is about did anything in the runs.
+"""Whether the mechanism that a claim is about had any effect in the runs.
 
 A system names its ablation (`adds_to`, the system to which it adds one mechanism) and the scalar in metrics.jsonl that
-counts the mechanism's actions (`counter`). The mechanism was idle if its counter ends at 0 in every run, or if every
-run has, bit for bit, the weights of the ablation's run with the same layer and seed.
+counts the mechanism's actions (`counter`). The mechanism was idle if its counter ends at 0 in every run, or if the
+weights of every run equal, bit for bit, those of the ablation's run with the same layer and seed.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from .runs import SystemRun
 
 
 def idle_mechanism(system: str, paper: Paper, runs: Sequence[SystemRun]) -> str:
-    """A phrase with the evidence that the mechanism of a system did nothing; "" if there is no such evidence.
+    """A phrase with the evidence that the mechanism of a system had no effect; "" if there is no such evidence.
 
     `runs` are of one layer.
     """
@@ -21,14 +21,15 @@ def idle_mechanism(system: str, paper: Paper, runs: Sequence[SystemRun]) -> str:
     if about.counter and own:
         counts = [[line[about.counter] for line in run.log if about.counter in line] for run in own]
         if all(count and count[-1] == 0 for count in counts):
-            return f"`{about.counter}` of {system} is 0 to the end"
+            return f"`{about.counter}` of {system} stayed 0 until the end"
     if are_equal(own, [run for run in runs if run.system == about.adds_to]):
-        return f"the weights of {system} are those of {about.adds_to}, bit for bit"
+        return f"the weights of {system} equal those of {about.adds_to}, bit for bit"
     return ""
 
 
 def are_equal(runs: Sequence[SystemRun], others: Sequence[SystemRun]) -> bool:
-    """Whether each run has the weights of the other system's run with its seed. Needs one recipe on either side."""
+    """Whether each run has the same weights as the other system's run with its seed. False unless each system has a
+    single recipe."""
     if len({run.recipe for run in runs}) != 1 or len({run.recipe for run in others}) != 1:
         return False
     weights = {run.seed: run.weights for run in others}
@@ -36,12 +37,13 @@ def are_equal(runs: Sequence[SystemRun], others: Sequence[SystemRun]) -> bool:
 
 
 def inactive_mechanism(claim: Claim, paper: Paper, runs: Sequence[SystemRun]) -> str:
-    """A phrase that says that the claim is about a mechanism that did nothing; "" if that is not the case.
+    """A phrase that says that the claim is about mechanisms that had no effect; "" if that is not the case. There are
+    two cases:
 
-    - Two systems of one family, which differ by some mechanisms, all of which were idle.
-    - A system compared with another model, or by itself: its own mechanism was idle, and the paper makes the same claim
-      about the system without this mechanism, so the row would count one run twice. The same applies if the two systems
-      differ by several idle mechanisms.
+    - The claim compares two systems of one family, and all mechanisms by which they differ were idle.
+    - The claim is about a system alone, or compares it with a system of another family. The system's own mechanism was
+      idle, and the paper makes the same claim about the system without this mechanism, so that one run would count
+      twice. The same applies to several idle mechanisms of the system.
 
     `runs` are of one layer.
     """
@@ -63,7 +65,7 @@ def inactive_mechanism(claim: Claim, paper: Paper, runs: Sequence[SystemRun]) ->
 
 
 def mechanisms_between(system: str, against: str, paper: Paper) -> list[str]:
-    """The systems whose mechanisms only one of two systems of a family has; empty if they are of different families."""
+    """The systems that add the mechanisms by which two systems of one family differ; empty for two families."""
     own, other = family(system, paper), family(against, paper)
     if not set(own) & set(other):
         return []
@@ -71,7 +73,7 @@ def mechanisms_between(system: str, against: str, paper: Paper) -> list[str]:
 
 
 def family(system: str, paper: Paper) -> list[str]:
-    """A system, the system to which it adds a mechanism, and so on."""
+    """A system, the system to which it adds a mechanism, the system to which that one adds a mechanism, and so on."""
     systems = []
     while system:
         systems.append(system)

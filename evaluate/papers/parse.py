@@ -31,20 +31,20 @@ from .quotes import is_same_number, printed_numbers
 CLAIMS_FOLDER = Path(__file__).parent
 MAX_QUOTE = 160  # characters
 UNITS = ("", "%", "pp", "x")
-NESTED: Mapping[str, type[Any]] = {"also": ClaimSource, "substitutes": Substitution}  # arrays of tables in a table
+NESTED: Mapping[str, type[Any]] = {"also": ClaimSource, "substitutes": Substitution}  # arrays of tables inside a table
 LISTS = ("fact", "reading", "system", "claim", "contradiction", "unreported")  # arrays of tables
 Table = TypeVar("Table")
 
 
 def load_paper(number: str) -> Paper:
-    """The claims of a paper. Raises UsageError with everything that is wrong with its file."""
+    """The claims of a paper. Raises UsageError with all mistakes in its file."""
     if number not in PAPERS:
         raise UsageError(f"There is no paper {number}{did_you_mean(number, PAPERS)}")
     return parse_paper((CLAIMS_FOLDER / f"{number}.toml").read_text(encoding="utf-8"), f"papers/{number}.toml")
 
 
 def parse_paper(text: str, name: str) -> Paper:
-    """The claims in a TOML text; `name` is used in errors. Raises UsageError with everything that is wrong."""
+    """The claims in a TOML text; `name` is used in errors. Raises UsageError with all mistakes in the text."""
     tree = parse_toml(text, name)
     errors = check_keys(tree)
     paper = None if errors else build_paper(tree, errors)
@@ -67,7 +67,7 @@ def check_keys(tree: Mapping[str, Any]) -> list[str]:
 
 
 def build_paper(tree: Mapping[str, Any], errors: list[str]) -> Paper | None:
-    """The paper, or None if a table is invalid; `errors` then says why."""
+    """The paper. If a table is invalid, adds the reasons to `errors` and returns None."""
     setup = build_table(PaperSetup, tree["ran"], "ran", errors)
     reproduction = build_table(ReproductionSetup, tree["run"], "run", errors)
     facts = build_tables(PaperFact, tree, "fact", errors)
@@ -104,7 +104,7 @@ def build_tables(kind: type[Table], tree: Mapping[str, Any], key: str, errors: l
 
 
 def build_table(kind: type[Table], table: Any, label: str, errors: list[str]) -> Table | None:
-    """A table as a dataclass, or None if it is invalid; `errors` then says why."""
+    """A table as a dataclass. If it is invalid, adds the reasons to `errors` and returns None."""
     if not isinstance(table, dict):
         errors.append(f"{label} is not a table.")
         return None
@@ -144,19 +144,19 @@ def has_type(value: Any, kind: Any) -> bool:
 
 
 def find_problems(paper: Paper, system_ids: Sequence[str]) -> Iterator[str]:
-    """Problems between a paper's tables that are valid individually, as sentences."""
+    """Sentences about contradictions between tables that are valid individually."""
     ids = [claim.id for claim in paper.claims]
     for name, names in (("system", system_ids), ("claim", ids), ("reading", [r.name for r in paper.readings])):
-        yield from (f"Two of {name} are called {one}." for one in sorted(set(names)) if names.count(one) > 1)
+        yield from (f"Two tables of {name} have the name {one}." for one in sorted(set(names)) if names.count(one) > 1)
     if paper.mode not in MODES:
-        yield f"mode = {paper.mode} is unknown: expected {' or '.join(MODES)}."
+        yield f"mode = {paper.mode} is unknown. Expected {' or '.join(MODES)}."
     if not paper.readings:
-        yield "There is no reading, so no units to train in."
+        yield "There is no reading. Give at least one."
     for quote in paper.quotes():
         if len(quote) > MAX_QUOTE:
             yield f"A quote has {len(quote)} characters; at most {MAX_QUOTE} are allowed: {quote[:60]}..."
         if quote != " ".join(quote.split()):
-            yield f"A quote has white space other than single spaces between words: {quote!r}"
+            yield f"A quote may contain no white space except single spaces between words: {quote!r}"
     named = [(f"contradiction {one.what!r}", one.claims) for one in paper.contradictions]
     named += [
         (f"reading {r.name}, substitutes {one.what!r}", one.claims) for r in paper.readings for one in r.substitutes
@@ -174,8 +174,8 @@ def find_problems(paper: Paper, system_ids: Sequence[str]) -> Iterator[str]:
 
 
 def same_number_problems(contradiction: Contradiction, paper: Paper) -> Iterator[str]:
-    """Problems with contradictions between two numbers that are too close for verdicts to tell apart. These do not make
-    a claim inconsistent."""
+    """Problems with contradictions between numbers that are so close that they count as the same number. These do not
+    make a claim inconsistent."""
     groups: dict[tuple[Any, ...], list[Claim]] = {}
     for claim in paper.claims:
         if claim.id in contradiction.claims and claim.value is not None and not claim.is_change:
@@ -184,14 +184,14 @@ def same_number_problems(contradiction: Contradiction, paper: Paper) -> Iterator
         values = [claim.value for claim in claims if claim.value is not None]
         if len(claims) > 1 and max(values) - min(values) <= SAME_NUMBER * max(map(abs, values)):
             yield (
-                f"contradiction {contradiction.what!r}: {' and '.join(f'{value:g}' for value in values)} differ by at "
-                f"most {SAME_NUMBER:.0%}, which a verdict does not tell apart. Leave "
+                f"contradiction {contradiction.what!r}: {' and '.join(f'{value:g}' for value in values)} "
+                f"differ by at most {SAME_NUMBER:.0%}, so they count as the same number. Leave "
                 f"{', '.join(claim.id for claim in claims)} out of its claims."
             )
 
 
 def ablation_problems(system: PaperSystem, paper: Paper) -> Iterator[str]:
-    """Problems with what a system adds to another."""
+    """Problems with the ablation that a system names (`adds_to`)."""
     label = f"system {system.id}"
     if system.adds_to and system.adds_to not in paper.systems:
         yield f"{label}: adds_to: there is no system {system.adds_to}{did_you_mean(system.adds_to, paper.systems)}"
@@ -210,9 +210,9 @@ def claim_problems(claim: Claim, paper: Paper) -> Iterator[str]:
     yield from words_problems(claim, label)
     yield from repetition_problems(claim, paper, label)
     if (claim.metric == "none") != bool(claim.why):
-        yield f"{label}: give `why`, the reason that no metric of ours measures it, if and only if metric = none."
+        yield f"{label}: give `why` (the reason that no metric measures it) if and only if metric = none."
     if claim.metric != "none" and not claim.system:
-        yield f"{label}: a measured claim needs a system: {', '.join(paper.systems)}."
+        yield f"{label}: a measured claim needs a system. Choose from {', '.join(paper.systems)}."
     for system in filter(None, (claim.system, claim.against)):
         if system not in paper.systems:
             yield f"{label}: there is no system {system}{did_you_mean(system, paper.systems)}"
@@ -228,25 +228,25 @@ def claim_problems(claim: Claim, paper: Paper) -> Iterator[str]:
 
 
 def words_problems(claim: Claim, label: str) -> Iterator[str]:
-    """Problems with a comparison in words, or with a number that is missing."""
+    """Problems with a comparison in words, or with a missing number."""
     if claim.value is None and not claim.says:
-        yield f"{label}: give a value, or says = more, less or equal if the paper compares in words alone."
+        yield f"{label}: give a value. If the paper compares in words alone, give says = more, less or equal."
     if claim.says and (claim.value is not None or claim.against_value is not None):
-        yield f"{label}: says = {claim.says} is a comparison in words: leave out value and against_value."
+        yield f"{label}: says = {claim.says} is a comparison in words. Leave out value and against_value."
     if claim.says and not claim.against and claim.metric != "none":
         yield f"{label}: says = {claim.says} needs `against`, the system that it is compared with."
     if (claim.margin is not None) != (claim.says == "equal"):
-        yield f"{label}: give a margin if and only if says = equal: within which difference are the two equal?"
+        yield f"{label}: give a margin (the largest difference at which the two are equal) if and only if says = equal."
     if claim.margin is not None and not claim.margin > 0:
         yield f"{label}: margin = {claim.margin:g} is not positive."
     if claim.margin is not None and claim.unit == "x":
-        yield f"{label}: a margin is a difference: in %, in pp, or in the metric's own unit."
+        yield f"{label}: a margin is a difference. Give it in %, in pp, or in the metric's own unit."
 
 
 def repetition_problems(claim: Claim, paper: Paper, label: str) -> Iterator[str]:
     """Problems with `restates` and `copy_of`."""
     if claim.restates and claim.copy_of:
-        yield f"{label}: it cannot both restate {claim.restates} and be a copy of {claim.copy_of}."
+        yield f"{label}: it has both restates = {claim.restates} and copy_of = {claim.copy_of}. Leave one out."
     by_id = {other.id: other for other in paper.claims}
     for key in ("restates", "copy_of"):
         if not (name := getattr(claim, key)):
@@ -254,13 +254,15 @@ def repetition_problems(claim: Claim, paper: Paper, label: str) -> Iterator[str]
         if (other := by_id.get(name)) is None or other is claim:
             yield f"{label}: {key}: there is no other claim {name}{did_you_mean(name, by_id)}"
         elif other.restates or other.copy_of:
-            yield f"{label}: {key} = {name} is itself a repetition: name {other.restates or other.copy_of}."
+            yield f"{label}: {key} = {name} is itself a repetition. Name {other.restates or other.copy_of} instead."
         elif key == "restates" and (claim.metric, claim.entries) != (other.metric, other.entries):
             yield f"{label}: it restates {name}, which is about {subject(other)}, not {subject(claim)}."
         elif key == "restates" and {claim.system, claim.against} != {other.system, other.against}:
-            yield f"{label}: it restates {name}, which is of {other.system} and {other.against or 'no other system'}."
+            yield (
+                f"{label}: it restates {name}, which is about {other.system} and {other.against or 'no other system'}."
+            )
         elif key == "copy_of" and not is_nearly(claim.value, other.value):
-            yield f"{label}: it is called a copy of {name}, but the two numbers differ by more than {SAME_NUMBER:.0%}."
+            yield f"{label}: copy_of = {name}, but the two numbers differ by more than {SAME_NUMBER:.0%}."
 
 
 def subject(claim: Claim) -> str:
@@ -275,11 +277,11 @@ def is_nearly(one: float | None, other: float | None) -> bool:
 def unit_problems(claim: Claim, paper: Paper, label: str) -> Iterator[str]:
     """Problems with the unit of a claim and with the number that it is compared with."""
     if claim.unit not in UNITS:
-        yield f"{label}: unknown unit {claim.unit}: omit it, or give one of {', '.join(UNITS[1:])}."
+        yield f"{label}: unknown unit {claim.unit}. Omit it, or give one of {', '.join(UNITS[1:])}."
     if claim.is_change and not claim.unit and claim.value is not None and claim.metric != "none":
         yield f"{label}: a change against {claim.against} needs a unit (%, pp or x) or an against_value."
     if claim.unit in ("pp", "x") and not claim.is_change and not claim.says:
-        yield f"{label}: {claim.unit} is the unit of a change: give `against`, and no against_value."
+        yield f"{label}: {claim.unit} is the unit of a change. Give `against`, and no against_value."
     if claim.against_value is not None and not any(
         (other.system, other.metric, other.entries, other.value, other.unit)
         == (claim.against, claim.metric, claim.entries, claim.against_value, claim.unit)
@@ -292,6 +294,6 @@ def check_metric_name(metric: str, label: str) -> Iterator[str]:
     """Yield an error unless the name is `none`, a number of a metric, or a scalar that training logs."""
     if metric != "none" and not metric.startswith(f"{TRAINING_LOG}.") and metric not in CLAIM_METRICS:
         yield (
-            f"{label}: unknown metric {metric}: expected a number of a metric, {TRAINING_LOG}.<scalar>, or none"
+            f"{label}: unknown metric {metric}. Expected a number of a metric, {TRAINING_LOG}.<scalar>, or none"
             f"{did_you_mean(metric, CLAIM_METRICS)}"
         )

@@ -13,7 +13,7 @@ NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "
 def printed_numbers(quote: str) -> list[tuple[float, int]]:
     """The numbers in a line, each with its number of printed decimals.
 
-    1,735 is one number. In 5.4x, 3.5×, 82.4% and ±0.0002 the unit or sign is ignored. A hyphen between two numbers is
+    1,735 is one number. In 5.4x, 3.5×, 82.4% and ±0.0002, the unit or the ± is ignored. A hyphen between two numbers is
     not a minus. 3×10^{-4} is one number with 4 decimals.
     """
     numbers = []
@@ -27,6 +27,6 @@ def printed_numbers(quote: str) -> list[tuple[float, int]]:
 
 
 def is_same_number(number: float, value: float, either_sign: bool = False) -> bool:
-    """Whether a printed number equals the value or, with `either_sign`, its negative, since the sign of a change is
-    often expressed in words."""
+    """Whether a printed number equals the value or, if `either_sign` is true, its negative, because the sign of a
+    change is often expressed in words."""
     return math.isclose(number, value, rel_tol=1e-9) or (either_sign and math.isclose(number, -value, rel_tol=1e-9))

@@ -1,4 +1,5 @@
-"""Compare a paper's claims with the measured numbers, in one reading of the paper. Only runs that pass gates count."""
+"""Compare a paper's claims with the measured numbers, in one reading of the paper. Only runs that pass the gates
+count."""
 
 import math
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from .verdict import (
 )
 
 NO_RUN_PASSES = "all of its runs fail a gate"
-STAND_INS = ("sparse_probing", "scr")  # metrics with a `_stdlib` variant, which needs no dataset from the Hub
+STAND_INS = ("sparse_probing", "scr")  # metrics with a variant `_stdlib`, which needs no dataset from the Hub
 L0 = Claim(id="l0", where="", quote="", metric="core.sparsity.l0")
 LOGGED_L0 = Claim(id="l0", where="", quote="", metric="training.l0")
 
@@ -77,7 +78,7 @@ class PaperReport:
 
     @property
     def outlier_rows(self) -> int:
-        """The largest number of outlier rows that a run's numbers count, as SAEBench's definitions do."""
+        """The largest number of outlier rows that are included in a run's numbers, as in SAEBench's definitions."""
         return max((r.n.get(OUTLIERS, 0) for run in self.runs for r in run.run.results.values()), default=0)
 
     @property
@@ -87,7 +88,7 @@ class PaperReport:
 
     @property
     def distinct_runs(self) -> list[SystemRun]:
-        """The runs without repetition: a system can be part of another, as `run-01` is part of `runs` in paper 000."""
+        """The runs without repetition. A run can belong to several systems, as to `run-01` and `runs` in paper 000."""
         return list({run.run.folder: run for run in self.runs}.values())
 
     @property
@@ -108,7 +109,7 @@ def build_report(
 ) -> PaperReport:
     """Every claim of the paper, in order, with its verdict in the reading in which the runs were trained.
 
-    Nothing is trained or measured: a report can be made again from the same folders. Runs that fail a gate count as not
+    Nothing is trained or measured, so a report can be rebuilt from the same folders. Runs that fail a gate count as not
     measured.
 
     Raises:
@@ -124,12 +125,14 @@ def build_report(
 
 
 def find_reading(paper: Paper, on_paper_model: bool, name: str | None) -> Reading:
-    """The reading called `name`. By default, the first on the paper's model and `field` on other models."""
+    """The reading called `name`. By default, the first reading on the paper's model, and `field` on other models."""
     name = name or (paper.readings[0].name if on_paper_model else FIELD)
     for reading in paper.readings:
         if reading.name == name:
             return reading
-    raise UsageError(f"Paper {paper.number} has no reading {name}: {', '.join(one.name for one in paper.readings)}.")
+    raise UsageError(
+        f"Paper {paper.number} has no reading {name}. Choose from {', '.join(one.name for one in paper.readings)}."
+    )
 
 
 Values = dict[int, float]  # seed -> the metric
@@ -203,7 +206,8 @@ def describe_substitutions(substituted: Sequence[Substitution]) -> list[str]:
 
 
 def notes_on_runs(claim: Claim, runs: Sequence[SystemRun], layers: Sequence[int], on_paper_model: bool) -> list[str]:
-    """Notes where the measured numbers are not exactly what is claimed: another layer or dataset, or a mean."""
+    """Notes on measured numbers that are not exactly what is claimed: at another layer, on another dataset, or a
+    mean."""
     notes = []
     if set(layers) != set(claim.layers):
         relation = "of" if set(layers) < set(claim.layers) else "instead of"
@@ -213,7 +217,7 @@ def notes_on_runs(claim: Claim, runs: Sequence[SystemRun], layers: Sequence[int]
     if claim.metric.startswith(f"{TRAINING_LOG}.") and claim.at == "first":
         first = max(int(run.log[0].get("step", 1)) for run in runs)
         if first > 1:
-            notes.append(f"the mean of the first {first:,} steps, which is all that these runs logged")
+            notes.append(f"the mean of the first {first:,} steps, because these runs did not log single steps")
     return notes
 
 
@@ -223,13 +227,13 @@ def describe_claim(claim: Claim) -> list[str]:
 
 
 def describe_restatement(claim: Claim) -> list[str]:
-    return [f"the comparison of {claim.restates} again"] if claim.restates else []
+    return [f"the same comparison as {claim.restates}"] if claim.restates else []
 
 
 def l0_of_both(
     pair: tuple[tuple[str, str], tuple[str, str]], runs: Sequence[SystemRun], on_paper_model: bool
 ) -> tuple[float, float] | None:
-    """The mean L0 of two systems, given as (system, recipe): from core, or else from the last steps of training."""
+    """The mean L0 of two systems, given as (system, recipe), from core, or else from the last steps of training."""
     for claim in (L0, LOGGED_L0):
         own, other = (values_by_seed(claim, *one, runs, on_paper_model) for one in pair)
         if own and other:
@@ -238,8 +242,8 @@ def l0_of_both(
 
 
 def printed_l0_ratio(claim: Claim, paper: Paper) -> float | None:
-    """The ratio of the L0 that the paper prints for the claim's system to the other system's L0. None if it does not
-    print both, or contradicts itself about them."""
+    """The ratio of the L0 that the paper prints for the claim's system to the L0 that it prints for the other system.
+    None if it does not print both, or contradicts itself about them."""
     printed = {}
     for one in paper.claims:
         if one.metric != L0.metric or one.value is None or paper.inconsistent(one):
@@ -256,7 +260,8 @@ def printed_l0_ratio(claim: Claim, paper: Paper) -> float | None:
 
 
 def layers_of(claim: Claim, runs: Sequence[SystemRun], on_paper_model: bool) -> list[int]:
-    """The claim's layers that were trained. On another model, if none of them were, all trained layers."""
+    """The claim's layers that were trained. On another model, all trained layers if none of the claim's layers was
+    trained."""
     trained = sorted({run.layer for run in runs})
     claimed = [layer for layer in trained if layer in claim.layers]
     return claimed if claimed or on_paper_model else trained
@@ -270,7 +275,7 @@ def recipes_of(system: str, paper: Paper) -> Sequence[str]:
 def values_by_seed(
     claim: Claim, system: str, recipe: str, runs: Sequence[SystemRun], on_paper_model: bool
 ) -> dict[int, float]:
-    """Seed -> the claim's metric, in the runs of a system and recipe; without a recipe, in any run."""
+    """Seed -> the claim's metric, in the runs of a system and recipe; if `recipe` is empty, in any run."""
     values: dict[int, float] = {}
     for run in runs:
         if (recipe and (run.system, run.recipe) != (system, recipe)) or run.seed in values:
@@ -282,7 +287,7 @@ def values_by_seed(
 
 
 def results_with_stand_ins(run: SystemRun, on_paper_model: bool) -> dict[str, MetricResult]:
-    """The run's results. On another model the `_stdlib` variant replaces a metric that was not measured."""
+    """The run's results. On another model, the variant `_stdlib` replaces a metric that was not measured."""
     results = dict(run.run.results)
     if not on_paper_model:
         for name in STAND_INS:
@@ -292,7 +297,7 @@ def results_with_stand_ins(run: SystemRun, on_paper_model: bool) -> dict[str, Me
 
 
 def uses_stand_in(metric: str, runs: Sequence[SystemRun], on_paper_model: bool) -> bool:
-    """Whether any run's number comes from the `_stdlib` variant of the metric."""
+    """Whether any run's number comes from the variant `_stdlib` of the metric."""
     name = metric.split(".")[0]
     if on_paper_model or name not in STAND_INS:
         return False
@@ -300,11 +305,11 @@ def uses_stand_in(metric: str, runs: Sequence[SystemRun], on_paper_model: bool) 
 
 
 def format_measured(claim: Claim, shown: Sequence[tuple[Sequence[float], Sequence[float]]]) -> str:
-    """The mean and sd over seeds, also for the other system if there is one; the range with several recipes or
-    layers."""
+    """The mean and sd over seeds, also for the other system if there is one. For several recipes or layers, the range
+    of means."""
     if not shown:
         return ""
-    relative = claim.unit == "%" and (claim.is_change or claim.says)  # % of the other system's number, in any unit
+    relative = claim.unit == "%" and (claim.is_change or claim.says)  # % of the other system's number
     scale = 100 if claim.unit in ("%", "pp") and not relative else 1
     sign = " %" if scale == 100 else ""
 
@@ -320,8 +325,8 @@ def format_measured(claim: Claim, shown: Sequence[tuple[Sequence[float], Sequenc
 
 
 def format_difference(claim: Claim, measured: Sequence[tuple[Values, Values]]) -> str:
-    """The mean difference between the two systems over seeds, with the interval that decides; with several recipes or
-    layers, the range. It is a multiple if the claim is one."""
+    """The mean difference between the two systems over seeds, with the interval that decides the verdict. For several
+    recipes or layers, the range of means. It is a multiple if the claim is a multiple."""
     level = EQUIVALENCE if claim.says == "equal" else CONFIDENCE
     in_unit = claim.is_change or claim.says
     unit = {"%": " %", "pp": " pp", "x": " x"}.get(claim.unit, "") if in_unit else ""
@@ -346,7 +351,7 @@ def shown_layer(report: PaperReport) -> int:
 
 
 def runs_by_system(report: PaperReport) -> dict[str, list[SystemRun]]:
-    """The runs at the shown layer by system; by recipe for a system with several recipes.
+    """The runs at the shown layer, by system; for a system with several recipes, by recipe.
 
     A system is left out if its runs also belong to a system with several recipes, so that no run is shown twice.
     """
@@ -361,7 +366,7 @@ def runs_by_system(report: PaperReport) -> dict[str, list[SystemRun]]:
 
 
 def metric_values(metric: str, runs: Sequence[SystemRun], on_paper_model: bool) -> list[float]:
-    """The values of a metric, named as in claims, in each run that passes the gates and has it."""
+    """The values of a metric, named as in claims, in the runs that pass the gates and have the metric."""
     claim = Claim(id="", where="", quote="", metric=metric)
     sound = [run for run in runs if not run.failed_gates()]
     values = [measured_value(claim, results_with_stand_ins(run, on_paper_model), run.log) for run in sound]
@@ -369,7 +374,7 @@ def metric_values(metric: str, runs: Sequence[SystemRun], on_paper_model: bool) 
 
 
 def unreported_table(report: PaperReport) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a line for each thing that the paper measures without a number: our mean and sd."""
+    """Headings, and a line for each measurement that the paper mentions without a number, with our mean and sd."""
     groups = runs_by_system(report)
     lines = []
     for one in report.paper.unreported:

@@ -1,4 +1,4 @@
-"""The runs of a paper's systems: their logs, and the gates that they must pass in order to count."""
+"""The runs of a paper's systems: their logs, and the gates that a run must pass to count."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from ..compare_charts import read_metrics_log
 from ..compared_runs import ComparedRun
 from ..metrics.base import MetricResult
 
-MIN_ALIVE = 0.10  # share of latents that fire; below it the SAE has collapsed
+MIN_ALIVE = 0.10  # an SAE in which a smaller share of the latents fires has collapsed
 VARIANCE_TOLERANCE = 0.10  # allowed difference between explained variance on held-out text and in the last steps
 
 
@@ -42,7 +42,7 @@ class SystemRun:
 
     @property
     def resolved(self) -> Mapping[str, Any]:
-        """Every option of the run, whether given or default."""
+        """Every option of the run, including defaults."""
         return self.run.record.get("resolved", {})
 
     @property
@@ -51,7 +51,8 @@ class SystemRun:
 
     @property
     def warmup(self) -> int:
-        """The steps over which the learning rate rises; by default 1,000, or a tenth of a shorter run."""
+        """The number of steps over which the learning rate rises; by default 1,000, or a tenth of the run if that is
+        less."""
         warmup = self.resolved.get("warmup")
         return min(1000, self.run.record["steps"] // 10) if warmup is None else warmup
 
@@ -70,9 +71,9 @@ class SystemRun:
         record, core, failed = self.run.record, self.run.results.get("core"), []
         last = self.log[-1] if self.log else {}
         if record["steps"] < 1 or self.steps_done < record["steps"]:
-            failed.append(f"it made {self.steps_done:,} of {record['steps']:,} steps")
+            failed.append(f"it completed only {self.steps_done:,} of {record['steps']:,} steps")
         if self.is_within_warmup and self.warmup > (self.printed_warmup or 0):
-            failed.append(f"its learning rate never reached its peak: {self.warmup:,} warm-up steps")
+            failed.append(f"its learning rate never reached its peak, because it has {self.warmup:,} warm-up steps")
         alive = core.sound.metrics.get("misc_metrics", {}).get("frac_alive") if core is not None else None
         if alive is None and "dead" in last:  # mode 2024-12 has no frac_alive
             alive = 1 - last["dead"]
@@ -82,7 +83,7 @@ class SystemRun:
             trained, held_out = last.get("explained_variance"), explained_variance(core)
             if trained is not None and held_out is not None and abs(held_out - trained) > VARIANCE_TOLERANCE:
                 failed.append(
-                    f"it explains {held_out:.3f} of the variance of held-out text, but {trained:.3f} in training"
+                    f"it explains {held_out:.3f} of the variance on held-out text, but {trained:.3f} in training"
                 )
         return failed
 

@@ -11,8 +11,8 @@ from .claims import Paper, PaperSetup
 from .runs import SystemRun
 
 NOT_PRINTED = "not printed"
-MAX_VALUES = 4  # at most this many different values of a setting are listed
-L1_WARMUP_SHARE = 20  # a penalty without a given warm-up rises over a 20th of the run, as in sae.train.variant
+MAX_VALUES = 4  # number of different values of a setting that are listed at most
+L1_WARMUP_SHARE = 20  # by default, the warm-up of a penalty takes a 20th of the run, as in sae.train.variant
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class SettingRow:
-    """One setting: `printed` is the paper's value, or None if it prints none; `ours` reads a run's value. A setting
-    that is not printed counts as `unprinted`. `show` formats a value."""
+    """One setting. `printed` is the paper's value, or None if the paper prints none; runs are then compared with
+    `unprinted`. `ours` reads a run's value, and `show` formats a value."""
 
     name: str
     printed: Any
@@ -38,7 +38,7 @@ class SettingRow:
 
 
 def compare_settings(paper: Paper, runs: Sequence[SystemRun]) -> list[Setting]:
-    """Every setting in which runs and paper can be compared. Settings that no run records are left out."""
+    """Every setting by which runs and paper can be compared. Settings that no run records are left out."""
     if not runs:
         return []
     settings = [layer_setting(paper, runs), width_setting(paper, runs)]
@@ -56,7 +56,7 @@ def compare_settings(paper: Paper, runs: Sequence[SystemRun]) -> list[Setting]:
 
 
 def show_values(systems: dict[Any, list[str]], show: Callable[[Any], str]) -> str:
-    """The values, the most frequent first; the other values are followed by the systems that have them."""
+    """The values, the most frequent first. Each of the other values is followed by the systems that have it."""
     ordered = sorted(systems, key=lambda value: -len(systems[value]))
     texts = [show(ordered[0]), *(f"{show(value)} ({', '.join(systems[value])})" for value in ordered[1:MAX_VALUES])]
     return "; ".join(texts) + (f"; and {len(ordered) - MAX_VALUES} more" if len(ordered) > MAX_VALUES else "")
@@ -95,7 +95,7 @@ def warmup(run: SystemRun) -> int | None:
 
 
 def limit(run: SystemRun) -> float | None:
-    """The limit of the gradient's norm; 0 for none, None if it is unknown."""
+    """The limit of the gradient's norm; 0 if there is no limit, None if it is unknown."""
     return (run.resolved["clip"] or 0.0) if "clip" in run.resolved else None
 
 
@@ -109,11 +109,12 @@ def steps(value: int) -> str:
 
 def describe_fall(start: float) -> str:
     """The point from which the learning rate falls, in words."""
-    return "none" if start >= 1 else f"linearly to 0 from {start:.0%} of the run on"
+    return "none" if start >= 1 else f"linearly to 0, starting at {start:.0%} of the run"
 
 
 def describe_decay(options: Any) -> str | None:
-    """A description of weight decay: how large, on what, and in which form; None if it is not given."""
+    """A description of weight decay: its size, its form, and the parameters that it applies to; None if it is not
+    recorded."""
     if (value := options.get("weight_decay")) is None:
         return None
     if not value:
@@ -123,7 +124,7 @@ def describe_decay(options: Any) -> str | None:
 
 
 def l1_warmup(run: SystemRun) -> int | None:
-    """The steps over which the L1 penalty rises; None for a recipe without one."""
+    """The number of steps over which the L1 penalty rises; None for a recipe without L1 penalty."""
     if "l1_warmup" not in run.resolved or run.resolved.get("l1") == 0:
         return None
     given = run.resolved["l1_warmup"]
@@ -143,7 +144,7 @@ def layer_setting(paper: Paper, runs: Sequence[SystemRun]) -> Setting:
 
 
 def width_setting(paper: Paper, runs: Sequence[SystemRun]) -> Setting:
-    """The widths. They count as different if a run's multiple of d_in differs from that of its system in the paper."""
+    """The widths. They count as different if d_sae / d_in of a run differs from that of its system in the paper."""
     setup = paper.setup
     systems: dict[Any, list[str]] = {}
     differs = False

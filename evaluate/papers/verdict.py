@@ -14,54 +14,55 @@ Verdict = Literal[
     "reproduced", "direction only", "equivalent within the margin", "contradicted", "not equivalent",
     "not of the paper's equation", "mechanism inactive", "not comparable", "not measured", "paper inconsistent", "copy",
 ]  # fmt: skip
-# Worst first. A claim about several recipes or layers gets the worst of their verdicts.
+# Worst first. A claim about several recipes or layers gets the worst of the verdicts on them.
 WORST_FIRST: tuple[Verdict, ...] = (
     "copy", "paper inconsistent", "contradicted", "not equivalent", "not of the paper's equation", "not measured",
     "mechanism inactive", "not comparable", "direction only", "equivalent within the margin", "reproduced",
 )  # fmt: skip
 MEANINGS: dict[Verdict, str] = {  # the meaning of each verdict, in one line
     "reproduced": "on the paper's model and with three seeds or more, the mean is within 5 % of the claimed number or "
-    "rounds to it, and the whole 95 % interval is within 10 % or twice the rounding; where a number is also claimed "
-    "for the system it is compared with, that system's mean is as near to that",
+    "rounds to it, and the whole 95 % interval is within 10 % or twice the rounding; if a number is also "
+    "claimed for the system it is compared with, that system's mean is equally near to its number",
     "direction only": "the two systems differ in the claimed direction, and so does the whole 95 % interval over seeds",
     "equivalent within the margin": "the two systems are claimed to be equal, and the 90 % interval of their "
     "difference lies within a margin that was fixed before anything was measured (two one-sided tests at 5 %)",
-    "contradicted": "the two systems have like L0, and the whole 95 % interval of their difference is in the "
-    "direction opposite to the claimed one; on the paper's model also if the interval excludes the claimed number, or "
-    "is within a tenth of the claimed difference around zero",
-    "not equivalent": "the two systems are claimed to be equal, and on another model than the paper's the whole 90 % "
+    "contradicted": "the two systems have similar L0, and the whole 95 % interval of their difference is "
+    "opposite to the claimed direction; on the paper's model, also if the interval excludes the claimed number, or "
+    "lies around zero within a tenth of the claimed difference",
+    "not equivalent": "the two systems are claimed to be equal, but on a model other than the paper's, the whole 90 % "
     "interval of their difference lies outside the margin",
-    "not of the paper's equation": "in this reading another equation replaces one that the claim is about, so the "
-    "numbers can neither reproduce nor contradict the claim",
-    "mechanism inactive": "the mechanism that the claim is about did nothing in these runs: the number that counts "
-    "what it did stayed at 0, or the weights equal those of the run without it, bit for bit",
-    "not comparable": "the claim is one number and this is another model; or the two systems have unlike L0; or there "
-    "are too few seeds, or they spread too widely, to decide",
-    "not measured": "we have no metric for the claim, or no run that passes the gates has the number",
-    "paper inconsistent": "the paper contradicts the claim itself",
+    "not of the paper's equation": "this reading replaces an equation that the claim is about, so the numbers can "
+    "neither reproduce nor contradict the claim",
+    "mechanism inactive": "the mechanism that the claim is about had no effect in these runs: the counter of its "
+    "actions stayed at 0, or the weights equal those of the run without it, bit for bit",
+    "not comparable": "the claim is a single number and this is another model; or the L0 of the two systems differ "
+    "too much; or there are too few seeds, or they differ too much, to decide",
+    "not measured": "there is no metric for the claim, or no run that passes the gates has the number",
+    "paper inconsistent": "the paper itself contradicts the claim",
     "copy": "the paper prints the number of another row again, for another system; it is judged in that row",
 }
 ValueBySeed = Mapping[int, float]  # seed -> the metric in its own unit
 
 MIN_SEEDS = 3  # for `reproduced`
-MEAN_TOLERANCE = SAME_NUMBER  # share of the claimed number by which the mean over seeds may differ
-INTERVAL_TOLERANCE = 0.10  # share of the claimed number within which the 95 % interval of that mean must lie
-NO_EFFECT = 0.10  # a difference below this share of the claimed effect counts as no effect, on the paper's model
-EQUIVALENCE = 0.90  # of the interval that must lie within the margin: two one-sided tests at 5 %
+MEAN_TOLERANCE = SAME_NUMBER  # largest deviation of the mean over seeds, as a share of the claimed number
+INTERVAL_TOLERANCE = 0.10  # largest deviation of the ends of its 95 % interval, as a share of the claimed number
+NO_EFFECT = 0.10  # on the paper's model, a difference below this share of the claimed effect counts as no effect
+EQUIVALENCE = 0.90  # level of the interval that must lie within the margin: two one-sided tests at 5 %
 LIKE_L0 = 1.10  # largest ratio of two L0 values that count as alike
-# Metrics that do not depend on L0, or are L0 itself. Every other metric gets better or worse with L0 alone.
+# Metrics that do not depend on L0, or are L0 itself. Every other metric changes with L0 alone.
 FREE_OF_L0 = ("core.sparsity.l0", "core.sparsity.l1", "absorption.n.", "sparse_probing.llm.", "training.l0", STEP_TIME)
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """The conditions on which a verdict depends, other than the measured numbers.
+    """The conditions that affect a verdict, in addition to the measured numbers.
 
     Attributes:
         l0: the measured L0 of the claim's two systems, or None if it is unknown or there is no other system.
-        printed_l0: the ratio of the first system's L0 to the other's in the paper, or None if it prints none.
+        printed_l0: the ratio of the first system's L0 to the other system's L0 in the paper; None if it does not print
+        them.
         substituted: the reading replaces an equation that the claim is about.
-        inactive: the mechanism that the claim is about did nothing.
+        inactive: the mechanism that the claim is about had no effect.
     """
 
     on_paper_model: bool
@@ -84,7 +85,7 @@ def measured_value(
 ) -> float | None:
     """The claim's metric in the results of one run or in its metrics.jsonl; None if it was not measured.
 
-    This is SAEBench's number, over all rows, because the papers do not leave out outlier rows.
+    This is SAEBench's number over all rows, because the papers do not leave out outlier rows.
     """
     metric, _, rest = claim.metric.partition(".")
     if metric == TRAINING_LOG:
@@ -116,35 +117,37 @@ def judge(claim: Claim, values: Mapping[str, ValueBySeed], conditions: Condition
     The first rule that applies decides. T is the claim's target, and an interval is the 95 % interval of Student's t
     for the mean over seeds. Differences are taken between runs with the same seed, at least two.
 
-    - copy: the paper prints another row's number.
+    - copy: the paper prints the number of another row.
     - paper inconsistent: the paper itself contradicts the claim.
-    - not measured: no metric measures the claim, or a system that is needed has no number.
-    - mechanism inactive: the mechanism that the claim is about did nothing (see mechanisms.py).
+    - not measured: no metric measures the claim, or a system has no number although it is needed.
+    - mechanism inactive: the mechanism that the claim is about had no effect (see mechanisms.py).
 
     Then the numbers decide (`judge_numbers`):
 
     - reproduced (on the paper's model only): at least 3 seeds, their mean within d = max(5 % of |T|, half of the last
-      printed digit) of T, and its interval within 2 d of T; and if the paper also prints the other system's number and
-      that system was run, its mean is as near to its printed number.
-    - contradicted: the whole interval of the difference of the two systems lies on the opposite side of zero from the
-      paper's. On the paper's model, a claim is also contradicted if the interval lies within a tenth of the claimed
-      difference, or does not overlap T +- d. This does not apply to other models, to which sizes do not carry over.
-    - direction only: the whole interval of the difference lies on the paper's side of zero. There is no direction
-      between two printed numbers that differ by one unit of their last digit, and no interval if the differences of two
-      seeds are equal.
+      printed digit) of T, and its interval within 2 d of T. If the paper also prints the other system's number and that
+      system was run, its mean must be equally near to its printed number.
+    - contradicted: the whole interval of the difference between the two systems lies on the opposite side of zero from
+      the paper's. On the paper's model, a claim is also contradicted if the interval lies within a tenth of the claimed
+      difference, or does not overlap T +- d. This does not apply to other models, because sizes do not carry over to
+      them.
+    - direction only: the whole interval of the difference lies on the same side of zero as in the paper. Two printed
+      numbers that differ by one unit of their last digit have no direction, and two seeds with equal differences have
+      no interval.
     - equivalent within the margin (for a claim that two systems are equal): the 90 % interval of the difference lies
       within +- the margin, which is two one-sided tests at 5 %. If the whole interval lies outside, the claim is
-      contradicted on the paper's model, and `not equivalent` on another, since a margin is a size.
-    - not comparable: everything else, such as a single number on another model, or too few or too widely spread seeds.
+      contradicted on the paper's model and `not equivalent` on other models, because a margin is a size.
+    - not comparable: everything else, such as a single number on another model, or seeds that are too few or differ too
+      much.
 
-    Two things can replace the verdict by the numbers:
+    Two conditions can replace this verdict:
 
-    - not comparable, because of L0 (on another model, and for every metric that L0 moves): the L0 of the two systems
-      differ by more than 10 %. If the paper itself compares them at L0 values that differ in the same direction, the
-      verdict can be `direction only` but nothing more. If the paper compares at different L0 and ours are alike,
-      nothing is contradicted either.
-    - not of the paper's equation: the reading replaces an equation that the claim is about, so that it can be neither
-      reproduced nor contradicted.
+    - not comparable, because of L0 (on another model, and for every metric that changes with L0): the L0 of the two
+      systems differ by more than 10 %. If the paper itself compares them at L0 values that differ in the same
+      direction, the verdict can be at most `direction only`. If the paper compares them at different L0 and ours are
+      alike, the claim cannot be contradicted.
+    - not of the paper's equation: the reading replaces an equation that the claim is about, so that the claim can be
+      neither reproduced nor contradicted.
     """
     if claim.copy_of:
         return Judgement("copy", f"of {claim.copy_of}")
@@ -164,7 +167,7 @@ def judge(claim: Claim, values: Mapping[str, ValueBySeed], conditions: Condition
 def judge_numbers(
     claim: Claim, system: Sequence[float], pairs: Sequence[tuple[float, float]], on_paper_model: bool
 ) -> Judgement:
-    """The verdict by the numbers alone, regardless of L0 and substitutions; see `judge`."""
+    """The verdict based on the numbers alone, regardless of L0 and substitutions; see `judge`."""
     changes = differences(claim, pairs)
     if claim.says == "equal":
         return judge_equality(claim, confidence_interval(changes, EQUIVALENCE), on_paper_model)
@@ -173,7 +176,7 @@ def judge_numbers(
         return Judgement("reproduced")
     shares = changes if claim.is_change else paired_changes("share", pairs)
     if on_paper_model and has_no_effect(claim, confidence_interval(shares)):
-        return Judgement("contradicted", f"the difference is below {NO_EFFECT:.0%} of the claimed one")
+        return Judgement("contradicted", f"the difference is below {NO_EFFECT:.0%} of the claimed difference")
     found = judge_direction(claim, confidence_interval(changes))
     if found.verdict == "not comparable" and on_paper_model and excludes(claim, numbers):
         return Judgement("contradicted", "the interval excludes the claimed number")
@@ -181,35 +184,37 @@ def judge_numbers(
 
 
 def differences(claim: Claim, pairs: Sequence[tuple[float, float]]) -> list[float]:
-    """By how much the system exceeds the other, pair by pair: in the unit of the claimed change or margin, else in the
-    metric's own. It is never a multiple, so 0 means no difference."""
+    """By how much the system exceeds the other system, for each pair: in the unit of the claimed change or margin, else
+    in the metric's own unit. It is never a multiple, so 0 means no difference."""
     in_unit = claim.is_change or claim.says
     return [change - (claim.unit == "x") for change in paired_changes(claim.unit if in_unit else "", pairs)]
 
 
 def judge_direction(claim: Claim, interval: Interval | None) -> Judgement:
-    """Whether the whole interval of the difference lies on the claimed side of zero."""
+    """The verdict from whether the whole interval of the difference lies on the claimed side of zero."""
     if claim.is_within_rounding:
-        return Judgement("not comparable", "the two printed numbers may be the same one, rounded")
+        return Judgement("not comparable", "the two printed numbers may be the same number, rounded differently")
     if not claim.direction:
         return Judgement("not comparable")
     if interval is None:
-        return Judgement("not comparable", "fewer than two seeds of both systems, or two with the same difference")
-    low, high = interval if claim.direction > 0 else (-interval[1], -interval[0])  # positive: the direction claimed
+        return Judgement(
+            "not comparable", "fewer than two seeds of both systems, or two seeds with the same difference"
+        )
+    low, high = interval if claim.direction > 0 else (-interval[1], -interval[0])  # positive: the claimed direction
     if high < 0:
         return Judgement("contradicted")
     return Judgement("direction only") if low > 0 else Judgement("not comparable", "the interval includes 0")
 
 
 def judge_equality(claim: Claim, interval: Interval | None, on_paper_model: bool) -> Judgement:
-    """Whether the whole interval of the difference lies within the margin, or outside."""
+    """The verdict from whether the whole interval of the difference lies within the margin, or outside."""
     if interval is None or claim.margin is None:
         return Judgement("not comparable", "fewer than two seeds of both systems")
     if is_within(interval, -claim.margin, claim.margin):
         return Judgement("equivalent within the margin")
     if interval[0] > claim.margin or interval[1] < -claim.margin:
         return Judgement("contradicted" if on_paper_model else "not equivalent")
-    return Judgement("not comparable", "the interval reaches over the margin")
+    return Judgement("not comparable", "the interval includes an end of the margin")
 
 
 def agrees(claim: Claim, numbers: Sequence[float]) -> bool:
@@ -223,8 +228,8 @@ def agrees(claim: Claim, numbers: Sequence[float]) -> bool:
 
 
 def other_agrees(claim: Claim, numbers: Sequence[float]) -> bool:
-    """Whether the other system's number also agrees with its printed number, as a reproduced comparison requires. True
-    if the paper prints none or the other system was not run."""
+    """Whether the other system's number also agrees with its printed number, as required for `reproduced`. True if the
+    paper does not print it or the other system was not run."""
     if claim.against_value is None or not numbers:
         return True
     scale = 100 if claim.unit == "%" else 1
@@ -247,14 +252,15 @@ def nearness(claim: Claim, target: float) -> float:
 
 
 def has_no_effect(claim: Claim, shares: Interval | None) -> bool:
-    """Whether the whole interval of the difference, in the form of the claimed effect, is within a tenth of it."""
+    """Whether the whole interval of the difference, in the unit of the claimed effect, is within a tenth of this
+    effect."""
     if not claim.effect or shares is None:
         return False
     return is_within(shares, -NO_EFFECT * abs(claim.effect), NO_EFFECT * abs(claim.effect))
 
 
 def withhold(claim: Claim, found: Judgement, conditions: Conditions) -> Judgement:
-    """The verdict by the numbers, replaced if L0 or a substituted equation does not allow it; see `judge`."""
+    """The verdict based on the numbers, replaced if L0 or a substituted equation does not allow it; see `judge`."""
     found = allow_for_l0(claim, found, conditions)
     if conditions.substituted and found.verdict in ("reproduced", "contradicted", "not equivalent"):
         return Judgement("not of the paper's equation")
@@ -271,11 +277,11 @@ def allow_for_l0(claim: Claim, found: Judgement, conditions: Conditions) -> Judg
     decisive = found.verdict in ("contradicted", "not equivalent")
     if not here:
         if printed and decisive:
-            return Judgement("not comparable", f"{at}, where the paper compares at unlike L0")
+            return Judgement("not comparable", f"{at}, but the paper compares at different L0")
         return Judgement(found.verdict, at) if decisive and f"{own:.3g}" != f"{other:.3g}" else found
     if printed != here:
         return Judgement("not comparable", at)
-    reason = f"the paper's own comparison, at unlike L0: {own:.3g} against {other:.3g}"
+    reason = f"the L0 differ as in the paper's own comparison: {own:.3g} against {other:.3g}"
     return Judgement("direction only" if found.verdict == "direction only" else "not comparable", reason)
 
 
@@ -301,8 +307,8 @@ def combine_judgements(judgements: Iterable[Judgement]) -> Judgement:
 
 
 def paired_changes(unit: str, pairs: Sequence[tuple[float, float]]) -> list[float]:
-    """The change in each pair (system, other). Without a unit, it is the difference; otherwise it is in % of the other,
-    in pp, as x times the other, or as a share of the other.
+    """The change in each pair (system, other). If `unit` is empty, it is the difference; otherwise it is in % of the
+    other value, in pp, as x times the other value, or as a share of the other value.
 
     Empty if a value of the other system is zero, except for differences and changes in pp.
     """
@@ -318,7 +324,7 @@ def paired_changes(unit: str, pairs: Sequence[tuple[float, float]]) -> list[floa
 def confidence_interval(values: Sequence[float], level: float = CONFIDENCE) -> Interval | None:
     """The interval of the mean by Student's t; None for fewer than two values or values that are not finite.
 
-    Also None for two equal values other than 0, such as counts, because they say nothing about the spread.
+    Also None for two equal values other than 0, such as counts, because the spread is then unknown.
     """
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return None

@@ -60,8 +60,8 @@ def test_the_table_names_the_reading_counts_verdicts_and_says_what_they_mean(cap
         Claim("ev-change", "6", "5 %", 5.0, "none", "%", "full", "baseline", restates="ev"),
     ]
     notes = {
-        "ev": ["`merged` of full is 0 to the end", "layer 5 of 19"],
-        "ev-change": ["layer 5 of 19", "the comparison of ev again"],  # which its verdict's cell says already
+        "ev": ["`merged` of full stayed 0 until the end", "layer 5 of 19"],
+        "ev-change": ["layer 5 of 19", "the same comparison as ev"],  # which its verdict's cell says already
     }
     rows = [
         ClaimResult(one, "1 and 2", 3, "contradicted", notes[one.id], "-1 (-1.5 to -0.5, 95%)", not one.restates)
@@ -75,7 +75,7 @@ def test_the_table_names_the_reading_counts_verdicts_and_says_what_they_mean(cap
     assert " ".join(first) == "ev full - baseline more 1 and 2 -1 (-1.5 to -0.5, 95%) 3 contradicted"
     assert second[-3:] == ["contradicted", "(with", "ev)"] and second[4:6] == ["5", "%"]
     assert [line for line in lines if line.startswith("note ")] == [
-        "note     ev: `merged` of full is 0 to the end",
+        "note     ev: `merged` of full stayed 0 until the end",
         "note     ev and 1 more: layer 5 of 19",
     ]
     (count,) = [line for line in lines if line.startswith("   1 contradicted: ")]

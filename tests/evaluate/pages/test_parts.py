@@ -41,7 +41,9 @@ def test_data_sets_stand_in_the_order_of_the_models_probe_with_their_mean():
     assert part is not None and list(part.heads) == ["data set", "model's probe", "k=1", "k=5"]
     assert part.lines == [["high", "0.9000", "0.6000", "0.8000"], ["low", "0.6000", "0.5000", "0.7000"]]
     assert part.foot == ["mean", "0.7500", "0.5500", "0.7500"]
-    assert part.lead.startswith("A probe of 5 latents is above the model's own in 1 of 2 data sets: mean AUC 0.7500")
+    assert part.lead.startswith(
+        "A probe on 5 latents is better than the model's own probe on 1 of 2 data sets: mean AUC 0.7500"
+    )
     assert "a difference of +0.0000 (-1.2706 to +1.2706, 95 %" in part.lead  # 0.1 and -0.1: 12.706 x 0.1414 / sqrt(2)
     assert len(re.findall("<title>", part.chart)) == 2 * 3 + 1  # a mark for each, and the line
     assert "1 latent of the SAE: high, 0.6000" in part.chart
@@ -50,7 +52,7 @@ def test_data_sets_stand_in_the_order_of_the_models_probe_with_their_mean():
 def test_the_usual_number_of_latents_is_the_largest_up_to_16():
     part = probes_of_run(probed((16, 128), one=(0.6, 0.5, 0.9)))
     assert part is not None and part.lead.startswith(
-        "A probe of 16 latents is above the model's own in 0 of 1 data set"
+        "A probe on 16 latents is better than the model's own probe on 0 of 1 data set"
     )
 
 
@@ -64,8 +66,8 @@ def test_the_lead_is_about_the_usual_number_of_latents_and_the_data_sets_of_both
     }
     part = probes_of_run(probed((5, 16, 128), **aucs))
     assert part is not None and part.lead.startswith(
-        "A probe of 16 latents is above the model's own in 2 of 3 data sets: mean AUC 0.7667 against 0.6667, a "
-        "difference of +0.1000 ("
+        "A probe on 16 latents is better than the model's own probe on 2 of 3 data sets: mean AUC 0.7667 against "
+        "0.6667, a difference of +0.1000 ("
     )
     assert part.lines == [
         ["d", "0.9000", "", "", ""], ["a", "0.7000", "0.6000", "0.8000", "0.9000"],
@@ -110,8 +112,8 @@ def test_latents_are_listed_by_their_weakest_match():
     assert part is not None and [line.latent for line in part.least] == [1, 2, 0] and part.most == []
     assert list(part.least[0].cells) == ["0.200", "11 (0.800)", "21 (0.200)", "10.00%"]
     assert part.lead == (
-        "2 of 3 latents recur, with a cosine of at least 0.7 in every other seed. Their weakest best match has a mean "
-        "cosine of 0.603."
+        "2 of 3 latents recur, with a cosine of at least 0.7 in every other seed. The smallest cosine of a latent "
+        "with its matches is 0.603 on average over latents."
     )
     assert list(part.heads) == ["latent", "weakest cosine", "match in\ns1", "match in\ns2", "density"]
     assert "0.20 to 0.25: 1 latents" in part.chart and "0.90 to 0.95: 1 latents" in part.chart
@@ -148,7 +150,7 @@ def test_latents_that_never_fire_are_left_out_and_counted():
     result = matched((0.9, 0.9), (0.1, 0.1))
     result.details[1]["density"] = 0.0
     part = stability_of_run(result)
-    assert part is not None and "1 of 1 latents recur" in part.lead and "1 that never fire" in part.lead
+    assert part is not None and "1 of 1 latents recur" in part.lead and "1 latents that never fire" in part.lead
     assert stability_of_run(matched((0.5, 0.5), density=0.0)) is None
 
 

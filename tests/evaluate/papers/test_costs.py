@@ -28,8 +28,7 @@ def test_the_ratio_is_that_of_the_medians_with_what_is_done_now_and_then():
     cost = measured_cost(TIME, PAPER, [NARROW, WIDE])
     assert cost[:3] == pytest.approx((13 / 10, 12 / 11, 15 / 9))
     assert cost.source == (
-        "13.0 ms against 10.0 ms a step on an abacus, 2026-01-02, d_in 100, 400 latents, 16 tokens, options at their "
-        "defaults"
+        "13.0 ms against 10.0 ms a step on an abacus, 2026-01-02, d_in 100, 400 latents, 16 tokens, default options"
     )
 
 
@@ -47,7 +46,7 @@ def test_a_recipe_that_was_not_measured_has_no_cost():
     assert measured_cost(replace(TIME, against=""), PAPER, [WIDE]) is None
     model = replace(PAPER, systems={**PAPER.systems, "full": replace(PAPER.systems["full"], recipes=())})
     assert measured_cost(TIME, model, [WIDE]) is None  # the language model by itself makes no step
-    assert judge_cost(TIME, None) == ("not measured", "a recipe that is not in step_times.json")
+    assert judge_cost(TIME, None) == ("not measured", "step_times.json lacks a recipe")
     assert judge_cost(replace(TIME, against=""), None) == ("not measured", "")
 
 

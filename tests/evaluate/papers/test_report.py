@@ -126,7 +126,7 @@ def test_a_claim_about_several_layers_has_to_hold_in_each():
     idle = [*family("resample", 0.8, resampled=0), *family("linear")]
     idle = [*idle, *(replace(one, run=replace(one.run, record={**one.run.record, "layer": 5})) for one in idle)]
     asked = replace(both, system="resample", against="linear")
-    assert row_of(asked, idle, of(asked, systems=FAMILY)).notes == ["`resampled` of resample is 0 to the end"]
+    assert row_of(asked, idle, of(asked, systems=FAMILY)).notes == ["`resampled` of resample stayed 0 until the end"]
 
 
 def test_on_the_papers_model_another_layer_is_not_measured():
@@ -164,7 +164,7 @@ def test_an_inconsistent_claim_is_so_with_and_without_runs():
         ({"steps": 0, "done": 0}, "0 of 0 steps"),
         ({"alive": 0.05}, "95% of its latents are dead"),
         ({"alive": None, "dead": 0.95}, "95% of its latents are dead"),  # as training counts them
-        ({"fve": 0.2}, "0.200 of the variance of held-out text, but 0.700"),
+        ({"fve": 0.2}, "0.200 of the variance on held-out text, but 0.700"),
         ({"warmup": 1000}, "1,000 warm-up steps"),
     ],
 )
@@ -300,7 +300,7 @@ def test_a_verdict_is_of_a_reading():
     literal = build_report(PAPER, [], False, "literal")
     assert "Reading <strong>literal</strong> (the paper&#39;s)" in reproduction_page(literal, "m")
     assert "Reading <strong>field</strong> (ours)" in reproduction_page(report, "m")
-    with pytest.raises(UsageError, match="Paper 004 has no reading letter: evidence, field, literal"):
+    with pytest.raises(UsageError, match="Paper 004 has no reading letter. Choose from evidence, field, literal"):
         build_report(PAPER, [], False, "letter")
 
 
@@ -330,7 +330,9 @@ def test_the_l0_of_the_runs_decides_what_is_comparable():
         id="l0", metric="core.sparsity.l0", quote="60, 30, 0", value=60, against="baseline", against_value=30
     )
     row = row_of(BETTER, own + LOW, of(BETTER, printed))
-    assert row.verdict == "direction only" and row.notes == ["the paper's own comparison, at unlike L0: 40 against 30"]
+    assert row.verdict == "direction only" and row.notes == [
+        "the L0 differ as in the paper's own comparison: 40 against 30"
+    ]
     assert row_of(BETTER, own + HIGH, of(BETTER, printed)).verdict == "not comparable"
     for ratio, unit in ((100, "%"), (2.0, "x")):
         change = claim(id="l0", metric="core.sparsity.l0", value=ratio, unit=unit, against="baseline")
@@ -388,7 +390,7 @@ def test_a_counter_that_stays_zero_makes_an_ablation_inactive():
     paper = of(asked, systems=FAMILY)
     idle = family("resample", 0.8, resampled=0) + family("linear")
     row = row_of(asked, idle, paper)
-    assert row.verdict == "mechanism inactive" and row.notes == ["`resampled` of resample is 0 to the end"]
+    assert row.verdict == "mechanism inactive" and row.notes == ["`resampled` of resample stayed 0 until the end"]
     acted = family("resample", 0.8, resampled=1) + family("linear")
     assert row_of(asked, acted, paper).verdict == "direction only" and row_of(asked, acted, paper).notes == []
     some = [*family("resample", 0.8, resampled=0)[:2], family("resample", 0.8, resampled=1)[2], *family("linear")]
@@ -416,7 +418,7 @@ def test_equal_weights_make_an_ablation_inactive():
     same = weighted("resample", "abc") + weighted("linear", "abc")
     row = row_of(asked, same, paper)
     assert row.verdict == "mechanism inactive"
-    assert row.notes == ["the weights of resample are those of linear, bit for bit"]
+    assert row.notes == ["the weights of resample equal those of linear, bit for bit"]
     for own, other in (("abc", "abd"), ("abc", "acb"), (["", "", ""], ["", "", ""])):
         assert row_of(asked, weighted("resample", own) + weighted("linear", other), paper).verdict == "not comparable"
     own, other = same[:3], same[3:]
@@ -441,10 +443,13 @@ def test_between_two_systems_of_a_family_every_mechanism_has_to_be_idle():
     for acted in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
         assert row_of(asked, runs(*acted), paper).verdict == "direction only"
     assert row_of(asked, runs(0, 0, 0), paper).notes == [
-        "`merged` of full is 0 to the end; `moved` of adaptive is 0 to the end; `resampled` of resample is 0 to the end"
+        "`merged` of full stayed 0 until the end; `moved` of adaptive stayed 0 until the end; "
+        "`resampled` of resample stayed 0 until the end"
     ]
     row = row_of(asked, runs(1, 1, 0), paper)
-    assert row.verdict == "direction only" and row.notes == ["`merged` of full is 0 to the end"]  # said all the same
+    assert row.verdict == "direction only" and row.notes == [
+        "`merged` of full stayed 0 until the end"
+    ]  # said all the same
     known = [one for one in runs(0, 0, 0) if one.system != "adaptive"]  # of what was not run nothing is known
     assert row_of(asked, known, paper).verdict == "direction only"
     back = replace(asked, system="linear", against="full")
@@ -458,10 +463,12 @@ def test_beside_another_model_an_idle_mechanism_is_not_counted_again():
     resample = claim(id="resample", system="resample", against="baseline", against_value=0.5)
     runs = family("resample", 0.8, resampled=0) + family("linear", 0.8) + LOW
     row = row_of(resample, runs, of(linear, resample, systems=FAMILY))
-    assert row.verdict == "mechanism inactive" and row.notes == ["`resampled` of resample is 0 to the end; see linear"]
+    assert row.verdict == "mechanism inactive" and row.notes == [
+        "`resampled` of resample stayed 0 until the end; see linear"
+    ]
     assert row_of(linear, runs, of(linear, resample, systems=FAMILY)).verdict == "direction only"
     row = row_of(resample, runs, of(resample, systems=FAMILY))  # the paper says it of `resample` alone
-    assert row.verdict == "direction only" and row.notes == ["`resampled` of resample is 0 to the end"]
+    assert row.verdict == "direction only" and row.notes == ["`resampled` of resample stayed 0 until the end"]
     for other in ({"against": "l1"}, {"metric": "core.sparsity.l0"}, {"entries": ("a",)}):  # another comparison
         unlike = of(replace(linear, **other), resample, systems=FAMILY)
         assert row_of(resample, runs, unlike).verdict == "direction only"
@@ -471,7 +478,10 @@ def test_beside_another_model_an_idle_mechanism_is_not_counted_again():
     both = family("adaptive", 0.8, moved=0) + runs
     row = row_of(adaptive, both, of(linear, adaptive, systems=FAMILY))
     assert row.verdict == "mechanism inactive"
-    assert row.notes[0] == "`moved` of adaptive is 0 to the end; `resampled` of resample is 0 to the end; see linear"
+    assert (
+        row.notes[0]
+        == "`moved` of adaptive stayed 0 until the end; `resampled` of resample stayed 0 until the end; see linear"
+    )
     for some in (family("adaptive", 0.8, moved=0) + acted, family("adaptive", 0.8, moved=1) + runs):
         assert row_of(adaptive, some, of(linear, adaptive, systems=FAMILY)).verdict == "direction only"
 
@@ -486,7 +496,7 @@ def test_a_claim_its_restatement_and_a_copy_count_once():
     assert [row.verdict for row in report.rows] == ["direction only", "direction only", "copy"]
     assert [row.counted for row in report.rows] == [True, False, False]
     assert report.counts == {"direction only": 1}
-    assert report.rows[1].notes == ["the comparison of one again"] and report.rows[2].notes == ["of one"]
+    assert report.rows[1].notes == ["the same comparison as one"] and report.rows[2].notes == ["of one"]
     assert "1 claims; 3 rows" in reproduction_page(report, "m")
 
 
@@ -556,7 +566,7 @@ def test_the_loss_of_the_first_step_is_of_the_first_line_and_a_mean_is_named():
     row = row_of(asked, runs, at_home=True)
     assert (row.verdict, row.measured, row.notes) == ("reproduced", "5 ± 0", [])
     runs = [replace(one, log=[{"step": 10, "loss": 5.0}, *one.log]) for one in runs]
-    assert row_of(asked, runs).notes == ["the mean of the first 10 steps, which is all that these runs logged"]
+    assert row_of(asked, runs).notes == ["the mean of the first 10 steps, because these runs did not log single steps"]
     assert row_of(replace(asked, at="last"), runs).notes == []
 
 
@@ -571,7 +581,7 @@ def test_a_row_about_time_has_the_measured_ratio_and_where_it_was_measured():
     low, high = map(float, re.findall(r"[\d.]+", row.difference))
     assert low < ours / theirs < high and row.difference.endswith(" x between quartiles") and row.counted
     again = row_of(replace(time, restates="first"), [])
-    assert "the comparison of first again" in again.notes and not again.counted
+    assert "the same comparison as first" in again.notes and not again.counted
     void = Contradiction("Two times.", (), "", ("one",))
     row = row_of(time, [], replace(of(time), contradictions=(void,)))
     assert row.verdict == "paper inconsistent" and row.measured == "1.6 x"
