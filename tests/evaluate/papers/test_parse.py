@@ -73,7 +73,7 @@ QUOTES = ("Adaptive τ", "Through nine", "documented through", "eliminating manu
         (changed("Tokenizes text", "Tokenizes  text"), "no white space except single spaces"),
         (changed("Tokenizes text", "Tokenizes text " * 12), "at most 160 are allowed"),
         (changed("follows =", 'claims = ["stepz"]\nfollows ='), "there is no claim stepz; did you mean steps?"),
-        (changed("value = 9\n", ""), "claim runs: give a value, or says = more, less or equal"),
+        (changed("value = 9\n", ""), "claim runs: give a value. If the paper compares in words"),
         (
             changed("value = 9", 'value = 9\nsays = "more"'),
             "claim runs: says = more is a comparison in words. Leave out",

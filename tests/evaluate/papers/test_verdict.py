@@ -483,5 +483,5 @@ def test_the_equal_differences_of_two_seeds_decide_nothing():
     assert confidence_interval([1.0, 1.0]) is None and confidence_interval([1.0, 1.0, 1.0]) == (1.0, 1.0)
     assert confidence_interval([0.0, 0.0]) == (0.0, 0.0)
     found = judged(PAIR, [1.1, 0.3], [1.0, 0.2], at_home=False)  # 0.1 twice, but for rounding
-    assert found.verdict == "not comparable" and found.reason.endswith("or two with the same difference")
+    assert found.verdict == "not comparable" and found.reason.endswith("or two seeds with the same difference")
     assert verdict(PAIR, [1.0, 1.04, 1.0], [1.04, 1.08, 1.04], at_home=False) == "direction only"
