@@ -43,7 +43,7 @@ Slopes = Mapping[tuple[str, MetricColumn], L0Slope | None]
 
 @dataclass(frozen=True)
 class AgainstLine:
-    """One number of one system against the base.
+    """The comparison of one number between a system and the base.
 
     Attributes:
         values: the number of the system and of the base, each a mean over seeds.
@@ -72,7 +72,7 @@ class AgainstLine:
 
     @property
     def difference(self) -> float:
-        """The mean of the paired differences; where nothing was paired, the difference of the means."""
+        """The mean of the paired differences; if nothing was paired, the difference of the means."""
         paired = self.pairing.differences
         return paired.mean if paired else self.values[0] - self.values[1]
 

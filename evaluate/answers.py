@@ -198,7 +198,8 @@ def share_of(near: RunsBeside, line: AgainstLine) -> Share | None:
 
 
 def answer_seed(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
-    """With one other seed: the difference. With more: whether the run lies in the range expected for another seed."""
+    """With one other seed, the difference; with several, whether the run lies in the range expected for another
+    seed."""
     if lines:
         verdict, is_good = conclude(lines)
         more = "One other seed does not show how much seeds differ. Train more, then evaluate them together."

@@ -86,14 +86,14 @@ class ArtifactCache:
         """
         missing = [self.path(kind, key) for key in keys if not self.contains(kind, key)]
         with contextlib.ExitStack() as locks:
-            for path in sorted(missing):  # in one order, so that no two ranks wait for each other
+            for path in sorted(missing):  # in the same order everywhere, so that no two ranks wait for each other
                 locks.enter_context(self._lock(path))
             yield
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """A context manager that keeps every artifact. On entry, it removes activations above the limit if no other
-        process uses the folder.
+        """A context manager during which no artifact is removed. On entry, it removes activations above the limit if no
+        other process uses the folder.
 
         All processes that use the folder share one operating-system lock. On a file system that does not support locks,
         nothing is removed.
@@ -124,7 +124,7 @@ class ArtifactCache:
 
     @contextlib.contextmanager
     def turn(self, name: str, wait: bool) -> Iterator[bool]:
-        """Yield whether this rank may do the work called `name`. It may not while another rank holds its lock.
+        """Yield whether this rank may do the work called `name`: False while another rank holds the lock for it.
 
         If `wait` is true, wait until the other rank has done the work or has died, and yield True.
         """
@@ -138,7 +138,8 @@ class ArtifactCache:
 
     @contextlib.contextmanager
     def _lock(self, path: Path) -> Iterator[None]:
-        """Hold the lock of an artifact, once no other process has it. Does nothing in a single-process command."""
+        """Wait until no other process holds the lock of an artifact, then hold it. Does nothing in a single-process
+        command."""
         if not self.shared or path in self._held:
             yield
             return
@@ -203,7 +204,8 @@ class ArtifactCache:
 
 
 def kept_limit() -> float:
-    """Bytes that artifacts may take: $SAE_EVALUATION_GB, by default 100 GB. Raises UsageError for an invalid value."""
+    """The bytes that activations may take: $SAE_EVALUATION_GB, by default 100 GB. Raises UsageError for an invalid
+    value."""
     given = os.environ.get(LIMIT_VARIABLE, "") or "100"
     try:
         if (limit := float(given)) >= 0:

@@ -1,4 +1,4 @@
-"""The charts of a comparison: every metric over L0 with published results, and the training curves."""
+"""The charts of a comparison: every metric plotted against L0, with published results, and the training curves."""
 
 import math
 import re
@@ -29,7 +29,7 @@ PUBLISHED = Path(__file__).parent / "published.toml"
 
 
 def frontiers(comparison: Comparison, numbers: Sequence[tuple[str, MetricColumn]] | None = None) -> list[Chart]:
-    """One chart over L0 for each of `numbers` (default: each column of the comparison).
+    """One chart against L0 for each of `numbers` (default: each column of the comparison).
 
     Each recipe is a series through its systems in order of L0; references are points. The axes cover the SAEs and the
     PCA only: if they also covered the identity, whose L0 is d_in, nearly equal SAEs would be drawn in the same place.
@@ -88,7 +88,7 @@ def frontier_series(name: str, points: Sequence[tuple[float, float, float, str]]
 
 
 def series_name(system: ComparedSystem, comparison: Comparison) -> str:
-    """The recipe, with its width where widths differ; "pca" or "frozen-decoder" for references of any rank or L0."""
+    """The recipe, with its width if widths differ; for references, the name without rank or L0, such as "pca"."""
     if system.runs[0].is_reference:
         return re.sub(r"-\d.*", "", system.label)
     record = system.runs[0].record

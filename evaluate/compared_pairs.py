@@ -42,4 +42,4 @@ def note_of_pairs(record: Mapping[str, Any]) -> list[str]:
     compared = compared_pairs(record)
     if compared in (None, ALL_PAIRS):
         return []
-    return [f"{record['variant']}: of the pairs of latents, a step compared {compared}."]
+    return [f"{record['variant']}: a training step compared only some pairs of latents: {compared}."]

@@ -67,7 +67,7 @@ class ComparedRun:
 
 
 def read_run(folder: Path, metrics: Iterable[str] = tuple(METRICS)) -> ComparedRun:
-    """A run with its results of `metrics`."""
+    """Read a run, with its results for `metrics`."""
     if not (folder / "sae.json").exists():
         raise UsageError(f"{folder} holds no trained SAE (no sae.json). Give run folders: sae compare runs/...")
     sae, run = read_sae_record(folder), read_run_record(folder)

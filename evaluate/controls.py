@@ -25,7 +25,7 @@ SHARED = ("layer", "site", "d_sae", "steps", "batch_size", "order_seed", "cache"
 
 
 def controls_folder() -> Path:
-    """Where `sae evaluate --controls` keeps the controls that it trains, as ordinary run folders."""
+    """The folder in which `sae evaluate --controls` stores the controls that it trains, as ordinary run folders."""
     return sae_home() / "activations" / "evaluation" / "controls"
 
 

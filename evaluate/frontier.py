@@ -47,7 +47,8 @@ def l0_of(system: ComparedSystem) -> float | None:
 def best_rival(
     system: ComparedSystem, others: Iterable[ComparedSystem], metric: str, column: MetricColumn
 ) -> ComparedSystem | None:
-    """The other system that is best in a number, among those whose L0 is no higher (the first of equals), or None."""
+    """The other system that is best in a number, among those whose L0 is no higher (the first of equal ones), or
+    None."""
     own = l0_of(system)
     if own is None:
         return None
@@ -91,7 +92,7 @@ def frontier_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     )
     heads = ["system", "L0", *(heading(*number) for number in numbers)]
     if has_published:
-        heads += [heading(*PUBLISHED_NUMBER), "best published\nat this L0", "published with less"]
+        heads += [heading(*PUBLISHED_NUMBER), "best published\nat this L0", "lower\npublished"]
     measured = [system for system in comparison.systems if l0_of(system)]
     if not has_published and (len(measured) < 2 or not numbers):
         return heads, []

@@ -48,12 +48,13 @@ UNREACHABLE: dict[Any, tuple[float, TransientError]] = {}  # place of a cache ->
 
 
 def artifact_cache() -> ArtifactCache:
-    """The cache of everything that does not depend on an SAE, in `activations/evaluation`."""
+    """The cache of data that do not depend on an SAE, in `activations/evaluation`."""
     return ArtifactCache(sae_home() / "activations" / "evaluation", shared=rank_and_count()[1] > 1)
 
 
 def open_reachable(place: Place | None, open_cache: Callable[[], Found]) -> Found:
-    """Call `open_cache`. If the store at `place` could not be reached less than TRY_AGAIN ago, raise that error again.
+    """Call `open_cache`. If the store at `place` could not be reached less than TRY_AGAIN seconds ago, raise that error
+    again.
 
     Many runs can have the same cache, and each failed attempt takes minutes.
     """
@@ -71,7 +72,7 @@ def open_reachable(place: Place | None, open_cache: Callable[[], Found]) -> Foun
 def find_eval_cache(folder: Path, sae: SAE, *, cache: Place | None = None, model: str | None = None) -> Cache:
     """The cache whose held-out text an SAE is evaluated on.
 
-    This is `cache` if given, else the cache the SAE was trained on, even if that has moved to `activations/`. For an
+    This is `cache` if given, else the cache the SAE was trained on, even if it has moved to `activations/`. For an
     imported SAE that names no cache, it is the only cache of the SAE's model in `activations/`.
 
     Raises UsageError if there is no such cache, if several match, or if the SAE belongs to another model. Raises

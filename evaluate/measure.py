@@ -1,4 +1,4 @@
-"""Measure the rows of a group. For each metric, one pass of the model serves all rows that lack a result."""
+"""Measure the rows of a group. For each metric, the model runs once for all rows that have no result yet."""
 
 import contextlib
 import copy
@@ -20,7 +20,7 @@ from .results import write_result
 from .rows import EvalGroup, EvalRow, hook_suffix
 from .tables import seed_verdicts, systems_of
 
-# Called with a metric's name before it is measured; the context manager yields the function for its progress.
+# Called with a metric's name before it is measured. Returns a context manager that yields a function for its progress.
 ProgressFactory = Callable[[str], AbstractContextManager[Progress]]
 
 

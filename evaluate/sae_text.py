@@ -118,9 +118,9 @@ def describe_change(
     bos_id = form.bos_id if change.bos is None else change.bos[1]
     is_recorded = bos_request(origin, tokenizer) != "auto"
     lines = [
-        f"{name}: its files {'record' if is_recorded else 'do not record'} the first token of its contexts: "
-        f"{shown(bos_id)}{'' if is_recorded else ', as for a new harvest'}"
-        + (f" instead of the cache's {shown(change.bos[0])}" if change.bos else "")
+        f"{name}: contexts begin with {shown(bos_id)}, "
+        f"{'as recorded in its files' if is_recorded else 'as in a new harvest (its files do not record the token)'}"
+        + (f"; the contexts of the cache begin with {shown(change.bos[0])}" if change.bos else "")
     ]
     trained_on = origin.get("context")
     if change.max_tokens:

@@ -24,7 +24,7 @@ NO_SPREAD = 1e-9  # differences that are equal within this relative tolerance ha
 
 Verdict = Literal["better", "worse", "equivalent", "not distinguishable", "same in every pair", "not tested"]
 Interval = tuple[float, float]
-Statistic = Callable[..., Any]  # of samples, along the keyword `axis`
+Statistic = Callable[..., Any]  # takes samples, and the keyword `axis`
 
 
 def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
@@ -111,7 +111,7 @@ def detectable_difference(sd: float, pairs: int, level: float = LEVEL, power: fl
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values corrected for their number, in the same order (Holm 1979).
+    """The p-values corrected for multiple testing, in the same order (Holm 1979).
 
     The smallest of m p-values is multiplied by m, the next by m - 1, and so on. No corrected value is smaller than the
     one before it, or larger than 1. The probability of any false rejection at 0.05 is then at most 0.05, even if the
@@ -173,7 +173,7 @@ class PairedDifferences:
         return float(max(above, below))
 
     def detectable(self, comparisons: int) -> float:
-        """The smallest detectable difference at the level that is left to each of `comparisons` comparisons."""
+        """The smallest detectable difference at the corrected level of each of `comparisons` comparisons."""
         return detectable_difference(self.sd, self.pairs, LEVEL / comparisons)
 
 
@@ -201,7 +201,7 @@ class Finding(NamedTuple):
 
     Attributes:
         p_value: corrected for the comparisons of the table; None if it was not tested.
-        equivalence_p_value: corrected likewise; None without a margin or a spread.
+        equivalence_p_value: corrected in the same way; None without a margin or a spread.
         detectable: the smallest detectable difference; None without a spread.
         small: the verdict is better or worse, but the difference is also shown to be within the margin.
     """

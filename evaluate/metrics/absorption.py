@@ -3,9 +3,9 @@
 Lower is better; 0 is no absorption. A silent or dead SAE also scores 0, which a flag reports.
 
 Words from the tokenizer's vocabulary are placed in spelling prompts, and the residual stream is read at the word
-(first_letter). Linear probes on the residual find a direction for each of the 26 letters. Small logistic regressions on
-the latents find the latents that spell each letter, its *split latents* (letter_probes). A word is absorbed if the
-probe finds its letter but the letter's contribution comes from other latents.
+(first_letter). Linear probes on the residual stream find a direction for each of the 26 letters. Small logistic
+regressions on the latents find the latents that spell each letter, its *split latents* (letter_probes). A word is
+absorbed if the probe finds its letter but the letter's contribution comes from other latents.
 
 Source: Chanin et al. 2024, as measured by SAEBench 0.6.0 (`evals/absorption`): absorption fraction and full absorption
 in mode 0.6.0; in mode 2024-12, the absorption rate that the five papers report. Randomness and prompts differ: SAEBench
@@ -382,8 +382,9 @@ def score_words(
 ) -> AbsorptionScores:
     """Score the words of one letter (SAEBench 0.6.0, `evals/absorption`).
 
-    `along_N` is the projection of the residual on the unit-norm probe, `cosine_F` the cosine of each decoder row with
-    the probe, and `main` the split latents of the letter. A latent contributes its activation times its cosine.
+    `along_N` is the projection of the residual stream onto the unit-norm probe, `cosine_F` the cosine of each decoder
+    row with the probe, and `main` the split latents of the letter. A latent contributes its activation times its
+    cosine.
     """
     enough = settings.probe_projection_proportion_threshold
     p_NF = f_NF * cosine_F

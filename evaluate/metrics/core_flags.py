@@ -17,7 +17,7 @@ NOT_SPARSE = 0.9  # share of d_in: with so many active latents, any rotation of 
 ALWAYS_ON = 0.99  # a latent that fires at a larger share of the tokens counts as always active
 LIKE_THE_MEAN = 0.05  # explained variance below which an SAE is hardly better than the mean of the text
 SCALES = (0.8, 1.25)  # limits of relative_reconstruction_bias, which is 1 if no other scale would reconstruct better
-MIN_CE_COST = 0.02  # the CE in nats that zeroing the layer should cost at least
+MIN_CE_COST = 0.02  # smallest CE in nats that zeroing the layer should cost
 
 NO_PAIRS = "Not measured: correlations between latents and cosines between decoder rows (core.paired_latents is 0)."
 

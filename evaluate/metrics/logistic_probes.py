@@ -71,7 +71,7 @@ def splits_of(
         largest = min(both - MIN_TEST, max_train)
         sizes = [(largest, max(MIN_TEST, both - largest - 1), share) for share in shares]
     else:
-        raise UsageError(f"setting={setting} is unknown: expected {', '.join(SETTINGS[:-1])} or {SETTINGS[-1]}.")
+        raise UsageError(f"setting={setting} is unknown. Expected {', '.join(SETTINGS[:-1])} or {SETTINGS[-1]}.")
     if largest < 2:
         raise UsageError(
             f"{texts} texts are too few for the setting {setting}: {MIN_TEST} are reserved for the test, and "
@@ -88,7 +88,8 @@ def imbalanced_size(label_N: np.ndarray) -> int:
 
 
 def draw_split(label_N: np.ndarray, train: int, test: int, share: float) -> ProbeSplit:
-    """Draw `train` and `test` texts without repetition, `share` of both positive (rounded up), in random order."""
+    """Draw `train` and `test` texts without repetition, in random order. A share `share` of each is positive (rounded
+    up)."""
     random = np.random.RandomState(SEED)
     left = {label: np.flatnonzero(label_N == label) for label in (1, 0)}
     parts = []

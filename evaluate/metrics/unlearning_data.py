@@ -12,7 +12,7 @@ from ..datasets.labeled import Row, hub_commit, local_file, read_dataset_rows
 
 FORGET_QUESTIONS = "wmdp-bio"
 FORGET_CORPUS = "bio-forget-corpus"  # name of the file that WMDP distributes, without .jsonl
-MIN_CHARACTERS = 50  # texts of the corpora must be longer than this
+MIN_CHARACTERS = 50  # only longer texts of the corpora are used
 DatasetPath = tuple[Any, ...]  # dataset, split, columns and, for some datasets, a subset
 ReadRows = Callable[[], Iterator[Row]]  # each call streams the rows from the start
 

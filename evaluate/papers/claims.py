@@ -193,7 +193,7 @@ class Claim:
     system: str = ""
     against: str = ""  # another system
     against_value: float | None = None
-    layers: tuple[int, ...] = ()  # default: all of the paper's
+    layers: tuple[int, ...] = ()  # default: all layers of the paper
     entries: tuple[str, ...] = ()  # letters or datasets in a result's details (default: all)
     over: Literal["mean", "max"] = "mean"  # how the entries are reduced to one number
     at: Literal["first", "last"] = "last"  # the line of metrics.jsonl that is read

@@ -100,7 +100,9 @@ def test_that_a_step_compared_some_pairs_only_is_said_once_of_a_system(tmp_path)
     for run in runs:
         change_record(RUN_RECORD, run / "run.json", {"resolved": {"pair_choice": "blocks", "block": 64}})
     found = compare_runs([*runs, make_run(tmp_path)]).runs
-    sentence = "decorrelation: of the pairs of latents, a step compared those in random blocks of 64 latents."
+    sentence = (
+        "decorrelation: a training step compared only some pairs of latents: those in random blocks of 64 latents."
+    )
     assert [sentence in run.notes for run in found] == [True, True, False]
     assert notes(found).count(sentence) == 1
 

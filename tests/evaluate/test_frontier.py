@@ -108,7 +108,7 @@ def test_a_run_over_all_rows_stands_beside_published_results(home, published):
     mask_rows(run, 55.0, 0.95)
     comparison = compare_runs([run], references=False)
     heads, lines = frontier_table(comparison)
-    assert heads[4:] == ["CE score ↑", "best published\nat this L0", "published with less"]
+    assert heads[4:] == ["CE score ↑", "best published\nat this L0", "lower\npublished"]
     assert lines == [
         ["topk k=32", "55.0", "0.9500, on the frontier", "0.9500, on the frontier", "0.6500", "0.8000 one", "1 of 2"]
     ]

@@ -149,7 +149,7 @@ def test_an_export_says_what_contexts_began_with_and_comes_back_to_the_same_numb
     original, lines = measured(run)
     again, told = measured(imported.folder)
     assert not any("its files" in line for line in lines)
-    assert any(line.endswith("its files record the first token of its contexts: <|endoftext|>") for line in told)
+    assert any(line.endswith("contexts begin with <|endoftext|>, as recorded in its files") for line in told)
     for name in ("kl_div_with_sae", "kl_div_score"):
         before, after = (one["model_behavior_preservation"][name] for one in (original, again))
         assert after == pytest.approx(before, rel=1e-4)
@@ -158,9 +158,9 @@ def test_an_export_says_what_contexts_began_with_and_comes_back_to_the_same_numb
 @pytest.mark.parametrize(
     ("metadata", "said"),
     [
-        ({"prepend_bos": False}, "first token of its contexts: no special token instead of the cache's <|endoftext|>"),
-        ({"prepend_bos": True, "bos_token": None}, "record the first token of its contexts: <|im_start|> instead"),
-        ({"prepend_bos": None, "bos_token": None}, "do not record the first token of its contexts: <|endoftext|>, as"),
+        ({"prepend_bos": False}, "no special token, as recorded in its files; the contexts of the cache begin with <|endoftext|>"),
+        ({"prepend_bos": True, "bos_token": None}, "contexts begin with <|im_start|>, as recorded in its files; the contexts"),
+        ({"prepend_bos": None, "bos_token": None}, "contexts begin with <|endoftext|>, as in a new harvest (its files do not"),
         ({"context_size": 6}, "contexts are cut from 12 tokens to 6, as it was trained on"),
         ({"context_size": 1024}, "it was trained on contexts of 1024 tokens; the contexts of the cache have 12 tokens"),
     ],

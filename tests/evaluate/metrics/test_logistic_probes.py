@@ -117,7 +117,7 @@ def test_splits_are_disjoint_and_have_their_sizes_and_shares():
 def test_too_few_texts_and_unknown_settings_are_refused():
     with pytest.raises(UsageError, match="101 texts are too few for the setting normal"):
         splits_of("normal", np.arange(101) % 2)
-    with pytest.raises(UsageError, match="setting=none is unknown: expected normal, scarcity or imbalance"):
+    with pytest.raises(UsageError, match="setting=none is unknown. Expected normal, scarcity or imbalance"):
         splits_of("none", np.arange(300) % 2)
 
 

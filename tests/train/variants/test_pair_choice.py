@@ -266,7 +266,7 @@ def test_pages_say_which_pairs_a_step_compared() -> None:
     blocks = record("decorrelation", pair_choice="blocks", block=64)
     assert compared_pairs(blocks) == "those in random blocks of 64 latents"
     assert note_of_pairs(blocks) == [
-        "decorrelation: of the pairs of latents, a step compared those in random blocks of 64 latents."
+        "decorrelation: a training step compared only some pairs of latents: those in random blocks of 64 latents."
     ]
     for exact in (record("decorrelation"), record("decorrelation", pair_choice="exact", block=256)):
         assert compared_pairs(exact) == "all" and note_of_pairs(exact) == []
