@@ -158,9 +158,9 @@ def test_an_export_says_what_contexts_began_with_and_comes_back_to_the_same_numb
 @pytest.mark.parametrize(
     ("metadata", "said"),
     [
-        ({"prepend_bos": False}, "no special token, as recorded in its files; the contexts of the cache begin with <|endoftext|>"),
-        ({"prepend_bos": True, "bos_token": None}, "contexts begin with <|im_start|>, as recorded in its files; the contexts"),
-        ({"prepend_bos": None, "bos_token": None}, "contexts begin with <|endoftext|>, as in a new harvest (its files do not"),
+        ({"prepend_bos": False}, "no special token, as recorded in its files; the contexts of the cache"),
+        ({"prepend_bos": True, "bos_token": None}, "begin with <|im_start|>, as recorded in its files; the contexts"),
+        ({"prepend_bos": None, "bos_token": None}, "begin with <|endoftext|>, as in a new harvest (its files do"),
         ({"context_size": 6}, "contexts are cut from 12 tokens to 6, as it was trained on"),
         ({"context_size": 1024}, "it was trained on contexts of 1024 tokens; the contexts of the cache have 12 tokens"),
     ],
