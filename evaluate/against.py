@@ -289,9 +289,8 @@ def base_notes(base: ComparedSystem) -> list[str]:
     if not base.runs[0].is_control:
         return []
     return [
-        f"{base.label} is a control: a part of it kept its random initial weights. If a system is not better "
-        "than it in a "
-        "number, that number does not show learned features."
+        f"{base.label} is a control: a part of it kept its random initial weights. If a system is not better than it "
+        "in a number, that number does not show learned features."
     ]
 
 
@@ -301,9 +300,8 @@ def unit_notes(lines: Sequence[AgainstLine]) -> list[str]:
     notes = []
     if by_text := sorted(units - {SEED}):
         notes.append(
-            f"The differences are paired by {', '.join(by_text)}, with one run of each system. A verdict "
-            "holds for these two SAEs on other text of this kind; one seed cannot show whether their "
-            "recipes differ."
+            f"The differences are paired by {', '.join(by_text)}, with one run of each system. A verdict holds for "
+            "these two SAEs on other text of this kind; one seed cannot show whether their recipes differ."
         )
     few = sorted(
         {one.pairs for line in lines if (one := line.pairing.differences) and one.unit == SEED and one.pairs < 3}

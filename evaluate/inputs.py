@@ -229,10 +229,9 @@ def check_tokenizer(cache: Cache, source: ModelSource, tokenizer: Any) -> tuple[
             "texts are tokenized in the same way",
         )
     raise UsageError(
-        f"{cache.place} was harvested with a different tokenizer (sha256 {str(expected)[:12]}) from the one "
-        f"in {source.argument} (sha256 {found[:12]}), so its token ids would stand for different text. "
-        "Restore the tokenizer's files, or name the folder that has them with --model. If they are lost, "
-        "harvest and train again."
+        f"{cache.place} was harvested with a different tokenizer (sha256 {str(expected)[:12]}) from the one in "
+        f"{source.argument} (sha256 {found[:12]}), so its token ids would stand for different text. Restore the "
+        "tokenizer's files, or name the folder that has them with --model. If they are lost, harvest and train again."
     )
 
 

@@ -87,8 +87,7 @@ class EvaluatePlan:
         return any(group.pending(metric.name) for group in self.groups for metric in self.metrics)
 
     def describe(self) -> list[str]:
-        """The plan as complete lines: what cannot be evaluated, what runs on which text, and where results are
-        written."""
+        """The plan as lines: what cannot be evaluated, what runs on which text, and where results are written."""
         lines = [
             f"skipped  {one} has not finished training: sae train --resume {quote(one)}" for one in self.unfinished
         ]
@@ -198,13 +197,8 @@ def whole_contexts(asked: int | None, read: int, changed: bool) -> str:
     if asked is None or asked == read:
         return ""
     if changed:
-        return (
-            f" ({asked:,} requested; whole contexts are read, and their first token and length follow the SAE's files)"
-        )
-    return (
-        f" ({asked:,} requested; "
-        f"{'whole contexts are read' if read > asked else 'the cache has no more held-out text'})"
-    )
+        return f" ({asked:,} requested; whole contexts are read; the SAE's files set their first token and length)"
+    return f" ({asked:,} requested; {'whole contexts are read' if read > asked else 'there is no more held-out text'})"
 
 
 def plan_evaluation(config: EvaluateConfig, refused: Mapping[Path, SaeError] | None = None) -> EvaluatePlan:
@@ -302,8 +296,7 @@ def unfinished_runs(runs: Sequence[Path]) -> list[Path]:
 
 
 def check_group(plan: EvaluatePlan, group: EvalGroup) -> None:
-    """Move the rows that cannot be evaluated from a group to `plan.refused`, and prepare the metrics of the other
-    rows."""
+    """Move rows that cannot be evaluated from a group to `plan.refused`, and prepare the metrics of other rows."""
     model_config, model = group.ctx.model_config, group.ctx.model_name
     layers = model_config.num_hidden_layers
     for row in list(group.rows):
@@ -337,8 +330,7 @@ def check_group(plan: EvaluatePlan, group: EvalGroup) -> None:
 
 
 def prepare_metrics(metrics: Sequence[Metric], group: EvalGroup, force: bool) -> None:
-    """Fill in the settings of every metric that can run and, unless `force` is true, earlier results with these
-    settings."""
+    """Fill in the settings of every metric that can run and, if not `force`, earlier results with these settings."""
     for metric in metrics:
         try:
             group.settings[metric.name] = metric.settings(group.ctx)

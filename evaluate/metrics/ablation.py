@@ -276,9 +276,8 @@ class Ablation(Metric):
             shown = {column.name for column in self.columns} & without_leak.keys()
             most = max((abs(without_leak[name] - scores[name]) for name in shown), default=0.0)
             yield (
-                "Some latents fire on a zero row, so ablating them also changes BOS and padding, as in "
-                "SAEBench. Without this effect (category without_leak), the scores of the table differ by "
-                f"up to {most:.3f}."
+                "Some latents fire on a zero row, so ablating them also changes BOS and padding, as in SAEBench. "
+                f"Without this effect (category without_leak), the scores of the table differ by up to {most:.3f}."
             )
 
 

@@ -1,4 +1,4 @@
-"""The absorption metric: does a first-letter latent stay silent on words whose other latents have absorbed the letter?
+"""The absorption metric: does a first-letter latent stay silent on words where other latents have absorbed it?
 
 Lower is better; 0 is no absorption. A silent or dead SAE also scores 0, which a flag reports.
 
@@ -52,9 +52,8 @@ MIN_PROBE_STEPS = 300  # of the probe that proposes candidates; Gemma's vocabula
 class Absorption(Metric):
     """`words` words are drawn from the vocabulary, as evenly over the letters as possible; 0 selects all words.
 
-    Only letters that the probe on the residual stream finds with an F1 above `min_GT_probe_f1` are scored.
-    `k_sparse_probe_*` are options of the probe on latents that proposes candidates. The other options are SAEBench's
-    thresholds.
+    Only letters that the probe on the residual stream finds with F1 above `min_GT_probe_f1` are scored. The options
+    `k_sparse_probe_*` are for the probe on latents that proposes candidates. The others are SAEBench's thresholds.
     """
 
     words: int = 0
@@ -153,16 +152,14 @@ class Absorption(Metric):
         return result.without_outliers(rows.outliers, len(rows.train_ND) + len(rows.test_ND))
 
     def scored_letters(self, mode: str, rows: SpellingRows) -> list[int]:
-        """The letters that the probe on the residual stream finds; all letters in mode 2024-12. Raises SaeError if
-        there are none."""
+        """The letters found by the probe on the residual stream; all in mode 2024-12. Raises SaeError if none."""
         f1_L = rows.f1_L
         letters = [letter for letter in range(26) if mode == "2024-12" or f1_L[letter] > self.min_GT_probe_f1]
         if not letters:
             raise SaeError(
-                "Absorption needs letters that a probe can read from the model's activations, but no "
-                f"letter's probe has an F1 above {self.min_GT_probe_f1}: the best has "
-                f"{float(f1_L.max()):.2f}. Use another layer or model, or lower "
-                "absorption.min_GT_probe_f1."
+                "Absorption needs letters that a probe can read from the model's activations, but no letter's probe "
+                f"has an F1 above {self.min_GT_probe_f1}: the best has {float(f1_L.max()):.2f}. Use another layer or "
+                "model, or lower absorption.min_GT_probe_f1."
             )
         return letters
 
@@ -264,10 +261,7 @@ class Absorption(Metric):
                 "other letters are not in the mean."
             )
         if not old and averaged < self.min_feats_for_eval:
-            yield (
-                f"Only {averaged} letters are scored. SAEBench reports no number for fewer than "
-                f"{self.min_feats_for_eval}."
-            )
+            yield f"Only {averaged} letters are scored. SAEBench needs at least {self.min_feats_for_eval} for a number."
 
 
 @dataclass(frozen=True)
@@ -383,8 +377,7 @@ def score_words(
     """Score the words of one letter (SAEBench 0.6.0, `evals/absorption`).
 
     `along_N` is the projection of the residual stream onto the unit-norm probe, `cosine_F` the cosine of each decoder
-    row with the probe, and `main` the split latents of the letter. A latent contributes its activation times its
-    cosine.
+    row with the probe, `main` the split latents of the letter. A latent contributes its activation times its cosine.
     """
     enough = settings.probe_projection_proportion_threshold
     p_NF = f_NF * cosine_F

@@ -123,10 +123,9 @@ class Autointerp(Metric):
         if isinstance(judge, Endpoint):
             if not replace(judge, waits=TEST_WAITS).ask(TEST_QUESTION).strip():
                 raise UnavailableError(
-                    f"{self.judge_model} at {self.endpoint} gave an empty answer to the test question. An "
-                    f"answer can have {MAX_ANSWER_TOKENS} tokens, which a model that thinks before it "
-                    "answers uses up. Choose a model that does not think, or switch thinking off on the "
-                    "server."
+                    f"{self.judge_model} at {self.endpoint} gave an empty answer to the test question. An answer can "
+                    f"have {MAX_ANSWER_TOKENS} tokens, which a model that thinks before it answers uses up. Choose a "
+                    "model that does not think, or switch thinking off on the server."
                 )
 
     def check_options(self) -> None:
@@ -143,9 +142,8 @@ class Autointerp(Metric):
                 )
         if not re.fullmatch("([A-Za-z_][A-Za-z0-9_]*)?", self.key_variable):  # not shown: it may be the key
             raise UsageError(
-                "autointerp.key_variable is not the name of an environment variable. Put the key into a "
-                "variable such as OPENAI_API_KEY and give its name, because the value of this option is "
-                "stored with every result."
+                "autointerp.key_variable is not the name of an environment variable. Put the key into a variable such "
+                "as OPENAI_API_KEY and give its name, because the value of this option is stored with every result."
             )
         if not (0 <= self.price_in < math.inf and 0 <= self.price_out < math.inf):
             raise UsageError("autointerp.price_in and autointerp.price_out must be 0 or more, per million tokens.")
@@ -289,10 +287,9 @@ class Autointerp(Metric):
             yield f"{drawn - len(entries)} latents have too few separate passages and are left out."
         if judge is None:
             yield (
-                f"No judge was asked. The prompts for {len(entries)} latents are in "
-                f"evaluations/{self.name}.json. Name a judge with --set autointerp.endpoint=URL --set "
-                f"autointerp.judge_model=NAME; with the endpoint {LOCAL}, it is a chat model that runs on "
-                "this machine."
+                f"No judge was asked. The prompts for {len(entries)} latents are in evaluations/{self.name}.json. Name "
+                "a judge with --set autointerp.endpoint=URL --set autointerp.judge_model=NAME; with the endpoint "
+                f"{LOCAL}, it is a chat model that runs on this machine."
             )
 
 

@@ -296,9 +296,8 @@ def misnamed_numbers(metrics: Mapping[str, Mapping[str, float | None]]) -> list[
         "largest weight"
     )
     return [
-        f"explained_variance ({named:.4f}) is {formula}. Use fve ({sound:.4f}) instead: 1 - squared error / "
-        "squared distance "
-        "from the mean, 0 for the mean and 1 for a perfect SAE."
+        f"explained_variance ({named:.4f}) is {formula}. Use fve ({sound:.4f}) instead: 1 - squared error / squared "
+        "distance from the mean, 0 for the mean and 1 for a perfect SAE."
     ]
 
 

@@ -284,9 +284,8 @@ class MeasuredSAE:
             return every
         if not self.masked.stats.tokens:
             return UsageError(
-                f"All {self.outliers:,} rows of the held-out text have norms over "
-                f"{self.target.norm_limit:.4g}, so all of them are outliers. The limit was made for other "
-                "activations. Pass --max-norm none."
+                f"All {self.outliers:,} rows of the held-out text have norms over {self.target.norm_limit:.4g}, so all "
+                "of them are outliers. The limit was made for other activations. Pass --max-norm none."
             )
         masked = build_result(mode, self.target, self.masked, document_N, text)
         return every.with_masked(masked.without_outliers(self.outliers, masked.n["tokens"]))

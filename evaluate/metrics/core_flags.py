@@ -88,9 +88,8 @@ def reconstruction_flags(metrics: Metrics, stats: SAEStatistics) -> Iterator[str
         )
     if scale < SCALES[0] or scale > SCALES[1]:
         yield (
-            f"Reconstructions are {scale:.2f} times as long as would fit best "
-            "(relative_reconstruction_bias), which the cosine does not show. Check the scale of the "
-            "activations that the SAE was trained on."
+            f"Reconstructions are {scale:.2f} times as long as would fit best (relative_reconstruction_bias), which "
+            "the cosine does not show. Check the scale of the activations that the SAE was trained on."
         )
     if cost < MIN_CE_COST:
         yield (

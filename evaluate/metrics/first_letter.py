@@ -223,9 +223,8 @@ def read_spelling_rows(
         outliers, letter_N = int((~train_N).sum() + (~test_N).sum()), train_letter_N[train_N]
         if outliers and len(letter_N.unique()) < len(LETTERS):
             raise UsageError(
-                f"{outliers:,} of {len(prompts.words):,} words are outliers because of the norm of their "
-                f"activations at {hook}. The other words are too few for absorption. To count all words, "
-                "pass --max-norm none."
+                f"{outliers:,} of {len(prompts.words):,} words are outliers because of the norm of their activations "
+                f"at {hook}. The other words are too few for absorption. To count all words, pass --max-norm none."
             )
         key = {**depends, **row_set.record(outliers)}
         probe = read_letter_probes(ctx, key, train_ND[train_N], letter_N, seed, progress)

@@ -69,9 +69,8 @@ class Endpoint:
             )
         if not (self.key.isascii() and self.key.isprintable()):
             raise UsageError(
-                "The key in the environment variable named by autointerp.key_variable contains characters "
-                "that are not allowed in a key, such as a line break or a non-ASCII letter. Set the "
-                "variable again."
+                "The key in the environment variable named by autointerp.key_variable contains characters that are not "
+                "allowed in a key, such as a line break or a non-ASCII letter. Set the variable again."
             )
 
     def ask(self, messages: Sequence[Message]) -> str:
@@ -185,9 +184,8 @@ class Endpoint:
             )
         if error.code == 404:
             return UsageError(
-                f"There is no chat model {self.model} at {self.url} (HTTP 404). Check "
-                "--set autointerp.judge_model=... and --set autointerp.endpoint=..., which usually ends with "
-                f"/v1.{reply}"
+                f"There is no chat model {self.model} at {self.url} (HTTP 404). Check --set autointerp.judge_model=... "
+                f"and --set autointerp.endpoint=..., which usually ends with /v1.{reply}"
             )
         if error.code == 429:
             return UnavailableError(

@@ -173,9 +173,8 @@ class Ravel(Metric):
         for entity_type, attributes in self.by_type.items():
             if len({*attributes}) < 2 or not all(attributes) or len({*attributes}) < len(attributes):
                 raise UsageError(
-                    f"{self.name}.attributes has {', '.join(f'{entity_type}.{a}' for a in attributes)}. Give "
-                    "two or more different attributes of each entity type, such as "
-                    "city.Country,city.Language."
+                    f"{self.name}.attributes has {', '.join(f'{entity_type}.{a}' for a in attributes)}. Give two or "
+                    "more different attributes of each entity type, such as city.Country,city.Language."
                 )
         for option in (
             "top_n_entities", "num_pairs_per_attribute", "num_epochs", "batch_size", "n_generated_tokens",
@@ -220,10 +219,9 @@ class Ravel(Metric):
         if not any(facts.attributes for facts in known):
             counts = "; ".join(refusal for facts in known for refusal in facts.refusals)
             raise SaeError(
-                f"{ctx.model_name} knows too few facts for RAVEL. It needs two attributes of one entity "
-                f"type, each with {self.min_known_prompts} questions that the model answers right and with "
-                f"two different answers. Found: {counts}. Use a model that knows more, or lower "
-                f"{self.name}.min_known_prompts."
+                f"{ctx.model_name} knows too few facts for RAVEL. It needs two attributes of one entity type, each "
+                f"with {self.min_known_prompts} questions that the model answers right and with two different answers. "
+                f"Found: {counts}. Use a model that knows more, or lower {self.name}.min_known_prompts."
             )
 
     def measure_group(

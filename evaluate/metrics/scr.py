@@ -59,9 +59,8 @@ class Scr(Ablation):
     title = "scr, spurious correlation removal by number of latents ablated (0: nothing, 1: all of the bias)"
     category = "scr_metrics"
     caveat = (
-        "Do not rank SAEs by SCR: when many latents are ablated, it falls although the ground truth rises "
-        "(Are SAE Benchmarks "
-        "Reliable?, arXiv 2605.18229)."
+        "Do not rank SAEs by SCR: when many latents are ablated, it falls although the ground truth rises (Are SAE "
+        "Benchmarks Reliable?, arXiv 2605.18229)."
     )
     columns = tuple(
         MetricColumn(f"SCR {n}", "scr_metrics", f"scr_metric_threshold_{n}", ".3f", "up", 0, 1) for n in THRESHOLDS
@@ -165,8 +164,7 @@ def pair_flags(biased: Mapping[int, Tensor], clean: Mapping[int, Tensor]) -> lis
         return []
     return [
         f"at the {PROBES[harder]}, the biased probe is not clearly worse than that task's own probe (by "
-        f"{float(room_R[0]):.3f}, 95 %: {low:.3f} to {high:.3f}), but the scores are shares of this "
-        "difference."
+        f"{float(room_R[0]):.3f}, 95 %: {low:.3f} to {high:.3f}), but the scores are shares of this difference."
     ]
 
 

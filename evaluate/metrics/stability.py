@@ -259,9 +259,8 @@ def require_comparable(targets: Sequence[EvalTarget], system: Sequence[int], row
         raise UsageError(f"All seeds of one system must have the same number of latents, but {shown}.")
     if not rows.tokens:
         raise SaeError(
-            "The held-out text has no token on which latents can be compared: all are special tokens or "
-            "outlier rows. Harvest "
-            "with a different dataset, or pass --max-norm none."
+            "The held-out text has no token on which latents can be compared: all are special tokens or outlier rows. "
+            "Harvest with a different dataset, or pass --max-norm none."
         )
 
 
@@ -293,9 +292,8 @@ def stability_flags(
             )
     if (dead := 1 - metrics["frac_alive"]) > MANY_DEAD:
         flags.append(
-            f"{dead:.0%} of the latents do not vary on these tokens. The activation PW-MCC leaves them out. "
-            "The decoder PW-MCC includes their rows; without them, it is "
-            f"{metrics['decoder_pw_mcc_alive']:.3f}."
+            f"{dead:.0%} of the latents do not vary on these tokens. The activation PW-MCC leaves them out. The "
+            f"decoder PW-MCC includes their rows; without them, it is {metrics['decoder_pw_mcc_alive']:.3f}."
         )
     return flags
 

@@ -185,8 +185,7 @@ class Unlearning(Metric):
             if not len(rows_RS):
                 raise UsageError(
                     f"The {name} corpus has less than one row of {self.context} tokens in texts of more than "
-                    f"{MIN_CHARACTERS} characters. Use the whole corpus, or a smaller --set "
-                    "unlearning.context=..."
+                    f"{MIN_CHARACTERS} characters. Use the whole corpus, or a smaller --set unlearning.context=..."
                 )
             generator = shared if self.rng == "saebench" else torch.Generator().manual_seed(seed)
             corpora[name] = rows_RS[torch.randperm(len(rows_RS), generator=generator)][: self.rows]
@@ -233,9 +232,8 @@ class Unlearning(Metric):
         if not questions[FORGET_QUESTIONS] or not others:
             subject = "other questions" if questions[FORGET_QUESTIONS] else f"questions of {FORGET_QUESTIONS}"
             raise SaeError(
-                f"{chat_model.identity['name']} answers no {subject} right under all 24 orders of the "
-                "choices, so unlearning cannot be measured. Name a model that knows more with --set "
-                "unlearning.model=..."
+                f"{chat_model.identity['name']} answers no {subject} right under all 24 orders of the choices, so "
+                "unlearning cannot be measured. Name a model that knows more with --set unlearning.model=..."
             )
 
     def intervene(

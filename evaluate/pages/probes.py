@@ -95,9 +95,8 @@ def compare_with_model(sae: Scores, llm: Scores, k: int) -> str:
     above = f"{sum(sae[name] > llm[name] for name in both)} of {format_count(len(both), 'data set')}"
     ours, theirs = (mean(side[name] for name in both) for side in (sae, llm))
     text = (
-        f"A probe on {format_count(k, 'latent')} is better than the model's own probe on {above}: mean AUC "
-        f"{ours:.4f} against "
-        f"{theirs:.4f}"
+        f"A probe on {format_count(k, 'latent')} is better than the model's own probe on {above}: mean AUC {ours:.4f} "
+        f"against {theirs:.4f}"
     )
     if len(both) < 2:
         return f"{text}."

@@ -243,7 +243,7 @@ def test_a_missed_l0_and_a_better_pca_are_noted_wherever_the_numbers_are_seen(mi
     [
         (60, "64 held-out tokens in 2 contexts of {} (60 requested; whole contexts are read)"),
         (64, "64 held-out tokens in 2 contexts of {}"),
-        (10**6, " contexts of {} (1,000,000 requested; the cache has no more held-out text)"),
+        (10**6, " contexts of {} (1,000,000 requested; there is no more held-out text)"),
     ],
 )
 def test_the_plan_says_that_whole_contexts_are_read(tiny_cache, missed, home, tokens, text):

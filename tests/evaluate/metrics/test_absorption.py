@@ -157,7 +157,7 @@ def test_letters_that_the_model_does_not_spell_do_not_count():
     result = PLANTED.result("0.6.0", sae, deaf, CPU)
     assert [entry["first_letter"] for entry in result.details] == ["a", "b", "c"]
     assert result.metrics["mean"]["mean_full_absorption_score"] == pytest.approx(2 / TEST / 3)
-    assert "Only 3 letters are scored. SAEBench reports no number for fewer than 20." in result.flags
+    assert "Only 3 letters are scored. SAEBench needs at least 20 for a number." in result.flags
     weight[:] = 0
     with pytest.raises(SaeError, match=r"no letter's probe has an F1 above 0\.6: the best has 0\.00"):
         PLANTED.result("0.6.0", sae, deaf, CPU)

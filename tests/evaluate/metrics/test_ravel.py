@@ -337,7 +337,7 @@ def test_what_cannot_be_measured_is_a_sentence(ctx, metric, monkeypatch, change,
         ({"Color": ["the thing"]}, {}, "'the thing' is a template of Color. Expected exactly one %s"),
         ({"Color": ["%s or %s"]}, {}, "Expected exactly one %s"),
         ({"Color": ["%s"]}, {"thing0": "red"}, "expected {entity"),
-        ({"Color": ["%s"]}, {"thing0": {"Color": 3}}, "the Color of thing0 is 3; expected a text"),
+        ({"Color": ["%s"]}, {"thing0": {"Color": 3}}, "the Color of thing0 is 3. Expected a text"),
     ],
 )
 def test_facts_of_another_schema_are_a_sentence(tmp_path, templates, values, sentence):
