@@ -120,6 +120,12 @@ def product(call: Call) -> Cost:
     return Cost(1, 2 * call.outputs[0].numel() * inner, read + call.written)
 
 
+def gram(call: Call) -> Cost:
+    """A batched product of (M, B) by (B, M), which reads its input once for each of the two."""
+    (f_GBM,) = call.args
+    return Cost(1, 2 * call.outputs[0].numel() * f_GBM.shape[1], 2 * size(f_GBM) + call.written)
+
+
 def row_products(call: Call) -> Cost:
     """embedding_bag: N rows of D elements, each multiplied by a number and added to a sum."""
     rows, index = call.args[:2]
@@ -275,6 +281,7 @@ BY_NAME = {
         decode_rows: "decode_rows",
         sum_rows: "sum_rows",
         jump: "jump_gradients jump_counts",
+        gram: "gram",
         gate: "gate_latents gate_gradients",
         prefixes: "compare_prefixes prefix_gradients",
         update: "update",

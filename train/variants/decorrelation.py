@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import UsageError
+from ..kernels.gram_operator import gram
 from ..recipe import recipe
 from ..step import LossTerm, Mechanism, Step
 from ..variant import RunConfig, Variant
@@ -32,7 +33,9 @@ class Decorrelation(LossTerm):
                  these pairs only, so tau and R are estimates from a random sample of all pairs. R has a small bias,
                  because the most correlated pairs of a sample are not a sample of the most correlated pairs.
 
-    C is computed without a gradient. The gradient of R is S f_hat, with S_ij = 1/|S_t| for chosen pairs above tau.
+    C is computed without a gradient. The gradient of R is S f_hat, with S_ij = 1/|S_t| for chosen pairs above tau. On a
+    GPU, latents in bfloat16 are multiplied as they are: products of two of them are exact in float32, and so C has the
+    rounding errors of a sum in float32.
 
     Args:
         fraction: |S_t| divided by the number of pairs from which it is chosen.
@@ -58,8 +61,9 @@ class Decorrelation(LossTerm):
 
     def forward(self, step: Step) -> Tensor:
         with torch.autocast(step.f_BF.device.type, enabled=False):  # correlations in float32
-            f_BF = step.f_BF.float()
-            return self.penalty(step, f_BF) if self.pair_choice == "exact" else self.penalty_in_blocks(step, f_BF)
+            if self.pair_choice == "exact":
+                return self.penalty(step, step.f_BF.float())
+            return self.penalty_in_blocks(step, step.f_BF if step.f_BF.device.type == "cuda" else step.f_BF.float())
 
     def choose(self, corr_GMM: Tensor, step: Step) -> "ChosenPairs":
         """The most correlated pairs in all blocks. Overwrites `corr_GMM`, the correlations, with its upper triangle."""
@@ -99,10 +103,11 @@ class Decorrelation(LossTerm):
         n = f_BF.shape[1]
         blocks = max(1, round(n / self.block))
         size = n // blocks
-        order_N = random_order(step.i, self.seed, n)[: blocks * size]  # leaves a few latents out of this step
+        order_F = random_order(step.i, self.seed, n)
+        order_N = order_F[: blocks * size]  # leaves a few latents out of this step
         with torch.no_grad():
             f_GBM = f_BF.detach().index_select(1, order_N).unflatten(1, (blocks, size)).transpose(0, 1)
-            gram_GMM = f_GBM.mT @ f_GBM
+            gram_GMM = gram(f_GBM)
             scale_GM = 1 / gram_GMM.diagonal(dim1=1, dim2=2).sqrt().clamp_min(1e-8)
             scale_GMM = scale_GM[:, :, None] * scale_GM[:, None]
             chosen = self.choose(gram_GMM * scale_GMM, step)
@@ -110,7 +115,7 @@ class Decorrelation(LossTerm):
             weight_GMM = chosen.weight_GMM
             share_GMM = weight_GMM * chosen.upper_GMM
             weight_GMM = weight_GMM + weight_GMM.mT - torch.diag_embed(share_GMM.sum(1) + share_GMM.sum(2))
-        value: Tensor = BlockGradient.apply(f_BF, chosen.value, f_GBM, weight_GMM * scale_GMM, order_N)
+        value: Tensor = BlockGradient.apply(f_BF, chosen.value, f_GBM, weight_GMM * scale_GMM, order_F)
         return value
 
 
@@ -153,17 +158,25 @@ class BlockGradient(torch.autograd.Function):
     """A value whose gradient is f M for latents in the blocks and 0 for all others."""
 
     @staticmethod
-    def forward(ctx: Any, f_BF: Tensor, value: Tensor, f_GBM: Tensor, matrix_GMM: Tensor, order_N: Tensor) -> Tensor:
-        ctx.save_for_backward(f_GBM, matrix_GMM, order_N)
-        ctx.latents = f_BF.shape[1]
+    def forward(ctx: Any, f_BF: Tensor, value: Tensor, f_GBM: Tensor, matrix_GMM: Tensor, order_F: Tensor) -> Tensor:
+        ctx.save_for_backward(f_GBM, matrix_GMM, order_F)
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
-        f_GBM, matrix_GMM, order_N = ctx.saved_tensors
-        g_BN = (f_GBM @ (matrix_GMM * gradient[0])).transpose(0, 1).flatten(1)
-        g_BF = g_BN.new_zeros(len(g_BN), ctx.latents)
-        return g_BF.index_copy_(1, order_N, g_BN), None, None, None, None
+        f_GBM, matrix_GMM, order_F = ctx.saved_tensors
+        (blocks, tokens, size), matrix_GMM = f_GBM.shape, matrix_GMM * gradient[0]
+        count = blocks * size
+        if f_GBM.dtype == torch.bfloat16:  # two passes over (B, F) instead of four
+            ordered_BF = f_GBM.new_empty(tokens, len(order_F))
+            ordered_BF[:, count:] = 0
+            g_GBM = ordered_BF[:, :count].unflatten(1, (blocks, size)).transpose(0, 1)
+            torch.bmm(f_GBM, matrix_GMM.bfloat16(), out=g_GBM)
+            place_F = torch.empty_like(order_F).scatter_(0, order_F, torch.arange(len(order_F), device=order_F.device))
+            return ordered_BF.index_select(1, place_F), None, None, None, None
+        g_BN = (f_GBM @ matrix_GMM).transpose(0, 1).flatten(1)
+        g_BF = g_BN.new_zeros(tokens, len(order_F))
+        return g_BF.index_copy_(1, order_F[:count], g_BN), None, None, None, None
 
 
 class PenalizedPairs(Mechanism):

@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from sae.common.errors import UsageError
 from sae.evaluate.compared_pairs import compared_pairs, note_of_pairs
+from sae.train.kernels.gram_operator import gram
 from sae.train.loop import Trainer
 from sae.train.recipe import find_recipe
 from sae.train.variant import RunConfig
@@ -64,6 +65,34 @@ def test_blocks_are_the_definition_over_the_pairs_within_them(count: int, tau_ov
     torch.testing.assert_close(latents_BF.grad.double(), 3 * exact_BF.grad, rtol=1e-3, atol=1e-6)
     left_out = [i for i in range(count) if i not in order]
     assert len(left_out) == count - 24 and not latents_BF.grad[:, left_out].any()
+
+
+@pytest.mark.parametrize("count", [24, 26])
+def test_latents_in_bfloat16_are_multiplied_as_they_are(count: int) -> None:
+    """As on a GPU. The value is that of latents in float32; the gradient and its matrix are rounded to bfloat16."""
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        f_BF = latents(count).bfloat16().to(dtype).requires_grad_()
+        step = step_with(f_BF)
+        step.i = torch.tensor(7)
+        value = Decorrelation(0.2, block=6).penalty_in_blocks(step, f_BF)
+        (3 * value).backward()
+        results.append((value.double(), f_BF.grad.double(), f_BF.grad.dtype))
+    (expected, g_BF, _), (found, bfloat16_BF, dtype) = results
+    assert dtype == torch.bfloat16 and expected > 0
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(bfloat16_BF, g_BF, rtol=0, atol=1e-2 * float(g_BF.abs().max()))
+    assert torch.equal(bfloat16_BF.any(0), g_BF.any(0))  # latents in no block and silent ones have no gradient
+
+
+def test_products_of_columns_in_bfloat16_are_exact() -> None:
+    """Up to the rounding of a sum in float32. torch knows the operator."""
+    f_GBM = latents(24).bfloat16().unflatten(1, (4, 6)).transpose(0, 1)
+    found = gram(f_GBM)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), f_GBM.double().mT @ f_GBM.double(), rtol=1e-6, atol=1e-6)
+    for given in (f_GBM, f_GBM.float()):
+        torch.library.opcheck(gram, (given,))
 
 
 @pytest.mark.parametrize(

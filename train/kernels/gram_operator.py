@@ -1,0 +1,24 @@
+"""The operator `gram`: a matrix product whose result has another dtype than its inputs. torch has it only on GPUs."""
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("sae::gram", mutates_args=(), device_types="cpu")
+def gram(f_GBM: Tensor) -> Tensor:
+    """(G, M, M): the products of all pairs of columns of each matrix, in float32 if the columns are in bfloat16."""
+    f_GBM = f_GBM.float() if f_GBM.dtype == torch.bfloat16 else f_GBM
+    return f_GBM.mT @ f_GBM
+
+
+@gram.register_fake
+def _(f_GBM: Tensor) -> Tensor:
+    blocks, _, size = f_GBM.shape
+    return f_GBM.new_empty(blocks, size, size, dtype=torch.float32 if f_GBM.dtype == torch.bfloat16 else f_GBM.dtype)
+
+
+@gram.register_kernel("cuda")
+def _(f_GBM: Tensor) -> Tensor:
+    if f_GBM.dtype != torch.bfloat16:
+        return f_GBM.mT @ f_GBM
+    return torch.bmm(f_GBM.mT, f_GBM, out_dtype=torch.float32)
