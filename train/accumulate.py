@@ -1,11 +1,11 @@
 """`sae train --accumulate N`: compute a batch in N equal parts and add up their gradients.
 
-A step then holds the latents of one part at a time. Most losses are means over tokens, so they equal the mean of the
-parts' means. Code that needs the whole batch reads `Step.whole`. It holds the input. If a loss or mechanism of the
-recipe sets `reads_batch`, it also holds the errors and L0 from a first pass without gradients. BatchTopK first runs a
-pass over the pre-activations to find the smallest latent that the batch keeps. A recipe is refused if one of its
-losses, mechanisms or activations needs the latents of all tokens at once (`undivided`). N changes the order of
-summation, so results differ by rounding from a run with N = 1.
+A step then keeps the latents of only one part in memory. Most losses are means over tokens, so they equal the mean of
+the parts' means. Code that needs the whole batch reads `Step.whole`, which contains the input. If a loss or mechanism
+of the recipe sets `reads_batch`, `Step.whole` also contains the errors and L0, which a first pass computes without
+gradients. BatchTopK first runs a pass over the pre-activations to find the smallest value that it keeps in the batch. A
+recipe is rejected if one of its losses, mechanisms or activations needs the latents of all tokens at once
+(`undivided`). N changes the order of summation, so results differ by rounding from a run with N = 1.
 """
 
 from collections.abc import Callable, Iterator
@@ -107,7 +107,7 @@ def losses_and_mechanisms(variant: Variant) -> Iterator[LossTerm | Mechanism]:
 
 
 def reasons_against(variant: Variant) -> list[str]:
-    """Why the batches of a variant cannot be computed in parts; empty if they can."""
+    """The reasons why the batches of a variant cannot be computed in parts; empty if they can."""
     activations = [module for module in variant.modules() if isinstance(module, Activation)]
     reasons = [part.undivided for part in [*activations, *losses_and_mechanisms(variant)]]
     return list(dict.fromkeys(filter(None, reasons)))

@@ -14,13 +14,13 @@ SAMPLE_EVERY = 127  # prime, so that the sample covers all latents of a dictiona
 
 
 class Activation(nn.Module):
-    """One function in the chain from pre-activations to latents. Saved as its name and `options`, which rebuild it."""
+    """One function in the chain from pre-activations to latents. It is saved as its name and `options`."""
 
     registry: ClassVar[dict[str, type["Activation"]]] = {}
     name: ClassVar[str]
     sees_input: ClassVar[bool] = False  # whether forward takes (z_BF, x_BD), as a router does
     nonnegative: ClassVar[bool] = False  # whether no latent is ever below zero
-    has_kernels: ClassVar[bool] = False  # whether training can use operators that have kernels on a GPU
+    has_kernels: ClassVar[bool] = False  # whether training can use operators with GPU kernels
     by_kernels = False  # whether training uses these operators
     undivided: str = ""  # why a batch cannot be encoded in parts, as a sentence without a period; "" if it can
 
@@ -29,7 +29,7 @@ class Activation(nn.Module):
             return  # a base class
         if name in Activation.registry:
             raise TypeError(
-                f"two activations are called {name!r}: {Activation.registry[name].__module__}, {cls.__module__}"
+                f"two activations are named {name!r}: {Activation.registry[name].__module__}, {cls.__module__}"
             )
         cls.name = name
         Activation.registry[name] = cls
@@ -65,8 +65,8 @@ class KeepTopK(Activation):
 
     now: Tensor | None  # () float32; part of the training state, not saved with an SAE
     nonnegative = True
-    over_batch: ClassVar[bool] = False  # whether it chooses among the latents of all tokens
-    cut: Tensor | None = None  # (); if a batch is computed in parts, the smallest pre-activation that the batch keeps
+    over_batch: ClassVar[bool] = False  # whether it selects among the latents of all tokens of a batch
+    cut: Tensor | None = None  # (); if a batch is computed in parts, the smallest pre-activation kept in the batch
     has_kernels = True
 
     def __init__(self, k: float) -> None:
@@ -167,7 +167,9 @@ class TopK(KeepTopK, name="topk"):
 
 
 class BatchTopK(KeepTopK, name="batchtopk"):
-    """Keeps the B k largest latents of a batch in training; afterwards, all above `threshold` (Bussmann et al. 2024).
+    """In training, keeps the B * k largest latents of a batch; afterwards, keeps all latents above `threshold`.
+
+    See Bussmann et al. 2024.
 
     A loaded SAE therefore encodes each token independently. The mechanism BatchTopKThreshold sets the threshold.
     """

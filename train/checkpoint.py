@@ -5,8 +5,8 @@
                              the step index "i" and "failed_at"
         state.json           {"format", "step", "step_version", "sha256" of state.safetensors, "run"}, written last
 
-A checkpoint is valid if state.json exists and its checksum matches. The newest two are kept; damaged ones are skipped
-with a message.
+A checkpoint is valid if state.json exists and its checksum matches. The newest two checkpoints are kept. Damaged
+checkpoints are skipped with a message.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ def training_state(trainer: Trainer) -> dict[str, Tensor]:
 def save_checkpoint(trainer: Trainer, folder: Path, step: int, run: str | None = None) -> None:
     """Write the state after `step` steps into the run folder's checkpoints/, and remove all but the newest two.
 
-    `run` is the digest of everything that decides the run.
+    `run` is the digest of everything that determines the result of the run.
     """
     state = {name: tensor.contiguous().cpu() for name, tensor in training_state(trainer).items()}
     write_checkpoint(folder, step, to_safetensors(state), run)
@@ -69,9 +69,9 @@ class SavedState(NamedTuple):
     """A checkpoint that was read."""
 
     step: int
-    run: str | None  # digest of everything that decides its run; None: written by an earlier version, without it
+    run: str | None  # digest of everything that determines its run; None: not recorded by the version that wrote it
     tensors: dict[str, Tensor]
-    step_version: int  # `step_version` of the steps that led to it
+    step_version: int  # `step_version` of the steps that produced it
 
 
 def read_checkpoint(path: Path) -> SavedState:
@@ -84,22 +84,22 @@ def read_checkpoint(path: Path) -> SavedState:
     record = CHECKPOINT_RECORD.read(path / "state.json")
     if record["format"] != FORMAT:
         raise UsageError(
-            f"{path} is a checkpoint of format {record['format']}; this version reads {FORMAT}. "
+            f"{path} has checkpoint format {record['format']}, but this version reads format {FORMAT}. "
             "Resume with the version that wrote it, or remove it to start over."
         )
     data = read_file(path / "state.safetensors", CHECKPOINT_RECORD.remedy)
     if hashlib.sha256(data).hexdigest() != record["sha256"]:
-        raise DamagedError(f"{path}/state.safetensors does not have the checksum that was recorded.")
+        raise DamagedError(f"{path}/state.safetensors does not have the checksum that state.json records.")
     tensors, step = load(data), record["step"]
     if path.name != f"step-{step:08d}" or int(tensors["i"]) != step:
-        raise DamagedError(f"{path} is not of one step: state.json says {step}, the tensors {int(tensors['i'])}.")
+        raise DamagedError(f"{path} has step {step} in state.json but step {int(tensors['i'])} in its tensors.")
     return SavedState(step, record.get("run"), tensors, record.get("step_version", 1))
 
 
 def restore_checkpoint(trainer: Trainer, folder: Path, say: Callable[[str], None], run: str | None = None) -> int:
     """Load the newest valid checkpoint of a run folder; returns its step, or 0 if there is none.
 
-    `run` is the digest of everything that decides the run.
+    `run` is the digest of everything that determines the result of the run.
 
     Raises:
         UsageError: the checkpoint comes from another version. Starting over silently would discard the training so far.
@@ -109,15 +109,15 @@ def restore_checkpoint(trainer: Trainer, folder: Path, say: Callable[[str], None
         try:
             step, written_by, tensors, version = read_checkpoint(path)
             if step > trainer.steps:
-                raise DamagedError(f"{path} is of step {step}, but the run has {trainer.steps} steps.")
+                raise DamagedError(f"{path} is for step {step}, but the run has {trainer.steps} steps.")
         except DamagedError as error:
             say(f"Skipping the checkpoint {path.name}: {error}")
             continue
         if None not in (run, written_by) and run != written_by:
             raise DamagedError(
-                f"{path} is of another run than {folder / 'run.json'}: their options differ. If run.json belongs here, "
-                "move the checkpoint elsewhere and resume. If not, restore run.json from a copy. To go on from it with "
-                "other options on purpose, delete 'run' and 'content_digest' from its state.json."
+                f"{path} and {folder / 'run.json'} belong to different runs: their options differ. If run.json is the "
+                "right one, move the checkpoint elsewhere and resume. If not, restore run.json from a copy. To "
+                "continue from this checkpoint with other options, delete 'run' and 'content_digest' in its state.json."
             )
         state = training_state(trainer)
         for name in state.keys() - tensors.keys():
@@ -125,7 +125,7 @@ def restore_checkpoint(trainer: Trainer, folder: Path, say: Callable[[str], None
                 tensors[name] = state[name]
         if any(name not in tensors or tensors[name].shape != tensor.shape for name, tensor in state.items()):
             raise UsageError(
-                f"{path} does not hold the tensors that this version's variant has. "
+                f"{path} does not contain the tensors that this version of the variant has. "
                 "Resume with the version that wrote it, or remove the run to start over."
             )
         load_training_state(trainer, tensors)

@@ -40,15 +40,15 @@ class TrainConfig:
     site: str = "resid_post"
     modules: Sequence[str] = ()  # used instead of the site, such as model.layers.{layer}.mlp.gate_proj:output
     seeds: Sequence[int] = (0,)
-    caches: Sequence[str | Path] = ()  # folders or addresses, read as one; none: the cache of the model and layer
+    caches: Sequence[str | Path] = ()  # folders or addresses, read as one cache; (): the cache of the model and layer
     local_cache: int | None = None  # maximum bytes from stores to keep on the disk; None: half of the free space
     local_folder: Path | None = None  # where these bytes are kept; None: activations/.pulled
     source: RingCache | PlannedCache | None = None  # replaces caches: harvested during training, or not yet harvested
     model: str | None = None
     steps: int | None = None  # None: one epoch of the cache
-    batch_size: int | None = None  # tokens; None: the recipe's
-    accumulate: int | None = None  # equal parts in which a batch is computed; None: 1, or as in the resumed run
-    width: str | None = None  # d_sae as "4x" (times d_in), "16k" or a number; None: the recipe's
+    batch_size: int | None = None  # tokens; None: the recipe's batch size
+    accumulate: int | None = None  # number of equal parts of a batch; None: 1, or as in the resumed run
+    width: str | None = None  # d_sae: "4x" (times d_in), "16k" or a number; None: the recipe's width
     l0: Sequence[float] = ()  # target latents per token, for every recipe; empty: the recipe's default
     paper_exact: bool = False  # the paper's settings verbatim, unscaled
     options: Mapping[str, Any] | Sequence[str] = ()  # {"k": 64, "topk.lr": 1e-3}, or "k=64", "topk.lr=1e-3"
@@ -60,12 +60,12 @@ class TrainConfig:
     checkpoint_every: int = 1000  # steps
     log: Sequence[str] = ()  # names of loggers
     compiled: bool = False  # compile the training step
-    capture: str = "auto"  # the steps of a pass as one CUDA graph: auto, where that is possible, or off
+    capture: str = "auto"  # whether the steps of a pass run as one CUDA graph: auto (if possible) or off
     precision: str | None = None  # float32, tf32 or bfloat16; None: bfloat16 on a GPU, float32 on a CPU
     origins: Mapping[str, str] = field(default_factory=dict)  # non-default flag -> "flag" or "file:line"
 
     def record(self) -> dict[str, Any]:
-        """The config as JSON, under the keys of run.json. Two of these keys keep older names than their fields."""
+        """The config as JSON, under the keys of run.json. Two of these keys keep former names of their fields."""
         on_disk = {"paper_exact": "literal", "shuffle_seed": "order_seed"}
         values = {on_disk.get(f.name, f.name): getattr(self, f.name) for f in fields(self) if f.name != "source"}
         for newer in ("modules", "accumulate", "precision", "local_cache", "local_folder"):

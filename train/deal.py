@@ -79,7 +79,7 @@ def merge(works: Sequence[Work]) -> Work:
 
 
 def deal(works: Sequence[Work], ranks: int) -> list[RankShare]:
-    """Deal works that hold one run each to ranks. Returns a share for each rank, possibly empty."""
+    """Assign `works`, each of which is one run, to ranks. Returns a share for each rank, possibly empty."""
     streams = [merge(runs) for runs in by_stream(works)]
     in_order = [run for runs in by_stream(works) for run in longest_first(runs)]
     deals = [to_the_first_done(streams, ranks), cut(in_order, ranks), to_the_first_done(works, ranks)]
@@ -87,12 +87,12 @@ def deal(works: Sequence[Work], ranks: int) -> list[RankShare]:
 
 
 def end_of(shares: Iterable[RankShare]) -> float:
-    """When the last rank is done, in seconds from the start. Rounded to a microsecond, since estimates are no finer."""
+    """When the last rank finishes, in seconds from the start. Rounded to a microsecond so that equal estimates tie."""
     return round(max(share.seconds for share in shares), 6)
 
 
 def by_stream(works: Iterable[Work]) -> list[list[Work]]:
-    """The works of each stream, the longest stream first."""
+    """The work items grouped by stream, the longest stream first."""
     streams: dict[Hashable, list[Work]] = {}
     for work in works:
         streams.setdefault(work.stream, []).append(work)
@@ -104,7 +104,7 @@ def longest_first(works: Iterable[Work]) -> list[Work]:
 
 
 def to_the_first_done(works: Iterable[Work], ranks: int) -> list[RankShare]:
-    """Assign each work, longest first, to the rank that would finish it first."""
+    """Assign each work item, longest first, to the rank that would finish it first."""
     shares = [RankShare() for _ in range(ranks)]
     for work in longest_first(works):
         min(shares, key=lambda share: share.seconds_with(work)).add(work)  # noqa: B023
@@ -112,7 +112,7 @@ def to_the_first_done(works: Iterable[Work], ranks: int) -> list[RankShare]:
 
 
 def cut(works: Sequence[Work], ranks: int) -> list[RankShare]:
-    """Cut the works, in the given order, so that the longest piece is as short as possible."""
+    """Cut the list of work items, in the given order, so that the longest piece is as short as possible."""
     whole = sum(work.alone for work in works)
     seconds = smallest_bound(0.0, whole, lambda seconds: sum(1 for _ in pieces(works, seconds)) <= ranks)
     shares = list(pieces(works, seconds))
@@ -120,7 +120,7 @@ def cut(works: Sequence[Work], ranks: int) -> list[RankShare]:
 
 
 def pieces(works: Iterable[Work], seconds: float) -> Iterator[RankShare]:
-    """Cut the works, in the given order, into shares, each as large as possible within `seconds`."""
+    """Cut the list of work items, in the given order, into shares that each take at most `seconds` if possible."""
     share = RankShare()
     for work in works:
         if share.runs and share.seconds_with(work) > seconds:

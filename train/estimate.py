@@ -67,16 +67,15 @@ def check_disk_space(runs: Iterable[RunInFolder], reserved: Mapping[Path, float]
     for disk, on_disk in by_disk.items():
         sizes = [run_bytes(run) for run in on_disk]
         activations = sum(size for folder, size in reserved.items() if disk_id(folder) == disk)
-        # A new checkpoint is written completely before an older one is removed, and a run's last checkpoint before its
-        # SAE.
+        # A new checkpoint is written completely before an older one is removed. The run's SAE is written after that.
         transient = max(size.state - size.sae for size in sizes)
         needed = sum(size.folder for size in sizes) - sum(checkpoint_bytes(run.folder) for run in on_disk) + transient
         place = existing_parent(on_disk[0].folder)
         if needed + activations > (free := free_space(place)):
             also = f" besides {format_bytes(activations)} of activations" if activations else ""
             raise UnavailableError(
-                f"{format_count(len(on_disk), 'run')} of up to {format_bytes(max(size.folder for size in sizes))} will "
-                f"need {format_bytes(needed)}{also}, and the disk of {place} has {format_bytes(free)} free. "
+                f"{format_count(len(on_disk), 'run')} of up to {format_bytes(max(size.folder for size in sizes))} each "
+                f"will need {format_bytes(needed)}{also}, and the disk of {place} has {format_bytes(free)} free. "
                 "Train fewer runs, use a smaller --width, or choose an --out on another disk."
             )
 
@@ -118,7 +117,7 @@ def step_seconds(run: BuildableRun, device: str) -> float:
     trainer = Trainer(untrained_variant(run, device), config.steps, device, precision=config.precision)
     x_BD = torch.randn(rows, config.d_in, device=device).bfloat16()
     seconds = fastest_step(trainer, x_BD)
-    if 1 < rows < config.batch_size:  # the time of the optimizer does not grow with the rows
+    if 1 < rows < config.batch_size:  # the optimizer's time does not grow with the rows
         one_row = fastest_step(trainer, x_BD[:1])
         seconds = one_row + max(seconds - one_row, 0.0) / (rows - 1) * (config.batch_size - 1)
     del trainer
@@ -185,7 +184,7 @@ def describe_time(passes: Sequence[Sequence[BuildableRun]], device: str, from_st
         if from_store:
             sizes = [2 * runs[0].config.batch_size * runs[0].config.d_in for runs in passes]
             rate = max(size / sum(pass_times) for size, pass_times in zip(sizes, times, strict=True))
-            link = [f"link     training does not wait for a store that gives {format_bytes(rate)} per second"]
+            link = [f"link     training does not wait for a store if it delivers {format_bytes(rate)} per second"]
     except UnavailableError as error:
         duration = str(error)
     return [describe_memory(passes, device), f"time     {duration}", *link]

@@ -19,8 +19,8 @@ def hooks_to_train(
     """
     if not is_site(site):
         raise UsageError(
-            f"unknown --site {site}: expected one of {', '.join(SITES)}, or a module of the block with what is read of "
-            "it, such as mlp.gate_proj.output."
+            f"unknown --site {site}: expected one of {', '.join(SITES)}, or the input or output of a module in the "
+            "block, such as mlp.gate_proj.output."
         )
     if not modules:
         return [Hook(layer, site) for layer in dict.fromkeys(layers)]
@@ -38,12 +38,12 @@ def hooks_to_train(
 
 
 def outside_hook(known: Sequence[Hook], spec: ModuleSpec, text: str) -> Hook:
-    """The hook of a module outside the blocks. The known hooks say which layer it belongs to."""
+    """The hook of a module outside the blocks. The known hooks determine its layer."""
     for hook in known:
         is_same_end = hook.site.endswith(f".{spec.end}")
         if hook.is_outside and is_same_end and f".{spec.path}".endswith(f".{hook.module_path}"):
             return hook
-    raise UsageError(f"No cache holds --module {text}. Create one with `sae harvest --module {text}`.")
+    raise UsageError(f"No cache contains --module {text}. Create one with `sae harvest --module {text}`.")
 
 
 def known_hooks(folders: Sequence[str | Path]) -> list[Hook]:

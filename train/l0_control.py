@@ -19,8 +19,9 @@ class L0Controller(Mechanism):
 
         c_t = c_w exp(s_t + gain e_t),     s_t <- s_t + rate e_t,     e = log(L0/target) + log(L0/L0_earlier)
 
-    c_w is the recipe's own coefficient at step w, a twentieth of the run; until then the recipe's warm-up acts. The
-    recipe's schedule after step w is ignored, because a penalty that falls to zero does not determine a final L0.
+    Step w is at one twentieth of the run, and c_w is the recipe's own coefficient at step w. Until then the recipe's
+    warm-up applies. The recipe's schedule after step w is ignored, because a penalty that falls to zero does not
+    determine a final L0.
 
     Weights respond to a coefficient only at the optimizer's rate, so a controller that only integrates the error would
     oscillate. Also, half of all latents are active at first, and L0 falls from there without any penalty. If a penalty
@@ -74,7 +75,7 @@ class L0Controller(Mechanism):
 
 
 def control_l0(variant: "Variant", target: float, steps: int) -> bool:
-    """Put the sparsity terms of a variant (`LossTerm.sparsity`) under an L0Controller.
+    """Let an L0Controller set the coefficients of a variant's sparsity terms (`LossTerm.sparsity`).
 
     Does nothing if its activation keeps k latents: k sets L0, and any additional penalty stays unchanged. Returns False
     if nothing sets L0.
@@ -91,7 +92,7 @@ def control_l0(variant: "Variant", target: float, steps: int) -> bool:
 
 
 def missed_targets(targets: Mapping[str, float | None], metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """A sentence for each run whose last L0 differs from its target by more than a tenth.
+    """A sentence for each run whose last L0 differs from its target by more than 10 %.
 
     Args:
         targets: run -> its L0 target, or None.

@@ -1,4 +1,4 @@
-"""Loggers besides metrics.jsonl: TensorBoard, Weights & Biases and trackio, each imported only when it is used."""
+"""Loggers in addition to metrics.jsonl: TensorBoard, Weights & Biases and trackio. Each is imported when it is used."""
 
 import contextlib
 import io

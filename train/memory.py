@@ -31,7 +31,7 @@ BOUND_STATES, BOUND_LATENTS, BOUND_INPUTS, BOUND_PAIRS, BOUND_OTHER = 4, 40, 20,
 
 
 class BuildableRun(Protocol):
-    """The parts of a run that a variant is built from; `plan.Run` is one."""
+    """The parts of a run that a variant is built from. `plan.Run` implements this."""
 
     @property
     def recipe(self) -> Recipe: ...

@@ -24,7 +24,7 @@ def save_after_running_out(trainers: Sequence[RunTrainer], error: BaseException,
     for trainer in trainers:
         trainer.optimizer.zero_grad(set_to_none=True)
     release(error, device)
-    steps = [f"{trainer.run.name} goes on from step {save_if_whole(trainer):,}" for trainer in trainers]
+    steps = [f"{trainer.run.name} continues from step {save_if_whole(trainer):,}" for trainer in trainers]
     return UnavailableError(
         f"{device} is out of memory ({said}). Nothing is lost: {', '.join(steps)}. {describe_ways_on(trainers, config)}"
     )
@@ -46,20 +46,20 @@ def save_if_whole(trainer: RunTrainer) -> int:
 
 
 def describe_ways_on(trainers: Sequence[RunTrainer], config: TrainConfig) -> str:
-    """The commands by which the user can continue with less memory."""
+    """What the user can do to continue with less memory."""
     streaming = isinstance(config.source, RingCache)
     folders = " ".join(f"--resume {quote(trainer.run.folder)}" for trainer in trainers)
     command = "the same command" if streaming else f"`sae train {folders}`"
     ways = ["free memory on the device"]
     if len(trainers) > 1 and not streaming:
         planned = pass_memory([trainer.run for trainer in trainers], trainers[0].device).total / 1e9
-        ways.append(f"set {LIMIT}={planned:.2g} for passes with fewer runs")
+        ways.append(f"set {LIMIT}={planned:.2g} to get passes with fewer runs")
     parts = 2 * max(trainer.parts for trainer in trainers)
     if not streaming and all(may_divide(trainer, parts) for trainer in trainers):
-        ways.append(f"add --accumulate {parts}, which gives the same result but for rounding")
+        ways.append(f"add --accumulate {parts}, which gives the same result up to rounding")
     return (
-        f"Go on with {command}; before that, {' or '.join(ways)}. A new run can also have a smaller --batch-size or "
-        "--width."
+        f"To continue, first {' or '.join(ways)}, then run {command}. A new run can also have a smaller --batch-size "
+        "or --width."
     )
 
 

@@ -1,4 +1,4 @@
-"""The optimizer settings that every recipe takes: AdamW, its learning rate over the run, and the scale of the input."""
+"""The optimizer settings that every recipe accepts: AdamW, its learning rate schedule, and the scale of the input."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 from ..common.learning_rate import peak_share
 
 SwitchedOff = Mapping[str, tuple[str, tuple[Any, ...]]]  # option -> what switches it off: another option and its values
-ANY_NUMBER = ("a number",)  # stands in for any number, if an option can also be none
+ANY_NUMBER = ("a number",)  # represents any number, for an option that can also be none
 SWITCHED_OFF: SwitchedOff = {name: ("weight_decay", (0,)) for name in ("weight_decay_on", "weight_decay_form")}
 CENTERING = ("standardize", "layer_norm")  # values of `normalize` with which `center` has no effect
 
@@ -29,24 +29,24 @@ class Optimization:
     weight_decay: float = 0.0
     """Strength of the weight decay."""
     weight_decay_on: Literal["encoder", "all"] = "encoder"
-    """encoder: W_enc alone, since unit rows of W_dec would only be renormalized. all: every parameter."""
+    """encoder: W_enc only, since unit-norm rows of W_dec would only be renormalized. all: every parameter."""
     weight_decay_form: Literal["decoupled", "coupled"] = "decoupled"
-    """decoupled: weights shrink by lr times the decay, as in AdamW. coupled: added to the gradient, as in Adam."""
+    """decoupled: weights shrink by lr times the decay, as in AdamW. coupled: decay adds to the gradient, as in Adam."""
     warmup: int | None = None
-    """Steps over which the learning rate rises from zero. None: 1000, or a tenth of a shorter run."""
+    """Steps over which the learning rate rises from zero. None: 1000, or a tenth of the run if that is less."""
     decay_start: float = 0.8
     """Share of the run after which the learning rate falls linearly to zero."""
     clip: float | None = 1.0
     """Limit of the global gradient norm, after the decoder's projection. None: off."""
     normalize: Literal["unit_ms", "standardize", "layer_norm", "none"] = "unit_ms"
     """unit_ms: divide the input by sqrt(E|x|^2), from the cache's manifest. standardize: subtract the mean and divide
-    by the standard deviation of each dimension, of the first 10,000 rows that training reads. layer_norm: subtract each
-    token's own mean over d_in and divide by its standard deviation, so that |x|^2 = d_in - 1; the saved SAE does the
-    same. none: raw input."""
+    by the standard deviation of each dimension, both computed from the first 10,000 rows that training reads.
+    layer_norm: subtract each token's own mean over d_in and divide by its standard deviation, so that |x|^2 = d_in - 1;
+    the saved SAE does the same. none: raw input."""
     center: bool = False
     """Also subtract the cache's mean row from the input."""
     b_dec_init: Literal["mean", "zero"] = "mean"
-    """Initial b_dec: the cache's mean row (with layer_norm, minus its mean and over the RMS of an element), or zero."""
+    """Initial b_dec. mean: the cache's mean row, normalized like the input (for layer_norm, approximately)."""
 
     def warmup_steps(self, steps: int) -> int:
         return min(1000, steps // 10) if self.warmup is None else self.warmup
@@ -58,7 +58,10 @@ class Optimization:
         return self.lr * up * down
 
     def peak_share(self, steps: int) -> float:
-        """The largest learning rate in a run of `steps` steps, as a share of `lr`: below 1 if the warm-up is longer."""
+        """The largest learning rate in a run of `steps` steps, as a share of `lr`.
+
+        It is below 1 if the warm-up is longer than the run.
+        """
         return peak_share(steps, self.warmup_steps(steps), self.decay_start)
 
     def notes(self, steps: int) -> Iterator[str]:
@@ -85,6 +88,6 @@ class Optimization:
         if self.warmup_steps(steps) < 0:
             yield f"warmup={self.warmup} is negative."
         if self.center and self.normalize in CENTERING:
-            yield f"center=true has no effect beside normalize={self.normalize}, which subtracts a mean: leave it out."
+            yield f"center=true has no effect with normalize={self.normalize}, which subtracts a mean: leave it out."
         if not 0 <= self.decay_start <= 1:
             yield f"decay_start={self.decay_start:g} is out of range: give a fraction of the run, 0 to 1."

@@ -1,4 +1,4 @@
-"""The optimizer of a variant, and the limit of its gradient."""
+"""The optimizer of a variant, and gradient clipping."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -39,7 +39,8 @@ class WeightUpdate:
         """Take step `i` () int64, and return the norm of the gradient.
 
         `failed_at` () int64 is the first step whose loss or gradient was not finite, or -1. If step `i` is the first
-        such step, `failed_at` is set to it. The weights then no longer change, and the host notices at its next log.
+        such step, `failed_at` is set to it. From that step on, the weights do not change. The host notices this when it
+        next logs.
         """
         raise NotImplementedError
 
@@ -47,7 +48,7 @@ class WeightUpdate:
         """Make the copies of weights that products read, if there are none yet. Called before each forward pass."""
 
     def renew_copies(self) -> None:
-        """Renew these copies. Call this after other code has written weights."""
+        """Update the copies that `make_copies` made. Call this after other code has written weights."""
 
 
 class OptimizerUpdate(WeightUpdate):

@@ -10,7 +10,7 @@
     @dataclass(frozen=True)
     class CompetitionOptions(RecipeOptions):
         k: int = 100
-        \"\"\"Latents kept per token.\"\"\"
+        \"\"\"Active latents per token.\"\"\"
 
     def competition(config: RunConfig, options: CompetitionOptions) -> Variant: ...
 

@@ -12,7 +12,7 @@ MAX_WIDTH = 2**31  # latents
 
 
 def parse_width(text: str | None, recipe: Recipe, d_in: int) -> int:
-    """d_sae from "4x" (times d_in), "16k" (times 1024) or a number; None gives the recipe's width."""
+    """d_sae from "4x" (times d_in), "16k" (times 1024) or a number. None: the recipe's width."""
     if text is None:
         return round(recipe.width * d_in)
     number, unit = split_width(text)

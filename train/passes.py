@@ -84,15 +84,18 @@ def add_up(memories: Sequence[RunMemory], config: RunConfig, device: str) -> Pas
 
 
 def captured_memory(runs: Sequence[BuildableRun], device: str) -> int:
-    """The memory in bytes of runs whose steps are one graph. They run at the same time, each on a stream with a
-    workspace of its own, and the graph has its own batch."""
+    """The memory in bytes of runs whose steps are captured in one CUDA graph.
+
+    The runs execute at the same time, each on its own stream with its own workspace. The graph has its own copy of the
+    batch.
+    """
     state, _, batches = pass_memory(runs, device)
     steps = sum(run_memory(run, device).step for run in runs)
     return state + steps + batches + len(runs) * WORKSPACE["cuda"] + 2 * runs[0].config.batch_size * runs[0].config.d_in
 
 
 def reserved_memory(runs: Sequence[BuildableRun], device: str, captured: bool = False) -> int:
-    """The bytes to leave free for runs: a generous bound if memory is plentiful, otherwise what the runs take."""
+    """The bytes to leave free for runs: a generous bound if memory is plentiful, otherwise the estimate."""
     bound = sum(map(memory_bound, runs))
     if bound < available_memory(device) / 2:
         return bound
@@ -133,7 +136,7 @@ def plan_passes(runs: Sequence[AnyRun], device: str, streaming: bool = False) ->
         raise UnavailableError(
             f"{format_count(len(runs), 'run')} take {format_bytes(pass_memory(runs, device).total)} together, and "
             f"{describe_free(device, free)}. --stream trains all of them at once: train fewer, or harvest first "
-            "(`sae harvest`) and train from the cache, which takes several passes if it has to."
+            "(`sae harvest`) and train from the cache, which takes several passes if necessary."
         )
     return [list(runs)] if runs else []
 
@@ -161,7 +164,7 @@ def reason_against_capture(passes: Sequence[Sequence[PassRun]], device: str) -> 
         return "--compile and CUDA graphs have not been tried together"
     own = f"{__package__}.variants."
     if foreign := [run.recipe.name for run in runs if not run.recipe.declared_by.__module__.startswith(own)]:
-        return f"{foreign[0]} is not a recipe of this package, and whether its step can be captured is not known"
+        return f"{foreign[0]} is not a recipe of this package, and it is not known whether its step can be captured"
     free = available_memory(device)
     for one in passes:
         if sum(map(memory_bound, one)) > FREE_SHARE * free and captured_memory(one, device) > FREE_SHARE * free:
@@ -191,10 +194,10 @@ def describe_copies(passes: Sequence[Sequence[BuildableRun]], device: str, in_ba
     """The line of a plan that says how checkpoints are written."""
     size = format_bytes(max(copied_bytes(runs, device) for runs in passes))
     if in_background:
-        return f"saved    while training goes on, from copies of the states: {size} of host memory"
+        return f"saved    while training continues, from copies of the states that take {size} of host memory"
     return (
-        f"saved    between two steps, while training waits: {size} for copies of the states do not fit into the "
-        f"{format_bytes(available_memory('cpu'))} of host memory that are free"
+        f"saved    between two steps, while training waits: copies of the states would take {size}, and only "
+        f"{format_bytes(available_memory('cpu'))} of host memory are free"
     )
 
 
@@ -210,7 +213,7 @@ def describe_memory(passes: Sequence[Sequence[BuildableRun]], device: str) -> st
 
 
 def describe_passes(passes: Sequence[Sequence[PassRun]], device: str) -> Iterator[str]:
-    """A line of a plan for each group of runs that needs several passes to fit into memory."""
+    """Yield a line of a plan for each group of runs that needs several passes to fit into memory."""
     for group in group_by_pass(run for runs in passes for run in runs):
         parts = [runs for runs in passes if runs[0].batches_key == group[0].batches_key]
         if len(parts) > 1:
@@ -241,11 +244,11 @@ def describe_refusal(run: PassRun, device: str, free: float) -> str:
     if (width := largest_width(run, device, FREE_SHARE * free)) is not None:
         ways.append(f"--width {width}, the largest that fits")
     if (parts := fewest_parts(run, device, FREE_SHARE * free)) is not None:
-        ways.append(f"--accumulate {parts}, which gives the same result but for rounding")
+        ways.append(f"--accumulate {parts}, which gives the same result up to rounding")
     if (tokens := largest_batch(run, device, FREE_SHARE * free)) is not None:
         ways.append(f"--batch-size {tokens}")
     lines.append(
-        f"Give {', or '.join(ways)}." if ways else f"No width fits: free memory, or raise {LIMIT} if it is set."
+        f"Give {', or '.join(ways)}." if ways else f"No width fits: free memory, or increase {LIMIT} if it is set."
     )
     return " ".join(lines)
 

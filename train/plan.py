@@ -1,4 +1,4 @@
-"""The plan of training: the runs that a TrainConfig asks for. Each is checked and estimated, and has a folder.
+"""The training plan: the runs that a TrainConfig requests. Each run is checked and has a folder.
 
     runs/<variant>-L12-n512-s0-<digest6>/
         run.json             everything that determines the result, and the versions and device that produced it
@@ -96,7 +96,7 @@ class Run:
         return load_sae(self.folder, device)
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the result."""
+        """Everything that determines the result."""
         return {
             "variant": self.recipe.name,
             "options": self.options,
@@ -137,7 +137,7 @@ class Run:
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """The runs that a TrainConfig asks for. Nothing has been written. `run_training` in train/run.py trains them."""
+    """The runs that a TrainConfig requests. Nothing has been written. `run_training` in train/run.py trains them."""
 
     config: TrainConfig
     runs: list[Run]
@@ -164,7 +164,7 @@ class TrainPlan:
 
     @cached_property
     def in_background(self) -> bool:
-        """Whether checkpoints are written while training goes on, given the memory that is free at the first access.
+        """Whether checkpoints are written while training continues, given the memory that is free at the first access.
 
         If not, training waits for each checkpoint, because copies of the states would not fit into memory with the
         runs.
@@ -191,7 +191,7 @@ class TrainPlan:
     def describe(self, time: bool = False) -> list[str]:
         """The lines that `sae train` prints first. With `time`, memory and time are estimated too, in a few seconds.
 
-        With several launched processes, only the first, which deals the runs, returns lines.
+        If several processes were launched, only the first returns lines, because it assigns the runs.
         """
         rank, count = rank_and_count()
         if rank:
@@ -205,7 +205,7 @@ class TrainPlan:
         lines.append(describe_size(self.unfinished, self.unfinished[0].folder.parent))
         lines += (pulling := describe_pulling(self.planned_passes))
         if not pulling and (self.config.local_cache or self.config.local_folder):
-            lines.append("note     --local-cache and --local-folder have no effect: no cache is at an address")
+            lines.append("note     --local-cache and --local-folder have no effect: no cache is in an object store")
         if count > 1:
             lines += describe_shares(self.shares, self.runs, self.config.device, time)
         else:
@@ -223,13 +223,14 @@ class TrainPlan:
             lines.append(f"note     {format_count(len(started), 'run')} will be resumed; the time covers all steps")
         if time and any(run.compiled for run in self.unfinished):
             lines.append(
-                "note     the time is without --compile, which adds minutes to the first step and speeds up the others"
+                "note     the time is estimated without --compile, which adds minutes to the first step and speeds up "
+                "the others"
             )
         return lines
 
 
 def plan_training(config: TrainConfig, reserved: Mapping[Path, float] = {}) -> TrainPlan:
-    """Plan the runs that a config asks for. Writes nothing.
+    """Plan the runs that a config requests. Writes nothing.
 
     Args:
         config: what to train. If its source is a `PlannedCache`, the plan equals the plan for the finished cache,
@@ -249,7 +250,7 @@ def plan_training(config: TrainConfig, reserved: Mapping[Path, float] = {}) -> T
     plan = TrainPlan(config, runs)
     check_disk_space(plan.unfinished, reserved)
     prepare_local_folder(plan.planned_passes, config.local_cache)
-    _ = plan.passes, plan.in_background, plan.eager_because  # for the memory that is free now; refuse what does not fit
+    _ = plan.passes, plan.in_background, plan.eager_because  # raise now if a run does not fit into free memory
     return plan
 
 
@@ -284,8 +285,10 @@ def new_runs(config: TrainConfig) -> list[Run]:
 
 
 def check_options(runs: Iterable[Run]) -> Iterator[str]:
-    """Yield an error for each run that cannot be built, before anything is allocated or written. Sets `notes` and, for
-    runs that have been started, `stored` and `changed`."""
+    """Yield an error for each run that cannot be built, before anything is allocated or written.
+
+    Sets `notes` of each run and, for runs that have been started, `stored` and `changed`.
+    """
     built: dict[Any, Variant] = {}  # most runs differ only in their seed
     for run in runs:
         record = read_run_record(run.folder)
@@ -329,9 +332,9 @@ def make_run_config(config: TrainConfig, recipe: Recipe, cache: AnyCache, hook: 
         epoch = BatchOrder(cache.chunk_rows, batch_size, 0).batches_per_epoch
     steps = epoch if config.steps is None else config.steps
     if steps < 1:
-        raise UsageError(f"--steps {steps} would train nothing.")
+        raise UsageError(f"--steps {steps} would train nothing. Give a positive number.")
     if steps * batch_size >= 2**63:
-        raise UsageError(f"--steps {steps} of {batch_size:,} tokens are too many to count. Give fewer.")
+        raise UsageError(f"--steps {steps} of {batch_size:,} tokens are more than 2^63 tokens. Give fewer steps.")
     if isinstance(cache, RingCache) and steps > epoch:
         raise UsageError(
             f"--steps {steps} is too many: {cache.layout.rows:,} tokens are {epoch:,} batches of {batch_size:,}, "
@@ -345,7 +348,7 @@ def resume_run(folder: Path, config: TrainConfig) -> Run:
     """The run of an existing folder, as its run.json describes it. Raises UsageError if it cannot be resumed."""
     record = read_run_record(folder)
     if record is None:
-        raise UsageError(f"{folder} holds no run (no run.json). `sae train --resume` takes a folder under runs/.")
+        raise UsageError(f"{folder} is not a run folder: it has no run.json. Give --resume a folder under runs/.")
     default = TrainConfig()
     if changed := [flag for flag, name in FIXED.items() if getattr(config, name) != getattr(default, name)]:
         raise UsageError(
@@ -380,6 +383,6 @@ def resume_run(folder: Path, config: TrainConfig) -> Run:
         raise UsageError("\n".join(errors))
     if run.identity()["cache"] != record["cache"]:
         raise UsageError(
-            f"{', '.join(run.cache_folders)} is not the cache that {folder} was trained on. Give that one with --cache."
+            f"{folder} was not trained on the cache {', '.join(run.cache_folders)}. Give its cache with --cache."
         )
     return run

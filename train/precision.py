@@ -1,4 +1,4 @@
-"""The precision of a run's matrix products: how the plan describes it, and how existing runs with it are found."""
+"""The precision of a run's matrix products: its line in the plan, and the search for existing runs with it."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -32,8 +32,8 @@ def describe_products(runs: Iterable[BuildableRun], device: str) -> list[str]:
                 way = "sparse" if sparse_is_faster(sae.d_sae, kept.k, kind, precision) else "dense"
                 border = SPARSE_FROM[kind][precision]
                 lines.append(
-                    f"products of {run.recipe.name} are {way}: {sae.d_sae / kept.k:,.0f} latents for each kept one; in "
-                    f"{precision}, sparse products are estimated to be faster from {border:,.0f} on"
+                    f"products of {run.recipe.name} are {way}: width / k is {sae.d_sae / kept.k:,.0f}, and in "
+                    f"{precision} sparse products are estimated to be faster from a ratio of {border:,.0f}"
                 )
     return list(dict.fromkeys(lines))
 

@@ -1,4 +1,4 @@
-"""The reports of training while it runs."""
+"""Progress reports during training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class TrainProgress:
     """Called every few seconds in the first of several launched processes."""
 
     end: Callable[[SaeError], None] = lambda error: None
-    """Called in each launched process with the error that it is about to raise at the end, if any."""
+    """Called in each launched process with the error that it is about to raise, if it ends with one."""
 
     def say_problem(self, sentence: str) -> None:
         (self.problem or self.say)(sentence)

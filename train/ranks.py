@@ -1,13 +1,14 @@
-"""Training in several processes (ranks) of a launcher: each process trains its share of the runs on its own device.
+"""Training in several processes (ranks) started by a launcher: each trains its share of the runs on its own device.
 
-The first process deals the runs and tells the others which to train. The others cannot do this themselves: a process
-that starts later could find other runs unfinished, and no two processes measure the same time for a step. Each process
-locks the folders of its runs. After that the processes communicate only through files in these folders. A held lock
-shows that its process is working, and a note beside a free lock shows that its process died. metrics.jsonl shows the
-progress of a run, and sae.json that it is finished. If a process dies, only the steps of its own runs since their last
-checkpoints are lost. The others go on, unless the launcher ends them. A process that has finished its runs can also die
-while it waits for the others. So it holds a lock on `PRESENCE` in the folder of its first run until it has reported. It
-reports only after every process before it has reported or died, so that one process reports for all.
+The first process assigns the runs and tells the other processes which ones to train. They cannot decide this
+themselves: a process that starts later could find different runs unfinished, and the measured time of a step differs
+between processes. Each process locks the folders of its runs. After that the processes communicate only through files
+in these folders. A held lock shows that its process is working. A note beside a released lock shows that its process
+died. metrics.jsonl shows the progress of a run, and sae.json that it is finished. If a process dies, only the steps of
+its own runs since their last checkpoints are lost. The other processes continue, unless the launcher ends them. A
+process that has finished its runs can also die while it waits for the others. So it holds a lock on `PRESENCE` in the
+folder of its first run until it has reported. It reports only after every process with a lower rank has reported or
+died, so that one process reports for all.
 """
 
 import fcntl
@@ -30,8 +31,8 @@ from .signals import stop_on_signal
 
 PRESENCE = ".lock.rank"
 POLL_SECONDS, UPDATE_SECONDS, TURN_SECONDS = 0.5, 2.0, 0.05
-STOP_SECONDS = 10.0  # time for the others to stop if a launcher stops all; torchrun kills after 30
-LISTED = 5  # most runs listed per process
+STOP_SECONDS = 10.0  # time for the other processes to stop if the launcher stops all; torchrun kills after 30
+LISTED = 5  # maximum number of runs listed per process
 STALE_SECONDS = 60.0  # time that a network file system may need to show a file from another machine
 
 TrainRuns = Callable[[TrainPlan, TrainProgress, Callable[[], bool]], None]
@@ -41,7 +42,7 @@ def train_on_ranks(plan: TrainPlan, group: ProcessGroup, progress: TrainProgress
     """Train the share of this process with `train`. Returns when every process has finished training its share.
 
     Raises:
-        Interrupted: this process was told to stop; its runs have checkpoints.
+        Interrupted: this process received a request to stop; its runs have checkpoints.
         SaeError: not every run of the plan is finished. In the first process that is still running, the message names
             these runs; the other processes raise ReportedElsewhere.
     """
@@ -59,14 +60,14 @@ def train_on_ranks(plan: TrainPlan, group: ProcessGroup, progress: TrainProgress
 
 
 def dealt_runs(plan: TrainPlan, group: ProcessGroup) -> list[list[Run]]:
-    """The runs of each process, as dealt by the first. Raises UsageError if a process planned different runs."""
+    """The runs of each process, as assigned by the first. Raises UsageError if a process planned different runs."""
     names = [run.name for run in plan.runs]
     dealt = [sorted(share.runs) for share in plan.shares] if group.is_first else []
     told = group.gather((names, dealt))
     if different := [rank for rank, (others, _) in enumerate(told) if others != told[0][0]]:
         message = (
-            f"Process {different[0]} plans other runs than process 0. Start all with the same command, and let them "
-            "find the same caches."
+            f"Process {different[0]} plans different runs than process 0. Start all processes with the same command, "
+            "and make sure that they find the same caches."
         )
         raise UsageError(message) if group.is_first else ReportedElsewhere(UsageError.exit_code, message)
     return [[plan.runs[number] for number in numbers] for numbers in told[0][1]]
@@ -82,26 +83,27 @@ def require_locks(shares: Sequence[Sequence[Run]]) -> None:
     for runs in shares:
         if runs and not is_locked(runs[0].folder):
             raise UnavailableError(
-                f"The lock of {runs[0].folder}, which another process holds, is not seen here. On several machines "
-                "--out has to be on a file system whose locks (flock) all see. Or start a command on each machine."
+                f"This process cannot see the lock of {runs[0].folder}, which another process holds. With several "
+                "machines, --out has to be on a file system that shares locks (flock) between them. Otherwise start a "
+                "separate command on each machine."
             )
 
 
 def attempt(train: Callable[[], None], progress: TrainProgress) -> Exception | None:
-    """Train, and return the error that was raised, if any. Shows it at once, since the other processes go on."""
+    """Train, and return the error or None. An error is shown at once, because the other processes continue."""
     try:
         train()
     except Interrupted as error:
         return error
     except Exception as error:
         name = "error" if isinstance(error, SaeError) else f"error: {type(error).__name__}"
-        progress.say_problem(f"{name}: {error}\nThe other processes go on.")
+        progress.say_problem(f"{name}: {error}\nThe other processes continue.")
         return error
     return None
 
 
 class Watch:
-    """Watches the runs of all processes from one of them."""
+    """Watches, from one process, the runs of all processes."""
 
     def __init__(self, shares: Sequence[Sequence[Run]], group: ProcessGroup, progress: TrainProgress) -> None:
         self.shares, self.group, self.progress = shares, group, progress
@@ -112,8 +114,8 @@ class Watch:
     def present(self) -> Iterator[None]:
         """Hold a lock on `PRESENCE` until this process has reported, and then remove the file.
 
-        The file stays if others are still training: with its lock free, it shows them that this process is gone. Raises
-        UnavailableError if a process of another launch has trained the same run and is waiting for the rest of its
+        If other processes are still training, the file stays: without a lock it shows them that this process is gone.
+        Raises UnavailableError if a process of another launch trained the same run and is waiting for the rest of its
         launch.
         """
         if not (own := self.shares[self.group.rank]):
@@ -124,7 +126,8 @@ class Watch:
             lock = acquire(path, fcntl.LOCK_EX, LOOK_SECONDS)
         except BlockingIOError:
             raise UnavailableError(
-                f"{own[0].folder} is of a command whose other processes still train. Wait until it ends, or stop it."
+                f"{own[0].folder} belongs to a command whose other processes are still training. Wait for it, or stop "
+                "it."
             ) from None
         except OSError as error:
             raise os_error(error, path) from error
@@ -136,17 +139,17 @@ class Watch:
             release(lock)
 
     def is_absent(self, rank: int) -> bool:
-        """Whether a process has died, or was told to stop before the others had finished."""
+        """Whether a process has died, or has stopped on request before the other processes finished."""
         runs = self.shares[rank]
         return any(was_abandoned(run.folder) for run in runs if not run.done) or any(
             is_abandoned(run.folder / PRESENCE) for run in runs[:1]
         )
 
     def has_the_word(self, patience: float) -> bool:
-        """Whether every process before this one died or was told to stop before it reported.
+        """Whether this process has to report, because every process of lower rank ended without reporting.
 
-        Waits at most `patience` seconds in total until each of them has reported or died, since a process that is about
-        to report can still die.
+        Waits at most `patience` seconds in total until each of these processes has reported or died, since a process
+        that is about to report can still die.
         """
         until = time.monotonic() + patience
         try:
@@ -178,7 +181,7 @@ class Watch:
         ):
             if should_stop() and until == inf:
                 until = time.monotonic() + STOP_SECONDS
-                problem = problem or Interrupted("Stopped while other processes trained; this one had finished.")
+                problem = problem or Interrupted("Stopped while other processes were training; this one had finished.")
             self.update()
             time.sleep(POLL_SECONDS)
         self.leaves_early = others_train
@@ -217,7 +220,7 @@ class Watch:
         speaks = self.has_the_word(inf)
         count, left = sum(map(len, self.shares)), sum(map(len, unfinished.values()))
         lines.append(
-            f"{left} of {count} runs are not finished. The same command goes on with them, in any number of processes."
+            f"{left} of {count} runs are not finished. Repeat the command to continue them, in any number of processes."
         )
         if problem is not None and not isinstance(problem, SaeError):  # a bug: raise it with its traceback
             if speaks:
@@ -228,7 +231,7 @@ class Watch:
         self.end(kind(message) if speaks else ReportedElsewhere(kind.exit_code, message))
 
     def end(self, error: SaeError) -> NoReturn:
-        """Show an error, then raise it. Once this process has left, no other process can show its error."""
+        """Show an error, then raise it. After this process has ended, no other process can show the error."""
         self.progress.end(error)
         raise error from None
 

@@ -1,4 +1,4 @@
-"""A recipe builds a variant: an SAE, its loss terms, and the mechanisms around its steps.
+"""A recipe builds a variant: an SAE, its loss terms, and the mechanisms that act around its steps.
 
     @recipe("topk", paper="Gao et al. 2024", equations="eq. 3, A.2")
     def topk(config: RunConfig, k: int = 32) -> Variant: ...
@@ -29,9 +29,9 @@ Build = Callable[..., Variant]
 class Recipe:
     """A registered way to build a variant.
 
-    `width` is its default ratio d_sae / d_in. `paper_exact` holds the settings of `--paper-exact`. For each option
-    whose default differs from the paper's setting, it holds that setting and the reason why it does not work as
-    intended. If it is empty, the defaults are the paper's. If it is None, the defaults have not been compared with a
+    `width` is its default ratio d_sae / d_in. `paper_exact` contains the settings of `--paper-exact`: for each option
+    whose default differs from the paper's setting, that setting and the reason why it does not work as intended. If
+    `paper_exact` is empty, the defaults are the paper's. If it is None, the defaults have not been compared with a
     paper. `switched_off` lists options that have no effect for some values of another option: name -> the other option
     and these values.
     """
@@ -60,7 +60,7 @@ class Recipe:
 
     @property
     def why_not_paper_exact(self) -> str:
-        """Why `--paper-exact` changes nothing, as a phrase; "" if it changes something."""
+        """The reason why `--paper-exact` changes nothing, as a phrase; "" if it changes something."""
         if self.paper_exact is None:
             return "the defaults of this recipe have not been compared with a paper"
         return "" if self.paper_exact or self.scaled_options else "every default is the paper's own setting"
@@ -75,7 +75,7 @@ class Recipe:
         return {name: docs[name] for name in self.options if name in docs}
 
     def make(self, config: RunConfig, given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> Variant:
-        """Build the variant of a run with the given options. Raises UsageError that lists every problem.
+        """Build the variant of a run with the given options. Raises a UsageError that lists every problem.
 
         Args:
             config: the sizes of the run.
@@ -112,7 +112,7 @@ class Recipe:
                     settings = Optimization(**{name: before[name] for name in asdict(settings)})
                 variant.configure(settings)
                 problems += variant.optimization.validation_errors(config.steps)
-                if stored is None:  # a run that exists may have them, since earlier versions did not check
+                if stored is None:  # an existing run may have such options, since earlier versions did not check
                     problems += self.switched_off_errors(given, values | asdict(variant.optimization))
                 notes += variant.optimization.notes(config.steps)
                 if config.l0 is not None and not control_l0(variant, config.l0, config.steps) and "l0" not in values:
@@ -150,7 +150,7 @@ class Recipe:
     def apply_l0(
         self, config: RunConfig, options: dict[str, Any], given: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
-        """The options, where k or l0 is set to `--l0` if the recipe has one of these, and a list of problems."""
+        """The options and a list of problems. If the recipe has an option k or l0, that option is set to `--l0`."""
         l0 = config.l0
         if l0 is None:
             return options, []
@@ -161,7 +161,7 @@ class Recipe:
         names = [name for name in ("k", "l0") if name in self.options]
         options = options | {name: int(l0) if l0 == int(l0) else l0 for name in names}
         return options, [
-            f"--l0 {l0:g} and {name}={given[name]} set the same thing: give one of them."
+            f"--l0 {l0:g} and {name}={given[name]} set the same option: give one of them."
             for name in names
             if name in given
         ]
@@ -179,7 +179,7 @@ class Recipe:
         return valid, problems
 
     def options_without_effect(self) -> SwitchedOff:
-        """The options, own or common to all recipes, that have no effect for some values of another option."""
+        """The options, of this recipe or of all recipes, that have no effect for some values of another option."""
         return {**self.switched_off, **SWITCHED_OFF}
 
     def switched_off_errors(self, given: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
@@ -206,7 +206,7 @@ class Recipe:
         notes = [f"warning, {name}={value} as in the paper: {fault}" for name, value, fault in settings]
         if unscaled := [name for name in self.scaled_options if name not in given and name not in exact]:
             names = ", ".join(unscaled)
-            notes.append(f"--paper-exact takes the paper's number for {names}, without scaling it to the run")
+            notes.append(f"--paper-exact uses the paper's number for {names} without scaling it to the run")
         return notes
 
 
@@ -221,14 +221,14 @@ def duration_errors(options: Mapping[str, Any], steps: int) -> Iterator[str]:
         if is_duration(name) and value is not None and value < 0:
             yield f"{name}={value} is negative."
         elif name == "k_anneal_steps" and value > steps:
-            yield f"k_anneal_steps={value} is longer than the run of {steps} steps, so nothing would be trained at k."
+            yield f"k_anneal_steps={value} is longer than the run of {steps} steps, so no step would be trained with k."
 
 
 def duration_notes(options: Mapping[str, Any], steps: int) -> Iterator[str]:
     """A sentence for each coefficient that does not reach its final value within the run."""
     for name, value in options.items():
         if is_duration(name) and value is not None and value > steps:
-            yield f"{name}={value} is longer than the run of {steps} steps, which ends {steps / value:.0%} of the way"
+            yield f"{name}={value} is longer than the run: after its {steps} steps, {steps / value:.0%} of it is done"
 
 
 def size_errors(config: RunConfig, k: float | None) -> Iterator[str]:
@@ -242,7 +242,7 @@ def size_errors(config: RunConfig, k: float | None) -> Iterator[str]:
 
 
 def matches_type(value: Any, type_: Any) -> bool:
-    """Whether a value has an annotated type, or is one of its `Literal`s. An int is a float; a bool is neither."""
+    """Whether a value has an annotated type, or is one of its `Literal`s. An int counts as a float; a bool does not."""
     if get_origin(type_) is Literal:
         return value in get_args(type_)
     if get_args(type_):
@@ -307,7 +307,7 @@ def recipe(
     def register(build: Build) -> Build:
         if name in RECIPES:
             raise TypeError(
-                f"two recipes are called {name!r}: {RECIPES[name].declared_by.__module__}, {build.__module__}"
+                f"two recipes are named {name!r}: {RECIPES[name].declared_by.__module__}, {build.__module__}"
             )
         options_type = options or options_class(build)
         declared = read_options(options_type or build)
@@ -334,7 +334,7 @@ def recipe(
 
 
 def keyword_build(build: Build, options_type: type[RecipeOptions]) -> Build:
-    """Wrap a build function so that it takes the fields of its options by name, and validates them."""
+    """Wrap a build function so that it accepts the fields of its options by name, and validates them."""
 
     @wraps(build)
     def build_from_keywords(config: RunConfig, **values: Any) -> Variant:
@@ -346,7 +346,7 @@ def keyword_build(build: Build, options_type: type[RecipeOptions]) -> Build:
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe with this name. Raises UsageError that suggests the nearest name."""
+    """The recipe with this name. Raises a UsageError that suggests the most similar name."""
     from . import variants  # noqa: F401  (registers them)
 
     if name not in RECIPES:

@@ -73,15 +73,15 @@ def train_saes(
     Args:
         variants: the name of a recipe, or several; `sae variants` lists them.
         cache: an open cache, its folder or address, or a list of these, read as one cache. None: the only cache that
-            holds the layer.
+            contains the layer.
         layers: zero-based block indices. The SAEs are trained on the residual stream after these blocks.
         seeds: seeds of the initial weights.
         steps: optimization steps. None: one epoch of the cache.
-        width: d_sae, as a number, "16k" or "8x" for eight times d_in. None: the recipe's.
+        width: d_sae, as a number, "16k" or "8x" for eight times d_in. None: the recipe's width.
         l0: target latents per token, for any recipe. None: the recipe's default.
         options: options of the recipes, as {"k": 64, "topk.lr": 1e-3} or in the form of --set, ["k=64",
             "topk.lr=1e-3"].
-        out: the folder that will hold the run folders. None: runs/.
+        out: the folder in which the run folders are created. None: runs/.
         device: "auto", "cpu", "cuda" or "cuda:N".
         progress: callbacks; None is silent.
         more: other fields of `sae.train.plan.TrainConfig`: batch_size, site, paper_exact, shuffle_seed, log_every, ...
@@ -94,8 +94,8 @@ def train_saes(
         UsageError: an argument is wrong; the message lists every problem. Nothing has been written.
         UnavailableError: the runs do not fit on the disk, or the device does not exist.
         Interrupted: after Ctrl-C or SIGTERM, with checkpoints written.
-        SaeError: a run was stopped because its loss was not finite. The others are finished. With several processes,
-            one raises an error for all of them, and the others raise ReportedElsewhere.
+        SaeError: a run was stopped because its loss was not finite. The other runs are finished. With several
+            processes, one process raises an error for all of them, and the others raise ReportedElsewhere.
     """
     known = {f.name for f in fields(TrainConfig)} - {"variants", "caches"}
     for name in more:
@@ -138,7 +138,7 @@ def run_training(plan: TrainPlan, progress: TrainProgress = SILENT) -> None:
 
     Raises:
         Interrupted: after Ctrl-C or SIGTERM, with checkpoints written.
-        SaeError: a run failed; raised when all others are done.
+        SaeError: a run failed; raised when all other runs are done.
         UsageError: the plan uses a cache that has not been harvested.
     """
     if isinstance(plan.config.source, PlannedCache):
@@ -221,8 +221,8 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
             if (now := trainer.variant.uses_kernels) != record.get("kernels", False):
                 how = ("with", "without") if now else ("without", "with")
                 progress.say(
-                    f"{run.name} was started {how[1]} the kernels of this package and goes on {how[0]} them. Where "
-                    "pre-activations are equal, it may keep other latents, and sums are rounded differently."
+                    f"{run.name} was started {how[1]} the kernels of this package and continues {how[0]} them. Where "
+                    "pre-activations are equal, it may select other latents, and sums are rounded differently."
                 )
         if trainer.steps_done < run.steps and (version := trainer.restored_version) not in (None, STEP_VERSION):
             progress.say(f"{run.name}: {describe_version_change(run.recipe.name, version)}")
@@ -230,8 +230,8 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
         truncate_metrics(run.folder, trainer.steps_done)
     elif any(run.folder.glob("checkpoints/step-*")):
         raise DamagedError(
-            f"{run.folder} has checkpoints but no run.json, which says what they are of. Restore run.json from a copy. "
-            "Without one, delete the folder: the same command then starts again."
+            f"{run.folder} has checkpoints but no run.json, which describes their run. Restore run.json from a copy. "
+            "If you have no copy, delete the folder: the same command then starts over."
         )
     else:
         content = run_record(run, trainer.variant, trainer.device)
@@ -243,7 +243,7 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
 
 
 def record_changes(run: Run, record: RunRecord, steps_done: int) -> None:
-    """Record in run.json that a resumed run uses another number of parts per batch or another step version."""
+    """Record in run.json if a resumed run uses a different number of parts per batch or a different step version."""
     content: dict[str, Any] = {**record}
     for name, now in (("accumulate", run.config.accumulate), ("step_version", STEP_VERSION)):
         since = f"{name}_since"

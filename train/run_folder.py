@@ -1,4 +1,4 @@
-"""The records in a run folder: run.json, which determines the run, and metrics.jsonl, a line per logged step."""
+"""The records in a run folder: run.json, which describes the run, and metrics.jsonl, with a line per logged step."""
 
 import json
 import warnings
@@ -67,7 +67,7 @@ def last_metrics(folder: Path) -> dict[str, float] | None:
 
 
 def truncate_metrics(folder: Path, step: int) -> None:
-    """Drop the lines after `step`, because those steps will be repeated, and a last line that was cut off by a kill.
+    """Drop the lines after `step`, because those steps will be repeated, and an incomplete last line.
 
     Earlier lines that cannot be parsed are also dropped, and a warning says how many.
     """
@@ -77,7 +77,7 @@ def truncate_metrics(folder: Path, step: int) -> None:
     lines = path.read_bytes().split(b"\n")
     steps = [step_of_line(line, path) for line in lines]
     if damaged := steps[:-1].count(None):
-        warnings.warn(f"Left out: {format_count(damaged, 'line')} of {path} that cannot be read.", LeftOutWarning, 2)
+        warnings.warn(f"Left out: {format_count(damaged, 'line')} of {path} that cannot be parsed.", LeftOutWarning, 2)
     kept = [line + b"\n" for line, at in zip(lines, steps, strict=True) if at is not None and at <= step]
     atomic_write(path, *kept)
 

@@ -11,8 +11,8 @@ from ..common.evaluation_schemas import RESULT_RECORD, ResultFile
 from ..common.files import digest_of
 from ..common.schemas import RUN_RECORD, SAE_RECORD, RunRecord, SavedSAE
 
-FORMAT, FORMAT_LAYER_NORM = 1, 2  # formats of sae.json; versions that know only the first would skip the layer norm
-# The entries of run.json that determine the result of a run. The automatic folder name ends in their digest.
+FORMAT, FORMAT_LAYER_NORM = 1, 2  # formats of sae.json; versions that know only the first one do not apply a layer norm
+# The entries of run.json that determine the result of a run. An automatic folder name ends in their digest.
 IDENTITY = (
     "variant", "options", "layer", "site", "seed", "order_seed", "d_in", "d_sae", "steps", "batch_size", "l0",
     "literal", "cache", "compiled", "accumulate", "precision",
@@ -25,7 +25,7 @@ def read_sae_record(folder: Path) -> SavedSAE:
     """Read sae.json. Checks that values recorded twice in it, or also in run.json, agree.
 
     Raises:
-        UsageError: the folder holds no trained SAE, or one that needs a newer version.
+        UsageError: the folder contains no trained SAE, or an SAE that needs a newer version.
         DamagedError: a record was damaged or edited, or the records contradict each other.
     """
     path = folder / "sae.json"
@@ -36,17 +36,17 @@ def read_sae_record(folder: Path) -> SavedSAE:
     record = SAE_RECORD.read(path)
     if record["format"] not in (FORMAT, FORMAT_LAYER_NORM):
         raise UsageError(
-            f"{path} has format {record['format']}; this version reads {FORMAT} and {FORMAT_LAYER_NORM}. Upgrade."
+            f"{path} has format {record['format']}, but this version reads {FORMAT} and {FORMAT_LAYER_NORM}. Upgrade."
         )
     if record.get("layer_norm", False) != (record["format"] == FORMAT_LAYER_NORM):
         raise DamagedError(
-            f"{path} contradicts itself: SAEs with a layer norm have format {FORMAT_LAYER_NORM}, others {FORMAT}. "
+            f"{path} contradicts itself: SAEs with a layer norm have format {FORMAT_LAYER_NORM}, all others {FORMAT}. "
             f"{SAE_RECORD.remedy}"
         )
     origin: dict[str, Any] = {**record.get("origin", {})}
     if "layer" in origin and origin.get("hook_name", name := Hook.from_record(origin).name) != name:
         raise DamagedError(
-            f"{path} contradicts itself: hook_name is {origin['hook_name']}, but layer and site are those of {name}. "
+            f"{path} contradicts itself: hook_name is {origin['hook_name']}, but layer and site give {name}. "
             f"{SAE_RECORD.remedy}"
         )
     run = read_run_record(folder)
@@ -60,24 +60,24 @@ def read_sae_record(folder: Path) -> SavedSAE:
             if key in stated and stated[key] != value:
                 raise DamagedError(
                     f"{folder}: {key} is {value} in sae.json and {stated[key]} in run.json. One of them was damaged, "
-                    f"edited, or belongs to another run. If it is run.json: restore it from a copy. If it is sae.json: "
-                    f"{SAE_RECORD.remedy}"
+                    "edited, or belongs to another run. If that is run.json: restore it from a copy. If that is "
+                    f"sae.json: {SAE_RECORD.remedy}"
                 )
         if record.get("run", digest := run_digest(stated)) != digest:
             raise DamagedError(
-                f"{path} is of another run than run.json beside it: their options differ. If run.json belongs here: "
-                f"{SAE_RECORD.remedy} If not: restore it from a copy."
+                f"{path} and the run.json beside it belong to different runs: their options differ. If run.json is the "
+                f"right one: {SAE_RECORD.remedy} If not: restore run.json from a copy."
             )
     return record
 
 
 def run_digest(record: Mapping[str, Any]) -> str:
-    """The digest of everything in a run.json that decides the result."""
+    """The digest of everything in a run.json that determines the result."""
     return digest_of({key: record[key] for key in IDENTITY if key in record})
 
 
 def read_run_record(folder: Path) -> RunRecord | None:
-    """Read run.json, or return None if there is none. Checks its digest against the folder's name if that is automatic.
+    """Read run.json, or return None if there is none. If the folder has an automatic name, checks its digest.
 
     Raises DamagedError if the record was damaged or edited, or belongs to another run.
     """
@@ -94,20 +94,20 @@ def read_run_record(folder: Path) -> RunRecord | None:
     automatic = AUTOMATIC_NAME.fullmatch(folder.resolve().name)
     if automatic and automatic[1] != (digest := run_digest(content)[:6]):
         raise DamagedError(
-            f"{path} does not belong to this folder: the name of the folder ends with {automatic[1]}, the digest of "
-            f"the run's options, which is {digest} for those in run.json. If you renamed the folder, give it a name "
-            f"that ends otherwise. If not: {RUN_RECORD.remedy}"
+            f"{path} does not belong to this folder: the folder's name ends with {automatic[1]}, but the digest of the "
+            f"options in run.json is {digest}. If you renamed the folder, give it a name that does not end like a "
+            f"digest. If not: {RUN_RECORD.remedy}"
         )
     return record
 
 
 def require_result_of(sae: Mapping[str, Any], result: ResultFile, path: Path) -> None:
-    """Raise DamagedError if a result was measured on an SAE other than the one in this sae.json, or at another hook."""
+    """Raise DamagedError if a result was measured on a different SAE than that of this sae.json, or at another hook."""
     measured = described_sae(result["sae_cfg_dict"])
     for key, value in described_sae(sae).items():
         if key in measured and measured[key] != value:
             raise DamagedError(
-                f"{path} is a result of another SAE: its {key} is {short_text(measured[key])}, that of sae.json is "
+                f"{path} is a result of another SAE: its {key} is {short_text(measured[key])}, but sae.json has "
                 f"{short_text(value)}. {RESULT_RECORD.remedy}"
             )
 

@@ -15,7 +15,7 @@ class RunTrainer(Trainer):
         super().__init__(variant, run.steps, device, run.config.accumulate, run.config.precision)
         self.run = run
         self.steps_done = 0  # number of steps already done when this trainer was prepared
-        self.logged = 0  # number of steps done at the last line of metrics
+        self.logged = 0  # number of steps done when metrics were last logged
         self.digest = ""  # digest of everything that determines the run, as in run.json
         self.log_every = run.requested.get("log_every") or default_log_interval(run.steps)  # steps
 

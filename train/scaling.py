@@ -15,9 +15,9 @@ the elementwise MSE.
 
 
 class ScaledDefault:
-    """A default that a paper gives for d_in = 2304 or a variance of 24, with the rule that adapts it to a run.
+    """A default that a paper states for d_in = 2304 or a variance of 24, with the rule that adapts it to a run.
 
-    The recipe is built with the number that `resolve` returns. Values from `--set` and `--paper-exact` are not scaled.
+    `resolve` returns the number with which the recipe is built. Values from `--set` and `--paper-exact` are not scaled.
     """
 
     of = "d_in"  # the field of RunConfig that the number is proportional to

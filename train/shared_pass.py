@@ -1,4 +1,4 @@
-"""Train runs that read the same batches: each batch is read once and used by all runs, until all are finished."""
+"""Train runs that read the same batches. Each batch is read once and used by all unfinished runs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,7 +36,7 @@ def shared_passes(
 ) -> list["SharedPass"]:
     """Group trainers that read the same batches by the step from which they resume, and so by their next batch.
 
-    With `capture` the steps of each group are one CUDA graph.
+    With `capture`, the steps of each group are captured in one CUDA graph.
     """
     starts = sorted({trainer.steps_done for trainer in trainers})
     groups = [[trainer for trainer in trainers if trainer.steps_done == start] for start in starts]
@@ -64,7 +64,7 @@ class SharedPass:
 
     def train(self, until: int) -> None:
         """Take the steps up to `until`. Runs that are not finished by then get a checkpoint."""
-        self._finish_runs(self.steps_done)  # for a run that was killed between its last checkpoint and its end
+        self._finish_runs(self.steps_done)  # for runs killed after the last checkpoint but before sae.json
         if self.active:
             self.until, first, sharing = until, self.active[0], [trainer.run for trainer in self.active]
             replay = CapturedSteps(self.progress.say).replay if self.capture else None
@@ -85,11 +85,11 @@ class SharedPass:
             self.steps_done, self.seconds_waited = until, self.seconds_waited + self.batches.seconds_waited
 
     def join(self, later: "SharedPass") -> None:
-        """Hand the runs over to a pass that begins at the step where this pass stopped."""
+        """Add the runs of this pass to a pass that begins at the step where this pass stopped."""
         later.active, later.max_steps = [*later.active, *self.active], max(self.max_steps, later.max_steps)
 
     def _after_step(self, number: int) -> bool:
-        """Log, finish runs, checkpoint. Returns whether all is done; raises Interrupted if told to stop."""
+        """Log, finish runs, save checkpoints. Returns whether all runs are done. Raises Interrupted on request."""
         self.writer.check()
         steps_done, stop = number + 1, self.should_stop()
         checkpoint = stop or steps_done == self.until or steps_done % self.config.checkpoint_every == 0
@@ -127,11 +127,11 @@ class SharedPass:
         self.writer.wait()
         if isinstance(error, Interrupted):
             return self._interrupted(steps_done)
-        saved = f"Everything up to step {steps_done:,} is saved; the same command goes on from there."
+        saved = f"Everything up to step {steps_done:,} is saved; the same command continues from there."
         return type(error)(f"{error} {saved if steps_done else 'No step was taken.'}")
 
     def _drop_failed_runs(self, due: Sequence[RunTrainer]) -> list[RunTrainer]:
-        """Drop the trainers that failed, and return the others."""
+        """Remove the trainers that failed, and return the others."""
         for trainer in due:
             step, run = int(trainer.failed_at), trainer.run
             if step < 0:
@@ -179,7 +179,7 @@ def finish_run(trainer: RunTrainer, writer: CheckpointWriter) -> None:
         "variant": run.recipe.name,
         "seed": run.seed,
         "training_tokens": run.steps * run.config.batch_size,
-        "cache": run.cache_folders[0],  # its held-out documents are also held out of the other caches
+        "cache": run.cache_folders[0],  # its held-out documents are also held out in the other caches
         "fingerprint": run.cache.fingerprint,
         "context": run.cache.identity["context"],
         **{key: run.cache.identity[key] for key in ("bos",) if key in run.cache.identity},
@@ -199,11 +199,11 @@ def open_batches(
     run: Run, step: int, device: str, count: int, sharing: Sequence[Run] | None = None,
     should_stop: Callable[[], bool] = lambda: False, captured: bool = False,
 ) -> BatchLoader | ResidentLoader:  # fmt: skip
-    """The next `count` batches of a run, starting at a step. With a ring, the batches of the open group.
+    """The next `count` batches of a run, starting at a step. With a ring, the batches come from the open group.
 
     `sharing` lists the runs of the pass. If it is given, the loader may keep all rows on the GPU, if they fit there
-    together with the runs. This is not worthwhile for only a few batches. `should_stop` ends
-    the wait for a store.
+    together with the runs. For only a few batches this is not worthwhile. If `should_stop` returns True, the loader
+    stops waiting for a store.
     """
     size, cache, batch = run.config.batch_size, run.cache, step
     assert not isinstance(cache, PlannedCache)
@@ -219,7 +219,7 @@ def open_batches(
 
 @torch.no_grad()
 def calibrate(trainer: RunTrainer) -> None:
-    """Call the mechanisms that fit a number to the final weights, on the batches after the batch of the last step."""
+    """Call the mechanisms that fit a number to the final weights, with the batches that follow the last step."""
     run = trainer.run
     calibrating = [m for m in trainer.variant.mechanisms if type(m).calibrate is not Mechanism.calibrate]
     if not calibrating:

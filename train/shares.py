@@ -1,4 +1,4 @@
-"""Assign the runs of a plan to several processes, by estimates of time and memory, and describe it in the plan."""
+"""Assign the runs of a plan to several processes, using estimates of time and memory, and describe the assignment."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Protocol
@@ -23,14 +23,14 @@ READ_RATE, STORE_RATE = 2e9, 150e6
 
 
 class DealtRun(PassRun, RunInFolder, Protocol):
-    """A run that can be dealt; `plan.Run` is one."""
+    """A run that can be assigned to a process. `plan.Run` implements this."""
 
     @property
     def cache(self) -> AnyCache: ...
 
 
 def deal_runs(runs: Mapping[int, DealtRun], device: str, ranks: int) -> list[RankShare]:
-    """Deal runs, given as number -> run, to `ranks` processes, each with a device like this one."""
+    """Assign runs, given as number -> run, to `ranks` processes, each with a device like this one."""
     seconds = dict(zip(runs, step_times(list(runs.values()), device), strict=True))
     streams: dict[Hashable, list[int]] = {}
     for number, run in runs.items():
@@ -63,7 +63,7 @@ def step_times(runs: Sequence[DealtRun], device: str) -> list[float]:
     try:
         return seconds_per_step(runs, device)
     except UnavailableError:
-        rate = MAX_OPERATIONS[torch.device(device).type]  # takes a second or two
+        rate = MAX_OPERATIONS[torch.device(device).type]  # operations per second or two
         return [OPERATIONS * c.batch_size * c.d_in * c.d_sae / rate for c in (run.config for run in runs)]
 
 
@@ -79,12 +79,12 @@ def memory_parts(stream: Sequence[DealtRun], device: str) -> list[float]:
 
 
 def describe_shares(shares: Sequence[RankShare], runs: Sequence[DealtRun], device: str, memory: bool) -> list[str]:
-    """The lines of a plan about what each process trains and, with `memory`, about the memory for it."""
+    """The lines of a plan about the runs that each process trains and, with `memory`, the memory that they need."""
     device = resolve_device(device)
     count = sum(len(share.runs) for share in shares)
     lines = [f"deal     {format_count(count, 'run')} to {len(shares)} processes, by timing a few steps of each recipe"]
     if any(read_rate(run) == STORE_RATE for run in runs):
-        lines[0] += f"; a process is taken to read {format_bytes(STORE_RATE)} of a store per second"
+        lines[0] += f", assuming that each process reads {format_bytes(STORE_RATE)} per second from a store"
     for rank, share in enumerate(shares):
         dealt = [runs[number] for number in sorted(share.runs)]
         lines.append(f"rank {rank:<3} {describe_share(dealt, share.seconds, device, memory) if dealt else 'nothing'}")

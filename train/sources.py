@@ -1,4 +1,4 @@
-"""Open the caches on which runs are trained, in folders or stores, as a TrainConfig names them."""
+"""Open the caches that a TrainConfig names, in folders or stores."""
 
 from ..cache.catalog import find_cache
 from ..cache.concat import ConcatCache
@@ -16,7 +16,7 @@ AnyCache = Cache | ConcatCache | RingCache | PlannedCache
 
 
 def open_source(config: TrainConfig, hook: Hook) -> AnyCache:
-    """The source of a config: its `source`, its `caches`, or the one cache that holds the model and the hook."""
+    """The cache for a config: its `source`, its `caches`, or the only cache that contains the model and the hook."""
     if config.source is not None:
         return config.source
     if not config.caches:
@@ -25,7 +25,7 @@ def open_source(config: TrainConfig, hook: Hook) -> AnyCache:
     record = cache.identity["model"]
     if config.model is not None and not (given := GivenModel(config.model)).is_model_of(record):
         raise UsageError(
-            f"The cache holds activations of {model_label(record)}, not of {given.describe()}. Leave --model out."
+            f"The cache contains activations of {model_label(record)}, not of {given.describe()}. Leave --model out."
         )
     return cache
 
@@ -46,4 +46,4 @@ def describe_masked_rows(cache: AnyCache, array: str) -> str | None:
     if not isinstance(cache, Cache | ConcatCache) or not (masked := len(cache.outlier_rows(array))):
         return None
     rows = f"{masked:,} of {sum(cache.chunk_rows):,} rows of {array}"
-    return f"masked   {rows}, whose norm is over the limit of `sae harvest --max-norm`"
+    return f"masked   {rows}, whose norm exceeds the limit set by `sae harvest --max-norm`"

@@ -1,6 +1,6 @@
 """The version of the arithmetic of a training step, and how far the results of two versions can differ.
 
-Another version of a step computes the same sums in another order, so they are rounded differently. A run that was
+Different versions of a step compute the same sums in a different order, so they are rounded differently. A run that was
 interrupted under one version and resumed under another is not bit-identical to a run under either version alone.
 """
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 # behaviour. run.json and the checkpoints record the version as `step_version`; without that entry, it is 1.
 STEP_VERSION = 4
 
-MEASURED_STEPS = 25  # steps that interrupted runs in tests/compatibility still take; the bounds are measured over these
+MEASURED_STEPS = 25  # steps that interrupted runs in tests/compatibility still take; the bounds hold for these steps
 
 
 class RoundingBounds(NamedTuple):
@@ -25,7 +25,7 @@ class RoundingBounds(NamedTuple):
     metrics: float = 1e-4  # every other logged metric
 
 
-# For recipes that select latents by rank, where rounding decides which of two nearly equal latents is kept.
+# For recipes that select latents by rank, where rounding decides which of two nearly equal latents is selected.
 BY_RANK = RoundingBounds(1e-3, 3e-4, 1e-3)
 RANKING = (
     "topk", "batchtopk", "matryoshka", "ortsae", "switch", "competition", "competition-no-warmup", "competition-off",
@@ -33,7 +33,7 @@ RANKING = (
     "soft-frozen-decoder", "frozen-encoder", "collapse-09",
 )  # fmt: skip
 # Recipes whose results differ by more than the default bounds. Measured by benchmarks/step_versions.py; the bounds are
-# at least three times what it finds.
+# at least three times the differences that it finds.
 WIDER: Mapping[str, RoundingBounds] = {
     **dict.fromkeys(RANKING, BY_RANK),
     "gated": RoundingBounds(1e-3, 1e-5, 1e-4),
@@ -52,9 +52,9 @@ def describe_version_change(recipe: str, version: int) -> str:
     """A note for a user who resumes a run from a checkpoint of another version."""
     bounds = rounding_bounds(recipe)
     return (
-        f"its checkpoint is of version {version} of the training step, and the steps from here on are of version "
-        f"{STEP_VERSION}, which rounds differently. After {MEASURED_STEPS} steps the weights of {recipe} equal those "
-        f"of one version within {bounds.weights:g} of their norm, and the loss within {bounds.loss:g} of itself; "
-        "differences grow with the steps, as between two machines. For the same bits, resume with the version of sae "
-        "that began the run."
+        f"its checkpoint was written by version {version} of the training step, and the run continues with version "
+        f"{STEP_VERSION}, which rounds differently. After {MEASURED_STEPS} steps, the weights of {recipe} differ from "
+        f"those of a run with one version by at most {bounds.weights:g} of their norm, and the loss by at most "
+        f"{bounds.loss:g} of its value. The differences grow with the number of steps, as between two machines. For "
+        "bit-identical results, resume with the version of sae that began the run."
     )

@@ -18,11 +18,11 @@ from ..common.process_group import processes_on_this_machine
 from .sources import AnyCache, places_of
 from .variant import RunConfig
 
-CALIBRATION_BATCHES = 32  # batches read after the last step of a run that fits a number to the final weights
+CALIBRATION_BATCHES = 32  # batches that a run reads after its last step if it fits a number to the final weights
 
 
 class ReadingRun(Protocol):
-    """A run that reads batches; `plan.Run` is one."""
+    """A run that reads batches. `plan.Run` implements this."""
 
     @property
     def cache(self) -> AnyCache: ...
@@ -35,7 +35,7 @@ class ReadingRun(Protocol):
 
 
 def expected_readings(passes: Sequence[Sequence[ReadingRun]]) -> list[ChunkReading]:
-    """The readings of passes from stores, in order, starting at the first step of each pass."""
+    """The readings that passes make from stores, in order, each starting at the first step of its pass."""
     readings = []
     for runs in passes:
         cache, config = runs[0].cache, runs[0].config
@@ -60,9 +60,9 @@ def prepare_local_folder(passes: Sequence[Sequence[ReadingRun]], size: int | Non
         pulls, free = plan_pulls(local.folder, local.size, readings), free_space(local.folder)
         if (grows := min(pulls.bytes_missing, local.size - pulls.held)) > free:
             least = room_for(processes * max(one.least for one in readings))
-            smaller = f"give --local-cache {format_bytes(least)} or more, up to what is free, or {OTHER_DISK}"
+            smaller = f"give --local-cache {format_bytes(least)} or more, within the free space, or {OTHER_DISK}"
             raise UnavailableError(
-                f"{local.folder} will grow by {format_bytes(grows)}, and its disk has {format_bytes(free)} free: "
+                f"{local.folder} will grow by {format_bytes(grows)}, but its disk has only {format_bytes(free)} free: "
                 + (smaller if least <= free else OTHER_DISK)
             )
 
@@ -78,19 +78,19 @@ def describe_pulling(passes: Sequence[Sequence[ReadingRun]]) -> list[str]:
     return [
         f"store    {format_bytes(pulls.bytes_to_pull)} to pull from {', '.join(places)} in "
         f"{format_count(int(pulls.counts.sum()), 'request')}{again}; "
-        f"{format_bytes(pulls.bytes_present)} are here already",
-        f"local    {local.folder} holds at most {format_bytes(local.size)} (--local-cache)",
+        f"{format_bytes(pulls.bytes_present)} are already on the disk",
+        f"local    {local.folder} keeps at most {format_bytes(local.size)} (--local-cache)",
     ]
 
 
 def expect(passes: Sequence[Sequence[ReadingRun]], say: Callable[[str], None]) -> None:
-    """Announce the readings of these passes, if any, to the local folder, which calls `say` if they wait for long."""
+    """Announce these passes' readings from stores to the local folder. It calls `say` if a reading waits for long."""
     if readings := expected_readings(passes):
         readings[0].folder.say = say
         readings[0].folder.expect(readings)
 
 
 def expect_nothing(passes: Sequence[Sequence[ReadingRun]]) -> None:
-    """Tell the local folder, if there is one, that no more will be read, so that other processes can use its space."""
+    """Tell the local folder, if there is one, that the passes read no more. Other processes can then use its space."""
     if readings := expected_readings(passes):
         readings[0].folder.expect([])

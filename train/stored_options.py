@@ -15,8 +15,8 @@ def stored_options(record: RunRecord | None, folder: Path) -> dict[str, Any] | N
     given, stored = record.get("options", {}), record["resolved"]
     if differing := [name for name in given.keys() & stored.keys() if given[name] != stored[name]]:
         raise DamagedError(
-            f"{folder / 'run.json'} has two values of {', '.join(sorted(differing))}, in `options` and in `resolved`: "
-            f"it was damaged or edited. {RUN_RECORD.remedy}"
+            f"{folder / 'run.json'} has two values of {', '.join(sorted(differing))}, one in `options` and one in "
+            f"`resolved`: it was damaged or edited. {RUN_RECORD.remedy}"
         )
     return dict(stored)
 

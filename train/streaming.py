@@ -1,8 +1,8 @@
-"""Training on a harvest that runs at the same time: all runs train on a group of windows, which is then removed.
+"""Training on activations while they are harvested: all runs train on a group of windows, which is then removed.
 
-Runs that read different batches (because of another layer or batch size, or a different step at resumption) form
-separate passes, but the disk has room for only two groups. So the outer loop runs over groups, and all passes take
-their turn on each group.
+Runs that read different batches (because of a different layer, batch size, or step at which they resume) form separate
+passes, but the disk has room for only two groups. So the outer loop iterates over groups, and all passes train in turn
+on each group.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def train_streaming(plan: TrainPlan, progress: TrainProgress, harvest: Harvest) 
 
     Raises:
         Interrupted: after Ctrl-C or SIGTERM, with checkpoints written.
-        SaeError: a run failed; raised when all others are done.
+        SaeError: a run failed; raised when all other runs are done.
         Exception: any error that the harvest raised, with checkpoints written.
     """
     ring, device = plan.config.source, resolve_device(plan.config.device)

@@ -28,7 +28,7 @@ class RunConfig(NamedTuple):
     steps: int
     batch_size: int
     l0: float | None = None  # target latents per token (`--l0`); None: the recipe's default
-    paper_exact: bool = False  # the paper's settings verbatim instead of those that work
+    paper_exact: bool = False  # the paper's settings verbatim instead of corrected ones
     variance: float | None = None  # elementwise variance of the cache's rows; None: unknown, so nothing is scaled by it
     accumulate: int = 1  # equal parts in which a batch is computed
     precision: str | None = None  # for matrix products (common/precision.py); None: the default of the device
@@ -56,7 +56,7 @@ class RunConfig(NamedTuple):
 
     @property
     def dead_after_tokens(self) -> int:
-        """A latent is dead if it has not fired for this many tokens: ten million, or a tenth of a shorter run."""
+        """A latent is dead if it has not fired for this many tokens: ten million, or a tenth of the run if less."""
         return min(10_000_000, max(self.steps * self.batch_size // 10, self.batch_size))
 
 
@@ -68,7 +68,7 @@ class Mechanisms(nn.ModuleList):
 
 
 class Variant(nn.Module):
-    """Everything that belongs to one SAE in training: `.to()` moves all of it, and a checkpoint holds all of it.
+    """Everything that belongs to one SAE in training: `.to()` moves all of it, and a checkpoint contains all of it.
 
     Args:
         sae: the SAE.
@@ -102,7 +102,7 @@ class Variant(nn.Module):
         self.optimization = optimization or Optimization()
         self.options: dict[str, Any] = {}  # the recipe's own options, with the values used to build it
         self.changed: dict[str, tuple[Any, Any]] = {}  # in a resumed run: option -> (its value, value in a new run)
-        self.notes: list[str] = []  # notes about the options for readers of the run
+        self.notes: list[str] = []  # notes about the options, shown to the user
         self.register_buffer("mean_D", torch.zeros(sae.d_in))
         self.register_buffer("scale", torch.ones(()))
 
@@ -126,11 +126,11 @@ class Variant(nn.Module):
         return self.scale.dim() > 0 or any(mechanism.reads_rows for mechanism in self.mechanisms)
 
     def set_normalization(self, mean_D: Tensor, mean_square_norm: float, sample_ND: Tensor | None = None) -> None:
-        """Set the constants of normalization from the mean row and E|x|^2 of the cache. Checkpoints hold them.
+        """Set the normalization constants from the mean row and E|x|^2 of the cache. Checkpoints contain them.
 
-        `sample_ND` holds the first raw rows of the run, on any device. They are needed if `reads_rows`:
-        normalize=standardize takes their mean and standard deviation, and mechanisms start from them. Without rows, a
-        mechanism that starts from rows does nothing.
+        `sample_ND` contains the first raw rows of the run, on any device. It is needed if `reads_rows`:
+        normalize=standardize uses the mean and standard deviation of these rows, and mechanisms are initialized from
+        them. Without rows, such a mechanism does nothing.
         """
         settings, square = self.optimization, mean_square_norm
         if settings.normalize == "standardize":

@@ -74,7 +74,7 @@ def test_a_damaged_file_has_its_own_exit_code(run, tmp_path):
     weights = tmp_path / "out" / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-40])
     result = call("import", tmp_path / "out")
-    assert result.exit_code == DAMAGED and "would be outside of the file" in result.stderr
+    assert result.exit_code == DAMAGED and "exceeds the size of the file" in result.stderr
     assert call("import", tmp_path / "none").exit_code == BAD_USAGE
 
 

@@ -196,7 +196,7 @@ def test_a_plan_lists_scaled_and_ineffective_options(tiny_cache):
     *literal, unscaled = notes("--paper-exact", "--set", "reduction=n")
     assert [line.split("=")[0].split()[-1] for line in literal] == ["tau_on", "pair_store"]
     assert "warning, tau_on=lift as in the paper: chance is 1" in literal[0]
-    assert unscaled.endswith("--paper-exact takes the paper's number for k, without scaling it to the run")
+    assert unscaled.endswith("--paper-exact uses the paper's number for k without scaling it to the run")
 
 
 # --- train ----------------------------------------------------------------------------------------------------------
@@ -224,11 +224,11 @@ def test_an_unknown_option_is_rejected_with_a_suggestion(tiny_cache, home):
         (["--variant", "topk", "--set", "k=many"], "k='many' has the wrong type: expected int"),
         (["--variant", "topk", "--set", "k=0"], "k=0 is out of range"),
         (["--variant", "topk", "--set", "k=8", "--set", "k=9"], "--set gives k more than once"),
-        (["--variant", "topk", "--set", "k=8", "--l0", "9"], "--l0 9 and k=8 set the same thing: give one"),
+        (["--variant", "topk", "--set", "k=8", "--l0", "9"], "--l0 9 and k=8 set the same option: give one"),
         (["--variant", "topk", "--set", "relu.l1=1"], "relu is not one of the variants topk"),
         (["--variant", "topk", "--batch-size", "9000"], "fewer than one batch of 9,000"),
         ([], "Nothing to train: give --variant"),
-        (["--resume", "nothing"], "nothing holds no run"),
+        (["--resume", "nothing"], "nothing is not a run folder"),
     ],
 )
 def test_invalid_training_options_are_rejected(tiny_cache, home, words, sentence):

@@ -86,7 +86,7 @@ def test_paper_exact_changes_something_where_it_only_keeps_the_papers_k() -> Non
     assert "Changes nothing" not in output_of("hierarchical-topk320")
     assert [recipe.make(config._replace(paper_exact=e), {}).options["k"] for e in (False, True)] == [2, 320]
     (note,) = recipe.make(config._replace(paper_exact=True), {}).notes
-    assert note.endswith("--paper-exact takes the paper's number for k, without scaling it to the run")
+    assert note.endswith("--paper-exact uses the paper's number for k without scaling it to the run")
     assert recipe.make(config._replace(paper_exact=True), {"k": 4}).notes == []
 
 

@@ -47,9 +47,9 @@ def test_a_plan_for_a_gpu_says_which_products_are_sparse_and_why(
 ) -> None:
     """2,048 latents, of which 32 are kept. BatchTopK in parts of a batch is always dense."""
     lines = gpu("planning.about_products", cache=tiny_cache.folder, out=tmp_path)
-    about = "products of topk are {}: 64 latents for each kept one; in {}, sparse products are estimated to be faster "
-    assert lines["bfloat16"] == [about.format("dense", "bfloat16") + "from 257 on"]
-    assert lines["float32"] == [about.format("sparse", "float32") + "from 39 on"]
+    about = "products of topk are {}: width / k is 64, and in {} sparse products are estimated to be faster from "
+    assert lines["bfloat16"] == [about.format("dense", "bfloat16") + "a ratio of 257"]
+    assert lines["float32"] == [about.format("sparse", "float32") + "a ratio of 39"]
     assert lines["in parts"] == lines["a CPU"] == []
 
 

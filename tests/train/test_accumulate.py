@@ -25,7 +25,7 @@ REFUSED = {
     "decorrelation": "correlations of latents are those of the whole batch",
     **{name: "pairs of latents are counted" for name in RECIPES if name.startswith("competition")},
     **{name: "utilization of latents" for name in RECIPES if name.startswith("progressive")},
-    **{f"collapse-{number:02d}": "the entropy is that of shares" for number in range(4, 11)},
+    **{f"collapse-{number:02d}": "the entropy is computed from shares" for number in range(4, 11)},
 }
 for _baseline in ("competition-baseline", "progressive-baseline"):
     del REFUSED[_baseline]

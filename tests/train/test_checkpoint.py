@@ -57,11 +57,11 @@ def test_a_checkpoint_is_of_one_step(make_trainer, tmp_path: Path) -> None:
     third, fifth = (tmp_path / "checkpoints" / f"step-{step:08d}" for step in (3, 5))
     assert [read_checkpoint(path)[0] for path in (third, fifth)] == [3, 5]
     renamed = shutil.copytree(third, tmp_path / "step-00000004")
-    with pytest.raises(DamagedError, match="is not of one step: state.json says 3, the tensors 3"):
+    with pytest.raises(DamagedError, match="has step 3 in state.json but step 3 in its tensors"):
         read_checkpoint(renamed)
     CHECKPOINT_RECORD.write(fifth / "state.json", CHECKPOINT_RECORD.read(third / "state.json") | {"step": 5})
     shutil.copy(third / "state.safetensors", fifth)
-    with pytest.raises(DamagedError, match="is not of one step: state.json says 5, the tensors 3"):
+    with pytest.raises(DamagedError, match="has step 5 in state.json but step 3 in its tensors"):
         read_checkpoint(fifth)
 
 
@@ -83,7 +83,7 @@ def test_a_checkpoint_of_another_version_is_rejected_and_kept(sparse_cache) -> N
     (folder / "sae.json").unlink()
     state = folder / "checkpoints" / "step-00000012" / "state.json"
     CHECKPOINT_RECORD.write(state, CHECKPOINT_RECORD.read(state) | {"format": 99})
-    with pytest.raises(UsageError, match="checkpoint of format 99; this version reads 1"):
+    with pytest.raises(UsageError, match="has checkpoint format 99, but this version reads format 1"):
         train(config)
     assert state.exists()
 
@@ -92,7 +92,7 @@ def test_a_checkpoint_of_another_variant_is_rejected(make_trainer, tmp_path: Pat
     trainer = make_trainer("relu")
     trainer.i.fill_(3)
     save_checkpoint(trainer, tmp_path, 3)
-    with pytest.raises(UsageError, match="does not hold the tensors that this version's variant has"):
+    with pytest.raises(UsageError, match="does not contain the tensors that this version of the variant has"):
         restore_checkpoint(make_trainer("batchtopk"), tmp_path, pytest.fail)
 
 
@@ -124,7 +124,7 @@ def test_a_counter_that_is_newer_than_the_checkpoint_starts_at_zero(make_trainer
     assert restore_checkpoint(newest, tmp_path, pytest.fail) == 2
     assert [int(count) for count in newest.variant.mechanisms[-1].buffers()] == [1]
     other.variant.mechanisms.append(Counting("acted_pairs", "pairs_acted_on"))
-    with pytest.raises(UsageError, match="does not hold the tensors that this version's variant has"):
+    with pytest.raises(UsageError, match="does not contain the tensors that this version of the variant has"):
         restore_checkpoint(other, tmp_path, pytest.fail)
 
 
@@ -134,7 +134,7 @@ def test_a_tensor_of_another_shape_is_refused_though_it_could_be_broadcast(make_
         trainer.variant.mechanisms.append(Mechanism())
         trainer.variant.mechanisms[-1].register_buffer("remembered", torch.ones(shape))
     save_checkpoint(old, tmp_path, 0)
-    with pytest.raises(UsageError, match="does not hold the tensors that this version's variant has"):
+    with pytest.raises(UsageError, match="does not contain the tensors that this version of the variant has"):
         restore_checkpoint(new, tmp_path, pytest.fail)
 
 
@@ -147,7 +147,7 @@ def test_what_a_checkpoint_restores_and_which_one_is_skipped(make_trainer, tmp_p
         save_checkpoint(trainer, tmp_path, step)
     assert restore_checkpoint(again, tmp_path, said.append, run="digest") == 30
     assert (int(again.i), int(again.failed_at)) == (30, 7)
-    assert len(said) == 1 and "is of step 31, but the run has 30 steps" in said[0]
+    assert len(said) == 1 and "is for step 31, but the run has 30 steps" in said[0]
 
 
 def test_a_checkpoint_holds_every_tensor_of_the_variant_and_the_optimizer(make_trainer, batches) -> None:
@@ -167,13 +167,13 @@ def test_a_run_copied_onto_another_is_refused(sparse_cache, tmp_path: Path) -> N
     weights = (renamed / "sae.safetensors").read_bytes()
     for name in ("sae.json", "sae.safetensors"):
         shutil.copy(finished / name, renamed / name)
-    with pytest.raises(DamagedError, match="sae.json is of another run than run.json beside it"):
+    with pytest.raises(DamagedError, match="sae.json and the run.json beside it belong to different runs"):
         load_sae(renamed)
     (renamed / "sae.json").unlink()
     newest = renamed / "checkpoints" / "step-00000012"
     shutil.rmtree(newest)
     shutil.copytree(finished / "checkpoints" / "step-00000012", newest)
-    with pytest.raises(DamagedError, match="step-00000012 is of another run than .*move the checkpoint elsewhere"):
+    with pytest.raises(DamagedError, match="step-00000012 and .* belong to different runs.*move the checkpoint"):
         train(TrainConfig(resume=[renamed], device="cpu"))
     newest.rename(aside)
     train(TrainConfig(resume=[renamed], device="cpu"))

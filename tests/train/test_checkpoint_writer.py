@@ -270,7 +270,7 @@ def test_out_of_memory_waits_for_the_checkpoint_and_frees_the_copies(
     monkeypatch.setattr(shared_pass.RunTrainer, "step", fail)
     saved = written(lambda step: time.sleep(0.05))
     config = make_config(sparse_cache, "relu", "topk", out=tmp_path)
-    with pytest.raises(UnavailableError, match="goes on from step 5"):
+    with pytest.raises(UnavailableError, match="continues from step 5"):
         train(config)
     assert saved == [4, 4] and files == [[2]] and writers[0]._files == {}
     assert [steps_saved(folder) for folder in sorted(tmp_path.iterdir())] == [[4, 5]] * 2
@@ -324,7 +324,9 @@ def test_the_plan_counts_the_copies(sparse_cache, tmp_path: Path, monkeypatch) -
     assert 2 * state < copies < 2.2 * state and plan.in_background
     assert passes.copied_bytes(plan.runs, "cuda") == 2 << 17 > copies  # torch pins a power of two for each run
     (line,) = (line for line in plan.describe(time=True) if line.startswith("saved"))
-    assert line == f"saved    while training goes on, from copies of the states: {copies / 1e6:.1f} MB of host memory"
+    assert line == (
+        f"saved    while training continues, from copies of the states that take {copies / 1e6:.1f} MB of host memory"
+    )
 
     needed = passes.pass_memory(plan.runs, "cpu").total
     for extra, fits in ((-1, False), (1, True)):
@@ -336,7 +338,10 @@ def test_the_plan_counts_the_copies(sparse_cache, tmp_path: Path, monkeypatch) -
     monkeypatch.setenv("SAE_MEMORY_GB", str((needed + copies / 2) / passes.FREE_SHARE / 1e9))
     waiting = plan_training(config)
     (line,) = (line for line in waiting.describe() if line.startswith("saved"))
-    assert line.startswith("saved    between two steps, while training waits: ") and "do not fit into the" in line
+    assert (
+        line.startswith("saved    between two steps, while training waits: ")
+        and "copies of the states would take" in line
+    )
     monkeypatch.setattr(CheckpointWriter, "_copy", pytest.fail)
     run_training(waiting)
     assert all(run.done for run in waiting.runs)

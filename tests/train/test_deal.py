@@ -172,7 +172,7 @@ def test_what_is_read_of_a_store_takes_longer(sparse_cache, tmp_path, monkeypatc
     monkeypatch.undo()
     monkeypatch.setattr(shares_module, "places_of", lambda cache: ["s3://bucket/pile"])
     (line, *_) = describe_shares(of_a_store, large + small, "cpu", memory=False)
-    assert line.endswith("; a process is taken to read 0.15 GB of a store per second")
+    assert line.endswith(", assuming that each process reads 0.15 GB per second from a store")
 
 
 def test_the_memory_of_a_pass_counts(sparse_cache, tmp_path, monkeypatch) -> None:

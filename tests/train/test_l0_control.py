@@ -109,7 +109,7 @@ def test_l0_is_rejected_where_nothing_sets_it_or_another_option_does(monkeypatch
     with pytest.raises(UsageError, match="--l0 has no effect on this recipe: it has no option k or l0 and no sparsity"):
         registry.RECIPES["bare"].make(SETTING._replace(l0=8), {})
     for name, knob in (("topk", "k"), ("jumprelu", "l0")):
-        with pytest.raises(UsageError, match=f"--l0 8 and {knob}=4 set the same thing: give one"):
+        with pytest.raises(UsageError, match=f"--l0 8 and {knob}=4 set the same option: give one"):
             RECIPES[name].make(SETTING._replace(l0=8), {knob: 4})
     for wrong in (0, -1, 129, float("nan")):
         with pytest.raises(UsageError, match="is out of range: give a number above 0 and at most 128"):

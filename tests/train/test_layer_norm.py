@@ -137,7 +137,7 @@ def test_b_dec_starts_at_the_normalized_mean_row_or_at_zero(make_variant, sparse
 
 @pytest.mark.parametrize("normalize", ["layer_norm", "standardize"])
 def test_centering_as_well_is_refused(make_variant, normalize: str) -> None:
-    with pytest.raises(UsageError, match=f"center=true has no effect beside normalize={normalize}"):
+    with pytest.raises(UsageError, match=f"center=true has no effect with normalize={normalize}"):
         make_variant(f"relu normalize={normalize}", center=True)
 
 
@@ -182,12 +182,12 @@ def test_sae_json_says_whether_there_is_a_layer_norm(tmp_path: Path) -> None:
     for changes in ({"format": 1}, {"layer_norm": False}):
         save_sae(sae, tmp_path, {"layer": 3})
         change_record(SAE_RECORD, tmp_path / "sae.json", changes)
-        with pytest.raises(DamagedError, match="contradicts itself: SAEs with a layer norm have format 2, others 1"):
+        with pytest.raises(DamagedError, match="contradicts itself: SAEs with a layer norm have format 2, all"):
             load_sae(tmp_path)
     save_sae(fold_normalization(sae, 1.0, torch.zeros(D)), tmp_path, {"layer": 3})
     assert read_json(tmp_path / "sae.json")["format"] == 1 and "layer_norm" not in read_json(tmp_path / "sae.json")
     change_record(SAE_RECORD, tmp_path / "sae.json", {"format": 3})
-    with pytest.raises(UsageError, match="has format 3; this version reads 1 and 2"):
+    with pytest.raises(UsageError, match="has format 3, but this version reads 1 and 2"):
         load_sae(tmp_path)
 
 
@@ -238,7 +238,7 @@ def test_saelens_files_hold_the_layer_norm(tmp_path: Path) -> None:
     torch.testing.assert_close(f_BF * deviation_B1, ours_BF * norms_F, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(recon_BD, sae.decode(ours_BF, x_BD), rtol=1e-5, atol=1e-4)
     imported = import_sae(exported.folder, out=tmp_path / "runs")
-    assert "SAELens' times the token's standard deviation" in " ".join(imported.notes)
+    assert "SAELens' latents multiplied by the token's standard deviation" in " ".join(imported.notes)
     back = load_sae(imported.folder).double()
     torch.testing.assert_close(back.encode(x_BD), f_BF * deviation_B1, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(back.decode(back.encode(x_BD), x_BD), recon_BD, rtol=1e-5, atol=1e-4)

@@ -65,11 +65,11 @@ def test_every_run_is_saved_before_the_step_and_goes_on(sparse_cache, tmp_path: 
     assert [steps_saved(run.folder)[-1] for run in runs] == [7, 6, 6] and raised.value.exit_code == 4
     said = str(raised.value)
     assert said.startswith(
-        f"cpu is out of memory ({str(error).rstrip('.')}). Nothing is lost: {runs[0].name} goes on from"
+        f"cpu is out of memory ({str(error).rstrip('.')}). Nothing is lost: {runs[0].name} continues from"
     )
-    assert f"{runs[1].name} goes on from step 6" in said and said.count("--resume") == 3
+    assert f"{runs[1].name} continues from step 6" in said and said.count("--resume") == 3
     assert re.search(
-        r"set SAE_MEMORY_GB=\S+ for passes with fewer runs or add --accumulate 2, which gives the same", said
+        r"set SAE_MEMORY_GB=\S+ to get passes with fewer runs or add --accumulate 2, which gives the same", said
     )
     heard: list[str] = []
     train(
@@ -111,10 +111,10 @@ def test_a_step_that_was_changing_the_state_is_taken_again_from_the_last_checkpo
     config = make_config(sparse_cache, "topk", out=tmp_path / "out")
     (run,) = plan_training(config).runs
     fail_once(owner, name, at, HOST, after)
-    with pytest.raises(UnavailableError, match=f"Nothing is lost: {run.name} goes on from step") as raised:
+    with pytest.raises(UnavailableError, match=f"Nothing is lost: {run.name} continues from step") as raised:
         train(config)
     step = 7 if name == "run_periodic" and after else 4  # after it the step is whole
-    assert f"goes on from step {step}." in str(raised.value) and steps_saved(run.folder)[-1] == step
+    assert f"continues from step {step}." in str(raised.value) and steps_saved(run.folder)[-1] == step
     train(config)
     assert files_of(run.folder) == files_of(whole)
 
@@ -123,7 +123,7 @@ def test_in_the_first_step_there_is_nothing_to_save(sparse_cache, tmp_path: Path
     config = make_config(sparse_cache, "topk", out=tmp_path / "out")
     (run,) = plan_training(config).runs
     fail_once(Variant, "losses", 1, CUDA)
-    with pytest.raises(UnavailableError, match="goes on from step 0"):
+    with pytest.raises(UnavailableError, match="continues from step 0"):
         train(config)
     assert steps_saved(run.folder) == []
     assert train(config) == [run.folder] and run.done
@@ -141,7 +141,7 @@ def test_a_checkpoint_that_does_not_fit_either_leaves_the_one_before(
 
     with monkeypatch.context() as patched:
         patched.setattr(memory_error, "save_checkpoint", full)
-        with pytest.raises(UnavailableError, match="goes on from step 4"):
+        with pytest.raises(UnavailableError, match="continues from step 4"):
             train(config)
     train(config)
     (whole,) = train(make_config(sparse_cache, "relu", out=tmp_path / "whole"))

@@ -212,7 +212,7 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would(sparse_cache, tmp_pa
     parts = int(re.search(r"--accumulate (\d+)", str(refused.value))[1])
     assert plan_training(make_config(sparse_cache, "relu", width="256", batch_size=256, accumulate=parts)).runs
     limit_memory(1e4)
-    with pytest.raises(UnavailableError, match="No width fits: free memory, or raise SAE_MEMORY_GB if it is set"):
+    with pytest.raises(UnavailableError, match="No width fits: free memory, or increase SAE_MEMORY_GB if it is set"):
         plan_training(config)
 
 

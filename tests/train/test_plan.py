@@ -76,7 +76,7 @@ def test_bad_options_are_rejected(sparse_cache, changes: dict, sentence: str) ->
         ("relu", ["l1_warmup=-1"], "l1_warmup=-1 is negative."),
         ("collapse-07", ["alpha_warmup=-1"], "alpha_warmup=-1 is negative."),
         ("progressive", ["anneal_steps=-1"], "anneal_steps=-1 is negative."),
-        ("switch", ["normalize=layer_norm", "center=true"], "center=true has no effect beside normalize=layer_norm"),
+        ("switch", ["normalize=layer_norm", "center=true"], "center=true has no effect with normalize=layer_norm"),
         ("collapse-07", ["groups=7"], "128 cannot be divided into 7 equal groups"),
         ("collapse-02", ["contrast_power=-1"], "invalid contrast_power=-1: expected a positive exponent."),
         ("matryoshka", ["prefixes=99"], "invalid prefixes=99: 128 latents can be halved into 1 to 8 prefixes"),
@@ -131,7 +131,7 @@ def test_durations_longer_than_the_run_are_allowed_and_noted(sparse_cache) -> No
     options = ["warmup=15", "decay_start=1.0", "l1_warmup=48"]
     lines = plan_training(make_config(sparse_cache, "relu", options=options)).describe()
     assert [line for line in lines if line.startswith("note")] == [
-        "note     relu: l1_warmup=48 is longer than the run of 12 steps, which ends 25% of the way",
+        "note     relu: l1_warmup=48 is longer than the run: after its 12 steps, 25% of it is done",
         "note     relu: warmup=15 is longer than the run of 12 steps: the learning rate reaches 80% of 0.0003",
     ]
     assert plan_training(make_config(sparse_cache, "topk", options=["k_anneal_steps=12"])).runs
@@ -189,9 +189,9 @@ def test_a_started_run_cannot_be_changed(sparse_cache, another_cache) -> None:
         out = "Leave them out" if "," in flag else "Leave it out"
         with pytest.raises(UsageError, match=f"^{flag} cannot be changed once a run has started. {out}"):
             plan_training(TrainConfig(resume=[folder], **changes))
-    with pytest.raises(UsageError, match="is not the cache that .* was trained on"):
+    with pytest.raises(UsageError, match="was not trained on the cache"):
         plan_training(TrainConfig(resume=[folder], caches=[another_cache.folder]))
-    with pytest.raises(UsageError, match="holds no run"):
+    with pytest.raises(UsageError, match="is not a run folder"):
         plan_training(TrainConfig(resume=[folder.parent]))
 
 
@@ -281,7 +281,7 @@ def test_a_plan_says_how_many_rows_of_each_array_are_masked(sparse_cache, masked
     plan = plan_training(make_config(masked_cache, "topk", "relu", layers=[0, 1]))
     lines = [line for line in plan.describe(time=False) if line.startswith("masked ")]
     counts = [len(masked_cache.outlier_rows(array)) for array in ("layer_00", "layer_01")]
-    assert [line.partition(", whose norm is ")[0] for line in lines] == [  # once for the runs of an array
+    assert [line.partition(", whose norm ")[0] for line in lines] == [  # once for the runs of an array
         f"masked   {count:,} of 4,096 rows of layer_0{layer}" for layer, count in enumerate(counts)
     ]
     assert all(0 < count < 2048 for count in counts)

@@ -226,12 +226,12 @@ def test_a_run_that_fails_costs_the_others_nothing(sparse_cache, tmp_path: Path,
     (finished,) = one.said(0)["trained"]
     problem, ended = one.said(1)["problem"]
     assert problem.startswith(f"{failed}: the loss or its gradient was not finite at step 6")
-    assert ended.startswith(f"error: {out / failed}: the loss") and ended.endswith("\nThe other processes go on.")
+    assert ended.startswith(f"error: {out / failed}: the loss") and ended.endswith("\nThe other processes continue.")
     assert one.said(1)["error"][0] == "ReportedElsewhere" and one.said(0)["problem"] == []
     kind, message = one.said(0)["error"]
     assert kind == "SaeError" and message == (
         f"rank 1 ended before it had finished {failed}.\n"
-        "1 of 2 runs are not finished. The same command goes on with them, in any number of processes."
+        "1 of 2 runs are not finished. Repeat the command to continue them, in any number of processes."
     )
     ended_at = (tmp_path / "said" / "rank1.json").stat().st_mtime_ns
     assert ended_at > (out / finished / "sae.json").stat().st_mtime_ns
@@ -265,7 +265,7 @@ def test_a_run_fails_after_the_first_process_has_finished_and_died(
     assert kind == "UnavailableError" and one.said(2)["error"][0] == "ReportedElsewhere"
     assert message.startswith("The disk is full: ") and "rank 0" not in message
     assert "rank 1 ended before it had finished " in message
-    assert "2 of 4 runs are not finished. The same command goes on with them" in message
+    assert "2 of 4 runs are not finished. Repeat the command to continue them" in message
 
 
 @pytest.mark.slow
@@ -340,7 +340,9 @@ def test_processes_that_plan_other_runs_are_refused(sparse_cache, tmp_path: Path
         group = ProcessGroup(rank, 2, gather=lambda mine: [mine, others])
         if rank:
             group = ProcessGroup(rank, 2, gather=lambda mine: [others, mine])
-        with pytest.raises(kind, match="Process 1 plans other runs than process 0. Start all with the same command"):
+        with pytest.raises(
+            kind, match="Process 1 plans different runs than process 0. Start all processes with the same"
+        ):
             ranks.dealt_runs(plan, group)
     shares_of = ranks.dealt_runs(plan, ProcessGroup(1, 2, gather=lambda mine: [(mine[0], [[1], [0]]), mine]))
     assert shares_of == [[plan.runs[1]], [plan.runs[0]]]  # what the first dealt, not this one
@@ -351,7 +353,9 @@ def test_a_lock_that_is_not_seen_is_refused(sparse_cache, tmp_path: Path, monkey
     with locks.writer_lock(plan.runs[0].folder, "sae train"):
         ranks.require_locks([[plan.runs[0]], []])
         plan.runs[1].folder.mkdir()
-        with pytest.raises(UnavailableError, match=f"The lock of {plan.runs[1].folder}, which another process holds"):
+        with pytest.raises(
+            UnavailableError, match=f"cannot see the lock of {plan.runs[1].folder}, which another process holds"
+        ):
             ranks.require_locks([[plan.runs[0]], [plan.runs[1]]])
 
 

@@ -161,7 +161,7 @@ def test_what_a_process_says_at_the_end_is_said_while_it_is_there(
 def test_a_run_whose_last_launch_has_not_ended_is_refused(two_ranks: tuple[ranks.Watch, ranks.Watch]) -> None:
     """Each would wait for the other: it for its others, among them the runs of this launch, and this one for it."""
     watch, _ = two_ranks
-    with watch.present(), pytest.raises(UnavailableError, match="is of a command whose other processes still train"):
+    with watch.present(), pytest.raises(UnavailableError, match="belongs to a command whose other processes"):
         with watch.present():
             pass
 
@@ -205,7 +205,7 @@ def test_a_process_that_is_told_to_stop_does_not_wait_long(
         own = UnavailableError(FULL)
         assert watch.wait(lambda: True, own) is own
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits for files"))
-    with pytest.raises(Interrupted, match="Stopped while other processes trained"):
+    with pytest.raises(Interrupted, match="Stopped while other processes were training"):
         watch.report(stopped)
 
 

@@ -67,10 +67,10 @@ def test_a_checkpoint_of_another_version_resumes_with_one_note(unfinished) -> No
     resumed, note = resume(folder)
     assert resumed == f"{folder.name} resumes from step 8."
     assert note.startswith(
-        f"{folder.name}: its checkpoint is of version {OTHER} of the training step, and the steps from here on are of"
+        f"{folder.name}: its checkpoint was written by version {OTHER} of the training step, and the run"
     )
-    assert f"of topk equal those of one version within {bounds.weights:g} of their norm" in note
-    assert f"the loss within {bounds.loss:g} of itself" in note
+    assert f"of topk differ from those of a run with one version by at most {bounds.weights:g} of their norm" in note
+    assert f"the loss by at most {bounds.loss:g} of its value" in note
     assert (folder / "sae.safetensors").read_bytes() == weights  # here the steps are the same, whatever they are called
     record = RUN_RECORD.read(folder / "run.json")
     assert (record["step_version"], record["step_version_since"]) == (OTHER, [[8, STEP_VERSION]])
@@ -86,7 +86,7 @@ def test_without_an_entry_the_version_is_the_first(unfinished) -> None:
     rewrite(folder, None)
     (path,) = (folder / "checkpoints").glob("step-00000008")
     assert read_checkpoint(path).step_version == 1
-    note = "" if STEP_VERSION == 1 else "its checkpoint is of version 1 of the training step"
+    note = "" if STEP_VERSION == 1 else "its checkpoint was written by version 1 of the training step"
     assert len(said := resume(folder)) == (1 if STEP_VERSION == 1 else 2) and note in said[-1]
     changes = RUN_RECORD.read(folder / "run.json").get("step_version_since")
     assert changes == (None if STEP_VERSION == 1 else [[8, STEP_VERSION]])

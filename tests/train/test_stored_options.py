@@ -220,7 +220,7 @@ def test_two_values_of_an_option_are_damage(sparse_cache) -> None:
     record["resolved"]["l1"] = 0.2
     RUN_RECORD.write(folder / "run.json", record)
     for again in (config, TrainConfig(resume=[folder], device="cpu")):
-        with pytest.raises(DamagedError, match="run.json has two values of l1, in `options` and in `resolved`"):
+        with pytest.raises(DamagedError, match="run.json has two values of l1, one in `options` and one in `resolved`"):
             train(again)
 
 

@@ -210,11 +210,13 @@ def test_an_old_sae_json_is_compared_with_itself_and_with_run_json(run: Path, ch
 def test_the_folder_s_name_ends_with_the_digest_of_the_run_s_options(run: Path) -> None:
     recorded = read_run_record(run)
     without_digest(RUN_RECORD, run / "run.json", lambda content: content["options"].update(k=5))
-    with pytest.raises(DamagedError, match=r"run\.json does not belong to this folder: .*is [0-9a-f]{6} for those in"):
+    with pytest.raises(
+        DamagedError, match=r"run\.json does not belong to this folder: .*options in run.json is [0-9a-f]{6}"
+    ):
         load_sae(run)
     renamed = run.rename(run.with_name("mine"))  # in a folder with another name there is nothing to compare
     assert read_run_record(renamed) != recorded
-    with pytest.raises(DamagedError, match=r"sae\.json is of another run than run\.json beside it"):
+    with pytest.raises(DamagedError, match=r"sae\.json and the run\.json beside it belong to different runs"):
         load_sae(renamed)
     without_digest(SAE_RECORD, renamed / "sae.json", lambda content: content.pop("run"))  # as earlier versions wrote it
     assert load_sae(renamed).d_sae == 32
@@ -273,7 +275,7 @@ def test_a_checkpoint_beyond_the_end_of_the_run_is_skipped(run: Path) -> None:
     (renamed / "sae.json").unlink()
     said: list[str] = []
     run_training(plan_training(TrainConfig(resume=[renamed], device="cpu")), TrainProgress(say=said.append))
-    assert any("step-00000006 is of step 6, but the run has 5 steps" in line for line in said), said
+    assert any("step-00000006 is for step 6, but the run has 5 steps" in line for line in said), said
     assert any("resumes from step 4" in line for line in said)
     assert (renamed / "sae.safetensors").read_bytes() != whole and load_sae(renamed).origin["training_tokens"] == 320
     assert CHECKPOINT_RECORD.read(renamed / "checkpoints" / "step-00000005" / "state.json")["step"] == 5

@@ -1,4 +1,4 @@
-"""Approximate an SAE that a format cannot store by the nearest SAE that it can store, and measure the difference."""
+"""Approximate an SAE that a format cannot store by the nearest SAE that it can store, and report the difference."""
 
 import copy
 from dataclasses import replace
@@ -18,10 +18,10 @@ FIT_ROWS = 1024
 
 @torch.no_grad()
 def approximate_sae(sae: SAE, activation: str, x_RD: Tensor) -> tuple[CanonicalSAE, dict[str, Any]]:
-    """Replace the end of an SAE's activation chain, starting at the first coupling link, by one of APPROXIMATIONS.
+    """Replace the end of an SAE's activation chain, from the first link that couples latents, by one of APPROXIMATIONS.
 
-    For topk, k is the mean L0 on these rows. For jumprelu, all latents get one threshold, chosen to give the same L0.
-    For relu there is nothing to fit.
+    For topk, k is the mean L0 on these rows. For jumprelu, all latents get one threshold, chosen such that L0 is the
+    same. For relu there is nothing to fit.
 
     Args:
         x_RD: activations to fit and measure on; at most FIT_ROWS of them are used.
@@ -30,12 +30,12 @@ def approximate_sae(sae: SAE, activation: str, x_RD: Tensor) -> tuple[CanonicalS
         The approximation, and a record of how far it is from the SAE on these rows.
 
     Raises:
-        UsageError: the activation is unknown, or the approximation explains less variance than the mean row does.
+        UsageError: the activation is unknown, or the approximation explains less variance than the mean row.
     """
     if activation not in APPROXIMATIONS:
-        raise UsageError(f"--approximate {activation} is unknown; expected one of {', '.join(APPROXIMATIONS)}.")
+        raise UsageError(f"--approximate {activation} is unknown: expected one of {', '.join(APPROXIMATIONS)}.")
     x_RD = x_RD[:: max(1, len(x_RD) // FIT_ROWS)][:FIT_ROWS]
-    if sae.layer_norm:  # fit only what follows the norm; the approximation keeps the norm
+    if sae.layer_norm:  # fit only the part after the norm; the approximation keeps the norm
         x_RD, sae = layer_normalize(x_RD).x_BD, copy.copy(sae)
         sae.layer_norm = False
         normed, fit = approximate_sae(sae, activation, x_RD)
@@ -63,7 +63,7 @@ def approximate_sae(sae: SAE, activation: str, x_RD: Tensor) -> tuple[CanonicalS
     }
     if record["explained_variance_approximated"] < 0 < record["explained_variance"]:
         raise UsageError(
-            f"The nearest {activation} of this {record['of']} SAE is worse than predicting the mean: its explained "
+            f"The nearest {activation} SAE to this {record['of']} SAE is worse than predicting the mean: its explained "
             f"variance is {record['explained_variance_approximated']:.3g}, the SAE's is "
             f"{record['explained_variance']:.3g}. Nothing was written."
         )
@@ -75,7 +75,7 @@ def approximate_sae(sae: SAE, activation: str, x_RD: Tensor) -> tuple[CanonicalS
 
 
 def fit_activation(relu: CanonicalSAE, activation: str, z_RF: Tensor, l0: float) -> CanonicalSAE:
-    """Give a relu SAE another activation, fitted to have this L0 on pre-activations z_RF."""
+    """Replace the activation of a relu SAE by another one, fitted to have this L0 on pre-activations z_RF."""
     if activation == "topk":
         return replace(relu, activation="topk", k=min(max(1, round(l0)), relu.d_sae))
     if activation == "jumprelu":

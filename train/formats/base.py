@@ -1,7 +1,7 @@
 """The interface of a file format, and the registry of all formats.
 
 `write` and `read` go through `CanonicalSAE`. `reference` does not: it computes latents and reconstructions from the
-files alone, following the other library's own equations. Both exports and imports are checked against `reference`.
+files alone, using the other library's own equations. Exports and imports are both checked against `reference`.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class ForeignSAE:
     bos_token: str | None = None  # the token itself; only our own exports record it
     dataset: str | None = None  # the dataset of the training text, as an id on the Hub
     metadata: dict[str, Any] = field(default_factory=dict)  # everything else in the files
-    notes: list[str] = field(default_factory=list)  # for the user, printed by `sae import`
+    notes: list[str] = field(default_factory=list)  # shown to the user by `sae import`
 
     def record_text(self, recorded: Mapping[str, Any]) -> None:
         """Copy the files' information about the text, recorded under SAELens' keys. Skips values of the wrong type."""
@@ -53,7 +53,7 @@ class ForeignSAE:
 
 @dataclass(frozen=True)
 class Description:
-    """The information about a published SAE from its path or config, without its weights. None means not given."""
+    """The information about a published SAE in its path or config, read without its weights. None: not recorded."""
 
     model: str | None = None  # id on the Hub
     hook: Hook | None = None
@@ -70,13 +70,13 @@ class Format:
 
     registry: ClassVar[dict[str, "Format"]] = {}
     name: ClassVar[str]
-    # The activations of CanonicalSAE that the format can store, preferred one first. Empty if exports are not
+    # The activations of CanonicalSAE that the format can store, the preferred one first. Empty if exports are not
     # supported.
     activations: ClassVar[tuple[str, ...]] = ()
     layer_norm: ClassVar[bool] = False  # whether the format can record that tokens are layer-normalized
     files: ClassVar[tuple[str, ...]]  # file names, the weights first
     parent_files: ClassVar[tuple[str, ...]] = ()  # file names in the folder above
-    config: ClassVar[str] = ""  # the small file in `files` that describes the SAE; "" if the path says everything
+    config: ClassVar[str] = ""  # the small file in `files` that describes the SAE; "" if the path does
 
     @classmethod
     def exported(cls) -> list[str]:
@@ -92,11 +92,11 @@ class Format:
         return folder.has(self.files[0])
 
     def is_weights(self, name: str) -> bool:
-        """Whether a file of this name holds the weights of an SAE."""
+        """Whether a file of this name contains the weights of an SAE."""
         return name == self.files[0]
 
     def address(self, weights: PurePosixPath) -> PurePosixPath:
-        """The path that selects an SAE: its folder, or the weights themselves if a folder holds several."""
+        """The path that selects an SAE: its folder, or its weights file if a folder contains several SAEs."""
         return weights.parent
 
     def weights_name(self, folder: ForeignFolder) -> str:
@@ -112,11 +112,11 @@ class Format:
         return None
 
     def describe_path(self, repo: str, weights: PurePosixPath) -> Description:
-        """The information about an SAE in the path of its weights; `repo` is its repository, or the folder's name."""
+        """The information in the path of an SAE's weights. `repo` is the name of its repository or folder."""
         return describe_path(weights)
 
     def describe_config(self, config: Mapping[str, Any]) -> Description:
-        """The information about an SAE in its config. Never raises."""
+        """The information that an SAE's config contains. Never raises."""
         return Description()
 
     def write(self, canonical: CanonicalSAE, folder: Path, metadata: dict[str, Any]) -> None:
@@ -136,7 +136,7 @@ class Format:
 
 
 def hook_or_none(*texts: object) -> Hook | None:
-    """The hook point of the first text that names one; None if none does, or it is not supported."""
+    """The hook point of the first text that names one; None if no text does, or if the hook point is not supported."""
     for text in texts:
         with contextlib.suppress(UsageError):
             if isinstance(text, str) and (hook := parse_hook(text)):
@@ -160,10 +160,10 @@ def parse_width(label: str) -> int:
 
 
 def find_format(name: str) -> Format:
-    """The format that `sae export` writes under this name."""
+    """The format with this name that `sae export` can write."""
     able = Format.exported()
     if name in Format.registry and name not in able:
-        raise UsageError(f"--to {name}: this format is only imported. Exports are written as {', '.join(able)} or hub.")
+        raise UsageError(f"--to {name}: this format can only be imported. Give --to {', '.join(able)} or hub.")
     if name not in able:
         raise UsageError(f"--to {name} is not a known format{did_you_mean(name, [*able, 'hub'])}")
     return Format.registry[name]
@@ -180,4 +180,4 @@ def detect_format(folder: ForeignFolder) -> Format:
             return candidate
     contents = ", ".join(sorted(path.name for path in folder.path.iterdir())[:8]) or "nothing"
     known = ", ".join(f"{fmt.files[0]} ({fmt.name})" for fmt in Format.registry.values())
-    raise UsageError(f"No SAE of a known format in {folder.path}. Expected one of {known}; found {contents}.")
+    raise UsageError(f"{folder.path} contains no SAE of a known format. Expected one of {known}; found {contents}.")

@@ -11,7 +11,7 @@ With `layer_norm`, x is the layer-normalized token and x_hat is its reconstructi
 
 All tensors are float64. `to_canonical` folds the activation chain of an SAE into this form link by link (`fold_link`).
 A link without a folding rule makes the latents of a token depend on each other in the encoder. No other library can
-store that, so such a link is rejected by name.
+store that, so such a link raises an error that names it.
 """
 
 from collections.abc import Sequence
@@ -32,9 +32,7 @@ from ..variants.gated import Gated
 from ..variants.jumprelu import JumpReLU
 from ..variants.progressive.growth import EnabledLatents
 
-FLOAT32_ROUNDING = (
-    2.0**-22
-)  # four times the relative rounding of float32: weights and biases are rounded in a few places
+FLOAT32_ROUNDING = 2.0**-22  # four times the relative rounding of float32: weights and biases are rounded several times
 UNIT_NORM_TOLERANCE = 1e-6  # how far a unit row's norm can be from 1 after rounding to float32
 
 
@@ -119,7 +117,7 @@ class CanonicalSAE:
             assert canonical.threshold is not None
             return (z_BF - canonical.threshold).abs() <= FLOAT32_ROUNDING * (magnitude_BF + canonical.threshold)
         cutoff_BF = torch.zeros_like(z_BF)
-        if canonical.k < canonical.d_sae:  # halfway between the smallest kept latent and the largest dropped one
+        if canonical.k < canonical.d_sae:  # halfway between the smallest selected latent and the next one
             cutoff_BF += z_BF.topk(canonical.k + 1, dim=-1).values[:, -2:].mean(1, keepdim=True).clamp_min(0)
         largest_B1 = magnitude_BF.amax(1, keepdim=True)
         distance_BF = torch.minimum((z_BF - cutoff_BF).abs(), z_BF.abs())
@@ -188,10 +186,10 @@ def fold_link(link: Activation, canonical: CanonicalSAE) -> CanonicalSAE:
 
 
 def set_activation(link: Activation, canonical: CanonicalSAE, activation: str) -> CanonicalSAE:
-    """Set the activation that turns z into latents. After one is set, only a relu is accepted; it has no effect."""
+    """Set the activation that turns z into latents. If one is already set, only relu is accepted, and has no effect."""
     if canonical.activation and activation != "relu":
         raise UsageError(
-            f"The activation {link.name!r} follows another one ({canonical.activation}); no format can store both."
+            f"The activation {link.name!r} follows {canonical.activation!r}, and no format can store both."
         )
     return canonical if canonical.activation else replace(canonical, activation=activation)
 
@@ -256,7 +254,7 @@ def _(link: GramSchmidtLatents, canonical: CanonicalSAE) -> CanonicalSAE:
 
 
 def from_canonical(canonical: CanonicalSAE, *, pre_bias: bool = False) -> SAE:
-    """An `SAE` in float32. With `pre_bias` its encoder takes x - b_dec, as in many formats."""
+    """An `SAE` in float32. With `pre_bias`, its encoder reads x - b_dec, as in many formats."""
     links: dict[str, Activation] = {
         "relu": ReLU(),
         "topk": TopK(max(canonical.k, 1)),
@@ -273,7 +271,7 @@ def from_canonical(canonical: CanonicalSAE, *, pre_bias: bool = False) -> SAE:
         tensors["activation.0.threshold"] = canonical.threshold.clamp_min(0)  # below 0 the ReLU decides
     if canonical.activation == "gated":
         assert canonical.r_mag is not None and canonical.b_mag is not None
-        # `Gated` holds the gate's bias itself. Both paths take the same z, so b_enc is zero.
+        # `Gated` contains the gate's bias. Both of its paths read the same z, so b_enc is zero.
         b_mag = canonical.b_mag
         if pre_bias:
             b_mag = b_mag + canonical.r_mag.exp() * (canonical.b_dec @ canonical.W_enc)

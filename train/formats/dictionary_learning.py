@@ -4,7 +4,7 @@ AutoEncoder        f = ReLU(We (x - bias) + be),  x_hat = Wd f + bias          W
 AutoEncoderNew     f = ReLU(We x + be),           x_hat = Wd f + bd
 GatedAutoEncoder   z = We (x - decoder_bias);  f = 1[z + gate_bias > 0] ReLU(exp(r_mag) z + mag_bias)
 AutoEncoderTopK    the k largest of ReLU(We (x - b_dec) + be)
-BatchTopKSAE       those of ReLU(We (x - b_dec) + be) above `threshold`, a scalar that is -1 until training sets it
+BatchTopKSAE       ReLU(We (x - b_dec) + be) where above `threshold`, a scalar that is -1 until training sets it
 MatryoshkaBatchTopKSAE   the same with W_enc (d_in, d_sae) and W_dec (d_sae, d_in)
 JumpReluAutoEncoder      ReLU(z) where z > threshold, z = x W_enc + b_enc
 """
@@ -29,7 +29,7 @@ from .safe_pickle import read_state_dict_headers
 from .safe_read import ForeignFolder, TensorHeader, get_nested, read_weights, short_repr, vector_size
 
 # The tensors of each class and their shapes: D is d_in, F d_sae, G the number of groups, "" a scalar. A folder is
-# inconsistent if its config.json names a class with other tensors.
+# inconsistent if its config.json names a class that has different tensors.
 CLASS_TENSORS = {
     "AutoEncoder": {"bias": "D", "encoder.weight": "FD", "encoder.bias": "F", "decoder.weight": "DF"},
     "AutoEncoderNew": {"encoder.weight": "FD", "encoder.bias": "F", "decoder.weight": "DF", "decoder.bias": "D"},
@@ -52,7 +52,7 @@ EXPORT_CLASSES = {
     "topk": ("AutoEncoderTopK", "TopKTrainer"),
     "jumprelu": ("JumpReluAutoEncoder", "JumpReluTrainer"),
 }
-"""Activation of CanonicalSAE -> (class of the SAE, class of its trainer) that an export names."""
+"""Activation of CanonicalSAE -> (class of the SAE, class of its trainer) in the exported config.json."""
 
 
 class DictionaryLearning(Format, name="dictionary-learning"):
@@ -213,7 +213,7 @@ def state_dict(canonical: CanonicalSAE) -> dict[str, Tensor]:
 
 
 def submodule_name(metadata: dict[str, Any]) -> str | None:
-    """`resid_post_layer_12`, the scheme of dictionary_learning's own demo; a module is named as in transformers."""
+    """`resid_post_layer_12`, as in dictionary_learning's own demo. A module is named as in transformers."""
     name = metadata.get("hook_name")
     if is_module(name):
         return metadata.get("hf_hook_name") or metadata.get("hf_hook_input_of")
@@ -225,7 +225,7 @@ def submodule_name(metadata: dict[str, Any]) -> str | None:
 
 
 def resolve_class(path: Path, headers: dict[str, TensorHeader], recorded: object) -> str:
-    """The class of an SAE, determined from its tensors and from the class that config.json records, if any.
+    """The class of an SAE, determined from its tensors and from the class in config.json, which may be missing.
 
     Raises DamagedError if the two contradict each other, and UsageError if the tensors fit several classes and no class
     is recorded.
@@ -237,21 +237,21 @@ def resolve_class(path: Path, headers: dict[str, TensorHeader], recorded: object
         if isinstance(recorded, str) and recorded in CLASS_TENSORS:
             nearest = recorded
         raise DamagedError(
-            f"{path} does not hold the tensors of any supported class ({', '.join(CLASS_TENSORS)}). Missing or "
+            f"{path} does not contain the tensors of any supported class ({', '.join(CLASS_TENSORS)}). Missing or "
             f"unexpected for {nearest}: {short_repr(sorted(differences[nearest]))}. Download it again, or ask the "
             "author."
         )
     if recorded is None:
         if len(fitting) > 1:
             raise UsageError(
-                f"{path} can be {' or '.join(fitting)}, and there is no config.json that says which. Download "
-                'config.json too, or write it: {"trainer": {"dict_class": "..."}}.'
+                f"{path} can be {' or '.join(fitting)}, and no config.json names the class. Download config.json too, "
+                'or write it: {"trainer": {"dict_class": "..."}}.'
             )
         return fitting[0]
     if not isinstance(recorded, str) or recorded not in fitting:
         raise DamagedError(
-            f"{path.with_name('config.json')} says {short_repr(recorded)}, but ae.pt holds the tensors of "
-            f"{' or '.join(fitting)}."
+            f"{path.with_name('config.json')} names the class {short_repr(recorded)}, but ae.pt contains the tensors "
+            f"of {' or '.join(fitting)}."
         )
     return recorded
 
@@ -276,18 +276,17 @@ def read_threshold(folder: ForeignFolder, tensors: dict[str, Tensor], dict_class
     threshold = float(tensors["threshold"].double())
     if threshold < 0:
         raise UsageError(
-            f"{folder.path / 'ae.pt'}: the threshold of this {dict_class} was never set (it is {threshold:g}). Its k "
-            "applies to a whole batch, so its latents for a single token are undefined. Train it longer, or set the "
-            "threshold."
+            f"{folder.path / 'ae.pt'}: the threshold of this {dict_class} was never set (it is {threshold:g}). Without "
+            "one, its k applies to a whole batch, so its latents for a single token are undefined. Train it longer, or "
+            "set the threshold."
         )
     return threshold
 
 
 def find_hook(folder: ForeignFolder, config: dict[str, Any]) -> Hook | None:
-    """The hook point: from our own metadata, the submodule's name, the folder's path, or the layer's number.
+    """The hook point: from our own metadata, the submodule's name, the folder's path, or the layer number.
 
-    A layer's number does not say which site in the layer is meant, so it is used only if the submodule can be
-    resid_post.
+    A layer number does not determine the site in the layer, so it is used only if the submodule can be resid_post.
     """
     trainer = config.get("trainer")
     submodule, by_number = hook_texts(trainer if isinstance(trainer, dict) else {})
@@ -299,12 +298,12 @@ def find_hook(folder: ForeignFolder, config: dict[str, Any]) -> Hook | None:
 
 
 def hook_texts(trainer: Mapping[str, Any]) -> tuple[Any, str | None]:
-    """The submodule's name, and a hook name built from the layer's number if the submodule can be resid_post."""
+    """The submodule's name, and a hook name built from the layer number if the submodule can be resid_post."""
     submodule, layer = trainer.get("submodule_name"), trainer.get("layer")
     known = type(layer) is int and layer >= 0 and may_be_resid_post(submodule)
     return submodule, f"blocks.{layer}.hook_resid_post" if known else None
 
 
 def may_be_resid_post(submodule: object) -> bool:
-    """Whether a submodule's name means the residual stream after a block, or does not name a site at all."""
+    """Whether a submodule's name can mean the residual stream after a block, or does not name a site at all."""
     return not isinstance(submodule, str) or not re.search(r"mlp|att|pre|mid|_in\b", submodule)

@@ -56,10 +56,10 @@ def export_sae(
 ) -> ExportResult:
     """Write an SAE in the file format of another library, and verify the files.
 
-    The exported SAE takes raw activations, has unit decoder rows and float32 weights; any factor by which training
+    The exported SAE reads raw activations and has unit decoder rows and float32 weights. Any factor by which training
     scaled the activations is folded in. The files are then read back. Latents and reconstructions computed from them
-    are compared with the SAE's on 4,096 rows of its cache, or on synthetic rows if the cache is gone. The active
-    latents have to be equal, and relative errors at most 1e-5.
+    are compared with the SAE's on 4,096 rows of its cache, or on synthetic rows if the cache no longer exists. The sets
+    of active latents have to be equal, and relative errors have to be at most 1e-5.
 
     Args:
         run: a run folder (a path or a `Run`), or an `SAE` in memory.
@@ -67,7 +67,7 @@ def export_sae(
         out: the folder to write, new or empty. Default: exports/<to> in the run folder.
         approximate: "topk", "jumprelu" or "relu": if the format cannot store the SAE exactly, write the nearest SAE
             with this activation, and record how much it differs.
-        cache: the cache with rows to verify on. Default: the one that the run was trained on.
+        cache: the cache whose rows are used for the verification. Default: the cache that the run was trained on.
         progress: called with (rows compared, rows in all).
 
     Returns:
@@ -113,9 +113,10 @@ def export_folder(run: Path | None, to: str, out: str | os.PathLike[str] | None)
 def fit_to_format(
     sae: SAE, fmt: Format, approximate: str | None, rows: SampleRows | None, notes: list[str]
 ) -> tuple[CanonicalSAE, dict[str, Any] | None]:
-    """Convert an SAE to a form that the format can store. Also returns the record of an approximation, if any.
+    """Convert an SAE to a form that the format can store. Also returns the record of the approximation, or None.
 
-    Raises UsageError if the format cannot store it, and names the formats that can. Adds a note about `approximate`.
+    Raises UsageError if the format cannot store the SAE; the message names the formats that can. Adds a note about
+    `approximate`.
     """
     if sae.layer_norm and not fmt.layer_norm:
         named = ", ".join(other.name for other in Format.registry.values() if other.layer_norm)
@@ -150,7 +151,7 @@ def fit_to_format(
     assert approximate is not None
     if rows is None:
         raise UsageError(
-            "An approximation is fitted and measured on cached activations, but the cache of this SAE is gone. "
+            "An approximation is fitted and measured on cached activations, but the cache of this SAE is missing. "
             "Give one with --cache."
         )
     nearest, record = approximate_sae(sae, approximate, rows.x_RD)
@@ -161,16 +162,16 @@ def fit_to_format(
 
 
 def latent_scale(sae: SAE, canonical: CanonicalSAE, fmt: Format, notes: list[str]) -> Tensor:
-    """(d_sae): the factors by which exported latents are larger because their decoder rows got unit norm."""
+    """(d_sae): the factors by which exported latents are larger because their decoder rows were normalized."""
     if fmt.name == "saelens" and canonical.activation == "topk" and not canonical.has_unit_rows:
         notes.append(
-            "The decoder rows do not have unit norm and were left so: rescaling would change which latents are the k "
-            "largest. SAELens' fold_W_dec_norm() will refuse this SAE."
+            "The decoder rows do not have unit norm and were not normalized, because rescaling would change which "
+            "latents are the k largest. SAELens' fold_W_dec_norm() will reject this SAE."
         )
     if canonical.layer_norm:
         notes.append(
-            f"The latents of {fmt.name} are those of the layer-normalized token. Ours are in units of raw activations: "
-            "larger by the token's standard deviation."
+            f"Latents in {fmt.name} are in units of the layer-normalized token. In this package they are in units of "
+            "raw activations, and so larger by the token's standard deviation."
         )
     norm_F = sae.W_dec.detach().double().cpu().norm(dim=1)
     scale_F = torch.where(norm_F > 0, norm_F / canonical.W_dec.norm(dim=1), 1)
@@ -186,8 +187,8 @@ def latent_scale(sae: SAE, canonical: CanonicalSAE, fmt: Format, notes: list[str
 def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that is renamed to `target` if the block succeeds and removed if it fails.
 
-    Raises UsageError if `target` exists and is not an empty folder, even if another process made it meanwhile: the
-    first of two processes wins, and its folder is complete.
+    Raises UsageError if `target` exists and is not an empty folder, even if another process created it in the meantime.
+    Of two processes the first one wins, and its folder is complete.
     """
     if target.is_file():
         raise UsageError(f"{target} is a file; nothing was written. Give a new folder with --out.")
@@ -205,7 +206,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise UsageError(
-                f"{target} was written by another process meanwhile and left as it is. Give a new folder with --out."
+                f"{target} was meanwhile written by another process. It was not changed. Give a new folder with --out."
             ) from error
         raise os_error(error, target) from error
     finally:

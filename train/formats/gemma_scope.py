@@ -2,8 +2,8 @@
 
     f = ReLU(z) where z > threshold,  z = x W_enc + b_enc;  b_dec is not subtracted from the input
 
-Some files have lower-case w_enc and w_dec. Model and layer are recorded only in the path, such as
-gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82/params.npz; our exports add an about.json.
+In some files the names w_enc and w_dec are in lower case. Model and layer are recorded only in the path, such as
+gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82/params.npz. Our exports add an about.json.
 """
 
 import io
@@ -22,7 +22,7 @@ from .canonical import CanonicalSAE, from_canonical
 from .hook_names import parse_gemma_scope_path, parse_model, recorded_hook
 from .safe_read import ForeignFolder, read_npz_headers, read_weights, vector_size
 
-KINDS = {  # kind of files other than an SAE on a layer -> description
+KINDS = {  # kind of a file that is not an SAE on a layer -> description
     "embedding": "an SAE on the embedding, scaled by sqrt(d_in)",
     "transcoder": "a transcoder, from the input of an MLP to its output",
 }
@@ -84,7 +84,7 @@ class GemmaScope(Format, name="gemma-scope"):
 
 
 def kind_of_path(parts: tuple[str, ...]) -> str | None:
-    """The kind of files that a path names, if they are not an SAE on a layer; otherwise None."""
+    """The kind of the files at a path, if they are not an SAE on a layer; otherwise None."""
     if any(re.fullmatch(r"gemma-scope-\w+-(pt|it)-transcoders", part) for part in parts):
         return "transcoder"
     return "embedding" if "embedding" in parts else None

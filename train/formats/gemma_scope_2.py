@@ -4,7 +4,8 @@
 
 b_dec is not subtracted from the input. The folder is <site>[_all]/layer_<n>_width_<label>_l0_<label>. config.json
 records the model, the hook points (as names of modules in transformers) and the kind (sae, transcoder, clt or
-crosscoder). If config.json is missing, the path gives the same information. docs/reference/formats.md has the sources.
+crosscoder). If config.json is missing, the path contains the same information. docs/reference/formats.md lists the
+sources.
 """
 
 import re
@@ -49,7 +50,7 @@ class GemmaScope2(Format, name="gemma-scope-2"):
     config = "config.json"
 
     def is_weights(self, name: str) -> bool:
-        """Also true for files of crosscoders and cross-layer transcoders (one per layer), which are then refused."""
+        """Also true for files of crosscoders and cross-layer transcoders (one per layer), which are then rejected."""
         return name == self.files[0] or re.fullmatch(r"params_layer_\d{1,4}\.safetensors", name) is not None
 
     def matches(self, folder: ForeignFolder) -> bool:
@@ -89,8 +90,8 @@ class GemmaScope2(Format, name="gemma-scope-2"):
             kind = "crosscoder"
         if kind != "sae":
             raise UsageError(
-                f"{folder.path} is a {KINDS.get(kind, short_repr(kind))}, which predicts activations of one place from "
-                "those of another. Only SAEs are supported; `sae import --list` shows those of a repository."
+                f"{folder.path} is a {KINDS.get(kind, short_repr(kind))}, which predicts the activations at one place "
+                "from those at another. Only SAEs are supported; `sae import --list` shows the SAEs in a repository."
             )
         if architecture != "jump_relu":
             raise UsageError(
@@ -140,7 +141,7 @@ class GemmaScope2(Format, name="gemma-scope-2"):
 
 
 def kind_of_path(parts: tuple[str, ...]) -> str | None:
-    """The kind other than SAE that a folder in the path names, or None. The innermost such folder counts."""
+    """The kind that the innermost matching folder in the path names, or None if that is an SAE or no folder matches."""
     for part in reversed(parts):
         word = part.split("_")[0]
         if word in KINDS:
@@ -168,7 +169,7 @@ def model_of_path(parts: tuple[str, ...]) -> str | None:
 
 
 def parse_gemma_3(name: object) -> str | None:
-    """A model's id on the Hub. Only gemma-3-270m has no `-pt` there; some configs say gemma-v3 and omit the owner."""
+    """A model's id on the Hub. Only gemma-3-270m has no `-pt` there. Some configs say gemma-v3 or omit the owner."""
     if (model := parse_model(name)) is None:
         return None
     match = re.fullmatch(r"(?:google/)?gemma-(?:v)?3-(270m|1b|4b|12b|27b)-(pt|it)", model)

@@ -1,4 +1,4 @@
-"""Names of models and hook points in other libraries, translated to ours and back."""
+"""Names of models and hook points in other libraries, and their translation to and from our names."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ HUB_IDS = {
     **{f"gemma-2-{size}{it}": f"google/gemma-2-{size}{it}" for size in ("2b", "9b", "27b") for it in ("", "-it")},
     **{f"pythia-{size}{end}": f"EleutherAI/pythia-{size}{end}" for size in PYTHIA_SIZES for end in ("", "-deduped")},
 }
-"""TransformerLens' name of a model -> its id on the Hub, where the two differ."""
+"""TransformerLens' name of a model -> its id on the Hub, if the two differ."""
 TRANSFORMERLENS_NAMES = {hub: name for name, hub in HUB_IDS.items()}
 
 TRUNKS = ("model", "model.language_model", "language_model.model", "gpt_neox", "transformer", "backbone")
@@ -51,7 +51,7 @@ def transformerlens_name(model: str) -> str:
 
 
 def parse_hook(text: str) -> Hook | None:
-    """The hook point that a name means in any library's scheme, or None.
+    """The hook point that a name means in any of the libraries' naming schemes, or None.
 
     The input of a block is named as the output of the previous block; the input of block 0 remains resid_pre. A module
     is named by its path. A module outside the blocks gets layer 0, since its name has no layer.
@@ -79,7 +79,7 @@ def is_module(hook_name: object) -> bool:
 
 
 def recorded_hook(metadata: Mapping[str, Any]) -> Hook | None:
-    """The hook point that our own exports record, None if there is none."""
+    """The hook point that our own exports record, or None."""
     return with_recorded_layer(first_hook([metadata.get("hook_name")]), metadata.get("hook_layer"))
 
 
@@ -89,7 +89,7 @@ def with_recorded_layer(hook: Hook | None, layer: object) -> Hook | None:
 
 
 def first_hook(texts: Iterable[object]) -> Hook | None:
-    """The hook point of the first text that names one. Raises UsageError for an unsupported one."""
+    """The hook point of the first text that names one. Raises UsageError if it is not supported."""
     for text in texts:
         if not isinstance(text, str) or not text:
             continue
@@ -104,7 +104,7 @@ def first_hook(texts: Iterable[object]) -> Hook | None:
 
 
 def parse_gemma_scope_path(parts: Iterable[str]) -> tuple[str | None, Hook | None]:
-    """Model and hook point from `gemma-scope-2b-pt-res/.../layer_12/width_16k/average_l0_82`; None where unnamed."""
+    """Model and hook point from `gemma-scope-2b-pt-res/.../layer_12/width_16k/average_l0_82`; None if not named."""
     model, site, layer = None, "resid_post", None
     for part in parts:
         if match := re.search(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att)", part):

@@ -36,7 +36,7 @@ class HubAddress(NamedTuple):
 
 @contextlib.contextmanager
 def translate_hub_errors(repo: str) -> Iterator[None]:
-    """Turn the client's exceptions into errors of this package that say what to do."""
+    """Convert the client's exceptions to errors of this package that say what to do."""
     from huggingface_hub import errors
 
     try:
@@ -87,7 +87,7 @@ def list_repository(address: HubAddress) -> Snapshot:
     """The files of a repository with their sizes, in one request that also resolves the revision to a commit.
 
     Raises UnavailableError if the Hub cannot be reached or denies access, and UsageError if the revision does not exist
-    or a file name leads out of its folder.
+    or a file name points outside its folder.
     """
     from huggingface_hub import HfApi
 
@@ -96,7 +96,7 @@ def list_repository(address: HubAddress) -> Snapshot:
     files = [remote_file(sibling) for sibling in info.siblings or []]
     unsafe = [file.name for file in files if is_unsafe_name(file.name)]
     if unsafe:
-        raise UsageError(f"Refused: {address.repo} holds {unsafe[0][:80]!r}, which leads out of its folder.")
+        raise UsageError(f"Refused: {address.repo} contains {unsafe[0][:80]!r}, which points outside its folder.")
     return Snapshot(address, str(info.sha), files)
 
 
@@ -110,7 +110,7 @@ def find_remote_sae(address: HubAddress, layer: int | None = None) -> RemoteSAE:
 
 
 def download(remote: RemoteSAE, root: Path, say: Callable[[str], None]) -> Path:
-    """Download the files of one SAE, and no others, from its commit. Returns its path below `root`.
+    """Download only the files of one SAE, from its commit. Returns its path below `root`.
 
     Before the download begins, `say` is called with the commit and the files.
     """
@@ -119,7 +119,7 @@ def download(remote: RemoteSAE, root: Path, say: Callable[[str], None]) -> Path:
     say(f"commit   {remote.repository} at {remote.commit}")
     for file in remote.sae.files:
         say(f"file     {file.name} ({format_bytes(file.size)})")
-    # The repository's name stays part of the local path: for Gemma Scope it contains the model and the site.
+    # The repository's name is kept in the local path, because for Gemma Scope it contains the model and the site.
     local_repo = Path(root, *remote.repository.split("/"))
     for file in remote.sae.files:
         with translate_hub_errors(remote.repository):
@@ -148,24 +148,24 @@ def choose_sae(address: HubAddress, files: list[RemoteFile], layer: int | None =
     location = f"{address.repo}/{address.folder}" if address.folder else address.repo
     if not found:
         raise UsageError(
-            f"{location} holds no SAE of a known format. See https://huggingface.co/{address.repo}/tree/main"
+            f"{location} contains no SAE of a known format. See https://huggingface.co/{address.repo}/tree/main"
         )
     if len(found) > 1:
         choices = "\n".join(f"  hf://{address.repo}/{sae.path}" for sae in found[:12])
         raise UsageError(
-            f"{location} holds {len(found):,} SAEs. Choose one:\n{choices}"
-            + (f"\nAll of them: sae import --list hf://{location}" if len(found) > 12 else "")
+            f"{location} contains {len(found):,} SAEs. Choose one:\n{choices}"
+            + (f"\nTo list all of them: sae import --list hf://{location}" if len(found) > 12 else "")
         )
     if found[0].refusal:
         raise UsageError(
-            f"hf://{address.repo}/{found[0].path} is a file of the layout {found[0].format.name}, but not an SAE on a "
-            f"layer: {found[0].refusal}. `sae import --list hf://{address.repo}` shows what can be imported."
+            f"hf://{address.repo}/{found[0].path} has the file layout of {found[0].format.name}, but it is not an SAE "
+            f"on a layer: {found[0].refusal}. `sae import --list hf://{address.repo}` shows what can be imported."
         )
     return found[0]
 
 
 def is_unsafe_name(name: str) -> bool:
-    """Whether a file name leads out of its folder, or contains control characters that a terminal would interpret."""
+    """Whether a file name points outside its folder, or contains control characters that a terminal would interpret."""
     return not name.isprintable() or name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts
 
 

@@ -48,7 +48,7 @@ class ImportConfig:
     model: str | None = None
     layer: int | None = None
     cache: str | Path | None = None
-    cache_if_fits: bool = False  # ignore `cache` if it lacks these activations, since it was given only for evaluation
+    cache_if_fits: bool = False  # ignore `cache`, given only for evaluation, if it lacks these activations
     out: Path | None = None
     name: str | None = None
     check_hook: HookCheck = lambda model, hook, d_in: None
@@ -66,7 +66,7 @@ class ImportResult:
     format: str
     sae: SAE
     check: Check
-    cache: str | Path | None  # the cache that the run is tied to
+    cache: str | Path | None  # the cache that the run records
     candidates: list[Path]  # the caches that fit, if there are several and none was chosen
     notes: list[str] = field(default_factory=list)
 
@@ -94,14 +94,15 @@ def import_sae(
 
     Args:
         path: a folder, the weights file in a folder, or hf://owner/repo[@revision]/folder.
-        model: id on the Hub, or a folder. Needed only if the files do not record it; overrides what they record.
-        layer: zero-based block. Needed only if the files do not record it; overrides what they record. In a folder with
-            SAEs of several layers, chooses one of them.
-        cache: a cache of the model, to verify on and to evaluate with. Default: the only cache that fits, if any.
-        out: the folder in which the run folder is made. Default: runs/.
+        model: id on the Hub, or a folder. Needed only if the files do not record it; overrides the recorded model.
+        layer: zero-based block. Needed only if the files do not record it; overrides the recorded layer. In a folder
+            with SAEs of several layers, chooses one of them.
+        cache: a cache of the model, used for verification and evaluation. Default: the only matching cache, or
+            none.
+        out: the folder in which the run folder is created. Default: runs/.
         name: name of the run folder. Default: imported-<activation>-L<layer>-n<d_sae>-<digest>.
         check_hook: called with the model's name, the hook point and d_in before anything is written; it may raise
-            UsageError to refuse the import.
+            UsageError to reject the import.
         say: called with lines about a download.
         progress: called with (rows compared, rows in all).
 
@@ -109,7 +110,7 @@ def import_sae(
         An `ImportResult` with `.sae`, `.folder`, `.check` (the comparison) and `.notes`.
 
     Raises:
-        UsageError: the files are refused, unsupported or missing, or model and layer are not known.
+        UsageError: the files are rejected, unsupported or missing, or the model or layer is not known.
         DamagedError: the files are truncated or contradict each other.
         UnavailableError: the Hub cannot be reached or denies access.
         SaeError: the verification failed; nothing is left behind.
@@ -142,7 +143,7 @@ def import_remote(
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = no_progress,
 ) -> ImportResult:
-    """Download an SAE into a temporary folder and import it. Arguments and errors as in `import_sae`."""
+    """Download an SAE into a temporary folder and import it. Arguments and errors are those of `import_sae`."""
     with tempfile.TemporaryDirectory() as temporary:
         return import_files(download(remote, Path(temporary), say), config, remote.origin, progress)
 
@@ -150,7 +151,7 @@ def import_remote(
 def import_files(
     path: Path, config: ImportConfig, hub_origin: dict[str, str] | None = None, progress: Progress = no_progress
 ) -> ImportResult:
-    """`import_sae` for local files. `hub_origin` says where they were downloaded from."""
+    """`import_sae` for local files. `hub_origin` is the place from which they were downloaded."""
     folder, fmt = open_folder(path, config.layer)
     foreign = fmt.read(folder)
     file_hook, file_model = foreign.hook, foreign.model
@@ -176,7 +177,7 @@ def import_files(
     digest = digest_of([sha256, used_model["name"], *hook])[:6]
     target = config.runs / (config.name or f"{variant}-L{hook.layer:02d}-n{foreign.sae.d_sae}-{digest}")
     if (target / "sae.json").exists():
-        raise UsageError(f"{target} already exists: run sae evaluate {target}, or give another name with --name.")
+        raise UsageError(f"{target} already exists: run `sae evaluate {target}`, or give another name with --name.")
     source: dict[str, Any] = {**(hub_origin or {"path": str(folder.path.resolve())})}
     if overrides := overrides_of(config, file_hook, file_model, used_model):
         source["overrides"] = overrides
@@ -227,7 +228,7 @@ def open_folder(path: Path, layer: int | None = None) -> tuple[ForeignFolder, Fo
     fmt = detect_format(folder)
     if path.is_file() and not fmt.is_weights(path.name) and path.name not in fmt.files:
         raise UsageError(
-            f"{path} is not a file of the {fmt.name} SAE in its folder. To import that: sae import {path.parent}"
+            f"{path} is not a file of the {fmt.name} SAE in its folder. To import that SAE: sae import {path.parent}"
         )
     return fmt.select(folder, layer), fmt
 
@@ -235,7 +236,7 @@ def open_folder(path: Path, layer: int | None = None) -> tuple[ForeignFolder, Fo
 def resolve_hook_and_model(
     foreign: ForeignSAE, folder: Path, model: str | None, layer: int | None
 ) -> tuple[Hook, ModelRecord]:
-    """The hook point and model record, as given or as in the files. Raises UsageError if either is unknown."""
+    """The hook point and model record, as given or as in the files. Raises UsageError if either of them is unknown."""
     hook = foreign.hook
     if layer is not None:
         if layer < 0:
@@ -260,7 +261,7 @@ def resolve_hook_and_model(
 
 
 def hook_in_caches(model: ModelRecord, hook: Hook, cache_folder: str | Path | None) -> Hook:
-    """The hook under which a model's caches hold these activations: one block's output is the next block's input.
+    """The hook under which a model's caches contain these activations: one block's output is the next block's input.
 
     If `cache_folder` is given, only that cache is considered.
     """
@@ -275,7 +276,7 @@ def hook_in_caches(model: ModelRecord, hook: Hook, cache_folder: str | Path | No
 def find_cache(
     model: ModelRecord, hook: Hook, d_in: int, cache_folder: str | Path | None, notes: list[str]
 ) -> tuple[Cache | None, list[Path]]:
-    """The cache on which to evaluate an SAE: the given one, or the only one of its model and hook, or None.
+    """The cache for evaluating an SAE: the given one, or the only cache of its model and hook, or None.
 
     Also returns the folders of all matching caches, if there are several.
     """
@@ -284,7 +285,7 @@ def find_cache(
         width = cache.array(cache.require_array(*hook)).shape[1]
         if not same_model(cache.identity["model"], model):
             raise UsageError(
-                f"--cache {cache_folder} holds activations of {cache.model}, but the SAE is of {model_label(model)}."
+                f"--cache {cache_folder} has activations of {cache.model}, but the SAE is for {model_label(model)}."
             )
         if width != d_in:
             raise UsageError(f"--cache {cache_folder} has rows of width {width}, but the SAE has d_in {d_in}.")
@@ -294,14 +295,14 @@ def find_cache(
         return fitting[0], []
     if fitting:
         notes.append(
-            f"{len(fitting)} caches hold {hook} of {model_label(model)}, so none was chosen. To use the first: "
+            f"{len(fitting)} caches contain {hook} of {model_label(model)}, so none was chosen. To use the first: "
             f"--cache {fitting[0].folder}"
         )
     return None, [cache.folder for cache in fitting]
 
 
 def holds(cache: Cache, model: ModelRecord, hook: Hook, d_in: int) -> bool:
-    """Whether a cache holds activations on which an SAE can be verified."""
+    """Whether a cache contains activations on which an SAE can be verified."""
     fits = same_model(cache.identity["model"], model) and hook in cache.hooks
     return fits and cache.array(hook.array).shape[1] == d_in
 
@@ -333,7 +334,7 @@ def sae_origin(
 
 
 def file_digests(fmt: Format, folder: ForeignFolder) -> dict[str, str]:
-    """sha256 of every file that was read, by its path in the folder."""
+    """The SHA-256 of every file that was read, by its path in the folder."""
     digests = {}
     names = (fmt.weights_name(folder), *fmt.files[1:], *fmt.parent_files)
     for path in sorted(p for name in names for p in (folder.path / name, *folder.path.glob(f"*/{name}"))):

@@ -1,7 +1,7 @@
 """List the SAEs in a release (`sae import --list`), which is a repository on the Hub or a local folder.
 
-One request returns the names and sizes of all files. Most other information is in the paths. For an SAE whose path
-lacks it, the small config is read, for at most MAX_CONFIGS SAEs. Weights are never downloaded.
+One request returns the names and sizes of all files. The paths contain most other information. If a path lacks some of
+it, the SAE's config, which is small, is read. This is done for at most MAX_CONFIGS SAEs. Weights are never downloaded.
 """
 
 import re
@@ -21,8 +21,8 @@ from .hub import REPO_ID, HubAddress, list_repository, translate_hub_errors
 from .release import PublishedSAE, find_published, list_local_files, natural_key
 from .safe_read import MAX_HEADER_BYTES, ForeignFolder
 
-MAX_CONFIGS = 40  # most configs read for one list
-MAX_ROWS = 40  # most rows in a table; more SAEs are shown in groups
+MAX_CONFIGS = 40  # maximum number of configs read for one list
+MAX_ROWS = 40  # maximum number of rows in a table; more SAEs are shown in groups
 
 Progress = Callable[[int, int], None]  # (configs read, configs in all)
 Row = tuple[str, ...]
@@ -30,7 +30,7 @@ Row = tuple[str, ...]
 
 @dataclass(frozen=True)
 class ReleaseList:
-    """The SAEs of a release that match the filters, and the number of other files with the same layouts, by kind."""
+    """The SAEs of a release that match the filters, and the number of files of other kinds with the same layouts."""
 
     name: str  # hf://owner/repo/folder, or a folder
     repository: str | None  # on the Hub
@@ -86,11 +86,11 @@ def list_release(
 
     Args:
         text: owner/repo, hf://owner/repo[@revision][/folder], or a local folder.
-        layer, site, width: keep only the SAEs whose path or config gives these values; `width` as 16384 or 16k.
+        layer, site, width: keep only the SAEs whose path or config has these values. `width` is a number or 16k.
 
     Raises:
         UsageError: the release or a filter is invalid, or the release has no files in a known format.
-        UnavailableError: the Hub cannot be reached or does not grant access.
+        UnavailableError: the Hub cannot be reached or denies access.
     """
     if width is not None and not re.fullmatch(r"[1-9]\d{0,8}[kKmM]?", width):
         raise UsageError(f"Invalid --width {width}: expected a number of latents, such as 16384 or 16k.")
@@ -110,14 +110,14 @@ def list_release(
     refused = Counter(sae.refusal for sae in found if sae.refusal)
     saes = [sae for sae in found if not sae.refusal]
     if not found:
-        raise UsageError(f"{text} holds no SAE of a known format.")
+        raise UsageError(f"{text} contains no SAE of a known format.")
     saes = [sae for sae in saes if may_fit(sae, layer, site, width)]
     saes = [sae for sae in add_configs(saes, read, progress) if fits(sae, layer, site, width)]
     return replace(release, saes=saes, refused=dict(refused))
 
 
 def parse_release(text: str) -> HubAddress:
-    """The address of a release on the Hub. UsageError if the text is not an address."""
+    """The address of a release on the Hub. Raises UsageError if the text is not an address."""
     if not text.startswith("hf://") and not REPO_ID.fullmatch(text.split("@")[0]):
         raise UsageError(
             f"There is no folder {text}. Give a folder, owner/repo, or hf://owner/repo[@revision][/folder]."
@@ -132,7 +132,7 @@ ConfigReader = Callable[[PublishedSAE], dict[str, Any]]
 
 
 def add_configs(saes: Sequence[PublishedSAE], read: ConfigReader, progress: Progress) -> list[PublishedSAE]:
-    """Add hook point and width from the configs of SAEs whose paths do not give them. Reads at most MAX_CONFIGS."""
+    """Add the hook point and width from the configs of SAEs whose paths lack them. Reads at most MAX_CONFIGS."""
     silent = [sae for sae in saes if sae.config and (sae.description.hook is None or sae.description.d_sae is None)]
     silent = silent[:MAX_CONFIGS]
     described = {}
@@ -223,7 +223,7 @@ def unique(values: Iterable[str | None]) -> str:
 
 
 def span(values: Iterable[int | None]) -> str:
-    """Format values as `12`, as `0-25`, or as `5, 12, 19` if some in between are missing; `-` if none is known."""
+    """Format values as `12`, as `0-25`, or as `5, 12, 19` if some in between are missing; `-` if no value is known."""
     known = sorted({value for value in values if value is not None})
     if not known:
         return "-"

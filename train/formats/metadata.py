@@ -15,7 +15,8 @@ from ..sae import SAE, read_run_record
 from .canonical import chain_name
 from .hook_names import transformerlens_name
 
-# The oldest SAELens release that reads these files. Without a version, its loader drops all other metadata.
+# The oldest SAELens release that reads these files. If the version is missing, SAELens' loader drops all other
+# metadata.
 SAELENS_VERSION = "6.28.0"
 
 
@@ -26,9 +27,9 @@ def run_hook(sae: SAE) -> Hook | None:
 def hook_module(hook: Hook, cache: Cache | None) -> tuple[str, str] | None:
     """The module in transformers that has the activations as input or output: ("model.layers.12.mlp", "output").
 
-    The harvest records this module. Without a cache, or with one that is too old to record it, the usual names of
-    blocks give resid_post and the sites that are modules; other sites are None. resid_mid is always None: it is neither
-    an input nor an output.
+    The harvest records this module. If there is no cache, or the cache is too old to record the module, it is derived
+    from the usual block names for resid_post and for sites that are modules, and is None for other sites. resid_mid is
+    always None, because it is neither an input nor an output of a module.
     """
     modules: dict[str, str] = {}
     if cache is not None:
@@ -47,7 +48,8 @@ def hook_module(hook: Hook, cache: Cache | None) -> tuple[str, str] | None:
 def context_beginning(origin: Mapping[str, Any], cache: Cache | None) -> dict[str, Any]:
     """Whether contexts began with a special token (SAELens' prepend_bos) and, if known, which token.
 
-    SAELens' own tokenizers prepend the model's BOS, or its EOS if it has no BOS. So do caches of earlier versions.
+    SAELens' own tokenizers prepend the model's BOS, or its EOS if it has no BOS. Earlier versions of this package did
+    the same for their caches.
     """
     imported = "format" in origin
     known = origin if cache is None or imported else cache.identity

@@ -39,7 +39,7 @@ def model_card(exported: ExportResult, run: Path, repo: str, base_model: str | N
         f"# {title} on {where}\n",
         f"A sparse autoencoder with {config['d_sae']:,} latents on activations of width {config['d_in']:,}, made by "
         f"{metadata['created_by']}. Its activation is `{metadata['training_architecture']}`, saved for SAELens as "
-        f"`{config['architecture']}`: it takes raw activations, its decoder rows have unit norm, b_dec is folded into "
+        f"`{config['architecture']}`: it reads raw activations, its decoder rows have unit norm, b_dec is folded into "
         "b_enc, and its weights are float32.\n",
         f"Verified before upload: {exported.check}.\n",
     ]
@@ -81,10 +81,10 @@ sae import hf://{repo}
 
 
 def evaluation_metrics(run: Path) -> list[tuple[str, str]]:
-    """The (heading, value) of each metric in CARD_METRICS that a run's evaluations/ folder has.
+    """The (heading, value) of each metric in CARD_METRICS that a run's evaluations/ folder contains.
 
-    If a result has values with and without outlier rows, the values without are used, as in our tables. A heading says
-    if the metric was measured on the stand-in dataset (texts from Python's standard library).
+    If a result has values with and without outlier rows, the values without outlier rows are used, as in our tables. If
+    a metric was measured on the stand-in dataset (texts from Python's standard library), its heading says so.
     """
     results, metrics = read_metrics(run), []
     for name, category, metric, heading in CARD_METRICS:

@@ -1,10 +1,10 @@
-"""Qwen-Scope: layer<n>.sae.pt of each block in one folder: W_enc (d_sae, d_in), W_dec (d_in, d_sae), b_enc and b_dec.
+"""Qwen-Scope: a folder with a layer<n>.sae.pt for each block: W_enc (d_sae, d_in), W_dec (d_in, d_sae), b_enc, b_dec.
 
     f = the k largest of z, where positive,  z = x W_enc^T + b_enc;  x_hat = f W_dec^T + b_dec
 
 b_dec is not subtracted from the input, which is the residual stream after the block. The files are torch.save state
-dicts and are read without unpickling. k and the model are in config.json, and in the repository's name:
-SAE-Res-Qwen3-1.7B-Base-W32K-L0_50. docs/reference/formats.md has the sources.
+dicts and are read without unpickling. config.json and the repository's name, such as
+SAE-Res-Qwen3-1.7B-Base-W32K-L0_50, contain k and the model. docs/reference/formats.md lists the sources.
 """
 
 import re
@@ -54,7 +54,7 @@ class QwenScope(Format, name="qwen-scope"):
         names = weights_of(folder)
         if len(names) != 1:
             raise UsageError(
-                f"{folder.path} holds the SAEs of {len(names)} layers. Choose one with --layer, or by its file: "
+                f"{folder.path} contains the SAEs of {len(names)} layers. Choose one with --layer, or give its file: "
                 f"sae import {folder.path / names[0]}"
             )
         return names[0]
@@ -65,7 +65,7 @@ class QwenScope(Format, name="qwen-scope"):
         name = f"layer{layer}.sae.pt"
         if not folder.has(name):
             layers = sorted(layer_of(name) for name in weights_of(folder))
-            raise UsageError(f"{folder.path} has no {name}; it holds the layers {', '.join(map(str, layers))}.")
+            raise UsageError(f"{folder.path} has no {name}; it contains the layers {', '.join(map(str, layers))}.")
         return ForeignFolder(folder.path, name)
 
     def describe_path(self, repo: str, weights: PurePosixPath) -> Description:
@@ -95,9 +95,9 @@ class QwenScope(Format, name="qwen-scope"):
         named = parse_repository(folder.path.resolve().parts)
         if named is None and "k" not in config:
             raise UsageError(
-                f"Nothing says how many latents {weights} keeps: there is no config.json beside it, and no folder with "
-                "the repository's name above it, such as SAE-Res-Qwen3-8B-Base-W64K-L0_50. Download config.json too, "
-                'or write it: {"k": 50, "base_model": "Qwen/Qwen3-8B-Base"}.'
+                f"The number k of active latents of {weights} is not recorded: there is no config.json beside it, and "
+                "no folder above it with the repository's name, such as SAE-Res-Qwen3-8B-Base-W64K-L0_50. Download "
+                'config.json too, or write it: {"k": 50, "base_model": "Qwen/Qwen3-8B-Base"}.'
             )
         k = get_positive_int(path, config, "k", named.k if named else None)
         if k > F:
@@ -113,7 +113,7 @@ class QwenScope(Format, name="qwen-scope"):
         named = parse_repository(folder.path.resolve().parts)
         foreign.model = parse_model(config.get("base_model")) or (named.model if named else None)
         if named and named.k != k:
-            foreign.notes.append(f"config.json says k = {k}, and the folder's name {named.k}; {k} is used.")
+            foreign.notes.append(f"config.json has k = {k}, but the folder's name has k = {named.k}; {k} is used.")
         foreign.record_text(config)
         return foreign
 

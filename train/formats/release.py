@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ...common.errors import UsageError
 from .base import Description, Format
 
-MAX_FILES = 200_000  # most files listed in a local folder; the largest releases have some thousands
+MAX_FILES = 200_000  # maximum number of files listed in a local folder; the largest releases have some thousands
 
 
 class RemoteFile(NamedTuple):
@@ -26,9 +26,9 @@ class PublishedSAE:
     """An SAE of a release that has not been read yet, or files with the same layout that are not an SAE."""
 
     format: Format
-    path: str  # its path in the release: a folder, or a file if a folder holds several SAEs
+    path: str  # its path in the release: a folder, or a file if a folder contains several SAEs
     files: tuple[RemoteFile, ...]  # files that an import reads, the weights first
-    refusal: str | None  # its kind, if it is not an SAE that can be imported: "transcoder"
+    refusal: str | None  # its kind, such as "transcoder", if it is not an SAE that can be imported
     description: Description
 
     @property
@@ -38,7 +38,7 @@ class PublishedSAE:
 
     @property
     def config(self) -> RemoteFile | None:
-        """The small file that describes it, if there is one."""
+        """The small file that describes the SAE, or None."""
         names = [PurePosixPath(file.name).name for file in self.files]
         return self.files[names.index(self.format.config)] if self.format.config in names[1:] else None
 
@@ -46,7 +46,7 @@ class PublishedSAE:
 def find_published(files: Iterable[RemoteFile], repo: str) -> list[PublishedSAE]:
     """The SAEs among the files of a release, in the order of their paths.
 
-    `repo` is the name of the repository or folder: some formats record the model only there.
+    `repo` is the name of the repository or folder. Some formats record the model only there.
     """
     folders: dict[PurePosixPath, dict[str, RemoteFile]] = defaultdict(dict)
     for file in files:
@@ -92,7 +92,7 @@ def natural_key(text: str) -> list[tuple[int, str]]:
 
 
 def list_local_files(root: Path) -> list[RemoteFile]:
-    """The files below a folder. Links to folders are not followed. UsageError if there are more than MAX_FILES."""
+    """The files below a folder, without following links to folders. Raises UsageError if there are too many."""
     found: list[RemoteFile] = []
     for parent, _, names in os.walk(root):
         for name in names:
@@ -100,5 +100,5 @@ def list_local_files(root: Path) -> list[RemoteFile]:
             if path.is_file():
                 found.append(RemoteFile(path.relative_to(root).as_posix(), path.stat().st_size))
         if len(found) > MAX_FILES:
-            raise UsageError(f"{root} holds more than {MAX_FILES:,} files. Give a folder further down.")
+            raise UsageError(f"{root} contains more than {MAX_FILES:,} files. Give a subfolder.")
     return found

@@ -5,7 +5,7 @@
 
 Exported SAEs take raw activations, have unit decoder rows, and have b_dec folded into b_enc. A relu SAE is exported as
 `standard`, and every SAE with a threshold as `jumprelu`. `normalize_activations="layer_norm"` corresponds to an `SAE`
-with `layer_norm`, but the latents of our `SAE` are SAELens' latents times the token's standard deviation.
+with `layer_norm`, but the latents of our `SAE` are SAELens' latents multiplied by the token's standard deviation.
 """
 
 from collections.abc import Mapping
@@ -72,7 +72,7 @@ class SAELens(Format, name="saelens"):
             "reshape_activations": "hook_z" if ".hook_z" in metadata.get("hook_name", "") else "none",
         }
         if canonical.activation == "topk":
-            # With unit rows True and False mean the same, but SAELens' fold_W_dec_norm() works only with True.
+            # With unit rows, True and False are equivalent, but SAELens' fold_W_dec_norm() works only with True.
             config |= {"k": canonical.k, "rescale_acts_by_decoder_norm": canonical.has_unit_rows}
         tensors = {"W_enc": canonical.W_enc, "W_dec": canonical.W_dec, "b_dec": canonical.b_dec}
         if canonical.activation == "gated":
@@ -156,7 +156,7 @@ def saelens_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     """The metadata with SAELens' name of the hook point.
 
     A module has no hook point in TransformerLens. For a module, SAELens runs transformers' own model and reads the
-    module's output. Raises UsageError for the input of a module, which SAELens cannot name.
+    module's output. Raises UsageError for the input of a module, because SAELens cannot name it.
     """
     name = metadata.get("hook_name")
     if not is_module(name):
@@ -164,7 +164,7 @@ def saelens_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     if "hf_hook_name" not in metadata:
         raise UsageError(
             f"SAELens reads the outputs of modules, and this SAE was trained on {name}. Export it with --to "
-            "dictionary-learning, or with --to gemma-scope, which record any hook point."
+            "dictionary-learning or --to gemma-scope, which can record any hook point."
         )
     own: dict[str, Any] = {
         "model_class_name": "AutoModelForCausalLM",
@@ -176,7 +176,7 @@ def saelens_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Convert a config from before version 6 to the form of version 6. Before, topk was an activation of `standard`."""
+    """Convert a config from before version 6, where topk was an activation of `standard`, to the form of version 6."""
     renamed = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
     config = {renamed.get(name, name): value for name, value in config.items()}
     if config.get("activation_fn") == "topk" and (k := get_nested(config, "activation_fn_kwargs", "k")) is not None:
@@ -210,14 +210,14 @@ def read_activation(path: Path, config: dict[str, Any]) -> str:
             "Ask the author."
         )
     if config.get("finetuning_scaling_factor"):
-        raise UsageError(f"{path} has finetuning_scaling_factor, which SAELens no longer supports either.")
+        raise UsageError(f"{path} has finetuning_scaling_factor, which is not supported, as in SAELens.")
     return ARCHITECTURES[architecture]
 
 
 def input_scale(folder: ForeignFolder, config: dict[str, Any]) -> float:
-    """The factor by which x is multiplied before the SAE.
+    """The factor by which x is multiplied before it enters the SAE.
 
-    Raises UsageError if the factor differs from token to token or is not recorded.
+    Raises UsageError if the factor differs between tokens or is not recorded.
     """
     path = folder.path / "cfg.json"
     normalization = get_str(path, config, "normalize_activations", "none")
@@ -264,9 +264,9 @@ def add_metadata(foreign: ForeignSAE, config: dict[str, Any]) -> ForeignSAE:
     foreign.metadata = {name: value for name, value in recorded.items() if name != "metadata"}
     if foreign.sae.layer_norm:
         foreign.notes.append(
-            "normalize_activations is layer_norm. Latents are given in units of raw activations here: SAELens' times "
-            "the token's standard deviation."
+            "normalize_activations is layer_norm. In this package, latents are in units of raw activations: SAELens' "
+            "latents multiplied by the token's standard deviation."
         )
     if config.get("apply_b_dec_to_input") is None:
-        foreign.notes.append("cfg.json has no apply_b_dec_to_input; as in SAELens, b_dec is subtracted from the input.")
+        foreign.notes.append("cfg.json has no apply_b_dec_to_input. As in SAELens, b_dec is subtracted from the input.")
     return foreign

@@ -1,11 +1,11 @@
 """The tensors of a `torch.save` state dict (ae.pt), read without torch.load and without running its pickle.
 
-A pickle is a program. Before any of it runs, every instruction is inspected. The file is refused unless it only builds
+A pickle is a program. Before any of it runs, every instruction is inspected. The file is rejected unless it only builds
 dictionaries, lists, tuples, numbers and strings, an OrderedDict, and tensors by `torch._utils._rebuild_tensor_v2`.
 Instead of that function, the unpickler calls `RebuildTensor`, which only records its arguments. The recorded sizes are
 compared with the sizes of the entries in the zip file before any byte of a tensor is read.
 
-torch.load is not used, not even with `weights_only=True`: it trusts the number of elements that a pickle claims.
+torch.load is not used, not even with `weights_only=True`: it trusts the number of elements stated in a pickle.
 """
 
 import io
@@ -58,7 +58,7 @@ class TensorView(NamedTuple):
 
 
 class RebuildTensor:
-    """Stands in for torch._utils._rebuild_tensor_v2 and only records its arguments. No attribute can be set on it."""
+    """Replaces torch._utils._rebuild_tensor_v2 and only records its arguments. No attribute can be set on it."""
 
     __slots__ = ()
 
@@ -67,7 +67,7 @@ class RebuildTensor:
 
 
 class TensorUnpickler(pickle.Unpickler):
-    """An unpickler that resolves only the names in ALLOWED_GLOBALS, and none of them to the real torch object."""
+    """An unpickler that resolves only the names in ALLOWED_GLOBALS. None of them resolves to the real torch object."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED_GLOBALS:
@@ -99,13 +99,13 @@ def check_opcodes(path: Path, program: bytes) -> None:
         if opcode.name == "LONG_BINPUT":  # the unpickler allocates a memo table up to this index
             assert isinstance(argument, int)
             if not 0 <= argument < MAX_PICKLE_BYTES:
-                raise DamagedError(f"{path}: its pickle asks for a memo table of {argument:,} entries.")
+                raise DamagedError(f"{path}: its pickle requests a memo table of {argument:,} entries.")
 
 
 def read_state_dict_headers(path: Path) -> dict[str, TensorHeader]:
     """The tensors of a `torch.save` file by name.
 
-    Raises UsageError for a pickle that contains code, DamagedError for sizes that do not fit the file.
+    Raises UsageError for a pickle that contains code, and DamagedError for sizes that do not match the file.
     """
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
@@ -129,7 +129,7 @@ def read_state_dict_headers(path: Path) -> dict[str, TensorHeader]:
         if not isinstance(content, dict) or not all(
             isinstance(view, TensorView) and isinstance(name, str) for name, view in content.items()
         ):
-            raise DamagedError(f"{path} does not hold a plain dictionary of tensors. Ask the author for a state dict.")
+            raise DamagedError(f"{path} is not a plain dictionary of tensors. Ask the author for a state dict.")
         return {name: view_header(path, archive, f"{root}data/", name, view) for name, view in content.items()}
 
 
@@ -139,7 +139,7 @@ def check_byte_order(path: Path, archive: zipfile.ZipFile, entry: str) -> None:
 
 
 def view_header(path: Path, archive: zipfile.ZipFile, data: str, name: str, view: TensorView) -> TensorHeader:
-    """The header of a tensor. DamagedError unless it lies within its storage, and the storage within the zip file."""
+    """The header of a tensor. Raises DamagedError if it exceeds its storage, or the storage exceeds the zip file."""
     storage, offset, shape, stride = view
     counts = (storage.elements, offset, *shape, *stride)
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in counts) or len(shape) != len(stride):
@@ -149,8 +149,8 @@ def view_header(path: Path, archive: zipfile.ZipFile, data: str, name: str, view
     fits = storage.elements * storage.dtype.itemsize == available and last < storage.elements
     if len(shape) > 2 or not fits or math.prod(shape) > storage.elements:
         raise DamagedError(
-            f"{path}: {name} claims {format_shape(shape)} numbers in a storage of {storage.elements:,}, but the file "
-            f"has {available:,} bytes for it. Download it again."
+            f"{path}: {name} is declared with {format_shape(shape)} numbers in a storage of {storage.elements:,}, but "
+            f"the file has {available:,} bytes for it. Download it again."
         )
     return TensorHeader(shape, storage.dtype, partial(read_view, path, entry, view))
 

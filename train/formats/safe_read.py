@@ -1,15 +1,16 @@
-"""Read files from strangers without trusting them.
+"""Read untrusted files safely.
 
-The rules that every reader in this folder follows, and why:
+The rules that every reader in this folder follows, and the reasons:
 
 1. Nothing in a foreign file is run. Neither torch nor numpy unpickles anything: a pickle is a program, and loading it
-   can do whatever its author likes. Object arrays in an .npz are pickles and are refused; for ae.pt see safe_pickle.py.
-2. Only regular files inside the SAE's folder are opened. Symbolic links and archive entries that lead out of it are
-   refused, so that an import cannot be made to read other files. A pipe or device counts as missing, because opening it
-   can block or have side effects.
-3. Memory is bounded by the size of the file. A header can claim any shape, so the claim is compared with the bytes
-   in the file and with the shapes that the format requires before anything is allocated. Archives that would unpack to
-   more than 100 times their size, and headers or configs of more than 1 MiB, are refused.
+   can do whatever its author likes. Object arrays in an .npz are pickles and are rejected; for ae.pt see
+   safe_pickle.py.
+2. Only regular files inside the SAE's folder are opened. Symbolic links and archive entries that point outside it are
+   rejected, so that an import cannot be made to read other files. A pipe or device counts as missing, because opening
+   it can block or have side effects.
+3. Memory is bounded by the size of the file. A header can declare any shape, so the declared shape is compared with the
+   bytes in the file and with the shapes that the format requires before anything is allocated. Archives that would
+   unpack to more than 100 times their size, and headers or configs of more than 1 MiB, are rejected.
 4. Any other exception that a parser raises on such bytes becomes a DamagedError that names the file.
 """
 
@@ -59,7 +60,7 @@ def damaged_if_unreadable(path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """The shape and dtype of one tensor, as the file claims them; `read` loads the tensor."""
+    """The shape and dtype of one tensor, as declared in the file; `read` loads the tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -69,7 +70,7 @@ class TensorHeader:
 class ForeignFolder:
     """The folder of a foreign SAE. Only regular files inside it are ever opened.
 
-    `chosen` is the file with the weights, if the user named one in a folder that can hold several.
+    `chosen` is the file with the weights, if the user named one in a folder that can contain several.
     """
 
     def __init__(self, path: Path, chosen: str | None = None) -> None:
@@ -80,11 +81,11 @@ class ForeignFolder:
         return (self.path / name).is_file()
 
     def require_file(self, name: str) -> Path:
-        """The path of a file. Raises UsageError if a link leads out, DamagedError if it is not a regular file."""
+        """The path of a file. Raises UsageError if it links to outside, DamagedError if it is not a regular file."""
         path, root = self.path / name, self.path.resolve()
         if not path.resolve().is_relative_to(root):
             raise UsageError(
-                f"Refused: {path} is a link out of its folder, to {path.resolve()}. If you trust it, copy the files: "
+                f"Refused: {path} is a link to {path.resolve()}, outside its folder. If you trust it, copy the files: "
                 f"cp -rL {self.path} copy"
             )
         if not path.is_file():
@@ -92,17 +93,17 @@ class ForeignFolder:
         return path
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON object. DamagedError if the file is too large or holds anything else."""
+        """A JSON object. Raises DamagedError if the file is too large or contains anything else."""
         path = self.require_file(name)
         if (size := path.stat().st_size) > MAX_HEADER_BYTES:
-            raise DamagedError(f"{path} has {size:,} bytes; a config has at most {MAX_HEADER_BYTES:,}.")
+            raise DamagedError(f"{path} has {size:,} bytes, but a config may have at most {MAX_HEADER_BYTES:,}.")
         content = parse_json(read_file(path, "Download it again."), path, "Download it again.")
         if not isinstance(content, dict):
-            raise DamagedError(f"{path} does not hold a JSON object. Download it again.")
+            raise DamagedError(f"{path} does not contain a JSON object. Download it again.")
         return content
 
 
-# --- values of a config: any JSON value can be in any place ----------------------------------------------------------
+# --- values of a config: any value can have any JSON type ------------------------------------------------------------
 
 
 def get_positive_int(path: Path, config: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -145,13 +146,13 @@ def short_repr(value: Any) -> str:
 
 
 def read_safetensors_headers(path: Path) -> dict[str, TensorHeader]:
-    """The tensors of a safetensors file by name. Raises DamagedError unless the file has all of their bytes."""
+    """The tensors of a safetensors file by name. Raises DamagedError if the file lacks some of their bytes."""
     size = path.stat().st_size
     with damaged_if_unreadable(path), path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > min(MAX_HEADER_BYTES, size - 8):
             raise DamagedError(
-                f"{path} claims a header of {length:,} bytes, but has {size:,} in all. Download it again."
+                f"{path} declares a header of {length:,} bytes, but has {size:,} bytes. Download it again."
             )
         entries = parse_json(file.read(length), path, "Download it again.")
         data_start = 8 + length
@@ -163,11 +164,11 @@ def read_safetensors_headers(path: Path) -> dict[str, TensorHeader]:
             begin, end = entry["data_offsets"]
             if dtype is None:
                 raise DamagedError(
-                    f"{path}: {name} has dtype {short_repr(entry['dtype'])}; weights are floating point."
+                    f"{path}: {name} has dtype {short_repr(entry['dtype'])}; expected a floating-point type."
                 )
             check_header(path, name, shape, dtype, end - begin)
             if not 0 <= begin <= end <= size - data_start:
-                raise DamagedError(f"{path}: {name} would be outside of the file. Download it again.")
+                raise DamagedError(f"{path}: {name} exceeds the size of the file. Download it again.")
             read = partial(read_safetensors_tensor, path, data_start + begin, shape, dtype)
             headers[name] = TensorHeader(shape, dtype, read)
         return headers
@@ -183,7 +184,7 @@ def read_safetensors_tensor(path: Path, offset: int, shape: tuple[int, ...], dty
 
 
 def read_npz_headers(path: Path) -> dict[str, TensorHeader]:
-    """The arrays of an npz file by name. UsageError for object arrays, which are pickles."""
+    """The arrays of an npz file by name. Raises UsageError for object arrays, which are pickles."""
     with damaged_if_unreadable(path), zipfile.ZipFile(path) as archive:
         check_archive(path, archive, compressed=True)
         return dict(read_npy_header(path, archive, info) for info in archive.infolist())
@@ -192,7 +193,7 @@ def read_npz_headers(path: Path) -> dict[str, TensorHeader]:
 def read_npy_header(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[str, TensorHeader]:
     name = info.filename.removesuffix(".npy")
     if name == info.filename or "/" in name:
-        raise DamagedError(f"{path} holds {short_repr(info.filename)}, which is not an array. Download it again.")
+        raise DamagedError(f"{path} contains {short_repr(info.filename)}, which is not an array. Download it again.")
     parsers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     with archive.open(info) as file:
         version = np.lib.format.read_magic(file)
@@ -206,7 +207,7 @@ def read_npy_header(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo)
     dtype = NUMPY_DTYPES.get(numpy_dtype.name) if numpy_dtype.isnative else None
     if dtype is None:
         raise DamagedError(
-            f"{path}: {name} has dtype {numpy_dtype}; weights are floating point, in this machine's byte order."
+            f"{path}: {name} has dtype {numpy_dtype}; expected floating point in this machine's byte order."
         )
     check_header(path, name, shape, dtype, info.file_size - offset)
     return name, TensorHeader(
@@ -225,35 +226,35 @@ def read_npz_tensor(
 
 
 def check_archive(path: Path, archive: zipfile.ZipFile, *, compressed: bool) -> None:
-    """Refuse a zip file with duplicate, encrypted or escaping entries, or one that unpacks to far more than its size.
+    """Reject a zip file with duplicate, encrypted or escaping entries, or one that unpacks to far more than its size.
 
     Unless `compressed` is set, all entries have to be stored uncompressed, so that they cannot exceed the file's size.
     """
     entries, size = archive.infolist(), path.stat().st_size
     names = [entry.filename for entry in entries]
     if len(set(names)) < len(names):
-        raise DamagedError(f"{path} holds two entries of the same name. Download it again.")
+        raise DamagedError(f"{path} contains two entries with the same name. Download it again.")
     for entry in entries:
         name = short_repr(entry.filename)
         if entry.filename.startswith(("/", "\\")) or ".." in Path(entry.filename).parts or entry.flag_bits & 1:
-            raise UsageError(f"Refused: {path} holds {name}, which leads out of the archive or is encrypted.")
+            raise UsageError(f"Refused: {path} contains {name}, which is encrypted or points outside the archive.")
         if not compressed and (entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size):
             raise DamagedError(f"{path}: {name} is compressed, which torch.save never does. Download it again.")
     if (total := sum(entry.file_size for entry in entries)) > size * (MAX_COMPRESSION_RATIO if compressed else 1):
-        raise DamagedError(f"{path} claims to hold {total:,} bytes, but has {size:,}. Download it again.")
+        raise DamagedError(f"{path} declares {total:,} bytes of entries, but has {size:,} bytes. Download it again.")
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
 def check_header(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype, available: int) -> None:
-    """Raise DamagedError unless a shape is valid and needs exactly the available bytes."""
+    """Raise DamagedError if a shape is invalid or does not need exactly the available bytes."""
     if len(shape) > 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in shape):
-        raise DamagedError(f"{path}: {name} has the shape {short_repr(shape)}; expected at most two sizes.")
+        raise DamagedError(f"{path}: {name} has the shape {short_repr(shape)}; expected at most two dimensions.")
     needed = math.prod(shape) * dtype.itemsize
     if needed != available:
         raise DamagedError(
-            f"{path}: {name} claims {format_shape(shape)} numbers, {needed:,} bytes, but has {available:,}. "
+            f"{path}: {name} is declared with {format_shape(shape)} numbers, {needed:,} bytes, but has {available:,}. "
             "Download it again."
         )
 
@@ -269,16 +270,16 @@ def tensor_from_bytes(data: bytearray, shape: tuple[int, ...], dtype: torch.dtyp
 def vector_size(path: Path, headers: Mapping[str, TensorHeader], name: str) -> int:
     """The size of a vector, from its header."""
     if name not in headers or len(headers[name].shape) != 1 or headers[name].shape[0] < 1:
-        raise DamagedError(f"{path} has no vector {name}. It holds {short_repr(sorted(headers))}.")
+        raise DamagedError(f"{path} has no vector {name}. It contains {short_repr(sorted(headers))}.")
     return headers[name].shape[0]
 
 
 def read_weights(
     path: Path, headers: Mapping[str, TensorHeader], expected: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
-    """The tensors of a format. DamagedError, before any is read, unless names and shapes are exactly the expected ones.
+    """Read the tensors of a format. Before that, raises DamagedError if a name or shape is not the expected one.
 
-    A transposed matrix is refused too: nothing is guessed. Values have to be finite.
+    A transposed matrix is also rejected: nothing is guessed. Values have to be finite.
     """
     errors = [f"{name} is missing" for name in expected if name not in headers]
     errors += [f"{short_repr(name)} is not expected" for name in headers if name not in expected]
@@ -292,5 +293,5 @@ def read_weights(
     tensors = {name: headers[name].read() for name in expected}
     not_finite = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
     if not_finite:
-        raise DamagedError(f"{path}: {', '.join(not_finite)} holds NaN or infinity.")
+        raise DamagedError(f"{path}: {', '.join(not_finite)} contains NaN or infinity.")
     return tensors

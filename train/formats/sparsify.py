@@ -45,7 +45,7 @@ class Sparsify(Format, name="sparsify"):
         return self.sae_folder(folder) is not None
 
     def sae_folder(self, folder: ForeignFolder) -> ForeignFolder | None:
-        """The SAE's folder: the given one, or its only subfolder with an SAE. Raises UsageError if several have one."""
+        """The SAE's folder: the given one, or its only subfolder with an SAE. UsageError if several have one."""
         if folder.has("sae.safetensors"):
             return folder
         if not folder.path.is_dir():
@@ -54,12 +54,12 @@ class Sparsify(Format, name="sparsify"):
         subfolders = [path for path in found if not (path / "sae.json").exists()]  # not runs of this package
         if len(subfolders) > 1:
             raise UsageError(
-                f"{folder.path} holds {len(subfolders)} SAEs: {', '.join(path.name for path in subfolders[:8])}. "
+                f"{folder.path} contains {len(subfolders)} SAEs: {', '.join(path.name for path in subfolders[:8])}. "
                 f"Choose one: sae import {subfolders[0]}"
             )
         if not subfolders:
             return None
-        folder.require_file(f"{subfolders[0].name}/sae.safetensors")  # refuses a link out of the folder
+        folder.require_file(f"{subfolders[0].name}/sae.safetensors")  # rejects a link to outside the folder
         return ForeignFolder(subfolders[0])
 
     def write(self, canonical: CanonicalSAE, folder: Path, metadata: dict[str, Any]) -> None:
@@ -153,7 +153,7 @@ def hookpoint(metadata: dict[str, Any]) -> str:
         block = str(metadata.get("hf_hook_input_of", f"model.layers.{layer}")).partition(".")[2]
         return f"{block.rpartition('.')[0]}.{layer - 1}"
     raise UsageError(
-        f"sparsify names the module of transformers whose output an SAE reads, and {name} is "
+        f"sparsify can only record the output of a module in transformers, and {name} is "
         + (f"the input of {metadata['hf_hook_input_of']}" if "hf_hook_input_of" in metadata else "not known to be one")
         + ". Export it with --to saelens, dictionary-learning or gemma-scope."
     )

@@ -27,7 +27,7 @@ def upload_sae(
     """Upload a run as a SAELens export with a model card, and return its address.
 
     Nothing is uploaded before `confirm` returns True for its question. `say` is called with the notes, the result of
-    the verification and the files. The other arguments are the same as in `export_sae`.
+    the verification and the files. The other arguments are those of `export_sae`.
 
     Raises Interrupted if `confirm` returns False, and the errors of `export_sae`.
     """

@@ -1,4 +1,4 @@
-"""Verify exports and imports: the SAE and the files encode the same rows in float64, and the results are compared."""
+"""Verify exports and imports: encode the same rows in float64 with the SAE and with the files, and compare."""
 
 import copy
 import math
@@ -20,7 +20,7 @@ from ..sae import SAE
 from .base import Reference
 from .canonical import CanonicalSAE
 
-SAMPLE_ROWS, SAMPLE_BLOCKS = 4096, 16  # rows to compare on, read from this many places in a cache
+SAMPLE_ROWS, SAMPLE_BLOCKS = 4096, 16  # number of rows to compare, read from this many places in a cache
 BATCH_ROWS = 256
 TOLERANCE = 1e-5  # largest relative error of f and of x_hat
 MUCH_SMALLER = 0.5  # a squared error is much smaller than another if their ratio is below this
@@ -34,7 +34,7 @@ def no_progress(done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class SampleRows:
-    """Activations to compare on."""
+    """Activations for the comparison."""
 
     x_RD: Tensor  # float32
     description: str  # where the rows come from
@@ -49,8 +49,8 @@ class Check:
 
     rows: int
     description: str  # of the rows
-    l0: float  # active latents per row of the SAE
-    mismatches: int  # (row, latent) pairs active on one side only, beyond what float32 rounding explains
+    l0: float  # active latents of the SAE per row
+    mismatches: int  # (row, latent) pairs active on one side only that float32 rounding does not explain
     ambiguous_rows: int  # rows with a latent active on one side only, within float32 rounding of its threshold
     latent_error: float  # |f - f'| / |f| over all rows
     reconstruction_error: float  # the same for x_hat
@@ -78,7 +78,7 @@ class Check:
         )
 
     def record(self) -> dict[str, Any]:
-        """The check as run.json records it, with the same keys as in earlier versions."""
+        """The check as recorded in run.json, with the same keys as in earlier versions."""
         return {
             "rows": self.rows,
             "what": self.description,
@@ -100,10 +100,10 @@ def compare(
     scale_F: Tensor | None = None,
     progress: Progress = no_progress,
 ) -> Check:
-    """Compare an SAE with `reference`, which computes from files.
+    """Compare an SAE with `reference`, which computes latents and reconstructions from the files.
 
     Args:
-        canonical: the same SAE in canonical form, to decide where rounding matters.
+        canonical: the same SAE in canonical form, which determines where rounding matters.
         scale_F: (d_sae) the factors by which the latents computed from the files are larger.
     """
     sae64 = copy.deepcopy(sae).double().cpu().eval()
@@ -159,8 +159,8 @@ def check_orientation(sae: SAE, rows: SampleRows | None, path: Path) -> list[str
     """
     if rows is None:
         return [
-            f"d_in and d_sae are both {sae.d_in:,}: the shapes cannot show whether a matrix is transposed, and there "
-            "is no cache to see it by the reconstruction."
+            f"d_in and d_sae are both {sae.d_in:,}: the shapes do not show whether a matrix is transposed, and there "
+            "is no cache on which the reconstruction could show it."
         ]
     x_RD, errors = rows.x_RD.double(), dict[str, float]()
     for names in ((), ("W_enc",), ("W_dec",), ("W_enc", "W_dec")):
@@ -173,18 +173,18 @@ def check_orientation(sae: SAE, rows: SampleRows | None, path: Path) -> list[str
     best = min(errors, key=lambda names: errors[names])
     if errors[best] < MUCH_SMALLER * errors[""]:
         raise DamagedError(
-            f"{path}: {best} seems to be transposed. As the files are, the squared error of the reconstruction on "
-            f"{len(x_RD):,} rows ({rows.description}) is {errors[''] / max(errors[best], 1e-30):.3g} times that with "
-            f"{best} transposed. Ask the author, or transpose it."
+            f"{path}: {best} seems to be transposed. On {len(x_RD):,} rows ({rows.description}), the squared error of "
+            f"the reconstruction is {errors[''] / max(errors[best], 1e-30):.3g} times as large as with {best} "
+            "transposed. Ask the author, or transpose it."
         )
     return []
 
 
-# --- rows to compare on -----------------------------------------------------------------------------------------------
+# --- rows to compare --------------------------------------------------------------------------------------------------
 
 
 def cached_rows(cache: Cache, hook: Hook, count: int = SAMPLE_ROWS) -> SampleRows:
-    """Rows of a cache, in blocks spread evenly over it."""
+    """Rows of a cache, in blocks spread evenly over the cache."""
     name = cache.require_array(*hook)
     chunks = cache.chunk_rows
     count = min(count, sum(chunks))
@@ -200,7 +200,7 @@ def cached_rows(cache: Cache, hook: Hook, count: int = SAMPLE_ROWS) -> SampleRow
 
 
 def synthetic_rows(canonical: CanonicalSAE, count: int = SAMPLE_ROWS) -> SampleRows:
-    """Random sums of decoder rows plus b_dec, scaled to norms at which latents begin to activate.
+    """Random sums of decoder rows, scaled to norms at which latents begin to activate, plus b_dec.
 
     Every other row is then moved along one latent's encoder direction until that latent is near its threshold, on
     either side. Random rows are rarely near a threshold, so they would not reveal a wrong threshold.
@@ -229,8 +229,8 @@ def synthetic_rows(canonical: CanonicalSAE, count: int = SAMPLE_ROWS) -> SampleR
 def activating_norm(canonical: CanonicalSAE, encoder: CanonicalSAE, threshold_F: Tensor) -> float:
     """The norm at which a row brings a latent to its threshold, as the median over latents.
 
-    If the encoder takes x - b_dec and has no bias, only the rounding error of b_enc + b_dec W_enc is left. The norm of
-    b_dec is returned in that case.
+    If the encoder reads x - b_dec and has no bias, b_enc + b_dec W_enc is only a rounding error. In that case, the norm
+    of b_dec is returned.
     """
     encoder_norm_F = encoder.W_enc.norm(dim=0).clamp_min(1e-30)
     bias_F = canonical.b_dec @ encoder.W_enc + encoder.b_enc
@@ -240,7 +240,7 @@ def activating_norm(canonical: CanonicalSAE, encoder: CanonicalSAE, threshold_F:
 
 
 def move_near_thresholds(x_RD: Tensor, encoder: CanonicalSAE, threshold_F: Tensor, generator: torch.Generator) -> None:
-    """Move every other row, in place, along a random latent's encoder direction to near its threshold."""
+    """Move every other row, in place, along a random latent's encoder direction until it is near the threshold."""
     spread = float((x_RD[:64] @ encoder.W_enc).std())
     latent_N = torch.randint(encoder.d_sae, (len(x_RD) // 2,), generator=generator)
     w_ND = encoder.W_enc.T[latent_N]
@@ -253,7 +253,7 @@ def move_near_thresholds(x_RD: Tensor, encoder: CanonicalSAE, threshold_F: Tenso
 
 
 def find_run_cache(origin: Mapping[str, Any]) -> Cache | None:
-    """The cache that a run was trained on, even if it was moved; None if it is gone. `origin` is the SAE's."""
+    """The cache that a run was trained on, even if it was moved; None if it is gone. `origin` is the SAE's origin."""
     folder, fingerprint = origin.get("cache"), origin.get("fingerprint")
     if not isinstance(folder, str) or not isinstance(fingerprint, str):
         return None
@@ -265,8 +265,8 @@ def sample_run_rows(
 ) -> tuple[Cache | None, SampleRows | None]:
     """The cache in `cache_folder`, by default the run's own, and sample rows from it.
 
-    The cache is None if it is gone. The rows are None if the cache is gone or is a ring buffer, which keeps no rows.
-    Raises UsageError if an explicitly given cache has no rows for the hook.
+    The cache is None if it no longer exists. The rows are None if there is no cache or it is a ring buffer, which keeps
+    no rows. Raises UsageError if an explicitly given cache has no rows for the hook.
     """
     cache = Cache(cache_folder) if cache_folder is not None else find_run_cache(origin)
     if cache is None or hook is None:

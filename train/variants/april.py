@@ -36,7 +36,7 @@ def april(config: RunConfig, l1: float = 5.0, l1_warmup: int | None = None) -> V
 
     Args:
         l1: Strength of the penalty in the paper's units, where inputs have E|x| = sqrt(d_in). For inputs with E|x|^2 =
-            1, the same objective divided by d_in has the strength l1 / sqrt(d_in).
+            1, the equivalent strength is l1 / sqrt(d_in).
         l1_warmup: Steps over which the penalty rises from zero. None: a twentieth of the run.
     """
     sae = SAE(config.d_in, config.d_sae, pre_bias=False)
@@ -52,16 +52,17 @@ def april(config: RunConfig, l1: float = 5.0, l1_warmup: int | None = None) -> V
 
 
 class PAnnealing(Mechanism):
-    """p decreases from 1 to `end` in `updates` equal steps, from step `start` to one interval before step `stop`.
+    """The exponent p decreases from 1 to `end` in `updates` equal decrements.
 
-    At each change the coefficient is multiplied by the ratio of the old penalty to the new one over the last `queue`
-    batches, so that the value of the penalty is continuous.
+    The first is at step `start` and the last is one interval before step `stop`. At each change, the coefficient is
+    multiplied by the ratio of the old penalty to the new penalty over the last `queue` batches, so that the value of
+    the penalty is continuous.
 
     Paper: its code makes the last change at the last step, so the SAE is never trained with p_end.
     """
 
     factor: Tensor  # ()
-    sums_Q2: Tensor  # mean_B sum_F f^p of the last batches, for the current p and the next
+    sums_Q2: Tensor  # mean_B sum_F f^p of the last batches, for the current p and for the next p
     combine = "mean"
     leaves_weights = True
 
@@ -90,14 +91,14 @@ class PAnnealing(Mechanism):
         ratio = torch.where(following > 0, current / following, 1.0)
         p_changes = self.changes(step.i + 1) > changes
         self.factor.mul_(torch.where(p_changes, ratio, 1.0))
-        self.sums_Q2.mul_(~p_changes)  # sums for the old exponents do not apply to the next change
+        self.sums_Q2.mul_(~p_changes)  # sums for the old exponents are not used for the next change
 
     def scalars(self) -> dict[str, Tensor]:
         return {"p_factor": self.factor}
 
 
 def power_sum(f_BF: Tensor, p: Tensor) -> Tensor:
-    """mean_B sum_F (f + 1e-6)^p over active latents; 1e-6 because the slope of f^p at zero is infinite."""
+    """mean_B sum_F (f + 1e-6)^p over active latents. 1e-6 is added because the slope of f^p at zero is infinite."""
     f_BF = f_BF.float()
     return torch.where(f_BF > 0, (f_BF + 1e-6) ** p, 0.0).sum(-1).mean()
 
@@ -134,10 +135,11 @@ def p_anneal(
 
     Args:
         l1: Strength of the penalty.
-        p_end: Last exponent.
+        p_end: Final exponent.
         start: Share of the run after which the exponent starts to fall.
-        updates: Number of equal steps in which the exponent falls.
-        queue: Batches over which the penalty is measured, to keep its value when the exponent changes.
+        updates: Number of equal decrements by which the exponent falls.
+        queue: Number of batches over which the penalty is measured, so that its value does not change with the
+            exponent.
         l1_warmup: Steps over which the penalty rises from zero. None: a twentieth of the run.
     """
     errors = []

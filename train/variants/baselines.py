@@ -11,7 +11,7 @@ from ..schedules import warmup
 from ..step import Mechanism
 from ..variant import RunConfig, Variant
 
-AUX_OPTIONS = {"aux_k": ("aux", (0,))}  # no effect if AuxK is off
+AUX_OPTIONS = {"aux_k": ("aux", (0,))}  # aux_k has no effect if AuxK is off
 
 
 @recipe("relu", paper="Bricken et al. 2023", width=1)
@@ -81,7 +81,7 @@ def topk(
     """The k largest latents of each token; AuxK revives dead latents.
 
     Args:
-        k: Latents kept per token.
+        k: Active latents per token.
         aux: Weight of AuxK, which trains dead latents to model the residual (A.2).
         aux_k: Dead latents that AuxK uses per token. None: d_in / 2.
         multi: Weight of Multi-TopK, the error with 4 k latents (5.3). 0: off. The paper uses 1/8.
@@ -109,7 +109,7 @@ def batchtopk(
     that each token is encoded independently.
 
     Args:
-        k: Latents kept per token, on average over the batch.
+        k: Active latents per token, on average over the batch.
         aux: Weight of AuxK, which trains dead latents to model the residual.
         aux_k: Dead latents that AuxK uses per token. None: d_in / 2.
         k_anneal_steps: Steps over which k falls from `k_start` to `k`. 0: k is constant.

@@ -1,10 +1,10 @@
-"""Controls for what an SAE learns: a part keeps its random start (Korznikov et al. 2026, arXiv 2602.14111, 4.1).
+"""Controls for what an SAE learns: part of it keeps its random values (Korznikov et al. 2026, arXiv 2602.14111, 4.1).
 
     frozen-decoder        W_dec is drawn at random and never trained
     soft-frozen-decoder   each row of W_dec stays within a cosine of its random start
     frozen-encoder        W_enc is drawn at random and never trained
 
-Everything else is as in `batchtopk` (or `topk`). So a score that a control also reaches is no evidence of learned
+Everything else is as in `batchtopk` (or `topk`). So a score that a control also reaches is not evidence of learned
 features. `sae evaluate --controls` trains controls for the runs that it evaluates, and shows them as reference rows.
 """
 
@@ -31,8 +31,8 @@ class CovarianceStart(Mechanism):
 
         W_i <- C^1/2 g_i / |C^1/2 g_i|,     W_enc <- W_dec^T
 
-    C is the covariance of the first rows that the run reads. The g_i are the SAE's initial rows, which are isotropic.
-    Their lengths do not matter, so runs with the same seed start from the same draws.
+    C is the covariance of the first rows that the run reads. The g_i are the SAE's initial rows, so runs with the same
+    seed use the same g_i. These are isotropic, and their lengths do not matter.
     """
 
     reads_rows = True
@@ -46,15 +46,15 @@ class CovarianceStart(Mechanism):
 
 
 class DecoderCone(UnitNormDecoder):
-    """Keeps the rows of W_dec on the unit sphere, within a cosine of their start. Has to be the last mechanism.
+    """Keeps the rows of W_dec on the unit sphere, within a cosine of their initial values. The last mechanism.
 
         W_i <- the nearest unit vector with W_i . s_i = cosine,     where W_i . s_i < cosine
 
-    s_i is the start of row i. The nearest vector lies in the plane of W_i and s_i.
+    s_i is the initial value of row i. The nearest vector lies in the plane of W_i and s_i.
     """
 
     start_FD: Tensor
-    mean_cosine: Tensor  # (), mean cosine between the rows and their starts
+    mean_cosine: Tensor  # (), mean cosine between the rows and their initial values
     at_edge: Tensor  # (), share of the rows that the last step moved out of their cones
 
     def __init__(self, sae: SAE, cosine: float) -> None:
@@ -83,7 +83,8 @@ class DecoderCone(UnitNormDecoder):
 
 def base_variant(config: RunConfig, base: Base, k: float, aux: float, aux_k: int | None) -> Variant:
     """The variant that a control changes in one respect."""
-    # Paper: uses BatchTopK, JumpReLU and ReLU, and TopK in App. C. BatchTopK, the default here, sets L0 by itself.
+    # Paper: uses BatchTopK, JumpReLU and ReLU, and TopK in App. C. BatchTopK is the default here, because its k sets
+    # L0.
     # Paper: AdamW with rate 2e-4 and batches of 4,098 at width 73,728; here both are those of `batchtopk`.
     if base == "batchtopk":
         return batchtopk(config, k=k, aux=aux, aux_k=aux_k)
@@ -106,7 +107,7 @@ def frozen_decoder(
     Its scores show what an encoder can achieve with random directions.
 
     Args:
-        k: Latents kept per token, on average over the batch.
+        k: Active latents per token, on average over the batch.
         base: Recipe that the control changes: batchtopk or topk.
         init: How the rows are drawn. cov: with the covariance of the activations, which is the stronger control in the
             paper. iso: uniformly from the unit sphere.
@@ -115,8 +116,8 @@ def frozen_decoder(
     """
     variant = base_variant(config, base, k, aux, aux_k)
     variant.sae.W_dec.requires_grad_(False)
-    variant.mechanisms.pop(-1)  # UnitNormDecoder: the rows are unit vectors and must not change by a bit
-    # Paper: does not say how the encoder starts; here as in every SAE, as the transpose of the decoder.
+    variant.mechanisms.pop(-1)  # UnitNormDecoder, which could change the last bits of the rows
+    # Paper: does not say how the encoder is initialized. Here it is the transpose of the decoder, as in every SAE.
     if init == "cov":
         variant.mechanisms.append(CovarianceStart())
     return variant
@@ -133,19 +134,20 @@ def soft_frozen_decoder(
 ) -> Variant:
     """A control: `batchtopk` with decoder rows near their random start.
 
-    Rows start uniformly on the unit sphere; after each step a row that has turned too far is projected back.
+    Rows are initialized uniformly on the unit sphere. After each step, rows that have turned too far are projected
+    back.
 
     Args:
-        k: Latents kept per token, on average over the batch.
-        cosine: Least cosine of a decoder row with its start.
+        k: Active latents per token, on average over the batch.
+        cosine: Minimum cosine between a decoder row and its initial value.
         base: Recipe that the control changes: batchtopk or topk.
         aux: Weight of AuxK, which trains dead latents to model the residual.
         aux_k: Dead latents that AuxK uses per token. None: d_in / 2.
     """
     if not 0 <= cosine < 1:
         raise UsageError(
-            f"cosine={cosine:g} is out of range: give 0 up to, but not including, 1. For a decoder that does not move "
-            "at all take frozen-decoder."
+            f"cosine={cosine:g} is out of range: give 0 up to, but not including, 1. For a decoder that is not trained "
+            "at all, use frozen-decoder."
         )
     variant = base_variant(config, base, k, aux, aux_k)
     variant.mechanisms[-1] = DecoderCone(variant.sae, cosine)
@@ -161,7 +163,7 @@ def frozen_encoder(
     b_enc, which sets how readily each latent fires, and the decoder are trained.
 
     Args:
-        k: Latents kept per token, on average over the batch.
+        k: Active latents per token, on average over the batch.
         base: Recipe that the control changes: batchtopk or topk.
         aux: Weight of AuxK, which trains the biases and decoder rows of dead latents to model the residual.
         aux_k: Dead latents that AuxK uses per token. None: d_in / 2.

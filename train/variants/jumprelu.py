@@ -1,4 +1,4 @@
-"""JumpReLU SAEs: each latent has a threshold, which is learned (Rajamanoharan et al. 2024b).
+"""JumpReLU SAEs: each latent has a learned threshold (Rajamanoharan et al. 2024b).
 
     f = z H(z - theta),     z = x W_enc + b_enc
 
@@ -8,8 +8,8 @@ and a bandwidth eps:
     d (z H(z - theta)) / d theta = -(theta/eps) K((z - theta)/eps)
     d H(z - theta)     / d theta = -(1/eps)     K((z - theta)/eps)
 
-Three penalties: on the number of active latents (`jumprelu-step`), on its distance from a target (`jumprelu`), and on
-the tanh of their sizes (`jumprelu-tanh`).
+There is a recipe for each of three penalties: on the number of active latents (`jumprelu-step`), on the distance of
+that number from a target (`jumprelu`), and on the tanh of the latents' values (`jumprelu-tanh`).
 """
 
 from collections.abc import Callable
@@ -34,7 +34,8 @@ from ..variant import RunConfig, Variant
 class JumpFunction(torch.autograd.Function):
     """z H(z - theta). The gradient reaches z where the latent fires, and theta where |z - theta| < eps/2.
 
-    With `to_input`, z also gets theta's gradient there, with the opposite sign, because H depends only on z - theta.
+    With `to_input`, z also gets theta's gradient where |z - theta| < eps/2, with the opposite sign, because H depends
+    only on z - theta.
     """
 
     @staticmethod
@@ -55,7 +56,7 @@ class JumpFunction(torch.autograd.Function):
 
 
 class FiresFunction(torch.autograd.Function):
-    """H(z - theta) in theta's dtype. The gradient reaches only theta: a count does not move pre-activations."""
+    """H(z - theta) in theta's dtype. The gradient reaches only theta: a count does not change pre-activations."""
 
     @staticmethod
     def forward(ctx: Any, z_BF: Tensor, theta_F: Tensor, eps: float) -> Tensor:
@@ -71,7 +72,7 @@ class FiresFunction(torch.autograd.Function):
 
 
 class JumpByKernels(JumpFunction):
-    """The same function, with an operator that has a GPU kernel: one pass computes all gradients."""
+    """`JumpFunction` with an operator that has a GPU kernel: one pass computes all gradients."""
 
     @staticmethod
     def backward(ctx: Any, grad_BF: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -106,7 +107,7 @@ class JumpReLU(Activation, name="jumprelu"):
     has_kernels = True
 
     def __init__(self, d_sae: int, bandwidth: float, start: float = 0.0, ste_to_input: bool = False) -> None:
-        super().__init__(d_sae=d_sae, bandwidth=bandwidth)  # what a saved SAE needs to encode
+        super().__init__(d_sae=d_sae, bandwidth=bandwidth)  # the options that a saved SAE needs to encode
         self.bandwidth, self.ste_to_input = bandwidth, ste_to_input
         self.threshold = nn.Parameter(torch.full((d_sae,), start))
 
@@ -148,8 +149,8 @@ class NonNegativeThreshold(Mechanism):
 class ThresholdSpeedup(Mechanism):
     """With `--l0`, scales the updates of thresholds so that a short run can move them as far as a long one.
 
-    10,000 steps at a learning rate of 7e-5 can move a threshold by 0.7. Paper: a threshold moves by about `lr` per
-    step, like a weight. So a run of a thousand steps ends far above its target.
+    Paper: a threshold moves by about `lr` per step, like a weight. So 10,000 steps at a learning rate of 7e-5 can move
+    a threshold by 0.7, but a run of a thousand steps ends far above its target.
     """
 
     leaves_weights = True
@@ -178,8 +179,8 @@ def speed_up_thresholds(config: RunConfig, variant: Variant, activation: JumpReL
 class L0(LossTerm):
     """mean_B sum_F H(z - theta).
 
-    H is computed from z, not from f. In f, a z just below theta is 0 and seems far below theta, so the threshold would
-    get only half its gradient.
+    H is computed from z, not from f. If z is just below theta, f is 0, which seems far below theta, so the threshold
+    would get only half its gradient.
     """
 
     sparsity = True
@@ -229,7 +230,7 @@ class Tanh(LossTerm):
 
 
 class PreActLoss(LossTerm):
-    """mean_B sum_F ReLU(theta - z) |W_dec,i|: a weak pull on latents that do not fire, so that none stays dead."""
+    """mean_B sum_F ReLU(theta - z) |W_dec,i|: a weak pull on latents that do not fire, so that no latent stays dead."""
 
     undivided = ""
 
@@ -248,11 +249,11 @@ GEMMA_SCOPE = Optimization(lr=7e-5, beta1=0.0)
 def make_activation(
     config: RunConfig, bandwidth: float, threshold: float, ste_to_input: bool = False, l0: float = 1.0
 ) -> JumpReLU:
-    """The activation of any of the three recipes. Raises UsageError, which lists every invalid option."""
+    """The activation of any of the three recipes. Raises a UsageError that lists every invalid option."""
     errors = []
     if bandwidth <= 0:
         errors.append(
-            f"invalid bandwidth={bandwidth:g}: expected a positive number, or no latent is close enough to its "
+            f"invalid bandwidth={bandwidth:g}: expected a positive number. Otherwise no latent is close enough to its "
             "threshold for the threshold to learn."
         )
     if threshold < 0:
@@ -289,12 +290,11 @@ def jumprelu(
 ) -> Variant:
     """Learned thresholds under a penalty that holds L0 at `l0`.
 
-    The penalty is (L0/l0 - 1)^2. A threshold moves by about the learning rate per step. At the default rate, a run of a
-    thousand steps ends far above `l0`. With `--l0`, the thresholds (and nothing else) move faster, and the run reaches
-    its target.
+    The penalty is (L0/l0 - 1)^2. A threshold moves by about the learning rate per step, so at the default rate a run of
+    a thousand steps ends far above `l0`. With `--l0`, only the thresholds move faster, and the run reaches its target.
 
     Args:
-        l0: Target of the number of latents per token.
+        l0: Target number of active latents per token.
         penalty: Strength of the penalty.
         penalty_warmup: Steps over which the penalty rises from zero. None: a twentieth of the run.
         bandwidth: Width eps of the window in which a threshold gets a gradient. Presumes inputs with E|x|^2 = 1.
@@ -337,24 +337,24 @@ def jumprelu_tanh(
     """Learned thresholds under a tanh penalty, with free decoder rows.
 
     Rows are scaled to unit norm when the SAE is saved. Options are in the paper's units, where inputs have E|x| =
-    sqrt(d_in). For inputs with E|x|^2 = 1, the same objective divided by d_in has penalty/d_in, c sqrt(d_in), and
-    reach, bandwidth and threshold divided by sqrt(d_in).
+    sqrt(d_in). For inputs with E|x|^2 = 1, penalty is divided by d_in, c is multiplied by sqrt(d_in), and reach,
+    bandwidth and threshold are divided by sqrt(d_in).
 
-    Paper: prints dJumpReLU/dx without `ste_to_input`, but writes that the estimator's gradient reaches all parameters.
-    SAELens implements the latter.
+    Paper: prints dJumpReLU/dx without the term of `ste_to_input`, but says that the estimator's gradient reaches all
+    parameters. SAELens implements what the text says.
 
     Args:
         penalty: Strength of the tanh penalty, which rises over the whole run.
         c: Slope of the tanh.
-        reach: Strength of the pull on latents that do not fire, so that none stays dead.
+        reach: Strength of the pull on latents that do not fire, so that no latent stays dead.
         bandwidth: Width eps of the window in which a threshold gets a gradient.
         threshold: Initial threshold of every latent.
-        ste_to_input: Also pass the gradient that a threshold gets within the window to the pre-activation, and so to
-            the encoder.
+        ste_to_input: Within the window, pass the threshold's gradient also to the pre-activation, and so to the
+            encoder.
     """
     scale = config.d_in**0.5
-    # Paper: learns log theta, which Adam moves by its rate in log space, so it hardly changes. Here theta itself is
-    # learned.
+    # Paper: learns log theta. Adam moves log theta by about the learning rate per step, so theta hardly changes. Here
+    # theta itself is learned.
     activation = make_activation(config, bandwidth / scale, threshold / scale, ste_to_input)
     variant = Variant(
         SAE(config.d_in, config.d_sae, [activation], pre_bias=False),

@@ -1,9 +1,9 @@
-"""OrtSAE (Korznikov et al. 2025): each decoder row is penalized for its similarity to the nearest other row.
+"""OrtSAE (Korznikov et al. 2025): each decoder row is penalized for its similarity to its nearest row.
 
     L = |x - x_hat|^2 + aux + strength mean_i max_{j in chunk(i), j != i} cos(W_i, W_j)^2
 
-In each step the rows are shuffled into chunks of at most `chunk` rows. So the cost is O(n chunk d), and over time every
-pair is compared.
+In each step the rows are shuffled into chunks of at most `chunk` rows. So a step costs O(n chunk d), and over many
+steps every pair is compared.
 """
 
 import torch
@@ -31,9 +31,8 @@ def permutation_of_step(step: Step, count: int) -> Tensor:
 class OrtSAELoss(LossTerm):
     """mean_i max_{j in chunk(i), j != i} cos(W_i, W_j)^2.
 
-    The nearest row is found without a gradient, and then its cosine is computed again with a gradient. That takes O(n
-    d) instead of a backward pass through the chunks' matrices. Where the maximum is unique, the result is its exact
-    gradient.
+    The nearest row is found without a gradient, and then its cosine is computed again with a gradient. That costs O(n
+    d) instead of a backward pass through the chunks' matrices. Where the maximum is unique, the gradient is exact.
     """
 
     undivided = ""
@@ -67,20 +66,20 @@ def ortsae(
 ) -> Variant:
     """`batchtopk` with a penalty on each decoder row's nearest row.
 
-    The nearest row is searched in a random chunk of rows, drawn anew in each step.
+    In each step, the rows are divided at random into chunks. The nearest row is searched within the chunk.
 
-    Paper: its text was not available; strength and chunk are ours.
+    Paper: its text was not available; the values of strength and chunk are ours.
 
     Args:
-        k: Latents kept per token, on average over the batch.
+        k: Active latents per token, on average over the batch.
         strength: Strength of the penalty on similar decoder rows.
         chunk: Maximum number of rows in a chunk. Each row is compared with the other rows of its chunk.
         aux: Weight of AuxK, which trains dead latents to model the residual.
         aux_k: Dead latents that AuxK uses per token. None: d_in / 2.
     """
-    if chunk < 3 or config.d_sae < 2:  # with 3 or more, chunks of nearly equal size have at least two rows
+    if chunk < 3 or config.d_sae < 2:  # with chunk >= 3, chunks of nearly equal size have at least two rows
         raise UsageError(
-            f"chunk={chunk} of {config.d_sae} latents can leave a row without another: set chunk to 3 or more and "
+            f"chunk={chunk} with {config.d_sae} latents can leave a row alone in its chunk: set chunk to 3 or more and "
             "--width to 2 or more."
         )
     variant = batchtopk(config, k=k, aux=aux, aux_k=aux_k)

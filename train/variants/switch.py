@@ -4,8 +4,9 @@
     f     = TopK(p_e ReLU(z)) among the latents of expert e
     L     = |x - x_hat|^2 + balance E sum_j F_j P_j
 
-F_j is the share of tokens sent to expert j, and P_j is the expert's mean probability. The sum has its minimum, 1/E,
-where all are equal. The encoder is computed for every expert, so routing saves no work, here or in the authors' code.
+F_j is the share of tokens sent to expert j, and P_j is the expert's mean probability. The sum is smallest, 1/E, if all
+experts have equal shares. The encoder is computed for every expert, so routing saves no work, neither here nor in the
+authors' code.
 """
 
 import torch
@@ -80,12 +81,12 @@ class LoadBalanceLoss(LossTerm):
 def switch(config: RunConfig, k: int = 32, experts: int | None = None, balance: float = 0.1) -> Variant:
     """A router picks one expert per token and keeps its k largest latents.
 
-    Paper: weights the balance loss by 3 times d_in, for inputs of its own scale; `balance` assumes E|x|^2 = 1.
+    Paper: weights the balance loss by 3 d_in, for inputs with another scale; `balance` assumes E|x|^2 = 1.
 
     Args:
-        k: Latents kept per token.
-        experts: Number of experts, each with an equal share of the latents. None: 16, or fewer in a dictionary of under
-            16 k latents.
+        k: Active latents per token.
+        experts: Number of experts, each with an equal share of the latents. None: 16, or fewer if d_sae is less than
+            16 times k.
         balance: Strength of the loss that spreads tokens evenly over the experts.
     """
     if experts is None:

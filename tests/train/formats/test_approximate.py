@@ -34,7 +34,7 @@ def test_coupled_latents_are_rejected_by_name_or_approximated(sparse_cache, tmp_
     assert exported.notes[0].startswith("relu+winner_take_all as topk, k ")
     with pytest.raises(UsageError, match="gemma-scope cannot store a topk SAE either, only jumprelu"):
         export_sae(run, "gemma-scope", tmp_path / "no", approximate="topk")
-    with pytest.raises(UsageError, match="--approximate sparse is unknown; expected one of topk, jumprelu, relu"):
+    with pytest.raises(UsageError, match="--approximate sparse is unknown: expected one of topk, jumprelu, relu"):
         export_sae(run, "saelens", tmp_path / "no", approximate="sparse")
 
 
@@ -46,7 +46,7 @@ def test_an_approximating_threshold_keeps_the_l0(sparse_cache, tmp_path):
 
 
 def test_an_approximation_needs_cached_rows(make_sae, tmp_path):
-    with pytest.raises(UsageError, match="measured on cached activations, but the cache of this SAE is gone"):
+    with pytest.raises(UsageError, match="measured on cached activations, but the cache of this SAE is missing"):
         export_sae(make_sae("topk"), "gemma-scope", tmp_path / "out", approximate="jumprelu")
 
 

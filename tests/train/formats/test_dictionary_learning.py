@@ -20,13 +20,13 @@ def test_an_ambiguous_class_is_not_guessed(make_sae, tmp_path):
         import_sae(folder, out=tmp_path)
     config["trainer"]["dict_class"] = "GatedAutoEncoder"
     (folder / "config.json").write_text(json.dumps(config))
-    contradiction = "says 'GatedAutoEncoder', but ae.pt holds the tensors of AutoEncoderTopK or BatchTopKSAE"
+    contradiction = (
+        "names the class 'GatedAutoEncoder', but ae.pt contains the tensors of AutoEncoderTopK or BatchTopKSAE"
+    )
     with pytest.raises(DamagedError, match=contradiction):
         import_sae(folder, out=tmp_path)
     (folder / "config.json").unlink()
-    with pytest.raises(
-        UsageError, match="can be AutoEncoderTopK or BatchTopKSAE, and there is no config.json that says which"
-    ):
+    with pytest.raises(UsageError, match="can be AutoEncoderTopK or BatchTopKSAE, and no config.json names the class"):
         import_sae(folder, out=tmp_path)
 
 

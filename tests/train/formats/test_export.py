@@ -112,7 +112,7 @@ def test_of_two_exports_to_one_folder_one_wins_and_the_other_says_so(make_sae, t
     """Both have begun before either ends; neither leaves anything behind but the folder of the first."""
     (tmp_path / "out").mkdir()
     with (
-        pytest.raises(UsageError, match="out was written by another process meanwhile"),
+        pytest.raises(UsageError, match="out was meanwhile written by another process"),
         new_folder(tmp_path / "out") as a,
     ):
         (a / "second").touch()

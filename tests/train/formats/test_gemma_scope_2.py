@@ -86,7 +86,7 @@ def test_names_of_models():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"type": "transcoder"}, "is a transcoder, which predicts activations of one place"),
+        ({"type": "transcoder"}, "is a transcoder, which predicts the activations at one place"),
         ({"type": "clt"}, "is a cross-layer transcoder"),
         ({"type": "crosscoder", "hf_hook_point_in": "model.layers.{5,9,12,15}.output"}, "is a crosscoder"),
         ({"type": "mystery"}, "is a 'mystery'"),

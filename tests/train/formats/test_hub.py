@@ -52,9 +52,9 @@ def test_a_folder_is_needed_only_in_a_repository_with_several_saes(hub, foreign_
     hub.add("a/b", foreign_folder("saelens", "relu"))
     assert import_sae("hf://me/mine", out=tmp_path / "runs").format == "saelens"
     hub.add("c", tmp_path / "saelens")
-    with pytest.raises(UsageError, match="me/mine holds 2 SAEs. Choose one:\n  hf://me/mine/a/b\n  hf://me/mine/c"):
+    with pytest.raises(UsageError, match="me/mine contains 2 SAEs. Choose one:\n  hf://me/mine/a/b\n  hf://me/mine/c"):
         import_sae("hf://me/mine")
-    with pytest.raises(UsageError, match="me/mine/nothing holds no SAE of a known format"):
+    with pytest.raises(UsageError, match="me/mine/nothing contains no SAE of a known format"):
         import_sae("hf://me/mine/nothing")
 
 
@@ -79,7 +79,7 @@ def test_a_download_with_another_checksum_is_rejected(hub, foreign_folder, tmp_p
 def test_a_repository_with_unsafe_names_is_rejected(hub, foreign_folder, name):
     hub.add("", foreign_folder("saelens", "relu"))
     hub.extra_names = [name]
-    with pytest.raises(UsageError, match="Refused: me/mine holds .*, which leads out of its folder"):
+    with pytest.raises(UsageError, match="Refused: me/mine contains .*, which points outside its folder"):
         import_sae("hf://me/mine")
     assert not hub.downloads
 

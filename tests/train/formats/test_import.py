@@ -19,7 +19,7 @@ def test_the_run_folder_records_its_origin(export_with_config, tmp_path):
     assert set(record["imported_from"]["sha256"]) == {"cfg.json", "sae_weights.safetensors"}
     assert all(len(digest) == 64 for digest in record["imported_from"]["sha256"].values())
     assert record["check"]["passed"] and record["metadata"]["training_architecture"] == "gated"
-    with pytest.raises(UsageError, match="already exists: run sae evaluate"):
+    with pytest.raises(UsageError, match="already exists: run `sae evaluate"):
         import_sae(tmp_path / "foreign", out=tmp_path)
     assert import_sae(tmp_path / "foreign", out=tmp_path, name="again").folder == tmp_path / "again"
     with pytest.raises(UsageError, match="Invalid --name '../elsewhere'"):
@@ -44,7 +44,7 @@ def test_a_cache_is_found_or_given_and_has_to_fit(make_sae, sparse_cache, tmp_pa
     with pytest.raises(UsageError, match="has rows of width 32, but the SAE has d_in 8"):
         folder = export_sae(sae, "saelens", tmp_path / "small").folder
         import_sae(folder, model="synthetic", layer=0, cache=sparse_cache.folder, out=tmp_path)
-    with pytest.raises(UsageError, match="holds activations of synthetic, but the SAE is of google/gemma-2-2b"):
+    with pytest.raises(UsageError, match="has activations of synthetic, but the SAE is for google/gemma-2-2b"):
         import_sae(folder, layer=0, cache=sparse_cache.folder, out=tmp_path)
     wide = SAE(32, 64)
     wide.origin = {"model": {"name": "synthetic"}, "layer": 0}
@@ -62,7 +62,7 @@ def test_a_cache_is_found_or_given_and_has_to_fit(make_sae, sparse_cache, tmp_pa
     assert following.endswith(f"two --cache {two.candidates[0]}") and "no cache of this" not in str(
         describe_import(two)
     )
-    assert two.cache is None and "2 caches hold layer 0 of synthetic, so none was chosen" in two.notes[0]
+    assert two.cache is None and "2 caches contain layer 0 of synthetic, so none was chosen" in two.notes[0]
 
 
 def test_a_folder_without_an_sae_is_rejected_naming_the_expected_files(tmp_path):

@@ -145,7 +145,7 @@ def test_a_local_folder_is_listed_without_runs_of_this_package(foreign_folder, t
     assert all((r["layer"], r["d_sae"]) == (12, 16) for p, r in records.items() if not p.startswith("qwen"))
     assert records["qwen-scope/layer12.sae.pt"]["layer"] == 12
     assert records["saelens"]["address"] == str(tmp_path / "saelens")
-    with pytest.raises(UsageError, match="holds no SAE of a known format"):
+    with pytest.raises(UsageError, match="contains no SAE of a known format"):
         list_release(str(tmp_path / "run"))
 
 

@@ -45,10 +45,10 @@ def test_latents_and_reconstructions_are_those_of_the_documented_formulas(layout
 def test_one_of_several_layers_is_chosen_by_its_number_or_its_file(layouts, tmp_path):
     folder = layouts.qwen_scope(tmp_path / "files", layers=(0, 3, 11))
     with pytest.raises(
-        UsageError, match=r"holds the SAEs of 3 layers\. Choose one with --layer, or by its file: .*layer0"
+        UsageError, match=r"contains the SAEs of 3 layers\. Choose one with --layer, or give its file: .*layer0"
     ):
         import_sae(folder, out=tmp_path / "runs")
-    with pytest.raises(UsageError, match="has no layer4.sae.pt; it holds the layers 0, 3, 11"):
+    with pytest.raises(UsageError, match="has no layer4.sae.pt; it contains the layers 0, 3, 11"):
         import_sae(folder, layer=4, out=tmp_path / "runs")
     by_number = import_sae(folder, layer=3, out=tmp_path / "runs", name="number")
     by_file = import_sae(folder / "layer3.sae.pt", out=tmp_path / "runs", name="file")
@@ -65,11 +65,11 @@ def test_without_a_config_the_repository_name_says_model_and_k(layouts, tmp_path
     imported = import_sae(layouts.qwen_scope(tmp_path / REPOSITORY, None), out=tmp_path / "runs")
     assert imported.sae.origin["model"]["name"] == "Qwen/Qwen3-1.7B-Base"
     assert int((imported.sae.encode(x_RD) > 0).sum(1).max()) == 5
-    with pytest.raises(UsageError, match="Nothing says how many latents .*layer12.sae.pt keeps"):
+    with pytest.raises(UsageError, match="number k of active latents of .*layer12.sae.pt is not recorded"):
         import_sae(layouts.qwen_scope(tmp_path / "elsewhere", None), model="gpt2", out=tmp_path / "runs")
     assert parse_repository(("Qwen", "SAE-Res-Qwen3.5-27B-W80K-L0_100")) == ("Qwen/Qwen3.5-27B", 81920, 100)
     contradicting = import_sae(layouts.qwen_scope(tmp_path / "again" / REPOSITORY), out=tmp_path / "runs")
-    assert contradicting.notes == ["config.json says k = 4, and the folder's name 5; 4 is used."]
+    assert contradicting.notes == ["config.json has k = 4, but the folder's name has k = 5; 4 is used."]
 
 
 @pytest.mark.parametrize(

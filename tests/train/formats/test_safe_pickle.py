@@ -61,7 +61,7 @@ def test_a_pickle_with_code_is_rejected_and_does_not_run(import_fails, foreign_f
         (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", UsageError, "SHORT_BINUNICODE"),
         (b"\x80\x02}r\xff\xff\xff\x7f.", DamagedError, "a memo table of 2,147,483,647 entries"),
         (b"\x80\x02X\xff\xff\xff\x7f.", DamagedError, "cannot be read"),
-        (b"\x80\x02].", DamagedError, "does not hold a plain dictionary of tensors"),
+        (b"\x80\x02].", DamagedError, "is not a plain dictionary of tensors"),
         (b"\x80\x02ccollections\nOrderedDict\n}X\x01\x00\x00\x00aK\x01sb.", DamagedError, ""),
         (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb.", DamagedError, "cannot be read"),
         (b"\x80\x02" + b")" + b"\x85" * 16_000 + b"}" + b".", DamagedError, ""),

@@ -54,7 +54,7 @@ def test_no_site_is_left_out():
 @pytest.mark.parametrize("site", SITES_TO_EXPORT)
 def test_the_site_survives_the_way_through_another_format(export, tmp_path, fmt, site):
     if site in REFUSED.get(fmt, ()):
-        with pytest.raises(UsageError, match="(SAELens reads|sparsify names) .* Export it with"):
+        with pytest.raises(UsageError, match="(SAELens reads|sparsify can only record) .* Export it with"):
             export(fmt, site)
         assert not (tmp_path / "out").exists()
         return

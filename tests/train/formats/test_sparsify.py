@@ -29,6 +29,6 @@ def test_num_latents_0_means_expansion_factor_times_d_in(export_with_config, tmp
 def test_one_of_several_saes_has_to_be_chosen(export_with_config, tmp_path):
     folder = export_with_config("topk", "sparsify")
     shutil.copytree(folder / "layers.12", folder / "layers.5")
-    with pytest.raises(UsageError, match=r"holds 2 SAEs: layers.12, layers.5. Choose one: sae import .*layers.12"):
+    with pytest.raises(UsageError, match=r"contains 2 SAEs: layers.12, layers.5. Choose one: sae import .*layers.12"):
         import_sae(folder, out=tmp_path)
     assert import_sae(folder / "layers.5", out=tmp_path).sae.origin["model"]["name"] == "google/gemma-2-2b"

@@ -113,8 +113,8 @@ def test_a_transposed_square_matrix_is_seen_by_the_reconstruction(sparse_cache, 
     (folder / "cfg.json").write_text(json.dumps(config))
     without = import_sae(folder, out=tmp_path / "runs", name="without")
     assert without.notes == [
-        f"d_in and d_sae are both {width}: the shapes cannot show whether a matrix is transposed, and there is no "
-        "cache to see it by the reconstruction."
+        f"d_in and d_sae are both {width}: the shapes do not show whether a matrix is transposed, and there is no "
+        "cache on which the reconstruction could show it."
     ]
     if not transposed:
         assert import_sae(folder, cache=sparse_cache.folder, out=tmp_path / "runs", name="with").notes == []

@@ -33,6 +33,6 @@ def test_run_json_says_whether_kernels_are_used_and_a_resumed_run_whether_that_c
     said: list[str] = []
     train(TrainConfig(resume=[topk], device="cpu"), TrainProgress(say=said.append))
     assert (
-        f"{topk.name} was started with the kernels of this package and goes on without them. Where pre-activations are "
-        "equal, it may keep other latents, and sums are rounded differently."
+        f"{topk.name} was started with the kernels of this package and continues without them. Where pre-activations "
+        "are equal, it may select other latents, and sums are rounded differently."
     ) in said

@@ -81,7 +81,7 @@ def test_rows_end_less_alike_than_without_it(make_trainer, take) -> None:
 
 def test_a_chunk_without_pairs_is_refused() -> None:
     """Two rows orthogonal to each other, in chunks of two of three, leave one to be compared with itself."""
-    with pytest.raises(UsageError, match="chunk=2 of 65 latents can leave a row without another"):
+    with pytest.raises(UsageError, match="chunk=2 with 65 latents can leave a row alone in its chunk"):
         find_recipe("ortsae").make(RunConfig(32, 65, 10, 64), {"chunk": 2})
     for count in range(2, 60):
         sae = SAE(64, count)

@@ -1,18 +1,18 @@
-"""The feature collapse problem (paper 000): a baseline and ten runs, each of which adds one mechanism to the last.
+"""The feature collapse problem (paper 000): a baseline and ten runs, each of which adds a mechanism.
 
     L = |x - x_hat|^2 + lambda(t) |f|_1 + alpha(t) L_contrast + beta(t) L_orth   (5)
 
-`recipes.py` has the eleven runs in order, and `options.py` their options. The modules follow the paper's method
-section: `monitors.py`, `groups.py` and `orthogonality.py` are 4.1; `losses.py`, `l1_controller.py` and the
-winner-take-all in `groups.py` are 4.2; `batch_norm.py` is 4.3. Every default is an interpretation of the paper that
-works. Where the paper's own setting differs, an option has a value for it.
+`recipes.py` defines the eleven runs in order, and `options.py` their options. The modules follow the paper's method
+section: `monitors.py`, `groups.py` and `orthogonality.py` implement section 4.1; `losses.py`, `l1_controller.py` and
+the winner-take-all in `groups.py` implement 4.2; `batch_norm.py` implements 4.3. Every default is an interpretation of
+the paper that works. Where the paper's own setting differs, an option has a value for that setting.
 
-Paper: names five pairs of runs; the split within each pair is ours. It gives no alpha, no beta, and no rule for lambda
+Paper: names five pairs of runs; the split within each pair is ours. It states no alpha, no beta, and no rule for lambda
 within its bounds. Paper: interprets an absorption of 0 and a split-feature score of 1 as a collapse. But 0 is the best
-absorption, and 1 means no splitting. Paper: 100,000 tokens in batches of 125 make 800 steps, all within its warm-up of
+absorption, and 1 means no splitting. Paper: 100,000 tokens in batches of 125 are 800 steps, all within its warm-up of
 1000 steps.
 
-Shape suffixes here, besides those of train/step.py: G groups, M latents in a group, S dimensions of the sketch,
+Shape suffixes here, in addition to those of train/step.py: G groups, M latents in a group, S dimensions of the sketch,
 N neighbors or a few tokens, T steps.
 """
 

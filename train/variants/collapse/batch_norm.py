@@ -8,14 +8,16 @@ from ...step import Mechanism, Step
 
 
 class BatchNorm(Activation, name="batch_norm"):
-    """gain (z - mean)/sqrt(var + eps) + shift for each latent, with batch statistics in training, then running ones.
+    """gain (z - mean)/sqrt(var + eps) + shift for each latent. Training uses the statistics of the batch.
 
-    Paper: does not say where it normalizes. Before the ReLU, it makes all latents fire about half of the time until L1
-    moves `shift`. The paper gives no initial gain. With normalized inputs, ours keeps the scale of the pre-activations;
-    otherwise it is 1, as usual.
+    After training, running averages of the statistics are used.
+
+    Paper: does not say where it normalizes. Before the ReLU, batch normalization makes all latents fire about half of
+    the time until L1 changes `shift`. The paper states no initial gain. With normalized inputs, our gain keeps the
+    scale of the pre-activations; otherwise it is 1, as usual.
     """
 
-    undivided = "batch normalization takes the mean and variance of the whole batch"
+    undivided = "batch normalization needs the mean and variance of the whole batch"
     mean_F: Tensor
     variance_F: Tensor
     eps: Tensor  # ()
@@ -42,7 +44,7 @@ class BatchNorm(Activation, name="batch_norm"):
 
 
 class RunningStatistics(Mechanism):
-    """Moves the running mean and variance of a BatchNorm after each step. The first batch sets them.
+    """Updates the running mean and variance of a BatchNorm after each step. The first batch initializes them.
 
     A forward pass does not change them.
     """

@@ -1,4 +1,4 @@
-"""Paper 000: groups of latents, with learning rates (4.1), sampling (4.3) and winner-take-all (4.2) per group."""
+"""Paper 000: groups of latents, with a learning rate (4.1), sampling (4.3) and winner-take-all (4.2) for each group."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ class DecoderRows(nn.Module):
         return sae.W_dec if self.free_FD is None else self.free_FD
 
     def grouped(self, sae: SAE) -> Tensor:
-        """The same rows by group (G, M, D)."""
+        """The same rows, by group (G, M, D)."""
         return self.parameter(sae).unflatten(0, (self.groups, -1))
 
 
@@ -38,7 +38,7 @@ class DecoderRows(nn.Module):
 
 
 class GroupUtilization(Mechanism):
-    """Monitors u_g of (2) for each group: the mean or the maximum of its latents' utilization."""
+    """Computes u_g of (2) for each group: the mean or the maximum of its latents' utilization."""
 
     def __init__(self, utilization: UtilizationEMA, count: int, stat: str = "mean") -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class GroupUpdate(Mechanism):
         self.weights_before: list[Tensor] = []  # before this step's update; not part of the state
 
     def factor_G(self, step: Step) -> Tensor:
-        """The factor on the update of each group (G). Called once in a step, after the optimizer."""
+        """The factor on the update of each group (G). Called once per step, after the optimizer."""
         raise NotImplementedError
 
     def weights(self, step: Step) -> list[Tensor]:
@@ -87,15 +87,15 @@ class GroupUpdate(Mechanism):
 class GroupLearningRate(GroupUpdate):
     """eta_g = eta_0 softmax(EMA(u_g)) (2), for W_dec, W_enc and b_enc of the latents in a group.
 
-    `rates_differed` counts, over all steps, the groups whose rate differed from eta_0 by more than a thousandth. `mode`
-    chooses the ratio of the rate to eta_0:
+    `rates_differed` counts, over all steps, the groups whose rate differed from eta_0 by more than 0.1 %. `mode`
+    selects the ratio of the rate to eta_0:
         softmax        softmax(u): the paper
         softmax_mean1  G softmax(u), so that the mean rate is eta_0
         softmax_temp   as softmax_mean1, with u divided by its standard deviation
         inverse        as softmax_temp with -u, which favors the groups that are used least
 
-    Paper: a softmax over 16 groups sums to 1 and is nearly flat for u below 0.1, so `softmax` divides the rate by about
-    16 and does little else.
+    Paper: a softmax over 16 groups sums to 1 and is nearly uniform for u below 0.1, so `softmax` divides the rate by
+    about 16 and has hardly any other effect.
     """
 
     acted_rates_differed: Tensor  # () int64
@@ -135,18 +135,18 @@ class GroupSampling(GroupUpdate):
 
         s_g = 0.1/G + 0.9 u_g / sum u,   p_g = min(1, share G s_g),   update <- update [g drawn] / p_g
 
-    u_g is the EMA of (2), whose decay is the momentum. One uniform random number per step draws all groups (systematic
-    sampling). So g is drawn with probability p_g, and about `share` of the groups are drawn in every step. Because of
-    the factor 1/p_g, the expected update equals the update without sampling, and the rates of (2), which run 8 adds,
-    stay the same. While a group is not drawn, no weight of its latents changes, not even in a batch norm, but Adam's
-    moments do.
+    u_g is the EMA of (2), whose decay is the momentum. One uniform random number per step determines which groups are
+    drawn (systematic sampling). So g is drawn with probability p_g, and about `share` of the groups are drawn in every
+    step. Because of the factor 1/p_g, the expected update equals the update without sampling, and sampling does not
+    change the rates of (2), which run 8 adds. While a group is not drawn, no weight of its latents changes, not even in
+    a batch norm, but their Adam moments do.
 
     `groups_skipped` counts, over all steps, the groups that were not drawn.
 
     Paper: says only "adaptive per-group learning rates maintained through momentum-based importance sampling" (4.3),
-    for every run (5). The share, the tenth that is drawn evenly, and the factor 1/p are ours. Without the tenth, a
-    silent group would never be drawn again. Without 1/p, the sampling itself would scale rates by utilization, and (2)
-    would act twice.
+    for every run (5). The share, the uniform part 0.1/G and the factor 1/p are ours. Without the uniform part, a silent
+    group would never be drawn again. Without 1/p, the sampling itself would scale rates by utilization, and (2) would
+    have its effect twice.
     """
 
     acted_groups_skipped: Tensor  # () int64
@@ -169,11 +169,11 @@ class GroupSampling(GroupUpdate):
     def factor_G(self, step: Step) -> Tensor:
         self.utilization.after_step(step)
         probability_G = self.probability_G
-        # The points uniform, uniform + 1, ... lie on a line on which each group has an interval as long as its
-        # probability.
+        # The groups are adjacent intervals on a line, each as long as its probability. A group is drawn if one of the
+        # points uniform, uniform + 1, ... lies in its interval.
         uniform_1 = self.uniform_T.index_select(0, (step.i % len(self.uniform_T)).view(1))
-        # Not `cumsum`, whose order of summation on a GPU differs from run to run. A sum in float64, rounded afterwards,
-        # is the same in any order.
+        # `cumsum` is not used, because its order of summation on a GPU differs from run to run. A sum in float64 that
+        # is rounded afterwards is the same in any order.
         until_GG = torch.ones(self.count, self.count, dtype=torch.float64, device=probability_G.device).tril()
         end_G = (until_GG * probability_G).sum(1).to(probability_G.dtype) - uniform_1
         drawn_G = end_G.floor() > (end_G - probability_G).floor()
@@ -190,7 +190,7 @@ class GroupSampling(GroupUpdate):
 
 # 4.2, third process: winner-take-all with local inhibition.
 
-COUNTED_TOKENS = 128  # tokens of a batch to count on; counting on all would cost a pass over all latents
+COUNTED_TOKENS = 128  # number of tokens of a batch that are counted; counting all would need a pass over all latents
 
 
 class WinnerTakeAll(Activation, name="winner_take_all"):
@@ -200,11 +200,11 @@ class WinnerTakeAll(Activation, name="winner_take_all"):
         divisive     f_i <- f_i^2 / (f_i + gamma max_{j near i} s_ij f_j)
 
     s_ij = max(0, cos). s_ij and the neighbors are saved with the SAE. Both forms are homogeneous in f. The strongest
-    neighbor gets no gradient, because that would cost a copy of the latents for each neighbor.
+    neighbor gets no gradient, because that would need a copy of the latents for each neighbor.
 
-    `counts` holds two numbers for the first 128 tokens of the last training batch: how many active latents inhibition
-    weakened by more than a thousandth (`inhibited`), and how many latents were still active after that but not among
-    the largest (`outcompeted`).
+    `counts` contains two numbers for the first 128 tokens of the last training batch: the active latents that
+    inhibition weakened by more than 0.1 % (`inhibited`), and the latents that were still active after that but were not
+    among the largest (`outcompeted`).
     """
 
     near_FN: Tensor  # indices; stored as floats, like everything that is saved with an SAE
@@ -262,11 +262,11 @@ class WinnerTakeAll(Activation, name="winner_take_all"):
 class Neighbours(Mechanism):
     """Finds each latent's nearest neighbors every `every` steps, by angles between encoder or decoder directions.
 
-    The activation's `near_scope` decides whether it searches the latent's group or the whole dictionary.
+    The activation's `near_scope` determines whether the latent's group or the whole dictionary is searched.
 
     Paper: says proximity in feature space, and does not mention groups. Starting with run 6, decoder rows in a group
-    are orthogonal. So within a group no two latents are near each other by the decoder, and hardly any are by the
-    encoder, which starts as its transpose. So within groups, inhibition has little to act on.
+    are orthogonal. So by the decoder no two latents of a group are near each other. By the encoder, which is
+    initialized as the decoder's transpose, hardly any are. So within groups, inhibition has hardly any effect.
     """
 
     def __init__(self, activation: WinnerTakeAll, sae: SAE, near: str = "encoder", every: int = 100) -> None:
@@ -284,7 +284,7 @@ class Neighbours(Mechanism):
         first_G = torch.arange(groups, device=rows_FD.device) * size
         near_GMN = self.activation.near_FN.view(groups, size, count)
         closeness_GMN = self.activation.closeness_FN.view(groups, size, count)
-        rows = size if self.activation.near_scope == "group" else 1024  # a wide dictionary's cosines do not fit
+        rows = size if self.activation.near_scope == "group" else 1024  # all at once need too much memory
         for start in range(0, size, rows):
             some = slice(start, start + rows)
             cosine_GCM = unit_GMD[:, some] @ unit_GMD.mT

@@ -1,4 +1,4 @@
-"""Paper 000, 4.2, second process: an L1 penalty that moves within bounds."""
+"""Paper 000, 4.2, second process: an L1 penalty that changes within bounds."""
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ class DynamicL1(Mechanism):
         none         0.04
 
     `penalty_moved` counts the steps in which lambda was not 0.04. `penalty_bounded` counts the steps in which a bound
-    moved it.
+    changed lambda.
 
-    Paper: 0.04 is within these bounds at all times, so they never act on it (`none`). The paper does not say what the
-    bounds apply to.
+    Paper: 0.04 is within these bounds at all times, so they never change it (`none`). The paper does not say to which
+    value the bounds apply.
     """
 
     acted_penalty_moved: Tensor  # () int64

@@ -13,15 +13,15 @@ from .monitors import RecentError, Sketch
 
 
 class ContrastLoss(LossTerm):
-    """mean over pairs i < j of ReLU(|cos(v_i, v_j)| - tau(t))^power, with tau by (4); over pairs within groups, or all.
+    """mean over pairs i < j (in a group, or all) of ReLU(|cos(v_i, v_j)| - tau(t))^power, with tau by (4).
 
     v_i is the row of latent i in the decoder, or its activations over the batch (`on`).
 
-    Paper: measures the "cosine similarity between features", where f denotes activations. Rows are the default here,
-    because over few tokens the activations of unrelated latents look alike, and an inactive latent is similar to no
-    other. Paper: through the sketch, the cosine of unrelated rows has a standard deviation of 1/sqrt(128) = 0.088. So
-    at the final tau of 0.05, more than half of all unrelated pairs count as similar. Without `sketch`, cosines are
-    exact.
+    Paper: measures the "cosine similarity between features", where f denotes activations. Decoder rows are the default
+    here, because over few tokens the activations of unrelated latents look alike, and an inactive latent is similar to
+    no other latent. Paper: after the sketch, the cosine of unrelated rows has a standard deviation of 1/sqrt(128) =
+    0.088. So at the final tau of 0.05, more than half of all unrelated pairs count as similar. Without `sketch`,
+    cosines are exact.
     """
 
     def __init__(
@@ -55,13 +55,13 @@ class ContrastLoss(LossTerm):
 class DiversityLoss(LossTerm):
     """1 - H(p) / log n, where p are the shares of the n groups (without groups: the n latents) in the total activation.
 
-    0 if all are used equally, 1 if only one is used.
+    It is 0 if all are used equally, and 1 if only one is used.
 
-    Paper: names a diversity loss and says no more. Shares are computed from activations, because a count has no
+    Paper: names a diversity loss without defining it. Shares are computed from activations, because a count has no
     gradient.
     """
 
-    undivided = "the entropy is that of shares in the whole batch"
+    undivided = "the entropy is computed from shares in the whole batch"
 
     def __init__(self, groups: int | None) -> None:
         super().__init__()
@@ -77,12 +77,12 @@ class DiversityLoss(LossTerm):
 
 
 class ImportanceWeightedMSE(LossTerm):
-    """mean_B w |x - x_hat|^2, where w is |x - x_hat|^2 over its recent mean and has no gradient.
+    """mean_B w |x - x_hat|^2, where w is |x - x_hat|^2 divided by its recent mean, without a gradient.
 
     Paper: mentions momentum-based importance sampling without defining it. This class applies it to tokens;
-    `GroupSampling` draws groups, as 4.3 says. A token is read once per epoch, so it has no past loss to sample by. A
-    token with a large error therefore gets a larger weight instead of being drawn more often. The correction 1/(N p)
-    would undo that.
+    `GroupSampling` draws groups, as 4.3 says. A token is read once per epoch, so there is no earlier loss from which to
+    compute its probability. A token with a large error therefore gets a larger weight instead of being drawn more
+    often. The usual correction 1/(N p) would undo that.
     """
 
     undivided, reads_batch = "", True
@@ -100,11 +100,11 @@ class ImportanceWeightedMSE(LossTerm):
 class BalancedLoss(LossTerm):
     """Scales a loss so that its gradient, with its coefficient, is at most `rho` times as long as the reconstruction's.
 
-    Paper: mentions gradient balancing without defining it. Each balanced loss costs an extra backward pass.
+    Paper: mentions gradient balancing without defining it. Each balanced loss needs an extra backward pass.
     `losses_balanced` counts the losses that were scaled down in a step.
     """
 
-    undivided = "a loss is balanced by the length of its gradient over the whole batch"
+    undivided = "balancing a loss needs the length of its gradient over the whole batch"
 
     def __init__(
         self, coefficient: Coefficient, term: LossTerm, rows: DecoderRows, reconstruction: float, rho: float

@@ -1,4 +1,4 @@
-"""Paper 000, 4.1: the projection, and the averages that other modules read. They do not change training."""
+"""Paper 000, 4.1: the projection, and the averages that other modules read. Neither changes training by itself."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -12,10 +12,10 @@ from ...step import Mechanism, Step
 
 
 class Sketch(Mechanism):
-    """Projects rows by R, the Q of a random Gaussian matrix, to S dimensions. Angles are kept up to 1/sqrt(S) (4.1).
+    """Projects rows to S dimensions by R, the Q of a random Gaussian matrix. Angles change by about 1/sqrt(S) (4.1).
 
     Paper: R is d_sae x 128 and projects features. With d_sae = d_in, a feature could be a decoder row or the latents of
-    a token. `on` chooses decoder, encoder or activations; for activations, only lengths are logged.
+    a token. `on` selects the decoder, the encoder or the activations. For activations, only lengths are logged.
     """
 
     every = 50
@@ -39,7 +39,7 @@ class Sketch(Mechanism):
     def every_n_steps(self, step: Step) -> None:
         if self.on == "activations":
             f_BF = step.f_BF.detach().float()
-            scale = (len(self.R_DS) / self.R_DS.shape[1]) ** 0.5  # R keeps S/F of a squared length on average
+            scale = (len(self.R_DS) / self.R_DS.shape[1]) ** 0.5  # on average, R reduces a squared length to S/F of it
             projected_B = (f_BF @ self.R_DS).norm(dim=1) * scale
             self.length.copy_((projected_B / f_BF.norm(dim=1).clamp_min(1e-8)).mean())
             return
@@ -47,7 +47,7 @@ class Sketch(Mechanism):
         unit_FS = F.normalize(rows_FD.detach() @ self.R_DS, dim=1)
         n = len(unit_FS)
         total = largest = torch.zeros((), device=unit_FS.device)
-        for start in range(0, n, 1024):  # a wide dictionary's n x n cosines do not fit
+        for start in range(0, n, 1024):  # the n x n cosines of a wide dictionary do not fit into memory
             cosine_CF = (unit_FS[start : start + 1024] @ unit_FS.T).abs()
             cosine_CF.diagonal(start).zero_()
             total, largest = total + cosine_CF.sum(), torch.maximum(largest, cosine_CF.max())
@@ -63,7 +63,7 @@ class Sketch(Mechanism):
 class UtilizationEMA(ActivityEMA):
     """u_i of (2): how often latent i fired recently, averaged over steps with decay beta and bias correction.
 
-    The average starts at zero and is divided by its accumulated weight 1 - beta^t.
+    The running average is initialized to zero and divided by its accumulated weight 1 - beta^t.
     """
 
     gathered: Tensor  # ()
@@ -86,7 +86,7 @@ class UtilizationEMA(ActivityEMA):
 
 
 class Totals(Mechanism):
-    """Adds up the counts of all steps since the start of the run, so that the log shows whether a mechanism acted.
+    """Sums the counts of all steps since the start of the run, so that the log shows whether a mechanism had an effect.
 
     `counts` returns the counts of a step by name: the `step.metrics` of a loss, or the `counts` of an activation.
     """
@@ -109,7 +109,7 @@ class Totals(Mechanism):
 
 
 class RecentError(Mechanism):
-    """The mean squared error of a token, averaged over steps with decay beta. The first step sets it."""
+    """The mean squared error of a token, averaged over steps with decay beta. The first step initializes it."""
 
     value: Tensor  # ()
     leaves_weights = True

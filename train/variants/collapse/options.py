@@ -12,7 +12,7 @@ BUDGET_TOKENS = {"paper": 100_000, "matched": 10_000_000}
 
 
 def fewest_groups(d_in: int, d_sae: int) -> int:
-    """The smallest number of equal groups whose rows can be orthogonal. It is one if d_sae is at most d_in."""
+    """The smallest number of equal groups whose rows can be orthogonal: 1 if d_sae is at most d_in."""
     return next(groups for groups in range(1, d_sae + 1) if d_sae % groups == 0 and d_sae // groups <= d_in)
 
 
@@ -35,18 +35,18 @@ class BaselineOptions(RecipeOptions):
     batch_norm: Literal["off", "pre"] = "off"
     """pre: batch normalization of the pre-activations (4.3). The paper does not say where it normalizes."""
     importance: Literal["off", "loss_ema", "groups"] = "off"
-    """Importance sampling (4.3). groups: each step updates only some groups of latents, drawn by their recent
-    utilization; before run 7 there are 16 groups. loss_ema: weight each token by its error, relative to the recent mean
-    error."""
+    """Importance sampling (4.3). groups: each step updates only some groups of latents, drawn with probabilities that
+    follow their recent utilization; before run 7 there are 16 groups. loss_ema: weight each token by its error,
+    relative to the recent mean error."""
     importance_share: float = 0.5
-    """Share of the groups that `importance=groups` draws in each step. The paper gives no value."""
+    """Share of the groups that `importance=groups` draws in each step. The paper states no value."""
 
     def sampled_groups(self) -> int:
-        """The number of groups from which `importance=groups` draws: before run 7, the paper's sixteen (4.1)."""
+        """The number of groups from which `importance=groups` draws. Before run 7, the paper's sixteen (4.1)."""
         return 16
 
     def group_count(self, config: RunConfig) -> int:
-        """The number of groups in which rows are compared: before run 7, the fewest that allow orthogonal rows."""
+        """The number of groups within which rows are compared. Before run 7, the fewest that allow orthogonal rows."""
         return fewest_groups(config.d_in, config.d_sae)
 
     def validation_errors(self, config: RunConfig) -> Iterator[str]:
@@ -55,19 +55,20 @@ class BaselineOptions(RecipeOptions):
             steps = tokens // config.batch_size
             if config.steps != steps:
                 yield (
-                    f"budget={self.budget} is {tokens:,} tokens, {steps} steps of {config.batch_size}, and this run "
-                    f"has {config.steps}: give --steps {steps}, or leave the budget out. The paper's batch size is 125."
+                    f"budget={self.budget} requires {tokens:,} tokens, which are {steps} steps of {config.batch_size}, "
+                    f"but this run has {config.steps} steps: give --steps {steps}, or leave the budget out. The "
+                    "paper's batch size is 125."
                 )
         groups, d_sae = self.group_count(config), config.d_sae
         if groups < 1 or d_sae % groups or d_sae // groups < 2:
             yield (
-                f"A dictionary of {d_sae} cannot be divided into {groups} equal groups of two latents or more: "
-                "give --set groups=... a divisor, or another --width."
+                f"A dictionary of {d_sae} latents cannot be divided into {groups} equal groups of two or more: "
+                "set --set groups=... to a divisor, or give another --width."
             )
         if self.importance == "groups" and d_sae % self.sampled_groups():
             yield (
-                f"importance=groups draws from {self.sampled_groups()} equal groups, and a dictionary of {d_sae} "
-                "cannot be divided into so many: give another --width, or --set importance=off."
+                f"importance=groups draws from {self.sampled_groups()} equal groups, but a dictionary of {d_sae} "
+                "latents cannot be divided into so many: give another --width, or --set importance=off."
             )
         if not 0 < self.importance_share <= 1:
             yield f"invalid importance_share={self.importance_share:g}: expected a share above 0 and up to 1."
@@ -80,9 +81,9 @@ class MonitorOptions(BaselineOptions):
     jl_dim: int = ScaleWithWidth(128)
     """Dimensions of the Johnson-Lindenstrauss projection."""
     jl_on: Literal["decoder", "encoder", "activations"] = "decoder"
-    """What is projected: rows of the decoder, directions of the encoder, or the latents of a token."""
+    """Vectors that are projected: rows of the decoder, directions of the encoder, or the latents of a token."""
     beta: float = 0.9
-    """Decay of the average of utilization u_i, per step (2)."""
+    """Decay per step of the average of the utilization u_i (2)."""
 
     def validation_errors(self, config: RunConfig) -> Iterator[str]:
         yield from super().validation_errors(config)
@@ -92,18 +93,18 @@ class MonitorOptions(BaselineOptions):
 
 @dataclass(frozen=True)
 class ContrastOptions(MonitorOptions):
-    """Run 2: the contrast loss (4), and how it and the losses of later runs enter the total (5)."""
+    """Run 2: the contrast loss (4), and the way in which it and the losses of later runs enter the total loss (5)."""
 
     alpha: float = 0.1
-    """Strength of the contrast loss (1). The paper gives no value."""
+    """Strength of the contrast loss (1). The paper states no value."""
     alpha_warmup: int | None = None
     """Steps over which the contrast loss, and the losses that later runs add, rise from zero. None: 1000, or a tenth of
-    a shorter run."""
+    the run if that is less."""
     contrast_cos: Literal["exact_group", "exact", "jl"] = "exact_group"
-    """Pairs whose cosine is penalized: those within a group, all pairs, or all pairs after the projection."""
+    """Pairs whose cosine is penalized: pairs within a group, all pairs, or all pairs after the projection."""
     contrast_on: Literal["decoder", "activations"] = "decoder"
-    """What is compared for two latents: their decoder rows, or their activations over the batch (the paper, where f
-    denotes activations)."""
+    """Vectors that are compared for two latents: their decoder rows, or their activations over the batch (the paper,
+    where f denotes activations)."""
     tau_max: float = 0.4
     """|cos| above which a pair is pushed apart, at the first step (4)."""
     tau_min: float = 0.05
@@ -112,7 +113,7 @@ class ContrastOptions(MonitorOptions):
     """Exponent of the excess |cos| - tau: 1 is linear, 2 squared."""
     loss_units: Literal["fvu", "raw"] = "fvu"
     """Units of the contrast loss and of the losses that later runs add. fvu: fractions of the input's variance, so that
-    strengths suit any input. raw: as printed."""
+    the same strengths suit any input. raw: as printed."""
     gradient_balance: float | None = None
     """Largest gradient norm of the contrast loss, and of each loss that later runs add, as a multiple of the
     gradient norm of the reconstruction loss (4.3). None: no limit."""
@@ -123,7 +124,7 @@ class ContrastOptions(MonitorOptions):
             yield f"invalid contrast_power={self.contrast_power:g}: expected a positive exponent."
         if self.contrast_cos == "jl" and self.contrast_on == "activations":
             yield (
-                "contrast_cos=jl compares projected rows, and contrast_on=activations compares latents over the batch: "
+                "contrast_cos=jl compares projected rows, but contrast_on=activations compares latents over the batch: "
                 "give contrast_cos=exact or exact_group."
             )
         elif self.contrast_cos == "jl" and self.jl_on == "activations":
@@ -135,15 +136,15 @@ class ContrastOptions(MonitorOptions):
 
 @dataclass(frozen=True)
 class DynamicL1Options(ContrastOptions):
-    """Run 3: lambda moves within bounds (4.2)."""
+    """Run 3: lambda changes within bounds (4.2)."""
 
     l1_controller: Literal["l0_target", "recon_ratio", "none"] = "l0_target"
-    """What changes lambda within its bounds: the distance of L0 from `l0`, the reconstruction error relative to that of
-    the first step, or nothing (the paper), in which case the bounds have no effect."""
+    """Quantity that changes lambda within its bounds: the distance of L0 from `l0`, the reconstruction error relative
+    to the error of the first step, or nothing (the paper), in which case the bounds have no effect."""
     l0: float | None = None
-    """Target of `l1_controller=l0_target`, in latents per token. None: 40, or an eighth of a narrow dictionary."""
+    """Target of `l1_controller=l0_target`, in latents per token. None: 40, or an eighth of d_sae if that is less."""
     kappa: float = 0.01
-    """Rate of `l1_controller=l0_target`: lambda grows by exp(kappa (L0/l0 - 1)) per step."""
+    """Rate of `l1_controller=l0_target`: lambda is multiplied by exp(kappa (L0/l0 - 1)) per step."""
 
     def validation_errors(self, config: RunConfig) -> Iterator[str]:
         yield from super().validation_errors(config)
@@ -164,9 +165,9 @@ class OrthogonalityLossOptions(DiversityOptions):
     """Run 5: L_orth (5)."""
 
     beta_orth: float = 0.01
-    """Strength beta of the orthogonality loss (5). The paper gives no value."""
+    """Strength beta of the orthogonality loss (5). The paper states no value."""
     orth_on: Literal["decoder", "activations"] = "decoder"
-    """What should be orthogonal: decoder rows, or the latents of a group over the batch (the paper)."""
+    """Vectors that should be orthogonal: decoder rows, or the latents of a group over the batch (the paper)."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,8 @@ class GramSchmidtOptions(OrthogonalityLossOptions):
     """Run 6: Gram-Schmidt in the forward pass (3)."""
 
     gs_axis: Literal["decoder_group", "jl", "activation_batch"] = "decoder_group"
-    """What (3) makes orthogonal: the rows of W_dec in a group; these rows, with inner products of their projections; or
-    the latents, each as a column over the batch (the paper)."""
+    """Vectors that (3) makes orthogonal. decoder_group: the rows of W_dec in a group. jl: these rows, but with the
+    inner products of their projections. activation_batch: the latents, each as a column over the batch (the paper)."""
     gs_order: Literal["index", "utilisation"] = "index"
     """Order in which (3) processes the latents of a group; the first latent keeps its direction. utilisation: the most
     used latents first."""
@@ -189,7 +190,7 @@ class GroupOptions(GramSchmidtOptions):
     """Run 7: groups of latents (4.1)."""
 
     groups: int = 16
-    """Number of equal groups of contiguous latents. Rows start at random, so any other division is the same."""
+    """Number of equal groups of contiguous latents. Rows are random at first, so any other division is equivalent."""
     group_stat: Literal["mean", "max"] = "mean"
     """Utilization of a group: the mean or the maximum of its latents' (2)."""
 
@@ -206,8 +207,8 @@ class GroupRateOptions(GroupOptions):
 
     group_lr: Literal["softmax_mean1", "softmax", "softmax_temp", "inverse"] = "softmax_mean1"
     """Learning rate of a group, relative to the run's. softmax: the softmax of utilization over groups (the paper).
-    softmax_mean1: the same times the number of groups. softmax_temp: as softmax_mean1, with utilization divided by its
-    standard deviation. inverse: as softmax_temp, but favoring the least used groups."""
+    softmax_mean1: that softmax times the number of groups. softmax_temp: like softmax_mean1, with utilization divided
+    by its standard deviation. inverse: like softmax_temp, but the least used groups get the highest rates."""
 
 
 @dataclass(frozen=True)
@@ -225,10 +226,10 @@ class WinnerTakeAllOptions(GroupRateOptions):
     neighbours: int = 8
     """Number of neighbors of each latent; at most the size of its group minus one."""
     near: Literal["encoder", "decoder"] = "encoder"
-    """Vectors whose angles decide which latents are neighbors: directions of the encoder or rows of the decoder."""
+    """Vectors whose angles determine which latents are neighbors: directions of the encoder or rows of the decoder."""
     near_scope: Literal["group", "dictionary"] = "group"
     """Where the neighbors of a latent are searched: in its group, or in the whole dictionary. Starting with run 6, the
-    rows of a group are orthogonal and therefore far from each other."""
+    rows of a group are orthogonal, so a latent has no near neighbors there."""
 
     def validation_errors(self, config: RunConfig) -> Iterator[str]:
         yield from super().validation_errors(config)
@@ -242,10 +243,10 @@ class WinnerTakeAllOptions(GroupRateOptions):
 
 @dataclass(frozen=True)
 class HardOrthogonalityOptions(WinnerTakeAllOptions):
-    """Run 10: rows are made orthonormal after each update (6)."""
+    """Run 10: rows are made orthonormal after the updates (6)."""
 
     hard_every: int = 1
-    """Steps between two projections onto orthonormal rows."""
+    """Number of steps from one projection onto orthonormal rows to the next."""
 
     def validation_errors(self, config: RunConfig) -> Iterator[str]:
         yield from super().validation_errors(config)

@@ -14,7 +14,7 @@ from .groups import DecoderRows
 from .monitors import Sketch, UtilizationEMA
 from .options import fewest_groups
 
-ROUNDING = 1e-6  # a smaller change in an element of a unit row counts as no change
+ROUNDING = 1e-6  # smaller changes in an element of a unit row are ignored
 
 
 def count_moved(rows_FD: Tensor, before_FD: Tensor) -> Tensor:
@@ -25,8 +25,8 @@ def count_moved(rows_FD: Tensor, before_FD: Tensor) -> Tensor:
 class GroupOrthogonalityLoss(LossTerm):
     """L_orth = mean_G |D_G D_G^T - I|_F^2 / M^2 (5), with D_G the rows of a group. Gram-Schmidt makes it 0.
 
-    On activations, D_G holds the latents of a group over the batch, each normalized to length 1. The diagonal is left
-    out, because an inactive latent cannot be normalized.
+    On activations, D_G contains the latents of a group over the batch, each normalized to length 1. The diagonal is
+    left out, because an inactive latent cannot be normalized.
 
     Paper: "penalizes non-orthogonal feature components", where f denotes activations.
     """
@@ -63,9 +63,9 @@ def gram_schmidt(rows_GMD: Tensor) -> Tensor:
 
 
 def cholesky_factor(gram_GMM: Tensor) -> tuple[Tensor, Tensor]:
-    """L with A A^T = L L^T. A millionth of its mean is added to the diagonal, since silent latents are rows of zeros.
+    """L with A A^T = L L^T, after 1e-6 of its mean is added to the diagonal, since silent latents are rows of zeros.
 
-    Also returns for each group (G) the row where rounding made the factorization fail; 0 if it succeeded.
+    Also returns, for each group (G), the row at which rounding made the factorization fail, or 0 if it succeeded.
     """
     guard_G = 1e-6 * gram_GMM.diagonal(dim1=1, dim2=2).mean(1) + 1e-12
     eye_MM = torch.eye(gram_GMM.shape[1], device=gram_GMM.device, dtype=gram_GMM.dtype)
@@ -87,11 +87,11 @@ def gram_schmidt_matrix(gram_GMM: Tensor) -> Tensor:
 def gram_schmidt_by_products(rows_GMD: Tensor) -> Tensor:
     """Unit rows in the directions of (3), by two Cholesky factors of Gram matrices instead of a QR.
 
-    A QR processes the rows one by one; on a GPU, each row takes one or more launches. A Gram matrix squares the
-    condition number of the rows, so the second factor corrects the error of the first. For the free rows of a run, the
-    condition number was at most 4 and the error 1e-7; at 30 times the learning rate they were 7,000 and 3e-6
+    A QR processes the rows one by one; on a GPU, each row needs one or more kernel launches. A Gram matrix squares the
+    condition number of the rows, so a second factorization corrects the error of the first. For the free rows of a run,
+    the condition number was at most 4 and the error 1e-7; at 30 times the learning rate they were 7,000 and 3e-6
     (benchmarks/gram_schmidt.py). A QR in float32 has two to three times as much rounding error. If the rows of a group
-    are so dependent that the factorization fails, the group becomes NaN, which ends the run.
+    are so linearly dependent that the factorization fails, the group becomes NaN, which ends the run.
     """
     for _ in range(2):
         L_GMM, info_G = cholesky_factor(rows_GMD @ rows_GMD.mT)
@@ -103,9 +103,9 @@ def gram_schmidt_by_products(rows_GMD: Tensor) -> Tensor:
 class GramSchmidt(Mechanism):
     """Computes W_dec from free rows by (3), group by group. The optimizer updates the free rows; W_dec is saved.
 
-    `gradient`: straight_through passes the gradient of a row of W_dec to its free row, without its components along
-    either row; through differentiates (3). `order`: the first row of a group keeps its direction and the last row
-    changes most; utilisation puts the most used latents first. With a sketch, (3) uses the inner products of the
+    `gradient`: straight_through passes the gradient of a row of W_dec to its free row, without the components along
+    either of these rows; through differentiates (3). `order`: the first row of a group keeps its direction and the last
+    row changes most; utilisation puts the most used latents first. With a sketch, (3) uses the inner products of the
     sketched rows.
 
     `orthogonalized` counts, over all steps, the rows that (3) moved by more than rounding.
@@ -171,10 +171,10 @@ class GramSchmidt(Mechanism):
 
 
 class GramSchmidtLatents(Activation, name="gram_schmidt_latents"):
-    """(3) as printed, applied to the latents, each as a column over the batch. After training it does nothing.
+    """(3) as printed, applied to the latents, each as a column over the batch. After training it has no effect.
 
-    Paper: with this, a token's latents depend on the rest of its batch, are sometimes negative and hardly ever zero.
-    If there are more columns than tokens, the last ones have no component left. The paper gives no rule for a single
+    Paper: with this, a token's latents depend on the rest of its batch, are sometimes negative and hardly ever zero. If
+    there are more columns than tokens, the last columns have no component left. The paper states no rule for a single
     token.
     """
 
@@ -205,8 +205,8 @@ class HardOrthogonality(Mechanism):
 
     `rows_projected` counts, over all steps, the rows that this changed by more than rounding.
 
-    Paper: gives no formula. The iteration converges for rows that were orthonormal a few steps ago, and runs start with
-    such rows.
+    Paper: states no formula. The iteration converges for rows that were orthonormal a few steps ago, and runs start
+    with orthonormal rows.
     """
 
     acted_rows_projected: Tensor  # () int64
@@ -237,8 +237,8 @@ def init_orthonormal(sae: SAE, rows: DecoderRows, part: str) -> None:
     size = sae.d_sae // rows.groups
     if size > sae.d_in:
         raise UsageError(
-            f"{part} needs groups of at most d_in = {sae.d_in} latents, and {rows.groups} groups of a "
-            f"dictionary of {sae.d_sae} have {size}: give --set groups={fewest_groups(sae.d_in, sae.d_sae)}, "
+            f"{part} needs groups of at most d_in = {sae.d_in} latents, but each of the {rows.groups} groups in a "
+            f"dictionary of {sae.d_sae} has {size}: give --set groups={fewest_groups(sae.d_in, sae.d_sae)}, "
             "or a smaller --width."
         )
     with torch.no_grad():

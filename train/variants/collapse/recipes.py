@@ -1,4 +1,4 @@
-"""Paper 000: a baseline and its ten runs, each of which adds one mechanism to the run before."""
+"""Paper 000: a baseline and ten runs, each of which adds one mechanism to the previous run."""
 
 import inspect
 import math
@@ -27,24 +27,24 @@ from .monitors import RecentError, Sketch, Totals, UtilizationEMA
 from .orthogonality import GramSchmidt, GramSchmidtLatents, GroupOrthogonalityLoss, HardOrthogonality, init_orthonormal
 
 PAPER_EXACT = {
-    "l1_warmup": (0, "no warm-up of the penalty is printed, so it presses on latents that have learned nothing yet"),
+    "l1_warmup": (0, "the paper prints no warm-up; without one, L1 shrinks latents that have learned nothing yet"),
     "batch_norm": (
         "pre",
-        "its place is not printed; before the ReLU half of all latents fire until L1 moves its shifts",
+        "the paper does not say where; before the ReLU, half of all latents fire until L1 changes its shifts",
     ),
     "importance": ("groups", "the paper does not define it; in every step half of all latents are not updated"),
-    "gradient_balance": (1.0, "the paper does not define it; each loss costs another backward pass"),
-    "jl_on": ("activations", "with d_sae rows the matrix projects the latents, and nothing uses the projection"),
-    "contrast_on": ("activations", "latents that never fire together count as unlike, however alike their rows are"),
+    "gradient_balance": (1.0, "the paper does not define it; each loss needs another backward pass"),
+    "jl_on": ("activations", "the matrix has d_sae rows, so it projects the latents, and nothing uses the projection"),
+    "contrast_on": ("activations", "latents that never fire together count as dissimilar, even if their rows are"),
     "contrast_cos": ("exact", "all pairs: there are no groups before run 7, and a projection mixes the latents"),
-    "orth_on": ("activations", "as with `contrast_on`; and from run 6 on, (3) has made the latents orthogonal already"),
-    "near_scope": ("dictionary", "neighbors of other groups inhibit a latent with which they do not compete"),
-    "l1_controller": ("none", "0.04 lies inside all printed bounds, so the bounds never act"),
+    "orth_on": ("activations", "as with `contrast_on`; and since run 6, (3) has made the latents orthogonal already"),
+    "near_scope": ("dictionary", "a latent is inhibited by neighbors in other groups, with which it does not compete"),
+    "l1_controller": ("none", "0.04 lies inside all printed bounds, so the bounds have no effect"),
     "gs_axis": (
         "activation_batch",
-        "latents depend on their batch and are hardly ever 0; there is no rule for one token",
+        "latents depend on their batch and are hardly ever 0; the paper has no rule for a single token",
     ),
-    "group_lr": ("softmax", "it sums to one and is nearly equal for all 16 groups, so every rate is about lr/16"),
+    "group_lr": ("softmax", "the softmax is nearly equal for all 16 groups, so every rate is about lr/16"),
 }
 SWITCHED_OFF = {
     "importance_share": ("importance", ("off", "loss_ema")),
@@ -70,18 +70,18 @@ class CollapseParts:
         self.activations: list[Activation] = []
         self.mechanisms: list[Mechanism] = []
         self.last_mechanisms: list[Mechanism] = []  # after all others that change weights, before the unit norm
-        self.totals: list[Mechanism] = []  # last, since checkpoints name tensors by the position of their mechanism
+        self.totals: list[Mechanism] = []  # come last: checkpoints name tensors by the mechanism's position
         self.losses: dict[str, tuple[Coefficient | float, LossTerm]] = {}
 
     def add_loss(
         self, name: str, strength: float, loss: LossTerm, options: o.ContrastOptions, note: str | None = None
     ) -> None:
-        """Add a loss whose strength grows over `alpha_warmup`; it is logged as `note`."""
+        """Add a loss whose strength grows over `alpha_warmup`. The strength is logged as `note`."""
         coefficient = self.growing(strength, options, note)
         if options.gradient_balance is not None:
             loss = BalancedLoss(coefficient, loss, self.rows, self.error_weight, options.gradient_balance)
             self.losses[name] = (1.0, loss)
-            if name == "contrast":  # the first of them
+            if name == "contrast":  # the first of these losses
                 self.totals.append(Totals(["losses_balanced"], lambda step: step.metrics))
         else:
             self.losses[name] = (coefficient, loss)
@@ -118,11 +118,11 @@ def optimization(config: RunConfig, options: o.BaselineOptions) -> Optimization:
     normalize: Literal["unit_ms", "none"] = "unit_ms" if options.units == "field" else "none"
     if options.budget != "paper":
         return Optimization(normalize=normalize)
-    # Paper: warms up over 1000 steps. In a shorter run, the rate rises until the last step and stays below its peak.
+    # Paper: warms up over 1000 steps. In a shorter run, the rate rises until the last step and does not reach its peak.
     return Optimization(normalize=normalize, warmup=1000, decay_start=1.0)
 
 
-# The runs: each function adds the part of one run to those of the previous run.
+# The runs: each function adds the part of one run to the parts of the previous run.
 
 
 def add_baseline(parts: CollapseParts, options: o.BaselineOptions) -> None:
@@ -169,9 +169,9 @@ def add_contrast(parts: CollapseParts, options: o.ContrastOptions) -> None:
 
 
 def add_dynamic_l1(parts: CollapseParts, options: o.DynamicL1Options) -> None:
-    """Add an L1 penalty that moves within falling bounds.
+    """Add an L1 penalty that changes within falling bounds.
 
-    `--l0` does not use this controller, because with its bounds and this kappa, L0 overshoots the target by far. With
+    `--l0` does not use this controller, because with its bounds and its kappa, L0 overshoots the target by far. With
     `--l0`, lambda is controlled as in every other recipe.
     """
     config = parts.config
@@ -183,7 +183,7 @@ def add_dynamic_l1(parts: CollapseParts, options: o.DynamicL1Options) -> None:
 
 
 def add_diversity(parts: CollapseParts, options: o.DiversityOptions) -> None:
-    """Add a loss on latents that are used unequally."""
+    """Add a loss on unequal use of the latents."""
     groups = options.groups if isinstance(options, o.GroupOptions) else None
     parts.add_loss("diversity", options.diversity_strength, DiversityLoss(groups), options)
 
@@ -216,8 +216,8 @@ def add_gram_schmidt(parts: CollapseParts, options: o.GramSchmidtOptions) -> Non
 def add_groups(parts: CollapseParts, options: o.GroupOptions) -> None:
     """Add sixteen groups, within which rows are compared.
 
-    Every loss and constraint that compared any two rows now compares only rows of one group. The added part itself is a
-    monitor.
+    Every loss and constraint that compared any two rows now compares only rows in the same group. The added part itself
+    is a monitor.
     """
     parts.groups = GroupUtilization(parts.utilization, options.groups, options.group_stat)
     parts.mechanisms.append(parts.groups)
@@ -232,7 +232,7 @@ def add_winner_take_all(parts: CollapseParts, options: o.WinnerTakeAllOptions) -
     """Add winner-take-all in each group, with inhibition."""
     config, share = parts.config, options.wta_share
     if config.l0 is not None:
-        share = max(share, config.l0 / config.d_sae)  # leave room for the L0 of `--l0`
+        share = max(share, config.l0 / config.d_sae)  # large enough for the L0 of `--l0`
     groups, winners = options.groups, math.ceil(share * config.d_sae / options.groups)
     if options.wta_scope == "global":
         groups, winners = 1, winners * groups
@@ -258,7 +258,7 @@ class CollapseRun(NamedTuple):
 
     @property
     def addition(self) -> str:
-        """What this run adds, taken from "Add ..." in the first line of its function."""
+        """The part that this run adds, taken from "Add ..." in the first line of its function."""
         return (inspect.getdoc(self.add) or "").split("\n")[0].removeprefix("Add ")
 
 
@@ -292,7 +292,7 @@ def recipe_name(number: int) -> str:
 
 for _number, _run in enumerate(RUNS):
     _summary = f"`{recipe_name(_number - 1)}` plus {_run.addition}" if _number else _run.addition
-    # The default batch size of 2048 lets these runs share a pass with all others; the paper's is --batch-size 125.
+    # With the default batch size of 2048, these runs share a pass with all others; the paper's batch size is 125.
     recipe(
         recipe_name(_number),
         paper="000",

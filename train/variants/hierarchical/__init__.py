@@ -7,25 +7,26 @@
     L      = |x - x_hat|^2 + lambda alpha |f|_1                                 (6)
     W_enc,i <- (W_enc,i + W_enc,j)/2 where cos(i, j) > 0.9, every 100 steps     (7)  hierarchical
 
-`recipes.py` has the ablations in order, their options and the baselines. `window.py` implements (4), `penalty.py` (5)
-and `merging.py` (7).
+`recipes.py` defines the ablations in order, their options and the baselines. `window.py` implements (4), `penalty.py`
+(5) and `merging.py` (7).
 
 lambda ends at zero, so the result is close to a dense autoencoder (the paper's L0 is 1,735 of 2,304), and the paper's
-best result is `hierarchical-linear`. With `--l0 N` the run ends with N latents per token. This deviates from (3), whose
-penalty ends at zero: lambda falls for a twentieth of the run, and is then set to what N requires.
+best result is `hierarchical-linear`. With `--l0 N` the run ends with N latents per token. This deviates from (3), where
+the penalty ends at zero: lambda falls for a twentieth of the run, and is then adjusted to reach N.
 
-Paper: 4.2 has lambda_0 = 1/sqrt(k), where k is the width of the dictionary in 4.1 and 320 in 5.4. 5.4 has 1/sqrt(2304),
-"based on input dimension". d_in and the width give the same number, since the width is d_in; with 320, lambda_0 is 2.7
-times as large (`lambda_by`).
+Paper: section 4.2 sets lambda_0 = 1/sqrt(k), but k is the dictionary width in section 4.1 and 320 in section 5.4.
+Section 5.4 also gives 1/sqrt(2304), "based on input dimension". The paper's dictionary is as wide as its input (2304),
+so both of these readings give the same number; k = 320 makes lambda_0 2.7 times as large. `lambda_by` selects the
+reading.
 
 Paper: says that its input is normalized "using per-layer statistics from a 10K token sample", but not which statistics.
-We take it to mean the mean and the standard deviation of each dimension (`normalize=standardize`). It prints losses
-that are sums over raw activations. So L_recon in (5) is in these units whatever the input, unless `alpha_units=input`;
-the target 2.5 presumes the variance of raw activations at the paper's layer, 24.
+We assume the mean and the standard deviation of each dimension (`normalize=standardize`). The losses that the paper
+prints are sums over raw activations. So L_recon in (5) is in units of raw activations for any normalization, unless
+`alpha_units=input` is set. The target 2.5 presumes 24, the variance of raw activations at the paper's layer.
 
 Paper: trains with Adam and weight decay 0.01, added to the gradient, and mentions neither warm-up nor decay of the
-learning rate. The defaults here are AdamW's decay of W_enc alone and this package's schedule. The paper's readings
-(evaluate/papers/004.toml) use what the paper prints.
+learning rate. The defaults here are AdamW's decay of W_enc only, and this package's learning rate schedule. The paper's
+readings (evaluate/papers/004.toml) use the paper's settings.
 """
 
 from . import recipes  # noqa: F401  (registers them)

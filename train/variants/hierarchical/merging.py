@@ -1,4 +1,4 @@
-"""Latents with nearly the same direction are merged: equation (7) of paper 004."""
+"""Merging of latents with nearly the same direction: equation (7) of paper 004."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from .window import ResampleByWindow
 def match_pairs(cosine_FF: Tensor, above: float) -> tuple[Tensor, Tensor]:
     """Disjoint pairs i < j with a cosine above `above`. The most similar pairs come first, and no latent occurs twice.
 
-    Paper: calls this hierarchical clustering and prints a rule for two latents, but does not say how pairs are chosen.
+    Paper: calls this hierarchical clustering and prints a rule for two latents, but does not say how to choose pairs.
     """
     i_P, j_P = (cosine_FF.triu(1) > above).nonzero(as_tuple=True)
     order_P = cosine_FF[i_P, j_P].argsort(descending=True, stable=True)
@@ -30,12 +30,12 @@ class MergeSimilar(Mechanism):
     """Merges latents i, j with a cosine above `above`: i becomes the average of both (7). Their Adam state is reset.
 
     Paper: does not say which vectors the cosine compares, nor what happens to j, to W_dec and to b_enc. Here `on`
-    chooses cosines of the rows of W_dec or of the columns of W_enc. `average` chooses what is averaged: W_enc alone, as
-    (7) is printed, or `all`, where b_enc is averaged like W_enc and W_dec,i becomes the direction of W_dec,i + W_dec,j.
-    With `weights` = activity, each latent is weighted by how often it fired recently. The `partner` j is either
-    restarted (`recycle`) or silenced for the rest of the run (`disable`, so that the "adaptive feature count" of 4.3
-    falls). With W_enc,j = 0 and b_enc,j = 0, a silenced latent gets no gradient, and weight decay and Adam's moments
-    leave it at zero.
+    selects cosines of the rows of W_dec or of the columns of W_enc. `average` selects the weights that are averaged:
+    only W_enc, as (7) is printed, or `all`, where b_enc is averaged like W_enc and W_dec,i becomes the direction of
+    W_dec,i + W_dec,j. With `weights` = activity, each latent is weighted by how often it fired recently. The `partner`
+    j is either restarted (`recycle`) or silenced for the rest of the run (`disable`, so that the "adaptive feature
+    count" of 4.3 falls). With W_enc,j = 0 and b_enc,j = 0, a silenced latent gets no gradient, and weight decay and
+    Adam's moments leave it at zero.
     """
 
     merged: Tensor  # () int64, in total
@@ -84,7 +84,7 @@ class MergeSimilar(Mechanism):
         return match_pairs(unit_FD @ unit_FD.T, self.above)
 
     def average_into_first(self, sae: SAE, i_M: Tensor, j_M: Tensor, share_M: Tensor) -> None:
-        """Latent i becomes share * i + (1 - share) * j, with a unit decoder row."""
+        """Replace latent i by share * i + (1 - share) * j, with a unit decoder row."""
         sae.W_enc.data[:, i_M] = torch.lerp(sae.W_enc.data[:, j_M], sae.W_enc.data[:, i_M], share_M)
         if self.average == "encoder":
             return

@@ -1,4 +1,4 @@
-"""Paper 004, equation (5): the penalty weakens while the reconstruction is bad."""
+"""Paper 004, equation (5): the penalty is weaker while the reconstruction error is large."""
 
 from collections.abc import Callable
 
@@ -11,14 +11,14 @@ from ...step import Mechanism, Step
 class AdaptivePenalty(Mechanism):
     """alpha = clamp(target / L_recon, low, high), without a gradient (5).
 
-    It serves as a coefficient. Its state includes the average of L_recon.
-    L_recon is the error on the rows that the SAE sees, times `scale`. `scale` is 1 to measure the error on the SAE's
-    own input, or the divisor of these rows to measure it in units of the cache. `reading` chooses L_recon:
+    It is used as a coefficient. Its state includes the average of L_recon. L_recon is the error on the SAE's normalized
+    input, multiplied by `scale`. If `scale` is 1, the error is in units of this input; if `scale` is the divisor of the
+    normalization, it is in units of the cache. `reading` selects L_recon:
         mean   the mean squared error per element; at the paper's explained variance this is 2.35 = 0.098 * 24 for raw
                rows, so alpha is 1.06
         sum    the squared error per token, like the paper's loss of 4,668; alpha is then always 0.1
-    L_recon is averaged over steps with decay `ema`. Paper: mentions no average; a decay of 0 gives the error of the
-    current step.
+    L_recon is averaged over steps with decay `ema`. Paper: mentions no average. With a decay of 0, L_recon is the error
+    of the current step.
     """
 
     reads_batch = True

@@ -27,19 +27,19 @@ PAPER: dict[str, Any] = {"paper": "004", "width": 1}
 OPTIMIZATION = Optimization(weight_decay=0.01, clip=1.0)
 K = ScaleWithWidth(320)  # k of the TopK baseline
 PAPER_EXACT: dict[str, tuple[Any, str]] = {
-    "dead_by": ("batch", "in a sparse SAE most latents fire for less than 1 % of the tokens of a batch"),
-    "stability": ("mean", "in a sparse SAE most latents fire for less than 1 % of tokens, so most of them restart"),
-    "terms": ("w+1", "the sum is divided by w, so a latent that fires on every token has a p_i of 1.01"),
+    "dead_by": ("batch", "in a sparse SAE, most latents fire on less than 1 % of a batch, so they count as dead"),
+    "stability": ("mean", "in a sparse SAE, most latents fire on less than 1 % of tokens, so most latents restart"),
+    "terms": ("w+1", "the sum of w+1 terms is divided by w, so a latent that fires on every token has a p_i of 1.01"),
     "restart_share": (1.0, "a latent that restarts at the last step is saved untrained"),
-    "recon_in_alpha": ("sum", "a token's summed error is in the thousands, so alpha is 0.1 throughout"),
-    "alpha_units": ("input", "the target of 2.5 belongs to raw activations, and the input is normalized"),
-    "merge_average": ("encoder", "the decoder row and the bias of a merged latent remain those of one of the two"),
-    "merge_partner": ("disable", "a latent that was merged away never returns, so the number of latents only falls"),
+    "recon_in_alpha": ("sum", "the summed error of a token is in the thousands, so alpha is always 0.1"),
+    "alpha_units": ("input", "the target of 2.5 is for raw activations, but the input is normalized"),
+    "merge_average": ("encoder", "a merged latent keeps the decoder row and the bias of only one of the two latents"),
+    "merge_partner": ("disable", "the second latent of a pair never returns, so the number of latents only falls"),
 }
 
 
 def logged(name: str, coefficient: Coefficient) -> Coefficient:
-    """The coefficient; its value is logged as `name`."""
+    """The same coefficient, with its value logged as `name`."""
 
     def value(step: Step) -> Tensor:
         step.metrics[name] = torch.as_tensor(coefficient(step))
@@ -51,36 +51,38 @@ def logged(name: str, coefficient: Coefficient) -> Coefficient:
 @dataclass(frozen=True)
 class HierarchicalOptions(RecipeOptions):
     restarts: Literal["window", "dead", "never"] = "window"
-    """Latents that restart: those silent over a window of steps (4), those dead by the count of tokens, or none."""
+    """Latents that restart. window: latents silent over a window of steps (4). dead: latents that count as dead by
+    `dead_by`. never: none."""
     adaptive: bool = True
-    """Weaken the penalty while the reconstruction is bad (5)."""
+    """Weaken the penalty while the reconstruction error is large (5)."""
     merging: bool = True
     """Merge latents with nearly the same direction (7)."""
     l1: float | None = None
     """lambda_0 of (3), the strength of the L1 penalty at the first step. None: see `lambda_by`."""
     lambda_by: Literal["d_in", "d_sae", "k"] = "d_in"
-    """lambda_0 is 1 over the square root of d_in (5.4), of d_sae (the k of 4.1), or of the baseline's k, 320."""
+    """lambda_0 is 1 over the square root of d_in (section 5.4), d_sae (the k of 4.1), or the baseline's k, 320."""
     l1_end: float = 0.0
     """Strength of the L1 penalty at the last step (3)."""
     resample_every: int = 100
-    """Steps between two restarts of dead latents, before there is a window."""
+    """Steps between two restarts of dead latents, in recipes without a window."""
     dead_by: Literal["tokens", "batch"] = "tokens"
-    """Which latents count as dead before there is a window: those that have not fired for a tenth of the run's tokens,
-    or those with p_i of (4) below `below` in the last batch."""
+    """Latents that count as dead in recipes without a window. tokens: latents that have not fired for ten million
+    tokens, or a tenth of the run if that is less. batch: latents whose p_i (4) is below `below` in the last batch."""
     restart_share: float = 0.9
-    """Share of the run after which no latent restarts or is merged. The paper mentions no end, which is 1."""
+    """Share of the run after which latents are neither restarted nor merged. The paper mentions no end; that is 1."""
     window: int = 100
     """Number of steps w in the window (4), and between two restarts."""
     terms: Literal["w", "w+1"] = "w"
-    """Number of terms in the sum of (4), which is divided by w: w, or w + 1 as printed."""
+    """Number of terms in the sum of (4): w, or w + 1 as printed. The sum is divided by w in both cases."""
     below: float = 0.01
     """A latent is dead if p_i is below this (4)."""
     stability: Literal["any", "mean"] = "any"
-    """What a step adds to p_i (4): whether the latent fires on any of its tokens, or on which share of them."""
+    """Contribution of a step to p_i (4). any: 1 if the latent fires on any token of the batch. mean: the share of
+    tokens on which it fires."""
     recon_in_alpha: Literal["mean", "sum"] = "mean"
-    """L_recon in (5): mean over d_in, or summed as in the paper's loss."""
+    """L_recon in (5): the mean over d_in, or the sum, as in the paper's loss."""
     alpha_units: Literal["raw", "input"] = "raw"
-    """Units of L_recon in (5): raw activations, or the normalized input, as in the loss (6)."""
+    """Units of L_recon in (5): raw activations, or the normalized input as in the loss (6)."""
     target: float = ScaleWithVariance(2.5)
     """L_recon at which alpha is 1 (5), in `alpha_units`."""
     alpha_low: float = 0.1
@@ -88,7 +90,7 @@ class HierarchicalOptions(RecipeOptions):
     alpha_high: float = 2.0
     """Upper bound of alpha (5)."""
     alpha_ema: float = 0.0
-    """Decay of the average of L_recon in (5), per step. 0: the step's own error."""
+    """Decay per step of the average of L_recon in (5). 0: use the error of the current step."""
     merge_above: float = 0.9
     """Cosine above which two latents are merged (7)."""
     merge_every: int = 100
@@ -96,11 +98,12 @@ class HierarchicalOptions(RecipeOptions):
     merge_on: Literal["decoder", "encoder"] = "decoder"
     """Directions whose cosines are compared in (7): rows of W_dec, or columns of W_enc."""
     merge_average: Literal["all", "encoder"] = "all"
-    """What (7) averages: W_enc, b_enc and W_dec, or W_enc alone, as it is printed."""
+    """Weights that (7) averages: W_enc, b_enc and W_dec, or only W_enc, as printed."""
     merge_weights: Literal["equal", "activity"] = "equal"
     """Weights of the average in (7): equal, or how often each latent fired recently."""
     merge_partner: Literal["recycle", "disable"] = "recycle"
-    """Fate of the second latent of a merged pair: it restarts on a badly reconstructed token, or is silenced."""
+    """For the second latent of a merged pair. recycle: restart it on a badly reconstructed token. disable: silence
+    it."""
     pre_bias: bool = False
     """Subtract b_dec from the encoder's input. The paper's encoder sees x itself (1)."""
 
@@ -113,7 +116,7 @@ class HierarchicalOptions(RecipeOptions):
 
 
 def build(config: RunConfig, options: HierarchicalOptions) -> Variant:
-    """The full model or one of its ablations, depending on `restarts`, `adaptive` and `merging`."""
+    """Build the full model or one of its ablations, depending on `restarts`, `adaptive` and `merging`."""
     dead = DeadLatents(config.d_sae, config.dead_after_tokens)
     start = first_lambda(config, options.lambda_by) if options.l1 is None else options.l1
     penalty = logged("lambda", linear(start, options.l1_end, config.steps))  # (3)
@@ -142,14 +145,15 @@ def build(config: RunConfig, options: HierarchicalOptions) -> Variant:
 
 def resampling(config: RunConfig, options: HierarchicalOptions, dead: DeadLatents) -> list[Mechanism]:
     """The mechanisms that restart dead latents (4) and merge similar ones (7), which frees latents to restart."""
-    # Paper: restarts until the end. A latent that restarts just before the end would keep its initial values.
+    # Paper: restarts latents until the end. A latent that restarts just before the end would keep its initial values.
     until = math.floor(round(options.restart_share * config.steps, 6))
     below, stability = options.below, options.stability
     if options.restarts == "never":
         return []
     if options.restarts == "dead":
-        # Paper: one ablation restarts dead latents before the window is introduced, and it does not say which latents
-        # are dead there. Here these are this package's dead latents, or those of (4) on one batch.
+        # Paper: one ablation restarts dead latents before the window is introduced, and does not say which latents
+        # count as dead. Here these are this package's dead latents, or the latents that (4) calls dead on a single
+        # batch.
         every = options.resample_every
         if options.dead_by == "tokens":
             return [ResampleDead(dead, every, until)]
@@ -171,7 +175,7 @@ def resampling(config: RunConfig, options: HierarchicalOptions, dead: DeadLatent
 
 
 def first_lambda(config: RunConfig, by: str) -> float:
-    """lambda_0 of (3). If `by` is k, k keeps the baseline's ratio to the width, 320 of 2304."""
+    """lambda_0 of (3). If `by` is k, k is scaled to the width as in the baseline, which has 320 of 2304."""
     return {"d_in": config.d_in, "d_sae": config.d_sae, "k": K.resolve(config, False)}[by] ** -0.5
 
 
@@ -197,14 +201,14 @@ ABLATIONS: tuple[tuple[str, str, str, tuple[str, ...], dict[str, Any]], ...] = (
     ),
     (
         "hierarchical-window",
-        "`hierarchical-resample` with deadness judged over a window.",
+        "`hierarchical-resample` that detects dead latents over a window.",
         "(1)-(4)",
         RESTART + ADAPTIVE + MERGE,
         {"restarts": "window", "adaptive": False, "merging": False},
     ),
     (
         "hierarchical-adaptive",
-        "`hierarchical-window` with a penalty that follows the error.",
+        "`hierarchical-window` with a penalty that adapts to the error.",
         "(1)-(6)",
         RESTART + MERGE,
         {"restarts": "window", "adaptive": True, "merging": False},
@@ -243,7 +247,7 @@ def topk(config: RunConfig, k: int = K, aux: float = 1 / 32) -> Variant:
     Paper: does not mention AuxK; its readings set aux=0.
 
     Args:
-        k: Latents kept per token.
+        k: Active latents per token.
         aux: Weight of AuxK, which revives dead latents.
     """
     return with_optimization(baselines.topk(config, k=k, aux=aux))
@@ -253,10 +257,11 @@ def topk(config: RunConfig, k: int = K, aux: float = 1 / 32) -> Variant:
 def batchtopk(config: RunConfig, k: float = K, aux: float = 1 / 32) -> Variant:
     """The paper's BatchTopK baseline.
 
-    Paper: states no k for it; this is the k of the TopK baseline. It does not mention AuxK; its readings set aux=0.
+    Paper: states no k for this baseline; the default is the k of the TopK baseline. The paper does not mention AuxK;
+    its readings set aux=0.
 
     Args:
-        k: Latents kept per token, on average over the batch.
+        k: Active latents per token, on average over the batch.
         aux: Weight of AuxK, which revives dead latents.
     """
     return with_optimization(baselines.batchtopk(config, k=k, aux=aux))

@@ -10,9 +10,10 @@ from ...step import Step
 class ResampleByWindow(ResampleDead):
     """Resamples latents with p_i < `below`, where p_i is a sum over the last steps divided by `window` (4).
 
-    `stability` chooses what a step adds to p_i: 1 if latent i fires on `any` of its tokens, or the `mean` over its
-    tokens. Paper: does not say which; with `mean`, most latents of a sparse SAE count as dead. After its restart, and
-    at the start of the run, a latent has a full window before it can be restarted.
+    `stability` selects the contribution of a step to p_i: with `any`, 1 if latent i fires on any token of the batch;
+    with `mean`, the share of tokens on which it fires. Paper: does not say which; with `mean`, most latents of a sparse
+    SAE count as dead. At the start of the run and after each restart, a latent has a full window before it can be
+    restarted.
 
     Paper: its sum from t - w to t has w + 1 terms. `terms` is w, or w + 1 as printed.
 
@@ -41,7 +42,7 @@ class ResampleByWindow(ResampleDead):
         self.window, self.below, self.stability = window, below, stability
         self.register_buffer("fired_WF", torch.ones(terms or window, len(dead.since_F)))
         self.register_buffer("acted_silent", torch.zeros((), dtype=torch.int64))
-        self.fired_WF[window:] = 0  # before the first step: the first full window has w terms
+        self.fired_WF[window:] = 0  # so that the first full window has w terms
 
     def statistic(self, step: Step) -> Tensor:
         return (step.f_BF.detach() != 0).float().mean(0)
@@ -63,7 +64,7 @@ class ResampleByWindow(ResampleDead):
         restarted_N = super().restart(step, index_N)
         self.fired_WF[:, restarted_N] = 1
         if len(self.fired_WF) > self.window:
-            # The term of this step belongs to the latent before its restart, and the next w steps do not overwrite it.
+            # The term of this step describes the latent before its restart, and the next w steps do not overwrite it.
             self.fired_WF[int(step.i) % len(self.fired_WF), restarted_N] = 0
         return restarted_N
 

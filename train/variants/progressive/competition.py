@@ -1,4 +1,4 @@
-"""Paper 001: the competition, (5) and (6), and the penalty on its result, (2) and (7)."""
+"""Paper 001: the competition between latents, (5) and (6), and the penalty on the result, (2) and (7)."""
 
 import torch
 from torch import Tensor, nn
@@ -8,11 +8,11 @@ from ...schedules import Coefficient
 from ...step import LossTerm, Mechanism, Step
 from .growth import EnabledUtilization
 
-COUNTED_TOKENS = 64  # tokens of a batch on which the competition is measured
+COUNTED_TOKENS = 64  # number of tokens of a batch on which the effect of the competition is measured
 
 
 class ChainL1(LossTerm):
-    """mean_B sum_F |c(pre)| for a chain c of activations, not all of which the reconstruction uses."""
+    """mean_B sum_F |c(pre)| for a chain c of activations. The reconstruction may use a different chain."""
 
     sparsity = True
     undivided = ""
@@ -27,7 +27,7 @@ class ChainL1(LossTerm):
 
 
 class SoftCompetition(Activation, name="competition"):
-    """alpha(z)_i = w_i z_i, z = ReLU(pre) (5), and zero unless it is above `cut`.
+    """alpha(z)_i = w_i z_i with z = ReLU(pre) (5). Values up to `cut` are set to zero.
 
     With e_i = exp((z_i - max z) / T), `weights` are
         softmax              e / sum e: as printed in the paper, which shrinks everything
@@ -36,9 +36,10 @@ class SoftCompetition(Activation, name="competition"):
         softmax_active_only  e / sum e over the active latents, z > 0
 
     `unit` is the unit of T and `cut`: the unit of the SAE's `input`, or `rms_z`, the root mean square of a token's
-    active latents. With `rms_z`, the winner is nearly alone.
+    active latents. With `rms_z`, hardly any latent except the winner stays active.
 
-    Paper: alpha is never exactly zero, so the paper's L0 must count values above the 0.01 of (3); hence `cut`.
+    Paper: alpha is never exactly zero, so the paper's L0 has to count values above the 0.01 of (3). `cut` makes values
+    up to this limit zero.
     """
 
     T: Tensor  # ()
@@ -77,8 +78,8 @@ class SoftCompetition(Activation, name="competition"):
 class CompetitionTemperature(Mechanism):
     """T follows rho: T <- 0.99 T + 0.01 clamp(T_base (1 + sign (exp(exp(rho) - 1) - 1) s), low, high) (6).
 
-    Paper: by (6), more use raises T and weakens competition, which contradicts the paper's text; `sign` -1 reverses
-    that. For rho in [0, 1], T is in [0.1, 0.237], so its bounds never apply.
+    Paper: by (6), more use raises T and weakens competition, which contradicts the paper's text; `sign` = -1 reverses
+    this. For rho in [0, 1], T is in [0.1, 0.237], so its bounds never apply.
 
     `acted_tempered` sums |T - T'| over the steps. `acted_competed` sums the share of the latents' values that the
     competition changes, sum |z - alpha| / sum z, over the first tokens of each batch.
@@ -106,7 +107,7 @@ class CompetitionTemperature(Mechanism):
             self.register_buffer(name, torch.zeros(()))
 
     def target(self, rho: Tensor, base: Tensor | float) -> Tensor:
-        """T by (6), before its momentum."""
+        """T by (6), before momentum is applied."""
         return (base * (1 + self.sign * (torch.exp(torch.exp(rho) - 1) - 1) * self.s)).clamp(self.low, self.high)
 
     def after_step(self, step: Step) -> None:

@@ -1,4 +1,4 @@
-"""Paper 001: growth, (3) and (4). More latents are enabled as the enabled ones are used."""
+"""Paper 001: growth, (3) and (4). More latents are enabled if the enabled latents are used."""
 
 import math
 
@@ -26,16 +26,16 @@ class EnabledLatents(Activation, name="enabled"):
 class EnabledUtilization(ActivityEMA):
     """v_i (3) and rho, the share of the enabled latents that are in use.
 
-    Paper: 1[|f_i(x_t)| > tau] is for one token, but here x_t is a batch. `reading` chooses v_i and rho:
-        alive_fraction   v_i is the share of tokens that use i, and rho the share of enabled latents with v_i over 0.001
-        mean             v_i is the share of tokens that use i, so rho is about L0/n, always below 0.3
-        any              v_i is whether any token uses i, so rho is about 1
+    Paper: 1[|f_i(x_t)| > tau] is for one token, but here x_t is a batch. `reading` selects v_i and rho: alive_fraction
+    v_i is the share of tokens that use i, and rho the share of enabled latents with v_i over 0.001 mean             v_i
+    is the share of tokens that use i, so rho is about L0/n, always below 0.3 any              v_i is whether any token
+    uses i, so rho is about 1
 
-    Only rho reads v, and only (4) and (6) read rho. `acted_smoothed` sums, over the steps, the difference between rho
-    and its value for the batch alone.
+    v is used only for rho, and rho is used only in (4) and (6). `acted_smoothed` sums, over the steps, the difference
+    between rho and its value for the batch alone.
     """
 
-    undivided = "the utilization of latents is that of the whole batch"
+    undivided = "the utilization of latents is computed from the whole batch"
     rho: Tensor  # ()
     acted_smoothed: Tensor  # () float32
     leaves_weights = True
@@ -55,7 +55,7 @@ class EnabledUtilization(ActivityEMA):
         self.acted_smoothed.add_((self.rho - self.utilization(batch_F)).abs())
 
     def utilization(self, rate_F: Tensor) -> Tensor:
-        """rho (3) if the latents fire at these rates."""
+        """rho (3) for latents that fire at these rates."""
         v_F = (rate_F > 1e-3).float() if self.reading == "alive_fraction" else rate_F
         return (v_F * self.enabled.on_F).sum() / self.enabled.on_F.sum()
 
@@ -64,20 +64,20 @@ class EnabledUtilization(ActivityEMA):
 
 
 class GrowCapacity(Mechanism):
-    """Enables a share `start` of the latents at first, and more of them every `interval` steps, by rho (4).
+    """Enables a share `start` of the latents at first, and more latents every `interval` steps, depending on rho (4).
 
     Until a latent is enabled, its weights keep their initial values: it gets no gradient and no decoupled weight decay,
-    and does not count as dead. Its Adam moments start at zero, with the step count of all latents. `n_ref` is the n of
-    (4); None is d_sae.
+    and does not count as dead. When it is enabled, its Adam moments are zero, but its Adam step count is that of all
+    latents. `n_ref` is the n of (4); None is d_sae.
 
     Paper: 0.1 n rho is at least 69 at n = 2304, so "adaptive 2-7" is always 7 and "adaptive 4-10" always 10. They adapt
     only for n around 100.
 
-    The paper does not say which latents come first. `order` is by `index`, or by `importance`: how often a latent that
-    is not yet enabled would fire, averaged as in (3).
+    The paper does not say which latents are enabled first. `order` is by `index`, or by `importance`: how often a
+    latent that is not yet enabled would fire, averaged as in (3).
 
-    `acted_grown` counts the latents enabled since the start, `acted_adapted` the increments that differ from the fixed
-    5 because of rho.
+    `acted_grown` counts the latents enabled since the start. `acted_adapted` counts the increments that differ from the
+    fixed 5 because of rho.
     """
 
     n: Tensor  # (), not rounded
@@ -111,7 +111,7 @@ class GrowCapacity(Mechanism):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
 
     def increment(self, rho: Tensor) -> Tensor:
-        """The number of latents that (4) enables at once, at the paper's width."""
+        """The number of latents that (4) enables in one increment, at the paper's width."""
         low = torch.full_like(rho, 5.0)
         if not self.hybrid:
             return low

@@ -22,11 +22,11 @@ from .growth import EnabledLatents, EnabledUtilization, GrowCapacity
 
 PAPER: dict[str, Any] = {"paper": "001", "width": 1}
 PAPER_EXACT: dict[str, tuple[Any, str]] = {
-    "utilization": ("mean", "rho is about L0/n, so (4) stays in its first case and always adds 5 latents"),
-    "n_ref": (None, "at n = 2304 the bounds of (4) always decide: 5, 7 or 10 latents are added"),
+    "utilization": ("mean", "rho is about L0/n, so the first case of (4) always applies and adds 5 latents"),
+    "n_ref": (None, "at n = 2304, the bounds of (4) always apply: 5, 7 or 10 latents are added"),
     "interval": (1, "all latents are enabled after 173 to 346 of 4,882 steps"),
-    "competition": ("softmax", "the weights sum to one, so alpha vanishes, about z/n, or has one winner"),
-    "cut": (0.0, "alpha is nowhere exactly zero, so L0 counts every positive latent"),
+    "competition": ("softmax", "the weights sum to one, so alpha is nearly zero, about z/n, or has a single winner"),
+    "cut": (0.0, "alpha is never exactly zero, so L0 counts every positive latent"),
 }
 
 
@@ -36,8 +36,8 @@ Init = Literal["transpose", "uniform"]
 def start_weights(sae: SAE, init: Init) -> SAE:
     """Initialize the SAE: W_dec with unit rows and W_enc as its transpose, or both uniform and independent.
 
-    uniform is PyTorch's initialization of a linear layer, in +-1/sqrt(d_in) for W_enc and +-1/sqrt(d_sae) for W_dec.
-    The rows of W_dec are then normalized (1). Biases stay zero.
+    uniform is PyTorch's initialization of a linear layer: within 1/sqrt(d_in) of zero for W_enc, and within
+    1/sqrt(d_sae) of zero for W_dec. The rows of W_dec are then normalized (1). Biases stay zero.
     """
     if init == "uniform":
         with torch.no_grad():
@@ -57,13 +57,13 @@ def baseline(
 ) -> Variant:
     """ReLU latents and an L1 penalty: no growth, no competition.
 
-    Paper: the baseline has "fixed sparsity targets" (5), but none is printed. A penalty with a fixed coefficient does
-    not set L0, and the 90.60 in the results is a measurement. Ours has a fixed penalty; `--l0 90.6` adjusts it to reach
-    that L0.
+    Paper: the baseline has "fixed sparsity targets" (section 5), but no target is printed. A penalty with a fixed
+    coefficient does not set L0, and the 90.60 in the results is a measurement. Our baseline has a fixed penalty; `--l0
+    90.6` adjusts it to reach that L0.
 
     Args:
         l1: Strength of the L1 penalty (2).
-        reconstruction: Squared error summed or averaged over d_in. The paper's numbers point to mean, with
+        reconstruction: Sum or mean of the squared error over d_in. The paper's numbers point to mean, with
             normalize=none.
         pre_bias: Subtract b_dec from the encoder's input. The paper's encoder sees x itself.
         init: Initial weights: W_enc as the transpose of W_dec, or uniform (the paper, for all its systems).
@@ -82,30 +82,31 @@ class ProgressiveOptions(RecipeOptions):
     start: float = 0.25
     """Share of the latents that are enabled at the start."""
     interval: int | None = None
-    """Steps between two increments (4). None: 10 for 4882 steps, so that growth takes half of the run. The paper: 1."""
+    """Steps between two increments (4). None: 10 in a run of 4882 steps, in proportion for others. The paper: 1."""
     hybrid: bool = True
     """Choose the increment by rho (4); false: always 5."""
     n_ref: int | None = 100
     """n in the increments of (4). None: d_sae (the paper)."""
     pace: float = ScaleWithDictionary(1)
-    """Factor on the increments of (4), which the paper gives at 2304 latents."""
+    """Factor on the increments of (4), which the paper states for 2304 latents."""
     order: Literal["index", "importance"] = "index"
     """Order in which latents are enabled. importance: the latents that would fire most often come first."""
     beta: float = 0.9
-    """Decay of the average v of (3), per step."""
+    """Decay per step of the average v of (3)."""
     tau: float = ScaleWithNorm(0.01)
-    """Value above which a latent counts as used (3), in units of the SAE's input (under layer_norm, of the normalized
-    token, whose norm is sqrt(d_in): 48 in the paper)."""
+    """Value above which a latent counts as used (3), in units of the SAE's input. Under layer_norm that is the
+    normalized token, whose norm is sqrt(d_in), which is 48 in the paper."""
     utilization: Literal["alive_fraction", "mean", "any"] = "alive_fraction"
-    """rho in (3): the share of enabled latents with v over 0.001, the mean share of tokens (the paper), or the share of
-    latents that fire for any token of a batch."""
+    """rho in (3): the share of enabled latents with v above 0.001, the mean share of tokens on which a latent fires
+    (the paper), or the share of latents that fire on any token of a batch."""
     competition: Literal["softmax_peak", "softmax", "softmax_scaled", "softmax_active_only", "off"] = "softmax_peak"
-    """Weights in (5): exp((z - max z)/T); the same over their sum (the paper); that times the number of active latents;
-    the same over the sum for active latents; or no competition."""
+    """Weights in (5). softmax_peak: e = exp((z - max z)/T). softmax: e divided by its sum (the paper). softmax_scaled:
+    softmax times the number of active latents. softmax_active_only: softmax over the active latents. off: no
+    competition."""
     competition_in_recon: bool = True
     """Reconstruct from alpha; false: from z, and only penalize alpha (2)."""
     cut: float = ScaleWithNorm(0.01)
-    """Values of alpha up to this are set to zero, in units of `temperature_unit`. The paper: 0."""
+    """Values of alpha up to this limit are set to zero. In units of `temperature_unit`. The paper: 0."""
     temperature: float = ScaleWithNorm(0.1)
     """T_base of (6)."""
     temperature_unit: Literal["input", "rms_z"] = "input"
@@ -113,7 +114,7 @@ class ProgressiveOptions(RecipeOptions):
     temperature_low: float = ScaleWithNorm(0.05)
     """Lower bound of T (6)."""
     temperature_high: float = ScaleWithNorm(0.3)
-    """Upper bound of T (6), and the start of T_base with `anneal_steps`."""
+    """Upper bound of T (6), and with `anneal_steps` the initial T_base."""
     density_scale: float = 0.3
     """s of (6): how strongly T follows rho."""
     density_sign: int = 1
@@ -121,14 +122,14 @@ class ProgressiveOptions(RecipeOptions):
     momentum: float = 0.99
     """Momentum of T, per step (6)."""
     anneal_steps: int = 0
-    """Steps over which T_base of (6) falls from `temperature_high` to `temperature`, in addition to (6). 0: constant.
-    The paper: 2000, without saying how the two combine."""
+    """Steps over which T_base of (6) falls from `temperature_high` to `temperature`. 0: T_base is constant. The paper:
+    2000, without saying how this combines with (6)."""
     l1: float = 0.04
     """Strength of the L1 penalty (2)."""
     l1_on: Literal["alpha", "z", "both"] = "alpha"
     """Latents under the L1 penalty: alpha (2), z, or both. The penalty on z adds the l1 sign(z) of (7)."""
     reconstruction: Reconstruction = "sum"
-    """Squared error summed or averaged over d_in. The paper's numbers point to mean, with normalize=none."""
+    """Sum or mean of the squared error over d_in. The paper's numbers point to mean, with normalize=none."""
     pre_bias: bool = False
     """Subtract b_dec from the encoder's input. The paper's encoder sees x itself."""
     init: Init = "transpose"
@@ -163,9 +164,9 @@ SWITCHED_OFF = {"n_ref": ("hybrid", (False,)), **{name: ("competition", ("off",)
 
 @recipe("progressive", equations="(2)-(6)", paper_exact=PAPER_EXACT, switched_off=SWITCHED_OFF, **PAPER)
 def progressive(config: RunConfig, options: ProgressiveOptions) -> Variant:
-    """Latents are enabled as they are used, and compete.
+    """Competing latents, more of which are enabled as they are used.
 
-    At first a quarter of the latents are enabled. They compete at a temperature that follows their use.
+    At first a quarter of the latents are enabled. They compete at a temperature that depends on their use.
     """
     interval = options.interval
     if interval is None:
@@ -212,8 +213,8 @@ def competition_parts(
 # Without competition there is no cut, so L0 counts every positive latent.
 ABLATIONS: tuple[tuple[str, str, tuple[str, ...], dict[str, Any]], ...] = (
     ("all-at-once", "`progressive` with every latent enabled from the start.", GROWTH, {"start": 1.0}),
-    ("fixed-increment", "`progressive` that grows by 5 whatever the utilization.", ("n_ref",), {"hybrid": False}),
-    ("no-ema", "`progressive` with the last batch's utilization, (3) at beta = 0.", (), {"beta": 0.0}),
+    ("fixed-increment", "`progressive` that grows by 5 at any utilization.", ("n_ref",), {"hybrid": False}),
+    ("no-ema", "`progressive` with the utilization of the last batch only, (3) with beta = 0.", (), {"beta": 0.0}),
     (
         "no-competition",
         "`progressive` without competition and without its cut.",

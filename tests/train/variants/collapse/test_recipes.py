@@ -155,7 +155,7 @@ REFUSED: list[tuple[str, dict[str, object], str]] = [
     ("collapse-07", dict(gs_axis="jl", jl_dim=2), "groups of at most jl_dim = 2"),
     ("collapse-02", dict(contrast_cos="jl", jl_on="activations"), "give jl_on=decoder or encoder"),
     ("collapse-02", dict(contrast_cos="jl", contrast_on="activations"), "give contrast_cos=exact or exact_group"),
-    ("collapse-01", dict(importance="groups", d_sae=40), "draws from 16 equal groups, and a dictionary of 40"),
+    ("collapse-01", dict(importance="groups", d_sae=40), "draws from 16 equal groups, but a dictionary of 40"),
     ("collapse-01", dict(importance_share=0.0), "invalid importance_share=0: expected a share"),
     ("collapse-01", dict(importance_share=1.5), "invalid importance_share=1.5: expected a share"),
     ("collapse-03", dict(l0=65), "invalid l0=65"),
