@@ -59,7 +59,7 @@ def check_disk_space(runs: Iterable[RunInFolder], reserved: Mapping[Path, float]
 
     Raises:
         UnavailableError: a disk has too little space; the message says how much is needed and free.
-        UsageError: a file is in the way of a run folder.
+        UsageError: there is a file in place of a run folder.
     """
     by_disk: dict[int, list[RunInFolder]] = {}
     for run in runs:

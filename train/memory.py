@@ -26,7 +26,8 @@ SAMPLE_BYTES = 2 + 2 + 4 + 8 + 4  # per element: in a batch, in all rows joined,
 SORTED_BYTES = 16  # per element, for it and its index: `topk` on a CPU copies both to sort them
 CHECKPOINT_COPIES = 2  # copies of the state in host memory while a checkpoint is read: its bytes and its tensors
 
-# Factors of `memory_bound`: training states; elements per token and latent, token and input, pair of latents; others.
+# Factors in `memory_bound`: number of training states; numbers of elements for each (token, latent), (token, input) and
+# (latent, latent); other elements.
 BOUND_STATES, BOUND_LATENTS, BOUND_INPUTS, BOUND_PAIRS, BOUND_OTHER = 4, 40, 20, 16, 4 * 2**24
 
 

@@ -1,7 +1,7 @@
 """When training runs out of memory, save the runs as they were before the step; the raised error says what to reduce.
 
-Until the optimizer changes the weights, a step has changed nothing that a checkpoint holds. If memory ran out while the
-weights were being changed, or while mechanisms were acting between two steps, the state of the run is inconsistent.
+Until the optimizer changes the weights, a step has changed nothing that a checkpoint contains. If memory ran out while
+the weights were being changed, or while mechanisms were acting between two steps, the state of the run is inconsistent.
 Such a run continues from its newest checkpoint on the disk.
 """
 

@@ -65,7 +65,7 @@ class Optimization:
         return peak_share(steps, self.warmup_steps(steps), self.decay_start)
 
     def notes(self, steps: int) -> Iterator[str]:
-        """One sentence for each option that a reader of the run should know about."""
+        """One sentence for each option that the user should know about."""
         warmup = self.warmup_steps(steps)
         if warmup > steps:
             yield (

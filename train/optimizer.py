@@ -45,7 +45,8 @@ class WeightUpdate:
         raise NotImplementedError
 
     def make_copies(self) -> None:
-        """Make the copies of weights that products read, if there are none yet. Called before each forward pass."""
+        """Create the copies of weights that matrix products read, unless they exist. Called before each forward
+        pass."""
 
     def renew_copies(self) -> None:
         """Update the copies that `make_copies` made. Call this after other code has written weights."""
@@ -72,7 +73,8 @@ def capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """A context manager inside which the optimizer may be captured in a CUDA graph.
 
     The optimizer keeps its learning rate, step counts and flags on the device, so its results do not depend on torch's
-    setting `capturable`. Without the setting torch refuses to capture; with it torch warns if nothing is captured.
+    setting `capturable`. Without this setting, torch refuses to capture the optimizer. With it, torch warns if the
+    optimizer is not captured.
     """
     for group in optimizer.param_groups:
         group["capturable"] = True

@@ -27,7 +27,7 @@ WIDTH_STEP = 64
 
 
 class PassRun(BuildableRun, Protocol):
-    """A run that shares passes; `plan.Run` is one."""
+    """A run that shares passes. `plan.Run` implements this."""
 
     @property
     def batches_key(self) -> tuple[Any, ...]: ...
@@ -73,7 +73,7 @@ def pass_memory(runs: Sequence[BuildableRun], device: str) -> PassMemory:
 
 
 def add_up(memories: Sequence[RunMemory], config: RunConfig, device: str) -> PassMemory:
-    """The total memory of runs with these sizes. `config` is the config of any of them, which has the batch size."""
+    """The total memory of runs with these sizes. `config` is the config of any of them; it gives the batch size."""
     kind = torch.device(device).type
     batch = 2 * config.batch_size * config.d_in
     step = max(memory.step for memory in memories)
@@ -274,7 +274,7 @@ def largest_width(run: BuildableRun, device: str, budget: float) -> int | None:
 
 
 def fewest_parts(run: BuildableRun, device: str, budget: float) -> int | None:
-    """The smallest of 2, 4, 8, ... times the run's number of parts with which its batch would fit, or None."""
+    """The smallest number of parts that would fit, among 2, 4, 8, ... times the run's number; None if none fits."""
     config = run.config
     parts = 2 * config.accumulate
     if reasons_against(untrained_variant(run, "meta")):
@@ -287,7 +287,7 @@ def fewest_parts(run: BuildableRun, device: str, budget: float) -> int | None:
 
 
 def largest_batch(run: BuildableRun, device: str, budget: float) -> int | None:
-    """The largest of a half, a quarter, ... of the run's batch size with which it would fit, or None."""
+    """The largest batch size that would fit, among 1/2, 1/4, ... of the run's batch size; None if none fits."""
     tokens = run.config.batch_size // 2
     while tokens and not fits(run, run.config._replace(batch_size=tokens, accumulate=1), device, budget):
         tokens //= 2

@@ -59,7 +59,7 @@ def default_log_interval(steps: int) -> int:
 
 @dataclass
 class Run:
-    """One training run: its folder, and everything that determines its result. Usable wherever a path is accepted."""
+    """One training run: its folder, and everything that determines its result. It is accepted wherever a path is."""
 
     recipe: Recipe
     options: dict[str, Any]
@@ -236,7 +236,7 @@ def plan_training(config: TrainConfig, reserved: Mapping[Path, float] = {}) -> T
         config: what to train. If its source is a `PlannedCache`, the plan equals the plan for the finished cache,
             except for values that depend on the rows. The variance is unknown, so options that scale with it stay
             unscaled (a note says so). Folder names end in `*` instead of a digest.
-        reserved: folder -> bytes that other work will write into it meanwhile.
+        reserved: folder -> bytes that a harvest will write into it before or during training.
 
     Raises:
         UsageError: something is wrong with the config; the message lists every problem.

@@ -4,7 +4,7 @@
     def topk(config: RunConfig, k: int = 32) -> Variant: ...
 
 The arguments after `config` are the recipe's options with their defaults; `--set k=64` sets one by name. A recipe with
-many options takes them as one dataclass (options.py). The command line, the tests and the loader read the registry.
+many options declares them in a dataclass (options.py). The command line, the tests and the loader read the registry.
 """
 
 import inspect

@@ -22,7 +22,7 @@ AUTOMATIC_NAME = re.compile(r".*-s\d+-([0-9a-f]{6})")
 
 
 def read_sae_record(folder: Path) -> SavedSAE:
-    """Read sae.json. Checks that values recorded twice in it, or also in run.json, agree.
+    """Read sae.json. Checks that values agree if sae.json records them twice or run.json records them too.
 
     Raises:
         UsageError: the folder contains no trained SAE, or an SAE that needs a newer version.
@@ -32,7 +32,7 @@ def read_sae_record(folder: Path) -> SavedSAE:
     if not path.exists():
         begun = (folder / "run.json").exists()
         advice = f"Finish this run with `sae train --resume {folder}`." if begun else "Train one with `sae train`."
-        raise UsageError(f"{folder} holds no trained SAE (no sae.json). {advice}")
+        raise UsageError(f"{folder} contains no trained SAE (no sae.json). {advice}")
     record = SAE_RECORD.read(path)
     if record["format"] not in (FORMAT, FORMAT_LAYER_NORM):
         raise UsageError(
@@ -102,7 +102,7 @@ def read_run_record(folder: Path) -> RunRecord | None:
 
 
 def require_result_of(sae: Mapping[str, Any], result: ResultFile, path: Path) -> None:
-    """Raise DamagedError if a result was measured on a different SAE than that of this sae.json, or at another hook."""
+    """Raise DamagedError if a result was measured on another SAE than this sae.json describes, or at another hook."""
     measured = described_sae(result["sae_cfg_dict"])
     for key, value in described_sae(sae).items():
         if key in measured and measured[key] != value:

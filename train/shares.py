@@ -59,7 +59,7 @@ def steps_left(run: RunInFolder) -> int:
 
 def step_times(runs: Sequence[DealtRun], device: str) -> list[float]:
     """Seconds per step of each run: measured, or estimated from operations if a run is too large to be timed."""
-    fix_cublas_workspace(device)  # before the timed steps, which are the first of the process
+    fix_cublas_workspace(device)  # before the timed steps, which are the first steps of the process
     try:
         return seconds_per_step(runs, device)
     except UnavailableError:

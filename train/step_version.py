@@ -7,10 +7,10 @@ interrupted under one version and resumed under another is not bit-identical to 
 from collections.abc import Mapping
 from typing import NamedTuple
 
-# Increase it by one, by hand, in a commit that changes any bits that a recipe's step computes on a CPU with
-# --accumulate 1, in its losses, gradients, optimizer or mechanisms. To see whether bits change, train before and after
-# the commit on one machine and compare sae.safetensors. tests/compatibility checks resumed runs against the bounds
-# below. A change beyond rounding needs a new option instead of a new version, so that earlier runs keep the old
+# Every commit that changes any bits of what a recipe's step computes on a CPU with --accumulate 1, in its losses,
+# gradients, optimizer or mechanisms, has to increase this number by one. To see whether bits change, train before and
+# after the commit on one machine and compare sae.safetensors. tests/compatibility checks resumed runs against the
+# bounds below. A change beyond rounding needs a new option instead of a new version, so that earlier runs keep the old
 # behaviour. run.json and the checkpoints record the version as `step_version`; without that entry, it is 1.
 STEP_VERSION = 4
 

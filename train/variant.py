@@ -34,7 +34,7 @@ class RunConfig(NamedTuple):
     precision: str | None = None  # for matrix products (common/precision.py); None: the default of the device
 
     def identity(self) -> dict[str, Any]:
-        """Everything besides the cache that determines the result, as in run.json. Omits unset entries not in SIZES."""
+        """Everything besides the cache that determines the result, as in run.json. Unset entries are omitted."""
         parts = self.accumulate if self.accumulate > 1 else None
         precision = self.precision if self.precision != "float32" else None
         optional = {"l0": self.l0, "literal": self.paper_exact, "accumulate": parts, "precision": precision}

@@ -377,7 +377,7 @@ def test_a_broken_run_is_named_and_sets_the_exit_code(tiny_cache, home):
     result = call("evaluate", good, broken, text, *words)
     assert result.exit_code == 1 and "good" in result.stdout and "broken" not in result.stdout
     named = [line for line in result.stderr.splitlines() if line.startswith("refused")]
-    assert len(named) == 2 and "broken/sae.safetensors" in named[0] and "notes.txt holds no trained SAE" in named[1]
+    assert len(named) == 2 and "broken/sae.safetensors" in named[0] and "notes.txt contains no trained SAE" in named[1]
     assert "Refused, for the reasons above: 2 runs" in result.stderr and "Traceback" not in result.stderr
     assert "broken/sae.safetensors" in refused(DAMAGED, "evaluate", broken, *words)
 

@@ -534,9 +534,9 @@ def test_an_unfinished_run_among_others_is_left_out(tiny_cache, home):
     (begun / "run.json").write_text("{}")
     assert unfinished_runs([whole, begun]) == [begun]
     assert [row.name for row in evaluate(ask(whole, begun))] == ["whole"]
-    with pytest.raises(UsageError, match="begun holds no trained SAE .* Finish this run with .*--resume .*begun"):
+    with pytest.raises(UsageError, match="begun contains no trained SAE .* Finish this run with .*--resume .*begun"):
         evaluate(ask(begun))
-    with pytest.raises(UsageError, match="runs holds no trained SAE .* Train one with `sae train`.$"):
+    with pytest.raises(UsageError, match="runs contains no trained SAE .* Train one with `sae train`.$"):
         evaluate(ask(home / "runs"))
 
 

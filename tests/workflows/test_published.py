@@ -215,7 +215,7 @@ def test_run_folders_and_other_texts_stay_as_they_are(home):
     texts = ["runs/mine", "runs"]
     assert find_or_import(texts, PublishedConfig()).folders == [Path(text) for text in texts]
     result = call("evaluate", "runs")
-    assert result.exit_code == UsageError.exit_code and "holds no trained SAE" in result.stderr
+    assert result.exit_code == UsageError.exit_code and "contains no trained SAE" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -241,4 +241,4 @@ def test_every_text_that_is_refused_is_named(tiny_cache, home):
     """Also where none of the others can be evaluated."""
     (home / "empty").mkdir()
     shown = call("evaluate", "nowhere", "empty").stderr
-    assert "There is no run folder 'nowhere'" in shown and "empty holds no trained SAE" in shown
+    assert "There is no run folder 'nowhere'" in shown and "empty contains no trained SAE" in shown

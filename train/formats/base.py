@@ -27,7 +27,7 @@ Reference = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass
 class ForeignSAE:
-    """An SAE read from another library's files, with the information in the files. None means not recorded."""
+    """An SAE read from another library's files, with the metadata in these files. None means not recorded."""
 
     sae: SAE
     model: str | None = None  # id on the Hub

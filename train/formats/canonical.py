@@ -85,7 +85,7 @@ class CanonicalSAE:
         return replace(self, W_enc=self.W_enc * n_F, b_enc=self.b_enc * n_F, W_dec=self.W_dec / n_F[:, None], **scaled)
 
     def convert_to(self, activations: Sequence[str]) -> "CanonicalSAE | None":
-        """The same function with one of these activations, or None if there is no exact conversion.
+        """The same SAE expressed with one of these activations, or None if there is no exact conversion.
 
         relu is a jumprelu with threshold 0. gated is a jumprelu too, since its gate and magnitude share W_enc.
         """
@@ -128,7 +128,7 @@ class CanonicalSAE:
 
 
 def to_canonical(sae: SAE) -> CanonicalSAE:
-    """The SAE as a function of raw activations, in float64 with unit decoder rows (topk excepted).
+    """The SAE as a function of raw activations, in float64 with unit decoder rows (except for topk).
 
     Raises UsageError with the name of a link that makes latents depend on each other.
     """

@@ -141,7 +141,7 @@ class GemmaScope2(Format, name="gemma-scope-2"):
 
 
 def kind_of_path(parts: tuple[str, ...]) -> str | None:
-    """The kind that the innermost matching folder in the path names, or None if that is an SAE or no folder matches."""
+    """The kind named by the innermost folder in the path that names one; None for an SAE, or if no folder names one."""
     for part in reversed(parts):
         word = part.split("_")[0]
         if word in KINDS:

@@ -84,7 +84,7 @@ def recorded_hook(metadata: Mapping[str, Any]) -> Hook | None:
 
 
 def with_recorded_layer(hook: Hook | None, layer: object) -> Hook | None:
-    """Add the layer that the files record to a hook on a module outside the blocks, whose name has no layer."""
+    """Add the recorded layer to a hook on a module outside the blocks: the name of such a module has no layer."""
     return hook._replace(layer=layer) if hook is not None and hook.is_outside and type(layer) is int else hook
 
 
@@ -98,7 +98,7 @@ def first_hook(texts: Iterable[object]) -> Hook | None:
         if text.startswith("blocks."):
             raise UsageError(
                 f"The hook point {text[:80]!r} is not supported. Supported are {', '.join(SITES.values())}, and "
-                "modules under their path in transformers, such as model.layers.12.mlp."
+                "modules named by their path in transformers, such as model.layers.12.mlp."
             )
     return None
 

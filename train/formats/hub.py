@@ -84,7 +84,7 @@ class RemoteSAE:
 
 
 def list_repository(address: HubAddress) -> Snapshot:
-    """The files of a repository with their sizes, in one request that also resolves the revision to a commit.
+    """Get the files of a repository and their sizes, with one request that also resolves the revision to a commit.
 
     Raises UnavailableError if the Hub cannot be reached or denies access, and UsageError if the revision does not exist
     or a file name points outside its folder.
@@ -101,7 +101,7 @@ def list_repository(address: HubAddress) -> Snapshot:
 
 
 def find_remote_sae(address: HubAddress, layer: int | None = None) -> RemoteSAE:
-    """Find the SAE at an address by its files, without downloading. `layer` chooses among the SAEs of a folder.
+    """Find the SAE at an address by its files, without downloading. `layer` selects one of the SAEs in a folder.
 
     Raises the errors of `list_repository`, and UsageError if there is no SAE or more than one.
     """
@@ -136,7 +136,7 @@ def remote_file(sibling: Any) -> RemoteFile:
 def choose_sae(address: HubAddress, files: list[RemoteFile], layer: int | None = None) -> PublishedSAE:
     """Choose the SAE at an address, which is its folder, a file in that folder, or a folder above a single SAE.
 
-    Raises UsageError if there is no SAE or more than one. `layer` chooses among the SAEs of one folder.
+    Raises UsageError if there is no SAE or more than one. `layer` selects one of the SAEs in a folder.
     """
     folder, all_saes = PurePosixPath(address.folder), find_published(files, address.repo)
     exact = [

@@ -90,7 +90,7 @@ def import_sae(
 
     The format is detected from the files, and no code in them is run. Latents and reconstructions computed with the
     files' own tensors are compared with those of the imported SAE, as in `export_sae`. If there is a cache of its model
-    and layer, `sae evaluate` works on the run folder as on any other.
+    and layer, `sae evaluate` can evaluate the run folder like any other.
 
     Args:
         path: a folder, the weights file in a folder, or hf://owner/repo[@revision]/folder.
@@ -214,7 +214,7 @@ def overrides_of(config: ImportConfig, hook: Hook | None, model: str | None, use
 def open_folder(path: Path, layer: int | None = None) -> tuple[ForeignFolder, Format]:
     """The folder and the format of an SAE, given the path of the folder or of a file in it.
 
-    `layer` chooses among the SAEs of several layers in one folder.
+    `layer` selects one of the SAEs if a folder contains several layers.
     """
     formats = Format.registry.values()
     is_weights = path.is_file() and any(fmt.is_weights(path.name) for fmt in formats)

@@ -45,7 +45,7 @@ class ReleaseList:
         return f"hf://{self.repository}/{sae.path}".rstrip("/")
 
     def table(self) -> tuple[list[str], list[Row]]:
-        """Column heads and rows: one for each SAE, or for each group of SAEs if there are more than MAX_ROWS."""
+        """Column headings, and a row for each SAE, or for each group of SAEs if there are more than MAX_ROWS."""
         if len(self.saes) <= MAX_ROWS:
             heads = ["path", "format", "layer", "site", "latents", "L0", "size"]
             return heads, [describe_group(sae.path or ".", [sae], with_count=False) for sae in self.saes]

@@ -3,7 +3,7 @@
     x'     = x - b_dec if apply_b_dec_to_input; true if the key is missing
     topk   with rescale_acts_by_decoder_norm: f = the k largest of z |W_dec,i|, x_hat = (f / |W_dec|) W_dec + b_dec
 
-Exported SAEs take raw activations, have unit decoder rows, and have b_dec folded into b_enc. A relu SAE is exported as
+Exported SAEs read raw activations, have unit decoder rows, and have b_dec folded into b_enc. A relu SAE is exported as
 `standard`, and every SAE with a threshold as `jumprelu`. `normalize_activations="layer_norm"` corresponds to an `SAE`
 with `layer_norm`, but the latents of our `SAE` are SAELens' latents multiplied by the token's standard deviation.
 """

@@ -149,7 +149,7 @@ def hookpoint(metadata: dict[str, Any]) -> str:
         return "sae"
     if "hf_hook_name" in metadata:
         return str(metadata["hf_hook_name"]).partition(".")[2]
-    if name.endswith("hook_resid_pre") and layer > 0:  # the output of the block before
+    if name.endswith("hook_resid_pre") and layer > 0:  # the output of the previous block
         block = str(metadata.get("hf_hook_input_of", f"model.layers.{layer}")).partition(".")[2]
         return f"{block.rpartition('.')[0]}.{layer - 1}"
     raise UsageError(

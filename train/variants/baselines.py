@@ -105,7 +105,7 @@ def batchtopk(
 ) -> Variant:
     """The k largest latents per token, on average over a batch.
 
-    The B k largest latents in a batch of B tokens are kept. After training, a threshold replaces this selection, so
+    The B * k largest latents in a batch of B tokens are kept. After training, a threshold replaces this selection, so
     that each token is encoded independently.
 
     Args:

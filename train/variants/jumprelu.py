@@ -288,7 +288,7 @@ def jumprelu(
     bandwidth: float = 0.001,
     threshold: float = 0.001,
 ) -> Variant:
-    """Learned thresholds under a penalty that holds L0 at `l0`.
+    """Learned thresholds under a penalty that keeps L0 at `l0`.
 
     The penalty is (L0/l0 - 1)^2. A threshold moves by about the learning rate per step, so at the default rate a run of
     a thousand steps ends far above `l0`. With `--l0`, only the thresholds move faster, and the run reaches its target.

@@ -265,8 +265,9 @@ class Neighbours(Mechanism):
     The activation's `near_scope` determines whether the latent's group or the whole dictionary is searched.
 
     Paper: says proximity in feature space, and does not mention groups. Starting with run 6, decoder rows in a group
-    are orthogonal. So by the decoder no two latents of a group are near each other. By the encoder, which is
-    initialized as the decoder's transpose, hardly any are. So within groups, inhibition has hardly any effect.
+    are orthogonal. So no two latents of a group are near each other by their decoder rows, and hardly any by their
+    encoder directions, because the encoder is initialized as the decoder's transpose. So within groups, inhibition has
+    hardly any effect.
     """
 
     def __init__(self, activation: WinnerTakeAll, sae: SAE, near: str = "encoder", every: int = 100) -> None:

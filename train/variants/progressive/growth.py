@@ -73,8 +73,8 @@ class GrowCapacity(Mechanism):
     Paper: 0.1 n rho is at least 69 at n = 2304, so "adaptive 2-7" is always 7 and "adaptive 4-10" always 10. They adapt
     only for n around 100.
 
-    The paper does not say which latents are enabled first. `order` is by `index`, or by `importance`: how often a
-    latent that is not yet enabled would fire, averaged as in (3).
+    The paper does not say which latents are enabled first. `order` is `index`, or `importance`: the frequency with
+    which a latent that is not yet enabled would fire, averaged as in (3).
 
     `acted_grown` counts the latents enabled since the start. `acted_adapted` counts the increments that differ from the
     fixed 5 because of rho.
