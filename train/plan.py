@@ -359,7 +359,7 @@ def resume_run(folder: Path, config: TrainConfig) -> Run:
         raise UsageError(f"{folder} was imported from another library; it has no training to resume.")
     if record["format"] != FORMAT:
         raise UsageError(
-            f"{folder}/run.json has format {record['format']}, and this version reads {FORMAT}. "
+            f"{folder}/run.json has format {record['format']}, but this version reads {FORMAT}. "
             "Use the version that wrote it."
         )
     if "ring" in record:
