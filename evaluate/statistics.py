@@ -110,8 +110,10 @@ def detectable_difference(sd: float, pairs: int, level: float = LEVEL, power: fl
     return sd / math.sqrt(pairs) * float(noncentrality)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Sequence[float], missing: int = 0) -> list[float]:
     """The p-values corrected for multiple testing, in the same order (Holm 1979).
+
+    Each of `missing` further tests counts as a p-value of 1.
 
     The smallest of m p-values is multiplied by m, the next by m - 1, and so on. No corrected value is smaller than the
     one before it, or larger than 1. The probability of any false rejection at 0.05 is then at most 0.05, even if the
@@ -120,7 +122,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        largest = max(largest, min(1.0, (len(p_values) + missing - rank) * p_values[i]))
         corrected[i] = largest
     return corrected
 
@@ -213,8 +215,11 @@ class Finding(NamedTuple):
     small: bool = False
 
 
-def judge(table: Sequence[PairedComparison]) -> list[Finding]:
+def judge(table: Sequence[PairedComparison], planned: int = 0) -> list[Finding]:
     """The verdict on each comparison of a table, corrected for all of them by `holm`.
+
+    If more comparisons are planned than the table has tests, the missing ones count as tests with a p-value of 1. A
+    verdict from part of the comparisons is then as strict as one from all of them.
 
     - better, worse: the corrected p-value is below 0.05.
     - equivalent: otherwise, and two one-sided tests show that the difference is within the margin; their p-values are
@@ -225,11 +230,12 @@ def judge(table: Sequence[PairedComparison]) -> list[Finding]:
     """
     tests = [place for place, one in enumerate(table) if one.is_test]
     with_margin = [place for place in tests if table[place].margin and has_spread(table[place])]
-    p_values = dict(zip(tests, holm([differences_of(table[place]).p_value for place in tests]), strict=True))
+    missing = max(0, planned - len(tests))
+    p_values = dict(zip(tests, holm([differences_of(table[place]).p_value for place in tests], missing), strict=True))
     equivalence = [differences_of(table[place]).equivalence_p_value(table[place].margin or 0) for place in with_margin]
-    equivalence_p_values = dict(zip(with_margin, holm(equivalence), strict=True))
+    equivalence_p_values = dict(zip(with_margin, holm(equivalence, missing), strict=True))
     return [
-        conclude(one, p_values.get(place), equivalence_p_values.get(place), max(len(tests), 1))
+        conclude(one, p_values.get(place), equivalence_p_values.get(place), max(len(tests) + missing, 1))
         for place, one in enumerate(table)
     ]
 

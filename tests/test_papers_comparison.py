@@ -336,8 +336,10 @@ def test_a_layer_counts_when_all_its_seeds_are_finished(scripts, tmp_path):
     gain = lambda job: 0.5 + (job.system == "topk") * ({5: 0.1, 12: 0.2}[job.layer] + NOISE[job.seed])  # noqa: E731
     runs = of_part(scripts, design, "middle")
     write(scripts, design, tmp_path, [job for job in runs if (job.layer, job.seed) != (5, 2)], kl=gain)
-    cells = table(scripts, design, tmp_path)[2].split(" | ")
+    lines = table(scripts, design, tmp_path)
+    cells = lines[2].split(" | ")
     assert cells[5] == "+0.2000" and "better (higher); preliminary, without layer 5" in cells[-1]
+    assert "corrected for 1 " in lines[0]  # the other pair of the design has an idle mechanism
     write(scripts, design, tmp_path, runs, kl=gain)
     cells = table(scripts, design, tmp_path)[2].split(" | ")
     assert cells[5] == "+0.1500" and "preliminary" not in cells[-1]

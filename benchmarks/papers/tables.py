@@ -241,9 +241,10 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def family_table(lines: Sequence[Line], chosen: Callable[[Line], bool] = lambda line: True) -> list[str]:
-    """The chosen comparisons of a family; all of the family are judged together."""
-    findings = judge([line.comparison for line in lines])
-    tests = sum(line.comparison.is_test for line in lines)
+    """The chosen comparisons of a family. They are corrected for the whole family, also if a part of it is not measured
+    yet."""
+    tests = sum(not line.why_not for line in lines)
+    findings = judge([line.comparison for line in lines], planned=tests)
     rows = []
     for line, found in zip(lines, findings, strict=True):
         if not chosen(line):

@@ -188,6 +188,15 @@ def test_a_level_is_shared_by_the_comparisons_of_the_table():
     assert many[0].verdict == "not distinguishable"
 
 
+def test_a_part_of_a_planned_table_is_judged_as_strictly_as_the_whole():
+    """As with comparisons whose p-value is 1, for the p-value, the margin and the detectable difference."""
+    one, nothing = PairedDifferences((1.0, 2.0, 3.0, 2.0), "seed"), PairedDifferences((1.0, -1.0, 1.0, -1.0), "seed")
+    whole = judge([row(one, "up", 9.0), *[row(nothing, "up", 0.001)] * 4])[0]
+    part = judge([row(one, "up", 9.0)], planned=5)[0]
+    assert part == whole and part.p_value > judge([row(one, "up", 9.0)])[0].p_value
+    assert judge([row(one, "up")] * 3, planned=2) == judge([row(one, "up")] * 3)
+
+
 def test_what_is_not_tested_takes_no_level():
     one = PairedDifferences((1.0, 2.0, 3.0, 2.0), "seed")
     beside = [
