@@ -15,7 +15,7 @@ test: install
 
 # The slow tests, with three workers, because many of them wait for a process or a store.
 test-slow: install
-    .venv/bin/pytest -m slow -n 3
+    .venv/bin/pytest -m slow -n 3 --dist worksteal
 
 # What a commit has to pass besides the tests: lint, format, types.
 check: install

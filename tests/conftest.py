@@ -1,5 +1,6 @@
 """Shared fixtures: a random two-block Gemma 2 with the embedded tokenizer, a text, a cache of both, and SAE_HOME."""
 
+import contextlib
 import gc
 import itertools
 import os
@@ -16,11 +17,13 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from sae.cache.reader import Cache
 
+    from .worker_process import WorkerProcess
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may use the network
 NUMBERS = itertools.count()
 settings.register_profile("suite", deadline=None, derandomize=True, database=None)  # no chance and no clock decides
 settings.load_profile("suite")
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))  # a worker has it; see pytest_configure
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -128,6 +131,16 @@ def tiny_cache(tiny_model: Path, sentences: Path, tmp_path_factory: pytest.TempP
         held_out=0.1, device="cpu", out=out,
     )  # fmt: skip
     return run_harvest(plan_harvest(config))
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator["WorkerProcess"]:
+    """A process that has imported everything and forks commands; see forked_ranks.py, whose functions it calls."""
+    from .worker_process import WorkerProcess
+
+    log = tmp_path_factory.mktemp("launcher") / "log"
+    with contextlib.closing(WorkerProcess(["sae.tests.forked_ranks"], log)) as process:
+        yield process
 
 
 @pytest.fixture(scope="session")

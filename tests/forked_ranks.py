@@ -1,23 +1,26 @@
-"""Run the ranks of one command: COUNT sae-arguments..., or a script with `-c CODE`.
+"""Run the ranks of one command: COUNT sae-arguments..., or a script with `-c CODE arguments...`.
 
 They are processes of their own with a group over gloo, as those of torchrun, but are forked from a process that has
 imported everything: the imports take seconds, and each of torchrun's processes has its own. A rank that dies leaves the
-others running, as under launchers other than torchrun. Prints the exit codes of the ranks last.
+others running, as under launchers other than torchrun. Prints the exit codes of the ranks last. COUNT 0 is the command
+without a launcher: one process, whose exit code is the result.
 
 With $KILL_AT="PATTERN:N" and $KILL_MARKS, an empty folder, the rank that is about to give the N-th file of a matching
 path its name is killed, once. Started by torchrun, this is one of its ranks. Otherwise it is a worker process, which
-calls `launch`.
+calls `launch`, or `start` and later `finish`.
 """
 
+import gc
 import os
 import re
 import signal
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import accelerate  # noqa: F401
 import torch
@@ -26,7 +29,12 @@ import transformers.models.gemma2.modeling_gemma2  # noqa: F401
 import typer  # noqa: F401
 
 import sae.evaluate.run  # noqa: F401  (before the fork; not sae.cli, which reads its rank when it is imported)
+import sae.harvest.run  # noqa: F401
+import sae.train.run  # noqa: F401
 from sae.tests.worker_process import serve
+
+WAIT = 600  # seconds after which a command that does not end is killed
+STARTED: dict[int, tuple[IO[bytes], IO[bytes]]] = {}  # stdout and stderr of what `start` has started
 
 
 def kill_at_rename() -> None:
@@ -55,7 +63,8 @@ def run_rank(words: list[str]) -> NoReturn:
         kill_at_rename()
     try:
         if words[0] == "-c":
-            exec(words[1])
+            sys.argv = words[:1] + words[2:]
+            exec(words[1], {"__name__": "__main__"})
             code = 0
         else:
             from sae.__main__ import main
@@ -91,24 +100,46 @@ def main(count: int, words: list[str]) -> int:
     return max(map(abs, codes))
 
 
-def launch(words: list[str], folder: Path, environment: dict[str, str]) -> tuple[int, str, str]:
-    """Run ranks from a folder, with these environment variables alone: the exit code, stdout and stderr."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        if not (pid := os.fork()):
-            os.dup2(out.fileno(), 1)
-            os.dup2(err.fileno(), 2)
-            os.chdir(folder)
-            os.environ.clear()
-            os.environ.update(environment)
-            os._exit(main(int(words[0]), words[1:]))
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def start(words: list[str], folder: Path, environment: dict[str, str]) -> int:
+    """Start ranks in a folder, with these environment variables alone. Returns the ID of a process, for `finish`: with
+    COUNT 0 that of the command.
+    """
+    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+    if not (pid := os.fork()):
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        if words[0] == "0":
+            run_rank(words[1:])
+        os._exit(main(int(words[0]), words[1:]))
+    STARTED[pid] = out, err
+    return pid
+
+
+def finish(pid: int) -> tuple[int, str, str]:
+    """Wait for what `start` has started: the exit code, stdout and stderr. The code is negative after a signal."""
+    until = time.monotonic() + WAIT
+    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+        time.sleep(0.005)
+        if time.monotonic() > until:
+            os.kill(pid, signal.SIGKILL)
+    out, err = STARTED.pop(pid)
+    with out, err:
         out.seek(0)
         err.seek(0)
-        return code, out.read().decode(), err.read().decode()
+        return os.waitstatus_to_exitcode(ended[1]), out.read().decode(), err.read().decode()
+
+
+def launch(words: list[str], folder: Path, environment: dict[str, str]) -> tuple[int, str, str]:
+    """Start ranks and wait for them; see `start` and `finish`."""
+    return finish(start(words, folder, environment))
 
 
 if __name__ == "__main__":
     if "RANK" in os.environ:  # started by torchrun
         run_rank(sys.argv[2:])
     torch.set_num_threads(1)
+    gc.freeze()  # the imported modules stay, and no process that is forked has to look through them
     serve("sae.tests")

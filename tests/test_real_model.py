@@ -370,9 +370,9 @@ def test_the_bench_runs_on_a_tiny_model_and_a_second_call_does_nothing(tiny_llam
 
     command = [
         sys.executable, FOLDER / "run.py", "--folder", tmp_path, "--model", tiny_llama, "--text", sentences, "--layer",
-        "1", "--layer", "0", "--tokens", "4000", "--sink-tokens", "3000", "--steps", "20", "--sink-steps", "20",
-        "--l0", "8", "--sink-bos", "<eos>", "--beginning", "<eos>", "--skip", "standing-absorption", "--out",
-        tmp_path / "out",
+        "1", "--layer", "0", "--recipe", "batchtopk", "--recipe", "hierarchical", "--tokens", "4000", "--sink-tokens",
+        "3000", "--steps", "20", "--sink-steps", "20", "--l0", "8", "--sink-bos", "<eos>", "--beginning", "<eos>",
+        "--skip", "standing-absorption", "--out", tmp_path / "out",
     ]  # fmt: skip
     first = subprocess.run([*map(str, command)], capture_output=True, text=True)
     assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]

@@ -154,7 +154,7 @@ class Bench:
         }
 
     def train(self, arm: Arm) -> dict[str, Any]:
-        variants = [option for recipe in RECIPES for option in ("--variant", recipe)]
+        variants = [option for recipe in self.args.recipe for option in ("--variant", recipe)]
         self.sae(
             arm, "train", *variants, "--layer", str(self.args.layer[0]), "--width", "4x", "--l0", self.args.l0,
             "--steps", str(arm.steps), "--batch-size", "1024", "--checkpoint-every", "250",
@@ -285,6 +285,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="another model of Llama's layout instead of SmolLM2")
     parser.add_argument("--text", type=Path, help="another text instead of the packages'")
     parser.add_argument("--layer", type=int, action="append", help="layers; SAEs are trained on the first (15, 22)")
+    parser.add_argument("--recipe", action="append", help=f"a recipe; can be repeated ({', '.join(RECIPES)})")
     parser.add_argument("--tokens", default="500k")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--sink-tokens", default="250k")
@@ -300,6 +301,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=BENCHMARKS / "results", help="folder of the result files")
     args = parser.parse_args()
     args.layer, args.beginning = args.layer or [15, 22], args.beginning or list(BEGINNINGS)
+    args.recipe = args.recipe or list(RECIPES)
     args.folder = args.folder.resolve()
     return args
 

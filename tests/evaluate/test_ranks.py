@@ -66,17 +66,15 @@ def torchrun(home: Path, ranks: int, words: Sequence[str], **variables: str) -> 
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.fixture(scope="module")
-def launch(tmp_path_factory: pytest.TempPathFactory):
+@pytest.fixture
+def launch(launcher: WorkerProcess):
     """A function that runs a command by forked ranks: `(home, ranks, words, **variables) -> exit code, out, err`."""
-    launcher = WorkerProcess(["sae.tests.forked_ranks"], tmp_path_factory.mktemp("launcher") / "log")
 
     def launch(home: Path, ranks: int, words: Sequence[str], **variables: str) -> tuple[int, str, str]:
         asked = {"words": [str(ranks), *words], "folder": home, "environment": variables_of(home, variables)}
         return launcher("forked_ranks.launch", **asked)
 
-    yield launch
-    launcher.close()
+    return launch
 
 
 @pytest.fixture
@@ -135,22 +133,36 @@ def test_three_ranks_give_the_files_and_tables_of_one_process(make_home, evaluat
     assert not list((three / "activations/evaluation/locks").glob("*.lock"))
 
 
+@pytest.fixture(scope="module")
+def alone_with_more_metrics() -> dict[str, Any]:
+    return {}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_torchrun_gives_the_numbers_of_one_process_for_more_metrics(make_home, evaluate_here, count: int) -> None:
+def test_any_number_of_ranks_gives_the_numbers_of_one_process_for_more_metrics(
+    make_home, evaluate_here, launch, alone_with_more_metrics: dict[str, Any], count: int
+) -> None:
+    """Two of them are started by torchrun."""
     words = [
         *QUICK, "--suite", "core,absorption,sparse_probing_stdlib,stability", "--set", "absorption.words=400",
         "--set", "absorption.min_GT_probe_f1=0", "--set", "sparse_probing_stdlib.train_set_size=40",
         "--set", "sparse_probing_stdlib.test_set_size=20",
     ]  # fmt: skip
-    one, many = make_home("one"), make_home("many")
-    alone, together = evaluate_here(one, *words), torchrun(many, count, ["-m", "sae", *command(words)])
+    many, alone = make_home("many"), alone_with_more_metrics
+    if not alone:
+        one = make_home("one")
+        alone |= {"tables": evaluate_here(one, *words)[1], "numbers": numbers(one)}
+    if count == 2:
+        _, out, err = torchrun(many, count, ["-m", "sae", *command(words)])
+    else:
+        _, out, err = launch(many, count, command(words))
     found = numbers(many)
-    assert found == numbers(one) and together[1] == alone[1]
+    assert found == alone["numbers"] and out == alone["tables"]
     assert {Path(path).stem for path in found} == {"core", "absorption", "sparse_probing_stdlib", "stability"}
-    dealt = re.findall(r"^rank (\d) +(.*)", together[2], re.M)
+    dealt = re.findall(r"^rank (\d) +(.*)", err, re.M)
     assert len(dealt) == (count if count > 1 else 0) and not any(share == "nothing" for _, share in dealt)
-    assert together[2].count("done     in ") == 1 and "rank 1:" not in together[2]
+    assert err.count("done     in ") == 1 and "rank 1:" not in err
 
 
 MOMENTS = [  # the N-th file that is renamed to such a path, and the numbers of ranks before and after
@@ -267,11 +279,10 @@ def test_what_is_wrong_with_an_sae_is_said_by_the_first_process(make_home, evalu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 3])
-def test_torchrun_shows_all_tables_when_some_results_are_missing(make_home, evaluate_here, count: int) -> None:
+def test_torchrun_shows_all_tables_when_some_results_are_missing(make_home, evaluate_here) -> None:
     """Every rank fails, and torchrun stops all when one does, so the others end after the first has printed."""
     one, many = make_home("one"), make_home("many")
-    alone, together = evaluate_here(one), torchrun(many, count, ["-m", "sae", *command(())])
+    alone, together = evaluate_here(one), torchrun(many, 3, ["-m", "sae", *command(())])
     assert alone[0] == together[0] == 1 and together[1] == alone[1] and "done     in " in together[2]
     assert "has ended" not in together[2]
 

@@ -3,8 +3,6 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from sae.harvest.run import harvest_activations
 from sae.harvest.windows import WindowComputer
 
 from ..faulty_proxy import FaultyProxy, Request, faulty_proxy
+from ..worker_process import WorkerProcess
 from .written import files_of, objects_of
 
 Options = dict[str, Any]
@@ -262,7 +261,12 @@ def test_shares_on_machines_of_their_own_write_the_objects_of_a_disk(
 @pytest.mark.slow
 @pytest.mark.parametrize("machines", [1, 2])
 def test_ranks_write_the_objects_of_a_disk(
-    options: Options, bucket: str, tmp_path: Path, machines: int, monkeypatch: pytest.MonkeyPatch
+    options: Options,
+    bucket: str,
+    tmp_path: Path,
+    machines: int,
+    monkeypatch: pytest.MonkeyPatch,
+    launcher: WorkerProcess,
 ) -> None:
     """Those of one machine share a working folder; each machine has its own."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which harvest.json records
@@ -270,14 +274,14 @@ def test_ranks_write_the_objects_of_a_disk(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [sys.executable, "-c", RANK_OF_TWO, json.dumps(options | {"out": f"{bucket}/pile"})]
+    words = ["0", "-c", RANK_OF_TWO, json.dumps(options | {"out": f"{bucket}/pile"})]
     ranks = []
     for rank in range(2):
         (home := tmp_path / f"home-{rank % machines}").mkdir(exist_ok=True)
         numbers = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank // machines, "LOCAL_WORLD_SIZE": 2 // machines}
         given = numbers | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SAE_HOME": home}
         environment = os.environ | {name: str(value) for name, value in given.items()}
-        ranks.append(subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True))
-    told = [process.communicate(timeout=300)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], told
+        ranks.append(launcher("forked_ranks.start", words=words, folder=home, environment=environment))
+    ended = [launcher("forked_ranks.finish", pid=process) for process in ranks]
+    assert [code for code, *_ in ended] == [0, 0], ended
     assert objects_of(f"{bucket}/pile") == files_of(tmp_path / "disk")

@@ -32,6 +32,7 @@ from sae.harvest.request import request_differs, request_of, request_turn
 from sae.harvest.run import harvest_activations
 from sae.harvest.share import HarvestShare, shares_of
 
+from ..worker_process import WorkerProcess
 from .ranks import Kill, Started, start_ranks
 from .written import files_of
 
@@ -63,17 +64,24 @@ def test_two_ranks_write_the_bytes_of_one_process(options: dict, whole: dict[str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
-def test_torchrun(tiny_model: Path, sentences: Path, tmp_path: Path, count: int) -> None:
-    """The command itself, under the launcher that people use."""
+def test_the_command_in_several_processes(
+    tiny_model: Path, sentences: Path, tmp_path: Path, launcher: WorkerProcess, count: int
+) -> None:
+    """Two of them are started by the launcher that people use."""
     words = ["harvest", "--model", tiny_model, "--dataset", sentences, "--layer", 0, "--layer", 1, "--tokens", 3000]
     words = [*map(str, words), "--context", "32", "--window", "256", "--batch-contexts", "8", "--out"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     one, several = tmp_path / "one", tmp_path / "several"
-    subprocess.run([sys.executable, "-m", "sae", *words, str(one)], check=True, env=environment)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    told = subprocess.run(
-        [*launch, "-m", "sae", *words, str(several)], check=True, env=environment, capture_output=True, text=True
-    ).stderr
+    given = {"folder": tmp_path, "environment": os.environ | {"OMP_NUM_THREADS": "1"}}
+    assert launcher("forked_ranks.launch", words=["0", *words, str(one)], **given)[0] == 0
+    if count == 2:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sae"]
+        done = subprocess.run(
+            [*torchrun, *words, str(several)], check=True, env=given["environment"], capture_output=True, text=True
+        )
+        told = done.stderr
+    else:
+        code, _, told = launcher("forked_ranks.launch", words=[str(count), *words, str(several)], **given)
+        assert code == 0, told
     each = -(-WINDOWS // count)
     assert f"ranks    {count} processes on 1 machine: each at most {each} of 12 windows" in told
     assert files_of(one) == files_of(several)

@@ -4,8 +4,7 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from sae.harvest.run import harvest_activations
 
 from ..faulty_proxy import FaultyProxy, Request, faulty_proxy, fits
 from ..object_store import environment
+from ..worker_process import WorkerProcess
 from .written import files_of, objects_of
 
 pytestmark = pytest.mark.slow
@@ -78,30 +78,30 @@ def test_a_store_that_fails_in_every_way(options: dict[str, Any], proxy: FaultyP
 
 
 def test_a_process_that_is_killed_at_any_request(
-    options: dict[str, Any], proxy: FaultyProxy, bucket: str, tmp_path: Path
+    options: dict[str, Any], proxy: FaultyProxy, bucket: str, tmp_path: Path, launcher: WorkerProcess
 ) -> None:
     """Every other start is on another machine, which has nothing. What is committed is not computed again."""
     harvest_activations(**options, out=tmp_path / "disk")
     homes = [tmp_path / f"home-{number}" for number in range(len(KILLS) + 1)]
     for number, (method, key, moment) in enumerate(KILLS):
-        words = [sys.executable, "-c", HARVEST, json.dumps(options | {"out": f"{bucket}/pile"})]
+        words = ["0", "-c", HARVEST, json.dumps(options | {"out": f"{bucket}/pile"})]
         home = homes[number // 2]
         home.mkdir(exist_ok=True)
         environ = os.environ | environment(proxy.url) | {"SAE_HOME": str(home), "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(words, env=environ, stderr=subprocess.PIPE, text=True)
+        pid, killed = list[int](), list[int]()
 
-        def kill(request: Request, process=process, method=method, key=key, moment=moment) -> str | None:
-            if request.method == method and key_of(request) == key:
-                process.send_signal(signal.SIGKILL)
-            return (
-                ("drop" if moment == "before" else "lost")
-                if process.returncode is not None or (request.method == method and key_of(request) == key)
-                else None
-            )
+        def kill(request: Request, pid=pid, killed=killed, method=method, key=key, moment=moment) -> str | None:
+            if request.method == method and key_of(request) == key and not killed:
+                os.kill(pid[0], signal.SIGKILL)
+                killed.append(pid[0])
+            return ("drop" if moment == "before" else "lost") if killed else None
 
-        proxy.schedule = kill
-        _, told = process.communicate(timeout=300)
-        assert process.returncode == -signal.SIGKILL, f"{key} was not asked for: {told[-2000:]}"
+        held = threading.Event()
+        proxy.schedule = lambda request, kill=kill, held=held: (held.wait(), kill(request))[1]
+        pid.append(launcher("forked_ranks.start", words=words, folder=home, environment=environ))
+        held.set()
+        code, _, told = launcher("forked_ranks.finish", pid=pid[0])
+        assert code == -signal.SIGKILL, f"{key} was not asked for: {told[-2000:]}"
     proxy.schedule = lambda request: None
     harvest_activations(**options, out=f"{bucket}/pile")
     assert objects_of(f"{bucket}/pile") == files_of(tmp_path / "disk")

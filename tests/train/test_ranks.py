@@ -27,6 +27,7 @@ from sae.train.progress import SILENT
 from sae.train.run import run_training
 
 from ..kills import die_at
+from ..worker_process import WorkerProcess
 from .launch import WAIT, Launch, contents, launch, records, wait_for
 from .runs import CHECKPOINTS, make_config, train
 from .test_checkpoint_writer import full_disk
@@ -65,22 +66,32 @@ def test_two_processes_give_the_bytes_of_one(sparse_cache, tmp_path: Path, monke
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_torchrun_gives_the_bytes_of_one_process(sparse_cache, tmp_path: Path, count: int) -> None:
-    """The command itself, started by torchrun, over seeds, layers and batch sizes."""
+def test_the_command_in_any_number_of_processes_gives_the_bytes_of_one(
+    sparse_cache, tmp_path: Path, launcher: WorkerProcess, count: int
+) -> None:
+    """Over seeds, layers and batch sizes; two processes are started by torchrun."""
     words = ["train", "--cache", sparse_cache.folder, "--layer", 0, "--layer", 1, "--seed", 0, "--seed", 1,
              "--steps", 12, "--batch-size", 64, "--width", 128, "--device", "cpu", "--checkpoint-every", 4,
              "--log-every", 2, *(word for name in RECIPES for word in ("--variant", name))]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environment["OMP_NUM_THREADS"] = "1"
 
-    def call(launcher: list[str], out: str, *more: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, *launcher, "-m", "sae", *map(str, words), "--out", str(tmp_path / out), *more]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    def call(processes: int, out: str, *more: str) -> tuple[str, str]:
+        """What they print and report."""
+        command = [*map(str, words), "--out", str(tmp_path / out), *more]
+        if processes == 2:
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+            command = [*torchrun, "-m", "sae", *command]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            return done.stdout, done.stderr
+        given = {"words": [str(processes), *command], "folder": tmp_path, "environment": environment}
+        code, said, reported = launcher("forked_ranks.launch", **given)
+        assert code == 0, reported
+        return said, reported
 
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--standalone"]
-    plan = call(torchrun, "many", "--dry-run").stderr
+    plan = call(count, "many", "--dry-run")[1]
     assert not (tmp_path / "many").exists()
-    one, many = call([], "one"), call(torchrun, "many")
+    one, many = call(0, "one"), call(count, "many")
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
     assert records(tmp_path / "many") == records(tmp_path / "one") and len(records(tmp_path / "one")) == 12
     worlds = {
@@ -90,8 +101,8 @@ def test_torchrun_gives_the_bytes_of_one_process(sparse_cache, tmp_path: Path, c
     assert worlds == {str(count)}
     dealt = [line for line in plan.splitlines() if line.startswith("rank ")]
     assert len(dealt) == (count if count > 1 else 0) and all(" on cpu and " in line for line in dealt)
-    assert sorted(many.stdout.splitlines()) == sorted(one.stdout.splitlines())  # the table
-    assert "rank 1:" not in many.stderr and many.stderr.count("done     in ") == 1
+    assert sorted(many[0].splitlines()) == sorted(one[0].splitlines())  # the table
+    assert "rank 1:" not in many[1] and many[1].count("done     in ") == 1
 
 
 @pytest.mark.slow

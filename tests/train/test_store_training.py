@@ -37,6 +37,7 @@ from sae.train.store_reading import CALIBRATION_BATCHES, expected_readings
 from .. import faulty_proxy as faulty_proxies
 from ..faulty_proxy import Request, Schedule, faulty_proxy, seeded
 from ..object_store import upload
+from ..worker_process import WorkerProcess
 from .runs import make_config, train
 
 FAILURES = ("500", "429", "slow", "half", "drop")
@@ -306,47 +307,77 @@ def test_ctrl_c_while_training_waits_for_the_store_saves_what_is_trained(
         assert time.monotonic() - started < 30
 
 
-def run_process(address: str, out: Path, size: int, variant: str = "topk") -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", TRAIN, address, str(out), str(size), variant]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+@pytest.fixture
+def start_process(launcher: WorkerProcess):
+    """A function that trains from an address in another process: `(address, out, size, variant) -> process ID`."""
+
+    def start(address: str, out: Path, size: int, variant: str = "topk") -> int:
+        words = ["0", "-c", TRAIN, address, str(out), str(size), variant]
+        return launcher("forked_ranks.start", words=words, folder=out.parent, environment=dict(os.environ))
+
+    return start
+
+
+@pytest.fixture
+def end_process(launcher: WorkerProcess):
+    """A function that waits for such a process to end well: `(process ID) -> its run folder, its number of files`."""
+
+    def end(process: int) -> list[str]:
+        code, said, reported = launcher("forked_ranks.finish", pid=process)
+        assert code == 0, reported
+        return said.split()
+
+    return end
 
 
 @pytest.mark.slow
-def test_processes_share_the_folder_and_no_chunk_is_pulled_twice(many_chunks, bucket: str, tmp_path: Path) -> None:
+def test_processes_share_the_folder_and_no_chunk_is_pulled_twice(
+    many_chunks, bucket: str, tmp_path: Path, start_process, end_process
+) -> None:
     address, variants = upload(many_chunks.folder, f"{bucket}/pile"), ("topk", "batchtopk", "relu")
     expected = train(config_of(many_chunks, tmp_path / "disk", *variants))
-    processes = [run_process(address, tmp_path / "store", 10**9, variant) for variant in variants]
-    said = [process.communicate()[0].split() for process in processes]
+    processes = [start_process(address, tmp_path / "store", 10**9, variant) for variant in variants]
+    said = [end_process(process) for process in processes]
     assert results([Path(folder) for folder, _ in said]) == results(expected)
     assert sum(int(pulled) for _, pulled in said) == 63
 
 
 @pytest.mark.slow
-def test_processes_share_a_folder_that_is_too_small_for_all_chunks(many_chunks, bucket: str, tmp_path: Path) -> None:
+def test_processes_share_a_folder_that_is_too_small_for_all_chunks(
+    many_chunks, bucket: str, tmp_path: Path, start_process, end_process
+) -> None:
     address, variants = upload(many_chunks.folder, f"{bucket}/pile"), ("topk", "batchtopk", "relu")
     expected = train(config_of(many_chunks, tmp_path / "disk", *variants))
     size = small_size(address, 24)
     local = concat_caches([address]).local.folder
     with largest(local) as seen:
-        processes = [run_process(address, tmp_path / "store", size, variant) for variant in variants]
-        said = [process.communicate()[0].split() for process in processes]
+        processes = [start_process(address, tmp_path / "store", size, variant) for variant in variants]
+        said = [end_process(process) for process in processes]
     assert results([Path(folder) for folder, _ in said]) == results(expected)
     assert seen[-1] <= size
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
-def test_ranks_of_torchrun_share_the_folder(many_chunks, bucket: str, tmp_path: Path, count: int) -> None:
+def test_ranks_share_the_folder(many_chunks, bucket: str, tmp_path: Path, launcher: WorkerProcess, count: int) -> None:
+    """Two of them are started by torchrun."""
     address, out = upload(many_chunks.folder, f"{bucket}/pile"), tmp_path / "store"
     expected = train(config_of(many_chunks, tmp_path / "disk", "topk", "batchtopk", "relu", steps=60))
     size = small_size(address, 24)
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--standalone", "-m", "sae", "train"]
-    words = ["--cache", address, "--layer", 0, "--steps", 60, "--batch-size", 74, "--width", 64, "--device", "cpu"]
-    words += ["--local-cache", size, "--out", out, *"--variant topk --variant batchtopk --variant relu".split()]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "sae"]
+    words = ["train", "--cache", address, "--layer", 0, "--steps", 60, "--batch-size", 74, "--width", 64]
+    words += ["--device", "cpu", "--local-cache", size, "--out", out]
+    words += "--variant topk --variant batchtopk --variant relu".split()
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     with largest(concat_caches([address]).local.folder) as seen:
-        command = [sys.executable, *launcher, *map(str, words)]
-        said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+        command = list(map(str, words))
+        if count == 2:
+            done = subprocess.run([*torchrun, *command], env=environment, capture_output=True, text=True, check=True)
+            said = done.stderr
+        else:
+            given = {"words": [str(count), *command], "folder": tmp_path, "environment": environment}
+            code, _, said = launcher("forked_ranks.launch", **given)
+            assert code == 0, said
     runs = [out / folder.name for folder in expected]
     assert results(runs) == results(expected)
     worlds = {json.loads((run / "run.json").read_text())["environment"]["variables"]["WORLD_SIZE"] for run in runs}
@@ -355,20 +386,22 @@ def test_ranks_of_torchrun_share_the_folder(many_chunks, bucket: str, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_kill_leaves_a_folder_that_the_next_process_uses(many_chunks, bucket: str, tmp_path: Path) -> None:
+def test_a_kill_leaves_a_folder_that_the_next_process_uses(
+    many_chunks, bucket: str, tmp_path: Path, launcher: WorkerProcess, start_process, end_process
+) -> None:
     address = upload(many_chunks.folder, f"{bucket}/pile")
     expected = train(config_of(many_chunks, tmp_path / "disk"))
     size = small_size(address)
     local, rng = concat_caches([address]).local.folder, random.Random(0)
     for _ in range(6):
-        process = run_process(address, tmp_path / "store", size)
-        while not any(contents(local).parts) and process.poll() is None:
+        process = start_process(address, tmp_path / "store", size)
+        state = Path(f"/proc/{process}/stat")
+        while not any(contents(local).parts) and state.read_text().rpartition(")")[2].split()[0] != "Z":
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.4))
-        process.kill()
-        process.wait()
-    process = run_process(address, tmp_path / "store", size)
-    folder = Path(process.communicate()[0].split()[0])
+        os.kill(process, signal.SIGKILL)
+        launcher("forked_ranks.finish", pid=process)
+    folder = Path(end_process(start_process(address, tmp_path / "store", size))[0])
     assert results([folder]) == results(expected)
     assert not contents(local).parts
 
