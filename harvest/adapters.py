@@ -22,7 +22,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """The name, location and pinned revision of an adapter, as `ModelSource` has them for a model."""
+    """The name, location and pinned revision of an adapter, like `ModelSource` for a model."""
 
     name: str
     location: str  # a Hub id or a folder
@@ -38,9 +38,10 @@ class AdapterSource:
 
 
 def find_adapter(name: str, revision: str | None = None) -> AdapterSource:
-    """Find an adapter and pin its bytes; reads no weights.
+    """Find an adapter and pin its revision. The weights are not read.
 
-    Raises UsageError if it does not exist or is not in safetensors, and UnavailableError if the Hub cannot be reached.
+    Raises UsageError if it does not exist or is not stored as safetensors, and UnavailableError if the Hub cannot be
+    reached.
     """
     import_extra("adapters", "--adapter")
     folder = Path(name)
@@ -59,7 +60,7 @@ def find_adapter(name: str, revision: str | None = None) -> AdapterSource:
     with translate_load_errors(name):
         config = Path(str(cached_file(name, CONFIG, **({"revision": revision} if revision else {}))))
         cached_file(name, WEIGHTS, **({"revision": revision} if revision else {}))
-    commit = revision or config.parent.name  # the Hub's cache keeps each commit in a folder of its name
+    commit = revision or config.parent.name  # the Hub's cache names the folder of a commit after it
     return AdapterSource(name, name, commit, base_of(config))
 
 
@@ -102,7 +103,7 @@ def base_of(config: Path) -> str | None:
     if kind in LOADING_KINDS:
         raise UsageError(
             f"{config}: the adapter is of the kind {kind}, which peft cannot merge into the weights of a model. "
-            "LoRA and its relatives can be."
+            "LoRA and its variants can be merged."
         )
     base = record.get("base_model_name_or_path")
     return base if isinstance(base, str) and base else None
@@ -118,7 +119,7 @@ def merge_adapters(model: Any, adapters: Sequence[AdapterSource]) -> Any:
 
     for adapter in adapters:
         try:
-            with never_asking():  # peft runs no code of an adapter, and can load a tokenizer that one names
+            with never_asking():  # peft runs no code from an adapter, but may load the tokenizer that it names
                 adapted = peft.PeftModel.from_pretrained(model, adapter.location, **adapter.hub_revision)
         except SafetensorError as error:
             raise damaged_weights(adapter, str(error)) from error
@@ -146,12 +147,12 @@ def damaged_weights(adapter: AdapterSource, problem: str) -> DamagedError:
 def cannot_merge(adapter: AdapterSource, kind: Any) -> str:
     return (
         f"The adapter {adapter.location} is of the kind {getattr(kind, 'value', kind)}, which peft cannot merge into "
-        "the weights of a model. LoRA and its relatives can be."
+        "the weights of a model. LoRA and its variants can be merged."
     )
 
 
 def check_all_loaded(adapted: Any, adapter: AdapterSource) -> None:
-    """Raise UsageError unless the adapter has exactly the tensors of the adapted model; peft ignores a difference."""
+    """Raise UsageError if the adapter lacks tensors of the adapted model or has others. peft ignores both."""
     import peft
 
     with translate_load_errors(adapter.location):

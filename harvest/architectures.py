@@ -32,8 +32,9 @@ __all__ = [
 ]  # fmt: skip
 
 MOST_PARAMETERS = 1_000_000_000  # in a block that is built in memory
-SMALL = {"expert": 16, "intermediate_size": 256}  # word in the name of a size -> the value it is reduced to
-VOCABULARY = 64  # size for the model with random weights
+# Substring of the name of a configuration field -> the size to which such a field is reduced.
+SMALL = {"expert": 16, "intermediate_size": 256}
+VOCABULARY = 64  # of the model with random weights
 SKIPPED_OUTPUTS: tuple[Callable[[Any], Any], ...] = (lambda x: x, lambda x: (x,), lambda x: (x, None))
 
 
@@ -66,7 +67,7 @@ def hook_width(hook: Hook, config: Any) -> int:
 
 
 def check_context(config: Any, context: int, name: str) -> None:
-    """Raise UsageError if the model has a table of positions that is shorter than a context."""
+    """Raise UsageError if the model has a table of positions that is shorter than the context."""
     decoder = decoder_config(config)
     positions = getattr(decoder, "max_position_embeddings", None) or getattr(decoder, "max_seq_len", None)
     if positions is not None and context > positions and blueprint_of(config).has_position_table():
@@ -96,14 +97,14 @@ def hooks_of_sites(config: Any, layers: Sequence[int], sites: Sequence[str], mod
 
 
 def check_loaded_sites(model: HookedModel, config: Any, hooks: Sequence[Hook]) -> None:
-    """Raise UsageError unless running the loaded model finds each hook on the planned module."""
+    """Raise UsageError unless a run of the loaded model finds each hook at the planned module."""
     model.check_hooks(hooks)
     for hook in hooks:
         planned, found = blueprint_of(config).site(hook), model.site(hook)
         if planned != found:
             raise UsageError(
-                f"The weights of the model put {hook} at {found.path}, {found.width} wide, and its architecture alone "
-                f"at {planned.path}, {planned.width} wide. Name the module itself with --module."
+                f"{hook} is at {found.path} (width {found.width}) in the loaded model, but at {planned.path} (width "
+                f"{planned.width}) in the same architecture with random weights. Name the module with --module."
             )
 
 
@@ -230,8 +231,8 @@ class Blueprint:
             model = random_model(config, layer, classes)
             if config is self.config and kind_of(model.blocks[layer]) != kind_of(block):
                 raise UsageError(
-                    f"{self.class_name} makes its last block unlike the others, so its blocks cannot be probed one by "
-                    "one. Use --site resid_post."
+                    f"{self.class_name} builds its last block differently from the others, so its blocks cannot be "
+                    "probed one by one. Use --site resid_post."
                 )
             return model.probe(layer)
         except (UsageError, UnavailableError):
@@ -239,7 +240,7 @@ class Blueprint:
         except Exception as error:  # from a model's own code; DamagedError if its first blocks cannot be built alone
             why = describe(error.__cause__ or error)
             raise UsageError(
-                f"{self.class_name} with random numbers cannot be run: {why}. So its modules cannot be told apart "
+                f"{self.class_name} with random weights cannot be run: {why}. So its modules cannot be identified "
                 "before its weights are loaded. Use --site resid_post."
             ) from error
 
@@ -307,9 +308,9 @@ def with_small_sizes(config: Any) -> Any:
 
 
 def random_model(config: Any, layer: int, classes: Sequence[type]) -> HookedModel:
-    """A trunk that ends with the block of a layer. This block has random weights, and the blocks before it are skipped.
+    """A trunk that ends with the block at `layer`. This block has random weights; the blocks before it are skipped.
 
-    `classes` are the classes of its blocks.
+    `classes` are the classes of the trunk's blocks.
     """
     config = copy.deepcopy(decoder_config(config))
     truncate_config(config, layer + 1)
@@ -340,7 +341,7 @@ def random_model(config: Any, layer: int, classes: Sequence[type]) -> HookedMode
 
 @contextlib.contextmanager
 def without_numbers_except(layer: int, classes: Sequence[type]) -> Iterator[None]:
-    """Build all blocks on the meta device while the context is open, except one."""
+    """A context manager that builds every block except the one at `layer` on the meta device."""
     numbers, inside = itertools.count(), [False]
     own = {kind: kind.__dict__.get("__init__") for kind in classes}
 
@@ -372,7 +373,7 @@ def without_numbers_except(layer: int, classes: Sequence[type]) -> Iterator[None
 
 @torch.no_grad()
 def randomize(model: HookedModel) -> None:
-    """Initialize all parameters at random: a norm with weight one would look like no norm."""
+    """Set all parameters to random values. A norm whose weights are all one would look as if there were no norm."""
     for parameter in model.model.parameters():
         if parameter.device.type != "meta" and parameter.is_floating_point():
             if parameter.dim() >= 2:

@@ -27,7 +27,7 @@ MOST_PARTS = 500_000  # modules and parameters; DeepSeek-V3 with a module for ea
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' warnings, which would list the blocks that are left out on purpose."""
+    """Silence the warnings of transformers about blocks that are left out on purpose."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -40,7 +40,7 @@ def quiet_transformers() -> Iterator[None]:
 def build_without_numbers(config: Any, *kinds: Any) -> nn.Module:
     """Build a model on the meta device with the first of these transformers classes that accepts the configuration.
 
-    Raises UsageError if none does, and DamagedError if the configuration describes a model that cannot be built.
+    Raises UsageError if no class does, and DamagedError if the configuration describes a model that cannot be built.
     """
     errors = []
     for kind in kinds or (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel):
@@ -59,7 +59,7 @@ def build_without_numbers(config: Any, *kinds: Any) -> nn.Module:
 
 @contextlib.contextmanager
 def limited_parts(config: Any) -> Iterator[None]:
-    """While the context is open, raise DamagedError once a model being built has more than MOST_PARTS parts."""
+    """A context manager that raises DamagedError once the model being built has more than MOST_PARTS parts."""
     parts = 0
 
     def count(*_: Any) -> None:
@@ -84,7 +84,7 @@ def build_with_numbers(config: Any, *, dtype: str, device: str, attention: str) 
     """
     name = model_name(config)
     check_memory(build_without_numbers(config, AutoModel), name, dtype, device)
-    with torch.random.fork_rng(devices=[]), translate_model_errors(name, attention):  # made on the CPU
+    with torch.random.fork_rng(devices=[]), translate_model_errors(name, attention):  # built on the CPU, then moved
         model = from_config(AutoModel, config, dtype=getattr(torch, dtype), attn_implementation=attention)
         return model.to(device).eval()
 
@@ -97,9 +97,9 @@ def check_memory(model: Any, name: str, dtype: str, device: str) -> None:
     numbers = sum(x.numel() for x in (*model.parameters(), *model.buffers()))
     if numbers * itemsize > (memory := total_memory(device)):
         raise UnavailableError(
-            f"The weights of {name} take {format_bytes(numbers * itemsize)} in {dtype} as its config.json describes "
-            f"them, and the memory of {device} is {format_bytes(memory)}. Use a machine with more memory, or a smaller "
-            "model. If its files are smaller than that, config.json is damaged: download it again."
+            f"According to config.json, the weights of {name} take {format_bytes(numbers * itemsize)} in {dtype}, but "
+            f"the memory of {device} is {format_bytes(memory)}. Use a machine with more memory, or a smaller model. "
+            "If the files of the model are smaller than that, config.json is damaged: download it again."
         )
 
 

@@ -1,4 +1,4 @@
-"""Choose the folder of a harvest: the one where it was begun before, or a new one."""
+"""Choose the folder of a harvest: the folder in which it was begun earlier, or a new one."""
 
 import contextlib
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from .model import ModelSource
 
 
 def default_folder(identity: dict[str, Any], text: TextSource, suffix: str = "") -> Path:
-    """The folder under activations/ where this harvest was begun before, or a new one.
+    """The folder in activations/ in which this harvest was begun earlier, or a new one.
 
-    The model or the text may have had another name when the harvest began.
+    The search is by digest, because the model or the text may have had another name when the harvest began.
     """
     digest, root = fingerprint_of(identity), sae_home() / "activations"
     folder = root / f"{name_without_digest(identity['model']).split('/')[-1]}--{text.name}--{digest[:8]}{suffix}"
@@ -31,9 +31,10 @@ def default_folder(identity: dict[str, Any], text: TextSource, suffix: str = "")
 
 
 def is_begun(folder: Path, identity: dict[str, Any], *, has_own_name: bool) -> bool:
-    """Whether an earlier version began a harvest with this identity. Such a harvest is continued in the same way.
+    """Whether a harvest with this identity, as an earlier version recorded it, has been begun in the folder.
 
-    A folder whose name contains the identity's digest is such a harvest; any other folder must record its fingerprint.
+    With `has_own_name`, the folder's name contains the identity's digest, so the folder only has to exist. Otherwise
+    the fingerprint recorded in the folder must be that of the identity.
     """
     if has_own_name or not folder.is_dir():
         return folder.is_dir()
@@ -56,9 +57,9 @@ def mention_other_revisions(
             revision = other.identity["model"]["revision"]
             if revision in source.older_digests:
                 say(
-                    f"{other.folder} was harvested from this model by an earlier version, which did not count all of "
-                    "its files. It can be trained on and evaluated; a new cache is begun, since weights may have "
-                    "changed."
+                    f"{other.folder} was harvested from this model by an earlier version, whose digest did not include "
+                    "all files of the model. That cache can still be used for training and evaluation. A new cache is "
+                    "begun, since the weights may have changed."
                 )
                 continue
             flags = f" --revision {revision}" if source.on_hub else ""

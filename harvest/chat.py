@@ -32,7 +32,7 @@ Span = tuple[int, int]  # characters of a rendered conversation
 
 @dataclass(frozen=True)
 class ChatEncoder:
-    """Turns conversations into token ids and, if `roles` are given, marks the tokens written by them.
+    """Turns conversations into token ids and, if `roles` are given, marks the tokens that these roles wrote.
 
     Raises UsageError if the tokenizer has no chat template, or one that is not valid Jinja.
     """
@@ -44,13 +44,13 @@ class ChatEncoder:
         if not getattr(self.tokenizer, "chat_template", None):
             raise UsageError(
                 "--chat-column needs a tokenizer with a chat template, and this model's has none. "
-                "Choose an instruction-tuned model, or give a column of text with --text-column."
+                "Choose an instruction-tuned model, or name a column of plain text with --text-column."
             )
         if not is_fast(self.tokenizer):
             raise UsageError(
-                f"--chat-column needs a tokenizer that gives the position of each token in the text. The tokenizer of "
-                f"this model ({type(self.tokenizer).__name__}) is written in Python and does not. Convert the "
-                "conversations to text, and give their column with --text-column."
+                "--chat-column needs a tokenizer that returns the position of each token in the text. The tokenizer "
+                f"of this model ({type(self.tokenizer).__name__}) is written in Python and does not. Convert the "
+                "conversations to text, and name the column of that text with --text-column."
             )
         try:
             self.render([{"role": "user", "content": PROBE}])
@@ -58,7 +58,7 @@ class ChatEncoder:
             if isinstance(refusal.__cause__, TemplateSyntaxError):
                 raise UsageError(
                     f"The chat template of this tokenizer is not valid Jinja: {refusal}. Correct it in the model's "
-                    "folder, or give a column of text with --text-column."
+                    "folder, or name a column of plain text with --text-column."
                 ) from refusal
 
     @cached_property
@@ -77,7 +77,7 @@ class ChatEncoder:
     def encode(self, conversation: Conversation) -> EncodedDocument:
         """The ids of a conversation, including its template's special tokens, and the marks of its rows.
 
-        Raises TemplateRefusal if the template refuses the conversation or prints a list of parts verbatim, and
+        Raises TemplateRefusal if the template rejects the conversation or prints a list of parts verbatim, and
         UsageError if the text written by the roles is not found.
         """
         text = self.render(conversation.messages)
@@ -93,7 +93,7 @@ class ChatEncoder:
         return EncodedDocument(ids, marks if self.roles else ())
 
     def render(self, messages: Sequence[dict[str, Any]], *, prompt: bool = False) -> str:
-        """The rendered text of messages; with `prompt`, followed by the header of the assistant's next turn."""
+        """The messages rendered as text; if `prompt` is set, followed by the header of the assistant's next turn."""
         return self._render(messages, add_generation_prompt=prompt)[0]
 
     def _render(self, messages: Sequence[dict[str, Any]], **options: Any) -> tuple[str, list[Span]]:
@@ -106,13 +106,13 @@ class ChatEncoder:
             raise TemplateRefusal(first_line(error)) from error
         (text,), spans = rendered
         if any(str(message["content"]) in text for message in present if isinstance(message.get("content"), list)):
-            raise TemplateRefusal("it expects a text as content, and the content of a message is a list of parts")
+            raise TemplateRefusal("it expects text as content, but the content of a message is a list of parts")
         return text, [(int(first), int(last)) for first, last in spans[0]] if spans else []
 
     def literals(self, messages: Sequence[dict[str, Any]], text: str) -> dict[int, str]:
-        """{place: token} for each special token spelled out in a message; such a token is text.
+        """{position: token} for each special token that a message spells out, which is then ordinary text.
 
-        They are found by rendering the messages again with a mark inside each of them.
+        The positions are found by rendering the messages again with a mark inside each such token.
         """
         tokens = [token for token in special_tokens(self.tokenizer) if len(token) > 1]
         if not any(token in part for message in messages for part in strings(message) for token in tokens):
@@ -122,7 +122,9 @@ class ChatEncoder:
         broken = [replace_strings(message, lambda part: pattern.sub(break_with(mark), part)) for message in messages]
         marked = self.render(broken)
         if marked.replace(mark, "") != text:
-            raise TemplateRefusal("it treats a message that spells a special token differently")
+            raise TemplateRefusal(
+                "it renders a message that spells out a special token differently from other messages"
+            )
         places = [match.start() - number for number, match in enumerate(re.finditer(mark, marked))]
         found = [(place - 1, pattern.match(text, place - 1)) for place in places]
         return {place: match[0] for place, match in found if match}
@@ -149,9 +151,9 @@ class ChatEncoder:
             prefix = None
         if prefix is None or not text.startswith(prefix):
             raise UsageError(
-                f"This chat template does not render the first {len(messages)} messages of a conversation as the "
-                "beginning of the whole, so it is not clear what each role wrote. Use a tokenizer whose template has "
-                "{% generation %} marks with --roles assistant, or leave out --roles."
+                f"This chat template does not render the first {len(messages)} messages of a conversation to the "
+                "beginning of the text of all its messages, so it is not clear what each role wrote. Use a tokenizer "
+                "whose template has {% generation %} marks with --roles assistant, or leave out --roles."
             )
         return len(prefix)
 

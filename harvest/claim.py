@@ -1,9 +1,9 @@
-"""Claims decide which of several tasks cuts the text of a harvest. The others wait for it.
+"""Claims decide which of several tasks cuts the text of a harvest into contexts. The other tasks wait for it.
 
-A claim is a record in tokens/. A task creates it if there is none, and renews it while working. A claim that has not
-changed for EXPIRY seconds has expired; the task that creates the next claim, with the next number, continues with the
-text. Each task measures this time with its own clock, excluding time during which the task itself was suspended. A task
-that was only slow notices the later claim at its next step.
+A claim is a record in tokens/. A task creates one if there is none, and renews it while working. A claim that has not
+changed for EXPIRY seconds has expired; the task that creates the claim with the next number continues with the text.
+Each task measures this time with its own clock, excluding time during which the task itself was suspended. A task that
+was slow but not dead notices the later claim at its next step.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """`sae harvest --compile`: compile the blocks of a model with torch.compile.
 
 Each block's `forward` is compiled, so hooks on a whole block, such as resid_post, are called outside of compiled code.
-A block with a hook inside is not compiled. Sizes are dynamic, so a window has the same bits whatever was computed
-before it. A compiled block rounds differently from an eager one.
+A block with a hook inside is not compiled. Shapes are compiled as dynamic, so the bits of a window do not depend on
+what was computed before it. A compiled block rounds differently from an eager one.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from .model import LanguageModel
 
 BACKEND = "inductor"
 RECOMPILE_LIMIT = 1 << 10  # for one function of transformers, which all blocks share
-MOST_APART = 0.1  # difference, relative to the norm of the activations
+MOST_APART = 0.1  # norm of the difference, relative to the norm of the activations
 
 
 def compile_blocks(model: LanguageModel, hooks: Sequence[Hook]) -> None:
@@ -40,6 +40,6 @@ def compile_blocks(model: LanguageModel, hooks: Sequence[Hook]) -> None:
     apart = float((compiled - eager).norm() / eager.norm())
     if not apart <= MOST_APART:
         raise UsageError(
-            f"The compiled blocks of {name} compute something else: their activations are {apart:.0%} apart from those "
-            "of the model. Leave out --compile."
+            f"The compiled blocks of {name} are wrong: their activations differ by {apart:.0%} from those of the "
+            "uncompiled model. Leave out --compile."
         )

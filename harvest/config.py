@@ -18,7 +18,7 @@ TOKENS = 10_000_000
 
 @dataclass(frozen=True)
 class HarvestConfig:
-    """The options of `sae harvest`, under the names of its flags."""
+    """The options of `sae harvest`, named like its flags."""
 
     model: str = "google/gemma-2-2b"
     revision: str | None = None  # of the model, on the Hub
@@ -31,12 +31,12 @@ class HarvestConfig:
     subset: str | None = None  # a configuration of the dataset
     split: str = "train"
     text_column: str = "text"
-    chat_column: str | None = None  # a column of messages instead, rendered with the tokenizer's chat template
+    chat_column: str | None = None  # instead of text_column: messages, rendered with the chat template
     roles: Sequence[str] = ()  # harvest only what these roles wrote in a conversation; empty: all of it
     tokens: int | None = None  # None: ten million, or all of a shorter text
     context: int = 128  # tokens, BOS included
     bos: str = "auto"  # what contexts begin with: "auto", "none", or a token as text or id; see choose_bos
-    held_out: float | None = None  # share of the documents; None: 0.05, or by name for the embedded text
+    held_out: float | None = None  # share of the documents; None: 0.05, or 0.1 for the embedded text
     keep_special: bool = False  # harvest the rows of BOS, EOS and pad too
     skip_positions: int = 0  # leave out this many positions at the start of a context, BOS included
     skip_tokens: Sequence[str] = ()  # tokens that are left out, as text or id
@@ -53,7 +53,7 @@ class HarvestConfig:
     device: str = "auto"
     out: Path | str | None = None
     share: str | None = None  # "3/64": only the windows of this share, for one of several tasks
-    prepare: bool = False  # only cut the text and write the metadata
+    prepare: bool = False  # only cut the text into contexts and write the metadata
     origins: Mapping[str, str] = field(default_factory=dict)  # non-default flag -> "flag" or "file:line"
 
     @property
@@ -62,11 +62,11 @@ class HarvestConfig:
 
 
 def check_config(config: HarvestConfig, dataset: str) -> None:
-    """Raise UsageError for values that are invalid whatever the model and text."""
+    """Raise UsageError for values that are invalid for every model and text."""
     if config.model.encode(errors="replace").decode() != config.model:
         raise UsageError(
-            f"The path --model {config.model} is not UTF-8, and the libraries of models and tokenizers cannot open it. "
-            "Rename the folder, or give a link to it with another name."
+            f"The path --model {config.model} is not UTF-8, so transformers and tokenizers cannot open it. Rename the "
+            "folder, or pass a symbolic link to it that has a UTF-8 name."
         )
     if "" in (config.model, config.dataset):
         raise UsageError("--model and --dataset cannot be empty. Leave out --dataset for the model's default text.")
@@ -100,7 +100,8 @@ def check_config(config: HarvestConfig, dataset: str) -> None:
         raise UsageError(f"invalid --held-out {config.held_out}: expected a share from 0 up to, but not including, 1.")
     if config.storage_dtype not in ("bfloat16", "uint16"):
         raise UsageError(
-            f"unknown --storage-dtype {config.storage_dtype}: expected bfloat16, or uint16 for readers without it."
+            f"unknown --storage-dtype {config.storage_dtype}: expected bfloat16, or uint16 for readers without "
+            "bfloat16."
         )
     check_site_names(config.sites)
     check_max_norm(config.max_norm)
@@ -154,8 +155,8 @@ def check_sizes(config: HarvestConfig) -> None:
         )
     if window > max(WINDOW_ROWS, tokens or TOKENS):
         raise UsageError(
-            f"--window {window} exceeds the number of tokens, and a whole window is kept in memory and filled up on "
-            "disk. Give a smaller one."
+            f"--window {window} exceeds the number of tokens. A whole window is kept in memory, and its files are "
+            "padded to whole chunks. Give a smaller --window."
         )
 
 

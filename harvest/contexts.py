@@ -1,9 +1,9 @@
-"""Text -> contexts: tokenize documents, cut them, hold some out, shuffle.
+"""Turn text into contexts: tokenize documents, hold some of them out, cut them into contexts, and shuffle.
 
 A context is BOS and up to `context - 1` tokens of one document; two documents never share a context. With `pack`,
-contexts are full instead: documents follow each other, each after its own BOS, and a document that continues in the
-next context gets a BOS there too. Held-out documents are packed only with each other. The `ContextFormat` determines
-the BOS token, if any, and which tokens are rows.
+contexts are filled up: documents follow each other, each after its own BOS, and a document that continues in the next
+context gets a BOS there too. Held-out documents are packed only with each other. The `ContextFormat` determines the BOS
+token, if any, and which tokens are rows.
 
 A hash of the seed and the document's tokens decides which documents are held out. So training never sees a document
 that evaluation reads, even if it occurs several times, no matter whether it is given as text or as token ids.
@@ -42,9 +42,9 @@ def make_contexts(
     most BATCH_CHARACTERS + MAX_DOCUMENT characters); afterwards, it is 4 * context + 50 bytes per context.
     Conversations take one more byte per token.
 
-    Raises UsageError if the text has no tokens or, with `exactly`, too few, or has a token without an embedding in the
-    model, and UnavailableError if the text cannot be read any further; the checkpoint then contains everything read so
-    far.
+    Raises UsageError if the text has no tokens, if it has too few and `exactly` is set, or if the model has no
+    embedding for one of its tokens. Raises UnavailableError if the text cannot be read any further; the checkpoint then
+    contains everything read so far.
     """
     cutter = ContextCutter(form, context, tokens, pack, marked=encode.marks_rows)
     cut_documents(text, encode, cutter, checkpoint, seed, held_out, checkpoint_tokens)
@@ -85,7 +85,7 @@ def cut_documents(
         cutter.unfinished = [Unfinished(*saved) for saved in state["open"]]
         text.say(f"Continuing {text.name} after {cutter.rows:,} tokens, which are already tokenized.")
     elif checkpoint.discarded:
-        text.say(f"What was tokenized before cannot be used, so it begins again: {checkpoint.discarded}")
+        text.say(f"The tokens of an earlier run cannot be used, so tokenizing starts over: {checkpoint.discarded}")
     text.seek(state and state["text"])
     documents = text.documents
 
@@ -125,7 +125,7 @@ def name_document(document: Document, number: int, text: str) -> str:
 
 
 def describe_absent_roles(roles: Sequence[str], conversations: Sequence[Any]) -> str:
-    """A sentence about those `roles` that no message has and that may be misspelt; empty if every role occurs."""
+    """A message that names the `roles` that occur nowhere, since they may be misspelled; empty if every role occurs."""
     present = {message["role"] for one in conversations if isinstance(one, Conversation) for message in one.messages}
     absent = [role for role in roles if role not in present]
     if not absent or not present:
@@ -148,7 +148,8 @@ class ContextCutter:
     """Cuts the token ids of documents into contexts until there are `tokens` rows to harvest.
 
     `unfinished` holds the contexts that are not full yet: one for harvested documents, one for held-out documents.
-    Without `pack` both are empty between documents. With `marked`, every document comes with marks of its rows.
+    Without `pack` both are empty between documents. With `marked`, every document comes with marks that say which of
+    its tokens are rows.
     """
 
     def __init__(self, form: ContextFormat, context: int, tokens: int, pack: bool, marked: bool = False) -> None:
@@ -211,7 +212,7 @@ class ContextCutter:
     def _count_rows(self, ids: list[int], marks: Sequence[int]) -> int:
         if self.marked:
             return sum(self._is_row(ids, marks, position) for position in range(len(ids)))
-        return sum(token not in self.skip for token in ids[self.form.skip_positions :])  # the same, faster
+        return sum(token not in self.skip for token in ids[self.form.skip_positions :])  # same result, faster
 
     def _is_row(self, ids: list[int], marks: Sequence[int], position: int) -> bool:
         marked = not self.marked or bool(marks[position])
@@ -219,7 +220,7 @@ class ContextCutter:
 
 
 def empty_contexts(marked: bool) -> dict[str, array]:
-    """Empty growable arrays that hold all contexts: one object per context would take too much memory."""
+    """Empty growable arrays for all contexts, since one object per context would take too much memory."""
     columns = {"ids": array("I"), "length": array("H"), "document": array("I"), "held_out": array("B")}
     return columns | ({"rows": array("B")} if marked else {})
 
@@ -237,7 +238,7 @@ def next_batch(documents: Iterator[Document]) -> list[Document]:
 def shuffle_contexts(
     parts: Callable[[], Iterable[dict[str, np.ndarray]]], context: int, padding: int, seed: int
 ) -> Contexts:
-    """All contexts, padded and shuffled by the seed. The held-out ones come last, so row_ctx starts at 0."""
+    """All contexts, padded and shuffled by the seed. The held-out contexts come last, so the others start at 0."""
     columns = zip(*((part["length"], part["document"], part["held_out"]) for part in parts()), strict=True)
     length, document, held_out = map(np.concatenate, columns)
     order = np.random.Generator(np.random.Philox(key=[seed, 2**63])).permutation(len(length))

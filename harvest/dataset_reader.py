@@ -14,12 +14,12 @@ RETRY_SECONDS = (1, 2, 4, 8, 16)  # waits before each retry after a network fail
 
 
 class Column:
-    """Turns the cells of a column into documents; with `chat` they are conversations.
+    """Turns the cells of a column into documents; if `chat` is set, into conversations.
 
     Attributes:
-        name: its column.
+        name: the name of the column.
         source: the name of the text.
-        vocabulary: the number of ids of the model's tokenizer.
+        vocabulary: the number of ids in the model's tokenizer.
     """
 
     def __init__(self, name: str, *, source: str, vocabulary: int, chat: bool) -> None:
@@ -47,9 +47,9 @@ class Column:
             if value and not 0 <= min(value) <= max(value) < self.vocabulary:
                 bad = next(i for i in value if not 0 <= i < self.vocabulary)
                 raise UsageError(
-                    f"Row {row} of {self.source} contains the id {bad}, but the model's tokenizer has the ids "
-                    f"0 to {self.vocabulary - 1:,}: it was tokenized for another model. "
-                    "Give a column of text with --text-column."
+                    f"Row {row} of {self.source} contains the id {bad}, but the model's tokenizer only has the ids "
+                    f"0 to {self.vocabulary - 1:,}, so the text was tokenized for another model. "
+                    "Name a column of plain text with --text-column."
                 )
             return Document(value)
         elif isinstance(value, str) or (isinstance(value, list) and set(map(type, value)) <= {int, type(None)}):
@@ -62,7 +62,8 @@ class Column:
 class FileReader:
     """The documents in a column of local files of one format.
 
-    Raises UsageError at once if there are no rows or no such column, and at a row with ids outside the vocabulary.
+    The constructor raises UsageError if there are no rows or no such column. Iterating raises UsageError at a row with
+    ids outside the vocabulary.
     """
 
     def __init__(self, files: Sequence[Path], column: Column) -> None:
@@ -87,7 +88,7 @@ class FileReader:
         return {"row": self.rows_read, "place": list(self.place)} if self.rows_read else None
 
     def seek(self, position: dict[str, Any] | None) -> None:
-        """Go to a position. A position saved by an earlier version is just the number of rows read."""
+        """Continue at a saved position. Earlier versions saved only the number of rows read."""
         self.rows_read, self.place = (position["row"] if position else 0), (0, 0)
         skip = self.rows_read
         if position and "place" in position:
@@ -99,11 +100,12 @@ class FileReader:
 class DatasetReader:
     """The documents in a column of a `datasets.IterableDataset`.
 
-    A network failure is retried after each of `retry_seconds`; every row that arrives resets the count. After the last
-    retry the reader raises UnavailableError. Any other failure raises `make_error(first line of the failure's
-    message)`.
+    After a network failure, the reader waits for each of `retry_seconds` in turn and retries; every row that arrives
+    resets the count. After the last retry it raises UnavailableError. After any other failure it raises
+    `make_error(first line of the failure's message)`.
 
-    Raises UsageError at once if there are no rows or no such column, and at a row with ids outside the vocabulary.
+    The constructor raises UsageError if there are no rows or no such column. Iterating raises UsageError at a row with
+    ids outside the vocabulary.
     """
 
     def __init__(
@@ -143,7 +145,7 @@ class DatasetReader:
         while True:
             try:
                 row = next(rows, None)
-            except Exception as error:  # pyarrow, httpx, fsspec, datasets and the Hub have their own classes
+            except Exception as error:  # pyarrow, httpx, fsspec, datasets and the Hub each have their own classes
                 self._wait_or_raise(error, failures)
                 failures += 1
                 self.stream.load_state_dict(self.stream.state_dict())
@@ -155,7 +157,7 @@ class DatasetReader:
             yield row
 
     def _wait_or_raise(self, error: Exception, failures: int) -> None:
-        """Wait after a network failure; `failures` counts the preceding failures since the last row."""
+        """Wait after a network failure, or raise. `failures` counts the earlier failures since the last row arrived."""
         problem = first_line(error)
         if not (self.retry_seconds and is_network_error(error)):
             raise self.make_error(problem) from error

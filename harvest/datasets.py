@@ -1,4 +1,4 @@
-"""Open a text: the embedded corpus, local files, datasets saved to disk, or datasets of the Hub."""
+"""Open a text: the embedded corpus, local files, a dataset saved to disk, or a dataset on the Hub."""
 
 import hashlib
 import random
@@ -17,9 +17,9 @@ from .mini import corpus, spelling
 
 PILE = "monology/pile-uncopyrighted"
 EMBEDDED_TEXT = "python-stdlib"
-SPELLING_LINES = 40  # of spelling after each embedded document: about one token in ten
+SPELLING_LINES = 40  # lines that spell words, after each embedded document: about one token in ten
 MAX_LISTED_SUBSETS = 20  # in an error message
-MIN_SECTION = 2000  # characters of a document cut from a plain text file
+MIN_SECTION = 2000  # least number of characters in a document cut from a plain text file
 SEARCHED = {".txt", ".jsonl", ".json"}  # files that contain their text uncompressed
 MOST_SEARCHED = 2**28  # bytes
 
@@ -30,7 +30,7 @@ def open_text(
     name: str, *, tokenizer: Any, revision: str | None, split: str, column: str, seed: int,
     say: Say = lambda sentence: None, subset: str | None = None, chat: bool = False,
 ) -> TextSource:  # fmt: skip
-    """Open a text by name: "python-stdlib", a local file or folder, or a dataset of the Hub, which is streamed.
+    """Open a text by name: "python-stdlib", a local file or folder, or a dataset on the Hub, which is streamed.
 
     With `chat`, the column holds conversations.
 
@@ -63,8 +63,8 @@ def refuse_chat(name: str, chat: bool) -> None:
 
 
 def open_embedded(tokenizer: Any, seed: int, say: Say) -> TextSource:
-    """The standard library of the running Python, with a little spelling after each harvested document."""
-    # Ordered by a hash, so that a small harvest is a fair sample.
+    """The standard library of the running Python, with lines that spell words after each harvested document."""
+    # Documents are ordered by a hash, so that a small harvest is a representative sample.
     library = sorted(corpus.stdlib_documents(), key=lambda d: hashlib.sha256(d.name.encode()).digest())
     digest = hashlib.sha256()
     for document in library:
@@ -109,7 +109,7 @@ def open_local(
 
 
 def files_may_contain(files: list[Path], strings: Sequence[str]) -> bool:
-    """Whether these files may contain one of the strings. Compressed and large files are not searched: True."""
+    """Whether these files may contain one of the strings. Compressed and large files are not searched: they may."""
     if (
         any(file.suffix.lower() not in SEARCHED for file in files)
         or sum(file.stat().st_size for file in files) > MOST_SEARCHED
@@ -158,7 +158,7 @@ def read_sections(file: Path) -> Iterator[Document]:
 
 
 def split_paragraphs(text: str, min_characters: int = MIN_SECTION) -> Iterator[str]:
-    """Runs of paragraphs of at least `min_characters` characters: the documents of a plain text file."""
+    """The documents of a plain text file: runs of paragraphs with at least `min_characters` characters in total."""
     section: list[str] = []
     size = 0
     for paragraph in text.split("\n\n"):
@@ -174,7 +174,7 @@ def split_paragraphs(text: str, min_characters: int = MIN_SECTION) -> Iterator[s
 def open_hub(
     name: str, revision: str | None, subset: str | None, split: str, column: str, vocabulary: int, say: Say, chat: bool
 ) -> TextSource:
-    """Open a dataset of the Hub at a pinned commit, streamed."""
+    """Open a dataset on the Hub at a pinned commit, for streaming."""
     import huggingface_hub
 
     def unreachable(problem: str) -> SaeError:
@@ -198,13 +198,13 @@ def open_hub(
 
 
 def hub_error(error: Exception, name: str, revision: str | None) -> SaeError | None:
-    """The error to raise if the dataset, its revision, subset or split does not exist or is refused; otherwise None."""
+    """The error to raise if the dataset, revision, subset or split does not exist or access is denied; else None."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):
         return UnavailableError(
             f"The dataset {name} is gated: accept its terms at https://huggingface.co/datasets/{name}, then run "
-            f"`hf auth login`. To try everything without it: --dataset {EMBEDDED_TEXT}"
+            f"`hf auth login`. To try `sae` without this dataset, use --dataset {EMBEDDED_TEXT}"
         )
     if isinstance(error, RepositoryNotFoundError):
         return UnavailableError(

@@ -72,15 +72,15 @@ def describe_format(plan: HarvestPlan) -> list[str]:
     token = "none" if form.bos_id is None else f"{token_text(plan.tokenizer, form.bos_id)} (id {form.bos_id})"
     lines = [f"bos      {token}: {choice.reason if form.bos_id == choice.id else 'as this cache was begun'}"]
     if plan.chat is not None:
-        wrote = f"what {' and '.join(plan.chat.roles)} wrote" if plan.chat.roles else "all that is written"
-        lines.append(f"chat     {plan.config.chat_column} through the tokenizer's template; rows are {wrote}")
+        wrote = f"the tokens that {' and '.join(plan.chat.roles)} wrote" if plan.chat.roles else "all tokens"
+        lines.append(f"chat     {plan.config.chat_column}, rendered with the tokenizer's template; rows are {wrote}")
     left_out = [f"the first {form.skip_positions} positions of each context"] if form.skip_positions else []
     if plan.config.skip_tokens:
         left_out.append(", ".join(repr(token_text(plan.tokenizer, token)) for token in form.skip_ids))
     if beyond := tokens_without_embedding(plan.tokenizer, rows := embedding_rows(plan.model_config)):
         lines.append(
             f"unknown  {describe_tokens(beyond)}: tokens of the tokenizer beyond the {rows:,} rows of the model's "
-            "embedding; a text that has one is refused"
+            "embedding; a text that contains one is rejected"
         )
     return [*lines, *([f"left out {'; '.join(left_out)}"] if left_out else [])]
 
@@ -107,10 +107,10 @@ def describe_window(plan: HarvestPlan) -> list[str]:
     free = available_memory(plan.device) - (weight_bytes(plan.model_config, list(widths), plan.dtype) or 0)
     size = window_bytes(plan.layout_to_fill, 2 * sum(widths.values()))
     if fits_on_gpu(size, free):
-        memory = f"the memory of {plan.device}, and {WINDOWS_IN_MEMORY} x that of pinned memory of the host"
+        memory = f"the memory of {plan.device}, and {WINDOWS_IN_MEMORY} x that size in pinned host memory"
     else:
         memory = (
-            f"the memory of the host: more than {SHARE:.0%} of the {format_bytes(max(free, 0))} that the model leaves "
+            f"host memory: it is larger than {SHARE:.0%} of the {format_bytes(max(free, 0))} that the model leaves "
             f"free on {plan.device}"
         )
     return [f"window   {format_bytes(size)} in {memory}"]
@@ -119,7 +119,7 @@ def describe_window(plan: HarvestPlan) -> list[str]:
 def describe_time(plan: HarvestPlan) -> str:
     """The estimated time as text. It is also part of the plan of `sae train --stream`.
 
-    If several processes are launched, only the first one measures it, since only that one prints.
+    If several processes are launched, only the first one measures it, since only the first one prints.
     """
     rank, processes = rank_and_count()
     if rank > 0:
@@ -137,7 +137,7 @@ def summarize_harvest(plan: HarvestPlan, cache: Cache, seconds: float) -> list[s
     lines = []
     for hook in plan.hooks:
         implied = IMPLIED_VARIANCE.get((cache.model, hook.layer)) if hook.site == "resid_post" else None
-        expected = f" (about {implied:g} follows from the papers' numbers)" if implied else ""
+        expected = f" (the papers' numbers imply about {implied:g})" if implied else ""
         lines.append(f"{hook.array:8s} {describe_statistics(cache.statistics(hook.array))}{expected}")
         lines += cache.describe_outliers(hook)
     contexts = cache.contexts(held_out=False)

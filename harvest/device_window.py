@@ -11,11 +11,11 @@ from ..cache.measure import RowStatistics, measure
 from ..common.device import copy_to_device
 from ..common.memory import out_of_memory
 
-SHARE = 0.5  # of the free memory may be taken by a window; forward passes need the rest
+SHARE = 0.5  # of the free memory that a window may take; forward passes need the rest
 
 
 def fits_on_gpu(window_bytes: int, free: float) -> bool:
-    """Whether a window may be kept on a GPU that has `free` bytes left besides the weights."""
+    """Whether a window may be kept on a GPU that has `free` bytes left after the weights are loaded."""
     return window_bytes <= SHARE * free
 
 
@@ -76,7 +76,7 @@ class DeviceWindow:
             bits[name][target] = as_uint16(self.x[name][there].cpu())
 
     def send(self, memory: Mapping[str, Tensor], rows: int, chunk_rows: int) -> Callable[[], dict[str, RowStatistics]]:
-        """Queue the measuring of the first `rows` rows and their copy into `memory`.
+        """Queue the computation of the statistics of the first `rows` rows, and the copy of these rows to `memory`.
 
         The returned function waits for both and returns the statistics of each array.
         """
@@ -113,7 +113,7 @@ class DeviceWindow:
 
 
 def measure_chunks(x_RD: Tensor, chunk_rows: int) -> list[Tensor]:
-    """Squared norms and sums of the chunks of a window, as from `measure`: first the full chunks, then the last."""
+    """Squared norms and sums of the chunks of a window, as `measure` returns them: the full chunks, then the last."""
     whole = len(x_RD) // chunk_rows * chunk_rows
     parts = [x_RD[:whole].view(-1, chunk_rows, x_RD.shape[1])] if whole else []
     if whole < len(x_RD):

@@ -18,14 +18,14 @@ from .structure import decoder_config, truncate_config
 
 WINDOWS_IN_MEMORY = 2  # per process: one is computed, one is written
 TOKEN_BYTES = 5  # the id of a token, and whether it is a row
-SIDE_BYTES, NORM_BYTES = 6, 4  # per row on disk: row_ctx and row_pos; for each hook its row_norm
+SIDE_BYTES, NORM_BYTES = 6, 4  # per row on disk: row_ctx and row_pos; for each hook also row_norm
 
 
 def describe_division(
     share: HarvestShare | None, layout: Layout, windows: Sequence[int], context: int, model_config: Any,
     widths: Mapping[Hook, int], dtype: str, device: str,
 ) -> list[str]:  # fmt: skip
-    """The lines about the work and memory of a process; none if a single process does everything.
+    """The lines about the work and memory of a process. There are none if a single process does everything.
 
     With several ranks, `windows` are the windows of the rank with the most. `widths` contains the harvested hooks.
     """

@@ -14,7 +14,7 @@ from ..common.formatting import format_count
 from ..common.tables import Unreadable
 
 UNREADABLE = "unreadable"
-CHECKED_ROWS = 100  # after this many rows, at most a hundredth of them may be unreadable
+CHECKED_ROWS = 100  # once this many rows are read, at most a hundredth of them may be unreadable
 TOLERATED_ROWS = 10  # additional unreadable rows that are allowed until the whole text is read
 REFUSED = "untemplated"  # conversations that the chat template does not render
 MAX_DOCUMENT = 20_000_000  # characters or ids; anything longer is a dump whose tokens would fill the memory
@@ -22,7 +22,7 @@ MAX_DOCUMENT = 20_000_000  # characters or ids; anything longer is a dump whose 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, each a dictionary with a role and content. Its length is the number of characters of its content."""
+    """Messages, each a dictionary with a role and content. Its length is the number of characters in the contents."""
 
     messages: list[dict[str, Any]]
 
@@ -80,7 +80,7 @@ class TextSource:
     skipped: dict[str, int] = field(default_factory=lambda: {"empty": 0, "not text": 0, "huge": 0})
     # Whether the text may contain one of these strings. Only False is certain: not every text can be searched quickly.
     may_contain: Callable[[Sequence[str]], bool] = lambda strings: True
-    remarks: list[str] = field(default_factory=list)  # messages about the documents, repeated in an error
+    remarks: list[str] = field(default_factory=list)  # messages, repeated in the error if there is nothing to harvest
     read: int = 0
     first_unreadable: str = ""
 
@@ -88,7 +88,7 @@ class TextSource:
     def documents(self) -> Iterator[Document]:
         """The usable documents, starting at the current position.
 
-        Raises UsageError if so many documents cannot be read that this is hardly the intended text.
+        Raises UsageError if so many documents cannot be read that this is probably not the intended text.
         """
         for document in self.reader:
             self.read += 1
@@ -113,7 +113,7 @@ class TextSource:
 
     @property
     def unreadable_rows(self) -> dict[str, Any]:
-        """The record of unreadable rows that is kept with the cache: their number and the first one. Empty if none."""
+        """The record of unreadable rows that is kept with the cache: their number, and the first one. May be empty."""
         count = self.skipped.get(UNREADABLE, 0)
         return {"rows": count, "first": self.first_unreadable} if count else {}
 
@@ -121,12 +121,13 @@ class TextSource:
         """Count a conversation that the chat template does not render, and explain the first one to the user."""
         if not self.skipped.get(REFUSED):
             self.remark(
-                f"The chat template refuses a conversation of {self.name}: {why.rstrip('.')}. Such are skipped."
+                f"The chat template rejects a conversation of {self.name}: {why.rstrip('.')}. Conversations that it "
+                "rejects are skipped."
             )
         self.skipped[REFUSED] = self.skipped.get(REFUSED, 0) + 1
 
     def remark(self, sentence: str) -> None:
-        """Tell the user something about the documents, now and again if the text has no tokens to harvest."""
+        """Print a message about the documents now, and repeat it in the error if the text has no tokens to harvest."""
         self.remarks.append(sentence)
         self.say(sentence)
 
@@ -146,7 +147,7 @@ class TextSource:
 
 
 def describe_unreadable(rows: dict[str, Any]) -> str:
-    """A sentence about rows that could not be read; empty for none."""
+    """A sentence about the rows that could not be read; empty if there are none."""
     if not rows:
         return ""
     were = "was" if rows["rows"] == 1 else "were"

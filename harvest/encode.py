@@ -1,4 +1,4 @@
-"""Documents -> token ids. Special tokens that are spelled out in a text are text, not special tokens."""
+"""Turn documents into token ids. A special token that is spelled out in a text is encoded as ordinary text."""
 
 import itertools
 import re
@@ -18,7 +18,7 @@ class EncodedDocument(NamedTuple):
     marks: Sequence[int] = ()  # 1 at the tokens of the roles that are harvested
 
 
-class TemplateRefusal(Exception):  # noqa: N818  (counted; the harvest goes on)
+class TemplateRefusal(Exception):  # noqa: N818  (counted; the harvest continues)
     """The chat template does not render a conversation, for example because of the order of its roles."""
 
 
@@ -36,9 +36,10 @@ class DocumentEncoder:
 
     Attributes:
         bos_id: the token that contexts begin with. Every context gets one, so it is removed from given token ids.
-        literals_are_text: whether `<bos>` in a text is five characters. Earlier versions made it the special token.
-        chat: for a text of conversations.
-        embedded: the number of token ids that the model has an embedding for, if the tokenizer can have more.
+        literals_are_text: whether `<bos>` in a text is encoded as five characters. Earlier versions encoded it as the
+            special token.
+        chat: the encoder of conversations, for a text that consists of them.
+        embedded: the number of token ids for which the model has an embedding, if the tokenizer may have more.
     """
 
     tokenizer: Any
@@ -54,7 +55,7 @@ class DocumentEncoder:
 
     @property
     def padding(self) -> int:
-        """The token that pads contexts; the model's results at padding are never used."""
+        """The token that pads contexts; the model's outputs at padding are never used."""
         padding = self.tokenizer.pad_token_id or 0
         return padding if self.embedded is None or padding < self.embedded else 0
 
@@ -94,7 +95,7 @@ class DocumentEncoder:
 def encode_as_text(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """The ids of texts, with special tokens in the texts tokenized as ordinary text.
 
-    A Unigram or WordPiece model can have the special token among its own pieces and find it in the text. That piece is
+    A Unigram or WordPiece model can have the special token in its own vocabulary and find it in the text. That piece is
     then replaced by the pieces of its parts.
     """
     ids: list[list[int]] = tokenizer(
@@ -111,7 +112,7 @@ def encode_as_text(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 def split_literals(tokenizer: Any, text: str, number_of: dict[int, str]) -> list[int]:
     """The ids of a text, with each special token that the model found in the text replaced by the ids of its parts.
 
-    A special token that replaces other text, such as `<unk>` for an unknown character, stays.
+    A special token that replaces other text, such as `<unk>` for an unknown character, is kept.
     """
     if not is_fast(tokenizer):
         return split_before_encoding(tokenizer, text, list(number_of.values()))

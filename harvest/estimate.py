@@ -1,4 +1,4 @@
-"""Estimate how long the model of a harvest will take, by timing one of its blocks with random weights."""
+"""Estimate the time that the model takes in a harvest, by timing one of its blocks with random weights."""
 
 import copy
 import time

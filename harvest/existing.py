@@ -1,4 +1,4 @@
-"""The part of a planned harvest that its folder already holds: nothing, some windows, other layers, or all of it."""
+"""The part of a planned harvest that its folder already contains: nothing, some windows, other layers, or all of it."""
 
 import contextlib
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ class ExistingRows:
     Attributes:
         cache: None if nothing has been begun.
         missing: the hooks of the harvest that are not complete.
-        windows: the windows still to be harvested for these hooks, with `rows_left` rows; none without a cache.
-        statistics_differ: whether the statistics of a complete hook were computed for another --max-norm, or are lost.
+        windows: the windows still to be harvested for these hooks, with `rows_left` rows; empty if there is no cache.
+        statistics_differ: whether the statistics of a complete hook were computed with another --max-norm, or are lost.
     """
 
     cache: Cache | None
@@ -54,8 +54,9 @@ class ExistingRows:
 
 
 def find_existing(folder: Path, fingerprint: str, hooks: Sequence[Hook], max_norm: float | None) -> ExistingRows:
-    """The part of the harvest with this fingerprint and these hooks that a folder holds. For a damaged cache it is
-    empty, because the harvest itself reports the damage.
+    """Find which part of the harvest with this fingerprint and these hooks a folder already contains.
+
+    Returns an empty part for a damaged cache, because the harvest itself reports the damage.
     """
     with contextlib.suppress(SaeError):
         cache = Cache(folder)

@@ -29,13 +29,13 @@ KEYWORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
-}  # split -> its names
+}  # split -> words for it in file names
 SAVE_AGAIN = "Save the dataset again."
 ALL = "all"  # a split that contains every file
 WHOLE = (*KEYWORDS["train"], ALL)  # names for the whole of an undivided text
 SHARD = re.compile(r"data/(?P<split>[^/]*)-\d{5}-of-(?P<shards>\d{5})[^/]*\.[^/]*")
 METADATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-ABOUT = {"readme", "license", "licence", "copying", "notice"}  # .txt or .json
+ABOUT = {"readme", "license", "licence", "copying", "notice"}  # stems of .txt and .json files that are not text
 
 Say = Callable[[str], None]
 Splits = dict[str, list[Path]]
@@ -47,7 +47,7 @@ class Configuration:
 
     Attributes:
         patterns: split -> patterns of its files, relative to the folder; empty if the file names decide the split.
-        folder: where its files are, relative to the folder.
+        folder: the subfolder that contains its files; "" for the folder itself.
     """
 
     name: str
@@ -104,7 +104,7 @@ def choose_split(path: Path, splits: Sequence[str], split: str) -> str:
 
 
 def saved_list(record: Path, key: str) -> list[Any]:
-    """The list in a record of `save_to_disk`. Raises UsageError if there is none."""
+    """The list stored under `key` in a record that `save_to_disk` wrote. Raises UsageError if there is none."""
     try:
         content = parse_json(read_file(record, SAVE_AGAIN), record, SAVE_AGAIN)
     except DamagedError as error:
@@ -257,7 +257,7 @@ def read_configuration(entry: Any, readme: Path) -> Configuration:
 
 
 def has_files(path: Path, files: list[Path], configuration: Configuration) -> bool:
-    """Whether a configuration names one of these files."""
+    """Whether a configuration contains one of these files."""
     if configuration.patterns:
         return bool(splits_by_pattern(path, files, configuration))
     return any(file.is_relative_to(path / configuration.folder) for file in files)
@@ -266,9 +266,9 @@ def has_files(path: Path, files: list[Path], configuration: Configuration) -> bo
 def choose_configuration(
     path: Path, files: list[Path], configurations: list[Configuration], subset: str | None
 ) -> Configuration | None:
-    """The configuration to read; None if none names an existing file.
+    """The configuration to read; None if no configuration contains an existing file.
 
-    Raises UsageError for an unknown subset, or if one has to be chosen.
+    Raises UsageError for an unknown subset, or if the user has to choose one.
     """
     names = [one.name for one in configurations]
     if subset is not None and subset not in names:
@@ -291,13 +291,13 @@ def choose_configuration(
 
 
 def say_left_out(path: Path, files: list[Path], splits: Splits, say: Say) -> None:
-    """Report files that belong to no split: their names contain none, while the names of other files do."""
+    """Report files that belong to no split because their names, unlike those of other files, contain none."""
     belonging = {file for chosen in splits.values() for file in chosen}
     if left_out := [file for file in files if file not in belonging]:
         first = left_out[0].relative_to(path).as_posix()
         say(
             f"{format_count(len(left_out), 'file')} of {path} {'is' if len(left_out) == 1 else 'are'} not read, such "
-            f"as {first}: its name does not contain a split, and the names of other files do. --split {ALL} reads "
+            f"as {first}: its name does not contain a split, but the names of other files do. --split {ALL} reads "
             "every file."
         )
 

@@ -1,7 +1,7 @@
 """A language model whose activations can be read and replaced at the sites of its blocks and at any module.
 
-probe.py finds the sites by running a block on a few tokens. This module keeps its results and installs torch hooks
-there.
+probe.py finds the sites by running a block on a few tokens. This module keeps the sites and installs torch hooks on
+them.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ class HookedModel:
 
     @property
     def trunk(self) -> Any:
-        """The part without the unembedding, which holds the blocks."""
+        """The part of the model that contains the blocks, without the unembedding."""
         return self.parts.trunk
 
     @property
@@ -106,7 +106,7 @@ class HookedModel:
         return Site(hook.module_path, hook.site.endswith(".input"), shape[-1], len(shape) == 2)
 
     def check_hooks(self, hooks: Sequence[Hook]) -> None:
-        """Raise UsageError unless running the model confirms every hook."""
+        """Raise UsageError unless a run of the model confirms every hook."""
         for hook in hooks:
             if not hook.is_outside and (why := self.probe(hook.layer).refused.get(hook.site)):
                 raise UsageError(refusal(type(self.model).__name__, hook, why))
@@ -232,8 +232,8 @@ class HookedModel:
     def patching(self, hook: Hook, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """Replace the activations x (N, S, d) at the hook by `change(x)` while the context is open.
 
-        The block itself adds the MLP's output to resid_mid, where no module could intercept it. So at resid_mid,
-        attn_out is replaced by `change(x)` - resid_pre instead; the result is the same within rounding.
+        The block itself computes resid_mid, outside of any module that could be hooked. So at resid_mid, attn_out is
+        replaced by `change(x)` - resid_pre instead; the result is the same up to rounding.
         """
         if hook.site != "resid_mid":
             with self._hooking(hook, lambda x: change(x).clone()):  # Falcon adds to its MLP's output in place
@@ -254,7 +254,7 @@ class HookedModel:
 
     @contextlib.contextmanager
     def _stopping_after(self, layer: int) -> Iterator[None]:
-        """While the context is open, end forward passes after this block: no later block is needed."""
+        """A context manager that ends forward passes after this block, since no later block is needed."""
 
         def stop(_module: nn.Module, _inputs: Any, _output: Any) -> None:
             raise _StopForward
@@ -279,7 +279,7 @@ class HookedModel:
             if x.dim() != 3 or x.shape[:2] != ids_NS.shape:
                 raise UsageError(
                     f"{type(self.model).__name__} has activations of shape {tuple(x.shape)} at {hook.name} for "
-                    f"{tuple(ids_NS.shape)} tokens; expected one vector per token. It is not supported."
+                    f"{tuple(ids_NS.shape)} tokens; expected one vector per token. The model is not supported."
                 )
         return captured
 
@@ -293,7 +293,7 @@ def module_refusal(hook: Hook, seen: BlockSites) -> str | None:
     end = hook.site.rpartition(".")[2]
     calls = seen.shapes.get(hook.module_path)
     if not calls:
-        return "no module of that path is run"
+        return "no module with that path is run"
     if len(calls) > 1:
         return f"the module is run {len(calls)} times in a pass"
     shape, (contexts, positions) = calls[0][end == "output"], seen.shape

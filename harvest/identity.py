@@ -19,7 +19,7 @@ def identity_of(
     config: HarvestConfig, source: ModelSource, dtype: str, tokenizer: Any, form: ContextFormat, text: TextSource, *,
     held_out_by_name: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    """Everything that determines the bytes of the cache, except layers and sites: a cache can hold several of them."""
+    """Everything that determines the bytes of a cache, except layers and sites, which can be added later."""
     return {
         "format": FORMAT,
         "model": source.identity(),

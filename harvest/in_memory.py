@@ -45,17 +45,18 @@ def activations(
         acts.tokens, acts.x.shape  # one row of x for each token
 
     As in a harvest, each text begins with a BOS and is cut into contexts of at most `context` tokens, and the rows of
-    BOS, EOS and pad are left out unless `keep_special` is set. Special tokens spelled in a text are text.
+    BOS, EOS and pad are left out unless `keep_special` is set. A special token that is spelled out in a text is encoded
+    as ordinary text.
 
     Args:
         texts: Any number of strings.
         model: A name as for `sae harvest --model`; only the blocks up to the layer are loaded. Or a transformers model
             that is already loaded, together with its `tokenizer`.
         layer: Zero-based block.
-        site: "resid_post" (the residual stream after the block), another site such as "mlp_out", or a module of the
-            block, "mlp.gate_proj.output" (harvest/model.py).
+        site: "resid_post" (the residual stream after the block), another site such as "mlp_out", or the input or output
+            of a module of the block, such as "mlp.gate_proj.output" (harvest/model.py).
         bos: What each context begins with: "auto", "none", or a token as text or id, as for `sae harvest --bos`.
-        skip_positions: Leave out this many positions at the beginning of each context; BOS is one.
+        skip_positions: Leave out this many positions at the beginning of each context. BOS counts as one.
         skip_tokens: Tokens, as text or id, whose rows are left out too.
         batch_contexts: Contexts in a forward pass.
         device: As in `sae harvest`. Ignored for a model that is already loaded.
@@ -91,9 +92,9 @@ def activations(
 
 
 def check_arguments(texts: Any, layer: Any, site: str, context: int, skip_positions: int) -> None:
-    """Raise UsageError for arguments that are invalid whatever the model."""
+    """Raise UsageError for arguments that are invalid for every model."""
     if isinstance(texts, str) or not isinstance(texts, Iterable) or not all(isinstance(text, str) for text in texts):
-        raise UsageError("activations() takes a list of strings.")
+        raise UsageError("activations() expects a list of strings.")
     if not isinstance(layer, Integral):
         raise UsageError(f"invalid layer={layer!r}: expected the number of a block, such as 12.")
     if not is_site(site):

@@ -19,14 +19,14 @@ from ..common.memory import out_of_memory
 from . import mini
 from .dataset_reader import is_network_error
 
-LONGEST_TEXT = 300  # characters of a foreign error's text in a message
+LONGEST_TEXT = 300  # characters of another library's error in a message
 OWN_ERRORS = (SaeError, KeyboardInterrupt, SystemExit, GeneratorExit)
 PARTS = {"config": "config.json", "tokenizer": "tokenizer's files", "weights": "weights"}
 
 
 @contextlib.contextmanager
 def translate_load_errors(name: str, part: str = "weights") -> Iterator[None]:
-    """Turn any error of loading a part of a model ("config", "tokenizer" or "weights") into an SaeError."""
+    """Turn any error from loading a part of a model ("config", "tokenizer" or "weights") into an SaeError."""
     try:
         yield
     except OWN_ERRORS:
@@ -35,8 +35,9 @@ def translate_load_errors(name: str, part: str = "weights") -> Iterator[None]:
         raise DamagedError(f"The weights of {name} are damaged: {error}. Download them again.") from error
     except pickle.UnpicklingError as error:
         raise DamagedError(
-            f"The weights of {name} are refused: {describe(pickle.UnpicklingError(reason_of(error)))}. They are a "
-            "pickle, which can hold a program, and only tensors are read. Use a version of the model in safetensors."
+            f"The weights of {name} are rejected: {describe(pickle.UnpicklingError(reason_of(error)))}. They are a "
+            "pickle file, which can contain code; only tensors are read from it. Use a safetensors version of the "
+            "model."
         ) from error
     except BaseException as error:  # also panics of tokenizers, which are not Exceptions
         if translated := load_error(error, name):
@@ -52,8 +53,8 @@ def translate_load_errors(name: str, part: str = "weights") -> Iterator[None]:
 
 
 def reason_of(error: pickle.UnpicklingError) -> str:
-    """Torch's reason for refusing a pickle, without its advice to read it anyway."""
-    text = str(error).partition("WeightsUnpickler error:")[2] or "it holds more than tensors"
+    """Torch's reason for rejecting a pickle, without the advice to read the pickle anyway."""
+    text = str(error).partition("WeightsUnpickler error:")[2] or "it contains more than tensors"
     return text.split("Please use")[0].split("Check the documentation")[0]
 
 
@@ -130,9 +131,9 @@ def out_of_memory_sentence(name: str, error: BaseException) -> str:
 
 
 def load_error(error: BaseException, name: str) -> SaeError | None:
-    """The error to raise if a model is missing or refused, the network is down or the disk is full; None otherwise.
+    """The error to raise if a model is missing or inaccessible, the network is down or the disk is full; else None.
 
-    transformers raises an OSError in all of these cases; its causes tell which one it is.
+    transformers raises an OSError in all of these cases; the causes of that error show which case it is.
     """
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -150,7 +151,7 @@ def load_error(error: BaseException, name: str) -> SaeError | None:
 
     accept_license = f"accept its license at https://huggingface.co/{name}, then run `hf auth login`."
     if caused_by(GatedRepoError):
-        return UnavailableError(f"{name} is gated: {accept_license} To try everything without it: --model {mini.NAME}")
+        return UnavailableError(f"{name} is gated: {accept_license} To try `sae` without it, use --model {mini.NAME}")
     if caused_by(RepositoryNotFoundError):
         return UnavailableError(
             f"There is no model {name} on the Hub that you can read. Check the name; if it is private, run "
@@ -174,7 +175,7 @@ def load_error(error: BaseException, name: str) -> SaeError | None:
         return UnavailableError(
             f"The model {name} could not be loaded: the Hub cannot be reached, and not all of its files are on this "
             f"machine. Check the network, and that HF_HUB_OFFLINE is not set.{gated} "
-            f"To try everything without it: --model {mini.NAME}"
+            f"To try `sae` without it, use --model {mini.NAME}"
         )
     return None
 
@@ -188,12 +189,12 @@ def unsupported_model(causes: list[BaseException], name: str) -> str | None:
         and not any(Path(name).glob("*.safetensors"))
     ):
         return (
-            f"{name} holds {gguf[0].name} and no safetensors. GGUF is not read: load it with transformers "
+            f"{name} contains {gguf[0].name} and no safetensors. GGUF is not read: load it with transformers "
             "(gguf_file=...), and save the dequantized model with save_pretrained."
         )
     if "trust_remote_code" in said:
         return (
-            f"{name} needs code of its own, which is never run here (trust_remote_code is not set). Choose a model "
+            f"{name} needs its own Python code, which is never run here (trust_remote_code is not set). Choose a model "
             "whose architecture is part of transformers."
         )
     if "does not recognize this architecture" in said:
@@ -202,11 +203,11 @@ def unsupported_model(causes: list[BaseException], name: str) -> str | None:
             "another model."
         )
     if any(words in said for words in ("attn_implementation", "attention implementation", "FlashAttention")):
-        return f"The attention of {name} cannot be computed as --attention says: {describe(causes[0])}."
+        return f"The attention of {name} cannot be computed with the given --attention: {describe(causes[0])}."
     for package in ("bitsandbytes", "gptqmodel", "auto_gptq", "autoawq", "optimum", "compressed_tensors"):
         if package in said.lower():
             return (
-                f"{name} is quantized, and transformers needs {package} to load it. Install that, or choose the model "
-                "that is not quantized."
+                f"{name} is quantized, and transformers needs {package} to load it. Install {package}, or choose the "
+                "unquantized model."
             )
     return None

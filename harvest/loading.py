@@ -39,7 +39,7 @@ COMMIT_LENGTH = 40  # hexadecimal digits of a commit of the Hub
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model's name, where it is loaded from, and what pins its bytes."""
+    """A model's name, the location that it is loaded from, and the revision that pins its bytes."""
 
     name: str  # as recorded and displayed (cache/models.py)
     location: str  # a Hub id or a folder
@@ -79,12 +79,12 @@ class ModelSource:
 
 
 def find_model(name: str, revision: str | None = None, adapters: Sequence[str] = ()) -> tuple[ModelSource, Any]:
-    """Find a model and pin its bytes. Returns its source and transformers' configuration; loads no weights.
+    """Find a model and pin its revision. Returns its source and its transformers configuration; loads no weights.
 
     `adapters` are folders or Hub ids of PEFT adapters that are merged into it.
 
-    Raises UsageError if there is no such folder or it holds an adapter, and UnavailableError if the Hub cannot be
-    reached or the model's license has not been accepted.
+    Raises UsageError if there is no such folder or the folder contains an adapter, and UnavailableError if the Hub
+    cannot be reached or the model's license has not been accepted.
     """
     folder = mini.WEIGHTS if name == mini.NAME else Path(name)
     if folder.is_dir() and revision is not None:
@@ -107,7 +107,8 @@ def holds_adapter(name: str) -> str:
     """The message for a folder with an adapter: transformers would load the model named by the adapter instead."""
     return (
         f"{name} holds a PEFT adapter ({ADAPTER_CONFIG}). Give the model that it was trained for with --model, and "
-        f"--adapter {name}. If it is a whole model, into which the adapter was merged, move {ADAPTER_CONFIG} out of it."
+        f"the adapter with --adapter {name}. If the folder contains a whole model into which the adapter was merged, "
+        f"move {ADAPTER_CONFIG} out of it."
     )
 
 
@@ -133,9 +134,9 @@ def config_file(source: ModelSource) -> Path | None:
 def find_recorded_model(
     record: ModelRecord, folders: Sequence[str] = (), given: str | None = None, adapter_folders: Sequence[str] = ()
 ) -> tuple[ModelSource, Any]:
-    """Find the model of a record again, like `find_model`: on the Hub, or in a folder that holds the same files.
+    """Find the model of a record again, like `find_model`: on the Hub, or in a folder with the same files.
 
-    If the record describes a folder, `folders` are tried in turn; `given` is the user's choice instead of these. The
+    If the record describes a folder, `folders` are tried in turn; `given` is a model that the user names instead. The
     adapters are found in the same way, in `adapter_folders`.
 
     Raises UsageError if `given` is another model, if the folder is not found, or if the model has changed.
@@ -182,8 +183,8 @@ def check_tokenizer(tokenizer: Any, name: str) -> None:
     special_tokens(tokenizer)
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder) + 1:
         raise DamagedError(
-            f"The tokenizer of {name} has special tokens and no others: its files, such as tokenizer.json, are "
-            "missing. Download them, or save them beside the weights with the tokenizer's save_pretrained."
+            f"The tokenizer of {name} has only special tokens: its files, such as tokenizer.json, are missing. "
+            "Download them, or save them next to the weights with the tokenizer's save_pretrained."
         )
 
 
@@ -192,7 +193,7 @@ def load_first_blocks(
 ) -> Any:
     """transformers' model up to a layer, without the later blocks and the unembedding.
 
-    With adapters it is the whole model, since adapters name modules of the whole model.
+    If there are adapters, the whole model is loaded, since adapters name modules of the whole model.
     """
     if source.adapters:
         return load_whole_model(source, config, dtype=dtype, device=device, attention=attention)
@@ -206,7 +207,7 @@ def load_first_blocks(
 
 
 def load_whole_model(source: ModelSource, config: Any, *, dtype: str, device: str, attention: str | None) -> Any:
-    """transformers' model with its unembedding. Without an `attention`, transformers chooses one."""
+    """transformers' model with its unembedding. If `attention` is None, transformers chooses an implementation."""
     kind = tower_class(config, with_unembedding=True) if is_multimodal(config) else AutoModelForCausalLM
     model = load_transformer(kind, source, config, dtype, device, attention)
     return merge_adapters(model, source.adapters) if source.adapters else model
@@ -238,7 +239,7 @@ def load_transformer(
             ignore_mismatched_sizes=True,
             **(revision if location == source.location else {}),
         )
-    if getattr(model, "_hf_peft_config_loaded", False):  # of a model on the Hub
+    if getattr(model, "_hf_peft_config_loaded", False):  # the Hub id is that of an adapter
         raise UsageError(holds_adapter(source.argument))
     wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if wrong:  # transformers has filled them with random numbers

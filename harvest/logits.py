@@ -1,6 +1,6 @@
 """Logits in float32 from a model that computes in bfloat16 or float16.
 
-Such a model rounds its logits: to steps of 1/16 where they are around 16, before and after a soft cap. The KL
+Such a model rounds its logits, both before and after a soft cap; around 16, the rounding steps are 1/16. The KL
 divergence between two such distributions is about 1e-3 nats where it should be zero. So the last matrix multiplication
 returns its float32 sums unrounded, and the model's own code applies caps and scales in float32.
 """

@@ -1,15 +1,15 @@
 """The language model and its hook points.
 
 A *layer* is the zero-based index of a block, and denotes the residual stream after that block:
-`blocks.12.hook_resid_post` in TransformerLens, the output of `model.layers[12]`, `hidden_states[13]` in transformers
-(which applies the final norm to the last one; here it is left out).
+`blocks.12.hook_resid_post` in TransformerLens, the output of `model.layers[12]`, `hidden_states[13]` in transformers.
+(transformers applies the final norm to the last hidden state; here that norm is left out.)
 
 A block has more sites, which hooked.py reads and replaces, and which probe.py finds from the block's activations:
 
     resid_pre   what enters the block
     attn_out    what attention adds to the residual stream: in Gemma 2 after a norm
     attn_z      what attention's output projection reads: the outputs of all heads, concatenated
-    resid_mid   resid_pre + attn_out, where the MLP comes after the attention and not beside it, as in GPT-J
+    resid_mid   resid_pre + attn_out; blocks that run MLP and attention in parallel, as in GPT-J, have none
     mlp_in      what the MLP reads, after its norm
     mlp_hidden  what the MLP's last projection reads; a mixture of experts has none
     mlp_out     what the MLP adds to the residual stream
@@ -69,7 +69,7 @@ def load_trunk(
 ) -> "LanguageModel":
     """Load the model up to a layer, without the later blocks and the unembedding.
 
-    Where the first blocks cannot be built alone, all blocks are loaded.
+    If the first blocks cannot be built alone, all blocks are loaded.
     """
     if not can_truncate(config, last_layer + 1):
         last_layer = int(decoder_config(config).num_hidden_layers) - 1
@@ -90,7 +90,8 @@ def load_model(
 def refuse_unknown_ids(model: "LanguageModel") -> "LanguageModel":
     """Make the model raise UsageError, instead of torch's IndexError, for token ids without an embedding.
 
-    Ids are not checked on a GPU, where reading them would wait for the previous pass; there callers check them before.
+    Ids on a GPU are not checked here, because reading them would wait for the previous pass. Callers check these
+    beforehand.
     """
     embedding = model.trunk.get_input_embeddings()
     rows = int(embedding.num_embeddings)
@@ -99,8 +100,8 @@ def refuse_unknown_ids(model: "LanguageModel") -> "LanguageModel":
         ids = args[0] if args else None
         if isinstance(ids, Tensor) and ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= rows:
             raise UsageError(
-                f"A text has the token id {int(ids.max()):,}, and the embedding of the model has {rows:,} rows: its "
-                "tokenizer has tokens that were added without enlarging the model. Leave such texts out."
+                f"A text contains the token id {int(ids.max()):,}, but the embedding of the model has only {rows:,} "
+                "rows: tokens were added to the tokenizer without enlarging the embedding. Leave such texts out."
             )
 
     if isinstance(embedding, nn.Embedding):
@@ -123,7 +124,7 @@ class LanguageModel(HookedModel):
     def forward(self, ids_NS: Tensor, hooks: Sequence[Hook]) -> ForwardPass:
         """One whole pass that keeps the activations at the hooks, so that `run_from` can start at each of them.
 
-        Raises UsageError for a hook from which the model cannot be run again; each is checked once.
+        Raises UsageError for a hook from which the model cannot be run again. Each hook is checked once.
         """
         return self._splicer.forward(ids_NS, hooks)
 
@@ -147,7 +148,7 @@ class LanguageModel(HookedModel):
     def unembed(self, final: Tensor) -> Tensor:
         """Logits (..., V) from `ForwardPass.final` (..., D). Select positions first: logits take the most memory.
 
-        They are in float32 also where the model computes in bfloat16 (logits.py).
+        The logits are in float32 even if the model computes in bfloat16 (logits.py).
 
         Gradients flow back to `final` if it requires them.
         """

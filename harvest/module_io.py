@@ -1,7 +1,7 @@
 """Find and replace the activations in the arguments and the output of a transformers module.
 
-Modules take the activations as their first argument or as `hidden_states`, and return them alone or as the first tensor
-of a tuple.
+Modules receive the activations as their first argument or as `hidden_states`, and return them alone or as the first
+tensor of a tuple.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ INPUT_NAMES = ("hidden_states", "x", "input", "hidden_state")
 
 
 def input_key(args: Sequence[Any], keywords: Mapping[str, Any]) -> int | str | None:
-    """The position or name of the argument that holds the activations; None if no argument does."""
+    """The position or name of the argument that contains the activations; None if no argument does."""
     if args:
         return 0 if isinstance(args[0], Tensor) else None
     names = [*INPUT_NAMES, *keywords]

@@ -1,7 +1,7 @@
 """Checks of pytorch_model.bin before torch reads it.
 
-It is a zip file with a pickle and the bytes of the tensors. torch reads the pickle with weights_only, which runs no
-code but does not limit the unpacked size of an entry.
+Such a file is a zip archive that contains a pickle and the bytes of the tensors. torch reads the pickle with
+weights_only, which runs no code but does not limit the unpacked size of an entry.
 """
 
 import zipfile
@@ -9,11 +9,11 @@ from pathlib import Path
 
 from ..common.errors import DamagedError
 
-ADVICE = "Download it again, or better a version in safetensors."
+ADVICE = "Download it again, preferably in safetensors format."
 
 
 def check_pickled(path: Path) -> None:
-    """Raise DamagedError if a weights file is truncated, or unpacks to more than its size.
+    """Raise DamagedError if a weights file is truncated, or could unpack to more than its own size.
 
     Files that torch wrote before version 1.6 are not zip files; reading them needs no more memory than their size.
     """

@@ -54,7 +54,7 @@ from .structure import embedding_rows
 class HarvestPlan:
     """A HarvestConfig with everything in it resolved: what will be read, computed and written, and where.
 
-    description.py describes it in words.
+    description.py turns a plan into the lines that `sae harvest` prints.
     """
 
     config: HarvestConfig
@@ -65,7 +65,7 @@ class HarvestPlan:
     identity: dict[str, Any]  # everything that determines the bytes of the cache
     folder: Path
     hooks: list[Hook]
-    tokens: int  # rows to harvest; an upper bound where config.tokens is None
+    tokens: int  # rows to harvest; an upper bound if config.tokens is None
     dtype: str
     device: str
     chat: ChatEncoder | None = None  # for a text of conversations
@@ -124,7 +124,7 @@ class HarvestPlan:
 
     @property
     def existing(self) -> ExistingRows:
-        """The rows of this harvest that the folder already holds. An object store is looked at only once."""
+        """The rows of this harvest that the folder already contains. An object store is read only once."""
         return find_existing(self._records_folder, fingerprint_of(self.identity), self.hooks, self.config.max_norm)
 
     @cached_property
@@ -165,7 +165,7 @@ class HarvestPlan:
 
     @property
     def layout(self) -> Layout:
-        """The layout that the cache will have; its rows are an upper bound where config.tokens is None."""
+        """The layout that the cache will have; its rows are an upper bound if config.tokens is None."""
         return Layout(self.tokens, self.config.window, self.config.storage_dtype, self.config.compress)
 
     @property
@@ -176,7 +176,7 @@ class HarvestPlan:
 
     @property
     def windows_left(self) -> Sequence[int]:
-        """The windows still to be harvested, by this process or another."""
+        """The windows still to be harvested by this or another process."""
         existing = self.existing
         return range(self.layout.n_windows) if existing.cache is None else existing.windows
 
@@ -194,7 +194,7 @@ class HarvestPlan:
         return working_bytes(self.layout, self.bytes_per_token, processes_on_this_machine())
 
     def estimated_seconds(self) -> float:
-        """The seconds of model time on one device, from timing one block. Reading and writing overlap with it."""
+        """The seconds of model time on one device, extrapolated from one block. Reading and writing overlap with it."""
         config = self.config
         per_block = block_seconds_per_token(
             self.model_config, dtype=self.dtype, device=self.device, attention=config.attention,
@@ -222,7 +222,7 @@ class HarvestPlan:
             needed, per_token = needed / 1.3, per_token / 1.3
         if 1.02 * needed > free:
             raise UnavailableError(
-                f"The harvest needs {format_bytes(1.02 * needed)} and {self.folder} has {format_bytes(free)} free. "
+                f"The harvest needs {format_bytes(1.02 * needed)}, but {self.folder} has {format_bytes(free)} free. "
                 f"--tokens {int(free / per_token / 1.02)} would fit."
             )
 
@@ -232,8 +232,8 @@ def plan_harvest(
 ) -> HarvestPlan:
     """Check a configuration and resolve everything in it. Loads no weights and writes nothing.
 
-    `say` is called with notes about the text and about caches of other revisions; `suffix` ends the default folder's
-    name.
+    `say` is called with notes about the text and about caches of other revisions. `suffix` is appended to the name of
+    the default folder.
 
     Raises UsageError for a configuration that cannot be harvested and UnavailableError if the model or the text cannot
     be reached.
@@ -254,7 +254,7 @@ def plan_harvest(
         skip_tokens=config.skip_tokens,
     )  # fmt: skip
     if form.bos_id is not None:
-        where = "What each context begins with (--bos)"
+        where = "The token sequence that begins each context (--bos)"
         check_embedded([form.bos_id], embedding_rows(model_config), tokenizer, where)
     chat = None if config.chat_column is None else ChatEncoder(tokenizer, tuple(config.roles))
     text = open_text(

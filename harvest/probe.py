@@ -2,8 +2,8 @@
 
 A block is run on a few tokens, then run again with one thing changed:
 
-- Its two *parts* are the modules whose outputs a and m satisfy resid_pre + a + m = resid_post, within rounding. Of
-  modules with equal outputs the outermost is taken.
+- Its two *parts* are the modules whose outputs a and m satisfy resid_pre + a + m = resid_post, within rounding. If
+  several modules have equal outputs, the outermost one is chosen.
 - The part whose output at a token changes when an earlier token changes is the attention, or its replacement, such as a
   Mamba or DeltaNet mixer; the other part is the MLP.
 - If changing the attention's output changes the MLP's output, the two are sequential, and some module reads resid_mid =
@@ -11,8 +11,8 @@ A block is run on a few tokens, then run again with one thing changed:
 - The projection of a part is the linear map whose output, with or without a norm after it, is the part's output. Its
   input is attn_z or mlp_hidden.
 
-A site that these tests do not prove is refused, with a description of what was seen. All tensors here are rows: (N S,
-width).
+A site that these tests do not prove is refused, with a description of what was observed. Every tensor here has
+the shape (N S, width).
 """
 
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ NOISE = 0.5  # the size of a change, relative to the activations
 
 @torch.no_grad()
 def find_sites(block: nn.Module, call: Call, shape: tuple[int, int]) -> BlockSites:
-    """Find the sites of a block from one call of it on tokens of `shape` (N, S)."""
+    """Find the sites of a block from one call of the block on tokens of `shape` (N, S)."""
     probe = BlockProbe(block, call, shape)
     found = probe.found
     if probe.resid_pre is None or probe.resid_post is None:
@@ -54,7 +54,7 @@ def find_sites(block: nn.Module, call: Call, shape: tuple[int, int]) -> BlockSit
 
 
 class BlockProbe:
-    """The activations of a block in one run (`calls`), and methods for runs with something changed."""
+    """The activations of a block in one run (`calls`), and methods that run it again with one thing changed."""
 
     def __init__(self, block: nn.Module, call: Call, shape: tuple[int, int]) -> None:
         self.block, self.call, self.shape = block, call, shape
@@ -101,7 +101,7 @@ class BlockProbe:
         return (flat + change.to(flat.dtype)).reshape(x.shape)
 
     def rounding(self) -> float:
-        """How far two computations of the same sum may differ, relative to its largest term."""
+        """The largest difference allowed between two computations of the same sum, relative to its largest term."""
         numbers = [z for z in (self.call.x, *self.block.parameters()) if z is not None and z.is_floating_point()]
         return max(2 * max(torch.finfo(z.dtype).eps for z in numbers), 1e-6)
 
@@ -118,7 +118,7 @@ class BlockProbe:
         if self.resid_pre.shape != self.resid_post.shape:
             return f"the block reads {self.resid_pre.shape[1]} numbers per token and returns {self.resid_post.shape[1]}"
         if "" not in self.y or self.changed(self.resid_post, self.y[""]):
-            return "the block computes something else when it is run again"
+            return "the block returns different activations when it is run again"
         return None
 
     def reads_later_tokens(self) -> bool:
@@ -283,7 +283,10 @@ class BlockProbe:
         return chain, None
 
     def is_norm(self, path: str) -> bool:
-        """Whether a module returns the same for an input and its double. The input is large, so that no eps matters."""
+        """Whether a module returns the same output for an input and for twice that input.
+
+        The input is large, so that the eps of a norm does not matter.
+        """
         x = self.calls[path].x
         if x is None or self.x[path].shape != self.y[path].shape:
             return False
@@ -333,7 +336,7 @@ class BlockProbe:
         return self.rows(self.run(x, changes)[path][0].y)
 
     def candidates(self) -> list[str]:
-        """The modules with outputs as wide as the residual stream; of modules with equal outputs, the outermost."""
+        """The modules with outputs as wide as the residual stream; only the outermost of those with equal outputs."""
         assert self.resid_post is not None
         chosen: list[str] = []
         for path in sorted(self.y, key=lambda one: (one.count("."), self.order[one])):
@@ -343,7 +346,7 @@ class BlockProbe:
         return chosen
 
     def nearest_pair(self) -> tuple[float, str, str]:
-        """The error and the two modules whose outputs best add up to what the block adds."""
+        """The relative error and the two modules whose outputs, added to resid_pre, come closest to resid_post."""
         assert self.resid_pre is not None and self.resid_post is not None
         best, candidates = (float("inf"), "", ""), self.candidates()
         for number, one in enumerate(candidates):

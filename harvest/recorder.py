@@ -31,7 +31,7 @@ Shapes = tuple[tuple[int, ...] | None, tuple[int, ...] | None]  # of a call: inp
 
 
 def shapes_of(calls: list[Call]) -> list[Shapes]:
-    """The shapes of the activations in and out of each call."""
+    """The shapes of the input and output activations of each call."""
     return [(None if c.x is None else tuple(c.x.shape), None if c.y is None else tuple(c.y.shape)) for c in calls]
 
 
@@ -47,7 +47,7 @@ class BlockSites:
 
 
 class Recorder:
-    """Records the calls of modules while it is open. `changes` replaces outputs: path -> new activations."""
+    """A context manager that records the calls of modules. `changes` replaces outputs: path -> new activations."""
 
     def __init__(self, root: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None) -> None:
         self.root, self.changes = root, changes or {}

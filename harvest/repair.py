@@ -1,4 +1,4 @@
-"""Repair a cache: missing or damaged files are harvested again, window by window. Nothing else is written."""
+"""Repair a cache: missing or damaged files are harvested again, window by window. No other file is written."""
 
 import contextlib
 from collections import defaultdict
@@ -39,9 +39,9 @@ def repair(
 ) -> list[str]:  # fmt: skip
     """Check every byte and harvest again every file that differs from its record. Returns a sentence for each repair.
 
-    `folder` can be an address. `model` and `dataset` give their current locations, if they have moved.
+    `folder` can be an address. `model` and `dataset` are the new locations of the model and the dataset, if they moved.
 
-    Raises UsageError if the model or the text has changed, or if the cache is only half written.
+    Raises UsageError if the model or the text has changed, or if the harvest has not finished.
     """
     check_slashes(folder)
     if is_url(folder):
@@ -61,14 +61,14 @@ def repair(
 def repair_place(
     place: FolderPlace, progress: HarvestProgress, model: str | None, dataset: str | None, device: str
 ) -> list[str]:
-    """`repair`, with the records and tokens in the folder of a place."""
+    """`repair` for a place, whose folder contains the records and the tokens."""
     folder = place.folder
     check_not_ring(folder)
     with writer_lock(folder, "sae cache repair", progress.say):
         place.fetch_damaged()
         if not (folder / "harvest.json").exists():
             raise DamagedError(
-                f"{folder / 'harvest.json'} is missing, which records how the cache was harvested. "
+                f"{folder / 'harvest.json'}, which records how the cache was harvested, is missing. "
                 "Run the same `sae harvest` again to restore it."
             )
         check_complete(folder)
@@ -87,7 +87,9 @@ def repair_place(
                 part.finish(max_norm, plan.token_text)
                 repaired = repaired or [f"{folder}: manifest.json and zarr.json were missing or damaged; rewritten"]
         if count := add_digests(folder):
-            progress.say(f"{format_count(count, 'record')} of an earlier version now carry a digest of their content.")
+            progress.say(
+                f"{format_count(count, 'record')} of an earlier version now contain a digest of their content."
+            )
     return repaired
 
 
@@ -95,9 +97,7 @@ def check_complete(folder: Path) -> None:
     """Raise UsageError if the harvest has not finished. If zarr.json cannot be read, `repair` finishes it."""
     with contextlib.suppress(DamagedError):
         if not read_attributes(folder)["complete"]:
-            raise UsageError(
-                f"{folder} is half written. Run the same `sae harvest` again, which finishes and repairs it."
-            )
+            raise UsageError(f"{folder} is half written. Run the same `sae harvest` again to finish and repair it.")
 
 
 def recorded_max_norms(plan: HarvestPlan) -> dict[str, float | None]:
@@ -108,7 +108,7 @@ def recorded_max_norms(plan: HarvestPlan) -> dict[str, float | None]:
 
 
 def remove_damaged_records(place: FolderPlace) -> Iterator[str]:
-    """Remove damaged records. All of them follow from the other files, except harvest.json."""
+    """Remove damaged records. All records except harvest.json can be rebuilt from the other files."""
     folder = place.folder
     for path, error in list(damaged_records(folder)):
         if path.name == "harvest.json":
@@ -131,8 +131,8 @@ def plan_same_harvest(place: FolderPlace, *, model: str | None, dataset: str | N
         options["model"] = moved
     elif model is None and Path(options["model"]).is_absolute() and not Path(options["model"]).is_dir():
         raise UsageError(
-            f"{folder} was harvested from the model in {options['model']}, which is not there any more. Say where it "
-            "lies now with --model FOLDER."
+            f"{folder} was harvested from the model in {options['model']}, which no longer exists. Give the new "
+            "location of the model with --model FOLDER."
         )
     options |= {"layers": [hook.layer for hook in hooks], "device": device, "out": folder}
     options.setdefault("bos", BOS_OR_EOS)  # older caches record no choice
@@ -144,13 +144,13 @@ def plan_same_harvest(place: FolderPlace, *, model: str | None, dataset: str | N
     if changed := changed_inputs(identity, plan):
         raise UsageError(
             f"{folder} was harvested with other inputs than now (changed: {', '.join(changed)}), so its bytes cannot "
-            "be reproduced. Give the original ones with --model or --dataset, or harvest into a new folder."
+            "be reproduced. Give the original inputs with --model or --dataset, or harvest into a new folder."
         )
     return replace(plan, identity=identity)
 
 
 def plan_text_of(folder: Path, options: dict[str, Any], hooks: list[Hook]) -> HarvestPlan:
-    """The plan with these options. Earlier versions read every file of a text on this machine, whatever its split."""
+    """The plan with these options. Earlier versions read every file of a local text, regardless of its split."""
 
     def plan_with(options: dict[str, Any]) -> HarvestPlan:
         return replace(plan_harvest(HarvestConfig(**options)), hooks=hooks)
@@ -187,7 +187,8 @@ def recorded_model(folder: Path) -> str | None:
 
 
 def repair_tokens(plan: HarvestPlan) -> Iterator[str]:
-    """Tokenize the text again if one of its files is damaged or belongs to another cache. It must match its record."""
+    """Tokenize the text again if one of its files is damaged or belongs to another cache; they must match the
+    record."""
     record = plan.folder / "tokens" / "commit.json"
     files: dict[str, Any] = dict(TOKENS_RECORD.read(record)["files"]) if record.exists() else {}
     digest = recorded_tokens(plan.folder) or (digest_of(files) if files else None)
@@ -198,8 +199,8 @@ def repair_tokens(plan: HarvestPlan) -> Iterator[str]:
     contexts = tokenize(plan)
     if digest not in (None, digest_of(contexts.file_records())):
         raise SaeError(
-            f"Tokenizing the text of {plan.folder} gives different tokens than before, probably because of another "
-            "version of tokenizers, so the damaged files cannot be reproduced. Harvest into a new folder with --out."
+            f"Tokenizing the text of {plan.folder} gives different tokens than before, probably because the version of "
+            "tokenizers has changed, so the damaged files cannot be reproduced. Harvest into a new folder with --out."
         )
     contexts.write(plan.folder)
     plan.place.publish_tokens()
@@ -209,7 +210,7 @@ def repair_tokens(plan: HarvestPlan) -> Iterator[str]:
 def repair_windows(
     plan: HarvestPlan, writer: CacheWriter, computer: WindowComputer, progress: HarvestProgress
 ) -> Iterator[str]:
-    """Recompute the windows with damaged files, and rewrite those files. Other files of these windows stay."""
+    """Recompute the windows with damaged files, and rewrite those files. The windows' other files are not changed."""
     commits = {(c["window"], c["array"]): c for c in writer.commits(check_files=False)}
     records = {file: record for commit in commits.values() for file, record in commit["files"].items()}
     damaged = find_damaged(plan.place, records, progress)
@@ -241,7 +242,7 @@ def repair_windows(
                 only = replace(rows, bits={array: rows.bits[array]})
                 writer.write_window(window, only, computer.made_with(), replace=True)
                 yield f"window {window} of {array} was harvested again as a whole" + (
-                    ", with different bytes: other versions or another device made it" if old else ""
+                    ", with different bytes, because other versions or another device had computed it" if old else ""
                 )
 
 
@@ -259,7 +260,7 @@ def find_damaged(place: FolderPlace, records: dict[str, Any], progress: HarvestP
 def group_by_batch(
     missing: dict[int, list[str]], commits: dict[tuple[int, str], dict[str, Any]], default: int
 ) -> dict[tuple[int, int], list[str]]:
-    """Group arrays by window and by the contexts per pass in their commit, since these can affect the last bits."""
+    """Group arrays by window and by the contexts per pass in their commit. This number can affect the last bits."""
     groups: dict[tuple[int, int], list[str]] = defaultdict(list)
     for window, arrays in missing.items():
         for array in arrays:

@@ -56,7 +56,7 @@ def request_of(plan: HarvestPlan) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def request_turn(folder: Path) -> Iterator[None]:
-    """Hold a lock for reading and rewriting harvest.json, so that tasks adding layers keep each other's entries."""
+    """A context manager that locks harvest.json, so that tasks that add layers do not lose each other's entries."""
     lock = folder / ".lock.request"
     with held_if_possible(lock):
         try:

@@ -1,6 +1,6 @@
 """Run a harvest: text -> model -> cache, one pass for all layers and sites.
 
-Besides two windows of activations, each process keeps the token ids in memory, four bytes per token.
+Each process keeps two windows of activations and all token ids in memory. A token id takes four bytes.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from .stages import check_before_text, check_folder, harvest_windows, open_cache
 from .tasks import harvest_share
 from .window_draft import remove_other_drafts
 
-SEEN_WITHIN = 60.0  # seconds until every machine sees a new file on a network disk
+SEEN_WITHIN = 60.0  # seconds after which every machine should see a new file on a network disk
 
 
 def harvest_activations(
@@ -50,8 +50,8 @@ def harvest_activations(
         model: Hub id, folder, or "gemma-2-mini", the small model that comes with this package.
         layers: Zero-based blocks; the residual stream after each is harvested.
         sites: "resid_post" (the residual stream after the block), resid_pre, resid_mid, attn_out, attn_z, mlp_in,
-            mlp_hidden or mlp_out, or several of them (harvest/model.py says what they are). Any other module of the
-            block: "mlp.gate_proj.output".
+            mlp_hidden or mlp_out, or several of them (harvest/model.py defines them). Also the input or output of any
+            other module of the block, such as "mlp.gate_proj.output".
         dataset: Hub id, a .txt, .jsonl, .parquet or .arrow file, a folder of them, or "python-stdlib". Default: the
             Pile, or python-stdlib for gemma-2-mini.
         tokens: Rows to harvest. Default: ten million, or all of a shorter text.
@@ -64,13 +64,13 @@ def harvest_activations(
         progress: Callbacks for rows done and for messages. Default: silent.
         **options: Any other field of `sae.harvest.plan.HarvestConfig`: revision, dataset_revision, subset, split,
             text_column, chat_column, roles, bos, keep_special, skip_positions, skip_tokens, pack, window,
-            storage_dtype, compress, max_norm, dtype, attention, batch_contexts, compiled; share ("3/64") and prepare
-            (True), for the tasks of an array job; and modules: more sites, as
-            "model.layers.{layer}.mlp.gate_proj:output", which replace resid_post if `sites` is not given.
-            For several tasks that harvest one cache: share="3/64" is this task's part; prepare=True does only the text.
+            storage_dtype, compress, max_norm, dtype, attention, batch_contexts, compiled, modules, share and prepare.
+            `modules` are more sites, such as "model.layers.{layer}.mlp.gate_proj:output"; they replace resid_post if
+            `sites` is not given. Several tasks can harvest one cache: share="3/64" harvests this task's part, and
+            prepare=True only tokenizes the text.
 
     Returns:
-        The opened cache. After one share, it has no new layers as long as other shares are missing.
+        The opened cache. As long as other shares are missing, it does not list the layers that this share adds.
 
     Raises:
         UsageError: An option is unknown or invalid, or the folder holds something else.
@@ -97,7 +97,7 @@ def harvest_activations(
 def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
     """Run a plan, or what remains of it, and open the cache. Several launched processes share the windows.
 
-    For a cache in a store, the working folder is opened, which has the records but no chunks.
+    For a cache in a store, the working folder is opened, which contains the records but no chunks.
 
     With `plan.config.share` only this share is run, and with `plan.config.prepare` only the steps before the first
     window; the cache is then complete only if nothing else was missing.
@@ -116,9 +116,9 @@ def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
 
 
 def harvest_ranks(plan: HarvestPlan, group: ProcessGroup, progress: HarvestProgress) -> None:
-    """Harvest as one process of a group, or alone. The first process holds the folder's lock for all.
+    """Harvest as one process of a group, or alone. The first process holds the folder's lock for all processes.
 
-    That is enough: if it dies first and another harvest begins, the other processes only commit missing windows.
+    One lock is enough: if the first process dies and another harvest begins, the others only commit missing windows.
     """
     with contextlib.ExitStack() as stack:
 
@@ -142,7 +142,7 @@ def harvest_ranks(plan: HarvestPlan, group: ProcessGroup, progress: HarvestProgr
 
         begun = group.everywhere(begin)
         group.everywhere(fetch)
-        # All processes use one list: a process's view of a network disk can be some seconds old.
+        # All processes use the first process's list, since their own view of a network disk can be seconds old.
         missing = group.gather(begun[2] if begun else None)[0]
         if plan.store is None:
             check_one_folder(plan.folder, group)
@@ -164,7 +164,7 @@ def check_one_folder(folder: Path, group: ProcessGroup) -> None:
         while (note.read_text() if note.exists() else "") != expected:
             if time.monotonic() - started > SEEN_WITHIN:
                 raise UsageError(
-                    f"{host} does not see what {first} has written into {folder}. Several machines need one folder: "
+                    f"{host} does not see what {first} has written into {folder}. All machines need the same folder: "
                     "give --out on a disk that all of them share, or an address such as s3://bucket/pile."
                 )
             time.sleep(1)

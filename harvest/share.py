@@ -10,7 +10,7 @@ from ..common.formatting import format_count
 
 @dataclass(frozen=True)
 class HarvestShare:
-    """Share `number` of `count`, numbered from 1. It has every count-th window."""
+    """Share `number` of `count`, numbered from 1. It contains every count-th window."""
 
     number: int
     count: int
@@ -23,10 +23,12 @@ class HarvestShare:
         """The inverse of str. Raises UsageError for any other form, or a number outside the range 1 to count."""
         match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
         if match is None:
-            raise UsageError(f"invalid --share {text!r}: expected the number of a share and how many there are: 3/64.")
+            raise UsageError(
+                f"invalid --share {text!r}: expected the share's number and the number of shares, as in 3/64."
+            )
         share = cls(int(match[1]), int(match[2]))
         if not 1 <= share.number <= share.count:
-            hint = f" Of an array that begins at 0, give $((SLURM_ARRAY_TASK_ID + 1))/{share.count}." * (
+            hint = f" For a job array that begins at 0, give $((SLURM_ARRAY_TASK_ID + 1))/{share.count}." * (
                 share.number == 0
             )
             raise UsageError(f"invalid --share {text}: shares are numbered from 1 to {share.count}.{hint}")

@@ -1,9 +1,9 @@
 """Run a language model again from changed activations, with the model's own code.
 
-The blocks before the hook are skipped: each returns at once, and the last one returns its earlier output. Everything
-else is the model's own code: the embedding, the arguments of the blocks, the blocks after the hook, the final norm and
-the logits. So nothing here depends on the model family. If blocks store values for later ones (as in Gemma 4, where
-some layers share keys and values), nothing is skipped; `Splicer.check` detects this.
+The blocks before the hook are skipped: each returns immediately, and the last one returns its earlier output.
+Everything else is the model's own code: the embedding, the arguments of the blocks, the blocks after the hook, the
+final norm and the logits. So nothing here depends on the model family. If blocks store values for later ones (as in
+Gemma 4, where some layers share keys and values), nothing is skipped; `Splicer.check` detects this.
 
 Shape suffixes: N contexts in a batch, S positions, M versions of the contexts, D d_model, V vocabulary.
 """
@@ -77,7 +77,7 @@ class Splicer:
             self.check(unchecked)
 
     def hooks_to_keep(self, hooks: Sequence[Hook]) -> list[Hook]:
-        """The hooks, and before each of them the last activations that do not depend on it."""
+        """The hooks, and for each of them the last earlier hook whose activations do not depend on it."""
         before = [hook for hook in map(self.skipped_to, hooks) if hook is not None]
         return list(dict.fromkeys([*hooks, *before]))
 
@@ -157,7 +157,7 @@ class Splicer:
 
     @contextlib.contextmanager
     def noting_outputs(self) -> Iterator[None]:
-        """Record the values that each block returns besides the residual: a skipped block must return as many."""
+        """Record how many values a block returns besides the residual stream: when skipped, it must return as many."""
 
         def note(index: int) -> Callable[..., None]:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -174,12 +174,12 @@ class Splicer:
 
     @cached_property
     def trunk_output(self) -> Callable[..., Any]:
-        """What the trunk returns: a class of transformers whose fields are all optional."""
+        """The class of the trunk's output: a transformers class whose fields are all optional."""
         model = self.language_model
         return type(model.trunk(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False))
 
     def unembed(self, final: Tensor) -> Tensor:
-        """The model's logits (..., V) for its trunk's output (..., D), by its own code: scales, caps and biases."""
+        """The logits (..., V) for the trunk's output (..., D), from the model's own code (scales, caps, biases)."""
         model = self.language_model
         final_1TD = final.flatten(0, -2)[None]
         ids_1T = torch.zeros(final_1TD.shape[:2], dtype=torch.int64, device=final.device)
@@ -190,7 +190,7 @@ class Splicer:
     def check(self, hooks: Sequence[Hook]) -> None:
         """Raise UsageError unless `run_from` and `unembed` reproduce the logits of the model at these hooks.
 
-        Finds out for which hooks the earlier blocks can be skipped.
+        Also finds out for which hooks the earlier blocks can be skipped.
         """
         model = self.language_model
         ids_NS = torch.arange(8, device=model.device).reshape(2, 4) % model.config.vocab_size
@@ -223,7 +223,8 @@ class Splicer:
         if not difference <= TOLERANCE:
             name = type(self.language_model.model).__name__
             raise UsageError(
-                f"SAEs cannot be spliced into {name}: {what} changes the logits by {difference:.2g} of the largest."
+                f"SAEs cannot be spliced into {name}: {what} changes the logits by {difference:.2g} of the largest "
+                "logit."
             )
 
 
@@ -235,7 +236,7 @@ def gradients_of(x: Tensor) -> torch.set_grad_enabled:
 @contextlib.contextmanager
 def replacing_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Replace a module's `forward` while the context is open."""
-    own = vars(module).get("forward")  # if another library has overridden the class's
+    own = vars(module).get("forward")  # set if another library has overridden the method
     vars(module)["forward"] = forward
     try:
         yield

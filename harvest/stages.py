@@ -28,14 +28,14 @@ from .windows import WindowComputer, write_windows
 def start_cache(plan: HarvestPlan, check: Callable[[], None] = lambda: None) -> tuple[CacheWriter, Contexts]:
     """Write what precedes the first window: tokens, harvest.json and array metadata.
 
-    `check` is called before each step; what it raises ends the work.
+    `check` is called before each step; an exception that it raises ends the work.
     """
     contexts = read_or_tokenize(plan, check)
     with request_turn(plan.folder):
         HARVEST_RECORD.write_if_changed(plan.folder / "harvest.json", request_of(plan))
     writer = CacheWriter(plan.folder, plan.identity, cache_layout(plan, contexts), plan.widths, plan.place)
     writer.place.begin()
-    remove_checkpoint(plan.folder)  # from now on the tokens are read, never made again
+    remove_checkpoint(plan.folder)  # from now on the tokens are read, not computed
     writer.place.remove_claims(reversed(writer.place.claim_files()))  # including those of tasks that died
     return writer, contexts
 
@@ -68,7 +68,7 @@ def harvest_windows(
 
 
 def check_folder(plan: HarvestPlan) -> None:
-    """Raise UsageError if the folder or address holds something other than this harvest. Touches nothing in it."""
+    """Raise UsageError if the folder or address contains something other than this harvest. Changes nothing in it."""
     if plan.store is not None:
         check_address(plan.store, plan.identity)
     elif plan.folder.is_dir():
@@ -77,7 +77,7 @@ def check_folder(plan: HarvestPlan) -> None:
 
 
 def check_not_ring(folder: Path) -> None:
-    """Raise UsageError if windows are missing from the folder on purpose."""
+    """Raise UsageError for a ring of `sae train --stream`, from which windows are missing on purpose."""
     if is_ring_cache(folder):
         raise UsageError(
             f"{folder} keeps only the windows that `sae train --stream` is about to read. "
@@ -94,7 +94,7 @@ def cache_layout(plan: HarvestPlan, contexts: Contexts) -> Layout:
 def load_model_for(plan: HarvestPlan, windows: Mapping[int, Sequence[str]], device: str) -> LanguageModel:
     """The model up to the deepest layer among the arrays of these windows.
 
-    Raises UsageError unless a probe of the loaded model proves the sites.
+    Raises UsageError unless a probe of the loaded model confirms the sites.
     """
     hooks = sorted({Hook.from_array(name) for names in windows.values() for name in names})
     last = max(hook.layer for hook in hooks)
@@ -109,18 +109,18 @@ def load_model_for(plan: HarvestPlan, windows: Mapping[int, Sequence[str]], devi
 
 
 def read_or_tokenize(plan: HarvestPlan, check: Callable[[], None] = lambda: None) -> Contexts:
-    """The contexts to run: written by an earlier start of this harvest, or tokenized and written now.
+    """The contexts to run. If no earlier start of this harvest wrote them, they are tokenized and written now.
 
     Raises DamagedError if the cache was started with other contexts.
     """
     if not (harvest_started(plan.folder, fingerprint_of(plan.identity)) and Contexts.is_complete(plan.folder)):
         contexts = tokenize(plan, check)
         check()
-        digest = recorded_tokens(plan.folder)  # now: another task may have begun the cache while this one was slow
+        digest = recorded_tokens(plan.folder)  # read here, because another task may have begun the cache meanwhile
         if digest not in (None, digest_of(contexts.file_records())):
             raise DamagedError(
-                f"{plan.folder} was started with different tokens than its text gives now, probably because of another "
-                "version of tokenizers. Use another --out."
+                f"{plan.folder} was started with different tokens than its text gives now, probably because the "
+                "version of tokenizers has changed. Use another --out."
             )
         contexts.write(plan.folder)
     return Contexts.read(plan.folder, recorded_tokens(plan.folder))
@@ -137,8 +137,9 @@ def tokenize(plan: HarvestPlan, check: Callable[[], None] = lambda: None) -> Con
 
 
 def check_before_text(plan: HarvestPlan) -> None:
-    """Raise UnavailableError if the requested rows do not fit on the disk, or the store cannot be written. Called
-    before the text is read, which can take long.
+    """Raise UnavailableError if the requested rows do not fit on the disk, or the store cannot be written.
+
+    This is called before the text is read, because reading it can take a long time.
     """
     if Contexts.is_complete(plan.folder):
         return

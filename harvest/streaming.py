@@ -1,6 +1,6 @@
-"""Harvest while training: windows of a ring are harvested in order, in a thread, as far ahead as the ring has room.
+"""Harvest while training: a thread harvests the windows of a ring in order, as far ahead as the ring has room.
 
-They equal the windows of the same `sae harvest`, bit for bit. Training releases them once it has read them.
+The windows are bit-identical to those that the same `sae harvest` writes. Training releases them once it has read them.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def plan_ring(config: HarvestConfig, size: int) -> tuple[HarvestPlan, RingCache]
     if config.tokens is None:
         raise UsageError(
             "--stream needs --tokens, since the number of steps is fixed before the text is read. "
-            "Give how many, such as 10M."
+            "Give a number of tokens, such as 10M."
         )
     plan = plan_harvest(config, suffix="--stream")
     layout = Layout(config.tokens, config.window, config.storage_dtype, config.compress)
@@ -60,7 +60,7 @@ def check_room(plan: HarvestPlan, ring: RingCache) -> int:
         )
         raise UnavailableError(
             f"A ring of {ring.capacity} windows of {ring.layout.window_rows:,} rows needs "
-            f"{format_bytes(1.02 * needed)} and {plan.folder} has {format_bytes(free)} for it. "
+            f"{format_bytes(1.02 * needed)}, but {plan.folder} has {format_bytes(free)} for it. "
             f"{f'{fits} would fit.' if half > 0 else 'Free space first.'}"
         )
     return needed
@@ -75,13 +75,14 @@ def ring_bytes(plan: HarvestPlan, ring: RingCache) -> int:
 def harvest_ahead(plan: HarvestPlan, ring: RingCache, groups: range, say: Callable[[str], None]) -> Iterator[None]:
     """Harvest these groups of windows in a thread while the context is open.
 
-    Leaving the context stops the thread once the window being written is safe.
+    Leaving the context stops the thread once the window being written is on disk.
     """
     with writer_lock(plan.folder, "sae train --stream", say):
         ring.create(groups.start)
         writer, contexts = start_cache(plan)
         ring.start_at(groups.start)
-        # Resumed without the folder that recorded the limits: harvest the first window again to find them.
+        # If a run is resumed without the folder that recorded the limits, the first window is harvested again to find
+        # them.
         first_window = {} if ring.has_norm_limits or not groups.start else {0: list(plan.widths)}
         windows_to_read = ring.windows(groups)
         missing = {window: arrays for window, arrays in writer.missing_windows().items() if window in windows_to_read}

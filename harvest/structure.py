@@ -1,7 +1,7 @@
-"""The parts of a transformers language model, found by structure: its blocks, and the trunk that runs them.
+"""Find the parts of a transformers language model by its structure: the blocks, and the trunk that runs them.
 
 The blocks are a list of modules whose length is given by the configuration. The trunk is the module that turns token
-ids into the last hidden state: the innermost one that holds the blocks and takes `input_ids`.
+ids into the last hidden state: the innermost one that contains the blocks and accepts `input_ids`.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ def check_config(config: Any, name: str) -> None:
         if value is not None and not (type(value) is int and 1 <= value <= most):
             raise DamagedError(
                 f"The config.json of {name} has {field} = {shorten(value)}; expected a number from 1 to {most:,}. "
-                "Download it again, or correct that."
+                "Download it again, or correct the value."
             )
 
 
@@ -100,7 +100,7 @@ def check_config_file(content: Any, path: str) -> None:
         if is_depth and isinstance(value, int | float) and abs(value) > MOST_BLOCKS:
             raise DamagedError(
                 f"{path} has {field} = {shorten(value)}, and no model has more than {MOST_BLOCKS:,} blocks. Download "
-                "it again, or correct that."
+                "it again, or correct the value."
             )
         if isinstance(value, dict):
             check_config_file(value, path)
@@ -140,7 +140,7 @@ def truncate_config(config: Any, blocks: int) -> None:
         if isinstance(value, list | tuple) and len(value) == depth and "token_id" not in name
     }  # fmt: skip
     for name, value in per_block.items():
-        with contextlib.suppress(AttributeError):  # derived from others
+        with contextlib.suppress(AttributeError):  # a property that is derived from other values
             setattr(decoder, name, value[:blocks])
     with contextlib.suppress(AttributeError):  # derived from a list, as in Nemotron-H
         decoder.num_hidden_layers = blocks

@@ -15,7 +15,7 @@ from .share import shares_of
 from .stages import check_before_text, check_folder, harvest_windows, open_cache, start_cache
 from .window_draft import remove_draft
 
-POLL, POLL_STORE = 1.0, 5.0  # seconds between checks whether the text is cut: on a disk, in a store
+POLL, POLL_STORE = 1.0, 5.0  # seconds between checks whether the text is cut, on disk and in a store
 
 
 def harvest_share(plan: HarvestPlan, progress: HarvestProgress) -> None:
@@ -28,13 +28,15 @@ def harvest_share(plan: HarvestPlan, progress: HarvestProgress) -> None:
     with lock:
         plan.place.fetch()
         if plan.config.prepare and plan.config.dtype == "auto" and plan.device == "cpu":
-            progress.say("For shares in float32, as this CPU computes. For shares on GPUs, add --dtype bfloat16 here.")
+            progress.say(
+                "This prepares shares in float32, the default on a CPU. For shares on GPUs, add --dtype bfloat16 here."
+            )
         writer, contexts = begin_together(plan, progress)
         n_windows = writer.layout.n_windows
         if plan.share is None:
             progress.say(
                 f"The text is cut: {writer.layout.rows:,} rows in {n_windows} windows. Run the shares now, in any "
-                f"order: --share 1/N to N/N, with N of at most {n_windows}."
+                f"order: --share 1/N to N/N, where N is at most {n_windows}."
             )
             return
         committed = writer.committed_windows()
@@ -45,18 +47,21 @@ def harvest_share(plan: HarvestPlan, progress: HarvestProgress) -> None:
         harvest_windows(plan, writer, contexts, left | mine, mine, progress)
         if not writer.seal(plan.config.max_norm, plan.token_text):
             absent = sorted(set(range(n_windows)) - writer.committed_windows()) or list(writer.missing_windows())
-            state = f"{len(absent)} of {n_windows} windows are missing, of {shares_of(absent, plan.share.count)}"
+            state = f"{len(absent)} of {n_windows} windows are missing, from {shares_of(absent, plan.share.count)}"
             state = state if absent else "A window is being written again"
-            progress.say(f"Share {plan.share} is done. {state}: the task that comes last completes the cache.")
+            progress.say(f"Share {plan.share} is done. {state}: the task that finishes last completes the cache.")
 
 
 def is_cut(plan: HarvestPlan) -> bool:
-    """Whether some task has cut the text and written what precedes the first window. If so, the folder has it."""
+    """Whether a task has cut the text and written everything that precedes the first window.
+
+    If so, this task's folder contains it too.
+    """
     return plan.place.is_begun() and Contexts.is_complete(plan.folder)
 
 
 def begin_together(plan: HarvestPlan, progress: HarvestProgress) -> tuple[CacheWriter, Contexts]:
-    """Returns the same as `start_cache`. One of several tasks cuts the text; the others wait for it."""
+    """Like `start_cache`, for several tasks: one of them cuts the text, and the others wait for it."""
     claim, told = TextClaim(plan.place, plan.command), ""
     while not is_cut(plan):
         if file := claim.take():
@@ -66,7 +71,10 @@ def begin_together(plan: HarvestPlan, progress: HarvestProgress) -> tuple[CacheW
                 check_before_text(plan)
                 return start_cache(plan, check)
         elif claim.holder != told:
-            progress.say(f"Waiting for the text, which {claim.holder} cuts. To cut it beforehand: --prepare.")
+            progress.say(
+                f"Waiting for the text, which {claim.holder} is cutting into contexts. To cut the text in advance, "
+                "run with --prepare."
+            )
             told = claim.holder
         time.sleep(POLL if plan.store is None else POLL_STORE)
     with request_turn(plan.folder):
@@ -74,5 +82,5 @@ def begin_together(plan: HarvestPlan, progress: HarvestProgress) -> tuple[CacheW
             HARVEST_RECORD.write(plan.folder / "harvest.json", request_of(plan))
     writer, contexts = open_cache(plan)
     writer.place.begin()
-    writer.place.remove_claims(reversed(writer.place.claim_files()))  # of a task that died once the text was cut
+    writer.place.remove_claims(reversed(writer.place.claim_files()))  # of a task that died after the text was cut
     return writer, contexts

@@ -1,4 +1,4 @@
-"""Checkpoints of tokenizing a text, in the cache's folder, so that a killed harvest does not start reading again.
+"""Checkpoints of tokenizing a text, in the cache's folder, so that a killed harvest does not read it from the start.
 
     tokens/draft/000000.safetensors    the contexts up to the first checkpoint, as ContextCutter.take returns them
     tokens/draft/state.json            the checksum of each such file and the reading state; written last
@@ -50,7 +50,7 @@ class TokenizeCheckpoint:
         path = self.folder / "state.json"
         saved = TOKENIZE_RECORD.read(path)
         if saved["owner"] != self.owner:
-            raise DamagedError(f"{path} is of another harvest or of another version of `datasets`.")
+            raise DamagedError(f"{path} was written by another harvest or with another version of `datasets`.")
         self.checksums = saved["checksums"]
         for _ in self.read_parts():
             pass  # only to verify them
@@ -82,5 +82,5 @@ class TokenizeCheckpoint:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove the tokenizing checkpoint of a cache."""
+    """Remove the checkpoint of tokenizing from the folder of a cache."""
     shutil.rmtree(folder / "tokens" / "draft", ignore_errors=True)

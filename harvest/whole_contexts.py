@@ -1,7 +1,7 @@
 """Tell transformers that every context is one sequence.
 
-Given positions and no mask, transformers searches the positions for several sequences in one context, and the host
-waits for the GPU to read the result. In this package, every context has a single sequence of positions.
+If it is given positions but no mask, transformers searches the positions for several sequences in one context, and the
+host waits for the GPU to read the result. In this package, every context has a single sequence of positions.
 """
 
 import contextlib
@@ -13,12 +13,12 @@ from typing import Any
 from transformers import masking_utils
 
 FINDER = "find_packed_sequence_indices"
-_whole: ContextVar[bool] = ContextVar("whole", default=False)  # of a thread
+_whole: ContextVar[bool] = ContextVar("whole", default=False)  # per thread
 
 
 @contextlib.contextmanager
 def whole_contexts() -> Iterator[None]:
-    """While the context is open, transformers does not look for several sequences in this thread's passes."""
+    """A context manager in which transformers does not search this thread's contexts for several sequences."""
     find = getattr(masking_utils, FINDER, None)  # internal to transformers: if missing, there is nothing to avoid
     if find is not None and not hasattr(find, "__wrapped__"):
         setattr(masking_utils, FINDER, unless_whole(find))

@@ -4,9 +4,9 @@
     drafts/000000/state.json           what computed them, the checksum of each part, where to continue; written last
 
 A window is committed as a whole, and on a slow machine it takes hours. A draft is saved every SAVE_SECONDS and on
-Ctrl-C, so on a fast machine there is none. A draft is used only by a harvest that would compute the same bytes: another
-device, version or number of contexts per pass starts the window over. The draft is removed once the window is
-committed.
+Ctrl-C, so on a fast machine there is none. A draft is used only by a harvest that would compute the same bytes: with
+another device, version or number of contexts per pass, the window is started over. The draft is removed once the window
+is committed.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from ..common.errors import DamagedError, UnavailableError
 from ..common.files import atomic_write, digest_of, read_file
 
 SAVE_SECONDS = 60.0  # between two parts
-WORTH_SAVING = 5.0  # seconds of computing worth a draft on Ctrl-C
+WORTH_SAVING = 5.0  # on Ctrl-C, rows are saved if computing them took at least this many seconds
 
 
 class ComputedRows(NamedTuple):
@@ -37,7 +37,7 @@ class ComputedRows(NamedTuple):
 
 
 class WindowDraft:
-    """The draft of a window. `owner` is everything that determines its bytes, and the software and device used."""
+    """The draft of a window. `owner` is everything that determines its bytes, including software and device."""
 
     def __init__(self, folder: Path, window: int, owner: Any) -> None:
         self.folder, self.owner = draft_folder(folder, window), digest_of(owner)
@@ -78,7 +78,7 @@ class WindowDraft:
         return time.monotonic() - self.saved_at
 
     def save(self, arrays: Mapping[str, np.ndarray], slot: np.ndarray, progress: ComputedRows) -> None:
-        """Save the rows since the last part. On a full disk the draft is dropped: the window itself needs the room."""
+        """Save the rows since the last part. On a full disk the draft is removed: the window itself needs the space."""
         if progress.rows == self.saved_rows or not self.has_room:
             return
         new = slot[self.saved_rows : progress.rows]
@@ -111,7 +111,7 @@ def remove_draft(folder: Path, window: int) -> None:
 
 
 def remove_other_drafts(folder: Path, windows: Mapping[int, Any]) -> None:
-    """Remove the drafts of all other windows: a killed harvest had committed them but not yet removed their drafts."""
+    """Remove the drafts of all windows not in `windows`, which a killed harvest may have left after committing them."""
     for path in (folder / "drafts").glob("*"):
         if not path.name.isdecimal() or int(path.name) not in windows:
             shutil.rmtree(path, ignore_errors=True)

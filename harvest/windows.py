@@ -1,8 +1,8 @@
 """Compute the windows of a cache and write them.
 
-While the model computes one window, threads measure, compress if asked, write and flush the previous one. There is
-memory for two windows and no more: if neither is free, the model waits. On a GPU with room for a window, its rows are
-placed and measured there, and one copy takes it to the memory of the host (device_window.py).
+While the model computes one window, threads measure, compress (if requested), write and flush the previous one. There
+is memory for two windows and no more: if neither is free, the model waits. If a GPU has room for a window, its rows are
+placed and measured there, and the whole window is copied to host memory at once (device_window.py).
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from .progress import HarvestProgress
 from .window_draft import SAVE_SECONDS, WORTH_SAVING, ComputedRows, WindowDraft, remove_draft
 
 ORIGINS = ("row_ctx", "row_pos")
-Memory = dict[str, Tensor]  # of the host, for a window: array name -> (rows, d) bfloat16
+Memory = dict[str, Tensor]  # host memory for a window: array name -> (rows, d) bfloat16
 Pending = Callable[[], WindowRows]  # waits for the rows of a window being copied from a GPU
 
 
@@ -131,7 +131,7 @@ class WindowComputer:
         self, plan: HarvestPlan, contexts: Contexts, layout: Layout, progress: HarvestProgress, *, drafts: bool = False
     ) -> None:
         self.plan, self.layout, self.progress, self.drafts = plan, layout, progress, drafts
-        self.report_rows: Callable[[int], None] = lambda rows: None  # rows done of the current window
+        self.report_rows: Callable[[int], None] = lambda rows: None  # called with the computed rows of the window
         self.rows_in_draft = 0  # of the window that was interrupted
         self.contexts = contexts.select(slice(0, int((~contexts.held_out).sum())))  # held-out ones come last: a view
         self.kept_NS = plan.context_format.row_mask(self.contexts)
@@ -161,8 +161,10 @@ class WindowComputer:
         return {**where, **versions, **own_versions}
 
     def compute(self, window: int, memory: Mapping[str, Tensor]) -> Pending:
-        """Compute a window into `memory`. If GPU memory runs out, retry without a window on the GPU; after that, as on
-        a CPU, with half as many contexts per pass.
+        """Compute a window into `memory`.
+
+        If GPU memory runs out, the computation is retried without a window on the GPU. If memory still does not
+        suffice, or on a CPU, it is retried with half as many contexts per pass.
         """
         while True:
             try:
@@ -173,7 +175,7 @@ class WindowComputer:
             if self.device_window is not None:
                 self.device_window.drop()
                 self.device_window = None
-                self.progress.say(f"{self.model.device} is out of memory: windows are kept in the memory of the host.")
+                self.progress.say(f"{self.model.device} is out of memory: windows are kept in host memory.")
                 empty_gpu_cache(self.model.device)
                 continue
             if self.batch_contexts == 1:
@@ -184,9 +186,10 @@ class WindowComputer:
             before = self.batch_contexts
             self.batch_contexts //= 2
             self.progress.say(
-                f"{self.model.device} is out of memory: continuing with {self.batch_contexts} contexts per pass. Its "
-                f"rows can differ from those of {before} in the last bit; commits/ records which. To have all alike, "
-                f"harvest into another --out with --batch-contexts {self.batch_contexts}."
+                f"{self.model.device} is out of memory: continuing with {self.batch_contexts} contexts per pass. "
+                f"These rows can differ in the last bit from rows computed with {before}; commits/ records the number "
+                "for each window. To compute all rows alike, harvest into another --out with --batch-contexts "
+                f"{self.batch_contexts}."
             )
             self.device_copy.drop()
             empty_gpu_cache(self.model.device)
@@ -242,7 +245,7 @@ class WindowComputer:
     def _compute_batch(self, batch: slice, rows: range, slot: np.ndarray, arrays: Mapping[str, np.ndarray]) -> int:
         """Compute a batch of contexts; row n goes to slot[n] of the activations, row_ctx and row_pos in `arrays`.
 
-        Returns the number of its rows in the window, which holds these `rows`.
+        Returns the number of rows of the batch that are in the window. `rows` are the rows of the window.
         """
         longest = int(self.contexts.length[batch].max())
         ids_NS = torch.from_numpy(self.contexts.ids[batch, :longest].astype(np.int64))

@@ -162,7 +162,7 @@ def test_activations_are_the_hidden_states_of_each_text_by_itself(tiny_model: Pa
 @pytest.mark.parametrize(
     ("texts", "layer", "sentence"),
     [
-        (None, 0, "takes a list of strings"),
+        (None, 0, "expects a list of strings"),
         (["a"], "12", "invalid layer='12': expected the number of a block"),
         (["a"], [12], r"invalid layer=\[12\]: expected the number"),
     ],
@@ -198,10 +198,10 @@ def test_a_tokenizer_without_bos_is_left_as_it_is(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"texts": "one text"}, "takes a list of strings"),
+        ({"texts": "one text"}, "expects a list of strings"),
         ({"texts": []}, "contain only BOS"),
         ({"texts": ["", ""]}, "contain only BOS"),
-        ({"texts": [3]}, "takes a list of strings"),
+        ({"texts": [3]}, "expects a list of strings"),
         ({"layer": 2}, "has no layer 2: its 2 blocks"),
         ({"site": "mlp"}, "unknown site 'mlp'"),
         ({"context": 1}, "invalid context=1: expected 2 to 65,535"),

@@ -86,7 +86,7 @@ def test_code_of_a_model_folder_is_not_run(
         load_model(source, config, dtype="float32", device="cpu")
         activations(["a text"], model=str(folder), layer=0, device="cpu")
     except UsageError as error:
-        assert "needs code of its own, which is never run here" in str(error) or "does not know" in str(error)
+        assert "needs its own Python code, which is never run here" in str(error) or "does not know" in str(error)
     else:
         assert model_type == "gemma2", "only an architecture that transformers has can be loaded without its code"
     local_model_config(str(folder))

@@ -28,7 +28,7 @@ SKIPPED_FOLDERS = {
     "__pycache__",
     "pydoc_data",
 }
-BLOCKS = ("body", "cases", "handlers", "orelse", "finalbody")  # fields with statements, in the order of each node
+BLOCKS = ("body", "cases", "handlers", "orelse", "finalbody")  # fields that contain statements, in the order of a node
 
 
 class StdlibDocument(NamedTuple):

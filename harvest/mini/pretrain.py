@@ -235,7 +235,9 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps of {BATCH * CONTEXT} tokens")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help=f"number of training steps, each of {BATCH * CONTEXT} tokens"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)

@@ -1,7 +1,8 @@
 """The three criteria that gemma-2-mini has to meet: `python -m sae.harvest.mini.quality` measures them.
 
 1. Its cross-entropy on held-out documents is at least 2.5 nats below that of the training split's unigram distribution.
-2. It answers over 90% of new ten-shot spelling prompts (of words that it was trained to spell) for at least 20 letters.
+2. For at least 20 letters, it answers over 90% of new ten-shot spelling prompts correctly (for words that it was
+   trained to spell).
 3. A linear probe on the residual stream after block 12, at the word's token, predicts the first letter of words that
    the probe was not trained on with an F1 above 0.6, for at least 20 letters (mean of five splits; letters with ten
    words or more; " cat", "cat" and "Cat" are always in the same split).
@@ -48,7 +49,7 @@ def tokenize_documents(tokenizer: Any, *, held_out: bool) -> list[list[int]]:
 
 @torch.no_grad()
 def cross_entropies(model: LanguageModel, tokenizer: Any, contexts: int) -> tuple[float, float, int]:
-    """Held-out nats per token: the model's and the training split's unigrams'; and the number of held-out tokens."""
+    """Held-out nats per token of the model and of the training split's unigrams, and the number of held-out tokens."""
     train = torch.tensor([t for ids in tokenize_documents(tokenizer, held_out=False) for t in ids])
     held_out = tokenize_documents(tokenizer, held_out=True)
     counts = torch.bincount(train, minlength=len(tokenizer)) + 1.0
@@ -66,7 +67,7 @@ def cross_entropies(model: LanguageModel, tokenizer: Any, contexts: int) -> tupl
 
 @torch.no_grad()
 def spelling_accuracy(model: LanguageModel, tokenizer: Any, per_letter: int) -> dict[str, float]:
-    """Letter -> share of new ten-shot prompts that are answered with the right letter."""
+    """Letter -> share of new ten-shot prompts that the model answers with the right letter."""
     pool, rng = spelling_words(tokenizer), random.Random(1)
     accuracy = {}
     for letter in sorted({word.letter for word in pool}):
@@ -117,7 +118,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=WEIGHTS)
     parser.add_argument("--contexts", type=int, default=2000, help="held-out contexts for the cross-entropy")
     parser.add_argument("--prompts", type=int, default=20, help="spelling prompts for each letter")
-    parser.add_argument("--words", type=int, default=100, help="most words of each letter for the probe")
+    parser.add_argument("--words", type=int, default=100, help="maximum number of words per letter for the probe")
     arguments = parser.parse_args()
     tokenizer = from_pretrained(AutoTokenizer, arguments.model)
     assert len(tokenizer.encode(TEMPLATE, add_special_tokens=False)) == WORD_FROM_END - 1

@@ -1,4 +1,4 @@
-"""First-letter spelling prompts over the words of a tokenizer's own vocabulary, in the form that absorption uses.
+"""First-letter spelling prompts for the words in a tokenizer's vocabulary, in the form that the absorption metric uses.
 
     {word} has the first letter: {L}
 
@@ -45,5 +45,5 @@ def spelling_prompt(examples: Sequence[SpellingWord], word: SpellingWord) -> str
 def sample_others(
     pool: Sequence[SpellingWord], word: SpellingWord, shots: int, rng: random.Random
 ) -> list[SpellingWord]:
-    """`shots` other words of the pool, in random order."""
+    """`shots` other words from the pool, in random order."""
     return [other for other in rng.sample(pool, shots + 1) if other is not word][:shots]

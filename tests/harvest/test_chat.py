@@ -263,10 +263,11 @@ def test_refused_conversations_are_counted_and_explained_once(talks: Path, tmp_p
     )  # fmt: skip
     plan = plan_harvest(config, said.append)
     cache = run_harvest(plan)
-    assert said == ["The chat template refuses a conversation of talks: System role not supported. Such are skipped."]
+    refused = "The chat template rejects a conversation of talks: System role not supported."
+    assert said == [f"{refused} Conversations that it rejects are skipped."]
     assert "special tokens left out" in summarize_harvest(plan, cache, 0)[-1]
     assert "1 empty documents skipped, 1 untemplated documents skipped" in summarize_harvest(plan, cache, 0)[-1]
-    assert "chat     messages through the tokenizer's template; rows are all that is written" in describe_source(plan)
+    assert "chat     messages, rendered with the tokenizer's template; rows are all tokens" in describe_source(plan)
 
 
 @pytest.mark.parametrize(
@@ -312,5 +313,5 @@ def test_roles_that_nobody_has(talks: Path, tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_without_a_template_is_refused(talks: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="needs a tokenizer with a chat template.* or give a column of text"):
+    with pytest.raises(UsageError, match="needs a tokenizer with a chat template.* or name a column of plain text"):
         ChatEncoder(make_tokenizer("gpt-2"))

@@ -43,6 +43,10 @@ def test_what_cannot_be_compiled_is_refused(config: HarvestConfig, monkeypatch: 
         return lambda *given: [2 * y for y in module(*given)]
 
     monkeypatch.setattr(compiled, "BACKEND", backend)
-    said = "cannot be compiled here .*a compiler was not found" if fault == "no compiler" else "% apart from those"
+    said = (
+        "cannot be compiled here .*a compiler was not found"
+        if fault == "no compiler"
+        else "% from those of the uncompiled model"
+    )
     with pytest.raises(UsageError, match=rf"{said}.*Leave out --compile"):
         run_harvest(plan_harvest(replace(config, compiled=True)))

@@ -173,7 +173,7 @@ def test_a_block_with_several_vectors_per_token_is_rejected() -> None:
         layer_types=["full_attention"] * 2,
     )  # fmt: skip
     model = LanguageModel(AutoModel.from_config(config).eval())
-    with pytest.raises(UsageError, match="Gemma3nTextModel has activations of shape .* It is not supported"):
+    with pytest.raises(UsageError, match="Gemma3nTextModel has activations of shape .* The model is not supported"):
         model.capture(torch.arange(3, 25).reshape(2, 11), [0])
 
 

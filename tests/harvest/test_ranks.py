@@ -95,7 +95,7 @@ def test_shares_in_any_order_with_one_run_twice(options: dict, whole: dict[str, 
         ended = Started(options | {"out": out, "share": f"{number}/3"}, tmp_path / "note").end()
         assert ended["code"] == 0 and not (out / "manifest.json").exists()
     assert ended["windows"] == []  # nothing is repeated
-    assert ended["said"][-1].startswith("Share 3/3 is done. 4 of 12 windows are missing, of share 2: ")
+    assert ended["said"][-1].startswith("Share 3/3 is done. 4 of 12 windows are missing, from share 2: ")
     assert Started(options | {"out": out, "share": "2/3"}, tmp_path / "note").end()["windows"] == [1, 4, 7, 10]
     assert files_of(out) == whole
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
@@ -221,8 +221,8 @@ def test_kills_of_ranks_and_shares(
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("0/64", r"shares are numbered from 1 to 64. Of an array that begins at 0, .*ID \+ 1\)\)/64"),
-        ("65/64", "shares are numbered from 1 to 64.$"), ("3", "expected the number of a share"),
+        ("0/64", r"shares are numbered from 1 to 64. For a job array that begins at 0, .*ID \+ 1\)\)/64"),
+        ("65/64", "shares are numbered from 1 to 64.$"), ("3", "expected the share's number"),
         ("3/-4", "expected the number"), ("a/b", "expected the number"), ("0/0", "numbered from 1 to 0"),
     ],
 )  # fmt: skip

@@ -205,7 +205,7 @@ def test_a_cache_of_an_earlier_version_gets_digests(whole: Cache, folder: Path, 
     with warnings.catch_warnings():
         warnings.simplefilter("error", UncheckedRecordWarning)
         assert list(Cache(folder).verify())
-    assert [line for line in said if "of an earlier version now carry a digest" in line]
+    assert [line for line in said if "of an earlier version now contain a digest" in line]
     assert different(folder, whole.folder) == set()
 
 
@@ -275,7 +275,7 @@ def test_a_moved_model_can_be_given(folder: Path, whole: Cache, request_: Harves
     record = HARVEST_RECORD.read(folder / "harvest.json")
     HARVEST_RECORD.write(folder / "harvest.json", record | {"model": "/gone"})
     (folder / "layer_00/c.0.0").unlink()
-    with pytest.raises(UsageError, match="from the model in /gone, which is not there any more. Say .* --model"):
+    with pytest.raises(UsageError, match="from the model in /gone, which no longer exists. Give .* --model"):
         repair(folder)
     assert repair(folder, model=str(moved))
     assert Cache(folder).read_chunk("layer_00", 0).tobytes() == whole.read_chunk("layer_00", 0).tobytes()

@@ -190,7 +190,7 @@ def test_running_out_of_memory_halves_the_pass(small: tuple[HarvestConfig, Cache
 
     monkeypatch.setattr(LanguageModel, "capture_hooks", tight)
     cache = run_harvest(plan_harvest(request), HarvestProgress(say=said.append))
-    assert [line.partition(" Its rows can differ from those of ")[0] for line in said] == [
+    assert [line.partition(" These rows can differ in the last bit from rows ")[0] for line in said] == [
         f"cpu is out of memory: continuing with {n} contexts per pass." for n in (4, 2)
     ]
     assert said[1].endswith("harvest into another --out with --batch-contexts 2.")

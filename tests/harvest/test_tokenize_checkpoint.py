@@ -203,7 +203,9 @@ def test_a_damaged_checkpoint_is_discarded(
     told: list[str] = []
     text = TextSource("some", {}, ListedDocuments(lambda: map(Document, DOCUMENTS)), told.append)
     assert same(cut_some(text, left), whole())
-    assert len(told) == 1 and re.match("What was tokenized before cannot be used, so it begins again: ", told[0])
+    assert len(told) == 1 and re.match(
+        "The tokens of an earlier run cannot be used, so tokenizing starts over: ", told[0]
+    )
 
 
 def test_a_checkpoint_damaged_while_in_use_raises(cut_some, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def enlarged(tiny_model: Path, tmp_path: Path) -> Path:
 def test_the_plan_names_tokens_without_an_embedding(enlarged: Path, sentences: Path, tiny_model: Path) -> None:
     (line,) = [one for one in describe_harvest(plan(enlarged, sentences)) if one.startswith("unknown")]
     assert "'<zzz>' (id 8,192), '<yyy>' (id 8,193), '[PAD]' (id 8,194)" in line
-    assert "beyond the 8,192 rows of the model's embedding; a text that has one is refused" in line
+    assert "beyond the 8,192 rows of the model's embedding; a text that contains one is rejected" in line
     assert not [one for one in describe_harvest(plan(tiny_model, sentences)) if one.startswith("unknown")]
 
 
@@ -99,7 +99,9 @@ def assert_same_rows(one: Cache, other: Cache) -> None:
 
 
 def test_a_bos_without_an_embedding_is_refused(enlarged: Path, sentences: Path) -> None:
-    with pytest.raises(UsageError, match=r"What each context begins with \(--bos\) contains the token '<zzz>'"):
+    with pytest.raises(
+        UsageError, match=r"The token sequence that begins each context \(--bos\) contains the token '<zzz>'"
+    ):
         plan(enlarged, sentences, bos="<zzz>")
 
 

@@ -25,7 +25,7 @@ def test_an_architecture_that_transformers_does_not_know(tmp_path: Path) -> None
 def test_code_of_a_model_is_never_run(tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "own", model_type="own", auto_map={"AutoConfig": "own.OwnConfig"})
     (folder / "own.py").write_text("raise SystemExit('this was run')")
-    with pytest.raises(UsageError, match="needs code of its own, which is never run here"):
+    with pytest.raises(UsageError, match="needs its own Python code, which is never run here"):
         find_model(str(folder))
 
 
@@ -33,7 +33,7 @@ def test_a_gguf_file_is_not_read(tmp_path: Path) -> None:
     folder = tmp_path / "gguf"
     folder.mkdir()
     (folder / "model.Q4_1.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UsageError, match="holds model.Q4_1.gguf and no safetensors"):
+    with pytest.raises(UsageError, match="contains model.Q4_1.gguf and no safetensors"):
         find_model(str(folder))
 
 

@@ -25,7 +25,7 @@ def test_the_chunks_are_those_of_the_cpu_byte_for_byte(
     window, *said = found["said"]
     if case == "little memory":
         assert found["waits"] == [] and of_passes == of_windows == 4 * 3  # ids and places; the rows of two layers back
-        assert window.startswith("window   0.0 MB in the memory of the host: more than 50% of the ")
+        assert window.startswith("window   0.0 MB in host memory: it is larger than 50% of the ")
     else:
         assert window.startswith("window   0.0 MB in the memory of cuda")
     if case == "":
@@ -33,7 +33,7 @@ def test_the_chunks_are_those_of_the_cpu_byte_for_byte(
         assert found["waits"] == [] and found["passes"] == 3 and of_passes == 2 * 3
         assert of_windows == of_passes + 2 * 2 * 3
     if case == "memory that ends":
-        assert found["waits"] == [] and said == ["cuda:0 is out of memory: windows are kept in the memory of the host."]
+        assert found["waits"] == [] and said == ["cuda:0 is out of memory: windows are kept in host memory."]
     if case == "Ctrl-C":
         assert any("of the 256 rows of window 0 are already computed" in sentence for sentence in said)
     if case == "no pinned memory":
