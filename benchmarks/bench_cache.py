@@ -52,7 +52,7 @@ def timed(read: Callable[[int], object], count: int) -> Way:
 def from_loader(
     batches: BatchLoader | ResidentLoader, count: int, compute: Callable[[Tensor], object] = lambda x_BD: None
 ) -> Way:
-    """Time the batches of a loader, after those that it had already read ahead."""
+    """Time the batches of a loader, excluding those that it had already read ahead."""
     way = timed(lambda number: compute(next(batches)), count)
 
     def run() -> Spent:
@@ -119,7 +119,7 @@ def as_hf_dataset(rows: Tensor, folder: Path) -> datasets.Dataset:
 def show(title: str, spent: dict[str, list[Spent]], batch: int) -> None:
     median = {name: Spent(*np.median(times, 0)) for name, times in spent.items()}
     base = median["memory copy"]
-    print(f"\n| {title} | ms | GB/s | of a memory copy | in processor time |\n|---|---|---|---|---|")
+    print(f"\n| {title} | ms | GB/s | relative to a memory copy | the same in processor time |\n|---|---|---|---|---|")
     for name, (wall, processor) in sorted(median.items(), key=lambda item: item[1]):
         speed = f"{wall * 1e3:.2f} | {2 * batch * D_IN / wall / 1e9:.2f}"
         print(f"| {name} | {speed} | {base.wall / wall:.4f} | {base.processor / processor:.4f} |")
@@ -177,7 +177,7 @@ def main() -> None:
         cache = make_cache(folder / "cache", args.gb)
         packed = make_cache(folder / "packed", args.gb / 4, compress=True)
         make_cache(folder / "small", args.gb / 4)
-        # First, while no process has the files mapped: mapped pages are not dropped from the page cache.
+        # This comes first, while no process has mapped the files: mapped pages are not dropped from the page cache.
         print("\n| our loader, batches of 2048 | first batch | ms a batch, epoch 1 | epoch 2 | anonymous memory |")
         print("|---|---|---|---|---|")
         for name, size in (("small", args.gb / 4), ("cache", args.gb)):

@@ -79,7 +79,7 @@ def table_row(name: str, bits: np.ndarray, folder: Path, rounds: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=16_384, help="harvested from gemma-2-mini")
+    parser.add_argument("--tokens", type=int, default=16_384, help="tokens to harvest from gemma-2-mini")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--folder", default=".", help="where caches are written and removed again")
     args = parser.parse_args()

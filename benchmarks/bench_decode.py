@@ -1,9 +1,9 @@
-"""Above which n/k is gathering rows faster? `python benchmarks/bench_decode.py [--d-in 128,512,2304]`.
+"""The n/k above which gathering rows is faster: `python benchmarks/bench_decode.py [--d-in 128,512,2304]`.
 
 Times whole training steps of `topk`, once with dense products and once by gathering the rows of the active latents
 (`train/sparse_ops.py`), with the same weights and batches, in rounds, in random order. Times are processor time of one
-thread, which other work on the machine hardly changes. `of dense` is below 1 where gathering is faster;
-`sparse_ops.SPARSE_FROM` is set from this table.
+thread, which other work on the machine hardly changes. The ratio to the dense step, `of dense`, is below 1 where
+gathering is faster. `sparse_ops.SPARSE_FROM` is set from this table.
 """
 
 import argparse
@@ -28,8 +28,7 @@ def numbers(text: str) -> list[int]:
 def make_step(
     config: RunConfig, k: int, x_BD: torch.Tensor, sparse_from: dict[str, dict[str, float]]
 ) -> Callable[[], float]:
-    """A function that times a training step in milliseconds; rows are gathered at this n/k and above (see
-    SPARSE_FROM)."""
+    """A function that returns the milliseconds of a training step. Rows are gathered from this n/k upwards."""
     torch.manual_seed(0)
     trainer = Trainer(find_recipe("topk").make(config, {"k": k}), config.steps, "cpu")
 

@@ -3,12 +3,13 @@
     python benchmarks/bench_decorrelation_scaling.py > benchmarks/results/DATE-decorrelation-scaling.md
 
 Trains `decorrelation` and `relu` without a pre-bias (the paper's SAE with and without the penalty) at a fixed d_in and
-batch on the same rows, in rounds, in random order. Times are processor time of one thread. There are three for each
+batch on the same rows, in rounds, in random order. Times are processor time of one thread. Three are measured for each
 width:
 
     plain    a step without the penalty: O(n)
-    added    what the penalty adds to it: the difference within a round
-    search   the part of it that needs no gradient: (2) for all pairs, their mean and deviation, and the top 0.1 %
+    added    the time that the penalty adds to such a step: the difference within a round
+    search the part of `added` that needs no gradient: equation (2) for all pairs, their mean and standard deviation,
+    and the top 0.1 %
 
 For each, `p` in `time ~ n^p` is fitted to the medians by least squares in logarithms; 1 is O(n), 2 is O(n^2). On CUDA
 (`--device cuda`) times are wall-clock times of a synchronized device.
@@ -116,7 +117,7 @@ def page(widths: Sequence[int], times: Sequence[Times], d_in: int, batch: int, d
         "# Scaling of selective decorrelation (paper 003) in the width\n",
         f"`python benchmarks/bench_decorrelation_scaling.py`, {date.today()}, {where}.",
         f"d_in {d_in}, {batch} tokens, {clock}; medians of {rounds} rounds (smallest to largest).\n",
-        "| n | updates per second, plain | with the penalty | ratio of step times | added ms | of it search ms |",
+        "| n | updates per second, plain | with the penalty | ratio of step times | added ms | of which search ms |",
         "|---|---|---|---|---|---|",
     ]
     for n, one in zip(widths, times, strict=True):
@@ -131,7 +132,7 @@ def page(widths: Sequence[int], times: Sequence[Times], d_in: int, batch: int, d
         "|---|---|---|",
         *(f"| {name} | {fits[name]:.2f} | {upper[name]:.2f} |" for name in kinds),
         "\nThe paper claims that selecting pairs reduces the complexity from O(n^2) to O(n), p = 1. The gradient "
-        "touches the selected pairs alone, but finding them takes the correlations of all pairs.",
+        "involves only the selected pairs, but finding them requires the correlations of all pairs.",
     ]
     return "\n".join(lines)
 

@@ -1,10 +1,10 @@
-"""Cost of a harvest over the model's own forward pass: `python benchmarks/bench_harvest.py`.
+"""Cost of a harvest relative to the model's forward pass: `python benchmarks/bench_harvest.py`.
 
 Runs gemma-2-mini on its embedded text, which is tokenized before the clock starts, in rounds, in random order:
 
-    forward the truncated model on the same passes as the harvest, without hooks, results discarded harvest the whole
-    harvest, from loading the model to sealing the cache, with checksums, flushes and commits harvest of 19 the same for
-    layer 19 alone instead of 5, 12 and 19
+    forward         the truncated model on the same passes as the harvest, without hooks; results are discarded
+    harvest         the whole harvest, from loading the model to sealing the cache, with checksums, flushes and commits
+    harvest of 19   a harvest of layer 19 alone instead of 5, 12 and 19
 
 Each of the three loads the model itself. The script then measures the writer alone, at Gemma-2-2B's width, and peak
 memory at two cache sizes.
@@ -58,7 +58,7 @@ from sae.harvest.windows import WindowComputer, write_windows
 
 LAYERS, WIDE = (5, 12, 19), 2304
 HOST_ARRAYS = [Hook(layer).array for layer in LAYERS]
-HOST_ROWS, PASS = 32_768, 4096  # of a window, of a pass of the model; with --host
+HOST_ROWS, PASS = 32_768, 4096  # rows of a window and of a forward pass, with --host
 
 
 def prepare(plan: HarvestPlan, contexts: Contexts) -> None:
@@ -162,7 +162,8 @@ def timed_writer(folder: Path, compress: bool, rows: int = 16_384) -> Callable[[
 
 
 class PreparedRows:
-    """Replaces a WindowComputer: rows that cost no time, with a GPU's statistics of them if `measured`."""
+    """A substitute for WindowComputer whose rows cost no time. If `measured`, they come with statistics, as from a
+    GPU."""
 
     rows_in_draft = 0
 
@@ -205,7 +206,7 @@ def host_part(folder: str, measured: bool, cores: int, windows: int) -> float:
 
 
 def print_host_parts(folder: Path, rounds: int, windows: int) -> None:
-    """GB/s by number of cores, and an extrapolation to eight cores, where each adds as much as the last one did."""
+    """GB/s by number of cores, and an extrapolation to eight cores: each more adds as much as the last one measured."""
     for measured, title in ((True, "windows from a GPU"), (False, "rows, placed and measured by the host")):
         speeds = []
         for cores in range(1, len(os.sched_getaffinity(0)) + 1):
@@ -236,9 +237,9 @@ def main() -> None:
     parser.add_argument(
         "--windows", type=int, nargs=2, default=(4, 16), help="windows of the two harvests whose memory is measured"
     )
-    parser.add_argument("--small", type=int, default=4096, help="rows of their windows")
+    parser.add_argument("--small", type=int, default=4096, help="rows of the windows of these two harvests")
     parser.add_argument(
-        "--threads", type=int, default=1, help="torch threads; more than there are idle cores is slower than one"
+        "--threads", type=int, default=1, help="torch threads; more threads than idle cores are slower than one"
     )
     parser.add_argument("--folder", default=".", help="where caches are written and removed again")
     parser.add_argument("--host", type=int, metavar="WINDOWS", help="only the host's part, with windows of 32,768 rows")
@@ -278,7 +279,7 @@ def main() -> None:
 
 
 def print_report(spent: dict[str, list[Spent]], splits: list[dict[str, float]], tokens: int) -> None:
-    print(f"\n{tokens:,} tokens, {len(splits)} rounds; ratios are medians of those within each round")
+    print(f"\n{tokens:,} tokens, {len(splits)} rounds; ratios are medians of the ratios within each round")
     for name, found in spent.items():
         wall = [one.wall for one in found]
         print(
@@ -291,7 +292,7 @@ def print_report(spent: dict[str, list[Spent]], splits: list[dict[str, float]], 
             ratios = sorted(x / y for x, y in zip(a, b, strict=True))
             print(f"  {above} / {below}, {clock}: {statistics.median(ratios):.3f}", end="")
             print(f"  (best of each {min(a) / min(b):.3f}, rounds {ratios[0]:.2f} to {ratios[-1]:.2f})")
-    print("  of the time of a harvest, medians")
+    print("  shares of the time of a harvest, medians")
     for part in splits[0]:
         print(f"    {part:44s} {statistics.median(split[part] for split in splits):6.1%}")
 

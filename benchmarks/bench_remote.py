@@ -1,12 +1,12 @@
 """Training from an object store against training from a disk: `python benchmarks/bench_remote.py [--rounds 3]`.
 
-A cache of synthetic bfloat16 rows is kept in a folder and in a store on loopback. The store is our own server in
-another process, which sends files as fast as it can or at a fixed rate (moto's server, which the tests use, is slower
-than any real store). Each round trains the same run from the disk, from the store with a local folder that holds part
-of the cache, and from the store through slower links, in changing order. Each training run has its own process and an
-empty local folder. The chunks of the first batches are downloaded before training begins; `after ten steps` is the
-speed after that. The tables have medians over rounds of the ratios within a round. `needed` is the rate at which
-training reads.
+A cache of synthetic bfloat16 rows is kept in a folder and in a store on loopback. The store is a server that this
+script starts in another process; it sends files as fast as it can or at a fixed rate (moto's server, which the tests
+use, is slower than any real store). Each round trains the same run from the disk, from the store with a local folder
+that has room for part of the cache, and from the store through slower links, in random order. Each training run has its
+own process and an empty local folder. The chunks of the first batches are downloaded before training begins; `after ten
+steps` is the speed after that. The ratios in the tables are taken within a round; the tables have their medians over
+rounds. `needed` is the rate at which training reads.
 """
 
 import argparse
@@ -92,7 +92,8 @@ def train(place: str, out: str, local: str, size: int, steps: int, width: int, b
 
 @contextmanager
 def served(folder: Path, rate: float) -> Any:
-    """The address of a folder that another process serves, and a list that will hold its count of requests."""
+    """The address of a folder that another process serves, and a list that receives the number of requests at the
+    end."""
     words = [sys.executable, __file__, "--serve", str(folder), str(rate)]
     requests: list[int] = []
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -120,10 +121,12 @@ def measure(place: str, folder: Path, size: int, arguments: argparse.Namespace) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gb", type=float, default=0.3)
-    parser.add_argument("--share", type=float, default=0.6, help="of the cache that the local folder holds")
+    parser.add_argument("--share", type=float, default=0.6, help="share of the cache that fits into the local folder")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--way", action="append", choices=WAYS, help="only this one beside the disk; can be repeated")
+    parser.add_argument(
+        "--way", action="append", choices=WAYS, help="compare only this way with the disk; can be repeated"
+    )
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
@@ -163,9 +166,9 @@ def show(rounds: dict[str, list[dict[str, float]]], needed: float, size: int) ->
     print(f"needed {needed / 1e6:.1f} MB/s; the local folder may hold {size / 1e9:.2f} GB\n")
     columns = [
         "from",
-        "speed, of the disk's",
+        "speed / disk's speed",
         "after ten steps",
-        "processor time, of the disk's",
+        "processor time / disk's",
         "waited",
         "pulled",
         "requests",

@@ -4,18 +4,18 @@ Prints six tables. All but `threads` use processor time of one thread, which oth
 Measurements run in rounds, in random order, one process at a time. Cells are the median and the interquartile range
 over rounds.
 
-    step       relu, topk and batchtopk, beside the peers' trainers as published on the same batches (environments as in
-               peers/agree_train.py), and relative to a lower bound: the five products of a dense step alone, in the
-               same rounds. Steps below 1 gather rows instead (train/sparse_ops.py). FLOP are those of matrix products,
-               from torch's counter, which counts none for gathered rows.
-    recipes    every recipe over its base: topk if it keeps a fixed number of latents, else relu. Includes what
-               mechanisms do every N steps, divided by N.
+    step       relu, topk and batchtopk next to the peers' published trainers on the same batches (environments as in
+               peers/agree_train.py), and relative to a lower bound: the five matrix products of a dense step alone, in
+               the same rounds. A step below 1 gathers rows instead (train/sparse_ops.py). FLOP are counted by torch for
+               matrix products; gathered rows count as none.
+    recipes    every recipe relative to its base: topk if it keeps a fixed number of latents, else relu. The work that
+               mechanisms do every N steps is included, divided by N.
     together   V relu runs in one pass over a cache, relative to V runs one after the other.
     compiled   --compile relative to eager.
-    precision  --precision bfloat16 relative to float32, beside the gain expected from the speed-up of the five products
-               alone and their share of a step. Not measured where the processor has no bfloat16.
-    threads    what a second thread gains relu, topk and batchtopk, and the five products alone. In wall time, since the
-               processor time of two threads says nothing about it: only on a machine with two idle cores.
+    precision  --precision bfloat16 relative to float32, next to the gain expected from the speed-up of the five
+               products alone and their share of a step. Not measured if the processor does not support bfloat16.
+    threads    the speed-up of relu, topk, batchtopk and the five products alone from a second thread. It is measured in
+               wall time, since processor time does not show it, and so needs a machine with two idle cores.
 
 With `--json FILE` the table of recipes is also added to a file like evaluate/papers/step_times.json, where it replaces
 a table with the same sizes. Claims about the cost of a step are compared with that file.
@@ -106,7 +106,7 @@ def products(config: RunConfig) -> Step:
 
 
 def options_for(recipe: str, config: RunConfig) -> dict[str, Any]:
-    """The options of our recipe, in the form that a peer's trainer takes."""
+    """The options of our recipe, in the form that a peer's trainer expects."""
     variant = make_trainer(recipe, config).variant
     options = variant.options | {"l1_warmup": 1000, "warmup": 1000, "dead_tokens": config.dead_after_tokens}
     sizes = {"d_in": config.d_in, "d_sae": config.d_sae, "batch": config.batch_size, "steps": config.steps}
@@ -163,7 +163,7 @@ def show_recipes(config: RunConfig, rounds: int, steps: int, file: Path | None =
         base[recipe] = "topk" if any(isinstance(link, KeepTopK) for link in trainer.variant.sae.activation) else "relu"
     found = in_rounds(ways, rounds)
     middle = {name: statistics.median(times) + periodic[name] for name, times in found.items()}
-    print(f"\n| recipe at d_in {config.d_in}, n {config.d_sae} | ms | of it periodic | base | over base |")
+    print(f"\n| recipe at d_in {config.d_in}, n {config.d_sae} | ms | of which periodic | base | relative to base |")
     print("|---|---|---|---|---|")
     for name in sorted(RECIPES, key=lambda name: -middle[name] / middle[base[name]]):
         over = middle[name] / middle[base[name]]
@@ -272,7 +272,7 @@ def show_precision(config: RunConfig, rounds: int, steps: int) -> None:
     middle = {name: statistics.median(times) for name, times in found.items()}
     gain = middle["products float32"] / middle["products bfloat16"]
     title = f"--precision at d_in {config.d_in}, n {config.d_sae}, {config.batch_size} tokens"
-    print(f"\n| {title} | ms float32 | ms bfloat16 | float32 / bfloat16 | share of products | gain by it |")
+    print(f"\n| {title} | ms float32 | ms bfloat16 | float32 / bfloat16 | share of products | expected gain |")
     print("|---|---|---|---|---|---|")
     for name, count in counted.items():
         plain, rounded = f"{name} float32", f"{name} bfloat16"
@@ -326,11 +326,16 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="steps timed at once")
-    parser.add_argument("--dictionary-learning", help="python of an environment with it")
-    parser.add_argument("--saelens", help="python of an environment with it")
+    parser.add_argument("--dictionary-learning", help="Python of an environment with dictionary_learning")
+    parser.add_argument("--saelens", help="Python of an environment with SAELens")
     parser.add_argument("--json", type=Path, help="a file of step times, to which the table of recipes is added")
-    parser.add_argument("--small-width", type=int, default=4, help="d_sae of those tables, times d_in")
-    parser.add_argument("--folder", default=".", help="where a cache of 0.1 GB is written and removed again")
+    parser.add_argument(
+        "--small-width",
+        type=int,
+        default=4,
+        help="d_sae of the tables recipes, compiled and precision, as a multiple of d_in",
+    )
+    parser.add_argument("--folder", default=".", help="folder for a temporary cache of 0.1 GB")
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()  # as `sae train` does

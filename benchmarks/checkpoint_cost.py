@@ -1,12 +1,12 @@
-"""The cost of a checkpoint for a run on a CPU, when training waits for it and when a thread writes it.
+"""The cost of a checkpoint for a run on a CPU, when training waits for it and when a background thread writes it.
 
     python -m sae.benchmarks.checkpoint_cost [--rounds 7] [--recipe topk ...] [--size 576x2304x1024 ...]
 
 In every round, both ways run in random order and take the same steps, with a checkpoint in the middle. The columns, per
 checkpoint: `processor` is the additional processor time of all threads of the process, compared with the steps alone;
-`training` is the same for the training thread; `held` is the wall-clock time for which `save` held this thread.
-Processor time is nearly independent of other work on the machine. `share` is the share of a run with a checkpoint every
-1,000 steps, by `processor` and by `training`.
+`training` is the same for the training thread alone; `held` is the wall-clock time for which `save` blocked this
+thread. Processor time is nearly independent of other work on the machine. `share` is the checkpoints' share of the time
+of a run with a checkpoint every 1,000 steps, computed from `processor` and from `training`.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Cost(NamedTuple):
 
 
 def take_round(trainer: Any, x_BD: torch.Tensor, writer: CheckpointWriter | None) -> Cost:
-    """Takes `STEPS` steps; with a writer, also a checkpoint after half of them, which is on disk at the end."""
+    """Take `STEPS` steps. With a writer, also write a checkpoint after half of them, and wait for it at the end."""
     processor, training, held = time.process_time(), time.thread_time(), 0.0
     for number in range(STEPS):
         trainer.step(x_BD)
@@ -63,7 +63,7 @@ def measure(name: str, size: str, rounds: int) -> str:
         with CheckpointWriter("cpu", background=False) as waits, CheckpointWriter("cpu") as background:
             writers = {"steps": None, "waits": waits, "background": background}
             for writer in writers.values():
-                take_round(trainer, x_BD, writer)  # the first makes the copies, and moments
+                take_round(trainer, x_BD, writer)  # the first call allocates the copies and the moments
             ways = {way: lambda writer=writer: take_round(trainer, x_BD, writer) for way, writer in writers.items()}
             costs = in_rounds(ways, rounds)
     found = {

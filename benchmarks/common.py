@@ -64,7 +64,7 @@ def make_cache(
 
 
 def write_text(folder: Path, rows: int) -> None:
-    """Write the text that a cache needs beside its activations: contexts of zeros."""
+    """Write the text that a cache needs in addition to its activations: contexts of zeros."""
     n = rows // CONTEXT
     ids = np.zeros((n, CONTEXT), np.uint32)
     Contexts(ids, np.full(n, CONTEXT, np.uint16), np.arange(n, dtype=np.uint32), np.zeros(n, bool)).write(folder)

@@ -6,10 +6,10 @@
 
 The whole `sae train` command is in docs/explanation/findings.md.
 
-Prints Markdown. A cell is the mean difference over seeds and half its 95 % interval by Student's t. `L0` is the mean
-difference over all layers and seeds. `sign` counts in how many pairs the first system has the larger KL score. `also
-differs` lists shared options in which the two recipes differ besides the mechanism: a line with such options compares
-two whole systems and says nothing about one mechanism.
+Prints Markdown. A cell is the mean difference over seeds and the half-width of its 95 % confidence interval by
+Student's t. `L0` is the mean difference over all layers and seeds. `sign` counts in how many pairs the first system has
+the larger KL score. `also differs` lists shared options in which the two recipes differ besides the mechanism: a line
+with such options compares two whole systems and says nothing about one mechanism.
 
 Seeds share the data, its order and the evaluation text; they differ in the initial weights. All recipes of a seed start
 from the same weights, except `collapse-06` and later, whose rows start orthonormal. If `--l0` controls a penalty, the

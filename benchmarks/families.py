@@ -2,8 +2,8 @@
 
 tests/harvest/test_families.py runs them as tests, and benchmarks/family_table.py writes the results to
 docs/reference/families.md. A model has three or four blocks of width 32 with random parameters, so that every norm and
-bias has an effect. The reads and changes of our hooks are compared with those of plain torch hooks on transformers'
-model, which are attached by module name.
+bias has an effect. What this package's hooks read and change is compared with plain torch hooks, which are attached to
+the transformers model by module name.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ GEMMA3N = {
     "activation_sparsity_pattern": [0.0] * 3, "layer_types": ["full_attention"] * 3,
 }  # fmt: skip
 
-# model_type -> what differs from SIZES
+# model_type -> sizes that differ from SIZES
 FAMILIES: dict[str, dict[str, Any]] = {
     "afmoe": SHARED_EXPERT, "apertus": {}, "arcee": {}, "bamba": MAMBA2 | {"attn_layer_indices": [1]}, "biogpt": {},
     "bitnet": {}, "bloom": {}, "codegen": {"rotary_dim": 4}, "cohere": {}, "cohere2": {}, "ctrl": {"dff": 48},
@@ -167,7 +167,7 @@ def hooks_on(transformer: Any) -> int:
 
 
 def chosen_layers(model: LanguageModel) -> list[int]:
-    """One block of each kind. If there are several, it is the second, which has others before and after it."""
+    """One block of each kind. If a kind has three or more, the second, since others then precede and follow it."""
     of_kind: dict[str, list[int]] = {}
     for layer, block in enumerate(model.blocks):
         of_kind.setdefault(kind_of(block), []).append(layer)
@@ -175,7 +175,8 @@ def chosen_layers(model: LanguageModel) -> list[int]:
 
 
 def sites_of(model: LanguageModel, config: Any, layer: int) -> tuple[list[str], dict[str, str]]:
-    """The sites of a block, and why others are refused. Checks that weights and configuration give the same result."""
+    """The sites of a block, and why others are refused. Checks that weights and configuration lead to the same
+    sites."""
     sites, refused = [], {}
     for site in SITES:
         hook, reasons = Hook(layer, site), []
@@ -194,7 +195,8 @@ def sites_of(model: LanguageModel, config: Any, layer: int) -> tuple[list[str], 
 
 
 def check_captured(transformer: Any, ids_NS: Tensor, captured: dict[Hook, Tensor], plain: Any) -> None:
-    """Captured activations equal, to the bit, transformers' hidden states and a plain hook's on the named module."""
+    """Check that captured activations are bit-identical to hidden states and to what a plain hook on the module
+    sees."""
     for hook, x in captured.items():
         assert x.shape[:2] == ids_NS.shape
         seen: list[Tensor] = []
@@ -211,7 +213,7 @@ def check_captured(transformer: Any, ids_NS: Tensor, captured: dict[Hook, Tensor
 
 
 def check_sum(found: dict[str, Tensor], refused: dict[str, str]) -> None:
-    """The difference between resid_post and resid_pre is exactly what the attention and the MLP add."""
+    """Check that the difference between resid_post and resid_pre is exactly what the attention and the MLP add."""
     if "attn_out" in found or "mlp_out" in found:
         total = found["resid_pre"] + found.get("attn_out", 0) + found.get("mlp_out", 0)
         torch.testing.assert_close(total, found["resid_post"], rtol=1e-5, atol=1e-5)
@@ -220,7 +222,7 @@ def check_sum(found: dict[str, Tensor], refused: dict[str, str]) -> None:
 
 
 def check_spliced(model: LanguageModel, ids_NS: Tensor, hook: Hook, x: Tensor) -> bool:
-    """Running from a hook equals running with a plain hook that replaces its activations; False if it is refused."""
+    """Check that running from a hook equals running with a plain hook that replaces the same activations."""
     transformer, changed = model.model, 0.5 * x.roll(1, 0) + 0.1
     run = model.forward(ids_NS, [hook])
     plain = transformer(ids_NS, use_cache=False).logits
@@ -236,7 +238,7 @@ def check_spliced(model: LanguageModel, ids_NS: Tensor, hook: Hook, x: Tensor) -
 
 
 def check_truncated(transformer: Any, model: LanguageModel, ids_NS: Tensor) -> None:
-    """The first blocks alone, as loaded by a harvest, give the same activations as the whole model."""
+    """Check that the first blocks alone, as a harvest loads them, have the same activations as the whole model."""
     last = max(0, len(model.blocks) - 2)
     config = copy.deepcopy(transformer.config)
     if "resid_post" in model.probe(last).refused or not can_truncate(config, last + 1):
@@ -280,8 +282,7 @@ def plain_hook(transformer: Any, hook: Hook, change: Callable[[Tensor], Tensor])
 def plain_replacement(transformer: Any, hook: Hook, x: Tensor) -> Iterator[None]:
     """Replace the activations at a hook with x by plain hooks.
 
-    The MLP's output is added to resid_mid, which no module returns, so there attn_out is replaced with x minus
-    resid_pre.
+    No module returns resid_mid, so there attn_out is replaced with x minus resid_pre.
     """
     if hook.site != "resid_mid":
         with plain_hook(transformer, hook, lambda y: x.reshape(y.shape).clone()):  # Falcon adds to it in place

@@ -1,11 +1,12 @@
-"""How long `sae evaluate` takes for a further SAE, once the model's own work is on disk: the quick suite, one thread.
+"""The time that `sae evaluate` takes for one more SAE when the results of the model are on disk: quick suite, one
+thread.
 
     python benchmarks/further_sae.py [--width 4x] [--systems 3] [--metrics core,absorption]
 
 Harvests gemma-2-mini and trains systems of three seeds, which need not be good SAEs. For the first three SAEs
-everything is computed anew, including the model's work and the references. Each other system adds three SAEs, with the
-stability of their three pairs; the time that the command takes when there is nothing to measure is subtracted. Times
-are processor seconds, which hardly depend on other work on the machine.
+everything is computed, including the results of the model and the references. Each other system adds three SAEs, with
+the stability of their three pairs; the time that the command takes when there is nothing to measure is subtracted.
+Times are processor seconds, which hardly depend on other work on the machine.
 """
 
 import argparse
@@ -52,8 +53,8 @@ def main() -> None:
     parser.add_argument("--width", default="4x")
     parser.add_argument("--tokens", default="500k")
     parser.add_argument("--systems", type=int, default=3, choices=range(2, len(RECIPES) + 1))
-    parser.add_argument("--metrics", default=QUICK, help="of which the command measures one at a time (%(default)s)")
-    parser.add_argument("--set", action="append", default=[], help="as of `sae evaluate`; can be repeated")
+    parser.add_argument("--metrics", default=QUICK, help="metrics, measured one at a time (%(default)s)")
+    parser.add_argument("--set", action="append", default=[], help="as for `sae evaluate`; can be repeated")
     asked = parser.parse_args()
     options = [part for one in asked.set for part in ("--set", one)]
     print(machine("scikit-learn"), "\n")
@@ -68,7 +69,7 @@ def main() -> None:
         costs = {metric: [evaluate(metric, *runs) for runs in systems] for metric in asked.metrics.split(",")}
         start = evaluate(asked.metrics, *systems[0])
     print(f"gemma-2-mini, {asked.tokens} tokens, width {asked.width}; the command itself takes {start:.1f} s\n")
-    print(f"| metric | {' | '.join(('first three SAEs', *RECIPES[1 : asked.systems]))} | an SAE more, s |")
+    print(f"| metric | {' | '.join(('first three SAEs', *RECIPES[1 : asked.systems]))} | per additional SAE, s |")
     print(f"|---|{'---|' * asked.systems}---|")
     more = {metric: (statistics.mean(spent[1:]) - start) / len(SEEDS) for metric, spent in costs.items()}
     for metric, spent in costs.items():

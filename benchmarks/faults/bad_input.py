@@ -54,11 +54,11 @@ def bad_inputs(m: Matrix, rows: list[dict[str, str]]) -> None:
         ("JSONL cut in the middle of a line", ["--dataset", "cut.jsonl", "--tokens", "20k"], USAGE),
         ("text that is not UTF-8", ["--dataset", "latin.txt"], USAGE),
         ("a binary file named .jsonl", ["--dataset", "binary.jsonl"], USAGE),
-        ("JSONL of which one row in ten is broken", ["--dataset", "tenth.jsonl", "--tokens", "20k"], USAGE),
+        ("JSONL in which one row in ten is broken", ["--dataset", "tenth.jsonl", "--tokens", "20k"], USAGE),
         ("a column of numbers", ["--dataset", "odd.jsonl", "--text-column", "number"], USAGE),
         ("unknown split of a saved dataset", ["--dataset", "saved", "--split", "dev"], USAGE),
         ("unknown split of a folder", ["--dataset", "split", "--split", "nosuch"], USAGE),
-        ("a split of a folder whose files are of no split", ["--dataset", "unsplit", "--split", "test"], USAGE),
+        ("a split of a folder whose files belong to no split", ["--dataset", "unsplit", "--split", "test"], USAGE),
         ("a folder without a file of the default split", ["--dataset", "onlytest"], USAGE),
         ("a split of a single file", ["--dataset", "sentences.jsonl", "--split", "test"], USAGE),
         ("a folder with several configurations", ["--dataset", "configured"], USAGE),
@@ -69,7 +69,7 @@ def bad_inputs(m: Matrix, rows: list[dict[str, str]]) -> None:
         ("a model folder without weights", ["--model", "./bare"], OUTSIDE),
         ("truncated weights", ["--model", "./torn"], DAMAGED),
         ("weights that lack a matrix", ["--model", "./lacking"], DAMAGED),
-        ("weights of another width than the configuration's", ["--model", "./wide"], DAMAGED),
+        ("weights whose width differs from the configuration", ["--model", "./wide"], DAMAGED),
         ("gated model without access", ["--model", "google/gemma-2-2b"], OUTSIDE),
         ("NaN in a weight of layer 1", ["--model", "./nan"], FAILED),
     ):
@@ -82,8 +82,8 @@ def bad_inputs(m: Matrix, rows: list[dict[str, str]]) -> None:
          "the rows of the text column alone"),
         ("a folder with train, test, metadata and a file manager's files", ["--dataset", "split"], "the rows of train"),
         ("a folder whose README.md names the files", ["--dataset", "configured", "--subset", "b"], "the rows of b"),
-        ("Parquet files of which the second has another column", ["--dataset", "tables"], "the rows of both"),
-        ("a folder whose files are of no split", ["--dataset", "unsplit"], "the rows of all files, as of train"),
+        ("Parquet files, the second with an additional column", ["--dataset", "tables"], "the rows of both"),
+        ("a folder whose files belong to no split", ["--dataset", "unsplit"], "the rows of all files, as of train"),
     ):  # fmt: skip
         out = Path("read-" + words[1])
         outcome = sae(*HARVEST, *words, "--out", out)
@@ -91,7 +91,7 @@ def bad_inputs(m: Matrix, rows: list[dict[str, str]]) -> None:
         m.row(name, outcome, OK, after, rows_of(out) == rows_of(expected), "Segmentation" not in outcome.err)
     whole = sae(*HARVEST, "--dataset", "whole.jsonl.gz", "--out", "from-gz")
     m.row(
-        "gz that is whole",
+        "a complete gz",
         whole,
         OK,
         "the rows of the same lines, not compressed",
@@ -127,7 +127,7 @@ def bad_inputs(m: Matrix, rows: list[dict[str, str]]) -> None:
 
 
 def make_odd_texts(rows: list[dict[str, str]], lines: bytes) -> None:
-    """Texts as found in practice: odd rows and columns, splits, and metadata or other files beside them."""
+    """Texts as found in practice: odd rows and columns, splits, and metadata or other files next to them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -165,12 +165,12 @@ def make_odd_texts(rows: list[dict[str, str]], lines: bytes) -> None:
 
 
 def rows_of(folder: str) -> dict[str, bytes]:
-    """The files that hold the activations, the origin of each row, and the text."""
+    """The files that contain the activations, the origin of each row, and the text."""
     return {file: raw for file, raw in read_files(folder).items() if file.startswith(("layer_", "row_", "tokens/"))}
 
 
 def bad_values(m: Matrix) -> None:
-    m.head("What makes no sense")
+    m.head("Values that make no sense")
     for number, words in enumerate(
         (
             ["--tokens", 0],
@@ -218,7 +218,7 @@ def bad_values(m: Matrix) -> None:
 
 
 def bad_saes(m: Matrix) -> None:
-    """SAEs that learned nothing or have no numbers: the notes shown beside their results."""
+    """SAEs that learned nothing or have weights that are not numbers: the notes shown next to their results."""
     import torch
 
     from sae.cache.reader import Cache

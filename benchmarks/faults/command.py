@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 OK, FAILED, USAGE, DAMAGED, OUTSIDE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 4, 130, 141
-NEVER_ENDED = 124  # and was killed
+NEVER_ENDED = 124  # the command did not end and was killed
 
 SAE = [sys.executable, "-m", "sae"]
 
@@ -90,7 +90,7 @@ class Command:
 
     @property
     def started(self) -> bool:
-        """Whether Python has reached our first line."""
+        """Whether Python has reached the first line of the project's code."""
         return not self.files[0].exists()
 
     @property

@@ -16,7 +16,7 @@ def full_disks(m: Matrix) -> None:
             return
         outcome = sae(*HARVEST, "--out", "small/cache")
         left = [p.name for p in Path("small").rglob("*") if p.is_file() and p.name[0] != "."]
-        m.row("disk too small, seen before", outcome, OUTSIDE, "nothing is written", not left)
+        m.row("disk too small, noticed before the harvest", outcome, OUTSIDE, "nothing is written", not left)
     for number, size in enumerate(range(1000, 2000, 140)):
         with disk(f"full{number}", f"{size}k"):
             out = Path(f"full{number}/cache")

@@ -45,8 +45,8 @@ def bad_models(m: Matrix) -> None:
 
 
 def harvest(m: Matrix, fault: str, model: str, code: int, *words: Any, after: str = "") -> Path:
-    """Harvest from a model with "y" on stdin, as a row of the table. If it is refused, nothing may be committed; in no
-    case may its code run."""
+    """Harvest from a model with "y" on stdin, as a row of the table. A refused model must commit nothing and run
+    nothing."""
     out = Path("models-cache")
     shutil.rmtree(out, ignore_errors=True)
     outcome = sae(*HARVEST, "--model", f"./{model}", "--out", out, *words, stdin="y\n" * 20)
@@ -74,11 +74,11 @@ def remote_code(m: Matrix) -> None:
         "class OwnConfig(PretrainedConfig): model_type = 'own'\n"
         "class OwnModel(Gemma2ForCausalLM): config_class = OwnConfig\n"
     )
-    unrun = "none of it is run, and nothing is asked"
+    unrun = "none of it is run, and no question is asked"
     (edited(copied("own"), model_type="own", auto_map=OWN) / "own.py").write_text(code)
     harvest(m, "a model with Python of its own (y on stdin)", "own", USAGE, after=unrun)
     (edited(copied("own"), auto_map=OWN) / "own.py").write_text(code)
-    harvest(m, "the same of an architecture that transformers has", "own", OK, after=f"{unrun}: transformers' is")
+    harvest(m, "the same with an architecture that transformers knows", "own", OK, after=f"{unrun}: transformers' is")
     folder = edited(copied("own"), "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.OwnTokenizer", None]})
     edited(folder, "tokenizer_config.json", tokenizer_class="OwnTokenizer")
     (folder / "own.py").write_text(code)
@@ -107,7 +107,7 @@ def shards(m: Matrix) -> None:
     changed = {name: tensor * 2 for name, tensor in tensors.items()}
     safetensors.torch.save_file(changed, folder / "below" / "all.safetensors", metadata={"format": "pt"})
     outcome = sae(*HARVEST, "--model", "./parts", "--out", cache)
-    m.row("the same once those weights have changed", outcome, USAGE, "the cache is of another model")
+    m.row("the same after those weights have changed", outcome, USAGE, "the cache is of another model")
 
 
 def pickles(m: Matrix) -> None:
@@ -169,7 +169,7 @@ def python_tokenizer(m: Matrix) -> None:
 
 
 def changed_tokenizer(m: Matrix) -> None:
-    """The tokenizer's files no longer match the cache's model: a cache whose record names another digest."""
+    """The tokenizer's files change after the harvest, so that the model no longer matches the record of the cache."""
     home = Path("homes-models").absolute()
     folder = copied("vocabulary")
     words = ["--model", "./vocabulary", "--out", home / "activations" / "one", "--held-out", 0.2]

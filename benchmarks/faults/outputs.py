@@ -38,7 +38,7 @@ def is_clean(outcome: Outcome) -> bool:
 
 
 def hostile_names(m: Matrix) -> None:
-    m.head("Names that others chose")
+    m.head("Hostile names")
     runs = [copy_run("hostile", name) for name in HOSTILE]
     for words, said in (
         (["compare", *runs, "--out", "n.csv", "--out", "n.html", "--out", "n.json", "--plots", "n"], "names are shown"),
@@ -105,7 +105,7 @@ def odd_paths(m: Matrix) -> None:
 
 
 def out_of_bounds(m: Matrix) -> None:
-    m.head("JSON and TOML out of all bounds")
+    m.head("JSON and TOML of absurd depth or size")
     run = copy_run("bounds", "run")
     deep, long = "[" * 20_000, "9" * 8000
     for name, text in (
@@ -135,7 +135,7 @@ def out_of_bounds(m: Matrix) -> None:
 
 
 def senseless_numbers(m: Matrix) -> None:
-    m.head("Numbers that make no sense, of other commands")
+    m.head("Numbers that make no sense, in other commands")
     for words in (
         ["reproduce", "004", "--seed", -1],
         ["reproduce", "004", "--width", 0],
@@ -149,7 +149,7 @@ def senseless_numbers(m: Matrix) -> None:
         ["inspect", "nothing", "--latent", -1],
         ["import", "nothing", "--layer", -1],
     ):
-        m.row(f"`sae {words[0]} {words[-2]} {words[-1]}`", sae(*words), USAGE, "nothing is looked for")
+        m.row(f"`sae {words[0]} {words[-2]} {words[-1]}`", sae(*words), USAGE, "no file is searched")
 
 
 def full_pages(m: Matrix) -> None:
@@ -169,7 +169,7 @@ def full_pages(m: Matrix) -> None:
         ):
             outcome = sae(*words)
             left = [path for path in Path("pages").rglob("*") if path.is_file() and path.name != "filler"]
-            m.row(f"full disk: `sae {words[0]} {words[-2]}`", outcome, OUTSIDE, "no half file", not left)
+            m.row(f"full disk: `sae {words[0]} {words[-2]}`", outcome, OUTSIDE, "no partial file", not left)
             for path in left:
                 path.unlink()
 

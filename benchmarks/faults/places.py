@@ -11,11 +11,11 @@ from faults.table import Matrix
 
 
 def places(m: Matrix) -> None:
-    m.head("Where it runs, and into what")
+    m.head("The environment and the output folder")
     Path("thesis").mkdir()
     Path("thesis/chapter1.tex").write_text("years of work")
     m.row(
-        "`--out` is a folder of other things",
+        "`--out` is a folder with other files",
         sae(*HARVEST, "--out", "thesis"),
         USAGE,
         "untouched",
@@ -119,7 +119,7 @@ SHORT = [*TRAIN, "--steps", 5, "--device", "cpu"]
 
 
 def neighbours(m: Matrix) -> None:
-    """A cache that cannot be opened beside a good one."""
+    """A cache that cannot be opened, next to a good one."""
     m.head("A damaged cache beside a good one")
 
     def attributes(**changed: object) -> Callable[[Path], None]:
@@ -194,7 +194,7 @@ def files_limit(m: Matrix) -> None:
 
 
 def plans(m: Matrix) -> None:
-    """What `sae harvest --dry-run` says about a folder that holds something, and a harvest shorter than a window."""
+    """What `sae harvest --dry-run` prints about a folder that already contains rows."""
     m.head("Harvesting into what is there")
     for name, more, said in (
         (

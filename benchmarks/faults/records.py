@@ -61,7 +61,7 @@ def files_of_another_run(m: Matrix, run: Path, other: Path) -> None:
     folder = copy(run, "mixed-alike")
     for name in ("sae.json", "sae.safetensors"):
         shutil.copy(alike / name, folder)
-    m.row("both files of the SAE are those of a run that differs in an option alone", sae("evaluate", folder, *CORE),
+    m.row("both files of the SAE are from a run that differs only in one option", sae("evaluate", folder, *CORE),
           DAMAGED, "run.json has the options", "is of another run" in sae("evaluate", folder, *CORE).err)  # fmt: skip
     folder = copy(run, "mixed-weights")
     shutil.copy(alike / "sae.safetensors", folder)
@@ -120,7 +120,7 @@ def remedies(m: Matrix, run: Path) -> None:
 
 
 def swap(old: str, new: str) -> Callable[[str], str]:
-    """A function that replaces the first `old` in a text; `old` has to occur in it."""
+    """A function that replaces the first `old` in a text, which must contain it."""
 
     def change(text: str) -> str:
         assert old in text, old

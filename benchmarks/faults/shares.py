@@ -20,7 +20,7 @@ def shares(m: Matrix) -> None:
     first = share(2)
     left = count_commits(out)
     m.row("one of two shares has run", first, OK, f"{left} of 48 commits, and no manifest", left == 24, not sealed(out))
-    m.row("... `cache verify`", sae("cache", "verify", out), USAGE, "an unfinished cache is not called whole")
+    m.row("... `cache verify`", sae("cache", "verify", out), USAGE, "an unfinished cache is not reported as whole")
     killed = Command(*HARVEST, "--out", out, "--share", "1/2")
     wait_until(killed, lambda: count_commits(out) > left + 3)
     killed.send(signal.SIGKILL)
@@ -40,7 +40,7 @@ def shares(m: Matrix) -> None:
     rest = sae(*HARVEST, "--out", fewer)
     m.row(
         "one of three shares has run, then the command without `--share`", rest, OK,
-        "it goes on with the rest: the bytes of one process", begun.code == OK, same(fewer),
+        "it continues with the rest: the bytes of one process", begun.code == OK, same(fewer),
     )  # fmt: skip
 
 

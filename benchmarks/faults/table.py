@@ -17,7 +17,7 @@ class Matrix:
         self.rows.append((title, "", "", ""))
 
     def row(self, fault: str, outcome: Outcome, code: int | tuple[int, ...], after: str, *holds: bool) -> None:
-        """Add a row: fault, outcome, expected exit code, what is left or comes next, and conditions that must hold."""
+        """Add a row: fault, outcome, expected exit code, what is left or what to do, and conditions that must hold."""
         codes = (code,) if isinstance(code, int) else code
         problems = []
         if outcome.code not in codes:

@@ -10,7 +10,7 @@ from faults.table import Matrix
 
 
 def writers(m: Matrix) -> None:
-    m.head("Somebody else")
+    m.head("Other processes, models and versions")
     out = Path("shared")
     holder = Command(*HARVEST, "--batch-contexts", 1, "--out", out)
     wait_until(holder, lambda: count_commits(out) >= 4)
@@ -48,7 +48,7 @@ def writers(m: Matrix) -> None:
     )
     m.row("train on a layer it lacks", sae(*TRAIN, "--cache", "whole", "--layer", 7), USAGE, "nothing is written")
     m.row(
-        "train on several caches, not told which",
+        "train without --cache if there are several",
         sae(*TRAIN, env={"SAE_HOME": "homes"}),
         USAGE,
         "nothing is written",

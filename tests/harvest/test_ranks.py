@@ -223,7 +223,7 @@ def test_kills_of_ranks_and_shares(
     [
         ("0/64", r"shares are numbered from 1 to 64. For a job array that begins at 0, .*ID \+ 1\)\)/64"),
         ("65/64", "shares are numbered from 1 to 64.$"), ("3", "expected the share's number"),
-        ("3/-4", "expected the number"), ("a/b", "expected the number"), ("0/0", "numbered from 1 to 0"),
+        ("3/-4", "expected the share"), ("a/b", "expected the share"), ("0/0", "numbered from 1 to 0"),
     ],
 )  # fmt: skip
 def test_shares_of_another_form_are_refused(text: str, sentence: str) -> None:
