@@ -1,8 +1,7 @@
-"""Make a page from the measurements on a GPU: `python benchmarks/gpu_report.py FILE`, with a file of
-benchmarks/gpu/run.py.
+"""Make a page from measurements on a GPU: `python benchmarks/gpu_report.py FILE`. benchmarks/gpu/run.py writes FILE.
 
-Writes benchmarks/results/DATE-gpu.md, with the milliseconds from the newest page of step_budget.py beside the measured
-ones. Also prints the measured values for the constants of the model in step_budget.py and train/sparse_ops.py.
+Writes benchmarks/results/DATE-gpu.md, with the modelled milliseconds from the newest page of step_budget.py next to the
+measured ones. Also prints the measured values for the constants of the model in step_budget.py and train/sparse_ops.py.
 """
 
 import argparse

@@ -41,7 +41,10 @@ def main() -> None:
     (orthogonal,) = (one for one in variant.mechanisms if isinstance(one, GramSchmidt))
     print(f"`python benchmarks/gram_schmidt.py`, {date.today()}, {machine()}.")
     print(f"collapse-06, {d_in} -> {args.width}, learning rate {args.lr:g}.\n")
-    print("| step | largest condition number | error of two Cholesky factors | of a QR in float32 |\n|---|---|---|---|")
+    print(
+        "| step | largest condition number | error of two Cholesky factorizations | of a float32 QR |\n"
+        "|---|---|---|---|"
+    )
     with BatchLoader(cache, args.array, 1024) as batches:
         for number in range(args.steps):
             trainer.run_periodic(number, trainer.step(next(batches)))

@@ -1,19 +1,19 @@
-"""The loss when a step does not compare all pairs of latents: papers 002 and 003, on gemma-2-mini.
+"""What is lost if a step compares only some pairs of latents: papers 002 and 003, on gemma-2-mini.
 
     sae harvest --model gemma-2-mini --layer 12 --tokens 2400k
     python benchmarks/pair_choice.py activations/... --out FOLDER > benchmarks/results/DATE-pair-choice.md
 
 There are two tables for each of `decorrelation` and `competition`.
 
-    runs       the same recipe with all pairs, with what a step compares by default, and without the penalty, three
-               seeds each: what they measure on held-out text, and the penalty over all pairs of latents on rows that
-               no run has read. A cell is the mean over seeds and half its 95 % interval, and for each choice of pairs
-               the difference from the runs with all pairs, seed by seed.
-    overlap    along one run that compares some pairs: the share of the penalty of all pairs that these hold, and the
-               penalty as estimated from them, over that of all pairs.
+    runs       the same recipe with all pairs, with the pairs that a step compares by default, and without the penalty,
+               three seeds each. The columns are scores on held-out text, and the penalty over all pairs of latents on
+               rows that no run has read. A cell is the mean over seeds and the half-width of its 95 % interval. Further
+               rows have the differences from the runs with all pairs, seed by seed.
+    overlap    along one run that compares some pairs: their share of the penalty of all pairs, and the ratio of the
+               penalty estimated from them to the penalty of all pairs.
 
-For `decorrelation` it also compares gradients: the average over the blocks of several steps on the same latents, beside
-the gradient of all pairs.
+For `decorrelation` the script also compares gradients: the average over the blocks of several steps on the same latents
+with the gradient of all pairs.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from sae.train.variants.competition.penalty import CompetitionLoss
 from sae.train.variants.decorrelation import Decorrelation, random_order
 
 BLOCK, K = 64, 32  # of `decorrelation`, so that a dictionary of 512 has eight blocks as one of 2048 has by default
-DEFAULT_BLOCK = 256  # of any width's pairs a step chooses 0.13 for each latent then; with blocks of 64, 0.03
+DEFAULT_BLOCK = 256  # a step then chooses 0.13 pairs per latent at any width; with blocks of 64, 0.03
 CHOICES: Mapping[str, Mapping[str, dict[str, Any]]] = {  # recipe -> what a step compares -> options
     "decorrelation": {
         "all pairs": {"pair_choice": "exact"},
@@ -57,7 +57,7 @@ CHOICES: Mapping[str, Mapping[str, dict[str, Any]]] = {  # recipe -> what a step
         "no penalty": {"k": K, "strength": 0.0},
     },
 }
-SAMPLED = 25  # steps between two that the overlap is measured at
+SAMPLED = 25  # steps between two measurements of the overlap
 UNREAD = 32  # batches that no run has read
 
 
@@ -114,7 +114,7 @@ EVALUATED = 32_768  # held-out tokens
 
 
 def find_score(metrics: Mapping[str, Any], name: str) -> float:
-    """A number of `core` by its name, whatever its group."""
+    """A number of `core` by its name, in any group."""
     return float(next(group[name] for group in metrics.values() if name in group))
 
 
@@ -139,7 +139,7 @@ def train_and_measure(cache: Cache, recipe: str, sizes: Sizes, out: Path) -> dic
 
 
 def interval(values: Sequence[float]) -> str:
-    """Mean and half the 95 % interval by Student's t."""
+    """Mean and half-width of the 95 % interval by Student's t."""
     from scipy.stats import t
 
     mean = statistics.mean(values)
@@ -189,7 +189,9 @@ def gradient(loss: Decorrelation, f_BF: Tensor, i: int) -> Tensor:
 
 
 def decorrelation_overlap(cache: Cache, sizes: Sizes) -> list[str]:
-    lines = ["| steps | R over all pairs | by blocks, over it | share of R in the blocks | tau | by blocks, over it |"]
+    lines = [
+        "| steps | R over all pairs | R from blocks / R | share of R in the blocks | tau | tau from blocks / tau |"
+    ]
     lines += ["|---" * 6 + "|"]
     seen: list[tuple[float, ...]] = []
     alike: list[str] = []
@@ -230,13 +232,15 @@ def decorrelation_overlap(cache: Cache, sizes: Sizes) -> list[str]:
             alike.append(f"| {number + 1} | {' | '.join(f'{c:.3f}' for c in cosines.values())} | {ratio:.3f} |")
             seen = []
     lines += ["", "The gradient to the latents of one batch:", ""]
-    lines += ["| step | cosine with that of all pairs: 1 step | 16 steps | 64 | 256 | length over it, 256 steps |"]
+    lines += [
+        "| step | cosine with the gradient of all pairs: 1 step | 16 steps | 64 | 256 | ratio of lengths, 256 steps |"
+    ]
     return [*lines, "|---" * 6 + "|", *alike]
 
 
 def competition_overlap(cache: Cache, sizes: Sizes) -> list[str]:
     lines = [
-        "| steps | pairs over tau | penalty over all pairs | share in the table | share compared | by them, over it |"
+        "| steps | pairs over tau | penalty over all pairs | share in the table | share compared | estimate / penalty |"
     ]
     lines += ["|---" * 6 + "|"]
     seen: list[tuple[float, ...]] = []

@@ -52,7 +52,7 @@ def draws(cosine_FF: Tensor, latents: int, count: int) -> list[Mapping[str, floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--latents", type=int, default=PAIRED_LATENTS, help="latents of a draw")
+    parser.add_argument("--latents", type=int, default=PAIRED_LATENTS, help="latents per draw")
     parser.add_argument("--draws", type=int, default=200)
     args = parser.parse_args()
     print(f"`python benchmarks/paired_latents.py`, {date.today()}, {machine()}.")

@@ -3,19 +3,19 @@
 It compares the commands that a user would give, `torchrun --nproc_per_node 2 -m sae ...` and `sae ...`, in rounds, in
 random order:
 
-    pinned     a process on one core, and two, each on a core of its own (taskset); each computes with one thread
-    unpinned   a process with two threads, and two with one thread each, wherever the system puts them
+    pinned     one process on one core, and two processes on one core each (taskset); each has one thread
+    unpinned   one process with two threads, and two processes with one thread each; the system chooses the cores
 
-Three times are given: the time of the work, judged by the files that it leaves; the time of the whole command, which
-starts Python, imports torch in every process and, if runs are assigned, times a few steps of each recipe; and the
-processor time of the process that took the most, which other work on the machine hardly changes. The first two are
-meaningful only on a machine with two idle cores. Memory is the peak anonymous memory of each process.
+Three times are printed: the time of the work, from the times of the files that it writes; the time of the whole
+command, which starts Python, imports torch in every process and, if runs are assigned to processes, times a few steps
+of each recipe; and the largest processor time of a process, which other work on the machine hardly changes. The first
+two are meaningful only on a machine with two idle cores. Memory is the peak anonymous memory of each process.
 
     train      eight runs of relu, 576 -> 2,304, in batches of 1,024 tokens: eight seeds, which share a pass
     harvest    layer 12 of gemma-2-mini in windows of 8,192 rows; the work lasts from the end of cutting the text to the
                last commit, so it includes loading the model but not the statistics at the end
     evaluate   core of eight such SAEs of gemma-2-mini, 128 -> 2,304, with nothing computed before: the work is from the
-               first pass of the model that is kept to the last result
+               first stored pass of the model to the last result
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Measured(NamedTuple):
 
     command: float  # seconds of wall time, from its start to its end
     work: float  # seconds between the first and the last file that count
-    processor: float  # seconds of the process that took the most, in all its threads
+    processor: float  # largest seconds of a process, in all its threads
     memory: dict[int, float]  # rank -> peak of anonymous memory, MB
 
 
@@ -59,7 +59,7 @@ Files = tuple[str, str]  # patterns of the files whose times begin and end the w
 def run(words: list[str], out: Path, files: Files, *, processes: int, threads: int, pinned: bool) -> Measured:
     """Run `sae` with these arguments, with `out` as SAE_HOME and as the folder of its files, and measure it."""
     sae = [sys.executable, "-P", "-m", "sae", *words]
-    if pinned:  # the shell of each rank replaces itself with the command, on the core of its number
+    if pinned:  # the shell of each rank replaces itself with the command, on the core with the rank's number
         sae = ["sh", "-c", 'exec taskset -c "${LOCAL_RANK:-0}" "$@"', "sh", *sae]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [*torchrun, "--no-python", *sae] if processes > 1 else sae
@@ -79,7 +79,7 @@ def run(words: list[str], out: Path, files: Files, *, processes: int, threads: i
             tail = "\n".join(said.read().decode().splitlines()[-20:])
             raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{tail}")
     ranks = sorted({one.rank for one in seen})
-    assert ranks == list(range(processes)), f"{processes} processes were asked for, and there were {len(ranks)}"
+    assert ranks == list(range(processes)), f"expected {processes} processes, found {len(ranks)}"
     peaks = {rank: max(one.memory for one in seen if one.rank == rank) for rank in ranks}
     first, last = ([path.stat().st_mtime for path in out.glob(pattern)] for pattern in files)
     return Measured(seconds, max(last) - min(first), max(one.processor for one in seen), peaks)
@@ -106,7 +106,7 @@ def look_at(pid: int, *, launched: bool) -> Process | None:
     try:
         variables = (folder / "environ").read_bytes().split(b"\0")
         status = (folder / "status").read_text().splitlines()
-        times = (folder / "stat").read_text().rpartition(")")[2].split()[11:13]  # of user and system, in ticks
+        times = (folder / "stat").read_text().rpartition(")")[2].split()[11:13]  # user and system time, in ticks
     except OSError:
         return None
     ranks = [int(value.removeprefix(b"RANK=")) for value in variables if value.startswith(b"RANK=")]
@@ -141,7 +141,7 @@ def compare(measure: Callable[..., Measured], rounds: int) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Eight runs; the work is from the first run.json to the last sae.json."""
+    """Eight runs; the work lasts from the first run.json to the last sae.json."""
     steps, rounds = options.steps, options.rounds
     with tempfile.TemporaryDirectory() as scratch:
         cache = make_cache(Path(scratch) / "cache", 0.4, d_in=576)
@@ -174,7 +174,7 @@ def harvest(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Evaluates eight SAEs, each time in a new home that has no kept results."""
+    """Evaluates eight SAEs, each time with a new SAE_HOME that has no stored results."""
     with tempfile.TemporaryDirectory() as scratch:
         made, cache = Path(scratch) / "made", Path(scratch) / "cache"
         width = ["--width", "2304", "--steps", str(options.steps), "--device", "cpu"]
@@ -203,8 +203,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=100, help="train: of each run")
-    parser.add_argument("--tokens", type=int, default=131_072, help="harvest: rows, 8,192 to a window")
+    parser.add_argument("--steps", type=int, default=100, help="train: steps of each run")
+    parser.add_argument("--tokens", type=int, default=131_072, help="harvest: rows, in windows of 8,192")
     options = parser.parse_args()
     if len(os.sched_getaffinity(0)) < CORES:
         raise SystemExit(f"needs {CORES} cores")

@@ -1,4 +1,4 @@
-"""Every system of the five papers in every reading: does it build, train, resume and load?
+"""Check that every system of the five papers builds, trains, resumes and loads in every reading.
 
     python benchmarks/readings.py > benchmarks/results/DATE-readings.md
 
@@ -42,7 +42,7 @@ HEADS = ("builds", "steps", "resumes", "loads")
 
 
 class Checked(NamedTuple):
-    """The result for one recipe of a system in a reading: how many of HEADS hold, and the problem that stopped it."""
+    """The result for one recipe of a system in a reading: how many of HEADS passed, and the problem that stopped it."""
 
     reading: str
     job: Job
@@ -89,7 +89,7 @@ def check_reading(paper: Paper, reading: Reading, cache: Path, folder: Path) -> 
         try:
             check_jobs(jobs, cache, config)
             checked += [Checked(reading.name, job, len(HEADS)) for job in jobs]
-        except SaeError:  # one by one, to see which and why
+        except SaeError:  # check them one by one, to find the problem
             for job in jobs:
                 alone = replace(config, out=folder / "alone" / job.system / job.recipe)
                 checked.append(check_alone(reading.name, job, cache, alone))
@@ -105,7 +105,7 @@ def check_alone(reading: str, job: Job, cache: Path, config: ReproduceConfig) ->
 
 
 class CheckFailed(SaeError):
-    """The problem with a run, and how many of HEADS hold for it."""
+    """The problem with a run, and how many of HEADS passed before it."""
 
     def __init__(self, passed: int, sentence: str) -> None:
         super().__init__(sentence)
@@ -125,11 +125,13 @@ def check_jobs(jobs: Sequence[Job], cache: Path, config: ReproduceConfig) -> Non
     rows_RD = torch.from_numpy(Cache(cache).read_chunk(f"layer_{LAYER:02d}", 0).copy()).view(torch.bfloat16).float()
     for run, whole in zip(train(jobs, cache, config), weights, strict=True):
         if weights_of(run) != whole:
-            raise CheckFailed(2, f"{run.name} has other weights when it is resumed")
+            raise CheckFailed(2, f"{run.name} has different weights after it is resumed")
         sae = run.load()
         recon_RD = sae.decode(sae.encode(rows_RD), rows_RD)
         if recon_RD.shape != rows_RD.shape or not recon_RD.isfinite().all():
-            raise CheckFailed(3, f"{run.name} reconstructs rows to {tuple(recon_RD.shape)} or to what is not finite")
+            raise CheckFailed(
+                3, f"{run.name} reconstructs rows with shape {tuple(recon_RD.shape)} or with values that are not finite"
+            )
 
 
 def train(jobs: Sequence[Job], cache: Path, config: ReproduceConfig) -> list[Run]:
@@ -172,7 +174,7 @@ def page(checked: Sequence[tuple[Paper, Sequence[Checked]]]) -> Iterator[str]:
     whole = sum(one.passed == len(HEADS) for one in every)
     yield f"# Paper x reading x system\n\n{date.today()}, torch {torch.__version__}, on CPU.\n"
     yield (__doc__ or "").strip() + "\n"
-    yield f"{whole} of {len(every)} combinations of reading, system and recipe do all four.\n"
+    yield f"{whole} of {len(every)} combinations of reading, system and recipe pass all four checks.\n"
     heads = ["paper", "reading", "system", "recipe", "width", "steps x batch", "optimizer", *HEADS]
     yield f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}"
     for paper, ones in checked:

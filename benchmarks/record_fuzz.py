@@ -4,7 +4,7 @@ In 10,000 trials one bit of a record is flipped, and in 2,000 trials its structu
 doubled; a value gets another type, is nested 20,000 deep, or becomes a number of 5,000 digits or NaN; two values are
 exchanged; or the file is emptied. The readers of the record are then called in this process. Each time they must
 
-- give what the intact record gives,
+- return what they return for the intact record,
 - raise an error with a message (SaeError),
 - or differ in one of the ways that HARMLESS lists;
 
@@ -56,9 +56,9 @@ from sae.train.sae import load_sae
 ROOT = Path(__file__).parents[1]
 FLIPS, STRUCTURAL = 10_000, 2_000
 DIGEST = "content_digest"
-SAME, SENTENCE, DIFFERENT, EXCEPTION = "as the whole one", "a sentence", "different", "another exception"
-HARMLESS: dict[str, str] = {}  # name of a file -> why a difference in what is read from it does no harm
-DEEP, HUGE, TWICE = "@deep@", "@huge@", "@twice@"  # stand in a tree for what json.dumps cannot write
+SAME, SENTENCE, DIFFERENT, EXCEPTION = "as intact", "an error message", "different", "another exception"
+HARMLESS: dict[str, str] = {}  # name of a file -> why a difference in its content does no harm
+DEEP, HUGE, TWICE = "@deep@", "@huge@", "@twice@"  # placeholders for values that json.dumps cannot write
 
 Read = Callable[[], Any]
 Change = Callable[[Any, random.Random], str]
@@ -74,7 +74,7 @@ class Counts:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="200 of each kind, and no page")
+    parser.add_argument("--quick", action="store_true", help="200 trials of each kind, and no page")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     started = time.monotonic()
@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def build(home: Path) -> dict[Path, Read]:
-    """A cache of two layers, a run that was evaluated with two settings, and an imported one. File -> its readers."""
+    """A cache of two layers, a run that was evaluated with two settings, and an imported run: file -> its reader."""
     make_model("tiny", 0)
     make_text()
     cache = home / "activations" / "cache"
@@ -227,7 +227,7 @@ def outcome_of(read: Read, clean: str) -> tuple[str, str]:
     try:
         found = repr(read())
     except SaeError as error:
-        return (SENTENCE, "") if len(str(error)) > 20 else (EXCEPTION, f"no sentence: {error!r}")
+        return (SENTENCE, "") if len(str(error)) > 20 else (EXCEPTION, f"no message: {error!r}")
     except Exception:
         return EXCEPTION, traceback.format_exc()[-1500:]
     return (SAME, "") if found == clean else (DIFFERENT, "")
@@ -293,7 +293,7 @@ def swap_values(tree: Any, rng: random.Random) -> str:
     (one, key), (other, other_key) = rng.sample(list(places(tree)), 2)
     first, second = copy.deepcopy(one[key]), copy.deepcopy(other[other_key])
     one[key] = second
-    other[other_key] = first  # of two places of which one is inside the other, one is lost
+    other[other_key] = first  # if one place is inside the other, one value is lost
     return json.dumps(tree)
 
 
@@ -358,8 +358,8 @@ def write_page(lines: list[str], counts: Counts, seed: int, records: int, second
 Made by `python benchmarks/record_fuzz.py --seed {seed}` on {today} at commit {commit.strip()}, Python
 {platform.python_version()}, {os.cpu_count()} cores, {seconds:.0f} s. {records} records were damaged
 {counts.seen.total():,} times and read in one process. "Different" is allowed only for records without a digest, as
-earlier versions wrote them{harmless}; exceptions other than an error with a sentence are never allowed. Not as it must
-be: {len(counts.bad)}.
+earlier versions wrote them{harmless}; exceptions other than an error with a message are never allowed. Outcomes that
+must not occur: {len(counts.bad)}.
 
 """
     (ROOT / "benchmarks" / "results" / f"{today}-record-fuzz.md").write_text(page + "\n".join(lines))

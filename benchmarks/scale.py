@@ -2,8 +2,8 @@
 
     python benchmarks/scale.py                          the page: what limits a harvest of 10B tokens, and a sweep
     python benchmarks/scale.py --set node_link=1.2e9    with another constant; simulation/constants.py has them all
-    python benchmarks/scale.py --measure                what this machine says about the constants that are measured
-    python benchmarks/scale.py --processes              real harvests of 1 to 3 processes, beside the simulation
+    python benchmarks/scale.py --measure                the constants that can be measured, on this machine
+    python benchmarks/scale.py --processes              real harvests of 1 to 3 processes, compared with the simulation
 
 Nothing is measured on a cluster: every time on the page is simulated, from constants that are looked up, measured on
 two CPU cores, or assumed. The program's own decisions are imported, not imitated: windows and their objects, requests
@@ -34,8 +34,8 @@ SEEDS = range(5)  # of failures and of the nodes' speeds
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another value of a constant")
-    parser.add_argument("--measure", action="store_true", help="measure constants here instead")
-    parser.add_argument("--processes", action="store_true", help="compare with real processes here instead")
+    parser.add_argument("--measure", action="store_true", help="measure constants on this machine instead")
+    parser.add_argument("--processes", action="store_true", help="compare with real processes on this machine instead")
     args = parser.parse_args()
     try:
         constants = parse_settings(args.set)
@@ -78,11 +78,11 @@ def page(constants: Constants, settings: Sequence[str]) -> Iterable[str]:
     yield from ("# Harvests and sweeps on many machines, simulated", "")
     yield f"`python benchmarks/scale.py{options}`, {date.today()}, commit {commit()}."
     yield ""
-    yield "**Every time on this page is simulated: no cluster, GPU or bucket was at hand.** The constants"
-    yield "are at the end;"
-    yield "each says whether it was read, measured on two CPU cores, or assumed. Windows, objects,"
-    yield "requests, the deal of"
-    yield "runs and the choice of what makes room in the local cache are the program's own code."
+    yield "**Every time on this page is simulated: no cluster, GPU or bucket was available.** The constants"
+    yield "at the end of the page"
+    yield "say whether they were looked up, measured on two CPU cores, or assumed. Windows, objects,"
+    yield "requests, the assignment of runs to ranks"
+    yield "and the choice of the chunk to remove from the local cache are computed by the program's own code."
     yield from harvest_page(constants)
     yield from sweep_page(constants)
     yield from checks(constants)
@@ -133,13 +133,13 @@ def harvest_page(constants: Constants) -> Iterable[str]:
     yield f"10 billion tokens are {layout.n_windows:,} windows of {layout.window_rows:,} rows,"
     yield f"{len(whole.objects) + len(whole.largest)} objects"
     yield f"and {format_bytes(whole.window_bytes)} each, {format_bytes(whole.window_bytes * layout.n_windows)} in all."
-    yield "What each resource needs by itself for the windows of 10 billion tokens, whatever else happens:"
+    yield "The time that each resource alone needs for the windows of 10 billion tokens:"
     yield from table("resource", "seconds", "what it is")
     explained = {
         "model": "all GPUs compute",
-        "writers": "all processes measure and check what they computed",
+        "writers": "all processes compute statistics and checksums of their windows",
         "links": "every node sends its share",
-        "writes": "the store takes the requests that write objects and commits",
+        "writes": "the store serves the requests that write objects and commits",
         "asking": "the store lists every commit, for the first rank or for every task with a share",
     }
     for name, seconds in whole.bounds.items():
@@ -157,13 +157,14 @@ def harvest_page(constants: Constants) -> Iterable[str]:
     yield ""
     yield "`until the last commit` includes the start, the text and listing. Each cache of the last row cuts"
     yield "its own text"
-    yield "and has a sixteenth of the store's requests; training takes several caches as one (`--cache A --cache B`)."
+    yield "and has a sixteenth of the store's requests; training reads several caches as one (`--cache A --cache B`)."
     yield ""
     phases = phases_of(whole)
     slowest = sorted(phases, key=lambda name: -phases[name])
     named = [f"{name} ({format_duration(phases[name])})" for name in slowest]
-    yield f"What limits 10 billion tokens is {named[0]}, then {named[1]} and {named[2]}: what one process does, or each"
-    yield "for all windows. Computing and sending the windows takes minutes. Several smaller caches avoid it."
+    yield f"10 billion tokens are limited by {named[0]}, then by {named[1]} and {named[2]}: work that one process does"
+    yield "alone, or that every process does for all windows. Computing and sending the windows takes minutes. Several"
+    yield "smaller caches avoid this limit."
     yield from harvest_failures(whole)
     yield from bad_choices(whole)
     yield from memory(whole)
@@ -171,13 +172,13 @@ def harvest_page(constants: Constants) -> Iterable[str]:
 
 def harvest_failures(whole: Harvest) -> Iterable[str]:
     yield from ("", "### Failures", "")
-    yield "64 nodes. Under one launcher (`torchrun`) every process ends with the one that is lost; tasks of"
+    yield "64 nodes. Under one launcher (`torchrun`), all processes end when one is lost; tasks of"
     yield "an array job"
-    yield "(`--share`) end alone. One node fails when half of the time to the last commit is over; means of 5"
+    yield "(`--share`) end alone. One node fails halfway to the last commit; means of 5"
     yield "seeds. The last"
-    yield "column is what a failure an hour costs of the time, since that long a harvest meets so many of them."
+    yield "column is the share of the time that is lost if a node fails every hour."
     yield from table(
-        "tokens", "", "until the last commit", "later by one failure", "windows again", "a failure an hour"
+        "tokens", "", "until the last commit", "delay by one failure", "windows computed again", "one failure per hour"
     )
     for tokens in (1_000_000_000, 10_000_000_000):
         for way, name in ((RANKS, "ranks"), (SHARES, "shares")):
@@ -198,9 +199,9 @@ def harvest_failures(whole: Harvest) -> Iterable[str]:
     yield ""
     yield f"64 nodes fail once in {1 / published:.0f} hours by the published rate."
     yield ""
-    yield "What the loss of one process costs, by the size of windows (a billion tokens): the windows in its"
+    yield "The cost of losing one process, by the size of windows (for a billion tokens): the windows in"
     yield "memory, which"
-    yield "are computed again, and the start. Of all 512 processes under one launcher, of 8 under `--share`."
+    yield "are computed again, and the start. All 512 processes pay it under one launcher, and 8 under `--share`."
     one = replace(whole, tokens=1_000_000_000)
     yield from table(
         "rows of a window", "computing one", "computed again, mean", "start again", "memory of two windows"
@@ -218,7 +219,7 @@ def harvest_failures(whole: Harvest) -> Iterable[str]:
 def bad_choices(whole: Harvest) -> Iterable[str]:
     one = replace(whole, tokens=1_000_000_000, way=SHARES)
     yield from ("", "### Choices", "")
-    yield "A billion tokens on 512 GPUs, `--share i/n` unless it says otherwise; seconds until the last commit."
+    yield "A billion tokens on 512 GPUs, `--share i/n` unless stated otherwise; seconds until the last commit."
     yield from table("choice", "seconds", "against 512 shares")
     base = mean(run_harvests(one), lambda r: r.windows_seconds)
     for name, harvest in {
@@ -239,11 +240,11 @@ def bad_choices(whole: Harvest) -> Iterable[str]:
 
 def memory(whole: Harvest) -> Iterable[str]:
     yield from ("", "### Memory and requests that grow with the cache", "")
-    yield "Of a process: the contexts (4 x 128 + 50 bytes for each of 127 rows, in every process) and two"
-    yield "windows. Of the"
-    yield "one that seals: the norms of an array and what sorts them. Requests of every process that starts,"
-    yield "and of the one"
-    yield "that seals:"
+    yield "Every process keeps the contexts in memory (4 x 128 + 50 bytes for 127 rows each) and two"
+    yield "windows. The process"
+    yield "that seals keeps the norms of an array, and needs memory to sort them. The last two columns are the requests"
+    yield "of every process at its start,"
+    yield "and of the process that seals:"
     yield from table("tokens", "contexts", "of 8 processes", "two windows", "to seal", "listings", "reads to seal")
     for tokens in (10_000_000, 100_000_000, 1_000_000_000, 10_000_000_000):
         harvest = replace(whole, tokens=tokens)
@@ -262,9 +263,10 @@ def sweep_page(constants: Constants) -> Iterable[str]:
     yield from ("", "## A sweep: 600 runs from a bucket", "")
     yield f"Forty recipes, five seeds, layers 5, 12 and 19: {len(whole.works)} runs of 18,432 latents, one epoch of 100"
     yield f"million tokens ({whole.steps:,} steps of 4,096), {format_bytes(3 * whole.layer_bytes)} in the"
-    yield "bucket, 8 GPUs a"
-    yield "node. `efficiency` is the share of all GPUs' time that is spent in steps; `waiting` that for chunks. A GPU"
-    yield f"trains {format_duration(sum(work.seconds for work in whole.works))} in all, and the longest run takes "
+    yield "bucket, 8 GPUs per"
+    yield "node. `efficiency` is the share of all GPUs' time that is spent in steps, and `waiting` the share"
+    yield "spent waiting for chunks. One GPU alone"
+    yield f"would train for {format_duration(sum(work.seconds for work in whole.works))}, and the longest run takes "
     yield f"{format_duration(max(work.seconds for work in whole.works))}, which more GPUs cannot shorten."
     yield from table(
         "GPUs", "local cache of a node", "time", "efficiency", "waiting", "pulled", "pulled by a node", "failures"
@@ -282,8 +284,8 @@ def sweep_page(constants: Constants) -> Iterable[str]:
 
 def link_page(constants: Constants) -> Iterable[str]:
     yield from ("", "### When the link is the bottleneck", "")
-    yield f"One node, layer 12, `topk` ({1e3 * step_seconds()['topk'] / constants.step_share:.1f} ms a step"
-    yield "by the model):"
+    yield f"One node, layer 12, `topk` ({1e3 * step_seconds()['topk'] / constants.step_share:.1f} ms per step"
+    yield "according to the model):"
     yield "runs on each of 8 GPUs, and the share of their time in steps, from a bucket with 1 TB of local cache."
     yield from table("runs on a GPU", "8 GB/s (100 Gbit/s)", "2 GB/s (25 Gbit/s)", "0.8 GB/s (10 Gbit/s)")
     for runs in (1, 2, 4, 8, 16):
@@ -306,7 +308,7 @@ def link_page(constants: Constants) -> Iterable[str]:
 
 def checks(constants: Constants) -> Iterable[str]:
     yield from ("", "## Against formulas", "")
-    yield "`tests/test_scale.py` holds the simulation to these, and to the bounds above."
+    yield "`tests/test_scale.py` compares the simulation with these formulas and with the bounds above."
     yield from table("case", "formula", "simulated")
     alike = replace(constants, node_failures=0, speed_spread=0, put_rate=1e12, get_rate=1e12, node_link=1e18)
     for nodes in (1, 8):
@@ -321,7 +323,7 @@ def checks(constants: Constants) -> Iterable[str]:
     error = (sum((one - average) ** 2 for one in results) / (len(results) - 1) / len(results)) ** 0.5
     expected = expected_seconds_with_failures(harvest.tokens * harvest.token_seconds, 60 / 3600, 20)
     yield row(
-        "one window, a failure a minute, 20 s to start again", f"{expected:.2f} s", f"{average:.2f} ± {error:.2f} s"
+        "one window, one failure per minute, 20 s to restart", f"{expected:.2f} s", f"{average:.2f} ± {error:.2f} s"
     )
 
 

@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, action="append", help="repeatable; default: 2048 and 4096")
     parser.add_argument("--buffer", type=int, default=1 << 18, help="rows of the peers' buffer, 1.2 GB at width 2304")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--sample", type=int, default=200, help="batches of an epoch to look at")
+    parser.add_argument("--sample", type=int, default=200, help="number of batches of an epoch that are examined")
     args = parser.parse_args()
     layout, contexts = Layout(args.rows), args.context or [128, 1024]
     print(machine())

@@ -1,13 +1,13 @@
 """The modelled cost of one training step of each recipe on a GPU, and whether it stays within its budget.
 
     python benchmarks/step_budget.py                                    every recipe at every size: a page in Markdown
-    python benchmarks/step_budget.py topk --size 18432x4096             one of them, at one size
-    python benchmarks/step_budget.py topk --operations 15               and the operations that take the longest
-    python benchmarks/step_budget.py --check                            what is over or under its budget; exit code 1
-    python benchmarks/step_budget.py topk --renew                       make what it costs now the budget
+    python benchmarks/step_budget.py topk --size 18432x4096             one recipe, at one size
+    python benchmarks/step_budget.py topk --operations 15               also the operations that take the longest
+    python benchmarks/step_budget.py --check                            list steps over or under budget; exit code 1
+    python benchmarks/step_budget.py topk --renew                       set the budget to the current cost
 
 Nothing here is measured, and no GPU is needed: milliseconds are a model. The step runs on the simulated GPU of the
-tests, on tensors that have shapes and no values: forward and backward pass, optimizer, mechanisms and metrics, under
+tests, on tensors that have shapes but no values: forward and backward pass, optimizer, mechanisms and metrics, under
 autocast. Each operation below autograd costs launches, FLOPs and bytes (tests/simulated_cuda/cost.py). Its time is
 either the time for its FLOPs at the speed of their dtype or the time for its bytes at the speed of memory, whichever is
 longer. The host queues launches while the GPU computes, so the time of a step is the larger of the two sums.
@@ -81,7 +81,7 @@ class StepCost:
 
     @property
     def ideal_ms(self) -> float:
-        """The least time that a step of this size can take, with dense products or, if that is less, sparse ones.
+        """The least time that a step of this size can take, with dense products or, if they take less, sparse products.
 
         dense    five products of B x D x F in bfloat16, and four passes over the latents (written and read by the
                  forward pass, and their gradients by the backward pass)
@@ -131,13 +131,13 @@ def torch_release() -> str:
 
 
 def read_budgets() -> tuple[str, Budgets]:
-    """The release of torch that the budgets are for, and the budgets."""
+    """The release of torch for which the budgets were written, and the budgets."""
     content = json.loads(BUDGETS.read_text())
     return content["torch"], content["budgets"]
 
 
 def write_budgets(budgets: Budgets) -> None:
-    """One line for each size, in the order of the registry, so that a diff shows which recipes changed."""
+    """Write one line per size, in the order of the registry, so that a diff shows which recipes changed."""
     blocks = []
     for recipe in sorted(budgets, key=list(RECIPES).index):
         lines = [f'      "{size}": {json.dumps(budget)}' for size, budget in budgets[recipe].items()]
@@ -283,7 +283,7 @@ def main() -> None:
 
 
 def renew(costs: Sequence[StepCost]) -> None:
-    """Write the budgets of these steps; drop those of recipes that are gone."""
+    """Write the budgets of these steps, and drop the budgets of recipes that no longer exist."""
     budgets = {
         name: sizes for name, sizes in (read_budgets()[1] if BUDGETS.exists() else {}).items() if name in RECIPES
     }

@@ -46,7 +46,7 @@ def measure(name: str, size: str, parts: int) -> None:
         dead.real_A = torch.ones(len(dead.index_A))
         for mechanism in trainer.variant.mechanisms:
             mechanism.every = mechanism.every and 2
-        dead.every = None  # keeps the list
+        dead.every = None  # keeps the list of dead latents
         x_BD = torch.randn(run.config.batch_size, run.config.d_in).bfloat16()
         for number in range(steps):
             trainer.run_periodic(number, trainer.step(x_BD))
@@ -64,7 +64,7 @@ def measure(name: str, size: str, parts: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", action="append")
-    parser.add_argument("--size", action="append", help="d_in x d_sae x tokens, as 576x2304x1024")
+    parser.add_argument("--size", action="append", help="d_in x d_sae x tokens, such as 576x2304x1024")
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     asked = parser.parse_args()

@@ -8,7 +8,7 @@ errors: noise of `ERROR` times their root mean square is added to pre-activation
 noise is several times as large as the effect of another order of summation. Values that are exactly zero, such as the
 gradient of a latent that did not fire, stay zero in any order. Recipes that accept `--accumulate 4` are also run with
 it, without noise: it adds up the same gradients in another order. For each recipe the script prints the largest
-distances, over its runs and draws, beside their bounds: for all weights (norm of the difference divided by the norm),
+distances, over its runs and draws, next to their bounds: for all weights (norm of the difference divided by the norm),
 and for each metric's mean.
 """
 
@@ -40,7 +40,7 @@ ERROR = 2.0**-21  # eight times the largest error of one rounding in float32
 
 
 def copy_home(home: Path) -> list[Path]:
-    """A copy of the fixtures' home as a kill left it, and the folders of its runs."""
+    """A copy of the fixtures' SAE_HOME in the state after a kill, and the folders of its runs."""
     for name, to in (("model", "model"), ("caches", "activations"), ("trained", "runs")):
         shutil.copytree(OLD_HOME / name, home / to)
     for path in home.rglob("*.json*"):
@@ -49,7 +49,7 @@ def copy_home(home: Path) -> list[Path]:
 
 
 class Rounding:
-    """A context in which errors are added to what a step computes."""
+    """A context manager that adds errors to the values that a step computes."""
 
     def __init__(self, seed: int) -> None:
         self.random = torch.Generator().manual_seed(seed)
@@ -72,7 +72,8 @@ class Rounding:
         SAE.pre_activations = lambda sae, x_BD: self.add(encode(sae, x_BD))  # type: ignore[method-assign]
         SAE.decode = lambda sae, *args: self.add(decode(sae, *args))  # type: ignore[method-assign]
         Trainer.backward = with_errors  # type: ignore[method-assign]
-        # ReLU alone makes no pre-activations: an error in its latents is one in those that are positive.
+        # ReLU alone computes no pre-activations. An error in a positive latent is the same as one in its
+        # pre-activation.
         dense_ops.encode_relu_decode = lambda *args: tuple(map(self.add, relu(*args)))  # type: ignore[assignment]
 
     def __exit__(self, *_: object) -> None:

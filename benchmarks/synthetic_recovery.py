@@ -1,4 +1,4 @@
-"""Which variants recover the atoms from which synthetic data is built?
+"""Measure how well variants recover the atoms from which synthetic data is built.
 
     x = sum_i c_i a_i,     a_i unit vectors, about `l0` of them active, c_i uniform in [0.5, 1.5]
 
@@ -24,7 +24,7 @@ from sae.train.variant import RunConfig
 
 ATOMS, D_IN, D_SAE, L0, BATCH = 128, 64, 256, 4, 512
 
-# Besides lr = 3e-3, and k = 4 for recipes with a k, else l1 = 0.2 for recipes with an l1.
+# In addition to lr = 3e-3. Recipes that are not listed get k = 4 if they have a k, else l1 = 0.2 if they have an l1.
 OPTIONS: dict[str, dict[str, float | int]] = {
     "jumprelu": {"l0": L0, "bandwidth": 0.1, "penalty_warmup": 1500},
     "jumprelu-step": {"penalty": 0.03, "bandwidth": 0.1, "penalty_warmup": 1500},
@@ -45,9 +45,8 @@ class Atoms:
     """The true dictionary, and batches generated from it."""
 
     def __init__(self, seed: int = 0) -> None:
-        self.random = torch.Generator().manual_seed(
-            1000 + seed
-        )  # differs from the seed of the weights, which would otherwise start as the atoms
+        # Another seed than that of the weights, which would otherwise start as the atoms.
+        self.random = torch.Generator().manual_seed(1000 + seed)
         self.atoms_AD = normalize(torch.randn(ATOMS, D_IN, generator=self.random), dim=1)
 
     def rows(self, count: int) -> Tensor:

@@ -4,13 +4,13 @@
     python benchmarks/version_bounds.py FOLDER > page.md
     python benchmarks/version_bounds.py FOLDER --pin torch==2.13.0+cpu --find-links WHEELS > page.md
 
-Each end gets a virtual environment in FOLDER with this checkout and all its extras: the lowest with uv's `--resolution
-lowest-direct`, which takes the lowest allowed version of the packages declared here and the newest version of their own
-dependencies. The folders of tests/ are run one after another. Finished results are kept in FOLDER, so a later call
-continues where the last one stopped, and repeats what failed; `--again lowest` starts that end from the beginning. A
-test that fails is run once more by itself. The page is printed at the end; the exit code is 1 if a test still fails.
-`--pin` fixes a version at both ends, for a package that is available only in some versions; the page then says that
-its bound was not tried.
+Each of the two ends, `lowest` and `newest`, gets a virtual environment in FOLDER with this checkout and all its extras.
+The lowest is installed with uv's `--resolution lowest-direct`, which chooses the lowest allowed version of the packages
+declared here and the newest version of their own dependencies. The folders of tests/ are run one after another.
+Finished results are kept in FOLDER, so a later call continues where the last one stopped, and repeats the tests that
+failed; `--again lowest` starts that end from the beginning. A test that fails is run once more by itself. The page is
+printed at the end; the exit code is 1 if a test still fails. `--pin` fixes a version at both ends, for a package that
+is available only in some versions; the page then says that its bound was not tried.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-ENDS = {"lowest": "lowest-direct", "newest": "highest"}  # and uv's name for the resolution
+ENDS = {"lowest": "lowest-direct", "newest": "highest"}  # end -> uv's name for the resolution
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FOLDERS = sorted(f.name for f in (ROOT / "tests").iterdir() if any(f.rglob("test_*.py")))
 DECLARED = {  # requirement -> package
@@ -42,11 +42,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--end", action="append", choices=ENDS, help="only this end")
     parser.add_argument("--page", action="store_true", help="run nothing: print the page of what is finished")
-    parser.add_argument("--again", action="append", default=[], choices=ENDS, help="an end that is begun anew")
-    parser.add_argument("--pin", action="append", default=[], help="NAME==VERSION, at both ends")
-    parser.add_argument("--find-links", help="a folder of wheels, beside those of PyPI")
+    parser.add_argument("--again", action="append", default=[], choices=ENDS, help="start this end from the beginning")
+    parser.add_argument("--pin", action="append", default=[], help="NAME==VERSION, installed at both ends")
+    parser.add_argument("--find-links", help="a folder of wheels, in addition to PyPI")
     parser.add_argument("--python", default=sys.executable, help="the interpreter of the environments")
-    parser.add_argument("--workers", type=int, default=2, help="of pytest")
+    parser.add_argument("--workers", type=int, default=2, help="number of pytest workers")
     arguments = parser.parse_args()
     if shutil.which("uv") is None:
         sys.exit("uv is not installed: pip install uv")
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def install(folder: Path, end: str, arguments: argparse.Namespace) -> None:
-    """Make the environment of an end, and list its versions; nothing to do if they are listed already."""
+    """Make the environment of an end, and list its versions. Does nothing if they are listed already."""
     listing = folder / "versions.json"
     if listing.exists():
         return
@@ -149,7 +149,7 @@ def page(results: dict[str, dict[str, Any]], pins: list[str]) -> str:
         f"# The lowest and the newest versions, {date.today()}",
         "",
         f"`python benchmarks/version_bounds.py`, commit {', '.join(sorted({piece['commit'] for piece in pieces}))}, "
-        f"Python {pythons}: the quick tests. Failed means: also when run again, alone.",
+        f"Python {pythons}: the quick tests. A test counts as failed if it also fails when run again alone.",
         "",
         f"| | {' | '.join(ends)} |",
         f"|---|{'---|' * len(ends)}",
@@ -171,7 +171,7 @@ def page(results: dict[str, dict[str, Any]], pins: list[str]) -> str:
     own = {*DECLARED.values(), PROJECT["name"]}
     for end, result in results.items():
         others = (f"{n} {v}" for n, v in sorted(result["packages"].items()) if n not in own)
-        lines += ["", f"What these need, {end}: {', '.join(others)}."]
+        lines += ["", f"Their dependencies, {end}: {', '.join(others)}."]
     return "\n".join(lines)
 
 
@@ -180,7 +180,7 @@ def counts(piece: dict[str, Any] | None) -> str:
     if piece is None:
         return "not run"
     later = len(piece["passed_later"])
-    again = f" ({later} at a later try)" if later else ""
+    again = f" ({later} of them on a later try)" if later else ""
     return f"{piece['passed'] + later} passed{again}, {len(piece['failed'])} failed, {len(piece['skipped'])} skipped"
 
 

@@ -38,7 +38,7 @@ Entries = Iterator[tuple[str, dict[str, Any]]]
 
 
 def ceilings(sizes: Sizes) -> Entries:
-    """Products, memory, launches and pinned copies."""
+    """Speeds of matrix products, memory, kernel launches and pinned copies."""
     if not torch.cuda.is_available():
         raise RuntimeError("torch sees no GPU")
     yield "environment", environment_record()
@@ -72,7 +72,7 @@ def ceilings(sizes: Sizes) -> Entries:
 
 
 def kernels(sizes: Sizes) -> Entries:
-    """Each kernel's result beside that of a stable sort in float64 or of torch, and its time beside torch's.
+    """Compare each kernel's result with a stable sort in float64 or with torch, and its time with torch's.
 
     Add an entry here for each new kernel of train/kernels/operators.py.
     """
@@ -106,7 +106,7 @@ def kernels(sizes: Sizes) -> Entries:
 
 
 def sums(sizes: Sizes, d_sae: int, batch: int) -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
-    """The kernels that compute sums, each with the torch operations that give nearly the same result."""
+    """The kernels that compute sums, each with the torch operations that compute nearly the same result."""
     device, count = torch.device("cuda"), batch * sizes.k
     row_FD, x_BD = (torch.randn(rows, sizes.d_in, device=device) for rows in (d_sae, batch))
     value_N, bias_D = torch.randn(count, device=device), torch.randn(sizes.d_in, device=device)

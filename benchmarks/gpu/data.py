@@ -95,7 +95,7 @@ def harvest(sizes: Sizes) -> Entries:
 
 
 def loader(sizes: Sizes) -> Entries:
-    """Batches that reach the GPU, in the second epoch of a cache on the disk."""
+    """The time until a batch is on the GPU, in the second epoch of a cache on disk."""
     with tempfile.TemporaryDirectory() as folder:
         cache = make_cache(Path(folder) / "cache", sizes.cache_gb, d_in=sizes.d_in, most=32_768)
         rows = min(4096, cache.rows // 4)
@@ -107,7 +107,7 @@ def loader(sizes: Sizes) -> Entries:
 
 
 def core(sizes: Sizes) -> Entries:
-    """The three stages on gemma-2-mini, which needs no download, and the seconds of core for each SAE."""
+    """Run the three stages on gemma-2-mini, which needs no download, and time core for one SAE and for two."""
     folder = Path(tempfile.mkdtemp())
     try:
         cache = sae.harvest_activations(

@@ -45,8 +45,7 @@ def simulate(folder: Path) -> None:
 
 
 def run_part(name: str, simulated: bool, limit: float) -> Iterator[tuple[str, Any]]:
-    """Yields the results of a part as they arrive; at the end its seconds, and its error if it failed or took too
-    long."""
+    """Yield the results of a part as they arrive, then its seconds, then its error if it failed or took too long."""
     started = time.monotonic()
     ours, theirs = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=work, args=(name, simulated, theirs))
@@ -86,7 +85,7 @@ def work(name: str, simulated: bool, results: Connection) -> None:
         try:
             for key, found in part(SMALL if simulated else Sizes()):
                 results.send(("found", {key: found}))
-        except Exception as error:  # the other parts go on
+        except Exception as error:  # the other parts continue
             results.send(("error", f"{type(error).__name__}: {error}"))
 
 

@@ -26,7 +26,7 @@ from sae.train.recipe import RECIPES, find_recipe
 from sae.train.variant import RunConfig
 
 Entries = Iterator[tuple[str, dict[str, Any]]]
-TOTAL_STEPS = 4882  # of the run that a step is taken from
+TOTAL_STEPS = 4882  # length of the run that a step belongs to
 
 
 def make_trainer(recipe: str, d_in: int, d_sae: int, batch: int, options: Mapping[str, Any] | None = None) -> Trainer:
@@ -57,7 +57,8 @@ def batch_of(rows: int, d_in: int) -> Tensor:
 
 
 def recipes(sizes: Sizes) -> Entries:
-    """Three steps of every recipe, in which waiting is an error, and their peak memory beside the plan's estimate."""
+    """Run three steps of every recipe, in which a wait for the GPU is an error, and compare peak memory with the
+    plan's."""
     d_sae, rows = sizes.recipe
     x_BD = batch_of(rows, sizes.d_in)
     for recipe in RECIPES:
@@ -65,7 +66,7 @@ def recipes(sizes: Sizes) -> Entries:
         try:
             options, before = options_of(recipe, sizes.k), torch.cuda.memory_allocated()
             trainer = make_trainer(recipe, sizes.d_in, d_sae, rows, options)
-            trainer.step(x_BD)  # the first one makes moments, and CUDA loads its kernels
+            trainer.step(x_BD)  # in the first step the optimizer allocates its moments and CUDA loads kernels
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.set_sync_debug_mode("error")
             try:
@@ -76,7 +77,7 @@ def recipes(sizes: Sizes) -> Entries:
             run = Resized(find_recipe(recipe), options, None, config_of(sizes.d_in, d_sae, rows))
             plan, peak = pass_memory([run], "cuda"), torch.cuda.max_memory_allocated() - before
             yield recipe, {"waits": 0, "peak_gb": peak / 1e9, "planned_gb": (plan.state + plan.step) / 1e9}
-        except Exception as error:  # the others are tried too
+        except Exception as error:  # the other recipes are still tried
             yield recipe, {"error": f"{type(error).__name__}: {error}"}
 
 
@@ -99,13 +100,13 @@ def walk(
     recipe: str, options: dict[str, Any], d_in: int, d_sae: int, rows: int, stops: tuple[int, ...], captured: bool,
     folder: Path,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The state at the last of the stops, for a run that is saved and loaded again at each of the earlier ones."""
+    """The state at the last of the stops, for a run that is saved and loaded again at each earlier stop."""
     at = 0
     for stop in stops:
         trainer = make_trainer(recipe, d_in, d_sae, rows, options)
         graph = CapturedSteps(print) if captured else None
         if at:
-            trainer.step(batch_of(rows, d_in))  # makes the moments
+            trainer.step(batch_of(rows, d_in))  # allocates the moments
             restore_checkpoint(trainer, folder, print)
         for number in range(at, stop):
             x_BD = batch_of(rows, d_in) * (1 + number)
@@ -160,7 +161,7 @@ def captured_ms(trainers: list[Trainer], x_BD: Tensor, sizes: Sizes) -> float | 
 
 
 def border(sizes: Sizes) -> Entries:
-    """Milliseconds of a captured step of topk with sparse and with dense products, by latents per kept latent."""
+    """Milliseconds of a captured step of topk with sparse and with dense products, for each n/k."""
     d_sae, rows = sizes.border
     x_BD, never = batch_of(rows, sizes.d_in), float("inf")
     for ratio in sizes.ratios:

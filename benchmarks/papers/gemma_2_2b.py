@@ -1,14 +1,14 @@
 """The cost of `sae reproduce all` on google/gemma-2-2b: tokens, disk, memory, and the modelled time on one H200.
 
-    python benchmarks/papers/gemma_2_2b.py                      the readings evidence (003: field) and literal, a page
-    python benchmarks/papers/gemma_2_2b.py --reading literal    one of them
+    python benchmarks/papers/gemma_2_2b.py                      the readings `evidence` (003: `field`) and `literal`
+    python benchmarks/papers/gemma_2_2b.py --reading literal    only one of them
 
 The command itself is planned, as `sae reproduce all --dry-run` plans it, from the model's config.json (below) and a
 tokenizer, without its weights, the Hub or a GPU. It reads python-stdlib, which is longer than any of the runs needs,
-instead of the papers' text, and assumes that the disk is large enough. Nothing is measured: the time of a step is the
-one that benchmarks/step_budget.py gives for its recipe with the options of the reading. The time of a harvest is that
-of its matrix products at the same speed or the time that the host needs for its bytes, whichever is longer. Evaluation
-and checkpoints are not counted.
+instead of the papers' text, and assumes that the disk is large enough. Nothing is measured: the time of a step is
+modelled by benchmarks/step_budget.py, for its recipe with the options of the reading. The time of a harvest is the time
+of its matrix products at the same speed or the time that the host needs to write its bytes, whichever is longer.
+Evaluation and checkpoints are not counted.
 """
 
 import argparse
@@ -39,9 +39,9 @@ READINGS = (None, "literal")  # None: the default on this model
 
 @contextlib.contextmanager
 def config_alone() -> Iterator[None]:
-    """A machine with a large disk that has the config and nothing else of the model, and no network.
+    """A context manager that simulates a machine with a large disk, the model's config but no weights, and no network.
 
-    Call it before transformers is imported, which reads where its files are.
+    Enter it before transformers is imported, since transformers then reads the location of its files.
     """
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"HF_HOME": folder, "HF_HUB_OFFLINE": "1", "SAE_HOME": folder}
@@ -57,7 +57,7 @@ def config_alone() -> Iterator[None]:
 
 
 def make_hub(folder: Path) -> None:
-    """A cache of the Hub that holds the config, and the embedded model's tokenizer."""
+    """Create a Hub cache that contains the config and the embedded model's tokenizer."""
     from sae.harvest import mini
 
     snapshot = folder / "hub" / f"models--{NAME.replace('/', '--')}" / "snapshots" / ("0" * 40)
@@ -84,7 +84,7 @@ class StepTimes:
         self.gpu, self.known = gpu, dict[str, float | str]()
 
     def __call__(self, run: Any) -> float | str:
-        """Of a run; or why it cannot be built."""
+        """The milliseconds of a step of a run, or the reason why the run cannot be built."""
         import step_budget
 
         config = run.config
@@ -111,7 +111,7 @@ def plan_of(reading: str | None) -> Any:
 
 
 def key_of(run: Any) -> Any:
-    """Until a cache is harvested, folders of runs with other options can have one name."""
+    """What identifies a run. Until a cache is harvested, runs with different options can have the same folder."""
     return run.folder, run.config, json.dumps(run.options, sort_keys=True)
 
 
@@ -129,7 +129,7 @@ def rows_of(reading: str | None, times: StepTimes) -> tuple[list[str], dict[str,
         "tokens": harvest.tokens, "activations": harvest.bytes_to_write,
         "harvest": max(products, harvest.bytes_to_write / HOST), "runs": 0, "training": 0.0,
     }  # fmt: skip
-    of_paper: dict[str, dict[Any, Any]] = {}  # a run that papers share is one of each
+    of_paper: dict[str, dict[Any, Any]] = {}  # a run that several papers share counts for each of them
     for jobs, one in zip(plan.passes, plan.train_plans, strict=True):
         for job in jobs:
             own = of_paper.setdefault(job.paper, {})
@@ -161,10 +161,10 @@ def page(found: Mapping[str, tuple[list[str], dict[str, float]]]) -> str:
     from common import commit
 
     lines = [
-        "# What `sae reproduce all` takes on Gemma-2-2B, by a model\n",
+        "# The modelled cost of `sae reproduce all` on Gemma-2-2B\n",
         f"`python benchmarks/papers/gemma_2_2b.py`, {date.today()}, commit {commit()}. **Nothing was run.** The",
-        "command is planned from the model's config.json, and times are those of the model of",
-        "[step budgets](../step_budget.py) on one H200, one step after the other, without evaluation.\n",
+        "command is planned from the model's config.json, and times come from the model in",
+        "[step_budget.py](../step_budget.py) for one H200, one step after the other, without evaluation.\n",
     ]
     for name, (rows, totals) in found.items():
         lines += [
@@ -172,7 +172,8 @@ def page(found: Mapping[str, tuple[list[str], dict[str, float]]]) -> str:
             f"{totals['tokens']:,.0f} tokens, {totals['activations'] / 1e9:.0f} GB of activations of three layers, "
             f"{totals['runs']:.0f} SAEs. Harvest {totals['harvest'] / 60:.1f} min, training "
             f"{totals['training'] / 60:.0f} min.\n",
-            "| paper | SAEs | latents | steps x tokens | GB of memory, largest | minutes, alone | steps counted |",
+            "| paper | SAEs | latents | steps x tokens | most memory of a run, GB | minutes without the others | "
+            "recipes that were modelled |",
             "|---|---|---|---|---|---|---|",
             *rows,
             "",

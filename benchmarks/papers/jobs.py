@@ -15,8 +15,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("tune", "middle", "own", "beside", "frontier", "also")
-LIKE_L0 = 1.1  # times the smaller L0 that the larger may be
-THREADS_GAIN = 1.8  # of two threads, for estimates
+LIKE_L0 = 1.1  # largest ratio of two L0 that are compared
+THREADS_GAIN = 1.8  # speed-up of two threads, for estimates
 
 Records = Mapping[str, Mapping[str, Any]]  # id of a job -> its record, of jobs whose record is valid
 
@@ -26,14 +26,14 @@ class Job:
     """One run; or, if `part` is "stability", the comparison of the seeds of a system.
 
     Attributes:
-        options: of the recipe, as for --set.
+        options: options of the recipe, as for --set.
         l0: the target; None: the recipe's own.
         rate: the learning rate; None: that of the recipe or reading.
         rate_of: the system whose tuned rate it uses; "": none.
         l0_of: the part and system whose mean L0 is its target.
-        same_as: trained only if seed 0 differs from this system's.
-        of: for stability, the part of the runs.
-        seeds: for stability, their seeds.
+        same_as: the job is run only if seed 0 differs from seed 0 of this system.
+        of: for stability, the part that the compared runs belong to.
+        seeds: for stability, the seeds of the compared runs.
     """
 
     model: str
@@ -56,7 +56,7 @@ class Job:
     of: str = ""
     seeds: tuple[int, ...] = ()
     probes: bool = False
-    seconds: float = 0.0  # estimated, of one thread
+    seconds: float = 0.0  # estimated, with one thread
 
     @property
     def id(self) -> str:
@@ -144,7 +144,7 @@ class Maker:
         self.place = list(design["model"]).index(model)  # in `ms`
 
     def seconds(self, ms: Sequence[float], steps: int, kind: str, probes: bool) -> float:
-        """Of one thread, to train and evaluate."""
+        """The estimated seconds to train and evaluate with one thread."""
         known = self.about["seconds"]
         return ms[self.place] / 1000 * steps + known[kind] + probes * known["probes"]
 
@@ -223,7 +223,7 @@ def set_value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-# --- what rests on records --------------------------------------------------------------------------------------------
+# --- settings that depend on records ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -231,8 +231,8 @@ class Choice:
     """The tuned rate of a system.
 
     Attributes:
-        at_end: it is the smallest or the largest of the grid.
-        missed: every rate missed the L0 by more than a tenth, so the best of those was taken.
+        at_end: whether it is the smallest or the largest rate of the grid.
+        missed: every rate missed the L0 by more than a tenth, so the best of all rates was chosen.
     """
 
     rate: float
@@ -278,7 +278,7 @@ def mean_l0(design: Mapping[str, Any], job: Job, records: Records) -> float | No
 
 
 def resolve(design: Mapping[str, Any], job: Job, records: Records) -> Job | str:
-    """The job with its rate and L0, or what it waits for, or "same as ..." where it need not be run."""
+    """The job with its rate and L0; or what it waits for; or "same as ..." if it does not have to be run."""
     if job.same_as:
         ids = [f"{job.model}/{job.of or job.part}/{one}/L{job.layer}-s0" for one in (job.system, job.same_as)]
         if any(one not in records for one in ids):

@@ -20,7 +20,7 @@ from sae.train.step_version import STEP_VERSION
 
 RECORDS = HERE / "records"
 METRICS_USED = ("core", "absorption", "sae_probes", "stability")
-SETTINGS = ("tokens", "test_documents", "tuning_documents")  # of every job, beside its own of [fixed]
+SETTINGS = ("tokens", "test_documents", "tuning_documents")  # the entries of [fixed] that every job depends on
 
 State = Literal["done", "failed", "outdated", "open", "waiting", "not needed"]
 
@@ -35,8 +35,8 @@ def settings_of(job: Job) -> tuple[str, ...]:
 
 
 def job_digest(design: Mapping[str, Any], job: Job, valid: Mapping[str, Mapping[str, Any]]) -> str:
-    """A digest of everything that decides the result of a resolved job: the design, versions of what computes, and for
-    stability the digests of the runs that are compared, which are among the `valid` records.
+    """A digest of everything that decides the result of a resolved job: the design, the versions of the code, and for
+    stability the digests of the compared runs, which are among the `valid` records.
     """
     recipe = RECIPES.get(job.recipe)
     return digest_of({
@@ -56,7 +56,7 @@ class Known:
 
     Attributes:
         job: with rate and L0 where they are known.
-        why: of one that is waiting or not needed.
+        why: why the job is waiting or not needed.
     """
 
     job: Job
@@ -93,7 +93,7 @@ def survey(
     valid: dict[str, dict[str, Any]] = {}
     found = {job.id: record for job in jobs if (record := read_record(record_path(folder, job)))}
     left = list(jobs)
-    while left:  # what waited for a record that comes later in the order is looked up again
+    while left:  # jobs that waited for a record later in the order are resolved again
         waiting = []
         for job in left:
             resolved = resolve(design, job, valid)

@@ -3,7 +3,7 @@
     python benchmarks/papers/run.py --list                 what is done, open and left
     python benchmarks/papers/run.py --hours 1.5 --commit   run what fits into an hour and a half
 
-Of an earlier call it needs only the records. Texts, model, caches and data sets are created in --home when they are
+From earlier calls it only needs the records. Texts, model, caches and data sets are created in --home when they are
 needed. SmolLM2 needs `pip install gguf`, and pip, apt-get and npm for its packages. A run that was stopped continues
 from its last checkpoint if its files are still there, and otherwise begins again; finished records are never lost. With
 --commit each unit's records are committed when they are written, and nothing else is.
@@ -34,7 +34,7 @@ STATES = ("done", "failed", "outdated", "open", "waiting", "not needed")
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="show the state of all jobs and stop")
-    parser.add_argument("--hours", type=float, help="start nothing that would end later (without it: everything)")
+    parser.add_argument("--hours", type=float, help="start nothing that would end later (default: run everything)")
     parser.add_argument("--model", action="append", help="only this model; can be repeated")
     parser.add_argument(
         "--part", action="append", choices=[*PARTS, "stability"], help="only this part; can be repeated"
@@ -89,9 +89,8 @@ def next_unit(
     pace: float,
     set_up: Mapping[str, float] | None = None,
 ) -> list[Known]:
-    """The first unit that is due and whose stretch fits or was begun in this call; empty if there is none.
-
-    `set_up` has, for each model, the seconds that its texts and caches will still take.
+    """The first unit that is due and whose stretch fits or was begun in this call; empty if there is none. For units
+    and stretches, see `Job`. `set_up` contains, for each model, the seconds that its texts and caches will still take.
     """
     due = [one for one in chosen(known, args) if one.state in DUE]
     seen = set()
@@ -132,7 +131,7 @@ def describe(known: Sequence[Known], valid: Mapping[str, Mapping[str, Any]], arg
     used = sum(sum(record["seconds"].values()) for record in valid.values()) / 3600
     lines.append(
         f"{used:.2f} h used by {len(valid)} records; {wall_seconds(left, args.threads, pace) / 3600:.2f} h left with "
-        f"{args.threads} threads, at {pace:.2f} of the estimated seconds; harvests of a new machine not counted"
+        f"{args.threads} threads, at {pace:.2f} times the estimated seconds, without harvests on a new machine"
     )
     lines += [f"outdated {one.job.id}" for one in chosen(known, args) if one.state == "outdated"]
     lines += [f"failed   {one.job.id}: {valid[one.job.id]['failed']}" for one in known if one.state == "failed"]
@@ -151,7 +150,7 @@ def commit_records(paths: Sequence[Path], job: Job) -> None:
 
 
 def get_probe_texts() -> None:
-    """The data sets of sae-probes, in SAE_HOME, from PyPI if they are not there."""
+    """Get the data sets of sae-probes into SAE_HOME, from PyPI, if they are missing."""
     from sae.evaluate.datasets import sae_probes
 
     if not sae_probes.is_present():
@@ -207,7 +206,7 @@ def main() -> None:
     try:
         written = run(args, design)
     except SaeError as error:
-        sys.exit(f"{error}\nFinished records are kept; the same command goes on.")
+        sys.exit(f"{error}\nFinished records are kept; the same command continues.")
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"{written} records written; {'nothing more fits' if args.hours else 'nothing is left to do'} (--list)")

@@ -14,10 +14,10 @@ from sae.cache.reader import Cache
 from sae.harvest.mini.corpus import stdlib_documents
 from sae.harvest.run import harvest_activations
 
-CHARACTERS = 9_500_000  # of SmolLM2's texts together: two million tokens and the two shares that are not trained on
+CHARACTERS = 9_500_000  # of all of SmolLM2's texts: two million tokens, plus the shares for tuning and test
 KINDS = ("train", "tune", "test")
-SMALL = {"held_out": 0.8, "window": 4096}  # of the caches whose held-out text alone is read
-WINDOW = 65_536  # rows; a harvest that is interrupted loses at most one
+SMALL = {"held_out": 0.8, "window": 4096}  # for the caches of which only the held-out text is read
+WINDOW = 65_536  # rows; an interrupted harvest loses at most one window
 EMBEDDED = "gemma-2-mini"
 
 
@@ -50,7 +50,7 @@ def shares_of(design: Mapping[str, Any], model: str) -> dict[str, float]:
 
 
 def write_texts(folder: Path, documents: Iterable[tuple[str, str]], shares: Mapping[str, float]) -> dict[str, Path]:
-    """Write (name, text) of the documents as one file of JSON lines for each kind, unless they are there."""
+    """Write (name, text) of the documents as one file of JSON lines for each kind, unless the files exist."""
     paths = {kind: folder / f"{kind}.jsonl" for kind in KINDS}
     if all(path.exists() for path in paths.values()):
         return paths
@@ -73,7 +73,7 @@ def mini_documents() -> Iterator[tuple[str, str]]:
 
 
 def real_documents(downloads: Path) -> Iterator[tuple[str, str]]:
-    """The packages' texts, in an order whose every beginning is a fair mix."""
+    """The packages' texts, in an order in which every prefix is a representative mix."""
     from make_model import read_documents
     from packages import TEXTS
     from texts import SHARES, mix

@@ -36,7 +36,7 @@ NO_DIRECTION = ("l0",)
 COLUMNS = (
     "l0", "kl", "ev", "alive", "corr_mean", "corr_top", "absorption", "absorption_full", "probe_k1", "probe_k16",
 )  # fmt: skip
-OWN_BESIDE = ("kl", "ev", "absorption")  # of a paper's own system beside relu and topk at its L0
+OWN_BESIDE = ("kl", "ev", "absorption")  # compared between a paper's own system and relu and topk at its L0
 
 Valid = Mapping[str, Mapping[str, Any]]
 
@@ -50,7 +50,7 @@ class Line:
         by_layer: layer -> differences by seed.
         open_layers: layers of the design that are left out of `differences` because a seed has no record there yet.
         l0: mean L0 of a and b.
-        claim: what the paper says of a: lower, higher, equal or "".
+        claim: what the paper claims about a: lower, higher, equal or "".
         why_not: why it is not tested.
         l0_shift: the change of the measure that the difference in L0 alone would cause, by the slope of the frontiers;
         None: unknown.
@@ -71,7 +71,7 @@ class Line:
 
     @property
     def at_another_l0(self) -> bool:
-        """Whether the difference of L0 alone explains half of the difference found."""
+        """Whether the difference in L0 alone explains at least half of the difference that was found."""
         one = self.differences
         return one is not None and self.l0_shift is not None and abs(self.l0_shift) >= abs(one.mean) / 2 > 0
 
@@ -346,12 +346,17 @@ def page(design: Mapping[str, Any], known: Sequence[Known], valid: Valid) -> lis
         counts = ", ".join(f"{count} {state}" for state, count in states.items())
         lines += ["", f"## {model}", "", f"{counts}; {hours:.2f} hours."]
         if len(texts.get(model, ())) > 1:
-            lines += ["", "**Records of several training texts: their runs must not be compared.**"]
+            lines += ["", "**The records are of several training texts, so their runs must not be compared.**"]
         for name, family in families(design, known, valid, model).items():
             lines += ["", f"### {titles[name]} (family {name})", "", *family_table(family)]
         for part, title in (("middle", "Systems at the middle L0"), ("also", "Other layers"), ("own", "Own readings")):
             lines += ["", f"### {title}", "", *systems_table(known, valid, model, part)]
-        lines += ["", "### Beside the own readings, at their L0", "", *systems_table(known, valid, model, "beside")]
+        lines += [
+            "",
+            "### Other systems at the L0 of the own readings",
+            "",
+            *systems_table(known, valid, model, "beside"),
+        ]
         lines += ["", "### Tuning: KL score on the tuning documents", "", *tuning_table(design, known, valid, model)]
         if frontier := frontier_table(design, known, valid, model):
             lines += ["", "### Frontier, one seed", "", *frontier]

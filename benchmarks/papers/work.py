@@ -1,6 +1,6 @@
 """Train and evaluate jobs with the package's own functions, and write their records.
 
-Nothing here trains or measures: runs are planned by `plan_training`, trained on one pass by `run_training`, and
+Nothing here trains or measures: runs are planned by `plan_training`, trained in one pass by `run_training`, and
 measured by `evaluate_saes`.
 """
 
@@ -54,7 +54,7 @@ DIGITS = 7
 
 @dataclass
 class Bench:
-    """The machine's files for the comparison.
+    """The files of this machine for the comparison.
 
     Attributes:
         home: texts, caches and run folders; also SAE_HOME.
@@ -138,8 +138,8 @@ class Bench:
     def evaluate(
         self, jobs: Mapping[str, Job], runs: Mapping[str, Run], caches: Caches
     ) -> tuple[dict[str, dict[str, MetricResult]], dict[str, float], dict[str, dict[str, Any]]]:
-        """Metric results of each run, by the id of its job; the seconds that each metric took for all of them; and
-        under "errors" for its record why a run lacks a metric.
+        """Return the metric results of each run by the id of its job, the seconds that each metric took for all runs,
+        and for each record an entry "errors" that says why a run lacks a metric.
 
         Raises UnavailableError if data or packages are missing, which another machine may have.
         """
@@ -250,7 +250,7 @@ def unit_values(results: Mapping[str, MetricResult]) -> dict[str, dict[str, floa
         metric, category, number = MEASURES[name]
         if metric in results:
             by_unit = METRICS[metric].values_by_unit(results[metric], MetricColumn("", category, number)).values
-            if metric == "core":  # a digest of the text and a number: the number is enough beside the caches
+            if metric == "core":  # a digest of the text and a number, which suffices next to the caches
                 by_unit = {unit.rsplit(" ", 1)[-1]: value for unit, value in by_unit.items()}
             values[name] = {unit: float(f"{value:.6g}") for unit, value in by_unit.items()}
     return values

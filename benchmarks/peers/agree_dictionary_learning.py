@@ -1,6 +1,7 @@
 """dictionary_learning's own trainers, started by agree_train.py in an environment that has them.
 
-Each function below takes one deviation from our recipe out of a trainer; its docstring says what it is.
+Each function with a docstring about "ours" removes one difference between a trainer and our recipe. The docstring
+describes the difference.
 """
 
 import sys
@@ -14,7 +15,7 @@ import torch
 from agree_peer import Peer, answer
 from torch import Tensor
 
-# The package imports it at once, for a buffer of activations that is not used here.
+# The package imports nnsight for a buffer of activations that is not used here.
 sys.modules["nnsight"] = SimpleNamespace(LanguageModel=None)  # type: ignore[assignment]
 
 from dictionary_learning.trainers import batch_top_k, jumprelu, matryoshka_batch_top_k, top_k  # noqa: E402
@@ -28,7 +29,7 @@ from dictionary_learning.trainers.top_k import TopKTrainer  # noqa: E402
 
 Options = dict[str, Any]
 
-# What `median` and `length` replace, for the next trainer to find as it was.
+# The functions that `median` and `length` replace; they are restored for the next trainer.
 MEDIAN = top_k.geometric_median
 PROJECTIONS = {
     module: module.remove_gradient_parallel_to_decoder_directions
@@ -50,7 +51,8 @@ def build(recipe: str, o: Options) -> Any:
             l1 = o["l1"] / d_in**0.5
             trainer = StandardTrainerAprilUpdate(l1_penalty=l1, sparsity_warmup_steps=o["l1_warmup"], **shared)
         case "p-anneal":
-            # Its exponent moves in the step after the one it names, and first to where it was: N + 1 moves for our N.
+            # The exponent is updated one step later than configured, and the first update has no effect: N + 1 for our
+            # N.
             first = o["start"] * steps
             every = (steps - first) / o["updates"]
             trainer = PAnnealTrainer(
@@ -96,7 +98,7 @@ def weights(trainer: Any) -> dict[str, Tensor]:
 
 
 def step(trainer: Any, number: int, x_BD: Tensor) -> dict[str, float]:
-    """One `update`; the losses are those it computes on the way."""
+    """Run one `update`, and return the losses that it computes."""
     if isinstance(trainer, (StandardTrainer, StandardTrainerAprilUpdate, GatedSAETrainer, JumpReluTrainer)):
         losses = trainer.loss(x_BD, step=number, logging=True).losses  # changes nothing that training reads
         trainer.update(number, x_BD)
@@ -127,45 +129,45 @@ def noting(function: Callable[..., Tensor], seen: dict[str, float], name: str) -
 
 
 def rate(trainer: Any, o: Options) -> None:
-    """The rate warms up as t/w: the first step moves nothing. Ours is (t+1)/w."""
+    """The learning rate warms up as t/w, so the first step moves nothing. Ours warms up as (t+1)/w."""
     (theirs,) = trainer.scheduler.lr_lambdas
     earlier = lambda t: theirs(t + 1) if t < o["warmup"] else theirs(t)  # noqa: E731
     trainer.scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, earlier)
 
 
 def penalty_warmup(trainer: Any, o: Options) -> None:
-    """The penalty warms up as t/w: the first step has none. Ours is (t+1)/w."""
+    """The penalty warms up as t/w, so the first step has none. Ours warms up as (t+1)/w."""
     theirs = trainer.sparsity_warmup_fn
     trainer.sparsity_warmup_fn = lambda t: theirs(t + 1)
 
 
 def pre_bias(trainer: Any, o: Options) -> None:
-    """The encoder sees x - b_dec. Conerly et al. and ours give it x."""
+    """The encoder's input is x - b_dec. In Conerly et al. and in our recipe it is x."""
     trainer.ae.encode = lambda x_BD: trainer.ae.encoder(x_BD).relu()
 
 
 def power(trainer: Any, o: Options) -> None:
-    """f^p, of infinite slope at 0. Ours is (f + 1e-6)^p where f > 0."""
+    """The penalty is f^p, whose slope at 0 is infinite. Ours is (f + 1e-6)^p where f > 0."""
     theirs = trainer.lp_norm
     trainer.lp_norm = lambda f_BF, p: theirs(torch.where(f_BF > 0, f_BF + 1e-6, 0.0), p)
 
 
 def median(trainer: Any, o: Options) -> None:
-    """Step 0 puts b_dec at the geometric median of its batch. Ours starts at the mean row of the cache."""
+    """Step 0 sets b_dec to the geometric median of its batch. Ours starts at the mean row of the cache."""
     given = trainer.ae.b_dec.detach().clone()
     top_k.geometric_median = lambda points: given
     trainer.geometric_median = lambda points: given
 
 
 def length(trainer: Any, o: Options) -> None:
-    """A row's length + 1e-6 divides in the projection of its gradient, so 2e-6 of the radial part stays."""
+    """The projection of a gradient divides by the row's length + 1e-6, so 2e-6 of the radial part remains."""
     module = sys.modules[type(trainer).__module__]
     theirs = PROJECTIONS[module]
     module.remove_gradient_parallel_to_decoder_directions = lambda w, g, d, f: theirs(w * 1e12, g, d, f)
 
 
 def dead_now(trainer: Any, o: Options) -> None:
-    """Dead is who is over the limit counting the present step. Ours are on a list renewed every so many steps."""
+    """Latents over the limit in the present step are dead. Our list of dead latents is renewed every few steps."""
     theirs, listed, calls = trainer.get_auxiliary_loss, torch.zeros_like(trainer.num_tokens_since_fired), 0
 
     def auxiliary(residual_BD: Tensor, acts_BF: Tensor) -> Tensor:
@@ -180,7 +182,7 @@ def dead_now(trainer: Any, o: Options) -> None:
 
 
 def few_dead(trainer: Any, o: Options) -> None:
-    """AuxK counts in full however few are dead. Ours, as SAELens and sparsify: times min(1, dead/k_aux)."""
+    """AuxK has full weight however few latents are dead. Ours, as in SAELens and sparsify, has min(1, dead/k_aux)."""
     theirs = trainer.get_auxiliary_loss
 
     def auxiliary(residual_BD: Tensor, acts_BF: Tensor) -> Tensor:
@@ -191,12 +193,12 @@ def few_dead(trainer: Any, o: Options) -> None:
 
 
 def weighted_mean(trainer: Any, o: Options) -> None:
-    """Losses of the G prefixes are weighted by 1/G and then averaged: 1/G too small. Ours is their mean."""
+    """The losses of the G prefixes are weighted by 1/G and then averaged, so G times too small. Ours is their mean."""
     trainer.group_weights = [1.0] * len(trainer.group_weights)
 
 
 def step_of_f(trainer: Any, o: Options) -> None:
-    """The penalty counts H(f - theta), so theta gets half its gradient. The paper's and ours is H(z - theta)."""
+    """The penalty counts H(f - theta), so theta gets half its gradient. The paper and our recipe use H(z - theta)."""
     jump, count, seen = jumprelu.JumpReLUFunction, jumprelu.StepFunction, {}
 
     def of_z(z_BF: Tensor, *rest: Any) -> Tensor:
@@ -217,7 +219,7 @@ def step_of_f(trainer: Any, o: Options) -> None:
 
 
 def negative(trainer: Any, o: Options) -> None:
-    """Thresholds may fall below 0. Ours, as SAELens, stop there."""
+    """Thresholds may fall below 0. Ours stop there, as in SAELens."""
     trainer.optimizer.register_step_post_hook(lambda *_: trainer.ae.threshold.data.clamp_(min=0))
 
 

@@ -1,4 +1,4 @@
-"""Shared by the two peers' halves of agree_train.py. Imports nothing of ours, since it runs in a peer's environment."""
+"""Code shared by the peers' scripts of agree_train.py. It runs in a peer's environment and imports nothing of ours."""
 
 import contextlib
 import json
@@ -11,20 +11,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-Deviation = Callable[[Any, dict[str, Any]], None]  # takes one deviation out of a trainer; its docstring describes it
+Deviation = Callable[[Any, dict[str, Any]], None]  # removes the deviation that its docstring describes
 
 
 class Peer(NamedTuple):
     version: str
     deviations: dict[str, list[Deviation]]  # by recipe
     build: Callable[[str, dict[str, Any]], Any]  # (recipe, options) -> trainer
-    weights: Callable[[Any], dict[str, Tensor]]  # of a trainer: views, under our names and in our shapes
+    weights: Callable[[Any], dict[str, Tensor]]  # trainer -> its weights as views, with our names and shapes
     step: Callable[[Any, int, Tensor], dict[str, float]]  # (trainer, number, x_BD) -> the losses
 
 
 @contextlib.contextmanager
 def precision(dtype: torch.dtype) -> Iterator[None]:
-    """Create tensors with this dtype, and let `.float()` convert to it: both sides use it as "at least float32"."""
+    """Create tensors with this dtype, and let `.float()` convert to it. Both sides call `.float()` for "at least
+    float32"."""
     before = torch.Tensor.float
     torch.set_default_dtype(dtype)
     torch.Tensor.float = lambda self: self.to(dtype)  # type: ignore[assignment]
@@ -36,7 +37,7 @@ def precision(dtype: torch.dtype) -> Iterator[None]:
 
 
 def train(peer: Peer, folder: Path, recipe: str, dtype: torch.dtype, removed: list[Deviation]) -> dict[str, Tensor]:
-    """The losses of every step and the final weights of a peer's trainer, some of its deviations removed."""
+    """The losses of every step and the final weights of a peer's trainer from which some deviations are removed."""
     with safe_open(folder / f"{recipe}.safetensors", "pt") as file:
         options = json.loads(file.metadata()["options"])
         initial = {name: file.get_tensor(name) for name in file.keys()}
@@ -55,7 +56,7 @@ def train(peer: Peer, folder: Path, recipe: str, dtype: torch.dtype, removed: li
 
 
 def answer(peer: Peer, folder: Path) -> None:
-    """Train every recipe with initial weights in `folder`: agreeing, with one deviation kept, and as published."""
+    """Train each recipe with initial weights in `folder`: without deviations, with a single one, and as published."""
     torch.set_num_threads(1)
     for path in sorted(folder.glob("*.safetensors")):
         recipe = path.stem

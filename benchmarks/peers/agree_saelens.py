@@ -1,6 +1,7 @@
 """SAELens' own trainer, started by agree_train.py in an environment that has it.
 
-Each function below takes one deviation from our recipe out of a trainer; its docstring says what it is.
+Each function with a docstring about "ours" removes one difference between a trainer and our recipe. The docstring
+describes the difference.
 """
 
 import sys
@@ -78,7 +79,7 @@ def build(recipe: str, o: Options) -> SAETrainer:
     how = SAETrainerConfig(
         total_training_samples=steps * batch, train_batch_size_samples=batch, lr=o["lr"], lr_end=o["lr"],
         lr_warm_up_steps=o["warmup"], lr_decay_steps=round((1 - o["decay_start"]) * steps), adam_beta1=o["beta1"],
-        dead_feature_window=o["dead_tokens"] // batch - 1,  # dead is who has been silent for more than that
+        dead_feature_window=o["dead_tokens"] // batch - 1,  # a latent is dead if it is silent for longer
         logger=LoggingConfig(log_to_wandb=False),
     )  # fmt: skip
     return SAETrainer(how, sae, iter(()))
@@ -111,13 +112,13 @@ def step(trainer: SAETrainer, number: int, x_BD: Tensor) -> dict[str, float]:
 
 
 def penalty_warmup(trainer: SAETrainer, o: Options) -> None:
-    """The penalty warms up as t/w: the first step has none. Ours is (t+1)/w."""
+    """The penalty warms up as t/w, so the first step has none. Ours warms up as (t+1)/w."""
     for scheduler in trainer.coefficient_schedulers.values():
         scheduler.step()
 
 
 def free_rows(trainer: SAETrainer, o: Options) -> None:
-    """Rows of W_dec are free, and their lengths enter penalty and top-k. Ours are unit, and fed no radial gradient."""
+    """Rows of W_dec have any length, which enters penalty and top-k. Ours have length 1 and no radial gradient."""
     w_FD = trainer.sae.W_dec
 
     def project(w_FD: Tensor) -> None:
@@ -128,7 +129,7 @@ def free_rows(trainer: SAETrainer, o: Options) -> None:
 
 
 def dead_now(trainer: SAETrainer, o: Options) -> None:
-    """The dead are found anew in each step. Ours are on a list renewed every so many steps."""
+    """The dead latents are determined in each step. Our list of dead latents is renewed every few steps."""
     theirs, listed = trainer.sae.training_forward_pass, torch.zeros(o["d_sae"], dtype=torch.bool)
 
     def forward(step_input: Any) -> Any:
@@ -140,13 +141,13 @@ def dead_now(trainer: SAETrainer, o: Options) -> None:
 
 
 def negative_aux(trainer: SAETrainer, o: Options) -> None:
-    """AuxK takes negative pre-activations as they are. Ours, as dictionary_learning, rectifies them."""
+    """AuxK uses negative pre-activations as they are. Ours rectifies them, as in dictionary_learning."""
     theirs = trainer.sae.calculate_topk_aux_loss
     trainer.sae.calculate_topk_aux_loss = lambda **given: theirs(**given | {"hidden_pre": given["hidden_pre"].relu()})
 
 
 def raw_aux(trainer: SAETrainer, o: Options) -> None:
-    """AuxK is the squared error itself. Gao et al. and ours divide by the variance of what is left over."""
+    """AuxK is the squared error itself. Gao et al. and our recipe divide it by the variance of the residual."""
     theirs = trainer.sae.calculate_topk_aux_loss
 
     def auxiliary(**given: Any) -> Tensor:
@@ -157,7 +158,7 @@ def raw_aux(trainer: SAETrainer, o: Options) -> None:
 
 
 def threshold_from_0(trainer: SAETrainer, o: Options) -> None:
-    """The threshold moves from 0. Ours starts at the first batch's minimum; it plays no part in training."""
+    """The threshold starts at 0. Ours starts at the first batch's minimum; it has no effect on training."""
     theirs = trainer.sae.update_topk_threshold
 
     def update(acts_BF: Tensor) -> None:
@@ -170,17 +171,17 @@ def threshold_from_0(trainer: SAETrainer, o: Options) -> None:
 
 
 def sum_of_prefixes(trainer: SAETrainer, o: Options) -> None:
-    """Losses of the G prefixes are summed. Ours is their mean."""
+    """The losses of the G prefixes are summed. Ours are averaged."""
     theirs = trainer.sae.mse_loss_fn
     trainer.sae.mse_loss_fn = lambda *given: theirs(*given) / o["prefixes"]
 
 
 def moving_decoder(trainer: SAETrainer, o: Options) -> None:
-    """The gate's own reconstruction moves W_dec and b_dec. The paper and ours stop that gradient."""
+    """The gate's own reconstruction trains W_dec and b_dec. The paper and our recipe stop that gradient."""
     sae, theirs = trainer.sae, trainer.sae.calculate_aux_loss
 
     def auxiliary(**given: Any) -> dict[str, Tensor]:
-        # (x - b_dec) W + b_gate = x W + (b_gate - b_dec W): then b_dec is left in the reconstruction alone.
+        # (x - b_dec) W + b_gate = x W + (b_gate - b_dec W), so that b_dec remains only in the reconstruction.
         within = {
             "W_dec": sae.W_dec.detach(),
             "b_dec": sae.b_dec.detach(),
@@ -199,19 +200,20 @@ def moving_decoder(trainer: SAETrainer, o: Options) -> None:
 
 
 def negative(trainer: SAETrainer, o: Options) -> None:
-    """Thresholds are kept from falling below 0 at the begin of a step. Ours at its end: another number is saved."""
+    """Thresholds are clamped at 0 at the beginning of a step. Ours are clamped at its end, so another value is
+    saved."""
     trainer.optimizer.register_step_post_hook(lambda *_: trainer.sae.threshold.data.clamp_(min=0))
 
 
 def reach_of_dead(trainer: SAETrainer, o: Options) -> None:
-    """Only dead latents are pulled towards their threshold. In Conerly et al. and ours every latent is."""
+    """Only dead latents are pulled towards their threshold. In Conerly et al. and in our recipe, all are."""
     theirs = trainer.sae.training_forward_pass
     everyone = torch.ones(o["d_sae"], dtype=torch.bool)
     trainer.sae.training_forward_pass = lambda step_input: theirs(replace(step_input, dead_neuron_mask=everyone))
 
 
 def window_to_input(trainer: SAETrainer, o: Options) -> None:
-    """Option jumprelu_ste_to_input ("Anthropic's"): the window's gradient reaches z too. Ours reaches theta alone."""
+    """With jumprelu_ste_to_input ("Anthropic's"), the window's gradient also reaches z. Ours only reaches theta."""
     trainer.sae.cfg.jumprelu_ste_to_input = False
 
 

@@ -1,4 +1,4 @@
-"""Do our recipes train as the peers' trainers do? Step for step, in their own code.
+"""Compare our recipes, step by step, with the peers' trainers, which run in their own code.
 
     python -m venv env-dl       # only its trainers are used, and they need no more than this
     env-dl/bin/pip install --no-deps dictionary-learning==0.1.0
@@ -9,12 +9,12 @@
     python benchmarks/peers/agree_train.py --dictionary-learning env-dl/bin/python --saelens env-saelens/bin/python
     python benchmarks/peers/agree_train.py ... --fixtures tests/train/fixtures/agree
 
-Both sides get the same weights, rows and hyper-parameters; the peer's own update runs, with what deviates from our
-recipe taken out by the functions of agree_dictionary_learning.py and agree_saelens.py, one function per deviation. The
-first table compares the rest, in float32 and, to tell rounding from real differences, in float64; next to it is how far
-our own result moves when every initial weight is moved to the next number of that precision. The second table shows the
-effect of each deviation, left in alone. `--fixtures` writes the fixtures of tests/train/test_agreement.py, from a
-smaller problem.
+Both sides get the same weights, rows and hyperparameters. The peer's own update runs, after the functions in
+agree_dictionary_learning.py and agree_saelens.py have removed its deviations from our recipe, one function per
+deviation. The first table compares the results in float32 and, to tell rounding from real differences, in float64. Its
+columns `ours moved` show how far our own result moves when every initial weight is replaced by the next number of that
+precision. The second table shows the effect of each deviation when only this one is left in. `--fixtures` writes the
+fixtures of tests/train/test_agreement.py, from a smaller problem.
 
     loss      max over steps of |ours - theirs| / |theirs|; in the first table also of the loss' parts, relative to the
               part's maximum
@@ -66,7 +66,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "jumprelu-step": {**JUMP, "penalty": 5e-3},
     "jumprelu-tanh": {"penalty": 2.0, "c": 4.0, "reach": 0.03, "bandwidth": 0.5},
 }
-# Which recipes each peer has, and the options of ours that are set as the peer has them.
+# The recipes of each peer, and the options of ours that are set to the peer's values.
 CLIP, NO_CLIP = {"clip": 1.0}, {"clip": None}
 PEERS: dict[str, dict[str, dict[str, Any]]] = {
     "dictionary_learning": {
@@ -85,7 +85,7 @@ def options_of(peer: str, recipe: str) -> dict[str, Any]:
 
 
 def rows(size: Size) -> Tensor:
-    """(steps, batch, d_in) bfloat16: sums of a few of 2 d_in atoms plus a mean.
+    """(steps, batch, d_in) bfloat16: sums of a few out of 2 d_in atoms, plus a mean.
 
     E|x|^2 = 10, so that gradients start above the clipping norm.
     """
@@ -139,7 +139,7 @@ def build(recipe: str, options: dict[str, Any], x_SBD: Tensor) -> Variant:
 
 
 def ask(peer: str, python: str, size: Size, folder: Path) -> None:
-    """Let the peer train all of its recipes; its answers lie in `folder` afterwards."""
+    """Let the peer train all of its recipes, and write its answers to `folder`."""
     x_SBD = rows(size)
     save_file({"x": x_SBD}, folder / "data.safetensors")
     for recipe in PEERS[peer]:
@@ -161,7 +161,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def compare(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, float, float]:
-    """The differences of loss, parts of the loss, and weights, as the head of this file defines them."""
+    """The differences of loss, parts of the loss, and weights, as the docstring of this file defines them."""
     loss = float(((mine["seen.loss"] - theirs["seen.loss"]) / theirs["seen.loss"]).abs().max())
     parts = [n for n in theirs if n.startswith("seen.") and theirs[n].any()]
     kept = [n for n in theirs if n.startswith("final.") and theirs[n].any() and theirs[n].dtype == mine[n].dtype]
@@ -175,8 +175,8 @@ def farthest(mine: Tensor, theirs: Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for peer in PEERS:
-        parser.add_argument(f"--{peer.replace('_', '-')}", dest=peer, help="the python of an environment that has it")
-    parser.add_argument("--fixtures", type=Path, help="write what the tests compare with, and no tables")
+        parser.add_argument(f"--{peer.replace('_', '-')}", dest=peer, help="Python of an environment with this peer")
+    parser.add_argument("--fixtures", type=Path, help="write the fixtures of the tests and print no tables")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     agreeing: list[str] = []

@@ -74,7 +74,8 @@ def forget(folder: Path) -> None:
 def passes(folder: Path, tokens: int, opened: Callable[[int], Generator[Any]]) -> dict[str, float]:
     """Tokens per second of `opened(batch_size)`, an endless iterator of batches, over one pass of the cache.
 
-    From the disk and from memory, both including opening and first touch; then once more with the iterator left open.
+    Rates are measured from the disk and from memory, both including opening and first touch, and then again with the
+    iterator left open.
     """
     rates = {}
     for batch in READ_BATCHES:
@@ -105,17 +106,17 @@ def row_hashes(bits: np.ndarray) -> np.ndarray:
 
 
 def check(fed: np.ndarray, stored: Iterable[np.ndarray], served: Iterable[np.ndarray]) -> str:
-    """Check by hashes of rows that the cache holds exactly the rows fed, and that batches contain nothing else."""
+    """Check by hashes of rows that the cache contains exactly the input rows, and that batches contain no others."""
     expected = np.sort(row_hashes(fed.reshape(-1, D_IN)))
     held, given = np.sort(np.concatenate(list(stored))), np.concatenate(list(served))
     if len(np.unique(expected)) != len(expected):
-        raise SystemExit("two rows fed have the same hash")
+        raise SystemExit("two input rows have the same hash")
     if not np.array_equal(expected, held):
-        raise SystemExit("the cache does not hold the rows that were fed")
+        raise SystemExit("the cache does not contain exactly the input rows")
     if not np.isin(given, expected).all():
-        raise SystemExit("a batch holds a row that was not fed")
+        raise SystemExit("a batch contains a row that is not an input row")
     distinct = len(np.unique(given))
-    return f"holds all {len(held):,} rows fed; one pass gave {len(given):,} of them, {distinct:,} different"
+    return f"contains all {len(held):,} input rows; one pass returned {len(given):,} rows, {distinct:,} distinct"
 
 
 def print_result(result: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Do other libraries compute the same from our exports, and we from their files?
+"""Check that other libraries compute the same from our exports, and that we compute the same from their files.
 
     python -m venv env-saelens && env-saelens/bin/pip install sae-lens==6.54.12 torch==2.13.0
     python -m venv env-dl && env-dl/bin/pip install --no-deps dictionary-learning==0.1.0
@@ -71,7 +71,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def run_worker(peer: Peer, action: str, folder: Path, request: Any, x_RD: Tensor) -> str:
-    """Let a library's worker read or write; returns the library's name and version."""
+    """Let a library's worker read or write, and return the library's name and version."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "request.json").write_text(json.dumps(request))
     save_file({"x": x_RD}, folder / "rows.safetensors")
@@ -92,7 +92,7 @@ def compare_exports(runs: list[Path], peers: list[Peer], work: Path) -> list[tup
             except UsageError:
                 continue
     _, rows = sample_run_rows(load_sae(runs[0]).origin, load_hook(runs[0]), None)
-    assert rows is not None, "the cache of the runs is gone"
+    assert rows is not None, "the cache of the runs was not found"
     requests = {name: {"format": to, "folder": str(m.folder)} for name, (_, to, m) in made.items()}
     for number, peer in enumerate(peers):
         folder = work / f"read-{number}"
@@ -170,7 +170,7 @@ def fixtures(peers: list[Peer], folder: Path, work: Path) -> None:
             for path in answers.values() if action == "written" else ():
                 path.unlink()
                 shutil.copytree(path.parent, folder / action / library / path.parent.name)
-            # In float32: the errors that the tests look for are far larger.
+            # Stored in float32, since the errors that the tests look for are far larger.
             outputs = {f"{name}.{what}": t.float() for name, both in found.items() for what, t in both.items()}
             (folder / action).mkdir(exist_ok=True)
             save_file(outputs, folder / action / f"{library}.safetensors")

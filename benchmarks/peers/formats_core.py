@@ -1,9 +1,8 @@
-"""Does SAEBench's core give our numbers for our exports? `python formats_core.py PYTHON`.
-
-PYTHON is that of an environment with SAEBench. The SAEs of tests/evaluate/fixtures/saebench are exported for SAELens,
+"""Check that SAEBench's core computes our numbers from our exports: `python formats_core.py PYTHON`. PYTHON is the
+interpreter of an environment with SAEBench. The SAEs of tests/evaluate/fixtures/saebench are exported for SAELens,
 loaded by `SAE.load_from_disk`, and measured by SAEBench's own core on the fixtures' model. The results are compared
 with our core on the same contexts, which the tests show to agree with SAEBench to 1e-6 on the SAEs before the export.
-`--worker FOLDER` is SAEBench's side.
+`--worker FOLDER` runs SAEBench's side.
 """
 
 import json

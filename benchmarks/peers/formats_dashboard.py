@@ -1,12 +1,12 @@
-"""Does SAEDashboard build a page from an export? `python formats_dashboard.py RUN PYTHON PAGE`.
+"""Check that SAEDashboard builds a page from an export: `python formats_dashboard.py RUN PYTHON PAGE`.
 
-PYTHON is that of an environment with SAEDashboard:
+PYTHON is the interpreter of an environment with SAEDashboard:
 
     python -m venv env-dashboard && env-dashboard/bin/pip install sae-dashboard==0.8.0 torch==2.13.0 'pyarrow<21'
     env-dashboard/bin/pip uninstall torchvision     # unless it fits the build of torch
 
-The run is exported for SAELens, loaded by `SAE.load_from_disk`, and given to SAEDashboard's own SaeVisRunner with
-gemma-2-mini and held-out contexts of the run's cache. `--worker FOLDER` is SAEDashboard's side.
+The run is exported for SAELens, loaded by `SAE.load_from_disk`, and passed to SAEDashboard's own SaeVisRunner with
+gemma-2-mini and held-out contexts of the run's cache. `--worker FOLDER` runs SAEDashboard's side.
 """
 
 import os
@@ -49,7 +49,7 @@ def main(run: Path, python: str, page: Path) -> None:
     from sae.train.sae import load_sae
 
     cache = find_run_cache(load_sae(run).origin)
-    assert cache is not None, "the cache of the run is gone"
+    assert cache is not None, "the cache of the run was not found"
     contexts = cache.contexts(held_out=True)
     whole = contexts.ids[contexts.length == contexts.length.max()][:CONTEXTS]
     with tempfile.TemporaryDirectory() as place:

@@ -5,7 +5,7 @@ read   FOLDER/request.json names folders and formats. Each is loaded as the libr
 write  The library makes an SAE of each of its classes with random weights, saves it in its own way in FOLDER/<case>/,
        and writes its latents and reconstructions of the rows to FOLDER/<case>/outputs.safetensors.
 
-Imports nothing of ours.
+Imports nothing from this project.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ def perturb(module: torch.nn.Module) -> Any:
 
 @contextlib.contextmanager
 def hub_files_from(folder: Path, *modules: Any) -> Iterator[None]:
-    """Take files from a folder that would come from the Hub."""
+    """Read files that would come from the Hub from a folder instead."""
 
     def found(repo_id: str, filename: str, subfolder: str = "", **_: Any) -> str:
         return str(folder / Path(filename).name)
@@ -137,7 +137,7 @@ def classes() -> dict[str, Any]:
 
 
 def read_dictionary_learning(kind: str, folder: Path) -> Coder:
-    """As its `load_dictionary` does, whose module imports more than this needs."""
+    """Load like the library's `load_dictionary`, whose module imports more than is needed here."""
     trainer = json.loads((folder / "config.json").read_text())["trainer"]
     with contextlib.redirect_stdout(io.StringIO()):
         options = {"k": trainer["k"]} if "k" in trainer else {}

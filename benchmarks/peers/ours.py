@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("rows", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--no-flush", action="store_true", help="do not flush, as the peer does not")
+    parser.add_argument("--no-flush", action="store_true", help="do not flush files, like the peer")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     fed = feed.load(args.rows)

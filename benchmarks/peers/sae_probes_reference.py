@@ -1,4 +1,4 @@
-"""sae-probes 0.4.2 beside our metric sae_probes: the same rows, splits and SAEs; and the time of a further SAE.
+"""Compare sae-probes 0.4.2 with our metric sae_probes on the same rows, splits and SAEs, and time one more SAE.
 
     python -m venv env-sae-probes     # Python 3.11
     env-sae-probes/bin/pip install torch==2.13.0 numpy==1.26.4 transformer-lens==2.17.0 sae-lens==6.28.2 \\
@@ -11,14 +11,14 @@
     python benchmarks/peers/sae_probes_reference.py env-sae-probes/bin/python \\
         --fixtures tests/evaluate/fixtures/sae_probes
 
-The first form runs gemma-2-mini once over some data sets, gives its rows to both sides, and prints for each setting how
-far the AUCs are apart and how many chosen latents differ. It also compares the rows themselves with those that
+The first form runs gemma-2-mini once over some data sets, passes its rows to both sides, and prints for each setting
+how far the AUCs are apart and how many chosen latents differ. It also compares the rows themselves with those that
 sae-probes' code reads from TransformerLens, for `--model-texts` texts. The times are processor seconds of one thread
-for an SAE after another one, when all activations are on disk: loading the model and running it is not counted. The
-second form writes what the tests compare with: made-up rows, and the scores of sae-probes on them.
+for one more SAE, when all activations are on disk: loading and running the model is not counted. The second form writes
+the fixtures of the tests: made-up rows, and the scores of sae-probes on them.
 
-scikit-learn, scipy and numpy have to be the same on both sides: the numbers depend on where the solvers stop, and those
-of lbfgs on the rounding of numpy's matrix products.
+scikit-learn, scipy and numpy have to be the same on both sides: the results depend on where the solvers stop, and those
+of lbfgs also on the rounding of numpy's matrix products.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def silent(done: int, total: int, note: str = "") -> None:
 
 
 def make_coders(x_ND: Tensor, d_sae: int, keep: dict[str, int]) -> dict[str, dict[str, Tensor]]:
-    """Random dictionaries around the mean of the rows, whose latents are positive at about one row of eight."""
+    """Random dictionaries around the mean of the rows, whose latents are positive in about one of eight rows."""
     generator = torch.Generator().manual_seed(0)
     mean_D, coders = x_ND.mean(0), {}
     for name in keep:
@@ -99,7 +99,7 @@ def ask(python: str, folder: Path) -> dict[str, Any]:
 
 
 def write_fixtures(python: str, to: Path) -> None:
-    """Rows of eight numbers whose first two depend on the class, an SAE of 48 latents, and what sae-probes says."""
+    """Rows of eight numbers whose first two depend on the class, an SAE of 48 latents, and the scores of sae-probes."""
     generator = torch.Generator().manual_seed(1)
     label = torch.arange(FIXTURE_TEXTS)[torch.randperm(FIXTURE_TEXTS, generator=generator)] % 2
     x = torch.randn(FIXTURE_TEXTS, 8, generator=generator)
@@ -163,9 +163,10 @@ def compare(python: str, asked: argparse.Namespace) -> None:
         print(f"{theirs['versions']}; {len(names)} data sets, {asked.d_sae} latents, k = {asked.ks}\n")
         peer, own = load_file(folder / "peer_rows.safetensors")["x"], rows[names[0]][: asked.model_texts]
         apart = float((peer - own).norm() / own.norm())
-        print(f"rows of {len(texts)} texts of {names[0]}: {apart:.1e} apart, relative\n")
+        print(f"rows of {len(texts)} texts of {names[0]}: relative difference {apart:.1e}\n")
         print(
-            "| setting | probes | largest AUC difference | accuracy | other latents | sae-probes, s | ours, s | ratio |"
+            "| setting | probes | largest AUC difference | accuracy | different latents | sae-probes, s | ours, s | "
+            "ratio |"
         )
         print("|---|---|---|---|---|---|---|---|")
         for setting, metric in metrics.items():
@@ -199,8 +200,7 @@ def report(
 
 
 def match(found: dict[str, DatasetScores], probes: list[dict[str, Any]], ks: Any) -> list[tuple[float, float, int]]:
-    """For each probe, the differences in AUC and accuracy, and how many of its latents differ or are in another
-    place."""
+    """For each probe, the differences in AUC and accuracy, and how many latents differ or have another rank."""
     pairs = []
     for probe in probes:
         scores = found[probe["dataset"]]
@@ -226,9 +226,9 @@ def describe(pairs: list[tuple[float, float, int]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("python", help="the python of an environment that has sae-probes")
-    parser.add_argument("--fixtures", type=Path, help="write what the tests compare with")
-    parser.add_argument("--datasets", default="5,41,95,105,119,129,154", help="names or numbers, with commas between")
+    parser.add_argument("python", help="Python of an environment with sae-probes")
+    parser.add_argument("--fixtures", type=Path, help="write the fixtures of the tests")
+    parser.add_argument("--datasets", default="5,41,95,105,119,129,154", help="names or numbers, separated by commas")
     parser.add_argument("--settings", nargs="+", default=["normal"])
     parser.add_argument("--ks", nargs="+", type=int, default=[1, 2, 5, 16, 128])
     parser.add_argument("--d-sae", type=int, default=2048)

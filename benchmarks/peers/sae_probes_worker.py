@@ -1,8 +1,8 @@
 """sae-probes' side: `python sae_probes_worker.py FOLDER`, in an environment that has sae-probes 0.4.2.
 
 FOLDER/problem.json names data sets, settings, numbers of latents and SAEs; rows.safetensors has the activations of all
-texts of each data set, saes.safetensors the weights of each SAE, max(0, x W + b), of which the largest `keep` stay. The
-functions of sae-probes run on them; its model never does, unless `model` names a folder with a Gemma 2. Labels are read
+texts of each data set, saes.safetensors the weights of each SAE, max(0, x W + b), of which the largest `keep` are kept.
+The functions of sae-probes run on them; its model is only run if `model` names a folder with a Gemma 2. Labels are read
 from its own data, or for made-up data sets from the problem. Prints one line of JSON: for each SAE the probes by data
 set and the processor seconds, the same for the model's activations, and the versions.
 """

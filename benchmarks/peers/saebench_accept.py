@@ -27,7 +27,7 @@ class Table:
 
 
 def accept() -> int:
-    """pytest's exit status."""
+    """Run the tests; returns pytest's exit status."""
     files = sorted(map(str, TESTS.glob("test_saebench_*.py")))
     return int(
         pytest.main(["-o", "addopts=", "-p", "no:terminal", "-p", "no:cacheprovider", *files], plugins=[Table()])

@@ -1,4 +1,4 @@
-"""The inputs for SAEBench and for us: a model, three SAEs, contexts, two tables of labeled texts, and words.
+"""The inputs for SAEBench and for our metrics: a model, three SAEs, contexts, two tables of labeled texts, and words.
 
 Everything follows from a seed. The small problem has a model with planted first letters, and SAEs in which some of them
 are absorbed, so that no metric is trivial. The large one is for timing, on a given model.
@@ -29,12 +29,12 @@ BIOS, AMAZON = "LabHC/bias_in_bios", "canrager/amazon_reviews_mcauley_1and5"
 
 
 class Size(NamedTuple):
-    """How much of everything; `train` and `test` are SAEBench's set sizes: texts of one binary task."""
+    """The sizes of a problem. `train` and `test` are SAEBench's set sizes: the texts of one binary task."""
 
     d_sae: int
     k: int
     layer: int
-    context: int  # tokens of the contexts of core, and of a text at most
+    context: int  # tokens of a context of core, and the most tokens of a text
     contexts_per_batch: int
     reconstruction_batches: int
     sparsity_batches: int
@@ -119,8 +119,11 @@ def make_model(folder: Path, known: list[SpellingWord], seed: int) -> Tensor:
 
 
 def make_saes(folder: Path, contexts: Tensor, letters_AD: Tensor | None, size: Size, seed: int) -> None:
-    """One SAE of each kind, rows of W_dec of length one. With letters, the first 26 latents are theirs, and after them
-    two of each letter that fire on other directions too and silence the letter's own: they absorb it."""
+    """One SAE of each kind, with rows of W_dec of length one.
+
+    With letters, each of the first 26 latents detects one. Two further latents per letter also fire on other directions
+    and silence the letter's own latent, so they absorb the letter.
+    """
     source, config = find_model(str(folder))
     model = load_model(source, config, dtype="float32", device="cpu")
     x_TD = model.capture(contexts[:16], [size.layer])[size.layer][:, 1:].flatten(0, 1)

@@ -1,9 +1,9 @@
 """The inputs for SAEBench's RAVEL and ours: made-up entities and facts, a Gemma 2 that learned most of them, and SAEs.
 
-Everything follows from a seed. An entity is a name of two words, of which the last is its own; the first block has no
-attention, so that facts are read from there in later ones, where an exchange changes them. Values have one or two
-words, questions have several lengths, and some of the facts that are asked about differ from those that the model was
-trained on.
+Everything follows from a seed. The name of an entity has two words, of which only the last is unique. The first block
+has no attention, so that later blocks read the facts at the last word, where exchanging activations changes them.
+Values have one or two words, questions have several lengths, and some of the facts that are asked about differ from
+those that the model was trained on.
 """
 
 import json
@@ -83,7 +83,7 @@ def write_facts(folder: Path, entity_type: str, asked: dict[str, dict[str, str]]
 
 
 def make_tokenizer(folder: Path) -> Tokenizer:
-    """One token a word, <bos> before a text."""
+    """One token per word, with <bos> before each text."""
     values = " ".join(value for of_type in VALUES.values() for of in of_type.values() for value in of)
     attributes = [attribute.lower() for of_type in VALUES.values() for attribute in of_type]
     lasts = [name for entity_type in VALUES for name in last_names(entity_type)]
@@ -173,7 +173,7 @@ def train_saes(folder: Path, tokenizer: Tokenizer, model: Gemma2ForCausalLM, see
 
 
 def residual(model: Gemma2ForCausalLM, ids: list[int]) -> Tensor:
-    """After LAYER, without the first position."""
+    """The residual stream after LAYER, without the first position."""
     hidden: Tensor = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[LAYER + 1][0, 1:]
     return hidden
 

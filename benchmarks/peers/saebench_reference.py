@@ -11,14 +11,14 @@
     python benchmarks/peers/saebench_reference.py --accept
 
 saebench_problem.py makes the inputs, saebench_worker.py runs SAEBench on them in its own environment, and
-saebench_ours.py runs our metrics. tests/evaluate/fixtures/saebench/README.md describes the fixtures. `--accept` prints
-how far our numbers are from them: it runs the tests that compare them, and does not need SAEBench.
+saebench_ours.py runs our metrics. tests/evaluate/fixtures/saebench/README.md describes the fixtures. `--accept` runs
+the tests that compare our numbers with them and prints the differences. It does not need SAEBench.
 
-`--time` gives both sides the same folder, with a separate process for each metric and side, side after side in rounds.
-The tables have processor seconds of the first SAE and of a further one, and the process' peak memory, as medians over
-rounds. What the first SAE costs beyond a further one is the model's work, which is done once. Loading the model and the
-SAEs is not counted. Below each table is the largest difference between the two sides' numbers, for the SAEs that both
-drew the same random numbers for.
+With `--time` both sides read the same folder. Each metric and side has its own process, and the sides take turns in
+rounds. The tables have the processor seconds of the first SAE and of each further one, and the peak memory of the
+process, as medians over rounds. The first SAE also includes the work of the model, which is done once. Loading the
+model and the SAEs is not counted. Below each table is the largest difference between the two sides' numbers, for the
+SAEs for which both sides drew the same random numbers.
 """
 
 import argparse
@@ -45,7 +45,7 @@ LARGE = Size(4096, 64, 12, 128, 16, 4, 8, 400, 200, 1000)
 
 
 def ask(python: str, folder: Path, metric: str, *options: str) -> str:
-    """Run the worker; its standard output."""
+    """Run the worker and return its standard output."""
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1"}
     environment = {n: v for n, v in os.environ.items() if n != "PYTHONPATH"} | offline
     command = [python, str(Path(__file__).with_name("saebench_worker.py")), str(folder), metric, *options]
@@ -120,8 +120,8 @@ def line(numbers: list[float], form: str) -> str:
 
 
 def cost(rounds: list[dict[str, Any]]) -> list[float]:
-    """Medians over the rounds: of the first SAE and of a further one, processor and wall seconds; of six, processor
-    seconds; the largest memory. A further SAE of a round is the mean of those after the first."""
+    """Medians over the rounds: processor and wall seconds of the first SAE and of a further one, processor seconds of
+    six SAEs, and the peak memory. In each round, a further SAE is the mean of the SAEs after the first."""
     columns = []
     for found in rounds:
         first, *further = found["saes"]
@@ -131,7 +131,7 @@ def cost(rounds: list[dict[str, Any]]) -> list[float]:
     return [statistics.median(column) for column in zip(*columns, strict=True)]
 
 
-# What is compared on the inputs of --time, and what keeps the two sides from being the same number.
+# The numbers that are compared with --time, and the reasons why the two sides can differ.
 HEADLINES = {
     "core": ("l0", "kl_div_score", "ce_loss_score", "cossim", "explained_variance"),
     "sparse_probing": tuple(f"sae{top}_test_accuracy" for top in ("", "_top_1", "_top_2", "_top_5")),
@@ -140,9 +140,9 @@ HEADLINES = {
     "absorption": ("mean_absorption_fraction_score", "mean_full_absorption_score"),
 }
 OTHERWISE = {
-    "sparse_probing": "Not the first SAE: there SAEBench draws for the model's own probes first.",
-    "scr": "The probes are each side's own, from other random numbers.",
-    "tpp": "The probes are each side's own, from other random numbers.",
+    "sparse_probing": "The first SAE is left out: SAEBench draws random numbers for the model's own probes before it.",
+    "scr": "Each side trains its own probes, from different random numbers.",
+    "tpp": "Each side trains its own probes, from different random numbers.",
     "absorption": "SAEBench sets no seed: prompts, probes and splits of the words differ.",
 }
 
@@ -169,24 +169,24 @@ def sized(text: str) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("python", nargs="?", help="the python of an environment that has SAEBench")
-    parser.add_argument("--accept", action="store_true", help="our numbers beside those of the fixtures")
-    parser.add_argument("--fixtures", type=Path, help="write what the tests compare with")
-    parser.add_argument("--metrics", default=",".join(METRICS), help="of the fixtures, with commas between")
+    parser.add_argument("python", nargs="?", help="Python of an environment with SAEBench")
+    parser.add_argument("--accept", action="store_true", help="print our numbers next to those of the fixtures")
+    parser.add_argument("--fixtures", type=Path, help="write the fixtures of the tests")
+    parser.add_argument("--metrics", default=",".join(METRICS), help="metrics of the fixtures, separated by commas")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--time", help="metrics to time, with commas between")
+    parser.add_argument("--time", help="metrics to time, separated by commas")
     parser.add_argument("--size", type=sized, default=LARGE, help=f"for --time, changes to {LARGE._asdict()}")
     parser.add_argument("--model", type=Path, default=WEIGHTS, help="for --time, the folder of a Gemma 2")
     parser.add_argument(
         "--saes", nargs="+", default=list(KINDS), help="for --time, the kinds, in order; repeat them at will"
     )
-    parser.add_argument("--rounds", type=int, default=2, help="for --time: how often each side runs, in turn")
+    parser.add_argument("--rounds", type=int, default=2, help="for --time: how often each side runs")
     asked = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if asked.accept:
         sys.exit(accept())
     if (asked.fixtures or asked.time) and not asked.python:
-        parser.error("name the python of an environment that has SAEBench")
+        parser.error("name the Python of an environment with SAEBench")
     if asked.fixtures:
         write_fixtures(str(Path(asked.python).absolute()), asked.fixtures, asked.metrics.split(","), asked.seed)
     if asked.time:

@@ -1,7 +1,7 @@
 """SAELens' side: `python saelens.py rows.bin folder [--dtype float16] [--check]`, one line of JSON.
 
-Its own runner writes, end to end, and its own store reads, as its training asks it to. Only two parts are replaced: the
-model, by one that returns the precomputed rows, and the tokens, which are prepared beforehand.
+SAELens' runner writes the cache end to end, and its store reads the cache as in training. Only two parts are replaced:
+the model, by one that returns the precomputed rows, and the tokens, which are prepared beforehand.
 """
 
 import argparse
@@ -48,7 +48,7 @@ class Precomputed:
 
 
 def buffers(batches: int, bytes_a_batch: int) -> int:
-    """The fewest equal buffers of whole batches of at most 2 GB, its default: SAELens writes only full buffers."""
+    """The least number of equal buffers of whole batches, each of at most 2 GB. SAELens writes only full buffers."""
     needed = math.ceil(batches * bytes_a_batch / 2e9)
     return next(n for n in range(needed, batches + 1) if batches % n == 0)
 
@@ -84,7 +84,7 @@ def one_row() -> datasets.Dataset:
 
 
 def store(folder: Path, batch: int, dtype: str) -> ActivationsStore:
-    """As its training makes it; only the buffer, 20 contexts by default, is refused when smaller than a batch."""
+    """A store as SAELens' training creates it, but with a buffer that is not smaller than a batch, as it requires."""
     config = LanguageModelSAERunnerConfig(
         sae=StandardTrainingSAEConfig(d_in=feed.D_IN, d_sae=feed.D_IN),
         model_name="precomputed",
@@ -105,19 +105,19 @@ def store(folder: Path, batch: int, dtype: str) -> ActivationsStore:
 
 
 def batches(folder: Path, batch: int, dtype: str) -> Generator[torch.Tensor]:
-    """Without end."""
+    """An endless iterator of batches."""
     opened = store(folder, batch, dtype)
     while True:
         yield opened.next_batch()
 
 
 def bits(rows: torch.Tensor) -> np.ndarray:
-    """The 16-bit words of rows: bfloat16's where they came back as float32, which must not have more."""
+    """The 16-bit words of rows. Rows that come back as float32 must be exact in bfloat16."""
     if rows.dtype == torch.float16:
         return rows.view(torch.int16).numpy().view(np.uint16)
     words = rows.contiguous().numpy().view(np.uint32)
     if (words & 0xFFFF).any():
-        raise SystemExit("a float32 came back that is no bfloat16")
+        raise SystemExit("the store returned a float32 that is not exact in bfloat16")
     return (words >> 16).astype(np.uint16)
 
 

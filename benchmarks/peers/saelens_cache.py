@@ -58,7 +58,8 @@ def wait_for_quiet(seconds: float) -> None:
 
 
 def run(command: list[str], rows: Path, folder: Path, check: bool, keep_memory: bool) -> dict:
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}  # each library's own
+    # Each library uses its default number of threads.
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     if command[0] != sys.executable:
         environment.pop("PYTHONPATH", None)
     if keep_memory:
@@ -77,7 +78,7 @@ def run(command: list[str], rows: Path, folder: Path, check: bool, keep_memory: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer", required=True, help="the Python of an environment with sae-lens")
-    parser.add_argument("--gb", type=float, default=0.6, help="of rows in bfloat16")
+    parser.add_argument("--gb", type=float, default=0.6, help="size of the rows in bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--keep-memory", action="store_true", help="let glibc keep freed memory, on both sides")
     args = parser.parse_args()
@@ -98,7 +99,7 @@ def main() -> None:
         share = ", ".join(f"{result['others']:.0%}" for result in results)
         about = [results[0][key] for key in ("versions", "check") if key in results[0]]
         found[name] = [result for result in results if result["others"] < DISTURBED]
-        print(f"{name}: {len(found[name])} runs count; others took {share} of the cores", *about, sep="; ")
+        print(f"{name}: {len(found[name])} valid runs; other processes took {share} of the cores", *about, sep="; ")
         if not found[name]:
             raise SystemExit("Other processes disturbed every run. Try again on an idle machine.")
     median = {
@@ -110,7 +111,7 @@ def main() -> None:
     print(
         f"\n{tokens:,} tokens x {feed.D_IN}, {2 * tokens * feed.D_IN / 1e9:.2f} GB of bfloat16; {args.rounds} rounds\n"
     )
-    print("| thousand tokens/s, medians | ours | SAELens float32 | ours / it | SAELens float16 | ours / it |")
+    print("| thousand tokens/s, medians | ours | SAELens float32 | ratio | SAELens float16 | ratio |")
     print("|---|---|---|---|---|---|")
 
     def line(label: str, a: float, b: float, c: float, digits: int = 0) -> None:
@@ -126,7 +127,7 @@ def main() -> None:
     for batch in feed.READ_BATCHES:
         for key, where in READS.items():
             name = f"read {batch} {key}"
-            for end, how in (("", ""), (" float32", ", ours made float32")):
+            for end, how in (("", ""), (" float32", ", ours converted to float32")):
                 line(f"read {batch} rows, {where}{how}", ours[name + end] / 1e3, theirs[name] / 1e3, half[name] / 1e3)
     line("GB on disk", ours["bytes"] / 1e9, theirs["bytes"] / 1e9, half["bytes"] / 1e9, 3)
 

@@ -1,4 +1,4 @@
-"""SAELens' mean correlation coefficient (after arXiv 2505.20254) on pairs of decoders, beside our decoder PW-MCC.
+"""Compare SAELens' mean correlation coefficient (arXiv 2505.20254) with our decoder PW-MCC on pairs of decoders.
 
     python -m venv env-saelens
     env-saelens/bin/pip install sae-lens==6.54.12
@@ -49,7 +49,7 @@ def our_mcc(one: Tensor, other: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("python", help="of the environment with SAELens")
+    parser.add_argument("python", help="Python of the environment with SAELens")
     parser.add_argument("--fixtures", type=Path, help="folder to write the decoders and SAELens' numbers to")
     arguments = parser.parse_args()
     decoders = make_decoders()

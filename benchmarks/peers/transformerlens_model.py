@@ -12,7 +12,7 @@ NAME = "gemma-2-2b-it"  # SAEBench asks for the model by name, to choose prompts
 
 
 def load_model(folder: Path, kind: type[HookedTransformer] = HookedTransformer) -> HookedTransformer:
-    """A Gemma 2 of any size as TransformerLens' model, in float32, by TransformerLens' own conversion."""
+    """Load a Gemma 2 of any size as a TransformerLens model in float32, with TransformerLens' own conversion."""
     hf = Gemma2ForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, attn_implementation="eager").eval()
     c = hf.config
     kinds = {"sliding_attention": "local", "full_attention": "global"}

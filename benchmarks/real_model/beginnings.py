@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from forward_hooks import BATCH_CONTEXTS, HeldOutText, losses
 
-FROM = 20  # the loss is taken from this token of the text on, where the beginning has had its direct effect
-OUTLIER = 10  # medians of the norm
+FROM = 20  # first token of the text in the loss; by then the direct effect of the beginning is over
+OUTLIER = 10  # multiples of the median norm
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def unpack(page: str, name: str) -> Any:
-    """The JSON that a dashboard holds under this name."""
+    """The JSON that a dashboard stores under this name."""
     (packed,) = re.findall(rf'id="packed-{name}">([^<]*)<', page)
     return json.loads(gzip.decompress(base64.b64decode(packed)))
 

@@ -8,8 +8,9 @@ stability, absorption and sae_probes on all of them; and writes what `sae compar
 benchmarks/results or --out. Every command skips what is done, so a stopped bench continues where it was: training at a
 checkpoint, sae_probes at a data set, and the other metrics from their beginning.
 
-sae_probes runs over the DATASETS of sae-probes with the shortest texts, since on a processor the texts decide how long
-it takes, and over up to 2,000 texts of each. Get them first, with SAE_HOME=FOLDER/standing: `sae data get sae-probes`.
+sae_probes runs on the DATASETS of sae-probes with the shortest texts, since the length of the texts decides how long it
+takes on a CPU, with up to 2,000 texts of each. Get them first, with SAE_HOME=FOLDER/standing: `sae data get
+sae-probes`.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from common import machine  # noqa: E402
 
 RECIPES = ("topk", "batchtopk", "jumprelu", "matryoshka")
 CONTROLS = ("frozen-decoder", "soft-frozen-decoder", "frozen-encoder")
-DATASETS = (  # the forty with the fewest tokens a text, as SmolLM2's tokenizer counts them
+DATASETS = (  # the forty with the fewest tokens per text, as counted by SmolLM2's tokenizer
     5, 6, 7, 21, 22, 23, 24, 26, 50, 51, 52, 54, 87, 92, 105, 114, 115, 116, 117, 118, 119, 120, 121, 122, 123, 124,
     125, 126, 127, 128, 130, 131, 132, 133, 134, 135, 150, 154, 155, 156,
 )  # fmt: skip
@@ -43,7 +44,7 @@ class Bench:
     home: Path
 
     def sae(self, *arguments: str | Path) -> str:
-        """The command's table and the notes below it. Ends the bench where the command ends with an error."""
+        """The command's table and the notes below it. Exits if the command fails."""
         print("sae", *arguments[:3], "...", flush=True)
         command = [sys.executable, "-P", "-m", "sae", *map(str, arguments)]
         environment = os.environ | {"SAE_HOME": str(self.home), "COLUMNS": "200"}
@@ -73,14 +74,14 @@ class Bench:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=default_folder(), help="that of run.py (%(default)s)")
+    parser.add_argument("--folder", type=Path, default=default_folder(), help="folder of run.py (%(default)s)")
     parser.add_argument("--layer", type=int, default=15)
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--l0", type=float, default=32.0)
     parser.add_argument("--absorption-words", type=int, default=6000, help="words of the absorption metric; 0 is all")
     parser.add_argument("--dataset", nargs="+", default=list(map(str, DATASETS)), help="numbers or names of data sets")
-    parser.add_argument("--max-texts", type=int, default=2000, help="of a data set")
+    parser.add_argument("--max-texts", type=int, default=2000, help="most texts per data set")
     parser.add_argument("--against", default="topk")
     parser.add_argument("--skip", nargs="+", default=[], help="metrics to leave out")
     parser.add_argument("--note", default="", help="a sentence for the page of results")
@@ -94,7 +95,7 @@ def page(asked: argparse.Namespace, table: str) -> str:
         f"`python benchmarks/real_model/evaluation.py`: {', '.join(RECIPES)} and the controls {', '.join(CONTROLS)}, "
         f"whose architecture is batchtopk; seeds {seeds}. Layer {asked.layer}, four times as wide as the model, `--l0 "
         f"{asked.l0:g}`, {asked.steps:,} steps of 1,024 rows. Absorption on {asked.absorption_words or 'all'} words; "
-        f"sae_probes in its normal setting on {len(asked.dataset)} data sets, of each up to {asked.max_texts:,} texts "
+        f"sae_probes in its normal setting on {len(asked.dataset)} data sets with up to {asked.max_texts:,} texts each "
         f"(numbers {numbers}). "
         f"{machine('transformers', 'scikit-learn')}. {asked.note}"
     )

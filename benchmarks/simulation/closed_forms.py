@@ -10,8 +10,8 @@ from .harvest import Harvest
 def undisturbed_seconds(harvest: Harvest) -> float:
     """Time to the last commit for equal processes without failures, if nothing waits for links or the store.
 
-    A process computes its windows one after the other. The last is written and committed behind them; where writing
-    takes longer than computing, the windows follow each other at that pace instead.
+    A process computes its windows one after the other. The last window is then written and committed. If writing takes
+    longer than computing, the windows follow each other at the pace of writing.
     """
     c, link = harvest.constants, min(harvest.constants.node_link, THREADS * harvest.constants.connection)
     rounds = math.ceil(harvest.layout.n_windows / harvest.processes)

@@ -1,8 +1,9 @@
 """The assumptions of the simulations: each number with its unit and its source. `benchmarks/scale.py --set name=value`
 changes one.
 
-Nothing here was measured on a GPU, a cluster or a bucket. A source that names a page was read there; "measured" names
-what was measured on two CPU cores, and by which script; "assumed" is a guess that the result depends on.
+Nothing here was measured on a GPU, a cluster or a bucket. If a source names a page, the number was read there;
+"measured" says what was measured on two CPU cores, and by which script; "assumed" is a guess that the result depends
+on.
 """
 
 from collections.abc import Iterable
@@ -33,32 +34,32 @@ class Constants:
     disk: float = constant(6e9, "B/s", "assumed: local NVMe disks of a node")
     speed_spread: float = constant(0.02, "", "assumed: standard deviation of the speed of nodes")
     # The store.
-    connection: float = constant(85e6, "B/s", f"{S3_GUIDELINES}: a request for each 85-90 MB/s")
+    connection: float = constant(85e6, "B/s", f"{S3_GUIDELINES}: one request per 85-90 MB/s")
     latency: float = constant(0.1, "s", f"{S3_GUIDELINES}: 100-200 ms, the lower end, for each request")
     put_rate: float = constant(3500, "1/s", f"{S3_GUIDELINES}: for each partition of the keys")
     get_rate: float = constant(5500, "1/s", f"{S3_GUIDELINES}: for each partition of the keys")
-    partitions: float = constant(4, "", "assumed: that the store has made of a cache's keys; a new bucket has 1")
+    partitions: float = constant(4, "", "assumed: partitions of a cache's keys in the store; a new bucket has 1")
     # Failures.
     node_failures: float = constant(
         419 / (54 * 24 * 2048), "1/h", "Llama 3 (arXiv 2407.21783, 3.3.4): 419 unexpected interruptions of 2,048 nodes "
         "in 54 days"
     )  # fmt: skip
-    restart: float = constant(180, "s", "assumed: until a lost process is scheduled again and its node is up")
+    restart: float = constant(180, "s", "assumed: time until a lost process is scheduled again and its node is up")
     start: float = constant(40, "s", "assumed: imports, CUDA, rendezvous and weights of a process")
-    checkpoint: float = constant(1.4e9, "B/s", "measured by --measure: sha256 of a state, by one thread of a process")
-    step_share: float = constant(0.65, "", "assumed: of the modelled speed of a training step")
-    step_memory: float = constant(10e9, "B", "assumed: what a step takes beside the states of its pass")
+    checkpoint: float = constant(1.4e9, "B/s", "measured by --measure: sha256 of a training state, in one thread")
+    step_share: float = constant(0.65, "", "assumed: share of its modelled speed that a training step reaches")
+    step_memory: float = constant(10e9, "B", "assumed: memory of a step in addition to the states of its pass")
     # The program on a CPU.
     writer: float = constant(
         1173e6, "B/s", "measured: statistics, checksums and files of activations, two threads of a process; "
         "benchmarks/results/2026-11-21-harvest-epyc-2-cores.md"
     )  # fmt: skip
-    encode: float = constant(4.7e5, "token/s", "measured by --measure: a tokenizer's own threads, each")
+    encode: float = constant(4.7e5, "token/s", "measured by --measure: each thread of the tokenizer")
     encode_threads: float = constant(16, "", "assumed: cores that the tokenizer uses")
-    cut: float = constant(4.5e6, "token/s", "measured by --measure: what one thread does for each token of the text")
+    cut: float = constant(4.5e6, "token/s", "measured by --measure: the thread that cuts the text")
     read_commit: float = constant(1.6e-4, "s", "measured by --measure: to read and check a commit")
-    merge_file: float = constant(1.2e-5, "s", "measured by --measure: a file of the manifest")
-    row_memory: float = constant(35, "B", "measured by --measure: for each row, while an array is sealed")
+    merge_file: float = constant(1.2e-5, "s", "measured by --measure: to add a file to the manifest")
+    row_memory: float = constant(35, "B", "measured by --measure: per row, while an array is sealed")
 
 
 def describe(constants: Constants) -> list[str]:

@@ -23,7 +23,7 @@ class Clock:
         heapq.heappush(self._queue, (self.now + seconds, next(self._number), call, args))
 
     def run(self, done: Callable[[], bool] = lambda: False) -> None:
-        """Run until nothing is left, or `done`."""
+        """Run until no call is left, or until `done` returns True."""
         while self._queue and not done():
             self.now, _, call, args = heapq.heappop(self._queue)
             self.events += 1
@@ -33,8 +33,8 @@ class Clock:
 class Link:
     """A link of `rate` bytes per second that transfers share equally, each at most at `limit` bytes per second.
 
-    All have the same speed at any time. So a transfer ends when every transfer since its start could have moved its
-    bytes, and one number, `_moved`, says for all how far they are.
+    At any time all transfers have the same speed, so one number, `_moved`, tracks all of them: the bytes that each has
+    moved. A transfer ends when `_moved` has grown by its size since its start.
     """
 
     def __init__(self, clock: Clock, rate: float, limit: float = math.inf) -> None:
@@ -43,7 +43,7 @@ class Link:
         self._moved = self._since = 0.0
         self._active: list[tuple[float, int, float, Call, tuple[Any, ...]]] = []
         self._number = itertools.count()
-        self._version = 0  # an end that was planned before another transfer began is not one
+        self._version = 0  # invalidates the ends that were planned before another transfer began
 
     def send(self, size: float, call: Call, *args: Any) -> None:
         """Start a transfer; `call` is called at its end."""
@@ -52,7 +52,7 @@ class Link:
         self._plan_end()
 
     def drop_all(self) -> None:
-        """End every transfer without its call: the node is gone."""
+        """End every transfer without calling its function, because the node is gone."""
         self._active.clear()
         self._version += 1
 
@@ -90,7 +90,7 @@ class Server:
         self._free = 0.0
 
     def serve(self, requests: float) -> float:
-        """Take requests; returns in how many seconds the last of them is served."""
+        """Accept requests; returns the seconds until the last of them is served."""
         self._free = max(self.clock.now, self._free) + requests / self.rate
         self.served += requests
         return self._free - self.clock.now

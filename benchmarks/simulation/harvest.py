@@ -1,11 +1,11 @@
 """A harvest over nodes of GPUs into a bucket, window by window.
 
-Taken from the program itself: the windows and the objects of each (cache/layout.py), how windows are shared out, how
-many windows a process has in memory and that it writes one while it computes the next (harvest/windows.py), how many
-requests it makes for what (harvest/store_costs.py, cache/store_place.py) and how many at a time (cache/mirror.py), that
-a window counts when its commit exists, and which work is begun again by which process after a failure. Assumed: all
-times, in constants.py. A process that fails loses the windows that it has in memory; drafts (harvest/window_draft.py)
-save what has been computed for over a minute, and no window here takes as long.
+These rules are those of the program itself: the windows and the objects of each (cache/layout.py), the assignment of
+windows to processes, the number of windows that a process has in memory, writing a window while the next one is
+computed (harvest/windows.py), the number of requests (harvest/store_costs.py, cache/store_place.py) and of concurrent
+requests (cache/mirror.py), counting a window once its commit exists, and the work that each process repeats after a
+failure. All times are assumed, in constants.py. A process that fails loses the windows that it has in memory. Drafts
+(harvest/window_draft.py) save rows computed for over a minute, but no window here takes that long.
 """
 
 import math
@@ -28,20 +28,20 @@ from .events import Clock, Link, Server
 
 RANKS, SHARES = "ranks", "shares"
 TOKEN_BYTES = 4  # of an id
-TEXT_UPLOADS = 2  # parts of one object at a time: cache/object_store.py, put
+TEXT_UPLOADS = 2  # concurrent parts of one object: cache/object_store.py, put
 WIDTH = 2304  # of Gemma-2-2B
 
 
 @dataclass(frozen=True)
 class Harvest:
-    """What is harvested, and where."""
+    """The settings of a harvest, and the machines that run it."""
 
     tokens: int = 10_000_000_000
     layers: Sequence[int] = (5, 12, 19)
     nodes: int = 64
-    gpus: int = 8  # of a node; each has a process
+    gpus: int = 8  # per node; each has a process
     window: int = Layout.window_rows
-    way: str = RANKS  # of one launcher, or tasks of an array job with --share
+    way: str = RANKS  # ranks of one launcher, or SHARES: tasks of an array job with --share
     shares: int | None = None  # default: as many as there are GPUs
     prepared: bool = False  # whether the text is already cut
     constants: Constants = field(default_factory=Constants)
@@ -108,22 +108,22 @@ class Harvest:
 
     @property
     def asking_seconds(self) -> float:
-        """How long one process asks for all commits at its start: one page of the listing after the other."""
+        """How long one process takes to list all commits at its start, one page of the listing after the other."""
         return self.asks * self.constants.latency
 
     @property
     def commit_seconds(self) -> float:
-        """How long it takes to ask for the commits of a window, or to write them: one after the other."""
+        """How long it takes to look for the commits of a window, or to write them, one after the other."""
         return len(self.layers) * self.constants.latency
 
     @property
     def send_seconds(self) -> float:
-        """How long the requests that write a window wait for their answers, besides the time that bytes take."""
+        """How long the requests that write a window wait for their answers, without the time of the transfer."""
         return math.ceil((len(self.objects) + len(self.largest)) / THREADS) * self.constants.latency
 
     @property
     def seal_requests(self) -> int:
-        """Requests of the process that seals: for commits, side arrays and the largest rows of each window."""
+        """Requests that the sealing process sends, for the commits, side arrays and largest rows of each window."""
         return seal_requests(self.layout, len(self.layers))
 
     @property
@@ -153,7 +153,7 @@ class Harvest:
 
 
 def put_requests(size: int) -> int:
-    """Requests that write an object: one, or its parts between a beginning and an end."""
+    """Requests that write an object: one, or one for each part plus two to begin and complete the upload."""
     return 1 if size <= PART_BYTES else math.ceil(size / PART_BYTES) + 2
 
 
@@ -166,7 +166,7 @@ class HarvestResult:
     failures: int
     computed_again: int  # windows that were in memory when their process failed
     idle: float  # share of the processes' time in which the model does not compute
-    waited: float  # of that, while both windows in memory wait to be written or sent
+    waited: float  # the part of `idle` in which both windows in memory wait to be written or sent
     events: int
 
     @property
@@ -176,7 +176,7 @@ class HarvestResult:
 
 
 class Process:
-    """One process on a GPU: computes a window while it writes and sends the one before."""
+    """One process on a GPU: computes a window while it writes and sends the previous one."""
 
     def __init__(self, run: "HarvestRun", node: "Node") -> None:
         self.run, self.node = run, node
@@ -207,7 +207,7 @@ class Process:
             harvest = self.run.harvest
             if harvest.way == SHARES:
                 served = self.run.reads.serve(harvest.asks)
-            else:  # the first rank asks, and tells the others
+            else:  # the first rank lists the commits, and sends the list to the others
                 served = harvest.asks / self.run.reads.rate
             self.run.clock.after(max(served, harvest.asking_seconds), self._compute, life)
 
@@ -247,7 +247,7 @@ class Process:
             self.node.link.send(self.run.harvest.window_bytes, self._sent, life, window, served)
 
     def _sent(self, life: int, window: int, served: float) -> None:
-        """The bytes are there; then the store has to serve the requests, and the commits follow."""
+        """Called when the bytes have arrived. The store then serves the requests, and the commits follow."""
         clock, harvest = self.run.clock, self.run.harvest
         wait = max(harvest.send_seconds, served - clock.now) + harvest.commit_seconds
         clock.after(wait, self._committed, life, window)
@@ -311,7 +311,7 @@ class HarvestRun:
 
     def commit(self, window: int, process: Process) -> None:
         self.missing.discard(window)
-        if not process.todo and not process.held and self.shares:  # its task is done: the next of the array job
+        if not process.todo and not process.held and self.shares:  # its task is done: begin the next task
             process.stop()
             process.begin(self.shares.popleft())
 
@@ -328,7 +328,7 @@ class HarvestRun:
             self.clock.after(self.rng.expovariate(rate), self._fail, node)
 
     def _fail(self, node: Node) -> None:
-        """Ranks of one launcher all end with the one that is lost; tasks of an array job end alone."""
+        """All ranks of one launcher end when one is lost; tasks of an array job end alone."""
         self.failures += 1
         self._plan_failure(node)
         for one in self.nodes if self.harvest.way == RANKS else [node]:

@@ -1,4 +1,4 @@
-"""The constants of constants.py that are measured, on this machine: `python benchmarks/scale.py --measure`."""
+"""Measure constants of constants.py on this machine: `python benchmarks/scale.py --measure`."""
 
 import hashlib
 import sysconfig

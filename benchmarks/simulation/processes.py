@@ -1,7 +1,7 @@
-"""Real harvests of gemma-2-mini by 1, 2 and 3 processes of torchrun on this machine, beside the simulation.
-
-The simulation takes from the harvest of one process how long a window and everything before it take, and says how long
-the others should: processes share the cores equally. Times mean something only where nothing else runs.
+"""Compare real harvests of gemma-2-mini by 1, 2 and 3 processes of torchrun on this machine with the simulation. The
+times of a window and of everything before the first window come from the harvest by one process. From these, the
+simulation predicts the times of the other harvests, in which processes share the cores equally. The times are
+meaningful only if nothing else runs on the machine.
 """
 
 import os
@@ -30,7 +30,7 @@ class Measured(NamedTuple):
 
     @property
     def window(self) -> float:
-        """Seconds between two windows, of one process."""
+        """Seconds between two windows of one process."""
         return statistics.median(b - a for a, b in zip(self.commits, self.commits[1:], strict=False))
 
     @property

@@ -1,8 +1,9 @@
 """Training many runs over ranks, from a bucket with a bounded local cache on each node.
 
 Taken from the program itself: the assignment of runs to ranks (train/deal.py), bytes of a run's state
-(train/memory.py), which file a process pulls next and which one makes room (cache/chunk_schedule.py), and the interval
-of checkpoints. Files here are coarser than chunks: a layer has GROUPS of them, each read by consecutive steps. The
+(train/memory.py), which file a process pulls next and which one is removed for it (cache/chunk_schedule.py), and the
+interval of checkpoints. Files here are coarser than chunks: a layer has GROUPS of them, each read by consecutive steps.
+The
 processes of a node share its local cache: a file that one process has pulled is not pulled again by another while it is
 there.
 """
@@ -38,7 +39,7 @@ GROUPS = 64  # files of a layer
 
 
 def step_seconds() -> dict[str, float]:
-    """Seconds of a step of each recipe at this size, as the table has them."""
+    """Seconds of a step of each recipe at this size, read from the table."""
     rows = re.findall(rf"^\| `([\w-]+)` \| {LATENTS} \| {BATCH} \|.*\| ([\d.]+) \| [\d.]+ \| [\d.]+ \|$",
                       STEP_TABLE.read_text(), re.M)  # fmt: skip
     return {name: float(milliseconds) / 1e3 for name, milliseconds in rows if name in RECIPES}
@@ -88,7 +89,8 @@ class Sweep:
 
     @property
     def bounds(self) -> dict[str, float]:
-        """Seconds that each resource needs at least: all steps over all GPUs, and what each node pulls over its link.
+        """The least seconds that each resource needs: for all steps on all GPUs, and for the bytes that each node
+        pulls.
 
         A node pulls each layer that its ranks train at least once.
         """
@@ -132,7 +134,7 @@ class SweepResult:
 class Pass:
     """Runs of a layer that share each batch."""
 
-    layer: int  # its number in the sweep
+    layer: int  # index of the layer in the sweep
     seconds: float  # of the steps that read one group
 
 
@@ -176,7 +178,7 @@ class Rank:
         self.pinned[there[: max(1, self.node.share)]] = True
 
     def fits(self, needed: int) -> bool:
-        """Whether one more file fits into the share of this process, with all that it needs before."""
+        """Whether one more file fits into the share of this process, together with all files that it needs earlier."""
         there = np.flatnonzero(self.node.present | self.node.coming)
         before = int((self.schedule.next_use(there, self.position) <= needed).sum())
         return before < self.node.share or needed <= self.position
@@ -245,7 +247,7 @@ class Node:
 
     @property
     def share(self) -> int:
-        """How many files each process may hold."""
+        """How many files each process may keep."""
         processes = sum(not rank.is_done for rank in self.ranks)
         return int(self.run.sweep.local_cache / self.run.sweep.group_bytes / max(1, processes))
 
@@ -285,7 +287,7 @@ class SweepRun:
         self.left = sum(len(rank.files) for rank in self.ranks)
         self.failures = 0
         if max(len(node.ranks) for node in self.nodes) * 2 * sweep.group_bytes > sweep.local_cache:
-            raise ValueError(f"a local cache of {sweep.local_cache:g} bytes holds no two groups for each process")
+            raise ValueError(f"a local cache of {sweep.local_cache:g} bytes cannot hold two groups for each process")
 
     def _passes(self, works: Sequence[Work]) -> list[Pass]:
         """The passes of a rank: runs of a layer, each in the first pass with room for it."""

@@ -69,7 +69,7 @@ def test_the_check_notices_a_run_that_resumes_to_other_weights(random_cache, tmp
     (field,) = [one for one in paper.readings if one.name == "field"]
     checked = SCRIPT["check_reading"](paper, field, random_cache, tmp_path)
     assert taken and {one.passed for one in checked} == {2}
-    assert all("has other weights when it is resumed" in one.problem for one in checked)
+    assert all("has different weights after it is resumed" in one.problem for one in checked)
 
 
 @every_pair

@@ -62,7 +62,7 @@ def run_absorption(problem: Problem, runs: list[str], record: Recorder | None) -
             with timed(run):
                 absorption.run_eval(config, [(run, sae)], "cpu", "results")
             if not Path(f"results/{run}_custom_sae_eval_results.json").exists():
-                raise SystemExit("SAEBench gave up: it can read fewer than 20 letters. Give more words per letter.")
+                raise SystemExit("SAEBench stopped: it can read fewer than 20 letters. Give more words per letter.")
             if record:
                 record.json[run] = read_result(Path(f"results/{run}_custom_sae_eval_results.json"))
                 if run == runs[0]:

@@ -52,7 +52,7 @@ class Texts:
 
 
 def without_network(problem: Problem, texts: Texts | None) -> contextlib.ExitStack:
-    """Replace downloads by the model and the tables; if `texts` is given, also replace passes through the model by
+    """Replace downloads by the model and the tables and, if `texts` is given, passes of the model by its
     activations."""
     stack = contextlib.ExitStack()
     given = staticmethod(lambda *_, **__: problem.model)

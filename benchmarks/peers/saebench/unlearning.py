@@ -53,7 +53,7 @@ def run_unlearning(problem: Problem, record: Recorder) -> None:
 
 
 def record_unlearning_scores(record: Recorder) -> None:
-    """Record scores for made-up counts of correct answers: of wmdp-bio's 533 and the 308 others."""
+    """Record scores for made-up counts of correct answers, out of wmdp-bio's 533 questions and 308 others."""
     others = {
         "high_school_us_history": 110,
         "college_computer_science": 9,
