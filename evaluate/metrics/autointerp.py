@@ -278,11 +278,11 @@ class Autointerp(Metric):
     def flags(self, entries: dict[str, Any], drawn: int, tokens: int, judge: Judge | None) -> Iterator[str]:
         if drawn < self.latents:
             yield (
-                f"Only {drawn} latents fire on more than {self.dead_latent_threshold} tokens; "
+                f"Only {drawn} latents fire on more than {self.dead_latent_threshold} tokens, but "
                 f"autointerp.latents asks for {self.latents}."
             )
         if tokens < self.tokens // self.context * self.context:
-            yield f"The held-out text has only {tokens:,} tokens; autointerp.tokens asks for {self.tokens:,}."
+            yield f"The held-out text has only {tokens:,} tokens, but autointerp.tokens asks for {self.tokens:,}."
         if len(entries) < drawn:
             yield f"{drawn - len(entries)} latents have too few separate passages and are left out."
         if judge is None:

@@ -146,9 +146,9 @@ def test_a_bad_sae_has_a_flag_that_says_what_its_numbers_hide(tiny_cache):
     for name, scale in (("double", "2.00"), ("half", "0.50")):
         assert found[name].metrics["reconstruction_quality"]["cossim"] == pytest.approx(1)
         assert said(name, f"Reconstructions are {scale} times as long as would fit best")
-    assert not said("input", "times the length")
+    assert not said("input", "times as long")
     assert found["dense"].metrics["reconstruction_quality"]["fve"] > 0.1  # it is a PCA of rank 4
-    assert said("dense", "Most of the L0 of 4.0 is 4 latents that fire at over 99% of the tokens")
+    assert said("dense", "Most of the L0 of 4.0 comes from 4 latents that fire at over 99% of the tokens")
     assert said("once infinite", "NaN or infinite at")
     assert found["once infinite"].metrics["reconstruction_quality"]["fve"] is None
 

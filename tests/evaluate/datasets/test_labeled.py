@@ -190,7 +190,7 @@ def test_quadrants_are_first_rows(home):
 def test_what_cannot_be_read_has_a_sentence(home, monkeypatch):
     with pytest.raises(UsageError, match="did you mean fancyzhx/ag_news"):
         load_texts("fancyzhx/ag_new", home)
-    with pytest.raises(UnavailableError, match=r"ag_news could not be read: .*ag_news/train.jsonl \(or .parquet\) "):
+    with pytest.raises(UnavailableError, match=r"ag_news could not be read: .*ag_news/train.jsonl \(or .parquet\)"):
         load_texts(AG, home)
     write(home, AG, "train", [{"text": "a", "topic": 1}])
     with pytest.raises(UsageError, match="no column 'label'; its columns are 'text', 'topic'"):
@@ -208,7 +208,7 @@ def test_a_row_whose_text_is_no_text_has_a_sentence(home, wrong):
     write(home, "codeparrot/github-code", "train", [{"code": wrong, "language": "C"}])
     write(home, "Helsinki-NLP/europarl/en-fr", "train", [{"translation": {"en": wrong}}])
     for name in (AG, "codeparrot/github-code", "Helsinki-NLP/europarl"):
-        with pytest.raises(UsageError, match=f"{name} has a row in train with .* where a text was expected"):
+        with pytest.raises(UsageError, match=f"{name} has a row in train with .* Expected a text"):
             load_texts(name, home)
 
 
@@ -220,7 +220,7 @@ def test_labels_and_translations_of_another_kind_have_a_sentence(home):
     with pytest.raises(UsageError, match="has 0 texts of C in train"):
         load_texts("codeparrot/github-code", home)
     write(home, "Helsinki-NLP/europarl/en-fr", "train", [{"translation": "a"}])
-    with pytest.raises(UsageError, match="None in translation.en, where a text was expected"):
+    with pytest.raises(UsageError, match="None in column translation.en. Expected a text"):
         load_texts("Helsinki-NLP/europarl", home)
 
 

@@ -197,9 +197,9 @@ def test_means_intervals_and_what_is_left_out(words, tmp_path):
     assert result.intervals["autointerp"]["autointerp_score"] == pytest.approx([mean - half, mean + half])
     assert result.n == {"latents": 4, "with_passages": 3, "tokens": 1200, "scored": 2}
     assert [flag.split(",")[0] for flag in result.flags] == [
-        "4 latents fire on more than 15 tokens",
+        "Only 4 latents fire on more than 15 tokens",
         "1 latents have too few separate passages and are left out.",
-        "1 latents are left out, because the judge's answers about them could not be parsed.",
+        "1 latents are left out",
     ]
     nobody = Scripted("?")
     result = Autointerp(latents=3).result(judged(nobody, found, words, tmp_path), 3, torch.zeros(1, 1), nobody)

@@ -51,7 +51,7 @@ def test_without_an_endpoint_the_result_file_holds_the_prompts(run):
         (_, explained), (_, scored) = entry["prompts"]
         assert explained["content"].count("\n") == 14 and scored["content"].count("\n") == 15
         assert scored["content"].startswith("The latent activates on {explanation}") and entry["score"] is None
-    assert "the prompts for 3 latents are in evaluations/autointerp.json" in row.results["autointerp"].flags[-1]
+    assert "The prompts for 3 latents are in evaluations/autointerp.json" in row.results["autointerp"].flags[-1]
 
 
 def test_a_judge_behind_a_url_scores_the_latents(run, server, monkeypatch):

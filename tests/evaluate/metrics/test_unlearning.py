@@ -186,7 +186,7 @@ def test_clamping_the_latent_of_the_subject_costs_just_the_answers_that_hang_on_
     assert alone == second
     (inadmissible,) = replace(metric, n_features=(2,)).measure(ctx, [EvalTarget(every, Hook(0))], silent)
     assert inadmissible.metrics == {"unlearning": {"unlearning_score": 0}}
-    assert any("Every intervention lost" in flag for flag in inadmissible.flags)
+    assert any("Under every intervention" in flag for flag in inadmissible.flags)
 
 
 def test_the_length_of_decoder_rows_changes_nothing_and_is_said(ctx, metric):
@@ -288,7 +288,7 @@ def test_evaluate_writes_it_and_a_missing_corpus_fails_alone(ctx, planted, data,
 @pytest.mark.parametrize(
     ("change", "error", "sentence"),
     [
-        ({"model": "./nowhere"}, UnavailableError, r"there is no \./nowhere\. Name one with --set unlearning\.model"),
+        ({"model": "./nowhere"}, UnavailableError, r"there is no \./nowhere\. Give the folder or the Hub id"),
         (
             {"model": "somebody/something-it"},
             UnavailableError,
@@ -318,7 +318,9 @@ def test_a_model_that_is_not_the_one_is_refused(ctx, metric, planted, tiny_model
     mini = replace(ctx, model_argument="gemma-2-mini")
     with pytest.raises(UnavailableError, match="there is no gemma-2-mini-it"):
         metric.settings(mini)
-    with pytest.raises(UsageError, match="has 26 blocks of width 128, but the model of the SAEs has 2 of 32"):
+    with pytest.raises(
+        UsageError, match="has 26 blocks of width 128, but the model of the SAEs has 2 blocks of width 32"
+    ):
         replace(metric, model=str(WEIGHTS)).measure(ctx, targets, silent)
     tiny = shutil.copytree(tiny_model, tmp_path / "tiny-it")
     tokenizer = AutoTokenizer.from_pretrained(tiny)

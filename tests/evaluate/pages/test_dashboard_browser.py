@@ -346,7 +346,7 @@ def test_without_the_script_the_run_is_there(browser, file):
     opened = browser.new_context(java_script_enabled=False).new_page()
     opened.goto(file.as_uri())
     assert opened.locator("#view-run").is_visible()
-    assert "JavaScript, which is disabled" in opened.locator("noscript").inner_text()
+    assert "because JavaScript is disabled" in opened.locator("noscript").inner_text()
 
 
 def test_the_policy_stops_a_script_that_is_not_the_page_s(browser, file):

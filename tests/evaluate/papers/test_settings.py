@@ -151,4 +151,4 @@ def test_the_page_has_the_settings():
     html = reproduction_page(build_report(PAPER, [made(sizes={"layer": 12})], False), "m")
     cells = '<th scope="row">{}</th><td class="text">{}</td><td class="text">{}</td><td class="text">{}</td>'
     assert cells.format("layer", 19, 12, "differs") in html and cells.format("steps", "4,882", "4,882", "") in html
-    assert "Nothing was run yet." in reproduction_page(build_report(PAPER, [], False), "m")
+    assert "No run exists yet." in reproduction_page(build_report(PAPER, [], False), "m")
