@@ -121,7 +121,8 @@ def is_drawable(value: float, log: bool) -> bool:
 
 
 def axis_range(values: Sequence[float], log: bool) -> tuple[float, float]:
-    """The range of an axis: the range of the values plus a margin. Without values, [0, 1], or [0.1, 1] if `log`."""
+    """The range of an axis: the range of the values plus a margin. Without values, [0, 1] or, on a log axis, [0.1,
+    1]."""
     values = [value for value in values if is_drawable(value, log)]
     if not values:
         return (0.1, 1.0) if log else (0.0, 1.0)

@@ -1,4 +1,4 @@
-"""The frontier of a number over L0: which other SAEs are better with at most as many latents per token."""
+"""The frontier of a number over L0: which other SAEs are better at the same or a lower L0."""
 
 import math
 from collections.abc import Iterable, Sequence

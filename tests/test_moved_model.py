@@ -188,7 +188,7 @@ def test_a_tokenizer_that_changed_is_refused_at_evaluation(
     (note,) = [
         line for line in plan.describe() if "differs from the tokenizer of the harvest, although its files" in line
     ]
-    assert "the harvest had transformers 4.0.0. Install that" in note
+    assert "the harvest used transformers 4.0.0. Install the same" in note
     assert run_evaluation(plan)[0].results["core"].metrics == before
     monkeypatch.setattr(ModelSource, "is_pinned", False)
     with pytest.raises(UsageError, match=refusal):

@@ -190,7 +190,7 @@ class Endpoint:
         if error.code == 429:
             return UnavailableError(
                 f"The judge at {self.url} accepts no more questions for now, or the account has no credit "
-                f"left (HTTP 429, {len(self.waits) + 1} times). Try again later.{reply}"
+                f"left (HTTP 429 in {len(self.waits) + 1} attempts). Try again later.{reply}"
             )
         hint = "Try again later, or look at the server's log."
         if error.code < 400:

@@ -106,7 +106,7 @@ class HeldOutRows:
                 if (active := sum(part.nnz for part in kept)) > MAX_ACTIVE:
                     raise UsageError(
                         f"At {sum(part.shape[0] for part in kept):,} tokens, {active:,} activations of "
-                        "latents are not 0. The SAE is not sparse, and they do not fit into memory. Read "
+                        "latents are not 0. The SAE is not sparse, and its activations do not fit into memory. Read "
                         "less text, for example with --set stability.tokens=4096."
                     )
             except SaeError as error:

@@ -79,7 +79,8 @@ def match_candidates(similarity: BlockSimilarity, latents: int, signed: bool = F
         values.append(similarity_BG.gather(1, candidate_BK).cpu())
     candidate_FK, similarity_FK = torch.cat(candidates).numpy(), torch.cat(values).double().numpy()
     gain_FK = similarity_FK.clip(0) if signed else np.abs(similarity_FK)
-    # Weights are 1 + gain, since a sparse graph has no edges of weight 0. Each latent's extra column means no match.
+    # Weights are 1 + gain, since a sparse graph has no edges of weight 0. Each latent has an extra column that means no
+    # match.
     starts = np.arange(latents + 1) * count
     graph = csr_matrix((1 + gain_FK.ravel(), candidate_FK.ravel(), starts), (latents, latents))
     _, column_F = min_weight_full_bipartite_matching(hstack([graph, identity(latents)], "csr"), maximize=True)

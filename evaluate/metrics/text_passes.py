@@ -1,4 +1,5 @@
-"""The model's passes over the text of core, stored in the artifact cache so that they are not repeated for later SAEs.
+"""The model's passes over the text on which core is measured, stored in the artifact cache so that they are not
+repeated for later SAEs.
 
 Shape suffixes: N contexts, S positions.
 """

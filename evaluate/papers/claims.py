@@ -200,7 +200,7 @@ class Claim:
     reading: str = ""  # how an ambiguity or a unit is interpreted
     why: str = ""  # why none of our metrics measures it
     also: tuple[ClaimSource, ...] = ()
-    says: Literal["", "more", "less", "equal"] = ""  # in words: the system's number is ... than the other's
+    says: Literal["", "more", "less", "equal"] = ""  # for a claim in words: how the number compares with the other's
     margin: float | None = None  # for `equal`: in `unit`, or in the metric's own unit if `unit` is empty
     restates: str = ""  # the claim whose comparison this claim repeats, as a change or in another section
     copy_of: str = ""  # the claim whose number the paper prints here for another system

@@ -63,7 +63,7 @@ def test_a_busy_endpoint_is_waited_for(server):
         (
             (429, {}, {"error": {"message": "quota"}}),
             UnavailableError,
-            r"HTTP 429, 3 times\)\. Try again later\. It says: quota",
+            r"HTTP 429 in 3 attempts\)\. Try again later\. It says: quota",
             3,
         ),
         ((500, {}, b"<html>"), UnavailableError, r"answered HTTP 500 Internal Server Error\. Try again later", 3),
@@ -89,7 +89,7 @@ def test_a_busy_endpoint_is_waited_for(server):
             "did not answer with a chat completion",
             1,
         ),
-        ((429, {"Retry-After": "9" * 5000}, b""), UnavailableError, "HTTP 429, 3 times", 3),
+        ((429, {"Retry-After": "9" * 5000}, b""), UnavailableError, "HTTP 429 in 3 attempts", 3),
     ],
 )
 def test_what_an_endpoint_refuses_is_a_sentence(server, reply, error, sentence, asked):

@@ -59,7 +59,7 @@ def test_a_run_of_what_is_printed_differs_in_nothing():
         ("learning rate", {"lr": 1e-3}, "0.0003", "0.001"),
         ("warm-up of the learning rate", {"warmup": None}, "1,000 steps", "488 steps"),
         ("warm-up of the learning rate", {"warmup": 0}, "1,000 steps", "none"),
-        ("fall of the learning rate", {"decay_start": 0.8}, NOT_PRINTED, "linearly to 0 from 80% of the run on"),
+        ("fall of the learning rate", {"decay_start": 0.8}, NOT_PRINTED, "linearly to 0, starting at 80% of the run"),
         ("limit of the gradient norm", {"clip": None}, "1", "none"),
         ("weight decay", {"weight_decay_on": "encoder"}, "0.01, coupled, on all parameters", "0.01, coupled, on W_enc"),
         ("weight decay", {"weight_decay_form": "decoupled"}, "0.01, coupled, on all parameters",
