@@ -26,7 +26,7 @@ def pinned_commit(name: str) -> str:
             raise DamagedError(f"{record} is about {pinned['dataset']}, not {name}. {DATASET_RECORD.remedy}")
         return pinned["commit"]
     commit = latest_commit(name)
-    with contextlib.suppress(UnavailableError):  # if SAE_HOME is read-only, the Hub is asked every time
+    with contextlib.suppress(UnavailableError):  # if SAE_HOME is read-only, the Hub is queried every time
         DATASET_RECORD.write(record, {"dataset": name, "commit": commit})
     return commit
 

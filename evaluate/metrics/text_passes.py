@@ -110,7 +110,7 @@ class TextPasses:
                 key = self.key(batch, self.depends(hook))
                 try:
                     self.ctx.artifacts.get_or_compute(KIND, key, partial(dict[str, Tensor], x=x_NSD))
-                except UnavailableError:  # another program has filled the disk; the results do not need it
+                except UnavailableError:  # another program has filled the disk; the results do not need the stored pass
                     self.keeps = False
                     return
 

@@ -191,7 +191,7 @@ def differences(claim: Claim, pairs: Sequence[tuple[float, float]]) -> list[floa
 
 
 def judge_direction(claim: Claim, interval: Interval | None) -> Judgement:
-    """The verdict from whether the whole interval of the difference lies on the claimed side of zero."""
+    """The verdict according to whether the whole interval of the difference lies on the claimed side of zero."""
     if claim.is_within_rounding:
         return Judgement("not comparable", "the two printed numbers may be the same number, rounded differently")
     if not claim.direction:
@@ -207,7 +207,7 @@ def judge_direction(claim: Claim, interval: Interval | None) -> Judgement:
 
 
 def judge_equality(claim: Claim, interval: Interval | None, on_paper_model: bool) -> Judgement:
-    """The verdict from whether the whole interval of the difference lies within the margin, or outside."""
+    """The verdict according to whether the whole interval of the difference lies within the margin or outside it."""
     if interval is None or claim.margin is None:
         return Judgement("not comparable", "fewer than two seeds of both systems")
     if is_within(interval, -claim.margin, claim.margin):
