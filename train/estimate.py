@@ -179,7 +179,8 @@ def describe_time(passes: Sequence[Sequence[BuildableRun]], device: str, from_st
             for run, seconds in zip(runs, pass_times, strict=True)
         ]
         duration = (
-            f"about {format_duration(sum(all_steps))} of training on {device}, from timing a few steps of each recipe"
+            f"about {format_duration(sum(all_steps))} of training on {device}, estimated by timing a few steps of each "
+            "recipe"
         )
         if from_store:
             sizes = [2 * runs[0].config.batch_size * runs[0].config.d_in for runs in passes]

@@ -150,9 +150,9 @@ def describe_kernels(runs: Iterable[BuildableRun], device: str) -> str:
     if not work:
         return ""
     if reason := reason_against_kernels(device):
-        return f"kernels  of torch: {reason}"
+        return f"kernels  not used: {reason}"
     listed = " and ".join(filter(None, (", ".join(work[:-1]), work[-1])))
-    return f"kernels  of this package {listed}, by Triton {installed_version(EXTRAS['kernels'])}"
+    return f"kernels  {listed}, with Triton {installed_version(EXTRAS['kernels'])}"
 
 
 def reason_against_capture(passes: Sequence[Sequence[PassRun]], device: str) -> str:

@@ -220,7 +220,9 @@ class TrainPlan:
             if time:
                 lines += describe_time(self.passes, self.config.device, from_store=bool(pulling))
         if time and count == 1 and (started := [r for r in self.unfinished if (r.folder / "checkpoints").exists()]):
-            lines.append(f"note     {format_count(len(started), 'run')} will be resumed; the time covers all steps")
+            lines.append(
+                f"note     {format_count(len(started), 'run')} will be resumed; the time includes steps taken so far"
+            )
         if time and any(run.compiled for run in self.unfinished):
             lines.append(
                 "note     the time is estimated without --compile, which adds minutes to the first step and speeds up "

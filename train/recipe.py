@@ -228,7 +228,7 @@ def duration_notes(options: Mapping[str, Any], steps: int) -> Iterator[str]:
     """A sentence for each coefficient that does not reach its final value within the run."""
     for name, value in options.items():
         if is_duration(name) and value is not None and value > steps:
-            yield f"{name}={value} is longer than the run: after its {steps} steps, {steps / value:.0%} of it is done"
+            yield f"{name}={value} is longer than the run of {steps} steps: only {steps / value:.0%} of it takes place"
 
 
 def size_errors(config: RunConfig, k: float | None) -> Iterator[str]:

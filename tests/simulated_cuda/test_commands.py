@@ -24,7 +24,10 @@ def test_every_stage_works_on_a_gpu(gpu: SimulatedGPU, tiny_model: Path, sentenc
     found = run(gpu, tmp_path, "harvest", *text, "--layer", "0", "--out", "cache", "--held-out", "0.2")
     assert "computed in bfloat16 on cuda" in found and "of model time on cuda" in found
     found = run(gpu, tmp_path, "train", *variants, "--cache", "cache", *SIZES, "--dry-run")
-    assert "of training on cuda, from timing a few steps of each recipe" in found and "products in bfloat16; " in found
+    assert (
+        "of training on cuda, estimated by timing a few steps of each recipe" in found
+        and "products in bfloat16; " in found
+    )
     found = run(gpu, tmp_path, "train", *variants, "--cache", "cache", *SIZES, "--dry-run", "--precision", "tf32")
     assert "products in tf32; weights, moments and sums are in float32" in found
     run(gpu, tmp_path, "train", *variants, "--cache", "cache", *SIZES, "--out", "runs")

@@ -60,12 +60,12 @@ def test_a_plan_for_a_gpu_says_whether_kernels_are_used_and_why_not(
     lines = gpu("planning.about_kernels", cache=tiny_cache.folder, out=tmp_path)
     assert lines["nothing for them"] == lines["a CPU"] == []
     assert lines["with Triton"][0].startswith(
-        "kernels  of this package select latents, decode them, compute gradients of JumpReLU and gated "
+        "kernels  select latents, decode them, compute gradients of JumpReLU and gated "
         "SAEs and update the weights, "
-        "by Triton"
+        "with Triton"
     )
-    assert lines["no latents to choose"][0].startswith("kernels  of this package update the weights, by Triton")
-    assert lines["without Triton"] == ["kernels  of torch: the simulated GPU runs no kernels"]
-    assert lines["broken"] == ["kernels  of torch: they do not work on cuda: no kernel image is available"]
-    assert lines["wrong"] == ["kernels  of torch: they select other latents than torch on cuda"]
-    assert lines["wrong update"] == ["kernels  of torch: they update weights differently from torch on cuda"]
+    assert lines["no latents to choose"][0].startswith("kernels  update the weights, with Triton")
+    assert lines["without Triton"] == ["kernels  not used: the simulated GPU runs no kernels"]
+    assert lines["broken"] == ["kernels  not used: they do not work on cuda: no kernel image is available"]
+    assert lines["wrong"] == ["kernels  not used: they select other latents than torch on cuda"]
+    assert lines["wrong update"] == ["kernels  not used: they update weights differently from torch on cuda"]

@@ -131,7 +131,7 @@ def test_durations_longer_than_the_run_are_allowed_and_noted(sparse_cache) -> No
     options = ["warmup=15", "decay_start=1.0", "l1_warmup=48"]
     lines = plan_training(make_config(sparse_cache, "relu", options=options)).describe()
     assert [line for line in lines if line.startswith("note")] == [
-        "note     relu: l1_warmup=48 is longer than the run: after its 12 steps, 25% of it is done",
+        "note     relu: l1_warmup=48 is longer than the run of 12 steps: only 25% of it takes place",
         "note     relu: warmup=15 is longer than the run of 12 steps: the learning rate reaches 80% of 0.0003",
     ]
     assert plan_training(make_config(sparse_cache, "topk", options=["k_anneal_steps=12"])).runs
@@ -273,7 +273,7 @@ def test_a_plan_with_time_says_how_many_runs_go_on_from_a_checkpoint(sparse_cach
     first = plan_training(config).runs[0]
     (first.folder / "checkpoints").mkdir(parents=True)
     plan = plan_training(config)
-    note = "note     1 run will be resumed; the time covers all steps"
+    note = "note     1 run will be resumed; the time includes steps taken so far"
     assert note in plan.describe(time=True) and note not in plan.describe()
 
 

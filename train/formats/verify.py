@@ -44,7 +44,8 @@ class SampleRows:
 class Check:
     """The result of a comparison.
 
-    A latent is active if it is not zero. Rows with ambiguous latents are left out of the two errors.
+    The two sides are the SAE and the files. A latent is active if it is not zero. Rows with ambiguous latents are left
+    out of the two errors.
     """
 
     rows: int
@@ -63,7 +64,10 @@ class Check:
 
     def __str__(self) -> str:
         if self.mismatches:
-            return f"{self.mismatches:,} latents are active on one side only in {self.rows:,} rows ({self.description})"
+            return (
+                f"{self.mismatches:,} latents in {self.rows:,} rows ({self.description}) are active in the SAE or the "
+                "files, but not in both"
+            )
         if self.ambiguous_rows >= self.rows:
             return (
                 f"none of the {self.rows:,} rows ({self.description}) can be compared: each has a latent within "

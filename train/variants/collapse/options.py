@@ -192,7 +192,7 @@ class GroupOptions(GramSchmidtOptions):
     groups: int = 16
     """Number of equal groups of contiguous latents. Rows are random at first, so any other division is equivalent."""
     group_stat: Literal["mean", "max"] = "mean"
-    """Utilization of a group: the mean or the maximum of its latents' (2)."""
+    """Utilization of a group: the mean or the maximum of its latents' utilization (2)."""
 
     def sampled_groups(self) -> int:
         return self.groups

@@ -104,7 +104,7 @@ class ProgressiveOptions(RecipeOptions):
     softmax times the number of active latents. softmax_active_only: softmax over the active latents. off: no
     competition."""
     competition_in_recon: bool = True
-    """Reconstruct from alpha; false: from z, and only penalize alpha (2)."""
+    """Reconstruct from alpha. false: reconstruct from z, and use alpha only in the penalty (2)."""
     cut: float = ScaleWithNorm(0.01)
     """Values of alpha up to this limit are set to zero. In units of `temperature_unit`. The paper: 0."""
     temperature: float = ScaleWithNorm(0.1)
