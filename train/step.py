@@ -157,6 +157,8 @@ class Mechanism(nn.Module):
     reads_batch = False  # whether the forward pass calls it and it reads `step.whole.error_BD` or `step.whole.l0`
     every: int | None = None
     reads_rows = False  # whether it implements `start_from_rows`
+    has_kernels: ClassVar[bool] = False  # whether it can use operators that have kernels on a GPU
+    by_kernels = False  # whether it uses them
     leaves_weights = True
     """Whether `after_backward` and `after_step` neither read nor write W_enc, W_dec, their gradients or moments.
 

@@ -206,6 +206,8 @@ class Variant(nn.Module):
         """Let steps use the kernels of train/kernels where they can; on a CPU torch computes the same result."""
         for activation in self.with_kernels:
             activation.by_kernels = True
+        for mechanism in self.mechanisms:
+            mechanism.by_kernels = mechanism.has_kernels
         if self.updates_at_once:
             self.updates_by_kernels = True
             for mechanism in self.mechanisms:

@@ -27,6 +27,7 @@ from sae.train.kernels.operators import (
     sum_by_bags,
     sum_rows,
 )  # fmt: skip
+from sae.train.kernels.pair_operator import count_pairs, count_pairs_by_torch
 from sae.train.kernels.prefix_operator import (
     compare_prefixes,
     compare_prefixes_by_torch,
@@ -129,3 +130,6 @@ def sums(sizes: Sizes, d_sae: int, batch: int) -> Iterator[tuple[str, Callable[[
     prefixes = x_BD.expand(5, -1, -1).bfloat16(), bias_D, x_BD, torch.ones(5, device=device)
     yield "compare_prefixes", lambda: compare_prefixes(*prefixes[:3]), lambda: compare_prefixes_by_torch(*prefixes[:3])
     yield "prefix_gradients", lambda: prefix_gradients(*prefixes), lambda: prefix_gradients_by_torch(*prefixes)
+    word_FW = torch.randint(-(2**63), 2**63 - 1, (d_sae, max(batch // 64, 1)), device=device)
+    pairs = word_FW, *torch.randint(d_sae, (2, 16 * d_sae), device=device)
+    yield "count_pairs", lambda: [count_pairs(*pairs)], lambda: [count_pairs_by_torch(*pairs)]

@@ -220,6 +220,12 @@ def prefixes(call: Call) -> Cost:
     return Cost(launches + 1, 0, moved + 4 * added)
 
 
+def count_pairs(call: Call) -> Cost:
+    word_FW, first_P, _ = call.args
+    launches, moved = kernel_cost.of_pairs(len(first_P), word_FW.shape[1])
+    return Cost(launches, 0, moved)
+
+
 def update(call: Call) -> Cost:
     weights, gradients, copies, unit = (call.args[n] for n in (0, 1, 5, 6))
     shapes, elements = [weight.shape for weight in weights], [gradient.element_size() for gradient in gradients]
@@ -282,6 +288,7 @@ BY_NAME = {
         sum_rows: "sum_rows",
         jump: "jump_gradients jump_counts",
         gram: "gram",
+        count_pairs: "count_pairs",
         gate: "gate_latents gate_gradients",
         prefixes: "compare_prefixes prefix_gradients",
         update: "update",

@@ -81,6 +81,11 @@ def of_prefixes(shape: Sequence[int], element: int, span: int, columns: int, gra
     return 1, read + written + (parts * width + programs * prefixes) * NUMBER
 
 
+def of_pairs(pairs: int, words: int) -> tuple[int, int]:
+    """Of counting the bits of so many pairs of rows of words, which have 8 bytes each, as the results have."""
+    return 1, pairs * (2 * INDEX + 2 * words * 8 + 8)
+
+
 def of_update(
     shapes: Sequence[Sequence[int]], elements: Sequence[int], unit: Sequence[bool], copies: int
 ) -> tuple[int, int]:

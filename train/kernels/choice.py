@@ -14,6 +14,7 @@ from ...common.packages import EXTRAS, PACKAGE
 from .division import ROOM
 from .gate_operator import gate_gradients, gate_latents
 from .operators import decode_by_bags, decode_rows, jump_counts, jump_gradients, largest, sum_by_bags, sum_rows
+from .pair_operator import count_pairs
 from .prefix_operator import compare_prefixes, prefix_gradients
 from .update_layout import CHUNK
 from .update_operator import update
@@ -46,6 +47,8 @@ def reason_against_kernels(device: str) -> str:
                 return f"they compute other latents of gated SAEs than torch on {device}"
             if not all(prefixes_as_torch(count, dtype, device) for count in (1, 5)):
                 return f"they compute other errors of prefixes than torch on {device}"
+        if not pairs_as_torch(device):
+            return f"they count other pairs than torch on {device}"
     except Exception as error:  # from Triton's compiler or the driver; torch computes the same result
         return f"they do not work on {device}: {first_line(error)}"
     return ""
@@ -145,6 +148,15 @@ def prefixes_as_torch(count: int, dtype: torch.dtype, device: str) -> bool:
         found += operator(*(tensor.to(device) for tensor in given[:number]))
         expected += operator(*in_float64(given[:number]))
     return near(found, expected, 1e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+def pairs_as_torch(device: str) -> bool:
+    """Whether the pairs that fire together are counted as by torch."""
+    generator = torch.Generator().manual_seed(0)
+    word_FW = torch.randint(-(2**63), 2**63 - 1, (50, 70), generator=generator)
+    first_P, second_P = (torch.randint(50, (100,), generator=generator) for _ in range(2))
+    given = word_FW, first_P, second_P
+    return torch.equal(count_pairs(*(tensor.to(device) for tensor in given)).cpu(), count_pairs(*given))
 
 
 def near(found: Iterable[Tensor], expected: Iterable[Tensor], rtol: float) -> bool:

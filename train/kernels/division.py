@@ -46,6 +46,7 @@ JUMP_TILE = 16, 128  # tokens and latents in a tile
 SUM_TILE = 32, 16, 128  # rows added at once, sums per program, and columns of both
 PREFIX_SPAN = 128  # tokens that a program of the prefixes' kernels reads, one tile after the other
 PREFIX_COLUMNS = 64  # dimensions in a tile
+PAIR_TILE = 32, 64  # pairs that a program counts, and words of 64 tokens that it reads at once
 
 
 def row_tile(latents: float) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource, compile
 from triton.runtime.jit import JITFunction
 
 from sae.tests.worker_process import serve
-from sae.train.kernels import gate, prefix
+from sae.train.kernels import gate, pair, prefix
 from sae.train.kernels.jump import counts, gradients
 from sae.train.kernels.largest import find_largest
 from sae.train.kernels.rows import decode, sum_by_stretch
@@ -64,6 +64,14 @@ def compile_gate(dtype: torch.dtype, capability: int) -> dict[str, int]:
     with recording() as launched:
         gate.latents(z_BF, parameter_F, parameter_F, parameter_F)
         gate.gradients(z_BF, parameter_F, parameter_F, parameter_F, z_BF, z_BF, torch.zeros(()))
+    return compile_launched(launched, capability)
+
+
+def compile_pairs(capability: int) -> dict[str, int]:
+    """Compile the kernel that counts pairs."""
+    index_P = torch.zeros(100, dtype=torch.int64)
+    with recording() as launched:
+        pair.count(index_P.view(10, 10), index_P, index_P)
     return compile_launched(launched, capability)
 
 

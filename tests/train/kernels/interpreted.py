@@ -17,6 +17,7 @@ from triton.runtime import interpreter
 from sae.tests.worker_process import serve
 from sae.train.kernels import gate as gate_kernels
 from sae.train.kernels import jump as jump_kernels
+from sae.train.kernels import pair as pair_kernels
 from sae.train.kernels import prefix as prefix_kernels
 from sae.train.kernels import rows
 from sae.train.kernels.division import SUM_TILE
@@ -108,6 +109,13 @@ def prefix(name: str, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], t
     """What a kernel of the prefixes computes, in small parts, and what it costs."""
     with counting() as traffic, mock.patch.object(interpreter, "_convert_float", rounded):
         found = getattr(prefix_kernels, name)(*arguments, span=8, tile=(4, 8))
+    return found, traffic.cost
+
+
+def pairs(arguments: tuple[Tensor, ...]) -> tuple[Tensor, tuple[int, int]]:
+    """What the kernel counts, in small parts, and what it costs."""
+    with counting() as traffic:
+        found = pair_kernels.count(*arguments, tile=(4, 2))
     return found, traffic.cost
 
 

@@ -12,7 +12,8 @@ from sae.train.kernels.gram_operator import gram
 from sae.train.loop import Trainer
 from sae.train.recipe import find_recipe
 from sae.train.variant import RunConfig
-from sae.train.variants.competition.pairs import PairTable, weighted_sums
+from sae.train.variants.competition import pairs
+from sae.train.variants.competition.pairs import PairProducts, PairTable, weighted_sums
 from sae.train.variants.competition.penalty import CompetitionLoss
 from sae.train.variants.decorrelation import Decorrelation, random_order
 
@@ -333,3 +334,22 @@ def test_no_step_takes_a_qr(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(find_recipe(name).make(RunConfig(8, 64, 100, 16), {}), 100, "cpu")
     monkeypatch.setattr(torch.linalg, "qr", None)
     trainer.step(torch.randn(16, 8))
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_products_of_rows_in_bfloat16_are_those_in_float64_up_to_rounding(
+    fixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU under autocast. Sums are in float32 and rounded once; the gradient reaches one end or both."""
+    torch.manual_seed(0)
+    weight_FX, (first_P, second_P) = torch.randn(9, 40).bfloat16().float(), torch.triu_indices(9, 9, 1)
+    results = []
+    for rows_FX, dtype in ((weight_FX.double(), torch.float64), (weight_FX, torch.bfloat16)):
+        monkeypatch.setattr(pairs, "row_dtype", lambda rows, dtype=dtype: dtype)
+        rows_FX.requires_grad_()
+        products_P = PairProducts.apply(rows_FX, rows_FX.detach() if fixed else rows_FX, first_P, second_P)
+        products_P.square().mean().backward()
+        results.append((products_P.detach().double(), rows_FX.grad.double()))
+    (expected_P, expected_FX), (found_P, found_FX) = results
+    torch.testing.assert_close(found_P, expected_P, rtol=8e-3, atol=1e-5)
+    torch.testing.assert_close(found_FX, expected_FX, rtol=0, atol=1e-2 * float(expected_FX.abs().max()))

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...dense_ops import for_products
+from ...kernels.pair_operator import BLOCK, count_pairs, count_pairs_by_torch, pair_blocks
 from ...sae import SAE
-from ...sparse_ops import weighted_row_sums
+from ...sparse_ops import row_dtype, weighted_row_sums
 from ...step import Mechanism, Step
 
 MIN_RATE = 1e-5  # the conditional probability counts as unknown for a latent that fires less often per token
-BLOCK = 2**24  # elements to process at once, so that a table needs little additional memory
 
 
 class Coactivation(Mechanism):
@@ -45,7 +46,11 @@ class Coactivation(Mechanism):
 
     def after_step(self, step: Step) -> None:
         fires_BF = step.f_BF.detach() > 0
-        self.rate_F.lerp_(fires_BF.to(self.rate_F.dtype).mean(0), 1 - self.beta)
+        if step.sae.activation[-1].nonnegative:
+            rate_F = step.counts_F / step.tokens
+        else:
+            rate_F = fires_BF.to(self.rate_F.dtype).mean(0)
+        self.rate_F.lerp_(rate_F.to(self.rate_F.dtype), 1 - self.beta)
         self.seen += (1 - self.beta) * (1 - self.seen)
         self.update_joint(fires_BF)
 
@@ -129,6 +134,7 @@ class PairTable(Coactivation):
     refreshed table is sorted. `turns` has to divide the number of pairs; a table that holds all pairs ignores `turns`.
     """
 
+    has_kernels = True
     first_P: Tensor  # int64; entries in which first = second are empty
     second_P: Tensor
     joint_P: Tensor
@@ -160,7 +166,8 @@ class PairTable(Coactivation):
         return ((24 + 4 * 28) * capacity + 4 * 4 * BLOCK) / 1e9
 
     def update_joint(self, fires_BF: Tensor) -> None:
-        together_P = count_cofiring(fires_BF, self.first_P, self.second_P).to(self.joint_P.dtype)
+        count = count_pairs if self.by_kernels else count_pairs_by_torch
+        together_P = count(pack_tokens(fires_BF), self.first_P, self.second_P).to(self.joint_P.dtype)
         self.joint_P.lerp_(together_P / len(fires_BF), 1 - self.beta)
         self.seen_P += (1 - self.beta) * (1 - self.seen_P)
 
@@ -236,46 +243,51 @@ class PairTable(Coactivation):
             yield start, score_IF
 
 
-def pair_blocks(first_P: Tensor, second_P: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Split the pairs into parts whose rows of `width` elements have at most `BLOCK` elements in total."""
-    size = max(1, BLOCK // width)
-    return zip(first_P.split(size), second_P.split(size), strict=True)
-
-
-def count_cofiring(fires_BF: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
-    """The number of tokens on which both latents of each pair fire (P).
-
-    A word holds 64 tokens, so a pair takes B/64 words. The bits of the AND are counted in twos, fours, bytes and words.
-    """
-    fires_BF = F.pad(fires_BF.to(torch.uint8), (0, 0, 0, -len(fires_BF) % 64))
+def pack_tokens(fires_BF: Tensor) -> Tensor:
+    """(F, B/64) int64: a bit for each token on which a latent fires, so that a pair of latents takes B/64 words."""
+    fires_BF = fires_BF.view(torch.uint8)
+    if rest := -len(fires_BF) % 64:
+        fires_BF = F.pad(fires_BF, (0, 0, 0, rest))
     place_8 = torch.arange(8, dtype=torch.uint8, device=fires_BF.device)[:, None]
     bytes_F = (fires_BF.unflatten(0, (-1, 8)) << place_8).sum(1, dtype=torch.uint8).T.contiguous()
-    words_FW = bytes_F.view(torch.int64)
-    counts = []
-    for first, second in pair_blocks(first_P, second_P, words_FW.shape[1]):
-        bits = words_FW[first] & words_FW[second]
-        bits = bits - ((bits >> 1) & 0x5555555555555555)
-        bits = (bits & 0x3333333333333333) + ((bits >> 2) & 0x3333333333333333)
-        bits = (bits + (bits >> 4)) & 0x0F0F0F0F0F0F0F0F
-        counts.append(((bits * 0x0101010101010101) >> 56).sum(1))
-    return torch.cat(counts)
+    return bytes_F.view(torch.int64)
 
 
 class PairProducts(torch.autograd.Function):
-    """<left_i, right_j> for each pair, in blocks, since the rows of all pairs would exceed the dense J in size."""
+    """<left_i, right_j> for each pair, in blocks, since the rows of all pairs would exceed the dense J in size.
+
+    On a GPU under autocast, rows are read in the dtype of matrix products and no row is copied.
+    """
 
     @staticmethod
     def forward(ctx: Any, left_FX: Tensor, right_FX: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
+        ctx.rounded, ctx.same = row_dtype(left_FX) != left_FX.dtype, left_FX is right_FX
+        if ctx.rounded:
+            (left_FX, ctx.dtype), (right_FX, _) = (for_products(rows, row_dtype(rows)) for rows in (left_FX, right_FX))
         ctx.save_for_backward(left_FX, right_FX, first_P, second_P)
+        if ctx.rounded:
+            return rounded_products(left_FX, right_FX, first_P, second_P).float()
         blocks = pair_blocks(first_P, second_P, left_FX.shape[1])
         return torch.cat([(left_FX[first] * right_FX[second]).sum(1) for first, second in blocks])
 
     @staticmethod
     def backward(ctx: Any, gradient_P: Tensor) -> tuple[Tensor | None, ...]:
         left_FX, right_FX, first_P, second_P = ctx.saved_tensors
+        if ctx.rounded and ctx.same:  # sum over the pairs from both ends at once
+            from_P, to_P = torch.cat([second_P, first_P]), torch.cat([first_P, second_P])
+            sums_FX = weighted_sums(torch.cat([gradient_P, gradient_P]), left_FX, from_P, to_P)
+            return sums_FX.to(ctx.dtype), None, None, None
         to_left = weighted_sums(gradient_P, right_FX, second_P, first_P) if ctx.needs_input_grad[0] else None
         to_right = weighted_sums(gradient_P, left_FX, first_P, second_P) if ctx.needs_input_grad[1] else None
         return to_left, to_right, None, None
+
+
+def rounded_products(left_FX: Tensor, right_FX: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
+    """(P): <left_i, right_j>, in the dtype of the rows, from one pass over them. Sums are in float32."""
+    start_F = torch.zeros_like(first_P[:1])  # not read, since each pair names its row of `left_FX`
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        left_FX.contiguous(), right_FX.contiguous(), second_P, start_F, first_P, 0
+    )
 
 
 def weighted_sums(weight_P: Tensor, row_FX: Tensor, from_P: Tensor, to_P: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from sae.train.kernels.pair_operator import count_pairs
 from sae.train.sae import SAE
-from sae.train.variants.competition.pairs import MIN_RATE, DensePairs, PairTable, count_cofiring
+from sae.train.variants.competition.pairs import MIN_RATE, DensePairs, PairTable, pack_tokens
 from sae.train.variants.competition.penalty import (
     CompetitionLoss,
 )
@@ -102,7 +103,7 @@ def test_pairs_are_counted_bit_by_bit_as_a_product_counts_them() -> None:
         on_BF[:, 0] = True
         first_P, second_P = torch.triu_indices(9, 9)
         expected_FF = on_BF.float().T @ on_BF.float()
-        assert torch.equal(count_cofiring(on_BF, first_P, second_P).float(), expected_FF[first_P, second_P])
+        assert torch.equal(count_pairs(pack_tokens(on_BF), first_P, second_P).float(), expected_FF[first_P, second_P])
 
 
 def test_table_with_room_for_all_pairs_equals_the_dense_store() -> None:
