@@ -122,7 +122,7 @@ def finish(pid: int) -> tuple[int, str, str]:
     """Wait for what `start` has started: the exit code, stdout and stderr. The code is negative after a signal."""
     until = time.monotonic() + WAIT
     while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
-        time.sleep(0.005)
+        time.sleep(0.02)
         if time.monotonic() > until:
             os.kill(pid, signal.SIGKILL)
     out, err = STARTED.pop(pid)

@@ -10,5 +10,7 @@ SOME = (
     "jumprelu", "matryoshka", "ortsae", "progressive", "relu", "switch", "topk",
 )  # fmt: skip
 """At least one of each file of recipes."""
-SOME_QUICK = [pytest.param(name, marks=() if name in SOME else pytest.mark.slow) for name in sorted(RECIPES)]
-"""All recipes, as parameters of a test that is slow for those that are not in `SOME`."""
+FEW = ("batchtopk", "collapse-10", "competition", "hierarchical", "jumprelu", "switch")
+"""Those whose steps differ most, where one recipe takes a second."""
+FEW_QUICK = [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in sorted(RECIPES)]
+"""All recipes, as parameters of a test that is slow for those that are not in `FEW`."""

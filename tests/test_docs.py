@@ -126,7 +126,14 @@ BLOCKS = list(blocks())
 PYTHON = {page: [b for b in BLOCKS if b.language == "python" and b.page == page] for page in PAGES}
 
 
-@pytest.mark.parametrize("page", [page for page, found in PYTHON.items() if found], ids=lambda page: page.name)
+RUN = [
+    pytest.param(page, id=page.name, marks=[pytest.mark.slow] if page.name == "sharing.md" else [])
+    for page, found in PYTHON.items()
+    if found
+]
+
+
+@pytest.mark.parametrize("page", RUN)
 def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, prepared: Path) -> None:
     names: dict[str, Any] = {"__name__": "__page__"}
     for block in PYTHON[page]:

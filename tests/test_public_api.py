@@ -79,6 +79,7 @@ def test_the_package_loads_torch_when_it_is_needed(code: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
+@pytest.mark.slow
 def test_the_ten_lines_of_the_package_run_all_three_stages(capsys: pytest.CaptureFixture[str]) -> None:
     """As in `sae.__doc__`, in other sizes."""
     lines = [line[4:] for line in (sae.__doc__ or "").splitlines() if line.startswith("    ") or not line]

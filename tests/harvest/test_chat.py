@@ -165,8 +165,14 @@ def harvest(model: Path, talks: Path, out: Path, **options: Any) -> tuple[Cache,
     return run_harvest(plan), plan
 
 
-@pytest.mark.parametrize("shape", ["marked", "smollm2", "llama-3", "gemma"])
-@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "pack"),
+    [
+        pytest.param(shape, pack, marks=pytest.mark.slow if pack == (shape in ("marked", "llama-3")) else ())
+        for shape in ("marked", "smollm2", "llama-3", "gemma")
+        for pack in (False, True)
+    ],
+)
 def test_rows_of_a_cache_are_the_tokens_of_the_assistant(shape: str, pack: bool, talks: Path, tmp_path: Path) -> None:
     """Compared with conversations that are rendered by hand, message by message."""
     tokenizer = make_tokenizer(shape)

@@ -113,6 +113,7 @@ def test_the_objects_are_the_files_of_a_disk(options: Options, more: Options, bu
     assert kept.items() <= objects.items()
 
 
+@pytest.mark.slow
 def test_another_machine_goes_on(
     options: Options, proxy: FaultyProxy, bucket: str, tmp_path: Path, computed, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -178,11 +178,23 @@ def count_wrong_unnoticed(path: Path) -> None:
     path.write_text(re.sub(rf',\s*"{DIGEST}": "\w*"', "", path.read_text()))
 
 
-@pytest.mark.parametrize("file", RECORDS)
+DAMAGES_OF_RECORDS: dict[str, Callable[[Path], object]] = {
+    "lost": delete,
+    "torn": lambda path: path.write_bytes(path.read_bytes()[:40]),
+    "changed": count_wrong,
+    "changed, no digest": count_wrong_unnoticed,
+}
+
+
 @pytest.mark.parametrize(
-    "damage",
-    [delete, lambda path: path.write_bytes(path.read_bytes()[:40]), count_wrong, count_wrong_unnoticed],
-    ids=["lost", "torn", "changed", "changed, no digest"],
+    ("file", "damage"),
+    [
+        pytest.param(
+            file, damage, id=f"{name}-{file}", marks=() if name == "changed" or "commits" in file else pytest.mark.slow
+        )
+        for file in RECORDS
+        for name, damage in DAMAGES_OF_RECORDS.items()
+    ],
 )
 @pytest.mark.filterwarnings("ignore::sae.common.records.UncheckedRecordWarning")
 def test_a_record_is_restored(

@@ -72,6 +72,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4},
 }
 CASES = [(kind, site) for kind, sites in MODULES.items() for site in sites]
+SOME = [
+    pytest.param(kind, site, marks=() if kind in ("gemma2", "gpt2", "gpt_neox") else pytest.mark.slow)
+    for kind, site in CASES
+]
 LAYERS = {"model.embed_tokens.output": 0, "model.wte.output": 0, "model.norm.input": 3, "model.norm.output": 3}
 
 
@@ -123,7 +127,7 @@ def resid_pre(model: LanguageModel, kind: str, ids_NS: Tensor) -> Tensor:
     return seen[0]
 
 
-@pytest.mark.parametrize(("kind", "site"), CASES)
+@pytest.mark.parametrize(("kind", "site"), SOME)
 def test_its_own_activations_put_back_give_the_models_logits(kind: str, site: str, ids_NS: Tensor) -> None:
     model, hook = tiny(kind), Hook(LAYERS.get(site, 1), site)
     run = model.forward(ids_NS, [hook])
@@ -147,7 +151,7 @@ def test_changed_activations_are_a_plain_hook_that_changes_them(kind: str, site:
         assert not torch.allclose(found, model.unembed(run.final))
 
 
-@pytest.mark.parametrize(("kind", "site"), CASES)
+@pytest.mark.parametrize(("kind", "site"), SOME)
 def test_several_versions_of_the_contexts_run_together(kind: str, site: str, ids_NS: Tensor) -> None:
     model, hook = tiny(kind), Hook(LAYERS.get(site, 1), site)
     run = model.forward(ids_NS, [hook])

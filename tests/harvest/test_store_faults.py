@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,10 +95,9 @@ def test_a_process_that_is_killed_at_any_request(
                 killed.append(pid[0])
             return ("drop" if moment == "before" else "lost") if killed else None
 
-        held = threading.Event()
-        proxy.schedule = lambda request, kill=kill, held=held: (held.wait(), kill(request))[1]
-        pid.append(launcher("forked_ranks.start", words=words, folder=home, environment=environ))
-        held.set()
+        with proxy.lock:  # no request is looked at before the process is known
+            proxy.schedule = kill
+            pid.append(launcher("forked_ranks.start", words=words, folder=home, environment=environ))
         code, _, told = launcher("forked_ranks.finish", pid=pid[0])
         assert code == -signal.SIGKILL, f"{key} was not asked for: {told[-2000:]}"
     proxy.schedule = lambda request: None

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 import sae.train.variants  # noqa: F401  (registers the recipes)
-from sae.tests.recipes import SOME_QUICK
+from sae.tests.recipes import FEW_QUICK
 from sae.train.recipe import RECIPES
 
 from .gpu import SimulatedGPU
@@ -21,7 +21,7 @@ def compare(gpu: SimulatedGPU, *recipes: str, **more: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("recipe", SOME_QUICK)
+@pytest.mark.parametrize("recipe", FEW_QUICK)
 def test_captured_steps_end_where_eager_ones_do(gpu: SimulatedGPU, recipe: str) -> None:
     """Weights, buffers, moments and logged metrics, bit for bit, with periodic work and dead latents in between."""
     assert compare(gpu, recipe)["apart"] == {}

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 import sae.train.variants  # noqa: F401  (registers the recipes)
+from sae.tests.recipes import SOME
 from sae.train import sparse_ops
 from sae.train.recipe import RECIPES
 
-from ..recipes import SOME
 from .build import find_torch
 from .cost import Cost, Operation
 from .counting import Counted

@@ -9,7 +9,7 @@ import torch
 import sae.train.variants  # noqa: F401  (registers the recipes)
 from sae.evaluate.papers.claims import PAPERS
 from sae.evaluate.papers.parse import load_paper
-from sae.tests.recipes import SOME_QUICK
+from sae.tests.recipes import FEW_QUICK
 from sae.train.accumulate import reasons_against
 from sae.train.parse import parse_width
 from sae.train.recipe import RECIPES, find_recipe
@@ -43,7 +43,7 @@ def divisible(recipe: str) -> bool:
         return not reasons_against(find_recipe(recipe).make(RunConfig(16, 128, 30, 32, variance=24.0), {}))
 
 
-@pytest.mark.parametrize("recipe", SOME_QUICK)
+@pytest.mark.parametrize("recipe", FEW_QUICK)
 def test_a_step_waits_for_nothing_and_a_run_ends_as_on_a_cpu(gpu: SimulatedGPU, recipe: str) -> None:
     """With products by the kept latents where a recipe has them. The saved SAE, the checkpoint, the metrics and what
     is resumed are equal bit for bit."""

@@ -32,8 +32,11 @@ VARIED = (
     "soft-frozen-decoder base=topk k=4 cosine=0.999",
 )
 EVERY = [*sorted(RECIPES), *VARIED]
-QUICK = (*SOME, "topk k=4 k_anneal_steps=11 multi=0.125")  # for what whole runs show; slow tests show it of all
+QUICK = (*SOME, "topk k=4 k_anneal_steps=11 multi=0.125")  # for what takes steps; slow tests show it of all
 every_recipe = pytest.mark.parametrize("name", EVERY)
+every_recipe_in_steps = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in EVERY]
+)
 in_company = pytest.mark.parametrize(
     ("company", "name"),
     [
@@ -51,7 +54,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[
     ]
 
 
-@every_recipe
+@every_recipe_in_steps
 def test_a_whole_run_is_finite_and_rows_stay_unit(name, make_trainer, take) -> None:
     """Warm-ups and decays included; periodic mechanisms act every fourth step."""
     trainer = make_trainer(name, steps=16)
@@ -75,7 +78,7 @@ def test_unit_norm_comes_last(name, make_variant) -> None:
     assert True not in order[:-1]
 
 
-@every_recipe
+@every_recipe_in_steps
 def test_resume_is_exact(name, make_trainer, take, tmp_path: Path) -> None:
     """16 steps = 10, a checkpoint, new objects under another random state, and 6 more.
 
@@ -110,7 +113,7 @@ def trained(name: str, kept: dict[str, Trainer], make_trainer, take) -> Variant:
     return variant
 
 
-@every_recipe
+@every_recipe_in_steps
 def test_the_saved_sae_does_to_raw_rows_what_training_did_to_normalized_ones(
     name, trained, batches, tmp_path: Path
 ) -> None:
@@ -127,7 +130,7 @@ def test_the_saved_sae_does_to_raw_rows_what_training_did_to_normalized_ones(
     assert variant.scale > 3  # otherwise the test would pass without folding
 
 
-@every_recipe
+@every_recipe_in_steps
 def test_save_and_load_keep_every_bit(name, trained, batches, tmp_path: Path) -> None:
     raw = fold_normalization(trained.sae, float(trained.scale), trained.mean_D)
     save_sae(raw, tmp_path, {"layer": 0})
@@ -139,14 +142,14 @@ def test_save_and_load_keep_every_bit(name, trained, batches, tmp_path: Path) ->
     assert loaded.origin == {"layer": 0}
 
 
-@every_recipe
+@every_recipe_in_steps
 def test_after_training_a_token_is_encoded_by_itself(name, trained, batches) -> None:
     sae, x_BD = trained.sae.eval(), batches[20].float()
     with torch.no_grad():
         torch.testing.assert_close(sae.encode(x_BD)[:3], sae.encode(x_BD[:3]), rtol=1e-5, atol=1e-5)
 
 
-@every_recipe
+@every_recipe_in_steps
 def test_a_step_reads_nothing_back_to_the_host(name, make) -> None:
     """Under FakeTensorMode tensors have no values: `.item()`, `nonzero` and shapes that depend on data raise."""
     with FakeTensorMode():

@@ -107,6 +107,7 @@ def test_controls_have_the_conditions_of_their_run(runs: list[Run]) -> None:
     assert torch.linalg.vecdot(soft.W_dec, start).min() > 0.8 - 1e-6
 
 
+@pytest.mark.slow
 def test_another_width_l0_length_or_cache_has_controls_of_its_own(
     runs: list[Run], tiny_cache: Cache, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +197,7 @@ def test_a_control_that_was_trained_as_a_run_is_a_control_too(tiny_cache: Cache)
     assert plan_controls(runs).count == 1
 
 
+@pytest.mark.slow
 def test_a_topk_has_controls_made_of_topk_and_others_stay_at_hand(tiny_cache: Cache) -> None:
     """Those of batchtopk, evaluated before for another run, are shown too; the shares are of its own."""
     runs = sae.train_saes(["topk", "batchtopk"], cache=tiny_cache, l0=4, **SIZES)

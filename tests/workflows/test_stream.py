@@ -235,6 +235,7 @@ def test_what_was_released_is_not_harvested_again(asked, tmp_path: Path) -> None
     assert weights(folder) == weights(whole)
 
 
+@pytest.mark.slow
 def test_rows_over_the_limit_of_the_first_window_are_masked_to_the_end(asked, tmp_path: Path) -> None:
     """The limit is recorded, and is the same after a stop, even if the folder of the windows is removed meanwhile."""
     asked, request = asked | {"max_norm": 1.2}, request_of("topk")
@@ -261,6 +262,7 @@ def test_rows_over_the_limit_of_the_first_window_are_masked_to_the_end(asked, tm
     assert read_json(folder / "sae.json")["origin"]["norm_limit"] == limit
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_one_with_another_limit_has_been_since(asked, tmp_path: Path) -> None:
     """All windows that it needs are there, but not its limit, for which the first one is harvested again, and goes."""
     request, seen = request_of("topk"), set()

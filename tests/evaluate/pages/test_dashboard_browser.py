@@ -312,7 +312,7 @@ def test_on_a_phone_a_chosen_latent_comes_into_view_and_buttons_lead_on(phone):
     shows(phone, first)
 
 
-@pytest.mark.parametrize("width", [360, 700, 1000, 1600])
+@pytest.mark.parametrize("width", [360, *(pytest.param(n, marks=pytest.mark.slow) for n in (700, 1000)), 1600])
 def test_nothing_runs_out_of_the_window(page, file, width):
     page.set_viewport_size({"width": width, "height": 700})
     assert page.evaluate("document.documentElement.scrollWidth") <= width

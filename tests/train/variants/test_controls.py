@@ -36,7 +36,13 @@ def start_of(config: TrainConfig) -> SAE:
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("base=topk",), ("normalize=layer_norm",), ("weight_decay=0.1", "weight_decay_on=all")]
+    "options",
+    [
+        (),
+        ("normalize=layer_norm",),
+        pytest.param(("base=topk",), marks=pytest.mark.slow),
+        pytest.param(("weight_decay=0.1", "weight_decay_on=all"), marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("name", FROZEN)
 def test_the_frozen_part_of_a_finished_run_has_every_bit_of_its_start(name, options, sparse_cache, tmp_path) -> None:
