@@ -8,7 +8,7 @@ rows.
     partners     P, the number of other rows of its own context that a row meets in its batch; the closed form for this
                  design is B L (1/(lanes W) + 1/T)
     contexts     distinct contexts in a batch
-    rank corr.   between a row's positions in one epoch and the next: 0 is as good as a fresh permutation
+    rank corr.   between the positions of the rows in one epoch and in the next: 0 is as good as a fresh permutation
     moved        mean distance between these positions, as a fraction of T; 1/3 for a fresh permutation
 """
 

@@ -1,4 +1,4 @@
-"""A recipe for this comparison: a plain top-k within groups, which is paper 000's winner-take-all by itself."""
+"""A recipe for this comparison: a plain top-k within groups, which is paper 000's winner-take-all without the rest."""
 
 from sae.common.errors import UsageError
 from sae.train.activation_functions import ReLU, activation_chain

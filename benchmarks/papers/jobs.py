@@ -278,7 +278,7 @@ def mean_l0(design: Mapping[str, Any], job: Job, records: Records) -> float | No
 
 
 def resolve(design: Mapping[str, Any], job: Job, records: Records) -> Job | str:
-    """The job with its rate and L0; or what it waits for; or "same as ..." if it does not have to be run."""
+    """The job with its rate and L0, or a message: what the job waits for, or "same as ..." if it need not be run."""
     if job.same_as:
         ids = [f"{job.model}/{job.of or job.part}/{one}/L{job.layer}-s0" for one in (job.system, job.same_as)]
         if any(one not in records for one in ids):

@@ -1,6 +1,6 @@
 """`saebench_reference.py --accept`: run the tests against SAEBench's fixtures and print what each compared, as a table.
 
-A test records its headline number on both sides, the largest relative difference of all its numbers, and what has to be
+A test records its headline number on both sides, the largest relative difference of all its numbers, and what must be
 equal (`record_comparison` in tests/evaluate/conftest.py). Tests record before they assert, so the table also has the
 differences of failing tests.
 """

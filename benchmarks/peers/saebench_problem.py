@@ -173,8 +173,8 @@ def make_contexts(tokens: list[int], size: Size, rng: random.Random) -> Tensor:
 
 
 def make_table(table: dict[str, Any], spaced: list[str], size: Size, rng: random.Random) -> dict[str, Any]:
-    """Rows in random order: enough of every class and attribute. Some of the words of a text belong to its class or its
-    attribute; the others come from one list for all texts."""
+    """Rows in random order, with enough texts of every class and attribute. Some words of a text belong to its class or
+    its attribute; the other words come from one list for all texts."""
     labels = [*table["probed"], *table["pair"].values()]
     own = {label: rng.sample(spaced, 2) for label in [*labels, *map(str, table["values"])]}
     common = rng.sample(spaced, 200)
