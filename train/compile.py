@@ -27,6 +27,7 @@ def compile_step(trainer: Trainer, batch_size: int) -> str | None:
     Returns None, or a short phrase that says why the trainer stays eager.
     """
     variant, optimizer = trainer.variant, trainer.optimizer
+    variant.sae.by_kernels = False  # the compiler itself fuses the passes over a batch
     if isinstance(trainer.update, KernelUpdate):
         trainer.update.without_copies()  # compiled code rounds weights where it reads them
 

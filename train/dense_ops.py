@@ -19,19 +19,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .kernels.batch_operators import compare, compare_backward
 from .kernels.prefix_operator import compare_prefixes, prefix_gradients
 
 
-def encode(x_BD: Tensor, w_DF: Tensor, b_F: Tensor, b_D: Tensor | None) -> Tensor:
-    """(B, F): (x - b_dec) W_enc + b_enc. `b_D` is the b_dec that the encoder subtracts from x, or None."""
-    return _Encode.apply(*center(x_BD, b_D), w_DF, b_F)
+def encode(x_BD: Tensor, w_DF: Tensor, b_F: Tensor, b_D: Tensor | None, centered_BD: Tensor | None = None) -> Tensor:
+    """(B, F): (x - b_dec) W_enc + b_enc. `b_D` is the b_dec that the encoder subtracts from x, or None.
+
+    `centered_BD` is the result of `center`, if it is known.
+    """
+    return _Encode.apply(center(x_BD, b_D) if centered_BD is None else centered_BD, b_D, w_DF, b_F)
 
 
 def encode_relu_decode(
-    x_BD: Tensor, w_DF: Tensor, b_F: Tensor, b_D: Tensor | None, w_FD: Tensor
+    x_BD: Tensor, w_DF: Tensor, b_F: Tensor, b_D: Tensor | None, w_FD: Tensor, centered_BD: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """f = ReLU((x - b_dec) W_enc + b_enc) (B, F), and f W_dec (B, D)."""
-    return _EncodeReLUDecode.apply(*center(x_BD, b_D), w_DF, b_F, w_FD)
+    """f = ReLU((x - b_dec) W_enc + b_enc) (B, F), and f W_dec (B, D). `centered_BD` as in `encode`."""
+    return _EncodeReLUDecode.apply(center(x_BD, b_D) if centered_BD is None else centered_BD, b_D, w_DF, b_F, w_FD)
 
 
 def select_decode(pre_BF: Tensor, flat_index_N: Tensor, w_FD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,6 +71,14 @@ def squared_errors(part_GBD: Tensor, b_D: Tensor, x_BD: Tensor) -> tuple[Tensor,
     return _SquaredErrors.apply(part_GBD, b_D, x_BD)
 
 
+def reconstruction_error(product_BD: Tensor, b_D: Tensor, x_BD: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, D) x - (f W_dec + b_dec), and () the sum of its squares, from the product f W_dec (B, D).
+
+    On a GPU, one pass computes both, and another one their gradients.
+    """
+    return _ReconstructionError.apply(product_BD, b_D, x_BD)
+
+
 COPY = "copy_for_products"  # attribute of a weight: its bfloat16 copy, kept by train/kernel_update.py
 
 
@@ -78,23 +90,27 @@ def for_products(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, torch.dtyp
 
 def decode(f_BF: Tensor, w_FD: Tensor) -> Tensor:
     """(B, D): f W_dec."""
-    device = f_BF.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else f_BF.dtype
+    dtype = dtype_of_products(f_BF)
     copy: Tensor | None = getattr(w_FD, COPY, None)
     if copy is None or copy.dtype != dtype or f_BF.dim() != 2:
         return f_BF @ w_FD
     return _Decode.apply(f_BF.to(dtype), w_FD)
 
 
-def center(x_BD: Tensor, b_D: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The encoder's input in the dtype of the products, and b_dec, whose gradient the products compute.
+def dtype_of_products(given: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product reads a tensor."""
+    device = given.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else given.dtype
+
+
+def center(x_BD: Tensor, b_D: Tensor | None) -> Tensor:
+    """The encoder's input in the dtype of the products, which also compute the gradient of b_dec.
 
     Subtracting b_dec first costs a pass over (B, D), and saves a pass over W_enc and one over its gradient. Some
     dimensions of language models have large means, which then do not have to cancel within a rounded product.
     """
     centered_BD = x_BD.detach() if b_D is None else x_BD.detach() - b_D.detach()
-    device = x_BD.device.type
-    return centered_BD.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else centered_BD, b_D
+    return centered_BD.to(dtype_of_products(x_BD))
 
 
 class _Encode(torch.autograd.Function):
@@ -269,6 +285,28 @@ class _SquaredError(torch.autograd.Function):
 def sections(sizes: Sequence[int]) -> list[slice]:
     """Consecutive slices of these sizes."""
     return [slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
+
+
+class _ReconstructionError(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, product_BD: Tensor, b_D: Tensor, x_BD: Tensor) -> tuple[Tensor, Tensor]:
+        error_BD, squared_error = compare(product_BD, b_D, x_BD)
+        ctx.save_for_backward(error_BD)
+        ctx.dtype = product_BD.dtype
+        ctx.set_materialize_grads(False)
+        return error_BD, squared_error
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        (error_BD,) = ctx.saved_tensors
+        of_error_BD, of_squared_error = gradients
+        if of_error_BD is None:
+            if of_squared_error is None:
+                return None, None, None
+            return *compare_backward(error_BD, of_squared_error, ctx.dtype), None
+        g_BD = -of_error_BD if of_squared_error is None else error_BD * (-2 * of_squared_error) - of_error_BD
+        return g_BD.to(ctx.dtype), g_BD.sum(0), None
 
 
 def decoder_gradients(

@@ -57,8 +57,7 @@ class Trainer:
     def step(self, x_BD: Tensor) -> Step:
         """One optimization step on raw activations (B, d_in). Reads no value back to the host."""
         variant = self.variant
-        step, losses = self.backward(x_BD)
-        loss = torch.stack(list(losses.values())).sum()
+        step, losses, loss = self.backward(x_BD)
         with torch.no_grad():
             for mechanism in variant.mechanisms:
                 mechanism.after_backward(step)
@@ -71,16 +70,18 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return step
 
-    def backward(self, x_BD: Tensor) -> tuple[Step, dict[str, Tensor]]:
-        """The forward pass, its weighted losses, and their gradients."""
+    def backward(self, x_BD: Tensor) -> tuple[Step, dict[str, Tensor], Tensor]:
+        """The forward pass, and the gradients of its weighted losses. Also returns these losses and their sum."""
         self.update.make_copies()
         with float32_products(self.precision):
             if self.parts > 1:
-                return self._run_in_parts(x_BD)
+                step, losses = self._run_in_parts(x_BD)
+                return step, losses, torch.stack(list(losses.values())).sum()
             with self.autocast():
                 step, losses = self.forward_losses(x_BD)
-            torch.stack(list(losses.values())).sum().backward()
-        return step, losses
+            loss = torch.stack(list(losses.values())).sum()
+            loss.backward()
+        return step, losses, loss.detach()
 
     @torch.no_grad()
     def forward(self, x_BD: Tensor) -> Step:
@@ -110,12 +111,11 @@ class Trainer:
         self.changing = False
 
     def _add_metrics(self, step: Step, loss: Tensor, losses: dict[str, Tensor], grad_norm: Tensor) -> None:
-        variance = (step.x_BD - step.x_BD.mean(0)).square().sum()
         metrics = {
             "loss": loss,
             **losses,
             "l0": step.l0,
-            "explained_variance": 1 - step.squared_error / variance,
+            "explained_variance": 1 - step.squared_error / step.variance,
             "gradient_norm": grad_norm,
             **step.metrics,
         }

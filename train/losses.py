@@ -73,7 +73,7 @@ class AuxK(LossTerm):
     def forward(self, step: Step) -> Tensor:
         index_A, real_A = self.dead.index_A, self.dead.real_A
         if not len(index_A):
-            return step.recon_BD.new_zeros(())
+            return step.x_BD.new_zeros(())
         sae = step.sae
         enc_DA, dec_AD = sae.W_enc.index_select(1, index_A), sae.W_dec.index_select(0, index_A)
         bias_A = sae.b_enc.index_select(0, index_A)

@@ -70,7 +70,7 @@ class DeadLatents(Mechanism):
         self._index_F, self._real_F = self.index_A, self.real_A  # memory for both lists, with room for all latents
 
     def after_step(self, step: Step) -> None:
-        self.since_F.add_(step.tokens).mul_(~step.fired_F)
+        self.since_F.add_(step.tokens).masked_fill_(step.fired_F, 0)
 
     def every_n_steps(self, step: Step) -> None:
         self.dead_F.copy_(self.since_F >= self.after_tokens)

@@ -142,12 +142,13 @@ def plan_passes(runs: Sequence[AnyRun], device: str, streaming: bool = False) ->
 
 
 def describe_kernels(runs: Iterable[BuildableRun], device: str) -> str:
-    """The line of a plan for a GPU that says whether runs use the kernels; "" if none of them could."""
+    """The line of a plan for a GPU that says whether runs use the kernels; "" if there are no runs."""
     variants = [untrained_variant(run, "meta") for run in runs]
-    work = ["select latents", "decode them", "compute gradients of JumpReLU and gated SAEs"]
-    work = work if any(variant.with_kernels for variant in variants) else []
+    of_latents = ["select latents", "decode them", "compute gradients of JumpReLU and gated SAEs"]
+    work = ["normalize batches", "compute errors"]
+    work += of_latents if any(variant.with_kernels for variant in variants) else []
     work += ["update the weights"] if any(variant.updates_at_once for variant in variants) else []
-    if not work:
+    if not variants:
         return ""
     if reason := reason_against_kernels(device):
         return f"kernels  not used: {reason}"

@@ -10,7 +10,7 @@ class RunTrainer(Trainer):
     """Trains the variant of a run."""
 
     def __init__(self, run: Run, variant: Variant, device: str) -> None:
-        if variant.can_use_kernels and not reason_against_kernels(device):
+        if not reason_against_kernels(device):
             variant.use_kernels()
         super().__init__(variant, run.steps, device, run.config.accumulate, run.config.precision)
         self.run = run

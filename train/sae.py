@@ -55,11 +55,12 @@ class TrainingOutput(NamedTuple):
 
     pre_BF: Tensor | None  # None if the activation is ReLU alone, which overwrites them
     f_BF: Tensor | None  # None if the latents are in `kept`
-    recon_BD: Tensor
+    recon_BD: Tensor | None  # None if `error_BD` is computed instead
     kept: sparse_ops.KeptLatents | None = None
     squared_error: Tensor | None = None  # () of the reconstruction, if it is computed without an extra pass
     selected_N: Tensor | None = None  # the values of the latents that TopK or BatchTopK selects, without a gradient
     values: Mapping[str, Tensor] = {}  # what losses of the recipe read, if a pass of its own computes it  # noqa: RUF012
+    error_BD: Tensor | None = None  # x - x_hat
 
 
 class SAE(nn.Module):
@@ -74,12 +75,14 @@ class SAE(nn.Module):
             where the input is already normalized.
 
     Attributes:
+        by_kernels: whether training steps use the operators of train/kernels/batch_operators.py.
         origin: what the SAE was trained on (model, layer, cache), as sae.json records it.
         precision: precision of matrix products in `encode` and `decode`, such as "float32"; None: as set by the caller.
     """
 
     precision: str | None = None
-    own_pass: Callable[["SAE", Tensor], TrainingOutput | None] | None = None
+    by_kernels = False
+    own_pass: Callable[["SAE", Tensor, Tensor | None], TrainingOutput | None] | None = None
     """A recipe's own `run` with kernels. None, or if it returns None: the usual one."""
 
     def __init__(
@@ -102,10 +105,10 @@ class SAE(nn.Module):
         self.activation = activation_chain(activation or [ReLU()])
         self.origin: dict[str, Any] = {}
 
-    def pre_activations(self, x_BD: Tensor) -> Tensor:
-        """(x - b_dec) W_enc + b_enc. In training, a batch x gets no gradient."""
+    def pre_activations(self, x_BD: Tensor, centered_BD: Tensor | None = None) -> Tensor:
+        """(x - b_dec) W_enc + b_enc. In training, a batch x gets no gradient. `centered_BD` as in `run`."""
         if self.trains_on(x_BD):
-            return dense_ops.encode(x_BD, self.W_enc, self.b_enc, self.b_dec if self.pre_bias else None)
+            return dense_ops.encode(x_BD, self.W_enc, self.b_enc, self.b_dec if self.pre_bias else None, centered_BD)
         # A trained SAE sums in the same order in every version of this package, so its results stay bit-identical.
         bias_F = self.b_enc - self.b_dec @ self.W_enc if self.pre_bias else self.b_enc
         z_BF = x_BD @ self.W_enc
@@ -125,29 +128,40 @@ class SAE(nn.Module):
             z_BF = self.pre_activations(layer_normalize(x_BD).x_BD)
             f_BF = self.encode(x_BD)
             return SAEOutput(z_BF, f_BF, self.decode(f_BF, x_BD))
-        pre_BF, f_BF_or_none, recon_BD, kept, *_ = self.run(x_BD)
+        pre_BF, f_BF_or_none, recon_BD, kept, *_, error_BD = self.run(x_BD)
+        if recon_BD is None:
+            assert error_BD is not None
+            recon_BD = x_BD - error_BD
         if f_BF_or_none is None:
             assert kept is not None
             f_BF_or_none = kept.dense()
         return SAEOutput(self.pre_activations(x_BD) if pre_BF is None else pre_BF, f_BF_or_none, recon_BD, kept)
 
-    def run(self, x_BD: Tensor) -> TrainingOutput:
-        """The forward pass of a training step on normalized activations. Computes only what a step needs."""
-        if self.own_pass is not None and self.trains_on(x_BD) and (done := self.own_pass(self, x_BD)) is not None:
-            return done
+    def run(self, x_BD: Tensor, centered_BD: Tensor | None = None) -> TrainingOutput:
+        """The forward pass of a training step on normalized activations. Computes only what a step needs.
+
+        `centered_BD` is the encoder's input (`dense_ops.center`), if it is known.
+        """
+        if self.own_pass is not None and self.trains_on(x_BD):
+            done = self.own_pass(self, x_BD, centered_BD)
+            if done is not None:
+                return done
         b_D = self.b_dec if self.pre_bias else None
         if self.trains_on(x_BD) and [type(link) for link in self.activation] == [ReLU]:
-            f_BF, recon_BD = dense_ops.encode_relu_decode(x_BD, self.W_enc, self.b_enc, b_D, self.W_dec)
-            return TrainingOutput(None, f_BF, recon_BD + self.b_dec)
-        pre_BF = self.pre_activations(x_BD)
+            weights = self.W_enc, self.b_enc, b_D, self.W_dec
+            f_BF, product_BD = dense_ops.encode_relu_decode(x_BD, *weights, centered_BD)
+            return self.compare(TrainingOutput(None, f_BF, None), product_BD, x_BD)
+        pre_BF = self.pre_activations(x_BD, centered_BD)
         topk = self.selecting_activation()
         if topk is None or pre_BF.dim() != 2:
             f_BF = self.activate(pre_BF, x_BD)
-            return TrainingOutput(pre_BF, f_BF, self.decode(f_BF))
+            if not self.by_kernels or not self.trains_on(x_BD):
+                return TrainingOutput(pre_BF, f_BF, self.decode(f_BF))
+            return self.compare(TrainingOutput(pre_BF, f_BF, None), dense_ops.decode(f_BF, self.W_dec), x_BD)
         flat_index_N = topk.select(pre_BF.detach())
         if not self.sparse_activation():
-            f_BF, recon_BD, selected_N = dense_ops.select_decode(pre_BF, flat_index_N, self.W_dec)
-            return TrainingOutput(pre_BF, f_BF, recon_BD + self.b_dec, selected_N=selected_N)
+            f_BF, product_BD, selected_N = dense_ops.select_decode(pre_BF, flat_index_N, self.W_dec)
+            return self.compare(TrainingOutput(pre_BF, f_BF, None, selected_N=selected_N), product_BD, x_BD)
         selected = sparse_ops.SelectedLatents.of(flat_index_N, len(x_BD), self.d_sae, topk.by_kernels)
         value_N = sparse_ops.encode(pre_BF, x_BD, self.W_enc, self.b_enc, b_D, selected).relu()
         kept, selected_N, squared_error = sparse_ops.KeptLatents(value_N, selected), value_N.detach(), None
@@ -156,6 +170,13 @@ class SAE(nn.Module):
         else:
             recon_BD = sparse_ops.decode(kept, self.W_dec) + self.b_dec
         return TrainingOutput(pre_BF, None, recon_BD, kept, squared_error, selected_N)
+
+    def compare(self, output: TrainingOutput, product_BD: Tensor, x_BD: Tensor) -> TrainingOutput:
+        """The output with the reconstruction or its error, from the product f W_dec (B, D)."""
+        if not self.by_kernels:
+            return output._replace(recon_BD=product_BD + self.b_dec)
+        error_BD, squared_error = dense_ops.reconstruction_error(product_BD, self.b_dec, x_BD)
+        return output._replace(error_BD=error_BD, squared_error=squared_error)
 
     def selecting_activation(self) -> KeepTopK | None:
         """The activation, if it selects the same number of latents in every step, whatever the values."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .dense_ops import squared_error
+from .kernels.batch_operators import squared_distances
 from .sae import SAE
 from .sparse_ops import KeptLatents
 
@@ -28,7 +29,7 @@ class Step:
     x_BD: Tensor  # the batch as the SAE sees it: normalized, float32
     computed_pre_BF: Tensor | None  # use `pre_BF` instead; None if the activation is ReLU alone
     computed_f_BF: Tensor | None  # use `f_BF` instead; None as long as `kept` suffices
-    recon_BD: Tensor
+    computed_recon_BD: Tensor | None  # use `recon_BD` instead; None if the error was computed first
     kept: KeptLatents | None = None  # the latents of f_BF in sparse form, if the SAE computes sparsely
     metrics: dict[str, Tensor] = field(default_factory=dict)  # 0-d tensors that losses add; logged with the loss
     losses: dict[str, Tensor] = field(default_factory=dict)  # losses of one part of a batch
@@ -40,6 +41,7 @@ class Step:
     )  # what losses read, from a recipe's own pass (SAE.own_pass)
     _error_BD: Tensor | None = None
     _squared_error: Tensor | None = None
+    _variance: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -88,11 +90,28 @@ class Step:
             self.__dict__.pop(name, None)
 
     @property
+    def recon_BD(self) -> Tensor:
+        """The reconstruction x_hat (B, D)."""
+        if self.computed_recon_BD is None:
+            assert self._error_BD is not None
+            with torch.enable_grad():
+                self.computed_recon_BD = self.x_BD - self._error_BD
+        return self.computed_recon_BD
+
+    @recon_BD.setter
+    def recon_BD(self, value_BD: Tensor) -> None:
+        self.computed_recon_BD = value_BD
+
+    @property
     def error_BD(self) -> Tensor:
         """x - x_hat."""
         if self._error_BD is None:
             self._error_BD = self.x_BD - self.recon_BD
         return self._error_BD
+
+    @error_BD.setter
+    def error_BD(self, value_BD: Tensor | None) -> None:
+        self._error_BD = value_BD
 
     @property
     def squared_error(self) -> Tensor:
@@ -105,6 +124,17 @@ class Step:
     @squared_error.setter
     def squared_error(self, value: Tensor | None) -> None:
         self._squared_error = value
+
+    @property
+    def variance(self) -> Tensor:
+        """() sum_BD (x - mean_B x)^2."""
+        if self._variance is None:
+            self._variance = squared_distances(self.x_BD)
+        return self._variance
+
+    @variance.setter
+    def variance(self, value: Tensor | None) -> None:
+        self._variance = value
 
     @cached_property
     def counts_F(self) -> Tensor:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from ..common.errors import UsageError
 from ..common.precision import recorded_precision
 from .activation_functions import Activation
+from .dense_ops import dtype_of_products
+from .kernels.batch_operators import normalize_batch
 from .kernels.update_layout import LONGEST_ROW
 from .layer_norm import layer_normalize
 from .mechanisms import DeadLatents, UnitNormDecoder
@@ -80,6 +82,7 @@ class Variant(nn.Module):
 
     mean_D: Tensor  # subtracted from raw activations
     scale: Tensor  # divides the centered activations; () or, with normalize=standardize, (d_in,)
+    uses_kernels = False  # whether steps use any of the kernels of train/kernels
     updates_by_kernels = False  # whether a trainer updates the weights with kernels (train/kernel_update.py)
 
     def __init__(
@@ -160,10 +163,19 @@ class Variant(nn.Module):
 
     def forward(self, i: Tensor, x_BD: Tensor, optimizer: torch.optim.Optimizer) -> Step:
         """The forward pass of step i on raw activations (B, d_in)."""
-        x_BD = self.normalize(x_BD)
-        done = self.sae.run(x_BD)
-        step = Step(i, self.sae, optimizer, x_BD, done.pre_BF, done.f_BF, done.recon_BD.float(), done.kept)
-        step.squared_error, step.selected_N, step.values = done.squared_error, done.selected_N, done.values
+        sae, centered_BD, variance = self.sae, None, None
+        if sae.by_kernels and self.optimization.normalize != "layer_norm":
+            bias_D = sae.b_dec.detach() if sae.pre_bias else None
+            dtype = dtype_of_products(self.mean_D)
+            x_BD, centered_BD, variance = normalize_batch(x_BD, self.mean_D, self.scale, bias_D, dtype)
+        else:
+            x_BD = self.normalize(x_BD)
+        done = sae.run(x_BD, centered_BD)
+        recon_BD = None if done.recon_BD is None else done.recon_BD.float()
+        step = Step(i, sae, optimizer, x_BD, done.pre_BF, done.f_BF, recon_BD, done.kept)
+        step.squared_error, step.selected_N = done.squared_error, done.selected_N
+        step.error_BD, step.variance = done.error_BD, variance
+        step.values = done.values
         if "counts_F" in step.values:
             step.counts_F = step.values["counts_F"]
         return step
@@ -198,12 +210,9 @@ class Variant(nn.Module):
         """Whether the update of the weights by kernels also keeps the rows of W_dec on the unit sphere."""
         return any(isinstance(mechanism, UnitNormDecoder) and mechanism.by_kernels for mechanism in self.mechanisms)
 
-    @property
-    def can_use_kernels(self) -> bool:
-        return bool(self.with_kernels) or self.updates_at_once
-
     def use_kernels(self) -> None:
         """Let steps use the kernels of train/kernels where they can; on a CPU torch computes the same result."""
+        self.uses_kernels = self.sae.by_kernels = True
         for activation in self.with_kernels:
             activation.by_kernels = True
         for mechanism in self.mechanisms:
@@ -213,10 +222,6 @@ class Variant(nn.Module):
             for mechanism in self.mechanisms:
                 if isinstance(mechanism, UnitNormDecoder):
                     mechanism.by_kernels = True
-
-    @property
-    def uses_kernels(self) -> bool:
-        return self.updates_by_kernels or any(activation.by_kernels for activation in self.with_kernels)
 
     def shape_key(self) -> Hashable:
         """A key of the shapes in a step that mechanisms can change (`Mechanism.shape_key`)."""

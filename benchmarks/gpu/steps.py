@@ -33,7 +33,7 @@ def make_trainer(recipe: str, d_in: int, d_sae: int, batch: int, options: Mappin
     """A trainer as `sae train` makes it on a GPU, with kernels if they work. Raises UsageError if it cannot be made."""
     torch.manual_seed(0)
     variant = find_recipe(recipe).make(config_of(d_in, d_sae, batch), dict(options or {}))
-    if variant.can_use_kernels and not reason_against_kernels("cuda"):
+    if not reason_against_kernels("cuda"):
         variant.use_kernels()
     trainer = Trainer(variant.to("cuda"), TOTAL_STEPS, "cuda")
     rows_RD = torch.randn(4 * batch, d_in)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae.train.kernels.division import (
+    BATCH_TILE,
     JUMP_SPAN,
     JUMP_TILE,
     PREFIX_COLUMNS,
@@ -226,6 +227,24 @@ def count_pairs(call: Call) -> Cost:
     return Cost(launches, 0, moved)
 
 
+def normalizing(call: Call) -> Cost:
+    """Two kernels, and the sum of the squares of blocks of columns by torch."""
+    x_BD, _, _, b_D, dtype = call.args
+    elements = x_BD.element_size(), dtype.itemsize
+    launches, moved = kernel_cost.of_normalizing(*x_BD.shape, elements, b_D is not None, BATCH_TILE)
+    return Cost(launches + 1, 0, moved + 4 * (-(-x_BD.shape[1] // BATCH_TILE[1]) + 1))
+
+
+def comparing(call: Call) -> Cost:
+    """A kernel, and a sum of its parts by torch."""
+    (tokens, width), parts = call.args[0].shape, -(-len(call.args[0]) // BATCH_TILE[0])
+    if call.name == "compare":
+        launches, moved = kernel_cost.of_comparing(tokens, width, call.args[0].element_size(), BATCH_TILE)
+        return Cost(launches + 1, 0, moved + 4 * (parts * -(-width // BATCH_TILE[1]) + 1))
+    launches, moved = kernel_cost.of_comparing_backward(tokens, width, call.args[2].itemsize, BATCH_TILE)
+    return Cost(launches + 1, 0, moved + 4 * width * (parts + 1))
+
+
 def update(call: Call) -> Cost:
     weights, gradients, copies, unit = (call.args[n] for n in (0, 1, 5, 6))
     shapes, elements = [weight.shape for weight in weights], [gradient.element_size() for gradient in gradients]
@@ -291,6 +310,8 @@ BY_NAME = {
         count_pairs: "count_pairs",
         gate: "gate_latents gate_gradients",
         prefixes: "compare_prefixes prefix_gradients",
+        normalizing: "normalize_batch",
+        comparing: "compare compare_backward",
         update: "update",
         sort: "sort argsort",
         fill: "zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full arange eye scalar_tensor "

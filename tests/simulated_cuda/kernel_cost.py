@@ -86,6 +86,27 @@ def of_pairs(pairs: int, words: int) -> tuple[int, int]:
     return 1, pairs * (2 * INDEX + 2 * words * 8 + 8)
 
 
+def of_normalizing(
+    tokens: int, width: int, elements: tuple[int, int], subtracts: bool, tile: tuple[int, int]
+) -> tuple[int, int]:
+    """Of normalizing a batch. `elements` are the bytes of an element of the batch and of the encoder's input."""
+    parts, blocks = -(-tokens // tile[0]), -(-width // tile[1])
+    first = tokens * width * (sum(elements) + NUMBER) + parts * width * (3 + subtracts) * NUMBER
+    return 2, first + 2 * parts * width * NUMBER + (2 * parts + 1) * blocks * NUMBER
+
+
+def of_comparing(tokens: int, width: int, element: int, tile: tuple[int, int]) -> tuple[int, int]:
+    """Of the error of a reconstruction, from products whose elements have so many bytes."""
+    parts, blocks = -(-tokens // tile[0]), -(-width // tile[1])
+    return 1, tokens * width * (element + 2 * NUMBER) + parts * (width + blocks) * NUMBER
+
+
+def of_comparing_backward(tokens: int, width: int, element: int, tile: tuple[int, int]) -> tuple[int, int]:
+    """Of its gradient, whose elements have so many bytes."""
+    parts, blocks = -(-tokens // tile[0]), -(-width // tile[1])
+    return 1, tokens * width * (element + NUMBER) + parts * (width + blocks) * NUMBER
+
+
 def of_update(
     shapes: Sequence[Sequence[int]], elements: Sequence[int], unit: Sequence[bool], copies: int
 ) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from unittest import mock
 
 from sae.train import memory as memory_module
 from sae.train.kernels import choice
+from sae.train.kernels.batch_operators import compare, normalize_batch
 from sae.train.kernels.choice import reason_against_kernels
 from sae.train.kernels.operators import largest
 from sae.train.kernels.update_operator import update
@@ -94,6 +95,13 @@ def about_kernels(cache: Path, out: Path) -> dict[str, list[str]]:
         weight = given[0][0]
         weight.mul_(1 + 1e-3 * (weight.device.type == "cuda"))
 
+    def wrong(operator: Any) -> Any:
+        def compute(*given: Any) -> Any:
+            first, *others = operator(*given)
+            return (first * (1 + 1e-2 * (first.device.type == "cuda")), *others)
+
+        return compute
+
     there = mock.patch.object(choice, "reason_against_triton", lambda: "")
     with simulated_gpu():
         lines = {"without Triton": plan("topk")}
@@ -101,7 +109,7 @@ def about_kernels(cache: Path, out: Path) -> dict[str, list[str]]:
             lines |= {
                 "with Triton": plan("batchtopk"),
                 "no latents to choose": plan("relu"),
-                "nothing for them": plan("progressive"),
+                "no update of the weights": plan("progressive"),
                 "a CPU": plan("topk", "cpu"),
             }
             with mock.patch.object(choice, "largest", fails):
@@ -110,5 +118,9 @@ def about_kernels(cache: Path, out: Path) -> dict[str, list[str]]:
                 lines["wrong"] = plan("topk")
             with mock.patch.object(choice, "update", wrong_update):
                 lines["wrong update"] = plan("topk")
+            with mock.patch.object(choice, "normalize_batch", wrong(normalize_batch)):
+                lines["wrong batch"] = plan("topk")
+            with mock.patch.object(choice, "compare", wrong(compare)):
+                lines["wrong error"] = plan("topk")
         reason_against_kernels.cache_clear()
     return lines

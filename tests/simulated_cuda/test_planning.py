@@ -56,16 +56,19 @@ def test_a_plan_for_a_gpu_says_which_products_are_sparse_and_why(
 def test_a_plan_for_a_gpu_says_whether_kernels_are_used_and_why_not(
     gpu: SimulatedGPU, tiny_cache: Cache, tmp_path: Path
 ) -> None:
-    """Only where something could use them. What does not work, or chooses otherwise than torch, is not used."""
+    """What does not work, or computes otherwise than torch, is not used."""
     lines = gpu("planning.about_kernels", cache=tiny_cache.folder, out=tmp_path)
-    assert lines["nothing for them"] == lines["a CPU"] == []
+    assert lines["a CPU"] == []
     assert lines["with Triton"][0].startswith(
-        "kernels  select latents, decode them, compute gradients of JumpReLU and gated "
-        "SAEs and update the weights, "
-        "with Triton"
+        "kernels  normalize batches, compute errors, select latents, decode them, compute gradients of "
+        "JumpReLU and gated SAEs and update the weights, with Triton"
     )
-    assert lines["no latents to choose"][0].startswith("kernels  update the weights, with Triton")
+    common = "kernels  normalize batches"
+    assert lines["no latents to choose"][0].startswith(f"{common}, compute errors and update the weights, with Triton")
+    assert lines["no update of the weights"][0].startswith(f"{common} and compute errors, with Triton")
     assert lines["without Triton"] == ["kernels  not used: the simulated GPU runs no kernels"]
     assert lines["broken"] == ["kernels  not used: they do not work on cuda: no kernel image is available"]
     assert lines["wrong"] == ["kernels  not used: they select other latents than torch on cuda"]
+    assert lines["wrong batch"] == ["kernels  not used: they normalize batches differently from torch on cuda"]
+    assert lines["wrong error"] == ["kernels  not used: they compute other reconstruction errors than torch on cuda"]
     assert lines["wrong update"] == ["kernels  not used: they update weights differently from torch on cuda"]

@@ -69,7 +69,7 @@ def test_a_step_that_selects_latents_has_the_gradients_of_its_formula(loss: str,
     """Few pre-activations are positive, so that some of the selected ones become 0 and get no gradient."""
     sae, x_BD = sae_and_rows(True, activation)
     sae.b_enc.data -= 6
-    _, f_BF, recon_BD, kept, _, selected_N = sae.run(x_BD)
+    _, f_BF, recon_BD, kept, _, selected_N, *_ = sae.run(x_BD)
     expected_BF = activation(sae.pre_activations(x_BD))
     expected_BD = expected_BF @ sae.W_dec + sae.b_dec
     assert kept is None and torch.equal(f_BF, expected_BF) and torch.equal(recon_BD, expected_BD)

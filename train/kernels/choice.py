@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ...common.errors import first_line
 from ...common.packages import EXTRAS, PACKAGE
+from .batch_operators import compare, compare_backward, compare_by_torch, normalize_batch, normalize_by_torch
 from .division import ROOM
 from .gate_operator import gate_gradients, gate_latents
 from .operators import decode_by_bags, decode_rows, jump_counts, jump_gradients, largest, sum_by_bags, sum_rows
@@ -41,6 +42,10 @@ def reason_against_kernels(device: str) -> str:
             for counts in ((0, 3, 300, 40), (20, 20)):
                 if not decodes_as_torch(counts, dtype, device):
                     return f"they decode latents to other values than torch on {device}"
+            if not normalizes_as_torch(dtype, device):
+                return f"they normalize batches differently from torch on {device}"
+            if not compares_as_torch(dtype, device):
+                return f"they compute other reconstruction errors than torch on {device}"
             if not jumps_as_torch(dtype, device):
                 return f"they compute other gradients of JumpReLU than torch on {device}"
             if not gates_as_torch(dtype, device):
@@ -107,6 +112,30 @@ def decodes_as_torch(counts: Sequence[int], dtype: torch.dtype, device: str) -> 
     return all(torch.allclose(a.cpu().double(), b, rtol=1e-4, atol=1e-3) for a, b in zip(found, expected, strict=True))
 
 
+def normalizes_as_torch(dtype: torch.dtype, device: str) -> bool:
+    """Whether a batch of a dtype is normalized and centered as on a CPU, up to rounding."""
+    generator, width = torch.Generator().manual_seed(0), 150
+    x_BD, mean_D, b_D = (torch.randn(*shape, generator=generator) for shape in ((70, width), (width,), (width,)))
+    for scale, bias_D in ((torch.tensor(1.7), b_D), (torch.rand(width, generator=generator) + 0.5, None)):
+        given = 5 + x_BD.to(dtype), mean_D, scale, bias_D
+        found = normalize_batch(*(one if one is None else one.to(device) for one in given), dtype)
+        if not near(found, normalize_by_torch(*given, dtype), 1e-2 if dtype == torch.bfloat16 else 1e-4):
+            return False
+    return True
+
+
+def compares_as_torch(dtype: torch.dtype, device: str) -> bool:
+    """Whether errors of reconstructions, and their gradients, equal those computed in float64, up to rounding."""
+    generator, shape = torch.Generator().manual_seed(0), (70, 150)
+    product_BD, x_BD = (torch.randn(*shape, generator=generator) for _ in range(2))
+    given = product_BD.to(dtype), torch.randn(shape[1], generator=generator), x_BD
+    expected = compare_by_torch(*in_float64(given))
+    found = compare(*(tensor.to(device) for tensor in given))
+    of_product_BD = -0.6 * expected[0]
+    found += compare_backward(found[0], torch.tensor(0.3, device=device), dtype)
+    return near(found, (*expected, of_product_BD, of_product_BD.sum(0)), 1e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
 def jumps_as_torch(dtype: torch.dtype, device: str) -> bool:
     """Whether JumpReLU's gradients and counts on a device equal those computed in float64 on a CPU, up to rounding."""
     generator, shape, eps = torch.Generator().manual_seed(0), (600, 70), 0.5
@@ -116,10 +145,7 @@ def jumps_as_torch(dtype: torch.dtype, device: str) -> bool:
     for to_input in (False, True):
         found += jump_gradients(z_BF.to(device), theta_F.to(device), g_BF.to(device), eps, to_input)
         expected += jump_gradients(z_BF.double(), theta_F.double(), g_BF.double(), eps, to_input)
-    rtol = 1e-2 if dtype == torch.bfloat16 else 1e-4
-    return all(
-        torch.allclose(a.cpu().double(), b.double(), rtol=rtol, atol=1e-3) for a, b in zip(found, expected, strict=True)
-    )
+    return near(found, expected, 1e-2 if dtype == torch.bfloat16 else 1e-4)
 
 
 def gates_as_torch(dtype: torch.dtype, device: str) -> bool:

@@ -43,6 +43,7 @@ TILE = 4096  # elements of rows that a GPU program holds in registers
 MOST_ROWS = 256  # most rows in a tile
 JUMP_SPAN = 512  # tokens that a program of JumpReLU's kernels reads, one tile after the other
 JUMP_TILE = 16, 128  # tokens and latents in a tile
+BATCH_TILE = 32, 128  # tokens and columns of a batch that a program reads
 SUM_TILE = 32, 16, 128  # rows added at once, sums per program, and columns of both
 PREFIX_SPAN = 128  # tokens that a program of the prefixes' kernels reads, one tile after the other
 PREFIX_COLUMNS = 64  # dimensions in a tile

@@ -122,13 +122,14 @@ class EncodeGateDecode(torch.autograd.Function):
         return None, -(w_DF @ b_F_), w_DF_, b_F_, scale_F * scale_F_, gate_F_, mag_F_, w_FD_
 
 
-def encode_gate_decode(sae: SAE, x_BD: Tensor) -> TrainingOutput | None:
+def encode_gate_decode(sae: SAE, x_BD: Tensor, centered_BD: Tensor | None = None) -> TrainingOutput | None:
     """`SAE.run` with kernels: f and f_gate come from one pass over z, and their gradients go back in one."""
     (gated,) = sae.activation
     if not isinstance(gated, Gated) or not gated.by_kernels:
         return None
+    centered_BD = dense_ops.center(x_BD, sae.b_dec) if centered_BD is None else centered_BD
     z_BF, f_BF, part_BD, gate_part_BD, gate_sum, counts_F = EncodeGateDecode.apply(
-        *dense_ops.center(x_BD, sae.b_dec), sae.W_enc, sae.b_enc, gated.r_mag, gated.b_gate, gated.b_mag, sae.W_dec
+        centered_BD, sae.b_dec, sae.W_enc, sae.b_enc, gated.r_mag, gated.b_gate, gated.b_mag, sae.W_dec
     )
     recon_BD, squared_G = dense_ops.squared_errors(part_BD[None], sae.b_dec, x_BD)
     _, gate_squared_G = dense_ops.squared_errors(gate_part_BD[None], sae.b_dec.detach(), x_BD)

@@ -56,12 +56,14 @@ class NestedMSE(LossTerm):
         return torch.stack(losses).mean()
 
 
-def decode_by_section(sae: SAE, x_BD: Tensor, sizes: Sequence[int]) -> TrainingOutput | None:
+def decode_by_section(
+    sae: SAE, x_BD: Tensor, centered_BD: Tensor | None = None, *, sizes: Sequence[int]
+) -> TrainingOutput | None:
     """`SAE.run` with kernels and dense products: each section is decoded once, for all prefixes and the SAE itself."""
     topk = sae.selecting_activation()
     if topk is None or not topk.by_kernels or sae.sparse_activation():
         return None
-    pre_BF = sae.pre_activations(x_BD)
+    pre_BF = sae.pre_activations(x_BD, centered_BD)
     flat_index_N = topk.select(pre_BF.detach())
     f_BF, part_GBD, selected_N = dense_ops.select_decode_sections(pre_BF, flat_index_N, sae.W_dec, sizes)
     recon_BD, squared_G = dense_ops.squared_errors(part_GBD, sae.b_dec, x_BD)

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource, compile
 from triton.runtime.jit import JITFunction
 
 from sae.tests.worker_process import serve
-from sae.train.kernels import gate, pair, prefix
+from sae.train.kernels import batch, gate, pair, prefix
 from sae.train.kernels.jump import counts, gradients
 from sae.train.kernels.largest import find_largest
 from sae.train.kernels.rows import decode, sum_by_stretch
@@ -82,6 +82,17 @@ def compile_prefixes(counts: list[int], dtype: torch.dtype, capability: int) -> 
             given = torch.zeros(count, 256, 128, dtype=dtype), torch.zeros(128), torch.zeros(256, 128)
             prefix.compare(*given)
             prefix.gradients(*given, torch.zeros(count))
+    return compile_launched(launched, capability)
+
+
+def compile_batch(dtype: torch.dtype, capability: int) -> dict[str, int]:
+    """Compile the kernels of batch.py for batches and products of this dtype."""
+    x_BD, bias_D, one = torch.zeros(64, 2304, dtype=dtype), torch.zeros(2304), torch.ones(())
+    with recording() as launched:
+        for scale, subtracted_D in ((one, bias_D), (bias_D, None)):
+            batch.normalize(x_BD, bias_D, scale, subtracted_D, dtype)
+        batch.compare(x_BD, bias_D, x_BD.float())
+        batch.compare_backward(x_BD.float(), one, dtype)
     return compile_launched(launched, capability)
 
 

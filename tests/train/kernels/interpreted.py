@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from sae.tests.worker_process import serve
+from sae.train.kernels import batch as batch_kernels
 from sae.train.kernels import gate as gate_kernels
 from sae.train.kernels import jump as jump_kernels
 from sae.train.kernels import pair as pair_kernels
@@ -116,6 +117,13 @@ def pairs(arguments: tuple[Tensor, ...]) -> tuple[Tensor, tuple[int, int]]:
     """What the kernel counts, in small parts, and what it costs."""
     with counting() as traffic:
         found = pair_kernels.count(*arguments, tile=(4, 2))
+    return found, traffic.cost
+
+
+def batch(name: str, arguments: tuple[Any, ...], tile: tuple[int, int]) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+    """What a kernel of batch.py computes, and what it costs."""
+    with counting() as traffic, mock.patch.object(interpreter, "_convert_float", rounded):
+        found = getattr(batch_kernels, name)(*arguments, tile=tile)
     return found, traffic.cost
 
 
