@@ -11,6 +11,7 @@ import pytest
 import sae.train.variants  # noqa: F401  (registers the recipes)
 from sae.tests.recipes import SOME
 from sae.train import sparse_ops
+from sae.train.kernels.division import JUMP_SPAN
 from sae.train.recipe import RECIPES
 
 from .build import find_torch
@@ -198,8 +199,8 @@ def test_adam_of_torch_reads_four_numbers_a_parameter_and_writes_three(gpu: Simu
 
 
 def test_launches_do_not_depend_on_the_size_and_bytes_grow_with_the_batch(gpu: SimulatedGPU) -> None:
-    """Bytes are those of the parameters and a constant, plus the same for each token."""
-    small, twice, fourfold = (count(gpu, "gated", batch=batch) for batch in (B, 2 * B, 4 * B))
+    """Bytes are those of the parameters and a constant, plus the same for each token, where kernels have full parts."""
+    small, twice, fourfold = (count(gpu, "gated", batch=parts * JUMP_SPAN) for parts in (1, 2, 4))
     assert total(small, "launches") == total(twice, "launches") == total(fourfold, "launches")
     assert 0 < total(fourfold, "bytes") - total(twice, "bytes") == 2 * (total(twice, "bytes") - total(small, "bytes"))
 

@@ -63,8 +63,8 @@ def gate_gradients_by_torch(
     z_BF: Tensor, scale_F: Tensor, gate_F: Tensor, mag_F: Tensor, of_f_BF: Tensor, of_gate_BF: Tensor, of_sum: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shifted_BF = z_BF + gate_F
-    of_mag_BF = torch.where(z_BF * scale_F + mag_F <= 0, 0, of_f_BF * (shifted_BF > 0))
-    of_shifted_BF = torch.where(shifted_BF <= 0, 0, of_gate_BF + of_sum)
+    of_mag_BF = torch.where(z_BF * scale_F + mag_F <= 0, 0, of_f_BF.to(scale_F.dtype) * (shifted_BF > 0))
+    of_shifted_BF = torch.where(shifted_BF <= 0, 0, of_gate_BF.to(scale_F.dtype) + of_sum)
     of_z_BF = (of_mag_BF * scale_F + of_shifted_BF).to(z_BF.dtype)
     dtype = scale_F.dtype
     return (
