@@ -49,7 +49,9 @@ def encode_largest(files: FileRecords, norms: np.ndarray, bits: np.ndarray) -> b
 
 
 def decode_largest(data: bytes, files: FileRecords, array: ArraySpec) -> tuple[np.ndarray, np.ndarray] | None:
-    """The rows that `encode_largest` kept and their indices in the window; None if `data` is not from these files."""
+    """The indices in the window of the rows that `encode_largest` stored, and the rows; None if `data` is not valid for
+    these files.
+    """
     content, width = data[:-4], array.numpy_dtype.itemsize * array.shape[-1]
     if len(data) < 40 or data[-4:] != struct.pack("<I", google_crc32c.value(content)):
         return None

@@ -298,7 +298,7 @@ def writing_threads() -> int:
 
 
 def harvest_started(folder: Path, fingerprint: str, identity: dict[str, Any] | None = None) -> bool:
-    """Whether the folder holds the start of the harvest with this fingerprint; False if it is empty.
+    """Whether the harvest with this fingerprint has started in the folder; False if the folder is empty.
 
     Raises UsageError if it holds another harvest or other files. If `identity` is given, the message lists the
     differences.

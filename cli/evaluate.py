@@ -151,7 +151,8 @@ def run_evaluate(
 ) -> int:
     """Print a plan, train the controls, run the plan with a progress bar, and print its tables.
 
-    Returns the exit code. With several launched processes, the first one sends it to the others after printing.
+    Returns the exit code. With several launched processes, the first one sends the exit code to the others after it
+    has printed the tables.
     """
     from ..common.process_group import current_process_group
     from ..evaluate.run import run_evaluation

@@ -115,7 +115,7 @@ def to_set_value(value: Any) -> str:
 
 
 def group_by_pass(jobs: Iterable[Job]) -> list[list[Job]]:
-    """Group jobs that share a pass: equal except in recipe and options, and no recipe with two sets of options."""
+    """Group jobs that can share a pass: they differ only in recipe and options, and a recipe has one set of options."""
     groups: list[list[Job]] = []
     for job in jobs:
         for group in groups:

@@ -202,7 +202,9 @@ def imported_runs(config: PublishedConfig) -> Iterator[tuple[Path, Source]]:
 
 
 def fitting(config: PublishedConfig) -> Callable[[Origin, Source], bool]:
-    """A test whether an imported SAE has the requested model and layer, or those in its files if none are requested."""
+    """A function that tells whether an imported SAE has the requested model and layer. If one is not requested, the SAE
+    must have the value from its files.
+    """
     given = GivenModel(config.model) if config.model is not None else None
 
     def fits(origin: Origin, source: Source) -> bool:
