@@ -76,7 +76,7 @@ def shared_lock(folder: Path, command: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reader_lock(folder: Path, command: str) -> Iterator[None]:
-    """Keep `folder` from being deleted by a process that uses `no_readers`. Several readers can hold this lock together.
+    """Keep `folder` from being deleted by a process that uses `no_readers`. Several readers can share this lock.
 
     Nothing is locked if the folder is not writable or its file system does not support locks.
 
