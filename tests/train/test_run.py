@@ -125,13 +125,13 @@ def test_layers_and_seeds_trained_together_are_what_they_are_alone(sparse_cache,
 
 
 def test_killed_and_stopped_runs_end_as_uninterrupted_ones(sparse_cache, tmp_path: Path) -> None:
-    """120 steps = some, SIGKILL in a process of its own, some more, SIGTERM, and the rest. Bit for bit."""
+    """60 steps = some, SIGKILL in a process of its own, some more, SIGTERM, and the rest. Bit for bit."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    settings = {"steps": 120, "checkpoint_every": 10, "log_every": 60}
-    second = 2 * len(NAMES)  # the first file of the checkpoints after step 20: each run has two at a time
+    settings = {"steps": 60, "checkpoint_every": 5, "log_every": 30}
+    second = 2 * len(NAMES)  # the first file of the checkpoints after step 10: each run has two at a time
     config = make_config(sparse_cache, *NAMES, out=stopped, **settings)
     kill(train, {"config": config}, CHECKPOINTS, "before", second)
-    assert len(list(stopped.glob("*/checkpoints/step-00000010/state.json"))) == len(NAMES)
+    assert len(list(stopped.glob("*/checkpoints/step-00000005/state.json"))) == len(NAMES)
     seen: list[int] = []
 
     def press(number: int, *_: object) -> None:
@@ -142,13 +142,13 @@ def test_killed_and_stopped_runs_end_as_uninterrupted_ones(sparse_cache, tmp_pat
     plan = plan_training(make_config(sparse_cache, *NAMES, out=stopped, **settings))
     with pytest.raises(Interrupted, match=f"everything is saved.*sae train --resume {stopped}"):
         run_training(plan, TrainProgress(step=press))
-    assert 10 < seen[0] < seen[1] < 120 and len(seen) == 2
+    assert 5 < seen[0] < seen[1] < 60 and len(seen) == 2
     runs = {}
     for out in (whole, stopped):
         runs[out] = {folder.name: folder for folder in train(make_config(sparse_cache, *NAMES, out=out, **settings))}
     assert runs[whole].keys() == runs[stopped].keys() and len(runs[whole]) == len(NAMES)
     for name, folder in runs[whole].items():
-        for file in ("sae.safetensors", "checkpoints/step-00000120/state.safetensors"):
+        for file in ("sae.safetensors", "checkpoints/step-00000060/state.safetensors"):
             assert (runs[stopped][name] / file).read_bytes() == (folder / file).read_bytes(), (name, file)
 
 
