@@ -63,7 +63,7 @@ class BaselineOptions(RecipeOptions):
         if groups < 1 or d_sae % groups or d_sae // groups < 2:
             yield (
                 f"A dictionary of {d_sae} latents cannot be divided into {groups} equal groups of two or more: "
-                "set --set groups=... to a divisor, or give another --width."
+                "give a divisor with --set groups=..., or another --width."
             )
         if self.importance == "groups" and d_sae % self.sampled_groups():
             yield (

@@ -214,7 +214,7 @@ def competition_parts(
 ABLATIONS: tuple[tuple[str, str, tuple[str, ...], dict[str, Any]], ...] = (
     ("all-at-once", "`progressive` with every latent enabled from the start.", GROWTH, {"start": 1.0}),
     ("fixed-increment", "`progressive` that grows by 5 at any utilization.", ("n_ref",), {"hybrid": False}),
-    ("no-ema", "`progressive` with the utilization of the last batch only, (3) with beta = 0.", (), {"beta": 0.0}),
+    ("no-ema", "`progressive` with the utilization of only the last batch (beta = 0).", (), {"beta": 0.0}),
     (
         "no-competition",
         "`progressive` without competition and without its cut.",

@@ -143,13 +143,13 @@ def test_the_paper_budget_stays_inside_its_warm_up() -> None:
     how = find_recipe("collapse-10").make(RunConfig(32, 64, 800, 125), {"budget": "paper"}).optimization
     assert float(how.lr_at(torch.tensor(399), 800)) == pytest.approx(3e-4 * 400 / 1000)
     assert float(how.lr_at(torch.tensor(799), 800)) == pytest.approx(3e-4 * 800 / 1000)
-    with pytest.raises(UsageError, match="10,000,000 tokens, 4882 steps of 2048"):
+    with pytest.raises(UsageError, match="10,000,000 tokens, which are 4882 steps of 2048"):
         find_recipe("collapse-04").make(RunConfig(32, 64, 800, 2048), {"budget": "matched"})
 
 
 REFUSED: list[tuple[str, dict[str, object], str]] = [
-    ("collapse-07", dict(groups=24), "64 cannot be divided into 24 equal groups"),
-    ("collapse-07", dict(d_sae=16), "16 cannot be divided into 16 equal groups of two"),
+    ("collapse-07", dict(groups=24), "64 latents cannot be divided into 24 equal groups"),
+    ("collapse-07", dict(d_sae=16), "16 latents cannot be divided into 16 equal groups of two"),
     ("collapse-07", dict(d_in=16, groups=2), "give --set groups=4"),
     ("collapse-10", dict(d_in=8, groups=4, gs_axis="activation_batch"), "Hard orthogonality needs groups"),
     ("collapse-07", dict(gs_axis="jl", jl_dim=2), "groups of at most jl_dim = 2"),
