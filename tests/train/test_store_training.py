@@ -417,7 +417,7 @@ def test_a_size_that_is_too_small_is_refused_before_anything_is_written(
 ) -> None:
     address = upload(tiny_cache.folder, f"file://{tmp_path}/store/pile")
     config = make_config(tiny_cache, "topk", caches=[address], local_cache=300_000, out=tmp_path / "runs")
-    with pytest.raises(UsageError, match=r"--local-cache 0.3 MB is too small: one step reads chunks of 0.5 MB"):
+    with pytest.raises(UsageError, match=r"--local-cache 0.3 MB is too small: one step reads 0.5 MB of chunks"):
         plan_training(config)
     monkeypatch.setattr("sae.cache.room.free_space", lambda folder: 1000)  # no size that would do fits
     with pytest.raises(
