@@ -9,6 +9,14 @@ from sizes import Sizes, seconds
 
 from sae.common.environment import environment_record
 from sae.common.precision import float32_products
+from sae.train.kernels.batch_operators import (
+    compare,
+    compare_backward,
+    compare_backward_by_torch,
+    compare_by_torch,
+    normalize_batch,
+    normalize_by_torch,
+)
 from sae.train.kernels.choice import reason_against_kernels
 from sae.train.kernels.gate_operator import (
     gate_gradients,
@@ -113,6 +121,12 @@ def sums(sizes: Sizes, d_sae: int, batch: int) -> Iterator[tuple[str, Callable[[
     value_N, bias_D = torch.randn(count, device=device), torch.randn(sizes.d_in, device=device)
     latent_N = torch.randint(0, d_sae, (count,), device=device)
     token_start_B = torch.arange(0, count, sizes.k, device=device)
+    one, dtype = torch.ones((), device=device), torch.bfloat16
+    rows_BD = x_BD.bfloat16()
+    normalizing, comparing, back = (rows_BD, bias_D, one, bias_D, dtype), (rows_BD, bias_D, x_BD), (x_BD, one, dtype)
+    yield "normalize_batch", lambda: normalize_batch(*normalizing), lambda: normalize_by_torch(*normalizing)
+    yield "compare", lambda: compare(*comparing), lambda: compare_by_torch(*comparing)
+    yield "compare_backward", lambda: compare_backward(*back), lambda: compare_backward_by_torch(*back)
     decoding = value_N, row_FD.bfloat16(), latent_N, token_start_B, bias_D, x_BD
     yield "decode_rows", lambda: decode_rows(*decoding), lambda: decode_by_bags(*decoding)
     by_latent_N, order_N = latent_N.sort(stable=True)

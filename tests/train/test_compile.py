@@ -21,17 +21,24 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("name", ["topk", "frozen-encoder"])
+@pytest.mark.parametrize(("name", "kernels"), [("topk", False), ("frozen-encoder", False), ("topk", True)])
 def test_compiled_steps_are_the_eager_ones_and_resume_exactly(
-    name, make_trainer, take, batches, tmp_path: Path, compiled_by_one_thread: None
+    name, kernels, make_trainer, take, batches, tmp_path: Path, compiled_by_one_thread: None
 ) -> None:
+    def make() -> Trainer:
+        trainer = make_trainer(name)
+        if kernels:
+            trainer.variant.use_kernels()
+            trainer = Trainer(trainer.variant, trainer.steps, "cpu")
+        return trainer
+
     def compiled_one() -> Trainer:
         torch._dynamo.reset()
-        trainer = make_trainer(name)
+        trainer = make()
         assert compile_step(trainer, len(batches[0])) is None
         return trainer
 
-    eager, whole = make_trainer(name), compiled_one()
+    eager, whole = make(), compiled_one()
     list(take(whole, range(2)))
     save_checkpoint(whole, tmp_path, 2)
     list(take(whole, range(2, 3)))
