@@ -100,7 +100,7 @@ def of_layer_1() -> SAE:
     ("make", "change", "sentence"),
     [
         (lambda: SAE(48, 16).eval(), {}, "one cannot encode and decode float32 activations of width 32 on cpu: "),
-        (lambda: SAE(32, 16, [BatchTopK(4)]).train(), {}, "one is in training mode.*call .eval()"),
+        (lambda: SAE(32, 16, [BatchTopK(4)]).train(), {}, "one is in training mode.*Call .eval()"),
         (
             lambda: type("Flat", (Half,), {"decode": lambda self, f: f.sum(0)})(),
             {},

@@ -93,7 +93,7 @@ def test_compare_says_of_finished_runs_what_a_test_by_document_says(rows):
     assert f"{differences.mean:+.4f}" in line and f"{low:+.4f} to {high:+.4f}" in line
     assert f"{differences.pairs} documents" in line
     assert "smallest detectable difference" in done.output
-    assert "note     Paired by document: one run of each system." in done.output
+    assert "note     The differences are paired by document, with one run of each system." in done.output
     itself = CliRunner().invoke(app, ["compare", str(rows[0].folder), "--against", "one"])
     assert itself.exit_code == 2 and "name the runs of another system" in itself.output
 

@@ -186,7 +186,7 @@ def test_an_imported_sae_is_evaluated_on_contexts_like_its_own(
     elif metadata.get("prepend_bos"):
         rows = [[number["<|im_start|>"], *row[1:]] for row in rows]
     rows = [row[: metadata.get("context_size", 12)] for row in rows]
-    assert all(begin not in row for row in rows) == bool(said.count("instead"))
+    assert all(begin not in row for row in rows) == ("recorded in its files" in said)
     ids = np.array([row + [0] * (12 - len(row)) for row in rows], np.uint32)
     by_hand = replace(held, ids=ids, length=np.array([*map(len, rows)], np.uint16))
     ctx = replace(make_context(cache), contexts=by_hand)

@@ -126,7 +126,7 @@ def test_tokenizers_and_vocabularies_that_cannot_serve_get_one_sentence(tokenize
         )
     with pytest.raises(
         UsageError,
-        match=r"The 40 sampled words are too few .* 8 to test on\. .*than 10 .* Use more words \(absorption\.words\)",
+        match=r"The 40 sampled words are too few .* 8 for testing\. .*than 10 .* Use more words \(absorption\.words\)",
     ):
         SpellingPrompts.of(tokenizer, 40, 1, bos_id=2)
 

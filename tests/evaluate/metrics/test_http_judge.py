@@ -73,7 +73,12 @@ def test_a_busy_endpoint_is_waited_for(server):
             r"answered HTTP 400 .* It says: max_tokens Check --set autointerp\.judge_model",
             1,
         ),
-        ((302, {"Location": "http://127.0.0.1:9/"}, b""), UnavailableError, "answered HTTP 302 .*Name the address", 1),
+        (
+            (302, {"Location": "http://127.0.0.1:9/"}, b""),
+            UnavailableError,
+            "answered HTTP 302 .*Give the target address",
+            1,
+        ),
         ((200, {}, b"<html>"), UnavailableError, "did not answer with a chat completion", 1),
         ((200, {}, {"choices": []}), UnavailableError, "did not answer with a chat completion", 1),
         ((200, {}, b"[" * 100_000), UnavailableError, "did not answer with a chat completion", 1),

@@ -310,7 +310,7 @@ def test_evaluate_writes_it_and_without_facts_it_fails_alone(planted, data, home
 @pytest.mark.parametrize(
     ("change", "error", "sentence"),
     [
-        ({"attributes": ("thing.Color",)}, UsageError, "has thing.Color: give two or more different attributes"),
+        ({"attributes": ("thing.Color",)}, UsageError, "has thing.Color. Give two or more different attributes"),
         ({"attributes": ("thing.Color", "thing.Color")}, UsageError, "two or more different attributes"),
         ({"attributes": ("thing", "Color")}, UsageError, "two or more different attributes"),
         ({"attributes": ("thing.Color", "thing.Shap")}, UsageError, r"nothing about thing\.Shap; did you mean Shape"),
@@ -320,7 +320,7 @@ def test_evaluate_writes_it_and_without_facts_it_fails_alone(planted, data, home
         ({"learning_rate": float("nan")}, UsageError, "learning_rate=nan: give a number above 0"),
         ({"min_known_prompts": 0}, UsageError, "min_known_prompts=0: give 1 or more"),
         ({"num_epochs": 0}, UsageError, "ravel.num_epochs=0: give 1 or more"),
-        ({"batch_size": 500}, UsageError, "a batch has 500. Use a smaller ravel.batch_size"),
+        ({"batch_size": 500}, UsageError, "a batch needs 500. Use a smaller ravel.batch_size"),
     ],
 )
 def test_what_cannot_be_measured_is_a_sentence(ctx, metric, monkeypatch, change, error, sentence):

@@ -171,7 +171,7 @@ def test_clamping_the_latent_of_the_subject_costs_just_the_answers_that_hang_on_
     }
     assert [d["features"] for d in first.details] == [[3]] * 8
     assert {(d["wmdp-bio"], d["side_effects"], d[SIDE]) for d in first.details} == {(2 / 6, 1.0, 1.0)}
-    assert "multiple of 1/6" in first.flags[0] and "With 6 other questions" in first.flags[1]
+    assert "multiple of 1/6" in first.flags[0] and "With only 6 other questions" in first.flags[1]
     low, high = first.intervals["unlearning"]["unlearning_score"]
     assert low < 4 / 6 < high
     assert isinstance(identity, UsageError) and "W_dec" in str(identity)
