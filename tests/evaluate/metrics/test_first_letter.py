@@ -116,7 +116,7 @@ def test_tokenizers_and_vocabularies_that_cannot_serve_get_one_sentence(tokenize
     with pytest.raises(UsageError, match=r"prompts would have unequal lengths"):
         SpellingPrompts.of(Pieces([" " if piece == " Q" else piece for piece in pieces("Q")]), 0, 0, bos_id=2)
     with pytest.raises(
-        UsageError, match=r"to train on \(none begins with q, z\) .* Use a model with a larger vocabulary"
+        UsageError, match=r"for training \(none begins with q, z\) .* Use a model with a larger vocabulary"
     ):
         SpellingPrompts.of(
             Pieces([piece for piece in pieces() if piece[0] not in "qz" and piece not in (" Q", " Z")]),

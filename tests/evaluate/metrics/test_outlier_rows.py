@@ -275,7 +275,7 @@ def test_the_model_runs_again_only_for_the_contexts_with_an_outlier(ctx: EvalCon
 
 
 def test_references_of_saes_that_are_all_damaged_are_refused(ctx: EvalContext) -> None:
-    with pytest.raises(UnavailableError, match="no SAE of .* could be read"):
+    with pytest.raises(UnavailableError, match="no SAE at .* could be read"):
         reference_targets(ctx, ctx.contexts, RowSet(HOOK, LIMIT), [])
 
 
@@ -337,7 +337,7 @@ def test_more_than_one_percent_of_outliers_is_flagged() -> None:
     assert result.without_outliers(0, 100) is result
     few, many = result.without_outliers(1, 99), result.without_outliers(2, 98)
     assert few == MetricResult({}, n={"outlier_rows": 1})
-    assert many.n == {"outlier_rows": 2} and many.flags[0].startswith("2 of 100 rows (2.0%) are outliers")
+    assert many.n == {"outlier_rows": 2} and many.flags[0].startswith("2 of 100 rows (2.0%) are left out as outliers")
 
 
 def test_a_text_of_outlier_rows_alone_keeps_them() -> None:

@@ -313,7 +313,11 @@ def test_evaluate_writes_it_and_without_facts_it_fails_alone(planted, data, home
         ({"attributes": ("thing.Color",)}, UsageError, "has thing.Color. Give two or more different attributes"),
         ({"attributes": ("thing.Color", "thing.Color")}, UsageError, "two or more different attributes"),
         ({"attributes": ("thing", "Color")}, UsageError, "two or more different attributes"),
-        ({"attributes": ("thing.Color", "thing.Shap")}, UsageError, r"nothing about thing\.Shap; did you mean Shape"),
+        (
+            {"attributes": ("thing.Color", "thing.Shap")},
+            UsageError,
+            r"no questions about thing\.Shap; did you mean Shape",
+        ),
         ({"attributes": ("place.A", "place.B")}, UnavailableError, r"ravel_place_attribute_to_prompts\.json .* --data"),
         ({"train_test_split": 1.0}, UsageError, "train_test_split=1.0: give a share between 0 and 1"),
         ({"learning_rate": -1.0}, UsageError, "learning_rate=-1.0: give a number above 0"),

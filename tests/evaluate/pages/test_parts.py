@@ -75,7 +75,7 @@ def test_the_lead_is_about_the_usual_number_of_latents_and_the_data_sets_of_both
     ]  # fmt: skip
     assert "16 latents of the SAE: b, 0.7000" in part.chart and "128 latents" not in part.chart
     large = probes_of_run(probed((64, 128), one=(0.6, 0.5, 0.9)))
-    assert large is not None and large.lead.startswith("Probes on 64 latents")
+    assert large is not None and large.lead.startswith("A probe on 64 latents")
 
 
 def test_the_numbers_are_those_without_outlier_rows():

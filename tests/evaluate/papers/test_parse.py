@@ -88,7 +88,7 @@ QUOTES = ("Adaptive τ", "Through nine", "documented through", "eliminating manu
         (changed("value = 9", 'value = 9\nrestates = "runs"'), "claim runs: restates: there is no other claim runs"),
         (
             changed("value = 9", 'value = 9\ncopy_of = "steps"'),
-            "copy of steps, but the two numbers differ by more than 5%",
+            "copy_of = steps, but the two numbers differ by more than 5%",
         ),
         (
             changed("value = 9", 'value = 9\nrestates = "steps"\ncopy_of = "steps"'),
