@@ -165,16 +165,16 @@ class BlockGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
         f_GBM, matrix_GMM, order_F = ctx.saved_tensors
-        (blocks, tokens, size), matrix_GMM = f_GBM.shape, matrix_GMM * gradient[0]
+        blocks, tokens, size = f_GBM.shape
         count = blocks * size
         if f_GBM.dtype == torch.bfloat16:  # two passes over (B, F) instead of four
             ordered_BF = f_GBM.new_empty(tokens, len(order_F))
             ordered_BF[:, count:] = 0
             g_GBM = ordered_BF[:, :count].unflatten(1, (blocks, size)).transpose(0, 1)
-            torch.bmm(f_GBM, matrix_GMM.bfloat16(), out=g_GBM)
+            torch.bmm(f_GBM, torch.mul(matrix_GMM, gradient[0], out=f_GBM.new_empty(matrix_GMM.shape)), out=g_GBM)
             place_F = torch.empty_like(order_F).scatter_(0, order_F, torch.arange(len(order_F), device=order_F.device))
             return ordered_BF.index_select(1, place_F), None, None, None, None
-        g_BN = (f_GBM @ matrix_GMM).transpose(0, 1).flatten(1)
+        g_BN = (f_GBM @ (matrix_GMM * gradient[0])).transpose(0, 1).flatten(1)
         g_BF = g_BN.new_zeros(tokens, len(order_F))
         return g_BF.index_copy_(1, order_F[:count], g_BN), None, None, None, None
 
