@@ -66,7 +66,7 @@ def select_decode_sections(
 def squared_errors(part_GBD: Tensor, b_D: Tensor, x_BD: Tensor) -> tuple[Tensor, Tensor]:
     """(B, D): b_dec plus all parts; (G): for each g, the squared error of b_dec plus the first g parts.
 
-    With operators that have kernels on a GPU, which take one pass, and another one for the gradients.
+    Uses operators with GPU kernels, which need one pass, and a second pass for the gradients.
     """
     return _SquaredErrors.apply(part_GBD, b_D, x_BD)
 

@@ -33,7 +33,7 @@ class KernelUpdate(WeightUpdate):
         self.decays = {weight: group["weight_decay"] for group in groups for weight in group["params"]}
         self.unit = {sae.W_dec} if variant.normalizes_at_once else set()
         self.copied = [sae.W_dec, sae.W_enc] if copies else []
-        self.copies: dict[Tensor, Tensor] = {}  # made by the first step, as are the moments
+        self.copies: dict[Tensor, Tensor] = {}  # created in the first step, like the moments
         device = variant.sae.W_enc.device
         self.rates_S = self.settings.lr_at(torch.arange(steps + 1), steps).to(device)
         step_S = torch.arange(1, steps + 2, dtype=torch.float64)

@@ -22,7 +22,7 @@ def train_loop(
     after_step: Callable[[int], bool],
     replay: Callable[[Sequence["Trainer"], Tensor], dict["Trainer", Step]] | None = None,
 ) -> None:
-    """Take steps until `after_step(number)` returns True. Trainers step on a batch in turn, or together by `replay`."""
+    """Take steps until `after_step(number)` returns True. Trainers take turns on a batch, or `replay` runs all."""
     for number in steps:
         x_BD = next(batches)
         taken = {} if replay is None else replay(trainers, x_BD)
@@ -33,7 +33,7 @@ def train_loop(
 
 
 class Trainer:
-    """Trains one variant on its device. Checkpoints hold the variant, the optimizer, `i` and `failed_at`.
+    """Trains one variant on its device. Checkpoints contain the variant, the optimizer, `i` and `failed_at`.
 
     Each batch is computed in `parts` parts, one after the other (`--accumulate`). `precision` is the precision of
     matrix products in the forward and backward passes; None: the default of the device.
@@ -85,7 +85,7 @@ class Trainer:
 
     @torch.no_grad()
     def forward(self, x_BD: Tensor) -> Step:
-        """The forward pass alone."""
+        """Only the forward pass."""
         with float32_products(self.precision):
             if self.parts > 1:
                 return self._run_in_parts(x_BD, backward=False)[0]

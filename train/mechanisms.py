@@ -37,7 +37,7 @@ class UnitNormExport(Mechanism):
 
         f_i <- f_i |W_i|,   W_i <- W_i / |W_i|
 
-    Only for activations that act on each latent separately: an activation that chooses among latents would see changed
+    Only for activations that act on each latent separately: an activation that selects among latents would see changed
     magnitudes.
     """
 
@@ -129,9 +129,9 @@ class ResampleDead(Mechanism):
     """Restarts dead latents on tokens that are badly reconstructed (Bricken et al. 2023).
 
     Every `every` steps until step `until`, each dead latent is set to the direction v = x - b_dec of a token drawn with
-    probability ~ loss^2: W_dec,i = v/|v|, W_enc,i = 0.2 v/|v| times the mean encoder norm of the other latents, b_enc,i
-    = 0, and its Adam state is reset. Tokens are drawn without replacement; if there are more dead latents than tokens,
-    the rest wait for the next time.
+    a probability proportional to loss^2: W_dec,i = v/|v|, W_enc,i = 0.2 v/|v| times the mean encoder norm of the other
+    latents, b_enc,i = 0, and its Adam state is reset. Tokens are drawn without replacement; if there are more dead
+    latents than tokens, the remaining latents restart the next time.
     """
 
     restarts: Tensor  # () int64, total
@@ -182,7 +182,7 @@ class ResampleDead(Mechanism):
 
 
 class BatchTopKThreshold(Mechanism):
-    """Lets the threshold of a BatchTopK follow the smallest latent that its batches keep: t <- t + rate (min - t).
+    """Makes the threshold t of a BatchTopK follow the smallest value kept in each batch: t <- t + rate (min - t).
 
     After training, the threshold is set to the mean of that minimum over the batches that follow, or over the first
     batches if the epoch has ended. So the final weights keep k latents per token on average, however short the run was.

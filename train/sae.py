@@ -4,9 +4,9 @@
     x_hat = f W_dec + b_dec
 
 W_enc has shape (d_in, d_sae) and W_dec (d_sae, d_in); the rows of W_dec are the directions of the latents. A saved SAE
-takes raw activations; `fold_normalization` folds the normalization used in training into its weights. A layer norm
-differs from token to token and cannot be folded. An SAE trained with layer norm applies it itself, with m and s the
-mean and the standard deviation of the token:
+reads raw activations; `fold_normalization` folds the normalization used in training into its weights. A layer norm
+differs from token to token and cannot be folded. An SAE trained with layer norm applies it itself, where m and s are
+the mean and the standard deviation of the token:
 
     f     = s act(((x - m)/s - b_dec) W_enc + b_enc)
     x_hat = f W_dec + s b_dec + m
@@ -51,7 +51,7 @@ class SAEOutput(NamedTuple):
 
 
 class TrainingOutput(NamedTuple):
-    """An SAEOutput whose fields are None if a training step does not need them, since each costs a pass over (B, F)."""
+    """An SAEOutput whose fields are None if a training step does not need them, since each takes a pass over (B, F)."""
 
     pre_BF: Tensor | None  # None if the activation is ReLU alone, which overwrites them
     f_BF: Tensor | None  # None if the latents are in `kept`
@@ -59,7 +59,7 @@ class TrainingOutput(NamedTuple):
     kept: sparse_ops.KeptLatents | None = None
     squared_error: Tensor | None = None  # () of the reconstruction, if it is computed without an extra pass
     selected_N: Tensor | None = None  # the values of the latents that TopK or BatchTopK selects, without a gradient
-    values: Mapping[str, Tensor] = {}  # what losses of the recipe read, if a pass of its own computes it  # noqa: RUF012
+    values: Mapping[str, Tensor] = {}  # tensors for the recipe's losses, if its own pass computes them  # noqa: RUF012
     error_BD: Tensor | None = None  # x - x_hat
 
 
@@ -83,7 +83,7 @@ class SAE(nn.Module):
     precision: str | None = None
     by_kernels = False
     own_pass: Callable[["SAE", Tensor, Tensor | None], TrainingOutput | None] | None = None
-    """A recipe's own `run` with kernels. None, or if it returns None: the usual one."""
+    """A recipe's own version of `run`, with kernels. If it is None or returns None, `run` takes its usual way."""
 
     def __init__(
         self,
@@ -264,14 +264,14 @@ def fold_normalization(sae: SAE, scale: float | Tensor, mean_D: Tensor, layer_no
 
 
 def sae_spec(sae: SAE) -> dict[str, Any]:
-    """Everything that `build_sae` needs besides the tensors, in the form of sae.json."""
+    """Everything that `build_sae` needs except the tensors, in the form of sae.json."""
     chain = [{"name": activation.name, **activation.options} for activation in sae.activation]
     spec = {"format": FORMAT, "d_in": sae.d_in, "d_sae": sae.d_sae, "pre_bias": sae.pre_bias, "activation": chain}
     return spec | ({"format": FORMAT_LAYER_NORM, "layer_norm": True} if sae.layer_norm else {})
 
 
 def build_sae(spec: dict[str, Any], tensors: dict[str, Tensor] | None) -> SAE:
-    """Build an SAE from a spec and its tensors. Without tensors, the SAE is on the meta device, which holds no values.
+    """Build an SAE from a spec and its tensors. Without tensors, the SAE is on the meta device, which has no values.
 
     Raises UsageError for an unknown activation.
     """
@@ -317,8 +317,8 @@ def load_sae(folder: str | os.PathLike[str], device: str = "cpu") -> SAE:
         device: the device for its tensors.
 
     Raises:
-        UsageError: the folder holds no trained SAE, or one that needs a newer version.
-        DamagedError: its files are not as they were written.
+        UsageError: the folder contains no trained SAE, or an SAE that needs a newer version.
+        DamagedError: its files were damaged or changed after they were written.
     """
     from . import variants  # noqa: F401  (registers the activations that are defined there)
 

@@ -1,4 +1,4 @@
-"""The matrix products of a step, computed with only the latents that may be active, for steps where these are few.
+"""The matrix products of a step, computed with only the latents that may be active, for steps with few such latents.
 
 A dense product multiplies mostly zeros. With k of n latents active, only the encoder needs a dense product. The four
 other products (decoding, and the gradients of the latents, W_dec and W_enc) are sums of k rows per token. Shapes: N is
@@ -54,7 +54,7 @@ def sparse_is_faster(d_sae: int, k: float, device: str, precision: str) -> bool:
 
 
 def row_dtype(row_RD: Tensor) -> torch.dtype:
-    """The dtype of gathered rows: on a GPU that of matrix products, on a CPU their own. Sums are in float32."""
+    """The dtype of gathered rows: on a GPU the dtype of matrix products, on a CPU unchanged. Sums are in float32."""
     device = row_RD.device.type
     in_autocast = device == "cuda" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if in_autocast else row_RD.dtype
@@ -69,7 +69,7 @@ class SelectedLatents(NamedTuple):
     token_start_B: Tensor  # where each token starts in the order by token
     latent_order_N: Tensor  # the permutation that sorts by latent, then by token
     latent_start_F: Tensor  # where each latent starts in the order by latent
-    by_kernels: bool  # whether sums use the operators that have kernels on a GPU
+    by_kernels: bool  # whether sums use the operators with GPU kernels
 
     @classmethod
     def of(cls, flat_index_N: Tensor, tokens: int, d_sae: int, by_kernels: bool = False) -> "SelectedLatents":

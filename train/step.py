@@ -1,6 +1,6 @@
 """The state of one training step, and the two kinds of parts that a recipe plugs into it: losses and mechanisms.
 
-Shape suffixes in this folder: B tokens in the batch, D d_in, F d_sae, K latents kept per token, A dead latents
+Shape suffixes in this folder: B tokens in the batch, D d_in, F d_sae, K active latents per token, A dead latents
 (padded), N latents that may be active in the whole batch.
 """
 
@@ -76,10 +76,10 @@ class Step:
 
     @property
     def f_BF(self) -> Tensor:
-        """Latents (B, F). If `kept` is not None, it holds the same latents without the zeros."""
+        """Latents (B, F). If `kept` is not None, it contains the same latents without the zeros."""
         if self.computed_f_BF is None:
             assert self.kept is not None
-            with torch.enable_grad():  # a coefficient may have read it first, without a gradient
+            with torch.enable_grad():  # a coefficient may have read the latents first, without a gradient
                 self.computed_f_BF = self.kept.dense()
         return self.computed_f_BF
 
@@ -117,7 +117,7 @@ class Step:
     def squared_error(self) -> Tensor:
         """() sum_BD (x - x_hat)^2."""
         if self._squared_error is None:
-            whole = self._error_BD  # all that a batch in parts has
+            whole = self._error_BD  # a batch in parts has only this
             self._squared_error = squared_error(self.recon_BD, self.x_BD) if whole is None else whole.square().sum()
         return self._squared_error
 

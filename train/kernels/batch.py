@@ -90,7 +90,7 @@ def normalize_tile(
 
 @triton.jit
 def combine_tiles(sums, squares, variance, tokens, width, blocks, parts, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """For a block of columns, the squared distances of all rows from the mean row, from those within each tile."""
+    """For a block of columns, compute the squared distances of all rows from the mean row, given those in each tile."""
     block = tl.program_id(0)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width

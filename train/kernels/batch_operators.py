@@ -86,7 +86,7 @@ def _(product_BD: Tensor, b_D: Tensor, x_BD: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("sae::compare_backward", mutates_args=(), device_types="cpu")
 def compare_backward(error_BD: Tensor, gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The gradients of f W_dec (B, D) in `dtype` and of b_dec (D), from the error and the gradient () of its square."""
+    """The gradients of f W_dec (B, D) in `dtype` and of b_dec (D), given the `gradient` () of the sum of squares."""
     return compare_backward_by_torch(error_BD, gradient, dtype)
 
 

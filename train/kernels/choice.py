@@ -149,7 +149,7 @@ def jumps_as_torch(dtype: torch.dtype, device: str) -> bool:
 
 
 def gates_as_torch(dtype: torch.dtype, device: str) -> bool:
-    """Whether a gated SAE's latents and gradients on a device equal float64's on a CPU, up to rounding."""
+    """Whether a gated SAE's latents and gradients on a device equal those in float64 on a CPU, up to rounding."""
     generator, shape = torch.Generator().manual_seed(0), (600, 70)
     z_BF, *of_BF = (torch.randn(*shape, generator=generator).to(dtype) for _ in range(3))
     parameters = [torch.rand(shape[1], generator=generator) for _ in range(3)]
@@ -162,7 +162,7 @@ def gates_as_torch(dtype: torch.dtype, device: str) -> bool:
 
 
 def prefixes_as_torch(count: int, dtype: torch.dtype, device: str) -> bool:
-    """Whether the errors of so many prefixes, and their gradients, equal float64's on a CPU, up to rounding."""
+    """Whether the errors of `count` prefixes, and their gradients, equal those in float64 on a CPU, up to rounding."""
     generator, tokens, width = torch.Generator().manual_seed(0), 300, 70
     part_GBD = torch.randn(count, tokens, width, generator=generator).to(dtype)
     bias_D, x_BD, weight_G = (
@@ -177,7 +177,7 @@ def prefixes_as_torch(count: int, dtype: torch.dtype, device: str) -> bool:
 
 
 def pairs_as_torch(device: str) -> bool:
-    """Whether the pairs that fire together are counted as by torch."""
+    """Whether the kernels count the pairs that fire together as torch does."""
     generator = torch.Generator().manual_seed(0)
     word_FW = torch.randint(-(2**63), 2**63 - 1, (50, 70), generator=generator)
     first_P, second_P = (torch.randint(50, (100,), generator=generator) for _ in range(2))

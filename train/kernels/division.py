@@ -40,7 +40,7 @@ class Division(NamedTuple):
 
 
 TILE = 4096  # elements of rows that a GPU program holds in registers
-MOST_ROWS = 256  # most rows in a tile
+MOST_ROWS = 256  # maximum number of rows in a tile
 JUMP_SPAN = 512  # tokens that a program of JumpReLU's kernels reads, one tile after the other
 JUMP_TILE = 16, 128  # tokens and latents in a tile
 BATCH_TILE = 32, 128  # tokens and columns of a batch that a program reads
@@ -60,5 +60,5 @@ def row_tile(latents: float) -> tuple[int, int]:
 
 
 def prefix_tile(prefixes: int) -> tuple[int, int]:
-    """The tokens and dimensions that a program reads at once, for each of so many prefixes. Powers of two."""
+    """The tokens and dimensions that a program reads at once for each prefix. Powers of two."""
     return max(1, TILE // PREFIX_COLUMNS >> (prefixes - 1).bit_length()), PREFIX_COLUMNS

@@ -45,7 +45,7 @@ def gate_gradients(
     """The gradients of `gate_latents`.
 
     Args:
-        z_BF: its argument, like the three that follow.
+        z_BF: the argument of `gate_latents`, like the next three.
         scale_F: see above.
         gate_F: see above.
         mag_F: see above.

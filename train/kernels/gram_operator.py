@@ -1,4 +1,4 @@
-"""The operator `gram`: a matrix product whose result has another dtype than its inputs. torch has it only on GPUs."""
+"""The operator `gram`: a matrix product whose result has another dtype than its inputs. torch has it only for GPUs."""
 
 import torch
 from torch import Tensor

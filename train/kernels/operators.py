@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LONGEST = 1 << 30  # most elements in a row, since the kernels compute indices in 32 bits
+LONGEST = 1 << 30  # maximum number of elements in a row, since the kernels compute indices in 32 bits
 
 
 @torch.library.custom_op("sae::largest", mutates_args=(), device_types="cpu")
 def largest(z_RN: Tensor, k: int) -> Tensor:
     """(R, k) int64: the indices of the k largest elements of each row of z (R, N), ascending.
 
-    Among equal elements, those with the lowest indices are chosen, so that the choice depends only on the values. As in
-    `torch.topk`, NaN is larger than every number, and 0.0 equals -0.0.
+    Among equal elements, the elements with the lowest indices are chosen, so that the choice depends only on the
+    values. As in `torch.topk`, NaN is larger than every number, and 0.0 equals -0.0.
     """
     return largest_by_sort(z_RN, k)
 

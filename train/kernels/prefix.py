@@ -67,7 +67,7 @@ def gradients_of_part(
     part, bias, x, weight, g, sums, prefixes, tokens, width,
     SPAN: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a part of the tokens and dimensions, and the sums over these tokens of the first one."""
+    """The gradients of a part of the tokens and dimensions, and the sums of the first gradient over these tokens."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     prefix = tl.arange(0, ROOM)
     offset = tl.load(bias + column, mask=column < width, other=0.0)[None, :]

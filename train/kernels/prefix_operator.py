@@ -42,8 +42,8 @@ def _(part_GBD: Tensor, bias_D: Tensor, x_BD: Tensor) -> tuple[Tensor, Tensor]:
 def prefix_gradients(part_GBD: Tensor, bias_D: Tensor, x_BD: Tensor, weight_G: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the weighted sum of `compare_prefixes`' squared errors, for weights that are twice `weight_G`.
 
-    Returns the gradient of each part (G, B, D), in its dtype, which is the weighted sum of the errors of the prefixes
-    that contain it, and the gradient of b_dec (D).
+    Returns the gradient of each part (G, B, D), in the dtype of the part: the weighted sum of the errors of the
+    prefixes that contain the part. Also returns the gradient of b_dec (D).
     """
     return prefix_gradients_by_torch(part_GBD, bias_D, x_BD, weight_G)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 LONGEST_ROW = 8192  # elements of a row that a program holds in registers
 CHUNK = 2048  # elements of a weight without unit rows that a program updates
-ADDING = 1024  # most programs that add up the squares of one gradient; an H200 has 132 multiprocessors
+ADDING = 1024  # maximum number of programs that add up the squares of one gradient; an H200 has 132 multiprocessors
 TILE = 1024  # sums read at once by the program that adds up all of them
 ELEMENTS = 8  # elements of each tensor that a thread holds
 

@@ -77,8 +77,8 @@ class Decorrelation(LossTerm):
         tau = mean + sd  # (4). Paper: tau is a statistic; with a gradient it would correlate every other pair
         count = max(1, round(self.fraction * blocks * size * (size - 1) / 2))
         top = upper_GMM.flatten().topk(count, sorted=False)
-        # If fewer pairs fire together than `fraction` asks for, the rest are zeros in the lower triangle, which are not
-        # pairs. These do not pass, since tau is not negative.
+        # If fewer pairs fire together than `fraction` requires, the remaining ones are zeros in the lower triangle,
+        # which are not pairs. These do not pass, since tau is not negative.
         passes_P = top.values > tau
         step.metrics |= {"tau": tau, "mean_correlation": mean, "sd_correlation": sd, "pairs_over_tau": passes_P.sum()}
         return ChosenPairs(upper_GMM, top.values, top.indices, passes_P, tau)
@@ -146,7 +146,7 @@ def random_order(i: Tensor, seed: Tensor, n: int) -> Tensor:
     The hash is splitmix64, except that torch's shifts keep the sign. So two latents may have the same hash, which is
     harmless.
 
-    A random generator would have state that the host has to read and a checkpoint has to hold.
+    A random generator would have a state that the host has to read and checkpoints have to contain.
     """
     z_F = (torch.arange(n, device=i.device) + i * n + seed) * -0x61C8864680B583EB
     z_F = (z_F ^ (z_F >> 30)) * -0x40A7B892E31B1A47
@@ -180,7 +180,7 @@ class BlockGradient(torch.autograd.Function):
 
 
 class PenalizedPairs(Mechanism):
-    """Counts the pairs that R penalized, summed over the steps from the run's start."""
+    """Counts the pairs that R penalized, summed over all steps since the start of the run."""
 
     acted_pairs: Tensor  # () int64
     leaves_weights = True
@@ -218,13 +218,13 @@ def decorrelation(
 ) -> Variant:
     """`relu` plus a penalty on the most correlated 0.1 % of pairs.
 
-    Paper: gives no strength. It writes the encoder as f_enc(x), a function of x and not of x - b_dec. It prints no
+    Paper: states no strength. It writes the encoder as f_enc(x), a function of x and not of x - b_dec. It prints no
     warm-up of the L1 penalty (l1_warmup=0). tau is computed from all off-diagonal correlations (4). A latent that is
     silent in the batch has none, since (2) is 0/0; by default its pairs are left out (tau_over=all counts them as 0).
     According to 5.1 tau follows running statistics, but according to (4) it uses the statistics of step t; we follow
     (4). (5) normalizes the rows of W_dec after each update. We also remove the gradient along each row before the
     update, so that it does not enter Adam's moments. The paper chooses S_t from all pairs (3), which costs more than
-    the rest of a step; by default we choose it from random pairs, drawn anew in each step.
+    the rest of a step; by default we choose it from pairs that are drawn at random in each step.
 
     Args:
         strength: Strength of the penalty R (1).

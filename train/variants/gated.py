@@ -5,7 +5,7 @@
     f_gate = ReLU(z + b_gate)
     L      = |x - x_hat(f)|^2 + l1 |f_gate|_1 + |x - (f_gate sg(W_dec) + sg(b_dec))|^2
 
-The step function in f has no gradient, so the gate learns from the last two terms alone. sg stops the gradient.
+The step function in f has no gradient, so the gate learns only from the last two terms. sg stops the gradient.
 """
 
 from typing import Any
@@ -82,7 +82,7 @@ class GateMSE(LossTerm):
 
 
 class EncodeGateDecode(torch.autograd.Function):
-    """z, f, f W_dec, f_gate sg(W_dec), the sum of f_gate, and how many tokens each latent fires for.
+    """z, f, f W_dec, f_gate sg(W_dec), the sum of f_gate, and the number of tokens on which each latent fires.
 
     z and the number of tokens carry no gradient.
     """
@@ -123,7 +123,7 @@ class EncodeGateDecode(torch.autograd.Function):
 
 
 def encode_gate_decode(sae: SAE, x_BD: Tensor, centered_BD: Tensor | None = None) -> TrainingOutput | None:
-    """`SAE.run` with kernels: f and f_gate come from one pass over z, and their gradients go back in one."""
+    """`SAE.run` with kernels: one pass over z computes f and f_gate, and another pass computes their gradients."""
     (gated,) = sae.activation
     if not isinstance(gated, Gated) or not gated.by_kernels:
         return None
@@ -139,7 +139,7 @@ def encode_gate_decode(sae: SAE, x_BD: Tensor, centered_BD: Tensor | None = None
 
 @recipe("gated", paper="Rajamanoharan et al. 2024a")
 def gated(config: RunConfig, l1: float = 0.04, l1_warmup: int | None = None) -> Variant:
-    """A gate with an L1 penalty chooses the latents that fire.
+    """A gate with an L1 penalty selects the latents that fire.
 
     The magnitudes of latents are not penalized, and therefore not shrunk.
 

@@ -2,7 +2,7 @@
 
     L = mean_g |x - (f_{1:n_g} W_dec,{1:n_g} + b_dec)|^2,     n_g = n/2^(G-1), ..., n/2, n
 
-BatchTopK selects once among all latents, and all prefixes share this selection. The order of latents carries meaning.
+BatchTopK selects once among all latents, and all prefixes share this selection. The order of the latents matters.
 """
 
 from collections.abc import Sequence
@@ -81,10 +81,10 @@ def matryoshka(
     k_anneal_steps: int = 0,
     k_start: float | None = None,
 ) -> Variant:
-    """`batchtopk` whose first n/2, n/4, ... latents also reconstruct alone.
+    """`batchtopk` whose first n/2, n/4, ... latents also reconstruct on their own.
 
     Args:
-        k: Latents kept per token, on average over the batch.
+        k: Active latents per token, on average over the batch.
         prefixes: Number of prefixes, each twice as long as the previous one; the last is the whole dictionary.
         aux: Weight of AuxK, which trains dead latents to model the residual.
         aux_k: Dead latents that AuxK uses per token. None: d_in / 2.

@@ -16,8 +16,8 @@ pairs that pass, and i = j is left out. With i = j, c_ii = P(f_i | f_i) / (k/n) 
 |f_i|^4, a constant for unit rows.
 
 The dense J has n^2 entries, 1.4 GB at n = 18432, and its matrix products take n (2B + 6d) / 10Bd = 7 times the
-operations of the rest of a step. With k latents per token, few pairs ever pass. So `pair_store=table` follows a fixed
-number of pairs and looks for better ones from time to time. Every step counts how often all pairs of the table fire
+operations of the rest of a step. With k latents per token, few pairs ever pass. So `pair_store=table` tracks a fixed
+number of pairs and searches for better pairs at intervals. Every step counts how often all pairs of the table fire
 together, but penalizes only one in `turns` of them, in turn, because penalizing all would read all their rows from
 memory in every step. Since beta averages over about a hundred steps, pairs that pass keep passing for many steps, so
 each is penalized before its statistics change.
@@ -28,7 +28,7 @@ numbers as the results of "no competition"; here `competition-off` is the same m
 writes E(x), so the encoder does not see x - b_dec. It does not state the activation or the units of its loss; the
 baseline's explained variance of 0.293 points to `reconstruction=mean normalize=none`.
 
-`pairs.py` is (3), `penalty.py` is (4) and (5), `recipes.py` has the options and the recipes.
+`pairs.py` implements (3), `penalty.py` implements (4) and (5), and `recipes.py` defines the options and the recipes.
 
 Shape suffixes here: S pairs in the shape of their store, P pairs in a table, I a block of latents, X d_in or tokens.
 """

@@ -32,11 +32,11 @@ SWITCHED_OFF = {name: ("pair_store", ("dense",)) for name in ("pairs", "refresh"
 @dataclass(frozen=True)
 class CompetitionOptions(RecipeOptions):
     k: int = ScaleWithWidth(100)
-    """Latents kept per token. The paper's results also say 320 (`competition-k320`)."""
+    """Active latents per token. The paper's results also say 320 (`competition-k320`)."""
     strength: float = 0.03
     """Strength of the competition loss (5)."""
     strength_warmup: int | None = None
-    """Steps t_w over which the strength rises (4). None: 2000, or 2000/4882 of a shorter run."""
+    """Steps t_w over which the strength rises (4). None: 2000, or 2000/4882 of the run if that is less."""
     tau: float = 0.6
     """Value that a pair must reach to be penalized."""
     tau_on: Literal["conditional", "lift"] = "conditional"
@@ -52,15 +52,16 @@ class CompetitionOptions(RecipeOptions):
     diagonal: bool = False
     """Also penalize each latent's similarity to itself, as the printed sum over all i and j does (5)."""
     target: Literal["cofire", "absorption"] = "cofire"
-    """Pairs to penalize: those that fire together (the paper), or those with decoder cosine over 0.2 that rarely do."""
+    """Pairs to penalize. cofire: pairs that fire together (the paper). absorption: pairs with a decoder cosine above
+    0.2 that rarely fire together."""
     beta: float = 0.99
     """Decay of the averages of p and J, per step."""
     pair_store: Literal["table", "dense"] = "table"
-    """table: follow a fixed number of pairs. dense: all of them, n^2 entries (the paper)."""
+    """table: track a fixed number of pairs. dense: track all pairs, n^2 entries (the paper)."""
     pairs: int = 16
-    """Pairs per latent that the table follows, on average."""
+    """Pairs per latent that the table tracks, on average."""
     refresh: int = 100
-    """Steps after which the table looks for better pairs."""
+    """Number of steps after which the table searches for better pairs."""
     turns: int = 8
     """A step penalizes one in this many pairs of the table, in turn. Their mean, or their scaled sum, is the estimate
     for the whole table. 1: the whole table in every step. The mean is 0 in a step in which no pair passes tau, so on
@@ -74,9 +75,9 @@ class CompetitionOptions(RecipeOptions):
     l1_warmup: int | None = None
     """Steps over which the L1 penalty rises from zero. None: a twentieth of the run."""
     aux: float = 0.0
-    """Weight of AuxK, which revives dead latents. The paper has none."""
+    """Weight of AuxK, which revives dead latents. The paper does not use it."""
     reconstruction: Reconstruction = "sum"
-    """Squared error summed or averaged over d_in. The paper's numbers point to mean, with normalize=none."""
+    """Sum or mean of the squared error over d_in. The paper's numbers point to mean, with normalize=none."""
     pre_bias: bool = False
     """Subtract b_dec from the encoder's input. The paper writes E(x)."""
 
