@@ -1,7 +1,7 @@
 """`sae train --capture`: run the steps of all runs of a pass as one CUDA graph.
 
 An eager step launches a hundred or more kernels, one after the other. For a small SAE, the host takes longer to launch
-them than the GPU takes to run them. A graph holds the kernels for one step of every run, with a separate stream per
+them than the GPU takes to run them. A graph contains the kernels for one step of every run, with a separate stream per
 run. One launch starts them all.
 
 Each launch of a graph runs the same kernels on the same memory. So everything that changes between steps is updated in

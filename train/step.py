@@ -38,7 +38,7 @@ class Step:
     selected_N: Tensor | None = None  # the values of the latents that TopK or BatchTopK selected, if available
     values: Mapping[str, Tensor] = field(
         default_factory=dict
-    )  # what losses read, from a recipe's own pass (SAE.own_pass)
+    )  # tensors for losses, from a recipe's own pass (SAE.own_pass)
     _error_BD: Tensor | None = None
     _squared_error: Tensor | None = None
     _variance: Tensor | None = None

@@ -25,7 +25,7 @@ SPARSE_FROM = 64  # if at most 1 in 64 of the n^2 pairs is chosen, gathering col
 class Decorrelation(LossTerm):
     """R(tau): penalizes the correlation of only the pairs that fire together most (3).
 
-    `pair_choice` decides which pairs a step searches for them:
+    `pair_choice` determines the pairs among which a step searches for these:
         exact    all n (n - 1)/2 pairs. Paper: claims O(n), but the dense C takes O(B n^2), and a fixed share of all
                  pairs is O(n^2) pairs.
         blocks   the pairs in the same block. The latents are shuffled and cut into blocks of about `block` latents: O(B
@@ -220,11 +220,11 @@ def decorrelation(
 
     Paper: states no strength. It writes the encoder as f_enc(x), a function of x and not of x - b_dec. It prints no
     warm-up of the L1 penalty (l1_warmup=0). tau is computed from all off-diagonal correlations (4). A latent that is
-    silent in the batch has none, since (2) is 0/0; by default its pairs are left out (tau_over=all counts them as 0).
-    According to 5.1 tau follows running statistics, but according to (4) it uses the statistics of step t; we follow
-    (4). (5) normalizes the rows of W_dec after each update. We also remove the gradient along each row before the
-    update, so that it does not enter Adam's moments. The paper chooses S_t from all pairs (3), which costs more than
-    the rest of a step; by default we choose it from pairs that are drawn at random in each step.
+    silent in the batch has no correlations, since (2) is 0/0; by default its pairs are left out (tau_over=all counts
+    them as 0). According to 5.1 tau follows running statistics, but according to (4) it uses the statistics of step t;
+    we follow (4). (5) normalizes the rows of W_dec after each update. We also remove the gradient along each row before
+    the update, so that it does not enter Adam's moments. The paper chooses S_t from all pairs (3), which costs more
+    than the rest of a step; by default we choose it from pairs that are drawn at random in each step.
 
     Args:
         strength: Strength of the penalty R (1).

@@ -17,10 +17,10 @@ pairs that pass, and i = j is left out. With i = j, c_ii = P(f_i | f_i) / (k/n) 
 
 The dense J has n^2 entries, 1.4 GB at n = 18432, and its matrix products take n (2B + 6d) / 10Bd = 7 times the
 operations of the rest of a step. With k latents per token, few pairs ever pass. So `pair_store=table` tracks a fixed
-number of pairs and searches for better pairs at intervals. Every step counts how often all pairs of the table fire
-together, but penalizes only one in `turns` of them, in turn, because penalizing all would read all their rows from
-memory in every step. Since beta averages over about a hundred steps, pairs that pass keep passing for many steps, so
-each is penalized before its statistics change.
+number of pairs and searches for better pairs at intervals. Every step counts how often each pair of the table fires
+together, but penalizes only one in `turns` pairs, different ones in each step, because penalizing all of them would
+read all their rows from memory in every step. Since beta averages over about a hundred steps, pairs that pass keep
+passing for many steps, so each is penalized before its statistics change.
 
 Paper: states two different values for the number of steps, for k and for every result. It prints the L1 baseline's
 numbers as the results of "no competition"; here `competition-off` is the same model without (5), and

@@ -24,7 +24,7 @@ MIN_RATE = 1e-5  # the conditional probability counts as unknown for a latent th
 class Coactivation(Mechanism):
     """p_i = P(f_i > 0) and J_ij = P(f_i > 0, f_j > 0), averaged over steps: a <- beta a + (1 - beta) of the batch.
 
-    Each unordered pair occurs once. A subclass decides which pairs to follow, which determines the shape S of all
+    Each unordered pair occurs once. A subclass determines which pairs are tracked, and with it the shape S of all
     per-pair tensors.
 
     Paper: says only "exponential moving averages (decay rate 0.99)". Ours start at zero and are divided by their
@@ -127,7 +127,7 @@ class PairTable(Coactivation):
 
     Every `every` steps the table is refreshed: all pairs of the last batch are ranked together with the pairs in the
     table, and the best are kept. For a new pair, J starts at that step, with a separate weight in `seen_P`. A table
-    with room for all pairs holds them from the start and equals `DensePairs` in another shape. `by` chooses the
+    with room for all pairs contains them from the start and equals `DensePairs` in another shape. `by` selects the
     ranking: "cofire" by conditional probability, "cosine" by the cosine of the decoder rows.
 
     Step i compares the pairs i, i + `turns`, i + 2 `turns`, ... of the table. These cover all ranks, because a

@@ -63,9 +63,9 @@ class CompetitionOptions(RecipeOptions):
     refresh: int = 100
     """Number of steps after which the table searches for better pairs."""
     turns: int = 8
-    """A step penalizes one in this many pairs of the table, in turn. Their mean, or their scaled sum, is the estimate
-    for the whole table. 1: the whole table in every step. The mean is 0 in a step in which no pair passes tau, so on
-    average it is too small if fewer pairs than `turns` pass."""
+    """A step penalizes one in this many pairs of the table, different ones in each step. Their mean, or their scaled
+    sum, is the estimate for the whole table. 1: the whole table in every step. The mean is 0 in a step in which no pair
+    passes tau, so on average it is too small if fewer pairs than `turns` pass."""
     memory_gb: float = 2.0
     """Memory that the statistics of pairs may take, in GB. A run that needs more is refused before it starts."""
     act: Literal["topk", "batchtopk", "relu"] = "topk"
@@ -198,7 +198,7 @@ def baseline(
     Args:
         l1: Strength of the L1 penalty.
         l1_warmup: Steps over which the L1 penalty rises from zero. None: a twentieth of the run.
-        reconstruction: Squared error summed or averaged over d_in. The paper's numbers point to mean, with
+        reconstruction: Sum or mean of the squared error over d_in. The paper's numbers point to mean, with
             normalize=none.
         pre_bias: Subtract b_dec from the encoder's input. The paper writes E(x).
     """
