@@ -81,7 +81,7 @@ def matryoshka(
     k_anneal_steps: int = 0,
     k_start: float | None = None,
 ) -> Variant:
-    """`batchtopk` whose first n/2, n/4, ... latents also reconstruct on their own.
+    """`batchtopk` whose first n/2, n/4, ... latents also reconstruct alone.
 
     Args:
         k: Active latents per token, on average over the batch.
