@@ -246,8 +246,8 @@ def test_two_systems_are_not_called_a_slope_and_each_number_has_its_own_source(t
         " from this difference in L0 alone: enough to be detected, or at least half of the measured difference. ",
     )
     line, pair = (note.removeprefix(start).partition(end) for note in told)
-    assert line[0] == "The slope over log L0 of topk at L0 16, 32, 64 gives KL score ↑ -0.1000"
-    assert pair[0] == "The difference between two systems, topk at L0 16, 32, gives absorption full ↓ +0.1000"
+    assert line[0] == "The slope over log L0 of topk at L0 16, 32, 64 predicts KL score ↑ -0.1000"
+    assert pair[0] == "The difference between two systems, topk at L0 16, 32, predicts absorption full ↓ +0.1000"
     assert line[2] == pair[2] == "Compare at equal L0 (sae train --l0)."
 
 

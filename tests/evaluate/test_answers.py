@@ -126,7 +126,7 @@ def test_the_pca_of_its_l0_is_the_measure(runs, home, kl, ev, verdict, is_good):
     make_reference(home, "pca-64", 64.0, 0.99, 0.99)
     answer = answers_of(run)[PCA]
     assert (answer.verdict, answer.is_good, answer.command) == (verdict, is_good, "")
-    assert answer.numbers[0].startswith("beside pca-32: EV 0.8000") and "pca" not in answer.numbers[1]
+    assert answer.numbers[0].startswith("against pca-32: EV 0.8000") and "pca" not in answer.numbers[1]
 
 
 def test_a_difference_has_its_interval_over_documents(runs, home):
@@ -152,7 +152,7 @@ def test_results_that_cannot_be_tested_are_to_be_measured_again(runs, home):
     make_reference(home, "pca-32", 32.0, 0.5, 0.4, by_document=False)
     answer = answers_of(run)[PCA]
     assert answer.verdict == "not tested" and answer.command == f"sae evaluate {run} --suite core --force"
-    assert answer.numbers[0] == "beside pca-32: EV 0.8000 against 0.4000"
+    assert answer.numbers[0] == "against pca-32: EV 0.8000 against 0.4000"
 
 
 def test_the_best_control_counts_and_its_share_is_told(runs, home):

@@ -257,7 +257,7 @@ def test_inspect_says_which_tokens_are_outlier_rows(cache: Cache, home: Path) ->
     said = CliRunner().invoke(app, ["inspect", str(run), "--prompt", "the value of it", "--latent", "3"])
     assert said.exit_code == 0, said.output
     assert f"outlier, norm {outlier_norm[place]:.4g} (limit {opened.norm_limit:.4g})" in said.output
-    assert "masked   Left out:" in said.output
+    assert "masked   8 outlier rows with a norm over" in said.output
 
 
 class Shrunk:

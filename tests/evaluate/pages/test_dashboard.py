@@ -155,7 +155,7 @@ def test_a_smaller_page_holds_some_latents_and_the_numbers_of_all(run):
     html = page_of(run, 5)
     table = unpacked(html, "table")
     assert len(table["latent"]) == 5 and table["latent"] == sorted(table["latent"])
-    assert "5 of 70 latents, drawn at random" in html
+    assert "5 of 70 latents are shown, drawn at random" in html
     whole = unpacked(page_of(run), "table")
     assert table["density"] == [whole["density"][latent] for latent in table["latent"]]
 
