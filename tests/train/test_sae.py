@@ -134,7 +134,7 @@ def test_an_unknown_activation_is_named_with_the_known_ones(tmp_path: Path) -> N
 def test_a_newer_format_is_rejected(tmp_path: Path) -> None:
     saved(tmp_path)
     describe(tmp_path, format=99)
-    with pytest.raises(UsageError, match="format 99; this version reads 1 and 2. Upgrade"):
+    with pytest.raises(UsageError, match="format 99, but this version reads 1 and 2. Upgrade"):
         load_sae(tmp_path)
 
 
