@@ -144,12 +144,12 @@ def main() -> None:
     result |= feed.passes(asked.folder, tokens, lambda batch: batches(asked.folder, batch, asked.dtype))
     if asked.check:
         opened, served = store(asked.folder, 4096, asked.dtype), batches(asked.folder, 4096, asked.dtype)
-        held = (feed.names(bits(opened.get_raw_llm_batch()[0])) for _ in range(tokens // feed.TOKENS_A_BATCH))
-        given = (feed.names(bits(next(served))) for _ in range(tokens // 4096))
+        held = (feed.row_hashes(bits(opened.get_raw_llm_batch()[0])) for _ in range(tokens // feed.TOKENS_A_BATCH))
+        given = (feed.row_hashes(bits(next(served))) for _ in range(tokens // 4096))
         if asked.dtype == "float16":
             fed = torch.from_numpy(fed.view(np.int16)).view(torch.bfloat16).half().view(torch.int16).numpy()
         result["check"] = feed.check(fed.view(np.uint16), held, given)
-    feed.tell(result)
+    feed.print_result(result)
 
 
 if __name__ == "__main__":
