@@ -66,7 +66,10 @@ def find_cache(model: str | None, hook: Hook, root: Path | None = None) -> Cache
     if matches:
         options = "\n".join(f"  --cache {c.folder}   ({c.rows:,} rows, {c.identity['data']['name']})" for c in matches)
         raise UsageError(f"{len(matches)} caches hold {hook}. Choose one:\n{options}")
-    unfinished = [c for c in opened if not c.attributes["complete"] and not is_ring_cache(c.folder)]
+    unfinished = [
+        c for c in opened
+        if not c.attributes["complete"] and not is_ring_cache(c.folder) and (c.folder / hook.array).is_dir()
+    ]  # fmt: skip
     if unfinished:
         raise UsageError(
             f"No complete cache holds {hook}; {unfinished[0].folder} is half written. "
