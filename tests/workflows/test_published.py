@@ -127,7 +127,7 @@ def test_one_that_is_refused_does_not_stop_the_others(local_hub, cached_model, h
     options = ("--model", cached_model, "--suite", "core", "--tokens", 300, "--device", "cpu", "--no-references")
     result = call("evaluate", ADDRESS, transcoder, "hf://someone/damaged/x", *options)
     assert result.exit_code == 1 and len(runs(home)) == 1
-    assert "but not an SAE on a layer: transcoder" in result.stderr
+    assert "but it is not an SAE on a layer: transcoder" in result.stderr
     assert "does not have the checksum that the Hub declares" in result.stderr
     assert "Refused, for the reasons above: 2 runs" in result.stderr
     alone = call("evaluate", transcoder, *options)
@@ -187,7 +187,7 @@ def test_a_layer_or_width_that_a_model_on_this_machine_has_not_is_refused_at_onc
     check_hook("gemma-2-mini", Hook(25), 128)
     check_hook("nobody/knows-this-model", Hook(99), 3)
     check_hook(str(tiny_model), Hook(1, "attn_z"), 4096)
-    with pytest.raises(UsageError, match="of layer 99, but gemma-2-mini has the layers 0 to 25"):
+    with pytest.raises(UsageError, match="belongs to layer 99, but gemma-2-mini has the layers 0 to 25"):
         check_hook("gemma-2-mini", Hook(99), 128)
     with pytest.raises(UsageError, match="of width 4096, but .* has width 32 at mlp_out of layer 1"):
         check_hook(str(tiny_model), Hook(1, "mlp_out"), 4096)
