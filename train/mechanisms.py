@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .activation_functions import BatchTopK, KeepTopK
+from .kernels.threshold_operator import follow_by_torch, follow_threshold, lowest_positive, move_threshold
 from .sae import SAE
 from .step import Mechanism, Step
 
@@ -191,6 +192,7 @@ class BatchTopKThreshold(Mechanism):
     batches: Tensor  # () int64
     combine = "min"
     leaves_weights = True
+    has_kernels = True
 
     def __init__(self, activation: BatchTopK, rate: float = 0.01) -> None:
         super().__init__()
@@ -199,21 +201,20 @@ class BatchTopKThreshold(Mechanism):
         self.calibrated = 0
 
     def statistic(self, step: Step) -> Tensor:
-        kept = (step.f_BF if step.selected_N is None else step.selected_N).detach().float()
-        return torch.where(kept > 0, kept, torch.inf).min()
+        return lowest_positive(self.latents(step))
 
-    def _follow(self, step: Step, rate: Tensor | float) -> None:
-        lowest, threshold = self.read_latents(step), self.activation.threshold
-        target = torch.where(lowest.isinf(), threshold, lowest)  # unchanged by a batch in which nothing fired
-        threshold.copy_(threshold + rate * (target - threshold))
+    def latents(self, step: Step) -> Tensor:
+        return (step.f_BF if step.selected_N is None else step.selected_N).detach()
 
     def after_step(self, step: Step) -> None:
-        self._follow(step, torch.where(self.batches == 0, 1.0, self.rate))
-        self.batches.add_(1)
+        lowest = step.statistics.get(self)  # of a batch that was computed in parts
+        value_N = self.latents(step) if lowest is None else lowest
+        follow = follow_threshold if self.by_kernels else follow_by_torch
+        follow(value_N, self.activation.threshold, self.batches, self.rate)
 
     def calibrate(self, step: Step) -> None:
         self.calibrated += 1
-        self._follow(step, 1 / self.calibrated)
+        move_threshold(self.read_latents(step), self.activation.threshold, 1 / self.calibrated)
 
     def scalars(self) -> dict[str, Tensor]:
         return {"threshold": self.activation.threshold}

@@ -187,6 +187,9 @@ class Variant(nn.Module):
             coefficient = self.coefficients[name](step)
             if isinstance(coefficient, Tensor):
                 step.metrics[f"{name}_coefficient"] = coefficient.detach()
+            elif coefficient == 1:
+                losses[name] = term(step)
+                continue
             losses[name] = coefficient * term(step)
         return losses
 

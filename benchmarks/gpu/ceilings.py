@@ -1,11 +1,15 @@
 """Parts about the device itself: its limits, and the kernels of this package."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from sizes import Sizes, seconds
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sae.common.environment import environment_record
 from sae.common.precision import float32_products
@@ -24,6 +28,7 @@ from sae.train.kernels.gate_operator import (
     gate_latents,
     gate_latents_by_torch,
 )
+from sae.train.kernels.gram_operator import gram
 from sae.train.kernels.operators import (
     decode_by_bags,
     decode_rows,
@@ -42,6 +47,8 @@ from sae.train.kernels.prefix_operator import (
     prefix_gradients,
     prefix_gradients_by_torch,
 )
+from sae.train.kernels.threshold_operator import follow_by_torch, follow_threshold
+from sae.train.kernels.update_operator import update, update_by_torch
 
 Entries = Iterator[tuple[str, dict[str, Any]]]
 
@@ -83,7 +90,7 @@ def ceilings(sizes: Sizes) -> Entries:
 def kernels(sizes: Sizes) -> Entries:
     """Compare each kernel's result with a stable sort in float64 or with torch, and its time with torch's.
 
-    Add an entry here for each new kernel of train/kernels/operators.py.
+    Add an entry here for each new kernel of train/kernels.
     """
     if reason := reason_against_kernels("cuda"):
         yield "refused", {"reason": reason}
@@ -147,3 +154,36 @@ def sums(sizes: Sizes, d_sae: int, batch: int) -> Iterator[tuple[str, Callable[[
     word_FW = torch.randint(-(2**63), 2**63 - 1, (d_sae, max(batch // 64, 1)), device=device)
     pairs = word_FW, *torch.randint(d_sae, (2, 16 * d_sae), device=device)
     yield "count_pairs", lambda: [count_pairs(*pairs)], lambda: [count_pairs_by_torch(*pairs)]
+    f_GBM = z_BF.unflatten(1, (-1, math.gcd(d_sae, 2048))).transpose(0, 1)
+    yield "gram", lambda: [gram(f_GBM)], lambda: [f_GBM.float().mT @ f_GBM.float()]
+    following = z_BF.flatten()[:count], 0 * one, torch.zeros((), dtype=torch.int64, device=device), 0.01
+    yield "follow_threshold", changing(follow_threshold, following), changing(follow_by_torch, following)
+    updating = update_arguments(sizes.d_in, d_sae)
+    yield "update", changing(update, updating), changing(update_by_torch, updating)
+
+
+def update_arguments(d_in: int, d_sae: int) -> tuple[Any, ...]:
+    """The arguments of `update` for the weights of an SAE, in its first step."""
+    shapes = (d_sae, d_in), (d_in, d_sae), (d_sae,), (d_in,)
+    weights, gradients = (
+        [F.normalize(torch.randn(*shape, device="cuda"), dim=-1) for shape in shapes] for _ in range(2)
+    )
+    gradients[:2] = [gradient.bfloat16() for gradient in gradients[:2]]
+    firsts, seconds = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
+    one, place = torch.ones((), device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
+    return (
+        weights, gradients, firsts, seconds, [0 * one for _ in weights], [weight.bfloat16() for weight in weights[:2]],
+        [True, False, False, False], [0.0] * 4, one, place, place - 1, 1e-3 * one.view(1),
+        torch.tensor([[0.1, 0.03]], device="cuda"), 1.0, 0.9, 0.999, 1e-8, False,
+    )  # fmt: skip
+
+
+def changing(operator: Callable[..., Any], given: tuple[Any, ...]) -> Callable[[], list[Tensor]]:
+    """Call an operator that changes its arguments on copies of them. Each call returns the tensors among the copies."""
+    own = tree_map_only(Tensor, Tensor.clone, given)
+
+    def call() -> list[Tensor]:
+        operator(*own)
+        return [leaf for leaf in tree_leaves(own) if isinstance(leaf, Tensor)]
+
+    return call

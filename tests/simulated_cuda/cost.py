@@ -18,8 +18,11 @@ from sae.train.kernels.division import (
     JUMP_TILE,
     PREFIX_COLUMNS,
     PREFIX_SPAN,
+    PROGRAMS,
     SUM_TILE,
+    THRESHOLD_CHUNK,
     Division,
+    equal_spans,
     row_tile,
 )
 
@@ -227,6 +230,13 @@ def count_pairs(call: Call) -> Cost:
     return Cost(launches, 0, moved)
 
 
+def following(call: Call) -> Cost:
+    value_N = call.args[0]
+    parts, _ = equal_spans(value_N.numel(), PROGRAMS, THRESHOLD_CHUNK)
+    launches, moved = kernel_cost.of_following(value_N.numel(), value_N.element_size(), parts)
+    return Cost(launches, 0, moved)
+
+
 def normalizing(call: Call) -> Cost:
     """Two kernels, and the sum of the squares of blocks of columns by torch."""
     x_BD, _, _, b_D, dtype = call.args
@@ -248,7 +258,7 @@ def comparing(call: Call) -> Cost:
 def update(call: Call) -> Cost:
     weights, gradients, copies, unit = (call.args[n] for n in (0, 1, 5, 6))
     shapes, elements = [weight.shape for weight in weights], [gradient.element_size() for gradient in gradients]
-    launches, moved = kernel_cost.of_update(shapes, elements, unit, len(copies))
+    launches, moved = kernel_cost.of_update(shapes, elements, unit, len(copies), averaged=call.args[14] > 0)
     return Cost(launches, 0, moved)
 
 
@@ -310,6 +320,7 @@ BY_NAME = {
         count_pairs: "count_pairs",
         gate: "gate_latents gate_gradients",
         prefixes: "compare_prefixes prefix_gradients",
+        following: "follow_threshold",
         normalizing: "normalize_batch",
         comparing: "compare compare_backward",
         update: "update",

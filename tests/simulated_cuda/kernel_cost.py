@@ -86,6 +86,11 @@ def of_pairs(pairs: int, words: int) -> tuple[int, int]:
     return 1, pairs * (2 * INDEX + 2 * words * 8 + 8)
 
 
+def of_following(latents: int, element: int, parts: int) -> tuple[int, int]:
+    """Of moving a threshold to the smallest of so many latents, whose elements have so many bytes."""
+    return 2, latents * element + 2 * parts * NUMBER + 2 * (NUMBER + INDEX)
+
+
 def of_normalizing(
     tokens: int, width: int, elements: tuple[int, int], subtracts: bool, tile: tuple[int, int]
 ) -> tuple[int, int]:
@@ -108,17 +113,18 @@ def of_comparing_backward(tokens: int, width: int, element: int, tile: tuple[int
 
 
 def of_update(
-    shapes: Sequence[Sequence[int]], elements: Sequence[int], unit: Sequence[bool], copies: int
+    shapes: Sequence[Sequence[int]], elements: Sequence[int], unit: Sequence[bool], copies: int, averaged: bool
 ) -> tuple[int, int]:
     """Of the update of weights of these shapes, from gradients whose elements have so many bytes, by one step.
 
-    `unit` says which weights have unit rows; the first `copies` have a copy in bfloat16.
+    `unit` says which weights have unit rows; the first `copies` have a copy in bfloat16. `averaged` says whether the
+    first moment is read and written.
     """
     moved = sums = 0
     for n, (shape, element, is_unit) in enumerate(zip(shapes, elements, unit, strict=True)):
         layout, size = Rows.of(shape, is_unit), prod(shape)
         sums += layout.adding
         added = size * (element + (NUMBER if is_unit else 0)) + NUMBER * layout.adding
-        updated = size * (element + 6 * NUMBER + (2 if n < copies else 0))
+        updated = size * (element + (6 if averaged else 4) * NUMBER + (2 if n < copies else 0))
         moved += added + updated + layout.rows * (6 * NUMBER + INDEX)
     return 2 * len(shapes) + 1, moved + NUMBER * sums + 4 * NUMBER + 3 * INDEX

@@ -12,11 +12,12 @@ from torch.nn import functional as F
 from ...common.errors import first_line
 from ...common.packages import EXTRAS, PACKAGE
 from .batch_operators import compare, compare_backward, compare_by_torch, normalize_batch, normalize_by_torch
-from .division import ROOM
+from .division import PROGRAMS, ROOM, THRESHOLD_CHUNK
 from .gate_operator import gate_gradients, gate_latents
 from .operators import decode_by_bags, decode_rows, jump_counts, jump_gradients, largest, sum_by_bags, sum_rows
 from .pair_operator import count_pairs
 from .prefix_operator import compare_prefixes, prefix_gradients
+from .threshold_operator import follow_threshold
 from .update_layout import CHUNK
 from .update_operator import update
 
@@ -52,6 +53,8 @@ def reason_against_kernels(device: str) -> str:
                 return f"they compute other latents of gated SAEs than torch on {device}"
             if not all(prefixes_as_torch(count, dtype, device) for count in (1, 5)):
                 return f"they compute other errors of prefixes than torch on {device}"
+            if not follows_as_torch(dtype, device):
+                return f"they set other thresholds of BatchTopK than torch on {device}"
         if not pairs_as_torch(device):
             return f"they count other pairs than torch on {device}"
     except Exception as error:  # from Triton's compiler or the driver; torch computes the same result
@@ -65,16 +68,18 @@ def updates_agree(dtype: torch.dtype, device: str) -> bool:
     number, place = torch.ones(()), torch.zeros((), dtype=torch.int64)
     weight = F.normalize(torch.randn(5, 2 * CHUNK + 3, generator=generator), dim=1)
     gradient, moment = torch.randn_like(weight).to(dtype), torch.rand(weight.shape, generator=generator)
-    for is_unit, coupled in itertools.product((True, False), repeat=2):
+    for is_unit, coupled, beta1 in itertools.product((True, False), (True, False), (0.9, 0.0)):
         given = [[weight], [gradient], [moment], [moment], [0 * number], [weight.bfloat16()]]
         scalars = number, place, place - 1, 0.01 * number.view(1), torch.tensor([[0.1, 0.03]])
         results = []
         for where in ("cpu", device):
             tensors = [[tensor.to(where, copy=True) for tensor in tensors] for tensors in given]
             update(
-                *tensors, [is_unit], [0.1], *(scalar.to(where, copy=True) for scalar in scalars), 1.0, 0.9, 0.999, 1e-8,
-                coupled,
+                *tensors, [is_unit], [0.1], *(scalar.to(where, copy=True) for scalar in scalars), 1.0, beta1, 0.999,
+                1e-8, coupled,
             )  # fmt: skip
+            if not beta1:
+                tensors[2][0].zero_()  # kernels do not write it
             results.append([tensors[n][0].cpu().float() for n in (0, 2, 3, 5)])
         if not all(
             torch.allclose(one, other, rtol=tolerance, atol=tolerance)
@@ -183,6 +188,19 @@ def pairs_as_torch(device: str) -> bool:
     first_P, second_P = (torch.randint(50, (100,), generator=generator) for _ in range(2))
     given = word_FW, first_P, second_P
     return torch.equal(count_pairs(*(tensor.to(device) for tensor in given)).cpu(), count_pairs(*given))
+
+
+def follows_as_torch(dtype: torch.dtype, device: str) -> bool:
+    """Whether a threshold follows the smallest latents of three batches as on a CPU, and the batches are counted."""
+    results = []
+    for where in ("cpu", device):
+        generator = torch.Generator().manual_seed(0)
+        threshold, batches = torch.zeros((), device=where), torch.zeros((), dtype=torch.int64, device=where)
+        for factor in (1, 3, -1):
+            value_N = factor * (1 + torch.rand(3 * PROGRAMS * THRESHOLD_CHUNK // 2, generator=generator)).to(dtype)
+            follow_threshold(value_N.to(where), threshold, batches, 0.1)
+        results.append((threshold, batches))
+    return near(results[1], (one.double() for one in results[0]), 1e-5)
 
 
 def near(found: Iterable[Tensor], expected: Iterable[Tensor], rtol: float) -> bool:

@@ -48,6 +48,13 @@ SUM_TILE = 32, 16, 128  # rows added at once, sums per program, and columns of b
 PREFIX_SPAN = 128  # tokens that a program of the prefixes' kernels reads, one tile after the other
 PREFIX_COLUMNS = 64  # dimensions in a tile
 PAIR_TILE = 32, 64  # pairs that a program counts, and words of 64 tokens that it reads at once
+THRESHOLD_CHUNK = 1024  # latents that a program reads at once to find the smallest
+
+
+def equal_spans(size: int, programs: int, chunk: int) -> tuple[int, int]:
+    """How many programs, at most `programs`, share `size` elements, and the elements of each, a multiple of `chunk`."""
+    span = -(-size // (programs * chunk)) * chunk
+    return -(-size // span), span
 
 
 def row_tile(latents: float) -> tuple[int, int]:

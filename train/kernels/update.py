@@ -58,7 +58,7 @@ def update_weights(
         move[(layout.rows,)](
             weight, gradients[n], firsts[n], seconds[n], copy, factors, i, rates_S, steps[n], corrections_S2,
             weight.numel(), layout.span, beta1, 1 - beta1, beta2, 1 - beta2, eps, decays[n],
-            unit[n], coupled, n < len(copies), layout.block, num_warps=warps(layout.block),
+            unit[n], coupled, n < len(copies), beta1 > 0, layout.block, num_warps=warps(layout.block),
         )  # fmt: skip
     return norm, factors[1]
 
@@ -109,9 +109,12 @@ def decide(sums, loss, i, failed_at, norm, factors, count, limit, LIMITED: tl.co
 def move(
     weight, gradient, first, second, copy, factors, i, rates, step, corrections,
     size, span, beta1, rest1, beta2, rest2, eps, decay,
-    UNIT: tl.constexpr, COUPLED: tl.constexpr, COPIED: tl.constexpr, BLOCK: tl.constexpr,
+    UNIT: tl.constexpr, COUPLED: tl.constexpr, COPIED: tl.constexpr, AVERAGED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Update a row or a chunk of a weight by Adam, and write its moments and its copy. `rest` is 1 - beta."""
+    """Update a row or a chunk of a weight by Adam, and write its moments and its copy. `rest` is 1 - beta.
+
+    Unless AVERAGED, beta1 is 0: the first moment is the gradient, and its memory is not used.
+    """
     if tl.load(factors + 1) > 0:
         place = tl.arange(0, BLOCK)
         begin = tl.program_id(0).to(tl.int64) * span
@@ -128,8 +131,10 @@ def move(
             g += decay * w
         else:
             w -= rate * decay * w
-        m = beta1 * tl.load(first + begin + place, mask=real, other=0.0) + rest1 * g
-        tl.store(first + begin + place, m, mask=real)
+        m = g
+        if AVERAGED:
+            m = beta1 * tl.load(first + begin + place, mask=real, other=0.0) + rest1 * g
+            tl.store(first + begin + place, m, mask=real)
         v = beta2 * tl.load(second + begin + place, mask=real, other=0.0) + rest2 * g * g
         tl.store(second + begin + place, v, mask=real)
         w -= rate / correction1 * m / (tl.sqrt(v) / correction2 + eps)

@@ -6,10 +6,7 @@ from torch import Tensor
 from ..optimizer import total_norm
 
 
-@torch.library.custom_op(
-    "sae::update", mutates_args=("weights", "firsts", "seconds", "copies", "failed_at"), device_types="cpu"
-)
-def update(
+def update_by_torch(
     weights: list[Tensor],
     gradients: list[Tensor],
     firsts: list[Tensor],
@@ -34,7 +31,7 @@ def update(
     Args:
         weights: float32, each contiguous.
         gradients: their gradients, float32 or bfloat16.
-        firsts: Adam's first moments.
+        firsts: Adam's first moments. If `beta1` is 0, they affect nothing, and kernels leave them as they are.
         seconds: Adam's second moments.
         steps: () float32 for each weight: its number of updates so far. This function does not increment it.
         copies: bfloat16 copies of the first weights; they receive the updated values.
@@ -74,6 +71,12 @@ def update(
     for copy, weight in zip(copies, weights, strict=False):
         copy.copy_(weight)
     return norm, 1 - skips
+
+
+update = torch.library.custom_op(
+    "sae::update", update_by_torch, mutates_args=("weights", "firsts", "seconds", "copies", "failed_at"),
+    device_types="cpu",
+)  # fmt: skip
 
 
 @update.register_fake

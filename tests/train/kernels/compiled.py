@@ -19,7 +19,7 @@ from triton.compiler import ASTSource, compile
 from triton.runtime.jit import JITFunction
 
 from sae.tests.worker_process import serve
-from sae.train.kernels import batch, gate, pair, prefix
+from sae.train.kernels import batch, gate, pair, prefix, threshold
 from sae.train.kernels.jump import counts, gradients
 from sae.train.kernels.largest import find_largest
 from sae.train.kernels.rows import decode, sum_by_stretch
@@ -75,6 +75,13 @@ def compile_pairs(capability: int) -> dict[str, int]:
     return compile_launched(launched, capability)
 
 
+def compile_threshold(dtype: torch.dtype, capability: int) -> dict[str, int]:
+    """Compile the kernels that move a threshold."""
+    with recording() as launched:
+        threshold.follow(torch.zeros(5000, dtype=dtype), torch.zeros(()), torch.zeros((), dtype=torch.int64), 0.1)
+    return compile_launched(launched, capability)
+
+
 def compile_prefixes(counts: list[int], dtype: torch.dtype, capability: int) -> dict[str, int]:
     """Compile the kernels that compare so many prefixes with the batch."""
     with recording() as launched:
@@ -100,12 +107,12 @@ def compile_update(widths: list[int], dtype: torch.dtype, capability: int) -> di
     """Compile the kernels that update a matrix of unit rows and a vector, with gradients of this dtype."""
     one, number = torch.zeros(()), torch.zeros((), dtype=torch.int64)
     with recording() as launched:
-        for width, coupled in itertools.product(widths, (True, False)):
+        for width, coupled, beta1 in itertools.product(widths, (True, False), (0.9, 0.0)):
             weights = [torch.zeros(2, width), torch.zeros(width)]
             update_weights(
                 weights, [weight.to(dtype) for weight in weights], weights, weights, [one, one],
-                [weights[0].bfloat16()], [True, False], [0.1, 0.1], one, number, number, one, one, 1.0, 0.9, 0.999,
-                1e-8, coupled,
+                [weights[0].bfloat16()], [True, False], [0.1, 0.1], one, number, number, one, one, 1.0, beta1,
+                0.999, 1e-8, coupled,
             )  # fmt: skip
     return compile_launched(launched, capability)
 

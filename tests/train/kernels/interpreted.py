@@ -21,6 +21,7 @@ from sae.train.kernels import jump as jump_kernels
 from sae.train.kernels import pair as pair_kernels
 from sae.train.kernels import prefix as prefix_kernels
 from sae.train.kernels import rows
+from sae.train.kernels import threshold as threshold_kernels
 from sae.train.kernels.division import SUM_TILE
 from sae.train.kernels.largest import find_largest
 from sae.train.kernels.update import update_weights
@@ -118,6 +119,13 @@ def pairs(arguments: tuple[Tensor, ...]) -> tuple[Tensor, tuple[int, int]]:
     with counting() as traffic:
         found = pair_kernels.count(*arguments, tile=(4, 2))
     return found, traffic.cost
+
+
+def follow(arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+    """The threshold and the count that the kernels leave, with small parts, and what they cost."""
+    with counting() as traffic:
+        threshold_kernels.follow(*arguments, programs=4, chunk=8)
+    return arguments[1:3], traffic.cost
 
 
 def batch(name: str, arguments: tuple[Any, ...], tile: tuple[int, int]) -> tuple[tuple[Tensor, ...], tuple[int, int]]:

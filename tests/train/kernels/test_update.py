@@ -28,6 +28,7 @@ class Case(NamedTuple):
     failed_at: int = -1
     bad: float | None = None  # an element of a gradient
     eps: float = EPS
+    beta1: float = BETA1
 
 
 def arguments(case: Case) -> list[Any]:
@@ -47,14 +48,14 @@ def arguments(case: Case) -> list[Any]:
         gradients[1][2, 3] = case.bad
     firsts, seconds = ([0.1 * random(*weight.shape) for weight in weights] for _ in range(2))
     steps_S = torch.arange(1, 9, dtype=torch.float64)
-    corrections_S2 = torch.stack([1 - BETA1**steps_S, (1 - BETA2**steps_S).sqrt()], 1).float()
+    corrections_S2 = torch.stack([1 - case.beta1**steps_S, (1 - BETA2**steps_S).sqrt()], 1).float()
     return [
         weights, gradients, firsts, [second.square() for second in seconds],
         [torch.tensor(float(STEP)) for _ in weights],
         [weight.bfloat16() for weight in weights[:2]] if case.copies else [],
         [case.unit, False, False, False], [0.0, DECAY, 0.0, DECAY],
         torch.tensor(case.loss), torch.tensor(5), torch.tensor(case.failed_at),
-        torch.linspace(0, RATE, 8), corrections_S2, case.limit, BETA1, BETA2, case.eps, case.coupled,
+        torch.linspace(0, RATE, 8), corrections_S2, case.limit, case.beta1, BETA2, case.eps, case.coupled,
     ]  # fmt: skip
 
 
@@ -107,19 +108,26 @@ def by_reference(given: list[Any]) -> dict[str, Any]:
 
 
 def check_case(interpreter: Any, case: Case) -> None:
-    """The kernels and the reference; the kernels move the bytes that the budget counts."""
+    """The kernels and the reference; the kernels move the bytes that the budget counts.
+
+    If beta1 is 0, the kernels do not touch the first moments.
+    """
     check(by_reference(arguments(case)), arguments(case))
     given = arguments(case)
     found, cost = interpreter("interpreted.update", given=given)
+    if not case.beta1:
+        assert all(map(torch.equal, found["firsts"], given[2]))
+        found["firsts"] = by_hand(given)["firsts"]
     check(found, given)
     sizes = [gradient.element_size() for gradient in given[1]]
     if found["updated"]:
-        assert cost == of_update([weight.shape for weight in given[0]], sizes, given[6], len(given[5]))
+        assert cost == of_update([weight.shape for weight in given[0]], sizes, given[6], len(given[5]), case.beta1 > 0)
 
 
 QUICK = [
     Case(), Case(coupled=True, limit=None, dtype=torch.float32), Case(unit=False, limit=1e3), Case(copies=False),
     Case(loss=math.inf), Case(failed_at=2), Case(bad=math.nan), Case(bad=-math.inf, coupled=True), Case(eps=0.0),
+    Case(beta1=0.0), Case(beta1=0.0, loss=math.nan),
 ]  # fmt: skip
 
 
