@@ -1,6 +1,6 @@
 """Savings and cost of the compressed profile: `python benchmarks/bench_compression.py`.
 
-It uses rows of gemma-2-mini, which the script harvests (layers 5, 12, 19; width 128), and synthetic rows of width 2304
+The script uses rows of gemma-2-mini, which it harvests (layers 5, 12, 19; width 128), and synthetic rows of width 2304
 with outlier dimensions. The cache's own code encodes and decodes each chunk, in one thread. The bound is the
 compression ratio given by the order-0 entropy of each dimension's high byte; the low byte is noise and is counted in
 full.

@@ -2,9 +2,9 @@
 
 The pages show random SAEs on the embedded model's layer 12, with the held-out text of a small cache. A headless
 Chromium opens them, each time in a new window. `ready` is the time from the start of the navigation until the table of
-latents is drawn, measured by the page. `open` is the time until then measured by this script, including the start of
-the window. `a latent` is the time from a click on a link until the latent is drawn, for latents whose blocks of the
-page are not unpacked yet. The script needs playwright and a Chromium on the PATH.
+latents is drawn, measured by the page. `open` is the time that this script measures until the same moment; it includes
+the opening of the window. `a latent` is the time from a click on a link until the latent is drawn, for latents whose
+data block in the page has not been unpacked before. The script needs playwright and a Chromium on the PATH.
 """
 
 import argparse

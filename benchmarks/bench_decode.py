@@ -28,7 +28,8 @@ def numbers(text: str) -> list[int]:
 def make_step(
     config: RunConfig, k: int, x_BD: torch.Tensor, sparse_from: dict[str, dict[str, float]]
 ) -> Callable[[], float]:
-    """A function that returns the milliseconds of a training step. Rows are gathered from this n/k upwards."""
+    """A function that returns the milliseconds of a training step. Rows are gathered at and above the n/k in
+    `sparse_from`."""
     torch.manual_seed(0)
     trainer = Trainer(find_recipe("topk").make(config, {"k": k}), config.steps, "cpu")
 

@@ -1,17 +1,19 @@
 """Cost of a harvest relative to the model's forward pass: `python benchmarks/bench_harvest.py`.
 
-Runs gemma-2-mini on its embedded text, which is tokenized before the clock starts, in rounds, in random order:
+The embedded text is tokenized before the clock starts. The script then measures the following on gemma-2-mini, in
+rounds, in random order:
 
     forward         the truncated model on the same passes as the harvest, without hooks; results are discarded
     harvest         the whole harvest, from loading the model to sealing the cache, with checksums, flushes and commits
-    harvest of 19   a harvest of layer 19 alone instead of 5, 12 and 19
+    harvest of 19   a harvest of layer 19 alone instead of layers 5, 12 and 19
 
 Each of the three loads the model itself. The script then measures the writer alone, at Gemma-2-2B's width, and peak
 memory at two cache sizes.
 
 `--host` measures something else: the host's part of a harvest, without a model. It processes prepared rows of three
-layers of that width on one core, on two, and so on. The rows arrive either as from a GPU that keeps the window (the
-host computes checksums, writes and flushes) or as from one that does not (the host also places and measures the rows).
+layers of that width on one core, on two, and so on. The rows arrive either as if from a GPU that keeps the window (then
+the host computes checksums, writes and flushes), or as if from a GPU that does not (then the host also places and
+measures the rows).
 """
 
 import argparse
@@ -162,8 +164,8 @@ def timed_writer(folder: Path, compress: bool, rows: int = 16_384) -> Callable[[
 
 
 class PreparedRows:
-    """A substitute for WindowComputer whose rows cost no time. If `measured`, they come with statistics, as from a
-    GPU."""
+    """A substitute for WindowComputer whose rows cost no time. If `measured`, they come with statistics, as rows from a
+    GPU do."""
 
     rows_in_draft = 0
 
@@ -206,7 +208,8 @@ def host_part(folder: str, measured: bool, cores: int, windows: int) -> float:
 
 
 def print_host_parts(folder: Path, rounds: int, windows: int) -> None:
-    """GB/s by number of cores, and an extrapolation to eight cores: each more adds as much as the last one measured."""
+    """GB/s by number of cores, and an extrapolation to eight cores: each further core adds as much as the last one that
+    was measured."""
     for measured, title in ((True, "windows from a GPU"), (False, "rows, placed and measured by the host")):
         speeds = []
         for cores in range(1, len(os.sched_getaffinity(0)) + 1):

@@ -5,7 +5,7 @@ script starts in another process; it sends files as fast as it can or at a fixed
 use, is slower than any real store). Each round trains the same run from the disk, from the store with a local folder
 that has room for part of the cache, and from the store through slower links, in random order. Each training run has its
 own process and an empty local folder. The chunks of the first batches are downloaded before training begins; `after ten
-steps` is the speed after that. The ratios in the tables are taken within a round; the tables have their medians over
+steps` is the speed after that. Ratios are taken within a round; the tables have the medians of these ratios over
 rounds. `needed` is the rate at which training reads.
 """
 

@@ -6,8 +6,9 @@ over rounds.
 
     step       relu, topk and batchtopk next to the peers' published trainers on the same batches (environments as in
                peers/agree_train.py), and relative to a lower bound: the five matrix products of a dense step alone, in
-               the same rounds. A step below 1 gathers rows instead (train/sparse_ops.py). FLOP are counted by torch for
-               matrix products; gathered rows count as none.
+               the same rounds. A step whose ratio to this bound is below 1 gathers rows instead of computing dense
+               products (train/sparse_ops.py). FLOP are counted by torch, for matrix products only; gathering rows
+               counts as zero FLOP.
     recipes    every recipe relative to its base: topk if it keeps a fixed number of latents, else relu. The work that
                mechanisms do every N steps is included, divided by N.
     together   V relu runs in one pass over a cache, relative to V runs one after the other.

@@ -19,7 +19,7 @@ from sae.evaluate.papers.parse import load_paper
 from sae.evaluate.papers.quotes import NUMBER
 
 REFERENCES = re.compile(r"^\W*REFERENCES\s*$", re.MULTILINE)
-# Numbers that are neither a result nor a setting. Sections: one or two digits before a capital letter.
+# Numbers that are neither a result nor a setting. A section number is one or two digits before a capital letter.
 NAMES = re.compile(
     r"\$\$.*?\$\$"  # formulas on lines of their own
     r"|\b(?:19|20)\d\d[ab]?\)"  # citations

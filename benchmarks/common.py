@@ -1,4 +1,5 @@
-"""Shared by the benchmarks: synthetic rows, a cache of them, timing in rounds, memory, a description of the machine."""
+"""Code shared by the benchmarks: synthetic rows, a cache of them, timing in rounds, memory, a description of the
+machine."""
 
 import multiprocessing
 import os
@@ -48,7 +49,8 @@ def model_like_rows(rows: int, d_in: int = D_IN, seed: int = 0) -> np.ndarray:
 def make_cache(
     folder: Path, gigabytes: float, *, compress: bool = False, d_in: int = D_IN, most: int = WINDOW
 ) -> Cache:
-    """A cache written as by a harvest. All windows (at most `most` rows) have the same content; token ids are 0."""
+    """A cache, written as a harvest writes it. All windows (at most `most` rows) have the same content; token ids are
+    0."""
     window = min(most, int(gigabytes * 1e9 / 2 / d_in) // CONTEXT * CONTEXT)
     count = round(gigabytes * 1e9 / 2 / d_in / window)
     layout = Layout(count * window, window, compress=compress)

@@ -2,8 +2,8 @@
 
 tests/harvest/test_families.py runs them as tests, and benchmarks/family_table.py writes the results to
 docs/reference/families.md. A model has three or four blocks of width 32 with random parameters, so that every norm and
-bias has an effect. What this package's hooks read and change is compared with plain torch hooks, which are attached to
-the transformers model by module name.
+bias has an effect. What this package's hooks read and change is compared with what plain torch hooks read and change;
+these are attached to the transformers model by module name.
 """
 
 import contextlib
@@ -118,7 +118,8 @@ def make_model(kind: str, **more: Any) -> Any:
 
 @torch.no_grad()
 def randomize(model: nn.Module) -> None:
-    """Draw every parameter at random, but change those that set the decay rate of a Mamba's states only a little."""
+    """Draw every parameter at random, except those that set the decay rate of a Mamba's states: these change only a
+    little."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -144,7 +145,7 @@ def examine(kind: str) -> FamilyResult:
     model, config = LanguageModel(transformer), transformer.config
     ids_NS = torch.randint(3, 64, (3, 11), generator=torch.Generator().manual_seed(1))
     plain = transformer(ids_NS, use_cache=False, output_hidden_states=True)
-    hooks_before = hooks_on(transformer)  # transformers leaves some that collect hidden states
+    hooks_before = hooks_on(transformer)  # transformers leaves hooks that collect hidden states
     result = FamilyResult(kind, type(transformer).__name__)
     for layer in chosen_layers(model):
         sites, refused = sites_of(model, config, layer)
@@ -167,7 +168,8 @@ def hooks_on(transformer: Any) -> int:
 
 
 def chosen_layers(model: LanguageModel) -> list[int]:
-    """One block of each kind. If a kind has three or more, the second, since others then precede and follow it."""
+    """One block of each kind: the first, or the second of three or more, since it has a block of its kind on either
+    side."""
     of_kind: dict[str, list[int]] = {}
     for layer, block in enumerate(model.blocks):
         of_kind.setdefault(kind_of(block), []).append(layer)

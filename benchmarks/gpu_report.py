@@ -1,7 +1,8 @@
 """Make a page from measurements on a GPU: `python benchmarks/gpu_report.py FILE`. benchmarks/gpu/run.py writes FILE.
 
 Writes benchmarks/results/DATE-gpu.md, with the modelled milliseconds from the newest page of step_budget.py next to the
-measured ones. Also prints the measured values for the constants of the model in step_budget.py and train/sparse_ops.py.
+measured ones. Also prints the measured values of constants: those of the cost model in step_budget.py, and those in
+train/sparse_ops.py.
 """
 
 import argparse

@@ -2,8 +2,9 @@
 
     python benchmarks/gram_schmidt.py activations/... --steps 300
 
-Trains the recipe. At regular intervals it compares the rows that both methods compute from the free rows with those of
-a float64 QR. It also prints the condition number of the free rows of a group, on which the errors depend.
+Trains the recipe. At regular intervals both methods and a float64 QR are applied to the free rows, and the rows that
+each method computes are compared with those of the float64 QR. The script also prints the condition number of the free
+rows of a group, since the errors depend on it.
 """
 
 import argparse

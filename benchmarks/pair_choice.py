@@ -9,11 +9,11 @@ There are two tables for each of `decorrelation` and `competition`.
                three seeds each. The columns are scores on held-out text, and the penalty over all pairs of latents on
                rows that no run has read. A cell is the mean over seeds and the half-width of its 95 % interval. Further
                rows have the differences from the runs with all pairs, seed by seed.
-    overlap    along one run that compares some pairs: their share of the penalty of all pairs, and the ratio of the
-               penalty estimated from them to the penalty of all pairs.
+    overlap    along one run that compares some pairs: the share that these pairs have in the penalty of all pairs, and
+               the ratio of the penalty that is estimated from them to the penalty of all pairs.
 
-For `decorrelation` the script also compares gradients: the average over the blocks of several steps on the same latents
-with the gradient of all pairs.
+For `decorrelation` the script also compares two gradients on the same latents: the average of the gradients from the
+blocks of several steps, and the gradient of all pairs.
 """
 
 import argparse

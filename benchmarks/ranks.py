@@ -6,7 +6,7 @@ random order:
     pinned     one process on one core, and two processes on one core each (taskset); each has one thread
     unpinned   one process with two threads, and two processes with one thread each; the system chooses the cores
 
-Three times are printed: the time of the work, from the times of the files that it writes; the time of the whole
+Three durations are printed: the time of the work, from the times of the files that it writes; the time of the whole
 command, which starts Python, imports torch in every process and, if runs are assigned to processes, times a few steps
 of each recipe; and the largest processor time of a process, which other work on the machine hardly changes. The first
 two are meaningful only on a machine with two idle cores. Memory is the peak anonymous memory of each process.
@@ -86,7 +86,7 @@ def run(words: list[str], out: Path, files: Files, *, processes: int, threads: i
 
 
 def environment(threads: int, home: Path) -> dict[str, str]:
-    root = str(Path(__file__).resolve().parents[2])  # in which the package is the folder sae
+    root = str(Path(__file__).resolve().parents[2])  # the folder that contains the package as the folder sae
     changes = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.environ.get("PYTHONPATH", root), "SAE_HOME": str(home)}
     return os.environ | changes
 

@@ -8,9 +8,10 @@ exchanged; or the file is emptied. The readers of the record are then called in 
 - raise an error with a message (SaeError),
 - or differ in one of the ways that HARMLESS lists;
 
-any other exception is a bug, and a difference that is not listed means that damaged data was accepted. The script then
-fails. Half of the structural changes are made to a record without its digest, as earlier versions wrote it. In such a
-record a changed value is not noticed, so only exceptions count. Writes benchmarks/results/<date>-record-fuzz.md.
+any other exception is a bug, and a difference that is not listed means that damaged data was accepted. In both cases
+the script fails. Half of the structural changes are made to a record without its digest, as earlier versions wrote it.
+In such a record a changed value is not noticed, so only exceptions count. Writes
+benchmarks/results/<date>-record-fuzz.md.
 """
 
 import argparse

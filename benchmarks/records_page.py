@@ -62,7 +62,7 @@ def page() -> Iterator[str]:
 
 
 def rows(schema: Any, before: str = "", above: tuple[Any, ...] = ()) -> Iterator[tuple[str, str, bool, str]]:
-    """The path, type, whether it is required, and description of every field of a record, including nested fields."""
+    """For every field of a record, including nested fields: path, type, whether it is required, and description."""
     for name, hint in get_type_hints(schema, include_extras=True).items():
         required = name in schema.__required_keys__
         value = get_args(hint)[0] if get_origin(hint) is NotRequired else hint

@@ -1,11 +1,11 @@
 """Harvests and sweeps on many machines, simulated: `python benchmarks/scale.py > benchmarks/results/DATE-scale.md`.
 
-    python benchmarks/scale.py                          the page: what limits a harvest of 10B tokens, and a sweep
+    python benchmarks/scale.py                          the page: what limits a harvest of 10B tokens, or a sweep
     python benchmarks/scale.py --set node_link=1.2e9    with another constant; simulation/constants.py has them all
     python benchmarks/scale.py --measure                the constants that can be measured, on this machine
     python benchmarks/scale.py --processes              real harvests of 1 to 3 processes, compared with the simulation
 
-Nothing is measured on a cluster: every time on the page is simulated, from constants that are looked up, measured on
+Nothing is measured on a cluster: all times on the page are simulated, from constants that are looked up, measured on
 two CPU cores, or assumed. The program's own decisions are imported, not imitated: windows and their objects, requests
 to the store, the assignment of runs to ranks, and the choice of the chunk to download and the chunk to remove for it.
 `simulation/` has the simulations.

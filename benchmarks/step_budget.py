@@ -10,7 +10,8 @@ Nothing here is measured, and no GPU is needed: milliseconds are a model. The st
 tests, on tensors that have shapes but no values: forward and backward pass, optimizer, mechanisms and metrics, under
 autocast. Each operation below autograd costs launches, FLOPs and bytes (tests/simulated_cuda/cost.py). Its time is
 either the time for its FLOPs at the speed of their dtype or the time for its bytes at the speed of memory, whichever is
-longer. The host queues launches while the GPU computes, so the time of a step is the larger of the two sums.
+longer. The host queues launches while the GPU computes, so the time of a step is the larger of two sums: the times of
+all launches, and the times of all operations on the GPU.
 
 step_budget.json has the budgets: launches, FLOPs and bytes. These are counted, so they are equal on every machine with
 the same torch. A test fails if a recipe exceeds its budget. The script needs a CPU build of torch and a C++ compiler.
@@ -107,7 +108,8 @@ def size_name(d_sae: int, batch: int) -> str:
 
 
 def options_of(recipe: str) -> dict[str, Any]:
-    """The options of a recipe in this script: its defaults, with k = 100 unless it keeps more, and no memory limit."""
+    """The options of a recipe in this script: its defaults, without a memory limit, and with k = 100 if the default k
+    is smaller."""
     defaults = find_recipe(recipe).options
     k = {"k": KEPT} if isinstance(defaults.get("k"), int) and defaults["k"] < KEPT else {}
     return k | ({"memory_gb": 1000.0} if "memory_gb" in defaults else {})
@@ -147,7 +149,8 @@ def write_budgets(budgets: Budgets) -> None:
 
 
 def over_budget(cost: StepCost, budgets: Budgets) -> list[str]:
-    """A message for each quantity over the recipe's budget, with what to do, or that the recipe has no budget."""
+    """A message for each quantity over the recipe's budget, with what to do, or one that says that there is no
+    budget."""
     how = f"python benchmarks/step_budget.py {cost.recipe} --renew"
     budget = budgets.get(cost.recipe, {}).get(cost.size)
     where = f"{cost.recipe} with {cost.d_sae:,} latents and {cost.batch:,} tokens"

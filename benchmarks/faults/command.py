@@ -39,8 +39,8 @@ class Outcome(NamedTuple):
 
     @property
     def last(self) -> str:
-        """The last message, starting at `error`, `stopped` or `done`; if there is none, the last line, without its
-        frame."""
+        """The last message, starting at `error`, `stopped` or `done`; if there is none, the last line. A frame around a
+        message is left out."""
         text = self.err.strip() or self.out.strip()
         framed = re.sub("[│╭╮╰╯─]|Error ─", "", text[text.find("╭") :]) if "╭" in text else text
         lines = [" ".join(framed.split())] if "╭" in text else text.splitlines()

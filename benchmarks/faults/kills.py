@@ -105,7 +105,8 @@ def kills(m: Matrix) -> None:
         # Python itself reports and then drops an interrupt that arrives during a callback of its garbage collector.
         quiet = re.sub(r"Exception ignored in: .*\nTraceback(.*\n)*?KeyboardInterrupt:? *\n", "", outcome.err)
         swallowed += quiet != outcome.err
-        # If the signal arrives in C code while torch is imported, Python ends itself by it. A shell shows 130 for both.
+        # If the signal arrives in C code while torch is imported, the signal ends Python directly. A shell shows 130 in
+        # that case, too.
         if outcome.code == -signal.SIGINT:
             outcome = outcome._replace(code=INTERRUPTED)
         wrong = outcome.code not in (OK, INTERRUPTED) or "Traceback" in quiet
@@ -151,7 +152,7 @@ def launched(m: Matrix) -> None:
         f"{left} of 48 commits; the same command ended with {again.returncode} and the same bytes",
         len(pair) == 2,
         again.returncode == 0,
-        same_bytes("pair", leaving_out="harvest.json"),  # it records the OMP_NUM_THREADS that torchrun sets
+        same_bytes("pair", leaving_out="harvest.json"),  # this file records the OMP_NUM_THREADS that torchrun sets
         "/sae/cli/console.py" not in said,
     )
 

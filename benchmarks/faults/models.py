@@ -45,8 +45,8 @@ def bad_models(m: Matrix) -> None:
 
 
 def harvest(m: Matrix, fault: str, model: str, code: int, *words: Any, after: str = "") -> Path:
-    """Harvest from a model with "y" on stdin, as a row of the table. A refused model must commit nothing and run
-    nothing."""
+    """Harvest from a model with "y" on stdin, and add the outcome to the table. If the model is refused, nothing may be
+    committed. Its own code must not run in any case."""
     out = Path("models-cache")
     shutil.rmtree(out, ignore_errors=True)
     outcome = sae(*HARVEST, "--model", f"./{model}", "--out", out, *words, stdin="y\n" * 20)

@@ -1,9 +1,9 @@
 """Measure everything that depends on a GPU, in at most eight minutes on an H200: `python benchmarks/gpu/run.py`.
 
-It needs this checkout, installed, and torch for CUDA; nothing is downloaded. Each part runs in its own process with a
-time limit, and its results are written to the file given by --out at once, so a part that fails or hangs loses only its
-own results. `benchmarks/gpu_report.py FILE` makes a page from that file. With --simulated the parts run at small sizes
-on the tests' simulated GPU, which exercises the code and measures nothing.
+It needs torch for CUDA and an installation of this checkout; nothing is downloaded. Each part runs in its own process
+with a time limit, and its results are written at once to the file given by --out, so a part that fails or hangs loses
+only its own results. `benchmarks/gpu_report.py FILE` makes a page from that file. With --simulated the parts run at
+small sizes on the tests' simulated GPU, which exercises the code and measures nothing.
 """
 
 import argparse
@@ -29,7 +29,7 @@ WHOLE = 480.0  # seconds
 
 
 def simulate(folder: Path) -> None:
-    """Load the simulated GPU, which has to come before torch."""
+    """Load the simulated GPU. This has to happen before torch is imported."""
     from sae.tests.simulated_cuda.build import build_hooks
 
     ctypes.CDLL(str(build_hooks(folder)), mode=ctypes.RTLD_GLOBAL)

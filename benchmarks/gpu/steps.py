@@ -57,8 +57,8 @@ def batch_of(rows: int, d_in: int) -> Tensor:
 
 
 def recipes(sizes: Sizes) -> Entries:
-    """Run three steps of every recipe, in which a wait for the GPU is an error, and compare peak memory with the
-    plan's."""
+    """Run three steps of every recipe, treat any wait for the GPU as an error, and compare the peak of memory with the
+    plan."""
     d_sae, rows = sizes.recipe
     x_BD = batch_of(rows, sizes.d_in)
     for recipe in RECIPES:

@@ -1,4 +1,5 @@
-"""A recipe for this comparison: a plain top-k within groups, which is paper 000's winner-take-all without the rest."""
+"""A recipe for this comparison: a plain top-k within groups, which is paper 000's winner-take-all without its other
+mechanisms."""
 
 from sae.common.errors import UsageError
 from sae.train.activation_functions import ReLU, activation_chain
@@ -14,7 +15,7 @@ from sae.train.variants.collapse.groups import WinnerTakeAll
 
 @recipe("group-topk", paper="benchmarks/papers", width=1)
 def group_topk(config: RunConfig, l0: float = 32, groups: int = 16, aux: float = 1 / 32) -> Variant:
-    """`topk` whose latents compete within equal groups: each keeps its l0 / groups largest.
+    """`topk` whose latents compete within equal groups: each group keeps its l0 / groups largest.
 
     Args:
         l0: Latents kept per token, a multiple of `groups`.

@@ -18,7 +18,7 @@ PARTS = ("tune", "middle", "own", "beside", "frontier", "also")
 LIKE_L0 = 1.1  # largest ratio of two L0 that are compared
 THREADS_GAIN = 1.8  # speed-up of two threads, for estimates
 
-Records = Mapping[str, Mapping[str, Any]]  # id of a job -> its record, of jobs whose record is valid
+Records = Mapping[str, Mapping[str, Any]]  # id of a job -> its record, for each job with a valid record
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class Choice:
 
     Attributes:
         at_end: whether it is the smallest or the largest rate of the grid.
-        missed: every rate missed the L0 by more than a tenth, so the best of all rates was chosen.
+        missed: whether every rate missed the L0 by more than a tenth; if so, the rate is the best of all rates.
     """
 
     rate: float

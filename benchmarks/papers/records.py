@@ -93,7 +93,7 @@ def survey(
     valid: dict[str, dict[str, Any]] = {}
     found = {job.id: record for job in jobs if (record := read_record(record_path(folder, job)))}
     left = list(jobs)
-    while left:  # jobs that waited for a record later in the order are resolved again
+    while left:  # jobs that waited for a record of a later job are resolved again
         waiting = []
         for job in left:
             resolved = resolve(design, job, valid)

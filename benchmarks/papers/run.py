@@ -89,8 +89,9 @@ def next_unit(
     pace: float,
     set_up: Mapping[str, float] | None = None,
 ) -> list[Known]:
-    """The first unit that is due and whose stretch fits or was begun in this call; empty if there is none. For units
-    and stretches, see `Job`. `set_up` contains, for each model, the seconds that its texts and caches will still take.
+    """The first unit that is due and fits into the time that is left; empty if there is none. A unit whose stretch was
+    not begun in this call fits only if the whole stretch does. For units and stretches, see `Job`. `set_up` contains,
+    for each model, the seconds that its texts and caches will still take.
     """
     due = [one for one in chosen(known, args) if one.state in DUE]
     seen = set()

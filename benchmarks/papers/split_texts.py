@@ -16,7 +16,7 @@ from sae.harvest.run import harvest_activations
 
 CHARACTERS = 9_500_000  # of all of SmolLM2's texts: two million tokens, plus the shares for tuning and test
 KINDS = ("train", "tune", "test")
-SMALL = {"held_out": 0.8, "window": 4096}  # for the caches of which only the held-out text is read
+SMALL = {"held_out": 0.8, "window": 4096}  # for the caches from which only the held-out text is read
 WINDOW = 65_536  # rows; an interrupted harvest loses at most one window
 EMBEDDED = "gemma-2-mini"
 
@@ -66,7 +66,8 @@ def write_texts(folder: Path, documents: Iterable[tuple[str, str]], shares: Mapp
 
 
 def mini_documents() -> Iterator[tuple[str, str]]:
-    """The documents that python-stdlib holds out. The docstrings and the source of a module are on the same side."""
+    """Name and text of the documents that python-stdlib holds out. A module's docstrings and its source have the same
+    name, and so get into the same split."""
     for document in sorted(stdlib_documents(), key=lambda one: one.name):
         if document.held_out:
             yield document.name.split(":", 1)[1], document.text

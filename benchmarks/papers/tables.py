@@ -36,7 +36,7 @@ NO_DIRECTION = ("l0",)
 COLUMNS = (
     "l0", "kl", "ev", "alive", "corr_mean", "corr_top", "absorption", "absorption_full", "probe_k1", "probe_k16",
 )  # fmt: skip
-OWN_BESIDE = ("kl", "ev", "absorption")  # compared between a paper's own system and relu and topk at its L0
+OWN_BESIDE = ("kl", "ev", "absorption")  # for comparing a paper's own system with relu and with topk at its L0
 
 Valid = Mapping[str, Mapping[str, Any]]
 
@@ -50,10 +50,10 @@ class Line:
         by_layer: layer -> differences by seed.
         open_layers: layers of the design that are left out of `differences` because a seed has no record there yet.
         l0: mean L0 of a and b.
-        claim: what the paper claims about a: lower, higher, equal or "".
+        claim: lower, higher or equal, as the paper claims for a; "" if it claims nothing.
         why_not: why it is not tested.
-        l0_shift: the change of the measure that the difference in L0 alone would cause, by the slope of the frontiers;
-        None: unknown.
+        l0_shift: the change of the measure that the difference in L0 alone would cause, judged by the slope of the
+        frontiers; None: unknown.
     """
 
     id: str
@@ -98,8 +98,8 @@ def make_line(
 ) -> Line:  # fmt: skip
     """A comparison, from the records that exist so far.
 
-    The difference of a seed is the mean over layers. While other layers than the main one are not finished, it is the
-    mean over those that have as many seeds as the main layer.
+    The difference of a seed is the mean over layers. While layers other than the main one are unfinished, it is the
+    mean over the layers that have as many seeds as the main one.
     """
     own, about = pair.get("own", False), design["model"][model]
     layers = [about["main_layer"]] if own or measure.startswith("probe") else about["layers"]
@@ -133,7 +133,7 @@ def make_line(
 
 
 def l0_slope(design: Mapping[str, Any], valid: Valid, model: str, systems: Sequence[str], measure: str) -> float | None:
-    """The slope of a measure over log L0 within the frontiers of these systems, or of all if they have none.
+    """The slope of a measure over log L0 within the frontiers of these systems, or of all systems if these have none.
 
     It is the least-squares slope with an intercept for each system, as in evaluate/against.py.
     """
@@ -241,7 +241,7 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def family_table(lines: Sequence[Line], chosen: Callable[[Line], bool] = lambda line: True) -> list[str]:
-    """The chosen comparisons of a family. They are corrected for the whole family, also if a part of it is not measured
+    """The chosen comparisons of a family. They are corrected for the whole family, even if a part of it is not measured
     yet."""
     tests = sum(not line.why_not for line in lines)
     findings = judge([line.comparison for line in lines], planned=tests)

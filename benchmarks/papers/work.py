@@ -60,7 +60,7 @@ class Bench:
         home: texts, caches and run folders; also SAE_HOME.
         records: folder of the records.
         seed_jobs: the resolved jobs of the seeds that a stability job compares.
-        spent: seconds of harvests, texts and models in this call, by model.
+        spent: seconds spent on harvests, texts and models in this call, by model.
     """
 
     design: Mapping[str, Any]
@@ -119,7 +119,7 @@ class Bench:
         return run
 
     def train(self, jobs: Sequence[Job], caches: Caches) -> tuple[list[Run], float]:
-        """Train the runs of jobs in one pass. Returns the runs, where failed ones have a `problem`, and the seconds."""
+        """Train the runs of jobs in one pass. Returns the runs (those that failed have a `problem`) and the seconds."""
         runs, started = [self.plan(job, caches) for job in jobs], time.monotonic()
         distinct = list({run.folder: run for run in runs}.values())
         plan = TrainPlan(TrainConfig(device="cpu", precision="float32", checkpoint_every=500), distinct)
@@ -250,7 +250,7 @@ def unit_values(results: Mapping[str, MetricResult]) -> dict[str, dict[str, floa
         metric, category, number = MEASURES[name]
         if metric in results:
             by_unit = METRICS[metric].values_by_unit(results[metric], MetricColumn("", category, number)).values
-            if metric == "core":  # a digest of the text and a number, which suffices next to the caches
+            if metric == "core":  # digest of the text and a number; the number suffices, as records name the caches
                 by_unit = {unit.rsplit(" ", 1)[-1]: value for unit, value in by_unit.items()}
             values[name] = {unit: float(f"{value:.6g}") for unit, value in by_unit.items()}
     return values

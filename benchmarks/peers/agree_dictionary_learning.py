@@ -51,8 +51,8 @@ def build(recipe: str, o: Options) -> Any:
             l1 = o["l1"] / d_in**0.5
             trainer = StandardTrainerAprilUpdate(l1_penalty=l1, sparsity_warmup_steps=o["l1_warmup"], **shared)
         case "p-anneal":
-            # The exponent is updated one step later than configured, and the first update has no effect: N + 1 for our
-            # N.
+            # The exponent is updated one step later than configured, and the first update has no effect. So their N + 1
+            # updates are our N.
             first = o["start"] * steps
             every = (steps - first) / o["updates"]
             trainer = PAnnealTrainer(
@@ -167,7 +167,7 @@ def length(trainer: Any, o: Options) -> None:
 
 
 def dead_now(trainer: Any, o: Options) -> None:
-    """Latents over the limit in the present step are dead. Our list of dead latents is renewed every few steps."""
+    """Latents that reach the limit are dead at once. Our list of dead latents is renewed every few steps."""
     theirs, listed, calls = trainer.get_auxiliary_loss, torch.zeros_like(trainer.num_tokens_since_fired), 0
 
     def auxiliary(residual_BD: Tensor, acts_BF: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ def few_dead(trainer: Any, o: Options) -> None:
 
 
 def weighted_mean(trainer: Any, o: Options) -> None:
-    """The losses of the G prefixes are weighted by 1/G and then averaged, so G times too small. Ours is their mean."""
+    """The losses of the G prefixes are weighted by 1/G and then averaged: G times too small. Ours is their mean."""
     trainer.group_weights = [1.0] * len(trainer.group_weights)
 
 

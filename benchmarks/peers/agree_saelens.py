@@ -187,7 +187,7 @@ def moving_decoder(trainer: SAETrainer, o: Options) -> None:
             "b_dec": sae.b_dec.detach(),
             "b_gate": sae.b_gate - sae.b_dec @ sae.W_enc,
         }
-        sae.__dict__.update(within)  # found before the parameters
+        sae.__dict__.update(within)  # attribute access finds these before the parameters
         sae.cfg.apply_b_dec_to_input = False
         try:
             return theirs(**given)
@@ -200,8 +200,7 @@ def moving_decoder(trainer: SAETrainer, o: Options) -> None:
 
 
 def negative(trainer: SAETrainer, o: Options) -> None:
-    """Thresholds are clamped at 0 at the beginning of a step. Ours are clamped at its end, so another value is
-    saved."""
+    """Thresholds are clamped at 0 when a step begins. Ours are clamped at its end, so another value is saved."""
     trainer.optimizer.register_step_post_hook(lambda *_: trainer.sae.threshold.data.clamp_(min=0))
 
 

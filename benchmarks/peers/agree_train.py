@@ -121,7 +121,7 @@ def train_ours(
         variant = build(recipe, options, x_SBD)
         variant.sae.load_state_dict(initial)
         training = Trainer(variant, len(x_SBD), "cpu")
-        training.optimizer.found_inf = torch.zeros((), dtype=torch.float32)  # the fused step reads it as such
+        training.optimizer.found_inf = torch.zeros((), dtype=torch.float32)  # the fused step reads it as float32
         losses = []
         for number, x_BD in enumerate(x_SBD):
             training.run_periodic(number, training.step(x_BD))

@@ -15,8 +15,8 @@ Every run is exported to every format that can store it. Each library loads the 
 and decodes 4,096 rows of the run's cache in float64. Latents and reconstructions are compared with those of the run:
 latents that are active on one side only, and the relative error |ours - theirs| / |ours|. Then each library writes SAEs
 of its own classes with random weights, and we import and compare them. Every library loads files as its users do, but
-files that would come from the Hub are read from the folder. `--fixtures` writes a small version of both for
-tests/train/formats.
+files that would come from the Hub are read from the folder. `--fixtures` writes small versions of the exports and of
+the libraries' files for tests/train/formats.
 """
 
 import argparse

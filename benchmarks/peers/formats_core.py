@@ -1,8 +1,8 @@
 """Check that SAEBench's core computes our numbers from our exports: `python formats_core.py PYTHON`. PYTHON is the
 interpreter of an environment with SAEBench. The SAEs of tests/evaluate/fixtures/saebench are exported for SAELens,
 loaded by `SAE.load_from_disk`, and measured by SAEBench's own core on the fixtures' model. The results are compared
-with our core on the same contexts, which the tests show to agree with SAEBench to 1e-6 on the SAEs before the export.
-`--worker FOLDER` runs SAEBench's side.
+with those of our core on the same contexts. The tests show that on the SAEs before the export, our core agrees with
+SAEBench to 1e-6. `--worker FOLDER` runs SAEBench's side.
 """
 
 import json
@@ -28,7 +28,7 @@ def worker(folder: Path) -> None:
     class Exported(Problem):
         def sae(self, kind: str) -> SAE:
             sae = SAE.load_from_disk(folder / kind)
-            sae.fold_W_dec_norm()  # as SAEBench does to every SAE of SAELens; it refuses a topk that was exported badly
+            sae.fold_W_dec_norm()  # as SAEBench does to every SAE of SAELens; a topk that was exported badly is refused
             general_utils._standardize_sae_cfg(sae.cfg)
             return sae.requires_grad_(False)
 

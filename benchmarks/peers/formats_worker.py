@@ -46,7 +46,7 @@ def perturb(module: torch.nn.Module) -> Any:
 
 @contextlib.contextmanager
 def hub_files_from(folder: Path, *modules: Any) -> Iterator[None]:
-    """Read files that would come from the Hub from a folder instead."""
+    """Read from a folder the files that would otherwise come from the Hub."""
 
     def found(repo_id: str, filename: str, subfolder: str = "", **_: Any) -> str:
         return str(folder / Path(filename).name)

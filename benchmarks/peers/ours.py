@@ -23,7 +23,7 @@ IDENTITY = {"model": {"name": "none"}, "data": {"name": "benchmarks/peers"}}
 
 
 def write(folder: Path, fed: np.ndarray) -> None:
-    """Write like a harvest: the text, then windows of shuffled rows, each committed, then the seal."""
+    """Write a cache as a harvest does: the text, then windows of shuffled rows, each committed, then the seal."""
     n = len(fed)
     layout = Layout(n * feed.CONTEXT)
     with writer_lock(folder, "benchmark"):

@@ -1,10 +1,11 @@
 """sae-probes' side: `python sae_probes_worker.py FOLDER`, in an environment that has sae-probes 0.4.2.
 
 FOLDER/problem.json names data sets, settings, numbers of latents and SAEs; rows.safetensors has the activations of all
-texts of each data set, saes.safetensors the weights of each SAE, max(0, x W + b), of which the largest `keep` are kept.
-The functions of sae-probes run on them; its model is only run if `model` names a folder with a Gemma 2. Labels are read
-from its own data, or for made-up data sets from the problem. Prints one line of JSON: for each SAE the probes by data
-set and the processor seconds, the same for the model's activations, and the versions.
+texts of each data set, and saes.safetensors has the weights of each SAE. An SAE computes max(0, x W + b) and keeps the
+`keep` largest. The functions of sae-probes run on these files; its model is run only if `model` names a folder with a
+Gemma 2. Labels are read from sae-probes' own data; for made-up data sets, they are read from the problem. Prints one
+line of JSON: for each SAE the probes by data set and the processor seconds, the same for the model's activations, and
+the versions.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from sae_probes import generate_sae_activations, run_baselines, utils_data
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-# `from sae_probes import run_sae_evals` would be the function of that name.
+# `from sae_probes import run_sae_evals` would import the function of that name, not the module.
 evals: Any = importlib.import_module("sae_probes.run_sae_evals")
 MODEL, HOOK = "model", "blocks.0.hook_resid_post"
 

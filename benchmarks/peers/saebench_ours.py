@@ -110,9 +110,9 @@ def timed(metric: Metric, ctx: EvalContext, targets: list[EvalTarget]) -> tuple[
 def measure(metric: Metric, ctx: EvalContext, targets: list[EvalTarget]) -> list[dict[str, Any]]:
     """Measure the first SAE alone, then the others in one call, as a user does.
 
-    By then everything that does not depend on an SAE is cached, except the original model's logits in core. For core,
-    the first SAE is measured once more, then all SAEs at once, and the cost of a further SAE follows from the
-    difference between the two.
+    When the others are measured, everything that does not depend on an SAE is cached, except the original model's
+    logits in core. For core, the first SAE is measured once more, then all SAEs at once, and the cost of a further SAE
+    follows from the difference between the two.
     """
     (first,), *spent = timed(metric, ctx, targets[:1])
     again = 1 if metric.name == "core" else 0

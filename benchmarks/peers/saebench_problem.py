@@ -110,7 +110,7 @@ def make_model(folder: Path, known: list[SpellingWord], seed: int) -> Tensor:
             if parameter.dim() == 2:
                 torch.nn.init.normal_(parameter, std=0.08 if "embed" in name else 0.2)
             elif "post" in name:
-                parameter.fill_(-0.7)  # a block adds less than a third of what it would
+                parameter.fill_(-0.7)  # a block adds less than a third of what it would otherwise add
         for word in known:
             letter = ord(word.letter) - ord("A")
             model.model.embed_tokens.weight[word.token] += strength_A[letter] * letters_AD[letter]

@@ -16,9 +16,9 @@ the tests that compare our numbers with them and prints the differences. It does
 
 With `--time` both sides read the same folder. Each metric and side has its own process, and the sides take turns in
 rounds. The tables have the processor seconds of the first SAE and of each further one, and the peak memory of the
-process, as medians over rounds. The first SAE also includes the work of the model, which is done once. Loading the
-model and the SAEs is not counted. Below each table is the largest difference between the two sides' numbers, for the
-SAEs for which both sides drew the same random numbers.
+process, as medians over rounds. The time of the first SAE includes the work of the model, which is done only once.
+Loading the model and the SAEs is not counted. Below each table is the largest difference between the two sides'
+numbers, for the SAEs for which both sides drew the same random numbers.
 """
 
 import argparse
@@ -121,7 +121,8 @@ def line(numbers: list[float], form: str) -> str:
 
 def cost(rounds: list[dict[str, Any]]) -> list[float]:
     """Medians over the rounds: processor and wall seconds of the first SAE and of a further one, processor seconds of
-    six SAEs, and the peak memory. In each round, a further SAE is the mean of the SAEs after the first."""
+    six SAEs, and the peak memory. In each round, the time of a further SAE is the mean over the SAEs after the
+    first."""
     columns = []
     for found in rounds:
         first, *further = found["saes"]
@@ -162,7 +163,7 @@ def difference(metric: str, theirs: list[dict[str, Any]], ours: list[dict[str, A
 
 
 def sized(text: str) -> Any:
-    """LARGE with some numbers changed: d_sae=16384,train=4000."""
+    """LARGE with some numbers changed, as in the text "d_sae=16384,train=4000"."""
     changes = dict(part.split("=") for part in text.split(",") if part)
     return LARGE._replace(**{name: int(value) for name, value in changes.items()})
 

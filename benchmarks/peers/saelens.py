@@ -84,7 +84,7 @@ def one_row() -> datasets.Dataset:
 
 
 def store(folder: Path, batch: int, dtype: str) -> ActivationsStore:
-    """A store as SAELens' training creates it, but with a buffer that is not smaller than a batch, as it requires."""
+    """A store as SAELens' training creates it, but with a buffer of at least a batch, as SAELens requires."""
     config = LanguageModelSAERunnerConfig(
         sae=StandardTrainingSAEConfig(d_in=feed.D_IN, d_sae=feed.D_IN),
         model_name="precomputed",

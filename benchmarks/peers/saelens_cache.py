@@ -43,7 +43,7 @@ def processor_seconds() -> tuple[float, float, float]:
 
 
 def others(before: tuple[float, float, float]) -> float:
-    """The share of the cores that other processes have taken since."""
+    """The share of the cores that other processes have taken since the time of `before`."""
     machine, runs, clock = (now - then for now, then in zip(processor_seconds(), before, strict=True))
     return max(0.0, machine - runs) / clock / os.cpu_count()
 

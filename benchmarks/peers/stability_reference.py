@@ -7,8 +7,8 @@
     python benchmarks/peers/stability_reference.py env-saelens/bin/python --fixtures tests/evaluate/fixtures/stability
 
 Prints both numbers for each pair and the largest difference. `--fixtures` writes the decoders and SAELens' numbers,
-which tests/evaluate/metrics/test_stability.py compares ours with. stability_worker.py runs SAELens. No peer has the
-correlation of activations, the null or the recurring latents.
+with which tests/evaluate/metrics/test_stability.py compares ours. stability_worker.py runs SAELens. No peer computes
+the correlation of activations, the null or the recurring latents.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """A peer's trainers for bench_train.py, in the peer's environment: `python time_peer.py dictionary_learning`.
 
-Reads requests, one JSON line each, and answers each with one line. A trainer is built on first use, takes one untimed
-step, and is then timed, so the processes take turns and only one works at a time. The trainers are used as published,
-without removing deviations.
+Reads requests, one JSON line each, and answers each with one line. The process works only while it answers, so that the
+processes of several peers can take turns. A trainer is built at its first request, takes one untimed step, and is then
+timed. The trainers are used as published, without removing deviations.
 """
 
 import importlib

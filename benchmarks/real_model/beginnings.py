@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from forward_hooks import BATCH_CONTEXTS, HeldOutText, losses
 
-FROM = 20  # first token of the text in the loss; by then the direct effect of the beginning is over
+FROM = 20  # the loss counts tokens from this one on; by then the direct effect of the beginning is over
 OUTLIER = 10  # multiples of the median norm
 
 

@@ -3,14 +3,14 @@
     python benchmarks/real_model/run.py            # first: its standing arm has the model, the text and the cache
     python benchmarks/real_model/evaluation.py [--folder FOLDER] [--seed 0 1 2] [--skip METRIC ...]
 
-Trains RECIPES and CONTROLS on the cache of the standing arm, all with one width, L0 and number of steps; measures core,
-stability, absorption and sae_probes on all of them; and writes what `sae compare --against` prints to
+Trains RECIPES and CONTROLS on the cache of the standing arm, all with the same width, L0 and number of steps; measures
+core, stability, absorption and sae_probes on all of them; and writes what `sae compare --against` prints to
 benchmarks/results or --out. Every command skips what is done, so a stopped bench continues where it was: training at a
 checkpoint, sae_probes at a data set, and the other metrics from their beginning.
 
-sae_probes runs on the DATASETS of sae-probes with the shortest texts, since the length of the texts decides how long it
-takes on a CPU, with up to 2,000 texts of each. Get them first, with SAE_HOME=FOLDER/standing: `sae data get
-sae-probes`.
+sae_probes runs on up to 2,000 texts of each of the DATASETS. These are the data sets of sae-probes with the shortest
+texts, since the length of the texts decides how long the metric takes on a CPU. Get them first, with
+SAE_HOME=FOLDER/standing: `sae data get sae-probes`.
 """
 
 import argparse

@@ -93,7 +93,8 @@ class PlainCache:
         return group["row_ctx"][:], group["row_pos"][:]
 
     def rows(self, array: str, chunks: int | None = None) -> Iterator[Tensor]:
-        """The rows of an array (n, d_in) in float32, chunk by chunk; with `chunks`, only of its first chunks."""
+        """The rows of an array (n, d_in) in float32, chunk by chunk; with `chunks`, only those of the first `chunks`
+        chunks."""
         metadata = json.loads((self.folder / array / "zarr.json").read_text())
         total, width = metadata["shape"]
         size = metadata["chunk_grid"]["configuration"]["chunk_shape"][0]

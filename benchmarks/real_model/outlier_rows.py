@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from forward_hooks import PlainCache, PlainSAE, RowTable
 
-TOP_SHARE = 0.001  # of the rows by norm, whose share of the variance is reported
+TOP_SHARE = 0.001  # this share of the rows, those with the largest norms: their part of the variance is reported
 LISTED = 8  # outlier rows that are listed with position and token
 TRAINING_CHUNKS = 4  # of 8,192 rows each, on which explained variance is measured for training rows
 
@@ -92,7 +92,7 @@ def explained_variance_of_rows(
 
 
 def explained_variance_without_each_row(table: RowTable) -> np.ndarray:
-    """(R, K): the explained variance of each SAE when one held-out row is left out, exactly.
+    """(R, K): the exact explained variance of each SAE when one held-out row is left out.
 
     Leaving out row r lowers the sum of squares about the mean by R / (R - 1) |x_r - mean|^2.
     """
@@ -102,7 +102,7 @@ def explained_variance_without_each_row(table: RowTable) -> np.ndarray:
 
 
 def first_example_outliers(table: RowTable, norm_limit: float) -> dict[str, float]:
-    """The share of the latents that fire whose largest activation is on a row over the limit."""
+    """Of the latents that fire, the share whose largest activation is on a row over the limit."""
     shares = {}
     for name, first in zip(table.names, table.first_row, strict=True):
         fired = first[first >= 0]
@@ -115,8 +115,8 @@ def order_of_pairs(table: RowTable, number: str) -> Iterator[dict[str, Any]]:
     row.
 
     `number` is "fve" or "kl". The order of two SAEs by explained variance is the order of their summed errors, since
-    they have the same variance. `rows_that_turn_it` is the number of rows that reverse the order if they alone are left
-    out.
+    the variance of the rows is the same for both. `rows_that_turn_it` is the number of rows that reverse the order if
+    they alone are left out.
     """
     value, weight = (table.error, table.distance) if number == "fve" else (table.kl, np.ones(len(table.norm)))
     sign = -1 if number == "fve" else 1
@@ -138,8 +138,8 @@ def order_of_pairs(table: RowTable, number: str) -> Iterator[dict[str, Any]]:
 
 
 def order_stability(table: RowTable) -> dict[str, Any]:
-    """Whether any decided order (one whose interval excludes zero) is reversed when one held-out row is left out; and
-    near ties."""
+    """The decided orders (those whose interval excludes zero) that are reversed when one held-out row is left out, and
+    the near ties."""
     numbers = ("fve", "kl") if table.has_losses else ("fve",)
     pairs = [pair for number in numbers for pair in order_of_pairs(table, number)]
     ev = explained_variance_without_each_row(table)

@@ -30,7 +30,8 @@ def source_of_contexts(cache: PlainCache, text: Path) -> list[str]:
 
 
 def showable_latents(page: str, sources: list[str]) -> dict[int, set[str]]:
-    """Latents all of whose passages come from texts that may be shown, with those texts; the most passages first."""
+    """Latents all of whose passages come from texts that may be shown, with those texts; latents with the most passages
+    come first."""
     found = []
     for latent, entry in zip(unpack(page, "table")["latent"], latent_entries(page), strict=True):
         shown = passages(entry)

@@ -163,10 +163,9 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[str, str]]]] = {
 
 
 def mix(sources: dict[str, list[int]], shares: dict[str, float], limit: int) -> Iterator[tuple[str, int]]:
-    """(source, index of its document) in an order in which every prefix has the sources in about their shares.
-    `sources` contains the lengths of each source's documents. The next document is taken from the source that is
-    furthest
-    behind its share, until `limit` characters are reached or all documents are used.
+    """(source, index of its document) in an order in which every prefix contains each source in about the proportion
+    that `shares` gives. `sources` contains the lengths of each source's documents. The next document is taken from the
+    source that is furthest behind its share, until `limit` characters are reached or all documents are used.
     """
     done, used = dict.fromkeys(sources, 0), dict.fromkeys(sources, 0)
     while left := [name for name in sources if used[name] < len(sources[name])]:

@@ -2,8 +2,8 @@
 changes one.
 
 Nothing here was measured on a GPU, a cluster or a bucket. If a source names a page, the number was read there;
-"measured" says what was measured on two CPU cores, and by which script; "assumed" is a guess that the result depends
-on.
+"measured" is followed by what was measured on two CPU cores, and by which script; "assumed" marks a guess on which the
+result depends.
 """
 
 from collections.abc import Iterable

@@ -1,11 +1,10 @@
 """Training many runs over ranks, from a bucket with a bounded local cache on each node.
 
-Taken from the program itself: the assignment of runs to ranks (train/deal.py), bytes of a run's state
+These are taken from the program itself: the assignment of runs to ranks (train/deal.py), bytes of a run's state
 (train/memory.py), which file a process pulls next and which one is removed for it (cache/chunk_schedule.py), and the
 interval of checkpoints. Files here are coarser than chunks: a layer has GROUPS of them, each read by consecutive steps.
-The
-processes of a node share its local cache: a file that one process has pulled is not pulled again by another while it is
-there.
+The processes of a node share its local cache: a file that one process has pulled is not pulled again by another while
+it is there.
 """
 
 import random
@@ -76,7 +75,8 @@ class Sweep:
 
     @cached_property
     def works(self) -> list[Work]:
-        """The runs, with the seconds of their steps, of reading their batches, and their part of a GPU's memory."""
+        """The runs, each with the seconds for its steps, the seconds for reading its batches, and its part of a GPU's
+        memory."""
         c, seconds, names = self.constants, step_seconds(), self.recipes
         room = c.gpu_memory_share * c.gpu_memory - c.step_memory
         parts = {name: state_of(name, self.steps) / room for name in names}
@@ -184,7 +184,7 @@ class Rank:
         return before < self.node.share or needed <= self.position
 
     def read(self) -> None:
-        """Take the steps of the next group if it is there."""
+        """Take the steps of the next group if its file is present."""
         if not self.reading and not self.is_done and self.ready and self.node.present[self.files[self.position]]:
             self.waited += self.run.clock.now - self.ready
             self.reading = True

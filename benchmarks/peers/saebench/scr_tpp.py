@@ -21,7 +21,7 @@ def run_scr_and_tpp(problem: Problem, runs: list[str], texts: Texts | None, reco
         model_name=NAME, llm_dtype="float32", llm_batch_size=32, random_seed=SEED, context_length=size["context"],
         perform_scr=scr, train_set_size=size["train"], test_set_size=size["test"], column1_vals_lookup=PAIRS,
     )  # fmt: skip
-    artifacts, sets = Path("artifacts"), 6 if scr else 5  # sets of texts that are ablated for every n
+    artifacts, sets = Path("artifacts"), 6 if scr else 5  # sets of texts for which latents are ablated, for every n
     steps: list[dict[str, Any]] = []
 
     def effects(_: Any, result: Any) -> None:

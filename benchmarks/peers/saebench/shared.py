@@ -1,4 +1,5 @@
-"""Code shared by SAEBench's side: it makes SAEBench's objects from the problem, records, and replaces downloads."""
+"""Code shared by SAEBench's side: it makes SAEBench's objects from the problem, records results, and replaces
+downloads."""
 
 import contextlib
 import json

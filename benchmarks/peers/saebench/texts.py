@@ -52,8 +52,8 @@ class Texts:
 
 
 def without_network(problem: Problem, texts: Texts | None) -> contextlib.ExitStack:
-    """Replace downloads by the model and the tables and, if `texts` is given, passes of the model by its
-    activations."""
+    """Replace downloads by the model and the tables. If `texts` is given, its activations replace passes of the
+    model."""
     stack = contextlib.ExitStack()
     given = staticmethod(lambda *_, **__: problem.model)
     stack.enter_context(patch.object(HookedTransformer, "from_pretrained_no_processing", given))
