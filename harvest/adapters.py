@@ -15,7 +15,7 @@ from ..common.packages import import_extra
 from ..common.remote_code import never_asking
 from .load_errors import translate_load_errors
 
-# Kinds of adapters that cannot be merged into a model, and for which peft loads a tokenizer or other adapters.
+# For these kinds of adapters, peft loads a tokenizer or other adapters. They cannot be merged into a model.
 LOADING_KINDS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "XLORA")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -60,7 +60,7 @@ def find_adapter(name: str, revision: str | None = None) -> AdapterSource:
     with translate_load_errors(name):
         config = Path(str(cached_file(name, CONFIG, **({"revision": revision} if revision else {}))))
         cached_file(name, WEIGHTS, **({"revision": revision} if revision else {}))
-    commit = revision or config.parent.name  # the Hub's cache names the folder of a commit after it
+    commit = revision or config.parent.name  # the Hub's cache names each commit's folder after the commit
     return AdapterSource(name, name, commit, base_of(config))
 
 
@@ -152,7 +152,7 @@ def cannot_merge(adapter: AdapterSource, kind: Any) -> str:
 
 
 def check_all_loaded(adapted: Any, adapter: AdapterSource) -> None:
-    """Raise UsageError if the adapter lacks tensors of the adapted model or has others. peft ignores both."""
+    """Raise UsageError unless the adapter has exactly the tensors of the adapted model. peft ignores any difference."""
     import peft
 
     with translate_load_errors(adapter.location):

@@ -46,7 +46,7 @@ def check_sites(config: Any, hooks: Sequence[Hook]) -> None:
 
 
 def module_name(hook: Hook, config: Any) -> str:
-    """The module of a hook as transformers names it, such as `model.layers.12`, whose output the hook reads."""
+    """transformers' name for the module of a hook, such as `model.layers.12`, whose output the hook reads."""
     blueprint = blueprint_of(config)
     site = blueprint.site(hook)
     where = blueprint.parts.trunk_path if hook.is_outside else f"{blueprint.parts.blocks_path}.{hook.layer}"
@@ -154,7 +154,7 @@ class Blueprint:
         return Site(path, end == "input", self.real_width(hook.layer, path, end, shape[-1]), len(shape) == 2)
 
     def outside_hook(self, site: str) -> Hook:
-        """The hook on a module outside the blocks. Its path may begin with `model` in place of the trunk's path."""
+        """The hook on a module outside the blocks. The module's path may begin with `model` in place of the trunk's."""
         path, _, end = site.rpartition(".")
         trunk = f"{self.parts.trunk_path}." if self.parts.trunk_path else ""
         inside = path.removeprefix(trunk) if path.startswith(trunk) else path.removeprefix(OUTSIDE)
@@ -285,8 +285,8 @@ def _blueprints(_key: str, config: Unhashed) -> Blueprint:
 def kind_of(block: nn.Module) -> str:
     """A name for the structure of a block. Blocks of the same kind have the same sites.
 
-    It leaves out whether a block stores its keys and values for later blocks (`store_...`), which depends on how many
-    blocks follow.
+    The name leaves out whether a block stores its keys and values for later blocks (`store_...`), because that depends
+    on how many blocks follow.
     """
     parts = [
         (path, type(module).__name__, [tuple(p.shape) for p in module.parameters(recurse=False)],

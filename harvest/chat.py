@@ -110,7 +110,7 @@ class ChatEncoder:
         return text, [(int(first), int(last)) for first, last in spans[0]] if spans else []
 
     def literals(self, messages: Sequence[dict[str, Any]], text: str) -> dict[int, str]:
-        """{position: token} for each special token that a message spells out, which is then ordinary text.
+        """{position: token} for each special token that a message spells out. Such tokens are ordinary text.
 
         The positions are found by rendering the messages again with a mark inside each such token.
         """

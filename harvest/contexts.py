@@ -238,7 +238,7 @@ def next_batch(documents: Iterator[Document]) -> list[Document]:
 def shuffle_contexts(
     parts: Callable[[], Iterable[dict[str, np.ndarray]]], context: int, padding: int, seed: int
 ) -> Contexts:
-    """All contexts, padded and shuffled by the seed. The held-out contexts come last, so the others start at 0."""
+    """All contexts, padded and shuffled by the seed. The held-out contexts come after all others."""
     columns = zip(*((part["length"], part["document"], part["held_out"]) for part in parts()), strict=True)
     length, document, held_out = map(np.concatenate, columns)
     order = np.random.Generator(np.random.Philox(key=[seed, 2**63])).permutation(len(length))

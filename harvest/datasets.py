@@ -109,7 +109,7 @@ def open_local(
 
 
 def files_may_contain(files: list[Path], strings: Sequence[str]) -> bool:
-    """Whether these files may contain one of the strings. Compressed and large files are not searched: they may."""
+    """Whether one of the strings may be in these files. True for compressed and large files, which are not searched."""
     if (
         any(file.suffix.lower() not in SEARCHED for file in files)
         or sum(file.stat().st_size for file in files) > MOST_SEARCHED

@@ -22,7 +22,8 @@ def fits_on_gpu(window_bytes: int, free: float) -> bool:
 def host_memory(rows: int, widths: Mapping[str, int], *, pinned: bool) -> dict[str, Tensor]:
     """Allocate host memory for a window: array name -> (rows, d) bfloat16.
 
-    With `pinned` it is a single pinned block, if the system allows that: torch rounds each block to a power of two.
+    With `pinned` the memory is pinned if the system allows that. The arrays share one block, because torch rounds the
+    size of each pinned block to a power of two.
     """
     size = rows * sum(widths.values())
     memory = None

@@ -174,7 +174,7 @@ def is_token_ids(value: Any) -> bool:
 def parse_messages(value: Any) -> Conversation | None:
     """A conversation from a cell of a table: a list of messages, or a dictionary of lists of equal length.
 
-    Returns None if it is neither, or a message has no role or no content.
+    Returns None if it is neither, or if a message has no role or no content.
     """
     value = list_of_messages(value)
     return None if fault_of_messages(value) else Conversation(value)

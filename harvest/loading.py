@@ -104,7 +104,7 @@ def find_model(name: str, revision: str | None = None, adapters: Sequence[str] =
 
 
 def holds_adapter(name: str) -> str:
-    """The message for a folder with an adapter: transformers would load the model named by the adapter instead."""
+    """The message for a folder with an adapter, for which transformers would load the model that the adapter names."""
     return (
         f"{name} holds a PEFT adapter ({ADAPTER_CONFIG}). Give the model that it was trained for with --model, and "
         f"the adapter with --adapter {name}. If the folder contains a whole model into which the adapter was merged, "

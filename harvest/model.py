@@ -7,7 +7,7 @@ A *layer* is the zero-based index of a block, and denotes the residual stream af
 A block has more sites, which hooked.py reads and replaces, and which probe.py finds from the block's activations:
 
     resid_pre   what enters the block
-    attn_out    what attention adds to the residual stream: in Gemma 2 after a norm
+    attn_out    what attention adds to the residual stream; in Gemma 2, this is the output of a norm
     attn_z      what attention's output projection reads: the outputs of all heads, concatenated
     resid_mid   resid_pre + attn_out; blocks that run MLP and attention in parallel, as in GPT-J, have none
     mlp_in      what the MLP reads, after its norm

@@ -187,8 +187,10 @@ def recorded_model(folder: Path) -> str | None:
 
 
 def repair_tokens(plan: HarvestPlan) -> Iterator[str]:
-    """Tokenize the text again if one of its files is damaged or belongs to another cache; they must match the
-    record."""
+    """Tokenize the text again if one of its files is damaged or belongs to another cache.
+
+    The new tokens must match the record.
+    """
     record = plan.folder / "tokens" / "commit.json"
     files: dict[str, Any] = dict(TOKENS_RECORD.read(record)["files"]) if record.exists() else {}
     digest = recorded_tokens(plan.folder) or (digest_of(files) if files else None)

@@ -1,5 +1,6 @@
-"""The stages of a harvest, shared by single processes, ranks and tasks of an array job: first the text and the
-metadata, then the windows.
+"""The stages of a harvest: first the text and the metadata, then the windows.
+
+Single processes, ranks and tasks of an array job all use them.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,6 +1,6 @@
 """Tell transformers that every context is one sequence.
 
-If it is given positions but no mask, transformers searches the positions for several sequences in one context, and the
+If transformers is given positions but no mask, it searches the positions for several sequences in one context, and the
 host waits for the GPU to read the result. In this package, every context has a single sequence of positions.
 """
 

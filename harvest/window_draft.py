@@ -3,7 +3,7 @@
     drafts/000000/000000.safetensors   rows in the order in which they were computed: each array, row_ctx, row_pos
     drafts/000000/state.json           what computed them, the checksum of each part, where to continue; written last
 
-A window is committed as a whole, and on a slow machine it takes hours. A draft is saved every SAVE_SECONDS and on
+A window is committed as a whole, and a slow machine computes it for hours. A draft is saved every SAVE_SECONDS and on
 Ctrl-C, so on a fast machine there is none. A draft is used only by a harvest that would compute the same bytes: with
 another device, version or number of contexts per pass, the window is started over. The draft is removed once the window
 is committed.
@@ -104,7 +104,7 @@ def draft_folder(folder: Path, window: int) -> Path:
 
 
 def remove_draft(folder: Path, window: int) -> None:
-    """Remove the draft of a window that is committed, and the folder of drafts if it was the last."""
+    """Remove the draft of a window that is committed, and the folder of drafts if this was the last draft."""
     shutil.rmtree(draft_folder(folder, window), ignore_errors=True)
     with contextlib.suppress(OSError):  # there are other drafts, or no folder
         (folder / "drafts").rmdir()

@@ -133,7 +133,7 @@ class WindowComputer:
         self.plan, self.layout, self.progress, self.drafts = plan, layout, progress, drafts
         self.report_rows: Callable[[int], None] = lambda rows: None  # called with the computed rows of the window
         self.rows_in_draft = 0  # of the window that was interrupted
-        self.contexts = contexts.select(slice(0, int((~contexts.held_out).sum())))  # held-out ones come last: a view
+        self.contexts = contexts.select(slice(0, int((~contexts.held_out).sum())))  # a view: held-out ones come last
         self.kept_NS = plan.context_format.row_mask(self.contexts)
         self.rows_before = np.concatenate([[0], np.cumsum(self.kept_NS.sum(1))])
         self.batch_contexts = plan.config.batch_contexts
@@ -148,7 +148,7 @@ class WindowComputer:
                 self.device_window = DeviceWindow(model.device, rows)
 
     def memory(self, arrays: Sequence[str]) -> Memory:
-        """Host memory for a window. Unless pinned, the system provides it only when it is first written to."""
+        """Host memory for a window. Unless it is pinned, the system provides it only when it is first written to."""
         rows = min(self.layout.window_rows, self.layout.rows)
         return host_memory(rows, {name: self.plan.widths[name] for name in arrays}, pinned=bool(self.device_window))
 
