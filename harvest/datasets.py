@@ -63,7 +63,7 @@ def refuse_chat(name: str, chat: bool) -> None:
 
 
 def open_embedded(tokenizer: Any, seed: int, say: Say) -> TextSource:
-    """The standard library of the running Python, with lines that spell words after each harvested document."""
+    """The standard library of the running Python, with lines of spelling after each harvested document."""
     # Documents are ordered by a hash, so that a small harvest is a representative sample.
     library = sorted(corpus.stdlib_documents(), key=lambda d: hashlib.sha256(d.name.encode()).digest())
     digest = hashlib.sha256()

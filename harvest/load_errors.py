@@ -67,7 +67,7 @@ def advice(part: str) -> str:
 
 @contextlib.contextmanager
 def translate_model_errors(name: str, attention: str = "eager") -> Iterator[None]:
-    """Turn any error that a model's code raises when it is first built or run into an SaeError."""
+    """Translate any error that a model's code raises when the model is first built or run; an SaeError is raised."""
     try:
         yield
     except OWN_ERRORS:

@@ -19,8 +19,8 @@ WEIGHTS_AT_ONCE = 2**24  # elements that are converted to float32 at a time, on 
 def unrounded_logits(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """A context in which a causal language model computes its logits in float32.
 
-    It changes nothing for a model in float32, or if the last layer is not a plain linear layer, such as a quantized
-    one.
+    It changes nothing for a model in float32, or if the last layer is not a plain linear layer (for example, if it
+    is quantized).
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if type(head) is not nn.Linear or head.weight.dtype not in (torch.bfloat16, torch.float16):

@@ -4,9 +4,9 @@
     drafts/000000/state.json           what computed them, the checksum of each part, where to continue; written last
 
 A window is committed as a whole, and a slow machine computes it for hours. A draft is saved every SAVE_SECONDS and on
-Ctrl-C, so on a fast machine there is none. A draft is used only by a harvest that would compute the same bytes: with
-another device, version or number of contexts per pass, the window is started over. The draft is removed once the window
-is committed.
+Ctrl-C; a machine that computes a window in less time needs none. A draft is used only by a harvest that would compute
+the same bytes: with another device, version or number of contexts per pass, the window is started over. The draft is
+removed once the window is committed.
 """
 
 import contextlib

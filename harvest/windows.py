@@ -164,7 +164,7 @@ class WindowComputer:
         """Compute a window into `memory`.
 
         If GPU memory runs out, the computation is retried without a window on the GPU. If memory still does not
-        suffice, or on a CPU, it is retried with half as many contexts per pass.
+        suffice, or if the device is a CPU, it is retried with half as many contexts per pass.
         """
         while True:
             try:
