@@ -341,7 +341,7 @@ def random_model(config: Any, layer: int, classes: Sequence[type]) -> HookedMode
 
 @contextlib.contextmanager
 def without_numbers_except(layer: int, classes: Sequence[type]) -> Iterator[None]:
-    """A context manager that builds every block except the one at `layer` on the meta device."""
+    """A context manager in which every block except the one at `layer` is built on the meta device."""
     numbers, inside = itertools.count(), [False]
     own = {kind: kind.__dict__.get("__init__") for kind in classes}
 

@@ -104,7 +104,7 @@ def check_memory(model: Any, name: str, dtype: str, device: str) -> None:
 
 
 def total_memory(device: str) -> int:
-    """The total memory of a GPU or of this machine, in bytes, used or not."""
+    """The total memory of a GPU or of this machine in bytes, whether used or free."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -34,7 +34,7 @@ Span = tuple[int, int]  # characters of a rendered conversation
 class ChatEncoder:
     """Turns conversations into token ids and, if `roles` are given, marks the tokens that these roles wrote.
 
-    Raises UsageError if the tokenizer has no chat template, or one that is not valid Jinja.
+    Raises UsageError if the tokenizer has no chat template, or if its template is not valid Jinja.
     """
 
     tokenizer: Any

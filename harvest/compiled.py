@@ -21,7 +21,7 @@ MOST_APART = 0.1  # norm of the difference, relative to the norm of the activati
 def compile_blocks(model: LanguageModel, hooks: Sequence[Hook]) -> None:
     """Compile the blocks that have no hook inside, and try them on a few tokens.
 
-    Raises UsageError if the compiler of this machine fails, or the activations differ by more than rounding.
+    Raises UsageError if the compiler of this machine fails, or if the activations differ by more than rounding.
     """
     name = type(model.model).__name__
     last = max(hook.layer for hook in hooks)

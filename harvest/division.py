@@ -27,7 +27,7 @@ def describe_division(
 ) -> list[str]:  # fmt: skip
     """The lines about the work and memory of a process. There are none if a single process does everything.
 
-    With several ranks, `windows` are the windows of the rank with the most. `widths` contains the harvested hooks.
+    With several ranks, `windows` are those of the rank that has the most. `widths` contains the harvested hooks.
     """
     if (count := rank_and_count()[1]) > 1:
         machines = format_count(-(-count // processes_on_this_machine()), "machine")

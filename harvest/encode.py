@@ -35,7 +35,8 @@ class DocumentEncoder:
     """Turns documents into token ids.
 
     Attributes:
-        bos_id: the token that contexts begin with. Every context gets one, so it is removed from given token ids.
+        bos_id: the token that contexts begin with. Every context gets it anyway, so it is removed from documents that
+            are given as token ids.
         literals_are_text: whether `<bos>` in a text is encoded as five characters. Earlier versions encoded it as the
             special token.
         chat: the encoder of conversations, for a text that consists of them.

@@ -95,7 +95,7 @@ def harvest_activations(
 
 
 def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
-    """Run a plan, or what remains of it, and open the cache. Several launched processes share the windows.
+    """Run a plan, or what remains of it, and open the cache. Several launched processes divide the windows.
 
     For a cache in a store, the working folder is opened, which contains the records but no chunks.
 
@@ -118,7 +118,8 @@ def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
 def harvest_ranks(plan: HarvestPlan, group: ProcessGroup, progress: HarvestProgress) -> None:
     """Harvest as one process of a group, or alone. The first process holds the folder's lock for all processes.
 
-    One lock is enough: if the first process dies and another harvest begins, the others only commit missing windows.
+    One lock is enough: if the first process dies and another harvest begins, the remaining processes only commit missing
+    windows.
     """
     with contextlib.ExitStack() as stack:
 

@@ -1,4 +1,4 @@
-"""Checkpoints of tokenizing a text, in the cache's folder, so that a killed harvest does not read it from the start.
+"""Tokenization checkpoints in the cache's folder, so that a killed harvest does not read the text from the start.
 
     tokens/draft/000000.safetensors    the contexts up to the first checkpoint, as ContextCutter.take returns them
     tokens/draft/state.json            the checksum of each such file and the reading state; written last
@@ -32,7 +32,7 @@ class TokenizeCheckpoint:
 
     def __init__(self, folder: Path, identity: dict[str, Any], check: Callable[[], None] = lambda: None) -> None:
         self.folder, self.check = folder / "tokens" / "draft", check
-        # The position in a stream is a state of the `datasets` library, which only the same version reads reliably.
+        # The position in a stream is a state of `datasets`, and only the version that wrote it reads it reliably.
         self.owner = digest_of([identity, version("datasets")])
         self.checksums: list[str] = []
         self.state: dict[str, Any] | None = None
@@ -82,5 +82,5 @@ class TokenizeCheckpoint:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove the checkpoint of tokenizing from the folder of a cache."""
+    """Remove the tokenization checkpoint from the folder of a cache."""
     shutil.rmtree(folder / "tokens" / "draft", ignore_errors=True)

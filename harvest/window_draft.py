@@ -111,7 +111,7 @@ def remove_draft(folder: Path, window: int) -> None:
 
 
 def remove_other_drafts(folder: Path, windows: Mapping[int, Any]) -> None:
-    """Remove the drafts of all windows not in `windows`, which a killed harvest may have left after committing them."""
+    """Remove the drafts of all windows not in `windows`; a killed harvest can leave drafts of committed windows."""
     for path in (folder / "drafts").glob("*"):
         if not path.name.isdecimal() or int(path.name) not in windows:
             shutil.rmtree(path, ignore_errors=True)
