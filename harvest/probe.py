@@ -251,7 +251,7 @@ class BlockProbe:
         top = source.split(".")[0]
         if top != attention_top and (top != source or not self.is_linear(top)):
             return top
-        # In OPT, for example, the MLP is not a module: its input is what the first linear map after the attention reads.
+        # In OPT, for example, the MLP is not a module; its input is that of the first linear map after the attention.
         start = self.order[self.parts["attention"]] if "attention" in self.parts and not self.found.is_parallel else -1
         inside = f"{attention_top}."
         linear = [

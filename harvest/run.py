@@ -118,7 +118,7 @@ def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
 def harvest_ranks(plan: HarvestPlan, group: ProcessGroup, progress: HarvestProgress) -> None:
     """Harvest as one process of a group, or alone. The first process holds the folder's lock for all processes.
 
-    One lock is enough: if the first process dies and another harvest begins, the remaining processes only commit missing
+    One lock is enough: if the first process dies and another harvest begins, the other processes only commit missing
     windows.
     """
     with contextlib.ExitStack() as stack:
