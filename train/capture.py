@@ -73,7 +73,8 @@ class CapturedSteps:
         self._x_BD = torch.empty_like(x_BD)
         graph, origin = torch.cuda.CUDAGraph(), torch.cuda.Stream(x_BD.device)
         streams = [torch.cuda.Stream(x_BD.device) for _ in trainers]
-        # Other threads copy batches and checkpoints meanwhile. They are not captured, and may wait for the device.
+        # Meanwhile, other threads copy batches and checkpoints. Their work is not captured, and they may wait for the
+        # device.
         with torch.cuda.graph(graph, stream=origin, capture_error_mode="thread_local"):
             for trainer, stream in zip(trainers, streams, strict=True):
                 stream.wait_stream(origin)

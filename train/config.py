@@ -38,12 +38,12 @@ class TrainConfig:
     variants: Sequence[str] = ()  # names of recipes
     layers: Sequence[int] = (12,)
     site: str = "resid_post"
-    modules: Sequence[str] = ()  # used instead of the site, such as model.layers.{layer}.mlp.gate_proj:output
+    modules: Sequence[str] = ()  # trained on instead of the site; e.g. model.layers.{layer}.mlp.gate_proj:output
     seeds: Sequence[int] = (0,)
     caches: Sequence[str | Path] = ()  # folders or addresses, read as one cache; (): the cache of the model and layer
     local_cache: int | None = None  # maximum bytes from stores to keep on the disk; None: half of the free space
     local_folder: Path | None = None  # where these bytes are kept; None: activations/.pulled
-    source: RingCache | PlannedCache | None = None  # replaces caches: harvested during training, or not yet harvested
+    source: RingCache | PlannedCache | None = None  # replaces caches: a cache harvested during training or later
     model: str | None = None
     steps: int | None = None  # None: one epoch of the cache
     batch_size: int | None = None  # tokens; None: the recipe's batch size

@@ -1,7 +1,8 @@
 """Assign runs to several processes (ranks).
 
 Runs that read the same batches (a stream) share a pass over them if they are on the same rank. Sharing a pass only
-avoids reading the batches again, so a stream is divided over several ranks if the last rank then finishes earlier.
+avoids reading the batches again, so a stream is divided over several ranks if the slowest rank finishes earlier that
+way.
 Three assignments are compared. The one that finishes first is chosen; among ties, the one that reads the least:
 
 - each stream as a whole, longest first, goes to the rank that would finish it first;

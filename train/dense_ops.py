@@ -47,12 +47,12 @@ def select_decode(pre_BF: Tensor, flat_index_N: Tensor, w_FD: Tensor) -> tuple[T
 
 
 def total(f_BF: Tensor) -> Tensor:
-    """() the sum of all latents, in float32 or float64. Its gradient is one number, expanded without new memory."""
+    """Scalar: the sum of all latents in float32 or float64. Its gradient is one number, expanded without new memory."""
     return _Total.apply(f_BF)
 
 
 def squared_error(recon_BD: Tensor, x_BD: Tensor) -> Tensor:
-    """() sum_BD (x - x_hat)^2. Its gradient takes one pass over (B, D); autograd would take four."""
+    """Scalar: sum_BD (x - x_hat)^2. Its gradient takes one pass over (B, D); autograd would take four."""
     return _SquaredError.apply(recon_BD, x_BD)
 
 
@@ -66,13 +66,13 @@ def select_decode_sections(
 def squared_errors(part_GBD: Tensor, b_D: Tensor, x_BD: Tensor) -> tuple[Tensor, Tensor]:
     """(B, D): b_dec plus all parts; (G): for each g, the squared error of b_dec plus the first g parts.
 
-    Uses operators with GPU kernels, which need one pass, and a second pass for the gradients.
+    Uses operators with GPU kernels, which need one pass for these results and a second one for the gradients.
     """
     return _SquaredErrors.apply(part_GBD, b_D, x_BD)
 
 
 def reconstruction_error(product_BD: Tensor, b_D: Tensor, x_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, D) x - (f W_dec + b_dec), and () the sum of its squares, from the product f W_dec (B, D).
+    """The error x - (f W_dec + b_dec) (B, D) and the sum of its squares, a scalar, given the product f W_dec (B, D).
 
     On a GPU, one pass computes both, and another one their gradients.
     """
@@ -83,7 +83,7 @@ COPY = "copy_for_products"  # attribute of a weight: its bfloat16 copy, kept by 
 
 
 def for_products(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, torch.dtype]:
-    """A weight in the dtype of the products, and the dtype of the gradient that they compute for it."""
+    """A weight in the dtype of the products, and the dtype in which the products compute the gradient of the weight."""
     copy: Tensor | None = getattr(weight, COPY, None)
     return (weight.to(dtype), weight.dtype) if copy is None or copy.dtype != dtype else (copy, dtype)
 
@@ -314,7 +314,8 @@ def decoder_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of the pre-activations (0 where the latent is 0) and of W_dec (in `dtype`, unless that is None).
 
-    `of_f_BF` is the gradient of losses on the latents, and `of_recon_BD` is the gradient of f W_dec. One may be None.
+    `of_f_BF` is the gradient of losses on the latents, and `of_recon_BD` is the gradient of f W_dec. One of the two may
+    be None.
     """
     if of_recon_BD is None:
         assert of_f_BF is not None

@@ -25,7 +25,7 @@ class L0Controller(Mechanism):
 
     Weights respond to a coefficient only at the optimizer's rate, so a controller that only integrates the error would
     oscillate. Also, half of all latents are active at first, and L0 falls from there without any penalty. If a penalty
-    pushes L0 down further, it overshoots the target and latents die for good. So e includes how fast L0 falls. e is
+    pushes it down further, L0 overshoots the target and latents die for good. So e includes how fast L0 falls. e is
     limited to [-1, 1/2], so the penalty weakens faster than it strengthens.
     """
 
@@ -77,8 +77,8 @@ class L0Controller(Mechanism):
 def control_l0(variant: "Variant", target: float, steps: int) -> bool:
     """Let an L0Controller set the coefficients of a variant's sparsity terms (`LossTerm.sparsity`).
 
-    Does nothing if its activation keeps k latents: k sets L0, and any additional penalty stays unchanged. Returns False
-    if nothing sets L0.
+    Does nothing if the variant's activation keeps k latents: k sets L0, and any additional penalty stays unchanged.
+    Returns False if nothing sets L0.
     """
     if any(hasattr(activation, "k") for activation in variant.sae.activation):
         return True

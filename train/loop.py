@@ -22,7 +22,7 @@ def train_loop(
     after_step: Callable[[int], bool],
     replay: Callable[[Sequence["Trainer"], Tensor], dict["Trainer", Step]] | None = None,
 ) -> None:
-    """Take steps until `after_step(number)` returns True. Trainers take turns on a batch, or `replay` runs all."""
+    """Take steps until `after_step(number)` returns True. Trainers take turns on a batch, or `replay` runs them all."""
     for number in steps:
         x_BD = next(batches)
         taken = {} if replay is None else replay(trainers, x_BD)
@@ -102,7 +102,7 @@ class Trainer:
 
     @torch.no_grad()
     def run_periodic(self, number: int, step: Step) -> None:
-        """Call the mechanisms that act every `mechanism.every` steps, after step `number`."""
+        """After step `number`, call the mechanisms that are due: each acts every `mechanism.every` steps."""
         due = [one for one in self.variant.mechanisms if one.every and (number + 1) % one.every == 0]
         for mechanism in due:
             mechanism.every_n_steps(step)

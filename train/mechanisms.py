@@ -131,7 +131,7 @@ class ResampleDead(Mechanism):
 
     Every `every` steps until step `until`, each dead latent is set to the direction v = x - b_dec of a token drawn with
     a probability proportional to loss^2: W_dec,i = v/|v|, W_enc,i = 0.2 v/|v| times the mean encoder norm of the other
-    latents, b_enc,i = 0, and its Adam state is reset. Tokens are drawn without replacement; if there are more dead
+    latents, and b_enc,i = 0. Its Adam state is reset. Tokens are drawn without replacement; if there are more dead
     latents than tokens, the remaining latents restart the next time.
     """
 

@@ -23,7 +23,7 @@ from .variant import RunConfig, Variant
 DEAD_SHARE = 0.5  # share of latents assumed to be dead: the more are dead, the more memory AuxK takes
 SAMPLE_ROWS = 10_000  # rows that a variant reads before its first step if it `reads_rows`
 SAMPLE_BYTES = 2 + 2 + 4 + 8 + 4  # per element: in a batch, in all rows joined, in float32, in float64, normalized
-SORTED_BYTES = 16  # per element, for it and its index: `topk` on a CPU copies both to sort them
+SORTED_BYTES = 16  # per element: to sort, `topk` on a CPU copies each element and its index
 CHECKPOINT_COPIES = 2  # copies of the state in host memory while a checkpoint is read: its bytes and its tensors
 
 # Factors in `memory_bound`: number of training states; numbers of elements for each (token, latent), (token, input) and

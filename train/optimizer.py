@@ -102,7 +102,7 @@ def clip_gradients(variant: Variant, optimizer: torch.optim.Optimizer) -> Tensor
 
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """() the L2 norm of all elements together.
+    """Scalar: the L2 norm of all elements together.
 
     Matrices are first reduced row by row: a CPU uses all threads for that, but only one for the norm of a whole tensor.
     """

@@ -73,7 +73,7 @@ def pass_memory(runs: Sequence[BuildableRun], device: str) -> PassMemory:
 
 
 def add_up(memories: Sequence[RunMemory], config: RunConfig, device: str) -> PassMemory:
-    """The total memory of runs with these sizes. `config` is the config of any of them; it gives the batch size."""
+    """The total memory of runs with these sizes. `config` is the config of any of the runs and gives the batch size."""
     kind = torch.device(device).type
     batch = 2 * config.batch_size * config.d_in
     step = max(memory.step for memory in memories)
@@ -184,7 +184,7 @@ def copied_bytes(runs: Sequence[BuildableRun], device: str) -> int:
 
 
 def copies_fit(runs: Sequence[BuildableRun], device: str) -> bool:
-    """Whether these copies fit into the free host memory, together with everything else that a pass needs there."""
+    """Whether the copies of states fit into the free host memory, with everything else that a pass needs there."""
     copies, budget = copied_bytes(runs, device), FREE_SHARE * available_memory("cpu")
     if torch.device(device).type == "cuda":
         return copies + max(map(host_bytes, runs)) <= budget

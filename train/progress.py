@@ -31,7 +31,7 @@ class TrainProgress:
     """Called every few seconds in the first of several launched processes."""
 
     end: Callable[[SaeError], None] = lambda error: None
-    """Called in each launched process with the error that it is about to raise, if it ends with one."""
+    """Called with the error in each launched process that ends with one, before the error is raised."""
 
     def say_problem(self, sentence: str) -> None:
         (self.problem or self.say)(sentence)

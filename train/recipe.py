@@ -105,7 +105,7 @@ class Recipe:
             try:
                 variant = self.build(config, **values)
                 settings = replace(variant.optimization, **shared)
-                if settings.normalize in CENTERING and "center" not in shared:  # default, not a request
+                if settings.normalize in CENTERING and "center" not in shared:  # on by default, not by request
                     settings = replace(settings, center=False)
                 now = {**now, **asdict(settings)}
                 if stored is not None:
@@ -131,8 +131,8 @@ class Recipe:
         """All options of a run that was started with the `stored` options, and a list of problems.
 
         An option that did not exist when the run began gets the value that reproduces the earlier behaviour. That is
-        its value in `LATER_ENTRIES` or, without one, its plain default, regardless of `--paper-exact` and of the
-        recipe.
+        its value in `LATER_ENTRIES` or, if it has none there, its plain default, regardless of `--paper-exact` and of
+        the recipe.
         """
         valid, problems = self.check_types({n: value for n, value in stored.items() if n in self.option_types()})
         removed = ", ".join(f"{name}={value}" for name, value in stored.items() if name not in self.option_types())

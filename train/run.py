@@ -247,7 +247,7 @@ def record_changes(run: Run, record: RunRecord, steps_done: int) -> None:
     content: dict[str, Any] = {**record}
     for name, now in (("accumulate", run.config.accumulate), ("step_version", STEP_VERSION)):
         since = f"{name}_since"
-        changes = [[step, value] for step, value in content.pop(since, ()) if step < steps_done]  # others: undone
+        changes = [[step, value] for step, value in content.pop(since, ()) if step < steps_done]  # later ones: undone
         if now != (changes[-1][1] if changes else content.get(name, 1)):
             changes.append([steps_done, now])
         if changes:

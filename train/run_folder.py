@@ -67,9 +67,9 @@ def last_metrics(folder: Path) -> dict[str, float] | None:
 
 
 def truncate_metrics(folder: Path, step: int) -> None:
-    """Drop the lines after `step`, because those steps will be repeated, and an incomplete last line.
+    """Drop the lines after `step`, because those steps will be repeated.
 
-    Earlier lines that cannot be parsed are also dropped, and a warning says how many.
+    An incomplete last line is dropped too. So are earlier lines that cannot be parsed, and a warning says how many.
     """
     path = folder / "metrics.jsonl"
     if not path.exists():

@@ -5,8 +5,8 @@
 
 W_enc has shape (d_in, d_sae) and W_dec (d_sae, d_in); the rows of W_dec are the directions of the latents. A saved SAE
 reads raw activations; `fold_normalization` folds the normalization used in training into its weights. A layer norm
-differs from token to token and cannot be folded. An SAE trained with layer norm applies it itself, where m and s are
-the mean and the standard deviation of the token:
+differs from token to token and cannot be folded. An SAE trained with layer norm applies it itself. With m and s, the
+mean and the standard deviation of the token:
 
     f     = s act(((x - m)/s - b_dec) W_enc + b_enc)
     x_hat = f W_dec + s b_dec + m
@@ -51,7 +51,7 @@ class SAEOutput(NamedTuple):
 
 
 class TrainingOutput(NamedTuple):
-    """An SAEOutput whose fields are None if a training step does not need them, since each takes a pass over (B, F)."""
+    """An SAEOutput in which fields that a training step does not need are None: each takes a pass over (B, F)."""
 
     pre_BF: Tensor | None  # None if the activation is ReLU alone, which overwrites them
     f_BF: Tensor | None  # None if the latents are in `kept`

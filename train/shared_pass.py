@@ -34,7 +34,7 @@ def shared_passes(
     writer: CheckpointWriter,
     capture: bool = False,
 ) -> list["SharedPass"]:
-    """Group trainers that read the same batches by the step from which they resume, and so by their next batch.
+    """Group trainers of one stream of batches by the step from which they resume, and so by their next batch.
 
     With `capture`, the steps of each group are captured in one CUDA graph.
     """

@@ -63,7 +63,7 @@ def step_times(runs: Sequence[DealtRun], device: str) -> list[float]:
     try:
         return seconds_per_step(runs, device)
     except UnavailableError:
-        rate = MAX_OPERATIONS[torch.device(device).type]  # operations per second or two
+        rate = MAX_OPERATIONS[torch.device(device).type]  # operations in one or two seconds
         return [OPERATIONS * c.batch_size * c.d_in * c.d_sae / rate for c in (run.config for run in runs)]
 
 

@@ -130,9 +130,9 @@ def sum_by_latent(
     weight_N: Tensor, row_BD: Tensor, token_N: Tensor, latent_order_N: Tensor, latent_start_F: Tensor, *,
     dtype: torch.dtype, by_kernels: bool, transposed: bool = False,
 ) -> Tensor:  # fmt: skip
-    """(F, D): f^T rows, skipping zeros: for each latent, the weighted sum of the rows of its tokens.
+    """(F, D), or (D, F) if `transposed`: f^T rows, computed without the zeros in f.
 
-    (D, F) if `transposed`.
+    For each latent, this is the weighted sum of the rows of its tokens.
     """
     index_N, weight_N = token_N[latent_order_N], weight_N[latent_order_N]
     if by_kernels:
@@ -231,7 +231,7 @@ class _DecodeAndCompare(torch.autograd.Function):
 def encode(
     pre_BF: Tensor, x_BD: Tensor, w_DF: Tensor, b_F: Tensor, b_D: Tensor | None, selected: SelectedLatents
 ) -> Tensor:
-    """(N) pre-activations of the selected latents, taken from `pre_BF`.
+    """(N): pre-activations of the selected latents, taken from `pre_BF`.
 
     `b_D` is the b_dec that the encoder subtracts from x, or None. The gradient of W_enc is (x - b)^T g, which is zero
     except for the selected latents; x gets no gradient.
@@ -267,9 +267,10 @@ def decode(kept: KeptLatents, w_FD: Tensor) -> Tensor:
 
 
 def decode_and_compare(kept: KeptLatents, w_FD: Tensor, b_D: Tensor, x_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """x_hat = f W_dec + b_dec (B, D), and () sum_BD (x - x_hat)^2. On a GPU, one pass over W_dec's rows computes both.
+    """x_hat = f W_dec + b_dec (B, D), and the scalar sum_BD (x - x_hat)^2.
 
-    The same pass computes the gradient of the squared error with respect to the latents.
+    On a GPU, one pass over W_dec's rows computes both, and also the gradient of the squared error with respect to the
+    latents.
     """
     value_N, selected = kept
     return _DecodeAndCompare.apply(

@@ -115,7 +115,7 @@ class Step:
 
     @property
     def squared_error(self) -> Tensor:
-        """() sum_BD (x - x_hat)^2."""
+        """Scalar: sum_BD (x - x_hat)^2."""
         if self._squared_error is None:
             whole = self._error_BD  # a batch in parts has only this
             self._squared_error = squared_error(self.recon_BD, self.x_BD) if whole is None else whole.square().sum()
@@ -127,7 +127,7 @@ class Step:
 
     @property
     def variance(self) -> Tensor:
-        """() sum_BD (x - mean_B x)^2."""
+        """Scalar: sum_BD (x - mean_B x)^2."""
         if self._variance is None:
             self._variance = squared_distances(self.x_BD)
         return self._variance
@@ -148,7 +148,7 @@ class Step:
 
     @cached_property
     def l0(self) -> Tensor:
-        """() active latents per token."""
+        """Scalar: active latents per token."""
         return self.counts_F.sum() / self.tokens
 
     @cached_property
@@ -184,7 +184,7 @@ class Mechanism(nn.Module):
     combine: ClassVar[Literal["", "mean", "min"]] = ""
     """How to combine the statistics of equal parts into the statistic of the batch; "" if there is no `statistic`."""
     undivided: str = ""  # why the mechanism needs the latents of a whole batch at once, as in LossTerm
-    reads_batch = False  # whether the forward pass calls it and it reads `step.whole.error_BD` or `step.whole.l0`
+    reads_batch = False  # whether it is called in the forward pass and reads `step.whole.error_BD` or `.l0`
     every: int | None = None
     reads_rows = False  # whether it implements `start_from_rows`
     has_kernels: ClassVar[bool] = False  # whether it can use operators that have kernels on a GPU
@@ -192,8 +192,8 @@ class Mechanism(nn.Module):
     leaves_weights = True
     """Whether `after_backward` and `after_step` neither read nor write W_enc, W_dec, their gradients or moments.
 
-    If so, kernels can project the gradient and update and normalize the weights in one pass
-    (`Variant.updates_at_once`). In a class that defines one of the two hooks this is False unless the class sets it.
+    If so, kernels can do three things in one pass: project the gradient, update the weights and normalize them
+    (`Variant.updates_at_once`). In a class that defines one of the two hooks, this is False unless the class sets it.
     """
 
     def __init_subclass__(cls) -> None:
@@ -221,7 +221,7 @@ class Mechanism(nn.Module):
         """Called after weights have changed. The latents in `step` were computed with the weights before the update."""
 
     def every_n_steps(self, step: Step) -> None:
-        """Called between steps. May read values, change shapes and rewrite weights. `step.i` counts the last step."""
+        """Called between steps. May read values, change shapes and rewrite weights. `step.i` includes the last step."""
 
     def between_bytes(self, sae: SAE, tokens: int) -> int:
         """The peak bytes that `every_n_steps` takes in addition to a step on `tokens` tokens.
@@ -235,7 +235,7 @@ class Mechanism(nn.Module):
         return None
 
     def calibrate(self, step: Step) -> None:
-        """Called after training on a few more batches, forward only, to fit a number to the final weights."""
+        """Called after training, for each of a few more forward passes, to fit a number to the final weights."""
 
     def export(self, sae: SAE) -> None:
         """Called after training. Changes the copy that will be saved; its normalization is already folded in."""

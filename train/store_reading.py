@@ -47,7 +47,7 @@ def expected_readings(passes: Sequence[Sequence[ReadingRun]]) -> list[ChunkReadi
 
 
 def prepare_local_folder(passes: Sequence[Sequence[ReadingRun]], size: int | None) -> None:
-    """Set the size of the local folder if the passes need one.
+    """Set the size of the local folder if the passes need a local folder.
 
     Raises UsageError if the size is too small for one batch per process on this machine, and UnavailableError if it
     does not fit on the disk.
@@ -84,7 +84,7 @@ def describe_pulling(passes: Sequence[Sequence[ReadingRun]]) -> list[str]:
 
 
 def expect(passes: Sequence[Sequence[ReadingRun]], say: Callable[[str], None]) -> None:
-    """Announce these passes' readings from stores to the local folder. It calls `say` if a reading waits for long."""
+    """Tell the local folder what these passes will read from stores. It calls `say` if a reading waits for long."""
     if readings := expected_readings(passes):
         readings[0].folder.say = say
         readings[0].folder.expect(readings)

@@ -132,8 +132,8 @@ class Variant(nn.Module):
         """Set the normalization constants from the mean row and E|x|^2 of the cache. Checkpoints contain them.
 
         `sample_ND` contains the first raw rows of the run, on any device. It is needed if `reads_rows`:
-        normalize=standardize uses the mean and standard deviation of these rows, and mechanisms are initialized from
-        them. Without rows, such a mechanism does nothing.
+        normalize=standardize uses the mean and standard deviation of these rows, and mechanisms with `reads_rows` are
+        initialized from them. Without rows, this initialization is left out.
         """
         settings, square = self.optimization, mean_square_norm
         if settings.normalize == "standardize":
@@ -148,7 +148,7 @@ class Variant(nn.Module):
             self.scale.fill_(square**0.5)
         if settings.b_dec_init == "mean":
             start_D = (mean_D - self.mean_D) / self.scale
-            if settings.normalize == "layer_norm":  # the mean normalized row is unknown; assume equal deviations
+            if settings.normalize == "layer_norm":  # approximate: as if all tokens had the same deviation
                 start_D = (mean_D - mean_D.mean()) / (mean_square_norm / len(mean_D)) ** 0.5
             self.sae.b_dec.data.copy_(start_D)
         for mechanism in self.mechanisms:

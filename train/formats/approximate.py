@@ -20,8 +20,8 @@ FIT_ROWS = 1024
 def approximate_sae(sae: SAE, activation: str, x_RD: Tensor) -> tuple[CanonicalSAE, dict[str, Any]]:
     """Replace the end of an SAE's activation chain, from the first link that couples latents, by one of APPROXIMATIONS.
 
-    For topk, k is the mean L0 on these rows. For jumprelu, all latents get one threshold, chosen such that L0 is the
-    same. For relu there is nothing to fit.
+    For topk, k is the mean L0 on the rows `x_RD`. For jumprelu, all latents get one threshold, chosen such that L0 is
+    the same. For relu there is nothing to fit.
 
     Args:
         x_RD: activations to fit and measure on; at most FIT_ROWS of them are used.
@@ -63,9 +63,9 @@ def approximate_sae(sae: SAE, activation: str, x_RD: Tensor) -> tuple[CanonicalS
     }
     if record["explained_variance_approximated"] < 0 < record["explained_variance"]:
         raise UsageError(
-            f"The nearest {activation} SAE to this {record['of']} SAE is worse than predicting the mean: its explained "
-            f"variance is {record['explained_variance_approximated']:.3g}, the SAE's is "
-            f"{record['explained_variance']:.3g}. Nothing was written."
+            f"The {activation} SAE that best approximates this {record['of']} SAE is worse than predicting the mean: "
+            f"the approximation's explained variance is {record['explained_variance_approximated']:.3g}, and the "
+            f"original's is {record['explained_variance']:.3g}. Nothing was written."
         )
     if activation == "topk":
         record["k"] = nearest.k
@@ -75,7 +75,7 @@ def approximate_sae(sae: SAE, activation: str, x_RD: Tensor) -> tuple[CanonicalS
 
 
 def fit_activation(relu: CanonicalSAE, activation: str, z_RF: Tensor, l0: float) -> CanonicalSAE:
-    """Replace the activation of a relu SAE by another one, fitted to have this L0 on pre-activations z_RF."""
+    """Replace the activation of a relu SAE by `activation`, fitted such that the L0 on pre-activations z_RF is `l0`."""
     if activation == "topk":
         return replace(relu, activation="topk", k=min(max(1, round(l0)), relu.d_sae))
     if activation == "jumprelu":
@@ -87,7 +87,7 @@ def fit_activation(relu: CanonicalSAE, activation: str, z_RF: Tensor, l0: float)
 
 
 def activate(canonical: CanonicalSAE, z_RF: Tensor) -> Tensor:
-    """The latents for pre-activations z_RF, for the activations in APPROXIMATIONS."""
+    """The latents for pre-activations z_RF. The activation has to be one of APPROXIMATIONS."""
     f_RF = z_RF.relu()
     if canonical.activation == "topk":
         top = f_RF.topk(canonical.k, dim=-1)

@@ -40,7 +40,7 @@ class ForeignSAE:
     notes: list[str] = field(default_factory=list)  # shown to the user by `sae import`
 
     def record_text(self, recorded: Mapping[str, Any]) -> None:
-        """Copy the files' information about the text, recorded under SAELens' keys. Skips values of the wrong type."""
+        """Copy what the files record about the text under SAELens' keys. Skips values of the wrong type."""
         if type(context := recorded.get("context_size")) is int and 0 < context < MAX_WIDTH:
             self.context = context
         if isinstance(prepend_bos := recorded.get("prepend_bos"), bool):
@@ -53,7 +53,7 @@ class ForeignSAE:
 
 @dataclass(frozen=True)
 class Description:
-    """The information about a published SAE in its path or config, read without its weights. None: not recorded."""
+    """What the path or config of a published SAE says about it, read without its weights. None: not recorded."""
 
     model: str | None = None  # id on the Hub
     hook: Hook | None = None

@@ -177,7 +177,7 @@ def to_float64(tensor: Tensor) -> Tensor:
 
 @singledispatch
 def fold_link(link: Activation, canonical: CanonicalSAE) -> CanonicalSAE:
-    """Fold one link of the activation chain into those before it. Raises UsageError if no format can store that."""
+    """Fold one link of the activation chain into those before it. Raises UsageError if no format can store both."""
     raise UsageError(
         f"The activation {getattr(link, 'name', type(link).__name__)!r} makes the latents of a token depend on each "
         "other, which no other library's format can store. --approximate topk, jumprelu or relu writes the nearest SAE "

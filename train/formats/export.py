@@ -115,8 +115,8 @@ def fit_to_format(
 ) -> tuple[CanonicalSAE, dict[str, Any] | None]:
     """Convert an SAE to a form that the format can store. Also returns the record of the approximation, or None.
 
-    Raises UsageError if the format cannot store the SAE; the message names the formats that can. Adds a note about
-    `approximate`.
+    Raises UsageError if the format cannot store the SAE; the message names the formats that can. `notes` receives the
+    difference between the SAE and its approximation, or the fact that `approximate` was ignored.
     """
     if sae.layer_norm and not fmt.layer_norm:
         named = ", ".join(other.name for other in Format.registry.values() if other.layer_norm)

@@ -141,7 +141,7 @@ class GemmaScope2(Format, name="gemma-scope-2"):
 
 
 def kind_of_path(parts: tuple[str, ...]) -> str | None:
-    """The kind named by the innermost folder in the path that names one; None for an SAE, or if no folder names one."""
+    """The kind, as named by the innermost folder that names a kind; None for an SAE, or if no folder names a kind."""
     for part in reversed(parts):
         word = part.split("_")[0]
         if word in KINDS:

@@ -48,7 +48,7 @@ class ImportConfig:
     model: str | None = None
     layer: int | None = None
     cache: str | Path | None = None
-    cache_if_fits: bool = False  # ignore `cache`, given only for evaluation, if it lacks these activations
+    cache_if_fits: bool = False  # `cache` is only for evaluation; ignore it if it lacks these activations
     out: Path | None = None
     name: str | None = None
     check_hook: HookCheck = lambda model, hook, d_in: None
@@ -261,7 +261,7 @@ def resolve_hook_and_model(
 
 
 def hook_in_caches(model: ModelRecord, hook: Hook, cache_folder: str | Path | None) -> Hook:
-    """The hook under which a model's caches contain these activations: one block's output is the next block's input.
+    """The hook under which a model's caches contain these activations; a block's output is also the next block's input.
 
     If `cache_folder` is given, only that cache is considered.
     """

@@ -23,7 +23,7 @@ class RemoteFile(NamedTuple):
 
 @dataclass(frozen=True)
 class PublishedSAE:
-    """An SAE of a release that has not been read yet, or files with the same layout that are not an SAE."""
+    """An SAE of a release, before its files are read; or files with the same layout that are not an SAE."""
 
     format: Format
     path: str  # its path in the release: a folder, or a file if a folder contains several SAEs

@@ -1,6 +1,6 @@
 """SAELens, the directory of version 6: cfg.json and sae_weights.safetensors.
 
-    x'     = x - b_dec if apply_b_dec_to_input; true if the key is missing
+    x'     = x - b_dec if apply_b_dec_to_input, which is true if the key is missing
     topk   with rescale_acts_by_decoder_norm: f = the k largest of z |W_dec,i|, x_hat = (f / |W_dec|) W_dec + b_dec
 
 Exported SAEs read raw activations, have unit decoder rows, and have b_dec folded into b_enc. A relu SAE is exported as
@@ -34,7 +34,7 @@ from .safe_read import (
 )
 
 ARCHITECTURES = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}  # -> CanonicalSAE's
-TRAINING_ARCHITECTURES = {"batchtopk", "matryoshka_batchtopk"}  # saved only in training; for inference, jumprelu
+TRAINING_ARCHITECTURES = {"batchtopk", "matryoshka_batchtopk"}  # only while training; for inference saved as jumprelu
 PER_TOKEN_NORMALIZATIONS = {
     "constant_norm_rescale": "divides each token by its own norm",
     "covariance_whitening": "whitens the input",

@@ -11,7 +11,7 @@ The rules that every reader in this folder follows, and the reasons:
 3. Memory is bounded by the size of the file. A header can declare any shape, so the declared shape is compared with the
    bytes in the file and with the shapes that the format requires before anything is allocated. Archives that would
    unpack to more than 100 times their size, and headers or configs of more than 1 MiB, are rejected.
-4. Any other exception that a parser raises on such bytes becomes a DamagedError that names the file.
+4. Any other exception that a parser raises on untrusted bytes becomes a DamagedError that names the file.
 """
 
 import contextlib
@@ -81,7 +81,10 @@ class ForeignFolder:
         return (self.path / name).is_file()
 
     def require_file(self, name: str) -> Path:
-        """The path of a file. Raises UsageError if it links to outside, DamagedError if it is not a regular file."""
+        """The path of a file.
+
+        Raises UsageError if it is a link to outside the folder, and DamagedError if it is not a regular file.
+        """
         path, root = self.path / name, self.path.resolve()
         if not path.resolve().is_relative_to(root):
             raise UsageError(
@@ -93,7 +96,7 @@ class ForeignFolder:
         return path
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON object. Raises DamagedError if the file is too large or contains anything else."""
+        """Read a JSON object. Raises DamagedError if the file is too large or contains anything but a JSON object."""
         path = self.require_file(name)
         if (size := path.stat().st_size) > MAX_HEADER_BYTES:
             raise DamagedError(f"{path} has {size:,} bytes, but a config may have at most {MAX_HEADER_BYTES:,}.")

@@ -45,7 +45,7 @@ class Sparsify(Format, name="sparsify"):
         return self.sae_folder(folder) is not None
 
     def sae_folder(self, folder: ForeignFolder) -> ForeignFolder | None:
-        """The SAE's folder: the given one, or its only subfolder with an SAE. UsageError if several have one."""
+        """The SAE's folder: the given one, or its only subfolder with an SAE. Raises UsageError if several have one."""
         if folder.has("sae.safetensors"):
             return folder
         if not folder.path.is_dir():

@@ -51,8 +51,8 @@ class Check:
     rows: int
     description: str  # of the rows
     l0: float  # active latents of the SAE per row
-    mismatches: int  # (row, latent) pairs active on one side only that float32 rounding does not explain
-    ambiguous_rows: int  # rows with a latent active on one side only, within float32 rounding of its threshold
+    mismatches: int  # (row, latent) pairs active on one side only; not explained by float32 rounding
+    ambiguous_rows: int  # rows with a latent that is active on one side only, but near its threshold
     latent_error: float  # |f - f'| / |f| over all rows
     reconstruction_error: float  # the same for x_hat
     tolerance: float = TOLERANCE

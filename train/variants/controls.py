@@ -48,7 +48,7 @@ class CovarianceStart(Mechanism):
 class DecoderCone(UnitNormDecoder):
     """Keeps the rows of W_dec on the unit sphere, within a cosine of their initial values. The last mechanism.
 
-        W_i <- the nearest unit vector with W_i . s_i = cosine,     where W_i . s_i < cosine
+        W_i <- the nearest unit vector with W_i . s_i = cosine,     if W_i . s_i < cosine
 
     s_i is the initial value of row i. The nearest vector lies in the plane of W_i and s_i.
     """

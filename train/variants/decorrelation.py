@@ -77,8 +77,8 @@ class Decorrelation(LossTerm):
         tau = mean + sd  # (4). Paper: tau is a statistic; with a gradient it would correlate every other pair
         count = max(1, round(self.fraction * blocks * size * (size - 1) / 2))
         top = upper_GMM.flatten().topk(count, sorted=False)
-        # If fewer pairs fire together than `fraction` requires, the remaining ones are zeros in the lower triangle,
-        # which are not pairs. These do not pass, since tau is not negative.
+        # If fewer pairs fire together than `fraction` requires, the remaining chosen entries are zeros in the lower
+        # triangle, which are not pairs. They do not pass, since tau is not negative.
         passes_P = top.values > tau
         step.metrics |= {"tau": tau, "mean_correlation": mean, "sd_correlation": sd, "pairs_over_tau": passes_P.sum()}
         return ChosenPairs(upper_GMM, top.values, top.indices, passes_P, tau)

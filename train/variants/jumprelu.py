@@ -82,7 +82,7 @@ class JumpByKernels(JumpFunction):
 
 
 class CountByKernels(torch.autograd.Function):
-    """() sum_BF H(z - theta), with an operator that has a GPU kernel: one pass computes it and theta's gradient."""
+    """Scalar: sum_BF H(z - theta), by an operator with a GPU kernel. One pass computes the sum and theta's gradient."""
 
     @staticmethod
     def forward(ctx: Any, z_BF: Tensor, theta_F: Tensor, eps: float) -> Tensor:
@@ -122,7 +122,7 @@ class JumpReLU(Activation, name="jumprelu"):
         return fires_BF
 
     def count(self, z_BF: Tensor) -> Tensor:
-        """() the sum of `fires`, by kernels."""
+        """Scalar: the sum of `fires`, by kernels."""
         count: Tensor = CountByKernels.apply(z_BF, self.threshold, self.bandwidth)
         return count
 
@@ -210,7 +210,7 @@ class TargetL0(L0):
         l0 = super().forward(step)
         if step.part_of is None:
             return (l0 / self.target - 1).square()
-        # Each part returns the value for the whole batch, with its share of the gradient.
+        # Each part returns the value for the whole batch, with only this part's share of the gradient.
         excess = step.whole.l0 / self.target - 1
         return excess.square() + 2 * excess / self.target * (l0 - l0.detach())
 

@@ -285,7 +285,7 @@ class Neighbours(Mechanism):
         first_G = torch.arange(groups, device=rows_FD.device) * size
         near_GMN = self.activation.near_FN.view(groups, size, count)
         closeness_GMN = self.activation.closeness_FN.view(groups, size, count)
-        rows = size if self.activation.near_scope == "group" else 1024  # all at once need too much memory
+        rows = size if self.activation.near_scope == "group" else 1024  # all rows at once would need too much memory
         for start in range(0, size, rows):
             some = slice(start, start + rows)
             cosine_GCM = unit_GMD[:, some] @ unit_GMD.mT

@@ -63,9 +63,10 @@ def gram_schmidt(rows_GMD: Tensor) -> Tensor:
 
 
 def cholesky_factor(gram_GMM: Tensor) -> tuple[Tensor, Tensor]:
-    """L with A A^T = L L^T, after 1e-6 of its mean is added to the diagonal, since silent latents are rows of zeros.
+    """L with A A^T = L L^T.
 
-    Also returns, for each group (G), the row at which rounding made the factorization fail, or 0 if it succeeded.
+    First, 1e-6 of the diagonal's mean is added to the diagonal, since silent latents are rows of zeros. Also returns,
+    for each group (G), the row at which rounding made the factorization fail, or 0 if it succeeded.
     """
     guard_G = 1e-6 * gram_GMM.diagonal(dim1=1, dim2=2).mean(1) + 1e-12
     eye_MM = torch.eye(gram_GMM.shape[1], device=gram_GMM.device, dtype=gram_GMM.dtype)
@@ -103,10 +104,10 @@ def gram_schmidt_by_products(rows_GMD: Tensor) -> Tensor:
 class GramSchmidt(Mechanism):
     """Computes W_dec from free rows by (3), group by group. The optimizer updates the free rows; W_dec is saved.
 
-    `gradient`: straight_through passes the gradient of a row of W_dec to its free row, without the components along
-    either of these rows; through differentiates (3). `order`: the first row of a group keeps its direction and the last
-    row changes most; utilisation puts the most used latents first. With a sketch, (3) uses the inner products of the
-    sketched rows.
+    With `gradient` = "straight_through", the gradient of a row of W_dec is passed to its free row, without the
+    components along either of these rows; "through" differentiates (3). The first row of a group keeps its direction
+    and the last row changes most; `order` = "utilisation" puts the most used latents first. With a sketch, (3) uses the
+    inner products of the sketched rows.
 
     `orthogonalized` counts, over all steps, the rows that (3) moved by more than rounding.
     """

@@ -35,7 +35,7 @@ PAPER_EXACT = {
     "importance": ("groups", "the paper does not define it; in every step half of all latents are not updated"),
     "gradient_balance": (1.0, "the paper does not define it; each loss needs another backward pass"),
     "jl_on": ("activations", "the matrix has d_sae rows, so it projects the latents, and nothing uses the projection"),
-    "contrast_on": ("activations", "latents that never fire together count as dissimilar, even if their rows are"),
+    "contrast_on": ("activations", "latents that never fire together count as dissimilar, even with similar rows"),
     "contrast_cos": ("exact", "all pairs: there are no groups before run 7, and a projection mixes the latents"),
     "orth_on": ("activations", "as with `contrast_on`; and since run 6, (3) has made the latents orthogonal already"),
     "near_scope": ("dictionary", "a latent is inhibited by neighbors in other groups, with which it does not compete"),

@@ -24,7 +24,7 @@ MIN_RATE = 1e-5  # the conditional probability counts as unknown for a latent th
 class Coactivation(Mechanism):
     """p_i = P(f_i > 0) and J_ij = P(f_i > 0, f_j > 0), averaged over steps: a <- beta a + (1 - beta) of the batch.
 
-    Each unordered pair occurs once. A subclass determines which pairs are tracked, and with it the shape S of all
+    Each unordered pair occurs once. A subclass determines which pairs are tracked, and thereby the shape S of all
     per-pair tensors.
 
     Paper: says only "exponential moving averages (decay rate 0.99)". Ours start at zero and are divided by their
@@ -224,7 +224,7 @@ class PairTable(Coactivation):
         self.seen_P.copy_(torch.where(stays_P, self.seen_P[slot_P], 0))
 
     def candidates(self, step: Step, unit_FD: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield scores (I, F) of pairs not in the table, one block of first latents at a time. 0 marks no pair."""
+        """Yield scores (I, F) of pairs not in the table, one block of first latents at a time. 0: not a candidate."""
         fires_BF = (step.f_BF.detach() > 0).float()
         n, size = fires_BF.shape[1], max(1, BLOCK // fires_BF.shape[1])
         # Paper: follows every pair. Here candidates are ranked as if each latent had fired three more times without the
@@ -273,7 +273,7 @@ class PairProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient_P: Tensor) -> tuple[Tensor | None, ...]:
         left_FX, right_FX, first_P, second_P = ctx.saved_tensors
-        if ctx.rounded and ctx.same:  # sum over the pairs from both ends at once
+        if ctx.rounded and ctx.same:  # one sum for both latents of each pair
             from_P, to_P = torch.cat([second_P, first_P]), torch.cat([first_P, second_P])
             sums_FX = weighted_sums(torch.cat([gradient_P, gradient_P]), left_FX, from_P, to_P)
             return sums_FX.to(ctx.dtype), None, None, None

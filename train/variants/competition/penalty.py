@@ -22,7 +22,7 @@ class CompetitionLoss(LossTerm):
                 Paper: writes f_i for both, and calls <f_i, f_j> "feature similarity"; the division by sqrt(B) makes
                 the product a mean over tokens, which does not grow with the batch
     `direction` which latent gets the gradient: "symmetric", both; "child_only", the rarer; "parent_only", the other
-    `reduction` "active_pairs", the mean over pairs that pass; "sum", over ordered pairs as printed; "n", that over n
+    `reduction` "active_pairs", the mean over pairs that pass; "sum", over ordered pairs as printed; "n", this sum / n
     `target`    "cofire", as printed; or "absorption": pairs with a decoder cosine over 0.2 that fire together less
                 than tau, weighted by how far they are below it. Paper: an absorbed parent is silent when its child
                 fires, so (5) does not act on absorbed pairs.
@@ -69,7 +69,7 @@ class CompetitionLoss(LossTerm):
         return total / (step.sae.d_sae if self.reduction == "n" else 1)
 
     def diagonal_weights(self) -> Tensor:
-        """The weight of each pair (i, i) (F): the weight for P = 1 if 1 passes tau; 0 for silent latents."""
+        """(F): the weight of each pair (i, i), where P is 1. It is 0 for silent latents, and for all if tau > 1."""
         passes_F = (self.pairs.rates() >= MIN_RATE) & (self.tau <= 1)
         return passes_F.to(self.pairs.rate_F.dtype) / self.unit
 

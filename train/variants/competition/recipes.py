@@ -61,9 +61,9 @@ class CompetitionOptions(RecipeOptions):
     pairs: int = 16
     """Pairs per latent that the table tracks, on average."""
     refresh: int = 100
-    """Number of steps after which the table searches for better pairs."""
+    """Number of steps from one search for better pairs to the next."""
     turns: int = 8
-    """A step penalizes one in this many pairs of the table, different ones in each step. Their mean, or their scaled
+    """A step penalizes one in `turns` pairs of the table, different ones in each step. Their mean, or their scaled
     sum, is the estimate for the whole table. 1: the whole table in every step. The mean is 0 in a step in which no pair
     passes tau, so on average it is too small if fewer pairs than `turns` pass."""
     memory_gb: float = 2.0

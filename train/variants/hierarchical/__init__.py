@@ -22,7 +22,7 @@ reading.
 Paper: says that its input is normalized "using per-layer statistics from a 10K token sample", but not which statistics.
 We assume the mean and the standard deviation of each dimension (`normalize=standardize`). The losses that the paper
 prints are sums over raw activations. So L_recon in (5) is in units of raw activations for any normalization, unless
-`alpha_units=input` is set. The target 2.5 presumes 24, the variance of raw activations at the paper's layer.
+`alpha_units=input` is set. The target 2.5 presumes a variance of 24, as raw activations have at the paper's layer.
 
 Paper: trains with Adam and weight decay 0.01, added to the gradient, and mentions neither warm-up nor decay of the
 learning rate. The defaults here are AdamW's decay of W_enc only, and this package's learning rate schedule. The paper's

@@ -102,8 +102,8 @@ class HierarchicalOptions(RecipeOptions):
     merge_weights: Literal["equal", "activity"] = "equal"
     """Weights of the average in (7): equal, or how often each latent fired recently."""
     merge_partner: Literal["recycle", "disable"] = "recycle"
-    """For the second latent of a merged pair. recycle: restart it on a badly reconstructed token. disable: silence
-    it."""
+    """What happens to the second latent of a merged pair. recycle: it restarts on a badly reconstructed token.
+    disable: it is silenced."""
     pre_bias: bool = False
     """Subtract b_dec from the encoder's input. The paper's encoder sees x itself (1)."""
 
@@ -144,7 +144,7 @@ def build(config: RunConfig, options: HierarchicalOptions) -> Variant:
 
 
 def resampling(config: RunConfig, options: HierarchicalOptions, dead: DeadLatents) -> list[Mechanism]:
-    """The mechanisms that restart dead latents (4) and merge similar ones (7), which frees latents to restart."""
+    """The mechanisms that restart dead latents (4) and merge similar ones (7), so that one of each pair can restart."""
     # Paper: restarts latents until the end. A latent that restarts just before the end would keep its initial values.
     until = math.floor(round(options.restart_share * config.steps, 6))
     below, stability = options.below, options.stability

@@ -26,10 +26,10 @@ class EnabledLatents(Activation, name="enabled"):
 class EnabledUtilization(ActivityEMA):
     """v_i (3) and rho, the share of the enabled latents that are in use.
 
-    Paper: 1[|f_i(x_t)| > tau] is for one token, but here x_t is a batch. `reading` selects v_i and rho: alive_fraction
-    v_i is the share of tokens that use i, and rho the share of enabled latents with v_i over 0.001 mean             v_i
-    is the share of tokens that use i, so rho is about L0/n, always below 0.3 any              v_i is whether any token
-    uses i, so rho is about 1
+    Paper: 1[|f_i(x_t)| > tau] is for one token, but here x_t is a batch. `reading` selects v_i and rho:
+      alive_fraction  v_i is the share of tokens that use i, and rho the share of enabled latents with v_i over 0.001
+      mean            v_i is the share of tokens that use i, so rho is about L0/n, always below 0.3
+      any             v_i is whether any token uses i, so rho is about 1
 
     v is used only for rho, and rho is used only in (4) and (6). `acted_smoothed` sums, over the steps, the difference
     between rho and its value for the batch alone.
@@ -73,8 +73,8 @@ class GrowCapacity(Mechanism):
     Paper: 0.1 n rho is at least 69 at n = 2304, so "adaptive 2-7" is always 7 and "adaptive 4-10" always 10. They adapt
     only for n around 100.
 
-    The paper does not say which latents are enabled first. `order` is `index`, or `importance`: the frequency with
-    which a latent that is not yet enabled would fire, averaged as in (3).
+    The paper does not say which latents are enabled first. Here `order` decides: `index`, or `importance`, the
+    frequency with which a latent that is not yet enabled would fire, averaged as in (3).
 
     `acted_grown` counts the latents enabled since the start. `acted_adapted` counts the increments that differ from the
     fixed 5 because of rho.

@@ -94,8 +94,8 @@ class ProgressiveOptions(RecipeOptions):
     beta: float = 0.9
     """Decay per step of the average v of (3)."""
     tau: float = ScaleWithNorm(0.01)
-    """Value above which a latent counts as used (3), in units of the SAE's input. Under layer_norm that is the
-    normalized token, whose norm is sqrt(d_in), which is 48 in the paper."""
+    """Value above which a latent counts as used (3), in units of the SAE's input. Under layer_norm the
+    input is the normalized token, whose norm is sqrt(d_in), which is 48 in the paper."""
     utilization: Literal["alive_fraction", "mean", "any"] = "alive_fraction"
     """rho in (3): the share of enabled latents with v above 0.001, the mean share of tokens on which a latent fires
     (the paper), or the share of latents that fire on any token of a batch."""
