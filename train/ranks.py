@@ -60,7 +60,7 @@ def train_on_ranks(plan: TrainPlan, group: ProcessGroup, progress: TrainProgress
 
 
 def dealt_runs(plan: TrainPlan, group: ProcessGroup) -> list[list[Run]]:
-    """The runs of each process, as assigned by the first. Raises UsageError if a process planned different runs."""
+    """The runs of each process, as assigned by process 0. Raises UsageError if a process planned different runs."""
     names = [run.name for run in plan.runs]
     dealt = [sorted(share.runs) for share in plan.shares] if group.is_first else []
     told = group.gather((names, dealt))

@@ -57,7 +57,7 @@ class TrainingOutput(NamedTuple):
     f_BF: Tensor | None  # None if the latents are in `kept`
     recon_BD: Tensor | None  # None if `error_BD` is computed instead
     kept: sparse_ops.KeptLatents | None = None
-    squared_error: Tensor | None = None  # () of the reconstruction, if it is computed without an extra pass
+    squared_error: Tensor | None = None  # (), of the reconstruction; None if it takes an extra pass
     selected_N: Tensor | None = None  # the values of the latents that TopK or BatchTopK selects, without a gradient
     values: Mapping[str, Tensor] = {}  # tensors for the recipe's losses, if its own pass computes them  # noqa: RUF012
     error_BD: Tensor | None = None  # x - x_hat

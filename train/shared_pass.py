@@ -115,7 +115,7 @@ class SharedPass:
         )
 
     def _save_after_store_failure(self, error: SaeError) -> SaeError:
-        """Checkpoint the runs after the store failed to deliver the next batch, or the wait for it was interrupted.
+        """Save checkpoints after the store failed to deliver the next batch, or after the wait for it was interrupted.
 
         Returns the error to raise.
         """

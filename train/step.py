@@ -176,8 +176,8 @@ class Mechanism(nn.Module):
     """A part of a recipe that acts around the optimizer. Its buffers are its state; its hooks run under no_grad.
 
     `after_backward` and `after_step` run in every step, so they keep fixed shapes and never read a value back to the
-    host. `every_n_steps`, which runs after every `every`-th step, may change shapes and read values. All three have to
-    change the tensors that a step reads in place, because the graph of a captured step (train/capture.py) reads the
+    host. `every_n_steps`, which runs after every `every`-th step, may change shapes and read values. All three have
+    to change in place the tensors that a step reads, because the graph of a captured step (train/capture.py) reads the
     same memory each time.
     """
 

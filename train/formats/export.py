@@ -58,7 +58,7 @@ def export_sae(
 
     The exported SAE reads raw activations and has unit decoder rows and float32 weights. Any factor by which training
     scaled the activations is folded in. The files are then read back. Latents and reconstructions computed from them
-    are compared with the SAE's on 4,096 rows of its cache, or on synthetic rows if the cache no longer exists. The sets
+    are compared with those of the SAE on 4,096 rows of its cache, or on synthetic rows if the cache is gone. The sets
     of active latents have to be equal, and relative errors have to be at most 1e-5.
 
     Args:

@@ -3,7 +3,7 @@
     L = |x - x_hat|^2 + l1 |f|_1 + strength R(tau)                          (1)
     R = mean over the most correlated 0.1 % of pairs of ReLU(|C_ij| - tau)  (3)
 
-The paper's nine runs ended after zero steps, so it measured nothing. By default, a step chooses S_t from random pairs
+The paper's nine runs ended after zero steps, so they measured nothing. By default, a step chooses S_t from random pairs
 (`pair_choice`); in `sae reproduce 003`, it chooses from all pairs, as printed.
 """
 
