@@ -130,7 +130,7 @@ class CanonicalSAE:
 def to_canonical(sae: SAE) -> CanonicalSAE:
     """The SAE as a function of raw activations, in float64 with unit decoder rows (except for topk).
 
-    Raises UsageError with the name of a link that makes latents depend on each other.
+    Raises UsageError if a link makes latents depend on each other; the message names the link.
     """
     canonical = linear_part(sae)
     for link in activation_chain(sae):

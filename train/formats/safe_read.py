@@ -8,9 +8,9 @@ The rules that every reader in this folder follows, and the reasons:
 2. Only regular files inside the SAE's folder are opened. Symbolic links and archive entries that point outside it are
    rejected, so that an import cannot be made to read other files. A pipe or device counts as missing, because opening
    it can block or have side effects.
-3. Memory is bounded by the size of the file. A header can declare any shape. So before anything is allocated,
-   the declared shape is compared with the bytes in the file and with the shapes that the format requires. Archives that would
-   unpack to more than 100 times their size, and headers or configs of more than 1 MiB, are rejected.
+3. Memory is bounded by the size of the file. A header can declare any shape. So before anything is allocated, the
+   declared shape is compared with the bytes in the file and with the shapes that the format requires. Archives that
+   would unpack to more than 100 times their size, and headers or configs of more than 1 MiB, are rejected.
 4. Any other exception that a parser raises on untrusted bytes becomes a DamagedError that names the file.
 """
 

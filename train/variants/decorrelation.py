@@ -40,7 +40,7 @@ class Decorrelation(LossTerm):
     Args:
         fraction: |S_t| divided by the number of pairs from which it is chosen.
         tau_over: The pairs from whose correlations tau is computed; see `decorrelation`.
-        pair_choice: The pairs that a step searches for the most correlated ones.
+        pair_choice: The pairs among which a step searches for the most correlated ones.
         block: Latents in a block. A dictionary of fewer than 1.5 blocks is one block.
     """
 
@@ -234,8 +234,8 @@ def decorrelation(
         pre_bias: Subtract b_dec from the encoder's input.
         tau_over: Pairs whose mean and standard deviation give tau (4). alive: pairs of latents that both fire in the
             batch. all: every pair; the correlation of a silent latent counts as 0.
-        pair_choice: Pairs that a step searches for the most correlated ones. exact: all pairs (3). blocks: pairs within
-            blocks of latents, which are drawn at random in each step; far cheaper for a wide dictionary.
+        pair_choice: Pairs among which a step searches for the most correlated ones. exact: all pairs (3). blocks: pairs
+            within blocks of latents, which are drawn at random in each step; far cheaper for a wide dictionary.
         block: Approximate number of latents in a block. A dictionary of fewer than 1.5 blocks is a single block.
     """
     if not 0 < fraction <= 1:
