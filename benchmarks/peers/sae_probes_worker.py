@@ -2,7 +2,7 @@
 
 FOLDER/problem.json names data sets, settings, numbers of latents and SAEs; rows.safetensors has the activations of all
 texts of each data set, and saes.safetensors has the weights of each SAE. An SAE computes max(0, x W + b) and keeps the
-`keep` largest. The functions of sae-probes run on these files; its model is run only if `model` names a folder with a
+`keep` largest. The functions of sae-probes run on these files; a model is run only if `model` names a folder with a
 Gemma 2. Labels are read from sae-probes' own data; for made-up data sets, they are read from the problem. Prints one
 line of JSON: for each SAE the probes by data set and the processor seconds, the same for the model's activations, and
 the versions.

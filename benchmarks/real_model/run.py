@@ -8,10 +8,10 @@ There are two arms, each with its own SAE_HOME, FOLDER/<arm>:
     sinks      the same model with <|im_start|> before every context, which creates attention sinks: rows whose norm is
                a hundred times the median. This arm measures the effect of masking them
 
-Three checks share no code with the package (forward_hooks.py): KL, CE and explained variance of every SAE, the bits of
-stored activations, and the loss for different beginnings of a context. Each stage writes a file FOLDER/stages/NAME.json
-when it is done and is skipped afterwards; a stage that was killed continues where its command continues. At the
-end, a JSON file and a Markdown table of everything are written to benchmarks/results/ or --out.
+Three checks use forward_hooks.py and share no code with the package: KL, CE and explained variance of every SAE, the
+bits of stored activations, and the loss for different beginnings of a context. Each stage writes a file
+FOLDER/stages/NAME.json when it is done and is skipped afterwards; a stage that was killed continues where its command
+continues. At the end, a JSON file and a Markdown table of everything are written to benchmarks/results/ or --out.
 """
 
 import argparse

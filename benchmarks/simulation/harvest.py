@@ -128,7 +128,7 @@ class Harvest:
 
     @property
     def seal_seconds(self) -> float:
-        """How long it takes to complete the cache, which the process that finds every window committed does."""
+        """How long it takes to complete the cache. The process that finds every window committed does this."""
         c, layout, arrays = self.constants, self.layout, len(self.layers)
         read = layout.n_windows * LARGEST_READS * sum(self.largest) + self.tokens * (SIDE_BYTES - 4 + 4 * arrays)
         answers = self.seal_requests * c.latency / RECORD_THREADS
