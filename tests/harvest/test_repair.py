@@ -384,7 +384,7 @@ def test_a_newer_format_is_left_alone(folder: Path) -> None:
 def test_a_cache_without_harvest_json_names_the_command_that_writes_it(folder: Path) -> None:
     (folder / "harvest.json").unlink()
     with pytest.raises(
-        DamagedError, match="harvest.json is missing, .* Run the same `sae harvest` again to restore it"
+        DamagedError, match="harvest.json, .* is missing. Run the same `sae harvest` again to restore it"
     ):
         repair(folder)
 

@@ -453,7 +453,7 @@ def test_too_little_disk_space_is_an_error_before_anything_is_written(
     needed = int(600 * plan_harvest(request).bytes_per_token * 1.02)
     monkeypatch.setattr(shutil, "disk_usage", lambda _folder: Usage(0, 0, needed - 1000))
     with pytest.raises(
-        UnavailableError, match=r"The harvest needs .* MB and .* MB free. --tokens 59\d would fit"
+        UnavailableError, match=r"The harvest needs .* MB, but .* MB free. --tokens 59\d would fit"
     ) as refused:
         run_harvest(plan_harvest(request))
     assert refused.value.exit_code == 4 and not [p for p in request.out.iterdir() if p.name[0] != "."]

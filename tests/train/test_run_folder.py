@@ -27,7 +27,7 @@ def test_lines_of_steps_that_will_be_taken_again_are_dropped(tmp_path: Path) -> 
 def test_lines_without_a_step_are_dropped_and_counted(tmp_path: Path) -> None:
     text = '{"step": 1}\n{"loss": 1}\n{"step": "2"}\n{"step": true}\n{"step": 3.0}\n'
     (tmp_path / "metrics.jsonl").write_text(text)
-    with pytest.warns(LeftOutWarning, match="3 lines of .* that cannot be read"):
+    with pytest.warns(LeftOutWarning, match="3 lines of .* that cannot be parsed"):
         truncate_metrics(tmp_path, 9)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 3.0}\n'
 

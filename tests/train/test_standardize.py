@@ -48,7 +48,7 @@ def test_a_scale_for_each_dimension_is_folded_exactly(pre_bias: bool) -> None:
 
 
 def test_the_documented_number_of_rows_is_the_one_that_is_read() -> None:
-    assert f"of the first {SAMPLE_ROWS:,} rows" in " ".join(read_option_docs(Optimization)["normalize"].split())
+    assert f"from the first {SAMPLE_ROWS:,} rows" in " ".join(read_option_docs(Optimization)["normalize"].split())
 
 
 def test_a_run_reads_its_first_rows_in_its_own_order(sparse_cache) -> None:
