@@ -1,9 +1,9 @@
 """The order of rows in training: which rows form batch number t, as a pure function of t.
 
 The rows of each window were permuted when they were written. An epoch takes the chunks in a seeded order, lays them end
-to end, and cuts this sequence into `lanes` equal segments. Batch t is the t-th block of batch_size/lanes rows of every
-lane. So each read is contiguous, and a batch still mixes rows from up to `lanes` windows. With contexts of L rows,
-windows of W rows, batches of B rows and T rows in total, a row shares its context with about
+to end, and cuts this sequence into `lanes` equal segments, the lanes. Batch t is the t-th block of batch_size/lanes
+rows of every lane. So each read is contiguous, and a batch still mixes rows from up to `lanes` windows. Let a context
+have L rows, a window W, a batch B and the whole cache T. A row then shares its context with about
 B L (1/(lanes W) + 1/T) other rows of its batch on average.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from ..common.errors import UsageError
 
 MAX_LANES = 32
-ALIGN = 8  # lanes start at a multiple of 8 rows: at d_in 2304 (4608 bytes) that is nine memory pages
+ALIGN = 8  # lanes start at a multiple of 8 rows, which take nine memory pages at d_in 2304 (4608 bytes a row)
 
 
 class Span(NamedTuple):
@@ -90,8 +90,8 @@ class BatchOrder:
     def uses(self, batches: range) -> np.ndarray:
         """The batches in a range that read each chunk: (n, 3) int64 with the columns chunk, first batch, last batch.
 
-        Every batch from the first to the last one reads the chunk. A chunk has one row per epoch for each lane that
-        reads it.
+        Every batch from the first to the last one reads the chunk. The result has a row for each chunk, epoch and lane
+        in which the chunk is read.
         """
         stretches = [np.empty((0, 3), np.int64)]
         per_epoch = self.batches_per_epoch

@@ -111,7 +111,7 @@ def find_by_fingerprint(fingerprint: object, folder: Path | str | None, root: Pa
 def model_folders(cache: Cache, key: str = "model") -> list[str]:
     """The recorded folders of a cache's model: first the one given to its harvest, then those from other caches.
 
-    With the key "adapters", the recorded folders of the model's adapters.
+    If `key` is "adapters": the recorded folders of the model's adapters.
     """
     record = cache.identity["model"]
     others = [

@@ -2,9 +2,9 @@
 
 A *step* reads several files at once. All steps are known in advance, because the batch number determines the rows. If a
 file has to be pulled and there is no room, the file whose next use is farthest away is removed (Belady 1966, A study of
-replacement algorithms for virtual-storage computer). This pulls the fewest files if all have the same size. Files are
-pulled ahead, but only once the file that makes room for them has been read, so reading ahead causes no additional pulls
-(the "conservative" rule of Cao et al. 1995, A study of integrated prefetching and caching strategies).
+replacement algorithms for virtual-storage computer). This pulls the fewest files if all have the same size. A file is
+pulled ahead only once the file that it replaces has been read, so reading ahead causes no additional pulls (the
+"conservative" rule of Cao et al. 1995, A study of integrated prefetching and caching strategies).
 """
 
 import heapq
@@ -81,8 +81,8 @@ class ChunkSchedule:
             present: (files,) bool, the files that exist or are being pulled.
             kept: (files,) bool, the files that must not be removed.
             free: bytes that can be used without removing a file.
-            wanted: a file that has to be pulled now, regardless of when the schedule needs it; any file not `kept` can
-                be removed.
+            wanted: a file that has to be pulled now, regardless of when the schedule needs it; any file that is not
+                `kept` can be removed for it.
         """
         if wanted is not None:
             file, needed, spared = wanted, position, position - 1
@@ -99,7 +99,7 @@ class ChunkSchedule:
         later = self.next_use(candidates, needed)
         candidates, later = candidates[later > spared], later[later > spared]
         before = np.where(self.next_use(candidates, position) < needed, self.last_use(candidates, needed), -1)
-        order = np.lexsort((before, -later))  # of files needed equally late, first the one that can be removed soonest
+        order = np.lexsort((before, -later))  # if needed equally late, first the file that can be removed soonest
         room = np.cumsum(self.sizes[candidates[order]]) + free
         if not len(room) or room[-1] < self.sizes[file]:
             return None

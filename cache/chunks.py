@@ -174,7 +174,7 @@ def check_chunk(folder: Path, array: ArraySpec, chunk: int, files: FileRecords) 
 def file_checksums(path: Path, size: int) -> tuple[str, str]:
     """The crc32c of the first `size` bytes of a file, and the crc32c stored after them, both as hexadecimal.
 
-    Reads in parts: computing a checksum holds the interpreter lock, waiting for the disk does not.
+    Reads in parts, because computing a checksum holds the interpreter lock, while waiting for the disk does not.
     """
     buffer, checksum = np.empty(READ_BYTES, np.uint8), 0
     with reading(path), path.open("rb", buffering=0) as file:
@@ -195,7 +195,9 @@ def content_matches(content: bytes, array: ArraySpec, record: Mapping[str, Any])
 
 
 def most_open_chunks(caches: int = 1) -> int:
-    """How many memory maps each of `caches` caches that are read together may keep open. A map keeps a file open."""
+    """The number of memory maps that each cache may keep open if `caches` caches are read together. A map keeps a file
+    open.
+    """
     return min(OPEN_CHUNKS, max(FEW_CHUNKS, files_limits()[0] // (4 * caches)))
 
 

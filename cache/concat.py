@@ -11,7 +11,8 @@ from .layout import ArraySpec, without_name
 from .reader import Cache
 from .reading import Folder, StoredFile
 
-# The held-out share and the seed decide which documents training must not see; this choice must be the same in all.
+# The held-out share and the seed decide which documents training must not see; this choice must be the same in all
+# caches.
 COMPATIBLE_KEYS = ("model", "dtype", "attention", "tokenizer", "context", "held_out", "skip", "pack", "seed")
 
 # Entries of the identity that are omitted if they have their default values. They must agree too, because the
@@ -23,7 +24,7 @@ ABSENT = object()
 class ConcatCache:
     """The concatenated chunks of several caches, read like one cache.
 
-    Raises UsageError if the caches differ in one of COMPATIBLE_KEYS or if one is given twice.
+    Raises UsageError if the caches differ in one of COMPATIBLE_KEYS or if a cache is given twice.
     """
 
     def __init__(self, caches: Sequence[Cache]) -> None:
@@ -62,7 +63,10 @@ class ConcatCache:
         return cache.read_rows(name, chunk, start, count)
 
     def stored_files(self, name: str) -> tuple[Folder, list[StoredFile | None]] | None:
-        """The local folder, and the stored file of each chunk (None: on a disk). None if all chunks are on a disk."""
+        """The local folder, and the stored file of each chunk, or None for a chunk on a disk.
+
+        The result is None if all chunks are on a disk.
+        """
         found = [cache.stored_files(name) for cache in self.caches]
         folders = [stored[0] for stored in found if stored is not None]
         if not folders:

@@ -74,7 +74,9 @@ class ContextFormat:
         return ~torch.isin(ids_NS, skip) & (position_S >= self.skip_positions)
 
     def row_mask(self, contexts: Contexts) -> np.ndarray:
-        """Mask (N, S) of the positions that are rows: not padding, in `contexts.rows` if that is set, not skipped."""
+        """Mask (N, S) of the positions that are rows: neither padding nor skipped and, if `contexts.rows` is set, in
+        it.
+        """
         position_S = np.arange(contexts.ids.shape[1])
         inside_NS = (position_S < contexts.length[:, None]) & (position_S >= self.skip_positions)
         if contexts.rows is not None:

@@ -62,7 +62,8 @@ class Contexts:
         """Read the contexts of a cache, each file checked against tokens/commit.json.
 
         `digest` is the expected result of `digest_of` for the record's files, from the cache's zarr.json; None if there
-        is no zarr.json yet. Raises DamagedError if a file is missing or differs from its record, or the digest differs.
+        is no zarr.json yet. Raises DamagedError if a file is missing or differs from its record, or if the digest
+        differs.
         """
         record = folder / "tokens" / "commit.json"
         commit = TOKENS_RECORD.read(record)

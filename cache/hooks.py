@@ -1,4 +1,6 @@
-"""Hooks: where activations are read from a model. Their names on the command line, on disk and in TransformerLens."""
+"""Hooks, the places where activations are read from a model, and their names on the command line, on disk and in
+TransformerLens.
+"""
 
 import re
 from collections.abc import Mapping
@@ -25,7 +27,7 @@ class Hook(NamedTuple):
 
     The site is one of SITES, or `<path>.output` or `<path>.input` for any other module. `mlp.gate_proj.output` is in
     the block of the layer; `model.embed_tokens.output` is outside the blocks, and `model` denotes the module that
-    contains them. Modules before the first block belong to layer 0, those after the last one to the last layer.
+    contains the blocks. Modules before the first block belong to layer 0, those after the last one to the last layer.
     """
 
     layer: int

@@ -1,4 +1,4 @@
-"""The rows of a window with the largest norms, stored in an additional object of a cache in a store.
+"""For each window, the rows with the largest norms, which a cache in a store keeps in an additional object.
 
 Computing the statistics of an array requires its outlier rows and the thousandth of its rows with the largest norms. On
 a disk they are read from the chunks; in a store, each of these rows would take a request. Which rows these are is known
@@ -25,7 +25,7 @@ from .object_store import ObjectStore
 from .outliers import TOP_SHARE
 
 FOLDER = "largest"
-SHARE = 3 * TOP_SHARE  # of a window's rows; above TOP_SHARE, as some windows have more large rows than others
+SHARE = 3 * TOP_SHARE  # of a window's rows; more than TOP_SHARE, because some windows have more large rows than others
 FAR = 4.0  # multiple of the window's median; rows above it are stored too, because --max-norm can make them outliers
 MOST = 0.04  # of a window's rows
 
@@ -36,7 +36,8 @@ def largest_file(window: int, name: str) -> str:
 
 
 def encode_largest(files: FileRecords, norms: np.ndarray, bits: np.ndarray) -> bytes:
-    """The object for a window: `norms` (rows,) and `bits` (rows, d_in) of its rows, and the `files` in its commit.
+    """The object for a window whose rows have the given `norms` (rows,) and `bits` (rows, d_in), and whose commit lists
+    `files`.
 
     It contains the digest of the files, the number of rows, their indices in the window, the rows, and a checksum.
     """
@@ -49,7 +50,7 @@ def encode_largest(files: FileRecords, norms: np.ndarray, bits: np.ndarray) -> b
 
 
 def decode_largest(data: bytes, files: FileRecords, array: ArraySpec) -> tuple[np.ndarray, np.ndarray] | None:
-    """The indices in the window of the rows that `encode_largest` stored, and the rows; None if `data` is not valid for
+    """The rows that `encode_largest` stored, preceded by their indices in the window; None if `data` is not valid for
     these files.
     """
     content, width = data[:-4], array.numpy_dtype.itemsize * array.shape[-1]

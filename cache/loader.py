@@ -41,9 +41,9 @@ class BatchLoader:
     """An iterator over the batches of one array, (batch_size, d_in) bfloat16, starting at any batch. It ends before
     batch `stop`; by default it never ends.
 
-    A batch is overwritten after the next call of `next`. The seed and the number `batch` of the next batch are its
-    complete state. `seconds_waited` is the time that the caller has waited for data. `store_failure` is the error that
-    `next` raised because a batch did not arrive from a store, or because `should_stop` ended the wait for it.
+    A batch may be overwritten as soon as `next` is called again. The seed and the number `batch` of the next batch are
+    its complete state. `seconds_waited` is the time that the caller has waited for data. `store_failure` is the error
+    that `next` raised because a batch did not arrive from a store, or because `should_stop` ended the wait for it.
 
     Threads read ahead into a few slots. A thread takes the next batch number and a free slot in one step, so a batch
     never waits for a slot that a later batch holds. On a GPU the slots are pinned, and a separate CUDA stream copies
@@ -121,7 +121,7 @@ class BatchLoader:
     def _fill(self, slot: Tensor, spans: list[Span]) -> None:
         rows = as_uint16(slot)
         parts = [part for span in spans for part in self.cache.read_rows(self.name, *span)]
-        np.concatenate(parts, out=rows)  # one call: with one copy per span, threads queue for the interpreter lock
+        np.concatenate(parts, out=rows)  # one call, since threads that copy single spans queue for the interpreter lock
         outliers, replacements = self._outliers.replacements(spans)
         if len(outliers):
             rows[outliers] = rows[replacements]
@@ -193,7 +193,7 @@ class HostToDevice:
         compute_stream = torch.cuda.current_stream(self.buffers[0].device)
         if self.last_copied < number:
             self._copy(number, slot)
-        # All work on batch number - 1 was queued before this, so the event frees its buffer.
+        # All work on batch `number - 1` was queued before this, so the event frees its buffer.
         self.free[(number + 1) % 2] = compute_stream.record_event()
         if next_slot is not None:
             self._copy(number + 1, next_slot)
@@ -216,7 +216,7 @@ class HostToDevice:
             event.synchronize()
 
     def close(self) -> None:
-        """Make work that is queued later, and may reuse the buffers' memory, wait for the last copy."""
+        """Let work that is queued from now on wait for the last copy, since it may reuse the buffers' memory."""
         torch.cuda.current_stream(self.buffers[0].device).wait_stream(self.stream)
 
 

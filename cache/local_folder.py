@@ -1,4 +1,5 @@
-"""The local folder for chunks of caches in stores, which has a size limit, is filled ahead, and is shared by processes.
+"""The local folder into which chunks of stored caches are pulled. It is limited in size, filled ahead and shared by
+processes.
 
 The order in which chunks are needed is known in advance (chunk_schedule.py), so threads pull chunks ahead. If there is
 no room, chunks that no process will read are removed first, then the chunk whose next use is farthest away. Names are
@@ -73,7 +74,8 @@ class LocalFolder:
     def begin(self, reading: ChunkReading, expected_until: int | None = None) -> None:
         """Begin to pull for a reading. Expected readings with the same key count as done up to step `expected_until`.
 
-        Raises UsageError if the folder cannot hold one of its steps together with one step of each other process.
+        Raises UsageError if the folder cannot hold one step of this reading together with one step of each other
+        process.
         """
         with self._lock:
             with self._shared.mutex():
@@ -112,7 +114,8 @@ class LocalFolder:
     def wait(self, reading: ChunkReading, step: int, files: Files) -> None:
         """Wait until the files of a step are present and verified, and keep them until `done` is called.
 
-        Raises the error if one of them cannot be pulled. A file whose pull failed earlier is tried again first.
+        Raises the error of the pull if one of the files cannot be pulled. A file whose pull failed earlier is tried
+        again first.
         """
         while True:
             self._wait_for_files(reading, step, files)
@@ -179,7 +182,7 @@ class LocalFolder:
             self._leave_if_idle()
 
     def done(self, reading: ChunkReading, step: int) -> None:
-        """Note that a step has been read: files that no later step needs may be removed."""
+        """Record that a step has been read, so that files that no later step needs may be removed."""
         with self._lock:
             del self._being_read[reading, step]
             reading.finish(step)
@@ -329,7 +332,9 @@ class LocalFolder:
         return self.folder / part_name(name, self._shared.owner)
 
     def _pull(self, file: StoredFile) -> None:
-        """Pull a file for which there is room. It appears when complete; other processes remove parts left by kills."""
+        """Pull a file for which there is room. It appears when it is complete; if this process is killed, other
+        processes remove the part.
+        """
         part, failure = self._part(file.name), None
         try:
             data = file.source.fetch_chunk(file.file)

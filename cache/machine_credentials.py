@@ -1,5 +1,5 @@
-"""Check that the machine's metadata service can provide credentials: obstore waits three minutes for a service that
-does not answer, as on EC2 inside a container.
+"""Check that the machine's metadata service can provide credentials, because obstore waits three minutes for a service
+that does not answer, as happens in a container on EC2.
 """
 
 import http.client

@@ -92,7 +92,8 @@ class Mirror:
 
 
 def map_ahead(action: Callable[[Item], Result], items: Iterable[Item], threads: int = THREADS) -> Iterator[Result]:
-    """The results of an action, in order, computed by `threads` threads at most `2 * threads` items ahead.
+    """The results of an action, in order, computed by `threads` threads, at most `2 * threads` items ahead of the
+    caller.
 
     Raises the first error. Actions that have not begun by then are not started.
     """

@@ -28,8 +28,8 @@ def deciding_files(folder: Path) -> tuple[list[str], list[str], list[str]]:
     that an index names. Files that training writes next to a model, hidden files, and .bin weights next to safetensors
     are left out.
 
-    Earlier versions used the two other lists: one without the weights in subfolders and the tokenizer's text files, and
-    one with all JSON files and weights in the folder.
+    The second and the third list are those of earlier versions: one lacks the weights in subfolders and the tokenizer's
+    text files, the other has all JSON files and weights in the folder.
 
     Raises DamagedError if an index is not valid JSON or names a file outside the folder, OSError if it cannot be read.
     """
@@ -61,7 +61,7 @@ def named_weights(folder: Path) -> list[str]:
 
 
 def read_foreign(path: Path) -> Any:
-    """The content of a JSON file of a model. Raises DamagedError if it is not JSON, and OSError."""
+    """The content of a JSON file of a model. Raises DamagedError if it is not JSON, OSError if it cannot be read."""
     return parse_json(path.read_bytes(), path, "Download the model again.")
 
 

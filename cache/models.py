@@ -45,7 +45,7 @@ def folder_label(folder: Path, digest: str) -> str:
 
 
 def name_without_digest(record: ModelRecord) -> str:
-    """The name of a model, or of its folder, which stays the same when the files change."""
+    """The model's id on the Hub or its folder's name: a name that stays the same when the files change."""
     return model_label(record).removesuffix(f"-{record['revision'][:SHORT_DIGEST]}")
 
 
@@ -99,8 +99,8 @@ class GivenModel:
 def folder_digests(folder: Path) -> tuple[str, ...]:
     """Digests of a folder: the sha256 over the names and bytes of the files that decide what its model computes.
 
-    model_files.py selects the files. Earlier versions selected other files; their digests come after the current one,
-    so that their records still identify this folder.
+    model_files.py selects the files. Earlier versions selected other files. The digests of those files come after the
+    current digest, so that records of earlier versions still identify this folder.
 
     Raises UnavailableError if a file cannot be read, and DamagedError if an index of weights is invalid.
     """

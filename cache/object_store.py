@@ -34,7 +34,8 @@ URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 WITHOUT_SLASHES = re.compile(rf"({'|'.join(SCHEMES)}):/?(?!/)", re.IGNORECASE)  # a Path turns s3:// into s3:/
 PATIENCE = 180.0  # seconds after the first attempt within which further attempts begin
 RETRY = {"max_retries": 10, "retry_timeout": timedelta(seconds=PATIENCE)}  # of obstore
-# A timeout for whole requests would limit the size of objects on a slow link, so only a pause without data ends one.
+# A timeout for whole requests would limit the size of objects on a slow link, so a request fails only after a pause
+# without data.
 CLIENT = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "1h"}
 # Options of the HTTP client that the environment can set, for example as AWS_ALLOW_HTTP. obstore reads them only if it
 # is given no options.
@@ -77,8 +78,8 @@ def check_slashes(path: object) -> None:
 def open_store(url: str, *, write: bool = False) -> "ObjectStore":
     """Open the objects under an address. No request is made, so a missing bucket is noticed only at the first use.
 
-    Raises UsageError if the address is invalid, or can only be read and `write` is set; UnavailableError if the extra
-    `remote` is not installed or there is no source of credentials for s3.
+    Raises UsageError if the address is invalid, or if `write` is set and this kind of address can only be read. Raises
+    UnavailableError if the extra `remote` is not installed or there is no source of credentials for s3.
     """
     address = check_url(url)
     scheme = address.split("://")[0]
@@ -106,7 +107,9 @@ def client_options(scheme: str) -> dict[str, Any]:
 
 
 def check_url(url: str) -> str:
-    """The address without a trailing slash. Raises UsageError without repeating credentials in the message."""
+    """The address without a trailing slash. Raises UsageError if it is invalid, with a message that repeats no
+    credentials.
+    """
     if (match := URL.match(url)) is None:
         raise UsageError(f"{url} is not an address: expected one such as s3://bucket/prefix.")
     scheme = match[1].lower()
@@ -310,7 +313,7 @@ class ObjectStore:
             self._try(partial(self._delete, some), some[0])
 
     def _delete(self, keys: Sequence[str]) -> None:
-        with contextlib.suppress(FileNotFoundError):  # only raised for a folder, and ends the deletion
+        with contextlib.suppress(FileNotFoundError):  # raised only for a folder, where it ends the deletion
             self.store.delete(keys)
 
     def check(self) -> None:

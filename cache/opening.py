@@ -34,7 +34,7 @@ def open_cache(folder: Place) -> Cache:
 
 
 def open_place(place: Place, open_chunks: int | None = None, local: Path | None = None) -> Cache:
-    """The cache at a place, which keeps at most `open_chunks` memory maps open. Raises like `open_cache`.
+    """Open the cache at a place, with at most `open_chunks` memory maps open. Raises like `open_cache`.
 
     `local` is the folder for downloaded files of a cache in a store; None: `activations/.pulled`.
     """

@@ -1,8 +1,8 @@
 """Outlier rows: rows whose L2 norm exceeds a multiple of the median norm, such as the rows of attention sinks.
 
-A few of them can hold most of the variance of an array. They stay in the cache and are left out of statistics, training
-and evaluation. The limit is an absolute norm for each array. `sae.json` records it too, so that an SAE is evaluated on
-the same kind of rows as it was trained on.
+A few of them can hold most of the variance of an array. All of them stay in the cache, but are left out of statistics,
+training and evaluation. The limit is an absolute norm for each array. `sae.json` records it too, so that an SAE is
+evaluated on the same kind of rows as it was trained on.
 """
 
 from collections import Counter
@@ -26,7 +26,7 @@ NORM_TOLERANCE = 1e-6  # relative: norms are stored in float32
 
 
 def check_max_norm(max_norm: float | None) -> None:
-    """Raise UsageError unless a multiple of the median norm is above 1, or None."""
+    """Raise UsageError unless `max_norm`, a multiple of the median norm, is above 1 or None."""
     if max_norm is not None and not max_norm > 1:
         raise UsageError(
             f"--max-norm {max_norm:g} would mask at least half of the rows. Give a multiple of the median norm "

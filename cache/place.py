@@ -39,8 +39,8 @@ def claim_file(number: int) -> str:
 class FolderPlace:
     """A cache in a folder that every worker sees.
 
-    Its methods are called in this order: `fetch`, `begin`; for each window `publish`, then `create_commit` for each
-    array; `seal`. Any worker may call them at any time, and repeatedly.
+    A worker first calls `fetch` and `begin`, then for each window `publish` and, for each array, `create_commit`, and
+    finally `seal`. Any worker may call the methods at any time, and repeatedly.
     """
 
     store: ObjectStore | None = None  # where the files are stored, if not in the folder
@@ -168,11 +168,11 @@ class FolderPlace:
         return None
 
     def seal(self, manifest: bytes, root: bytes, seen: bytes | None) -> bool:
-        """Atomically write manifest.json if it still equals `seen` (None: missing), then zarr.json; returns whether it
-        was written.
+        """If manifest.json still equals `seen` (None: missing), atomically replace it and then zarr.json; returns
+        whether it did.
 
-        A manifest may be built from commits that are replaced in the meantime. It is never the final one, because the
-        worker that replaces a commit checks the manifest afterwards.
+        A manifest may be built from commits that are replaced in the meantime. Such a manifest is never the final one,
+        because the worker that replaces a commit checks the manifest afterwards.
         """
         with brief_lock(self.folder / "tokens" / "commit.json"):  # which is never replaced again
             if self.read_record("manifest.json") != seen:

@@ -33,7 +33,7 @@ class PullPlan(NamedTuple):
 
     @property
     def pulled_again(self) -> int:
-        """The number of pulls of files that were in the folder before."""
+        """The number of pulls that fetch a file which was in the folder at an earlier time."""
         return int((self.counts - ~self.present).sum())
 
 

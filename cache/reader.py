@@ -3,8 +3,8 @@
     cache = Cache("activations/gemma-2-2b--pile-uncopyrighted--9f31c2aa")
     rows = cache.read_chunk("layer_12", 0)   # (8192, 2304) uint16: the bits of bfloat16, memory-mapped
 
-Data that no commit lists does not exist. Data that a commit lists but that is missing, short or fails its checksum is
-damaged: reading it raises DamagedError and never returns zeros.
+Data that no commit lists does not exist. If data that a commit lists is missing or short, or does not match its
+checksum, it is damaged: reading it raises DamagedError and never returns zeros.
 """
 
 import threading
@@ -201,7 +201,7 @@ class Cache:
     def require_array(self, layer: int, site: str = "resid_post") -> str:
         """The name of the array of a layer and site, such as `layer_12`.
 
-        Raises UsageError if the cache does not hold the complete array, or like `manifest`.
+        Raises UsageError if the cache does not hold the complete array; also raises like `manifest`.
         """
         self.manifest  # noqa: B018  (raises an error if the cache is half written)
         hook = Hook(layer, site)

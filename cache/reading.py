@@ -96,7 +96,7 @@ class ChunkReading:
     def step(self, number: int, chunks: Collection[int]) -> Iterator[None]:
         """Wait until the chunks of a step are present. They stay as long as the context is open.
 
-        Raises the error if one of them cannot be pulled, or ReadingClosed.
+        Raises the error of the pull if a chunk cannot be pulled, and ReadingClosed if the reading is closed.
         """
         files = (self.files[chunk] for chunk in chunks)
         self.folder.wait(self, number, {file.name: file for file in files if file is not None})

@@ -17,7 +17,7 @@ FIRST = ("zarr.json", "manifest.json", "commits/", "tokens/commit.json")
 
 
 def removal_order(files: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The files of a cache in the order of deletion, except the last one, which is in the second list.
+    """The files of a cache in the order of deletion; the file to delete last is in a second list.
 
     If the deletion is interrupted, the remaining files are not a cache but are recognized as the remains of a cache.
     """

@@ -43,7 +43,7 @@ class Decision(NamedTuple):
     pull: StoredFile | None
     remove: list[str]
     after: int = -1
-    blocked: bool = False  # a step waits, and there is no room for a file of it
+    blocked: bool = False  # a step waits, and there is no room for one of its files
 
 
 class Room:
@@ -99,7 +99,7 @@ class Room:
         if pull is None or not self._fits(pull.file, pull.needed):
             is_missing = (schedule.next_use(np.flatnonzero(~present), needs.position) < NEVER).any()
             return Decision(None, [], needs.position if is_missing else NEVER, bool(lacking))
-        if served[pull.evict].any():  # kept for a later step that began before an earlier one
+        if served[pull.evict].any():  # a later step, which began before an earlier one, needs one of these files
             return Decision(None, [])
         if pull.after >= needs.position:
             return Decision(None, [], pull.after)
@@ -134,8 +134,8 @@ def check_room(folder: Path, size: int, small: int, least: int, elsewhere: int) 
         folder: the folder.
         size: maximum bytes in the folder.
         small: bytes of files that are never removed.
-        least: bytes that a step of this process needs.
-        elsewhere: bytes that a step of each other process needs.
+        least: bytes that one step of this process needs.
+        elsewhere: bytes that the other processes need together, for one step each.
     """
     if least + elsewhere + small <= size:
         return

@@ -9,8 +9,8 @@ from typing import Any
 class SealState:
     """The records of a cache, read in this order: zarr.json, manifest.json, the commits of the arrays `names`.
 
-    If another worker replaces a commit after it was read, the manifest will differ from the one seen: that worker
-    checks the manifest after writing the commit.
+    If another worker replaces a commit after it was read here, the manifest will differ from `seen`, because that
+    worker checks the manifest after writing the commit.
     """
 
     names: set[str]  # arrays to be completed

@@ -38,7 +38,9 @@ BUSY = (errno.EACCES, errno.EAGAIN)
 
 
 class Statement(NamedTuple):
-    """The chunks that a process keeps, so that no other removes them, and those it pulls, so that no other does."""
+    """The chunks that a process keeps, so that no other removes them, and those it pulls, so that no other pulls them
+    too.
+    """
 
     kept: frozenset[str] = frozenset()
     pulling: frozenset[str] = frozenset()

@@ -224,7 +224,7 @@ class StoreCache(Cache):
 def read_root(store: ObjectStore) -> tuple[str, bytes]:
     """The name of a cache in the local folder, and its zarr.json.
 
-    The name also depends on the address: two harvests of the same text may differ in the last bits.
+    The name also depends on the address, because two harvests of the same text may differ in the last bits.
     """
     if (content := store.find("zarr.json")) is None:
         raise UsageError(

@@ -18,7 +18,9 @@ LIST_ATTEMPTS = 5
 
 
 def list_stored_caches(url: str) -> dict[str, Cache | SaeError]:
-    """{address: cache} for the cache at an address, or for caches one level below, like `list_caches` for folders."""
+    """{address: cache} for the cache at an address, or for each cache one level below it, like `list_caches` for
+    folders.
+    """
     store = open_store(url)
     names = store.children()
     if "zarr.json" in names:
@@ -64,7 +66,8 @@ def remove_stored_cache(store: ObjectStore) -> int:
             store.delete(files)
         else:
             raise UnavailableError(f"{store.url} still lists objects of the cache. Run the same command again.")
-        # Before the last object is deleted: without it another call would find nothing to delete.
+        # This has to happen before the last object is deleted, because without that object another call would find
+        # nothing to delete.
         for one in (*tasks, *(path for path in folder.iterdir() if path.name not in LOCK_FILES)):
             remove(one)
         store.delete(last)

@@ -342,8 +342,8 @@ def read_group(store: ObjectStore, data: bytes) -> Mapping[str, Any]:
 
 
 def take_snapshot(store: ObjectStore, folder: Path) -> None:
-    """Write the files that a plan reads into a folder: zarr.json, manifest.json, and an empty file for each listed
-    commit. The listing can be out of date, so no decision depends on it.
+    """Write into a folder what a plan reads: zarr.json, manifest.json, and an empty file for each listed commit. The
+    listing can be out of date, so no decision depends on it.
     """
     Mirror(store, folder).pull_existing(["zarr.json", "manifest.json"])
     for name, _ in store.list("commits"):

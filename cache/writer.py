@@ -193,7 +193,7 @@ class CacheWriter:
             self.place.remove_records(stale)
         pending, norms = {}, {}
         with ThreadPoolExecutor(writing_threads()) as pool:
-            # The norms and moments of an array are computed while the previous one is written.
+            # The norms and moments of an array are computed while the previous array is written.
             for name, chunks in self.chunks_to_write(window, dataclasses.replace(rows, bits=bits), pool.map):
                 pending[name] = pool.map(lambda chunk: write_chunk(self.folder, *chunk), chunks)
                 norms[name] = chunks[0][2]
@@ -277,7 +277,7 @@ class CacheWriter:
         complete = set(read_attributes(self.folder)["complete"])
         seen = self.place.read_record("manifest.json")
         manifest = None if seen is None else MANIFEST_RECORD.parse(seen, self.folder / "manifest.json")
-        lost = complete - set(manifest["complete"] if manifest else ())  # along with the manifest that listed them
+        lost = complete - set(manifest["complete"] if manifest else ())  # the manifest that listed them is lost too
         names = {*self.widths, *lost}
         found = list(self.commits(self._commit_files(names))) if commits else []
         return SealState(names, complete, seen, manifest, found)

@@ -70,7 +70,7 @@ def compare(
     if margin and against is None:
         raise UsageError("--margin needs --against: name the system to compare with, such as --against topk.")
     paired = None if against is None else compare_against(comparison, against, margin or [])
-    if paired is not None:  # one verdict on a pair, in the table and in the notes
+    if paired is not None:  # the table and the notes then give the same verdict on a pair
         comparison = comparison.with_control_notes(paired.verdicts)
     for difference in comparison.differences:
         echo(f"differs  {difference}")

@@ -38,7 +38,7 @@ STREAM_FLAGS = {"windows": "ring", "max_norm": "max-norm"}  # option of `plan_st
 RECORDS = "Checkpoints and logging"
 MACHINE = "Machine"
 COLUMNS = ("loss", "L0", "EV", "dead")  # of the table of runs
-MUCH_WAITING = 0.1  # share of the time above which the bar shows it
+MUCH_WAITING = 0.1  # the bar shows the share of the time spent waiting if it is at least this
 LOGGED = {"loss", "l0", "explained_variance", "dead", "waited_for_data"}  # metrics that are shown
 
 
@@ -321,7 +321,7 @@ def execute(plan: "TrainPlan", run: "Callable[[TrainProgress], None] | None" = N
 
 
 class Waits:
-    """Reports the share of time since the last log line that training waited for batches, if it is large."""
+    """Reports how much of the time since the last log line training has waited for batches, if it is a large share."""
 
     def __init__(self, in_store: bool) -> None:
         self.what = "the store" if in_store else "data"

@@ -46,8 +46,8 @@ def fix_cublas_workspace(device: str) -> None:
     """Make matrix multiplications on a GPU bitwise reproducible. Does nothing on a CPU, or if the user has set
     CUBLAS_WORKSPACE_CONFIG.
 
-    Otherwise cuBLAS assigns parts of its workspace to streams in order of arrival, and the assigned part affects the
-    order of sums. cuBLAS reads the setting before the first multiplication of the process.
+    Without this setting, cuBLAS assigns parts of its workspace to streams in order of arrival, and the part that a
+    stream gets affects the order of sums. cuBLAS reads the setting before the first multiplication of the process.
     """
     if device.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

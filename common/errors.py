@@ -42,7 +42,9 @@ class Interrupted(SaeError):
 
 
 class ReportedElsewhere(SaeError):
-    """An error that another of several launched processes reports; this process only exits with its exit code."""
+    """An error that another of the launched processes reports. This process prints nothing and ends with the exit code
+    of that error.
+    """
 
     def __init__(self, exit_code: int, message: str) -> None:
         super().__init__(message)
@@ -75,7 +77,7 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the closest known name, or a list of them."""
+    """The end of an error message about an unknown name: the closest known name, or a list of the known names."""
     known = sorted(known)
     if not known:
         return "; none are available."

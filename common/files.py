@@ -41,7 +41,7 @@ def atomic_create(path: Path, *parts: bytes | memoryview) -> bool:
     """Write like `atomic_write` unless `path` exists; returns whether this call created it. Of concurrent calls, only
     one creates it.
 
-    Where a file system has no hard links, such as exFAT, two calls in the same instant can both return True.
+    On a file system without hard links, such as exFAT, two calls in the same instant can both return True.
     """
     try:
         _write_temporary(path, parts, _link)
@@ -133,7 +133,9 @@ def os_error(error: OSError, path: Path | str, verb: str = "write") -> Unavailab
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raise UnavailableError if reading `path` raises OSError, as with too many open files: the file may be intact."""
+    """Raise UnavailableError if reading `path` raises OSError, as with too many open files, because the file may be
+    intact.
+    """
     try:
         yield
     except OSError as error:
@@ -246,7 +248,7 @@ def parse_toml(data: bytes | str, source: Path | str) -> dict[str, Any]:
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")  # some editors write a byte order mark
         if any(line.count(".") > MAX_DOTS_PER_LINE for line in text.splitlines()):
-            problem = f"a line has more than {MAX_DOTS_PER_LINE} dots"  # the parser's time grows with their square
+            problem = f"a line has more than {MAX_DOTS_PER_LINE} dots"  # the time grows with the square of the dots
         else:
             return tomllib.loads(text)
     except UnicodeDecodeError:

@@ -2,8 +2,8 @@
 
 The lock is on the file `.lock` in a folder, which is never removed. Either one process holds it alone (`writer_lock`),
 or several hold it together and each adds its own files (`shared_lock`). `.lock.holder` tells others which process holds
-it. Readers do not block writers, only a process that deletes the folder: they share another lock (`reader_lock`), on
-`.lock.readers`, to which each reader adds a line with its name. The last reader to leave removes this file.
+it. Readers block a process that deletes the folder, but no writers: they share another lock (`reader_lock`), on the
+file `.lock.readers`, to which each reader adds a line with its name. The last reader to leave removes this file.
 """
 
 import contextlib
@@ -28,13 +28,14 @@ POLL_SECONDS = 0.01, 0.2  # between two attempts to lock: at first, and at most
 
 @contextlib.contextmanager
 def writer_lock(folder: Path, command: str, say: Callable[[str], None] = lambda message: None) -> Iterator[None]:
-    """Hold the exclusive right to write into `folder`, which is created if needed. Other processes show `command`.
+    """Hold the exclusive right to write into `folder`, which is created if needed. Messages of other processes quote
+    `command`.
 
     If the previous holder has died, `say` is called with a message. On entry the temporary files of dead writers are
     deleted: check first that the folder belongs to this package.
 
-    Raises UnavailableError if another process holds the lock (the message names it), the folder is not writable or its
-    file system does not support locks, UsageError if a file is in the way.
+    Raises UnavailableError if another process holds the lock (the message names it), if the folder is not writable, or
+    if its file system does not support locks. Raises UsageError if a file is in the way.
     """
     note = folder / ".lock.holder"
     with locking(folder):
@@ -56,11 +57,11 @@ def shared_lock(folder: Path, command: str) -> Iterator[None]:
     `writer_lock`.
 
     The last process to leave deletes the temporary files of dead writers. It knows that it is the last if it can hold a
-    second lock, `.lock.shared`, alone. A process that arrives meanwhile waits for it. If the file system does not
-    support locks, nothing is locked and nothing is deleted.
+    second lock, `.lock.shared`, alone. A process that arrives meanwhile waits for that lock. If the file system does
+    not support locks, nothing is locked and nothing is deleted.
 
-    Raises UnavailableError if a process holds the exclusive lock or the folder is not writable, UsageError if a file is
-    in the way.
+    Raises UnavailableError if a process holds the exclusive lock or if the folder is not writable, and UsageError if a
+    file is in the way.
     """
     note, all_of_them = folder / ".lock.holder", folder / ".lock.shared"
     with contextlib.ExitStack() as stack:

@@ -21,7 +21,7 @@ SAID_BY = ("can't allocate memory", "ALLOC_FAILED", "CUDA error: out of memory")
 
 
 def available_memory(device: str) -> float:
-    """Bytes of memory available on the device; infinity if the system does not report it (only Linux does for a CPU).
+    """Bytes of memory available on the device; infinity if the system does not report it (for a CPU, only Linux does).
 
     On a GPU, this is the free memory that CUDA reports. On a CPU, it is the free memory of the system or, if that is
     less, the memory that the process's control groups leave, divided by the number of processes that a launcher started

@@ -35,8 +35,8 @@ def installed_version(name: str) -> str | None:
 def outdated_packages() -> list[str]:
     """A sentence for each installed package that is older than the lowest version that this package works with.
 
-    pip does not install outdated packages with this package, but installing another package later can: pip then only
-    warns.
+    When pip installs this package, it upgrades outdated packages. When it later installs another package, it can
+    downgrade them again, and then only warns.
     """
     try:
         declared = metadata.requires(PACKAGE) or []

@@ -67,7 +67,7 @@ def cpu_flags() -> set[str] | None:
 
 
 def recorded_precision(record: Mapping[str, Any]) -> str:
-    """The precision of a run according to its run.json, which records it only if it is not float32.
+    """The precision of a run according to its run.json, which records only precisions other than float32.
 
     Earlier versions did not record it: their runs on a GPU have the GPU's default.
     """

@@ -113,7 +113,7 @@ class RecordKind(Generic[Content]):
     def add_digest(self, path: Path) -> bool:
         """Add a digest to a record of an earlier version. Returns whether it had none. Raises like `read` and `write`.
 
-        Use it only for content that was verified in another way: a digest asserts that the content is unchanged.
+        Call this only for content that was verified in another way: a digest asserts that the content is unchanged.
         """
         content, has_digest = self.read_unwarned(path)
         if not has_digest:
@@ -123,7 +123,8 @@ class RecordKind(Generic[Content]):
     def _remove_digest(self, content: Any) -> Any:
         """Remove the digest from the content and return it; None if there is none.
 
-        If its name was damaged ("content_dygest"), its value is returned; it does not match the remaining content.
+        If the name of the digest was damaged ("content_dygest"), its value is returned but its entry stays in the
+        content, which then does not match.
         """
         holder = content.get(self.digest_in) if self.digest_in and isinstance(content, dict) else content
         if isinstance(holder, dict) and DIGEST not in holder:

@@ -38,9 +38,9 @@ def choose_bos(tokenizer: Any, request: str = "auto") -> BosChoice:
     """The token that contexts begin with, for a value of `--bos`: "auto", "none", or a token as text or id.
 
     "auto" is the first of these that exists: the token that the tokenizer itself puts before a text; `<|endoftext|>`,
-    if it is a special token of the vocabulary; bos_token or eos_token, unless it begins or ends a chat turn. Otherwise
-    it is none. A turn marker at the beginning of ordinary text is unlike the model's training data, and causes
-    attention sinks.
+    if it is a special token of the vocabulary; bos_token or eos_token, unless it begins or ends a chat turn. If none of
+    them exists, contexts begin with the first token of their text. A turn marker at the beginning of ordinary text is
+    unlike the model's training data, and causes attention sinks.
 
     Raises UsageError for a token that the vocabulary does not have.
     """
@@ -69,7 +69,7 @@ def choose_bos(tokenizer: Any, request: str = "auto") -> BosChoice:
 
 
 def added_bos_id(tokenizer: Any) -> int | None:
-    """The id that the tokenizer itself puts before a text. If there are several, the bos_token's, or else the last."""
+    """The id that the tokenizer itself puts before a text. If it puts several: the bos_token's, or else the last."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     starts = [start for start in range(len(whole)) if whole[start : start + len(bare)] == bare]

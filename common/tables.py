@@ -96,7 +96,7 @@ def explain_errors(file: Path, open_rows: Callable[[], Iterator[Any]]) -> Iterat
         yield from open_rows()
     except SaeError:
         raise
-    except Exception as error:  # pyarrow, zlib, zstandard and the system raise many types
+    except Exception as error:  # pyarrow, zlib, zstandard and the system raise errors of many types
         raise UsageError(
             f"{file} cannot be read as {file_format(file)}: {first_line(error).rstrip('.')}. "
             "It may be truncated or in another format."
@@ -155,7 +155,7 @@ def open_arrow(stream: Any, fields: list[int] | None = None) -> tuple[Any, Itera
 
 
 def batch_rows(schema: Any, batches: Iterator[Any], columns: Sequence[str], row: int, skip: int) -> Iterator[ReadRow]:
-    """The rows of record batches whose first row has number `row`, starting at row `skip`."""
+    """The rows of record batches from row number `skip` on; `row` is the number of their first row."""
     decoders = {name: column_decoder(schema, name) for name in columns}
     for batch in batches:
         before, row = row, row + batch.num_rows

@@ -100,8 +100,8 @@ def scale_width(system: str, main: str, width: str | None) -> str | None:
 
 
 def set_options(recipe: str, paper: Paper, reading: Reading, system: PaperSystem) -> tuple[str, ...]:
-    """The options of a job, as for --set: the system's options, the options of the reading that the recipe has, and the
-    paper's optimizer, in this order of precedence.
+    """The options of a job, as for --set: the system's options, those options of the reading that the recipe accepts,
+    and the paper's optimizer, in this order of precedence.
     """
     known = find_recipe(recipe).option_types()
     printed = paper.setup.optimization() if reading.is_papers else {}

@@ -202,8 +202,8 @@ def imported_runs(config: PublishedConfig) -> Iterator[tuple[Path, Source]]:
 
 
 def fitting(config: PublishedConfig) -> Callable[[Origin, Source], bool]:
-    """A function that tells whether an imported SAE has the requested model and layer. If one is not requested, the SAE
-    must have the value from its files.
+    """A function that tells whether an imported SAE has the requested model and layer. If no model is requested, the
+    SAE must have been imported with the model that its files name; the same holds for the layer.
     """
     given = GivenModel(config.model) if config.model is not None else None
 

@@ -279,5 +279,5 @@ def run_reproduction(plan: ReproducePlan, stages: Stages) -> Reproduction:
         write_page(page, reproduction_page(report, model_name(plan)))
         stages.report(report, page)
         result.reports.append(report)
-    group.barrier()  # or the launcher would end the first process before its last page if another one fails
+    group.barrier()  # or, if another process fails, the launcher would end the first one before its last page
     return result

@@ -58,7 +58,9 @@ class StreamingPlan:
         return [f"masked   rows with a norm over {self.ring.max_norm:g}x the median of the first window"]
 
     def describe_unread_rows(self) -> list[str]:
-        """Lines with the number of rows at the ends of groups that do not fill a batch, for each batch size."""
+        """For each batch size, a line with the number of rows that are left at the ends of groups and do not fill a
+        batch.
+        """
         lines = []
         for batch_size in sorted({run.config.batch_size for run in self.train.runs}):
             unread = self.harvest.tokens - self.ring.cumulative_batches(batch_size)[-1] * batch_size
