@@ -1,5 +1,4 @@
-"""The local folder into which chunks of stored caches are pulled. It is limited in size, filled ahead and shared by
-processes.
+"""The local folder for chunks pulled from stores. It has a size limit, is filled ahead, and is shared by processes.
 
 The order in which chunks are needed is known in advance (chunk_schedule.py), so threads pull chunks ahead. If there is
 no room, chunks that no process will read are removed first, then the chunk whose next use is farthest away. Names are
@@ -74,8 +73,7 @@ class LocalFolder:
     def begin(self, reading: ChunkReading, expected_until: int | None = None) -> None:
         """Begin to pull for a reading. Expected readings with the same key count as done up to step `expected_until`.
 
-        Raises UsageError if the folder cannot hold one step of this reading together with one step of each other
-        process.
+        Raises UsageError if the folder cannot hold a step of this reading and one step of each other process.
         """
         with self._lock:
             with self._shared.mutex():
@@ -114,8 +112,7 @@ class LocalFolder:
     def wait(self, reading: ChunkReading, step: int, files: Files) -> None:
         """Wait until the files of a step are present and verified, and keep them until `done` is called.
 
-        Raises the error of the pull if one of the files cannot be pulled. A file whose pull failed earlier is tried
-        again first.
+        Raises the error of a pull that failed. A file whose pull failed earlier is tried again first.
         """
         while True:
             self._wait_for_files(reading, step, files)
@@ -267,7 +264,7 @@ class LocalFolder:
             self._pull(file)
 
     def _decide(self) -> tuple[StoredFile | None, float | None]:
-        """The file to pull now, after making room for it; or None and the time to wait before looking again."""
+        """Make room for the file to pull now and return it, or return None and the time until the next look."""
         if not self._plan.readings:
             return None, None
         with self._shared.mutex():
@@ -332,9 +329,7 @@ class LocalFolder:
         return self.folder / part_name(name, self._shared.owner)
 
     def _pull(self, file: StoredFile) -> None:
-        """Pull a file for which there is room. It appears when it is complete; if this process is killed, other
-        processes remove the part.
-        """
+        """Pull a file that there is room for. It appears complete; if this process dies, others remove the part."""
         part, failure = self._part(file.name), None
         try:
             data = file.source.fetch_chunk(file.file)

@@ -19,8 +19,8 @@ from .chunks import FileRecords, RowReader, RowsOfChunk, read_array_spec, read_c
 from .layout import Layout
 
 MAX_NORM = 10.0  # multiple of the median norm
-TOP_SHARE = 0.001  # of the rows: their share of the variance is reported
-WARNING_SHARE = 0.1  # of the variance: a warning is given if these rows hold more
+TOP_SHARE = 0.001  # of the rows, those with the largest norms; what share of the variance they hold is reported
+WARNING_SHARE = 0.1  # of the variance; if these rows hold more, a warning is given
 LISTED = 3  # positions and tokens
 NORM_TOLERANCE = 1e-6  # relative: norms are stored in float32
 

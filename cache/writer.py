@@ -57,7 +57,7 @@ class WindowRows:
     bits: Mapping[str, np.ndarray]  # array name -> (rows, d_in) uint16, the bits of bfloat16
     row_ctx: np.ndarray  # (rows,): the context that each row comes from
     row_pos: np.ndarray  # (rows,): its position in the context
-    measured: Mapping[str, RowStatistics] = field(default_factory=dict)  # statistics of arrays measured on a GPU
+    measured: Mapping[str, RowStatistics] = field(default_factory=dict)  # for arrays that were measured on a GPU
 
 
 class CacheWriter:
@@ -243,7 +243,7 @@ class CacheWriter:
                     break
             except DamagedError:
                 if self._seal_state().commits == state.commits:
-                    raise  # otherwise another worker replaced a window whose norms were read
+                    raise  # if commits differ, another worker replaced a window whose norms were read
         return True
 
     def finish(self, max_norm: float | None = None, token_text: Callable[[int], str] | None = None) -> None:

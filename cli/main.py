@@ -25,8 +25,8 @@ from .variants import variants
 
 
 class Program(TyperGroup):
-    """The program. When the reader closes its output it exits with 141, where click and rich would exit with 1. If
-    Ctrl-C arrives while arguments are parsed it raises KeyboardInterrupt, where typer would exit silently.
+    """The program. If the reader of its output closes the pipe, it exits with 141 (click and rich would exit with 1).
+    If Ctrl-C arrives while arguments are parsed, it raises KeyboardInterrupt (typer would exit silently).
 
     If an error quotes words of the command line, their escape sequences are shown as text.
     """

@@ -276,7 +276,7 @@ def run_streaming(config: "TrainConfig", harvest_options: Mapping[str, Any], dry
 
 
 def execute(plan: "TrainPlan", run: "Callable[[TrainProgress], None] | None" = None, *, table: bool = True) -> None:
-    """Train the runs of a plan with a progress bar, using `run` if given; print their last metrics if `table`."""
+    """Train the runs of a plan with a progress bar, using `run` if given; with `table`, print their last metrics."""
     from ..cache.object_store import is_url
     from ..common.process_group import rank_and_count
     from ..train.loggers import Loggers

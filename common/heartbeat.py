@@ -77,7 +77,7 @@ class Heartbeat:
             pause = 0.001
             while away := [r for r in range(self.count) if not self.store.check([f"sae/met/{self.steps}/{r}"])]:
                 dead |= {rank: sentence for rank in away if (sentence := self._find_dead(rank))}
-                # The store may end with rank 0, so rank 0 waits until the others, which finish first, know too.
+                # The store may end with rank 0, so it waits until the others, which finish first, know of it too.
                 if dead and (self.rank or dead.keys() >= set(away)):
                     time.sleep(0 if self.rank else FAREWELL)
                     raise UnavailableError(f"{dead[min(dead)]} {AGAIN}")
