@@ -21,7 +21,9 @@ def list_caches(root: Path | None = None) -> dict[Path, Cache | SaeError]:
 
 
 def open_or_error(folder: Path | str) -> Cache | SaeError:
-    """The cache in a folder, or the error raised by opening it: a damaged cache must not make other commands fail."""
+    """The cache in a folder, or the error raised by opening it, so that a damaged cache does not make other commands
+    fail.
+    """
     try:
         cache = open_place(folder)
         repr(cache), cache.state, cache.layout.n_windows

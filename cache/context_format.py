@@ -53,7 +53,9 @@ class ContextFormat:
         return cls(bos_id, tuple(identity["skip"]), identity.get("skip_positions", 0))
 
     def identity(self, tokenizer: Any) -> dict[str, Any]:
-        """The entries for a cache's identity. Entries that earlier versions lacked are omitted if they are defaults."""
+        """The entries for a cache's identity. Entries that earlier versions lacked are omitted if they have their
+        default values.
+        """
         entries: dict[str, Any] = {"skip": list(self.skip_ids)}
         if self.bos_id != bos_or_eos_id(tokenizer):
             entries["bos"] = self.bos_id
@@ -63,7 +65,7 @@ class ContextFormat:
 
     @property
     def skip_record(self) -> Any:
-        """The settings that decide which tokens are rows, for digests: only the ids if no positions are skipped."""
+        """For digests, the settings that decide which tokens are rows: if no positions are skipped, only the ids."""
         ids = list(self.skip_ids)
         return {"ids": ids, "positions": self.skip_positions} if self.skip_positions else ids
 

@@ -146,7 +146,7 @@ class RingCache:
         return None if limits is None else limits[name]
 
     def fix_norm_limits(self) -> list[str]:
-        """Record the limits that follow from window 0, which must be on disk, unless they are already recorded.
+        """Record the limits that follow from window 0, if they are not yet recorded. Window 0 must be on disk.
 
         Returns a sentence for each array whose limit was not recorded before.
         """

@@ -1,7 +1,7 @@
 """Terminal output: lines and one progress bar on stderr, tables on stdout; errors become one line and an exit code.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 damaged data, 4 something outside is missing (access, disk, GPU), 130
-interrupted, 141 the output's reader closed it (128 + SIGPIPE, as shells report it).
+interrupted, 141 the reader of the output closed the pipe (128 + SIGPIPE, as shells report it).
 """
 
 import contextlib

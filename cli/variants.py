@@ -49,7 +49,7 @@ def variants(
 
 
 def publication(paper: str) -> tuple[bool, str, str]:
-    """Sort key: published papers by year, then the numbered ones."""
+    """Sort key: published papers by year, then the numbered papers."""
     number = re.search(r"\d+", paper)
     return paper.isdigit(), number[0] if number else "", paper
 

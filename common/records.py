@@ -42,7 +42,7 @@ class RecordKind(Generic[Content]):
 
     schema: type[Content]
     remedy: str  # a sentence about how to replace a damaged record
-    digest_in: str = ""  # the object of the record that holds the digest; "": the record itself
+    digest_in: str = ""  # the object in the record to which the digest is added; "": the record itself
     covered: Callable[[dict[str, Any]], Any] = dict  # the part of the content that the digest covers
     indent: int | None = 2  # None: the record is one line
 

@@ -151,7 +151,7 @@ def control_config(wanted: Wanted, device: str) -> TrainConfig:
 def training_caches(folder: Path) -> list[str | Path] | None:
     """The places of the caches that a run was trained on; None if one is missing. Also looks in activations/."""
     record, origin = read_run_record(folder), read_sae_record(folder).get("origin", {})
-    assert record is not None  # since it has conditions
+    assert record is not None  # a run that has conditions also has a record
     places: list[str | Path] = [place if is_url(place) else Path(place) for place in record["cache_folders"]]
     if len(places) > 1:
         is_there = (is_url(place) or (Path(place) / "zarr.json").exists() for place in places)

@@ -19,7 +19,7 @@ from ..train.recipe import find_recipe
 
 @dataclass(frozen=True)
 class ReproduceConfig:
-    """The options of `sae reproduce`. None means the paper's value or, if there is none, the stage's default."""
+    """The options of `sae reproduce`. None means the paper's value or, if the paper has none, the stage's default."""
 
     papers: Sequence[str]  # "000" to "004", or "all"
     model: str = "google/gemma-2-2b"  # on other models only the ranking of systems is comparable

@@ -53,7 +53,7 @@ class RunFolders:
     pending: list[str] = field(default_factory=list)
 
     def raise_refusals(self) -> None:
-        """Raise all refusals as one error, with their exit code if they all have the same."""
+        """Raise all refusals as one error, with their exit code if all have the same exit code."""
         errors = list(self.refused.values())
         if errors:
             kind = type(errors[0]) if len({error.exit_code for error in errors}) == 1 else SaeError

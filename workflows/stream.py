@@ -31,7 +31,7 @@ class StreamingPlan:
     harvest: HarvestPlan
     ring: RingCache
     train: TrainPlan
-    ring_bytes: int  # the windows on the disk at one time, and the text
+    ring_bytes: int  # of the windows that are on the disk at one time, and of the text
 
     def describe(self, time: bool = False) -> list[str]:
         """The lines that `sae train --stream` prints before it begins.
