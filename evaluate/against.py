@@ -49,9 +49,9 @@ class AgainstLine:
         values: the number of the system and of the base, each a mean over seeds.
         l0: the L0 of the system and of the base, if both were measured.
         l0_shift: the change in the number that the slope predicts from the two L0 values alone; None without a slope.
-        is_control: the system is a control: a part of it kept its random initial weights.
-        l0_matters: `l0_shift` is large enough to be detected, or is at least half of the difference. Without a slope:
-            the two L0 values differ by over 10 %.
+        is_control: whether the system is a control, of which a part kept its random initial weights.
+        l0_matters: whether `l0_shift` is large enough to be detected, or is at least half of the difference; without a
+            slope, whether the two L0 values differ by over 10 %.
     """
 
     system: str

@@ -1,7 +1,8 @@
 """The first questions about an SAE: is it better than simple baselines, is it stable across seeds, is it the best?
 
-Five answers, each with its numbers and 95 % intervals, or with the command that computes the missing numbers. The tests
-follow docs/reference/statistics.md; Holm's correction covers all tests together, as in one table.
+Each of the five answers comes with its numbers and 95 % intervals, or with the command that computes the missing
+numbers. The tests follow docs/reference/statistics.md; Holm's correction is applied to all of them together, as if they
+formed one table.
 """
 
 import math
@@ -115,7 +116,7 @@ def lines_against(run: ComparedRun, other: ComparedRun, numbers: Sequence[Number
 
 
 def control_lines(near: RunsBeside) -> list[AgainstLine]:
-    """The run against its best control in each summary number."""
+    """For each summary number, the run compared with the control that is best in that number."""
     controls, lines = controls_beside(near), []
     by_name = {one.name: one for one in (*near.references, *near.controls)}
     for metric, column in summary_columns():
@@ -132,8 +133,8 @@ def controls_beside(near: RunsBeside) -> Systems:
 
 
 def frontier_lines(near: RunsBeside) -> list[AgainstLine]:
-    """The run against the best other run whose L0 is no higher, by KL score and by EV. The run's other seeds are left
-    out."""
+    """For KL score and for EV, the run compared with the best other run whose L0 is no higher. The run's other seeds
+    are left out."""
     lines = []
     for number in FRONTIER_NUMBERS:
         if rival := best_rival(alone(near.run), map(alone, near.others), *number):
@@ -193,7 +194,7 @@ def answer_control(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
 
 
 def share_of(near: RunsBeside, line: AgainstLine) -> Share | None:
-    """The share of a number's height above its floor that the control in this line also reaches."""
+    """How far above its floor the control in this line raises the number, as a share of how far the run raises it."""
     return find_share(alone(near.run).run_by_seed, controls_beside(near)[line.system], line.metric, line.column)
 
 
@@ -336,7 +337,8 @@ def describe(line: AgainstLine) -> str:
 
 
 def name_others(lines: Sequence[AgainstLine], before: str) -> list[str]:
-    """The lines as text, each with the name of its other system if that differs from the previous line's."""
+    """The lines as text. A line names the system that the run is compared with, unless the previous line names the same
+    one."""
     names = [line.system for line in lines]
     return [
         describe(line) if number and names[number - 1] == line.system else f"{before} {line.system}: {describe(line)}"
@@ -350,7 +352,7 @@ def interval_of(result: MetricResult, name: str) -> str:
 
 
 def with_untested(answer: Answer, run: ComparedRun, lines: Sequence[AgainstLine]) -> Answer:
-    """The answer, with a command that measures again if a result of an earlier version could not be tested."""
+    """The answer. If a result of an earlier version could not be tested, a command that measures it again is added."""
     if not any("--force" in line.pairing.reason for line in lines):
         return answer
     suite = ",".join(dict.fromkeys(line.metric for line in lines))
@@ -368,7 +370,8 @@ def not_measured(question: str, remedy: str, command: str) -> Answer:
 
 
 def missing_seeds(question: str, near: RunsBeside, suite: str) -> Answer:
-    """The answer if a number over seeds is missing: the other seeds exist, can be trained, or cannot be."""
+    """The answer if a number over seeds is missing. It says whether other seeds exist, can be trained, or cannot be
+    trained."""
     run, folders = near.run, near.seed_folders
     if len(folders) > 1:
         there = (

@@ -47,14 +47,14 @@ class ArtifactCache:
 
     Attributes:
         limit: bytes of activations above which `in_use` removes the least recently read ones.
-        waiting: called with a description of the artifact before this process waits for another, and with ""
-        afterwards.
+        waiting: called with a description of an artifact before this process waits until another process has computed
+            that artifact, and with "" afterwards.
     """
 
     def __init__(self, folder: Path, shared: bool = False) -> None:
         self.folder, self.shared, self.limit = folder, shared, kept_limit()
         self.waiting: Callable[[str], None] = lambda what: None
-        self._held: set[Path] = set()  # locks that this process holds: it may ask for one again
+        self._held: set[Path] = set()  # locks that this process holds and must not wait for
 
     def describe(self) -> str:
         """The folder, its size, and the limit above which files are removed."""
@@ -162,7 +162,7 @@ class ArtifactCache:
                 self.waiting(path.stem)
                 lock = acquire(file, fcntl.LOCK_EX)
                 self.waiting("")
-        except OSError:  # read-only, full, or does not support locks: each rank computes for itself
+        except OSError:  # the folder is read-only, full or without locks, so each rank computes for itself
             return None
         self._held.add(path)
         return lock
@@ -172,7 +172,8 @@ class ArtifactCache:
         release(lock)
 
     def remove_locks(self) -> None:
-        """Remove the lock files of artifacts, when all ranks are done. It is harmless to compute an artifact twice."""
+        """Remove the lock files of artifacts when all ranks are done. At worst, an artifact is then computed twice,
+        which is harmless."""
         for path in self.locks.glob("*.lock"):
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -212,13 +213,13 @@ def kept_limit() -> float:
             return 1e9 * limit
     except ValueError:
         pass
-    raise UsageError(f"{LIMIT_VARIABLE}={given} is not a number of gigabytes. Set it to one, such as 100, or unset it.")
+    raise UsageError(f"{LIMIT_VARIABLE}={given} is not a number of gigabytes. Set it to 100, for example, or unset it.")
 
 
 def remove_stale_temporaries(folder: Path) -> int:
     """Remove temporary files of killed processes from a folder that has no lock. Returns how many were removed.
 
-    Recent files stay, because a process on another machine, whose id is unknown here, may be writing one.
+    Recent files stay, because they may be written by a process on another machine, which looks dead from here.
     """
     removed = 0
     for path in folder.glob("**/*.tmp-*"):

@@ -74,8 +74,8 @@ class Chart:
 def ticks(low: float, high: float, log: bool = False, about: int = 5) -> list[float]:
     """Round numbers in [low, high], about `about` of them and at least three.
 
-    Steps are 1, 2 or 5 times a power of ten. If `log` is true, the ticks themselves are such numbers, unless the range
-    is less than a decade; then the ticks are evenly spaced as well.
+    Steps are 1, 2 or 5 times a power of ten. If `log` is true, the ticks themselves are such numbers; only in a range
+    of less than a decade are they evenly spaced, as on a linear axis.
     """
     if log and high / low >= 10:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -131,7 +131,7 @@ def axis_range(values: Sequence[float], log: bool) -> tuple[float, float]:
         factor = max((high / low) ** 0.06, 1.1)
         return low / factor, high * factor
     if max(abs(low), abs(high)) < MIN_VALUE:
-        return -0.06, 1.0  # all zero: most likely shares, which cannot be negative
+        return -0.06, 1.0  # all values are 0, so they are probably shares, which cannot be negative
     margin = 0.06 * (high - low) or 0.06 * abs(high)
     return low - margin, high + margin
 
@@ -161,7 +161,8 @@ def with_bar_edges(x: Sequence[float], log: bool) -> list[float]:
 
 
 def thin_out(series: Series) -> Series:
-    """The series, or at most MAX_LINE_POINTS points of a longer line: its ends, and its peaks and dips.
+    """The series or, for a line of more than MAX_LINE_POINTS points, at most that many of them: its ends, peaks and
+    dips.
 
     The points between the ends are split into equal parts, and each part keeps its smallest and its largest y, so that
     a spike of a single point is still seen.

@@ -70,7 +70,8 @@ class ComparedSystem:
         return {run.record.get("seed", run.name): run for run in self.runs}
 
     def mean_and_spread(self, metric: str, column: MetricColumn) -> tuple[float, float] | None:
-        """The mean and sd over seeds; for a single seed, its value and half its 95 % interval over the text, or 0."""
+        """The mean and sd over seeds. For a single seed, its value and half its 95 % interval over the text (0 without
+        one)."""
         measured = [run for run in self.run_by_seed.values() if run.value(metric, column) is not None]
         values = [value for run in measured if (value := run.value(metric, column)) is not None]
         if len(values) > 1:
@@ -266,7 +267,8 @@ def system_label(run: ComparedRun, keys: Sequence[str]) -> str:
 
 
 def comparison_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """The headings, and one line for each system, each reference, and each control's share of its system's numbers."""
+    """The headings, and a line for each system, then for each reference, then for the shares that each control
+    reaches."""
     headings, lines = system_table(comparison)
     return headings, [*lines, *share_lines(systems_and_references(comparison), comparison.columns)]
 
@@ -299,8 +301,8 @@ def systems_and_references(comparison: Comparison) -> dict[str, RunBySeed]:
 def detectable_line(comparison: Comparison) -> list[str]:
     """The smallest detectable difference between two systems, shown below the table; empty if nothing is paired.
 
-    It is the largest over the comparisons of the first system with each of the others, as in `--against`
-    (docs/reference/statistics.md).
+    That difference is computed for each comparison of the first system with another, as in `--against`
+    (docs/reference/statistics.md), and the largest is shown.
     """
     paired = {}
     first, *others = (system.run_by_seed for system in comparison.systems)
@@ -320,8 +322,9 @@ def detectable_line(comparison: Comparison) -> list[str]:
 def to_records(comparison: Comparison) -> list[dict[str, Any]]:
     """Every number of every run as one flat dictionary per run, keyed by metric.category.name.
 
-    Numbers without outlier rows are under metric.masked_category.name. If one run has such numbers, every record gets
-    them; for a run without outlier rows they equal its other numbers. `notes` are sentences about misleading numbers.
+    Numbers without outlier rows are under metric.masked_category.name. If any run has such numbers, every record gets
+    them; for a run without outlier rows, they equal the numbers over all rows. `notes` are sentences about misleading
+    numbers.
     """
     masked = {metric for run in comparison.runs for metric, result in run.results.items() if result.masked}
     return [

@@ -24,7 +24,7 @@ CURVE_TITLES = {  # scalar in metrics.jsonl -> title; explained_variance is draw
 }
 LOG_SCALE_CURVES = ("explained_variance", "loss")
 ALL_ROWS_NOTE = "SAEBench's numbers over all rows, outlier rows included, like the published ones."
-FRAMING_REFERENCE = "pca"  # has the same L0 as the SAEs; the other references may be far from them
+FRAMING_REFERENCE = "pca"  # the PCA has the same L0 as the SAEs; other references may lie far from them
 PUBLISHED = Path(__file__).parent / "published.toml"
 
 
@@ -138,7 +138,7 @@ def read_metrics_log(folder: Path) -> list[dict[str, float]]:
 
 
 def numbers_in_line(text: bytes, path: Path) -> dict[str, float] | None:
-    """The numbers of a JSON object, which must have a finite "step"; None if the text is anything else."""
+    """The numbers of a JSON object, which must have a finite "step"; None if the text is not such an object."""
     try:
         line = parse_json(text, path)
         numbers = {name: float(value) for name, value in line.items() if type(value) in (int, float)}

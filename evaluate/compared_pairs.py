@@ -12,8 +12,8 @@ ALL_PAIRS = "all"
 def compared_pairs(record: Mapping[str, Any]) -> str | None:
     """A description of the pairs that a run compared in a step; None if its recipe has no choice of pairs.
 
-    A run without these options was trained by an earlier version, which had no choice of pairs. A small dictionary is a
-    single block, or its table contains all pairs.
+    A run without these options was trained by an earlier version, which had no choice of pairs. In a small dictionary,
+    a single block or the table contains all pairs, so all are compared.
     """
     options, latents = LATER_ENTRIES | record.get("resolved", {}), record.get("d_sae", math.inf)
     if record.get("variant") == "decorrelation":

@@ -112,7 +112,7 @@ def read_results(
 def read_references(
     runs: Sequence[ComparedRun], read: Callable[[Path], RunResults] = read_results
 ) -> list[ComparedRun]:
-    """The references measured on the same text and hook as the runs. Of the controls, only those of these runs.
+    """The references measured on the same text and hook as the runs. Controls of other runs are left out.
 
     `read` returns the results in a folder.
     """

@@ -1,7 +1,8 @@
 """Sentences that compare systems with their controls, with the verdicts and tests of docs/reference/statistics.md.
 
-The comparisons in these notes form a separate table, which compares every system with the best of its controls in each
-number that `sae compare` shows. If a printed table tests the same pair, the note repeats that table's verdict.
+The comparisons in these notes form a separate table: for each number that `sae compare` shows, it compares every system
+with whichever of its controls is best in that number. If a printed table tests the same pair, the note repeats that
+table's verdict.
 """
 
 import statistics
@@ -45,7 +46,8 @@ class BesideControl(NamedTuple):
 
 
 def control_notes(systems: Systems, columns: Columns, known: KnownVerdicts) -> dict[str, list[str]]:
-    """Label -> sentences for each system with controls: numbers that are equal or not better, or a different L0.
+    """Label -> sentences for each system with controls: about numbers in which it equals a control or is not better,
+    and about a control's different L0.
 
     Args:
         systems: the systems and their controls, which are systems too.
@@ -64,7 +66,8 @@ def control_notes(systems: Systems, columns: Columns, known: KnownVerdicts) -> d
 
 
 def compare_with_controls(systems: Systems, columns: Columns, known: KnownVerdicts) -> list[BesideControl]:
-    """Compare every system with its best control in each number; all these tests are corrected as one table."""
+    """In each number, compare every system with whichever of its controls is best. All tests are corrected as one
+    table."""
     pairs, tests = [], []
     for label, runs in systems.items():
         controls = controls_of(runs, systems)
@@ -100,7 +103,7 @@ def known_verdict(one: BesideControl, known: KnownVerdicts) -> Verdict | None:
 
 
 def describe_beside(found: Sequence[BesideControl]) -> str:
-    """One sentence on all numbers of a system; "" if it is better than its controls in each.
+    """One sentence on all numbers of a system; "" if it is better than its controls in all of them.
 
     A number that cannot be tested is named only if the control's value is better or equal.
     """

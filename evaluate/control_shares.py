@@ -14,7 +14,7 @@ SHARE_NOTE = (
     "reaches, (control - floor) / (run - floor), with its 95 % interval over the pairs. A control is one "
     "seed, unless its row shows more"
 )
-NOT_OF_FEATURES = ("llm", "misc_metrics")  # not about features: the model's own numbers, the share of alive latents
+NOT_OF_FEATURES = ("llm", "misc_metrics")  # the model's own numbers, and the share of alive latents
 
 Columns = Sequence[tuple[str, MetricColumn]]  # (name of the metric, column)
 Systems = Mapping[str, RunBySeed]  # label -> runs that differ only in their seed; references are systems too

@@ -1,5 +1,5 @@
-"""Controls (arXiv 2602.14111): SAEs in which one part keeps its random initial weights, trained like the runs they
-control for.
+"""Controls (arXiv 2602.14111): SAEs that are trained like the runs they control for, except that one part keeps its
+random initial weights.
 
 Their recipes are in train/variants/controls.py, and workflows/controls.py trains them. This module decides which
 control belongs to which run, and turns the controls trained by `sae evaluate --controls` into reference rows.

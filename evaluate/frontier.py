@@ -47,8 +47,8 @@ def l0_of(system: ComparedSystem) -> float | None:
 def best_rival(
     system: ComparedSystem, others: Iterable[ComparedSystem], metric: str, column: MetricColumn
 ) -> ComparedSystem | None:
-    """The other system that is best in a number, among those whose L0 is no higher (the first of equal ones), or
-    None."""
+    """Of the other systems whose L0 is no higher, the one that is best in a number (the first, if several are equally
+    good). None if there is no such system."""
     own = l0_of(system)
     if own is None:
         return None

@@ -53,8 +53,8 @@ def artifact_cache() -> ArtifactCache:
 
 
 def open_reachable(place: Place | None, open_cache: Callable[[], Found]) -> Found:
-    """Call `open_cache`. If the store at `place` could not be reached less than TRY_AGAIN seconds ago, raise that error
-    again.
+    """Call `open_cache`. But if a call failed less than TRY_AGAIN seconds ago because the store at `place` could not be
+    reached, raise its error again.
 
     Many runs can have the same cache, and each failed attempt takes minutes.
     """
@@ -109,7 +109,7 @@ def find_eval_cache(folder: Path, sae: SAE, *, cache: Place | None = None, model
         raise UnavailableError(f"{error} Or name another cache of {model_label(trained_on)} with --cache.") from error
     if found:
         return found
-    if "format" in sae.origin:  # imported: the recorded cache was only used to verify it
+    if "format" in sae.origin:  # an imported SAE was only verified on the cache that it records
         return only_cache_of_model(folder, sae.origin)
     where = f" ({recorded})" if isinstance(recorded, str) else ""
     raise UsageError(
@@ -196,7 +196,8 @@ def model_loader() -> ModelLoader:
 
 
 def find_model_of(cache: Cache, given: str | None) -> tuple[ModelSource, Any]:
-    """The model of a cache and its configuration, from `given`, the place where the harvest found it, or the Hub."""
+    """The model of a cache and its configuration: from `given`, or from where the harvest found the model, or from the
+    Hub."""
     try:
         return find_recorded_model(
             cache.identity["model"], model_folders(cache), given, model_folders(cache, "adapters")
@@ -212,8 +213,8 @@ def find_model_of(cache: Cache, given: str | None) -> tuple[ModelSource, Any]:
 def check_tokenizer(cache: Cache, source: ModelSource, tokenizer: Any) -> tuple[str, ...]:
     """Compare a model's tokenizer with the tokenizer of a cache.
 
-    Returns a note if the files are the same but the installed library versions load a different tokenizer from them
-    than the versions used for the harvest.
+    Returns a note if the files are the same, but the installed library versions load them as a tokenizer that differs
+    from the one in the harvest.
 
     Raises UsageError if the files have changed.
     """

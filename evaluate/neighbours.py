@@ -54,8 +54,8 @@ def find_neighbours(run: ComparedRun) -> RunsBeside:
         if folder == run.folder.resolve() or not (folder / "sae.json").exists():
             continue
         try:
-            # Only core is read, the metric by which all runs are compared: a folder can have many runs and is read
-            # often.
+            # Only core, the metric by which all runs are compared, is read, because a folder can have many runs and is
+            # read often.
             is_seed = digest_of_system(read_run_record(folder)) == digest_of_system(run.record) != ""
             other = read_run(folder, metrics=("core",))
         except SaeError as error:

@@ -191,8 +191,7 @@ def digest_without_seed(record: Mapping[str, Any]) -> str:
 
 
 def without_later_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries, except those that earlier versions did not write and that have the value implied by these
-    versions."""
+    """The entries, without any that earlier versions did not write and whose value is what those versions implied."""
     return {k: v for k, v in entries.items() if k not in LATER_ENTRIES or v != LATER_ENTRIES[k]}
 
 

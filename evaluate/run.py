@@ -127,10 +127,11 @@ def evaluate_saes(
         31.8
 
     Args:
-        saes: Either a mapping of names to objects with `encode`, (T, d_in) -> (T, d_sae), and `decode`, (T, d_sae) ->
-            (T, d_in). They take raw activations, must be on `device` already, and need `cache` and `layer`. No result
-            files are written for them. Or a sequence of run folders (anything `os.PathLike`), which record model, layer
-            and cache. Results are read from and written to `<run>/evaluations/<metric>.json`, as in `sae evaluate`.
+        saes: Either a mapping of names to objects, or a sequence of run folders (anything `os.PathLike`). Objects have
+            `encode`, (T, d_in) -> (T, d_sae), and `decode`, (T, d_sae) -> (T, d_in). They take raw activations, must be
+            on `device` already, and need `cache` and `layer`; no result files are written for them. Run folders record
+            model, layer and cache; their results are read from and written to `<run>/evaluations/<metric>.json`, as in
+            `sae evaluate`.
         cache: The cache whose held-out text is read and whose model is run. For run folders, it defaults to the cache
             that each run was trained on.
         layer: The zero-based block whose activations the objects were trained on. Not for run folders, which record it.
@@ -138,14 +139,13 @@ def evaluate_saes(
         suite: "quick", "full", or names of metrics separated by commas, such as "core,absorption".
         tokens: How many tokens of held-out text to read. Default: as many as SAEBench reads, or all.
         mode: Definitions of the metrics: "0.6.0" (SAEBench's current ones) or "2024-12" (those behind the papers'
-        numbers).
+            numbers).
         max_norm: Rows whose norm exceeds this multiple of the median norm, such as attention sinks, are outliers: the
-            model keeps its own activations there and they are not counted. "none": all rows count. Default: the limit
-            that the SAE was trained with, which run folders record; for objects, the limit of the cache.
+            model keeps its own activations there, and these rows are not counted. "none": all rows count. Default: the
+            limit that the SAE was trained with, which run folders record; for objects, the limit of the cache.
         norm_limit: For objects, the limit as an absolute norm.
-        systems: For objects that differ only by seed: a mapping from their names to the name of their common system,
-        such as
-            {"topk-0": "topk", "topk-1": "topk"}. Stability compares the objects of one system with each other.
+        systems: A mapping from the names of objects that differ only by seed to the name of their common system, such
+            as {"topk-0": "topk", "topk-1": "topk"}. Stability compares the objects of one system with each other.
         options: Options of metrics, as "metric.option=value".
         data: A folder to search for datasets before the Hub: `<name on the Hub>/<split>.jsonl` or `.parquet`.
         force: Measure again even if a run has a result with the same settings.

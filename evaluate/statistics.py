@@ -129,7 +129,7 @@ def holm(p_values: Sequence[float], missing: int = 0) -> list[float]:
 
 @dataclass(frozen=True)
 class PairedDifferences:
-    """The differences of one number between two systems, one for each unit that both were measured on.
+    """The differences of a number between two systems: one difference per unit on which both were measured.
 
     Attributes:
         values: at least two.
@@ -184,7 +184,7 @@ class PairedComparison(NamedTuple):
 
     Attributes:
         differences: None if there are no pairs.
-        better: "up" or "down", the better direction of the number; "" if it has none and is not tested.
+        better: "up" or "down", the better direction of the number; "" if it has none, and is therefore not tested.
         margin: differences of at most this size count as equivalent; None if there is no margin.
     """
 

@@ -5,8 +5,8 @@ library (stdlib.py) have names that begin with `stdlib/`. Sizes count the texts 
 half of them, so a class has train_set_size // 2 texts.
 
 A dataset is read from the local file <data>/<name>/<split>.jsonl or .parquet if it exists (europarl:
-<data>/<name>/<pair of languages>/train), else from the Hub. Names such as <bias_in_bios>_class_set1 and
-<amazon_reviews>_sentiment are SAEBench's; they are read from the folder of the dataset itself.
+<data>/<name>/<pair of languages>/train), else from the Hub. SAEBench uses names such as <bias_in_bios>_class_set1 and
+<amazon_reviews>_sentiment for parts of a dataset; such a part is read from the folder of the dataset itself.
 """
 
 import hashlib
@@ -369,7 +369,7 @@ def open_on_hub(name: str, split: str, subset: str | None) -> Any:
     since their beginning is enough."""
     commit = hub.pinned_commit(name)
     if (error := hub.connection_error()) and hub.cached_commit(name) is None:
-        raise error  # immediately: `datasets` would try for half a minute
+        raise error  # fail at once: `datasets` would keep trying for half a minute
     if name != GITHUB:
         opened = load_dataset(name, name=subset, split=split, streaming=subset is not None, revision=commit)
         hub.check_commit(name, commit, opened)

@@ -33,7 +33,7 @@ LISTED_LATENTS = 8  # nearest latents, and latents that fire together
 LOGIT_TOKENS = 10  # listed tokens with the largest positive logit effects, and as many with the largest negative ones
 BLOCK_ELEMENTS = 2**25  # elements of a dense float32 block: 128 MiB
 MAX_PAIR_TOKENS = 32_768  # number of tokens that are searched for latents that fire together
-MAX_PAIR_COST = 2e9  # maximum number of pairs of firing latents: half a minute on one core
+MAX_PAIR_COST = 2e9  # maximum number of pairs of firing latents; this many take half a minute on one core
 
 
 class Histogram:
@@ -267,7 +267,7 @@ def direct_logits(model: LanguageModel, rows_KD: Tensor) -> Tensor:
     transformer: Any = model.model
     weight_VD = transformer.get_output_embeddings().weight
     sign_D = torch.ones_like(weight_VD[0])
-    sign_D[1::2] = -1  # mean 0 and mean square 1, so that a norm returns its weight, plus a bias if it has one
+    sign_D[1::2] = -1  # mean 0 and mean square 1, so that a norm returns its weight plus, if there is one, its bias
     gain_D = (model.norm(sign_D) - model.norm(-sign_D)) * sign_D / 2
     rows_KD = rows_KD.float()
     if isinstance(model.norm, torch.nn.LayerNorm):

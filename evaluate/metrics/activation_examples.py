@@ -151,7 +151,7 @@ class TokenText:
 
     def text(self, token: int) -> str:
         """A token's text with its leading space, which some tokenizers drop from the first token of a text."""
-        if token >= self.tokens:  # the embedding can have more rows, which not every tokenizer decodes
+        if token >= self.tokens:  # the embedding can have more rows than the tokenizer has tokens
             return ""
         if token not in self.cache:
             alone, both = self.tokenizer.decode([self.before]), self.tokenizer.decode([self.before, token])

@@ -74,8 +74,8 @@ class EvalTarget:
     attention sinks. The model keeps its own activations there, and no metric counts them. If `norm_limit` is None,
     there are no outlier rows.
 
-    Targets of the same `system` differ only by seed; it is "" for a reference or an imported SAE. `name` and `weights`
-    (a digest) are copied from its row.
+    Targets of the same `system` differ only by seed; `system` is "" for a reference or an imported SAE. `name` and
+    `weights` (a digest) are copied from the target's row.
     """
 
     sae: SAELike
@@ -125,7 +125,7 @@ class MetricResult:
     contains the numbers of measured tokens, texts and so on. `flags` are sentences that warn about misleading numbers.
     `extra` is anything else that a metric stores.
 
-    All of these include all rows, as SAEBench defines them. `masked` is the same result without the outlier rows (see
+    All of these cover all rows, as in SAEBench. `masked` is the same result without the outlier rows (see
     `EvalTarget.norm_limit`); it is None if there are no outlier rows, because the two results are then equal.
     """
 
@@ -144,7 +144,8 @@ class MetricResult:
 
     @property
     def notes(self) -> list[str]:
-        """The flags of `sound`, and sentences about numbers over all rows whose names in SAEBench are misleading."""
+        """The flags of `sound`, and sentences about those numbers over all rows that have misleading names in
+        SAEBench."""
         return [*self.sound.flags, *misnamed_numbers(self.metrics)]
 
     def without_outliers(self, outliers: int, rows: int) -> "MetricResult":

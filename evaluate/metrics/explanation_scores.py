@@ -134,7 +134,7 @@ def balanced_scores(fires: Sequence[bool], predicted: Sequence[bool | None]) -> 
 
 
 class ScoreQuestion(NamedTuple):
-    """A question about a latent, with its passages if it is about detection or fuzzing."""
+    """A question about a latent; for detection and fuzzing, also the passages in it."""
 
     score: str
     messages: list[Message]

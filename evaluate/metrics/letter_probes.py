@@ -114,8 +114,8 @@ def train_letter_probes(
 ) -> LetterProbes:
     """Train 26 logistic regressions on the same rows. For each letter, positives and negatives have equal total weight.
 
-    Adam with a learning rate that decays exponentially from 1e-2 to 1e-5, one step per epoch. The loss adds `l1` times
-    the mean over letters of sum |w|. Every letter must occur among the rows.
+    The optimizer is Adam. Its learning rate decays exponentially from 1e-2 to 1e-5 and is lowered once per epoch. The
+    loss adds `l1` times the mean over letters of sum |w|. Every letter must occur among the rows.
     """
     device, bound = rows.device, rows.width**-0.5
     weight_LD = torch.empty(26, rows.width).uniform_(-bound, bound, generator=generator).to(device).requires_grad_()

@@ -46,7 +46,7 @@ class LocalJudge:
     @property
     def identity(self) -> dict[str, Any]:
         """The settings, other than the questions, that affect the judge's answers."""
-        template = digest_of(self.tokenizer.chat_template)[:16]  # its file is not covered by the revision
+        template = digest_of(self.tokenizer.chat_template)[:16]  # the revision does not cover the file of the template
         return {"judge_revision": self.source.revision, "judge_dtype": self.dtype, "judge_template": template}
 
     @cached_property

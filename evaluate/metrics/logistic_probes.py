@@ -1,8 +1,8 @@
 """Logistic probes with the splits, the choice of latents and the choice of regularization of sae-probes.
 
-Source: sae-probes 0.4.2, `utils_data.py`, `run_sae_evals.py` and `utils_training.py` (Kantamneni et al. 2025). Given
-the same rows and labels, the texts of a split, the ranking of latents and the probes equal those of sae-probes. As in
-sae-probes, every random draw is seeded with 42.
+Source: sae-probes 0.4.2, `utils_data.py`, `run_sae_evals.py` and `utils_training.py` (Kantamneni et al. 2025). If the
+rows and labels are the same as in sae-probes, then so are the texts of a split, the ranking of latents and the probes.
+As in sae-probes, every random draw is seeded with 42.
 
 Shape suffixes: N texts, M texts of a split, F latents, K of them, D features.
 """
@@ -81,8 +81,8 @@ def splits_of(
 
 
 def imbalanced_size(label_N: np.ndarray) -> int:
-    """The largest number of texts for which every one of SHARES is possible. The rarer class limits it at its largest
-    share."""
+    """The largest number of texts for which every one of SHARES is possible. The limit is the rarer class, in the split
+    in which its share is largest."""
     positive = int(label_N.sum())
     return int(min((len(label_N) - positive) / (1 - min(SHARES)), positive / max(SHARES)))
 
@@ -131,7 +131,7 @@ def fit_probe(
     """Choose C by cross-validation, train with this C on all texts in a new order, and test.
 
     The penalty is L1 (saga) or L2 (lbfgs); both stop after 1,000 iterations, converged or not. Among equal AUCs, the
-    largest C is chosen. With three texts or fewer C is 1, and the validation AUC is measured on the training texts.
+    largest C is chosen. With three texts or fewer, C is 1 and the validation AUC is measured on the training texts.
     """
     # sae-probes passes torch tensors to scikit-learn, which does not recognize them and computes in float64.
     x_MD, test_x_MD = x_MD.astype(np.float64), test_x_MD.astype(np.float64)
@@ -179,7 +179,7 @@ def folds_of(label_M: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         return
     folds = LeavePOut(2) if texts <= FEW else StratifiedKFold(6, shuffle=True, random_state=SEED)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # fewer texts of a class than folds, as in sae-probes
+        warnings.simplefilter("ignore", UserWarning)  # a class can have fewer texts than folds, as in sae-probes
         drawn = list(folds.split(label_M[:, None], label_M))
     yield from (fold for fold in drawn if len(np.unique(label_M[fold[1]])) == 2)
 

@@ -24,7 +24,7 @@ class Pair:
         decoder: matching by the absolute cosine of decoder rows.
         signed: matching by their signed cosine; the same object as `decoder` if the sign has no meaning.
         activation: matching by the absolute correlation of activations.
-        varying: the number of latents that vary in an SAE; the larger number of the two SAEs.
+        varying: the number of latents that vary, in whichever of the two SAEs it is larger.
     """
 
     decoder: Matching
@@ -80,8 +80,8 @@ def recurring_cosines(pair: Pair) -> np.ndarray:
 
 
 def matched_values(pairs: Sequence[Pair], nulls: Mapping[str, Sequence[Pair]]) -> dict[str, list[float]]:
-    """PW-MCC with each other seed and with each random dictionary. For the latter, the values of each kind, and those
-    of the kind with the larger mean."""
+    """PW-MCC with each other seed and with each random dictionary. Random dictionaries have the values of each kind,
+    and again, as the null, those of the kind with the larger mean."""
     values: dict[str, list[float]] = {}
     for what in ("decoder", "activation"):
         values[f"{what}_pw_mcc"] = [getattr(pair, f"{what}_mcc") for pair in pairs]

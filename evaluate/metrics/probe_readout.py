@@ -82,7 +82,7 @@ def affine_decoder(sae: SAELike, d_in: int, device: torch.device) -> Tensor:
     error = (decoded_BD - (f_BF @ W_dec + offset_D)).abs().max()
     if not error <= 1e-2 * decoded_BD.abs().max():
         raise UsageError(
-            "This SAE's decoder is not affine (f W_dec + b), so the effect of ablating a latent on a probe cannot be "
-            "read from W_dec. SCR and TPP need an affine decoder."
+            "This SAE's decoder does not have the affine form f W_dec + b, so the effect that ablating a latent has on "
+            "a probe cannot be read from W_dec. SCR and TPP need an affine decoder."
         )
     return W_dec.cpu()

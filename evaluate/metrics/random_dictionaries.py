@@ -67,11 +67,11 @@ def random_latents(direction_FD: Tensor, x_DT: Tensor, active_F: np.ndarray) -> 
 
 
 def strongest(value_T: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The indices of the `count` largest values, and by how much each exceeds the largest of the other values. Values
-    equal to that value are left out.
+    """The indices of the `count` largest values, and by how much each exceeds a threshold, the largest of the other
+    values. Values equal to the threshold are left out.
 
-    A sample provides a lower bound of that value, so that only few values have to be sorted. If at most `count` values
-    reach it, it is not a bound, and all values are sorted.
+    A sample provides a lower bound of the threshold, so that only few values have to be sorted. If at most `count`
+    values reach the bound, it is wrong, and all values are sorted.
     """
     sample_T = value_T[::SAMPLED]
     expected = min(int(count / SAMPLED * 1.25) + 8, len(sample_T) - 1)

@@ -11,12 +11,12 @@ Source: Huang et al. 2024, arXiv 2402.17700, as measured by SAEBench 0.6.0 (`eva
 model answers right are used. For each SAE and attribute, a mask is trained on 70 % of the pairs of questions and tested
 on the rest (ravel_masks). Scores are averaged over the attributes of an entity type, then over the types.
 
-Given the same order of attributes, the pairs and batches equal SAEBench's. There are three differences. First, the
-position of the entity's last token differs if the tokenizer adds no token before a text (SAEBench then reads the token
-after the entity) or joins the entity's last token with the following text. Second, time zones differ (ravel_answers).
-Third, attributes about which the model knows too little are left out, and the result says so. Questions whose entity is
-an outlier row (`EvalTarget.norm_limit`) are left out. If there are any, the metric is also measured with them, to
-obtain SAEBench's numbers.
+If the attributes are in the same order as in SAEBench, the pairs and batches are the same, too. There are three
+differences. First, the position of the entity's last token differs if the tokenizer adds no token before a text
+(SAEBench then reads the token after the entity) or joins the entity's last token with the following text. Second, time
+zones differ (ravel_answers). Third, attributes about which the model knows too little are left out, and the result says
+so. Questions whose entity is an outlier row (`EvalTarget.norm_limit`) are left out. If there are any, the metric is
+also measured with them, to obtain SAEBench's numbers.
 
 Shape suffixes: N prompts, D d_in, F latents.
 """

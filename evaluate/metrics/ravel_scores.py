@@ -117,7 +117,7 @@ def score_intervals(by_type: dict[str, list[AttributeScores]], seed: int) -> dic
 def finite_interval(samples: Sequence[np.ndarray], statistic: Any, seed: int) -> list[float]:
     """95 % percentile interval over the resamples in which the statistic is defined."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DegenerateDataWarning)  # from scipy's own interval, if a resample is undefined
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # scipy's own interval warns of undefined resamples
         found = bootstrap(
             samples, statistic, n_resamples=RESAMPLES, vectorized=True, method="percentile",
             rng=np.random.default_rng(seed),

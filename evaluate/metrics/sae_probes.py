@@ -181,7 +181,7 @@ class SaeProbes(Metric):
         return problems
 
     def splits(self, label_N: np.ndarray, side: str) -> list[ProbeSplit]:
-        """The splits for the probes on latents ("sae") or on the model's activations ("llm"), for which sae-probes
+        """The splits for the probes on latents ("sae") or on the model's activations ("llm"). For "llm", sae-probes
         rounds the shares."""
         shares = [round(share * 20) / 20 for share in SHARES] if side == "llm" else SHARES
         return splits_of(self.setting, label_N, self.max_train, shares)

@@ -49,8 +49,8 @@ CLASS_NAMES = {  # as in the names of SAEBench's results
 
 @dataclass(frozen=True)
 class Scr(Ablation):
-    """`scr_metric` is the score of the harder direction. It does not exist if a pair's biased probe is equally bad at
-    both."""
+    """`scr_metric` is the score of the harder direction. A pair of classes has none if its biased probe is equally bad
+    at both tasks."""
 
     datasets: tuple[str, ...] = tuple(CLASS_NAMES)
 
@@ -135,8 +135,8 @@ def scr_scores(
     `biased` is the accuracy of the biased probe, `clean` is the accuracy of the task's own probe, and
     `ablated[task][n]` is the accuracy of the biased probe without n latents of the other task. `scr_metric` is the
     score of the task at which the biased probe is worse; if it is equally bad at both, there is no `scr_metric`. A
-    score is 0 if the missing accuracy is below MIN_ROOM. In mode 2024-12, it is always the quotient, and absent for
-    0/0.
+    score is 0 if the missing accuracy is below MIN_ROOM. In mode 2024-12, a score is always the quotient, and there is
+    none for 0/0.
     """
     scores = {}
     for number, task in enumerate(DIRECTIONS, 1):

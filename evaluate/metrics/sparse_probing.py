@@ -161,7 +161,7 @@ class SparseProbing(Metric):
         sae.scores[name] = probe_dataset(features, ks, self.generators(sae.generator, name))
 
     def generators(self, shared: torch.Generator, dataset: str) -> Callable[..., torch.Generator]:
-        """A function that returns the generator for the draw with some names. With rng="saebench", this is always
+        """A function that takes the names of a draw and returns its generator. With rng="saebench", this is always
         `shared`."""
 
         def generator_for(*names: object) -> torch.Generator:

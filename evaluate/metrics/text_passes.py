@@ -52,7 +52,7 @@ class TextPasses:
         return run
 
     def compute_together(self, with_losses: int, progress: Progress) -> None:
-        """Divide the passes that are not stored yet among the ranks, so that each batch is computed by one rank.
+        """Divide among the ranks the passes that are not stored yet, so that each batch is computed by one rank.
 
         The first `with_losses` batches are run to the end. Does nothing if the command has a single process. If the
         passes do not fit on the disk, each rank computes them for itself when it needs them.

@@ -8,10 +8,11 @@ retain corpus are set to -multiplier wherever they fire. The model then answers 
 (WMDP-bio) and on other subjects (MMLU). Only interventions under which 99 % of the other answers stay right are
 considered. Among these, the lowest accuracy on the subject determines unlearning_score = 1 - accuracy.
 
-Source: Farrell et al. 2024, as measured by SAEBench 0.6.0 (`evals/unlearning`). It differs in its randomness (see
-`rng`), in the order of equally frequent latents (packing.select_forget_latents), and by folding decoder norms into the
-latents. Outlier rows (`EvalTarget.norm_limit`) are neither counted in the corpora nor clamped in the questions. If
-there are outlier rows, the metric is also measured over all rows to obtain SAEBench's number, which doubles the time.
+Source: Farrell et al. 2024, as measured by SAEBench 0.6.0 (`evals/unlearning`). This metric differs from SAEBench's in
+its randomness (see `rng`) and in the order of equally frequent latents (packing.select_forget_latents), and it folds
+decoder norms into the latents. Outlier rows (`EvalTarget.norm_limit`) are neither counted in the corpora nor clamped in
+the questions. If there are outlier rows, the metric is also measured over all rows to obtain SAEBench's number, which
+doubles the time.
 
 Shape suffixes: N prompts, S positions, D d_in, F latents, K clamped latents, M multipliers, V vocabulary, R rows of a
 corpus (in intervals: replicates of the bootstrap), I interventions.

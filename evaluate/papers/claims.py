@@ -150,7 +150,7 @@ class Reading:
     options: Mapping[str, Any] = field(default_factory=dict)
     literal: bool = False
     steps: int | None = None  # training steps, on any model; None: the steps of `run`
-    batch_size: int | None = None  # tokens, on any model; None: as in `run`; in `field` on other models, the recipe's
+    batch_size: int | None = None  # tokens, on any model; None: as in `run` (`field` on other models: as in the recipe)
     substitutes: tuple[Substitution, ...] = ()
 
     @property

@@ -28,8 +28,8 @@ def idle_mechanism(system: str, paper: Paper, runs: Sequence[SystemRun]) -> str:
 
 
 def are_equal(runs: Sequence[SystemRun], others: Sequence[SystemRun]) -> bool:
-    """Whether each run has the same weights as the other system's run with its seed. False unless each system has a
-    single recipe."""
+    """Whether each run has the same weights as the other system's run with the same seed. False unless each system has
+    a single recipe."""
     if len({run.recipe for run in runs}) != 1 or len({run.recipe for run in others}) != 1:
         return False
     weights = {run.seed: run.weights for run in others}

@@ -88,7 +88,8 @@ class PaperReport:
 
     @property
     def distinct_runs(self) -> list[SystemRun]:
-        """The runs without repetition. A run can belong to several systems, as to `run-01` and `runs` in paper 000."""
+        """The runs without repetition. A run can belong to several systems, for example to `run-01` and `runs` in paper
+        000."""
         return list({run.run.folder: run for run in self.runs}.values())
 
     @property

@@ -49,7 +49,7 @@ INTERVAL_TOLERANCE = 0.10  # largest deviation of the ends of its 95 % interval,
 NO_EFFECT = 0.10  # on the paper's model, a difference below this share of the claimed effect counts as no effect
 EQUIVALENCE = 0.90  # level of the interval that must lie within the margin: two one-sided tests at 5 %
 LIKE_L0 = 1.10  # largest ratio of two L0 values that count as alike
-# Metrics that do not depend on L0, or are L0 itself. Every other metric changes with L0 alone.
+# Metrics that do not depend on L0, or are L0 itself. Every other metric changes even if only L0 changes.
 FREE_OF_L0 = ("core.sparsity.l0", "core.sparsity.l1", "absorption.n.", "sparse_probing.llm.", "training.l0", STEP_TIME)
 
 
@@ -119,7 +119,7 @@ def judge(claim: Claim, values: Mapping[str, ValueBySeed], conditions: Condition
 
     - copy: the paper prints the number of another row.
     - paper inconsistent: the paper itself contradicts the claim.
-    - not measured: no metric measures the claim, or a system has no number although it is needed.
+    - not measured: no metric measures the claim, or a number that is needed is missing for a system.
     - mechanism inactive: the mechanism that the claim is about had no effect (see mechanisms.py).
 
     Then the numbers decide (`judge_numbers`):
