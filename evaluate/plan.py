@@ -190,7 +190,7 @@ class EvaluatePlan:
 
 
 def whole_contexts(asked: int | None, read: int, changed: bool) -> str:
-    """A remark to follow the number of tokens if it differs from the requested number; otherwise empty.
+    """A remark that follows the number of tokens if this is not the requested number; otherwise empty.
 
     `changed`: whether an imported SAE's files determine the first token and the length of contexts.
     """

@@ -18,7 +18,7 @@ TIMEOUT_SECONDS = 20  # per request
 
 
 def pinned_commit(name: str) -> str:
-    """The commit at which a dataset is read. Raises the HTTP client's error if the Hub does not report one."""
+    """The commit at which a dataset is read. Raises the HTTP client's error if the Hub does not report a commit."""
     record = sae_home() / "activations" / "evaluation" / "datasets" / f"{name.replace('/', '--')}.json"
     if record.exists():
         pinned = DATASET_RECORD.read(record)

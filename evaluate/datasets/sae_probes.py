@@ -79,7 +79,7 @@ def is_present() -> bool:
 
 
 def damaged_files() -> list[str]:
-    """The files that are missing or were changed after unpacking. If the list of files is damaged, its own name
+    """The files that are missing or were changed after unpacking. If the list of files is damaged, it is named
     alone."""
     folder = data_folder()
     try:

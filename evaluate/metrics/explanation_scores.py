@@ -167,8 +167,8 @@ def judge_latents(
     scores: Sequence[str],
     progress: Progress,
 ) -> dict[str, Any]:
-    """One entry per latent: numbers with SAEBench's names, an object each for detection and fuzzing, prompts and
-    answers.
+    """One entry per latent: numbers with SAEBench's names, one object for detection and one for fuzzing, and the
+    prompts and answers.
 
     First the judge explains all latents. Then it is asked all questions about the explanations together.
     """

@@ -69,8 +69,7 @@ class SpellingPrompts:
     ) -> Self:  # fmt: skip
         """Draw `words` words (0: all) and tokenize the template. Prompts begin with `bos_id`.
 
-        `embedded` is the number of tokens that have an embedding in the model, because the tokenizer can have more
-        tokens.
+        `embedded` is the number of tokens that have an embedding in the model; the tokenizer can have more tokens.
 
         Raises UsageError if the tokenizer cannot build such prompts or has too few words.
         """

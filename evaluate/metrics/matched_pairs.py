@@ -80,8 +80,8 @@ def recurring_cosines(pair: Pair) -> np.ndarray:
 
 
 def matched_values(pairs: Sequence[Pair], nulls: Mapping[str, Sequence[Pair]]) -> dict[str, list[float]]:
-    """PW-MCC with each other seed and with each random dictionary. Random dictionaries have the values of each kind,
-    and again, as the null, those of the kind with the larger mean."""
+    """PW-MCC with each other seed and with each random dictionary. For random dictionaries, there are the values of
+    each kind and, as the null, a copy of those of the kind with the larger mean."""
     values: dict[str, list[float]] = {}
     for what in ("decoder", "activation"):
         values[f"{what}_pw_mcc"] = [getattr(pair, f"{what}_mcc") for pair in pairs]

@@ -207,7 +207,8 @@ def top_features(score_D: Tensor, k: int) -> Tensor:
 
 
 def logistic_accuracy(x_MK: Tensor, label_M: Tensor, test_x_MK: Tensor, test_label_M: Tensor) -> float:
-    """Test accuracy of scikit-learn's logistic regression (C = 1, L2, lbfgs, at most 1000 steps), features unscaled."""
+    """Test accuracy of scikit-learn's logistic regression (C = 1, L2, lbfgs, at most 1000 steps) on unscaled
+    features."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 

@@ -21,7 +21,7 @@ def roc_auc(label_M: np.ndarray, score_M: np.ndarray) -> float:
     last_T = np.append(np.flatnonzero(np.diff(score_M[order_M])), len(score_M) - 1)
     true_T = np.cumsum(label_M[order_M], dtype=np.float64)[last_T]
     false_T = 1 + last_T - true_T
-    if len(last_T) > 2:  # leave out thresholds on straight lines, as scikit-learn does: the sum rounds differently
+    if len(last_T) > 2:  # leave out thresholds on straight lines, as in scikit-learn: they change how the sum rounds
         corner_T = np.ones(len(last_T), bool)
         corner_T[1:-1] = (np.diff(false_T, 2) != 0) | (np.diff(true_T, 2) != 0)
         true_T, false_T = true_T[corner_T], false_T[corner_T]

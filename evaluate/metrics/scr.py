@@ -170,7 +170,8 @@ def pair_flags(biased: Mapping[int, Tensor], clean: Mapping[int, Tensor]) -> lis
 
 @dataclass(frozen=True)
 class ScrStdlib(Scr):
-    """The same metric without a download, on pieces of Python's standard library: two subjects, docstrings or code."""
+    """The same metric without a download, on pieces of Python's standard library: pairs of subjects, in docstrings and
+    code."""
 
     datasets: tuple[str, ...] = ("stdlib/subject",)
     train_set_size: int = 400

@@ -48,7 +48,7 @@ from .random_dictionaries import gaussian_rows, random_latents, second_moment, s
 
 NULLS = ("shuffled", "gaussian")  # kinds of random dictionaries
 EXACT_RANDOM = 2048  # random dictionaries of at most this many latents are matched optimally
-NULL_QUANTILE = 0.99  # no latent recurs below this quantile of the cosines matched with random dictionaries
+NULL_QUANTILE = 0.99  # no latent recurs below this quantile of the cosines of matches with random dictionaries
 SAME_DECODER = 0.9999  # decoder PW-MCC of two seeds above which a flag is added
 MANY_DEAD = 0.1  # share of dead latents above which a flag is added
 

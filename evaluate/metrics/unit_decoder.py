@@ -18,7 +18,7 @@ from ...common.errors import SaeError
 from .base import SAELike, encode_finite
 from .letter_probes import SparseLatents
 
-MAX_DENSE_LATENTS = 2**25  # rows x latents in dense form at a time
+MAX_DENSE_LATENTS = 2**25  # largest number of rows x latents in dense form at a time
 NORM_TOLERANCE = 1e-5  # allowed deviation from 1 of the norms of W_dec's rows
 
 

@@ -11,7 +11,7 @@ from .claims import Paper, PaperSetup
 from .runs import SystemRun
 
 NOT_PRINTED = "not printed"
-MAX_VALUES = 4  # number of different values of a setting that are listed at most
+MAX_VALUES = 4  # maximum number of values of a setting that are listed
 L1_WARMUP_SHARE = 20  # by default, the warm-up of a penalty takes a 20th of the run, as in sae.train.variant
 
 

@@ -115,7 +115,7 @@ def judge(claim: Claim, values: Mapping[str, ValueBySeed], conditions: Condition
     """The verdict on a claim; `values` has the metric of each system by seed.
 
     The first rule that applies decides. T is the claim's target, and an interval is the 95 % interval of Student's t
-    for the mean over seeds. Differences are taken between runs with the same seed, at least two.
+    for the mean over seeds. Differences are taken between runs with the same seed; at least two such pairs are needed.
 
     - copy: the paper prints the number of another row.
     - paper inconsistent: the paper itself contradicts the claim.
@@ -307,8 +307,8 @@ def combine_judgements(judgements: Iterable[Judgement]) -> Judgement:
 
 
 def paired_changes(unit: str, pairs: Sequence[tuple[float, float]]) -> list[float]:
-    """The change in each pair (system, other). If `unit` is empty, it is the difference; otherwise it is in % of the
-    other value, in pp, as x times the other value, or as a share of the other value.
+    """The change in each pair (system, other). If `unit` is empty, it is the difference; otherwise it is expressed in %
+    of the other value, in pp, as a multiple (x) of the other value, or as a share of it.
 
     Empty if a value of the other system is zero, except for differences and changes in pp.
     """
