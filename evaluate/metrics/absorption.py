@@ -10,8 +10,8 @@ absorbed if the probe finds its letter but the letter's contribution comes from 
 Source: Chanin et al. 2024, as measured by SAEBench 0.6.0 (`evals/absorption`). In mode 0.6.0, the numbers are the
 absorption fraction and full absorption; in mode 2024-12, the absorption rate that the five papers report. Randomness
 and prompts differ: SAEBench draws without a seed from a vocabulary whose order changes from process to process. Here
-words are sorted by token, and draws are seeded and equal for every SAE. The prompt on which a word is scored differs
-from the prompt on which it was selected.
+words are sorted by token, and draws are seeded and equal for every SAE. A word is scored on another prompt than it was
+selected on.
 
 Memory: the activations at all words in the model's dtype; 8 bytes for each pair of a word and a latent that fires on
 it; at most unit_decoder.MAX_DENSE_LATENTS dense latents.
@@ -54,7 +54,7 @@ class Absorption(Metric):
     """`words` words are drawn from the vocabulary, as evenly over the letters as possible; 0 selects all words.
 
     Only letters that the probe on the residual stream finds with F1 above `min_GT_probe_f1` are scored. The options
-    `k_sparse_probe_*` set up the probe that reads latents and proposes candidates. The other options are SAEBench's
+    `k_sparse_probe_*` are for the probe that reads latents and proposes candidates. All others are SAEBench's
     thresholds.
     """
 
@@ -154,8 +154,8 @@ class Absorption(Metric):
         return result.without_outliers(rows.outliers, len(rows.train_ND) + len(rows.test_ND))
 
     def scored_letters(self, mode: str, rows: SpellingRows) -> list[int]:
-        """The letters found by the probe on the residual stream, or all letters in mode 2024-12. Raises SaeError if
-        there are none."""
+        """The letters that the probe on the residual stream finds; in mode 2024-12, all. Raises SaeError if it finds
+        none."""
         f1_L = rows.f1_L
         letters = [letter for letter in range(26) if mode == "2024-12" or f1_L[letter] > self.min_GT_probe_f1]
         if not letters:
