@@ -7,11 +7,10 @@ Words from the tokenizer's vocabulary are placed in spelling prompts, and the re
 regressions on the latents find the latents that spell each letter, its *split latents* (letter_probes). A word is
 absorbed if the probe finds its letter but the letter's contribution comes from other latents.
 
-Source: Chanin et al. 2024, as measured by SAEBench 0.6.0 (`evals/absorption`). In mode 0.6.0, the numbers are the
-absorption fraction and full absorption; in mode 2024-12, the absorption rate that the five papers report. Randomness
-and prompts differ: SAEBench draws without a seed from a vocabulary whose order changes from process to process. Here
-words are sorted by token, and draws are seeded and equal for every SAE. A word is scored on another prompt than it was
-selected on.
+Source: Chanin et al. 2024, as measured by SAEBench 0.6.0 (`evals/absorption`). Mode 0.6.0 has the absorption fraction
+and full absorption; mode 2024-12, the absorption rate that the five papers report. Randomness and prompts differ:
+SAEBench draws without a seed from a vocabulary whose order changes from process to process. Here words are sorted by
+token, and draws are seeded and equal for every SAE. A word is scored on another prompt than it was selected on.
 
 Memory: the activations at all words in the model's dtype; 8 bytes for each pair of a word and a latent that fires on
 it; at most unit_decoder.MAX_DENSE_LATENTS dense latents.
@@ -54,8 +53,7 @@ class Absorption(Metric):
     """`words` words are drawn from the vocabulary, as evenly over the letters as possible; 0 selects all words.
 
     Only letters that the probe on the residual stream finds with F1 above `min_GT_probe_f1` are scored. The options
-    `k_sparse_probe_*` are for the probe that reads latents and proposes candidates. All others are SAEBench's
-    thresholds.
+    `k_sparse_probe_*` are for the probe on latents, which proposes candidates. The others are SAEBench's thresholds.
     """
 
     words: int = 0
@@ -154,8 +152,7 @@ class Absorption(Metric):
         return result.without_outliers(rows.outliers, len(rows.train_ND) + len(rows.test_ND))
 
     def scored_letters(self, mode: str, rows: SpellingRows) -> list[int]:
-        """The letters that the probe on the residual stream finds; in mode 2024-12, all. Raises SaeError if it finds
-        none."""
+        """The letters that the probe on the residual stream finds; in mode 2024-12, all 26. Raises SaeError if none."""
         f1_L = rows.f1_L
         letters = [letter for letter in range(26) if mode == "2024-12" or f1_L[letter] > self.min_GT_probe_f1]
         if not letters:
