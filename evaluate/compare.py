@@ -181,7 +181,7 @@ def name_references(found: Sequence[ComparedRun]) -> dict[str, dict[Any, Compare
 
 
 def mixed_seeds(run: ComparedRun, runs: Sequence[ComparedRun]) -> list[str]:
-    """A sentence for each metric whose results for this run and for another run of its system cover different seeds."""
+    """A sentence for each metric that was measured with other seeds for this run than for another run of its system."""
     notes = []
     for metric, settings in run.settings.items():
         if "seeds" not in settings or "seed" not in run.record:

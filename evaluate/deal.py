@@ -96,7 +96,7 @@ def ordered_units(plan: EvaluatePlan, group: EvalGroup) -> list[Unit]:
 
 
 def system_units(plan: EvaluatePlan, group: EvalGroup) -> Iterator[Unit]:
-    """The systems of a group, as units, for each metric that reads all of their seeds."""
+    """For each metric that reads all seeds of a system together, a unit for each system of a group."""
     for metric in plan.metrics:
         if metric.independent_seeds or metric.name not in group.settings:
             continue

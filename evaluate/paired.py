@@ -17,7 +17,8 @@ RunBySeed = Mapping[Any, MeasuredRun]
 
 
 class PairedValues(NamedTuple):
-    """A number of two systems on their common units, or (as the end of a sentence) the reason why there are none."""
+    """A number of two systems on their common units, or the reason why there are none, worded as the end of a
+    sentence."""
 
     ours: Sequence[float] = ()
     theirs: Sequence[float] = ()
@@ -26,7 +27,7 @@ class PairedValues(NamedTuple):
 
 
 class Pairing(NamedTuple):
-    """The paired differences of a number, or (as the end of a sentence) the reason why there are none."""
+    """The paired differences of a number, or the reason why there are none, worded as the end of a sentence."""
 
     differences: PairedDifferences | None
     reason: str = ""

@@ -97,7 +97,7 @@ class EvalTarget:
 
 
 class Progress(Protocol):
-    """Called as a metric advances. A `done` smaller than the previous one starts a new stage of the work."""
+    """Called as a metric advances. If `done` is smaller than in the previous call, a new stage of the work begins."""
 
     def __call__(self, done: int, total: int, note: str = "") -> None: ...
 

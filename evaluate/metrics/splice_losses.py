@@ -51,7 +51,7 @@ def tokens_per_unembed(model: LanguageModel, final_TD: Tensor) -> int:
 
 @dataclass(frozen=True)
 class CountedTokens:
-    """The counted tokens of a batch of `contexts` contexts, or some of them.
+    """All or some of the counted tokens of a batch of `contexts` contexts.
 
     Attributes:
         context_T: the context of each token.
