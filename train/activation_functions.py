@@ -171,7 +171,7 @@ class BatchTopK(KeepTopK, name="batchtopk"):
 
     See Bussmann et al. 2024.
 
-    A loaded SAE therefore encodes each token independently. The mechanism BatchTopKThreshold sets the threshold.
+    With a threshold, a loaded SAE encodes each token independently. The mechanism BatchTopKThreshold sets it.
     """
 
     threshold: Tensor  # ()

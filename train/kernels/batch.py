@@ -53,7 +53,7 @@ def grid(x_BD: Tensor, tile: tuple[int, int]) -> tuple[int, int]:
 
 @triton.jit
 def place(tokens, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The columns of this program's tile, which of them exist, and the same for the elements of the tile."""
+    """The indices of this program's columns and a mask of those that exist; the same for the elements of its tile."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = column < width
@@ -90,7 +90,7 @@ def normalize_tile(
 
 @triton.jit
 def combine_tiles(sums, squares, variance, tokens, width, blocks, parts, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """For a block of columns, compute the squared distances of all rows from the mean row, given those in each tile."""
+    """For a block of columns, sum the squared distances of all rows from the mean row, given the sums of each tile."""
     block = tl.program_id(0)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width

@@ -33,7 +33,7 @@ def normalize_by_torch(
 
 
 def squared_distances(x_BD: Tensor) -> Tensor:
-    """() sum_BD (x - mean_B x)^2."""
+    """Scalar: sum_BD (x - mean_B x)^2."""
     return (x_BD - x_BD.mean(0)).square().sum()
 
 
@@ -58,7 +58,7 @@ def _(
 
 @torch.library.custom_op("sae::compare", mutates_args=(), device_types="cpu")
 def compare(product_BD: Tensor, b_D: Tensor, x_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, D) the error x - (f W_dec + b_dec), and () the sum of its squares, both in the dtype of x.
+    """The error x - (f W_dec + b_dec) (B, D) and the sum of its squares, a scalar, both in the dtype of x.
 
     `product_BD` is f W_dec.
     """
@@ -86,7 +86,7 @@ def _(product_BD: Tensor, b_D: Tensor, x_BD: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("sae::compare_backward", mutates_args=(), device_types="cpu")
 def compare_backward(error_BD: Tensor, gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The gradients of f W_dec (B, D) in `dtype` and of b_dec (D), given the `gradient` () of the sum of squares."""
+    """The gradients of f W_dec (B, D) in `dtype` and of b_dec (D), given the `gradient` of the sum of squares."""
     return compare_backward_by_torch(error_BD, gradient, dtype)
 
 

@@ -99,7 +99,7 @@ def in_float64(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def decodes_as_torch(counts: Sequence[int], dtype: torch.dtype, device: str) -> bool:
-    """Whether the kernels decode tokens with `counts` latents, and sum rows, like float64 on a CPU up to rounding."""
+    """Whether the kernels decode tokens with `counts` latents and sum rows as a CPU does in float64, up to rounding."""
     generator, n, width = torch.Generator().manual_seed(0), 400, 70
     count_B, latent_N = torch.tensor(counts), torch.cat([torch.arange(count) for count in counts])
     value_N, row_FD, bias_D, x_BD = (

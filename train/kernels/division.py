@@ -44,7 +44,7 @@ MOST_ROWS = 256  # maximum number of rows in a tile
 JUMP_SPAN = 512  # tokens that a program of JumpReLU's kernels reads, one tile after the other
 JUMP_TILE = 16, 128  # tokens and latents in a tile
 BATCH_TILE = 32, 128  # tokens and columns of a batch that a program reads
-SUM_TILE = 32, 16, 128  # rows added at once, sums per program, and columns of both
+SUM_TILE = 32, 16, 128  # rows that a program adds at once, sums that it computes, and columns of both
 PREFIX_SPAN = 128  # tokens that a program of the prefixes' kernels reads, one tile after the other
 PREFIX_COLUMNS = 64  # dimensions in a tile
 PAIR_TILE = 32, 64  # pairs that a program counts, and words of 64 tokens that it reads at once
@@ -52,7 +52,7 @@ THRESHOLD_CHUNK = 1024  # latents that a program reads at once to find the small
 
 
 def equal_spans(size: int, programs: int, chunk: int) -> tuple[int, int]:
-    """How many programs, at most `programs`, share `size` elements, and the elements of each, a multiple of `chunk`."""
+    """The number of programs (at most `programs`) that share `size` elements, and the span of each (whole chunks)."""
     span = -(-size // (programs * chunk)) * chunk
     return -(-size // span), span
 

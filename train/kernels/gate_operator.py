@@ -45,10 +45,7 @@ def gate_gradients(
     """The gradients of `gate_latents`.
 
     Args:
-        z_BF: the argument of `gate_latents`, like the next three.
-        scale_F: see above.
-        gate_F: see above.
-        mag_F: see above.
+        z_BF, scale_F, gate_F, mag_F: the arguments of `gate_latents`.
         of_f_BF: the gradient of f, in the dtype of z.
         of_gate_BF: the gradient of f_gate, in the dtype of z.
         of_sum: () the gradient of the sum of f_gate over tokens and latents.

@@ -1,4 +1,7 @@
-"""The operator `gram`: a matrix product whose result has another dtype than its inputs. torch has it only for GPUs."""
+"""The operator `gram`: a matrix product whose result has another dtype than its inputs.
+
+torch has such a product only for GPUs.
+"""
 
 import torch
 from torch import Tensor

@@ -47,7 +47,7 @@ def gradients_of_part(
     z, theta, g, of_z, part, tokens, width, half, inverse,
     TO_INPUT: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of z for a part of the tokens and latents, and its sums over the part where z is near theta."""
+    """For a part of the tokens and latents, the gradient of z, and the sums of g over the tokens with z near theta."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(1) * SPAN
     inside = column < width

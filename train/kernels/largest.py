@@ -19,7 +19,7 @@ TILE = 64  # programs whose counts are added at once
 
 
 def find_largest(z_RN: Tensor, k: int, room: int = ROOM, programs: int = PROGRAMS, chunk: int = CHUNK) -> Tensor:
-    """`largest` for bfloat16, float16 or float32. The other arguments are powers of two; tests pass smaller ones."""
+    """`largest` for bfloat16, float16 or float32. The last three arguments are powers of two; tests reduce them."""
     z_RN = z_RN.contiguous()
     rows, n = z_RN.shape
     index_RK = torch.empty(rows, k, dtype=torch.int64, device=z_RN.device)
@@ -87,7 +87,10 @@ def kth_largest(key, k, BITS: tl.constexpr):
 def select(
     z, choice, chosen, n, span, k, FROM_CHOICE: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, INF: tl.constexpr
 ):
-    """Write the positions in a row of the k largest elements of a part of the row, or of elements chosen before."""
+    """Write where in their row the k largest elements are.
+
+    Only the elements of a part of the row are considered, or those that programs for its parts have chosen before.
+    """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     place = tl.arange(0, BLOCK)
@@ -114,7 +117,7 @@ def count_digit(
     z, bound, histogram, above, n, span,
     AT: tl.constexpr, TOP: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, INF: tl.constexpr,
 ):  # fmt: skip
-    """Count each value of the digit at bit AT, over the keys of a part whose higher digits equal the bound's."""
+    """Count the values of the digit at bit AT, for those keys of a part whose higher digits equal the bound's."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     place = tl.arange(0, CHUNK)

@@ -73,7 +73,7 @@ def decode_by_bags(
 
 
 def products_with_rows(row_BD: Tensor, row_FD: Tensor, latent_N: Tensor, token_start_B: Tensor) -> Tensor:
-    """(N) the dot product of each kept latent's row with the row of its token. All rows have the same dtype."""
+    """(N): the dot product of each kept latent's row with the row of its token. All rows have the same dtype."""
     at_N = torch.arange(len(latent_N), device=latent_N.device)
     token_N = torch.searchsorted(token_start_B, at_N, right=True) - 1
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
@@ -132,8 +132,8 @@ def _(index_N: Tensor, row_RD: Tensor, start_F: Tensor, weight_N: Tensor, transp
 def jump_gradients(z_BF: Tensor, theta_F: Tensor, g_BF: Tensor, eps: float, to_input: bool) -> tuple[Tensor, Tensor]:
     """JumpReLU's gradients, from the gradient g of z H(z - theta) (train/variants/jumprelu.py).
 
-    Returns the gradient of z (B, F), which with `to_input` includes the gradient through theta's window, and the sums
-    over tokens of g where |z - theta| < eps/2 (F), in theta's dtype.
+    Returns the gradient of z (B, F), and the sums (F), in theta's dtype, of g over the tokens with |z - theta| < eps/2.
+    With `to_input`, the gradient of z includes the gradient through theta's window.
     """
     return jump_gradients_by_torch(z_BF, theta_F, g_BF, eps, to_input)
 

@@ -1,4 +1,4 @@
-"""The operator that counts how often both latents of a pair fire: see operators.py, and `competition`."""
+"""The operator that counts how often both latents of a pair fire: see operators.py, and the recipe `competition`."""
 
 from collections.abc import Iterator
 
@@ -10,12 +10,12 @@ BLOCK = 2**24  # elements to process at once, so that a table of pairs needs lit
 
 @torch.library.custom_op("sae::count_pairs", mutates_args=(), device_types="cpu")
 def count_pairs(word_FW: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
-    """(P) int64: the number of bits that are set in the rows of both latents of a pair. Rows are int64 words."""
+    """(P) int64: for each pair, the number of bits that are set in both latents' rows, which consist of int64 words."""
     return count_pairs_by_torch(word_FW, first_P, second_P)
 
 
 def count_pairs_by_torch(word_FW: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
-    """The bits are counted in twos, fours, bytes and words."""
+    """`count_pairs` by torch. The bits are counted within twos, then within fours, bytes and words."""
     counts = []
     for first, second in pair_blocks(first_P, second_P, word_FW.shape[1]):
         bits = word_FW[first] & word_FW[second]

@@ -44,7 +44,7 @@ def compare_part(
     part, bias, x, recon, squared, prefixes, tokens, width,
     SPAN: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The reconstruction of a part of the tokens and dimensions, and the squared errors there of every prefix."""
+    """For a part of the tokens and dimensions, the reconstruction and the squared errors of every prefix."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     prefix = tl.arange(0, ROOM)
     offset = tl.load(bias + column, mask=column < width, other=0.0)[None, :]
@@ -67,7 +67,7 @@ def gradients_of_part(
     part, bias, x, weight, g, sums, prefixes, tokens, width,
     SPAN: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a part of the tokens and dimensions, and the sums of the first gradient over these tokens."""
+    """For some tokens and dimensions, the gradient of each section, and the sums over tokens of the first gradient."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     prefix = tl.arange(0, ROOM)
     offset = tl.load(bias + column, mask=column < width, other=0.0)[None, :]

@@ -37,9 +37,9 @@ def decode_token(
 ):  # fmt: skip
     """Decode one token, and compare it with x.
 
-    The rows are read in chunks of columns, the same chunk of all rows at once. Their sum is this chunk of the
-    reconstruction. The dot products of the rows with the error in this chunk are added to the slopes. For a token with
-    more than BLOCK latents, the rows beyond the first BLOCK are read twice.
+    The rows of the token's latents are read in chunks of columns, the same chunk of all rows at once. The weighted sum
+    of these chunks is a chunk of the reconstruction. The dot products of the rows with the error are added up over the
+    chunks (`slopes`). For a token with more than BLOCK latents, the rows beyond the first BLOCK are read twice.
     """
     token = tl.program_id(0).to(tl.int64)
     place, column = tl.arange(0, BLOCK), tl.arange(0, CHUNK)

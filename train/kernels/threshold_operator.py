@@ -6,7 +6,7 @@ from torch import Tensor
 
 @torch.library.custom_op("sae::follow_threshold", mutates_args=("threshold", "batches"), device_types="cpu")
 def follow_threshold(value_N: Tensor, threshold: Tensor, batches: Tensor, rate: float) -> None:
-    """Move a threshold towards the smallest positive value, and count the batch; on a GPU, in two launches.
+    """Move a threshold towards the smallest positive value, and count the batch. On a GPU, this takes two launches.
 
     Args:
         value_N: latents of a batch, in any order. Only those above zero count; if there are none, the threshold stays.
@@ -23,7 +23,7 @@ def follow_by_torch(value_N: Tensor, threshold: Tensor, batches: Tensor, rate: f
 
 
 def lowest_positive(value_N: Tensor) -> Tensor:
-    """() the smallest value above zero, in float32; infinity if there is none."""
+    """Scalar: the smallest value above zero, in float32; infinity if there is none."""
     value_N = value_N.float()
     return torch.where(value_N > 0, value_N, torch.inf).min()
 

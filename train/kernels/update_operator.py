@@ -37,7 +37,8 @@ def update_by_torch(
         copies: bfloat16 copies of the first weights; they receive the updated values.
         unit: for each weight, whether it is a matrix with unit rows. The gradients of such rows are projected onto the
             tangent space, and the rows are normalized after the update.
-        decays: the weight decay of each weight; `coupled` adds it to the clipped gradient, otherwise weights shrink.
+        decays: the weight decay of each weight. If `coupled` is true, it is added to the clipped gradient; otherwise
+            it shrinks the weight.
         loss: () float32.
         i: () int64, index of the step.
         failed_at: () int64, the first step whose loss or gradient was not finite, or -1. Starting at that step, nothing
