@@ -12,7 +12,7 @@ from .variant import Variant
 class KernelUpdate(WeightUpdate):
     """Updates all weights of a variant with the operator `update`, which also keeps bfloat16 copies of the matrices.
 
-    It uses the optimizer's own moments, so checkpoints are the same with and without kernels. Matrix products in
+    It uses the optimizer's own moments, so checkpoints have the same form with and without kernels. Matrix products in
     bfloat16 read the copies instead of rounding the weights in every step, and return gradients in bfloat16. Any other
     code that writes weights has to call `renew_copies` afterwards.
 
