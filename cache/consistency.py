@@ -117,9 +117,9 @@ def check_manifest(path: Path, manifest: Mapping[str, Any], attributes: Mapping[
 def check_manifest_files(
     path: Path, files: Mapping[str, Any], complete: Iterable[str], tokens: str, layout: Layout
 ) -> None:
-    """Raise DamagedError unless a manifest lists the text of its cache and exactly the files of the complete arrays.
+    """Raise DamagedError unless a manifest lists the token files of its cache and all files of the complete arrays.
 
-    For arrays that are not complete, it may list any file that these arrays can have.
+    It may also list any files that incomplete arrays can have, but no others.
     """
     every = range(layout.n_windows)
     expected = token_files(files) | window_files(layout, complete, every)

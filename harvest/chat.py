@@ -158,7 +158,7 @@ class ChatEncoder:
         return len(prefix)
 
     def own_part(self, messages: Sequence[dict[str, Any]], number: int, text: str, start: int, end: int) -> Span:
-        """The part written by the role, within the text[start:end] that message `number` adds."""
+        """What the role itself wrote in message `number`, which adds text[start:end] to the rendered conversation."""
         if messages[number]["role"] == ASSISTANT:
             header = self.render(messages[:number], prompt=True) if number else ""
             if len(header) > start and text.startswith(header):

@@ -48,7 +48,7 @@ class Resized(NamedTuple):
 
 
 class PassMemory(NamedTuple):
-    """The memory of the runs of a pass on the device, in bytes."""
+    """The device memory, in bytes, that the runs of one pass take."""
 
     state: int  # total of all runs
     step: int  # additional during a step: the largest of any run, since runs take turns

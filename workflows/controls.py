@@ -1,4 +1,4 @@
-"""Train the controls of runs, for `sae evaluate --controls` (train/variants/controls.py; arXiv 2602.14111).
+"""Train control SAEs for given runs, for `sae evaluate --controls` (train/variants/controls.py; arXiv 2602.14111).
 
 A control is trained once, with seed 0, for the rows, width, L0, steps, batch size and order of batches of the runs that
 it controls for. It is an ordinary run in `activations/evaluation/controls/`, where later commands find it, or resume it

@@ -1,4 +1,4 @@
-"""Pictures for the README: one latent of the standing bench in its dashboard, and the comparison of its runs.
+"""Pictures for the README, from the results of run.py: one latent in the dashboard, and the comparison of the runs.
 
     python benchmarks/real_model/pictures.py [--folder FOLDER] [--latent N] [--out docs]
 

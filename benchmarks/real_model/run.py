@@ -1,4 +1,4 @@
-"""The standing bench: a real language model through every stage, with independent checks of the numbers.
+"""Run a real language model through every stage of the package, and check the numbers independently.
 
     python benchmarks/real_model/run.py [--folder FOLDER] [--tokens 500k] [--steps 2000] ...
 
@@ -10,8 +10,9 @@ There are two arms, each with its own SAE_HOME, FOLDER/<arm>:
 
 Three checks use forward_hooks.py and share no code with the package: KL, CE and explained variance of every SAE, the
 bits of stored activations, and the loss for different beginnings of a context. Each stage writes a file
-FOLDER/stages/NAME.json when it is done and is skipped afterwards; a stage that was killed continues where its command
-continues. At the end, a JSON file and a Markdown table of everything are written to benchmarks/results/ or --out.
+FOLDER/stages/NAME.json when it is done and is skipped afterwards. A stage that was killed is run again, and
+its `sae` command resumes where it stopped. At the end, a JSON file and a Markdown table of everything are written to
+benchmarks/results/ or --out.
 """
 
 import argparse

@@ -322,7 +322,7 @@ class SweepRun:
             self.clock.after(self.rng.expovariate(rate), self._fail, node)
 
     def _fail(self, lost: Node) -> None:
-        """The launcher ends all ranks; the same command continues from checkpoints. A new node has an empty cache."""
+        """The launcher ends all ranks. They start again from checkpoints. A new node has an empty cache."""
         self.failures += 1
         self._plan_failure(lost)
         lost.present[:] = False

@@ -285,7 +285,8 @@ def fitting_thresholds(thresholds: Sequence[int], d_sae: int, metric: str) -> tu
     """The numbers of latents to ablate in an SAE of this width. Default thresholds above the width are dropped.
 
     Raises:
-        UsageError: the SAE has fewer latents than a threshold that was set, or than the smallest default.
+        UsageError: the SAE has fewer latents than one of the thresholds that the user set or, if the user set none,
+            than the smallest default threshold.
     """
     fit = tuple(n for n in thresholds if n <= d_sae)
     if len(fit) == len(thresholds) or (fit and tuple(thresholds) == THRESHOLDS):

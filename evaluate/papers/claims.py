@@ -8,9 +8,9 @@ without stating a number (`unreported`). Every statement comes with a quote of a
 A claim is a printed number for one system and one metric. If `against` is given, it compares two systems. Then either
 both have a number (`against_value` is the number of the other system), or the value is the change relative to the other
 system. The unit of a change is % of the other system's number, pp between two shares, or x (times the other system's
-number). If the paper expresses the sign of a change in words, the sign of the value was added here. A comparison in
-words alone has no value: `says` is its direction or "equal", within a `margin` that was fixed in the file before
-anything was measured.
+number). If the paper expresses the sign of a change in words, the sign of the value was added here. If the paper
+compares in words alone, `says` takes the place of the number: it is the direction, or "equal" for a difference within
+`margin`, which was fixed in the file before anything was measured.
 
 A paper often states one comparison several times. A claim that `restates` another is judged but not counted again. A
 claim that repeats the number of another row for a different system (`copy_of`) is not judged.

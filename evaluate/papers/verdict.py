@@ -142,10 +142,10 @@ def judge(claim: Claim, values: Mapping[str, ValueBySeed], conditions: Condition
 
     Two conditions can replace this verdict:
 
-    - not comparable, because of L0 (on another model, and for every metric that changes with L0): the L0 of the two
-      systems differ by more than 10 %. If the paper itself compares them at L0 values that differ in the same
-      direction, the verdict can be at most `direction only`. If the paper compares them at different L0 and ours are
-      alike, the claim cannot be contradicted.
+    - not comparable, because of L0: the L0 values of the two systems differ by more than 10 %. This condition applies
+      only on a model other than the paper's, and only to metrics that change with L0. If the paper itself compares the
+      systems at L0 values that differ in the same direction, the verdict can be at most `direction only`. If the paper
+      compares them at different L0 values and ours are alike, the claim cannot be contradicted.
     - not of the paper's equation: the reading replaces an equation that the claim is about, so that the claim can be
       neither reproduced nor contradicted.
     """

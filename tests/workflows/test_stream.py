@@ -208,7 +208,7 @@ def test_a_resumed_run_keeps_its_options_when_defaults_change(asked, tmp_path: P
 
 
 def test_what_was_released_is_not_harvested_again(asked, tmp_path: Path) -> None:
-    """Stopped in the third group; the same command continues with windows of the third group and later ones only."""
+    """After a stop in the third group, the same command, run again, has only windows of the third group and later."""
     request, seen = request_of("topk"), set()
 
     def press(step: int, *_: object) -> None:

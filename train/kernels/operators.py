@@ -1,6 +1,6 @@
 """The operators that have kernels in Triton.
 
-Each operator is registered with torch, so that torch.compile, traces without values and CUDA graphs treat it as one
+Each operator is registered with torch, so that torch.compile, fake-tensor tracing and CUDA graphs treat it as one
 operation. It has two implementations with the same result: kernels on a GPU, and torch operations on a CPU. The tests
 compare them. Importing this module does not import Triton.
 """

@@ -277,7 +277,7 @@ class Neighbours(Mechanism):
 
     @torch.no_grad()
     def update(self, sae: SAE) -> None:
-        """Write neighbors and their cosines into the activation."""
+        """Store each latent's nearest neighbors and their cosines in the buffers of the activation function."""
         groups, count = self.activation.near_groups, self.activation.neighbours
         rows_FD = sae.W_enc.T if self.near == "encoder" else sae.W_dec
         unit_GMD = F.normalize(rows_FD, dim=1).unflatten(0, (groups, -1))

@@ -183,7 +183,7 @@ def add_dynamic_l1(parts: CollapseParts, options: o.DynamicL1Options) -> None:
 
 
 def add_diversity(parts: CollapseParts, options: o.DiversityOptions) -> None:
-    """Add a loss on unequal use of the latents."""
+    """Add a loss that penalizes unequal use of the latents."""
     groups = options.groups if isinstance(options, o.GroupOptions) else None
     parts.add_loss("diversity", options.diversity_strength, DiversityLoss(groups), options)
 

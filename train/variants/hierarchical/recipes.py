@@ -73,7 +73,7 @@ class HierarchicalOptions(RecipeOptions):
     window: int = 100
     """Number of steps w in the window (4), and between two restarts."""
     terms: Literal["w", "w+1"] = "w"
-    """Number of terms in the sum of (4): w, or w + 1 as printed. The sum is divided by w in both cases."""
+    """Number of terms in the sum of (4): w, or w + 1 as in the printed formula. Both sums are divided by w."""
     below: float = 0.01
     """A latent is dead if p_i is below this (4)."""
     stability: Literal["any", "mean"] = "any"

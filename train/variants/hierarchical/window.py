@@ -15,7 +15,8 @@ class ResampleByWindow(ResampleDead):
     SAE count as dead. At the start of the run and after each restart, a latent has a full window before it can be
     restarted.
 
-    Paper: its sum from t - w to t has w + 1 terms. `terms` is w, or w + 1 as printed.
+    Paper: its sum from t - w to t has w + 1 terms. `terms` is w by default, and w + 1 follows
+    the paper's formula.
 
     Args:
         every: steps between two restarts; default `window`.
