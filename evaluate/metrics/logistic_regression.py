@@ -62,7 +62,10 @@ Trainer = Callable[[np.ndarray, np.ndarray], Train]
 
 
 def logistic_trainer(x_MD: np.ndarray, label_M: np.ndarray, *, l1: bool) -> Train:
-    """A function that fits the regression to float64 rows with labels 0 or 1, with L1 by the compiled loop if possible."""
+    """A function that fits the regression to float64 rows with labels 0 or 1.
+
+    With L1 it uses the compiled loop if that is available.
+    """
     trainer = compiled_trainer() if l1 else None
     return trainer(x_MD, label_M) if trainer else functools.partial(train_with_sklearn, x_MD, label_M, l1=l1)
 
