@@ -139,8 +139,7 @@ REVIEW_COLUMNS: dict[str, Any] = {"text": "text", "label": "category", "attribut
 BIOS_PAIRS = ((21, 13), (1, 11), (25, 22), (2, 26))
 # (books, CDs and vinyl), (software, electronics), (pet supplies, office products), (industrial, toys and games)
 REVIEWS_PAIRS = ((24, 26), (30, 6), (18, 11), (3, 1))
-# Pairs of subjects for which SCR's biased probe uses both signals, the subject and the kind. With other pairs, or with
-# prose and code as the kinds, it uses only one signal.
+# With these, SCR's biased probe uses both subject and kind. With other pairs, or the kinds prose and code, only one.
 SUBJECT_PAIRS = (("network", "numbers"), ("numbers", "python"), ("files", "numbers"))
 
 HUB: dict[str, LabeledDataset | CodeDataset | TranslationDataset] = {
