@@ -282,11 +282,6 @@ class _SquaredError(torch.autograd.Function):
         return error_BD * (2 * gradient[0]), None
 
 
-def sections(sizes: Sequence[int]) -> list[slice]:
-    """Consecutive slices of these sizes."""
-    return [slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
-
-
 class _ReconstructionError(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, product_BD: Tensor, b_D: Tensor, x_BD: Tensor) -> tuple[Tensor, Tensor]:
@@ -307,6 +302,11 @@ class _ReconstructionError(torch.autograd.Function):
             return *compare_backward(error_BD, of_squared_error, ctx.dtype), None
         g_BD = -of_error_BD if of_squared_error is None else error_BD * (-2 * of_squared_error) - of_error_BD
         return g_BD.to(ctx.dtype), g_BD.sum(0), None
+
+
+def sections(sizes: Sequence[int]) -> list[slice]:
+    """Consecutive slices of these sizes."""
+    return [slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
 
 
 def decoder_gradients(

@@ -36,9 +36,7 @@ class Step:
     part_of: "Step | None" = None  # the batch, if this is a part of it (train/accumulate.py)
     statistics: "dict[Mechanism, Tensor]" = field(default_factory=dict)  # for a batch in parts
     selected_N: Tensor | None = None  # the values of the latents that TopK or BatchTopK selected, if available
-    values: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # tensors for losses, from a recipe's own pass (SAE.own_pass)
+    values: Mapping[str, Tensor] = field(default_factory=dict)  # for losses, from a recipe's own pass (SAE.own_pass)
     _error_BD: Tensor | None = None
     _squared_error: Tensor | None = None
     _variance: Tensor | None = None

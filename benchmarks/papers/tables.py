@@ -10,7 +10,7 @@ those of evaluate/statistics.py; design.md says what they mean.
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -240,15 +240,13 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def family_table(lines: Sequence[Line], chosen: Callable[[Line], bool] = lambda line: True) -> list[str]:
-    """The chosen comparisons of a family. They are corrected for the whole family, even if a part of it is not measured
+def family_table(lines: Sequence[Line]) -> list[str]:
+    """The comparisons of a family. They are corrected for the whole family, even if a part of it is not measured
     yet."""
     tests = sum(not line.why_not for line in lines)
     findings = judge([line.comparison for line in lines], planned=tests)
     rows = []
     for line, found in zip(lines, findings, strict=True):
-        if not chosen(line):
-            continue
         one = line.differences
         layers = [f"L{layer} {mean(some):+.4f}" for layer, some in line.by_layer.items() if some]
         rows.append([

@@ -172,7 +172,7 @@ def test_a_deletion_that_is_killed_is_finished_by_the_next(
     class Killed(BaseException):
         pass
 
-    for number in (1, 2, len(before) - 1):
+    for number in (1, 2, 3, 8, len(before) - 2, len(before) - 1):
         left = iter(range(number))
 
         def some(store: ObjectStore, keys: list[str]) -> None:

@@ -55,6 +55,6 @@ def test_without_one_of_these_a_checkpoint_has_another_state(gpu: SimulatedGPU, 
 
 
 @pytest.mark.slow
-def test_five_hundred_orders(gpu: SimulatedGPU) -> None:
-    assert gpu("copies.wrong_batches", orders=500) == gpu("copies.wrong_windows", orders=500) == []
-    assert gpu("copies.wrong_windows_of_a_gpu", orders=50) == gpu("copies.wrong_checkpoints", orders=200) == []
+def test_three_thousand_orders(gpu: SimulatedGPU) -> None:
+    assert gpu("copies.wrong_batches", orders=3000) == gpu("copies.wrong_windows", orders=3000) == []
+    assert gpu("copies.wrong_windows_of_a_gpu", orders=300) == gpu("copies.wrong_checkpoints", orders=1000) == []

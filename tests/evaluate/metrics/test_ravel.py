@@ -200,8 +200,8 @@ def test_an_sae_alone_is_measured_as_in_company_at_any_hook_and_by_any_batch_of_
     targets.append(EvalTarget(one_by_one(), Hook(1, "resid_pre")))  # the same activations
     together = metric.measure(ctx, targets, silent)
     monkeypatch.setattr(ravel_masks, "PAIRS_PER_GENERATION", 5)
-    for number in (0, 2, 3):
-        assert metric.measure(ctx, targets[number : number + 1], silent) == together[number : number + 1]
+    for target, found in zip(targets, together, strict=True):
+        assert metric.measure(ctx, [target], silent) == [found]
     assert together[3] == together[0]
     assert scores(together[2])["cause_score"] < 0.5  # nothing of the entity is left
     assert metric.measure(ctx, targets[:1], silent) != replace(metric, random_seed=7).measure(ctx, targets[:1], silent)

@@ -440,7 +440,7 @@ def train_on(planted: bool, seed: int) -> SAE:
     torch.manual_seed(seed)
     one, data = SAE(WIDTH, FEATURES, [TopK(ACTIVE)]), torch.Generator().manual_seed(3)
     optimizer = torch.optim.Adam(one.parameters(), lr=0.01)
-    for _ in range(250 if planted else 150):
+    for _ in range(500 if planted else 150):
         x_BD = features_or_noise(planted, 256, data)
         loss = (one(x_BD).recon_BD - x_BD).square().sum(1).mean()
         optimizer.zero_grad()
@@ -459,7 +459,7 @@ def test_two_seeds_agree_on_planted_features_and_not_on_noise(planted):
     outcome, _ = Stability().compare_seeds(targets, [0, 1], rows, "cpu", lambda *_: None).values()
     found = outcome.metrics["stability"]
     if planted:
-        assert min(found["decoder_pw_mcc"], found["activation_pw_mcc"]) > 0.7 and found["recurring"] > 0.6
+        assert min(found["decoder_pw_mcc"], found["activation_pw_mcc"], found["recurring"]) > 0.7
         assert max(found["decoder_pw_mcc_null"], found["activation_pw_mcc_null"]) < 0.6
     else:
         assert found["decoder_pw_mcc"] == pytest.approx(found["decoder_pw_mcc_null"], abs=0.06)
