@@ -1,10 +1,10 @@
 """How fast a cache is read: `python benchmarks/bench_cache.py [--gb 2]`.
 
-The script writes a cache of synthetic bfloat16 rows of width 2304 with the writer that a harvest uses. Our loader and
-the alternatives then read batches, in rounds, in random order. The tables have medians, relative to a memory copy of
-the same bytes in the same run. In `epoch 2` the files are already mapped and their pages are in memory, because the
-first epoch verified and touched the chunks. The first epoch is measured in separate processes, warm and cold; cold
-means that the files were dropped from the page cache.
+The script writes a cache of synthetic bfloat16 rows of width 2304 with the writer that a harvest uses. The batches are
+then read by our loader and by the alternatives, which take turns in random order in every round. The tables show median
+times, relative to the time of copying the same bytes in memory in the same run. In `epoch 2` the files are already
+mapped and their pages are in memory, because the first epoch verified and touched the chunks. The first epoch is
+measured in separate processes, warm and cold; cold means that the files were dropped from the page cache.
 """
 
 import argparse
@@ -177,7 +177,7 @@ def main() -> None:
         cache = make_cache(folder / "cache", args.gb)
         packed = make_cache(folder / "packed", args.gb / 4, compress=True)
         make_cache(folder / "small", args.gb / 4)
-        # This comes first, while no process has mapped the files: mapped pages are not dropped from the page cache.
+        # The first epochs are timed before any process has mapped the files: mapped pages stay in the page cache.
         print("\n| our loader, batches of 2048 | first batch | ms a batch, epoch 1 | epoch 2 | anonymous memory |")
         print("|---|---|---|---|---|")
         for name, size in (("small", args.gb / 4), ("cache", args.gb)):

@@ -27,7 +27,7 @@ LAYERS = (5, 12, 19)
 
 
 def harvested_rows(folder: Path, tokens: int) -> dict[str, np.ndarray]:
-    """Bits (rows, 128) of each layer."""
+    """The bfloat16 bits of each layer, shape (rows, 128)."""
     config = HarvestConfig(
         model="gemma-2-mini", layers=LAYERS, tokens=tokens, window=tokens, device="cpu", out=folder / "harvested"
     )

@@ -38,7 +38,7 @@ def numbers(text: str) -> list[int]:
 
 
 def random_run(folder: Path, cache: Cache, latents: int) -> Path:
-    """A run with random directions, its pre-activations scaled so that most latents are active somewhere."""
+    """The run of a random SAE, whose encoder is scaled so that most latents are active on some token."""
     torch.manual_seed(0)
     rows_RD = torch.from_numpy(cache.read_chunk(f"layer_{LAYER}", 0).copy()).view(torch.bfloat16).float()
     sae = SAE(rows_RD.shape[1], latents, [TopK(K)])

@@ -1,9 +1,9 @@
 """The n/k above which gathering rows is faster: `python benchmarks/bench_decode.py [--d-in 128,512,2304]`.
 
 Times whole training steps of `topk`, once with dense products and once by gathering the rows of the active latents
-(`train/sparse_ops.py`), with the same weights and batches, in rounds, in random order. Times are processor time of one
-thread, which other work on the machine hardly changes. The ratio to the dense step, `of dense`, is below 1 where
-gathering is faster. `sparse_ops.SPARSE_FROM` is set from this table.
+(`train/sparse_ops.py`). Both have the same weights and batches, and run once per round, in random order. Times are
+processor time of one thread, which other work on the machine hardly changes. The ratio to the dense step, `of dense`,
+is below 1 where gathering is faster. `sparse_ops.SPARSE_FROM` is set from this table.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python benchmarks/bench_decorrelation_scaling.py > benchmarks/results/DATE-decorrelation-scaling.md
 
-Trains `decorrelation` and `relu` without a pre-bias (the paper's SAE with and without the penalty) at a fixed d_in and
-batch on the same rows, in rounds, in random order. Times are processor time of one thread. Three quantities are
-measured for each width:
+Trains `decorrelation`, and `relu` without a pre-bias: the paper's SAE with and without the penalty. Both have the same
+d_in, batch size and rows, and run once per round, in random order. Times are processor time of one thread. Three
+quantities are measured for each width:
 
     plain    a step without the penalty: O(n)
     added    the time that the penalty adds to such a step: the difference within a round

@@ -7,13 +7,13 @@ rounds, in random order:
     harvest         the whole harvest, from loading the model to sealing the cache, with checksums, flushes and commits
     harvest of 19   a harvest of layer 19 alone instead of layers 5, 12 and 19
 
-Each of the three loads the model itself. The script then measures the writer alone, at Gemma-2-2B's width, and peak
-memory at two cache sizes.
+Each of these three measurements loads the model anew. The script then measures the writer alone, at Gemma-2-2B's width,
+and peak memory at two cache sizes.
 
-`--host` measures something else: the host's part of a harvest, without a model. It processes prepared rows of three
-layers of that width on one core, on two, and so on. The rows arrive either as if from a GPU that keeps the window (then
-the host computes checksums, writes and flushes), or as if from a GPU that does not (then the host also places and
-measures the rows).
+`--host` measures something else: the host's part of a harvest, without a model. Prepared rows of three layers, each of
+Gemma-2-2B's width, are processed on one core, then on two, and so on. There are two cases. If the GPU keeps the window,
+the host only computes checksums, writes and flushes; if the GPU does not keep the window, the host also places and
+measures the rows.
 """
 
 import argparse
@@ -208,8 +208,8 @@ def host_part(folder: str, measured: bool, cores: int, windows: int) -> float:
 
 
 def print_host_parts(folder: Path, rounds: int, windows: int) -> None:
-    """GB/s by number of cores, and an extrapolation to eight cores: each further core adds as much as the last one that
-    was measured."""
+    """GB/s for each number of cores, and an extrapolation to eight cores, which assumes that each further core adds as
+    much as the last measured core."""
     for measured, title in ((True, "windows from a GPU"), (False, "rows, placed and measured by the host")):
         speeds = []
         for cores in range(1, len(os.sched_getaffinity(0)) + 1):

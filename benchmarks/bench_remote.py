@@ -2,11 +2,11 @@
 
 A cache of synthetic bfloat16 rows is kept in a folder and in a store on loopback. The store is a server that this
 script starts in another process; it sends files as fast as it can or at a fixed rate (moto's server, which the tests
-use, is slower than any real store). Each round trains the same run from the disk, from the store with a local folder
-that has room for part of the cache, and from the store through slower links, in random order. Each training run has its
-own process and an empty local folder. The chunks of the first batches are downloaded before training begins; `after ten
-steps` is the speed after that. Ratios are taken within a round; the tables have the medians of these ratios over
-rounds. `needed` is the rate at which training reads.
+use, is slower than any real store). Each round trains the same run several times, in random order: from the disk, from
+the store at full speed, and from the store through slower links. With the store, the local folder has room for only
+part of the cache. Each training run has its own process and an empty local folder. The chunks of the first batches are
+downloaded before training begins; `after ten steps` is the speed after that. Ratios are taken within a round; the
+tables have the medians of these ratios over rounds. `needed` is the rate at which training reads.
 """
 
 import argparse
@@ -33,7 +33,7 @@ CHUNK_ROWS = 1024  # an eighth of the usual size, so that a small cache has as m
 
 
 class Files(SimpleHTTPRequestHandler):
-    """Serves a folder over HTTP/1.1, without range requests, at `rate` bytes per second over all connections."""
+    """Serves a folder over HTTP/1.1, without range requests. All connections together get `rate` bytes per second."""
 
     protocol_version = "HTTP/1.1"
     rate = float("inf")

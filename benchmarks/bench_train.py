@@ -15,11 +15,12 @@ over rounds.
     compiled   --compile relative to eager.
     precision  --precision bfloat16 relative to float32, next to the gain expected from the speed-up of the five
                products alone and their share of a step. Not measured if the processor does not support bfloat16.
-    threads    the speed-up of relu, topk, batchtopk and the five products alone from a second thread. It is measured in
-               wall time, since processor time does not show it, and so needs a machine with two idle cores.
+    threads    the speed-up of relu, topk, batchtopk and the five products alone from a second thread. This speed-up is
+               measured in wall time, because processor time does not show it; the machine therefore needs two idle
+               cores.
 
-With `--json FILE` the table of recipes is also added to a file like evaluate/papers/step_times.json, where it replaces
-a table with the same sizes. Claims about the cost of a step are compared with that file.
+With `--json FILE` the table of recipes is also added to FILE, and replaces a table of the same sizes there. FILE has
+the format of evaluate/papers/step_times.json, with which claims about the cost of a step are compared.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Check that the papers contain the quotes of `evaluate/papers/*.toml`, and that the quotes contain the papers'
 numbers.
 
-    python benchmarks/check_quotes.py --papers DIR      DIR/000*.txt and so on: the papers as text
+    python benchmarks/check_quotes.py --papers DIR # DIR contains the papers as text: DIR/000*.txt and so on
 
 Runs of white space count as one space, and a hyphen at the end of a line may or may not be part of the word. Prints the
 quotes that are not found, and the numbers of a paper that are in no quote, so that no claim is missed. Numbers in

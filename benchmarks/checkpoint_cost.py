@@ -1,12 +1,13 @@
-"""The cost of a checkpoint for a run on a CPU, when training waits for it and when a background thread writes it.
+"""The cost of a checkpoint on a CPU, written while training waits and written by a background thread.
 
     python -m sae.benchmarks.checkpoint_cost [--rounds 7] [--recipe topk ...] [--size 576x2304x1024 ...]
 
-In every round, both ways run in random order and take the same steps, with a checkpoint in the middle. The columns, per
-checkpoint: `processor` is the additional processor time of all threads of the process, compared with the steps alone;
-`training` is the same for the training thread alone; `held` is the wall-clock time for which `save` blocked this
-thread. Processor time is nearly independent of other work on the machine. `share` is the checkpoints' share of the time
-of a run with a checkpoint every 1,000 steps, computed from `processor` and from `training`.
+Every round takes the same steps three times, in random order: without a checkpoint, and in each of the two ways with
+one checkpoint in the middle. The columns, per checkpoint: `processor` is the additional processor time of all threads
+of the process, compared with the steps alone; `training` is the same for the training thread alone; `held` is the
+wall-clock time for which `save` blocked this thread. Processor time is nearly independent of other work on the machine.
+`share` is the checkpoints' share of the time of a run with a checkpoint every 1,000 steps, computed from `processor`
+and from `training`.
 """
 
 import argparse
@@ -39,7 +40,8 @@ class Cost(NamedTuple):
 
 
 def take_round(trainer: Any, x_BD: torch.Tensor, writer: CheckpointWriter | None) -> Cost:
-    """Take `STEPS` steps. With a writer, also write a checkpoint after half of them, and wait for it at the end."""
+    """Take `STEPS` steps. If `writer` is given, also save a checkpoint after half of the steps, and wait at the end
+    until the checkpoint is written."""
     processor, training, held = time.process_time(), time.thread_time(), 0.0
     for number in range(STEPS):
         trainer.step(x_BD)

@@ -1,4 +1,4 @@
-"""A table of the five papers' claims, and of where the papers contradict themselves.
+"""A table of the five papers' claims, and a list of the places where the papers contradict themselves.
 
 python benchmarks/claims_table.py > docs/explanation/claims.md
 """

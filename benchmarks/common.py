@@ -33,7 +33,8 @@ WINDOW = 65_536
 def model_like_rows(rows: int, d_in: int = D_IN, seed: int = 0) -> np.ndarray:
     """Bfloat16 bits, shape (rows, d_in), of rows that resemble a language model's activations.
 
-    Dimensions have unequal scales, six of them 20 to 80 times the others, and norms differ from row to row.
+    Dimensions have unequal scales: six dimensions are 20 to 80 times as large as the others. Norms differ from row to
+    row.
     """
     random = torch.Generator().manual_seed(seed)
     scale_D = (0.4 * torch.randn(d_in, generator=random)).exp()
@@ -80,7 +81,7 @@ def identity() -> dict[str, Any]:
 class Spent(NamedTuple):
     """Seconds of wall and processor time.
 
-    Processor time, of all threads, hardly depends on what else runs on the machine.
+    Processor time is the sum over all threads. It hardly depends on what else runs on the machine.
     """
 
     wall: float

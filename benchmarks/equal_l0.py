@@ -9,7 +9,7 @@ The whole `sae train` command is in docs/explanation/findings.md.
 Prints Markdown. A cell is the mean difference over seeds and the half-width of its 95 % confidence interval by
 Student's t. `L0` is the mean difference over all layers and seeds. `sign` counts in how many pairs the first system has
 the larger KL score. `also differs` lists shared options in which the two recipes differ besides the mechanism: a line
-with such options compares two whole systems and says nothing about one mechanism.
+with such options compares two whole systems, so no effect can be attributed to the mechanism alone.
 
 Seeds share the data, its order and the evaluation text; they differ in the initial weights. All recipes of a seed start
 from the same weights, except `collapse-06` and later, whose rows start orthonormal. If `--l0` controls a penalty, the
@@ -28,7 +28,7 @@ from sae.evaluate.tables import paired_difference
 from sae.train.sae import read_sae_record
 
 PLAIN = "progressive-baseline"  # ReLU and L1, with x as the encoder's input instead of x - b_dec: the papers' own SAE
-L1 = "competition-baseline"  # the same with a penalty that warms up, and without weight decay
+L1 = "competition-baseline"  # like PLAIN, but the penalty warms up and there is no weight decay
 PAIRS = [  # (system with the mechanism, system without it)
     ("progressive", PLAIN),
     ("progressive-no-competition", PLAIN),
@@ -61,7 +61,8 @@ Runs = dict[tuple[str, int, int], ComparedRun]  # recipe, layer, seed -> run
 
 
 def index_runs(all_runs: Iterable[ComparedRun]) -> Runs:
-    """Runs by recipe, layer and seed. Raises UsageError if two runs agree in all three, since one would be ignored."""
+    """Runs by recipe, layer and seed. Raises UsageError if two runs have the same recipe, layer and seed, since one of
+    the two would be ignored."""
     runs: Runs = {}
     for run in all_runs:
         key = run.record["variant"], run.record["layer"], run.record["seed"]

@@ -118,7 +118,7 @@ def make_model(kind: str, **more: Any) -> Any:
 
 @torch.no_grad()
 def randomize(model: nn.Module) -> None:
-    """Draw every parameter at random, except those that set the decay rate of a Mamba's states: these change only a
+    """Draw every parameter at random. The parameters that set the decay rate of Mamba's states are only changed a
     little."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -168,8 +168,8 @@ def hooks_on(transformer: Any) -> int:
 
 
 def chosen_layers(model: LanguageModel) -> list[int]:
-    """One block of each kind: the first, or the second of three or more, since it has a block of its kind on either
-    side."""
+    """One block of each kind. With three or more blocks of a kind, this is the second, which has a block of its kind on
+    either side; otherwise it is the first."""
     of_kind: dict[str, list[int]] = {}
     for layer, block in enumerate(model.blocks):
         of_kind.setdefault(kind_of(block), []).append(layer)
@@ -177,8 +177,8 @@ def chosen_layers(model: LanguageModel) -> list[int]:
 
 
 def sites_of(model: LanguageModel, config: Any, layer: int) -> tuple[list[str], dict[str, str]]:
-    """The sites of a block, and why others are refused. Checks that weights and configuration lead to the same
-    sites."""
+    """The sites of a block, and the reasons why the other sites are refused. Checks that the weights and the
+    configuration lead to the same sites."""
     sites, refused = [], {}
     for site in SITES:
         hook, reasons = Hook(layer, site), []
@@ -224,7 +224,8 @@ def check_sum(found: dict[str, Tensor], refused: dict[str, str]) -> None:
 
 
 def check_spliced(model: LanguageModel, ids_NS: Tensor, hook: Hook, x: Tensor) -> bool:
-    """Check that running from a hook equals running with a plain hook that replaces the same activations."""
+    """Check that running the model from a hook on gives the same logits as a plain hook that replaces the same
+    activations."""
     transformer, changed = model.model, 0.5 * x.roll(1, 0) + 0.1
     run = model.forward(ids_NS, [hook])
     plain = transformer(ids_NS, use_cache=False).logits
@@ -282,12 +283,12 @@ def plain_hook(transformer: Any, hook: Hook, change: Callable[[Tensor], Tensor])
 
 @contextlib.contextmanager
 def plain_replacement(transformer: Any, hook: Hook, x: Tensor) -> Iterator[None]:
-    """Replace the activations at a hook with x by plain hooks.
+    """Use plain hooks to replace the activations at a hook with x.
 
     No module returns resid_mid, so there attn_out is replaced with x minus resid_pre.
     """
     if hook.site != "resid_mid":
-        with plain_hook(transformer, hook, lambda y: x.reshape(y.shape).clone()):  # Falcon adds to it in place
+        with plain_hook(transformer, hook, lambda y: x.reshape(y.shape).clone()):  # Falcon changes the copy in place
             yield
         return
     before: list[Tensor] = []

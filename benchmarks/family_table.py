@@ -74,7 +74,7 @@ def part_of(name: str) -> str:
 
 
 def reason_lines(results: list[FamilyResult]) -> Iterator[str]:
-    """The reasons for which sites are refused, with the families to which each applies."""
+    """The reasons why sites are refused, and for each reason the families to which it applies."""
     families: dict[tuple[str, str], list[str]] = {}  # sites, reason -> families
     for result in results:
         for refused in result.refused:

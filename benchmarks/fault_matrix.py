@@ -1,4 +1,4 @@
-"""Cause every fault of cache and harvest through the real command line: `python benchmarks/fault_matrix.py`.
+"""Cause every fault of caches and harvests with the real `sae` command: `python benchmarks/fault_matrix.py`.
 
 A random Gemma 2 with two blocks is used to harvest a small text. Each fault is then caused in a process or in the
 files; the command's message, its exit code and the effect of the next command become a row of docs/lab/faults.md. The

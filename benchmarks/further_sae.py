@@ -3,10 +3,10 @@ thread.
 
     python benchmarks/further_sae.py [--width 4x] [--systems 3] [--metrics core,absorption]
 
-Harvests gemma-2-mini and trains systems of three seeds, which need not be good SAEs. For the first three SAEs
-everything is computed, including the results of the model and the references. Each other system adds three SAEs, with
-the stability of their three pairs; the time that the command takes when there is nothing to measure is subtracted.
-Times are processor seconds, which hardly depend on other work on the machine.
+Harvests gemma-2-mini and trains systems with three seeds each; these SAEs need not be good. For the first three SAEs
+everything is computed, including the results of the model and the references. Each other system adds three SAEs and the
+stability of their three pairs. The time that the command takes when there is nothing to measure is subtracted. Times
+are processor seconds, which hardly depend on other work on the machine.
 """
 
 import argparse

@@ -84,7 +84,8 @@ def latents_step(f_BF: Tensor, trained: sae.SAE | None = None) -> Step:
 
 @torch.no_grad()
 def decorrelation_of(trained: sae.SAE, batches: Sequence[Tensor]) -> dict[str, float]:
-    """R (3) over all pairs, the correlation that a pair has to exceed (4), and the mean correlation."""
+    """R of equation (3) over all pairs, tau of equation (4), which is the correlation that a pair has to exceed, and
+    the mean correlation."""
     found: dict[str, list[float]] = {"R": [], "tau": [], "mean correlation": []}
     for x_BD in batches:
         step = latents_step(trained.encode(x_BD.float()))
@@ -96,7 +97,8 @@ def decorrelation_of(trained: sae.SAE, batches: Sequence[Tensor]) -> dict[str, f
 
 @torch.no_grad()
 def competition_of(trained: sae.SAE, batches: Sequence[Tensor]) -> dict[str, float]:
-    """The mean of c <f_i, f_j>^2 over all pairs that pass tau (5), their number, and their mean c."""
+    """The mean of c <f_i, f_j>^2 over all pairs that exceed tau in equation (5), the number of these pairs, and their
+    mean c."""
     pairs = DensePairs(trained.d_sae)
     for x_BD in batches:
         pairs.after_step(latents_step(trained.encode(x_BD.float())))

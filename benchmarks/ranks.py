@@ -101,7 +101,8 @@ def descendants(pid: int) -> list[int]:
 
 
 def look_at(pid: int, *, launched: bool) -> Process | None:
-    """The resources of a process with a rank, or of the only one; None for the launcher and for ended processes."""
+    """The resources of a process that has a rank or is the only process; None for the launcher and for ended
+    processes."""
     folder = Path(f"/proc/{pid}")
     try:
         variables = (folder / "environ").read_bytes().split(b"\0")
@@ -117,7 +118,7 @@ def look_at(pid: int, *, launched: bool) -> Process | None:
 
 
 def compare(measure: Callable[..., Measured], rounds: int) -> None:
-    """Measure all ways in rounds, and print a line for each and the two ratios."""
+    """Measure all ways in rounds. Print a line for each way, and the two ratios."""
     ways = {
         "pinned, one process": {"processes": 1, "threads": 1, "pinned": True},
         "pinned, two processes": {"processes": 2, "threads": 1, "pinned": True},

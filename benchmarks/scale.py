@@ -7,8 +7,8 @@
 
 Nothing is measured on a cluster: all times on the page are simulated, from constants that are looked up, measured on
 two CPU cores, or assumed. The program's own decisions are imported, not imitated: windows and their objects, requests
-to the store, the assignment of runs to ranks, and the choice of the chunk to download and the chunk to remove for it.
-`simulation/` has the simulations.
+to the store, the assignment of runs to ranks, and the choice of the chunk to download and of the chunk to remove to
+make room. `simulation/` has the simulations.
 """
 
 import argparse

@@ -37,7 +37,7 @@ from sae.tests.simulated_cuda.gpu import SimulatedGPU
 from sae.train import variants  # noqa: F401  (registers the recipes)
 from sae.train.recipe import RECIPES, find_recipe
 
-# The limits of an H200. They stay as they are, so that tables of different days can be compared.
+# The limits of an H200. These values are never updated, so that tables of different days can be compared.
 FLOPS_BFLOAT16, FLOPS_FLOAT32 = 790e12, 60e12  # per second
 BANDWIDTH = 4.3e12  # bytes per second
 LAUNCH = 5e-6  # seconds
@@ -149,8 +149,8 @@ def write_budgets(budgets: Budgets) -> None:
 
 
 def over_budget(cost: StepCost, budgets: Budgets) -> list[str]:
-    """A message for each quantity over the recipe's budget, with what to do, or one that says that there is no
-    budget."""
+    """A message for each quantity over the recipe's budget, including what to do about it; a single message if there is
+    no budget."""
     how = f"python benchmarks/step_budget.py {cost.recipe} --renew"
     budget = budgets.get(cost.recipe, {}).get(cost.size)
     where = f"{cost.recipe} with {cost.d_sae:,} latents and {cost.batch:,} tokens"

@@ -2,9 +2,10 @@
 
     python -m sae.benchmarks.step_memory [--recipe relu ...] [--size 256x1024x512 ...]
 
-Each measurement runs in a separate process. It trains a few steps with half of the latents dead and every mechanism
-acting between two steps, and reads metrics. The measured memory is the growth of its peak resident set (VmHWM of /proc)
-since torch was loaded and a tiny step was taken. `planned` is what `sae train` plans, without batches and checkpoints.
+Each measurement runs in a separate process. The process trains for a few steps and reads metrics; half of the latents
+are dead, and between two of the steps every mechanism acts. The measured memory is the growth of the process's peak
+resident set (VmHWM of /proc) since torch was loaded and a tiny step was taken. `planned` is what `sae train` plans,
+without batches and checkpoints.
 """
 
 import argparse

@@ -7,9 +7,9 @@ The interrupted runs of tests/compatibility take their last 25 steps once unchan
 errors: noise of `ERROR` times their root mean square is added to pre-activations, reconstructions and gradients. This
 noise is several times as large as the effect of another order of summation. Values that are exactly zero, such as the
 gradient of a latent that did not fire, stay zero in any order. Recipes that accept `--accumulate 4` are also run with
-it, without noise: it adds up the same gradients in another order. For each recipe the script prints the largest
-distances, over its runs and draws, next to their bounds: for all weights (norm of the difference divided by the norm),
-and for each metric's mean.
+this option and without noise: the option adds up the same gradients in another order. For each recipe the script prints
+the largest distances, over its runs and draws, next to their bounds: for all weights (norm of the difference divided by
+the norm), and for each metric's mean.
 """
 
 import argparse

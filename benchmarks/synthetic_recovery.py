@@ -45,7 +45,7 @@ class Atoms:
     """The true dictionary, and batches generated from it."""
 
     def __init__(self, seed: int = 0) -> None:
-        # Another seed than that of the weights, which would otherwise start as the atoms.
+        # This seed differs from the seed of the weights: with the same seed, the weights would start as the atoms.
         self.random = torch.Generator().manual_seed(1000 + seed)
         self.atoms_AD = normalize(torch.randn(ATOMS, D_IN, generator=self.random), dim=1)
 

@@ -13,7 +13,7 @@ from faults.command import Command
 
 
 def read_files(folder: Path | str) -> dict[str, bytes]:
-    """The bytes of every file but the lock."""
+    """The bytes of every file in a folder, except hidden files such as the lock."""
     folder = Path(folder)
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name[0] != "."}
 

@@ -43,7 +43,7 @@ def kills(m: Matrix) -> None:
         out = Path(f"killed{number}")
         command = Command(*HARVEST, "--out", out)
         stage = number % 10
-        if stage < 2:  # while the text is read and cut
+        if stage < 2:  # while the text is read and cut into contexts
             wait_until(command, out.exists)
             time.sleep(rng.uniform(0, 0.03))
         elif stage < 9:
@@ -105,8 +105,8 @@ def kills(m: Matrix) -> None:
         # Python itself reports and then drops an interrupt that arrives during a callback of its garbage collector.
         quiet = re.sub(r"Exception ignored in: .*\nTraceback(.*\n)*?KeyboardInterrupt:? *\n", "", outcome.err)
         swallowed += quiet != outcome.err
-        # If the signal arrives in C code while torch is imported, the signal ends Python directly. A shell shows 130 in
-        # that case, too.
+        # If the signal arrives in C code while torch is imported, the signal ends Python directly. A shell shows the
+        # exit code 130 for a process that SIGINT ended.
         if outcome.code == -signal.SIGINT:
             outcome = outcome._replace(code=INTERRUPTED)
         wrong = outcome.code not in (OK, INTERRUPTED) or "Traceback" in quiet
@@ -127,7 +127,7 @@ def children(pid: int) -> list[int]:
 
 
 def launched(m: Matrix) -> None:
-    # `accelerate launch --cpu` starts one process whatever --num_processes says.
+    # `accelerate launch --cpu` starts one process for any value of --num_processes.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sae"]
     words = [*launch, *map(str, HARVEST), "--out", "pair"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -45,8 +45,8 @@ def bad_models(m: Matrix) -> None:
 
 
 def harvest(m: Matrix, fault: str, model: str, code: int, *words: Any, after: str = "") -> Path:
-    """Harvest from a model with "y" on stdin, and add the outcome to the table. If the model is refused, nothing may be
-    committed. Its own code must not run in any case."""
+    """Run a harvest of a model, answer "y" on its stdin, and add the outcome to the table. If the model is refused,
+    nothing may be committed. The model's own code must never run, even if the model is accepted."""
     out = Path("models-cache")
     shutil.rmtree(out, ignore_errors=True)
     outcome = sae(*HARVEST, "--model", f"./{model}", "--out", out, *words, stdin="y\n" * 20)
@@ -67,7 +67,7 @@ def edited(folder: Path, file: str = "config.json", **changes: Any) -> Path:
 
 
 def remote_code(m: Matrix) -> None:
-    """A folder with Python that would write the file `ran`."""
+    """Models, a tokenizer and a dataset with Python code of their own, which would write the file `ran` if it ran."""
     code = (
         f"open({str(Path('ran').absolute())!r}, 'w').write('ran')\n"
         "from transformers import Gemma2ForCausalLM, PretrainedConfig\n"

@@ -8,7 +8,7 @@ from faults.table import Matrix
 
 
 def shadowed(name: str, code: str, version: str = "") -> dict[str, str | None]:
-    """The environment of a process that imports this module instead of the installed one."""
+    """The environment of a process in which `import name` runs this code instead of the installed module."""
     folder = Path("shadows", f"{name}-{version or 'none'}").absolute()
     folder.mkdir(parents=True)
     (folder / f"{name}.py").write_text(code)

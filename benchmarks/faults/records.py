@@ -130,5 +130,6 @@ def swap(old: str, new: str) -> Callable[[str], str]:
 
 
 def copy(run: Path, name: str) -> Path:
-    """A copy of a run in another folder but under its own name, so that the digest in the name is checked."""
+    """A copy of a run in the folder `name`. The copy keeps the run's name, so that the digest in that name is
+    checked."""
     return Path(shutil.copytree(run, Path(name) / run.name))

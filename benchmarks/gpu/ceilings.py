@@ -179,7 +179,8 @@ def update_arguments(d_in: int, d_sae: int) -> tuple[Any, ...]:
 
 
 def changing(operator: Callable[..., Any], given: tuple[Any, ...]) -> Callable[[], list[Tensor]]:
-    """Call an operator that changes its arguments on copies of them. Each call returns the tensors among the copies."""
+    """A function that calls the operator with copies of its arguments, because the operator changes them. Each call
+    returns the copied tensors."""
     own = tree_map_only(Tensor, Tensor.clone, given)
 
     def call() -> list[Tensor]:

@@ -29,7 +29,7 @@ WHOLE = 480.0  # seconds
 
 
 def simulate(folder: Path) -> None:
-    """Load the simulated GPU. This has to happen before torch is imported."""
+    """Load the simulated GPU, which must be loaded before torch is imported."""
     from sae.tests.simulated_cuda.build import build_hooks
 
     ctypes.CDLL(str(build_hooks(folder)), mode=ctypes.RTLD_GLOBAL)

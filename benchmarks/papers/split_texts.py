@@ -43,14 +43,15 @@ def side(name: str, shares: Mapping[str, float]) -> str:
 
 def shares_of(design: Mapping[str, Any], model: str) -> dict[str, float]:
     """The shares of tuning and test documents. For gemma-2-mini, all documents that its text holds out are divided
-    between the two."""
+    between tuning and testing."""
     tune, test = design["fixed"]["tuning_documents"], design["fixed"]["test_documents"]
     whole = tune + test if model == EMBEDDED else 1.0
     return {"tune": tune / whole, "test": test / whole}
 
 
 def write_texts(folder: Path, documents: Iterable[tuple[str, str]], shares: Mapping[str, float]) -> dict[str, Path]:
-    """Write (name, text) of the documents as one file of JSON lines for each kind, unless the files exist."""
+    """Write the name and text of every document to one JSON Lines file per kind (train, tune, test), unless the files
+    exist."""
     paths = {kind: folder / f"{kind}.jsonl" for kind in KINDS}
     if all(path.exists() for path in paths.values()):
         return paths

@@ -98,8 +98,8 @@ def make_line(
 ) -> Line:  # fmt: skip
     """A comparison, from the records that exist so far.
 
-    The difference of a seed is the mean over layers. While layers other than the main one are unfinished, it is the
-    mean over the layers that have as many seeds as the main one.
+    The difference of a seed is the mean over layers. While layers other than the main layer are unfinished, the mean is
+    over the layers that have every seed of the main layer.
     """
     own, about = pair.get("own", False), design["model"][model]
     layers = [about["main_layer"]] if own or measure.startswith("probe") else about["layers"]
@@ -133,7 +133,8 @@ def make_line(
 
 
 def l0_slope(design: Mapping[str, Any], valid: Valid, model: str, systems: Sequence[str], measure: str) -> float | None:
-    """The slope of a measure over log L0 within the frontiers of these systems, or of all systems if these have none.
+    """The slope of a measure over log L0, from the frontiers of these systems, or of all systems if these systems have
+    none.
 
     It is the least-squares slope with an intercept for each system, as in evaluate/against.py.
     """
@@ -241,7 +242,7 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def family_table(lines: Sequence[Line]) -> list[str]:
-    """The comparisons of a family. They are corrected for the whole family, even if a part of it is not measured
+    """The comparisons of a family. The correction is for the whole family, even if some comparisons are not measured
     yet."""
     tests = sum(not line.why_not for line in lines)
     findings = judge([line.comparison for line in lines], planned=tests)

@@ -73,7 +73,7 @@ class Bench:
     opened: dict[str, tuple[set[int], Caches]] = field(default_factory=dict)
 
     def caches(self, model: str, layer: int) -> Caches:
-        """The caches of a model with at least its main layers and this one."""
+        """The caches of a model, which contain at least its main layers and this layer."""
         layers = {*self.design["model"][model]["layers"], layer}
         known = self.opened.get(model)
         if known is None or not layers <= known[0]:
@@ -250,7 +250,8 @@ def unit_values(results: Mapping[str, MetricResult]) -> dict[str, dict[str, floa
         metric, category, number = MEASURES[name]
         if metric in results:
             by_unit = METRICS[metric].values_by_unit(results[metric], MetricColumn("", category, number)).values
-            if metric == "core":  # digest of the text and a number; the number suffices, as records name the caches
+            if metric == "core":
+                # A unit is the digest of the text and a number. The number suffices, since a record names the caches.
                 by_unit = {unit.rsplit(" ", 1)[-1]: value for unit, value in by_unit.items()}
             values[name] = {unit: float(f"{value:.6g}") for unit, value in by_unit.items()}
     return values

@@ -1,7 +1,6 @@
 """dictionary_learning's own trainers, started by agree_train.py in an environment that has them.
 
-Each function with a docstring about "ours" removes one difference between a trainer and our recipe. The docstring
-describes the difference.
+Each function whose docstring compares a trainer with our recipe removes the difference that the docstring describes.
 """
 
 import sys
@@ -51,8 +50,8 @@ def build(recipe: str, o: Options) -> Any:
             l1 = o["l1"] / d_in**0.5
             trainer = StandardTrainerAprilUpdate(l1_penalty=l1, sparsity_warmup_steps=o["l1_warmup"], **shared)
         case "p-anneal":
-            # The exponent is updated one step later than configured, and the first update has no effect. So their N + 1
-            # updates are our N.
+            # The exponent is updated one step later than configured, and the first update has no effect. So N + 1
+            # updates of theirs equal N updates of our recipe.
             first = o["start"] * steps
             every = (steps - first) / o["updates"]
             trainer = PAnnealTrainer(
@@ -142,18 +141,18 @@ def penalty_warmup(trainer: Any, o: Options) -> None:
 
 
 def pre_bias(trainer: Any, o: Options) -> None:
-    """The encoder's input is x - b_dec. In Conerly et al. and in our recipe it is x."""
+    """The encoder's input is x - b_dec. In Conerly et al. and in our recipe the encoder's input is x."""
     trainer.ae.encode = lambda x_BD: trainer.ae.encoder(x_BD).relu()
 
 
 def power(trainer: Any, o: Options) -> None:
-    """The penalty is f^p, whose slope at 0 is infinite. Ours is (f + 1e-6)^p where f > 0."""
+    """The penalty is f^p, whose slope at 0 is infinite. Our recipe's penalty is (f + 1e-6)^p where f > 0."""
     theirs = trainer.lp_norm
     trainer.lp_norm = lambda f_BF, p: theirs(torch.where(f_BF > 0, f_BF + 1e-6, 0.0), p)
 
 
 def median(trainer: Any, o: Options) -> None:
-    """Step 0 sets b_dec to the geometric median of its batch. Ours starts at the mean row of the cache."""
+    """Step 0 sets b_dec to the geometric median of its batch. Our recipe starts b_dec at the mean row of the cache."""
     given = trainer.ae.b_dec.detach().clone()
     top_k.geometric_median = lambda points: given
     trainer.geometric_median = lambda points: given
@@ -182,7 +181,7 @@ def dead_now(trainer: Any, o: Options) -> None:
 
 
 def few_dead(trainer: Any, o: Options) -> None:
-    """AuxK has full weight however few latents are dead. Ours, as in SAELens and sparsify, has min(1, dead/k_aux)."""
+    """AuxK always has full weight. In our recipe, SAELens and sparsify AuxK has the weight min(1, dead/k_aux)."""
     theirs = trainer.get_auxiliary_loss
 
     def auxiliary(residual_BD: Tensor, acts_BF: Tensor) -> Tensor:
@@ -193,7 +192,7 @@ def few_dead(trainer: Any, o: Options) -> None:
 
 
 def weighted_mean(trainer: Any, o: Options) -> None:
-    """The losses of the G prefixes are weighted by 1/G and then averaged: G times too small. Ours is their mean."""
+    """The losses of the G prefixes are divided by G and then averaged (G times too small). Our recipe averages them."""
     trainer.group_weights = [1.0] * len(trainer.group_weights)
 
 
@@ -219,7 +218,7 @@ def step_of_f(trainer: Any, o: Options) -> None:
 
 
 def negative(trainer: Any, o: Options) -> None:
-    """Thresholds may fall below 0. Ours stop there, as in SAELens."""
+    """Thresholds may fall below 0. In our recipe and in SAELens thresholds stop at 0."""
     trainer.optimizer.register_step_post_hook(lambda *_: trainer.ae.threshold.data.clamp_(min=0))
 
 

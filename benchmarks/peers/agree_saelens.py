@@ -1,7 +1,6 @@
 """SAELens' own trainer, started by agree_train.py in an environment that has it.
 
-Each function with a docstring about "ours" removes one difference between a trainer and our recipe. The docstring
-describes the difference.
+Each function whose docstring compares a trainer with our recipe removes the difference that the docstring describes.
 """
 
 import sys
@@ -118,7 +117,7 @@ def penalty_warmup(trainer: SAETrainer, o: Options) -> None:
 
 
 def free_rows(trainer: SAETrainer, o: Options) -> None:
-    """Rows of W_dec have any length, which enters penalty and top-k. Ours have length 1 and no radial gradient."""
+    """W_dec's rows have any length, which affects penalty and top-k. Our rows have length 1 and no radial gradient."""
     w_FD = trainer.sae.W_dec
 
     def project(w_FD: Tensor) -> None:
@@ -141,7 +140,7 @@ def dead_now(trainer: SAETrainer, o: Options) -> None:
 
 
 def negative_aux(trainer: SAETrainer, o: Options) -> None:
-    """AuxK uses negative pre-activations as they are. Ours rectifies them, as in dictionary_learning."""
+    """AuxK uses negative pre-activations unchanged. Our recipe and dictionary_learning set them to 0."""
     theirs = trainer.sae.calculate_topk_aux_loss
     trainer.sae.calculate_topk_aux_loss = lambda **given: theirs(**given | {"hidden_pre": given["hidden_pre"].relu()})
 
@@ -158,7 +157,7 @@ def raw_aux(trainer: SAETrainer, o: Options) -> None:
 
 
 def threshold_from_0(trainer: SAETrainer, o: Options) -> None:
-    """The threshold starts at 0. Ours starts at the first batch's minimum; it has no effect on training."""
+    """The threshold starts at 0. Our threshold starts at the first batch's minimum. Neither affects training."""
     theirs = trainer.sae.update_topk_threshold
 
     def update(acts_BF: Tensor) -> None:
@@ -171,7 +170,7 @@ def threshold_from_0(trainer: SAETrainer, o: Options) -> None:
 
 
 def sum_of_prefixes(trainer: SAETrainer, o: Options) -> None:
-    """The losses of the G prefixes are summed. Ours are averaged."""
+    """The losses of the G prefixes are summed. Our recipe averages them."""
     theirs = trainer.sae.mse_loss_fn
     trainer.sae.mse_loss_fn = lambda *given: theirs(*given) / o["prefixes"]
 
@@ -200,12 +199,12 @@ def moving_decoder(trainer: SAETrainer, o: Options) -> None:
 
 
 def negative(trainer: SAETrainer, o: Options) -> None:
-    """Thresholds are clamped at 0 when a step begins. Ours are clamped at its end, so another value is saved."""
+    """Thresholds are clamped at 0 when a step begins. Our recipe clamps when a step ends, and so saves other values."""
     trainer.optimizer.register_step_post_hook(lambda *_: trainer.sae.threshold.data.clamp_(min=0))
 
 
 def reach_of_dead(trainer: SAETrainer, o: Options) -> None:
-    """Only dead latents are pulled towards their threshold. In Conerly et al. and in our recipe, all are."""
+    """Only dead latents are pulled towards their threshold. In Conerly et al. and in our recipe, all latents are."""
     theirs = trainer.sae.training_forward_pass
     everyone = torch.ones(o["d_sae"], dtype=torch.bool)
     trainer.sae.training_forward_pass = lambda step_input: theirs(replace(step_input, dead_neuron_mask=everyone))

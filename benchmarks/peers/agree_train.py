@@ -66,7 +66,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "jumprelu-step": {**JUMP, "penalty": 5e-3},
     "jumprelu-tanh": {"penalty": 2.0, "c": 4.0, "reach": 0.03, "bandwidth": 0.5},
 }
-# The recipes of each peer, and the options of ours that are set to the peer's values.
+# The recipes of each peer, and the options of our recipes that are set to the peer's values.
 CLIP, NO_CLIP = {"clip": 1.0}, {"clip": None}
 PEERS: dict[str, dict[str, dict[str, Any]]] = {
     "dictionary_learning": {

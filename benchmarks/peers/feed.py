@@ -18,7 +18,8 @@ READ_BATCHES = (2048, 4096)
 
 
 def make(path: Path, gigabytes: float) -> int:
-    """Write normal rows as bfloat16 bits, a multiple of four passes of a model. Returns the number of tokens."""
+    """Write normally distributed rows as bfloat16 bits, for a number of forward passes that is a multiple of four.
+    Returns the number of tokens."""
     batches = 4 * max(1, round(gigabytes * 1e9 / (2 * D_IN * TOKENS_A_BATCH) / 4))
     rng = np.random.default_rng(0)
     with path.open("wb") as file:
@@ -106,7 +107,8 @@ def row_hashes(bits: np.ndarray) -> np.ndarray:
 
 
 def check(fed: np.ndarray, stored: Iterable[np.ndarray], served: Iterable[np.ndarray]) -> str:
-    """Check by hashes of rows that the cache contains exactly the input rows, and that batches contain no others."""
+    """Compare hashes of rows, to check that the cache contains exactly the input rows, and that batches contain no
+    other rows."""
     expected = np.sort(row_hashes(fed.reshape(-1, D_IN)))
     held, given = np.sort(np.concatenate(list(stored))), np.concatenate(list(served))
     if len(np.unique(expected)) != len(expected):

@@ -1,8 +1,8 @@
 """Check that SAEBench's core computes our numbers from our exports: `python formats_core.py PYTHON`. PYTHON is the
 interpreter of an environment with SAEBench. The SAEs of tests/evaluate/fixtures/saebench are exported for SAELens,
 loaded by `SAE.load_from_disk`, and measured by SAEBench's own core on the fixtures' model. The results are compared
-with those of our core on the same contexts. The tests show that on the SAEs before the export, our core agrees with
-SAEBench to 1e-6. `--worker FOLDER` runs SAEBench's side.
+with those of our core on the same contexts. The tests show that for the same SAEs without the export, our core agrees
+with SAEBench to 1e-6. `--worker FOLDER` runs SAEBench's side.
 """
 
 import json

@@ -35,7 +35,7 @@ def write(folder: Path, fed: np.ndarray) -> None:
             slot = np.random.default_rng(window).permutation(len(rows))
             bits = np.empty((len(rows), feed.D_IN), np.uint16)
             row_ctx, row_pos = np.empty(len(rows), np.uint32), np.empty(len(rows), np.uint16)
-            for row in range(rows.start, rows.stop, feed.TOKENS_A_BATCH):  # windows are whole multiples of it
+            for row in range(rows.start, rows.stop, feed.TOKENS_A_BATCH):  # this step divides a window evenly
                 number = np.arange(row, row + feed.TOKENS_A_BATCH)
                 target = slot[number - rows.start]
                 first = row // feed.CONTEXT

@@ -46,7 +46,8 @@ class Coder:
 
 @contextlib.contextmanager
 def replaced(about: dict[str, Any]) -> Any:
-    """Labels of made-up data sets, and fewer sizes and shares, in place of sae-probes' own."""
+    """Replace sae-probes' labels by those of made-up data sets, and its training sizes and class shares by shorter
+    lists."""
     with contextlib.ExitStack() as stack:
         if labels := {name: np.array(found) for name, found in about.get("labels", {}).items()}:
             sizes = {name: len(found) for name, found in labels.items()}

@@ -1,4 +1,5 @@
-"""`saebench_reference.py --accept`: run the tests against SAEBench's fixtures and print what each compared, as a table.
+"""`saebench_reference.py --accept`: run the tests against SAEBench's fixtures, and print a table of what each test
+compared.
 
 A test records its headline number on both sides, the largest relative difference of all its numbers, and what must be
 equal (`record_comparison` in tests/evaluate/conftest.py). Tests record before they assert, so the table also has the

@@ -1,7 +1,7 @@
 """The inputs for SAEBench and for our metrics: a model, three SAEs, contexts, two tables of labeled texts, and words.
 
 Everything follows from a seed. The small problem has a model with planted first letters, and SAEs in which some of them
-are absorbed, so that no metric is trivial. The large one is for timing, on a given model.
+are absorbed, so that no metric is trivial. The large problem is for timing, on a given model.
 """
 
 import json
@@ -45,7 +45,8 @@ class Size(NamedTuple):
 
 SMALL = Size(512, 16, 0, 12, 4, 2, 3, 72, 72, 30)
 
-# A table has two columns of labels: classes, and an attribute. One pair of classes is for SCR; the others are probed.
+# A table has two columns of labels: classes, and an attribute. One pair of classes is for SCR; the other classes are
+# probed.
 TABLES: dict[str, dict[str, Any]] = {
     BIOS: {"text": "hard_text", "class": "profession", "attribute": "gender", "probed": [0, 1, 2, 6, 9],
            "pair": {"professor": 21, "nurse": 13}, "values": [0, 1]},
@@ -55,7 +56,7 @@ TABLES: dict[str, dict[str, Any]] = {
 
 
 def make_problem(folder: Path, size: Size, seed: int, model: Path | None = None) -> None:
-    """Write everything into `folder`: the planted model, or a copy of the given one."""
+    """Write everything into `folder`. The model is a copy of `model`, or the planted model if `model` is None."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     tokenizer = AutoTokenizer.from_pretrained(model or WEIGHTS)
@@ -121,8 +122,8 @@ def make_model(folder: Path, known: list[SpellingWord], seed: int) -> Tensor:
 def make_saes(folder: Path, contexts: Tensor, letters_AD: Tensor | None, size: Size, seed: int) -> None:
     """One SAE of each kind, with rows of W_dec of length one.
 
-    With letters, each of the first 26 latents detects one. Two further latents per letter also fire on other directions
-    and silence the letter's own latent, so they absorb the letter.
+    If `letters_AD` is given, each of the first 26 latents detects one letter. Two further latents per letter also fire
+    on other directions and silence the letter's own latent, so they absorb the letter.
     """
     source, config = find_model(str(folder))
     model = load_model(source, config, dtype="float32", device="cpu")

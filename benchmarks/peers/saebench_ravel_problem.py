@@ -1,4 +1,4 @@
-"""The inputs for SAEBench's RAVEL and ours: made-up entities and facts, a Gemma 2 that learned most of them, and SAEs.
+"""The inputs for RAVEL, SAEBench's and ours: made-up entities and facts, a Gemma 2 that learned most facts, and SAEs.
 
 Everything follows from a seed. The name of an entity has two words, of which only the last is unique. The first block
 has no attention, so that later blocks read the facts at the last word, where exchanging activations changes them.

@@ -1,4 +1,5 @@
-"""Runs SAEBench 0.6.0 on small inputs, as the reference for our metrics, and times both on larger ones.
+"""Runs SAEBench 0.6.0 on small inputs, as the reference for our metrics, and times SAEBench and our metrics on larger
+inputs.
 
     python -m venv env-saebench     # Python 3.11
     env-saebench/bin/pip install torch==2.13.0 numpy==1.26.4 transformer-lens==2.17.0 sae-lens==6.28.2 \\
@@ -12,10 +13,10 @@
 
 saebench_problem.py makes the inputs, saebench_worker.py runs SAEBench on them in its own environment, and
 saebench_ours.py runs our metrics. tests/evaluate/fixtures/saebench/README.md describes the fixtures. `--accept` runs
-the tests that compare our numbers with them and prints the differences. It does not need SAEBench.
+the tests that compare our numbers with the fixtures, and prints the differences. It does not need SAEBench.
 
 With `--time` both sides read the same folder. Each metric and side has its own process, and the sides take turns in
-rounds. The tables have the processor seconds of the first SAE and of each further one, and the peak memory of the
+rounds. The tables have the processor seconds of the first SAE and of each further SAE, and the peak memory of the
 process, as medians over rounds. The time of the first SAE includes the work of the model, which is done only once.
 Loading the model and the SAEs is not counted. Below each table is the largest difference between the two sides'
 numbers, for the SAEs for which both sides drew the same random numbers.

@@ -1,8 +1,9 @@
 """SAEBench's side: `python saebench_worker.py FOLDER METRIC [--time ACTIVATION ...]`.
 
 FOLDER is a problem written by saebench_problem.py. SAEBench's own functions run on it; only what they would download is
-replaced: the model and the two datasets. What they return, and what they chose on the way, is written to FOLDER/METRIC.
-With `--time` nothing is recorded; one line of JSON has the time of each SAE, its metrics, and the peak memory.
+replaced: the model and the two datasets. The results of these functions, and the choices that they made on the way, are
+written to FOLDER/METRIC. With `--time` nothing is recorded; one line of JSON has the time of each SAE, its metrics, and
+the peak memory.
 """
 
 import argparse

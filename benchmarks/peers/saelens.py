@@ -48,7 +48,8 @@ class Precomputed:
 
 
 def buffers(batches: int, bytes_a_batch: int) -> int:
-    """The least number of equal buffers of whole batches, each of at most 2 GB. SAELens writes only full buffers."""
+    """The smallest number of equal buffers of at most 2 GB, each with a whole number of batches. SAELens writes only
+    full buffers."""
     needed = math.ceil(batches * bytes_a_batch / 2e9)
     return next(n for n in range(needed, batches + 1) if batches % n == 0)
 
@@ -79,7 +80,7 @@ def write(folder: Path, fed: np.ndarray, dtype: str) -> None:
 
 
 def one_row() -> datasets.Dataset:
-    """The text that the constructors want to see; nothing is read from it."""
+    """A text that the constructors require; nothing is read from it."""
     return datasets.Dataset.from_dict({"tokens": [[0] * feed.CONTEXT]})
 
 

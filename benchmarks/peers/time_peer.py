@@ -32,7 +32,7 @@ def timed(step: Callable[[int], object], steps: int) -> float:
 
 
 def flops(step: Callable[[int], object]) -> int:
-    """FLOP of the matrix products of a step. Those of embedding_bag are not counted."""
+    """FLOP of the matrix products of a step. The FLOP of embedding_bag are not counted."""
     with FlopCounterMode(display=False) as counter:
         step(0)
     return counter.get_total_flops()

@@ -1,5 +1,4 @@
-"""A Gemma 2 of ours, of any size, as a TransformerLens model, passed to peers that would otherwise load a model by
-name."""
+"""A made-up Gemma 2 of any size as a TransformerLens model, for peers that would otherwise load a model by name."""
 
 from pathlib import Path
 

@@ -17,8 +17,8 @@ def compare_beginnings(
 ) -> dict[str, dict[str, Any]]:
     """CE of the same tokens for each beginning (a token id, or None), and how many rows are outliers at each layer.
 
-    `begins_with_token` says that the contexts of `text` begin with a token that is not part of the text; this token is
-    cut off.
+    If `begins_with_token` is set, the contexts of `text` begin with a token that is not part of the text, and this
+    token is cut off.
     """
     bodies = [ids[begins_with_token:length] for ids, length in zip(text.ids, text.length, strict=True)]
     bodies = [body.astype(np.int64) for body in bodies if len(body) > FROM + 1]

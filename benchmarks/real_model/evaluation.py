@@ -3,10 +3,10 @@
     python benchmarks/real_model/run.py            # first: its standing arm has the model, the text and the cache
     python benchmarks/real_model/evaluation.py [--folder FOLDER] [--seed 0 1 2] [--skip METRIC ...]
 
-Trains RECIPES and CONTROLS on the cache of the standing arm, all with the same width, L0 and number of steps; measures
-core, stability, absorption and sae_probes on all of them; and writes what `sae compare --against` prints to
-benchmarks/results or --out. Every command skips what is done, so a stopped bench continues where it was: training at a
-checkpoint, sae_probes at a data set, and the other metrics from their beginning.
+Trains RECIPES and CONTROLS on the cache that run.py harvested with its defaults (the `standing` arm), all with the same
+width, L0 and number of steps; measures core, stability, absorption and sae_probes on all of them; and writes what `sae
+compare --against` prints to benchmarks/results or --out. Every command skips what is done. If this script was stopped
+and is run again, training continues at a checkpoint and sae_probes at a data set; the other metrics begin again.
 
 sae_probes runs on up to 2,000 texts of each of the DATASETS. These are the data sets of sae-probes with the shortest
 texts, since the length of the texts decides how long the metric takes on a CPU. Get them first, with

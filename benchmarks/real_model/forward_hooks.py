@@ -5,7 +5,7 @@
 This file imports nothing from the package and shares no code with it. It reads the files as
 docs/reference/cache-format.md and sae.json describe them, encodes by the equations of the recipes, and runs the whole
 model once for each SAE with a forward hook on its block. Measurements are kept for each row, so that the numbers can be
-computed again without any one row.
+computed again with any single row left out.
 
 Definitions. Counted rows are the tokens of the held-out contexts that are not special and whose norm does not exceed
 the limit of the cache, if it has one. A reconstruction replaces the activation at counted rows only. KL(model ||
@@ -196,7 +196,8 @@ def measure(
     model: Any, text: HeldOutText, saes: Sequence[PlainSAE], norm_limit: float | None = None, loss: bool = True,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> RowTable:  # fmt: skip
-    """Splice each SAE into the model in turn. Rows whose norm exceeds `norm_limit` are neither replaced nor counted.
+    """Splice the SAEs into the model, one after the other. Rows whose norm exceeds `norm_limit` are neither replaced
+    nor counted.
 
     Without `loss` the model runs once, and KL and CE are NaN.
     """

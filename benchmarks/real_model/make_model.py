@@ -68,8 +68,8 @@ def make_model(folder: Path, downloads: Path) -> Path:
         **{key: value for key, value in quantised.config.to_dict().items() if key not in DROPPED}
     )
     config.dtype = "bfloat16"
-    # save_pretrained rejects a model that was read from GGUF ("quantized with gguf"), so its tensors move to a plain
-    # one
+    # save_pretrained rejects a model that was read from GGUF ("quantized with gguf"), so its tensors are loaded into a
+    # plain model
     plain = type(quantised)(config).to(torch.bfloat16)
     plain.load_state_dict(quantised.state_dict())
     unfinished = target.with_name(f"{MODEL_FOLDER}.unfinished")

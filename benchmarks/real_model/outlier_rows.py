@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from forward_hooks import PlainCache, PlainSAE, RowTable
 
-TOP_SHARE = 0.001  # this share of the rows, those with the largest norms: their part of the variance is reported
+TOP_SHARE = 0.001  # the share of rows, those with the largest norms, whose part of the variance is reported
 LISTED = 8  # outlier rows that are listed with position and token
 TRAINING_CHUNKS = 4  # of 8,192 rows each, on which explained variance is measured for training rows
 
@@ -115,8 +115,8 @@ def order_of_pairs(table: RowTable, number: str) -> Iterator[dict[str, Any]]:
     row.
 
     `number` is "fve" or "kl". The order of two SAEs by explained variance is the order of their summed errors, since
-    the variance of the rows is the same for both. `rows_that_turn_it` is the number of rows that reverse the order if
-    they alone are left out.
+    the variance of the rows is the same for both. `rows_that_turn_it` counts the rows for which leaving out this one
+    row reverses the order.
     """
     value, weight = (table.error, table.distance) if number == "fve" else (table.kl, np.ones(len(table.norm)))
     sign = -1 if number == "fve" else 1

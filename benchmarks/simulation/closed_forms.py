@@ -23,7 +23,7 @@ def undisturbed_seconds(harvest: Harvest) -> float:
 
 
 def expected_seconds_with_failures(seconds: float, rate: float, restart: float) -> float:
-    """Expected time for `seconds` of work that begins again after each failure, `restart` seconds later.
+    """Expected time to do `seconds` of work, if after each failure the work begins again `restart` seconds later.
 
     Failures come at `rate` per second, also during a restart (J. Daly, A higher order estimate of the optimum
     checkpoint interval, 2006, equation 13 for one segment).

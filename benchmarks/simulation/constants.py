@@ -76,7 +76,8 @@ def source_of(one: Field[Any], constants: Constants) -> str:
 
 
 def parse_settings(settings: Iterable[str]) -> Constants:
-    """The constants with `name=value` settings. Raises ValueError for an unknown name, or a value of another kind."""
+    """The constants with `name=value` settings. Raises ValueError for an unknown name, and for a value that is not a
+    number or is negative."""
     names = {one.name for one in fields(Constants)}
     values = {}
     for setting in settings:

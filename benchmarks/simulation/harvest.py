@@ -1,4 +1,4 @@
-"""A harvest over nodes of GPUs into a bucket, window by window.
+"""A harvest that nodes with GPUs write into a bucket, simulated window by window.
 
 These rules are those of the program itself: the windows and the objects of each (cache/layout.py), the assignment of
 windows to processes, the number of windows that a process has in memory, writing a window while the next one is
@@ -128,7 +128,8 @@ class Harvest:
 
     @property
     def seal_seconds(self) -> float:
-        """How long it takes to complete the cache. The process that finds every window committed does this."""
+        """How long it takes to complete the cache. The process that finds every window committed completes the
+        cache."""
         c, layout, arrays = self.constants, self.layout, len(self.layers)
         read = layout.n_windows * LARGEST_READS * sum(self.largest) + self.tokens * (SIDE_BYTES - 4 + 4 * arrays)
         answers = self.seal_requests * c.latency / RECORD_THREADS

@@ -1,10 +1,10 @@
-"""Training many runs over ranks, from a bucket with a bounded local cache on each node.
+"""Training many runs that are distributed over ranks and read a bucket, with a bounded local cache on each node.
 
 These are taken from the program itself: the assignment of runs to ranks (train/deal.py), bytes of a run's state
-(train/memory.py), which file a process pulls next and which one is removed for it (cache/chunk_schedule.py), and the
-interval of checkpoints. Files here are coarser than chunks: a layer has GROUPS of them, each read by consecutive steps.
-The processes of a node share its local cache: a file that one process has pulled is not pulled again by another while
-it is there.
+(train/memory.py), which file a process pulls next and which file is removed to make room (cache/chunk_schedule.py), and
+the interval of checkpoints. Files here are coarser than chunks: a layer has GROUPS files, and consecutive steps read
+the same file. The processes of a node share its local cache: while a file is in the local cache, no other process of
+the node pulls it again.
 """
 
 import random
@@ -92,7 +92,7 @@ class Sweep:
         """The least seconds that each resource needs: for all steps on all GPUs, and for the bytes that each node
         pulls.
 
-        A node pulls each layer that its ranks train at least once.
+        A node pulls, at least once, each layer that its ranks train.
         """
         c, works = self.constants, self.works
         shares = [share for share in deal(works, self.gpus) if share.runs]
@@ -214,7 +214,7 @@ class Rank:
                 kept |= other.pinned
         pull = self.schedule.next_pull(self.position, there, kept, node.free)
         if pull is None:
-            self.after = -1  # others still need the files that would make room; try again when they continue
+            self.after = -1  # other processes still need the files that could be removed; try again when they continue
         elif not self.fits(pull.needed):
             self.after = self.position
         elif pull.after >= self.position:
@@ -290,7 +290,8 @@ class SweepRun:
             raise ValueError(f"a local cache of {sweep.local_cache:g} bytes cannot hold two groups for each process")
 
     def _passes(self, works: Sequence[Work]) -> list[Pass]:
-        """The passes of a rank: runs of a layer, each in the first pass with room for it."""
+        """The passes of a rank. Each pass has runs of one layer, and each run joins the first pass that has room for
+        it."""
         c, found = self.sweep.constants, []
         for layer in dict.fromkeys(work.stream for work in works):
             room: list[list[Work]] = []

@@ -40,7 +40,7 @@ def run_ravel(folder: Path, record: Recorder) -> None:
     """Evaluate every SAE, and record masks, pairs, answers and scores."""
     base = Path("artifacts/ravel/base")
     shutil.copytree(folder / "adamkarvonen" / "ravel_prompts", base)
-    model_folder = Path("facts-gemma")  # SAEBench chooses the attention by the name
+    model_folder = Path("facts-gemma")  # SAEBench chooses the kind of attention by this name
     model_folder.symlink_to(folder)
     record.json["settings"] = SETTINGS
     record_judgements(record)

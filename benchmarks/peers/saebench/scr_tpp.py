@@ -86,7 +86,8 @@ def task_names(scr: bool) -> list[str]:
 
 
 def record_scr_edge_cases(record: Recorder) -> None:
-    """Record SCR's scores for made-up accuracies (a direction without room, a tie, neither), and latent selection."""
+    """Record SCR's scores for made-up accuracies (including a tie, and a direction in which accuracy cannot rise), and
+    which latents are selected."""
     biased = "male_professor / female_nurse"
     for name, (first, second, clean) in {
         "first is worse": (0.6, 0.7, 0.9), "second is worse": (0.7, 0.6, 0.9), "equal": (0.65, 0.65, 0.9),

@@ -50,7 +50,8 @@ class Problem:
 
 
 def make_sae(folder: Path, kind: str, about: dict[str, Any]) -> Any:
-    """An SAE of ours in `folder` as SAEBench's class for its kind; `about` is the content of problem.json."""
+    """Load one of our SAEs from `folder` into SAEBench's class for this kind of SAE. `about` is the content of
+    problem.json."""
     found = load_file(folder / "saes" / kind / "sae.safetensors")
     arrays = {name.removeprefix("activation.0."): tensor for name, tensor in found.items()}
     d_in, d_sae = arrays["W_enc"].shape
@@ -88,7 +89,7 @@ def to_json(value: Any) -> Any:
 
 @contextlib.contextmanager
 def record_calls(module: Any, name: str, callback: Callable[[tuple[Any, ...], Any], None]) -> Iterator[None]:
-    """Call `callback(arguments, result)` after every call of a function of SAEBench through its module."""
+    """Call `callback(arguments, result)` after every call of SAEBench's function `name` that goes through `module`."""
     function = getattr(module, name)
 
     def call(*arguments: Any, **named: Any) -> Any:
