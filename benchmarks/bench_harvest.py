@@ -3,7 +3,7 @@
 The embedded text is tokenized before the clock starts. The script then measures the following on gemma-2-mini, in
 rounds, in random order:
 
-    forward         the truncated model on the same passes as the harvest, without hooks; results are discarded
+    forward         the truncated model on the batches of the harvest, without hooks; results are discarded
     harvest         the whole harvest, from loading the model to sealing the cache, with checksums, flushes and commits
     harvest of 19   a harvest of layer 19 alone instead of layers 5, 12 and 19
 

@@ -5,8 +5,8 @@ script starts in another process; it sends files as fast as it can or at a fixed
 use, is slower than any real store). Each round trains the same run several times, in random order: from the disk, from
 the store at full speed, and from the store through slower links. With the store, the local folder has room for only
 part of the cache. Each training run has its own process and an empty local folder. The chunks of the first batches are
-downloaded before training begins; `after ten steps` is the speed after that. Ratios are taken within a round; the
-tables have the medians of these ratios over rounds. `needed` is the rate at which training reads.
+downloaded before training begins; `after ten steps` is the speed without the first ten steps. Ratios are taken within a
+round; the tables have the medians of these ratios over rounds. `needed` is the rate at which training reads.
 """
 
 import argparse

@@ -1,5 +1,5 @@
-"""The time that `sae evaluate` takes for one more SAE when the results of the model are on disk: quick suite, one
-thread.
+"""The time that `sae evaluate` takes for one more SAE with the quick suite and one thread, if the model's results are
+on disk.
 
     python benchmarks/further_sae.py [--width 4x] [--systems 3] [--metrics core,absorption]
 

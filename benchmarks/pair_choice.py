@@ -9,8 +9,8 @@ There are two tables for each of `decorrelation` and `competition`.
                three seeds each. The columns are scores on held-out text, and the penalty over all pairs of latents on
                rows that no run has read. A cell is the mean over seeds and the half-width of its 95 % interval. Further
                rows have the differences from the runs with all pairs, seed by seed.
-    overlap    along one run that compares some pairs: the share that these pairs have in the penalty of all pairs, and
-               the ratio of the penalty that is estimated from them to the penalty of all pairs.
+    overlap    along one run in which a step compares only some pairs: the share of these pairs in the penalty of all
+               pairs, and the penalty estimated from these pairs divided by the penalty of all pairs.
 
 For `decorrelation` the script also compares two gradients on the same latents: the average of the gradients from the
 blocks of several steps, and the gradient of all pairs.
@@ -41,8 +41,10 @@ from sae.train.variants.competition.pairs import DensePairs, PairTable
 from sae.train.variants.competition.penalty import CompetitionLoss
 from sae.train.variants.decorrelation import Decorrelation, random_order
 
-BLOCK, K = 64, 32  # of `decorrelation`, so that a dictionary of 512 has eight blocks as one of 2048 has by default
-DEFAULT_BLOCK = 256  # a step then chooses 0.13 pairs per latent at any width; with blocks of 64, 0.03
+# With blocks of 64, `decorrelation` has eight blocks in a dictionary of 512, as it has by default in one of 2048.
+BLOCK, K = 64, 32
+# At any width, a step chooses 0.13 pairs per latent with blocks of 256, and 0.03 pairs per latent with blocks of 64.
+DEFAULT_BLOCK = 256
 CHOICES: Mapping[str, Mapping[str, dict[str, Any]]] = {  # recipe -> what a step compares -> options
     "decorrelation": {
         "all pairs": {"pair_choice": "exact"},

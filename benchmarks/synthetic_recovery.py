@@ -24,7 +24,8 @@ from sae.train.variant import RunConfig
 
 ATOMS, D_IN, D_SAE, L0, BATCH = 128, 64, 256, 4, 512
 
-# In addition to lr = 3e-3. Recipes that are not listed get k = 4 if they have a k, else l1 = 0.2 if they have an l1.
+# These options are added to lr = 3e-3. A recipe that is not listed gets k = 4 if it has an option k; otherwise it gets
+# l1 = 0.2 if it has an option l1.
 OPTIONS: dict[str, dict[str, float | int]] = {
     "jumprelu": {"l0": L0, "bandwidth": 0.1, "penalty_warmup": 1500},
     "jumprelu-step": {"penalty": 0.03, "bandwidth": 0.1, "penalty_warmup": 1500},

@@ -5,12 +5,12 @@
     python benchmarks/version_bounds.py FOLDER --pin torch==2.13.0+cpu --find-links WHEELS > page.md
 
 Each of the two ends, `lowest` and `newest`, gets a virtual environment in FOLDER with this checkout and all its extras.
-The lowest is installed with uv's `--resolution lowest-direct`, which chooses the lowest allowed version of the packages
-declared here and the newest version of their own dependencies. The folders of tests/ are run one after another.
-Finished results are kept in FOLDER, so a later call continues where the last one stopped, and repeats the tests that
-failed; `--again lowest` starts that end from the beginning. A test that fails is run once more by itself. The page is
-printed at the end; the exit code is 1 if a test still fails. `--pin` fixes a version at both ends, for a package that
-is available only in some versions; the page then says that its bound was not tried.
+The environment `lowest` is installed with uv's `--resolution lowest-direct`, which chooses the lowest allowed version
+of the packages declared here and the newest version of their own dependencies. The folders of tests/ are run one after
+another. Finished results are kept in FOLDER, so a later call continues where the last one stopped, and repeats the
+tests that failed; `--again lowest` starts that end from the beginning. A test that fails is run once more by itself.
+The page is printed at the end; the exit code is 1 if a test still fails. `--pin` fixes a version at both ends, for a
+package that is available only in some versions; the page then says that its bound was not tried.
 """
 
 import argparse

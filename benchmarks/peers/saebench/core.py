@@ -15,8 +15,8 @@ from transformerlens_model import NAME
 class Store:
     """The contexts in order, batch by batch.
 
-    SAEBench's own store continues where the reconstruction batches stopped; with `rewinds` the sparsity batches start
-    at the first context again.
+    SAEBench's own store continues where the reconstruction batches stopped; if `rewinds` is set, the sparsity batches
+    start at the first context again.
     """
 
     def __init__(self, contexts: Tensor, size: int, rewinds: bool) -> None:
