@@ -65,10 +65,10 @@ def run_in_parts(
     precision: Callable[[], AbstractContextManager[None]],
     backward: bool = True,
 ) -> tuple[WholeBatch, dict[str, Tensor]]:
-    """Run the forward pass of step i in `count` parts and, with `backward`, compute the gradients.
+    """Run the forward pass of step i in `count` parts and, if `backward` is set, compute the gradients.
 
     `precision` returns a context manager that sets the precision of matrix products. Returns the batch and its weighted
-    losses, detached from the graph. Without `backward` there are no losses.
+    losses, detached from the graph. If `backward` is not set, there are no losses.
     """
     whole = WholeBatch(i, variant, optimizer, x_BD)
     parts = x_BD.split(len(x_BD) // count)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from . import sparse_ops
 from .kernels.operators import largest
 
-SAMPLE_EVERY = 127  # prime, so that the sample covers all latents of a dictionary in turn
+SAMPLE_EVERY = 127  # prime, so that over many rows the sample covers all latents of a dictionary
 
 
 class Activation(nn.Module):
-    """One function in the chain from pre-activations to latents. It is saved as its name and `options`."""
+    """One function in the chain from pre-activations to latents. Its name and `options` are saved with the SAE."""
 
     registry: ClassVar[dict[str, type["Activation"]]] = {}
     name: ClassVar[str]
@@ -118,8 +118,8 @@ def largest_indices(z_N: Tensor, count: int) -> Tensor:
 
     On a CPU, `topk` over all latents of a batch runs on one thread and takes longer than a matrix product on two
     threads. So on a CPU a lower bound is taken from a sample, such that slightly more than `count` elements reach it,
-    and `topk` runs on those elements only. The number of these elements has to be known, so this is not possible while
-    a step is traced without values.
+    and `topk` runs on those elements only. The number of these elements has to be known, so the sample cannot be used
+    while a step is traced with tensors that hold no values.
     """
     is_traced = type(z_N) is not Tensor or torch.compiler.is_compiling()
     found_N = None if z_N.device.type != "cpu" or is_traced else largest_by_sample(z_N, count)
@@ -171,7 +171,8 @@ class BatchTopK(KeepTopK, name="batchtopk"):
 
     See Bussmann et al. 2024.
 
-    With a threshold, a loaded SAE encodes each token independently. The mechanism BatchTopKThreshold sets it.
+    Because of the threshold, a loaded SAE encodes each token independently. The mechanism BatchTopKThreshold sets
+    `threshold`.
     """
 
     threshold: Tensor  # ()

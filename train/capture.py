@@ -46,7 +46,7 @@ class CapturedSteps:
     def replay(self, trainers: Sequence[Trainer], x_BD: Tensor) -> dict[Trainer, Step]:
         """Launch all trainers' steps on a batch (B, d_in), and return them for mechanisms that act between steps.
 
-        Returns an empty dict if it took no steps. The caller then has to run the steps one by one.
+        Returns an empty dict if no steps were taken. The caller then has to run the steps one by one.
         """
         key = (x_BD.shape, *((trainer, trainer.variant.shape_key()) for trainer in trainers))
         if self.refused:
@@ -73,8 +73,8 @@ class CapturedSteps:
         self._x_BD = torch.empty_like(x_BD)
         graph, origin = torch.cuda.CUDAGraph(), torch.cuda.Stream(x_BD.device)
         streams = [torch.cuda.Stream(x_BD.device) for _ in trainers]
-        # Meanwhile, other threads copy batches and checkpoints. Their work is not captured, and they may wait for the
-        # device.
+        # During the capture, other threads copy batches and checkpoints. In the mode thread_local, the work of other
+        # threads is not captured, and they are allowed to wait for the device.
         with torch.cuda.graph(graph, stream=origin, capture_error_mode="thread_local"):
             for trainer, stream in zip(trainers, streams, strict=True):
                 stream.wait_stream(origin)
@@ -99,7 +99,10 @@ class CapturedSteps:
 
 
 def detached(step: Step) -> Step:
-    """A copy of a step that shares its memory but not its autograd graph, which would otherwise outlive the capture."""
+    """A copy of a step without the step's autograd graph, which would otherwise outlive the capture.
+
+    The copy shares the memory of the step's tensors.
+    """
     kept = copy.copy(step)
     vars(kept).update(tree_map_only(Tensor, Tensor.detach, vars(step)))
     return kept

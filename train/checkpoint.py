@@ -58,8 +58,8 @@ def write_checkpoint(folder: Path, step: int, data: bytes | memoryview, run: str
     record |= {} if run is None else {"run": run}
     CHECKPOINT_RECORD.write(target / "state.json", record)
     checkpoints = sorted((folder / "checkpoints").glob("step-*"))
-    # Any checkpoints of later steps were damaged and were skipped when the run was resumed. If they were kept, they
-    # would displace valid ones.
+    # Any checkpoints of later steps were damaged and were skipped when the run was resumed. If damaged checkpoints
+    # were kept, they would displace valid ones.
     skipped = [path for path in checkpoints if path.name > target.name]
     for old in [*skipped, *[path for path in checkpoints if path.name <= target.name][:-KEPT]]:
         shutil.rmtree(old, ignore_errors=True)
@@ -121,7 +121,7 @@ def restore_checkpoint(trainer: Trainer, folder: Path, say: Callable[[str], None
             )
         state = training_state(trainer)
         for name in state.keys() - tensors.keys():
-            if is_counter(name):  # newer than the checkpoint, so it starts counting here
+            if is_counter(name):  # the checkpoint is from before this counter existed: start counting now
                 tensors[name] = state[name]
         if any(name not in tensors or tensors[name].shape != tensor.shape for name, tensor in state.items()):
             raise UsageError(

@@ -1,13 +1,14 @@
 """Write checkpoints while training continues.
 
-The states of the runs are copied between two steps, and a thread writes the copies to disk. It writes one checkpoint at
-a time; the next checkpoint waits until the last one is written. The process can be killed at any time: an incomplete
-checkpoint has no state.json, and earlier checkpoints are removed only once the new one is complete.
+The states of the runs are copied between two steps, and a thread writes the copies to disk. The thread writes one
+checkpoint at a time; each checkpoint waits until the previous one is written. The process can be killed at any time:
+an incomplete checkpoint has no state.json, and earlier checkpoints are removed only once the new one is complete.
 
 On a GPU the state is copied into pinned memory. The copies are queued on the training stream, between the step that
 produced the state and the next one. So the host does not wait, and no later step can change the state while it is
 copied. A copy on a separate stream could overlap the next forward pass and save some milliseconds per checkpoint, but
-the code that changes the state in place would have to wait for it. Copying within the GPU first would take GPU memory.
+the code that changes the state in place would have to wait for that copy. Copying within the GPU first would take GPU
+memory.
 """
 
 import contextlib
@@ -66,9 +67,9 @@ class CopiedRun(NamedTuple):
 class CheckpointWriter:
     """Writes the checkpoints of the runs of a pass one after the other, in a background thread.
 
-    Without `background`, or if there is no memory for the copies, `save` writes the checkpoints itself. If the thread
-    fails, for example because the disk is full, the next `check`, `save` or `wait` raises its error. The writer is a
-    context manager and waits for the thread on exit.
+    If `background` is not set, or if there is no memory for the copies, `save` writes the checkpoints itself. If the
+    thread fails, for example because the disk is full, the next `check`, `save` or `wait` raises its error. The
+    writer is a context manager and waits for the thread on exit.
     """
 
     def __init__(self, device: str, background: bool = True) -> None:

@@ -33,7 +33,10 @@ FIXED = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The options of `sae train`. Fields are named like its flags, in the plural if a flag can be repeated."""
+    """The options of `sae train`.
+
+    Fields have the names of the command's flags, in the plural if a flag can be repeated.
+    """
 
     variants: Sequence[str] = ()  # names of recipes
     layers: Sequence[int] = (12,)
@@ -65,7 +68,7 @@ class TrainConfig:
     origins: Mapping[str, str] = field(default_factory=dict)  # non-default flag -> "flag" or "file:line"
 
     def record(self) -> dict[str, Any]:
-        """The config as JSON, under the keys of run.json. Two of these keys keep former names of their fields."""
+        """The config as JSON, under the keys of run.json. Two of these keys are former names of their fields."""
         on_disk = {"paper_exact": "literal", "shuffle_seed": "order_seed"}
         values = {on_disk.get(f.name, f.name): getattr(self, f.name) for f in fields(self) if f.name != "source"}
         for newer in ("modules", "accumulate", "precision", "local_cache", "local_folder"):

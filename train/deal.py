@@ -2,8 +2,8 @@
 
 Runs that read the same batches (a stream) share a pass over them if they are on the same rank. Sharing a pass only
 avoids reading the batches again, so a stream is divided over several ranks if the slowest rank finishes earlier that
-way.
-Three assignments are compared. The one that finishes first is chosen; among ties, the one that reads the least:
+way. Three assignments are compared. The assignment that finishes first is chosen; if several finish first, the one
+that reads the least is chosen:
 
 - each stream as a whole, longest first, goes to the rank that would finish it first;
 - all runs, in the order of their streams, are cut into as many pieces as there are ranks;
@@ -88,7 +88,10 @@ def deal(works: Sequence[Work], ranks: int) -> list[RankShare]:
 
 
 def end_of(shares: Iterable[RankShare]) -> float:
-    """When the last rank finishes, in seconds from the start. Rounded to a microsecond so that equal estimates tie."""
+    """The time when the slowest rank finishes, in seconds from the start.
+
+    Rounded to a microsecond so that equal estimates tie.
+    """
     return round(max(share.seconds for share in shares), 6)
 
 

@@ -5,10 +5,10 @@ needs new memory. Autograd makes such a pass for each bias, ReLU, mask and sum o
 also adds the bias. The product that computes the gradient of the latents also adds the gradient of any loss on the
 latents. ReLU and its mask work in place.
 
-No function computes a gradient of x, so a dense step takes five products instead of six. Under autocast, products have
-the autocast dtype, and so do latents. Weights keep their own dtype, and gradients have the dtype of their weights. If a
-weight has a copy in bfloat16 (train/kernel_update.py), products read the copy, and the gradient of the weight is in
-bfloat16.
+No function here computes the gradient of x, so a dense step takes five products instead of six. Under autocast,
+products have the autocast dtype, and so do latents. Weights keep their own dtype, and gradients have the dtype of their
+weights. If a weight has a copy in bfloat16 (train/kernel_update.py), products read the copy, and the gradient of the
+weight is in bfloat16.
 """
 
 from collections.abc import Sequence
@@ -107,7 +107,8 @@ def center(x_BD: Tensor, b_D: Tensor | None) -> Tensor:
     """The encoder's input in the dtype of the products, which also compute the gradient of b_dec.
 
     Subtracting b_dec first costs a pass over (B, D), and saves a pass over W_enc and one over its gradient. Some
-    dimensions of language models have large means, which then do not have to cancel within a rounded product.
+    dimensions of language models have large means. Subtracting them first keeps these large terms out of the product,
+    whose result is rounded.
     """
     centered_BD = x_BD.detach() if b_D is None else x_BD.detach() - b_D.detach()
     return centered_BD.to(dtype_of_products(x_BD))
@@ -160,7 +161,7 @@ class _EncodeReLUDecode(torch.autograd.Function):
         f_BF = torch.addmm(b_F.to(x_BD.dtype), x_BD, encoder_DF).relu_()  # pre-activations are not kept
         ctx.save_for_backward(x_BD, w_DF, f_BF, decoder_FD)
         ctx.subtracts = b_D is not None
-        ctx.set_materialize_grads(False)  # without a loss on the latents, zeros would cost a pass over (B, F)
+        ctx.set_materialize_grads(False)  # saves a pass over (B, F) if no loss reads the latents
         return f_BF, f_BF @ decoder_FD
 
     @staticmethod

@@ -67,7 +67,8 @@ def check_disk_space(runs: Iterable[RunInFolder], reserved: Mapping[Path, float]
     for disk, on_disk in by_disk.items():
         sizes = [run_bytes(run) for run in on_disk]
         activations = sum(size for folder, size in reserved.items() if disk_id(folder) == disk)
-        # A new checkpoint is written completely before an older one is removed. The run's SAE is written after that.
+        # A new checkpoint is written completely before an older one is removed. The run's SAE is written after the
+        # last checkpoint.
         transient = max(size.state - size.sae for size in sizes)
         needed = sum(size.folder for size in sizes) - sum(checkpoint_bytes(run.folder) for run in on_disk) + transient
         place = existing_parent(on_disk[0].folder)
@@ -167,8 +168,8 @@ def describe_size(runs: Sequence[BuildableRun], folder: Path) -> str:
 def describe_time(passes: Sequence[Sequence[BuildableRun]], device: str, from_store: bool = False) -> list[str]:
     """The lines of a plan about the memory and time that training needs on the device. Times a few steps per recipe.
 
-    `passes` lists the runs that are on the device together, as `TrainPlan.passes` does. With `from_store`, a line says
-    how fast the store has to deliver the batches.
+    `passes` lists the runs that are on the device together, as `TrainPlan.passes` does. If `from_store` is set, one
+    line gives the speed at which the store has to deliver the batches.
     """
     device, link = resolve_device(device), []
     try:

@@ -47,6 +47,6 @@ def outside_hook(known: Sequence[Hook], spec: ModuleSpec, text: str) -> Hook:
 
 
 def known_hooks(folders: Sequence[str | Path]) -> list[Hook]:
-    """The hooks of the caches in these folders. Without folders, the hooks of all caches."""
+    """The hooks of the caches in these folders. If `folders` is empty, the hooks of all caches."""
     caches = [open_place(folder) for folder in folders] if folders else open_caches()
     return [hook for cache in caches for hook in cache.hooks]

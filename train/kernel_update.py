@@ -29,7 +29,7 @@ class KernelUpdate(WeightUpdate):
     ) -> None:
         self.settings, self.optimizer = variant.optimization, optimizer
         sae, groups = variant.sae, optimizer.param_groups
-        self.weights = list(variant.parameters())  # W_dec and W_enc are the first
+        self.weights = list(variant.parameters())  # starts with W_dec and W_enc
         self.decays = {weight: group["weight_decay"] for group in groups for weight in group["params"]}
         self.unit = {sae.W_dec} if variant.normalizes_at_once else set()
         self.copied = [sae.W_dec, sae.W_enc] if copies else []
@@ -42,7 +42,7 @@ class KernelUpdate(WeightUpdate):
         self.corrections_S2 = torch.stack([rest_S1, rest_S2.sqrt()], dim=1).float().to(device)
         if not sums and hasattr(torch.Tensor, "grad_dtype"):  # since torch 2.10; earlier versions round to float32
             for weight in self.copied:
-                weight.grad_dtype = None  # accept the dtype of the product
+                weight.grad_dtype = None  # accept a gradient in the dtype of the matrix product
 
     @torch.no_grad()
     def make_copies(self) -> None:
@@ -57,7 +57,7 @@ class KernelUpdate(WeightUpdate):
             copy.copy_(weight)  # in place, because the graph of a captured step reads this memory
 
     def without_copies(self) -> None:
-        """Let matrix products round the weights themselves. Call it before the first step."""
+        """Let matrix products round the weights themselves. To be called before the first step."""
         self.copied = []
 
     def step(self, loss: Tensor, i: Tensor, failed_at: Tensor) -> Tensor:

@@ -23,10 +23,10 @@ class L0Controller(Mechanism):
     warm-up applies. The recipe's schedule after step w is ignored, because a penalty that falls to zero does not
     determine a final L0.
 
-    Weights respond to a coefficient only at the optimizer's rate, so a controller that only integrates the error would
-    oscillate. Also, half of all latents are active at first, and L0 falls from there without any penalty. If a penalty
-    pushes it down further, L0 overshoots the target and latents die for good. So e includes how fast L0 falls. e is
-    limited to [-1, 1/2], so the penalty weakens faster than it strengthens.
+    Weights respond to a coefficient only at the optimizer's rate, so a controller that only integrates the error
+    would oscillate. Also, half of all latents are active at first, and L0 falls from there without any penalty. If a
+    penalty pushes L0 down further, L0 overshoots the target and latents die for good. So e includes how fast L0
+    falls. e is limited to [-1, 1/2], so the penalty weakens faster than it strengthens.
     """
 
     integral: Tensor  # (), s in the equation above

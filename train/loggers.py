@@ -1,4 +1,4 @@
-"""Loggers in addition to metrics.jsonl: TensorBoard, Weights & Biases and trackio. Each is imported when it is used."""
+"""Loggers in addition to metrics.jsonl: TensorBoard, Weights & Biases and trackio. Packages are imported on use."""
 
 import contextlib
 import io
@@ -60,7 +60,10 @@ LOGGERS: dict[str, Callable[[Path, Mapping[str, Any]], Logger]] = {
 
 
 def import_logger(name: str) -> Any:
-    """The module of a logger. Raises UnavailableError if its package is missing; metrics.jsonl needs no package."""
+    """The module of a logger.
+
+    Raises UnavailableError if the logger's package is missing; metrics.jsonl needs no package.
+    """
     return import_extra(name, f"--log {name}", "torch.utils.tensorboard" if name == "tensorboard" else None)
 
 

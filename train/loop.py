@@ -22,7 +22,10 @@ def train_loop(
     after_step: Callable[[int], bool],
     replay: Callable[[Sequence["Trainer"], Tensor], dict["Trainer", Step]] | None = None,
 ) -> None:
-    """Take steps until `after_step(number)` returns True. Trainers take turns on a batch, or `replay` runs them all."""
+    """Take steps until `after_step(number)` returns True.
+
+    On each batch the trainers take their steps one after the other, unless `replay` takes the steps of all trainers.
+    """
     for number in steps:
         x_BD = next(batches)
         taken = {} if replay is None else replay(trainers, x_BD)

@@ -15,7 +15,7 @@ from .step import Mechanism, Step
 class UnitNormDecoder(Mechanism):
     """Keeps the rows of W_dec on the unit sphere and removes the radial gradient. Has to be the last mechanism."""
 
-    by_kernels = False  # whether the kernels that update the weights do both (train/kernel_update.py)
+    by_kernels = False  # whether the kernels that update the weights do this instead (train/kernel_update.py)
 
     def after_backward(self, step: Step) -> None:
         if self.by_kernels:
@@ -118,7 +118,7 @@ class ActivityEMA(Mechanism):
 
 
 def reset_adam_state(step: Step, index_N: Tensor) -> None:
-    """Zero Adam's moments for some latents in all weights. Call it after rewriting those weights."""
+    """Zero Adam's moments of some latents' weights. To be called after these weights have been rewritten."""
     sae = step.sae
     for parameter, dimension in ((sae.W_dec, 0), (sae.W_enc, 1), (sae.b_enc, 0)):
         for name, moment in step.optimizer.state.get(parameter, {}).items():
@@ -207,7 +207,7 @@ class BatchTopKThreshold(Mechanism):
         return (step.f_BF if step.selected_N is None else step.selected_N).detach()
 
     def after_step(self, step: Step) -> None:
-        lowest = step.statistics.get(self)  # of a batch that was computed in parts
+        lowest = step.statistics.get(self)  # set only if the batch was computed in parts
         value_N = self.latents(step) if lowest is None else lowest
         follow = follow_threshold if self.by_kernels else follow_by_torch
         follow(value_N, self.activation.threshold, self.batches, self.rate)

@@ -1,8 +1,9 @@
 """Estimate the memory of training by tracing two steps on tensors that have shapes but no values.
 
 A trace runs the actual code of a step, so it works for every recipe, however the recipe computes its matrix products.
-It misses scratch memory inside single operations (except for `topk` on a CPU). It also misses the memory that is used
-between steps by work that depends on values, so mechanisms declare that memory (`Mechanism.between_bytes`).
+A trace misses scratch memory inside single operations (except for `topk` on a CPU). It also misses the memory that
+mechanisms use between steps for work that depends on values, so mechanisms declare this memory
+(`Mechanism.between_bytes`).
 """
 
 import json
@@ -129,7 +130,7 @@ class TracedSteps(NamedTuple):
 
 
 def trace_steps(live: LiveBytes, run: BuildableRun, device: str, rows: int, kernels: bool = False) -> TracedSteps:
-    """Take two steps, because the first one allocates the moments, and read the metrics."""
+    """Take two steps and read the metrics. Two, because the optimizer allocates its moments in the first step."""
     config = run.config
     parts = config.accumulate if rows % config.accumulate == 0 else 1
     with torch.random.fork_rng(devices=[]), torch.device(device):  # a tensor without values cannot be moved later

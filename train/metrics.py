@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 class MetricSums:
-    """Sums of 0-d metrics over steps, kept on the device. They change in place, so a captured step can add to them."""
+    """Sums of 0-d metrics over steps, kept on the device.
+
+    The sums change in place, so a captured step can add to them.
+    """
 
     def __init__(self, device: str) -> None:
         self.steps = torch.zeros((), dtype=torch.int64, device=device)

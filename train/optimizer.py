@@ -12,7 +12,8 @@ from .variant import Variant
 def make_optimizer(variant: Variant, device: str) -> torch.optim.Optimizer:
     """Fused Adam or AdamW. Its learning rate and its flag to skip an update are on the device.
 
-    The two differ only in weight decay: Adam adds it to the (clipped) gradient, AdamW subtracts it from the weights.
+    Adam and AdamW differ only in weight decay: Adam adds it to the (clipped) gradient, AdamW subtracts it from the
+    weights.
     """
     settings, W_enc = variant.optimization, variant.sae.W_enc
     others = [p for p in variant.parameters() if p is not W_enc]
@@ -39,8 +40,8 @@ class WeightUpdate:
         """Take step `i` () int64, and return the norm of the gradient.
 
         `failed_at` () int64 is the first step whose loss or gradient was not finite, or -1. If step `i` is the first
-        such step, `failed_at` is set to it. From that step on, the weights do not change. The host notices this when it
-        next logs.
+        such step, `failed_at` is set to `i`. From that step on, the weights do not change. The host notices this when
+        it next logs.
         """
         raise NotImplementedError
 
@@ -72,9 +73,9 @@ class OptimizerUpdate(WeightUpdate):
 def capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """A context manager inside which the optimizer may be captured in a CUDA graph.
 
-    The optimizer keeps its learning rate, step counts and flags on the device, so its results do not depend on torch's
-    setting `capturable`. Without this setting, torch refuses to capture the optimizer. With it, torch warns if the
-    optimizer is not captured.
+    The optimizer keeps its learning rate, step counts and flags on the device, so its results do not depend on
+    torch's setting `capturable`. If `capturable` is false, torch refuses to capture the optimizer. If it is true,
+    torch warns whenever the optimizer is not captured.
     """
     for group in optimizer.param_groups:
         group["capturable"] = True

@@ -124,10 +124,12 @@ def split_by_memory(runs: Sequence[AnyRun], device: str, free: float) -> list[li
 
 
 def plan_passes(runs: Sequence[AnyRun], device: str, streaming: bool = False) -> list[list[AnyRun]]:
-    """Plan the passes of runs for the memory that is free on a device now. With `streaming` only one pass is possible.
+    """Plan the passes of runs for the memory that is free on a device now.
+
+    If `streaming` is set, all runs have to fit into one pass.
 
     Raises:
-        UnavailableError: a run does not fit alone, or with `streaming` the runs do not fit together.
+        UnavailableError: a run does not fit alone, or `streaming` is set and the runs do not fit together.
     """
     free = available_memory(device)
     if not streaming:
@@ -184,7 +186,7 @@ def copied_bytes(runs: Sequence[BuildableRun], device: str) -> int:
 
 
 def copies_fit(runs: Sequence[BuildableRun], device: str) -> bool:
-    """Whether the copies of states fit into the free host memory, with everything else that a pass needs there."""
+    """Whether the free host memory has room for the copies of states and everything else that a pass needs there."""
     copies, budget = copied_bytes(runs, device), FREE_SHARE * available_memory("cpu")
     if torch.device(device).type == "cuda":
         return copies + max(map(host_bytes, runs)) <= budget

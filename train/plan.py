@@ -59,7 +59,10 @@ def default_log_interval(steps: int) -> int:
 
 @dataclass
 class Run:
-    """One training run: its folder, and everything that determines its result. It is accepted wherever a path is."""
+    """One training run: its folder, and everything that determines its result.
+
+    A `Run` is accepted wherever a path is accepted.
+    """
 
     recipe: Recipe
     options: dict[str, Any]
@@ -109,7 +112,10 @@ class Run:
         }
 
     def default_name(self) -> str:
-        """The name of the run folder. For a planned cache it ends in `*`, because the digest depends on its rows."""
+        """The name of the run folder.
+
+        For a planned cache, the name ends in `*`: the digest depends on the rows of the cache.
+        """
         digest = "*" if isinstance(self.cache, PlannedCache) else digest_of(self.identity())[:6]
         site = "" if self.hook.site == "resid_post" else f"-{self.hook.site}"
         l0 = "" if self.config.l0 is None else f"-l0_{self.config.l0:g}"
@@ -150,7 +156,7 @@ class TrainPlan:
     @cached_property
     def planned_passes(self) -> list[list[Run]]:
         """`passes`, planned for the memory that is free at the first access."""
-        streaming = isinstance(self.config.source, RingCache)  # if so, all runs are on the device at once
+        streaming = isinstance(self.config.source, RingCache)  # when streaming, all runs are on the device at once
         return plan_passes(self.unfinished, resolve_device(self.config.device), streaming)
 
     @property
@@ -166,7 +172,7 @@ class TrainPlan:
     def in_background(self) -> bool:
         """Whether checkpoints are written while training continues, given the memory that is free at the first access.
 
-        If not, training waits for each checkpoint, because copies of the states would not fit into memory with the
+        Otherwise training waits for each checkpoint, because copies of the states would not fit into memory beside the
         runs.
         """
         device = resolve_device(self.config.device)
@@ -189,9 +195,10 @@ class TrainPlan:
         return deal_runs(unfinished, resolve_device(self.config.device), rank_and_count()[1])
 
     def describe(self, time: bool = False) -> list[str]:
-        """The lines that `sae train` prints first. With `time`, memory and time are estimated too, in a few seconds.
+        """The lines that `sae train` prints first.
 
-        If several processes were launched, only the first returns lines, because it assigns the runs.
+        If `time` is set, memory and time are estimated as well, which takes a few seconds. If several processes were
+        launched, only the first returns lines, because it assigns the runs.
         """
         rank, count = rank_and_count()
         if rank:
@@ -235,9 +242,9 @@ def plan_training(config: TrainConfig, reserved: Mapping[Path, float] = {}) -> T
     """Plan the runs that a config requests. Writes nothing.
 
     Args:
-        config: what to train. If its source is a `PlannedCache`, the plan equals the plan for the finished cache,
-            except for values that depend on the rows. The variance is unknown, so options that scale with it stay
-            unscaled (a note says so). Folder names end in `*` instead of a digest.
+        config: what to train. If the config's source is a `PlannedCache`, the plan equals the plan for the finished
+            cache, except for values that depend on the rows. The variance is unknown, so options that scale with it
+            stay unscaled (a note says so). Folder names end in `*` instead of a digest.
         reserved: folder -> bytes that a harvest will write into it before or during training.
 
     Raises:
@@ -347,7 +354,7 @@ def make_run_config(config: TrainConfig, recipe: Recipe, cache: AnyCache, hook: 
 
 
 def resume_run(folder: Path, config: TrainConfig) -> Run:
-    """The run of an existing folder, as its run.json describes it. Raises UsageError if it cannot be resumed."""
+    """The run of an existing folder, as its run.json describes it. Raises UsageError if the run cannot be resumed."""
     record = read_run_record(folder)
     if record is None:
         raise UsageError(f"{folder} is not a run folder: it has no run.json. Give --resume a folder under runs/.")

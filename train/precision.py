@@ -1,4 +1,4 @@
-"""The precision of a run's matrix products: its line in the plan, and the search for existing runs with it."""
+"""The precision of matrix products: its line in the plan, and the search for existing runs with the same precision."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

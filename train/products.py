@@ -1,4 +1,4 @@
-"""Encode and decode with a trained SAE in its own precision, whatever the caller has set."""
+"""Encode and decode with a trained SAE in its own precision, whatever precision the caller has set."""
 
 import functools
 from collections.abc import Callable

@@ -31,7 +31,7 @@ from .signals import stop_on_signal
 
 PRESENCE = ".lock.rank"
 POLL_SECONDS, UPDATE_SECONDS, TURN_SECONDS = 0.5, 2.0, 0.05
-STOP_SECONDS = 10.0  # time for the other processes to stop if the launcher stops all; torchrun kills after 30
+STOP_SECONDS = 10.0  # for the other processes to stop if the launcher stops all; torchrun kills them after 30 s
 LISTED = 5  # maximum number of runs listed per process
 STALE_SECONDS = 60.0  # time that a network file system may need to show a file from another machine
 
@@ -114,9 +114,9 @@ class Watch:
     def present(self) -> Iterator[None]:
         """Hold a lock on `PRESENCE` until this process has reported, and then remove the file.
 
-        If other processes are still training, the file stays: without a lock it shows them that this process is gone.
-        Raises UnavailableError if a process of another launch trained the same run and is waiting for the rest of its
-        launch.
+        If other processes are still training, the file stays: a file without a lock shows them that this process is
+        gone. Raises UnavailableError if a process of another launch trained the same run and is waiting for the rest of
+        its launch.
         """
         if not (own := self.shares[self.group.rank]):
             yield

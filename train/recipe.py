@@ -29,11 +29,11 @@ Build = Callable[..., Variant]
 class Recipe:
     """A registered way to build a variant.
 
-    `width` is its default ratio d_sae / d_in. `paper_exact` contains the settings of `--paper-exact`: for each option
-    whose default differs from the paper's setting, that setting and the reason why it does not work as intended. If
-    `paper_exact` is empty, the defaults are the paper's. If it is None, the defaults have not been compared with a
-    paper. `switched_off` lists options that have no effect for some values of another option: name -> the other option
-    and these values.
+    `width` is the recipe's default ratio d_sae / d_in. `paper_exact` contains the settings of `--paper-exact`: the
+    paper's setting of each option whose default differs from it, and the reason why the paper's setting does not work
+    as intended. If `paper_exact` is empty, the defaults are the paper's. If `paper_exact` is None, the defaults have
+    not been compared with a paper. `switched_off` lists options that have no effect for some values of another option:
+    name -> the other option and these values.
     """
 
     name: str
@@ -80,8 +80,8 @@ class Recipe:
         Args:
             config: the sizes of the run.
             given: options by name; all others have their defaults.
-            stored: for a run that exists, all options that it was started with (`resolved` in run.json). They override
-                defaults that have changed since; `Variant.changed` lists such options.
+            stored: for a run that exists, all options that it was started with (`resolved` in run.json). Stored options
+                override defaults that have changed since; `Variant.changed` lists such options.
         """
         exact = {name: value for name, (value, _) in (self.paper_exact or {}).items()} if config.paper_exact else {}
         options, problems = self.apply_l0(config, exact | dict(given), given)
@@ -130,9 +130,9 @@ class Recipe:
     def options_before(self, config: RunConfig, stored: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """All options of a run that was started with the `stored` options, and a list of problems.
 
-        An option that did not exist when the run began gets the value that reproduces the earlier behaviour. That is
-        its value in `LATER_ENTRIES` or, if it has none there, its plain default, regardless of `--paper-exact` and of
-        the recipe.
+        An option that did not exist when the run began gets the value that reproduces the earlier behaviour. This is
+        the option's value in `LATER_ENTRIES` or, if `LATER_ENTRIES` does not list the option, its plain default,
+        regardless of `--paper-exact` and of the recipe.
         """
         valid, problems = self.check_types({n: value for n, value in stored.items() if n in self.option_types()})
         removed = ", ".join(f"{name}={value}" for name, value in stored.items() if name not in self.option_types())
@@ -285,9 +285,10 @@ def recipe(
     fixed: Mapping[str, Any] | None = None,
     switched_off: SwitchedOff | None = None,
 ) -> Callable[[Build], Build]:
-    """Register a build function as a recipe. Its options are its arguments after `config`, or a RecipeOptions.
+    """Register a build function as a recipe.
 
-    One build function can be registered several times, as a model and its ablations.
+    The options of the recipe are the function's arguments after `config`, or a RecipeOptions. One build function can
+    be registered several times, as a model and its ablations.
 
     Args:
         name: The recipe's name, as given to `--variant`.
@@ -298,7 +299,8 @@ def recipe(
         paper_exact: See `Recipe`.
         options: Class of the options. Default: the annotation of the second argument.
         summary: One line about the recipe. Default: the docstring up to `Args:`.
-        unused: Options of the build function that have no effect in this recipe. The recipe does not accept them.
+        unused: Options of the build function that have no effect in this recipe. The recipe does not accept these
+            options.
         fixed: Fixed values for options. The recipe does not accept these options. A `ScaledDefault` only changes the
             default.
         switched_off: See `Recipe`.

@@ -158,7 +158,7 @@ def run_training(plan: TrainPlan, progress: TrainProgress = SILENT) -> None:
 def train_runs(
     plan: TrainPlan, progress: TrainProgress, should_stop: Callable[[], bool], *, device: str, locked: bool = False
 ) -> None:
-    """Train the unfinished runs of a plan in this process. Locks their folders unless they are `locked` already."""
+    """Train the unfinished runs of a plan in this process. Locks the run folders unless `locked` is set."""
     passes = plan.passes
     places = (place for runs in passes for run in runs for place in run.cache_folders)
     with kept_caches(places, "sae train"), contextlib.ExitStack() as expected:
@@ -212,7 +212,7 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
     if record:
         if changed := trainer.variant.changed:
             progress.say(f"{run.name} keeps the options that it was started with: {describe_changes(changed)}.")
-        if not run.requested.get("log_every"):  # a resumed run keeps its interval, since each line is a mean over it
+        if not run.requested.get("log_every"):  # a resumed run keeps its log interval: each line is a mean over it
             trainer.log_every = record.get("asked", {}).get("log_every") or trainer.log_every
         trainer.digest = run_digest(record)
         trainer.steps_done = restore_checkpoint(trainer, run.folder, progress.say_problem, trainer.digest)

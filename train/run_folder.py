@@ -69,7 +69,8 @@ def last_metrics(folder: Path) -> dict[str, float] | None:
 def truncate_metrics(folder: Path, step: int) -> None:
     """Drop the lines after `step`, because those steps will be repeated.
 
-    An incomplete last line is dropped too. So are earlier lines that cannot be parsed, and a warning says how many.
+    An incomplete last line is dropped too. Earlier lines that cannot be parsed are dropped with a warning that gives
+    their number.
     """
     path = folder / "metrics.jsonl"
     if not path.exists():
@@ -83,7 +84,7 @@ def truncate_metrics(folder: Path, step: int) -> None:
 
 
 def step_of_line(line: bytes, path: Path) -> float | None:
-    """The step of a line of metrics.jsonl; None if it has none."""
+    """The step of a line of metrics.jsonl; None if the line has no step."""
     try:
         step = parse_json(line, path)["step"]
     except (DamagedError, LookupError, TypeError):

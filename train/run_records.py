@@ -77,9 +77,10 @@ def run_digest(record: Mapping[str, Any]) -> str:
 
 
 def read_run_record(folder: Path) -> RunRecord | None:
-    """Read run.json, or return None if there is none. If the folder has an automatic name, checks its digest.
+    """Read run.json, or return None if there is none.
 
-    Raises DamagedError if the record was damaged or edited, or belongs to another run.
+    If the folder has an automatic name, checks the digest in the name. Raises DamagedError if the record was damaged or
+    edited, or belongs to another run.
     """
     path = folder / "run.json"
     if not path.exists():

@@ -5,8 +5,8 @@
 
 W_enc has shape (d_in, d_sae) and W_dec (d_sae, d_in); the rows of W_dec are the directions of the latents. A saved SAE
 reads raw activations; `fold_normalization` folds the normalization used in training into its weights. A layer norm
-differs from token to token and cannot be folded. An SAE trained with layer norm applies it itself. With m and s, the
-mean and the standard deviation of the token:
+differs from token to token and cannot be folded. An SAE trained with layer norm applies the layer norm itself. If m and
+s are the mean and the standard deviation of a token, it computes:
 
     f     = s act(((x - m)/s - b_dec) W_enc + b_enc)
     x_hat = f W_dec + s b_dec + m
@@ -51,7 +51,7 @@ class SAEOutput(NamedTuple):
 
 
 class TrainingOutput(NamedTuple):
-    """An SAEOutput in which fields that a training step does not need are None: each takes a pass over (B, F)."""
+    """An SAEOutput whose fields are None if a training step does not need them, since each costs a pass over (B, F)."""
 
     pre_BF: Tensor | None  # None if the activation is ReLU alone, which overwrites them
     f_BF: Tensor | None  # None if the latents are in `kept`
@@ -241,10 +241,11 @@ def require_width(rows: Tensor, width: int, name: str) -> Tensor:
 def fold_normalization(sae: SAE, scale: float | Tensor, mean_D: Tensor, layer_norm: bool = False) -> SAE:
     """Return an SAE for raw x that equals `sae` applied to (x - mean)/scale: x_hat = scale * x_hat_normalized + mean.
 
-    With a single scale, latents become `scale` times as large: W_enc and W_dec do not change, and biases and thresholds
-    are multiplied by it. With one scale per dimension (d_in,), latents do not change: the rows of W_enc are divided by
-    their scales and the columns of W_dec multiplied by them, so the rows of W_dec are no longer unit vectors. With
-    `layer_norm`, the resulting SAE normalizes each token itself; the scale is 1 and the mean 0.
+    If `scale` is a single number, latents become `scale` times as large: W_enc and W_dec do not change, and biases and
+    thresholds are multiplied by `scale`. If there is one scale per dimension (d_in,), latents do not change: the rows
+    of W_enc are divided by the scales and the columns of W_dec are multiplied by them, so the rows of W_dec are no
+    longer unit vectors. If `layer_norm` is set, the resulting SAE normalizes each token itself; the scale is 1 and the
+    mean 0.
     """
     raw = build_sae(sae_spec(sae), {k: v.detach().clone() for k, v in sae.state_dict().items()})
     if isinstance(scale, Tensor) and scale.dim():
@@ -271,9 +272,10 @@ def sae_spec(sae: SAE) -> dict[str, Any]:
 
 
 def build_sae(spec: dict[str, Any], tensors: dict[str, Tensor] | None) -> SAE:
-    """Build an SAE from a spec and its tensors. Without tensors, the SAE is on the meta device, which has no values.
+    """Build an SAE from a spec and its tensors.
 
-    Raises UsageError for an unknown activation.
+    If `tensors` is None, the SAE is on the meta device: its tensors have no values. Raises UsageError for an unknown
+    activation.
     """
     chain = [dict(activation) for activation in spec["activation"]]
     unknown = [activation["name"] for activation in chain if activation["name"] not in Activation.registry]

@@ -75,7 +75,7 @@ class ScaleWithNorm(ScaleWithVariance):
 
 
 def scale_options(options: dict[str, Any], config: "RunConfig", raw: bool) -> tuple[dict[str, Any], list[str]]:
-    """The options with scaled defaults resolved for a run, and a note for each number that differs from the paper's.
+    """The options, with scaled defaults resolved for a run, and a note for each number that differs from the paper's.
 
     `--paper-exact` scales only a k that is larger than the dictionary, because such a k could not be trained.
     """

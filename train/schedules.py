@@ -34,7 +34,7 @@ def warmup(to: float, steps: int) -> Coefficient:
     """`to` times min(1, (t+1)/w), where t starts at 0. This is equation (4) of paper 002, where t starts at 1.
 
     The papers say only "linearly over w steps". dictionary_learning and SAELens use t/w, which is the same ramp one
-    step later. The learning rate also uses (t+1)/w, because with t/w its first step would have no effect. So the
+    step later. The learning rate also uses (t+1)/w, because with t/w the first step would have no effect. So the
     penalty and the learning rate rise together.
     """
     return lambda step: to * ((step.i + 1) / max(steps, 1)).clamp(max=1.0)

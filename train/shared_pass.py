@@ -36,7 +36,7 @@ def shared_passes(
 ) -> list["SharedPass"]:
     """Group trainers of one stream of batches by the step from which they resume, and so by their next batch.
 
-    With `capture`, the steps of each group are captured in one CUDA graph.
+    If `capture` is set, the steps of each group are captured in one CUDA graph.
     """
     starts = sorted({trainer.steps_done for trainer in trainers})
     groups = [[trainer for trainer in trainers if trainer.steps_done == start] for start in starts]
@@ -64,7 +64,7 @@ class SharedPass:
 
     def train(self, until: int) -> None:
         """Take the steps up to `until`. Runs that are not finished by then get a checkpoint."""
-        self._finish_runs(self.steps_done)  # for runs killed after the last checkpoint but before sae.json
+        self._finish_runs(self.steps_done)  # for runs killed before sae.json was written
         if self.active:
             self.until, first, sharing = until, self.active[0], [trainer.run for trainer in self.active]
             replay = CapturedSteps(self.progress.say).replay if self.capture else None
@@ -179,7 +179,7 @@ def finish_run(trainer: RunTrainer, writer: CheckpointWriter) -> None:
         "variant": run.recipe.name,
         "seed": run.seed,
         "training_tokens": run.steps * run.config.batch_size,
-        "cache": run.cache_folders[0],  # its held-out documents are also held out in the other caches
+        "cache": run.cache_folders[0],  # documents held out here are also held out in the run's other caches
         "fingerprint": run.cache.fingerprint,
         "context": run.cache.identity["context"],
         **{key: run.cache.identity[key] for key in ("bos",) if key in run.cache.identity},
@@ -199,11 +199,13 @@ def open_batches(
     run: Run, step: int, device: str, count: int, sharing: Sequence[Run] | None = None,
     should_stop: Callable[[], bool] = lambda: False, captured: bool = False,
 ) -> BatchLoader | ResidentLoader:  # fmt: skip
-    """The next `count` batches of a run, starting at a step. With a ring, the batches come from the open group.
+    """The next `count` batches of a run, starting at a step.
+
+    If the run reads a ring, the batches come from the open group.
 
     `sharing` lists the runs of the pass. If it is given, the loader may keep all rows on the GPU, if they fit there
-    together with the runs. For only a few batches this is not worthwhile. If `should_stop` returns True, the loader
-    stops waiting for a store.
+    together with the runs. For only a few batches, loading all rows is not worthwhile, so `sharing` is left out. If
+    `should_stop` returns True, the loader stops waiting for a store.
     """
     size, cache, batch = run.config.batch_size, run.cache, step
     assert not isinstance(cache, PlannedCache)

@@ -52,14 +52,14 @@ def read_rate(run: DealtRun) -> float:
 
 
 def steps_left(run: RunInFolder) -> int:
-    """The steps that a run still has to take after its newest checkpoint. Reads only the names of its files."""
+    """The steps that a run still has to take after its newest checkpoint. Reads only file names."""
     names = [path.parent.name.removeprefix("step-") for path in run.folder.glob("checkpoints/step-*/state.json")]
     return max(0, run.config.steps - max((int(name) for name in names if name.isdecimal()), default=0))
 
 
 def step_times(runs: Sequence[DealtRun], device: str) -> list[float]:
     """Seconds per step of each run: measured, or estimated from operations if a run is too large to be timed."""
-    fix_cublas_workspace(device)  # before the timed steps, which are the first steps of the process
+    fix_cublas_workspace(device)  # has to come before the process takes its first steps, the ones timed below
     try:
         return seconds_per_step(runs, device)
     except UnavailableError:
@@ -79,7 +79,7 @@ def memory_parts(stream: Sequence[DealtRun], device: str) -> list[float]:
 
 
 def describe_shares(shares: Sequence[RankShare], runs: Sequence[DealtRun], device: str, memory: bool) -> list[str]:
-    """The lines of a plan about the runs that each process trains and, with `memory`, the memory that they need."""
+    """The plan's lines about the runs of each process and, if `memory` is set, about the memory of these runs."""
     device = resolve_device(device)
     count = sum(len(share.runs) for share in shares)
     lines = [f"deal     {format_count(count, 'run')} to {len(shares)} processes, by timing a few steps of each recipe"]

@@ -115,7 +115,7 @@ class Step:
     def squared_error(self) -> Tensor:
         """Scalar: sum_BD (x - x_hat)^2."""
         if self._squared_error is None:
-            whole = self._error_BD  # a batch in parts has only this
+            whole = self._error_BD  # a batch that is computed in parts has `error_BD`, but no `recon_BD`
             self._squared_error = squared_error(self.recon_BD, self.x_BD) if whole is None else whole.square().sum()
         return self._squared_error
 
@@ -159,7 +159,8 @@ class LossTerm(nn.Module, ABC):
     """One term of the loss, a 0-d tensor. It may add to `step.metrics` but changes nothing else.
 
     With `--accumulate` the term is computed for equal parts of the batch, and the mean over the parts has to equal the
-    value for the whole batch. If it does not, `undivided` says why, as a sentence without a period; otherwise it is "".
+    value for the whole batch. If the mean differs, `undivided` gives the reason, as a sentence without a period;
+    otherwise `undivided` is "".
     """
 
     undivided: str = "not all of its losses are known to be means over tokens"
@@ -239,7 +240,7 @@ class Mechanism(nn.Module):
         """Called after training. Changes the copy that will be saved; its normalization is already folded in."""
 
     def after_restore(self) -> None:
-        """Called after buffers were loaded or moved. Recomputes everything that is derived from them."""
+        """Called after buffers were loaded or moved. Recomputes everything that is derived from buffers."""
 
     def scalars(self) -> dict[str, Tensor]:
         """0-d tensors to log."""

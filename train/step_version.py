@@ -11,7 +11,8 @@ from typing import NamedTuple
 # gradients, optimizer or mechanisms, has to increase this number by one. To see whether bits change, train before and
 # after the commit on one machine and compare sae.safetensors. tests/compatibility checks resumed runs against the
 # bounds below. A change beyond rounding needs a new option instead of a new version, so that earlier runs keep the old
-# behaviour. run.json and the checkpoints record the version as `step_version`; without that entry, it is 1.
+# behaviour. run.json and the checkpoints record the version as `step_version`; if this entry is missing, the version
+# is 1.
 STEP_VERSION = 4
 
 MEASURED_STEPS = 25  # steps that interrupted runs in tests/compatibility still take; the bounds hold for these steps

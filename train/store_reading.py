@@ -84,7 +84,10 @@ def describe_pulling(passes: Sequence[Sequence[ReadingRun]]) -> list[str]:
 
 
 def expect(passes: Sequence[Sequence[ReadingRun]], say: Callable[[str], None]) -> None:
-    """Tell the local folder what these passes will read from stores. It calls `say` if a reading waits for long."""
+    """Tell the local folder what these passes will read from stores.
+
+    The local folder calls `say` if a reading waits for long.
+    """
     if readings := expected_readings(passes):
         readings[0].folder.say = say
         readings[0].folder.expect(readings)

@@ -1,8 +1,8 @@
 """Training on activations while they are harvested: all runs train on a group of windows, which is then removed.
 
 Runs that read different batches (because of a different layer, batch size, or step at which they resume) form separate
-passes, but the disk has room for only two groups. So the outer loop iterates over groups, and all passes train in turn
-on each group.
+passes, but the disk has room for only two groups. So the outer loop iterates over groups, and on each group the passes
+train one after the other.
 """
 
 from collections.abc import Callable

@@ -133,7 +133,7 @@ class Variant(nn.Module):
 
         `sample_ND` contains the first raw rows of the run, on any device. It is needed if `reads_rows`:
         normalize=standardize uses the mean and standard deviation of these rows, and mechanisms with `reads_rows` are
-        initialized from them. Without rows, this initialization is left out.
+        initialized from them. If `sample_ND` is None, this initialization is left out.
         """
         settings, square = self.optimization, mean_square_norm
         if settings.normalize == "standardize":

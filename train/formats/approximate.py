@@ -1,4 +1,4 @@
-"""Approximate an SAE that a format cannot store by the nearest SAE that it can store, and report the difference."""
+"""Replace an SAE that a format cannot store with the nearest SAE that the format can store; report the difference."""
 
 import copy
 from dataclasses import replace

@@ -1,7 +1,8 @@
 """The interface of a file format, and the registry of all formats.
 
-`write` and `read` go through `CanonicalSAE`. `reference` does not: it computes latents and reconstructions from the
-files alone, using the other library's own equations. Exports and imports are both checked against `reference`.
+`write` and `read` go through `CanonicalSAE`. `reference` does not use `CanonicalSAE`: it computes latents and
+reconstructions from the files alone, with the other library's own equations. Exports and imports are both checked
+against `reference`.
 """
 
 import contextlib
@@ -40,7 +41,10 @@ class ForeignSAE:
     notes: list[str] = field(default_factory=list)  # shown to the user by `sae import`
 
     def record_text(self, recorded: Mapping[str, Any]) -> None:
-        """Copy what the files record about the text under SAELens' keys. Skips values of the wrong type."""
+        """Copy the information about the training text that the files record under SAELens' keys.
+
+        Skips values of the wrong type.
+        """
         if type(context := recorded.get("context_size")) is int and 0 < context < MAX_WIDTH:
             self.context = context
         if isinstance(prepend_bos := recorded.get("prepend_bos"), bool):
@@ -53,7 +57,10 @@ class ForeignSAE:
 
 @dataclass(frozen=True)
 class Description:
-    """What the path or config of a published SAE says about it, read without its weights. None: not recorded."""
+    """What the path and config of a published SAE record about the SAE; its weights are not read.
+
+    None: not recorded.
+    """
 
     model: str | None = None  # id on the Hub
     hook: Hook | None = None

@@ -96,7 +96,7 @@ class CanonicalSAE:
         if "jumprelu" in activations and self.activation == "gated":
             assert self.r_mag is not None and self.b_mag is not None
             gain_F = self.r_mag.exp()
-            threshold_F = self.b_mag - gain_F * self.b_enc  # the magnitude's pre-activation where the gate opens
+            threshold_F = self.b_mag - gain_F * self.b_enc  # magnitude's pre-activation at which the gate opens
             return replace(
                 self, activation="jumprelu", W_enc=self.W_enc * gain_F, b_enc=self.b_mag,
                 threshold=threshold_F.clamp_min(0), r_mag=None, b_mag=None,
@@ -186,7 +186,10 @@ def fold_link(link: Activation, canonical: CanonicalSAE) -> CanonicalSAE:
 
 
 def set_activation(link: Activation, canonical: CanonicalSAE, activation: str) -> CanonicalSAE:
-    """Set the activation that turns z into latents. If one is already set, only relu is accepted, and has no effect."""
+    """Set the activation that turns z into latents.
+
+    If an activation is already set, only relu is accepted, and has no effect.
+    """
     if canonical.activation and activation != "relu":
         raise UsageError(
             f"The activation {link.name!r} follows {canonical.activation!r}, and no format can store both."
@@ -254,7 +257,7 @@ def _(link: GramSchmidtLatents, canonical: CanonicalSAE) -> CanonicalSAE:
 
 
 def from_canonical(canonical: CanonicalSAE, *, pre_bias: bool = False) -> SAE:
-    """An `SAE` in float32. With `pre_bias`, its encoder reads x - b_dec, as in many formats."""
+    """An `SAE` in float32. If `pre_bias` is set, the encoder reads x - b_dec, as in many formats."""
     links: dict[str, Activation] = {
         "relu": ReLU(),
         "topk": TopK(max(canonical.k, 1)),
@@ -271,7 +274,7 @@ def from_canonical(canonical: CanonicalSAE, *, pre_bias: bool = False) -> SAE:
         tensors["activation.0.threshold"] = canonical.threshold.clamp_min(0)  # below 0 the ReLU decides
     if canonical.activation == "gated":
         assert canonical.r_mag is not None and canonical.b_mag is not None
-        # `Gated` contains the gate's bias. Both of its paths read the same z, so b_enc is zero.
+        # `Gated` contains the gate's bias. The gate and the magnitude read the same z, so b_enc is zero.
         b_mag = canonical.b_mag
         if pre_bias:
             b_mag = b_mag + canonical.r_mag.exp() * (canonical.b_dec @ canonical.W_enc)

@@ -1,4 +1,4 @@
-"""dictionary_learning: ae.pt, a state dict, and config.json, which names its class.
+"""dictionary_learning: ae.pt, which is a state dict, and config.json, which names the class of the SAE.
 
 AutoEncoder        f = ReLU(We (x - bias) + be),  x_hat = Wd f + bias          We is (d_sae, d_in), Wd (d_in, d_sae)
 AutoEncoderNew     f = ReLU(We x + be),           x_hat = Wd f + bd
@@ -305,5 +305,5 @@ def hook_texts(trainer: Mapping[str, Any]) -> tuple[Any, str | None]:
 
 
 def may_be_resid_post(submodule: object) -> bool:
-    """Whether a submodule's name can mean the residual stream after a block, or does not name a site at all."""
+    """Whether a submodule's name can refer to the residual stream after a block, or does not name a site at all."""
     return not isinstance(submodule, str) or not re.search(r"mlp|att|pre|mid|_in\b", submodule)

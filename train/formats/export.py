@@ -201,7 +201,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise os_error(error, target) from error
     try:
         yield temporary
-        os.replace(temporary, target)  # also in place of an empty folder
+        os.replace(temporary, target)  # replaces `target` even if it exists as an empty folder
         fsync_folder(target.parent)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):

@@ -50,7 +50,7 @@ class GemmaScope2(Format, name="gemma-scope-2"):
     config = "config.json"
 
     def is_weights(self, name: str) -> bool:
-        """Also true for files of crosscoders and cross-layer transcoders (one per layer), which are then rejected."""
+        """Also true for the files (one per layer) of crosscoders and cross-layer transcoders, which `read` rejects."""
         return name == self.files[0] or re.fullmatch(r"params_layer_\d{1,4}\.safetensors", name) is not None
 
     def matches(self, folder: ForeignFolder) -> bool:
@@ -169,7 +169,11 @@ def model_of_path(parts: tuple[str, ...]) -> str | None:
 
 
 def parse_gemma_3(name: object) -> str | None:
-    """A model's id on the Hub. Only gemma-3-270m has no `-pt` there. Some configs say gemma-v3 or omit the owner."""
+    """A model's id on the Hub.
+
+    The ids of all base models end in `-pt`, except that of gemma-3-270m. Some configs say gemma-v3 or omit
+    the owner.
+    """
     if (model := parse_model(name)) is None:
         return None
     match = re.fullmatch(r"(?:google/)?gemma-(?:v)?3-(270m|1b|4b|12b|27b)-(pt|it)", model)

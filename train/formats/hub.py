@@ -49,7 +49,7 @@ def translate_hub_errors(repo: str) -> Iterator[None]:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise UnavailableError(
-            f"{repo} was not found on the Hub. Check the name; if it is private, run `hf auth login`."
+            f"{repo} was not found on the Hub. Check the name; if the repository is private, run `hf auth login`."
         ) from error
     except errors.RevisionNotFoundError as error:
         raise UsageError(f"{repo} has no such revision. Give one of its commits, branches or tags.") from error

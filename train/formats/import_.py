@@ -43,12 +43,12 @@ HookCheck = Callable[[str, Hook, int], None]
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """How to import an SAE. None means the value in the files, or the default of `import_sae`."""
+    """How to import an SAE. A field that is None takes the value in the files, or the default of `import_sae`."""
 
     model: str | None = None
     layer: int | None = None
     cache: str | Path | None = None
-    cache_if_fits: bool = False  # `cache` is only for evaluation; ignore it if it lacks these activations
+    cache_if_fits: bool = False  # `cache` is only for evaluation; if it lacks the SAE's activations, it is ignored
     out: Path | None = None
     name: str | None = None
     check_hook: HookCheck = lambda model, hook, d_in: None
@@ -89,14 +89,14 @@ def import_sae(
     """Make a run folder from files of SAELens, Gemma Scope 1 and 2, Qwen-Scope, dictionary_learning or sparsify.
 
     The format is detected from the files, and no code in them is run. Latents and reconstructions computed with the
-    files' own tensors are compared with those of the imported SAE, as in `export_sae`. If there is a cache of its model
-    and layer, `sae evaluate` can evaluate the run folder like any other.
+    files' own tensors are compared with those of the imported SAE, as in `export_sae`. If there is a cache of the
+    SAE's model and layer, `sae evaluate` can evaluate the run folder like any other.
 
     Args:
         path: a folder, the weights file in a folder, or hf://owner/repo[@revision]/folder.
         model: id on the Hub, or a folder. Needed only if the files do not record it; overrides the recorded model.
         layer: zero-based block. Needed only if the files do not record it; overrides the recorded layer. In a folder
-            with SAEs of several layers, chooses one of them.
+            with SAEs of several layers, selects the SAE of this layer.
         cache: a cache of the model, used for verification and evaluation. Default: the only matching cache, or
             none.
         out: the folder in which the run folder is created. Default: runs/.
@@ -151,7 +151,7 @@ def import_remote(
 def import_files(
     path: Path, config: ImportConfig, hub_origin: dict[str, str] | None = None, progress: Progress = no_progress
 ) -> ImportResult:
-    """`import_sae` for local files. `hub_origin` is the place from which they were downloaded."""
+    """`import_sae` for local files. `hub_origin` is the place on the Hub from which the files were downloaded."""
     folder, fmt = open_folder(path, config.layer)
     foreign = fmt.read(folder)
     file_hook, file_model = foreign.hook, foreign.model
@@ -236,7 +236,10 @@ def open_folder(path: Path, layer: int | None = None) -> tuple[ForeignFolder, Fo
 def resolve_hook_and_model(
     foreign: ForeignSAE, folder: Path, model: str | None, layer: int | None
 ) -> tuple[Hook, ModelRecord]:
-    """The hook point and model record, as given or as in the files. Raises UsageError if either of them is unknown."""
+    """The hook point and model record, as given or as in the files.
+
+    Raises UsageError if the hook point or the model is unknown.
+    """
     hook = foreign.hook
     if layer is not None:
         if layer < 0:

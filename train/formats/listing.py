@@ -1,7 +1,8 @@
 """List the SAEs in a release (`sae import --list`), which is a repository on the Hub or a local folder.
 
-One request returns the names and sizes of all files. The paths contain most other information. If a path lacks some of
-it, the SAE's config, which is small, is read. This is done for at most MAX_CONFIGS SAEs. Weights are never downloaded.
+One request returns the names and sizes of all files. The paths contain most of the other information. If a path lacks
+some information, the SAE's config is read, which is small. At most MAX_CONFIGS configs are read. Weights are never
+downloaded.
 """
 
 import re
@@ -138,7 +139,7 @@ def add_configs(saes: Sequence[PublishedSAE], read: ConfigReader, progress: Prog
     described = {}
     for number, sae in enumerate(silent):
         progress(number, len(silent))
-        with suppress(SaeError):  # importing the SAE reports a config that cannot be read
+        with suppress(SaeError):  # a config that cannot be read is reported when the SAE is imported
             config = sae.format.describe_config(read(sae))
             described[sae.path] = replace(sae, description=sae.description.or_else(config))
     return [described.get(sae.path, sae) for sae in saes]

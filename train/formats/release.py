@@ -46,7 +46,7 @@ class PublishedSAE:
 def find_published(files: Iterable[RemoteFile], repo: str) -> list[PublishedSAE]:
     """The SAEs among the files of a release, in the order of their paths.
 
-    `repo` is the name of the repository or folder. Some formats record the model only there.
+    `repo` is the name of the repository or folder. Some formats record the model only in this name.
     """
     folders: dict[PurePosixPath, dict[str, RemoteFile]] = defaultdict(dict)
     for file in files:
@@ -67,7 +67,10 @@ def find_published(files: Iterable[RemoteFile], repo: str) -> list[PublishedSAE]
 def published_sae(
     fmt: Format, weights: RemoteFile, folder: dict[str, RemoteFile], above: dict[str, RemoteFile], repo: str
 ) -> PublishedSAE:
-    """The SAE to which a weights file belongs. `folder`, `above`: the files beside it and one level up, by name."""
+    """The SAE to which a weights file belongs.
+
+    `folder` has the files of the weights file's folder, and `above` the files of the folder above, by name.
+    """
     others = [folder[name] for name in fmt.files[1:] if name in folder]
     others += [above[name] for name in fmt.parent_files if name in above and above is not folder]
     path = PurePosixPath(weights.name)
@@ -92,7 +95,10 @@ def natural_key(text: str) -> list[tuple[int, str]]:
 
 
 def list_local_files(root: Path) -> list[RemoteFile]:
-    """The files below a folder, without following links to folders. Raises UsageError if there are too many."""
+    """The files below a folder, without following links to folders.
+
+    Raises UsageError if there are more than MAX_FILES.
+    """
     found: list[RemoteFile] = []
     for parent, _, names in os.walk(root):
         for name in names:

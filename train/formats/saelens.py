@@ -191,7 +191,7 @@ def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_activation(path: Path, config: dict[str, Any]) -> str:
-    """The activation of CanonicalSAE that a config describes. Raises UsageError if it is not supported."""
+    """The activation of CanonicalSAE that a config describes. Raises UsageError for an unsupported activation."""
     architecture = get_str(path, config, "architecture", "standard")
     if architecture in TRAINING_ARCHITECTURES:
         raise UsageError(
@@ -204,13 +204,13 @@ def read_activation(path: Path, config: dict[str, Any]) -> str:
             f"{', '.join(ARCHITECTURES)}."
         )
     activation_fn = config.get("activation_fn", "relu")
-    if activation_fn not in (None, "relu", architecture):  # SAELens itself would load it as a relu
+    if activation_fn not in (None, "relu", architecture):  # SAELens itself would load such a config as a relu SAE
         raise UsageError(
             f"{path}: activation_fn {short_repr(activation_fn)} contradicts architecture {architecture}. "
             "Ask the author."
         )
     if config.get("finetuning_scaling_factor"):
-        raise UsageError(f"{path} has finetuning_scaling_factor, which is not supported, as in SAELens.")
+        raise UsageError(f"{path} has finetuning_scaling_factor, which neither this package nor SAELens supports.")
     return ARCHITECTURES[architecture]
 
 
@@ -244,7 +244,10 @@ def input_scale(folder: ForeignFolder, config: dict[str, Any]) -> float:
 
 
 def fold_decoder_norm(canonical: CanonicalSAE, norm_F: Tensor, config_path: Path) -> CanonicalSAE:
-    """Fold rescale_acts_by_decoder_norm: latents are multiplied by their decoder row's norm before the top k."""
+    """Fold rescale_acts_by_decoder_norm.
+
+    This setting multiplies latents by the norms of their decoder rows before the k largest are selected.
+    """
     if (norm_F == 0).any():
         raise DamagedError(
             f"{config_path}: rescale_acts_by_decoder_norm divides by the norms of W_dec's rows, but "

@@ -1,9 +1,10 @@
 """The tensors of a `torch.save` state dict (ae.pt), read without torch.load and without running its pickle.
 
-A pickle is a program. Before any of it runs, every instruction is inspected. The file is rejected unless it only builds
-dictionaries, lists, tuples, numbers and strings, an OrderedDict, and tensors by `torch._utils._rebuild_tensor_v2`.
-Instead of that function, the unpickler calls `RebuildTensor`, which only records its arguments. The recorded sizes are
-compared with the sizes of the entries in the zip file before any byte of a tensor is read.
+A pickle is a program. Every instruction is inspected before any instruction runs. The file is rejected unless it only
+builds dictionaries, lists, tuples, numbers and strings, an OrderedDict, and tensors by
+`torch._utils._rebuild_tensor_v2`. Instead of `_rebuild_tensor_v2`, the unpickler calls `RebuildTensor`, which only
+records its arguments. The recorded sizes are compared with the sizes of the entries in the zip file before any byte
+of a tensor is read.
 
 torch.load is not used, not even with `weights_only=True`: it trusts the number of elements stated in a pickle.
 """
@@ -49,7 +50,7 @@ class StorageRef(NamedTuple):
 
 
 class TensorView(NamedTuple):
-    """A tensor that the pickle describes: a strided view of a storage. Nothing in it has been checked yet."""
+    """A tensor that the pickle describes: a strided view of a storage. Its values have not been checked yet."""
 
     storage: StorageRef
     offset: int
@@ -67,7 +68,10 @@ class RebuildTensor:
 
 
 class TensorUnpickler(pickle.Unpickler):
-    """An unpickler that resolves only the names in ALLOWED_GLOBALS. None of them resolves to the real torch object."""
+    """An unpickler that resolves only the names in ALLOWED_GLOBALS.
+
+    None of these names resolves to the real torch object.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED_GLOBALS:
@@ -139,7 +143,10 @@ def check_byte_order(path: Path, archive: zipfile.ZipFile, entry: str) -> None:
 
 
 def view_header(path: Path, archive: zipfile.ZipFile, data: str, name: str, view: TensorView) -> TensorHeader:
-    """The header of a tensor. Raises DamagedError if it exceeds its storage, or the storage exceeds the zip file."""
+    """The header of a tensor.
+
+    Raises DamagedError if the tensor exceeds its storage, or if the storage exceeds the zip file.
+    """
     storage, offset, shape, stride = view
     counts = (storage.elements, offset, *shape, *stride)
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in counts) or len(shape) != len(stride):

@@ -5,9 +5,9 @@ The rules that every reader in this folder follows, and the reasons:
 1. Nothing in a foreign file is run. Neither torch nor numpy unpickles anything: a pickle is a program, and loading it
    can do whatever its author likes. Object arrays in an .npz are pickles and are rejected; for ae.pt see
    safe_pickle.py.
-2. Only regular files inside the SAE's folder are opened. Symbolic links and archive entries that point outside it are
-   rejected, so that an import cannot be made to read other files. A pipe or device counts as missing, because opening
-   it can block or have side effects.
+2. Only regular files inside the SAE's folder are opened. Symbolic links and archive entries that point outside this
+   folder are rejected, so that an import cannot be made to read other files. A pipe or device counts as missing,
+   because opening it can block or have side effects.
 3. Memory is bounded by the size of the file. A header can declare any shape. So before anything is allocated, the
    declared shape is compared with the bytes in the file and with the shapes that the format requires. Archives that
    would unpack to more than 100 times their size, and headers or configs of more than 1 MiB, are rejected.
@@ -83,7 +83,8 @@ class ForeignFolder:
     def require_file(self, name: str) -> Path:
         """The path of a file.
 
-        Raises UsageError if it is a link to outside the folder, and DamagedError if it is not a regular file.
+        Raises UsageError if the path is a link to outside the folder, and DamagedError if the file is not a regular
+        file.
         """
         path, root = self.path / name, self.path.resolve()
         if not path.resolve().is_relative_to(root):

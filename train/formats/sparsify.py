@@ -1,4 +1,4 @@
-"""EleutherAI's sparsify: layers.12/ with cfg.json and sae.safetensors, below the config.json of its training run.
+"""EleutherAI's sparsify: layers.12/ with cfg.json and sae.safetensors, beside the training run's config.json.
 
 f     = the k largest of ReLU((x - b_dec) We^T + be)          encoder.weight We is (d_sae, d_in)
 x_hat = f W_dec + b_dec                                       W_dec is (d_sae, d_in)
@@ -45,7 +45,10 @@ class Sparsify(Format, name="sparsify"):
         return self.sae_folder(folder) is not None
 
     def sae_folder(self, folder: ForeignFolder) -> ForeignFolder | None:
-        """The SAE's folder: the given one, or its only subfolder with an SAE. Raises UsageError if several have one."""
+        """The SAE's folder: the given one, or its only subfolder with an SAE.
+
+        Raises UsageError if several subfolders have an SAE.
+        """
         if folder.has("sae.safetensors"):
             return folder
         if not folder.path.is_dir():

@@ -108,7 +108,7 @@ def compare(
 
     Args:
         canonical: the same SAE in canonical form, which determines where rounding matters.
-        scale_F: (d_sae) the factors by which the latents computed from the files are larger.
+        scale_F: (d_sae) the factors by which the latents computed from the files are larger than those of `sae`.
     """
     sae64 = copy.deepcopy(sae).double().cpu().eval()
     mismatches = ambiguous_rows = 0
@@ -120,7 +120,7 @@ def compare(
             f_BF = sae64.encode(x_BD)
             recon_BD = sae64.decode(f_BF, x_BD)
             their_f_BF, their_recon_BD = reference(x_BD)
-            if sae.layer_norm:  # ours are in units of raw activations, theirs in units of the normalized token
+            if sae.layer_norm:  # our latents are in units of raw activations, theirs in units of the normalized token
                 their_f_BF = their_f_BF * layer_normalize(x_BD).std_B1
             f_BF = f_BF if scale_F is None else f_BF * scale_F
             differs_BF = (f_BF != 0) != (their_f_BF != 0)
@@ -244,7 +244,10 @@ def activating_norm(canonical: CanonicalSAE, encoder: CanonicalSAE, threshold_F:
 
 
 def move_near_thresholds(x_RD: Tensor, encoder: CanonicalSAE, threshold_F: Tensor, generator: torch.Generator) -> None:
-    """Move every other row, in place, along a random latent's encoder direction until it is near the threshold."""
+    """Move every other row, in place, along a random latent's encoder direction.
+
+    The distance is such that the latent's pre-activation is near the latent's threshold, on either side.
+    """
     spread = float((x_RD[:64] @ encoder.W_enc).std())
     latent_N = torch.randint(encoder.d_sae, (len(x_RD) // 2,), generator=generator)
     w_ND = encoder.W_enc.T[latent_N]
@@ -269,8 +272,8 @@ def sample_run_rows(
 ) -> tuple[Cache | None, SampleRows | None]:
     """The cache in `cache_folder`, by default the run's own, and sample rows from it.
 
-    The cache is None if it no longer exists. The rows are None if there is no cache or it is a ring buffer, which keeps
-    no rows. Raises UsageError if an explicitly given cache has no rows for the hook.
+    The cache is None if it no longer exists. The rows are None if there is no cache, or if the cache is a ring
+    buffer, which keeps no rows. Raises UsageError if an explicitly given cache has no rows for the hook.
     """
     cache = Cache(cache_folder) if cache_folder is not None else find_run_cache(origin)
     if cache is None or hook is None:

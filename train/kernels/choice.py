@@ -99,7 +99,10 @@ def in_float64(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def decodes_as_torch(counts: Sequence[int], dtype: torch.dtype, device: str) -> bool:
-    """Whether the kernels decode tokens with `counts` latents and sum rows as a CPU does in float64, up to rounding."""
+    """Whether the kernels decode tokens and sum rows as a CPU does in float64, up to rounding.
+
+    Token i has `counts[i]` latents.
+    """
     generator, n, width = torch.Generator().manual_seed(0), 400, 70
     count_B, latent_N = torch.tensor(counts), torch.cat([torch.arange(count) for count in counts])
     value_N, row_FD, bias_D, x_BD = (
@@ -191,7 +194,7 @@ def pairs_as_torch(device: str) -> bool:
 
 
 def follows_as_torch(dtype: torch.dtype, device: str) -> bool:
-    """Whether a threshold follows the smallest latents of three batches as on a CPU, and the batches are counted."""
+    """Whether a threshold follows the smallest latents of three batches, and the batches are counted, as on a CPU."""
     results = []
     for where in ("cpu", device):
         generator = torch.Generator().manual_seed(0)

@@ -1,8 +1,8 @@
 """The k largest elements of each row, in Triton: see the operator `largest` in operators.py.
 
 Each number is mapped to an integer key, and the keys have the same order as the numbers. So the bound, which is the
-k-th largest key, can be found bit by bit or digit by digit. All elements above the bound are kept, and then the first
-elements that equal it, until there are k.
+k-th largest key, can be found bit by bit or digit by digit. All elements above the bound are kept, then the first
+elements that equal the bound, until k elements are kept.
 """
 
 import torch
@@ -87,9 +87,10 @@ def kth_largest(key, k, BITS: tl.constexpr):
 def select(
     z, choice, chosen, n, span, k, FROM_CHOICE: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, INF: tl.constexpr
 ):
-    """Write where in their row the k largest elements are.
+    """Write the positions of the k largest elements in their row.
 
-    Only the elements of a part of the row are considered, or those that programs for its parts have chosen before.
+    Each program selects among the elements of one part of the row. If FROM_CHOICE, it selects among the elements that
+    earlier programs have chosen from such parts.
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)

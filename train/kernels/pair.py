@@ -21,7 +21,10 @@ def count(word_FW: Tensor, first_P: Tensor, second_P: Tensor, tile: tuple[int, i
 
 @triton.jit
 def count_part(word, first, second, count, pairs, width, PAIRS: tl.constexpr, WORDS: tl.constexpr):
-    """Count the bits set in both rows of PAIRS pairs, WORDS words at a time: in twos, then fours, bytes and words."""
+    """Count the bits set in both rows of PAIRS pairs, WORDS words at a time.
+
+    As in `count_pairs_by_torch`, bits are added up within groups of 2, then 4, then 8, then 64.
+    """
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     real = pair < pairs
     one = tl.load(first + pair, mask=real, other=0) * width

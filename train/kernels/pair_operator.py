@@ -15,7 +15,7 @@ def count_pairs(word_FW: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
 
 
 def count_pairs_by_torch(word_FW: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
-    """`count_pairs` by torch. The bits are counted within twos, then within fours, bytes and words."""
+    """`count_pairs` by torch. Bits are added up within groups of 2, then 4, then 8, then 64."""
     counts = []
     for first, second in pair_blocks(first_P, second_P, word_FW.shape[1]):
         bits = word_FW[first] & word_FW[second]

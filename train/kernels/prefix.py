@@ -67,7 +67,10 @@ def gradients_of_part(
     part, bias, x, weight, g, sums, prefixes, tokens, width,
     SPAN: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """For some tokens and dimensions, the gradient of each section, and the sums over tokens of the first gradient."""
+    """For some tokens and dimensions, compute the gradient of each section.
+
+    Also computes the sum over tokens of the first section's gradient, which is the gradient of b_dec.
+    """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     prefix = tl.arange(0, ROOM)
     offset = tl.load(bias + column, mask=column < width, other=0.0)[None, :]

@@ -35,7 +35,7 @@ def decode_token(
     value, latent_row, latent, start, bias, x, recon, squared, slope, tokens, count, width,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Decode one token, and compare it with x.
+    """Decode one token, and compare the reconstruction with x.
 
     The rows of the token's latents are read in chunks of columns, the same chunk of all rows at once. The weighted sum
     of these chunks is a chunk of the reconstruction. The dot products of the rows with the error are added up over the
@@ -68,7 +68,7 @@ def decode_token(
         slopes += tl.sum(part * error[None, :], 1)
     tl.store(squared + token, tl.sum(squares, 0))
     tl.store(slope + begin + place, slopes, mask=real)
-    tl.debug_barrier()  # other threads of the program have written the reconstruction that is read below
+    tl.debug_barrier()  # wait until all threads of the program have written the reconstruction, which is read below
     for more in range(begin + BLOCK, end, BLOCK):
         real_more = more + place < end
         row_more = tl.load(latent + more + place, mask=real_more, other=0) * width

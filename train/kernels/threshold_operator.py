@@ -9,9 +9,9 @@ def follow_threshold(value_N: Tensor, threshold: Tensor, batches: Tensor, rate: 
     """Move a threshold towards the smallest positive value, and count the batch. On a GPU, this takes two launches.
 
     Args:
-        value_N: latents of a batch, in any order. Only those above zero count; if there are none, the threshold stays.
+        value_N: latents of a batch, in any order. Only positive latents count; if there are none, the threshold stays.
         threshold: () float32: t becomes t + rate (min - t).
-        batches: () int64, incremented. If it is 0, the rate is 1.
+        batches: () int64, incremented. If `batches` is 0, the rate is 1.
         rate: the share of the distance to move.
     """
     follow_by_torch(value_N, threshold, batches, rate)

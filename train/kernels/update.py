@@ -113,7 +113,7 @@ def move(
 ):  # fmt: skip
     """Update a row or a chunk of a weight by Adam, and write its moments and its copy. `rest` is 1 - beta.
 
-    Unless AVERAGED, beta1 is 0: the first moment is the gradient, and its memory is not used.
+    If AVERAGED is false, beta1 is 0: the first moment is the gradient, and the memory of the first moment is not used.
     """
     if tl.load(factors + 1) > 0:
         place = tl.arange(0, BLOCK)

@@ -27,7 +27,7 @@ class Rows(NamedTuple):
 
     @property
     def adding(self) -> int:
-        """The number of programs that add up the squares of its gradient."""
+        """The number of programs that add up the squares of the weight's gradient."""
         return min(self.rows, ADDING)
 
 

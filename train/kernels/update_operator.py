@@ -31,14 +31,14 @@ def update_by_torch(
     Args:
         weights: float32, each contiguous.
         gradients: their gradients, float32 or bfloat16.
-        firsts: Adam's first moments. If `beta1` is 0, they affect nothing, and kernels leave them as they are.
+        firsts: Adam's first moments. If `beta1` is 0, first moments affect nothing, and kernels leave them as they are.
         seconds: Adam's second moments.
-        steps: () float32 for each weight: its number of updates so far. This function does not increment it.
+        steps: () float32 for each weight: its number of updates so far, which this function does not increment.
         copies: bfloat16 copies of the first weights; they receive the updated values.
         unit: for each weight, whether it is a matrix with unit rows. The gradients of such rows are projected onto the
             tangent space, and the rows are normalized after the update.
-        decays: the weight decay of each weight. If `coupled` is true, it is added to the clipped gradient; otherwise
-            it shrinks the weight.
+        decays: the weight decay of each weight. If `coupled` is true, the decay is added to the clipped gradient;
+            otherwise it shrinks the weight.
         loss: () float32.
         i: () int64, index of the step.
         failed_at: () int64, the first step whose loss or gradient was not finite, or -1. Starting at that step, nothing

@@ -19,7 +19,10 @@ from ..variant import RunConfig, Variant
 
 
 class WeightedL1(LossTerm):
-    """mean_B sum_F |f_i| |W_dec,i|. Shrinking latents while lengthening their decoder rows does not reduce it."""
+    """mean_B sum_F |f_i| |W_dec,i|.
+
+    Shrinking latents while lengthening their decoder rows does not reduce the penalty.
+    """
 
     sparsity = True
     undivided = ""
@@ -54,7 +57,7 @@ def april(config: RunConfig, l1: float = 5.0, l1_warmup: int | None = None) -> V
 class PAnnealing(Mechanism):
     """The exponent p decreases from 1 to `end` in `updates` equal decrements.
 
-    The first is at step `start` and the last is one interval before step `stop`. At each change, the coefficient is
+    The first decrement is at step `start`, the last one interval before step `stop`. At each change, the coefficient is
     multiplied by the ratio of the old penalty to the new penalty over the last `queue` batches, so that the value of
     the penalty is continuous.
 

@@ -32,7 +32,7 @@ class CovarianceStart(Mechanism):
         W_i <- C^1/2 g_i / |C^1/2 g_i|,     W_enc <- W_dec^T
 
     C is the covariance of the first rows that the run reads. The g_i are the SAE's initial rows, so runs with the same
-    seed use the same g_i. These are isotropic, and their lengths do not matter.
+    seed use the same g_i. The g_i are isotropic, and their lengths do not matter.
     """
 
     reads_rows = True

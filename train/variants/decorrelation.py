@@ -4,7 +4,7 @@
     R = mean over the most correlated 0.1 % of pairs of ReLU(|C_ij| - tau)  (3)
 
 The paper's nine runs ended after zero steps, so they measured nothing. By default, a step chooses S_t from random pairs
-(`pair_choice`); in `sae reproduce 003`, it chooses from all pairs, as printed.
+(`pair_choice`); in `sae reproduce 003`, it chooses from all pairs, as the paper states.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -45,7 +45,7 @@ class Decorrelation(LossTerm):
     """
 
     undivided = "the correlations of latents are those of the whole batch"
-    seed: Tensor  # () int64, of the random orders
+    seed: Tensor  # () int64, determines the random orders
 
     def __init__(
         self,
@@ -74,11 +74,11 @@ class Decorrelation(LossTerm):
         upper_GMM = corr_GMM.triu_(1)  # latents are never negative, so |C| = C
         mean = upper_GMM.sum() / pairs
         sd = (upper_GMM.square().sum() / pairs - mean.square()).clamp_min(0).sqrt()
-        tau = mean + sd  # (4). Paper: tau is a statistic; with a gradient it would correlate every other pair
+        tau = mean + sd  # (4). Paper: tau is a statistic. Its gradient would correlate all other pairs
         count = max(1, round(self.fraction * blocks * size * (size - 1) / 2))
         top = upper_GMM.flatten().topk(count, sorted=False)
         # If fewer pairs fire together than `fraction` requires, the remaining chosen entries are zeros in the lower
-        # triangle, which are not pairs. They do not pass, since tau is not negative.
+        # triangle, which are not pairs. These zeros do not pass, since tau is not negative.
         passes_P = top.values > tau
         step.metrics |= {"tau": tau, "mean_correlation": mean, "sd_correlation": sd, "pairs_over_tau": passes_P.sum()}
         return ChosenPairs(upper_GMM, top.values, top.indices, passes_P, tau)
@@ -120,7 +120,7 @@ class Decorrelation(LossTerm):
 
 
 class ChosenPairs(NamedTuple):
-    """The pairs of S_t. `index_P` has their positions in the upper triangles of the blocks."""
+    """The pairs of S_t. `index_P` gives the positions of these pairs in the upper triangles of the blocks."""
 
     upper_GMM: Tensor
     value_P: Tensor
@@ -218,13 +218,14 @@ def decorrelation(
 ) -> Variant:
     """`relu` plus a penalty on the most correlated 0.1 % of pairs.
 
-    Paper: states no strength. It writes the encoder as f_enc(x), a function of x and not of x - b_dec. It prints no
-    warm-up of the L1 penalty (l1_warmup=0). tau is computed from all off-diagonal correlations (4). A latent that is
-    silent in the batch has no correlations, since (2) is 0/0; by default its pairs are left out (tau_over=all counts
-    them as 0). According to 5.1 tau follows running statistics, but according to (4) it uses the statistics of step t;
-    we follow (4). (5) normalizes the rows of W_dec after each update. We also remove the gradient along each row before
-    the update, so that it does not enter Adam's moments. The paper chooses S_t from all pairs (3), which costs more
-    than the rest of a step; by default we choose it from pairs that are drawn at random in each step.
+    Paper: states no strength. The paper writes the encoder as f_enc(x), a function of x and not of x - b_dec. It
+    mentions no warm-up of the L1 penalty (l1_warmup=0). tau is computed from all off-diagonal correlations (4). A
+    latent that is silent in the batch has no correlations, since (2) is 0/0; by default its pairs are left out
+    (tau_over=all counts them as 0). According to 5.1 tau follows running statistics, but according to (4) it uses the
+    statistics of step t; we follow (4). (5) normalizes the rows of W_dec after each update. We also remove the gradient
+    along each row before the update, so that it does not enter Adam's moments. The paper chooses S_t from all pairs
+    (3), which costs more than the rest of a step; by default we choose it from pairs that are drawn at random in each
+    step.
 
     Args:
         strength: Strength of the penalty R (1).

@@ -179,8 +179,8 @@ def speed_up_thresholds(config: RunConfig, variant: Variant, activation: JumpReL
 class L0(LossTerm):
     """mean_B sum_F H(z - theta).
 
-    H is computed from z, not from f. If z is just below theta, f is 0, which seems far below theta, so the threshold
-    would get only half its gradient.
+    H is computed from z, not from f. If z is just below theta, f is 0, which is far below theta. Computed from f, the
+    threshold would therefore get only half its gradient.
     """
 
     sparsity = True
@@ -199,7 +199,7 @@ class L0(LossTerm):
 class TargetL0(L0):
     """(L0 / target - 1)^2."""
 
-    sparsity = False  # it has its own target, so `--l0` does not control its coefficient
+    sparsity = False  # this loss has its own target, so `--l0` does not control its coefficient
     reads_batch = True
 
     def __init__(self, activation: JumpReLU, target: float) -> None:

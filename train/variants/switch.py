@@ -25,7 +25,10 @@ from .baselines import lr_for_width
 
 
 class Switch(Activation, name="switch"):
-    """TopK within the expert to which a token is routed. Its latents are multiplied by the router's probability."""
+    """TopK within the expert to which a token is routed.
+
+    The expert's latents are multiplied by the router's probability.
+    """
 
     sees_input = True
 
@@ -79,7 +82,7 @@ class LoadBalanceLoss(LossTerm):
 
 @recipe("switch", paper="Mudide et al. 2024")
 def switch(config: RunConfig, k: int = 32, experts: int | None = None, balance: float = 0.1) -> Variant:
-    """A router picks one expert per token and keeps its k largest latents.
+    """A router picks one expert per token, and the k largest latents of this expert are kept.
 
     Paper: weights the balance loss by 3 d_in, for inputs with another scale; `balance` assumes E|x|^2 = 1.
 

@@ -13,8 +13,8 @@ class BatchNorm(Activation, name="batch_norm"):
     After training, running averages of the statistics are used.
 
     Paper: does not say where it normalizes. Before the ReLU, batch normalization makes all latents fire about half of
-    the time until L1 changes `shift`. The paper states no initial gain. With normalized inputs, our gain keeps the
-    scale of the pre-activations; otherwise it is 1, as usual.
+    the time until L1 changes `shift`. The paper states no initial gain. If inputs are normalized, our initial gain
+    keeps the scale of the pre-activations; otherwise the initial gain is 1, as usual.
     """
 
     undivided = "batch normalization needs the mean and variance of the whole batch"
@@ -46,7 +46,7 @@ class BatchNorm(Activation, name="batch_norm"):
 class RunningStatistics(Mechanism):
     """Updates the running mean and variance of a BatchNorm after each step. The first batch initializes them.
 
-    A forward pass does not change them.
+    A forward pass does not change the running mean and variance.
     """
 
     def __init__(self, norm: BatchNorm, momentum: float = 0.1) -> None:

@@ -200,11 +200,11 @@ class WinnerTakeAll(Activation, name="winner_take_all"):
         divisive     f_i <- f_i^2 / (f_i + gamma max_{j near i} s_ij f_j)
 
     s_ij = max(0, cos). s_ij and the neighbors are saved with the SAE. Both forms are homogeneous in f. The strongest
-    neighbor gets no gradient, because that would need a copy of the latents for each neighbor.
+    neighbor gets no gradient, because computing this gradient would need a copy of the latents for each neighbor.
 
     `counts` contains two numbers for the first 128 tokens of the last training batch: the active latents that
-    inhibition weakened by more than 0.1 % (`inhibited`), and the latents that were still active after that but were not
-    among the largest (`outcompeted`).
+    inhibition weakened by more than 0.1 % (`inhibited`), and the latents that were still active after inhibition but
+    were not among the largest (`outcompeted`).
     """
 
     near_FN: Tensor  # indices; stored as floats, like everything that is saved with an SAE
@@ -265,9 +265,9 @@ class Neighbours(Mechanism):
     The activation's `near_scope` determines whether the latent's group or the whole dictionary is searched.
 
     Paper: says proximity in feature space, and does not mention groups. Starting with run 6, decoder rows in a group
-    are orthogonal. So no two latents of a group are near each other by their decoder rows, and hardly any by their
-    encoder directions, because the encoder is initialized as the decoder's transpose. So within groups, inhibition has
-    hardly any effect.
+    are orthogonal. So the decoder rows of a group are never near each other, and its encoder directions hardly ever
+    are, because the encoder is initialized as the decoder's transpose. Within groups, inhibition therefore has hardly
+    any effect.
     """
 
     def __init__(self, activation: WinnerTakeAll, sae: SAE, near: str = "encoder", every: int = 100) -> None:

@@ -18,8 +18,8 @@ class DynamicL1(Mechanism):
     `penalty_moved` counts the steps in which lambda was not 0.04. `penalty_bounded` counts the steps in which a bound
     changed lambda.
 
-    Paper: 0.04 is within these bounds at all times, so they never change it (`none`). The paper does not say to which
-    value the bounds apply.
+    Paper: 0.04 is within these bounds at all times, so the bounds never change it (`none`). The paper does not say to
+    which value the bounds apply.
     """
 
     acted_penalty_moved: Tensor  # () int64
@@ -41,7 +41,7 @@ class DynamicL1(Mechanism):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
 
     def clamp(self, value: Tensor, step: Step) -> Tensor:
-        """`value` within the bounds of this step."""
+        """`value`, limited to the bounds of this step."""
         share = ramp(step, self.steps)
         return value.clamp(min=0.02 - 0.01 * share, max=1.0 - 0.5 * share)
 

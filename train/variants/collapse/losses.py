@@ -55,7 +55,7 @@ class ContrastLoss(LossTerm):
 class DiversityLoss(LossTerm):
     """1 - H(p) / log n, where p are the shares of the n groups (without groups: the n latents) in the total activation.
 
-    It is 0 if all are used equally, and 1 if only one is used.
+    The loss is 0 if all groups are used equally, and 1 if only one group is used.
 
     Paper: names a diversity loss without defining it. Shares are computed from activations, because a count has no
     gradient.
@@ -79,10 +79,10 @@ class DiversityLoss(LossTerm):
 class ImportanceWeightedMSE(LossTerm):
     """mean_B w |x - x_hat|^2, where w is |x - x_hat|^2 divided by its recent mean, without a gradient.
 
-    Paper: mentions momentum-based importance sampling without defining it. This class applies it to tokens;
+    Paper: mentions momentum-based importance sampling without defining it. This class weights tokens by importance;
     `GroupSampling` draws groups, as 4.3 says. A token is read once per epoch, so there is no earlier loss from which to
     compute its probability. A token with a large error therefore gets a larger weight instead of being drawn more
-    often. The usual correction 1/(N p) would undo that.
+    often. The usual correction 1/(N p) would undo this weighting.
     """
 
     undivided, reads_batch = "", True
@@ -98,7 +98,10 @@ class ImportanceWeightedMSE(LossTerm):
 
 
 class BalancedLoss(LossTerm):
-    """Scales a loss so that its gradient, with its coefficient, is at most `rho` times as long as the reconstruction's.
+    """Scales down a loss whose gradient is long.
+
+    The gradient of the loss, times the loss's coefficient, is then at most `rho` times as long as the gradient of the
+    reconstruction error.
 
     Paper: mentions gradient balancing without defining it. Each balanced loss needs an extra backward pass.
     `losses_balanced` counts the losses that were scaled down in a step.

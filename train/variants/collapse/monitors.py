@@ -39,7 +39,7 @@ class Sketch(Mechanism):
     def every_n_steps(self, step: Step) -> None:
         if self.on == "activations":
             f_BF = step.f_BF.detach().float()
-            scale = (len(self.R_DS) / self.R_DS.shape[1]) ** 0.5  # on average, R reduces a squared length to S/F of it
+            scale = (len(self.R_DS) / self.R_DS.shape[1]) ** 0.5  # on average, R scales squared lengths by S/F
             projected_B = (f_BF @ self.R_DS).norm(dim=1) * scale
             self.length.copy_((projected_B / f_BF.norm(dim=1).clamp_min(1e-8)).mean())
             return

@@ -52,7 +52,7 @@ class GroupOrthogonalityLoss(LossTerm):
 def gram_schmidt(rows_GMD: Tensor) -> Tensor:
     """Unit rows in the directions of (3), by a QR: modified Gram-Schmidt gives Q diag(R), up to R's signs.
 
-    It can handle nearly dependent rows, such as d random rows in d dimensions. Training steps use
+    A QR can handle nearly dependent rows, such as d random rows in d dimensions. Training steps use
     `gram_schmidt_by_products`.
 
     Paper: sums over j <= k, which subtracts a row from itself; it should be j < k.
@@ -106,8 +106,8 @@ class GramSchmidt(Mechanism):
 
     With `gradient` = "straight_through", the gradient of a row of W_dec is passed to its free row, without the
     components along either of these rows; "through" differentiates (3). The first row of a group keeps its direction
-    and the last row changes most; `order` = "utilisation" puts the most used latents first. With a sketch, (3) uses the
-    inner products of the sketched rows.
+    and the last row changes most; `order` = "utilisation" puts the most used latents first. If there is a sketch, (3)
+    uses the inner products of the sketched rows.
 
     `orthogonalized` counts, over all steps, the rows that (3) moved by more than rounding.
     """
@@ -172,7 +172,9 @@ class GramSchmidt(Mechanism):
 
 
 class GramSchmidtLatents(Activation, name="gram_schmidt_latents"):
-    """(3) as printed, applied to the latents, each as a column over the batch. After training it has no effect.
+    """Equation (3) as the paper prints it, applied to the latents: one column is a latent's values over the batch.
+
+    The activation has no effect after training.
 
     Paper: with this, a token's latents depend on the rest of its batch, are sometimes negative and hardly ever zero. If
     there are more columns than tokens, the last columns have no component left. The paper states no rule for a single

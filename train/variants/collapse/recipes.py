@@ -69,7 +69,7 @@ class CollapseParts:
         self.error_weight = 1 / config.d_in if options.units == "evidence" else 1.0
         self.activations: list[Activation] = []
         self.mechanisms: list[Mechanism] = []
-        self.last_mechanisms: list[Mechanism] = []  # after all others that change weights, before the unit norm
+        self.last_mechanisms: list[Mechanism] = []  # act after all others that change weights, but before the unit norm
         self.totals: list[Mechanism] = []  # come last: checkpoints name tensors by the mechanism's position
         self.losses: dict[str, tuple[Coefficient | float, LossTerm]] = {}
 
@@ -87,7 +87,7 @@ class CollapseParts:
             self.losses[name] = (coefficient, loss)
 
     def growing(self, strength: float, options: o.ContrastOptions, note: str | None) -> Coefficient:
-        """`strength` after a linear warm-up, times the input's variance under `loss_units=fvu`."""
+        """`strength` after a linear warm-up, multiplied by the input's variance if `loss_units=fvu`."""
         steps = min(1000, self.config.steps // 10) if options.alpha_warmup is None else options.alpha_warmup
         ramp = warmup(strength, steps)
 
@@ -224,7 +224,7 @@ def add_groups(parts: CollapseParts, options: o.GroupOptions) -> None:
 
 
 def add_group_rate(parts: CollapseParts, options: o.GroupRateOptions) -> None:
-    """Add a learning rate per group, by its utilization."""
+    """Add a learning rate for each group, which depends on the group's utilization."""
     parts.mechanisms.append(GroupLearningRate(parts.rows, parts.groups, options.group_lr))
 
 

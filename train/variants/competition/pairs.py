@@ -1,7 +1,7 @@
 """The statistics of pairs of latents (3): how often each fires, and how often both fire together.
 
-They cover all pairs (`DensePairs`) or a table of some pairs (`PairTable`). The docstring of this package explains the
-shape suffixes.
+The statistics cover all pairs (`DensePairs`) or a table of some pairs (`PairTable`). The docstring of this package
+explains the shape suffixes.
 """
 
 from abc import abstractmethod
@@ -18,7 +18,7 @@ from ...sae import SAE
 from ...sparse_ops import row_dtype, weighted_row_sums
 from ...step import Mechanism, Step
 
-MIN_RATE = 1e-5  # the conditional probability counts as unknown for a latent that fires less often per token
+MIN_RATE = 1e-5  # latents that fire on a smaller share of tokens have no conditional probability
 
 
 class Coactivation(Mechanism):
@@ -27,9 +27,9 @@ class Coactivation(Mechanism):
     Each unordered pair occurs once. A subclass determines which pairs are tracked, and thereby the shape S of all
     per-pair tensors.
 
-    Paper: says only "exponential moving averages (decay rate 0.99)". Ours start at zero and are divided by their
-    accumulated weight, 1 - beta^t. This does not change J / p, except for pairs that enter a table after the start. A
-    latent that fires less often than `MIN_RATE` has no c, because (3) would divide by almost zero.
+    Paper: says only "exponential moving averages (decay rate 0.99)". Our averages start at zero and are divided by
+    their accumulated weight, 1 - beta^t. This does not change J / p, except for pairs that enter a table after the
+    start. A latent that fires less often than `MIN_RATE` has no c, because (3) would divide by almost zero.
     """
 
     turns = 1  # a step compares one in `turns` pairs, so all pairs are compared within `turns` steps
@@ -126,11 +126,11 @@ class PairTable(Coactivation):
     """A table of `capacity` pairs i < j: S is (P).
 
     Every `every` steps the table is refreshed: all pairs of the last batch are ranked together with the pairs in the
-    table, and the best are kept. For a new pair, J starts at that step, with a separate weight in `seen_P`. A table
-    with room for all pairs contains them from the start and equals `DensePairs` in another shape. `by` selects the
-    ranking: "cofire" by conditional probability, "cosine" by the cosine of the decoder rows.
+    table, and the best are kept. For a new pair, J starts at the step of the refresh, with a separate weight in
+    `seen_P`. A table with room for all pairs contains them from the start and equals `DensePairs` in another shape.
+    `by` selects the ranking: "cofire" by conditional probability, "cosine" by the cosine of the decoder rows.
 
-    Step i compares the pairs i, i + `turns`, i + 2 `turns`, ... of the table. These cover all ranks, because a
+    Step i compares the pairs i, i + `turns`, i + 2 `turns`, ... of the table. These pairs cover all ranks, because a
     refreshed table is sorted. `turns` has to divide the number of pairs; a table that holds all pairs ignores `turns`.
     """
 

@@ -22,8 +22,8 @@ class CompetitionLoss(LossTerm):
                 Paper: writes f_i for both, and calls <f_i, f_j> "feature similarity"; the division by sqrt(B) makes
                 the product a mean over tokens, which does not grow with the batch
     `direction` which latent gets the gradient: "symmetric", both; "child_only", the rarer; "parent_only", the other
-    `reduction` "active_pairs", the mean over pairs that pass; "sum", over ordered pairs as printed; "n", this sum / n
-    `target`    "cofire", as printed; or "absorption": pairs with a decoder cosine over 0.2 that fire together less
+    `reduction` "active_pairs", the mean over pairs that pass; "sum", over ordered pairs as in (5); "n", this sum / n
+    `target`    "cofire", as in the paper; or "absorption": pairs with a decoder cosine over 0.2 that fire together less
                 than tau, weighted by how far they are below it. Paper: an absorbed parent is silent when its child
                 fires, so (5) does not act on absorbed pairs.
     `diagonal`  whether the pairs include i = j for every latent that fires; there P is 1 and c is n/k (5)
@@ -56,7 +56,7 @@ class CompetitionLoss(LossTerm):
         with torch.no_grad():
             weight_S, count = self.weights(step.sae, step.i)
         step.metrics |= {"pairs_above": count, "mean_coefficient": weight_S.sum() / count.clamp_min(1)}
-        times = 2 * self.pairs.turns  # counts (i, j) and (j, i), and scales one in `turns` pairs up to all
+        times = 2 * self.pairs.turns  # counts (i, j) and (j, i); step i compares one in `turns` pairs
         total = times * (weight_S * self.similarity(vector_FX, step.i).square()).sum()
         ordered = times * count
         if self.diagonal:
@@ -69,14 +69,17 @@ class CompetitionLoss(LossTerm):
         return total / (step.sae.d_sae if self.reduction == "n" else 1)
 
     def diagonal_weights(self) -> Tensor:
-        """(F): the weight of each pair (i, i), where P is 1. It is 0 for silent latents, and for all if tau > 1."""
+        """(F): the weight of each pair (i, i), where P is 1.
+
+        The weight is 0 for silent latents, and for all latents if tau > 1.
+        """
         passes_F = (self.pairs.rates() >= MIN_RATE) & (self.tau <= 1)
         return passes_F.to(self.pairs.rate_F.dtype) / self.unit
 
     def weights(self, sae: SAE, i: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The weight of each pair (S), which is zero unless the pair passes tau, and the number () of pairs that pass.
 
-        Covers the pairs that step i compares; without i, all pairs.
+        Covers the pairs that step i compares, or all pairs if i is None.
         """
         conditional_S = self.pairs.conditional(i)
         if self.target == "cofire":
@@ -110,8 +113,8 @@ class CompetitionLoss(LossTerm):
         pairs that pass tau; also the number () of these pairs.
 
         This is "correlation r = 0.82 between semantic similarity and competition strength" (3.1). If the pairs have
-        more than `BLOCK` elements, it is computed on an evenly spaced subset. It is 0 if fewer than three pairs pass,
-        or if all have the same weight or cosine. Paper: does not say which pairs it uses; below tau, the strength of
+        more than `BLOCK` elements, r is computed on an evenly spaced subset. r is 0 if fewer than three pairs pass, or
+        if all pairs have the same weight or cosine. Paper: does not say which pairs it uses; below tau, the strength of
         competition is zero.
         """
         weight_M, cosine_M = self.pairs.sample(self.weights(sae)[0], F.normalize(sae.W_dec, dim=1))

@@ -10,9 +10,9 @@
 `recipes.py` defines the ablations in order, their options and the baselines. `window.py` implements (4), `penalty.py`
 (5) and `merging.py` (7).
 
-lambda ends at zero, so the result is close to a dense autoencoder (the paper's L0 is 1,735 of 2,304), and the paper's
-best result is `hierarchical-linear`. With `--l0 N` the run ends with N latents per token. This deviates from (3), where
-the penalty ends at zero: lambda falls for a twentieth of the run, and is then adjusted to reach N.
+lambda ends at zero, so the result is close to a dense autoencoder (the paper's L0 is 1,735 of 2,304). The paper's best
+result is that of `hierarchical-linear`. With `--l0 N` the run ends with N latents per token. This deviates from (3),
+where the penalty ends at zero: lambda falls for a twentieth of the run, and is then adjusted to reach N.
 
 Paper: section 4.2 sets lambda_0 = 1/sqrt(k), but k is the dictionary width in section 4.1 and 320 in section 5.4.
 Section 5.4 also gives 1/sqrt(2304), "based on input dimension". The paper's dictionary is as wide as its input (2304),
@@ -22,7 +22,8 @@ reading.
 Paper: says that its input is normalized "using per-layer statistics from a 10K token sample", but not which statistics.
 We assume the mean and the standard deviation of each dimension (`normalize=standardize`). The losses that the paper
 prints are sums over raw activations. So L_recon in (5) is in units of raw activations for any normalization, unless
-`alpha_units=input` is set. The target 2.5 presumes a variance of 24, as raw activations have at the paper's layer.
+`alpha_units=input` is set. The target 2.5 presumes a variance of 24, which is that of raw activations at the paper's
+layer.
 
 Paper: trains with Adam and weight decay 0.01, added to the gradient, and mentions neither warm-up nor decay of the
 learning rate. The defaults here are AdamW's decay of W_enc only, and this package's learning rate schedule. The paper's

@@ -31,11 +31,11 @@ class MergeSimilar(Mechanism):
 
     Paper: does not say which vectors the cosine compares, nor what happens to j, to W_dec and to b_enc. Here `on`
     selects cosines of the rows of W_dec or of the columns of W_enc. `average` selects the weights that are averaged:
-    only W_enc, as (7) is printed, or `all`, where b_enc is averaged like W_enc and W_dec,i becomes the direction of
-    W_dec,i + W_dec,j. With `weights` = activity, each latent is weighted by how often it fired recently. The `partner`
-    j is either restarted (`recycle`) or silenced for the rest of the run (`disable`, so that the "adaptive feature
-    count" of 4.3 falls). With W_enc,j = 0 and b_enc,j = 0, a silenced latent gets no gradient, and weight decay and
-    Adam's moments leave it at zero.
+    only W_enc, as in (7), or `all`. With `all`, b_enc is averaged like W_enc, and W_dec,i becomes the
+    direction of W_dec,i + W_dec,j. With `weights` = activity, each latent is weighted by how often it fired recently.
+    The `partner` j is either restarted (`recycle`) or silenced for the rest of the run (`disable`, so that the
+    "adaptive feature count" of 4.3 falls). With W_enc,j = 0 and b_enc,j = 0, a silenced latent gets no gradient, and
+    weight decay and Adam's moments leave it at zero.
     """
 
     merged: Tensor  # () int64, in total

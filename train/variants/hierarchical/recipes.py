@@ -151,9 +151,9 @@ def resampling(config: RunConfig, options: HierarchicalOptions, dead: DeadLatent
     if options.restarts == "never":
         return []
     if options.restarts == "dead":
-        # Paper: one ablation restarts dead latents before the window is introduced, and does not say which latents
-        # count as dead. Here these are this package's dead latents, or the latents that (4) calls dead on a single
-        # batch.
+        # Paper: one ablation restarts dead latents before the window is introduced. The paper does not say which
+        # latents count as dead there. Here these are this package's dead latents, or the latents that (4) calls
+        # dead on a single batch.
         every = options.resample_every
         if options.dead_by == "tokens":
             return [ResampleDead(dead, every, until)]
@@ -175,7 +175,7 @@ def resampling(config: RunConfig, options: HierarchicalOptions, dead: DeadLatent
 
 
 def first_lambda(config: RunConfig, by: str) -> float:
-    """lambda_0 of (3). If `by` is k, k is scaled to the width as in the baseline, which has 320 of 2304."""
+    """lambda_0 of (3). If `by` is "k", it uses the baseline's k, which is 320 of 2304 latents, scaled to the width."""
     return {"d_in": config.d_in, "d_sae": config.d_sae, "k": K.resolve(config, False)}[by] ** -0.5
 
 
@@ -244,7 +244,7 @@ def with_optimization(variant: Variant) -> Variant:
 def topk(config: RunConfig, k: int = K, aux: float = 1 / 32) -> Variant:
     """The paper's TopK baseline.
 
-    Paper: does not mention AuxK; its readings set aux=0.
+    Paper: does not mention AuxK; the paper's readings set aux=0.
 
     Args:
         k: Active latents per token.
@@ -257,8 +257,8 @@ def topk(config: RunConfig, k: int = K, aux: float = 1 / 32) -> Variant:
 def batchtopk(config: RunConfig, k: float = K, aux: float = 1 / 32) -> Variant:
     """The paper's BatchTopK baseline.
 
-    Paper: states no k for this baseline; the default is the k of the TopK baseline. The paper does not mention AuxK;
-    its readings set aux=0.
+    Paper: states no k for this baseline; the default is the k of the TopK baseline. The paper does not mention AuxK, so
+    the paper's readings set aux=0.
 
     Args:
         k: Active latents per token, on average over the batch.

@@ -11,9 +11,9 @@ class ResampleByWindow(ResampleDead):
     """Resamples latents with p_i < `below`, where p_i is a sum over the last steps divided by `window` (4).
 
     `stability` selects the contribution of a step to p_i: with `any`, 1 if latent i fires on any token of the batch;
-    with `mean`, the share of tokens on which it fires. Paper: does not say which; with `mean`, most latents of a sparse
-    SAE count as dead. At the start of the run and after each restart, a latent has a full window before it can be
-    restarted.
+    with `mean`, the share of tokens on which it fires. Paper: does not say which contribution is meant; with `mean`,
+    most latents of a sparse SAE count as dead. At the start of the run and after each restart, a latent has a full
+    window before it can be restarted.
 
     Paper: its sum from t - w to t has w + 1 terms. `terms` is w by default, and w + 1 follows
     the paper's formula.

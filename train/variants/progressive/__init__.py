@@ -1,4 +1,4 @@
-"""Competitive progressive autoencoders (paper 001): a quarter of the latents at first, more as these are used.
+"""Competitive progressive autoencoders (paper 001): a run starts with a quarter of the latents and enables more.
 
     L     = |x - D(alpha(z))|^2 + l1 |alpha(z)|_1,  z = ReLU(x W_enc + b_enc)                     (2)
     v_i   <- 0.9 v_i + 0.1 1[f_i > 0.01],  rho = mean of v over the enabled latents               (3)
@@ -7,8 +7,8 @@
     T     = T_base (1 + (exp(exp(rho) - 1) - 1) s), within [0.05, 0.3], momentum 0.99             (6)
 
 The options for the paper's own equations are `utilization=mean n_ref=none interval=1 competition=softmax cut=0`.
-`PAPER_EXACT` in `recipes.py` explains why each of them does not work as intended. The defaults are interpretations that
-work. The paper's text adds `l1_on=both` (7), `anneal_steps=2000` (section 4.3), `init=uniform` and
+`PAPER_EXACT` in `recipes.py` explains why each of these settings does not work as intended. The defaults are
+interpretations that work. The paper's text adds `l1_on=both` (7), `anneal_steps=2000` (section 4.3), `init=uniform` and
 `normalize=layer_norm` (section 5); the paper's readings in evaluate/papers/001.toml set these options.
 
 Paper: does not state the units of its loss. We use this package's units: |x|^2 = 1 on average, with errors summed over

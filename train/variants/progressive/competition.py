@@ -12,7 +12,7 @@ COUNTED_TOKENS = 64  # number of tokens of a batch on which the effect of the co
 
 
 class ChainL1(LossTerm):
-    """mean_B sum_F |c(pre)| for a chain c of activations. The reconstruction may use a different chain."""
+    """mean_B sum_F |c(pre)| for a chain c of activations. The reconstruction may use a chain other than c."""
 
     sparsity = True
     undivided = ""

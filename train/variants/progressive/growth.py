@@ -68,10 +68,10 @@ class GrowCapacity(Mechanism):
 
     Until a latent is enabled, its weights keep their initial values: it gets no gradient and no decoupled weight decay,
     and does not count as dead. When it is enabled, its Adam moments are zero, but its Adam step count is that of all
-    latents. `n_ref` is the n of (4); None is d_sae.
+    latents. `n_ref` is the n of (4); None stands for d_sae.
 
-    Paper: 0.1 n rho is at least 69 at n = 2304, so "adaptive 2-7" is always 7 and "adaptive 4-10" always 10. They adapt
-    only for n around 100.
+    Paper: 0.1 n rho is at least 69 at n = 2304, so "adaptive 2-7" is always 7 and "adaptive 4-10" always 10. These
+    numbers adapt only for n around 100.
 
     The paper does not say which latents are enabled first. Here `order` decides: `index`, or `importance`, the
     frequency with which a latent that is not yet enabled would fire, averaged as in (3).
