@@ -37,8 +37,8 @@ def compile_step(trainer: Trainer, batch_size: int) -> str | None:
         tensors = step.x_BD, step.computed_pre_BF, step.computed_f_BF, step.recon_BD, step.kept, step.selected_N
         return tensors, losses, step.metrics
 
-    # Torch compiles once for each variant and each length of the list of dead latents. Its default limit on the number
-    # of compilations is too low for that.
+    # Torch compiles once for each variant and each length of the list of dead latents. Torch's default limit is too
+    # low for this number of compilations.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = RECOMPILE_LIMIT
     compiled = torch.compile(pure, fullgraph=True, dynamic=False)
 

@@ -52,7 +52,7 @@ def total(f_BF: Tensor) -> Tensor:
 
 
 def squared_error(recon_BD: Tensor, x_BD: Tensor) -> Tensor:
-    """Scalar: sum_BD (x - x_hat)^2. Its gradient takes one pass over (B, D); autograd would take four."""
+    """Scalar: sum_BD (x - x_hat)^2. The gradient takes one pass over (B, D); autograd would take four."""
     return _SquaredError.apply(recon_BD, x_BD)
 
 
@@ -107,8 +107,8 @@ def center(x_BD: Tensor, b_D: Tensor | None) -> Tensor:
     """The encoder's input in the dtype of the products, which also compute the gradient of b_dec.
 
     Subtracting b_dec first costs a pass over (B, D), and saves a pass over W_enc and one over its gradient. Some
-    dimensions of language models have large means. Subtracting them first keeps these large terms out of the product,
-    whose result is rounded.
+    dimensions of language models have large means. Subtracting b_dec first keeps these means out of the product, whose
+    result is rounded.
     """
     centered_BD = x_BD.detach() if b_D is None else x_BD.detach() - b_D.detach()
     return centered_BD.to(dtype_of_products(x_BD))

@@ -12,9 +12,9 @@ from .variant import Variant
 class KernelUpdate(WeightUpdate):
     """Updates all weights of a variant with the operator `update`, which also keeps bfloat16 copies of the matrices.
 
-    It uses the optimizer's own moments, so checkpoints have the same form with and without kernels. Matrix products in
-    bfloat16 read the copies instead of rounding the weights in every step, and return gradients in bfloat16. Any other
-    code that writes weights has to call `renew_copies` afterwards.
+    The kernels use the optimizer's own moments, so checkpoints have the same form with and without kernels. Matrix
+    products in bfloat16 read the copies instead of rounding the weights in every step, and return gradients in
+    bfloat16. Any other code that writes weights has to call `renew_copies` afterwards.
 
     Args:
         variant: the variant, on the device. Its `updates_at_once` has to be true.

@@ -19,9 +19,9 @@ class L0Controller(Mechanism):
 
         c_t = c_w exp(s_t + gain e_t),     s_t <- s_t + rate e_t,     e = log(L0/target) + log(L0/L0_earlier)
 
-    Step w is at one twentieth of the run, and c_w is the recipe's own coefficient at step w. Until then the recipe's
-    warm-up applies. The recipe's schedule after step w is ignored, because a penalty that falls to zero does not
-    determine a final L0.
+    Step w is at one twentieth of the run, and c_w is the recipe's own coefficient at step w. Before step w, the
+    recipe's warm-up applies. The recipe's schedule after step w is ignored, because a penalty that falls to zero does
+    not determine a final L0.
 
     Weights respond to a coefficient only at the optimizer's rate, so a controller that only integrates the error
     would oscillate. Also, half of all latents are active at first, and L0 falls from there without any penalty. If a

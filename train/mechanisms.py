@@ -54,8 +54,8 @@ class UnitNormExport(Mechanism):
 class DeadLatents(Mechanism):
     """Counts the tokens since each latent last fired; a latent is dead after `after_tokens`.
 
-    `index_A` lists the dead latents for AuxK, padded to a power of two. It is updated in place every `every` steps, so
-    shapes stay fixed in between. `real_A` is 1 for entries of the list and 0 for padding.
+    `index_A` lists the dead latents for AuxK, padded to a power of two. The list is updated in place every `every`
+    steps, so shapes stay fixed in between. `real_A` is 1 for entries of the list and 0 for padding.
     """
 
     since_F: Tensor  # int64: tokens since each latent last fired
@@ -185,8 +185,9 @@ class ResampleDead(Mechanism):
 class BatchTopKThreshold(Mechanism):
     """Makes the threshold t of a BatchTopK follow the smallest value kept in each batch: t <- t + rate (min - t).
 
-    After training, the threshold is set to the mean of that minimum over the batches that follow, or over the first
-    batches if the epoch has ended. So the final weights keep k latents per token on average, however short the run was.
+    After training, the threshold is set to a mean over further batches of the smallest kept value. These are the
+    batches that follow, or the first batches if the epoch has ended. So the final weights keep k latents per token on
+    average, however short the run was.
     """
 
     batches: Tensor  # () int64

@@ -133,7 +133,7 @@ def trace_steps(live: LiveBytes, run: BuildableRun, device: str, rows: int, kern
     """Take two steps and read the metrics. Two, because the optimizer allocates its moments in the first step."""
     config = run.config
     parts = config.accumulate if rows % config.accumulate == 0 else 1
-    with torch.random.fork_rng(devices=[]), torch.device(device):  # a tensor without values cannot be moved later
+    with torch.random.fork_rng(devices=[]), torch.device(device):  # a fake tensor cannot be moved to the device later
         variant = run.recipe.make(config, run.options, run.stored)
     if kernels:
         variant.use_kernels()

@@ -60,7 +60,7 @@ class Optimization:
     def peak_share(self, steps: int) -> float:
         """The largest learning rate in a run of `steps` steps, as a share of `lr`.
 
-        It is below 1 if the warm-up is longer than the run.
+        The share is below 1 if the warm-up is longer than the run.
         """
         return peak_share(steps, self.warmup_steps(steps), self.decay_start)
 

@@ -277,7 +277,7 @@ def largest_width(run: BuildableRun, device: str, budget: float) -> int | None:
 
 
 def fewest_parts(run: BuildableRun, device: str, budget: float) -> int | None:
-    """The smallest number of parts that would fit, among 2, 4, 8, ... times the run's number; None if none fits."""
+    """The smallest number of parts with which a run would fit: 2, 4, 8, ... times its current number, or None."""
     config = run.config
     parts = 2 * config.accumulate
     if reasons_against(untrained_variant(run, "meta")):

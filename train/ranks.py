@@ -1,14 +1,14 @@
 """Training in several processes (ranks) started by a launcher: each trains its share of the runs on its own device.
 
-The first process assigns the runs and tells the other processes which ones to train. They cannot decide this
-themselves: a process that starts later could find different runs unfinished, and the measured time of a step differs
-between processes. Each process locks the folders of its runs. After that the processes communicate only through files
-in these folders. A held lock shows that its process is working. A note beside a released lock shows that its process
-died. metrics.jsonl shows the progress of a run, and sae.json that it is finished. If a process dies, only the steps of
-its own runs since their last checkpoints are lost. The other processes continue, unless the launcher ends them. A
-process that has finished its runs can also die while it waits for the others. So it holds a lock on `PRESENCE` in the
-folder of its first run until it has reported. It reports only after every process with a lower rank has reported or
-died, so that one process reports for all.
+The first process assigns the runs and tells the other processes which ones to train. The other processes cannot decide
+this themselves: a process that starts later could find different runs unfinished, and the measured time of a step
+differs between processes. Each process locks the folders of its runs. After that the processes communicate only through
+files in these folders. A held lock shows that its process is working. A note beside a released lock shows that its
+process died. metrics.jsonl shows the progress of a run, and sae.json that it is finished. If a process dies, only the
+steps of its own runs since their last checkpoints are lost. The other processes continue, unless the launcher ends
+them. A process that has finished its runs can also die while it waits for the others. So it holds a lock on `PRESENCE`
+in the folder of its first run until it has reported. A process reports only after every process with a lower rank has
+reported or died, so that one process reports for all.
 """
 
 import fcntl
@@ -39,7 +39,7 @@ TrainRuns = Callable[[TrainPlan, TrainProgress, Callable[[], bool]], None]
 
 
 def train_on_ranks(plan: TrainPlan, group: ProcessGroup, progress: TrainProgress, train: TrainRuns) -> None:
-    """Train the share of this process with `train`. Returns when every process has finished training its share.
+    """Call `train` on the runs that this process has to train. Returns when every process has trained its runs.
 
     Raises:
         Interrupted: this process received a request to stop; its runs have checkpoints.

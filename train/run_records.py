@@ -60,7 +60,7 @@ def read_sae_record(folder: Path) -> SavedSAE:
             if key in stated and stated[key] != value:
                 raise DamagedError(
                     f"{folder}: {key} is {value} in sae.json and {stated[key]} in run.json. One of them was damaged, "
-                    "edited, or belongs to another run. If that is run.json: restore it from a copy. If that is "
+                    "edited, or belongs to another run. If it is run.json, restore run.json from a copy. If it is "
                     f"sae.json: {SAE_RECORD.remedy}"
                 )
         if record.get("run", digest := run_digest(stated)) != digest:

@@ -41,7 +41,7 @@ def warmup(to: float, steps: int) -> Coefficient:
 
 
 def product(*factors: Coefficient) -> Coefficient:
-    """The coefficient that is the product of several others."""
+    """The coefficient that is the product of several coefficients."""
 
     def coefficient(step: Step) -> Tensor | float:
         result: Tensor | float = 1.0

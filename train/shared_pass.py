@@ -63,7 +63,7 @@ class SharedPass:
         self.seconds_waited = 0.0  # time that loaders, now closed, waited for data
 
     def train(self, until: int) -> None:
-        """Take the steps up to `until`. Runs that are not finished by then get a checkpoint."""
+        """Take the steps up to `until`. Runs that are not finished at that step get a checkpoint."""
         self._finish_runs(self.steps_done)  # for runs killed before sae.json was written
         if self.active:
             self.until, first, sharing = until, self.active[0], [trainer.run for trainer in self.active]

@@ -64,7 +64,7 @@ class Step:
         if self.computed_pre_BF is None:
             raise AttributeError(
                 "A training step with ReLU as its only activation keeps no pre-activations: the latents overwrite "
-                "them. In a loss compute them again: step.sae.pre_activations(step.x_BD)."
+                "them. In a loss, compute pre-activations with step.sae.pre_activations(step.x_BD)."
             )
         return self.computed_pre_BF
 
@@ -156,7 +156,7 @@ class Step:
 
 
 class LossTerm(nn.Module, ABC):
-    """One term of the loss, a 0-d tensor. It may add to `step.metrics` but changes nothing else.
+    """One term of the loss, a 0-d tensor. A term may add to `step.metrics` but changes nothing else.
 
     With `--accumulate` the term is computed for equal parts of the batch, and the mean over the parts has to equal the
     value for the whole batch. If the mean differs, `undivided` gives the reason, as a sentence without a period;
@@ -172,7 +172,9 @@ class LossTerm(nn.Module, ABC):
 
 
 class Mechanism(nn.Module):
-    """A part of a recipe that acts around the optimizer. Its buffers are its state; its hooks run under no_grad.
+    """A part of a recipe that acts around the optimizer.
+
+    A mechanism's buffers are its state; its hooks run under no_grad.
 
     `after_backward` and `after_step` run in every step, so they keep fixed shapes and never read a value back to the
     host. `every_n_steps`, which runs after every `every`-th step, may change shapes and read values. All three have

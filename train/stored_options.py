@@ -1,4 +1,4 @@
-"""The options that a run was started with. They are in its run.json, and override defaults that have changed since."""
+"""The options that a run was started with. run.json records them, and they override defaults that have changed."""
 
 from collections.abc import Mapping
 from pathlib import Path

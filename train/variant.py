@@ -30,7 +30,7 @@ class RunConfig(NamedTuple):
     steps: int
     batch_size: int
     l0: float | None = None  # target latents per token (`--l0`); None: the recipe's default
-    paper_exact: bool = False  # the paper's settings verbatim instead of corrected ones
+    paper_exact: bool = False  # the paper's settings verbatim, without corrections
     variance: float | None = None  # elementwise variance of the cache's rows; None: unknown, so nothing is scaled by it
     accumulate: int = 1  # equal parts in which a batch is computed
     precision: str | None = None  # for matrix products (common/precision.py); None: the default of the device

@@ -7,7 +7,7 @@
     gated     f = ReLU(exp(r_mag) x W_enc + b_mag) where z > 0
     x_hat = f W_dec + b_dec
 
-With `layer_norm`, x is the layer-normalized token and x_hat is its reconstruction before the norm is undone.
+If `layer_norm` is set, x is the layer-normalized token and x_hat is its reconstruction before the norm is undone.
 
 All tensors are float64. `to_canonical` folds the activation chain of an SAE into this form link by link (`fold_link`).
 A link without a folding rule makes the latents of a token depend on each other in the encoder. No other library can

@@ -277,8 +277,8 @@ def read_threshold(folder: ForeignFolder, tensors: dict[str, Tensor], dict_class
     if threshold < 0:
         raise UsageError(
             f"{folder.path / 'ae.pt'}: the threshold of this {dict_class} was never set (it is {threshold:g}). Without "
-            "one, its k applies to a whole batch, so its latents for a single token are undefined. Train it longer, or "
-            "set the threshold."
+            "a threshold, k applies to a whole batch, so the latents of a single token are undefined. Train the SAE "
+            "longer, or set the threshold."
         )
     return threshold
 

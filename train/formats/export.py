@@ -29,7 +29,7 @@ NUMBERS = itertools.count()  # used in the names of temporary folders
 
 @dataclass
 class ExportResult:
-    """The result of an export: the folder and the verification. It can be used as a path to the folder."""
+    """The result of an export: the folder and the verification. The result can be used as a path to the folder."""
 
     folder: Path
     format: str

@@ -60,7 +60,10 @@ class ImportConfig:
 
 @dataclass
 class ImportResult:
-    """The result of an import: the run folder, its SAE and the verification. It can be used as a path to the folder."""
+    """The result of an import: the run folder, its SAE and the verification.
+
+    The result can be used as a path to the folder.
+    """
 
     folder: Path
     format: str

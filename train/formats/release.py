@@ -97,7 +97,7 @@ def natural_key(text: str) -> list[tuple[int, str]]:
 def list_local_files(root: Path) -> list[RemoteFile]:
     """The files below a folder, without following links to folders.
 
-    Raises UsageError if there are more than MAX_FILES.
+    Raises UsageError if there are more than MAX_FILES files.
     """
     found: list[RemoteFile] = []
     for parent, _, names in os.walk(root):

@@ -50,7 +50,7 @@ class StorageRef(NamedTuple):
 
 
 class TensorView(NamedTuple):
-    """A tensor that the pickle describes: a strided view of a storage. Its values have not been checked yet."""
+    """A tensor that the pickle describes: a strided view of a storage. None of these fields has been checked yet."""
 
     storage: StorageRef
     offset: int

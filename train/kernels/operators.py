@@ -1,8 +1,8 @@
 """The operators that have kernels in Triton.
 
 Each operator is registered with torch, so that torch.compile, fake-tensor tracing and CUDA graphs treat it as one
-operation. It has two implementations with the same result: kernels on a GPU, and torch operations on a CPU. The tests
-compare them. Importing this module does not import Triton.
+operation. Each operator has two implementations with the same result: kernels on a GPU, and torch operations on a CPU.
+The tests compare them. Importing this module does not import Triton.
 """
 
 import torch
@@ -133,7 +133,7 @@ def jump_gradients(z_BF: Tensor, theta_F: Tensor, g_BF: Tensor, eps: float, to_i
     """JumpReLU's gradients, from the gradient g of z H(z - theta) (train/variants/jumprelu.py).
 
     Returns the gradient of z (B, F), and the sums (F), in theta's dtype, of g over the tokens with |z - theta| < eps/2.
-    With `to_input`, the gradient of z includes the gradient through theta's window.
+    If `to_input` is set, the gradient of z includes the gradient through theta's window.
     """
     return jump_gradients_by_torch(z_BF, theta_F, g_BF, eps, to_input)
 

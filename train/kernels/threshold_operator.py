@@ -29,7 +29,10 @@ def lowest_positive(value_N: Tensor) -> Tensor:
 
 
 def move_threshold(lowest: Tensor, threshold: Tensor, rate: Tensor | float) -> None:
-    """Move the threshold a share `rate` of the distance to `lowest`. It stays where it is if `lowest` is infinite."""
+    """Move the threshold a share `rate` of the distance to `lowest`.
+
+    The threshold stays where it is if `lowest` is infinite.
+    """
     target = torch.where(lowest.isinf(), threshold, lowest)
     threshold.copy_(threshold + rate * (target - threshold))
 

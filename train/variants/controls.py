@@ -27,7 +27,7 @@ Base = Literal["batchtopk", "topk"]
 
 
 class CovarianceStart(Mechanism):
-    """Draws rows of W_dec from a normal distribution with the activations' covariance and normalizes them (App. E).
+    """Draws rows of W_dec from a normal distribution with the activations' covariance and normalizes them (appendix E).
 
         W_i <- C^1/2 g_i / |C^1/2 g_i|,     W_enc <- W_dec^T
 
@@ -83,9 +83,8 @@ class DecoderCone(UnitNormDecoder):
 
 def base_variant(config: RunConfig, base: Base, k: float, aux: float, aux_k: int | None) -> Variant:
     """The variant that a control changes in one respect."""
-    # Paper: uses BatchTopK, JumpReLU and ReLU, and TopK in App. C. BatchTopK is the default here, because its k sets
-    # L0.
-    # Paper: AdamW with rate 2e-4 and batches of 4,098 at width 73,728; here both are those of `batchtopk`.
+    # Paper: uses BatchTopK, JumpReLU and ReLU, and TopK in appendix C. BatchTopK is the default here, because its k
+    # sets L0. Paper: AdamW with rate 2e-4 and batches of 4,098 at width 73,728; here both are those of `batchtopk`.
     if base == "batchtopk":
         return batchtopk(config, k=k, aux=aux, aux_k=aux_k)
     if k != int(k):
@@ -104,7 +103,7 @@ def frozen_decoder(
 ) -> Variant:
     """A control: `batchtopk` with a random decoder that is never trained.
 
-    Its scores show what an encoder can achieve with random directions.
+    The scores of this control show what an encoder can achieve with random directions.
 
     Args:
         k: Active latents per token, on average over the batch.

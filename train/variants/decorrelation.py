@@ -25,7 +25,7 @@ SPARSE_FROM = 64  # if at most 1 in 64 of the n^2 pairs is chosen, gathering col
 class Decorrelation(LossTerm):
     """R(tau): penalizes the correlation of only the pairs that fire together most (3).
 
-    `pair_choice` determines the pairs among which a step searches for these:
+    `pair_choice` determines among which pairs a step searches for the pairs to penalize:
         exact    all n (n - 1)/2 pairs. Paper: claims O(n), but the dense C takes O(B n^2), and a fixed share of all
                  pairs is O(n^2) pairs.
         blocks   the pairs in the same block. The latents are shuffled and cut into blocks of about `block` latents: O(B

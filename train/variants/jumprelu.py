@@ -100,8 +100,8 @@ class CountByKernels(torch.autograd.Function):
 class JumpReLU(Activation, name="jumprelu"):
     """z H(z - theta) with a threshold per latent, always in float32.
 
-    `bandwidth` is a length on the axis of z, so it depends on the normalization of the run. It is used only in training
-    and is not rescaled.
+    `bandwidth` is a length on the axis of z, so it depends on the normalization of the run. The bandwidth is used only
+    in training and is not rescaled.
     """
 
     has_kernels = True

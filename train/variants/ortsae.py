@@ -31,8 +31,9 @@ def permutation_of_step(step: Step, count: int) -> Tensor:
 class OrtSAELoss(LossTerm):
     """mean_i max_{j in chunk(i), j != i} cos(W_i, W_j)^2.
 
-    The nearest row is found without a gradient, and then its cosine is computed again with a gradient. That costs O(n
-    d) instead of a backward pass through the chunks' matrices. Where the maximum is unique, the gradient is exact.
+    The nearest row is found without a gradient, and then its cosine is computed again with a gradient. This second
+    computation costs O(n d) and replaces a backward pass through the chunks' matrices. Where the maximum is unique, the
+    gradient is exact.
     """
 
     undivided = ""

@@ -42,7 +42,7 @@ class GroupUtilization(Mechanism):
 
     def __init__(self, utilization: UtilizationEMA, count: int, stat: str = "mean") -> None:
         super().__init__()
-        self.utilisation, self.count, self.stat = utilization, count, stat  # the spelling is a key in checkpoints
+        self.utilisation, self.count, self.stat = utilization, count, stat  # this spelling is a key in checkpoints
 
     @property
     def u_G(self) -> Tensor:
@@ -150,7 +150,7 @@ class GroupSampling(GroupUpdate):
     """
 
     acted_groups_skipped: Tensor  # () int64
-    uniform_T: Tensor  # one random number per step, drawn in advance so that a resumed run uses the same ones
+    uniform_T: Tensor  # one random number per step, drawn in advance so that a resumed run uses the same numbers
 
     def __init__(self, rows: DecoderRows, d_sae: int, count: int, share: float, beta: float, steps: int) -> None:
         super().__init__(rows, count)

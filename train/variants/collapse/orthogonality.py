@@ -125,7 +125,7 @@ class GramSchmidt(Mechanism):
     ) -> None:
         super().__init__()
         rows.free_FD = nn.Parameter(sae.W_dec.detach().clone())
-        self.rows, self.utilisation = rows, utilization  # the spelling is a key in checkpoints
+        self.rows, self.utilisation = rows, utilization  # this spelling is a key in checkpoints
         self.order, self.gradient, self.sketch = order, gradient, sketch
         self.register_buffer("acted_orthogonalized", torch.zeros((), dtype=torch.int64))
 

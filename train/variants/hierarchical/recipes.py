@@ -144,7 +144,10 @@ def build(config: RunConfig, options: HierarchicalOptions) -> Variant:
 
 
 def resampling(config: RunConfig, options: HierarchicalOptions, dead: DeadLatents) -> list[Mechanism]:
-    """The mechanisms that restart dead latents (4) and merge similar ones (7), so that one of each pair can restart."""
+    """The mechanisms that restart dead latents (4) and merge similar latents (7).
+
+    A merge frees one latent of a pair.
+    """
     # Paper: restarts latents until the end. A latent that restarts just before the end would keep its initial values.
     until = math.floor(round(options.restart_share * config.steps, 6))
     below, stability = options.below, options.stability

@@ -166,7 +166,8 @@ SWITCHED_OFF = {"n_ref": ("hybrid", (False,)), **{name: ("competition", ("off",)
 def progressive(config: RunConfig, options: ProgressiveOptions) -> Variant:
     """Competing latents, more of which are enabled as they are used.
 
-    At first a quarter of the latents are enabled. They compete at a temperature that depends on their use.
+    At first a quarter of the latents are enabled. The enabled latents compete at a temperature that depends on their
+    use.
     """
     interval = options.interval
     if interval is None:
