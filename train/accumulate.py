@@ -51,7 +51,7 @@ class WholeBatch(Step):
         for mechanism, values in statistics.items():
             stacked_P = torch.stack(values)
             self.statistics[mechanism] = stacked_P.mean(0) if mechanism.combine == "mean" else stacked_P.amin(0)
-        # Integer metrics count something in the weights, so they are the same in every part.
+        # Integer metrics are counts over the weights, so they are the same in every part.
         self.metrics = {n: torch.stack(v).mean() if v[0].is_floating_point() else v[0] for n, v in metrics.items()}
         return {name: torch.stack(values).mean() for name, values in losses.items()}
 

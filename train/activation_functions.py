@@ -1,4 +1,4 @@
-"""Activation functions, which map pre-activations to latents. An SAE applies a chain of them and saves them by name."""
+"""Activation functions, which map pre-activations to latents. An SAE applies a chain of them and saves their names."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -138,7 +138,7 @@ def largest_by_sample(z_N: Tensor, count: int) -> Tensor | None:
     candidate_M = (z_N < top[-1]).logical_not_().nonzero()[:, 0]  # includes every NaN, which counts as large
     if len(candidate_M) < count:
         return None
-    # Candidates above a second bound are kept without ranking them, so that `topk`, which runs on one thread, has less
+    # Candidates above a second bound are kept without being ranked, so that `topk`, which runs on one thread, has less
     # to sort.
     value_M, surplus = z_N[candidate_M], len(candidate_M) - count
     open_L = (value_M <= top[max(int(expected - margin), 0)]).nonzero()[:, 0]

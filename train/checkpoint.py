@@ -116,7 +116,7 @@ def restore_checkpoint(trainer: Trainer, folder: Path, say: Callable[[str], None
         if None not in (run, written_by) and run != written_by:
             raise DamagedError(
                 f"{path} and {folder / 'run.json'} belong to different runs: their options differ. If run.json is the "
-                "right one, move the checkpoint elsewhere and resume. If not, restore run.json from a copy. To "
+                "right one, move the checkpoint elsewhere and resume. Otherwise restore run.json from a copy. To "
                 "continue from this checkpoint with other options, delete 'run' and 'content_digest' in its state.json."
             )
         state = training_state(trainer)

@@ -10,7 +10,8 @@ from ..cache.planned import PlannedCache
 from ..cache.ring import RingCache
 from ..common.errors import UsageError
 
-# The flags that define a run, and the fields of TrainConfig that hold them. None of them can be given with --resume.
+# The flags that define a run, and the fields of TrainConfig that hold them. None of these flags can be given with
+# --resume.
 FIXED = {
     "--variant": "variants",
     "--layer": "layers",

@@ -14,8 +14,8 @@ def hooks_to_train(
 ) -> list[Hook]:
     """The hooks for the site, or for the modules, in every layer.
 
-    Modules outside the blocks are looked up in `arrays`, the names of a harvest's arrays. If `arrays` is None, they are
-    looked up in `caches`; if `caches` is empty, in all caches. Raises UsageError for an invalid site.
+    Modules outside the blocks are looked up in `arrays`, the names of a harvest's arrays. If `arrays` is None, these
+    modules are looked up in `caches`; if `caches` is empty, in all caches. Raises UsageError for an invalid site.
     """
     if not is_site(site):
         raise UsageError(

@@ -130,7 +130,7 @@ class TracedSteps(NamedTuple):
 
 
 def trace_steps(live: LiveBytes, run: BuildableRun, device: str, rows: int, kernels: bool = False) -> TracedSteps:
-    """Take two steps and read the metrics. Two, because the optimizer allocates its moments in the first step."""
+    """Take two steps and read the metrics. Two steps are needed because the first one allocates the moments."""
     config = run.config
     parts = config.accumulate if rows % config.accumulate == 0 else 1
     with torch.random.fork_rng(devices=[]), torch.device(device):  # a fake tensor cannot be moved to the device later

@@ -73,8 +73,8 @@ class OptimizerUpdate(WeightUpdate):
 def capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """A context manager inside which the optimizer may be captured in a CUDA graph.
 
-    The optimizer keeps its learning rate, step counts and flags on the device, so its results do not depend on
-    torch's setting `capturable`. If `capturable` is false, torch refuses to capture the optimizer. If it is true,
+    The optimizer keeps its learning rate, step counts and flags on the device, so its results do not depend on torch's
+    setting `capturable`. If `capturable` is false, torch refuses to capture the optimizer. If `capturable` is true,
     torch warns whenever the optimizer is not captured.
     """
     for group in optimizer.param_groups:

@@ -14,7 +14,7 @@
 
     def competition(config: RunConfig, options: CompetitionOptions) -> Variant: ...
 
-Either way, an option has a name, a type, a default and a description that `sae variants NAME` prints.
+In both forms, an option has a name, a type, a default and a description that `sae variants NAME` prints.
 """
 
 import ast

@@ -38,9 +38,9 @@ def split_width(text: str) -> tuple[float, str]:
 def parse_options(options: Mapping[str, Any] | Sequence[str], recipes: Sequence[Recipe]) -> dict[str, dict[str, Any]]:
     """The options of each recipe: {variant: {option: value}}.
 
-    `options` maps "option" or "variant.option" to values, or lists them as --set does: "option=value". An option
-    without a variant is passed to every recipe that has it. If an option accepts the string "none" but not None, then
-    None (`none` with --set) is turned into that string.
+    `options` maps "option" or "variant.option" to values, or is a list of strings as given to --set: "option=value". An
+    option without a variant is passed to every recipe that has it. If an option accepts the string "none" but not None,
+    then None (`none` with --set) is turned into that string.
     """
     parsed: dict[str, dict[str, Any]] = {recipe.name: {} for recipe in recipes}
     for key, value in (options if isinstance(options, Mapping) else split_options(options)).items():

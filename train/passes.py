@@ -1,6 +1,6 @@
 """Group runs into passes: runs that read the same batches share a pass if they fit into free memory together.
 
-Runs do not depend on each other, so several passes give the same results as one, bit for bit on a CPU.
+Runs do not depend on each other, so several passes give the same results as one pass, bit for bit on a CPU.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -73,7 +73,10 @@ def pass_memory(runs: Sequence[BuildableRun], device: str) -> PassMemory:
 
 
 def add_up(memories: Sequence[RunMemory], config: RunConfig, device: str) -> PassMemory:
-    """The total memory of runs with these sizes. `config` is the config of any of the runs and gives the batch size."""
+    """The total memory of runs with these sizes.
+
+    `config` is the config of one of the runs, which all have the same batch size.
+    """
     kind = torch.device(device).type
     batch = 2 * config.batch_size * config.d_in
     step = max(memory.step for memory in memories)
@@ -265,7 +268,7 @@ def fits(run: BuildableRun, config: RunConfig, device: str, budget: float) -> bo
 
 
 def largest_width(run: BuildableRun, device: str, budget: float) -> int | None:
-    """The largest multiple of 64 below the run's width at which it would fit; None if there is none."""
+    """The largest multiple of 64 below the run's width at which the run would fit; None if there is none."""
     low, high = 0, -(-run.config.d_sae // WIDTH_STEP)
     while high - low > 1:
         middle = (low + high) // 2

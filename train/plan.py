@@ -172,8 +172,7 @@ class TrainPlan:
     def in_background(self) -> bool:
         """Whether checkpoints are written while training continues, given the memory that is free at the first access.
 
-        Otherwise training waits for each checkpoint, because copies of the states would not fit into memory beside the
-        runs.
+        If the copies of the states do not fit into memory beside the runs, training waits for each checkpoint instead.
         """
         device = resolve_device(self.config.device)
         return all(copies_fit(runs, device) for runs in self.planned_passes)
@@ -322,7 +321,7 @@ def check_options(runs: Iterable[Run]) -> Iterator[str]:
 
 
 def accumulate_errors(run: Run, variant: Variant) -> Iterator[str]:
-    """Yield an error if a run has to compute its batches in parts and its recipe cannot do that."""
+    """Yield an error if a run has to compute its batches in parts but its recipe cannot do so."""
     if run.config.accumulate > 1 and (reasons := reasons_against(variant)):
         yield f"{run.recipe.name} cannot be trained with --accumulate: {'; '.join(reasons)}. Leave it out."
 

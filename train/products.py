@@ -12,7 +12,8 @@ from ..common.precision import autocast, float32_products
 def in_own_precision(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Make a method of an SAE use its `precision` for matrix products and return tensors in the dtype of its weights.
 
-    If `precision` is None, products use the precision that the caller has set. In training that is the run's precision.
+    If `precision` is None, products use the precision that the caller has set. In training, this is the precision of
+    the run.
     """
 
     @functools.wraps(method)

@@ -6,9 +6,9 @@ differs between processes. Each process locks the folders of its runs. After tha
 files in these folders. A held lock shows that its process is working. A note beside a released lock shows that its
 process died. metrics.jsonl shows the progress of a run, and sae.json that it is finished. If a process dies, only the
 steps of its own runs since their last checkpoints are lost. The other processes continue, unless the launcher ends
-them. A process that has finished its runs can also die while it waits for the others. So it holds a lock on `PRESENCE`
-in the folder of its first run until it has reported. A process reports only after every process with a lower rank has
-reported or died, so that one process reports for all.
+them. A process that has finished its runs can also die while it waits for the others. So each process holds a lock on
+`PRESENCE` in the folder of its first run until it has reported. A process reports only after every process with a lower
+rank has reported or died, so that one process reports for all.
 """
 
 import fcntl

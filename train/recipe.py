@@ -3,8 +3,9 @@
     @recipe("topk", paper="Gao et al. 2024", equations="eq. 3, A.2")
     def topk(config: RunConfig, k: int = 32) -> Variant: ...
 
-The arguments after `config` are the recipe's options with their defaults; `--set k=64` sets one by name. A recipe with
-many options declares them in a dataclass (options.py). The command line, the tests and the loader read the registry.
+The arguments after `config` are the recipe's options with their defaults; `--set k=64` sets an option by name. A recipe
+with many options declares them in a dataclass (options.py). The command line, the tests and the loader read the
+registry.
 """
 
 import inspect
@@ -150,7 +151,10 @@ class Recipe:
     def apply_l0(
         self, config: RunConfig, options: dict[str, Any], given: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
-        """The options and a list of problems. If the recipe has an option k or l0, that option is set to `--l0`."""
+        """The options and a list of problems.
+
+        If the recipe has an option k or l0, that option is set to the value of `--l0`.
+        """
         l0 = config.l0
         if l0 is None:
             return options, []
@@ -287,8 +291,8 @@ def recipe(
 ) -> Callable[[Build], Build]:
     """Register a build function as a recipe.
 
-    The options of the recipe are the function's arguments after `config`, or a RecipeOptions. One build function can
-    be registered several times, as a model and its ablations.
+    The options of the recipe are the function's arguments after `config`, or the fields of a RecipeOptions. One build
+    function can be registered several times, as a model and its ablations.
 
     Args:
         name: The recipe's name, as given to `--variant`.
@@ -336,7 +340,7 @@ def recipe(
 
 
 def keyword_build(build: Build, options_type: type[RecipeOptions]) -> Build:
-    """Wrap a build function so that it accepts the fields of its options by name, and validates them."""
+    """Wrap a build function: the wrapper accepts the fields of the options class by name, and validates them."""
 
     @wraps(build)
     def build_from_keywords(config: RunConfig, **values: Any) -> Variant:

@@ -12,7 +12,8 @@ from ..common.files import digest_of
 from ..common.schemas import RUN_RECORD, SAE_RECORD, RunRecord, SavedSAE
 
 FORMAT, FORMAT_LAYER_NORM = 1, 2  # formats of sae.json; versions that know only the first one do not apply a layer norm
-# The entries of run.json that determine the result of a run. An automatic folder name ends in their digest.
+# The entries of run.json that determine the result of a run. An automatic folder name ends in the digest of
+# these entries.
 IDENTITY = (
     "variant", "options", "layer", "site", "seed", "order_seed", "d_in", "d_sae", "steps", "batch_size", "l0",
     "literal", "cache", "compiled", "accumulate", "precision",

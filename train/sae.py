@@ -6,7 +6,7 @@
 W_enc has shape (d_in, d_sae) and W_dec (d_sae, d_in); the rows of W_dec are the directions of the latents. A saved SAE
 reads raw activations; `fold_normalization` folds the normalization used in training into its weights. A layer norm
 differs from token to token and cannot be folded. An SAE trained with layer norm applies the layer norm itself. If m and
-s are the mean and the standard deviation of a token, it computes:
+s are the mean and the standard deviation of a token, the SAE computes:
 
     f     = s act(((x - m)/s - b_dec) W_enc + b_enc)
     x_hat = f W_dec + s b_dec + m
@@ -364,7 +364,7 @@ def outline_sae(folder: Path) -> SAE:
 
 
 def check_shapes(weights: Path, d_in: int, d_sae: int) -> None:
-    """Raise DamagedError if the shapes in the file's header do not match. Allocates nothing."""
+    """Raise DamagedError if the shapes in the file's header do not match d_in and d_sae. Allocates nothing."""
     expected = {"W_enc": [d_in, d_sae], "W_dec": [d_sae, d_in], "b_enc": [d_sae], "b_dec": [d_in]}
     with utf8_path(weights) as path, safetensors.safe_open(path, "pt") as file:
         for name, shape in expected.items():

@@ -60,7 +60,7 @@ class SharedPass:
         self.steps_done = trainers[0].steps_done
         self.max_steps = max(trainer.steps for trainer in trainers)
         self.batch_size = trainers[0].run.config.batch_size
-        self.seconds_waited = 0.0  # time that loaders, now closed, waited for data
+        self.seconds_waited = 0.0  # time for which the closed loaders waited for data
 
     def train(self, until: int) -> None:
         """Take the steps up to `until`. Runs that are not finished at that step get a checkpoint."""
@@ -167,7 +167,10 @@ class SharedPass:
 
 
 def finish_run(trainer: RunTrainer, writer: CheckpointWriter) -> None:
-    """Fold the normalization in and write the files for evaluation. sae.json comes last: it marks the run as done."""
+    """Fold the normalization into the SAE and write the files for evaluation.
+
+    sae.json comes last: it marks the run as done.
+    """
     run, variant = trainer.run, trainer.variant
     assert not isinstance(run.cache, PlannedCache)
     writer.save([trainer], run.steps)
@@ -203,9 +206,9 @@ def open_batches(
 
     If the run reads a ring, the batches come from the open group.
 
-    `sharing` lists the runs of the pass. If it is given, the loader may keep all rows on the GPU, if they fit there
-    together with the runs. For only a few batches, loading all rows is not worthwhile, so `sharing` is left out. If
-    `should_stop` returns True, the loader stops waiting for a store.
+    `sharing` lists the runs of the pass. If `sharing` is given, the loader may keep all rows on the GPU, provided that
+    they fit there together with the runs. For only a few batches, loading all rows is not worthwhile, so `sharing` is
+    left out. If `should_stop` returns True, the loader stops waiting for a store.
     """
     size, cache, batch = run.config.batch_size, run.cache, step
     assert not isinstance(cache, PlannedCache)

@@ -18,7 +18,7 @@ from .sources import AnyCache, places_of
 
 # Approximate bytes per second at which a process reads batches. Disk: measured by benchmarks/bench_cache.py. Store:
 # assumes a link of 10 Gbit/s that eight processes share. Processes on one machine pull a chunk only once if it fits
-# into the local folder. This rate ignores that, so it favours assigning runs that share batches to one process.
+# into the local folder. This rate ignores such sharing, so runs that share batches tend to be assigned to one process.
 READ_RATE, STORE_RATE = 2e9, 150e6
 
 
@@ -59,7 +59,7 @@ def steps_left(run: RunInFolder) -> int:
 
 def step_times(runs: Sequence[DealtRun], device: str) -> list[float]:
     """Seconds per step of each run: measured, or estimated from operations if a run is too large to be timed."""
-    fix_cublas_workspace(device)  # has to come before the process takes its first steps, the ones timed below
+    fix_cublas_workspace(device)  # has to come before the first steps of the process, which are timed below
     try:
         return seconds_per_step(runs, device)
     except UnavailableError:

@@ -140,7 +140,7 @@ def sum_by_latent(
     sum_FD = weighted_row_sums(index_N, row_BD, latent_start_F, weight_N)
     if not transposed:
         return sum_FD.to(dtype)
-    # Copy the sums into the memory order of W_enc. Autograd would do that too, but on a CPU with only one thread.
+    # Copy the sums into the memory order of W_enc. Autograd would copy the sums too, but on a CPU with only one thread.
     return torch.mul(sum_FD.T, 1, out=sum_FD.new_empty(sum_FD.shape[::-1], dtype=dtype))
 
 

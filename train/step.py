@@ -177,9 +177,9 @@ class Mechanism(nn.Module):
     A mechanism's buffers are its state; its hooks run under no_grad.
 
     `after_backward` and `after_step` run in every step, so they keep fixed shapes and never read a value back to the
-    host. `every_n_steps`, which runs after every `every`-th step, may change shapes and read values. All three have
-    to change in place the tensors that a step reads, because the graph of a captured step (train/capture.py) reads the
-    same memory each time.
+    host. `every_n_steps`, which runs after every `every`-th step, may change shapes and read values. All three hooks
+    have to change in place the tensors that a step reads, because the graph of a captured step (train/capture.py) reads
+    the same memory each time.
     """
 
     combine: ClassVar[Literal["", "mean", "min"]] = ""

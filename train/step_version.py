@@ -1,7 +1,7 @@
 """The version of the arithmetic of a training step, and how far the results of two versions can differ.
 
-Different versions of a step compute the same sums in a different order, so they are rounded differently. A run that was
-interrupted under one version and resumed under another is not bit-identical to a run under either version alone.
+Different versions of a step compute the same sums in a different order, so the sums are rounded differently. A run that
+was interrupted under one version and resumed under another is not bit-identical to a run under either version alone.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ MEASURED_STEPS = 25  # steps that interrupted runs in tests/compatibility still 
 class RoundingBounds(NamedTuple):
     """The largest differences caused by rounding within `MEASURED_STEPS`, each relative to the value itself."""
 
-    weights: float = 1e-5  # norm of the difference of all tensors of the SAE, over their norm
+    weights: float = 1e-5  # norm of the difference of all tensors of the SAE, divided by their norm
     loss: float = 1e-5
     metrics: float = 1e-4  # every other logged metric
 

@@ -25,7 +25,7 @@ Harvest = Callable[[range, Callable[[str], None]], AbstractContextManager[None]]
 
 
 def train_streaming(plan: TrainPlan, progress: TrainProgress, harvest: Harvest) -> None:
-    """Train the unfinished runs of a plan whose source is a RingCache, starting at the earliest group they need.
+    """Train the unfinished runs of a plan whose source is a RingCache, starting at the earliest group that a run needs.
 
     The normalization constants are computed from the first group, since later rows are not known when training begins.
 

@@ -131,9 +131,9 @@ class Variant(nn.Module):
     def set_normalization(self, mean_D: Tensor, mean_square_norm: float, sample_ND: Tensor | None = None) -> None:
         """Set the normalization constants from the mean row and E|x|^2 of the cache. Checkpoints contain them.
 
-        `sample_ND` contains the first raw rows of the run, on any device. It is needed if `reads_rows`:
-        normalize=standardize uses the mean and standard deviation of these rows, and mechanisms with `reads_rows` are
-        initialized from them. If `sample_ND` is None, this initialization is left out.
+        `sample_ND` contains the first raw rows of the run, on any device. `sample_ND` is needed if `reads_rows` is
+        true: normalize=standardize uses the mean and standard deviation of these rows, and mechanisms with `reads_rows`
+        are initialized from them. If `sample_ND` is None, this initialization is left out.
         """
         settings, square = self.optimization, mean_square_norm
         if settings.normalize == "standardize":
@@ -200,7 +200,7 @@ class Variant(nn.Module):
 
     @property
     def updates_at_once(self) -> bool:
-        """Whether the kernels can update all weights in one pass, because no mechanism acts on them in between."""
+        """Whether the kernels can update all weights at once, because no mechanism acts on the weights in between."""
         weights = [weight for weight in self.parameters() if weight.requires_grad]
         return (
             all(mechanism.leaves_weights or type(mechanism) is UnitNormDecoder for mechanism in self.mechanisms)

@@ -143,7 +143,10 @@ class Format:
 
 
 def hook_or_none(*texts: object) -> Hook | None:
-    """The hook point of the first text that names one; None if no text does, or if the hook point is not supported."""
+    """The first hook point that one of the texts names.
+
+    None if no text names a hook point, or if the hook point is not supported.
+    """
     for text in texts:
         with contextlib.suppress(UsageError):
             if isinstance(text, str) and (hook := parse_hook(text)):
@@ -160,7 +163,10 @@ def describe_path(path: PurePosixPath) -> Description:
 
 
 def parse_width(label: str) -> int:
-    """The number of latents meant by a Gemma Scope label. All are powers of two: 65k is 65,536, and 1m is 1,048,576."""
+    """The number of latents meant by a Gemma Scope label.
+
+    All such numbers are powers of two: 65k is 65,536, and 1m is 1,048,576.
+    """
     if label.isdigit():
         return int(label)
     return 1 << round(math.log2(max(1, int(label[:-1]) * {"k": 1000, "m": 1_000_000}[label[-1]])))

@@ -11,7 +11,7 @@ If `layer_norm` is set, x is the layer-normalized token and x_hat is its reconst
 
 All tensors are float64. `to_canonical` folds the activation chain of an SAE into this form link by link (`fold_link`).
 A link without a folding rule makes the latents of a token depend on each other in the encoder. No other library can
-store that, so such a link raises an error that names it.
+store such an SAE, so a link of this kind raises an error that names the link.
 """
 
 from collections.abc import Sequence
@@ -177,7 +177,10 @@ def to_float64(tensor: Tensor) -> Tensor:
 
 @singledispatch
 def fold_link(link: Activation, canonical: CanonicalSAE) -> CanonicalSAE:
-    """Fold one link of the activation chain into those before it. Raises UsageError if no format can store both."""
+    """Fold one link of the activation chain into the links before it.
+
+    Raises UsageError if no format can store them all.
+    """
     raise UsageError(
         f"The activation {getattr(link, 'name', type(link).__name__)!r} makes the latents of a token depend on each "
         "other, which no other library's format can store. --approximate topk, jumprelu or relu writes the nearest SAE "

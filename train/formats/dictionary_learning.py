@@ -227,8 +227,8 @@ def submodule_name(metadata: dict[str, Any]) -> str | None:
 def resolve_class(path: Path, headers: dict[str, TensorHeader], recorded: object) -> str:
     """The class of an SAE, determined from its tensors and from the class in config.json, which may be missing.
 
-    Raises DamagedError if the two contradict each other, and UsageError if the tensors fit several classes and no class
-    is recorded.
+    Raises DamagedError if the tensors contradict the recorded class, and UsageError if the tensors fit several classes
+    and no class is recorded.
     """
     fitting = [name for name, tensors in CLASS_TENSORS.items() if set(tensors) == set(headers)]
     if not fitting:

@@ -188,7 +188,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that is renamed to `target` if the block succeeds and removed if it fails.
 
     Raises UsageError if `target` exists and is not an empty folder, even if another process created it in the meantime.
-    Of two processes the first one wins, and its folder is complete.
+    If two processes write to `target`, the first one wins, and its folder is complete.
     """
     if target.is_file():
         raise UsageError(f"{target} is a file; nothing was written. Give a new folder with --out.")

@@ -51,7 +51,7 @@ def transformerlens_name(model: str) -> str:
 
 
 def parse_hook(text: str) -> Hook | None:
-    """The hook point that a name means in any of the libraries' naming schemes, or None.
+    """The hook point that a name denotes in any of the libraries' naming schemes, or None.
 
     The input of a block is named as the output of the previous block; the input of block 0 remains resid_pre. A module
     is named by its path. A module outside the blocks gets layer 0, since its name has no layer.
@@ -89,7 +89,7 @@ def with_recorded_layer(hook: Hook | None, layer: object) -> Hook | None:
 
 
 def first_hook(texts: Iterable[object]) -> Hook | None:
-    """The hook point of the first text that names one. Raises UsageError if it is not supported."""
+    """The first hook point that one of the texts names. Raises UsageError if this hook point is not supported."""
     for text in texts:
         if not isinstance(text, str) or not text:
             continue

@@ -134,7 +134,7 @@ def remote_file(sibling: Any) -> RemoteFile:
 
 
 def choose_sae(address: HubAddress, files: list[RemoteFile], layer: int | None = None) -> PublishedSAE:
-    """Choose the SAE at an address, which is its folder, a file in that folder, or a folder above a single SAE.
+    """Choose the SAE at an address: the folder of an SAE, a file in such a folder, or a folder above a single SAE.
 
     Raises UsageError if there is no SAE or more than one. `layer` selects one of the SAEs in a folder.
     """

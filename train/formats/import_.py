@@ -93,7 +93,7 @@ def import_sae(
 
     The format is detected from the files, and no code in them is run. Latents and reconstructions computed with the
     files' own tensors are compared with those of the imported SAE, as in `export_sae`. If there is a cache of the
-    SAE's model and layer, `sae evaluate` can evaluate the run folder like any other.
+    SAE's model and layer, `sae evaluate` can evaluate the run folder like any other run folder.
 
     Args:
         path: a folder, the weights file in a folder, or hf://owner/repo[@revision]/folder.

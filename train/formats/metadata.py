@@ -27,9 +27,9 @@ def run_hook(sae: SAE) -> Hook | None:
 def hook_module(hook: Hook, cache: Cache | None) -> tuple[str, str] | None:
     """The module in transformers that has the activations as input or output: ("model.layers.12.mlp", "output").
 
-    The harvest records this module. If there is no cache, or the cache is too old to record the module, it is derived
-    from the usual block names for resid_post and for sites that are modules, and is None for other sites. resid_mid is
-    always None, because it is neither an input nor an output of a module.
+    The harvest records this module. If there is no cache, or the cache is too old to record the module, the module is
+    derived from the usual block names. This works for resid_post and for sites that are modules; for other sites the
+    result is None. For resid_mid it is always None, because resid_mid is neither an input nor an output of a module.
     """
     modules: dict[str, str] = {}
     if cache is not None:

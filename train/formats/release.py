@@ -69,7 +69,7 @@ def published_sae(
 ) -> PublishedSAE:
     """The SAE to which a weights file belongs.
 
-    `folder` has the files of the weights file's folder, and `above` the files of the folder above, by name.
+    `folder` maps names to the files in the folder of the weights file, and `above` to those in the folder above.
     """
     others = [folder[name] for name in fmt.files[1:] if name in folder]
     others += [above[name] for name in fmt.parent_files if name in above and above is not folder]

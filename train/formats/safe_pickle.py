@@ -59,7 +59,10 @@ class TensorView(NamedTuple):
 
 
 class RebuildTensor:
-    """Replaces torch._utils._rebuild_tensor_v2 and only records its arguments. No attribute can be set on it."""
+    """Replaces torch._utils._rebuild_tensor_v2 and only records its arguments.
+
+    No attribute can be set on an instance.
+    """
 
     __slots__ = ()
 

@@ -68,9 +68,9 @@ class TensorHeader:
 
 
 class ForeignFolder:
-    """The folder of a foreign SAE. Only regular files inside it are ever opened.
+    """The folder of a foreign SAE. Only regular files inside the folder are ever opened.
 
-    `chosen` is the file with the weights, if the user named one in a folder that can contain several.
+    `chosen` is the file with the weights, if the user named a file in a folder that can contain several such files.
     """
 
     def __init__(self, path: Path, chosen: str | None = None) -> None:
@@ -150,7 +150,7 @@ def short_repr(value: Any) -> str:
 
 
 def read_safetensors_headers(path: Path) -> dict[str, TensorHeader]:
-    """The tensors of a safetensors file by name. Raises DamagedError if the file lacks some of their bytes."""
+    """The tensors of a safetensors file by name. Raises DamagedError if the file lacks some of the tensors' bytes."""
     size = path.stat().st_size
     with damaged_if_unreadable(path), path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -281,7 +281,7 @@ def vector_size(path: Path, headers: Mapping[str, TensorHeader], name: str) -> i
 def read_weights(
     path: Path, headers: Mapping[str, TensorHeader], expected: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
-    """Read the tensors of a format. Before that, raises DamagedError if a name or shape is not the expected one.
+    """Read the tensors of a format. Raises DamagedError before that if a name or shape is not as expected.
 
     A transposed matrix is also rejected: nothing is guessed. Values have to be finite.
     """

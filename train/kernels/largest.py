@@ -148,8 +148,8 @@ def choose_digit(
 ):  # fmt: skip
     """Choose the bound's digit at bit AT.
 
-    After the last digit, also compute where each part writes its indices, and how many elements equal to the bound it
-    keeps. `bound` holds the digits chosen so far, and how many elements with these digits are kept.
+    After the last digit, also compute where each part writes its indices, and how many of the elements that equal the
+    bound each part keeps. `bound` holds the digits chosen so far, and how many elements with these digits are kept.
     """
     row = tl.program_id(0).to(tl.int64)
     value, tile = tl.arange(0, 256), tl.arange(0, TILE)

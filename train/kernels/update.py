@@ -111,7 +111,9 @@ def move(
     size, span, beta1, rest1, beta2, rest2, eps, decay,
     UNIT: tl.constexpr, COUPLED: tl.constexpr, COPIED: tl.constexpr, AVERAGED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Update a row or a chunk of a weight by Adam, and write its moments and its copy. `rest` is 1 - beta.
+    """Update a row or a chunk of a weight by Adam, and write the moments and the copy of the weight.
+
+    `rest` is 1 - beta.
 
     If AVERAGED is false, beta1 is 0: the first moment is the gradient, and the memory of the first moment is not used.
     """

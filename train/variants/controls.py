@@ -116,7 +116,8 @@ def frozen_decoder(
     variant = base_variant(config, base, k, aux, aux_k)
     variant.sae.W_dec.requires_grad_(False)
     variant.mechanisms.pop(-1)  # UnitNormDecoder, which could change the last bits of the rows
-    # Paper: does not say how the encoder is initialized. Here it is the transpose of the decoder, as in every SAE.
+    # Paper: does not say how the encoder is initialized. Here the encoder starts as the transpose of the decoder,
+    # as in every SAE.
     if init == "cov":
         variant.mechanisms.append(CovarianceStart())
     return variant

@@ -147,10 +147,10 @@ class NonNegativeThreshold(Mechanism):
 
 
 class ThresholdSpeedup(Mechanism):
-    """With `--l0`, scales the updates of thresholds so that a short run can move them as far as a long one.
+    """With `--l0`, scales the updates of thresholds so that a short run can move thresholds as far as a long run can.
 
     Paper: a threshold moves by about `lr` per step, like a weight. So 10,000 steps at a learning rate of 7e-5 can move
-    a threshold by 0.7, but a run of a thousand steps ends far above its target.
+    a threshold by 0.7, but a run of a thousand steps ends with an L0 far above the target.
     """
 
     leaves_weights = True
@@ -179,8 +179,8 @@ def speed_up_thresholds(config: RunConfig, variant: Variant, activation: JumpReL
 class L0(LossTerm):
     """mean_B sum_F H(z - theta).
 
-    H is computed from z, not from f. If z is just below theta, f is 0, which is far below theta. Computed from f, the
-    threshold would therefore get only half its gradient.
+    H is computed from z, not from f. If z is just below theta, f is 0, which is far below theta. If H were computed
+    from f, the threshold would therefore get only half its gradient.
     """
 
     sparsity = True

@@ -24,9 +24,9 @@ from .baselines import AUX_OPTIONS, batchtopk
 class NestedMSE(LossTerm):
     """The squared error, averaged over prefixes.
 
-    Each block between two prefixes is decoded once, and a prefix's reconstruction is the sum of the blocks up to it.
-    The residuals of all prefixes that contain a block are summed before the gradient at the block is computed. So the
-    gradient takes one matrix product, as with a plain decoder.
+    Each block between two prefixes is decoded once, and a prefix's reconstruction is the sum of the blocks in the
+    prefix. The residuals of all prefixes that contain a block are summed before the gradient at the block is computed.
+    So the gradient takes one matrix product, as with a plain decoder.
     """
 
     undivided = ""

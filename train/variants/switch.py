@@ -5,7 +5,7 @@
     L     = |x - x_hat|^2 + balance E sum_j F_j P_j
 
 F_j is the share of tokens sent to expert j, and P_j is the expert's mean probability. The sum is smallest, 1/E, if all
-experts have equal shares. The encoder is computed for every expert, so routing saves no work, neither here nor in the
+experts have equal shares. The encoder is computed for every expert, so routing saves work neither here nor in the
 authors' code.
 """
 

@@ -139,7 +139,7 @@ class GroupSampling(GroupUpdate):
     drawn (systematic sampling). So g is drawn with probability p_g, and about `share` of the groups are drawn in every
     step. Because of the factor 1/p_g, the expected update equals the update without sampling, and sampling does not
     change the rates of (2), which run 8 adds. While a group is not drawn, no weight of its latents changes, not even in
-    a batch norm, but their Adam moments do.
+    a batch norm, but the Adam moments of these weights do.
 
     `groups_skipped` counts, over all steps, the groups that were not drawn.
 
@@ -264,10 +264,10 @@ class Neighbours(Mechanism):
 
     The activation's `near_scope` determines whether the latent's group or the whole dictionary is searched.
 
-    Paper: says proximity in feature space, and does not mention groups. Starting with run 6, decoder rows in a group
-    are orthogonal. So the decoder rows of a group are never near each other, and its encoder directions hardly ever
-    are, because the encoder is initialized as the decoder's transpose. Within groups, inhibition therefore has hardly
-    any effect.
+    Paper: speaks of proximity in feature space, and does not mention groups. Starting with run 6, decoder rows in a
+    group are orthogonal. So the decoder rows of a group are never near each other, and its encoder directions hardly
+    ever are, because the encoder is initialized as the decoder's transpose. Within groups, inhibition therefore has
+    hardly any effect.
     """
 
     def __init__(self, activation: WinnerTakeAll, sae: SAE, near: str = "encoder", every: int = 100) -> None:

@@ -42,11 +42,17 @@ class BaselineOptions(RecipeOptions):
     """Share of the groups that `importance=groups` draws in each step. The paper states no value."""
 
     def sampled_groups(self) -> int:
-        """The number of groups from which `importance=groups` draws. Before run 7, the paper's sixteen (4.1)."""
+        """The number of groups from which `importance=groups` draws.
+
+        Before run 7, it is the paper's number, 16 (4.1).
+        """
         return 16
 
     def group_count(self, config: RunConfig) -> int:
-        """The number of groups within which rows are compared. Before run 7, the fewest that allow orthogonal rows."""
+        """The number of groups within which rows are compared.
+
+        Before run 7, it is the smallest number that allows orthogonal rows.
+        """
         return fewest_groups(config.d_in, config.d_sae)
 
     def validation_errors(self, config: RunConfig) -> Iterator[str]:

@@ -176,9 +176,9 @@ class GramSchmidtLatents(Activation, name="gram_schmidt_latents"):
 
     The activation has no effect after training.
 
-    Paper: with this, a token's latents depend on the rest of its batch, are sometimes negative and hardly ever zero. If
-    there are more columns than tokens, the last columns have no component left. The paper states no rule for a single
-    token.
+    Paper: with this activation, a token's latents depend on the rest of its batch, are sometimes negative and hardly
+    ever zero. If there are more columns than tokens, the last columns have no component left. The paper states no rule
+    for a single token.
     """
 
     undivided = "Gram-Schmidt acts on latents over the whole batch"
@@ -206,7 +206,7 @@ class GramSchmidtLatents(Activation, name="gram_schmidt_latents"):
 class HardOrthogonality(Mechanism):
     """Replaces each group's rows by the nearest orthonormal rows after an update: five times X <- (3 X - X X^T X)/2.
 
-    `rows_projected` counts, over all steps, the rows that this changed by more than rounding.
+    `rows_projected` counts, over all steps, the rows that this replacement changed by more than rounding.
 
     Paper: states no formula. The iteration converges for rows that were orthonormal a few steps ago, and runs start
     with orthonormal rows.

@@ -206,7 +206,7 @@ def add_gram_schmidt(parts: CollapseParts, options: o.GramSchmidtOptions) -> Non
     if sketch is not None and (options.jl_on != "decoder" or d_sae // groups > sketch.R_DS.shape[1]):
         raise UsageError(
             f"gs_axis=jl needs jl_on=decoder and groups of at most jl_dim = {sketch.R_DS.shape[1]} latents; "
-            f"{groups} groups of {d_sae} have {d_sae // groups}."
+            f"with {d_sae} latents in {groups} groups, a group has {d_sae // groups}."
         )
     init_orthonormal(parts.sae, parts.rows, "Gram-Schmidt")
     order, gradient = options.gs_order, options.gs_gradient

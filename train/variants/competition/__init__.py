@@ -21,7 +21,7 @@ operations of the rest of a step. With k latents per token, few pairs ever pass.
 number of pairs and searches for better pairs at intervals. Every step counts how often each pair of the table fires
 together. But it penalizes only one in `turns` pairs, and different pairs in each step, because penalizing all pairs
 would read all their rows from memory in every step. Since beta averages over about a hundred steps, pairs that pass
-keep passing for many steps, so each is penalized before its statistics change.
+keep passing for many steps, so each such pair is penalized before its statistics change.
 
 Paper: states two different values for the number of steps, for k and for every result. The paper prints the L1
 baseline's numbers as the results of "no competition"; here `competition-off` is the same model without (5), and

@@ -61,8 +61,7 @@ class Coactivation(Mechanism):
     def conditional(self, i: Tensor | None = None) -> Tensor:
         """J_ij / min(p_i, p_j), the larger of P(f_i | f_j) and P(f_j | f_i) (S); -1 where this is unknown.
 
-        Here and below, if the index i () of a step is given, the result covers the pairs that this step compares;
-        otherwise all pairs.
+        Here and below, the result covers the pairs that step i compares, or all pairs if no index i () is given.
         """
         joint_S, known_S = self.joint(i)
         rarer_S = torch.minimum(*self.ends(self.rates(), i))
@@ -244,7 +243,10 @@ class PairTable(Coactivation):
 
 
 def pack_tokens(fires_BF: Tensor) -> Tensor:
-    """(F, B/64) int64: a bit for each token on which a latent fires, so that a pair of latents takes B/64 words."""
+    """(F, B/64) int64: one bit per latent and token, set if the latent fires.
+
+    Comparing two latents takes B/64 words.
+    """
     fires_BF = fires_BF.view(torch.uint8)
     if rest := -len(fires_BF) % 64:
         fires_BF = F.pad(fires_BF, (0, 0, 0, rest))

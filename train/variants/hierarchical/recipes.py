@@ -178,7 +178,7 @@ def resampling(config: RunConfig, options: HierarchicalOptions, dead: DeadLatent
 
 
 def first_lambda(config: RunConfig, by: str) -> float:
-    """lambda_0 of (3). If `by` is "k", it uses the baseline's k, which is 320 of 2304 latents, scaled to the width."""
+    """lambda_0 of (3). If `by` is "k", lambda_0 depends on the baseline's k: 320 of 2304, scaled to the width."""
     return {"d_in": config.d_in, "d_sae": config.d_sae, "k": K.resolve(config, False)}[by] ** -0.5
 
 

@@ -65,7 +65,8 @@ class ResampleByWindow(ResampleDead):
         restarted_N = super().restart(step, index_N)
         self.fired_WF[:, restarted_N] = 1
         if len(self.fired_WF) > self.window:
-            # The term of this step describes the latent before its restart, and the next w steps do not overwrite it.
+            # The term of this step describes the latent before its restart. The next w steps do not overwrite this
+            # term.
             self.fired_WF[int(step.i) % len(self.fired_WF), restarted_N] = 0
         return restarted_N
 

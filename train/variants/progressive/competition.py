@@ -79,7 +79,7 @@ class CompetitionTemperature(Mechanism):
     """T follows rho: T <- 0.99 T + 0.01 clamp(T_base (1 + sign (exp(exp(rho) - 1) - 1) s), low, high) (6).
 
     Paper: by (6), more use raises T and weakens competition, which contradicts the paper's text; `sign` = -1 reverses
-    this. For rho in [0, 1], T is in [0.1, 0.237], so its bounds never apply.
+    this. For rho in [0, 1], T is in [0.1, 0.237], so the bounds of T never apply.
 
     `acted_tempered` sums |T - T'| over the steps. `acted_competed` sums the share of the latents' values that the
     competition changes, sum |z - alpha| / sum z, over the first tokens of each batch.

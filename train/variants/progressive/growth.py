@@ -67,8 +67,8 @@ class GrowCapacity(Mechanism):
     """Enables a share `start` of the latents at first, and more latents every `interval` steps, depending on rho (4).
 
     Until a latent is enabled, its weights keep their initial values: it gets no gradient and no decoupled weight decay,
-    and does not count as dead. When it is enabled, its Adam moments are zero, but its Adam step count is that of all
-    latents. `n_ref` is the n of (4); None stands for d_sae.
+    and does not count as dead. When a latent is enabled, its Adam moments are zero, but its Adam step count is that of
+    all latents. `n_ref` is the n of (4); None stands for d_sae.
 
     Paper: 0.1 n rho is at least 69 at n = 2304, so "adaptive 2-7" is always 7 and "adaptive 4-10" always 10. These
     numbers adapt only for n around 100.
