@@ -22,11 +22,12 @@ relative to `SAE_HOME`. All other paths are relative to a folder: in the section
 cache (`activations/<name>/`); in the sections that begin with `sae.json`, to the folder of a run (`runs/<name>/`).
 
 Each record also has the field `{DIGEST}`: the sha256 of the other fields as JSON with sorted keys and no
-whitespace. Reformatting a file does not change the digest. In a `zarr.json` it is an attribute and covers only the
-fields marked with * (in codecs, only the settings that decide how bytes are read), so other Zarr programs can write the
-other fields differently. Readers check the digest. If it does not match, the command ends with exit code 3, unless the
-record can be written again without loss, as a draft can. Records of earlier versions have no digest: they are read with
-one warning. `sae cache repair`, and a `sae harvest` that adds to a cache, add digests to the records of that cache.
+whitespace. Reformatting a file does not change the digest. In a `zarr.json` the digest is an attribute and covers only
+the fields marked with * (in codecs, only the settings that decide how bytes are read), so other Zarr programs can write
+the other fields differently. Readers check the digest. If the digest does not match, the command ends with exit code 3,
+unless the record can be written again without loss, as a draft can. Records of earlier versions have no digest: they
+are read with one warning. `sae cache repair`, and a `sae harvest` that adds to a cache, add digests to the records of
+that cache.
 
 To edit a record on purpose, or to write one with another program, leave `{DIGEST}` out. The types below are
 still checked. Other fields are allowed.

@@ -9,7 +9,7 @@ from ..common.escaping import quote
 from .console import cli_command, echo, show_table
 
 SUFFIXES = (".html", ".csv", ".json")
-MAX_REPEATED_RUNS = 8  # with more runs, the suggested next command does not repeat them
+MAX_REPEATED_RUNS = 8  # if there are more runs, the suggested next command does not list them
 
 
 @cli_command
@@ -70,7 +70,7 @@ def compare(
     if margin and against is None:
         raise UsageError("--margin needs --against: name the system to compare with, such as --against topk.")
     paired = None if against is None else compare_against(comparison, against, margin or [])
-    if paired is not None:  # the table and the notes then give the same verdict on a pair
+    if paired is not None:  # so that the table and the notes give the same verdict on a pair
         comparison = comparison.with_control_notes(paired.verdicts)
     for difference in comparison.differences:
         echo(f"differs  {difference}")

@@ -9,7 +9,7 @@
     set = { k = 64, topk.k = 32 }
 
 The whole file is checked like flags, and all mistakes are reported together. Flags override the file, and `--set`
-overrides it option by option. This module imports only typer and the errors, since `sae --help` imports it.
+overrides it option by option. This module imports only typer and `common.errors`, since `sae --help` imports it.
 """
 
 import functools
@@ -38,7 +38,7 @@ TOKENS = re.compile(
 )
 FILE = "sae.cli.config_file"  # the key under which a typer context keeps the parsed file
 
-# Flags and TOML keys that were renamed: command -> old name -> new name. The old ones still work, with a note.
+# Flags and TOML keys that were renamed: command -> old name -> new name. The old names still work, but print a note.
 RENAMED: dict[tuple[str, ...], dict[str, str]] = {
     ("train",): {"literal": "paper-exact", "order-seed": "shuffle-seed"},
 }
@@ -281,7 +281,7 @@ def _merge_set(param: Any, flags: list[str], from_file: list[str], origins: Mapp
 
 
 def with_config(command: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a command so that it accepts --config; while it runs, `ORIGINS` has the origin of each value."""
+    """Decorate a command so that it accepts --config; while it runs, `ORIGINS` contains the origin of each value."""
 
     @functools.wraps(command)
     def run(*args: Any, config: Path | None = None, context_: typer.Context | None = None, **kwargs: Any) -> None:

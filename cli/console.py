@@ -40,11 +40,11 @@ LOWER = (
 )
 
 RANK = int(os.environ.get("RANK", "0"))
-QUIET = RANK > 0  # of several launched processes, all but the first print only problems
+QUIET = RANK > 0  # every launched process except the first prints only problems
 
 
 def echo(text: str) -> None:
-    """Print a line on stderr; of several launched processes, only in the first."""
+    """Print a line on stderr; if several processes were launched, only the first one prints."""
     if not QUIET:
         print_line(text, err=True)
 
@@ -148,7 +148,7 @@ def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: di
 
 
 def report(error: "SaeError", say: Callable[[str], None] = echo_problem) -> None:
-    """Print an error, once, unless another process does."""
+    """Print an error, unless this process has already printed it or another process reports it."""
     from ..common.errors import ReportedElsewhere
 
     if not (error.is_reported or isinstance(error, ReportedElsewhere)):
@@ -165,7 +165,7 @@ def error_line(error: "SaeError") -> str:
 
 def ignore_interrupts() -> None:
     """Ignore further Ctrl-C: one is being handled, and another would interrupt the exit and print a traceback."""
-    with contextlib.suppress(ValueError):  # not in the main thread, which keeps its signal handlers
+    with contextlib.suppress(ValueError):  # signal.signal fails outside the main thread; the handlers then stay
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

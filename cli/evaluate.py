@@ -205,7 +205,7 @@ def show_rows(plan: "EvaluatePlan", rows: "Sequence[EvalRow]", as_json: bool) ->
 
 
 def train_all(controls: "TrainPlan", *, table: bool) -> bool:
-    """Train the controls; returns whether all are trained. Prints why a control failed, and keeps the others."""
+    """Train the controls; returns whether all are trained. Prints why a control failed, and keeps the trained ones."""
     import torch
 
     from ..common.errors import Interrupted, SaeError
@@ -215,7 +215,7 @@ def train_all(controls: "TrainPlan", *, table: bool) -> bool:
     except Interrupted:
         raise
     except (SaeError, MemoryError, torch.OutOfMemoryError) as error:
-        failed = [run for run in controls.runs if run.problem]  # the error of each was printed when it occurred
+        failed = [run for run in controls.runs if run.problem]  # their errors were printed when they occurred
         said = failed or getattr(error, "is_reported", False)
         why = "it failed to train, for the reason above" if said else str(error)
         for run in failed or controls.unfinished:

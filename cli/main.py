@@ -25,8 +25,8 @@ from .variants import variants
 
 
 class Program(TyperGroup):
-    """The program. If the reader of its output closes the pipe, it exits with 141 (click and rich would exit with 1).
-    If Ctrl-C arrives while arguments are parsed, it raises KeyboardInterrupt (typer would exit silently).
+    """The program `sae`. If the reader of its output closes the pipe, `sae` exits with 141 (click and rich would exit
+    with 1). If Ctrl-C arrives while arguments are parsed, `sae` raises KeyboardInterrupt (typer would exit silently).
 
     If an error quotes words of the command line, their escape sequences are shown as text.
     """

@@ -82,7 +82,7 @@ def one_of(*values: str) -> Callable[[str | None], str | None]:
 
 
 def check_device(device: str) -> str:
-    """The callback of --device. Raises typer.BadParameter for an invalid name, whatever devices exist."""
+    """The callback of --device. Raises typer.BadParameter for an invalid name, but not for a missing device."""
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", device):
         raise typer.BadParameter(f"{device!r} is unknown: expected auto, cpu, cuda or cuda:N")
     return device

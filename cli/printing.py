@@ -17,7 +17,7 @@ def print_line(text: str = "", *, err: bool = False) -> None:
 
 
 def print_error(text: str) -> None:
-    """Print an error on stderr, with values of thousands of characters shortened."""
+    """Print an error on stderr; values that are thousands of characters long are shortened."""
     print_line(shorten_values(text), err=True)
 
 

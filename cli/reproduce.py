@@ -102,7 +102,7 @@ def reproduce(
 
 
 def evaluate_runs(config: "EvaluateConfig") -> int:
-    """Evaluate with the output of `sae evaluate`; returns its exit code."""
+    """Evaluate runs and print what `sae evaluate` prints; returns the exit code of `sae evaluate`."""
     from ..common.process_group import current_process_group
     from ..evaluate.plan import plan_evaluation
     from .evaluate import run_evaluate

@@ -264,7 +264,7 @@ def run_train(config: "TrainConfig", dry_run: bool = False) -> "list[Run]":
 
 
 def run_streaming(config: "TrainConfig", harvest_options: Mapping[str, Any], dry_run: bool) -> "list[Run]":
-    """Plan and train like `run_train`, with --stream: activations are harvested at the same time."""
+    """Like `run_train`, but for --stream: activations are harvested while the SAEs are trained."""
     from ..workflows import stream
 
     plan = stream.plan_streaming(config, **harvest_options)
@@ -276,7 +276,9 @@ def run_streaming(config: "TrainConfig", harvest_options: Mapping[str, Any], dry
 
 
 def execute(plan: "TrainPlan", run: "Callable[[TrainProgress], None] | None" = None, *, table: bool = True) -> None:
-    """Train the runs of a plan with a progress bar, using `run` if given; with `table`, print their last metrics."""
+    """Train the runs of a plan, by calling `run` if it is given, and show a progress bar; if `table` is set, print the
+    last metrics of the runs.
+    """
     from ..cache.object_store import is_url
     from ..common.process_group import rank_and_count
     from ..train.loggers import Loggers
@@ -321,7 +323,7 @@ def execute(plan: "TrainPlan", run: "Callable[[TrainProgress], None] | None" = N
 
 
 class Waits:
-    """Reports how much of the time since the last log line training has waited for batches, if it is a large share."""
+    """Reports the share of the time since the last log line that was spent waiting for batches, if it is large."""
 
     def __init__(self, in_store: bool) -> None:
         self.what = "the store" if in_store else "data"
@@ -336,7 +338,7 @@ class Waits:
 
 
 def progress_note(metrics: Mapping[str, dict[str, float]], runs: "list[Run]", live: bool) -> str:
-    """The metrics shown next to the bar: those of the only run, or of the first run, with its name.
+    """The metrics shown next to the bar: those of the only run, or the name and metrics of the first of several runs.
 
     A live bar shows a table of several runs instead.
     """

@@ -95,7 +95,7 @@ def option_lines(name: str, default: Any, kind: Any, meaning: str) -> Iterator[s
 
 
 def paper_exact_lines(recipe: "Recipe") -> Iterator[str]:
-    """Lines that say what `--paper-exact` sets, and why this does not work as the paper intends."""
+    """Lines that say what `--paper-exact` sets, and why these settings do not work as the paper intends."""
     if recipe.why_not_paper_exact:
         yield from wrapped(f"Changes nothing: {recipe.why_not_paper_exact}.", 2)
         return

@@ -12,7 +12,7 @@ ADDRESS = re.compile(rf"({'|'.join(SCHEMES)}):/+", re.IGNORECASE)  # a Path drop
 
 
 def disk_path(path: str | os.PathLike[str], name: str = "") -> Path:
-    """Convert a user's argument to a path on a disk. `name` is where it was given, such as SAE_HOME.
+    """Convert a user's argument to a path on a disk. `name` says where the path was given, such as SAE_HOME.
 
     Raises UsageError for an address, even if it was converted to a Path. The message does not repeat credentials.
     """

@@ -9,7 +9,7 @@ def smallest_bound(low: float, high: float, serves: Callable[[float], bool]) -> 
     """The smallest number between `low` and `high` for which `serves` is true, assuming it is true for all larger
     numbers.
 
-    `serves` is assumed to be true for `high` and is not called for `high`. It is true for the result, which is at
+    `serves` is assumed to be true for `high` and is not called for `high`. `serves` is true for the result, which is at
     most (high - low) / 2**50 above the exact smallest number.
     """
     for _ in range(HALVINGS):

@@ -373,7 +373,7 @@ def cache_essentials(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def no_essentials(metadata: dict[str, Any]) -> dict[str, Any]:
-    """No attributes: anybody can change the attributes of a group that only holds arrays."""
+    """The digest of a group that only holds arrays covers none of its attributes, since anybody may change them."""
     return {}
 
 

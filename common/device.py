@@ -54,7 +54,7 @@ def fix_cublas_workspace(device: str) -> None:
 
 
 def copy_to_device(values: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Copy a tensor to a device; from the CPU to a GPU through pinned memory.
+    """Copy a tensor to a device; a copy from the CPU to a GPU goes through pinned memory.
 
     The copy is queued behind the GPU's current work. `Tensor.to` from pageable memory would wait until all that work is
     done, and leave the GPU idle until more work is queued.

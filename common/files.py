@@ -113,7 +113,7 @@ def temporary_process(path: Path) -> int | None:
 
 
 def os_error(error: OSError, path: Path | str, verb: str = "write") -> UnavailableError:
-    """The UnavailableError that explains why `path` could not be written, or read if `verb` is "read"."""
+    """The UnavailableError that explains why `path` could not be written (if `verb` is "read": could not be read)."""
     if error.errno in OUT_OF_FILES:
         return UnavailableError(
             f"Too many files are open: {path} could not be opened. {describe_files_limit()} Raise the limit and run "
@@ -248,7 +248,7 @@ def parse_toml(data: bytes | str, source: Path | str) -> dict[str, Any]:
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")  # some editors write a byte order mark
         if any(line.count(".") > MAX_DOTS_PER_LINE for line in text.splitlines()):
-            problem = f"a line has more than {MAX_DOTS_PER_LINE} dots"  # the time grows with the square of the dots
+            problem = f"a line has more than {MAX_DOTS_PER_LINE} dots"  # the time is quadratic in the number of dots
         else:
             return tomllib.loads(text)
     except UnicodeDecodeError:

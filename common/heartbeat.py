@@ -26,7 +26,7 @@ AGAIN = "Everything committed is safe; run the same command again, with any numb
 
 
 class Silence:
-    """Measures how long another process's sign of life has not changed, as far as this process could see.
+    """Measures for how long another process has given no new sign of life.
 
     Time while this process or its machine was suspended is not counted: the other process may have been suspended too.
     """
@@ -66,7 +66,7 @@ class Heartbeat:
             time.sleep(BEAT)
 
     def meet(self) -> None:
-        """Wait until every process has called this as often as this process. Ctrl-C ends the wait.
+        """Wait until every process has called this method as often as this process has. Ctrl-C ends the wait.
 
         Raises UnavailableError, naming the processes, if some have ended or have not started.
         """
@@ -77,7 +77,8 @@ class Heartbeat:
             pause = 0.001
             while away := [r for r in range(self.count) if not self.store.check([f"sae/met/{self.steps}/{r}"])]:
                 dead |= {rank: sentence for rank in away if (sentence := self._find_dead(rank))}
-                # The store may end with rank 0, so it waits until the others, which finish first, know of it too.
+                # The store may end with rank 0, so rank 0 waits until the other ranks, which finish first, know of the
+                # death too.
                 if dead and (self.rank or dead.keys() >= set(away)):
                     time.sleep(0 if self.rank else FAREWELL)
                     raise UnavailableError(f"{dead[min(dead)]} {AGAIN}")

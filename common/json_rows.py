@@ -71,7 +71,7 @@ class JsonRows:
                 return
 
     def decode(self, line: bytes) -> tuple[dict[str, Any] | None, str]:
-        """The values of a row; if it cannot be decoded, None and why."""
+        """The values of a row and ""; if the row cannot be decoded, None and the reason."""
         if line.count(b"[") + line.count(b"{") > MAX_DEPTH and too_deep(line) is not None:
             return None, f"it is nested more than {MAX_DEPTH} levels deep"
         if len(line) == MAX_LINE:

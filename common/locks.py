@@ -1,9 +1,10 @@
 """Folder locks from the operating system (flock): a lock is released as soon as its holder ends, however it ends.
 
-The lock is on the file `.lock` in a folder, which is never removed. Either one process holds it alone (`writer_lock`),
-or several hold it together and each adds its own files (`shared_lock`). `.lock.holder` tells others which process holds
-it. Readers block a process that deletes the folder, but no writers: they share another lock (`reader_lock`), on the
-file `.lock.readers`, to which each reader adds a line with its name. The last reader to leave removes this file.
+The lock is on the file `.lock` in a folder; this file is never removed. Either one process holds the lock alone
+(`writer_lock`), or several processes hold it together and each adds its own files (`shared_lock`). `.lock.holder` tells
+other processes which process holds the lock. Readers block processes that delete the folder, but they do not block
+writers. They share another lock (`reader_lock`), on the file `.lock.readers`, to which each reader adds a line with its
+name. The last reader to leave removes this file.
 """
 
 import contextlib
@@ -161,7 +162,7 @@ def brief_lock(path: Path) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process, maybe this one, holds the exclusive lock of a folder. Several can check at the same time."""
+    """Whether a process, maybe this one, holds the exclusive lock of a folder. Several processes can check at once."""
     try:
         descriptor = os.open(folder / ".lock", os.O_RDONLY)
     except OSError:  # it was never locked, or it has been removed
@@ -178,7 +179,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def was_abandoned(folder: Path) -> bool:
-    """Whether the last process that held the lock of a folder died; one that ends normally removes its note."""
+    """Whether the last process that held the lock of a folder died. A process that ends normally removes its note."""
     return (folder / ".lock.holder").exists() and not is_locked(folder)
 
 
@@ -201,8 +202,8 @@ def acquire(path: Path, mode: int, patience: float = math.inf, *, in_new_folder:
     """A file descriptor with a lock on `path`. Creates the file if needed, and with `in_new_folder` also its folder.
 
     A process that holds the lock alone may remove the file; the lock is then taken on a new file. Raises
-    BlockingIOError if others hold it for `patience` seconds, another OSError if the file cannot be opened or its file
-    system does not support locks.
+    BlockingIOError if other processes hold the lock for `patience` seconds, and another OSError if the file cannot be
+    opened or its file system does not support locks.
     """
     ends, (pause, longest) = time.monotonic() + patience, POLL_SECONDS
     while True:
@@ -236,7 +237,9 @@ def held_if_possible(path: Path, mode: int = fcntl.LOCK_EX) -> Iterator[None]:
 
 
 def flock(descriptor: int, mode: int) -> None:
-    """Take or change a lock without waiting. Raises BlockingIOError if others hold it, OSError if unsupported."""
+    """Take or change a lock without waiting. Raises BlockingIOError if others hold it, and OSError if locks are not
+    supported.
+    """
     try:
         fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
     except PermissionError as error:  # raised by some file systems

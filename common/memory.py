@@ -23,9 +23,9 @@ SAID_BY = ("can't allocate memory", "ALLOC_FAILED", "CUDA error: out of memory")
 def available_memory(device: str) -> float:
     """Bytes of memory available on the device; infinity if the system does not report it (for a CPU, only Linux does).
 
-    On a GPU, this is the free memory that CUDA reports. On a CPU, it is the free memory of the system or, if that is
-    less, the memory that the process's control groups leave, divided by the number of processes that a launcher started
-    on this machine. Memory that caches files counts as free. $SAE_MEMORY_GB limits the result on both.
+    On a GPU, this is the free memory that CUDA reports. On a CPU, it is the smaller of the system's free memory and the
+    memory that the process's control groups leave; this number is divided by the number of processes that a launcher
+    started on this machine. Memory that caches files counts as free. $SAE_MEMORY_GB limits the result on GPUs and CPUs.
 
     Raises UsageError if $SAE_MEMORY_GB is not a positive number.
     """
@@ -49,7 +49,7 @@ def memory_limit() -> float:
 
 
 def free_in_system() -> float:
-    """MemAvailable from /proc/meminfo in bytes; infinity if it does not exist."""
+    """MemAvailable from /proc/meminfo in bytes; infinity if there is no such entry."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         lines = dict(line.split(":", 1) for line in (PROC / "meminfo").read_text().splitlines())
         return 1024 * float(lines.get("MemAvailable", "inf kB").split()[0])
@@ -104,7 +104,7 @@ def out_of_memory(error: BaseException) -> bool:
 def release(error: BaseException, device: torch.device | str) -> None:
     """Free the memory held by the frames of an error, and return the allocator's cache to the GPU.
 
-    An error keeps its frames alive, and the frames keep the tensors alive that filled the memory.
+    An error keeps its frames alive, and the frames keep alive the tensors that filled the memory.
     """
     seen: BaseException | None = error
     while seen is not None:

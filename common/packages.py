@@ -35,8 +35,8 @@ def installed_version(name: str) -> str | None:
 def outdated_packages() -> list[str]:
     """A sentence for each installed package that is older than the lowest version that this package works with.
 
-    When pip installs this package, it upgrades outdated packages. When it later installs another package, it can
-    downgrade them again, and then only warns.
+    When pip installs this package, it upgrades outdated packages. When pip later installs another package, it can
+    downgrade them again and only prints a warning.
     """
     try:
         declared = metadata.requires(PACKAGE) or []
@@ -65,7 +65,8 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def import_extra(extra: str, what: str, module: str | None = None) -> ModuleType:
-    """Import the package of an extra, or a `module` that needs it. `what` is the option that needs it, for the error.
+    """Import the package of an extra, or a `module` that needs it. `what` names, for the error, the option that needs
+    the package.
 
     Raises UnavailableError, which names the extra, if the package is not installed or cannot be imported.
     """

@@ -20,14 +20,14 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def default_precision(device: str) -> str:
-    """bfloat16 on a GPU; float32 on a CPU, whatever the processor."""
+    """bfloat16 on a GPU; float32 on a CPU of any kind."""
     return "bfloat16" if device.startswith("cuda") else "float32"
 
 
 def resolve_precision(precision: str | None, device: str) -> str:
     """Check a precision for a device; None means the device's default.
 
-    Raises UsageError for an unknown one, UnavailableError if the device cannot compute in it.
+    Raises UsageError for an unknown precision, and UnavailableError if the device cannot compute in this precision.
     """
     if precision is None:
         return default_precision(device)
@@ -69,7 +69,7 @@ def cpu_flags() -> set[str] | None:
 def recorded_precision(record: Mapping[str, Any]) -> str:
     """The precision of a run according to its run.json, which records only precisions other than float32.
 
-    Earlier versions did not record it: their runs on a GPU have the GPU's default.
+    Earlier versions did not record the precision: their runs on a GPU used the GPU's default.
     """
     asked = record.get("precision") or record.get("asked", {}).get("precision")
     return asked or default_precision(record.get("device", "cpu"))

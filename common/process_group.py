@@ -44,20 +44,20 @@ class ProcessGroup:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Return once every process has called it."""
+        """Return once every process has called this method."""
         self.gather(None)
 
     def first(self, work: Callable[[], T]) -> T:
-        """Call `work` in the first process alone, and return its result in all.
+        """Call `work` in the first process alone, and return its result in all processes.
 
-        Raises SaeError in every process if `work` raised one.
+        Raises SaeError in every process if `work` raised an SaeError.
         """
         return self.gather(self.everywhere(lambda: work() if self.is_first else None))[0]
 
     def everywhere(self, work: Callable[[], T]) -> T:
         """Call `work` in every process, and return its result once it has succeeded in all.
 
-        Raises SaeError in every process if `work` raised one in any process: the process's own error, or
+        Raises SaeError in every process if `work` raised an SaeError in any process: the process's own error, or
         ReportedElsewhere if `work` succeeded in this process or failed with the same message in a lower rank.
         Interrupted is raised at once: a process that has to stop does not wait for others.
         """
@@ -79,8 +79,8 @@ class ProcessGroup:
 def rank_and_count() -> tuple[int, int]:
     """The rank of this process and the number of launched processes, from the environment: (0, 1) without a launcher.
 
-    Raises UsageError if a launcher that was asked for several processes started only one, or several that do not know
-    about each other.
+    Raises UsageError if a launcher that was asked for several processes started only one, or started several that do
+    not know about each other.
     """
     if "WORLD_SIZE" not in os.environ:
         # accelerate sets the address of the first process if it was asked for several.
@@ -98,7 +98,7 @@ def processes_on_this_machine() -> int:
 
 
 def with_launcher(command: str) -> str:
-    """The command with this process's launcher: with torchrun before it, or a note in words after it."""
+    """The command, extended by this process's launcher: torchrun before the command, or a note in words after it."""
     count = rank_and_count()[1]
     if count == 1:
         return command

@@ -4,8 +4,8 @@
     content = SAE_RECORD.read(folder / "sae.json")
 
 A record contains `content_digest`, the sha256 of its content without the digest (`digest_of`: keys sorted, no
-whitespace, so reformatting a file does not affect it). Every reader checks it. It detects accidents, such as a flipped
-bit; it does not detect forgery. The types of all fields are in schemas.py.
+whitespace, so reformatting a file does not affect it). Every reader checks it. The digest detects accidents, such as a
+flipped bit; it does not detect forgery. The types of all fields are in schemas.py.
 
 Records written before 2026-11-29 have no digest. They are read without this check, and the first one causes a warning.
 """
@@ -37,7 +37,8 @@ class UncheckedRecordWarning(UserWarning):
 class RecordKind(Generic[Content]):
     """How one kind of record is written, read and checked.
 
-    `Content` is the TypedDict of its fields. Fields that it does not name are kept: newer versions can add some.
+    `Content` is the TypedDict of its fields. Fields that `Content` does not name are kept, since newer versions can add
+    fields.
     """
 
     schema: type[Content]

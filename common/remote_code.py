@@ -1,9 +1,9 @@
 """Load models, tokenizers and datasets with transformers and datasets, without ever running code that they contain.
 
 A folder or a repository can name its own Python code (`auto_map`). transformers runs this code if trust_remote_code is
-True, and asks on the terminal if it is not set. Every loading call of this package goes through this file, which sets
-trust_remote_code to False and also keeps calls inside transformers from asking. tests/test_remote_code.py checks this
-in the sources.
+True, and asks on the terminal if trust_remote_code is not set. Every loading call of this package goes through this
+file, which sets trust_remote_code to False and also keeps calls inside transformers from asking.
+tests/test_remote_code.py checks this in the sources.
 """
 
 import contextlib
@@ -13,13 +13,17 @@ from typing import Any
 
 
 def from_pretrained(kind: Any, location: str | os.PathLike[str], **options: Any) -> Any:
-    """`kind.from_pretrained(location, ...)` for a class of transformers. Raises ValueError if it needs its own code."""
+    """`kind.from_pretrained(location, ...)` for a class of transformers. Raises ValueError if `location` needs its own
+    code.
+    """
     with never_asking():
         return kind.from_pretrained(location, trust_remote_code=False, **options)
 
 
 def from_config(kind: Any, config: Any, **options: Any) -> Any:
-    """`kind.from_config(config, ...)` for an Auto class of transformers. Raises ValueError if it needs its own code."""
+    """`kind.from_config(config, ...)` for an Auto class of transformers. Raises ValueError if `config` needs its own
+    code.
+    """
     with never_asking():
         return kind.from_config(config, trust_remote_code=False, **options)
 

@@ -39,8 +39,8 @@ def choose_bos(tokenizer: Any, request: str = "auto") -> BosChoice:
 
     "auto" is the first of these that exists: the token that the tokenizer itself puts before a text; `<|endoftext|>`,
     if it is a special token of the vocabulary; bos_token or eos_token, unless it begins or ends a chat turn. If none of
-    them exists, contexts begin with the first token of their text. A turn marker at the beginning of ordinary text is
-    unlike the model's training data, and causes attention sinks.
+    these tokens exists, contexts begin with the first token of their text. A turn marker at the beginning of ordinary
+    text is unlike the model's training data, and causes attention sinks.
 
     Raises UsageError for a token that the vocabulary does not have.
     """
@@ -69,7 +69,9 @@ def choose_bos(tokenizer: Any, request: str = "auto") -> BosChoice:
 
 
 def added_bos_id(tokenizer: Any) -> int | None:
-    """The id that the tokenizer itself puts before a text. If it puts several: the bos_token's, or else the last."""
+    """The id that the tokenizer itself puts before a text. If it puts several: the id of bos_token if that is among
+    them, otherwise the last id.
+    """
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     starts = [start for start in range(len(whole)) if whole[start : start + len(bare)] == bare]

@@ -91,7 +91,7 @@ def file_format(file: Path) -> str:
 
 
 def explain_errors(file: Path, open_rows: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-    """Yield from an iterator. Any error that it raises becomes a UsageError that names the file."""
+    """Yield from an iterator. Any error that the iterator raises becomes a UsageError that names the file."""
     try:
         yield from open_rows()
     except SaeError:

@@ -52,7 +52,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def tokens_without_embedding(tokenizer: Any, rows: int | None) -> dict[int, str]:
-    """{id: text} of the tokens for which a model's embedding of `rows` rows has no row, in the order of their ids.
+    """{id: text} of the tokens whose ids are beyond the `rows` rows of a model's embedding, in the order of their ids.
 
     A fine-tune can add tokens without enlarging its embedding. The opposite, an embedding with more rows than tokens,
     is common.

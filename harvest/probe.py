@@ -165,7 +165,7 @@ class BlockProbe:
             error = self.distance(self.resid_pre + self.y[one] + self.y[other], self.resid_post, one, other)
         if not one:
             return "none of its modules returns activations as wide as the residual stream"
-        return f"resid_pre + {one} + {other} differs from resid_post by {error:.2g} of its norm"
+        return f"the relative difference between resid_pre + {one} + {other} and resid_post is {error:.2g}"
 
     def find_middle(self, attention: str, mlp: str, is_sequential: bool) -> None:
         """Find the module that reads resid_mid."""

@@ -1,9 +1,9 @@
 """Train control SAEs for given runs, for `sae evaluate --controls` (train/variants/controls.py; arXiv 2602.14111).
 
 A control is trained once, with seed 0, for the rows, width, L0, steps, batch size and order of batches of the runs that
-it controls for. It is an ordinary run in `activations/evaluation/controls/`, where later commands find it, or resume it
-if it was interrupted. Its recipe is based on the recipe of the run if that is topk or batchtopk, and otherwise on
-batchtopk.
+it is compared with. It is an ordinary run in `activations/evaluation/controls/`, where later commands find it, or
+resume it if it was interrupted. Its recipe is based on the recipe of the run if that is topk or batchtopk, and
+otherwise on batchtopk.
 """
 
 import os
@@ -39,7 +39,7 @@ class ControlsPlan:
 
     Attributes:
         train: the controls, finished or not; None if no run can have any.
-        count: the number of runs that they control for.
+        count: the number of runs that they are compared with.
         bases: the recipes that they are based on.
         notes: sentences about runs without controls, and about runs whose controls are based on another recipe.
         problems: why controls cannot be trained; the evaluation continues without them.
@@ -82,8 +82,8 @@ class ControlsPlan:
 def plan_controls(runs: Sequence[str | os.PathLike[str]], device: str = "auto") -> ControlsPlan:
     """Plan the controls of finished runs: the three recipes for each distinct set of conditions and base.
 
-    A run that is itself a control has none. Folders that cannot be read are left to the evaluation, which reports why.
-    Controls that do not fit on the disk, or that have a damaged record, are among the plan's `problems`.
+    A run that is itself a control gets no controls. Folders that cannot be read are left to the evaluation, which
+    reports why. Controls that do not fit on the disk, or that have a damaged record, are among the plan's `problems`.
     """
     wanted: dict[str, Wanted] = {}
     count, notes, others, plans, problems = 0, [], [], [], []
@@ -192,7 +192,7 @@ def train_controls(
 
     Raises:
         UsageError: none of the runs can have controls.
-        SaeError: a control failed to train; raised when all others are done.
+        SaeError: a control failed to train; raised after all other controls have finished.
         Interrupted: after Ctrl-C or SIGTERM, with checkpoints written.
     """
     plan = plan_controls(runs, device)

@@ -1,7 +1,7 @@
 """Evaluate a published SAE in one command: turn the arguments of `sae evaluate` into run folders.
 
 A run folder is used as it is. hf://owner/repo/folder and folders with another library's files are imported into runs/.
-The next time, the import is found there by the commit or by the checksums of the files.
+The next time, the import is found in runs/ by the commit or by the checksums of the files.
 """
 
 import re
@@ -41,7 +41,7 @@ class PublishedConfig:
 
 @dataclass
 class RunFolders:
-    """The run folders to evaluate, and the arguments that could not be turned into one.
+    """The run folders to evaluate, and the arguments that could not be turned into run folders.
 
     Attributes:
         refused: argument -> error.

@@ -46,7 +46,8 @@ def default_suite(papers: Sequence[Paper]) -> str:
     more = [name for name in stand_ins if name not in SUITES["quick"]]
     if not more:
         return "quick"
-    # A named metric must be available. stability is not available for a single seed, and no paper makes claims on it.
+    # A named metric must be available. stability is not available for a single seed, and no paper makes claims about
+    # it.
     return ",".join([*(name for name in SUITES["quick"] if name != "stability"), *more])
 
 
@@ -279,5 +280,5 @@ def run_reproduction(plan: ReproducePlan, stages: Stages) -> Reproduction:
         write_page(page, reproduction_page(report, model_name(plan)))
         stages.report(report, page)
         result.reports.append(report)
-    group.barrier()  # or, if another process fails, the launcher would end the first one before its last page
+    group.barrier()  # without it, a launcher would end the first process before its last page if another process fails
     return result

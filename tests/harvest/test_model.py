@@ -157,7 +157,7 @@ def test_hooks_have_the_names_of_transformer_lens(model: LanguageModel, images: 
 def test_a_site_that_the_numbers_do_not_prove_is_rejected_with_what_was_seen() -> None:
     """Granite multiplies what its parts add to the residual stream by a number."""
     model, ids = tiny("granite", residual_multiplier=0.5), torch.arange(3, 25).reshape(2, 11)
-    seen = r"resid_pre \+ self_attn \+ mlp differs from resid_post by 0\.\d+ of its norm"
+    seen = r"the relative difference between resid_pre \+ self_attn \+ mlp and resid_post is 0\.\d+"
     for refuse in (lambda hooks: model.capture_hooks(ids, hooks), lambda hooks: check_sites(model.config, hooks)):
         with pytest.raises(UsageError, match=f"GraniteForCausalLM has no attn_out of layer 0: {seen}. Use"):
             refuse([Hook(0, "attn_out")])
