@@ -38,7 +38,8 @@ TOKENS = re.compile(
 )
 FILE = "sae.cli.config_file"  # the key under which a typer context keeps the parsed file
 
-# Flags and TOML keys that were renamed: command -> old name -> new name. The old names still work, but print a note.
+# Flags and TOML keys that were renamed: command -> old name -> new name. An old name still works, and a note is
+# printed.
 RENAMED: dict[tuple[str, ...], dict[str, str]] = {
     ("train",): {"literal": "paper-exact", "order-seed": "shuffle-seed"},
 }
@@ -48,7 +49,7 @@ Key = tuple[str, ...]  # the path of a key in a TOML file: ("train", "set", "k")
 
 
 class CommandWithOldNames(TyperCommand):
-    """A command whose renamed flags still work. They are not listed in --help."""
+    """A command whose renamed flags still work. The old names are not listed in --help."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, list(_current_names(args, RENAMED.get(command_of(ctx), {}))))

@@ -193,7 +193,8 @@ class BarAndTable(Progress):
 class Bar:
     """A live progress bar; if stderr is not a terminal, a line every ten seconds.
 
-    Call it with the work done, the total and a note. A smaller number than before starts a new stage.
+    Call it with the work done, the total and a note. If the work done is less than in the previous call, a new stage
+    begins.
     """
 
     def __init__(self, title: str, unit: str) -> None:

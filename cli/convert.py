@@ -150,7 +150,9 @@ def import_(
 
 
 def show_release(text: str, *, layer: int | None, site: str | None, width: str | None, as_json: bool) -> None:
-    """Print the content of a release: a table of SAEs or groups of SAEs, its other content, and the next command."""
+    """Print the content of a release: a table of SAEs or groups of SAEs, the release's other content, and the next
+    command.
+    """
     from ..common.formatting import format_count
     from ..train.formats.listing import MAX_ROWS, list_release
 

@@ -12,7 +12,7 @@ from ..common.formatting import shorten_values
 
 
 def print_line(text: str = "", *, err: bool = False) -> None:
-    """Print one or more lines on stdout, or with `err` on stderr."""
+    """Print one or more lines on stdout, or on stderr if `err` is set."""
     typer.echo(escape_for_terminal(text), err=err)
 
 

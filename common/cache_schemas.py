@@ -280,7 +280,7 @@ class UnreadableRows(TypedDict):
     """Rows of the text that could not be read."""
 
     rows: Count
-    first: Annotated[str, Meta(description="why the first one could not be read")]
+    first: Annotated[str, Meta(description="why the first of these rows could not be read")]
 
 
 class Harvest(TypedDict):
@@ -354,7 +354,7 @@ class TokenizeDraft(TypedDict):
 class ClaimOfText(TypedDict):
     """tokens/claim-000001.json"""
 
-    owner: Annotated[str, Meta(description="the task that cuts the text, as other tasks show it")]
+    owner: Annotated[str, Meta(description="the task that cuts the text, as named in messages of other tasks")]
     task: Annotated[str, Meta(description="random; tells tasks apart")]
     beat: Annotated[Count, Meta(description="how often the claim was renewed")]
 

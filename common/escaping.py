@@ -1,8 +1,8 @@
 """Make untrusted text (names of folders, models and datasets, contents of files) harmless where it is shown.
 
 A terminal obeys control characters, a spreadsheet evaluates cells that look like formulas, and Markdown interprets
-HTML. In all of them, some characters hide or reorder the text around them. Python represents a byte of a path that is
-not UTF-8 as a lone surrogate (U+DC80 to U+DCFF), which no file or terminal accepts.
+HTML. In all of these places, some characters hide or reorder the text around them. Python represents a byte of a path
+that is not UTF-8 as a lone surrogate (U+DC80 to U+DCFF), which no file or terminal accepts.
 """
 
 import os

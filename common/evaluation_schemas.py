@@ -80,7 +80,8 @@ RESULT_RECORD = RecordKind(
 class EvaluationData(TypedDict):
     """activations/evaluation/**/<kind>-<digest>.json
 
-    It describes the .safetensors file beside it, which holds tensors that do not depend on an SAE, such as probes.
+    This record describes the .safetensors file beside it, which holds tensors that do not depend on an SAE, such as
+    probes.
     """
 
     kind: str

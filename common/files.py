@@ -39,7 +39,7 @@ def atomic_write(path: Path, *parts: bytes | memoryview) -> None:
 
 def atomic_create(path: Path, *parts: bytes | memoryview) -> bool:
     """Write like `atomic_write` unless `path` exists; returns whether this call created it. Of concurrent calls, only
-    one creates it.
+    one creates the file.
 
     On a file system without hard links, such as exFAT, two calls in the same instant can both return True.
     """
@@ -209,8 +209,8 @@ DELETE_HINT = "Delete it and run the command that wrote it again."
 def read_file(path: Path, remedy: str = DELETE_HINT) -> bytes:
     """The bytes of a file.
 
-    Raises DamagedError with the remedy if it is missing or not a file, UnavailableError if it cannot be read now
-    because of permissions, too many open files, or a failing disk.
+    Raises DamagedError with the remedy if `path` is missing or is not a file, and UnavailableError if it cannot be
+    read now because of permissions, too many open files, or a failing disk.
     """
     try:
         return path.read_bytes()

@@ -38,7 +38,7 @@ def shell_paths(paths: Sequence[Path]) -> str:
 
 
 def shorten_values(message: str) -> str:
-    """A message without the middles of very long words and lines, such as a value given by a user."""
+    """A message in which the middle of each very long word or line, such as a value given by a user, is left out."""
     message = re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda match: _without_middle(match[0], LONGEST_WORD), message)
     return "\n".join(_without_middle(line, LONGEST_LINE) for line in message.split("\n"))
 

@@ -2,8 +2,8 @@
 
 Each process raises a counter in torch's key-value store every few seconds. The store is in the launcher (torchrun) or
 in rank 0 (srun, mpirun). A launcher usually ends the other processes when one dies. This module is for launchers that
-do not, and for a machine that vanishes without closing its connections. For a process on the same machine, the
-operating system shows at once whether it runs.
+leave the other processes running, and for a machine that vanishes without closing its connections. For a process on the
+same machine, the operating system shows at once whether it runs.
 """
 
 import math
@@ -36,7 +36,7 @@ class Silence:
         self.seconds, self.looked = 0.0, -math.inf
 
     def after(self, sign: object) -> float:
-        """The seconds since the sign last changed. Call it at least every GAP seconds."""
+        """The seconds since the sign of life last changed. Call this method at least every GAP seconds."""
         now = time.monotonic()
         if sign != self.last:
             self.last, self.seconds, self.looked = sign, 0.0, now
@@ -99,7 +99,7 @@ class Heartbeat:
         who = f"Rank {rank} of {self.count} ({self.store.get(name).decode()})"
         machine, process = self.store.get(f"sae/machine/{rank}").decode().rsplit(" ", 1)
         if machine and machine == self.machine and has_ended(int(process)):
-            # It may have arrived, and ended normally, between the two checks.
+            # The process may have arrived, and ended normally, between the two checks.
             return "" if self.store.check([f"sae/met/{self.steps}/{rank}"]) else f"{who} has ended."
         if self.silences[rank].after(self.store.add(f"sae/beat/{rank}", 0)) > PATIENCE:
             return f"{who} no longer runs: it has been silent for {PATIENCE:g} s."

@@ -146,7 +146,7 @@ class JsonRows:
 
 
 def split_array(data: bytes) -> list[bytes]:
-    """The elements of a JSON array. Raises ValueError if it is not one."""
+    """The elements of a JSON array. Raises ValueError if it is not an array."""
     try:
         return [bytes(element) for element in msgspec.json.decode(data, type=list[msgspec.Raw])]
     except (msgspec.MsgspecError, ValueError, RecursionError):

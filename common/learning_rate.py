@@ -16,8 +16,8 @@ def peak_share(steps: int, warmup: int, decay_start: float) -> float:
     if steps < 1:
         return 0.0
     decay = max(steps * (1 - decay_start), 1)
-    # The share rises until the decay begins and falls once the warm-up has ended. Between these two points it is a
-    # parabola.
+    # The share rises until the decay begins and falls once the warm-up has ended. Between these two points the share is
+    # a parabola.
     top = min(max((steps - 1) / 2, steps - decay), warmup - 1)
     around = {min(max(step, 0), steps - 1) for step in (math.floor(top), math.ceil(top))}
     return max(rate_share(step, steps, warmup, decay_start) for step in around)

@@ -57,9 +57,9 @@ def shared_lock(folder: Path, command: str) -> Iterator[None]:
     """Share the lock on `folder`, which is created if needed, with other callers of this function; excludes
     `writer_lock`.
 
-    The last process to leave deletes the temporary files of dead writers. It knows that it is the last if it can hold a
-    second lock, `.lock.shared`, alone. A process that arrives meanwhile waits for that lock. If the file system does
-    not support locks, nothing is locked and nothing is deleted.
+    The last process to leave deletes the temporary files of dead writers. A process knows that it is the last if it can
+    hold a second lock, `.lock.shared`, alone. A process that arrives meanwhile waits for the second lock. If the file
+    system does not support locks, nothing is locked and nothing is deleted.
 
     Raises UnavailableError if a process holds the exclusive lock or if the folder is not writable, and UsageError if a
     file is in the way.
@@ -120,7 +120,7 @@ def no_readers(folder: Path) -> Iterator[None]:
 
 
 def last_reader(path: Path) -> str:
-    """The last process that began to read, among those that may still run. A killed process leaves its line."""
+    """Of the readers that may still run, the one that began last. A killed process leaves its line in the file."""
     with contextlib.suppress(OSError):
         for name in reversed(path.read_text().splitlines()):
             match = re.match(r"process (\d+) on (\S+) ", name)
@@ -162,7 +162,9 @@ def brief_lock(path: Path) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process, maybe this one, holds the exclusive lock of a folder. Several processes can check at once."""
+    """Whether a process, maybe this one, holds the exclusive lock of a folder. Several processes can check at the same
+    time.
+    """
     try:
         descriptor = os.open(folder / ".lock", os.O_RDONLY)
     except OSError:  # it was never locked, or it has been removed
@@ -184,7 +186,9 @@ def was_abandoned(folder: Path) -> bool:
 
 
 def is_abandoned(path: Path) -> bool:
-    """Whether a dead process left this file. A live process holds an exclusive lock on it and removes it when done."""
+    """Whether a dead process left this file. A live process holds an exclusive lock on its file, and removes the file
+    when done.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:

@@ -65,7 +65,7 @@ def free_in_control_groups() -> float:
 
 
 def control_groups() -> Iterator[tuple[Path, bool]]:
-    """The folders of this process's control groups that may limit its memory, and whether they have version 2."""
+    """The folders of this process's control groups that may limit its memory, each with whether it is of version 2."""
     with contextlib.suppress(OSError, ValueError):
         for line in (PROC / "self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -73,7 +73,7 @@ def control_groups() -> Iterator[tuple[Path, bool]]:
                 continue
             root = CGROUPS / "memory" if controllers else CGROUPS
             folder = root / path.strip("/")
-            # In a container the path can be the host's path, and only its root is visible.
+            # In a container the path can be the host's path, of which only the root is visible.
             for place in [folder, *folder.parents] if folder.is_dir() else [root]:
                 yield place, not controllers
                 if place == root:
@@ -81,7 +81,7 @@ def control_groups() -> Iterator[tuple[Path, bool]]:
 
 
 def group_free(folder: Path, v2: bool) -> float:
-    """The unused part of a control group's limit, in bytes; infinity if it has none."""
+    """The unused part of a control group's limit, in bytes; infinity if the group has no limit."""
     limit, used, cached = (
         ("memory.max", "memory.current", "inactive_file")
         if v2

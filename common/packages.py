@@ -65,8 +65,8 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def import_extra(extra: str, what: str, module: str | None = None) -> ModuleType:
-    """Import the package of an extra, or a `module` that needs it. `what` names, for the error, the option that needs
-    the package.
+    """Import the package of an extra, or a `module` that needs it. The error names `what`, the option that needs the
+    package.
 
     Raises UnavailableError, which names the extra, if the package is not installed or cannot be imported.
     """

@@ -1,7 +1,7 @@
 """The precision of matrix multiplications: float32, tf32 (float32 numbers rounded to 11 bits) or bfloat16.
 
-Weights, moments, gradients and sums are float32 in all three. With bfloat16, torch's autocast rounds the inputs and
-results of multiplications.
+Weights, moments, gradients and sums are float32 in all three precisions. With bfloat16, torch's autocast rounds the
+inputs and results of multiplications.
 """
 
 import contextlib

@@ -55,7 +55,7 @@ class ProcessGroup:
         return self.gather(self.everywhere(lambda: work() if self.is_first else None))[0]
 
     def everywhere(self, work: Callable[[], T]) -> T:
-        """Call `work` in every process, and return its result once it has succeeded in all.
+        """Call `work` in every process, and return its result once it has succeeded in all processes.
 
         Raises SaeError in every process if `work` raised an SaeError in any process: the process's own error, or
         ReportedElsewhere if `work` succeeded in this process or failed with the same message in a lower rank.
@@ -83,7 +83,7 @@ def rank_and_count() -> tuple[int, int]:
     not know about each other.
     """
     if "WORLD_SIZE" not in os.environ:
-        # accelerate sets the address of the first process if it was asked for several.
+        # accelerate sets the address of the first process if it was asked for several processes.
         if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ:
             raise UsageError(f"`accelerate launch --cpu` starts one process, whatever --num_processes says. {LAUNCH}")
         sizes = {name: int(os.environ[name]) for name in MPI_SIZES if os.environ.get(name, "").isdecimal()}

@@ -7,7 +7,8 @@ A record contains `content_digest`, the sha256 of its content without the digest
 whitespace, so reformatting a file does not affect it). Every reader checks it. The digest detects accidents, such as a
 flipped bit; it does not detect forgery. The types of all fields are in schemas.py.
 
-Records written before 2026-11-29 have no digest. They are read without this check, and the first one causes a warning.
+Records written before 2026-11-29 have no digest. Such records are read without this check, and the first one causes a
+warning.
 """
 
 import contextlib

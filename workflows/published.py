@@ -123,7 +123,7 @@ def is_foreign(path: Path) -> bool:
 
 
 def run_of_address(text: str, config: PublishedConfig, say: Say, progress: Progress) -> Path | None:
-    """The run folder for an address on the Hub. None in a dry run if it would have to be imported."""
+    """The run folder for an address on the Hub. In a dry run, None if the SAE would have to be imported."""
     address = HubAddress.parse(text)
     if address.revision and COMMIT.fullmatch(address.revision):  # nothing to resolve, so no need to ask the Hub
         for folder, source in imported_runs(config):
@@ -164,7 +164,7 @@ def free_name(remote: RemoteSAE, config: PublishedConfig) -> str:
 
 
 def run_of_files(path: Path, config: PublishedConfig, say: Say, progress: Progress) -> Path | None:
-    """The run folder for another library's files. None in a dry run if they would have to be imported."""
+    """The run folder for another library's files. In a dry run, None if the files would have to be imported."""
     folder, fmt = open_folder(path, config.layer)
     sha256 = file_digests(fmt, folder)
     for run, source in imported_runs(config):

@@ -92,8 +92,8 @@ class ReproducePlan:
         return source.folder
 
     def describe(self, time: bool = False) -> list[str]:
-        """The lines that `sae reproduce` prints first. With `time`, they include the estimated memory and time;
-        estimating them takes some seconds.
+        """The lines that `sae reproduce` prints first. If `time` is set, the lines include the estimated memory and
+        time; estimating these takes some seconds.
 
         Of several launched processes, only the first returns any lines.
         """

@@ -36,7 +36,7 @@ class StreamingPlan:
     def describe(self, time: bool = False) -> list[str]:
         """The lines that `sae train --stream` prints before it begins.
 
-        With `time`, memory and time of training are estimated too.
+        If `time` is set, the memory and time of training are estimated too.
         """
         ring, layout, folder = self.ring, self.ring.layout, self.harvest.folder
         return [
