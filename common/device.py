@@ -74,8 +74,8 @@ def keep_freed_memory() -> None:
     """Tell glibc's malloc to keep freed memory for the next tensor; does nothing with other C libraries.
 
     By default glibc returns blocks of a few megabytes to the system and requests them again, and the system clears
-    every page. This takes a fifth of the time of a small model's forward pass on a CPU, and a ninth of the time of a
-    training step of `jumprelu`. Peak memory does not change.
+    every page. Returning and requesting memory takes a fifth of the time of a small model's forward pass on a CPU, and
+    a ninth of the time of a training step of `jumprelu`. Peak memory does not change.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3

@@ -87,7 +87,7 @@ def _write_temporary(path: Path, parts: Sequence[bytes | memoryview], publish: C
                 temporary.unlink(missing_ok=True)
             if isinstance(error, FileExistsError) and path.exists():
                 raise
-            # Another process mistook this one for dead and removed its temporary file (`remove_stale_files`).
+            # Another process mistook this process for dead and removed its temporary file (`remove_stale_files`).
             if not isinstance(error, FileNotFoundError) or attempt == WRITE_ATTEMPTS - 1:
                 raise os_error(error, path) from error
         else:

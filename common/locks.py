@@ -3,8 +3,8 @@
 The lock is on the file `.lock` in a folder; this file is never removed. Either one process holds the lock alone
 (`writer_lock`), or several processes hold it together and each adds its own files (`shared_lock`). `.lock.holder` tells
 other processes which process holds the lock. Readers block processes that delete the folder, but they do not block
-writers. They share another lock (`reader_lock`), on the file `.lock.readers`, to which each reader adds a line with its
-name. The last reader to leave removes this file.
+writers. Readers share another lock (`reader_lock`), on the file `.lock.readers`, to which each reader adds a line with
+its name. The last reader to leave removes this file.
 """
 
 import contextlib

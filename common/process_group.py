@@ -1,6 +1,6 @@
 """Several processes of one command, started by a launcher: `torchrun --nproc_per_node N -m sae harvest ...`.
 
-They exchange small objects between the stages of their work, over gloo, even if they compute on GPUs.
+The processes exchange small objects between the stages of their work, over gloo, even if they compute on GPUs.
 """
 
 import functools

@@ -69,8 +69,8 @@ def choose_bos(tokenizer: Any, request: str = "auto") -> BosChoice:
 
 
 def added_bos_id(tokenizer: Any) -> int | None:
-    """The id that the tokenizer itself puts before a text. If it puts several: the id of bos_token if that is among
-    them, otherwise the last id.
+    """The id that the tokenizer itself puts before a text. If the tokenizer puts several ids there: the id of bos_token
+    if it is among them, otherwise the last id.
     """
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]

@@ -1,9 +1,9 @@
 """Train control SAEs for given runs, for `sae evaluate --controls` (train/variants/controls.py; arXiv 2602.14111).
 
 A control is trained once, with seed 0, for the rows, width, L0, steps, batch size and order of batches of the runs that
-it is compared with. It is an ordinary run in `activations/evaluation/controls/`, where later commands find it, or
-resume it if it was interrupted. Its recipe is based on the recipe of the run if that is topk or batchtopk, and
-otherwise on batchtopk.
+it is compared with. A control is an ordinary run in `activations/evaluation/controls/`, where later commands find it,
+or resume it if it was interrupted. The recipe of a control is based on the recipe of the run if that is topk or
+batchtopk, and otherwise on batchtopk.
 """
 
 import os
