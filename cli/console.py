@@ -165,7 +165,7 @@ def error_line(error: "SaeError") -> str:
 
 def ignore_interrupts() -> None:
     """Ignore further Ctrl-C: one is being handled, and another would interrupt the exit and print a traceback."""
-    with contextlib.suppress(ValueError):  # signal.signal fails outside the main thread; the handlers then stay
+    with contextlib.suppress(ValueError):  # signal.signal fails outside the main thread; the handlers stay unchanged
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -205,7 +205,7 @@ def is_abandoned(path: Path) -> bool:
 def acquire(path: Path, mode: int, patience: float = math.inf, *, in_new_folder: bool = True) -> int:
     """A file descriptor with a lock on `path`. Creates the file if needed, and with `in_new_folder` also its folder.
 
-    A process that holds the lock alone may remove the file; the lock is then taken on a new file. Raises
+    A process that holds the lock alone may remove the file; in this case a new file is locked. Raises
     BlockingIOError if other processes hold the lock for `patience` seconds, and another OSError if the file cannot be
     opened or its file system does not support locks.
     """

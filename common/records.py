@@ -125,8 +125,8 @@ class RecordKind(Generic[Content]):
     def _remove_digest(self, content: Any) -> Any:
         """Remove the digest from the content and return it; None if there is none.
 
-        If the name of the digest was damaged ("content_dygest"), its value is returned but its entry stays in the
-        content, which then does not match.
+        If the name of the digest was damaged ("content_dygest"), its value is returned, but its entry stays in the
+        content, so the content does not match the digest.
         """
         holder = content.get(self.digest_in) if self.digest_in and isinstance(content, dict) else content
         if isinstance(holder, dict) and DIGEST not in holder:
