@@ -129,7 +129,7 @@ def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: di
         raise typer.Exit(2) from None
     except BrokenPipeError:
         raise
-    except OSError as error:  # mostly from the terminal or a pipe: errors of our own files are SaeErrors
+    except OSError as error:  # mostly from the terminal or a pipe; errors of this package's files are SaeErrors
         if error.filename:
             echo_problem(f"error: {os_error(error, Path(error.filename))}")
         else:

@@ -65,7 +65,7 @@ def free_in_control_groups() -> float:
 
 
 def control_groups() -> Iterator[tuple[Path, bool]]:
-    """The folders of this process's control groups that may limit its memory, each with whether it is of version 2."""
+    """The folders of this process's control groups that may limit its memory; for each, whether it has version 2."""
     with contextlib.suppress(OSError, ValueError):
         for line in (PROC / "self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)

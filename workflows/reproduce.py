@@ -280,5 +280,5 @@ def run_reproduction(plan: ReproducePlan, stages: Stages) -> Reproduction:
         write_page(page, reproduction_page(report, model_name(plan)))
         stages.report(report, page)
         result.reports.append(report)
-    group.barrier()  # without it, a launcher would end the first process before its last page if another process fails
+    group.barrier()  # without this, a launcher would end the first process before its last page if another one fails
     return result
