@@ -14,7 +14,7 @@ import numpy as np
 from ..common.errors import UsageError
 
 MAX_LANES = 32
-ALIGN = 8  # lanes start at a multiple of 8 rows, which take nine memory pages at d_in 2304 (4608 bytes a row)
+ALIGN = 8  # lanes start at multiples of 8 rows: at d_in 2304 (4608 bytes a row), 8 rows fill nine memory pages
 
 
 class Span(NamedTuple):

@@ -36,7 +36,7 @@ def open_or_error(folder: Path | str) -> Cache | SaeError:
 
 
 def open_caches(root: Path | None = None) -> list[Cache]:
-    """The caches under `activations/` that can be opened. A LeftOutWarning names each cache that cannot."""
+    """The caches under `activations/` that can be opened. A LeftOutWarning names each cache that cannot be opened."""
     caches = list_caches(root)
     for folder, error in caches.items():
         if isinstance(error, SaeError):
@@ -45,7 +45,7 @@ def open_caches(root: Path | None = None) -> list[Cache]:
 
 
 def caches_that(fit: Callable[[Cache], bool], caches: Iterable[Cache]) -> list[Cache]:
-    """The caches for which `fit` is true. A LeftOutWarning names each cache that is too damaged to tell."""
+    """The caches for which `fit` is true. A LeftOutWarning names each cache that is so damaged that `fit` fails."""
     fitting = []
     for cache in caches:
         try:

@@ -67,7 +67,7 @@ class ChunkSchedule:
             return 0
         steps = np.concatenate([self.first, self.last + 1])
         change = np.concatenate([self.sizes[self.file], -self.sizes[self.file]])
-        order = np.lexsort((change, steps))  # at each step, stretches that end free their room before others begin
+        order = np.lexsort((change, steps))  # at each step, bytes no longer needed are subtracted first
         return int(np.cumsum(change[order]).max())
 
     def next_pull(

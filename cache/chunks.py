@@ -1,4 +1,4 @@
-"""Read and write chunks. Each is one file, which can be memory-mapped and has a checksum that Zarr readers verify.
+"""Read and write chunks. A chunk is one file, which can be memory-mapped and has a checksum that Zarr readers verify.
 
 An uncompressed chunk is its raw rows followed by a crc32c. A compressed chunk is a Zarr shard: blocks of rows, each
 compressed, followed by an index of the blocks.
@@ -37,8 +37,8 @@ BLOSC_CODEC = Blosc(BLOSC["cname"], BLOSC["clevel"], SHUFFLE, BLOSC["blocksize"]
 def read_attributes(folder: Path) -> dict[str, Any]:
     """The attributes in a cache's zarr.json.
 
-    Raises UsageError if it is another kind of Zarr group or has a newer format, DamagedError if it was changed or
-    contradicts itself.
+    Raises UsageError if zarr.json describes another kind of Zarr group or a newer format, DamagedError if zarr.json was
+    changed or contradicts itself.
     """
     path = folder / "zarr.json"
     try:
@@ -129,7 +129,7 @@ def write_chunk(folder: Path, array: ArraySpec, chunk: int, rows: np.ndarray) ->
 
 
 def extended(checksum: int, raw: np.ndarray) -> int:
-    """Extend a crc32c by more bytes. Works in parts, because computing a crc32c holds the interpreter lock."""
+    """Continue a crc32c with more bytes. Works in parts, because computing a crc32c holds the interpreter lock."""
     for start in range(0, len(raw), READ_BYTES):
         checksum = google_crc32c.extend(checksum, raw[start : start + READ_BYTES])
     return checksum
@@ -275,7 +275,7 @@ def read_rows(folder: Path, array: ArraySpec, chunk: int, rows: np.ndarray, size
 
 
 def read_chunk(folder: Path, array: ArraySpec, chunk: int, files: FileRecords) -> np.ndarray:
-    """The rows of an uncompressed chunk, mapped as by `map_chunk` and checked as by `check_chunk`."""
+    """Check an uncompressed chunk with `check_chunk`, and return its rows, mapped by `map_chunk`."""
     check_chunk(folder, array, chunk, files)
     return map_chunk(folder, array, chunk)
 
@@ -283,7 +283,7 @@ def read_chunk(folder: Path, array: ArraySpec, chunk: int, files: FileRecords) -
 def read_array(folder: Path, name: str, files: FileRecords, layout: Layout | None = None) -> np.ndarray:
     """Read a whole uncompressed array into memory, checking every chunk like `check_chunk`; for small arrays.
 
-    Raises DamagedError like `read_array_spec`, or if a file is missing, short, or not the one that `files` lists.
+    Raises DamagedError if `read_array_spec` does, or if a file is missing, short, or not the file that `files` lists.
     """
     array = read_array_spec(folder, name, layout)
     values, per_chunk = np.empty(array.shape, array.numpy_dtype), array.chunk_shape[0]

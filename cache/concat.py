@@ -1,4 +1,4 @@
-"""Read several caches as one. They must agree in their model, their computation and their held-out documents."""
+"""Read several caches as one. The caches must agree in their model, their computation and their held-out documents."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +15,8 @@ from .reading import Folder, StoredFile
 # caches.
 COMPATIBLE_KEYS = ("model", "dtype", "attention", "tokenizer", "context", "held_out", "skip", "pack", "seed")
 
-# Entries of the identity that are omitted if they have their default values. They must agree too, because the
-# tokenization affects which documents are held out.
+# Entries of the identity that are omitted if they have their default values. The caches must agree in these entries
+# too, because the tokenization affects which documents are held out.
 ADDED_KEYS = ("bos", "skip_positions", "special_tokens")
 ABSENT = object()
 
@@ -63,7 +63,7 @@ class ConcatCache:
         return cache.read_rows(name, chunk, start, count)
 
     def stored_files(self, name: str) -> tuple[Folder, list[StoredFile | None]] | None:
-        """The local folder, and the stored file of each chunk, or None for a chunk on a disk.
+        """The local folder and a list with the stored file of each chunk (None for a chunk on a disk).
 
         The result is None if all chunks are on a disk.
         """

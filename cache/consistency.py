@@ -170,7 +170,9 @@ def contradiction(path: Path, one: str, other: str) -> DamagedError:
 
 
 def check_same_text(place: Path | str, recorded: Mapping[str, Any], rows: int, tokens: str) -> None:
-    """Raise DamagedError if the harvest at a place, with the `recorded` attributes, had another row count or text."""
+    """Raise DamagedError unless the `recorded` attributes of the harvest at a place contain these `rows` and
+    `tokens`.
+    """
     if recorded["rows"] != rows:
         raise DamagedError(
             f"The harvest at {place} was started with {recorded['rows']:,} rows, but its text now has {rows:,}. Use "
@@ -187,8 +189,8 @@ def check_same_harvest(
     place: Path | str, existing: str, fingerprint: str,
     theirs: Mapping[str, Any] | None = None, ours: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Raise UsageError unless `existing`, the fingerprint of the harvest at a folder or address, is `fingerprint`. The
-    message names the differences between the identities.
+    """Raise UsageError unless the harvest at a folder or address, whose fingerprint is `existing`, has this
+    `fingerprint`. The message names the differences between the identities.
     """
     if existing != fingerprint:
         differs = f" Different: {describe_difference(theirs, ours)}." if theirs and ours else ""

@@ -65,7 +65,9 @@ class ContextFormat:
 
     @property
     def skip_record(self) -> Any:
-        """For digests, the settings that decide which tokens are rows: if no positions are skipped, only the ids."""
+        """For digests, the settings that decide which tokens are rows. If no positions are skipped, these are only the
+        ids.
+        """
         ids = list(self.skip_ids)
         return {"ids": ids, "positions": self.skip_positions} if self.skip_positions else ids
 
@@ -76,8 +78,8 @@ class ContextFormat:
         return ~torch.isin(ids_NS, skip) & (position_S >= self.skip_positions)
 
     def row_mask(self, contexts: Contexts) -> np.ndarray:
-        """Mask (N, S) of the positions that are rows: neither padding nor skipped and, if `contexts.rows` is set, in
-        it.
+        """Mask (N, S) of the positions that are rows: neither padding nor skipped, and marked in `contexts.rows` if
+        that mask is set.
         """
         position_S = np.arange(contexts.ids.shape[1])
         inside_NS = (position_S < contexts.length[:, None]) & (position_S >= self.skip_positions)

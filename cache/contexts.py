@@ -61,8 +61,8 @@ class Contexts:
     def read(cls, folder: Path, digest: str | None = None) -> "Contexts":
         """Read the contexts of a cache, each file checked against tokens/commit.json.
 
-        `digest` is the expected result of `digest_of` for the record's files, from the cache's zarr.json; None if there
-        is no zarr.json yet. Raises DamagedError if a file is missing or differs from its record, or if the digest
+        `digest` is the digest in the cache's zarr.json, which `digest_of` must give for the record's files; None if
+        there is no zarr.json yet. Raises DamagedError if a file is missing or differs from its record, or if the digest
         differs.
         """
         record = folder / "tokens" / "commit.json"

@@ -97,14 +97,14 @@ class ModuleSpec(NamedTuple):
 
     @property
     def site(self) -> str:
-        """The site in the block. For the block itself it is resid_post (its output) or resid_pre (its input)."""
+        """The site in the block. The output of the block itself is resid_post, and its input is resid_pre."""
         if not self.path:
             return "resid_post" if self.end == "output" else "resid_pre"
         return f"{self.path}.{self.end}"
 
     @classmethod
     def parse(cls, text: str) -> "ModuleSpec":
-        """Parse a value of --module. Raises UsageError if it is invalid."""
+        """Parse a value of --module. Raises UsageError if the value is invalid."""
         match = re.fullmatch(r"([A-Za-z_]\w*(?:\.(?:\w+|\{layer\}))*)(?::(input|output))?", text)
         if match is None:
             raise UsageError(

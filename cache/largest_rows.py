@@ -1,10 +1,10 @@
 """For each window, the rows with the largest norms, which a cache in a store keeps in an additional object.
 
 Computing the statistics of an array requires its outlier rows and the thousandth of its rows with the largest norms. On
-a disk they are read from the chunks; in a store, each of these rows would take a request. Which rows these are is known
-only when all windows are written, so each window stores more than a thousandth of its rows. Rows that are not in the
-object are read from the chunks. All rows are read from the chunks if the object is missing or damaged, or was made from
-files other than the listed ones. The object never changes a result.
+a disk these rows are read from the chunks; in a store, each of these rows would take a request of its own. Which rows
+these are is known only when all windows are written, so each window stores more than a thousandth of its rows. Rows
+that are not in the object are read from the chunks. All rows are read from the chunks if the object is missing or
+damaged, or was made from files other than the listed ones. The object never changes a result.
 """
 
 import math

@@ -87,7 +87,8 @@ class ArraySpec:
         """The value that a Zarr reader returns for a missing chunk file: NaN, so that lost rows are not taken for
         zeros.
 
-        Integers and booleans have no such value. Earlier versions recorded 0 for every dtype.
+        Integers and booleans have no NaN; for them the value is 0 or False. Earlier versions recorded 0 for every
+        dtype.
         """
         if self.logical_dtype == "bfloat16":
             return NAN_BITS
@@ -230,7 +231,9 @@ def describe_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> s
 
 
 def without_name(value: Any) -> Any:
-    """An entry of the identity without names: revisions identify models, adapters and datasets, wherever they are."""
+    """An entry of the identity without names, since revisions identify models, adapters and datasets wherever they
+    are.
+    """
     if not isinstance(value, dict):
         return value
     adapters = {"adapters": [one["revision"] for one in value["adapters"]]} if "adapters" in value else {}

@@ -38,8 +38,8 @@ class BatchSource(Protocol):
 
 
 class BatchLoader:
-    """An iterator over the batches of one array, (batch_size, d_in) bfloat16, starting at any batch. It ends before
-    batch `stop`; by default it never ends.
+    """An iterator over the batches of one array, (batch_size, d_in) bfloat16, starting at any batch. The iterator ends
+    before batch `stop`; by default it never ends.
 
     A batch may be overwritten as soon as `next` is called again. The seed and the number `batch` of the next batch are
     its complete state. `seconds_waited` is the time that the caller has waited for data. `store_failure` is the error
@@ -50,7 +50,7 @@ class BatchLoader:
     batch n + 1 while the caller computes on batch n.
 
     The chunks of a cache in a store are pulled into the local folder, as far ahead as the folder has room. `expected`
-    says whether these batches were announced with `LocalFolder.expect`.
+    says whether the batches of this loader were announced with `LocalFolder.expect`.
 
     Raises UsageError if there are fewer rows than one batch. If a reading thread fails, `next` raises its error when
     the batch is due.
@@ -121,7 +121,7 @@ class BatchLoader:
     def _fill(self, slot: Tensor, spans: list[Span]) -> None:
         rows = as_uint16(slot)
         parts = [part for span in spans for part in self.cache.read_rows(self.name, *span)]
-        np.concatenate(parts, out=rows)  # one call, since threads that copy single spans queue for the interpreter lock
+        np.concatenate(parts, out=rows)  # one call: copying single spans makes threads queue for the interpreter lock
         outliers, replacements = self._outliers.replacements(spans)
         if len(outliers):
             rows[outliers] = rows[replacements]
@@ -193,7 +193,8 @@ class HostToDevice:
         compute_stream = torch.cuda.current_stream(self.buffers[0].device)
         if self.last_copied < number:
             self._copy(number, slot)
-        # All work on batch `number - 1` was queued before this, so the event frees its buffer.
+        # All work on batch `number - 1` was queued before this event, so the event marks when that batch's buffer is
+        # free.
         self.free[(number + 1) % 2] = compute_stream.record_event()
         if next_slot is not None:
             self._copy(number + 1, next_slot)
@@ -211,12 +212,12 @@ class HostToDevice:
         self.copied[slot], self.last_copied = self.stream.record_event(), number
 
     def wait_until_copied(self, slot: int) -> None:
-        """Block until the last copy of a slot has finished; for the thread that wants to fill the slot again."""
+        """Block until the last copy of a slot has finished. The thread that wants to fill the slot again calls this."""
         if (event := self.copied[slot]) is not None:
             event.synchronize()
 
     def close(self) -> None:
-        """Let work that is queued from now on wait for the last copy, since it may reuse the buffers' memory."""
+        """Let work that is queued from now on wait for the last copy, since that work may reuse the buffers' memory."""
         torch.cuda.current_stream(self.buffers[0].device).wait_stream(self.stream)
 
 

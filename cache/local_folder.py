@@ -1,4 +1,4 @@
-"""The local folder for chunks pulled from stores. It has a size limit, is filled ahead, and is shared by processes.
+"""The local folder for chunks pulled from stores: limited in size, filled ahead of reading, shared by processes.
 
 The order in which chunks are needed is known in advance (chunk_schedule.py), so threads pull chunks ahead. If there is
 no room, chunks that no process will read are removed first, then the chunk whose next use is farthest away. Names are
@@ -33,7 +33,7 @@ Files = Mapping[str, StoredFile]  # by their names
 class LocalFolder:
     """Pulls the chunks that readings need into a folder of at most `size` bytes. Threads can share it.
 
-    Get it from `local_folder`: a process has one object for each folder.
+    Get the object from `local_folder`: a process has one `LocalFolder` for each folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -71,7 +71,7 @@ class LocalFolder:
             self._leave_if_idle()
 
     def begin(self, reading: ChunkReading, expected_until: int | None = None) -> None:
-        """Begin to pull for a reading. Expected readings with the same key count as done up to step `expected_until`.
+        """Begin to pull for a reading. In expected readings with its key, steps before `expected_until` count as read.
 
         Raises UsageError if the folder cannot hold a step of this reading and one step of each other process.
         """
@@ -264,7 +264,7 @@ class LocalFolder:
             self._pull(file)
 
     def _decide(self) -> tuple[StoredFile | None, float | None]:
-        """Make room for the file to pull now and return it, or return None and the time until the next look."""
+        """Make room for the file to pull now and return the file, or None and the time to wait before the next look."""
         if not self._plan.readings:
             return None, None
         with self._shared.mutex():
@@ -329,7 +329,7 @@ class LocalFolder:
         return self.folder / part_name(name, self._shared.owner)
 
     def _pull(self, file: StoredFile) -> None:
-        """Pull a file that there is room for. It appears complete; if this process dies, others remove the part."""
+        """Pull a file for which there is room. The file appears whole; if this process dies, others remove the part."""
         part, failure = self._part(file.name), None
         try:
             data = file.source.fetch_chunk(file.file)
@@ -356,7 +356,7 @@ class LocalFolder:
             if failure is None:
                 self._damaged.discard(file.name)
                 self._verified.add(file.name)
-                self._ready |= {file.name}  # it has been kept since before it was pulled
+                self._ready |= {file.name}  # this process has kept the file since before the pull
                 self.pulled_files, self.pulled_bytes = self.pulled_files + 1, self.pulled_bytes + file.size
                 self._arrivals.add(file.size)
                 self._let_read()

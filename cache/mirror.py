@@ -76,7 +76,7 @@ class Mirror:
         self._each(pull, [name for name in names if not (self.folder / name).is_file()], RECORD_THREADS)
 
     def push(self, names: Iterable[str]) -> None:
-        """Upload the files. When this returns, all of them are in the store."""
+        """Upload the files. When the call returns, all files are in the store."""
         self._each(lambda name: self.store.put(name, self.folder / name), names)
 
     def drop(self, names: Iterable[str]) -> None:
@@ -95,7 +95,7 @@ def map_ahead(action: Callable[[Item], Result], items: Iterable[Item], threads: 
     """The results of an action, in order, computed by `threads` threads, at most `2 * threads` items ahead of the
     caller.
 
-    Raises the first error. Actions that have not begun by then are not started.
+    Raises the first error, after which no further action is started.
     """
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:

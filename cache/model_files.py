@@ -28,10 +28,11 @@ def deciding_files(folder: Path) -> tuple[list[str], list[str], list[str]]:
     that an index names. Files that training writes next to a model, hidden files, and .bin weights next to safetensors
     are left out.
 
-    The second and the third list are those of earlier versions: one lacks the weights in subfolders and the tokenizer's
-    text files, the other has all JSON files and weights in the folder.
+    Earlier versions used the second or the third list. The second list lacks the weights in subfolders and the
+    tokenizer's text files; the third list has all JSON files and weights in the folder.
 
-    Raises DamagedError if an index is not valid JSON or names a file outside the folder, OSError if it cannot be read.
+    Raises DamagedError if an index is not valid JSON or names a file outside the folder, OSError if an index cannot be
+    read.
     """
     inside = sorted(path.name for path in folder.iterdir() if path.is_file())
     every = [name for name in inside if Path(name).suffix in MODEL_SUFFIXES]
@@ -81,7 +82,7 @@ def explicit_weights(folder: Path) -> str | None:
 def checked_weight_map(index: Any, where: str) -> dict[str, str]:
     """The weight map of an index: {tensor: path of its file in the folder of the model}.
 
-    Raises DamagedError if it has none, or names a file outside the folder.
+    Raises DamagedError if the index has no weight map, or names a file outside the folder.
     """
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):

@@ -55,7 +55,7 @@ def is_digest(revision: object) -> bool:
 
 
 def same_model(one: ModelRecord, other: ModelRecord) -> bool:
-    """Whether two records mean the same model: equal digests of a folder, or equal ids on the Hub."""
+    """Whether two records denote the same model: equal digests of a folder, or equal ids on the Hub."""
     if [a["revision"] for a in one.get("adapters", ())] != [a["revision"] for a in other.get("adapters", ())]:
         return False
     if is_digest(one.get("revision")) and is_digest(other.get("revision")):
@@ -99,8 +99,8 @@ class GivenModel:
 def folder_digests(folder: Path) -> tuple[str, ...]:
     """Digests of a folder: the sha256 over the names and bytes of the files that decide what its model computes.
 
-    model_files.py selects the files. Earlier versions selected other files. The digests of those files come after the
-    current digest, so that records of earlier versions still identify this folder.
+    model_files.py selects the files. Earlier versions selected other files, whose digests come after the current
+    digest, so that records of earlier versions still identify this folder.
 
     Raises UnavailableError if a file cannot be read, and DamagedError if an index of weights is invalid.
     """

@@ -5,8 +5,8 @@ other settings come from the environment, under the names that each provider's o
 AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME and so on. obstore
 refreshes credentials that expire. An address that contains a credential is rejected, so that it is never recorded.
 
-A failed request is tried again for three minutes, or up to six if the store never answers. Error messages have the
-address of the object and the store's error code, never the request, which can contain a signature.
+A failed request is tried again for three minutes, or up to six if the store never answers. Error messages contain the
+address of the object and the store's error code, but never the request, which can contain a signature.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ def folder_or_url(path: str | Path | None) -> str | Path | None:
 
 
 def check_slashes(path: object) -> None:
-    """Raise UsageError for an address with too few slashes, which would be taken for a folder of that name."""
+    """Raise UsageError for an address with too few slashes, since it would be taken for the name of a folder."""
     if match := WITHOUT_SLASHES.match(str(path)):
         slashes = ":///" if match[1].lower() == "file" else "://"
         raise UsageError(f"{path} is not an address: expected {match[1]}{slashes}{str(path)[match.end() :]}.")
@@ -107,7 +107,7 @@ def client_options(scheme: str) -> dict[str, Any]:
 
 
 def check_url(url: str) -> str:
-    """The address without a trailing slash. Raises UsageError if it is invalid, with a message that repeats no
+    """The address without a trailing slash. Raises UsageError if the address is invalid; the message repeats no
     credentials.
     """
     if (match := URL.match(url)) is None:
@@ -141,7 +141,7 @@ class ObjectStore:
 
     def __init__(self, url: str, store: Any) -> None:
         self.url = url
-        self.store = store  # obstore's, which zarr can open too
+        self.store = store  # the store object of obstore, which zarr can open too
         exceptions = import_extra("remote", url, "obstore.exceptions")
         self.errors = (exceptions.BaseError, FileNotFoundError)
         self.already_exists, self.precondition = exceptions.AlreadyExistsError, exceptions.PreconditionError
@@ -156,7 +156,7 @@ class ObjectStore:
         return f"{self.url}/{key}" if key else self.url
 
     def get(self, key: str) -> bytes:
-        """The content of an object. Raises DamagedError if it is missing or shorter than its recorded size."""
+        """The content of an object. Raises DamagedError if the object is missing or shorter than its recorded size."""
 
         def read() -> bytes:
             result = self.store.get(key)
@@ -280,7 +280,7 @@ class ObjectStore:
             return False
 
     def size(self, key: str) -> int:
-        """The bytes of an object. Raises DamagedError if it is missing."""
+        """The bytes of an object. Raises DamagedError if the object is missing."""
         return self._try(lambda: self.store.head(key)["size"], key)
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -313,7 +313,7 @@ class ObjectStore:
             self._try(partial(self._delete, some), some[0])
 
     def _delete(self, keys: Sequence[str]) -> None:
-        with contextlib.suppress(FileNotFoundError):  # raised only for a folder, where it ends the deletion
+        with contextlib.suppress(FileNotFoundError):  # raised only if the store is a folder; ends the deletion
             self.store.delete(keys)
 
     def check(self) -> None:
@@ -358,7 +358,9 @@ class ObjectStore:
 
 
 def version_of(written: Mapping[str, Any]) -> dict[str, Any]:
-    """The version for a conditional write: S3 and Azure compare the ETag of the content, Google its generation."""
+    """The version for a conditional write: S3 and Azure compare the ETag of the content, Google the object's
+    generation.
+    """
     return {name: written[name] for name in ("e_tag", "version") if written[name] is not None}
 
 

@@ -26,7 +26,7 @@ def open_cache(folder: Place) -> Cache:
             Files of a cache in a store are downloaded into `activations/.pulled` when they are read.
 
     Raises:
-        UsageError: there is no cache, or one of a newer format.
+        UsageError: there is no cache, or the cache has a newer format.
         DamagedError: a record of the cache is broken.
         UnavailableError: the store cannot be reached or refuses access, or the extra `remote` is not installed.
     """

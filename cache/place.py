@@ -110,7 +110,7 @@ class FolderPlace:
         """Like `fetch`, for a cache that may have damaged files. Copies all stored records into the folder."""
 
     def chunk_errors(self, records: FileRecords) -> Iterator[tuple[str, str | None]]:
-        """Each of these chunk files with its problem, or None if it is intact. Reads every byte."""
+        """Each of these chunk files with its problem, or with None if the file is intact. Reads every byte."""
         for file, record in records.items():
             yield file, chunk_error(self.folder, file, record)
 
@@ -129,7 +129,9 @@ class FolderPlace:
         return CLAIM_RECORD.create(self.folder / file, content)
 
     def renew_claim(self, file: str, content: Mapping[str, Any]) -> None:
-        """Replace a claim. Does nothing if the claim was removed, because the text has then been cut."""
+        """Replace a claim. Does nothing if the claim was removed, since a claim is removed once the text has been
+        cut.
+        """
         # Written in place, because a rename would restore a claim that another task has removed. A half-written claim
         # counts as unreadable.
         path = self.folder / file
@@ -148,21 +150,23 @@ class FolderPlace:
             (self.folder / file).unlink(missing_ok=True)
 
     def is_begun(self) -> bool:
-        """Whether some worker has called `begin`. If so, the files of `begin` are in the folder."""
+        """Whether some worker has called `begin`. If one has, the files that `begin` requires are now in the folder."""
         return (self.folder / "zarr.json").exists()
 
     def bring(self, records: FileRecords) -> None:
         """Called before small files of committed windows are read. Copies them into the folder."""
 
     def drop(self, records: FileRecords) -> None:
-        """Called when these files have been read."""
+        """Called when the small files have been read."""
 
     def row_reader(self, layout: Layout, files: FileRecords) -> RowReader:
         """A function that reads rows of chunks of activations. It does not verify checksums."""
         return row_reader(self.folder)
 
     def read_record(self, name: str) -> bytes | None:
-        """The current manifest.json or zarr.json, also brought into the folder; None if it is missing."""
+        """The current content of manifest.json or zarr.json, also copied into the folder; None if the record is
+        missing.
+        """
         with contextlib.suppress(FileNotFoundError):
             return (self.folder / name).read_bytes()
         return None

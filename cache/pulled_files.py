@@ -64,7 +64,7 @@ def part_name(chunk: str, owner: str) -> str:
 
 
 def split_part(name: str) -> tuple[str, str]:
-    """The inverse of `part_name`; the owner is "" in a name that lacks it."""
+    """The inverse of `part_name`; the owner is "" if the name contains none."""
     plain = name.removesuffix(PART)
     match = re.fullmatch(r"(.+)\.([0-9a-f]{16})", plain)
     return (match[1], match[2]) if match else (plain, "")

@@ -46,11 +46,11 @@ from .statistics import describe_statistics, mean_and_mean_square
 
 Read = TypeVar("Read")
 
-DECODED_BLOCKS = 128  # for compressed caches (150 MB at d_in 2304): a lane's next read needs the rest of its block
+DECODED_BLOCKS = 128  # kept decoded (150 MB at d_in 2304): the next read of a lane needs the rest of the block
 
 
 class Cache:
-    """An activation cache, opened for reading. It keeps at most `open_chunks` memory maps open.
+    """An activation cache, opened for reading. The cache keeps at most `open_chunks` memory maps open.
 
     Raises UsageError if the folder holds no cache or one of a newer format, DamagedError if a record is broken.
     """
@@ -76,7 +76,7 @@ class Cache:
         return str(self.folder)
 
     def _with_files(self, files: Callable[[], Iterable[str]], read: Callable[[], Read]) -> Read:
-        """Call `read`, which reads these files. For a cache in a folder they are already present."""
+        """Call `read`, which reads these `files`. In a cache in a folder, the files are already present."""
         return read()
 
     def _files_of(self, *arrays: str) -> list[str]:
@@ -215,7 +215,7 @@ class Cache:
     def array_digest(self, name: str) -> str:
         """The sha256 of everything that determines the rows of an array: fingerprint, chunk checksums, outlier limit.
 
-        A limit that no row exceeds is not included, except with the statistics of older versions, which lack `largest`.
+        The digest leaves out a limit that no row exceeds, unless the statistics lack `largest`, as in older versions.
         """
         files = {f: r["crc32c"] for f, r in self.manifest["files"].items() if f.startswith(f"{name}/")}
         statistics = self.statistics(name)

@@ -54,7 +54,7 @@ class Folder(Protocol):
 
 
 class ChunkReading:
-    """Steps that read chunks. They begin in order and may end in any order.
+    """Steps that read chunks. Steps begin in order and may end in any order.
 
     Args:
         folder: where chunks are pulled to.
@@ -94,7 +94,7 @@ class ChunkReading:
 
     @contextmanager
     def step(self, number: int, chunks: Collection[int]) -> Iterator[None]:
-        """Wait until the chunks of a step are present. They stay as long as the context is open.
+        """Wait until the chunks of a step are present. The chunks stay as long as the context is open.
 
         Raises the error of the pull if a chunk cannot be pulled, and ReadingClosed if the reading is closed.
         """
@@ -106,7 +106,7 @@ class ChunkReading:
             self.folder.done(self, number)
 
     def close(self) -> None:
-        """End the reading; threads that wait for it get ReadingClosed."""
+        """End the reading. Threads that wait for its chunks get ReadingClosed."""
         self.folder.end(self)
 
 
@@ -147,7 +147,9 @@ def key_of(files: Sequence[StoredFile | None], order: BatchOrder) -> object:
 def open_reading(
     source: ChunkSource, name: str, order: BatchOrder, batches: range, expected: bool = False
 ) -> ChunkReading | DiskReading:
-    """Begin to read batches of an array. `expected`: whether they were announced to the local folder (`expect`)."""
+    """Begin to read batches of an array. `expected`: whether the batches were announced to the local folder
+    (`expect`).
+    """
     if (reading := batch_reading(source, name, order, batches)) is None:
         return DiskReading()
     reading.folder.begin(reading, batches.stop if expected else None)
@@ -171,7 +173,9 @@ def open_chunk_reading(
 
 
 def schedule_of(readings: Sequence[ChunkReading], epochs: int = KNOWN_EPOCHS) -> tuple[ChunkSchedule, list[StoredFile]]:
-    """The schedule of consecutive readings, each starting at its position, and its files ordered by their numbers."""
+    """The schedule of consecutive readings, each starting at its position, and the files in the order of their numbers
+    in the schedule.
+    """
     numbers: dict[str, int] = {}
     files: list[StoredFile] = []
     uses, offset = [np.empty((0, 3), np.int64)], 0

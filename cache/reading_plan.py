@@ -37,7 +37,7 @@ class ReadingPlan:
         self.remake()
 
     def begin(self, reading: ChunkReading, expected_until: int | None) -> None:
-        """Open a reading. Expected readings with the same key count as done up to step `expected_until`."""
+        """Open a reading. In expected readings with the same key, the steps before `expected_until` count as read."""
         for one in self.expected:
             if expected_until is not None and one.key == reading.key:
                 one.position = max(one.position, expected_until)

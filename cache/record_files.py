@@ -43,7 +43,7 @@ def record_files(folder: Path) -> Iterator[tuple[Path, RecordKind[Any]]]:
 
 
 def damaged_records(folder: Path) -> Iterator[tuple[Path, DamagedError]]:
-    """Every record of a cache that was changed or contradicts other records, with the error.
+    """The records of a cache that were changed or contradict other records, each with its error.
 
     Raises UsageError if the folder holds a cache of a newer format, or another group.
     """

@@ -87,7 +87,7 @@ def remove_cache(folder: Path) -> int:
 def kept_caches(places: Iterable[str], command: str) -> Iterator[None]:
     """Protect the caches in these folders from deletion while they are read. Caches at an address are not locked.
 
-    Raises UsageError if one has been deleted since it was opened, UnavailableError if one is being deleted.
+    Raises UsageError if a cache has been deleted since it was opened, UnavailableError if a cache is being deleted.
     """
     with contextlib.ExitStack() as stack:
         for folder in (Path(place) for place in sorted(set(places)) if not is_url(place)):

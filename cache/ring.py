@@ -31,7 +31,7 @@ from .layout import FORMAT, ArraySpec, Layout, commit_file, fingerprint_of, is_r
 from .outliers import MAX_NORM, iterate_rows, norm_limit, rows_above
 from .reader import Cache
 
-GROUPS_ON_DISK = 2  # one is read while the other is written
+GROUPS_ON_DISK = 2  # one group is read while the other is written
 
 
 class RingCache:
@@ -109,7 +109,7 @@ class RingCache:
 
     def array_digest(self, name: str) -> str:
         """A digest of everything that determines the rows of an array and the order in which they are read."""
-        masked = [] if self.max_norm == MAX_NORM else [self.max_norm]  # older versions had no such option
+        masked = [] if self.max_norm == MAX_NORM else [self.max_norm]  # older versions had no `max_norm`
         return digest_of([self.fingerprint, name, self.capacity // GROUPS_ON_DISK, *masked])
 
     # --- files -------------------------------------------------------------------------------------------------------
@@ -117,7 +117,8 @@ class RingCache:
     def create(self, first_group: int) -> None:
         """Mark the folder as a ring, before anything else is written into it.
 
-        A ring of an older version records no `max_norm`. It masks nothing, unless it restarts at the first group.
+        A ring of an older version records no `max_norm`. Such a ring masks nothing, unless it restarts at the first
+        group.
         """
         path = self.folder / "ring.json"
         if not path.exists() or (first_group == 0 and RING_RECORD.read(path).get("max_norm") != self.max_norm):
@@ -140,7 +141,7 @@ class RingCache:
     def norm_limit(self, name: str) -> float | None:
         """The norm over which a row of an array is an outlier; None if there is no limit.
 
-        It is known once the first window is harvested.
+        The norm is known once the first window is harvested.
         """
         limits = self._norm_limits()
         return None if limits is None else limits[name]
@@ -166,7 +167,9 @@ class RingCache:
         ]
 
     def read_commit(self, window: int, name: str) -> WindowCommit:
-        """The commit of a window of an array. Raises DamagedError if it is missing, damaged or for another window."""
+        """The commit of a window of an array. Raises DamagedError if the commit is missing, damaged or that of another
+        window.
+        """
         path = self.folder / commit_file(window, name)
         commit = COMMIT_RECORD.read(path)
         check_commit(path, commit, self.fingerprint, self.layout)
@@ -205,7 +208,7 @@ class RingCache:
     def locate_batch(self, batch: int, batch_size: int) -> tuple["WindowGroup", int]:
         """The current group, and the number of a training batch within the `BatchOrder` of this group.
 
-        That order is endless: after the last batch of the group, another epoch of the same group follows.
+        The `BatchOrder` is endless: after the last batch of the group, another epoch of the same group follows.
         """
         assert self.current_group is not None
         group = self.current_group
@@ -262,7 +265,7 @@ class RingCache:
 
 
 class WindowGroup(Cache):
-    """The windows of one group of a ring, as a cache; its manifest is the union of their commits."""
+    """The windows of one group of a ring, as a cache whose manifest is the union of the windows' commits."""
 
     def __init__(self, ring: RingCache, number: int) -> None:
         super().__init__(ring.folder)

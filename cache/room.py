@@ -155,5 +155,5 @@ def check_room(folder: Path, size: int, small: int, least: int, elsewhere: int) 
 
 
 def room_for(size: int) -> int:
-    """A little more than `size` bytes, so that the number is still enough when it is shown rounded."""
+    """A little more than `size` bytes, so that the number is still large enough after it is rounded for display."""
     return int(1.005 * size + 1e5)

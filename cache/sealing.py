@@ -17,7 +17,7 @@ class SealState:
     complete: set[str]  # the arrays that zarr.json lists
     seen: bytes | None  # manifest.json; None if it is missing
     manifest: Mapping[str, Any] | None
-    commits: Sequence[Mapping[str, Any]]  # without those whose files are lost
+    commits: Sequence[Mapping[str, Any]]  # without commits whose files are lost
 
     def has_every(self, names: Collection[str], n_windows: int) -> bool:
         """Whether every window of these arrays is committed."""

@@ -8,9 +8,9 @@ The protocol:
 2. A process that reads has a file `.reader-<owner>`, which it keeps locked, and beside it a *statement* of the chunks
    that it keeps and pulls. `owner` is random and differs between processes. The operating system releases the lock when
    the process ends for any reason; after that, its statement is ignored.
-3. Before a process reads a chunk, it states that it keeps the chunk. It does so while it still holds the lock under
-   which it saw the chunk, or before the chunk exists. It withdraws the statement once its memory maps of the chunk are
-   closed.
+3. Before a process reads a chunk, it states that it keeps the chunk. It makes this statement while it still holds the
+   lock under which it saw the chunk, or before the chunk exists. It withdraws the statement once its memory maps of the
+   chunk are closed.
 4. No process removes a chunk that another keeps. A damaged chunk is replaced; processes that read it keep the old file.
 5. A chunk is pulled into a *part*, a file with the owner's name that only the owner writes. Other processes remove the
    part once the owner no longer runs.
@@ -70,7 +70,7 @@ class SharedFolder:
 
     @contextmanager
     def mutex(self) -> Iterator[None]:
-        """Hold the exclusive right to list and change the folder. Other processes hold it only briefly."""
+        """Hold the exclusive right to list and change the folder. Other processes hold this right only briefly."""
         with self._threads:
             self._lock(self._file, fcntl.LOCK_EX)
             try:
@@ -145,7 +145,7 @@ class SharedFolder:
                 kept, pulling, least = json.loads(content)
                 self._read[owner] = content, Statement(frozenset(kept), frozenset(pulling), int(least))
             return self._read[owner][1]
-        except FileNotFoundError:  # its disk was full when it joined
+        except FileNotFoundError:  # the disk was full when the process joined, so it has no statement
             return Statement()
         except OSError as error:
             raise os_error(error, path, "read") from error

@@ -62,10 +62,10 @@ def array_statistics(
 ) -> dict[str, Any]:  # fmt: skip
     """Statistics of an activation array, as recorded in the manifest, from float64 sums.
 
-    Rows whose norm is over `norm_limit` = `max_norm` x the median norm are outliers; "marked" is their number. They are
-    kept in the array but masked out of training and of all other statistics. Only `largest` covers all rows: the rows
-    with the largest norms (see `largest_rows`), the elementwise variance of all rows, and the shares of the variance
-    held by the top 0.1 % of all rows and of the unmasked rows.
+    Rows whose norm is over `norm_limit` = `max_norm` x the median norm are outliers; "marked" is their number. Outlier
+    rows are kept in the array but masked out of training and of all other statistics. Only `largest` covers all rows:
+    the rows with the largest norms (see `largest_rows`), the elementwise variance of all rows, and the shares of the
+    variance held by the top 0.1 % of all rows and of the unmasked rows.
 
     `variance` is the mean over dimensions of each dimension's variance (elementwise); `mean_square_norm` is E|x|^2;
     `norm_of_mean` is |E x|. `outlier_dimensions` are the dimensions whose root mean square is over 8x the median.

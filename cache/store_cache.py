@@ -34,7 +34,7 @@ LABEL_LENGTH = 60
 
 
 class StoreCache(Cache):
-    """The cache at an address. It keeps at most `open_chunks` memory maps open.
+    """The cache at an address. The cache keeps at most `open_chunks` memory maps open.
 
     Raises UsageError if there is no cache, DamagedError for a broken record, UnavailableError like `open_store`.
     """
@@ -110,7 +110,9 @@ class StoreCache(Cache):
     # --- small files -------------------------------------------------------------------------------------------------
 
     def _refresh(self, file: str, content: bytes | None = None) -> None:
-        """Update the local copy of a record. If the store lacks it, as in a half-written cache, the copy is deleted."""
+        """Update the local copy of a record. If the store lacks the record, as in a half-written cache, the copy is
+        deleted.
+        """
         path = self.mirror.folder / file
         if content is None:
             content = self.store.find(file)

@@ -32,7 +32,7 @@ def list_stored_caches(url: str) -> dict[str, Cache | SaeError]:
 def stored_files(store: ObjectStore) -> dict[str, int]:
     """{key: bytes} of the listed objects that belong to the cache at an address, complete or not.
 
-    Raises UsageError if there is none.
+    Raises UsageError if there is no cache.
     """
     found = {key: size for key, size in store.list() if belongs(key)}
     if not {*PROOFS} & found.keys():  # any Zarr group has a zarr.json
@@ -66,8 +66,8 @@ def remove_stored_cache(store: ObjectStore) -> int:
             store.delete(files)
         else:
             raise UnavailableError(f"{store.url} still lists objects of the cache. Run the same command again.")
-        # This has to happen before the last object is deleted, because without that object another call would find
-        # nothing to delete.
+        # The working folders have to be removed before the last object is deleted, because without that object another
+        # call would find nothing to delete.
         for one in (*tasks, *(path for path in folder.iterdir() if path.name not in LOCK_FILES)):
             remove(one)
         store.delete(last)

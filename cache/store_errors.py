@@ -20,7 +20,9 @@ class MissingError(DamagedError):
 
 
 class TransientError(UnavailableError):
-    """A failure of a store that may be temporary. The constructor takes only the message, so it can be raised again."""
+    """A failure of a store that may be temporary. The constructor takes only the message, so the error can be raised
+    again.
+    """
 
     what = ""  # how the store failed
 
@@ -53,11 +55,11 @@ def failure(error: Exception, address: str) -> Exception:
     code = match[1] if (match := re.search(r"<Code>(\w{1,60})</Code>", text)) else ""
     status = int(match[1]) if (match := re.search(r"status code: (\d{3})", text)) else 0
     answer = " ".join(filter(None, [str(status or ""), code])) or type(error).__name__
-    # Nothing else from the text goes into the message: the request can contain a signature.
+    # The message contains nothing else from the text, because the text can contain the request and its signature.
     if code in ("NoSuchBucket", "ContainerNotFound"):
         return UnavailableError(f"{address}: the bucket does not exist ({answer}). Create it, or correct the address.")
     if isinstance(error, FileNotFoundError):
-        return MissingError(f"{address} is missing. Correct the address, or run the command that wrote it again.")
+        return MissingError(f"{address} is missing. Correct the address, or repeat the command that wrote it.")
     if "Account must be specified" in text:
         return UnavailableError(f"{address} needs the name of its account: set AZURE_STORAGE_ACCOUNT_NAME.")
     if any(sign in text for sign in WITHOUT_CREDENTIALS):

@@ -118,7 +118,7 @@ class StorePlace(FolderPlace):
         self._push_request()
         arrays = [f"{path.parent.name}/zarr.json" for path in self.folder.glob("*/zarr.json")]
         if theirs is None and not self.store.put_if_absent("zarr.json", ours.read_bytes()):
-            theirs = self.store.get("zarr.json")  # from another worker of this harvest
+            theirs = self.store.get("zarr.json")  # written by another worker of this harvest
         if theirs is not None:
             atomic_write(ours, theirs)
         for name in arrays:
@@ -324,7 +324,7 @@ def check_address(store: ObjectStore, identity: dict[str, Any]) -> None:
     """Raise UsageError if an address holds a harvest with another identity, or other objects."""
     data = store.find("zarr.json")
     if data is None and (others := sorted(set(store.children()) - INITIAL)):
-        data = store.find("zarr.json")  # from another task, which may have begun in between
+        data = store.find("zarr.json")  # another task may have written it in between
         if data is None:
             raise UsageError(
                 f"{store.url} holds {others[0]}, but no activation cache. Choose another address with --out."
@@ -335,7 +335,9 @@ def check_address(store: ObjectStore, identity: dict[str, Any]) -> None:
 
 
 def read_group(store: ObjectStore, data: bytes) -> Mapping[str, Any]:
-    """The attributes of a cache from its zarr.json. Raises UsageError if it is another Zarr group."""
+    """The attributes of a cache from its zarr.json. Raises UsageError if zarr.json describes another kind of Zarr
+    group.
+    """
     address = store.address("zarr.json")
     check_is_readable_cache(store.url, parse_json(data, address))
     return CACHE_RECORD.parse(data, address)["attributes"]

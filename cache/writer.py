@@ -42,7 +42,7 @@ from .record_files import add_digests
 from .sealing import SealState
 from .statistics import build_manifest
 
-MOST_THREADS = 8  # to measure, compute checksums, write and flush; two can saturate a disk
+MOST_THREADS = 8  # to measure, compute checksums, write and flush; two threads can saturate a disk
 SEAL_ATTEMPTS = 20
 # The files of a harvest that has no fingerprint yet; any other file means that the folder is used for something else.
 INITIAL_FILES = {"tokens", "harvest.json", "ring.json", "zarr.json", *LOCK_FILES}
@@ -174,8 +174,8 @@ class CacheWriter:
     def write_window(
         self, window: int, rows: WindowRows, made_with: Mapping[str, Any], *, replace: bool = False
     ) -> None:
-        """Write and commit the arrays in `rows.bits` that are not yet committed for this window, or with `replace` all
-        of them.
+        """Write and commit the arrays in `rows.bits` that are not yet committed for this window; if `replace` is set,
+        write and commit all of them.
 
         If anything fails, no array is committed. `made_with` is recorded in the commits. Raises SaeError like
         `chunks_to_write`, UnavailableError if the disk is full or not writable.
@@ -226,10 +226,11 @@ class CacheWriter:
             self.write_window(window, dataclasses.replace(rows, bits=mixed), made_with, replace=True)
 
     def seal(self, max_norm: float | None = None, token_text: Callable[[int], str] | None = None) -> bool:
-        """Complete the cache if every window of the arrays of `widths` is committed; returns whether it is.
+        """Complete the cache if every window of the arrays of `widths` is committed; returns whether the cache is
+        complete.
 
         Does nothing if the cache is already complete. Several workers may call it at the same time. `max_norm` and
-        `token_text` are as for `finish`.
+        `token_text` have the same meaning as in `finish`.
         """
         if not self.place.has_commits(self._commit_files(self.widths)):
             return False
@@ -267,7 +268,7 @@ class CacheWriter:
         return [commit_file(window, name) for window in range(self.layout.n_windows) for name in sorted(names)]
 
     def _seal_states(self) -> Iterator[SealState]:
-        """The records needed for sealing, read again for each item."""
+        """Yield the records needed for sealing, read again each time."""
         for _ in range(SEAL_ATTEMPTS):
             yield self._seal_state()
         raise UnavailableError(f"Other processes keep changing {self.folder}. Run the same command again.")

@@ -67,7 +67,7 @@ def find_adapter(name: str, revision: str | None = None) -> AdapterSource:
 def find_recorded_adapters(records: Sequence[Mapping[str, str]], folders: Sequence[str]) -> tuple[AdapterSource, ...]:
     """Find the adapters of a model record again. `folders` are searched for local adapters.
 
-    Raises UsageError if one is not found.
+    Raises UsageError if an adapter is not found.
     """
     found = []
     for record in records:
@@ -119,7 +119,7 @@ def merge_adapters(model: Any, adapters: Sequence[AdapterSource]) -> Any:
 
     for adapter in adapters:
         try:
-            with never_asking():  # peft runs no code from an adapter, but may load the tokenizer that it names
+            with never_asking():  # peft runs no code from an adapter, but may load a tokenizer that the adapter names
                 adapted = peft.PeftModel.from_pretrained(model, adapter.location, **adapter.hub_revision)
         except SafetensorError as error:
             raise damaged_weights(adapter, str(error)) from error

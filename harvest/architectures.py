@@ -111,7 +111,7 @@ def check_loaded_sites(model: HookedModel, config: Any, hooks: Sequence[Hook]) -
 def can_truncate(config: Any, blocks: int) -> bool:
     """Whether the first blocks, built alone, have the same parameters as in the whole model.
 
-    They do not in Gemma 3n and 4, because one embedding holds inputs for all blocks.
+    In Gemma 3n and 4 the parameters differ, because one embedding holds inputs for all blocks.
     """
     short = copy.deepcopy(config)
     truncate_config(short, blocks)
@@ -154,7 +154,9 @@ class Blueprint:
         return Site(path, end == "input", self.real_width(hook.layer, path, end, shape[-1]), len(shape) == 2)
 
     def outside_hook(self, site: str) -> Hook:
-        """The hook on a module outside the blocks. The module's path may begin with `model` in place of the trunk's."""
+        """The hook on a module outside the blocks. The module's path may begin with `model` in place of the path of the
+        trunk.
+        """
         path, _, end = site.rpartition(".")
         trunk = f"{self.parts.trunk_path}." if self.parts.trunk_path else ""
         inside = path.removeprefix(trunk) if path.startswith(trunk) else path.removeprefix(OUTSIDE)
@@ -237,7 +239,7 @@ class Blueprint:
             return model.probe(layer)
         except (UsageError, UnavailableError):
             raise
-        except Exception as error:  # from a model's own code; DamagedError if its first blocks cannot be built alone
+        except Exception as error:  # raised by the model's code; DamagedError if the first blocks cannot be built alone
             why = describe(error.__cause__ or error)
             raise UsageError(
                 f"{self.class_name} with random weights cannot be run: {why}. So its modules cannot be identified "

@@ -31,7 +31,7 @@ def default_folder(identity: dict[str, Any], text: TextSource, suffix: str = "")
 
 
 def is_begun(folder: Path, identity: dict[str, Any], *, has_own_name: bool) -> bool:
-    """Whether a harvest has been begun in the folder. `identity` is as an earlier version recorded it.
+    """Whether a harvest has been begun in the folder. `identity` has the form that an earlier version recorded.
 
     With `has_own_name`, the folder's name contains the identity's digest, so the folder only has to exist. Otherwise
     the fingerprint recorded in the folder must be that of the identity.

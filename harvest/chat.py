@@ -43,7 +43,7 @@ class ChatEncoder:
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "chat_template", None):
             raise UsageError(
-                "--chat-column needs a tokenizer with a chat template, and this model's has none. "
+                "--chat-column needs a tokenizer with a chat template, but the tokenizer of this model has none. "
                 "Choose an instruction-tuned model, or name a column of plain text with --text-column."
             )
         if not is_fast(self.tokenizer):
@@ -102,7 +102,7 @@ class ChatEncoder:
             rendered: Any = render_jinja_template(
                 conversations=[present], chat_template=self.template, **self.tokenizer.special_tokens_map, **options
             )
-        except Exception as error:  # from Jinja, raised by the template, or from its expressions
+        except Exception as error:  # raised by Jinja, by the template itself, or by an expression in it
             raise TemplateRefusal(first_line(error)) from error
         (text,), spans = rendered
         if any(str(message["content"]) in text for message in present if isinstance(message.get("content"), list)):
@@ -151,9 +151,9 @@ class ChatEncoder:
             prefix = None
         if prefix is None or not text.startswith(prefix):
             raise UsageError(
-                f"This chat template does not render the first {len(messages)} messages of a conversation to the "
-                "beginning of the text of all its messages, so it is not clear what each role wrote. Use a tokenizer "
-                "whose template has {% generation %} marks with --roles assistant, or leave out --roles."
+                f"This chat template does not render the first {len(messages)} messages alone in the same way as "
+                "within the whole conversation, so it is not clear what each role wrote. Use a tokenizer whose "
+                "template has {% generation %} marks and pass --roles assistant, or leave out --roles."
             )
         return len(prefix)
 

@@ -1,9 +1,9 @@
-"""Claims decide which of several tasks cuts the text of a harvest into contexts. The other tasks wait for it.
+"""Claims decide which of several tasks cuts the text of a harvest into contexts. The other tasks wait for the contexts.
 
-A claim is a record in tokens/. A task creates one if there is none, and renews it while working. A claim that has not
-changed for EXPIRY seconds has expired; the task that creates the claim with the next number continues with the text.
-Each task measures this time with its own clock, excluding time during which the task itself was suspended. A task that
-was slow but not dead notices the later claim at its next step.
+A claim is a record in tokens/. A task creates a claim if there is none, and renews the claim while working. A claim
+that has not changed for EXPIRY seconds has expired; the task that creates the claim with the next number continues with
+the text. Each task measures this time with its own clock, excluding time during which the task itself was suspended. A
+task that was slow but not dead notices the later claim at its next step.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ EXPIRY = 90.0
 
 
 class ClaimLost(Exception):  # noqa: N818  (not an error: another task does the work)
-    """Another task has claimed the text, because this one seemed to be dead."""
+    """Another task has claimed the text, because this task seemed to be dead."""
 
 
 class TextClaim:
@@ -35,10 +35,12 @@ class TextClaim:
         self.owner = f"process {os.getpid()} on {socket.gethostname()} ({command})"
         self.task = secrets.token_hex(8)  # distinguishes processes with the same id in two containers
         self.silence = Silence()  # how long the task with the claim has been silent
-        self.holder = ""  # the task whose claim this one waits for
+        self.holder = ""  # the task whose claim this task waits for
 
     def take(self) -> str | None:
-        """Make a claim if there is none or it has expired. Returns its file, or None while another task has it."""
+        """Make a claim if there is none or the last one has expired. Returns the file of the new claim, or None while
+        another task holds a claim.
+        """
         claims = self.place.claim_files()
         number = int(re.findall(r"\d+", claims[-1])[0]) if claims else 0
         if claims:

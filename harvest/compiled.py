@@ -34,8 +34,8 @@ def compile_blocks(model: LanguageModel, hooks: Sequence[Hook]) -> None:
             if layer not in inside:
                 block.forward = torch.compile(block.forward, dynamic=True, backend=BACKEND)
         compiled = model.capture(ids_NS, [last])[last].float()
-    except Exception as error:  # whatever the compilers of this machine raise
-        reason = first_line(getattr(error, "inner_exception", error))  # the compiler's, not torch's wrapper
+    except Exception as error:  # the compilers of this machine raise errors of any type
+        reason = first_line(getattr(error, "inner_exception", error))  # the compiler's error, not torch's wrapper
         raise UsageError(f"The blocks of {name} cannot be compiled here ({reason}). Leave out --compile.") from error
     apart = float((compiled - eager).norm() / eager.norm())
     if not apart <= MOST_APART:

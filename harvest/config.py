@@ -82,7 +82,7 @@ def check_config(config: HarvestConfig, dataset: str) -> None:
         "--split": [config.split], "--dataset-revision": [config.dataset_revision],
     }  # fmt: skip
     if empty := [flag for flag, values in named.items() if any(value == "" for value in values)]:
-        raise UsageError(f"{empty[0]} cannot be empty. Give a name, or leave it out.")
+        raise UsageError(f"{empty[0]} cannot be empty. Give a name, or leave out the option.")
     if config.chat_column is not None and config.text_column != HarvestConfig.text_column:
         raise UsageError(
             f"--text-column {config.text_column} and --chat-column {config.chat_column} cannot both be read. Leave one "

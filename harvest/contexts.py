@@ -38,9 +38,9 @@ def make_contexts(
     """Shuffled contexts with `tokens` rows to harvest, and the held-out contexts found while reading them.
 
     Continues from `checkpoint`, which is saved every `checkpoint_tokens` tokens; this does not affect the result. While
-    the text is read, memory use is 4 bytes for each of those tokens, plus one batch of documents with its tokens (at
-    most BATCH_CHARACTERS + MAX_DOCUMENT characters); afterwards, it is 4 * context + 50 bytes per context.
-    Conversations take one more byte per token.
+    the text is read, memory use is 4 bytes for each of these `checkpoint_tokens` tokens, plus one batch of documents
+    with its tokens (at most BATCH_CHARACTERS + MAX_DOCUMENT characters); afterwards, it is 4 * context + 50 bytes per
+    context. Conversations take one more byte per token.
 
     Raises UsageError if the text has no tokens, if it has too few and `exactly` is set, or if the model has no
     embedding for one of its tokens. Raises UnavailableError if the text cannot be read any further; the checkpoint then

@@ -100,9 +100,9 @@ class FileReader:
 class DatasetReader:
     """The documents in a column of a `datasets.IterableDataset`.
 
-    After a network failure, the reader waits for each of `retry_seconds` in turn and retries; every row that arrives
-    resets the count. After the last retry it raises UnavailableError. After any other failure it raises
-    `make_error(first line of the failure's message)`.
+    After a network failure, the reader waits and retries, up to len(retry_seconds) times in a row. After n earlier
+    failures, it waits `retry_seconds[n]` seconds; every row that arrives resets n to 0. After the last retry the reader
+    raises UnavailableError. After any other failure it raises `make_error(first line of the failure's message)`.
 
     The constructor raises UsageError if there are no rows or no such column. Iterating raises UsageError at a row with
     ids outside the vocabulary.
@@ -164,8 +164,8 @@ class DatasetReader:
         if failures == len(self.retry_seconds):
             raise UnavailableError(
                 f"{self.name} could not be read beyond row {self.rows_read:,}: {problem} The network failed "
-                f"{failures + 1} times in a row, over {sum(self.retry_seconds)} seconds. Run the same command again to "
-                "continue from there."
+                f"{failures + 1} times in a row, with waits of {sum(self.retry_seconds)} seconds in all. Run the same "
+                "command again to continue from there."
             ) from error
         seconds = self.retry_seconds[failures]
         self.say(f"Network failure at row {self.rows_read:,} of {self.name} ({problem}); retrying in {seconds} s.")

@@ -129,7 +129,7 @@ def files_may_contain(files: list[Path], strings: Sequence[str]) -> bool:
 
 
 def digest_of_files(path: Path, files: list[Path]) -> str:
-    """sha256 over the bytes of all files. Raises UsageError if they are empty or cannot be read."""
+    """sha256 over the bytes of all files. Raises UsageError if all files are empty or a file cannot be read."""
     digest = hashlib.sha256()
     try:
         if not any(file.stat().st_size for file in files):
@@ -208,7 +208,7 @@ def hub_error(error: Exception, name: str, revision: str | None) -> SaeError | N
         )
     if isinstance(error, RepositoryNotFoundError):
         return UnavailableError(
-            f"There is no dataset {name} on the Hub that you can read. Check the name; if it is private, run "
+            f"There is no dataset {name} on the Hub that you can read. Check the name. For a private dataset, run "
             "`hf auth login`."
         )
     if isinstance(error, RevisionNotFoundError):

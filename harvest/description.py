@@ -117,9 +117,9 @@ def describe_window(plan: HarvestPlan) -> list[str]:
 
 
 def describe_time(plan: HarvestPlan) -> str:
-    """The estimated time as text. It is also part of the plan of `sae train --stream`.
+    """The estimated time of a harvest as text, which `sae train --stream` also prints in its plan.
 
-    If several processes are launched, only the first one measures it, since only the first one prints.
+    If several processes are launched, only the first one measures the time, since only the first one prints.
     """
     rank, processes = rank_and_count()
     if rank > 0:

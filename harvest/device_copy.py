@@ -32,7 +32,7 @@ class DeviceCopy:
             staged = {}
             for name, x in rows.items():
                 staged[name] = self._pinned(name, x).copy_(x, non_blocking=True)
-                x.record_stream(self.cuda_stream)  # keeps its memory from being reused before the copy has read it
+                x.record_stream(self.cuda_stream)  # the memory of x is not reused before the copy has read x
         self.wait()
         self.pending = (self.cuda_stream.record_event(), staged, target, bits)
         self.sent += 1

@@ -43,7 +43,7 @@ class DeviceWindow:
     """GPU memory for one window at a time.
 
     A full window is copied on a separate CUDA stream, so the next forward passes overlap with the copy. Only the GPU
-    waits: it places the first rows of the next window once the copy has read this one.
+    waits: it places the first rows of the next window once the copy has read the full window.
     """
 
     def __init__(self, device: torch.device, rows: int) -> None:
@@ -103,7 +103,7 @@ class DeviceWindow:
 
     def _to_host(self, x: Tensor) -> Tensor:
         target = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-        x.record_stream(self.stream)  # keeps its memory from being reused before the copy has read it
+        x.record_stream(self.stream)  # the memory of x is not reused before the copy has read x
         return target
 
     def _wait_for_copy(self) -> None:

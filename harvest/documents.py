@@ -102,7 +102,9 @@ class TextSource:
                 yield document
 
     def check_readable(self, tolerated: int = 0) -> None:
-        """Raise UsageError if more than a hundredth of the rows read so far, plus `tolerated`, were unreadable."""
+        """Raise UsageError if the unreadable rows, minus `tolerated`, are more than a hundredth of the rows read so
+        far.
+        """
         unreadable = self.skipped.get(UNREADABLE, 0)
         if self.read >= CHECKED_ROWS and 100 * (unreadable - tolerated) > self.read:
             raise UsageError(
@@ -174,7 +176,7 @@ def is_token_ids(value: Any) -> bool:
 def parse_messages(value: Any) -> Conversation | None:
     """A conversation from a cell of a table: a list of messages, or a dictionary of lists of equal length.
 
-    Returns None if it is neither, or if a message has no role or no content.
+    Returns None if the cell is neither, or if a message has no role or no content.
     """
     value = list_of_messages(value)
     return None if fault_of_messages(value) else Conversation(value)

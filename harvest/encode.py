@@ -96,8 +96,8 @@ class DocumentEncoder:
 def encode_as_text(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """The ids of texts, with special tokens in the texts tokenized as ordinary text.
 
-    A Unigram or WordPiece model can have the special token in its own vocabulary and find it in the text. That piece is
-    then replaced by the pieces of its parts.
+    A Unigram or WordPiece model can have a special token as a piece in its own vocabulary and find it in the text. Such
+    a piece is replaced by the pieces of its parts.
     """
     ids: list[list[int]] = tokenizer(
         texts, add_special_tokens=False, split_special_tokens=True, verbose=False

@@ -47,7 +47,7 @@ class Configuration:
 
     Attributes:
         patterns: split -> patterns of its files, relative to the folder; empty if the file names decide the split.
-        folder: the subfolder that contains its files; "" for the folder itself.
+        folder: the subfolder that contains the entry's files; "" for the folder itself.
     """
 
     name: str
@@ -250,8 +250,8 @@ def read_configuration(entry: Any, readme: Path) -> Configuration:
         patterns.setdefault(split, []).extend(paths)
     if not isinstance(name, str) or not isinstance(folder, str):
         raise UsageError(
-            f"{readme} has a configuration without a config_name, or without data_files as a path or paths for each "
-            "split. Correct it, or remove README.md to choose the files by their names."
+            f"{readme} has a configuration without a config_name, or without data_files that give a path, several "
+            "paths, or paths for each split. Correct it, or remove README.md to choose the files by their names."
         )
     return Configuration(name, patterns, folder, bool(entry.get("default")))
 
@@ -273,7 +273,7 @@ def choose_configuration(
     names = [one.name for one in configurations]
     if subset is not None and subset not in names:
         known = f"; its README.md has {', '.join(names)}" if names else ", since it has no README.md with `configs`"
-        raise UsageError(f"{path} has no subset {subset!r}{known}. Choose another with --subset, or leave it out.")
+        raise UsageError(f"{path} has no subset {subset!r}{known}. Choose another with --subset, or omit --subset.")
     present = [one for one in configurations if has_files(path, files, one)]
     if subset is not None:
         chosen = [one for one in present if one.name == subset]
@@ -291,7 +291,7 @@ def choose_configuration(
 
 
 def say_left_out(path: Path, files: list[Path], splits: Splits, say: Say) -> None:
-    """Report files that belong to no split because their names, unlike those of other files, contain none."""
+    """Report files that belong to no split because their names, unlike those of other files, contain no split."""
     belonging = {file for chosen in splits.values() for file in chosen}
     if left_out := [file for file in files if file not in belonging]:
         first = left_out[0].relative_to(path).as_posix()

@@ -62,7 +62,7 @@ class HookedModel:
     def norm(self) -> nn.Module:
         """The norm between the last block and the unembedding; identity if there is none.
 
-        Raises UsageError if there are several.
+        Raises UsageError if no single module computes the last hidden state from the last block's output.
         """
         with Recorder(self.trunk) as recorder:
             final = self.run_trunk(self.probe_ids()).last_hidden_state

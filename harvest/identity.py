@@ -10,8 +10,9 @@ from .config import TOKENS, HarvestConfig
 from .documents import TextSource
 from .model import ModelSource
 
-# This entry of the identity is "text" if special tokens in the text are tokenized as text. If it is absent, they are
-# tokenized as special tokens, as in earlier versions, or the text is known to contain none.
+# This entry of the identity is "text" if special tokens in the text are tokenized as text. If the entry is absent,
+# either the text is known to contain no special tokens, or they are tokenized as special tokens, as in earlier
+# versions.
 LITERALS = "special_tokens"
 
 

@@ -56,7 +56,7 @@ def activations(
         site: "resid_post" (the residual stream after the block), another site such as "mlp_out", or the input or output
             of a module of the block, such as "mlp.gate_proj.output" (harvest/model.py).
         bos: What each context begins with: "auto", "none", or a token as text or id, as for `sae harvest --bos`.
-        skip_positions: Leave out this many positions at the beginning of each context. BOS counts as one.
+        skip_positions: Leave out this many positions at the beginning of each context. BOS counts as a position.
         skip_tokens: Tokens, as text or id, whose rows are left out too.
         batch_contexts: Contexts in a forward pass.
         device: As in `sae harvest`. Ignored for a model that is already loaded.

@@ -1,8 +1,8 @@
 """Translate errors from loading and running a model into messages that tell the user what to do.
 
 For malformed files, transformers, tokenizers and torch raise errors of any type. So every error is translated: its type
-and text go into the message, and the error itself becomes the cause. Only calls into those libraries are made inside
-these contexts.
+and text go into the message, and the error itself becomes the cause. The context managers of this module enclose only
+calls into those libraries.
 """
 
 import contextlib
@@ -67,7 +67,9 @@ def advice(part: str) -> str:
 
 @contextlib.contextmanager
 def translate_model_errors(name: str, attention: str = "eager") -> Iterator[None]:
-    """Translate any error that a model's code raises when the model is first built or run; an SaeError is raised."""
+    """Translate any error that a model's code raises when the model is first built or run. An SaeError is raised
+    unchanged.
+    """
     try:
         yield
     except OWN_ERRORS:
@@ -154,11 +156,11 @@ def load_error(error: BaseException, name: str) -> SaeError | None:
         return UnavailableError(f"{name} is gated: {accept_license} To try `sae` without it, use --model {mini.NAME}")
     if caused_by(RepositoryNotFoundError):
         return UnavailableError(
-            f"There is no model {name} on the Hub that you can read. Check the name; if it is private, run "
+            f"There is no model {name} on the Hub that you can read. Check the name. For a private model, run "
             f"`hf auth login`. Or give a folder, or --model {mini.NAME}."
         )
     if caused_by(RevisionNotFoundError):
-        return UsageError(f"The model {name} has no such revision. Give a commit of it with --revision.")
+        return UsageError(f"The model {name} has no such revision. Give a commit of the model with --revision.")
     if sentence := unsupported_model(causes, name):
         return UsageError(sentence)
     if any(isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) for cause in causes):

@@ -136,7 +136,7 @@ def find_recorded_model(
 ) -> tuple[ModelSource, Any]:
     """Find the model of a record again, like `find_model`: on the Hub, or in a folder with the same files.
 
-    If the record describes a folder, `folders` are tried in turn; `given` is a model that the user names instead. The
+    If the record describes a folder, `folders` are tried in order; `given` is a model that the user names instead. The
     adapters are found in the same way, in `adapter_folders`.
 
     Raises UsageError if `given` is another model, if the folder is not found, or if the model has changed.
@@ -202,7 +202,7 @@ def load_first_blocks(
     truncate_config(first, last_layer + 1)
     try:
         return load_transformer(kind, source, first, dtype, device, attention)
-    except DamagedError:  # in Gemma 3n and 4 the number of blocks determines the shape of tensors outside them
+    except DamagedError:  # in Gemma 3n and 4 the number of blocks determines the shape of tensors outside the blocks
         return load_transformer(kind, source, config, dtype, device, attention)
 
 

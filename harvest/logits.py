@@ -1,8 +1,8 @@
 """Logits in float32 from a model that computes in bfloat16 or float16.
 
-Such a model rounds its logits, both before and after a soft cap; around 16, the rounding steps are 1/16. The KL
-divergence between two such distributions is about 1e-3 nats where it should be zero. So the last matrix multiplication
-returns its float32 sums unrounded, and the model's own code applies caps and scales in float32.
+Such a model rounds its logits, both before and after a soft cap; around 16, the rounding steps are 1/16. With such
+rounding, the KL divergence between two distributions is about 1e-3 nats where it should be zero. So the last matrix
+multiplication returns its float32 sums unrounded, and the model's own code applies caps and scales in float32.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ WEIGHTS_AT_ONCE = 2**24  # elements that are converted to float32 at a time, on 
 def unrounded_logits(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """A context in which a causal language model computes its logits in float32.
 
-    It changes nothing for a model in float32, or if the last layer is not a plain linear layer (for example, if it
-    is quantized).
+    The context changes nothing for a model in float32, or if the last layer is not a plain linear layer (for example,
+    if the layer is quantized).
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if type(head) is not nn.Linear or head.weight.dtype not in (torch.bfloat16, torch.float16):

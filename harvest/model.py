@@ -90,8 +90,8 @@ def load_model(
 def refuse_unknown_ids(model: "LanguageModel") -> "LanguageModel":
     """Make the model raise UsageError, instead of torch's IndexError, for token ids without an embedding.
 
-    Ids on a GPU are not checked here, because reading them would wait for the previous pass. Callers check these
-    beforehand.
+    Ids on a GPU are not checked here, because reading the ids would make the host wait for the previous pass. Callers
+    check these ids beforehand.
     """
     embedding = model.trunk.get_input_embeddings()
     rows = int(embedding.num_embeddings)
@@ -146,7 +146,8 @@ class LanguageModel(HookedModel):
         return self._splicer.prefix(ids_NS, hooks)
 
     def unembed(self, final: Tensor) -> Tensor:
-        """Logits (..., V) from `ForwardPass.final` (..., D). Select positions first: logits take the most memory.
+        """Logits (..., V) from `ForwardPass.final` (..., D). Select positions before the call: logits take the most
+        memory.
 
         The logits are in float32 even if the model computes in bfloat16 (logits.py).
 

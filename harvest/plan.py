@@ -151,7 +151,7 @@ class HarvestPlan:
         return self.tokenizer.decode([token])
 
     def planned_cache(self) -> PlannedCache:
-        """The cache that this plan will write. Training can be planned on it before the harvest."""
+        """The cache that this plan will write. Training can be planned on this cache before the harvest."""
         return PlannedCache(self.folder, self.identity, self.layout, self.widths)
 
     @property
@@ -194,7 +194,9 @@ class HarvestPlan:
         return working_bytes(self.layout, self.bytes_per_token, processes_on_this_machine())
 
     def estimated_seconds(self) -> float:
-        """The seconds of model time on one device, extrapolated from one block. Reading and writing overlap with it."""
+        """The seconds of model time on one device, extrapolated from one block. Reading and writing overlap with the
+        model's computation.
+        """
         config = self.config
         per_block = block_seconds_per_token(
             self.model_config, dtype=self.dtype, device=self.device, attention=config.attention,
@@ -218,7 +220,7 @@ class HarvestPlan:
         if self.store is not None:
             return check_working_folder(self.folder, self.working_bytes)
         free = free_space(self.folder)
-        if self.config.compress:  # bfloat16 shrinks at least 1.3x, and nothing is lost if the disk does fill up
+        if self.config.compress:  # bfloat16 compresses at least 1.3x; if the disk fills up anyway, nothing is lost
             needed, per_token = needed / 1.3, per_token / 1.3
         if 1.02 * needed > free:
             raise UnavailableError(

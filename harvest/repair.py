@@ -94,7 +94,7 @@ def repair_place(
 
 
 def check_complete(folder: Path) -> None:
-    """Raise UsageError if the harvest has not finished. If zarr.json cannot be read, `repair` finishes it."""
+    """Raise UsageError if the harvest has not finished. If zarr.json cannot be read, `repair` finishes the harvest."""
     with contextlib.suppress(DamagedError):
         if not read_attributes(folder)["complete"]:
             raise UsageError(f"{folder} is half written. Run the same `sae harvest` again to finish and repair it.")
@@ -178,7 +178,7 @@ def changed_inputs(identity: dict[str, Any], plan: HarvestPlan) -> list[str]:
 
 
 def recorded_model(folder: Path) -> str | None:
-    """The current folder of the cache's model; None if it is not from a folder or is not found."""
+    """The current folder of the cache's model; None if the model is not from a folder, or the folder is not found."""
     with contextlib.suppress(SaeError):
         record = read_attributes(folder)["identity"]["model"]
         if is_digest(record["revision"]) and record["name"] != mini.NAME:
@@ -262,7 +262,7 @@ def find_damaged(place: FolderPlace, records: dict[str, Any], progress: HarvestP
 def group_by_batch(
     missing: dict[int, list[str]], commits: dict[tuple[int, str], dict[str, Any]], default: int
 ) -> dict[tuple[int, int], list[str]]:
-    """Group arrays by window and by the contexts per pass in their commit. This number can affect the last bits."""
+    """Group arrays by window and by the contexts per pass in their commit, a number that can affect the last bits."""
     groups: dict[tuple[int, int], list[str]] = defaultdict(list)
     for window, arrays in missing.items():
         for array in arrays:

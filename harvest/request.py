@@ -44,7 +44,7 @@ def request_of(plan: HarvestPlan) -> dict[str, Any]:
     record = {name: value for name, value in record.items() if name not in not_recorded}
     bos_id = plan.context_format.bos_id
     record["bos_token"] = None if bos_id is None else token_text(plan.tokenizer, bos_id)
-    modules = read_hook_modules(plan.folder) | plan.modules  # so that the modules of layers harvested earlier are kept
+    modules = read_hook_modules(plan.folder) | plan.modules  # keeps the modules of layers harvested earlier
     environment = environment_record()
     environment["variables"].pop("WORLD_SIZE", None)  # the number of processes affects no byte
     return record | {

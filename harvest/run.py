@@ -70,12 +70,12 @@ def harvest_activations(
             prepare=True only tokenizes the text.
 
     Returns:
-        The opened cache. As long as other shares are missing, it does not list the layers that this share adds.
+        The opened cache. As long as other shares are missing, the cache does not list the layers that this share adds.
 
     Raises:
         UsageError: An option is unknown or invalid, or the folder holds something else.
         UnavailableError: The model or the dataset cannot be reached, or the disk is too small.
-        Interrupted: Stopped by Ctrl-C. Every committed window is safe; the same call continues.
+        Interrupted: Stopped by Ctrl-C. Every committed window is safe; the same call continues the harvest.
     """
     known = {field.name for field in fields(HarvestConfig)} - {"origins"}
     for name in options:
@@ -99,8 +99,8 @@ def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
 
     For a cache in a store, the working folder is opened, which contains the records but no chunks.
 
-    With `plan.config.share` only this share is run, and with `plan.config.prepare` only the steps before the first
-    window; the cache is then complete only if nothing else was missing.
+    If `plan.config.share` is set, only this share is run; if `plan.config.prepare` is set, only the steps before the
+    first window. In both cases the cache is complete afterwards only if nothing else was missing.
 
     Raises UsageError if the folder holds something else, or if the processes do not see the same folder;
     UnavailableError if the disk is too small, another process is writing, or one of the launched processes has ended;

@@ -20,7 +20,9 @@ class HarvestShare:
 
     @classmethod
     def parse(cls, text: str) -> "HarvestShare":
-        """The inverse of str. Raises UsageError for any other form, or a number outside the range 1 to count."""
+        """The inverse of str. Raises UsageError if the text has another form, or if the number is not from 1 to
+        count.
+        """
         match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
         if match is None:
             raise UsageError(

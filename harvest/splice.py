@@ -29,8 +29,8 @@ class PrefixPass:
 
     `run_from(hook, x)` replaces the activations at `hook` by x (N, S, d), such as an SAE's reconstruction, and returns
     the model's last hidden state (N, S, D), the input of `LanguageModel.unembed`. M versions of the contexts can be run
-    together, as (M N, S, d). With a mask (N,), only the contexts at which it is True are run, and x contains only
-    these. Gradients flow back to x if x requires them.
+    together, as (M N, S, d). With a mask (N,), only the contexts where the mask is True are run, and x contains only
+    these contexts. Gradients flow back to x if x requires them.
     """
 
     activations: dict[Hook, Tensor]  # hook -> (N, S, d)
@@ -77,7 +77,7 @@ class Splicer:
             self.check(unchecked)
 
     def hooks_to_keep(self, hooks: Sequence[Hook]) -> list[Hook]:
-        """The hooks, and for each of them the last earlier hook whose activations do not depend on it."""
+        """The hooks, and for each hook the last earlier hook whose activations do not depend on that hook."""
         before = [hook for hook in map(self.skipped_to, hooks) if hook is not None]
         return list(dict.fromkeys([*hooks, *before]))
 
@@ -109,7 +109,7 @@ class Splicer:
             def replace(_: Tensor) -> Tensor:
                 nonlocal replaced
                 replaced = True
-                return x_NSD.clone()  # Falcon adds to it in place
+                return x_NSD.clone()  # Falcon adds to this tensor in place
 
             with contextlib.ExitStack() as stack:
                 stack.enter_context(gradients_of(x_NSD))
@@ -130,10 +130,10 @@ class Splicer:
         return run_from
 
     def skipped_to(self, hook: Hook) -> Hook | None:
-        """The hook from which the model can restart: the last one not affected by changes at `hook`, or `hook` itself.
+        """The hook from which the model can restart: `hook` itself, or the last hook not affected by changes at `hook`.
 
-        None if that is the embedding. A module outside the blocks belongs to the first layer if it runs before them
-        and to the last if it runs after them.
+        None if the model has to restart at the embedding. A module outside the blocks belongs to the first layer if it
+        runs before them and to the last if it runs after them.
         """
         if hook.site == "resid_post":
             return hook

@@ -1,6 +1,6 @@
 """The stages of a harvest: first the text and the metadata, then the windows.
 
-Single processes, ranks and tasks of an array job all use them.
+Single processes, ranks and tasks of an array job all use these stages.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -51,7 +51,7 @@ def harvest_windows(
     plan: HarvestPlan, writer: CacheWriter, contexts: Contexts, missing: Mapping[int, list[str]],
     mine: Mapping[int, list[str]], progress: HarvestProgress,
 ) -> None:  # fmt: skip
-    """Harvest the missing windows that are `mine`."""
+    """Harvest those of the missing windows that are in `mine`."""
     if not missing:
         return
     rows = {window: len(writer.layout.row_range(window)) for window in missing}
@@ -110,7 +110,8 @@ def load_model_for(plan: HarvestPlan, windows: Mapping[int, Sequence[str]], devi
 
 
 def read_or_tokenize(plan: HarvestPlan, check: Callable[[], None] = lambda: None) -> Contexts:
-    """The contexts to run. If no earlier start of this harvest wrote them, they are tokenized and written now.
+    """The contexts to run. If no earlier start of this harvest wrote the contexts, the text is tokenized and they are
+    written now.
 
     Raises DamagedError if the cache was started with other contexts.
     """
@@ -140,7 +141,7 @@ def tokenize(plan: HarvestPlan, check: Callable[[], None] = lambda: None) -> Con
 def check_before_text(plan: HarvestPlan) -> None:
     """Raise UnavailableError if the requested rows do not fit on the disk, or the store cannot be written.
 
-    This is called before the text is read, because reading it can take a long time.
+    This check is made before the text is read, because reading the text can take a long time.
     """
     if Contexts.is_complete(plan.folder):
         return

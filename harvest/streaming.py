@@ -1,6 +1,7 @@
 """Harvest while training: a thread harvests the windows of a ring in order, as far ahead as the ring has room.
 
-The windows are bit-identical to those that the same `sae harvest` writes. Training releases them once it has read them.
+The windows are bit-identical to those that the same `sae harvest` writes. Training releases the windows once it has
+read them.
 """
 
 import contextlib
@@ -60,7 +61,7 @@ def check_room(plan: HarvestPlan, ring: RingCache) -> int:
         )
         raise UnavailableError(
             f"A ring of {ring.capacity} windows of {ring.layout.window_rows:,} rows needs "
-            f"{format_bytes(1.02 * needed)}, but {plan.folder} has {format_bytes(free)} for it. "
+            f"{format_bytes(1.02 * needed)}, but {plan.folder} has room for {format_bytes(free)}. "
             f"{f'{fits} would fit.' if half > 0 else 'Free space first.'}"
         )
     return needed

@@ -36,7 +36,7 @@ def embedding_rows(config: Any) -> int | None:
 
 
 def find_parts(model: nn.Module) -> Parts:
-    """Find the trunk and the blocks of a model. Raises UsageError if it has no list of blocks, or several."""
+    """Find the trunk and the blocks of a model. Raises UsageError if the model has no list of blocks, or several."""
     decoder: Any = decoder_config(model.config)
     lists = outermost_lists(model)
     depth = getattr(decoder, "num_hidden_layers", None)

@@ -46,7 +46,7 @@ class TokenizeCheckpoint:
             remove_checkpoint(folder)
 
     def _restore(self) -> None:
-        """Load the checkpoint of an earlier start. Raises DamagedError if it cannot be used."""
+        """Load the checkpoint of an earlier start. Raises DamagedError if the checkpoint cannot be used."""
         path = self.folder / "state.json"
         saved = TOKENIZE_RECORD.read(path)
         if saved["owner"] != self.owner:
@@ -67,7 +67,7 @@ class TokenizeCheckpoint:
         )
 
     def read_parts(self) -> Iterator[dict[str, np.ndarray]]:
-        """The parts in order. Raises DamagedError if one differs from its checksum."""
+        """The parts in order. Raises DamagedError if a part differs from its checksum."""
         for number, checksum in enumerate(self.checksums):
             path = self.part_file(number)
             data = path.read_bytes() if path.exists() else b""

@@ -37,7 +37,7 @@ class ComputedRows(NamedTuple):
 
 
 class WindowDraft:
-    """The draft of a window. `owner` is everything that determines its bytes, including software and device."""
+    """The draft of a window. `owner` is everything that determines the draft's bytes, including software and device."""
 
     def __init__(self, folder: Path, window: int, owner: Any) -> None:
         self.folder, self.owner = draft_folder(folder, window), digest_of(owner)

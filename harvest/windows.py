@@ -1,8 +1,8 @@
 """Compute the windows of a cache and write them.
 
 While the model computes one window, threads measure, compress (if requested), write and flush the previous one. There
-is memory for two windows and no more: if neither is free, the model waits. If a GPU has room for a window, its rows are
-placed and measured there, and the whole window is copied to host memory at once (device_window.py).
+is memory for two windows and no more: if neither is free, the model waits. If a GPU has room for a window, the rows are
+placed and measured on the GPU, and the whole window is copied to host memory at once (device_window.py).
 """
 
 import contextlib
@@ -84,7 +84,9 @@ def write_windows(
 
 
 class WriterThread:
-    """Writes windows in a thread. After an error it writes nothing more; `raise_error` raises it in the caller."""
+    """Writes windows in a thread. After an error the thread writes nothing more; `raise_error` raises the error in the
+    caller.
+    """
 
     def __init__(self, writer: CacheWriter, memory: Sequence[Memory]) -> None:
         self.writer = writer
@@ -93,11 +95,11 @@ class WriterThread:
         for one in memory:
             self.free.put(one)
         self._jobs: queue.SimpleQueue[tuple[int, Pending, dict[str, Any], Memory] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, daemon=True)  # a second Ctrl-C does not wait for it
+        self._thread = threading.Thread(target=self._run, daemon=True)  # a second Ctrl-C does not wait for this thread
         self._thread.start()
 
     def write(self, window: int, rows: Pending, made_with: dict[str, Any], memory: Memory) -> None:
-        """Queue a window. Its memory returns to `free` once the window is written."""
+        """Queue a window. `memory` returns to `free` once the window is written."""
         self._jobs.put((window, rows, made_with, memory))
 
     def finish(self) -> None:
@@ -148,7 +150,9 @@ class WindowComputer:
                 self.device_window = DeviceWindow(model.device, rows)
 
     def memory(self, arrays: Sequence[str]) -> Memory:
-        """Host memory for a window. Unless it is pinned, the system provides it only when it is first written to."""
+        """Host memory for a window. Memory that is not pinned is provided by the system only when it is first written
+        to.
+        """
         rows = min(self.layout.window_rows, self.layout.rows)
         return host_memory(rows, {name: self.plan.widths[name] for name in arrays}, pinned=bool(self.device_window))
 
