@@ -33,8 +33,9 @@ def lane_count(batch_size: int) -> int:
 class BatchOrder:
     """The order of the rows: maps a batch number to the rows of that batch.
 
-    It depends only on the sizes of the chunks, the batch size and the seed, so the batch number is the only state that
-    a resumed run needs. Each row occurs at most once per epoch; the rows left over at the end of the lanes are dropped.
+    The order depends only on the sizes of the chunks, the batch size and the seed, so the batch number is the only
+    state that a resumed run needs. Each row occurs at most once per epoch; the rows left over at the end of the lanes
+    are dropped.
 
     Raises UsageError if there are fewer rows than one batch.
     """

@@ -59,7 +59,7 @@ def caches_that(fit: Callable[[Cache], bool], caches: Iterable[Cache]) -> list[C
 def find_cache(model: str | None, hook: Hook, root: Path | None = None) -> Cache:
     """The one cache under `activations/` that holds the complete activations of this hook (and model, if given).
 
-    Raises UsageError if there is none or more than one; the message lists the caches that exist.
+    Raises UsageError if there is no such cache or more than one; the message lists the caches that exist.
     """
     opened, given = open_caches(root), GivenModel(model) if model else None
     matches = [c for c in opened if hook in c.hooks and (given is None or given.is_model_of(c.identity["model"]))]
@@ -90,7 +90,7 @@ def find_by_fingerprint(fingerprint: object, folder: Path | str | None, root: Pa
     """Find the cache with this fingerprint: at its recorded place `folder` (path or address), or under `activations/`.
 
     Returns None if it is in neither place. A cache under `activations/` is preferred to one at an address. If the cache
-    at the recorded place cannot be opened and there is no other, the error from opening it is raised.
+    at the recorded place cannot be opened and there is no other cache, the error from opening it is raised.
     """
     damage: SaeError | None = None
     if is_url(folder):

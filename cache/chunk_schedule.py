@@ -2,9 +2,9 @@
 
 A *step* reads several files at once. All steps are known in advance, because the batch number determines the rows. If a
 file has to be pulled and there is no room, the file whose next use is farthest away is removed (Belady 1966, A study of
-replacement algorithms for virtual-storage computer). This pulls the fewest files if all have the same size. A file is
-pulled ahead only once the file that it replaces has been read, so reading ahead causes no additional pulls (the
-"conservative" rule of Cao et al. 1995, A study of integrated prefetching and caching strategies).
+replacement algorithms for virtual-storage computer). This rule pulls the fewest files if all files have the same size.
+A file is pulled ahead only once the file that it replaces has been read, so reading ahead causes no additional pulls
+(the "conservative" rule of Cao et al. 1995, A study of integrated prefetching and caching strategies).
 """
 
 import heapq
@@ -16,7 +16,9 @@ NEVER = np.iinfo(np.int64).max
 
 
 class Pull(NamedTuple):
-    """A file to pull, the step that needs it, the files that make room for it, and when they may be removed."""
+    """A file to pull, the step that needs it, the files to remove for it, and the step after which they may be
+    removed.
+    """
 
     file: int
     needed: int
@@ -73,8 +75,8 @@ class ChunkSchedule:
     def next_pull(
         self, position: int, present: np.ndarray, kept: np.ndarray, free: int, wanted: int | None = None
     ) -> Pull | None:
-        """The next pull, given that all steps before `position` have been read. None if no file is missing, or if
-        there is no room for one as long as the `kept` files stay.
+        """The next pull, given that all steps before `position` have been read. None if no file is missing, or if there
+        is no room for a missing file as long as the `kept` files stay.
 
         Args:
             position: the first step that has not been read.

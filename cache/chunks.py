@@ -202,7 +202,7 @@ def most_open_chunks(caches: int = 1) -> int:
 
 
 def map_file(path: Path, size: int) -> np.ndarray:
-    """The bytes of a file as a read-only memory map. Raises DamagedError unless it has `size` bytes."""
+    """The bytes of a file as a read-only memory map. Raises DamagedError unless the file has `size` bytes."""
     check_size(path, size)
     with reading(path):
         return np.memmap(path, np.uint8, mode="r")

@@ -119,7 +119,7 @@ def check_manifest_files(
 ) -> None:
     """Raise DamagedError unless a manifest lists the token files of its cache and all files of the complete arrays.
 
-    It may also list any files that incomplete arrays can have, but no others.
+    The manifest may also list any files that incomplete arrays can have, but no others.
     """
     every = range(layout.n_windows)
     expected = token_files(files) | window_files(layout, complete, every)

@@ -27,7 +27,8 @@ class Hook(NamedTuple):
 
     The site is one of SITES, or `<path>.output` or `<path>.input` for any other module. `mlp.gate_proj.output` is in
     the block of the layer; `model.embed_tokens.output` is outside the blocks, and `model` denotes the module that
-    contains the blocks. Modules before the first block belong to layer 0, those after the last one to the last layer.
+    contains the blocks. Modules before the first block belong to layer 0, and modules after the last block belong to
+    the last layer.
     """
 
     layer: int

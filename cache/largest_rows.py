@@ -39,7 +39,8 @@ def encode_largest(files: FileRecords, norms: np.ndarray, bits: np.ndarray) -> b
     """The object for a window whose rows have the given `norms` (rows,) and `bits` (rows, d_in), and whose commit lists
     `files`.
 
-    It contains the digest of the files, the number of rows, their indices in the window, the rows, and a checksum.
+    The object contains the digest of the files, the number of its rows, their indices in the window, the rows, and a
+    checksum.
     """
     far = min(int(MOST * len(norms)), int(np.count_nonzero(norms > FAR * np.median(norms))))
     smallest = len(norms) - max(math.ceil(SHARE * len(norms)), far)
@@ -64,8 +65,8 @@ def decode_largest(data: bytes, files: FileRecords, array: ArraySpec) -> tuple[n
 
 
 def stored_row_reader(store: ObjectStore, layout: Layout, files: Mapping[str, Any]) -> RowReader:
-    """A reader for rows of a cache in a store; `files` are the files in its manifest. It reads rows from the objects
-    with the largest rows, and from the chunks only the rows that these objects lack.
+    """A reader for rows of a cache in a store; `files` are the files in its manifest. The reader takes rows from the
+    objects with the largest rows, and takes from the chunks only the rows that these objects lack.
     """
 
     def read_window(array: ArraySpec, window: int, chunks: Sequence[RowsOfChunk]) -> list[np.ndarray]:

@@ -34,8 +34,8 @@ CHUNK_ROWS = 8192
 WINDOW_ROWS = 262_144
 BLOCK_ROWS = 256
 NAN_BITS = 0x7FC0  # of bfloat16: 32704
-# The high bytes of bfloat16 (sign and exponent) compress; the low bytes are noise. With byte shuffle the cheapest level
-# compresses as well as any; with blosc's default block size half of the gain is lost.
+# The high bytes of bfloat16 (sign and exponent) compress; the low bytes are noise. With byte shuffle, the cheapest
+# level compresses as well as any other. With blosc's default block size, half of the gain is lost.
 BLOSC = {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "blocksize": 1 << 20}
 
 DTYPES = {  # Zarr data type -> NumPy
@@ -186,7 +186,7 @@ class Layout:
         ]
 
     def arrays(self, widths: Mapping[str, int]) -> list[ArraySpec]:
-        """Every array of which each window writes a part; `widths` are the activation arrays as {name: d_in}."""
+        """The arrays of which every window contains a part; `widths` are the activation arrays as {name: d_in}."""
         return [
             *self.origin_arrays(),
             *(a for name, d_in in widths.items() for a in self.activation_arrays(name, d_in)),

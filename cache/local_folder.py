@@ -62,8 +62,8 @@ class LocalFolder:
     # --- what is read ------------------------------------------------------------------------------------------------
 
     def expect(self, readings: Sequence[ChunkReading]) -> None:
-        """Announce the readings that will follow the open ones, in this order. Their chunks are pulled ahead or kept,
-        and room for them is reserved until no more readings are expected.
+        """Announce the readings that will follow the open ones, in this order. The chunks of these readings are pulled
+        ahead or kept, and room for them is reserved until no more readings are expected.
         """
         with self._lock:
             self._plan.expect(readings)
@@ -156,7 +156,7 @@ class LocalFolder:
                 raise
 
     def _let_read(self) -> None:
-        """Let waiting steps begin once all their files exist. From then on these files stay."""
+        """Let waiting steps begin once all their files exist. The files of a step that has begun stay."""
         for key in [key for key, files in self._waiting.items() if self._ready.issuperset(files)]:
             self._being_read[key] = self._waiting.pop(key)
             self._arrived.notify_all()
@@ -255,7 +255,7 @@ class LocalFolder:
                 while True:
                     try:
                         file, patience = self._decide()
-                    except Exception as error:  # the folder is not writable: raised in waiting threads
+                    except Exception as error:  # raised in waiting threads if the folder is not writable
                         file, patience = None, LOOK_AGAIN
                         self._fail_waiting(error)
                     if file is not None:

@@ -1,7 +1,7 @@
 """Norms and moments of rows, with the same bits on every device and with any number of threads.
 
 Sums are in float64, computed by additions of whole tensors in an order that is fixed here. A library's own sum or
-product would choose its own order, and a different one on a GPU.
+product would choose its own order, which would differ on a GPU.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -62,7 +62,9 @@ def named_weights(folder: Path) -> list[str]:
 
 
 def read_foreign(path: Path) -> Any:
-    """The content of a JSON file of a model. Raises DamagedError if it is not JSON, OSError if it cannot be read."""
+    """The content of a JSON file of a model. Raises DamagedError if the file is not JSON, OSError if the file cannot be
+    read.
+    """
     return parse_json(path.read_bytes(), path, "Download the model again.")
 
 

@@ -261,7 +261,7 @@ class ObjectStore:
             return None
 
     def get_ranges(self, key: str, starts: Sequence[int], lengths: Sequence[int]) -> Sequence[bytes]:
-        """Parts of an object, in few requests where they lie close to each other. Raises like `get`."""
+        """Parts of an object; parts that lie close to each other are read in one request. Raises like `get`."""
 
         def read() -> Sequence[bytes]:
             parts = self.store.get_ranges(key, starts=starts, lengths=lengths, coalesce=COALESCE_BYTES)

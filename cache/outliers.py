@@ -1,8 +1,8 @@
 """Outlier rows: rows whose L2 norm exceeds a multiple of the median norm, such as the rows of attention sinks.
 
-A few of them can hold most of the variance of an array. All of them stay in the cache, but are left out of statistics,
-training and evaluation. The limit is an absolute norm for each array. `sae.json` records it too, so that an SAE is
-evaluated on the same kind of rows as it was trained on.
+A few outlier rows can hold most of the variance of an array. All outlier rows stay in the cache, but are left out of
+statistics, training and evaluation. The limit is an absolute norm for each array. `sae.json` records this limit too, so
+that an SAE is evaluated on the same kind of rows as it was trained on.
 """
 
 from collections import Counter

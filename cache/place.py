@@ -94,7 +94,7 @@ class FolderPlace:
         """Called with the chunks of a window, already in the folder, before the first commit that lists them."""
 
     def create_commit(self, file: str, content: Mapping[str, Any]) -> bool:
-        """Write a commit unless there is one; returns whether this one was written."""
+        """Write a commit unless there is one; returns whether this call wrote it."""
         return COMMIT_RECORD.create(self.folder / file, content)
 
     def remove_records(self, files: Iterable[str]) -> None:

@@ -11,11 +11,12 @@ from .models import model_label
 
 
 class PlannedCache:
-    """The folder, identity, layout and widths of a cache that a `HarvestPlan` will write. It has no rows to read.
+    """The folder, identity, layout and widths of a cache that a `HarvestPlan` will write. The planned cache has no rows
+    to read.
 
-    It provides the parts of a `Cache` that `train.plan.plan_training` uses, so training can be checked and its cost
-    estimated before the harvest. Nothing that depends on the rows is available: there are no statistics, and
-    `array_digest` raises. `rows` is an upper bound if the harvest takes "up to" a number of tokens.
+    The planned cache provides the parts of a `Cache` that `train.plan.plan_training` uses, so training can be checked
+    and its cost estimated before the harvest. Nothing that depends on the rows is available: there are no statistics,
+    and `array_digest` raises. `rows` is an upper bound if the harvest takes "up to" a number of tokens.
 
     Args:
         folder: where the harvest will write.

@@ -3,8 +3,8 @@
 `sae train --stream` uses it. The file ring.json marks the folder, so that deleted windows do not count as damage.
 
 Windows are processed in groups of half the ring: training reads one group while the next is harvested. A group is read
-as one epoch of a `BatchOrder`, whose epoch number is the number of the group; the rows left over at its end are
-dropped. So the rows of a batch depend only on the sizes, the seed and the batch size.
+as one epoch of a `BatchOrder`, whose epoch number is the number of the group; the rows left over at the end of the
+group are dropped. So the rows of a batch depend only on the sizes, the seed and the batch size.
 
 The position of the ring is not recorded. The training checkpoints determine which group is needed. The windows of that
 group and the next group may exist; other windows are deleted, and missing windows are harvested. The bytes of a window
@@ -126,7 +126,7 @@ class RingCache:
 
     @property
     def has_norm_limits(self) -> bool:
-        """Whether the norm limits of all arrays are fixed, or none is needed."""
+        """Whether the norm limits of all arrays are fixed, or no limit is needed."""
         limits = self._norm_limits()
         return limits is None or set(self.widths) <= set(limits)
 

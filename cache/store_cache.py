@@ -122,7 +122,7 @@ class StoreCache(Cache):
             atomic_write(path, content)
 
     def _with_files(self, files: Callable[[], Iterable[str]], read: Callable[[], Read]) -> Read:
-        """Pull the missing files, then read. If a file is damaged, pull all of them again.
+        """Pull the missing files, then read. If a file is damaged, pull all these files again.
 
         Files are replaced atomically, because other processes that share the folder may be about to read them.
         """

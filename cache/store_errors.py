@@ -1,5 +1,5 @@
-"""Error messages for the failures of an object store. They contain the address of the object and the store's error
-code, but never the request, which can contain a signature.
+"""Error messages for the failures of an object store. The messages contain the address of the object and the store's
+error code, but never the request, which can contain a signature.
 """
 
 import re
@@ -11,7 +11,7 @@ CREDENTIALS = {  # the variables that hold credentials, and the one for reading 
     "gs": ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SKIP_SIGNATURE=true"),
     "az": ("AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN", "AZURE_SKIP_SIGNATURE=true"),
 }
-# Part of obstore's message if it found no credentials and asked the machine for some.
+# Part of obstore's message if obstore found no credentials and asked the machine for them.
 WITHOUT_CREDENTIALS = ("169.254.", "/api/token", "token request", "MissingAccessKeyId", "MissingSecretAccessKey")
 
 

@@ -6,9 +6,9 @@ for window, arrays in writer.missing_windows().items():
     writer.write_window(window, WindowRows({"layer_05": bits, "layer_12": bits}, row_ctx, row_pos), made_with={})
 writer.seal()
 
-A window is the unit of work. Its rows are a function of the text, so workers need no locks: a commit is created only if
-there is none yet, and committed windows are not changed. A worker that finds every window committed seals the cache.
-Sealing a cache again changes nothing.
+A window is the unit of work. The rows of a window are a function of the text, so workers need no locks: a commit is
+created only if there is none yet, and committed windows are not changed. A worker that finds every window committed
+seals the cache. Sealing a cache again changes nothing.
 """
 
 import dataclasses

@@ -15,7 +15,8 @@ from ..common.packages import import_extra
 from ..common.remote_code import never_asking
 from .load_errors import translate_load_errors
 
-# For these kinds of adapters, peft loads a tokenizer or other adapters. They cannot be merged into a model.
+# For these kinds of adapters, peft loads a tokenizer or other adapters. Adapters of these kinds cannot be merged into a
+# model.
 LOADING_KINDS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "XLORA")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -40,8 +41,8 @@ class AdapterSource:
 def find_adapter(name: str, revision: str | None = None) -> AdapterSource:
     """Find an adapter and pin its revision. The weights are not read.
 
-    Raises UsageError if it does not exist or is not stored as safetensors, and UnavailableError if the Hub cannot be
-    reached.
+    Raises UsageError if the adapter does not exist or is not stored as safetensors, and UnavailableError if the Hub
+    cannot be reached.
     """
     import_extra("adapters", "--adapter")
     folder = Path(name)

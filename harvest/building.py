@@ -1,6 +1,6 @@
 """Build a model without weights: on torch's meta device, where tensors have shapes but take no memory.
 
-This shows what a configuration describes before anything is allocated for it.
+Such a model shows what a configuration describes before anything is allocated for it.
 """
 
 import contextlib

@@ -56,7 +56,7 @@ class TextClaim:
 
     @contextlib.contextmanager
     def held(self, file: str) -> Iterator[Callable[[], None]]:
-        """Renew the claim while the context is open; then remove it and all earlier claims, unless it was lost.
+        """Renew the claim while the context is open; then remove it and all earlier claims, unless the claim was lost.
 
         Yields a function to call before each step, which raises ClaimLost once another task has claimed the text.
         """

@@ -17,7 +17,7 @@ from .store_costs import harvest_requests
 from .structure import embedding_rows
 
 # (model, layer) -> elementwise variance, derived from the MSE and explained variance that a paper reports for one SAE.
-# It only serves as a plausibility check.
+# These values only serve as a plausibility check.
 IMPLIED_VARIANCE = {("google/gemma-2-2b", 12): 5.6, ("google/gemma-2-2b", 19): 24.0}
 
 

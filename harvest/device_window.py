@@ -107,7 +107,7 @@ class DeviceWindow:
         return target
 
     def _wait_for_copy(self) -> None:
-        """Let the GPU finish reading the last window before this one replaces it."""
+        """Let the GPU finish reading the last window before the next window replaces it."""
         if self.copied is not None:
             torch.cuda.current_stream(self.device).wait_event(self.copied)
             self.copied = None

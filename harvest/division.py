@@ -25,7 +25,7 @@ def describe_division(
     share: HarvestShare | None, layout: Layout, windows: Sequence[int], context: int, model_config: Any,
     widths: Mapping[Hook, int], dtype: str, device: str,
 ) -> list[str]:  # fmt: skip
-    """The lines about the work and memory of a process. There are none if a single process does everything.
+    """The lines about the work and memory of a process. The list is empty if a single process does everything.
 
     With several ranks, `windows` are those of the rank that has the most. `widths` contains the harvested hooks.
     """

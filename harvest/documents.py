@@ -22,7 +22,9 @@ MAX_DOCUMENT = 20_000_000  # characters or ids; anything longer is a dump whose 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, each a dictionary with a role and content. Its length is the number of characters in the contents."""
+    """Messages, each a dictionary with a role and content. The length of a conversation is the number of characters in
+    the contents.
+    """
 
     messages: list[dict[str, Any]]
 

@@ -236,7 +236,9 @@ def read_configurations(path: Path) -> list[Configuration]:
 
 
 def read_configuration(entry: Any, readme: Path) -> Configuration:
-    """Parse an entry of `configs`. Its `data_files` is one pattern, several, or a list of splits with patterns."""
+    """Parse an entry of `configs`. The entry's `data_files` is one pattern, several, or a list of splits with
+    patterns.
+    """
     entry = entry if isinstance(entry, dict) else {}
     files, name, folder = entry.get("data_files"), entry.get("config_name"), entry.get("data_dir") or ""
     patterns: dict[str, list[str]] = {}

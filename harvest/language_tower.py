@@ -26,7 +26,9 @@ INDEX = "model.safetensors.index.json"
 
 
 class LeftOut(nn.Module):
-    """A placeholder for a part of a model that text does not need. It keeps plain attributes, such as sizes."""
+    """A placeholder for a part of a model that text does not need. The placeholder keeps plain attributes, such as
+    sizes.
+    """
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
@@ -126,7 +128,7 @@ def needed_files(location: str, revision: dict[str, str], config: Any, tower: An
 def read_index(location: str, revision: dict[str, str]) -> dict[str, Any] | None:
     """The index of a model that is split into several safetensors files; None if there is no index.
 
-    Raises DamagedError if it names a file outside the folder of the model.
+    Raises DamagedError if the index names a file outside the folder of the model.
     """
     with contextlib.suppress(OSError):
         path = Path(str(cached_file(location, INDEX, **revision)))

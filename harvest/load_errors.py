@@ -183,7 +183,7 @@ def load_error(error: BaseException, name: str) -> SaeError | None:
 
 
 def unsupported_model(causes: list[BaseException], name: str) -> str | None:
-    """The message for a model that transformers does not support as it is; None for any other error."""
+    """The message for a model that transformers cannot load in its present form; None for any other error."""
     said = " ".join(map(str, causes))
     if (
         Path(name).is_dir()

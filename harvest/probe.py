@@ -8,8 +8,8 @@ A block is run on a few tokens, then run again with one thing changed:
   Mamba or DeltaNet mixer; the other part is the MLP.
 - If changing the attention's output changes the MLP's output, the two are sequential, and some module reads resid_mid =
   resid_pre + a; otherwise they are parallel.
-- The projection of a part is the linear map whose output, with or without a norm after it, is the part's output. Its
-  input is attn_z or mlp_hidden.
+- The projection of a part is the linear map whose output, with or without a norm after it, is the part's output.
+  The input of the projection is attn_z or mlp_hidden.
 
 A site that these tests do not prove is refused, with a description of what was observed. Every tensor here has
 the shape (N S, width).
@@ -251,7 +251,8 @@ class BlockProbe:
         top = source.split(".")[0]
         if top != attention_top and (top != source or not self.is_linear(top)):
             return top
-        # In OPT, for example, the MLP is not a module; its input is that of the first linear map after the attention.
+        # In OPT, for example, the MLP is not a module; the MLP's input is the input of the first linear map after the
+        # attention.
         start = self.order[self.parts["attention"]] if "attention" in self.parts and not self.found.is_parallel else -1
         inside = f"{attention_top}."
         linear = [

@@ -22,7 +22,7 @@ def request_of(plan: HarvestPlan) -> dict[str, Any]:
     """The content of harvest.json: the last request for this cache, from which `sae cache repair` repeats it.
 
     Paths are absolute and Hub revisions pinned, so the request works from any folder and after the Hub has changed.
-    Each window's commit file records the settings it was harvested with.
+    Each window's commit file records the settings that the window was harvested with.
     """
     record = asdict(plan.config)
     record["adapters"] = [str(Path(one).resolve()) if Path(one).exists() else one for one in plan.config.adapters]

@@ -44,7 +44,7 @@ def seal_requests(layout: Layout, arrays: int) -> int:
     """The number of requests that sealing sends.
 
     For each window, sealing reads row_ctx and row_pos and, for each array, the commit, the norms, the moments and the
-    largest rows. It reads the largest rows three times if there are outlier rows.
+    largest rows. Sealing reads the largest rows three times if there are outlier rows.
     """
     return list_requests(layout, arrays) + layout.n_windows * (2 + arrays * (3 + LARGEST_READS))
 

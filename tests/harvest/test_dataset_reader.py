@@ -208,8 +208,8 @@ def test_the_hub_is_asked_again_where_waiting_may_help(status: int) -> None:
 def test_a_lasting_network_failure_raises_a_clear_error(hub, waits) -> None:
     text = hub([(3, LOST)] * 6)
     sentence = (
-        "some/set could not be read beyond row 18: Server Disconnected .* 6 times in a row, with waits of 31 seconds in all. "
-        "Run the same command again"
+        "some/set could not be read beyond row 18: Server Disconnected .* 6 times in a row, with waits of 31 seconds "
+        "in all. Run the same command again"
     )
     with pytest.raises(UnavailableError, match=sentence):
         list(text.documents)
