@@ -23,7 +23,7 @@ def layout_of(attributes: Mapping[str, Any]) -> Layout:
 
 
 def check_attributes(path: Path, attributes: Mapping[str, Any]) -> None:
-    """Raise DamagedError if the attributes of a cache contradict each other; `path` is its zarr.json."""
+    """Raise DamagedError if the attributes of a cache contradict each other; `path` is the cache's zarr.json."""
     identity, layout = attributes["identity"], layout_of(attributes)
     if fingerprint_of(identity) != attributes["fingerprint"]:
         raise contradiction(

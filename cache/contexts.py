@@ -86,7 +86,7 @@ class Contexts:
 
 
 def check_token_arrays(folder: Path, commit: Mapping[str, Any]) -> None:
-    """Raise DamagedError unless the arrays in tokens/ match its commit, including the number of contexts."""
+    """Raise DamagedError unless the arrays in tokens/ match tokens/commit.json, including the number of contexts."""
     path = folder / "tokens" / "commit.json"
     check_names(path, commit["files"], token_files(commit["files"]))
     arrays = {name: read_array_spec(folder, name) for name in {file.rsplit("/", 1)[0] for file in commit["files"]}}

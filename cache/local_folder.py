@@ -101,7 +101,7 @@ class LocalFolder:
         self._to_decide.notify_all()
 
     def _leave_if_idle(self) -> None:
-        """Let other processes remove all chunks, unless this one is reading, pulling or expecting some."""
+        """Let other processes remove all chunks, unless this process reads, pulls or expects some."""
         busy = self._plan.readings or self._plan.expected or self._pulling or self._being_read
         if self._shared.owner and not busy:
             with self._shared.mutex():

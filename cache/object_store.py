@@ -228,7 +228,7 @@ class ObjectStore:
             return
 
         def write(data: bytes, mode: Any) -> dict[str, Any] | None:
-            """The version that was written; None if the store refused."""
+            """The version that was written; None if the store refused the write."""
 
             def put() -> dict[str, Any] | None:
                 try:

@@ -48,6 +48,6 @@ def open_place(place: Place, open_chunks: int | None = None, local: Path | None 
 
 
 def concat_caches(places: Sequence[Place], local: Path | None = None) -> Cache | ConcatCache:
-    """Open one cache, or several as one. Raises UsageError if they cannot be combined."""
+    """Open one cache, or several as one. Raises UsageError if the caches cannot be combined."""
     caches = [open_place(place, most_open_chunks(len(places)), local) for place in places]
     return caches[0] if len(caches) == 1 else ConcatCache(caches)

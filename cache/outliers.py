@@ -131,9 +131,9 @@ def iterate_rows(
 ) -> Iterator[np.ndarray]:  # fmt: skip
     """Yield the given rows (ascending) of an array in float64, chunk by chunk. Reads only the chunks with these rows.
 
-    `norms` are their L2 norms, as recorded in row_norm. Verifying a checksum would require reading the whole chunk, so
-    the norm of each row is compared instead. Raises DamagedError if one differs. `read` reads the rows; by default,
-    from the files in the folder.
+    `norms` are the L2 norms of the rows, as recorded in row_norm. Verifying a checksum would require reading the whole
+    chunk, so the norm of each row is compared instead. Raises DamagedError if a norm differs. `read` reads the rows; by
+    default, from the files in the folder.
     """
     array = read_array_spec(folder, name, layout)
     chunk_of_row = rows // layout.chunk_rows

@@ -45,7 +45,7 @@ def record_files(folder: Path) -> Iterator[tuple[Path, RecordKind[Any]]]:
 def damaged_records(folder: Path) -> Iterator[tuple[Path, DamagedError]]:
     """The records of a cache that were changed or contradict other records, each with its error.
 
-    Raises UsageError if the folder holds a cache of a newer format, or another group.
+    Raises UsageError if the folder holds a cache of a newer format, or another kind of Zarr group.
     """
     attributes: Mapping[str, Any] | None = None
     for path, kind in record_files(folder):

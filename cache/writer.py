@@ -301,7 +301,7 @@ def writing_threads() -> int:
 def harvest_started(folder: Path, fingerprint: str, identity: dict[str, Any] | None = None) -> bool:
     """Whether the harvest with this fingerprint has started in the folder; False if the folder is empty.
 
-    Raises UsageError if it holds another harvest or other files. If `identity` is given, the message lists the
+    Raises UsageError if the folder holds another harvest or other files. If `identity` is given, the message lists the
     differences.
     """
     # List the files first: another worker may begin the harvest now, and its zarr.json comes before the other files.

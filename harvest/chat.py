@@ -142,7 +142,9 @@ class ChatEncoder:
                     yield first, last
 
     def prefix_length(self, messages: Sequence[dict[str, Any]], text: str) -> int:
-        """The length of the rendered first messages. Raises UsageError if the conversation does not begin with them."""
+        """The length of the rendered first messages. Raises UsageError if the conversation does not begin with these
+        messages.
+        """
         if not messages:
             return 0
         try:

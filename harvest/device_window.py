@@ -79,7 +79,7 @@ class DeviceWindow:
     def send(self, memory: Mapping[str, Tensor], rows: int, chunk_rows: int) -> Callable[[], dict[str, RowStatistics]]:
         """Queue the computation of the statistics of the first `rows` rows, and the copy of these rows to `memory`.
 
-        The returned function waits for both and returns the statistics of each array.
+        The returned function waits for the computation and the copy, and returns the statistics of each array.
         """
         measured = {name: measure_chunks(self.x[name][:rows], chunk_rows) for name in memory}
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -114,7 +114,9 @@ class DeviceWindow:
 
 
 def measure_chunks(x_RD: Tensor, chunk_rows: int) -> list[Tensor]:
-    """Squared norms and sums of the chunks of a window, as `measure` returns them: the full chunks, then the last."""
+    """Squared norms and sums of the chunks of a window, as `measure` returns them: the full chunks, then the last
+    chunk.
+    """
     whole = len(x_RD) // chunk_rows * chunk_rows
     parts = [x_RD[:whole].view(-1, chunk_rows, x_RD.shape[1])] if whole else []
     if whole < len(x_RD):

@@ -232,8 +232,8 @@ class HookedModel:
     def patching(self, hook: Hook, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """Replace the activations x (N, S, d) at the hook by `change(x)` while the context is open.
 
-        The block itself computes resid_mid, outside of any module that could be hooked. So at resid_mid, attn_out is
-        replaced by `change(x)` - resid_pre instead; the result is the same up to rounding.
+        The block itself computes resid_mid, outside of any module that could be hooked. So `patching` changes resid_mid
+        by replacing attn_out with `change(x) - resid_pre`; the result is the same up to rounding.
         """
         if hook.site != "resid_mid":
             with self._hooking(hook, lambda x: change(x).clone()):  # Falcon adds to its MLP's output in place

@@ -124,7 +124,7 @@ class HarvestPlan:
 
     @property
     def existing(self) -> ExistingRows:
-        """The rows of this harvest that the folder already contains. An object store is read only once."""
+        """The rows of this harvest that the folder already contains. An object store is read just once."""
         return find_existing(self._records_folder, fingerprint_of(self.identity), self.hooks, self.config.max_norm)
 
     @cached_property

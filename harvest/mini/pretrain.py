@@ -1,6 +1,6 @@
 """Pretrain gemma-2-mini from scratch: `python -m sae.harvest.mini.pretrain --out FOLDER`.
 
-The model is a `Gemma2ForCausalLM` with Gemma-2-2B's depth (26 blocks) and a width of 128. It is trained on the
+The model is a `Gemma2ForCausalLM` with Gemma-2-2B's depth (26 blocks) and a width of 128. The model is trained on the
 harvested documents of corpus.py and on spelling prompts. One feature is planted on purpose: a linear head on the
 residual stream after block 4 predicts the first letter of every token that is a word, and its loss is added to the
 model's. The head is thrown away afterwards. The head makes the first letter a known linear feature of the residual

@@ -1,7 +1,8 @@
 """The three criteria that gemma-2-mini has to meet: `python -m sae.harvest.mini.quality` measures them.
 
-1. Its cross-entropy on held-out documents is at least 2.5 nats below that of the training split's unigram distribution.
-2. For at least 20 letters, it answers over 90% of new ten-shot spelling prompts correctly (for words that it was
+1. The model's cross-entropy on held-out documents is at least 2.5 nats below that of the training split's unigram
+   distribution.
+2. For at least 20 letters, the model answers over 90% of new ten-shot spelling prompts correctly (for words that it was
    trained to spell).
 3. A linear probe on the residual stream after block 12, at the word's token, predicts the first letter of words that
    the probe was not trained on with an F1 above 0.6, for at least 20 letters (mean of five splits; letters with ten
