@@ -52,7 +52,7 @@ DECODED_BLOCKS = 128  # kept decoded (150 MB at d_in 2304): the next read of a l
 class Cache:
     """An activation cache, opened for reading. The cache keeps at most `open_chunks` memory maps open.
 
-    Raises UsageError if the folder holds no cache or one of a newer format, DamagedError if a record is broken.
+    Raises UsageError if the folder holds no cache or a cache of a newer format, DamagedError if a record is broken.
     """
 
     def __init__(self, folder: Path | str, open_chunks: int | None = None) -> None:

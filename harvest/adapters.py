@@ -88,7 +88,8 @@ def find_recorded_adapters(records: Sequence[Mapping[str, str]], folders: Sequen
 def base_of(config: Path) -> str | None:
     """The model an adapter was trained for, according to its configuration.
 
-    Raises DamagedError if its configuration cannot be read, and UsageError if peft does not know its kind.
+    Raises DamagedError if the adapter's configuration cannot be read, and UsageError if peft does not know the
+    adapter's kind.
     """
     from peft import PeftType
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..cache.hooks import Hook
 from ..common.errors import SaeError, UsageError
 
-TOLERANCE = 0.01  # allowed change of logits when a model is run in parts, relative to the largest
+TOLERANCE = 0.01  # allowed change of logits when a model is run in parts, relative to the largest logit
 
 
 @dataclass
@@ -216,7 +216,7 @@ class Splicer:
                 off = (self.unembed(changed_again_NSD) - self.unembed(whole_NSD)).float().abs().max()
                 same = max(difference(again_NSD), float(off / expected_NSV.abs().max())) <= TOLERANCE
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-                same = False  # a later block needs something from a skipped one
+                same = False  # a later block needs something from a skipped block
             self.skips_blocks[hook] = same
 
     def require(self, difference: float, what: str) -> None:
