@@ -34,7 +34,7 @@ class UnitNormDecoder(Mechanism):
 class UnitNormExport(Mechanism):
     """Rescales the decoder rows of the saved SAE to unit length without changing its function.
 
-    For decoders whose rows are not constrained in training:
+    The formula for decoders whose rows are not constrained in training is:
 
         f_i <- f_i |W_i|,   W_i <- W_i / |W_i|
 

@@ -43,7 +43,7 @@ def require_precision(folder: Path, precision: str, device: str) -> None:
     if reason := reason_against(precision, device):
         raise UnavailableError(
             f"{folder} was started with products in {precision} and can only continue with them, but {reason}. Resume "
-            "it on a device that has them, or start a new run."
+            "the run on a device that supports this precision, or start a new run."
         )
 
 

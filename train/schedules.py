@@ -21,7 +21,7 @@ def ramp(step: Step, steps: float) -> Tensor:
 
 
 def linear(start: float, end: float, steps: float) -> Coefficient:
-    """From start to end over `steps`, then end."""
+    """From `start` to `end` over `steps` steps, then `end`."""
     return lambda step: start + (end - start) * ramp(step, steps)
 
 

@@ -18,7 +18,7 @@ from ..common.process_group import processes_on_this_machine
 from .sources import AnyCache, places_of
 from .variant import RunConfig
 
-CALIBRATION_BATCHES = 32  # batches that a run reads after its last step if it fits a number to the final weights
+CALIBRATION_BATCHES = 32  # a run that fits a number to the final weights reads this many batches after its last step
 
 
 class ReadingRun(Protocol):

@@ -1,7 +1,7 @@
 """List the SAEs in a release (`sae import --list`), which is a repository on the Hub or a local folder.
 
 One request returns the names and sizes of all files. The paths contain most of the other information. If a path lacks
-some information, the SAE's config is read, which is small. At most MAX_CONFIGS configs are read. Weights are never
+some information, the SAE's config, a small file, is read. At most MAX_CONFIGS configs are read. Weights are never
 downloaded.
 """
 

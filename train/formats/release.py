@@ -23,7 +23,10 @@ class RemoteFile(NamedTuple):
 
 @dataclass(frozen=True)
 class PublishedSAE:
-    """An SAE of a release, before its files are read; or files with the same layout that are not an SAE."""
+    """An SAE of a release whose files have not been read.
+
+    `refusal` is set if the files have the layout of an SAE but are not an SAE.
+    """
 
     format: Format
     path: str  # its path in the release: a folder, or a file if a folder contains several SAEs

@@ -258,8 +258,8 @@ def check_header(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dty
     needed = math.prod(shape) * dtype.itemsize
     if needed != available:
         raise DamagedError(
-            f"{path}: {name} is declared with {format_shape(shape)} numbers, {needed:,} bytes, but has {available:,}. "
-            "Download it again."
+            f"{path}: {name} is declared with {format_shape(shape)} numbers ({needed:,} bytes), but has "
+            f"{available:,} bytes. Download it again."
         )
 
 

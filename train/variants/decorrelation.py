@@ -104,7 +104,7 @@ class Decorrelation(LossTerm):
         blocks = max(1, round(n / self.block))
         size = n // blocks
         order_F = random_order(step.i, self.seed, n)
-        order_N = order_F[: blocks * size]  # leaves a few latents out of this step
+        order_N = order_F[: blocks * size]  # this step leaves out a few latents if the blocks do not cover n
         with torch.no_grad():
             f_GBM = f_BF.detach().index_select(1, order_N).unflatten(1, (blocks, size)).transpose(0, 1)
             gram_GMM = gram(f_GBM)

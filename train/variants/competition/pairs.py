@@ -286,7 +286,7 @@ class PairProducts(torch.autograd.Function):
 
 def rounded_products(left_FX: Tensor, right_FX: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
     """(P): <left_i, right_j>, in the dtype of the rows, from one pass over them. Sums are in float32."""
-    start_F = torch.zeros_like(first_P[:1])  # not read, since each pair names its row of `left_FX`
+    start_F = torch.zeros_like(first_P[:1])  # required but not read: `first_P` gives the rows of `left_FX`
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
         left_FX.contiguous(), right_FX.contiguous(), second_P, start_F, first_P, 0
     )
