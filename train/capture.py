@@ -73,8 +73,8 @@ class CapturedSteps:
         self._x_BD = torch.empty_like(x_BD)
         graph, origin = torch.cuda.CUDAGraph(), torch.cuda.Stream(x_BD.device)
         streams = [torch.cuda.Stream(x_BD.device) for _ in trainers]
-        # During the capture, other threads copy batches and checkpoints. In the mode thread_local, the work of other
-        # threads is not captured, and they are allowed to wait for the device.
+        # During the capture, other threads copy batches and checkpoints. In the mode thread_local, these threads are
+        # allowed to wait for the device, and their work is not captured.
         with torch.cuda.graph(graph, stream=origin, capture_error_mode="thread_local"):
             for trainer, stream in zip(trainers, streams, strict=True):
                 stream.wait_stream(origin)

@@ -74,7 +74,7 @@ def squared_errors(part_GBD: Tensor, b_D: Tensor, x_BD: Tensor) -> tuple[Tensor,
 def reconstruction_error(product_BD: Tensor, b_D: Tensor, x_BD: Tensor) -> tuple[Tensor, Tensor]:
     """The error x - (f W_dec + b_dec) (B, D) and the sum of its squares, a scalar, given the product f W_dec (B, D).
 
-    On a GPU, one pass computes both, and another one their gradients.
+    On a GPU, one pass computes both, and another pass computes their gradients.
     """
     return _ReconstructionError.apply(product_BD, b_D, x_BD)
 

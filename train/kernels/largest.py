@@ -89,8 +89,8 @@ def select(
 ):
     """Write the positions of the k largest elements in their row.
 
-    Each program selects among the elements of one part of the row. If FROM_CHOICE, it selects among the elements that
-    earlier programs have chosen from such parts.
+    Each program selects among the elements of one part of the row. If FROM_CHOICE is set, each program selects among
+    the elements that earlier programs have chosen from such parts.
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)

@@ -155,8 +155,8 @@ def resampling(config: RunConfig, options: HierarchicalOptions, dead: DeadLatent
         return []
     if options.restarts == "dead":
         # Paper: one ablation restarts dead latents before the window is introduced. The paper does not say which
-        # latents count as dead there. Here these are this package's dead latents, or the latents that (4) calls
-        # dead on a single batch.
+        # latents count as dead there. Here dead latents are those that this package counts as dead, or the
+        # latents that (4) calls dead on a single batch.
         every = options.resample_every
         if options.dead_by == "tokens":
             return [ResampleDead(dead, every, until)]
