@@ -1,7 +1,7 @@
 """The bfloat16 data type for zarr-python: the registered Zarr extension on disk, uint16 bits in NumPy.
 
-zarr-python has no bfloat16 yet. Importing this module registers the data type, so that `zarr.open_array` opens the
-arrays of a cache; `torch.from_numpy(array).view(torch.bfloat16)` then makes no copy. The metadata follows the
+zarr-python has no bfloat16 yet. Importing this module registers the bfloat16 data type, so that `zarr.open_array` opens
+the arrays of a cache; `torch.from_numpy(array).view(torch.bfloat16)` then makes no copy. The metadata follows the
 zarr-extensions specification, so tensorstore and zarrs read the same files as native bfloat16.
 """
 

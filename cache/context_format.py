@@ -65,8 +65,8 @@ class ContextFormat:
 
     @property
     def skip_record(self) -> Any:
-        """For digests, the settings that decide which tokens are rows. If no positions are skipped, these are only the
-        ids.
+        """For digests, the settings that decide which tokens are rows. If no positions are skipped, the settings are
+        only the ids.
         """
         ids = list(self.skip_ids)
         return {"ids": ids, "positions": self.skip_positions} if self.skip_positions else ids

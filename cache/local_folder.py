@@ -71,7 +71,7 @@ class LocalFolder:
             self._leave_if_idle()
 
     def begin(self, reading: ChunkReading, expected_until: int | None = None) -> None:
-        """Begin to pull for a reading. In expected readings with its key, steps before `expected_until` count as read.
+        """Begin to pull for a reading. Steps before `expected_until` count as read in expected readings of this key.
 
         Raises UsageError if the folder cannot hold a step of this reading and one step of each other process.
         """

@@ -30,7 +30,7 @@ def check_max_norm(max_norm: float | None) -> None:
     if max_norm is not None and not max_norm > 1:
         raise UsageError(
             f"--max-norm {max_norm:g} would mask at least half of the rows. Give a multiple of the median norm that "
-            "is above 1, such as 10, or give none to mask no rows."
+            "is above 1, such as 10, or `none` to mask no rows."
         )
 
 

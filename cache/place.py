@@ -150,7 +150,9 @@ class FolderPlace:
             (self.folder / file).unlink(missing_ok=True)
 
     def is_begun(self) -> bool:
-        """Whether some worker has called `begin`. If one has, the files that `begin` requires are now in the folder."""
+        """Whether some worker has called `begin`. If `begin` has been called, the files that it requires are now in the
+        folder.
+        """
         return (self.folder / "zarr.json").exists()
 
     def bring(self, records: FileRecords) -> None:

@@ -76,7 +76,7 @@ class Cache:
         return str(self.folder)
 
     def _with_files(self, files: Callable[[], Iterable[str]], read: Callable[[], Read]) -> Read:
-        """Call `read`, which reads these `files`. In a cache in a folder, the files are already present."""
+        """Call `read`, which reads these `files`. If the cache is in a folder, the files are already present."""
         return read()
 
     def _files_of(self, *arrays: str) -> list[str]:

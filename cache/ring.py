@@ -167,8 +167,8 @@ class RingCache:
         ]
 
     def read_commit(self, window: int, name: str) -> WindowCommit:
-        """The commit of a window of an array. Raises DamagedError if the commit is missing, damaged or that of another
-        window.
+        """The commit of a window of an array. Raises DamagedError if the commit is missing or damaged, or belongs to
+        another window.
         """
         path = self.folder / commit_file(window, name)
         commit = COMMIT_RECORD.read(path)

@@ -2,7 +2,7 @@
 
 For malformed files, transformers, tokenizers and torch raise errors of any type. So every error is translated: its type
 and text go into the message, and the error itself becomes the cause. The context managers of this module enclose only
-calls into those libraries.
+calls into transformers, tokenizers and torch.
 """
 
 import contextlib

@@ -110,8 +110,8 @@ def load_model_for(plan: HarvestPlan, windows: Mapping[int, Sequence[str]], devi
 
 
 def read_or_tokenize(plan: HarvestPlan, check: Callable[[], None] = lambda: None) -> Contexts:
-    """The contexts to run. If no earlier start of this harvest wrote the contexts, the text is tokenized and they are
-    written now.
+    """The contexts to run. If no earlier start of this harvest wrote the contexts, the text is tokenized and the
+    contexts are written now.
 
     Raises DamagedError if the cache was started with other contexts.
     """

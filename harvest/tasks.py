@@ -55,7 +55,7 @@ def harvest_share(plan: HarvestPlan, progress: HarvestProgress) -> None:
 def is_cut(plan: HarvestPlan) -> bool:
     """Whether a task has cut the text and written everything that precedes the first window.
 
-    If a task has, the folder of this task contains these files too.
+    If the text is cut, the folder of this task contains these files too.
     """
     return plan.place.is_begun() and Contexts.is_complete(plan.folder)
 
