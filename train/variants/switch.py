@@ -82,7 +82,7 @@ class LoadBalanceLoss(LossTerm):
 
 @recipe("switch", paper="Mudide et al. 2024")
 def switch(config: RunConfig, k: int = 32, experts: int | None = None, balance: float = 0.1) -> Variant:
-    """A router picks one expert per token, and the k largest latents of this expert are kept.
+    """A router picks one expert per token; TopK selects within the expert.
 
     Paper: weights the balance loss by 3 d_in, for inputs with another scale; `balance` assumes E|x|^2 = 1.
 

@@ -224,7 +224,7 @@ def add_groups(parts: CollapseParts, options: o.GroupOptions) -> None:
 
 
 def add_group_rate(parts: CollapseParts, options: o.GroupRateOptions) -> None:
-    """Add a learning rate for each group, which depends on the group's utilization."""
+    """Add a learning rate per group, set by utilization."""
     parts.mechanisms.append(GroupLearningRate(parts.rows, parts.groups, options.group_lr))
 
 

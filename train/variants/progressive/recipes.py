@@ -164,7 +164,7 @@ SWITCHED_OFF = {"n_ref": ("hybrid", (False,)), **{name: ("competition", ("off",)
 
 @recipe("progressive", equations="(2)-(6)", paper_exact=PAPER_EXACT, switched_off=SWITCHED_OFF, **PAPER)
 def progressive(config: RunConfig, options: ProgressiveOptions) -> Variant:
-    """Competing latents; more are enabled when the enabled latents are used.
+    """Competing latents; more are enabled if the enabled latents are used.
 
     At first a quarter of the latents are enabled. The enabled latents compete at a temperature that depends on their
     use.
