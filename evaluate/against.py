@@ -49,7 +49,7 @@ class AgainstLine:
         values: the number of the system and of the base, each a mean over seeds.
         l0: the L0 of the system and of the base, if both were measured.
         l0_shift: the change in the number that the slope predicts from the two L0 values alone; None without a slope.
-        is_control: whether the system is a control, of which a part kept its random initial weights.
+        is_control: whether the system is a control: an SAE in which one part kept its random initial weights.
         l0_matters: whether `l0_shift` is large enough to be detected, or is at least half of the difference; without a
             slope, whether the two L0 values differ by over 10 %.
     """
@@ -214,7 +214,7 @@ def parse_margins(texts: Sequence[str], columns: Sequence[tuple[str, MetricColum
 def pair_line(
     system: ComparedSystem, base: ComparedSystem, metric: str, column: MetricColumn, margin: float | None
 ) -> AgainstLine | None:
-    """One line of the table before it is tested; None if the number was not measured in both systems."""
+    """One line of the table, without the result of its test; None if the number was not measured in both systems."""
     values = [one.mean_and_spread(metric, column) for one in (system, base)]
     if values[0] is None or values[1] is None:
         return None
@@ -228,7 +228,7 @@ def pair_line(
 
 
 def with_finding(line: AgainstLine, found: Finding, slope: L0Slope | None) -> AgainstLine:
-    """The line with its finding, and whether L0 alone could explain or hide it."""
+    """The line with its finding and with `l0_matters`: whether L0 alone could explain or hide the difference."""
     shift, matters = None, False
     if line.l0 and line.column.better:
         ratio = line.l0[0] / line.l0[1]

@@ -194,7 +194,7 @@ def answer_control(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
 
 
 def share_of(near: RunsBeside, line: AgainstLine) -> Share | None:
-    """How far above its floor the control in this line raises the number, as a share of how far the run raises it."""
+    """The share of the run's number that the control in this line reaches: (control - floor) / (run - floor)."""
     return find_share(alone(near.run).run_by_seed, controls_beside(near)[line.system], line.metric, line.column)
 
 
@@ -370,8 +370,8 @@ def not_measured(question: str, remedy: str, command: str) -> Answer:
 
 
 def missing_seeds(question: str, near: RunsBeside, suite: str) -> Answer:
-    """The answer if a number over seeds is missing. It says whether other seeds exist, can be trained, or cannot be
-    trained."""
+    """The answer if a number that requires other seeds is missing. The answer says whether other seeds exist, can be
+    trained, or cannot be trained."""
     run, folders = near.run, near.seed_folders
     if len(folders) > 1:
         there = (

@@ -46,7 +46,7 @@ class ArtifactCache:
     not support locks, every rank computes what it needs.
 
     Attributes:
-        limit: bytes of activations above which `in_use` removes the least recently read ones.
+        limit: the size in bytes above which `in_use` removes the least recently read activations.
         waiting: called with a description of an artifact before this process waits until another process has computed
             that artifact, and with "" afterwards.
     """
@@ -82,7 +82,8 @@ class ArtifactCache:
     def claim(self, kind: str, keys: Iterable[Mapping[str, Any]]) -> Iterator[None]:
         """Hold the locks of the missing artifacts during one pass that computes all of them.
 
-        Inside the context, check again which are missing: another rank may have computed some while this one waited.
+        Inside the context, check again which artifacts are missing: another rank may have computed some of them while
+        this rank waited.
         """
         missing = [self.path(kind, key) for key in keys if not self.contains(kind, key)]
         with contextlib.ExitStack() as locks:
@@ -151,7 +152,7 @@ class ArtifactCache:
                 self._release(path, lock)
 
     def _acquire(self, path: Path, wait: bool) -> int | None:
-        """The lock; None if another process has it and this one does not wait, or if locks are not available."""
+        """The lock. None if locks are not available, or if another process holds this lock and `wait` is false."""
         file = self.locks / f"{path.stem}.lock"
         try:
             try:
@@ -172,8 +173,8 @@ class ArtifactCache:
         release(lock)
 
     def remove_locks(self) -> None:
-        """Remove the lock files of artifacts when all ranks are done. At worst, an artifact is then computed twice,
-        which is harmless."""
+        """Remove the lock files of artifacts when all ranks are done. If another process still needs a lock, an
+        artifact is at worst computed twice, which is harmless."""
         for path in self.locks.glob("*.lock"):
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -219,7 +220,8 @@ def kept_limit() -> float:
 def remove_stale_temporaries(folder: Path) -> int:
     """Remove temporary files of killed processes from a folder that has no lock. Returns how many were removed.
 
-    Recent files stay, because they may be written by a process on another machine, which looks dead from here.
+    Recent files stay, because a process on another machine may be writing them; on this machine, such a process looks
+    like a dead one.
     """
     removed = 0
     for path in folder.glob("**/*.tmp-*"):

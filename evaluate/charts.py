@@ -74,8 +74,9 @@ class Chart:
 def ticks(low: float, high: float, log: bool = False, about: int = 5) -> list[float]:
     """Round numbers in [low, high], about `about` of them and at least three.
 
-    Steps are 1, 2 or 5 times a power of ten. If `log` is true, the ticks themselves are such numbers; only in a range
-    of less than a decade are they evenly spaced, as on a linear axis.
+    On a linear axis, ticks are evenly spaced, and the step is 1, 2 or 5 times a power of ten. If `log` is true, the
+    ticks themselves are 1, 2 or 5 times a power of ten, unless the range is less than a decade: the ticks are then
+    evenly spaced, as on a linear axis.
     """
     if log and high / low >= 10:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

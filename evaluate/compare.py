@@ -2,7 +2,7 @@
 
 Runs that differ only in their seed form one *system*, shown as mean and standard deviation. Runs of different models,
 layers, texts or settings are compared only on request (`mix`), with a list of what differs. If a run has numbers with
-and without outlier rows, the numbers without them are compared.
+and without outlier rows, the numbers without outlier rows are compared.
 """
 
 import csv
@@ -70,8 +70,8 @@ class ComparedSystem:
         return {run.record.get("seed", run.name): run for run in self.runs}
 
     def mean_and_spread(self, metric: str, column: MetricColumn) -> tuple[float, float] | None:
-        """The mean and sd over seeds. For a single seed, its value and half its 95 % interval over the text (0 without
-        one)."""
+        """The mean and sd over seeds. For a single seed, its value and half the 95 % interval of the value over the
+        text (0 if there is no interval)."""
         measured = [run for run in self.run_by_seed.values() if run.value(metric, column) is not None]
         values = [value for run in measured if (value := run.value(metric, column)) is not None]
         if len(values) > 1:
@@ -119,7 +119,8 @@ class Comparison:
     def with_control_notes(self, known: KnownVerdicts) -> "Comparison":
         """The same comparison with a note for each system that is not better than its controls, as in `sae evaluate`.
 
-        `known` are the verdicts of a printed table, which the notes repeat (docs/reference/statistics.md).
+        `known` contains the verdicts of a printed table. The notes repeat these verdicts
+        (docs/reference/statistics.md).
         """
         compared = {system.label: system.run_by_seed for system in self.systems}
         found = control_notes({**self.beside, **compared}, summary_columns(), known)
@@ -181,7 +182,8 @@ def name_references(found: Sequence[ComparedRun]) -> dict[str, dict[Any, Compare
 
 
 def mixed_seeds(run: ComparedRun, runs: Sequence[ComparedRun]) -> list[str]:
-    """A sentence for each metric that was measured with other seeds for this run than for another run of its system."""
+    """A sentence for each metric that was measured with one set of seeds for this run and with another set for another
+    run of its system."""
     notes = []
     for metric, settings in run.settings.items():
         if "seeds" not in settings or "seed" not in run.record:
@@ -267,8 +269,8 @@ def system_label(run: ComparedRun, keys: Sequence[str]) -> str:
 
 
 def comparison_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """The headings, and a line for each system, then for each reference, then for the shares that each control
-    reaches."""
+    """The headings and the lines: first one for each system, then one for each reference, then one for each control
+    with the shares that it reaches."""
     headings, lines = system_table(comparison)
     return headings, [*lines, *share_lines(systems_and_references(comparison), comparison.columns)]
 
@@ -301,8 +303,8 @@ def systems_and_references(comparison: Comparison) -> dict[str, RunBySeed]:
 def detectable_line(comparison: Comparison) -> list[str]:
     """The smallest detectable difference between two systems, shown below the table; empty if nothing is paired.
 
-    That difference is computed for each comparison of the first system with another, as in `--against`
-    (docs/reference/statistics.md), and the largest is shown.
+    The smallest detectable difference is computed for each comparison of the first system with another, as in
+    `--against` (docs/reference/statistics.md), and the largest of these differences is shown.
     """
     paired = {}
     first, *others = (system.run_by_seed for system in comparison.systems)

@@ -63,7 +63,7 @@ def frontiers(comparison: Comparison, numbers: Sequence[tuple[str, MetricColumn]
 
 
 def without_far_series(chart: Chart, names: Container[str]) -> Chart:
-    """The chart without the named series that lie far from the others. Its note lists their points."""
+    """The chart without those series in `names` that lie far from the other series. Its note lists their points."""
     kept = [series for series in chart.series if series.name not in names]
     if not kept:
         return chart

@@ -30,7 +30,7 @@ class ComparedRun:
         settings: metric -> the settings it was measured with.
         notes: sentences that compare its numbers with the references and its target L0.
         conditions: a digest that is equal for a run and its controls; "" if the run cannot have controls.
-        is_control: whether it is a control, as a run or as a reference.
+        is_control: whether the run is a control; a control can be a run or a reference.
         base: the recipe that a control is built from; for any other run, the recipe that its controls are built from.
         control_notes: sentences that compare its system with its controls.
     """
@@ -58,7 +58,7 @@ class ComparedRun:
 
     @property
     def masks_rows(self) -> bool:
-        """Whether outlier rows were left out of any of its numbers."""
+        """Whether outlier rows were left out of any number of the run."""
         return any(result.masked for result in self.results.values())
 
     def on_all_rows(self) -> "ComparedRun":

@@ -29,7 +29,7 @@ class ContextBatch:
     Attributes:
         ids: token ids (N, S), int64.
         is_token: True where there is a token, not padding (N, S).
-        counted: True where metrics are computed, which is at the tokens that a harvest would store as rows (N, S).
+        counted: True at the tokens at which metrics are computed (N, S); a harvest would store these tokens as rows.
         document: the document that each context was cut from (N,), on the CPU.
     """
 

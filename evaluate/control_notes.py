@@ -46,13 +46,13 @@ class BesideControl(NamedTuple):
 
 
 def control_notes(systems: Systems, columns: Columns, known: KnownVerdicts) -> dict[str, list[str]]:
-    """Label -> sentences for each system with controls: about numbers in which it equals a control or is not better,
-    and about a control's different L0.
+    """Label -> sentences for each system with controls. The sentences name the numbers in which the system equals a
+    control or is not better than its best control, and the controls whose L0 differs from the system's.
 
     Args:
         systems: the systems and their controls, which are systems too.
         columns: the numbers to compare; those without a better direction are left out.
-        known: the verdicts of a printed table, which the notes repeat.
+        known: the verdicts of a printed table; the notes repeat these verdicts.
     """
     found = compare_with_controls(systems, columns, known)
     notes: dict[str, list[str]] = {}
@@ -66,8 +66,8 @@ def control_notes(systems: Systems, columns: Columns, known: KnownVerdicts) -> d
 
 
 def compare_with_controls(systems: Systems, columns: Columns, known: KnownVerdicts) -> list[BesideControl]:
-    """In each number, compare every system with whichever of its controls is best. All tests are corrected as one
-    table."""
+    """For each number, compare every system with whichever of its controls is best in that number. All tests are
+    corrected as one table."""
     pairs, tests = [], []
     for label, runs in systems.items():
         controls = controls_of(runs, systems)

@@ -147,7 +147,8 @@ def control_row(
 
 
 def distinct_names(names: Sequence[str], conditions: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Distinct names of controls. If the recipe and L0 are the same, the name also contains the width or a digest."""
+    """Distinct names of controls. If controls have the same recipe and L0, their names also contain the width or a
+    digest."""
     by_width = [f"{name}-n{one['d_sae']}" for name, one in zip(names, conditions, strict=True)]
     by_digest = [f"{name}-{conditions_digest(one)[:6]}" for name, one in zip(by_width, conditions, strict=True)]
     name_counts, width_counts = Counter(names), Counter(by_width)

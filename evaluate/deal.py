@@ -127,8 +127,8 @@ def seconds_of(metric: Metric, ctx: EvalContext, target: EvalTarget) -> float:
 
 
 def split(units: Sequence[Unit], count: int) -> list[Share]:
-    """Consecutive shares of the units. The longest is as short as possible; none is empty unless there are too few
-    units."""
+    """Consecutive shares of the units. The longest share is as short as possible; no share is empty unless there are
+    too few units."""
     seconds = [unit.seconds for unit in units]
     longest, whole = max(seconds, default=0.0), sum(seconds)
     shares = cut(units, count, smallest_bound(longest, whole, lambda limit: len(cut(units, count, limit)) <= count))

@@ -53,8 +53,8 @@ def artifact_cache() -> ArtifactCache:
 
 
 def open_reachable(place: Place | None, open_cache: Callable[[], Found]) -> Found:
-    """Call `open_cache`. But if a call failed less than TRY_AGAIN seconds ago because the store at `place` could not be
-    reached, raise its error again.
+    """Call `open_cache`, unless an earlier call failed less than TRY_AGAIN seconds ago because the store at `place`
+    could not be reached. In that case, raise the error of the earlier call again.
 
     Many runs can have the same cache, and each failed attempt takes minutes.
     """
@@ -109,7 +109,7 @@ def find_eval_cache(folder: Path, sae: SAE, *, cache: Place | None = None, model
         raise UnavailableError(f"{error} Or name another cache of {model_label(trained_on)} with --cache.") from error
     if found:
         return found
-    if "format" in sae.origin:  # an imported SAE was only verified on the cache that it records
+    if "format" in sae.origin:  # an imported SAE was not trained on the recorded cache, which only served to verify it
         return only_cache_of_model(folder, sae.origin)
     where = f" ({recorded})" if isinstance(recorded, str) else ""
     raise UsageError(

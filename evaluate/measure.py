@@ -54,7 +54,7 @@ def use_precision(rows: Sequence[EvalRow], precision: str) -> None:
 
 
 def loaded(row: EvalRow, device: str, precision: str) -> EvalTarget:
-    """The target of a row with its SAE in memory, even if the plan has only its outline.
+    """The target of a row, with the SAE loaded into memory if the plan contains only an outline of the SAE.
 
     Raises DamagedError if the SAE's files have changed since they were written.
     """
@@ -96,13 +96,14 @@ def reference_rows_if_possible(
     except Exception as error:
         if not (isinstance(error, UnavailableError) or out_of_memory(error)):
             raise
-        # For example, the folder is read-only or a PCA does not fit into memory.
+        # Such an error occurs, for example, if the folder is read-only or a PCA does not fit into memory.
         plan.notes.append(f"The reference rows (identity, zero, PCA, random dictionary) are left out: {error}")
         return []
 
 
 def reference_rows(group: EvalGroup, wanted: Sequence[RowSet] | None = None) -> list[EvalRow]:
-    """Reference rows for each row set of a group, or for some of them. Their results are kept in the artifact cache."""
+    """Reference rows for the row sets in `wanted` (default: all row sets of the group). The results of reference rows
+    are kept in the artifact cache."""
     ctx, cache, rows = group.ctx, group.cache, []
     training_text = ctx.change.apply(cache.contexts(held_out=False))
     row_sets = group.row_sets
@@ -124,7 +125,7 @@ def reference_rows(group: EvalGroup, wanted: Sequence[RowSet] | None = None) -> 
 
 
 def describe_running_out(metric: Metric, group: EvalGroup, error: BaseException) -> str:
-    """Sentences that say which device ran out of memory, and with which options a metric needs less."""
+    """Sentences that say which device ran out of memory, and with which options a metric needs less memory."""
     sizes = [name for name in ("batch_contexts", "tokens") if name in {field.name for field in fields(metric)}]
     smaller = [f"a smaller --set {metric.name}.{name}" for name in sizes]
     ways = [*smaller, "fewer runs in one command", "--no-references", "a smaller model (--dtype bfloat16)"]
@@ -135,7 +136,7 @@ def describe_running_out(metric: Metric, group: EvalGroup, error: BaseException)
 
 
 def measure(metric: Metric, group: EvalGroup, rows: Sequence[EvalRow], progress: ProgressFactory) -> None:
-    """Measure one metric, in one pass, for all rows that have no result of it."""
+    """Measure one metric, in one pass, for all rows that do not have its result yet."""
     pending = group.pending(metric.name, rows)
     if not pending:
         return

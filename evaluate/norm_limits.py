@@ -1,4 +1,4 @@
-"""The norm above which an SAE's input rows are outliers. Outliers are left out of its evaluation (cache.outliers)."""
+"""The norm above which an SAE's input rows are outliers. Outliers are left out of the evaluation (cache.outliers)."""
 
 import math
 from collections.abc import Mapping, Sequence

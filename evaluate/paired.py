@@ -17,8 +17,8 @@ RunBySeed = Mapping[Any, MeasuredRun]
 
 
 class PairedValues(NamedTuple):
-    """A number of two systems on their common units, or the reason why there are none, worded as the end of a
-    sentence."""
+    """A number of two systems on their common units, or the reason why there are no common units, worded as the end of
+    a sentence."""
 
     ours: Sequence[float] = ()
     theirs: Sequence[float] = ()
@@ -27,7 +27,7 @@ class PairedValues(NamedTuple):
 
 
 class Pairing(NamedTuple):
-    """The paired differences of a number, or the reason why there are none, worded as the end of a sentence."""
+    """The paired differences of a number, or the reason why there are no pairs, worded as the end of a sentence."""
 
     differences: PairedDifferences | None
     reason: str = ""

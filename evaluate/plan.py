@@ -245,7 +245,7 @@ def plan_evaluation(config: EvaluateConfig, refused: Mapping[Path, SaeError] | N
 
 
 def resolve_config(config: EvaluateConfig) -> tuple[list[Metric], str, str]:
-    """The metrics, device and dtype of a configuration. Raises UsageError if it is invalid for any SAE."""
+    """The metrics, device and dtype of a configuration. Raises UsageError if an argument is invalid for every SAE."""
     check_mode(config.mode)
     metrics = metrics_of_suite(config.suite, config.options)
     check_tokens(config.tokens)

@@ -107,7 +107,8 @@ def measure_share(plan: EvaluatePlan, share: Share, progress: ProgressFactory) -
 def load_due(group: EvalGroup, units: Sequence[Unit], measured: Measured) -> dict[str, list[EvalRow]]:
     """The rows to measure for each metric, with their SAEs in memory.
 
-    A damaged run gets an error. For a metric that reads all seeds together, all seeds of its system get the error.
+    A damaged run gets an error. For a metric that reads all seeds together, all seeds of the damaged run's system get
+    the error.
     """
     rows = {row.folder: row for row in group.rows}
     due: dict[str, list[EvalRow]] = {}

@@ -84,7 +84,7 @@ def reference_targets(
     gain_RD = x_RD[:GAIN_ROWS]
     if not (sizes := [l0_and_width(target, gain_RD) for target in targets]):
         raise UnavailableError(
-            f"no SAE at {hook} could be read. The PCA and the random dictionary need the L0 and width of one."
+            f"no SAE at {hook} could be read. The PCA and the random dictionary need the L0 and width of an SAE."
         )
     l0s, widths = torch.stack([l0 for l0, _ in sizes]), torch.tensor([width for _, width in sizes])
     rank = min(max(round(float(l0s.median())), 1), x_RD.shape[1] - 1)

@@ -16,8 +16,8 @@ from .context import EvalContext
 from .metrics.base import EvalTarget, Metric, MetricResult, RowSet
 from .metrics.registry import caveats
 
-# Keys of run.json that do not affect the weights, or only through rounding. Runs of one recipe can come from several
-# commands, machines and versions.
+# Keys of run.json that do not affect the weights, or affect them only through rounding. Runs of one recipe can come
+# from several commands, machines and versions.
 IGNORED_KEYS = (
     "seed",
     "asked",
@@ -57,7 +57,7 @@ class MeasuredRun(Protocol):
 
     @property
     def is_control(self) -> bool:
-        """Whether a part of it kept its random initial weights (evaluate/controls.py)."""
+        """Whether one part of the SAE kept its random initial weights (evaluate/controls.py)."""
 
     @property
     def base(self) -> str:
@@ -88,7 +88,7 @@ class EvalRow:
         errors: metric name -> why that metric has no result.
         target_l0: the target L0 of its training.
         conditions: a digest that is equal for a run and its controls; "" if it cannot have controls.
-        is_control: whether it is a control, as a run or as a reference.
+        is_control: whether the row is a control; a control can be a run or a reference.
         base: the base recipe of a control; for any other run, the base recipe of its controls.
         notes: sentences that compare its numbers with other rows, set when all rows are measured (`notes_beside`).
         control_notes: sentences that compare its system with its controls.
@@ -192,7 +192,8 @@ def digest_without_seed(record: Mapping[str, Any]) -> str:
 
 
 def without_later_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries, without any that earlier versions did not write and whose value is what those versions implied."""
+    """The entries, except those that have the value listed in LATER_ENTRIES. A run without such an entry equals a run
+    with this value."""
     return {k: v for k, v in entries.items() if k not in LATER_ENTRIES or v != LATER_ENTRIES[k]}
 
 

@@ -116,8 +116,8 @@ def holm(p_values: Sequence[float], missing: int = 0) -> list[float]:
     Each of `missing` further tests counts as a p-value of 1.
 
     The smallest of m p-values is multiplied by m, the next by m - 1, and so on. No corrected value is smaller than the
-    one before it, or larger than 1. The probability of any false rejection at 0.05 is then at most 0.05, even if the
-    tests depend on each other.
+    one before it, or larger than 1. With the corrected values, the probability of any false rejection at
+    0.05 is at most 0.05, even if the tests depend on each other.
     """
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     corrected, largest = [0.0] * len(p_values), 0.0
@@ -219,12 +219,13 @@ def judge(table: Sequence[PairedComparison], planned: int = 0) -> list[Finding]:
     """The verdict on each comparison of a table, corrected for all of them by `holm`.
 
     If more comparisons are planned than the table has tests, the missing ones count as tests with a p-value of 1. A
-    verdict from part of the comparisons is then as strict as one from all of them.
+    verdict that is computed from part of the comparisons is therefore as strict as a verdict from all of them.
 
     - better, worse: the corrected p-value is below 0.05.
-    - equivalent: otherwise, and two one-sided tests show that the difference is within the margin; their p-values are
-      corrected for the comparisons of the table too, as a separate family.
-    - not distinguishable: otherwise. The true difference can be 0, or as large as the smallest detectable one.
+    - equivalent: neither better nor worse, and two one-sided tests show that the difference is within the margin. The
+      p-values of these tests are also corrected for the comparisons of the table, as a separate family.
+    - not distinguishable: no other verdict applies. The true difference can be 0, or as large as the smallest
+      detectable one.
     - same in every pair: every difference is exactly 0.
     - not tested: there are fewer than two pairs, the number has no better direction, or every difference is the same.
     """

@@ -213,8 +213,8 @@ def seed_differences(
 def detectable_lines(rows: Sequence[EvalRow], metric: str, columns: Sequence[MetricColumn]) -> list[list[str]]:
     """A line with the smallest difference between two SAEs that this text can detect; no line if nothing is paired.
 
-    That difference is computed for each comparison of the first SAE with another, at the level corrected for the number
-    of comparisons, and the largest is shown.
+    The smallest detectable difference is computed for each comparison of the first SAE with another, at the level
+    corrected for the number of comparisons, and the largest of these differences is shown.
     """
     saes = [row for row in rows if not row.is_reference]
     if len(saes) < 2:

@@ -54,7 +54,7 @@ def connection_error() -> Exception | None:
 
     try:
         huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=TIMEOUT_SECONDS)
-    except Exception as error:  # the error's type depends on the HTTP client, and offline mode raises one too
+    except Exception as error:  # the error's type depends on the HTTP client, and offline mode also raises an error
         return error
     return None
 

@@ -139,7 +139,7 @@ REVIEW_COLUMNS: dict[str, Any] = {"text": "text", "label": "category", "attribut
 BIOS_PAIRS = ((21, 13), (1, 11), (25, 22), (2, 26))
 # (books, CDs and vinyl), (software, electronics), (pet supplies, office products), (industrial, toys and games)
 REVIEWS_PAIRS = ((24, 26), (30, 6), (18, 11), (3, 1))
-# With these, SCR's biased probe uses both subject and kind. With other pairs, or the kinds prose and code, only one.
+# With these pairs, SCR's biased probe uses subject and kind; with others, or with prose and code, it uses only one.
 SUBJECT_PAIRS = (("network", "numbers"), ("numbers", "python"), ("files", "numbers"))
 
 HUB: dict[str, LabeledDataset | CodeDataset | TranslationDataset] = {
@@ -273,7 +273,7 @@ def find_dataset(name: str) -> LabeledDataset | CodeDataset | TranslationDataset
 
 
 def class_name(dataset: str, label: str) -> str:
-    """The name of a class if the dataset stores it as a number; otherwise the class itself."""
+    """The name of a class if the dataset stores classes as numbers; otherwise the class itself."""
     source = DATASETS.get(dataset)
     return CLASS_NAMES.get(source.name, {}).get(label, label) if source else label
 
@@ -374,7 +374,7 @@ def open_on_hub(name: str, split: str, subset: str | None) -> Any:
         opened = load_dataset(name, name=subset, split=split, streaming=subset is not None, revision=commit)
         hub.check_commit(name, commit, opened)
         return opened
-    # Its loading script, which `datasets` no longer runs, derives the language from the path.
+    # The loading script of github-code, which `datasets` no longer runs, derives the language from the path.
     files = f"hf://datasets/{name}@{commit}/data/{split}-*.parquet"
     stream = load_dataset("parquet", data_files={split: files}, split=split, streaming=True)
     return stream.map(lambda row: {"language": language_of(row["path"])})

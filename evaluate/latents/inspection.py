@@ -67,7 +67,7 @@ class InspectedRun:
 
     @property
     def norm_limit(self) -> float | None:
-        """Activations with a larger norm are outlier rows. No latent counts as firing there."""
+        """Activations with a larger norm are outlier rows. No latent counts as firing at an outlier row."""
         return self.row.target.norm_limit
 
     @property
@@ -126,7 +126,7 @@ def read_results(row: EvalRow) -> tuple[dict[str, MetricResult], dict[str, dict[
                 continue
             record = read_result_record(path, metric)
             require_result_of(row.record, record, path)
-            if record["eval_config"].get("weights") != row.weights:  # unlike the tensors, `weights` covers k
+            if record["eval_config"].get("weights") != row.weights:  # unlike the tensors, this digest also covers k
                 raise DamagedError(f"{path} is a result of another SAE. {RESULT_RECORD.remedy}")
             results[name], settings[name] = result_of(record, path), record["eval_config"]
         except DamagedError as error:

@@ -95,7 +95,7 @@ class PassageTable:
         fresh_KP = index_KP >= kept
         stays_KP = torch.zeros(len(index_KP), kept + 1, dtype=torch.bool, device=index_KP.device)
         stays_KP.scatter_(1, index_KP.clamp(max=kept), True)
-        latent, slot = (~stays_KP[:, :kept]).nonzero(as_tuple=True)  # per latent, one slot for each fresh passage
+        latent, slot = (~stays_KP[:, :kept]).nonzero(as_tuple=True)  # one free slot for each fresh passage of a latent
         context = index_KP[fresh_KP] - kept
         position = position_NK[context, latent]
         start = self.window.starts(position, length := f_NSK.shape[1])

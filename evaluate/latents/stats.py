@@ -91,7 +91,8 @@ class ActivationStats:
         self.outliers = 0
 
     def add(self, f_NSF: Tensor, counted_NS: Tensor, first: int) -> None:
-        """Add the activations of contexts `first`, `first` + 1, ...; only those at `counted_NS` count."""
+        """Add the activations of contexts `first`, `first` + 1, ...; only the activations where `counted_NS` is True
+        count."""
         f_NSF = torch.where(counted_NS[..., None], f_NSF, 0)
         peak_F = f_NSF.amax((0, 1))
         if not torch.isfinite(peak_F).all():
@@ -215,8 +216,8 @@ def latent_stats(
 ) -> LatentStats:
     """The statistics of the latents `latents_K` (K,) int64 of an SAE at a hook, on the held-out text of `ctx`.
 
-    `window` says how many tokens a passage contains. Tokens whose activations have a norm over `norm_limit` are neither
-    counted nor shown as examples.
+    `window` determines how many tokens a passage contains. Tokens whose activations have a norm over `norm_limit` are
+    neither counted nor shown as examples.
 
     Raises SaeError if activations are not finite, and UnavailableError if the device runs out of memory.
     """
@@ -260,14 +261,14 @@ def direct_logits(model: LanguageModel, rows_KD: Tensor) -> Tensor:
     """The direct effect of residual-stream directions on the logits: (K, D) -> (K, V), float32.
 
     The directions are weighted by the final norm, including the mean subtraction of a LayerNorm, and multiplied with
-    the unembedding. TransformerLens' W_U has the same effect, because that norm is folded into it by default. The
-    division in the norm (the same for all tokens), the soft cap (which preserves their order) and later blocks are left
-    out.
+    the unembedding. TransformerLens' W_U has the same effect, because TransformerLens folds the final norm into W_U by
+    default. The division in the norm (the same for all tokens), the soft cap (which preserves the order of tokens) and
+    later blocks are left out.
     """
     transformer: Any = model.model
     weight_VD = transformer.get_output_embeddings().weight
     sign_D = torch.ones_like(weight_VD[0])
-    sign_D[1::2] = -1  # mean 0 and mean square 1, so that a norm returns its weight plus, if there is one, its bias
+    sign_D[1::2] = -1  # mean 0 and mean square 1, so that a norm returns its weight (plus its bias, if it has one)
     gain_D = (model.norm(sign_D) - model.norm(-sign_D)) * sign_D / 2
     rows_KD = rows_KD.float()
     if isinstance(model.norm, torch.nn.LayerNorm):
@@ -287,7 +288,7 @@ def logit_effects(model: LanguageModel, rows_KD: Tensor, progress: Progress) -> 
 
 
 def nearest_latents(W_dec_FD: Tensor, latents_K: Tensor, progress: Progress) -> RankedEntries:
-    """The latents whose decoder rows have the largest cosines with each latent's."""
+    """For each latent, the latents whose decoder rows have the largest cosines with its decoder row."""
     unit_FD = torch.nn.functional.normalize(W_dec_FD.float(), dim=1)
     blocks = []
     for own_C in split_blocks(latents_K.to(unit_FD.device), len(unit_FD), progress):

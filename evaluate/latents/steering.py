@@ -49,7 +49,7 @@ def steering(
             trained on it: use `positions=slice(1, None)` with `clamp`.
 
     Yields:
-        The model. It is restored when the context is closed, even after an error. Contexts can be nested.
+        The model. Steering ends when the context is closed, even after an error. Contexts can be nested.
 
     Raises:
         UsageError: the SAE does not fit the model or does not record its layer, the latent does not exist or has a zero

@@ -35,7 +35,8 @@ DrawTask = Callable[[int], ProbeTask]  # returns the next task of a probe
 
 @dataclass(frozen=True)
 class AblationProblem:
-    """Labeled texts and one probe per task on them. `draw(split, probe, generator)` returns the task of a probe."""
+    """Labeled texts, and one probe for each task on these texts. `draw(split, probe, generator)` returns the task of a
+    probe."""
 
     name: str
     texts: Texts  # split -> class -> texts
@@ -182,7 +183,8 @@ class Ablation(Metric):
     def bases(
         self, ctx: EvalContext, problem: AblationProblem, row_sets: Sequence[RowSet], progress: Progress
     ) -> dict[RowSet, AblationBasis]:
-        """For each row set, the rows of the texts and the probes on them, from the artifact cache or computed."""
+        """For each row set, the rows of the texts and the probes on these rows, read from the artifact cache or
+        computed."""
         tasks = {split: problem.fixed_tasks(split) for split in problem.texts}
         by_row_set = read_labeled_rows(ctx, row_sets, problem.name, problem.texts, progress, self.context)
         depends = {

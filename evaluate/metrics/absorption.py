@@ -10,7 +10,7 @@ absorbed if the probe finds its letter but the letter's contribution comes from 
 Source: Chanin et al. 2024, as measured by SAEBench 0.6.0 (`evals/absorption`). Mode 0.6.0 has the absorption fraction
 and full absorption; mode 2024-12, the absorption rate that the five papers report. Randomness and prompts differ:
 SAEBench draws without a seed from a vocabulary whose order changes from process to process. Here words are sorted by
-token, and draws are seeded and equal for every SAE. A word is scored on another prompt than it was selected on.
+token, and draws are seeded and equal for every SAE. A word is selected on one prompt and scored on another prompt.
 
 Memory: the activations at all words in the model's dtype; 8 bytes for each pair of a word and a latent that fires on
 it; at most unit_decoder.MAX_DENSE_LATENTS dense latents.
@@ -132,7 +132,7 @@ class Absorption(Metric):
 
     @torch.no_grad()
     def result(self, mode: str, sae: SAELike, rows: SpellingRows, device: torch.device) -> MetricResult:
-        """Evaluate one SAE. Raises SaeError if the metric is undefined for it."""
+        """Evaluate one SAE. Raises SaeError if the metric is undefined for this SAE."""
         unit_sae = UnitDecoderSAE.of(sae, device)
         letters = self.scored_letters(mode, rows)
         train = unit_sae.sparse_latents(rows.train_ND)
@@ -143,7 +143,7 @@ class Absorption(Metric):
             split = candidates.split(letter, self.f1_jump_threshold)
             positive_N = true_positive_NL[:, letter]
             if not (mode == "2024-12" or positive_N.any()):
-                continue  # as in SAEBench; in mode 2024-12 it is dropped later, because it has no candidate words
+                continue  # as in SAEBench; mode 2024-12 drops the letter later, for lack of candidate words
             main = candidates.order_LK[letter, : split.size]
             scores = self.score(unit_sae, rows.fresh_ND[positive_N], rows.probe.weight_LD[letter], main)
             missed_N = torch.from_numpy(split.missed)[positive_N]
@@ -303,7 +303,7 @@ class LetterCandidates:
 
 
 class ScoredLetter(NamedTuple):
-    """One letter's entry in the details, and its scores per word by name."""
+    """One letter's entry in the details, and the scores of each of its words: name of the score -> values."""
 
     entry: dict[str, Any]
     scores: dict[str, Tensor]
@@ -388,7 +388,7 @@ def score_words(
     absorbed_N = torch.where(absorbing_F, p_NF.clamp(min=0), 0).topk(most, dim=1).values.sum(1)
     credited_N = torch.minimum(absorbed_N, along_N - main_N)
     fraction_N = torch.where(main_N > 0, (credited_N / (credited_N + main_N)).clamp(0, 1), 1)
-    # SAEBench divides by `along`; a word on which it is not positive has no absorption.
+    # SAEBench divides by `along`; a word on which `along` is not positive has no absorption.
     none_N = (main_N >= along_N) | (along_N <= 0) | (absorbed_N / along_N < enough)
     top = p_NF.topk(1, dim=1)
     top_N, cosine_N = top.values[:, 0], cosine_F[top.indices[:, 0]]

@@ -109,7 +109,7 @@ class Autointerp(Metric):
         return {name: value for name, value in found.items() if name not in left_out}
 
     def local_identity(self, ctx: EvalContext) -> dict[str, Any]:
-        """The settings, other than its name, that affect the answers of a local judge."""
+        """The settings that affect the answers of a local judge, other than the judge's name."""
         judge = self.judge(ctx.device) if self.endpoint == LOCAL else None
         return judge.identity if isinstance(judge, LocalJudge) else {}
 
@@ -123,9 +123,9 @@ class Autointerp(Metric):
         if isinstance(judge, Endpoint):
             if not replace(judge, waits=TEST_WAITS).ask(TEST_QUESTION).strip():
                 raise UnavailableError(
-                    f"{self.judge_model} at {self.endpoint} gave an empty answer to the test question. An answer can "
-                    f"have {MAX_ANSWER_TOKENS} tokens, which a model that thinks before it answers uses up. Choose a "
-                    "model that does not think, or switch thinking off on the server."
+                    f"{self.judge_model} at {self.endpoint} gave an empty answer to the test question. An answer is "
+                    f"limited to {MAX_ANSWER_TOKENS} tokens, and a model that thinks before it answers uses them up. "
+                    "Choose a model that does not think, or switch thinking off on the server."
                 )
 
     def check_options(self) -> None:

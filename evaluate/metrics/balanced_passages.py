@@ -70,8 +70,8 @@ def select_balanced(
 
 
 def overlaps(flat: np.ndarray, others: Sequence[int]) -> np.ndarray:
-    """A mask of the passages with middle tokens `flat` that share a token with a passage around one of `others`.
-    Passages do not cross the ends of their row, so passages in different rows never overlap."""
+    """For each passage around a middle token in `flat`, whether it shares a token with a passage around one of
+    `others`. Passages do not cross the ends of their row, so passages in different rows never overlap."""
     return (np.abs(flat[:, None] - np.array(others, dtype=np.int64)) <= 2 * BUFFER).any(1)
 
 

@@ -45,7 +45,8 @@ def encode_finite(sae: SAELike, x_TD: Tensor) -> Tensor:
 
 
 def reconstruct(sae: SAELike, f: Tensor, x: Tensor) -> Tensor:
-    """The reconstruction of x from its latents f. An SAE that layer-normalizes each token needs x itself for it."""
+    """The reconstruction of x from its latents f. An SAE that layer-normalizes each token also needs x itself to
+    decode."""
     return sae.decode(f, x) if isinstance(sae, SAE) and sae.layer_norm else sae.decode(f)
 
 
@@ -125,7 +126,7 @@ class MetricResult:
     contains the numbers of measured tokens, texts and so on. `flags` are sentences that warn about misleading numbers.
     `extra` is anything else that a metric stores.
 
-    All of these cover all rows, as in SAEBench. `masked` is the same result without the outlier rows (see
+    All of these fields cover all rows, as in SAEBench. `masked` is the same result without the outlier rows (see
     `EvalTarget.norm_limit`); it is None if there are no outlier rows, because the two results are then equal.
     """
 
@@ -144,8 +145,7 @@ class MetricResult:
 
     @property
     def notes(self) -> list[str]:
-        """The flags of `sound`, and sentences about those numbers over all rows that have misleading names in
-        SAEBench."""
+        """The flags of `sound`, and a sentence about each number over all rows whose name in SAEBench is misleading."""
         return [*self.sound.flags, *misnamed_numbers(self.metrics)]
 
     def without_outliers(self, outliers: int, rows: int) -> "MetricResult":
@@ -157,7 +157,7 @@ class MetricResult:
         )
 
     def with_masked(self, masked: "MetricResult") -> "MetricResult":
-        """This result over all rows, together with the one without outlier rows."""
+        """This result over all rows, together with the result without outlier rows."""
         return replace(self, n=self.n | {OUTLIERS: masked.n[OUTLIERS]}, masked=masked)
 
     @property
@@ -183,7 +183,7 @@ class UnitValues(NamedTuple):
 
     Attributes:
         unit: the name of the unit in the singular; "" if there are no units.
-        values: name of a unit -> value. The mean of the values is the number.
+        values: name of a unit -> value. The number is the mean of these values.
     """
 
     unit: str
@@ -243,7 +243,7 @@ class Metric(ABC):
         judge."""
 
     def describe_cost(self, ctx: EvalContext, saes: int) -> list[str]:
-        """Lines of the plan about the costs of measuring `saes` SAEs, other than time."""
+        """Lines of the plan about costs other than time; `saes` is the number of SAEs to measure."""
         return []
 
     def kept_bytes(self, ctx: EvalContext, targets: Sequence[EvalTarget]) -> int:
@@ -258,14 +258,15 @@ class Metric(ABC):
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         """Evaluate all targets on the same text. Returns one outcome for each; raises SaeError if none can be measured.
 
-        Outlier rows are left out. If there are any, `n["outlier_rows"]` of a result is their number.
+        Outlier rows are left out. If the text has outlier rows, `n["outlier_rows"]` of a result is the number of them.
         """
 
     def measure_both(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         """Like `measure`, but if rows were left out, the result covers all rows, and its `MetricResult.masked` is the
         result without outlier rows.
 
-        SAEs without outlier rows in the text are measured only once, as are all SAEs if `measure` already returns both.
+        SAEs without outlier rows in the text are measured only once. If `measure` itself returns both results, all SAEs
+        are measured only once.
         """
         outcomes = self.measure(ctx, targets, progress)
         masked = {

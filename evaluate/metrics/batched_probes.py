@@ -39,7 +39,7 @@ def train_probes(
     the first epoch with its best test accuracy. All tasks have the same size. Each probe's generator draws, in this
     order, its weight, its bias, and one order per epoch.
     """
-    # Paper: SAEBench trains in the model's dtype, bfloat16 for Gemma; this is float32.
+    # Paper: SAEBench trains in the model's dtype, bfloat16 for Gemma; these probes are trained in float32.
     rows_PB = torch.stack([task.rows for task in tasks])
     label_PB = torch.stack([task.label for task in tasks]).to(x_ND.dtype)
     bound = x_ND.shape[1] ** -0.5

@@ -26,7 +26,7 @@ class ClampPlan:
 
     @property
     def selections(self) -> list[tuple[int, ...]]:
-        """The distinct non-empty selections. An empty one does not change the model."""
+        """The distinct non-empty selections. An empty selection does not change the model."""
         return [selection for selection in dict.fromkeys(self.selected.values()) if selection]
 
     @property

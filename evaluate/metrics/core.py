@@ -12,9 +12,10 @@ Pad, EOS and BOS positions keep their activations and are not counted.
 
 All other rows are counted under these names, as in SAEBench, so a single attention sink can dominate the numbers. If
 the text has outlier rows (`EvalTarget.norm_limit`), `MetricResult.masked` therefore contains the same numbers without
-them: at these rows the model keeps its own activations, as at BOS, and they are not counted. To compute them, the model
-runs a second time on the contexts that contain such a row. The model's own pass over the text is kept in the artifact
-cache (`TextPasses`), so SAEs that are measured later run only the blocks after their hook.
+them: at these rows the model keeps its own activations, as at BOS, and they are not counted. To compute the numbers
+without outlier rows, the model runs a second time on the contexts that contain an outlier row. The model's own pass
+over the text is kept in the artifact cache (`TextPasses`), so SAEs that are measured later run only the blocks after
+their hook.
 
 Shape suffixes: N contexts, S positions, T counted tokens, D d_in, F latents, V vocabulary.
 """
@@ -72,7 +73,7 @@ class Core(Metric):
 
     Correlations between latents and cosines between decoder rows, which SAEBench does not have, are computed over all
     pairs in a sample of `paired_latents` latents. The sample contains every latent if the SAE has at most
-    `paired_latents`; with 0 there are no pairs.
+    `paired_latents` latents. If `paired_latents` is 0, there are no pairs.
     """
 
     batch_contexts: int = 16
@@ -103,10 +104,10 @@ class Core(Metric):
         return settings
 
     def settings_of(self, target: EvalTarget, targets: Sequence[EvalTarget]) -> dict[str, Any]:
-        """`paired_latents`, if it selects different pairs from the fixed value of earlier versions, which did not
-        record it.
+        """`paired_latents`, if this option selects different pairs from those of earlier versions, which had a fixed
+        value and did not record it.
 
-        It is not recorded for the identity, zero and PCA, whose number of latents is unknown.
+        The option is not recorded for the identity, zero and PCA, whose number of latents is unknown.
         """
         d_sae = getattr(target.sae, "d_sae", 0)
         same = min(self.paired_latents, d_sae) == min(EARLIER_PAIRED_LATENTS, d_sae)

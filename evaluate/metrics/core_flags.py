@@ -25,7 +25,7 @@ Metrics = Mapping[str, Mapping[str, Any]]
 
 
 def core_flags(target: EvalTarget, metrics: Metrics, stats: SAEStatistics) -> list[str]:
-    """Sentences about misleading numbers. References get none, because they are degenerate by design."""
+    """Sentences about misleading numbers. References get no flags, because they are degenerate by design."""
     if target.reference:
         return []
     left_out = [few_pairs(stats)] if stats.pairs else [NO_PAIRS]

@@ -86,7 +86,7 @@ class Endpoint:
         are awaited for up to GRACE seconds.
         """
         stop = threading.Event()
-        with futures.ThreadPoolExecutor(1) as thread:  # a new thread, because a notebook's own has an event loop
+        with futures.ThreadPoolExecutor(1) as thread:  # a new thread: a notebook's thread already runs an event loop
             try:
                 asking = thread.submit(asyncio.run, self._ask_in_parallel(questions, keep, stop))
                 # If Ctrl-C arrives just as a wait begins, Python handles it only after the wait.

@@ -105,9 +105,9 @@ class HeldOutRows:
                     kept.append(sparse(encode_finite(sae, x_TD)))
                 if (active := sum(part.nnz for part in kept)) > MAX_ACTIVE:
                     raise UsageError(
-                        f"At {sum(part.shape[0] for part in kept):,} tokens, {active:,} activations of "
-                        "latents are not 0. The SAE is not sparse, and its activations do not fit into memory. Read "
-                        "less text, for example with --set stability.tokens=4096."
+                        f"The latents have {active:,} nonzero activations at {sum(part.shape[0] for part in kept):,} "
+                        "tokens. The SAE is not sparse, and its activations do not fit into memory. Read less text, "
+                        "for example with --set stability.tokens=4096."
                     )
             except SaeError as error:
                 self.failed[place] = error
@@ -123,7 +123,8 @@ class HeldOutRows:
 
 
 def sparse(f_TF: Tensor) -> csr_matrix:
-    """csr_matrix(f_TF) in float64. scipy finds nonzero values by two indices, which takes five times as long."""
+    """csr_matrix(f_TF) in float64. scipy's own conversion takes five times as long, because it finds nonzero values by
+    two indices."""
     value_TF = f_TF.cpu().numpy()
     nonzero_TF = value_TF != 0
     place_Z = np.flatnonzero(nonzero_TF)

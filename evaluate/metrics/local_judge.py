@@ -61,7 +61,8 @@ class LocalJudge:
                 keep(index, answer)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens of a question. If the template accepts no system message, the user's message begins with it."""
+        """The tokens of a question. If the template accepts no system message, the text of the system message is put at
+        the beginning of the user's message."""
         from jinja2 import TemplateError
 
         def render(conversation: list[Message]) -> list[int]:

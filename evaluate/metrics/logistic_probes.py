@@ -1,8 +1,8 @@
 """Logistic probes with the splits, the choice of latents and the choice of regularization of sae-probes.
 
 Source: sae-probes 0.4.2, `utils_data.py`, `run_sae_evals.py` and `utils_training.py` (Kantamneni et al. 2025). If the
-rows and labels are the same as in sae-probes, then so are the texts of a split, the ranking of latents and the probes.
-As in sae-probes, every random draw is seeded with 42.
+rows and labels are the same as in sae-probes, the texts of a split, the ranking of latents and the probes are also the
+same. As in sae-probes, every random draw is seeded with 42.
 
 Shape suffixes: N texts, M texts of a split, F latents, K of them, D features.
 """
@@ -81,15 +81,15 @@ def splits_of(
 
 
 def imbalanced_size(label_N: np.ndarray) -> int:
-    """The largest number of texts for which every one of SHARES is possible. The limit is the rarer class, in the split
+    """The largest number of texts for which every one of SHARES is possible. Each class limits this number in the split
     in which its share is largest."""
     positive = int(label_N.sum())
     return int(min((len(label_N) - positive) / (1 - min(SHARES)), positive / max(SHARES)))
 
 
 def draw_split(label_N: np.ndarray, train: int, test: int, share: float) -> ProbeSplit:
-    """Draw `train` and `test` texts without repetition, in random order. A share `share` of each is positive (rounded
-    up)."""
+    """Draw `train` and `test` texts without repetition, in random order. In each part of `size` texts, ceil(share *
+    size) are positive."""
     random = np.random.RandomState(SEED)
     left = {label: np.flatnonzero(label_N == label) for label in (1, 0)}
     parts = []
@@ -166,9 +166,9 @@ def choose_strength(x_MD: np.ndarray, label_M: np.ndarray, l1: bool) -> tuple[fl
 def folds_of(label_M: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The folds of cross-validation: indices to train on and to validate on.
 
-    Up to 12 texts: one fold for every pair of texts, which is the validation part. Up to 127 texts: six stratified
-    folds. More texts: one fold, whose validation part is the last 20 %, but at most 100 texts. With up to 127 texts,
-    folds whose validation part lacks a class are left out.
+    Up to 12 texts: one fold for every pair of texts, with this pair as the validation part. Up to 127 texts: six
+    stratified folds. More texts: one fold, whose validation part is the last 20 %, but at most 100 texts. With up to
+    127 texts, folds whose validation part lacks a class are left out.
     """
     from sklearn.model_selection import LeavePOut, StratifiedKFold
 

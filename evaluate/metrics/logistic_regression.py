@@ -1,4 +1,4 @@
-"""Logistic regressions equal to scikit-learn's. With an L1 penalty and numba, training takes a fraction of the time.
+"""Logistic regressions equal to scikit-learn's. With an L1 penalty, training is much faster if numba is installed.
 
 An L1 probe on many latents reaches the iteration limit before it converges, so its AUC depends on every step. Only the
 same steps, rounded in the same places, produce the AUC that sae-probes reports. scikit-learn's loop makes three passes
@@ -57,7 +57,7 @@ class TrainingTexts(NamedTuple):
         return cls(x_MD[row_M, index_Z], index_Z, start_M, label_M.astype(np.float64), x_MD.shape[1], step)
 
 
-Train = Callable[[float], LogisticModel]  # C -> the regression with it
+Train = Callable[[float], LogisticModel]  # C -> the regression trained with this C
 Trainer = Callable[[np.ndarray, np.ndarray], Train]
 
 
@@ -168,7 +168,8 @@ def saga_epochs(
 
 
 def equals_sklearn(trainer: Trainer) -> bool:
-    """Whether the trainer equals scikit-learn bit for bit on a small problem. This depends on the compilers of both."""
+    """Whether the trainer and scikit-learn give results that are equal bit for bit on a small problem. This depends on
+    numba's compiler and on the compiler that built scikit-learn."""
     random = np.random.RandomState(0)
     label_M = np.arange(150) % 2
     x_MD = random.gamma(2, 2, (150, 24)) * (random.rand(150, 24) < 0.2 + 0.2 * label_M[:, None])

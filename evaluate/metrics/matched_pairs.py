@@ -24,7 +24,7 @@ class Pair:
         decoder: matching by the absolute cosine of decoder rows.
         signed: matching by their signed cosine; the same object as `decoder` if the sign has no meaning.
         activation: matching by the absolute correlation of activations.
-        varying: the number of latents that vary, in whichever of the two SAEs it is larger.
+        varying: the number of latents that vary, from the SAE in which this number is larger.
     """
 
     decoder: Matching
@@ -74,14 +74,14 @@ def match_pair(
 
 
 def recurring_cosines(pair: Pair) -> np.ndarray:
-    """The cosine of each latent with its match (F,), which decides whether it recurs; absolute if signs mean
-    nothing."""
+    """The cosine of each latent with its match (F,), which decides whether the latent recurs; the absolute cosine if
+    signs have no meaning."""
     return np.abs(pair.signed.similarity_F) if pair.signed is pair.decoder else pair.signed.similarity_F
 
 
 def matched_values(pairs: Sequence[Pair], nulls: Mapping[str, Sequence[Pair]]) -> dict[str, list[float]]:
-    """PW-MCC with each other seed and with each random dictionary. For random dictionaries, there are the values of
-    each kind and, as the null, a copy of those of the kind with the larger mean."""
+    """PW-MCC with each other seed and with each random dictionary. Random dictionaries have one list of values for each
+    kind. The null is a copy of the list with the larger mean."""
     values: dict[str, list[float]] = {}
     for what in ("decoder", "activation"):
         values[f"{what}_pw_mcc"] = [getattr(pair, f"{what}_mcc") for pair in pairs]

@@ -26,7 +26,7 @@ def pack_texts(texts: Sequence[str], tokenizer: Any, context: int, bos_id: int |
     """Join texts with EOS and cut them into rows (R, context). BOS replaces the first token of each row.
 
     Tokens that do not fill a row are dropped. SAEBench uses the tokenizer's BOS. Here BOS is `bos_id`, the first token
-    of the contexts that the SAEs were trained on. For Gemma and Llama, the two are the same token.
+    of the contexts that the SAEs were trained on. For Gemma and Llama, `bos_id` is the tokenizer's BOS.
     """
     joined = (tokenizer.eos_token or "\n").join(texts)
     size = max(1, -(-len(joined) // TOKENIZER_CHUNKS))

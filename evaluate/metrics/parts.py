@@ -1,4 +1,4 @@
-"""How many tokens are computed at a time, since logits and latents are the largest tensors of an evaluation."""
+"""How many tokens to process at a time. Logits and latents are the largest tensors of an evaluation."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ CACHED_NUMBERS = 2**18  # numbers that chained operations read at a time on a CP
 
 
 def tokens_at_once(numbers: int, device: torch.device | str) -> int:
-    """How many tokens to compute at a time, if each has `numbers` float32 numbers (logits or latents).
+    """How many tokens to process at a time, if the result for one token is `numbers` float32 numbers (logits or
+    latents).
 
     On a GPU, as many as fit into half of the free memory. On a CPU, a part of 8 MB is fastest, because larger tensors
     are allocated again each time, which can take longer than the matrix multiplications. $SAE_MEMORY_GB limits both.

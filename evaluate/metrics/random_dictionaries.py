@@ -1,4 +1,5 @@
-"""Random dictionaries of an SAE's shape. The similarity of an SAE to them is the chance level of stability.
+"""Random dictionaries of an SAE's shape. The similarity of an SAE to random dictionaries is the chance level of
+stability.
 
 There are two kinds, because neither is right for every SAE. `shuffle_rows` preserves the entries of each decoder row (a
 few of which may be large) but not the directions. `gaussian_rows` preserves the second moment of a decoder's rows
@@ -67,8 +68,8 @@ def random_latents(direction_FD: Tensor, x_DT: Tensor, active_F: np.ndarray) -> 
 
 
 def strongest(value_T: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The indices of the `count` largest values, and by how much each exceeds a threshold, the largest of the other
-    values. Values equal to the threshold are left out.
+    """The indices of the `count` largest values, and by how much each exceeds the threshold, which is the largest of
+    the other values. Values equal to the threshold are left out.
 
     A sample provides a lower bound of the threshold, so that only few values have to be sorted. If at most `count`
     values reach the bound, it is wrong, and all values are sorted.

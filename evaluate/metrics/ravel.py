@@ -15,8 +15,8 @@ If the attributes are in the same order as in SAEBench, the pairs and batches ar
 differences. First, the position of the entity's last token differs if the tokenizer adds no token before a text
 (SAEBench then reads the token after the entity) or joins the entity's last token with the following text. Second, time
 zones differ (ravel_answers). Third, attributes about which the model knows too little are left out, and the result says
-so. Questions whose entity is an outlier row (`EvalTarget.norm_limit`) are left out. If there are any, the metric is
-also measured with them, to obtain SAEBench's numbers.
+so. Questions whose entity is an outlier row (`EvalTarget.norm_limit`) are left out. If there are such questions, the
+metric is also measured with them, to obtain SAEBench's numbers.
 
 Shape suffixes: N prompts, D d_in, F latents.
 """
@@ -74,7 +74,8 @@ class KnownFacts:
         fewest: int,
         refusals: Sequence[str] = (),
     ) -> Self:
-        """`fewest` is the number of right answers that an attribute needs; `refusals` are reasons found earlier."""
+        """`fewest` is the number of right answers that an attribute needs; `refusals` are the reasons for which
+        attributes have already been left out."""
         kept, refusals = [], [*refusals]
         for attribute in attributes:
             values = [prompt.value for prompt in prompts if prompt.attribute == attribute]
@@ -219,7 +220,7 @@ class Ravel(Metric):
         if not any(facts.attributes for facts in known):
             counts = "; ".join(refusal for facts in known for refusal in facts.refusals)
             raise SaeError(
-                f"{ctx.model_name} knows too few facts for RAVEL. It needs two attributes of one entity type, each "
+                f"{ctx.model_name} knows too few facts for RAVEL. RAVEL needs two attributes of one entity type, each "
                 f"with {self.min_known_prompts} questions that the model answers right and with two different answers. "
                 f"Found: {counts}. Use a model that knows more, or lower {self.name}.min_known_prompts."
             )

@@ -106,7 +106,7 @@ def entity_positions(tokenizer: Any, fills: Sequence[tuple[str, int]]) -> list[i
     """The position of the entity's last token in each text, counted from the end.
 
     This is the last token that begins before the entity ends. SAEBench counts the tokens of the text after the entity,
-    which leads to the same position unless a token contains parts of both.
+    which leads to the same position unless one token contains the end of the entity and the beginning of that text.
     """
     texts = [text for text, _ in fills]
     if not is_fast(tokenizer):

@@ -12,8 +12,8 @@ With `--max-norm none`, the numbers equal those of sae-probes except for these d
   TransformerLens' tokenizer adds.
 - A text whose last token is an outlier row is left out, together with a text of the other class to keep the classes
   balanced.
-- For a k larger than the number of latents, there is no number; sae-probes then reports a probe on all latents under
-  that name.
+- For a k larger than the number of latents, there is no number; sae-probes reports a probe on all latents as the number
+  for this k.
 
 Memory, for one data set at a time: its rows (5,000 x d_in), one SAE's latents of these rows in sparse form, and the
 dense latents of the training texts (1,024 x d_sae float32, 67 MB at 16,384 latents).
@@ -288,7 +288,7 @@ def encode_rows(sae: SAELike, x_ND: Tensor, device: str) -> csr_array:
 def probe_latents(
     latent_NF: csr_array, label_N: np.ndarray, split: ProbeSplit, ks: Sequence[int], *, l1: bool
 ) -> SplitScores:
-    """Choose latents on the training texts of a split, and probe each number of them."""
+    """Rank latents on the training texts of a split. For each k in `ks`, train a probe on the best k latents."""
     (train_M, test_M, _), latents = split, latent_NF.shape[1]
     train_MF = torch.from_numpy(latent_NF[train_M].toarray())
     ranked_K = rank_latents(train_MF, torch.from_numpy(label_N[train_M]), min(max(ks), latents))

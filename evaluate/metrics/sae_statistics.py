@@ -59,8 +59,8 @@ def splice(
 ) -> Tensor:
     """The activations of one batch (N, S, D) with the SAE's reconstruction at the counted tokens.
 
-    The batch is encoded once, `tokens` tokens at a time (default: `tokens_per_encode`). Each entry of `statistics` has
-    a mask (N, S) of some of the counted tokens, and only these tokens are added to it.
+    The batch is encoded once, `tokens` tokens at a time (default: `tokens_per_encode`). Each SAEStatistics in
+    `statistics` comes with a mask (N, S) of some of the counted tokens, and receives only these tokens.
     """
     replaced_NS = torch.ones_like(counted_NS) if target.everywhere else counted_NS
     x_RD, context_R = x_NSD[replaced_NS], replaced_NS.nonzero()[:, 0]
@@ -90,7 +90,7 @@ def splice(
 class SAEStatistics:
     """Sums for one SAE over some of the counted tokens, in float64: reconstruction, sparsity and pairs of latents.
 
-    `splice` adds batches. It calls `add_latents` for each chunk of a batch and then `end_batch`, which also computes
+    `splice` adds batches: it calls `add_latents` for each chunk of a batch and then `end_batch`, which also computes
     the numbers that SAEBench defines per batch. `pairs` is None if `paired_latents` is 0.
     """
 
@@ -177,7 +177,8 @@ class SAEStatistics:
 
         square = s["batch_square"] / self.batches
         quality = {
-            # SAEBench 0.6.0's explained_variance subtracts the wrong mean; the papers' numbers are the legacy formula.
+            # SAEBench 0.6.0's explained_variance subtracts the wrong mean; the papers' numbers come from the legacy
+            # formula.
             "explained_variance": 1 - divide(s["batch_error"] / self.batches, square - (square / d_in) ** 2),
             **mean("explained_variance_legacy", "mse", "cossim"),
             "fve": 1 - divide(s["error"], self.variance),

@@ -49,8 +49,8 @@ CLASS_NAMES = {  # as in the names of SAEBench's results
 
 @dataclass(frozen=True)
 class Scr(Ablation):
-    """`scr_metric` is the score of the harder direction. A pair of classes has none if its biased probe is equally bad
-    at both tasks."""
+    """`scr_metric` is the score of the harder direction. A pair of classes has no `scr_metric` if its biased probe is
+    equally bad at both tasks."""
 
     datasets: tuple[str, ...] = tuple(CLASS_NAMES)
 

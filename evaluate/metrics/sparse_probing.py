@@ -161,8 +161,8 @@ class SparseProbing(Metric):
         sae.scores[name] = probe_dataset(features, ks, self.generators(sae.generator, name))
 
     def generators(self, shared: torch.Generator, dataset: str) -> Callable[..., torch.Generator]:
-        """A function that takes the names of a draw and returns its generator. With rng="saebench", this is always
-        `shared`."""
+        """A function that takes the names of a draw and returns its generator. With rng="saebench", the function always
+        returns `shared`."""
 
         def generator_for(*names: object) -> torch.Generator:
             return shared if self.rng == "saebench" else make_generator(self.rng, "sparse_probing", dataset, *names)

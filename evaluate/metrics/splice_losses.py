@@ -80,7 +80,8 @@ class CountedTokens:
         tokens: int,
         report: Callable[[float], None] | None = None,
     ) -> list[TokenLosses]:
-        """The losses of each final residual (T, D). The first one belongs to the original model and is the reference.
+        """The losses of each final residual (T, D). The first residual belongs to the original model and is the
+        reference.
 
         Logits are computed for `tokens` tokens at a time. A residual that is constant over positions (stride 0) is
         unembedded once. `report` is called with the share of the tokens done so far.

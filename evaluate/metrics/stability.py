@@ -1,24 +1,25 @@
 """Stability: how similar an SAE is to SAEs trained in the same way with other seeds.
 
 PW-MCC (Song et al. 2025, arXiv 2505.20254) matches the latents of two SAEs one to one, optimally, and averages the
-absolute cosine of the decoder rows over the matched pairs. Here the same is also done with the absolute Pearson
-correlation of activations on the same held-out tokens. An SAE's number is the mean over the other seeds, so the mean
-over the SAEs of a system is the mean over all pairs. In the authors' code (examples/evaluate_mcc.py), the cosines keep
-their sign. The two definitions agree if the best matches have positive cosines.
+absolute cosine of the decoder rows over the matched pairs. This metric also computes a second number in the same way,
+with the absolute Pearson correlation of activations on the same held-out tokens instead of the cosine. An SAE's number
+is the mean over the other seeds, so the mean over the SAEs of a system is the mean over all pairs. In the authors' code
+(examples/evaluate_mcc.py), the cosines keep their sign. The two definitions agree if the best matches have positive
+cosines.
 
 Recurring latents (Paulo and Belrose 2025, arXiv 2501.16615) come from a separate matching by signed cosines, because a
 latent and its opposite mean different things. In an SAE with negative latents, the sign has no meaning, and the
 matching of PW-MCC is used. The authors also require that the encoder rows match. This is not required here, because not
 every SAE has encoder rows.
 
-Each number is compared with the same number for matched random dictionaries. Their rows are also used as encoder, with
-thresholds at which every latent fires as often as the SAE's latent. The random dictionaries thus have the same width
-and firing rates. They also read the same activations, in which a few large directions cause correlations between any
-two dictionaries. There are two kinds (random_dictionaries.py): the SAE's own decoder rows with the entries of each row
-in random order, which preserves large entries; and Gaussian rows with the second moment of the other seeds' decoder
-rows. The null is the larger of the two numbers. The moment comes from the other seeds, because the SAE's own moment
-would also fit chance properties of its rows. With the moment of another decoder, the mean squared cosine between an
-SAE's decoder and the random rows equals exactly the mean squared cosine between the two decoders.
+Each number is compared with the same number for matched random dictionaries. The rows of a random dictionary are also
+used as its encoder, with thresholds at which every latent fires as often as the SAE's latent. The random dictionaries
+thus have the same width and firing rates. They also read the same activations, in which a few large directions cause
+correlations between any two dictionaries. There are two kinds (random_dictionaries.py): the SAE's own decoder rows with
+the entries of each row in random order, which preserves large entries; and Gaussian rows with the second moment of the
+other seeds' decoder rows. The null is the larger of the two numbers. The moment comes from the other seeds, because the
+SAE's own moment would also fit chance properties of its rows. With the moment of another decoder, the mean squared
+cosine between an SAE's decoder and the random rows equals exactly the mean squared cosine between the two decoders.
 
 Dead latents are those that do not vary on these tokens. Their rows are included in the decoder PW-MCC, as in the
 authors' code. They have no correlation, so the activation PW-MCC is computed over the other latents, and unmatched
@@ -61,8 +62,9 @@ class Stability(Metric):
     """`tokens` held-out tokens are read, in batches of `batch_contexts` contexts.
 
     A latent recurs in another seed if the cosine with its match is at least `threshold` (0.7, as in Paulo and Belrose
-    2025, arXiv 2501.16615) and at least the NULL_QUANTILE of the absolute cosines in the `draws` random dictionaries of
-    either kind. Up to `exact_latents` latents, the matching of two seeds is optimal.
+    2025, arXiv 2501.16615) and at least the NULL_QUANTILE quantile of the absolute cosines of matches with the `draws`
+    random dictionaries, for both kinds of random dictionaries. Up to `exact_latents` latents, the matching of two seeds
+    is optimal.
     """
 
     tokens: int = 32_768

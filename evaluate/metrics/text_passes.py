@@ -146,7 +146,7 @@ class TextPasses:
         return {"final": True} if hook is None else hook.record
 
     def key(self, batch: ContextBatch, of: Mapping[str, Any]) -> dict[str, Any]:
-        """The key contains the padded shape, because different padding may round differently."""
+        """The key contains the padded shape, because results may be rounded differently with different padding."""
         return {**self.ctx.model_identity, "ids": digest_of_ids(batch), "shape": list(batch.ids.shape), **of}
 
 

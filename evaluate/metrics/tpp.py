@@ -95,7 +95,7 @@ class Tpp(Ablation):
     def ablated_accuracies(
         self, readout: ProbeReadout, effect_PF: Tensor, draw_task: DrawTask, bootstrap: BootstrapWeights
     ) -> list[dict[int, list[Tensor]]]:
-        """Every probe's accuracy (R,), for each class and each number of its latents that are ablated."""
+        """Every probe's accuracy (R,), for each class and each number of ablated latents of this class."""
         by_class: list[dict[int, list[Tensor]]] = [{} for _ in effect_PF]
         for by_n, effect_F in zip(by_class, effect_PF, strict=True):
             for n in self.thresholds:

@@ -1,7 +1,7 @@
 """Decoder norms folded into the latents: f_i <- f_i * |d_i|, d_i <- d_i / |d_i|.
 
-Metrics that depend on the scale of latents (absorption, sparse probing, unlearning) then do not depend on how an SAE
-divides the scale between its latents and its decoder.
+With folded norms, metrics that depend on the scale of latents (absorption, sparse probing, unlearning) do not depend on
+how an SAE divides the scale between its latents and its decoder.
 
 Shape suffixes: N rows, D d_in, F latents.
 """
@@ -23,7 +23,8 @@ NORM_TOLERANCE = 1e-5  # allowed deviation from 1 of the norms of W_dec's rows
 
 
 def decoder_norms_to_fold(sae: SAELike) -> Tensor | None:
-    """The norms of the decoder rows (F,). Latents must be multiplied by them if the rows are scaled to unit length.
+    """The norms of the decoder rows (F,). Latents must be multiplied by these norms if the rows are scaled to unit
+    length.
 
     None if the rows already have unit length, or if the SAE has no W_dec.
     """

@@ -1,7 +1,7 @@
 """Unlearning: how much knowledge of a dangerous subject is lost, while other knowledge is kept, when the latents that
 fire on that subject are clamped.
 
-Higher is better; 0 means that nothing is forgotten, or only together with other knowledge.
+Higher is better; 0 means that the subject is not forgotten, or is forgotten only together with other knowledge.
 
 An SAE of the base model is applied to the instruction-tuned model. Latents that fire on a forget corpus, but hardly
 ever on a retain corpus, are set to -multiplier wherever they fire. The model then answers multiple-choice questions on
@@ -62,8 +62,8 @@ Answers = dict[tuple[int, ...], dict[str, Tensor]]  # clamped latents -> questio
 class Unlearning(Metric):
     """`model` is the instruction-tuned model; by default the base model's name followed by -it.
 
-    At most `rows` rows of `context` tokens are read from each corpus. The forget corpus is gated. It is read from
-    bio-forget-corpus.jsonl (the file that WMDP distributes) in the folder given by --data, or from the Hub. Only
+    At most `rows` rows of `context` tokens are read from each corpus. The forget corpus is gated. The corpus is read
+    from bio-forget-corpus.jsonl (the file that WMDP distributes) in the folder given by --data, or from the Hub. Only
     questions that the model answers right under all 24 orders of their choices are used; they are determined once per
     model and stored in the artifact cache.
 

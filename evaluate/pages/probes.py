@@ -51,8 +51,8 @@ def probes_of_run(result: MetricResult) -> ProbePart | None:
 
 
 def probes_of_systems(systems: Mapping[str, Sequence[MetricResult]]) -> ProbePart | None:
-    """The part about several systems: for each, a column of means over seeds, at a number of latents that all have in
-    common."""
+    """The part about several systems, with a column for each system: means over seeds, at a number of latents that was
+    measured for all systems."""
     systems = {label: some for label, some in systems.items() if some and measured_ks(some)}
     shared = set.intersection(*(set(measured_ks(some)) for some in systems.values())) if systems else set()
     llm = scores([one for some in systems.values() for one in some], LLM)
@@ -106,7 +106,7 @@ def compare_with_model(sae: Scores, llm: Scores, k: int) -> str:
 
 
 def scores(results: Sequence[MetricResult], number: str) -> dict[str, float]:
-    """The mean over results of one number, for each data set. Data sets without the number are left out."""
+    """For each data set, the mean of one number over the results. Data sets without the number are left out."""
     found: dict[str, list[float]] = {}
     for result in results:
         for entry in result.sound.details:

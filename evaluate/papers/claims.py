@@ -5,12 +5,12 @@
 (`reading`; the first is for the paper's own model), its contradictions (`contradiction`), and what it claims to measure
 without stating a number (`unreported`). Every statement comes with a quote of at most one line.
 
-A claim is a printed number for one system and one metric. If `against` is given, it compares two systems. Then either
-both have a number (`against_value` is the number of the other system), or the value is the change relative to the other
-system. The unit of a change is % of the other system's number, pp between two shares, or x (times the other system's
-number). If the paper expresses the sign of a change in words, the sign of the value was added here. If the paper
-compares in words alone, `says` takes the place of the number: it is the direction, or "equal" for a difference within
-`margin`, which was fixed in the file before anything was measured.
+A claim is a printed number for one system and one metric. If `against` is given, the claim compares two systems: either
+both systems have a number (`against_value` is the number of the other system), or the value is the change relative to
+the other system. The unit of a change is % of the other system's number, pp between two shares, or x (times the other
+system's number). If the paper expresses the sign of a change in words, the sign of the value was added here. If the
+paper compares in words alone, `says` takes the place of the number: it is the direction, or "equal" for a difference
+within `margin`, which was fixed in the file before anything was measured.
 
 A paper often states one comparison several times. A claim that `restates` another is judged but not counted again. A
 claim that repeats the number of another row for a different system (`copy_of`) is not judged.
@@ -60,8 +60,8 @@ class ClaimSource:
 
 @dataclass(frozen=True)
 class PaperSetup:
-    """The setup that the paper states. `steps` is derived from its numbers; it is 0 if the paper says that nothing was
-    trained."""
+    """The setup that the paper states. `steps` is derived from the paper's numbers; it is 0 if the paper says that
+    nothing was trained."""
 
     model: str  # as printed
     reads_as: str
@@ -278,7 +278,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Contradiction:
-    """A place where the paper contradicts itself. The verdict on `claims` is then "paper inconsistent"."""
+    """A place where the paper contradicts itself. The verdict on the claims in `claims` is "paper inconsistent"."""
 
     what: str
     quotes: tuple[str, ...]

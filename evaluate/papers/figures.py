@@ -125,7 +125,7 @@ def probing(runs: Sequence[SystemRun], ks: Sequence[int], on_paper_model: bool) 
 
 
 def over_another(report: PaperReport, title: str, x: str, y: str, x_title: str, y_title: str) -> Chart:
-    """One number plotted over another, with a point for each run."""
+    """One number plotted against another, with a point for each run."""
     series = []
     for style, (label, runs) in enumerate(runs_by_system(report).items()):
         both = [

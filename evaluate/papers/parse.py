@@ -174,8 +174,8 @@ def find_problems(paper: Paper, system_ids: Sequence[str]) -> Iterator[str]:
 
 
 def same_number_problems(contradiction: Contradiction, paper: Paper) -> Iterator[str]:
-    """Problems with contradictions between numbers that are so close that they count as the same number. Such numbers
-    do not make a claim inconsistent."""
+    """Problems with a contradiction whose numbers are so close that they count as the same number. Such numbers do not
+    make a claim inconsistent."""
     groups: dict[tuple[Any, ...], list[Claim]] = {}
     for claim in paper.claims:
         if claim.id in contradiction.claims and claim.value is not None and not claim.is_change:

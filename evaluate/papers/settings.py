@@ -144,7 +144,8 @@ def layer_setting(paper: Paper, runs: Sequence[SystemRun]) -> Setting:
 
 
 def width_setting(paper: Paper, runs: Sequence[SystemRun]) -> Setting:
-    """The widths. They count as different if d_sae / d_in of a run differs from that of its system in the paper."""
+    """The widths. Widths count as different if d_sae / d_in of a run differs from d_sae / d_in of its system in the
+    paper."""
     setup = paper.setup
     systems: dict[Any, list[str]] = {}
     differs = False

@@ -127,7 +127,7 @@ def judge(claim: Claim, values: Mapping[str, ValueBySeed], conditions: Condition
 
     - reproduced (on the paper's model only): at least 3 seeds, their mean within d = max(5 % of |T|, half of the last
       printed digit) of T, and its interval within 2 d of T. If the paper also prints the other system's number and that
-      system was run, its mean must be equally near to its printed number.
+      system was run, the other system's mean must lie within the corresponding d of its printed number.
     - contradicted: the whole interval of the difference between the two systems lies on the opposite side of zero from
       the paper's. On the paper's model, a claim is also contradicted if the interval lies within a tenth of the claimed
       difference, or does not overlap T +- d. This does not apply to other models, because sizes do not carry over to
@@ -146,7 +146,8 @@ def judge(claim: Claim, values: Mapping[str, ValueBySeed], conditions: Condition
     - not comparable, because of L0: the L0 values of the two systems differ by more than 10 %. This condition applies
       only on a model other than the paper's, and only to metrics that change with L0. If the paper itself compares the
       systems at L0 values that differ in the same direction, the verdict can be at most `direction only`. If the paper
-      compares them at different L0 values and ours are alike, the claim cannot be contradicted.
+      compares the systems at different L0 values, but the L0 values of our runs are alike, the claim cannot be
+      contradicted.
     - not of the paper's equation: the reading replaces an equation that the claim is about, so that the claim can be
       neither reproduced nor contradicted.
     """
@@ -269,7 +270,7 @@ def withhold(claim: Claim, found: Judgement, conditions: Conditions) -> Judgemen
 
 
 def allow_for_l0(claim: Claim, found: Judgement, conditions: Conditions) -> Judgement:
-    """The verdict that the L0 values of the two systems allow, on another model."""
+    """The verdict that the L0 values of the two systems allow on a model other than the paper's."""
     if conditions.on_paper_model or conditions.l0 is None or not depends_on_l0(claim):
         return found
     own, other = conditions.l0

@@ -129,7 +129,7 @@ def test_a_judge_that_answers_nothing_is_not_asked_further(run, server):
     server.replies = [server.completion(None)]  # as of a model that thinks for longer than the answer may be
     options = [*SMALL, f"autointerp.endpoint={server.url}", "autointerp.judge_model=j"]
     with pytest.raises(
-        UnavailableError, match="j at .* gave an empty answer to the test question. An answer can have 100 tokens"
+        UnavailableError, match="j at .* gave an empty answer to the test question. An answer is limited to 100 tokens"
     ):
         plan_evaluation(EvaluateConfig(runs=[run], suite="autointerp", options=options, device="cpu"))
     assert len(server.seen) == 1
