@@ -169,7 +169,8 @@ class Against:
 def compare_against(comparison: Comparison, against: str, margins: Sequence[str] = ()) -> Against:
     """The differences between every system and the one labeled `against`, which can be a reference.
 
-    `margins` are strings "number=margin". They replace the default equivalence margin, 1 % of a number's range.
+    `margins` are strings "number=margin". These margins replace the default equivalence margin, 1 % of a number's
+    range.
 
     Raises UsageError if `against` or a number in `margins` does not exist, or if there is no other system.
     """
@@ -252,7 +253,7 @@ def l0_column() -> tuple[str, MetricColumn]:
 def l0_slope(comparison: Comparison, metric: str, column: MetricColumn) -> L0Slope | None:
     """The slope of a number over the logarithm of L0, within systems that differ only in their L0.
 
-    It is the least-squares slope with one intercept per group of such systems, so that other differences between
+    The slope is the least-squares slope with one intercept per group of such systems, so that other differences between
     systems do not count as effects of L0. None if no group has two systems whose L0 differ by more than 10 %.
     """
     points: dict[str, list[tuple[float, float]]] = defaultdict(list)

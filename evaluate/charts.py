@@ -1,4 +1,5 @@
-"""Charts as data, with ticks and axis ranges. They are drawn in pages/: as SVG for a page, with matplotlib for a paper.
+"""Charts as data, with ticks and axis ranges. Charts are drawn in pages/: as SVG for a page, with matplotlib for a
+paper.
 
 Series differ in color and in shape or dashes. Color-blind readers can tell the colors apart.
 """

@@ -1,8 +1,9 @@
 """Controls (arXiv 2602.14111): SAEs that are trained like the runs they control for, except that one part keeps its
 random initial weights.
 
-Their recipes are in train/variants/controls.py, and workflows/controls.py trains them. This module decides which
-control belongs to which run, and turns the controls trained by `sae evaluate --controls` into reference rows.
+The recipes of controls are in train/variants/controls.py, and workflows/controls.py trains controls. This module
+decides which control belongs to which run, and turns the controls trained by `sae evaluate --controls` into reference
+rows.
 """
 
 import json
@@ -83,8 +84,8 @@ def conditions_digest(conditions: Mapping[str, Any] | None) -> str:
 def control_rows(group: EvalGroup, folders: Sequence[Path], outlines: bool = False) -> list[EvalRow]:
     """The trained controls among `folders` as reference rows for the runs that they control for.
 
-    Their results are stored with the results of the other references. If `outlines` is true, their weights are not
-    read.
+    The results of controls are stored with the results of the other references. If `outlines` is true, their weights
+    are not read.
 
     Raises UsageError for a folder that does not contain a trained control, and DamagedError for a damaged control.
     """

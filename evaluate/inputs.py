@@ -186,7 +186,7 @@ def check_tokens(tokens: int | None) -> None:
 
 
 def model_loader() -> ModelLoader:
-    """A function that loads models and keeps the last one, so that several caches of one model load it once."""
+    """A function that loads models and keeps the last one, so that a model that several caches share is loaded once."""
 
     @lru_cache(1)
     def load(source: ModelSource, dtype: str, device: str, attention: str) -> LanguageModel:

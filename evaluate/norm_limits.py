@@ -14,9 +14,9 @@ from .rows import EvalRow, placed
 def norm_limit_of(origin: Mapping[str, Any], cache: Cache, hook: Hook, max_norm: float | None = None) -> float | None:
     """The limit for an SAE with this `origin` (from sae.json) on the text of a cache; None if no row is an outlier.
 
-    If `max_norm` is given, the limit is that multiple of the median norm of the cache's rows at the hook. Otherwise it
-    is the limit in sae.json. For a run of an earlier version, it is the limit of the cache if the run was trained on
-    that cache.
+    If `max_norm` is given, the limit is that multiple of the median norm of the cache's rows at the hook. Otherwise the
+    limit is taken from sae.json. For a run of an earlier version, the limit is that of the cache if the run was trained
+    on this cache.
 
     Raises UsageError if `max_norm` is given and the cache does not contain the rows of the hook.
     """

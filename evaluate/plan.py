@@ -390,7 +390,7 @@ def check_writable(folder: Path, needed: int) -> None:
 def raise_if_nothing_to_do(plan: EvaluatePlan) -> None:
     """If nothing can be measured and nothing was measured before, raise all reasons as one error.
 
-    If all reasons have the same exit code, the error has it too.
+    If all reasons have the same exit code, the error has this exit code.
     """
     if any(metric.name not in row.errors for row in plan.rows for metric in plan.metrics):
         return

@@ -149,8 +149,8 @@ def archive_other_settings(folder: Path, metric: Metric, settings: Mapping[str, 
     """Copy a result with other settings to the archive, because it may have taken hours to measure.
 
     The result is copied rather than moved, and the copy stays in the archive after it has been copied back. Several
-    processes can therefore do both at once without losing results. Raises UnavailableError if the copy cannot be
-    written.
+    processes can therefore archive and restore results at the same time without losing any. Raises UnavailableError if
+    the copy cannot be written.
     """
     path = result_file(folder, metric)
     with contextlib.suppress(DamagedError):  # there is no result, or the file is not a result and can be overwritten

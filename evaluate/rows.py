@@ -221,7 +221,7 @@ def describe_notes(row: MeasuredRun) -> list[str]:
 
 
 def add_notes(rows: Sequence[EvalRow]) -> None:
-    """Set the notes of rows that were measured together. They compare each row with references on the same
+    """Set the notes of rows that were measured together. These notes compare each row with references on the same
     activations."""
     for row in rows:
         row.notes = notes_beside(row, [one for one in rows if one.target.row_set == row.target.row_set])
@@ -238,7 +238,7 @@ def notes_beside(row: MeasuredRun, references: Iterable[MeasuredRun]) -> list[st
 def below_pca(row: MeasuredRun, references: Iterable[MeasuredRun]) -> list[str]:
     """A sentence if an SAE explains less variance than a PCA with at most as many components as its L0.
 
-    It names the best such PCA among `references`, which were measured on the same rows.
+    The sentence names the best such PCA among `references`, which were measured on the same rows.
     """
     l0, explained = core_numbers(row) or (None, None)
     if l0 is None or explained is None:

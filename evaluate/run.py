@@ -128,10 +128,10 @@ def evaluate_saes(
 
     Args:
         saes: Either a mapping of names to objects, or a sequence of run folders (anything `os.PathLike`). Objects have
-            `encode`, (T, d_in) -> (T, d_sae), and `decode`, (T, d_sae) -> (T, d_in). They take raw activations, must be
-            on `device` already, and need `cache` and `layer`; no result files are written for them. Run folders record
-            model, layer and cache; their results are read from and written to `<run>/evaluations/<metric>.json`, as in
-            `sae evaluate`.
+            `encode`, (T, d_in) -> (T, d_sae), and `decode`, (T, d_sae) -> (T, d_in). The objects take raw activations,
+            must be on `device` already, and need `cache` and `layer`; no result files are written for them. Run folders
+            record model, layer and cache; their results are read from and written to `<run>/evaluations/<metric>.json`,
+            as in `sae evaluate`.
         cache: The cache whose held-out text is read and whose model is run. For run folders, it defaults to the cache
             that each run was trained on.
         layer: The zero-based block whose activations the objects were trained on. Not for run folders, which record it.

@@ -1,8 +1,8 @@
 """The first token and the length of the contexts on which an SAE is evaluated.
 
 An SAE that was trained here is evaluated on the unchanged contexts of its cache. An imported SAE was trained on other
-text. Its contexts begin with the token named in its files, or else with the same token as in a new harvest, and are cut
-to the length on which it was trained.
+text. The contexts for an imported SAE begin with the token named in its files, or else with the same token as in a new
+harvest, and are cut to the length on which it was trained.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ class ContextChange:
         return bos | ({} if self.max_tokens is None else {"max_tokens": self.max_tokens})
 
     def format(self, form: ContextFormat) -> ContextFormat:
-        """The format of the changed contexts. Their first token is not counted."""
+        """The format of the changed contexts. The first token of a changed context is not counted."""
         if self.bos is None:
             return form
         new = self.bos[1]

@@ -99,9 +99,10 @@ def bootstrap_interval(
 def detectable_difference(sd: float, pairs: int, level: float = LEVEL, power: float = POWER) -> float:
     """The smallest true difference that a two-sided paired t test at `level` detects with probability `power`.
 
-    It is sd / sqrt(pairs) * nc, where nc is the noncentrality at which Student's noncentral t with pairs - 1 degrees of
-    freedom exceeds the critical value t(1 - level/2) with probability `power` (`scipy.special.nctdtrinc`). The other
-    tail, which such a difference reaches with a probability below 1e-3, is ignored.
+    This difference is sd / sqrt(pairs) * nc, where nc is the noncentrality at which Student's noncentral t with
+    pairs - 1 degrees of freedom exceeds the critical value t(1 - level/2) with probability `power`
+    (`scipy.special.nctdtrinc`). The other tail, which such a difference reaches with a probability below 1e-3, is
+    ignored.
 
     `sd` is the standard deviation of the paired differences. The result does not depend on the measured difference.
     """
@@ -153,8 +154,8 @@ class PairedDifferences:
 
     @cached_property
     def has_spread(self) -> bool:
-        """Whether the differences are not all equal. If they are equal, their variation is unknown, so there is no
-        test."""
+        """Whether the differences are not all equal. If all differences are equal, their variation is unknown, so there
+        is no test."""
         return not math.isclose(min(self.values), max(self.values), rel_tol=NO_SPREAD)
 
     @property

@@ -27,10 +27,10 @@ def describe_model(record: Mapping[str, Any]) -> str:
 def tables(rows: Sequence[EvalRow]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """Yield (title, heads, lines) for each metric that was measured.
 
-    A cell is a number, with half its 95 % interval if it has one. It is empty if the row has no such number. Columns
-    without any number are left out. For each group of runs that differ only in their seed, there is a line with mean
-    and standard deviation, and there are tests against the first such group. If there are no such groups, the last line
-    is the smallest detectable difference.
+    A cell is a number, with half its 95 % interval if it has one. The cell is empty if the row has no such number.
+    Columns without any number are left out. For each group of runs that differ only in their seed, there is a line with
+    mean and standard deviation, and there are tests against the first such group. If there are no such groups, the last
+    line is the smallest detectable difference.
     """
     for name, columns in shown_columns(rows).items():
         measured = [row for row in rows if name in row.results]
@@ -89,8 +89,8 @@ def notes(rows: Sequence[MeasuredRun], shown: Collection[str] | None = None) -> 
     """The flags and notes of all runs as sentences. Flags that differ only in their numbers, or in listed letters,
     appear once.
 
-    They are about the numbers without outlier rows, which tables show. `shown` names the metrics that can be in tables
-    (default: all). The caveats of measured metrics are included.
+    The flags are about the numbers without outlier rows, which tables show. `shown` names the metrics that can be in
+    tables (default: all). The caveats of measured metrics are included.
     """
     measured = dict.fromkeys(metric for row in rows for metric in row.results)
     shown = [metric for metric in measured if shown is None or metric in shown]

@@ -5,8 +5,8 @@ The files have the schema of adamkarvonen/ravel_prompts on the Hub. Two files ar
     ravel_<type>_attribute_to_prompts.json    {attribute: [template, ...]}; a template has one %s for the entity
     ravel_<type>_entity_attributes.json       {entity: {attribute: value}}
 
-They are read from <data>/adamkarvonen/ravel_prompts/ if they exist there, else from the Hub. This package also contains
-a small set of its own, FACTS, written from common knowledge.
+The files are read from <data>/adamkarvonen/ravel_prompts/ if they exist there, else from the Hub. This package also
+contains a small set of its own, FACTS, written from common knowledge.
 """
 
 import contextlib

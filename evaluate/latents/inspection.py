@@ -192,10 +192,10 @@ def explanation_labels(result: MetricResult) -> Iterator[LabelCandidate]:
 def class_labels(result: MetricResult) -> Iterator[LabelCandidate]:
     """The classes of texts that sparse probing can distinguish from the other texts by a single latent.
 
-    The candidate for a class is the latent whose mean differs most between texts of the class and other texts. It gets
-    the label if its mean is larger for the class and if a probe on it alone has an accuracy whose 95 % interval over
-    the test texts lies above MIN_PROBE_ACCURACY. (A latent that fires in a fifth of a class's texts and in no others
-    has an accuracy of 0.6.) Older results do not record latents, so there are no labels from them.
+    The candidate for a class is the latent whose mean differs most between texts of the class and other texts. This
+    latent gets the label if its mean is larger for the class and if a probe on this latent alone has an accuracy whose
+    95 % interval over the test texts lies above MIN_PROBE_ACCURACY. (A latent that fires in a fifth of a class's texts
+    and in no others has an accuracy of 0.6.) Older results do not record latents, so there are no labels from them.
     """
     for name, scores in (result.extra or {}).items():
         dataset = name.removesuffix("_results")

@@ -300,7 +300,7 @@ def coactive_latents(f_TF: Any, latents_K: Tensor, progress: Progress) -> tuple[
     """The latents that fire together with each latent, ranked by the cosine of activations, and Jaccard's index.
 
     `f_TF` is a scipy.sparse array of activations in column format. Jaccard's index (K, M) is the number of tokens at
-    which both fire, divided by the number at which at least one does.
+    which both latents fire, divided by the number of tokens at which at least one of them fires.
     """
     norm_F = np.sqrt(f_TF.multiply(f_TF).sum(0))
     fires_TF = f_TF.astype(bool).astype(np.int32)

@@ -44,9 +44,9 @@ def steering(
         strength: Add `strength * d` to the activations x, where d is the latent's decoder row scaled to unit norm.
         clamp: Set the latent's activation f(x) to this value instead: x + (clamp - f(x)) * W_dec[latent]. Outlier rows,
             whose norm exceeds `sae.origin["norm_limit"]`, are not changed, because f(x) is meaningless there.
-        positions: The token positions to change, as a slice or a collection of numbers (default: all). They count from
-            0 and include padding on the left. Position 0 is usually BOS, which caches exclude, so the SAE has not been
-            trained on it: use `positions=slice(1, None)` with `clamp`.
+        positions: The token positions to change, as a slice or a collection of numbers (default: all). Positions count
+            from 0 and include padding on the left. Position 0 is usually BOS, which caches exclude, so the SAE has not
+            been trained on it: use `positions=slice(1, None)` with `clamp`.
 
     Yields:
         The model. Steering ends when the context is closed, even after an error. Contexts can be nested.

@@ -92,8 +92,8 @@ class AblationScores(NamedTuple):
 class Ablation(Metric):
     """Intervals come from a bootstrap over the test texts of each class, with the same draws for every SAE.
 
-    Memory: the latents of one SAE, summed over each text of one problem. They are at most (12,500, d_sae) in float32,
-    which is 0.8 GB at 16k latents.
+    Memory: the latents of one SAE, summed over each text of one problem. Their shape is at most (12,500, d_sae) in
+    float32, which is 0.8 GB at 16k latents.
     """
 
     datasets: tuple[str, ...] = ()

@@ -1,8 +1,8 @@
 """Autointerp: how well a judge (a language model) predicts from a short explanation of a latent where the latent fires.
 
-Higher is better. The judge reads passages on which a latent fires and explains it. Then it reads other passages and
-says, from the explanation alone, on which of them the latent fires. `scores` lists the ways to question and score the
-judge:
+Higher is better. The judge reads passages on which a latent fires and explains the latent. Then the judge reads other
+passages and says, from the explanation alone, on which of them the latent fires. `scores` lists the ways to question
+and score the judge:
 
 saebench: the judge names those of 14 passages on which the latent fires. The score of a latent is the share of the 14
     passages that the judge gets right; 10 of the passages are random. A judge that always answers None scores about

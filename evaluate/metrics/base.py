@@ -67,13 +67,13 @@ class RowSet(NamedTuple):
 class EvalTarget:
     """An SAE to evaluate, and the hook whose activations it reads.
 
-    Its reconstruction replaces the activations at the counted tokens and, if `everywhere` is true, at BOS and padding
-    as well. `reference` marks a baseline row (identity, zero, PCA, random dictionary) that other rows are compared
-    with.
+    The reconstruction of the SAE replaces the activations at the counted tokens and, if `everywhere` is true, at BOS
+    and padding as well. `reference` marks a baseline row (identity, zero, PCA, random dictionary) that other rows are
+    compared with.
 
     Counted tokens whose activations have a norm over `norm_limit` are outlier rows (see cache.outliers), such as
-    attention sinks. The model keeps its own activations there, and no metric counts them. If `norm_limit` is None,
-    there are no outlier rows.
+    attention sinks. The model keeps its own activations at outlier rows, and no metric counts these rows. If
+    `norm_limit` is None, there are no outlier rows.
 
     Targets of the same `system` differ only by seed; `system` is "" for a reference or an imported SAE. `name` and
     `weights` (a digest) are copied from the target's row.

@@ -31,8 +31,8 @@ class BootstrapWeights:
     def of(cls, counts: Sequence[int], *names: object, replicates: int = REPLICATES) -> Self:
         """Resample within each class, because the number of texts of each class (`counts`) is fixed by design.
 
-        The draws are seeded by `names`, which identify the problem. They are the same for every SAE, so differences
-        between SAEs are paired.
+        The draws are seeded by `names`, which identify the problem. The draws are the same for every SAE, so
+        differences between SAEs are paired.
         """
         generator = make_generator("paired", "bootstrap", *names)
         drawn = [torch.randint(count, (replicates, count), generator=generator) for count in counts]

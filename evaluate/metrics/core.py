@@ -248,7 +248,7 @@ class CoreSums:
 class MeasuredSAE:
     """The sums of one SAE over all counted rows and over the counted rows that are not outliers.
 
-    Until the first outlier row, the two are equal and only the first exists.
+    Until the first outlier row, both sums are equal, and only the sum over all counted rows is kept.
     """
 
     def __init__(self, target: EvalTarget, paired_latents: int) -> None:

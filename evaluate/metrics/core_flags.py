@@ -37,7 +37,7 @@ def core_flags(target: EvalTarget, metrics: Metrics, stats: SAEStatistics) -> li
 
 
 def few_pairs(stats: SAEStatistics) -> str:
-    """A sentence if fewer latents are paired than by default, since the numbers are then hardly comparable."""
+    """A sentence if fewer latents are paired than by default, because such numbers are hardly comparable."""
     assert stats.pairs
     latents, d_sae = stats.pairs.latents, len(stats.density())
     if latents >= min(PAIRED_LATENTS, d_sae):

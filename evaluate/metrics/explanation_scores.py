@@ -170,7 +170,7 @@ def judge_latents(
     """One entry per latent: numbers with SAEBench's names, one object for detection and one for fuzzing, and the
     prompts and answers.
 
-    First the judge explains all latents. Then it is asked all questions about the explanations together.
+    First the judge explains all latents. Then the judge is asked all questions about the explanations together.
     """
     explain = {latent: explain_prompt(one.examples, words) for latent, one in latents.items()}
     if judge is None:

@@ -1,7 +1,7 @@
 """Pairs of latents of one SAE: the similarity of their activations, and the cosines of their decoder rows (core).
 
-SAEBench has none of these numbers. They are computed over all pairs in a sample of latents. The sample is drawn with a
-fixed seed, so that a larger sample contains every smaller one.
+SAEBench has none of these numbers. These numbers are computed over all pairs in a sample of latents. The sample is
+drawn with a fixed seed, so that a larger sample contains every smaller one.
 
 Shape suffixes: T counted tokens, D d_in, F latents that are paired.
 """

@@ -114,7 +114,7 @@ def train_letter_probes(
 ) -> LetterProbes:
     """Train 26 logistic regressions on the same rows. For each letter, positives and negatives have equal total weight.
 
-    The optimizer is Adam. Its learning rate decays exponentially from 1e-2 to 1e-5 and is lowered once per epoch. The
+    The optimizer is Adam. The learning rate decays exponentially from 1e-2 to 1e-5 and is lowered once per epoch. The
     loss adds `l1` times the mean over letters of sum |w|. Every letter must occur among the rows.
     """
     device, bound = rows.device, rows.width**-0.5

@@ -16,8 +16,8 @@ TOKENS_PER_BATCH = 8192  # tokens of the questions that are answered together, i
 
 
 class LocalJudge:
-    """A chat model, named by its Hub id or its folder. It is loaded when the first question is asked. No code from the
-    model's repository is run.
+    """A chat model, named by its Hub id or its folder. The model is loaded when the first question is asked. No code
+    from the model's repository is run.
 
     Decoding is greedy. Questions of similar length are answered together. Rounding depends on the batch, so an answer
     can change where two tokens are almost equally likely. The same questions on the same machine get the same answers.

@@ -13,10 +13,10 @@ on the rest (ravel_masks). Scores are averaged over the attributes of an entity 
 
 If the attributes are in the same order as in SAEBench, the pairs and batches are the same, too. There are three
 differences. First, the position of the entity's last token differs if the tokenizer adds no token before a text
-(SAEBench then reads the token after the entity) or joins the entity's last token with the following text. Second, time
-zones differ (ravel_answers). Third, attributes about which the model knows too little are left out, and the result says
-so. Questions whose entity is an outlier row (`EvalTarget.norm_limit`) are left out. If there are such questions, the
-metric is also measured with them, to obtain SAEBench's numbers.
+(in which case SAEBench reads the token after the entity) or joins the entity's last token with the following text.
+Second, time zones differ (ravel_answers). Third, attributes about which the model knows too little are left out, and
+the result says so. Questions whose entity is an outlier row (`EvalTarget.norm_limit`) are left out. If there are such
+questions, the metric is also measured with them, to obtain SAEBench's numbers.
 
 Shape suffixes: N prompts, D d_in, F latents.
 """
@@ -333,7 +333,7 @@ class Ravel(Metric):
 class RavelFacts(Ravel):
     """The same metric on a small set of facts about countries and cities, which needs no download.
 
-    It has fewer questions and pairs, so the masks are trained for more epochs.
+    This metric has fewer questions and pairs, so the masks are trained for more epochs.
     """
 
     attributes: tuple[str, ...] = (

@@ -48,8 +48,8 @@ def is_near(expected: str, said: str) -> bool:
 def is_offset(zone: str, said: str) -> bool:
     """Whether an answer begins with the hours by which a time zone, such as Europe/Paris, differs from UTC.
 
-    The offsets in winter and in summer are both right. SAEBench accepts the offset on the day on which it is run and,
-    for some zones, offsets within one hour of it.
+    The offsets in winter and in summer are both right. SAEBench accepts the offset on the day of its run and, for some
+    zones, every offset within one hour of that offset.
     """
     number = re.match(r"\s*([+\-−]?)\s*(\d{1,2})", said)
     if number is None:

@@ -211,7 +211,7 @@ class SaeProbes(Metric):
         """The scores of one data set, from the artifact cache or computed. Scores that are complete when the process is
         killed are not computed again.
 
-        They are keyed by a digest of the probes' inputs, so this also works for SAE objects without files.
+        The scores are keyed by a digest of the probes' inputs, so this also works for SAE objects without files.
         """
         splits = problem.splits[side]
 

@@ -14,16 +14,16 @@ every SAE has encoder rows.
 
 Each number is compared with the same number for matched random dictionaries. The rows of a random dictionary are also
 used as its encoder, with thresholds at which every latent fires as often as the SAE's latent. The random dictionaries
-thus have the same width and firing rates. They also read the same activations, in which a few large directions cause
+thus have the same width and firing rates, and they read the same activations, in which a few large directions cause
 correlations between any two dictionaries. There are two kinds (random_dictionaries.py): the SAE's own decoder rows with
 the entries of each row in random order, which preserves large entries; and Gaussian rows with the second moment of the
 other seeds' decoder rows. The null is the larger of the two numbers. The moment comes from the other seeds, because the
 SAE's own moment would also fit chance properties of its rows. With the moment of another decoder, the mean squared
 cosine between an SAE's decoder and the random rows equals exactly the mean squared cosine between the two decoders.
 
-Dead latents are those that do not vary on these tokens. Their rows are included in the decoder PW-MCC, as in the
-authors' code. They have no correlation, so the activation PW-MCC is computed over the other latents, and unmatched
-latents of the larger set count as 0.
+Dead latents are those that do not vary on these tokens. The rows of dead latents are included in the decoder PW-MCC, as
+in the authors' code. Dead latents have no correlation, so the activation PW-MCC is computed over the other latents, and
+unmatched latents of the larger set count as 0.
 
 Shape suffixes: F latents, D d_in.
 """
@@ -96,7 +96,7 @@ class Stability(Metric):
         return settings
 
     def settings_of(self, target: EvalTarget, targets: Sequence[EvalTarget]) -> dict[str, Any]:
-        """The weights of the other seeds. Raises UnavailableError if there are none."""
+        """The weights of the other seeds. Raises UnavailableError if there are no other seeds."""
         if seeds := other_seeds(target, targets):
             return {"seeds": sorted(seed.weights for seed in seeds)}
         alone = [one.name for one in targets if not one.reference and not other_seeds(one, targets)]

@@ -12,7 +12,7 @@ accuracy.
 Source: Farrell et al. 2024, as measured by SAEBench 0.6.0 (`evals/unlearning`). This metric differs from SAEBench's in
 its randomness (see `rng`) and in the order of equally frequent latents (packing.select_forget_latents), and it folds
 decoder norms into the latents. Outlier rows (`EvalTarget.norm_limit`) are neither counted in the corpora nor clamped in
-the questions. If there are outlier rows, the metric is also measured over all rows to obtain SAEBench's number, which
+the questions. If there are outlier rows, the metric is also measured over all rows to obtain SAEBench's number. This
 doubles the time.
 
 Shape suffixes: N prompts, S positions, D d_in, F latents, K clamped latents, M multipliers, V vocabulary, R rows of a
@@ -354,7 +354,7 @@ def no_answers(
 
 
 def unlearning_score(right: Sequence[tuple[int, int]], questions: int, others: int) -> float:
-    """1 - the lowest accuracy on the subject among the interventions that keep enough of the other answers right.
+    """1 - the lowest accuracy on the subject among the interventions that keep enough answers on other subjects right.
 
     `right` contains the numbers of right answers (on the subject, on other subjects) under each intervention, out of
     `questions` and `others` questions.

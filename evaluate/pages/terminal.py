@@ -1,7 +1,7 @@
 """The output of `sae inspect`: the numbers of the dashboard, shown in a terminal.
 
-Text from datasets passes through `make_visible`, which leaves no control characters. It is shown as rich's Text, which
-does not interpret markup.
+Text from datasets passes through `make_visible`, which leaves no control characters. The text is shown as rich's Text,
+which does not interpret markup.
 """
 
 import math

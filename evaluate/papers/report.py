@@ -244,7 +244,7 @@ def l0_of_both(
 
 def printed_l0_ratio(claim: Claim, paper: Paper) -> float | None:
     """The ratio of the L0 that the paper prints for the claim's system to the L0 that it prints for the other system.
-    None if it does not print both, or contradicts itself about them."""
+    None if the paper does not print both L0 values, or contradicts itself about them."""
     printed = {}
     for one in paper.claims:
         if one.metric != L0.metric or one.value is None or paper.inconsistent(one):
@@ -327,7 +327,7 @@ def format_measured(claim: Claim, shown: Sequence[tuple[Sequence[float], Sequenc
 
 def format_difference(claim: Claim, measured: Sequence[tuple[Values, Values]]) -> str:
     """The mean difference between the two systems over seeds, with the interval that decides the verdict. For several
-    recipes or layers, the range of means. It is a multiple if the claim is a multiple."""
+    recipes or layers, the range of means. The difference is a multiple if the claim is a multiple."""
     level = EQUIVALENCE if claim.says == "equal" else CONFIDENCE
     in_unit = claim.is_change or claim.says
     unit = {"%": " %", "pp": " pp", "x": " x"}.get(claim.unit, "") if in_unit else ""

@@ -27,8 +27,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class SettingRow:
-    """One setting. `printed` is the paper's value, or None if the paper prints none; runs are then compared with
-    `unprinted`. `ours` reads a run's value, and `show` formats a value."""
+    """One setting. `printed` is the paper's value, or None if the paper prints no value; in this case, runs are
+    compared with `unprinted`. `ours` reads a run's value, and `show` formats a value."""
 
     name: str
     printed: Any

@@ -60,8 +60,8 @@ class Conditions:
 
     Attributes:
         l0: the measured L0 of the claim's two systems, or None if it is unknown or there is no other system.
-        printed_l0: the ratio of the first system's L0 to the other system's L0 in the paper; None if it does not print
-        them.
+        printed_l0: the ratio of the first system's L0 to the other system's L0 in the paper; None if the paper does not
+            print both.
         substituted: the reading replaces an equation that the claim is about.
         inactive: the mechanism that the claim is about had no effect.
     """
@@ -136,8 +136,8 @@ def judge(claim: Claim, values: Mapping[str, ValueBySeed], conditions: Condition
       numbers that differ by one unit of their last digit have no direction, and two seeds with equal differences have
       no interval.
     - equivalent within the margin (for a claim that two systems are equal): the 90 % interval of the difference lies
-      within +- the margin, which is two one-sided tests at 5 %. If the whole interval lies outside, the claim is
-      contradicted on the paper's model and `not equivalent` on other models, because a margin is a size.
+      within +- the margin, which is two one-sided tests at 5 %. If the whole interval lies outside the margin, the
+      claim is contradicted on the paper's model and `not equivalent` on other models, because a margin is a size.
     - not comparable: everything else, such as a single number on another model, or seeds that are too few or differ too
       much.
 
@@ -187,7 +187,7 @@ def judge_numbers(
 
 def differences(claim: Claim, pairs: Sequence[tuple[float, float]]) -> list[float]:
     """By how much the system exceeds the other system, for each pair: in the unit of the claimed change or margin, else
-    in the metric's own unit. It is never a multiple, so 0 means no difference."""
+    in the metric's own unit. The result is never a multiple, so 0 means no difference."""
     in_unit = claim.is_change or claim.says
     return [change - (claim.unit == "x") for change in paired_changes(claim.unit if in_unit else "", pairs)]
 
@@ -231,7 +231,7 @@ def agrees(claim: Claim, numbers: Sequence[float]) -> bool:
 
 def other_agrees(claim: Claim, numbers: Sequence[float]) -> bool:
     """Whether the other system's number also agrees with its printed number, as required for `reproduced`. True if the
-    paper does not print it or the other system was not run."""
+    paper does not print the other system's number, or if the other system was not run."""
     if claim.against_value is None or not numbers:
         return True
     scale = 100 if claim.unit == "%" else 1
@@ -309,8 +309,8 @@ def combine_judgements(judgements: Iterable[Judgement]) -> Judgement:
 
 
 def paired_changes(unit: str, pairs: Sequence[tuple[float, float]]) -> list[float]:
-    """The change in each pair (system, other). If `unit` is empty, it is the difference; otherwise it is expressed in %
-    of the other value, in pp, as a multiple (x) of the other value, or as a share of it.
+    """The change in each pair (system, other). If `unit` is empty, the change is the difference; otherwise the change
+    is expressed in % of the other value, in pp, as a multiple (x) of the other value, or as a share of the other value.
 
     Empty if a value of the other system is zero, except for differences and changes in pp.
     """
@@ -326,7 +326,8 @@ def paired_changes(unit: str, pairs: Sequence[tuple[float, float]]) -> list[floa
 def confidence_interval(values: Sequence[float], level: float = CONFIDENCE) -> Interval | None:
     """The interval of the mean by Student's t; None for fewer than two values or values that are not finite.
 
-    Also None for two equal values other than 0, such as counts, because the spread is then unknown.
+    Also None for two equal values other than 0, such as counts, because two equal values do not show how much the
+    values vary.
     """
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
