@@ -253,8 +253,9 @@ def l0_column() -> tuple[str, MetricColumn]:
 def l0_slope(comparison: Comparison, metric: str, column: MetricColumn) -> L0Slope | None:
     """The slope of a number over the logarithm of L0, within systems that differ only in their L0.
 
-    The slope is the least-squares slope with one intercept per group of such systems, so that other differences between
-    systems do not count as effects of L0. None if no group has two systems whose L0 differ by more than 10 %.
+    The slope is fitted by least squares, with one intercept per group of systems that differ only in their L0, so that
+    other differences between systems do not count as effects of L0. None if no group has two systems whose L0 differ by
+    more than 10 %.
     """
     points: dict[str, list[tuple[float, float]]] = defaultdict(list)
     names = {}

@@ -276,7 +276,7 @@ def comparison_table(comparison: Comparison) -> tuple[list[str], list[list[str]]
 
 
 def system_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a line for each system and then each reference."""
+    """Headings, then a line for each system, then a line for each reference."""
     columns = comparison.columns
     headings = ["system", *(metric_heading(metric, column) for metric, column in columns)]
     lines = []

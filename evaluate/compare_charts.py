@@ -127,7 +127,7 @@ def training_curves(comparison: Comparison) -> list[Chart]:
 def read_metrics_log(folder: Path) -> list[dict[str, float]]:
     """The numbers in each line of metrics.jsonl; an empty list if there is no such file.
 
-    A last line that was cut off by a kill is skipped; a warning counts any other line that cannot be read.
+    A last line that was cut off by a kill is skipped; a warning gives the number of other lines that cannot be read.
     """
     path = folder / "metrics.jsonl"
     texts = read_file(path).split(b"\n") if path.exists() else []

@@ -26,8 +26,8 @@ REFERENCES = "references"  # the untrained rows that a run is compared with: ide
 REFERENCE_ROWS = 4
 RATE = {"cpu": 2e10, "cuda": 2e13}  # multiplications and additions per second of one core or one GPU
 # metric -> multiplications and additions for one SAE with default options: (per weight of the encoder, constant).
-# The first four were measured on gemma-2-mini (docs/explanation/several-processes.md), the others are estimates from
-# their number of rows.
+# The numbers of the first four metrics were measured on gemma-2-mini (docs/explanation/several-processes.md). Those of
+# the other metrics are estimated from their number of rows.
 OPERATIONS = {
     "core": (0.0, 0.0),  # see seconds_of
     "absorption": (5e4, 3e10),

@@ -79,8 +79,8 @@ def published_at(system: ComparedSystem, metric: str, column: MetricColumn) -> l
 
 
 def frontier_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a line for each system, which shows how far the system is behind the best system whose L0 is no
-    higher, and published results.
+    """Headings, and a line for each system. The line shows published results, and how far the system is behind the best
+    system whose L0 is no higher.
 
     Returns only headings if fewer than two systems can be compared and no results are published for their model and
     layer.

@@ -46,12 +46,12 @@ def half_interval(row: MeasuredRun, metric: str, column: MetricColumn) -> float:
 
 
 def pair_systems(system: RunBySeed, other: RunBySeed, metric: str, column: MetricColumn) -> Pairing:
-    """The differences system - other of one number, on the units of `pair_values`."""
+    """The differences `system - other` of one number, on the units of `pair_values`."""
     return differences_of(pair_values(system, other, metric, column))
 
 
 def pair_runs(run: MeasuredRun, other: MeasuredRun, metric: str, column: MetricColumn) -> Pairing:
-    """The differences run - other of one number on the units of the text on which both were measured."""
+    """The differences `run - other` of one number, on the units of the text on which both runs were measured."""
     return differences_of(pair_units(run, other, metric, column))
 
 

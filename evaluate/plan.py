@@ -173,7 +173,7 @@ class EvaluatePlan:
     def next_command(self) -> str:
         """The command for the next suite on the same runs; empty after the last suite.
 
-        After `full`, this is `autointerp`, which writes its prompts if there is no judge.
+        After `full`, the next suite is `autointerp`, which writes its prompts if there is no judge.
         """
         config = self.config
         suite = NEXT_SUITE.get(config.suite, "quick")

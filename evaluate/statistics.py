@@ -87,7 +87,7 @@ def bootstrap_interval(
     `statistic` takes the samples as arguments and the keyword `axis`. The same `seed` leads to the same draws, so
     intervals of SAEs that were measured on the same units come from the same resamples.
     """
-    # scipy raises an error for a sample of one value. A sample of two copies of it has the same resamples.
+    # scipy raises an error for a sample of one value. A sample of two copies of this value has the same resamples.
     arrays = [np.repeat(array, 2) if len(array := np.asarray(sample)) == 1 else array for sample in samples]
     found = bootstrap(
         arrays, statistic, n_resamples=replicates, vectorized=True, method="percentile",
@@ -176,7 +176,8 @@ class PairedDifferences:
         return float(max(above, below))
 
     def detectable(self, comparisons: int) -> float:
-        """The smallest detectable difference at the corrected level of each of `comparisons` comparisons."""
+        """The smallest detectable difference of one comparison, at the level that is corrected for `comparisons`
+        comparisons."""
         return detectable_difference(self.sd, self.pairs, LEVEL / comparisons)
 
 

@@ -71,8 +71,8 @@ class Core(Metric):
     In SAEBench the sparsity batches start where the reconstruction batches end. Here they overlap, because held-out
     text is short.
 
-    Correlations between latents and cosines between decoder rows, which SAEBench does not have, are computed over all
-    pairs in a sample of `paired_latents` latents. The sample contains every latent if the SAE has at most
+    The correlations between latents, and the cosines between decoder rows, are computed over all pairs in a sample of
+    `paired_latents` latents. SAEBench has neither. The sample contains every latent if the SAE has at most
     `paired_latents` latents. If `paired_latents` is 0, there are no pairs.
     """
 

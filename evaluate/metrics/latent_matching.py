@@ -40,7 +40,7 @@ class Matching(NamedTuple):
         return float(np.abs(self.similarity_F).sum())
 
     def inverse(self, latents: int) -> Self:
-        """The same pairs for the latents of the other dictionary, which has `latents` latents."""
+        """The same pairs, indexed by the latents of the other dictionary; `latents` is the number of these."""
         partner_G, similarity_G = np.full(latents, -1), np.zeros(latents)
         matched_F = self.partner_F >= 0
         partner_G[self.partner_F[matched_F]] = np.flatnonzero(matched_F)
@@ -51,7 +51,7 @@ class Matching(NamedTuple):
 def match_latents(
     similarity: BlockSimilarity, latents: int, exact_latents: int = EXACT_LATENTS, signed: bool = False
 ) -> Matching:
-    """The matching between the `latents` latents of one dictionary and as many of another."""
+    """The matching between two dictionaries that have `latents` latents each."""
     match = match_all_pairs if latents <= exact_latents else match_candidates
     return match(similarity, latents, signed)
 

@@ -72,7 +72,7 @@ def strongest(value_T: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     the other values. Values equal to the threshold are left out.
 
     A sample provides a lower bound of the threshold, so that only few values have to be sorted. If at most `count`
-    values reach the bound, it is wrong, and all values are sorted.
+    values reach the bound, the bound is wrong, and all values are sorted.
     """
     sample_T = value_T[::SAMPLED]
     expected = min(int(count / SAMPLED * 1.25) + 8, len(sample_T) - 1)

@@ -5,7 +5,8 @@
     isolation_score        how often it still names the city's own continent and language
     disentanglement_score  their mean
 
-Higher is better. If everything is exchanged, cause is 1 and isolation is 0; if nothing is exchanged, it is the reverse.
+Higher is better. If everything is exchanged, cause is 1 and isolation is 0; if nothing is exchanged, cause is 0 and
+isolation is 1.
 
 Source: Huang et al. 2024, arXiv 2402.17700, as measured by SAEBench 0.6.0 (`evals/ravel`). Only questions that the
 model answers right are used. For each SAE and attribute, a mask is trained on 70 % of the pairs of questions and tested
@@ -331,7 +332,7 @@ class Ravel(Metric):
 
 @dataclass(frozen=True)
 class RavelFacts(Ravel):
-    """The same metric on a small set of facts about countries and cities, which needs no download.
+    """The same metric on a small set of facts about countries and cities. This metric needs no download.
 
     This metric has fewer questions and pairs, so the masks are trained for more epochs.
     """

@@ -172,7 +172,7 @@ class SparseProbing(Metric):
 
 @dataclass(frozen=True)
 class SparseProbingStdlib(SparseProbing):
-    """The same metric on fewer and shorter texts, from Python's standard library, which need no download."""
+    """The same metric on fewer and shorter texts from Python's standard library. This metric needs no download."""
 
     datasets: tuple[str, ...] = tuple(STAND_INS)
     train_set_size: int = 400

@@ -114,7 +114,7 @@ def zero_ablated_output(run: ForwardPass, hook: Hook, batch: ContextBatch, const
 
     If the whole residual stream is zeroed, attention over equal values returns that value, so all positions and texts
     have the same output. If the first batch confirms this, the vector for each hook is stored in `constant_D`, and
-    later batches do not run the model for it. At other sites, the residual stream still carries the text.
+    later batches do not run the model for this hook. At other sites, the residual stream still carries the text.
     """
     if hook not in constant_D:
         output_TD = run.run_from(hook, torch.zeros_like(run.activations[hook]))[batch.counted]

@@ -126,7 +126,7 @@ def class_scores(target: int, clean: Sequence[Tensor], ablated: dict[int, list[T
 
 @dataclass(frozen=True)
 class TppStdlib(Tpp):
-    """The same metric on texts from Python's standard library, which needs no download."""
+    """The same metric on texts from Python's standard library. This metric needs no download."""
 
     datasets: tuple[str, ...] = ("stdlib/library", "stdlib/subject")
     train_set_size: int = 400

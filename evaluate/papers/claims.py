@@ -138,8 +138,8 @@ class Substitution:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a paper is read: options that are set in all of its recipes that have them. A system's own options override
-    them.
+    """How a paper is read: a set of options. Each option is set in every recipe of the paper that has it. A system's
+    own options override them.
 
     The reading `field` is our own. Every other reading is the paper's: it also trains with the printed schedule, weight
     decay and clipping (`PaperSetup.optimization`), unless `options` override them.

@@ -269,7 +269,7 @@ def layers_of(claim: Claim, runs: Sequence[SystemRun], on_paper_model: bool) -> 
 
 
 def recipes_of(system: str, paper: Paper) -> Sequence[str]:
-    """The recipes of a system. For the language model itself this is "", which matches any run."""
+    """The recipes of a system. For the language model itself, the only recipe is "", which matches any run."""
     return paper.systems[system].recipes or ("",) if system else ()
 
 
