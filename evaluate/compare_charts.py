@@ -110,7 +110,7 @@ def published_series(comparison: Comparison, metric: str, column: MetricColumn) 
 
 
 def training_curves(comparison: Comparison) -> list[Chart]:
-    """The values logged during training, plotted over tokens with one line for each run."""
+    """The values logged during training, plotted against the number of tokens, with one line for each run."""
     logs = {run.name: read_metrics_log(run.folder) for run in comparison.runs}
     charts = []
     for name, title in CURVE_TITLES.items():

@@ -86,7 +86,7 @@ def select_examples(
 
 
 def cut_window(flat: int, flat_P: np.ndarray, value_P: np.ndarray, ids_RS: np.ndarray) -> ExampleWindow:
-    """The passage around the token at a flat index, which is at least BUFFER tokens from either end of its row."""
+    """The passage around the token at a flat index. This token is at least BUFFER tokens from either end of its row."""
     start = flat - BUFFER
     values = np.zeros(2 * BUFFER + 1, np.float32)
     low, high = np.searchsorted(flat_P, [start, start + len(values)])

@@ -34,7 +34,8 @@ class SAELike(Protocol):
 def encode_finite(sae: SAELike, x_TD: Tensor) -> Tensor:
     """The latents (T, F) in float32. Raises SaeError for NaN and infinity, which probes cannot read."""
     f_TF = sae.encode(x_TD.float()).float()
-    # If any latent is not finite, neither is the sum, which is much faster to check. A finite sum can overflow, though.
+    # If any latent is not finite, the sum is not finite either, and checking the sum is much faster. A finite sum can
+    # overflow, though.
     if not f_TF.sum().isfinite() and not f_TF.isfinite().all():
         rows = int((~f_TF.isfinite().all(-1)).sum())
         raise SaeError(

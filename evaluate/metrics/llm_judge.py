@@ -47,7 +47,7 @@ class KeptAnswers:
     def read(path: Path) -> dict[str, str]:
         """The answers in a file: digest of the question -> answer.
 
-        Raises DamagedError if the .json file next to it, which an earlier version wrote, is damaged.
+        Raises DamagedError if an earlier version wrote a .json file next to this file and that .json file is damaged.
         """
         answers: dict[str, str] = {}
         earlier = path.with_suffix(".json")

@@ -47,7 +47,7 @@ class MultipleChoiceModel:
     """An instruction-tuned model that picks A, B, C or D. A prompt is one user turn with the question, then "Answer:
     (".
 
-    Prompts begin with `bos_id`, which is added unless the template adds it.
+    Prompts begin with `bos_id`. This token is added here unless the template adds it.
 
     Raises UsageError if the tokenizer has no chat template or no tokens for the four letters.
     """

@@ -139,8 +139,8 @@ def select_forget_latents(forget_F: np.ndarray, retain_F: np.ndarray, threshold:
     the forget corpus (most often first).
 
     Of latents with equal frequency, the latent with the largest index comes first. SAEBench leaves ties to an unstable
-    sort, so its order depends on the machine. Frequencies are rounded to six decimals, because SAEBench writes them to
-    a file that way and reads them back.
+    sort, so the order in SAEBench depends on the machine. Frequencies are rounded to six decimals, because SAEBench
+    writes them to a file that way and reads them back.
     """
     forget_F, retain_F = (np.array([float(f"{share:f}") for share in shares]) for shares in (forget_F, retain_F))
     forget_F = np.where(retain_F >= threshold, 0.0, forget_F)

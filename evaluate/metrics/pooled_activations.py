@@ -88,8 +88,8 @@ class PooledLatents:
 def rows_per_encode(d_sae: int, device: torch.device) -> int:
     """The number of rows to pass to `encode` at a time.
 
-    On a CPU, the latents of these rows take 4 MB, which fits into the cache and lets the system reuse memory. Larger
-    tensors were allocated again each time, which took as long as the matrix multiplications.
+    On a CPU, the latents of these rows take 4 MB, which fits into the cache and lets the system reuse memory.
+    Allocating larger tensors again for every call took as long as the matrix multiplications.
     """
     latents = 2**20 if device.type == "cpu" else 2**26
     return max(MIN_TOKENS_PER_ENCODE, latents // d_sae)

@@ -1,7 +1,7 @@
 """Binary tasks from classes of texts, and linear probes on them (sparse probing, SCR and TPP).
 
-Each text is one row of features, which is the mean over its counted tokens. A task lists rows and their labels, so all
-tasks use one matrix of all texts.
+Each text is one row of features: their means over the counted tokens of the text. A task lists rows and their labels,
+so all tasks use one matrix of all texts.
 
 Shape suffixes: N texts, M texts of a task, D features of a text (dimensions of the activations, or latents), K of them.
 """

@@ -57,7 +57,7 @@ def mean_series(name: str, values: Values, kind: Kind = "points", style: int | N
 def over_training(
     report: PaperReport, title: str, name: str, y: str, sd: str = "", to_one: bool = False, share_of: str = ""
 ) -> Chart:
-    """A logged scalar over tokens: the mean over seeds, with a band of 1 sd over seeds.
+    """A logged scalar, plotted against tokens: the mean over seeds, with a band of 1 sd over seeds.
 
     If `sd` is given, the band is the mean of the logged scalar with that name. If `to_one` is true, 1 - scalar is drawn
     on a logarithmic axis. If `share_of` is given, the scalar is divided by the logged scalar with that name.
@@ -113,7 +113,7 @@ def by_system_and_k(report: PaperReport, title: str, ks: Sequence[int]) -> Chart
 
 
 def over_k(report: PaperReport, title: str) -> Chart:
-    """Sparse probing over the number of latents."""
+    """Sparse probing, plotted against the number of latents."""
     measured = [(label, probing(runs, KS, report.on_paper_model)) for label, runs in runs_by_system(report).items()]
     series = [mean_series(label, values, "both", style) for style, (label, values) in enumerate(measured) if values]
     return Chart(title, "latents", "test accuracy", series, x_log=True, note=stand_in_note(top(1), report))
