@@ -174,8 +174,8 @@ class EvalGroup:
         return row.settings(self.settings[metric.name]) | metric.settings_of(row.target, self.targets)
 
     def measured_with(self, metric: Metric, pending: Sequence[EvalRow]) -> list[EvalRow]:
-        """Pending rows, then rows that have results already and are compared with them: other seeds of the same
-        systems."""
+        """Pending rows, then rows that have results already and with which pending rows are compared: other seeds of
+        the same systems."""
         systems = set() if metric.independent_seeds else {row.target.system for row in pending}
         done = [row for row in self.rows if metric.name in row.results and row.target.system in systems]
         return [*pending, *done]

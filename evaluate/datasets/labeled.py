@@ -206,8 +206,8 @@ def load_quadrants(
     """SCR's pairs of classes (c+, c-) -> train/test -> quadrant -> texts in the order of the dataset.
 
     Let q = size // 4, and let a+ and a- be the positive and the negative value of the attribute. PP has the first 2q
-    texts of (c+, a+) and NN those of (c-, a-); NP has the first q of (c+, a-) and PN those of (c-, a+). Like SAEBench,
-    this requires one more text in PP and NN.
+    texts of (c+, a+), NN the first 2q of (c-, a-), NP the first q of (c+, a-) and PN the first q of (c-, a+). Like
+    SAEBench, this requires one more text in PP and NN.
 
     Raises UsageError for a dataset without pairs or a quadrant with too few texts, and the errors of `load_texts`.
     """

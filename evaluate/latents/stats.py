@@ -297,7 +297,8 @@ def nearest_latents(W_dec_FD: Tensor, latents_K: Tensor, progress: Progress) -> 
 
 
 def coactive_latents(f_TF: Any, latents_K: Tensor, progress: Progress) -> tuple[RankedEntries, Tensor]:
-    """The latents that fire together with each latent, ranked by the cosine of activations, and Jaccard's index.
+    """For each latent, the latents that fire together with it (ranked by the cosine of activations), and Jaccard's
+    index of each pair.
 
     `f_TF` is a scipy.sparse array of activations in column format. Jaccard's index (K, M) is the number of tokens at
     which both latents fire, divided by the number of tokens at which at least one of them fires.

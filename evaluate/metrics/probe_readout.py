@@ -26,7 +26,8 @@ from .probes import ProbeTask
 
 
 def mean_latent_differences(pooled: PooledLatents, tasks: Sequence[ProbeTask]) -> Tensor:
-    """Mean latents over each task's positive texts minus the mean over its negative texts (P, F), at counted tokens."""
+    """For each task, the mean of every latent over the positive texts minus its mean over the negative texts (P, F), at
+    counted tokens."""
     share_PN = torch.zeros(len(tasks), len(pooled.count_N))
     for share_N, task in zip(share_PN, tasks, strict=True):
         positive, negative = task.rows[task.label > 0.5], task.rows[task.label <= 0.5]

@@ -143,7 +143,8 @@ class SparseProbing(Metric):
     def probe_sae(
         self, ctx: EvalContext, target: EvalTarget, sae: "ProbedSAE", name: str, rows: LabeledRows, ks: Sequence[int]
     ) -> None:
-        """Add the scores of one SAE on one dataset to `sae`, or the error if its latents are too few or not finite."""
+        """Add the scores of one SAE on one dataset to `sae`, or the error if the SAE has too few latents or if its
+        latents are not finite."""
         try:
             pooled, folded = pool_unit_norm(target.sae, rows.rows, ctx.model.device)
         except SaeError as error:
