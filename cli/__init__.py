@@ -1,1 +1,4 @@
-"""The command line: one file per command. A command parses, prints the plan, runs it and prints the next command."""
+"""The command line: one file per command.
+
+A command parses its arguments, prints a plan, carries it out and prints the next command.
+"""

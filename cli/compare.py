@@ -112,7 +112,7 @@ def compare(
 
 
 def flags(against: str | None, margins: list[str], *, mix: bool, references: bool) -> str:
-    """The flags that determine what is compared, as words for a repeated command."""
+    """The flags that determine what is compared, as text to append to a printed command that repeats the comparison."""
     words = [] if against is None else ["--against", quote(against)]
     words += [word for one in margins for word in ("--margin", quote(one))]
     words += ["--mix"] * mix + ["--no-references"] * (not references)

@@ -39,7 +39,7 @@ def show(
 
 
 def without_required(command: Any) -> Any:
-    """A copy of a command that can be parsed without its required arguments."""
+    """A copy of a command in which no argument is required."""
     command = copy.copy(command)
     command.params = [copy.copy(param) for param in command.params]
     for param in command.params:

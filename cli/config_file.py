@@ -8,8 +8,9 @@
     batch-size = 4096
     set = { k = 64, topk.k = 32 }
 
-The whole file is checked like flags, and all mistakes are reported together. Flags override the file, and `--set`
-overrides it option by option. This module imports only typer and `common.errors`, since `sae --help` imports it.
+The values in the file are checked like those of flags, and all mistakes in the file are reported together. Flags
+override the file, and `--set` overrides it option by option. This module imports only typer and `common.errors`,
+since `sae --help` imports it.
 """
 
 import functools
@@ -56,7 +57,7 @@ class CommandWithOldNames(TyperCommand):
 
 
 def _current_names(args: Sequence[str], renamed: Mapping[str, str]) -> Iterator[str]:
-    """The arguments with old flag names replaced, up to a `--`."""
+    """The arguments, with the new names of renamed flags. Arguments after a `--` are not changed."""
     only_values = False
     for arg in args:
         only_values = only_values or arg == "--"
@@ -208,7 +209,10 @@ def to_args(param: Any, value: Any) -> Any:
 
 
 def to_arg(value: Any, list_separator: str | None = None) -> str:
-    """A TOML value as one word of the command line. With a separator, as for --set, lists and bools are allowed."""
+    """A TOML value as one word of the command line.
+
+    Lists and bools are allowed only if `list_separator` is given, as it is for --set.
+    """
     if list_separator and isinstance(value, bool):
         return str(value).lower()
     if list_separator and isinstance(value, list):

@@ -129,11 +129,11 @@ def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: di
         raise typer.Exit(2) from None
     except BrokenPipeError:
         raise
-    except OSError as error:  # mostly from the terminal or a pipe; errors of this package's files are SaeErrors
+    except OSError as error:  # mostly from the terminal or a pipe: file errors of this package are SaeErrors
         if error.filename:
             echo_problem(f"error: {os_error(error, Path(error.filename))}")
         else:
-            echo_problem(f"error: {error.strerror or error}. Free space, or check the pipe.")
+            echo_problem(f"error: {error.strerror or error}. Free some space, or check the pipe.")
         raise typer.Exit(4) from None
     except Exception as error:
         from ..common.memory import out_of_memory
@@ -157,7 +157,7 @@ def report(error: "SaeError", say: Callable[[str], None] = echo_problem) -> None
 
 
 def error_line(error: "SaeError") -> str:
-    """An error as one line. "Stopped" at the beginning of an interruption's message is not repeated."""
+    """An error as one line: "error: ..." or "stopped: ...", without a second "Stopped" from the message itself."""
     if error.exit_code != 130:
         return f"error: {error}"
     return f"stopped: {str(error).removeprefix('Stopped').lstrip('. ')}"

@@ -40,7 +40,7 @@ def export(
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", rich_help_panel=HUB, help="Upload without asking.")] = False,
 ) -> None:
-    """Write a run in the format of another library, and verify the files against it."""
+    """Write a run in the format of another library, and verify the written files."""
     from ..common.errors import UsageError
 
     if to == "hub":

@@ -179,7 +179,7 @@ def run_evaluate(
 
 
 def ranks_lines(plan: "EvaluatePlan") -> list[str]:
-    """Lines about what each launched process will measure; untrained controls are distributed later."""
+    """Lines about what each launched process will measure. Controls that are not trained yet are assigned later."""
     from ..common.process_group import rank_and_count
     from ..evaluate.deal import deal_work, describe_deal
 

@@ -202,7 +202,7 @@ def execute(plan: "HarvestPlan") -> "Cache":
     started = time.monotonic()
     with bar(f"share {plan.share}" if plan.share else "harvest", "tokens") as progress_bar:
         cache = run_harvest(plan, HarvestProgress(progress_bar, progress_bar.say))
-    if not plan.is_complete(cache):  # with --prepare, or while shares are missing; the harvest has printed which
+    if not plan.is_complete(cache):  # with --prepare, or while shares are missing; the harvest has printed what remains
         return cache
     for line in summarize_harvest(plan, cache, time.monotonic() - started):
         echo(line)

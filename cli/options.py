@@ -1,4 +1,4 @@
-"""Options that several commands share, and the groups of their help."""
+"""Options that several commands share, and the headings under which --help lists options."""
 
 import math
 import re
@@ -101,7 +101,7 @@ def refuse_addresses(values: Iterable[object]) -> None:
 
 
 def finite_or_none(multiple: float) -> float | None:
-    """Convert to a value of `HarvestConfig.max_norm`: None in place of infinity."""
+    """The value of `HarvestConfig.max_norm` for a value of --max-norm: None for infinity."""
     return None if multiple == math.inf else multiple
 
 

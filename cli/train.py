@@ -323,7 +323,7 @@ def execute(plan: "TrainPlan", run: "Callable[[TrainProgress], None] | None" = N
 
 
 class Waits:
-    """Reports the share of the time since the last log line that was spent waiting for batches, if it is large."""
+    """Reports how much of the time since the last log line was spent waiting for batches, if it was a large share."""
 
     def __init__(self, in_store: bool) -> None:
         self.what = "the store" if in_store else "data"
@@ -340,7 +340,7 @@ class Waits:
 def progress_note(metrics: Mapping[str, dict[str, float]], runs: "list[Run]", live: bool) -> str:
     """The metrics shown next to the bar: those of the only run, or the name and metrics of the first of several runs.
 
-    A live bar shows a table of several runs instead.
+    Empty for several runs if the bar is live: a table of all runs is then shown under the bar.
     """
     if not metrics or (live and len(runs) > 1):
         return ""

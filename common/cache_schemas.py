@@ -109,7 +109,7 @@ class CacheGroup(TypedDict):
 
 
 class CodecConfiguration(TypedDict):
-    """The settings of a codec that decide how bytes are read; blosc stores its settings in the bytes."""
+    """The settings that a reader of a codec's bytes needs; none for blosc, which stores its settings in the bytes."""
 
     endian: NotRequired[Literal["little"]]
     chunk_shape: NotRequired[Annotated[list[Size], Meta(min_length=1, description="shape of a block in a shard")]]
@@ -277,7 +277,7 @@ class Manifest(TypedDict):
 
 
 class UnreadableRows(TypedDict):
-    """Rows of the text that could not be read."""
+    """How many rows of the text could not be read, and why."""
 
     rows: Count
     first: Annotated[str, Meta(description="why the first of these rows could not be read")]
@@ -368,7 +368,7 @@ class Draft(TypedDict):
 
 
 def cache_essentials(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The attributes of a cache that this package defines; others may be added to the group."""
+    """Those attributes of a cache that this package defines; other programs may add more to the group."""
     return {name: value for name, value in metadata["attributes"].items() if name in CacheAttributes.__annotations__}
 
 

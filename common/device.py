@@ -56,8 +56,8 @@ def fix_cublas_workspace(device: str) -> None:
 def copy_to_device(values: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """Copy a tensor to a device; a copy from the CPU to a GPU goes through pinned memory.
 
-    The copy is queued behind the GPU's current work. `Tensor.to` from pageable memory would wait until all that work is
-    done, and leave the GPU idle until more work is queued.
+    The copy is queued behind the GPU's current work. `Tensor.to` from pageable memory would wait until the GPU has
+    finished this work, and the GPU would then be idle until more work is queued.
     """
     if torch.device(device).type == "cuda" and values.device.type == "cpu":
         return values.pin_memory().to(device, non_blocking=True)
@@ -74,8 +74,8 @@ def keep_freed_memory() -> None:
     """Tell glibc's malloc to keep freed memory for the next tensor; does nothing with other C libraries.
 
     By default glibc returns blocks of a few megabytes to the system and requests them again, and the system clears
-    every page. Returning and requesting memory takes a fifth of the time of a small model's forward pass on a CPU, and
-    a ninth of the time of a training step of `jumprelu`. Peak memory does not change.
+    every page. In a small model's forward pass on a CPU, a fifth of the time goes into returning and requesting memory;
+    in a training step of `jumprelu`, a ninth. Peak memory does not change.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3

@@ -86,7 +86,7 @@ def source_revision() -> dict[str, Any]:
     `changed` compares a checkout with its commit and an installed package with the checksums of its wheel; None if
     neither is possible.
     """
-    # Only the package's folders: tests, benchmarks or a virtual environment may lie beside them.
+    # Other folders are left out, since tests, benchmarks or a virtual environment may lie beside the package's own.
     files = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))])
     digest = hashlib.sha256()
     for path in files:

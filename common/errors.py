@@ -56,14 +56,14 @@ class LeftOutWarning(UserWarning):
 
 
 def warn_left_out(what: object, error: SaeError) -> None:
-    """Warn that a command leaves out `what`, a folder or a file; `error` is the reason why it cannot be opened."""
+    """Warn that a command leaves out a folder or file: `what` names it, and `error` says why it cannot be opened."""
     warnings.warn(f"{what} is left out: {error}", LeftOutWarning, stacklevel=3)
 
 
 @contextlib.contextmanager
 def naming(place: str, folder: object) -> Iterator[None]:
-    """In the message of a DamagedError or UsageError, replace a local folder by the place that it mirrors, such as an
-    address.
+    """In the message of a DamagedError or UsageError, name `place` instead of the local `folder` that holds its files:
+    for example, the address of a cache instead of the folder with its local copy.
     """
     try:
         yield

@@ -1,8 +1,9 @@
 """Make untrusted text (names of folders, models and datasets, contents of files) harmless where it is shown.
 
 A terminal obeys control characters, a spreadsheet evaluates cells that look like formulas, and Markdown interprets
-HTML. In all of these places, some characters hide or reorder the text around them. Python represents a byte of a path
-that is not UTF-8 as a lone surrogate (U+DC80 to U+DCFF), which no file or terminal accepts.
+HTML. In all of these places, some characters hide or reorder the text around them. If a byte of a path cannot
+be decoded as UTF-8, Python represents the byte as a lone surrogate (U+DC80 to U+DCFF), which no file or terminal
+accepts.
 """
 
 import os
@@ -13,7 +14,7 @@ from typing import Any
 
 PAGE_REPLACEMENTS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp")  # of Unicode
-# Controls other than the line break, line separators, bidirectional marks, and surrogates.
+# Control characters except the line break; also line separators, bidirectional marks and surrogates.
 TERMINAL_UNSAFE = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -22,15 +23,15 @@ MARKDOWN_SPECIAL = re.compile(r"[\\`*\[\]<>|~#]|(?<!\w)_|_(?!\w)")  # an undersc
 
 
 def is_byte(character: str) -> bool:
-    """Whether a character represents a byte of a path that is not UTF-8."""
+    """Whether a character of a path represents a byte that cannot be decoded as UTF-8."""
     return "\udc80" <= character <= "\udcff"
 
 
 def make_visible(text: str) -> str:
     """Show invisible characters (controls, bidi marks, lone surrogates, unassigned code points) as codes like ⟨202E⟩.
 
-    A line break becomes ↵, a tab ⇥, and a byte of a path that is not UTF-8 �. Letters, combining marks and emoji are
-    kept.
+    A line break is shown as ↵, a tab as ⇥, and a byte that cannot be decoded as UTF-8 as �. Letters, combining marks
+    and emoji are kept.
     """
     return "".join(_visible(character) for character in text)
 
@@ -45,7 +46,7 @@ def _visible(character: str) -> str:
 def escape_for_terminal(text: str) -> str:
     r"""Replace control characters and unprintable characters by visible escapes: `\x1b`, `\r` or `\u202e`.
 
-    Line breaks are kept. A byte of a path that is not UTF-8 becomes `\xff`.
+    Line breaks are kept. A byte that cannot be decoded as UTF-8 is shown by its value: 0xff as `\xff`.
     """
     return TERMINAL_UNSAFE.sub(lambda match: _escape(match[0]), text)
 
@@ -59,7 +60,7 @@ def _escape(character: str) -> str:
 
 
 def quote(text: str | os.PathLike[str]) -> str:
-    r"""Quote a word of a shell command like `shlex.quote`, so that a terminal can show it and a user can copy it.
+    r"""Quote a word for a shell, like `shlex.quote`, but so that a terminal can show the word and a user can copy it.
 
     Control characters use the syntax of bash and zsh: a folder whose name is the byte 0xff becomes `$'\xff'`.
     """

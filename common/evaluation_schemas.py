@@ -99,8 +99,8 @@ class PinnedDataset(TypedDict):
 class JudgeAnswers(TypedDict):
     """activations/evaluation/judge-<digest>.json
 
-    The answers that a judge of autointerp gave before it stopped answering, as earlier versions wrote them. They are
-    still used. Answers are now lines of judge-<digest>.jsonl (docs/reference/metrics.md).
+    The file in which earlier versions stored the answers that an autointerp judge gave before it stopped answering.
+    These answers are still used. New answers are lines of judge-<digest>.jsonl (docs/reference/metrics.md).
     """
 
     answers: Annotated[dict[str, str], Meta(description="digest of the question -> answer")]

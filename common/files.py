@@ -122,7 +122,7 @@ def os_error(error: OSError, path: Path | str, verb: str = "write") -> Unavailab
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UnavailableError(
             f"The disk is full: {path} could not be written. "
-            "Free space and run the same command again; everything committed is safe."
+            "Free some space and run the same command again; everything committed is safe."
         )
     return UnavailableError(
         f"Cannot write {path}: {error.strerror or error}. Check the folder's permissions and that it is not read-only."
@@ -133,8 +133,8 @@ def os_error(error: OSError, path: Path | str, verb: str = "write") -> Unavailab
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raise UnavailableError if reading `path` raises OSError, as with too many open files, because the file may be
-    intact.
+    """Raise UnavailableError if reading `path` raises OSError. The file itself may be intact, for example when too many
+    files are open.
     """
     try:
         yield
@@ -223,10 +223,10 @@ def read_file(path: Path, remedy: str = DELETE_HINT) -> bytes:
 
 
 def parse_json(data: bytes | str, source: Path | str, remedy: str = DELETE_HINT) -> Any:
-    """Parse JSON from `source`, which only appears in the message.
+    """Parse JSON. `source` says in the error message where `data` comes from.
 
-    Raises DamagedError with the remedy if it is not UTF-8, not JSON, nested too deeply, or has an integer of thousands
-    of digits.
+    Raises DamagedError with the remedy if `data` is not UTF-8, not JSON, nested too deeply, or has an integer of
+    thousands of digits.
     """
     try:
         return json.loads(data)
@@ -238,10 +238,10 @@ def parse_json(data: bytes | str, source: Path | str, remedy: str = DELETE_HINT)
 
 
 def parse_toml(data: bytes | str, source: Path | str) -> dict[str, Any]:
-    """Parse TOML that a user gave; `source` only appears in the message.
+    """Parse TOML that a user gave. `source` says in the error message where `data` comes from.
 
-    Raises UsageError if it is not UTF-8, not TOML, nested too deeply, has an integer of thousands of digits, or is so
-    long that parsing it would take more than a few seconds.
+    Raises UsageError if `data` is not UTF-8, not TOML, nested too deeply, has an integer of thousands of digits, or is
+    so long that parsing it would take more than a few seconds.
     """
     if len(data) > MAX_TOML:
         raise UsageError(f"{source} is too long: expected at most {MAX_TOML:,} bytes of TOML.")
@@ -290,7 +290,7 @@ def sae_home() -> Path:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Total bytes of the files under `folder`; 0 if it does not exist. Skips files that vanish while counting."""
+    """Total bytes of the files under `folder`; 0 if it does not exist. Files that vanish meanwhile are skipped."""
     size = 0
     for parent, _, names in os.walk(folder):
         for name in names:

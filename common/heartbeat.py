@@ -1,9 +1,9 @@
 """Watch which of the launched processes still run, so that none waits forever for a dead one.
 
 Each process raises a counter in torch's key-value store every few seconds. The store is in the launcher (torchrun) or
-in rank 0 (srun, mpirun). A launcher usually ends the other processes when one dies. This module is for launchers that
-leave the other processes running, and for a machine that vanishes without closing its connections. For a process on the
-same machine, the operating system shows at once whether it runs.
+in rank 0 (srun, mpirun). When a process dies, the launcher usually ends the others. This module is for launchers that
+do not, and for machines that vanish without closing their connections. For a process on the same machine, the operating
+system shows at once whether it runs.
 """
 
 import math
@@ -28,7 +28,8 @@ AGAIN = "Everything committed is safe; run the same command again, with any numb
 class Silence:
     """Measures for how long another process has given no new sign of life.
 
-    Time while this process or its machine was suspended is not counted: the other process may have been suspended too.
+    Time in which this process or its machine was suspended is not counted, because the other process may have been
+    suspended too.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,7 @@ class Silence:
 
 
 class Heartbeat:
-    """The beats of one of `count` processes, and its view of the others."""
+    """Sends the heartbeats of this process, number `rank` of `count`, and watches the heartbeats of the others."""
 
     def __init__(self, store: Any, rank: int, count: int) -> None:
         self.store, self.rank, self.count = store, rank, count
@@ -77,8 +78,8 @@ class Heartbeat:
             pause = 0.001
             while away := [r for r in range(self.count) if not self.store.check([f"sae/met/{self.steps}/{r}"])]:
                 dead |= {rank: sentence for rank in away if (sentence := self._find_dead(rank))}
-                # The store may end with rank 0, so rank 0 waits until the other ranks, which finish first, know of the
-                # death too.
+                # The store may vanish when rank 0 ends. So rank 0 waits until every missing process is dead, and then
+                # for FAREWELL seconds, in which the other ranks find this out too.
                 if dead and (self.rank or dead.keys() >= set(away)):
                     time.sleep(0 if self.rank else FAREWELL)
                     raise UnavailableError(f"{dead[min(dead)]} {AGAIN}")
@@ -91,7 +92,10 @@ class Heartbeat:
             ) from error
 
     def _find_dead(self, rank: int) -> str:
-        """A sentence if a process has ended or has been silent for too long before arriving, otherwise ""."""
+        """A sentence if a process that `meet` waits for did not start in time, has ended or was silent for too long.
+
+        Returns "" if the process may still arrive.
+        """
         now, name = time.monotonic(), f"sae/name/{rank}"
         if not self.store.check([name]):
             late = now - self.started > START

@@ -62,7 +62,7 @@ class JsonRows:
                     yield f"line {number}", *self.decode(line)
 
     def search(self) -> Iterator[ReadRow]:
-        """The first rows, up to SEARCHED_BYTES; only SEARCHED_ROWS rows if none of them can be decoded."""
+        """The rows in the first SEARCHED_BYTES; stops after SEARCHED_ROWS rows if none of these could be decoded."""
         readable = False
         for number, row in enumerate(self.read(), 1):
             yield row
@@ -71,7 +71,7 @@ class JsonRows:
                 return
 
     def decode(self, line: bytes) -> tuple[dict[str, Any] | None, str]:
-        """The values of a row and ""; if the row cannot be decoded, None and the reason."""
+        """The row's values and an empty string, or None and the reason why the row cannot be decoded."""
         if line.count(b"[") + line.count(b"{") > MAX_DEPTH and too_deep(line) is not None:
             return None, f"it is nested more than {MAX_DEPTH} levels deep"
         if len(line) == MAX_LINE:

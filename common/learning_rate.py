@@ -12,12 +12,12 @@ def rate_share(step: int, steps: int, warmup: int, decay_start: float) -> float:
 
 
 def peak_share(steps: int, warmup: int, decay_start: float) -> float:
-    """The largest `rate_share` of a run: 1, unless the decay begins or the run ends before the end of the warm-up."""
+    """The largest `rate_share` of a run: 1, unless the warm-up is incomplete when the decay begins or the run ends."""
     if steps < 1:
         return 0.0
     decay = max(steps * (1 - decay_start), 1)
-    # The share rises until the decay begins and falls once the warm-up has ended. Between these two points the share is
-    # a parabola.
+    # Until the decay begins, the share does not fall; once the warm-up has ended, it does not rise. If the decay begins
+    # during the warm-up, the share is a parabola between these two points.
     top = min(max((steps - 1) / 2, steps - decay), warmup - 1)
     around = {min(max(step, 0), steps - 1) for step in (math.floor(top), math.ceil(top))}
     return max(rate_share(step, steps, warmup, decay_start) for step in around)

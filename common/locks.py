@@ -29,8 +29,9 @@ POLL_SECONDS = 0.01, 0.2  # between two attempts to lock: at first, and at most
 
 @contextlib.contextmanager
 def writer_lock(folder: Path, command: str, say: Callable[[str], None] = lambda message: None) -> Iterator[None]:
-    """Hold the exclusive right to write into `folder`, which is created if needed. Messages of other processes quote
-    `command`.
+    """Hold the exclusive right to write into `folder`, which is created if needed.
+
+    `command` is shown in the error of any other process that needs the lock in the meantime.
 
     If the previous holder has died, `say` is called with a message. On entry the temporary files of dead writers are
     deleted: check first that the folder belongs to this package.
@@ -54,11 +55,11 @@ def writer_lock(folder: Path, command: str, say: Callable[[str], None] = lambda 
 
 @contextlib.contextmanager
 def shared_lock(folder: Path, command: str) -> Iterator[None]:
-    """Share the lock on `folder`, which is created if needed, with other callers of this function; excludes
-    `writer_lock`.
+    """Hold a shared lock on `folder`, which is created if needed. Several callers of this function can hold it at
+    once, and while one of them does, nobody can hold `writer_lock`.
 
-    The last process to leave deletes the temporary files of dead writers. A process knows that it is the last if it can
-    hold a second lock, `.lock.shared`, alone. A process that arrives meanwhile waits for the second lock. If the file
+    The last process to leave deletes the temporary files of dead writers. A process is the last if it can get an
+    exclusive lock on a second file, `.lock.shared`. A process that arrives meanwhile waits for this lock. If the file
     system does not support locks, nothing is locked and nothing is deleted.
 
     Raises UnavailableError if a process holds the exclusive lock or if the folder is not writable, and UsageError if a
@@ -205,9 +206,10 @@ def is_abandoned(path: Path) -> bool:
 def acquire(path: Path, mode: int, patience: float = math.inf, *, in_new_folder: bool = True) -> int:
     """A file descriptor with a lock on `path`. Creates the file if needed, and with `in_new_folder` also its folder.
 
-    A process that holds the lock alone may remove the file; in this case a new file is locked. Raises
-    BlockingIOError if other processes hold the lock for `patience` seconds, and another OSError if the file cannot be
-    opened or its file system does not support locks.
+    A process that holds the file's exclusive lock may delete the file; this function then creates and locks a new file.
+
+    Raises BlockingIOError if other processes hold the lock for `patience` seconds, and another OSError if the file
+    cannot be opened or its file system does not support locks.
     """
     ends, (pause, longest) = time.monotonic() + patience, POLL_SECONDS
     while True:
@@ -311,7 +313,10 @@ def describe_process(command: str) -> str:
 
 
 def lock_holder(note: Path) -> str:
-    """The process named in `note`. There is no note if the process has just ended; a full disk leaves an empty note."""
+    """The process named in a note, or "another process".
+
+    The note is missing if the process has just ended, and empty if the disk was full when it was written.
+    """
     with contextlib.suppress(OSError):
         if holder := note.read_text():
             return holder

@@ -23,9 +23,10 @@ SAID_BY = ("can't allocate memory", "ALLOC_FAILED", "CUDA error: out of memory")
 def available_memory(device: str) -> float:
     """Bytes of memory available on the device; infinity if the system does not report it (for a CPU, only Linux does).
 
-    On a GPU, this is the free memory that CUDA reports. On a CPU, it is the smaller of the system's free memory and the
-    memory that the process's control groups leave; this number is divided by the number of processes that a launcher
-    started on this machine. Memory that caches files counts as free. $SAE_MEMORY_GB limits the result on GPUs and CPUs.
+    On a GPU, this is the free memory that CUDA reports. On a CPU, it is the smaller of two numbers: the system's free
+    memory, and the memory that the limits of the process's control groups still allow. The smaller number is divided by
+    the number of processes that a launcher started on this machine. Memory that caches files counts as free.
+    $SAE_MEMORY_GB limits the result on GPUs and CPUs.
 
     Raises UsageError if $SAE_MEMORY_GB is not a positive number.
     """
@@ -57,7 +58,7 @@ def free_in_system() -> float:
 
 
 def free_in_control_groups() -> float:
-    """The least memory that the limits of this process's control groups leave, in bytes; infinity without limits.
+    """The bytes that the tightest limit of this process's control groups still allows; infinity if none has a limit.
 
     A group is limited by every group above it. Both versions of control groups are read.
     """
@@ -65,7 +66,7 @@ def free_in_control_groups() -> float:
 
 
 def control_groups() -> Iterator[tuple[Path, bool]]:
-    """The folders of this process's control groups that may limit its memory; for each, whether it has version 2."""
+    """Each control group that may limit this process's memory: its folder, and whether the group is of version 2."""
     with contextlib.suppress(OSError, ValueError):
         for line in (PROC / "self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)

@@ -33,10 +33,10 @@ def installed_version(name: str) -> str | None:
 
 
 def outdated_packages() -> list[str]:
-    """A sentence for each installed package that is older than the lowest version that this package works with.
+    """One sentence for each dependency whose installed version is below the lowest that this package supports.
 
-    When pip installs this package, it upgrades outdated packages. When pip later installs another package, it can
-    downgrade them again and only prints a warning.
+    Installing this package with pip upgrades its outdated dependencies. Installing another package later can downgrade
+    them again; pip then only prints a warning.
     """
     try:
         declared = metadata.requires(PACKAGE) or []
@@ -56,7 +56,7 @@ def outdated_packages() -> list[str]:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """The release of a version as comparable numbers: "2.13.0+cpu", "2.13" and "2.13.0rc1" are all (2, 13)."""
+    """The release part of a version, as a tuple to compare: "2.13.0+cpu", "2.13" and "2.13.0rc1" become (2, 13)."""
     release = re.match(r"\d+(?:\.\d+)*", version)
     parts = [int(part) for part in release[0].split(".")] if release else []
     while parts and parts[-1] == 0:
@@ -65,8 +65,8 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def import_extra(extra: str, what: str, module: str | None = None) -> ModuleType:
-    """Import the package of an extra, or a `module` that needs it. The error names `what`, the option that needs the
-    package.
+    """Import and return the package that an optional `extra` installs, or `module`, a module that needs this package.
+    The error names `what`, the option that needs the package.
 
     Raises UnavailableError, which names the extra, if the package is not installed or cannot be imported.
     """

@@ -39,7 +39,7 @@ def resolve_precision(precision: str | None, device: str) -> str:
 
 
 def reason_against(precision: str, device: str) -> str:
-    """The reason why a device cannot compute in a precision, as the end of a sentence; "" if it can.
+    """The reason why a device cannot compute in a precision, worded to complete a sentence; "" if it can.
 
     torch can multiply in bfloat16 on any processor, but without special instructions this is slower than float32.
     """
@@ -76,13 +76,13 @@ def recorded_precision(record: Mapping[str, Any]) -> str:
 
 
 def autocast(precision: str, device: str) -> contextlib.AbstractContextManager[None]:
-    """A context in which float32 tensors are multiplied in bfloat16, if that is the precision."""
+    """A context: if `precision` is bfloat16, float32 tensors are multiplied in bfloat16; otherwise nothing changes."""
     if precision != "bfloat16":
         return contextlib.nullcontext()
     return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace the setting of float32 products
+@torch.compiler.assume_constant_result  # torch.compile cannot trace code that reads torch's float32 precision
 def current_precision(device: str) -> str:
     """The precision in which float32 tensors are multiplied on a device under the caller's settings."""
     if torch.is_autocast_enabled(torch.device(device).type):

@@ -57,9 +57,9 @@ class ProcessGroup:
     def everywhere(self, work: Callable[[], T]) -> T:
         """Call `work` in every process, and return its result once it has succeeded in all processes.
 
-        Raises SaeError in every process if `work` raised an SaeError in any process: the process's own error, or
-        ReportedElsewhere if `work` succeeded in this process or failed with the same message in a lower rank.
-        Interrupted is raised at once: a process that has to stop does not wait for others.
+        If `work` raised an SaeError in any process, every process raises one. A process in which `work` failed raises
+        its own error, unless a process of lower rank failed with the same message. In all other cases a process raises
+        ReportedElsewhere. Interrupted is raised at once: a process that has to stop does not wait for others.
         """
         error: SaeError | None = None
         try:
@@ -98,7 +98,7 @@ def processes_on_this_machine() -> int:
 
 
 def with_launcher(command: str) -> str:
-    """The command, extended by this process's launcher: torchrun before the command, or a note in words after it."""
+    """The command with this process's launcher added: torchrun before the command, or a note in words after it."""
     count = rank_and_count()[1]
     if count == 1:
         return command
@@ -108,7 +108,7 @@ def with_launcher(command: str) -> str:
 
 
 def is_first_on_this_machine() -> bool:
-    """Whether no launched process on this machine has a lower rank."""
+    """Whether this process has the lowest rank of all launched processes on this machine; true without a launcher."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 

@@ -1,11 +1,13 @@
-"""Records: the JSON files that this package writes, with a digest of their content and the type of every field.
+"""Records: the JSON files that this package writes. Each contains a digest of its content, and has a schema with the
+types of its fields.
 
     SAE_RECORD.write(folder / "sae.json", content)
     content = SAE_RECORD.read(folder / "sae.json")
 
 A record contains `content_digest`, the sha256 of its content without the digest (`digest_of`: keys sorted, no
 whitespace, so reformatting a file does not affect it). Every reader checks it. The digest detects accidents, such as a
-flipped bit; it does not detect forgery. The types of all fields are in schemas.py.
+flipped bit; it does not detect forgery. The schemas are in schemas.py, evaluation_schemas.py and
+cache_schemas.py.
 
 Records written before 2026-11-29 have no digest. Such records are read without this check, and the first one causes a
 warning.
@@ -106,7 +108,7 @@ class RecordKind(Generic[Content]):
         return (json.dumps(sealed, indent=self.indent) + "\n").encode()
 
     def write_if_changed(self, path: Path, content: Mapping[str, Any]) -> None:
-        """Write the content unless the file already has this content with a digest. Raises like `write`."""
+        """Write the content and its digest, unless the file already contains both. Raises like `write`."""
         with contextlib.suppress(DamagedError):  # also raised for a missing file
             if self.read_unwarned(path) == (as_read(content), True):
                 return
@@ -123,10 +125,10 @@ class RecordKind(Generic[Content]):
         return not has_digest
 
     def _remove_digest(self, content: Any) -> Any:
-        """Remove the digest from the content and return it; None if there is none.
+        """Remove the digest from the content, and return the digest; None if the content has none.
 
-        If the name of the digest was damaged ("content_dygest"), its value is returned, but its entry stays in the
-        content, so the content does not match the digest.
+        A field with almost the digest's name ("content_dygest") is a damaged digest: its value is returned, but the
+        field stays in the content, so the content does not match the digest.
         """
         holder = content.get(self.digest_in) if self.digest_in and isinstance(content, dict) else content
         if isinstance(holder, dict) and DIGEST not in holder:

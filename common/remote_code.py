@@ -2,8 +2,8 @@
 
 A folder or a repository can name its own Python code (`auto_map`). transformers runs this code if trust_remote_code is
 True, and asks on the terminal if trust_remote_code is not set. Every loading call of this package goes through this
-file, which sets trust_remote_code to False and also keeps calls inside transformers from asking.
-tests/test_remote_code.py checks this in the sources.
+file, which sets trust_remote_code to False and also keeps transformers from asking when it loads something itself.
+tests/test_remote_code.py searches the source code for calls that bypass this file.
 """
 
 import contextlib

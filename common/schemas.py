@@ -1,8 +1,8 @@
 """The schema of every record of a run, one for each of its JSON files. The schemas of an evaluation are in
 evaluation_schemas.py, the schemas of a cache in cache_schemas.py.
 
-Field names are the names on disk. `NotRequired` fields are absent if they do not apply, or in records of earlier
-versions. The first line of each docstring is the file's path. `python benchmarks/records_page.py` makes
+Field names are the names on disk. A `NotRequired` field is absent if it does not apply, and may be absent if an earlier
+version wrote the record. The first line of each docstring is the file's path. `python benchmarks/records_page.py` makes
 docs/reference/records.md from the three files.
 """
 
@@ -170,8 +170,8 @@ class ImportCheck(TypedDict):
 class RunRecord(TypedDict):
     """run.json
 
-    Everything from `variant` to `accumulate` decides the result. The run folder's name ends with the first 6 digits of
-    the digest of these fields.
+    The fields from `variant` to `accumulate` determine the result. The run folder's name ends with the first 6 digits
+    of the digest of these fields.
     """
 
     format: int

@@ -59,8 +59,8 @@ def read_rows(files: Sequence[Path], columns: Sequence[str], position: tuple[int
 def find_columns(files: Sequence[Path], wanted: Sequence[str]) -> list[str]:
     """The names of the columns.
 
-    JSON rows can lack columns. The rows are searched until all wanted columns have been found, for at most
-    SEARCHED_BYTES.
+    JSON rows can lack columns. So the rows are searched until all wanted columns have been found: at most the first
+    SEARCHED_BYTES of each file.
 
     Raises UsageError for a file that cannot be read, or if none of the first rows can be read.
     """

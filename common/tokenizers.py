@@ -21,7 +21,7 @@ def is_fast(tokenizer: Any) -> bool:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """The sha256 of everything that decides the ids of a text; part of a cache's identity.
+    """The sha256 of everything that affects how text is converted to token ids; part of a cache's identity.
 
     The digest does not depend on the location of the tokenizer's files. A tokenizer written in Python, such as ByT5's,
     is identified by its class, vocabulary, added tokens, options and files.

@@ -166,7 +166,7 @@ def load_error(error: BaseException, name: str) -> SaeError | None:
     if any(isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
         return UnavailableError(
             f"The model {name} could not be loaded: the disk is full. "
-            "Free space, or set HF_HOME to a folder on another disk."
+            "Free some space, or set HF_HOME to a folder on another disk."
         )
     if any(isinstance(cause, Exception) and out_of_memory(cause) for cause in causes):
         return UnavailableError(out_of_memory_sentence(name, error))

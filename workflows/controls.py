@@ -1,9 +1,9 @@
 """Train control SAEs for given runs, for `sae evaluate --controls` (train/variants/controls.py; arXiv 2602.14111).
 
-A control is trained once, with seed 0, for the rows, width, L0, steps, batch size and order of batches of the runs that
-it is compared with. A control is an ordinary run in `activations/evaluation/controls/`, where later commands find it,
-or resume it if it was interrupted. The recipe of a control is based on the recipe of the run if that is topk or
-batchtopk, and otherwise on batchtopk.
+A control is trained once, with seed 0, and with the same rows, width, L0, steps, batch size and order of batches as the
+runs that it is compared with. A control is an ordinary run in `activations/evaluation/controls/`, where later commands
+find it, or resume it if it was interrupted. The recipe of a control is based on the recipe of the run if that is topk
+or batchtopk, and otherwise on batchtopk.
 """
 
 import os
@@ -80,7 +80,7 @@ class ControlsPlan:
 
 
 def plan_controls(runs: Sequence[str | os.PathLike[str]], device: str = "auto") -> ControlsPlan:
-    """Plan the controls of finished runs: the three recipes for each distinct set of conditions and base.
+    """Plan the controls of finished runs: the three recipes for each distinct combination of conditions and base.
 
     A run that is itself a control gets no controls. Folders that cannot be read are left to the evaluation, which
     reports why. Controls that do not fit on the disk, or that have a damaged record, are among the plan's `problems`.
@@ -115,9 +115,9 @@ def plan_controls(runs: Sequence[str | os.PathLike[str]], device: str = "auto") 
 
 
 def find_wanted(folder: Path) -> Wanted | str | None:
-    """The controls of a run, or the reason why it gets none, as the end of a sentence. None if the run is a control.
+    """The controls of a run, or the reason why it gets none, worded to complete a sentence.
 
-    Raises SaeError if the folder cannot be read.
+    Returns None if the run is itself a control. Raises SaeError if the folder cannot be read.
     """
     if read_sae_record(folder).get("origin", {}).get("variant") in RECIPES:
         return None
@@ -149,7 +149,10 @@ def control_config(wanted: Wanted, device: str) -> TrainConfig:
 
 
 def training_caches(folder: Path) -> list[str | Path] | None:
-    """The places of the caches that a run was trained on; None if one is missing. Also looks in activations/."""
+    """The paths or addresses of the caches that a run was trained on; None if one of these caches is missing.
+
+    If there is only one cache, it is also searched for in activations/.
+    """
     record, origin = read_run_record(folder), read_sae_record(folder).get("origin", {})
     assert record is not None  # a run that has conditions also has a record
     places: list[str | Path] = [place if is_url(place) else Path(place) for place in record["cache_folders"]]
@@ -161,7 +164,7 @@ def training_caches(folder: Path) -> list[str | Path] | None:
 
 
 def reason_without(folder: Path, conditions: Mapping[str, Any] | None) -> str:
-    """The reason why a finished run gets no controls, as the end of a sentence."""
+    """The reason why a finished run gets no controls, worded to complete a sentence."""
     if conditions is not None:
         return "the cache that it was trained on was not found. Move it back, or to activations/."
     record = read_run_record(folder)
@@ -187,8 +190,8 @@ def train_controls(
         progress: callbacks; None is silent.
 
     Returns:
-        The controls: `frozen-decoder`, `soft-frozen-decoder` and `frozen-encoder` for each distinct set of conditions
-        and each base, topk or batchtopk.
+        The controls. For each distinct combination of conditions and base (topk or batchtopk) these are three:
+        `frozen-decoder`, `soft-frozen-decoder` and `frozen-encoder`.
 
     Raises:
         UsageError: none of the runs can have controls.

@@ -43,7 +43,7 @@ class ReproduceConfig:
 
 @dataclass(frozen=True)
 class Job:
-    """One recipe of one of a paper's systems, to be trained at every layer and seed."""
+    """A recipe for one of a paper's systems, to be trained at each of `layers` with each of `seeds`."""
 
     paper: str
     system: str
@@ -100,8 +100,8 @@ def scale_width(system: str, main: str, width: str | None) -> str | None:
 
 
 def set_options(recipe: str, paper: Paper, reading: Reading, system: PaperSystem) -> tuple[str, ...]:
-    """The options of a job, as for --set: the system's options, those options of the reading that the recipe accepts,
-    and the paper's optimizer, in this order of precedence.
+    """The options of a job, in the syntax of --set. In this order of precedence: the options of the system, the options
+    of the chosen reading (if the recipe has them), and the optimizer settings of the paper.
     """
     known = find_recipe(recipe).option_types()
     printed = paper.setup.optimization() if reading.is_papers else {}
@@ -134,7 +134,7 @@ def options_by_recipe(jobs: Iterable[Job]) -> dict[str, tuple[str, ...]]:
 
 
 def train_config(jobs: Sequence[Job], source: Path | PlannedCache, config: ReproduceConfig) -> TrainConfig:
-    """The training configuration of a pass, on an existing cache or one that is still to be harvested."""
+    """The configuration for training `jobs` in one pass on the cache `source`, which may not be harvested yet."""
     first, recipes = jobs[0], options_by_recipe(jobs)
     return TrainConfig(
         variants=list(recipes),

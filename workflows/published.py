@@ -257,7 +257,7 @@ def check_hook(model: str, hook: Hook, d_in: int) -> None:
 
 
 def local_model_config(model: str) -> Any | None:
-    """transformers' configuration of a model's text part, if it is on this machine; makes no network requests."""
+    """The transformers configuration of a model's text part; None if it is not on this machine. Uses no network."""
     from transformers import AutoConfig
 
     location = str(mini.WEIGHTS) if model == mini.NAME else model

@@ -40,7 +40,7 @@ ALL = "all"  # means every paper
 
 
 def default_suite(papers: Sequence[Paper]) -> str:
-    """The suite for models other than the papers': `quick`, plus stand-ins for other metrics that the papers claim."""
+    """The suite for models that the papers do not use: `quick`, plus stand-ins for other metrics in their claims."""
     claimed = {claim.metric.split(".")[0] for paper in papers for claim in paper.claims}
     stand_ins = [name for name in METRICS if name.endswith("_stdlib") and name.removesuffix("_stdlib") in claimed]
     more = [name for name in stand_ins if name not in SUITES["quick"]]
@@ -128,7 +128,7 @@ def describe_notes(runs: Iterable[Run]) -> list[str]:
     for run in runs:
         for note in run.notes:
             recipe, _, sentence = note.partition(": ")
-            if not sentence.startswith("--paper-exact"):  # not a user's flag: a reading sets it
+            if not sentence.startswith("--paper-exact"):  # set by the reading of the paper, not given by the user
                 recipes.setdefault(sentence, []).append(recipe)
     return [
         f"note     {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {sentence}"
@@ -208,14 +208,15 @@ def as_one_plan(plans: Sequence[TrainPlan]) -> TrainPlan:
     """The runs of several plans as one plan, so that they can be distributed over several processes together."""
     runs: dict[Any, Run] = {}
     for run in (run for plan in plans for run in plan.runs):
-        options = json.dumps(run.options, sort_keys=True)  # before the harvest, no digest distinguishes runs
+        # Before the harvest, names of run folders contain no digest, so runs with different options can share a name.
+        options = json.dumps(run.options, sort_keys=True)
         runs.setdefault((run.folder, run.config, options), run)
     return TrainPlan(plans[0].config, list(runs.values()))
 
 
 @dataclass(frozen=True)
 class Stages:
-    """How a reproduction runs its stages. The command line passes functions that also show progress and tables."""
+    """The functions that run the stages of a reproduction. Those of `sae reproduce` also show progress and tables."""
 
     harvest: Callable[[HarvestPlan], Cache]
     train: Callable[[TrainPlan], None]
@@ -232,7 +233,7 @@ class Reproduction:
 
 
 def page_name(paper: Paper, reading: Reading, on_paper_model: bool) -> str:
-    """The file name of a paper's page. Verdicts depend on the reading, so each reading has a separate page."""
+    """The file name of a paper's page. Verdicts depend on how the paper is read, so each reading has a page."""
     is_default = reading == find_reading(paper, on_paper_model, None)
     return f"{paper.number}.html" if is_default else f"{paper.number}-{reading.name}.html"
 
@@ -280,5 +281,6 @@ def run_reproduction(plan: ReproducePlan, stages: Stages) -> Reproduction:
         write_page(page, reproduction_page(report, model_name(plan)))
         stages.report(report, page)
         result.reports.append(report)
-    group.barrier()  # without this, a launcher would end the first process before its last page if another one fails
+    # The others wait until the first has written the last page: a launcher stops all processes as soon as one fails.
+    group.barrier()
     return result

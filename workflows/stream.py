@@ -1,7 +1,7 @@
 """Harvest while training: the runs train on windows of activations that are deleted once every run has read them.
 
-The harvest runs in a thread, ahead of training, and keeps at most `windows` windows on the disk. So runs can train
-once, in order, on text whose cache would take terabytes.
+The harvest runs in a thread, ahead of training, and keeps at most `windows` windows on the disk. This lets runs
+make one pass, in order, over text whose cache would take terabytes.
 """
 
 from dataclasses import dataclass, replace
@@ -113,5 +113,5 @@ def plan_streaming(config: TrainConfig, *, windows: int = WINDOWS, **harvest_opt
 
 
 def run_streaming(plan: StreamingPlan, progress: TrainProgress | None = None) -> None:
-    """Harvest and train at the same time. Raises Interrupted after Ctrl-C, with a checkpoint of each run."""
+    """Harvest and train at the same time. On Ctrl-C, writes checkpoints and raises Interrupted."""
     train_streaming(plan.train, progress or TrainProgress(), partial(harvest_ahead, plan.harvest, plan.ring))

@@ -71,7 +71,7 @@ def test_another_process_prints_its_problems_alone(second: None, monkeypatch: py
     [
         (SaeError("One failed."), 1, "rank 1: error: One failed.\n"),
         (DamagedError("It is short."), 3, "rank 1: error: It is short.\n"),
-        (OSError(28, "No space left on device"), 4, "rank 1: error: No space left on device. Free space"),
+        (OSError(28, "No space left on device"), 4, "rank 1: error: No space left on device. Free some space"),
         (MemoryError("no room"), 4, "rank 1: error: Out of memory: no room."),
         (ReportedElsewhere(3, "It is short."), 3, ""),
     ],

@@ -337,7 +337,7 @@ def http(kind: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
         (http(GatedRepoError, 403), UnavailableError, GATED),
         (http(RepositoryNotFoundError, 404), UnavailableError, "There is no model google/some on the Hub"),
         (http(RevisionNotFoundError, 404), UsageError, "The model google/some has no such revision"),
-        (OSError(errno.ENOSPC, "No space left on device"), UnavailableError, "the disk is full. Free space"),
+        (OSError(errno.ENOSPC, "No space left on device"), UnavailableError, "the disk is full. Free some space"),
         (LocalEntryNotFoundError("Name or service not known"), UnavailableError, UNREACHABLE),
         (ConnectionError("Server disconnected"), UnavailableError, UNREACHABLE),
         (http(HfHubHTTPError, 503), UnavailableError, UNREACHABLE),

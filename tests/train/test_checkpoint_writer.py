@@ -157,7 +157,7 @@ def test_a_full_disk_ends_training_and_the_resumed_runs_are_whole(
         with pytest.raises(UnavailableError) as raised:
             train(config, TrainProgress(step=look))
     target = f"checkpoints/step-{at:08d}/state.safetensors"
-    assert re.match(f"The disk is full: .*{target} could not be written. Free space", str(raised.value))
+    assert re.match(f"The disk is full: .*{target} could not be written. Free some space", str(raised.value))
     assert at <= seen[-1] <= at + 1
     assert not list(tmp_path.glob(f"out/*/checkpoints/step-{at:08d}/state.json"))
     assert not list(tmp_path.glob("out/*/sae.json"))
