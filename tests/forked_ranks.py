@@ -8,13 +8,19 @@ without a launcher: one process, whose exit code is the result.
 With $KILL_AT="PATTERN:N" and $KILL_MARKS, an empty folder, the rank that is about to give the N-th file of a matching
 path its name is killed, once. Started by torchrun, this is one of its ranks. Otherwise it is a worker process, which
 calls `launch`, or `start` and later `finish`.
+
+With the word `python` in place of COUNT it is another program, as in `python -m torch.distributed.run ...`; programs in
+Python that it starts are forked as well.
 """
 
 import gc
+import inspect
 import os
 import re
+import runpy
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +29,8 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import accelerate  # noqa: F401
+import pydantic.type_adapter  # noqa: F401
+import rich.progress  # noqa: F401
 import torch
 import torch._dynamo  # noqa: F401  (which groups of processes import)
 import transformers.models.gemma2.modeling_gemma2  # noqa: F401
@@ -31,6 +39,8 @@ import typer  # noqa: F401
 import sae.evaluate.run  # noqa: F401  (before the fork; not sae.cli, which reads its rank when it is imported)
 import sae.harvest.run  # noqa: F401
 import sae.train.run  # noqa: F401
+import sae.train.variants  # noqa: F401
+import sae.workflows.published  # noqa: F401
 from sae.tests.worker_process import serve
 
 WAIT = 600  # seconds after which a command that does not end is killed
@@ -56,30 +66,82 @@ def kill_at_rename() -> None:
     os.replace = counted  # type: ignore[assignment]
 
 
-def run_rank(words: list[str]) -> NoReturn:
+def run_python(words: list[str]) -> NoReturn:
+    """Do what `python words...` does and end this process."""
     code = 1
     torch.set_num_threads(1)  # a forked process has no other threads; torch must find out before two threads use it
-    if "KILL_AT" in os.environ:
-        kill_at_rename()
     try:
-        if words[0] == "-c":
+        words = [word for place, word in enumerate(words) if place or word != "-u"]
+        if words[0] in ("-c", "-m"):
             sys.argv = words[:1] + words[2:]
-            exec(words[1], {"__name__": "__main__"})
-            code = 0
+            sys.path.insert(0, os.getcwd())
         else:
-            from sae.__main__ import main
-
-            sys.argv = ["sae", *words]
-            main()
-            code = 0
+            sys.argv = words
+            sys.path.insert(0, os.path.dirname(words[0]))
+        if words[0] == "-c":
+            exec(words[1], {"__name__": "__main__"})
+        elif words[0] == "-m":
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(words[0], run_name="__main__")
+        code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()  # which the end below would hide
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def run_rank(words: list[str]) -> NoReturn:
+    if "KILL_AT" in os.environ:
+        kill_at_rename()
+    run_python(words if words[0] == "-c" else ["-m", "sae", *words])
+
+
+START = subprocess.Popen._execute_child  # type: ignore[attr-defined]
+ASKED = inspect.signature(START)
+
+
+def start_program(process: subprocess.Popen, *given: Any) -> None:
+    """What subprocess.Popen does to start a program, which here is forked from this process if it is in Python."""
+    asked = ASKED.bind(process, *given).arguments
+    words = asked["args"]
+    if isinstance(words, str) or os.fspath(words[0]) != sys.executable:
+        START(process, *given)
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pipes = [asked[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")]
+    if pid := os.fork():
+        process.pid, process._child_created = pid, True  # type: ignore[attr-defined]
+        process._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+        return
+    try:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # as in a new program
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for standard, pipe in enumerate((asked["p2cread"], asked["c2pwrite"], asked["errwrite"])):
+            if pipe not in (-1, standard):
+                os.dup2(pipe, standard)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        if asked["start_new_session"]:
+            os.setsid()
+        if asked["cwd"] is not None:
+            os.chdir(asked["cwd"])
+        if asked["env"] is not None:
+            environment = dict(asked["env"])
+            os.environ.clear()
+            os.environ.update(environment)
+        run_python([os.fspath(word) for word in words[1:]])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
 
 
 def main(count: int, words: list[str]) -> int:
@@ -111,6 +173,9 @@ def start(words: list[str], folder: Path, environment: dict[str, str]) -> int:
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)
+        if words[0] == "python":
+            subprocess.Popen._execute_child = start_program  # type: ignore[attr-defined]
+            run_python(words[1:])
         if words[0] == "0":
             run_rank(words[1:])
         os._exit(main(int(words[0]), words[1:]))

@@ -79,8 +79,8 @@ def test_there_are_scripts_and_a_page_names_each() -> None:
 
 
 @pytest.mark.slow
-def test_the_array_script_harvests_in_any_order(tiny_model: Path, sentences: Path, tmp_path: Path) -> None:
-    """Three tasks, the last one first, with `sae` for real."""
+def test_the_array_script_harvests_in_any_order(tiny_model: Path, sentences: Path, tmp_path: Path, launcher) -> None:
+    """Three tasks, the last one first, with `sae` for real. The harvest without a script is forked."""
     script = next(path for path in SCRIPTS if path.name == "slurm-array.sh")
     (tmp_path / "sae").write_text(
         f'#!/bin/bash\nexec {sys.executable} -P -m sae "$@" --dataset {sentences} --window 256\n'
@@ -97,11 +97,12 @@ def test_the_array_script_harvests_in_any_order(tiny_model: Path, sentences: Pat
         assert done.returncode == 0, done.stderr
         complete.append((out / "manifest.json").exists())
     assert complete == [False, False, True]
-    verified = subprocess.run([tmp_path / "sae", "cache", "verify", str(out)], capture_output=True, text=True)
     alone = tmp_path / "alone"
-    words = ["-P", "-m", "sae", "harvest", "--model", tiny_model, "--dataset", sentences, "--layer", "1"]
-    subprocess.run(
-        [sys.executable, *map(str, words), "--tokens", "2100", "--window", "256", "--out", str(alone)], check=True
-    )
+    words = ["harvest", "--model", tiny_model, "--dataset", sentences, "--layer", "1", "--tokens", "2100"]
+    words += ["--window", "256", "--out", alone]
+    for command in (["cache", "verify", out], words):
+        asked = {"words": ["0", *map(str, command)], "folder": tmp_path, "environment": dict(os.environ)}
+        code, _, told = launcher("forked_ranks.launch", **asked)
+        assert code == 0, told
     files = [{path.name: path.read_bytes() for path in (one / "layer_01").iterdir()} for one in (out, alone)]
-    assert len(files[0]) > 1 and files[0] == files[1], verified.stderr
+    assert len(files[0]) > 1 and files[0] == files[1]

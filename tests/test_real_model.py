@@ -364,18 +364,19 @@ def test_a_saved_table_is_read_as_it_was(plain, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_bench_runs_on_a_tiny_model_and_a_second_call_does_nothing(tiny_llama, sentences, tmp_path):
+def test_the_bench_runs_on_a_tiny_model_and_a_second_call_does_nothing(tiny_llama, sentences, tmp_path, launcher):
     import json
-    import subprocess
+    import os
 
     command = [
-        sys.executable, FOLDER / "run.py", "--folder", tmp_path, "--model", tiny_llama, "--text", sentences, "--layer",
+        "python", FOLDER / "run.py", "--folder", tmp_path, "--model", tiny_llama, "--text", sentences, "--layer",
         "1", "--layer", "0", "--recipe", "batchtopk", "--recipe", "hierarchical", "--tokens", "4000", "--sink-tokens",
         "3000", "--steps", "20", "--sink-steps", "20", "--l0", "8", "--sink-bos", "<eos>", "--beginning", "<eos>",
         "--skip", "standing-absorption", "--out", tmp_path / "out",
     ]  # fmt: skip
-    first = subprocess.run([*map(str, command)], capture_output=True, text=True)
-    assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
+    asked = {"words": [*map(str, command)], "folder": tmp_path, "environment": dict(os.environ)}
+    code, said, told = launcher("forked_ranks.launch", **asked)
+    assert code == 0, said[-2000:] + told[-2000:]
     (page,) = (tmp_path / "out").glob("*.md")
     result = json.loads(page.with_suffix(".json").read_text())
     assert result["stages"]["bits"] == {"layer_00": 0, "layer_01": 0}
@@ -384,5 +385,5 @@ def test_the_bench_runs_on_a_tiny_model_and_a_second_call_does_nothing(tiny_llam
     }  # fmt: skip
     assert max(value for arm in result["check"].values() for value in arm.values()) < 1e-5
     assert "| hierarchical |" in page.read_text() and "What a context begins with" in page.read_text()
-    second = subprocess.run([*map(str, command)], capture_output=True, text=True)
-    assert second.stdout.count("done before") == len(result["seconds"]) and second.returncode == 0
+    code, said, _ = launcher("forked_ranks.launch", **asked)
+    assert said.count("done before") == len(result["seconds"]) and code == 0

@@ -1,6 +1,5 @@
 """Estimates made before training: disk space, device memory, and the time of the steps."""
 
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,15 @@ from ..common.formatting import format_bytes, format_count, format_duration
 from ..common.memory import available_memory
 from .checkpoint import KEPT
 from .loop import Trainer
-from .memory import BuildableRun, run_memory, state_bytes, tensor_bytes, untrained_variant
+from .memory import (
+    BuildableRun,
+    memory_bound,
+    options_key,
+    run_memory,
+    state_bytes,
+    tensor_bytes,
+    untrained_variant,
+)
 from .passes import describe_memory
 from .variant import RunConfig
 
@@ -108,13 +115,14 @@ def step_seconds(run: BuildableRun, device: str) -> float:
     Raises UnavailableError if timing would take more than half of the free memory.
     """
     config, rows = run.config, timed_rows(run.config, device)
-    memory, available = run_memory(run, device, rows), available_memory(device)
-    needed = memory.state + memory.step
-    if needed > MEMORY_SHARE * available:
-        raise UnavailableError(
-            f"not timed: a step of {run.recipe.name} takes {format_bytes(needed)}, "
-            f"and {device} has {format_bytes(available)} of memory free"
-        )
+    available = available_memory(device)
+    if memory_bound(run) > MEMORY_SHARE * available:  # otherwise no trace is needed, which takes longer than the steps
+        memory = run_memory(run, device, rows)
+        if (needed := memory.state + memory.step) > MEMORY_SHARE * available:
+            raise UnavailableError(
+                f"not timed: a step of {run.recipe.name} takes {format_bytes(needed)}, "
+                f"and {device} has {format_bytes(available)} of memory free"
+            )
     trainer = Trainer(untrained_variant(run, device), config.steps, device, precision=config.precision)
     x_BD = torch.randn(rows, config.d_in, device=device).bfloat16()
     seconds = fastest_step(trainer, x_BD)
@@ -143,7 +151,7 @@ def seconds_per_step(runs: Sequence[BuildableRun], device: str) -> list[float]:
     Raises UnavailableError as `step_seconds` does.
     """
     timed: dict[Any, float] = {}
-    keys = [(run.recipe.name, json.dumps([run.options, run.stored], sort_keys=True), run.config) for run in runs]
+    keys = [(run.recipe.name, options_key(run), run.config) for run in runs]
     for key, run in zip(keys, runs, strict=True):
         if key not in timed:
             timed[key] = step_seconds(run, device)

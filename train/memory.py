@@ -25,6 +25,7 @@ DEAD_SHARE = 0.5  # share of latents assumed to be dead: the more are dead, the 
 SAMPLE_ROWS = 10_000  # rows that a variant reads before its first step if it `reads_rows`
 SAMPLE_BYTES = 2 + 2 + 4 + 8 + 4  # per element: in a batch, in all rows joined, in float32, in float64, normalized
 SORTED_BYTES = 16  # per element: to sort, `topk` on a CPU copies each element and its index
+KEPT_VARIANTS = 256  # maximum number of variants without values that are kept
 CHECKPOINT_COPIES = 2  # copies of the state in host memory while a checkpoint is read: its bytes and its tensors
 
 # Factors in `memory_bound`: number of training states; numbers of elements for each (token, latent), (token, input) and
@@ -84,10 +85,30 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+_untrained: dict[Any, tuple[Recipe, Variant]] = {}  # on the device "meta"; a recipe in use keeps its ID
+
+
 def untrained_variant(run: BuildableRun, device: str) -> Variant:
-    """The untrained variant of a run. The device "meta" allocates nothing."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta") if device == "meta" else torch.device("cpu"):
-        return run.recipe.make(run.config, run.options, run.stored).to(device)
+    """The untrained variant of a run.
+
+    The device "meta" allocates nothing. There, runs that differ only by seed and data share one: do not modify it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        if device != "meta":
+            with torch.device("cpu"):
+                return run.recipe.make(run.config, run.options, run.stored).to(device)
+        key = id(run.recipe), options_key(run), run.config
+        if key not in _untrained:
+            if len(_untrained) == KEPT_VARIANTS:
+                _untrained.clear()
+            with torch.device("meta"):
+                _untrained[key] = run.recipe, run.recipe.make(run.config, run.options, run.stored).to(device)
+        return _untrained[key][1]
+
+
+def options_key(run: BuildableRun) -> str:
+    """The options of a run as one string, which is equal for equal options."""
+    return json.dumps([run.options, run.stored], sort_keys=True)
 
 
 def tensor_bytes(module: torch.nn.Module) -> tuple[int, int]:
@@ -110,7 +131,7 @@ def run_memory(run: BuildableRun, device: str, rows: int | None = None) -> RunMe
     Runs that differ only by seed and data are traced once.
     """
     rows = run.config.batch_size if rows is None else rows
-    key = run.recipe.name, json.dumps([run.options, run.stored], sort_keys=True), run.config, device, rows
+    key = run.recipe.name, options_key(run), run.config, device, rows
     if key not in _traced:
         kernels = not reason_against_kernels(device)
         with FakeTensorMode(), LiveBytes() as live:

@@ -68,9 +68,12 @@ def torchrun(home: Path, ranks: int, words: Sequence[str], **variables: str) -> 
 
 @pytest.fixture
 def launch(launcher: WorkerProcess):
-    """A function that runs a command by forked ranks: `(home, ranks, words, **variables) -> exit code, out, err`."""
+    """A function that runs a command by forked ranks: `(home, ranks, words, **variables) -> exit code, out, err`.
 
-    def launch(home: Path, ranks: int, words: Sequence[str], **variables: str) -> tuple[int, str, str]:
+    With "python" in place of a number of ranks it runs another program; see forked_ranks.py.
+    """
+
+    def launch(home: Path, ranks: int | str, words: Sequence[str], **variables: str) -> tuple[int, str, str]:
         asked = {"words": [str(ranks), *words], "folder": home, "environment": variables_of(home, variables)}
         return launcher("forked_ranks.launch", **asked)
 
@@ -154,7 +157,7 @@ def test_any_number_of_ranks_gives_the_numbers_of_one_process_for_more_metrics(
         one = make_home("one")
         alone |= {"tables": evaluate_here(one, *words)[1], "numbers": numbers(one)}
     if count == 2:
-        _, out, err = torchrun(many, count, ["-m", "sae", *command(words)])
+        _, out, err = launch(many, "python", [*TORCHRUN[1:], "2", "-m", "sae", *command(words)])
     else:
         _, out, err = launch(many, count, command(words))
     found = numbers(many)
@@ -209,12 +212,14 @@ def test_a_rank_that_dies_costs_its_own_saes_alone(
 
 
 @pytest.mark.slow
-def test_a_launcher_that_ends_all_ranks_leaves_what_was_written(make_home, evaluate_here, tmp_path, evaluate) -> None:
+def test_a_launcher_that_ends_all_ranks_leaves_what_was_written(
+    make_home, evaluate_here, tmp_path, evaluate, launch
+) -> None:
     one, home, marks = make_home("one"), make_home("killed"), tmp_path / "marks"
     evaluate_here(one)
     marks.mkdir()
     killed = {"KILL_AT": r"/runs/.*/core\.json$:2", "KILL_MARKS": str(marks)}
-    code, _, err = torchrun(home, 2, [FORKED, "2", *command(())], **killed)
+    code, _, err = launch(home, "python", [*TORCHRUN[1:], "2", FORKED, "2", *command(())], **killed)
     assert "-9" in err and 0 < len(numbers(home)) < len(numbers(one))
     assert code == 1
     evaluate(home, 3)

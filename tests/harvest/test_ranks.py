@@ -272,22 +272,24 @@ def test_launchers_that_start_one_process_are_refused(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-def test_accelerate_launch(options: dict, tmp_path: Path) -> None:
+def test_accelerate_launch(options: dict, tmp_path: Path, launcher: WorkerProcess) -> None:
     """In the installed version --cpu starts one process, and --multi_gpu as many as it is told, on CPUs too."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    launch = ["python", "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
     words = ["-m", "sae", "harvest", "--model", options["model"], "--dataset", options["dataset"], "--layer", "0"]
     words += ["--tokens", "3000", "--context", "32", "--window", "256", "--device", "cpu", "--out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
-    def run(*flags: str) -> subprocess.CompletedProcess[str]:
+    def run(*flags: str) -> tuple[int, str]:
+        """The exit code and stderr."""
         command = [*launch, *flags, "--num_processes", "2", *words, str(tmp_path / "cache")]
-        return subprocess.run(command, capture_output=True, text=True, env=environment)
+        code, _, said = launcher("forked_ranks.launch", words=command, folder=tmp_path, environment=environment)
+        return code, said
 
-    refused = run("--cpu")
-    assert refused.returncode and "error: `accelerate launch --cpu` starts one process" in refused.stderr
+    code, said = run("--cpu")
+    assert code and "error: `accelerate launch --cpu` starts one process" in said
     assert not (tmp_path / "cache").exists()
-    done = run("--multi_gpu")
-    assert done.returncode == 0 and "ranks    2 processes on 1 machine" in done.stderr
+    code, said = run("--multi_gpu")
+    assert code == 0 and "ranks    2 processes on 1 machine" in said, said
 
 
 def test_the_record_of_a_request_says_nothing_of_tasks(options: dict, tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ def free_port() -> int:
 
 def start(count: int, work: Callable[[int], int]) -> list[multiprocessing.Process]:
     """Start `work` in so many ranks; it takes the rank and returns the exit code."""
+    import accelerate  # noqa: F401  (here, since each rank would import it for a second)
+
     port = str(free_port())
 
     def run(rank: int) -> None:

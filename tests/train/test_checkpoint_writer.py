@@ -353,7 +353,7 @@ def test_the_plan_counts_the_copies(sparse_cache, tmp_path: Path, monkeypatch) -
 @pytest.mark.slow
 def test_fifty_kills_during_checkpoints(sparse_cache, tmp_path: Path) -> None:
     """Three runs share a pass. Each time the resumed runs end byte-equal."""
-    settings = {"steps": 40, "checkpoint_every": 2, "width": "512"}
+    settings = {"steps": 20, "checkpoint_every": 1}
     train(make_config(sparse_cache, *NAMES, out=tmp_path / "whole", **settings))
     expected, out = contents(tmp_path / "whole"), tmp_path / "out"
     config = make_config(sparse_cache, *NAMES, out=out, **settings)

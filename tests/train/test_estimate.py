@@ -2,6 +2,7 @@
 
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from sae.common.memory import available_memory
 from sae.train import estimate
 from sae.train.estimate import check_disk_space, run_bytes, step_seconds, training_seconds
 from sae.train.loop import Trainer
-from sae.train.memory import RunMemory, run_memory
+from sae.train.memory import run_memory, untrained_variant
 from sae.train.passes import group_by_pass
 from sae.train.plan import TrainConfig, plan_training
 from sae.train.recipe import RECIPES, find_recipe
@@ -54,10 +55,7 @@ def test_a_run_takes_the_estimated_bytes(sparse_cache, variant):
 
 
 @pytest.mark.parametrize("variant", RECIPES)
-def test_a_step_of_every_recipe_is_timed(variant, monkeypatch):
-    monkeypatch.setattr(
-        estimate, "run_memory", lambda *_: RunMemory(0, 0, 0)
-    )  # whose trace takes longer than the steps
+def test_a_step_of_every_recipe_is_timed(variant):
     assert 0 < step_seconds(Spec(find_recipe(variant), {}, RunConfig(16, 64, 10, 32)), "cpu") < 60
 
 
@@ -87,6 +85,20 @@ def test_runs_take_turns_and_those_that_are_alike_are_timed_once(monkeypatch):
     relu, topk = (Spec(find_recipe(name), {}, RunConfig(4, 8, 10, 16)) for name in ("relu", "topk"))
     assert training_seconds([relu, topk, relu], "cpu") == 10 * (2 + 3 + 2)
     assert sorted(timed) == ["relu", "topk"]
+
+
+def test_alike_runs_share_a_variant_without_values():
+    """Not with another recipe of the same name, other options or sizes, nor where there are values."""
+    relu, config = find_recipe("relu"), RunConfig(4, 8, 10, 16)
+    variant = untrained_variant(Spec(relu, {}, config), "meta")
+    assert untrained_variant(Spec(relu, {}, config), "meta") is variant
+    for other in (
+        Spec(replace(relu), {}, config), Spec(relu, {"l1": 0.5}, config), Spec(relu, {}, config._replace(d_sae=9)),
+        Spec(find_recipe("jumprelu"), {}, config),
+    ):  # fmt: skip
+        assert untrained_variant(other, "meta") is not variant
+    one, two = (untrained_variant(Spec(relu, {}, config), "cpu") for _ in range(2))
+    assert one is not two and one.sae.W_enc.device.type == "cpu" and variant.sae.W_enc.is_meta
 
 
 def test_seeds_share_a_pass_and_layers_do_not(sparse_cache):

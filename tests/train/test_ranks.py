@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from .runs import CHECKPOINTS, make_config, train
 from .test_checkpoint_writer import full_disk
 
 RECIPES = ["relu", "topk", "hierarchical-resample"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 
 def config_of(cache, out: Path, *variants: str, **changes) -> TrainConfig:
@@ -64,39 +66,47 @@ def test_two_processes_give_the_bytes_of_one(sparse_cache, tmp_path: Path, monke
     assert not list((tmp_path / "two").glob("*/.lock.holder"))
 
 
+@pytest.fixture(scope="module")
+def called_alone(tmp_path_factory) -> dict[str, Any]:
+    """The folder of what one process trained, and what it printed and reported, once for all numbers of processes."""
+    return {"folder": tmp_path_factory.mktemp("called") / "one"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_command_in_any_number_of_processes_gives_the_bytes_of_one(
-    sparse_cache, tmp_path: Path, launcher: WorkerProcess, count: int
+    sparse_cache, tmp_path: Path, launcher: WorkerProcess, called_alone: dict[str, Any], count: int
 ) -> None:
-    """Over seeds, layers and batch sizes; two processes are started by torchrun."""
+    """Over seeds, layers and batch sizes; two processes are started by torchrun, without a fork where they train."""
     words = ["train", "--cache", sparse_cache.folder, "--layer", 0, "--layer", 1, "--seed", 0, "--seed", 1,
              "--steps", 12, "--batch-size", 64, "--width", 128, "--device", "cpu", "--checkpoint-every", 4,
              "--log-every", 2, *(word for name in RECIPES for word in ("--variant", name))]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environment["OMP_NUM_THREADS"] = "1"
 
-    def call(processes: int, out: str, *more: str) -> tuple[str, str]:
+    def call(processes: int, out: Path, *more: str) -> tuple[str, str]:
         """What they print and report."""
-        command = [*map(str, words), "--out", str(tmp_path / out), *more]
-        if processes == 2:
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-            command = [*torchrun, "-m", "sae", *command]
+        command = [*map(str, words), "--out", str(out), *more]
+        if processes == 2 and not more:
+            command = [sys.executable, *TORCHRUN, "2", "-m", "sae", *command]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             return done.stdout, done.stderr
-        given = {"words": [str(processes), *command], "folder": tmp_path, "environment": environment}
+        start = ["python", *TORCHRUN, "2", "-m", "sae"] if processes == 2 else [str(processes)]
+        given = {"words": [*start, *command], "folder": tmp_path, "environment": environment}
         code, said, reported = launcher("forked_ranks.launch", **given)
         assert code == 0, reported
         return said, reported
 
-    plan = call(count, "many", "--dry-run")[1]
-    assert not (tmp_path / "many").exists()
-    one, many = call(0, "one"), call(count, "many")
-    assert contents(tmp_path / "many") == contents(tmp_path / "one")
-    assert records(tmp_path / "many") == records(tmp_path / "one") and len(records(tmp_path / "one")) == 12
+    alone, out = called_alone["folder"], tmp_path / "many"
+    plan = call(count, out, "--dry-run")[1]
+    assert not out.exists()
+    if "said" not in called_alone:
+        called_alone["said"] = call(0, alone)
+    one, many = called_alone["said"], call(count, out)
+    assert contents(out) == contents(alone)
+    assert records(out) == records(alone) and len(records(alone)) == 12
     worlds = {
-        json.loads(path.read_text())["environment"]["variables"].get("WORLD_SIZE")
-        for path in (tmp_path / "many").glob("*/run.json")
+        json.loads(path.read_text())["environment"]["variables"].get("WORLD_SIZE") for path in out.glob("*/run.json")
     }
     assert worlds == {str(count)}
     dealt = [line for line in plan.splitlines() if line.startswith("rank ")]
@@ -141,7 +151,7 @@ def test_three_processes_and_another_number_goes_on(sparse_cache, tmp_path: Path
 @pytest.mark.slow
 def test_twenty_five_kills_of_each_process_in_turn(sparse_cache, tmp_path: Path, ranks_time_alike) -> None:
     """The others finish their runs, the first of them says whose are missing, and another number goes on."""
-    settings = {"steps": 40, "checkpoint_every": 2, "width": "512"}
+    settings = {"steps": 20, "checkpoint_every": 1}
     train(config_of(sparse_cache, tmp_path / "one", **settings))
     expected, out, rng = contents(tmp_path / "one"), tmp_path / "out", random.Random(0)
     config = config_of(sparse_cache, out, **settings)
@@ -175,31 +185,36 @@ def test_twenty_five_kills_of_each_process_in_turn(sparse_cache, tmp_path: Path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1, 2, None], ids=["0", "1", "2", "Ctrl-C"])
-def test_torchrun_ends_the_others_with_checkpoints(sparse_cache, tmp_path: Path, request, victim: int | None) -> None:
-    """When one is killed; and all of them after Ctrl-C."""
+def test_torchrun_ends_the_others_with_checkpoints(
+    sparse_cache, tmp_path: Path, request, launcher: WorkerProcess, victim: int | None
+) -> None:
+    """When one is killed; and all of them after Ctrl-C, where nothing is forked."""
     words = ["train", "--cache", sparse_cache.folder, "--layer", 0, "--steps", 100_000, "--batch-size", 64,
              "--width", 128, "--device", "cpu", "--checkpoint-every", 50, *("--seed 0 --seed 1 --seed 2".split()),
              "--variant", "topk", "--out", tmp_path / "out"]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3", "--standalone", "-m", "sae"]
-    process = subprocess.Popen(
-        [*torchrun, *map(str, words)], env=environment | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
-    )
-    request.addfinalizer(process.terminate)  # which ends the processes that it started
-    wait_for(lambda: len({path.parents[2] for path in tmp_path.glob("out/*/checkpoints/*/state.json")}) == 3)
-    ranks_of = {}
-    for child in (int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()):
-        values = dict(
-            line.split("=", 1) for line in Path(f"/proc/{child}/environ").read_text().split("\0") if "=" in line
-        )
-        ranks_of[int(values["RANK"])] = child
-        assert values["WORLD_SIZE"] == "3"
+    environment["OMP_NUM_THREADS"] = "1"
+    torchrun = [*TORCHRUN, "3", "-m", "sae", *map(str, words)]
     if victim is None:
-        os.kill(process.pid, signal.SIGINT)
+        process = subprocess.Popen([sys.executable, *torchrun], env=environment, stderr=subprocess.PIPE, text=True)
+        pid = process.pid
+    else:
+        given = {"words": ["python", *torchrun], "folder": tmp_path, "environment": environment}
+        pid = launcher("forked_ranks.start", **given)
+    running = [pid]
+    request.addfinalizer(lambda: [os.kill(one, signal.SIGTERM) for one in running])  # it ends what it has started
+    wait_for(lambda: len({path.parents[2] for path in tmp_path.glob("out/*/checkpoints/*/state.json")}) == 3)
+    ranks_of = sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))  # as they were started
+    assert len(ranks_of) == 3
+    if victim is None:
+        os.kill(pid, signal.SIGINT)
+        said = process.communicate(timeout=WAIT)[1]
+        code = process.returncode
     else:
         os.kill(ranks_of[victim], signal.SIGKILL)
-    said = process.communicate(timeout=WAIT)[1]
-    assert process.returncode == 1
+        code, _, said = launcher("forked_ranks.finish", pid=pid)
+    running.clear()
+    assert code == 1
     for rank in {0, 1, 2} - {victim}:
         (line,) = [
             line for line in said.splitlines() if line.startswith(f"rank {rank}: stopped" if rank else "stopped")

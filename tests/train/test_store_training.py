@@ -1,13 +1,12 @@
 """Training from an object store: the same bytes as from a disk, whatever the store, the link or a kill does."""
 
+import functools
 import json
 import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 import zlib
@@ -36,7 +35,7 @@ from sae.train.store_reading import CALIBRATION_BATCHES, expected_readings
 
 from .. import faulty_proxy as faulty_proxies
 from ..faulty_proxy import Request, Schedule, faulty_proxy, seeded
-from ..object_store import upload
+from ..object_store import environment, make_bucket, upload
 from ..worker_process import WorkerProcess
 from .runs import make_config, train
 
@@ -83,6 +82,31 @@ def many_chunks(tiny_model: Path, sentences: Path, tmp_path_factory: pytest.Temp
         device="cpu", out=out,
     )  # fmt: skip
     return run_harvest(plan_harvest(config))
+
+
+@pytest.fixture(scope="module")
+def uploaded(many_chunks, s3_endpoint: str) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(s3_endpoint).items():
+            patch.setenv(name, value)
+        return upload(many_chunks.folder, f"{make_bucket(s3_endpoint)}/pile")
+
+
+@pytest.fixture
+def pile(uploaded: str, bucket: str) -> str:
+    """The address of `many_chunks` in a store that this test's environment reaches. Do not modify."""
+    return uploaded
+
+
+@pytest.fixture(scope="module")
+def trained_from_disk(many_chunks, tmp_path_factory: pytest.TempPathFactory, one_thread: None):
+    """A function that returns the folders of the runs of these recipes, trained from a disk, once for all tests."""
+
+    @functools.cache
+    def runs(*variants: str) -> list[Path]:
+        return train(config_of(many_chunks, tmp_path_factory.mktemp("disk"), *variants))
+
+    return runs
 
 
 def config_of(cache, out: Path, *variants: str, **changes):
@@ -187,17 +211,14 @@ def test_the_command_plans_trains_stops_and_resumes(tiny_cache, bucket: str, tmp
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fast_retries")
-def test_the_size_of_the_local_folder_is_kept_over_epochs_and_passes(many_chunks, bucket: str, tmp_path: Path) -> None:
-    address = upload(many_chunks.folder, f"{bucket}/pile")
+def test_the_size_of_the_local_folder_is_kept_over_epochs_and_passes(many_chunks, pile: str, tmp_path: Path) -> None:
     options = dict(steps=250, seeds=[0, 1], layers=[0])
     expected = train(config_of(many_chunks, tmp_path / "disk", "topk", "batchtopk", **options))
-    size = small_size(address)
-    config = config_of(
-        many_chunks, tmp_path / "store", "topk", "batchtopk", **options, caches=[address], local_cache=size
-    )
+    size = small_size(pile)
+    config = config_of(many_chunks, tmp_path / "store", "topk", "batchtopk", **options, caches=[pile], local_cache=size)
     plan = plan_training(config)
     (said,) = [line for line in plan.describe() if line.startswith("store ")]
-    local = concat_caches([address]).local
+    local = concat_caches([pile]).local
     before = local.pulled_files
     with largest(local.folder) as seen:
         run_training(plan)
@@ -212,14 +233,19 @@ def test_the_size_of_the_local_folder_is_kept_over_epochs_and_passes(many_chunks
 @pytest.mark.usefixtures("fast_retries")
 @pytest.mark.parametrize("seed", range(25))
 def test_failures_of_the_store_change_no_byte(
-    many_chunks, bucket: str, s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+    many_chunks,
+    pile: str,
+    trained_from_disk,
+    s3_endpoint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
 ) -> None:
-    address = upload(many_chunks.folder, f"{bucket}/pile")
-    expected = train(config_of(many_chunks, tmp_path / "disk"))
+    expected = trained_from_disk()
     with faulty_proxy(s3_endpoint, damaging_once(seeded(seed, 0.15, FAILURES), seed)) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        size = small_size(address)
-        stored = train(config_of(many_chunks, tmp_path / "store", caches=[address], local_cache=size))
+        size = small_size(pile)
+        stored = train(config_of(many_chunks, tmp_path / "store", caches=[pile], local_cache=size))
     assert results(stored) == results(expected)
     assert {fault for fault, _ in proxy.injected} == {*FAILURES, "short"}
 
@@ -255,16 +281,13 @@ def test_the_last_steps_before_the_store_fails_are_logged_once(
 @pytest.mark.slow
 @pytest.mark.usefixtures("fast_retries")
 def test_a_store_that_is_gone_ends_training_with_a_checkpoint_and_the_same_command_goes_on(
-    many_chunks, bucket: str, s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    many_chunks, pile: str, trained_from_disk, s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    address = upload(many_chunks.folder, f"{bucket}/pile")
-    expected = train(config_of(many_chunks, tmp_path / "disk"))
+    expected = trained_from_disk()
     gone = [False]
     with faulty_proxy(s3_endpoint, lambda request: "500" if gone[0] else None) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        config = config_of(
-            many_chunks, tmp_path / "store", caches=[address], local_cache=small_size(address), log_every=1
-        )
+        config = config_of(many_chunks, tmp_path / "store", caches=[pile], local_cache=small_size(pile), log_every=1)
 
         def leave(step: int, steps: int, metrics: object) -> None:
             gone[0] = gone[0] or step == 30
@@ -285,16 +308,13 @@ def test_a_store_that_is_gone_ends_training_with_a_checkpoint_and_the_same_comma
 @pytest.mark.slow
 @pytest.mark.usefixtures("fast_retries")
 def test_ctrl_c_while_training_waits_for_the_store_saves_what_is_trained(
-    many_chunks, bucket: str, s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    many_chunks, pile: str, s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    address = upload(many_chunks.folder, f"{bucket}/pile")
     monkeypatch.setattr(faulty_proxies, "SLOW", 60.0)
     stuck = [False]
     with faulty_proxy(s3_endpoint, lambda request: "slow" if stuck[0] else None) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        config = config_of(
-            many_chunks, tmp_path / "store", caches=[address], local_cache=small_size(address), log_every=1
-        )
+        config = config_of(many_chunks, tmp_path / "store", caches=[pile], local_cache=small_size(pile), log_every=1)
 
         def stick(step: int, steps: int, metrics: object) -> None:
             if step == 10:
@@ -332,11 +352,11 @@ def end_process(launcher: WorkerProcess):
 
 @pytest.mark.slow
 def test_processes_share_the_folder_and_no_chunk_is_pulled_twice(
-    many_chunks, bucket: str, tmp_path: Path, start_process, end_process
+    many_chunks, pile: str, trained_from_disk, tmp_path: Path, start_process, end_process
 ) -> None:
-    address, variants = upload(many_chunks.folder, f"{bucket}/pile"), ("topk", "batchtopk", "relu")
-    expected = train(config_of(many_chunks, tmp_path / "disk", *variants))
-    processes = [start_process(address, tmp_path / "store", 10**9, variant) for variant in variants]
+    variants = ("topk", "batchtopk", "relu")
+    expected = trained_from_disk(*variants)
+    processes = [start_process(pile, tmp_path / "store", 10**9, variant) for variant in variants]
     said = [end_process(process) for process in processes]
     assert results([Path(folder) for folder, _ in said]) == results(expected)
     assert sum(int(pulled) for _, pulled in said) == 63
@@ -344,14 +364,14 @@ def test_processes_share_the_folder_and_no_chunk_is_pulled_twice(
 
 @pytest.mark.slow
 def test_processes_share_a_folder_that_is_too_small_for_all_chunks(
-    many_chunks, bucket: str, tmp_path: Path, start_process, end_process
+    many_chunks, pile: str, trained_from_disk, tmp_path: Path, start_process, end_process
 ) -> None:
-    address, variants = upload(many_chunks.folder, f"{bucket}/pile"), ("topk", "batchtopk", "relu")
-    expected = train(config_of(many_chunks, tmp_path / "disk", *variants))
-    size = small_size(address, 24)
-    local = concat_caches([address]).local.folder
+    variants = ("topk", "batchtopk", "relu")
+    expected = trained_from_disk(*variants)
+    size = small_size(pile, 24)
+    local = concat_caches([pile]).local.folder
     with largest(local) as seen:
-        processes = [start_process(address, tmp_path / "store", size, variant) for variant in variants]
+        processes = [start_process(pile, tmp_path / "store", size, variant) for variant in variants]
         said = [end_process(process) for process in processes]
     assert results([Path(folder) for folder, _ in said]) == results(expected)
     assert seen[-1] <= size
@@ -359,25 +379,21 @@ def test_processes_share_a_folder_that_is_too_small_for_all_chunks(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
-def test_ranks_share_the_folder(many_chunks, bucket: str, tmp_path: Path, launcher: WorkerProcess, count: int) -> None:
+def test_ranks_share_the_folder(many_chunks, pile: str, tmp_path: Path, launcher: WorkerProcess, count: int) -> None:
     """Two of them are started by torchrun."""
-    address, out = upload(many_chunks.folder, f"{bucket}/pile"), tmp_path / "store"
+    out = tmp_path / "store"
     expected = train(config_of(many_chunks, tmp_path / "disk", "topk", "batchtopk", "relu", steps=60))
-    size = small_size(address, 24)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "sae"]
-    words = ["train", "--cache", address, "--layer", 0, "--steps", 60, "--batch-size", 74, "--width", 64]
+    size = small_size(pile, 24)
+    torchrun = ["python", "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "sae"]
+    words = ["train", "--cache", pile, "--layer", 0, "--steps", 60, "--batch-size", 74, "--width", 64]
     words += ["--device", "cpu", "--local-cache", size, "--out", out]
     words += "--variant topk --variant batchtopk --variant relu".split()
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    with largest(concat_caches([address]).local.folder) as seen:
-        command = list(map(str, words))
-        if count == 2:
-            done = subprocess.run([*torchrun, *command], env=environment, capture_output=True, text=True, check=True)
-            said = done.stderr
-        else:
-            given = {"words": [str(count), *command], "folder": tmp_path, "environment": environment}
-            code, _, said = launcher("forked_ranks.launch", **given)
-            assert code == 0, said
+    variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    with largest(concat_caches([pile]).local.folder) as seen:
+        command = [*(torchrun if count == 2 else [str(count)]), *map(str, words)]
+        given = {"words": command, "folder": tmp_path, "environment": variables}
+        code, _, said = launcher("forked_ranks.launch", **given)
+        assert code == 0, said
     runs = [out / folder.name for folder in expected]
     assert results(runs) == results(expected)
     worlds = {json.loads((run / "run.json").read_text())["environment"]["variables"]["WORLD_SIZE"] for run in runs}
@@ -387,21 +403,20 @@ def test_ranks_share_the_folder(many_chunks, bucket: str, tmp_path: Path, launch
 
 @pytest.mark.slow
 def test_a_kill_leaves_a_folder_that_the_next_process_uses(
-    many_chunks, bucket: str, tmp_path: Path, launcher: WorkerProcess, start_process, end_process
+    many_chunks, pile: str, trained_from_disk, tmp_path: Path, launcher: WorkerProcess, start_process, end_process
 ) -> None:
-    address = upload(many_chunks.folder, f"{bucket}/pile")
-    expected = train(config_of(many_chunks, tmp_path / "disk"))
-    size = small_size(address)
-    local, rng = concat_caches([address]).local.folder, random.Random(0)
+    expected = trained_from_disk()
+    size = small_size(pile)
+    local, rng = concat_caches([pile]).local.folder, random.Random(0)
     for _ in range(6):
-        process = start_process(address, tmp_path / "store", size)
+        process = start_process(pile, tmp_path / "store", size)
         state = Path(f"/proc/{process}/stat")
         while not any(contents(local).parts) and state.read_text().rpartition(")")[2].split()[0] != "Z":
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.4))
         os.kill(process, signal.SIGKILL)
         launcher("forked_ranks.finish", pid=process)
-    folder = Path(end_process(start_process(address, tmp_path / "store", size))[0])
+    folder = Path(end_process(start_process(pile, tmp_path / "store", size))[0])
     assert results([folder]) == results(expected)
     assert not contents(local).parts
 

@@ -3,8 +3,6 @@
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
 from dataclasses import fields, replace
 from types import SimpleNamespace
@@ -151,18 +149,19 @@ def test_several_processes_are_dealt_the_runs_of_all_papers_together(cache, tiny
 
 
 @pytest.mark.slow
-def test_two_processes_reproduce_a_paper_like_one(cache, tiny_model, tmp_path):
+def test_two_processes_reproduce_a_paper_like_one(cache, tiny_model, tmp_path, launcher):
     """The same SAEs, the same numbers, and one report, from the first process."""
     words = ["reproduce", "003", "--model", tiny_model, "--cache", cache, "--layer", 1, "--seed", 0, "--seed", 1,
              "--steps", 20, "--batch-size", 256, "--width", "2x", "--suite", "core", "--evaluate-tokens", 100,
              "--device", "cpu"]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
-    def reproduce(out, *launcher):
-        command = [sys.executable, *launcher, "-m", "sae", *map(str, words), "--out", str(tmp_path / out)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done
+    def reproduce(out, *torchrun):
+        """Stdout and stderr."""
+        command = ["python", *torchrun, "-m", "sae", *map(str, words), "--out", str(tmp_path / out)]
+        code, said, told = launcher("forked_ranks.launch", words=command, folder=tmp_path, environment=environment)
+        assert code == 0, told
+        return said, told
 
     one = reproduce("one")
     two = reproduce("two", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -174,10 +173,10 @@ def test_two_processes_reproduce_a_paper_like_one(cache, tiny_model, tmp_path):
         results = [read_json(folder / "evaluations" / "core.json") for folder in (alone, dealt)]
         assert results[0]["eval_result_metrics"] == results[1]["eval_result_metrics"]
     assert (tmp_path / "two" / "003.html").exists()
-    verdicts = [[line for line in done.stdout.splitlines() if "claim" in line or "ev" in line] for done in (one, two)]
+    verdicts = [[line for line in said.splitlines() if "claim" in line or "ev" in line] for said, _ in (one, two)]
     assert verdicts[0] == verdicts[1]
-    assert "rank 1:" not in two.stderr and two.stderr.count("written  ") == 1
-    assert two.stderr.count("deal     4 runs to 2 processes") == 1
+    assert "rank 1:" not in two[1] and two[1].count("written  ") == 1
+    assert two[1].count("deal     4 runs to 2 processes") == 1
 
 
 def test_a_resumed_reproduction_keeps_its_options_when_defaults_change(cache, tiny_model, tmp_path, monkeypatch):
