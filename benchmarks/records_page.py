@@ -18,16 +18,16 @@ HEAD = f"""# Records
 This page lists the JSON files that the package writes, with the type and meaning of every field.
 It is generated from `cache_schemas.py`, `schemas.py` and `evaluation_schemas.py` in `common/` by
 `python benchmarks/records_page.py > docs/reference/records.md`. Paths that begin with `activations/` or `data/` are
-relative to `SAE_HOME`. All other paths are relative to a folder: in the sections up to `drafts/`, to the folder of a
-cache (`activations/<name>/`); in the sections that begin with `sae.json`, to the folder of a run (`runs/<name>/`).
+relative to `SAE_HOME`. All other paths are relative to the folder of a cache (`activations/<name>/`) in the sections
+from `zarr.json` to `drafts/`, and to the folder of a run (`runs/<name>/`) in the sections from `sae.json` on.
 
 Each record also has the field `{DIGEST}`: the sha256 of the other fields as JSON with sorted keys and no
 whitespace. Reformatting a file does not change the digest. In a `zarr.json` the digest is an attribute and covers only
 the fields marked with * (in codecs, only the settings that decide how bytes are read), so other Zarr programs can write
 the other fields differently. Readers check the digest. If the digest does not match, the command ends with exit code 3,
 unless the record can be written again without loss, as a draft can. Records of earlier versions have no digest: they
-are read with one warning. `sae cache repair`, and a `sae harvest` that adds to a cache, add digests to the records of
-that cache.
+are read with one warning. `sae cache repair` adds digests to the records of a cache, and so does a `sae harvest` that
+adds to the cache.
 
 To edit a record on purpose, or to write one with another program, leave `{DIGEST}` out. The types below are
 still checked. Other fields are allowed.

@@ -53,12 +53,12 @@ class DataIdentity(TypedDict):
     split: NotRequired[str]
     subset: NotRequired[str]
     spelled_lines: NotRequired[
-        Annotated[Count, Meta(description="for python-stdlib: generated lines that spell words")]
+        Annotated[Count, Meta(description="for python-stdlib: generated spelling lines after each document")]
     ]
 
 
 class CacheIdentity(TypedDict):
-    """Everything that determines the bytes of the cache. A missing entry has the value that earlier versions used."""
+    """Everything that determines the bytes of the cache. A missing entry means the value that earlier versions used."""
 
     format: NotRequired[Size]
     model: ModelIdentity
@@ -67,17 +67,21 @@ class CacheIdentity(TypedDict):
     tokenizer: NotRequired[Annotated[Sha256, Meta(description="digest of the serialized tokenizer")]]
     data: DataIdentity
     chat: NotRequired[Annotated[dict[str, Any], Meta(description="digest of the chat template, and roles")]]
-    tokens: NotRequired[Annotated[int | str, Meta(description="requested rows, or `up to` a number")]]
+    tokens: NotRequired[Annotated[int | str, Meta(description="rows requested, or `up to <number>` by default")]]
     context: NotRequired[Annotated[Size, Meta(description="tokens per context, BOS included")]]
     held_out: NotRequired[Annotated[float | str, Meta(description="share of documents held out, or `by name`")]]
     bos: NotRequired[Annotated[int | None, Meta(description="id of the first token of contexts; null: no such token")]]
     skip: NotRequired[Annotated[list[Count], Meta(description="ids of tokens that are never rows")]]
-    skip_positions: NotRequired[Annotated[Count, Meta(description="number of first positions that are never rows")]]
+    skip_positions: NotRequired[
+        Annotated[Count, Meta(description="how many positions at the start of a context are never rows")]
+    ]
     special_tokens: NotRequired[
         Annotated[str, Meta(description="`text`: special tokens spelled out in documents are tokenized as text")]
     ]
     pack: NotRequired[Annotated[bool, Meta(description="whether a context contains several documents")]]
-    seed: NotRequired[Annotated[Count, Meta(description="seed of the order, and of the choice of held-out documents")]]
+    seed: NotRequired[
+        Annotated[Count, Meta(description="seed for the order of the rows and the choice of held-out documents")]
+    ]
     window_rows: NotRequired[Size]
     chunk_rows: NotRequired[Size]
     storage_dtype: NotRequired[str]
@@ -155,7 +159,7 @@ class ArrayAttributes(TypedDict):
     """The attributes of an array."""
 
     logical_dtype: NotRequired[
-        Annotated[Literal["bfloat16"], Meta(description="type of the bits, if they are stored as uint16")]
+        Annotated[Literal["bfloat16"], Meta(description="type of the values whose bits are stored as uint16")]
     ]
 
 
@@ -194,7 +198,7 @@ WindowMadeWith = TypedDict(
     "WindowMadeWith",
     {
         "batch_contexts": NotRequired[
-            Annotated[Size, Meta(description="contexts in a forward pass, which can affect the last bits")]
+            Annotated[Size, Meta(description="contexts per forward pass; can affect the last bits of the rows")]
         ],
         "device": NotRequired[str],
         "compiled": NotRequired[Annotated[bool, Meta(description="--compile")]],
@@ -215,7 +219,7 @@ class WindowCommit(TypedDict):
     array: Annotated[str, Meta(description="also in the file's name")]
     rows: Annotated[Size, Meta(description="rows in this window")]
     made_with: WindowMadeWith
-    files: Annotated[Files, Meta(description="the files of this window of the array, and of row_ctx and row_pos")]
+    files: Annotated[Files, Meta(description="this window's files, both of the array and of row_ctx and row_pos")]
 
 
 class TokensCommit(TypedDict):
@@ -251,7 +255,7 @@ class Statistics(TypedDict):
     count: Annotated[Count, Meta(description="rows that are not outliers")]
     marked: Annotated[Count, Meta(description="outlier rows")]
     max_norm: Annotated[float | None, Meta(description="`--max-norm`: a multiple of the median norm; null: no limit")]
-    norm_limit: Annotated[float | None, Meta(description="the norm over which a row is an outlier; null: no limit")]
+    norm_limit: Annotated[float | None, Meta(description="the norm above which a row is an outlier; null: no limit")]
     variance: Annotated[float, Meta(description="mean of the variances of the dimensions")]
     mean_square_norm: float
     mean_norm: float
@@ -272,7 +276,7 @@ class Manifest(TypedDict):
     complete: Annotated[list[str], Meta(description="arrays whose windows all exist")]
     statistics: Annotated[dict[str, Statistics], Meta(description="statistics of each complete array")]
     files: Annotated[
-        Files, Meta(description="the files of the complete arrays, from their commits, and the files in tokens/")
+        Files, Meta(description="the files that the commits of the complete arrays list, and the files in tokens/")
     ]
 
 
@@ -330,7 +334,7 @@ class Ring(TypedDict):
     format: Size
     max_norm: NotRequired[float | None]
     norm_limits: NotRequired[
-        Annotated[dict[str, float], Meta(description="array -> the norm over which a row is an outlier")]
+        Annotated[dict[str, float], Meta(description="array -> the norm above which a row is an outlier")]
     ]
 
 
@@ -346,7 +350,7 @@ class TokenizeState(TypedDict):
 class TokenizeDraft(TypedDict):
     """tokens/draft/state.json"""
 
-    owner: Annotated[Sha256, Meta(description="digest of the cache's identity and the version of `datasets`")]
+    owner: Annotated[Sha256, Meta(description="one digest of both the cache's identity and the version of `datasets`")]
     checksums: Annotated[list[Crc32c], Meta(description="checksums of the files beside it, in order")]
     state: TokenizeState
 
@@ -354,7 +358,7 @@ class TokenizeDraft(TypedDict):
 class ClaimOfText(TypedDict):
     """tokens/claim-000001.json"""
 
-    owner: Annotated[str, Meta(description="the task that cuts the text, as named in messages of other tasks")]
+    owner: Annotated[str, Meta(description="process, host and command of the task that tokenizes the text")]
     task: Annotated[str, Meta(description="random; tells tasks apart")]
     beat: Annotated[Count, Meta(description="how often the claim was renewed")]
 
@@ -362,7 +366,7 @@ class ClaimOfText(TypedDict):
 class Draft(TypedDict):
     """drafts/<window>/state.json"""
 
-    owner: Annotated[Sha256, Meta(description="digest of the harvest, the arrays and what computes them")]
+    owner: Annotated[Sha256, Meta(description="digest of what determines the draft's bytes, including software")]
     checksums: Annotated[list[Crc32c], Meta(description="checksum of each <number>.safetensors")]
     context: Annotated[Count, Meta(description="the next context to compute")]
 

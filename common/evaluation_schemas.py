@@ -18,7 +18,7 @@ class Unstructured(TypedDict):
         Meta(description="95 % intervals [low, high] under the names of eval_result_metrics"),
     ]
     n: Annotated[dict[str, int], Meta(description="how many tokens, texts, ... were measured")]
-    flags: Annotated[list[str], Meta(description="sentences about numbers that mean less than they seem to")]
+    flags: Annotated[list[str], Meta(description="sentences that warn about misleading numbers")]
     extra: Annotated[Any, Meta(description="everything else that the metric records")]
     notes: NotRequired[Annotated[list[str], Meta(description="sentences about misleading names in SAEBench")]]
 
@@ -30,12 +30,12 @@ class MaskedPart(Unstructured):
 
 
 class UnstructuredResult(Unstructured):
-    """Results for which SAEBench has no fields, and the record's content digest."""
+    """The record's content digest, and results for which SAEBench has no fields."""
 
     absent: NotRequired[
         Annotated[
             list[list[str | int]],
-            Meta(description="for each number that does not exist and is written as -1: the keys that lead to it"),
+            Meta(description="for each undefined number, which is written as -1: the keys that lead to it"),
         ]
     ]
     masked: NotRequired[
@@ -51,7 +51,8 @@ class ResultFile(TypedDict):
 
     eval_type_id: Annotated[str, Meta(description="SAEBench's name of the metric")]
     eval_config: Annotated[
-        dict[str, Any], Meta(description="everything that decides the result; `weights` is a digest of SAE and hook")
+        dict[str, Any],
+        Meta(description="everything that determines the result; `weights` is one digest of both the SAE and the hook"),
     ]
     eval_id: str
     datetime_epoch_millis: int
@@ -85,7 +86,9 @@ class EvaluationData(TypedDict):
     """
 
     kind: str
-    depends: Annotated[dict[str, Any], Meta(description="everything that decides the tensors; its digest is the name")]
+    depends: Annotated[
+        dict[str, Any], Meta(description="everything that determines the tensors; the file is named after its digest")
+    ]
     sha256: Annotated[Sha256, Meta(description="digest of the .safetensors file")]
 
 

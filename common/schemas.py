@@ -29,10 +29,11 @@ class RememberedModels(TypedDict):
 
     files: Annotated[
         dict[str, tuple[int, int, int, int, int, Sha256]],
-        Meta(description="path of a large file -> size, times of change (ns), inode, device, sha256"),
+        Meta(description="path of a large file -> size, mtime and ctime (both in ns), inode, device, sha256"),
     ]
     folders: Annotated[
-        dict[str, list[str]], Meta(description="sha256 of the files of a model's folder -> where it was seen")
+        dict[str, list[str]],
+        Meta(description="sha256 of the files of a model's folder -> the paths at which the folder was found"),
     ]
 
 
@@ -50,7 +51,7 @@ class RecordedAdapter(TypedDict):
 class RecordedModel(TypedDict):
     """A language model."""
 
-    name: Annotated[str, Meta(description="id on the Hub; of a folder, its name and 8 digits of its digest")]
+    name: Annotated[str, Meta(description="id on the Hub, or the name of a folder with 8 digits of its digest")]
     revision: NotRequired[
         Annotated[
             str | None, Meta(description="commit on the Hub, or sha256 of the files of a folder; null: not known")
@@ -78,7 +79,7 @@ class SAEOrigin(TypedDict, total=False):
     ]
     format: Annotated[str, Meta(description="for an imported SAE: format of its files, such as saelens")]
     prepend_bos: Annotated[bool, Meta(description="for an imported SAE: whether a BOS token began its contexts")]
-    bos_token: Annotated[str, Meta(description="for an imported SAE: this BOS token")]
+    bos_token: Annotated[str, Meta(description="for an imported SAE: this BOS token, if the files name it")]
     dataset: Annotated[str, Meta(description="for an imported SAE: the text that it was trained on")]
 
 
@@ -98,7 +99,12 @@ class SavedSAE(TypedDict):
     layer_norm: NotRequired[Annotated[bool, Meta(description="whether the encoder layer-normalizes tokens; format 2")]]
     activation: list[SavedActivation]
     sha256: Annotated[Sha256, Meta(description="digest of sae.safetensors")]
-    run: NotRequired[Annotated[Sha256, Meta(description="digest of what decides the run, as in its checkpoints")]]
+    run: NotRequired[
+        Annotated[
+            Sha256,
+            Meta(description="digest of what determines the run's result; its checkpoints record the same digest"),
+        ]
+    ]
     origin: NotRequired[SAEOrigin]
 
 
@@ -156,7 +162,7 @@ class ImportSource(TypedDict):
 class ImportCheck(TypedDict):
     """The comparison of an imported SAE with the SAE computed directly from the original files."""
 
-    rows: Annotated[Count, Meta(description="activations that both were computed on")]
+    rows: Annotated[Count, Meta(description="number of rows on which the two were compared")]
     what: Annotated[str, Meta(description="source of the rows")]
     l0: float
     different: Annotated[Count, Meta(description="latents that are active in only one of the two")]
@@ -176,7 +182,9 @@ class RunRecord(TypedDict):
 
     format: int
     variant: str
-    options: NotRequired[Annotated[dict[str, Any], Meta(description="options that were given; absent: imported")]]
+    options: NotRequired[
+        Annotated[dict[str, Any], Meta(description="options that were given; absent if the SAE was imported")]
+    ]
     layer: Annotated[int, Meta(ge=0, description="zero-based block")]
     site: str
     seed: NotRequired[Annotated[Count, Meta(description="seed of the initial weights")]]
@@ -187,7 +195,7 @@ class RunRecord(TypedDict):
     batch_size: NotRequired[Annotated[Size, Meta(description="tokens in a step")]]
     l0: NotRequired[Annotated[float, Meta(description="--l0, if it was given")]]
     literal: NotRequired[Annotated[bool, Meta(description="--paper-exact")]]
-    cache: NotRequired[Annotated[Sha256, Meta(description="digest of everything that decides the rows")]]
+    cache: NotRequired[Annotated[Sha256, Meta(description="digest of everything that determines the training rows")]]
     compiled: NotRequired[Annotated[bool, Meta(description="--compile")]]
     precision: NotRequired[
         Annotated[
@@ -202,7 +210,7 @@ class RunRecord(TypedDict):
     accumulate_since: NotRequired[
         Annotated[
             list[tuple[Count, Size]],
-            Meta(description="[step, --accumulate from this step], if the run was resumed with another value"),
+            Meta(description="for each resumption with another --accumulate: [first step, value]"),
         ]
     ]
     step_version: NotRequired[
@@ -211,7 +219,7 @@ class RunRecord(TypedDict):
     step_version_since: NotRequired[
         Annotated[
             list[tuple[Count, Size]],
-            Meta(description="[step, step_version from this step], if the run was resumed with another version"),
+            Meta(description="for each resumption under another step_version: [first step, version]"),
         ]
     ]
     resolved: NotRequired[Annotated[dict[str, Any], Meta(description="every option, given or default")]]
@@ -272,7 +280,7 @@ class Checkpoint(TypedDict):
     sha256: Annotated[Sha256, Meta(description="digest of state.safetensors")]
     step_version: NotRequired[Annotated[Size, Meta(description="version of the steps before it; absent: 1")]]
     run: NotRequired[
-        Annotated[Sha256, Meta(description="digest of what decides the run: `variant` to `compiled` of its run.json")]
+        Annotated[Sha256, Meta(description="digest of the fields from `variant` to `accumulate` in its run.json")]
     ]
 
 

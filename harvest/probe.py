@@ -35,7 +35,7 @@ def find_sites(block: nn.Module, call: Call, shape: tuple[int, int]) -> BlockSit
     found = probe.found
     if probe.resid_pre is None or probe.resid_post is None:
         seen = [None if z is None else tuple(z.shape) for z in (call.x, call.y)]
-        why = f"the block reads and returns activations of shape {seen[0]} and {seen[1]} for {shape} tokens"
+        why = f"the block reads activations of shape {seen[0]} and returns shape {seen[1]} for tokens of shape {shape}"
         found.refused = dict.fromkeys(("resid_pre", *INNER_SITES, "resid_post"), why)
         return found
     if probe.reads_later_tokens():
@@ -194,12 +194,12 @@ class BlockProbe:
         if self.mixes(path, {}):
             self.parts = {"attention": path}
             self.add("attn_out", path)
-            why = f"the block has no MLP: resid_pre + {path} = resid_post"
+            why = f"the block has no MLP (resid_pre + {path} = resid_post)"
             self.refuse(why, "mlp_in", "mlp_hidden", "mlp_out", "resid_mid")
         else:
             self.parts = {"MLP": path}
             self.add("mlp_out", path)
-            why = f"the block has no attention: resid_pre + {path} = resid_post"
+            why = f"the block has no attention (resid_pre + {path} = resid_post)"
             self.refuse(why, "attn_out", "attn_z", "resid_mid")
 
     def find_unproved_parts(self) -> None:
