@@ -1,9 +1,9 @@
 """Build the documentation site into build/site: `python docs/build_site.py`, or `just docs`.
 
-The site has the README and every file that a page links to, in the folders of the repository, so that a link leads to
-the same file in a checkout and on the site. A notebook also becomes a page, with its stored outputs. The documentation
-of the commands is generated from the command line itself. The build fails if a link leads nowhere, if no page links to
-a page of docs/, or if a public name of the package is not documented.
+The site contains the README and every file that a page links to. Folders are the same as in the repository, so a link
+leads to the same file in a checkout and on the site. A notebook also becomes a page, with its stored outputs. The
+documentation of the commands is generated from the command line itself. The build fails if a link leads nowhere, if no
+page links to a page of docs/, or if a public name of the package is not documented.
 """
 
 import json
