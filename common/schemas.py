@@ -79,7 +79,7 @@ class SAEOrigin(TypedDict, total=False):
     ]
     format: Annotated[str, Meta(description="for an imported SAE: format of its files, such as saelens")]
     prepend_bos: Annotated[bool, Meta(description="for an imported SAE: whether a BOS token began its contexts")]
-    bos_token: Annotated[str, Meta(description="for an imported SAE: this BOS token, if the files name it")]
+    bos_token: Annotated[str, Meta(description="for an imported SAE: the BOS token, if its files name one")]
     dataset: Annotated[str, Meta(description="for an imported SAE: the text that it was trained on")]
 
 
