@@ -48,7 +48,7 @@ class AblationProblem:
         return [self.draw(split, p, make_generator("paired", self.name, split, p)) for p in range(len(self.probes))]
 
     def task_source(self, split: str, generator: torch.Generator | None) -> DrawTask:
-        """A function that draws tasks with `generator`; if that is None, it returns the fixed tasks."""
+        """A function that returns the next task of a probe: drawn with `generator`, or fixed if `generator` is None."""
         fixed = self.fixed_tasks(split)
         return lambda probe: self.draw(split, probe, generator) if generator else fixed[probe]
 
@@ -92,8 +92,8 @@ class AblationScores(NamedTuple):
 class Ablation(Metric):
     """Intervals come from a bootstrap over the test texts of each class, with the same draws for every SAE.
 
-    Memory: the latents of one SAE, summed over each text of one problem. Their shape is at most (12,500, d_sae) in
-    float32, which is 0.8 GB at 16k latents.
+    Memory, for one SAE and one problem at a time: one row for each text, the sum of the latents over its tokens. The
+    shape of all rows is at most (12,500, d_sae) in float32, which is 0.8 GB at 16k latents.
     """
 
     datasets: tuple[str, ...] = ()
@@ -287,8 +287,8 @@ def fitting_thresholds(thresholds: Sequence[int], d_sae: int, metric: str) -> tu
     """The numbers of latents to ablate in an SAE of this width. Default thresholds above the width are dropped.
 
     Raises:
-        UsageError: the SAE has fewer latents than one of the thresholds that the user set or, if the user set none,
-            than the smallest default threshold.
+        UsageError: one of the thresholds that the user set is larger than `d_sae`. If the user set none: all default
+            thresholds are larger than `d_sae`.
     """
     fit = tuple(n for n in thresholds if n <= d_sae)
     if len(fit) == len(thresholds) or (fit and tuple(thresholds) == THRESHOLDS):

@@ -3,9 +3,9 @@
 Lower is better; 0 is no absorption. A silent or dead SAE also scores 0, which a flag reports.
 
 Words from the tokenizer's vocabulary are placed in spelling prompts, and the residual stream is read at the word
-(first_letter). Linear probes on the residual stream find a direction for each of the 26 letters. Small logistic
-regressions on the latents find the latents that spell each letter, its *split latents* (letter_probes). A word is
-absorbed if the probe finds its letter but the letter's contribution comes from other latents.
+(first_letter). Linear probes on the residual stream find a direction for each of the 26 letters. For each letter, small
+logistic regressions find the latents that detect it, its *split latents* (letter_probes). A word is absorbed if the
+probe finds its letter but the letter's contribution comes from other latents.
 
 Source: Chanin et al. 2024, as measured by SAEBench 0.6.0 (`evals/absorption`). Mode 0.6.0 has the absorption fraction
 and full absorption; mode 2024-12, the absorption rate that the five papers report. Randomness and prompts differ:
@@ -164,7 +164,7 @@ class Absorption(Metric):
         return letters
 
     def candidate_probe(self, train: SparseLatents, rows: SpellingRows) -> LetterProbes:
-        """The L1 probe on latents; its largest weights are the candidates of each letter."""
+        """The L1 probe on latents. For each letter, the latents with the largest weights are the candidates."""
         return train_letter_probes(
             train,
             rows.train_letter_N,
@@ -176,7 +176,7 @@ class Absorption(Metric):
         )
 
     def score(self, unit_sae: UnitDecoderSAE, fresh_ND: Tensor, probe_D: Tensor, main: Tensor) -> "AbsorptionScores":
-        """Score the words of one letter, batch by batch."""
+        """Score the words that start with one given letter, batch by batch."""
         unit_D = functional.normalize(probe_D, dim=0)
         cosine_F = unit_sae.W_dec @ unit_D.to(unit_sae.W_dec.device)
         parts = [
@@ -363,7 +363,7 @@ def mean_entry(name: str, values: Sequence[float], deviation: bool = False) -> d
 
 
 class AbsorptionScores(NamedTuple):
-    """Scores of each word of one letter."""
+    """The scores of each word that starts with one given letter."""
 
     fraction_N: Tensor  # share of the letter's contribution that comes from absorbing latents, 0 to 1
     dominated_N: Tensor  # bool: one latent aligned with the probe contributes enough of the letter
@@ -374,7 +374,7 @@ class AbsorptionScores(NamedTuple):
 def score_words(
     f_NF: Tensor, along_N: Tensor, cosine_F: Tensor, main: Tensor, settings: Absorption
 ) -> AbsorptionScores:
-    """Score the words of one letter (SAEBench 0.6.0, `evals/absorption`).
+    """Score the words that start with one given letter (SAEBench 0.6.0, `evals/absorption`).
 
     `along_N` is the projection of the residual stream onto the unit-norm probe, `cosine_F` the cosine of each decoder
     row with the probe, `main` the split latents of the letter. A latent contributes its activation times its cosine.

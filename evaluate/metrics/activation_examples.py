@@ -44,11 +44,11 @@ def select_examples(
 ) -> LatentExamples | None:
     """Select the passages of a latent, or return None if it has too few.
 
-    The latent's activations are `value_P` > 0 at the flat indices `flat_P` (ascending) of `ids_RS`, and 0 elsewhere.
-    The middle of a passage is at least BUFFER tokens from either end of its row. The first TOP passages have the
-    largest activations, except that no two of them in one row are within BUFFER tokens of each other. WEIGHTED passages
-    are drawn from the smaller activations, with the squared activations as weights. RANDOM passages are drawn from
-    anywhere, and the latent counts as silent in them.
+    At the flat indices `flat_P` (ascending) of `ids_RS`, the latent has the activations `value_P`, all above 0. At all
+    other tokens it is 0. The middle of a passage is at least BUFFER tokens from either end of its row. TOP passages
+    have the largest activations, except that no two of them in one row are within BUFFER tokens of each other. For
+    WEIGHTED other passages, the middle token is drawn from those with smaller activations, in proportion to the squared
+    activation. RANDOM passages are drawn from anywhere, and the latent counts as silent in them.
     """
     rows, context = ids_RS.shape
     row_P, position_P = np.divmod(flat_P, context)
@@ -110,7 +110,7 @@ def split_characters(data: bytes) -> Iterator[tuple[int, str]]:
 
 
 def character_size(data: bytes) -> int:
-    """The number of bytes of the first character of UTF-8 text; 0 if the text does not begin with a character."""
+    """How many bytes the first UTF-8 character of `data` has; 0 if `data` does not begin with a complete character."""
     for size in range(1, 5):
         with contextlib.suppress(UnicodeDecodeError):
             return len(data[:size].decode().encode())

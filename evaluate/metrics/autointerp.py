@@ -1,4 +1,4 @@
-"""Autointerp: how well a judge (a language model) predicts from a short explanation of a latent where the latent fires.
+"""Autointerp: given a short explanation of a latent, how well a judge (a language model) predicts where it fires.
 
 Higher is better. The judge reads passages on which a latent fires and explains the latent. Then the judge reads other
 passages and says, from the explanation alone, on which of them the latent fires. `scores` lists the ways to question
@@ -7,8 +7,8 @@ and score the judge:
 saebench: the judge names those of 14 passages on which the latent fires. The score of a latent is the share of the 14
     passages that the judge gets right; 10 of the passages are random. A judge that always answers None scores about
     10/14.
-detection, fuzzing: the balanced accuracies of Paulo et al. 2024, in explanation_scores.py. A judge that guesses scores
-    0.5.
+detection, fuzzing: the balanced accuracies of Paulo et al. 2024, in explanation_scores.py. Guessing gives a score
+    of 0.5.
 
 Source: SAEBench 0.6.0, `evals/autointerp`; Paulo et al. 2024 (arXiv 2410.13928). The prompts are this project's own, so
 scores agree with SAEBench's statistically but not exactly. Latents do not count as firing at outlier rows
@@ -59,8 +59,8 @@ CHANCE = 0.5  # balanced accuracy of a judge that guesses or always gives the sa
 class Autointerp(Metric):
     """The judge is `judge_model` at `endpoint`, the base URL of an OpenAI-compatible API. If it needs a key, the key is
     read from the environment variable named by `key_variable`. With the endpoint "local", `judge_model` is the Hub id
-    or the folder of a chat model of transformers, which runs on the device of the evaluation. Without an endpoint, no
-    judge is asked, and the result contains the prompts.
+    or the folder of a chat model that transformers can load, and this model runs on the device of the evaluation.
+    Without an endpoint, no judge is asked, and the result contains the prompts.
 
     `latents` latents are drawn from those that fire on more than `dead_latent_threshold` tokens of the text. The text
     is at most `tokens` tokens of held-out text, packed into rows of `context` tokens with EOS between documents. Each
@@ -146,7 +146,9 @@ class Autointerp(Metric):
                 "as OPENAI_API_KEY and give its name, because the value of this option is stored with every result."
             )
         if not (0 <= self.price_in < math.inf and 0 <= self.price_out < math.inf):
-            raise UsageError("autointerp.price_in and autointerp.price_out must be 0 or more, per million tokens.")
+            raise UsageError(
+                "autointerp.price_in and autointerp.price_out are prices per million tokens and must be 0 or more."
+            )
 
     def judge(self, device: str) -> Judge | None:
         """The judge. A local judge runs on `device`."""

@@ -1,7 +1,8 @@
 """Passages for scoring an explanation by detection and fuzzing: in half of them the latent fires.
 
-Source: Paulo et al. 2024 (arXiv 2410.13928), and the authors' library delphi. As in delphi, the passages with the
-latent cover all strengths of its activation, and the other passages come from anywhere in the text where it is silent.
+Source: Paulo et al. 2024 (arXiv 2410.13928), and the authors' library delphi. As in delphi, the passages in which the
+latent fires cover all strengths of its activation. The other passages are drawn from the whole text, among those in
+which the latent does not fire.
 
 Shape suffixes: R rows of text, S positions, P tokens on which a latent fires, W tokens of a passage.
 """
@@ -14,15 +15,15 @@ import numpy as np
 from .activation_examples import BUFFER, ExampleWindow, LatentExamples, cut_window
 
 MOST, FEWEST = 10, 5  # passages of each kind for one latent; a latent with fewer than FEWEST is not scored
-SILENT_DRAWS = 500  # number of places that are tried to find passages without the latent
+SILENT_DRAWS = 500  # places that are tried to find passages in which the latent does not fire
 
 
 class BalancedPassage(NamedTuple):
     """A passage, whether the latent fires in it, and the tokens (W,) that are marked for fuzzing.
 
-    In a passage with the latent, the marked tokens are those on which it fires. Each passage without the latent copies
-    the marks of a passage with it, so that neither the number nor the positions of the marks reveal whether the latent
-    fires.
+    In a passage in which the latent fires, the marked tokens are those on which it fires. Each of the other passages
+    has the same marks as one in which the latent fires, so that neither the number nor the positions of the marks
+    reveal whether the latent fires.
     """
 
     window: ExampleWindow
@@ -37,13 +38,16 @@ def select_balanced(
     examples: LatentExamples,
     rng: np.random.Generator,
 ) -> list[BalancedPassage] | None:
-    """At most MOST passages with the latent and as many without it, shuffled; None if there are fewer than FEWEST of
-    each kind.
+    """At most MOST passages in which the latent fires and as many in which it does not, shuffled; None if there are
+    fewer than FEWEST of each kind.
 
-    The latent's activations are `value_P` > 0 at the flat indices `flat_P` (ascending) of `ids_RS`. No passage shares a
-    token with another passage, or with a passage of the explanation. In a passage with the latent, it fires on the
-    middle token; one such token is drawn from each tenth of its activations above the threshold of the `examples`. In a
-    passage without the latent, it fires on no token.
+    At the flat indices `flat_P` (ascending) of `ids_RS`, the latent has the activations `value_P`, all above 0. At all
+    other tokens it is 0. Passages of the same kind share no token. Those in which the latent fires share no token with
+    a passage of the explanation either.
+
+    In half of the passages, the latent fires on the middle token. To choose these tokens, the activations above the
+    threshold of the `examples` are sorted and divided into MOST parts of about the same size, and at most one token is
+    drawn from each part. In the other half, the latent fires on no token.
     """
     rows, context = ids_RS.shape
     explained = [window.middle for window in examples.explained]

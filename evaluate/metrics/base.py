@@ -34,8 +34,8 @@ class SAELike(Protocol):
 def encode_finite(sae: SAELike, x_TD: Tensor) -> Tensor:
     """The latents (T, F) in float32. Raises SaeError for NaN and infinity, which probes cannot read."""
     f_TF = sae.encode(x_TD.float()).float()
-    # If any latent is not finite, the sum is not finite either, and checking the sum is much faster. A finite sum can
-    # overflow, though.
+    # If any latent is not finite, the sum is not finite either, and checking the sum is much faster. A sum of finite
+    # latents can overflow, too, so the latents themselves are checked before an error is raised.
     if not f_TF.sum().isfinite() and not f_TF.isfinite().all():
         rows = int((~f_TF.isfinite().all(-1)).sum())
         raise SaeError(
@@ -46,8 +46,7 @@ def encode_finite(sae: SAELike, x_TD: Tensor) -> Tensor:
 
 
 def reconstruct(sae: SAELike, f: Tensor, x: Tensor) -> Tensor:
-    """The reconstruction of x from its latents f. An SAE that layer-normalizes each token also needs x itself to
-    decode."""
+    """The reconstruction of x from its latents f. To decode f, an SAE that layer-normalizes each token also needs x."""
     return sae.decode(f, x) if isinstance(sae, SAE) and sae.layer_norm else sae.decode(f)
 
 
@@ -59,8 +58,8 @@ class RowSet(NamedTuple):
     norm_limit: float | None = None
 
     def record(self, outliers: int) -> dict[str, Any]:
-        """The entries of this row set in the key of an artifact. The limit is included only if rows were left out
-        because of it (`outliers`)."""
+        """The entries that describe this row set in an artifact's key. The limit is included only if it caused rows to
+        be left out (`outliers` > 0)."""
         return self.hook.record | ({"norm_limit": self.norm_limit} if outliers else {})
 
 
@@ -106,7 +105,7 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class MetricColumn:
-    """A number of a metric in a table: where to find it in `MetricResult.metrics`, and how to read it."""
+    """One column in the table of a metric: where its numbers are in `MetricResult.metrics`, and how to read them."""
 
     heading: str
     category: str
@@ -141,12 +140,12 @@ class MetricResult:
 
     @property
     def sound(self) -> "MetricResult":
-        """The result without outlier rows, which tables, pages and comparisons show."""
+        """The result that tables, pages and comparisons show: the one without outlier rows."""
         return self.masked or self
 
     @property
     def notes(self) -> list[str]:
-        """The flags of `sound`, and a sentence about each number over all rows whose name in SAEBench is misleading."""
+        """The flags of `sound`, and one sentence about each number in `metrics` whose SAEBench name is misleading."""
         return [*self.sound.flags, *misnamed_numbers(self.metrics)]
 
     def without_outliers(self, outliers: int, rows: int) -> "MetricResult":
@@ -212,14 +211,14 @@ class Metric(ABC):
     unit: ClassVar[str] = ""  # such as "data set"; "" if the entries differ between SAEs
     independent_seeds: ClassVar[bool] = True  # False: a run's result depends on the other seeds measured with it
     unit_key: ClassVar[str] = "dataset_name"
-    unit_names: ClassVar[Mapping[str, str]] = {}  # number -> its name in an entry, if the two differ
+    unit_names: ClassVar[Mapping[str, str]] = {}  # column's name -> name in an entry, if the names differ
 
     knows_what_is_kept: ClassVar[bool] = False  # whether `kept_bytes` excludes bytes that are already cached
     caveat: ClassVar[str] = ""  # a known weakness of the metric, with its source; shown wherever its numbers are shown
 
     @classmethod
     def values_by_unit(cls, result: MetricResult, column: MetricColumn) -> UnitValues:
-        """The value of a number for each unit of a result. Tests between two SAEs are computed from these values."""
+        """A column's number for each unit, such as each data set. Tests that compare two SAEs use these values."""
         name = cls.unit_names.get(column.name, column.name)
         entries = result.details if cls.unit else []
         values = {str(entry.get(cls.unit_key)): entry.get(name) for entry in entries}
@@ -248,8 +247,8 @@ class Metric(ABC):
         return []
 
     def kept_bytes(self, ctx: EvalContext, targets: Sequence[EvalTarget]) -> int:
-        """An upper bound on the bytes of activations that measuring `targets` adds to the artifact cache. Does not need
-        the model.
+        """At most how many bytes of activations are added to the artifact cache when `targets` are measured. Does not
+        need the model.
 
         If `knows_what_is_kept` is true, bytes that are already in the cache are not counted.
         """

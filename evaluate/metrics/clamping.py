@@ -52,7 +52,7 @@ class ClampPlan:
 def clamp_latents(x_NSD: Tensor, f_NSK: Tensor, W_dec_KD: Tensor, multipliers_M: Tensor) -> Tensor:
     """Set each firing latent to -multiplier, for every multiplier (M, N, S, D): x + sum (-m - f_k) d_k.
 
-    The reconstruction error of the SAE is kept. The first position, BOS, is left unchanged.
+    The SAE's reconstruction error remains part of x. The first position, BOS, is left unchanged.
     """
     fires_NSK = f_NSK > 0
     fires_NSK[:, 0] = False

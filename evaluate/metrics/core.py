@@ -104,8 +104,8 @@ class Core(Metric):
         return settings
 
     def settings_of(self, target: EvalTarget, targets: Sequence[EvalTarget]) -> dict[str, Any]:
-        """`paired_latents`, if this option selects different pairs from those of earlier versions, which had a fixed
-        value and did not record it.
+        """`paired_latents`, but only if it selects other pairs than EARLIER_PAIRED_LATENTS, the value that earlier
+        versions always used and did not record.
 
         The option is not recorded for the identity, zero and PCA, whose number of latents is unknown.
         """
@@ -175,8 +175,8 @@ class Core(Metric):
         return UnitValues(*values_in_record(result.extra, column.name))
 
     def counted_batches(self, ctx: EvalContext, device: str | None = None) -> list[ContextBatch]:
-        """The batches that contain a counted token, on `device` or, by default, on the model's device (which loads the
-        model)."""
+        """The batches that contain a counted token, on `device`. By default, they are on the model's device, and the
+        model is loaded to find out which this is."""
         return [
             batch
             for batch in ctx.batches(self.batch_contexts, self.sparsity_batches, device=device)
@@ -207,7 +207,7 @@ class BatchSteps:
         self.report(batch, place, f"SAE {place:,} of {self.saes:,}")
 
     def losses(self, batch: int) -> Callable[[float], None]:
-        """A function to call with the share of a batch's losses that has been computed."""
+        """A progress function. Call it with the fraction (0 to 1) of the batch's losses that is already computed."""
         return lambda share: self.report(batch, 1 + self.saes + int(share * self.saes), "losses")
 
     def done(self) -> None:
@@ -246,9 +246,9 @@ class CoreSums:
 
 
 class MeasuredSAE:
-    """The sums of one SAE over all counted rows and over the counted rows that are not outliers.
+    """Two sets of running sums for one SAE: over all counted rows, and over those of them that are not outliers.
 
-    Until the first outlier row, both sums are equal, and only the sum over all counted rows is kept.
+    Until the first outlier row, the two are equal, and only the first is kept.
     """
 
     def __init__(self, target: EvalTarget, paired_latents: int) -> None:
@@ -272,7 +272,7 @@ class MeasuredSAE:
         if run is None:
             return BatchSplice(outlier_NS)
         output_TD, chosen_N = run.run_from(self.target.hook, patched_NSD)[counted_NS], outlier_NS.any(1)
-        if not outliers or self.target.everywhere:  # zero at every position includes outlier rows
+        if not outliers or self.target.everywhere:  # `everywhere` replaces outlier rows, too
             return BatchSplice(outlier_NS, output_TD, output_TD[chosen_N[counted_NS.nonzero()[:, 0]]])
         restored_NSD = torch.where(outlier_NS[..., None], x_NSD, patched_NSD)[chosen_N]
         restored_TD = run.run_from(self.target.hook, restored_NSD, chosen_N)[counted_NS[chosen_N]]

@@ -8,7 +8,7 @@ from torch import Tensor
 from .sae_statistics import Ratio, SAEStatistics, divide, ratio_value, sum_by_document
 from .splice_losses import RatiosByCategory
 
-MAX_GROUPS = 1024  # groups of documents; keeps the values in a result file under 100 kB for a text of any length
+MAX_GROUPS = 1024  # limit for groups of documents, so that their values in a result file always take less than 100 kB
 
 
 def group_documents(document_N: Tensor) -> Tensor:
@@ -50,7 +50,10 @@ def document_record(
 
 
 def values_in_record(record: Any, name: str) -> tuple[str, Mapping[str, float]]:
-    """The unit, and the values of a number by group. Empty for results of earlier versions, which stored no values."""
+    """The unit of the record ("document" or "group of documents"), and the value of the number `name` for each unit.
+
+    Both are empty for results of earlier versions, which stored no values.
+    """
     if not isinstance(record, dict) or name not in record.get("values", {}):
         return "", {}
     values = record["values"][name]

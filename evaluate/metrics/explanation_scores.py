@@ -1,10 +1,11 @@
 """Explanations of latents, and scores that say how well a judge predicts from them where the latents fire.
 
 `saebench` is the score of SAEBench 0.6.0, with reworded prompts: the judge names the passages, out of 14, on which the
-latent fires. `detection` and `fuzzing` are the scores of Paulo et al. 2024 (arXiv 2410.13928) and of the authors'
-library delphi: the balanced accuracy over equally many passages with and without the latent (balanced_passages.py),
-with PER_QUESTION passages in one question. In detection, the judge says for each passage whether the latent fires in
-it. In fuzzing, some tokens of a passage are marked, and the judge says whether the latent fires on the marked tokens.
+latent fires. `detection` and `fuzzing` are the scores that Paulo et al. 2024 (arXiv 2410.13928) define and their
+library delphi computes: the balanced accuracy over passages of which half contain a token on which the latent fires
+(balanced_passages.py). Each question is about at most PER_QUESTION passages. In detection, the judge says for each
+passage whether the latent fires in it. In fuzzing, some tokens of a passage are marked, and the judge says whether the
+latent fires on the marked tokens.
 """
 
 import re
@@ -20,7 +21,7 @@ SCORES = ("saebench", "detection", "fuzzing")
 BALANCED_SCORES = SCORES[1:]
 EXPLANATION_PLACEHOLDER = "{explanation}"  # in prompts written without a judge
 MAX_DIGITS = 6  # in the number of a passage; Python does not parse numbers with thousands of digits
-PER_QUESTION = 5  # passages of a question of detection or fuzzing, as in delphi
+PER_QUESTION = 5  # passages in one question, for detection and for fuzzing, as in delphi
 
 EXPLAIN_PROMPT = """\
 You study one latent of a sparse autoencoder that was trained on a language model. You get numbered passages of text \
@@ -83,7 +84,8 @@ def parse_explanation(answer: str) -> str:
 
 
 def parse_predictions(answer: str, count: int) -> list[int] | None:
-    """The numbers of passages, from 1 to `count`; [] for the answer "None"; None if the answer cannot be parsed."""
+    """The passages that an answer names, as numbers from 1 to `count`: [] for the answer "None"; None if the answer
+    cannot be parsed."""
     text = answer.strip().strip("[].").strip()
     if text.lower() == "none":
         return []
@@ -99,7 +101,7 @@ def detection_accuracy(predicted: Sequence[int], firing: Sequence[int], count: i
 
 
 def passages_prompt(score: str, asked: Sequence[BalancedPassage], words: TokenText, explanation: str) -> list[Message]:
-    """The question of detection or fuzzing about some passages."""
+    """The prompt that asks the judge about the passages `asked`. `score` is "detection" or "fuzzing"."""
     fuzzing = score == "fuzzing"
     marked = [words.marked(one.window.ids, one.mark_W if fuzzing else one.mark_W & False) for one in asked]
     system = (FUZZING_PROMPT if fuzzing else DETECTION_PROMPT).format(count=len(asked))
@@ -170,7 +172,7 @@ def judge_latents(
     """One entry per latent: numbers with SAEBench's names, one object for detection and one for fuzzing, and the
     prompts and answers.
 
-    First the judge explains all latents. Then the judge is asked all questions about the explanations together.
+    First the judge explains all latents. Then the questions about all explanations are asked in one call of `ask_all`.
     """
     explain = {latent: explain_prompt(one.examples, words) for latent, one in latents.items()}
     if judge is None:
@@ -208,7 +210,7 @@ def prompts_of(explain: list[Message], questions: Sequence[ScoreQuestion]) -> li
 
 
 def score_answers(one: JudgedLatent, questions: Sequence[ScoreQuestion], answers: Sequence[str]) -> dict[str, Any]:
-    """The part of a latent's entry that comes from the answers to the questions about its explanation."""
+    """The fields of a latent's entry that are computed from the judge's `answers` to the `questions`."""
     entry: dict[str, Any] = {}
     for question, answer in zip(questions, answers, strict=True):
         if question.score == "saebench":

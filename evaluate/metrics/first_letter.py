@@ -92,15 +92,15 @@ class SpellingPrompts:
         answers = [line[len(head[first]) + len(usual) :] for line in answered]
         if len({len(answer) for answer in answers}) > 1:
             raise UsageError(
-                "This tokenizer is unsuitable for absorption: its answers ' A' to ' Z' differ in their "
-                "number of tokens, so prompts would have unequal lengths."
+                "This tokenizer is unsuitable for absorption: it splits the answers ' A' to ' Z' into different "
+                "numbers of tokens, so prompts would have unequal lengths."
             )
         bos = [] if bos_id is None else [bos_id]
         from_ids = sum(tokens != usual for tokens in after)
         return cls(drawn, train, bos + (start if newline else []), list(usual), answers, from_ids)
 
     def prompts(self, words: Sequence[VocabularyWord], pool: Sequence[VocabularyWord], rng: random.Random) -> Tensor:
-        """One prompt per word, with examples from the pool other than the word itself: (N, S) int64."""
+        """One prompt per word, (N, S) int64. Its examples are drawn from `pool`, but are never the word itself."""
         line = len(self.question) + len(self.answers[0]) + 1
         ids_NS = np.empty((len(words), len(self.prefix) + EXAMPLES * line + 1), np.int64)
         for row_S, word in zip(ids_NS, words, strict=True):
@@ -136,7 +136,7 @@ def check_words(words: Sequence[VocabularyWord], train: int, *, sampled: bool) -
     subject = f"The {len(words)} sampled words" if sampled else f"The {len(words)} words of the vocabulary"
     raise UsageError(
         f"{subject} are too few for absorption: {train} are for training{none} and {len(words) - train} for "
-        f"testing. Expected training words of every letter and more than {EXAMPLES} test words. Use "
+        f"testing. Expected at least one training word for each letter and more than {EXAMPLES} test words. Use "
         f"{'more words (absorption.words)' if sampled else 'a model with a larger vocabulary'}."
     )
 
@@ -172,13 +172,14 @@ def vocabulary_words(tokenizer: Any, start: list[int], embedded: int | None = No
 
 @dataclass(frozen=True)
 class SpellingRows:
-    """The activations of one hook at the words of all prompts, and probes of their letters (0 to 25)."""
+    """The activations at one hook, read at the last word of each prompt, and probes that predict the first letter of
+    that word from them. Letters are numbered from 0 to 25."""
 
     train_ND: Tensor
     train_letter_N: Tensor
     test_ND: Tensor
     test_letter_N: Tensor
-    fresh_ND: Tensor  # rows of the test words in fresh prompts, on which absorption is scored
+    fresh_ND: Tensor  # absorption is scored on these rows: the test words in fresh prompts
     probe: LetterProbes
     from_ids: int = 0  # see SpellingPrompts
     outliers: int = 0  # words that were left out because of the norm of a row
@@ -254,7 +255,7 @@ def read_word_rows(
 def read_letter_probes(
     ctx: EvalContext, depends: dict[str, Any], train_ND: Tensor, train_letter_N: Tensor, seed: int, progress: Progress
 ) -> LetterProbes:
-    """The letter probes of the activations at one hook, from the artifact cache or trained."""
+    """The letter probes for the activations at one hook, read from the artifact cache or else trained."""
     settings: dict[str, Any] = {"batch": 64, "epochs": 50, "weight_decay": 1e-4}
 
     def make() -> dict[str, Tensor]:

@@ -30,9 +30,10 @@ class KeptRows(NamedTuple):
 def read_rows(
     ctx: EvalContext, row_sets: Sequence[RowSet], tokens: int, batch_contexts: int, progress: Progress
 ) -> dict[RowSet, KeptRows]:
-    """The first `tokens` counted rows of held-out text that are not outliers, or fewer if the text is shorter.
+    """For each row set, the first `tokens` rows of the held-out text, or fewer if the text is shorter.
 
-    The rows come from the artifact cache or, if they are missing there, from one pass of the model.
+    Special tokens and outlier rows are skipped. The rows come from the artifact cache or, if they are missing there,
+    from one pass of the model.
     """
     keys = {row_set: key_of(ctx, row_set, tokens, batch_contexts) for row_set in row_sets}
     captured: dict[RowSet, KeptRows] = {}

@@ -79,7 +79,8 @@ class Latents:
 class HeldOutRows:
     """The held-out activations of one row set (T, D), on the CPU, and each SAE's latents on them.
 
-    `failed` says why an SAE has no latents. `outliers` is the number of outlier rows that were skipped while reading.
+    `failed` says why an SAE's latents are missing. `outliers` is the number of outlier rows that were skipped while
+    reading.
     """
 
     x: list[Tensor] = field(default_factory=list)
@@ -123,8 +124,8 @@ class HeldOutRows:
 
 
 def sparse(f_TF: Tensor) -> csr_matrix:
-    """csr_matrix(f_TF) in float64. scipy's own conversion takes five times as long, because it finds nonzero values by
-    two indices."""
+    """The same matrix as csr_matrix(f_TF), in float64. scipy's own conversion takes five times as long, because it
+    looks up each nonzero value by a row index and a column index."""
     value_TF = f_TF.cpu().numpy()
     nonzero_TF = value_TF != 0
     place_Z = np.flatnonzero(nonzero_TF)

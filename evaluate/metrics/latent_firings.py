@@ -1,4 +1,4 @@
-"""Where the drawn latents of SAEs fire on a text (autointerp).
+"""Find the tokens of a text on which randomly chosen latents of each SAE fire (autointerp).
 
 Shape suffixes: N rows of one forward pass, S positions, P tokens on which a latent fires, T counted tokens, D d_in,
 B tokens of one encode, K latents.
@@ -28,7 +28,7 @@ def collect_firings(
     shares: Sequence[np.ndarray],
     progress: Progress,
 ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-    """Yield (index of the target, latent, flat positions in the rows, activations there) for every drawn latent.
+    """For every latent in `drawn`, yield (index of the target, latent, flat positions in the rows, activations there).
 
     The number of passes of the model is the smallest that MAX_FIRINGS allows, as estimated from the `shares` of tokens
     on which latents fire.

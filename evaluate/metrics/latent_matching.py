@@ -40,7 +40,7 @@ class Matching(NamedTuple):
         return float(np.abs(self.similarity_F).sum())
 
     def inverse(self, latents: int) -> Self:
-        """The same pairs, indexed by the latents of the other dictionary; `latents` is the number of these."""
+        """The same pairs, indexed by the latents of the other dictionary, which has `latents` latents."""
         partner_G, similarity_G = np.full(latents, -1), np.zeros(latents)
         matched_F = self.partner_F >= 0
         partner_G[self.partner_F[matched_F]] = np.flatnonzero(matched_F)
@@ -80,8 +80,8 @@ def match_candidates(similarity: BlockSimilarity, latents: int, signed: bool = F
         values.append(similarity_BG.gather(1, candidate_BK).cpu())
     candidate_FK, similarity_FK = torch.cat(candidates).numpy(), torch.cat(values).double().numpy()
     gain_FK = similarity_FK.clip(0) if signed else np.abs(similarity_FK)
-    # Weights are 1 + gain, since a sparse graph has no edges of weight 0. Each latent has an extra column that means no
-    # match.
+    # Weights are 1 + gain, since a sparse graph has no edges of weight 0. Each latent also has an edge to an extra
+    # column of its own. A latent that is assigned to its extra column has no partner.
     starts = np.arange(latents + 1) * count
     graph = csr_matrix((1 + gain_FK.ravel(), candidate_FK.ravel(), starts), (latents, latents))
     _, column_F = min_weight_full_bipartite_matching(hstack([graph, identity(latents)], "csr"), maximize=True)

@@ -74,7 +74,9 @@ class LatentPairs:
             self.batch_FF = None
 
     def correlation(self, W_dec_FD: Tensor | None) -> dict[str, float]:
-        """Cosines between the activations of pairs of alive latents, over PAIRED_TOKENS counted tokens (003, eq. 2).
+        """Statistics of the cosines between the activations of each pair of alive latents (003, eq. 2).
+
+        The activations are those at the tokens that were passed to `add`, about PAIRED_TOKENS.
 
         If `W_dec_FD` is given, also Spearman's rank correlation of these cosines with the cosines of the decoder rows
         (002, sec. 4).

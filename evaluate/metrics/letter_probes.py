@@ -177,8 +177,10 @@ def split_latents(
 
 
 def count_split_latents(f1_of_k: Iterable[float], jump: float) -> tuple[int, list[float]]:
-    """The number of leading F1s (at least 1) that each exceed the previous one by more than `jump`, and all F1s that
-    were read."""
+    """How many of the candidates are split latents, and the F1s that were read from `f1_of_k` to find this out.
+
+    The first candidate always counts. The next ones count until one does not raise the F1 by more than `jump`.
+    """
     seen: list[float] = []
     for value in f1_of_k:
         seen.append(value)

@@ -84,7 +84,8 @@ class KeptAnswers:
     def append(self, messages: Sequence[Message], answer: str) -> None:
         """Add a line to the file. Raises UnavailableError if the disk is full or not writable."""
         entry = {"messages": messages, "answer": answer, "digest": digest_of([messages, answer])}
-        # Begin with a line break as well: the last line of the file may have been cut off by a kill.
+        # There is a line break before the entry, too: if a process was killed while it wrote, the file may end within a
+        # line.
         line = b"\n" + json.dumps(entry).encode() + b"\n"
         try:
             make_folder(self.path.parent)

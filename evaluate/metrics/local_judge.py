@@ -33,7 +33,8 @@ class LocalJudge:
         self.device, self.dtype = device, dtype
         if model.startswith((".", "/", "~")) and not Path(model).is_dir():
             raise UsageError(
-                f"autointerp.judge_model={model}: there is no such folder. Give the folder of a chat model or a Hub id."
+                f"autointerp.judge_model={model}: there is no such folder. Give the Hub id or the folder of a chat "
+                "model."
             )
         self.source, self.config = find_model(model)
         self.tokenizer: Any = load_tokenizer(self.source)
@@ -93,9 +94,10 @@ class LocalJudge:
 
 
 def batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
-    """The indices of prompts of these lengths, the longest first, in batches of at most `limit` padded tokens.
+    """Sort prompts by length, the longest first, and yield the indices of the prompts of each batch.
 
-    A prompt longer than `limit` is a batch of its own.
+    `lengths` are the lengths of the prompts. A batch has at most `limit` tokens, including padding and answers, but a
+    prompt that exceeds `limit` alone is a batch of its own.
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):

@@ -1,4 +1,4 @@
-"""Logistic probes with the splits, the choice of latents and the choice of regularization of sae-probes.
+"""Logistic probes that use the same splits as sae-probes and choose latents and regularization in the same way.
 
 Source: sae-probes 0.4.2, `utils_data.py`, `run_sae_evals.py` and `utils_training.py` (Kantamneni et al. 2025). If the
 rows and labels are the same as in sae-probes, the texts of a split, the ranking of latents and the probes are also the
@@ -54,9 +54,10 @@ def splits_of(
 ) -> list[ProbeSplit]:
     """The splits of a data set in one of SETTINGS.
 
-    `normal` is a single split with up to `max_train` training texts; all other texts but one are test texts. In both
-    parts, half of the texts are positive. `scarcity` has a split for each of TRAIN_SIZES up to `max_train`. `imbalance`
-    has a split for each of `shares`, all with the same number of texts. At least 100 texts are reserved for the test.
+    `normal` is a single split with up to `max_train` training texts. One of the other texts is not used, and the rest
+    are test texts. In both parts, half of the texts are positive. `scarcity` has a split for each of TRAIN_SIZES up to
+    `max_train`. `imbalance` has a split for each of `shares`, all with the same number of texts. At least 100 texts are
+    reserved for the test.
 
     Raises UsageError for an unknown setting, or too few texts.
     """
@@ -128,7 +129,9 @@ def scaled_difference(f_MF: Tensor, label_M: Tensor) -> Tensor:
 def fit_probe(
     x_MD: np.ndarray, label_M: np.ndarray, test_x_MD: np.ndarray, test_label_M: np.ndarray, *, l1: bool
 ) -> ProbeScore:
-    """Choose C by cross-validation, train with this C on all texts in a new order, and test.
+    """Choose C by cross-validation, train a probe with this C on all training texts, and score it on the test texts.
+
+    For the training with the chosen C, the training texts are in a new random order.
 
     The penalty is L1 (saga) or L2 (lbfgs); both stop after 1,000 iterations, converged or not. Among equal AUCs, the
     largest C is chosen. With three texts or fewer, C is 1 and the validation AUC is measured on the training texts.

@@ -122,7 +122,7 @@ def saga_epochs(
     intercept, intercept_gradient, seen = 0.0, 0.0, 0
     for _ in range(max_iterations):
         for turn in range(texts + 1):
-            if turn > 0:  # the delayed step along the mean gradient and the threshold of the last text
+            if turn > 0:  # delayed from the last text: its step along the mean gradient, then its threshold
                 along = step_sum[turn] - step_sum[turn - 1]
                 threshold = penalty_sum[turn] - penalty_sum[turn - 1]
                 for d in range(features):

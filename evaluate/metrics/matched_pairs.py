@@ -24,7 +24,7 @@ class Pair:
         decoder: matching by the absolute cosine of decoder rows.
         signed: matching by their signed cosine; the same object as `decoder` if the sign has no meaning.
         activation: matching by the absolute correlation of activations.
-        varying: the number of latents that vary, from the SAE in which this number is larger.
+        varying: the number of latents that are not constant over the tokens, in the SAE that has more of them.
     """
 
     decoder: Matching
@@ -80,8 +80,11 @@ def recurring_cosines(pair: Pair) -> np.ndarray:
 
 
 def matched_values(pairs: Sequence[Pair], nulls: Mapping[str, Sequence[Pair]]) -> dict[str, list[float]]:
-    """PW-MCC with each other seed and with each random dictionary. Random dictionaries have one list of values for each
-    kind. The null is a copy of the list with the larger mean."""
+    """PW-MCC with each other seed and with each random dictionary.
+
+    Each kind of random dictionary has a list of values, *_null_<kind>. The list with the largest mean is also stored as
+    *_null.
+    """
     values: dict[str, list[float]] = {}
     for what in ("decoder", "activation"):
         values[f"{what}_pw_mcc"] = [getattr(pair, f"{what}_mcc") for pair in pairs]

@@ -78,8 +78,8 @@ class MultipleChoiceModel:
         return ids if self.bos_id is None or ids[0] == self.bos_id else [self.bos_id, *ids]
 
     def batches(self, prompts: Sequence[list[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Batches of prompts of similar length: their indices, their ids (N, S) padded on the right, and their last
-        positions (N,)."""
+        """Yield batches of prompts of similar length: the indices of the prompts, their token ids (N, S), padded on the
+        right, and the position of the last token of each (N,)."""
         longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for start in range(0, len(longest_first), PROMPTS_PER_FORWARD):
             batch = longest_first[start : start + PROMPTS_PER_FORWARD]

@@ -17,8 +17,8 @@ CACHED_NUMBERS = 2**18  # numbers that chained operations read at a time on a CP
 
 
 def tokens_at_once(numbers: int, device: torch.device | str) -> int:
-    """How many tokens to process at a time, if the result for one token is `numbers` float32 numbers (logits or
-    latents).
+    """How many tokens to process at a time, if the result for one token (logits or latents) has `numbers` float32
+    elements.
 
     On a GPU, as many as fit into half of the free memory. On a CPU, a part of 8 MB is fastest, because larger tensors
     are allocated again each time, which can take longer than the matrix multiplications. $SAE_MEMORY_GB limits both.
@@ -34,7 +34,8 @@ def tokens_at_once(numbers: int, device: torch.device | str) -> int:
 def tokens_per_encode(sae: SAELike, x_TD: Tensor, device: torch.device | str) -> int:
     """How many tokens an SAE encodes at a time. The number of latents is found by encoding one row.
 
-    An SAE that cannot encode this row gets all tokens at once, so that it fails later, where errors are handled.
+    If the SAE cannot encode this row, its error is ignored here and the largest number is returned: encoding then fails
+    again in the caller, where errors are handled.
     """
     try:
         latents = sae.encode(copy_to_device(x_TD[:1].float(), device)).shape[-1]

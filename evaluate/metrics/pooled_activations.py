@@ -74,7 +74,7 @@ class TextRows:
 
 @dataclass(frozen=True)
 class PooledLatents:
-    """An SAE's latents summed over the counted tokens of each text, and its latents of a zero row."""
+    """An SAE's latents summed over the counted tokens of each text, and `zero_F`, its latents for a row of zeros."""
 
     sum_NF: Tensor  # float32
     count_N: Tensor
@@ -88,8 +88,8 @@ class PooledLatents:
 def rows_per_encode(d_sae: int, device: torch.device) -> int:
     """The number of rows to pass to `encode` at a time.
 
-    On a CPU, the latents of these rows take 4 MB, which fits into the cache and lets the system reuse memory.
-    Allocating larger tensors again for every call took as long as the matrix multiplications.
+    On a CPU, the latents of these rows take 4 MB. Such a tensor fits into the CPU's cache, and its memory is reused for
+    the next call. Larger tensors were allocated again for every call, which took as long as the matrix multiplications.
     """
     latents = 2**20 if device.type == "cpu" else 2**26
     return max(MIN_TOKENS_PER_ENCODE, latents // d_sae)
@@ -138,7 +138,7 @@ def read_text_rows(
 def capture_rows(
     ctx: EvalContext, hooks: Sequence[Hook], ids: Sequence[Sequence[int]], progress: Progress
 ) -> dict[Hook, TextRows]:
-    """Run the model once over the texts, in batches of similar length, up to the last of `hooks`."""
+    """Run the model, up to the last of `hooks`, once over the texts. The texts of a batch have similar lengths."""
     rows: dict[Hook, list[Tensor]] = {hook: [torch.empty(0)] * len(ids) for hook in hooks}
     longest_first = sorted(range(len(ids)), key=lambda text: -len(ids[text]))
     for start in range(0, len(longest_first), TEXTS_PER_FORWARD):

@@ -71,7 +71,7 @@ def affine_decoder(sae: SAELike, d_in: int, device: torch.device) -> Tensor:
 
     Raises UsageError if `decode` is not an affine function of the latents, as the readout requires.
     """
-    zero_1D = torch.zeros(1, d_in, device=device)  # with a layer norm, `decode` adds this row's mean, 0
+    zero_1D = torch.zeros(1, d_in, device=device)  # with a layer norm, `decode` adds the mean of this row, which is 0
     d_sae = sae.encode(zero_1D).shape[-1]
     offset_D = reconstruct(sae, torch.zeros(1, d_sae, device=device), zero_1D)[0]
     W_dec = getattr(sae, "W_dec", None)

@@ -1,7 +1,7 @@
 """Binary tasks from classes of texts, and linear probes on them (sparse probing, SCR and TPP).
 
-Each text is one row of features: their means over the counted tokens of the text. A task lists rows and their labels,
-so all tasks use one matrix of all texts.
+Each text is represented by one row, which contains the mean of each feature over the counted tokens of the text. A
+task lists rows and their labels, so all tasks use one matrix of all texts.
 
 Shape suffixes: N texts, M texts of a task, D features of a text (dimensions of the activations, or latents), K of them.
 """
@@ -91,7 +91,7 @@ class ProbeTask(NamedTuple):
 
 
 def make_generator(rng: str, *names: object) -> torch.Generator:
-    """A random generator. With rng="paired" it is seeded by `names`, with rng="saebench" by 42.
+    """A random generator. If rng="paired", its seed is computed from `names`; if rng="saebench", its seed is 42.
 
     Paired draws do not depend on earlier draws, so they are the same for every SAE. With "saebench", a single generator
     must be used for all draws of an SAE, in SAEBench's order.
@@ -167,7 +167,7 @@ def train_probe(
 
     Stops after `patience` epochs without a better test accuracy and returns the first best epoch. The epoch is chosen
     by the same test accuracy that is then reported, which makes every probe look slightly too good; SAEBench does the
-    same. The generator draws, in this order, weight, bias, and one order per epoch.
+    same. The generator draws first the weight, then the bias, and then one permutation of the texts for each epoch.
     """
     linear = nn.utils.skip_init(nn.Linear, x_MD.shape[1], 1)
     nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5), generator=generator)
@@ -202,7 +202,7 @@ def mean_difference(feature_ND: Tensor, task: ProbeTask) -> Tensor:
 
 
 def top_features(score_D: Tensor, k: int) -> Tensor:
-    """The indices of the k largest scores, in ascending order (K,)."""
+    """The indices (K,) of the k largest scores. The indices, not the scores, are in ascending order."""
     return score_D.argsort(descending=True)[:k].sort().values
 
 
@@ -221,8 +221,9 @@ def logistic_accuracy(x_MK: Tensor, label_M: Tensor, test_x_MK: Tensor, test_lab
 def wilson_interval(share: float, count: float) -> list[float]:
     """95 % interval for a share of `count` independent trials (Wilson 1927).
 
-    `count` can be a fraction, such as the effective number of texts behind a mean over data sets. scipy's interval
-    (`statistics.proportion_interval`) accepts only whole numbers of hits, for which the two intervals agree to 1e-6.
+    `count` need not be a whole number. For example, it can be the effective number of texts behind a mean over data
+    sets. `statistics.proportion_interval`, which calls scipy, needs whole numbers of hits and trials. For whole
+    numbers, it returns the same interval as this function to within 1e-6.
     """
     z = 1.959964
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)

@@ -53,7 +53,7 @@ def gaussian_rows(moment_DD: Tensor, latents: int, seed: int) -> Tensor:
 def random_latents(direction_FD: Tensor, x_DT: Tensor, active_F: np.ndarray) -> Latents:
     """The latents relu(x . d_i - theta_i) of random directions d_i, for activations x of mean 0.
 
-    theta_i is chosen so that latent i fires at active_F[i] of the tokens, as often as the SAE's latent i.
+    Each theta_i is chosen so that the random latent fires on active_F[i] tokens, as many as the SAE's latent i.
     """
     places, values = [], []
     for start in range(0, len(active_F), LATENTS_PER_BLOCK):
@@ -86,6 +86,6 @@ def strongest(value_T: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def largest(value_T: np.ndarray, place: int) -> np.float32:
-    """The value at this index in descending order."""
+    """The value that has the index `place` when the values are sorted in descending order."""
     ascending = len(value_T) - 1 - place
     return np.partition(value_T, ascending)[ascending]

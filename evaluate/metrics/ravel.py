@@ -16,8 +16,9 @@ If the attributes are in the same order as in SAEBench, the pairs and batches ar
 differences. First, the position of the entity's last token differs if the tokenizer adds no token before a text
 (in which case SAEBench reads the token after the entity) or joins the entity's last token with the following text.
 Second, time zones differ (ravel_answers). Third, attributes about which the model knows too little are left out, and
-the result says so. Questions whose entity is an outlier row (`EvalTarget.norm_limit`) are left out. If there are such
-questions, the metric is also measured with them, to obtain SAEBench's numbers.
+the result says so. Questions are left out if the activation at the entity's last token is an outlier row
+(`EvalTarget.norm_limit`). If there are such questions, the metric is also measured with them, to obtain SAEBench's
+numbers.
 
 Shape suffixes: N prompts, D d_in, F latents.
 """
@@ -51,12 +52,12 @@ from .ravel_prompts import (
 )
 from .ravel_scores import AttributeScores, mean_scores, score_intervals
 
-TOP_LATENTS = 20  # latents of each mask that the details name
+TOP_LATENTS = 20  # how many latents of each mask are listed in the details
 
 
 @dataclass(frozen=True)
 class KnownFacts:
-    """The questions about one type of entity that the model answers right. Only the attributes in `attributes` are
+    """For one type of entity, the questions that the model answers right. Only the attributes in `attributes` are
     measured."""
 
     entity_type: str
@@ -75,8 +76,8 @@ class KnownFacts:
         fewest: int,
         refusals: Sequence[str] = (),
     ) -> Self:
-        """`fewest` is the number of right answers that an attribute needs; `refusals` are the reasons for which
-        attributes have already been left out."""
+        """`fewest` is the minimum number of right answers per attribute. `refusals` says which attributes have already
+        been left out, and why."""
         kept, refusals = [], [*refusals]
         for attribute in attributes:
             values = [prompt.value for prompt in prompts if prompt.attribute == attribute]
@@ -221,9 +222,10 @@ class Ravel(Metric):
         if not any(facts.attributes for facts in known):
             counts = "; ".join(refusal for facts in known for refusal in facts.refusals)
             raise SaeError(
-                f"{ctx.model_name} knows too few facts for RAVEL. RAVEL needs two attributes of one entity type, each "
-                f"with {self.min_known_prompts} questions that the model answers right and with two different answers. "
-                f"Found: {counts}. Use a model that knows more, or lower {self.name}.min_known_prompts."
+                f"{ctx.model_name} knows too few facts for RAVEL. RAVEL needs two attributes of one entity type, and "
+                f"for each of them {self.min_known_prompts} questions that the model answers right. The answers to "
+                f"these questions must not all be the same. Found: {counts}. Use a model that knows more, or lower "
+                f"{self.name}.min_known_prompts."
             )
 
     def measure_group(
@@ -267,7 +269,7 @@ class Ravel(Metric):
         rows: dict[Hook, Tensor],
         progress: Progress,
     ) -> None:
-        """Train a mask for every SAE on one attribute, and add the scores to its state."""
+        """For each SAE, train and test a mask that changes `attribute`, and add the scores to the SAE's state."""
         what = f"{facts.entity_type}.{attribute}"
         train, test = (whole_batches(part, self.batch_size) for part in pairs)
         tested = [pair for batch in test for pair in batch]
@@ -350,7 +352,7 @@ class RavelFacts(Ravel):
 
 
 def kept_prompts(x_ND: Tensor, norm_limit: float | None) -> tuple[int, ...]:
-    """The indices of the prompts whose entity is not an outlier row."""
+    """The indices of the prompts in which the activation at the entity (N, D) is not an outlier row."""
     return tuple((~outlier_mask(x_ND, norm_limit)).nonzero()[:, 0].tolist())
 
 

@@ -46,7 +46,7 @@ def is_near(expected: str, said: str) -> bool:
 
 
 def is_offset(zone: str, said: str) -> bool:
-    """Whether an answer begins with the hours by which a time zone, such as Europe/Paris, differs from UTC.
+    """Whether an answer begins with the UTC offset, in hours, of a time zone such as Europe/Paris.
 
     The offsets in winter and in summer are both right. SAEBench accepts the offset on the day of its run and, for some
     zones, every offset within one hour of that offset.

@@ -1,4 +1,4 @@
-"""Masks over the latents of SAEs that change one attribute of an entity and keep the others (RAVEL).
+"""Masks that select the latents to exchange so that one attribute of an entity changes and the others stay (RAVEL).
 
 The mask of an SAE is a vector theta (F,), trained by differential binary masking (Cao et al. 2020; Huang et al. 2024,
 RAVEL) as in SAEBench 0.6.0 (`ravel/mdbm.py`). At the entity's last token, the model's activations are replaced by the
@@ -65,7 +65,8 @@ class Mask:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Pairs, the model's pass over their bases up to the hooks, and the wanted token of each pair (N,)."""
+    """A batch of pairs: the base prompts, the model's pass over them up to the hooks, the indices of the source prompts
+    (N,), and the wanted tokens (N,)."""
 
     prompts: PaddedPrompts
     run: PrefixPass

@@ -243,9 +243,9 @@ def draw_pairs(
 ) -> PairSplit:
     """The pairs for changing one attribute while the others stay the same.
 
-    At most `count` pairs are about the attribute `changed`; their answers should become those of the source. At most as
-    many pairs are about all other attributes together; their answers should stay the same. A `share` of all pairs is
-    for training.
+    At most `count` pairs are about the attribute `changed`: here the model should give the answer to the source
+    question. The other attributes together get as many pairs or fewer: here the model should still give the answer to
+    the base question. A `share` of all pairs is for training.
 
     The random draws equal those of SAEBench 0.6.0, in the same order.
     """

@@ -1,4 +1,5 @@
-"""Cause, isolation and disentanglement from the answers under a mask (RAVEL), with intervals over entities.
+"""The scores of RAVEL (cause, isolation, disentanglement), computed from the model's answers after the latents of a
+mask were exchanged, with intervals from resampling entities.
 
 Shape suffixes: E entities, A attributes.
 """
@@ -68,7 +69,7 @@ class AttributeScores:
 
     @property
     def detail(self) -> dict[str, Any]:
-        """The entry of this attribute in the details, with SAEBench's names."""
+        """This attribute's entry in the details. Scores are named as in SAEBench."""
         return {
             "entity_attribute": f"{self.entity_type}_{self.attribute}",
             "entity_type": self.entity_type,
@@ -128,8 +129,8 @@ def finite_interval(samples: Sequence[np.ndarray], statistic: Any, seed: int) ->
 
 @dataclass(frozen=True)
 class EntityCounts:
-    """Counts for each entity and attribute (E, A, 4): cause pairs, right cause pairs, isolation pairs, right isolation
-    pairs."""
+    """Counts for each entity and attribute (E, A, 4): cause pairs, cause pairs answered right, isolation pairs,
+    isolation pairs answered right."""
 
     counts_EAK: np.ndarray
 
@@ -145,7 +146,7 @@ class EntityCounts:
         return cls(counts_EAK)
 
     def scores(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """The scores of this entity type for drawn entities `rows` (..., E)."""
+        """The scores of this entity type over resampled entities, given the entities' indices `rows` (..., E)."""
         sums = self.counts_EAK[rows].sum(-3)  # (..., A, 4)
         with np.errstate(invalid="ignore"):  # NaN where no drawn entity has such a pair
             causes, isolations = ((sums[..., kind + 1] / sums[..., kind]).mean(-1) for kind in (0, 2))

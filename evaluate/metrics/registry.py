@@ -37,7 +37,8 @@ METRIC_CLASSES: tuple[type[Metric], ...] = (
     Autointerp,
 )
 METRICS = {metric.name: metric for metric in METRIC_CLASSES}
-# In a suite only if one of its options is set: a judge costs money, and ravel_facts needs a model that knows geography.
+# Metrics that are part of a suite only if `--set` sets one of their options: a judge costs money, and ravel_facts needs
+# a model that knows geography.
 OPT_IN = ("autointerp", "ravel_facts")
 SUITES = {
     "quick": ("core", "absorption", "sparse_probing_stdlib", "stability"),
@@ -46,7 +47,7 @@ SUITES = {
 
 
 def caveats(metrics: Iterable[str]) -> list[str]:
-    """A sentence for each of these metrics that has a known weakness."""
+    """The known weaknesses of these metrics: one sentence for each metric with a `caveat`."""
     return [f"{name}: {METRICS[name].caveat}" for name in metrics if METRICS[name].caveat]
 
 

@@ -1,8 +1,8 @@
-"""The area under the ROC curve, bit for bit equal to scikit-learn's `roc_auc_score` and ten times as fast.
+"""Compute the area under the ROC curve, bit for bit equal to scikit-learn's `roc_auc_score`, at ten times the speed.
 
-Probes choose their regularization by thousands of AUCs of a few texts each, for which scikit-learn spends nearly all of
-its time on checking arguments. Corners, ratios and trapezoids are computed in scikit-learn's order, so that two probes
-have equal AUCs here if and only if they have equal AUCs in scikit-learn.
+To choose the regularization of the probes, thousands of AUCs are computed, each over a few texts. With so few texts,
+scikit-learn spends nearly all of its time on checking arguments. Corners, ratios and trapezoids are computed in
+scikit-learn's order, so that two probes have equal AUCs here if and only if they have equal AUCs in scikit-learn.
 
 Shape suffixes: M texts, T thresholds.
 """

@@ -2,8 +2,8 @@
 
 A text is represented by the latents at its last token or, for the model's own score, by the activations there. In each
 data set, the k latents that best separate the classes of the training texts are probed. See logistic_probes.py for
-splits, ranking and regularization. AUC and accuracy are averaged over the splits of a data set (in the setting normal
-there is one), then over data sets. Intervals resample data sets.
+splits, ranking and regularization. AUC and accuracy are averaged over the splits of a data set (only one split if the
+setting is "normal"), then over data sets. Intervals resample data sets.
 
 Source: Kantamneni et al. 2025, "Are Sparse Autoencoders Useful?", arXiv 2502.16681, and its package sae-probes 0.4.2.
 With `--max-norm none`, the numbers equal those of sae-probes except for these differences:
@@ -18,7 +18,8 @@ With `--max-norm none`, the numbers equal those of sae-probes except for these d
 Memory, for one data set at a time: its rows (5,000 x d_in), one SAE's latents of these rows in sparse form, and the
 dense latents of the training texts (1,024 x d_sae float32, 67 MB at 16,384 latents).
 
-Shape suffixes: N texts, D d_in, F latents, S splits, K numbers of latents.
+Shape suffixes: N texts, D d_in, F latents, S splits, K entries of `ks`, or
+probed latents.
 """
 
 import hashlib
@@ -55,7 +56,7 @@ KS = (1, 2, 5, 16, 128)
 PENALTIES = ("l1", "l2")  # of the probes on latents; the probe on the model's activations uses L2, as in sae-probes
 DEFAULT_TEXTS = 5000  # number of texts of a data set
 ROWS_PER_ENCODE = 128
-NAMED_LATENTS = 16  # number of latents per split that a result lists
+NAMED_LATENTS = 16  # how many latents a result lists for each split
 UNKNOWN = ProbeScore(*[math.nan] * len(ProbeScore._fields))
 
 
@@ -158,7 +159,7 @@ class SaeProbes(Metric):
     def read_problems(
         self, ctx: EvalContext, row_sets: Sequence[RowSet], name: str, progress: Progress
     ) -> dict[RowSet, "ProbeProblem"]:
-        """A data set's rows and splits for each row set. The model runs over the texts at most once."""
+        """For each row set, the rows and splits of one data set. The model runs over the texts at most once."""
         texts, label_N = data.read_texts(name)
         chosen = balanced(label_N, np.ones(len(texts), bool), self.max_texts)
         source = {"dataset": name, "data": data.dataset_digest(name), "texts": len(chosen)}
@@ -234,7 +235,8 @@ class SaeProbes(Metric):
 
 @dataclass(frozen=True)
 class ProbeProblem:
-    """The rows and labels of a data set's texts at one hook, and the splits of each side, "sae" and "llm"."""
+    """The activation rows and labels of a data set's texts at one hook, and two lists of splits: "sae" for probes on
+    latents, "llm" for probes on the model's activations."""
 
     x_ND: Tensor  # float32
     label_N: np.ndarray
@@ -253,13 +255,13 @@ class DatasetScores:
     outliers: int
 
     def mean(self, score: str, place: int = 0) -> float:
-        """The mean over the splits of a field of ProbeScore, for the k at this index."""
+        """The mean of one field of ProbeScore over the splits, for the k that has the index `place` in `ks`."""
         return float(self.score_SK4[:, place, ProbeScore._fields.index(score)].mean())
 
 
 @dataclass
 class ScoredSAE:
-    """The scores of one SAE by data set while they are being measured."""
+    """One SAE's scores so far: name of a data set -> scores."""
 
     scores: dict[str, DatasetScores] = field(default_factory=dict)
     error: SaeError | None = None
@@ -303,7 +305,7 @@ def probe_latents(
 
 
 def digest_arrays(*arrays: np.ndarray) -> str:
-    """A digest of the content of arrays of known types."""
+    """A digest of the bytes of some arrays. It does not cover their types and shapes."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(np.ascontiguousarray(array).data)

@@ -38,7 +38,10 @@ def ratio_interval(ratio: Ratio) -> list[float]:
 
 
 def sum_by_document(ratio: Ratio, document_N: Tensor) -> Ratio:
-    """Sum the entries of a ratio over the contexts of each document. `document_N` can be longer."""
+    """Sum the numerators and the denominators of a ratio over the contexts of each document.
+
+    If `document_N` has more entries than the ratio, only as many as the ratio has are used.
+    """
     _, index_N = document_N[: len(ratio[1])].unique(return_inverse=True)
     part, whole = (torch.zeros(int(index_N.max()) + 1).to(column).index_add_(0, index_N, column) for column in ratio)
     return part, whole
@@ -107,7 +110,8 @@ class SAEStatistics:
         self.l0_l1: list[Tensor] = []
 
     def add_latents(self, f_TF: Tensor, context_T: Tensor, contexts: int) -> None:
-        """Add the latents at some tokens of a batch of `contexts` contexts, given the context of each token."""
+        """Add the latents at some tokens of a batch. `context_T` is the index of each token's context in the batch, and
+        `contexts` is the number of contexts in the batch."""
         if self.fired_NF is None:
             self.fired_NF = f_TF.new_zeros(contexts, f_TF.shape[1])
         # Comparisons are written as 0 and 1 into one float tensor, because creating and converting bools takes 20 times
@@ -121,11 +125,12 @@ class SAEStatistics:
             self.pairs.add(f_TF)
 
     def skip_batch(self, contexts: int) -> None:
-        """Add a batch of `contexts` contexts without any token."""
+        """Add a batch in which no token is counted. `contexts` is the number of its contexts."""
         self.per_context.append(torch.zeros(contexts, len(PER_CONTEXT), dtype=torch.float64))
 
     def end_batch(self, x_TD: Tensor, recon_TD: Tensor, context_T: Tensor, contexts: int) -> None:
-        """Add the activations of a batch's tokens and their reconstructions, given the context of each token."""
+        """Add the activations and the reconstructions of a batch's tokens to the sums, and end the batch. `context_T`
+        and `contexts` are as in `add_latents`."""
         if self.pairs:
             self.pairs.end_batch()
         if self.fired_NF is not None:
@@ -200,17 +205,17 @@ class SAEStatistics:
         return self.sums["x_square"] - float(self.sums["x"].square().sum()) / self.tokens
 
     def fve_interval(self, interval: list[float], fve: float) -> list[float]:
-        """Rescale the interval of `fve`, which is computed about the mean of the first batch, to the mean of all
-        tokens.
+        """The interval of `fve` if variance is measured about the mean of all tokens. `interval` is the interval for
+        variance about the mean of the first batch; it is rescaled.
 
-        Sums per context need a center that is known from the start.
+        Sums per context need a center that is known from the start, so they use the mean of the first batch.
         """
         around = self.sums["around_centre"]
         half = (interval[1] - interval[0]) / 2 * divide(around, self.variance)
         return [fve - half, fve + half]
 
     def ratios(self) -> dict[str, dict[str, Ratio]]:
-        """The numbers that have an interval, as ratios."""
+        """The numbers that have an interval, each as its numerator and denominator."""
         column = dict(zip(PER_CONTEXT, torch.cat(self.per_context).T, strict=True))
         tokens = column["tokens"]
         explained = column["around_centre"] - column["error"], column["around_centre"]

@@ -69,7 +69,7 @@ class Scr(Ablation):
     def count_texts(self, dataset: str) -> int:
         of_a_pair = 6 * (
             self.train_set_size // 4 + self.test_set_size // 4
-        )  # 2 quarters of PP and of NN, 1 of NP and of PN
+        )  # PP and NN get 2 quarters of a set's texts each, NP and PN 1 quarter each
         return len(getattr(find_dataset(dataset), "pairs", ())) * of_a_pair
 
     def problems(self, dataset: str, data: Path | None) -> Iterator[AblationProblem]:
@@ -114,7 +114,7 @@ class Scr(Ablation):
 
 
 def quadrant_task(size: int, probe: int) -> ProbeTask:
-    """The task of a probe: PP and NN have 2 * size texts, NP and PN have size."""
+    """The task of a probe. The quadrants PP and NN have 2 * size texts each; NP and PN have `size` texts each."""
     starts = {"PP": 0, "NN": 2 * size, "NP": 4 * size, "PN": 5 * size}
 
     def rows(quadrants: Sequence[str]) -> Tensor:
@@ -130,7 +130,7 @@ def quadrant_task(size: int, probe: int) -> ProbeTask:
 def scr_scores(
     biased: Mapping[int, Tensor], clean: Mapping[int, Tensor], ablated: Mapping[int, Mapping[int, Tensor]], mode: str
 ) -> dict[str, Tensor]:
-    """Scores (R,) by name, from accuracies (R,) on each task.
+    """The scores of a pair of classes: name -> values (R,). They are computed from accuracies (R,) on each task.
 
     `biased` is the accuracy of the biased probe, `clean` is the accuracy of the task's own probe, and
     `ablated[task][n]` is the accuracy of the biased probe without n latents of the other task. `scr_metric` is the
@@ -170,8 +170,10 @@ def pair_flags(biased: Mapping[int, Tensor], clean: Mapping[int, Tensor]) -> lis
 
 @dataclass(frozen=True)
 class ScrStdlib(Scr):
-    """The same metric without a download, on pieces of Python's standard library: pairs of subjects, in docstrings and
-    code."""
+    """The same metric on texts from Python's standard library. This metric needs no download.
+
+    The classes of a pair are two subjects. The attribute is whether a text is a docstring or code.
+    """
 
     datasets: tuple[str, ...] = ("stdlib/subject",)
     train_set_size: int = 400

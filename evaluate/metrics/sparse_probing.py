@@ -1,16 +1,18 @@
 """Sparse probing: how well a few latents predict the class of a text. Higher accuracy is better; 0.5 is chance.
 
-Each class of each dataset is a binary task against the other classes. A text is represented by the mean of its latents
-(for the LLM's own score, of its activations) over the counted tokens. There are two probes per task: a probe on all
-features, trained until the test accuracy stops rising, and scikit-learn's logistic regression on the k features whose
-class means differ most. Accuracies are averaged over the classes of a dataset, then over datasets.
+Each class of each dataset has a binary task: to tell this class from the other classes. A text is represented by its
+latents, averaged over the counted tokens. For the LLM's own score, it is represented by its activations, averaged in
+the same way. There are two probes per task: a probe on all features, trained until the test accuracy stops rising, and
+scikit-learn's logistic regression on the k features whose class means differ most. Accuracies are averaged over the
+classes of a dataset, then over datasets.
 
 Source: SAEBench 0.6.0, `evals/sparse_probing` (after Gurnee et al. 2023), with its definitions and names. There are
 three differences: an addition and two numerical choices.
 
-- `sae_top_1_latents` and similar entries name the latents that the probes on few latents read: dataset -> class ->
-  latent -> difference, the largest first. The difference is the latent's mean over the training texts of the class
-  minus its mean over the other training texts of the task, so it is positive if the latent fires more for the class.
+- The entries `sae_top_<k>_latents` name the latents that the probes on k latents read, if k is at most
+  MAX_NAMED_LATENTS: dataset -> class -> latent -> difference, the largest first. The difference is the latent's mean
+  over the training texts of the class minus its mean over the other training texts of the task, so it is positive if
+  the latent fires more for the class.
 - The logistic regression is regularized, so accuracies depend on the scale of the latents. Decoder norms other than 1
   are therefore folded into the latents first.
 - SAEBench sums activations in the model's dtype; here the sums are in float32.
@@ -60,8 +62,8 @@ class SparseProbing(Metric):
 
     `train_set_size` and `test_set_size` are numbers of texts of one binary task, and `context` is the number of tokens
     per text. An empty `k` selects SAEBench's values for the mode. With rng="saebench", the draws equal SAEBench's draws
-    for an SAE whose activations were cached: one generator, seeded with 42, is used for all datasets, and the generator
-    for the LLM's score restarts for each dataset.
+    for an SAE whose activations were cached: the probes of an SAE share one generator for all datasets, which is seeded
+    with 42. The probes of the LLM use another generator, which is seeded with 42 again for each dataset.
     """
 
     datasets: tuple[str, ...] = tuple(HUB)
@@ -125,7 +127,8 @@ class SparseProbing(Metric):
     def llm_scores(
         self, ctx: EvalContext, row_set: RowSet, name: str, texts: Texts, rows: LabeledRows, ks: Sequence[int]
     ) -> "ProbingScores":
-        """The scores, on one dataset, of probes on the model's own activations, from the artifact cache or computed."""
+        """The scores of the probes on the model's own activations for one dataset. They are computed unless the
+        artifact cache contains them."""
 
         def make() -> dict[str, Tensor]:
             generator = make_generator(self.rng)
@@ -162,8 +165,8 @@ class SparseProbing(Metric):
         sae.scores[name] = probe_dataset(features, ks, self.generators(sae.generator, name))
 
     def generators(self, shared: torch.Generator, dataset: str) -> Callable[..., torch.Generator]:
-        """A function that takes the names of a draw and returns its generator. With rng="saebench", the function always
-        returns `shared`."""
+        """A function that returns the generator for a random draw, given the names that identify the draw. With
+        rng="saebench", the function always returns `shared`."""
 
         def generator_for(*names: object) -> torch.Generator:
             return shared if self.rng == "saebench" else make_generator(self.rng, "sparse_probing", dataset, *names)
@@ -215,15 +218,15 @@ class ProbingScores:
         }
 
     def latents(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Names like SAEBench's -> class -> latent -> difference."""
+        """Nested dicts: sae_top_<k>_latents (a name in SAEBench's style) -> class -> latent -> difference."""
         return {f"sae_top_{k}_latents": by_class for k, by_class in self.selected.items()}
 
 
 @dataclass
 class ProbedSAE:
-    """The scores of one SAE by dataset while they are being measured."""
+    """One SAE's scores so far: name of a dataset -> scores."""
 
-    generator: torch.Generator  # used for all draws of the SAE with rng="saebench"
+    generator: torch.Generator  # with rng="saebench": used for all draws of this SAE
     scores: dict[str, ProbingScores] = field(default_factory=dict)
     folded: bool = False  # whether decoder norms were folded into the latents
     rows: int = 0  # rows that were pooled
@@ -287,7 +290,7 @@ def ranked_differences(selected_K: Tensor, difference_D: Tensor) -> dict[str, fl
 def build_result(
     llm: Mapping[str, ProbingScores], sae: Mapping[str, ProbingScores], ks: Sequence[int], test_texts: int, folded: bool
 ) -> MetricResult:
-    """Scores by dataset -> SAEBench's fields.
+    """Convert the scores of each dataset to a result with SAEBench's fields.
 
     Intervals treat the tasks as independent although they share their texts.
     """

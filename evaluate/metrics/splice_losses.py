@@ -27,7 +27,7 @@ class TokenLosses(NamedTuple):
     ce_T: Tensor
 
     def replace_at(self, place_T: Tensor, others: "TokenLosses") -> "TokenLosses":
-        """These losses, with `others` inserted at the tokens where `place_T` is True."""
+        """A copy of these losses in which the values at the tokens where `place_T` is True are replaced by `others`."""
         return TokenLosses(*(own_T.masked_scatter(place_T, new_T) for own_T, new_T in zip(self, others, strict=True)))
 
 

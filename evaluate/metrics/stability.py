@@ -13,13 +13,14 @@ matching of PW-MCC is used. The authors also require that the encoder rows match
 every SAE has encoder rows.
 
 Each number is compared with the same number for matched random dictionaries. The rows of a random dictionary are also
-used as its encoder, with thresholds at which every latent fires as often as the SAE's latent. The random dictionaries
-thus have the same width and firing rates, and they read the same activations, in which a few large directions cause
-correlations between any two dictionaries. There are two kinds (random_dictionaries.py): the SAE's own decoder rows with
-the entries of each row in random order, which preserves large entries; and Gaussian rows with the second moment of the
-other seeds' decoder rows. The null is the larger of the two numbers. The moment comes from the other seeds, because the
-SAE's own moment would also fit chance properties of its rows. With the moment of another decoder, the mean squared
-cosine between an SAE's decoder and the random rows equals exactly the mean squared cosine between the two decoders.
+used as its encoder, with thresholds at which each latent fires as often as the SAE's latent of the same index. The
+random dictionaries thus have the same width and firing rates, and they read the same activations, in which a few large
+directions cause correlations between any two dictionaries. There are two kinds (random_dictionaries.py): the SAE's own
+decoder rows with the entries of each row in random order, which preserves large entries; and Gaussian rows with the
+second moment of the other seeds' decoder rows. The null is the larger of the two numbers. The second moment is that of
+the other seeds, because the second moment of the SAE's own rows would also reflect chance properties of these rows. If
+the random rows have the second moment of another decoder, the mean squared cosine between them and the SAE's rows
+equals exactly the mean squared cosine between the rows of that decoder and the SAE's rows.
 
 Dead latents are those that do not vary on these tokens. The rows of dead latents are included in the decoder PW-MCC, as
 in the authors' code. Dead latents have no correlation, so the activation PW-MCC is computed over the other latents, and
@@ -62,9 +63,9 @@ class Stability(Metric):
     """`tokens` held-out tokens are read, in batches of `batch_contexts` contexts.
 
     A latent recurs in another seed if the cosine with its match is at least `threshold` (0.7, as in Paulo and Belrose
-    2025, arXiv 2501.16615) and at least the NULL_QUANTILE quantile of the absolute cosines of matches with the `draws`
-    random dictionaries, for both kinds of random dictionaries. Up to `exact_latents` latents, the matching of two seeds
-    is optimal.
+    2025, arXiv 2501.16615) and is also high compared with random dictionaries: for each of the two kinds, the SAE is
+    matched with `draws` random dictionaries, and the cosine must be at least the NULL_QUANTILE quantile of the absolute
+    cosines of these matches. Up to `exact_latents` latents, the matching of two seeds is optimal.
     """
 
     tokens: int = 32_768
@@ -141,7 +142,8 @@ class Stability(Metric):
     def compare_seeds(
         self, targets: Sequence[EvalTarget], system: Sequence[int], rows: HeldOutRows, device: str, progress: Progress
     ) -> dict[int, Outcome]:
-        """The outcomes for the targets of one system, keyed like `system` and `rows` by their index in `targets`."""
+        """The outcomes for the targets of one system. `system` lists their indices in `targets`. The outcomes, and the
+        latents in `rows`, are keyed by these indices."""
         try:
             require_comparable(targets, system, rows)
         except SaeError as error:
@@ -183,7 +185,8 @@ class Stability(Metric):
         return match_pair(unit_FD, random_FD, latents, random, exact_latents, signed=False)
 
     def result(self, seeds: Sequence[NamedPair], nulls: Mapping[str, Sequence[Pair]], latents: Latents) -> MetricResult:
-        """The numbers of one SAE from its matchings with the other seeds and with random dictionaries, by kind."""
+        """The result for one SAE, from its matchings with the other seeds and with random dictionaries. `nulls` maps
+        each kind of random dictionary to the matchings with it."""
         quantiles = [
             float(np.quantile(np.abs([pair.decoder.similarity_F for pair in null]), NULL_QUANTILE))
             for null in nulls.values()

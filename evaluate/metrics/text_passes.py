@@ -27,7 +27,7 @@ KIND = "text_pass"  # kind of the artifacts: the activations of a batch at one h
 
 
 class TextPasses:
-    """Passes over the batches of a text, up to the hooks or, if losses are measured, to the end."""
+    """The model's passes over the batches of a text, up to the hooks or, if losses are measured, through all layers."""
 
     def __init__(self, ctx: EvalContext, hooks: Sequence[Hook], batches: Sequence[ContextBatch]) -> None:
         self.ctx, self.hooks, self.batches = ctx, hooks, batches
@@ -42,7 +42,7 @@ class TextPasses:
         return activations
 
     def whole(self, batch: ContextBatch) -> ForwardPass:
-        """A pass to the end, which can be run again from the hooks."""
+        """A pass through all layers of the model. It can be run again from any of the hooks onward."""
         model = self.ctx.model
         kept = model.hooks_to_keep(self.hooks)
         if (found := self.read(batch, kept, final=True)) is not None:
@@ -54,8 +54,9 @@ class TextPasses:
     def compute_together(self, with_losses: int, progress: Progress) -> None:
         """Divide among the ranks the passes that are not stored yet, so that each batch is computed by one rank.
 
-        The first `with_losses` batches are run to the end. Does nothing if the command has a single process. If the
-        passes do not fit on the disk, each rank computes them for itself when it needs them.
+        The first `with_losses` batches run through all layers of the model, the others only up to the hooks. Does
+        nothing if the command has a single process. If the passes take too much space to be stored, each rank runs them
+        itself when it needs them.
         """
         if not self.ctx.artifacts.shared:
             return
@@ -121,7 +122,7 @@ class TextPasses:
         return needed <= min(MAX_BYTES, FREE_SHARE * free_space(self.ctx.artifacts.folder))
 
     def missing_bytes(self, with_losses: int) -> int:
-        """How many bytes are not in the cache yet, if the first `with_losses` batches are run to the end.
+        """How many bytes are not in the cache yet, if the first `with_losses` batches run through all layers.
 
         Does not need the model. The number is an upper bound if a hook lies inside a block.
         """

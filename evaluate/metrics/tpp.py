@@ -2,10 +2,10 @@
 
 Higher is better; 0 means that there is no targeted effect.
 
-Each class of a dataset has a probe against the other classes, and a set of latents that matter most to this probe. When
-the latents of one class are ablated, the intended difference is the accuracy that the probe of this class loses, and
-the unintended difference is the mean accuracy that the other probes lose. The metric is intended minus unintended,
-averaged over classes.
+Each class of a dataset has a probe that tells it from the other classes, and a set of latents that matter most to this
+probe. When the latents of one class are ablated, the intended difference is the accuracy that the probe of this class
+loses, and the unintended difference is the mean accuracy that the other probes lose. The metric is the intended minus
+the unintended difference, averaged over classes.
 
 Source: SAEBench 0.6.0, `evals/scr_and_tpp` (Karvonen et al. 2025). Ablation is computed without decoding
 (probe_readout), and every score has a bootstrap interval.
@@ -95,7 +95,7 @@ class Tpp(Ablation):
     def ablated_accuracies(
         self, readout: ProbeReadout, effect_PF: Tensor, draw_task: DrawTask, bootstrap: BootstrapWeights
     ) -> list[dict[int, list[Tensor]]]:
-        """Every probe's accuracy (R,), for each class and each number of ablated latents of this class."""
+        """For each class, a dict: number of latents ablated for this class -> the accuracies (R,) of all probes."""
         by_class: list[dict[int, list[Tensor]]] = [{} for _ in effect_PF]
         for by_n, effect_F in zip(by_class, effect_PF, strict=True):
             for n in self.thresholds:
@@ -105,14 +105,14 @@ class Tpp(Ablation):
 
 
 def draw_task(texts: Texts, split: str, probe: int, generator: torch.Generator) -> ProbeTask:
-    """The task of the class with index `probe` against the other classes."""
+    """The task of telling the class with index `probe` from the other classes."""
     counts = {label: len(texts_of_class) for label, texts_of_class in texts[split].items()}
     return one_vs_rest_task(counts, list(counts)[probe], generator)
 
 
 def class_scores(target: int, clean: Sequence[Tensor], ablated: dict[int, list[Tensor]]) -> dict[str, Tensor]:
-    """Scores (R,) of one class by name, from the accuracies (R,) of all probes before and after its latents are
-    ablated."""
+    """The scores of the class with index `target`: name -> values (R,). They are computed from the accuracies (R,) of
+    all probes before and after the latents of this class are ablated."""
     scores = {}
     for n, after in ablated.items():
         lost = [before_R - after_R for before_R, after_R in zip(clean, after, strict=True)]

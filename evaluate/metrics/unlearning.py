@@ -15,8 +15,8 @@ decoder norms into the latents. Outlier rows (`EvalTarget.norm_limit`) are neith
 the questions. If there are outlier rows, the metric is also measured over all rows to obtain SAEBench's number. This
 doubles the time.
 
-Shape suffixes: N prompts, S positions, D d_in, F latents, K clamped latents, M multipliers, V vocabulary, R rows of a
-corpus (in intervals: replicates of the bootstrap), I interventions.
+Shape suffixes: N prompts, S positions, D d_in, F latents, K clamped latents, M multipliers, V vocabulary, I
+interventions, R rows of a corpus (in `Unlearning.interval`, R is the replicates of the bootstrap).
 """
 
 import math
@@ -71,8 +71,8 @@ class Unlearning(Metric):
     own generator.
 
     Memory, in addition to both models: the latents of 1,024 tokens (4 KiB per latent, or 64 MiB at 16k latents); the
-    blocks after the hook for 8 prompts times the number of multipliers, with one row of logits each (32 x 256,000
-    numbers for Gemma); and one corpus as text.
+    activations in the blocks after the hook, for a batch of 8 prompts with every multiplier; one row of logits for each
+    prompt and multiplier (32 x 256,000 numbers for Gemma); and the text of one corpus.
     """
 
     model: str = ""
@@ -105,7 +105,7 @@ class Unlearning(Metric):
         if not Path(name).is_dir() and ("/" not in name or name.startswith((".", "/"))):
             raise UnavailableError(
                 f"Unlearning needs an instruction-tuned model, but there is no {name}. Give the folder or "
-                "the Hub id of one with --set unlearning.model=..."
+                "the Hub id of such a model: --set unlearning.model=..."
             )
         try:
             return find_model(name)
@@ -229,7 +229,8 @@ class Unlearning(Metric):
         return [candidates[i]._replace(subject=subject) for i in known]
 
     def check_questions(self, questions: dict[str, list[Question]], chat_model: MultipleChoiceModel) -> None:
-        """Raise SaeError unless the model answers some questions on the subject and some other questions right."""
+        """Raise SaeError unless there is a question on the subject and a question on another subject that the model
+        answers right."""
         others = sum(len(questions[name]) for name in self.side_effects)
         if not questions[FORGET_QUESTIONS] or not others:
             subject = "other questions" if questions[FORGET_QUESTIONS] else f"questions of {FORGET_QUESTIONS}"
@@ -354,7 +355,8 @@ def no_answers(
 
 
 def unlearning_score(right: Sequence[tuple[int, int]], questions: int, others: int) -> float:
-    """1 - the lowest accuracy on the subject among the interventions that keep enough answers on other subjects right.
+    """1 - the lowest accuracy on the subject, among the interventions after which the model still answers enough
+    questions on other subjects right.
 
     `right` contains the numbers of right answers (on the subject, on other subjects) under each intervention, out of
     `questions` and `others` questions.

@@ -280,9 +280,9 @@ def test_the_plan_says_what_a_judge_would_cost_if_none_is_named(run):
     ("option", "sentence"),
     [
         ("autointerp.scores=detect", "there is no score 'detect'.*detection"),
-        ("autointerp.price_in=-1", "price_out must be 0 or more, per million tokens"),
-        ("autointerp.price_out=inf", "price_out must be 0 or more, per million tokens"),
-        ("autointerp.price_out=nan", "price_out must be 0 or more, per million tokens"),
+        ("autointerp.price_in=-1", "prices per million tokens and must be 0 or more"),
+        ("autointerp.price_out=inf", "prices per million tokens and must be 0 or more"),
+        ("autointerp.price_out=nan", "prices per million tokens and must be 0 or more"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(run, option, sentence):

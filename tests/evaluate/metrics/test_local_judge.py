@@ -87,7 +87,7 @@ def test_a_model_without_a_chat_template_is_refused(tiny_model):
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"judge_model=.*nowhere: there is no such folder\. Give the folder"):
+    with pytest.raises(UsageError, match=r"judge_model=.*nowhere: there is no such folder\. Give the Hub id or"):
         LocalJudge(str(tmp_path / "nowhere"), "cpu", "float32")
 
 

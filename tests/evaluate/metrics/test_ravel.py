@@ -253,7 +253,7 @@ def test_too_few_known_facts_are_a_refusal_with_numbers(ctx, metric):
     numbers = (
         r"thing\.Color: 30 of 32 questions answered right; thing\.Shape: 32 of 32 .*lower ravel\.min_known_prompts"
     )
-    with pytest.raises(SaeError, match=f"too few facts .*each with 33 questions .*{numbers}"):
+    with pytest.raises(SaeError, match=f"too few facts .*each of them 33 questions .*{numbers}"):
         replace(metric, min_known_prompts=33).measure(ctx, [EvalTarget(one_by_one(), Hook(0))], silent)
     with pytest.raises(SaeError, match=r"thing\.Color: 30 of 32 .*thing\.Shape: there is no other attribute to keep"):
         replace(metric, min_known_prompts=31).measure(ctx, [EvalTarget(one_by_one(), Hook(0))], silent)
