@@ -18,8 +18,7 @@ With `--max-norm none`, the numbers equal those of sae-probes except for these d
 Memory, for one data set at a time: its rows (5,000 x d_in), one SAE's latents of these rows in sparse form, and the
 dense latents of the training texts (1,024 x d_sae float32, 67 MB at 16,384 latents).
 
-Shape suffixes: N texts, D d_in, F latents, S splits, K entries of `ks`, or
-probed latents.
+Shape suffixes: N texts, D d_in, F latents, S splits, K entries of `ks` or probed latents.
 """
 
 import hashlib

@@ -205,8 +205,8 @@ class SAEStatistics:
         return self.sums["x_square"] - float(self.sums["x"].square().sum()) / self.tokens
 
     def fve_interval(self, interval: list[float], fve: float) -> list[float]:
-        """The interval of `fve` if variance is measured about the mean of all tokens. `interval` is the interval for
-        variance about the mean of the first batch; it is rescaled.
+        """Rescale an interval that was computed with the variance about the mean of the first batch, so that it fits
+        `fve`, which is computed with the variance about the mean of all tokens.
 
         Sums per context need a center that is known from the start, so they use the mean of the first batch.
         """

@@ -62,8 +62,8 @@ class SparseProbing(Metric):
 
     `train_set_size` and `test_set_size` are numbers of texts of one binary task, and `context` is the number of tokens
     per text. An empty `k` selects SAEBench's values for the mode. With rng="saebench", the draws equal SAEBench's draws
-    for an SAE whose activations were cached: the probes of an SAE share one generator for all datasets, which is seeded
-    with 42. The probes of the LLM use another generator, which is seeded with 42 again for each dataset.
+    for an SAE whose activations were cached: the probes of an SAE share one generator, seeded with 42, for all
+    datasets. The probes of the LLM use another generator, which is seeded with 42 again for each dataset.
     """
 
     datasets: tuple[str, ...] = tuple(HUB)
