@@ -22,25 +22,28 @@ WORST_FIRST: tuple[Verdict, ...] = (
 MEANINGS: dict[Verdict, str] = {  # the meaning of each verdict, in one line
     "reproduced": "on the paper's model and with three seeds or more, the mean is within 5 % of the claimed number or "
     "equal to it after rounding, and the whole 95 % interval is within 10 % of the claimed number or within twice the "
-    "rounding; if the paper also prints a number for the other system, the mean of that system is equally near to it",
+    "rounding; if the paper also prints a number for the other system, the mean of that system is also within 5 % of "
+    "its printed number or equal to it after rounding",
     "direction only": "the two systems differ in the claimed direction: the whole 95 % interval of their difference "
     "over seeds is on the claimed side of zero",
     "equivalent within the margin": "the two systems are claimed to be equal, and the 90 % interval of their "
     "difference lies within a margin that was fixed before anything was measured (two one-sided tests at 5 %)",
-    "contradicted": "the two systems have similar L0, and the whole 95 % interval of their difference is on the "
-    "opposite side of zero from the claim; on the paper's model, a claim is also contradicted if the interval excludes "
-    "the claimed number, or if every difference in it is smaller than a tenth of the claimed difference",
+    "contradicted": "the two systems have similar L0, and the whole 95 % interval of their difference is on the side "
+    "of zero opposite to the claimed difference; on the paper's model, a claim is also contradicted if the interval "
+    "excludes the claimed number, or if all values in the interval are smaller than a tenth of the claimed difference",
     "not equivalent": "the two systems are claimed to be equal, but on a model other than the paper's, the whole 90 % "
     "interval of their difference lies outside the margin",
     "not of the paper's equation": "this reading replaces an equation that the claim is about, so the numbers can "
     "neither reproduce nor contradict the claim",
     "mechanism inactive": "the mechanism that the claim is about had no effect in these runs: the counter of its "
     "actions stayed at 0, or the weights equal those of the run without it, bit for bit",
-    "not comparable": "the claim is a single number and this is another model; or the L0 values of the two systems "
-    "differ too much; or there are too few seeds for a decision, or the seeds differ too much",
-    "not measured": "there is no metric for the claim, or no run that passes the gates has the number",
+    "not comparable": "the claim is a single number and our runs use another model; or the L0 values of the two "
+    "systems differ too much; or there are too few seeds for a decision, or the seeds differ too much",
+    "not measured": "there is no metric for the claim, or none of the runs that pass the checks of training has the "
+    "number",
     "paper inconsistent": "the paper itself contradicts the claim",
-    "copy": "the paper prints the number of another row again, for another system; it is judged in the other row",
+    "copy": "for this system, the paper repeats the number that it prints in the row of another system; only the claim "
+    "about that row is judged",
 }
 ValueBySeed = Mapping[int, float]  # seed -> the metric in its own unit
 
