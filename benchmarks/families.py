@@ -283,9 +283,9 @@ def plain_hook(transformer: Any, hook: Hook, change: Callable[[Tensor], Tensor])
 
 @contextlib.contextmanager
 def plain_replacement(transformer: Any, hook: Hook, x: Tensor) -> Iterator[None]:
-    """Use plain hooks to replace the activations at a hook with x.
+    """Replace the activations at the place that `hook` names by `x`, with torch's own module hooks (`plain_hook`).
 
-    No module returns resid_mid, so there attn_out is replaced with x minus resid_pre.
+    No module returns resid_mid, so for resid_mid, attn_out is replaced by x minus resid_pre.
     """
     if hook.site != "resid_mid":
         with plain_hook(transformer, hook, lambda y: x.reshape(y.shape).clone()):  # Falcon changes the copy in place

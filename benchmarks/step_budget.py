@@ -6,12 +6,12 @@
     python benchmarks/step_budget.py --check                            list steps over or under budget; exit code 1
     python benchmarks/step_budget.py topk --renew                       set the budget to the current cost
 
-Nothing here is measured, and no GPU is needed: milliseconds are a model. The step runs on the simulated GPU of the
-tests, on tensors that have shapes but no values: forward and backward pass, optimizer, mechanisms and metrics, under
-autocast. Each operation below autograd costs launches, FLOPs and bytes (tests/simulated_cuda/cost.py). Its time is
-either the time for its FLOPs at the speed of their dtype or the time for its bytes at the speed of memory, whichever is
-longer. The host queues launches while the GPU computes, so the time of a step is the larger of two sums: the times of
-all launches, and the times of all operations on the GPU.
+Nothing here is measured, and no GPU is needed: times in milliseconds are computed by a cost model. The step runs on the
+simulated GPU of the tests, on tensors that have shapes but no values: forward and backward pass, optimizer, mechanisms
+and metrics, under autocast. Each operation below autograd costs launches, FLOPs and bytes
+(tests/simulated_cuda/cost.py). Its time is either the time for its FLOPs at the speed of their dtype or the time for
+its bytes at the speed of memory, whichever is longer. The host queues launches while the GPU computes, so the time of a
+step is the larger of two sums: the times of all launches, and the times of all operations on the GPU.
 
 step_budget.json has the budgets: launches, FLOPs and bytes. These are counted, so they are equal on every machine with
 the same torch. A test fails if a recipe exceeds its budget. The script needs a CPU build of torch and a C++ compiler.
