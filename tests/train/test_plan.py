@@ -79,7 +79,7 @@ def test_bad_options_are_rejected(sparse_cache, changes: dict, sentence: str) ->
         ("switch", ["normalize=layer_norm", "center=true"], "center=true has no effect with normalize=layer_norm"),
         ("collapse-07", ["groups=7"], "128 latents cannot be divided into 7 equal groups"),
         ("collapse-02", ["contrast_power=-1"], "invalid contrast_power=-1: expected a positive exponent."),
-        ("matryoshka", ["prefixes=99"], "invalid prefixes=99: 128 latents can be halved into 1 to 8 prefixes"),
+        ("matryoshka", ["prefixes=99"], "invalid prefixes=99: 128 latents allow 1 to 8 prefixes"),
         ("switch", ["experts=3"], "128 latents cannot be divided into 3 equal experts"),
         ("jumprelu", ["l0=0", "bandwidth=0"], "invalid l0=0: expected a positive number of latents per token"),
         ("jumprelu-tanh", ["bandwidth=-1"], "bandwidth=-0.1"),

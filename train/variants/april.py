@@ -33,9 +33,9 @@ class WeightedL1(LossTerm):
 
 @recipe("april", paper="Conerly et al. 2024 (Anthropic, April update)", width=1)
 def april(config: RunConfig, l1: float = 5.0, l1_warmup: int | None = None) -> Variant:
-    """Free decoder rows and an L1 penalty weighted by their norms.
+    """An L1 penalty weights each latent by its decoder row's norm.
 
-    Rows are scaled to unit norm when the SAE is saved.
+    Decoder rows can have any norm. They are scaled to unit norm when the SAE is saved.
 
     Args:
         l1: Strength of the penalty in the paper's units, where inputs have E|x| = sqrt(d_in). For inputs with E|x|^2 =
@@ -57,9 +57,9 @@ def april(config: RunConfig, l1: float = 5.0, l1_warmup: int | None = None) -> V
 class PAnnealing(Mechanism):
     """The exponent p decreases from 1 to `end` in `updates` equal decrements.
 
-    The first decrement is at step `start`, the last one interval before step `stop`. At each change, the coefficient is
-    multiplied by the ratio of the old penalty to the new penalty over the last `queue` batches, so that the value of
-    the penalty is continuous.
+    The first decrement takes place at step `start`, and the last decrement takes place one interval before step `stop`.
+    At each change, the coefficient is multiplied by the ratio of the old penalty to the new penalty over the last
+    `queue` batches, so that the value of the penalty is continuous.
 
     Paper: its code makes the last change at the last step, so the SAE is never trained with p_end.
     """

@@ -1,7 +1,7 @@
-"""Controls for what an SAE learns: part of it keeps its random values (Korznikov et al. 2026, arXiv 2602.14111, 4.1).
+"""Controls: SAEs with parameters that stay random (Korznikov et al. 2026, arXiv 2602.14111, section 4.1).
 
     frozen-decoder        W_dec is drawn at random and never trained
-    soft-frozen-decoder   each row of W_dec stays within a cosine of its random start
+    soft-frozen-decoder   each row of W_dec keeps a minimum cosine to its random start
     frozen-encoder        W_enc is drawn at random and never trained
 
 Everything else is as in `batchtopk` (or `topk`). So a score that a control also reaches is not evidence of learned
@@ -46,7 +46,7 @@ class CovarianceStart(Mechanism):
 
 
 class DecoderCone(UnitNormDecoder):
-    """Keeps the rows of W_dec on the unit sphere, within a cosine of their initial values. The last mechanism.
+    """Keeps each row of W_dec at unit norm, and its cosine to its initial value at least `cosine`. The last mechanism.
 
         W_i <- the nearest unit vector with W_i . s_i = cosine,     if W_i . s_i < cosine
 
@@ -84,11 +84,12 @@ class DecoderCone(UnitNormDecoder):
 def base_variant(config: RunConfig, base: Base, k: float, aux: float, aux_k: int | None) -> Variant:
     """The variant that a control changes in one respect."""
     # Paper: uses BatchTopK, JumpReLU and ReLU, and TopK in appendix C. BatchTopK is the default here, because its k
-    # sets L0. Paper: AdamW with rate 2e-4 and batches of 4,098 at width 73,728; here both are those of `batchtopk`.
+    # sets L0. Paper: AdamW with a learning rate of 2e-4 and batches of 4,098 at width 73,728. Here the optimizer
+    # settings and the batch size are those of a run of `batchtopk`.
     if base == "batchtopk":
         return batchtopk(config, k=k, aux=aux, aux_k=aux_k)
     if k != int(k):
-        raise UsageError(f"k={k:g} has to be a whole number with base=topk.")
+        raise UsageError(f"With base=topk, k has to be a whole number, but it is {k:g}.")
     return topk(config, k=int(k), aux=aux, aux_k=aux_k)
 
 
@@ -146,8 +147,8 @@ def soft_frozen_decoder(
     """
     if not 0 <= cosine < 1:
         raise UsageError(
-            f"cosine={cosine:g} is out of range: give 0 up to, but not including, 1. For a decoder that is not trained "
-            "at all, use frozen-decoder."
+            f"cosine={cosine:g} is out of range: give at least 0 and below 1. For a decoder that is not trained at "
+            "all, use frozen-decoder."
         )
     variant = base_variant(config, base, k, aux, aux_k)
     variant.mechanisms[-1] = DecoderCone(variant.sae, cosine)

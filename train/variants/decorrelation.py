@@ -41,7 +41,8 @@ class Decorrelation(LossTerm):
         fraction: |S_t| divided by the number of pairs from which it is chosen.
         tau_over: The pairs from whose correlations tau is computed; see `decorrelation`.
         pair_choice: The pairs among which a step searches for the most correlated ones.
-        block: Latents in a block. A dictionary of fewer than 1.5 blocks is one block.
+        block: Approximate number of latents in a block. A dictionary with fewer than 1.5 times as many latents is not
+            divided.
     """
 
     undivided = "the correlations of latents are those of the whole batch"
@@ -78,7 +79,7 @@ class Decorrelation(LossTerm):
         count = max(1, round(self.fraction * blocks * size * (size - 1) / 2))
         top = upper_GMM.flatten().topk(count, sorted=False)
         # If fewer pairs fire together than `fraction` requires, the remaining chosen entries are zeros in the lower
-        # triangle, which are not pairs. These zeros do not pass, since tau is not negative.
+        # triangle, which are not pairs. These zeros do not exceed tau, since tau is not negative.
         passes_P = top.values > tau
         step.metrics |= {"tau": tau, "mean_correlation": mean, "sd_correlation": sd, "pairs_over_tau": passes_P.sum()}
         return ChosenPairs(upper_GMM, top.values, top.indices, passes_P, tau)
@@ -221,15 +222,15 @@ def decorrelation(
     Paper: states no strength. The paper writes the encoder as f_enc(x), a function of x and not of x - b_dec. It
     mentions no warm-up of the L1 penalty (l1_warmup=0). tau is computed from all off-diagonal correlations (4). A
     latent that is silent in the batch has no correlations, since (2) is 0/0; by default its pairs are left out
-    (tau_over=all counts them as 0). According to 5.1 tau follows running statistics, but according to (4) it uses the
-    statistics of step t; we follow (4). (5) normalizes the rows of W_dec after each update. We also remove the gradient
-    along each row before the update, so that it does not enter Adam's moments. The paper chooses S_t from all pairs
-    (3), which costs more than the rest of a step; by default we choose it from pairs that are drawn at random in each
-    step.
+    (tau_over=all counts them as 0). According to section 5.1, tau follows running statistics, but according to (4) it
+    uses the statistics of step t; we follow (4). (5) normalizes the rows of W_dec after each update. We also remove the
+    gradient along each row before the update, so that it does not enter Adam's moments. The paper chooses S_t from all
+    pairs (3), which costs more than the rest of a step; by default we choose it from pairs that are drawn at random in
+    each step.
 
     Args:
         strength: Strength of the penalty R (1).
-        fraction: Share of the pairs that is penalized, the most correlated ones (3).
+        fraction: Size of S_t, the set of the most correlated pairs, as a share of the pairs from which they are chosen.
         l1: Strength of the L1 penalty (1).
         l1_warmup: Steps over which the L1 penalty rises from zero. None: a twentieth of the run.
         pre_bias: Subtract b_dec from the encoder's input.
@@ -237,10 +238,11 @@ def decorrelation(
             batch. all: every pair; the correlation of a silent latent counts as 0.
         pair_choice: Pairs among which a step searches for the most correlated ones. exact: all pairs (3). blocks: pairs
             within blocks of latents, which are drawn at random in each step; far cheaper for a wide dictionary.
-        block: Approximate number of latents in a block. A dictionary of fewer than 1.5 blocks is a single block.
+        block: Approximate number of latents in a block. A dictionary with fewer than 1.5 times as many latents is not
+            divided.
     """
     if not 0 < fraction <= 1:
-        raise UsageError(f"invalid fraction={fraction:g}: expected a share of the pairs above 0 and up to 1.")
+        raise UsageError(f"invalid fraction={fraction:g}: expected a share of the pairs, above 0 and at most 1.")
     if block < 2:
         raise UsageError(f"invalid block={block}: expected 2 latents or more.")
     variant = relu(config, l1=l1, l1_warmup=l1_warmup, pre_bias=pre_bias)

@@ -107,7 +107,7 @@ class JumpReLU(Activation, name="jumprelu"):
     has_kernels = True
 
     def __init__(self, d_sae: int, bandwidth: float, start: float = 0.0, ste_to_input: bool = False) -> None:
-        super().__init__(d_sae=d_sae, bandwidth=bandwidth)  # the options that a saved SAE needs to encode
+        super().__init__(d_sae=d_sae, bandwidth=bandwidth)  # the options that are saved with the SAE
         self.bandwidth, self.ste_to_input = bandwidth, ste_to_input
         self.threshold = nn.Parameter(torch.full((d_sae,), start))
 
@@ -122,7 +122,7 @@ class JumpReLU(Activation, name="jumprelu"):
         return fires_BF
 
     def count(self, z_BF: Tensor) -> Tensor:
-        """Scalar: the sum of `fires`, by kernels."""
+        """Scalar: the sum of `fires`, computed by an operator with a GPU kernel."""
         count: Tensor = CountByKernels.apply(z_BF, self.threshold, self.bandwidth)
         return count
 
@@ -249,7 +249,7 @@ GEMMA_SCOPE = Optimization(lr=7e-5, beta1=0.0)
 def make_activation(
     config: RunConfig, bandwidth: float, threshold: float, ste_to_input: bool = False, l0: float = 1.0
 ) -> JumpReLU:
-    """The activation of any of the three recipes. Raises a UsageError that lists every invalid option."""
+    """The activation that all three recipes use. Raises a UsageError that lists every invalid option."""
     errors = []
     if bandwidth <= 0:
         errors.append(
@@ -291,7 +291,8 @@ def jumprelu(
     """Learned thresholds under a penalty that keeps L0 at `l0`.
 
     The penalty is (L0/l0 - 1)^2. A threshold moves by about the learning rate per step, so at the default rate a run of
-    a thousand steps ends far above `l0`. With `--l0`, only the thresholds move faster, and the run reaches its target.
+    a thousand steps ends far above `l0`. With `--l0`, the updates of the thresholds are scaled up, so that the run
+    reaches its target.
 
     Args:
         l0: Target number of active latents per token.

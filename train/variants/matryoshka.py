@@ -81,7 +81,7 @@ def matryoshka(
     k_anneal_steps: int = 0,
     k_start: float | None = None,
 ) -> Variant:
-    """`batchtopk` whose first n/2, n/4, ... latents also reconstruct alone.
+    """`batchtopk` that also decodes x from its first n/2, n/4, ... latents.
 
     Args:
         k: Active latents per token, on average over the batch.
@@ -94,8 +94,8 @@ def matryoshka(
     most = config.d_sae.bit_length()
     if not 1 <= prefixes <= most:
         raise UsageError(
-            f"invalid prefixes={prefixes}: {config.d_sae} latents can be halved into 1 to {most} prefixes. "
-            "Set fewer, or a larger --width."
+            f"invalid prefixes={prefixes}: {config.d_sae} latents allow 1 to {most} prefixes, because each prefix is "
+            "half as long as the next. Set fewer prefixes, or a larger --width."
         )
     variant = batchtopk(config, k=k, aux=aux, aux_k=aux_k, k_anneal_steps=k_anneal_steps, k_start=k_start)
     nested = NestedMSE([config.d_sae >> g for g in reversed(range(prefixes))])

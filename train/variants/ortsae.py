@@ -67,7 +67,8 @@ def ortsae(
 ) -> Variant:
     """`batchtopk` with a penalty on each decoder row's nearest row.
 
-    In each step, the rows are divided at random into chunks. The nearest row is searched within the chunk.
+    In each step, the rows are divided at random into chunks. For each row, only the
+    other rows of its chunk are searched for the nearest one.
 
     Paper: its text was not available; the values of strength and chunk are ours.
 

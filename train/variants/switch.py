@@ -1,4 +1,4 @@
-"""Switch SAE (Mudide et al. 2024): a router sends each token to one expert, a share of the latents.
+"""Switch SAE (Mudide et al. 2024): the latents are divided into experts, and a router sends each token to one.
 
     p     = softmax((x - b_router) W_router),     e = argmax p
     f     = TopK(p_e ReLU(z)) among the latents of expert e

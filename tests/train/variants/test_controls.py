@@ -205,9 +205,9 @@ def test_parts_are_those_of_the_base() -> None:
 def test_options_that_cannot_work_are_refused() -> None:
     setting = RunConfig(32, 128, 40, 64)
     for cosine in (1.0, 1.5, -0.1):
-        with pytest.raises(UsageError, match=f"cosine={cosine:g} is out of range: give 0 up to, but not including, 1"):
+        with pytest.raises(UsageError, match=f"cosine={cosine:g} is out of range: give at least 0 and below 1"):
             find_recipe("soft-frozen-decoder").make(setting, {"cosine": cosine})
-    with pytest.raises(UsageError, match=r"k=2.5 has to be a whole number with base=topk"):
+    with pytest.raises(UsageError, match="With base=topk, k has to be a whole number, but it is 2.5"):
         find_recipe("frozen-encoder").make(setting, {"k": 2.5, "base": "topk"})
     with pytest.raises(UsageError, match="base=relu is unknown: expected one of batchtopk, topk"):
         find_recipe("frozen-decoder").make(setting, {"base": "relu"})

@@ -79,5 +79,5 @@ def test_one_choice_serves_every_prefix() -> None:
 
 @pytest.mark.parametrize("prefixes", [0, 6])
 def test_prefixes_of_no_latents_are_refused(prefixes) -> None:
-    with pytest.raises(UsageError, match="halved into 1 to 5 prefixes"):
+    with pytest.raises(UsageError, match="allow 1 to 5 prefixes"):
         built("matryoshka", prefixes=prefixes)

@@ -5,7 +5,7 @@
 `recipes.py` defines the eleven runs in order, and `options.py` their options. The modules follow the paper's method
 section: `monitors.py`, `groups.py` and `orthogonality.py` implement section 4.1; `losses.py`, `l1_controller.py` and
 the winner-take-all in `groups.py` implement 4.2; `batch_norm.py` implements 4.3. Every default is an interpretation
-that works. Where the paper's own setting differs, an option has a value for that setting.
+of the paper that works. Where the paper's own setting differs from a default, the option can be set to it.
 
 Paper: names five pairs of runs; the split within each pair is ours. The paper states no alpha, no beta, and no rule for
 lambda within its bounds. Paper: interprets an absorption of 0 and a split-feature score of 1 as a collapse. But 0 is

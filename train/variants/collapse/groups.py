@@ -70,7 +70,7 @@ class GroupUpdate(Mechanism):
         raise NotImplementedError
 
     def weights(self, step: Step) -> list[Tensor]:
-        """The weights that are scaled: (F, D), then (..., F)."""
+        """The weights that are scaled: first one of shape (F, D), then those of shape (..., F)."""
         return [self.rows.parameter(step.sae).data, step.sae.W_enc.data, step.sae.b_enc.data]
 
     def after_backward(self, step: Step) -> None:
@@ -131,22 +131,22 @@ class GroupLearningRate(GroupUpdate):
 
 
 class GroupSampling(GroupUpdate):
-    """In each step, draws a share of the groups by recent utilization, and updates only these groups.
+    """In each step, draws some groups at random, more often those used recently, and updates only these groups.
 
         s_g = 0.1/G + 0.9 u_g / sum u,   p_g = min(1, share G s_g),   update <- update [g drawn] / p_g
 
     u_g is the EMA of (2), whose decay is the momentum. One uniform random number per step determines which groups are
     drawn (systematic sampling). So g is drawn with probability p_g, and about `share` of the groups are drawn in every
-    step. Because of the factor 1/p_g, the expected update equals the update without sampling, and sampling does not
-    change the rates of (2), which run 8 adds. While a group is not drawn, no weight of its latents changes, not even in
-    a batch norm, but the Adam moments of these weights do.
+    step. Because of the factor 1/p_g, the expected update equals the update without sampling. So sampling does not
+    change the learning rates that run 8 adds (2). While a group is not drawn, no weight of its latents changes, not
+    even in a batch norm. The Adam moments of these weights still change.
 
     `groups_skipped` counts, over all steps, the groups that were not drawn.
 
-    Paper: says only "adaptive per-group learning rates maintained through momentum-based importance sampling" (4.3),
-    for every run (5). The share, the uniform part 0.1/G and the factor 1/p are ours. Without the uniform part, a silent
-    group would never be drawn again. Without 1/p, the sampling itself would scale rates by utilization, and (2) would
-    have its effect twice.
+    Paper: says only "adaptive per-group learning rates maintained through momentum-based importance sampling" (section
+    4.3), and uses importance sampling in every run (section 5). The share, the uniform part 0.1/G and the factor 1/p
+    are ours. Without the uniform part, a silent group would never be drawn again. Without 1/p, the sampling itself
+    would scale learning rates by utilization, so the effect of (2) would be applied twice.
     """
 
     acted_groups_skipped: Tensor  # () int64
@@ -190,7 +190,8 @@ class GroupSampling(GroupUpdate):
 
 # 4.2, third process: winner-take-all with local inhibition.
 
-COUNTED_TOKENS = 128  # number of tokens of a batch that are counted; counting all would need a pass over all latents
+# The counts of `WinnerTakeAll` cover only this many tokens of a batch; all tokens would need a pass over all latents.
+COUNTED_TOKENS = 128
 
 
 class WinnerTakeAll(Activation, name="winner_take_all"):
@@ -260,7 +261,7 @@ class WinnerTakeAll(Activation, name="winner_take_all"):
 
 
 class Neighbours(Mechanism):
-    """Finds each latent's nearest neighbors every `every` steps, by angles between encoder or decoder directions.
+    """Finds each latent's nearest neighbors at intervals of `every` steps, by cosines of encoder or decoder directions.
 
     The activation's `near_scope` determines whether the latent's group or the whole dictionary is searched.
 

@@ -17,11 +17,11 @@ class ContrastLoss(LossTerm):
 
     v_i is the row of latent i in the decoder, or its activations over the batch (`on`).
 
-    Paper: measures the "cosine similarity between features", where f denotes activations. Decoder rows are the default
-    here, because over few tokens the activations of unrelated latents look alike, and an inactive latent is similar to
-    no other latent. Paper: after the sketch, the cosine of unrelated rows has a standard deviation of 1/sqrt(128) =
-    0.088. So at the final tau of 0.05, more than half of all unrelated pairs count as similar. Without `sketch`,
-    cosines are exact.
+    Paper: measures the "cosine similarity between features", and its f denotes activations. By default, we compare
+    decoder rows, because over few tokens the activations of unrelated latents look alike, and an inactive latent is
+    similar to no other latent. Paper: after the sketch, the cosine of unrelated rows has a standard deviation of
+    1/sqrt(128) = 0.088. So at the final tau of 0.05, more than half of all unrelated pairs count as similar. Without
+    `sketch`, cosines are exact.
     """
 
     def __init__(
@@ -98,10 +98,10 @@ class ImportanceWeightedMSE(LossTerm):
 
 
 class BalancedLoss(LossTerm):
-    """Scales down a loss whose gradient is long.
+    """Scales down a loss whose gradient has a large norm.
 
-    The gradient of the loss, times the loss's coefficient, is then at most `rho` times as long as the gradient of the
-    reconstruction error.
+    After that, the norm of the gradient of the loss, times the loss's coefficient, is at most `rho` times the norm of
+    the gradient of the reconstruction error.
 
     Paper: mentions gradient balancing without defining it. Each balanced loss needs an extra backward pass.
     `losses_balanced` counts the losses that were scaled down in a step.

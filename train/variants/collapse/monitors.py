@@ -12,10 +12,13 @@ from ...step import Mechanism, Step
 
 
 class Sketch(Mechanism):
-    """Projects rows to S dimensions by R, the Q of a random Gaussian matrix. Angles change by about 1/sqrt(S) (4.1).
+    """Projects rows to S dimensions with a random matrix R, which changes angles by about 1/sqrt(S) (4.1).
+
+    R is the Q of the QR decomposition of a Gaussian matrix.
 
     Paper: R is d_sae x 128 and projects features. With d_sae = d_in, a feature could be a decoder row or the latents of
-    a token. `on` selects the decoder, the encoder or the activations. For activations, only lengths are logged.
+    a token. `on` selects the decoder, the encoder or the activations. For activations, only the ratio of the norms
+    after and before the projection is logged.
     """
 
     every = 50

@@ -242,7 +242,7 @@ class WinnerTakeAllOptions(GroupRateOptions):
         if self.neighbours <= 0:
             yield f"invalid neighbours={self.neighbours}: expected a positive number."
         if not 0 < self.wta_share <= 1:
-            yield f"invalid wta_share={self.wta_share:g}: expected a share of the latents above 0 and up to 1."
+            yield f"invalid wta_share={self.wta_share:g}: expected a share of the latents, above 0 and at most 1."
         if self.gamma < 0:
             yield f"invalid gamma={self.gamma:g}: expected 0 or more."
 

@@ -25,10 +25,10 @@ def count_moved(rows_FD: Tensor, before_FD: Tensor) -> Tensor:
 class GroupOrthogonalityLoss(LossTerm):
     """L_orth = mean_G |D_G D_G^T - I|_F^2 / M^2 (5), with D_G the rows of a group. Gram-Schmidt makes it 0.
 
-    On activations, D_G contains the latents of a group over the batch, each normalized to length 1. The diagonal is
-    left out, because an inactive latent cannot be normalized.
+    With `on` = "activations", the rows of D_G are instead the values of each latent over the batch, normalized to
+    length 1. The diagonal is left out, because an inactive latent cannot be normalized.
 
-    Paper: "penalizes non-orthogonal feature components", where f denotes activations.
+    Paper: the loss "penalizes non-orthogonal feature components", and the paper's f denotes activations.
     """
 
     def __init__(self, rows: DecoderRows, on: str = "decoder") -> None:
@@ -50,10 +50,11 @@ class GroupOrthogonalityLoss(LossTerm):
 
 
 def gram_schmidt(rows_GMD: Tensor) -> Tensor:
-    """Unit rows in the directions of (3), by a QR: modified Gram-Schmidt gives Q diag(R), up to R's signs.
+    """Unit rows with the directions that (3) gives, computed by a QR decomposition.
 
-    A QR can handle nearly dependent rows, such as d random rows in d dimensions. Training steps use
-    `gram_schmidt_by_products`.
+    Modified Gram-Schmidt gives the columns of Q diag(R), so the unit rows are the columns of Q, each with the sign of
+    its element of diag(R). A QR can handle nearly dependent rows, such as d random rows in d dimensions. Training steps
+    use `gram_schmidt_by_products`.
 
     Paper: sums over j <= k, which subtracts a row from itself; it should be j < k.
     """
@@ -65,8 +66,9 @@ def gram_schmidt(rows_GMD: Tensor) -> Tensor:
 def cholesky_factor(gram_GMM: Tensor) -> tuple[Tensor, Tensor]:
     """L with A A^T = L L^T.
 
-    First, 1e-6 of the diagonal's mean is added to the diagonal, since silent latents are rows of zeros. Also returns,
-    for each group (G), the row at which rounding made the factorization fail, or 0 if it succeeded.
+    First, 1e-6 times the diagonal's mean is added to the diagonal, since silent latents are rows of zeros, which make
+    A A^T singular. Also returns, for each group (G), the row at which rounding made the factorization fail, or 0 if it
+    succeeded.
     """
     guard_G = 1e-6 * gram_GMM.diagonal(dim1=1, dim2=2).mean(1) + 1e-12
     eye_MM = torch.eye(gram_GMM.shape[1], device=gram_GMM.device, dtype=gram_GMM.dtype)
@@ -86,7 +88,7 @@ def gram_schmidt_matrix(gram_GMM: Tensor) -> Tensor:
 
 
 def gram_schmidt_by_products(rows_GMD: Tensor) -> Tensor:
-    """Unit rows in the directions of (3), by two Cholesky factors of Gram matrices instead of a QR.
+    """Unit rows with the directions that (3) gives, computed by two Cholesky factorizations instead of a QR.
 
     A QR processes the rows one by one; on a GPU, each row needs one or more kernel launches. A Gram matrix squares the
     condition number of the rows, so a second factorization corrects the error of the first. For the free rows of a run,
@@ -104,10 +106,10 @@ def gram_schmidt_by_products(rows_GMD: Tensor) -> Tensor:
 class GramSchmidt(Mechanism):
     """Computes W_dec from free rows by (3), group by group. The optimizer updates the free rows; W_dec is saved.
 
-    With `gradient` = "straight_through", the gradient of a row of W_dec is passed to its free row, without the
-    components along either of these rows; "through" differentiates (3). The first row of a group keeps its direction
-    and the last row changes most; `order` = "utilisation" puts the most used latents first. If there is a sketch, (3)
-    uses the inner products of the sketched rows.
+    With `gradient` = "straight_through", each free row gets the gradient of its row of W_dec, minus the components
+    along these two rows. With "through", (3) is differentiated. The first row of a group keeps its direction and the
+    last row changes most; `order` = "utilisation" puts the most used latents first. If there is a sketch, (3) uses the
+    inner products of the sketched rows.
 
     `orthogonalized` counts, over all steps, the rows that (3) moved by more than rounding.
     """
@@ -130,7 +132,7 @@ class GramSchmidt(Mechanism):
         self.register_buffer("acted_orthogonalized", torch.zeros((), dtype=torch.int64))
 
     def orthogonalize(self, free_FD: Tensor) -> Tensor:
-        """Apply (3) to free rows (F, D). Returns unit rows (F, D)."""
+        """Apply (3) to the free rows (F, D). Returns unit rows (F, D)."""
         rows_GMD = free_FD.unflatten(0, (self.rows.groups, -1))
         order_GM1 = None
         if self.order == "utilisation":
@@ -235,7 +237,7 @@ class HardOrthogonality(Mechanism):
 def init_orthonormal(sae: SAE, rows: DecoderRows, part: str) -> None:
     """Start with orthonormal decoder rows in each group and the encoder as their transpose.
 
-    Raises UsageError if a group has more than d_in latents. `part` names the part that needs orthonormal rows.
+    Raises UsageError if a group has more than d_in latents. The error message begins with `part`.
     """
     size = sae.d_sae // rows.groups
     if size > sae.d_in:

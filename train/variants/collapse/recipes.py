@@ -151,7 +151,10 @@ def add_baseline(parts: CollapseParts, options: o.BaselineOptions) -> None:
 
 
 def add_monitors(parts: CollapseParts, options: o.MonitorOptions) -> None:
-    """Add monitors: a projection and utilization."""
+    """Add monitors of row angles and utilization.
+
+    The angles are those after a random projection of the rows.
+    """
     config = parts.config
     parts.sketch = Sketch(config.d_in, config.d_sae, options.jl_dim, options.jl_on)
     parts.utilization = UtilizationEMA(config.d_sae, options.beta)
@@ -159,7 +162,7 @@ def add_monitors(parts: CollapseParts, options: o.MonitorOptions) -> None:
 
 
 def add_contrast(parts: CollapseParts, options: o.ContrastOptions) -> None:
-    """Add a contrast loss on rows at a small angle."""
+    """Add a contrast loss on nearly parallel rows."""
     tau = cosine(options.tau_max, options.tau_min, parts.config.steps)
     sketch = parts.sketch if options.contrast_cos == "jl" else None
     across_groups = options.contrast_cos != "exact_group"
@@ -169,7 +172,9 @@ def add_contrast(parts: CollapseParts, options: o.ContrastOptions) -> None:
 
 
 def add_dynamic_l1(parts: CollapseParts, options: o.DynamicL1Options) -> None:
-    """Add an L1 penalty that changes within falling bounds.
+    """Add an L1 penalty of adaptive strength within bounds.
+
+    Both bounds decrease during training.
 
     `--l0` does not use this controller, because with its bounds and its kappa, L0 overshoots the target by far. With
     `--l0`, lambda is controlled as in every other recipe.
@@ -245,7 +250,10 @@ def add_winner_take_all(parts: CollapseParts, options: o.WinnerTakeAllOptions) -
 
 
 def add_hard_orthogonality(parts: CollapseParts, options: o.HardOrthogonalityOptions) -> None:
-    """Add orthonormal rows in each group after every update."""
+    """Add a projection of each group onto orthonormal rows.
+
+    By default, the rows are projected after every update.
+    """
     # Paper: keeps (3) in the forward pass as well, but (3) does not change orthonormal rows.
     init_orthonormal(parts.sae, parts.rows, "Hard orthogonality")
     parts.mechanisms.append(HardOrthogonality(parts.rows, options.hard_every))
@@ -278,7 +286,7 @@ RUNS = (
 
 
 def build(config: RunConfig, options: o.BaselineOptions) -> Variant:
-    """The variant of the run that has these options, with the parts of runs 0, 1, ... up to this run."""
+    """Build the variant of the run to which these options belong, with the parts of this run and all earlier runs."""
     parts = CollapseParts(config, options)
     for run in RUNS:
         if isinstance(options, run.options):

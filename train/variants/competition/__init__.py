@@ -9,8 +9,8 @@ when the rarer one does, relative to chance. Both this maximum and <f_i, f_j> ar
 no effect on (5).
 
 The paper's own settings are `tau_on=lift reduction=sum pair_store=dense`, and `diagonal=true` to include i = j in the
-sum. Two of these settings do not work as intended (`PAPER_EXACT` in `recipes.py`). The defaults are interpretations
-that work.
+sum. Two of these settings do not work as intended (`PAPER_EXACT` in `recipes.py`). The defaults are our own
+interpretations of the equations, which do work as intended.
 
 Paper: (5) is a sum over all i, j. By default, tau applies to P instead of c, the sum is replaced by the mean over the
 pairs that pass, and i = j is left out. With i = j, c_ii = P(f_i | f_i) / (k/n) = n/k, so the diagonal is (n/k) sum_i
@@ -20,14 +20,14 @@ The dense J has n^2 entries, 1.4 GB at n = 18432, and its matrix products take n
 operations of the rest of a step. With k latents per token, few pairs ever pass. So `pair_store=table` tracks a fixed
 number of pairs and searches for better pairs at intervals. Every step counts how often each pair of the table fires
 together. But it penalizes only one in `turns` pairs, and different pairs in each step, because penalizing all pairs
-would read all their rows from memory in every step. Since beta averages over about a hundred steps, pairs that pass
-keep passing for many steps, so each such pair is penalized before its statistics change.
+would read all their rows from memory in every step. Since beta averages over about a hundred steps, a pair that passes
+tau does so for many steps, so its turn to be penalized comes before its statistics have changed much.
 
 Paper: states two different values for the number of steps, for k and for every result. The paper prints the L1
 baseline's numbers as the results of "no competition"; here `competition-off` is the same model without (5), and
 `competition-baseline` is the L1 baseline. The paper mentions no warm-up of lambda_1; the recipes here have one unless
 `l1_warmup=0`. The paper writes E(x), so the encoder does not see x - b_dec. It does not state the activation or the
-units of the loss; the baseline's explained variance of 0.293 points to `reconstruction=mean normalize=none`.
+units of the loss; the baseline's explained variance of 0.293 suggests `reconstruction=mean normalize=none`.
 
 `pairs.py` implements (3), `penalty.py` implements (4) and (5), and `recipes.py` defines the options and the recipes.
 

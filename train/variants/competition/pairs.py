@@ -1,4 +1,4 @@
-"""The statistics of pairs of latents (3): how often each fires, and how often both fire together.
+"""Statistics of pairs of latents (3): how often each latent fires, and how often the two of a pair fire together.
 
 The statistics cover all pairs (`DensePairs`) or a table of some pairs (`PairTable`). The docstring of this package
 explains the shape suffixes.
@@ -22,10 +22,10 @@ MIN_RATE = 1e-5  # latents that fire on a smaller share of tokens have no condit
 
 
 class Coactivation(Mechanism):
-    """p_i = P(f_i > 0) and J_ij = P(f_i > 0, f_j > 0), averaged over steps: a <- beta a + (1 - beta) of the batch.
+    """p_i = P(f_i > 0) and J_ij = P(f_i > 0, f_j > 0), averaged over steps: p <- beta p + (1 - beta) p_batch.
 
-    Each unordered pair occurs once. A subclass determines which pairs are tracked, and thereby the shape S of all
-    per-pair tensors.
+    J is averaged in the same way. Each unordered pair occurs once. A subclass determines which pairs are tracked, and
+    thereby the shape S of all per-pair tensors.
 
     Paper: says only "exponential moving averages (decay rate 0.99)". Our averages start at zero and are divided by
     their accumulated weight, 1 - beta^t. This does not change J / p, except for pairs that enter a table after the
@@ -73,7 +73,7 @@ class Coactivation(Mechanism):
 
     @abstractmethod
     def joint(self, i: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """J (S), and a mask (S) of the entries that are pairs with statistics."""
+        """J (S), and a mask (S) that is true where the entry is a pair i < j whose J has been measured."""
 
     @abstractmethod
     def ends(self, value_F: Tensor, i: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -126,8 +126,9 @@ class PairTable(Coactivation):
 
     Every `every` steps the table is refreshed: all pairs of the last batch are ranked together with the pairs in the
     table, and the best are kept. For a new pair, J starts at the step of the refresh, with a separate weight in
-    `seen_P`. A table with room for all pairs contains them from the start and equals `DensePairs` in another shape.
-    `by` selects the ranking: "cofire" by conditional probability, "cosine" by the cosine of the decoder rows.
+    `seen_P`. A table with room for all pairs contains them from the start. It has the same statistics as `DensePairs`,
+    but as a list of pairs instead of a matrix. `by` selects the ranking: "cofire" by conditional probability, "cosine"
+    by the cosine of the decoder rows.
 
     Step i compares the pairs i, i + `turns`, i + 2 `turns`, ... of the table. These pairs cover all ranks, because a
     refreshed table is sorted. `turns` has to divide the number of pairs; a table that holds all pairs ignores `turns`.
@@ -171,7 +172,7 @@ class PairTable(Coactivation):
         self.seen_P += (1 - self.beta) * (1 - self.seen_P)
 
     def in_turn(self, column_P: Tensor, i: Tensor | None) -> Tensor:
-        """The entries of a column of the table that step i compares."""
+        """The entries of one column of the table, for only those pairs that step i compares."""
         if i is None or self.turns == 1:
             return column_P
         return column_P.view(-1, self.turns).index_select(1, (i % self.turns).view(1)).squeeze(1)
@@ -223,7 +224,11 @@ class PairTable(Coactivation):
         self.seen_P.copy_(torch.where(stays_P, self.seen_P[slot_P], 0))
 
     def candidates(self, step: Step, unit_FD: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield scores (I, F) of pairs not in the table, one block of first latents at a time. 0: not a candidate."""
+        """For each block of I adjacent latents, yield the index of the first one and the scores (I, F) of their pairs.
+
+        Each pair is scored once, in the row of its first latent. A score of 0 means that the pair is not a candidate,
+        for example because it is in the table.
+        """
         fires_BF = (step.f_BF.detach() > 0).float()
         n, size = fires_BF.shape[1], max(1, BLOCK // fires_BF.shape[1])
         # Paper: follows every pair. Here candidates are ranked as if each latent had fired three more times without the
@@ -245,7 +250,7 @@ class PairTable(Coactivation):
 def pack_tokens(fires_BF: Tensor) -> Tensor:
     """(F, B/64) int64: one bit per latent and token, set if the latent fires.
 
-    Comparing two latents takes B/64 words.
+    To compare two latents, B/64 words of each are read.
     """
     fires_BF = fires_BF.view(torch.uint8)
     if rest := -len(fires_BF) % 64:
@@ -286,16 +291,18 @@ class PairProducts(torch.autograd.Function):
 
 def rounded_products(left_FX: Tensor, right_FX: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
     """(P): <left_i, right_j>, in the dtype of the rows, from one pass over them. Sums are in float32."""
-    start_F = torch.zeros_like(first_P[:1])  # required but not read: `first_P` gives the rows of `left_FX`
+    # The operator requires `start_F` but does not read it, because `first_P` gives the rows of `left_FX`.
+    start_F = torch.zeros_like(first_P[:1])
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
         left_FX.contiguous(), right_FX.contiguous(), second_P, start_F, first_P, 0
     )
 
 
 def weighted_sums(weight_P: Tensor, row_FX: Tensor, from_P: Tensor, to_P: Tensor) -> Tensor:
-    """(F, X): for each latent, the weighted sum of the rows `from_P` of its pairs, in a deterministic order.
+    """(F, X): for latent i, the sum over its pairs (`to_P` = i) of `weight_P` times row `from_P` of `row_FX`.
 
-    The rows are sorted by latent and then summed. A GPU would add rows in place in an arbitrary order.
+    For a deterministic order, the pairs are sorted by latent before the rows are summed. A GPU would add rows in place
+    in an arbitrary order.
     """
     to_P, order_P = to_P.sort(stable=True)
     first_F = torch.searchsorted(to_P, torch.arange(len(row_FX), device=to_P.device))

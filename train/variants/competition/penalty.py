@@ -56,7 +56,7 @@ class CompetitionLoss(LossTerm):
         with torch.no_grad():
             weight_S, count = self.weights(step.sae, step.i)
         step.metrics |= {"pairs_above": count, "mean_coefficient": weight_S.sum() / count.clamp_min(1)}
-        times = 2 * self.pairs.turns  # counts (i, j) and (j, i); step i compares one in `turns` pairs
+        times = 2 * self.pairs.turns  # 2 for (i, j) and (j, i); `turns` for the pairs that other steps compare
         total = times * (weight_S * self.similarity(vector_FX, step.i).square()).sum()
         ordered = times * count
         if self.diagonal:
@@ -103,7 +103,7 @@ class CompetitionLoss(LossTerm):
         return torch.where(first_moves_S, *moving)
 
     def squared_length(self, vector_FX: Tensor) -> Tensor:
-        """<v_i, v_i> (F). Unless `direction` is symmetric, the gradient is halved, as for one latent of a pair."""
+        """<v_i, v_i> (F). Unless `direction` is symmetric, the gradient is halved: it reaches only one factor."""
         other_FX = vector_FX if self.direction == "symmetric" else vector_FX.detach()
         return (vector_FX * other_FX).sum(1)
 
@@ -114,8 +114,8 @@ class CompetitionLoss(LossTerm):
 
         This is "correlation r = 0.82 between semantic similarity and competition strength" (3.1). If the pairs have
         more than `BLOCK` elements, r is computed on an evenly spaced subset. r is 0 if fewer than three pairs pass, or
-        if all pairs have the same weight or cosine. Paper: does not say which pairs it uses; below tau, the strength of
-        competition is zero.
+        if all pairs have the same weight or cosine. Paper: does not say which pairs it uses. Here the pairs below tau
+        are left out, since for them the strength of competition is zero.
         """
         weight_M, cosine_M = self.pairs.sample(self.weights(sae)[0], F.normalize(sae.W_dec, dim=1))
         passes_M = weight_M > 0
@@ -164,7 +164,10 @@ def competition_strength(strength: float, steps: int) -> Coefficient:
 
 
 def add_competition(variant: Variant, strength: Coefficient, loss: CompetitionLoss) -> Variant:
-    """Add the loss to a variant, and its statistics and monitor to the variant's mechanisms before the unit norm."""
+    """Add the loss to a variant, and insert the loss's statistics and monitor before the variant's last mechanism.
+
+    The last mechanism normalizes the decoder rows.
+    """
     variant.add_term("competition", strength, loss)
     for mechanism in (loss.pairs, CompetitionMonitor(strength, lambda: loss.correlation(variant.sae))):
         variant.mechanisms.insert(len(variant.mechanisms) - 1, mechanism)

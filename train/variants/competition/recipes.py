@@ -77,7 +77,7 @@ class CompetitionOptions(RecipeOptions):
     aux: float = 0.0
     """Weight of AuxK, which revives dead latents. The paper does not use it."""
     reconstruction: Reconstruction = "sum"
-    """Sum or mean of the squared error over d_in. The paper's numbers point to mean, with normalize=none."""
+    """Sum or mean of the squared error over d_in. The paper's numbers suggest mean, with normalize=none."""
     pre_bias: bool = False
     """Subtract b_dec from the encoder's input. The paper writes E(x)."""
 
@@ -198,7 +198,7 @@ def baseline(
     Args:
         l1: Strength of the L1 penalty.
         l1_warmup: Steps over which the L1 penalty rises from zero. None: a twentieth of the run.
-        reconstruction: Sum or mean of the squared error over d_in. The paper's numbers point to mean, with
+        reconstruction: Sum or mean of the squared error over d_in. The paper's numbers suggest mean, with
             normalize=none.
         pre_bias: Subtract b_dec from the encoder's input. The paper writes E(x).
     """

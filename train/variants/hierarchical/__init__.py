@@ -20,14 +20,14 @@ so both of these readings give the same number; k = 320 makes lambda_0 2.7 times
 reading.
 
 Paper: says that its input is normalized "using per-layer statistics from a 10K token sample", but not which statistics.
-We assume the mean and the standard deviation of each dimension (`normalize=standardize`). The losses that the paper
-prints are sums over raw activations. So L_recon in (5) is in units of raw activations for any normalization, unless
-`alpha_units=input` is set. The target 2.5 presumes a variance of 24, which is that of raw activations at the paper's
-layer.
+We assume that these are the mean and the standard deviation of each dimension (`normalize=standardize`). The losses
+that the paper prints are sums over raw activations. So L_recon in (5) is in units of raw activations for any
+normalization, unless `alpha_units=input` is set. The target 2.5 presumes a variance of 24, which is that of raw
+activations at the paper's layer.
 
 Paper: trains with Adam and weight decay 0.01, added to the gradient, and mentions neither warm-up nor decay of the
-learning rate. The defaults here are AdamW's decay of W_enc only, and this package's learning rate schedule. The paper's
-readings (evaluate/papers/004.toml) use the paper's settings.
+learning rate. By default, we use AdamW with weight decay for W_enc only, and this package's learning rate schedule. Our
+readings of the paper (evaluate/papers/004.toml) use the paper's settings instead.
 """
 
 from . import recipes  # noqa: F401  (registers them)

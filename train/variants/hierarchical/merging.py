@@ -10,7 +10,7 @@ from .window import ResampleByWindow
 
 
 def match_pairs(cosine_FF: Tensor, above: float) -> tuple[Tensor, Tensor]:
-    """Disjoint pairs i < j with a cosine above `above`. The most similar pairs come first, and no latent occurs twice.
+    """Disjoint pairs i < j whose cosine exceeds `above`. The most similar pairs come first, and no latent occurs twice.
 
     Paper: calls this hierarchical clustering and prints a rule for two latents, but does not say how to choose pairs.
     """
@@ -27,7 +27,9 @@ def match_pairs(cosine_FF: Tensor, above: float) -> tuple[Tensor, Tensor]:
 
 
 class MergeSimilar(Mechanism):
-    """Merges latents i, j with a cosine above `above`: i becomes the average of both (7). Their Adam state is reset.
+    """Merges latents i and j if their cosine exceeds `above`: i becomes the average of both (7).
+
+    The Adam state of both latents is reset.
 
     Paper: does not say which vectors the cosine compares, nor what happens to j, to W_dec and to b_enc. Here `on`
     selects cosines of the rows of W_dec or of the columns of W_enc. `average` selects the weights that are averaged:

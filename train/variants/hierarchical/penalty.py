@@ -12,8 +12,8 @@ class AdaptivePenalty(Mechanism):
     """alpha = clamp(target / L_recon, low, high), without a gradient (5).
 
     alpha is used as a coefficient. The mechanism's state includes the average of L_recon. L_recon is the error on the
-    SAE's normalized input, multiplied by `scale`. If `scale` is 1, the error is in units of this input; if `scale` is
-    the divisor of the normalization, the error is in units of the cache. `reading` selects L_recon:
+    SAE's normalized input, multiplied by `scale`. If `scale` is 1, L_recon is in units of the normalized input. If
+    `scale` is the divisor of the normalization, L_recon is in units of the raw activations. `reading` selects L_recon:
         mean   the mean squared error per element; at the paper's explained variance this is 2.35 = 0.098 * 24 for raw
                rows, so alpha is 1.06
         sum    the squared error per token, like the paper's loss of 4,668; alpha is then always 0.1

@@ -154,9 +154,9 @@ def resampling(config: RunConfig, options: HierarchicalOptions, dead: DeadLatent
     if options.restarts == "never":
         return []
     if options.restarts == "dead":
-        # Paper: one ablation restarts dead latents before the window is introduced. The paper does not say which
-        # latents count as dead there. Here dead latents are those that this package counts as dead, or the
-        # latents that (4) calls dead on a single batch.
+        # Paper: the second ablation restarts dead latents, but only the third one adds (4). The paper does not say
+        # which latents count as dead in the second one. `dead_by` selects either the latents that this package
+        # counts as dead, or those that are dead by (4) on a single batch.
         every = options.resample_every
         if options.dead_by == "tokens":
             return [ResampleDead(dead, every, until)]
@@ -247,7 +247,7 @@ def with_optimization(variant: Variant) -> Variant:
 def topk(config: RunConfig, k: int = K, aux: float = 1 / 32) -> Variant:
     """The paper's TopK baseline.
 
-    Paper: does not mention AuxK; the paper's readings set aux=0.
+    Paper: does not mention AuxK; our readings of the paper set aux=0.
 
     Args:
         k: Active latents per token.
@@ -261,7 +261,7 @@ def batchtopk(config: RunConfig, k: float = K, aux: float = 1 / 32) -> Variant:
     """The paper's BatchTopK baseline.
 
     Paper: states no k for this baseline; the default is the k of the TopK baseline. The paper does not mention AuxK, so
-    the paper's readings set aux=0.
+    our readings of the paper set aux=0.
 
     Args:
         k: Active latents per token, on average over the batch.

@@ -24,7 +24,7 @@ class ResampleByWindow(ResampleDead):
     """
 
     fired_WF: Tensor  # the terms of the sum, in a ring buffer
-    acted_silent: Tensor  # () int64, total number of latents with p_i < below
+    acted_silent: Tensor  # () int64, number of latents with p_i < `below`, summed over all checks
     leaves_weights = True
     combine = "mean"
 

@@ -7,12 +7,13 @@
     T     = T_base (1 + (exp(exp(rho) - 1) - 1) s), within [0.05, 0.3], momentum 0.99             (6)
 
 The options for the paper's own equations are `utilization=mean n_ref=none interval=1 competition=softmax cut=0`.
-`PAPER_EXACT` in `recipes.py` explains why each of these settings does not work as intended. The defaults are
-interpretations that work. The paper's text adds `l1_on=both` (7), `anneal_steps=2000` (section 4.3), `init=uniform` and
-`normalize=layer_norm` (section 5); the paper's readings in evaluate/papers/001.toml set these options.
+`PAPER_EXACT` in `recipes.py` explains why each of these settings does not work as intended. The defaults are our own
+interpretations of the equations, which do work as intended. The paper's text also implies `l1_on=both` (7),
+`anneal_steps=2000` (section 4.3), `init=uniform` and `normalize=layer_norm` (section 5). Our readings of the paper, in
+evaluate/papers/001.toml, set these options.
 
 Paper: does not state the units of its loss. We use this package's units: |x|^2 = 1 on average, with errors summed over
-d_in. The paper's numbers point to `reconstruction=mean normalize=none`, but its section 5 says `normalize=layer_norm`.
+d_in. The paper's numbers suggest `reconstruction=mean normalize=none`, but its section 5 says `normalize=layer_norm`.
 tau and T are in units of the SAE's input. So relative to |x|, the same 0.01 and 0.1 are 48 times smaller under a layer
 norm, where |x| is sqrt(2304), than for inputs where |x| is 1.
 """

@@ -35,11 +35,11 @@ class SoftCompetition(Activation, name="competition"):
         softmax_scaled       e / sum e times the number of active latents
         softmax_active_only  e / sum e over the active latents, z > 0
 
-    `unit` is the unit of T and `cut`: the unit of the SAE's `input`, or `rms_z`, the root mean square of a token's
-    active latents. With `rms_z`, hardly any latent except the winner stays active.
+    `unit` selects the unit of T and `cut`: "input" is the unit of the SAE's input, and "rms_z" is the root mean square
+    of a token's active latents. With "rms_z", hardly any latent except the winner stays active.
 
-    Paper: alpha is never exactly zero, so the paper's L0 has to count values above the 0.01 of (3). `cut` makes values
-    up to this limit zero.
+    Paper: alpha is never exactly zero, so the paper's L0 has to count values above the 0.01 of (3). `cut` sets values
+    that do not exceed such a limit to zero.
     """
 
     T: Tensor  # ()

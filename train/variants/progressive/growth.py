@@ -1,4 +1,4 @@
-"""Paper 001: growth, (3) and (4). More latents are enabled if the enabled latents are used."""
+"""Paper 001: growth, (3) and (4). The number of latents that are enabled next depends on how many latents fire."""
 
 import math
 
@@ -64,14 +64,14 @@ class EnabledUtilization(ActivityEMA):
 
 
 class GrowCapacity(Mechanism):
-    """Enables a share `start` of the latents at first, and more latents every `interval` steps, depending on rho (4).
+    """Starts with a share of the latents (`start`) and enables more every `interval` steps. rho sets how many (4).
 
     Until a latent is enabled, its weights keep their initial values: it gets no gradient and no decoupled weight decay,
     and does not count as dead. When a latent is enabled, its Adam moments are zero, but its Adam step count is that of
     all latents. `n_ref` is the n of (4); None stands for d_sae.
 
-    Paper: 0.1 n rho is at least 69 at n = 2304, so "adaptive 2-7" is always 7 and "adaptive 4-10" always 10. These
-    numbers adapt only for n around 100.
+    Paper: 0.1 n rho is at least 69 at n = 2304, so "adaptive 2-7" is always 7 and "adaptive 4-10" always 10. Within
+    these ranges, the increments vary with rho only for n around 100.
 
     The paper does not say which latents are enabled first. Here `order` decides: `index`, or `importance`, the
     frequency with which a latent that is not yet enabled would fire, averaged as in (3).

@@ -58,12 +58,12 @@ def baseline(
     """ReLU latents and an L1 penalty: no growth, no competition.
 
     Paper: the baseline has "fixed sparsity targets" (section 5), but no target is printed. A penalty with a fixed
-    coefficient does not set L0, and the 90.60 in the results is a measurement. Our baseline has a fixed penalty; `--l0
-    90.6` adjusts it to reach that L0.
+    coefficient does not set L0, and the 90.60 in the results is a measurement. By default, the coefficient is fixed in
+    our baseline, too. With `--l0 90.6`, it is adjusted during training so that the run reaches an L0 of 90.6.
 
     Args:
         l1: Strength of the L1 penalty (2).
-        reconstruction: Sum or mean of the squared error over d_in. The paper's numbers point to mean, with
+        reconstruction: Sum or mean of the squared error over d_in. The paper's numbers suggest mean, with
             normalize=none.
         pre_bias: Subtract b_dec from the encoder's input. The paper's encoder sees x itself.
         init: Initial weights: W_enc as the transpose of W_dec, or uniform (the paper, for all its systems).
@@ -129,7 +129,7 @@ class ProgressiveOptions(RecipeOptions):
     l1_on: Literal["alpha", "z", "both"] = "alpha"
     """Latents under the L1 penalty: alpha (2), z, or both. The penalty on z adds the l1 sign(z) of (7)."""
     reconstruction: Reconstruction = "sum"
-    """Sum or mean of the squared error over d_in. The paper's numbers point to mean, with normalize=none."""
+    """Sum or mean of the squared error over d_in. The paper's numbers suggest mean, with normalize=none."""
     pre_bias: bool = False
     """Subtract b_dec from the encoder's input. The paper's encoder sees x itself."""
     init: Init = "transpose"
@@ -137,7 +137,7 @@ class ProgressiveOptions(RecipeOptions):
 
     def validation_errors(self, config: RunConfig) -> Iterator[str]:
         if not 0 < self.start <= 1:
-            yield f"invalid start={self.start:g}: expected a share of the latents above 0 and up to 1."
+            yield f"invalid start={self.start:g}: expected a share of the latents, above 0 and at most 1."
         if self.interval is not None and self.interval < 1:
             yield f"invalid interval={self.interval}: expected 1 step or more."
         for name in ("temperature", "pace"):
@@ -164,10 +164,10 @@ SWITCHED_OFF = {"n_ref": ("hybrid", (False,)), **{name: ("competition", ("off",)
 
 @recipe("progressive", equations="(2)-(6)", paper_exact=PAPER_EXACT, switched_off=SWITCHED_OFF, **PAPER)
 def progressive(config: RunConfig, options: ProgressiveOptions) -> Variant:
-    """Competing latents; more are enabled if the enabled latents are used.
+    """Competing latents; how many are enabled next depends on their use.
 
-    At first a quarter of the latents are enabled. The enabled latents compete at a temperature that depends on their
-    use.
+    At first a quarter of the latents are enabled. How many are enabled next depends on how many of the enabled latents
+    fire, and so does the temperature at which the enabled latents compete.
     """
     interval = options.interval
     if interval is None:
