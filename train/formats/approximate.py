@@ -18,10 +18,10 @@ FIT_ROWS = 1024
 
 @torch.no_grad()
 def approximate_sae(sae: SAE, activation: str, x_RD: Tensor) -> tuple[CanonicalSAE, dict[str, Any]]:
-    """Replace the end of an SAE's activation chain, from the first link that couples latents, by one of APPROXIMATIONS.
+    """Replace the end of an SAE's activation chain by one of APPROXIMATIONS.
 
-    For topk, k is the mean L0 on the rows `x_RD`. For jumprelu, all latents get one threshold, chosen such that L0 is
-    the same. For relu there is nothing to fit.
+    The end begins with the first link that couples latents. For topk, k is the mean L0 on the rows `x_RD`. For
+    jumprelu, all latents get one threshold, chosen such that L0 is the same. For relu there is nothing to fit.
 
     Args:
         x_RD: activations to fit and measure on; at most FIT_ROWS of them are used.

@@ -41,9 +41,9 @@ class ForeignSAE:
     notes: list[str] = field(default_factory=list)  # shown to the user by `sae import`
 
     def record_text(self, recorded: Mapping[str, Any]) -> None:
-        """Copy the information about the training text that the files record under SAELens' keys.
+        """Copy the entries that describe the training text from `recorded`, which uses SAELens' keys.
 
-        Skips values of the wrong type.
+        Values of the wrong type are skipped.
         """
         if type(context := recorded.get("context_size")) is int and 0 < context < MAX_WIDTH:
             self.context = context

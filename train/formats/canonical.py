@@ -96,7 +96,7 @@ class CanonicalSAE:
         if "jumprelu" in activations and self.activation == "gated":
             assert self.r_mag is not None and self.b_mag is not None
             gain_F = self.r_mag.exp()
-            threshold_F = self.b_mag - gain_F * self.b_enc  # magnitude's pre-activation at which the gate opens
+            threshold_F = self.b_mag - gain_F * self.b_enc  # the magnitude's pre-activation where the gate opens
             return replace(
                 self, activation="jumprelu", W_enc=self.W_enc * gain_F, b_enc=self.b_mag,
                 threshold=threshold_F.clamp_min(0), r_mag=None, b_mag=None,
@@ -139,7 +139,7 @@ def to_canonical(sae: SAE) -> CanonicalSAE:
 
 
 def fold_until_coupling(sae: SAE) -> CanonicalSAE:
-    """Fold the chain up to the first link that makes latents depend on each other."""
+    """Fold the links before the first one that makes latents depend on each other."""
     canonical = linear_part(sae)
     for link in activation_chain(sae):
         try:
@@ -150,7 +150,7 @@ def fold_until_coupling(sae: SAE) -> CanonicalSAE:
 
 
 def linear_part(sae: SAE) -> CanonicalSAE:
-    """An SAE before its activation chain."""
+    """The encoder and decoder of an SAE, without its activation chain."""
     W_enc, b_enc, W_dec, b_dec = map(to_float64, (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
     b_enc = b_enc - b_dec @ W_enc if sae.pre_bias else b_enc
     return CanonicalSAE(W_enc, b_enc, W_dec, b_dec, layer_norm=sae.layer_norm)
@@ -191,7 +191,7 @@ def fold_link(link: Activation, canonical: CanonicalSAE) -> CanonicalSAE:
 def set_activation(link: Activation, canonical: CanonicalSAE, activation: str) -> CanonicalSAE:
     """Set the activation that turns z into latents.
 
-    If an activation is already set, only relu is accepted, and has no effect.
+    If an activation is already set, the new one has to be relu, and setting it changes nothing.
     """
     if canonical.activation and activation != "relu":
         raise UsageError(

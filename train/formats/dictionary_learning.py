@@ -257,7 +257,7 @@ def resolve_class(path: Path, headers: dict[str, TensorHeader], recorded: object
 
 
 def expected_shapes(path: Path, dict_class: str, headers: dict[str, TensorHeader]) -> dict[str, tuple[int, ...]]:
-    """The shapes of a class's tensors, with d_in, d_sae and the number of groups taken from its vectors."""
+    """The shapes of a class's tensors. The lengths of the vectors give d_in, d_sae and the number of groups."""
     tensors = CLASS_TENSORS[dict_class]
     sizes = {"G": vector_size(path, headers, "group_sizes")} if "group_sizes" in tensors else {}
     sizes["D"] = vector_size(path, headers, next(name for name, shape in tensors.items() if shape == "D"))
@@ -305,5 +305,5 @@ def hook_texts(trainer: Mapping[str, Any]) -> tuple[Any, str | None]:
 
 
 def may_be_resid_post(submodule: object) -> bool:
-    """Whether a submodule's name can refer to the residual stream after a block, or does not name a site at all."""
+    """Whether a submodule can be the residual stream after a block: True unless its name denotes another site."""
     return not isinstance(submodule, str) or not re.search(r"mlp|att|pre|mid|_in\b", submodule)

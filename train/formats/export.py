@@ -146,7 +146,7 @@ def fit_to_format(
             raise UsageError(
                 f"{fmt.name} cannot store a {canonical.activation} SAE, only {' and '.join(fmt.activations)}; "
                 f"{', '.join(able)} can. --approximate {fmt.activations[0]} writes the nearest SAE that {fmt.name} can "
-                "store and reports how far it is."
+                "store, and reports how much it differs from this one."
             )
     assert approximate is not None
     if rows is None:
@@ -162,7 +162,7 @@ def fit_to_format(
 
 
 def latent_scale(sae: SAE, canonical: CanonicalSAE, fmt: Format, notes: list[str]) -> Tensor:
-    """(d_sae): the factors by which exported latents are larger because their decoder rows were normalized."""
+    """(d_sae): exported value / original value of each latent, which is not 1 if its decoder row was normalized."""
     if fmt.name == "saelens" and canonical.activation == "topk" and not canonical.has_unit_rows:
         notes.append(
             "The decoder rows do not have unit norm and were not normalized, because rescaling would change which "

@@ -22,7 +22,7 @@ from .canonical import CanonicalSAE, from_canonical
 from .hook_names import parse_gemma_scope_path, parse_model, recorded_hook
 from .safe_read import ForeignFolder, read_npz_headers, read_weights, vector_size
 
-KINDS = {  # kind of a file that is not an SAE on a layer -> description
+KINDS = {  # kind of the files, unless they are an SAE of a layer's activations -> description
     "embedding": "an SAE on the embedding, scaled by sqrt(d_in)",
     "transcoder": "a transcoder, from the input of an MLP to its output",
 }
@@ -63,7 +63,7 @@ class GemmaScope(Format, name="gemma-scope"):
         foreign = ForeignSAE(from_canonical(canonical))
         parts = folder.path.resolve().parts
         if kind := kind_of_path(parts):
-            raise UsageError(f"{folder.path} is {KINDS[kind]}. Only SAEs on layers are supported.")
+            raise UsageError(f"{folder.path} is {KINDS[kind]}. Only SAEs of a layer's activations are supported.")
         foreign.model, foreign.hook = parse_gemma_scope_path(parts)
         if folder.has("about.json"):
             foreign.metadata = folder.read_json("about.json")
@@ -84,7 +84,7 @@ class GemmaScope(Format, name="gemma-scope"):
 
 
 def kind_of_path(parts: tuple[str, ...]) -> str | None:
-    """The kind of the files at a path, if they are not an SAE on a layer; otherwise None."""
+    """None if the files at a path are an SAE of a layer's activations; otherwise the kind of the files."""
     if any(re.fullmatch(r"gemma-scope-\w+-(pt|it)-transcoders", part) for part in parts):
         return "transcoder"
     return "embedding" if "embedding" in parts else None

@@ -141,7 +141,7 @@ class GemmaScope2(Format, name="gemma-scope-2"):
 
 
 def kind_of_path(parts: tuple[str, ...]) -> str | None:
-    """The kind, as named by the innermost folder that names a kind; None for an SAE, or if no folder names a kind."""
+    """What the files are, by the innermost folder whose name says so; None for an SAE, or if no name says so."""
     for part in reversed(parts):
         word = part.split("_")[0]
         if word in KINDS:
@@ -183,7 +183,7 @@ def parse_gemma_3(name: object) -> str | None:
 
 
 def parse_module(text: object) -> Hook | None:
-    """`model.layers.12.self_attn.o_proj.input`: None for a module that corresponds to no site."""
+    """The hook of a name such as `model.layers.12.self_attn.o_proj.input`; None if the module is not a known site."""
     pattern = r"model\.(?:language_model\.)?layers\.(\d{1,4})\.(.+)"
     if not isinstance(text, str) or (match := re.fullmatch(pattern, text)) is None or match[2] not in SITES_BY_MODULE:
         return None

@@ -54,7 +54,7 @@ def parse_hook(text: str) -> Hook | None:
     """The hook point that a name denotes in any of the libraries' naming schemes, or None.
 
     The input of a block is named as the output of the previous block; the input of block 0 remains resid_pre. A module
-    is named by its path. A module outside the blocks gets layer 0, since its name has no layer.
+    is named by its path. A module outside the blocks gets layer 0, since its name contains no layer.
     """
     text = text.strip()
     for site, patterns in HOOK_PATTERNS.items():
@@ -84,7 +84,7 @@ def recorded_hook(metadata: Mapping[str, Any]) -> Hook | None:
 
 
 def with_recorded_layer(hook: Hook | None, layer: object) -> Hook | None:
-    """Add the recorded layer to a hook on a module outside the blocks: the name of such a module has no layer."""
+    """Add the recorded layer to a hook on a module outside the blocks, whose name contains no layer."""
     return hook._replace(layer=layer) if hook is not None and hook.is_outside and type(layer) is int else hook
 
 

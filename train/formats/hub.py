@@ -101,9 +101,10 @@ def list_repository(address: HubAddress) -> Snapshot:
 
 
 def find_remote_sae(address: HubAddress, layer: int | None = None) -> RemoteSAE:
-    """Find the SAE at an address by its files, without downloading. `layer` selects one of the SAEs in a folder.
+    """Find the SAE at an address from the list of the repository's files, without downloading any file.
 
-    Raises the errors of `list_repository`, and UsageError if there is no SAE or more than one.
+    `layer` selects one of the SAEs in a folder. Raises the errors of `list_repository`, and UsageError if there is no
+    SAE or more than one.
     """
     snapshot = list_repository(address)
     return RemoteSAE(address.repo, snapshot.commit, choose_sae(address, snapshot.files, layer))
@@ -134,7 +135,7 @@ def remote_file(sibling: Any) -> RemoteFile:
 
 
 def choose_sae(address: HubAddress, files: list[RemoteFile], layer: int | None = None) -> PublishedSAE:
-    """Choose the SAE at an address: the folder of an SAE, a file in such a folder, or a folder above a single SAE.
+    """Choose the SAE at an address: that of an SAE's folder, of one of its files, or of a folder that contains one SAE.
 
     Raises UsageError if there is no SAE or more than one. `layer` selects one of the SAEs in a folder.
     """

@@ -48,7 +48,7 @@ class ImportConfig:
     model: str | None = None
     layer: int | None = None
     cache: str | Path | None = None
-    cache_if_fits: bool = False  # `cache` is only for evaluation; if it lacks the SAE's activations, it is ignored
+    cache_if_fits: bool = False  # `cache` is only for evaluation; if it lacks the activations to encode, it is ignored
     out: Path | None = None
     name: str | None = None
     check_hook: HookCheck = lambda model, hook, d_in: None
@@ -97,9 +97,9 @@ def import_sae(
 
     Args:
         path: a folder, the weights file in a folder, or hf://owner/repo[@revision]/folder.
-        model: id on the Hub, or a folder. Needed only if the files do not record it; overrides the recorded model.
-        layer: zero-based block. Needed only if the files do not record it; overrides the recorded layer. In a folder
-            with SAEs of several layers, selects the SAE of this layer.
+        model: id on the Hub, or a folder. Required if the files record no model; otherwise overrides the recorded one.
+        layer: zero-based block. Required if the files record no layer; otherwise overrides the recorded one. In a
+            folder with SAEs of several layers, selects the SAE of this layer.
         cache: a cache of the model, used for verification and evaluation. Default: the only matching cache, or
             none.
         out: the folder in which the run folder is created. Default: runs/.
@@ -231,7 +231,8 @@ def open_folder(path: Path, layer: int | None = None) -> tuple[ForeignFolder, Fo
     fmt = detect_format(folder)
     if path.is_file() and not fmt.is_weights(path.name) and path.name not in fmt.files:
         raise UsageError(
-            f"{path} is not a file of the {fmt.name} SAE in its folder. To import that SAE: sae import {path.parent}"
+            f"{path.parent} contains a {fmt.name} SAE, but {path.name} is not one of its files. To import the SAE: "
+            f"sae import {path.parent}"
         )
     return fmt.select(folder, layer), fmt
 
@@ -239,7 +240,7 @@ def open_folder(path: Path, layer: int | None = None) -> tuple[ForeignFolder, Fo
 def resolve_hook_and_model(
     foreign: ForeignSAE, folder: Path, model: str | None, layer: int | None
 ) -> tuple[Hook, ModelRecord]:
-    """The hook point and model record, as given or as in the files.
+    """The hook point and the record of the model: those that are given, otherwise those in the files.
 
     Raises UsageError if the hook point or the model is unknown.
     """

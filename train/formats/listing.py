@@ -31,10 +31,13 @@ Row = tuple[str, ...]
 
 @dataclass(frozen=True)
 class ReleaseList:
-    """The SAEs of a release that match the filters, and the number of files of other kinds with the same layouts."""
+    """The SAEs of a release that match the filters.
 
-    name: str  # hf://owner/repo/folder, or a folder
-    repository: str | None  # on the Hub
+    `refused` counts, by kind, what has the file layout of an SAE but cannot be imported.
+    """
+
+    name: str  # as given: an address on the Hub or a local folder
+    repository: str | None  # on the Hub; None for a local folder
     commit: str | None
     saes: list[PublishedSAE]
     refused: dict[str, int]
@@ -87,7 +90,8 @@ def list_release(
 
     Args:
         text: owner/repo, hf://owner/repo[@revision][/folder], or a local folder.
-        layer, site, width: keep only the SAEs whose path or config has these values. `width` is a number or 16k.
+        layer, site, width: keep only the SAEs whose path or config has these values. `width` is a number, or
+            a label such as 16k.
 
     Raises:
         UsageError: the release or a filter is invalid, or the release has no files in a known format.
@@ -174,7 +178,7 @@ def hub_config_reader(repo: str, commit: str) -> ConfigReader:
 
 
 def may_fit(sae: PublishedSAE, layer: int | None, site: str | None, width: str | None) -> bool:
-    """Whether nothing in the description of an SAE contradicts the filters."""
+    """Whether an SAE can match the filters: True unless its description contradicts one of them."""
     hook, d_sae = sae.description.hook, sae.description.d_sae
     if hook is not None and (layer not in (None, hook.layer) or site not in (None, hook.site)):
         return False

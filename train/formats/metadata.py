@@ -1,4 +1,4 @@
-"""The metadata exported with the weights under SAELens' keys, for programs that load the SAE and for provenance."""
+"""The metadata of an export, with SAELens' keys: programs that load the SAE read it, and it records the SAE's origin."""
 
 import contextlib
 from collections.abc import Mapping

@@ -98,7 +98,7 @@ def natural_key(text: str) -> list[tuple[int, str]]:
 
 
 def list_local_files(root: Path) -> list[RemoteFile]:
-    """The files below a folder, without following links to folders.
+    """The files below a folder. Links to folders are not followed.
 
     Raises UsageError if there are more than MAX_FILES files.
     """

@@ -33,8 +33,10 @@ from .safe_read import (
     short_repr,
 )
 
-ARCHITECTURES = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}  # -> CanonicalSAE's
-TRAINING_ARCHITECTURES = {"batchtopk", "matryoshka_batchtopk"}  # only while training; for inference saved as jumprelu
+# SAELens' architecture -> activation of CanonicalSAE
+ARCHITECTURES = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
+# SAELens uses these only in training. For inference, it saves such an SAE as jumprelu.
+TRAINING_ARCHITECTURES = {"batchtopk", "matryoshka_batchtopk"}
 PER_TOKEN_NORMALIZATIONS = {
     "constant_norm_rescale": "divides each token by its own norm",
     "covariance_whitening": "whitens the input",
@@ -155,8 +157,8 @@ class SAELens(Format, name="saelens"):
 def saelens_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     """The metadata with SAELens' name of the hook point.
 
-    A module has no hook point in TransformerLens. For a module, SAELens runs transformers' own model and reads the
-    module's output. Raises UsageError for the input of a module, because SAELens cannot name it.
+    TransformerLens has no hook point for the input or output of a module that is named by its path. For such an output,
+    SAELens runs transformers' own model. Raises UsageError for such an input, because SAELens has no name for it.
     """
     name = metadata.get("hook_name")
     if not is_module(name):
@@ -191,7 +193,7 @@ def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_activation(path: Path, config: dict[str, Any]) -> str:
-    """The activation of CanonicalSAE that a config describes. Raises UsageError for an unsupported activation."""
+    """The activation that a config describes, as CanonicalSAE names it. Raises UsageError if it is not supported."""
     architecture = get_str(path, config, "architecture", "standard")
     if architecture in TRAINING_ARCHITECTURES:
         raise UsageError(

@@ -83,8 +83,8 @@ class ForeignFolder:
     def require_file(self, name: str) -> Path:
         """The path of a file.
 
-        Raises UsageError if the path is a link to outside the folder, and DamagedError if the file is not a regular
-        file.
+        Raises UsageError if the path is a link that leads outside the folder, and DamagedError if the file is not a
+        regular file.
         """
         path, root = self.path / name, self.path.resolve()
         if not path.resolve().is_relative_to(root):
@@ -281,7 +281,7 @@ def vector_size(path: Path, headers: Mapping[str, TensorHeader], name: str) -> i
 def read_weights(
     path: Path, headers: Mapping[str, TensorHeader], expected: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
-    """Read the tensors of a format. Raises DamagedError before that if a name or shape is not as expected.
+    """Read the tensors of a format. If a name or shape is not as expected, raises DamagedError without reading any.
 
     A transposed matrix is also rejected: nothing is guessed. Values have to be finite.
     """

@@ -62,7 +62,7 @@ class Sparsify(Format, name="sparsify"):
             )
         if not subfolders:
             return None
-        folder.require_file(f"{subfolders[0].name}/sae.safetensors")  # rejects a link to outside the folder
+        folder.require_file(f"{subfolders[0].name}/sae.safetensors")  # rejects a link that leads outside the folder
         return ForeignFolder(subfolders[0])
 
     def write(self, canonical: CanonicalSAE, folder: Path, metadata: dict[str, Any]) -> None:

@@ -26,10 +26,10 @@ def upload_sae(
 ) -> str:
     """Upload a run as a SAELens export with a model card, and return its address.
 
-    Nothing is uploaded before `confirm` returns True for its question. `say` is called with the notes, the result of
-    the verification and the files. The other arguments are those of `export_sae`.
+    Before the upload, `confirm` is called with a question; nothing is uploaded unless it returns True. `say` is called
+    with the notes, the result of the verification and the files. The other arguments are those of `export_sae`.
 
-    Raises Interrupted if `confirm` returns False, and the errors of `export_sae`.
+    Raises the errors of `export_sae`, and Interrupted if `confirm` returns False.
     """
     from huggingface_hub import HfApi
 

@@ -20,7 +20,7 @@ from ..sae import SAE
 from .base import Reference
 from .canonical import CanonicalSAE
 
-SAMPLE_ROWS, SAMPLE_BLOCKS = 4096, 16  # number of rows to compare, read from this many places in a cache
+SAMPLE_ROWS, SAMPLE_BLOCKS = 4096, 16  # number of rows to compare, and of places in a cache from which to read them
 BATCH_ROWS = 256
 TOLERANCE = 1e-5  # largest relative error of f and of x_hat
 MUCH_SMALLER = 0.5  # a squared error is much smaller than another if their ratio is below this
@@ -37,7 +37,7 @@ class SampleRows:
     """Activations for the comparison."""
 
     x_RD: Tensor  # float32
-    description: str  # where the rows come from
+    description: str  # says where the rows come from
 
 
 @dataclass(frozen=True)
@@ -206,8 +206,8 @@ def cached_rows(cache: Cache, hook: Hook, count: int = SAMPLE_ROWS) -> SampleRow
 def synthetic_rows(canonical: CanonicalSAE, count: int = SAMPLE_ROWS) -> SampleRows:
     """Random sums of decoder rows, scaled to norms at which latents begin to activate, plus b_dec.
 
-    Every other row is then moved along one latent's encoder direction until that latent is near its threshold, on
-    either side. Random rows are rarely near a threshold, so they would not reveal a wrong threshold.
+    Every second row is then moved along one latent's encoder direction until that latent is slightly above or below its
+    threshold. Random rows are rarely near a threshold, so they would not reveal a wrong threshold.
     """
     generator = torch.Generator().manual_seed(0)
     summands = min(32, max(1, canonical.d_sae // 8))
@@ -231,7 +231,7 @@ def synthetic_rows(canonical: CanonicalSAE, count: int = SAMPLE_ROWS) -> SampleR
 
 
 def activating_norm(canonical: CanonicalSAE, encoder: CanonicalSAE, threshold_F: Tensor) -> float:
-    """The norm at which a row brings a latent to its threshold, as the median over latents.
+    """The norm that a row of activations needs to bring a latent to the latent's threshold: the median over latents.
 
     If the encoder reads x - b_dec and has no bias, b_enc + b_dec W_enc is only a rounding error. In that case, the norm
     of b_dec is returned.
@@ -244,9 +244,9 @@ def activating_norm(canonical: CanonicalSAE, encoder: CanonicalSAE, threshold_F:
 
 
 def move_near_thresholds(x_RD: Tensor, encoder: CanonicalSAE, threshold_F: Tensor, generator: torch.Generator) -> None:
-    """Move every other row, in place, along a random latent's encoder direction.
+    """Move every second row, in place, along a random latent's encoder direction.
 
-    The distance is such that the latent's pre-activation is near the latent's threshold, on either side.
+    The distance is such that the latent's pre-activation is slightly above or below the latent's threshold.
     """
     spread = float((x_RD[:64] @ encoder.W_enc).std())
     latent_N = torch.randint(encoder.d_sae, (len(x_RD) // 2,), generator=generator)
