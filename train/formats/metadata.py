@@ -1,4 +1,4 @@
-"""The metadata of an export, with SAELens' keys: programs that load the SAE read it, and it records the SAE's origin."""
+"""The metadata of an export, with SAELens' keys: programs that load the SAE read it, and it records its origin."""
 
 import contextlib
 from collections.abc import Mapping

@@ -63,7 +63,7 @@ def reason_against_kernels(device: str) -> str:
 
 
 def updates_agree(dtype: torch.dtype, device: str) -> bool:
-    """Whether the kernels, given gradients of a dtype, update weights like torch, up to rounding."""
+    """Whether, for gradients of this dtype, the kernels update weights as torch does, up to rounding."""
     generator = torch.Generator().manual_seed(0)
     number, place = torch.ones(()), torch.zeros((), dtype=torch.int64)
     weight = F.normalize(torch.randn(5, 2 * CHUNK + 3, generator=generator), dim=1)
@@ -121,7 +121,7 @@ def decodes_as_torch(counts: Sequence[int], dtype: torch.dtype, device: str) -> 
 
 
 def normalizes_as_torch(dtype: torch.dtype, device: str) -> bool:
-    """Whether a batch of a dtype is normalized and centered as on a CPU, up to rounding."""
+    """Whether the kernels normalize and center a batch of this dtype as a CPU does, up to rounding."""
     generator, width = torch.Generator().manual_seed(0), 150
     x_BD, mean_D, b_D = (torch.randn(*shape, generator=generator) for shape in ((70, width), (width,), (width,)))
     for scale, bias_D in ((torch.tensor(1.7), b_D), (torch.rand(width, generator=generator) + 0.5, None)):
@@ -194,7 +194,7 @@ def pairs_as_torch(device: str) -> bool:
 
 
 def follows_as_torch(dtype: torch.dtype, device: str) -> bool:
-    """Whether a threshold follows the smallest latents of three batches, and the batches are counted, as on a CPU."""
+    """Whether three batches change the threshold and the number of batches on a device as they do on a CPU."""
     results = []
     for where in ("cpu", device):
         generator = torch.Generator().manual_seed(0)
@@ -207,7 +207,7 @@ def follows_as_torch(dtype: torch.dtype, device: str) -> bool:
 
 
 def near(found: Iterable[Tensor], expected: Iterable[Tensor], rtol: float) -> bool:
-    """Whether tensors equal those in float64, up to rounding."""
+    """Whether the tensors found equal the expected ones, up to rounding."""
     return all(
         torch.allclose(a.cpu().double(), b.double(), rtol=rtol, atol=1e-3) for a, b in zip(found, expected, strict=True)
     )

@@ -28,7 +28,7 @@ class Division(NamedTuple):
     def of(
         cls, rows: int, n: int, k: int, room: int = ROOM, programs: int = PROGRAMS, chunk: int = CHUNK
     ) -> "Division":
-        """The division of `rows` rows of n elements, if each program has room for `room` elements."""
+        """How `rows` rows of n elements are divided among programs that have room for `room` elements each."""
         parts = -(-n // room)
         span = -(-n // parts)
         if parts == 1:
@@ -58,9 +58,9 @@ def equal_spans(size: int, programs: int, chunk: int) -> tuple[int, int]:
 
 
 def row_tile(latents: float) -> tuple[int, int]:
-    """The rows and columns that a program reads at once, for tokens with `latents` latents on average. Powers of two.
+    """How many rows and columns a program reads at once if a token has `latents` latents on average. Powers of two.
 
-    The tile has room for a quarter more rows, since some tokens have more latents.
+    The tile has room for a quarter more rows than the average token needs, since some tokens need more.
     """
     rows = min(MOST_ROWS, max(16, 1 << math.ceil(math.log2(max(1.25 * latents, 1)))))
     return rows, TILE // rows

@@ -52,7 +52,7 @@ def latents_of_part(
     z, scale, gate, mag, f, f_gate, sums, counts, tokens, width,
     SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Compute f and f_gate for a part of the tokens and latents, and their sums over the part."""
+    """Compute f and f_gate for one block of tokens and latents. Also sum f_gate and count nonzero f for each latent."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(1) * SPAN
     inside = column < width
@@ -82,7 +82,7 @@ def gradients_of_part(
     z, scale, gate, mag, of_f, of_gate, of_sum, of_z, scales, gates, mags, tokens, width,
     SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients for a part of the tokens and latents, and their sums for the three parameters."""
+    """Compute the gradient of z for one block of tokens and latents, and what the block adds to the other gradients."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(1) * SPAN
     inside = column < width

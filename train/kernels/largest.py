@@ -75,7 +75,7 @@ def ordered(x, BITS: tl.constexpr, INF: tl.constexpr):
 
 @triton.jit
 def kth_largest(key, k, BITS: tl.constexpr):
-    """The k-th largest key. Starting at the sign bit, finds the largest number that k or more keys reach."""
+    """The k-th largest key. From the sign bit down, finds the largest number that at least k keys equal or exceed."""
     bound = tl.where(tl.sum((key >= 0).to(tl.int32), 0) >= k, 0, -(1 << (BITS - 1)))
     for place in tl.static_range(BITS - 2, -1, -1):
         higher = bound + (1 << place)
@@ -89,8 +89,8 @@ def select(
 ):
     """Write the positions of the k largest elements in their row.
 
-    Each program selects among the elements of one part of the row. If FROM_CHOICE is set, each program selects among
-    the elements that earlier programs have chosen from such parts.
+    Each program selects among the elements of one part of the row. If FROM_CHOICE is set, a single program per row
+    selects among the elements that earlier programs have chosen from all parts of the row.
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -101,7 +101,7 @@ def select(
         index = part * span + place
     real = (place < span) & (index < n)
     key = ordered(tl.load(z + row * n + index, mask=real, other=0.0), BITS, INF)
-    lowest: tl.constexpr = -(1 << (BITS - 1))  # below every number; pads the selection of a short part
+    lowest: tl.constexpr = -(1 << (BITS - 1))  # less than the key of any number; fills a part that is too short
     key = tl.where(real, key, lowest)
     bound = kth_largest(key, k, BITS)
     above, equal = (key > bound).to(tl.int32), (key == bound).to(tl.int32)
@@ -118,7 +118,10 @@ def count_digit(
     z, bound, histogram, above, n, span,
     AT: tl.constexpr, TOP: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, INF: tl.constexpr,
 ):  # fmt: skip
-    """Count the values of the digit at bit AT, for those keys of a part whose higher digits equal the bound's."""
+    """Count the values of the digit whose lowest bit is bit AT.
+
+    Only those keys of a part are counted whose higher digits equal the higher digits of the bound.
+    """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     place = tl.arange(0, CHUNK)
@@ -146,7 +149,7 @@ def choose_digit(
     bound, histogram, above, start, ties, k, parts,
     AT: tl.constexpr, TOP: tl.constexpr, LAST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Choose the bound's digit at bit AT.
+    """Choose the digit of the bound whose lowest bit is bit AT.
 
     After the last digit, also compute where each part writes its indices, and how many of the elements that equal the
     bound each part keeps. `bound` holds the digits chosen so far, and how many elements with these digits are kept.

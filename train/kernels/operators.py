@@ -130,7 +130,7 @@ def _(index_N: Tensor, row_RD: Tensor, start_F: Tensor, weight_N: Tensor, transp
 
 @torch.library.custom_op("sae::jump_gradients", mutates_args=(), device_types="cpu")
 def jump_gradients(z_BF: Tensor, theta_F: Tensor, g_BF: Tensor, eps: float, to_input: bool) -> tuple[Tensor, Tensor]:
-    """JumpReLU's gradients, from the gradient g of z H(z - theta) (train/variants/jumprelu.py).
+    """JumpReLU's gradients, given the gradient g at its output, z H(z - theta) (train/variants/jumprelu.py).
 
     Returns the gradient of z (B, F), and the sums (F), in theta's dtype, of g over the tokens with |z - theta| < eps/2.
     If `to_input` is set, the gradient of z includes the gradient through theta's window.

@@ -21,7 +21,7 @@ def count(word_FW: Tensor, first_P: Tensor, second_P: Tensor, tile: tuple[int, i
 
 @triton.jit
 def count_part(word, first, second, count, pairs, width, PAIRS: tl.constexpr, WORDS: tl.constexpr):
-    """Count the bits set in both rows of PAIRS pairs, WORDS words at a time.
+    """For each of PAIRS pairs, count the bits that are set in both of its rows, reading WORDS words at a time.
 
     As in `count_pairs_by_torch`, bits are added up within groups of 2, then 4, then 8, then 64.
     """

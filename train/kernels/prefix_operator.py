@@ -1,4 +1,4 @@
-"""The operators that compare reconstructions from prefixes of a dictionary with the batch: see operators.py."""
+"""The operators that compare the batch with its reconstructions from prefixes of a dictionary: see operators.py."""
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ def _(part_GBD: Tensor, bias_D: Tensor, x_BD: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("sae::prefix_gradients", mutates_args=(), device_types="cpu")
 def prefix_gradients(part_GBD: Tensor, bias_D: Tensor, x_BD: Tensor, weight_G: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of the weighted sum of `compare_prefixes`' squared errors, for weights that are twice `weight_G`.
+    """The gradients of a weighted sum of the squared errors of all prefixes. `weight_G` is twice the weight of each.
 
     Returns the gradient of each part (G, B, D), in the dtype of the part: the weighted sum of the errors of the
     prefixes that contain the part. Also returns the gradient of b_dec (D).

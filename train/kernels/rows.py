@@ -37,9 +37,10 @@ def decode_token(
 ):  # fmt: skip
     """Decode one token, and compare the reconstruction with x.
 
-    The rows of the token's latents are read in chunks of columns, the same chunk of all rows at once. The weighted sum
-    of these chunks is a chunk of the reconstruction. The dot products of the rows with the error are added up over the
-    chunks (`slopes`). For a token with more than BLOCK latents, the rows beyond the first BLOCK are read twice.
+    The rows of the token's latents are read one chunk of columns at a time, and each chunk for all rows at once. The
+    weighted sum of these rows' chunks is a chunk of the reconstruction. The dot products of the rows with the error are
+    added up over the chunks (`slopes`). For a token with more than BLOCK latents, the rows beyond the first BLOCK are
+    read twice.
     """
     token = tl.program_id(0).to(tl.int64)
     place, column = tl.arange(0, BLOCK), tl.arange(0, CHUNK)
@@ -109,7 +110,7 @@ def sum_stretches(
     index, row, start, weight, total, stretches, count, width,
     TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Compute a chunk of the sums of BLOCK segments, ROWS rows at a time. Each sum adds its rows in order."""
+    """Compute CHUNK columns of the sums of BLOCK segments, ROWS rows at a time. Each sum adds its rows in order."""
     first, left = tl.program_id(0).to(tl.int64) * BLOCK, tl.program_id(1) * CHUNK
     place, one, column = tl.arange(0, ROWS), tl.arange(0, BLOCK), left + tl.arange(0, CHUNK)
     inside = column < width

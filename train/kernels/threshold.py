@@ -11,7 +11,7 @@ def follow(
     value_N: Tensor, threshold: Tensor, batches: Tensor, rate: float,
     programs: int = PROGRAMS, chunk: int = THRESHOLD_CHUNK,
 ) -> None:  # fmt: skip
-    """The kernels for `follow_threshold`. Tests pass fewer `programs`, a power of two, and a smaller `chunk`."""
+    """The kernels for `follow_threshold`. Tests pass smaller values of `programs` (a power of two) and `chunk`."""
     value_N, size = value_N.contiguous(), value_N.numel()
     parts, span = equal_spans(size, programs, chunk)
     lowest_P = threshold.new_empty(parts)
@@ -33,7 +33,7 @@ def find_lowest(value, lowest, size, span, CHUNK: tl.constexpr):
 
 @triton.jit
 def move(lowest, threshold, batches, parts, rate, ROOM: tl.constexpr):
-    """Move the threshold towards the smallest value of all parts, and count the batch."""
+    """Move the threshold towards the smallest of the values of all parts, and add 1 to `batches`."""
     part = tl.arange(0, ROOM)
     found = tl.min(tl.load(lowest + part, mask=part < parts, other=float("inf")), 0)
     before, taken = tl.load(threshold), tl.load(batches)

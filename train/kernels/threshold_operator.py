@@ -6,7 +6,7 @@ from torch import Tensor
 
 @torch.library.custom_op("sae::follow_threshold", mutates_args=("threshold", "batches"), device_types="cpu")
 def follow_threshold(value_N: Tensor, threshold: Tensor, batches: Tensor, rate: float) -> None:
-    """Move a threshold towards the smallest positive value, and count the batch. On a GPU, this takes two launches.
+    """Move a threshold towards the smallest positive value, and add 1 to `batches`. On a GPU, this takes two launches.
 
     Args:
         value_N: latents of a batch, in any order. Only positive latents count; if there are none, the threshold stays.
@@ -29,7 +29,7 @@ def lowest_positive(value_N: Tensor) -> Tensor:
 
 
 def move_threshold(lowest: Tensor, threshold: Tensor, rate: Tensor | float) -> None:
-    """Move the threshold a share `rate` of the distance to `lowest`.
+    """Move the threshold towards `lowest`, by the fraction `rate` of the distance.
 
     The threshold stays where it is if `lowest` is infinite.
     """

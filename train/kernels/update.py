@@ -65,13 +65,13 @@ def update_weights(
 
 @triton.jit
 def tangent(gradient, weight):
-    """A row of a gradient without its component along the row of weights, which is a unit vector."""
+    """A row of a gradient, minus its component along the corresponding row of the weight, which is a unit vector."""
     return gradient - weight * tl.sum(gradient * weight, 0)
 
 
 @triton.jit
 def add_squares(gradient, weight, sums, size, rows, span, UNIT: tl.constexpr, BLOCK: tl.constexpr):
-    """Write this program's sum of squares over its rows, after projecting gradients of rows that are unit vectors."""
+    """Write the sum of the squared gradients of this program's rows, projected first if the rows are unit vectors."""
     program = tl.program_id(0)
     place = tl.arange(0, BLOCK)
     squares = tl.zeros((BLOCK,), tl.float32)
