@@ -1,4 +1,4 @@
-"""The metadata of an export, with SAELens' keys: programs that load the SAE read it, and it records its origin."""
+"""The metadata of an export, with SAELens' keys. It serves programs that load the SAE, and records the SAE's origin."""
 
 import contextlib
 from collections.abc import Mapping

@@ -27,7 +27,7 @@ def count_pairs_by_torch(word_FW: Tensor, first_P: Tensor, second_P: Tensor) -> 
 
 
 def pair_blocks(first_P: Tensor, second_P: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Split the pairs into parts of `BLOCK` / `width` pairs (at least one), since each pair needs rows of that width."""
+    """Split the pairs into parts of `BLOCK` / `width` pairs (at least 1), since each pair needs rows of that width."""
     size = max(1, BLOCK // width)
     return zip(first_P.split(size), second_P.split(size), strict=True)
 
