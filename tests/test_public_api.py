@@ -66,6 +66,7 @@ for seed in (0, 1):
 """
 
 
+@pytest.mark.slow
 def test_public_names_work_after_every_other_module_was_imported_in_any_order() -> None:
     """An imported submodule becomes an attribute of `sae`, and must not stand in the way of a public name.
 

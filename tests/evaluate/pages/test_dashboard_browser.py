@@ -1,4 +1,7 @@
-"""The page in a browser: search, sort, navigation, keys, fingers; any message on the console fails a test."""
+"""The page in a browser: search, sort, navigation, keys, fingers; any message on the console fails a test.
+
+Only the search is among the quick tests: each page takes a second and more of the processor.
+"""
 
 import json
 from pathlib import Path
@@ -89,6 +92,7 @@ def shows(page, latent: int) -> None:
     assert page.locator("#rows tr[aria-current] th").first.inner_text() == str(latent)
 
 
+@pytest.mark.slow
 def test_the_run_comes_first_and_its_dead_latents_lead_on(page):
     assert page.locator("#view-run").is_visible() and not page.locator("#view-latents").is_visible()
     page.get_by_text("Dead latents").click()
@@ -117,22 +121,24 @@ def test_search_finds_numbers_tokens_and_labels(page):
     assert 0 in latents(page) and set(column(page, 2)) == {0.0}
 
 
-@pytest.mark.parametrize(("head", "number"), [("density", 2), ("mean", 3), ("max", 4), ("latent", 1)])
-def test_a_head_sorts_one_way_and_then_the_other(page, head, number):
+@pytest.mark.slow
+def test_a_head_sorts_one_way_and_then_the_other(page):
     page.get_by_role("link", name="Latents (350)").click()
     page.locator("#which").select_option("alive")
-    button = page.get_by_role("button", name=head, exact=True)
-    seen, ends = [], []
-    for _ in range(2):
-        button.click()
-        values = column(page, number)
-        sort = page.locator(f"#rows thead th[data-key={head}]").get_attribute("aria-sort")
-        assert values == sorted(values, reverse=sort == "descending")
-        seen.append(sort)
-        ends.append(values[0])
-    assert set(seen) == {"ascending", "descending"} and ends[0] != ends[1]
+    for head, number in (("density", 2), ("mean", 3), ("max", 4), ("latent", 1)):
+        button = page.get_by_role("button", name=head, exact=True)
+        seen, ends = [], []
+        for _ in range(2):
+            button.click()
+            values = column(page, number)
+            sort = page.locator(f"#rows thead th[data-key={head}]").get_attribute("aria-sort")
+            assert values == sorted(values, reverse=sort == "descending"), head
+            seen.append(sort)
+            ends.append(values[0])
+        assert set(seen) == {"ascending", "descending"} and ends[0] != ends[1], head
 
 
+@pytest.mark.slow
 def test_a_long_table_draws_what_is_seen(page):
     page.get_by_role("link", name="Latents (350)").click()
     page.get_by_role("button", name="latent", exact=True).click()
@@ -144,6 +150,7 @@ def test_a_long_table_draws_what_is_seen(page):
     shows(page, 349)
 
 
+@pytest.mark.slow
 def test_neighbours_lead_to_each_other_and_back(page, file):
     page.goto(f"{file.as_uri()}#latent-5")
     shows(page, 5)
@@ -160,6 +167,7 @@ def test_neighbours_lead_to_each_other_and_back(page, file):
     assert len(set(shares)) > 1  # colored by how active they are
 
 
+@pytest.mark.slow
 def test_keys(page):
     page.keyboard.press("/")
     page.locator("#search:focus").wait_for()
@@ -188,14 +196,16 @@ def test_keys(page):
     page.locator("#view-run").wait_for()
 
 
-@pytest.mark.parametrize(
-    ("latent", "sentence"), [(380, "not on this page"), (400, "There is no latent 400"), (10**8, "There is no latent")]
-)
-def test_a_latent_that_is_not_there(page, file, latent, sentence):
-    page.goto(f"{file.as_uri()}#latent-{latent}")
-    page.locator("#latent p", has_text=sentence).wait_for()
+@pytest.mark.slow
+def test_a_latent_that_is_not_there(page, file):
+    for latent, sentence in (
+        (380, "Latent 380 is not on this page"), (400, "There is no latent 400"), (10**8, "There is no latent 100"),
+    ):  # fmt: skip
+        page.goto(f"{file.as_uri()}#latent-{latent}")
+        page.locator("#latent p", has_text=sentence).wait_for()
 
 
+@pytest.mark.slow
 def test_hostile_tokens_are_texts(page, file):
     page.goto(f"{file.as_uri()}#latents")
     shown = []
@@ -214,6 +224,7 @@ def heads(page) -> list[str]:
     return page.locator("#rows th button").all_inner_texts()
 
 
+@pytest.mark.slow
 def test_a_column_without_a_value_has_no_head_and_takes_no_room(page, opened, unlabeled):
     page.get_by_role("link", name="Latents (350)").click()
     assert heads(page) == ["latent", "density", "mean", "max", "top tokens", "label"]
@@ -232,6 +243,7 @@ def tokens_of(line) -> list[str]:
     return line.locator("span").all_text_contents()
 
 
+@pytest.mark.slow
 def test_a_passage_has_the_asked_number_of_tokens_and_more_shows_the_whole_context(page, file):
     """The central token stays where it is on the screen."""
     page.goto(f"{file.as_uri()}#latent-5")
@@ -252,6 +264,7 @@ def test_a_passage_has_the_asked_number_of_tokens_and_more_shows_the_whole_conte
     assert tokens_of(line) == passage
 
 
+@pytest.mark.slow
 def test_a_long_curve_has_enough_points_and_not_too_many(page, opened, unlabeled):
     """A run of 100,000 steps that logged every fiftieth."""
     plain = opened(unlabeled)
@@ -269,6 +282,7 @@ def phone(opened, unlabeled):
     return shown
 
 
+@pytest.mark.slow
 def test_on_a_phone_nothing_scrolls_sideways(phone):
     for view in ("#run", "#latents", "#latent-5"):
         phone.goto(phone.url.split("#")[0] + view)
@@ -281,6 +295,7 @@ def test_on_a_phone_nothing_scrolls_sideways(phone):
     assert phone.evaluate("document.documentElement.scrollWidth") == 390
 
 
+@pytest.mark.slow
 def test_on_a_phone_everything_is_large_enough_for_a_finger(phone):
     phone.locator("nav a", has_text="Latents").tap()
     phone.locator("#rows tr[data-place]").nth(2).tap()
@@ -300,6 +315,7 @@ def test_on_a_phone_everything_is_large_enough_for_a_finger(phone):
     assert text >= 13 and min(labels) >= 9  # pixels
 
 
+@pytest.mark.slow
 def test_on_a_phone_a_chosen_latent_comes_into_view_and_buttons_lead_on(phone):
     phone.locator("nav a", has_text="Latents").tap()
     first, second = latents(phone)[:2]
@@ -312,15 +328,19 @@ def test_on_a_phone_a_chosen_latent_comes_into_view_and_buttons_lead_on(phone):
     shows(phone, first)
 
 
-@pytest.mark.parametrize("width", [360, *(pytest.param(n, marks=pytest.mark.slow) for n in (700, 1000)), 1600])
-def test_nothing_runs_out_of_the_window(page, file, width):
-    page.set_viewport_size({"width": width, "height": 700})
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    page.goto(f"{file.as_uri()}#latent-5")
-    shows(page, 5)
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+@pytest.mark.slow
+def test_nothing_runs_out_of_the_window(page, file):
+    for width in (360, 700, 1000, 1600):
+        page.set_viewport_size({"width": width, "height": 700})
+        page.goto(f"{file.as_uri()}#run")
+        page.locator("#view-run").wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.goto(f"{file.as_uri()}#latent-5")
+        shows(page, 5)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.slow
 def test_a_screen_reader_learns_the_size_of_the_table_and_the_place_of_a_row(page, file):
     page.goto(f"{file.as_uri()}#latents")
     rows = page.locator("#rows tr[data-place]")
@@ -332,6 +352,7 @@ def test_a_screen_reader_learns_the_size_of_the_table_and_the_place_of_a_row(pag
     )
 
 
+@pytest.mark.slow
 def test_a_printed_latent_has_no_table_and_no_keys(page, file):
     page.goto(f"{file.as_uri()}#latent-5")
     shows(page, 5)
@@ -342,6 +363,7 @@ def test_a_printed_latent_has_no_table_and_no_keys(page, file):
     page.locator("#rows tr[aria-current]").wait_for()  # the table is drawn again, where it was
 
 
+@pytest.mark.slow
 def test_without_the_script_the_run_is_there(browser, file):
     opened = browser.new_context(java_script_enabled=False).new_page()
     opened.goto(file.as_uri())
@@ -349,6 +371,7 @@ def test_without_the_script_the_run_is_there(browser, file):
     assert "because JavaScript is disabled" in opened.locator("noscript").inner_text()
 
 
+@pytest.mark.slow
 def test_the_policy_stops_a_script_that_is_not_the_page_s(browser, file):
     opened = browser.new_page()
     opened.goto(file.as_uri())
