@@ -49,21 +49,24 @@ def processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_every_recipe_takes_steps_in_bfloat16_on_a_cpu(name, make_variant, batches) -> None:
     """Finite, near float32, with float32 masters; and resumed bit for bit."""
 
-    def take(steps: range, kind: str, state=None) -> tuple[dict, dict]:
-        trainer = Trainer(make_variant(name, STEPS), STEPS, "cpu", precision=kind)
-        if state is not None:
-            load_training_state(trainer, state)
+    def new(kind: str) -> Trainer:
+        return Trainer(make_variant(name, STEPS), STEPS, "cpu", precision=kind)
+
+    def take(trainer: Trainer, steps: range) -> dict:
         for number in steps:
             trainer.run_periodic(number, trainer.step(batches[number]))
-        return {n: t.clone() for n, t in training_state(trainer).items()}, trainer.pop_metrics()
+        return {n: t.clone() for n, t in training_state(trainer).items()}
 
-    state, metrics = take(range(STEPS), "bfloat16")
-    _, expected = take(range(STEPS), "float32")
+    whole, other, later = new("bfloat16"), new("float32"), new("bfloat16")
+    half = take(whole, range(STEPS // 2))
+    state = take(whole, range(STEPS // 2, STEPS))
+    take(other, range(STEPS))
+    metrics, expected = whole.pop_metrics(), other.pop_metrics()
     assert all(tensor.isfinite().all() for tensor in state.values())
     assert {t.dtype for n, t in state.items() if n.startswith(("variant.sae.", "optimizer."))} == {torch.float32}
     assert abs(metrics["loss"] / expected["loss"] - 1) < LIKE_FLOAT32 and metrics["loss"] != expected["loss"]
-    half, _ = take(range(STEPS // 2), "bfloat16")
-    resumed, _ = take(range(STEPS // 2, STEPS), "bfloat16", half)
+    load_training_state(later, half)
+    resumed = take(later, range(STEPS // 2, STEPS))
     assert [n for n in state if not torch.equal(state[n], resumed[n])] == []
 
 
