@@ -229,7 +229,8 @@ def pair_line(
 
 
 def with_finding(line: AgainstLine, found: Finding, slope: L0Slope | None) -> AgainstLine:
-    """The line with its finding and with `l0_matters`: whether L0 alone could explain or hide the difference."""
+    """The line with `finding`, `l0_shift` and `l0_matters` filled in. `l0_matters` says whether the two L0 values alone
+    could explain or hide the difference in the number."""
     shift, matters = None, False
     if line.l0 and line.column.better:
         ratio = line.l0[0] / line.l0[1]
@@ -251,7 +252,7 @@ def l0_column() -> tuple[str, MetricColumn]:
 
 
 def l0_slope(comparison: Comparison, metric: str, column: MetricColumn) -> L0Slope | None:
-    """The slope of a number over the logarithm of L0, within systems that differ only in their L0.
+    """The slope of a number as a function of log L0, estimated from systems that differ only in their L0.
 
     The slope is fitted by least squares, with one intercept per group of systems that differ only in their L0, so that
     other differences between systems do not count as effects of L0. None if no group has two systems whose L0 differ by
@@ -297,7 +298,8 @@ def base_notes(base: ComparedSystem) -> list[str]:
 
 
 def unit_notes(lines: Sequence[AgainstLine]) -> list[str]:
-    """Notes about what a comparison cannot show because of the unit that was paired."""
+    """Notes about what these comparisons cannot show because of what was paired in them: seeds, or units of the text
+    such as documents."""
     units = {line.pairing.differences.unit for line in lines if line.pairing.differences is not None}
     notes = []
     if by_text := sorted(units - {SEED}):
@@ -317,7 +319,8 @@ def unit_notes(lines: Sequence[AgainstLine]) -> list[str]:
 
 
 def l0_notes(lines: Sequence[AgainstLine], base: str, slopes: Slopes) -> list[str]:
-    """Sentences for each system whose L0 is so far from the base's that it can explain or hide differences.
+    """Sentences about each system whose L0 differs so much from the base's that this can explain or hide other
+    differences.
 
     A system gets one sentence for each slope that was used for its numbers.
     """

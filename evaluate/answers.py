@@ -326,7 +326,8 @@ def conclude(lines: Sequence[AgainstLine]) -> tuple[str, bool | None]:
 
 
 def describe(line: AgainstLine) -> str:
-    """A number and its difference with the interval: "EV 0.731, +0.079 (+0.075 to +0.083)"."""
+    """A system's number, its difference from the other system's number, and the interval of this difference, such as
+    "EV 0.731, +0.079 (+0.075 to +0.083)"."""
     form, paired = line.column.format, line.pairing.differences
     own, other = line.values
     text = f"{line.number.rstrip(' ↑↓')} {own:{form}}"

@@ -32,7 +32,7 @@ FORMAT = 1  # version of the cached artifacts, increased when the way any of the
 # Kinds that contain model activations, which take most of the space and are quick to recompute. Other kinds are small.
 ACTIVATIONS = ("text_pass", "held_out", "rows", "last_rows", "letters", "sample")
 LIMIT_VARIABLE = "SAE_EVALUATION_GB"
-STALE_SECONDS = 3600  # seconds without a write after which a dead process's temporary file is removed
+STALE_SECONDS = 3600  # seconds since the last write after which a dead process's temporary file is removed
 
 
 class ArtifactCache:
@@ -64,7 +64,8 @@ class ArtifactCache:
     def get_or_compute(
         self, kind: str, depends: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]], device: str = "cpu"
     ) -> dict[str, Tensor]:
-        """The tensors of `kind` for the inputs `depends`: memory-mapped from disk, or computed and written."""
+        """The tensors of this kind that result from the inputs in `depends`: memory-mapped from disk if they are there,
+        otherwise computed and written."""
         path = self.path(kind, depends)
         if (tensors := self._read(path, depends, device)) is not None:
             return tensors
@@ -93,8 +94,8 @@ class ArtifactCache:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """A context manager during which no artifact is removed. On entry, it removes activations above the limit if no
-        other process uses the folder.
+        """While this context manager is active, no process removes artifacts. On entry, it removes activations above
+        the limit if no other process uses the folder.
 
         All processes that use the folder share one operating-system lock. On a file system that does not support locks,
         nothing is removed.
@@ -163,7 +164,7 @@ class ArtifactCache:
                 self.waiting(path.stem)
                 lock = acquire(file, fcntl.LOCK_EX)
                 self.waiting("")
-        except OSError:  # the folder is read-only, full or without locks, so each rank computes for itself
+        except OSError:  # read-only or full folder, or a file system without locks: each rank computes for itself
             return None
         self._held.add(path)
         return lock
@@ -173,8 +174,8 @@ class ArtifactCache:
         release(lock)
 
     def remove_locks(self) -> None:
-        """Remove the lock files of artifacts when all ranks are done. If another process still needs a lock, an
-        artifact is at worst computed twice, which is harmless."""
+        """Remove the lock files of artifacts when all ranks are done. If a lock is removed while another process still
+        needs it, an artifact is at worst computed twice, which is harmless."""
         for path in self.locks.glob("*.lock"):
             with contextlib.suppress(OSError):
                 path.unlink()

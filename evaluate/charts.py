@@ -73,7 +73,7 @@ class Chart:
 
 
 def ticks(low: float, high: float, log: bool = False, about: int = 5) -> list[float]:
-    """Round numbers in [low, high], about `about` of them and at least three.
+    """At least three round numbers in [low, high]. `about` is roughly how many.
 
     On a linear axis, ticks are evenly spaced, and the step is 1, 2 or 5 times a power of ten. If `log` is true, the
     ticks themselves are 1, 2 or 5 times a power of ten, unless the range is less than a decade: the ticks are then
@@ -123,8 +123,8 @@ def is_drawable(value: float, log: bool) -> bool:
 
 
 def axis_range(values: Sequence[float], log: bool) -> tuple[float, float]:
-    """The range of an axis: the range of the values plus a margin. Without values, [0, 1] or, on a log axis, [0.1,
-    1]."""
+    """The range of an axis: the range of the values plus a margin. If there are no values, the range is [0, 1], or
+    [0.1, 1] on a log axis."""
     values = [value for value in values if is_drawable(value, log)]
     if not values:
         return (0.1, 1.0) if log else (0.0, 1.0)
@@ -163,8 +163,8 @@ def with_bar_edges(x: Sequence[float], log: bool) -> list[float]:
 
 
 def thin_out(series: Series) -> Series:
-    """The series or, for a line of more than MAX_LINE_POINTS points, at most that many of them: its ends, peaks and
-    dips.
+    """The series as it is drawn. If it is a line of more than MAX_LINE_POINTS points, at most that many points are
+    kept: the ends, the peaks and the dips of the line.
 
     The points between the ends are split into equal parts, and each part keeps its smallest and its largest y, so that
     a spike of a single point is still seen.

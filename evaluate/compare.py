@@ -70,8 +70,8 @@ class ComparedSystem:
         return {run.record.get("seed", run.name): run for run in self.runs}
 
     def mean_and_spread(self, metric: str, column: MetricColumn) -> tuple[float, float] | None:
-        """The mean and sd over seeds. For a single seed, its value and half the 95 % interval of the value over the
-        text (0 if there is no interval)."""
+        """The mean and sd over seeds. For a single seed, its value and half the width of the 95 % interval of that
+        value (0 if there is no interval); this interval shows the uncertainty from the sample of text."""
         measured = [run for run in self.run_by_seed.values() if run.value(metric, column) is not None]
         values = [value for run in measured if (value := run.value(metric, column)) is not None]
         if len(values) > 1:
@@ -107,7 +107,7 @@ class Comparison:
         )
 
     def on_all_rows(self) -> "Comparison":
-        """The same comparison with SAEBench's numbers, which count outlier rows."""
+        """The same comparison with SAEBench's numbers, which are computed over all rows, including outlier rows."""
         systems, references = ([one.on_all_rows() for one in some] for some in (self.systems, self.references))
         return replace(self, systems=systems, references=references)
 
@@ -167,7 +167,7 @@ def compare_runs(folders: Sequence[Path], mix: bool = False, references: bool = 
     ]
     systems, beside = group_by_system(runs), {} if differences else name_references(read_references(runs, read))
     shown = [ComparedSystem(name, list(found.values())) for name, found in beside.items()] if references else []
-    if differences:  # each system has its own references, and no reference is shown
+    if differences:  # the systems do not share references: each system's own are read, but none is shown
         beside = name_references([one for system in systems for one in read_references(system.runs, read)])
     return Comparison(systems, shown, differences, beside).with_control_notes({})
 
@@ -182,8 +182,8 @@ def name_references(found: Sequence[ComparedRun]) -> dict[str, dict[Any, Compare
 
 
 def mixed_seeds(run: ComparedRun, runs: Sequence[ComparedRun]) -> list[str]:
-    """A sentence for each metric that was measured with one set of seeds for this run and with another set for another
-    run of its system."""
+    """A sentence for each metric whose result for this run was measured over other seeds than the result for another
+    run of the same system."""
     notes = []
     for metric, settings in run.settings.items():
         if "seeds" not in settings or "seed" not in run.record:
@@ -210,7 +210,7 @@ def seeds_of(settings: Mapping[str, Any]) -> frozenset[str]:
 
 
 def find_differences(runs: Sequence[ComparedRun]) -> list[str]:
-    """A sentence for each difference between the runs other than their training."""
+    """A sentence for each respect in which the runs differ, apart from how they were trained."""
     differences = []
     for name in ("model", "layer", "site"):
         values = {str(sae_location(run)[name]): run for run in runs}
@@ -291,7 +291,8 @@ def system_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def share_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """The headings, and each control's share of its system's numbers. Numbers without a share are left out."""
+    """The headings, and a line for each pair of a system and a control: what share of each of the system's numbers the
+    control reaches. Numbers for which no share can be computed are left out."""
     headings = ["system", "control", *(metric_heading(*number).partition(" ↑")[0] for number in comparison.columns)]
     return without_empty_columns(headings, share_cells(systems_and_references(comparison), comparison.columns))
 
@@ -340,7 +341,7 @@ def to_records(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def flat_numbers(run: ComparedRun, masked: Collection[str]) -> Iterator[tuple[str, float | None]]:
-    """The numbers of a run. For the metrics in `masked`, also the numbers without outlier rows."""
+    """The numbers of a run. For the metrics in `masked`, they include the numbers without outlier rows."""
     for metric, result in run.results.items():
         if metric in masked and not result.masked:
             result = replace(result, masked=result)

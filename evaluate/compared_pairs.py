@@ -12,8 +12,8 @@ ALL_PAIRS = "all"
 def compared_pairs(record: Mapping[str, Any]) -> str | None:
     """A description of the pairs that a run compared in a step; None if its recipe has no choice of pairs.
 
-    A run without these options was trained by an earlier version, which had no choice of pairs. In a small dictionary,
-    a single block or the table contains all pairs, so all are compared.
+    A run without these options was trained by an earlier version, which had no choice of pairs. If the dictionary is so
+    small that a single block, or the table of pairs, contains all of its pairs, then all of them are compared.
     """
     options, latents = LATER_ENTRIES | record.get("resolved", {}), record.get("d_sae", math.inf)
     if record.get("variant") == "decorrelation":
@@ -28,8 +28,8 @@ def compared_pairs(record: Mapping[str, Any]) -> str | None:
 
 
 def options_of_earlier_pairs(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with which a new run compares the same pairs as a run of an earlier version, which had no choice of
-    pairs."""
+    """The options that make a new run compare the same pairs as this run. Empty, unless this run was trained by an
+    earlier version, in which the pairs could not be chosen."""
     resolved = record.get("resolved", {})
     newer = (
         ["pair_choice"] if record.get("variant") == "decorrelation" else ["turns"] if "pair_store" in resolved else []

@@ -62,7 +62,7 @@ class ComparedRun:
         return any(result.masked for result in self.results.values())
 
     def on_all_rows(self) -> "ComparedRun":
-        """The same run with SAEBench's numbers, which count outlier rows."""
+        """The same run with SAEBench's numbers, which are computed over all rows, including outlier rows."""
         return replace(self, results={name: replace(one, masked=None) for name, one in self.results.items()})
 
 
@@ -81,7 +81,8 @@ def read_run(folder: Path, metrics: Iterable[str] = tuple(METRICS)) -> ComparedR
 
 
 class RunResults(NamedTuple):
-    """Metric -> result, metric -> its settings, and the results' description of the SAE: sae.json or a reference."""
+    """The result of each metric, the settings of each result, and the SAE that was measured, as the results describe
+    it: the content of its sae.json, or the record of a reference."""
 
     results: dict[str, MetricResult]
     settings: dict[str, dict[str, Any]]

@@ -103,10 +103,11 @@ class EvalContext:
         return list(self.context_format.skip_ids)
 
     def encode_texts(self, texts: Sequence[str], max_tokens: int | None = None) -> list[list[int]]:
-        """The token ids of texts, with the same first token as the cache's contexts, cut to `max_tokens`.
+        """The token ids of each text, at most `max_tokens`. They begin with the same first token as the cache's
+        contexts.
 
-        If the tokenizer itself adds this first token, all tokens that it adds are kept, as in SAEBench. Special tokens
-        that are spelled out in a text become special tokens.
+        If the tokenizer itself adds this first token, all tokens that it adds are kept, as in SAEBench. If a text
+        spells out a special token, such as "<bos>", this part of the text becomes that special token.
 
         Raises UsageError if a text contains a token without an embedding in the model.
         """
@@ -158,7 +159,7 @@ class EvalContext:
     ) -> Iterator[ContextBatch]:
         """Yield at most `count` batches of `size` contexts of `text` (default: the held-out text).
 
-        The batches are on `device` (default: the model's device; this loads the model).
+        The batches are on `device`. By default, this is the model's device; the model is then loaded to find it.
 
         Each batch is as wide as its longest context.
         """

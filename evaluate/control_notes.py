@@ -1,8 +1,8 @@
 """Sentences that compare systems with their controls, with the verdicts and tests of docs/reference/statistics.md.
 
 The comparisons in these notes form a separate table: for each number that `sae compare` shows, it compares every system
-with whichever of its controls is best in that number. If a printed table tests the same pair, the note repeats that
-table's verdict.
+with whichever of its controls is best in that number. If a table that is printed also contains a test of this pair, the
+note repeats the verdict in that table.
 """
 
 import statistics
@@ -25,7 +25,7 @@ OPPOSITE: Mapping[Verdict, Verdict] = {"better": "worse", "worse": "better"}
 
 
 class BesideControl(NamedTuple):
-    """A number of a system and of its best control, and the verdict on their difference."""
+    """The values that a system and its best control have in one number, and the verdict on their difference."""
 
     system: str
     control: str
@@ -66,8 +66,8 @@ def control_notes(systems: Systems, columns: Columns, known: KnownVerdicts) -> d
 
 
 def compare_with_controls(systems: Systems, columns: Columns, known: KnownVerdicts) -> list[BesideControl]:
-    """For each number, compare every system with whichever of its controls is best in that number. All tests are
-    corrected as one table."""
+    """For each number, compare every system with whichever of its controls is best in that number. The p-values of all
+    these tests are corrected together, as in one table."""
     pairs, tests = [], []
     for label, runs in systems.items():
         controls = controls_of(runs, systems)
@@ -95,7 +95,8 @@ def best_control(
 
 
 def known_verdict(one: BesideControl, known: KnownVerdicts) -> Verdict | None:
-    """The verdict of a table on the same pair, in either order."""
+    """The verdict on the system against the control in a table that tests this pair, whichever of the two it lists
+    first; None if there is no such table."""
     if found := known.get((one.system, one.control, one.metric, one.column)):
         return found
     turned = known.get((one.control, one.system, one.metric, one.column))
@@ -103,7 +104,7 @@ def known_verdict(one: BesideControl, known: KnownVerdicts) -> Verdict | None:
 
 
 def describe_beside(found: Sequence[BesideControl]) -> str:
-    """One sentence on all numbers of a system; "" if it is better than its controls in all of them.
+    """One sentence that names the numbers in which a system is not better than its best control; "" if there are none.
 
     A number that cannot be tested is named only if the control's value is better or equal.
     """
@@ -137,7 +138,7 @@ def same_as_controls(label: str, runs: RunBySeed, controls: Systems, columns: Co
 
 
 def unlike_l0(label: str, runs: RunBySeed, controls: Systems) -> Iterator[str]:
-    """A sentence for each control whose L0 differs from the system's by more than a tenth, on this text."""
+    """A sentence for each control whose L0, measured on this text, differs from the system's by more than a tenth."""
     ours = mean_l0(runs)
     for name, some in controls.items():
         theirs = mean_l0(some)

@@ -61,9 +61,10 @@ def numbers(runs: RunBySeed, metric: str, column: MetricColumn) -> list[float]:
 
 
 def share_lines(systems: Systems, columns: Columns) -> list[list[str]]:
-    """One line of a table for each pair of a system and one of its controls, with the shares of the system's numbers.
+    """A table line for each pair of a system and one of its controls: the share of each of the system's numbers that
+    the control reaches.
 
-    `columns` are the columns of the table after the first.
+    The first cell names the pair; each of the other cells belongs to one number in `columns`.
     """
     return [
         [f"share of {label} that {control} has", *cells] for label, control, *cells in share_cells(systems, columns)
@@ -71,7 +72,8 @@ def share_lines(systems: Systems, columns: Columns) -> list[list[str]]:
 
 
 def share_cells(systems: Systems, columns: Columns) -> list[list[str]]:
-    """For each system and each of its controls: their labels, and the shares of the system's numbers."""
+    """For each system and each of its controls: their labels, and the share of each of the system's numbers that the
+    control reaches."""
     lines = []
     for label, runs in systems.items():
         for control, control_runs in controls_of(runs, systems).items():

@@ -82,7 +82,7 @@ def conditions_digest(conditions: Mapping[str, Any] | None) -> str:
 
 
 def control_rows(group: EvalGroup, folders: Sequence[Path], outlines: bool = False) -> list[EvalRow]:
-    """The trained controls among `folders` as reference rows for the runs that they control for.
+    """Reference rows for those trained controls in `folders` that belong to runs of the group.
 
     The results of controls are stored with the results of the other references. If `outlines` is true, their weights
     are not read.
@@ -101,7 +101,7 @@ def control_rows(group: EvalGroup, folders: Sequence[Path], outlines: bool = Fal
 
 
 def matching_controls(group: EvalGroup, folders: Sequence[Path]) -> list[tuple[Path, dict[str, Any], RowSet]]:
-    """The trained controls among `folders` that belong to runs of a group, each with its conditions and row set.
+    """The trained controls in `folders` that belong to any run of the group, as (folder, conditions, row set).
 
     Raises the same errors as `control_rows`.
     """

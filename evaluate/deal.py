@@ -22,7 +22,7 @@ from .metrics.base import EvalTarget, Metric
 from .plan import EvaluatePlan
 from .rows import EvalGroup, EvalRow, placed
 
-REFERENCES = "references"  # the untrained rows that a run is compared with: identity, zero, PCA, random dictionary
+REFERENCES = "references"  # reference rows that need no training: identity, zero, PCA, random dictionary
 REFERENCE_ROWS = 4
 RATE = {"cpu": 2e10, "cuda": 2e13}  # multiplications and additions per second of one core or one GPU
 # metric -> multiplications and additions for one SAE with default options: (per weight of the encoder, constant).

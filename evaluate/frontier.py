@@ -11,7 +11,7 @@ from .compare_charts import published_series
 from .metrics.base import MetricColumn
 from .metrics.registry import METRICS
 
-SAME_L0 = 1.01  # L0 values up to this ratio count as equal: thresholds reach a target L0 only approximately
+SAME_L0 = 1.01  # L0 values with a ratio up to this count as equal: thresholds reach a target L0 only approximately
 ON_FRONTIER = "on the frontier"
 PUBLISHED_NOTE = (
     "Published results were measured by others, on other text and over all rows. They are interpolated over "
@@ -61,10 +61,10 @@ def best_rival(
 
 
 def published_at(system: ComparedSystem, metric: str, column: MetricColumn) -> list[Published]:
-    """Published results of the system's model and layer at its L0, the best first. Empty if that L0 lies outside the
-    published points.
+    """The published results for the system's model and layer, interpolated to the system's L0, the best first. Empty if
+    that L0 lies outside the range of the published L0 values.
 
-    Published results count outlier rows, so pass a system `on_all_rows`, whose L0 counts them too.
+    Published results include outlier rows, so pass the system that `on_all_rows` returns: its L0 includes them too.
     """
     own = l0_of(system)
     if own is None:
@@ -110,7 +110,8 @@ def heading(metric: str, column: MetricColumn) -> str:
 
 
 def behind(system: ComparedSystem, systems: Sequence[ComparedSystem], metric: str, column: MetricColumn) -> str:
-    """A cell: the number, and how far it is behind the best other system whose L0 is no higher."""
+    """A cell: the system's number, and how far it is behind the best number of the other systems whose L0 is no
+    higher."""
     own = system.mean_and_spread(metric, column)
     if own is None:
         return ""
@@ -123,7 +124,8 @@ def behind(system: ComparedSystem, systems: Sequence[ComparedSystem], metric: st
 
 
 def published_cells(system: ComparedSystem) -> list[str]:
-    """The number over all rows, the best published number at this L0, and how many published numbers are lower."""
+    """Three cells: the system's number over all rows (including outlier rows), the best published number at the same
+    L0, and how many of the published numbers are lower."""
     own, (_, column) = system.mean_and_spread(*PUBLISHED_NUMBER), PUBLISHED_NUMBER
     published = published_at(system, *PUBLISHED_NUMBER)
     if own is None or not published:

@@ -96,7 +96,7 @@ def find_eval_cache(folder: Path, sae: SAE, *, cache: Place | None = None, model
         if not same_model(chosen.identity["model"], trained_on):
             raise UsageError(
                 f"{folder} was trained on {describe_record(trained_on)}, but {cache} was harvested from "
-                f"{describe_record(chosen.identity['model'])}. Name a cache of the SAE's model with --cache."
+                f"{describe_record(chosen.identity['model'])}. Use --cache to give a cache of the SAE's model."
             )
         return chosen
     recorded, fingerprint = sae.origin.get("cache"), sae.origin.get("fingerprint")
@@ -106,7 +106,9 @@ def find_eval_cache(folder: Path, sae: SAE, *, cache: Place | None = None, model
         place = recorded if isinstance(recorded, str) else None
         found = open_reachable(place, lambda: find_by_fingerprint(fingerprint, place))
     except UnavailableError as error:  # an address that does not answer
-        raise UnavailableError(f"{error} Or name another cache of {model_label(trained_on)} with --cache.") from error
+        raise UnavailableError(
+            f"{error} Alternatively, use --cache to give another cache of {model_label(trained_on)}."
+        ) from error
     if found:
         return found
     if "format" in sae.origin:  # an imported SAE was not trained on the recorded cache, which only served to verify it
@@ -114,8 +116,8 @@ def find_eval_cache(folder: Path, sae: SAE, *, cache: Place | None = None, model
     where = f" ({recorded})" if isinstance(recorded, str) else ""
     raise UsageError(
         f"The cache that {folder} was trained on{where} was not found. It contains the text to evaluate on. "
-        "Move it back or to activations/, harvest it again with the same "
-        f"`sae harvest --model {model_label(trained_on)}`, or name another cache of that model with --cache."
+        "Move the cache back to where it was or into activations/, harvest it again with the same options of "
+        f"`sae harvest --model {model_label(trained_on)}`, or use --cache to give another cache of that model."
     )
 
 
@@ -157,8 +159,8 @@ def row_of_run(folder: Path, sae: SAE, cache: Cache, max_norm: float | None = No
 
 
 def only_cache_of_model(folder: Path, origin: Mapping[str, Any]) -> Cache:
-    """The only cache of a model that has held-out text. Used for SAEs trained elsewhere, which do not need a particular
-    cache."""
+    """The cache that was harvested from a model and has held-out text; there must be exactly one. Used for SAEs trained
+    elsewhere, which do not need a particular cache."""
     model, name = origin["model"], model_label(origin["model"])
 
     def is_usable(c: Cache) -> bool:
@@ -172,7 +174,7 @@ def only_cache_of_model(folder: Path, origin: Mapping[str, Any]) -> Cache:
         command = harvest_command(name, Hook.from_record(origin), origin.get("context"))
         raise UsageError(
             f"{folder} names no cache, and no cache in {sae_home() / 'activations'} has held-out text for "
-            f"{name}. Name one with --cache, or harvest one: {command}"
+            f"{name}. Use --cache to give one, or harvest one: {command}"
         )
     listed = "\n".join(f"  --cache {c.folder}   ({c.rows:,} rows, {c.identity['data']['name']})" for c in usable)
     raise UsageError(
@@ -232,7 +234,7 @@ def check_tokenizer(cache: Cache, source: ModelSource, tokenizer: Any) -> tuple[
     raise UsageError(
         f"{cache.place} was harvested with a different tokenizer (sha256 {str(expected)[:12]}) from the one in "
         f"{source.argument} (sha256 {found[:12]}), so its token ids would stand for different text. Restore the "
-        "tokenizer's files, or name the folder that has them with --model. If they are lost, harvest and train again."
+        "tokenizer's files, or use --model to give the folder that has them. If they are lost, harvest and train again."
     )
 
 
@@ -245,7 +247,7 @@ def versions_of_harvest(cache: Cache) -> dict[str, str]:
 
 
 def model_identity_of(source: ModelSource, attention: str, dtype: str) -> dict[str, Any]:
-    """The identity of the model and its computation, for the settings of every result."""
+    """What identifies the model and the way in which it computes; part of the settings of every result."""
     record = source.identity()
     adapters = {"adapters": record["adapters"]} if "adapters" in record else {}
     return {"model": source.name, "revision": source.revision, **adapters, "attention": attention, "llm_dtype": dtype}
@@ -266,10 +268,10 @@ def make_context(
 ) -> EvalContext:
     """The evaluation context of a cache: its model, found but not loaded yet, and its held-out text.
 
-    The text consists of as many of the first contexts as are needed for `tokens` tokens; by default it is all of the
-    held-out text. `model` is the model's folder, if it has moved since the harvest. `origin` is the origin of the SAEs;
-    the origin of imported SAEs determines the first token and the length of contexts. `precision` is the precision of
-    the SAEs' matrix products.
+    The text is the first contexts of the held-out text, as many as are needed for `tokens` tokens (default: all of
+    them). `model` is the model's folder, if it has moved since the harvest. `origin` is the record of where the SAEs
+    come from; for imported SAEs, it determines the first token of the contexts and their length. `precision` is the
+    precision of the SAEs' matrix products.
 
     Raises UsageError if the model or the tokenizer on this machine differs from the one that the cache was harvested
     with, or if the cache has no held-out text.

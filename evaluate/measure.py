@@ -20,7 +20,8 @@ from .results import write_result
 from .rows import EvalGroup, EvalRow, hook_suffix
 from .tables import seed_verdicts, systems_of
 
-# Called with a metric's name before it is measured. Returns a context manager that yields a function for its progress.
+# Called with a metric's name before the metric is measured. Returns a context manager that yields the function to which
+# the metric reports its progress.
 ProgressFactory = Callable[[str], AbstractContextManager[Progress]]
 
 
@@ -44,7 +45,7 @@ def measure_all(
 
 
 def use_precision(rows: Sequence[EvalRow], precision: str) -> None:
-    """Replace the SAEs of the rows by copies with the same weights whose matrix products are computed in
+    """Replace the SAE of each row by a copy that has the same weights but computes its matrix products in
     `precision`."""
     for row in rows:
         if isinstance(row.target.sae, SAE):

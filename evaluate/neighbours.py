@@ -97,8 +97,8 @@ def digest_of_system(record: Mapping[str, Any] | None) -> str:
 
 
 def measured_alike(run: ComparedRun, other: ComparedRun, metric: str = "core") -> bool:
-    """Whether both runs have a result of a metric with the same settings. Norm limits are ignored, because those of two
-    caches differ a little."""
+    """Whether a metric was measured for both runs, with the same settings. Norm limits are ignored, because those of
+    two caches differ a little."""
     settings = [without_weights(one.settings.get(metric, {})) for one in (run, other)]
     ours, theirs = ({name: v for name, v in one.items() if name != "norm_limit"} for one in settings)
     return metric in run.results and metric in other.results and ours == theirs

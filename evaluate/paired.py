@@ -17,8 +17,8 @@ RunBySeed = Mapping[Any, MeasuredRun]
 
 
 class PairedValues(NamedTuple):
-    """A number of two systems on their common units, or the reason why there are no common units, worded as the end of
-    a sentence."""
+    """The values of one number for two systems, on the units that both have. If they have no units in common, `reason`
+    says why; it is worded as the end of a sentence."""
 
     ours: Sequence[float] = ()
     theirs: Sequence[float] = ()
@@ -27,20 +27,22 @@ class PairedValues(NamedTuple):
 
 
 class Pairing(NamedTuple):
-    """The paired differences of a number, or the reason why there are no pairs, worded as the end of a sentence."""
+    """The paired differences between two systems in one number. If there are no pairs, `reason` says why; it is worded
+    as the end of a sentence."""
 
     differences: PairedDifferences | None
     reason: str = ""
 
 
 def metric_value(row: MeasuredRun, metric: str, column: MetricColumn) -> float | None:
-    """A number of a row, without outlier rows if there were any; None if it was not measured."""
+    """One number in a row, computed without outlier rows if there were any; None if it was not measured."""
     result = row.results.get(metric)
     return None if result is None else result.sound.metrics.get(column.category, {}).get(column.name)
 
 
 def half_interval(row: MeasuredRun, metric: str, column: MetricColumn) -> float:
-    """Half the 95 % interval of a number over the text; 0 if it has no interval."""
+    """Half the width of the 95 % interval of a number, which shows the uncertainty from the sample of text; 0 if the
+    number has no interval."""
     low, high = row.results[metric].sound.intervals.get(column.category, {}).get(column.name) or (None, None)
     return 0.0 if low is None or high is None else (high - low) / 2
 
@@ -63,7 +65,7 @@ def differences_of(paired: PairedValues) -> Pairing:
 
 
 def pair_values(system: RunBySeed, other: RunBySeed, metric: str, column: MetricColumn) -> PairedValues:
-    """One number of two systems, as pairs of values.
+    """The values of one number for two systems, in pairs.
 
     - The systems have two or more seeds in common: one pair for each.
     - `other` is a reference, which has no seed: each seed is paired with this one SAE.
@@ -89,7 +91,7 @@ def pair_values(system: RunBySeed, other: RunBySeed, metric: str, column: Metric
 
 
 def pair_units(run: MeasuredRun, other: MeasuredRun, metric: str, column: MetricColumn) -> PairedValues:
-    """One number of two runs on the units of the text on which both were measured."""
+    """The values of one number for two runs, paired by the units of the text for which both runs have a value."""
     ours, theirs = run_values(run, metric, column), run_values(other, metric, column)
     if not ours.unit:
         return PairedValues(reason="one seed, and no values by unit")
@@ -104,7 +106,8 @@ def pair_units(run: MeasuredRun, other: MeasuredRun, metric: str, column: Metric
 
 
 def run_values(run: MeasuredRun, metric: str, column: MetricColumn) -> UnitValues:
-    """The unit of a number, and its values by unit. There are no values if their mean does not equal the number."""
+    """The kind of unit by which a number can be paired, such as documents or letters, and the number's value for each
+    unit. If the mean of these values is not the number itself, no values are returned."""
     value = metric_value(run, metric, column)
     if value is None:
         return UnitValues(METRICS[metric].unit, {})

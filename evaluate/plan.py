@@ -192,7 +192,7 @@ class EvaluatePlan:
 def whole_contexts(asked: int | None, read: int, changed: bool) -> str:
     """A remark that follows the number of tokens if this is not the requested number; otherwise empty.
 
-    `changed`: whether an imported SAE's files determine the first token and the length of contexts.
+    `changed`: whether the contexts were changed to the first token and length that an imported SAE's files state.
     """
     if asked is None or asked == read:
         return ""
@@ -204,8 +204,8 @@ def whole_contexts(asked: int | None, read: int, changed: bool) -> str:
 def plan_evaluation(config: EvaluateConfig, refused: Mapping[Path, SaeError] | None = None) -> EvaluatePlan:
     """Open the runs, find their text, and read the results of earlier evaluations with the same settings.
 
-    A run that cannot be evaluated is added to `EvaluatePlan.refused`, which begins with the runs in `refused`. If a
-    metric cannot run, its error is in `EvalRow.errors`.
+    `EvaluatePlan.refused` contains the runs in `refused`, and all other runs that cannot be evaluated. If a metric
+    cannot run, its error is in `EvalRow.errors`.
 
     Raises SaeError with all reasons if nothing can be measured and nothing was measured before, UsageError for
     contradictory arguments, and UnavailableError if a folder cannot be written or the disk is full.
@@ -304,7 +304,7 @@ def check_group(plan: EvaluatePlan, group: EvalGroup) -> None:
         if not 0 <= hook.layer < layers:
             refuse_row(plan, group, row, DamagedError(
                 f"{row.folder}/sae.json says layer {hook.layer}, but {model} has layers 0 to {layers - 1}. "
-                "The file may have been edited; restore the layer."
+                "The file may have been edited; set its layer back to the original one."
             ))  # fmt: skip
             continue
         try:

@@ -1,9 +1,9 @@
 """Evaluate with several ranks, started by a launcher. Each rank measures its share of the SAEs on its own device.
 
-While they measure, ranks exchange data only through files. Results are files in the run folders. Values that do not
-depend on an SAE are files in the artifact cache, computed by the first rank that needs them. At the end, each rank
-sends the other ranks the data that no file contains: errors and the names of reference rows. If a rank dies, its SAEs
-stay unmeasured until the same command is run again.
+While they measure, ranks exchange data only through files. Results are written to the run folders. Values that do not
+depend on an SAE are computed by the first rank that needs them, which writes them to the artifact cache. At the end,
+each rank sends the other ranks the data that no file contains: errors and the names of reference rows. If a rank dies,
+its SAEs stay unmeasured until the same command is run again.
 """
 
 import contextlib
@@ -83,7 +83,7 @@ def raise_error(error: SaeError) -> NoReturn:
 
 
 def measure_share(plan: EvaluatePlan, share: Share, progress: ProgressFactory) -> Measured:
-    """Measure the units of a share, group by group, with only the SAEs of one group in memory."""
+    """Measure this rank's share of the work, group by group, with only the SAEs of one group in memory."""
     measured = Measured()
     known_notes = len(plan.notes)
     for number, group in enumerate(plan.groups):

@@ -72,7 +72,7 @@ def reference_targets(
 
     The targets are read one after another, so that not all of them have to be in memory.
 
-    Raises UnavailableError if all rows of the text are outliers, or if there are no targets because all are damaged.
+    Raises UnavailableError if all rows of the text are outliers, or if `targets` is empty because every SAE is damaged.
     """
     hook, norm_limit = row_set
     x_RD = sample_activations(ctx, text, hook).float()

@@ -75,8 +75,8 @@ def read_result(
 ) -> MetricResult | None:
     """The result of an earlier evaluation with the same settings, or None.
 
-    If the result was archived, it is copied back to the metric's file, provided that the folder is writable. `sae` is
-    the content of sae.json, to which the result must belong.
+    If the result was archived, it is copied back to the metric's file, provided that the folder is writable. If `sae`
+    is given, it is the content of sae.json, and the result must have been measured on that SAE.
 
     Raises DamagedError for a file that is not a result, was damaged, or belongs to another SAE.
     """
@@ -146,7 +146,8 @@ def archived_file(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> 
 
 
 def archive_other_settings(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> None:
-    """Copy a result with other settings to the archive, because it may have taken hours to measure.
+    """If the folder has a result that was measured with other settings, copy it to the archive before it is replaced,
+    because it may have taken hours to measure.
 
     The result is copied rather than moved, and the copy stays in the archive after it has been copied back. Several
     processes can therefore archive and restore results at the same time without losing any. Raises UnavailableError if

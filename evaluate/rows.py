@@ -35,7 +35,8 @@ NEAR_L0 = 1.1  # a PCA counts as having an SAE's L0 if its rank is at most this 
 
 
 class MeasuredRun(Protocol):
-    """Anything with a name and results: a row of an evaluation, or a run that is compared from its files."""
+    """Anything with a name and results: a row of an evaluation, or a run whose results were read from files for a
+    comparison."""
 
     @property
     def name(self) -> str: ...
@@ -65,8 +66,8 @@ class MeasuredRun(Protocol):
 
     @property
     def notes(self) -> Sequence[str]:
-        """Sentences that compare its numbers with other runs (`notes_beside`). Notes about a single metric are its
-        flags."""
+        """Sentences that compare its numbers with other runs (`notes_beside`). Notes about a single metric are flags in
+        that metric's result."""
 
     @property
     def control_notes(self) -> Sequence[str]:
@@ -117,7 +118,8 @@ class EvalRow:
         return self.target.reference
 
     def settings(self, shared: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of a result of this row: the settings of its group, its weights, and its norm limit."""
+        """The settings with which this row is measured: `shared` (those of its group), the row's weights, and its norm
+        limit."""
         limit = self.target.norm_limit
         return {**shared, "weights": self.weights} | ({} if limit is None else {"norm_limit": limit})
 
@@ -156,13 +158,13 @@ class EvalGroup:
         return [row for row in rows if metric not in row.results and metric not in row.errors]
 
     def kept_bytes(self, metric: Metric) -> int:
-        """The approximate number of bytes of activations that measuring a metric adds to the artifact cache."""
+        """About how many bytes of activations a metric adds to the artifact cache when it is measured."""
         pending = self.pending(metric.name) if metric.name in self.settings else []
         return metric.kept_bytes(self.ctx, [row.target for row in pending]) if pending else 0
 
     @property
     def row_sets(self) -> list[RowSet]:
-        """The row sets of the rows, in the order of hooks."""
+        """The distinct row sets of the group's rows, in the order of their hooks."""
         return list(dict.fromkeys(row.target.row_set for row in sorted(self.rows, key=lambda row: row.target.hook)))
 
     @property
@@ -174,8 +176,8 @@ class EvalGroup:
         return row.settings(self.settings[metric.name]) | metric.settings_of(row.target, self.targets)
 
     def measured_with(self, metric: Metric, pending: Sequence[EvalRow]) -> list[EvalRow]:
-        """Pending rows, then rows that have results already and with which pending rows are compared: other seeds of
-        the same systems."""
+        """The pending rows, then the rows that they are compared with and that already have results: other seeds of the
+        same systems."""
         systems = set() if metric.independent_seeds else {row.target.system for row in pending}
         done = [row for row in self.rows if metric.name in row.results and row.target.system in systems]
         return [*pending, *done]
@@ -192,8 +194,8 @@ def digest_without_seed(record: Mapping[str, Any]) -> str:
 
 
 def without_later_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries, except those that have the value listed in LATER_ENTRIES. A run without such an entry equals a run
-    with this value."""
+    """The entries, without each one whose value is the value listed for it in LATER_ENTRIES. A run that lacks such an
+    entry equals a run that has it with this value."""
     return {k: v for k, v in entries.items() if k not in LATER_ENTRIES or v != LATER_ENTRIES[k]}
 
 
@@ -203,7 +205,8 @@ def placed(hook: Hook) -> str:
 
 
 def hook_suffix(hook: Hook) -> str:
-    """The suffix for the hook in the name of a reference's folder: "" for resid_post, else such as "-mlp_out"."""
+    """The suffix that marks the site of a hook in the name of a reference's folder: "" for resid_post, "-mlp_out" for
+    mlp_out, and so on."""
     return "" if hook.site == "resid_post" else f"-{hook.site}"
 
 
@@ -213,7 +216,8 @@ def failures(rows: Iterable[EvalRow]) -> set[tuple[str, str]]:
 
 
 def describe_notes(row: MeasuredRun) -> list[str]:
-    """Every sentence about misleading numbers of a row, as in result files and the output of --json."""
+    """All warnings about misleading numbers in a row, in the same words as in result files and in the output of
+    --json."""
     if row.is_reference:
         return []
     of_metrics = [f"{metric}: {note}" for metric, result in row.results.items() for note in result.notes]
@@ -236,7 +240,7 @@ def notes_beside(row: MeasuredRun, references: Iterable[MeasuredRun]) -> list[st
 
 
 def below_pca(row: MeasuredRun, references: Iterable[MeasuredRun]) -> list[str]:
-    """A sentence if an SAE explains less variance than a PCA with at most as many components as its L0.
+    """If an SAE explains less variance than a PCA with no more components than the SAE's L0, a sentence that says so.
 
     The sentence names the best such PCA among `references`, which were measured on the same rows.
     """

@@ -114,7 +114,7 @@ def evaluate_saes(
     precision: str = "float32",
     progress: ProgressFactory = no_progress_bar,
 ) -> list[EvalRow]:
-    """Evaluate SAEs on held-out text: your own objects, or runs of `train_saes`.
+    """Evaluate SAEs, which are your own objects or runs of `train_saes`, on held-out text.
 
     Examples:
         >>> import pandas, sae
@@ -151,8 +151,8 @@ def evaluate_saes(
         force: Measure again even if a run has a result with the same settings.
         references: Add rows for the identity, zero, a PCA and a random dictionary.
         controls: Controls of the run folders, as returned by `sae.train_controls`, to add as reference rows.
-        device: Where the model computes: "auto", "cpu", "cuda", ... Several processes of a launcher (torchrun) divide
-            the run folders, each on its own GPU, and each returns all rows.
+        device: Where the model computes: "auto", "cpu", "cuda", ... If a launcher (torchrun) has started several
+            processes, they divide the run folders among themselves; each process uses its own GPU and returns all rows.
         dtype: The dtype that the model computes in: "auto", "bfloat16" or "float32".
         precision: The precision of the SAEs' matrix products: "float32", "tf32" or "bfloat16". Your own objects compute
             in their own precision and accept only "float32".
@@ -179,7 +179,7 @@ def evaluate_saes(
     if isinstance(saes, Mapping):
         if rank_and_count()[1] > 1:
             raise UsageError(
-                "A launcher has started several processes, which can divide only run folders. Give run "
+                "A launcher has started several processes, and only run folders can be divided among them. Give run "
                 "folders, or start a single process for SAEs without a run folder."
             )
         if cache is None or layer is None:
@@ -229,7 +229,9 @@ def plan_objects(
         raise UsageError("There are no SAEs to evaluate. Give a mapping of names to SAEs, as in {'mine': my_sae}.")
     systems = systems or {}
     if unknown := [name for name in systems if name not in saes]:
-        raise UsageError(f"systems= names {unknown[0]}, which is not among the SAEs{did_you_mean(unknown[0], saes)}")
+        raise UsageError(
+            f"systems= has the key {unknown[0]}, which is not among the SAEs{did_you_mean(unknown[0], saes)}"
+        )
     metrics, device, dtype = resolve_config(config)
     if config.precision != "float32" and (own := [name for name, sae in saes.items() if not isinstance(sae, SAE)]):
         raise UsageError(f"{own[0]} is not an SAE of this package, so its precision cannot be chosen: omit precision=.")
@@ -264,7 +266,8 @@ def plan_objects(
 
 @torch.no_grad()
 def check_sae_like(name: str, sae: SAELike, hook: Hook, ctx: EvalContext) -> None:
-    """Raise UsageError unless an object encodes and decodes activations of the hook's width, to finite numbers."""
+    """Raise UsageError unless an object can encode and decode activations of the hook's width and all results are
+    finite."""
     if getattr(sae, "training", False):
         raise UsageError(
             f"{name} is in training mode, in which some activations depend on the whole batch. Call .eval() on it."

@@ -1,8 +1,8 @@
 """The first token and the length of the contexts on which an SAE is evaluated.
 
 An SAE that was trained here is evaluated on the unchanged contexts of its cache. An imported SAE was trained on other
-text. The contexts for an imported SAE begin with the token named in its files, or else with the same token as in a new
-harvest, and are cut to the length on which it was trained.
+text. The contexts for an imported SAE begin with the token that the SAE's files name or, if they name none, with the
+token that a new harvest would use. They are cut to the length of the contexts on which the SAE was trained.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ class ContextChange:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings that affect a result in addition to the cache; empty if nothing changes."""
+        """The settings, besides those of the cache, on which a result depends; empty if the contexts do not change."""
         bos = {} if self.bos is None else {"bos": self.bos[1]}
         return bos | ({} if self.max_tokens is None else {"max_tokens": self.max_tokens})
 
@@ -42,8 +42,8 @@ class ContextChange:
         return ContextFormat(new, tuple(sorted({*form.skip_ids, *([] if new is None else [new])})), form.skip_positions)
 
     def apply(self, contexts: Contexts) -> Contexts:
-        """The contexts, cut and with the new first token, which also begins packed documents. Empty contexts are left
-        out.
+        """The contexts, with the first token changed (also at the start of each document in packed contexts) and cut to
+        `max_tokens`. Empty contexts are left out.
 
         If a context was full, the added first token displaces its last token.
         """
@@ -76,7 +76,7 @@ class ContextChange:
 
 
 def change_for(origin: Mapping[str, Any], form: ContextFormat, context: int, tokenizer: Any) -> ContextChange:
-    """How contexts with the format `form` and `context` tokens are changed for an SAE with this origin."""
+    """How contexts of `context` tokens in the format `form` are changed for an SAE with this origin."""
     if not is_imported(origin):
         return ContextChange()
     bos_id = choose_bos(tokenizer, bos_request(origin, tokenizer)).id
@@ -91,7 +91,7 @@ def is_imported(origin: Mapping[str, Any]) -> bool:
 
 
 def bos_request(origin: Mapping[str, Any], tokenizer: Any) -> str:
-    """The first token of contexts in the files of an imported SAE, as a value for `sae harvest --bos`."""
+    """The first token of contexts according to the files of an imported SAE, as a value for `sae harvest --bos`."""
     token, prepend_bos = origin.get("bos_token"), origin.get("prepend_bos")
     if prepend_bos is False:
         return "none"

@@ -75,7 +75,8 @@ def proportion_interval(hits: int, count: int) -> list[float]:
 
 
 def mean_of_means(*samples: NDArray[Any], axis: int = -1) -> Any:
-    """The mean of the samples' means, such as the mean over letters of each letter's mean over its words."""
+    """The mean of the samples' means. If each sample has the values of one letter's words, for example, the values are
+    averaged over the words of each letter, and then over letters."""
     return np.mean([np.mean(sample, axis=axis) for sample in samples], axis=0)
 
 
@@ -186,7 +187,8 @@ class PairedComparison(NamedTuple):
 
     Attributes:
         differences: None if there are no pairs.
-        better: "up" or "down", the better direction of the number; "" if it has none, and is therefore not tested.
+        better: "up" or "down", the direction in which the number is better; "" if neither is, so that the number is not
+            tested.
         margin: differences of at most this size count as equivalent; None if there is no margin.
     """
 
@@ -218,7 +220,7 @@ class Finding(NamedTuple):
 
 
 def judge(table: Sequence[PairedComparison], planned: int = 0) -> list[Finding]:
-    """The verdict on each comparison of a table, corrected for all of them by `holm`.
+    """The verdict on each comparison of a table. The p-values are corrected for all comparisons by `holm`.
 
     If more comparisons are planned than the table has tests, the missing ones count as tests with a p-value of 1. A
     verdict that is computed from part of the comparisons is therefore as strict as a verdict from all of them.
@@ -229,7 +231,8 @@ def judge(table: Sequence[PairedComparison], planned: int = 0) -> list[Finding]:
     - not distinguishable: no other verdict applies. The true difference can be 0, or as large as the smallest
       detectable one.
     - same in every pair: every difference is exactly 0.
-    - not tested: there are fewer than two pairs, the number has no better direction, or every difference is the same.
+    - not tested: there are fewer than two pairs, neither direction of the number counts as better, or the difference is
+      the same in every pair but not 0.
     """
     tests = [place for place, one in enumerate(table) if one.is_test]
     with_margin = [place for place in tests if table[place].margin and has_spread(table[place])]

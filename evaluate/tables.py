@@ -14,7 +14,8 @@ from .paired import SEED, RunBySeed, half_interval, metric_value, pair_runs, pai
 from .rows import EvalRow, MeasuredRun, digest_without_seed
 from .statistics import Finding, PairedComparison, PairedDifferences, Verdict, default_margin, judge
 
-VARYING = re.compile(r"[0-9.]+|\b[a-z](?:, [a-z])*(?=\))")  # in a flag: numbers, and letters listed before a ")"
+# The parts in which similar flags differ: numbers, and a list of single letters that ends at a ")", as in "... a, b)".
+VARYING = re.compile(r"[0-9.]+|\b[a-z](?:, [a-z])*(?=\))")
 ARROWS = {"up": " ↑", "down": " ↓", "": ""}
 
 
@@ -27,10 +28,10 @@ def describe_model(record: Mapping[str, Any]) -> str:
 def tables(rows: Sequence[EvalRow]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """Yield (title, heads, lines) for each metric that was measured.
 
-    A cell is a number, with half its 95 % interval if it has one. The cell is empty if the row has no such number.
-    Columns without any number are left out. For each group of runs that differ only in their seed, there is a line with
-    mean and standard deviation, and there are tests against the first such group. If there are no such groups, the last
-    line is the smallest detectable difference.
+    A cell shows a number and, if the number has a 95 % interval, half the width of the interval. The cell is empty if
+    the row has no such number. Columns without any number are left out. For each group of runs that differ only in
+    their seed, there is a line with mean and standard deviation, and there are tests against the first such group. If
+    there are no such groups, the last line is the smallest detectable difference.
     """
     for name, columns in shown_columns(rows).items():
         measured = [row for row in rows if name in row.results]
@@ -89,8 +90,8 @@ def notes(rows: Sequence[MeasuredRun], shown: Collection[str] | None = None) -> 
     """The flags and notes of all runs as sentences. Flags that differ only in their numbers, or in listed letters,
     appear once.
 
-    The flags are about the numbers without outlier rows, which tables show. `shown` names the metrics that can be in
-    tables (default: all). The caveats of measured metrics are included.
+    The flags are about the numbers that tables show, which are those without outlier rows. `shown` names the metrics
+    that can be in tables (default: all). The caveats of measured metrics are included.
     """
     measured = dict.fromkeys(metric for row in rows for metric in row.results)
     shown = [metric for metric in measured if shown is None or metric in shown]
@@ -147,9 +148,10 @@ def format_with_spread(value: float, spread: float, form: str) -> str:
 def seed_lines(rows: Sequence[EvalRow], metric: str, columns: Sequence[MetricColumn]) -> list[list[str]]:
     """A line with mean and sd for each group of runs that differ only in their seed.
 
-    For every group except the first, three lines follow: its difference from the first group, paired over runs with the
-    same seed, with half the 95 % interval; the smallest difference that these seeds can detect; and the verdict, based
-    on p-values that are corrected for all comparisons of the table (docs/reference/statistics.md).
+    For every group except the first, three lines follow: the group's difference from the first group, with half the
+    width of its 95 % interval (runs with the same seed are paired); the smallest difference that these seeds can
+    detect; and the verdict, based on p-values that are corrected for all comparisons of the table
+    (docs/reference/statistics.md).
     """
     groups = runs_by_seed(rows)
     judged = judge_seeds(groups, metric, columns)
@@ -170,14 +172,16 @@ def seed_lines(rows: Sequence[EvalRow], metric: str, columns: Sequence[MetricCol
 def judge_seeds(
     groups: Sequence[RunBySeed], metric: str, columns: Sequence[MetricColumn]
 ) -> dict[int, list[tuple[PairedComparison, Finding]]]:
-    """Index of each group but the first -> its comparison with the first group in each number, judged together."""
+    """Index of each group except the first -> its comparisons with the first group, one for each number. The p-values
+    of all these comparisons are corrected together."""
     paired = {place: seed_differences(groups[place], groups[0], metric, columns) for place in range(1, len(groups))}
     findings = iter(judge([one for tests in paired.values() for one in tests]))
     return {place: [(one, next(findings)) for one in tests] for place, tests in paired.items()}
 
 
 def seed_verdicts(rows: Sequence[EvalRow]) -> dict[tuple[str, str, str, MetricColumn], Verdict]:
-    """The verdicts on groups of seeds in the rows' tables: (group, first group, metric, column) -> verdict."""
+    """The verdicts in the tables of these rows, each on a group of seeds: (group, first group, metric, column) ->
+    verdict."""
     known = {}
     for metric, columns in shown_columns(rows).items():
         groups = runs_by_seed([row for row in rows if metric in row.results])
@@ -189,7 +193,7 @@ def seed_verdicts(rows: Sequence[EvalRow]) -> dict[tuple[str, str, str, MetricCo
 
 
 def mean_cells(group: Mapping[int, EvalRow], metric: str, columns: Sequence[MetricColumn]) -> list[str]:
-    """Mean and standard deviation over seeds of each number."""
+    """The mean and standard deviation of each number over the seeds of a group."""
     cells = []
     for column in columns:
         values = [v for row in group.values() if (v := metric_value(row, metric, column)) is not None]
@@ -201,7 +205,7 @@ def mean_cells(group: Mapping[int, EvalRow], metric: str, columns: Sequence[Metr
 def seed_differences(
     group: RunBySeed, first: RunBySeed, metric: str, columns: Sequence[MetricColumn]
 ) -> list[PairedComparison]:
-    """The comparison of two groups by each number, over the seeds that both have."""
+    """The comparison of two groups in each number, over the seeds that both groups have."""
     tests = []
     for column in columns:
         differences = pair_systems(group, first, metric, column).differences
@@ -253,7 +257,8 @@ def group_label(group: RunBySeed) -> str:
 
 
 def paired_difference(pairs: Sequence[tuple[MeasuredRun, MeasuredRun]], metric: str, column: MetricColumn) -> str:
-    """The mean difference of pairs of runs, with half its 95 % interval by Student's t; empty below two pairs."""
+    """The mean difference over pairs of runs, with half the width of its 95 % interval (Student's t); empty if there
+    are fewer than two pairs."""
     values = [(metric_value(one, metric, column), metric_value(other, metric, column)) for one, other in pairs]
     differences = [one - other for one, other in values if one is not None and other is not None]
     return format_difference(PairedDifferences(differences, SEED) if len(differences) > 1 else None, column)

@@ -81,6 +81,6 @@ def check_commit(name: str, wanted: str, dataset: Any) -> None:
         if is_commit(commit) and commit != wanted:
             raise UnavailableError(
                 f"The dataset {name} is pinned to commit {wanted[:12]}, but the copy on this machine is of "
-                f"commit {commit[:12]}. Connect to the Hub, or remove activations/evaluation/datasets/"
-                f"{name.replace('/', '--')}.json to use the copy."
+                f"commit {commit[:12]}. Connect to the Hub. Or, to use the copy on this machine, remove "
+                f"activations/evaluation/datasets/{name.replace('/', '--')}.json, which records the pinned commit."
             )

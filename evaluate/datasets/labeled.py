@@ -1,8 +1,8 @@
 """Labeled texts for probing, SCR and TPP: train/test -> class -> texts, sampled as in SAEBench.
 
-Eight datasets have their Hub names and SAEBench's classes in SAEBench's order. Substitutes built from the standard
-library (stdlib.py) have names that begin with `stdlib/`. Sizes count the texts of one binary task. Each class provides
-half of them, so a class has train_set_size // 2 texts.
+Eight datasets are named as on the Hub and have the same classes as in SAEBench, in the same order. Substitutes built
+from the standard library (stdlib.py) have names that begin with `stdlib/`. Sizes count the texts of one binary task.
+Each class provides half of them, so a class has train_set_size // 2 texts.
 
 A dataset is read from the local file <data>/<name>/<split>.jsonl or .parquet if it exists (europarl:
 <data>/<name>/<pair of languages>/train), else from the Hub. SAEBench uses names such as <bias_in_bios>_class_set1 and
@@ -186,7 +186,7 @@ def load_texts(name: str, data: Path | None, train_set_size: int = 4000, test_se
     """
     for option, size in (("train_set_size", train_set_size), ("test_set_size", test_set_size)):
         if size < 4:
-            raise UsageError(f"{option}={size} leaves no text for a class. Expected at least 4.")
+            raise UsageError(f"{option}={size} is too small for every class to have texts. Expected at least 4.")
     return find_dataset(name).read(name, data, {"train": train_set_size, "test": test_set_size})
 
 
@@ -206,8 +206,8 @@ def load_quadrants(
     """SCR's pairs of classes (c+, c-) -> train/test -> quadrant -> texts in the order of the dataset.
 
     Let q = size // 4, and let a+ and a- be the positive and the negative value of the attribute. PP has the first 2q
-    texts of (c+, a+), NN the first 2q of (c-, a-), NP the first q of (c+, a-) and PN the first q of (c-, a+). Like
-    SAEBench, this requires one more text in PP and NN.
+    texts of (c+, a+), NN the first 2q of (c-, a-), NP the first q of (c+, a-) and PN the first q of (c-, a+). As in
+    SAEBench, PP and NN must have at least one text more than is taken.
 
     Raises UsageError for a dataset without pairs or a quadrant with too few texts, and the errors of `load_texts`.
     """
@@ -262,7 +262,7 @@ def hub_commit(name: str, place: str) -> str:
     """The pinned commit of a dataset on the Hub. Raises UnavailableError if the Hub does not report it."""
     try:
         return hub.pinned_commit(name)
-    except Exception as error:  # huggingface_hub and its dependencies raise many types
+    except Exception as error:  # huggingface_hub and its dependencies raise many types of errors
         raise error if isinstance(error, SaeError) else read_error(error, name, place) from error
 
 
@@ -285,8 +285,8 @@ def sample_texts(texts: Sequence[str], count: int) -> list[str]:
 
 
 def shuffle_and_split(name: str, texts_by_class: dict[str, list[str]], sizes: dict[str, int]) -> Texts:
-    """Shuffle the texts of one class after the other with the same generator. The first texts are for training, the
-    next for testing."""
+    """Shuffle the texts of each class, one class after another, with a single generator. The first texts are for
+    training, the next for testing."""
     train, test = (sizes[split] // 2 for split in SPLITS)
     rng = random.Random(SEED)
     for label, texts in texts_by_class.items():
@@ -333,7 +333,7 @@ def read_dataset_rows(
                 yield dict(zip(columns, values, strict=True))
     except SaeError:
         raise
-    except Exception as error:  # datasets and its dependencies raise many types
+    except Exception as error:  # the library `datasets` and its dependencies raise many types of errors
         raise read_error(error, name, f"{place}/{split}") from error
 
 

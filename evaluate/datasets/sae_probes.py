@@ -1,7 +1,8 @@
-"""Unpack and read the 113 binary data sets of sae-probes (Kantamneni et al. 2025), which its wheel contains.
+"""Unpack and read the 113 data sets for binary classification that the wheel of sae-probes contains.
 
-The wheel of sae-probes 0.4.2 on PyPI contains each data set as a compressed CSV file. Only these files and the license
-are unpacked, into `data/sae-probes-0.4.2/` of SAE_HOME; none of the wheel's code is installed or run.
+The wheel of sae-probes 0.4.2 (Kantamneni et al. 2025) on PyPI contains each data set as a compressed CSV file. Only
+these files and the license are unpacked, into `data/sae-probes-0.4.2/` of SAE_HOME; none of the wheel's code is
+installed or run.
 """
 
 import csv

@@ -1,4 +1,5 @@
-"""Open a run to inspect its latents: the SAE, the model, held-out text, and labels from evaluations."""
+"""Open a run to inspect its latents. An opened run consists of the SAE, the model, held-out text, and the labels that
+evaluations gave to latents."""
 
 import contextlib
 import math
@@ -36,7 +37,7 @@ from .stats import LatentStats
 DEFAULT_TOKENS = 100_000  # number of tokens of held-out text
 MIN_PROBE_ACCURACY = 0.6  # accuracy of a one-latent probe above which the latent gets the label; chance is 0.5
 
-# A label of a latent: the sort key (largest first), the latent, the text.
+# One label, as (sort key, latent, text). Labels are sorted with the largest key first.
 LabelCandidate = tuple[float, int, str]
 
 
@@ -79,7 +80,7 @@ class InspectedRun:
 def open_run(
     folder: Path, tokens: int | None = None, device: str = "auto", dtype: str = "auto", model: str | None = None
 ) -> InspectedRun:
-    """Open a run folder with about `tokens` tokens of its cache's held-out text.
+    """Open a run folder for inspection. About `tokens` tokens of the held-out text of its cache are used.
 
     `model` is the model's folder, if it has moved since the harvest.
 
@@ -135,7 +136,7 @@ def read_results(row: EvalRow) -> tuple[dict[str, MetricResult], dict[str, dict[
 
 
 def compared_run(row: EvalRow, settings: dict[str, dict[str, Any]]) -> ComparedRun:
-    """The run in the form that comparisons use, with the results of its row and the settings of each."""
+    """The row's run in the form that comparisons use. `settings` has the settings of each of the row's results."""
     folder = row.folder or Path()
     record = read_run_record(folder)
     return ComparedRun(
@@ -152,7 +153,7 @@ def notes_of_run(row: EvalRow, compared: ComparedRun) -> list[str]:
         references = read_references([compared])
     except DamagedError as error:
         return [*notes_beside(row, []), f"This run is not compared with the PCA: {error}"]
-    return notes_beside(row, references)  # controls are covered by the answers at the top of the page
+    return notes_beside(row, references)  # the answers at the top of the page compare the run with its controls
 
 
 def latent_labels(results: dict[str, MetricResult], d_sae: int) -> dict[int, list[str]]:
@@ -172,7 +173,8 @@ def latent_labels(results: dict[str, MetricResult], d_sae: int) -> dict[int, lis
 
 
 def letter_labels(result: MetricResult) -> Iterator[LabelCandidate]:
-    """The first letters that absorption's probes read from latents."""
+    """Labels for the latents from which absorption's probes read the first letter of a word; a label names the
+    letter."""
     for letter in result.details:
         for latent in letter["main_latents"]:
             f1 = letter["f1_k_sparse"][len(letter["main_latents"]) - 1]
@@ -239,7 +241,7 @@ class EncodedPrompt(NamedTuple):
 def encode_prompt(run: InspectedRun, prompt: str) -> EncodedPrompt:
     """Encode a prompt.
 
-    Raises UsageError for a prompt without tokens or longer than the model's context.
+    Raises UsageError if the prompt has no tokens or is longer than the model's context.
     """
     (ids,) = run.ctx.encode_texts([prompt.encode("utf-8", "replace").decode()])
     counted = run.ctx.context_format.counted(torch.tensor(ids, dtype=torch.int64))

@@ -41,11 +41,13 @@ class PassageWindow(NamedTuple):
         return self.before + 1 + self.after
 
     def limited_to(self, context: int) -> Self:
-        """This window, or a window of the whole context if the context is no longer than this window."""
+        """This window or, if a context of `context` tokens is no longer than it, a window that covers the whole
+        context."""
         return self if self.width < context else self._replace(before=context - 1, after=0)
 
     def starts(self, position_P: Tensor, context: int) -> Tensor:
-        """The first positions (P,) of the passages around the positions `position_P` (P,) of a context."""
+        """For each of the positions `position_P` (P,) in a context, the first position (P,) of the passage around
+        it."""
         return (position_P - self.before).clamp(min=0).clamp(max=max(0, context - self.width))
 
 
@@ -106,8 +108,8 @@ class PassageTable:
         self.values[latent, slot] = torch.where(span < length, values, 0)
 
     def passages(self, latent: int) -> list[Passage]:
-        """The passages of the latent at this index of the K latents, best first. `offer` must not be called
-        afterwards."""
+        """The passages of one of the K latents, the best first; `latent` is its index among them. `offer` must not be
+        called afterwards."""
         score_P, context_P, position_P, start_P, values_PW = (array[latent] for array in self._arrays)
         order = np.argsort(-score_P, kind="stable")
         return [

@@ -149,7 +149,7 @@ class RankedEntries:
     value: Tensor
 
     def entries(self, latent: int) -> list[tuple[int, float]]:
-        """(index, value) of each entry in the list of the latent at this index of the K latents."""
+        """The (index, value) pairs in the list of one of the K latents; `latent` is its index among them."""
         pairs = zip(self.index[latent].tolist(), self.value[latent].tolist(), strict=True)
         return [(index, value) for index, value in pairs if index >= 0]
 
@@ -214,7 +214,8 @@ def latent_stats(
     window: PassageWindow = DEFAULT_WINDOW,
     norm_limit: float | None = None,
 ) -> LatentStats:
-    """The statistics of the latents `latents_K` (K,) int64 of an SAE at a hook, on the held-out text of `ctx`.
+    """The statistics of some latents of an SAE that reads `hook`, on the held-out text of `ctx`. `latents_K` (K,) int64
+    has the indices of these latents.
 
     `window` determines how many tokens a passage contains. Tokens whose activations have a norm over `norm_limit` are
     neither counted nor shown as examples.
@@ -246,7 +247,8 @@ def _latent_stats(
 def has_logit_effects(model: LanguageModel, hook: Hook) -> bool:
     """Whether decoder rows at a hook are directions in the residual stream, which the final norm and unembedding read.
 
-    False inside attention or an MLP, and for a model that has more than a norm before its unembedding.
+    False inside attention or an MLP, and for a model that does more between its last block and its unembedding than
+    apply one norm.
     """
     if hook.site not in RESIDUAL_SITES:
         return False
@@ -260,10 +262,10 @@ def has_logit_effects(model: LanguageModel, hook: Hook) -> bool:
 def direct_logits(model: LanguageModel, rows_KD: Tensor) -> Tensor:
     """The direct effect of residual-stream directions on the logits: (K, D) -> (K, V), float32.
 
-    The directions are weighted by the final norm, including the mean subtraction of a LayerNorm, and multiplied with
-    the unembedding. TransformerLens' W_U has the same effect, because TransformerLens folds the final norm into W_U by
-    default. The division in the norm (the same for all tokens), the soft cap (which preserves the order of tokens) and
-    later blocks are left out.
+    The directions are multiplied by the weight of the final norm (if that is a LayerNorm, after the mean of each
+    direction is subtracted) and then by the unembedding. TransformerLens' W_U has the same effect, because
+    TransformerLens folds the final norm into W_U by default. The division in the norm (the same for all tokens), the
+    soft cap (which preserves the order of tokens) and later blocks are left out.
     """
     transformer: Any = model.model
     weight_VD = transformer.get_output_embeddings().weight

@@ -38,7 +38,7 @@ def steering(
         ...     model.generate(**tokenizer("The", return_tensors="pt"))
 
     Args:
-        model: The causal language model of transformers that the SAE was trained on.
+        model: The model that the SAE was trained on, a causal language model of `transformers`.
         sae: The SAE. `sae.origin` says which layer and site it reads.
         latent: Index of the latent, 0 to d_sae - 1.
         strength: Add `strength * d` to the activations x, where d is the latent's decoder row scaled to unit norm.
@@ -63,7 +63,8 @@ def steering(
     hook = hook_of_sae(sae, language_model)
     if positions is not None and hook.is_outside:
         raise UsageError(
-            f"The SAE reads {hook}, which is outside the blocks, where token positions are not known. Omit positions."
+            f"The SAE reads {hook}, which is outside the blocks. Token positions are known only inside blocks, so "
+            "omit positions."
         )
     if latent not in range(sae.d_sae):
         raise UsageError(f"There is no latent {latent!r}: the SAE has latents 0 to {sae.d_sae - 1}.")
@@ -92,9 +93,12 @@ def steering(
 
 
 def hook_of_sae(sae: SAE, model: LanguageModel) -> Hook:
-    """The hook that the SAE reads. Raises UsageError if the model has no such hook or a different width there."""
+    """The hook that the SAE reads. Raises UsageError if the model has no such hook, or if the hook's width differs from
+    the SAE's."""
     if "layer" not in sae.origin:
-        raise UsageError("This SAE does not record its layer. Set sae.origin['layer'] to a zero-based block.")
+        raise UsageError(
+            "This SAE does not record its layer. Set sae.origin['layer'] to the number of a block, counted from 0."
+        )
     hook = Hook.from_record(sae.origin)
     name, blocks = type(model.model).__name__, len(model.blocks)
     width = model.width(hook) if hook.layer < blocks else int(model.config.hidden_size)

@@ -65,11 +65,12 @@ class TokenIndex:
         self.words: list[str] = []
 
     def __call__(self, token: int) -> int:
-        """The index of the text of a token that is shown on its own."""
+        """The index in `words` of the text of a token that is shown without its neighbours."""
         return self._number(self.run.token_text.display(token))
 
     def text(self, tokens: Sequence[int]) -> list[int]:
-        """The indices of the texts of successive tokens. Several tokens can share one character."""
+        """For each of several successive tokens, the index of its text in `words`. Several tokens can share one
+        character."""
         return [self._number(text) for text in self.run.token_text.display_text(tokens)]
 
     def _number(self, text: str) -> int:
@@ -273,7 +274,8 @@ def density_chart(density_F: Tensor) -> Chart:
 
 
 def l0_chart(l0_T: Tensor) -> Chart:
-    """Histogram of the number of latents per token, with at most MAX_L0_BINS bins of equally many integers."""
+    """Histogram of the number of latents that fire at a token. It has at most MAX_L0_BINS bins, each of which covers
+    the same number of integers."""
     low, high = (int(l0_T.min()), int(l0_T.max())) if len(l0_T) else (0, 0)
     width = -(-(high - low + 1) // MAX_L0_BINS)
     bins, counts = ((l0_T - low) // width).unique(return_counts=True)

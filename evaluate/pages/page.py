@@ -1,7 +1,7 @@
 """Self-contained HTML pages: style, script and data are in one file, and a content security policy blocks everything
 else.
 
-Text from datasets, tokenizers and names is untrusted. Templates escape every value in HTML, and encode values in
+Names, and text from datasets and tokenizers, are untrusted. Templates escape every value in HTML, and encode values in
 scripts as JSON. Characters that would hide or reorder other text are made visible by `make_visible`.
 """
 

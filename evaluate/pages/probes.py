@@ -65,7 +65,8 @@ def probes_of_systems(systems: Mapping[str, Sequence[MetricResult]]) -> ProbePar
 
 
 def build_part(lead: str, llm: Scores, columns: Mapping[str, Scores], drawn: Mapping[str, Scores]) -> ProbePart:
-    """Build the part from the scores of the model's probe, of the table's columns, and of the chart's series."""
+    """Build the part of a page from the scores of the model's own probe, the scores in each further column of the table
+    (`columns`), and the scores of each further series in the chart (`drawn`)."""
     names = sorted(llm, key=lambda name: (-llm[name], name))
     sides = [llm, *columns.values()]
     lines = [[name, *(f"{side[name]:.4f}" if name in side else "" for side in sides)] for name in names]
@@ -88,7 +89,7 @@ def draw_chart(names: Sequence[str], llm: Scores, drawn: Mapping[str, Scores]) -
 
 
 def compare_with_model(sae: Scores, llm: Scores, k: int) -> str:
-    """Compare a probe on k latents with the model's own probe, over the data sets that both have."""
+    """Compare a probe on k latents with the model's own probe, on the data sets for which both have a score."""
     both = [name for name in llm if name in sae]
     if not both:
         return ""

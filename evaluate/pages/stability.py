@@ -20,8 +20,8 @@ CHART_TITLE = "Smallest cosine of a latent with its matches in other seeds"
 class Latent(NamedTuple):
     """A latent that fires, and its best matches in the other seeds, in the order of the seeds.
 
-    `weakest` is the smallest cosine with these matches. Cosines are absolute if their sign has no meaning, and in
-    results of earlier versions.
+    `weakest` is the smallest cosine between the latent and any of these matches. Cosines are absolute values if their
+    sign has no meaning; in results of earlier versions, they always are.
     """
 
     number: int
@@ -42,9 +42,9 @@ class LatentLine(NamedTuple):
 @dataclass(frozen=True)
 class StabilityPart:
     """Attributes:
-    lead: sentences with the number of latents, and how many of them recur.
-    heads: the headings of the lists of latents; empty if there are no lists, as for several systems.
-    least, most: the latents with the smallest and the largest `weakest`.
+    lead: sentences that say how many latents there are, and how many of them recur.
+    heads: the headings of the lists of latents; empty if there are no lists, as in the part about several systems.
+    least, most: the lists of the latents whose `weakest` is smallest, and of those whose `weakest` is largest.
     """
 
     lead: str

@@ -45,7 +45,7 @@ def frontier_charts(near: RunsBeside) -> list[Chart]:
     charts = []
     for number, chart in zip(numbers, frontiers(comparison, numbers), strict=True):
         if sum(len(series.x) for series in chart.series) > 1:
-            # If published results are drawn, all other numbers are also those over all rows.
+            # A chart with published results shows only numbers over all rows, outlier rows included.
             charts.append(with_this(chart, near.run.on_all_rows() if has_published(chart) else near.run, *number))
     return charts
 

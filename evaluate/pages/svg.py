@@ -95,7 +95,7 @@ def draw_svg(chart: Chart, legend: bool = True, width: int = 620, height: int = 
 
 
 def draw_series(chart: Chart, series: Series, number: int, x_scale: Scale, y_scale: Scale) -> dict[str, Any]:
-    """The template's data for one series: style, points with their tooltips, line and band."""
+    """The template's data for one series: its style, its points (each with a tooltip), its line and its band."""
     points, line, upper, lower = [], [], [], []
     labels = [*series.labels, *[""] * len(series.x)]
     spreads = [spread if is_drawable(spread, False) else 0.0 for spread in (*series.spread, *[0.0] * len(series.x))]

@@ -1,9 +1,14 @@
 """The claims of the five papers, as data.
 
-`NNN.toml` describes one paper: every number that it claims as a result (`claim`), the setup that it states (`ran`,
-`fact`), the runs that reproduce it (`run`), our recipes for its systems (`system`), the ways to read its options
-(`reading`; the first is for the paper's own model), its contradictions (`contradiction`), and what it claims to measure
-without stating a number (`unreported`). Every statement comes with a quote of at most one line.
+`NNN.toml` describes one paper. Every statement comes with a quote of at most one line. The tables are:
+
+- `claim`: every number that the paper claims as a result
+- `ran`, `fact`: the setup that it states
+- `run`: the runs that reproduce it
+- `system`: our recipes for one of its systems
+- `reading`: one way to interpret the paper, as options of our recipes; the first is the default on the paper's model
+- `contradiction`: a contradiction within the paper
+- `unreported`: what the paper says that it measured, without stating a number
 
 A claim is a printed number for one system and one metric. If `against` is given, the claim compares two systems: either
 both systems have a number (`against_value` is the number of the other system), or the value is the change relative to
@@ -93,7 +98,7 @@ class PaperSetup:
     def optimization(self) -> dict[str, Any]:
         """The options of the optimizer that implement the printed settings.
 
-        All other options are off, because no paper prints a decay of the learning rate or an initial b_dec.
+        All other options are off, because no paper states a decay of the learning rate or an initial value of b_dec.
         """
         return {
             "lr": self.lr,
@@ -109,7 +114,7 @@ class PaperSetup:
 
 @dataclass(frozen=True)
 class ReproductionSetup:
-    """The runs that reproduce a paper at its size."""
+    """The runs that reproduce a paper's experiments at full size."""
 
     steps: int
     batch_size: int
@@ -127,9 +132,9 @@ class PaperFact:
 
 @dataclass(frozen=True)
 class Substitution:
-    """An equation of the paper that a reading replaces. `what` is a clause that says what is done instead, and `why` is
-    the reason. Notes on `claims` mention the replacement, and in that reading the verdict on them is never
-    `contradicted` or `reproduced`."""
+    """An equation in the paper that one reading of the paper (`Reading`) replaces by another. `what` is a clause that
+    says what is done instead, and `why` is the reason. Notes on `claims` mention the replacement. Under that reading,
+    the verdict on these claims is never `contradicted` or `reproduced`."""
 
     claims: tuple[str, ...]
     what: str
@@ -138,11 +143,11 @@ class Substitution:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a paper is read: a set of options. Each option is set in every recipe of the paper that has it. A system's
-    own options override them.
+    """One way to interpret a paper, as a set of options. Each option is set in those recipes of the paper that have it,
+    unless a system's own options override it.
 
-    The reading `field` is our own. Every other reading is the paper's: it also trains with the printed schedule, weight
-    decay and clipping (`PaperSetup.optimization`), unless `options` override them.
+    The reading `field` is our own. Every other reading follows the paper: its runs are also trained with the printed
+    schedule, weight decay and clipping (`PaperSetup.optimization`), unless `options` override them.
     """
 
     name: str
@@ -155,7 +160,7 @@ class Reading:
 
     @property
     def is_papers(self) -> bool:
-        """Whether this reading trains with the paper's printed settings."""
+        """Whether the runs of this reading are trained with the settings that the paper prints."""
         return self.name != FIELD
 
     def substitutions(self, claim: "Claim") -> list[Substitution]:
@@ -185,7 +190,7 @@ class Claim:
     """A claim of the paper about one system and one metric: a number, or a comparison in words."""
 
     id: str  # unique within the paper
-    where: str  # section, or table with row and column
+    where: str  # its place in the paper: a section, or a table with row and column
     quote: str
     value: float | None = None  # absent with `says`
     metric: str = ""  # metric.category.name, training.<scalar of metrics.jsonl>, cost.step_time, or none
@@ -217,7 +222,8 @@ class Claim:
 
     @property
     def target(self) -> float | None:
-        """The value in the metric's unit or, for a change, in its printed unit. None for a claim in words."""
+        """The value in the metric's unit; if the claim states a change, in the unit in which the paper prints the
+        change. None for a claim in words."""
         if self.value is None:
             return None
         return self.value / 100 if self.unit == "%" and not self.is_change else self.value

@@ -19,8 +19,8 @@ STEP_TIMES = Path(__file__).parent / "step_times.json"
 
 
 class StepTime(NamedTuple):
-    """The milliseconds of a step: the median over rounds and the quartiles, including the periodic work of
-    mechanisms."""
+    """The time of a step in milliseconds: the median over rounds (`middle`), with the quartiles (`low`, `high`). It
+    includes the work that mechanisms do only at some steps."""
 
     low: float
     middle: float
@@ -42,8 +42,8 @@ def step_time_tables() -> list[dict[str, Any]]:
 
 
 def nearest_table(paper: Paper, tables: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The table whose width, as a multiple of d_in, is nearest to the paper's. Of equally near tables, the one with the
-    largest d_in."""
+    """The table of step times whose ratio d_sae / d_in is nearest to the paper's. If several are equally near, the one
+    with the largest d_in is used."""
     width = paper.setup.d_sae / paper.setup.d_in
 
     def distance(table: dict[str, Any]) -> tuple[float, int]:

@@ -1,7 +1,8 @@
-"""A paper's figures, redrawn from our runs, and charts of logged values of its mechanisms that the paper does not plot.
+"""A paper's figures, redrawn from our runs, and charts that the paper lacks, of values that its mechanisms log.
 
-Each series is one system of the paper, at the first trained layer that the paper also has. Training curves show every
-run; measurements show only runs that pass the gates. Charts without data are left out.
+Each series is one system of the paper, at one layer: the first in our runs that the paper also uses, or else the first
+in our runs. Training curves show every run; measurements show only runs that pass the gates. Charts without data are
+left out.
 
 Paper: only the captions of the figures are available, without axes. Three choices are therefore ours: the metrics in
 figure 1 of 004, explained variance as the reconstruction in figure 1 (a) of 001, and tokens as the time axis of 001 and
@@ -59,8 +60,9 @@ def over_training(
 ) -> Chart:
     """A logged scalar, plotted against tokens: the mean over seeds, with a band of 1 sd over seeds.
 
-    If `sd` is given, the band is the mean of the logged scalar with that name. If `to_one` is true, 1 - scalar is drawn
-    on a logarithmic axis. If `share_of` is given, the scalar is divided by the logged scalar with that name.
+    If `sd` is given, it names another logged scalar, whose mean over seeds is half the width of the band. If `to_one`
+    is true, 1 - scalar is drawn on a logarithmic axis. If `share_of` is given, the scalar is divided by the logged
+    scalar with that name.
     """
     series = []
     for style, (label, runs) in enumerate(runs_by_system(report).items()):
@@ -77,8 +79,8 @@ def over_training(
 
 
 def curve(runs: Sequence[SystemRun], name: str, share_of: str = "") -> Values:
-    """Tokens -> the values of a logged scalar in the runs, or its share of another scalar. Lines where the other scalar
-    is 0 are left out."""
+    """Number of tokens -> the values of a logged scalar, one for each run that logged it then. If `share_of` is given,
+    each value is divided by that other scalar; log lines where it is 0 are left out."""
     values: Values = {}
     for run in runs:
         lines = [line for line in run.log if name in line and "tokens" in line]

@@ -1,8 +1,9 @@
 """Whether the mechanism that a claim is about had any effect in the runs.
 
-A system names its ablation (`adds_to`, the system to which it adds one mechanism) and the scalar in metrics.jsonl that
-counts the mechanism's actions (`counter`). The mechanism was idle if its counter ends at 0 in every run, or if the
-weights of every run equal, bit for bit, those of the ablation's run with the same layer and seed.
+In the paper's NNN.toml, a system names its ablation (`adds_to`: the system that lacks one of its mechanisms) and the
+scalar in metrics.jsonl that counts how often this mechanism acted (`counter`). The mechanism was idle if the counter
+was 0 at the end of every run. It was also idle if the weights of every run were equal, bit for bit, to the weights of
+the ablation's run with the same layer and seed.
 """
 
 from collections.abc import Sequence
@@ -37,13 +38,13 @@ def are_equal(runs: Sequence[SystemRun], others: Sequence[SystemRun]) -> bool:
 
 
 def inactive_mechanism(claim: Claim, paper: Paper, runs: Sequence[SystemRun]) -> str:
-    """A phrase that says that the claim is about mechanisms that had no effect; "" if that is not the case. There are
-    two cases:
+    """If the mechanisms that the claim is about had no effect, a phrase that says so; else "". There are two cases in
+    which a claim is about mechanisms that had no effect:
 
     - The claim compares two systems of one family, and all mechanisms by which they differ were idle.
     - The claim is about a system alone, or compares it with a system of another family. The system's own mechanism was
-      idle, and the paper makes the same claim about the system without this mechanism, so that one run would count
-      twice. The same applies to several idle mechanisms of the system.
+      idle, and the paper makes the same claim about the system without this mechanism: judging both claims would count
+      the same run twice. The same applies to several idle mechanisms of the system.
 
     `runs` are of one layer.
     """
@@ -65,7 +66,8 @@ def inactive_mechanism(claim: Claim, paper: Paper, runs: Sequence[SystemRun]) ->
 
 
 def mechanisms_between(system: str, against: str, paper: Paper) -> list[str]:
-    """The systems that add the mechanisms by which two systems of one family differ; empty for two families."""
+    """The mechanisms by which two systems of one family differ, each given as the system that adds it. Empty if the two
+    systems belong to different families."""
     own, other = family(system, paper), family(against, paper)
     if not set(own) & set(other):
         return []
@@ -73,7 +75,8 @@ def mechanisms_between(system: str, against: str, paper: Paper) -> list[str]:
 
 
 def family(system: str, paper: Paper) -> list[str]:
-    """A system, the system to which it adds a mechanism, the system to which that one adds a mechanism, and so on."""
+    """A system and its successive ablations: the system that lacks one of its mechanisms (`adds_to`), the ablation of
+    that system, and so on."""
     systems = []
     while system:
         systems.append(system)

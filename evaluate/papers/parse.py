@@ -174,7 +174,7 @@ def find_problems(paper: Paper, system_ids: Sequence[str]) -> Iterator[str]:
 
 
 def same_number_problems(contradiction: Contradiction, paper: Paper) -> Iterator[str]:
-    """Problems with a contradiction whose numbers are so close that they count as the same number. Such numbers do not
+    """Errors about numbers in a contradiction that are so close that they count as the same number. Such numbers do not
     make a claim inconsistent."""
     groups: dict[tuple[Any, ...], list[Claim]] = {}
     for claim in paper.claims:
@@ -191,7 +191,7 @@ def same_number_problems(contradiction: Contradiction, paper: Paper) -> Iterator
 
 
 def ablation_problems(system: PaperSystem, paper: Paper) -> Iterator[str]:
-    """Problems with the ablation that a system names (`adds_to`)."""
+    """Errors in a system's `adds_to`, which names the system that is its ablation."""
     label = f"system {system.id}"
     if system.adds_to and system.adds_to not in paper.systems:
         yield f"{label}: adds_to: there is no system {system.adds_to}{did_you_mean(system.adds_to, paper.systems)}"
@@ -266,7 +266,7 @@ def repetition_problems(claim: Claim, paper: Paper, label: str) -> Iterator[str]
 
 
 def subject(claim: Claim) -> str:
-    """The subject of a claim, for a sentence."""
+    """What a claim is about, worded as part of a sentence."""
     return f"{claim.metric} of {', '.join(claim.entries)}" if claim.entries else claim.metric
 
 
@@ -291,7 +291,8 @@ def unit_problems(claim: Claim, paper: Paper, label: str) -> Iterator[str]:
 
 
 def check_metric_name(metric: str, label: str) -> Iterator[str]:
-    """Yield an error unless the name is `none`, a number of a metric, or a scalar that training logs."""
+    """Yield an error unless `metric` is `none`, or names a number that a metric reports or a scalar that training
+    logs."""
     if metric != "none" and not metric.startswith(f"{TRAINING_LOG}.") and metric not in CLAIM_METRICS:
         yield (
             f"{label}: unknown metric {metric}. Expected a number of a metric, {TRAINING_LOG}.<scalar>, or none"

@@ -68,7 +68,8 @@ class PaperReport:
 
     @property
     def notes(self) -> dict[str, list[str]]:
-        """Each note on the verdicts -> the ids of its claims. Notes about restated claims are left out."""
+        """Each note on a verdict -> the ids of the claims that it applies to. Notes that only say that a claim restates
+        another one are left out."""
         notes: dict[str, list[str]] = {}
         for row in self.rows:
             for note in row.notes:
@@ -78,7 +79,7 @@ class PaperReport:
 
     @property
     def outlier_rows(self) -> int:
-        """The largest number of outlier rows that are included in a run's numbers, as in SAEBench's definitions."""
+        """The largest number of outlier rows in any run's results. The runs' numbers include them, as in SAEBench."""
         return max((r.n.get(OUTLIERS, 0) for run in self.runs for r in run.run.results.values()), default=0)
 
     @property
@@ -108,13 +109,13 @@ class PaperReport:
 def build_report(
     paper: Paper, runs: Sequence[SystemRun], on_paper_model: bool, reading: str | None = None
 ) -> PaperReport:
-    """Every claim of the paper, in order, with its verdict in the reading in which the runs were trained.
+    """Every claim of the paper, in order, with the verdict on it under the reading with which the runs were trained.
 
-    Nothing is trained or measured, so a report can be rebuilt from the same folders. Runs that fail a gate count as not
-    measured.
+    Nothing is trained or measured, so a report can be rebuilt from the same folders. Runs that fail a gate are treated
+    as if they had not been measured.
 
     Raises:
-        UsageError: the paper has no such reading.
+        UsageError: the paper's file does not define a reading called `reading`.
     """
     used = find_reading(paper, on_paper_model, reading)
     runs = [replace(run, printed_warmup=paper.setup.warmup if used.is_papers else None) for run in runs]
@@ -126,7 +127,8 @@ def build_report(
 
 
 def find_reading(paper: Paper, on_paper_model: bool, name: str | None) -> Reading:
-    """The reading called `name`. By default, the first reading on the paper's model, and `field` on other models."""
+    """The reading of the paper called `name`. Without a name: the first one if the model is the paper's, else
+    `field`."""
     name = name or (paper.readings[0].name if on_paper_model else FIELD)
     for reading in paper.readings:
         if reading.name == name:
@@ -142,7 +144,7 @@ Values = dict[int, float]  # seed -> the metric
 def claim_result(
     claim: Claim, paper: Paper, runs: Sequence[SystemRun], on_paper_model: bool, reading: Reading
 ) -> ClaimResult:
-    """The verdict over every layer and recipe of the claim's systems, with the measured numbers and notes."""
+    """The verdict on a claim from all layers and recipes of its systems, with the measured numbers and notes."""
     if claim.metric == STEP_TIME:
         return cost_result(claim, paper, reading)
     judgements: list[Judgement] = []
@@ -202,13 +204,13 @@ def cost_result(claim: Claim, paper: Paper, reading: Reading) -> ClaimResult:
 
 
 def describe_substitutions(substituted: Sequence[Substitution]) -> list[str]:
-    """Notes for a measured row about equations that the reading replaces."""
+    """For the row of a measured claim, one note for each of the paper's equations that was replaced."""
     return [f"not as printed: {one.what.removesuffix('.')}. {one.why}" for one in substituted]
 
 
 def notes_on_runs(claim: Claim, runs: Sequence[SystemRun], layers: Sequence[int], on_paper_model: bool) -> list[str]:
-    """Notes on measured numbers that are not exactly what is claimed: at another layer, on another dataset, or a
-    mean."""
+    """Notes on the ways in which measured numbers are not exactly what is claimed: they may be from other layers or
+    another dataset, or a mean over steps."""
     notes = []
     if set(layers) != set(claim.layers):
         relation = "of" if set(layers) < set(claim.layers) else "instead of"
@@ -223,7 +225,7 @@ def notes_on_runs(claim: Claim, runs: Sequence[SystemRun], layers: Sequence[int]
 
 
 def describe_claim(claim: Claim) -> list[str]:
-    """Notes on a claim from the paper's file."""
+    """Notes on a claim, taken from its entry in the paper's NNN.toml."""
     return [*describe_restatement(claim), *filter(None, [claim.why])]
 
 
@@ -234,7 +236,8 @@ def describe_restatement(claim: Claim) -> list[str]:
 def l0_of_both(
     pair: tuple[tuple[str, str], tuple[str, str]], runs: Sequence[SystemRun], on_paper_model: bool
 ) -> tuple[float, float] | None:
-    """The mean L0 of two systems, given as (system, recipe), from core, or else from the last steps of training."""
+    """The mean L0 of each of two systems, given as (system, recipe). Both come from the metric core or, if that is
+    missing for one of them, from the last steps of training."""
     for claim in (L0, LOGGED_L0):
         own, other = (values_by_seed(claim, *one, runs, on_paper_model) for one in pair)
         if own and other:
@@ -261,8 +264,8 @@ def printed_l0_ratio(claim: Claim, paper: Paper) -> float | None:
 
 
 def layers_of(claim: Claim, runs: Sequence[SystemRun], on_paper_model: bool) -> list[int]:
-    """The claim's layers that were trained. On another model, all trained layers if none of the claim's layers was
-    trained."""
+    """Those of the claim's layers at which SAEs were trained. If there are none, and the model is not the paper's, all
+    layers at which SAEs were trained."""
     trained = sorted({run.layer for run in runs})
     claimed = [layer for layer in trained if layer in claim.layers]
     return claimed if claimed or on_paper_model else trained
@@ -327,11 +330,12 @@ def format_measured(claim: Claim, shown: Sequence[tuple[Sequence[float], Sequenc
 
 def format_difference(claim: Claim, measured: Sequence[tuple[Values, Values]]) -> str:
     """The mean difference between the two systems over seeds, with the interval that decides the verdict. For several
-    recipes or layers, the range of means. The difference is a multiple if the claim is a multiple."""
+    recipes or layers, the range of means. If the claim states a multiple (x), the difference is also given as a
+    multiple."""
     level = EQUIVALENCE if claim.says == "equal" else CONFIDENCE
     in_unit = claim.is_change or claim.says
     unit = {"%": " %", "pp": " pp", "x": " x"}.get(claim.unit, "") if in_unit else ""
-    start, form = (1, ".3g") if unit == " x" else (0, "+.3g")  # differences are never multiples: 1 x is no change
+    start, form = (1, ".3g") if unit == " x" else (0, "+.3g")  # `differences` returns multiples minus 1
     texts, means = [], []
     for own, other in measured:
         pairs = [(own[seed], other[seed]) for seed in sorted(own.keys() & other.keys())]
@@ -346,7 +350,7 @@ def format_difference(claim: Claim, measured: Sequence[tuple[Values, Values]]) -
 
 
 def shown_layer(report: PaperReport) -> int:
-    """The layer that figures show: the first trained layer that the paper also has, else the first trained layer."""
+    """The layer that figures show: of the layers in our runs, the first that the paper also uses, or else the first."""
     layers = sorted({run.layer for run in report.runs})
     return next((layer for layer in layers if layer in report.paper.setup.layers), layers[0] if layers else 0)
 

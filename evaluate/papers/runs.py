@@ -58,7 +58,7 @@ class SystemRun:
 
     @property
     def peak_share(self) -> float:
-        """The share of its peak value that the learning rate reached."""
+        """The largest learning rate that the run reached, as a share of the peak of its schedule."""
         return peak_share(self.steps_done, self.warmup, self.resolved.get("decay_start", 1.0))
 
     @property

@@ -38,7 +38,7 @@ class SettingRow:
 
 
 def compare_settings(paper: Paper, runs: Sequence[SystemRun]) -> list[Setting]:
-    """Every setting by which runs and paper can be compared. Settings that no run records are left out."""
+    """Every setting by which runs and paper can be compared. Settings that are not recorded by any run are left out."""
     if not runs:
         return []
     settings = [layer_setting(paper, runs), width_setting(paper, runs)]

@@ -129,30 +129,30 @@ def judge(claim: Claim, values: Mapping[str, ValueBySeed], conditions: Condition
     Then the numbers decide (`judge_numbers`):
 
     - reproduced (on the paper's model only): at least 3 seeds, their mean within d = max(5 % of |T|, half of the last
-      printed digit) of T, and its interval within 2 d of T. If the paper also prints the other system's number and that
-      system was run, the other system's mean must lie within the corresponding d of its printed number.
+      printed digit) of T, and its interval within 2 d of T. If the paper also prints a number for the other system and
+      that system was run, its mean must be equally near to its own printed number P: within d, with P in place of T.
     - contradicted: the whole interval of the difference between the two systems lies on the opposite side of zero from
-      the paper's. On the paper's model, a claim is also contradicted if the interval lies within a tenth of the claimed
-      difference, or does not overlap T +- d. This does not apply to other models, because sizes do not carry over to
-      them.
+      the paper's difference. On the paper's model, a claim is also contradicted if every difference in the interval is
+      smaller than a tenth of the claimed difference, or if the interval of the claimed number does not overlap T +- d.
+      On other models, these two rules do not apply, because sizes do not carry over to other models.
     - direction only: the whole interval of the difference lies on the same side of zero as in the paper. Two printed
-      numbers that differ by one unit of their last digit have no direction, and two seeds with equal differences have
-      no interval.
+      numbers that differ by one unit of their last digit have no direction, because they can be the same number before
+      rounding. Two seeds with equal differences have no interval.
     - equivalent within the margin (for a claim that two systems are equal): the 90 % interval of the difference lies
-      within +- the margin, which is two one-sided tests at 5 %. If the whole interval lies outside the margin, the
-      claim is contradicted on the paper's model and `not equivalent` on other models, because a margin is a size.
+      within +- the margin; this amounts to two one-sided tests at 5 %. If the whole interval lies outside the margin,
+      the claim is contradicted on the paper's model. On other models, it is only `not equivalent`, because the margin
+      is a size, and sizes do not carry over to other models.
     - not comparable: everything else, such as a single number on another model, or seeds that are too few or differ too
       much.
 
     Two conditions can replace this verdict:
 
-    - not comparable, because of L0: the L0 values of the two systems differ by more than 10 %. This condition applies
-      only on a model other than the paper's, and only to metrics that change with L0. If the paper itself compares the
-      systems at L0 values that differ in the same direction, the verdict can be at most `direction only`. If the paper
-      compares the systems at different L0 values, but the L0 values of our runs are alike, the claim cannot be
-      contradicted.
-    - not of the paper's equation: the reading replaces an equation that the claim is about, so that the claim can be
-      neither reproduced nor contradicted.
+    - not comparable, because of L0: the L0 values of the two systems differ by more than 10 %. If they differ in the
+      same direction in the paper's own comparison, the verdict can still be `direction only`. If they differ in the
+      paper, but are alike in our runs, the claim cannot be contradicted. These three rules apply only if the model is
+      not the paper's and the metric changes with L0.
+    - not of the paper's equation: the claim is about an equation that the chosen reading of the paper replaces by
+      another, so the claim can be neither reproduced nor contradicted.
     """
     if claim.copy_of:
         return Judgement("copy", f"of {claim.copy_of}")
@@ -190,7 +190,7 @@ def judge_numbers(
 
 def differences(claim: Claim, pairs: Sequence[tuple[float, float]]) -> list[float]:
     """By how much the system exceeds the other system, for each pair: in the unit of the claimed change or margin, else
-    in the metric's own unit. The result is never a multiple, so 0 means no difference."""
+    in the metric's own unit. A multiple (x) is returned minus 1, so that 0 always means no difference."""
     in_unit = claim.is_change or claim.says
     return [change - (claim.unit == "x") for change in paired_changes(claim.unit if in_unit else "", pairs)]
 
@@ -243,7 +243,8 @@ def other_agrees(claim: Claim, numbers: Sequence[float]) -> bool:
 
 
 def excludes(claim: Claim, numbers: Sequence[float]) -> bool:
-    """Whether the interval of the numbers excludes every value that agrees with the claim's target."""
+    """Whether the interval for the mean of the numbers contains none of the values that agree with the claim's
+    target."""
     interval = confidence_interval(numbers)
     if claim.target is None or interval is None:
         return False
@@ -257,15 +258,15 @@ def nearness(claim: Claim, target: float) -> float:
 
 
 def has_no_effect(claim: Claim, shares: Interval | None) -> bool:
-    """Whether the whole interval of the difference, in the unit of the claimed effect, is within a tenth of this
-    effect."""
+    """Whether every difference in the interval `shares` is smaller than a tenth of the claimed effect; both are in the
+    same unit."""
     if not claim.effect or shares is None:
         return False
     return is_within(shares, -NO_EFFECT * abs(claim.effect), NO_EFFECT * abs(claim.effect))
 
 
 def withhold(claim: Claim, found: Judgement, conditions: Conditions) -> Judgement:
-    """The verdict based on the numbers, replaced if L0 or a substituted equation does not allow it; see `judge`."""
+    """The verdict that the numbers give, or a weaker one if L0 or a replaced equation rules it out; see `judge`."""
     found = allow_for_l0(claim, found, conditions)
     if conditions.substituted and found.verdict in ("reproduced", "contradicted", "not equivalent"):
         return Judgement("not of the paper's equation")
@@ -273,7 +274,8 @@ def withhold(claim: Claim, found: Judgement, conditions: Conditions) -> Judgemen
 
 
 def allow_for_l0(claim: Claim, found: Judgement, conditions: Conditions) -> Judgement:
-    """The verdict that the L0 values of the two systems allow on a model other than the paper's."""
+    """The verdict that the numbers give, or a weaker one if the L0 values of the two systems rule it out. On the
+    paper's model, they never do."""
     if conditions.on_paper_model or conditions.l0 is None or not depends_on_l0(claim):
         return found
     own, other = conditions.l0
@@ -291,7 +293,8 @@ def allow_for_l0(claim: Claim, found: Judgement, conditions: Conditions) -> Judg
 
 
 def depends_on_l0(claim: Claim) -> bool:
-    """Whether L0 by itself changes the claim's metric. At the first step, no L0 has been reached yet."""
+    """Whether L0 by itself changes the claim's metric. At the first step of training it does not, because the SAE has
+    not reached its L0 yet."""
     return not claim.metric.startswith(FREE_OF_L0) and not (
         claim.metric.startswith(TRAINING_LOG) and claim.at == "first"
     )

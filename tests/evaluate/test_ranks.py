@@ -266,7 +266,7 @@ def test_evaluate_saes_returns_all_rows_in_each_process(make_home, evaluate_here
     for rank in range(2):
         refused, rows = json.loads((two / f"rows{rank}.json").read_text())
         assert rows == json.loads(out) and len(rows) == 2 + 8
-        assert refused.startswith("A launcher has started several processes, which can divide only run folders")
+        assert refused.startswith("A launcher has started several processes, and only run folders can be divided")
 
 
 @pytest.mark.slow

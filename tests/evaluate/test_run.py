@@ -641,7 +641,8 @@ def test_a_cache_that_does_not_answer_is_named_with_what_to_do(monkeypatch: pyte
 
     monkeypatch.setattr("sae.evaluate.inputs.find_by_fingerprint", unreachable)
     origin = {"model": {"name": "gemma", "revision": None}, "layer": 0, "cache": "s3://b/pile", "fingerprint": "f"}
-    with pytest.raises(UnavailableError, match="^s3://b/pile: .* Or name another cache of gemma with --cache.$"):
+    advice = "Alternatively, use --cache to give another cache of gemma."
+    with pytest.raises(UnavailableError, match=f"^s3://b/pile: .* {advice}$"):
         find_eval_cache(Path("run"), SimpleNamespace(origin=origin))
 
 

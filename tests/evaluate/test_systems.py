@@ -120,7 +120,7 @@ def test_objects_name_their_system(tiny_cache):
     rows = sae.evaluate_saes(saes, systems={"one": "mine", "two": "mine"}, **asked)
     assert counted(rows) == {"one": 1, "two": 1}
     assert str(rows[2].errors["beside"]) == "beside needs another seed"
-    with pytest.raises(UsageError, match="systems= names tow, which is not among the SAEs; did you mean two?"):
+    with pytest.raises(UsageError, match="systems= has the key tow, which is not among the SAEs; did you mean two?"):
         sae.evaluate_saes(saes, systems={"tow": "mine"}, **asked)
     with pytest.raises(UsageError, match="omit systems="):
         sae.evaluate_saes(["runs/one"], systems={"one": "mine"})

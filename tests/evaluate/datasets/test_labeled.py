@@ -198,7 +198,7 @@ def test_what_cannot_be_read_has_a_sentence(home, monkeypatch):
     (home / AG / "train.jsonl").write_text('{"text": "a", "lab')
     with pytest.raises(UsageError, match="No row of .*train.jsonl can be read as JSON .1 tried; first: train"):
         load_texts(AG, home)
-    with pytest.raises(UsageError, match="test_set_size=2 leaves no text"):
+    with pytest.raises(UsageError, match="test_set_size=2 is too small for every class"):
         load_texts(AG, home, 4000, 2)
 
 
