@@ -75,7 +75,7 @@ def make_trainer(recipe: str, config: RunConfig, device: str, x_BD: torch.Tensor
 
 
 def search(trainer: Trainer, x_BD: torch.Tensor) -> Callable[[], object]:
-    """The penalty of a step without its gradient."""
+    """A function that computes the penalty of a step, but no gradients."""
     with torch.no_grad(), trainer.autocast():
         pre_BF, f_BF, recon_BD, kept = trainer.variant.sae(x_BD)
     step = Step(trainer.i, trainer.variant.sae, trainer.optimizer, x_BD, pre_BF, f_BF, recon_BD, kept)

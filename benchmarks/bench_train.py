@@ -20,7 +20,7 @@ over rounds.
                cores.
 
 With `--json FILE` the table of recipes is also added to FILE, and replaces a table of the same sizes there. FILE has
-the format of evaluate/papers/step_times.json, with which claims about the cost of a step are compared.
+the format of evaluate/papers/step_times.json, the file that claims about the cost of a step are compared with.
 """
 
 import argparse

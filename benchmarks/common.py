@@ -98,7 +98,7 @@ class Spent(NamedTuple):
 
 
 def in_rounds(ways: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """The results of each way, one per round. In every round each way runs once, in random order."""
+    """The results of each function, one per round. Every round calls each function once, in random order."""
     results: dict[str, list[T]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name in random.sample(list(ways), len(ways)):

@@ -28,7 +28,7 @@ from sae.evaluate.tables import paired_difference
 from sae.train.sae import read_sae_record
 
 PLAIN = "progressive-baseline"  # ReLU and L1, with x as the encoder's input instead of x - b_dec: the papers' own SAE
-L1 = "competition-baseline"  # like PLAIN, but the penalty warms up and there is no weight decay
+L1 = "competition-baseline"  # PLAIN with a warm-up of the penalty and without weight decay
 PAIRS = [  # (system with the mechanism, system without it)
     ("progressive", PLAIN),
     ("progressive-no-competition", PLAIN),
@@ -75,7 +75,7 @@ def index_runs(all_runs: Iterable[ComparedRun]) -> Runs:
 
 
 def other_differences(one: ComparedRun, other: ComparedRun) -> list[str]:
-    """The options for which both runs have different values: lr, weight decay, pre_bias (input x - b_dec), ..."""
+    """The options in which the two runs differ: lr, weight decay, pre_bias (input x - b_dec), ..."""
     options, other_options = (
         run.record["resolved"] | {"pre_bias": read_sae_record(run.folder)["pre_bias"]} for run in (one, other)
     )

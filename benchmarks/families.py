@@ -135,7 +135,7 @@ class FamilyResult:
     class_name: str
     blocks: list[dict[str, str]] = field(default_factory=list)  # site -> module, for each block
     refused: list[dict[str, str]] = field(default_factory=list)
-    spliced: int = 0  # hooks from which the model was run again
+    spliced: int = 0  # number of hooks at which activations were replaced
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Cause every fault of caches and harvests with the real `sae` command: `python benchmarks/fault_matrix.py`.
 
 A random Gemma 2 with two blocks is used to harvest a small text. Each fault is then caused in a process or in the
-files; the command's message, its exit code and the effect of the next command become a row of docs/lab/faults.md. The
+files; the command's message, its exit code and what the next command does become a row of docs/lab/faults.md. The
 script fails if an exit code is not the expected one, if a traceback was printed, or if bytes differ from those of an
 undisturbed harvest. Commands run in processes forked from one that has already imported torch, unless the fault
 concerns the start of a process (signals to its parents, locale, pipes, limits). `faults/` has the faults, one file per

@@ -1,10 +1,10 @@
-"""The time to open a cache of 10,000 chunks and a run: the cost of checking their records.
+"""The time to open a run, and to open a cache of 10,000 chunks: the cost of checking their records.
 
     python benchmarks/open_cost.py                         this checkout
     python benchmarks/open_cost.py --against ../before     and another checkout, each on files that it writes itself
 
-Each checkout (a folder called `sae` that holds the package) writes the records of a one-layer cache, without its
-chunks. It then times two operations, each in a new process, once the imports are done: opening the cache with its
+The package in each checkout (a folder called `sae`) writes the records of a one-layer cache, without its chunks. The
+script then times two operations, each in a new process, once the imports are done: opening the cache with its
 manifest, as training does, and loading the SAE of a run (--run). It prints the median over several processes, and the
 load of the machine.
 """

@@ -6,9 +6,9 @@
 There are two tables for each of `decorrelation` and `competition`.
 
     runs       the same recipe with all pairs, with the pairs that a step compares by default, and without the penalty,
-               three seeds each. The columns are scores on held-out text, and the penalty over all pairs of latents on
-               rows that no run has read. A cell is the mean over seeds and the half-width of its 95 % interval. Further
-               rows have the differences from the runs with all pairs, seed by seed.
+               three seeds each. The columns are scores on held-out text and the penalty. This penalty is computed over
+               all pairs of latents, on rows that no run has read. A cell is the mean over seeds and the half-width of
+               its 95 % interval. Further rows have the differences from the runs with all pairs, seed by seed.
     overlap    along one run in which a step compares only some pairs: the share of these pairs in the penalty of all
                pairs, and the penalty estimated from these pairs divided by the penalty of all pairs.
 

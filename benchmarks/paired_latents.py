@@ -43,7 +43,7 @@ def absolute_cosines(run: Path) -> Tensor:
 
 
 def draws(cosine_FF: Tensor, latents: int, count: int) -> list[Mapping[str, float]]:
-    """The numbers over the pairs of a given number of latents, for each of several draws."""
+    """For each of `count` draws of `latents` latents: the statistics of the cosines of all their pairs."""
     generator = torch.Generator().manual_seed(0)
     drawn = (torch.randperm(len(cosine_FF), generator=generator)[:latents] for _ in range(count))
     return [distribution(pairs_of(cosine_FF[chosen][:, chosen])) for chosen in drawn]

@@ -6,10 +6,10 @@ random order:
     pinned     one process on one core, and two processes on one core each (taskset); each has one thread
     unpinned   one process with two threads, and two processes with one thread each; the system chooses the cores
 
-Three durations are printed: the time of the work, from the times of the files that it writes; the time of the whole
-command, which starts Python, imports torch in every process and, if runs are assigned to processes, times a few steps
-of each recipe; and the largest processor time of a process, which other work on the machine hardly changes. The first
-two are meaningful only on a machine with two idle cores. Memory is the peak anonymous memory of each process.
+Three durations are printed: that of the work itself, according to the timestamps of the files that it writes; that of
+the whole command, which starts Python, imports torch in every process and, if runs are assigned to processes, times a
+few steps of each recipe; and the largest processor time of a process, which other work on the machine hardly changes.
+The first two are meaningful only on a machine with two idle cores. Memory is the peak anonymous memory of each process.
 
     train      eight runs of relu, 576 -> 2,304, in batches of 1,024 tokens: eight seeds, which share a pass
     harvest    layer 12 of gemma-2-mini in windows of 8,192 rows; the work lasts from the end of cutting the text to the
@@ -53,7 +53,7 @@ class Process(NamedTuple):
     processor: float  # seconds
 
 
-Files = tuple[str, str]  # patterns of the files whose times begin and end the work
+Files = tuple[str, str]  # patterns of the files whose timestamps are the beginning and the end of the work
 
 
 def run(words: list[str], out: Path, files: Files, *, processes: int, threads: int, pinned: bool) -> Measured:

@@ -42,7 +42,7 @@ HEADS = ("builds", "steps", "resumes", "loads")
 
 
 class Checked(NamedTuple):
-    """The result for one recipe of a system in a reading: how many of HEADS passed, and the problem that stopped it."""
+    """The result for one job in one reading: how many of HEADS passed, and the problem that stopped the job."""
 
     reading: str
     job: Job
@@ -79,7 +79,7 @@ def pairs() -> Iterator[tuple[Paper, Reading]]:
 
 
 def check_reading(paper: Paper, reading: Reading, cache: Path, folder: Path) -> list[Checked]:
-    """Train, cut back, resume and load every system of a paper in a reading."""
+    """Train every system of a paper in one reading; cut back, resume and load the runs."""
     config = ReproduceConfig(
         [paper.number], model="synthetic", reading=reading.name, cache=cache, layers=[LAYER], seeds=[0], steps=STEPS,
         batch_size=BATCH, device="cpu", out=folder,

@@ -176,7 +176,7 @@ def reader_of_checkpoint(folder: Path) -> Read:
 
 
 def read_archived(run: Path, path: Path, settings: Any) -> Any:
-    """Reads an archived result. Reading moves its files, so they are put back."""
+    """Read an archived result, and put the files back that reading moves."""
     kept = {file: file.read_bytes() for file in (path, run / "evaluations" / "core.json")}
     try:
         return read_result(run, Core(), settings)
@@ -242,7 +242,7 @@ def flip(data: bytes, rng: random.Random) -> bytes:
 
 
 def change_structure(data: bytes, rng: random.Random, *, without_digest: bool) -> tuple[str, bytes]:
-    """The name of a change, and the text after it."""
+    """The name of a random change to `data`, and the changed text."""
     name = rng.choice(list(CHANGES))
     tree = json.loads(data)
     if without_digest:

@@ -93,7 +93,7 @@ def object_in(value: Any) -> Any:
 
 
 def brackets(value: Any) -> str:
-    """The suffix of the path before nested fields: `files.*` for a dictionary, `codecs[]` for a list."""
+    """What a field's path is given before the names of nested fields: `.*` for a dictionary, `[]` for a list."""
     origin, arguments = parts(value)
     if origin is dict:
         return ".*" + brackets(arguments[1])
@@ -107,7 +107,7 @@ def description(value: Any) -> str:
 
 
 def first_line(schema: Any) -> str:
-    """The first line of a docstring, as part of a table."""
+    """The first line of a docstring, in the form of the table's descriptions: lower case, without a full stop."""
     line = (schema.__doc__ or "").strip().split("\n")[0].rstrip(".")
     return line[:1].lower() + line[1:]
 

@@ -29,7 +29,7 @@ def generator(*key: int) -> np.random.Generator:
 
 
 def harvested_rows(layout: Layout, seed: int) -> np.ndarray:
-    """For each position in the cache, the number of its row in the order of the text, as placed by harvest.windows."""
+    """For each position in the cache, the index in the text of the row that harvest.windows places there."""
     placed = np.empty(layout.rows, np.int64)
     for window in range(layout.n_windows):
         rows = layout.row_range(window)
@@ -87,7 +87,7 @@ def moving(served: list[np.ndarray], rows: int) -> dict[str, float]:
     place = np.full((2, rows), -1, np.int64)
     for epoch in range(2):
         place[epoch, served[epoch]] = np.arange(len(served[epoch]))
-    first, second = place[:, (place >= 0).all(0)]  # nearly ranks: an epoch leaves out a few rows
+    first, second = place[:, (place >= 0).all(0)]  # almost ranks: each epoch leaves out a few rows
     return {
         "correlation": float(np.corrcoef(first, second)[0, 1]),
         "moved": float(np.abs(first - second).mean() / rows),

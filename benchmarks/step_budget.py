@@ -8,7 +8,7 @@
 
 Nothing here is measured, and no GPU is needed: times in milliseconds are computed by a cost model. The step runs on the
 simulated GPU of the tests, on tensors that have shapes but no values: forward and backward pass, optimizer, mechanisms
-and metrics, under autocast. Each operation below autograd costs launches, FLOPs and bytes
+and metrics, under autocast. Each operation that torch calls below autograd costs launches, FLOPs and bytes
 (tests/simulated_cuda/cost.py). Its time is either the time for its FLOPs at the speed of their dtype or the time for
 its bytes at the speed of memory, whichever is longer. The host queues launches while the GPU computes, so the time of a
 step is the larger of two sums: the times of all launches, and the times of all operations on the GPU.
@@ -166,7 +166,7 @@ def over_budget(cost: StepCost, budgets: Budgets) -> list[str]:
 
 
 def under_budget(cost: StepCost, budgets: Budgets) -> list[str]:
-    """A message for each quantity under the recipe's budget: the saving could be lost again unnoticed."""
+    """A message for each quantity below its budget, because the saving could be lost again unnoticed."""
     budget = budgets.get(cost.recipe, {}).get(cost.size, {})
     return [
         f"{cost.recipe} with {cost.d_sae:,} latents and {cost.batch:,} tokens: a step has {value:,} {name}, "

@@ -1,11 +1,11 @@
-"""How far runs diverge under two versions of a step's arithmetic: the bounds of train/step_version.py, for every
-recipe.
+"""Measure for every recipe how far runs diverge under two versions of a step's arithmetic, and compare the distances
+with the bounds in train/step_version.py.
 
     python -m sae.benchmarks.step_versions [--draws 6] [RUN ...]
 
 The interrupted runs of tests/compatibility take their last 25 steps once unchanged, and then again with rounding
 errors: noise of `ERROR` times their root mean square is added to pre-activations, reconstructions and gradients. This
-noise is several times as large as the effect of another order of summation. Values that are exactly zero, such as the
+noise is several times as large as the effect of summing in a different order. Values that are exactly zero, such as the
 gradient of a latent that did not fire, stay zero in any order. Recipes that accept `--accumulate 4` are also run with
 this option and without noise: the option adds up the same gradients in another order. For each recipe the script prints
 the largest distances, over its runs and draws, next to their bounds: for all weights (norm of the difference divided by

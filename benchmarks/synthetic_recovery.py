@@ -6,9 +6,9 @@
     python benchmarks/synthetic_recovery.py --variant topk --variant jumprelu --steps 1000
 
 Each atom is compared with the nearest decoder row by cosine. The table has the mean cosine over atoms before and after
-training, and the number of atoms above 0.9 after it. Learning rates and penalties are chosen for this data: width 64
-and 3,000 steps are far from a language model. A dictionary has two latents per atom: with one, each latent that dies or
-duplicates another would lose an atom.
+training, and the number of atoms above 0.9 after it. Learning rates and penalties are chosen for this data. They
+do not carry over to language models: the data has width 64, and training takes 3,000 steps. A dictionary has two
+latents per atom: with one, each latent that dies or duplicates another would lose an atom.
 """
 
 import argparse

@@ -8,9 +8,9 @@ Each of the two ends, `lowest` and `newest`, gets a virtual environment in FOLDE
 The environment `lowest` is installed with uv's `--resolution lowest-direct`, which chooses the lowest allowed version
 of the packages declared here and the newest version of their own dependencies. The folders of tests/ are run one after
 another. Finished results are kept in FOLDER, so a later call continues where the last one stopped, and repeats the
-tests that failed; `--again lowest` starts that end from the beginning. A test that fails is run once more by itself.
-The page is printed at the end; the exit code is 1 if a test still fails. `--pin` fixes a version at both ends, for a
-package that is available only in some versions; the page then says that its bound was not tried.
+tests that failed; `--again lowest` first discards the results of `lowest`. A test that fails is run once more on
+its own. The page is printed at the end; the exit code is 1 if a test still fails. `--pin` fixes a version at both ends,
+for a package that is available only in some versions; the page then says that its bound was not tried.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def install(folder: Path, end: str, arguments: argparse.Namespace) -> None:
-    """Make the environment of an end, and list its versions. Does nothing if they are listed already."""
+    """Make the environment for `end` (lowest or newest), and list its versions, unless they are listed already."""
     listing = folder / "versions.json"
     if listing.exists():
         return
@@ -107,7 +107,7 @@ def run_tests(folder: Path, workers: int) -> None:
 
 
 def pytest(folder: Path, tests: list[str], workers: int) -> dict[str, Any]:
-    """Run tests in the environment of an end. Exits if pytest could not run them at all."""
+    """Run tests in the environment in `folder`. Exits if pytest could not run them at all."""
     report = folder / "report.xml"
     report.unlink(missing_ok=True)
     options = ["-n", str(workers), "-p", "no:cacheprovider", f"--junit-xml={report}", "-o", "junit_family=xunit1"]

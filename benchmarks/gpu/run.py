@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--simulated", action="store_true", help="try the code on the simulated GPU")
     args = parser.parse_args()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for a GPU does not start CUDA, which cannot be forked
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # look for a GPU without starting CUDA, so that forks work
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         if args.simulated:

@@ -82,7 +82,7 @@ def recipes(sizes: Sizes) -> Entries:
 
 
 def resume(sizes: Sizes) -> Entries:
-    """Whether a run that is stopped and resumed ends with the same bits, eager and captured."""
+    """Whether a resumed run ends with the same bits as one that did not stop there, with eager and captured steps."""
     d_sae, rows = sizes.recipe
     for recipe in BUDGET:
         options = options_of(recipe, sizes.k)

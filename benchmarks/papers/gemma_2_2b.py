@@ -3,12 +3,13 @@
     python benchmarks/papers/gemma_2_2b.py                      # plans the readings `evidence` and `literal`
     python benchmarks/papers/gemma_2_2b.py --reading literal    # plans only the reading `literal`
 
-For paper 003, the reading `field` takes the place of `evidence`. The script plans the command as `sae reproduce all
---dry-run` does. It needs the model's config.json (below) and a tokenizer, but no weights, no Hub and no GPU. The plan
-reads python-stdlib, which is longer than any of the runs needs, instead of the papers' text, and assumes that the disk
-is large enough. Nothing is measured: the time of a step is modelled by benchmarks/step_budget.py, for its recipe with
-the options of the reading. The time of a harvest is the time of its matrix products at the same speed or the time that
-the host needs to write its bytes, whichever is longer. Evaluation and checkpoints are not counted.
+Paper 003 has no reading `evidence`, so its reading `field` is planned instead. The script plans the command as `sae
+reproduce all --dry-run` does. It needs the model's config.json (below) and a tokenizer, but no weights, no Hub and no
+GPU. The plan reads python-stdlib, which is longer than any of the runs needs, instead of the papers' text, and assumes
+that the disk is large enough. Nothing is measured: benchmarks/step_budget.py computes the time of a step with a cost
+model, for the recipe with the options of the reading. The time of a harvest is the time of its matrix products at the
+same speed or the time that the host needs to write its bytes, whichever is longer. Evaluation and checkpoints are not
+counted.
 """
 
 import argparse

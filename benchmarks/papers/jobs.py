@@ -149,7 +149,7 @@ class Maker:
         return ms[self.place] / 1000 * steps + known[kind] + probes * known["probes"]
 
     def job(self, part: str, name: str, layer: int, seed: int, **changes: Any) -> Job:
-        """A job of a system of the design."""
+        """A job that trains a system of the design."""
         one = self.design["system"][name]
         steps = changes.get("steps", self.fixed["steps"])
         options = one.get("options", {}) | one.get("on", {}).get(self.model, {})

@@ -35,8 +35,8 @@ def settings_of(job: Job) -> tuple[str, ...]:
 
 
 def job_digest(design: Mapping[str, Any], job: Job, valid: Mapping[str, Mapping[str, Any]]) -> str:
-    """A digest of everything that decides the result of a resolved job: the design, the versions of the code, and for
-    stability the digests of the compared runs, which are among the `valid` records.
+    """A digest of everything that determines the result of a resolved job: the design and the versions of the code. The
+    digest of a stability job also covers the digests of the runs that it compares, whose records are in `valid`.
     """
     recipe = RECIPES.get(job.recipe)
     return digest_of({

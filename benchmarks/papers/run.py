@@ -74,7 +74,7 @@ def wall_seconds(jobs: Iterable[Known], threads: int, pace: float) -> float:
 
 
 def pace_of(jobs: Sequence[Job], valid: Mapping[str, Mapping[str, Any]]) -> float:
-    """The ratio of the seconds that the finished jobs took to the seconds estimated for their threads; 1 if no job is
+    """The seconds that the finished jobs took, divided by the estimate for their number of threads; 1 if no job is
     finished."""
     finished = [(job.seconds / gain(valid[job.id]["threads"]), valid[job.id]) for job in jobs if job.id in valid]
     estimated = sum(seconds for seconds, _ in finished)

@@ -14,7 +14,7 @@ from sae.cache.reader import Cache
 from sae.harvest.mini.corpus import stdlib_documents
 from sae.harvest.run import harvest_activations
 
-CHARACTERS = 9_500_000  # of all of SmolLM2's texts: two million tokens, plus the shares for tuning and test
+CHARACTERS = 9_500_000  # in SmolLM2's three texts together: two million tokens to train on, plus tuning and test
 KINDS = ("train", "tune", "test")
 SMALL = {"held_out": 0.8, "window": 4096}  # for the caches from which only the held-out text is read
 WINDOW = 65_536  # rows; an interrupted harvest loses at most one window

@@ -98,8 +98,8 @@ def make_line(
 ) -> Line:  # fmt: skip
     """A comparison, from the records that exist so far.
 
-    The difference of a seed is the mean over layers. While layers other than the main layer are unfinished, the mean is
-    over the layers that have every seed of the main layer.
+    For each seed, the difference is averaged over layers. While other layers than the main layer are unfinished, the
+    average is over the layers on which all seeds of the main layer have been run.
     """
     own, about = pair.get("own", False), design["model"][model]
     layers = [about["main_layer"]] if own or measure.startswith("probe") else about["layers"]
@@ -173,7 +173,7 @@ def pairs_of(design: Mapping[str, Any], model: str, own: bool) -> Iterator[Mappi
 def families(
     design: Mapping[str, Any], known: Sequence[Known], valid: Valid, model: str
 ) -> dict[str, list[Line]]:  # fmt: skip
-    """The lines of each family of tests of a model."""
+    """The lines about a model, grouped by family of tests."""
     idle = {one.job.system for one in known if one.state == "not needed" and one.job.model == model}
 
     def line(pair: Mapping[str, Any], measure: str, claim: str) -> Line:

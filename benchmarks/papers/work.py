@@ -54,7 +54,7 @@ DIGITS = 7
 
 @dataclass
 class Bench:
-    """The files of this machine for the comparison.
+    """The files on this machine that the comparison uses.
 
     Attributes:
         home: texts, caches and run folders; also SAE_HOME.
@@ -138,8 +138,8 @@ class Bench:
     def evaluate(
         self, jobs: Mapping[str, Job], runs: Mapping[str, Run], caches: Caches
     ) -> tuple[dict[str, dict[str, MetricResult]], dict[str, float], dict[str, dict[str, Any]]]:
-        """Return the metric results of each run by the id of its job, the seconds that each metric took for all runs,
-        and for each record an entry "errors" that says why a run lacks a metric.
+        """Return three mappings: job id -> the metric results of its run; metric -> the seconds that it took for all
+        runs; and job id -> an entry "errors" for the record, which says why the run lacks a metric.
 
         Raises UnavailableError if data or packages are missing, which another machine may have.
         """
@@ -226,7 +226,7 @@ class Bench:
 
 
 def found(row: EvalRow, suite: str) -> dict[str, MetricResult]:
-    """The result of a metric without outlier rows. Raises the metric's error if it could not be measured."""
+    """The result of a metric, computed without outlier rows. Raises the metric's error if it could not be measured."""
     if suite in row.errors:
         raise row.errors[suite]
     return {suite: row.results[suite].sound}
@@ -251,7 +251,7 @@ def unit_values(results: Mapping[str, MetricResult]) -> dict[str, dict[str, floa
         if metric in results:
             by_unit = METRICS[metric].values_by_unit(results[metric], MetricColumn("", category, number)).values
             if metric == "core":
-                # A unit is the digest of the text and a number. The number suffices, since a record names the caches.
+                # A unit is named "<digest of the text> <number>". The number suffices, since a record names the caches.
                 by_unit = {unit.rsplit(" ", 1)[-1]: value for unit, value in by_unit.items()}
             values[name] = {unit: float(f"{value:.6g}") for unit, value in by_unit.items()}
     return values

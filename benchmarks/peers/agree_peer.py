@@ -1,4 +1,4 @@
-"""Code shared by the peers' scripts of agree_train.py. It runs in a peer's environment and imports nothing of ours."""
+"""Code shared by the peer scripts that agree_train.py calls. It runs in a peer's environment, without our package."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ def precision(dtype: torch.dtype) -> Iterator[None]:
 
 
 def train(peer: Peer, folder: Path, recipe: str, dtype: torch.dtype, removed: list[Deviation]) -> dict[str, Tensor]:
-    """The losses of every step and the final weights of a peer's trainer from which some deviations are removed."""
+    """The losses of every step and the final weights of a peer's trainer, trained without the `removed` deviations."""
     with safe_open(folder / f"{recipe}.safetensors", "pt") as file:
         options = json.loads(file.metadata()["options"])
         initial = {name: file.get_tensor(name) for name in file.keys()}
@@ -46,7 +46,7 @@ def train(peer: Peer, folder: Path, recipe: str, dtype: torch.dtype, removed: li
         trainer = peer.build(recipe, options)
         with torch.no_grad():
             for name, tensor in peer.weights(trainer).items():
-                if tensor.requires_grad:  # a threshold that only follows the batches keeps the peer's initial value
+                if tensor.requires_grad:  # a threshold computed from batches keeps the peer's initial value
                     tensor.copy_(initial[name])
         for deviation in removed:
             deviation(trainer, options)

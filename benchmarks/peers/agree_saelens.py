@@ -117,7 +117,7 @@ def penalty_warmup(trainer: SAETrainer, o: Options) -> None:
 
 
 def free_rows(trainer: SAETrainer, o: Options) -> None:
-    """W_dec's rows have any length, which affects penalty and top-k. Our rows have length 1 and no radial gradient."""
+    """W_dec's rows are not normalized, which affects penalty and top-k. Ours have length 1 and no radial gradient."""
     w_FD = trainer.sae.W_dec
 
     def project(w_FD: Tensor) -> None:
@@ -199,7 +199,7 @@ def moving_decoder(trainer: SAETrainer, o: Options) -> None:
 
 
 def negative(trainer: SAETrainer, o: Options) -> None:
-    """Thresholds are clamped at 0 when a step begins. Our recipe clamps when a step ends, and so saves other values."""
+    """Thresholds are clamped at 0 when a step begins. Ours clamps when a step ends, which changes the saved values."""
     trainer.optimizer.register_step_post_hook(lambda *_: trainer.sae.threshold.data.clamp_(min=0))
 
 

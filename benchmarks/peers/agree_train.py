@@ -1,4 +1,4 @@
-"""Compare our recipes, step by step, with the peers' trainers, which run in their own code.
+"""Compare our recipes, step by step, with the peers' trainers, which run their own code.
 
     python -m venv env-dl       # only its trainers are used, and they need no more than this
     env-dl/bin/pip install --no-deps dictionary-learning==0.1.0
@@ -12,9 +12,9 @@
 Both sides get the same weights, rows and hyperparameters. The peer's own update runs, after the functions in
 agree_dictionary_learning.py and agree_saelens.py have removed its deviations from our recipe, one function per
 deviation. The first table compares the results in float32 and, to tell rounding from real differences, in float64. Its
-columns `ours moved` show how far our own result moves when every initial weight is replaced by the next number of that
-precision. The second table shows the effect of each deviation when only this one is left in. `--fixtures` writes the
-fixtures of tests/train/test_agreement.py, from a smaller problem.
+columns `ours moved` show how far our own result moves when every initial weight is replaced by the next larger number
+of the same precision. The second table shows the effect of each deviation when only this one is left in. `--fixtures`
+writes the fixtures of tests/train/test_agreement.py, from a smaller problem.
 
     loss      max over steps of |ours - theirs| / |theirs|; in the first table also of the loss' parts, relative to the
               part's maximum
@@ -85,7 +85,7 @@ def options_of(peer: str, recipe: str) -> dict[str, Any]:
 
 
 def rows(size: Size) -> Tensor:
-    """(steps, batch, d_in) bfloat16: sums of a few out of 2 d_in atoms, plus a mean.
+    """Rows of shape (steps, batch, d_in) in bfloat16: each is a mean plus a few of 2 * d_in atoms.
 
     E|x|^2 = 10, so that gradients start above the clipping norm.
     """

@@ -43,7 +43,7 @@ PAIRS = {CLASSES: (21, 13), AMAZON: (24, 26)}  # the tables hold one pair each
 
 
 def metrics_of(about: dict[str, Any]) -> dict[str, Metric]:
-    """Our metrics with SAEBench's settings, on the sizes of this problem."""
+    """Our metrics with SAEBench's settings, at the sizes of this problem."""
     batches = (about["contexts_per_batch"], about["reconstruction_batches"], about["sparsity_batches"])
     sizes = {"train_set_size": about["train"], "test_set_size": about["test"], "context": about["context"]}
     return {

@@ -105,7 +105,7 @@ def make_model(folder: Path, known: list[SpellingWord], seed: int) -> Tensor:
     )  # fmt: skip
     model = Gemma2ForCausalLM(config)
     letters_AD = torch.linalg.qr(torch.randn(32, 32)).Q[:26].contiguous()
-    strength_A = torch.linspace(0.4, 2.0, 26)  # the first letters are hard to read
+    strength_A = torch.linspace(0.4, 2.0, 26)  # letters early in the alphabet are hard to read from the activations
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:

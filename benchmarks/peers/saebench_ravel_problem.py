@@ -1,9 +1,9 @@
-"""The inputs for RAVEL, SAEBench's and ours: made-up entities and facts, a Gemma 2 that learned most facts, and SAEs.
+"""The inputs for SAEBench's RAVEL and ours: made-up entities and facts, a Gemma 2 that learned most facts, and SAEs.
 
 Everything follows from a seed. The name of an entity has two words, of which only the last is unique. The first block
-has no attention, so that later blocks read the facts at the last word, where exchanging activations changes them.
-Values have one or two words, questions have several lengths, and some of the facts that are asked about differ from
-those that the model was trained on.
+has no attention, so that later blocks read the facts at the last word; exchanging activations there changes the
+answers. Values have one or two words, questions have several lengths, and some of the facts that are asked about
+differ from those that the model was trained on.
 """
 
 import json
@@ -34,7 +34,7 @@ VALUES = {
     "sage": {"Field": ("stars", "stones", "songs", "deep songs"), "Home": ("north", "south", "east")},
 }
 WORDS = ("the", "of", "is", "in", "we", "say", "that", "a", "and", "has", "sage", "town")
-UNKNOWN = 0.15  # share of the facts that the model learned with another answer
+UNKNOWN = 0.15  # share of the facts for which the model learned a wrong answer
 STEPS, SAE_STEPS = 300, 250
 
 

@@ -1,4 +1,4 @@
-"""SAELens' side: `python saelens.py rows.bin folder [--dtype float16] [--check]`, one line of JSON.
+"""SAELens' side: `python saelens.py rows.bin folder [--dtype float16] [--check]` prints a line of JSON.
 
 SAELens' runner writes the cache end to end, and its store reads the cache as in training. Only two parts are replaced:
 the model, by one that returns the precomputed rows, and the tokens, which are prepared beforehand.

@@ -35,7 +35,7 @@ def runs(peer: str) -> dict[str, list[str]]:
 
 
 def processor_seconds() -> tuple[float, float, float]:
-    """Processor seconds of the whole machine (including stolen ones) and of the runs so far, and wall seconds."""
+    """Seconds: processor time of the machine, stolen time included; processor time of the runs so far; wall time."""
     user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
     runs = resource.getrusage(resource.RUSAGE_CHILDREN)
     machine = (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")

@@ -1,4 +1,4 @@
-"""SAELens' side of stability_reference.py, in its environment: its MCC of pairs of decoders."""
+"""Compute SAELens' MCC of pairs of decoders, for stability_reference.py. Runs in SAELens' environment."""
 
 import json
 import sys

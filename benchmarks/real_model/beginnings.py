@@ -1,4 +1,4 @@
-"""The beginning of a context: the model's loss with nothing, or one of several tokens, in front of the same text."""
+"""How the beginning of a context affects the model's loss: the same text alone, and after each of several tokens."""
 
 from collections.abc import Sequence
 from typing import Any

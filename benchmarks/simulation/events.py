@@ -31,7 +31,7 @@ class Clock:
 
 
 class Link:
-    """A link of `rate` bytes per second that transfers share equally, each at most at `limit` bytes per second.
+    """A link of `rate` bytes per second, shared equally by all transfers; each has at most `limit` bytes per second.
 
     At any time all transfers have the same speed, so one number, `_moved`, tracks all of them: the bytes that each has
     moved. A transfer ends when `_moved` has grown by its size since its start.
@@ -43,7 +43,7 @@ class Link:
         self._moved = self._since = 0.0
         self._active: list[tuple[float, int, float, Call, tuple[Any, ...]]] = []
         self._number = itertools.count()
-        self._version = 0  # invalidates the ends that were planned before another transfer began
+        self._version = 0  # counts changes of the transfers: a planned end of an older version is void
 
     def send(self, size: float, call: Call, *args: Any) -> None:
         """Start a transfer; `call` is called at its end."""

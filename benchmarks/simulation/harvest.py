@@ -5,7 +5,8 @@ windows to processes, the number of windows that a process has in memory, writin
 computed (harvest/windows.py), the number of requests (harvest/store_costs.py, cache/store_place.py) and of concurrent
 requests (cache/mirror.py), counting a window once its commit exists, and the work that each process repeats after a
 failure. All times are assumed, in constants.py. A process that fails loses the windows that it has in memory. Drafts
-(harvest/window_draft.py) save rows computed for over a minute, but no window here takes that long.
+(harvest/window_draft.py) are not simulated: they save the rows of windows that take more than a minute to compute, and
+no window here takes that long.
 """
 
 import math
@@ -60,13 +61,13 @@ class Harvest:
 
     @cached_property
     def objects(self) -> list[int]:
-        """The bytes of each object of a window, without its commits."""
+        """The bytes of each object of a window; the objects of its commits are not counted."""
         layout = self.layout
         return [array.chunk_bytes for array in layout.arrays(self.widths) for _ in layout.chunk_range(array, range(1))]
 
     @property
     def largest(self) -> list[int]:
-        """The bytes of the largest rows of a window, one object for each layer."""
+        """The bytes of the objects that hold the largest rows of a window: one object per layer."""
         return [int(SHARE * self.window) * (4 + 2 * WIDTH)] * len(self.layers)
 
     @property
@@ -80,7 +81,7 @@ class Harvest:
 
     @property
     def asks(self) -> int:
-        """Requests that list every commit: by the first rank, or by each task with a share, when it starts."""
+        """The requests with which the first rank, or each task that has a share, lists every commit when it starts."""
         return list_requests(self.layout, len(self.layers))
 
     @property
@@ -329,7 +330,7 @@ class HarvestRun:
             self.clock.after(self.rng.expovariate(rate), self._fail, node)
 
     def _fail(self, node: Node) -> None:
-        """All ranks of one launcher end when one is lost; tasks of an array job end alone."""
+        """If a rank is lost, all ranks of its launcher end; if a task of an array job is lost, the others continue."""
         self.failures += 1
         self._plan_failure(node)
         for one in self.nodes if self.harvest.way == RANKS else [node]:

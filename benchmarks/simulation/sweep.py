@@ -135,7 +135,7 @@ class Pass:
     """Runs of a layer that share each batch."""
 
     layer: int  # index of the layer in the sweep
-    seconds: float  # of the steps that read one group
+    seconds: float  # that the steps on one group take
 
 
 class Rank:

@@ -65,7 +65,7 @@ def without_network(problem: Problem, texts: Texts | None) -> contextlib.ExitSta
 
 
 def rows_of_texts(problem: Problem, dataset: str, split: str, texts: dict[str, list[str]]) -> dict[str, list[int]]:
-    """The rows of texts in their table."""
+    """For each list of texts, the rows of the dataset's table that hold these texts."""
     table = problem.tables[BIOS if dataset.startswith(BIOS) else AMAZON][split]
     row_of = {text: row for row, text in enumerate(table["hard_text" if "hard_text" in table else "text"])}
     return {name: [row_of[text] for text in found] for name, found in texts.items()}
