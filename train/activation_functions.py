@@ -129,7 +129,7 @@ def largest_indices(z_N: Tensor, count: int) -> Tensor:
 def largest_by_sample(z_N: Tensor, count: int) -> Tensor | None:
     """Like `largest_indices`, but returns None if the sample's bound is too high."""
     sample = z_N[::SAMPLE_EVERY]
-    expected = count / SAMPLE_EVERY  # expected number of the largest elements in the sample
+    expected = count / SAMPLE_EVERY  # how many of the `count` largest elements the sample contains on average
     margin = 0.1 * expected + 3 * math.sqrt(expected)
     rank = int(expected + margin) + 1
     if rank > len(sample):

@@ -44,9 +44,10 @@ class CapturedSteps:
         self._steps: dict[Trainer, Step] = {}  # in the memory of the graph
 
     def replay(self, trainers: Sequence[Trainer], x_BD: Tensor) -> dict[Trainer, Step]:
-        """Launch all trainers' steps on a batch (B, d_in), and return them for mechanisms that act between steps.
+        """Launch a step of every trainer on a batch (B, d_in).
 
-        Returns an empty dict if no steps were taken. The caller then has to run the steps one by one.
+        Returns each trainer's `Step`, for the mechanisms that act between steps; an empty dict if no steps were taken.
+        In that case the caller has to run the steps one by one.
         """
         key = (x_BD.shape, *((trainer, trainer.variant.shape_key()) for trainer in trainers))
         if self.refused:
@@ -58,7 +59,7 @@ class CapturedSteps:
         if self._graph is None:
             try:
                 self._capture(trainers, x_BD)
-            except RuntimeError as error:  # raised by CUDA, or out of memory
+            except RuntimeError as error:  # CUDA cannot capture the steps, or memory ran out
                 self._give_up(trainers, error)
                 return {}
         assert self._graph is not None

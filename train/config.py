@@ -42,7 +42,7 @@ class TrainConfig:
     variants: Sequence[str] = ()  # names of recipes
     layers: Sequence[int] = (12,)
     site: str = "resid_post"
-    modules: Sequence[str] = ()  # trained on instead of the site; e.g. model.layers.{layer}.mlp.gate_proj:output
+    modules: Sequence[str] = ()  # modules to use instead of the site; e.g. model.layers.{layer}.mlp.gate_proj:output
     seeds: Sequence[int] = (0,)
     caches: Sequence[str | Path] = ()  # folders or addresses, read as one cache; (): the cache of the model and layer
     local_cache: int | None = None  # maximum bytes from stores to keep on the disk; None: half of the free space

@@ -1,9 +1,9 @@
 """Assign runs to several processes (ranks).
 
-Runs that read the same batches (a stream) share a pass over the batches if the runs are on the same rank. Sharing a
-pass only avoids reading the batches again, so a stream is divided over several ranks if the slowest rank finishes
-earlier that way. Three assignments are compared. The assignment that finishes first is chosen; if several finish first,
-the one that reads the least is chosen:
+Runs that read the same batches (a stream) share a pass over the batches if the runs are on the same rank. All that a
+shared pass saves is the time to read the batches again. So a stream is divided over several ranks if this makes the
+slowest rank finish earlier. Three assignments are compared. The assignment that finishes first is chosen; if several
+finish first, the one that reads the least is chosen:
 
 - each stream as a whole, longest first, goes to the rank that would finish it first;
 - all runs, in the order of their streams, are cut into as many pieces as there are ranks;
@@ -90,7 +90,7 @@ def deal(works: Sequence[Work], ranks: int) -> list[RankShare]:
 def end_of(shares: Iterable[RankShare]) -> float:
     """The time when the slowest rank finishes, in seconds from the start.
 
-    Rounded to a microsecond so that equal estimates tie.
+    Rounded to a microsecond, so that estimates which differ only by rounding errors count as equal.
     """
     return round(max(share.seconds for share in shares), 6)
 

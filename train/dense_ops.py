@@ -104,10 +104,11 @@ def dtype_of_products(given: Tensor) -> torch.dtype:
 
 
 def center(x_BD: Tensor, b_D: Tensor | None) -> Tensor:
-    """The encoder's input in the dtype of the products, which also compute the gradient of b_dec.
+    """The encoder's input, x or x - b_dec, in the dtype of the matrix products.
 
-    Subtracting b_dec first costs a pass over (B, D), and saves a pass over W_enc and one over its gradient. Some
-    dimensions of language models have large means. Subtracting b_dec first keeps these means out of the product, whose
+    Carries no gradient: the products that read it also compute the gradient of b_dec. Subtracting b_dec from x, instead
+    of b_dec W_enc from the product, costs a pass over (B, D), but saves a pass over W_enc and one over its gradient.
+    Some dimensions of language models have large means. The subtraction keeps these means out of the product, whose
     result is rounded.
     """
     centered_BD = x_BD.detach() if b_D is None else x_BD.detach() - b_D.detach()

@@ -65,7 +65,7 @@ def check_disk_space(runs: Iterable[RunInFolder], reserved: Mapping[Path, float]
         reserved: folder -> bytes that a harvest will write into it.
 
     Raises:
-        UnavailableError: a disk has too little space; the message says how much is needed and free.
+        UnavailableError: a disk has too little space; the message says how much is needed and how much is free.
         UsageError: there is a file in place of a run folder.
     """
     by_disk: dict[int, list[RunInFolder]] = {}
@@ -146,7 +146,7 @@ def fastest_step(trainer: Trainer, x_BD: torch.Tensor) -> float:
 
 
 def seconds_per_step(runs: Sequence[BuildableRun], device: str) -> list[float]:
-    """The time of a step of each run, in seconds. Runs that differ only in seed and data are timed once.
+    """For each run, the time of one step in seconds. Runs that differ only in seed and data are timed once.
 
     Raises UnavailableError as `step_seconds` does.
     """
@@ -168,13 +168,13 @@ def training_seconds(runs: Sequence[BuildableRun], device: str) -> float:
 
 
 def describe_size(runs: Sequence[BuildableRun], folder: Path) -> str:
-    """The line of a plan about the space that the runs will take on the disk of `folder`."""
+    """The plan's line about disk space: how much the runs will take, and how much is free on the disk of `folder`."""
     size = format_bytes(sum(run_bytes(run).folder for run in runs))
     return f"size     up to {size} in {format_count(len(runs), 'run folder')}; {format_bytes(free_space(folder))} free"
 
 
 def describe_time(passes: Sequence[Sequence[BuildableRun]], device: str, from_store: bool = False) -> list[str]:
-    """The lines of a plan about the memory and time that training needs on the device. Times a few steps per recipe.
+    """The plan's lines about the memory and time that training needs on the device. Times a few steps per recipe.
 
     `passes` lists the runs that are on the device together, as `TrainPlan.passes` does. If `from_store` is set, one
     line gives the speed at which the store has to deliver the batches.

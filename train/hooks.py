@@ -14,8 +14,10 @@ def hooks_to_train(
 ) -> list[Hook]:
     """The hooks for the site, or for the modules, in every layer.
 
-    Modules outside the blocks are looked up in `arrays`, the names of a harvest's arrays. If `arrays` is None, these
-    modules are looked up in `caches`; if `caches` is empty, in all caches. Raises UsageError for an invalid site.
+    For a module outside the blocks, the hook is searched for among the arrays of a harvest, whose names `arrays` lists.
+    If `arrays` is None, the hook is searched for in `caches`, or in all caches if `caches` is empty.
+
+    Raises UsageError for an invalid site.
     """
     if not is_site(site):
         raise UsageError(

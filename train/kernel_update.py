@@ -57,7 +57,7 @@ class KernelUpdate(WeightUpdate):
             copy.copy_(weight)  # in place, because the graph of a captured step reads this memory
 
     def without_copies(self) -> None:
-        """Let matrix products round the weights themselves. To be called before the first step."""
+        """Keep no copies, so products round the weights in every step. To be called before the first step."""
         self.copied = []
 
     def step(self, loss: Tensor, i: Tensor, failed_at: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class TensorBoard:
 
 
 def wandb(folder: Path, config: Mapping[str, Any]) -> Logger:
-    """A run in the project `sae`, named like the folder and resumed if it exists. WANDB_MODE=offline keeps it local."""
+    """A run with the folder's name in the project `sae`. Resumes an existing run. WANDB_MODE=offline keeps it local."""
     module = import_logger("wandb")
     settings = module.Settings(silent=True)
     return module.init(
@@ -46,7 +46,7 @@ def wandb(folder: Path, config: Mapping[str, Any]) -> Logger:
 
 
 def trackio(folder: Path, config: Mapping[str, Any]) -> Logger:
-    """A run in the project `sae`, named like the folder. View it with `trackio show --project sae`."""
+    """A run with the folder's name in the project `sae`. View it with `trackio show --project sae`."""
     module = import_logger("trackio")
     with contextlib.redirect_stdout(io.StringIO()):  # standard output is for results
         return module.init(project=PROJECT, name=folder.name, config=dict(config), resume="allow", embed=False)

@@ -118,7 +118,7 @@ class ActivityEMA(Mechanism):
 
 
 def reset_adam_state(step: Step, index_N: Tensor) -> None:
-    """Zero Adam's moments of some latents' weights. To be called after these weights have been rewritten."""
+    """Set Adam's moments to zero for the weights of some latents. To be called after rewriting these weights."""
     sae = step.sae
     for parameter, dimension in ((sae.W_dec, 0), (sae.W_enc, 1), (sae.b_enc, 0)):
         for name, moment in step.optimizer.state.get(parameter, {}).items():
@@ -127,7 +127,7 @@ def reset_adam_state(step: Step, index_N: Tensor) -> None:
 
 
 class ResampleDead(Mechanism):
-    """Restarts dead latents on tokens that are badly reconstructed (Bricken et al. 2023).
+    """Restarts dead latents in the directions of badly reconstructed tokens (Bricken et al. 2023).
 
     Every `every` steps until step `until`, each dead latent is set to the direction v = x - b_dec of a token drawn with
     a probability proportional to loss^2: W_dec,i = v/|v|, W_enc,i = 0.2 v/|v| times the mean encoder norm of the other
@@ -154,7 +154,7 @@ class ResampleDead(Mechanism):
             self.restart(step, self.silent().nonzero().squeeze(1))
 
     def restart(self, step: Step, index_N: Tensor) -> Tensor:
-        """Restart latents on tokens of the batch; returns the latents that got a token."""
+        """Restart latents in the directions of tokens of the batch. Returns the latents that were restarted."""
         sae = step.sae
         probability_B = step.error_BD.square().sum(1).double().square().nan_to_num(0.0, 0.0, 0.0).cpu()
         index_N = index_N[: int((probability_B > 0).sum())]
@@ -185,9 +185,9 @@ class ResampleDead(Mechanism):
 class BatchTopKThreshold(Mechanism):
     """Makes the threshold t of a BatchTopK follow the smallest value kept in each batch: t <- t + rate (min - t).
 
-    After training, the threshold is set to a mean over further batches of the smallest kept value. These are the
-    batches that follow, or the first batches if the epoch has ended. So the final weights keep k latents per token on
-    average, however short the run was.
+    After training, the smallest kept value is averaged over further batches, and the threshold is set to that mean.
+    These are the batches that follow, or the first batches if the epoch has ended. So the final weights keep k latents
+    per token on average, however short the run was.
     """
 
     batches: Tensor  # () int64
@@ -224,8 +224,8 @@ class BatchTopKThreshold(Mechanism):
 class AnnealK(Mechanism):
     """Lowers k from `start`: step t keeps k_t = start + (k - start) min(1, t/steps) latents per token, rounded down.
 
-    With many active latents at first, few die. Tensors have room for the largest k_t of `every` steps; unused slots are
-    masked.
+    With many active latents at first, few die. Tensors have room for the largest k_t until the next call of
+    `every_n_steps`; unused slots are masked.
 
     dictionary_learning (`k_anneal_steps`) and sparsify (`k_decay_steps`) do the same with start = d_in.
     Paper: none of the papers' baselines lowers k. dictionary_learning sets k to k_t after step t, so its first step

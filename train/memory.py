@@ -28,8 +28,8 @@ SORTED_BYTES = 16  # per element: to sort, `topk` on a CPU copies each element a
 KEPT_VARIANTS = 256  # maximum number of variants without values that are kept
 CHECKPOINT_COPIES = 2  # copies of the state in host memory while a checkpoint is read: its bytes and its tensors
 
-# Factors in `memory_bound`: number of training states; numbers of elements for each (token, latent), (token, input) and
-# (latent, latent); other elements.
+# Factors in `memory_bound`: the number of training states; the number of elements per (token, latent) pair, per (token,
+# input dimension) pair, and per pair of latents; the number of all other elements.
 BOUND_STATES, BOUND_LATENTS, BOUND_INPUTS, BOUND_PAIRS, BOUND_OTHER = 4, 40, 20, 16, 4 * 2**24
 
 
@@ -180,7 +180,7 @@ def host_bytes(run: BuildableRun) -> int:
 
 
 def memory_bound(run: BuildableRun) -> int:
-    """A generous upper bound on the total of `run_memory`, found without a trace. Used if memory is plentiful."""
+    """A generous upper bound on the total of `run_memory`, found without tracing steps. Used if memory is plentiful."""
     config, variant = run.config, untrained_variant(run, "meta")
     rows = config.batch_size * (BOUND_LATENTS * config.d_sae + BOUND_INPUTS * config.d_in)
     start = SAMPLE_ROWS * config.d_in * SAMPLE_BYTES

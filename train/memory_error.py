@@ -19,7 +19,7 @@ from .run_trainer import RunTrainer
 
 
 def save_after_running_out(trainers: Sequence[RunTrainer], error: BaseException, config: TrainConfig) -> SaeError:
-    """Save the runs that shared a pass when memory ran out, and return the error to raise."""
+    """Save the runs of a pass in which memory ran out, and return the error to raise."""
     device, said = trainers[0].device, first_line(error).rstrip(".")
     for trainer in trainers:
         trainer.optimizer.zero_grad(set_to_none=True)
@@ -31,7 +31,10 @@ def save_after_running_out(trainers: Sequence[RunTrainer], error: BaseException,
 
 
 def save_if_whole(trainer: RunTrainer) -> int:
-    """Write a checkpoint unless a step was changing the state. Returns the step at which the run will continue."""
+    """Write a checkpoint, unless memory ran out while a step was changing the state of the run.
+
+    Returns the step at which the run will continue.
+    """
     step = int(trainer.i)
     if step and not trainer.changing:
         try:

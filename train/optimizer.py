@@ -87,7 +87,7 @@ def capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def clip_gradients(variant: Variant, optimizer: torch.optim.Optimizer) -> Tensor:
-    """Make the next update clip the global gradient norm to the option `clip`. Returns the norm.
+    """Limit the global gradient norm of the next update to the option `clip`. Returns the norm before clipping.
 
     The kernel that updates the weights also scales the gradients, so clipping needs no separate pass.
     """

@@ -39,8 +39,8 @@ def parse_options(options: Mapping[str, Any] | Sequence[str], recipes: Sequence[
     """The options of each recipe: {variant: {option: value}}.
 
     `options` maps "option" or "variant.option" to values, or is a list of strings as given to --set: "option=value". An
-    option without a variant is passed to every recipe that has it. If an option accepts the string "none" but not None,
-    then None (`none` with --set) is turned into that string.
+    option without a variant is passed to every recipe that has it. If an option accepts the string "none" but not the
+    value None, a given None (--set reads `none` as None) is replaced by that string.
     """
     parsed: dict[str, dict[str, Any]] = {recipe.name: {} for recipe in recipes}
     for key, value in (options if isinstance(options, Mapping) else split_options(options)).items():

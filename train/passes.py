@@ -87,7 +87,7 @@ def add_up(memories: Sequence[RunMemory], config: RunConfig, device: str) -> Pas
 
 
 def captured_memory(runs: Sequence[BuildableRun], device: str) -> int:
-    """The memory in bytes of runs whose steps are captured in one CUDA graph.
+    """The memory, in bytes, that runs take if the steps of all of them are captured in one CUDA graph.
 
     The runs execute at the same time, each on its own stream with its own workspace. The graph has its own copy of the
     batch.
@@ -127,7 +127,7 @@ def split_by_memory(runs: Sequence[AnyRun], device: str, free: float) -> list[li
 
 
 def plan_passes(runs: Sequence[AnyRun], device: str, streaming: bool = False) -> list[list[AnyRun]]:
-    """Plan the passes of runs for the memory that is free on a device now.
+    """Divide runs into passes, each of which fits into the memory that is free on a device now.
 
     If `streaming` is set, all runs have to fit into one pass.
 
@@ -147,7 +147,7 @@ def plan_passes(runs: Sequence[AnyRun], device: str, streaming: bool = False) ->
 
 
 def describe_kernels(runs: Iterable[BuildableRun], device: str) -> str:
-    """The line of a plan for a GPU that says whether runs use the kernels; "" if there are no runs."""
+    """For a GPU, the plan's line about kernels: what they do, or why none are used. "" if there are no runs."""
     variants = [untrained_variant(run, "meta") for run in runs]
     of_latents = ["select latents", "decode them", "compute gradients of JumpReLU and gated SAEs"]
     work = ["normalize batches", "compute errors"]
@@ -162,7 +162,7 @@ def describe_kernels(runs: Iterable[BuildableRun], device: str) -> str:
 
 
 def reason_against_capture(passes: Sequence[Sequence[PassRun]], device: str) -> str:
-    """Why the steps of runs are not captured in a CUDA graph, as the end of a sentence; "" if they are captured."""
+    """The reason not to capture steps in CUDA graphs, worded as the end of a sentence; "" if they are captured."""
     if torch.device(device).type != "cuda":
         return f"the device is {device}, which has no CUDA graphs"
     runs = [run for one in passes for run in one]
@@ -180,7 +180,7 @@ def reason_against_capture(passes: Sequence[Sequence[PassRun]], device: str) -> 
 
 
 def copied_bytes(runs: Sequence[BuildableRun], device: str) -> int:
-    """Bytes of host memory for the copies of run states from which checkpoints are written during training.
+    """The bytes of host memory for copies of the runs' states. Checkpoints are written from them during training.
 
     For a GPU the copies are in pinned memory, which torch allocates in powers of two.
     """
@@ -197,7 +197,7 @@ def copies_fit(runs: Sequence[BuildableRun], device: str) -> bool:
 
 
 def describe_copies(passes: Sequence[Sequence[BuildableRun]], device: str, in_background: bool) -> str:
-    """The line of a plan that says how checkpoints are written."""
+    """The plan's line about how checkpoints are written."""
     size = format_bytes(max(copied_bytes(runs, device) for runs in passes))
     if in_background:
         return f"saved    while training continues, from copies of the states that take {size} of host memory"
@@ -208,7 +208,7 @@ def describe_copies(passes: Sequence[Sequence[BuildableRun]], device: str, in_ba
 
 
 def describe_memory(passes: Sequence[Sequence[BuildableRun]], device: str) -> str:
-    """The line of a plan about the memory of the largest pass."""
+    """The plan's line about the memory of the largest pass."""
     largest = max(passes, key=lambda runs: pass_memory(runs, device).total)
     memory = pass_memory(largest, device)
     return (
@@ -260,7 +260,7 @@ def describe_refusal(run: PassRun, device: str, free: float) -> str:
 
 
 def fits(run: BuildableRun, config: RunConfig, device: str, budget: float) -> bool:
-    """Whether a run would fit with another config. False if its recipe rejects that config."""
+    """Whether a run would fit into `budget` bytes if it had this config. False if its recipe rejects the config."""
     try:
         return pass_memory([Resized(run.recipe, run.options, run.stored, config)], device).total <= budget
     except UsageError:

@@ -155,7 +155,7 @@ class TrainPlan:
 
     @cached_property
     def planned_passes(self) -> list[list[Run]]:
-        """`passes`, planned for the memory that is free at the first access."""
+        """The passes, planned to fit into the memory that is free when this property is first read."""
         streaming = isinstance(self.config.source, RingCache)  # when streaming, all runs are on the device at once
         return plan_passes(self.unfinished, resolve_device(self.config.device), streaming)
 
@@ -179,7 +179,7 @@ class TrainPlan:
 
     @cached_property
     def eager_because(self) -> str:
-        """Why the steps of a pass are launched one by one, as the end of a sentence; "" if they form one CUDA graph.
+        """The reason why steps are launched one by one, worded as the end of a sentence; "" if they form a CUDA graph.
 
         Depends on the memory that is free at the first access.
         """

@@ -15,14 +15,14 @@ from .sparse_ops import SPARSE_FROM, sparse_is_faster
 
 
 def describe_precision(precision: str | None) -> str | None:
-    """The line of a plan about matrix products that are not in float32."""
+    """The plan's line about the precision of matrix products; None if it is float32 or not set."""
     if precision in (None, "float32"):
         return None
     return f"products in {precision}; weights, moments and sums are in float32"
 
 
 def describe_products(runs: Iterable[BuildableRun], device: str) -> list[str]:
-    """The lines of a plan for a GPU that say which runs use sparse products, and why (`sparse_is_faster`)."""
+    """For a GPU, the plan's lines that say which runs use sparse products, and why (`sparse_is_faster`)."""
     lines = []
     for run in runs:
         sae, precision = untrained_variant(run, "meta").sae, run.config.precision or default_precision(device)
@@ -48,16 +48,16 @@ def require_precision(folder: Path, precision: str, device: str) -> None:
 
 
 def find_folder(out: Path, name: str, unnamed: str, precision: str) -> Path:
-    """The folder `name` of a new run in `out`.
+    """The folder of a run: `name` inside `out`, or `unnamed` if an earlier version began the run there.
 
-    Runs of earlier versions keep their folders, whose names do not contain the precision (`unnamed`).
+    Earlier versions chose names that do not contain the precision. Such runs keep their folders.
     """
     earlier = read_run_record(out / unnamed)
     return out / (unnamed if earlier is not None and recorded_precision(earlier) == precision else name)
 
 
 def explain_other_precision(folder: Path, record: Mapping[str, Any], precision: str | None) -> str:
-    """Why an earlier version's run in a folder differs from the new run; "" if both have the same precision."""
+    """Explain that the run in a folder, begun by an earlier version, has another precision; "" if it has the same."""
     recorded = recorded_precision(record)
     if precision in (recorded, None):
         return ""

@@ -10,7 +10,7 @@ from ..common.precision import autocast, float32_products
 
 
 def in_own_precision(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Make a method of an SAE use its `precision` for matrix products and return tensors in the dtype of its weights.
+    """Wrap a method of an SAE so that products use the SAE's `precision` and results have the dtype of its weights.
 
     If `precision` is None, products use the precision that the caller has set. In training, this is the precision of
     the run.

@@ -7,8 +7,8 @@ files in these folders. A held lock shows that its process is working. A note be
 process died. metrics.jsonl shows the progress of a run, and sae.json that it is finished. If a process dies, only the
 steps of its own runs since their last checkpoints are lost. The other processes continue, unless the launcher ends
 them. A process that has finished its runs can also die while it waits for the others. So each process holds a lock on
-`PRESENCE` in the folder of its first run until it has reported. A process reports only after every process with a lower
-rank has reported or died, so that one process reports for all.
+`PRESENCE` in the folder of its first run until it has reported. Before a process reports, it waits until every process
+with a lower rank has reported or died. It reports only if none of them has, so a single process reports for all.
 """
 
 import fcntl
@@ -83,9 +83,9 @@ def require_locks(shares: Sequence[Sequence[Run]]) -> None:
     for runs in shares:
         if runs and not is_locked(runs[0].folder):
             raise UnavailableError(
-                f"This process cannot see the lock of {runs[0].folder}, which another process holds. With several "
-                "machines, --out has to be on a file system that shares locks (flock) between them. Otherwise start a "
-                "separate command on each machine."
+                f"Another process holds the lock of {runs[0].folder}, but this process cannot see that lock. With "
+                "several machines, --out has to be on a file system that shares locks (flock) between them. Otherwise "
+                "start a separate command on each machine."
             )
 
 
@@ -115,8 +115,8 @@ class Watch:
         """Hold a lock on `PRESENCE` until this process has reported, and then remove the file.
 
         If other processes are still training, the file stays: a file without a lock shows them that this process is
-        gone. Raises UnavailableError if a process of another launch trained the same run and is waiting for the rest of
-        its launch.
+        gone. Raises UnavailableError if a process of another launch trained the same run and is still waiting for the
+        other processes of that launch.
         """
         if not (own := self.shares[self.group.rank]):
             yield
@@ -148,8 +148,8 @@ class Watch:
     def has_the_word(self, patience: float) -> bool:
         """Whether this process has to report, because every process of lower rank ended without reporting.
 
-        Waits at most `patience` seconds in total until each of these processes has reported or died, since a process
-        that is about to report can still die.
+        A process that is about to report can still die. So this function waits until each of these processes has
+        reported or died, but for at most `patience` seconds in total.
         """
         until = time.monotonic() + patience
         try:
@@ -246,6 +246,6 @@ class Watch:
 
 
 def describe_unfinished(rank: int, runs: Sequence[Run], died: bool) -> str:
-    """A line about the runs of a process that are not finished."""
+    """A line about the runs that a process did not finish."""
     names = ", ".join(run.name for run in runs[:LISTED]) + (f" and {len(runs) - LISTED} more" if runs[LISTED:] else "")
     return f"rank {rank} {'died' if died else 'ended'} before it had finished {names}."

@@ -71,7 +71,7 @@ class Recipe:
         return {**self.types, **{f.name: f.type for f in fields(Optimization)}}
 
     def option_docs(self) -> dict[str, str]:
-        """The descriptions of the recipe's own options that are documented."""
+        """The recipe's own options with their descriptions. Options without a description are left out."""
         docs = read_option_docs(self.declared_by)
         return {name: docs[name] for name in self.options if name in docs}
 
@@ -106,7 +106,7 @@ class Recipe:
             try:
                 variant = self.build(config, **values)
                 settings = replace(variant.optimization, **shared)
-                if settings.normalize in CENTERING and "center" not in shared:  # on by default, not by request
+                if settings.normalize in CENTERING and "center" not in shared:  # not requested by the user
                     settings = replace(settings, center=False)
                 now = {**now, **asdict(settings)}
                 if stored is not None:
@@ -220,7 +220,7 @@ def is_duration(name: str) -> bool:
 
 
 def duration_errors(options: Mapping[str, Any], steps: int) -> Iterator[str]:
-    """A sentence for each option that is a number of steps and is negative or too long for the run."""
+    """For each option that gives a number of steps: a sentence if the number is negative or too large for the run."""
     for name, value in options.items():
         if is_duration(name) and value is not None and value < 0:
             yield f"{name}={value} is negative."
@@ -246,7 +246,7 @@ def size_errors(config: RunConfig, k: float | None) -> Iterator[str]:
 
 
 def matches_type(value: Any, type_: Any) -> bool:
-    """Whether a value has an annotated type, or is one of its `Literal`s. An int counts as a float; a bool does not."""
+    """Whether a value fits an annotation: a type, a `Literal` or a union. An int counts as a float; a bool does not."""
     if get_origin(type_) is Literal:
         return value in get_args(type_)
     if get_args(type_):

@@ -230,8 +230,8 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
         truncate_metrics(run.folder, trainer.steps_done)
     elif any(run.folder.glob("checkpoints/step-*")):
         raise DamagedError(
-            f"{run.folder} has checkpoints but no run.json, which describes their run. Restore run.json from a copy. "
-            "If you have no copy, delete the folder: the same command then starts over."
+            f"{run.folder} has checkpoints but no run.json, the file that describes a run. "
+            "Restore run.json from a copy. If you have no copy, delete the folder: the same command then starts over."
         )
     else:
         content = run_record(run, trainer.variant, trainer.device)
@@ -243,7 +243,7 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
 
 
 def record_changes(run: Run, record: RunRecord, steps_done: int) -> None:
-    """Record in run.json if a resumed run uses a different number of parts per batch or a different step version."""
+    """If a resumed run changes its number of parts per batch or its step version, record the change in run.json."""
     content: dict[str, Any] = {**record}
     for name, now in (("accumulate", run.config.accumulate), ("step_version", STEP_VERSION)):
         since = f"{name}_since"

@@ -23,7 +23,7 @@ AUTOMATIC_NAME = re.compile(r".*-s\d+-([0-9a-f]{6})")
 
 
 def read_sae_record(folder: Path) -> SavedSAE:
-    """Read sae.json. Checks that values agree if sae.json records them twice or run.json records them too.
+    """Read sae.json. If sae.json records a value twice, or run.json records it too, checks that both are equal.
 
     Raises:
         UsageError: the folder contains no trained SAE, or an SAE that needs a newer version.
@@ -60,8 +60,8 @@ def read_sae_record(folder: Path) -> SavedSAE:
         for key, value in repeated.items():
             if key in stated and stated[key] != value:
                 raise DamagedError(
-                    f"{folder}: {key} is {value} in sae.json and {stated[key]} in run.json. One of them was damaged, "
-                    "edited, or belongs to another run. If it is run.json, restore run.json from a copy. If it is "
+                    f"{folder}: {key} is {value} in sae.json and {stated[key]} in run.json. One of them was damaged "
+                    "or edited, or belongs to another run. If it is run.json, restore run.json from a copy. If it is "
                     f"sae.json: {SAE_RECORD.remedy}"
                 )
         if record.get("run", digest := run_digest(stated)) != digest:
@@ -97,14 +97,14 @@ def read_run_record(folder: Path) -> RunRecord | None:
     if automatic and automatic[1] != (digest := run_digest(content)[:6]):
         raise DamagedError(
             f"{path} does not belong to this folder: the folder's name ends with {automatic[1]}, but the digest of the "
-            f"options in run.json is {digest}. If you renamed the folder, give it a name that does not end like a "
-            f"digest. If not: {RUN_RECORD.remedy}"
+            f"options in run.json is {digest}. If you renamed the folder, choose a name that does not end in "
+            f"six hexadecimal digits. If not: {RUN_RECORD.remedy}"
         )
     return record
 
 
 def require_result_of(sae: Mapping[str, Any], result: ResultFile, path: Path) -> None:
-    """Raise DamagedError if a result was measured on another SAE than this sae.json describes, or at another hook."""
+    """Raise DamagedError if a result was not measured on the SAE and at the hook that this sae.json describes."""
     measured = described_sae(result["sae_cfg_dict"])
     for key, value in described_sae(sae).items():
         if key in measured and measured[key] != value:

@@ -20,5 +20,5 @@ class RunTrainer(Trainer):
         self.log_every = run.requested.get("log_every") or default_log_interval(run.steps)  # steps
 
     def logs_after(self, steps_done: int) -> bool:
-        """Whether metrics are logged after `steps_done` steps even if no checkpoint is due then."""
+        """Whether metrics are due after `steps_done` steps. They are also logged with every checkpoint."""
         return steps_done % self.log_every == 0 or steps_done == self.steps

@@ -112,10 +112,10 @@ class SAE(nn.Module):
         # A trained SAE sums in the same order in every version of this package, so its results stay bit-identical.
         bias_F = self.b_enc - self.b_dec @ self.W_enc if self.pre_bias else self.b_enc
         z_BF = x_BD @ self.W_enc
-        return z_BF.add_(bias_F) if z_BF.dtype == bias_F.dtype else z_BF + bias_F  # in place saves a pass over z_BF
+        return z_BF.add_(bias_F) if z_BF.dtype == bias_F.dtype else z_BF + bias_F  # adding in place saves a pass over z
 
     def trains_on(self, x_BD: Tensor) -> bool:
-        """Whether x is a training batch: rows that need no gradient, for which train/dense_ops.py has the products."""
+        """Whether x is a training batch: rows that need no gradient, so train/dense_ops.py can compute the products."""
         return self.training and x_BD.dim() == 2 and not x_BD.requires_grad
 
     def activate(self, z_BF: Tensor, x_BD: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class SAE(nn.Module):
         return first if first.cut is None else None
 
     def sparse_activation(self) -> KeepTopK | None:
-        """The activation, if training should compute with only the latents that it selects (`sparse_is_faster`)."""
+        """The activation, if a step that computes only with the latents it selects is faster (`sparse_is_faster`)."""
         topk, device = self.selecting_activation(), self.W_dec.device.type
         if topk is None or not sparse_ops.sparse_is_faster(self.d_sae, topk.k, device, current_precision(device)):
             return None
@@ -239,7 +239,7 @@ def require_width(rows: Tensor, width: int, name: str) -> Tensor:
 
 @torch.no_grad()
 def fold_normalization(sae: SAE, scale: float | Tensor, mean_D: Tensor, layer_norm: bool = False) -> SAE:
-    """Return an SAE for raw x that equals `sae` applied to (x - mean)/scale: x_hat = scale * x_hat_normalized + mean.
+    """Return an SAE that takes raw x and applies `sae` to (x - mean)/scale: x_hat = scale * x_hat_normalized + mean.
 
     If `scale` is a single number, latents become `scale` times as large: W_enc and W_dec do not change, and biases and
     thresholds are multiplied by `scale`. If there is one scale per dimension (d_in,), latents do not change: the rows
@@ -346,7 +346,7 @@ def load_sae(folder: str | os.PathLike[str], device: str = "cpu") -> SAE:
 
 
 def outline_sae(folder: Path) -> SAE:
-    """The SAE of a run folder without its weights, with its shape, options and origin. Reads only the records.
+    """An SAE with the shape, options and origin of the SAE in a run folder, but no weights. Reads only the records.
 
     Raises UsageError in the same cases as `load_sae`, and DamagedError for damaged records.
     """

@@ -52,7 +52,7 @@ class ScaleWithDictionary(ScaledDefault, float):
 
 
 class ScaleWithVariance(ScaledDefault, float):
-    """A squared error of raw activations that is a constant fraction of their variance."""
+    """A squared error, in raw units, that is a constant fraction of the variance of the activations."""
 
     of = "variance"
     reference = PAPER_VARIANCE

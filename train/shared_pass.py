@@ -34,9 +34,11 @@ def shared_passes(
     writer: CheckpointWriter,
     capture: bool = False,
 ) -> list["SharedPass"]:
-    """Group trainers of one stream of batches by the step from which they resume, and so by their next batch.
+    """Put trainers that read the same stream of batches into passes: one for each step from which trainers resume.
 
-    If `capture` is set, the steps of each group are captured in one CUDA graph.
+    The trainers of a pass need the same next batch, because they resume from the same step.
+
+    If `capture` is set, the steps of each pass are captured in one CUDA graph.
     """
     starts = sorted({trainer.steps_done for trainer in trainers})
     groups = [[trainer for trainer in trainers if trainer.steps_done == start] for start in starts]
@@ -44,7 +46,7 @@ def shared_passes(
 
 
 class SharedPass:
-    """Trains runs in one pass over the same batches, until each is done, fails or is interrupted."""
+    """Trains runs in one pass over the same batches, until every run is done, has failed or is interrupted."""
 
     def __init__(
         self,
@@ -193,7 +195,7 @@ def finish_run(trainer: RunTrainer, writer: CheckpointWriter) -> None:
     with torch.no_grad():
         for mechanism in variant.mechanisms:
             mechanism.export(sae)
-    writer.wait()  # an SAE without its last checkpoint could not be written again
+    writer.wait()  # the last checkpoint has to be complete first: a lost SAE is written again from it
     writer.forget(trainer)
     save_sae(sae, run.folder, origin, trainer.digest)
 
@@ -204,7 +206,8 @@ def open_batches(
 ) -> BatchLoader | ResidentLoader:  # fmt: skip
     """The next `count` batches of a run, starting at a step.
 
-    If the run reads a ring, the batches come from the open group.
+    If the run trains while its activations are harvested (RingCache), the batches come from the group that is
+    open at the moment.
 
     `sharing` lists the runs of the pass. If `sharing` is given, the loader may keep all rows on the GPU, provided that
     they fit there together with the runs. For only a few batches, loading all rows is not worthwhile, so `sharing` is
@@ -224,7 +227,7 @@ def open_batches(
 
 @torch.no_grad()
 def calibrate(trainer: RunTrainer) -> None:
-    """Call the mechanisms that fit a number to the final weights, with the batches that follow the last step."""
+    """Call `calibrate` of the mechanisms that have one, with the batches that follow the last step."""
     run = trainer.run
     calibrating = [m for m in trainer.variant.mechanisms if type(m).calibrate is not Mechanism.calibrate]
     if not calibrating:

@@ -17,8 +17,9 @@ from .passes import FREE_SHARE, PassRun, add_up, copied_bytes, copies_fit, pass_
 from .sources import AnyCache, places_of
 
 # Approximate bytes per second at which a process reads batches. Disk: measured by benchmarks/bench_cache.py. Store:
-# assumes a link of 10 Gbit/s that eight processes share. Processes on one machine pull a chunk only once if it fits
-# into the local folder. This rate ignores such sharing, so runs that share batches tend to be assigned to one process.
+# assumes a link of 10 Gbit/s that eight processes share. In fact, a chunk that fits into the local folder is pulled
+# only once for all processes on a machine. The rate ignores this, so dividing runs that share batches looks slower than
+# it is, and such runs tend to be assigned to one process.
 READ_RATE, STORE_RATE = 2e9, 150e6
 
 

@@ -16,7 +16,7 @@ AnyCache = Cache | ConcatCache | RingCache | PlannedCache
 
 
 def open_source(config: TrainConfig, hook: Hook) -> AnyCache:
-    """The cache for a config: its `source`, its `caches`, or the only cache that contains the model and the hook."""
+    """The cache for a config: `source`, `caches`, or the only cache with activations of the model at the hook."""
     if config.source is not None:
         return config.source
     if not config.caches:
@@ -42,7 +42,7 @@ def places_of(cache: AnyCache) -> list[str]:
 
 
 def describe_masked_rows(cache: AnyCache, array: str) -> str | None:
-    """The line of the plan about the outlier rows of an array, if it has any."""
+    """The plan's line about the outlier rows of an array; None if the array has none, or no rows yet."""
     if not isinstance(cache, Cache | ConcatCache) or not (masked := len(cache.outlier_rows(array))):
         return None
     rows = f"{masked:,} of {sum(cache.chunk_rows):,} rows of {array}"

@@ -61,7 +61,7 @@ def row_dtype(row_RD: Tensor) -> torch.dtype:
 
 
 class SelectedLatents(NamedTuple):
-    """The indices of the latents that may be active, in the two orders that the products need."""
+    """The indices of the selected latents, in the two orders that the products need."""
 
     flat_index_N: Tensor  # token * F + latent, ascending by token
     token_N: Tensor
@@ -88,7 +88,7 @@ class SelectedLatents(NamedTuple):
 
 
 class KeptLatents(NamedTuple):
-    """The latents of a batch that may be active, as values and indices."""
+    """The selected latents of a batch, as values and indices. A selected latent can be 0."""
 
     value_N: Tensor
     selected: SelectedLatents
@@ -140,7 +140,7 @@ def sum_by_latent(
     sum_FD = weighted_row_sums(index_N, row_BD, latent_start_F, weight_N)
     if not transposed:
         return sum_FD.to(dtype)
-    # Copy the sums into the memory order of W_enc. Autograd would copy the sums too, but on a CPU with only one thread.
+    # Write the sums in the memory order of W_enc. Autograd would do this too, but would use only one thread of a CPU.
     return torch.mul(sum_FD.T, 1, out=sum_FD.new_empty(sum_FD.shape[::-1], dtype=dtype))
 
 
@@ -251,7 +251,7 @@ def encode(
 
 
 def decode(kept: KeptLatents, w_FD: Tensor) -> Tensor:
-    """(B, D): for each token, the sum of its latents' rows of W_dec, weighted by their values."""
+    """(B, D): for each token, the sum of the W_dec rows of its latents, each weighted by the latent's value."""
     value_N, selected = kept
     row_FD = for_products(w_FD, row_dtype(w_FD))[0].detach()
     recon_BD = weighted_row_sums(selected.latent_N, row_FD, selected.token_start_B, value_N)

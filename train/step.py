@@ -77,7 +77,7 @@ class Step:
         """Latents (B, F). If `kept` is not None, it contains the same latents without the zeros."""
         if self.computed_f_BF is None:
             assert self.kept is not None
-            with torch.enable_grad():  # a coefficient may have read the latents first, without a gradient
+            with torch.enable_grad():  # the first read may be in a coefficient, under no_grad
                 self.computed_f_BF = self.kept.dense()
         return self.computed_f_BF
 
@@ -140,7 +140,7 @@ class Step:
         if self.kept is not None:
             return self.kept.counts()
         f_BF = self.f_BF.detach()
-        if f_BF.device.type == "cpu":  # two fast passes; on a CPU the norm below branches at each element
+        if f_BF.device.type == "cpu":  # two fast passes; vector_norm would branch at each element on a CPU
             return torch.ne(f_BF, 0, out=torch.empty_like(f_BF)).sum(0, dtype=torch.float32)
         return torch.linalg.vector_norm(f_BF, 0, dim=0, dtype=torch.float32)  # one pass
 
@@ -172,14 +172,14 @@ class LossTerm(nn.Module, ABC):
 
 
 class Mechanism(nn.Module):
-    """A part of a recipe that acts around the optimizer.
+    """A part of a recipe that acts before and after the optimizer's update of the weights.
 
     A mechanism's buffers are its state; its hooks run under no_grad.
 
     `after_backward` and `after_step` run in every step, so they keep fixed shapes and never read a value back to the
-    host. `every_n_steps`, which runs after every `every`-th step, may change shapes and read values. All three hooks
-    have to change in place the tensors that a step reads, because the graph of a captured step (train/capture.py) reads
-    the same memory each time.
+    host. `every_n_steps`, which runs after every `every`-th step, may change shapes and read values. If one of these
+    three hooks changes a tensor that a step reads, it has to do so in place, because the graph of a captured step
+    (train/capture.py) reads the same memory each time.
     """
 
     combine: ClassVar[Literal["", "mean", "min"]] = ""
@@ -204,11 +204,11 @@ class Mechanism(nn.Module):
     def start_from_rows(self, sae: SAE, sample_ND: Tensor) -> None:
         """Initialize the SAE from the first rows (N, D) that the run reads. Called before the first step of a run.
 
-        The rows are normalized, as the SAE sees them. Called only if `reads_rows`.
+        The rows are normalized in the same way as the input of the SAE. Called only if `reads_rows`.
         """
 
     def statistic(self, step: Step) -> Tensor:
-        """The tensor that `after_step` needs from the latents."""
+        """A tensor that `after_step` needs and that is computed from the latents."""
         raise NotImplementedError
 
     def read_latents(self, step: Step) -> Tensor:
@@ -227,7 +227,7 @@ class Mechanism(nn.Module):
     def between_bytes(self, sae: SAE, tokens: int) -> int:
         """The peak bytes that `every_n_steps` takes in addition to a step on `tokens` tokens.
 
-        A few vectors of latents need not be counted.
+        A few tensors with one element per latent need not be counted.
         """
         return 0
 
@@ -236,7 +236,10 @@ class Mechanism(nn.Module):
         return None
 
     def calibrate(self, step: Step) -> None:
-        """Called after training, for each of a few more forward passes, to fit a number to the final weights."""
+        """Called after training, for the forward passes on a few more batches.
+
+        Fits a number, such as a threshold, to the final weights.
+        """
 
     def export(self, sae: SAE) -> None:
         """Called after training. Changes the copy that will be saved; its normalization is already folded in."""

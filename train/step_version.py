@@ -7,21 +7,21 @@ was interrupted under one version and resumed under another is not bit-identical
 from collections.abc import Mapping
 from typing import NamedTuple
 
-# Every commit that changes any bits of what a recipe's step computes on a CPU with --accumulate 1, in its losses,
-# gradients, optimizer or mechanisms, has to increase this number by one. To see whether bits change, train before and
-# after the commit on one machine and compare sae.safetensors. tests/compatibility checks resumed runs against the
-# bounds below. A change beyond rounding needs a new option instead of a new version, so that earlier runs keep the old
-# behaviour. run.json and the checkpoints record the version as `step_version`; if this entry is missing, the version
-# is 1.
+# Increase this number by one in every commit that changes any bit of what a recipe's step computes on a CPU with
+# --accumulate 1: its losses, gradients, optimizer or mechanisms. To see whether bits change, train before and after the
+# commit on one machine and compare sae.safetensors. tests/compatibility checks resumed runs against the bounds below. A
+# change that alters results by more than rounding needs a new option instead of a new version, so that earlier runs
+# keep the old behaviour. run.json and the checkpoints record the version as `step_version`; where `step_version` is
+# missing, the version is 1.
 STEP_VERSION = 4
 
-MEASURED_STEPS = 25  # steps that interrupted runs in tests/compatibility still take; the bounds hold for these steps
+MEASURED_STEPS = 25  # that the interrupted runs in tests/compatibility have left; the bounds hold for this many steps
 
 
 class RoundingBounds(NamedTuple):
     """The largest differences caused by rounding within `MEASURED_STEPS`, each relative to the value itself."""
 
-    weights: float = 1e-5  # norm of the difference of all tensors of the SAE, divided by their norm
+    weights: float = 1e-5  # |new - old| / |old|, where all tensors of an SAE are joined into one vector
     loss: float = 1e-5
     metrics: float = 1e-4  # every other logged metric
 

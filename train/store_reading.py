@@ -1,4 +1,4 @@
-"""For training on caches in stores: tell the local folder and the plan which chunks the passes will read."""
+"""Announce to the local folder, and show in the plan, which chunks the passes will read from stores."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -18,7 +18,7 @@ from ..common.process_group import processes_on_this_machine
 from .sources import AnyCache, places_of
 from .variant import RunConfig
 
-CALIBRATION_BATCHES = 32  # a run that fits a number to the final weights reads this many batches after its last step
+CALIBRATION_BATCHES = 32  # number of batches that a run reads after its last step if a mechanism has to be calibrated
 
 
 class ReadingRun(Protocol):
@@ -35,7 +35,7 @@ class ReadingRun(Protocol):
 
 
 def expected_readings(passes: Sequence[Sequence[ReadingRun]]) -> list[ChunkReading]:
-    """The readings that passes make from stores, in order, each starting at the first step of its pass."""
+    """What each pass reads from stores, from its first step on, in the order of the passes."""
     readings = []
     for runs in passes:
         cache, config = runs[0].cache, runs[0].config
@@ -68,7 +68,7 @@ def prepare_local_folder(passes: Sequence[Sequence[ReadingRun]], size: int | Non
 
 
 def describe_pulling(passes: Sequence[Sequence[ReadingRun]]) -> list[str]:
-    """The lines of a plan about chunks that are pulled from stores; empty if there are none."""
+    """The plan's lines about the chunks that are pulled from stores; an empty list if no chunks are."""
     if not (readings := expected_readings(passes)):
         return []
     local = readings[0].folder
@@ -86,7 +86,7 @@ def describe_pulling(passes: Sequence[Sequence[ReadingRun]]) -> list[str]:
 def expect(passes: Sequence[Sequence[ReadingRun]], say: Callable[[str], None]) -> None:
     """Tell the local folder what these passes will read from stores.
 
-    The local folder calls `say` if a reading waits for long.
+    The local folder calls `say` when a step has had to wait for its chunks for a long time.
     """
     if readings := expected_readings(passes):
         readings[0].folder.say = say
@@ -94,6 +94,6 @@ def expect(passes: Sequence[Sequence[ReadingRun]], say: Callable[[str], None]) -
 
 
 def expect_nothing(passes: Sequence[Sequence[ReadingRun]]) -> None:
-    """Tell the local folder, if there is one, that the passes read no more. Other processes can then use its space."""
+    """Tell the local folder, if there is one, that the passes are done, so that other processes can use its space."""
     if readings := expected_readings(passes):
         readings[0].folder.expect([])

@@ -72,7 +72,7 @@ def group_at(ring: RingCache, shared_pass: SharedPass, step: int) -> int:
 
 
 def train_on_group(ring: RingCache, shared_pass: SharedPass) -> None:
-    """Train a pass to the end of the open group."""
+    """Train the runs of a pass on the rest of the group that is open at the moment."""
     assert ring.current_group is not None
     if not shared_pass.steps_done:
         for trainer in shared_pass.active:

@@ -36,7 +36,7 @@ class RunConfig(NamedTuple):
     precision: str | None = None  # for matrix products (common/precision.py); None: the default of the device
 
     def identity(self) -> dict[str, Any]:
-        """Everything besides the cache that determines the result, as in run.json. Unset entries are omitted."""
+        """All that determines the result, except the cache, as recorded in run.json. Unset entries are omitted."""
         parts = self.accumulate if self.accumulate > 1 else None
         precision = self.precision if self.precision != "float32" else None
         optional = {"l0": self.l0, "literal": self.paper_exact, "accumulate": parts, "precision": precision}
@@ -75,7 +75,7 @@ class Variant(nn.Module):
     Args:
         sae: the SAE.
         terms: name -> coefficient and loss term; the loss is the sum of their products.
-        mechanisms: mechanisms that act around the optimizer step, in this order, after `dead`.
+        mechanisms: mechanisms that act before and after the optimizer step, in this order, after `dead`.
         optimization: options of the optimizer; None: the defaults.
         dead: counts how long each latent has been inactive; the first mechanism of every variant.
     """
@@ -156,7 +156,7 @@ class Variant(nn.Module):
                 mechanism.start_from_rows(self.sae, self.normalize(sample_ND.to(self.mean_D.device)))
 
     def normalize(self, x_BD: Tensor) -> Tensor:
-        """Normalize raw activations (B, d_in) for the SAE in training. Returns float32."""
+        """Normalize raw activations (B, d_in) as the SAE expects them in training. Returns float32."""
         if self.optimization.normalize == "layer_norm":
             return layer_normalize(x_BD.float()).x_BD
         return (x_BD.float() - self.mean_D).div_(self.scale)
@@ -200,7 +200,10 @@ class Variant(nn.Module):
 
     @property
     def updates_at_once(self) -> bool:
-        """Whether the kernels can update all weights at once, because no mechanism acts on the weights in between."""
+        """Whether the kernels can project the gradient, update all weights and normalize them in one pass.
+
+        No other mechanism may act on the weights just before or after the update (`Mechanism.leaves_weights`).
+        """
         weights = [weight for weight in self.parameters() if weight.requires_grad]
         return (
             all(mechanism.leaves_weights or type(mechanism) is UnitNormDecoder for mechanism in self.mechanisms)
@@ -214,7 +217,7 @@ class Variant(nn.Module):
         return any(isinstance(mechanism, UnitNormDecoder) and mechanism.by_kernels for mechanism in self.mechanisms)
 
     def use_kernels(self) -> None:
-        """Let steps use the kernels of train/kernels where they can; on a CPU torch computes the same result."""
+        """Let steps use the kernels of train/kernels where possible; on a CPU, torch computes the same result."""
         self.uses_kernels = self.sae.by_kernels = True
         for activation in self.with_kernels:
             activation.by_kernels = True
@@ -227,7 +230,7 @@ class Variant(nn.Module):
                     mechanism.by_kernels = True
 
     def shape_key(self) -> Hashable:
-        """A key of the shapes in a step that mechanisms can change (`Mechanism.shape_key`)."""
+        """A key that changes when a mechanism changes the shapes in a step (`Mechanism.shape_key`)."""
         return tuple(mechanism.shape_key() for mechanism in self.mechanisms)
 
     def scalars(self) -> dict[str, Tensor]:

@@ -380,7 +380,7 @@ def test_a_lock_that_is_not_seen_is_refused(sparse_cache, tmp_path: Path, monkey
         ranks.require_locks([[plan.runs[0]], []])
         plan.runs[1].folder.mkdir()
         with pytest.raises(
-            UnavailableError, match=f"cannot see the lock of {plan.runs[1].folder}, which another process holds"
+            UnavailableError, match=f"holds the lock of {plan.runs[1].folder}, but this process cannot see that lock"
         ):
             ranks.require_locks([[plan.runs[0]], [plan.runs[1]]])
 
