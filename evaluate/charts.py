@@ -73,7 +73,7 @@ class Chart:
 
 
 def ticks(low: float, high: float, log: bool = False, about: int = 5) -> list[float]:
-    """At least three round numbers in [low, high]. `about` is roughly how many.
+    """At least three round numbers in [low, high]. `about` is their approximate number.
 
     On a linear axis, ticks are evenly spaced, and the step is 1, 2 or 5 times a power of ten. If `log` is true, the
     ticks themselves are 1, 2 or 5 times a power of ten, unless the range is less than a decade: the ticks are then

@@ -34,7 +34,7 @@ def frontiers(comparison: Comparison, numbers: Sequence[tuple[str, MetricColumn]
     Each recipe is a series through its systems in order of L0; references are points. The axes cover the SAEs and the
     PCA only: if they also covered the identity, whose L0 is d_in, nearly equal SAEs would be drawn in the same place.
     Points far outside the axes are named in the chart's note. Charts with published results show SAEBench's numbers,
-    which count outlier rows as the published results do; the note says so.
+    which include outlier rows, as the published results do; the note says so.
     """
     l0 = next(column for column in METRICS[L0[0]].columns if column.name == L0[1])
     systems = [*comparison.systems, *comparison.references]
