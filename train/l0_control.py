@@ -43,7 +43,7 @@ class L0Controller(Mechanism):
         self.register_buffer("earlier", torch.tensor(float(target)))
 
     def take_over(self, name: str, coefficient: Coefficient) -> Coefficient:
-        """The controlled coefficient of a term, given the recipe's own coefficient."""
+        """Take over the coefficient of a term from the recipe. Returns c_t as a function of the step."""
         self.recipe_coefficients[name] = coefficient
         self.register_buffer(f"start_{name}", torch.zeros(()))
         return lambda step: self.start_coefficient(name, step) * self.factor(step)
