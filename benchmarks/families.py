@@ -224,8 +224,8 @@ def check_sum(found: dict[str, Tensor], refused: dict[str, str]) -> None:
 
 
 def check_spliced(model: LanguageModel, ids_NS: Tensor, hook: Hook, x: Tensor) -> bool:
-    """Check that running the model from a hook on gives the same logits as a plain hook that replaces the same
-    activations."""
+    """Check that running the rest of the model from the activations at a hook gives the same logits as replacing these
+    activations with a plain hook."""
     transformer, changed = model.model, 0.5 * x.roll(1, 0) + 0.1
     run = model.forward(ids_NS, [hook])
     plain = transformer(ids_NS, use_cache=False).logits

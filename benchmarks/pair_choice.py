@@ -12,8 +12,8 @@ There are two tables for each of `decorrelation` and `competition`.
     overlap    along one run in which a step compares only some pairs: the share of these pairs in the penalty of all
                pairs, and the penalty estimated from these pairs divided by the penalty of all pairs.
 
-For `decorrelation` the script also compares two gradients on the same latents: the average of the gradients from the
-blocks of several steps, and the gradient of all pairs.
+For `decorrelation` the script also compares two gradients of the penalty on the same latents: the average of the
+gradients from the blocks that several steps compare, and the gradient from all pairs.
 """
 
 import argparse
@@ -118,7 +118,7 @@ EVALUATED = 32_768  # held-out tokens
 
 
 def find_score(metrics: Mapping[str, Any], name: str) -> float:
-    """A number of `core` by its name, in any group."""
+    """The number called `name` in the results of `core`, in whichever group it is."""
     return float(next(group[name] for group in metrics.values() if name in group))
 
 

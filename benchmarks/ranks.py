@@ -57,7 +57,7 @@ Files = tuple[str, str]  # patterns of the files whose timestamps are the beginn
 
 
 def run(words: list[str], out: Path, files: Files, *, processes: int, threads: int, pinned: bool) -> Measured:
-    """Run `sae` with these arguments, with `out` as SAE_HOME and as the folder of its files, and measure it."""
+    """Run and measure `sae` with these arguments. `out` is SAE_HOME, and also the folder of the command's files."""
     sae = [sys.executable, "-P", "-m", "sae", *words]
     if pinned:  # the shell of each rank replaces itself with the command, on the core with the rank's number
         sae = ["sh", "-c", 'exec taskset -c "${LOCAL_RANK:-0}" "$@"', "sh", *sae]

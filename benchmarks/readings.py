@@ -4,8 +4,8 @@
 
 Each system is planned with its options, as in `sae reproduce`, and trained for two steps on random rows of width 32.
 The run is then cut back to its first step, planned again and resumed. "resumes" means that the weights are the same bit
-for bit; "loads" means that the finished SAE is read from its files and reconstructs rows to finite numbers. The table
-has the sizes, rates and decay of a run on the papers' model if no flags are given.
+for bit; "loads" means that the finished SAE is read from its files and reconstructs rows to finite numbers. The sizes,
+rates and decay in the table are those of a run on the papers' model without flags.
 """
 
 import shutil

@@ -148,8 +148,8 @@ def read_cache(folder: Path) -> list[Any]:
 
 
 def reader_of_run(folder: Path) -> Read:
-    """A function that reads the SAE of a run, and then reads the run in the way of `sae compare` and of `sae train
-    --resume`."""
+    """A function that reads the SAE of a run, and then reads the run as `sae compare` and `sae train --resume`
+    do."""
 
     def read() -> list[Any]:
         sae = load_sae(folder)

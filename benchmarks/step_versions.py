@@ -4,7 +4,7 @@ with the bounds in train/step_version.py.
     python -m sae.benchmarks.step_versions [--draws 6] [RUN ...]
 
 The interrupted runs of tests/compatibility take their last 25 steps once unchanged, and then again with rounding
-errors: noise of `ERROR` times their root mean square is added to pre-activations, reconstructions and gradients. This
+errors: noise is added to pre-activations, reconstructions and gradients, `ERROR` times their root mean square. This
 noise is several times as large as the effect of summing in a different order. Values that are exactly zero, such as the
 gradient of a latent that did not fire, stay zero in any order. Recipes that accept `--accumulate 4` are also run with
 this option and without noise: the option adds up the same gradients in another order. For each recipe the script prints

@@ -79,7 +79,7 @@ def block_parameters() -> int:
 
 
 class StepTimes:
-    """Milliseconds of a step by the model of step_budget.py, counted once for each kind of step."""
+    """Milliseconds of a step, from the cost model of step_budget.py; each kind of step is computed once."""
 
     def __init__(self, gpu: Any) -> None:
         self.gpu, self.known = gpu, dict[str, float | str]()

@@ -104,7 +104,7 @@ def load_design(path: Path = HERE / "design.toml") -> dict[str, Any]:
 
 
 def make_jobs(design: Mapping[str, Any]) -> list[Job]:
-    """All jobs in order. `rate_of`, `l0_of` and `same_as` name the settings that depend on other records."""
+    """All jobs in order. In a job, `rate_of`, `l0_of` and `same_as` name the systems on whose records it depends."""
     return [job for model in design["model"] for job in jobs_of_model(design, model)]
 
 

@@ -104,8 +104,8 @@ class Bench:
         ]
 
     def plan(self, job: Job, caches: Caches) -> Run:
-        """The run of a job. A finished run is found again in its folder, whose name follows from everything that
-        decides the run."""
+        """The run of a job. A finished run is found again in its folder, whose name is derived from
+        everything that determines its result."""
         options = list(job.options)
         if job.rate is not None:
             options.append(f"lr={job.rate:g}")
@@ -258,7 +258,7 @@ def unit_values(results: Mapping[str, MetricResult]) -> dict[str, dict[str, floa
 
 
 def last_metrics(run: Run) -> dict[str, float]:
-    """The last line of metrics.jsonl: what the mechanisms counted, L0 and losses."""
+    """The last line of metrics.jsonl: L0, losses, and the counts of the mechanisms."""
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
     return {key: value for key, value in json.loads(lines[-1]).items() if isinstance(value, int | float)}
 

@@ -181,7 +181,7 @@ def dead_now(trainer: Any, o: Options) -> None:
 
 
 def few_dead(trainer: Any, o: Options) -> None:
-    """AuxK always has full weight. In our recipe, SAELens and sparsify AuxK has the weight min(1, dead/k_aux)."""
+    """AuxK always has full weight. In our recipe, in SAELens and in sparsify, its weight is min(1, dead/k_aux)."""
     theirs = trainer.get_auxiliary_loss
 
     def auxiliary(residual_BD: Tensor, acts_BF: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ class Peer(NamedTuple):
 
 @contextlib.contextmanager
 def precision(dtype: torch.dtype) -> Iterator[None]:
-    """Create tensors with this dtype, and let `.float()` convert to it. Both sides call `.float()` for "at least
-    float32"."""
+    """Create tensors with this dtype, and let `.float()` convert to it, because both sides call `.float()` to get
+    at least float32."""
     before = torch.Tensor.float
     torch.set_default_dtype(dtype)
     torch.Tensor.float = lambda self: self.to(dtype)  # type: ignore[assignment]

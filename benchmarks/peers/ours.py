@@ -1,4 +1,4 @@
-"""Our side of a comparison: `python ours.py rows.bin folder [--no-flush] [--check]`, one line of JSON."""
+"""Our side of a comparison: `python ours.py rows.bin folder [--no-flush] [--check]` prints a line of JSON."""
 
 import argparse
 import contextlib

@@ -74,7 +74,7 @@ def silent(done: int, total: int, note: str = "") -> None:
 
 
 def make_coders(x_ND: Tensor, d_sae: int, keep: dict[str, int]) -> dict[str, dict[str, Tensor]]:
-    """Random dictionaries around the mean of the rows, whose latents are positive in about one of eight rows."""
+    """Random dictionaries, centred on the mean of the rows. A latent is positive in about one of eight rows."""
     generator = torch.Generator().manual_seed(0)
     mean_D, coders = x_ND.mean(0), {}
     for name in keep:
@@ -129,7 +129,7 @@ def write_fixtures(python: str, to: Path) -> None:
 
 
 def mini_context(folder: Path) -> EvalContext:
-    """gemma-2-mini in float32, without held-out text, and an empty artifact cache."""
+    """A context with gemma-2-mini in float32, no held-out text and an empty artifact cache."""
     source, config = find_model(str(WEIGHTS))
     model = load_model(source, config, dtype="float32", device="cpu")
     no_text = Contexts(*(np.zeros(0) for _ in range(4)))

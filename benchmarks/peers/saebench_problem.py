@@ -29,7 +29,7 @@ BIOS, AMAZON = "LabHC/bias_in_bios", "canrager/amazon_reviews_mcauley_1and5"
 
 
 class Size(NamedTuple):
-    """The sizes of a problem. `train` and `test` are SAEBench's set sizes: the texts of one binary task."""
+    """The sizes of a problem. `train` and `test` are SAEBench's set sizes: numbers of texts for one binary task."""
 
     d_sae: int
     k: int

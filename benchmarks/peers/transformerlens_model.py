@@ -7,7 +7,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
 from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
 
-NAME = "gemma-2-2b-it"  # SAEBench asks for the model by name, to choose prompts and a batch size
+NAME = "gemma-2-2b-it"  # SAEBench chooses prompts and a batch size by the model's name
 
 
 def load_model(folder: Path, kind: type[HookedTransformer] = HookedTransformer) -> HookedTransformer:

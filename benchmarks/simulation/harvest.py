@@ -129,8 +129,8 @@ class Harvest:
 
     @property
     def seal_seconds(self) -> float:
-        """How long it takes to complete the cache. The process that finds every window committed completes the
-        cache."""
+        """How long it takes to complete the cache, which is done by the process that finds that every window is
+        committed."""
         c, layout, arrays = self.constants, self.layout, len(self.layers)
         read = layout.n_windows * LARGEST_READS * sum(self.largest) + self.tokens * (SIDE_BYTES - 4 + 4 * arrays)
         answers = self.seal_requests * c.latency / RECORD_THREADS

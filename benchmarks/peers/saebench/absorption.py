@@ -76,8 +76,8 @@ def run_absorption(problem: Problem, runs: list[str], record: Recorder | None) -
 def record_full_absorption(problem: Problem, record: Recorder, fresh: list[Tensor]) -> None:
     """Measure the words again with an SAE that has two active latents per token.
 
-    For every second letter the main latent is not the latent that is active for that letter, so most of the letter's
-    words are fully absorbed.
+    For every second letter, the letter's main latent is not the one that is active on its words, so most of these words
+    are fully absorbed.
     """
     size, table = problem.about, record.json["relu"]["words"]
     config = AbsorptionEvalConfig()
