@@ -1,9 +1,9 @@
 """The order of rows in training: which rows form batch number t, as a pure function of t.
 
 The rows of each window were permuted when they were written. An epoch takes the chunks in a seeded order, lays them end
-to end, and cuts this sequence into `lanes` equal segments, the lanes. Batch t is the t-th block of batch_size/lanes
-rows of every lane. So each read is contiguous, and a batch still mixes rows from up to `lanes` windows. Let a context
-have L rows, a window W, a batch B and the whole cache T. A row then shares its context with about
+to end, and cuts this sequence into `lanes` equal segments, the lanes. Batch t consists of the t-th block of each lane;
+a block has batch_size/lanes rows. So each read is contiguous, and a batch still mixes rows from up to `lanes` windows.
+Let a context have L rows, a window W, a batch B and the whole cache T. A row then shares its context with about
 B L (1/(lanes W) + 1/T) other rows of its batch on average.
 """
 
@@ -89,10 +89,11 @@ class BatchOrder:
         return spans
 
     def uses(self, batches: range) -> np.ndarray:
-        """The batches in a range that read each chunk: (n, 3) int64 with the columns chunk, first batch, last batch.
+        """For each chunk, the batches that contain its rows: (n, 3) int64 with the columns chunk, first batch, last
+        batch.
 
-        Every batch from the first to the last one reads the chunk. The result has a row for each chunk, epoch and lane
-        in which the chunk is read.
+        Every batch between the first and the last one contains rows of the chunk too. Batches outside the given range
+        are left out. The result has one entry for each chunk, epoch and lane in which the chunk is read.
         """
         stretches = [np.empty((0, 3), np.int64)]
         per_epoch = self.batches_per_epoch

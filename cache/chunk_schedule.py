@@ -101,7 +101,7 @@ class ChunkSchedule:
         later = self.next_use(candidates, needed)
         candidates, later = candidates[later > spared], later[later > spared]
         before = np.where(self.next_use(candidates, position) < needed, self.last_use(candidates, needed), -1)
-        order = np.lexsort((before, -later))  # if needed equally late, first the file that can be removed soonest
+        order = np.lexsort((before, -later))  # of files needed equally late, the one removable soonest comes first
         room = np.cumsum(self.sizes[candidates[order]]) + free
         if not len(room) or room[-1] < self.sizes[file]:
             return None
@@ -145,7 +145,9 @@ class ChunkSchedule:
 
 
 def merge_stretches(uses: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """File, first and last step of the stretches, sorted by file and step; adjoining stretches are merged."""
+    """The stretches in `uses`, as the three arrays file, first step and last step. They are sorted by file and first
+    step; stretches of a file that overlap or adjoin are merged.
+    """
     file, first, last = uses[np.lexsort((uses[:, 1], uses[:, 0]))].astype(np.int64).T
     if not len(file):
         return file, first, last

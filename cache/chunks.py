@@ -62,8 +62,8 @@ def check_is_readable_cache(folder: Path | str, metadata: Any) -> None:
     if isinstance(number := attributes.get("format"), int) and number > FORMAT:
         raise UsageError(
             f"{folder} was written in format {number}; this version reads formats up to {FORMAT}. Upgrade this "
-            "package. If no newer version wrote it, its zarr.json is damaged: delete that file and run `sae cache "
-            "repair`."
+            "package. If the cache was not written by a newer version, its zarr.json is damaged: delete that file and "
+            "run `sae cache repair`."
         )
 
 
@@ -174,7 +174,8 @@ def check_chunk(folder: Path, array: ArraySpec, chunk: int, files: FileRecords) 
 def file_checksums(path: Path, size: int) -> tuple[str, str]:
     """The crc32c of the first `size` bytes of a file, and the crc32c stored after them, both as hexadecimal.
 
-    Reads in parts, because computing a checksum holds the interpreter lock, while waiting for the disk does not.
+    Reads the file in parts, so that other threads can run in between: computing a checksum holds the interpreter lock,
+    but a wait for the disk releases it.
     """
     buffer, checksum = np.empty(READ_BYTES, np.uint8), 0
     with reading(path), path.open("rb", buffering=0) as file:
@@ -195,8 +196,8 @@ def content_matches(content: bytes, array: ArraySpec, record: Mapping[str, Any])
 
 
 def most_open_chunks(caches: int = 1) -> int:
-    """The number of memory maps that each cache may keep open if `caches` caches are read together. A map keeps a file
-    open.
+    """The number of memory maps that each cache may keep open when `caches` of them are read together. A map keeps a
+    file open.
     """
     return min(OPEN_CHUNKS, max(FEW_CHUNKS, files_limits()[0] // (4 * caches)))
 
@@ -240,7 +241,7 @@ def decode_block(array: ArraySpec, data: BytesLike | np.ndarray) -> np.ndarray:
 
 
 def index_bytes(array: ArraySpec) -> int:
-    """The size of the index of a shard, which comes before the four bytes of its checksum."""
+    """The size of a shard's index in bytes, without the four bytes of the checksum that follows it."""
     assert array.block_rows is not None
     return 16 * (array.chunk_shape[0] // array.block_rows)
 
@@ -283,7 +284,8 @@ def read_chunk(folder: Path, array: ArraySpec, chunk: int, files: FileRecords) -
 def read_array(folder: Path, name: str, files: FileRecords, layout: Layout | None = None) -> np.ndarray:
     """Read a whole uncompressed array into memory, checking every chunk like `check_chunk`; for small arrays.
 
-    Raises DamagedError if `read_array_spec` does, or if a file is missing, short, or not the file that `files` lists.
+    Raises DamagedError if `read_array_spec` raises it, or if a file is missing, is too short, or is not the one that
+    `files` lists.
     """
     array = read_array_spec(folder, name, layout)
     values, per_chunk = np.empty(array.shape, array.numpy_dtype), array.chunk_shape[0]

@@ -77,7 +77,7 @@ class ConcatCache:
         return folders[0], files
 
     def outlier_rows(self, name: str) -> np.ndarray:
-        """The rows that training must ignore, ascending, counted over all caches."""
+        """The rows that training must ignore, ascending; rows are numbered consecutively through all caches."""
         first_row = np.cumsum([0, *(cache.rows for cache in self.caches)])
         return np.concatenate(
             [cache.outlier_rows(name) + first for cache, first in zip(self.caches, first_row[:-1], strict=True)]

@@ -76,8 +76,8 @@ def token_files(files: Collection[str]) -> set[str]:
 
 
 def check_commit(path: Path, commit: Mapping[str, Any], fingerprint: str, layout: Layout) -> None:
-    """Raise DamagedError unless a commit belongs to the cache, is named after its window and array, and lists exactly
-    their files.
+    """Raise DamagedError if a commit does not belong to the cache, is not named after its window and array, or does not
+    list exactly the files of that window and array.
     """
     window, name = commit["window"], commit["array"]
     if commit["fingerprint"] != fingerprint:
@@ -92,7 +92,7 @@ def check_commit(path: Path, commit: Mapping[str, Any], fingerprint: str, layout
 
 
 def check_manifest(path: Path, manifest: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
-    """Raise DamagedError if the manifest contradicts the attributes of its cache, itself or the layout."""
+    """Raise DamagedError if the manifest contradicts itself, the layout, or the attributes of its cache."""
     layout, complete, statistics = layout_of(attributes), manifest["complete"], manifest["statistics"]
     if manifest["fingerprint"] != attributes["fingerprint"]:
         raise DamagedError(f"{path} comes from another harvest. {REPAIR_HINT}")
@@ -165,7 +165,9 @@ def check_names(path: Path, files: Collection[str], expected: Collection[str]) -
 
 
 def contradiction(path: Path, one: str, other: str) -> DamagedError:
-    """The error for a record in which `one` contradicts `other`; both are clauses."""
+    """The error for a record that contradicts itself or another record; `one` and `other` are clauses that state the
+    two contradictory facts.
+    """
     return DamagedError(f"{path} contradicts itself or another record: {one}, but {other}. {REPAIR_HINT}")
 
 
@@ -189,8 +191,8 @@ def check_same_harvest(
     place: Path | str, existing: str, fingerprint: str,
     theirs: Mapping[str, Any] | None = None, ours: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Raise UsageError unless the harvest at a folder or address, whose fingerprint is `existing`, has this
-    `fingerprint`. The message names the differences between the identities.
+    """Raise UsageError unless `existing`, the fingerprint of the harvest at a folder or address, equals `fingerprint`.
+    The message names the differences between the identities.
     """
     if existing != fingerprint:
         differs = f" Different: {describe_difference(theirs, ours)}." if theirs and ours else ""

@@ -78,8 +78,8 @@ class ContextFormat:
         return ~torch.isin(ids_NS, skip) & (position_S >= self.skip_positions)
 
     def row_mask(self, contexts: Contexts) -> np.ndarray:
-        """Mask (N, S) of the positions that are rows: neither padding nor skipped, and marked in `contexts.rows` if
-        that mask is set.
+        """Mask (N, S) of the positions that are rows: neither padding nor skipped, and also marked in `contexts.rows`
+        unless that is None.
         """
         position_S = np.arange(contexts.ids.shape[1])
         inside_NS = (position_S < contexts.length[:, None]) & (position_S >= self.skip_positions)

@@ -33,7 +33,7 @@ class Contexts:
         return Contexts(**{name: values[which] for name, values in self.arrays().items()})
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays by name, as in the folder tokens/, without `rows` if it is None."""
+        """{name: array}, with the names from the folder tokens/; `rows` is left out if it is None."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: array for name, array in values.items() if array is not None}
 
@@ -61,9 +61,9 @@ class Contexts:
     def read(cls, folder: Path, digest: str | None = None) -> "Contexts":
         """Read the contexts of a cache, each file checked against tokens/commit.json.
 
-        `digest` is the digest in the cache's zarr.json, which `digest_of` must give for the record's files; None if
-        there is no zarr.json yet. Raises DamagedError if a file is missing or differs from its record, or if the digest
-        differs.
+        `digest` is the digest recorded in the cache's zarr.json, or None if there is no zarr.json yet. Raises
+        DamagedError if a file is missing or differs from its record, or if `digest` differs from `digest_of` the
+        record's files.
         """
         record = folder / "tokens" / "commit.json"
         commit = TOKENS_RECORD.read(record)

@@ -71,12 +71,14 @@ class Hook(NamedTuple):
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Hook":
-        """The hook in a record with `layer` and optional `site`; the inverse of `record`."""
+        """The hook that a record describes by its entries `layer` and, optionally, `site`; the inverse of
+        `Hook.record`.
+        """
         return cls(record["layer"], record.get("site", "resid_post"))
 
     @classmethod
     def from_array(cls, array: str) -> "Hook":
-        """The hook of an array name, the inverse of `array`. Raises DamagedError if no hook has this name."""
+        """The hook whose array has the name `array`. Raises DamagedError if there is no such hook."""
         match = re.fullmatch(r"layer_(\d+)(?:\.([\w.]+))?", array)
         if match is None:
             raise DamagedError(f"{array!r} is not the name of an array of activations, such as layer_12.")

@@ -1,10 +1,11 @@
 """For each window, the rows with the largest norms, which a cache in a store keeps in an additional object.
 
-Computing the statistics of an array requires its outlier rows and the thousandth of its rows with the largest norms. On
-a disk these rows are read from the chunks; in a store, each of these rows would take a request of its own. Which rows
-these are is known only when all windows are written, so each window stores more than a thousandth of its rows. Rows
-that are not in the object are read from the chunks. All rows are read from the chunks if the object is missing or
-damaged, or was made from files other than the listed ones. The object never changes a result.
+To compute the statistics of an array, two sets of its rows must be read: the outlier rows, and the 0.1 % of the rows
+that have the largest norms. On a disk these rows are read from the chunks; in a store, each of these rows would take a
+request of its own. Which rows these are is known only when all windows are written, so the object of each window holds
+more than 0.1 % of its rows. Rows that are not in the object are read from the chunks. All rows are read from the chunks
+if the object is missing or damaged, or was made from files other than the listed ones. The object never changes a
+result.
 """
 
 import math
@@ -31,7 +32,7 @@ MOST = 0.04  # of a window's rows
 
 
 def largest_file(window: int, name: str) -> str:
-    """The object with the largest rows of a window of an array."""
+    """The name of the object that stores, for one window of an array, the rows with the largest norms."""
     return f"{FOLDER}/{window:06d}.{name}"
 
 

@@ -158,7 +158,7 @@ class Layout:
         return range(index * self.window_rows, min(self.rows, (index + 1) * self.window_rows))
 
     def rows_in(self, windows: Sequence[int]) -> int:
-        """The total number of rows of these windows, each listed once."""
+        """The total number of rows in these windows; no window may be listed twice."""
         missing_of_last = self.n_windows * self.window_rows - self.rows
         return len(windows) * self.window_rows - missing_of_last * (self.n_windows - 1 in windows)
 
@@ -186,7 +186,7 @@ class Layout:
         ]
 
     def arrays(self, widths: Mapping[str, int]) -> list[ArraySpec]:
-        """The arrays of which every window contains a part; `widths` are the activation arrays as {name: d_in}."""
+        """The arrays that are divided among the windows; `widths` are the activation arrays as {name: d_in}."""
         return [
             *self.origin_arrays(),
             *(a for name, d_in in widths.items() for a in self.activation_arrays(name, d_in)),
@@ -211,7 +211,7 @@ def token_arrays(contexts: int, length: int, *, rows: bool = False) -> list[Arra
 
 
 def commit_file(window: int, array: str) -> str:
-    """The commit of a window of an array, relative to the cache's folder."""
+    """The path, relative to the cache's folder, of the commit for one window of an array."""
     return f"commits/{window:06d}.{array}.json"
 
 
@@ -231,8 +231,8 @@ def describe_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> s
 
 
 def without_name(value: Any) -> Any:
-    """An entry of the identity without names, since revisions identify models, adapters and datasets wherever they
-    are.
+    """An entry of the identity, with any names removed: models, adapters and datasets are identified by their
+    revisions, wherever they are stored.
     """
     if not isinstance(value, dict):
         return value

@@ -38,8 +38,8 @@ class BatchSource(Protocol):
 
 
 class BatchLoader:
-    """An iterator over the batches of one array, (batch_size, d_in) bfloat16, starting at any batch. The iterator ends
-    before batch `stop`; by default it never ends.
+    """An iterator over the batches of one array, each (batch_size, d_in) bfloat16. The iterator starts at batch `batch`
+    and ends before batch `stop`; by default it never ends.
 
     A batch may be overwritten as soon as `next` is called again. The seed and the number `batch` of the next batch are
     its complete state. `seconds_waited` is the time that the caller has waited for data. `store_failure` is the error
@@ -189,7 +189,9 @@ class HostToDevice:
         )  # until work that used the buffers' memory has finished
 
     def take(self, number: int, slot: int, next_slot: int | None) -> Tensor:
-        """The buffer of batch `number`, which is in `slot`; also queues the copy of the next batch if it has a slot."""
+        """Return the buffer into which batch `number` is copied from `slot`; also queue the copy of the next batch if
+        that batch is in a slot.
+        """
         compute_stream = torch.cuda.current_stream(self.buffers[0].device)
         if self.last_copied < number:
             self._copy(number, slot)
@@ -212,12 +214,14 @@ class HostToDevice:
         self.copied[slot], self.last_copied = self.stream.record_event(), number
 
     def wait_until_copied(self, slot: int) -> None:
-        """Block until the last copy of a slot has finished. The thread that wants to fill the slot again calls this."""
+        """Block until the last copy of a slot has finished; called by the thread that is about to refill the slot."""
         if (event := self.copied[slot]) is not None:
             event.synchronize()
 
     def close(self) -> None:
-        """Let work that is queued from now on wait for the last copy, since that work may reuse the buffers' memory."""
+        """Make work that is queued after this call wait for the last copy, since that work may reuse the buffers'
+        memory.
+        """
         torch.cuda.current_stream(self.buffers[0].device).wait_stream(self.stream)
 
 

@@ -31,9 +31,9 @@ Files = Mapping[str, StoredFile]  # by their names
 
 
 class LocalFolder:
-    """Pulls the chunks that readings need into a folder of at most `size` bytes. Threads can share it.
+    """A folder of at most `size` bytes, into which the chunks that readings need are pulled. Threads can share it.
 
-    Get the object from `local_folder`: a process has one `LocalFolder` for each folder.
+    Do not construct it, but call `local_folder`: a process has only one `LocalFolder` for each folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -71,7 +71,7 @@ class LocalFolder:
             self._leave_if_idle()
 
     def begin(self, reading: ChunkReading, expected_until: int | None = None) -> None:
-        """Begin to pull for a reading. Steps before `expected_until` count as read in expected readings of this key.
+        """Begin to pull a reading's chunks; drop the steps before `expected_until` from expected readings with its key.
 
         Raises UsageError if the folder cannot hold a step of this reading and one step of each other process.
         """
@@ -101,7 +101,7 @@ class LocalFolder:
         self._to_decide.notify_all()
 
     def _leave_if_idle(self) -> None:
-        """Let other processes remove all chunks, unless this process reads, pulls or expects some."""
+        """Unless this process reads, pulls or expects chunks, let other processes remove all those that it keeps."""
         busy = self._plan.readings or self._plan.expected or self._pulling or self._being_read
         if self._shared.owner and not busy:
             with self._shared.mutex():
@@ -112,7 +112,7 @@ class LocalFolder:
     def wait(self, reading: ChunkReading, step: int, files: Files) -> None:
         """Wait until the files of a step are present and verified, and keep them until `done` is called.
 
-        Raises the error of a pull that failed. A file whose pull failed earlier is tried again first.
+        Raises the error if a pull fails during the wait. A pull that failed before the wait is tried again.
         """
         while True:
             self._wait_for_files(reading, step, files)
@@ -156,7 +156,7 @@ class LocalFolder:
                 raise
 
     def _let_read(self) -> None:
-        """Let waiting steps begin once all their files exist. The files of a step that has begun stay."""
+        """Let waiting steps begin once all their files exist. Once a step has begun, its files are not removed."""
         for key in [key for key, files in self._waiting.items() if self._ready.issuperset(files)]:
             self._being_read[key] = self._waiting.pop(key)
             self._arrived.notify_all()
@@ -213,8 +213,8 @@ class LocalFolder:
         )  # fmt: skip
 
     def _first_waiting(self) -> tuple[Files, bool]:
-        """The files of the step to serve (the earliest step of the reading that has waited longest), and whether the
-        schedule begins with another reading.
+        """The files of the earliest waiting step of the reading that has waited longest, and whether the schedule
+        begins with a different reading.
         """
         if not self._waiting:
             return {}, False
@@ -264,7 +264,7 @@ class LocalFolder:
             self._pull(file)
 
     def _decide(self) -> tuple[StoredFile | None, float | None]:
-        """Make room for the file to pull now and return the file, or None and the time to wait before the next look."""
+        """Make room for the file to pull now: (file, None), or (None, seconds until the next try) if there is none."""
         if not self._plan.readings:
             return None, None
         with self._shared.mutex():
@@ -310,7 +310,7 @@ class LocalFolder:
             self._verified.discard(name)
 
     def _reserve(self, file: StoredFile, remove: Collection[str]) -> None:
-        """Reserve room for a file so that other processes see it, and remove the files that make room for it."""
+        """Remove the files in `remove`, and reserve room for a file so that other processes count it as occupied."""
         path = self._part(file.name)
         self._pulling.add(file.name)
         try:
@@ -329,7 +329,7 @@ class LocalFolder:
         return self.folder / part_name(name, self._shared.owner)
 
     def _pull(self, file: StoredFile) -> None:
-        """Pull a file for which there is room. The file appears whole; if this process dies, others remove the part."""
+        """Pull a file into reserved room. It appears once complete; after a crash, others remove the partial file."""
         part, failure = self._part(file.name), None
         try:
             data = file.source.fetch_chunk(file.file)
@@ -356,7 +356,7 @@ class LocalFolder:
             if failure is None:
                 self._damaged.discard(file.name)
                 self._verified.add(file.name)
-                self._ready |= {file.name}  # this process has kept the file since before the pull
+                self._ready |= {file.name}  # `_reserve` added the file to `_kept` before the pull
                 self.pulled_files, self.pulled_bytes = self.pulled_files + 1, self.pulled_bytes + file.size
                 self._arrivals.add(file.size)
                 self._let_read()

@@ -1,5 +1,5 @@
-"""Check that the machine's metadata service can provide credentials, because obstore waits three minutes for a service
-that does not answer, as happens in a container on EC2.
+"""Check that the machine's metadata service can provide credentials. If the service does not answer, which happens in a
+container on EC2, obstore would wait three minutes for an answer.
 """
 
 import http.client

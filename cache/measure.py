@@ -24,7 +24,9 @@ class RowStatistics(NamedTuple):
 
     @classmethod
     def of_chunks(cls, squares: Sequence[Tensor], sums: Sequence[Tensor]) -> "RowStatistics":
-        """Combine outputs of `measure` on the CPU, (C, R) and (C, 2, D), for consecutive groups of chunks."""
+        """Combine the outputs of `measure`, (C, R) and (C, 2, D), for consecutive groups of chunks. The tensors must be
+        on the CPU.
+        """
         norms = torch.cat([part.flatten() for part in squares]).sqrt().float().numpy()
         return cls(norms, np.add.reduce(torch.cat(list(sums)).numpy()))
 
@@ -45,7 +47,7 @@ def measure(x_CRD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add_up(x: Tensor, dim: int, most: int = 1) -> Tensor:
-    """Add the second half along a dimension to the first, in place, until at most `most` entries are left."""
+    """Repeatedly add the second half along a dimension to the first, in place, until at most `most` entries remain."""
     while (size := x.shape[dim]) > most:
         half = size // 2
         x.narrow(dim, 0, half).add_(x.narrow(dim, size - half, half))

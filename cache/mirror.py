@@ -92,8 +92,8 @@ class Mirror:
 
 
 def map_ahead(action: Callable[[Item], Result], items: Iterable[Item], threads: int = THREADS) -> Iterator[Result]:
-    """The results of an action, in order, computed by `threads` threads, at most `2 * threads` items ahead of the
-    caller.
+    """Apply an action to each item and yield the results in order. `threads` threads work at most `2 * threads` items
+    ahead of the caller.
 
     Raises the first error, after which no further action is started.
     """

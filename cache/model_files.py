@@ -22,11 +22,11 @@ TOKENIZER_FILES = {
 
 
 def deciding_files(folder: Path) -> tuple[list[str], list[str], list[str]]:
-    """The names of the files that decide what a model computes, in the order of their digest.
+    """The names of the files that decide what a model computes, in the order in which the model's digest covers them.
 
-    These are the JSON files, weights and files of the tokenizer in the folder, and the weights in folders below it
-    that an index names. Files that training writes next to a model, hidden files, and .bin weights next to safetensors
-    are left out.
+    In the folder itself, these are the JSON files, the weights and the tokenizer's files; in its subfolders, only
+    weights that an index names. Files that training writes next to a model, hidden files, and .bin weights next to
+    safetensors are left out.
 
     Earlier versions used the second or the third list. The second list lacks the weights in subfolders and the
     tokenizer's text files; the third list has all JSON files and weights in the folder.
@@ -48,7 +48,7 @@ def deciding_files(folder: Path) -> tuple[list[str], list[str], list[str]]:
 
 
 def named_weights(folder: Path) -> list[str]:
-    """The weights in a folder that transformers reads, as relative paths like those in an index.
+    """The weights files that transformers reads from a folder, as paths relative to the folder, as in an index.
 
     Raises DamagedError if the index cannot be read, or names a file outside the folder.
     """

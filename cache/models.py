@@ -1,9 +1,9 @@
 """Identify the language model that a cache, a run or a result belongs to.
 
-A *model record* is {"name", "revision"}. A model of the Hub has its id as name and a commit as revision. A model in a
-folder is identified by the digest of its files, wherever the folder is: its revision is the digest, its name the
-folder's name and the first 8 digits of the digest. (Earlier versions recorded the folder's absolute path as the name.)
-If PEFT adapters were merged into the model, the record has a third key, "adapters": [{"name", "revision"}, ...].
+A *model record* is {"name", "revision"}. For a model from the Hub, the name is its id and the revision is a commit. A
+model in a folder is identified by the digest of its files, wherever the folder is: its revision is the digest, its name
+the folder's name and the first 8 digits of the digest. (Earlier versions recorded the folder's absolute path as the
+name.) If PEFT adapters were merged into the model, the record has a third key, "adapters": [{"name", "revision"}, ...].
 """
 
 import contextlib
@@ -71,7 +71,7 @@ class GivenModel:
         self.digests = folder_digests(Path(self.text)) if Path(self.text).is_dir() else ()
 
     def is_model_of(self, record: ModelRecord) -> bool:
-        """Whether this is the model of a record, with its adapters."""
+        """Whether this is the model that a record describes, including any adapters."""
         if record.get("adapters"):
             return self.text == model_label(record)
         return self.is_base_of(record)
@@ -83,7 +83,7 @@ class GivenModel:
         return record.get("revision") in self.digests
 
     def record(self) -> dict[str, Any]:
-        """The record of this model; for a model of the Hub it has no revision, since the user gave none."""
+        """The record of this model; the revision of a model from the Hub is None, since the user gave none."""
         if not self.digests:
             return {"name": self.text, "revision": None}
         return {"name": folder_label(Path(self.text).resolve(), self.digests[0]), "revision": self.digests[0]}
@@ -97,10 +97,11 @@ class GivenModel:
 
 
 def folder_digests(folder: Path) -> tuple[str, ...]:
-    """Digests of a folder: the sha256 over the names and bytes of the files that decide what its model computes.
+    """Digests of a model's folder: the sha256 over the names and bytes of the files that decide what the model
+    computes.
 
-    model_files.py selects the files. Earlier versions selected other files, whose digests come after the current
-    digest, so that records of earlier versions still identify this folder.
+    model_files.py selects the files. Earlier versions selected other files. The digests that those versions computed
+    come after the current one, so that records of earlier versions still identify this folder.
 
     Raises UnavailableError if a file cannot be read, and DamagedError if an index of weights is invalid.
     """

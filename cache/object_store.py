@@ -1,7 +1,7 @@
 """Objects behind an address such as s3://bucket/prefix: read, written and listed through obstore (extra `remote`).
 
-s3, gs and az (Azure) can be read and written, https and http only read; file:///folder is a mounted file system. All
-other settings come from the environment, under the names that each provider's own tools use: AWS_REGION,
+s3, gs and az (Azure) can be read and written; https and http can only be read; file:///folder is a mounted file system.
+All other settings come from the environment, under the names that each provider's own tools use: AWS_REGION,
 AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME and so on. obstore
 refreshes credentials that expire. An address that contains a credential is rejected, so that it is never recorded.
 
@@ -198,8 +198,8 @@ class ObjectStore:
         return self._try(write, key) or self.find(key) == data
 
     def replace(self, key: str, data: bytes, seen: bytes) -> bool:
-        """Atomically replace an object if it still holds `seen`; returns whether it now holds `data`. A missing object
-        is not written.
+        """Atomically replace an object if it still holds `seen`; returns whether it now holds `data`. If the object is
+        missing, it is not created.
 
         On a mounted file system (file://) the check and the write are not atomic.
         """
@@ -221,8 +221,9 @@ class ObjectStore:
             return False
 
     def check_conditional_writes(self, key: str) -> None:
-        """Raise UnavailableError unless the store refuses to create an object that exists, and to replace an object
-        that has changed. `key` is the key of a temporary object. Makes five requests.
+        """Check that the store enforces the conditions of writes: "only if there is no such object" and "only if the
+        object is unchanged". Raises UnavailableError if it does not. `key` is the key of a temporary object. Makes five
+        requests.
         """
         if self.is_folder:
             return
@@ -286,7 +287,7 @@ class ObjectStore:
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         """(key, bytes) of each object in a folder such as "commits", or of all objects. The list can be out of date.
 
-        Raises UsageError for a web server.
+        Raises UsageError if the store is a web server, which cannot list objects.
         """
         self._check_can_list()
         found = self._try(lambda: self.store.list(prefix or None).collect(), prefix)
@@ -295,7 +296,7 @@ class ObjectStore:
     def children(self, prefix: str = "") -> Sequence[str]:
         """The names of the folders and objects directly in a folder, sorted. The list can be out of date.
 
-        Raises UsageError for a web server.
+        Raises UsageError if the store is a web server, which cannot list objects.
         """
         self._check_can_list()
 
@@ -358,8 +359,8 @@ class ObjectStore:
 
 
 def version_of(written: Mapping[str, Any]) -> dict[str, Any]:
-    """The version for a conditional write: S3 and Azure compare the ETag of the content, Google the object's
-    generation.
+    """The version for a conditional write: S3 and Azure compare the ETag of the content, and Google Cloud Storage
+    compares the object's generation.
     """
     return {name: written[name] for name in ("e_tag", "version") if written[name] is not None}
 

@@ -26,7 +26,7 @@ NORM_TOLERANCE = 1e-6  # relative: norms are stored in float32
 
 
 def check_max_norm(max_norm: float | None) -> None:
-    """Raise UsageError unless `max_norm`, a multiple of the median norm, is above 1 or None."""
+    """Raise UsageError unless `max_norm`, a multiple of the median norm, is either None or above 1."""
     if max_norm is not None and not max_norm > 1:
         raise UsageError(
             f"--max-norm {max_norm:g} would mask at least half of the rows. Give a multiple of the median norm that "
@@ -35,7 +35,7 @@ def check_max_norm(max_norm: float | None) -> None:
 
 
 def norm_limit(norms: np.ndarray, max_norm: float | None) -> float | None:
-    """The largest norm of a row that is not an outlier: `max_norm` x the median of `norms`. None: no outliers."""
+    """The norm above which a row is an outlier: `max_norm` x the median of `norms`; None if `max_norm` is None."""
     return None if max_norm is None else max_norm * float(np.median(norms))
 
 
@@ -55,7 +55,9 @@ def outlier_mask(x: torch.Tensor, limit: float | None) -> torch.Tensor:
 
 
 def top_rows(norms: np.ndarray) -> np.ndarray:
-    """The TOP_SHARE of rows with the largest norms, rounded up, ascending."""
+    """The indices, in ascending order, of the rows with the largest norms; their number is TOP_SHARE of all rows,
+    rounded up.
+    """
     count = -int(-len(norms) * TOP_SHARE // 1)
     return np.sort(np.argpartition(norms, len(norms) - count)[len(norms) - count :]) if count else np.array([], int)
 
@@ -64,8 +66,8 @@ def largest_rows(
     folder: Path, layout: Layout, norms: np.ndarray, files: FileRecords,
     token_text: Callable[[int], str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Where the rows with the largest `norms` (rows,) come from: the rows above MAX_NORM x the median norm, or the top
-    0.1 % if there are none.
+    """Describe the rows with the largest norms: those above MAX_NORM x the median norm or, if there are none, the top
+    0.1 %. `norms` (rows,) are the norms of all rows.
 
     Returns the largest `norm`, the number of `rows`, and their most frequent `positions` and `tokens`, each as
     [position, number of rows] or [id, number of rows, text].
@@ -86,7 +88,7 @@ def share_of_top_rows(
     folder: Path, layout: Layout, name: str, norms: np.ndarray, kept: np.ndarray, mean: np.ndarray, variance: float,
     files: FileRecords, read: RowReader | None = None,
 ) -> float:  # fmt: skip
-    """The share of the variance of the `kept` rows that is held by the 0.1 % with the largest norms.
+    """The share of the `kept` rows' variance that comes from the 0.1 % of them with the largest norms.
 
     `mean` (d_in,) and the elementwise `variance` are computed over the `kept` rows.
     """
@@ -98,7 +100,7 @@ def share_of_top_rows(
 
 
 def describe_largest(statistics: dict[str, Any]) -> str:
-    """The rows with the largest norms of an array in one line; "" for a cache written by an older version."""
+    """One line about the rows with the largest norms in an array; "" for a cache written by an older version."""
     if (largest := statistics.get("largest")) is None:
         return ""
     masked = f" ({largest['share_unmasked']:.1%} without the masked rows)" if statistics["marked"] else ""
@@ -112,7 +114,7 @@ def describe_largest(statistics: dict[str, Any]) -> str:
 
 
 def outlier_warning(name: str, statistics: dict[str, Any]) -> str | None:
-    """A warning if a few unmasked rows hold much of the variance of an array, with the option that masks them."""
+    """A warning if a few unmasked rows account for much of an array's variance; it names the option that masks them."""
     largest = statistics.get("largest")
     if largest is None or largest["share_unmasked"] <= WARNING_SHARE:
         return None
@@ -153,7 +155,9 @@ def iterate_rows(
 
 
 def locate_rows(folder: Path, layout: Layout, rows: np.ndarray, files: FileRecords) -> tuple[np.ndarray, np.ndarray]:
-    """The positions in their contexts, and the token ids, of the given rows of any array of a cache."""
+    """For each of the given rows, its position in its context and its token id; these are the same for all arrays of a
+    cache.
+    """
     row_ctx, row_pos = (origin_of_rows(folder, layout, name, rows, files) for name in ("row_ctx", "row_pos"))
     ids = read_chunk(folder, read_array_spec(folder, "tokens/ids"), 0, files)
     return row_pos, ids[row_ctx, row_pos]

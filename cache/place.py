@@ -29,7 +29,7 @@ def chunk_error(folder: Path, file: str, record: Mapping[str, Any]) -> str | Non
 
 
 def claim_file(number: int) -> str:
-    """The file of the claim with this number, counted from 1, relative to the cache's folder.
+    """The path, relative to the cache's folder, of the file for claim `number`; claims are numbered from 1.
 
     A *claim* says that a task is cutting the text into contexts.
     """
@@ -162,12 +162,12 @@ class FolderPlace:
         """Called when the small files have been read."""
 
     def row_reader(self, layout: Layout, files: FileRecords) -> RowReader:
-        """A function that reads rows of chunks of activations. It does not verify checksums."""
+        """A function that reads single rows from chunks of activations. It does not verify checksums."""
         return row_reader(self.folder)
 
     def read_record(self, name: str) -> bytes | None:
-        """The current content of manifest.json or zarr.json, also copied into the folder; None if the record is
-        missing.
+        """Return the current content of manifest.json or zarr.json, or None if it is missing. If the cache is in a
+        store, the record is also copied into the folder.
         """
         with contextlib.suppress(FileNotFoundError):
             return (self.folder / name).read_bytes()
@@ -177,8 +177,8 @@ class FolderPlace:
         """If manifest.json still equals `seen` (None: missing), atomically replace it and then zarr.json; returns
         whether it did.
 
-        A manifest may be built from commits that are replaced in the meantime. Such a manifest is never the final one,
-        because the worker that replaces a commit checks the manifest afterwards.
+        While a manifest is being built from commits, another worker may replace one of these commits. Such a manifest
+        is never the final one, because the worker that replaces a commit checks the manifest afterwards.
         """
         with brief_lock(self.folder / "tokens" / "commit.json"):  # which is never replaced again
             if self.read_record("manifest.json") != seen:

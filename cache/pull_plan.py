@@ -38,7 +38,9 @@ class PullPlan(NamedTuple):
 
 
 def plan_pulls(folder: Path, size: int, readings: Sequence[ChunkReading]) -> PullPlan:
-    """What readings will pull into a folder of at most `size` bytes if they begin later and run one after the other."""
+    """The files that readings will pull into a folder of at most `size` bytes if they begin later and run one after the
+    other.
+    """
     found, (schedule, files) = contents(folder), schedule_of(readings)
     present = np.array([file.name in found.whole for file in files], bool)
     room, held = max(size - found.other, 0), found.other + sum(found.whole.values())

@@ -18,7 +18,7 @@ PART = ".part"  # suffix of a file that is being pulled: `<chunk>.<owner>.part`
 
 
 class Contents(NamedTuple):
-    """The files of a local folder, with their bytes."""
+    """The files of a local folder, with their sizes in bytes."""
 
     whole: dict[str, int]  # chunks
     parts: dict[tuple[str, str], int]  # (chunk, owner): chunks that are being pulled
@@ -71,7 +71,9 @@ def split_part(name: str) -> tuple[str, str]:
 
 
 def walk(folder: Path | str, prefix: str) -> Iterator[tuple[str, int]]:
-    """(name relative to the first folder, bytes) of each file under a folder."""
+    """Yield the name and the size in bytes of each file under a folder; a name is `prefix` plus the path relative to
+    the folder.
+    """
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir():

@@ -172,7 +172,7 @@ class Cache:
         return lines
 
     def describe_outliers(self, hook: Hook) -> list[str]:
-        """Lines about the rows of an array with the largest norms, and a warning if they dominate its statistics."""
+        """Lines about an array's rows with the largest norms, and a warning if these rows dominate its statistics."""
         statistics = self.statistics(hook.array)
         lines = [f"{'':8s} {line}" for line in [describe_largest(statistics)] if line]
         return lines + [f"warning  {line}" for line in [outlier_warning(hook.array, statistics)] if line]
@@ -181,7 +181,7 @@ class Cache:
     def manifest(self) -> dict[str, Any]:
         """The content of manifest.json: complete arrays, their statistics, and the record of each file.
 
-        Raises UsageError if the cache is half written or a ring, DamagedError if the manifest is broken.
+        Raises UsageError if the cache is half written or is a ring, DamagedError if the manifest is broken.
         """
         if is_ring_cache(self.folder):
             raise UsageError(
@@ -201,7 +201,7 @@ class Cache:
     def require_array(self, layer: int, site: str = "resid_post") -> str:
         """The name of the array of a layer and site, such as `layer_12`.
 
-        Raises UsageError if the cache does not hold the complete array; also raises like `manifest`.
+        Raises UsageError if the cache does not hold the complete array, and the errors that `manifest` raises.
         """
         self.manifest  # noqa: B018  (raises an error if the cache is half written)
         hook = Hook(layer, site)
@@ -240,7 +240,7 @@ class Cache:
         return row_reader(self.folder)
 
     def norm_limit(self, name: str) -> float | None:
-        """The norm over which a row of an array is an outlier; None if there is no limit."""
+        """The norm limit of an array: a row with a larger norm is an outlier. None if there is no limit."""
         return self.statistics(name)["norm_limit"]
 
     def outlier_rows(self, name: str) -> np.ndarray:

@@ -133,14 +133,14 @@ class ChunkSource(Protocol):
 
 
 def batch_reading(source: ChunkSource, name: str, order: BatchOrder, batches: range) -> ChunkReading | None:
-    """A reading of the batches of an array, not begun yet; None if all chunks are on a disk."""
+    """Return a reading of batches of an array, without beginning it; None if no chunk of the array is in a store."""
     if (stored := source.stored_files(name)) is None:
         return None
     return ChunkReading(*stored, order.uses, batches, order.batches_per_epoch, key_of(stored[1], order))
 
 
 def key_of(files: Sequence[StoredFile | None], order: BatchOrder) -> object:
-    """A key that is equal for readings of the same batches."""
+    """The key of a reading. Two readings of the same batches have equal keys."""
     return next(file.name for file in files if file is not None), len(files), order.batch_size, order.seed
 
 

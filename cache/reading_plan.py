@@ -37,7 +37,7 @@ class ReadingPlan:
         self.remake()
 
     def begin(self, reading: ChunkReading, expected_until: int | None) -> None:
-        """Open a reading. In expected readings with the same key, the steps before `expected_until` count as read."""
+        """Open a reading, and drop the steps before `expected_until` from the expected readings with the same key."""
         for one in self.expected:
             if expected_until is not None and one.key == reading.key:
                 one.position = max(one.position, expected_until)
@@ -51,6 +51,6 @@ class ReadingPlan:
         self.remake()
 
     def goes_on(self, reading: ChunkReading) -> bool:
-        """Whether a reading has advanced so far that the schedule should include more of its steps."""
+        """Whether a reading has advanced far enough that more of its steps should be added to the schedule."""
         first = bool(self.readings) and reading is self.readings[0]
         return first and reading.known_steps().stop > self._known_until

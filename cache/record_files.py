@@ -33,7 +33,9 @@ IN_FOLDER: dict[str, RecordKind[Any]] = {
 
 
 def record_files(folder: Path) -> Iterator[tuple[Path, RecordKind[Any]]]:
-    """Every record in a cache's folder and its kind. Arrays that other software added to the group are ignored."""
+    """The path and the kind of every record in a cache's folder. Arrays that other software added to the group are
+    ignored.
+    """
     yield from ((folder / name, kind) for name, kind in IN_FOLDER.items() if (folder / name).exists())
     for path in sorted([*folder.glob("*/zarr.json"), *folder.glob("tokens/*/zarr.json")]):
         name = path.parent.relative_to(folder).as_posix()

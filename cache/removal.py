@@ -1,4 +1,4 @@
-"""Delete a cache, and protect caches that are being read from deletion."""
+"""Delete a cache, and prevent the deletion of caches that are being read."""
 
 import contextlib
 import os

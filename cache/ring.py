@@ -1,4 +1,5 @@
-"""A cache that keeps only a ring of windows on disk: harvested ahead of training and deleted behind it.
+"""A cache that keeps only a ring of windows on disk: windows are harvested before training needs them and deleted after
+training has read them.
 
 `sae train --stream` uses it. The file ring.json marks the folder, so that deleted windows do not count as damage.
 
@@ -83,7 +84,9 @@ class RingCache:
         return [min(size, rows.stop - start) for rows in windows for start in range(rows.start, rows.stop, size)]
 
     def _cumulative_batches(self, batch_size: int) -> list[int]:
-        """For each group, the number of batches up to its end. Raises UsageError if a group has no whole batch."""
+        """For each group, the number of batches up to its end. Raises UsageError if the first group has fewer rows than
+        one batch.
+        """
         sizes = [self.chunk_rows(group) for group in range(self.n_groups)]
         if sum(sizes[0]) < batch_size:
             raise UsageError(
@@ -139,9 +142,9 @@ class RingCache:
         return record.get("norm_limits", {}) if record["max_norm"] == self.max_norm else {}
 
     def norm_limit(self, name: str) -> float | None:
-        """The norm over which a row of an array is an outlier; None if there is no limit.
+        """The norm limit of an array: a row with a larger norm is an outlier. None if there is no limit.
 
-        The norm is known once the first window is harvested.
+        The limit is known once the first window is harvested.
         """
         limits = self._norm_limits()
         return None if limits is None else limits[name]
@@ -284,11 +287,13 @@ class WindowGroup(Cache):
         return self.ring.chunk_rows(self.number)
 
     def read_rows(self, name: str, index: int, start: int, count: int) -> list[np.ndarray]:
-        """`count` rows of chunk number `index` of the group; see `Cache.read_rows`."""
+        """Read `count` rows, from row `start` on, of the group's chunk number `index`; see `Cache.read_rows`."""
         return super().read_rows(name, self.first_chunk + index, start, count)
 
     def norm_limit(self, name: str) -> float | None:
-        """The norm over which a row of an array is an outlier, fixed by the first window of the ring."""
+        """The norm limit of an array: a row with a larger norm is an outlier. The ring's first window determines the
+        limit.
+        """
         return self.ring.norm_limit(name)
 
     def outlier_rows(self, name: str) -> np.ndarray:

@@ -38,7 +38,9 @@ class Needs(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """The next action. If `pull` is None, there may be room once step `after` has ended (NEVER: no file is needed)."""
+    """The next action. If `pull` is None, there may be room once step `after` has ended; if `after` is NEVER, no file
+    is needed.
+    """
 
     pull: StoredFile | None
     remove: list[str]
@@ -47,7 +49,7 @@ class Decision(NamedTuple):
 
 
 class Room:
-    """The state of a folder of at most `size` bytes that this process shares with others."""
+    """The state of a folder that this process shares with others and that may hold at most `size` bytes."""
 
     def __init__(self, needs: Needs, found: Contents, others: Collection[Statement], size: int) -> None:
         self.needs, self.found, self.kept_elsewhere = needs, found, kept_by(others)
@@ -112,7 +114,9 @@ class Room:
         return Decision(needs.files[pull.file], remove)
 
     def _fits(self, file: int, needed: int) -> bool:
-        """Whether a file fits into the share together with all files that are needed before it."""
+        """Whether a file, together with all files that are needed earlier, fits into this process's share of the
+        folder.
+        """
         schedule, position = self.needs.schedule, self.needs.position
         if needed <= position:
             return True

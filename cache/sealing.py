@@ -25,7 +25,9 @@ class SealState:
         return all((window, name) in found for window in range(n_windows) for name in names)
 
     def covers(self, names: Collection[str], max_norm: float | None) -> bool:
-        """Whether the manifest and zarr.json include these arrays, with outlier rows for this `max_norm`."""
+        """Whether the manifest and zarr.json include these arrays, and their outlier rows were determined with this
+        `max_norm`.
+        """
         statistics = self.manifest["statistics"] if self.manifest else {}
         return all(
             name in self.complete and name in statistics and statistics[name]["max_norm"] == max_norm for name in names

@@ -8,12 +8,12 @@ The protocol:
 2. A process that reads has a file `.reader-<owner>`, which it keeps locked, and beside it a *statement* of the chunks
    that it keeps and pulls. `owner` is random and differs between processes. The operating system releases the lock when
    the process ends for any reason; after that, its statement is ignored.
-3. Before a process reads a chunk, it states that it keeps the chunk. It makes this statement while it still holds the
-   lock under which it saw the chunk, or before the chunk exists. It withdraws the statement once its memory maps of the
-   chunk are closed.
+3. Before a process reads a chunk, it states that it keeps the chunk. It makes this statement either before the chunk
+   exists, or before it releases the lock that it held when it found the chunk in the listing. It withdraws the
+   statement once its memory maps of the chunk are closed.
 4. No process removes a chunk that another keeps. A damaged chunk is replaced; processes that read it keep the old file.
-5. A chunk is pulled into a *part*, a file with the owner's name that only the owner writes. Other processes remove the
-   part once the owner no longer runs.
+5. A chunk is pulled into a *part*, a file with the owner's name that only the owner writes. Once the owner no longer
+   runs, other processes remove this file.
 6. A process states the number of bytes that one of its steps needs. The folder has room for one step of every process,
    and the remaining room is divided equally, so no process has to wait until another one ends.
 """
@@ -99,7 +99,9 @@ class SharedFolder:
             self.owner = ""
 
     def others(self) -> dict[str, Statement]:
-        """The statements of the other reading processes, by owner. Removes the statements of dead processes."""
+        """{owner: statement} for the other processes that read. Removes the files in which processes that no longer run
+        had stated what they keep, pull and need.
+        """
         names = [path.name.removeprefix(READER) for path in self.folder.glob(f"{READER}*")]
         owners = {name.partition(".")[0] for name in names} - {self.owner}
         alive = {owner for owner in owners if self._is_alive(owner)}
@@ -145,7 +147,7 @@ class SharedFolder:
                 kept, pulling, least = json.loads(content)
                 self._read[owner] = content, Statement(frozenset(kept), frozenset(pulling), int(least))
             return self._read[owner][1]
-        except FileNotFoundError:  # the disk was full when the process joined, so it has no statement
+        except FileNotFoundError:  # its statement was not written, because the disk was full when it joined
             return Statement()
         except OSError as error:
             raise os_error(error, path, "read") from error

@@ -17,8 +17,8 @@ from .place import FolderPlace
 from .sealing import SealState
 
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
-OUTLIER_DIMENSION_RATIO = 8  # root mean square relative to the median over all dimensions
-MAX_OUTLIER_DIMENSIONS = 32  # listed in the statistics
+OUTLIER_DIMENSION_RATIO = 8  # threshold: a dimension's root mean square / the median over all dimensions
+MAX_OUTLIER_DIMENSIONS = 32  # at most so many are listed in the statistics
 
 
 def build_manifest(
@@ -60,7 +60,7 @@ def array_statistics(
     place: FolderPlace, layout: Layout, name: str, files: dict[str, Any], max_norm: float | None = None,
     token_text: Callable[[int], str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Statistics of an activation array, as recorded in the manifest, from float64 sums.
+    """The statistics of an activation array in the form in which the manifest records them, computed from float64 sums.
 
     Rows whose norm is over `norm_limit` = `max_norm` x the median norm are outliers; "marked" is their number. Outlier
     rows are kept in the array but masked out of training and of all other statistics. Only `largest` covers all rows:

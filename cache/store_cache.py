@@ -1,8 +1,8 @@
 """A cache in an object store. Files are pulled into the local folder (local_folder.py) and read there.
 
 Records, tokens and the small arrays are pulled whole when they are first read, and stay. Chunks of activations are
-pulled before they are read, and are removed when other chunks need the room. A file is verified when it arrives; a
-damaged file is pulled again once.
+pulled before they are read, and are removed when other chunks need the room. A file is verified when it arrives; if it
+is damaged, it is pulled one more time.
 """
 
 import contextlib
@@ -36,7 +36,8 @@ LABEL_LENGTH = 60
 class StoreCache(Cache):
     """The cache at an address. The cache keeps at most `open_chunks` memory maps open.
 
-    Raises UsageError if there is no cache, DamagedError for a broken record, UnavailableError like `open_store`.
+    Raises UsageError if there is no cache, DamagedError if a record is broken, and UnavailableError if `open_store`
+    raises it.
     """
 
     def __init__(self, url: str, open_chunks: int | None = None, local: LocalFolder | None = None) -> None:

@@ -18,8 +18,8 @@ LIST_ATTEMPTS = 5
 
 
 def list_stored_caches(url: str) -> dict[str, Cache | SaeError]:
-    """{address: cache} for the cache at an address, or for each cache one level below it, like `list_caches` for
-    folders.
+    """{address: cache} for the cache at an address or, if there is none, for each cache one level below the address.
+    `list_caches` does the same for folders.
     """
     store = open_store(url)
     names = store.children()

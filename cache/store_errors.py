@@ -11,7 +11,8 @@ CREDENTIALS = {  # the variables that hold credentials, and the one for reading 
     "gs": ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SKIP_SIGNATURE=true"),
     "az": ("AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN", "AZURE_SKIP_SIGNATURE=true"),
 }
-# Part of obstore's message if obstore found no credentials and asked the machine for them.
+# obstore's error message contains one of these if obstore found no credentials and asked the machine's metadata service
+# for some.
 WITHOUT_CREDENTIALS = ("169.254.", "/api/token", "token request", "MissingAccessKeyId", "MissingSecretAccessKey")
 
 
@@ -20,8 +21,8 @@ class MissingError(DamagedError):
 
 
 class TransientError(UnavailableError):
-    """A failure of a store that may be temporary. The constructor takes only the message, so the error can be raised
-    again.
+    """A store's failure that may be only temporary. The constructor takes only the message, so that other code can
+    raise the same error with a longer message.
     """
 
     what = ""  # how the store failed
@@ -44,8 +45,8 @@ def without_credentials(address: str) -> UnavailableError:
     """The error for missing credentials; it names the environment variables to set."""
     variables, public = CREDENTIALS.get(address.partition("://")[0], CREDENTIALS["s3"])
     return UnavailableError(
-        f"No credentials for {address} were found. Set them in the environment, such as {variables}; {public} reads a "
-        "public bucket."
+        f"No credentials for {address} were found. Set them in the environment, for example {variables}; to read a "
+        f"public bucket without credentials, set {public}."
     )
 
 

@@ -161,7 +161,9 @@ class StorePlace(FolderPlace):
         self.mirror.push(["tokens/commit.json"])
 
     def _push_request(self) -> None:
-        """Upload harvest.json, including modules of layers that other tasks have added in the meantime."""
+        """Upload harvest.json, after adding to its `modules` the entries that other tasks have uploaded in the
+        meantime.
+        """
         path, address = self.folder / "harvest.json", self.store.address("harvest.json")
         for _ in range(SEAL_ATTEMPTS):
             theirs = self.store.find("harvest.json")

@@ -42,7 +42,7 @@ from .record_files import add_digests
 from .sealing import SealState
 from .statistics import build_manifest
 
-MOST_THREADS = 8  # to measure, compute checksums, write and flush; two threads can saturate a disk
+MOST_THREADS = 8  # threads that measure, compute checksums, write and flush; two of them can saturate a disk
 SEAL_ATTEMPTS = 20
 # The files of a harvest that has no fingerprint yet; any other file means that the folder is used for something else.
 INITIAL_FILES = {"tokens", "harvest.json", "ring.json", "zarr.json", *LOCK_FILES}
@@ -177,8 +177,8 @@ class CacheWriter:
         """Write and commit the arrays in `rows.bits` that are not yet committed for this window; if `replace` is set,
         write and commit all of them.
 
-        If anything fails, no array is committed. `made_with` is recorded in the commits. Raises SaeError like
-        `chunks_to_write`, UnavailableError if the disk is full or not writable.
+        If anything fails, no array is committed. `made_with` is recorded in the commits. Raises SaeError if
+        `chunks_to_write` raises it, UnavailableError if the disk is full or not writable.
         """
         bits, stale = {}, []
         for name, block in rows.bits.items():
@@ -188,7 +188,7 @@ class CacheWriter:
                 stale += [file] * len(commits)
         if not bits:
             return
-        # A commit must not outlive the files that it lists, which are lost or about to be replaced.
+        # Some of the files that these commits list are lost, or all are about to be replaced. Remove the commits first.
         if stale:
             self.place.remove_records(stale)
         pending, norms = {}, {}
@@ -220,9 +220,9 @@ class CacheWriter:
                 if theirs is None or theirs["files"] != commit["files"]:
                     mixed[name] = bits[name]
         if mixed:
-            # Another worker has committed this window in the meantime with other bytes, for example computed on another
-            # GPU model. The two workers' files overwrote each other. The other worker is done, so all files of this
-            # worker can be written again.
+            # In the meantime another worker has committed this window with different bytes, for example because it
+            # computed them on another GPU model. The two workers' files overwrote each other. The other worker is done,
+            # so all files of this worker can be written again.
             self.write_window(window, dataclasses.replace(rows, bits=mixed), made_with, replace=True)
 
     def seal(self, max_norm: float | None = None, token_text: Callable[[int], str] | None = None) -> bool:
@@ -261,14 +261,16 @@ class CacheWriter:
                 break
 
     def is_finished(self, max_norm: float | None = None) -> bool:
-        """Whether the manifest covers every array of `widths`, with outlier rows for this `max_norm`."""
+        """Whether the manifest and zarr.json include every array of `widths`, and their outlier rows were determined
+        with this `max_norm`.
+        """
         return self._seal_state(commits=False).covers(self.widths, max_norm)
 
     def _commit_files(self, names: Iterable[str]) -> list[str]:
         return [commit_file(window, name) for window in range(self.layout.n_windows) for name in sorted(names)]
 
     def _seal_states(self) -> Iterator[SealState]:
-        """Yield the records needed for sealing, read again each time."""
+        """Yield the records needed for sealing; they are read again for each value that is yielded."""
         for _ in range(SEAL_ATTEMPTS):
             yield self._seal_state()
         raise UnavailableError(f"Other processes keep changing {self.folder}. Run the same command again.")
@@ -304,7 +306,8 @@ def harvest_started(folder: Path, fingerprint: str, identity: dict[str, Any] | N
     Raises UsageError if the folder holds another harvest or other files. If `identity` is given, the message lists the
     differences.
     """
-    # List the files first: another worker may begin the harvest now, and its zarr.json comes before the other files.
+    # List the files before reading the fingerprint: another worker that begins the harvest now writes zarr.json before
+    # its other files, so if any of these are listed, the fingerprint is found.
     names = {path.name for path in folder.iterdir()}
     existing = read_fingerprint(folder)
     if existing is None:
