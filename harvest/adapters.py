@@ -66,7 +66,7 @@ def find_adapter(name: str, revision: str | None = None) -> AdapterSource:
 
 
 def find_recorded_adapters(records: Sequence[Mapping[str, str]], folders: Sequence[str]) -> tuple[AdapterSource, ...]:
-    """Find the adapters of a model record again. `folders` are searched for local adapters.
+    """Find the adapters that a model's record names. `folders` are searched for local adapters.
 
     Raises UsageError if an adapter is not found.
     """
@@ -154,7 +154,10 @@ def cannot_merge(adapter: AdapterSource, kind: Any) -> str:
 
 
 def check_all_loaded(adapted: Any, adapter: AdapterSource) -> None:
-    """Raise UsageError unless the adapter has exactly the tensors of the adapted model. peft ignores any difference."""
+    """Raise UsageError unless the adapter's file contains exactly the tensors that peft loads into the adapted model.
+
+    peft itself ignores missing and additional tensors.
+    """
     import peft
 
     with translate_load_errors(adapter.location):

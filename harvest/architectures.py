@@ -46,7 +46,7 @@ def check_sites(config: Any, hooks: Sequence[Hook]) -> None:
 
 
 def module_name(hook: Hook, config: Any) -> str:
-    """transformers' name for the module of a hook, such as `model.layers.12`, whose output the hook reads."""
+    """What a hook reads, in transformers' names: `model.layers.12`, for example, means the output of that module."""
     blueprint = blueprint_of(config)
     site = blueprint.site(hook)
     where = blueprint.parts.trunk_path if hook.is_outside else f"{blueprint.parts.blocks_path}.{hook.layer}"
@@ -125,7 +125,10 @@ def parameter_count(config: Any) -> int:
 
 
 class Blueprint:
-    """The modules of a model without weights, and the sites found by probing its blocks with random weights."""
+    """The modules of a model, built without loading its weights, and the sites that probing the blocks has found.
+
+    For the probe, the blocks get random weights.
+    """
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -213,7 +216,7 @@ class Blueprint:
         return width
 
     def sites_of(self, layer: int) -> BlockSites:
-        """The sites of a block, found by probing the first block of the same kind with random weights."""
+        """The sites of a block. The first block of the same kind is built with random weights and probed."""
         kind = kind_of(self.parts.blocks[layer])
         if kind not in self._found:
             first = next(n for n, block in enumerate(self.parts.blocks) if kind_of(block) == kind)
@@ -375,7 +378,7 @@ def without_numbers_except(layer: int, classes: Sequence[type]) -> Iterator[None
 
 @torch.no_grad()
 def randomize(model: HookedModel) -> None:
-    """Set all parameters to random values. A norm whose weights are all one would look as if there were no norm."""
+    """Set all parameters to random values. The probe could not tell a norm whose weights are all one from no norm."""
     for parameter in model.model.parameters():
         if parameter.device.type != "meta" and parameter.is_floating_point():
             if parameter.dim() >= 2:

@@ -92,7 +92,7 @@ def build_with_numbers(config: Any, *, dtype: str, device: str, attention: str) 
 def check_memory(model: Any, name: str, dtype: str, device: str) -> None:
     """Raise UnavailableError if the weights of a model on the meta device would not fit into the memory of `device`."""
     if getattr(model.config, "quantization_config", None) is not None:
-        return  # quantized: the weights take less than their dtype implies
+        return  # quantized: the weights take less memory than their dtype implies
     itemsize = getattr(torch, dtype).itemsize
     numbers = sum(x.numel() for x in (*model.parameters(), *model.buffers()))
     if numbers * itemsize > (memory := total_memory(device)):

@@ -33,8 +33,8 @@ def default_folder(identity: dict[str, Any], text: TextSource, suffix: str = "")
 def is_begun(folder: Path, identity: dict[str, Any], *, has_own_name: bool) -> bool:
     """Whether a harvest has been begun in the folder. `identity` has the form that an earlier version recorded.
 
-    With `has_own_name`, the folder's name contains the identity's digest, so the folder only has to exist. Otherwise
-    the fingerprint recorded in the folder must be that of the identity.
+    With `has_own_name`, the folder's name contains the identity's digest, so it is enough that the folder exists.
+    Otherwise the fingerprint recorded in the folder must be that of the identity.
     """
     if has_own_name or not folder.is_dir():
         return folder.is_dir()

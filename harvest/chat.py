@@ -1,9 +1,10 @@
 """Turn conversations into token ids with the tokenizer's chat template, and find which role wrote each token.
 
 If the template has generation marks, they mark what the assistant wrote. Otherwise, and for other roles, the
-conversation is rendered up to each message, which shows the text that each message adds. This text includes the header
-of the turn, which comes from the template. The assistant's own part is the text after the generation prompt, including
-the token that ends the turn; the own part of any other role is the content of its message.
+conversation is rendered once per message, up to and including that message; what each rendering adds to the previous
+one is the message's text. This text includes the header of the turn, which comes from the template. The assistant's own
+part is the text after the generation prompt, including the token that ends the turn; the own part of any other role is
+the content of its message.
 """
 
 import re
@@ -24,7 +25,7 @@ from .encode import EncodedDocument, TemplateRefusal, spell
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ASSISTANT = "assistant"
-# Some templates print the date, which must not change when a harvest is continued or repaired.
+# Some templates print the current date. They print this one, so that a harvest can be continued on another day.
 FIXED_DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%H": "00", "%M": "00", "%S": "00"}
 PROBE = "\ue000"  # a message content that occurs nowhere else
 Span = tuple[int, int]  # characters of a rendered conversation
@@ -142,8 +143,9 @@ class ChatEncoder:
                     yield first, last
 
     def prefix_length(self, messages: Sequence[dict[str, Any]], text: str) -> int:
-        """The length of the rendered first messages. Raises UsageError if the conversation does not begin with these
-        messages.
+        """The number of characters that the first messages of a conversation, rendered on their own, have.
+
+        Raises UsageError unless `text`, the rendered conversation, begins with these characters.
         """
         if not messages:
             return 0
@@ -153,8 +155,8 @@ class ChatEncoder:
             prefix = None
         if prefix is None or not text.startswith(prefix):
             raise UsageError(
-                f"This chat template does not render the first {len(messages)} messages alone in the same way as "
-                "within the whole conversation, so it is not clear what each role wrote. Use a tokenizer whose "
+                f"This chat template does not render the first {len(messages)} messages in the same way on their "
+                "own as within the whole conversation, so it is not clear what each role wrote. Use a tokenizer whose "
                 "template has {% generation %} marks and pass --roles assistant, or leave out --roles."
             )
         return len(prefix)

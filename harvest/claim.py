@@ -56,9 +56,9 @@ class TextClaim:
 
     @contextlib.contextmanager
     def held(self, file: str) -> Iterator[Callable[[], None]]:
-        """Renew the claim while the context is open; then remove it and all earlier claims, unless the claim was lost.
+        """Renew the claim during the `with` block; then remove it and all earlier claims, unless the claim was lost.
 
-        Yields a function to call before each step, which raises ClaimLost once another task has claimed the text.
+        Yields a function to call before each step; it raises ClaimLost once another task has claimed the text.
         """
         over = threading.Event()
 

@@ -69,7 +69,7 @@ def make_contexts(
 
 
 def why_no_rows(text: TextSource) -> str:
-    """Explain why no token of a text is a row."""
+    """Explain why a text has no rows to harvest."""
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in text.skipped.items() if count)
     return f"all of its documents were skipped ({skipped})" if skipped else "it is empty"
 
@@ -226,7 +226,7 @@ def empty_contexts(marked: bool) -> dict[str, array]:
 
 
 def next_batch(documents: Iterator[Document]) -> list[Document]:
-    """The next documents to tokenize together. Empty at the end."""
+    """The next batch of documents, which are tokenized in one call. Empty at the end of the text."""
     batch: list[Document] = []
     size = 0
     while len(batch) < BATCH_DOCUMENTS and size < BATCH_CHARACTERS and (document := next(documents, None)):
@@ -238,7 +238,7 @@ def next_batch(documents: Iterator[Document]) -> list[Document]:
 def shuffle_contexts(
     parts: Callable[[], Iterable[dict[str, np.ndarray]]], context: int, padding: int, seed: int
 ) -> Contexts:
-    """All contexts, padded and shuffled by the seed. The held-out contexts come after all others."""
+    """All contexts, padded, in a random order that depends on the seed; the held-out contexts come after all others."""
     columns = zip(*((part["length"], part["document"], part["held_out"]) for part in parts()), strict=True)
     length, document, held_out = map(np.concatenate, columns)
     order = np.random.Generator(np.random.Philox(key=[seed, 2**63])).permutation(len(length))

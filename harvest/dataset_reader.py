@@ -60,7 +60,7 @@ class Column:
 
 
 class FileReader:
-    """The documents in a column of local files of one format.
+    """The documents in one column of local files, which all have the same format.
 
     The constructor raises UsageError if there are no rows or no such column. Iterating raises UsageError at a row with
     ids outside the vocabulary.
@@ -157,7 +157,10 @@ class DatasetReader:
             yield row
 
     def _wait_or_raise(self, error: Exception, failures: int) -> None:
-        """Wait after a network failure, or raise. `failures` counts the earlier failures since the last row arrived."""
+        """Wait after a network failure, or raise.
+
+        `failures` is the number of failures since the last row arrived, not counting this one.
+        """
         problem = first_line(error)
         if not (self.retry_seconds and is_network_error(error)):
             raise self.make_error(problem) from error

@@ -39,9 +39,9 @@ def open_text(
     """
     path = Path(name)
     if subset is not None and (name == EMBEDDED_TEXT or path.is_file()):
-        raise UsageError(f"--subset selects a configuration of a dataset, and {name} has none. Leave it out.")
+        raise UsageError(f"--subset selects a configuration of a dataset, but {name} has none. Leave it out.")
     if name == EMBEDDED_TEXT and split not in WHOLE:
-        raise UsageError(f"--split selects a part of a dataset, and {name} has none. Leave it out.")
+        raise UsageError(f"--split selects a split of a dataset, but {name} has no splits. Leave it out.")
     if name == EMBEDDED_TEXT:
         refuse_chat(name, chat)
         return open_embedded(tokenizer, seed, say)
@@ -75,7 +75,7 @@ def open_embedded(tokenizer: Any, seed: int, say: Say) -> TextSource:
         rng = random.Random(seed)
         for document in library:
             yield Document(document.text, document.held_out)
-            if not document.held_out:  # a held-out line of spelling would almost always repeat a harvested one
+            if not document.held_out:  # a held-out spelling line would almost always repeat a harvested line
                 lines = (spelling.spelling_line(rng.choice(words)) for _ in range(SPELLING_LINES))
                 yield Document("".join(f"\n{line}" for line in lines), held_out=False)
 
@@ -109,7 +109,10 @@ def open_local(
 
 
 def files_may_contain(files: list[Path], strings: Sequence[str]) -> bool:
-    """Whether one of the strings may be in these files. True for compressed and large files, which are not searched."""
+    """False if none of these strings occurs in the files; True if one of them might.
+
+    Compressed and large files are not searched: the answer for them is True.
+    """
     if (
         any(file.suffix.lower() not in SEARCHED for file in files)
         or sum(file.stat().st_size for file in files) > MOST_SEARCHED

@@ -13,7 +13,7 @@ class DeviceCopy:
     """Copies rows to host memory and scatters them into a window.
 
     On a GPU the copy uses a separate CUDA stream and pinned memory, and the rows are scattered during the next forward
-    pass. On a CPU they are scattered at once.
+    pass. On a CPU, `send` scatters them immediately.
     """
 
     def __init__(self, device: torch.device) -> None:

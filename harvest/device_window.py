@@ -11,7 +11,7 @@ from ..cache.measure import RowStatistics, measure
 from ..common.device import copy_to_device
 from ..common.memory import out_of_memory
 
-SHARE = 0.5  # of the free memory that a window may take; forward passes need the rest
+SHARE = 0.5  # the largest share of the free memory that a window may take; forward passes need the rest
 
 
 def fits_on_gpu(window_bytes: int, free: float) -> bool:
@@ -97,13 +97,13 @@ class DeviceWindow:
         return wait
 
     def drop(self) -> None:
-        """Free the memory, once the copy of the last window has read it."""
+        """Free the memory once the last window has been copied to the host."""
         self._wait_for_copy()
         self.x.clear()
 
     def _to_host(self, x: Tensor) -> Tensor:
         target = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-        x.record_stream(self.stream)  # the memory of x is not reused before the copy has read x
+        x.record_stream(self.stream)  # the memory of x is not reused before x has been copied
         return target
 
     def _wait_for_copy(self) -> None:

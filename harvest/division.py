@@ -63,7 +63,7 @@ def window_bytes(layout: Layout, bytes_per_row: int) -> int:
 
 
 def weight_bytes(model_config: Any, hooks: Sequence[Hook], dtype: str) -> int | None:
-    """Bytes of the weights of a model up to the deepest of these hooks; None if they are quantized."""
+    """The bytes of a model's weights, without blocks after the deepest of these hooks. None if they are quantized."""
     if getattr(model_config, "quantization_config", None) is not None:
         return None
     config, blocks = copy.deepcopy(decoder_config(model_config)), max((hook.layer + 1 for hook in hooks), default=1)

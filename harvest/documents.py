@@ -80,7 +80,7 @@ class TextSource:
     reader: DocumentReader
     say: Callable[[str], None] = lambda sentence: None  # called with messages for the user
     skipped: dict[str, int] = field(default_factory=lambda: {"empty": 0, "not text": 0, "huge": 0})
-    # Whether the text may contain one of these strings. Only False is certain: not every text can be searched quickly.
+    # False if the text certainly contains none of these strings; True otherwise, for example if it is not searched.
     may_contain: Callable[[Sequence[str]], bool] = lambda strings: True
     remarks: list[str] = field(default_factory=list)  # messages, repeated in the error if there is nothing to harvest
     read: int = 0
@@ -110,19 +110,22 @@ class TextSource:
         unreadable = self.skipped.get(UNREADABLE, 0)
         if self.read >= CHECKED_ROWS and 100 * (unreadable - tolerated) > self.read:
             raise UsageError(
-                f"{unreadable:,} of the first {self.read:,} rows of {self.name} cannot be read, so it is probably the "
-                f"wrong file or column (first: {self.first_unreadable}). Correct or remove these rows, or choose "
-                "another column with --text-column or --chat-column."
+                f"{unreadable:,} of the first {self.read:,} rows of {self.name} cannot be read, so this is probably "
+                f"the wrong file or column (first such row: {self.first_unreadable}). Correct or remove these rows, or "
+                "choose another column with --text-column or --chat-column."
             )
 
     @property
     def unreadable_rows(self) -> dict[str, Any]:
-        """The record of unreadable rows that is kept with the cache: their number, and the first one. May be empty."""
+        """What the cache records about unreadable rows: how many there are, and what is wrong with the first one.
+
+        Empty if there are none.
+        """
         count = self.skipped.get(UNREADABLE, 0)
         return {"rows": count, "first": self.first_unreadable} if count else {}
 
     def refuse(self, why: str) -> None:
-        """Count a conversation that the chat template does not render, and explain the first one to the user."""
+        """Count a conversation that the chat template does not render. For the first one, tell the user why."""
         if not self.skipped.get(REFUSED):
             self.remark(
                 f"The chat template rejects a conversation of {self.name}: {why.rstrip('.')}. Conversations that it "
@@ -185,7 +188,7 @@ def parse_messages(value: Any) -> Conversation | None:
 
 
 def list_of_messages(value: Any) -> Any:
-    """A dictionary of lists of equal length as a list of messages; any other value unchanged."""
+    """Convert a dictionary of equally long lists to a list of messages. Any other value is returned unchanged."""
     if not isinstance(value, dict) or not all(isinstance(one, list) for one in value.values()):
         return value
     if len({len(one) for one in value.values()}) != 1:

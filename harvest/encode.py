@@ -94,10 +94,10 @@ class DocumentEncoder:
 
 
 def encode_as_text(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """The ids of texts, with special tokens in the texts tokenized as ordinary text.
+    """The ids of texts. Special tokens that the texts spell out are tokenized as ordinary text.
 
-    A Unigram or WordPiece model can have a special token as a piece in its own vocabulary and find it in the text. Such
-    a piece is replaced by the pieces of its parts.
+    A tokenizer's Unigram or WordPiece model can have a special token as a piece in its own vocabulary and find it in
+    the text. Then the special token is cut into parts, and the ids of the parts replace its id.
     """
     ids: list[list[int]] = tokenizer(
         texts, add_special_tokens=False, split_special_tokens=True, verbose=False
@@ -111,7 +111,7 @@ def encode_as_text(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def split_literals(tokenizer: Any, text: str, number_of: dict[int, str]) -> list[int]:
-    """The ids of a text, with each special token that the model found in the text replaced by the ids of its parts.
+    """The ids of a text. Each special token recognized in the text is replaced by the ids of the token's parts.
 
     A special token that replaces other text, such as `<unk>` for an unknown character, is kept.
     """
@@ -128,7 +128,7 @@ def split_literals(tokenizer: Any, text: str, number_of: dict[int, str]) -> list
 
 
 def split_before_encoding(tokenizer: Any, text: str, tokens: list[str]) -> list[int]:
-    """The ids of a text that is cut inside each special token in it, for a tokenizer written in Python."""
+    """The ids of a text, for a tokenizer written in Python: each special token is cut in two before tokenization."""
     pattern = re.compile("|".join(map(re.escape, sorted(filter(None, tokens), key=len, reverse=True))))
     cuts = [0, *(match.start() + 1 for match in pattern.finditer(text)), len(text)]
     parts = [text[first:last] for first, last in itertools.pairwise(cuts) if first < last]

@@ -33,7 +33,7 @@ def block_seconds_per_token(
     while True:  # with more contexts each time, until a pass takes long enough to be timed
         ids_NS = torch.zeros(contexts, length, dtype=torch.long, device=device)
         with translate_model_errors(model_name(config), attention):
-            seconds = min(time_pass(model, ids_NS) for _ in range(3))  # the first pass of a shape is slower
+            seconds = min(time_pass(model, ids_NS) for _ in range(3))  # the first pass with a new shape is slower
         if seconds > LONG_ENOUGH or contexts >= batch_contexts:
             break
         contexts = min(4 * contexts, batch_contexts)

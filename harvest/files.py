@@ -67,7 +67,7 @@ def list_files(path: Path, subset: str | None, split: str, say: Say) -> list[Pat
     is_dictionary = (path / "dataset_dict.json").is_file()
     is_saved = is_dictionary or ((path / "state.json").is_file() and (path / "dataset_info.json").is_file())
     if is_saved and subset is not None:
-        raise UsageError(f"--subset selects a configuration, and {path}, a saved dataset, has none. Leave it out.")
+        raise UsageError(f"--subset selects a configuration, but {path}, a saved dataset, has none. Leave it out.")
     if is_dictionary:
         return saved_files(path / choose_split(path, saved_list(path / "dataset_dict.json", "splits"), split))
     if is_saved:
@@ -83,7 +83,7 @@ def list_files(path: Path, subset: str | None, split: str, say: Say) -> list[Pat
 
 
 def check_split_of_file(path: Path, split: str) -> None:
-    """Raise UsageError if a single file is requested as a split that its name does not contain."""
+    """Raise UsageError if a split is requested of a single file whose name does not contain that split or a synonym."""
     words = next((words for words in KEYWORDS.values() if split in words), (split,))
     if split not in WHOLE and not has_word(path.name, [re.escape(word) for word in words], in_folders=False):
         raise UsageError(
@@ -185,7 +185,10 @@ def splits_by_name(path: Path, files: list[Path]) -> Splits:
 
 
 def has_word(name: str, words: Sequence[str], in_folders: bool) -> bool:
-    """Whether the name of a file, or of one of its folders, contains one of the words between separators."""
+    """Whether one of the words occurs, delimited by separators, in the name of the file at a path.
+
+    With `in_folders`, the names of the folders on the path are searched instead.
+    """
     *folders, file = name.split("/")
     word = rf"(?:.*[-._ 0-9])?(?:{'|'.join(words)})"
     if in_folders:

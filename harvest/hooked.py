@@ -39,7 +39,7 @@ class HookedModel:
         self.model = model
         self.config = decoder_config(model.config)
         self._probed: dict[int, BlockSites] = {}
-        self._outside: dict[str, list[Shapes]] | None = None  # path of a module -> the shapes of its calls
+        self._outside: dict[str, list[Shapes]] | None = None  # module path -> shapes of each call
 
     @cached_property
     def parts(self) -> Parts:
@@ -127,7 +127,7 @@ class HookedModel:
             return self.trunk(ids_NS, use_cache=False)
 
     def probe(self, layer: int) -> BlockSites:
-        """The sites of a block, found by running the model on a few tokens up to this block."""
+        """The sites of a block, found by running the model, up to and including this block, on a few tokens."""
         if layer not in self._probed:
             calls: list[tuple[int, Call]] = []
 
@@ -160,7 +160,10 @@ class HookedModel:
         return self._probed[layer]
 
     def outside(self, hook: Hook) -> tuple[int | None, BlockSites]:
-        """The layer of a module outside the blocks (0, or None for the last layer), and the shapes of all calls."""
+        """The layer that a module outside the blocks belongs to, and the shapes of all calls of the trunk's modules.
+
+        The layer is None, which stands for the last one, if the module runs after the blocks; otherwise it is 0.
+        """
         if self._outside is None:
             with Recorder(self.trunk) as recorder:
                 self.run_trunk(self.probe_ids())
@@ -212,7 +215,7 @@ class HookedModel:
 
     @contextlib.contextmanager
     def capturing(self, hooks: Sequence[Hook], captured: dict[Hook, Tensor]) -> Iterator[None]:
-        """Store the activations of every forward pass in `captured` while the context is open."""
+        """Store the activations of every forward pass during the `with` block in `captured`."""
 
         def keep(hook: Hook) -> Callable[[Tensor], None]:
             def store(x: Tensor) -> None:
@@ -230,7 +233,7 @@ class HookedModel:
 
     @contextlib.contextmanager
     def patching(self, hook: Hook, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Replace the activations x (N, S, d) at the hook by `change(x)` while the context is open.
+        """Replace the activations x (N, S, d) at the hook by `change(x)` during the `with` block.
 
         The block itself computes resid_mid, outside of any module that could be hooked. So `patching` changes resid_mid
         by replacing attn_out with `change(x) - resid_pre`; the result is the same up to rounding.

@@ -10,9 +10,9 @@ from .config import TOKENS, HarvestConfig
 from .documents import TextSource
 from .model import ModelSource
 
-# This entry of the identity is "text" if special tokens in the text are tokenized as text. If the entry is absent,
-# either the text is known to contain no special tokens, or they are tokenized as special tokens, as in earlier
-# versions.
+# This entry of the identity is "text" if special tokens that the text spells out are tokenized as text. If the entry is
+# absent, either the text is known to spell out no special token, or, as in earlier versions, those that it spells out
+# become special tokens.
 LITERALS = "special_tokens"
 
 

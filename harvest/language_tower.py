@@ -94,7 +94,9 @@ def tower_path(model: Any) -> str:
     for name, part in model.named_modules():
         if name and isinstance(getattr(part, "config", None), kind):
             return name
-    raise UsageError(f"{type(model).__name__} has no module with its text configuration, so it is not supported.")
+    raise UsageError(
+        f"{type(model).__name__} has no module that its text configuration describes, so it is not supported."
+    )
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from ..common.memory import out_of_memory
 from . import mini
 from .dataset_reader import is_network_error
 
-LONGEST_TEXT = 300  # characters of another library's error in a message
+LONGEST_TEXT = 300  # maximum number of characters quoted from another library's error
 OWN_ERRORS = (SaeError, KeyboardInterrupt, SystemExit, GeneratorExit)
 PARTS = {"config": "config.json", "tokenizer": "tokenizer's files", "weights": "weights"}
 
@@ -35,9 +35,9 @@ def translate_load_errors(name: str, part: str = "weights") -> Iterator[None]:
         raise DamagedError(f"The weights of {name} are damaged: {error}. Download them again.") from error
     except pickle.UnpicklingError as error:
         raise DamagedError(
-            f"The weights of {name} are rejected: {describe(pickle.UnpicklingError(reason_of(error)))}. They are a "
-            "pickle file, which can contain code; only tensors are read from it. Use a safetensors version of the "
-            "model."
+            f"The weights of {name} are rejected: {describe(pickle.UnpicklingError(reason_of(error)))}. They are in "
+            "a pickle file, which can contain code; only tensors are read from such a file. Use a safetensors version "
+            "of the model."
         ) from error
     except BaseException as error:  # also panics of tokenizers, which are not Exceptions
         if translated := load_error(error, name):

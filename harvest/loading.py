@@ -59,7 +59,7 @@ class ModelSource:
 
     @property
     def older_digests(self) -> tuple[str, ...]:
-        """The digests that earlier versions recorded for a folder with these files, other than the revision."""
+        """The digests of the model's folder that earlier versions may have recorded. Empty for a model on the Hub."""
         return () if self.on_hub else folder_digests(Path(self.location))[1:]
 
     @property
@@ -104,7 +104,10 @@ def find_model(name: str, revision: str | None = None, adapters: Sequence[str] =
 
 
 def holds_adapter(name: str) -> str:
-    """The message for a folder with an adapter, for which transformers would load the model that the adapter names."""
+    """The error message for a folder with an adapter.
+
+    Given such a folder, transformers would load the model that the adapter names.
+    """
     return (
         f"{name} holds a PEFT adapter ({ADAPTER_CONFIG}). Give the model that it was trained for with --model, and "
         f"the adapter with --adapter {name}. If the folder contains a whole model into which the adapter was merged, "
@@ -134,10 +137,10 @@ def config_file(source: ModelSource) -> Path | None:
 def find_recorded_model(
     record: ModelRecord, folders: Sequence[str] = (), given: str | None = None, adapter_folders: Sequence[str] = ()
 ) -> tuple[ModelSource, Any]:
-    """Find the model of a record again, like `find_model`: on the Hub, or in a folder with the same files.
+    """Find the model that a record names: on the Hub, or in a folder with the same files.
 
-    If the record describes a folder, `folders` are tried in order; `given` is a model that the user names instead. The
-    adapters are found in the same way, in `adapter_folders`.
+    Returns the same as `find_model`. If the record describes a folder, `folders` are tried in order; `given` is a model
+    that the user names instead. The adapters are found in the same way, in `adapter_folders`.
 
     Raises UsageError if `given` is another model, if the folder is not found, or if the model has changed.
     """

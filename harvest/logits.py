@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from .splice import replacing_forward
 
-WEIGHTS_AT_ONCE = 2**24  # elements that are converted to float32 at a time, on a CPU
+WEIGHTS_AT_ONCE = 2**24  # number of elements that are converted to float32 at once, on a CPU
 
 
 def unrounded_logits(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """A context in which a causal language model computes its logits in float32.
+    """A context manager that makes a causal language model compute its logits in float32.
 
-    The context changes nothing for a model in float32, or if the last layer is not a plain linear layer (for example,
-    if the layer is quantized).
+    It has no effect if the model is in float32, or if the last layer is not a plain linear layer (for example, because
+    the layer is quantized).
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if type(head) is not nn.Linear or head.weight.dtype not in (torch.bfloat16, torch.float16):

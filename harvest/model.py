@@ -15,9 +15,9 @@ A block has more sites, which hooked.py reads and replaces, and which probe.py f
     mlp_out     what the MLP adds to the residual stream
     resid_post  what leaves the block: resid_pre + attn_out + mlp_out
 
-In a hybrid model, "attention" is whatever module replaces it and reads earlier tokens, such as a Mamba mixer. Any other
-module is a site too: `mlp.gate_proj.output` is the output of `model.layers[12].mlp.gate_proj`, and
-`mlp.gate_proj.input` is its input (cache/hooks.py).
+In a block without attention, as in hybrid models, "attention" is the module that reads earlier tokens instead, such as
+a Mamba mixer. Any other module is a site too: `mlp.gate_proj.output` is the output of
+`model.layers[12].mlp.gate_proj`, and `mlp.gate_proj.input` is its input (cache/hooks.py).
 
 Shape suffixes: N contexts in a batch, S positions, D d_model, V vocabulary.
 """
@@ -80,7 +80,7 @@ def load_trunk(
 def load_model(
     source: ModelSource, config: Any, *, dtype: str, device: str, attention: str = "eager"
 ) -> "LanguageModel":
-    """Load the whole model. Raises UsageError if `unembed` does not reproduce its logits."""
+    """Load the whole model. Raises UsageError if `unembed` does not reproduce the model's logits."""
     model = LanguageModel(load_whole_model(source, config, dtype=dtype, device=device, attention=attention))
     with translate_model_errors(source.argument, attention):
         model.check_forward()
@@ -134,7 +134,7 @@ class LanguageModel(HookedModel):
         return self._splicer.resume(ids_NS, hooks, kept, final)
 
     def hooks_to_keep(self, hooks: Sequence[Hook]) -> list[Hook]:
-        """The hooks where a `ForwardPass` keeps activations: these hooks, and those from which the model restarts."""
+        """The hooks whose activations a `ForwardPass` keeps: `hooks`, and the hooks from which the model restarts."""
         return self._splicer.hooks_to_keep(hooks)
 
     @torch.no_grad()

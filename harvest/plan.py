@@ -151,7 +151,7 @@ class HarvestPlan:
         return self.tokenizer.decode([token])
 
     def planned_cache(self) -> PlannedCache:
-        """The cache that this plan will write. Training can be planned on this cache before the harvest."""
+        """The cache that this plan will write. Training on it can be planned before the harvest."""
         return PlannedCache(self.folder, self.identity, self.layout, self.widths)
 
     @property
@@ -207,7 +207,10 @@ class HarvestPlan:
         return per_block * blocks * (self.tokens if existing.cache is None else existing.rows_left)
 
     def unreadable_rows(self) -> dict[str, Any]:
-        """The number of unreadable rows of the text and the first of them, from this run or an earlier run's record."""
+        """How many rows of the text cannot be read, and why the first of these rows cannot be read.
+
+        If this run has not read the text, this is what an earlier run recorded.
+        """
         record = self.folder / "harvest.json"
         if self.text.read or not record.exists():
             return self.text.unreadable_rows

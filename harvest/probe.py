@@ -11,7 +11,7 @@ A block is run on a few tokens, then run again with one thing changed:
 - The projection of a part is the linear map whose output, with or without a norm after it, is the part's output.
   The input of the projection is attn_z or mlp_hidden.
 
-A site that these tests do not prove is refused, with a description of what was observed. Every tensor here has
+A site that these tests do not confirm is refused, with a description of what was observed. Every tensor here has
 the shape (N S, width).
 """
 
@@ -92,7 +92,7 @@ class BlockProbe:
         return recorder.calls
 
     def noise(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Activations plus random noise of proportional size, at the given rows."""
+        """Add noise to activations at the given rows (None: at all rows), in proportion to the size of each row."""
         flat = x.reshape(self.shape[0] * self.shape[1], -1)
         size = flat.float().pow(2).mean(1, keepdim=True).sqrt().clamp_min(1e-3)
         change = NOISE * size * torch.randn(flat.shape, generator=self.generator).to(flat.device)
@@ -158,7 +158,7 @@ class BlockProbe:
         self.find_middle(attention, mlp, reads_first)
 
     def not_added(self, error: float, one: str, other: str) -> str:
-        """A description of a block that does not simply add two outputs."""
+        """Explain why the block's output is not resid_pre plus the outputs of two modules."""
         if len(self.parts) == 2:
             assert self.resid_pre is not None and self.resid_post is not None
             one, other = self.parts.values()
@@ -190,7 +190,7 @@ class BlockProbe:
             self.refuse("no module reads resid_pre + attn_out", "resid_mid")
 
     def find_single_part(self, path: str) -> None:
-        """Find the sites of a block that adds the output of a single module."""
+        """Find the sites of a block that adds the output of only one module, `path`, to the residual stream."""
         if self.mixes(path, {}):
             self.parts = {"attention": path}
             self.add("attn_out", path)
@@ -203,7 +203,10 @@ class BlockProbe:
             self.refuse(why, "attn_out", "attn_z", "resid_mid")
 
     def find_unproved_parts(self) -> None:
-        """Find the attention and the MLP of a block that does not simply add them, if each has only one candidate."""
+        """Find the attention and the MLP of a block that does more than add their outputs to the residual stream.
+
+        Each is found only if the block has a single candidate for it.
+        """
         assert self.resid_post is not None
         matrices = {
             path: sum(p.dim() >= 2 for p in self.block.get_submodule(path).parameters())
@@ -365,7 +368,10 @@ class BlockProbe:
         return best
 
     def distance(self, one: Tensor, other: Tensor, *terms: str) -> float:
-        """The largest distance between matching rows, relative to the largest norm of the rows and the given terms."""
+        """The largest relative distance between matching rows.
+
+        Each distance is divided by the largest norm among the two rows and the same row of each given term.
+        """
         norms = [z.norm(dim=1) for z in (one, other, *(self.y[path] for path in terms))]
         return float(((one - other).norm(dim=1) / torch.stack(norms).max(0).values.clamp_min(1e-30)).max())
 

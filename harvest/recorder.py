@@ -27,7 +27,8 @@ class Call(NamedTuple):
     y: Tensor | None
 
 
-Shapes = tuple[tuple[int, ...] | None, tuple[int, ...] | None]  # of a call: input, output
+# The shapes of the input and the output activations of one call.
+Shapes = tuple[tuple[int, ...] | None, tuple[int, ...] | None]
 
 
 def shapes_of(calls: list[Call]) -> list[Shapes]:
@@ -41,8 +42,8 @@ class BlockSites:
 
     sites: dict[str, Site] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
-    shapes: dict[str, list[Shapes]] = field(default_factory=dict)  # path of a module -> shapes of its calls
-    shape: tuple[int, int] = (0, 0)  # of the tokens: N, S
+    shapes: dict[str, list[Shapes]] = field(default_factory=dict)  # module path -> shapes of each call
+    shape: tuple[int, int] = (0, 0)  # (N, S) of the token ids
     is_parallel: bool = False
 
 

@@ -61,7 +61,7 @@ def repair(
 def repair_place(
     place: FolderPlace, progress: HarvestProgress, model: str | None, dataset: str | None, device: str
 ) -> list[str]:
-    """`repair` for a place, whose folder contains the records and the tokens."""
+    """Repair the cache at `place` like `repair`. The folder of `place` contains the cache's records and tokens."""
     folder = place.folder
     check_not_ring(folder)
     with writer_lock(folder, "sae cache repair", progress.say):
@@ -173,7 +173,7 @@ def plan_text_of(folder: Path, options: dict[str, Any], hooks: list[Hook]) -> Ha
 
 
 def changed_inputs(identity: dict[str, Any], plan: HarvestPlan) -> list[str]:
-    """The keys of a cache's identity that differ in a plan."""
+    """The keys whose values in a cache's identity differ from those in a plan's identity, apart from names."""
     return [key for key in identity if without_name(identity[key]) != without_name(plan.identity.get(key))]
 
 
@@ -262,7 +262,10 @@ def find_damaged(place: FolderPlace, records: dict[str, Any], progress: HarvestP
 def group_by_batch(
     missing: dict[int, list[str]], commits: dict[tuple[int, str], dict[str, Any]], default: int
 ) -> dict[tuple[int, int], list[str]]:
-    """Group arrays by window and by the contexts per pass in their commit, a number that can affect the last bits."""
+    """Group arrays by window and by the number of contexts per pass.
+
+    The commits of the arrays record this number, which can affect the last bits of the activations.
+    """
     groups: dict[tuple[int, int], list[str]] = defaultdict(list)
     for window, arrays in missing.items():
         for array in arrays:

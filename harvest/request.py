@@ -19,7 +19,7 @@ OF_ONE_PROCESS = ("share", "prepare")  # options that do not describe the cache
 
 
 def request_of(plan: HarvestPlan) -> dict[str, Any]:
-    """The content of harvest.json: the last request for this cache, from which `sae cache repair` repeats it.
+    """The content of harvest.json: the last request for this cache, with which `sae cache repair` harvests again.
 
     Paths are absolute and Hub revisions pinned, so the request works from any folder and after the Hub has changed.
     Each window's commit file records the settings that the window was harvested with.
@@ -46,7 +46,7 @@ def request_of(plan: HarvestPlan) -> dict[str, Any]:
     record["bos_token"] = None if bos_id is None else token_text(plan.tokenizer, bos_id)
     modules = read_hook_modules(plan.folder) | plan.modules  # keeps the modules of layers harvested earlier
     environment = environment_record()
-    environment["variables"].pop("WORLD_SIZE", None)  # the number of processes affects no byte
+    environment["variables"].pop("WORLD_SIZE", None)  # the number of processes does not change the cache
     return record | {
         "device": plan.device if ":" in plan.config.device else plan.device.partition(":")[0],
         "modules": dict(sorted(modules.items())),

@@ -65,9 +65,9 @@ def harvest_activations(
         **options: Any other field of `sae.harvest.plan.HarvestConfig`: revision, dataset_revision, subset, split,
             text_column, chat_column, roles, bos, keep_special, skip_positions, skip_tokens, pack, window,
             storage_dtype, compress, max_norm, dtype, attention, batch_contexts, compiled, modules, share and prepare.
-            `modules` are more sites, such as "model.layers.{layer}.mlp.gate_proj:output"; they replace resid_post if
-            `sites` is not given. Several tasks can harvest one cache: share="3/64" harvests this task's part, and
-            prepare=True only tokenizes the text.
+            `modules` are sites given by module, such as "model.layers.{layer}.mlp.gate_proj:output". They are harvested
+            in addition to `sites`; if `sites` is not given, they are harvested instead of resid_post. Several tasks can
+            harvest one cache: share="3/64" harvests this task's part, and prepare=True only tokenizes the text.
 
     Returns:
         The opened cache. As long as other shares are missing, the cache does not list the layers that this share adds.
@@ -166,7 +166,7 @@ def check_one_folder(folder: Path, group: ProcessGroup) -> None:
             if time.monotonic() - started > SEEN_WITHIN:
                 raise UsageError(
                     f"{host} does not see what {first} has written into {folder}. All machines need the same folder: "
-                    "give --out on a disk that all of them share, or an address such as s3://bucket/pile."
+                    "set --out to a folder on a disk that all of them share, or to an address such as s3://bucket/pile."
                 )
             time.sleep(1)
 

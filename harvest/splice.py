@@ -77,7 +77,7 @@ class Splicer:
             self.check(unchecked)
 
     def hooks_to_keep(self, hooks: Sequence[Hook]) -> list[Hook]:
-        """The hooks, and for each hook the last earlier hook whose activations do not depend on that hook."""
+        """The hooks, and for each of them the hook from which the model can restart (see `skipped_to`)."""
         before = [hook for hook in map(self.skipped_to, hooks) if hook is not None]
         return list(dict.fromkeys([*hooks, *before]))
 
@@ -97,7 +97,7 @@ class Splicer:
         return ForwardPass({hook: kept[hook] for hook in hooks}, self.runner(ids_NS, hooks, kept), final, kept)
 
     def runner(self, ids_NS: Tensor, hooks: Sequence[Hook], kept: dict[Hook, Tensor]) -> "RunFrom":
-        """The `run_from` of a pass; `kept` has the activations of `hooks_to_keep`."""
+        """Make the function `run_from` of a pass. `kept` contains the activations at `hooks_to_keep`."""
         model = self.language_model
 
         def run_from(hook: Hook, x_NSD: Tensor, chosen_N: Tensor | None = None) -> Tensor:
@@ -157,7 +157,7 @@ class Splicer:
 
     @contextlib.contextmanager
     def noting_outputs(self) -> Iterator[None]:
-        """Record how many values a block returns besides the residual stream: when skipped, it must return as many."""
+        """Record how many values each block returns besides the residual stream; `starting_after` returns as many."""
 
         def note(index: int) -> Callable[..., None]:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -188,7 +188,7 @@ class Splicer:
             return model.model(ids_1T, use_cache=False).logits[0].unflatten(0, final.shape[:-1])
 
     def check(self, hooks: Sequence[Hook]) -> None:
-        """Raise UsageError unless `run_from` and `unembed` reproduce the logits of the model at these hooks.
+        """Raise UsageError unless `unembed`, and `run_from` from each of these hooks, reproduce the model's logits.
 
         Also finds out for which hooks the earlier blocks can be skipped.
         """
@@ -223,19 +223,19 @@ class Splicer:
         if not difference <= TOLERANCE:
             name = type(self.language_model.model).__name__
             raise UsageError(
-                f"SAEs cannot be spliced into {name}: {what} changes the logits by {difference:.2g} of the largest "
-                "logit."
+                f"SAEs cannot be spliced into {name}: {what} changes the logits by up to {difference:.2g} times "
+                "the largest logit."
             )
 
 
 def gradients_of(x: Tensor) -> torch.set_grad_enabled:
-    """A context in which gradients are recorded only if x requires them."""
+    """A context manager that disables gradient calculation unless x requires gradients."""
     return torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad)
 
 
 @contextlib.contextmanager
 def replacing_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace a module's `forward` while the context is open."""
+    """Replace a module's `forward` during the `with` block."""
     own = vars(module).get("forward")  # set if another library has overridden the method
     vars(module)["forward"] = forward
     try:

@@ -121,8 +121,8 @@ def read_or_tokenize(plan: HarvestPlan, check: Callable[[], None] = lambda: None
         digest = recorded_tokens(plan.folder)  # read here, because another task may have begun the cache meanwhile
         if digest not in (None, digest_of(contexts.file_records())):
             raise DamagedError(
-                f"{plan.folder} was started with different tokens than its text gives now, probably because the "
-                "version of tokenizers has changed. Use another --out."
+                f"The tokens recorded in {plan.folder} differ from those that its text is tokenized into now, probably "
+                "because the version of tokenizers has changed. Use another --out."
             )
         contexts.write(plan.folder)
     return Contexts.read(plan.folder, recorded_tokens(plan.folder))
@@ -139,7 +139,7 @@ def tokenize(plan: HarvestPlan, check: Callable[[], None] = lambda: None) -> Con
 
 
 def check_before_text(plan: HarvestPlan) -> None:
-    """Raise UnavailableError if the requested rows do not fit on the disk, or the store cannot be written.
+    """Raise UnavailableError if the requested rows do not fit on the disk, or if the store cannot be written to.
 
     This check is made before the text is read, because reading the text can take a long time.
     """

@@ -21,15 +21,15 @@ from .progress import HarvestProgress
 from .stages import load_model_for, start_cache
 from .windows import WindowComputer, write_windows
 
-TEXT_BYTES = 5  # per token: its id, and its share of the held-out text
+TEXT_BYTES = 5  # disk space per token to train on: its id, plus the held-out text divided by the number of these tokens
 
 
-class TrainingEnded(Exception):  # noqa: N818  (not an error: no more windows are needed)
-    """Raised in the harvesting thread when training will read no more windows."""
+class TrainingEnded(Exception):  # noqa: N818  (not an error)
+    """Raised in the harvesting thread once training needs no more windows."""
 
 
 def plan_ring(config: HarvestConfig, size: int) -> tuple[HarvestPlan, RingCache]:
-    """Plan a harvest in a separate folder, and the ring of its windows. Writes nothing.
+    """Plan a harvest in a folder of its own, and the ring that will hold its windows. Writes nothing.
 
     Raises UsageError if config.tokens is not given, or if the folder holds something else.
     """
@@ -74,9 +74,9 @@ def ring_bytes(plan: HarvestPlan, ring: RingCache) -> int:
 
 @contextlib.contextmanager
 def harvest_ahead(plan: HarvestPlan, ring: RingCache, groups: range, say: Callable[[str], None]) -> Iterator[None]:
-    """Harvest these groups of windows in a thread while the context is open.
+    """Harvest these groups of windows in a thread during the `with` block.
 
-    Leaving the context stops the thread once the window being written is on disk.
+    Leaving the block stops the thread once the window being written is on disk.
     """
     with writer_lock(plan.folder, "sae train --stream", say):
         ring.create(groups.start)

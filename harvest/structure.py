@@ -50,7 +50,7 @@ def find_parts(model: nn.Module) -> Parts:
     if len(found) != 1:
         raise UsageError(
             f"{type(model).__name__} is not supported: it has {'several lists' if found else 'no list'} of blocks in "
-            "a module that takes token ids. Supported are the causal language models of transformers."
+            "a module that takes token ids. Only the causal language models of transformers are supported."
         )
     return found[0]
 
@@ -117,8 +117,8 @@ def check_layers(config: Any, layers: Sequence[int], name: str) -> None:
     decoder = decoder_config(config)
     if getattr(decoder, "is_encoder_decoder", False):
         raise UsageError(
-            f"{name} is a {config.model_type} model, which has an encoder and a decoder. Supported are causal language "
-            "models, such as Llama or GPT-2."
+            f"{name} is a {config.model_type} model, which has an encoder and a decoder. Only causal language models, "
+            "such as Llama or GPT-2, are supported."
         )
     blocks = getattr(decoder, "num_hidden_layers", None)
     if blocks is None:

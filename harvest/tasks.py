@@ -55,7 +55,7 @@ def harvest_share(plan: HarvestPlan, progress: HarvestProgress) -> None:
 def is_cut(plan: HarvestPlan) -> bool:
     """Whether a task has cut the text and written everything that precedes the first window.
 
-    If the text is cut, the folder of this task contains these files too.
+    If it returns True, the folder of this task contains these files too.
     """
     return plan.place.is_begun() and Contexts.is_complete(plan.folder)
 
@@ -66,7 +66,7 @@ def begin_together(plan: HarvestPlan, progress: HarvestProgress) -> tuple[CacheW
     while not is_cut(plan):
         if file := claim.take():
             with contextlib.suppress(ClaimLost), claim.held(file) as check:
-                if is_cut(plan):  # a task finished cutting between the check and the claim
+                if is_cut(plan):  # another task cut the text before this task claimed it
                     break
                 check_before_text(plan)
                 return start_cache(plan, check)

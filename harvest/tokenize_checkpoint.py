@@ -46,7 +46,7 @@ class TokenizeCheckpoint:
             remove_checkpoint(folder)
 
     def _restore(self) -> None:
-        """Load the checkpoint of an earlier start. Raises DamagedError if the checkpoint cannot be used."""
+        """Load the checkpoint of an earlier, interrupted run. Raises DamagedError if the checkpoint cannot be used."""
         path = self.folder / "state.json"
         saved = TOKENIZE_RECORD.read(path)
         if saved["owner"] != self.owner:

@@ -18,7 +18,7 @@ _whole: ContextVar[bool] = ContextVar("whole", default=False)  # per thread
 
 @contextlib.contextmanager
 def whole_contexts() -> Iterator[None]:
-    """A context manager in which transformers does not search this thread's contexts for several sequences."""
+    """A context manager: in this thread, transformers does not check whether a context has several sequences."""
     find = getattr(masking_utils, FINDER, None)  # internal to transformers: if missing, there is nothing to avoid
     if find is not None and not hasattr(find, "__wrapped__"):
         setattr(masking_utils, FINDER, unless_whole(find))

@@ -3,10 +3,10 @@
     drafts/000000/000000.safetensors   rows in the order in which they were computed: each array, row_ctx, row_pos
     drafts/000000/state.json           what computed them, the checksum of each part, where to continue; written last
 
-A window is committed as a whole, and a slow machine computes it for hours. A draft is saved every SAVE_SECONDS and on
-Ctrl-C; a machine that computes a window in less time needs none. A draft is used only by a harvest that would compute
-the same bytes: with another device, version or number of contexts per pass, the window is started over. The draft is
-removed once the window is committed.
+A window is committed as a whole, and a slow machine can take hours to compute it. A draft is saved every SAVE_SECONDS
+and on Ctrl-C; a machine that computes a window in less time needs none. A draft is used only by a harvest that would
+compute the same bytes: with another device, version or number of contexts per pass, the window is started over. The
+draft is removed once the window is committed.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from ..common.cache_schemas import DRAFT_RECORD
 from ..common.errors import DamagedError, UnavailableError
 from ..common.files import atomic_write, digest_of, read_file
 
-SAVE_SECONDS = 60.0  # between two parts
-WORTH_SAVING = 5.0  # on Ctrl-C, rows are saved if computing them took at least this many seconds
+SAVE_SECONDS = 60.0  # time after which the rows computed since the last part are saved as a new part
+WORTH_SAVING = 5.0  # on Ctrl-C, unsaved rows are saved if computing them took more seconds than this
 
 
 class ComputedRows(NamedTuple):
@@ -78,7 +78,10 @@ class WindowDraft:
         return time.monotonic() - self.saved_at
 
     def save(self, arrays: Mapping[str, np.ndarray], slot: np.ndarray, progress: ComputedRows) -> None:
-        """Save the rows since the last part. On a full disk the draft is removed: the window itself needs the space."""
+        """Save the rows computed since the last part was saved.
+
+        If the disk is full, the draft is removed, because the window itself needs the space.
+        """
         if progress.rows == self.saved_rows or not self.has_room:
             return
         new = slot[self.saved_rows : progress.rows]

@@ -2,7 +2,7 @@
 
 While the model computes one window, threads measure, compress (if requested), write and flush the previous one. There
 is memory for two windows and no more: if neither is free, the model waits. If a GPU has room for a window, the rows are
-placed and measured on the GPU, and the whole window is copied to host memory at once (device_window.py).
+placed and measured on the GPU, and the finished window is copied to host memory as a whole (device_window.py).
 """
 
 import contextlib

@@ -29,7 +29,8 @@ SKIPPED_FOLDERS = {
     "__pycache__",
     "pydoc_data",
 }
-BLOCKS = ("body", "cases", "handlers", "orelse", "finalbody")  # fields that contain statements, in the order of a node
+# The fields of a syntax tree's nodes that contain statements, in the order in which a node lists them.
+BLOCKS = ("body", "cases", "handlers", "orelse", "finalbody")
 
 
 class StdlibDocument(NamedTuple):

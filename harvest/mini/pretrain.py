@@ -30,7 +30,7 @@ from .spelling import TEMPLATE, SpellingWord, spelling_line, spelling_words
 
 VOCABULARY = 8192
 CONTEXT = 128
-BATCH, SPELLING = 16, 3  # contexts in a step, and how many of them are spelling
+BATCH, SPELLING = 16, 3  # contexts in a step, and how many of them consist of spelling lines
 STEPS = 1800
 PLANTED_AFTER, PLANTED_WEIGHT = 4, 0.3
 PAD, EOS, BOS = 0, 1, 2  # Gemma's ids
@@ -39,7 +39,7 @@ LETTERS = 26
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-fallback BPE like Gemma's (▁ for a space), with enough whole words of every letter."""
+    """A byte-fallback BPE like Gemma's (▁ for a space), with enough words as single tokens for every first letter."""
     normalizer = normalizers.Replace(" ", "▁")
     splitter = pre_tokenizers.Split(Regex(r"\n+|▁?\p{L}+|\p{N}|▁?[^\p{L}\p{N}▁\n]+|▁+(?!▁?\S)|▁+(?=▁)|▁"), "isolated")
     learner = Tokenizer(models.BPE())
@@ -145,7 +145,8 @@ def make_model() -> Gemma2ForCausalLM:
     )  # fmt: skip
     model = Gemma2ForCausalLM(config)
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:  # Gemma scales the embedding by sqrt(width), so its rows start at unit norm
+        # Gemma multiplies embeddings by sqrt(width), so the rows of the embedding matrix start with a norm of about 1.
+        if parameter.dim() == 2:
             nn.init.normal_(parameter, std=config.hidden_size**-0.5)
         if "post_" in name:  # so that each of the 52 sublayers adds 0.3 of the embedding's norm
             nn.init.constant_(parameter, -0.7)

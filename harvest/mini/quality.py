@@ -5,8 +5,8 @@
 2. For at least 20 letters, the model answers over 90% of new ten-shot spelling prompts correctly (for words that it was
    trained to spell).
 3. A linear probe on the residual stream after block 12, at the word's token, predicts the first letter of words that
-   the probe was not trained on with an F1 above 0.6, for at least 20 letters (mean of five splits; letters with ten
-   words or more; " cat", "cat" and "Cat" are always in the same split).
+   it was not trained on: its F1 is above 0.6 for at least 20 letters (mean of five splits; letters with ten words or
+   more; " cat", "cat" and "Cat" are always in the same split).
 """
 
 import argparse
@@ -50,7 +50,10 @@ def tokenize_documents(tokenizer: Any, *, held_out: bool) -> list[list[int]]:
 
 @torch.no_grad()
 def cross_entropies(model: LanguageModel, tokenizer: Any, contexts: int) -> tuple[float, float, int]:
-    """Held-out nats per token of the model and of the training split's unigrams, and the number of held-out tokens."""
+    """Cross-entropies on held-out text, in nats per token, and the number of held-out tokens.
+
+    The first cross-entropy is the model's; the second is that of the training split's unigram distribution.
+    """
     train = torch.tensor([t for ids in tokenize_documents(tokenizer, held_out=False) for t in ids])
     held_out = tokenize_documents(tokenizer, held_out=True)
     counts = torch.bincount(train, minlength=len(tokenizer)) + 1.0

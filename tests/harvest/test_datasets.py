@@ -225,7 +225,7 @@ def test_more_than_a_hundredth_of_unreadable_rows_is_refused(
     if refused_at is None:
         assert len(cut_up(text).length) == count - len(bad)
         return
-    sentence = f" of the first {refused_at} rows of a cannot be read, so it is probably the wrong file or column .first"
+    sentence = f" of the first {refused_at} rows of a cannot be read, so this is probably the wrong file or column"
     with pytest.raises(UsageError, match=sentence):
         cut_up(text)
 
@@ -370,7 +370,7 @@ def test_docstrings_are_found_in_the_order_of_ast_walk() -> None:
 
 def test_a_file_has_no_subset(tmp_path: Path, tokenizer: Any) -> None:
     for name in (str(write_lines(tmp_path / "a.jsonl", [{"text": "a"}])), EMBEDDED_TEXT):
-        with pytest.raises(UsageError, match="--subset selects a configuration of a dataset, and .* has none"):
+        with pytest.raises(UsageError, match="--subset selects a configuration of a dataset, but .* has none"):
             open_text(name, tokenizer=tokenizer, revision=None, subset="en", split="train", column="text", seed=0)
 
 

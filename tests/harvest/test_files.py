@@ -260,5 +260,5 @@ def test_a_saved_dataset_lists_its_files(tmp_path: Path) -> None:
     (tmp_path / "dataset_info.json").write_text("{}")
     (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "../../b.arrow"}]}))
     assert list_files(tmp_path, None, "train", print) == [tmp_path / "b.arrow"]
-    with pytest.raises(UsageError, match="--subset selects a configuration, and .*, a saved dataset, has none"):
+    with pytest.raises(UsageError, match="--subset selects a configuration, but .*, a saved dataset, has none"):
         list_files(tmp_path, "en", "train", print)

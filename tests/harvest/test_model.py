@@ -366,7 +366,7 @@ def test_a_folder_without_a_model_raises_a_clear_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "what"), [("t5", "an encoder and a decoder"), ("bart", "an encoder and a decoder")])
 def test_a_model_with_an_encoder_is_rejected(kind: str, what: str) -> None:
-    with pytest.raises(UsageError, match=f"some is a {kind} model, which has {what}. Supported are causal"):
+    with pytest.raises(UsageError, match=f"some is a {kind} model, which has {what}. Only causal"):
         check_layers(CONFIG_MAPPING[kind](), [0], "some")
 
 

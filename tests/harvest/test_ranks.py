@@ -165,9 +165,8 @@ def test_ranks_without_a_common_folder_are_refused(options: dict, tmp_path: Path
     both = [options | {"out": tmp_path / name} for name in ("disk0", "disk1")]
     ended = [process.end() for process in start_ranks(both, tmp_path)]
     assert [one["windows"] for one in ended] == [[], []]
-    assert (
-        "does not see what" in ended[1]["error"] and "give --out on a disk that all of them share" in ended[1]["error"]
-    )
+    assert "does not see what" in ended[1]["error"]
+    assert "set --out to a folder on a disk that all of them share" in ended[1]["error"]
     assert ended[0]["error"] == ended[1]["error"]
 
 
