@@ -157,7 +157,7 @@ class Splicer:
 
     @contextlib.contextmanager
     def noting_outputs(self) -> Iterator[None]:
-        """Record how many values each block returns besides the residual stream; `starting_after` returns as many."""
+        """Record how many values each block returns besides the residual stream, for `starting_after` to imitate."""
 
         def note(index: int) -> Callable[..., None]:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:

@@ -52,8 +52,8 @@ def seal_requests(layout: Layout, arrays: int) -> int:
 def working_bytes(layout: Layout, bytes_per_token: int, processes: int) -> int:
     """The maximum size of the working folder in bytes.
 
-    Besides the tokens, the folder contains either one window, with its largest rows, of each process on this machine;
-    or the data from which the statistics of an array are computed.
+    Besides the tokens, the folder contains either the windows that processes on this machine are computing (one each,
+    with its largest rows), or the data from which the statistics of an array are computed.
     """
     windows = processes * min(layout.window_rows, layout.rows) * bytes_per_token * (1 + MOST)
     return math.ceil(TOKEN_BYTES * layout.rows + max(windows, SIDE_BYTES * layout.rows))
