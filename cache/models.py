@@ -22,7 +22,7 @@ from .model_files import deciding_files
 
 ModelRecord = Mapping[str, Any]
 
-DIGEST_LENGTH = 64  # hexadecimal digits of a sha256; a commit of the Hub has 40
+DIGEST_LENGTH = 64  # hexadecimal digits of a sha256; a commit on the Hub has 40
 SHORT_DIGEST = 8
 REMEMBERED_BYTES = 64 << 20  # digests of fewer bytes are not remembered: they take a few hundredths of a second
 SETTLED_NS = 1_000_000_000  # a file changed within the last second could change again with the same time stamp
@@ -50,7 +50,7 @@ def name_without_digest(record: ModelRecord) -> str:
 
 
 def is_digest(revision: object) -> bool:
-    """Whether a revision is the digest of a folder's files, not a commit of the Hub."""
+    """Whether a revision is the digest of a folder's files, not a commit on the Hub."""
     return isinstance(revision, str) and len(revision) == DIGEST_LENGTH
 
 

@@ -62,7 +62,7 @@ class ChunkReading:
         uses: the steps in a range that read each chunk, in the form of `BatchOrder.uses`.
         steps: the steps that will be read, up to ENDLESS.
         per_epoch: the number of steps after which the same chunks are read again.
-        key: equal for readings of the same steps.
+        key: two readings of the same steps have equal keys.
     """
 
     def __init__(
