@@ -9,8 +9,8 @@
     set = { k = 64, topk.k = 32 }
 
 The values in the file are checked like those of flags, and all mistakes in the file are reported together. Flags
-override the file, and `--set` overrides it option by option. This module imports only typer and `common.errors`,
-since `sae --help` imports it.
+override the file, and `--set` overrides it option by option. `sae --help` imports this module and must start quickly,
+so the module imports no third-party package except typer, and nothing from common/ except `errors`.
 """
 
 import functools
@@ -50,7 +50,7 @@ Key = tuple[str, ...]  # the path of a key in a TOML file: ("train", "set", "k")
 
 
 class CommandWithOldNames(TyperCommand):
-    """A command whose renamed flags still work. The old names are not listed in --help."""
+    """A command that still accepts the old names of its renamed flags. The old names are not listed in --help."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, list(_current_names(args, RENAMED.get(command_of(ctx), {}))))

@@ -40,7 +40,7 @@ LOWER = (
 )
 
 RANK = int(os.environ.get("RANK", "0"))
-QUIET = RANK > 0  # every launched process except the first prints only problems
+QUIET = RANK > 0  # whether this process prints only problems; false for the first of the launched processes
 
 
 def echo(text: str) -> None:
@@ -129,7 +129,8 @@ def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: di
         raise typer.Exit(2) from None
     except BrokenPipeError:
         raise
-    except OSError as error:  # mostly from the terminal or a pipe: file errors of this package are SaeErrors
+    except OSError as error:
+        # Most of these errors come from the terminal or a pipe, since this package raises SaeErrors for its files.
         if error.filename:
             echo_problem(f"error: {os_error(error, Path(error.filename))}")
         else:

@@ -1,4 +1,6 @@
-"""`sae export` and `sae import`: SAEs to and from the formats of other libraries, and the Hugging Face Hub."""
+"""`sae export` and `sae import`: convert SAEs to and from the formats of other libraries, and upload them to and
+download them from the Hugging Face Hub.
+"""
 
 import json
 import sys

@@ -205,7 +205,7 @@ def show_rows(plan: "EvaluatePlan", rows: "Sequence[EvalRow]", as_json: bool) ->
 
 
 def train_all(controls: "TrainPlan", *, table: bool) -> bool:
-    """Train the controls; returns whether all are trained. Prints why a control failed, and keeps the trained ones."""
+    """Train the controls; returns whether all are trained. If some fail, prints why, and keeps the trained controls."""
     import torch
 
     from ..common.errors import Interrupted, SaeError

@@ -1,5 +1,6 @@
 """Print the lines of a command. Escape sequences, which a malicious name may contain, are shown as text, so the
-terminal does not obey them. This module imports only typer, since `sae --help` imports it.
+terminal does not obey them. `sae --help` imports this module and must start quickly, so the only third-party package
+that the module imports is typer.
 """
 
 import contextlib

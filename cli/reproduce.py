@@ -77,9 +77,10 @@ def reproduce(
         ),
     ] = None,
 ) -> None:
-    """Train and evaluate a paper's systems and show each number it claims next to the one measured.
+    """Train and evaluate a paper's systems and show each number that the paper claims next to the measured one.
 
-    Anything that already exists is reused: run the same command again after an interruption, or with one more seed.
+    Anything that already exists is reused. To continue after an interruption, run the same command again; to add a
+    seed, run it with one more --seed.
     """
     from ..common.process_group import current_process_group
     from ..workflows.reproduce import ReproduceConfig, Stages, plan_reproduction, run_reproduction

@@ -340,7 +340,7 @@ class Waits:
 def progress_note(metrics: Mapping[str, dict[str, float]], runs: "list[Run]", live: bool) -> str:
     """The metrics shown next to the bar: those of the only run, or the name and metrics of the first of several runs.
 
-    Empty for several runs if the bar is live: a table of all runs is then shown under the bar.
+    Returns "" if there are several runs and the bar is live, because a table of all runs is then shown under the bar.
     """
     if not metrics or (live and len(runs) > 1):
         return ""

@@ -141,7 +141,7 @@ def paper_title(recipe: "Recipe") -> str:
 
 
 def equations_of(recipe: "Recipe") -> list[str]:
-    """The first indented block of the paper's docstring: its equations."""
+    """The equations of the recipe's paper: the first indented block in the docstring that `paper_doc` returns."""
     lines = paper_doc(recipe).splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith("    ")), len(lines))
     end = next((i for i in range(start, len(lines)) if lines[i] and not lines[i].startswith("    ")), len(lines))

@@ -113,7 +113,7 @@ class CacheGroup(TypedDict):
 
 
 class CodecConfiguration(TypedDict):
-    """The settings that a reader of a codec's bytes needs; none for blosc, which stores its settings in the bytes."""
+    """The settings that are needed to decode a codec's output; blosc needs none, since its output contains them."""
 
     endian: NotRequired[Literal["little"]]
     chunk_shape: NotRequired[Annotated[list[Size], Meta(min_length=1, description="shape of a block in a shard")]]

@@ -103,7 +103,7 @@ class JudgeAnswers(TypedDict):
     """activations/evaluation/judge-<digest>.json
 
     The file in which earlier versions stored the answers that an autointerp judge gave before it stopped answering.
-    These answers are still used. New answers are lines of judge-<digest>.jsonl (docs/reference/metrics.md).
+    These answers are still used. New answers are stored in judge-<digest>.jsonl instead (docs/reference/metrics.md).
     """
 
     answers: Annotated[dict[str, str], Meta(description="digest of the question -> answer")]

@@ -38,8 +38,8 @@ def atomic_write(path: Path, *parts: bytes | memoryview) -> None:
 
 
 def atomic_create(path: Path, *parts: bytes | memoryview) -> bool:
-    """Write like `atomic_write` unless `path` exists; returns whether this call created it. Of concurrent calls, only
-    one creates the file.
+    """Write like `atomic_write`, but only if `path` does not exist yet. Returns whether this call created the file. Of
+    concurrent calls, only one creates it.
 
     On a file system without hard links, such as exFAT, two calls in the same instant can both return True.
     """
@@ -104,9 +104,9 @@ def temporary_path(path: Path) -> Path:
 
 
 def temporary_process(path: Path) -> int | None:
-    """The id of the process that wrote a temporary file; also parses the earlier form `<name>.tmp-<process id>`.
+    """The id of the process that wrote the temporary file `path`; None if `path` is not a temporary file.
 
-    None for any other file.
+    Names of the earlier form `<name>.tmp-<process id>` are recognized too.
     """
     match = TEMPORARY.fullmatch(path.suffix)
     return int(match[1]) if match else None
@@ -133,8 +133,8 @@ def os_error(error: OSError, path: Path | str, verb: str = "write") -> Unavailab
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raise UnavailableError if reading `path` raises OSError. The file itself may be intact, for example when too many
-    files are open.
+    """Raise UnavailableError if reading `path` raises OSError. This error does not mean that the file is damaged: it is
+    also raised if, for example, too many files are open.
     """
     try:
         yield
@@ -223,9 +223,9 @@ def read_file(path: Path, remedy: str = DELETE_HINT) -> bytes:
 
 
 def parse_json(data: bytes | str, source: Path | str, remedy: str = DELETE_HINT) -> Any:
-    """Parse JSON. `source` says in the error message where `data` comes from.
+    """Parse JSON. The error message names `source` as the place that `data` comes from.
 
-    Raises DamagedError with the remedy if `data` is not UTF-8, not JSON, nested too deeply, or has an integer of
+    Raises DamagedError with the remedy if `data` is not UTF-8 or not JSON, is nested too deeply, or has an integer of
     thousands of digits.
     """
     try:
@@ -238,10 +238,10 @@ def parse_json(data: bytes | str, source: Path | str, remedy: str = DELETE_HINT)
 
 
 def parse_toml(data: bytes | str, source: Path | str) -> dict[str, Any]:
-    """Parse TOML that a user gave. `source` says in the error message where `data` comes from.
+    """Parse TOML that a user gave. The error message names `source` as the place that `data` comes from.
 
-    Raises UsageError if `data` is not UTF-8, not TOML, nested too deeply, has an integer of thousands of digits, or is
-    so long that parsing it would take more than a few seconds.
+    Raises UsageError if `data` is not UTF-8 or not TOML, is nested too deeply, has an integer of thousands of digits,
+    or would take more than a few seconds to parse.
     """
     if len(data) > MAX_TOML:
         raise UsageError(f"{source} is too long: expected at most {MAX_TOML:,} bytes of TOML.")

@@ -92,9 +92,8 @@ class Heartbeat:
             ) from error
 
     def _find_dead(self, rank: int) -> str:
-        """A sentence if a process that `meet` waits for did not start in time, has ended or was silent for too long.
-
-        Returns "" if the process may still arrive.
+        """Check on process `rank`, which `meet` waits for. Returns "" if it may still arrive, or a sentence that says
+        that it did not start in time, has ended or was silent for too long.
         """
         now, name = time.monotonic(), f"sae/name/{rank}"
         if not self.store.check([name]):

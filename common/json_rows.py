@@ -43,7 +43,11 @@ class JsonRows:
             self.decoder = msgspec.json.Decoder(msgspec.defstruct("Columns", fields, rename=names))
 
     def read(self, skip: int = 0) -> Iterator[ReadRow]:
-        """The rows after the first `skip`. Raises the errors of a damaged file, and ValueError for a broken array."""
+        """Yield the rows that remain after skipping the first `skip` rows.
+
+        If the file is damaged, the error that occurs while reading it is raised, such as EOFError. If the file is a
+        malformed array, ValueError is raised.
+        """
         with open_binary(self.file) as stream:
             lines = self._lines(stream)
             first = next(lines, None)
@@ -85,7 +89,7 @@ class JsonRows:
         return dict(zip(self.columns, msgspec.structs.astuple(row), strict=True)), ""
 
     def _decode_leniently(self, line: bytes) -> tuple[dict[str, Any] | None, str]:
-        """`decode` with Python's parser, which accepts NaN, numbers of any size, and tabs in strings."""
+        """Like `decode`, but uses Python's parser, which accepts NaN, numbers of any size, and tabs in strings."""
         try:
             row = json.loads(line.rstrip().decode(), strict=False)
         except UnicodeDecodeError as error:

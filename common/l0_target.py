@@ -1,6 +1,6 @@
 """The sentence about an SAE whose L0 misses its target, shown after training and wherever the L0 is measured."""
 
-MISSED_BY = 0.1  # as a share of the target: an L0 that differs from its target by more misses it
+MISSED_BY = 0.1  # an L0 misses its target if it differs from the target by more than this share of the target
 
 
 def missed_l0(name: str, l0: float | None, target: float | None, *, held_out: bool = False) -> list[str]:

@@ -33,8 +33,8 @@ def writer_lock(folder: Path, command: str, say: Callable[[str], None] = lambda 
 
     `command` is shown in the error of any other process that needs the lock in the meantime.
 
-    If the previous holder has died, `say` is called with a message. On entry the temporary files of dead writers are
-    deleted: check first that the folder belongs to this package.
+    If the previous holder has died, `say` is called with a message. On entry, the temporary files of dead writers are
+    deleted, so check that the folder belongs to this package before you take the lock.
 
     Raises UnavailableError if another process holds the lock (the message names it), if the folder is not writable, or
     if its file system does not support locks. Raises UsageError if a file is in the way.
@@ -55,8 +55,8 @@ def writer_lock(folder: Path, command: str, say: Callable[[str], None] = lambda 
 
 @contextlib.contextmanager
 def shared_lock(folder: Path, command: str) -> Iterator[None]:
-    """Hold a shared lock on `folder`, which is created if needed. Several callers of this function can hold it at
-    once, and while one of them does, nobody can hold `writer_lock`.
+    """Hold a shared lock on `folder`, which is created if needed. Several processes can hold this lock at once. As long
+    as any process holds it, none can hold `writer_lock`.
 
     The last process to leave deletes the temporary files of dead writers. A process is the last if it can get an
     exclusive lock on a second file, `.lock.shared`. A process that arrives meanwhile waits for this lock. If the file
@@ -269,8 +269,8 @@ def release(descriptor: int) -> None:
 
 @contextlib.contextmanager
 def locking(folder: Path, *, without: bool = False) -> Iterator[None]:
-    """Explain in an error why a folder cannot be locked. If `without` is set, a file system that does not support locks
-    is not an error.
+    """Raise an error that explains why `folder` cannot be locked. If `without` is set, no error is raised if the file
+    system does not support locks.
     """
     try:
         yield

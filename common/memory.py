@@ -74,7 +74,8 @@ def control_groups() -> Iterator[tuple[Path, bool]]:
                 continue
             root = CGROUPS / "memory" if controllers else CGROUPS
             folder = root / path.strip("/")
-            # In a container the path can be the host's path, of which only the root is visible.
+            # In a container, `path` may be the path on the host. Then `folder` does not exist: the container sees only
+            # the root of the hierarchy.
             for place in [folder, *folder.parents] if folder.is_dir() else [root]:
                 yield place, not controllers
                 if place == root:

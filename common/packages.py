@@ -35,8 +35,8 @@ def installed_version(name: str) -> str | None:
 def outdated_packages() -> list[str]:
     """One sentence for each dependency whose installed version is below the lowest that this package supports.
 
-    Installing this package with pip upgrades its outdated dependencies. Installing another package later can downgrade
-    them again; pip then only prints a warning.
+    When pip installs this package, it also upgrades outdated dependencies. But if another package is installed later,
+    pip may replace a dependency by a version that is too old, and only prints a warning.
     """
     try:
         declared = metadata.requires(PACKAGE) or []
@@ -65,8 +65,8 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def import_extra(extra: str, what: str, module: str | None = None) -> ModuleType:
-    """Import and return the package that an optional `extra` installs, or `module`, a module that needs this package.
-    The error names `what`, the option that needs the package.
+    """Import and return the package that the optional extra `extra` installs. If `module` is given, return this module,
+    which needs the package, instead. `what` is the option that needs the package; the error names it.
 
     Raises UnavailableError, which names the extra, if the package is not installed or cannot be imported.
     """

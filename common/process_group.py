@@ -98,7 +98,11 @@ def processes_on_this_machine() -> int:
 
 
 def with_launcher(command: str) -> str:
-    """The command with this process's launcher added: torchrun before the command, or a note in words after it."""
+    """The command line that starts `command` in as many processes as now: with torchrun in front, if torchrun launched
+    the processes and all run on this machine; otherwise with a note in words at the end.
+
+    If there is only one process, `command` itself.
+    """
     count = rank_and_count()[1]
     if count == 1:
         return command
@@ -147,7 +151,7 @@ def join() -> Heartbeat:
     heartbeat.meet()
     prefix = torch.distributed.PrefixStore("sae/gloo", store)
     torch.distributed.init_process_group("gloo", store=prefix, rank=rank, world_size=count, timeout=TIMEOUT)
-    PartialState(cpu=True, backend="gloo")  # tells accelerate, which other code may use, about the group
+    PartialState(cpu=True, backend="gloo")  # makes the group known to accelerate, because other code may use accelerate
     return heartbeat
 
 

@@ -66,11 +66,13 @@ class RecordKind(Generic[Content]):
         return self.parse_unwarned(read_file(path, self.remedy), path)
 
     def parse(self, data: bytes, source: Path | str) -> Content:
-        """The content of a record with these bytes, which come from `source`. Raises like `read`."""
+        """Parse the bytes of a record and return its content. `source` is where the bytes come from, for errors. Raises
+        like `read`.
+        """
         return self.parse_unwarned(data, source)[0]
 
     def parse_unwarned(self, data: bytes, source: Path | str) -> tuple[Content, bool]:
-        """The content of a record with these bytes, and whether it has a digest. Raises like `read`."""
+        """Parse the bytes of a record and return its content, and whether it has a digest. Raises like `read`."""
         content = parse_json(data, source, self.remedy)
         recorded = self._remove_digest(content)
         try:

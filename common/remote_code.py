@@ -1,8 +1,9 @@
 """Load models, tokenizers and datasets with transformers and datasets, without ever running code that they contain.
 
 A folder or a repository can name its own Python code (`auto_map`). transformers runs this code if trust_remote_code is
-True, and asks on the terminal if trust_remote_code is not set. Every loading call of this package goes through this
-file, which sets trust_remote_code to False and also keeps transformers from asking when it loads something itself.
+True, and asks on the terminal if trust_remote_code is not set. Every call in this package that loads a model, tokenizer
+or dataset goes through this file, which sets trust_remote_code to False. Where transformers loads a part without
+passing this setting on, transformers raises an error instead of asking.
 tests/test_remote_code.py searches the source code for calls that bypass this file.
 """
 
@@ -13,23 +14,28 @@ from typing import Any
 
 
 def from_pretrained(kind: Any, location: str | os.PathLike[str], **options: Any) -> Any:
-    """`kind.from_pretrained(location, ...)` for a class of transformers. Raises ValueError if `location` needs its own
-    code.
+    """Return `kind.from_pretrained(location, ...)`, where `kind` is a class from the transformers library.
+
+    Raises ValueError if the content of `location` can be loaded only by running code from `location`.
     """
     with never_asking():
         return kind.from_pretrained(location, trust_remote_code=False, **options)
 
 
 def from_config(kind: Any, config: Any, **options: Any) -> Any:
-    """`kind.from_config(config, ...)` for an Auto class of transformers. Raises ValueError if `config` needs its own
-    code.
+    """Return `kind.from_config(config, ...)`, where `kind` is an Auto class from the transformers library.
+
+    Raises ValueError if the model can be created only by running code from the repository that `config` comes from.
     """
     with never_asking():
         return kind.from_config(config, trust_remote_code=False, **options)
 
 
 def load_dataset(path: str, **options: Any) -> Any:
-    """`datasets.load_dataset(path, ...)`. Raises RuntimeError if the dataset needs its own code."""
+    """Return `datasets.load_dataset(path, ...)`.
+
+    Raises RuntimeError if the dataset can be loaded only by running code from its repository.
+    """
     import datasets
 
     return datasets.load_dataset(path, trust_remote_code=False, **options)

@@ -1,4 +1,4 @@
-"""The schema of every record of a run, one for each of its JSON files. The schemas of an evaluation are in
+"""The schemas of a run's records: one schema for each of the run's JSON files. The schemas of an evaluation are in
 evaluation_schemas.py, the schemas of a cache in cache_schemas.py.
 
 Field names are the names on disk. A `NotRequired` field is absent if it does not apply, and may be absent if an earlier
@@ -245,8 +245,8 @@ RUN_RECORD = RecordKind(
     "that file; an unfinished run has to be deleted and started again.",
 )
 
-# Entries of run.json and of its `resolved` that some older runs lack. Each value here describes the earlier behavior: a
-# run without the entry equals a run with this value.
+# Entries that some older runs lack, either in run.json or in its object `resolved`. Each value here describes the
+# earlier behavior: a run without the entry equals a run with this value.
 LATER_ENTRIES: Mapping[str, Any] = {
     "weight_decay_on": "encoder",
     "weight_decay_form": "decoupled",

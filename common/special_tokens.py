@@ -82,7 +82,7 @@ def added_bos_id(tokenizer: Any) -> int | None:
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """{text: id} of the special tokens: those that are matched in a text as a whole and skipped when decoding."""
+    """{text: id} of the special tokens. Each of them is matched in a text as one unit, and skipped when decoding."""
     added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
@@ -101,7 +101,10 @@ def turn_markers(tokenizer: Any) -> set[str]:
 
 
 def find_token(tokenizer: Any, token: str, flag: str) -> int:
-    """The id of a token that is given as text or as a decimal id. Raises UsageError if the vocabulary lacks it."""
+    """The id of the token that `token` specifies, which is the token's text or its id in decimal digits.
+
+    Raises UsageError if the vocabulary lacks the token.
+    """
     vocabulary = tokenizer.get_vocab()
     if token in vocabulary:
         return vocabulary[token]

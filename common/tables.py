@@ -41,9 +41,10 @@ class Row(NamedTuple):
 
 
 def read_rows(files: Sequence[Path], columns: Sequence[str], position: tuple[int, int] = (0, 0)) -> Iterator[Row]:
-    """The rows of files of one format, in order, starting at a position.
+    """Yield the rows of `files`, which all have the same format, in order. They begin at `position`: the index of a
+    file and the number of rows to skip in it.
 
-    Raises UsageError for a file that cannot be read completely.
+    Raises UsageError if a file cannot be read completely.
     """
     first, start = position
     for number, file in enumerate(files):
@@ -62,7 +63,7 @@ def find_columns(files: Sequence[Path], wanted: Sequence[str]) -> list[str]:
     JSON rows can lack columns. So the rows are searched until all wanted columns have been found: at most the first
     SEARCHED_BYTES of each file.
 
-    Raises UsageError for a file that cannot be read, or if none of the first rows can be read.
+    Raises UsageError if a file cannot be read, or if there are rows but none of those searched can be decoded.
     """
     if file_format(files[0]) != "json":
         return list(explain_errors(files[0], lambda: iter(schema_of(files[0]).names)))
@@ -155,7 +156,10 @@ def open_arrow(stream: Any, fields: list[int] | None = None) -> tuple[Any, Itera
 
 
 def batch_rows(schema: Any, batches: Iterator[Any], columns: Sequence[str], row: int, skip: int) -> Iterator[ReadRow]:
-    """The rows of record batches from row number `skip` on; `row` is the number of their first row."""
+    """Yield the rows of `batches`, from row number `skip` to the end.
+
+    `row` is the number of the first row of the first batch.
+    """
     decoders = {name: column_decoder(schema, name) for name in columns}
     for batch in batches:
         before, row = row, row + batch.num_rows

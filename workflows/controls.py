@@ -151,7 +151,7 @@ def control_config(wanted: Wanted, device: str) -> TrainConfig:
 def training_caches(folder: Path) -> list[str | Path] | None:
     """The paths or addresses of the caches that a run was trained on; None if one of these caches is missing.
 
-    If there is only one cache, it is also searched for in activations/.
+    If the run was trained on only one cache, and it was moved, it is also found in activations/.
     """
     record, origin = read_run_record(folder), read_sae_record(folder).get("origin", {})
     assert record is not None  # a run that has conditions also has a record
@@ -190,8 +190,8 @@ def train_controls(
         progress: callbacks; None is silent.
 
     Returns:
-        The controls. For each distinct combination of conditions and base (topk or batchtopk) these are three:
-        `frozen-decoder`, `soft-frozen-decoder` and `frozen-encoder`.
+        The controls: one `frozen-decoder`, one `soft-frozen-decoder` and one `frozen-encoder` for each distinct
+        combination of conditions and base (topk or batchtopk).
 
     Raises:
         UsageError: none of the runs can have controls.

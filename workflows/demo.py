@@ -23,7 +23,8 @@ def harvest_config(tokens: int | None = None) -> HarvestConfig:
 def train_config(cache: Path, steps: int) -> TrainConfig:
     """Four recipes on layer 12.
 
-    At the paper's 0.1 % of pairs, `decorrelation` does not lower the mean correlation here (numbers: docs/lab/log.md).
+    `decorrelation` penalizes more pairs of latents than in the paper: if it penalizes the paper's 0.1 % of pairs, it
+    does not lower the mean correlation here (numbers: docs/lab/log.md).
     """
     return TrainConfig(
         variants=("relu", "topk", "batchtopk", "decorrelation"),

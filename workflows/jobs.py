@@ -64,7 +64,7 @@ class Job:
 
 
 def jobs_of(paper: Paper, config: ReproduceConfig, on_paper_model: bool) -> list[Job]:
-    """The jobs of a paper: each recipe of each system, in the chosen reading."""
+    """The jobs of a paper: one for each recipe of each system, with the options of the chosen `Reading`."""
     reading = find_reading(paper, on_paper_model, config.reading)
     paper_batches = paper.reproduction.batch_size if reading.is_papers or on_paper_model else None
     main = paper.systems["full" if "full" in paper.systems else next(iter(paper.systems))]
@@ -88,7 +88,11 @@ def jobs_of(paper: Paper, config: ReproduceConfig, on_paper_model: bool) -> list
 
 
 def scale_width(system: str, main: str, width: str | None) -> str | None:
-    """A system's width, in proportion to the width given for the paper's main system; None: the recipe's default."""
+    """The width to train a system with, as in --width; None: the recipe's default.
+
+    `system` and `main` are the `PaperSystem.width` of this system and of the paper's main system. `width` is the width
+    that the user chose for the main system; a system that is twice as wide as the main system gets twice this width.
+    """
     if width is None or system == main:
         return width or system or None
     number, unit = (width[:-1], width[-1]) if width[-1:].isalpha() else (width, "")
@@ -115,7 +119,9 @@ def to_set_value(value: Any) -> str:
 
 
 def group_by_pass(jobs: Iterable[Job]) -> list[list[Job]]:
-    """Group jobs that can share a pass: they differ only in recipe and options, and a recipe has one set of options."""
+    """Group the jobs that can be trained in one pass. All jobs of a group have the same `pass_key`, and those with the
+    same recipe also have the same options.
+    """
     groups: list[list[Job]] = []
     for job in jobs:
         for group in groups:
@@ -134,7 +140,7 @@ def options_by_recipe(jobs: Iterable[Job]) -> dict[str, tuple[str, ...]]:
 
 
 def train_config(jobs: Sequence[Job], source: Path | PlannedCache, config: ReproduceConfig) -> TrainConfig:
-    """The configuration for training `jobs` in one pass on the cache `source`, which may not be harvested yet."""
+    """The configuration for training `jobs` in one pass on the cache `source`, which may still have to be harvested."""
     first, recipes = jobs[0], options_by_recipe(jobs)
     return TrainConfig(
         variants=list(recipes),

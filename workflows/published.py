@@ -31,7 +31,9 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PublishedConfig:
-    """How to import SAEs that are not run folders yet. None means the value from the files."""
+    """How to import published SAEs, which are not run folders yet. None for `model` or `layer` means the value from the
+    SAE's files.
+    """
 
     model: str | None = None
     layer: int | None = None
@@ -65,7 +67,8 @@ def find_or_import(
 ) -> RunFolders:
     """The run folder for each argument: the folder itself, or the run imported from it now or earlier.
 
-    Arguments that cannot be imported are put into `RunFolders.refused`; the others are still processed.
+    If there is no run folder for an argument and none can be made, the argument and its error are put into
+    `RunFolders.refused`. The other arguments are still processed.
 
     Args:
         texts: run folders, hf://owner/repo[@revision]/folder, or folders of another library's files.

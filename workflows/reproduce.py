@@ -40,7 +40,9 @@ ALL = "all"  # means every paper
 
 
 def default_suite(papers: Sequence[Paper]) -> str:
-    """The suite for models that the papers do not use: `quick`, plus stand-ins for other metrics in their claims."""
+    """The suite for models that the papers do not use: the metrics of `quick`, and for each metric in the papers'
+    claims its stand-in `<metric>_stdlib`, if there is one.
+    """
     claimed = {claim.metric.split(".")[0] for paper in papers for claim in paper.claims}
     stand_ins = [name for name in METRICS if name.endswith("_stdlib") and name.removesuffix("_stdlib") in claimed]
     more = [name for name in stand_ins if name not in SUITES["quick"]]
@@ -71,7 +73,7 @@ class ReproducePlan:
 
     @cached_property
     def train_plans(self) -> list[TrainPlan]:
-        """For each pass, its training plan, on the existing or the planned cache."""
+        """The training plan of each pass. It uses the existing cache or, if there is none yet, the planned one."""
         configs = [train_config(jobs, self.source_of(jobs), self.config) for jobs in self.passes]
         return [plan_training(config, self.harvest_bytes) for config in configs]
 
@@ -128,7 +130,7 @@ def describe_notes(runs: Iterable[Run]) -> list[str]:
     for run in runs:
         for note in run.notes:
             recipe, _, sentence = note.partition(": ")
-            if not sentence.startswith("--paper-exact"):  # set by the reading of the paper, not given by the user
+            if not sentence.startswith("--paper-exact"):  # set by the chosen `Reading`, not by the user
                 recipes.setdefault(sentence, []).append(recipe)
     return [
         f"note     {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {sentence}"
@@ -174,7 +176,9 @@ def is_paper_model(config: ReproduceConfig, papers: Iterable[Paper]) -> bool:
 def sources_of(
     jobs: Sequence[Job], config: ReproduceConfig, say: Callable[[str], None]
 ) -> dict[str | None, Cache | HarvestPlan]:
-    """For each dataset, the given cache, or the plan of a harvest that is long enough for the longest job."""
+    """{dataset: cache}, if the configuration names a cache. Otherwise {dataset: plan of a harvest}, where the harvest
+    is long enough for the longest job.
+    """
     if config.cache is not None:
         cache = Cache(config.cache)
         if not (given := GivenModel(config.model)).is_model_of(cache.identity["model"]):
@@ -194,7 +198,7 @@ def sources_of(
 
 
 def check_reading(name: str | None, papers: Sequence[Paper]) -> None:
-    """Raise UsageError if one of the papers has no reading of this name."""
+    """Raise UsageError if one of the papers has no `Reading` called `name`."""
     readings = {paper.number: [reading.name for reading in paper.readings] for paper in papers}
     without = [number for number, names in readings.items() if name is not None and name not in names]
     if not without:
@@ -205,7 +209,7 @@ def check_reading(name: str | None, papers: Sequence[Paper]) -> None:
 
 
 def as_one_plan(plans: Sequence[TrainPlan]) -> TrainPlan:
-    """The runs of several plans as one plan, so that they can be distributed over several processes together."""
+    """Merge the plans into one, so that all their runs can be distributed over the launched processes in one step."""
     runs: dict[Any, Run] = {}
     for run in (run for plan in plans for run in plan.runs):
         # Before the harvest, names of run folders contain no digest, so runs with different options can share a name.
@@ -239,7 +243,8 @@ def page_name(paper: Paper, reading: Reading, on_paper_model: bool) -> str:
 
 
 def run_reproduction(plan: ReproducePlan, stages: Stages) -> Reproduction:
-    """Harvest, train, evaluate each paper's runs with its own metric definitions, and write <out>/<paper>.html.
+    """Harvest, train and evaluate, and write <out>/<paper>.html for each paper. The runs of a paper are evaluated with
+    the metric definitions of that paper.
 
     Several launched processes share each stage, and the first writes the pages.
     """
@@ -281,6 +286,7 @@ def run_reproduction(plan: ReproducePlan, stages: Stages) -> Reproduction:
         write_page(page, reproduction_page(report, model_name(plan)))
         stages.report(report, page)
         result.reports.append(report)
-    # The others wait until the first has written the last page: a launcher stops all processes as soon as one fails.
+    # The other processes wait here until the first has written the last page. If one of them ended earlier with an exit
+    # code other than 0, the launcher would stop the first before the page is written.
     group.barrier()
     return result
