@@ -46,9 +46,10 @@ class AgainstLine:
     """The comparison of one number between a system and the base.
 
     Attributes:
-        values: the number of the system and of the base, each a mean over seeds.
+        values: the system's value of the number and the base's value, each a mean over seeds.
         l0: the L0 of the system and of the base, if both were measured.
-        l0_shift: the change in the number that the slope predicts from the two L0 values alone; None without a slope.
+        l0_shift: the difference that the two L0 values alone would explain, according to the slope; None without a
+            slope.
         is_control: whether the system is a control: an SAE in which one part kept its random initial weights.
         l0_matters: whether `l0_shift` is large enough to be detected, or is at least half of the difference; without a
             slope, whether the two L0 values differ by over 10 %.
@@ -298,8 +299,8 @@ def base_notes(base: ComparedSystem) -> list[str]:
 
 
 def unit_notes(lines: Sequence[AgainstLine]) -> list[str]:
-    """Notes about what these comparisons cannot show because of what was paired in them: seeds, or units of the text
-    such as documents."""
+    """Notes on the limits of these comparisons. The limits depend on what was paired: seeds, or units of the text such
+    as documents."""
     units = {line.pairing.differences.unit for line in lines if line.pairing.differences is not None}
     notes = []
     if by_text := sorted(units - {SEED}):

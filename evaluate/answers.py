@@ -116,7 +116,7 @@ def lines_against(run: ComparedRun, other: ComparedRun, numbers: Sequence[Number
 
 
 def control_lines(near: RunsBeside) -> list[AgainstLine]:
-    """For each summary number, the run compared with the control that is best in that number."""
+    """For each summary number, a comparison of the run with the control that has the best value of this number."""
     controls, lines = controls_beside(near), []
     by_name = {one.name: one for one in (*near.references, *near.controls)}
     for metric, column in summary_columns():
@@ -126,15 +126,16 @@ def control_lines(near: RunsBeside) -> list[AgainstLine]:
 
 
 def controls_beside(near: RunsBeside) -> Systems:
-    """The run's controls, found among its references and the runs in its folder, each as a system."""
+    """The run's controls, each as a system of its own. They are looked up among the run's references and the runs
+    beside it."""
     return controls_of(
         alone(near.run).run_by_seed, {one.name: {one.name: one} for one in (*near.references, *near.controls)}
     )
 
 
 def frontier_lines(near: RunsBeside) -> list[AgainstLine]:
-    """For KL score and for EV, the run compared with the best other run whose L0 is no higher. The run's other seeds
-    are left out."""
+    """For KL score and for EV, a comparison of the run with the best of the other runs whose L0 is not above its own.
+    The run's other seeds are left out."""
     lines = []
     for number in FRONTIER_NUMBERS:
         if rival := best_rival(alone(near.run), map(alone, near.others), *number):
@@ -353,7 +354,8 @@ def interval_of(result: MetricResult, name: str) -> str:
 
 
 def with_untested(answer: Answer, run: ComparedRun, lines: Sequence[AgainstLine]) -> Answer:
-    """The answer. If a result of an earlier version could not be tested, a command that measures it again is added."""
+    """The answer. If a result of an earlier version could not be tested, the answer also gives a command that repeats
+    the measurement."""
     if not any("--force" in line.pairing.reason for line in lines):
         return answer
     suite = ",".join(dict.fromkeys(line.metric for line in lines))

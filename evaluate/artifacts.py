@@ -32,14 +32,14 @@ FORMAT = 1  # version of the cached artifacts, increased when the way any of the
 # Kinds that contain model activations, which take most of the space and are quick to recompute. Other kinds are small.
 ACTIVATIONS = ("text_pass", "held_out", "rows", "last_rows", "letters", "sample")
 LIMIT_VARIABLE = "SAE_EVALUATION_GB"
-STALE_SECONDS = 3600  # seconds since the last write after which a dead process's temporary file is removed
+STALE_SECONDS = 3600  # a dead process's temporary file is removed if nothing was written to it for this many seconds
 
 
 class ArtifactCache:
     """Tensors on disk, keyed by a digest of everything that they depend on.
 
-    A file that is truncated or does not match its checksum is computed again. Several processes can share a cache: each
-    writes to its own temporary file, and the last one to rename its file wins.
+    An artifact whose file is truncated or does not match its checksum is computed again. Several processes can share a
+    cache: each writes to its own temporary file, and the last one to rename its file wins.
 
     The ranks of one command (`shared`) compute each artifact once: the first rank to need it holds its lock, and the
     others wait and then read it. The operating system frees the lock of a process that dies. On a file system that does
@@ -94,8 +94,8 @@ class ArtifactCache:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """While this context manager is active, no process removes artifacts. On entry, it removes activations above
-        the limit if no other process uses the folder.
+        """While this context manager is active, no process removes artifacts. On entry, if no other process uses the
+        folder, it removes the least recently read activations until the rest take up at most `limit` bytes.
 
         All processes that use the folder share one operating-system lock. On a file system that does not support locks,
         nothing is removed.
@@ -221,8 +221,8 @@ def kept_limit() -> float:
 def remove_stale_temporaries(folder: Path) -> int:
     """Remove temporary files of killed processes from a folder that has no lock. Returns how many were removed.
 
-    Recent files stay, because a process on another machine may be writing them; on this machine, such a process looks
-    like a dead one.
+    Recent files stay, because a process on another machine may be writing them, and from this machine such a process
+    cannot be told from a dead one.
     """
     removed = 0
     for path in folder.glob("**/*.tmp-*"):

@@ -133,7 +133,7 @@ def axis_range(values: Sequence[float], log: bool) -> tuple[float, float]:
         factor = max((high / low) ** 0.06, 1.1)
         return low / factor, high * factor
     if max(abs(low), abs(high)) < MIN_VALUE:
-        return -0.06, 1.0  # all values are 0, so they are probably shares, which cannot be negative
+        return -0.06, 1.0  # all values are 0; they are probably shares, whose range is 0 to 1
     margin = 0.06 * (high - low) or 0.06 * abs(high)
     return low - margin, high + margin
 

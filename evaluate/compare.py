@@ -107,7 +107,7 @@ class Comparison:
         )
 
     def on_all_rows(self) -> "Comparison":
-        """The same comparison with SAEBench's numbers, which are computed over all rows, including outlier rows."""
+        """The same comparison, but with each number computed over all rows, including outlier rows, as in SAEBench."""
         systems, references = ([one.on_all_rows() for one in some] for some in (self.systems, self.references))
         return replace(self, systems=systems, references=references)
 
@@ -132,7 +132,7 @@ class Comparison:
 
 
 def summary_columns() -> list[tuple[str, MetricColumn]]:
-    """(metric name, column) of each number that tables of several runs show."""
+    """(metric name, column) of each number that appears in tables of several runs."""
     return [(metric, one) for metric, name in SUMMARY_COLUMNS for one in METRICS[metric].columns if one.name == name]
 
 
@@ -182,8 +182,8 @@ def name_references(found: Sequence[ComparedRun]) -> dict[str, dict[Any, Compare
 
 
 def mixed_seeds(run: ComparedRun, runs: Sequence[ComparedRun]) -> list[str]:
-    """A sentence for each metric whose result for this run was measured over other seeds than the result for another
-    run of the same system."""
+    """A sentence for each metric that was measured over one set of seeds for this run and over a different set for
+    another run of the same system."""
     notes = []
     for metric, settings in run.settings.items():
         if "seeds" not in settings or "seed" not in run.record:
@@ -291,8 +291,8 @@ def system_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def share_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """The headings, and a line for each pair of a system and a control: what share of each of the system's numbers the
-    control reaches. Numbers for which no share can be computed are left out."""
+    """The headings, and a line for each pair of a system and a control. For each of the system's numbers, the line
+    shows the share that the control reaches. Numbers for which no share can be computed are left out."""
     headings = ["system", "control", *(metric_heading(*number).partition(" ↑")[0] for number in comparison.columns)]
     return without_empty_columns(headings, share_cells(systems_and_references(comparison), comparison.columns))
 
@@ -356,7 +356,7 @@ def to_csv(comparison: Comparison) -> str:
 
 
 def records_as_csv(records: Sequence[Mapping[str, Any]]) -> str:
-    """Flat dictionaries as CSV. `escape_for_csv` turns values that a spreadsheet would read as formulas into plain
+    """Flat dictionaries as CSV. If a spreadsheet would read a value as a formula, `escape_for_csv` turns it into plain
     text."""
     text = io.StringIO()
     names = list(dict.fromkeys(name for record in records for name in record))

@@ -31,10 +31,10 @@ PUBLISHED = Path(__file__).parent / "published.toml"
 def frontiers(comparison: Comparison, numbers: Sequence[tuple[str, MetricColumn]] | None = None) -> list[Chart]:
     """One chart against L0 for each of `numbers` (default: each column of the comparison).
 
-    Each recipe is a series through its systems in order of L0; references are points. The axes cover the SAEs and the
-    PCA only: if they also covered the identity, whose L0 is d_in, nearly equal SAEs would be drawn in the same place.
-    Points far outside the axes are named in the chart's note. Charts with published results show SAEBench's numbers,
-    which include outlier rows, as the published results do; the note says so.
+    Each recipe is drawn as a line through its systems in order of L0, and each reference as a point. The axes cover the
+    SAEs and the PCA only: if they also covered the identity, whose L0 is d_in, nearly equal SAEs would be drawn in the
+    same place. Points far outside the axes are named in the chart's note. Charts with published results show SAEBench's
+    numbers, which include outlier rows, as the published results do; the note says so.
     """
     l0 = next(column for column in METRICS[L0[0]].columns if column.name == L0[1])
     systems = [*comparison.systems, *comparison.references]
@@ -76,7 +76,7 @@ def without_far_series(chart: Chart, names: Container[str]) -> Chart:
 
 
 def in_frame(frame: tuple[tuple[float, float], tuple[float, float]], l0: float, y: float) -> bool:
-    """Whether a point lies within the axes, or so near to them that including it extends them by at most a quarter."""
+    """Whether a point lies within the ranges of the axes, or outside a range by at most a quarter of its length."""
     (x_low, x_high), (y_low, y_high) = frame
     x_room, y_room = (x_high / x_low) ** 0.25, (y_high - y_low) / 4
     return x_low / x_room <= l0 <= x_high * x_room and y_low - y_room <= y <= y_high + y_room

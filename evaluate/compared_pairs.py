@@ -10,10 +10,10 @@ ALL_PAIRS = "all"
 
 
 def compared_pairs(record: Mapping[str, Any]) -> str | None:
-    """A description of the pairs that a run compared in a step; None if its recipe has no choice of pairs.
+    """A description of the pairs of latents that a run compared in a step; None if its recipe has no such choice.
 
-    A run without these options was trained by an earlier version, which had no choice of pairs. If the dictionary is so
-    small that a single block, or the table of pairs, contains all of its pairs, then all of them are compared.
+    A run without these options was trained by an earlier version, which did not offer this choice. If the dictionary is
+    so small that a single block, or the table of pairs, contains all of its pairs, then all of them are compared.
     """
     options, latents = LATER_ENTRIES | record.get("resolved", {}), record.get("d_sae", math.inf)
     if record.get("variant") == "decorrelation":

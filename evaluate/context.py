@@ -99,7 +99,7 @@ class EvalContext:
 
     @property
     def special_ids(self) -> list[int]:
-        """Token ids at which no metric is computed, at any position."""
+        """Ids of the tokens that metrics skip, whatever their position."""
         return list(self.context_format.skip_ids)
 
     def encode_texts(self, texts: Sequence[str], max_tokens: int | None = None) -> list[list[int]]:
@@ -131,8 +131,8 @@ class EvalContext:
 
     @property
     def prompt_settings(self) -> dict[str, Any]:
-        """Like `text_settings`, for prompts built from tokens: in earlier versions, these prompts began with BOS, or
-        with EOS if the tokenizer has no BOS."""
+        """Like `text_settings`, but for prompts built from tokens. In earlier versions, these prompts began with BOS,
+        or with EOS if the tokenizer has no BOS."""
         return self._format_settings(bos_or_eos_id(self.tokenizer))
 
     def _format_settings(self, earlier_bos: int | None) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class EvalContext:
     ) -> Iterator[ContextBatch]:
         """Yield at most `count` batches of `size` contexts of `text` (default: the held-out text).
 
-        The batches are on `device`. By default, this is the model's device; the model is then loaded to find it.
+        The batches are on `device`. By default, this is the model's device; finding it out loads the model.
 
         Each batch is as wide as its longest context.
         """

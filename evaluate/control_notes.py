@@ -1,8 +1,8 @@
 """Sentences that compare systems with their controls, with the verdicts and tests of docs/reference/statistics.md.
 
 The comparisons in these notes form a separate table: for each number that `sae compare` shows, it compares every system
-with whichever of its controls is best in that number. If a table that is printed also contains a test of this pair, the
-note repeats the verdict in that table.
+with the one of its controls that has the best value of that number. If a printed table also contains a test of this
+pair, the note repeats that table's verdict.
 """
 
 import statistics
@@ -25,7 +25,7 @@ OPPOSITE: Mapping[Verdict, Verdict] = {"better": "worse", "worse": "better"}
 
 
 class BesideControl(NamedTuple):
-    """The values that a system and its best control have in one number, and the verdict on their difference."""
+    """A system's value of one number, its best control's value of it, and the verdict on their difference."""
 
     system: str
     control: str
@@ -46,12 +46,12 @@ class BesideControl(NamedTuple):
 
 
 def control_notes(systems: Systems, columns: Columns, known: KnownVerdicts) -> dict[str, list[str]]:
-    """Label -> sentences for each system with controls. The sentences name the numbers in which the system equals a
+    """Label -> sentences for each system with controls. The sentences name the numbers for which the system equals a
     control or is not better than its best control, and the controls whose L0 differs from the system's.
 
     Args:
         systems: the systems and their controls, which are systems too.
-        columns: the numbers to compare; those without a better direction are left out.
+        columns: the numbers to compare; numbers for which neither direction is better are left out.
         known: the verdicts of a printed table; the notes repeat these verdicts.
     """
     found = compare_with_controls(systems, columns, known)
@@ -66,8 +66,8 @@ def control_notes(systems: Systems, columns: Columns, known: KnownVerdicts) -> d
 
 
 def compare_with_controls(systems: Systems, columns: Columns, known: KnownVerdicts) -> list[BesideControl]:
-    """For each number, compare every system with whichever of its controls is best in that number. The p-values of all
-    these tests are corrected together, as in one table."""
+    """For each number, compare every system with the one of its controls that has the best value of that number. The
+    p-values of all these tests are corrected together, as in one table."""
     pairs, tests = [], []
     for label, runs in systems.items():
         controls = controls_of(runs, systems)
@@ -85,7 +85,7 @@ def compare_with_controls(systems: Systems, columns: Columns, known: KnownVerdic
 def best_control(
     label: str, runs: RunBySeed, controls: Systems, metric: str, column: MetricColumn
 ) -> BesideControl | None:
-    """The control that is best in a number, by its mean over seeds; None if there is nothing to compare."""
+    """The control whose mean over seeds is best for one number; None if there is nothing to compare."""
     own = numbers(runs, metric, column)
     measured = {name: statistics.mean(n) for name, some in controls.items() if (n := numbers(some, metric, column))}
     if not column.better or column.category in NOT_OF_FEATURES or not own or not measured:
@@ -95,8 +95,8 @@ def best_control(
 
 
 def known_verdict(one: BesideControl, known: KnownVerdicts) -> Verdict | None:
-    """The verdict on the system against the control in a table that tests this pair, whichever of the two it lists
-    first; None if there is no such table."""
+    """The verdict on the system against the control, taken from a table that tests this pair in either order; None if
+    there is no such table."""
     if found := known.get((one.system, one.control, one.metric, one.column)):
         return found
     turned = known.get((one.control, one.system, one.metric, one.column))
@@ -104,7 +104,7 @@ def known_verdict(one: BesideControl, known: KnownVerdicts) -> Verdict | None:
 
 
 def describe_beside(found: Sequence[BesideControl]) -> str:
-    """One sentence that names the numbers in which a system is not better than its best control; "" if there are none.
+    """One sentence that names the numbers for which a system is not better than its best control; "" if there are none.
 
     A number that cannot be tested is named only if the control's value is better or equal.
     """

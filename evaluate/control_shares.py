@@ -61,8 +61,8 @@ def numbers(runs: RunBySeed, metric: str, column: MetricColumn) -> list[float]:
 
 
 def share_lines(systems: Systems, columns: Columns) -> list[list[str]]:
-    """A table line for each pair of a system and one of its controls: the share of each of the system's numbers that
-    the control reaches.
+    """A table line for each pair of a system and one of its controls. For each of the system's numbers, the line shows
+    the share that the control reaches.
 
     The first cell names the pair; each of the other cells belongs to one number in `columns`.
     """
@@ -72,8 +72,8 @@ def share_lines(systems: Systems, columns: Columns) -> list[list[str]]:
 
 
 def share_cells(systems: Systems, columns: Columns) -> list[list[str]]:
-    """For each system and each of its controls: their labels, and the share of each of the system's numbers that the
-    control reaches."""
+    """For each pair of a system and one of its controls: their labels and, for each of the system's numbers, the share
+    that the control reaches."""
     lines = []
     for label, runs in systems.items():
         for control, control_runs in controls_of(runs, systems).items():

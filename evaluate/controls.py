@@ -84,8 +84,8 @@ def conditions_digest(conditions: Mapping[str, Any] | None) -> str:
 def control_rows(group: EvalGroup, folders: Sequence[Path], outlines: bool = False) -> list[EvalRow]:
     """Reference rows for those trained controls in `folders` that belong to runs of the group.
 
-    The results of controls are stored with the results of the other references. If `outlines` is true, their weights
-    are not read.
+    The results of controls are stored with the results of the other references. If `outlines` is true, the weights of
+    the controls are not read.
 
     Raises UsageError for a folder that does not contain a trained control, and DamagedError for a damaged control.
     """
@@ -128,7 +128,7 @@ def control_conditions(folder: Path) -> dict[str, Any]:
 def control_row(
     group: EvalGroup, folder: Path, conditions: Mapping[str, Any], row_set: RowSet, outline: bool
 ) -> EvalRow:
-    """One trained control as a reference row at a hook."""
+    """The reference row for one trained control at one hook."""
     (hook, norm_limit), sae = row_set, outline_sae(folder) if outline else load_sae(folder, group.ctx.device)
     saved, base = read_sae_record(folder), base_of(read_run_record(folder))
     of_base = {} if base == BASES[0] else {"base": base}
@@ -148,8 +148,8 @@ def control_row(
 
 
 def distinct_names(names: Sequence[str], conditions: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Distinct names of controls. If controls have the same recipe and L0, their names also contain the width or a
-    digest."""
+    """Distinct names of controls. If several controls have the same recipe and L0, their names also contain the width
+    or, if this is not enough, a digest."""
     by_width = [f"{name}-n{one['d_sae']}" for name, one in zip(names, conditions, strict=True)]
     by_digest = [f"{name}-{conditions_digest(one)[:6]}" for name, one in zip(by_width, conditions, strict=True)]
     name_counts, width_counts = Counter(names), Counter(by_width)

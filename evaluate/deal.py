@@ -24,7 +24,7 @@ from .rows import EvalGroup, EvalRow, placed
 
 REFERENCES = "references"  # reference rows that need no training: identity, zero, PCA, random dictionary
 REFERENCE_ROWS = 4
-RATE = {"cpu": 2e10, "cuda": 2e13}  # multiplications and additions per second of one core or one GPU
+RATE = {"cpu": 2e10, "cuda": 2e13}  # multiplications and additions that one core or one GPU performs per second
 # metric -> multiplications and additions for one SAE with default options: (per weight of the encoder, constant).
 # The numbers of the first four metrics were measured on gemma-2-mini (docs/explanation/several-processes.md). Those of
 # the other metrics are estimated from their number of rows.
@@ -117,7 +117,7 @@ def seconds_of(metric: Metric, ctx: EvalContext, target: EvalTarget) -> float:
     per_weight, others = OPERATIONS.get(metric.name, UNKNOWN)
     weights = target.sae.d_in * target.sae.d_sae  # type: ignore[attr-defined]
     operations = per_weight * weights + others
-    if metric.name == "core":  # the blocks after the hook and the unembedding run again for each SAE
+    if metric.name == "core":  # for each SAE, the unembedding and the blocks after the hook run again
         config, tokens = ctx.model_config, int(ctx.contexts.length.sum())
         unembedding = config.vocab_size * config.hidden_size
         blocks = max(parameter_count(config) - unembedding, 0)
@@ -153,7 +153,7 @@ def cut(units: Sequence[Unit], count: int, limit: float) -> list[Share]:
 
 
 def describe_deal(plan: EvaluatePlan, shares: Sequence[Share]) -> list[str]:
-    """The lines of a plan about the work of each rank, its approximate time, and its memory."""
+    """The lines of a plan that describe each rank's work, approximate time and memory."""
     rows = {row.folder: (group, row) for group in plan.groups for row in group.rows}
     lines = [f"deal     {format_count(len(rows), 'SAE')} to {len(shares)} processes, by width and metrics"]
     for rank, share in enumerate(shares):

@@ -11,7 +11,7 @@ from .compare_charts import published_series
 from .metrics.base import MetricColumn
 from .metrics.registry import METRICS
 
-SAME_L0 = 1.01  # L0 values with a ratio up to this count as equal: thresholds reach a target L0 only approximately
+SAME_L0 = 1.01  # L0 values count as equal up to this ratio: thresholds reach a target L0 only approximately
 ON_FRONTIER = "on the frontier"
 PUBLISHED_NOTE = (
     "Published results were measured by others, on other text and over all rows. They are interpolated over "
@@ -47,8 +47,8 @@ def l0_of(system: ComparedSystem) -> float | None:
 def best_rival(
     system: ComparedSystem, others: Iterable[ComparedSystem], metric: str, column: MetricColumn
 ) -> ComparedSystem | None:
-    """Of the other systems whose L0 is no higher, the one that is best in a number (the first, if several are equally
-    good). None if there is no such system."""
+    """Of the other systems whose L0 is not above this system's, the one with the best value of a number (the first, if
+    several are equally good). None if there is no such system."""
     own = l0_of(system)
     if own is None:
         return None

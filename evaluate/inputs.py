@@ -43,7 +43,7 @@ from .sae_text import change_for
 
 ModelLoader = Callable[[ModelSource, str, str, str], LanguageModel]  # source, dtype, device, attention
 Found = TypeVar("Found")
-TRY_AGAIN = 60.0  # seconds before a store that could not be reached is tried again
+TRY_AGAIN = 60.0  # for this many seconds, a store that could not be reached is not tried again
 UNREACHABLE: dict[Any, tuple[float, TransientError]] = {}  # place of a cache -> the time of the failure, and the error
 
 
@@ -290,7 +290,7 @@ def make_context(
     tokenizer = load_tokenizer(source)
     notes = check_tokenizer(cache, source, tokenizer)
     form = ContextFormat.of(cache.identity, tokenizer)
-    # SAEBench never counts special tokens, but a cache harvested with --keep-special may count them.
+    # SAEBench never counts special tokens, so they are skipped even if the cache was harvested with --keep-special.
     special = {*form.skip_ids, *special_token_ids(tokenizer), *([] if form.bos_id is None else [form.bos_id])}
     form = replace(form, skip_ids=tuple(sorted(special)))
     change = change_for(origin or {}, form, cache.identity["context"], tokenizer)

@@ -55,7 +55,7 @@ def use_precision(rows: Sequence[EvalRow], precision: str) -> None:
 
 
 def loaded(row: EvalRow, device: str, precision: str) -> EvalTarget:
-    """The target of a row, with the SAE loaded into memory if the plan contains only an outline of the SAE.
+    """The target of a row. If the plan contains the SAE without its weights (`outline_sae`), the SAE is loaded.
 
     Raises DamagedError if the SAE's files have changed since they were written.
     """

@@ -54,8 +54,8 @@ def find_neighbours(run: ComparedRun) -> RunsBeside:
         if folder == run.folder.resolve() or not (folder / "sae.json").exists():
             continue
         try:
-            # Only core, the metric by which all runs are compared, is read, because a folder can have many runs and is
-            # read often.
+            # Only the results of core are read. All runs are compared by this metric, and reading more would take too
+            # long: a folder can have many runs and is read often.
             is_seed = digest_of_system(read_run_record(folder)) == digest_of_system(run.record) != ""
             other = read_run(folder, metrics=("core",))
         except SaeError as error:
@@ -84,7 +84,7 @@ def nearest_seed(run: ComparedRun, others: Sequence[ComparedRun]) -> ComparedRun
 
 
 def read_control(control: ComparedRun, run: ComparedRun) -> ComparedRun:
-    """The control, with all results that were measured with the same settings as the run's."""
+    """The control, with only those results that were measured with the same settings as the run's results."""
     every = read_run(control.folder)
     return replace(
         every, results={name: one for name, one in every.results.items() if measured_alike(run, every, name)}

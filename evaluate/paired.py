@@ -17,7 +17,7 @@ RunBySeed = Mapping[Any, MeasuredRun]
 
 
 class PairedValues(NamedTuple):
-    """The values of one number for two systems, on the units that both have. If they have no units in common, `reason`
+    """For one number, the values of two systems on the units that both have. If they have no units in common, `reason`
     says why; it is worded as the end of a sentence."""
 
     ours: Sequence[float] = ()
@@ -27,15 +27,15 @@ class PairedValues(NamedTuple):
 
 
 class Pairing(NamedTuple):
-    """The paired differences between two systems in one number. If there are no pairs, `reason` says why; it is worded
-    as the end of a sentence."""
+    """For one number, the paired differences between two systems. If there are no pairs, `reason` says why; it is
+    worded as the end of a sentence."""
 
     differences: PairedDifferences | None
     reason: str = ""
 
 
 def metric_value(row: MeasuredRun, metric: str, column: MetricColumn) -> float | None:
-    """One number in a row, computed without outlier rows if there were any; None if it was not measured."""
+    """One number of a measured run, computed without outlier rows if there were any; None if it was not measured."""
     result = row.results.get(metric)
     return None if result is None else result.sound.metrics.get(column.category, {}).get(column.name)
 
@@ -48,12 +48,12 @@ def half_interval(row: MeasuredRun, metric: str, column: MetricColumn) -> float:
 
 
 def pair_systems(system: RunBySeed, other: RunBySeed, metric: str, column: MetricColumn) -> Pairing:
-    """The differences `system - other` of one number, on the units of `pair_values`."""
+    """For one number, the differences `system - other`, one for each pair of `pair_values`."""
     return differences_of(pair_values(system, other, metric, column))
 
 
 def pair_runs(run: MeasuredRun, other: MeasuredRun, metric: str, column: MetricColumn) -> Pairing:
-    """The differences `run - other` of one number, on the units of the text on which both runs were measured."""
+    """For one number, the difference `run - other` on each unit of the text that both runs were measured on."""
     return differences_of(pair_units(run, other, metric, column))
 
 
@@ -65,7 +65,7 @@ def differences_of(paired: PairedValues) -> Pairing:
 
 
 def pair_values(system: RunBySeed, other: RunBySeed, metric: str, column: MetricColumn) -> PairedValues:
-    """The values of one number for two systems, in pairs.
+    """For one number, the values of two systems, in pairs.
 
     - The systems have two or more seeds in common: one pair for each.
     - `other` is a reference, which has no seed: each seed is paired with this one SAE.
@@ -91,7 +91,8 @@ def pair_values(system: RunBySeed, other: RunBySeed, metric: str, column: Metric
 
 
 def pair_units(run: MeasuredRun, other: MeasuredRun, metric: str, column: MetricColumn) -> PairedValues:
-    """The values of one number for two runs, paired by the units of the text for which both runs have a value."""
+    """For one number, the values of two runs, paired by unit of the text. Units without a value in both are left
+    out."""
     ours, theirs = run_values(run, metric, column), run_values(other, metric, column)
     if not ours.unit:
         return PairedValues(reason="one seed, and no values by unit")

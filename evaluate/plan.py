@@ -245,7 +245,7 @@ def plan_evaluation(config: EvaluateConfig, refused: Mapping[Path, SaeError] | N
 
 
 def resolve_config(config: EvaluateConfig) -> tuple[list[Metric], str, str]:
-    """The metrics, device and dtype of a configuration. Raises UsageError if an argument is invalid for every SAE."""
+    """The metrics, device and dtype of a configuration. Raises UsageError if no SAE can be evaluated with it."""
     check_mode(config.mode)
     metrics = metrics_of_suite(config.suite, config.options)
     check_tokens(config.tokens)
@@ -296,7 +296,7 @@ def unfinished_runs(runs: Sequence[Path]) -> list[Path]:
 
 
 def check_group(plan: EvaluatePlan, group: EvalGroup) -> None:
-    """Move rows that cannot be evaluated from a group to `plan.refused`, and prepare the metrics of other rows."""
+    """Remove a group's unusable rows, add them to `plan.refused`, and prepare the metrics of the other rows."""
     model_config, model = group.ctx.model_config, group.ctx.model_name
     layers = model_config.num_hidden_layers
     for row in list(group.rows):
@@ -330,7 +330,7 @@ def check_group(plan: EvaluatePlan, group: EvalGroup) -> None:
 
 
 def prepare_metrics(metrics: Sequence[Metric], group: EvalGroup, force: bool) -> None:
-    """Fill in the settings of every metric that can run and, if not `force`, earlier results with these settings."""
+    """For each metric that can run, set its settings and, unless `force` is true, read results with these settings."""
     for metric in metrics:
         try:
             group.settings[metric.name] = metric.settings(group.ctx)

@@ -83,7 +83,8 @@ def raise_error(error: SaeError) -> NoReturn:
 
 
 def measure_share(plan: EvaluatePlan, share: Share, progress: ProgressFactory) -> Measured:
-    """Measure this rank's share of the work, group by group, with only the SAEs of one group in memory."""
+    """Measure what belongs to this rank's share of the work, group by group, with only the SAEs of one group in
+    memory."""
     measured = Measured()
     known_notes = len(plan.notes)
     for number, group in enumerate(plan.groups):

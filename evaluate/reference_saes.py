@@ -55,7 +55,8 @@ class PCA:
 
 
 def random_dictionary(x_RD: Tensor, d_sae: int, k: int) -> SAE:
-    """An SAE with random unit rows, TopK of their dot products with x - mean, and the least-squares gain."""
+    """An SAE whose rows are random unit vectors. It applies TopK to their dot products with x - mean and has the
+    least-squares gain."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         sae = SAE(x_RD.shape[1], d_sae, [TopK(k)]).requires_grad_(False).to(x_RD.device).eval()
@@ -68,7 +69,8 @@ def random_dictionary(x_RD: Tensor, d_sae: int, k: int) -> SAE:
 def reference_targets(
     ctx: EvalContext, text: Contexts, row_set: RowSet, targets: Iterable[EvalTarget]
 ) -> dict[str, EvalTarget]:
-    """Identity, zero, PCA and a random dictionary for the SAEs of one row set, with their median L0 and width.
+    """The references for the SAEs of one row set: identity, zero, PCA and a random dictionary, with the median L0 and
+    width of those SAEs.
 
     The targets are read one after another, so that not all of them have to be in memory.
 

@@ -35,8 +35,8 @@ def write_result(
     number that does not exist. Because a number can also be -1, `absent` lists the paths of the numbers that do not
     exist.
 
-    The metrics without outlier rows are in additional categories masked_<category>. The other parts of the result
-    without outlier rows are under "masked" in eval_result_unstructured.
+    Numbers computed without outlier rows are in additional categories masked_<category>. The other parts of a result
+    that is computed without outlier rows are under "masked" in eval_result_unstructured.
     """
     values = {"metrics": result.named_metrics, "details": result.details}
     absent = list(find_leaves(None, values))

@@ -164,7 +164,7 @@ class EvalGroup:
 
     @property
     def row_sets(self) -> list[RowSet]:
-        """The distinct row sets of the group's rows, in the order of their hooks."""
+        """The distinct row sets (`RowSet`) of the SAEs in the group, sorted by hook."""
         return list(dict.fromkeys(row.target.row_set for row in sorted(self.rows, key=lambda row: row.target.hook)))
 
     @property
@@ -172,7 +172,8 @@ class EvalGroup:
         return [row.target for row in self.rows]
 
     def settings_of(self, metric: Metric, row: EvalRow) -> dict[str, Any]:
-        """All settings of a metric's result for a row. Raises SaeError if the row cannot be measured in this group."""
+        """All settings with which a metric is measured for a row. Raises SaeError if the row cannot be measured in this
+        group."""
         return row.settings(self.settings[metric.name]) | metric.settings_of(row.target, self.targets)
 
     def measured_with(self, metric: Metric, pending: Sequence[EvalRow]) -> list[EvalRow]:
@@ -194,8 +195,8 @@ def digest_without_seed(record: Mapping[str, Any]) -> str:
 
 
 def without_later_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries, without each one whose value is the value listed for it in LATER_ENTRIES. A run that lacks such an
-    entry equals a run that has it with this value."""
+    """The entries, without those that have the value listed for them in LATER_ENTRIES. A run without such an entry
+    counts as equal to a run in which the entry has this value."""
     return {k: v for k, v in entries.items() if k not in LATER_ENTRIES or v != LATER_ENTRIES[k]}
 
 
@@ -205,8 +206,8 @@ def placed(hook: Hook) -> str:
 
 
 def hook_suffix(hook: Hook) -> str:
-    """The suffix that marks the site of a hook in the name of a reference's folder: "" for resid_post, "-mlp_out" for
-    mlp_out, and so on."""
+    """The part of a reference's folder name that shows the site of its hook: "" for resid_post, "-mlp_out" for mlp_out,
+    and so on."""
     return "" if hook.site == "resid_post" else f"-{hook.site}"
 
 

@@ -42,8 +42,8 @@ class ContextChange:
         return ContextFormat(new, tuple(sorted({*form.skip_ids, *([] if new is None else [new])})), form.skip_positions)
 
     def apply(self, contexts: Contexts) -> Contexts:
-        """The contexts, with the first token changed (also at the start of each document in packed contexts) and cut to
-        `max_tokens`. Empty contexts are left out.
+        """The contexts with their first token changed, in packed contexts also the first token of each document. They
+        are cut to `max_tokens`, and empty contexts are left out.
 
         If a context was full, the added first token displaces its last token.
         """

@@ -54,8 +54,8 @@ def fieller_interval(
 ) -> Interval | None:
     """Fieller's interval of the ratio of two paired means (J. R. Statist. Soc. B 16, 1954). Needs at least two pairs.
 
-    The interval contains the ratios q for which a paired t test of numerators - q denominators finds no difference from
-    0. None if it is unbounded, because the mean of the denominators may be 0.
+    The interval contains the ratios q for which a paired t test of `numerators - q * denominators` finds no difference
+    from 0. None if it is unbounded, because the mean of the denominators may be 0.
     """
     top, bottom, pairs = float(np.mean(numerators)), float(np.mean(denominators)), len(numerators)
     limit = float(t.isf((1 - confidence) / 2, pairs - 1)) ** 2 / pairs
@@ -155,7 +155,7 @@ class PairedDifferences:
 
     @cached_property
     def has_spread(self) -> bool:
-        """Whether the differences are not all equal. If all differences are equal, their variation is unknown, so there
+        """Whether any two differences are unequal. If all differences are equal, their variation is unknown, so there
         is no test."""
         return not math.isclose(min(self.values), max(self.values), rel_tol=NO_SPREAD)
 
@@ -187,8 +187,8 @@ class PairedComparison(NamedTuple):
 
     Attributes:
         differences: None if there are no pairs.
-        better: "up" or "down", the direction in which the number is better; "" if neither is, so that the number is not
-            tested.
+        better: the direction in which the number is better, "up" or "down"; "" if neither direction is better, and the
+            number is then not tested.
         margin: differences of at most this size count as equivalent; None if there is no margin.
     """
 
@@ -227,7 +227,7 @@ def judge(table: Sequence[PairedComparison], planned: int = 0) -> list[Finding]:
 
     - better, worse: the corrected p-value is below 0.05.
     - equivalent: neither better nor worse, and two one-sided tests show that the difference is within the margin. The
-      p-values of these tests are also corrected for the comparisons of the table, as a separate family.
+      p-values of these tests are corrected by `holm` as well, separately from those for better or worse.
     - not distinguishable: no other verdict applies. The true difference can be 0, or as large as the smallest
       detectable one.
     - same in every pair: every difference is exactly 0.
@@ -256,7 +256,7 @@ def differences_of(one: PairedComparison) -> PairedDifferences:
 
 
 def conclude(one: PairedComparison, p_value: float | None, equivalence: float | None, comparisons: int) -> Finding:
-    """The finding of one comparison from its corrected p-values."""
+    """The finding for one comparison, given its corrected p-values."""
     if p_value is None:
         return Finding("not tested")
     found = differences_of(one)

@@ -1,4 +1,4 @@
-"""Tables of results: each number with its meaning, better direction, range and uncertainty."""
+"""Tables of results: each number with its meaning, whether higher or lower is better, its range and uncertainty."""
 
 import re
 import statistics
@@ -14,7 +14,8 @@ from .paired import SEED, RunBySeed, half_interval, metric_value, pair_runs, pai
 from .rows import EvalRow, MeasuredRun, digest_without_seed
 from .statistics import Finding, PairedComparison, PairedDifferences, Verdict, default_margin, judge
 
-# The parts in which similar flags differ: numbers, and a list of single letters that ends at a ")", as in "... a, b)".
+# Flags that differ only in these parts are shown once: numbers, and a list of single letters that ends at a ")", as in
+# "... a, b)".
 VARYING = re.compile(r"[0-9.]+|\b[a-z](?:, [a-z])*(?=\))")
 ARROWS = {"up": " ↑", "down": " ↓", "": ""}
 
@@ -132,7 +133,7 @@ def metric_heading(metric: str, column: MetricColumn) -> str:
 
 
 def number_name(metric: str, column: MetricColumn) -> str:
-    """A number in a sentence: its heading in one line, without the range."""
+    """How a sentence names a number: by its heading, in one line and without the range."""
     return " ".join(line for line in metric_heading(metric, column).split("\n") if ".." not in line)
 
 
@@ -180,8 +181,8 @@ def judge_seeds(
 
 
 def seed_verdicts(rows: Sequence[EvalRow]) -> dict[tuple[str, str, str, MetricColumn], Verdict]:
-    """The verdicts in the tables of these rows, each on a group of seeds: (group, first group, metric, column) ->
-    verdict."""
+    """The verdicts that the tables of these rows show on groups of runs that differ only in their seed: (group, first
+    group, metric, column) -> verdict."""
     known = {}
     for metric, columns in shown_columns(rows).items():
         groups = runs_by_seed([row for row in rows if metric in row.results])
@@ -205,7 +206,7 @@ def mean_cells(group: Mapping[int, EvalRow], metric: str, columns: Sequence[Metr
 def seed_differences(
     group: RunBySeed, first: RunBySeed, metric: str, columns: Sequence[MetricColumn]
 ) -> list[PairedComparison]:
-    """The comparison of two groups in each number, over the seeds that both groups have."""
+    """For each number, the comparison of two groups over the seeds that both groups have."""
     tests = []
     for column in columns:
         differences = pair_systems(group, first, metric, column).differences

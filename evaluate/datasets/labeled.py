@@ -139,7 +139,7 @@ REVIEW_COLUMNS: dict[str, Any] = {"text": "text", "label": "category", "attribut
 BIOS_PAIRS = ((21, 13), (1, 11), (25, 22), (2, 26))
 # (books, CDs and vinyl), (software, electronics), (pet supplies, office products), (industrial, toys and games)
 REVIEWS_PAIRS = ((24, 26), (30, 6), (18, 11), (3, 1))
-# With these pairs, SCR's biased probe uses subject and kind; with others, or with prose and code, it uses only one.
+# With these pairs, SCR's biased probe uses subject and kind; with other pairs or prose and code, only one of the two.
 SUBJECT_PAIRS = (("network", "numbers"), ("numbers", "python"), ("files", "numbers"))
 
 HUB: dict[str, LabeledDataset | CodeDataset | TranslationDataset] = {
@@ -207,9 +207,9 @@ def load_quadrants(
 
     Let q = size // 4, and let a+ and a- be the positive and the negative value of the attribute. PP has the first 2q
     texts of (c+, a+), NN the first 2q of (c-, a-), NP the first q of (c+, a-) and PN the first q of (c-, a+). As in
-    SAEBench, PP and NN must have at least one text more than is taken.
+    SAEBench, at least 2q + 1 texts must exist for PP and for NN.
 
-    Raises UsageError for a dataset without pairs or a quadrant with too few texts, and the errors of `load_texts`.
+    Raises UsageError if the dataset has no pairs or a quadrant has too few texts, and the errors of `load_texts`.
     """
     source = find_dataset(name)
     if not isinstance(source, LabeledDataset) or not source.pairs:
@@ -233,7 +233,7 @@ def load_quadrants(
 
 
 def dataset_version(name: str, data: Path | None) -> str:
-    """The version of a dataset, for the settings of a result: a digest of local files, or a commit on the Hub.
+    """The version of a dataset, as recorded in a result's settings: a digest of local files, or a commit on the Hub.
 
     Raises UnavailableError if the Hub does not report the commit.
     """
@@ -338,8 +338,8 @@ def read_dataset_rows(
 
 
 def read_local_rows(name: str, file: Path, columns: Sequence[str]) -> Iterator[Row]:
-    """The rows of a local file. Raises UsageError for a row that cannot be read, because samples are drawn from all
-    rows."""
+    """The rows of a local file. Raises UsageError if a row cannot be read: no row is skipped, because samples are drawn
+    from all rows."""
     rows = read_rows([file], columns)
     first = next(rows, None)
     if first is None:

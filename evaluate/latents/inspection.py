@@ -84,8 +84,8 @@ def open_run(
 
     `model` is the model's folder, if it has moved since the harvest.
 
-    Raises UsageError if the folder is not a trained run or its cache is missing, and DamagedError if its files
-    contradict each other.
+    Raises UsageError if the folder is not a trained run or if its cache is missing, and DamagedError if the files in
+    the folder contradict each other.
     """
     check_tokens(tokens)
     device = resolve_device(device)
@@ -173,7 +173,7 @@ def latent_labels(results: dict[str, MetricResult], d_sae: int) -> dict[int, lis
 
 
 def letter_labels(result: MetricResult) -> Iterator[LabelCandidate]:
-    """Labels for the latents from which absorption's probes read the first letter of a word; a label names the
+    """Labels for the latents that absorption's probes use to recognize the first letter of a word. Each label names the
     letter."""
     for letter in result.details:
         for latent in letter["main_latents"]:

@@ -41,7 +41,7 @@ class PassageWindow(NamedTuple):
         return self.before + 1 + self.after
 
     def limited_to(self, context: int) -> Self:
-        """This window or, if a context of `context` tokens is no longer than it, a window that covers the whole
+        """This window if it is shorter than a context of `context` tokens, else a window that covers the whole
         context."""
         return self if self.width < context else self._replace(before=context - 1, after=0)
 
@@ -97,7 +97,7 @@ class PassageTable:
         fresh_KP = index_KP >= kept
         stays_KP = torch.zeros(len(index_KP), kept + 1, dtype=torch.bool, device=index_KP.device)
         stays_KP.scatter_(1, index_KP.clamp(max=kept), True)
-        latent, slot = (~stays_KP[:, :kept]).nonzero(as_tuple=True)  # one free slot for each fresh passage of a latent
+        latent, slot = (~stays_KP[:, :kept]).nonzero(as_tuple=True)  # for each new passage, the slot of a dropped one
         context = index_KP[fresh_KP] - kept
         position = position_NK[context, latent]
         start = self.window.starts(position, length := f_NSK.shape[1])
@@ -108,8 +108,8 @@ class PassageTable:
         self.values[latent, slot] = torch.where(span < length, values, 0)
 
     def passages(self, latent: int) -> list[Passage]:
-        """The passages of one of the K latents, the best first; `latent` is its index among them. `offer` must not be
-        called afterwards."""
+        """The passages of one latent, the best first; `latent` is the index of this latent among the K. `offer` must
+        not be called afterwards."""
         score_P, context_P, position_P, start_P, values_PW = (array[latent] for array in self._arrays)
         order = np.argsort(-score_P, kind="stable")
         return [

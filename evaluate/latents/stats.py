@@ -116,7 +116,8 @@ class ActivationStats:
         self.sample.offer(*self.sample_keys(fires_NSK), f_NSK, first)
 
     def sample_keys(self, fires_NSK: Tensor) -> tuple[Tensor, Tensor]:
-        """Random keys (N, K) of contexts, and one token for each key.
+        """For each context and latent (N, K), a random key and the position of a random token at which the latent
+        fires.
 
         The contexts with the largest keys are a sample weighted by the number of firing tokens (Efraimidis and
         Spirakis 2006).
@@ -149,14 +150,14 @@ class RankedEntries:
     value: Tensor
 
     def entries(self, latent: int) -> list[tuple[int, float]]:
-        """The (index, value) pairs in the list of one of the K latents; `latent` is its index among them."""
+        """The (index, value) pairs in one latent's list; `latent` is the index of this latent among the K."""
         pairs = zip(self.index[latent].tolist(), self.value[latent].tolist(), strict=True)
         return [(index, value) for index, value in pairs if index >= 0]
 
 
 @dataclass(frozen=True)
 class LatentStats:
-    """All statistics of K latents that pages show.
+    """All statistics that pages show about K latents.
 
     Attributes:
         activations: how often, how strongly and where they fire.

@@ -65,7 +65,7 @@ class TokenIndex:
         self.words: list[str] = []
 
     def __call__(self, token: int) -> int:
-        """The index in `words` of the text of a token that is shown without its neighbours."""
+        """For a token that is shown without its neighbours, the index of its text in `words`."""
         return self._number(self.run.token_text.display(token))
 
     def text(self, tokens: Sequence[int]) -> list[int]:

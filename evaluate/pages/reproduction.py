@@ -78,8 +78,8 @@ def verdict_class(verdict: str) -> str:
 def draw_charts(charts: Sequence[Chart], systems: Container[str]) -> tuple[Markup, list[tuple[Chart, Markup, bool]]]:
     """The shared legend of the systems, and a tuple (chart, drawing, whether it is wide) for each chart.
 
-    The shared legend leaves out charts whose axis names the systems. A chart whose series are not systems has its own
-    legend.
+    The shared legend covers only charts whose axis does not name the systems. A chart whose series are not systems has
+    its own legend.
     """
     sharing = [
         chart

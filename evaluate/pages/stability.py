@@ -75,7 +75,8 @@ def stability_of_run(result: MetricResult) -> StabilityPart | None:
 
 
 def stability_of_systems(systems: Mapping[str, Sequence[MetricResult]]) -> StabilityPart | None:
-    """The part about several systems: one line for each, with shares of the latents of all its seeds taken together."""
+    """The part about several systems. The chart has one line for each system, computed over the latents of all its
+    seeds together."""
     latents = {label: [one for result in some for one in live_latents(result)] for label, some in systems.items()}
     series = []
     for label, some in latents.items():

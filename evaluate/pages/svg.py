@@ -60,8 +60,8 @@ class Scale:
 def draw_svg(chart: Chart, legend: bool = True, width: int = 620, height: int = 360) -> Markup:
     """The chart as an <svg> element that takes its colors from the page, in light or dark mode.
 
-    Values that are not finite, and values <= 0 on a logarithmic axis, are left out. `height` does not include the
-    legend and slanted category names. If `legend` is false, the page has to show a `shared_legend`.
+    Values that are not finite, and values <= 0 on a logarithmic axis, are left out. `height` includes neither the
+    legend nor slanted category names. If `legend` is false, the page has to show a `shared_legend`.
     """
     chart = replace(chart, series=[thin_out(one) for one in chart.series])
     (x_low, x_high), (y_low, y_high) = axis_ranges(chart)

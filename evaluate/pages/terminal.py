@@ -66,7 +66,7 @@ def passage_text(run: InspectedRun, passage: Passage, peak: float) -> Text:
 
 
 def shorten(word: str) -> str:
-    """The text of a token. A long text, such as a line of hyphens, is shortened to its beginning and its length."""
+    """The text of a token. Of a long text, such as a line of hyphens, only the beginning and the length are shown."""
     return word if len(word) <= LONGEST_WORD else f"{word[:BEGINNING]}…×{len(word)}"
 
 

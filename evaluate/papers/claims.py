@@ -8,17 +8,17 @@
 - `system`: our recipes for one of its systems
 - `reading`: one way to interpret the paper, as options of our recipes; the first is the default on the paper's model
 - `contradiction`: a contradiction within the paper
-- `unreported`: what the paper says that it measured, without stating a number
+- `unreported`: quantities that the paper says it measured, but for which it states no number
 
 A claim is a printed number for one system and one metric. If `against` is given, the claim compares two systems: either
 both systems have a number (`against_value` is the number of the other system), or the value is the change relative to
-the other system. The unit of a change is % of the other system's number, pp between two shares, or x (times the other
-system's number). If the paper expresses the sign of a change in words, the sign of the value was added here. If the
-paper compares in words alone, `says` takes the place of the number: it is the direction, or "equal" for a difference
-within `margin`, which was fixed in the file before anything was measured.
+the other system. The unit of a change is % (of the other system's number), pp (percentage points between two shares) or
+x (a multiple of the other system's number). If the paper expresses the sign of a change in words, the sign of the value
+was added here. If the paper compares in words alone, `says` takes the place of the number: it is the direction, or
+"equal" for a difference within `margin`, which was fixed in the file before anything was measured.
 
 A paper often states one comparison several times. A claim that `restates` another is judged but not counted again. A
-claim that repeats the number of another row for a different system (`copy_of`) is not judged.
+claim whose number is only a copy of another system's number (`copy_of`) is not judged.
 """
 
 from collections.abc import Iterator, Mapping
@@ -124,7 +124,7 @@ class ReproductionSetup:
 
 @dataclass(frozen=True)
 class PaperFact:
-    """A number of the paper that is not a result."""
+    """A number that the paper states, but not as a result."""
 
     what: str
     quote: str
@@ -132,9 +132,9 @@ class PaperFact:
 
 @dataclass(frozen=True)
 class Substitution:
-    """An equation in the paper that one reading of the paper (`Reading`) replaces by another. `what` is a clause that
-    says what is done instead, and `why` is the reason. Notes on `claims` mention the replacement. Under that reading,
-    the verdict on these claims is never `contradicted` or `reproduced`."""
+    """The replacement of one of the paper's equations by a different equation, in one reading of the paper (`Reading`).
+    `what` is a clause that says what is done instead, and `why` is the reason. Notes on `claims` mention the
+    replacement. Under that reading, the verdict on these claims is never `contradicted` or `reproduced`."""
 
     claims: tuple[str, ...]
     what: str
@@ -146,8 +146,8 @@ class Reading:
     """One way to interpret a paper, as a set of options. Each option is set in those recipes of the paper that have it,
     unless a system's own options override it.
 
-    The reading `field` is our own. Every other reading follows the paper: its runs are also trained with the printed
-    schedule, weight decay and clipping (`PaperSetup.optimization`), unless `options` override them.
+    The reading `field` is our own. All others follow the paper: in these readings, runs are also trained with the
+    printed schedule, weight decay and clipping (`PaperSetup.optimization`), unless `options` override them.
     """
 
     name: str
@@ -294,7 +294,7 @@ class Contradiction:
 
 @dataclass(frozen=True)
 class Unreported:
-    """Something that the paper says it measures, without stating a number."""
+    """A quantity that the paper says it measured, but for which it states no number."""
 
     what: str
     quote: str

@@ -1,8 +1,8 @@
 """The time of a recipe's training step, measured by benchmarks/bench_train.py, and the verdict on a claim about it.
 
 step_times.json has a table of medians and quartiles in milliseconds for each measured width. Times depend on the
-machine and on our implementation, which differs from the paper's, so the size of a ratio neither contradicts nor
-reproduces a claim.
+machine and on our implementation, which differs from the paper's, so no claim counts as reproduced or contradicted
+because of the size of a ratio.
 """
 
 import json
@@ -42,8 +42,8 @@ def step_time_tables() -> list[dict[str, Any]]:
 
 
 def nearest_table(paper: Paper, tables: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The table of step times whose ratio d_sae / d_in is nearest to the paper's. If several are equally near, the one
-    with the largest d_in is used."""
+    """Of the tables of step times, the one whose ratio d_sae / d_in is nearest to the paper's. If several are equally
+    near, the one with the largest d_in is used."""
     width = paper.setup.d_sae / paper.setup.d_in
 
     def distance(table: dict[str, Any]) -> tuple[float, int]:

@@ -1,12 +1,12 @@
-"""A paper's figures, redrawn from our runs, and charts that the paper lacks, of values that its mechanisms log.
+"""A paper's figures, redrawn from our runs, and additional charts of values that its mechanisms log.
 
-Each series is one system of the paper, at one layer: the first in our runs that the paper also uses, or else the first
-in our runs. Training curves show every run; measurements show only runs that pass the gates. Charts without data are
-left out.
+Each series is one system of the paper at one layer: of the layers in our runs, the first that the paper also uses, or
+the first of all if the paper uses none of them. Charts of training curves include every run; charts of measurements
+include only runs that pass the gates. Charts without data are left out.
 
-Paper: only the captions of the figures are available, without axes. Three choices are therefore ours: the metrics in
-figure 1 of 004, explained variance as the reconstruction in figure 1 (a) of 001, and tokens as the time axis of 001 and
-003.
+Paper: only the captions of the figures are available, not the figures and their axes. Three choices are therefore ours:
+the metrics in figure 1 of 004, explained variance as the reconstruction in figure 1 (a) of 001, and tokens as the time
+axis of 001 and 003.
 """
 
 import math
@@ -79,8 +79,8 @@ def over_training(
 
 
 def curve(runs: Sequence[SystemRun], name: str, share_of: str = "") -> Values:
-    """Number of tokens -> the values of a logged scalar, one for each run that logged it then. If `share_of` is given,
-    each value is divided by that other scalar; log lines where it is 0 are left out."""
+    """Number of tokens -> the values of a logged scalar after that many tokens, one for each run that logged it there.
+    If `share_of` is given, each value is divided by that other scalar; log lines where it is 0 are left out."""
     values: Values = {}
     for run in runs:
         lines = [line for line in run.log if name in line and "tokens" in line]

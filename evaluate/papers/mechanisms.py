@@ -1,9 +1,9 @@
 """Whether the mechanism that a claim is about had any effect in the runs.
 
-In the paper's NNN.toml, a system names its ablation (`adds_to`: the system that lacks one of its mechanisms) and the
-scalar in metrics.jsonl that counts how often this mechanism acted (`counter`). The mechanism was idle if the counter
-was 0 at the end of every run. It was also idle if the weights of every run were equal, bit for bit, to the weights of
-the ablation's run with the same layer and seed.
+In the paper's NNN.toml, a system that adds a mechanism to another system, its ablation, names that system (`adds_to`)
+and the scalar in metrics.jsonl that counts how often the mechanism acted (`counter`). The mechanism was idle if the
+counter was 0 at the end of every run. It was also idle if the weights of every run were equal, bit for bit, to the
+weights of the ablation's run with the same layer and seed.
 """
 
 from collections.abc import Sequence
@@ -66,8 +66,8 @@ def inactive_mechanism(claim: Claim, paper: Paper, runs: Sequence[SystemRun]) ->
 
 
 def mechanisms_between(system: str, against: str, paper: Paper) -> list[str]:
-    """The mechanisms by which two systems of one family differ, each given as the system that adds it. Empty if the two
-    systems belong to different families."""
+    """The mechanisms by which two systems of one family differ, as the ids of the systems that add them. Empty if the
+    two systems belong to different families."""
     own, other = family(system, paper), family(against, paper)
     if not set(own) & set(other):
         return []

@@ -174,8 +174,8 @@ def find_problems(paper: Paper, system_ids: Sequence[str]) -> Iterator[str]:
 
 
 def same_number_problems(contradiction: Contradiction, paper: Paper) -> Iterator[str]:
-    """Errors about numbers in a contradiction that are so close that they count as the same number. Such numbers do not
-    make a claim inconsistent."""
+    """Errors if numbers of a contradiction are so close to each other that they count as the same number. Such numbers
+    do not make a claim inconsistent."""
     groups: dict[tuple[Any, ...], list[Claim]] = {}
     for claim in paper.claims:
         if claim.id in contradiction.claims and claim.value is not None and not claim.is_change:
@@ -191,7 +191,7 @@ def same_number_problems(contradiction: Contradiction, paper: Paper) -> Iterator
 
 
 def ablation_problems(system: PaperSystem, paper: Paper) -> Iterator[str]:
-    """Errors in a system's `adds_to`, which names the system that is its ablation."""
+    """Errors in a system's `adds_to`, the id of its ablation: the system that lacks one of its mechanisms."""
     label = f"system {system.id}"
     if system.adds_to and system.adds_to not in paper.systems:
         yield f"{label}: adds_to: there is no system {system.adds_to}{did_you_mean(system.adds_to, paper.systems)}"
@@ -275,7 +275,7 @@ def is_nearly(one: float | None, other: float | None) -> bool:
 
 
 def unit_problems(claim: Claim, paper: Paper, label: str) -> Iterator[str]:
-    """Problems with the unit of a claim and with the number that it is compared with."""
+    """Problems with a claim's unit and with its `against_value`, the number of the other system."""
     if claim.unit not in UNITS:
         yield f"{label}: unknown unit {claim.unit}. Omit it, or give one of {', '.join(UNITS[1:])}."
     if claim.is_change and not claim.unit and claim.value is not None and claim.metric != "none":

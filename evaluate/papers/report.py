@@ -109,10 +109,11 @@ class PaperReport:
 def build_report(
     paper: Paper, runs: Sequence[SystemRun], on_paper_model: bool, reading: str | None = None
 ) -> PaperReport:
-    """Every claim of the paper, in order, with the verdict on it under the reading with which the runs were trained.
+    """Every claim of the paper, in order, with a verdict under the reading of the paper that the runs were trained
+    with.
 
-    Nothing is trained or measured, so a report can be rebuilt from the same folders. Runs that fail a gate are treated
-    as if they had not been measured.
+    This trains and measures nothing, so a report can be rebuilt from the same folders at any time. Runs that fail a
+    gate are treated as if they had not been measured.
 
     Raises:
         UsageError: the paper's file does not define a reading called `reading`.
@@ -144,7 +145,7 @@ Values = dict[int, float]  # seed -> the metric
 def claim_result(
     claim: Claim, paper: Paper, runs: Sequence[SystemRun], on_paper_model: bool, reading: Reading
 ) -> ClaimResult:
-    """The verdict on a claim from all layers and recipes of its systems, with the measured numbers and notes."""
+    """The verdict on a claim, based on all layers and recipes of its systems, with the measured numbers and notes."""
     if claim.metric == STEP_TIME:
         return cost_result(claim, paper, reading)
     judgements: list[Judgement] = []
@@ -371,7 +372,7 @@ def runs_by_system(report: PaperReport) -> dict[str, list[SystemRun]]:
 
 
 def metric_values(metric: str, runs: Sequence[SystemRun], on_paper_model: bool) -> list[float]:
-    """The values of a metric, named as in claims, in the runs that pass the gates and have the metric."""
+    """One value of a metric for each run that passes the gates and has the metric. `metric` is named as in claims."""
     claim = Claim(id="", where="", quote="", metric=metric)
     sound = [run for run in runs if not run.failed_gates()]
     values = [measured_value(claim, results_with_stand_ins(run, on_paper_model), run.log) for run in sound]

@@ -108,7 +108,7 @@ def steps(value: int) -> str:
 
 
 def describe_fall(start: float) -> str:
-    """The point from which the learning rate falls, in words."""
+    """A phrase that says from which point of the run the learning rate falls."""
     return "none" if start >= 1 else f"linearly to 0, starting at {start:.0%} of the run"
 
 

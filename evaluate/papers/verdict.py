@@ -65,8 +65,8 @@ class Conditions:
         l0: the measured L0 of the claim's two systems, or None if it is unknown or there is no other system.
         printed_l0: the ratio of the first system's L0 to the other system's L0 in the paper; None if the paper does not
             print both.
-        substituted: the reading replaces an equation that the claim is about.
-        inactive: the mechanism that the claim is about had no effect.
+        substituted: whether the reading of the paper (`Reading`) replaces an equation that the claim is about.
+        inactive: whether the mechanism that the claim is about had no effect.
     """
 
     on_paper_model: bool
@@ -129,8 +129,8 @@ def judge(claim: Claim, values: Mapping[str, ValueBySeed], conditions: Condition
     Then the numbers decide (`judge_numbers`):
 
     - reproduced (on the paper's model only): at least 3 seeds, their mean within d = max(5 % of |T|, half of the last
-      printed digit) of T, and its interval within 2 d of T. If the paper also prints a number for the other system and
-      that system was run, its mean must be equally near to its own printed number P: within d, with P in place of T.
+      printed digit) of T, and its interval within 2 d of T. If the paper also prints a number P for the other system
+      and that system was run, its mean must also lie within d of P, where d is computed from P instead of T.
     - contradicted: the whole interval of the difference between the two systems lies on the opposite side of zero from
       the paper's difference. On the paper's model, a claim is also contradicted if every difference in the interval is
       smaller than a tenth of the claimed difference, or if the interval of the claimed number does not overlap T +- d.
@@ -140,8 +140,8 @@ def judge(claim: Claim, values: Mapping[str, ValueBySeed], conditions: Condition
       rounding. Two seeds with equal differences have no interval.
     - equivalent within the margin (for a claim that two systems are equal): the 90 % interval of the difference lies
       within +- the margin; this amounts to two one-sided tests at 5 %. If the whole interval lies outside the margin,
-      the claim is contradicted on the paper's model. On other models, it is only `not equivalent`, because the margin
-      is a size, and sizes do not carry over to other models.
+      the claim is contradicted on the paper's model. On other models, the verdict is only `not equivalent`, because the
+      margin is the size of an effect, and sizes do not carry over to other models.
     - not comparable: everything else, such as a single number on another model, or seeds that are too few or differ too
       much.
 
@@ -151,8 +151,8 @@ def judge(claim: Claim, values: Mapping[str, ValueBySeed], conditions: Condition
       same direction in the paper's own comparison, the verdict can still be `direction only`. If they differ in the
       paper, but are alike in our runs, the claim cannot be contradicted. These three rules apply only if the model is
       not the paper's and the metric changes with L0.
-    - not of the paper's equation: the claim is about an equation that the chosen reading of the paper replaces by
-      another, so the claim can be neither reproduced nor contradicted.
+    - not of the paper's equation: the claim is about an equation in whose place the chosen reading of the paper uses a
+      different one, so the claim can be neither reproduced nor contradicted.
     """
     if claim.copy_of:
         return Judgement("copy", f"of {claim.copy_of}")
@@ -189,8 +189,9 @@ def judge_numbers(
 
 
 def differences(claim: Claim, pairs: Sequence[tuple[float, float]]) -> list[float]:
-    """By how much the system exceeds the other system, for each pair: in the unit of the claimed change or margin, else
-    in the metric's own unit. A multiple (x) is returned minus 1, so that 0 always means no difference."""
+    """For each pair, the change from the other system's number to the system's: in the unit of the claimed change or
+    margin if the claim has one, else in the metric's own unit. A multiple (x) is returned minus 1, so that 0 always
+    means no difference."""
     in_unit = claim.is_change or claim.says
     return [change - (claim.unit == "x") for change in paired_changes(claim.unit if in_unit else "", pairs)]
 
@@ -243,8 +244,7 @@ def other_agrees(claim: Claim, numbers: Sequence[float]) -> bool:
 
 
 def excludes(claim: Claim, numbers: Sequence[float]) -> bool:
-    """Whether the interval for the mean of the numbers contains none of the values that agree with the claim's
-    target."""
+    """Whether every value that agrees with the claim's target lies outside the interval for the mean of the numbers."""
     interval = confidence_interval(numbers)
     if claim.target is None or interval is None:
         return False
@@ -253,13 +253,13 @@ def excludes(claim: Claim, numbers: Sequence[float]) -> bool:
 
 
 def nearness(claim: Claim, target: float) -> float:
-    """The largest distance from the target at which a mean still agrees with it."""
+    """How far a mean may lie from the target and still agree with it."""
     return max(MEAN_TOLERANCE * abs(target), claim.rounding)
 
 
 def has_no_effect(claim: Claim, shares: Interval | None) -> bool:
-    """Whether every difference in the interval `shares` is smaller than a tenth of the claimed effect; both are in the
-    same unit."""
+    """Whether every difference in the interval given by `shares` is smaller than a tenth of the claimed effect. The
+    interval and the effect have the same unit."""
     if not claim.effect or shares is None:
         return False
     return is_within(shares, -NO_EFFECT * abs(claim.effect), NO_EFFECT * abs(claim.effect))
@@ -301,7 +301,8 @@ def depends_on_l0(claim: Claim) -> bool:
 
 
 def side_of_one(ratio: float | None) -> int:
-    """1 if a ratio of two L0 values is above the range that counts as alike, -1 if below, 0 if alike or unknown."""
+    """1 if the ratio of two L0 values is above the range in which they count as alike, -1 if it is below, 0 if it is
+    inside or unknown."""
     return 0 if ratio is None or 1 / LIKE_L0 <= ratio <= LIKE_L0 else 1 if ratio > 1 else -1
 
 
@@ -318,7 +319,7 @@ def paired_changes(unit: str, pairs: Sequence[tuple[float, float]]) -> list[floa
     """The change in each pair (system, other). If `unit` is empty, the change is the difference; otherwise the change
     is expressed in % of the other value, in pp, as a multiple (x) of the other value, or as a share of the other value.
 
-    Empty if a value of the other system is zero, except for differences and changes in pp.
+    Empty if the change is relative to the other system's value (%, x or a share) and one of these values is zero.
     """
     if unit in ("", "pp"):
         return [(100 if unit else 1) * (one - two) for one, two in pairs]
@@ -330,7 +331,7 @@ def paired_changes(unit: str, pairs: Sequence[tuple[float, float]]) -> list[floa
 
 
 def confidence_interval(values: Sequence[float], level: float = CONFIDENCE) -> Interval | None:
-    """The interval of the mean by Student's t; None for fewer than two values or values that are not finite.
+    """Student's t interval of the mean; None if there are fewer than two values or if a value is not finite.
 
     Also None for two equal values other than 0, such as counts, because two equal values do not show how much the
     values vary.
