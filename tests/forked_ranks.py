@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import accelerate  # noqa: F401
-import pydantic.type_adapter  # noqa: F401
 import rich.progress  # noqa: F401
 import torch
 import torch._dynamo  # noqa: F401  (which groups of processes import)

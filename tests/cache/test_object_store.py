@@ -209,7 +209,7 @@ def test_a_machine_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.Mo
 )
 def test_missing_credentials_are_named_as_the_provider_names_them(scheme: str, variable: str) -> None:
     error = failure(Exception("token request to 169.254.169.254"), f"{scheme}://bucket/pile")
-    assert f"such as {variable}" in str(error) and f"{variable[:4]}" in str(error).partition("; ")[2]
+    assert f"for example {variable}" in str(error) and f"{variable[:4]}" in str(error).partition("; ")[2]
 
 
 @pytest.mark.parametrize(

@@ -79,4 +79,4 @@ def test_the_table_names_the_reading_counts_verdicts_and_says_what_they_mean(cap
         "note     ev and 1 more: layer 5 of 19",
     ]
     (count,) = [line for line in lines if line.startswith("   1 contradicted: ")]
-    assert "opposite to the claimed direction" in count and lines[-1] == "written  x.html"
+    assert "opposite to the claimed difference" in count and lines[-1] == "written  x.html"
