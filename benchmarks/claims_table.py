@@ -33,9 +33,9 @@ On a model other than the paper's, two systems can be compared if their L0 value
 if the system with the higher L0 is the same one as in the paper. On such a model, the size of a difference cannot
 contradict a claim. On the paper's model, a difference below {SHARES["effect"]} of the claimed difference counts as no
 effect and contradicts the claim. Two numbers of a paper that differ by at most {SHARES["same"]} do not contradict each
-other. If the numbers printed for two systems differ by only one unit in the last digit, the claim has no direction. A claim
-that restates another gets a verdict but is not counted again. Claims about the time of a training step are compared
-with `evaluate/papers/step_times.json`.
+other. If the numbers printed for two systems differ by only one unit in the last digit, the claim has no direction. A
+claim that restates another gets a verdict but is not counted again. Claims about the time of a training step are
+compared with `evaluate/papers/step_times.json`.
 
 | {" | ".join(COLUMNS)} |
 |{"---|" * len(COLUMNS)}"""
