@@ -20,9 +20,9 @@ parameters, built with transformers {transformers.__version__}. `tests/harvest/t
 - Captured activations are bit-identical to transformers' hidden states, and to what a plain forward hook on the named
   module receives.
 - resid_pre + attn_out + mlp_out = resid_post, and resid_pre + attn_out = resid_mid.
-- If the captured activations are put back at their site, the logits equal those of the unmodified model. If other
-  activations are put there, the logits equal those of transformers' model with a plain hook that does the same.
-  Afterwards the model is unchanged.
+- If the captured activations are put back at their site, the logits equal those of the unmodified model. If the
+  activations at a site are replaced by others, the logits equal those of the transformers model in which a plain hook
+  makes the same replacement. Afterwards the model is unchanged.
 - If only the first blocks are loaded, as in a harvest, the activations are the same as in the whole model.
 
 The family of a model is the `model_type` in its config.json: Pythia is gpt_neox, SmolLM2 is llama, and a multimodal

@@ -39,7 +39,7 @@ class Adapter(TypedDict):
 class ModelIdentity(TypedDict):
     """The identity of the language model."""
 
-    name: Annotated[str, Meta(description="Hub id, or the folder's name with 8 digits of its digest; never compared")]
+    name: Annotated[str, Meta(description="Hub id, or a folder's name and 8 digits of its digest; never compared")]
     revision: NotRequired[Annotated[str, Meta(description="commit on the Hub, or sha256 of the files of a folder")]]
     adapters: NotRequired[list[Adapter]]
 
@@ -53,7 +53,9 @@ class DataIdentity(TypedDict):
     split: NotRequired[str]
     subset: NotRequired[str]
     spelled_lines: NotRequired[
-        Annotated[Count, Meta(description="for python-stdlib: generated spelling lines after each document")]
+        Annotated[
+            Count, Meta(description="for python-stdlib: lines added per document, each with a word's first letter")
+        ]
     ]
 
 
@@ -101,7 +103,7 @@ class CacheAttributes(TypedDict):
     storage_dtype: Literal["bfloat16", "uint16"]
     compress: bool
     complete: Annotated[list[str], Meta(description="arrays whose windows all exist")]
-    to_read: NotRequired[Annotated[str, Meta(description="a line of Python for other readers")]]
+    to_read: NotRequired[Annotated[str, Meta(description="a line of Python that lets zarr-python read the arrays")]]
 
 
 class CacheGroup(TypedDict):
@@ -219,7 +221,7 @@ class WindowCommit(TypedDict):
     array: Annotated[str, Meta(description="also in the file's name")]
     rows: Annotated[Size, Meta(description="rows in this window")]
     made_with: WindowMadeWith
-    files: Annotated[Files, Meta(description="this window's files, both of the array and of row_ctx and row_pos")]
+    files: Annotated[Files, Meta(description="this window's files: those of the array, of row_ctx and of row_pos")]
 
 
 class TokensCommit(TypedDict):
@@ -276,7 +278,7 @@ class Manifest(TypedDict):
     complete: Annotated[list[str], Meta(description="arrays whose windows all exist")]
     statistics: Annotated[dict[str, Statistics], Meta(description="statistics of each complete array")]
     files: Annotated[
-        Files, Meta(description="the files that the commits of the complete arrays list, and the files in tokens/")
+        Files, Meta(description="the files listed in the commits of the complete arrays, and the files in tokens/")
     ]
 
 
@@ -366,7 +368,7 @@ class ClaimOfText(TypedDict):
 class Draft(TypedDict):
     """drafts/<window>/state.json"""
 
-    owner: Annotated[Sha256, Meta(description="digest of what determines the draft's bytes, including software")]
+    owner: Annotated[Sha256, Meta(description="digest of everything (software too) that determines the draft's bytes")]
     checksums: Annotated[list[Crc32c], Meta(description="checksum of each <number>.safetensors")]
     context: Annotated[Count, Meta(description="the next context to compute")]
 

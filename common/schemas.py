@@ -51,7 +51,7 @@ class RecordedAdapter(TypedDict):
 class RecordedModel(TypedDict):
     """A language model."""
 
-    name: Annotated[str, Meta(description="id on the Hub, or the name of a folder with 8 digits of its digest")]
+    name: Annotated[str, Meta(description="id on the Hub, or a folder's name and the first 8 digits of its digest")]
     revision: NotRequired[
         Annotated[
             str | None, Meta(description="commit on the Hub, or sha256 of the files of a folder; null: not known")
@@ -151,7 +151,7 @@ class ImportSource(TypedDict):
 
     format: str
     sha256: Annotated[dict[str, Sha256], Meta(description="path in the folder -> digest of the file")]
-    path: Annotated[str, Meta(description="a folder, or a folder of the repository")]
+    path: Annotated[str, Meta(description="a local folder, or a folder in the repository")]
     repository: NotRequired[Annotated[str, Meta(description="repository on the Hub")]]
     revision: NotRequired[Annotated[str, Meta(description="commit on the Hub")]]
     overrides: NotRequired[
@@ -201,8 +201,8 @@ class RunRecord(TypedDict):
         Annotated[
             Precision,
             Meta(
-                description="precision of matrix products; absent: float32, or bfloat16 for a run of an earlier "
-                "version on a GPU, unless `asked` names one"
+                description="precision of matrix products; absent: the one in `asked`, or else bfloat16 for a run of "
+                "an earlier version on a GPU, and float32 for any other run"
             ),
         ]
     ]
@@ -278,7 +278,9 @@ class Checkpoint(TypedDict):
     format: int
     step: Annotated[Count, Meta(description="optimizer steps taken; also in the folder's name and in the tensor `i`")]
     sha256: Annotated[Sha256, Meta(description="digest of state.safetensors")]
-    step_version: NotRequired[Annotated[Size, Meta(description="version of the steps before it; absent: 1")]]
+    step_version: NotRequired[
+        Annotated[Size, Meta(description="version of the training steps before this checkpoint; absent: 1")]
+    ]
     run: NotRequired[
         Annotated[Sha256, Meta(description="digest of the fields from `variant` to `accumulate` in its run.json")]
     ]
