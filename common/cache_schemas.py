@@ -53,9 +53,7 @@ class DataIdentity(TypedDict):
     split: NotRequired[str]
     subset: NotRequired[str]
     spelled_lines: NotRequired[
-        Annotated[
-            Count, Meta(description="for python-stdlib: lines added per document, each with a word's first letter")
-        ]
+        Annotated[Count, Meta(description="for python-stdlib: lines per document that give a word's first letter")]
     ]
 
 
