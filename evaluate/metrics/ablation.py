@@ -92,8 +92,8 @@ class AblationScores(NamedTuple):
 class Ablation(Metric):
     """Intervals come from a bootstrap over the test texts of each class, with the same draws for every SAE.
 
-    Memory, for one SAE and one problem at a time: one row for each text, the sum of the latents over its tokens. The
-    shape of all rows is at most (12,500, d_sae) in float32, which is 0.8 GB at 16k latents.
+    Memory: one row for each text, which is the sum of the latents over the tokens of the text. Only the rows of one SAE
+    and one problem are in memory at a time: at most 12,500 rows of d_sae float32 values, or 0.8 GB at 16k latents.
     """
 
     datasets: tuple[str, ...] = ()
@@ -287,8 +287,8 @@ def fitting_thresholds(thresholds: Sequence[int], d_sae: int, metric: str) -> tu
     """The numbers of latents to ablate in an SAE of this width. Default thresholds above the width are dropped.
 
     Raises:
-        UsageError: one of the thresholds that the user set is larger than `d_sae`. If the user set none: all default
-            thresholds are larger than `d_sae`.
+        UsageError: one of the thresholds that the user set is larger than `d_sae`, or the user set no thresholds and
+            all default thresholds are larger than `d_sae`.
     """
     fit = tuple(n for n in thresholds if n <= d_sae)
     if len(fit) == len(thresholds) or (fit and tuple(thresholds) == THRESHOLDS):

@@ -1,16 +1,16 @@
 """The absorption metric: does a first-letter latent stay silent on words where other latents have absorbed it?
 
-Lower is better; 0 is no absorption. A silent or dead SAE also scores 0, which a flag reports.
+Lower is better; 0 is no absorption. A silent or dead SAE also scores 0; a flag reports such an SAE.
 
 Words from the tokenizer's vocabulary are placed in spelling prompts, and the residual stream is read at the word
 (first_letter). Linear probes on the residual stream find a direction for each of the 26 letters. For each letter, small
 logistic regressions find the latents that detect it, its *split latents* (letter_probes). A word is absorbed if the
-probe finds its letter but the letter's contribution comes from other latents.
+probe recognizes its first letter, but the reconstruction along that probe comes from latents other than the split ones.
 
 Source: Chanin et al. 2024, as measured by SAEBench 0.6.0 (`evals/absorption`). Mode 0.6.0 has the absorption fraction
 and full absorption; mode 2024-12, the absorption rate that the five papers report. Randomness and prompts differ:
 SAEBench draws without a seed from a vocabulary whose order changes from process to process. Here words are sorted by
-token, and draws are seeded and equal for every SAE. A word is selected on one prompt and scored on another prompt.
+token, and draws are seeded and equal for every SAE. Words are selected with one prompt and scored with another.
 
 Memory: the activations at all words in the model's dtype; 8 bytes for each pair of a word and a latent that fires on
 it; at most unit_decoder.MAX_DENSE_LATENTS dense latents.
@@ -152,7 +152,7 @@ class Absorption(Metric):
         return result.without_outliers(rows.outliers, len(rows.train_ND) + len(rows.test_ND))
 
     def scored_letters(self, mode: str, rows: SpellingRows) -> list[int]:
-        """The letters that the probe on the residual stream finds; in mode 2024-12, all 26. Raises SaeError if none."""
+        """The letters whose probe exceeds min_GT_probe_f1; in mode 2024-12, all 26. Raises SaeError if none does."""
         f1_L = rows.f1_L
         letters = [letter for letter in range(26) if mode == "2024-12" or f1_L[letter] > self.min_GT_probe_f1]
         if not letters:

@@ -35,7 +35,7 @@ class LatentExamples(NamedTuple):
 
     @property
     def firing(self) -> list[int]:
-        """The numbers (from 1) of the scored passages in which the latent fires."""
+        """The scored passages in which the latent fires, as indices that start at 1."""
         return [i for i, window in enumerate(self.scored, 1) if (window.values > self.threshold).any()]
 
 
@@ -45,10 +45,12 @@ def select_examples(
     """Select the passages of a latent, or return None if it has too few.
 
     At the flat indices `flat_P` (ascending) of `ids_RS`, the latent has the activations `value_P`, all above 0. At all
-    other tokens it is 0. The middle of a passage is at least BUFFER tokens from either end of its row. TOP passages
-    have the largest activations, except that no two of them in one row are within BUFFER tokens of each other. For
-    WEIGHTED other passages, the middle token is drawn from those with smaller activations, in proportion to the squared
-    activation. RANDOM passages are drawn from anywhere, and the latent counts as silent in them.
+    other tokens it is 0. The middle of a passage is at least BUFFER tokens from either end of its row.
+
+    First, `TOP` passages with the largest activations are selected; within a row, their middle tokens are more than
+    BUFFER tokens apart. Then the middle tokens of `WEIGHTED` more passages are drawn from the tokens with smaller
+    activations, in proportion to the squared activation. Finally, `RANDOM` passages are drawn from the whole text. In
+    these, the latent is treated as silent, even if it fires.
     """
     rows, context = ids_RS.shape
     row_P, position_P = np.divmod(flat_P, context)

@@ -2,11 +2,11 @@
 
 Higher is better. The judge reads passages on which a latent fires and explains the latent. Then the judge reads other
 passages and says, from the explanation alone, on which of them the latent fires. `scores` lists the ways to question
-and score the judge:
+the judge and to score its answers:
 
-saebench: the judge names those of 14 passages on which the latent fires. The score of a latent is the share of the 14
-    passages that the judge gets right; 10 of the passages are random. A judge that always answers None scores about
-    10/14.
+saebench: the judge reads 14 passages and names those on which the latent fires. The score of a latent is the share of
+    the 14 passages that the judge gets right; 10 of the passages are random. A judge that always answers None scores
+    about 10/14.
 detection, fuzzing: the balanced accuracies of Paulo et al. 2024, in explanation_scores.py. Guessing gives a score
     of 0.5.
 
@@ -310,8 +310,8 @@ def mean_and_deviation(scores: Sequence[float]) -> tuple[float, float, list[floa
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """The mean over latents and its 95 % percentile interval over resampled latents. The interval is NaN for fewer than
-    two latents."""
+    """The mean over latents, and its 95 % interval from a percentile bootstrap over the latents. The interval is NaN
+    for fewer than two latents."""
     if len(values) < 2:
         return (values or [math.nan])[0], (math.nan, math.nan)
     if len(set(values)) == 1:  # every resample has the same mean

@@ -1,8 +1,8 @@
 """Passages for scoring an explanation by detection and fuzzing: in half of them the latent fires.
 
-Source: Paulo et al. 2024 (arXiv 2410.13928), and the authors' library delphi. As in delphi, the passages in which the
-latent fires cover all strengths of its activation. The other passages are drawn from the whole text, among those in
-which the latent does not fire.
+Source: Paulo et al. 2024 (arXiv 2410.13928), and the authors' library delphi. As in delphi, the passages in
+which the latent fires are chosen so that they cover the whole range of its activations. The other passages are drawn
+from the whole text, among those in which the latent does not fire.
 
 Shape suffixes: R rows of text, S positions, P tokens on which a latent fires, W tokens of a passage.
 """
@@ -38,16 +38,17 @@ def select_balanced(
     examples: LatentExamples,
     rng: np.random.Generator,
 ) -> list[BalancedPassage] | None:
-    """At most MOST passages in which the latent fires and as many in which it does not, shuffled; None if there are
-    fewer than FEWEST of each kind.
+    """Up to `MOST` passages in which the latent fires and equally many in which it does not, in random order.
+
+    Returns None if there are fewer than `FEWEST` passages of either kind.
 
     At the flat indices `flat_P` (ascending) of `ids_RS`, the latent has the activations `value_P`, all above 0. At all
-    other tokens it is 0. Passages of the same kind share no token. Those in which the latent fires share no token with
-    a passage of the explanation either.
+    other tokens it is 0. Passages of the same kind share no token. In addition, the passages in which the latent fires
+    have no token in common with the passages that the explanation was made from.
 
-    In half of the passages, the latent fires on the middle token. To choose these tokens, the activations above the
-    threshold of the `examples` are sorted and divided into MOST parts of about the same size, and at most one token is
-    drawn from each part. In the other half, the latent fires on no token.
+    In half of the passages, the latent fires on the middle token. To choose these tokens, the tokens on which the
+    activation exceeds `examples.threshold` are sorted by activation and divided into `MOST` parts of about the same
+    size, and at most one token is drawn from each part. In the other half, the latent fires on no token.
     """
     rows, context = ids_RS.shape
     explained = [window.middle for window in examples.explained]
@@ -74,8 +75,8 @@ def select_balanced(
 
 
 def overlaps(flat: np.ndarray, others: Sequence[int]) -> np.ndarray:
-    """For each passage around a middle token in `flat`, whether it shares a token with a passage around one of
-    `others`. Passages do not cross the ends of their row, so passages in different rows never overlap."""
+    """For each token in `flat`, whether the passage around it shares a token with the passage around any of the tokens
+    in `others`. Passages do not cross the ends of their row, so passages in different rows never overlap."""
     return (np.abs(flat[:, None] - np.array(others, dtype=np.int64)) <= 2 * BUFFER).any(1)
 
 

@@ -247,8 +247,8 @@ class Metric(ABC):
         return []
 
     def kept_bytes(self, ctx: EvalContext, targets: Sequence[EvalTarget]) -> int:
-        """At most how many bytes of activations are added to the artifact cache when `targets` are measured. Does not
-        need the model.
+        """An upper bound on the bytes of activations that are added to the artifact cache when `targets` are
+        measured. Does not need the model.
 
         If `knows_what_is_kept` is true, bytes that are already in the cache are not counted.
         """
@@ -265,8 +265,8 @@ class Metric(ABC):
         """Like `measure`, but if rows were left out, the result covers all rows, and its `MetricResult.masked` is the
         result without outlier rows.
 
-        SAEs without outlier rows in the text are measured only once. If `measure` itself returns both results, all SAEs
-        are measured only once.
+        If the text has no outlier rows for an SAE, this SAE is measured only once. If `measure` itself returns both
+        results, all SAEs are measured only once.
         """
         outcomes = self.measure(ctx, targets, progress)
         masked = {

@@ -40,7 +40,7 @@ class BootstrapWeights:
         return cls(torch.cat([torch.ones(1, sum(counts)), resampled]).double())
 
     def accuracy(self, logit_N: Tensor, task: ProbeTask) -> Tensor:
-        """The accuracy in each replicate (R,), rounded to float32 like SAEBench's.
+        """The accuracy in each replicate (R,), rounded to float32 as in SAEBench.
 
         The rounding decides whether a difference reaches SCR's threshold of 0.001.
         """

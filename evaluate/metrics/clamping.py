@@ -1,4 +1,4 @@
-"""Clamping latents of an SAE in the residual stream, the intervention of the unlearning metric.
+"""Clamp latents of an SAE on the residual stream. This is the intervention of the unlearning metric.
 
 Shape suffixes: N prompts, S positions, D d_in, F latents, K clamped latents, M multipliers.
 """

@@ -10,12 +10,12 @@ SAEBench's: it consists of the contexts of the cache, with one document in each 
 divides `mse` by the number of tokens in a batch, so `mse` is comparable only between SAEs measured on the same text.
 Pad, EOS and BOS positions keep their activations and are not counted.
 
-All other rows are counted under these names, as in SAEBench, so a single attention sink can dominate the numbers. If
-the text has outlier rows (`EvalTarget.norm_limit`), `MetricResult.masked` therefore contains the same numbers without
-them: at these rows the model keeps its own activations, as at BOS, and they are not counted. To compute the numbers
-without outlier rows, the model runs a second time on the contexts that contain an outlier row. The model's own pass
-over the text is kept in the artifact cache (`TextPasses`), so SAEs that are measured later run only the blocks after
-their hook.
+All other rows are counted under these names, as in SAEBench, so a single attention sink can dominate the numbers.
+Therefore, if the text has outlier rows (`EvalTarget.norm_limit`), `MetricResult.masked` contains the same numbers
+computed without the outlier rows: at these rows the model keeps its own activations, as at BOS, and the rows are not
+counted. To compute the numbers without outlier rows, the model runs a second time on the contexts that contain an
+outlier row. The results of the model's own pass over the text are kept in the artifact cache (`TextPasses`). For an SAE
+that is measured later, the model therefore runs only the blocks after the hook of that SAE.
 
 Shape suffixes: N contexts, S positions, T counted tokens, D d_in, F latents, V vocabulary.
 """
@@ -248,7 +248,7 @@ class CoreSums:
 class MeasuredSAE:
     """Two sets of running sums for one SAE: over all counted rows, and over those of them that are not outliers.
 
-    Until the first outlier row, the two are equal, and only the first is kept.
+    As long as there has been no outlier row, both sets are equal, and only `all` is kept.
     """
 
     def __init__(self, target: EvalTarget, paired_latents: int) -> None:
@@ -256,7 +256,8 @@ class MeasuredSAE:
         self.all = CoreSums(paired_latents)
         self.masked: CoreSums | None = None
         self.outliers = 0
-        self.tokens: int | None = None  # tokens encoded at a time; decided once, after the model has been loaded
+        # the number of tokens to encode at a time; computed once, after the model has been loaded
+        self.tokens: int | None = None
 
     def add_batch(self, run: ForwardPass | None, x_NSD: Tensor, counted_NS: Tensor, outlier_NS: Tensor) -> BatchSplice:
         """Add the activations of a batch. If `run` is given, also run the model on their reconstruction."""

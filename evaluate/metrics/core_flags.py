@@ -37,7 +37,7 @@ def core_flags(target: EvalTarget, metrics: Metrics, stats: SAEStatistics) -> li
 
 
 def few_pairs(stats: SAEStatistics) -> str:
-    """A sentence if fewer latents are paired than by default, because such numbers are hardly comparable."""
+    """A flag if fewer latents were paired than by default, which makes the numbers hard to compare; otherwise ""."""
     assert stats.pairs
     latents, d_sae = stats.pairs.latents, len(stats.density())
     if latents >= min(PAIRED_LATENTS, d_sae):

@@ -21,9 +21,9 @@ def group_documents(document_N: Tensor) -> Tensor:
 def values_by_group(ratio: Ratio, group_N: Tensor) -> Tensor:
     """One value per group of documents (G,), such that the mean of the values is the ratio r of the sums.
 
-    The value of a group is r + (part - r whole) G / sum(whole). The mean of the values has the standard error of the
-    linearized ratio, as in `sae_statistics.ratio_interval`, and the mean difference between two SAEs is the difference
-    of their ratios.
+    The value of a group is r + (part - r * whole) * G / sum(whole). The mean of the values has the standard error of
+    the linearized ratio, as in `sae_statistics.ratio_interval`, and the mean difference between two SAEs is the
+    difference of their ratios.
     """
     part_G, whole_G = sum_by_document(ratio, group_N)
     centre = ratio_value((part_G, whole_G))
@@ -50,7 +50,7 @@ def document_record(
 
 
 def values_in_record(record: Any, name: str) -> tuple[str, Mapping[str, float]]:
-    """The unit of the record ("document" or "group of documents"), and the value of the number `name` for each unit.
+    """What a unit of the record is ("document" or "group of documents"), and for each unit the value called `name`.
 
     Both are empty for results of earlier versions, which stored no values.
     """

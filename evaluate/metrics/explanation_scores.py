@@ -1,4 +1,4 @@
-"""Explanations of latents, and scores that say how well a judge predicts from them where the latents fire.
+"""Explanations of latents, and scores of how well a judge can tell from an explanation where its latent fires.
 
 `saebench` is the score of SAEBench 0.6.0, with reworded prompts: the judge names the passages, out of 14, on which the
 latent fires. `detection` and `fuzzing` are the scores that Paulo et al. 2024 (arXiv 2410.13928) define and their
@@ -101,7 +101,7 @@ def detection_accuracy(predicted: Sequence[int], firing: Sequence[int], count: i
 
 
 def passages_prompt(score: str, asked: Sequence[BalancedPassage], words: TokenText, explanation: str) -> list[Message]:
-    """The prompt that asks the judge about the passages `asked`. `score` is "detection" or "fuzzing"."""
+    """The prompt that asks the judge about each passage in `asked`. `score` is "detection" or "fuzzing"."""
     fuzzing = score == "fuzzing"
     marked = [words.marked(one.window.ids, one.mark_W if fuzzing else one.mark_W & False) for one in asked]
     system = (FUZZING_PROMPT if fuzzing else DETECTION_PROMPT).format(count=len(asked))

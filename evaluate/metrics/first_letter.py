@@ -172,8 +172,8 @@ def vocabulary_words(tokenizer: Any, start: list[int], embedded: int | None = No
 
 @dataclass(frozen=True)
 class SpellingRows:
-    """The activations at one hook, read at the last word of each prompt, and probes that predict the first letter of
-    that word from them. Letters are numbered from 0 to 25."""
+    """The activations at one hook, read at the last word of each prompt, and probes that use these activations to
+    predict the first letter of that word. Letters are numbered from 0 to 25."""
 
     train_ND: Tensor
     train_letter_N: Tensor

@@ -16,8 +16,8 @@ from ...common.tokenizers import tokenizer_digest
 from ..context import EvalContext
 from .base import Progress
 
-MAX_TOKENS = 1024  # including BOS; longer texts are cut to their last tokens
-TOKENS_PER_FORWARD = 8192  # with padding
+MAX_TOKENS = 1024  # including BOS; of a longer text, only the last tokens are kept
+TOKENS_PER_FORWARD = 8192  # including padding
 
 
 def last_token_rows(

@@ -30,8 +30,8 @@ def collect_firings(
 ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
     """For every latent in `drawn`, yield (index of the target, latent, flat positions in the rows, activations there).
 
-    The number of passes of the model is the smallest that MAX_FIRINGS allows, as estimated from the `shares` of tokens
-    on which latents fire.
+    The model makes as few passes over the rows as MAX_FIRINGS allows. The number of firings of each latent is estimated
+    from `shares`, the shares of tokens on which the latents fire.
     """
     passes: list[list[list[int]]] = []  # for each pass, the latents of each target
     total = MAX_FIRINGS + 1.0

@@ -4,9 +4,9 @@ If `signed` is true, the sum of the similarities themselves is maximized.
 
 Up to EXACT_LATENTS latents, the matching is optimal (scipy's linear_sum_assignment). This matching keeps the
 similarities of all pairs in memory, at 9 bytes each. For 16,384 latents, it needs 2.4 GB and takes minutes. With more
-latents, only the CANDIDATES most similar partners of each latent are considered, at 16 bytes each, and the sum is a
-lower bound of the optimum. For 4,096 directions of 128 dimensions, half of them shared, the sum equals the optimum to
-seven digits.
+latents, each latent is matched only with one of its most similar partners (CANDIDATES of them, at 16 bytes each), so
+the sum is a lower bound on the optimum. For 4,096 directions of 128 dimensions, half of them shared, the sum equals the
+optimum to seven digits.
 
 Shape suffixes: F latents of one dictionary, G of the other, B a block of the F, K candidates.
 """

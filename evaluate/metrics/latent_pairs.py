@@ -36,8 +36,8 @@ class LatentPairs:
         self.sparse: list[csr_array] = []  # latents of the current batch that are not yet in batch_FF
 
     def add(self, f_TF: Tensor) -> None:
-        """Add f^T f for some tokens of a batch. Sparse latents are stored and added when the batch ends. Only the upper
-        triangle of the sum is complete."""
+        """Add f^T f for some tokens of a batch. Sparse latents are only stored here; `end_batch` adds them. Only the
+        upper triangle of the sum is complete."""
         if self.index_F is None:
             self.index_F = self.sample(f_TF)
         paired_TF = f_TF.index_select(1, self.index_F) if len(self.index_F) < f_TF.shape[1] else f_TF
@@ -76,7 +76,7 @@ class LatentPairs:
     def correlation(self, W_dec_FD: Tensor | None) -> dict[str, float]:
         """Statistics of the cosines between the activations of each pair of alive latents (003, eq. 2).
 
-        The activations are those at the tokens that were passed to `add`, about PAIRED_TOKENS.
+        The activations are those at the tokens that were passed to `add`. There are about PAIRED_TOKENS such tokens.
 
         If `W_dec_FD` is given, also Spearman's rank correlation of these cosines with the cosines of the decoder rows
         (002, sec. 4).

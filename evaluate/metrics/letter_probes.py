@@ -1,5 +1,6 @@
-"""Letter probes of the absorption metric: 26 logistic regressions on activations or on SAE latents, and the split
-latents, which together represent a letter.
+"""Letter probes of the absorption metric: 26 logistic regressions on activations or on SAE latents.
+
+The probes on latents are used to find the split latents of a letter, that is, the latents that together represent it.
 
 Shape suffixes: N words, B words of a batch, D d_in, F latents, K candidate latents, L letters.
 """
@@ -162,8 +163,8 @@ def split_latents(
 ) -> FeatureSplit:
     """Find a letter's split latents: add candidates, best first, while each raises the F1 on test words by `jump`.
 
-    SAEBench fits all K regressions. The regressions after the first candidate that adds too little have no effect and
-    are skipped here.
+    SAEBench fits all K regressions. Once a candidate adds too little, the regressions for later candidates have no
+    effect, so they are skipped here.
     """
     missed: dict[int, np.ndarray] = {}
 
@@ -179,7 +180,8 @@ def split_latents(
 def count_split_latents(f1_of_k: Iterable[float], jump: float) -> tuple[int, list[float]]:
     """How many of the candidates are split latents, and the F1s that were read from `f1_of_k` to find this out.
 
-    The first candidate always counts. The next ones count until one does not raise the F1 by more than `jump`.
+    The first candidate is always a split latent. The following ones are split latents as long as each raises the F1 by
+    more than `jump`; the first that does not ends the search.
     """
     seen: list[float] = []
     for value in f1_of_k:

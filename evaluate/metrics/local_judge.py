@@ -97,7 +97,7 @@ def batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
     """Sort prompts by length, the longest first, and yield the indices of the prompts of each batch.
 
     `lengths` are the lengths of the prompts. A batch has at most `limit` tokens, including padding and answers, but a
-    prompt that exceeds `limit` alone is a batch of its own.
+    prompt that exceeds `limit` by itself forms a batch of its own.
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):

@@ -26,7 +26,7 @@ MIN_TEST = 100  # number of texts that are reserved for the test
 SHARES = tuple(np.linspace(0.05, 0.95, 19).tolist())  # of positive texts, in the setting imbalance
 TRAIN_SIZES = np.unique(np.round(np.logspace(1, 10, 20, base=2)).astype(int))  # in the setting scarcity: 2 to 1,024
 SETTINGS = ("normal", "scarcity", "imbalance")
-BLOCK = 4096  # latents that are ranked at a time
+BLOCK = 4096  # number of latents to rank at a time
 
 
 class ProbeSplit(NamedTuple):
@@ -82,8 +82,8 @@ def splits_of(
 
 
 def imbalanced_size(label_N: np.ndarray) -> int:
-    """The largest number of texts for which every one of SHARES is possible. Each class limits this number in the split
-    in which its share is largest."""
+    """The largest number of texts for which every one of SHARES is possible. For each class, the split with the largest
+    share of that class sets the limit."""
     positive = int(label_N.sum())
     return int(min((len(label_N) - positive) / (1 - min(SHARES)), positive / max(SHARES)))
 

@@ -20,7 +20,7 @@ import numpy as np
 from scipy.special import expit
 
 SEED, MAX_ITERATIONS = 42, 1000
-TOLERANCE = 1e-4  # as in scikit-learn: stop when no weight changes by more than this share of the largest
+TOLERANCE = 1e-4  # as in scikit-learn: stop if no weight changes by more than this share of the largest weight
 
 
 class LogisticModel(NamedTuple):
@@ -85,7 +85,8 @@ def train_with_sklearn(x_MD: np.ndarray, label_M: np.ndarray, strength: float, *
 
 @functools.cache
 def compiled_trainer() -> Trainer | None:
-    """A trainer with a compiled loop; None without numba, or if its results differ from scikit-learn's in any bit."""
+    """A trainer with a compiled loop. None if numba is not installed, or if the trainer's results differ from
+    scikit-learn's in any bit."""
     try:
         import numba
     except ImportError:
@@ -106,7 +107,7 @@ def trainer_of(loop: Callable[..., tuple[np.ndarray, float]], x_MD: np.ndarray, 
 
 @functools.cache
 def first_random() -> int:
-    """The first state of the generator that draws the texts, as in scikit-learn."""
+    """The initial state of the random generator that draws the texts. It is the same as in scikit-learn."""
     return int(np.random.RandomState(SEED).randint(1, np.iinfo(np.int32).max))
 
 
@@ -122,7 +123,7 @@ def saga_epochs(
     intercept, intercept_gradient, seen = 0.0, 0.0, 0
     for _ in range(max_iterations):
         for turn in range(texts + 1):
-            if turn > 0:  # delayed from the last text: its step along the mean gradient, then its threshold
+            if turn > 0:  # finish the previous update: step along the mean gradient, then soft threshold
                 along = step_sum[turn] - step_sum[turn - 1]
                 threshold = penalty_sum[turn] - penalty_sum[turn - 1]
                 for d in range(features):

@@ -39,11 +39,8 @@ class TextRows:
         return len(self.count_N)
 
     def batches(self, tokens: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Batches of whole texts with about `tokens` rows each: the slice of texts, their rows (T, D), and the number
-        of each row's text (T,).
-
-        Texts are numbered within the slice.
-        """
+        """Batches of whole texts with about `tokens` rows each: the slice of texts, their rows (T, D), and for each row
+        the index of its text within the slice (T,)."""
         ends, first, start = self.count_N.cumsum(0).tolist(), 0, 0
         for number, end in enumerate(ends):
             if end - start >= tokens or number + 1 == len(ends):

@@ -165,9 +165,10 @@ def train_probe(
 ) -> BinaryProbe:
     """Train a logistic regression with AdamW (weight decay 0.01) on BCE + l1 * sum |weight|, reshuffling every epoch.
 
-    Stops after `patience` epochs without a better test accuracy and returns the first best epoch. The epoch is chosen
-    by the same test accuracy that is then reported, which makes every probe look slightly too good; SAEBench does the
-    same. The generator draws first the weight, then the bias, and then one permutation of the texts for each epoch.
+    Stops after `patience` epochs without a better test accuracy and returns the probe of the best epoch (the earliest,
+    if several are equal). The epoch is chosen by the same test accuracy that is then reported, which makes every probe
+    look slightly too good; SAEBench does the same. The generator draws first the weight, then the bias, and then one
+    permutation of the texts for each epoch.
     """
     linear = nn.utils.skip_init(nn.Linear, x_MD.shape[1], 1)
     nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5), generator=generator)

@@ -28,12 +28,13 @@ def shuffle_rows(W_dec_FD: Tensor, seed: int) -> Tensor:
 
 
 def second_moment(unit_FD: Tensor) -> Tensor:
-    """E[w w^T] (D, D) over the rows of a dictionary. The mean is not subtracted, because it is a common direction."""
+    """E[w w^T] (D, D) over the rows of a dictionary. The mean row is not subtracted, because it is a direction that the
+    rows have in common."""
     return unit_FD.T @ unit_FD / len(unit_FD)
 
 
 def gaussian_rows(moment_DD: Tensor, latents: int, seed: int) -> Tensor:
-    """Random unit vectors (F, D): normalized Gaussian vectors with the second moment `moment_DD`, whose trace is 1.
+    """Normalized Gaussian vectors (F, D) that have the second moment `moment_DD` (of trace 1) after normalization.
 
     Normalizing a Gaussian vector changes its covariance. The variances along the eigenvectors of the moment are
     therefore chosen so that the normalized rows have the right mean squares.

@@ -1,7 +1,7 @@
 """Check a model's answer about an attribute of an entity with the rules of SAEBench 0.6.0 (`ravel/validation.py`).
 
-In general, an answer is right if it begins with the expected value or is the beginning of it. Some values have their
-own rules, because they have several names or because models do not state them to the last digit.
+In general, an answer is right if it begins with the expected value or if the expected value begins with it. Some
+values have their own rules, because they have several names or because models do not state them to the last digit.
 """
 
 import contextlib

@@ -243,9 +243,9 @@ def draw_pairs(
 ) -> PairSplit:
     """The pairs for changing one attribute while the others stay the same.
 
-    At most `count` pairs are about the attribute `changed`: here the model should give the answer to the source
-    question. The other attributes together get as many pairs or fewer: here the model should still give the answer to
-    the base question. A `share` of all pairs is for training.
+    At most `count` pairs are about the attribute `changed`. For these, the model should give the answer to the source
+    question. The pairs about all other attributes together are at most as many as those about `changed`. For these, the
+    model should still give the answer to the base question. A `share` of all pairs is for training.
 
     The random draws equal those of SAEBench 0.6.0, in the same order.
     """

@@ -25,9 +25,8 @@ class AttributeScores:
 
     Attributes:
         entities: the entity of each pair's base.
-        is_cause: whether the answer should change from the base's to the source's and these two answers have different
-            first tokens. As in SAEBench, a pair whose two answers have the same first token counts as a pair whose
-            answer should stay the same.
+        is_cause: whether the answer should change from the answer of the base to that of the source. As in SAEBench,
+            this is false if these two answers have the same first token: then the answer should stay the same.
         right: whether the wanted answer was given.
         latents: the entries about the mask in the details.
     """

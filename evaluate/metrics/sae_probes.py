@@ -254,7 +254,7 @@ class DatasetScores:
     outliers: int
 
     def mean(self, score: str, place: int = 0) -> float:
-        """The mean of one field of ProbeScore over the splits, for the k that has the index `place` in `ks`."""
+        """The mean of one field of ProbeScore over the splits, for k = ks[place]."""
         return float(self.score_SK4[:, place, ProbeScore._fields.index(score)].mean())
 
 

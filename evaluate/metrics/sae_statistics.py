@@ -40,7 +40,8 @@ def ratio_interval(ratio: Ratio) -> list[float]:
 def sum_by_document(ratio: Ratio, document_N: Tensor) -> Ratio:
     """Sum the numerators and the denominators of a ratio over the contexts of each document.
 
-    If `document_N` has more entries than the ratio, only as many as the ratio has are used.
+    `document_N` contains the document of each context. If the ratio covers fewer contexts, only the first entries of
+    `document_N` are used.
     """
     _, index_N = document_N[: len(ratio[1])].unique(return_inverse=True)
     part, whole = (torch.zeros(int(index_N.max()) + 1).to(column).index_add_(0, index_N, column) for column in ratio)
@@ -60,7 +61,7 @@ def splice(
     statistics: Sequence[tuple["SAEStatistics", Tensor]],
     tokens: int | None = None,
 ) -> Tensor:
-    """The activations of one batch (N, S, D) with the SAE's reconstruction at the counted tokens.
+    """The activations of one batch (N, S, D), in which the SAE's reconstruction replaces the counted tokens.
 
     The batch is encoded once, `tokens` tokens at a time (default: `tokens_per_encode`). Each SAEStatistics in
     `statistics` comes with a mask (N, S) of some of the counted tokens, and receives only these tokens.
@@ -241,7 +242,7 @@ def largest_other_cosine(rows_FD: Tensor, block: int = 4096) -> Tensor:
 
 
 def latent_details(sae: SAE, stats: SAEStatistics) -> list[dict[str, Any]]:
-    """One entry per latent with SAEBench's names, rounded to ten decimals as SAEBench does."""
+    """One entry for each latent. As in SAEBench, whose names are used, values are rounded to ten decimals."""
     encoder, decoder = sae.W_enc.T.float(), sae.W_dec.float()
     columns = {
         "feature_density": stats.density(),

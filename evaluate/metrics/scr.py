@@ -5,8 +5,8 @@ Higher is better: 0 means no effect, 1 means that all of the bias is removed.
 A *biased* probe is trained on texts of two classes in which a second attribute always coincides with the class (male
 professors and female nurses), so it also reads the attribute. The biased probe is therefore less accurate on the class
 than a probe that is trained on the class alone. The latents that matter most to a probe of the attribute are ablated.
-The score is the share of the missing accuracy that the ablation recovers. In the other direction, the latents of the
-class are ablated and the accuracy on the attribute is measured.
+The score is the share of the accuracy gap between the biased and the unbiased probe that the ablation closes. In the
+other direction, the latents of the class are ablated and the accuracy on the attribute is measured.
 
 Source: SHIFT of Marks et al. 2024, as automated by SAEBench 0.6.0, `evals/scr_and_tpp` (Karvonen et al. 2025). The
 tasks of a pair of classes contain all of its texts, so only the probes depend on random numbers. Ablation is computed
@@ -135,8 +135,8 @@ def scr_scores(
     `biased` is the accuracy of the biased probe, `clean` is the accuracy of the task's own probe, and
     `ablated[task][n]` is the accuracy of the biased probe without n latents of the other task. `scr_metric` is the
     score of the task at which the biased probe is worse; if it is equally bad at both, there is no `scr_metric`. A
-    score is 0 if the missing accuracy is below MIN_ROOM. In mode 2024-12, a score is always the quotient, and 0/0 gives
-    no score.
+    score is 0 if `clean` exceeds `biased` by less than MIN_ROOM. In mode 2024-12, a score is always the quotient, and
+    0/0 gives no score.
     """
     scores = {}
     for number, task in enumerate(DIRECTIONS, 1):

@@ -1,18 +1,18 @@
 """Sparse probing: how well a few latents predict the class of a text. Higher accuracy is better; 0.5 is chance.
 
 Each class of each dataset has a binary task: to tell this class from the other classes. A text is represented by its
-latents, averaged over the counted tokens. For the LLM's own score, it is represented by its activations, averaged in
-the same way. There are two probes per task: a probe on all features, trained until the test accuracy stops rising, and
-scikit-learn's logistic regression on the k features whose class means differ most. Accuracies are averaged over the
-classes of a dataset, then over datasets.
+latents, averaged over the counted tokens. For the LLM's own score, a text is represented by the LLM's activations,
+averaged in the same way. There are two probes per task: a probe on all features, trained until the test accuracy stops
+rising, and scikit-learn's logistic regression on the k features whose class means differ most. Accuracies are averaged
+over the classes of a dataset, then over datasets.
 
 Source: SAEBench 0.6.0, `evals/sparse_probing` (after Gurnee et al. 2023), with its definitions and names. There are
-three differences: an addition and two numerical choices.
+three differences: additional entries in the results, and two numerical choices.
 
-- The entries `sae_top_<k>_latents` name the latents that the probes on k latents read, if k is at most
-  MAX_NAMED_LATENTS: dataset -> class -> latent -> difference, the largest first. The difference is the latent's mean
-  over the training texts of the class minus its mean over the other training texts of the task, so it is positive if
-  the latent fires more for the class.
+- If k is at most MAX_NAMED_LATENTS, the entry `sae_top_<k>_latents` lists the latents used by the probes on k latents:
+  dataset -> class -> latent -> difference, with the largest absolute difference first. The difference is the
+  latent's mean over the training texts of the class minus its mean over the other training texts of the task, so it is
+  positive if the latent fires more for the class.
 - The logistic regression is regularized, so accuracies depend on the scale of the latents. Decoder norms other than 1
   are therefore folded into the latents first.
 - SAEBench sums activations in the model's dtype; here the sums are in float32.
@@ -226,7 +226,7 @@ class ProbingScores:
 class ProbedSAE:
     """One SAE's scores so far: name of a dataset -> scores."""
 
-    generator: torch.Generator  # with rng="saebench": used for all draws of this SAE
+    generator: torch.Generator  # with rng="saebench": used for all random draws when this SAE is measured
     scores: dict[str, ProbingScores] = field(default_factory=dict)
     folded: bool = False  # whether decoder norms were folded into the latents
     rows: int = 0  # rows that were pooled

@@ -45,7 +45,7 @@ def token_losses(original_TV: Tensor, p_TV: Tensor, logits_TV: Tensor, next_T: T
 
 
 def tokens_per_unembed(model: LanguageModel, final_TD: Tensor) -> int:
-    """How many tokens' logits to compute at a time."""
+    """The number of tokens whose logits are computed at a time."""
     return tokens_at_once(model.unembed(final_TD[:1]).shape[-1], final_TD.device)
 
 
@@ -100,7 +100,10 @@ class CountedTokens:
         return [TokenLosses(*map(torch.cat, zip(*of_output, strict=True))) for of_output in chunks]
 
     def sum_by_context(self, losses: TokenLosses, kept_T: Tensor | None = None) -> Tensor:
-        """The sums over each context's tokens (default: all), (N, 4): KL, CE, tokens, tokens with a next token."""
+        """For each context, the sums over its tokens (N, 4): KL, CE, tokens, tokens with a next token.
+
+        If `kept_T` is given, only the tokens that it selects are included.
+        """
         ce_T = torch.where(self.has_next_T, losses.ce_T, 0)
         columns = [losses.kl_T, ce_T, torch.ones_like(losses.kl_T), self.has_next_T]
         values, context_T = torch.stack([column.double() for column in columns], 1).cpu(), self.context_T.cpu()
@@ -127,7 +130,7 @@ def zero_ablated_output(run: ForwardPass, hook: Hook, batch: ContextBatch, const
 def loss_ratios(original: Sequence[Tensor], ablated: Sequence[Tensor], spliced: Sequence[Tensor]) -> RatiosByCategory:
     """Raw KL and CE (lower is better), and their scores: 1 for the original model, 0 for the zeroed layer.
 
-    The arguments are the sums by context (N, 4) of each batch.
+    Each argument contains one tensor (N, 4) for each batch, as returned by `CountedTokens.sum_by_context`.
     """
     _, ce_original, tokens, predictions = torch.cat([*original]).T
     (kl_zero, ce_zero, *_), (kl, ce, *_) = torch.cat([*ablated]).T, torch.cat([*spliced]).T

@@ -8,19 +8,19 @@ is the mean over the other seeds, so the mean over the SAEs of a system is the m
 cosines.
 
 Recurring latents (Paulo and Belrose 2025, arXiv 2501.16615) come from a separate matching by signed cosines, because a
-latent and its opposite mean different things. In an SAE with negative latents, the sign has no meaning, and the
-matching of PW-MCC is used. The authors also require that the encoder rows match. This is not required here, because not
-every SAE has encoder rows.
+latent and its opposite mean different things. In an SAE with negative latents, the sign of a decoder row has no
+meaning, so the matching by absolute cosines is used, as for PW-MCC. The authors also require that the encoder rows
+match. This is not required here, because not every SAE has encoder rows.
 
 Each number is compared with the same number for matched random dictionaries. The rows of a random dictionary are also
 used as its encoder, with thresholds at which each latent fires as often as the SAE's latent of the same index. The
 random dictionaries thus have the same width and firing rates, and they read the same activations, in which a few large
 directions cause correlations between any two dictionaries. There are two kinds (random_dictionaries.py): the SAE's own
 decoder rows with the entries of each row in random order, which preserves large entries; and Gaussian rows with the
-second moment of the other seeds' decoder rows. The null is the larger of the two numbers. The second moment is that of
-the other seeds, because the second moment of the SAE's own rows would also reflect chance properties of these rows. If
-the random rows have the second moment of another decoder, the mean squared cosine between them and the SAE's rows
-equals exactly the mean squared cosine between the rows of that decoder and the SAE's rows.
+second moment of the other seeds' decoder rows. The null is the larger of the two numbers. The second moment is
+computed from the decoder rows of the other seeds, because that of the SAE's own rows would also reflect chance
+properties of these rows. If the random rows have the second moment of another decoder, the mean squared cosine between
+them and the SAE's rows equals exactly the mean squared cosine between the rows of that decoder and the SAE's rows.
 
 Dead latents are those that do not vary on these tokens. The rows of dead latents are included in the decoder PW-MCC, as
 in the authors' code. Dead latents have no correlation, so the activation PW-MCC is computed over the other latents, and
@@ -63,9 +63,10 @@ class Stability(Metric):
     """`tokens` held-out tokens are read, in batches of `batch_contexts` contexts.
 
     A latent recurs in another seed if the cosine with its match is at least `threshold` (0.7, as in Paulo and Belrose
-    2025, arXiv 2501.16615) and is also high compared with random dictionaries: for each of the two kinds, the SAE is
-    matched with `draws` random dictionaries, and the cosine must be at least the NULL_QUANTILE quantile of the absolute
-    cosines of these matches. Up to `exact_latents` latents, the matching of two seeds is optimal.
+    2025, arXiv 2501.16615) and is also high compared with random dictionaries. There are two kinds of random
+    dictionaries. For each kind, the SAE is matched with `draws` of them, and the cosine must be at least the
+    NULL_QUANTILE quantile of the absolute cosines of these matches. Up to `exact_latents` latents, the matching of
+    two seeds is optimal.
     """
 
     tokens: int = 32_768

@@ -52,11 +52,11 @@ class TextPasses:
         return run
 
     def compute_together(self, with_losses: int, progress: Progress) -> None:
-        """Divide among the ranks the passes that are not stored yet, so that each batch is computed by one rank.
+        """Divide the passes that are not stored yet among the ranks, so that each batch is computed by one rank.
 
         The first `with_losses` batches run through all layers of the model, the others only up to the hooks. Does
-        nothing if the command has a single process. If the passes take too much space to be stored, each rank runs them
-        itself when it needs them.
+        nothing if the command has a single process. If the results of the passes are too large to be stored, each rank
+        runs the passes itself when it needs them.
         """
         if not self.ctx.artifacts.shared:
             return

@@ -1,7 +1,7 @@
 """Decoder norms folded into the latents: f_i <- f_i * |d_i|, d_i <- d_i / |d_i|.
 
-With folded norms, metrics that depend on the scale of latents (absorption, sparse probing, unlearning) do not depend on
-how an SAE divides the scale between its latents and its decoder.
+Folding matters for metrics that are sensitive to the scale of latents (absorption, sparse probing, unlearning). Once
+the norms are folded, it makes no difference to them how an SAE divides the scale between its latents and its decoder.
 
 Shape suffixes: N rows, D d_in, F latents.
 """

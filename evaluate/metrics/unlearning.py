@@ -52,7 +52,7 @@ from .unlearning_data import (
     sample_long_texts,
 )
 
-MIN_SIDE_ACCURACY = 0.99  # share of the answers on other subjects that must stay right
+MIN_SIDE_ACCURACY = 0.99  # required share of right answers on other subjects after an intervention
 FORGET_TEXTS = 1024  # maximum number of texts of the forget corpus
 RNGS = ("paired", "saebench")
 Answers = dict[tuple[int, ...], dict[str, Tensor]]  # clamped latents -> question set -> right answers (M, N)
@@ -229,8 +229,8 @@ class Unlearning(Metric):
         return [candidates[i]._replace(subject=subject) for i in known]
 
     def check_questions(self, questions: dict[str, list[Question]], chat_model: MultipleChoiceModel) -> None:
-        """Raise SaeError unless there is a question on the subject and a question on another subject that the model
-        answers right."""
+        """Raise SaeError unless the model answers right at least one question on the subject and at least one question
+        on another subject."""
         others = sum(len(questions[name]) for name in self.side_effects)
         if not questions[FORGET_QUESTIONS] or not others:
             subject = "other questions" if questions[FORGET_QUESTIONS] else f"questions of {FORGET_QUESTIONS}"
@@ -355,11 +355,11 @@ def no_answers(
 
 
 def unlearning_score(right: Sequence[tuple[int, int]], questions: int, others: int) -> float:
-    """1 - the lowest accuracy on the subject, among the interventions after which the model still answers enough
-    questions on other subjects right.
+    """1 minus the lowest accuracy on the subject. Only those interventions are considered after which the model still
+    answers enough questions on other subjects right.
 
-    `right` contains the numbers of right answers (on the subject, on other subjects) under each intervention, out of
-    `questions` and `others` questions.
+    For each intervention, `right` contains the number of right answers on the subject (out of `questions`) and on other
+    subjects (out of `others`).
     """
     admissible = [on_subject for on_subject, other in right if other / others >= MIN_SIDE_ACCURACY]
     return 1 - min([*admissible, questions]) / questions
