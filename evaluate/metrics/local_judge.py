@@ -47,7 +47,8 @@ class LocalJudge:
     @property
     def identity(self) -> dict[str, Any]:
         """The settings, other than the questions, that affect the judge's answers."""
-        template = digest_of(self.tokenizer.chat_template)[:16]  # the revision does not cover the file of the template
+        # If the model is a folder, its revision is a digest of its files that leaves out chat_template.jinja.
+        template = digest_of(self.tokenizer.chat_template)[:16]
         return {"judge_revision": self.source.revision, "judge_dtype": self.dtype, "judge_template": template}
 
     @cached_property
