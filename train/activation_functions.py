@@ -117,9 +117,9 @@ def largest_indices(z_N: Tensor, count: int) -> Tensor:
     """(count) int64: the indices of the largest elements, ascending. Any of several equal elements may be chosen.
 
     On a CPU, `topk` over all latents of a batch runs on one thread and takes longer than a matrix product on two
-    threads. So on a CPU a lower bound is taken from a sample, such that slightly more than `count` elements reach it,
-    and `topk` runs on those elements only. The number of these elements has to be known, so the sample cannot be used
-    while a step is traced with tensors that hold no values.
+    threads. So on a CPU, a lower bound that slightly more than `count` elements reach is estimated from a sample, and
+    `topk` runs only on the elements that reach it. The number of these elements has to be known, so the sample cannot
+    be used while a step is traced with tensors that hold no values.
     """
     is_traced = type(z_N) is not Tensor or torch.compiler.is_compiling()
     found_N = None if z_N.device.type != "cpu" or is_traced else largest_by_sample(z_N, count)

@@ -30,7 +30,7 @@ from .run_trainer import RunTrainer
 
 
 class StateFile:
-    """The bytes of a state.safetensors in host memory. The tensors of a training state are views of these bytes."""
+    """The contents of a state.safetensors file, in host memory. The tensors of a training state are views of them."""
 
     def __init__(self, state: dict[str, Tensor], pinned: bool) -> None:
         self.layout = layout_of(state)
@@ -47,7 +47,7 @@ class StateFile:
 
     @torch.no_grad()
     def copy(self, state: dict[str, Tensor]) -> None:
-        """Copy a state with this layout into the bytes. A copy from a GPU is only queued."""
+        """Copy a state, which must have this layout, into the bytes of this file. A copy from a GPU is only queued."""
         for name, tensor in self.tensors.items():
             tensor.copy_(state[name], non_blocking=True)
 
@@ -65,7 +65,7 @@ class CopiedRun(NamedTuple):
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of the runs of a pass one after the other, in a background thread.
+    """In a background thread, writes the checkpoints of a pass's runs, one after the other.
 
     If `background` is not set, or if there is no memory for the copies, `save` writes the checkpoints itself. If the
     thread fails, for example because the disk is full, the next `check`, `save` or `wait` raises its error. The
@@ -130,7 +130,7 @@ class CheckpointWriter:
         return file.bytes
 
     def _mark(self) -> torch.cuda.Event | None:
-        """Record an event after the queued copies; None on a CPU."""
+        """Record an event after the queued copies, and return it. On a CPU, return None."""
         if self.device.type != "cuda":
             return None
         copied = torch.cuda.Event(blocking=True)

@@ -2,8 +2,8 @@
 
 Runs that read the same batches (a stream) share a pass over the batches if the runs are on the same rank. All that a
 shared pass saves is the time to read the batches again. So a stream is divided over several ranks if this makes the
-slowest rank finish earlier. Three assignments are compared. The assignment that finishes first is chosen; if several
-finish first, the one that reads the least is chosen:
+slowest rank finish earlier. Three assignments are compared. The assignment that would be finished earliest is chosen;
+among several that would be finished equally early, the one that reads the least:
 
 - each stream as a whole, longest first, goes to the rank that would finish it first;
 - all runs, in the order of their streams, are cut into as many pieces as there are ranks;
@@ -22,7 +22,7 @@ from ..common.bisection import smallest_bound
 
 
 class Work(NamedTuple):
-    """One run, or several runs of one stream, that a rank trains together."""
+    """What a rank trains together: one run, or several runs that read the same stream."""
 
     runs: tuple[int, ...]  # the numbers of the runs
     stream: Hashable  # the key of the batches that they read
@@ -37,7 +37,7 @@ class Work(NamedTuple):
 
 
 def passes(part: float) -> int:
-    """The number of passes needed for runs that take `part` times the memory of one pass."""
+    """The number of passes needed for runs that together need `part` times the memory that one pass has."""
     return max(1, math.ceil(part - 1e-9))
 
 

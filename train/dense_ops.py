@@ -39,7 +39,9 @@ def encode_relu_decode(
 
 
 def select_decode(pre_BF: Tensor, flat_index_N: Tensor, w_FD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """f (B, F), the ReLU of the selected pre-activations and 0 elsewhere; f W_dec (B, D); the selected latents (N).
+    """Three tensors: f (B, F), f W_dec (B, D), and the selected latents (N).
+
+    f is the ReLU of the pre-activations where they are selected, and 0 elsewhere.
 
     The selected latents carry no gradient.
     """
@@ -106,10 +108,10 @@ def dtype_of_products(given: Tensor) -> torch.dtype:
 def center(x_BD: Tensor, b_D: Tensor | None) -> Tensor:
     """The encoder's input, x or x - b_dec, in the dtype of the matrix products.
 
-    Carries no gradient: the products that read it also compute the gradient of b_dec. Subtracting b_dec from x, instead
-    of b_dec W_enc from the product, costs a pass over (B, D), but saves a pass over W_enc and one over its gradient.
-    Some dimensions of language models have large means. The subtraction keeps these means out of the product, whose
-    result is rounded.
+    Carries no gradient: the products that read it also compute the gradient of b_dec. It would also be possible to
+    subtract b_dec W_enc from the product. Compared with this, subtracting b_dec from x costs a pass over (B, D), but
+    saves a pass over W_enc and one over its gradient. Some dimensions of language models have large means. The
+    subtraction keeps these means out of the product, whose result is rounded.
     """
     centered_BD = x_BD.detach() if b_D is None else x_BD.detach() - b_D.detach()
     return centered_BD.to(dtype_of_products(x_BD))

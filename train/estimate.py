@@ -39,7 +39,7 @@ class RunInFolder(BuildableRun, Protocol):
 
 
 class RunBytes(NamedTuple):
-    """The bytes of a run's SAE, and of its training state on the device and in each checkpoint."""
+    """The size of a run's SAE, and of its training state (on the device, and again in each checkpoint), in bytes."""
 
     sae: int
     state: int  # weights, buffers, and AdamW's two moments of the weights that are trained
@@ -89,7 +89,7 @@ def check_disk_space(runs: Iterable[RunInFolder], reserved: Mapping[Path, float]
 
 
 def disk_id(folder: Path) -> int:
-    """The number of the disk that will hold a folder (st_dev)."""
+    """The device number (st_dev) of the disk on which a folder lies or would be created."""
     place = existing_parent(folder)
     if not place.is_dir():
         raise UsageError(f"{place} is not a folder: a file is in its place. Choose a new folder with --out.")
@@ -97,7 +97,10 @@ def disk_id(folder: Path) -> int:
 
 
 def checkpoint_bytes(folder: Path) -> int:
-    """The bytes of a run's checkpoints and half-written SAEs. A finished SAE does not count: resuming rewrites it."""
+    """The size of a run's checkpoints and half-written SAEs, in bytes.
+
+    A finished SAE is not included, because resuming the run overwrites it.
+    """
     partial = sum(path.stat().st_size for path in folder.glob("sae.safetensors.tmp-*"))
     return partial + folder_bytes(folder / "checkpoints")
 
@@ -116,7 +119,8 @@ def step_seconds(run: BuildableRun, device: str) -> float:
     """
     config, rows = run.config, timed_rows(run.config, device)
     available = available_memory(device)
-    if memory_bound(run) > MEMORY_SHARE * available:  # otherwise no trace is needed, which takes longer than the steps
+    # A trace takes longer than the steps, so the memory is traced only if the upper bound does not fit.
+    if memory_bound(run) > MEMORY_SHARE * available:
         memory = run_memory(run, device, rows)
         if (needed := memory.state + memory.step) > MEMORY_SHARE * available:
             raise UnavailableError(

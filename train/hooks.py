@@ -14,8 +14,8 @@ def hooks_to_train(
 ) -> list[Hook]:
     """The hooks for the site, or for the modules, in every layer.
 
-    For a module outside the blocks, the hook is searched for among the arrays of a harvest, whose names `arrays` lists.
-    If `arrays` is None, the hook is searched for in `caches`, or in all caches if `caches` is empty.
+    For a module outside the blocks, the hook is searched for in `arrays`, the names of the arrays of a harvest. If
+    `arrays` is None, the hook is searched for in `caches`, or in all caches if `caches` is empty.
 
     Raises UsageError for an invalid site.
     """
@@ -49,6 +49,6 @@ def outside_hook(known: Sequence[Hook], spec: ModuleSpec, text: str) -> Hook:
 
 
 def known_hooks(folders: Sequence[str | Path]) -> list[Hook]:
-    """The hooks of the caches in these folders. If `folders` is empty, the hooks of all caches."""
+    """The hooks of the caches in `folders`, or of all caches if `folders` is empty."""
     caches = [open_place(folder) for folder in folders] if folders else open_caches()
     return [hook for cache in caches for hook in cache.hooks]

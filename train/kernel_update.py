@@ -1,4 +1,4 @@
-"""Update a variant's weights with the kernels in train/kernels, and keep the copies that matrix products read."""
+"""Update a variant's weights with train/kernels, and keep the copies that matrix products read up to date."""
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class KernelUpdate(WeightUpdate):
             copy.copy_(weight)  # in place, because the graph of a captured step reads this memory
 
     def without_copies(self) -> None:
-        """Keep no copies, so products round the weights in every step. To be called before the first step."""
+        """Keep no copies; matrix products then round the weights in every step. Call this before the first step."""
         self.copied = []
 
     def step(self, loss: Tensor, i: Tensor, failed_at: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def import_logger(name: str) -> Any:
 
 
 class Loggers:
-    """The loggers of several runs, each started with the first metrics of its run.
+    """The loggers of several runs. Each logger is started when its run logs its first metrics.
 
     Raises UsageError for an unknown name, and UnavailableError if a logger is not installed.
     """

@@ -28,13 +28,13 @@ SORTED_BYTES = 16  # per element: to sort, `topk` on a CPU copies each element a
 KEPT_VARIANTS = 256  # maximum number of variants without values that are kept
 CHECKPOINT_COPIES = 2  # copies of the state in host memory while a checkpoint is read: its bytes and its tensors
 
-# Factors in `memory_bound`: the number of training states; the number of elements per (token, latent) pair, per (token,
-# input dimension) pair, and per pair of latents; the number of all other elements.
+# The factors in `memory_bound`, in this order: the number of training states; the number of elements per (token,
+# latent) pair; per (token, input dimension) pair; per pair of latents; and the number of all other elements.
 BOUND_STATES, BOUND_LATENTS, BOUND_INPUTS, BOUND_PAIRS, BOUND_OTHER = 4, 40, 20, 16, 4 * 2**24
 
 
 class BuildableRun(Protocol):
-    """The parts of a run that a variant is built from. `plan.Run` implements this."""
+    """Those parts of a run from which a variant is built. `plan.Run` implements this."""
 
     @property
     def recipe(self) -> Recipe: ...
@@ -85,7 +85,9 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-_untrained: dict[Any, tuple[Recipe, Variant]] = {}  # on the device "meta"; a recipe in use keeps its ID
+# On the device "meta". The recipe is stored too: while it is referenced, no other recipe gets its id(), which is part
+# of the key.
+_untrained: dict[Any, tuple[Recipe, Variant]] = {}
 
 
 def untrained_variant(run: BuildableRun, device: str) -> Variant:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ..common.learning_rate import peak_share
 
-# option -> (another option, the values of that other option with which the first one has no effect)
+# option -> (another option, the values of this other option with which `option` has no effect)
 SwitchedOff = Mapping[str, tuple[str, tuple[Any, ...]]]
-ANY_NUMBER = ("a number",)  # represents any number, for an option that can also be none
+ANY_NUMBER = ("a number",)  # stands for any number as the value of an option that can also be None
 SWITCHED_OFF: SwitchedOff = {name: ("weight_decay", (0,)) for name in ("weight_decay_on", "weight_decay_form")}
 CENTERING = ("standardize", "layer_norm")  # values of `normalize` with which `center` has no effect
 

@@ -39,8 +39,8 @@ def parse_options(options: Mapping[str, Any] | Sequence[str], recipes: Sequence[
     """The options of each recipe: {variant: {option: value}}.
 
     `options` maps "option" or "variant.option" to values, or is a list of strings as given to --set: "option=value". An
-    option without a variant is passed to every recipe that has it. If an option accepts the string "none" but not the
-    value None, a given None (--set reads `none` as None) is replaced by that string.
+    option without a variant is passed to every recipe that has it. --set reads `none` as None. If an option accepts the
+    string "none" but does not accept None, None is replaced by that string.
     """
     parsed: dict[str, dict[str, Any]] = {recipe.name: {} for recipe in recipes}
     for key, value in (options if isinstance(options, Mapping) else split_options(options)).items():
@@ -55,7 +55,7 @@ def parse_options(options: Mapping[str, Any] | Sequence[str], recipes: Sequence[
 
 
 def has_string_none(recipe: Recipe, option: str) -> bool:
-    """Whether an option accepts the string "none" and not None."""
+    """Whether an option accepts the string "none" but does not accept None."""
     types = recipe.option_types()
     return option in types and matches_type("none", types[option]) and not matches_type(None, types[option])
 

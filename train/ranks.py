@@ -3,12 +3,13 @@
 The first process assigns the runs and tells the other processes which ones to train. The other processes cannot decide
 this themselves: a process that starts later could find different runs unfinished, and the measured time of a step
 differs between processes. Each process locks the folders of its runs. After that the processes communicate only through
-files in these folders. A held lock shows that its process is working. A note beside a released lock shows that its
-process died. metrics.jsonl shows the progress of a run, and sae.json that it is finished. If a process dies, only the
-steps of its own runs since their last checkpoints are lost. The other processes continue, unless the launcher ends
-them. A process that has finished its runs can also die while it waits for the others. So each process holds a lock on
-`PRESENCE` in the folder of its first run until it has reported. Before a process reports, it waits until every process
-with a lower rank has reported or died. It reports only if none of them has, so a single process reports for all.
+files in these folders. While a process works, it holds its locks. If a lock is released but a note is still beside it,
+the process that held the lock has died. metrics.jsonl shows the progress of a run, and sae.json shows that the run is
+finished. If a process dies, only the steps of its own runs since their last checkpoints are lost. The other processes
+continue, unless the launcher ends them. A process that has finished its runs can also die while it waits for the
+others. So each process holds a lock on `PRESENCE` in the folder of its first run until it has reported. Before a
+process reports, it waits until every process with a lower rank has reported or died. It reports only if none of them
+has, so a single process reports for all.
 """
 
 import fcntl
@@ -60,7 +61,7 @@ def train_on_ranks(plan: TrainPlan, group: ProcessGroup, progress: TrainProgress
 
 
 def dealt_runs(plan: TrainPlan, group: ProcessGroup) -> list[list[Run]]:
-    """The runs of each process, as assigned by process 0. Raises UsageError if a process planned different runs."""
+    """The runs of each process, as assigned by process 0. Raises UsageError if the processes planned different runs."""
     names = [run.name for run in plan.runs]
     dealt = [sorted(share.runs) for share in plan.shares] if group.is_first else []
     told = group.gather((names, dealt))
@@ -146,7 +147,7 @@ class Watch:
         )
 
     def has_the_word(self, patience: float) -> bool:
-        """Whether this process has to report, because every process of lower rank ended without reporting.
+        """Whether this process has to report: True if every process of lower rank has ended without reporting.
 
         A process that is about to report can still die. So this function waits until each of these processes has
         reported or died, but for at most `patience` seconds in total.
@@ -174,7 +175,10 @@ class Watch:
         return replace(self.progress, step=look)
 
     def wait(self, should_stop: Callable[[], bool], problem: Exception | None) -> Exception | None:
-        """Wait until no process trains, or for some seconds after a request to stop. Returns this process's problem."""
+        """Wait until no process is training, but after a request to stop only for some seconds.
+
+        Returns this process's problem.
+        """
         until = inf
         while (others_train := any(runs and is_locked(runs[0].folder) for runs in self.shares)) and (
             time.monotonic() < until

@@ -171,7 +171,7 @@ class Recipe:
         ]
 
     def check_types(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """The options that exist and have the right type, and a sentence for every other option."""
+        """The options that exist and have the right type, and an error message for every other option."""
         types, valid, problems = self.option_types(), {}, []
         for name, value in options.items():
             if name not in types:
@@ -187,9 +187,9 @@ class Recipe:
         return {**self.switched_off, **SWITCHED_OFF}
 
     def switched_off_errors(self, given: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
-        """A sentence for each option that was given but has no effect because of another option.
+        """An error message for each option that was given but has no effect because of another option.
 
-        Such an option would change the name of the run but none of its numbers.
+        Such an option would change the run's name but not its results.
         """
         defaults = asdict(Optimization())  # allowed, so that a paper's optimizer can be specified completely
         for name, (other, off) in self.options_without_effect().items():
@@ -236,7 +236,7 @@ def duration_notes(options: Mapping[str, Any], steps: int) -> Iterator[str]:
 
 
 def size_errors(config: RunConfig, k: float | None) -> Iterator[str]:
-    """A sentence for an impossible width, or an impossible k for this width."""
+    """An error message if the width is impossible, or if k is impossible for this width."""
     if config.d_sae < 1:
         yield f"the width {config.d_sae} is not positive."
     elif max(config.d_in, config.d_sae) * config.d_sae >= 2**56:
@@ -263,7 +263,7 @@ def int_as_float(value: Any, type_: Any) -> Any:
 
 
 def type_mismatch(name: str, value: Any, type_: Any) -> str:
-    """The sentence for a value of the wrong type."""
+    """The error message for a value of the wrong type."""
     literals = [text for part in (type_, *get_args(type_)) if get_origin(part) is Literal for text in get_args(part)]
     if literals:
         return f"{name}={value} is unknown: expected one of {', '.join(literals)}."
@@ -292,7 +292,7 @@ def recipe(
     """Register a build function as a recipe.
 
     The options of the recipe are the function's arguments after `config`, or the fields of a RecipeOptions. One build
-    function can be registered several times, as a model and its ablations.
+    function can be registered several times, for example once for a model and once for each of its ablations.
 
     Args:
         name: The recipe's name, as given to `--variant`.

@@ -2,7 +2,7 @@
 
 A dense product multiplies mostly zeros. With k of n latents active, only the encoder needs a dense product. The four
 other products (decoding, and the gradients of the latents, W_dec and W_enc) are sums of k rows per token. Shapes: N is
-the number of latents that may be active in the whole batch, a fixed number; they are ordered by token.
+the number of latents that may be active in the whole batch. N is fixed, and these latents are ordered by token.
 """
 
 import math
@@ -105,7 +105,7 @@ class KeptLatents(NamedTuple):
         return active_N.new_zeros(len(self.selected.latent_start_F)).scatter_add_(0, self.selected.latent_N, active_N)
 
     def by_section(self, sizes: Sequence[int]) -> "KeptLatents":
-        """The same latents with each section's tokens kept separate: token t of section g becomes token g B + t."""
+        """The same latents, with tokens numbered across sections: token t of section g becomes token g * B + t."""
         token_N, latent_N, tokens, d_sae = (
             self.selected.token_N,
             self.selected.latent_N,
@@ -122,7 +122,7 @@ class KeptLatents(NamedTuple):
 
 
 def weighted_row_sums(index_N: Tensor, row_RD: Tensor, first: Tensor, weight_N: Tensor) -> Tensor:
-    """Sums of weighted rows, one for each segment of N, in the order of N. The segments start at `first`."""
+    """Sums of weighted rows: one sum for each segment of the dimension N. The segments start at `first`."""
     return F.embedding_bag(index_N, row_RD, first, mode="sum", per_sample_weights=weight_N.to(row_RD.dtype))
 
 
@@ -130,7 +130,7 @@ def sum_by_latent(
     weight_N: Tensor, row_BD: Tensor, token_N: Tensor, latent_order_N: Tensor, latent_start_F: Tensor, *,
     dtype: torch.dtype, by_kernels: bool, transposed: bool = False,
 ) -> Tensor:  # fmt: skip
-    """(F, D), or (D, F) if `transposed`: f^T rows, computed without the zeros in f.
+    """(F, D), or (D, F) if `transposed`: the product of f^T and the rows, computed without the zeros in f.
 
     For each latent, this is the weighted sum of the rows of its tokens.
     """

@@ -20,7 +20,7 @@ FIT_ROWS = 1024
 def approximate_sae(sae: SAE, activation: str, x_RD: Tensor) -> tuple[CanonicalSAE, dict[str, Any]]:
     """Replace the end of an SAE's activation chain by one of APPROXIMATIONS.
 
-    The end begins with the first link that couples latents. For topk, k is the mean L0 on the rows `x_RD`. For
+    What is replaced begins with the first link that couples latents. For topk, k is the mean L0 on the rows `x_RD`. For
     jumprelu, all latents get one threshold, chosen such that L0 is the same. For relu there is nothing to fit.
 
     Args:

@@ -77,8 +77,8 @@ class Format:
 
     registry: ClassVar[dict[str, "Format"]] = {}
     name: ClassVar[str]
-    # The activations of CanonicalSAE that the format can store, the preferred one first. Empty if exports are not
-    # supported.
+    # The activation functions that the format can store, by their names in CanonicalSAE, the preferred one first. Empty
+    # if exports are not supported.
     activations: ClassVar[tuple[str, ...]] = ()
     layer_norm: ClassVar[bool] = False  # whether the format can record that tokens are layer-normalized
     files: ClassVar[tuple[str, ...]]  # file names, the weights first
@@ -107,7 +107,7 @@ class Format:
         return weights.parent
 
     def weights_name(self, folder: ForeignFolder) -> str:
-        """The file with the weights of the SAE in a folder."""
+        """The name of the file in a folder that contains the SAE's weights."""
         return self.files[0]
 
     def select(self, folder: ForeignFolder, layer: int | None) -> ForeignFolder:
@@ -183,7 +183,7 @@ def find_format(name: str) -> Format:
 
 
 def detect_format(folder: ForeignFolder) -> Format:
-    """The format of a folder, detected by its files."""
+    """The format of a folder, detected from the files in it."""
     if folder.has("sae.json"):
         raise UsageError(
             f"{folder.path} is already a run folder of this package; nothing to import. Run: sae evaluate {folder.path}"

@@ -11,7 +11,7 @@ If `layer_norm` is set, x is the layer-normalized token and x_hat is its reconst
 
 All tensors are float64. `to_canonical` folds the activation chain of an SAE into this form link by link (`fold_link`).
 A link without a folding rule makes the latents of a token depend on each other in the encoder. No other library can
-store such an SAE, so a link of this kind raises an error that names the link.
+store such an SAE, so for such a link, `fold_link` raises an error with the name of the link.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,8 @@ UNIT_NORM_TOLERANCE = 1e-6  # how far a unit row's norm can be from 1 after roun
 class CanonicalSAE:
     """An SAE without its activation chain, in float64.
 
-    `activation` is "relu", "topk", "jumprelu" or "gated"; "" while folding, before a link has turned z into latents.
+    `activation` is "relu", "topk", "jumprelu" or "gated". While the chain is being folded, it is "" until a link turns
+    z into latents.
     """
 
     W_enc: Tensor  # (d_in, d_sae)
@@ -96,7 +97,7 @@ class CanonicalSAE:
         if "jumprelu" in activations and self.activation == "gated":
             assert self.r_mag is not None and self.b_mag is not None
             gain_F = self.r_mag.exp()
-            threshold_F = self.b_mag - gain_F * self.b_enc  # the magnitude's pre-activation where the gate opens
+            threshold_F = self.b_mag - gain_F * self.b_enc  # the magnitude's pre-activation when the gate opens
             return replace(
                 self, activation="jumprelu", W_enc=self.W_enc * gain_F, b_enc=self.b_mag,
                 threshold=threshold_F.clamp_min(0), r_mag=None, b_mag=None,
@@ -139,7 +140,7 @@ def to_canonical(sae: SAE) -> CanonicalSAE:
 
 
 def fold_until_coupling(sae: SAE) -> CanonicalSAE:
-    """Fold the links before the first one that makes latents depend on each other."""
+    """Fold the links of the activation chain up to, but not including, the first that makes latents interdependent."""
     canonical = linear_part(sae)
     for link in activation_chain(sae):
         try:
@@ -161,7 +162,7 @@ def activation_chain(sae: SAE) -> list[Activation]:
 
 
 def chain_name(sae: SAE) -> str:
-    """The names of the activation chain: "relu+winner_take_all"."""
+    """The names of the links of the activation chain, joined by "+": "relu+winner_take_all"."""
     return "+".join(link.name for link in activation_chain(sae))
 
 

@@ -298,7 +298,7 @@ def find_hook(folder: ForeignFolder, config: dict[str, Any]) -> Hook | None:
 
 
 def hook_texts(trainer: Mapping[str, Any]) -> tuple[Any, str | None]:
-    """The submodule's name, and a hook name built from the layer number if the submodule can be resid_post."""
+    """The submodule's name, and, if that name can stand for resid_post, a hook name built from the layer number."""
     submodule, layer = trainer.get("submodule_name"), trainer.get("layer")
     known = type(layer) is int and layer >= 0 and may_be_resid_post(submodule)
     return submodule, f"blocks.{layer}.hook_resid_post" if known else None

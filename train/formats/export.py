@@ -1,4 +1,4 @@
-"""Export an SAE to another library's files. The files are verified before their folder gets its final name."""
+"""Export an SAE in another library's file format. The files are verified before their folder gets its final name."""
 
 import contextlib
 import errno
@@ -57,9 +57,9 @@ def export_sae(
     """Write an SAE in the file format of another library, and verify the files.
 
     The exported SAE reads raw activations and has unit decoder rows and float32 weights. Any factor by which training
-    scaled the activations is folded in. The files are then read back. Latents and reconstructions computed from them
-    are compared with those of the SAE on 4,096 rows of its cache, or on synthetic rows if the cache is gone. The sets
-    of active latents have to be equal, and relative errors have to be at most 1e-5.
+    scaled the activations is folded in. The files are then read back. The latents and reconstructions computed from the
+    files are compared with those computed by the SAE, on 4,096 rows of its cache, or on synthetic rows if the cache is
+    gone. The sets of active latents have to be equal, and relative errors have to be at most 1e-5.
 
     Args:
         run: a run folder (a path or a `Run`), or an `SAE` in memory.

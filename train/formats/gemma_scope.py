@@ -22,7 +22,7 @@ from .canonical import CanonicalSAE, from_canonical
 from .hook_names import parse_gemma_scope_path, parse_model, recorded_hook
 from .safe_read import ForeignFolder, read_npz_headers, read_weights, vector_size
 
-KINDS = {  # kind of the files, unless they are an SAE of a layer's activations -> description
+KINDS = {  # kinds of files that are not an SAE of a layer's activations: kind -> description
     "embedding": "an SAE on the embedding, scaled by sqrt(d_in)",
     "transcoder": "a transcoder, from the input of an MLP to its output",
 }

@@ -141,7 +141,7 @@ class GemmaScope2(Format, name="gemma-scope-2"):
 
 
 def kind_of_path(parts: tuple[str, ...]) -> str | None:
-    """What the files are, by the innermost folder whose name says so; None for an SAE, or if no name says so."""
+    """The kind of the files, by the innermost folder whose name tells it; None for an SAE, or if no name tells it."""
     for part in reversed(parts):
         word = part.split("_")[0]
         if word in KINDS:

@@ -74,7 +74,10 @@ def resid_post_for(hook: Hook) -> Hook:
 
 
 def is_module(hook_name: object) -> bool:
-    """Whether a hook, in our own naming, is a module, such as model.layers.12.mlp.gate_proj.output."""
+    """Whether a hook name, in our own naming, stands for the input or output of a module.
+
+    Example: model.layers.12.mlp.gate_proj.output.
+    """
     return isinstance(hook_name, str) and hook_name.startswith("model.") and hook_name.endswith((".input", ".output"))
 
 
@@ -84,12 +87,12 @@ def recorded_hook(metadata: Mapping[str, Any]) -> Hook | None:
 
 
 def with_recorded_layer(hook: Hook | None, layer: object) -> Hook | None:
-    """Add the recorded layer to a hook on a module outside the blocks, whose name contains no layer."""
+    """Add the recorded layer to a hook on a module outside the blocks, because its name contains no layer number."""
     return hook._replace(layer=layer) if hook is not None and hook.is_outside and type(layer) is int else hook
 
 
 def first_hook(texts: Iterable[object]) -> Hook | None:
-    """The first hook point that one of the texts names. Raises UsageError if this hook point is not supported."""
+    """The hook point named by the first text that names one. Raises UsageError if this hook point is not supported."""
     for text in texts:
         if not isinstance(text, str) or not text:
             continue

@@ -101,7 +101,7 @@ def list_repository(address: HubAddress) -> Snapshot:
 
 
 def find_remote_sae(address: HubAddress, layer: int | None = None) -> RemoteSAE:
-    """Find the SAE at an address from the list of the repository's files, without downloading any file.
+    """Find the SAE at an address, using only the list of the repository's files: no file is downloaded.
 
     `layer` selects one of the SAEs in a folder. Raises the errors of `list_repository`, and UsageError if there is no
     SAE or more than one.
@@ -135,7 +135,9 @@ def remote_file(sibling: Any) -> RemoteFile:
 
 
 def choose_sae(address: HubAddress, files: list[RemoteFile], layer: int | None = None) -> PublishedSAE:
-    """Choose the SAE at an address: that of an SAE's folder, of one of its files, or of a folder that contains one SAE.
+    """Choose the SAE at an address.
+
+    This can be the address of an SAE's folder, of one of the SAE's files, or of a folder that contains one SAE.
 
     Raises UsageError if there is no SAE or more than one. `layer` selects one of the SAEs in a folder.
     """

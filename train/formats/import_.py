@@ -48,7 +48,7 @@ class ImportConfig:
     model: str | None = None
     layer: int | None = None
     cache: str | Path | None = None
-    cache_if_fits: bool = False  # `cache` is only for evaluation; if it lacks the activations to encode, it is ignored
+    cache_if_fits: bool = False  # `cache` is only for evaluation; ignored if it does not contain the SAE's input
     out: Path | None = None
     name: str | None = None
     check_hook: HookCheck = lambda model, hook, d_in: None
@@ -268,7 +268,9 @@ def resolve_hook_and_model(
 
 
 def hook_in_caches(model: ModelRecord, hook: Hook, cache_folder: str | Path | None) -> Hook:
-    """The hook under which a model's caches contain these activations; a block's output is also the next block's input.
+    """The hook by which a model's caches name these activations.
+
+    It can differ from `hook`, because a block's output is also the next block's input.
 
     If `cache_folder` is given, only that cache is considered.
     """
@@ -341,7 +343,7 @@ def sae_origin(
 
 
 def file_digests(fmt: Format, folder: ForeignFolder) -> dict[str, str]:
-    """The SHA-256 of every file that was read, by its path in the folder."""
+    """The path in the folder of every file that was read -> its SHA-256."""
     digests = {}
     names = (fmt.weights_name(folder), *fmt.files[1:], *fmt.parent_files)
     for path in sorted(p for name in names for p in (folder.path / name, *folder.path.glob(f"*/{name}"))):

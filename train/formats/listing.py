@@ -1,8 +1,8 @@
 """List the SAEs in a release (`sae import --list`), which is a repository on the Hub or a local folder.
 
-One request returns the names and sizes of all files. The paths contain most of the other information. If a path lacks
-some information, the SAE's config, a small file, is read. At most MAX_CONFIGS configs are read. Weights are never
-downloaded.
+One request returns the names and sizes of all files. The paths contain most of the other information. If some
+information is not in a path, it is read from the SAE's config, which is a small file. At most MAX_CONFIGS configs are
+read. Weights are never downloaded.
 """
 
 import re
@@ -33,7 +33,8 @@ Row = tuple[str, ...]
 class ReleaseList:
     """The SAEs of a release that match the filters.
 
-    `refused` counts, by kind, what has the file layout of an SAE but cannot be imported.
+    `refused` maps each kind of refusal to the number of entries that have the file layout of an SAE but cannot be
+    imported.
     """
 
     name: str  # as given: an address on the Hub or a local folder

@@ -97,7 +97,7 @@ def evaluation_metrics(run: Path) -> list[tuple[str, str]]:
 
 
 def read_metrics(run: Path) -> dict[str, dict[str, dict[str, float | None]]]:
-    """File name -> `eval_result_metrics` of each result. Warns of results that are damaged or belong to another SAE."""
+    """A result's file name -> its `eval_result_metrics`. Warns of results that are damaged or belong to another SAE."""
     results = {}
     for path in sorted((run / "evaluations").glob("*.json")):
         try:

@@ -23,7 +23,7 @@ class RemoteFile(NamedTuple):
 
 @dataclass(frozen=True)
 class PublishedSAE:
-    """An SAE of a release whose files have not been read.
+    """One SAE of a release, before any of its files has been read.
 
     `refusal` is set if the files have the layout of an SAE but are not an SAE.
     """
@@ -72,7 +72,7 @@ def published_sae(
 ) -> PublishedSAE:
     """The SAE to which a weights file belongs.
 
-    `folder` maps names to the files in the folder of the weights file, and `above` to those in the folder above.
+    `folder` maps names to the files in the folder of the weights file. `above` does the same for its parent folder.
     """
     others = [folder[name] for name in fmt.files[1:] if name in folder]
     others += [above[name] for name in fmt.parent_files if name in above and above is not folder]

@@ -90,7 +90,7 @@ class SAELens(Format, name="saelens"):
         write_json(folder / "cfg.json", {**config, "metadata": metadata})
 
     def load(self, folder: ForeignFolder) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
-        """The config in version 6 form, the activation of CanonicalSAE, and the tensors as they are in the file."""
+        """The config in the form of version 6, the activation as CanonicalSAE names it, and the tensors as stored."""
         config, config_path = upgrade_config(folder.read_json("cfg.json")), folder.path / "cfg.json"
         activation = read_activation(config_path, config)
         path = folder.require_file("sae_weights.safetensors")
@@ -155,7 +155,7 @@ class SAELens(Format, name="saelens"):
 
 
 def saelens_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The metadata with SAELens' name of the hook point.
+    """The metadata, with the hook point named as in SAELens.
 
     TransformerLens has no hook point for the input or output of a module that is named by its path. For such an output,
     SAELens runs transformers' own model. Raises UsageError for such an input, because SAELens has no name for it.

@@ -1,10 +1,10 @@
 """The tensors of a `torch.save` state dict (ae.pt), read without torch.load and without running its pickle.
 
-A pickle is a program. Every instruction is inspected before any instruction runs. The file is rejected unless it only
-builds dictionaries, lists, tuples, numbers and strings, an OrderedDict, and tensors by
+A pickle is a program. Every instruction is inspected before any instruction runs. The file is rejected if it builds
+anything other than dictionaries, lists, tuples, numbers, strings, an OrderedDict, and tensors made with
 `torch._utils._rebuild_tensor_v2`. Instead of `_rebuild_tensor_v2`, the unpickler calls `RebuildTensor`, which only
-records its arguments. The recorded sizes are compared with the sizes of the entries in the zip file before any byte
-of a tensor is read.
+records its arguments. The recorded sizes are compared with the sizes of the entries in the zip file before any byte of
+a tensor is read.
 
 torch.load is not used, not even with `weights_only=True`: it trusts the number of elements stated in a pickle.
 """
@@ -25,7 +25,8 @@ from torch import Tensor
 from ...common.errors import DamagedError, UsageError
 from .safe_read import TensorHeader, check_archive, damaged_if_unreadable, format_shape, short_repr
 
-# The state dict of an SAE has about 1,500 bytes; a million nested tuples would exhaust the stack.
+# The pickle of an SAE's state dict has about 1,500 bytes. The limit is needed because a pickle of, for example, a
+# million nested tuples would exhaust the stack.
 MAX_PICKLE_BYTES = 1 << 14
 STORAGE_DTYPES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,

@@ -230,7 +230,9 @@ def read_npz_tensor(
 
 
 def check_archive(path: Path, archive: zipfile.ZipFile, *, compressed: bool) -> None:
-    """Reject a zip file with duplicate, encrypted or escaping entries, or one that unpacks to far more than its size.
+    """Reject a zip file if an entry is a duplicate, is encrypted or has a path that leads out of the folder.
+
+    Also reject a file that unpacks to far more than its size.
 
     Unless `compressed` is set, all entries have to be stored uncompressed, so that they cannot exceed the file's size.
     """
@@ -252,7 +254,7 @@ def check_archive(path: Path, archive: zipfile.ZipFile, *, compressed: bool) -> 
 
 
 def check_header(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype, available: int) -> None:
-    """Raise DamagedError if a shape is invalid or does not need exactly the available bytes."""
+    """Raise DamagedError if a shape is invalid, or if its size in bytes is not exactly `available`."""
     if len(shape) > 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in shape):
         raise DamagedError(f"{path}: {name} has the shape {short_repr(shape)}; expected at most two dimensions.")
     needed = math.prod(shape) * dtype.itemsize
@@ -281,7 +283,9 @@ def vector_size(path: Path, headers: Mapping[str, TensorHeader], name: str) -> i
 def read_weights(
     path: Path, headers: Mapping[str, TensorHeader], expected: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
-    """Read the tensors of a format. If a name or shape is not as expected, raises DamagedError without reading any.
+    """Read the tensors of a format.
+
+    If the name or shape of any tensor is not as expected, raises DamagedError before reading a tensor.
 
     A transposed matrix is also rejected: nothing is guessed. Values have to be finite.
     """

@@ -107,7 +107,7 @@ def compare(
     """Compare an SAE with `reference`, which computes latents and reconstructions from the files.
 
     Args:
-        canonical: the same SAE in canonical form, which determines where rounding matters.
+        canonical: the same SAE in canonical form; decides where rounding can change which latents are active.
         scale_F: (d_sae) the factors by which the latents computed from the files are larger than those of `sae`.
     """
     sae64 = copy.deepcopy(sae).double().cpu().eval()
@@ -231,7 +231,7 @@ def synthetic_rows(canonical: CanonicalSAE, count: int = SAMPLE_ROWS) -> SampleR
 
 
 def activating_norm(canonical: CanonicalSAE, encoder: CanonicalSAE, threshold_F: Tensor) -> float:
-    """The norm that a row of activations needs to bring a latent to the latent's threshold: the median over latents.
+    """The norm at which a row of activations brings a latent to its threshold; the median over all latents.
 
     If the encoder reads x - b_dec and has no bias, b_enc + b_dec W_enc is only a rounding error. In that case, the norm
     of b_dec is returned.
@@ -270,7 +270,7 @@ def find_run_cache(origin: Mapping[str, Any]) -> Cache | None:
 def sample_run_rows(
     origin: Mapping[str, Any], hook: Hook | None, cache_folder: Path | None
 ) -> tuple[Cache | None, SampleRows | None]:
-    """The cache in `cache_folder`, by default the run's own, and sample rows from it.
+    """The cache in `cache_folder` (by default, the run's own cache), and a sample of its rows.
 
     The cache is None if it no longer exists. The rows are None if there is no cache, or if the cache is a ring
     buffer, which keeps no rows. Raises UsageError if an explicitly given cache has no rows for the hook.

@@ -127,7 +127,7 @@ def compare_tile(product, bias, x, error, squares, tokens, width, blocks, ROWS: 
 
 @triton.jit
 def scale_tile(error, gradient, scaled, sums, tokens, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Multiply a tile of errors by -2 times a gradient, and write its sum per column."""
+    """Multiply a tile of errors by -2 times a gradient, and write the sum of each column of the result."""
     column, inside, at, real = place(tokens, width, ROWS, COLUMNS)
     value = tl.load(error + at, mask=real, other=0.0) * (-2 * tl.load(gradient))
     tl.store(scaled + at, value.to(scaled.dtype.element_ty), mask=real)

@@ -185,7 +185,7 @@ def prefixes_as_torch(count: int, dtype: torch.dtype, device: str) -> bool:
 
 
 def pairs_as_torch(device: str) -> bool:
-    """Whether the kernels count the pairs that fire together as torch does."""
+    """Whether the kernels and torch give the same counts for pairs that fire together."""
     generator = torch.Generator().manual_seed(0)
     word_FW = torch.randint(-(2**63), 2**63 - 1, (50, 70), generator=generator)
     first_P, second_P = (torch.randint(50, (100,), generator=generator) for _ in range(2))
@@ -194,7 +194,7 @@ def pairs_as_torch(device: str) -> bool:
 
 
 def follows_as_torch(dtype: torch.dtype, device: str) -> bool:
-    """Whether three batches change the threshold and the number of batches on a device as they do on a CPU."""
+    """Whether the threshold and the number of batches are the same on a device as on a CPU after three batches."""
     results = []
     for where in ("cpu", device):
         generator = torch.Generator().manual_seed(0)

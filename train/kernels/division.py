@@ -52,7 +52,7 @@ THRESHOLD_CHUNK = 1024  # latents that a program reads at once to find the small
 
 
 def equal_spans(size: int, programs: int, chunk: int) -> tuple[int, int]:
-    """The number of programs (at most `programs`) that share `size` elements, and the span of each (whole chunks)."""
+    """How many programs (at most `programs`) share `size` elements, and how many elements (whole chunks) each gets."""
     span = -(-size // (programs * chunk)) * chunk
     return -(-size // span), span
 
@@ -67,5 +67,5 @@ def row_tile(latents: float) -> tuple[int, int]:
 
 
 def prefix_tile(prefixes: int) -> tuple[int, int]:
-    """The tokens and dimensions that a program reads at once for each prefix. Powers of two."""
+    """How many tokens and dimensions a program reads at once for each prefix. Powers of two."""
     return max(1, TILE // PREFIX_COLUMNS >> (prefixes - 1).bit_length()), PREFIX_COLUMNS

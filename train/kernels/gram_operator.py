@@ -9,7 +9,7 @@ from torch import Tensor
 
 @torch.library.custom_op("sae::gram", mutates_args=(), device_types="cpu")
 def gram(f_GBM: Tensor) -> Tensor:
-    """(G, M, M): the products of all pairs of columns of each matrix, in float32 if the columns are in bfloat16."""
+    """(G, M, M): for each matrix, the dot product of every two of its columns; in float32 for a bfloat16 matrix."""
     f_GBM = f_GBM.float() if f_GBM.dtype == torch.bfloat16 else f_GBM
     return f_GBM.mT @ f_GBM
 

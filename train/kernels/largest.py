@@ -19,7 +19,7 @@ TILE = 64  # programs whose counts are added at once
 
 
 def find_largest(z_RN: Tensor, k: int, room: int = ROOM, programs: int = PROGRAMS, chunk: int = CHUNK) -> Tensor:
-    """`largest` for bfloat16, float16 or float32. The last three arguments are powers of two; tests reduce them."""
+    """`largest` for bfloat16, float16 or float32. The last three arguments are powers of two, smaller in the tests."""
     z_RN = z_RN.contiguous()
     rows, n = z_RN.shape
     index_RK = torch.empty(rows, k, dtype=torch.int64, device=z_RN.device)
@@ -75,7 +75,7 @@ def ordered(x, BITS: tl.constexpr, INF: tl.constexpr):
 
 @triton.jit
 def kth_largest(key, k, BITS: tl.constexpr):
-    """The k-th largest key. From the sign bit down, finds the largest number that at least k keys equal or exceed."""
+    """The k-th largest key: the largest number with at least k keys >= it, found bit by bit from the sign bit down."""
     bound = tl.where(tl.sum((key >= 0).to(tl.int32), 0) >= k, 0, -(1 << (BITS - 1)))
     for place in tl.static_range(BITS - 2, -1, -1):
         higher = bound + (1 << place)
@@ -87,7 +87,7 @@ def kth_largest(key, k, BITS: tl.constexpr):
 def select(
     z, choice, chosen, n, span, k, FROM_CHOICE: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, INF: tl.constexpr
 ):
-    """Write the positions of the k largest elements in their row.
+    """For each row, write the positions (in the row) of its k largest elements.
 
     Each program selects among the elements of one part of the row. If FROM_CHOICE is set, a single program per row
     selects among the elements that earlier programs have chosen from all parts of the row.
@@ -118,9 +118,9 @@ def count_digit(
     z, bound, histogram, above, n, span,
     AT: tl.constexpr, TOP: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, INF: tl.constexpr,
 ):  # fmt: skip
-    """Count the values of the digit whose lowest bit is bit AT.
+    """For the digit whose lowest bit is bit AT, count how often each of its values occurs.
 
-    Only those keys of a part are counted whose higher digits equal the higher digits of the bound.
+    In a part, only the keys whose higher digits equal those of the bound are counted.
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -149,10 +149,11 @@ def choose_digit(
     bound, histogram, above, start, ties, k, parts,
     AT: tl.constexpr, TOP: tl.constexpr, LAST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Choose the digit of the bound whose lowest bit is bit AT.
+    """Choose one digit of the bound: the digit whose lowest bit is bit AT.
 
-    After the last digit, also compute where each part writes its indices, and how many of the elements that equal the
-    bound each part keeps. `bound` holds the digits chosen so far, and how many elements with these digits are kept.
+    After the last digit, also compute for each part where it writes its indices, and how many of its elements that
+    equal the bound are kept. `bound` holds the digits chosen so far, and the number of kept elements that have these
+    digits.
     """
     row = tl.program_id(0).to(tl.int64)
     value, tile = tl.arange(0, 256), tl.arange(0, TILE)

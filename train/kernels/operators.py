@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LONGEST = 1 << 30  # maximum number of elements in a row, since the kernels compute indices in 32 bits
+LONGEST = 1 << 30  # maximum number of elements per row, because the kernels compute indices in 32 bits
 
 
 @torch.library.custom_op("sae::largest", mutates_args=(), device_types="cpu")
@@ -130,7 +130,7 @@ def _(index_N: Tensor, row_RD: Tensor, start_F: Tensor, weight_N: Tensor, transp
 
 @torch.library.custom_op("sae::jump_gradients", mutates_args=(), device_types="cpu")
 def jump_gradients(z_BF: Tensor, theta_F: Tensor, g_BF: Tensor, eps: float, to_input: bool) -> tuple[Tensor, Tensor]:
-    """JumpReLU's gradients, given the gradient g at its output, z H(z - theta) (train/variants/jumprelu.py).
+    """JumpReLU's gradients, given g, the gradient of its output z H(z - theta) (train/variants/jumprelu.py).
 
     Returns the gradient of z (B, F), and the sums (F), in theta's dtype, of g over the tokens with |z - theta| < eps/2.
     If `to_input` is set, the gradient of z includes the gradient through theta's window.

@@ -11,7 +11,7 @@ from .division import PREFIX_SPAN, prefix_tile
 def compare(
     part_GBD: Tensor, bias_D: Tensor, x_BD: Tensor, span: int = PREFIX_SPAN, tile: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The kernel for `compare_prefixes`. Tests pass a smaller `span` and `tile` (`prefix_tile`)."""
+    """The kernel for `compare_prefixes`. In tests, `span` and `tile` (by default `prefix_tile`) are smaller."""
     part_GBD, x_BD = part_GBD.contiguous(), x_BD.contiguous()
     prefixes, (rows, columns) = len(part_GBD), tile or prefix_tile(len(part_GBD))
     grid = triton.cdiv(x_BD.shape[1], columns), triton.cdiv(len(x_BD), span)
@@ -69,7 +69,7 @@ def gradients_of_part(
 ):  # fmt: skip
     """For some tokens and dimensions, compute the gradient of each section.
 
-    Also computes the sum over tokens of the first section's gradient, which is the gradient of b_dec.
+    Also computes the gradient of b_dec, which is the first section's gradient, summed over tokens.
     """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     prefix = tl.arange(0, ROOM)

@@ -37,10 +37,10 @@ def decode_token(
 ):  # fmt: skip
     """Decode one token, and compare the reconstruction with x.
 
-    The rows of the token's latents are read one chunk of columns at a time, and each chunk for all rows at once. The
-    weighted sum of these rows' chunks is a chunk of the reconstruction. The dot products of the rows with the error are
-    added up over the chunks (`slopes`). For a token with more than BLOCK latents, the rows beyond the first BLOCK are
-    read twice.
+    The rows of the token's latents are read one chunk of columns at a time; each chunk is read for all rows at once.
+    The weighted sum of these rows' chunks is a chunk of the reconstruction. The dot products of the rows with the error
+    are added up over the chunks (`slopes`). For a token with more than BLOCK latents, the rows beyond the first BLOCK
+    are read twice.
     """
     token = tl.program_id(0).to(tl.int64)
     place, column = tl.arange(0, BLOCK), tl.arange(0, CHUNK)
@@ -93,7 +93,7 @@ def sum_by_stretch(
     index_N: Tensor, row_RD: Tensor, start_F: Tensor, weight_N: Tensor, transposed: bool,
     tile: tuple[int, int, int] = SUM_TILE,
 ) -> Tensor:  # fmt: skip
-    """`sum_rows` for rows in bfloat16, float16 or float32. Tests pass a smaller `tile` (`SUM_TILE`)."""
+    """`sum_rows` for rows in bfloat16, float16 or float32. In tests, `tile` is smaller than `SUM_TILE`."""
     row_RD, width, stretches = row_RD.contiguous(), row_RD.shape[1], len(start_F)
     total = weight_N.new_empty((width, stretches) if transposed else (stretches, width))
     rows, block, chunk = tile

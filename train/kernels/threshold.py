@@ -11,7 +11,7 @@ def follow(
     value_N: Tensor, threshold: Tensor, batches: Tensor, rate: float,
     programs: int = PROGRAMS, chunk: int = THRESHOLD_CHUNK,
 ) -> None:  # fmt: skip
-    """The kernels for `follow_threshold`. Tests pass smaller values of `programs` (a power of two) and `chunk`."""
+    """The kernels for `follow_threshold`. In tests, `programs` (a power of two) and `chunk` are smaller."""
     value_N, size = value_N.contiguous(), value_N.numel()
     parts, span = equal_spans(size, programs, chunk)
     lowest_P = threshold.new_empty(parts)

@@ -12,7 +12,7 @@ def follow_threshold(value_N: Tensor, threshold: Tensor, batches: Tensor, rate: 
         value_N: latents of a batch, in any order. Only positive latents count; if there are none, the threshold stays.
         threshold: () float32: t becomes t + rate (min - t).
         batches: () int64, incremented. If `batches` is 0, the rate is 1.
-        rate: the share of the distance to move.
+        rate: how far the threshold moves, as a share of its distance from the minimum.
     """
     follow_by_torch(value_N, threshold, batches, rate)
 

@@ -71,7 +71,10 @@ def tangent(gradient, weight):
 
 @triton.jit
 def add_squares(gradient, weight, sums, size, rows, span, UNIT: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the sum of the squared gradients of this program's rows, projected first if the rows are unit vectors."""
+    """Write the sum of the squared gradients of this program's rows.
+
+    If the rows are unit vectors, their gradients are projected before they are squared.
+    """
     program = tl.program_id(0)
     place = tl.arange(0, BLOCK)
     squares = tl.zeros((BLOCK,), tl.float32)
