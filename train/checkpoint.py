@@ -58,8 +58,8 @@ def write_checkpoint(folder: Path, step: int, data: bytes | memoryview, run: str
     record |= {} if run is None else {"run": run}
     CHECKPOINT_RECORD.write(target / "state.json", record)
     checkpoints = sorted((folder / "checkpoints").glob("step-*"))
-    # Any checkpoints of later steps were damaged and were skipped when the run was resumed. If damaged checkpoints
-    # were kept, they would displace valid ones.
+    # If there are checkpoints of later steps, they are damaged: they were skipped when the run was resumed. If damaged
+    # checkpoints were kept, they would displace valid ones.
     skipped = [path for path in checkpoints if path.name > target.name]
     for old in [*skipped, *[path for path in checkpoints if path.name <= target.name][:-KEPT]]:
         shutil.rmtree(old, ignore_errors=True)

@@ -25,8 +25,8 @@ class L0Controller(Mechanism):
 
     Weights respond to a coefficient only at the optimizer's rate, so a controller that only integrates the error
     would oscillate. Also, half of all latents are active at first, and L0 falls from there without any penalty. If a
-    penalty pushes L0 down further, L0 overshoots the target and latents die for good. So e includes how fast L0
-    falls. e is limited to [-1, 1/2], so the penalty weakens faster than it strengthens.
+    penalty pushes L0 down further, L0 overshoots the target and latents die for good. So e takes into account how fast
+    L0 falls. e is limited to [-1, 1/2], so the penalty weakens faster than it strengthens.
     """
 
     integral: Tensor  # (), s in the equation above
@@ -43,7 +43,7 @@ class L0Controller(Mechanism):
         self.register_buffer("earlier", torch.tensor(float(target)))
 
     def take_over(self, name: str, coefficient: Coefficient) -> Coefficient:
-        """Take over the coefficient of a term from the recipe. Returns c_t as a function of the step."""
+        """Control the coefficient of a term in place of the recipe. Returns c_t as a function of the step."""
         self.recipe_coefficients[name] = coefficient
         self.register_buffer(f"start_{name}", torch.zeros(()))
         return lambda step: self.start_coefficient(name, step) * self.factor(step)

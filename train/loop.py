@@ -125,5 +125,8 @@ class Trainer:
         self.metrics.add(metrics)
 
     def pop_metrics(self, reset: bool = True) -> dict[str, float]:
-        """Means over the steps since the last reset, and the current scalars of mechanisms, in one device read."""
+        """The means over the steps since the last reset, and the mechanisms' current scalars.
+
+        All of them are read from the device at once.
+        """
         return self.metrics.read(self.variant.scalars(), reset)

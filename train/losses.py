@@ -36,8 +36,8 @@ class L1(LossTerm):
 class MultiTopK(LossTerm):
     """mean_B sum_D (x - x_hat)^2 with the 4 k largest latents of each token (Multi-TopK, Gao et al. 2024, 5.3).
 
-    Trained with this loss, the SAE also works with more or fewer latents than the k of its training. The paper adds
-    this loss, with weight 1/8, to the loss with k latents.
+    An SAE trained with this loss also works with more or fewer latents than the k that it was trained with. The paper
+    adds this loss, with weight 1/8, to the loss with k latents.
     """
 
     undivided = ""

@@ -21,7 +21,7 @@ class UnitNormDecoder(Mechanism):
         if self.by_kernels:
             return
         weight, gradient = step.sae.W_dec.data, step.sae.W_dec.grad
-        assert gradient is not None  # the step has just been backpropagated
+        assert gradient is not None  # the step's loss has just been backpropagated
         gradient.addcmul_(weight, (gradient * weight).sum(1, keepdim=True), value=-1)
 
     def after_step(self, step: Step) -> None:
@@ -154,7 +154,7 @@ class ResampleDead(Mechanism):
             self.restart(step, self.silent().nonzero().squeeze(1))
 
     def restart(self, step: Step, index_N: Tensor) -> Tensor:
-        """Restart latents in the directions of tokens of the batch. Returns the latents that were restarted."""
+        """Restart latents, each in the direction of a token of the batch. Returns the latents that were restarted."""
         sae = step.sae
         probability_B = step.error_BD.square().sum(1).double().square().nan_to_num(0.0, 0.0, 0.0).cpu()
         index_N = index_N[: int((probability_B > 0).sum())]
@@ -186,8 +186,8 @@ class BatchTopKThreshold(Mechanism):
     """Makes the threshold t of a BatchTopK follow the smallest value kept in each batch: t <- t + rate (min - t).
 
     After training, the smallest kept value is averaged over further batches, and the threshold is set to that mean.
-    These are the batches that follow, or the first batches if the epoch has ended. So the final weights keep k latents
-    per token on average, however short the run was.
+    These are the batches that follow, or the first batches if the epoch has ended. So with the final weights, k latents
+    per token are active on average, however short the run was.
     """
 
     batches: Tensor  # () int64

@@ -1,4 +1,4 @@
-"""The metrics of a run between two lines of its log."""
+"""The metrics of a run, accumulated from one line of its log to the next."""
 
 from collections.abc import Mapping, Sequence
 

@@ -66,7 +66,7 @@ class Optimization:
         return peak_share(steps, self.warmup_steps(steps), self.decay_start)
 
     def notes(self, steps: int) -> Iterator[str]:
-        """One sentence for each option that the user should know about."""
+        """One sentence for each option whose effect the user should know."""
         warmup = self.warmup_steps(steps)
         if warmup > steps:
             yield (

@@ -54,7 +54,7 @@ class WeightUpdate:
 
 
 class OptimizerUpdate(WeightUpdate):
-    """Updates the weights with the optimizer, by torch operations."""
+    """Updates the weights with a torch optimizer, by torch operations instead of kernels."""
 
     def __init__(self, variant: Variant, optimizer: torch.optim.Optimizer, steps: int) -> None:
         self.variant, self.optimizer, self.steps = variant, optimizer, steps

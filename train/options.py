@@ -73,7 +73,7 @@ def read_option_docs(declared_by: DeclaredBy) -> dict[str, str]:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The string below each annotated field of a class and its bases, from the source. Empty without the source."""
+    """For a class and its bases: the string below each annotated field, read from the source. Empty without it."""
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
         try:

@@ -268,7 +268,7 @@ def fits(run: BuildableRun, config: RunConfig, device: str, budget: float) -> bo
 
 
 def largest_width(run: BuildableRun, device: str, budget: float) -> int | None:
-    """The largest multiple of 64 below the run's width at which the run would fit; None if there is none."""
+    """The largest width at which the run would fit, out of the multiples of 64 below its width; None if none fits."""
     low, high = 0, -(-run.config.d_sae // WIDTH_STEP)
     while high - low > 1:
         middle = (low + high) // 2

@@ -170,7 +170,9 @@ class TrainPlan:
 
     @cached_property
     def in_background(self) -> bool:
-        """Whether checkpoints are written while training continues, given the memory that is free at the first access.
+        """Whether checkpoints are written while training continues.
+
+        This depends on the memory that is free when this property is first read.
 
         If the copies of the states do not fit into memory beside the runs, training waits for each checkpoint instead.
         """
@@ -327,7 +329,7 @@ def accumulate_errors(run: Run, variant: Variant) -> Iterator[str]:
 
 
 def make_run_config(config: TrainConfig, recipe: Recipe, cache: AnyCache, hook: Hook) -> RunConfig:
-    """The sizes of a run, taken from the config; by default the recipe's sizes and one epoch."""
+    """The sizes of a run from the config. What the config leaves out is the recipe's default, or one epoch of steps."""
     array = cache.require_array(*hook)
     d_in = cache.array(array).shape[1]
     batch_size = recipe.batch_size if config.batch_size is None else config.batch_size

@@ -1,4 +1,4 @@
-"""The precision of matrix products: its line in the plan, and the search for existing runs with the same precision."""
+"""The precision of matrix products: the plan's line about it, and the search for existing runs that have it."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -57,7 +57,7 @@ def find_folder(out: Path, name: str, unnamed: str, precision: str) -> Path:
 
 
 def explain_other_precision(folder: Path, record: Mapping[str, Any], precision: str | None) -> str:
-    """Explain that the run in a folder, begun by an earlier version, has another precision; "" if it has the same."""
+    """An error message if the run in `folder`, begun by an earlier version, has another precision; otherwise ""."""
     recorded = recorded_precision(record)
     if precision in (recorded, None):
         return ""

@@ -19,7 +19,7 @@ class Overview(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainProgress:
-    """Callbacks of training, silent by default."""
+    """Callbacks that training calls. By default, they print nothing."""
 
     step: Callable[[int, int, dict[str, dict[str, float]]], None] = lambda step, steps, metrics: None
     """Called when metrics are logged, with the steps taken, the total of steps, and run name -> metrics."""

@@ -212,7 +212,7 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
     if record:
         if changed := trainer.variant.changed:
             progress.say(f"{run.name} keeps the options that it was started with: {describe_changes(changed)}.")
-        if not run.requested.get("log_every"):  # a resumed run keeps its log interval: each line is a mean over it
+        if not run.requested.get("log_every"):  # keep the interval, because each log line is a mean over it
             trainer.log_every = record.get("asked", {}).get("log_every") or trainer.log_every
         trainer.digest = run_digest(record)
         trainer.steps_done = restore_checkpoint(trainer, run.folder, progress.say_problem, trainer.digest)

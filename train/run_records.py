@@ -23,7 +23,7 @@ AUTOMATIC_NAME = re.compile(r".*-s\d+-([0-9a-f]{6})")
 
 
 def read_sae_record(folder: Path) -> SavedSAE:
-    """Read sae.json. If sae.json records a value twice, or run.json records it too, checks that both are equal.
+    """Read sae.json. Checks that values recorded twice in sae.json, or in both sae.json and run.json, are equal.
 
     Raises:
         UsageError: the folder contains no trained SAE, or an SAE that needs a newer version.

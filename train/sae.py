@@ -115,7 +115,7 @@ class SAE(nn.Module):
         return z_BF.add_(bias_F) if z_BF.dtype == bias_F.dtype else z_BF + bias_F  # adding in place saves a pass over z
 
     def trains_on(self, x_BD: Tensor) -> bool:
-        """Whether x is a training batch: rows that need no gradient, so train/dense_ops.py can compute the products."""
+        """Whether x is a training batch. Its rows need no gradient, so train/dense_ops.py can compute the products."""
         return self.training and x_BD.dim() == 2 and not x_BD.requires_grad
 
     def activate(self, z_BF: Tensor, x_BD: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ class SAE(nn.Module):
         return TrainingOutput(pre_BF, None, recon_BD, kept, squared_error, selected_N)
 
     def compare(self, output: TrainingOutput, product_BD: Tensor, x_BD: Tensor) -> TrainingOutput:
-        """The output with the reconstruction or its error, from the product f W_dec (B, D)."""
+        """`output`, completed with the reconstruction or with its error, computed from the product f W_dec (B, D)."""
         if not self.by_kernels:
             return output._replace(recon_BD=product_BD + self.b_dec)
         error_BD, squared_error = dense_ops.reconstruction_error(product_BD, self.b_dec, x_BD)
@@ -186,7 +186,7 @@ class SAE(nn.Module):
         return first if first.cut is None else None
 
     def sparse_activation(self) -> KeepTopK | None:
-        """The activation, if a step that computes only with the latents it selects is faster (`sparse_is_faster`)."""
+        """The activation, if it makes steps faster to compute only with the latents it selects (`sparse_is_faster`)."""
         topk, device = self.selecting_activation(), self.W_dec.device.type
         if topk is None or not sparse_ops.sparse_is_faster(self.d_sae, topk.k, device, current_precision(device)):
             return None

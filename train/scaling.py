@@ -24,7 +24,7 @@ class ScaledDefault:
     reference: float = PAPER_WIDTH
 
     def resolve(self, config: "RunConfig", raw: bool) -> Any:
-        """The number for a run. `raw` says whether the run's input is left unnormalized."""
+        """The number for a run. `raw` is True if the run's input is not normalized."""
         raise NotImplementedError
 
     def value_in(self, config: "RunConfig") -> float:

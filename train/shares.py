@@ -18,8 +18,8 @@ from .sources import AnyCache, places_of
 
 # Approximate bytes per second at which a process reads batches. Disk: measured by benchmarks/bench_cache.py. Store:
 # assumes a link of 10 Gbit/s that eight processes share. In fact, a chunk that fits into the local folder is pulled
-# only once for all processes on a machine. The rate ignores this, so dividing runs that share batches looks slower than
-# it is, and such runs tend to be assigned to one process.
+# only once for all processes on a machine. The rate does not take this into account. So it seems slower than it is to
+# divide runs that share batches among several processes, and such runs tend to be assigned to one process.
 READ_RATE, STORE_RATE = 2e9, 150e6
 
 

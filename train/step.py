@@ -232,7 +232,10 @@ class Mechanism(nn.Module):
         return 0
 
     def shape_key(self) -> Hashable:
-        """A key that changes when `every_n_steps` changes the shapes in a step. A new key leads to a new CUDA graph."""
+        """A key that is different after `every_n_steps` has changed the shapes in a step.
+
+        A new key leads to a new CUDA graph.
+        """
         return None
 
     def calibrate(self, step: Step) -> None:

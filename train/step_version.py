@@ -1,4 +1,4 @@
-"""The version of the arithmetic of a training step, and how far the results of two versions can differ.
+"""The version number of a training step's arithmetic, and how far the results of two versions can differ.
 
 Different versions of a step compute the same sums in a different order, so the sums are rounded differently. A run that
 was interrupted under one version and resumed under another is not bit-identical to a run under either version alone.
@@ -7,12 +7,12 @@ was interrupted under one version and resumed under another is not bit-identical
 from collections.abc import Mapping
 from typing import NamedTuple
 
-# Increase this number by one in every commit that changes any bit of what a recipe's step computes on a CPU with
-# --accumulate 1: its losses, gradients, optimizer or mechanisms. To see whether bits change, train before and after the
-# commit on one machine and compare sae.safetensors. tests/compatibility checks resumed runs against the bounds below. A
-# change that alters results by more than rounding needs a new option instead of a new version, so that earlier runs
-# keep the old behaviour. run.json and the checkpoints record the version as `step_version`; where `step_version` is
-# missing, the version is 1.
+# Increase this number by one in every commit after which a recipe's step, on a CPU with --accumulate 1, gives results
+# that are not bit-identical to those before, whether in its losses, gradients, optimizer or mechanisms. To see whether
+# bits change, train before and after the commit on one machine and compare sae.safetensors. tests/compatibility checks
+# resumed runs against the bounds below. A change that alters results by more than rounding needs a new option instead
+# of a new version, so that earlier runs keep the old behaviour. run.json and the checkpoints record the version as
+# `step_version`; where `step_version` is missing, the version is 1.
 STEP_VERSION = 4
 
 MEASURED_STEPS = 25  # that the interrupted runs in tests/compatibility have left; the bounds hold for this many steps

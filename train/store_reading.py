@@ -1,4 +1,4 @@
-"""Announce to the local folder, and show in the plan, which chunks the passes will read from stores."""
+"""Which chunks the passes will read from stores: lines of the plan, and a notice to the `LocalFolder` object."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -68,7 +68,7 @@ def prepare_local_folder(passes: Sequence[Sequence[ReadingRun]], size: int | Non
 
 
 def describe_pulling(passes: Sequence[Sequence[ReadingRun]]) -> list[str]:
-    """The plan's lines about the chunks that are pulled from stores; an empty list if no chunks are."""
+    """The plan's lines about the chunks that are pulled from stores; an empty list if none are pulled."""
     if not (readings := expected_readings(passes)):
         return []
     local = readings[0].folder
@@ -84,9 +84,9 @@ def describe_pulling(passes: Sequence[Sequence[ReadingRun]]) -> list[str]:
 
 
 def expect(passes: Sequence[Sequence[ReadingRun]], say: Callable[[str], None]) -> None:
-    """Tell the local folder what these passes will read from stores.
+    """Tell the `LocalFolder` object what these passes will read from stores.
 
-    The local folder calls `say` when a step has had to wait for its chunks for a long time.
+    It calls `say` when a step has waited for its chunks for a long time.
     """
     if readings := expected_readings(passes):
         readings[0].folder.say = say

@@ -30,9 +30,9 @@ def train_streaming(plan: TrainPlan, progress: TrainProgress, harvest: Harvest) 
     The normalization constants are computed from the first group, since later rows are not known when training begins.
 
     Raises:
-        Interrupted: after Ctrl-C or SIGTERM, with checkpoints written.
+        Interrupted: after Ctrl-C or SIGTERM, once checkpoints have been written.
         SaeError: a run failed; raised when all other runs are done.
-        Exception: any error that the harvest raised, with checkpoints written.
+        Exception: any error that the harvest raised, once checkpoints have been written.
     """
     ring, device = plan.config.source, resolve_device(plan.config.device)
     assert isinstance(ring, RingCache)

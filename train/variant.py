@@ -36,7 +36,7 @@ class RunConfig(NamedTuple):
     precision: str | None = None  # for matrix products (common/precision.py); None: the default of the device
 
     def identity(self) -> dict[str, Any]:
-        """All that determines the result, except the cache, as recorded in run.json. Unset entries are omitted."""
+        """Everything except the cache that determines the result, as in run.json. Unset entries are omitted."""
         parts = self.accumulate if self.accumulate > 1 else None
         precision = self.precision if self.precision != "float32" else None
         optional = {"l0": self.l0, "literal": self.paper_exact, "accumulate": parts, "precision": precision}
@@ -103,8 +103,8 @@ class Variant(nn.Module):
         self.dead = dead
         self.mechanisms = Mechanisms([dead, *mechanisms])
         self.optimization = optimization or Optimization()
-        self.options: dict[str, Any] = {}  # the recipe's own options, with the values used to build it
-        self.changed: dict[str, tuple[Any, Any]] = {}  # in a resumed run: option -> (its value, value in a new run)
+        self.options: dict[str, Any] = {}  # the recipe's own options, as this variant was built
+        self.changed: dict[str, tuple[Any, Any]] = {}  # if resumed: option -> (value here, value in a new run)
         self.notes: list[str] = []  # notes about the options, shown to the user
         self.register_buffer("mean_D", torch.zeros(sae.d_in))
         self.register_buffer("scale", torch.ones(()))
@@ -213,7 +213,7 @@ class Variant(nn.Module):
 
     @property
     def normalizes_at_once(self) -> bool:
-        """Whether the update of the weights by kernels also keeps the rows of W_dec on the unit sphere."""
+        """Whether the kernels that update the weights also keep the rows of W_dec on the unit sphere."""
         return any(isinstance(mechanism, UnitNormDecoder) and mechanism.by_kernels for mechanism in self.mechanisms)
 
     def use_kernels(self) -> None:

@@ -33,7 +33,7 @@ class WeightedL1(LossTerm):
 
 @recipe("april", paper="Conerly et al. 2024 (Anthropic, April update)", width=1)
 def april(config: RunConfig, l1: float = 5.0, l1_warmup: int | None = None) -> Variant:
-    """An L1 penalty weights each latent by its decoder row's norm.
+    """An L1 penalty, weighted by the norms of the decoder rows.
 
     Decoder rows can have any norm. They are scaled to unit norm when the SAE is saved.
 

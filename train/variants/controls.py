@@ -46,7 +46,9 @@ class CovarianceStart(Mechanism):
 
 
 class DecoderCone(UnitNormDecoder):
-    """Keeps each row of W_dec at unit norm, and its cosine to its initial value at least `cosine`. The last mechanism.
+    """Keeps each row of W_dec at unit norm, and the row's cosine with its initial value at or above `cosine`.
+
+    It is the last mechanism of its variant.
 
         W_i <- the nearest unit vector with W_i . s_i = cosine,     if W_i . s_i < cosine
 

@@ -31,7 +31,8 @@ class Decorrelation(LossTerm):
         blocks   the pairs in the same block. The latents are shuffled and cut into blocks of about `block` latents: O(B
                  n block). Each step uses another order, so every pair has the same chance. (2) to (4) are computed from
                  these pairs only, so tau and R are estimates from a random sample of all pairs. R has a small bias,
-                 because the most correlated pairs of a sample are not a sample of the most correlated pairs.
+                 because the pairs that are most correlated within a sample are not a random sample of the pairs that
+                 are most correlated overall.
 
     C is computed without a gradient. The gradient of R is S f_hat, with S_ij = 1/|S_t| for chosen pairs above tau. On a
     GPU, latents in bfloat16 are multiplied as they are: products of two of them are exact in float32, and so C has the
@@ -67,7 +68,7 @@ class Decorrelation(LossTerm):
             return self.penalty_in_blocks(step, step.f_BF if step.f_BF.device.type == "cuda" else step.f_BF.float())
 
     def choose(self, corr_GMM: Tensor, step: Step) -> "ChosenPairs":
-        """The most correlated pairs in all blocks. Overwrites `corr_GMM`, the correlations, with its upper triangle."""
+        """The most correlated pairs in all blocks. Overwrites the correlations `corr_GMM` with their upper triangle."""
         blocks, size, _ = corr_GMM.shape
         alive_G = (corr_GMM.diagonal(dim1=1, dim2=2) > 0.5).sum(1)  # the column of a silent latent is zero
         counted_G = alive_G if self.tau_over == "alive" else torch.full_like(alive_G, size)

@@ -56,7 +56,7 @@ class JumpFunction(torch.autograd.Function):
 
 
 class FiresFunction(torch.autograd.Function):
-    """H(z - theta) in theta's dtype. The gradient reaches only theta: a count does not change pre-activations."""
+    """H(z - theta) in theta's dtype. Only theta gets a gradient, so a penalty on the count moves only theta."""
 
     @staticmethod
     def forward(ctx: Any, z_BF: Tensor, theta_F: Tensor, eps: float) -> Tensor:
@@ -117,7 +117,7 @@ class JumpReLU(Activation, name="jumprelu"):
         return f_BF
 
     def fires(self, z_BF: Tensor) -> Tensor:
-        """1 where a latent fires, 0 elsewhere (B, F), with a gradient to the thresholds."""
+        """(B, F): 1 where a latent fires, 0 elsewhere; has a gradient with respect to the thresholds."""
         fires_BF: Tensor = FiresFunction.apply(z_BF, self.threshold, self.bandwidth)
         return fires_BF
 
@@ -341,8 +341,8 @@ def jumprelu_tanh(
     sqrt(d_in). For inputs with E|x|^2 = 1, penalty is divided by d_in, c is multiplied by sqrt(d_in), and reach,
     bandwidth and threshold are divided by sqrt(d_in).
 
-    Paper: prints dJumpReLU/dx without the term of `ste_to_input`, but says that the estimator's gradient reaches all
-    parameters. SAELens implements what the text says.
+    Paper: gives dJumpReLU/dx without the term that `ste_to_input` adds, but says that the estimator's gradient reaches
+    all parameters. SAELens implements what the text says.
 
     Args:
         penalty: Strength of the tanh penalty, which rises over the whole run.

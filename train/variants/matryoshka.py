@@ -51,8 +51,8 @@ class NestedMSE(LossTerm):
         for block_BD in self.blocks(step):
             recon_BD = block_BD + recon_BD
             losses.append((step.x_BD - recon_BD).square().sum(-1).mean())
-        # Paper: does not say whether the losses are summed or averaged. If they are averaged, the other terms
-        # of the loss keep their relative weight.
+        # The paper does not say whether the losses are summed or averaged. If they are averaged, the other terms of the
+        # loss keep their relative weight.
         return torch.stack(losses).mean()
 
 

@@ -65,7 +65,7 @@ def ortsae(
     aux: float = 1 / 32,
     aux_k: int | None = None,
 ) -> Variant:
-    """`batchtopk` with a penalty on each decoder row's nearest row.
+    """`batchtopk` that penalizes each decoder row's largest cosine.
 
     In each step, the rows are divided at random into chunks. For each row, only the
     other rows of its chunk are searched for the nearest one.

@@ -4,13 +4,14 @@
 
 `recipes.py` defines the eleven runs in order, and `options.py` their options. The modules follow the paper's method
 section: `monitors.py`, `groups.py` and `orthogonality.py` implement section 4.1; `losses.py`, `l1_controller.py` and
-the winner-take-all in `groups.py` implement 4.2; `batch_norm.py` implements 4.3. Every default is an interpretation
-of the paper that works. Where the paper's own setting differs from a default, the option can be set to it.
+the winner-take-all in `groups.py` implement 4.2; `batch_norm.py` implements 4.3. Every default is our interpretation of
+the paper, and works as intended. If the paper's own setting differs from a default, the option can be set to the
+paper's setting.
 
 Paper: names five pairs of runs; the split within each pair is ours. The paper states no alpha, no beta, and no rule for
-lambda within its bounds. Paper: interprets an absorption of 0 and a split-feature score of 1 as a collapse. But 0 is
-the best absorption, and 1 means no splitting. Paper: 100,000 tokens in batches of 125 are 800 steps, all within its
-warm-up of 1000 steps.
+lambda within its bounds. Paper: interprets an absorption of 0 and a split-feature score of 1 as a collapse. But an
+absorption of 0 is the best value, and a split-feature score of 1 means that no feature is split. Paper: 100,000 tokens
+in batches of 125 are 800 steps, all within its warm-up of 1000 steps.
 
 Shape suffixes here, in addition to those of train/step.py: G groups, M latents in a group, S dimensions of the sketch,
 N neighbors or a few tokens, T steps.

@@ -131,15 +131,16 @@ class GroupLearningRate(GroupUpdate):
 
 
 class GroupSampling(GroupUpdate):
-    """In each step, draws some groups at random, more often those used recently, and updates only these groups.
+    """In each step, draws some groups at random and updates only these; recently used groups are drawn more often.
 
         s_g = 0.1/G + 0.9 u_g / sum u,   p_g = min(1, share G s_g),   update <- update [g drawn] / p_g
 
-    u_g is the EMA of (2), whose decay is the momentum. One uniform random number per step determines which groups are
-    drawn (systematic sampling). So g is drawn with probability p_g, and about `share` of the groups are drawn in every
-    step. Because of the factor 1/p_g, the expected update equals the update without sampling. So sampling does not
-    change the learning rates that run 8 adds (2). While a group is not drawn, no weight of its latents changes, not
-    even in a batch norm. The Adam moments of these weights still change.
+    u_g is the exponential moving average that (2) defines; its decay is the paper's "momentum". One uniform random
+    number per step determines which groups are drawn (systematic sampling). So g is drawn with probability p_g, and
+    about `share` of the groups are drawn in every step. Because of the factor 1/p_g, the expected update equals the
+    update without sampling. So sampling does not change the learning rates of (2), which run 8 adds. While a group is
+    not drawn, no weight of its latents changes, not even in a batch norm. The Adam moments of these weights still
+    change.
 
     `groups_skipped` counts, over all steps, the groups that were not drawn.
 
@@ -190,7 +191,7 @@ class GroupSampling(GroupUpdate):
 
 # 4.2, third process: winner-take-all with local inhibition.
 
-# The counts of `WinnerTakeAll` cover only this many tokens of a batch; all tokens would need a pass over all latents.
+# The counts of `WinnerTakeAll` cover only this many tokens of a batch; counting all would need a pass over all latents.
 COUNTED_TOKENS = 128
 
 
@@ -265,10 +266,10 @@ class Neighbours(Mechanism):
 
     The activation's `near_scope` determines whether the latent's group or the whole dictionary is searched.
 
-    Paper: speaks of proximity in feature space, and does not mention groups. Starting with run 6, decoder rows in a
-    group are orthogonal. So the decoder rows of a group are never near each other, and its encoder directions hardly
-    ever are, because the encoder is initialized as the decoder's transpose. Within groups, inhibition therefore has
-    hardly any effect.
+    The paper speaks of proximity in feature space, and does not mention groups. Starting with run 6, decoder rows in a
+    group are orthogonal. So no two decoder rows of a group are near each other. Two encoder directions of a group are
+    hardly ever near each other, because the encoder is initialized as the decoder's transpose. Within groups,
+    inhibition therefore has hardly any effect.
     """
 
     def __init__(self, activation: WinnerTakeAll, sae: SAE, near: str = "encoder", every: int = 100) -> None:

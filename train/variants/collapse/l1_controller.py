@@ -18,8 +18,8 @@ class DynamicL1(Mechanism):
     `penalty_moved` counts the steps in which lambda was not 0.04. `penalty_bounded` counts the steps in which a bound
     changed lambda.
 
-    Paper: 0.04 is within these bounds at all times, so the bounds never change it (`none`). The paper does not say to
-    which value the bounds apply.
+    Paper: 0.04 always lies within these bounds, so if lambda is 0.04 throughout (`none`), they have no effect on it.
+    The paper does not say to which value the bounds apply.
     """
 
     acted_penalty_moved: Tensor  # () int64

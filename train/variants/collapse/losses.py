@@ -17,10 +17,10 @@ class ContrastLoss(LossTerm):
 
     v_i is the row of latent i in the decoder, or its activations over the batch (`on`).
 
-    Paper: measures the "cosine similarity between features", and its f denotes activations. By default, we compare
-    decoder rows, because over few tokens the activations of unrelated latents look alike, and an inactive latent is
-    similar to no other latent. Paper: after the sketch, the cosine of unrelated rows has a standard deviation of
-    1/sqrt(128) = 0.088. So at the final tau of 0.05, more than half of all unrelated pairs count as similar. Without
+    The paper measures the "cosine similarity between features", and in the paper, f denotes activations. By default, we
+    compare decoder rows, because over few tokens the activations of unrelated latents look alike, and an inactive
+    latent is similar to no other latent. Paper: after the sketch, the cosine of unrelated rows has a standard deviation
+    of 1/sqrt(128) = 0.088. So at the final tau of 0.05, more than half of all unrelated pairs count as similar. Without
     `sketch`, cosines are exact.
     """
 
@@ -57,7 +57,7 @@ class DiversityLoss(LossTerm):
 
     The loss is 0 if all groups are used equally, and 1 if only one group is used.
 
-    Paper: names a diversity loss without defining it. Shares are computed from activations, because a count has no
+    The paper names a diversity loss without defining it. Shares are computed from activations, because a count has no
     gradient.
     """
 

@@ -91,7 +91,8 @@ class UtilizationEMA(ActivityEMA):
 class Totals(Mechanism):
     """Sums the counts of all steps since the start of the run, so that the log shows whether a mechanism had an effect.
 
-    `counts` returns the counts of a step by name: the `step.metrics` of a loss, or the `counts` of an activation.
+    `counts` is a function that returns the counts of a step as name -> count. For a loss, these are `step.metrics`; for
+    an activation, its `counts`.
     """
 
     leaves_weights = True

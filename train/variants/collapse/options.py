@@ -12,7 +12,10 @@ BUDGET_TOKENS = {"paper": 100_000, "matched": 10_000_000}
 
 
 def fewest_groups(d_in: int, d_sae: int) -> int:
-    """The smallest number of equal groups whose rows can be orthogonal: 1 if d_sae is at most d_in."""
+    """The smallest number of equally large groups such that the rows within each can be orthogonal.
+
+    This number is 1 if d_sae is at most d_in.
+    """
     return next(groups for groups in range(1, d_sae + 1) if d_sae % groups == 0 and d_sae // groups <= d_in)
 
 

@@ -94,7 +94,7 @@ def gram_schmidt_by_products(rows_GMD: Tensor) -> Tensor:
     condition number of the rows, so a second factorization corrects the error of the first. For the free rows of a run,
     the condition number was at most 4 and the error 1e-7; at 30 times the learning rate they were 7,000 and 3e-6
     (benchmarks/gram_schmidt.py). A QR in float32 has two to three times as much rounding error. If the rows of a group
-    are so linearly dependent that the factorization fails, the group becomes NaN, which ends the run.
+    are so close to linear dependence that the factorization fails, the group becomes NaN, which ends the run.
     """
     for _ in range(2):
         L_GMM, info_G = cholesky_factor(rows_GMD @ rows_GMD.mT)
@@ -127,7 +127,7 @@ class GramSchmidt(Mechanism):
     ) -> None:
         super().__init__()
         rows.free_FD = nn.Parameter(sae.W_dec.detach().clone())
-        self.rows, self.utilisation = rows, utilization  # this spelling is a key in checkpoints
+        self.rows, self.utilisation = rows, utilization  # checkpoints contain this spelling
         self.order, self.gradient, self.sketch = order, gradient, sketch
         self.register_buffer("acted_orthogonalized", torch.zeros((), dtype=torch.int64))
 
@@ -150,7 +150,7 @@ class GramSchmidt(Mechanism):
 
     def after_backward(self, step: Step) -> None:
         weight, gradient, free = step.sae.W_dec, step.sae.W_dec.grad, self.rows.free_FD
-        assert gradient is not None and free is not None  # the step has just been backpropagated
+        assert gradient is not None and free is not None  # the step's loss has just been backpropagated
         if self.gradient == "through":
             with torch.enable_grad():
                 free_FD = free.detach().requires_grad_()
@@ -179,8 +179,8 @@ class GramSchmidtLatents(Activation, name="gram_schmidt_latents"):
     The activation has no effect after training.
 
     Paper: with this activation, a token's latents depend on the rest of its batch, are sometimes negative and hardly
-    ever zero. If there are more columns than tokens, the last columns have no component left. The paper states no rule
-    for a single token.
+    ever zero. If there are more columns than tokens, nothing is left of the last columns after the earlier ones are
+    projected out. The paper states no rule for a single token.
     """
 
     undivided = "Gram-Schmidt acts on latents over the whole batch"
@@ -206,7 +206,9 @@ class GramSchmidtLatents(Activation, name="gram_schmidt_latents"):
 
 
 class HardOrthogonality(Mechanism):
-    """Replaces each group's rows by the nearest orthonormal rows after an update: five times X <- (3 X - X X^T X)/2.
+    """After an update, replaces each group's rows by the nearest orthonormal rows.
+
+    For this, it repeats X <- (3 X - X X^T X)/2 five times.
 
     `rows_projected` counts, over all steps, the rows that this replacement changed by more than rounding.
 
@@ -235,7 +237,7 @@ class HardOrthogonality(Mechanism):
 
 
 def init_orthonormal(sae: SAE, rows: DecoderRows, part: str) -> None:
-    """Start with orthonormal decoder rows in each group and the encoder as their transpose.
+    """Initialize the decoder rows of each group as orthonormal rows, and the encoder as the decoder's transpose.
 
     Raises UsageError if a group has more than d_in latents. The error message begins with `part`.
     """

@@ -176,8 +176,8 @@ def add_dynamic_l1(parts: CollapseParts, options: o.DynamicL1Options) -> None:
 
     Both bounds decrease during training.
 
-    `--l0` does not use this controller, because with its bounds and its kappa, L0 overshoots the target by far. With
-    `--l0`, lambda is controlled as in every other recipe.
+    `--l0` does not use this controller, because this controller's bounds and kappa make L0 overshoot the target by far.
+    With `--l0`, lambda is controlled as in every other recipe.
     """
     config = parts.config
     target = min(40.0, config.d_sae / 8) if options.l0 is None else options.l0
@@ -250,7 +250,7 @@ def add_winner_take_all(parts: CollapseParts, options: o.WinnerTakeAllOptions) -
 
 
 def add_hard_orthogonality(parts: CollapseParts, options: o.HardOrthogonalityOptions) -> None:
-    """Add a projection of each group onto orthonormal rows.
+    """Add a step that makes each group's rows orthonormal.
 
     By default, the rows are projected after every update.
     """
@@ -266,7 +266,7 @@ class CollapseRun(NamedTuple):
 
     @property
     def addition(self) -> str:
-        """The part that this run adds, taken from "Add ..." in the first line of its function."""
+        """What this run adds: the words after "Add" in the first line of the docstring of `add`."""
         return (inspect.getdoc(self.add) or "").split("\n")[0].removeprefix("Add ")
 
 

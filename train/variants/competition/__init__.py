@@ -16,14 +16,15 @@ Paper: (5) is a sum over all i, j. By default, tau applies to P instead of c, th
 pairs that pass, and i = j is left out. With i = j, c_ii = P(f_i | f_i) / (k/n) = n/k, so the diagonal is (n/k) sum_i
 |f_i|^4, a constant for unit rows.
 
-The dense J has n^2 entries, 1.4 GB at n = 18432, and its matrix products take n (2B + 6d) / 10Bd = 7 times the
-operations of the rest of a step. With k latents per token, few pairs ever pass. So `pair_store=table` tracks a fixed
+The dense J has n^2 entries, 1.4 GB at n = 18432, and its matrix products take 7 times as many operations as the rest of
+a step: n (2B + 6d) / 10Bd = 7. With k latents per token, few pairs ever pass tau. So `pair_store=table` tracks a fixed
 number of pairs and searches for better pairs at intervals. Every step counts how often each pair of the table fires
-together. But it penalizes only one in `turns` pairs, and different pairs in each step, because penalizing all pairs
-would read all their rows from memory in every step. Since beta averages over about a hundred steps, a pair that passes
-tau does so for many steps, so its turn to be penalized comes before its statistics have changed much.
+together. But each step penalizes only a fraction 1/`turns` of the pairs, and different ones than the step before. To
+penalize all pairs, every step would have to read all their rows from memory. The statistics are averages over about a
+hundred steps (beta). A pair that passes tau therefore does so for many steps, and its turn to be penalized comes before
+its statistics have changed much.
 
-Paper: states two different values for the number of steps, for k and for every result. The paper prints the L1
+Paper: for the number of steps, for k and for every result, it states two different values each. The paper prints the L1
 baseline's numbers as the results of "no competition"; here `competition-off` is the same model without (5), and
 `competition-baseline` is the L1 baseline. The paper mentions no warm-up of lambda_1; the recipes here have one unless
 `l1_warmup=0`. The paper writes E(x), so the encoder does not see x - b_dec. It does not state the activation or the
@@ -31,7 +32,8 @@ units of the loss; the baseline's explained variance of 0.293 suggests `reconstr
 
 `pairs.py` implements (3), `penalty.py` implements (4) and (5), and `recipes.py` defines the options and the recipes.
 
-Shape suffixes here: S pairs in the shape of their store, P pairs in a table, I a block of latents, X d_in or tokens.
+Shape suffixes here: S pairs, as a matrix in `DensePairs` and as a list in `PairTable`; P the pairs of a table; I a
+block of latents; X d_in or tokens.
 """
 
 from . import recipes  # noqa: F401  (registers them)

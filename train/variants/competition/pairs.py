@@ -89,7 +89,7 @@ class Coactivation(Mechanism):
 
 
 class DensePairs(Coactivation):
-    """Every pair: S is (F, F), and the pairs are its upper triangle."""
+    """Every pair: the shape S is (F, F), and only the upper triangle is used."""
 
     joint_FF: Tensor
 
@@ -122,16 +122,17 @@ class DensePairs(Coactivation):
 
 
 class PairTable(Coactivation):
-    """A table of `capacity` pairs i < j: S is (P).
+    """A table of `capacity` pairs i < j: the shape S is (P).
 
     Every `every` steps the table is refreshed: all pairs of the last batch are ranked together with the pairs in the
-    table, and the best are kept. For a new pair, J starts at the step of the refresh, with a separate weight in
-    `seen_P`. A table with room for all pairs contains them from the start. It has the same statistics as `DensePairs`,
-    but as a list of pairs instead of a matrix. `by` selects the ranking: "cofire" by conditional probability, "cosine"
-    by the cosine of the decoder rows.
+    table, and the best are kept. For a new pair, the average J begins at the refresh, so `seen_P` holds a separate
+    total weight for each pair. A table with room for all pairs contains them from the start. It has the same statistics
+    as `DensePairs`, but as a list of pairs instead of a matrix. `by` selects how pairs are ranked: with "cofire", by
+    conditional probability; with "cosine", by the cosine of the decoder rows.
 
-    Step i compares the pairs i, i + `turns`, i + 2 `turns`, ... of the table. These pairs cover all ranks, because a
-    refreshed table is sorted. `turns` has to divide the number of pairs; a table that holds all pairs ignores `turns`.
+    Step i compares the pairs i, i + `turns`, i + 2 `turns`, ... of the table. These pairs are spread over the whole
+    ranking, because a refreshed table is sorted by rank. `turns` has to divide the number of pairs; it has no effect if
+    the table holds all pairs.
     """
 
     has_kernels = True

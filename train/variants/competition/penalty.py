@@ -26,7 +26,7 @@ class CompetitionLoss(LossTerm):
     `target`    "cofire", as in the paper; or "absorption": pairs with a decoder cosine over 0.2 that fire together less
                 than tau, weighted by how far they are below it. Paper: an absorbed parent is silent when its child
                 fires, so (5) does not act on absorbed pairs.
-    `diagonal`  whether the pairs include i = j for every latent that fires; there P is 1 and c is n/k (5)
+    `diagonal`  whether the pairs (i, i) of all latents that fire are included; for them, P is 1 and c is n/k (5)
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class CompetitionLoss(LossTerm):
         with torch.no_grad():
             weight_S, count = self.weights(step.sae, step.i)
         step.metrics |= {"pairs_above": count, "mean_coefficient": weight_S.sum() / count.clamp_min(1)}
-        times = 2 * self.pairs.turns  # 2 for (i, j) and (j, i); `turns` for the pairs that other steps compare
+        times = 2 * self.pairs.turns  # 2, as (i, j) is also (j, i); `turns`, as other steps compare the other pairs
         total = times * (weight_S * self.similarity(vector_FX, step.i).square()).sum()
         ordered = times * count
         if self.diagonal:
@@ -112,10 +112,10 @@ class CompetitionLoss(LossTerm):
         """Pearson's r () between the weight of a pair, max(c_ij, c_ji), and the cosine of its decoder rows, over the
         pairs that pass tau; also the number () of these pairs.
 
-        This is "correlation r = 0.82 between semantic similarity and competition strength" (3.1). If the pairs have
-        more than `BLOCK` elements, r is computed on an evenly spaced subset. r is 0 if fewer than three pairs pass, or
-        if all pairs have the same weight or cosine. Paper: does not say which pairs it uses. Here the pairs below tau
-        are left out, since for them the strength of competition is zero.
+        The paper reports this as "correlation r = 0.82 between semantic similarity and competition strength" (3.1). If
+        the pairs are too many for one block of `BLOCK` elements, r is computed on an evenly spaced subset of them. r is
+        0 if fewer than three pairs pass tau, or if all pairs have the same weight or cosine. Paper: does not say which
+        pairs it uses. Here the pairs below tau are left out, since for them the strength of competition is zero.
         """
         weight_M, cosine_M = self.pairs.sample(self.weights(sae)[0], F.normalize(sae.W_dec, dim=1))
         passes_M = weight_M > 0

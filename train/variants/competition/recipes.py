@@ -166,7 +166,7 @@ def pair_statistics(config: RunConfig, options: CompetitionOptions) -> Coactivat
     return PairTable(config.d_sae, options.pairs * config.d_sae, options.beta, options.refresh, by, options.turns)
 
 
-# Paper: does not say how small the reduced dictionary is.
+# The paper does not say how small the reduced dictionary is.
 ABLATIONS: tuple[tuple[str, int, str, dict[str, Any]], ...] = (
     ("no-warmup", 8, "`competition` at full strength from the first step.", {"strength_warmup": 0}),
     ("off", 8, "`competition` with strength zero; its statistics are kept.", {"strength": 0.0}),

@@ -31,9 +31,9 @@ class MergeSimilar(Mechanism):
 
     The Adam state of both latents is reset.
 
-    Paper: does not say which vectors the cosine compares, nor what happens to j, to W_dec and to b_enc. Here `on`
-    selects cosines of the rows of W_dec or of the columns of W_enc. `average` selects the weights that are averaged:
-    only W_enc, as in (7), or `all`. With `all`, b_enc is averaged like W_enc, and W_dec,i becomes the
+    The paper does not say which vectors the cosine compares, what happens to latent j, or what happens to W_dec and
+    b_enc. Here `on` selects cosines of the rows of W_dec or of the columns of W_enc. `average` selects the weights that
+    are averaged: only W_enc, as in (7), or `all`. With `all`, b_enc is averaged like W_enc, and W_dec,i becomes the
     direction of W_dec,i + W_dec,j. With `weights` = activity, each latent is weighted by how often it fired recently.
     The `partner` j is either restarted (`recycle`) or silenced for the rest of the run (`disable`, so that the
     "adaptive feature count" of 4.3 falls). With W_enc,j = 0 and b_enc,j = 0, a silenced latent gets no gradient, and
@@ -86,7 +86,10 @@ class MergeSimilar(Mechanism):
         return match_pairs(unit_FD @ unit_FD.T, self.above)
 
     def average_into_first(self, sae: SAE, i_M: Tensor, j_M: Tensor, share_M: Tensor) -> None:
-        """Replace latent i by share * i + (1 - share) * j, with a unit decoder row."""
+        """Replace the weights of latent i by `share` times its own plus (1 - `share`) times those of latent j.
+
+        If decoder rows are averaged too, the result is rescaled to unit norm.
+        """
         sae.W_enc.data[:, i_M] = torch.lerp(sae.W_enc.data[:, j_M], sae.W_enc.data[:, i_M], share_M)
         if self.average == "encoder":
             return

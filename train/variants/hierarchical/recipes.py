@@ -1,4 +1,4 @@
-"""The five ablations of paper 004 in order, their options, and its three baselines."""
+"""The five ablations of paper 004, in the paper's order, with their options; and the paper's three baselines."""
 
 import math
 from collections.abc import Iterator
@@ -148,7 +148,8 @@ def resampling(config: RunConfig, options: HierarchicalOptions, dead: DeadLatent
 
     A merge frees one latent of a pair.
     """
-    # Paper: restarts latents until the end. A latent that restarts just before the end would keep its initial values.
+    # In the paper, latents restart until the end. A latent that restarts just before the end would keep its initial
+    # values.
     until = math.floor(round(options.restart_share * config.steps, 6))
     below, stability = options.below, options.stability
     if options.restarts == "never":
@@ -178,7 +179,7 @@ def resampling(config: RunConfig, options: HierarchicalOptions, dead: DeadLatent
 
 
 def first_lambda(config: RunConfig, by: str) -> float:
-    """lambda_0 of (3). If `by` is "k", lambda_0 depends on the baseline's k: 320 of 2304, scaled to the width."""
+    """lambda_0 of (3). With `by` "k", it depends on the k of the baseline: 320 at d_in = 2304, proportional to d_in."""
     return {"d_in": config.d_in, "d_sae": config.d_sae, "k": K.resolve(config, False)}[by] ** -0.5
 
 
@@ -260,8 +261,8 @@ def topk(config: RunConfig, k: int = K, aux: float = 1 / 32) -> Variant:
 def batchtopk(config: RunConfig, k: float = K, aux: float = 1 / 32) -> Variant:
     """The paper's BatchTopK baseline.
 
-    Paper: states no k for this baseline; the default is the k of the TopK baseline. The paper does not mention AuxK, so
-    our readings of the paper set aux=0.
+    The paper states no k for this baseline; the default is the k of the TopK baseline. The paper does not mention AuxK,
+    so our readings of the paper set aux=0.
 
     Args:
         k: Active latents per token, on average over the batch.

@@ -11,12 +11,12 @@ class ResampleByWindow(ResampleDead):
     """Resamples latents with p_i < `below`, where p_i is a sum over the last steps divided by `window` (4).
 
     `stability` selects the contribution of a step to p_i: with `any`, 1 if latent i fires on any token of the batch;
-    with `mean`, the share of tokens on which it fires. Paper: does not say which contribution is meant; with `mean`,
+    with `mean`, the share of tokens on which it fires. The paper does not say which contribution is meant; with `mean`,
     most latents of a sparse SAE count as dead. At the start of the run and after each restart, a latent has a full
     window before it can be restarted.
 
-    Paper: its sum from t - w to t has w + 1 terms. `terms` is w by default, and w + 1 follows
-    the paper's formula.
+    Paper: its sum from t - w to t has w + 1 terms. By default, `terms` is w; set it to w + 1 to follow the paper's
+    formula.
 
     Args:
         every: steps between two restarts; default `window`.
@@ -65,8 +65,8 @@ class ResampleByWindow(ResampleDead):
         restarted_N = super().restart(step, index_N)
         self.fired_WF[:, restarted_N] = 1
         if len(self.fired_WF) > self.window:
-            # The term of this step describes the latent before its restart. The next w steps do not overwrite this
-            # term.
+            # What this step adds to the window was measured before the latent restarted. The next w steps do not
+            # overwrite it.
             self.fired_WF[int(step.i) % len(self.fired_WF), restarted_N] = 0
         return restarted_N
 

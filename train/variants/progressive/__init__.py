@@ -9,8 +9,8 @@
 The options for the paper's own equations are `utilization=mean n_ref=none interval=1 competition=softmax cut=0`.
 `PAPER_EXACT` in `recipes.py` explains why each of these settings does not work as intended. The defaults are our own
 interpretations of the equations, which do work as intended. The paper's text also implies `l1_on=both` (7),
-`anneal_steps=2000` (section 4.3), `init=uniform` and `normalize=layer_norm` (section 5). Our readings of the paper, in
-evaluate/papers/001.toml, set these options.
+`anneal_steps=2000` (section 4.3), `init=uniform` and `normalize=layer_norm` (section 5). The runs with which we
+reproduce the paper (evaluate/papers/001.toml) set these options.
 
 Paper: does not state the units of its loss. We use this package's units: |x|^2 = 1 on average, with errors summed over
 d_in. The paper's numbers suggest `reconstruction=mean normalize=none`, but its section 5 says `normalize=layer_norm`.

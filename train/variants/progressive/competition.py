@@ -38,8 +38,8 @@ class SoftCompetition(Activation, name="competition"):
     `unit` selects the unit of T and `cut`: "input" is the unit of the SAE's input, and "rms_z" is the root mean square
     of a token's active latents. With "rms_z", hardly any latent except the winner stays active.
 
-    Paper: alpha is never exactly zero, so the paper's L0 has to count values above the 0.01 of (3). `cut` sets values
-    that do not exceed such a limit to zero.
+    Paper: alpha is never exactly zero, so the paper's L0 must be the number of values above 0.01, the limit in (3).
+    `cut` sets values that do not exceed such a limit to zero.
     """
 
     T: Tensor  # ()

@@ -31,8 +31,8 @@ class EnabledUtilization(ActivityEMA):
       mean            v_i is the share of tokens that use i, so rho is about L0/n, always below 0.3
       any             v_i is whether any token uses i, so rho is about 1
 
-    v is used only for rho, and rho is used only in (4) and (6). `acted_smoothed` sums, over the steps, the difference
-    between rho and its value for the batch alone.
+    v is used only for rho, and rho is used only in (4) and (6). `acted_smoothed` is the sum, over all steps, of the
+    absolute difference between the smoothed rho and the rho of the step's batch alone.
     """
 
     undivided = "the utilization of latents is computed from the whole batch"
@@ -120,7 +120,7 @@ class GrowCapacity(Mechanism):
         return torch.where(rho < 0.3, low, torch.where(rho < 0.6, middle, high))
 
     def after_backward(self, step: Step) -> None:
-        # The weights that weight decay changes, before this step's update; not part of the state.
+        # The weights to which weight decay applies, with their values before this step's update; not part of the state.
         groups = step.optimizer.param_groups
         decayed = {id(weight) for group in groups if group["weight_decay"] for weight in group["params"]}
         weights = ((name, getattr(step.sae, name)) for name in ("W_enc", "b_enc", "W_dec"))

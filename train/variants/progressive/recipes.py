@@ -164,7 +164,7 @@ SWITCHED_OFF = {"n_ref": ("hybrid", (False,)), **{name: ("competition", ("off",)
 
 @recipe("progressive", equations="(2)-(6)", paper_exact=PAPER_EXACT, switched_off=SWITCHED_OFF, **PAPER)
 def progressive(config: RunConfig, options: ProgressiveOptions) -> Variant:
-    """Competing latents; how many are enabled next depends on their use.
+    """Latents compete, and their use decides how many are enabled next.
 
     At first a quarter of the latents are enabled. How many are enabled next depends on how many of the enabled latents
     fire, and so does the temperature at which the enabled latents compete.
