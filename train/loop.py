@@ -125,8 +125,5 @@ class Trainer:
         self.metrics.add(metrics)
 
     def pop_metrics(self, reset: bool = True) -> dict[str, float]:
-        """The means over the steps since the last reset, and the mechanisms' current scalars.
-
-        All of them are read from the device at once.
-        """
+        """Means over the steps since the last reset, and the mechanisms' current scalars, all read at once."""
         return self.metrics.read(self.variant.scalars(), reset)
