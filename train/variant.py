@@ -75,7 +75,7 @@ class Variant(nn.Module):
     Args:
         sae: the SAE.
         terms: name -> coefficient and loss term; the loss is the sum of their products.
-        mechanisms: mechanisms that act before and after the optimizer step, in this order, after `dead`.
+        mechanisms: called after `dead`, in this order, before and after each optimizer step.
         optimization: options of the optimizer; None: the defaults.
         dead: counts how long each latent has been inactive; the first mechanism of every variant.
     """
