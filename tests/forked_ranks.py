@@ -103,19 +103,19 @@ def run_rank(words: list[str]) -> NoReturn:
 
 
 START = subprocess.Popen._execute_child  # type: ignore[attr-defined]
-ASKED = inspect.signature(START)
+SIGNATURE = inspect.signature(START)
 
 
-def start_program(process: subprocess.Popen, *given: Any) -> None:
-    """What subprocess.Popen does to start a program, which here is forked from this process if it is in Python."""
-    asked = ASKED.bind(process, *given).arguments
-    words = asked["args"]
+def start_program(process: subprocess.Popen, *values: Any) -> None:
+    """Start a program for subprocess.Popen. A Python program is forked from this process; others start as usual."""
+    arguments = SIGNATURE.bind(process, *values).arguments
+    words = arguments["args"]
     if isinstance(words, str) or os.fspath(words[0]) != sys.executable:
-        START(process, *given)
+        START(process, *values)
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    pipes = [asked[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")]
+    pipes = [arguments[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")]
     if pid := os.fork():
         process.pid, process._child_created = pid, True  # type: ignore[attr-defined]
         process._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
@@ -124,16 +124,16 @@ def start_program(process: subprocess.Popen, *given: Any) -> None:
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # as in a new program
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        for standard, pipe in enumerate((asked["p2cread"], asked["c2pwrite"], asked["errwrite"])):
+        for standard, pipe in enumerate((arguments["p2cread"], arguments["c2pwrite"], arguments["errwrite"])):
             if pipe not in (-1, standard):
                 os.dup2(pipe, standard)
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))
-        if asked["start_new_session"]:
+        if arguments["start_new_session"]:
             os.setsid()
-        if asked["cwd"] is not None:
-            os.chdir(asked["cwd"])
-        if asked["env"] is not None:
-            environment = dict(asked["env"])
+        if arguments["cwd"] is not None:
+            os.chdir(arguments["cwd"])
+        if arguments["env"] is not None:
+            environment = dict(arguments["env"])
             os.environ.clear()
             os.environ.update(environment)
         run_python([os.fspath(word) for word in words[1:]])
