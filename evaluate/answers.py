@@ -163,7 +163,7 @@ def answer_pca(near: RunsBeside, pca: ComparedRun | None, lines: Sequence[Agains
     if pca is None or not lines:
         return not_measured(PCA, "No PCA was measured on this text.", evaluate_command(near.run, "core"))
     verdict, is_good = conclude(lines)
-    answer = Answer(PCA, verdict, name_others(lines, "against"), is_good)
+    answer = Answer(PCA, verdict, name_others(lines, "compared with"), is_good)
     if any(line.l0_matters for line in lines):
         remedy = "This PCA has a different L0. Evaluate the SAE alone to get a PCA with the same L0:"
         return replace(answer, remedy=remedy, command=evaluate_command(near.run, "core"))
@@ -188,7 +188,7 @@ def answer_control(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
     found = [(share.part, line) for line in lines if line.metric != "core" and (share := share_of(near, line))]
     shown += [max(found, key=lambda pair: pair[0])[1]] if found else []
     numbers = []
-    for line, text in zip(shown, name_others(shown, "against"), strict=True):
+    for line, text in zip(shown, name_others(shown, "compared with"), strict=True):
         share = share_of(near, line)
         numbers.append(text if share is None else f"{text}; the control reaches {share}")
     return with_untested(Answer(CONTROL, verdict, numbers, is_good), run, shown)
@@ -206,7 +206,7 @@ def answer_seed(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
         verdict, is_good = conclude(lines)
         more = "One other seed does not show how much seeds differ. Train more, then evaluate them together."
         command = more_seeds_command(near.run)
-        numbers = name_others(lines, "against")
+        numbers = name_others(lines, "compared with")
         return Answer(SEED, verdict, numbers, is_good, more if command else "", command)
     numbers, sides = [], []
     for metric, column in CORE_NUMBERS:

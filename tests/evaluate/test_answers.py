@@ -126,7 +126,7 @@ def test_the_pca_of_its_l0_is_the_measure(runs, home, kl, ev, verdict, is_good):
     make_reference(home, "pca-64", 64.0, 0.99, 0.99)
     answer = answers_of(run)[PCA]
     assert (answer.verdict, answer.is_good, answer.command) == (verdict, is_good, "")
-    assert answer.numbers[0].startswith("against pca-32: EV 0.8000") and "pca" not in answer.numbers[1]
+    assert answer.numbers[0].startswith("compared with pca-32: EV 0.8000") and "pca" not in answer.numbers[1]
 
 
 def test_a_difference_has_its_interval_over_documents(runs, home):
@@ -152,7 +152,7 @@ def test_results_that_cannot_be_tested_are_to_be_measured_again(runs, home):
     make_reference(home, "pca-32", 32.0, 0.5, 0.4, by_document=False)
     answer = answers_of(run)[PCA]
     assert answer.verdict == "not tested" and answer.command == f"sae evaluate {run} --suite core --force"
-    assert answer.numbers[0] == "against pca-32: EV 0.8000 against 0.4000"
+    assert answer.numbers[0] == "compared with pca-32: EV 0.8000 against 0.4000"
 
 
 def test_the_best_control_counts_and_its_share_is_told(runs, home):
@@ -165,10 +165,10 @@ def test_the_best_control_counts_and_its_share_is_told(runs, home):
     answer = answers_of(run)[CONTROL]
     assert (answer.verdict, answer.is_good) == ("yes", True)
     ev, kl = answer.numbers
-    assert ev.startswith("against frozen-decoder-32: EV") and ev.endswith(
+    assert ev.startswith("compared with frozen-decoder-32: EV") and ev.endswith(
         "; the control reaches 75% (75 to 75)"
     )  # 0.6 / 0.8
-    assert kl.startswith("against frozen-encoder-32: KL") and kl.endswith(
+    assert kl.startswith("compared with frozen-encoder-32: KL") and kl.endswith(
         "; the control reaches 80% (80 to 80)"
     )  # 0.72 / 0.9
 
@@ -182,7 +182,7 @@ def test_a_control_trained_as_a_run_beside_it_counts_by_the_run_of_the_same_seed
     near = find_neighbours(read_run(run))  # trained as long, and measured alike
     assert [one.name for one in near.controls] == ["frozen-1"] and near.others == [] == near.references
     answer = answers_of(run)[CONTROL]
-    assert answer.verdict == "yes" and answer.numbers[0].startswith("against frozen-1: EV 0.8000, +0.4000")
+    assert answer.verdict == "yes" and answer.numbers[0].startswith("compared with frozen-1: EV 0.8000, +0.4000")
     assert answer.numbers[0].endswith("; the control reaches 50% (50 to 50)")  # 0.4 / 0.8
     assert find_neighbours(read_run(runs / "frozen-1")).controls == []
 
@@ -194,7 +194,7 @@ def test_a_control_as_good_as_the_run_is_not_called_worse(runs, home):
     assert answer.verdict == "same in every pair" and answer.is_good is None
     assert all("the control reaches 100% (100 to 100)" in number for number in answer.numbers)
     assert answer.numbers == [
-        "against frozen-decoder-32: EV 0.8000 against 0.8000; the control reaches 100% (100 to 100)",
+        "compared with frozen-decoder-32: EV 0.8000 against 0.8000; the control reaches 100% (100 to 100)",
         "KL score 0.9000 against 0.9000; the control reaches 100% (100 to 100)",
     ]
 
@@ -423,8 +423,8 @@ def test_several_verdicts_are_called_equivalent_only_if_all_are(verdicts, answer
 def test_a_name_is_said_again_only_where_it_changes():
     column = MetricColumn("EV", "c", "n", better="up", floor=0, ceiling=1)
     lines = [AgainstLine(name, "core", column, (0.5, 0.5), Pairing(None), None, Finding("better")) for name in "abba"]
-    assert [text.split(":")[0] for text in name_others(lines, "against")] == [
-        "against a", "against b", "EV 0.5000 against 0.5000", "against a",
+    assert [text.split(":")[0] for text in name_others(lines, "compared with")] == [
+        "compared with a", "compared with b", "EV 0.5000 against 0.5000", "compared with a",
     ]  # fmt: skip
 
 
