@@ -145,7 +145,7 @@ class ChunkSchedule:
 
 
 def merge_stretches(uses: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The stretches in `uses`, as the three arrays file, first step and last step. They are sorted by file and first
+    """The stretches in `uses`, as three arrays: file, first step and last step. They are sorted by file and first
     step; stretches of a file that overlap or adjoin are merged.
     """
     file, first, last = uses[np.lexsort((uses[:, 1], uses[:, 0]))].astype(np.int64).T

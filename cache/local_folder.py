@@ -73,7 +73,7 @@ class LocalFolder:
     def begin(self, reading: ChunkReading, expected_until: int | None = None) -> None:
         """Begin to pull a reading's chunks; drop the steps before `expected_until` from expected readings with its key.
 
-        Raises UsageError if the folder cannot hold a step of this reading and one step of each other process.
+        Raises UsageError if the folder cannot hold the chunks of one step of this reading and of each other process.
         """
         with self._lock:
             with self._shared.mutex():

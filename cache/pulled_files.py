@@ -48,7 +48,7 @@ def contents(folder: Path) -> Contents:
     other = 0
     for name, size in walk(folder, ""):
         if "/" not in name:
-            continue  # statements of the processes that share the folder
+            continue  # the files in which processes state what they keep and pull
         if not is_chunk(name):
             other += size
         elif name.endswith(PART):

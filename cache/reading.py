@@ -133,7 +133,7 @@ class ChunkSource(Protocol):
 
 
 def batch_reading(source: ChunkSource, name: str, order: BatchOrder, batches: range) -> ChunkReading | None:
-    """Return a reading of batches of an array, without beginning it; None if no chunk of the array is in a store."""
+    """Return a `ChunkReading` for batches of an array, not yet begun; None if no chunk of the array is in a store."""
     if (stored := source.stored_files(name)) is None:
         return None
     return ChunkReading(*stored, order.uses, batches, order.batches_per_epoch, key_of(stored[1], order))

@@ -9,8 +9,8 @@ The protocol:
    that it keeps and pulls. `owner` is random and differs between processes. The operating system releases the lock when
    the process ends for any reason; after that, its statement is ignored.
 3. Before a process reads a chunk, it states that it keeps the chunk. It makes this statement either before the chunk
-   exists, or before it releases the lock that it held when it found the chunk in the listing. It withdraws the
-   statement once its memory maps of the chunk are closed.
+   exists, or before it releases the lock that it held when it found the chunk in the listing. It removes the chunk
+   from its statement once its memory maps of the chunk are closed.
 4. No process removes a chunk that another keeps. A damaged chunk is replaced; processes that read it keep the old file.
 5. A chunk is pulled into a *part*, a file with the owner's name that only the owner writes. Once the owner no longer
    runs, other processes remove this file.
@@ -99,9 +99,7 @@ class SharedFolder:
             self.owner = ""
 
     def others(self) -> dict[str, Statement]:
-        """{owner: statement} for the other processes that read. Removes the files in which processes that no longer run
-        had stated what they keep, pull and need.
-        """
+        """{owner: statement} for the other processes that read. Removes the statements of processes that have ended."""
         names = [path.name.removeprefix(READER) for path in self.folder.glob(f"{READER}*")]
         owners = {name.partition(".")[0] for name in names} - {self.owner}
         alive = {owner for owner in owners if self._is_alive(owner)}

@@ -370,7 +370,7 @@ class BlockProbe:
     def distance(self, one: Tensor, other: Tensor, *terms: str) -> float:
         """The largest relative distance between matching rows.
 
-        Each distance is divided by the largest norm among the two rows and the same row of each given term.
+        The distance between two rows is divided by the largest of their norms and the norms of this row of each term.
         """
         norms = [z.norm(dim=1) for z in (one, other, *(self.y[path] for path in terms))]
         return float(((one - other).norm(dim=1) / torch.stack(norms).max(0).values.clamp_min(1e-30)).max())

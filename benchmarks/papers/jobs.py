@@ -136,7 +136,7 @@ def jobs_of_model(design: Mapping[str, Any], model: str) -> Iterator[Job]:
 
 
 class Maker:
-    """Makes jobs of one model."""
+    """Creates the jobs for one model."""
 
     def __init__(self, design: Mapping[str, Any], model: str) -> None:
         self.design, self.model = design, model

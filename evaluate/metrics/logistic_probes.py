@@ -23,8 +23,8 @@ from .roc_auc import roc_auc
 STRENGTHS = np.logspace(5, -5, 10)  # the values of C to try, with the weakest regularization first
 FEW, SOME = 12, 128  # with at most FEW texts, each pair is left out once; with fewer than SOME, there are six folds
 MIN_TEST = 100  # number of texts that are reserved for the test
-SHARES = tuple(np.linspace(0.05, 0.95, 19).tolist())  # of positive texts, in the setting imbalance
-TRAIN_SIZES = np.unique(np.round(np.logspace(1, 10, 20, base=2)).astype(int))  # in the setting scarcity: 2 to 1,024
+SHARES = tuple(np.linspace(0.05, 0.95, 19).tolist())  # shares of positive texts in the setting "imbalance"
+TRAIN_SIZES = np.unique(np.round(np.logspace(1, 10, 20, base=2)).astype(int))  # setting "scarcity": 2 to 1,024
 SETTINGS = ("normal", "scarcity", "imbalance")
 BLOCK = 4096  # number of latents to rank at a time
 

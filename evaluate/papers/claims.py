@@ -205,10 +205,10 @@ class Claim:
     reading: str = ""  # how an ambiguity or a unit is interpreted
     why: str = ""  # why none of our metrics measures it
     also: tuple[ClaimSource, ...] = ()
-    says: Literal["", "more", "less", "equal"] = ""  # for a claim in words: how the number compares with the other's
+    says: Literal["", "more", "less", "equal"] = ""  # for a claim in words: how the measured number compares
     margin: float | None = None  # for `equal`: in `unit`, or in the metric's own unit if `unit` is empty
     restates: str = ""  # the claim whose comparison this claim repeats, as a change or in another section
-    copy_of: str = ""  # the claim whose number the paper prints here for another system
+    copy_of: str = ""  # the claim about another system whose number the paper repeats here
 
     @property
     def better(self) -> str:

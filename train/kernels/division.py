@@ -48,7 +48,7 @@ SUM_TILE = 32, 16, 128  # rows that a program adds at once, sums that it compute
 PREFIX_SPAN = 128  # tokens that a program of the prefixes' kernels reads, one tile after the other
 PREFIX_COLUMNS = 64  # dimensions in a tile
 PAIR_TILE = 32, 64  # pairs that a program counts, and words of 64 tokens that it reads at once
-THRESHOLD_CHUNK = 1024  # latents that a program reads at once to find the smallest
+THRESHOLD_CHUNK = 1024  # latents that a program loads at once to find the smallest value
 
 
 def equal_spans(size: int, programs: int, chunk: int) -> tuple[int, int]:

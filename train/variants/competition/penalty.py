@@ -16,13 +16,13 @@ from .pairs import MIN_RATE, Coactivation
 class CompetitionLoss(LossTerm):
     """sum over pairs of max(c_ij, c_ji) <v_i, v_j>^2, for pairs above tau (5); c has no gradient.
 
-    `tau_on`    the value that has to reach tau: "conditional", P of one latent given the other, or "lift", c itself
-    `weight`    the weight of a pair: "lift", c, or "conditional"
-    `pair_vec`  v_i: "decoder", row i of W_dec, or "activation", f_i over the batch divided by sqrt(B)
+    `tau_on`    the value that has to reach tau: "conditional" (P of one latent given the other) or "lift" (c itself)
+    `weight`    the weight of a pair: "lift" (c) or "conditional"
+    `pair_vec`  v_i: "decoder" (row i of W_dec) or "activation" (f_i over the batch, divided by sqrt(B))
                 Paper: writes f_i for both, and calls <f_i, f_j> "feature similarity"; the division by sqrt(B) makes
                 the product a mean over tokens, which does not grow with the batch
-    `direction` which latent gets the gradient: "symmetric", both; "child_only", the rarer; "parent_only", the other
-    `reduction` "active_pairs", the mean over pairs that pass; "sum", over ordered pairs as in (5); "n", this sum / n
+    `direction` who gets the gradient: "symmetric" (both latents), "child_only" (the rarer) or "parent_only" (the other)
+    `reduction` "active_pairs" (the mean over pairs that pass), "sum" (over ordered pairs, as in (5)) or "n" (sum / n)
     `target`    "cofire", as in the paper; or "absorption": pairs with a decoder cosine over 0.2 that fire together less
                 than tau, weighted by how far they are below it. Paper: an absorbed parent is silent when its child
                 fires, so (5) does not act on absorbed pairs.
