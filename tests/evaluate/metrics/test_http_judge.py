@@ -23,7 +23,7 @@ def completion(content) -> dict:
 
 
 def into(slept: list):
-    """Records the seconds in the place of sleeping."""
+    """A replacement for asyncio.sleep that only records the seconds."""
 
     async def sleep(seconds: float) -> None:
         slept.append(seconds)
@@ -164,7 +164,7 @@ def test_an_answer_without_end_is_a_sentence(kind, sentence):
         Endpoint(url, "m", waits=(0,), time_limit=30 if kind == "fast" else 0.5).ask(MESSAGES)
     if kind == "fast":
         thread.join(timeout=30)
-        assert not thread.is_alive()  # the connection was closed, not read further
+        assert not thread.is_alive()  # the connection was closed instead of being read further
 
 
 def test_a_long_answer_is_cut(server):
@@ -197,7 +197,7 @@ def test_many_questions_are_asked_at_once_and_each_gets_its_own_answer(server):
     def reply(body):
         under_way.add(body["messages"][0]["content"])
         most.append(len(under_way))
-        two.wait(30)  # until another question has come
+        two.wait(30)  # until another question has arrived
         under_way.discard(body["messages"][0]["content"])
         return server.completion(body["messages"][0]["content"] + "!")
 
@@ -218,17 +218,17 @@ def test_after_a_refusal_no_further_question_is_asked(server):
 
 @pytest.fixture
 def heeds_ctrl_c():
-    """Python's handler of SIGINT, which a process without a terminal may have been started without."""
+    """Install Python's SIGINT handler. A process that is started without a terminal may not have it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 def interrupt_when(begun: threading.Event) -> None:
-    """Press Ctrl-C as soon as something has begun, so that the signal does not end the main thread's wait.
+    """Once `begun` is set, send SIGINT to a thread that is not the main one, so that the main thread's wait goes on.
 
-    The kernel may give a signal to another thread, or to the main thread just before it waits. Either way the main
-    thread acts on it only when the wait is over; here the pressing thread gets it.
+    This is the hard case of Ctrl-C: the kernel may deliver the signal to another thread, or to the main thread just
+    before it starts to wait. In both cases the main thread handles the signal only after its wait.
     """
 
     def press() -> None:
@@ -246,7 +246,7 @@ def test_after_ctrl_c_answers_under_way_have_a_moment_and_no_more(server, monkey
     def watched(tasks, *, timeout=None, **rest):
         if timeout == http_judge.GRACE:
             stopping.set()
-            return wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)  # the moment ends with an answer
+            return wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)  # until one answer
         return wait(tasks, timeout=timeout, **rest)
 
     monkeypatch.setattr(asyncio, "wait", watched)

@@ -1,7 +1,7 @@
-"""Every reader leaves out outlier rows as it leaves out special tokens, and SAEBench's numbers stay those of all rows.
+"""Every reader leaves out outlier rows in the same way as special tokens. SAEBench's scores are still of all rows.
 
-The activations of the token SINK have a norm that is 40 times the others', so leaving out rows over a limit has to be
-the same as declaring SINK a special token.
+The norm of the activations at the token SINK is 40 times that of the others, so leaving out the rows over a limit must
+give the same result as declaring SINK a special token.
 """
 
 import json
@@ -45,7 +45,7 @@ from sae.train.sae import SAE
 
 SINK, HOOK = 652, Hook(0)
 FORMAT, SINK_IS_SPECIAL = ContextFormat(2, (0, 1, 2)), ContextFormat(2, (0, 1, 2, SINK))
-LIMIT = 150.0  # between the norms of SINK (about 400) and of other tokens (about 12)
+LIMIT = 150.0  # between the norm of SINK (about 400) and that of other tokens (about 12)
 REVIEWS = "canrager/amazon_reviews_mcauley_1and5"
 SETS = {"train_set_size": 40, "test_set_size": 40, "context": 32}
 
@@ -61,7 +61,10 @@ def loaded(sink_model: Path) -> tuple[Any, Any, Any]:
 
 
 def write_reviews(data: Path) -> None:
-    """Two categories and two ratings with words of their own, and " value" in some texts of one category."""
+    """Write reviews of two categories and two ratings. Each category and each rating has its own words.
+
+    Some texts with the rating 1.0 contain " value", which is SINK.
+    """
     draw = random.Random(0)
     own = {24: "book page author", 26: "disc song singer", 1.0: "bad poor broken", 5.0: "good great nice"}
     for split in ("train", "test"):
@@ -79,7 +82,7 @@ def write_reviews(data: Path) -> None:
 
 
 def held_out() -> Contexts:
-    """40 contexts of up to 24 tokens; every third one holds SINK."""
+    """40 contexts of 14 to 24 tokens. Every third context contains SINK."""
     draw = np.random.default_rng(0)
     ids, length = np.zeros((40, 24), np.uint32), draw.integers(14, 25, 40).astype(np.uint16)
     for number, (row, size) in enumerate(zip(ids, length, strict=True)):
@@ -104,7 +107,7 @@ def ctx(loaded: tuple[Any, Any, Any], tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def make_sae(kind: str = "relu") -> SAE:
-    """On SINK it fires nearly all of its latents, as a thresholded SAE does on an attention sink."""
+    """An SAE of which nearly all latents fire on SINK, as with a thresholded SAE on an attention sink."""
     torch.manual_seed(0)
     sae = SAE(32, 60, [BatchTopK(5)] if kind == "batchtopk" else [ReLU()])
     sae.b_dec.data.normal_(std=0.3)
@@ -162,7 +165,7 @@ READERS: dict[str, Callable[[EvalContext, EvalTarget], Any]] = {
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two nested results are equal, numbers to 1e-5."""
+    """Whether two nested results are equal. Numbers may differ by 1e-5."""
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):
@@ -194,14 +197,14 @@ def test_the_limit_separates_the_sink_from_all_other_tokens(ctx: EvalContext) ->
 def test_an_outlier_row_is_left_out_like_a_special_token(ctx: EvalContext, reader: str, kind: str) -> None:
     read, sae = READERS[reader], make_sae(kind)
     special = read(replace(ctx, context_format=SINK_IS_SPECIAL), EvalTarget(sae, HOOK))
-    every = read(ctx, EvalTarget(sae, HOOK))  # what it leaves among the artifacts is not for the others
+    every = read(ctx, EvalTarget(sae, HOOK))  # the artifacts that it writes are not read by the others
     masked = read(ctx, EvalTarget(sae, HOOK, norm_limit=LIMIT))
     assert same(masked, special)
     assert not same(every, special)
 
 
 def test_batches_without_an_outlier_count_before_and_after_the_first_with_one(ctx: EvalContext) -> None:
-    """The sums without outlier rows are kept apart only from the first outlier on."""
+    """Separate sums without outlier rows are kept only from the first outlier on."""
     read, few = result_of(Core(batch_contexts=1)), replace(ctx, contexts=ctx.contexts.select(slice(0, 4)))
     assert (few.contexts.ids == SINK).any(1).tolist() == [False, True, False, False]
     masked = read(few, EvalTarget(make_sae(), HOOK, norm_limit=LIMIT))
@@ -222,7 +225,7 @@ METRICS = (
 def test_saebench_s_numbers_are_those_of_all_rows_and_the_others_stand_beside_them(
     ctx: EvalContext, metric: Metric, tmp_path: Path
 ) -> None:
-    """To the last digit, whichever SAEs are measured together, and also after writing and reading the result."""
+    """The equality is exact, whichever SAEs are measured together, and also after writing and reading the result."""
     sae, limit = make_sae("batchtopk"), LIMIT
     if isinstance(metric, Absorption):
         limit = median_norm_of_words(ctx, metric)
@@ -244,7 +247,7 @@ def test_saebench_s_numbers_are_those_of_all_rows_and_the_others_stand_beside_th
     assert found.masked.metrics != plain.metrics
     assert any(
         "left out as outliers because of their norm" in flag for flag in found.masked.flags
-    )  # over 1 % of the rows are
+    )  # more than 1 % of the rows
 
     write_result(tmp_path, metric, {}, found, {})
     assert read_result(tmp_path, metric, {}) == found
@@ -271,7 +274,8 @@ def test_the_model_runs_again_only_for_the_contexts_with_an_outlier(ctx: EvalCon
     monkeypatch.setattr(ctx.model, "forward", counting)
     Core(batch_contexts=40).measure(ctx, [EvalTarget(make_sae(), HOOK, norm_limit=LIMIT)], silent)
     with_sink = int((held_out().ids == SINK).any(1).sum())
-    assert sorted(runs) == sorted([(40, False), (40, False), (with_sink, True)])  # zeroed, spliced, with the sinks' own
+    # zeroed, spliced, and spliced with the sinks' own rows
+    assert sorted(runs) == sorted([(40, False), (40, False), (with_sink, True)])
 
 
 def test_references_of_saes_that_are_all_damaged_are_refused(ctx: EvalContext) -> None:
@@ -297,7 +301,7 @@ def test_a_limit_below_all_norms_is_refused(ctx: EvalContext) -> None:
 
 
 def median_norm_of_words(ctx: EvalContext, metric: Absorption) -> float:
-    """A limit that leaves most words, but not all."""
+    """A norm limit that keeps most words, but not all: the 97 % quantile."""
     prompts = SpellingPrompts.of(ctx.tokenizer, metric.words, metric.random_seed, bos_id=2)
     rows = read_spelling_rows(ctx, prompts, [RowSet(HOOK)], metric.random_seed, silent)[RowSet(HOOK)]
     return float(torch.cat([rows.train_ND, rows.fresh_ND]).norm(dim=1).quantile(0.97))
@@ -323,7 +327,7 @@ def test_absorption_leaves_out_words_whose_row_is_an_outlier_in_either_prompt(ct
 
 
 def test_the_norm_is_that_of_float32() -> None:
-    """In bfloat16 a norm has eight bits, so rows up to 0.2 % over the limit would be rounded onto it."""
+    """A bfloat16 norm has 8 significant bits, so a norm up to 0.2 % over the limit would be rounded to the limit."""
     x = torch.full((2, 1024), 3.0, dtype=torch.bfloat16)
     x[1, 0] = 4.0
     assert 96 < x[1].float().norm() < 96.1 and x[1].norm() == 96

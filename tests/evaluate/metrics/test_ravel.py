@@ -1,8 +1,9 @@
 """RAVEL on a Gemma 2 whose weights are written by hand, so that the effect of exchanging a latent is known.
 
-Each of its sixteen things has a color and a shape, which are dimensions of its embedding. In the second block every
-token reads them there; asked "color" or "shape", the model answers with the one asked for. So the residual stream after
-the first block has the attributes one by one, and an SAE that keeps its dimensions apart can change one of them alone.
+Each of the sixteen things has a color and a shape, which are dimensions of its embedding. In the second block every
+token attends to the thing and copies both attributes. The last token, "color" or "shape", decides which one the model
+answers with. So each attribute has its own dimensions in the residual stream after the first block, and an SAE with one
+latent per dimension can change one attribute without the other.
 """
 
 import itertools
@@ -70,7 +71,7 @@ def write_facts(folder: Path, templates: dict, values: dict) -> Path:
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory) -> Path:
-    """The folder of the model."""
+    """The folder of the model that knows the things."""
     config = Gemma2Config(
         vocab_size=len(WORDS), hidden_size=32, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1,
         num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, pad_token_id=0, eos_token_id=1, bos_token_id=2,
@@ -82,7 +83,7 @@ def planted(tmp_path_factory) -> Path:
         for parameter in model.parameters():
             parameter.zero_()
         embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
-        embedding[:, CONSTANT] = 1  # all embeddings have one length
+        embedding[:, CONSTANT] = 1  # all embeddings have the same norm
         embedding[:, FILLER] = 3**0.5
         for thing, (color, shape) in THINGS.items():
             embedding[token[thing], [color, 4 + shape, ENTITY]] = 1
@@ -111,7 +112,7 @@ def planted(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """What the model knows, but for the color of the last thing."""
+    """Facts that the model knows, except for the color of the last thing, which is wrong here."""
     values = {thing: {"Color": COLORS[c], "Shape": SHAPES[s]} for thing, (c, s) in THINGS.items()}
     values["thing15"]["Color"] = "red"
     return write_facts(tmp_path_factory.mktemp("data"), TEMPLATES, values)
@@ -134,7 +135,7 @@ def metric() -> Ravel:
 
 
 def one_by_one() -> SAE:
-    """A latent for each dimension: colors are 0 to 3, shapes 4 to 7."""
+    """An SAE with one latent per dimension. Latents 0 to 3 are colors, and 4 to 7 are shapes."""
     sae = SAE(32, 32, [ReLU()], pre_bias=False)
     for name in ("W_enc", "W_dec"):
         getattr(sae, name).data.copy_(torch.eye(32))
@@ -142,7 +143,7 @@ def one_by_one() -> SAE:
 
 
 def whole_things() -> SAE:
-    """A latent for each thing, which decodes to all of its embedding: no attribute can be exchanged alone."""
+    """An SAE with one latent per thing, which decodes to the thing's embedding. No attribute can be exchanged alone."""
     x = torch.zeros(16, 32)
     for number, (color, shape) in enumerate(THINGS.values()):
         x[number, [color, 4 + shape, ENTITY, CONSTANT]] = 1
@@ -172,7 +173,7 @@ def test_an_sae_with_the_attributes_one_by_one_changes_one_and_keeps_the_other(c
 
 
 def test_latents_of_whole_entities_cannot_keep_what_they_do_not_change(ctx, metric):
-    """Whatever the mask exchanges, what an attribute gains the other loses."""
+    """Whatever the mask exchanges, one attribute loses what the other gains."""
     sae = whole_things()
     x = ravel_prompts.entity_rows(ctx, ravel_prompts.make_prompts(ctx, load_facts(RAVEL, "thing", ("Color", "Shape"),
         ctx.data), ("Color",)), [Hook(0)], silent)[Hook(0)]  # fmt: skip
@@ -187,7 +188,7 @@ def test_latents_of_whole_entities_cannot_keep_what_they_do_not_change(ctx, metr
 def test_a_mask_over_everything_or_nothing_has_one_score_of_1_and_one_of_0(
     ctx, metric, monkeypatch, theta, cause, isolation
 ):
-    """Sources always differ from bases in the attribute that is asked for."""
+    """The source of a pair always differs from the base in the attribute that is asked for."""
     monkeypatch.setattr(Mask, "step", lambda mask, *_: mask.theta_F.data.fill_(theta))
     for sae in (one_by_one(), Identity(), whole_things()):
         (found,) = metric.measure(ctx, [EvalTarget(sae, Hook(0))], silent)
@@ -203,7 +204,7 @@ def test_an_sae_alone_is_measured_as_in_company_at_any_hook_and_by_any_batch_of_
     for target, found in zip(targets, together, strict=True):
         assert metric.measure(ctx, [target], silent) == [found]
     assert together[3] == together[0]
-    assert scores(together[2])["cause_score"] < 0.5  # nothing of the entity is left
+    assert scores(together[2])["cause_score"] < 0.5  # the zero SAE removes the entity
     assert metric.measure(ctx, targets[:1], silent) != replace(metric, random_seed=7).measure(ctx, targets[:1], silent)
 
 
@@ -227,7 +228,7 @@ def test_the_model_is_asked_once_and_after_a_kill_goes_on(ctx, metric, monkeypat
 
 
 def test_outlier_rows_are_left_out_and_saebench_s_number_counts_them(ctx, metric):
-    """All embeddings have one norm here, so a limit leaves out all or none; what is left out is said."""
+    """All embeddings have the same norm, so a limit excludes all rows or none. At the end thing3 is scaled."""
     target = EvalTarget(one_by_one(), Hook(0), norm_limit=100.0)
     (plain,) = metric.measure(ctx, [target], silent)
     (none,) = metric.measure(ctx, [replace(target, norm_limit=1.0)], silent)
@@ -354,7 +355,7 @@ def test_the_facts_of_the_package_are_whole_and_small():
         facts = load_facts(FACTS, entity_type, attributes, None)
         assert len(facts.values) >= 80 and all(values.keys() == {*attributes} for values in facts.values.values())
         assert facts.templates.keys() == {*attributes}
-        # no question begins with the entity, whose row would be an attention sink in models without BOS
+        # if a question began with the entity, the entity's row would be an attention sink in models without BOS
         assert not any(text.startswith("%s") for texts in facts.templates.values() for text in texts)
         for attribute in attributes:
             assert len({values[attribute] for values in facts.values.values()}) > 4
@@ -425,19 +426,19 @@ def test_scores_are_means_over_attributes_then_types_and_entities_are_drawn_with
     found = mean_scores({"thing": [first, second], "place": [third]})
     assert found == {"disentanglement_score": 0.5625, "cause_score": 0.375, "isolation_score": 0.75}
     scored = MetricResult.of({"ravel": found}, [one.detail for one in (first, second, third)])
-    for column in Ravel.columns:  # what SAEs are paired by has the number as its mean
+    for column in Ravel.columns:  # the mean of the values that are paired between SAEs is the score
         unit, values = Ravel.values_by_unit(scored, column)
         assert unit == "attribute" and values.keys() == {"thing_A", "thing_B", "place_C"}
         assert sum(values.values()) / 3 == pytest.approx(found[column.name])
     intervals = score_intervals({"thing": [first, second], "place": [third]}, 0)
-    # drawing a twice, b twice or both gives A's cause 1, 0 or 1/2, and nothing else varies
+    # a bootstrap draw has a twice, b twice, or both: A's cause score is 1, 0 or 1/2, and no other score varies
     assert intervals["cause_score"] == [0.25, 0.5] and intervals["isolation_score"] == [0.75, 0.75]
     alone = score_intervals({"thing": [attribute("A", [("a", True, True), ("a", False, True)])]}, 0)
     assert all(np.isnan(end) for interval in alone.values() for end in interval)
 
 
 def test_an_answer_under_a_mask_is_given_in_the_first_pass_only(ctx, metric):
-    """With both attributes of a source exchanged, the whole answer is the source's own."""
+    """If the mask exchanges both attributes, the whole answer is the one that the model gives to the source."""
     facts = metric.known_facts(ctx, "thing", silent)
     rows = ravel_prompts.entity_rows(ctx, facts.prompts, [Hook(0)], silent)[Hook(0)]
     mask = Mask(EvalTarget(one_by_one(), Hook(0)), 32, 0.1, "cpu")
@@ -466,7 +467,8 @@ def test_the_temperature_falls_from_1_to_1e_4_over_the_steps_of_a_mask(ctx, metr
 
 
 def test_a_cold_mask_is_all_or_nothing_and_a_warm_one_mixes(ctx, metric):
-    """theta is 0.01 for every latent: over 1e-4 all are exchanged; over 1, half of each (0.5025)."""
+    """theta is 0.01 for every latent. At temperature 1e-4 every latent is exchanged whole; at temperature 1, the share
+    0.5025 of each is."""
     facts = metric.known_facts(ctx, "thing", silent)
     rows_ND = ravel_prompts.entity_rows(ctx, facts.prompts, [Hook(0)], silent)[Hook(0)]
     train, _ = draw_pairs(facts.prompts, facts.attributes, "Color", 10, 0.7, random.Random(0))
@@ -480,7 +482,7 @@ def test_a_cold_mask_is_all_or_nothing_and_a_warm_one_mixes(ctx, metric):
     for temperature, share in ((1e-4, 1.0), (1.0, 1 / (1 + np.exp(-0.01)))):
         x_NSD = batch.run.activations[Hook(0)].clone()
         at = (torch.arange(len(train)), batch.prompts.entity_N)
-        x_NSD[at] = (1 - share) * x_NSD[at].relu() + share * rows_ND[batch.source_N].relu()  # one latent a dimension
+        x_NSD[at] = (1 - share) * x_NSD[at].relu() + share * rows_ND[batch.source_N].relu()  # one latent per dimension
         final_NSD = batch.run.run_from(Hook(0), x_NSD)
         logits_NV = ctx.model.unembed(final_NSD[torch.arange(len(train)), batch.prompts.last_N])
         expected = torch.nn.functional.cross_entropy(logits_NV, batch.target_N)

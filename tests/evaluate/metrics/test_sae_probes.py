@@ -1,4 +1,4 @@
-"""sae_probes: what its numbers are, that the model and no probe runs twice, what is left out and what is refused."""
+"""sae_probes: its scores, that neither the model nor a probe runs twice, what is left out and what is refused."""
 
 import itertools
 import math
@@ -31,7 +31,7 @@ HOOK = Hook(1)
 
 @pytest.fixture(autouse=True)
 def small(tmp_path, monkeypatch):
-    """The data of the made-up wheel; two values of C in place of ten, and two folds in place of six."""
+    """Use the data of the made-up wheel, two values of C instead of ten, and two folds instead of six."""
     data.get_data(write_wheel(tmp_path, monkeypatch))
     folds = logistic_probes.folds_of
     monkeypatch.setattr(logistic_probes, "folds_of", lambda label_M: itertools.islice(folds(label_M), 2))
@@ -76,11 +76,11 @@ def test_the_fields_and_that_means_are_over_data_sets(ctx):
     (split,) = found.extra["5_pets"]
     assert (split["train"], split["test"], split["share"]) == (30, 99, 0.5) and len(split["latents"]) == 3
     assert split["sae"]["3"]["test_auc"] == found.details[0]["sae_top_3_test_auc"]
-    assert found.metrics["llm"]["llm_test_auc"] > 0.95  # the classes share no word
+    assert found.metrics["llm"]["llm_test_auc"] > 0.95  # the classes have no word in common
 
 
 def test_the_plan_says_what_is_kept_at_most(ctx):
-    """The last token of each text at each hook, in the model's dtype."""
+    """The row of the last token of each text is kept, for each hook, in the model's dtype."""
     identity = ctx.model_identity | {"llm_dtype": "float32"}
     ctx = replace(ctx, model_config=ctx.model.config, model_identity=identity)
     targets = [EvalTarget(make_sae(), Hook(layer)) for layer in (1, 0)]
@@ -103,7 +103,7 @@ def test_a_result_is_read_as_it_was_written(ctx, home):
 
 def test_the_latent_of_a_class_is_found_and_separates_it(ctx):
     class Planted:
-        """Latent 17 fires at one class only, by the direction between the classes."""
+        """Latent 17 fires on the texts of one class only."""
 
         def __init__(self) -> None:
             problem = METRIC.read_problems(ctx, [EvalTarget(self, HOOK).row_set], "5_pets", silent)
@@ -119,7 +119,7 @@ def test_the_latent_of_a_class_is_found_and_separates_it(ctx):
     (found,) = measured(ctx, Planted(), metric=replace(METRIC, datasets=("5",)))
     assert found.extra["5_pets"][0]["latents"][0] == 17
     assert found.metrics["sae"]["sae_top_1_test_auc"] == found.metrics["sae"]["sae_top_1_test_accuracy"] == 1
-    assert found.intervals == {"llm": {}, "sae": {}}  # one data set says nothing of others
+    assert found.intervals == {"llm": {}, "sae": {}}  # there is no interval over one data set
 
 
 def test_the_identity_is_the_model_and_zero_is_chance(ctx):
@@ -142,8 +142,8 @@ def test_saes_share_the_pass_of_the_model_and_probes_on_it(ctx, monkeypatch):
     fits = count_calls(monkeypatch, module, "fit_probe")
     targets = [EvalTarget(make_sae(), Hook(0)), EvalTarget(make_sae(), HOOK), EvalTarget(make_sae(1), HOOK)]
     below, first, second = METRIC.measure(ctx, targets, silent)
-    assert [len(call[1]) for call in passes] == [2, 2]  # both hooks in one pass of each data set
-    assert len(fits) == 2 * (2 + 3 * 2)  # of each data set the model at two hooks, three SAEs with two ks
+    assert [len(call[1]) for call in passes] == [2, 2]  # one pass per data set captures both hooks
+    assert len(fits) == 2 * (2 + 3 * 2)  # per data set: the model at two hooks, three SAEs with two ks
     assert below.metrics["llm"] != first.metrics["llm"]
     assert measured(ctx, make_sae(2))[0].metrics["llm"] == first.metrics["llm"]
     assert len(passes) == 2 and len(fits) == 16 + 2 * 2
@@ -164,7 +164,7 @@ def test_a_killed_evaluation_loses_one_data_set_at_most(ctx, monkeypatch):
     monkeypatch.setattr(module, "rank_latents", killed)
     with pytest.raises(KeyboardInterrupt):
         measured(fresh, make_sae())
-    assert len(fits) == 1 + 2 + 1  # the first data set, and the model on the second
+    assert len(fits) == 1 + 2 + 1  # the model and two ks on the first data set, the model on the second
     monkeypatch.setattr(module, "rank_latents", real)
     assert measured(fresh, make_sae()) == expected and len(fits) == 4 + 2
 
@@ -196,7 +196,10 @@ def test_scarcity_has_a_split_for_each_size_and_their_mean_counts(ctx):
 
 
 def test_the_shares_of_the_model_s_probes_are_rounded_as_in_sae_probes():
-    """0.55 of 100 texts is 55.000000000000007, so 56 are positive; the share of the probes on latents is below 0.55."""
+    """0.55 * 100 is 55.000000000000007 and is rounded up, so 56 texts are positive for the probes on the model.
+
+    The share for the probes on latents is slightly below 0.55, so 55 texts are positive.
+    """
     metric, label_N = replace(METRIC, setting="imbalance", max_train=100), np.arange(3000) % 2
     positive = {
         side: [int(label_N[one.train_M].sum()) for one in metric.splits(label_N, side)] for side in ("sae", "llm")

@@ -1,4 +1,4 @@
-"""Stability: what is known to be equal has 1, what is known to be random has the null's number, and what is refused."""
+"""Stability is 1 for SAEs that are known to be equal, and that of the null for random ones; what is refused."""
 
 import json
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def make_sae(seed: int, activation=None, latents: int = F) -> SAE:
 
 
 def changed(one: SAE, **tensors: torch.Tensor) -> SAE:
-    """A copy of an SAE with other tensors."""
+    """A copy of an SAE with some tensors replaced."""
     made = SAE(one.d_in, one.d_sae, [type(a)(**a.options) for a in one.activation]).requires_grad_(False).eval()
     made.load_state_dict(one.state_dict() | tensors)
     return made
@@ -96,12 +96,12 @@ def test_a_run_against_itself_has_1_also_permuted_or_rescaled(tiny_cache, home):
     assert sorted(names) == ["run-1", "run-2"]
     expected = [[position[i] if name == "run-1" else i for name in names] for i in range(F)]
     assert [entry["decoder_match"] for entry in details] == expected
-    expected[3] = [-1, -1]  # in a file -1 stands for what does not exist
+    expected[3] = [-1, -1]  # in a file, -1 stands for "no match"
     assert [entry["activation_match"] for entry in details] == expected
 
 
 class Linear:
-    """Signed latents, as of an SAE that keeps the largest |z|."""
+    """Latents of both signs, as those of an SAE that keeps the largest |z|."""
 
     def __init__(self, W_enc: torch.Tensor, W_dec: torch.Tensor) -> None:
         self.W_enc, self.W_dec = W_enc, W_dec
@@ -136,8 +136,9 @@ def test_a_latent_and_its_opposite_are_two_unless_latents_are_negative(tiny_cach
     found, _ = evaluate(ask(*runs))
     assert (
         numbers(found)["recurring"] == 0 and numbers(found)["decoder_pw_mcc"] > 10 / F + 0.3
-    )  # with 1 for ten of them
-    # A dictionary that has both finds both again, whichever of the two is stronger.
+    )  # ten of the cosines are 1
+    # If both dictionaries have a latent and its opposite, each of the two is matched with its own, even if the other
+    # has the larger absolute cosine.
     one.W_dec[10:20] = -one.W_dec[:10]
     other.W_dec[:20] = one.W_dec[torch.arange(20).roll(10)] + 0.1 * torch.randn(20, D)
     runs = [save(home / f"both{seed}", tiny_cache, seed, made, l0=4) for seed, made in enumerate((one, other))]
@@ -146,11 +147,11 @@ def test_a_latent_and_its_opposite_are_two_unless_latents_are_negative(tiny_cach
     assert [entry["decoder_match"][0] for entry in entries[:20]] == [*range(10, 20), *range(10)]
     assert [entry["recurs"] for entry in entries] == [True] * 20 + [False] * (F - 20)
     assert found.results["stability"].extra["signed"] is True
-    # Where nothing else is left a latent is matched with its opposite, which is not the latent again.
+    # A latent can be matched with its opposite if no other latent is left. Such a match does not count as recurring.
     square = make_sae(0, ReLU(), latents=D)
     square.W_dec.copy_(torch.linalg.qr(torch.randn(D, D)).Q)
     nearly = square.W_dec.clone()
-    nearly[0] = -0.85 * square.W_dec[0] + 0.0946 * square.W_dec[1:].sum(0)  # and 0.0946 with each other one
+    nearly[0] = -0.85 * square.W_dec[0] + 0.0946 * square.W_dec[1:].sum(0)  # 0.0946 with each other row
     runs = [
         save(home / f"square{seed}", tiny_cache, seed, made, l0=1)
         for seed, made in enumerate((square, changed(square, W_dec=nearly)))
@@ -182,7 +183,8 @@ def test_shuffled_rows_have_the_number_of_the_null(tiny_cache, home):
 
 
 def test_two_frozen_decoders_have_the_number_of_the_null_of_their_covariance(tiny_cache, home):
-    """Drawn with the covariance of the activations and never trained, they agree by chance, and more than shuffled."""
+    """The decoders are drawn with the covariance of the activations and never trained, so they agree as much as the
+    Gaussian null does, which is more than the shuffled one."""
     runs = sae.train_saes(
         "frozen-decoder", cache=tiny_cache, layers=[0], seeds=[0, 1], steps=2, batch_size=128, width=160, device="cpu"
     )
@@ -210,7 +212,7 @@ def test_the_null_is_the_larger_one_also_where_rows_have_a_few_large_entries(tin
 
 def test_the_numbers_are_means_over_the_other_seeds_and_equal_plain_loops(tiny_cache, home):
     saes = [make_sae(seed) for seed in range(3)]
-    saes[1].W_dec[:20] = saes[0].W_dec[20:40]  # what two of the three share
+    saes[1].W_dec[:20] = saes[0].W_dec[20:40]  # shared by two of the three
     runs = [save(home / f"s{seed}", tiny_cache, seed, one) for seed, one in enumerate(saes)]
     rows = evaluate(ask(*runs))
     expected = {
@@ -220,12 +222,12 @@ def test_the_numbers_are_means_over_the_other_seeds_and_equal_plain_loops(tiny_c
         result, values = row.results["stability"], [expected[i, j] for j in range(3) if j != i]
         assert sorted(result.extra["decoder_pw_mcc"]) == pytest.approx(sorted(values), abs=1e-6)
         assert numbers(row)["decoder_pw_mcc"] == pytest.approx(np.mean(values), abs=1e-6)
-        half = 12.7062 * np.std(values, ddof=1) / 2**0.5  # t of one degree of freedom
+        half = 12.7062 * np.std(values, ddof=1) / 2**0.5  # quantile of t with one degree of freedom
         assert result.intervals["stability"]["decoder_pw_mcc"] == pytest.approx(
             [np.mean(values) - half, np.mean(values) + half], abs=1e-4
         )
         null = result.extra["decoder_pw_mcc_null"]
-        half = 4.30265 * np.std(null, ddof=1) * (4 / 3) ** 0.5  # of one more dictionary, from three
+        half = 4.30265 * np.std(null, ddof=1) * (4 / 3) ** 0.5  # of a fourth draw, from three
         assert result.intervals["stability"]["decoder_pw_mcc_null"] == pytest.approx(
             [np.mean(null) - half, np.mean(null) + half], abs=1e-5
         )
@@ -234,11 +236,11 @@ def test_the_numbers_are_means_over_the_other_seeds_and_equal_plain_loops(tiny_c
     entries = rows[0].results["stability"].details
     names = rows[0].results["stability"].extra["seeds"]
     assert all(entry["decoder_match"][names.index("s1")] == i + -20 for i, entry in enumerate(entries) if 20 <= i < 40)
-    assert not any(entry["recurs"] for entry in entries)  # none is in both of the others
+    assert not any(entry["recurs"] for entry in entries)  # no latent is in both other seeds
 
 
 def test_the_decoder_number_is_that_of_saelens():
-    """fixtures/stability is what benchmarks/peers/stability_reference.py wrote."""
+    """The files in fixtures/stability were written by benchmarks/peers/stability_reference.py."""
     decoders, found = load_file(FIXTURES / "decoders.safetensors"), json.loads((FIXTURES / "results.json").read_text())
     assert len(found["mcc"]) == 6
     for name, expected in found["mcc"].items():
@@ -257,7 +259,7 @@ def test_what_every_other_seed_has_recurs_and_the_threshold_is_above_the_null(ti
     saes = [make_sae(seed) for seed in range(3)]
     for other in saes[1:]:
         other.W_dec[5:15] = saes[0].W_dec[:10] + 0.05 * torch.randn(10, D)
-    saes[2].W_dec[5] = torch.randn(D)  # latent 0 is in one of the others only
+    saes[2].W_dec[5] = torch.randn(D)  # latent 0 is in only one of the other seeds
     runs = [save(home / f"s{seed}", tiny_cache, seed, one) for seed, one in enumerate(saes)]
     first, *_ = evaluate(ask(*runs))
     entries = first.results["stability"].details
@@ -265,14 +267,14 @@ def test_what_every_other_seed_has_recurs_and_the_threshold_is_above_the_null(ti
     assert numbers(first)["recurring_in_all"] == 9 / F and numbers(first)["recurring_threshold"] == 0.7
     assert numbers(first)["recurring"] == pytest.approx(
         9.5 / F
-    )  # ten in one seed, nine in the other: not fewer with more seeds
+    )  # the mean over seeds with ten and nine latents: more seeds do not lower it
     assert sorted(first.results["stability"].extra["recurring"]) == pytest.approx([9 / F, 10 / F])
     half = 12.7062 * np.std([9, 10], ddof=1) / F / 2**0.5
     interval = first.results["stability"].intervals["stability"]["recurring"]
     assert interval == pytest.approx([9.5 / F - half, 9.5 / F + half], abs=1e-5)
     low, *_ = evaluate(ask(*runs, options=["stability.threshold=0.05"]))
     threshold = numbers(low)["recurring_threshold"]
-    assert 0.3 < threshold < 0.7  # the quantile of random dictionaries
+    assert 0.3 < threshold < 0.7  # the quantile over matches with random dictionaries
     assert any("reach a cosine of 0.05" in flag for flag in low.results["stability"].flags)
 
 
@@ -280,7 +282,7 @@ def test_a_result_is_of_the_other_seeds_of_the_command(tiny_cache, home):
     runs = [save(home / f"s{seed}", tiny_cache, seed, make_sae(seed)) for seed in range(3)]
     pair = evaluate(ask(*runs[:2]))
     assert pair[0].results["stability"].n["other_seeds"] == 1
-    assert "decoder_pw_mcc" not in pair[0].results["stability"].intervals["stability"]  # one pair has no spread
+    assert "decoder_pw_mcc" not in pair[0].results["stability"].intervals["stability"]  # no spread of one pair
     written = file_of(runs[0])
     assert evaluate(ask(*runs[1::-1]))[1].results == pair[0].results and file_of(runs[0]) == written
     whole = evaluate(ask(*runs))
@@ -290,7 +292,7 @@ def test_a_result_is_of_the_other_seeds_of_the_command(tiny_cache, home):
     assert evaluate(ask(*runs[:2]))[0].results == pair[0].results
     seeds = file_of(runs[0])["eval_config"]["seeds"]
     assert len(seeds) == 1 and seeds == [file_of(runs[1])["eval_config"]["weights"]]
-    # Definition 1 counted a latent and its opposite as the same: such a result is measured again.
+    # Definition 1 counted a latent and its opposite as the same, so a result of definition 1 is measured again.
     (first, _), settings = pair, file_of(runs[0])["eval_config"]
     earlier = replace(first.results["stability"], flags=["of an earlier version"])
     for definition, flags in ((1, first.results["stability"].flags), (2, earlier.flags)):
@@ -306,7 +308,8 @@ def test_runs_of_two_systems_are_compared_with_their_own_and_beside_each_other(t
     assert [row.results["stability"].extra["seeds"] for row in rows] == [["s1"], ["s0"], ["o1"], ["o0"]]
     ((_, heads, lines),) = tables(rows)
     assert heads[1].startswith("decoder PW-MCC") and lines[0][1].startswith("0.")
-    comparison = compare_runs([*runs, *other])  # what a run was compared with is no difference between runs
+    comparison = compare_runs([*runs, *other])
+    # the other seeds that a run is compared with are not listed as a difference between runs
     assert not comparison.differences
     assert {column.name for metric, column in comparison.columns} >= {"decoder_pw_mcc", "recurring"}
 
@@ -406,7 +409,7 @@ def test_a_latent_that_is_dead_in_the_other_seed_only_counts_as_0(tiny_cache, ho
     saes = [whole, changed(whole, b_enc=b_enc)]
     rows = evaluate(ask(*(save(home / f"s{seed}", tiny_cache, seed, one) for seed, one in enumerate(saes))))
     alive = [numbers(row)["frac_alive"] * F for row in rows]
-    assert alive[0] >= alive[1] + 9  # one of the ten may be dead in both
+    assert alive[0] >= alive[1] + 9  # one of the ten may be dead in both seeds
     assert [numbers(row)["activation_pw_mcc"] for row in rows] == pytest.approx([alive[1] / alive[0]] * 2, abs=1e-5)
     assert numbers(rows[0])["decoder_pw_mcc"] == pytest.approx(1, abs=1e-6)
 
@@ -425,7 +428,7 @@ FEATURES, WIDTH, ACTIVE = 32, 24, 2
 
 
 def features_or_noise(planted: bool, rows: int, generator: torch.Generator) -> torch.Tensor:
-    """Rows (rows, WIDTH): sums of ACTIVE of the FEATURES with random strengths, or Gaussian noise without any."""
+    """Rows (rows, WIDTH): each is a sum of ACTIVE of the FEATURES with random strengths, or Gaussian noise only."""
     if not planted:
         return torch.randn(rows, WIDTH, generator=generator)
     direction_FD = torch.nn.functional.normalize(

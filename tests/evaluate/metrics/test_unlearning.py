@@ -1,9 +1,9 @@
 """Unlearning on a Gemma 2 whose weights are written by hand, so that the effect of clamping a latent is known.
 
-It answers with the letter before " value" or " number". The first block copies, at each token, the letter two tokens
-back; in the second, the last token looks for those two words and reads the letter there. Questions of the target have
-" value" as the right choice, but for some; others have " number". Without either word it answers A, which "Answer"
-begins with, so no right choice is the first.
+The model answers with the letter that precedes " value" or " number". In the first block, each token copies the letter
+two tokens back; in the second, the last token attends to those two words and reads the letter there. The right choice
+is " value" in most questions of the target, and " number" in the others and in the other sets. If neither word is a
+choice, the model answers A, the first letter of "Answer", so the right choice is never the first one.
 """
 
 import json
@@ -39,8 +39,8 @@ from sae.harvest.run import run_harvest
 from sae.train.activation_functions import ReLU
 from sae.train.sae import SAE, save_sae
 
-VALUE, NUMBER = 652, 1125  # " value", " number": each one token
-CONSTANT, FILLER, LOOKED_FOR, OF_VALUE, OF_NUMBER, COPY = 31, 20, 8, 10, 12, 4  # dimensions; copies have four
+VALUE, NUMBER = 652, 1125  # the tokens of " value" and " number"
+CONSTANT, FILLER, LOOKED_FOR, OF_VALUE, OF_NUMBER, COPY = 31, 20, 8, 10, 12, 4  # dimensions; COPY is the first of four
 THETA = 10000.0 ** -(torch.arange(8) / 8)
 TEMPLATE = "{{ bos_token }}{% for m in messages %}user\n{{ m['content'] }}\n{% endfor %}{{ 'model\n' }}"
 SMALL = {"context": 8, "rows": 64, "n_features": (1,), "retain_thresholds": (0.01,)}
@@ -53,7 +53,7 @@ def silent(done, total, note=""):
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory) -> Path:
-    """The folder of the base model; that of the instruction-tuned one, the same with a chat template, is beside it."""
+    """The folder of the base model. The instruction-tuned model beside it is the same, with a chat template."""
     config = Gemma2Config(
         vocab_size=8192, hidden_size=32, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1,
         num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, pad_token_id=0, eos_token_id=1, bos_token_id=2,
@@ -67,7 +67,7 @@ def planted(tmp_path_factory) -> Path:
             parameter.zero_()
         embedding = model.model.embed_tokens.weight
         embedding[:, CONSTANT] = 1
-        embedding[:, FILLER] = 1  # all embeddings have one length
+        embedding[:, FILLER] = 1  # all embeddings have the same norm
         for number, letter in enumerate(letters):
             embedding[letter, FILLER], embedding[letter, number] = 0, 1
             embedding[tokenizer.encode(f" {'ABCD'[number]}", add_special_tokens=False), FILLER] = 0
@@ -100,7 +100,7 @@ def question(right: str, place: int, number: int) -> dict:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Six questions of the target that the model knows, four of them by " value"; and one that it does not know."""
+    """The target has six questions that the model knows, four of them by " value", and one that it does not know."""
     folder = tmp_path_factory.mktemp("data")
 
     def write(path: str, rows: list[dict]) -> None:
@@ -120,7 +120,10 @@ def data(tmp_path_factory) -> Path:
 
 
 def sae_that_fires_on(*words: int) -> SAE:
-    """Latent 3 on " value", latent 7 on " number"; each points to what the second block looks for."""
+    """Latent 3 fires on " value" and latent 7 on " number", if that word is given.
+
+    Each decodes to the direction that the second block attends to.
+    """
     torch.manual_seed(0)
     sae = SAE(32, 12, [ReLU()], pre_bias=False)
     sae.W_enc.data.zero_()
@@ -151,14 +154,17 @@ def metric() -> Unlearning:
 
 
 def test_the_input_of_a_block_is_the_output_of_the_one_before(ctx, metric):
-    """So the same SAE unlearns the same there, where the block is run again; at the embedding it is another one."""
+    """The same SAE unlearns the same at both hooks."""
     sae = sae_that_fires_on(VALUE)
     output, same = metric.measure(ctx, [EvalTarget(sae, hook) for hook in (Hook(0), Hook(1, "resid_pre"))], silent)
     assert output == same and output.metrics["unlearning"]["unlearning_score"] > 0
 
 
 def test_clamping_the_latent_of_the_subject_costs_just_the_answers_that_hang_on_it(ctx, metric):
-    """Four of the six questions are lost, the others and all of the other sets stay; the same in any company."""
+    """Four of the six questions are lost. The other two, and all questions of the other sets, are still answered right.
+
+    The result of an SAE does not depend on the SAEs that are measured with it.
+    """
     both = replace(metric, n_features=(1, 2))
     sae, every, silent_one = (sae_that_fires_on(*w) for w in ((VALUE,), (VALUE, NUMBER), ()))
     targets = [EvalTarget(one, Hook(0)) for one in (sae, Identity(), every, silent_one)]
@@ -175,7 +181,7 @@ def test_clamping_the_latent_of_the_subject_costs_just_the_answers_that_hang_on_
     low, high = first.intervals["unlearning"]["unlearning_score"]
     assert low < 4 / 6 < high
     assert isinstance(identity, UsageError) and "W_dec" in str(identity)
-    # of two latents, that of " number" costs the other sets too: the setting is inadmissible and does not count
+    # with two latents, that of " number" costs the other sets too, so the setting is inadmissible and does not count
     assert {(tuple(d["features"]), d["wmdp-bio"], d["side_effects"]) for d in second.details} == {
         ((3,), 2 / 6, 1.0), ((3, 7), 0.0, 0.0),
     }  # fmt: skip
@@ -206,7 +212,7 @@ def readers(metric, ctx):
 
 
 def test_outlier_rows_are_neither_counted_nor_clamped_and_saebench_s_score_counts_them(ctx, metric):
-    """Where all rows are outliers no latent fires; the score under SAEBench's name is that without a limit."""
+    """If all rows are outliers, no latent fires. The score under SAEBench's name is computed without a limit."""
     target = EvalTarget(sae_that_fires_on(VALUE), Hook(0))
     (plain,) = metric.measure(ctx, [target], silent)
     (found,) = metric.measure_both(ctx, [replace(target, norm_limit=0.1)], silent)
@@ -221,7 +227,7 @@ def test_outlier_rows_are_neither_counted_nor_clamped_and_saebench_s_score_count
         if name in ("wmdp-bio", *metric.side_effects)
         for question in metric.questions(ctx, name, read, asked, silent)
     ]
-    assert found.n["outlier_rows"] == counted + sum(len(ids) - 1 for ids in questions)  # without the first, BOS
+    assert found.n["outlier_rows"] == counted + sum(len(ids) - 1 for ids in questions)  # without BOS, the first token
 
 
 def test_known_questions_are_found_once_for_a_model(ctx, metric, monkeypatch, tmp_path):
@@ -233,7 +239,7 @@ def test_known_questions_are_found_once_for_a_model(ctx, metric, monkeypatch, tm
     )
     first = metric.measure(ctx, [EvalTarget(sae_that_fires_on(VALUE), Hook(0))], silent)
     assert len(asked_for) == 2 * 24
-    assert max(asked_for) == 7 and asked_for[23] == 6  # what is answered wrongly once is not asked again
+    assert max(asked_for) == 7 and asked_for[23] == 6  # a question that was answered wrongly once is not asked again
     assert metric.measure(ctx, [EvalTarget(sae_that_fires_on(VALUE), Hook(0))], silent) == first
     assert len(asked_for) == 2 * 24
 
@@ -339,7 +345,8 @@ def test_the_score_is_the_best_of_what_costs_at_most_one_percent():
 
 
 def test_the_interval_chooses_the_best_intervention_anew(metric):
-    """Two interventions, each right on the other half of the questions: the best of both is better than either."""
+    """Two interventions lose different halves of the questions. In a bootstrap replicate, the better of the two scores
+    higher than either does on average."""
     halves = torch.arange(200) < 100
     right, wrong = torch.ones(100, dtype=torch.bool), torch.arange(100) < 70
 
@@ -351,8 +358,8 @@ def test_the_interval_chooses_the_best_intervention_anew(metric):
     assert [low, high] == pytest.approx([0.5 - spread, 0.5 + spread], abs=0.015)
     best_low, best_high = of([halves, ~halves], [right] * 2)
     assert 0.5 <= best_low < 0.51 and best_high == pytest.approx(0.5 + 2.24 * (0.25 / 200) ** 0.5, abs=0.015)
-    assert of([halves, ~halves], [right, wrong]) == [low, high]  # the second is never admissible
-    doubtful = torch.arange(100) < 99  # 99 % right: in many replicates it is less
+    assert of([halves, ~halves], [right, wrong]) == [low, high]  # the second intervention is never admissible
+    doubtful = torch.arange(100) < 99  # 99 % are right; in many replicates it is less
     assert of([halves], [doubtful])[0] == 0 and of([halves], [doubtful])[1] == pytest.approx(high, abs=0.015)
     assert of([halves], [wrong]) == [0, 0]
 
