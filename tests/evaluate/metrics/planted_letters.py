@@ -1,4 +1,4 @@
-"""Words with a direction for their first letter, and dictionaries in which what absorption finds is planted."""
+"""Words with a direction for their first letter, and dictionaries with planted absorption and feature splitting."""
 
 import math
 
@@ -10,18 +10,19 @@ from sae.evaluate.metrics.letter_probes import LetterProbes
 from sae.train.activation_functions import ReLU
 from sae.train.sae import SAE
 
-TRAIN, TEST = 32, 8  # planted words of each letter
+TRAIN, TEST = 32, 8  # number of planted words per letter
 PLANTED = Absorption(k_sparse_probe_batch_size=52, k_sparse_probe_num_epochs=20, k_sparse_probe_l1_decay=0.1)
 
 
 def planted(
     absorbed: dict[str, int], *, share: float = 1.0, split: str = "", train: int = TRAIN, test: int = TEST
 ) -> tuple[SpellingRows, SAE]:
-    """Words with a direction for their letter and one of their own, and a dictionary of the letters.
+    """Words and a dictionary with a latent per letter. A word is the sum of its letter's direction and one of its own.
 
-    Of a letter in `absorbed` that many test words, and four times as many to fit on, each have a latent of their own,
-    which takes `share` of the letter's projection from the letter's latent. The letters in `split` have two latents.
-    Latent i is that of letter i if none is split; each letter has `train` and `test` words.
+    `absorbed` maps a letter to a number of words: so many test words of this letter, and four times as many training
+    words, have their own latent, which takes `share` of the letter's projection from the letter's latent. The letters
+    in `split` have two latents. If no letter is split, latent i is that of letter i. Each letter has `train` training
+    words and `test` test words.
     """
     letter = torch.arange(26).repeat_interleave(train + test)
     number = torch.arange(train + test).repeat(26)

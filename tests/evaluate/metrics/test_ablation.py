@@ -1,4 +1,4 @@
-"""SCR and TPP measured whole on a tiny model: fields, independence of the SAEs, leaks, refusals."""
+"""SCR and TPP end to end on a tiny model: fields, independence of the SAEs, leaks from padding, and refusals."""
 
 import json
 import random
@@ -27,7 +27,7 @@ SMALL = Scr((REVIEWS,), (2, 20), **SETS)
 
 
 def write_reviews(data: Path, rows: int = 70) -> None:
-    """Two categories and two ratings, each with words of its own."""
+    """Write reviews of two categories and two ratings. Each category and each rating has its own words."""
     draw = random.Random(0)
     own = {24: "book page author", 26: "disc song singer", 1.0: "bad poor broken", 5.0: "good great nice"}
     for split in ("train", "test"):
@@ -81,7 +81,7 @@ def test_the_fields_are_saebench_s_and_no_sae_depends_on_another(ctx, monkeypatc
     assert together[0].n == {"problems": 1, "test_texts": 150}
     for name, (low, high) in together[0].intervals["scr_metrics"].items():
         assert low <= together[0].metrics["scr_metrics"][name] <= high
-    monkeypatch.setattr(ctx.model, "capture_hooks", None)  # texts and probes are on the shelf
+    monkeypatch.setattr(ctx.model, "capture_hooks", None)  # rows and probes are among the artifacts
     monkeypatch.setattr(ablation, "train_probes", None)
     alone = [SMALL.measure(ctx, [target], silent)[0] for target in reversed(targets)]
     assert alone[::-1] == together

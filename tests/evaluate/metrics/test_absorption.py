@@ -1,4 +1,4 @@
-"""Absorption: planted rates are found exactly, a clean dictionary has none, and all of it equals plain loops."""
+"""Absorption: planted rates are found exactly, a clean dictionary absorbs nothing, and results equal plain loops."""
 
 import dataclasses
 import math
@@ -85,7 +85,7 @@ def test_a_latent_that_takes_part_of_the_letter_absorbs_that_part():
     result = PLANTED.result("0.6.0", sae, words, CPU)
     assert letter_of(result, "c")["mean_absorption_fraction"] == pytest.approx(0.45 * 2 / TEST)
     assert result.metrics["mean"]["mean_full_absorption_score"] == 0
-    words, sae = planted({"c": 2}, share=0.35)  # below 0.4 of the projection it does not count
+    words, sae = planted({"c": 2}, share=0.35)  # a share below 0.4 of the projection does not count
     assert PLANTED.result("0.6.0", sae, words, CPU).metrics["mean"]["mean_absorption_fraction_score"] == 0
 
 
@@ -167,7 +167,11 @@ def test_letters_that_the_model_does_not_spell_do_not_count():
 
 
 def word_by_hand(f: np.ndarray, a: np.ndarray, probe: np.ndarray, W_dec: np.ndarray, main: list[int]):
-    """evaluation.md 3.5 for one word: fraction, the top latent's criteria, whether the main latents are silent."""
+    """The definitions of evaluation.md 3.5 for one word.
+
+    Returns the absorption fraction, whether the top latent fulfills its criteria, and whether the main latents are
+    silent.
+    """
     u = probe / np.linalg.norm(probe)
     c = [float(d @ u / np.linalg.norm(d)) for d in W_dec]
     p = [float(f[i]) * c[i] for i in range(len(f))]
@@ -210,7 +214,8 @@ def test_scores_are_those_of_a_loop_over_words_and_latents():
 
 
 def test_a_negative_latent_takes_nothing_from_what_others_absorb():
-    """Of four latents along the probe the first is the letter's; one absorbs 3 of its 5, and two are negative."""
+    """Four latents point along the probe, and the projection is 5: the main latent has 1, another absorbs 3, and two
+    are negative."""
     scores = score_words(
         torch.tensor([[1.0, -2.0, 3.0, -1.0]]), torch.tensor([5.0]), torch.ones(4), torch.tensor([0]), Absorption()
     )
@@ -218,7 +223,7 @@ def test_a_negative_latent_takes_nothing_from_what_others_absorb():
 
 
 def noisy() -> tuple[SpellingRows, SAE]:
-    """Planted words in noise, and a TopK SAE of their letters and of much else."""
+    """Planted words with noise, and a TopK SAE with the latents of their letters and 40 random ones."""
     words, sae = planted({"b": 2, "g": 2, "s": 1}, split="kp")
     torch.manual_seed(0)
     train, test, fresh = (x + 0.05 * torch.randn_like(x) for x in (words.train_ND, words.test_ND, words.fresh_ND))
@@ -229,7 +234,7 @@ def noisy() -> tuple[SpellingRows, SAE]:
 
 @pytest.fixture(scope="module")
 def by_hand() -> list[tuple]:
-    """The letters of `noisy`, by plain loops."""
+    """The numbers of each letter of `noisy`, computed by plain loops."""
     words, sae = noisy()
     probe = train_letter_probes(
         DenseRows(sae.encode(words.train_ND)), words.train_letter_N, batch=52, epochs=10, weight_decay=1e-6, l1=0.1,
@@ -300,7 +305,8 @@ def test_a_letter_s_rate_has_wilson_s_interval():
 
 
 def test_in_mode_2024_12_a_candidate_is_missed_by_the_regression_too():
-    """Of three words with silent main latents the regression finds one by its intercept; one other is dominated."""
+    """The main latents are silent on three words. The regression finds one of these by its intercept, so two words are
+    candidates. One of the two is dominated by another latent."""
     silent_N = torch.tensor([True, True, True, False])
     scores = AbsorptionScores(
         torch.zeros(4), torch.tensor([True, True, False, True]), silent_N, torch.tensor([0.0, 0.0, 0.0, 2.0])

@@ -1,4 +1,4 @@
-"""Passages of hand-worked arrays, and the text of passages."""
+"""The selection of passages from small arrays, and the text of passages."""
 
 import re
 
@@ -23,14 +23,14 @@ CONTEXT = 40
 
 
 def planted() -> tuple[np.ndarray, dict[tuple[int, int], float]]:
-    """Thirty rows. Row r has its peak of 100 - r at position 12, so the first twelve are the top ones, except row 3."""
+    """Thirty rows. Row r has a peak of 100 - r at position 12, so the first rows, except row 3, are the top ones."""
     ids = np.arange(30 * CONTEXT).reshape(30, CONTEXT)
     values = {(row, 12): 100.0 - row for row in range(30)}
-    values[0, 22] = 99.5  # ten from (0, 12): passed over
-    values[0, 23] = 98.5  # eleven from it: chosen
-    values[1, 9], values[1, 30] = 500.0, 600.0  # too near to an end of their row
-    values[3, 12] = 0.5  # small
-    values[29, 20] = 1e-9  # nothing
+    values[0, 22] = 99.5  # ten positions after (0, 12), so not chosen
+    values[0, 23] = 98.5  # eleven positions after it, so chosen
+    values[1, 9], values[1, 30] = 500.0, 600.0  # too close to an end of the row
+    values[3, 12] = 0.5  # too small for a top passage
+    values[29, 20] = 1e-9  # too small to be drawn
     return ids, values
 
 
@@ -64,7 +64,7 @@ def test_passages_are_as_specified():
     for w in (*found.explained, *firing):
         row, position = middle(w)
         assert w.values.tolist() == [values.get((row, position + i), 0) for i in range(-10, 11)]
-    # (1, 9) is in the window of (1, 12): the largest activation of all, though no passage's middle
+    # (1, 9) is in the window of (1, 12) and has the largest activation, although no passage is centered on it
     assert found.threshold == pytest.approx(0.01 * 500)
     assert [i for i, w in enumerate(found.scored, 1) if w.values.max() > 5] == found.firing
 
@@ -77,7 +77,7 @@ def test_passages_depend_on_the_generator_alone():
 
 
 def test_weak_passages_are_drawn_by_their_square():
-    """Nine of a thousandth and one of one: the one is nearly always among the seven."""
+    """Nine weak passages have activation 0.001 and one has 1.0. The latter is nearly always among the seven drawn."""
     ids = np.arange(30 * CONTEXT).reshape(30, CONTEXT)
     values = {(row, 15): 5.0 for row in range(12)} | {(row, 15): 1e-3 for row in range(12, 21)} | {(21, 15): 1.0}
     drawn = [select_examples(*arrays(values), ids, np.random.default_rng(seed)) for seed in range(20)]
@@ -92,7 +92,7 @@ def test_a_latent_with_too_few_passages_has_none(rows):
         is None
     )
     assert select_examples(*arrays({(row, 15): 5.0 - row / 10 for row in range(19)}), ids, np.random.default_rng(0))
-    ties = {(row, 15): 5.0 for row in range(30)}  # none is below the least of the top ones
+    ties = {(row, 15): 5.0 for row in range(30)}  # no passage is below the smallest of the top passages
     assert select_examples(*arrays(ties), ids, np.random.default_rng(0)) is None
 
 
@@ -125,7 +125,7 @@ def test_names_that_are_no_bytes():
 
 @pytest.fixture(scope="module")
 def byte_level() -> TokenText:
-    """A byte-level BPE as of GPT-2, which knows the first two bytes of 日 as one token."""
+    """A byte-level BPE tokenizer like GPT-2's, in which the first two bytes of 日 are one token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -140,14 +140,14 @@ def byte_level() -> TokenText:
 
 @pytest.mark.parametrize("kind", ["byte_level", "words"])
 def test_a_character_of_several_tokens_is_shown_once(kind, request):
-    """By SentencePiece too, which falls back to bytes."""
+    """This holds for byte-level BPE and for SentencePiece with byte fallback."""
     found = request.getfixturevalue(kind)
     ids = found.tokenizer.encode("x 日本🙂.", add_special_tokens=False)
     shown = found.display_text(ids)
     assert "".join(shown).replace(CONTINUED, "") == "x 日本🙂." and len(shown) == len(ids)
     assert shown.count(CONTINUED) == len(ids) - sum(part != CONTINUED for part in shown) > 0
     start = next(n for n, part in enumerate(shown) if "日" in part)
-    cut = found.display_text(ids[start + 1 :])  # as of a context that begins within the character
+    cut = found.display_text(ids[start + 1 :])  # like a context that begins within the character
     assert cut[0].startswith("⟨") and "".join(cut).endswith("本◦◦🙂◦◦◦.")
 
 

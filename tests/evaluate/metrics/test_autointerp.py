@@ -1,4 +1,4 @@
-"""Autointerp: when latents fire, what is read in answers, and scores by judges whose answers are scripted."""
+"""Autointerp: the tokens on which latents fire, the parsing of answers, and scores with scripted judges."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -54,7 +54,7 @@ def sae_of(seed: int) -> SAE:
 def test_firings_are_the_dense_activations_however_many_passes(ctx, monkeypatch):
     packed = pack_contexts(ctx, 32).first(23)
     rows = packed.ids
-    monkeypatch.setattr("sae.evaluate.metrics.packing.TOKENS_PER_FORWARD", 5 * 32)  # several batches to a pass
+    monkeypatch.setattr("sae.evaluate.metrics.packing.TOKENS_PER_FORWARD", 5 * 32)  # several batches per pass
     assert len(rows) == 23
     targets = [EvalTarget(sae_of(0), Hook(0)), EvalTarget(sae_of(1), Hook(1))]
     frequencies = firing_frequencies(ctx.model, packed, targets, silent)
@@ -127,7 +127,8 @@ def test_a_score_is_the_share_that_is_right():
 
 @dataclass
 class Scripted:
-    """Answers the first prompt with an explanation, and the second as `predict` says of its text."""
+    """A judge that answers the first prompt with an explanation and the second with `predict`, or with the entry of
+    `predict` for the prompt's text."""
 
     predict: dict[str, str] | str
     asked: list = field(default_factory=list)
@@ -143,7 +144,7 @@ class Scripted:
 
 
 def judged(judge: Scripted, found: dict[int, LatentExamples], words: TokenText, folder: Path) -> dict:
-    """The entries of latents that are asked about as SAEBench does."""
+    """The entries of the latents, judged with SAEBench's score."""
     latents = {latent: JudgedLatent(examples) for latent, examples in found.items()}
     kept = KeptAnswers(judge, folder / f"{id(judge)}.jsonl")
     return judge_latents(kept, latents, words, ("saebench",), silent)
@@ -151,7 +152,7 @@ def judged(judge: Scripted, found: dict[int, LatentExamples], words: TokenText, 
 
 def latents_of(words: TokenText) -> dict[int, LatentExamples]:
     rng = np.random.default_rng(0)
-    ids = rng.integers(300, 1500, (30, CONTEXT))  # none of these tokens contains <<
+    ids = rng.integers(300, 1500, (30, CONTEXT))  # none of these tokens contains "<<"
     examples = {}
     for latent in (4, 9, 11):
         place = np.sort(rng.choice(ids.size, 300, replace=False))
@@ -246,7 +247,7 @@ def test_references_and_settings_that_make_no_sense_are_refused(ctx):
     targets = [EvalTarget(sae, Hook(0), reference=True) for sae in (Identity(), untrained, control)]
     outcomes = Autointerp(context=32, latents=1, tokens=600).measure(ctx, targets, silent)
     assert [isinstance(outcome, UsageError) for outcome in outcomes] == [True, True, False]
-    assert outcomes[2].n["latents"] == 1  # a control is explained
+    assert outcomes[2].n["latents"] == 1  # latents of a control are explained
     for change in ({"latents": 0}, {"context": 20}, {"tokens": 0}):
         with pytest.raises(UsageError, match="must be 1 or more"):
             replace(Autointerp(), **change).measure(ctx, [EvalTarget(sae_of(0), Hook(0))], silent)

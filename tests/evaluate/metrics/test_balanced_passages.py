@@ -1,4 +1,8 @@
-"""Passages for detection and fuzzing: as many with the latent as without, held out, of all strengths, marked alike."""
+"""Passages for detection and fuzzing.
+
+Half of the passages have the latent. None of these overlaps with a passage for the explanation, their activations have
+all strengths, and both halves have the same marks.
+"""
 
 from dataclasses import dataclass
 
@@ -13,7 +17,7 @@ CONTEXT = 128
 
 @dataclass
 class Text:
-    """A latent that fires on `count` tokens drawn from the text, `dense` (R, S) being its activations."""
+    """A text, and a latent that fires on `count` random tokens of it. `dense` (R, S) has its activations."""
 
     flat: np.ndarray
     value: np.ndarray
@@ -55,7 +59,7 @@ def test_half_of_the_passages_have_the_latent_and_half_have_none_of_it(text):
         assert BUFFER <= one.window.middle % CONTEXT < CONTEXT - BUFFER
         assert (one.window.values[BUFFER] > examples.threshold) == one.fires
         assert one.fires or not one.window.values.any()
-    assert [one.fires for one in found] != [True, False] * MOST  # shuffled, so that the order says nothing
+    assert [one.fires for one in found] != [True, False] * MOST  # shuffled, so that the order gives no hint
     assert 1 < sum(one.fires for one in found[:MOST]) < MOST - 1
 
 
@@ -83,7 +87,7 @@ def test_passages_with_the_latent_come_from_each_tenth_of_its_activations(text):
         tenth = np.searchsorted(others, strengths) * MOST // len(others)
         assert np.abs(tenth - np.arange(MOST)).max() <= 1 and np.mean(tenth == np.arange(MOST)) >= 0.8
         drawn |= set(strengths)
-    assert len(drawn) > 15 * MOST  # from anywhere in its tenth
+    assert len(drawn) > 15 * MOST  # each passage is drawn from anywhere in its tenth
 
 
 def test_marks_are_right_where_the_latent_fires_and_elsewhere_the_same_marks(text):

@@ -1,4 +1,4 @@
-"""Latents that probes can read: in float32, and finite."""
+"""The latents that probes read are in float32 and finite."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ def test_an_sae_reads_and_gives_float32() -> None:
 
 
 def test_latents_that_are_not_finite_are_refused_and_large_ones_are_not() -> None:
-    """The sum of the large ones is infinite."""
+    """Large latents are accepted even if their sum is infinite."""
     sae = SimpleNamespace(encode=lambda x: x)
     large = torch.full((3, 2), 3e38)
     assert torch.equal(encode_finite(sae, large), large)

@@ -1,4 +1,4 @@
-"""Probes trained together are those that `train_probe` trains alone."""
+"""Probes that are trained together equal those that `train_probe` trains one by one."""
 
 import torch
 
@@ -7,7 +7,8 @@ from sae.evaluate.metrics.probes import ProbeTask, train_probe
 
 
 def toy_tasks() -> tuple[torch.Tensor, list[ProbeTask], torch.Tensor, list[ProbeTask]]:
-    """Three tasks of 40 texts each: the sign of dimension p, with noise, of different texts."""
+    """Three tasks, each with its own 40 training and 30 test texts. The label of task p is the sign of dimension p plus
+    noise."""
     generator = torch.Generator().manual_seed(4)
     x_ND, x_test_ND = torch.randn(90, 6, generator=generator), torch.randn(60, 6, generator=generator)
 

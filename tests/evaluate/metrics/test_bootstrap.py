@@ -1,4 +1,4 @@
-"""Bootstrap accuracies and intervals are those of their definitions."""
+"""Bootstrap accuracies and intervals equal their definitions."""
 
 import math
 
@@ -34,7 +34,8 @@ def test_the_interval_is_that_of_a_proportion():
 
 
 def test_classes_keep_their_size_and_problems_their_own_draws():
-    """What is right of every text of a class and of none of another is certain; two problems err apart."""
+    """If all texts of one class are right and none of another, the accuracy has no spread. Two problems have
+    independent draws."""
     task = ProbeTask(torch.arange(200), torch.ones(200))
     right_N = torch.where(torch.arange(200) < 100, 1.0, -1.0)
     assert bootstrap_interval(BootstrapWeights.of([100, 100], "a").accuracy(right_N, task)) == [0.5, 0.5]
@@ -44,7 +45,7 @@ def test_classes_keep_their_size_and_problems_their_own_draws():
 
 
 def test_the_interval_is_of_the_replicates_alone():
-    """The first entry is the sample itself, and a replicate without the score does not count."""
+    """The first entry is the sample itself and does not count, nor do replicates without a finite score."""
     score_R = torch.tensor([1e6, 4.0, torch.nan, 0.0, 3.0, 1.0, 2.0, torch.inf], dtype=torch.float64)
     assert bootstrap_interval(score_R) == pytest.approx([0.1, 3.9])
     assert all(map(math.isnan, bootstrap_interval(torch.tensor([1.0, torch.nan], dtype=torch.float64))))

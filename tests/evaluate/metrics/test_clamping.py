@@ -1,4 +1,4 @@
-"""Clamping by hand, and as the change of the reconstruction."""
+"""Clamping equals a computation by hand, and equals the change of the reconstruction."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from sae.train.sae import SAE
 
 
 def test_a_clamp_by_hand():
-    """Latents 2 and -; the position of BOS, a latent that is silent, and what is not reconstructed stay."""
+    """BOS, latents that are silent, and the part of x that is not reconstructed stay as they are."""
     x = torch.tensor([[[1.0, 2.0, 3.0]] * 3])
     rows = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.6, 0.8]])
     f = torch.tensor([[[5.0, 5.0], [0.0, 2.0], [4.0, 0.0]]])
@@ -58,7 +58,7 @@ def test_an_outlier_row_is_not_clamped():
 
 
 def test_clamped_latents_are_in_units_of_unit_decoder_rows():
-    """Decoder rows of the norms 2, 3 and 5: the latents of the union, in ascending order, times theirs."""
+    """The latents of all selections, in ascending order, are multiplied by the norms of their decoder rows."""
     torch.manual_seed(0)
     sae = SAE(16, 3, [ReLU()]).requires_grad_(False)
     norm_F = torch.tensor([2.0, 3.0, 5.0])

@@ -1,4 +1,4 @@
-"""The core metric against its definitions, written out again in float64 with plain loops and whole forward passes."""
+"""The core metric equals its definitions, implemented here in float64 with plain loops and whole forward passes."""
 
 import itertools
 import math
@@ -34,7 +34,7 @@ def model(loaded_tiny_model):
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Artifacts are kept in a folder of the test."""
+    """Each test keeps its artifacts in its own folder."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -47,7 +47,7 @@ def contexts_of(rows: list[list[int]], width: int) -> Contexts:
 
 
 def ragged() -> list[list[int]]:
-    """Five contexts of different lengths: one with EOS in the middle, one with EOS at its end, one of two tokens."""
+    """Five contexts of 2 to 12 tokens. One has EOS in the middle, and one at its end."""
     draw = np.random.default_rng(0)
     rows = [[BOS, *draw.integers(300, 8000, n).tolist()] for n in (11, 6, 8, 1, 11)]
     rows[1][3] = EOS
@@ -105,7 +105,7 @@ def run_by_hand(model, ids: list[int], replace: Callable[[np.ndarray], np.ndarra
 
 
 def code_by_hand(sae: SAE, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """f and x_hat of one token."""
+    """The latents f and the reconstruction x_hat of one token."""
     w = {name: value.double().numpy() for name, value in sae.state_dict().items()}
     z = np.maximum((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"], 0)
     if isinstance(sae.activation[0], TopK):
@@ -116,7 +116,7 @@ def code_by_hand(sae: SAE, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def by_hand(model, rows: list[list[int]], sae: SAE, size: int, reconstruction_batches: int) -> dict:
-    """Every number of evaluation.md 2.3 and 2.4, from contexts without any padding."""
+    """All numbers of evaluation.md 2.3 and 2.4, computed from contexts without padding."""
     kl, kl_zero, ce = [], [], {"own": [], "sae": [], "zero": []}
     per_token = {name: [] for name in ("l0", "l1", "in", "out", "ratio", "mse", "cos", "legacy", "sse")}
     biases, batch_sse, batch_square, every_x, every_f = [], [], [], [], []
@@ -289,7 +289,7 @@ def test_every_number_is_the_definition(model, kind, size, batches):
     sae = random_sae(kind)
     (found,) = measure(make_ctx(model, ragged()), sae, batch_contexts=size, reconstruction_batches=batches)
     expected = by_hand(model, ragged(), sae, size, batches)
-    assert 0 < expected["correlation"]["latents_dead"] < D_SAE  # else dead latents would not be tested
+    assert 0 < expected["correlation"]["latents_dead"] < D_SAE  # so that dead latents are tested
     assert_same(found, expected)
 
 
@@ -300,7 +300,7 @@ def test_several_saes_in_one_pass_equal_each_alone(model):
 
 
 def test_layers_are_spliced_where_they_stand(model):
-    """Behind the last block nothing follows: KL at layer 1 is that of the unembedding alone, unlike at layer 0."""
+    """SAEs at layers 0 and 1 give the same results together as alone. After layer 1, only the unembedding follows."""
     sae, ctx = random_sae("relu"), make_ctx(model, ragged())
     both = Core().measure(ctx, [EvalTarget(sae, Hook(0)), EvalTarget(sae, Hook(1))], silent)
     alone = [Core().measure(ctx, [EvalTarget(sae, Hook(layer))], silent)[0] for layer in (0, 1)]
@@ -324,7 +324,8 @@ def test_the_identity_scores_one_and_zero_scores_zero(model, layer):
 
 
 def test_a_zeroed_gemma_says_every_token_is_equally_likely(model):
-    """No biases and RMSNorm: zero stays zero, so CE is ln V, and KL is ln V less the entropy of the model."""
+    """Without biases and with RMSNorm, a zeroed residual stays zero. So CE is ln V, and KL is ln V minus the entropy of
+    the model."""
     (found,) = measure(make_ctx(model, ragged()), random_sae("relu"))
     assert found["model_performance_preservation"]["ce_loss_with_ablation"] == pytest.approx(math.log(8192), abs=1e-5)
     rows, entropy = ragged(), []
@@ -343,7 +344,7 @@ def test_more_padding_changes_nothing(model):
 
 
 def test_specials_change_what_follows_them_but_are_not_counted(model):
-    """Trailing EOS adds the CE of one target and no token: everything that is a mean over tokens stays."""
+    """A trailing EOS adds one CE target but no counted token, so all means over tokens stay the same."""
     sae, rows = random_sae("relu"), ragged()
     longer = [*rows[:-1], [*rows[-1], EOS]]
     (before,), (after,) = (measure(make_ctx(model, r, width=13), sae) for r in (rows, longer))
@@ -364,7 +365,7 @@ def test_a_batch_without_a_counted_token_is_passed_over(model):
 
 
 def test_the_modes_differ_as_the_table_says(model):
-    """2024-12 has one explained variance, the legacy one, and no misc metrics; every other number is the same."""
+    """Mode 2024-12 has only the legacy explained variance and no misc metrics. All other numbers are the same."""
     sae = random_sae("topk")
     (now,) = measure(make_ctx(model, ragged()), sae)
     (then,) = measure(make_ctx(model, ragged(), mode="2024-12"), sae)
@@ -376,7 +377,7 @@ def test_the_modes_differ_as_the_table_says(model):
 
 
 def test_mse_depends_on_the_batch_and_mse_elementwise_does_not(model):
-    """Equal batches of n tokens: SAEBench's mse is the elementwise one times D/n."""
+    """With batches of n tokens each, SAEBench's mse is mse_elementwise times D / n."""
     rows, sae = [ragged()[0]] * 4, random_sae("relu")  # eleven counted tokens each
     for size in (1, 2, 4):
         (found,) = measure(make_ctx(model, rows), sae, batch_contexts=size)
@@ -394,7 +395,7 @@ def test_every_interval_holds_its_number(model):
 
 
 def test_contexts_of_one_document_are_one_draw(model):
-    """Every document twice over is as sure as once; twice as many documents would be surer."""
+    """Repeating every context in its document leaves the intervals as they are; more documents would narrow them."""
     once = make_ctx(model, ragged())
     twice = replace(once, contexts=once.contexts.select(np.arange(5).repeat(2)))
     sae = EvalTarget(random_sae("relu"), Hook(LAYER))

@@ -1,4 +1,4 @@
-"""Each flag of core appears on one side of its threshold only. Measured SAEs: test_misleading_numbers.py."""
+"""Each flag of core appears on one side of its threshold only. See test_misleading_numbers.py for measured SAEs."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Detection and fuzzing: judges that are right, wrong, guess, or always say the same; prompts, answers, numbers."""
+"""Detection and fuzzing: scores of judges that are right, wrong or guessing; prompts, and the parsing of answers."""
 
 import random
 from dataclasses import dataclass, field
@@ -50,7 +50,7 @@ def latents(words) -> dict[int, JudgedLatent]:
 
 @dataclass
 class Scripted:
-    """Explains every latent by its number, and answers questions about passages with `verdict(fires)`, a digit."""
+    """A judge that explains each latent by its number and answers for each passage with the digit `verdict(fires)`."""
 
     latents: dict
     words: TokenText
@@ -121,7 +121,7 @@ def test_a_right_judge_of_one_score_says_nothing_about_the_other(latents, words,
 
 
 def test_the_interval_is_over_latents(latents, words, tmp_path):
-    """Latents that are each wholly right or wholly wrong: a share of 8 of 12, whose interval the binomial gives."""
+    """The answers about a latent are all right or all wrong. The interval is the binomial one for 8 of 12 latents."""
     right = set(LATENTS[:8])
     judge = Scripted(latents, words, lambda fires: str(int(fires)))
     for latent, one in latents.items():
@@ -136,7 +136,7 @@ def test_the_interval_is_over_latents(latents, words, tmp_path):
 
 
 def test_passages_without_a_readable_answer_do_not_count(latents, words, tmp_path):
-    """The first question about each latent is answered by a sentence: the rates are over the other passages."""
+    """The first question about each latent is answered with a sentence, so the rates are over the other passages."""
     judge = Scripted(latents, words, lambda fires: str(int(fires)))
     for latent, one in latents.items():
         first = one.questions(["fuzzing"], words, f"number {latent}")[0]

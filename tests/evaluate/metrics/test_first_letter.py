@@ -1,4 +1,4 @@
-"""The first-letter task: prompts are what the tokenizer makes of their text, and rows those of whole prompts."""
+"""The first-letter task: prompts equal the tokens of their text, and rows equal those of whole prompts."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_prompts_are_what_the_tokenizer_makes_of_their_text(tokenizer, newline):
             assert letter == other.strip()[0].upper()
             assert other != word.text
             seen.add((word.text in train, other in train))
-    assert seen == {(True, True), (False, False), (False, True)}  # the last of fresh prompts only
+    assert seen == {(True, True), (False, False), (False, True)}  # the last kind occurs in fresh prompts only
 
 
 def test_words_are_the_vocabulary_s_entries_of_letters_by_token(tokenizer):
@@ -65,7 +65,7 @@ def test_a_seed_decides_words_and_prompts(tokenizer):
 
 
 class Pieces:
-    """A tokenizer of whole pieces, split at `|` for the tests' sake: what is no piece goes letter by letter."""
+    """A tokenizer that takes the longest piece at each position and skips characters that begin no piece."""
 
     bos_token_id, all_special_ids = None, ()
 
@@ -99,7 +99,7 @@ def pieces(*more: str, newline: str = "\n") -> list[str]:
 
 
 def test_a_word_that_its_text_would_not_give_is_put_in_by_its_token():
-    known = pieces("ab\n", "ca has", "ab")  # another entry with the text of "ab", and one that eats the question
+    known = pieces("ab\n", "ca has", "ab")  # "ab" twice, and a piece that merges a word with the question
     spelling = SpellingPrompts.of(Pieces(known), 0, 0, bos_id=None)
     token = {word.text: word.token for word in spelling.words}
     assert token["ab"] == known.index("ab")

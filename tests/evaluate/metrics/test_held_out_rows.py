@@ -1,4 +1,4 @@
-"""The rows of held-out text: those of a plain pass of the model, captured once, and again if the file is damaged."""
+"""The rows of held-out text equal those of a plain pass. They are captured once, and again if a file is damaged."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def silent(*progress) -> None:
 
 @pytest.fixture
 def ctx(tiny_cache, home):
-    """The context in which a run on `tiny_cache` is evaluated."""
+    """The evaluation context of a run on `tiny_cache`."""
     save_sae(make_sae(0), home / "run", {
         "model": tiny_cache.identity["model"], "layer": 0, "cache": str(tiny_cache.folder),
         "fingerprint": tiny_cache.fingerprint,
@@ -86,7 +86,7 @@ def test_the_model_runs_once_for_all_hooks_and_again_for_other_rows_only(ctx, pa
 
 
 def test_rows_of_another_site_batch_or_format_are_others(ctx, passes):
-    """Each is what a cache without the first has."""
+    """Rows of another site, batch size or format are not read from the cache of the first."""
     first = read_rows(ctx, [RowSet(Hook(1))], 50, 4, silent)[RowSet(Hook(1))]
     form = ctx.context_format
     skipping = replace(ctx, context_format=replace(form, skip_positions=3))
@@ -96,7 +96,7 @@ def test_rows_of_another_site_batch_or_format_are_others(ctx, passes):
     ):
         found = read_rows(other, [RowSet(hook)], 50, batch, silent)[RowSet(hook)]
         assert len(passes) == place and not torch.equal(found.x_TD, first.x_TD)
-    read_rows(ctx, [RowSet(Hook(1))], 50, 2, silent)  # products of another shape may round otherwise
+    read_rows(ctx, [RowSet(Hook(1))], 50, 2, silent)  # rounding depends on the shape of matrix products
     assert len(passes) == 5
 
 

@@ -1,4 +1,4 @@
-"""Matchings and correlations of latents, against brute force and numpy."""
+"""Matchings and correlations of latents equal those of brute force and numpy."""
 
 import itertools
 import math
@@ -45,7 +45,8 @@ def test_with_signs_the_sum_of_the_similarities_themselves_is_the_largest(exact)
     for seed in range(5):
         similarity_FG = torch.randn(6, 6, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
         found = matching.match_latents(blocks_of(similarity_FG), 6, exact, signed=True)
-        gain_FG = similarity_FG if exact == 6 else similarity_FG.clamp_min(0)  # by candidates, below 0 is no match
+        # with candidates, a latent is not matched at a negative similarity
+        gain_FG = similarity_FG if exact == 6 else similarity_FG.clamp_min(0)
         best = max(sum(float(gain_FG[i, p[i]]) for i in range(6)) for p in itertools.permutations(range(6)))
         assert found.similarity_F.clip(None if exact == 6 else 0).sum() == pytest.approx(best, abs=1e-6)
         partners = found.partner_F[found.partner_F >= 0]
@@ -55,7 +56,7 @@ def test_with_signs_the_sum_of_the_similarities_themselves_is_the_largest(exact)
 def test_candidates_are_a_lower_bound_and_a_latent_without_one_has_no_partner(monkeypatch):
     monkeypatch.setattr(matching, "CANDIDATES", 1)
     similarity_FG = torch.tensor([[0.9, -0.8, 0.1], [0.7, 0.1, 0.2], [0.0, 0.3, -0.6]])
-    found = matching.match_candidates(blocks_of(similarity_FG), 3)  # both 0 and 1 have 0 as their only candidate
+    found = matching.match_candidates(blocks_of(similarity_FG), 3)  # latent 0 is the only candidate of both 0 and 1
     assert found.partner_F.tolist() == [0, -1, 2]
     assert found.similarity_F == pytest.approx([0.9, 0, -0.6])
     assert found.inverse(3).partner_F.tolist() == [0, -1, 2]
@@ -116,7 +117,7 @@ def test_random_latents_fire_as_often_as_those_that_they_stand_for(monkeypatch):
 @settings(max_examples=30)
 @given(st.integers(1, 250), st.sampled_from([1, 3, 1000]), st.sampled_from(["drawn", "ascending", "sampled last"]))
 def test_the_strongest_values_are_those_of_a_sort(size, levels, order):
-    """Also where the sample, every 16th value, has only the largest ones, or many are equal."""
+    """This also holds if the sample, every 16th value, has only the largest values, and if many values are equal."""
     value = (np.random.RandomState(size).randint(levels, size=size) * 0.37).astype(np.float32)
     if order != "drawn":
         value.sort()
@@ -157,7 +158,7 @@ def test_gaussian_rows_have_the_length_and_the_second_moment_that_is_asked_for()
     rows_FD = gaussian_rows(moment_DD, 4000, seed=1)
     assert rows_FD.norm(dim=1).numpy() == pytest.approx(np.ones(4000), abs=1e-5)
     assert second_moment(rows_FD).numpy() == pytest.approx(moment_DD.numpy(), abs=0.02)
-    axis_DD = torch.linalg.eigh(moment_DD)[1]  # along each axis, they are distributed as the rows themselves
+    axis_DD = torch.linalg.eigh(moment_DD)[1]  # along each axis, the distribution is that of the original rows
     drawn, found = (torch.matmul(rows, axis_DD).square().sort(0).values for rows in (drawn_FD, rows_FD))
     assert (drawn - found).abs().mean(0).max() < 0.01
     assert not torch.equal(rows_FD, gaussian_rows(moment_DD, 4000, seed=2))

@@ -1,4 +1,4 @@
-"""Pairs of latents: cosines worked by hand, the sample that they are drawn from, and leaving them out."""
+"""Statistics over pairs of latents: cosines computed by hand, the sample of latents, and measuring no pairs."""
 
 import itertools
 import math
@@ -52,7 +52,7 @@ def test_batches_and_their_parts_are_summed():
 
 
 def test_few_active_latents_are_multiplied_without_the_zeros():
-    """The same sums, whichever parts of a batch are sparse enough for it."""
+    """The sums are the same, whichever parts of a batch are sparse enough to be multiplied without zeros."""
     torch.manual_seed(0)
     few_TF = torch.rand(40, 300) * (torch.rand(40, 300) < 0.02)
     few_TF[3] = 0
@@ -68,8 +68,8 @@ def test_few_active_latents_are_multiplied_without_the_zeros():
 
 
 def test_the_rank_correlation_is_with_the_cosines_of_decoder_rows():
-    """Cosines of the pairs (0,1), (0,2), (1,2) between activations: .95, .22, 0; between rows: .99, .12, .29. By the
-    inner products of rows, .06, 1 and 14, the rank correlation would be -1."""
+    """For the pairs (0, 1), (0, 2) and (1, 2), the cosines are .95, .22 and 0 between activations, and .99, .12 and .29
+    between decoder rows. With the inner products of rows (.06, 1 and 14), the rank correlation would be -1."""
     pairs = pairs_of(torch.tensor([[3.0, 3.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 1.0]]))
     W_dec = torch.tensor([[0.1, 0.0], [0.6, 0.1], [10.0, 80.0]])
     assert pairs.correlation(W_dec)["spearman_decoder"] == pytest.approx(0.5)
@@ -77,7 +77,7 @@ def test_the_rank_correlation_is_with_the_cosines_of_decoder_rows():
 
 @pytest.mark.parametrize("rows", [2, 256])
 def test_a_sample_has_the_numbers_of_its_latents_alone(monkeypatch, rows):
-    """Whatever is the number of rows of the Gram matrix that are computed at a time."""
+    """The result does not depend on how many rows of the Gram matrix are computed at a time."""
     monkeypatch.setattr(latent_pairs, "GRAM_ROWS", rows)
     torch.manual_seed(0)
     f_TF, W_FD = torch.randn(50, 30).relu(), torch.randn(30, 8)
@@ -99,14 +99,14 @@ def test_a_smaller_sample_is_part_of_a_larger_one():
 
 
 def test_pairs_that_do_not_fit_are_refused_with_the_number_that_does(monkeypatch):
-    monkeypatch.setenv("SAE_MEMORY_GB", "48e-6")  # 48 kB: the pairs of 31 latents
+    monkeypatch.setenv("SAE_MEMORY_GB", "48e-6")  # 48 kB, enough for the pairs of 31 latents
     with pytest.raises(UsageError, match=r"core.paired_latents=50: all pairs of 40 latents .* Give 31 or less"):
         pairs_of(torch.ones(1, 40), latents=50)
     assert pairs_of(torch.ones(1, 40), latents=31).correlation(None)["latents"] == 31
 
 
 def test_numbers_over_pairs_are_those_of_numpy_and_scipy():
-    """Of signed latents, so that some cosines are negative."""
+    """The latents have both signs, so some cosines are negative."""
     generator = torch.Generator().manual_seed(0)
     f_TF, W_FD = torch.randn(40, 9, generator=generator), torch.randn(9, 4, generator=generator)
     units = [torch.nn.functional.normalize(rows.double(), dim=1) for rows in (f_TF.T, W_FD)]
@@ -133,7 +133,7 @@ def test_batches_are_summed_in_float64():
 
 
 def test_the_sample_is_that_of_earlier_versions():
-    """Their results count as those of this one."""
+    """The same latents are drawn, so results of earlier versions stay valid."""
     assert sample_latents(50, 5, torch.device("cpu")).tolist() == [6, 7, 17, 39, 44]
 
 
@@ -164,7 +164,8 @@ def test_core_pairs_as_many_latents_as_it_is_told(model):  # noqa: F811
      (4096, 1024, {"paired_latents": 1024}), (4096, 2048, {}), (4096, 4096, {"paired_latents": 4096})],
 )  # fmt: skip
 def test_the_number_of_latents_is_a_setting_where_it_is_not_that_of_earlier_versions(model, d_sae, asked, recorded):  # noqa: F811
-    """They paired at most 2,048 and recorded no number: their results stay valid where they paired the same."""
+    """Earlier versions paired at most 2,048 latents and recorded no number. Their results stay valid if this version
+    pairs the same latents."""
     core, target = Core(paired_latents=asked), EvalTarget(SimpleNamespace(d_sae=d_sae), Hook(LAYER))
     assert core.settings_of(target, [target]) == recorded
     assert core.settings_of(replace(target, sae=Identity()), [target]) == {}

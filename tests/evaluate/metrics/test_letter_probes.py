@@ -1,4 +1,4 @@
-"""Letter probes: those of a plain training loop, dense and sparse; how many latents are accepted as split latents."""
+"""Letter probes on dense and sparse rows equal those of a plain training loop; the number of split latents."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from sae.evaluate.metrics.letter_probes import (
 
 
 def plain_probe(x, letters, *, batch, epochs, weight_decay, l1, generator):
-    """As SAEBench trains it, with torch's own parts."""
+    """Train a probe as SAEBench does, with nn.Linear and torch.optim."""
     linear = torch.nn.Linear(x.shape[1], 26)
     bound = x.shape[1] ** -0.5
     linear.weight.data.uniform_(-bound, bound, generator=generator)
@@ -38,7 +38,7 @@ def plain_probe(x, letters, *, batch, epochs, weight_decay, l1, generator):
 def test_probes_are_those_of_a_plain_training_loop(sparse):
     torch.manual_seed(0)
     x, letters = torch.randn(130, 40).relu(), torch.arange(130) % 26
-    x[5] = 0  # a word on which nothing fires
+    x[5] = 0  # a word on which no latent fires
     rows = SparseLatents.from_dense(x.split(50), 40) if sparse else DenseRows(x)
     settings = {"batch": 32, "epochs": 6, "weight_decay": 1e-4, "l1": 0.01}
     found = train_letter_probes(rows, letters, **settings, generator=seeded_generator(0, "a"))
@@ -56,7 +56,7 @@ def test_probes_are_those_of_a_plain_training_loop(sparse):
         ([0.5, 0.54, 0.56, 0.9], 2, 3),
         ([0.9, 0.1], 1, 2),
         ([0.0, 0.0], 1, 2),
-        ([0.5, 0.53], 1, 2),  # 0.03 more is not more than 0.03 more
+        ([0.5, 0.53], 1, 2),  # a gain of exactly 0.03 is not enough
         ([0.1, 0.2, 0.3], 3, 3),
         ([0.7], 1, 1),
     ],

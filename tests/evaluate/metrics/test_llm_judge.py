@@ -1,4 +1,4 @@
-"""Answers of a judge are kept one by one, whatever ends the run."""
+"""Each answer of a judge is stored when it arrives, so none is lost when a run is interrupted."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ def silent(done, total, note=""):
 
 @dataclass
 class Counting:
-    """Answers "a 3" to 3, the last question first, until it has given `most` answers; then it calls `end`."""
+    """A judge that answers "a 3" to 3, starting with the last question. After `most` answers it calls `end`."""
 
     most: int = 99
     end: object = None
@@ -65,7 +65,7 @@ def test_a_kill_loses_only_the_question_under_way(tmp_path):
 
 
 def test_processes_append_to_one_file(tmp_path):
-    """Three at once: no line is cut by that of another."""
+    """Three processes append at once, and no line is interrupted by that of another."""
     kept = KeptAnswers(None, tmp_path / "kept.jsonl")
     children = []
     for process in range(3):

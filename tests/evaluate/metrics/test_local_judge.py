@@ -1,4 +1,4 @@
-"""The judge on this machine: a random chat model of two blocks, whose answers are its own and mean nothing."""
+"""The local judge, with a random chat model of two blocks whose answers have no meaning."""
 
 import shutil
 from collections import Counter
@@ -47,7 +47,7 @@ def answers_of(judge: LocalJudge, questions=QUESTIONS) -> list[str]:
 
 
 def test_an_answer_is_the_most_likely_token_each_time_whatever_it_is_batched_with(chat_model):
-    """Each answer equals that of a loop by hand, without a batch, padding or a cache of keys and values."""
+    """Each answer equals that of a plain loop without batching, padding or a KV cache."""
     judge = LocalJudge(str(chat_model), "cpu", "float32")
     expected = []
     for messages in QUESTIONS:
@@ -119,7 +119,7 @@ def test_a_local_judge_end_to_end_and_again_without_loading_it(run, chat_model, 
     (again,) = evaluate(replace(config, force=True))
     assert again.results["autointerp"] == result and not loads
     (chat_model / "chat_template.jinja").write_text(TEMPLATE + " ")
-    assert not plan_evaluation(config).rows[0].results  # another model, whose answers are others
+    assert not plan_evaluation(config).rows[0].results  # it is another model, whose answers differ
 
 
 def test_the_test_question_of_a_plan_does_not_load_the_model(run, chat_model, monkeypatch):

@@ -1,4 +1,4 @@
-"""Probes like those of sae-probes 0.4.2: equal to it on made-up rows, and the rules of splits, ranking and folds."""
+"""The probes equal those of sae-probes 0.4.2 on made-up rows; the rules of splits, ranking and folds."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ KS = (1, 5, 16)
 
 
 class Fixture:
-    """Rows of 340 made-up texts, the SAE max(0, x W + b), and sae-probes' scores (sae_probes_reference.py)."""
+    """The files that sae_probes_reference.py wrote: 340 made-up rows, the SAE max(0, x W + b), sae-probes' scores."""
 
     def __init__(self) -> None:
         arrays = load_file(FOLDER / "arrays.safetensors")
@@ -48,7 +48,7 @@ def peer() -> Fixture:
 
 
 def of_split(probes: list[dict[str, Any]], split: Any) -> list[dict[str, Any]]:
-    """The probes of one split, by its size or its share."""
+    """The probes of one split, which is identified by its size or its share."""
     return [
         one
         for one in probes
@@ -67,7 +67,7 @@ def test_probes_on_latents_are_those_of_sae_probes(peer, setting):
     for split in splits_of(setting, peer.label):
         expected = of_split(probes, split)
         if not expected:
-            continue  # only some sizes and shares are in the fixture
+            continue  # the fixture has only some sizes and shares
         found = probe_latents(latents, peer.label, split, KS, l1=True)
         for k, score in zip(KS, found.probes, strict=True):
             (one,) = [probe for probe in expected if probe["k"] == k]
@@ -124,15 +124,15 @@ def test_too_few_texts_and_unknown_settings_are_refused():
 def test_latents_rank_by_scaled_differences_whatever_their_sign_and_scale(monkeypatch):
     label = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0])
     f = torch.zeros(8, 4)
-    f[:2, 0] = 5  # active on half of the positive texts: 0.5
-    f[4:7, 1] = 0.01  # on three quarters of the negative ones: -0.75
-    f[:, 2] = 7  # always: 0
-    f[0, 3] = 1  # once: 0.25
+    f[:2, 0] = 5  # score 0.5: active on half of the positive texts
+    f[4:7, 1] = 0.01  # score -0.75: active on three quarters of the negative texts
+    f[:, 2] = 7  # score 0: always active
+    f[0, 3] = 1  # score 0.25: active on one of four positive texts
     assert rank_latents(f, label, 4).tolist() == [1, 0, 3, 2]
     scaled = f * torch.tensor([0.1, 100, 3, 8])
     assert rank_latents(scaled, label, 3).tolist() == [1, 0, 3]
     signed = torch.zeros(8, 2)
-    signed[0, 0], signed[4, 0] = 3, -1  # active at 2 on average, so 0.375 + 0.125
+    signed[0, 0], signed[4, 0] = 3, -1  # the mean where active is 2, so the score is 0.375 + 0.125
     signed[4:7, 1] = 0.01
     assert rank_latents(signed, label, 2).tolist() == [1, 0]
     wide = torch.rand(8, 37, generator=torch.Generator().manual_seed(0)).relu()
@@ -143,7 +143,7 @@ def test_latents_rank_by_scaled_differences_whatever_their_sign_and_scale(monkey
 
 def test_folds():
     few = list(folds_of(np.array([0, 0, 0, 1, 1, 1])))
-    assert len(few) == 9 and all(len(validation) == 2 for _, validation in few)  # pairs of both classes, of 15
+    assert len(few) == 9 and all(len(validation) == 2 for _, validation in few)  # 9 of 15 pairs have both classes
     assert [len(list(folds_of(np.arange(texts) % 2))) for texts in (12, 13, 127, 128)] == [36, 6, 6, 1]
     some = list(folds_of(np.arange(60) % 2))
     assert len(some) == 6 and sorted(i for _, validation in some for i in validation) == list(range(60))
@@ -181,7 +181,7 @@ def test_the_weakest_regularization_of_the_best_is_chosen_and_a_perfect_one_ends
 @pytest.mark.parametrize("texts", [4, 9, 30, 140])
 @pytest.mark.parametrize("l1", [True, False])
 def test_a_probe_is_what_scikit_learn_gives_by_the_definition(texts, l1, monkeypatch):
-    """Each number with the functions of scikit-learn, to the last bit, however many folds there are."""
+    """Each number is bit-identical to that of scikit-learn's functions, for every number of folds."""
     monkeypatch.setattr(module, "STRENGTHS", np.array([1e3, 0.5, 0.01]))
     random = np.random.RandomState(texts)
     label, test_label = (np.append([0, 1], random.randint(2, size=count - 2)) for count in (texts, 60))

@@ -1,4 +1,4 @@
-"""The L1 solver: the bits of scikit-learn's, with numba and without, and who trains where they differ."""
+"""The L1 solver is bit-identical to scikit-learn's, with and without numba. A loop with other bits is not used."""
 
 import sys
 
@@ -25,7 +25,7 @@ def forget_trainer():
 
 
 def problem(texts: int, features: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Sparse positive features that are more often active in texts of class 1; the last one never is."""
+    """Sparse positive features that are more often active in texts of class 1. The last feature is never active."""
     random = np.random.RandomState(seed)
     label = random.permutation(np.arange(texts) % 2)
     x = random.gamma(2, 2, (texts, features)) * (random.rand(texts, features) < 0.2 + 0.2 * label[:, None])
@@ -45,7 +45,7 @@ def assert_equal_bits(found: LogisticModel, expected: LogisticModel):
 
 @pytest.mark.parametrize("strength", [0.02, 0.3, 2.0])
 def test_the_loop_has_the_bits_of_scikit_learn(strength, monkeypatch):
-    monkeypatch.setattr(module, "MAX_ITERATIONS", 25)  # of Python's own speed; both stop there
+    monkeypatch.setattr(module, "MAX_ITERATIONS", 25)  # without numba, the loop is slow; both solvers stop there
     x, label = problem(40, 4)
     assert_equal_bits(trainer_of(saga_epochs, x, label)(strength), train_with_sklearn(x, label, strength, l1=True))
 
@@ -56,7 +56,7 @@ def test_the_compiled_loop_has_them_too():
     for shape in ((13, 1), (150, 17), (400, 128)):
         x, label = problem(*shape, seed=shape[0])
         train = logistic_trainer(x, label, l1=True)
-        for strength in (1e5, 3.0, 0.02, 1e-5, 3.0):  # none starts from what another one found
+        for strength in (1e5, 3.0, 0.02, 1e-5, 3.0):  # no strength starts from the solution of another
             assert_equal_bits(train(strength), train_with_sklearn(x, label, strength, l1=True))
 
 
@@ -66,7 +66,7 @@ def test_the_compiled_loop_has_them_too():
 def test_logits_and_probabilities_are_those_of_scikit_learn(shape, options, monkeypatch):
     monkeypatch.setattr(module, "MAX_ITERATIONS", 50)
     x, label = problem(*shape)
-    for strength in (1e5, 0.1):  # at the first one some probabilities are exactly 1
+    for strength in (1e5, 0.1):  # with strength 1e5, some probabilities are exactly 1
         model = sklearn_model(x * 50, label, strength, **options)
         found = train_with_sklearn(x * 50, label, strength, l1=bool(options))
         for at in (x * 50, x[:2]):
@@ -76,7 +76,7 @@ def test_logits_and_probabilities_are_those_of_scikit_learn(shape, options, monk
 
 
 def trained_with_solver(monkeypatch, l1: bool) -> list[str]:
-    """The solvers of the scikit-learn models that training one regression makes."""
+    """The solvers of the scikit-learn models that are fitted when one regression is trained."""
     solvers, fit = [], LogisticRegression.fit
     monkeypatch.setattr(LogisticRegression, "fit", lambda self, *data: solvers.append(self.solver) or fit(self, *data))
     logistic_trainer(*problem(40, 4), l1=l1)(1.0)

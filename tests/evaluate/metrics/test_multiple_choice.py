@@ -1,4 +1,4 @@
-"""Prompts, the choice read from logits, and rows that are not questions."""
+"""The prompts of multiple-choice questions, the choice that is read from logits, and rows that are not questions."""
 
 from itertools import permutations
 
@@ -36,7 +36,7 @@ def test_a_prompt_has_one_bos_the_subject_and_the_choices_in_order(chat_model):
 def test_the_larger_of_a_letter_s_two_tokens_counts(chat_model):
     logits = torch.zeros(2, 8192)
     logits[0, chat_model.letters[1, 0]], logits[0, chat_model.letters[2, 1]] = 3, 4  # "B", " C"
-    logits[1, chat_model.letters[3, 0]], logits[1, 5] = 1, 9  # "D"; another token does not count
+    logits[1, chat_model.letters[3, 0]], logits[1, 5] = 1, 9  # "D", and a token that is no letter
     assert chat_model.letters[2].tolist() == [295, 518]
     assert chat_model.pick(logits).tolist() == [2, 3]
 

@@ -1,4 +1,4 @@
-"""Text is packed as specified; latents are selected by rounded frequencies."""
+"""Texts are packed as specified, and latents are selected by rounded frequencies."""
 
 import numpy as np
 import torch
@@ -8,7 +8,8 @@ from sae.evaluate.metrics.packing import pack_contexts, pack_texts, select_forge
 
 
 def test_corpora_are_packed_as_specified(ctx):
-    """Joined by EOS, cut into twenty, each with a BOS; rows of eight begin with BOS in the place of a token."""
+    """The texts are joined with EOS and cut into twenty parts, each with a BOS. In rows of eight tokens, BOS replaces
+    the first."""
     texts = ["the value of a list and the number of names in a file " * 2, "another line " * 6]
     joined = "<eos>".join(texts)
     size = -(-len(joined) // 20)
@@ -42,5 +43,5 @@ def test_selection_is_by_rounded_shares_with_the_last_of_ties_first():
         1,
         0,
         6,
-    )  # 5 rounds up to the threshold; 2 rounds to nothing
-    assert select_forget_latents(forget, retain, 0.02) == (4, 3, 1, 0, 6, 5)  # 6 and 5 are a tie after rounding
+    )  # latent 5 rounds up to the threshold, and latent 2 to 0
+    assert select_forget_latents(forget, retain, 0.02) == (4, 3, 1, 0, 6, 5)  # latents 6 and 5 are a tie after rounding

@@ -1,4 +1,4 @@
-"""How many tokens are computed at a time, and that no number depends on it."""
+"""The number of tokens per part, and that no result depends on it."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from sae.evaluate.metrics.parts import tokens_at_once, tokens_in_cache
 
 from .test_core import LAYER, make_ctx, model, own_folder, ragged, random_sae, silent  # noqa: F401  (fixtures)
 
-TOLERANCE = 1e-6  # relative: products of more rows may be rounded otherwise
+TOLERANCE = 1e-6  # relative, because rounding depends on the number of rows in a matrix product
 
 
 def test_on_a_cpu_a_part_has_8_mb_and_at_least_128_tokens():
@@ -20,7 +20,7 @@ def test_on_a_cpu_a_part_has_8_mb_and_at_least_128_tokens():
 
 
 def test_free_memory_bounds_a_part(monkeypatch):
-    monkeypatch.setenv("SAE_MEMORY_GB", "0.1")  # half of it holds 4 tensors of 12 tokens
+    monkeypatch.setenv("SAE_MEMORY_GB", "0.1")  # half of this holds 4 tensors of 12 tokens
     assert tokens_at_once(256_000, "cpu") == 12
     monkeypatch.setenv("SAE_MEMORY_GB", "0.001")
     assert tokens_at_once(256_000, "cpu") == 1
@@ -42,7 +42,7 @@ def test_the_cache_of_a_cpu_holds_a_few_tokens():
 
 @pytest.mark.parametrize("kind", ["relu", "topk"])
 def test_results_do_not_depend_on_the_size_of_the_parts(model, monkeypatch, kind):  # noqa: F811
-    """With outlier rows or without. 35 tokens, in parts of 3 and 2, and in one part."""
+    """35 tokens, with and without outlier rows, in parts of 3 and 2, give the same results as in one part."""
     ctx = make_ctx(model, ragged())
     norms = torch.cat([model.capture_hooks(batch.ids, [Hook(LAYER)])[Hook(LAYER)][batch.counted].norm(dim=1)
                        for batch in ctx.batches(2, 3)])  # fmt: skip

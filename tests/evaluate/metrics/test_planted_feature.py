@@ -1,4 +1,4 @@
-"""One planted feature, the first letter c: absorption, probing and stability find it, and name the same latent."""
+"""Absorption, probing and stability find a planted feature, the first letter c, and name the same latent for it."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -20,25 +20,25 @@ from .planted_letters import PLANTED, planted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TEST, ABSORBED, SHARE = 8, 2, 0.45  # of 8 tested words with c, 2 have a latent that takes 0.45 of their c
+TEST, ABSORBED, SHARE = 8, 2, 0.45  # in 2 of 8 test words with c, another latent takes 0.45 of c
 C, D = LETTERS.index("c"), LETTERS.index("d")
 
 
 class Planted(NamedTuple):
     words: SpellingRows
     seeds: list[SAE]
-    place: torch.Tensor  # latent of the first seed -> its latent in the second
+    place: torch.Tensor  # index of a latent in the first seed -> its index in the second
 
 
 @pytest.fixture(scope="module")
 def found_again() -> Planted:
-    """Two seeds of a dictionary, in a random basis. The second has the latents in another order, and not that of d."""
+    """Two seeds of a dictionary, in a random basis. In the second, latents are permuted, and that of d is random."""
     words, one = planted({"c": ABSORBED}, share=SHARE, train=46, test=TEST)
     generator = torch.Generator().manual_seed(0)
     basis_DD = torch.linalg.qr(torch.randn(one.d_in, one.d_in, generator=generator))[0]
     one.W_enc.copy_(basis_DD.T @ one.W_enc)
     one.W_dec.copy_(one.W_dec @ basis_DD)
-    one.b_enc.sub_(1e-4)  # what is 0 in the old basis is 0 in the new one too
+    one.b_enc.sub_(1e-4)  # latents that are 0 in the old basis are also 0 in the new one, despite rounding
     probe = words.probe._replace(weight_LD=words.probe.weight_LD @ basis_DD)
     turned = {name: getattr(words, name) @ basis_DD for name in ("train_ND", "test_ND", "fresh_ND")}
     order_F = torch.randperm(one.d_sae, generator=generator)
@@ -57,7 +57,7 @@ def test_absorption_names_the_latent_and_what_is_absorbed_of_it(found_again):
         result = PLANTED.result("0.6.0", seed, found_again.words, torch.device("cpu"))
         entries = {entry["first_letter"]: entry for entry in result.details}
         assert entries["c"]["main_latents"] == [main]
-        # Of the eight tested words, two have 0.45 of their c in another latent: 2 / 8 x 0.45.
+        # 2 / 8 x 0.45: in two of the eight test words, another latent takes 0.45 of c.
         assert entries["c"]["mean_absorption_fraction"] == pytest.approx(0.1125, abs=1e-3)
         assert entries["c"]["num_full_absorption"] == 0  # the c latent still fires
         clean = [entry["mean_absorption_fraction"] for letter, entry in entries.items() if letter not in "cd"]
@@ -79,7 +79,7 @@ def test_a_probe_of_one_latent_names_it_and_separates_the_letter(found_again, ct
         scores = {"first letter c": metric.probe_sae(ctx, seed, problem)}
         result = build_result({"first letter c": model}, scores, metric.ks)
         assert result.extra["first letter c"][0]["latents"] == [main]
-        assert result.metrics["sae"]["sae_top_1_test_auc"] == 1  # it fires on every c, also where 0.45 is absorbed
+        assert result.metrics["sae"]["sae_top_1_test_auc"] == 1  # it fires on all c, even if 0.45 is absorbed
 
 
 def test_stability_finds_it_in_the_other_seed_and_not_what_is_planted_in_one(found_again):
@@ -95,4 +95,4 @@ def test_stability_finds_it_in_the_other_seed_and_not_what_is_planted_in_one(fou
     assert [entry["index"] for entry in first.details if not entry["recurs"]] == [D]
     assert [entry["index"] for entry in second.details if not entry["recurs"]] == [place[D]]
     assert first.metrics["stability"]["recurring"] == second.metrics["stability"]["recurring"] == 1 - 1 / latents
-    assert first.metrics["stability"]["recurring_threshold"] < 0.9  # of random dictionaries; what is planted has 1
+    assert first.metrics["stability"]["recurring_threshold"] < 0.9  # planted latents have cosine 1

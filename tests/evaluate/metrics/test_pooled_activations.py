@@ -1,4 +1,4 @@
-"""Rows of labeled texts: the same as whole padded passes, made once, pooled as SAEBench pools, padding included."""
+"""Rows of labeled texts equal those of padded passes, are computed once, and are pooled as in SAEBench."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ def silent(done, total, note=""):
 
 
 def padded(ctx: EvalContext, hook: Hook) -> tuple[torch.Tensor, torch.Tensor]:
-    """As SAEBench reads them: (N, CONTEXT, D) with zeros where nothing counts, and the count of each text."""
+    """Rows as SAEBench reads them, (N, CONTEXT, D) with zeros at positions that do not count, and each text's count."""
     rows = []
     for text in TEXTS:
         ids = torch.tensor([ctx.tokenizer(text, truncation=True, max_length=CONTEXT)["input_ids"]])
@@ -39,7 +39,7 @@ def test_rows_and_sums_are_those_of_padded_passes(ctx, monkeypatch):
     monkeypatch.setattr(module, "rows_per_encode", lambda *_: 7)
     torch.manual_seed(0)
     sae = SAE(32, 20, [ReLU()]).requires_grad_(False)
-    sae.b_enc += 0.3  # latents fire on a zero row
+    sae.b_enc += 0.3  # so that latents fire on a zero row
     for hook, rows in read_text_rows(ctx, [Hook(0), Hook(1)], TEXTS, silent, CONTEXT).items():
         x, count = padded(ctx, hook)
         assert torch.equal(rows.count_N, count)
@@ -69,11 +69,11 @@ def test_the_model_runs_once_and_only_for_what_lacks(ctx, monkeypatch):
 
 
 def test_rows_of_other_positions_are_others(ctx):
-    """Of the same texts and from the same artifacts."""
+    """Positions that are skipped are left out, even if rows of the same texts are already among the artifacts."""
     every = read_text_rows(ctx, [Hook(0)], TEXTS, silent, CONTEXT)[Hook(0)]
     later = replace(ctx, context_format=replace(ctx.context_format, skip_positions=3))
     found = read_text_rows(later, [Hook(0)], TEXTS, silent, CONTEXT)[Hook(0)]
-    kept = torch.cat([torch.arange(count) >= 2 for count in every.count_N.tolist()])  # BOS is the first position
+    kept = torch.cat([torch.arange(count) >= 2 for count in every.count_N.tolist()])  # BOS is the first of three
     assert torch.equal(found.x_TD, every.x_TD[kept]) and len(found.x_TD) < len(every.x_TD)
 
 
@@ -107,7 +107,7 @@ def test_no_block_behind_the_last_layer_asked_for_is_run(ctx):
     alone = ctx.model.capture(ids, [0])[0]
     assert ran == [0]
     assert torch.equal(alone, ctx.model.forward(ids, [Hook(0), Hook(1)]).activations[Hook(0)])
-    ran.clear()  # the first pass has also checked that the model can be run from these hooks
+    ran.clear()  # the first pass also ran a check that the model can be resumed at these hooks
     ctx.model.forward(ids, [Hook(0), Hook(1)])
     assert ran == [0, 1]
 

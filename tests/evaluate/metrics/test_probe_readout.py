@@ -1,4 +1,4 @@
-"""The linear read-out equals ablation by decoding; effects of latents are those of their definition."""
+"""The linear read-out equals ablation by decoding, and the effects of latents equal their definition."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ COUNTS = (3, 8, 1, 5)
 
 
 def random_sae(kind: str, dtype: torch.dtype = torch.float32) -> SAE:
-    """Some of its latents fire on a zero row."""
+    """An SAE of which some latents fire on a zero row."""
     torch.manual_seed(1)
     sae = SAE(D_IN, D_SAE, {"relu": [ReLU()], "topk": [TopK(6)], "threshold": [BatchTopK(6)]}[kind])
     sae.b_dec.data.normal_()
@@ -37,7 +37,7 @@ def random_rows(dtype: torch.dtype = torch.float32) -> TextRows:
 
 
 def padded(rows: TextRows) -> torch.Tensor:
-    """(N, CONTEXT, D), with zeros for BOS and behind the end."""
+    """The rows as (N, CONTEXT, D), with zeros at BOS and after the end."""
     parts = rows.x_TD.split(rows.count_N.tolist())
     return torch.stack([pad(part, (0, 0, 1, CONTEXT - 1 - len(part))) for part in parts])
 
@@ -57,7 +57,7 @@ def ablated_by_hand(sae: SAE, rows: TextRows, probes: LinearProbes, latents: tor
 
 
 def pooled_in(sae: SAE, rows: TextRows) -> PooledLatents:
-    """`pool` in the dtype of the rows."""
+    """Like `pool_latents`, but in the dtype of the rows."""
     f = [sae.encode(part).sum(0) for part in rows.x_TD.split(rows.count_N.tolist())]
     return PooledLatents(torch.stack(f), rows.count_N, sae.encode(torch.zeros(1, D_IN, dtype=rows.x_TD.dtype))[0])
 
@@ -79,7 +79,7 @@ def test_the_read_out_is_ablation_with_all_that_leaks_from_padding(kind):
             scale = float(expected.abs().max())
             torch.testing.assert_close(readout.ablate(latents), expected, rtol=0, atol=tolerance * scale)
         tight = ProbeReadout.of(probes, mean_ND, pooled, sae.W_dec, max(COUNTS))
-        assert (tight.ablate(torch.arange(D_SAE)) - expected).abs().max() > 0.01 * scale  # padding is not nothing
+        assert (tight.ablate(torch.arange(D_SAE)) - expected).abs().max() > 0.01 * scale  # padding has an effect
 
 
 def test_the_norms_of_decoder_rows_change_nothing():
@@ -117,7 +117,7 @@ def test_the_strongest_latents_have_an_effect_or_stand_before_those_that_harm():
     assert strongest_latents(effect_F, 1).tolist() == [4]
     assert strongest_latents(effect_F, 2).tolist() == [4, 2]
     assert set(strongest_latents(effect_F, 3).tolist()) in ({4, 2, 0}, {4, 2, 3})
-    for count in (4, 5, 6):  # four effects are not 0
+    for count in (4, 5, 6):  # four effects are nonzero, two of them negative
         assert set(strongest_latents(effect_F, count).tolist()) == {4, 2, 0, 3}
     assert strongest_latents(torch.zeros(4), 2).tolist() == []
 

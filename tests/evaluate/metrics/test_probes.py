@@ -1,4 +1,4 @@
-"""Binary tasks and probes: drawn in SAEBench's order, the same as the plain way to write them."""
+"""Binary tasks are drawn in SAEBench's order, and probes equal those of a plain PyTorch training loop."""
 
 import math
 
@@ -76,11 +76,11 @@ def test_a_probe_is_the_one_that_torch_s_own_parts_train(l1):
     probe = train_probe(x, y, test_x, test_y, draws, lr=1e-2, batch_size=32, epochs=100, patience=4, l1=l1)
     assert (probe.test_accuracy, probe.weight_D.tolist()) == (best[0], pytest.approx(best[1], abs=1e-6))
     assert probe.accuracy(test_x, test_y) == probe.test_accuracy
-    assert torch.equal(draws.get_state(), torch.get_rng_state())  # nothing else was drawn, no epoch more was trained
+    assert torch.equal(draws.get_state(), torch.get_rng_state())  # no further draw or epoch
 
 
 def test_of_equally_accurate_epochs_the_first_is_returned():
-    """Two clouds on both sides of zero are separated from the first epoch on: more epochs return the same probe."""
+    """Clouds on either side of zero are separated from the first epoch on, so more epochs return the same probe."""
     (x, y), (test_x, test_y) = two_clouds(64, 3, 12.0, 0), two_clouds(64, 3, 12.0, 1)
     probes = [
         train_probe(

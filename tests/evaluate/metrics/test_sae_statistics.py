@@ -1,4 +1,4 @@
-"""Statistics of hand-worked batches; intervals against the bootstrap."""
+"""Statistics of small batches equal values computed by hand, and intervals agree with the bootstrap."""
 
 import math
 
@@ -13,7 +13,7 @@ from sae.evaluate.reference_saes import Identity
 
 
 class Scripted:
-    """Encodes and decodes every batch to the same tensors."""
+    """An SAE that encodes and decodes every batch to the same tensors."""
 
     def __init__(self, f, recon):
         self.f, self.recon = f, recon
@@ -26,7 +26,7 @@ class Scripted:
 
 
 def statistics_of(x: torch.Tensor, f: torch.Tensor, recon: torch.Tensor) -> SAEStatistics:
-    """One context of the rows x (T, D)."""
+    """The statistics of one context with the rows x (T, D), latents f and reconstruction recon."""
     stats = SAEStatistics()
     counted = torch.ones(1, len(x), dtype=torch.bool)
     patched = splice(EvalTarget(Scripted(f, recon), Hook(0)), x[None], counted, [(stats, counted)])
@@ -42,7 +42,7 @@ def test_one_token_has_no_variance_and_no_next_token():
 
 
 def test_the_wrong_explained_variance_is_wrong_as_documented():
-    """Two dimensions with mean 10 and a little noise: 1 - R/(S - (S/D)^2) is far from the true 0.75."""
+    """For two dimensions with mean 10 and little noise, 1 - R/(S - (S/D)^2) is far from the true value of 0.75."""
     x = torch.tensor([[9.0, 10.0], [11.0, 10.0]])
     recon = torch.tensor([[9.5, 10.0], [10.5, 10.0]])
     stats = statistics_of(x, x, recon)
@@ -87,7 +87,7 @@ def test_an_interval_is_that_of_a_mean_over_contexts_and_of_a_share():
 
 
 class NoisyIdentity(Identity):
-    """Keeps its squared errors (T)."""
+    """An identity with noise that records the squared error of each token."""
 
     def __init__(self) -> None:
         self.errors: list[float] = []
@@ -99,7 +99,7 @@ class NoisyIdentity(Identity):
 
 
 def test_the_interval_of_fve_is_about_the_mean_of_all():
-    """Also where the first batch has another mean than the others: what the bootstrap over contexts says."""
+    """The interval agrees with the bootstrap over contexts, even if the first batch has another mean than the rest."""
     torch.manual_seed(0)
     x_BNSD = torch.randn(40, 8, 6, 4) + 0.6 * torch.randn(40, 8, 1, 4)
     x_BNSD[0] += 2
@@ -120,7 +120,8 @@ def test_the_interval_of_fve_is_about_the_mean_of_all():
 
 
 def test_correlations_are_of_the_first_tokens(monkeypatch):
-    """At a limit of two tokens the batch that begins at the third is not paired: its latents fire apart."""
+    """With a limit of two tokens, only the first batch counts. In the second, the latents never fire together, which
+    would lower the correlation."""
     monkeypatch.setattr(sae_statistics, "PAIRED_TOKENS", 2)
     stats, x = SAEStatistics(paired_latents=2), torch.ones(2, 2)
     counted = torch.ones(1, 2, dtype=torch.bool)
@@ -132,13 +133,13 @@ def test_correlations_are_of_the_first_tokens(monkeypatch):
 
 
 def test_latents_in_bfloat16_are_counted_in_float32():
-    """In bfloat16 601 ones are 600."""
+    """In bfloat16, the sum of 601 ones would be 600."""
     stats = statistics_of(torch.ones(2, 3), torch.ones(2, 601).bfloat16(), torch.ones(2, 3))
     assert stats.scalars("0.6.0")["sparsity"] == {"l0": 601, "l1": 601, "activation_variance": 0}
 
 
 def test_a_batch_without_a_row_has_contexts_without_a_token():
-    """Documents are told apart by the place of their contexts among all."""
+    """Contexts keep their index among all contexts, by which they are assigned to documents."""
     stats, x = SAEStatistics(), torch.ones(2, 3)
     counted = torch.ones(1, 2, dtype=torch.bool)
     for rows in (counted, ~counted, counted):

@@ -1,4 +1,4 @@
-"""Absorption matches SAEBench 0.6.0 on its own words, rows, probe and latents (fixtures/saebench/README.md)."""
+"""Absorption matches SAEBench 0.6.0, given SAEBench's words, rows, probe and latents (fixtures/saebench/README.md)."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def reference(saebench):
 
 @pytest.fixture(scope="module")
 def words(saebench, reference) -> SpellingRows:
-    """Their rows and their probe. `fresh` has rows of true positives only: zeros stand where the others would be."""
+    """SAEBench's rows and probe. The fixture has fresh rows of true positives only; all others are zeros."""
     arrays = saebench.arrays("absorption")
     probe = LetterProbes(arrays["probe.weight"], arrays["probe.bias"])
     found = SpellingRows(
@@ -55,7 +55,7 @@ def words(saebench, reference) -> SpellingRows:
 
 
 class Draws:
-    """In the place of random numbers: what they drew."""
+    """A replacement for the random generator that returns given draws."""
 
     def __init__(self, drawn) -> None:
         self.drawn = drawn
@@ -101,21 +101,24 @@ def test_the_letters_probe_finds_the_same_words(reference, words):
 
 
 def test_the_l1_probe_matches_saebench(saebench, reference, words):
-    """All train words are one batch of reference, so their order does not count, and the seed decides the rest."""
+    """In the reference all training words are one batch, so their order has no effect. The seed decides the rest."""
     latents = UnitDecoderSAE.of(saebench.saes["relu"], CPU).sparse_latents(words.train_ND)
     seeded = torch.Generator().manual_seed(42)
     found = train_letter_probes(
         latents, words.train_letter_N, batch=4096, epochs=50, weight_decay=1e-6, l1=0.01, generator=seeded
     )
     difference_LF = (found.weight_LD - saebench.arrays("absorption")["l1_probe.weight"]).abs()
-    assert (difference_LF > 1e-5).sum() <= 5  # of 13,312: where a weight crosses 0, Adam makes much of the last bit
+    assert (difference_LF > 1e-5).sum() <= 5  # of 13,312; where a weight crosses 0, Adam amplifies rounding
     assert difference_LF.max() < 1e-3
     order_LK = found.weight_LD.sort(dim=1, descending=True).indices[:, :10].tolist()
     assert order_LK == [reference["relu"]["letters"][letter]["latents"] for letter in LETTERS]
 
 
 def encode_like_saebench(sae: SAE, x_ND: torch.Tensor) -> torch.Tensor:
-    """Their latents to the last bit: they subtract b_dec first. The solver turns a last bit into a fifth digit."""
+    """Encode with bit-identical results to SAEBench, which subtracts b_dec first.
+
+    A difference in the last bit of a latent can change the fifth digit of a fit.
+    """
     z_NF = (x_ND - sae.b_dec * sae.pre_bias) @ sae.W_enc + sae.b_enc
     f_NF = sae.activate(z_NF, x_ND)
     torch.testing.assert_close(f_NF, sae.encode(x_ND))
@@ -142,7 +145,7 @@ def test_regressions_and_chosen_latents_match_saebench(saebench, reference, word
     record_comparison("absorption", f"{kind}: regressions on 1, 2, 3, 10 latents", fits, same)
     assert all(same.values())
     for expected, fitted in fits:
-        # 1.5e-6 apart with AVX2; one last bit of the latents, which differ between processors, moves a fit by 1e-5
+        # With AVX2 they differ by 1.5e-6. The last bits of latents depend on the processor and can move a fit by 1e-5.
         np.testing.assert_allclose(fitted, expected, atol=2e-5, rtol=1e-5)
 
 
@@ -168,7 +171,7 @@ def test_every_word_s_absorption_matches_saebench(saebench, reference, words, re
 
 @one_kind
 def test_the_result_matches_saebench(saebench, reference, words, record_comparison, kind, monkeypatch):
-    """With the ranking of their L1 probe."""
+    """The result is equal if the latents are ranked by SAEBench's L1 probe."""
     weight_LF = torch.zeros(26, 512)
     for letter, found in reference[kind]["letters"].items():
         weight_LF[LETTERS.index(letter), found["latents"]] = torch.arange(10.0, 0, -1)

@@ -1,4 +1,4 @@
-"""Core matches SAEBench 0.6.0 on a Gemma 2 that it runs through TransformerLens and we through transformers."""
+"""Core matches SAEBench 0.6.0 on a Gemma 2, which runs in TransformerLens there and in transformers here."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def contexts(saebench) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def ours(saebench, contexts, tmp_path_factory):
-    """Of each SAE, spliced at the counted positions only and at all."""
+    """The results of each SAE, spliced at the counted positions only and at all positions."""
     about = saebench.json("problem/problem")
     batches = max(about["reconstruction_batches"], about["sparsity_batches"])
     ids = contexts[: about["contexts_per_batch"] * batches].numpy().astype(np.uint32)
@@ -60,7 +60,7 @@ def test_every_scalar_is_saebenchs(saebench, ours, record_comparison, kind, vari
     for category, numbers in reference.items():
         for name, value in numbers.items():
             tolerance = 0 if name in COUNTS else 1e-6
-            # A ratio of differences of two means has the rounding of what is subtracted.
+            # A ratio of differences amplifies the rounding of the means that are subtracted.
             if name.endswith("_score") or name == "explained_variance":
                 tolerance = 5e-6
             assert mine[category][name] == pytest.approx(value, rel=tolerance), (category, name)
@@ -68,7 +68,7 @@ def test_every_scalar_is_saebenchs(saebench, ours, record_comparison, kind, vari
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_latents_that_fire_are_counted_alike(saebench, ours, contexts, kind):
-    """Their mean is a float32; times the tokens, it is a whole number."""
+    """SAEBench's L0 is a float32 mean. Multiplied by the number of tokens and rounded, it is the same count."""
     reference = saebench.json("core/results")[kind]["rewound"]["eval_result_metrics"]["sparsity"]["l0"]
     tokens = int((contexts[:12] > 2).sum())
     fired = ours[kind, "rewound"].metrics["sparsity"]["l0"] * tokens

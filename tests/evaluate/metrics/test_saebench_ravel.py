@@ -1,4 +1,4 @@
-"""RAVEL matches SAEBench 0.6.0: judgements, known facts, pairs, masks, answers and scores from the same inputs."""
+"""RAVEL matches SAEBench 0.6.0 in judgements, known facts, pairs, masks, answers and scores."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def ctx(tmp_path_factory) -> EvalContext:
 
 @pytest.fixture(scope="module")
 def measured(ctx, metric) -> dict[str, tuple]:
-    """The result of each SAE, and its masks by attribute."""
+    """The result and the masks of each SAE. There is one mask per attribute."""
     masks: dict[str, list[Mask]] = {kind: [] for kind in KINDS}
     saes = {kind: Identity() if kind == "identity" else load_sae(PROBLEM / "saes" / kind) for kind in KINDS}
     describe = ravel.describe_mask
@@ -70,7 +70,7 @@ def measured(ctx, metric) -> dict[str, tuple]:
 
 
 def test_judgements(saebench, record_comparison):
-    """All combinations of some questions, values and answers."""
+    """Judgements are equal for all combinations of some texts, values and answers."""
     of, expected = saebench.json("ravel/results")["judged"], saebench.arrays("ravel")["judged"]
     made = [is_right(t, v, a) for t in of["texts"] for v in of["values"] for a in of["answers"]]
     record_comparison("ravel", "judgements of answers", [], {"all": made == expected.tolist()})
@@ -142,7 +142,7 @@ def test_masks_answers_and_scores(saebench, record_comparison, measured, metric,
 
 
 def test_the_problem_tells_saes_apart(saebench):
-    """Scores that are all 0, 1 or alike would be equal in many ways."""
+    """If all scores were 0, 1 or the same, the comparison would show little."""
     found = [one["eval_result_metrics"]["ravel"]["disentanglement_score"] for one in
              saebench.json("ravel/results")["scores"].values()]  # fmt: skip
     assert len({round(score, 3) for score in found}) > 2 and all(0.3 < score < 1 for score in found)

@@ -37,7 +37,7 @@ SHORT = {labeled.BIOS: "bios", labeled.REVIEWS: "amazon"}
 
 @pytest.fixture
 def ctx(saebench, tokenizer, tmp_path, monkeypatch) -> EvalContext:
-    """The tables as files, one pair of classes each, and SAEBench's activations of their texts."""
+    """A context with the tables as files, one pair of classes per table, and SAEBench's activations of the texts."""
     found = {}  # text -> its rows
     for name, splits in saebench.json("problem/tables").items():
         for split, columns in splits.items():
@@ -75,7 +75,7 @@ def settings(saebench, metric: str) -> dict:
 
 
 def give_probes(saebench, monkeypatch, metric: str) -> None:
-    """SAEBench's probes in the place of our own, dataset by dataset."""
+    """Replace our training of probes: for each dataset in turn, return SAEBench's probes."""
     arrays, chosen = saebench.arrays(metric), {}
     for dataset, task in TASKS[metric].items():
         keys = SCR_KEYS if metric == "scr" else map(str, labeled.DATASETS[dataset].classes)
@@ -88,7 +88,7 @@ def give_probes(saebench, monkeypatch, metric: str) -> None:
 
 
 def record_calls(monkeypatch, owner: type, name: str) -> list:
-    """What a method returns, call by call."""
+    """A list to which each call of the method appends its return value."""
     calls, method = [], getattr(owner, name)
 
     def wrapped(*arguments, **more):
@@ -104,7 +104,7 @@ def agree(ours: dict, reference: dict) -> None:
 
 
 def selected(step, effect_PF) -> bool:
-    """Whether the latents of largest effect are SAEBench's, of each probe and for every n."""
+    """Whether the n latents with the largest effects equal SAEBench's, for each probe and every n."""
     return all(
         sorted(strongest_latents(effect_F, int(n)).tolist()) == latents
         for own, effect_F in zip(step["selected"].values(), effect_PF, strict=True)
@@ -113,7 +113,7 @@ def selected(step, effect_PF) -> bool:
 
 
 def scores_beside(headline: str, reference: dict, ours: dict) -> list[tuple]:
-    """Pairs of the scores that SAEBench has, the headline first."""
+    """Pairs of SAEBench's score and ours, for each score that SAEBench has. The headline comes first."""
     names = sorted((n for n, value in reference.items() if value is not None), key=lambda name: name != headline)
     return [(reference[name], ours[name]) for name in names]
 
@@ -155,7 +155,7 @@ def test_scr(saebench, ctx, monkeypatch, record_comparison, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tpp(saebench, ctx, monkeypatch, record_comparison, kind):
-    """On SAEBench's clean accuracies: it draws their texts among those of training the probes."""
+    """The clean accuracies are SAEBench's, which draws their texts in the course of training its probes."""
     give_probes(saebench, monkeypatch, "tpp")
     effects, accuracies = (
         record_calls(monkeypatch, Tpp, "effects"),
@@ -171,7 +171,7 @@ def test_tpp(saebench, ctx, monkeypatch, record_comparison, kind):
     monkeypatch.setattr(Tpp, "clean_accuracies", clean_of)
     metric = Tpp((BIOS, REVIEWS), **settings(saebench, "tpp"))
     (found,) = metric.measure(ctx, [EvalTarget(saebench.saes[kind], Hook(0))], lambda *_: None)
-    calls = {len(effects): accuracies, len(effects) * 2: accuracies[1::2]}[len(accuracies)]  # first without the leak
+    calls = {len(effects): accuracies, len(effects) * 2: accuracies[1::2]}[len(accuracies)]  # odd: with the leak
     steps = [reference["steps"][dataset] for dataset in TASKS["tpp"]]
     scores = reference["eval_result_metrics"]["tpp_metrics"]
     headline = "tpp_threshold_20_total_metric"

@@ -1,4 +1,4 @@
-"""Sparse probing matches SAEBench 0.6.0: texts, draws, latents and accuracies from the same activations."""
+"""Sparse probing matches SAEBench 0.6.0: the texts, draws, latents and accuracies, from the same activations."""
 
 import json
 
@@ -17,13 +17,13 @@ TABLES = {
     SENTIMENT: ("canrager/amazon_reviews_mcauley_1and5", "text", "amazon"),
 }
 KS = (1, 2, 5)
-TEST_TEXTS = 72  # of each data set
-ONE_TEXT = 1 / TEST_TEXTS  # in an accuracy
+TEST_TEXTS = 72  # per data set
+ONE_TEXT = 1 / TEST_TEXTS  # the effect of one text on an accuracy
 
 
 @pytest.fixture
 def data(saebench, home):
-    """The tables as a folder of datasets."""
+    """A data folder with the tables."""
     for table, splits in saebench.json("problem/tables").items():
         for split, columns in splits.items():
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
@@ -109,7 +109,7 @@ def test_draws_latents_probes_and_accuracies_are_the_same(saebench, data, monkey
     headline = (expected["eval_result_metrics"]["sae"][name], ours.metrics["sae"][name])
     record_comparison("sparse probing", f"{run}: {name}", [headline, *pairs], same)
     assert all(same.values())
-    # Probes end at a tolerance: where a text lies on the border of one, the processor decides its side.
+    # The fit of a probe stops at a tolerance, so the class of a text at its boundary depends on the processor.
     moved = [abs(mine - theirs) for theirs, mine in pairs if mine != pytest.approx(theirs, abs=1e-7)]
     assert len(moved) <= 2 and max(moved, default=0) <= ONE_TEXT + 1e-7
     within = ONE_TEXT + 1e-7 if moved else 1e-7

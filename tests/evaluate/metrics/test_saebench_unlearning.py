@@ -1,4 +1,4 @@
-"""Unlearning matches SAEBench 0.6.0: frequencies, selection, clamp and score from the same inputs."""
+"""Unlearning matches SAEBench 0.6.0: frequencies, selected latents, clamping and scores from the same inputs."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,10 @@ def test_frequencies(saebench, record_comparison):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_selection(saebench, record_comparison, kind):
-    """Exact but for the order of ties, which SAEBench leaves to NumPy's unstable sort: ours has the last first."""
+    """The selection is equal except for the order of ties.
+
+    SAEBench leaves it to NumPy's unstable sort; ours puts the last of equal latents first.
+    """
     arrays = saebench.arrays("unlearning")
     forget, retain = (arrays[f"{kind}.{name}"].double().numpy() for name in ("forget", "retain"))
     for threshold, expected in saebench.json("unlearning/results")["selected"][kind].items():
@@ -39,7 +42,7 @@ def test_selection(saebench, record_comparison, kind):
         same = shares[: len(expected)] == [f"{forget[latent]:f}" for latent in expected]
         record_comparison("unlearning", f"{kind}: latents chosen at {threshold}", [], {"but for ties": same})
         assert same
-        # the last share of the 40 may go on behind them; all latents above it are the same
+        # further latents may be tied with the last of the 40, so only those with a higher share are compared
         above = {latent for latent in expected if f"{forget[latent]:f}" != shares[len(expected) - 1]}
         assert len(above) > 10 and above == set(mine[: len(above)]) and set(expected) <= set(mine)
         for share in set(shares):

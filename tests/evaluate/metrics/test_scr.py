@@ -1,4 +1,4 @@
-"""SCR: scores worked by hand, tasks of the quadrants, and a planted pair of latents."""
+"""SCR: scores computed by hand, the tasks of the quadrants, and a planted pair of latents."""
 
 import pytest
 import torch
@@ -16,7 +16,10 @@ def one(accuracy: float) -> torch.Tensor:
 
 
 def scores_of(first: float, second: float, clean: float, after: float, mode: str = "0.6.0") -> dict[str, float]:
-    """`first` and `second` are the biased probe's accuracy on the class and on the attribute; `after` what it gains."""
+    """`first` and `second` are the accuracies of the biased probe on the class and on the attribute.
+
+    `clean` is the accuracy of the unbiased probes, and `after` is what the biased probe gains by the ablation.
+    """
     found = scr_scores(
         {CLASS: one(first), ATTRIBUTE: one(second)},
         {CLASS: one(clean), ATTRIBUTE: one(clean)},
@@ -31,7 +34,7 @@ def test_a_score_is_the_share_of_the_lacking_accuracy_that_comes_back():
     assert found == pytest.approx({"scr_dir1": 1 / 6, "scr_dir2": 1 / 4, "scr_metric": 1 / 6})
     found = scores_of(
         0.7, 0.6, 0.9, 0.3
-    )  # the attribute is the harder: the second direction counts; too much is allowed
+    )  # the attribute is the harder task, so the second direction counts; scores above 1 are allowed
     assert found == pytest.approx({"scr_dir1": 1.5, "scr_dir2": 1.0, "scr_metric": 1.0})
     assert scores_of(0.6, 0.7, 0.9, -0.1)["scr_metric"] == pytest.approx(-1 / 3)
 
@@ -65,13 +68,13 @@ def test_tasks_are_the_quadrants():
 
 
 def planted(size: int = 50) -> tuple[ProbeReadout, torch.Tensor, AblationProblem]:
-    """Texts that are their class and their attribute, plainly; latents 0 and 1 are these, the others say nothing."""
+    """Texts whose activations are their class and their attribute. Latents 0 and 1 read these; the others are noise."""
     signs = {"PP": (1, 1), "NN": (-1, -1), "NP": (1, -1), "PN": (-1, 1)}
     counts = {"PP": 2 * size, "NN": 2 * size, "NP": size, "PN": size}
     both_N2 = torch.tensor([signs[name] for name, count in counts.items() for _ in range(count)], dtype=torch.float32)
     probes = LinearProbes(
         torch.tensor([[0.0, 1], [1, 0], [1, 3]]), torch.zeros(3)
-    )  # the biased one reads the attribute more
+    )  # the biased probe depends more on the attribute
     noise_NF = torch.rand(len(both_N2), 3, generator=torch.Generator().manual_seed(0))
     x_ND = torch.cat([both_N2, torch.zeros(len(both_N2), 1)], 1)
     W_dec_FD = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1], [0, 0, 1]])
@@ -96,7 +99,7 @@ def test_ablating_the_attribute_s_own_latent_frees_the_probe_of_it():
         BootstrapWeights.of([100, 100, 50, 50], replicates=20),
         "0.6.0",
     )
-    # Of class and attribute at odds, the biased probe gets the class wrong: half of the texts.
+    # The biased probe gets the class wrong where class and attribute differ, which is in half of the texts.
     assert found.extra == {
         "class": {"own_probe": 1.0, "biased_probe": 0.5},
         "attribute": {"own_probe": 1.0, "biased_probe": 1.0},
@@ -104,7 +107,7 @@ def test_ablating_the_attribute_s_own_latent_frees_the_probe_of_it():
     scores = {name: float(score_R[0]) for name, score_R in found.values.items()}
     assert scores["scr_dir1_threshold_1"] == scores["scr_metric_threshold_1"] == 1
     assert scores["scr_dir1_threshold_2"] == 1  # no other latent has an effect
-    assert scores["scr_dir2_threshold_1"] == 0  # there is no room
+    assert scores["scr_dir2_threshold_1"] == 0  # accuracy cannot rise
     assert found.flags == []
 
 

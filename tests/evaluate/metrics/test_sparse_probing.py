@@ -1,4 +1,4 @@
-"""Sparse probing: what its numbers are, that no SAE changes another's, and what is refused."""
+"""Sparse probing: its accuracies, their independence of other SAEs, and what is refused."""
 
 import json
 import random
@@ -31,12 +31,12 @@ def silent(done, total, note=""):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(module, "EPOCHS", 6)  # the agreement with SAEBench is tested with all of them
+    monkeypatch.setattr(module, "EPOCHS", 6)  # test_saebench_sparse_probing.py uses all epochs
 
 
 @pytest.fixture
 def ctx(ctx, home) -> EvalContext:
-    """With two datasets in its data folder: four and two classes, told apart by the words of their texts."""
+    """A context with two datasets in its data folder, of four and two classes. The classes differ in their words."""
     rng = random.Random(0)
     for name, labels, column in ((AG, range(4), "label"), (SENTIMENT.removesuffix("_sentiment"), (1.0, 5.0), "rating")):
         for split in ("train", "test"):
@@ -71,7 +71,7 @@ def test_the_input_of_a_block_is_the_output_of_the_one_before_and_a_site_has_its
     targets = [(make_sae(), Hook(0)), (make_sae(), Hook(1, "resid_pre")), (wide, Hook(1, "mlp_hidden"))]
     output, same, inside = METRIC.measure(ctx, [EvalTarget(*target) for target in targets], silent)
     assert output == same
-    assert inside.metrics["llm"] != output.metrics["llm"]  # probes of the activations there
+    assert inside.metrics["llm"] != output.metrics["llm"]  # the model's probes read the activations at that site
 
 
 def test_the_fields_are_saebench_s(ctx):
@@ -102,7 +102,7 @@ def test_the_fields_are_saebench_s(ctx):
 
 
 def test_the_latents_named_are_those_that_were_planted():
-    """Class 0 has latent 4 at 3; class 1 lacks latent 7, which the others have at 5; class 2 has 9 at 4 and 11 at 3."""
+    """Latent 4 is 3 in class 0, latent 7 is 5 in classes 0 and 2, and latents 9 and 11 are 4 and 3 in class 2."""
     planted = {"0": {4: 3.0, 7: 5.0}, "1": {}, "2": {7: 5.0, 9: 4.0, 11: 3.0}}
     x_ND = torch.zeros(60, 20)
     for number, values in enumerate(planted.values()):
@@ -111,7 +111,7 @@ def test_the_latents_named_are_those_that_were_planted():
     features = dict.fromkeys(("train", "test"), ProbeFeatures(x_ND, dict.fromkeys(planted, 20)))
     scores = {AG: module.probe_dataset(features, (1, 3, 6), lambda *names: make_generator("paired", *names))}
     found = module.build_result(scores, scores, (1, 3, 6), 40, False)
-    named = found.extra[f"{AG}_results"]  # half of a class's negatives are of each other class
+    named = found.extra[f"{AG}_results"]  # the negatives of a class are half from each other class
     assert named["sae_top_1_latents"] == {"0": {"4": 3.0}, "1": {"7": -5.0}, "2": {"9": 4.0}}
     assert list(named["sae_top_3_latents"]["0"].items()) == [("4", 3.0), ("7", 2.5), ("9", -2.0)]
     assert list(named["sae_top_3_latents"]["2"].items()) == [("9", 4.0), ("11", 3.0), ("7", 2.5)]
@@ -137,7 +137,7 @@ def test_the_identity_is_the_model_and_zero_is_chance(ctx):
     identity, zero = measured(ctx, Identity(), Zero())
     llm = [value for value in identity.metrics["llm"].values() if value is not None]
     assert llm == [value for value in identity.metrics["sae"].values() if value is not None]
-    assert llm[0] > 0.75  # no two classes share a word
+    assert llm[0] > 0.75  # no word occurs in two classes
     assert {value for value in zero.metrics["sae"].values() if value is not None} == {0.5}
     assert zero.metrics["llm"] == identity.metrics["llm"]
     assert identity.flags == []

@@ -1,4 +1,4 @@
-"""What zeroing a hook leaves of the model: one vector where nothing tells positions apart, else a pass per batch."""
+"""The output after zero ablation is one vector if it is equal at all positions. If not, every batch is run."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from sae.evaluate.metrics.splice_losses import CountedTokens, zero_ablated_outpu
 
 
 class FakePass:
-    """A model whose output is `output` (N, S, D), whatever it reads; it has to read zeros."""
+    """A pass whose output is always `output` (N, S, D). It asserts that its input is zero."""
 
     def __init__(self, hook: Hook, output: torch.Tensor) -> None:
         self.activations, self.output, self.runs = {hook: torch.ones(*output.shape)}, output, 0
@@ -22,7 +22,7 @@ class FakePass:
 
 
 def outputs(hook: Hook, *batches: torch.Tensor) -> tuple[list[torch.Tensor], int]:
-    """The zero-ablated outputs of batches of (1, 2) tokens, both counted, and how often the model ran."""
+    """The zero-ablated outputs of batches of shape (1, 2), in which both tokens count, and the number of model runs."""
     batch, constant_D, found, runs = SimpleNamespace(counted=torch.ones(1, 2, dtype=torch.bool)), {}, [], 0
     for output in batches:
         run = FakePass(hook, output)
@@ -43,13 +43,14 @@ def test_one_vector_serves_all_batches_where_all_positions_end_alike() -> None:
     ("hook", "first"), [(Hook(3), UNLIKE), (Hook(3, "mlp_out"), EQUAL)], ids=["positions differ", "not the residual"]
 )
 def test_elsewhere_every_batch_is_run(hook: Hook, first: torch.Tensor) -> None:
-    """A model with attention sinks or learned positions tells positions apart; a zeroed MLP leaves the text."""
+    """With attention sinks or learned positions, the output differs between positions. With a zeroed MLP, it still
+    depends on the text."""
     found, runs = outputs(hook, first, UNLIKE + 5)
     assert runs == 2 and torch.equal(found[0], first[0]) and torch.equal(found[1], UNLIKE[0] + 5)
 
 
 def test_losses_are_in_float32_where_logits_are_not() -> None:
-    """Such as those of a quantized last layer, which rounds them itself."""
+    """This matters for a quantized last layer, for example, which rounds the logits itself."""
     logits_TV = (4 * torch.randn(2, 6, 50, generator=torch.Generator().manual_seed(0))).bfloat16()
     model = SimpleNamespace(unembed=lambda final_TD: final_TD)
     zeros = torch.zeros(6, dtype=torch.int64)

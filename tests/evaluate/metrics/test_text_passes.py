@@ -1,4 +1,4 @@
-"""The model's passes over a text are kept: what is read back is what was computed, and nothing is run again."""
+"""The model's passes over a text are cached: what is read back equals what was computed, and no pass is repeated."""
 
 from dataclasses import replace
 
@@ -20,14 +20,14 @@ from .test_core import make_ctx, model, own_folder, ragged, random_sae, silent  
 
 @pytest.fixture
 def passes(monkeypatch) -> list[str]:
-    """The model's own passes over text, as they happen."""
+    """The names of the methods that run the model over the text, one entry per pass."""
     ran: list[str] = []
 
     def count(name: str) -> None:
         own = getattr(LanguageModel, name)
 
         def counted(self, ids_NS, *args):
-            if ids_NS.shape != (2, 4):  # of the check of a hook
+            if ids_NS.shape != (2, 4):  # this shape is that of the check of a hook
                 ran.append(name)
             return own(self, ids_NS, *args)
 
@@ -59,7 +59,7 @@ def equal(found, expected):
 
 @pytest.mark.parametrize("hook", [Hook(0), Hook(1, "mlp_out")], ids=str)
 def test_a_further_sae_needs_no_pass_of_the_model(model, passes, hook):  # noqa: F811
-    """Also where the model starts again before the hook, at the output of the block before."""
+    """This also holds for a hook inside a block, where the model is resumed at the output of the preceding block."""
     first = measure(model, hook)
     assert passes.count("forward") == 1 and passes.count("capture_hooks") > 1
     passes.clear()
@@ -98,7 +98,7 @@ def test_another_model_text_or_shape_has_passes_of_its_own(model, passes):  # no
 
 
 def test_a_damaged_file_is_computed_again(model, passes):  # noqa: F811
-    """All of them, or only one part of a batch."""
+    """This holds if all files are damaged, and if only one part of a batch is."""
     ctx = make_ctx(model, ragged())
     first = run(ctx)
     files = sorted(ctx.artifacts.folder.glob("text_pass-*.safetensors"))
@@ -113,7 +113,7 @@ def test_a_damaged_file_is_computed_again(model, passes):  # noqa: F811
 
 @pytest.mark.parametrize(("name", "value"), [("MAX_BYTES", 9_000), ("free_space", lambda _: 36_000)])
 def test_passes_over_a_text_that_is_too_long_are_not_kept(model, monkeypatch, name, value):  # noqa: F811
-    """The five contexts are 36 positions with their padding: of 2 x 32 numbers, 9,216 bytes."""
+    """With padding, the five contexts have 36 positions of 2 x 32 numbers, which are 9,216 bytes."""
     ctx = make_ctx(model, ragged())
     kept = run(ctx)
     for path in ctx.artifacts.folder.glob("text_pass-*"):
@@ -148,7 +148,7 @@ def test_a_pass_in_bfloat16_takes_half_the_space(model, monkeypatch):  # noqa: F
 
 
 def test_a_resumed_pass_is_the_pass(model):  # noqa: F811
-    """Also in a process that has not run the model yet."""
+    """A resumed pass equals the original one, even in a process that has not run the model yet."""
     ids_NS, hook = torch.tensor([[2, 400, 500], [2, 600, 700]]), Hook(0)
     run = model.forward(ids_NS, [hook])
     del vars(model)["_splicer"]

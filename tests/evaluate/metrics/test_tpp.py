@@ -1,4 +1,4 @@
-"""TPP: scores worked by hand, and a planted latent for every class."""
+"""TPP: scores computed by hand, and a planted latent for every class."""
 
 from dataclasses import replace
 
@@ -36,7 +36,7 @@ def test_effects_of_latents_that_are_rarer_in_a_class_are_none():
 
 
 def test_a_latent_for_every_class_is_all_that_its_probe_loses():
-    """Three classes, a latent and a dimension each."""
+    """There are three classes, each with one latent and one dimension."""
     label_N = torch.arange(3).repeat_interleave(20)
     x_ND = torch.nn.functional.one_hot(label_N, 3).float()
     probes = LinearProbes(torch.eye(3), torch.full((3,), -0.5))
