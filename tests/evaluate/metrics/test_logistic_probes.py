@@ -1,4 +1,4 @@
-"""The probes equal those of sae-probes 0.4.2 on made-up rows; the rules of splits, ranking and folds."""
+"""Probes equal those of sae-probes 0.4.2 on made-up rows, and splits, ranking and folds follow their rules."""
 
 import json
 from pathlib import Path
@@ -132,7 +132,7 @@ def test_latents_rank_by_scaled_differences_whatever_their_sign_and_scale(monkey
     scaled = f * torch.tensor([0.1, 100, 3, 8])
     assert rank_latents(scaled, label, 3).tolist() == [1, 0, 3]
     signed = torch.zeros(8, 2)
-    signed[0, 0], signed[4, 0] = 3, -1  # the mean where active is 2, so the score is 0.375 + 0.125
+    signed[0, 0], signed[4, 0] = 3, -1  # mean absolute value 2 where active, so the score is 0.375 + 0.125
     signed[4:7, 1] = 0.01
     assert rank_latents(signed, label, 2).tolist() == [1, 0]
     wide = torch.rand(8, 37, generator=torch.Generator().manual_seed(0)).relu()

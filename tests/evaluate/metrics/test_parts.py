@@ -1,4 +1,4 @@
-"""The number of tokens per part, and that no result depends on it."""
+"""The number of tokens per part is bounded by memory, and no result depends on it."""
 
 import pytest
 import torch

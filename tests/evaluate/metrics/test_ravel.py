@@ -467,8 +467,8 @@ def test_the_temperature_falls_from_1_to_1e_4_over_the_steps_of_a_mask(ctx, metr
 
 
 def test_a_cold_mask_is_all_or_nothing_and_a_warm_one_mixes(ctx, metric):
-    """theta is 0.01 for every latent. At temperature 1e-4 every latent is exchanged whole; at temperature 1, the share
-    0.5025 of each is."""
+    """theta is 0.01 for every latent. At temperature 1e-4, every latent is exchanged completely; at temperature 1, each
+    is exchanged by a share of 0.5025."""
     facts = metric.known_facts(ctx, "thing", silent)
     rows_ND = ravel_prompts.entity_rows(ctx, facts.prompts, [Hook(0)], silent)[Hook(0)]
     train, _ = draw_pairs(facts.prompts, facts.attributes, "Color", 10, 0.7, random.Random(0))

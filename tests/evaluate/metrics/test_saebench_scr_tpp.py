@@ -155,7 +155,7 @@ def test_scr(saebench, ctx, monkeypatch, record_comparison, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tpp(saebench, ctx, monkeypatch, record_comparison, kind):
-    """The clean accuracies are SAEBench's, which draws their texts in the course of training its probes."""
+    """The clean accuracies are taken from SAEBench, which draws their texts while it trains its probes."""
     give_probes(saebench, monkeypatch, "tpp")
     effects, accuracies = (
         record_calls(monkeypatch, Tpp, "effects"),
@@ -171,7 +171,7 @@ def test_tpp(saebench, ctx, monkeypatch, record_comparison, kind):
     monkeypatch.setattr(Tpp, "clean_accuracies", clean_of)
     metric = Tpp((BIOS, REVIEWS), **settings(saebench, "tpp"))
     (found,) = metric.measure(ctx, [EvalTarget(saebench.saes[kind], Hook(0))], lambda *_: None)
-    calls = {len(effects): accuracies, len(effects) * 2: accuracies[1::2]}[len(accuracies)]  # odd: with the leak
+    calls = {len(effects): accuracies, len(effects) * 2: accuracies[1::2]}[len(accuracies)]  # odd calls have the leak
     steps = [reference["steps"][dataset] for dataset in TASKS["tpp"]]
     scores = reference["eval_result_metrics"]["tpp_metrics"]
     headline = "tpp_threshold_20_total_metric"

@@ -1,4 +1,4 @@
-"""Stability is 1 for SAEs that are known to be equal, and that of the null for random ones; what is refused."""
+"""Equal SAEs have a stability of 1, and random ones that of the null. SAEs that cannot be compared are refused."""
 
 import json
 from collections.abc import Sequence

@@ -27,7 +27,7 @@ def passes(monkeypatch) -> list[str]:
         own = getattr(LanguageModel, name)
 
         def counted(self, ids_NS, *args):
-            if ids_NS.shape != (2, 4):  # this shape is that of the check of a hook
+            if ids_NS.shape != (2, 4):  # a pass of this shape only checks a hook
                 ran.append(name)
             return own(self, ids_NS, *args)
 

@@ -1,9 +1,10 @@
 """Unlearning on a Gemma 2 whose weights are written by hand, so that the effect of clamping a latent is known.
 
 The model answers with the letter that precedes " value" or " number". In the first block, each token copies the letter
-two tokens back; in the second, the last token attends to those two words and reads the letter there. The right choice
-is " value" in most questions of the target, and " number" in the others and in the other sets. If neither word is a
-choice, the model answers A, the first letter of "Answer", so the right choice is never the first one.
+two tokens back; in the second, the last token attends to those two words and reads the letter there. Of the questions
+that the model knows, most questions of the target have " value" as the right choice; the others, and those of the other
+sets, have " number". If neither word is a choice, the model answers A, the first letter of "Answer", so the right
+choice is never the first one.
 """
 
 import json
