@@ -1,4 +1,4 @@
-"""Small SAEs with every activation, their files in every format, and a Hub in a folder."""
+"""Small SAEs with every activation, their files in every format, and a fake Hub that reads from a folder."""
 
 import hashlib
 import json
@@ -80,7 +80,7 @@ def encode_decode() -> Callable[[SAE, Tensor], tuple[Tensor, Tensor]]:
 
 
 def draw_weights(seed: int = 0, d_in: int = D, d_sae: int = F) -> dict[str, Tensor]:
-    """W_enc (d_in, d_sae), b_enc, W_dec (d_sae, d_in), b_dec and threshold, in float32. Rows of W_dec are unit."""
+    """W_enc (d_in, d_sae), b_enc, W_dec (d_sae, d_in), b_dec and threshold, in float32. W_dec's rows have norm 1."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {
         "W_enc": (d_in, d_sae),
@@ -108,7 +108,7 @@ GEMMA_SCOPE_2 = {
 
 
 def write_gemma_scope_2(folder: Path, config: dict[str, Any] | None = GEMMA_SCOPE_2, **weights: Tensor) -> Path:
-    """A folder as docs/reference/formats.md describes it, written with nothing of the package."""
+    """Write a folder as docs/reference/formats.md describes it, without using the package's code."""
     folder.mkdir(parents=True)
     w = draw_weights() | weights
     names = {"W_enc": "w_enc", "W_dec": "w_dec"}
@@ -133,9 +133,9 @@ QWEN_SCOPE = {
 def write_qwen_scope(
     folder: Path, config: dict[str, Any] | None = QWEN_SCOPE, layers: Sequence[int] = (12,), **weights: Tensor
 ) -> Path:
-    """A folder as docs/reference/formats.md describes it, written with nothing of the package.
+    """Write a folder as docs/reference/formats.md describes it, without using the package's code.
 
-    The seed of each SAE is its layer.
+    The layer number is the seed of each SAE's weights.
     """
     folder.mkdir(parents=True)
     for layer in layers:
@@ -149,7 +149,7 @@ def write_qwen_scope(
 
 @pytest.fixture(scope="session")
 def layouts() -> SimpleNamespace:
-    """Writers of published layouts that share no code with the package, and the configs that they write by default."""
+    """Functions that write published layouts without using the package's code, and their default configs."""
     return SimpleNamespace(
         draw_weights=draw_weights,
         gemma_scope_2=write_gemma_scope_2,
@@ -161,7 +161,7 @@ def layouts() -> SimpleNamespace:
 
 @pytest.fixture
 def foreign_folder(make_sae, tmp_path) -> Callable[..., Path]:
-    """A factory of folders in a format, by default with an activation that it supports."""
+    """A factory of folders in a given format, by default with an activation that the format supports."""
 
     def write(to: str, activation: str | None = None) -> Path:
         if to == "gemma-scope-2":
@@ -175,7 +175,7 @@ def foreign_folder(make_sae, tmp_path) -> Callable[..., Path]:
 
 @pytest.fixture
 def export_with_config(make_sae, tmp_path) -> Callable[..., Path]:
-    """A factory of folders in a format, with keys of the config dropped or changed."""
+    """A factory of folders in a given format whose config has some keys dropped or changed."""
 
     def write(activation: str, to: str, /, *dropped: str, **changed: Any) -> Path:
         folder = export_sae(make_sae(activation, unit=True), to, tmp_path / "foreign").folder
@@ -190,7 +190,7 @@ def export_with_config(make_sae, tmp_path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def import_fails() -> Callable[..., None]:
-    """Check that an import raises this error with these words, makes no run, and takes less memory than 4 MB."""
+    """Check that an import raises `error_type` with all `words`, creates no run and allocates less than 4 MB."""
 
     def check(folder: Path, error_type: type[SaeError], *words: str) -> None:
         tracemalloc.start()
@@ -209,7 +209,7 @@ def import_fails() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def rewrite_zip() -> Callable[..., None]:
-    """Replace the entries of a zip file by `change(name, data)`."""
+    """Replace the data of each entry of a zip file with `change(name, data)`."""
 
     def rewrite(path: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> None:
         with zipfile.ZipFile(path) as archive:
@@ -225,7 +225,7 @@ def rewrite_zip() -> Callable[..., None]:
 
 
 class FakeHub:
-    """One repository in a folder, with a record of every request."""
+    """A stand-in for the Hub: it serves one repository from a folder and records every request."""
 
     commit = COMMIT
 
@@ -234,7 +234,7 @@ class FakeHub:
         self.requests: list[tuple[str, str | None, bool]] = []
         self.downloads: list[tuple[str, str, str]] = []
         self.uploads: list[tuple[Any, ...]] = []
-        self.extra_names: list[str] = []  # listed, but not there
+        self.extra_names: list[str] = []  # listed, but not in the folder
 
     def add(self, path: str, source: Path) -> None:
         shutil.copytree(source, self.folder / path, dirs_exist_ok=True)

@@ -1,4 +1,4 @@
-"""`--approximate`: SAEs that no format can store, and how far the nearest one is."""
+"""`--approximate`: exports of SAEs that no format can store exactly, and the recorded approximation error."""
 
 import json
 from pathlib import Path

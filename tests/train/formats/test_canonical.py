@@ -1,4 +1,4 @@
-"""Folding an activation chain into the canonical form, and back."""
+"""Conversion of an activation chain to the canonical form and back."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_every_activation_is_folded_or_rejected_by_name(make_sae):
         except UsageError as error:
             assert name in str(error)
             coupled.add(name)
-    # A relu after a topk or a gate changes nothing.
+    # A ReLU after a topk or a gate has no effect.
     assert coupled == {"winner_take_all", "competition", "switch"}
 
 

@@ -11,7 +11,7 @@ from sae.train.formats.import_ import import_sae
 
 
 def test_an_ambiguous_class_is_not_guessed(make_sae, tmp_path):
-    """AutoEncoderTopK and BatchTopKSAE have the same tensors: config.json alone tells them apart."""
+    """AutoEncoderTopK and BatchTopKSAE have the same tensors; only config.json distinguishes them."""
     folder = export_sae(make_sae("topk"), "dictionary-learning", tmp_path / "foreign").folder
     config = json.loads((folder / "config.json").read_text())
     config["trainer"]["dict_class"] = "BatchTopKSAE"

@@ -1,4 +1,4 @@
-"""Exports: what they hold, what is rejected, and that a failed one leaves nothing behind."""
+"""Exports: what they contain, what is rejected, and that a failed export leaves no files."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def test_export_then_import_gives_the_same_sae_with_unit_rows(
     back = load_sae(import_sae(exported.folder, out=tmp_path / "runs").folder)
     f_RF, recon_RD = encode_decode(sae, x_RD)
     f2_RF, recon2_RD = encode_decode(back, x_RD)
-    # With unit decoder rows a latent is larger by the norm that its row had.
+    # Normalizing the decoder rows multiplies each latent by the norm of its row.
     n_F = 1 if activation == "topk" else sae.W_dec.norm(dim=1)
     assert torch.equal(f_RF > 0, f2_RF > 0)
     assert torch.allclose(f_RF * n_F, f2_RF, rtol=1e-5, atol=1e-6)
@@ -109,7 +109,7 @@ def test_an_imported_run_can_be_exported_again(make_sae, tmp_path):
 
 
 def test_of_two_exports_to_one_folder_one_wins_and_the_other_says_so(make_sae, tmp_path):
-    """Both have begun before either ends; neither leaves anything behind but the folder of the first."""
+    """Both exports start before either ends. Only the folder of the one that ends first remains."""
     (tmp_path / "out").mkdir()
     with (
         pytest.raises(UsageError, match="out was meanwhile written by another process"),

@@ -1,4 +1,4 @@
-"""Gemma Scope 2: the SAE that its files describe, where it belongs, and what else lies in its repositories."""
+"""Gemma Scope 2: the imported SAE, its model and hook point, and the other objects in its repositories."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ D, F = 8, 16
 
 
 def jump_relu(x: np.ndarray, w: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    """The SAE row by row, in float64."""
+    """A reference of the SAE in float64, one row at a time."""
     W_enc, b_enc, W_dec, b_dec, threshold = (
         w[name].double().numpy() for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
     )
@@ -31,7 +31,7 @@ def jump_relu(x: np.ndarray, w: dict[str, torch.Tensor]) -> tuple[np.ndarray, np
 
 def test_latents_and_reconstructions_are_those_of_the_documented_formulas(layouts, tmp_path, x_RD):
     w = layouts.draw_weights()
-    w["threshold"][3] = -0.5  # a ReLU is applied too
+    w["threshold"][3] = -0.5  # acts as a threshold of 0, because a ReLU is applied too
     folder = layouts.gemma_scope_2(tmp_path / "files", threshold=w["threshold"])
     f, x_hat = jump_relu(x_RD.double().numpy(), w)
     assert 0.05 < (f > 0).mean() < 0.95

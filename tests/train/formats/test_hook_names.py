@@ -33,7 +33,7 @@ from sae.train.formats.hook_names import first_hook, hub_id, parse_gemma_scope_p
         ("h.3.mlp.c_proj", Hook(3, "mlp.c_proj.output")),
         ("model.layers.12.mlp.gate_proj.input", Hook(12, "mlp.gate_proj.input")),
         ("model.embed_tokens.output", Hook(0, "model.embed_tokens.output")),
-        ("blocks.3.hook_mlp_in", None),  # in TransformerLens the MLP's input before its norm
+        ("blocks.3.hook_mlp_in", None),  # TransformerLens' name of the MLP's input before the norm
         ("hook_embed", None),
         ("", None),
     ],

@@ -1,4 +1,4 @@
-"""Imports from the Hub with its client replaced: what is requested, downloaded, verified and rejected."""
+"""Imports from the Hub, with a fake client: what is requested, downloaded, verified and rejected."""
 
 import json
 from pathlib import Path
@@ -99,7 +99,7 @@ def test_addresses():
 
 
 class UnknownClientError(Exception):
-    """An exception of the HTTP client, which is not always an OSError."""
+    """A stand-in for an exception of the HTTP client that is not an OSError."""
 
 
 def client_error(error_type: type[Exception]) -> Exception:

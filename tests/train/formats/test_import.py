@@ -1,4 +1,4 @@
-"""The run folder that an import makes, and where its model, layer and cache come from."""
+"""The run folder that an import creates, and where its model, layer and cache come from."""
 
 import json
 

@@ -1,6 +1,6 @@
-"""Agreement with the other libraries' own encoders and files, without installing them.
+"""This package and other libraries compute the same latents and reconstructions from each other's files.
 
-Their outputs and files are fixtures written by benchmarks/peers/formats.py.
+The libraries need not be installed: their files and outputs are fixtures that benchmarks/peers/formats.py writes.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ OWN_FILES = [
 
 
 def assert_agree(ours: tuple[Tensor, Tensor], theirs: dict[str, Tensor], name: str) -> None:
-    """Active sets are equal, f and x_hat agree to 1e-6, and some latents but not all are active."""
+    """Active sets are equal, f and x_hat agree to a relative 1e-6, and some but not all latents are active."""
     f_RF, recon_RD = theirs[f"{name}.f"].double(), theirs[f"{name}.x_hat"].double()
     assert 0 < (f_RF > 0).float().mean() < 0.9
     assert torch.equal(ours[0] > 0, f_RF > 0)

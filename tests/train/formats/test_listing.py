@@ -1,4 +1,4 @@
-"""What a release offers: a table, groups of many, filters, what is refused, and how little is downloaded."""
+"""`sae import --list`: the table of a release, grouping, filters, refused entries, and what is downloaded."""
 
 import json
 
@@ -20,7 +20,7 @@ def call(*words):
 
 @pytest.fixture
 def gemma_scope_2(hub):
-    """516 SAEs as in the repositories of Gemma Scope 2, 30 transcoders and a crosscoder; weights of 1,000 bytes."""
+    """516 SAEs named as in Gemma Scope 2, 30 transcoders and a crosscoder; each weights file has 1,000 bytes."""
     for site, layers in (("resid_post_all", 26), ("mlp_out_all", 26), ("attn_out_all", 26), ("resid_post", 4)):
         for layer in range(layers):
             for width in ("16k", "262k") if layers == 26 else ("16k", "65k", "262k", "1m"):
@@ -124,9 +124,9 @@ def test_configs_are_read_only_where_paths_say_nothing_and_only_some(hub):
     assert len(release.saes) == MAX_CONFIGS + 11 and len(hub.downloads) == MAX_CONFIGS
     assert {name.rsplit("/", 1)[1] for _, name, _ in hub.downloads} == {"cfg.json"}
     known = [sae.description for sae in release.saes if sae.description.hook]
-    assert len(known) == MAX_CONFIGS - 1  # the broken one comes first
+    assert len(known) == MAX_CONFIGS - 1  # the broken config is among those read
     assert (known[0].model, known[0].hook.site, known[0].d_sae) == ("gpt2", "mlp_out", 24576)
-    # What is not known to fit a filter is left out.
+    # An SAE of unknown layer or width matches no filter for it.
     assert [sae.path for sae in list_release("me/mine", layer=3).saes] == ["sae_3"]
     assert [sae.path for sae in list_release("me/mine", layer=3, width="24k").saes] == ["sae_3"]
     assert list_release("me/mine", width="16k").saes == []

@@ -1,4 +1,4 @@
-"""The metadata of an export."""
+"""The metadata that an export writes."""
 
 import json
 from types import SimpleNamespace
@@ -45,7 +45,7 @@ def test_metadata_has_the_keys_that_saelens_consumers_read(make_sae, tmp_path):
 
 def test_the_module_path_is_the_one_that_the_harvest_recorded(sparse_cache, tmp_path):
     assert hook_module(Hook(1), None) == ("model.layers.1", "output")
-    assert hook_module(Hook(1), sparse_cache) == ("model.layers.1", "output")  # it recorded none
+    assert hook_module(Hook(1), sparse_cache) == ("model.layers.1", "output")  # no modules recorded
     assert hook_module(Hook(1, "mlp.up_proj.input"), None) == ("model.layers.1.mlp.up_proj", "input")
     assert hook_module(Hook(1, "mlp_out"), None) is None
     record = sparse_cache.folder / "harvest.json"
@@ -69,8 +69,8 @@ def test_the_module_path_is_the_one_that_the_harvest_recorded(sparse_cache, tmp_
         ({}, {"bos": 5}, {"prepend_bos": True, "bos_token_id": 5, "bos_token": "<five>"}),
         ({"bos": 5}, None, {"prepend_bos": True, "bos_token_id": 5}),
         ({"bos": None}, None, {"prepend_bos": False}),
-        ({}, {}, {"prepend_bos": True}),  # of an older version, which always put a token there
-        # What another library's files say holds, whatever the cache that the SAE was verified on begins with.
+        ({}, {}, {"prepend_bos": True}),  # recorded by an older version, which always prepended BOS
+        # What another library's files say takes precedence over the cache that the SAE was verified on.
         ({"format": "saelens", "prepend_bos": False}, {"bos": 5}, {"prepend_bos": False}),
         ({"format": "saelens", "bos_token": "<s>"}, {"bos": None}, {"prepend_bos": True, "bos_token": "<s>"}),
     ],

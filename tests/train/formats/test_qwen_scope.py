@@ -1,4 +1,4 @@
-"""Qwen-Scope: the SAE that its files describe, and the choice between the layers of a folder."""
+"""Qwen-Scope: the imported SAE, and the choice of a layer in a folder that contains several."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ REPOSITORY = "SAE-Res-Qwen3-1.7B-Base-W32K-L0_5"
 
 
 def keep_largest(x: np.ndarray, w: dict[str, torch.Tensor], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The SAE row by row, in float64, with (d_sae, d_in) and (d_in, d_sae) matrices as in the files."""
+    """A reference of the SAE in float64, one row at a time; the matrices are (d_sae, d_in) and (d_in, d_sae)."""
     W_enc, W_dec = w["W_enc"].T.double().numpy(), w["W_dec"].T.double().numpy()
     f = np.zeros((len(x), len(W_enc)))
     for row in range(len(x)):

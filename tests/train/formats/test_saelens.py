@@ -9,7 +9,7 @@ from sae.train.formats.import_ import import_sae
 
 
 def test_b_dec_is_subtracted_by_default(export_with_config, tmp_path, x_RD):
-    """As SAELens does: absent means true. The same files with `false` are another SAE."""
+    """A missing `apply_b_dec_to_input` means true, as in SAELens. With false, the latents would be different."""
     folder = export_with_config("relu", "saelens", "apply_b_dec_to_input")
     imported = import_sae(folder, out=tmp_path)
     assert imported.sae.pre_bias
@@ -42,7 +42,7 @@ def test_a_rescaled_topk_with_a_zero_row_is_damaged(export_with_config, tmp_path
 
 @pytest.mark.parametrize("activation", ["relu", "topk", "jumprelu", "gated"])
 def test_a_scaling_factor_is_folded(export_with_config, make_sae, tmp_path, x_RD, activation):
-    """x is multiplied by 4 before encoding and x_hat divided by 4: f is that of 4 x."""
+    """x is multiplied by 4 before encoding and x_hat is divided by 4, so f is that of the unscaled SAE on 4 x."""
     folder = export_with_config(
         activation, "saelens", normalize_activations="expected_average_only_in", norm_scaling_factor=4.0
     )
@@ -84,7 +84,7 @@ def test_unsupported_configs_are_rejected(export_with_config, tmp_path, changed,
 
 
 def test_a_config_from_before_version_6_is_read(export_with_config, tmp_path):
-    """The model and place stood at the top, and topk was an activation of `standard`."""
+    """Before version 6, model and hook point were top-level keys, and topk was an activation of `standard`."""
     old = {"model_name": "gemma-2-2b", "hook_point": "blocks.7.hook_resid_post", "context_size": 64}
     topk = {"architecture": "standard", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4}}
     folder = export_with_config("topk", "saelens", "metadata", "k", normalize_activations=False, **topk, **old)

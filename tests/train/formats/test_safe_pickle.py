@@ -1,4 +1,4 @@
-"""Pickles from strangers: nothing in them runs, and no size that they claim is believed."""
+"""Untrusted pickles: none of their code runs, and every size that they declare is checked."""
 
 import io
 import os
@@ -18,7 +18,7 @@ HUGE = 10**12
 
 
 class RunsCode:
-    """Creates a file when it is unpickled."""
+    """An object that creates the file `marker` when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -49,7 +49,7 @@ def test_a_pickle_with_code_is_rejected_and_does_not_run(import_fails, foreign_f
             torch.save(bomb, file, pickle_protocol=protocol)
             import_fails(folder, UsageError, "Refused:", "Nothing in it was run")
     assert not marker.exists()
-    pickle.loads(pickle.dumps(bomb, protocol))  # it does run when it is loaded
+    pickle.loads(pickle.dumps(bomb, protocol))  # the pickle does create the file when it is loaded
     assert marker.exists()
 
 
@@ -78,7 +78,7 @@ def test_a_pickle_that_does_more_than_describe_tensors_is_rejected(
 
 
 def pickle_claiming(shape: tuple[int, ...], elements: int, stride: tuple[int, ...]) -> bytes:
-    """The pickle of a state dict whose one tensor headers these sizes."""
+    """The pickle of a state dict with one tensor that declares this shape, stride and number of stored elements."""
 
     class Tensor:
         def __reduce__(self):

@@ -1,4 +1,4 @@
-"""Files from strangers: claims are compared with the bytes there are, and any bytes give an SAE or an error of ours."""
+"""Untrusted files: declared sizes are checked against the file, and any bytes give an SAE or raise an SaeError."""
 
 import io
 import json
@@ -39,7 +39,7 @@ WEIGHTS = {
 
 
 def rewrite_safetensors_header(path: Path, change: Callable[[dict], None], length: int | None = None) -> None:
-    """Change the header of a safetensors file, and optionally the length that it claims."""
+    """Change the header of a safetensors file and, with `length`, the header length that the file declares."""
     data = path.read_bytes()
     (n,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + n])
@@ -225,7 +225,7 @@ def valid_files(tmp_path_factory) -> dict[str, bytes]:
 
 
 def read_everything(to: str, path: Path) -> None:
-    """Read every header and tensor of a file. The only errors allowed are ours."""
+    """Read every header and tensor of a file. The only exception allowed is SaeError."""
     tracemalloc.start()
     try:
         for header in READERS[to](path).values():

@@ -1,4 +1,4 @@
-"""An SAE of any site is exported under the name that a format has for it, and is of that site when it is imported."""
+"""An SAE is exported with the format's name for its site, and importing it again gives the same site."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ REFUSED = {
 
 @pytest.fixture
 def export(make_sae, tmp_path, monkeypatch):
-    """Export an SAE of a site of layer 3, as if its cache had recorded the modules of a Llama."""
+    """Export an SAE of a site in layer 3, as if its cache had recorded the modules of a Llama."""
     monkeypatch.setattr(module, "hook_module", lambda hook, cache: MODULES.get(hook.site))
 
     def run(fmt: str, site: str) -> Path:
@@ -60,7 +60,7 @@ def test_the_site_survives_the_way_through_another_format(export, tmp_path, fmt,
         return
     folder = export(fmt, site)
     origin = import_sae(folder, out=tmp_path / "runs").sae.origin
-    same = Hook(2) if site == "resid_pre" else Hook(3, site)  # the input of a block is the output of the one before
+    same = Hook(2) if site == "resid_pre" else Hook(3, site)  # a block's input is the previous block's output
     assert Hook.from_record(origin) == same
 
 
@@ -93,7 +93,7 @@ def test_dictionary_learning_gets_the_submodule_and_which_end_of_it(export, tmp_
     folder = export("dictionary-learning", site)
     config = json.loads((folder / "config.json").read_text())
     assert (config["trainer"]["submodule_name"], config["buffer"]["io"]) == (submodule, end)
-    del config["about"]  # as the library itself writes it
+    del config["about"]  # the library itself writes no `about`
     (folder / "config.json").write_text(json.dumps(config))
     assert Hook.from_record(import_sae(folder, out=tmp_path / "runs").sae.origin) == Hook(3, site)
 

@@ -1,4 +1,4 @@
-"""Uploads to the Hub with its client replaced: nothing leaves before the question, and what leaves can be imported."""
+"""Uploads to the Hub, with a fake client: nothing is uploaded without confirmation, and uploads can be imported."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def run(make_sae, tmp_path) -> Path:
             {
                 "sparsity": {"l0": 80.5},
                 "masked_sparsity": {"l0": 31.96},  # without outlier rows
-                "reconstruction_quality": {"explained_variance": 1.2, "fve": 0.4},  # the first is SAEBench's
+                "reconstruction_quality": {"explained_variance": 1.2, "fve": 0.4},  # `explained_variance` is SAEBench's
                 "masked_reconstruction_quality": {"explained_variance": 0.8, "fve": 0.91234},
             },
         ),

@@ -1,4 +1,4 @@
-"""Verification: what counts as equal, and whether the rows it uses would notice a difference."""
+"""Verification: which differences count as equal, and whether the rows it uses reveal a difference."""
 
 import json
 from dataclasses import replace
@@ -31,7 +31,7 @@ def test_a_latent_at_its_threshold_is_ambiguous_and_one_away_from_it_a_mismatch(
     sae = make_sae("jumprelu", pre_bias=False, unit=True)
     z_RF = x_RD.double() @ sae.W_enc.double() + sae.b_enc.double()
     row, latent, other = int(z_RF[:, 5].argmax()), 5, 6
-    sae.activation[0].threshold.data[latent] = float(z_RF[row, latent].float())  # as close as float32 can be
+    sae.activation[0].threshold.data[latent] = float(z_RF[row, latent].float())  # as close as float32 allows
     canonical = to_canonical(sae)
     f_RF, recon_RD = encode_decode(sae, x_RD)
 
@@ -71,13 +71,13 @@ def test_rows_come_from_the_runs_cache_or_are_synthetic(make_sae, sparse_cache, 
 @pytest.mark.parametrize("size", [1e-3, 1, 1e3])
 @pytest.mark.parametrize("activation", ["relu", "jumprelu", "gated"])
 def test_synthetic_rows_detect_a_change_of_any_threshold_or_bias(make_sae, activation, size):
-    """Compare with the same SAE with one bias or threshold changed, for each latent in turn."""
+    """The check fails against a copy of the SAE whose bias (jumprelu: threshold) of any one latent is changed."""
     sae = fold_normalization(make_sae(activation, unit=True), size, torch.zeros(8))
     canonical = to_canonical(sae)
     rows = synthetic_rows(canonical)
     name = {"relu": "b_enc", "jumprelu": "threshold", "gated": "b_enc"}[activation]
     gate_F = torch.ones(16) if activation != "gated" else canonical.convert_to(("jumprelu",)).threshold
-    for latent in gate_F.nonzero().flatten().tolist():  # the bias of a gate that is always open has no effect
+    for latent in gate_F.nonzero().flatten().tolist():  # skips gates that are always open: their bias has no effect
         moved_F = getattr(canonical, name).clone()
         moved_F[latent] += 0.3 * size
         other = from_canonical(replace(canonical, **{name: moved_F})).double()
@@ -86,7 +86,7 @@ def test_synthetic_rows_detect_a_change_of_any_threshold_or_bias(make_sae, activ
 
 
 def test_synthetic_rows_of_an_encoder_without_a_bias_are_not_all_b_dec():
-    """b_enc and b_dec W_enc cancel except for rounding errors, which must not become the scale of the rows."""
+    """b_enc and b_dec W_enc cancel up to rounding, and the rounding error is not used as the scale of the rows."""
     torch.manual_seed(0)
     sae = SAE(16, 32).eval().requires_grad_(False)
     sae.b_dec.normal_()
@@ -99,7 +99,7 @@ def test_synthetic_rows_of_an_encoder_without_a_bias_are_not_all_b_dec():
 
 @pytest.mark.parametrize("transposed", [(), ("W_enc",), ("W_dec",), ("W_enc", "W_dec")])
 def test_a_transposed_square_matrix_is_seen_by_the_reconstruction(sparse_cache, tmp_path, transposed):
-    """Latent i stands for axis i + 1, with weights that grow, so that neither matrix is its own transpose."""
+    """Latent i reads axis i + 1 with a weight that grows with i, so neither matrix equals its transpose."""
     width = sparse_cache.array("layer_00").shape[1]
     W_enc = torch.roll(torch.diag(torch.linspace(0.5, 2, width)), 1, dims=1)
     tensors = {"W_enc": W_enc, "W_dec": W_enc.inverse().contiguous(), "b_enc": torch.full((width,), 50.0)}
