@@ -1,6 +1,6 @@
-"""Kernels compiled for a GPU, which Triton does without one.
+"""Compilation of the kernels for a GPU. Triton needs no GPU for that.
 
-python -m sae.tests.train.kernels.compiled answers calls of these functions.
+`python -m sae.tests.train.kernels.compiled` is a worker process in which the tests call these functions.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"
 
 
 def compile_largest(shapes: list[tuple[int, int, int]], dtype: torch.dtype, capability: int) -> dict[str, int]:
-    """Compile all kernels that are launched for these rows, n and k. Returns the `stack_bytes` of each."""
+    """Compile all kernels launched for these shapes (rows, n and k), and return the `stack_bytes` of each."""
     with recording() as launched:
         for rows, n, k in shapes:
             find_largest(torch.zeros(rows, n, dtype=dtype), k)
@@ -37,7 +37,7 @@ def compile_largest(shapes: list[tuple[int, int, int]], dtype: torch.dtype, capa
 
 
 def compile_rows(counts: list[int], dtype: torch.dtype, capability: int) -> dict[str, int]:
-    """Compile the kernels that decode tokens with so many latents, and that sum rows in both orders."""
+    """Compile the kernels that decode `counts` latents of a token, and those that sum rows in both layouts."""
     with recording() as launched:
         for count in counts:
             index_N = torch.arange(count)
@@ -76,14 +76,14 @@ def compile_pairs(capability: int) -> dict[str, int]:
 
 
 def compile_threshold(dtype: torch.dtype, capability: int) -> dict[str, int]:
-    """Compile the kernels that move a threshold."""
+    """Compile the kernels that update the threshold of BatchTopK."""
     with recording() as launched:
         threshold.follow(torch.zeros(5000, dtype=dtype), torch.zeros(()), torch.zeros((), dtype=torch.int64), 0.1)
     return compile_launched(launched, capability)
 
 
 def compile_prefixes(counts: list[int], dtype: torch.dtype, capability: int) -> dict[str, int]:
-    """Compile the kernels that compare so many prefixes with the batch."""
+    """Compile the kernels that compare prefixes with the batch, for each number of prefixes in `counts`."""
     with recording() as launched:
         for count in counts:
             given = torch.zeros(count, 256, 128, dtype=dtype), torch.zeros(128), torch.zeros(256, 128)
@@ -104,7 +104,7 @@ def compile_batch(dtype: torch.dtype, capability: int) -> dict[str, int]:
 
 
 def compile_update(widths: list[int], dtype: torch.dtype, capability: int) -> dict[str, int]:
-    """Compile the kernels that update a matrix of unit rows and a vector, with gradients of this dtype."""
+    """Compile the kernels that update a matrix with rows of norm 1 and a vector, with gradients of this dtype."""
     one, number = torch.zeros(()), torch.zeros((), dtype=torch.int64)
     with recording() as launched:
         for width, coupled, beta1 in itertools.product(widths, (True, False), (0.9, 0.0)):
@@ -122,7 +122,7 @@ Launched = list[tuple[Any, tuple[Any, ...], dict[str, Any]]]
 
 @contextlib.contextmanager
 def recording() -> Iterator[Launched]:
-    """Kernels that are launched here are written down instead, with their arguments."""
+    """Record kernel launches and their arguments instead of running the kernels."""
     launched: Launched = []
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -150,19 +150,19 @@ def compile_launched(launched: Launched, capability: int) -> dict[str, int]:
 
 
 def type_of(value: Any) -> str:
-    """The type of an argument, as Triton calls it."""
+    """Triton's name for the type of an argument."""
     if isinstance(value, torch.Tensor):
         return POINTERS[value.dtype]
     return "fp32" if isinstance(value, float) else "i32"
 
 
 def is_aligned(value: Any) -> bool:
-    """Whether Triton compiles a kernel for the case that this argument is a multiple of 16, as memory always is."""
+    """Whether Triton specializes a kernel on this argument being a multiple of 16. Addresses of tensors always are."""
     return isinstance(value, torch.Tensor) or isinstance(value, int) and value % 16 == 0
 
 
 def stack_bytes(code: bytes) -> int:
-    """The memory that a thread of a kernel needs besides its registers."""
+    """The stack memory of each thread of a kernel, beyond its registers."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
         file.flush()

@@ -1,4 +1,4 @@
-"""Triton's interpreter as a fixture."""
+"""Fixtures: Triton's interpreter, and Triton's compiler for a GPU."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,14 +11,17 @@ from sae.train.kernels.choice import reason_against_triton
 
 
 class Interpreter(WorkerProcess):
-    """A process in which kernels run on a CPU, one program after the other. Triton has to be imported for that."""
+    """A process in which kernels run on a CPU, one program after another.
+
+    It is a separate process because TRITON_INTERPRET has to be set before Triton is imported.
+    """
 
     name = "Triton's interpreter"
 
 
 @pytest.fixture(scope="session")
 def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interpreter]:
-    """Tests that ask for it are skipped where Triton is not installed."""
+    """Triton's interpreter. Tests that use this fixture are skipped if Triton is not installed."""
     if reason := reason_against_triton():
         pytest.skip(reason)
     log = tmp_path_factory.mktemp("interpreter") / "log"
@@ -29,7 +32,7 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interprete
 
 @pytest.fixture
 def compiler(tmp_path: Path) -> Iterator[WorkerProcess]:
-    """A process that compiles kernels for a GPU, with an empty cache."""
+    """A process that compiles kernels for a GPU, starting with an empty Triton cache."""
     if reason := reason_against_triton():
         pytest.skip(reason)
     cache = {"TRITON_CACHE_DIR": str(tmp_path / "triton")}

@@ -1,6 +1,7 @@
-"""Kernels in Triton's interpreter, with the bytes that they load and store.
+"""Kernels run in Triton's interpreter, which counts the bytes that they load and store.
 
-python -m sae.tests.train.kernels.interpreted, with TRITON_INTERPRET=1, answers calls of these functions.
+`python -m sae.tests.train.kernels.interpreted`, with TRITON_INTERPRET=1, is a worker process in which the tests call
+these functions. Each returns what the kernel computes, and its cost: the number of launches, and the bytes moved.
 """
 
 import contextlib
@@ -28,14 +29,17 @@ from sae.train.kernels.update import update_weights
 
 
 class Traffic:
-    """What kernels have moved: bytes of the elements that were not masked, each time that they were."""
+    """Counts of kernel launches and of the bytes loaded and stored.
+
+    Masked elements do not count. Elements that are accessed several times count each time.
+    """
 
     def __init__(self) -> None:
         self.launches = self.loaded = self.stored = 0
 
     @property
     def cost(self) -> tuple[int, int]:
-        """Launches, and bytes."""
+        """The number of launches, and the bytes loaded and stored."""
         return self.launches, self.loaded + self.stored
 
 
@@ -69,7 +73,7 @@ def moved(pointers: Any, mask: Any) -> int:
 
 
 def largest(z_RN: Tensor, k: int, **sizes: int) -> tuple[Tensor, tuple[int, int]]:
-    """What the kernels find, and what they cost."""
+    """The indices that the kernels find, and their cost."""
     with counting() as traffic:
         index_RK = find_largest(z_RN, k, **sizes)
     return index_RK, traffic.cost
@@ -78,7 +82,7 @@ def largest(z_RN: Tensor, k: int, **sizes: int) -> tuple[Tensor, tuple[int, int]
 def decode(
     arguments: dict[str, Tensor], tile: tuple[int, int] | None = None
 ) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
-    """What the kernel decodes, and what it costs."""
+    """The outputs of the kernel that decodes, and its cost."""
     with counting() as traffic:
         found = rows.decode(**arguments, tile=tile)
     return found, traffic.cost
@@ -87,56 +91,56 @@ def decode(
 def sum_rows(
     arguments: dict[str, Tensor], transposed: bool, tile: tuple[int, int, int] = SUM_TILE
 ) -> tuple[Tensor, tuple[int, int]]:
-    """What the kernel adds, and what it costs."""
+    """The sums that the kernel computes, and its cost."""
     with counting() as traffic:
         found = rows.sum_by_stretch(**arguments, transposed=transposed, tile=tile)
     return found, traffic.cost
 
 
 def jump(name: str, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
-    """What a kernel of JumpReLU computes, in small parts, and what it costs."""
+    """The outputs of a JumpReLU kernel run with small tiles, and its cost."""
     with counting() as traffic:
         found = getattr(jump_kernels, name)(*arguments, span=8, tile=(4, 8))
     return found, traffic.cost
 
 
 def gate(name: str, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
-    """What a kernel of the gated SAE computes, in small parts, and what it costs."""
+    """The outputs of a kernel of the gated SAE run with small tiles, and its cost."""
     with counting() as traffic, mock.patch.object(interpreter, "_convert_float", rounded):
         found = getattr(gate_kernels, name)(*arguments, span=8, tile=(4, 8))
     return found, traffic.cost
 
 
 def prefix(name: str, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
-    """What a kernel of the prefixes computes, in small parts, and what it costs."""
+    """The outputs of a kernel of the prefixes run with small tiles, and its cost."""
     with counting() as traffic, mock.patch.object(interpreter, "_convert_float", rounded):
         found = getattr(prefix_kernels, name)(*arguments, span=8, tile=(4, 8))
     return found, traffic.cost
 
 
 def pairs(arguments: tuple[Tensor, ...]) -> tuple[Tensor, tuple[int, int]]:
-    """What the kernel counts, in small parts, and what it costs."""
+    """The counts of the kernel run with small tiles, and its cost."""
     with counting() as traffic:
         found = pair_kernels.count(*arguments, tile=(4, 2))
     return found, traffic.cost
 
 
 def follow(arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
-    """The threshold and the count that the kernels leave, with small parts, and what they cost."""
+    """The threshold and the number of batches after the kernels have run on small chunks, and their cost."""
     with counting() as traffic:
         threshold_kernels.follow(*arguments, programs=4, chunk=8)
     return arguments[1:3], traffic.cost
 
 
 def batch(name: str, arguments: tuple[Any, ...], tile: tuple[int, int]) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
-    """What a kernel of batch.py computes, and what it costs."""
+    """The outputs of a kernel of batch.py, and its cost."""
     with counting() as traffic, mock.patch.object(interpreter, "_convert_float", rounded):
         found = getattr(batch_kernels, name)(*arguments, tile=tile)
     return found, traffic.cost
 
 
 def update(given: list[Any]) -> tuple[dict[str, Any], tuple[int, int]]:
-    """What the kernels return and leave in the tensors that they change, and what they cost."""
+    """What the kernels return, the tensors that they update in place, and their cost."""
     weights, _, firsts, seconds, _, copies, *_, failed_at = given[:11]
     with counting() as traffic, mock.patch.object(interpreter, "_convert_float", rounded):
         norm, updated = update_weights(*given)

@@ -1,4 +1,4 @@
-"""Passes over a batch: the kernels, in Triton's interpreter, against float64, and steps with them."""
+"""Kernels that pass over a batch: in Triton's interpreter they agree with float64, and steps keep their gradients."""
 
 import math
 from typing import Any
@@ -25,7 +25,7 @@ DTYPES = [torch.bfloat16, torch.float32]
 
 
 def batch_of(tokens: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows with a mean far from zero, the constants of normalization and b_dec. Some rows and a column are zero."""
+    """Rows with a mean far from zero, the mean of normalization, and b_dec. Some rows and one column are zero."""
     generator = torch.Generator().manual_seed(tokens)
     mean_D, b_D = (torch.randn(width, generator=generator) for _ in range(2))
     x_BD = 30 + torch.randn(tokens, width, generator=generator)
@@ -44,7 +44,7 @@ def close(found: Tensor, expected: Tensor, rtol: float = 1e-5) -> None:
 def test_normalizing(
     interpreter: Any, shape: tuple[int, int], dtype: torch.dtype, scales: bool, subtracts: bool
 ) -> None:
-    """The two batches are torch's bit for bit, the variance that in float64; the bytes are those of the budget."""
+    """Both batches equal torch's bit for bit, the variance agrees with float64, and `kernel_cost` gives the cost."""
     x_BD, mean_D, b_D = batch_of(*shape, dtype)
     scale = torch.linspace(0.3, 7, shape[1]) if scales else torch.tensor(3.7)
     given = x_BD, mean_D, scale, b_D if subtracts else None, dtype
@@ -77,7 +77,7 @@ def test_comparing(interpreter: Any, shape: tuple[int, int], dtype: torch.dtype)
 
 
 def test_numbers_that_are_not_finite(interpreter: Any) -> None:
-    """They reach what torch's operations let them reach, and nothing else."""
+    """NaN and infinity spread to the same elements as with torch's operations."""
     x_BD, mean_D, b_D = batch_of(9, 5, torch.float32)
     x_BD[3, 1], x_BD[7] = math.inf, math.nan
     given = x_BD, mean_D, torch.tensor(2.0), b_D, torch.bfloat16
@@ -153,7 +153,7 @@ def test_a_step_has_the_values_and_gradients_of_one_without_kernels(recipe: str,
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_kernels_compile_for_a_gpu(compiler: Any, dtype: torch.dtype) -> None:
-    """For compute capability 9.0. No thread needs memory besides its registers."""
+    """The kernels compile for compute capability 9.0, that of an H200, and use no stack memory."""
     stacks = compiler("compiled.compile_batch", dtype=dtype, capability=90)
     names = {"normalize_tile", "combine_tiles", "compare_tile", "scale_tile"}
     assert {name.split()[0] for name in stacks} == names and not any(stacks.values())

@@ -1,4 +1,4 @@
-"""Runs that use the kernels: on a CPU their operators compute the same by torch."""
+"""Runs that use the kernels' operators. On a CPU, torch computes these operators."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from sae.train.run import TrainProgress
 def test_run_json_says_whether_kernels_are_used_and_a_resumed_run_whether_that_changed(
     sparse_cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where no pre-activations are equal and products are dense, the result is the same bit for bit."""
+    """The result is bit-for-bit the same if no pre-activations are equal and the products are dense."""
     weights = {}
     for kernels in (False, True):
         if kernels:

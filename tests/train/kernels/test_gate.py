@@ -1,4 +1,4 @@
-"""The gated SAE's latents and gradients: the kernels, in Triton's interpreter, against float64, and a whole step."""
+"""The gated SAE's kernels: in Triton's interpreter they agree with float64, and a step gives the same gradients."""
 
 import math
 from typing import Any
@@ -16,7 +16,7 @@ SHAPES = [(19, 11), (8, 8), (1, 1)]
 
 
 def tensors(tokens: int, latents: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The arguments of `gate_gradients`. In some places the gate is exactly at its threshold, which is closed."""
+    """The arguments of `gate_gradients`. Some gates are exactly at their threshold and therefore closed."""
     torch.manual_seed(tokens)
     scale_F, gate_F, mag_F = torch.rand(latents), torch.rand(latents).to(dtype).float(), torch.randn(latents)
     z_BF, of_f_BF, of_gate_BF = (torch.randn(tokens, latents).to(dtype) for _ in range(3))
@@ -32,7 +32,7 @@ def in_float64(given: tuple[Tensor, ...]) -> list[Tensor]:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_kernels(interpreter: Any, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """They compute what torch does in float64, and move the bytes that the budget counts."""
+    """The kernels agree with torch in float64, and their cost is that of `kernel_cost`."""
     given = tensors(*shape, dtype)
     size, rtol = given[0].element_size(), 8e-3 if dtype == torch.bfloat16 else 1e-5
     for name, operator, count, passes, sums, scalars in (
@@ -67,7 +67,7 @@ def test_the_operators_are_known_to_torch() -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_step_has_the_gradients_of_one_without_kernels(precision: str) -> None:
-    """And the same losses, counts and reconstruction, in units of the largest number."""
+    """Losses, counts and reconstruction agree too. The tolerance is relative to the largest element of each tensor."""
     results = []
     for by_kernels in (False, True):
         torch.manual_seed(0)
@@ -93,6 +93,6 @@ def test_a_step_has_the_gradients_of_one_without_kernels(precision: str) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_kernels_compile_for_a_gpu(compiler: Any, dtype: torch.dtype) -> None:
-    """For compute capability 9.0. No thread needs memory besides its registers."""
+    """The kernels compile for compute capability 9.0, that of an H200, and use no stack memory."""
     stacks = compiler("compiled.compile_gate", dtype=dtype, capability=90)
     assert len(stacks) == 2 and not any(stacks.values())

@@ -1,4 +1,4 @@
-"""JumpReLU's gradients and counts: the kernels, in Triton's interpreter, against float64, and a step with them."""
+"""JumpReLU's kernels: in Triton's interpreter they agree with float64, and a step gives the same gradients."""
 
 import math
 from typing import Any
@@ -17,7 +17,7 @@ SHAPES = [(19, 11), (8, 8), (1, 1)]
 
 
 def tensors(tokens: int, latents: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """z, theta and the gradient of the latents. In some places z equals theta, which is no firing but near."""
+    """z, theta and the gradient of the latents. Some z equal theta: these are near theta, but do not fire."""
     torch.manual_seed(tokens)
     theta_F = torch.rand(latents).to(dtype).float()
     z_BF, g_BF = torch.randn(tokens, latents).to(dtype), torch.randn(tokens, latents).to(dtype)
@@ -28,7 +28,7 @@ def tensors(tokens: int, latents: int, dtype: torch.dtype) -> tuple[Tensor, Tens
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_kernels(interpreter: Any, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """They compute what torch does in float64, and move the bytes that the budget counts."""
+    """The kernels agree with torch in float64, and their cost is that of `kernel_cost`."""
     z_BF, theta_F, g_BF = tensors(*shape, dtype)
     found, cost = interpreter("interpreted.jump", name="counts", arguments=(z_BF, theta_F, EPS))
     assert all(map(torch.equal, found, jump_counts(z_BF, theta_F, EPS)))
@@ -43,7 +43,7 @@ def test_the_kernels(interpreter: Any, shape: tuple[int, int], dtype: torch.dtyp
 
 
 def test_numbers_that_are_not_finite(interpreter: Any) -> None:
-    """NaN in z is neither above theta nor near; NaN in the gradient reaches its latent, as in torch."""
+    """As in torch, a NaN in z is neither above nor near theta, and a NaN in the gradient reaches only its latent."""
     z_BF, theta_F, g_BF = tensors(9, 5, torch.float32)
     z_BF[1, 0], z_BF[2, 1], g_BF[4, 2], g_BF[5, 3] = math.nan, math.inf, math.nan, math.inf
     found, _ = interpreter("interpreted.jump", name="gradients", arguments=(z_BF, theta_F, g_BF, EPS, False))
@@ -81,6 +81,6 @@ def test_a_step_has_the_gradients_of_one_without_kernels(recipe: str, options: d
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_kernels_compile_for_a_gpu(compiler: Any, dtype: torch.dtype) -> None:
-    """For compute capability 9.0. No thread needs memory besides its registers."""
+    """The kernels compile for compute capability 9.0, that of an H200, and use no stack memory."""
     stacks = compiler("compiled.compile_jump", dtype=dtype, capability=90)
     assert len(stacks) == 3 and not any(stacks.values())

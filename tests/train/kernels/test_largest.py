@@ -1,4 +1,4 @@
-"""The k largest elements of a row: the reference by hand, and the kernels, in Triton's interpreter, against it."""
+"""The k largest elements of a row: the reference agrees with a sort in Python, and the kernels with the reference."""
 
 import math
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from sae.train.kernels.division import Division, Way
 from sae.train.kernels.operators import largest
 
 NAN, INF = math.nan, math.inf
-SMALL = {"room": 64, "programs": 8, "chunk": 16}  # so that short rows are divided as long ones are
-SHAPES = [  # rows, n, k and how they are divided
+SMALL = {"room": 64, "programs": 8, "chunk": 16}  # so that short rows are divided in the same ways as long ones
+SHAPES = [  # (number of rows, n, k, way of dividing a row)
     (5, 1, 1, Way.ROW), (5, 33, 1, Way.ROW), (5, 64, 64, Way.ROW), (5, 100, 1, Way.PARTS), (5, 150, 9, Way.PARTS),
     (2, 65, 32, Way.PARTS), (1, 500, 70, Way.DIGITS), (5, 70, 69, Way.DIGITS), (3, 203, 203, Way.DIGITS),
 ]  # fmt: skip
@@ -31,7 +31,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def by_hand(z_RN: Tensor, k: int) -> list[list[int]]:
-    """By Python's comparison of numbers in float64."""
+    """The indices of the k largest elements of each row, found with Python's `sorted` in float64."""
     rows = [[INF if math.isnan(x) else x for x in row] for row in z_RN.double().tolist()]
     nan = z_RN.isnan().tolist()
     return [
@@ -49,7 +49,7 @@ def test_the_reference_keeps_the_first_of_equals(kind: str, dtype: torch.dtype) 
 
 
 def check_kernels(interpreter: Any, rows: int, n: int, k: int, way: Way, dtype: torch.dtype) -> None:
-    """They find what the reference finds, in rows of each kind, and move the bytes that the budget counts."""
+    """For rows of every kind, the kernels find the reference's indices, and their cost is that of `kernel_cost`."""
     division = Division.of(rows, n, k, **SMALL)
     assert division.way is way
     torch.manual_seed(n + k)
@@ -87,7 +87,7 @@ def test_rows_that_are_not_contiguous_and_no_rows(interpreter: Any) -> None:
 
 
 def test_the_operator_is_known_to_torch() -> None:
-    """Its schema, its result without values, and its use in a compiled function."""
+    """`opcheck` tests its schema, its result for fake tensors, and its use in a compiled function."""
     for z_RN, k in ((torch.randn(4, 20), 3), (torch.randn(1, 20).bfloat16(), 20), (torch.empty(0, 5), 1)):
         torch.library.opcheck(largest, (z_RN, k))
     with pytest.raises(RuntimeError, match="k = 6 is out of range: a row has 5 elements"):
@@ -97,8 +97,7 @@ def test_the_operator_is_known_to_torch() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_kernels_compile_for_a_gpu(compiler: Any, dtype: torch.dtype) -> None:
-    """For compute capability 9.0, that of an H200: all that are launched for three ways of dividing. No thread needs
-    memory besides its registers."""
+    """The kernels of all three ways compile for an H200 (compute capability 9.0) and use no stack memory."""
     shapes = [(2, 100, 7), (2, 20_000, 32), (1, 20_000, 9000)]
     assert [Division.of(*shape).way for shape in shapes] == [Way.ROW, Way.PARTS, Way.DIGITS]
     stacks = compiler("compiled.compile_largest", shapes=shapes, dtype=dtype, capability=90)

@@ -1,4 +1,4 @@
-"""How often pairs of latents fire together: the kernel, in Triton's interpreter, and the operator."""
+"""Counts of how often pairs of latents fire together: the kernel, in Triton's interpreter, and the operator."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from sae.train.variants.competition.pairs import pack_tokens
 
 
 def tensors(pairs: int, latents: int, tokens: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The arguments of `count_pairs`, and the counts. One latent always fires, one never does."""
+    """The arguments of `count_pairs`, and the expected counts. One latent always fires, one never does."""
     torch.manual_seed(pairs)
     fires_BF = torch.rand(tokens, latents) < 0.4
     fires_BF[:, 0], fires_BF[:, -1] = True, False
@@ -25,7 +25,7 @@ def tensors(pairs: int, latents: int, tokens: int) -> tuple[tuple[Tensor, ...], 
 def test_the_kernel_counts_the_tokens_on_which_both_fire(
     interpreter: Any, pairs: int, latents: int, tokens: int
 ) -> None:
-    """As many as there are, by the operator and by the kernel, which moves the bytes that the budget counts."""
+    """The operator and the kernel give the expected counts, and the kernel's cost is that of `kernel_cost`."""
     given, expected_P = tensors(pairs, latents, tokens)
     assert torch.equal(count_pairs(*given), expected_P)
     found, cost = interpreter("interpreted.pairs", arguments=given)
@@ -39,6 +39,6 @@ def test_the_operator_is_known_to_torch() -> None:
 
 @pytest.mark.slow
 def test_the_kernel_compiles_for_a_gpu(compiler: Any) -> None:
-    """For compute capability 9.0. No thread needs memory besides its registers."""
+    """The kernel compiles for compute capability 9.0, that of an H200, and uses no stack memory."""
     stacks = compiler("compiled.compile_pairs", capability=90)
     assert len(stacks) == 1 and not any(stacks.values())

@@ -1,4 +1,4 @@
-"""Errors of prefixes and their gradients: the kernels, in Triton's interpreter, against float64, and a whole step."""
+"""The kernels of the prefixes: in Triton's interpreter they agree with float64, and a step gives the same gradients."""
 
 import math
 from typing import Any
@@ -17,7 +17,7 @@ OPERATORS = ("compare", compare_prefixes, 3), ("gradients", prefix_gradients, 4)
 
 
 def tensors(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The arguments of `prefix_gradients`. One token's parts are zero."""
+    """The arguments of `prefix_gradients`. For one token all parts of the reconstruction are zero."""
     torch.manual_seed(sum(shape))
     prefixes, tokens, width = shape
     part_GBD = torch.randn(shape).to(dtype)
@@ -37,7 +37,7 @@ def test_the_reference_by_hand() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_kernels(interpreter: Any, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    """They compute what torch does in float64, and move the bytes that the budget counts."""
+    """The kernels agree with torch in float64, and their cost is that of `kernel_cost`."""
     given = tensors(shape, dtype)
     for name, operator, count in OPERATORS:
         found, cost = interpreter("interpreted.prefix", name=name, arguments=given[:count])
@@ -49,7 +49,7 @@ def test_the_kernels(interpreter: Any, shape: tuple[int, int, int], dtype: torch
 
 
 def test_numbers_that_are_not_finite(interpreter: Any) -> None:
-    """A part that is not finite reaches the prefixes that contain it and no others, as in torch."""
+    """As in torch, a part that is not finite reaches only the prefixes that contain it."""
     given = tensors((3, 9, 5), torch.float32)
     given[0][1, 2, 3], given[0][2, 4, 1] = math.nan, math.inf
     for name, operator, count in OPERATORS:
@@ -67,7 +67,7 @@ def test_the_operators_are_known_to_torch() -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("options", [{"k": 8}, {"k": 4.5, "prefixes": 3}, {"k": 8, "prefixes": 1}])
 def test_a_step_has_the_gradients_of_one_without_kernels(options: dict[str, Any], precision: str) -> None:
-    """And the same losses and reconstruction, in units of the largest number."""
+    """Losses and reconstruction agree too. The tolerance is relative to the largest element of each tensor."""
     results = []
     for by_kernels in (False, True):
         torch.manual_seed(0)
@@ -88,7 +88,7 @@ def test_a_step_has_the_gradients_of_one_without_kernels(options: dict[str, Any]
 
 
 def test_a_loss_on_the_reconstruction_reaches_every_section() -> None:
-    """With a gradient of x_hat itself, and with one of the latents, beside those of the prefixes."""
+    """Gradients are the same if the loss also depends directly on x_hat and on the latents."""
     results = []
     for by_kernels in (False, True):
         torch.manual_seed(0)
@@ -105,6 +105,6 @@ def test_a_loss_on_the_reconstruction_reaches_every_section() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_kernels_compile_for_a_gpu(compiler: Any, dtype: torch.dtype) -> None:
-    """For compute capability 9.0. No thread needs memory besides its registers."""
+    """The kernels compile for compute capability 9.0, that of an H200, and use no stack memory."""
     stacks = compiler("compiled.compile_prefixes", counts=[1, 5, 12], dtype=dtype, capability=90)
     assert len(stacks) == 6 and not any(stacks.values())

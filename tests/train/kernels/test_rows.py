@@ -1,4 +1,4 @@
-"""Sums of rows by token and by latent: the references, and the kernels, in Triton's interpreter, against float64."""
+"""Sums of rows by token and by latent: the kernels, in Triton's interpreter, agree with the references in float64."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}
 
 
 def tensors(counts: list[int], n: int, width: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Tokens with so many latents of n, in rows of `width` elements."""
+    """The arguments of `decode_rows`: token i has counts[i] of the n latents, and rows have `width` elements."""
     torch.manual_seed(n + width)
     count_B = torch.tensor(counts)
     return {
@@ -41,7 +41,7 @@ def in_float64(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
 
 
 def test_the_reference_by_hand() -> None:
-    """Two tokens: 2 times the first row and 3 times the second; nothing. W_dec is the identity, and b_dec (0, 1)."""
+    """Token 0 is 2 times row 0 plus 3 times row 1; token 1 has no latents. W_dec is the identity, b_dec is (0, 1)."""
     found = decode_rows(
         torch.tensor([2.0, 3.0]), torch.eye(2), torch.tensor([0, 1]), torch.tensor([0, 2]), torch.tensor([0.0, 1.0]),
         torch.tensor([[1.0, 1.0], [0.0, 4.0]]),
@@ -50,7 +50,7 @@ def test_the_reference_by_hand() -> None:
 
 
 def check_kernel(interpreter: Any, counts: list[int], n: int, width: int, tile: Any, dtype: torch.dtype) -> None:
-    """It computes what the reference does in float64, and moves the bytes that the budget counts."""
+    """The kernel agrees with the reference in float64, and its cost is that of `kernel_cost`."""
     given = tensors(counts, n, width, dtype)
     found, cost = interpreter("interpreted.decode", arguments=given, tile=tile)
     for one, expected in zip(found, in_float64(given), strict=True):
@@ -61,8 +61,8 @@ def check_kernel(interpreter: Any, counts: list[int], n: int, width: int, tile: 
 @pytest.mark.parametrize(
     ("counts", "n", "width", "tile", "dtype"),
     [
-        ([3, 3], 9, 7, (4, 4), torch.bfloat16),  # sizes that do not divide
-        ([0, 1, 9, 4, 0], 10, 9, (4, 8), torch.float32),  # no latents, one, and more than a program reads at once
+        ([3, 3], 9, 7, (4, 4), torch.bfloat16),  # not multiples of the tile
+        ([0, 1, 9, 4, 0], 10, 9, (4, 8), torch.float32),  # no latents, one latent, and more than fit a tile
         ([1, 1], 1, 4, (4, 4), torch.float32),
         ([12], 12, 8, (4, 8), torch.bfloat16),  # all latents
     ],
@@ -80,7 +80,10 @@ def test_the_kernel_for_every_shape(interpreter: Any, tile: Any, dtype: torch.dt
 
 
 def test_numbers_that_are_not_finite_stay_with_their_token(interpreter: Any) -> None:
-    """As in the reference; the masked elements of a tile add nothing to them. Equal rows have equal slopes."""
+    """As in the reference, NaN and infinity reach only their token. Equal rows have equal slopes.
+
+    Masked elements of a tile contribute nothing.
+    """
     given = tensors([2, 3, 6], 8, 6)
     given["row_FD"][5] = given["row_FD"][6]
     given["latent_N"] = torch.tensor([1, 2, 0, 3, 4, 2, 3, 4, 5, 6, 7])
@@ -100,7 +103,7 @@ def test_no_tokens(interpreter: Any) -> None:
 
 
 def stretches(counts: list[int], tokens: int, width: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Sums of so many of the rows of some tokens."""
+    """The arguments of `sum_rows`: sum i has counts[i] terms, rows of random tokens with random weights."""
     torch.manual_seed(width)
     count_F = torch.tensor(counts)
     return {
@@ -114,7 +117,7 @@ def stretches(counts: list[int], tokens: int, width: int, dtype: torch.dtype) ->
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_kernel_that_sums_rows(interpreter: Any, dtype: torch.dtype, transposed: bool) -> None:
-    """Of none, of one, and of more than a program reads at once; sizes that do not divide; one NaN."""
+    """Sums of no row, of one row and of more rows than fit a tile, whose size divides none. One weight is NaN."""
     counts, tokens, width = [0, 1, 9, 2, 0, 0, 5], 6, 11
     given = stretches(counts, tokens, width, dtype)
     given["weight_N"][-1] = math.nan
@@ -147,7 +150,7 @@ def test_the_operators_are_known_to_torch() -> None:
 @pytest.mark.parametrize("activation", [TopK(3), BatchTopK(2.5), BatchTopK(0.5)], ids=["topk", "batchtopk", "few"])
 @pytest.mark.parametrize("other_loss", [False, True])
 def test_a_step_has_the_gradients_of_one_without_kernels(activation: Any, other_loss: bool, monkeypatch: Any) -> None:
-    """Of the squared error, and of it and another loss on the reconstruction."""
+    """The loss is the squared error, with or without another loss on the reconstruction."""
     monkeypatch.setattr(sparse_ops, "SPARSE_FROM", {"cpu": {"float32": 1}})
     gradients = []
     for by_kernels in (False, True):
@@ -170,7 +173,9 @@ def test_a_step_has_the_gradients_of_one_without_kernels(activation: Any, other_
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_kernels_compile_for_a_gpu(compiler: Any, dtype: torch.dtype) -> None:
-    """For compute capability 9.0, for few, usual and many latents per token; sums in both orders. No thread needs
-    memory besides its registers."""
+    """For compute capability 9.0: few, medium and many latents per token, and sums in both layouts.
+
+    The kernels use no stack memory.
+    """
     stacks = compiler("compiled.compile_rows", counts=[8, 100, 320], dtype=dtype, capability=90)
     assert len(stacks) == 5 and not any(stacks.values())

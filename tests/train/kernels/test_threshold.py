@@ -1,4 +1,4 @@
-"""The moving threshold of BatchTopK: the kernels, in Triton's interpreter, against float64, and the operator."""
+"""The update of BatchTopK's threshold: the kernels, in Triton's interpreter, agree with float64 and with torch."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ RATE = 0.1
 
 
 def values(kind: str, count: int, dtype: torch.dtype) -> Tensor:
-    """Latents of a batch: most are positive, in some batches none is."""
+    """The latents of a batch: mostly positive, or never positive with the kind "none"."""
     torch.manual_seed(count)
     value_N = torch.randn(count).abs().to(dtype) + 0.5
     value_N[::5] = 0
@@ -44,7 +44,7 @@ def lowest(value_N: Tensor) -> float:
 @pytest.mark.parametrize("count", [1, 8, 33, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_kernels_move_the_threshold(interpreter: Any, kind: str, count: int, dtype: torch.dtype) -> None:
-    """As computed in float64, and equal to torch bit for bit, with the bytes that the budget counts."""
+    """The threshold agrees with float64 and equals torch's bit for bit. The cost is that of `kernel_cost`."""
     value_N = values(kind, count, dtype)
     for batches, rate in ((0, 1.0), (7, RATE)):
         (threshold, counted), cost = interpreter("interpreted.follow", arguments=(value_N, *state(batches), RATE))
@@ -62,7 +62,7 @@ def test_the_operator_is_known_to_torch() -> None:
 
 @pytest.mark.parametrize("in_parts", [False, True])
 def test_a_step_moves_the_threshold_as_without_kernels(in_parts: bool) -> None:
-    """Also if the batch was computed in parts."""
+    """This also holds if the batch is computed in parts."""
     results = []
     for by_kernels in (False, True):
         torch.manual_seed(0)
@@ -86,6 +86,6 @@ def test_a_step_moves_the_threshold_as_without_kernels(in_parts: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_kernels_compile_for_a_gpu(compiler: Any, dtype: torch.dtype) -> None:
-    """For compute capability 9.0. No thread needs memory besides its registers."""
+    """The kernels compile for compute capability 9.0, that of an H200, and use no stack memory."""
     stacks = compiler("compiled.compile_threshold", dtype=dtype, capability=90)
     assert len(stacks) == 2 and not any(stacks.values())

@@ -1,4 +1,4 @@
-"""The update of the weights: the reference and the kernels, in Triton's interpreter, against a step in float64."""
+"""The update of the weights: the reference, and the kernels in Triton's interpreter, agree with a step in float64."""
 
 import itertools
 import math
@@ -13,26 +13,26 @@ from sae.train.kernels.update_layout import ADDING, CHUNK, LONGEST_ROW
 from sae.train.kernels.update_operator import update
 
 BETA1, BETA2, EPS, RATE, DECAY = 0.9, 0.999, 1e-8, 0.01, 0.1
-STEP = 3  # updates before this one
+STEP = 3  # number of updates before this one
 
 
 class Case(NamedTuple):
-    """What is special about an update of W_dec (11, 5), W_enc (5, 11), a long bias and a short one."""
+    """Options of one update of W_dec (11, 5), W_enc (5, 11), a long bias and a short one."""
 
     unit: bool = True
     coupled: bool = False
     limit: float | None = 0.5
-    dtype: torch.dtype = torch.bfloat16  # of the gradients of the matrices
+    dtype: torch.dtype = torch.bfloat16  # of the matrices' gradients
     copies: bool = True
     loss: float = 1.0
     failed_at: int = -1
-    bad: float | None = None  # an element of a gradient
+    bad: float | None = None  # the value of one element of W_enc's gradient
     eps: float = EPS
     beta1: float = BETA1
 
 
 def arguments(case: Case) -> list[Any]:
-    """Random arguments of `update`. One row of W_dec is zero, and one of its gradient."""
+    """Random arguments of `update`. One row of W_dec and another row of its gradient are zero."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -60,7 +60,7 @@ def arguments(case: Case) -> list[Any]:
 
 
 def by_hand(given: list[Any]) -> dict[str, Any]:
-    """The step in float64, by the formulas of Adam and of the decoder's tangent."""
+    """The step in float64: the formulas of Adam, with W_dec's gradient projected onto the tangent of its unit rows."""
     weights, gradients, firsts, seconds = ([one.double() for one in given[n]] for n in range(4))
     unit, decays, loss, i, failed_at, rates_S = given[6:12]
     limit, beta1, beta2, eps, coupled = given[13:]
@@ -87,7 +87,7 @@ def by_hand(given: list[Any]) -> dict[str, Any]:
 
 
 def check(found: dict[str, Any], given: list[Any]) -> None:
-    """`given` is as it was before the step. Without an update no bit changes."""
+    """Compare `found` with a step by hand from `given`, the state before the step. A rejected step changes no bit."""
     expected = by_hand(given)
     assert int(found["failed_at"]) == int(expected["failed_at"]) and found["updated"] == expected["updated"]
     torch.testing.assert_close(found["norm"].double(), expected["norm"], rtol=1e-5, atol=0, equal_nan=True)
@@ -108,9 +108,9 @@ def by_reference(given: list[Any]) -> dict[str, Any]:
 
 
 def check_case(interpreter: Any, case: Case) -> None:
-    """The kernels and the reference; the kernels move the bytes that the budget counts.
+    """Check the reference and the kernels, and that the kernels' cost is that of `kernel_cost`.
 
-    If beta1 is 0, the kernels do not touch the first moments.
+    If beta1 is 0, the kernels do not change the first moments.
     """
     check(by_reference(arguments(case)), arguments(case))
     given = arguments(case)
@@ -167,7 +167,7 @@ def test_the_operator_is_known_to_torch() -> None:
 
 @pytest.mark.slow
 def test_the_kernels_compile_for_a_gpu(compiler: Any) -> None:
-    """For compute capability 9.0, that of an H200. No thread needs memory besides its registers."""
+    """The kernels compile for compute capability 9.0, that of an H200, and use no stack memory."""
     for dtype in (torch.bfloat16, torch.float32):
         widths = [768, 2304, LONGEST_ROW]
         stacks = compiler("compiled.compile_update", widths=widths, dtype=dtype, capability=90)
