@@ -1,4 +1,4 @@
-"""Paper 000: steps, variants and short trainings."""
+"""Fixtures of the tests of paper 000: steps, variants and short training runs."""
 
 from collections.abc import Callable
 
@@ -33,17 +33,17 @@ def train_on_noise(variant: Variant, steps: int) -> Trainer:
 
 @pytest.fixture
 def step_of() -> Callable[..., Step]:
-    """The forward pass of an SAE on a batch, as a step."""
+    """A function that runs an SAE on a batch and returns the `Step`."""
     return step_on
 
 
 @pytest.fixture
 def build() -> Callable[..., Variant]:
-    """A recipe by name, 64 latents on 32 dimensions unless other sizes are given; options as keywords."""
+    """A function that builds a recipe with options as keywords, by default with 64 latents on 32 dimensions."""
     return build_small
 
 
 @pytest.fixture
 def trained() -> Callable[..., Trainer]:
-    """A variant after some steps on random rows."""
+    """A function that trains a variant for some steps on random rows and returns the `Trainer`."""
     return train_on_noise

@@ -33,9 +33,9 @@ def test_the_first_batch_sets_the_running_statistics_and_later_ones_move_them_by
     norm = BatchNorm(2)
     part, step = RunningStatistics(norm), step_of(SAE(3, 2), torch.zeros(2, 3))
     step.pre_BF, step.f_BF = torch.tensor([[1.0, -4.0], [3.0, -2.0]]), torch.zeros(2, 2)
-    part.after_step(step)  # means 2 and -3, squared deviations 1: divided by the two tokens, not by one fewer
+    part.after_step(step)  # means 2 and -3; the variances, divided by the number of tokens, are 1
     assert (norm.mean_F.tolist(), norm.variance_F.tolist()) == ([2.0, -3.0], [1.0, 1.0])
-    step.i, step.pre_BF = torch.tensor(1), torch.tensor([[10.0, -3.0], [14.0, -3.0]])  # 12 and 4; -3 and 0
+    step.i, step.pre_BF = torch.tensor(1), torch.tensor([[10.0, -3.0], [14.0, -3.0]])  # means 12, -3; variances 4, 0
     part.after_step(step)
     torch.testing.assert_close(norm.mean_F, torch.tensor([3.0, -3.0]))
     torch.testing.assert_close(norm.variance_F, torch.tensor([1.3, 0.9]))

@@ -24,7 +24,7 @@ from sae.train.variants.collapse.monitors import UtilizationEMA
 def rates(mode: str, u_G: list[float]) -> tuple[GroupLearningRate, UtilizationEMA]:
     utilisation = UtilizationEMA(4 * len(u_G))
     utilisation.rate_F.copy_(0.1 * torch.tensor(u_G).repeat_interleave(4))
-    utilisation.gathered.fill_(0.1)  # as after the first step
+    utilisation.gathered.fill_(0.1)  # the value after one step
     return GroupLearningRate(DecoderRows(len(u_G)), GroupUtilization(utilisation, len(u_G)), mode), utilisation
 
 
@@ -43,7 +43,7 @@ def test_group_rates_by_hand() -> None:
 
 
 def test_a_group_rate_scales_the_update_and_not_the_gradient(step_of: Callable[..., Step]) -> None:
-    """Adam's first update is lr times the gradient's sign, however long the gradient is."""
+    """Adam's first update is lr times the sign of the gradient, so a factor on the gradient would have no effect."""
     torch.manual_seed(0)
     sae, (part, _) = SAE(4, 8), rates("softmax", [0.0, 2.0])
     step = step_of(sae, torch.randn(5, 4))
@@ -75,7 +75,7 @@ def test_neighbours_inhibit_and_the_best_of_each_group_remain() -> None:
     # 4 - 0.25 * 3 = 3.25, 3 - 0.5 * 4 = 1, 2 - 0 = 2; and 1 - 0.5 * 6 < 0, 6 - 0, 0 - 0.5 * 1 < 0
     assert link()(f_BF).tolist() == [[3.25, 0.0, 2.0, 0.0, 6.0, 0.0]]
     assert link(inhibition="off")(f_BF).tolist() == [[4.0, 3.0, 0.0, 1.0, 6.0, 0.0]]
-    expected = [[16 / 4.75, 0.0, 2.0, 1 / 4, 6.0, 0.0]]  # and 9 / 5 is the third of its group
+    expected = [[16 / 4.75, 0.0, 2.0, 1 / 4, 6.0, 0.0]]  # latent 1 gets 9 / 5, which is the smallest of its group
     torch.testing.assert_close(link(inhibition="divisive")(f_BF), torch.tensor(expected))
     for inhibition in ("subtractive", "divisive"):
         torch.testing.assert_close(link(inhibition=inhibition)(7 * f_BF), 7 * link(inhibition=inhibition)(f_BF))
@@ -125,8 +125,10 @@ def test_with_free_rows_a_group_rate_scales_their_update_and_leaves_w_dec_alone(
 def test_rates_that_differ_from_the_runs_by_more_than_a_thousandth_are_counted(
     mode: str, u_G: list[float], counts: list[int], step_of: Callable[..., Step]
 ) -> None:
-    """The rates of two groups differ from their mean by half of the difference in utilization. As printed, (2) gives
-    two equal groups half of the run's rate each: it acts, although the groups are alike."""
+    """With `softmax_mean1`, two rates differ from the run's by half of the difference in utilization.
+
+    With `softmax`, (2) as printed, two equally used groups each get half of the run's rate, so both are counted.
+    """
     part, _ = rates(mode, u_G)
     step = step_of(SAE(4, 8), torch.zeros(1, 4))
     for count in counts:
@@ -136,7 +138,7 @@ def test_rates_that_differ_from_the_runs_by_more_than_a_thousandth_are_counted(
 
 
 def sampling(u_G: list[float], share: float = 0.5, steps: int = 1000) -> GroupSampling:
-    part = GroupSampling(DecoderRows(1), 4 * len(u_G), len(u_G), share, 1.0, steps)  # a decay of 1 keeps utilization
+    part = GroupSampling(DecoderRows(1), 4 * len(u_G), len(u_G), share, 1.0, steps)  # decay 1: constant utilization
     part.utilization.rate_F.copy_(0.1 * torch.tensor(u_G).repeat_interleave(4))
     part.utilization.gathered.fill_(0.1)
     part.uniform_T.copy_((torch.arange(steps) + 0.5) / steps)
@@ -146,7 +148,7 @@ def sampling(u_G: list[float], share: float = 0.5, steps: int = 1000) -> GroupSa
 def test_groups_are_drawn_by_their_utilization_and_the_expected_update_is_that_of_all(
     step_of: Callable[..., Step],
 ) -> None:
-    """Over evenly spread random numbers instead of random ones, so that shares are exact."""
+    """Evenly spaced numbers replace the random ones, so that the shares are exact."""
     u_G, total = [0.0, 0.1, 0.2, 0.5], 0.8
     part, step = sampling(u_G), step_of(SAE(4, 16), torch.zeros(2, 4))
     probability = [min(1.0, 2 * (0.1 / 4 + 0.9 * u / total)) for u in u_G]
@@ -184,7 +186,7 @@ def test_sampling_follows_the_latents_that_fire(step_of: Callable[..., Step]) ->
 
 
 def test_only_the_groups_that_are_drawn_move_and_by_more_in_turn(build: Callable[..., Variant]) -> None:
-    """The same two steps with and without sampling: Adam's first updates do not depend on it."""
+    """Compare the first step with and without sampling. Adam computes the same update in both cases."""
     moved = []
     for importance in ("off", "groups"):
         variant = build("collapse-04", batch_norm="pre", importance=importance, lr=1e-3, warmup=0, clip=None)
@@ -202,7 +204,7 @@ def test_only_the_groups_that_are_drawn_move_and_by_more_in_turn(build: Callable
     for every, some in zip(moved[0][:4], moved[1][:4], strict=True):
         assert not some[~drawn_G].any()
         torch.testing.assert_close(some[drawn_G], (every / p_G[:, None])[drawn_G], rtol=1e-3, atol=1e-6)
-    assert moved[1][4][~drawn_G].abs().max() < 1e-6 < 1e-4 < moved[1][4][drawn_G].abs().max()  # the unit norm aside
+    assert moved[1][4][~drawn_G].abs().max() < 1e-6 < 1e-4 < moved[1][4][drawn_G].abs().max()  # unit norm rounds
 
 
 def test_sampling_draws_no_number_that_other_parts_draw(build: Callable[..., Variant]) -> None:
@@ -238,11 +240,11 @@ def test_the_strongest_neighbour_inhibits_and_not_the_sum_of_them() -> None:
     link.near_FN.copy_(torch.tensor([[1.0, 2.0], [0.0, 2.0], [3.0, 1.0], [0.0, 1.0]]))
     link.closeness_FN.copy_(torch.tensor([[0.5, 0.25], [0.5, 0.0], [1.0, 0.5], [0.0, 0.0]]))
     f_BF = torch.tensor([[8.0, 6.0, 4.0, 2.0]], requires_grad=True)
-    # 8 - 0.5 max(0.5 6, 0.25 4), 6 - 0.5 0.5 8, 4 - 0.5 max(2, 0.5 6), and 2 with nobody near
+    # 8 - 0.5 max(0.5 6, 0.25 4), 6 - 0.5 0.5 8, 4 - 0.5 max(2, 0.5 6), and 2, which has no close neighbour
     out_BF = link(f_BF)
     assert out_BF.tolist() == [[6.5, 4.0, 2.5, 2.0]]
     (gradient_BF,) = torch.autograd.grad(out_BF.sum(), f_BF)
-    assert gradient_BF.tolist() == [[1.0, 1.0, 1.0, 1.0]]  # none by way of the neighbors
+    assert gradient_BF.tolist() == [[1.0, 1.0, 1.0, 1.0]]  # inhibition passes no gradient on
 
 
 def test_inhibited_and_outcompeted_latents_are_counted_apart() -> None:
@@ -250,24 +252,26 @@ def test_inhibited_and_outcompeted_latents_are_counted_apart() -> None:
     link.near_FN.copy_(torch.tensor([[1.0], [0.0], [3.0], [2.0]]))
     link.closeness_FN.copy_(torch.tensor([[0.5], [0.5], [1e-5], [1e-5]]))
     f_BF = torch.tensor([[4.0, 6.0, 0.0, 0.0], [1.0, 4.0, 3.0, 2.0], [0.0, 0.0, 0.0, 5.0]])
-    # 4 - 3 and 6 - 2: both weakened, one loses; 1 - 2 and 4 - 0.5: weakened, one off; by a hundred-thousandth: not
+    # Token 0: 4 - 3 and 6 - 2 are both inhibited, and the smaller one is outcompeted.
+    # Token 1: 1 - 2 and 4 - 0.5 are both inhibited, the first to zero. 3 and 2 inhibit each other by a factor of 1e-5,
+    # which does not count as inhibited; the smaller one is outcompeted.
     assert link(f_BF).count_nonzero() == 4
     assert {name: int(count) for name, count in link.counts.items()} == {"inhibited": 4, "outcompeted": 2}
     link(f_BF.repeat(50, 1))
-    assert int(link.counts["inhibited"]) == 43 * 2 + 43 * 2  # 128 of 150 tokens: 43, 43 and 42 of the three
+    assert int(link.counts["inhibited"]) == 43 * 2 + 43 * 2  # the first 128 of 150 tokens: 43, 43 and 42 of each kind
     off = WinnerTakeAll(4, groups=2, winners=1, inhibition="off")
     off(f_BF)
     assert {name: int(count) for name, count in off.counts.items()} == {"inhibited": 0, "outcompeted": 3}
     off.eval()(torch.ones(9, 4))
-    assert int(off.counts["outcompeted"]) == 3  # of the training batch still
+    assert int(off.counts["outcompeted"]) == 3  # the last training batch's count
 
 
 @pytest.mark.parametrize(
     "d_sae, options, groups, winners",
     [
-        (64, {}, 16, 1),  # 0.1 of 4 latents, rounded up
-        (192, {}, 16, 2),  # 0.1 of 12
-        (320, {}, 16, 2),  # 0.1 of 20
+        (64, {}, 16, 1),  # 0.1 of a group's 4 latents, rounded up
+        (192, {}, 16, 2),  # 0.1 of 12 latents
+        (320, {}, 16, 2),  # 0.1 of 20 latents
         (192, {"wta_scope": "global"}, 1, 32),
         (192, {"wta_share": 0.5, "groups": 8}, 8, 12),
     ],
@@ -301,7 +305,7 @@ def test_neighbours_of_the_whole_dictionary_are_the_nearest_of_all(
 def test_an_sae_says_where_its_neighbours_were_sought_only_if_it_was_the_dictionary(
     build: Callable[..., Variant],
 ) -> None:
-    """So SAEs are saved as before, and those of before load."""
+    """By default an SAE is saved as in earlier versions, whose SAEs therefore still load."""
     usual, wide = build("collapse-09").sae, build("collapse-09", near_scope="dictionary").sae
     assert (usual.activation[-1].neighbours, wide.activation[-1].neighbours) == (3, 8)
     assert "near_scope" not in sae_spec(usual)["activation"][-1]

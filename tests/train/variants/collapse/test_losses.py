@@ -63,7 +63,7 @@ def test_importance_weighs_a_token_by_its_error_over_the_recent_one(step_of: Cal
     step.x_BD, step.recon_BD = torch.tensor([[1.0, 0, 0, 0], [0, 3.0, 0, 0]]), torch.zeros(2, 4)  # errors 1 and 9
     assert ImportanceWeightedMSE(recent)(step).item() == pytest.approx(
         (1 / 5 * 1 + 9 / 5 * 9) / 2
-    )  # their mean is all we know
+    )  # the first recent error is the mean of the batch, 5
     recent.after_step(step)
     recent.value.mul_(2.0)
     step.i = torch.tensor(1)
@@ -93,10 +93,10 @@ def test_contrast_and_orthogonality_on_activations_are_of_latents_over_the_batch
 ) -> None:
     torch.manual_seed(0)
     sae, rows = SAE(8, 12), DecoderRows(3)
-    sae.W_dec.data *= 3.0  # not what is compared
+    sae.W_dec.data *= 3.0  # no effect: decoder rows are not compared
     step = step_of(sae, torch.randn(6, 8))
     step.pre_BF, f_BF = torch.randn(6, 12), torch.rand(6, 12)
-    f_BF[:, 5] = 0.0  # a latent that is off
+    f_BF[:, 5] = 0.0  # a silent latent
     step.f_BF = f_BF.requires_grad_()
     cosine_FF = F.cosine_similarity(f_BF.detach().T[:, None], f_BF.detach().T[None], dim=2)
     cosine = {(i, j): float(cosine_FF[i, j]) for i in range(12) for j in range(12)}
@@ -131,7 +131,7 @@ def test_the_weights_of_tokens_have_no_gradient(step_of: Callable[..., Step]) ->
     step.i, step.x_BD = torch.tensor(1), torch.tensor([[1.0, 0.0], [0.0, 3.0]])
     step.recon_BD = torch.zeros(2, 2, requires_grad=True)
     (gradient_BD,) = torch.autograd.grad(ImportanceWeightedMSE(recent)(step), step.recon_BD)
-    # -2 e w / 2 with w = 1/4 and 9/4; with a gradient of w they would be twice as large
+    # -2 e w / 2 with w = 1/4 and 9/4. If the gradient went through w too, it would be twice as large.
     torch.testing.assert_close(gradient_BD, torch.tensor([[-0.25, 0.0], [0.0, -6.75]]))
 
 
@@ -145,7 +145,7 @@ def test_balanced_losses_are_counted_where_they_are_scaled_down(step_of: Callabl
 
 
 def test_balance_counts_the_weight_of_the_reconstruction(step_of: Callable[..., Step]) -> None:
-    """With an error that is averaged over d_in, the limit is that of the averaged error."""
+    """If the loss averages the error over d_in, the limit is relative to the gradient of that average."""
     torch.manual_seed(0)
     sae, rows, norms = SAE(6, 8), DecoderRows(1), []
     for weight in (1.0, 1 / 6):
@@ -177,7 +177,7 @@ def test_strengths_of_a_built_run_grow_over_their_warm_up(
 def test_strengths_are_shares_of_the_input_s_variance_and_not_of_its_size(
     units: str, weight: float, build: Callable[..., Variant]
 ) -> None:
-    """Rows at a distance of 3 from their mean, which is far from zero."""
+    """The rows are at a distance of 3 from their mean, which itself is far from zero."""
     variant = build("collapse-02", 4, 8, alpha_warmup=0, units=units)
     x_BD = 100.0 + torch.tensor([[3.0, 0, 0, 0], [-3.0, 0, 0, 0]])
     step = variant(torch.tensor(5), x_BD, torch.optim.SGD(variant.parameters()))
@@ -192,7 +192,7 @@ def test_diversity_is_of_latents_until_a_run_has_groups(build: Callable[..., Var
 
 
 def test_diversity_has_the_gradient_of_the_entropy(step_of: Callable[..., Step]) -> None:
-    """By hand for shares 3/4 and 1/4 of a total of 8 over two tokens: -d(p log p)/df / log 2."""
+    """By hand: the loss is 1 - H / log 2; latents have the shares 3/4 and 1/4 of a total of 8 over two tokens."""
     step = step_of(SAE(2, 2), torch.zeros(2, 2))
     step.f_BF = torch.tensor([[2.0, 1.0], [4.0, 1.0]], requires_grad=True)
     (gradient_BF,) = torch.autograd.grad(DiversityLoss(None)(step), step.f_BF)

@@ -1,4 +1,4 @@
-"""Paper 000: the projection and the average of utilization."""
+"""Paper 000: the monitors: the random projection, moving averages, and totals."""
 
 from collections.abc import Callable
 
@@ -43,7 +43,10 @@ def test_utilisation_is_right_from_the_first_batch_on(step_of: Callable[..., Ste
 def test_the_monitor_leaves_out_each_row_s_angle_with_itself_in_a_wide_dictionary(
     step_of: Callable[..., Step],
 ) -> None:
-    """More rows than are compared at once, each at a right angle to all but its own kind."""
+    """The dictionary has more rows than are compared at once.
+
+    At first, 1,028 rows are equal, and the other two are orthogonal to them and to each other.
+    """
     sae, sketch = SAE(3, 1030), Sketch(3, 1030)
     sae.W_dec.data = torch.zeros(1030, 3)
     sae.W_dec.data[:, 0] = 1.0
@@ -53,10 +56,10 @@ def test_the_monitor_leaves_out_each_row_s_angle_with_itself_in_a_wide_dictionar
     assert float(sketch.mean_cosine) == pytest.approx(1028 * 1027 / (1030 * 1029), rel=1e-5)
     sae.W_dec.data[:-2] = torch.tensor([1.0, 1.0, 0.0])
     sae.W_dec.data[:1027] = torch.tensor([1.0, 0.0, 0.0])
-    sae.W_dec.data[1:1027] = 0.0  # one row along the first axis, one along the diagonal, two along others
+    sae.W_dec.data[1:1027] = 0.0  # four rows are nonzero: row 0, one on the diagonal and the last two
     sketch.every_n_steps(step_of(sae, torch.zeros(1, 3)))
     assert float(sketch.max_cosine) == pytest.approx(0.5**0.5, rel=1e-5)
-    sae.W_dec.data[1] = torch.tensor([1.0, 0.1, 0.0])  # the nearest pair is among the first rows
+    sae.W_dec.data[1] = torch.tensor([1.0, 0.1, 0.0])  # the nearest pair, 0 and 1, is in one block
     sketch.every_n_steps(step_of(sae, torch.zeros(1, 3)))
     assert float(sketch.max_cosine) == pytest.approx(1.01**-0.5, rel=1e-5)
 
@@ -67,7 +70,7 @@ def test_the_length_of_projected_latents_is_scaled_by_the_dimensions_lost(step_o
     step = step_of(sae, torch.randn(3, 4))
     step.pre_BF, step.f_BF = torch.full((3, 16), -5.0), torch.rand(3, 16)
     sketch.every_n_steps(step)
-    projected_BS = step.f_BF @ sketch.R_DS  # a quarter of the dimensions: half of the length, on average
+    projected_BS = step.f_BF @ sketch.R_DS  # a quarter of the dimensions has half of the length, on average
     expected = 2 * (projected_BS.norm(dim=1) / step.f_BF.norm(dim=1)).mean()
     assert float(sketch.length) == pytest.approx(float(expected), rel=1e-5)
 

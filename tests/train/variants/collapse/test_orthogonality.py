@@ -1,4 +1,4 @@
-"""Paper 000: Gram-Schmidt against (3) as written, and rows that stay orthonormal."""
+"""Paper 000: Gram-Schmidt computes (3) as written, and rows stay orthonormal."""
 
 import math
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from sae.train.variants.collapse.orthogonality import (
 
 
 def by_hand(rows_MD: Tensor) -> Tensor:
-    """(3) as written, one row after the other, each minus its projections on those before."""
+    """(3) as written: for one row after another, subtract its projections onto the earlier rows."""
     done: list[Tensor] = []
     for row in rows_MD:
         for earlier in done:
@@ -45,7 +45,7 @@ def test_modified_gram_schmidt_is_q_times_the_diagonal_of_r() -> None:
 
 def test_orthogonality_is_exact_to_1e_5_in_single_precision() -> None:
     rows_GMD = torch.randn(16, 24, 64, generator=torch.Generator().manual_seed(0))
-    rows_GMD[0, 1] = rows_GMD[0, 0]  # even of two equal rows
+    rows_GMD[0, 1] = rows_GMD[0, 0]  # two equal rows
     unit_GMD = gram_schmidt(rows_GMD)
     assert (unit_GMD @ unit_GMD.mT - torch.eye(24)).abs().max() < 1e-5
 
@@ -64,12 +64,12 @@ def test_the_first_in_order_keeps_its_direction(order: str, step_of: Callable[..
 
 
 def test_gradient_through_is_that_of_the_orthogonalised_decoder(step_of: Callable[..., Step]) -> None:
-    """The difference of a loss of W_dec along free rows, by the mechanism and by a small step, on the unit sphere."""
+    """The gradient of a loss of W_dec with respect to the free rows equals a finite difference along their tangent."""
     torch.manual_seed(0)
     sae, rows = SAE(10, 6).double(), DecoderRows(2)
     part = GramSchmidt(sae, rows, UtilizationEMA(6), "index", "through").double()
     step, target_FD = step_of(sae, torch.randn(5, 10).double()), torch.randn(6, 10).double()
-    sae.W_dec.grad = target_FD.clone()  # of the loss <W_dec, target>
+    sae.W_dec.grad = target_FD.clone()  # the gradient of the loss <W_dec, target>
     with torch.no_grad():
         part.after_backward(step)
     assert not sae.W_dec.grad.any()
@@ -88,13 +88,13 @@ def test_the_decoder_is_orthogonal_and_made_of_free_rows(
     variant = build(name, **options)
     before = variant.sae.W_dec.detach().clone()
     sae = trained(variant, 20).variant.sae
-    groups = 16 if name == "collapse-08" else 2  # 64 rows of width 32 fit into no fewer
+    groups = 16 if name == "collapse-08" else 2  # at most 32 rows of width 32 can be orthogonal
     rows_GMD = sae.W_dec.detach().unflatten(0, (groups, -1))
     assert (rows_GMD @ rows_GMD.mT - torch.eye(64 // groups)).abs().max() < 1e-5
     assert (sae.W_dec - before).abs().max() > 1e-3
     part = next(m for m in variant.mechanisms if isinstance(m, GramSchmidt))
     free_GMD = part.rows.free_FD.detach().unflatten(0, (groups, -1))
-    assert (free_GMD @ free_GMD.mT - torch.eye(64 // groups)).abs().max() > 1e-4  # they are not orthogonal themselves
+    assert (free_GMD @ free_GMD.mT - torch.eye(64 // groups)).abs().max() > 1e-4  # free rows are not orthogonal
 
 
 def test_latents_over_the_batch_are_orthogonal_in_training_and_untouched_afterwards() -> None:
@@ -149,14 +149,14 @@ def test_hard_orthogonality_is_the_nearest_orthonormal_matrix(step_of: Callable[
 
 
 def test_straight_through_by_hand(step_of: Callable[..., Step]) -> None:
-    """The gradient of a row of W_dec goes to its free row, less the part along either."""
+    """A free row gets the gradient of its row of W_dec, minus the components along that row and along the free row."""
     sae, rows = SAE(2, 2), DecoderRows(1)
     part, step = GramSchmidt(sae, rows, UtilizationEMA(2), "index", "straight_through"), None
     sae.W_dec.data = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     rows.free_FD.data = torch.tensor([[0.6, 0.8], [0.0, 1.0]])
     step = step_of(sae, torch.zeros(1, 2))
     sae.W_dec.grad = torch.tensor([[3.0, 5.0], [2.0, 7.0]])
-    rows.free_FD.grad = torch.tensor([[1.0, 2.0], [0.0, 0.0]])  # of a loss on the free rows
+    rows.free_FD.grad = torch.tensor([[1.0, 2.0], [0.0, 0.0]])  # of a loss that reads the free rows
     with torch.no_grad():
         part.after_backward(step)
     # (3, 5) without the part along (1, 0), plus (1, 2), is (1, 7), and (1, 7) less 6.2 (0.6, 0.8) is this:
@@ -188,7 +188,10 @@ def test_in_a_run_no_gradient_lies_along_a_free_row(gradient: str, build: Callab
 
 @pytest.mark.parametrize("gradient", ["straight_through", "through"])
 def test_gradient_of_orthogonalised_latents(gradient: str) -> None:
-    """Through (3) as by autograd on the sequential form; straight through as if its matrix were a constant."""
+    """With "through", the gradient is autograd's for the sequential form of (3).
+
+    With "straight_through", the matrix that (3) applies is treated as a constant.
+    """
     torch.manual_seed(0)
     f_BF, weight_BF = torch.rand(9, 4, requires_grad=True), torch.randn(9, 4)
     out_BF = GramSchmidtLatents(1, gradient)(f_BF)
@@ -203,7 +206,7 @@ def test_gradient_of_orthogonalised_latents(gradient: str) -> None:
 
 
 def test_a_group_that_is_silent_in_a_batch_stays_so() -> None:
-    """Its Gram matrix is zero, and has a Cholesky factor all the same; the gradient of the others is finite."""
+    """A silent group's Gram matrix is zero. Its factorization does not fail, and all gradients are finite."""
     f_BF = torch.cat([torch.rand(8, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(8, 3)], 1)
     f_BF.requires_grad_()
     out_BF = GramSchmidtLatents(2, "through")(f_BF)
@@ -214,13 +217,13 @@ def test_a_group_that_is_silent_in_a_batch_stays_so() -> None:
 
 def test_orthogonalised_latents_are_counted_if_they_moved() -> None:
     f_BF = torch.zeros(6, 6)
-    f_BF[0, 0] = f_BF[1, 1] = f_BF[2, 2] = 3.0  # at right angles
-    f_BF[3, 3] = f_BF[3, 4] = 2.0  # the same direction; the sixth is off
+    f_BF[0, 0] = f_BF[1, 1] = f_BF[2, 2] = 3.0  # orthogonal
+    f_BF[3, 3] = f_BF[3, 4] = 2.0  # equal latents; latent 5 never fires
     link = GramSchmidtLatents(groups=1)
     link(f_BF)
     assert int(link.counts["orthogonalized"]) == 1
     apart = GramSchmidtLatents(groups=3)
-    apart(f_BF)  # the two are in different groups
+    apart(f_BF)  # the two equal latents are in different groups
     assert int(apart.counts["orthogonalized"]) == 0
 
 
@@ -244,12 +247,12 @@ def test_rows_that_hard_orthogonality_moved_are_counted_in_its_steps(step_of: Ca
     part, step = HardOrthogonality(DecoderRows(2), steps=2), step_of(sae, torch.zeros(1, 4))
     for i, count in ((0, 0), (1, 2), (2, 2), (3, 4)):
         sae.W_dec.data = torch.eye(4)
-        sae.W_dec.data[3, 2] = 0.1  # the second group leans
+        sae.W_dec.data[3, 2] = 0.1  # not orthogonal to row 2
         step.i = torch.tensor(i)
         part.after_step(step)
         assert int(part.scalars()["rows_projected"]) == count
     part.after_step(step)
-    assert int(part.scalars()["rows_projected"]) == 4  # orthonormal by now
+    assert int(part.scalars()["rows_projected"]) == 4  # the rows are already orthonormal
 
 
 def test_orthogonality_has_the_gradient_of_its_formula(step_of: Callable[..., Step]) -> None:
@@ -271,7 +274,7 @@ def test_losses_of_a_run_with_gram_schmidt_are_of_the_free_rows(step_of: Callabl
 
 @pytest.mark.parametrize("condition", [1.5, 10.0, 300.0])
 def test_gram_schmidt_by_products_is_that_by_a_qr(condition: float) -> None:
-    """Unit rows of two groups, to the rounding of float32; `condition` is that of their matrix."""
+    """Unit rows of two groups agree to float32 rounding times `condition`, the condition number of their matrix."""
     torch.manual_seed(0)
     left_GMM, right_GMM = (torch.linalg.qr(torch.randn(2, 12, 12, dtype=torch.float64)).Q for _ in range(2))
     rows_GMD = (left_GMM * torch.logspace(0, -math.log10(condition), 12, dtype=torch.float64)) @ right_GMM
@@ -283,7 +286,7 @@ def test_gram_schmidt_by_products_is_that_by_a_qr(condition: float) -> None:
 
 
 def test_a_group_of_dependent_rows_is_nan_and_not_rows_that_are_not_orthogonal() -> None:
-    """Rows of nearly rank 8, of which rounding leaves no factor. The other group is as it would be alone."""
+    """One group has almost rank 8, so its Cholesky factorization fails in float32. The other group is not affected."""
     torch.manual_seed(0)
     dependent_MD = torch.randn(144, 8) @ torch.randn(8, 200) + 1e-3 * torch.randn(144, 200)
     rows_GMD = torch.nn.functional.normalize(torch.stack([dependent_MD, torch.randn(144, 200)]), dim=-1)

@@ -1,4 +1,4 @@
-"""Paper 000: what its file says of readings, systems and counters, against runs that are built from it."""
+"""Paper 000: runs built from its file have the readings, systems and counters that the file declares."""
 
 from collections.abc import Callable
 
@@ -55,7 +55,7 @@ def test_a_system_adds_to_the_one_before() -> None:
 
 @each_reading
 def test_monitors_change_nothing_and_what_follows_them_does(reading: Reading, trained: Callable[..., Trainer]) -> None:
-    """Run 1 is the baseline in every reading, and in the letter run 3 is run 2, as its counter says."""
+    """Run 1 equals the baseline in every reading. In the literal reading, run 3 equals run 2, and its counter is 0."""
     made = {name: trainer_of(PAPER.systems[name], reading, trained, 4) for name in ("baseline", "run-01", "run-02",
             "run-03", "run-08", "run-09-no-inhibition")}  # fmt: skip
     found = {name: weights(trainer) for name, trainer in made.items()}

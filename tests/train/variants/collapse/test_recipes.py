@@ -1,4 +1,4 @@
-"""Paper 000: what each run adds to the one before, and options that cannot work."""
+"""Paper 000: the parts that each run adds to the run before, counters, and invalid options."""
 
 import math
 import shutil
@@ -91,25 +91,25 @@ def test_each_part_logs_its_numbers(build: Callable[..., Variant], trained: Call
 def test_each_part_of_a_run_logs_whether_it_acted(
     build: Callable[..., Variant], trained: Callable[..., Trainer]
 ) -> None:
-    """Counts since the start, here after five steps of 64 tokens on rows that start orthonormal in their groups."""
+    """Counters add up all steps, here five steps of 64 tokens. The rows of each group start orthonormal."""
     options = {"importance": "groups", "tau_max": 0.0, "tau_min": 0.0, "gradient_balance": 1e-9, "alpha_warmup": 0}
     trainer = trained(build("collapse-10", near_scope="dictionary", hard_every=2, **options), 5)
     metrics = trainer.pop_metrics()
     assert metrics["penalty_moved"] == 4 and metrics["penalty_bounded"] == 0
     assert metrics["groups_skipped"] in range(5 * 7, 5 * 10)
     assert 0 < metrics["pairs_over_tau"] <= 5 * 16 * 6
-    assert 5 * 2 < metrics["losses_balanced"] < 5 * 3  # three losses, one of which starts without a gradient
+    assert 5 * 2 < metrics["losses_balanced"] < 5 * 3  # three losses, one of which has no gradient at first
     assert 0 < metrics["rates_differed"] <= 5 * 16
     assert 0 < metrics["orthogonalized"] <= 3 * 48 and 0 < metrics["rows_projected"] <= 2 * 64
     assert 0 < metrics["inhibited"] <= 5 * 64 * 64 and 0 < metrics["outcompeted"] <= 5 * 64 * 48
     names = [name for name, _ in trainer.variant.named_buffers() if name.rpartition(".")[2].startswith("acted_")]
     assert len(names) == 10
     metrics = trained(build("collapse-06", gs_axis="activation_batch"), 5).pop_metrics()
-    assert 0 < metrics["orthogonalized"] <= 5 * 62  # the first of two groups stays as it is
+    assert 0 < metrics["orthogonalized"] <= 5 * 62  # the first latent of each of two groups never changes
 
 
 def test_counters_come_after_all_that_old_checkpoints_hold(build: Callable[..., Variant]) -> None:
-    """A checkpoint names tensors by the place of their mechanism."""
+    """Checkpoints name tensors by the index of their mechanism, so the indices of older mechanisms must not change."""
     for name in RUNS:
         kinds = [type(m).__name__ for m in build(name).mechanisms]
         first = kinds.index("Totals") if "Totals" in kinds else len(kinds) - 1
@@ -130,7 +130,7 @@ def test_the_letter_has_what_sections_4_3_and_5_put_in_every_run(name: str, trai
 
 
 def test_the_letter_of_run_3_is_run_2(trained: Callable[..., Trainer]) -> None:
-    """0.04 lies within all bounds: nothing moves it, and the counter says so."""
+    """0.04 is always within the bounds, so lambda does not change, and `penalty_moved` is 0."""
     made = []
     for name in ("collapse-02", "collapse-03"):
         torch.manual_seed(0)
@@ -183,7 +183,7 @@ def test_invalid_options_raise_a_usage_error(
 def test_a_compiled_run_counts_like_an_eager_one(
     options: dict, build: Callable[..., Variant], compiled_by_one_thread: None
 ) -> None:
-    """Counts of activations leave the compiled part of a step as attributes."""
+    """Activations keep their counts in attributes, which the compiled part of a step sets too."""
     counts = []
     for compiled in (False, True):
         trainer = Trainer(build("collapse-09", near_scope="dictionary", **options), 20, "cpu")
@@ -200,7 +200,7 @@ def test_a_compiled_run_counts_like_an_eager_one(
 
 
 def test_defaults_of_run_10() -> None:
-    """Those of the paper where it gives a number, else ours."""
+    """The defaults are the paper's numbers where it gives one, and ours otherwise."""
     options = RECIPES["collapse-10"].options
     expected = {
         "l1": 0.04, "beta": 0.9, "alpha": 0.1, "tau_max": 0.4, "tau_min": 0.05, "contrast_power": 1.0, "kappa": 0.01,

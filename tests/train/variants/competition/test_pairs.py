@@ -1,4 +1,4 @@
-"""Paper 002: the statistics of pairs against counting, and the table against all pairs."""
+"""Paper 002: the statistics of pairs agree with direct counts, and the table with the store of all pairs."""
 
 import pytest
 import torch
@@ -14,10 +14,10 @@ from .latents import codes, step_of, stores, three_latents
 
 
 def test_statistics_of_three_latents_by_hand() -> None:
-    """p = 3/4, 2/4, 2/4 and J_01 = 2/4, J_02 = 1/4, J_12 = 0: P of the commoner given the rarer is 1, 1/2, 0."""
+    """p = 3/4, 2/4, 2/4 and J_01, J_02, J_12 = 2/4, 1/4, 0, so P(more frequent | rarer) = 1, 1/2, 0."""
     step, _ = three_latents()
     for store in stores(3):
-        for _ in range(3):  # the same batch: averages stay
+        for _ in range(3):  # averages of equal batches do not change
             store.after_step(step)
         known = store.conditional()
         found = known[known >= 0] if known.dim() == 1 else known[[0, 0, 1], [1, 2, 2]]
@@ -27,7 +27,7 @@ def test_statistics_of_three_latents_by_hand() -> None:
 
 @pytest.mark.parametrize("kind", [0, 1])
 def test_a_latent_that_hardly_fires_has_no_known_coefficient(kind: int) -> None:
-    """Latents of rate 4e-6, 1e-5 and 1/2, each of which fires only with the others."""
+    """Latents fire at rates 4e-6, 1e-5 and 1/2. Whenever a rarer one fires, the more frequent ones fire too."""
     store = stores(3)[kind]
     store.seen.fill_(1.0)
     store.rate_F.copy_(torch.tensor([4e-6, MIN_RATE, 0.5]))
@@ -43,7 +43,7 @@ def test_a_latent_that_hardly_fires_has_no_known_coefficient(kind: int) -> None:
 
 
 def test_a_probability_is_at_most_one() -> None:
-    """A table's J may be of later batches than p, so that J / p exceeds 1."""
+    """J of a pair in a table may average fewer batches than p, so J / p can exceed 1; it is limited to 1."""
     table = PairTable(2, 1)
     table.seen.fill_(1.0)
     table.seen_P.fill_(1.0)
@@ -53,7 +53,7 @@ def test_a_probability_is_at_most_one() -> None:
 
 
 def test_statistics_are_of_latents_that_fire_after_the_activation() -> None:
-    """Latents are counted where f is positive; before the activation all are, with other values in each place."""
+    """A latent counts where f is positive. All pre-activations are positive, so counting those gives other rates."""
     f_BF = torch.tensor([[1.0, 0.0], [1.0, 2.0], [0.0, 0.0], [3.0, 0.0]])
     step = step_of(f_BF)
     step.pre_BF = torch.tensor([[5.0, 4.0], [1.0, 2.0], [0.5, 0.1], [3.0, 2.0]])
@@ -66,7 +66,7 @@ def test_statistics_are_of_latents_that_fire_after_the_activation() -> None:
 
 
 def test_coefficient_is_the_larger_direction_and_symmetric() -> None:
-    """max(c_ij, c_ji) from the two conditional probabilities, each divided by k/n; the matrix is its own transpose."""
+    """max(c_ij, c_ji) from the two conditional probabilities, each divided by k/n; the matrix is symmetric."""
     f_BF = codes(0)
     store = DensePairs(24)
     store.after_step(step_of(f_BF))
@@ -91,13 +91,13 @@ def test_independent_codes_have_coefficients_about_one() -> None:
     assert lift.mean() == pytest.approx(1.0, abs=0.05)
     step = step_of(torch.ones(8, 40))
     CompetitionLoss(store, 0.1, tau_on="lift")(step)
-    assert step.metrics["pairs_above"] > 0.99 * len(lift)  # the threshold to the letter lies below chance
+    assert step.metrics["pairs_above"] > 0.99 * len(lift)  # the printed tau, 0.6, is below 1, the lift by chance
     CompetitionLoss(store, 0.1)(step)
     assert step.metrics["pairs_above"] == 0
 
 
 def test_pairs_are_counted_bit_by_bit_as_a_product_counts_them() -> None:
-    """Also where tokens do not fill a word, and where all 64 bits of one are set."""
+    """This also holds if tokens do not fill a 64-bit word, and if all bits of a word are set."""
     for tokens in (1, 63, 64, 130):
         on_BF = torch.rand(tokens, 9, generator=torch.Generator().manual_seed(tokens)) < 0.5
         on_BF[:, 0] = True
@@ -136,7 +136,7 @@ def test_a_small_table_finds_the_pairs_that_fire_together_and_agrees_about_them(
             store.after_step(step)
         table.every_n_steps(step)
         history.append({(i, j) for i, j in zip(table.first_P.tolist(), table.second_P.tolist(), strict=True) if i < j})
-    assert all(bound <= held for held in history)  # found in the first batch, and never lost
+    assert all(bound <= held for held in history)  # they enter at the first refresh and stay
     assert len(history[-1]) == 8
     assert len(set(zip(table.first_P.tolist(), table.second_P.tolist(), strict=True))) == 8
     conditional_FF = dense.conditional()
@@ -144,13 +144,13 @@ def test_a_small_table_finds_the_pairs_that_fire_together_and_agrees_about_them(
         if (int(i), int(j)) in bound:
             assert float(p) == pytest.approx(1.0, abs=0.05)
             assert float(conditional_FF[i, j]) == pytest.approx(1.0, abs=0.05)
-    # Held since the first renewal: eleven batches of the twelve, weighed as the dense average weighs them.
+    # The pair is in the table since the first refresh, so its J averages eleven of the twelve batches.
     at = (table.first_P == 0) & (table.second_P == 1)
     assert float(table.seen_P[at]) == pytest.approx(1 - 0.99**11)
 
 
 def test_a_table_prefers_what_is_seen_often_to_what_is_seen_once() -> None:
-    """Two latents that fired once, together, and two that fired ten times each, eight of them together."""
+    """Latents 2 and 3 fire once, together. Latents 0 and 1 fire ten times each, eight of them together."""
     f_BF = torch.zeros(20, 4)
     f_BF[0:10, 0] = f_BF[2:12, 1] = 1
     f_BF[15, 2:] = 1

@@ -1,4 +1,4 @@
-"""Paper 002: the penalty and its gradients against a dense (5), and what its monitor counts."""
+"""Paper 002: the penalty and its gradients agree with a dense (5), and the monitor counts penalized pairs."""
 
 import itertools
 
@@ -36,7 +36,7 @@ def test_penalty_of_three_latents_by_hand(kind: int) -> None:
     assert penalty(tau_on="lift", tau=1.4) == pytest.approx(3 * 0.36 / 2)
     # <f_0, f_1> = (1*2 + 1*2) / 4 over the batch
     assert penalty(pair_vec="activation", weight="conditional") == pytest.approx(1.0)
-    # pairs that look alike, 0-1 and 1-2, of which 1-2 never fire together: it lacks 0.6
+    # rows 0-1 and 1-2 are similar, but latents 1 and 2 never fire together: the weight of 1-2 is tau - 0 = 0.6
     assert penalty(target="absorption", weight="conditional") == pytest.approx(0.6 * 0.64)
     assert step.metrics["pairs_above"] == 1
     assert step.metrics["mean_coefficient"] == pytest.approx(0.6)
@@ -58,17 +58,17 @@ def test_diagonal_of_three_latents_by_hand(kind: int) -> None:
     assert penalty(reduction="n") == pytest.approx((pairs + diagonal) / 3)
     assert penalty() == pytest.approx((pairs + diagonal) / 5)  # of nine ordered pairs five pass: 01, 10, 00, 11, 22
     assert penalty(weight="conditional") == pytest.approx((pairs + diagonal) / 3 / 5)
-    assert step.metrics["pairs_above"] == 1  # of i < j
+    assert step.metrics["pairs_above"] == 1  # with i < j
     assert penalty(reduction="sum", tau=1.5) == 0  # P(i|i) is 1
     assert penalty(reduction="sum", tau_on="lift", tau=2.9) == pytest.approx(pairs + diagonal)
-    assert penalty(reduction="sum", tau_on="lift", tau=3.1) == 0  # c_ii is 3, and so is c_01
-    # over the batch |f_i|^2 is 3, 8 and 18 over four tokens
+    assert penalty(reduction="sum", tau_on="lift", tau=3.1) == 0  # c_ii and c_01 are 3
+    # the sums of f_i^2 over the four tokens are 3, 8 and 18
     of_codes = 3 * ((3 / 4) ** 2 + (8 / 4) ** 2 + (18 / 4) ** 2)
     assert penalty(reduction="sum", pair_vec="activation") == pytest.approx(2 * 3 * 1.0 + of_codes)
 
 
 def test_a_silent_latent_has_no_diagonal() -> None:
-    """P(f_i | f_i) of a latent that never fires is 0/0."""
+    """P(f_i | f_i) of a latent that never fires is 0/0; its weight is 0."""
     f_BF = torch.tensor([[1.0, 0.0], [2.0, 0.0]])
     store = DensePairs(2)
     loss = CompetitionLoss(store, 0.5, reduction="sum", diagonal=True)
@@ -84,7 +84,7 @@ def pearson(one: Tensor, two: Tensor) -> float:
 @pytest.mark.parametrize("kind", [0, 1])
 @pytest.mark.parametrize("target", ["cofire", "absorption"])
 def test_correlation_is_pearson_s_over_the_pairs_that_pass(kind: int, target: str) -> None:
-    """With rows that are not of unit length, and against a loop over the pairs."""
+    """Rows do not have norm 1, and the expected value is from a loop over the pairs."""
     torch.manual_seed(0)
     sae = SAE(6, 24)
     sae.W_dec.data *= torch.linspace(0.5, 3.0, 24)[:, None]
@@ -106,7 +106,7 @@ def test_correlation_is_pearson_s_over_the_pairs_that_pass(kind: int, target: st
 
 @pytest.mark.parametrize("kind", [0, 1])
 def test_correlation_of_many_pairs_is_over_an_evenly_spread_part(kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every third row of the dense store, or every seventh pair of the table."""
+    """The part is every third row of the dense store, or every seventh pair of the table."""
     torch.manual_seed(0)
     sae = SAE(6, 24)
     store = stores()[kind]
@@ -127,7 +127,7 @@ def test_correlation_of_many_pairs_is_over_an_evenly_spread_part(kind: int, monk
 
 
 def test_a_correlation_of_nothing_is_zero() -> None:
-    """No pair that passes, two pairs, and pairs of one weight."""
+    """The correlation is 0 if no pair passes, if only two pairs pass, and if all pairs have the same weight."""
     torch.manual_seed(0)
     sae, store = SAE(4, 24), DensePairs(24)
     assert [float(v) for v in CompetitionLoss(store, 1 / 6).correlation(sae)] == [0.0, 0.0]
@@ -143,7 +143,7 @@ def test_a_correlation_of_nothing_is_zero() -> None:
 
 
 def test_monitor_counts_the_pairs_that_the_penalty_moved() -> None:
-    """5 and 7 pairs at a strength of zero, then 2 and 3 at a positive one."""
+    """5 and 7 pairs pass while the strength is zero and do not count. Then 2 and 3 pass at a positive strength."""
     monitor = CompetitionMonitor(
         lambda step: torch.where(step.i < 2, 0.0, 0.03), lambda: (torch.tensor(0.5), torch.tensor(4))
     )
@@ -157,7 +157,7 @@ def test_monitor_counts_the_pairs_that_the_penalty_moved() -> None:
 
 
 def test_absorption_looks_at_rows_of_a_cosine_over_a_fifth() -> None:
-    """Row 0 has the cosines 0.3 and 0.1 with rows 1 and 2, and no two latents fire together: one pair lacks 0.6."""
+    """Row 0 has the cosines 0.3 and 0.1 with rows 1 and 2, so only the pair 0-1 counts. It never fires together."""
     sae = SAE(3, 3)
     sae.W_dec.data = torch.tensor([[2.0, 0.0, 0.0], [0.3, 0.91**0.5, 0.0], [0.1, 0.0, 0.99**0.5]])
     step = step_of(torch.eye(3), sae)
@@ -173,7 +173,7 @@ def test_absorption_looks_at_rows_of_a_cosine_over_a_fifth() -> None:
 @pytest.mark.parametrize("pair_vec", ["decoder", "activation"])
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_gradient_is_that_of_the_dense_formula(kind: int, direction: str, pair_vec: str, diagonal: bool) -> None:
-    """Eq. 5 as a double loop over all i and j, or over i != j, in float64, differentiated by autograd."""
+    """The reference is (5) as a double loop over all i and j, or over i != j, in float64, with autograd's gradient."""
     sae = SAE(5, 12).double()
     sae.W_dec.data *= torch.linspace(0.5, 2.0, 12, dtype=torch.float64)[:, None]
     f_BF = codes(1, 64, 12).double().requires_grad_()

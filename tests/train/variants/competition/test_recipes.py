@@ -1,4 +1,4 @@
-"""Paper 002: its recipes as they are built and trained."""
+"""Paper 002: what its recipes build, and short training runs."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ NAMES = ["competition", *(f"competition-{n}" for n in ("no-warmup", "off", "smal
 
 
 def test_the_printed_diagonal_leaves_a_unit_decoder_alone(make_trainer, take) -> None:
-    """It is n/k for each latent that fires, and its gradient is along the row, which the unit norm takes away."""
+    """The diagonal adds n/k for each latent that fires. Its gradient is along the row, so the unit norm removes it."""
     settings = {"k": 4, "tau": 0.2, "reduction": "sum", "pair_store": "dense", "strength_warmup": 0, "clip": None}
     ends, values = [], []
     for diagonal in (False, True):
@@ -37,7 +37,7 @@ def test_the_printed_diagonal_leaves_a_unit_decoder_alone(make_trainer, take) ->
         values.append(trainer.pop_metrics()["competition"])
         ends.append(trainer.variant.sae.W_dec.detach())
     assert values[1] - values[0] == pytest.approx(0.03 * firing * 512 / 4, rel=1e-3)
-    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=2e-3)  # five steps of at most 3e-4; rounding under Adam
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=2e-3)  # five Adam steps of at most 3e-4 amplify rounding
 
 
 @pytest.mark.parametrize(("name", "moves"), [("competition-off", False), ("competition-no-warmup", True)])
@@ -116,7 +116,7 @@ def test_every_option_trains(reading: dict[str, object], make_trainer, take) -> 
 
 
 def test_it_composes_with_another_base(make_variant, take) -> None:
-    """Six lines: matryoshka that competes. The statistics come before unit norm, and pairs are penalised."""
+    """Competition can be added to matryoshka. Its statistics come before the unit norm, and pairs are penalized."""
     variant = make_variant("matryoshka", k=8)
     term = CompetitionLoss(PairTable(variant.sae.d_sae, 1000, every=2), 8 / variant.sae.d_sae, tau=0.2)
     add_competition(variant, competition_strength(0.03, 0), term)
@@ -126,13 +126,13 @@ def test_it_composes_with_another_base(make_variant, take) -> None:
     list(take(trainer, range(6)))
     metrics = trainer.pop_metrics()
     assert metrics["pairs_above"] > 0 and metrics["competition"] > 0
-    assert metrics["penalized"] == pytest.approx(6 * metrics["pairs_above"])  # the mean over six steps
+    assert metrics["penalized"] == pytest.approx(6 * metrics["pairs_above"])  # `pairs_above` is a mean over six steps
     assert metrics["correlation_pairs"] >= 3 and 0 < abs(metrics["correlation_cosine"]) <= 1
 
 
 @pytest.mark.parametrize(("turns", "share"), [(1, 0.8), (8, 0.9)])
 def test_bound_directions_are_pushed_apart(make_trainer, take, turns: int, share: float) -> None:
-    """From the same start, the pairs that pass end less alike under the penalty than without it."""
+    """From the same start, pairs above tau end less similar with the penalty than without it."""
     similar = []
     for strength in (0.0, 3.0):
         trainer = make_trainer(
@@ -148,7 +148,7 @@ def test_bound_directions_are_pushed_apart(make_trainer, take, turns: int, share
 
 
 def test_options_reach_the_built_variant() -> None:
-    """The printed constants, and each option away from its default."""
+    """The defaults are the printed constants, and options that differ from the defaults reach the built parts."""
     paper = RunConfig(2304, 18432, 4882, 2048)
     options = CompetitionOptions()
     assert (options.strength, options.tau, options.beta, options.l1, int(options.k)) == (0.03, 0.6, 0.99, 0.04, 100)
@@ -191,7 +191,7 @@ def test_options_reach_the_built_variant() -> None:
     ],
 )
 def test_strength_of_the_built_variant(name: str, steps: int, options: dict, reached: dict[int, float]) -> None:
-    """(4), over 2,000 of 4,882 steps and the same share of a shorter run."""
+    """(4) has a warm-up of 2,000 steps in runs of 4,882 or more, and the same share of a shorter run."""
     variant = find_recipe(name).make(RunConfig(8, 16, steps, 8), options)
     for i, share in reached.items():
         step = step_of(torch.ones(1, 16), variant.sae, i)
@@ -227,7 +227,10 @@ def test_the_baseline_is_a_relu_sae_of_the_printed_penalty() -> None:
 def test_readings_of_the_paper_are_built_as_their_file_says(
     reading: str, tau_on: str, reduction: str, store: type, diagonal: bool, error: float, l1: float
 ) -> None:
-    """(5) at the first step of 4,882. The paper prints no warm-up but t_w; `literal` has its sum over i and j."""
+    """The coefficients of (5) at the first of 4,882 steps. The only warm-up that the paper prints is t_w.
+
+    `literal` sums over all i and j, as printed.
+    """
     paper = load_paper("002")
     (chosen,) = (one for one in paper.readings if one.name == reading)
     config = RunConfig(128, 1024, 4882, 2048, paper_exact=chosen.literal)
@@ -236,7 +239,7 @@ def test_readings_of_the_paper_are_built_as_their_file_says(
     k = 100 if chosen.literal else 6
     assert loss.tau == pytest.approx(0.6 if tau_on == "conditional" else 0.6 * k / 1024)
     assert (loss.reduction, type(loss.pairs), loss.diagonal) == (reduction, store, diagonal)
-    assert loss.pairs.turns == 1  # the whole table in every step
+    assert loss.pairs.turns == 1  # every step compares the whole table
     assert loss.unit == pytest.approx(k / 1024)
     step = step_of(torch.ones(1, 1024), variant.sae, 0)
     weights = {name: float(coefficient(step)) for name, coefficient in variant.coefficients.items()}
