@@ -1,4 +1,4 @@
-"""The norm-weighted penalty and its export, and the falling exponent."""
+"""The penalty weighted by row norms (`april`) and its export, and the annealed exponent (`p-anneal`)."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_the_penalty_is_the_same_when_a_latent_shrinks_and_its_row_grows() -> No
 
 
 def test_the_coefficient_is_five_in_units_of_the_root_of_d() -> None:
-    """With x sqrt(d) times as large the paper's loss is d times this one."""
+    """For x that is sqrt(d) times as large, the paper's loss is d times this one."""
     torch.manual_seed(0)
     trainer = Trainer(find_recipe("april").make(RunConfig(16, 32, 100, 4), {"l1_warmup": 0}), 100, "cpu")
     sae, x_BD = trainer.variant.sae, torch.randn(4, 16) / 4
@@ -63,7 +63,7 @@ def test_export_makes_unit_rows_and_keeps_the_function(name) -> None:
     raw = fold_normalization(variant.sae, 3.0, torch.randn(8))
     x_BD = 3 * torch.randn(64, 8)
     norm_F, f_BF, recon_BD = raw.W_dec.norm(dim=1), raw.encode(x_BD), raw(x_BD).recon_BD
-    assert norm_F.std() > 0.01  # or there is nothing to export
+    assert norm_F.std() > 0.01  # otherwise the export would change nothing
     with torch.no_grad():
         UnitNormExport().export(raw)
     torch.testing.assert_close(raw.W_dec.norm(dim=1), torch.ones(16))
@@ -112,7 +112,7 @@ def test_the_gradient_of_the_penalty_leaves_silent_latents_alone() -> None:
 
 
 def test_the_penalty_is_continuous_when_p_changes() -> None:
-    """The same batch and weights at every step, so that only p and the factor move."""
+    """The batch and the weights are the same at every step, so only p and the factor change."""
     trainer, x_BD = built("p-anneal", steps=100, start=0.5), torch.randn(4, 2)
     annealing = next(m for m in trainer.variant.mechanisms if isinstance(m, PAnnealing))
     penalty, values, exponents = Lp(annealing), [], []
@@ -131,13 +131,13 @@ def test_the_penalty_is_continuous_when_p_changes() -> None:
 def test_a_change_weighs_only_batches_since_the_last_one() -> None:
     annealing = PAnnealing(
         end=0.2, start=4, stop=12, updates=4, queue=10
-    )  # changes at 4, 6, 8, 10: less than the queue
+    )  # p changes at 4, 6, 8 and 10, more often than the queue fills
     trainer = built("p-anneal")
     for i in range(6):
         trainer.i.fill_(i)
         with torch.no_grad():
             annealing.after_step(forward(trainer, torch.randn(4, 2)))
-    assert not annealing.sums_Q2.any()  # step 5 was the last before a change
+    assert not annealing.sums_Q2.any()  # step 5 is the last before a change of p
 
 
 def test_silent_latents_leave_the_factor_unchanged() -> None:

@@ -1,4 +1,4 @@
-"""Controls: what is frozen keeps every bit of its start and costs no gradient, and rows stay in their cones."""
+"""Controls: frozen weights never change by a bit and cost no gradient, and rows stay in their cones."""
 
 import shutil
 
@@ -24,11 +24,11 @@ from ..runs import make_config, train
 
 FROZEN = {"frozen-decoder": "W_dec", "frozen-encoder": "W_enc"}
 CONTROLS = [*FROZEN, "soft-frozen-decoder"]
-LEARNING = ("warmup=0", "lr=0.02")  # far enough in twelve steps
+LEARNING = ("warmup=0", "lr=0.02")  # weights move far enough in twelve steps
 
 
 def start_of(config: TrainConfig) -> SAE:
-    """The SAE of a run before its first step. Nothing is written."""
+    """The SAE of a run before its first step. Nothing is written to disk."""
     (run,) = plan_training(config).runs
     trainer = RunTrainer(run, build_variant(run), "cpu")
     set_normalization(trainer, run.cache)
@@ -46,7 +46,7 @@ def start_of(config: TrainConfig) -> SAE:
 )
 @pytest.mark.parametrize("name", FROZEN)
 def test_the_frozen_part_of_a_finished_run_has_every_bit_of_its_start(name, options, sparse_cache, tmp_path) -> None:
-    """Trained on one pass with others; the others of its tensors have moved."""
+    """The run is trained in one pass with another run. Its tensors that are not frozen have changed."""
     settings = {"l0": [4], "options": [f"{name}.{one}" for one in (*LEARNING, *options)]}
     start = start_of(make_config(sparse_cache, name, out=tmp_path / "none", **settings))
     folder, _ = train(make_config(sparse_cache, name, "topk", out=tmp_path, **settings))
@@ -67,7 +67,7 @@ def test_the_same_after_a_kill_and_a_resume(name, sparse_cache, tmp_path) -> Non
     whole = (folder / "sae.safetensors").read_bytes()
     for gone in ("sae.json", "sae.safetensors"):
         (folder / gone).unlink()
-    shutil.rmtree(folder / "checkpoints" / "step-00000012")  # the kill came after step 8
+    shutil.rmtree(folder / "checkpoints" / "step-00000012")  # as if the run was killed after step 8
     (run,) = plan_training(config).runs
     assert prepare_trainer(run, "cpu", TrainProgress()).steps_done == 8
     train(config)
@@ -96,11 +96,11 @@ def test_rows_of_the_soft_frozen_decoder_move_and_never_leave_their_cones(make_t
     assert cosines[-1].max() < 1 and metrics["decoder_cosine"] == pytest.approx(float(cosines[-1].mean()), abs=1e-5)
     assert 0 < metrics["rows_at_edge"] <= float((cosines[-1] < 0.9 + 1e-6).float().mean())
     unbound_F = torch.linalg.vecdot(free.variant.sae.W_dec.detach().double(), start_FD)
-    assert unbound_F.min() < 0.8, "without the cone the rows turn further"
+    assert unbound_F.min() < 0.8, "without the cone, rows turn further than it allows"
 
 
 def test_a_row_outside_its_cone_is_put_on_the_nearest_edge() -> None:
-    """In the plane, starts (1, 0) and cosine 0.8: (0.6, 0.8) -> (0.8, 0.6), its mirror image likewise."""
+    """Rows start at (1, 0), the cosine is 0.8. (0.6, 0.8) is moved to (0.8, 0.6), and (0.28, -0.96) to (0.8, -0.6)."""
     sae = SAE(2, 4)
     sae.W_dec.data = torch.tensor([[1.0, 0.0]] * 4)
     cone = DecoderCone(sae, 0.8)
@@ -122,10 +122,13 @@ def test_a_cone_that_no_row_leaves_changes_no_bit(make_trainer, take) -> None:
 
 
 def test_rows_are_drawn_with_the_covariance_of_the_activations() -> None:
-    """Variances 4 and 1 along the axes: (1, 1) -> (2, 1), normalized; along (1, 1) and (1, -1): (1, 0) -> (3, 1)."""
+    """With variances 4 and 1 along the axes, (1, 1) becomes (2, 1), normalized.
+
+    With the same variances along (1, 1) and (1, -1), (1, 0) becomes (3, 1), normalized.
+    """
     sae = SAE(2, 2)
     sae.W_dec.data = torch.tensor([[0.5**0.5, 0.5**0.5], [1.0, 0.0]])
-    axes_ND = torch.tensor([[2.0, 0], [-2, 0], [0, 1], [0, -1]]) + 7  # the mean plays no part
+    axes_ND = torch.tensor([[2.0, 0], [-2, 0], [0, 1], [0, -1]]) + 7  # the mean has no effect
     CovarianceStart().start_from_rows(sae, axes_ND)
     expected_FD = torch.tensor([[2, 1], [1, 0]]) / torch.tensor([[5**0.5], [1]])
     torch.testing.assert_close(sae.W_dec.data, expected_FD)
@@ -148,7 +151,7 @@ def test_a_run_starts_from_the_covariance_of_its_rows_or_isotropic(sparse_cache,
 
 
 def step_flops(name: str, **options: object) -> int:
-    """Operations of the dense products of one step."""
+    """The number of floating-point operations in the matrix products of one step."""
     torch.manual_seed(0)
     trainer = Trainer(find_recipe(name).make(RunConfig(32, 128, 40, 64), options), 40, "cpu")
     with FlopCounterMode(display=False) as counter:
@@ -182,7 +185,7 @@ def test_what_is_frozen_has_no_moments_on_the_device_or_the_disk(sparse_cache, t
     weight = 4 * 32 * 128
     state = {run.recipe.name: run_bytes(run).state for run in runs}
     assert state["frozen-decoder"] == state["frozen-encoder"] == state["batchtopk"] - 2 * weight
-    assert state["soft-frozen-decoder"] == state["batchtopk"] + weight + 8  # the start of every row, and two numbers
+    assert state["soft-frozen-decoder"] == state["batchtopk"] + weight + 8  # the starting rows and two scalars
     run_training(plan_training(make_config(sparse_cache, *CONTROLS, out=tmp_path)))
     for run in runs[:3]:
         found = (run.folder / "checkpoints" / "step-00000012" / "state.safetensors").stat().st_size

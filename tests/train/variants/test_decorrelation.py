@@ -1,4 +1,4 @@
-"""The decorrelation loss against its definition; the variant that the recipe builds, and its readings of paper 003."""
+"""Paper 003: the decorrelation loss agrees with its definition, and the recipe builds what the readings say."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ CONFIG = RunConfig(d_in=6, d_sae=24, steps=80, batch_size=40)
 
 
 def decorrelation_reference(f_BF: torch.Tensor, fraction: float, tau_over: str = "alive"):
-    """(2) to (4) in float64 with loops over pairs and a full sort: R, mean, tau, and how many pairs exceed tau."""
+    """(2) to (4) in float64 with loops over pairs and a full sort: R, mean, tau, and the number of pairs above tau."""
     n = f_BF.shape[1]
     alive = [i for i in range(n) if f_BF[:, i].any()]
     pairs = [(f_BF[:, i] @ f_BF[:, j]) / (f_BF[:, i].norm() * f_BF[:, j].norm()) for i in alive for j in alive if i < j]
@@ -31,7 +31,7 @@ def decorrelation_reference(f_BF: torch.Tensor, fraction: float, tau_over: str =
 
 
 def step_with(f_BF: torch.Tensor) -> Step:
-    """A step in which only the latents may be read: whoever reads something else gets NaN."""
+    """A step in which all tensors but the latents are NaN, so a result that depends on them would be NaN."""
     nan_BF = torch.full_like(f_BF, torch.nan)
     return Step(torch.tensor(0), None, None, nan_BF, nan_BF, f_BF, nan_BF)
 
@@ -44,11 +44,11 @@ def sparse_latents() -> torch.Tensor:
     return f_BF
 
 
-@pytest.mark.parametrize("pair_choice", ["exact", "blocks"])  # these latents are one block
+@pytest.mark.parametrize("pair_choice", ["exact", "blocks"])  # all latents fit into one block
 @pytest.mark.parametrize("tau_over", ["alive", "all"])
 @pytest.mark.parametrize("fraction", [0.002, 0.01, 0.1, 0.5, 1.0])
 def test_decorrelation_is_its_definition(fraction: float, tau_over: str, pair_choice: str) -> None:
-    """Value, statistics and gradient, with silent latents; at fraction 1 fewer pairs fire than the fraction allows."""
+    """Value, statistics and gradient agree. Some latents are silent: at fraction 1, fewer pairs fire than it allows."""
     exact_BF = sparse_latents().requires_grad_()
     value, mean, tau, over = decorrelation_reference(exact_BF, fraction, tau_over)
     value.backward()
@@ -88,7 +88,7 @@ def test_correlations_do_not_depend_on_the_size_of_latents(pair_choice: str) -> 
 
 
 def test_the_mean_is_over_the_chosen_pairs_whether_they_exceed_tau_or_not() -> None:
-    """Two equal latents of 24 whose other pairs all correlate by 1/2: of the eight chosen pairs one exceeds tau."""
+    """Two of 24 latents are equal, and all other pairs have correlation 1/2. Of eight chosen pairs, one exceeds tau."""
     f_BF = torch.cat([torch.ones(1, 24), torch.eye(24)])
     f_BF[:, 1] = f_BF[:, 0]
     exact_BF = f_BF.double().requires_grad_()
@@ -116,7 +116,7 @@ def test_decorrelation_of_silence_is_zero(tau_over: str, pair_choice: str) -> No
 @pytest.mark.parametrize("pair_choice", ["exact", "blocks"])
 @pytest.mark.parametrize("fraction", [0.01, 0.5])
 def test_correlations_are_computed_in_float32(fraction: float, pair_choice: str) -> None:
-    """Also where a GPU's autocast gives latents in bfloat16."""
+    """This also holds for latents in bfloat16, which a GPU's autocast gives."""
     rounded_BF = sparse_latents().bfloat16()
     exact = decorrelation_reference(rounded_BF.double(), fraction)[0].item()
     with torch.autocast("cpu", torch.bfloat16):
@@ -125,7 +125,7 @@ def test_correlations_are_computed_in_float32(fraction: float, pair_choice: str)
 
 
 def built(name: str = "decorrelation", **options: object) -> Trainer:
-    """A trainer of a recipe whose encoder has biases."""
+    """A trainer of a recipe, with random encoder biases."""
     torch.manual_seed(0)
     variant = find_recipe(name).make(CONFIG, options)
     variant.set_normalization(torch.linspace(-1, 2, 6), 30.0)
@@ -138,7 +138,7 @@ def batch(number: int) -> torch.Tensor:
 
 
 def exact_loss(variant: Variant, x_BD: torch.Tensor, fraction: float, strength: float, l1: float):
-    """(1) in float64 from the weights, and those weights."""
+    """The loss (1) in float64, the weights from which it is computed, and the number of pairs above tau."""
     weights = {name: value.detach().double().requires_grad_() for name, value in variant.sae.named_parameters()}
     x_BD = x_BD.double() / 30**0.5
     f_BF = (x_BD @ weights["W_enc"] + weights["b_enc"]).relu()
@@ -150,7 +150,7 @@ def exact_loss(variant: Variant, x_BD: torch.Tensor, fraction: float, strength: 
 @pytest.mark.parametrize("pair_choice", ["exact", "blocks"])
 @pytest.mark.parametrize("fraction", [0.02, 0.3])
 def test_the_built_variant_minimizes_equation_1(fraction: float, pair_choice: str) -> None:
-    """Loss and gradients of the third step of an L1 warm-up over four; then the counter, over several steps."""
+    """Loss and gradients agree in the third of four steps of L1 warm-up, and the counter agrees over several steps."""
     trainer = built(fraction=fraction, strength=0.7, l1=0.08, l1_warmup=4, pair_choice=pair_choice)
     trainer.i.fill_(2)
     step, losses = trainer.forward_losses(batch(0))
@@ -173,7 +173,7 @@ def test_the_built_variant_minimizes_equation_1(fraction: float, pair_choice: st
 
 
 def test_without_strength_it_is_the_system_that_it_adds_to() -> None:
-    """The recipe at strength 0 and `relu` without a pre-bias: the same weights, bit for bit."""
+    """With strength 0, the weights equal those of `relu` without a pre-bias, bit for bit."""
     ours, plain, penalized = built(strength=0.0), built("relu", pre_bias=False), built(fraction=0.1)
     for trainer in (ours, plain, penalized):
         for number in range(4):
@@ -184,7 +184,7 @@ def test_without_strength_it_is_the_system_that_it_adds_to() -> None:
 
 
 def test_its_defaults() -> None:
-    """What the paper prints, and what is ours: the strength, the L1 warm-up, and tau over the latents that fire."""
+    """They are the paper's, except the strength, the L1 warm-up, tau over the latents that fire, and the blocks."""
     recipe = find_recipe("decorrelation")
     assert recipe.width == 1 and recipe.batch_size == 2048
     assert dict(recipe.options) == {
@@ -208,7 +208,7 @@ def test_options_that_mean_nothing_are_refused(options: dict) -> None:
 
 
 def test_as_printed_trains_what_the_paper_prints() -> None:
-    """Both systems: raw input, f_enc(x), the whole L1 penalty from the first step on, and tau over all pairs."""
+    """Both systems have raw input, no pre-bias, the full L1 penalty from the first step, and tau over all pairs."""
     paper = load_paper("003")
     (reading,) = (one for one in paper.readings if one.name == "literal")
     for system in paper.systems.values():

@@ -1,4 +1,4 @@
-"""benchmarks/bench_decorrelation_scaling.py: the fit, the page, and that it times the paper's two systems."""
+"""benchmarks/bench_decorrelation_scaling.py: the fitted exponent, the page, and the timing of both systems."""
 
 import math
 import runpy
@@ -29,7 +29,10 @@ def test_the_exponent_of_a_power_is_that_power(script) -> None:
 
 
 def test_the_page_has_the_medians_and_their_exponents(script) -> None:
-    """Plain 2 ms and 4 ms, with the penalty 3 and 8: it adds 1 and 4 (p = 2), of which .5 and 1 search (p = 1)."""
+    """A step takes 2 and 4 ms, and 3 and 8 ms with the penalty, which therefore adds 1 and 4 ms (p = 2).
+
+    Of these, the search takes 0.5 and 1 ms (p = 1).
+    """
     times = [
         script["Times"]([2.0, 1.0, 9.0], [3.0, 2.0, 12.0], [0.5] * 3),
         script["Times"]([4.0] * 3, [8.0] * 3, [1.0] * 3),

@@ -1,4 +1,4 @@
-"""The gated SAE against numbers worked by hand, and where its gradients go."""
+"""The gated SAE: values worked by hand, and which weights its gradients reach."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from sae.train.variants.gated import Gated, GateL1, GateMSE
 
 @pytest.fixture
 def trainer() -> Trainer:
-    """Two latents along the axes; one is gated in more easily, one has twice the magnitude."""
+    """Two latents along the axes. The gate of latent 0 opens more easily, and latent 1 has twice the magnitude."""
     torch.manual_seed(0)
     trainer = Trainer(find_recipe("gated").make(RunConfig(2, 2, 100, 2), {}), 100, "cpu")
     sae = trainer.variant.sae
@@ -50,7 +50,7 @@ def test_the_gate_reconstructs_through_a_decoder_that_it_cannot_move(trainer) ->
     GateMSE(sae.activation[0])(trainer.variant(trainer.i, x_BD, trainer.optimizer)).backward()
     assert sae.W_dec.grad is None
     assert sae.W_enc.grad.any() and sae.activation[0].b_gate.grad.any()
-    # b_dec is reached through the encoder's x - b_dec alone
+    # the gradient reaches b_dec only through the encoder's x - b_dec
     f_BF = x_BD - sae.b_dec.detach() + sae.activation[0].b_gate.detach()  # all positive here
     error_BD = x_BD - f_BF - sae.b_dec.detach()
     torch.testing.assert_close(sae.b_dec.grad, 2 * error_BD.mean(0))
@@ -64,7 +64,7 @@ def test_reconstruction_does_not_teach_the_gate(trainer) -> None:
 
 
 def test_it_is_a_jumprelu_whose_threshold_the_biases_give() -> None:
-    """z + b_gate > 0 is m > b_mag - exp(r) b_gate, for the size m = exp(r) z + b_mag."""
+    """The gate z + b_gate > 0 is equivalent to m > b_mag - exp(r) b_gate for the magnitude m = exp(r) z + b_mag."""
     torch.manual_seed(0)
     gated = Gated(16)
     for parameter in gated.parameters():

@@ -1,4 +1,4 @@
-"""JumpReLU's surrogates against their definition written in loops, and its penalties by hand."""
+"""JumpReLU's surrogate gradients agree with loops over their definition, and its penalties with values by hand."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def built(name: str, d_in: int = 8, d_sae: int = 16, steps: int = 200, **options
 
 
 def with_axes(name: str, activation_threshold: list[float], **options: object) -> Trainer:
-    """d_in = d_sae = 3 and W_enc = 1, so that z = x."""
+    """d_in = d_sae = 3, and W_enc is the identity, so z = x."""
     trainer = built(name, 3, 3, **options)
     sae = trainer.variant.sae
     sae.W_enc.data, sae.W_dec.data = torch.eye(3), torch.diag(torch.tensor([1.0, 2.0, 0.5]))
@@ -57,11 +57,11 @@ def test_surrogates_are_their_definition(activation) -> None:
     torch.testing.assert_close(gradients, (to_z, of_f))
     count, *none = torch.autograd.grad(activation.fires(z_BF), (activation.threshold, z_BF), out_BF, allow_unused=True)
     torch.testing.assert_close(count, of_count)
-    assert none == [None]  # a count pulls at no pre-activation
+    assert none == [None]  # counts have no gradient with respect to z
 
 
 def test_with_ste_to_input_a_pre_activation_gets_what_its_threshold_loses(activation) -> None:
-    """Within eps/2 of theta = 1: at z = 1.1 dz = 1 + theta/eps = 3, dtheta = -2; at 0.9 2 and -2. Far off: 1 or 0."""
+    """Within eps/2 of theta = 1, dtheta is -2, and dz is 1 + theta/eps = 3 at z = 1.1 and 2 at 0.9. Else dz is 1 or 0."""
     z_BF = torch.tensor([[9.0, 1.1, 0.0], [9.0, 0.9, 9.0]], requires_grad=True)
     activation.ste_to_input = True
     to_z_BF, to_theta_F = torch.autograd.grad(activation(z_BF).sum(), (z_BF, activation.threshold))
@@ -87,7 +87,7 @@ def test_a_threshold_gets_its_gradient_in_float32_from_bfloat16_products(activat
 
 
 def test_a_threshold_moves_at_a_rate_that_bfloat16_would_swallow(tmp_path) -> None:
-    """One Adam step of 7e-5 on a threshold of 0.1: half a unit in the last place of a bfloat16 is 2.4e-4 there."""
+    """One Adam step moves a threshold of 0.1 by 7e-5. Half a unit in the last place of bfloat16 is 2.4e-4 there."""
     trainer = built("jumprelu", l0=2, threshold=0.1, bandwidth=2.0, lr=7e-5, warmup=0)
     trainer.step(torch.randn(32, 8))
     threshold = trainer.variant.sae.activation[0].threshold
@@ -103,17 +103,17 @@ def test_penalties_by_hand() -> None:
     trainer = with_axes("jumprelu", [0.5, 1.0, 2.0])
     activation = trainer.variant.sae.activation[0]
     step = trainer.variant(trainer.i, torch.tensor([[1.0, 1.5, 0.5], [0.25, 3.0, 0.0]]), trainer.optimizer)
-    # fires: latents 0, 1 and 1; rows of norm 1, 2, 0.5
+    # latents 0 and 1 fire on token 0, latent 1 on token 1; rows have norms 1, 2 and 0.5
     assert L0(activation)(step).item() == pytest.approx(3 / 2)
     assert TargetL0(activation, 1.0)(step).item() == pytest.approx(0.25)
     tanh = torch.tensor([0.5 * 1.0, 0.5 * 3.0, 0.5 * 6.0]).tanh().sum() / 2
     assert Tanh(0.5)(step).item() == pytest.approx(tanh.item())
-    # short of their thresholds: 1.5 of latent 2, then 0.25 of latent 0 and 2 of latent 2
+    # below the thresholds are latent 2 by 1.5 on token 0, and latents 0 and 2 by 0.25 and 2 on token 1
     assert PreActLoss(activation)(step).item() == pytest.approx((1.5 * 0.5 + 0.25 * 1 + 2.0 * 0.5) / 2)
 
 
 def test_tanh_is_the_papers_objective_in_its_units() -> None:
-    """With x sqrt(d) times as large the paper's loss is d times this one."""
+    """For x that is sqrt(d) times as large, the paper's loss is d times this one."""
     trainer = built("jumprelu-tanh", d_in=16, d_sae=32, steps=1)
     sae, x_BD = trainer.variant.sae, torch.randn(64, 16) / 4
     loss = sum(trainer.variant.losses(trainer.variant(trainer.i, x_BD, trainer.optimizer)).values())
@@ -136,7 +136,7 @@ def test_thresholds_stay_at_zero_or_above(activation) -> None:
 
 @pytest.mark.parametrize("threshold", [0.03, 1.5])
 def test_the_target_is_approached_from_both_sides(threshold) -> None:
-    """Half of the latents fire at first, or one in fifteen; under a strong penalty about 4 of 16 do in the end."""
+    """At first, half or one in fifteen of the latents fire. Under a strong penalty, about 4 of 16 fire in the end."""
     options = {"l0": 4, "penalty": 100.0, "bandwidth": 0.5, "lr": 1e-2, "warmup": 0}
     trainer = built("jumprelu", steps=300, threshold=threshold, **options)
     torch.manual_seed(1)
@@ -159,7 +159,7 @@ def test_thresholds_scale_with_the_input() -> None:
 
 @pytest.mark.parametrize("name", ["jumprelu-step", "jumprelu-tanh", "jumprelu"])
 def test_with_l0_a_short_run_moves_thresholds_as_far_as_a_long_one(name: str) -> None:
-    """A hundred steps at 7e-4 can move a threshold by 0.07: updates are ten times as large, so that 0.7 is in reach."""
+    """A hundred steps of 7e-4 move a threshold by at most 0.07. Updates are ten times as large to allow for 0.7."""
     moved = {}
     for l0 in (None, 3):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Nested reconstructions: by hand, against autograd over each prefix, and as BatchTopK where there is one prefix."""
+"""Nested reconstructions: by hand, against autograd over each prefix, and equal to BatchTopK for one prefix."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_one_prefix_is_batchtopk_bit_for_bit() -> None:
 
 
 def test_prefixes_halve() -> None:
-    assert built("matryoshka").variant.terms["mse"].sizes == [1, 1, 2, 4, 8]  # ends at 1, 2, 4, 8, 16
+    assert built("matryoshka").variant.terms["mse"].sizes == [1, 1, 2, 4, 8]  # prefixes end at 1, 2, 4, 8, 16
 
 
 def test_by_hand() -> None:
@@ -37,7 +37,7 @@ def test_by_hand() -> None:
     sae = trainer.variant.sae
     sae.W_enc.data, sae.W_dec.data, sae.b_dec.data = torch.eye(2), torch.eye(2), torch.tensor([0.0, 0.5])
     step = trainer.variant(trainer.i, torch.tensor([[3.0, 1.5]]), trainer.optimizer)
-    # latents 3 and 1; the first alone leaves (0, 1), both leave nothing
+    # f = (3, 1): the first prefix leaves the error (0, 1), and the second leaves no error
     assert trainer.variant.terms["mse"](step).item() == pytest.approx((1.0 + 0.0) / 2)
 
 

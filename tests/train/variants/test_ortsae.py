@@ -1,4 +1,4 @@
-"""OrtSAE: the nearest row of each, by hand and against the formula; chunks depend on the step alone."""
+"""OrtSAE: the nearest row of each row, by hand and by the formula, and chunks that depend only on the step."""
 
 import pytest
 import torch
@@ -13,13 +13,13 @@ from sae.train.variants.ortsae import OrtSAELoss, permutation_of_step
 
 
 def step_of(sae: SAE, i: int = 0) -> Step:
-    """A step of which the loss reads the decoder alone: pre-activations and latents are NaN."""
+    """A step whose pre-activations and latents are NaN, because the loss reads only the decoder."""
     x_BD, pre_BF, f_BF = torch.zeros(1, sae.d_in), *torch.full((2, 1, sae.d_sae), torch.nan)
     return Step(torch.tensor(i), sae, torch.optim.SGD(sae.parameters()), x_BD, pre_BF, f_BF, x_BD)
 
 
 def test_three_rows_by_hand() -> None:
-    """Cosines 0.6, -0.8 and 0: row 1 is the nearest of 0, and row 2, opposite to it, that of 1 and of 2."""
+    """The cosines 0-1, 1-2 and 0-2 are 0.6, -0.8 and 0. Row 1 is nearest to rows 0 and 2, and row 2 to row 1."""
     sae = SAE(2, 3)
     sae.W_dec.data = torch.tensor([[2.0, 0.0], [0.6, -0.8], [0.0, 1.0]])  # the length of a row does not matter
     step = step_of(sae)
@@ -28,7 +28,7 @@ def test_three_rows_by_hand() -> None:
 
 
 def dense(weight_FD: Tensor, chunks: list[Tensor]) -> Tensor:
-    """The formula, with the whole matrix of cosines in the graph."""
+    """The formula, computed from the whole matrix of cosines."""
     unit_FD = weight_FD / weight_FD.norm(dim=1, keepdim=True)
     square_FF = (unit_FD @ unit_FD.T).square()
     worst = []
@@ -40,7 +40,7 @@ def dense(weight_FD: Tensor, chunks: list[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("chunk", [64, 7])
 def test_value_and_gradient_are_those_of_the_formula(chunk: int) -> None:
-    """Twenty rows in one chunk, and in three of 7, 7 and 6."""
+    """Twenty rows are in one chunk, or in three chunks of 7, 7 and 6."""
     sae = SAE(6, 20).double()
     step = step_of(sae, i=5)
     found = OrtSAELoss(chunk)(step)
@@ -56,7 +56,7 @@ def test_chunks_depend_on_the_step_alone_and_every_pair_meets() -> None:
     together_FF = torch.zeros(n, n)
     steps = 400
     for i in range(steps):
-        torch.rand(3)  # whatever else draws
+        torch.rand(3)  # other random numbers have no effect
         order_F = permutation_of_step(step_of(sae, i), n)
         assert order_F.sort().values.tolist() == list(range(n))
         for chunk_C in order_F.tensor_split(4):
@@ -64,9 +64,9 @@ def test_chunks_depend_on_the_step_alone_and_every_pair_meets() -> None:
     assert torch.equal(permutation_of_step(step_of(sae, 7), n), permutation_of_step(step_of(sae, 7), n))
     assert not torch.equal(permutation_of_step(step_of(sae, 7), n), permutation_of_step(step_of(sae, 8), n))
     pairs = together_FF[torch.ones(n, n).triu(1) > 0] / steps
-    chance = 9 / 39  # nine of the other 39 are in one's chunk of ten
+    chance = 9 / 39  # a chunk of ten contains nine of the other 39 rows
     assert pairs.mean().item() == pytest.approx(chance)
-    assert pairs.min() > chance - 0.1 and pairs.max() < chance + 0.1  # five standard deviations of 400 deals
+    assert pairs.min() > chance - 0.1 and pairs.max() < chance + 0.1  # five standard deviations
 
 
 def test_rows_end_less_alike_than_without_it(make_trainer, take) -> None:
@@ -80,11 +80,11 @@ def test_rows_end_less_alike_than_without_it(make_trainer, take) -> None:
 
 
 def test_a_chunk_without_pairs_is_refused() -> None:
-    """Two rows orthogonal to each other, in chunks of two of three, leave one to be compared with itself."""
+    """A row that is alone in its chunk would be compared with itself, so the loss of orthogonal rows would not be 0."""
     with pytest.raises(UsageError, match="chunk=2 with 65 latents can leave a row alone in its chunk"):
         find_recipe("ortsae").make(RunConfig(32, 65, 10, 64), {"chunk": 2})
     for count in range(2, 60):
         sae = SAE(64, count)
         sae.W_dec.data = torch.eye(count, 64)
         for chunk in (3, 4, 5, 17):
-            assert OrtSAELoss(chunk)(step_of(sae)).item() == 0  # a row beside itself would count as 1
+            assert OrtSAELoss(chunk)(step_of(sae)).item() == 0  # a row compared with itself would add 1

@@ -1,4 +1,4 @@
-"""Steps that compare some pairs of latents in place of all: papers 002 and 003."""
+"""Papers 002 and 003: steps that compare only some of the pairs of latents."""
 
 import pytest
 import torch
@@ -33,9 +33,9 @@ def latents(count: int) -> Tensor:
 
 
 @pytest.mark.parametrize("tau_over", ["alive", "all"])
-@pytest.mark.parametrize("count", [24, 26])  # of 26 two are in no block
+@pytest.mark.parametrize("count", [24, 26])  # of 26 latents, two are in no block
 def test_blocks_are_the_definition_over_the_pairs_within_them(count: int, tau_over: str) -> None:
-    """Value, statistics and gradient, against loops over the pairs of four blocks of six."""
+    """Value, statistics and gradient agree with loops over the pairs in four blocks of six."""
     exact_BF = latents(count).requires_grad_()
     loss = Decorrelation(0.2, tau_over, "blocks", block=6)
     order = random_order(torch.tensor(7), loss.seed, count)[:24].view(4, 6)
@@ -70,7 +70,7 @@ def test_blocks_are_the_definition_over_the_pairs_within_them(count: int, tau_ov
 
 @pytest.mark.parametrize("count", [24, 26])
 def test_latents_in_bfloat16_are_multiplied_as_they_are(count: int) -> None:
-    """As on a GPU. The value is that of latents in float32; the gradient and its matrix are rounded to bfloat16."""
+    """As on a GPU. The value equals that of float32 latents. The gradient f M and the matrix M are in bfloat16."""
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         f_BF = latents(count).bfloat16().to(dtype).requires_grad_()
@@ -87,7 +87,7 @@ def test_latents_in_bfloat16_are_multiplied_as_they_are(count: int) -> None:
 
 
 def test_products_of_columns_in_bfloat16_are_exact() -> None:
-    """Up to the rounding of a sum in float32. torch knows the operator."""
+    """The products are exact up to the rounding of float32 sums, and the operator passes torch's `opcheck`."""
     f_GBM = latents(24).bfloat16().unflatten(1, (4, 6)).transpose(0, 1)
     found = gram(f_GBM)
     assert found.dtype == torch.float32
@@ -100,7 +100,7 @@ def test_products_of_columns_in_bfloat16_are_exact() -> None:
     ("count", "block", "blocks"), [(24, 256, 1), (23, 16, 1), (25, 16, 2), (22, 6, 4), (26, 6, 4), (24, 2, 12)]
 )
 def test_a_block_has_about_as_many_latents_as_it_was_given(count: int, block: int, blocks: int) -> None:
-    """The number of blocks is the nearest, all have the same size, and fewer than 1.5 are one."""
+    """The number of blocks is `count` / `block`, rounded, and one below 1.5. All blocks have the same size."""
     loss, shapes = Decorrelation(0.2, block=block), []
     choose = loss.choose
     loss.choose = lambda corr_GMM, step: shapes.append(tuple(corr_GMM.shape)) or choose(corr_GMM, step)
@@ -125,7 +125,7 @@ def test_over_many_steps_blocks_have_the_value_and_the_gradient_of_all_pairs() -
 
 
 def test_a_random_order_is_one_and_differs_by_step_and_seed() -> None:
-    """With every pair of 32 latents in the same block of four about equally often."""
+    """Every pair of 32 latents is in the same block of four about equally often."""
     orders = [random_order(torch.tensor(i), torch.tensor(5), 32) for i in range(400)]
     assert all(order.sort().values.tolist() == list(range(32)) for order in orders)
     assert len({tuple(order.tolist()) for order in orders}) == 400
@@ -134,10 +134,10 @@ def test_a_random_order_is_one_and_differs_by_step_and_seed() -> None:
     for order in orders:
         block_F = order.argsort() // 4
         together += block_F[:, None] == block_F
-    often = together[~torch.eye(32, dtype=torch.bool)] / 400  # 3/31 of the steps, with a deviation of .015
+    often = together[~torch.eye(32, dtype=torch.bool)] / 400  # 3/31, standard deviation .015
     assert often.mean() == pytest.approx(3 / 31) and 0.03 < often.min() and often.max() < 0.18
     ranks = torch.stack([order.argsort() for order in orders]).double() - 15.5
-    for latent in (0, 1, 5):  # no order is the one before, of latents further on
+    for latent in (0, 1, 5):  # an order is unrelated to the previous one, even shifted by some latents
         alike = (ranks[1:, : 32 - latent] * ranks[:-1, latent:]).mean() / ranks.square().mean()
         assert abs(alike) < 0.05
 
@@ -152,7 +152,7 @@ def test_runs_of_different_seeds_have_other_orders() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """The number of elements of the largest tensor that an operation makes."""
+    """Records the number of elements of the largest tensor that any operation returns."""
 
     elements = 0
 
@@ -177,7 +177,7 @@ def _is_tensor(one: object) -> bool:
     ],
 )
 def test_no_step_makes_a_matrix_of_all_pairs(name: str, options: dict, square: bool) -> None:
-    """512 latents: weights have 4,096 elements, a batch 8,192, a matrix of all pairs 262,144."""
+    """With 512 latents, weights have 4,096 elements, a batch 8,192, and a matrix of all pairs 262,144."""
     trainer = Trainer(find_recipe(name).make(RunConfig(8, 512, 100, 16), options), 100, "cpu")
     with LargestTensor() as largest:
         for _ in range(2):
@@ -201,7 +201,7 @@ def table_of(turns: int, latents: int = 48, pairs: int = 6) -> tuple[PairTable, 
 @pytest.mark.parametrize("target", ["cofire", "absorption"])
 @pytest.mark.parametrize("direction", ["symmetric", "child_only"])
 def test_turns_together_are_the_whole_table(target: str, direction: str) -> None:
-    """The mean over three steps of the sum, of its gradient and of the count, times three, is that of the table."""
+    """Over three steps, the mean loss, the mean gradient and the total count equal those of the whole table."""
     options = {"tau": 0.2, "reduction": "sum", "target": target, "direction": direction}
     (whole, steps), (thirds, _) = table_of(1), table_of(3)
     sae = steps[0].sae
@@ -222,7 +222,7 @@ def test_turns_together_are_the_whole_table(target: str, direction: str) -> None
 
 
 def test_a_mean_over_active_pairs_is_over_those_compared() -> None:
-    """And the diagonal, which is not divided, weighs as much beside them as beside the whole table."""
+    """The diagonal is not divided by turns. Its weight relative to the pairs is the same as with the whole table."""
     table, steps = table_of(2)
     for diagonal in (False, True):
         loss = CompetitionLoss(table, 4 / 48, tau=0.2, diagonal=diagonal)
@@ -340,7 +340,7 @@ def test_no_step_takes_a_qr(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_products_of_rows_in_bfloat16_are_those_in_float64_up_to_rounding(
     fixed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU under autocast. Sums are in float32 and rounded once; the gradient reaches one end or both."""
+    """As on a GPU under autocast. Sums are in float32, rounded once. If `fixed`, only the left rows have a gradient."""
     torch.manual_seed(0)
     weight_FX, (first_P, second_P) = torch.randn(9, 40).bfloat16().float(), torch.triu_indices(9, 9, 1)
     results = []

@@ -1,4 +1,4 @@
-"""The defaults of the recipes of the field, each with its source, and the parts that are built from them."""
+"""The defaults of the recipes of published methods, each with its source, and the parts that are built from them."""
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ from sae.train.variants.switch import Switch
 
 CONFIG = RunConfig(d_in=16, d_sae=64, steps=400, batch_size=8)
 
-# Gao et al. 2024: k = 32 is the middle of its sweep of 8 to 128; A.2: AuxK weighs 1/32, and k_aux is a power of two
-# near d/2; Multi-TopK (5.3) and annealing are extras.
+# Gao et al. 2024: k = 32 is the middle of the sweep from 8 to 128. The weight of AuxK is 1/32, and k_aux is a power of
+# two near d/2 (A.2). Multi-TopK (5.3) and annealing are off by default.
 AUX = {"aux": 1 / 32, "aux_k": None}
 ANNEAL = {"k_anneal_steps": 0, "k_start": None}
 PUBLISHED: dict[str, dict[str, object]] = {
@@ -35,7 +35,7 @@ PUBLISHED: dict[str, dict[str, object]] = {
     "april": {"l1": 5.0, "l1_warmup": None},  # Conerly et al. 2024: lambda = 5
     # Karvonen et al. 2024: p falls to 0.2, and the penalty is measured over a queue of ten batches.
     "p-anneal": {"l1": 0.015, "p_end": 0.2, "start": 0.3, "updates": 10, "queue": 10, "l1_warmup": None},
-    # Rajamanoharan et al. 2024b: bandwidth and first threshold are 0.001 of inputs with E|x|^2 = 1.
+    # Rajamanoharan et al. 2024b: for inputs with E|x|^2 = 1, the bandwidth and the initial threshold are 0.001.
     "jumprelu": {"l0": 32, "penalty": 1.0, "penalty_warmup": None, "bandwidth": 0.001, "threshold": 0.001},
     "jumprelu-step": {"penalty": 1e-3, "penalty_warmup": None, "bandwidth": 0.001, "threshold": 0.001},
     # Conerly et al. 2025: lambda_S = 20, c = 4, lambda_P = 3e-6, bandwidth 2, threshold 0.1.
@@ -47,7 +47,7 @@ CONTROLS = ("frozen-decoder", "soft-frozen-decoder", "frozen-encoder")
 BY_WIDTH = 2e-4 / (64 / 2**14) ** 0.5  # dictionary_learning's rule for TopK, after the sweep of Gao et al. 2024
 OPTIMIZATION = {
     **{name: Optimization(lr=BY_WIDTH) for name in ("topk", "batchtopk", "matryoshka", "ortsae", *CONTROLS)},
-    # The authors start b_dec and b_router both at the data's center.
+    # The authors initialize both b_dec and b_router to the data's center.
     "switch": Optimization(lr=BY_WIDTH, center=True),
     "relu": Optimization(),
     "gated": Optimization(beta1=0.0),  # Rajamanoharan et al. 2024a: Adam without momentum
@@ -85,7 +85,7 @@ def test_every_recipe_of_the_field_is_listed() -> None:
 
 
 def test_terms_are_weighted_as_published_in_the_built_variant() -> None:
-    """After the warm-up of 400 / 20 steps, and in the middle of it."""
+    """The weights are the published ones after the warm-up of 400 / 20 steps, and half of them in its middle."""
     at_end = {name: weights(built(name), 399) for name in PUBLISHED}
     for name in ("topk", "batchtopk", "matryoshka", *CONTROLS):
         assert at_end[name] == {"mse": 1.0, "aux": 1 / 32}
@@ -102,7 +102,7 @@ def test_terms_are_weighted_as_published_in_the_built_variant() -> None:
     penalties += [(name, "l0_penalty") for name in ("jumprelu", "jumprelu-step")]
     for name, term in penalties:
         assert weights(built(name), 9)[term] == pytest.approx(at_end[name][term] / 2), name
-    assert weights(built("jumprelu-tanh"), 199)["tanh"] == pytest.approx(20 / 16 / 2)  # over the whole run
+    assert weights(built("jumprelu-tanh"), 199)["tanh"] == pytest.approx(20 / 16 / 2)  # its warm-up is the whole run
 
 
 def test_parts_have_the_published_sizes_in_the_built_variant() -> None:
@@ -144,6 +144,6 @@ def test_given_chunk_reaches_the_loss() -> None:
 
 @pytest.mark.parametrize("name", ["matryoshka", "topk", "batchtopk"])
 def test_given_annealing_reaches_the_activation(name: str) -> None:
-    """From 40 latents at the first step: the activation has room for them."""
+    """Annealing starts at 40 latents, so the activation has room for 40."""
     variant = find_recipe(name).make(CONFIG, {"k": 7, "k_anneal_steps": 100, "k_start": 40})
     assert float(variant.sae.activation[0].now) == 40.0 and variant.sae.activation[0].max_k == 40

@@ -1,4 +1,4 @@
-"""Routing by hand, its balance, and its fold."""
+"""The switch SAE: routing by hand, the balance loss, and folding the normalization into the router."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from sae.train.variants.switch import LoadBalanceLoss, Switch
 
 @pytest.fixture
 def switch() -> Switch:
-    """Expert 0 where x_0 > x_1, else expert 1, two latents each, one of which is kept; sure of it to e^2 : 1."""
+    """Two experts of two latents, one of which is kept. x_0 > x_1 selects expert 0; the odds for (2, 0) are e^2 : 1."""
     switch = Switch(d_in=2, experts=2, k=1)
     switch.W_router.data = torch.eye(2)
     return switch
@@ -89,7 +89,7 @@ def test_latents_of_one_expert_a_token() -> None:
     f_BF = trainer.variant(trainer.i, torch.randn(64, 8), trainer.optimizer).f_BF
     used_BE = (f_BF.unflatten(1, (4, 8)) != 0).any(-1)
     assert (used_BE.sum(1) == 1).all() and (f_BF != 0).sum(1).max() <= 4
-    assert used_BE.any(0).sum() > 1  # and not of the same one for all
+    assert used_BE.any(0).sum() > 1  # tokens use different experts
 
 
 def test_experts_fit_the_dictionary() -> None:

@@ -1,4 +1,4 @@
-"""Steps and variants of paper 004 that several test files build."""
+"""Steps and variants that the tests of paper 004 share."""
 
 import torch
 
@@ -9,7 +9,7 @@ from sae.train.variant import RunConfig, Variant
 
 
 def step_on(sae: SAE, x_BD: torch.Tensor, i: int = 0) -> Step:
-    """A forward pass, with Adam moments of one everywhere."""
+    """The step of a forward pass, with all of Adam's moments set to one."""
     optimizer = torch.optim.AdamW(sae.parameters())
     for parameter in sae.parameters():
         optimizer.state[parameter] = {name: torch.ones_like(parameter.data) for name in ("exp_avg", "exp_avg_sq")}
@@ -19,7 +19,7 @@ def step_on(sae: SAE, x_BD: torch.Tensor, i: int = 0) -> Step:
 
 
 def firing(f_BF: torch.Tensor, i: int) -> Step:
-    """A step with these latents. Its pre-activations are NaN, so that nothing can read them instead."""
+    """A step with these latents. The pre-activations are NaN, so a result that depends on them would be NaN."""
     sae = SAE(1, f_BF.shape[1])
     x_BD, pre_BF = torch.zeros(len(f_BF), 1), torch.full_like(f_BF, torch.nan)
     return Step(torch.tensor(i), sae, torch.optim.AdamW(sae.parameters()), x_BD, pre_BF, f_BF, x_BD)
@@ -35,7 +35,7 @@ def rows(seed: int, count: int = 64) -> torch.Tensor:
 
 
 def reconstructing() -> tuple[SAE, torch.Tensor]:
-    """Latents 0 and 1 rebuild the first two tokens; the third, (0, 0, 3, 4), is not rebuilt at all."""
+    """Latents 0 and 1 reconstruct the first two tokens. The reconstruction of the third, (0, 0, 3, 4), is zero."""
     sae = SAE(4, 3, pre_bias=False)
     with torch.no_grad():
         sae.W_dec.copy_(torch.eye(3, 4))

@@ -13,13 +13,13 @@ from .steps import build, rows, step_on
 
 
 def test_a_merge_is_a_matching_of_the_most_similar() -> None:
-    """0-1 at 0.95 yields to 1-2 at 0.99; 0 is left alone though 0-2 is at 0.92; 3-4 is apart from them."""
+    """1-2 (cosine 0.99) and 3-4 (0.91) are merged. Latent 0 is not, because latents 1 and 2 are already matched."""
     cosine_FF = torch.eye(5)
     for i, j, value in ((0, 1, 0.95), (1, 2, 0.99), (0, 2, 0.92), (3, 4, 0.91), (0, 3, 0.5)):
         cosine_FF[i, j] = cosine_FF[j, i] = value
     i_M, j_M = match_pairs(cosine_FF, 0.9)
     assert list(zip(i_M.tolist(), j_M.tolist(), strict=True)) == [(1, 2), (3, 4)]
-    assert match_pairs(cosine_FF, float(cosine_FF[3, 4]))[0].tolist() == [1]  # above it, and not at it
+    assert match_pairs(cosine_FF, float(cosine_FF[3, 4]))[0].tolist() == [1]  # strictly above
 
 
 def test_a_matching_names_no_latent_twice_and_leaves_no_pair() -> None:
@@ -33,7 +33,7 @@ def test_a_matching_names_no_latent_twice_and_leaves_no_pair() -> None:
 
 
 def merging(**options: str) -> tuple[SAE, MergeSimilar, Step]:
-    """Rows 0 and 1 at cosine 0.96, rows 2 and 3 at right angles to them."""
+    """Rows 0 and 1 have cosine 0.96. Rows 2 and 3 are orthogonal to them and to each other."""
     settings = {"on": "decoder", "average": "all", "weights": "equal", "partner": "recycle", **options}
     sae = SAE(4, 4)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def test_merged_latents_are_averaged_and_forgotten_and_the_partner_restarts() ->
     assert sae.W_enc[:, 0].tolist() == [2.0, 0.0, 3.0, 0.0] and sae.b_enc.tolist() == [1.5, 0, 3, 4]
     sum_D = torch.tensor([1.96, 0.28, 0, 0])
     torch.testing.assert_close(sae.W_dec[0], sum_D / sum_D.norm())
-    torch.testing.assert_close(sae.W_dec[1], torch.tensor([0, 0.6, 0.8, 0]))  # the only token
+    torch.testing.assert_close(sae.W_dec[1], torch.tensor([0, 0.6, 0.8, 0]))  # the direction of the only token
     for parameter, rest in ((sae.W_dec, (1,)), (sae.W_enc, (0,)), (sae.b_enc, ())):
         for moment in ("exp_avg", "exp_avg_sq"):
             kept = step.optimizer.state[parameter][moment]
@@ -80,7 +80,7 @@ def test_a_disabled_partner_stays_silent() -> None:
 
 
 def test_merging_weighted_by_activity() -> None:
-    """Latent 0 fired in three of four steps, latent 1 in one: shares 3/4 and 1/4."""
+    """Latent 0 fired in three of four steps and latent 1 in one, so their weights are 3/4 and 1/4."""
     sae, merge, step = merging(weights="activity")
     merge.resample.fired_WF.copy_(torch.tensor([[1.0, 1, 1, 1], [1, 0, 1, 1], [1, 0, 1, 1], [0, 0, 1, 1]]))
     merge.every_n_steps(step)
@@ -88,7 +88,7 @@ def test_merging_weighted_by_activity() -> None:
 
 
 def test_the_average_of_two_latents_that_did_not_fire_is_the_second() -> None:
-    """Their shares of no activity are 0 and 0, not 0/0: no weight becomes NaN."""
+    """The first latent's weight is 0, not 0/0, so nothing becomes NaN."""
     sae, merge, step = merging(weights="activity")
     merge.resample.fired_WF.zero_()
     merge.every_n_steps(step)
@@ -96,14 +96,14 @@ def test_the_average_of_two_latents_that_did_not_fire_is_the_second() -> None:
 
 
 def test_cosines_of_the_encoder_are_another_reading() -> None:
-    """Columns (1, 0, 5, 0) and (3, 0, 1, 0) of W_enc are at 0.5, so nothing is merged."""
+    """The columns (1, 0, 5, 0) and (3, 0, 1, 0) of W_enc have cosine 0.5, so nothing is merged."""
     sae, merge, step = merging(on="encoder")
     merge.every_n_steps(step)
     assert merge.merged == 0 and sae.b_enc.tolist() == [1, 2, 3, 4]
 
 
 def test_the_printed_average_is_of_the_encoder_alone() -> None:
-    """(7): W_enc,0 = ((1, 0, 5, 0) + (3, 0, 1, 0))/2; W_dec,0 and b_enc,0 stay. Here the partner is silent then."""
+    """(7): W_enc,0 = ((1, 0, 5, 0) + (3, 0, 1, 0))/2; W_dec,0 and b_enc,0 stay. The partner is silenced."""
     sae, merge, step = merging(average="encoder", partner="disable")
     merge.every_n_steps(step)
     assert sae.W_enc[:, 0].tolist() == [2.0, 0.0, 3.0, 0.0] and sae.b_enc.tolist() == [1.0, 0.0, 3.0, 4.0]
@@ -124,7 +124,7 @@ def test_nothing_is_merged_after_the_last_restart() -> None:
 
 
 def test_a_disabled_partner_stays_silent_under_weight_decay_and_momentum() -> None:
-    """Built and trained: its weights stay at zero though the optimizer goes on, and it is never resampled."""
+    """While a built variant trains, the weights of a disabled latent stay zero, and it is never resampled."""
     options = {"merge_partner": "disable", "merge_every": 2, "window": 2, "weight_decay": 0.1, "warmup": 0, "lr": 0.01}
     variant = build("hierarchical", d_sae=16, steps=20, **options)
     variant.sae.W_dec.data[8:] = variant.sae.W_dec.data[:8]

@@ -1,4 +1,4 @@
-"""Paper 004: the L1 penalty that falls linearly (3) and follows the error (5)."""
+"""Paper 004: the L1 penalty, which falls linearly (3) and is scaled by the error (5)."""
 
 import math
 
@@ -50,7 +50,7 @@ def test_alpha_by_loss(loss: float, alpha: float) -> None:
 
 
 def test_the_target_of_alpha_scales_with_the_variance_unless_given_or_paper_exact() -> None:
-    """A cache of a quarter of the variance has a quarter of the error at the same share, and alpha is the same."""
+    """If the variance is a quarter, so is the error at the same explained variance. The target scales with it."""
     make, run = find_recipe("hierarchical").make, RunConfig(32, 64, 20, 64, variance=6.0)
 
     def target(run: RunConfig, **options: object) -> float:
@@ -85,7 +85,7 @@ def test_the_penalty_is_lambda_alpha_l1_without_a_gradient_through_alpha() -> No
 
 
 def test_alpha_moves_are_counted_from_the_second_step_on_and_not_at_a_bound() -> None:
-    """Losses 1 (alpha 2, from 1 before the first step), 0.5 (2 again), 2.5 (1), 5 (0.5), 100 and 200 (0.1)."""
+    """Losses 1, 0.5, 2.5, 5, 100 and 200 give alpha 2, 2, 1, 0.5, 0.1 and 0.1. Before the first step alpha is 1."""
     modulate = AdaptivePenalty(lambda: torch.ones(()), "mean", 2.5, 0.1, 2.0, 0.0)
     x_BD = torch.zeros(2, 3)
     counted = []
@@ -100,7 +100,10 @@ def test_alpha_moves_are_counted_from_the_second_step_on_and_not_at_a_bound() ->
     [("unit_ms", "raw", 0.25), ("unit_ms", "input", 1.0), ("standardize", "raw", 0.4), ("standardize", "input", 1.0)],
 )
 def test_the_error_in_alpha_is_of_raw_activations_or_of_the_input(normalize: str, units: str, alpha: float) -> None:
-    """The input's error is 1 in each of two dimensions, whose rows were divided by 2, or by 1 and 2: 4, or 1 and 4."""
+    """In both dimensions the squared error of the normalized input is 1.
+
+    The raw squared errors are 4 and 4 if `unit_ms` divides by 2, and 1 and 4 if `standardize` divides by 1 and 2.
+    """
     options = {"target": 1.0, "alpha_low": 0.0, "alpha_units": units, "normalize": normalize}
     variant = find_recipe("hierarchical-adaptive").make(RunConfig(2, 4, 10, 64), options)
     variant.set_normalization(torch.zeros(2), 4.0, torch.tensor([[-1.0, -2.0], [1.0, 2.0]]))
@@ -114,7 +117,7 @@ def test_the_error_in_alpha_is_of_raw_activations_or_of_the_input(normalize: str
 
 
 def test_lambda_0_by_the_width_of_the_input_of_the_dictionary_or_the_baselines_k() -> None:
-    """230 and 460 latents; 320 of 2304 are 32 of 230. At the paper's size the first two are 1/48."""
+    """d_in is 230, d_sae is 460, and k = 320 of 2304 becomes 32. In the paper both widths are 2304: 1/48."""
 
     def first(**options: object) -> float:
         variant = build("hierarchical-linear", d_in=230, d_sae=460, **options)
@@ -127,7 +130,7 @@ def test_lambda_0_by_the_width_of_the_input_of_the_dictionary_or_the_baselines_k
 
 
 def test_the_penalty_of_step_0_counts_its_own_error() -> None:
-    """The built loss of a step, not only the part: lambda_0 alpha |f|_1 with alpha of the same step."""
+    """The L1 loss of a built variant is lambda_0 alpha |f|_1, with alpha from the error of the same step."""
     variant = build("hierarchical-adaptive", target=1e-2, alpha_low=0.0, alpha_high=9.0, l1=0.5)
     step = variant(torch.tensor(0), rows(0), torch.optim.AdamW(variant.parameters()))
     assert (variant.sae.pre_activations(step.x_BD) < 0).any()

@@ -40,7 +40,7 @@ def test_each_ablation_adds_one_part() -> None:
 
 
 def test_baselines_keep_the_same_share_of_the_width() -> None:
-    """k = 320 of 2304 is 32 of 230; all are trained alike."""
+    """k = 320 of 2304 is 32 of 230. All recipes have the same optimizer settings."""
     topk, batchtopk = build("hierarchical-topk320", d_in=230), build("hierarchical-batchtopk", d_in=2304, d_sae=2304)
     assert [a.k for a in topk.sae.modules() if isinstance(a, TopK)] == [32]
     assert [a.k for a in batchtopk.sae.modules() if isinstance(a, BatchTopK)] == [320]
@@ -51,7 +51,7 @@ def test_baselines_keep_the_same_share_of_the_width() -> None:
 
 
 def test_a_collapsed_dictionary_is_merged_and_comes_back() -> None:
-    """All latents start as copies of sixteen: merging and restarting separates them, and rows stay unit."""
+    """Latents 16 to 31 start as copies of the others. Merging and restarting separate them, and rows keep norm 1."""
     variant = build("hierarchical", d_sae=32, steps=40, window=4, merge_every=4, lr=1e-2, warmup=0)
     variant.sae.W_dec.data[16:] = variant.sae.W_dec.data[:16]
     trainer = Trainer(variant, 40, "cpu")
@@ -97,7 +97,7 @@ def test_options_reach_their_parts() -> None:
     assert (resample.every, resample.below, part_of(variant, AdaptivePenalty).ema) == (3, 0.2, 0.7)
     early = part_of(build("hierarchical-resample", dead_by="batch", below=0.3, resample_every=1), ResampleByWindow)
     assert (early.every, early.below) == (1, 0.3)
-    silent = build("hierarchical-linear", l1=0.0)  # an l1 of 0 is none, and not the default
+    silent = build("hierarchical-linear", l1=0.0)  # l1 = 0 means no penalty, not the default
     assert float(silent.coefficients["l1"](firing(torch.zeros(1, 64), 0))) == 0
 
 
@@ -116,7 +116,7 @@ def test_the_defaults_are_those_of_the_runs_that_exist() -> None:
 
 
 def fingerprint(variant: Variant) -> list[object]:
-    """The plain values and the shapes of every part, and the penalty's strength in the middle of the run."""
+    """The attributes and tensor shapes of every part, and the penalty's strength in the middle of the run."""
     found: list[object] = [variant.sae.pre_bias]
     variant.scale.fill_(7.0)
     for part in variant.mechanisms:
@@ -147,7 +147,7 @@ def test_an_ablation_takes_the_options_of_its_parts_and_no_other(name: str) -> N
 
 @pytest.mark.parametrize("name", LADDER[1:])
 def test_restarts_end_with_nine_tenths_of_the_run_and_in_the_papers_reading_with_it(name: str) -> None:
-    """Of a built run, through the trainer's clock: all latents are silent at every round of two steps."""
+    """The trainer runs a built variant in which all latents are always dead and a restart is due every two steps."""
 
     def last_restart(steps: int, **options: object) -> int:
         every = {option: 2 for option in ("resample_every", "window") if option in find_recipe(name).options}
@@ -182,20 +182,20 @@ def test_the_paper_exact_model_is_built_as_it_is_printed() -> None:
 
 
 def test_before_there_is_a_window_the_last_batch_can_say_who_is_dead() -> None:
-    """Of four tokens, latent 0 fires on all and the others on none; `any` with 1 % is the same here."""
+    """Of four tokens, latent 0 fires on all and one other latent on one. Here `any` gives the same as `mean`."""
     variant = build("hierarchical-resample", d_sae=4, dead_by="batch", stability="mean", resample_every=7)
     resample = part_of(variant, ResampleByWindow)
     assert (len(resample.fired_WF), resample.window, resample.every) == (1, 1, 7)
     resample.after_step(firing(torch.tensor([[1.0, 0, 0, 0]] * 3 + [[1.0, 1, 0, 0]]), 3))
     assert resample.silent().tolist() == [False, False, True, True]
     resample.after_step(firing(torch.tensor([[1.0, 0, 0, 0]] * 3 + [[1.0, 0, 1, 0]]), 4))
-    assert resample.silent().tolist() == [False, True, False, True]  # of this batch alone
+    assert resample.silent().tolist() == [False, True, False, True]  # only the last batch counts
     default = build("hierarchical-resample", resample_every=7)
     assert type(part_of(default, ResampleDead)) is ResampleDead
 
 
 def test_in_the_papers_readings_every_mechanism_acts_and_says_so() -> None:
-    """Thirty steps on sparse rows with a pair of equal latents: silent, resampled, merged and alpha_moves count."""
+    """In thirty steps with two equal latents, `silent`, `resampled`, `merged` and `alpha_moves` all count something."""
     options = {"window": 5, "merge_every": 5, "warmup": 0, "normalize": "standardize", "lr": 0.02}
     torch.manual_seed(0)
     variant = find_recipe("hierarchical").make(RunConfig(32, 64, 30, 64, paper_exact=True), options)
@@ -207,11 +207,11 @@ def test_in_the_papers_readings_every_mechanism_acts_and_says_so() -> None:
         trainer.run_periodic(i, trainer.step(rows(i)))
     metrics = trainer.pop_metrics()
     assert metrics["silent"] >= 24 and metrics["resampled"] >= 24
-    assert metrics["merged"] >= 1 and metrics["alpha_moves"] >= 5  # of 32 (1 - EV) against 2.5: 0.1 at first
+    assert metrics["merged"] >= 1 and metrics["alpha_moves"] >= 5  # 2.5 / (32 (1 - EV)), at first 0.1
 
 
 def test_where_nothing_is_dead_the_counters_stay_at_zero_and_the_ablation_is_the_run_before() -> None:
-    """hierarchical-resample and -window are hierarchical-linear, bit for bit."""
+    """hierarchical-resample and hierarchical-window equal hierarchical-linear bit for bit."""
     trained = {}
     for name in LADDER[:3]:
         variant = build(name, steps=20, **({} if name.endswith("linear") else {"below": 0.0}))
@@ -241,7 +241,7 @@ def test_options_of_the_l1_baseline_and_the_ends_of_restart_share_reach_their_pa
 
 
 def test_a_printed_k_that_is_no_choice_of_latents_keeps_its_share() -> None:
-    """320 of 128 latents cannot be kept: 18 are, as in the other readings. Of 512 it is 320."""
+    """With 128 latents, k = 320 is impossible, so k is 18 as in the other readings. With 512 latents k is 320."""
 
     def k(d_sae: int) -> object:
         return find_recipe("hierarchical-topk320").make(RunConfig(128, d_sae, 9, 64, paper_exact=True), {}).options["k"]

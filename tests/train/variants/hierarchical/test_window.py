@@ -1,4 +1,4 @@
-"""Paper 004: restarts of dead latents, and the window (4) that says which are dead."""
+"""Paper 004: restarts of dead latents, and the window (4) that decides which latents are dead."""
 
 import math
 
@@ -13,7 +13,7 @@ from .steps import firing, reconstructing, step_on
 
 
 def test_a_dead_latent_restarts_on_the_worst_token() -> None:
-    """v = (0, 0, 3, 4), |v| = 5; the others' encoders have norm 1 and 3, 0.2 of their mean is 0.4."""
+    """The token (0, 0, 3, 4) has norm 5. The other encoder columns have norms 1 and 3; 0.2 of their mean is 0.4."""
     sae, x_BD = reconstructing()
     dead = DeadLatents(3, after_tokens=10)
     dead.since_F.copy_(torch.tensor([0, 3, 10]))
@@ -33,7 +33,7 @@ def test_a_dead_latent_restarts_on_the_worst_token() -> None:
 
 
 def test_tokens_are_drawn_by_squared_loss() -> None:
-    """Losses 1 and 2, so chances 1/5 and 4/5; 500 draws have a standard deviation of 9."""
+    """Losses 1 and 2 give probabilities 1/5 and 4/5. The standard deviation of 500 draws is 9."""
     sae = SAE(2, 1)
     with torch.no_grad():
         sae.W_enc.zero_()
@@ -87,7 +87,7 @@ def test_nothing_restarts_after_its_last_step_or_on_a_broken_loss() -> None:
 
 
 def test_the_window_by_any_is_the_rule_of_the_last_firing() -> None:
-    """p < 0.01 over 100 steps says: silent for 100 steps. The window is full of firing at first."""
+    """With 100 steps, p < 0.01 means no firing for 100 steps. At first, every step of the window counts as firing."""
     generator = torch.Generator().manual_seed(0)
     chance_F = torch.tensor([0.0, 0.002, 0.01, 0.03, 0.2])
     resample = ResampleByWindow(DeadLatents(5, 1), window=100, until=1000, below=0.01, stability="any")
@@ -102,7 +102,7 @@ def test_the_window_by_any_is_the_rule_of_the_last_firing() -> None:
 
 
 def test_the_window_by_mean_counts_tokens() -> None:
-    """Two steps of four tokens: latent 0 fires on 1 and 2 of them, 3/8; latent 1 on 0 and 1, 1/8."""
+    """In two steps of four tokens, latent 0 fires on 1 and 2 tokens (p = 3/8), latent 1 on 0 and 1 (p = 1/8)."""
     resample = ResampleByWindow(DeadLatents(2, 1), window=2, until=9, below=0.2, stability="mean")
     resample.after_step(firing(torch.tensor([[1.0, 0], [0, 0], [0, 0], [0, 0]]), 0))
     resample.after_step(firing(torch.tensor([[1.0, 1], [1, 0], [0, 0], [0, 0]]), 1))
@@ -125,12 +125,12 @@ def test_a_restarted_latent_gets_a_full_window() -> None:
 
 
 def fired(shares: list[float], tokens: int = 4) -> torch.Tensor:
-    """(tokens, F): latent i fires on this share of the tokens."""
+    """(tokens, F): latent i fires on `shares[i]` of the tokens."""
     return torch.tensor([[float(token < share * tokens) for share in shares] for token in range(tokens)])
 
 
 def test_the_printed_sum_has_one_term_more_than_its_divisor() -> None:
-    """w = 2, p = sum/2 < 0.5. Shares 1/4, 1/2, 1/4: two terms give 3/8 each time; the third makes it 1/2."""
+    """w = 2 and p = sum / 2 < 0.5. For the shares 1/4, 1/2, 1/4, two terms give p = 3/8 twice, and three give 1/2."""
     make = {
         terms: ResampleByWindow(DeadLatents(1, 1), 2, until=9, below=0.5, stability="mean", terms=terms)
         for terms in (2, 3)
@@ -140,7 +140,7 @@ def test_the_printed_sum_has_one_term_more_than_its_divisor() -> None:
         for i, share in enumerate((0.25, 0.5, 0.25)):
             resample.after_step(firing(fired([share]), i))
             silent[terms].append(bool(resample.silent()))
-    assert silent == {2: [False, True, True], 3: [False, True, False]}  # until a window is full, it counts as firing
+    assert silent == {2: [False, True, True], 3: [False, True, False]}  # missing terms count as firing
 
 
 @pytest.mark.parametrize("terms", [4, 5])
@@ -157,7 +157,7 @@ def test_a_restarted_latent_waits_for_w_steps_whatever_the_number_of_terms(terms
 
 
 def test_silent_latents_are_counted_whether_or_not_a_token_is_left_for_them() -> None:
-    """Five silent latents, two tokens: five and then three are silent, two and two restart. After `until`: none."""
+    """With two tokens, two of five silent latents restart, then two of the other three. After `until`, none does."""
     sae = SAE(4, 6)
     resample = ResampleByWindow(DeadLatents(6, 1), 1, until=5, below=0.5, stability="mean", every=3)
     assert resample.every == 3

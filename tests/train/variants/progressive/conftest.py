@@ -1,4 +1,4 @@
-"""Steps and growing dictionaries made by hand."""
+"""Fixtures of the tests of paper 001: steps and growing dictionaries."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from sae.train.variants.progressive.growth import EnabledLatents, EnabledUtiliza
 
 
 def step_of(f_BF: torch.Tensor, i: int = 0, pre_BF: torch.Tensor | None = None) -> Step:
-    """A step with these latents. Pre-activations that are not given are NaN, so that nothing can read them instead."""
+    """A step with these latents. Pre-activations are NaN by default, so a result that depends on them would be NaN."""
     sae = SAE(1, f_BF.shape[1])
     x_BD = torch.zeros(len(f_BF), 1)
     if pre_BF is None:
@@ -33,5 +33,5 @@ def step_of_fixture() -> Callable[..., Step]:
 
 @pytest.fixture(scope="session", name="growing")
 def growing_fixture() -> Callable[..., tuple[EnabledLatents, EnabledUtilization, DeadLatents, GrowCapacity]]:
-    """A dictionary that grows: which latents are enabled, their utilization, the dead, and the growth."""
+    """A function that builds the parts of a growing dictionary: enabled latents, utilization, dead latents, growth."""
     return growing

@@ -35,7 +35,7 @@ def test_temperature_moves_a_hundredth_of_the_way(step_of, growing) -> None:
 
 
 def test_a_disabled_latent_takes_no_part() -> None:
-    """Over the enabled two of three, softmax weights are 1/(1 + e^-2) and its complement."""
+    """The softmax is over the two enabled latents, so the weights are 1/(1 + e^-2) and its complement."""
     enabled = EnabledLatents(3)
     enabled.on_F[2] = 0
     alpha_F = SoftCompetition(0.5, "softmax")(enabled(torch.tensor([[2.0, 1.0, 9.0]])))[0]
@@ -65,7 +65,7 @@ def test_the_winner_keeps_its_value(unit: str) -> None:
 
 
 def test_latents_up_to_the_cut_are_zero() -> None:
-    """0.3 e^-1.7 = 0.0548."""
+    """Before the cut, the second latent is 0.3 e^-1.7 = 0.0548."""
     z_BF = torch.tensor([[2.0, 0.3]])
     assert SoftCompetition(1.0, cut=0.05)(z_BF)[0].tolist() == pytest.approx([2.0, 0.3 * math.exp(-1.7)])
     assert SoftCompetition(1.0, cut=0.06)(z_BF)[0].tolist() == [2.0, 0.0]
@@ -81,13 +81,13 @@ def test_rescaling_is_exact_and_silence_stays_silent(weights: str, unit: str) ->
     alpha_BF = link(z_BF)
     alpha_BF.square().sum().backward()
     assert not alpha_BF[0].any() and torch.isfinite(z_BF.grad).all()
-    link.rescale_(4.0)  # a power of two, so that nothing rounds
+    link.rescale_(4.0)  # a power of two, so scaling is exact
     assert torch.equal(link(4 * z_BF.detach()), 4 * alpha_BF.detach())
 
 
 @pytest.mark.parametrize("weights", ["softmax_peak", "softmax"])
 def test_its_gradient_is_that_of_the_equation(weights: str) -> None:
-    """d softmax-weighted z: w_i (1 + (z_i - sum_j w_j z_j)/T) on the diagonal, -w_i w_j z_i / T beside it."""
+    """For the softmax, d(w_i z_i)/dz_j is w_i (1 + z_i (1 - w_i)/T) if i = j, and -w_i w_j z_i / T otherwise."""
     z_F = torch.tensor([0.9, 0.4, 0.2], requires_grad=True)
     T = 0.5
     jacobian_FF = torch.autograd.functional.jacobian(lambda z: SoftCompetition(T, weights)(z[None])[0], z_F)
@@ -106,12 +106,12 @@ def test_chain_l1_leaves_out_what_is_not_enabled(step_of) -> None:
     enabled = EnabledLatents(3)
     enabled.on_F[0] = 0
     pre_BF = torch.tensor([[5.0, 1, -2], [5.0, 2, 4]])
-    step = step_of(torch.full_like(pre_BF, torch.nan), pre_BF=pre_BF)  # it reads pre-activations, not latents
+    step = step_of(torch.full_like(pre_BF, torch.nan), pre_BF=pre_BF)  # the loss reads pre-activations
     assert ChainL1(enabled, ReLU())(step).item() == pytest.approx(3.5)
 
 
 def test_the_temperature_counts_its_moves_and_what_the_competition_moves(step_of, growing) -> None:
-    """z = (2, 1), T = 1: e^-1 of the weaker is left, so 1 - e^-1 of 3 is moved; latents that are off do not count."""
+    """z = (2, 1), T = 1: the weaker latent keeps e^-1, so 1 - e^-1 of 3 is moved. Disabled latents do not count."""
     enabled, use, _, _ = growing(3)
     enabled.on_F.copy_(torch.tensor([1.0, 1.0, 0.0]))
     temper = CompetitionTemperature(SoftCompetition(1.0), use, lambda step: 0.1, high=9.0)
@@ -126,7 +126,7 @@ def test_the_temperature_counts_its_moves_and_what_the_competition_moves(step_of
 
 
 def test_a_competition_that_scales_up_is_counted_as_well_and_silence_is_not(step_of, growing) -> None:
-    """softmax_scaled of equal latents leaves them; of one latent among zeros, in thirds of three, it does not."""
+    """At a high T, softmax_scaled keeps three equal latents, but divides a single active latent of three by three."""
     _, use, _, _ = growing(3, start=1.0)
     temper = CompetitionTemperature(SoftCompetition(1e6, "softmax_scaled"), use, lambda step: 1e6, high=1e6)
     for pre_F, moved in (([1.0, 1.0, 1.0], 0.0), ([1.0, 0.0, 0.0], 2 / 3), ([-1.0, -1.0, -1.0], 2 / 3)):
@@ -135,7 +135,7 @@ def test_a_competition_that_scales_up_is_counted_as_well_and_silence_is_not(step
 
 
 def test_what_is_moved_up_does_not_cancel_what_is_moved_down(step_of, growing) -> None:
-    """softmax_scaled of (1, 0.5) at a low T is (2, 0): 1 up and 0.5 down, of 1.5."""
+    """At a low T, softmax_scaled maps (1, 0.5) to (2, 0): 1 up and 0.5 down are 1.5 of a total of 1.5."""
     _, use, _, _ = growing(2, start=1.0)
     temper = CompetitionTemperature(SoftCompetition(0.01, "softmax_scaled"), use, lambda step: 0.1)
     temper.after_step(step_of(torch.zeros(1, 2), pre_BF=torch.tensor([[1.0, 0.5]])))

@@ -11,7 +11,7 @@ from sae.train.variants.progressive.growth import EnabledUtilization, GrowCapaci
 
 @pytest.fixture
 def trained() -> Trainer:
-    """`progressive`, ready to take steps on 64 rows of width 32; a latent more every second step, from 16 on."""
+    """A trainer of `progressive` for rows of width 32. 16 latents are enabled at first, one more every second step."""
     torch.manual_seed(0)
     find_recipe("progressive")
     options = {"interval": 2, "pace": 0.2, "hybrid": False, "lr": 1e-2, "warmup": 0}
@@ -33,7 +33,7 @@ def test_increments_adapt_around_a_hundred(growing) -> None:
     """floor(0.1 * 40 * 0.5) = 2, floor(0.1 * 100 * 0.4) = 4, floor(0.15 * 40 * 0.7) = 4."""
     assert growing(4, n_ref=40)[3].increment(torch.tensor([0.5, 0.7])).tolist() == [2, 4]
     assert growing(4, n_ref=100)[3].increment(torch.tensor([0.4, 0.62])).tolist() == [4, 9]
-    assert growing(4, n_ref=10)[3].increment(torch.tensor([0.5, 0.7])).tolist() == [2, 4]  # at least
+    assert growing(4, n_ref=10)[3].increment(torch.tensor([0.5, 0.7])).tolist() == [2, 4]  # the minimum
 
 
 def test_the_share_at_the_start_is_rounded_up(growing) -> None:
@@ -56,7 +56,7 @@ def test_all_2304_are_enabled_after(rho: float, steps: int, step_of, growing) ->
 
 
 def test_growth_waits_for_its_interval_and_keeps_fractions(step_of, growing) -> None:
-    """Five at 2304 is 5/36 at 64: 16 at first, 17 after eight increments, 18 after fifteen."""
+    """An increment of 5 of 2304 is 5/36 of 64: from 16 latents, 17 after eight increments and 18 after fifteen."""
     enabled, _, _, grow = growing(64, hybrid=False, interval=3, pace=64 / 2304)
     counts = []
     for i in range(45):
@@ -78,7 +78,7 @@ def test_the_latent_that_would_fire_most_is_enabled_first(step_of, growing) -> N
 
 
 def test_utilization_by_its_three_readings(step_of, growing) -> None:
-    """Of four tokens, latents 0 and 1 fire on two and one; 2 fires below tau; 3 is not enabled."""
+    """Of four tokens, latent 0 fires on two and latent 1 on one. Latent 2 stays below tau, and 3 is not enabled."""
     f_BF = torch.tensor([[1.0, 1, 0.005, 0], [1.0, 0, 0, 0], [0.0, 0, 0, 0], [0.0, 0, 0, 0]])
     for reading, rho in (("mean", (0.5 + 0.25) / 3), ("any", 2 / 3), ("alive_fraction", 2 / 3)):
         enabled, use, _, _ = growing(4, start=0.75, reading=reading, beta=0.0)
@@ -96,7 +96,7 @@ def test_disabled_latents_stay_as_they_are(trained: Trainer) -> None:
     for i in range(6):
         step = trained.step(rows(i))
     off_F = enabled.on_F == 0
-    assert int((~off_F).sum()) == 19  # 16, and three increments
+    assert int((~off_F).sum()) == 19  # 16 and three increments of 1
     trained.variant.dead.every_n_steps(step)
     assert torch.equal(sae.W_enc[:, off_F], before["W_enc"][:, off_F])
     assert torch.equal(sae.b_enc[off_F], before["b_enc"][off_F])
@@ -108,13 +108,13 @@ def test_disabled_latents_stay_as_they_are(trained: Trainer) -> None:
 
 
 def test_a_latent_is_in_use_if_it_fires_for_more_than_a_thousandth_of_the_tokens(step_of, growing) -> None:
-    """Of 2,000 tokens, latent 0 fires for ten (0.005), latent 1 for one (0.0005), 2 for all, 3 for none."""
+    """Of 2,000 tokens, latent 0 fires on ten (0.005), latent 1 on one (0.0005), latent 2 on all, latent 3 on none."""
     f_BF = torch.zeros(2000, 4)
     f_BF[:10, 0], f_BF[0, 1], f_BF[:, 2] = 1.0, 1.0, 1.0
     _, use, _, _ = growing(4, start=1.0, beta=0.0)
     use.after_step(step_of(f_BF))
     assert use.rho.item() == pytest.approx(2 / 4)
-    _, slow, _, _ = growing(4, start=1.0, beta=0.9)  # 0.0005 and 0.00005 after a step: neither
+    _, slow, _, _ = growing(4, start=1.0, beta=0.9)  # averages 0.0005 and 0.00005: neither is in use
     slow.after_step(step_of(f_BF))
     assert slow.rho.item() == pytest.approx(1 / 4)
 
@@ -125,7 +125,7 @@ def test_smoothing_is_counted_by_how_far_it_moves_rho(step_of, growing, reading:
     _, use, _, _ = growing(4, start=0.75, reading=reading, beta=0.9)
     for f_BF in (busy_BF, idle_BF):
         use.after_step(step_of(f_BF))
-    # rho is 0.1 and 0.09 where the batches have 1 and 0; a share of latents in use is 1 and 1 where they have 1 and 0.
+    # The two batches alone have rho = 1 and 0. Smoothed, rho is 0.1 and 0.09, or with `alive_fraction` 1 and 1.
     expected = 1.0 if reading == "alive_fraction" else 0.9 + 0.09
     assert use.scalars()["smoothed"].item() == pytest.approx(expected)
     _, bare, _, _ = growing(4, start=0.75, reading=reading, beta=0.0)
@@ -135,7 +135,7 @@ def test_smoothing_is_counted_by_how_far_it_moves_rho(step_of, growing, reading:
 
 
 def test_growth_counts_the_latents_it_enables_and_the_increments_it_chooses(step_of, growing) -> None:
-    """From 4 of 16: by 5 at rho = 0.1, by 7 at 0.5 until all are enabled, then nothing."""
+    """Of 16 latents, 4 are enabled at first, 5 more at rho = 0.1, the last 7 at rho = 0.5, and then no more."""
     enabled, use, _, grow = growing(16, n_ref=None, interval=2, pace=1.0)
     grow.n_ref = 2304
     counted = []
@@ -162,13 +162,13 @@ def test_fixed_increments_and_a_full_dictionary_are_not_counted(step_of, growing
 
 @pytest.mark.parametrize("on", ["encoder", "all"])
 def test_no_decay_reaches_a_latent_that_is_not_enabled(on: str) -> None:
-    """Whatever it acts on: of the enabled ones it shrinks W_enc, and with `all` also b_enc."""
+    """Weight decay shrinks W_enc of enabled latents and, with `all`, b_enc. Disabled latents never change."""
     torch.manual_seed(0)
     options = {"interval": 50, "lr": 1e-2, "warmup": 0, "weight_decay": 5.0, "weight_decay_on": on}
     trainer = Trainer(find_recipe("progressive").make(RunConfig(32, 64, 100, 64), options), 100, "cpu")
     sae = trainer.variant.sae
     with torch.no_grad():
-        sae.b_enc.fill_(-100.0)  # nothing fires, so nothing but the decay moves
+        sae.b_enc.fill_(-100.0)  # nothing fires, so only decay changes weights
         sae.b_dec.fill_(1.0)
     before = {name: weight.detach().clone() for name, weight in sae.named_parameters()}
     trainer.step(rows(0))
@@ -183,7 +183,7 @@ def test_no_decay_reaches_a_latent_that_is_not_enabled(on: str) -> None:
 
 
 def test_decay_turns_no_direction_that_is_not_enabled() -> None:
-    """Adam's coupled decay goes through its moments, which would turn a row of W_dec and not only shrink it."""
+    """Coupled decay passes through Adam's moments, so it would rotate a row of W_dec instead of only shrinking it."""
     torch.manual_seed(0)
     options = {"interval": 50, "lr": 1e-2, "warmup": 0, "weight_decay": 5.0, "weight_decay_on": "all"}
     options |= {"weight_decay_form": "coupled"}
@@ -196,7 +196,7 @@ def test_decay_turns_no_direction_that_is_not_enabled() -> None:
 
 @pytest.mark.parametrize(("steps", "interval"), [(4882, 10), (2441, 5), (732, 1), (733, 2), (60, 1)])
 def test_growth_takes_the_same_share_of_every_run(steps: int, interval: int) -> None:
-    """Ten steps in 4,882, rounded, at least one."""
+    """The interval is ten steps in a run of 4,882. It scales with the run, rounded, and is at least one."""
     variant = find_recipe("progressive").make(RunConfig(32, 64, steps, 64), {})
     (grow,) = (m for m in variant.mechanisms if isinstance(m, GrowCapacity))
     assert grow.interval == interval

@@ -1,4 +1,4 @@
-"""The recipes of paper 001: their losses, readings, ablations and refusals."""
+"""The recipes of paper 001: their losses, readings, ablations and invalid options."""
 
 import math
 from dataclasses import replace
@@ -107,7 +107,7 @@ def parts(variant: Variant, kind: type) -> list[torch.nn.Module]:
 
 @pytest.mark.parametrize("reading", ["evidence", "literal"])
 def test_the_papers_readings_are_its_equations(reading: str) -> None:
-    """alpha is (5) over the enabled latents, rho is (3), n grows by (4), and T follows (6) and is annealed."""
+    """alpha is (5) over the enabled latents, rho is (3), n grows by (4), and T is annealed and follows (6)."""
     variant = paper_variant(reading)
     (enabled,), (use,), (grow,) = (parts(variant, k) for k in (EnabledLatents, EnabledUtilization, GrowCapacity))
     (competition,), (temper,) = parts(variant, SoftCompetition), parts(variant, CompetitionTemperature)
@@ -123,7 +123,7 @@ def test_the_papers_readings_are_its_equations(reading: str) -> None:
     assert grow.interval == 1 and grow.pace == 1 and grow.n_ref == 32
     before, rho = competition.T.item(), use.rho.item()
     temper.after_step(step)
-    target = 0.3 * (1 + (math.exp(math.exp(rho) - 1) - 1) * 0.3)  # T_base starts at 0.3, and T is at most that
+    target = 0.3 * (1 + (math.exp(math.exp(rho) - 1) - 1) * 0.3)  # T_base starts at 0.3, the maximum of T
     assert target > 0.3 and competition.T.item() == pytest.approx(0.99 * before + 0.01 * 0.3)
     assert [float(temper.base(replace(step, i=torch.tensor(i)))) for i in (0, 1000, 2000, 4881)] == pytest.approx(
         [0.3, 0.2, 0.1, 0.1]
@@ -131,9 +131,10 @@ def test_the_papers_readings_are_its_equations(reading: str) -> None:
 
 
 def test_the_gradient_of_the_papers_readings_is_7() -> None:
-    """dL/dz_i = sum_j dL/dalpha_j dalpha_j/dz_i + lambda sign(z_i), with L of (2): lambda sign(alpha) is in the first.
+    """(7) is dL/dz_i = sum_j dL/dalpha_j dalpha_j/dz_i + lambda sign(z_i).
 
-    With w the softmax of z/T, dalpha_j/dz_i is w_j delta_ij + w_j z_j (delta_ij - w_i)/T.
+    L is (2), so dL/dalpha_j contains lambda sign(alpha_j). With w the softmax of z/T, dalpha_j/dz_i is
+    w_j delta_ij + w_j z_j (delta_ij - w_i)/T.
     """
     variant = paper_variant("literal")
     (competition,), (enabled,) = parts(variant, SoftCompetition), parts(variant, EnabledLatents)
@@ -158,7 +159,7 @@ def test_the_two_readings_differ_in_their_units() -> None:
     normed_BD, raw_BD = literal.normalize(x_BD), evidence.normalize(x_BD)
     torch.testing.assert_close(normed_BD.norm(dim=1), torch.full((64,), 31**0.5), rtol=1e-4, atol=0)
     assert torch.equal(raw_BD, x_BD)
-    for variant in (literal, evidence):  # tau, T and lambda as printed, whatever the units
+    for variant in (literal, evidence):  # both have the printed tau, T and lambda
         (use,), (temper,) = parts(variant, EnabledUtilization), parts(variant, CompetitionTemperature)
         assert (use.threshold, temper.low, temper.high, use.beta, temper.momentum) == (0.01, 0.05, 0.3, 0.9, 0.99)
         settings = variant.optimization
@@ -171,14 +172,14 @@ def test_the_two_readings_differ_in_their_units() -> None:
 
 @pytest.mark.parametrize("recipe", ["progressive", "progressive-baseline", "progressive-no-competition"])
 def test_every_system_of_the_paper_starts_uniform(recipe: str) -> None:
-    """+-1/sqrt(d_in) for W_enc, independent of W_dec, whose rows are of unit length. Biases are zero."""
+    """W_enc is uniform in +-1/sqrt(d_in) and independent of W_dec, whose rows have norm 1. Biases are zero."""
     torch.manual_seed(0)
     sae = find_recipe(recipe).make(RunConfig(64, 256, 100, 64), {"init": "uniform"}).sae
     W_enc, W_dec = sae.W_enc.detach(), sae.W_dec.detach()
     assert W_enc.abs().max() <= 1 / 8 and W_enc.min() < -0.124 and W_enc.max() > 0.124
-    assert W_enc.std().item() == pytest.approx(1 / 8 / 3**0.5, rel=0.02)  # of a uniform distribution
+    assert W_enc.std().item() == pytest.approx(1 / 8 / 3**0.5, rel=0.02)  # as for a uniform distribution
     torch.testing.assert_close(W_dec.norm(dim=1), torch.ones(256))
-    assert W_dec.abs().max() < 0.3  # of uniform rows; of normal ones some element exceeds 0.4
+    assert W_dec.abs().max() < 0.3  # normal rows would have elements above 0.4
     cosine_F = torch.nn.functional.cosine_similarity(W_enc.T, W_dec)
     assert abs(cosine_F.mean()) < 0.05
     assert not sae.b_enc.any() and not sae.b_dec.any()
@@ -195,7 +196,7 @@ def test_the_papers_systems_are_started_so_by_its_readings() -> None:
 
 
 def test_each_system_has_the_counter_that_its_ablation_lacks() -> None:
-    """After the same steps it is above zero in the system, and zero or absent in the one that it adds to."""
+    """After the same steps, a system's counter is positive, and it is zero or absent in the system it adds to."""
     systems = load_paper("001").systems
 
     def scalars(system: str) -> dict[str, float]:
