@@ -1,4 +1,4 @@
-"""Kernels that pass over a batch: in Triton's interpreter they agree with float64, and steps keep their gradients."""
+"""Kernels that pass over a batch agree with float64 in Triton's interpreter, and do not change a step's gradients."""
 
 import math
 from typing import Any

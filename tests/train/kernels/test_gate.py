@@ -1,4 +1,4 @@
-"""The gated SAE's kernels: in Triton's interpreter they agree with float64, and a step gives the same gradients."""
+"""The gated SAE's kernels agree with float64 in Triton's interpreter, and a step with them has the same gradients."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""JumpReLU's kernels: in Triton's interpreter they agree with float64, and a step gives the same gradients."""
+"""JumpReLU's kernels: in Triton's interpreter they agree with float64, and a step with them has the same gradients."""
 
 import math
 from typing import Any

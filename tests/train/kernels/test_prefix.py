@@ -1,4 +1,4 @@
-"""The kernels of the prefixes: in Triton's interpreter they agree with float64, and a step gives the same gradients."""
+"""The prefix kernels: in Triton's interpreter they agree with float64, and a step with them has the same gradients."""
 
 import math
 from typing import Any

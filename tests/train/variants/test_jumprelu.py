@@ -61,7 +61,7 @@ def test_surrogates_are_their_definition(activation) -> None:
 
 
 def test_with_ste_to_input_a_pre_activation_gets_what_its_threshold_loses(activation) -> None:
-    """Within eps/2 of theta = 1, dtheta is -2, and dz is 1 + theta/eps = 3 at z = 1.1 and 2 at 0.9. Else dz is 1 or 0."""
+    """Within eps/2 of theta = 1, dtheta is -2, and dz is 1 + theta/eps = 3 at z = 1.1 and 2 at 0.9; else 1 or 0."""
     z_BF = torch.tensor([[9.0, 1.1, 0.0], [9.0, 0.9, 9.0]], requires_grad=True)
     activation.ste_to_input = True
     to_z_BF, to_theta_F = torch.autograd.grad(activation(z_BF).sum(), (z_BF, activation.threshold))

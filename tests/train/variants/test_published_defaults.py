@@ -85,7 +85,7 @@ def test_every_recipe_of_the_field_is_listed() -> None:
 
 
 def test_terms_are_weighted_as_published_in_the_built_variant() -> None:
-    """The weights are the published ones after the warm-up of 400 / 20 steps, and half of them in its middle."""
+    """Penalties have the published weight after a warm-up of 400 / 20 steps, and half of it in the middle."""
     at_end = {name: weights(built(name), 399) for name in PUBLISHED}
     for name in ("topk", "batchtopk", "matryoshka", *CONTROLS):
         assert at_end[name] == {"mse": 1.0, "aux": 1 / 32}

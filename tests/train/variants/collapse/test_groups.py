@@ -125,7 +125,7 @@ def test_with_free_rows_a_group_rate_scales_their_update_and_leaves_w_dec_alone(
 def test_rates_that_differ_from_the_runs_by_more_than_a_thousandth_are_counted(
     mode: str, u_G: list[float], counts: list[int], step_of: Callable[..., Step]
 ) -> None:
-    """With `softmax_mean1`, two rates differ from the run's by half of the difference in utilization.
+    """With `softmax_mean1`, each of two rates differs from the run's by half of the difference in utilization.
 
     With `softmax`, (2) as printed, two equally used groups each get half of the run's rate, so both are counted.
     """

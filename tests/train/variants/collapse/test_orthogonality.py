@@ -156,7 +156,7 @@ def test_straight_through_by_hand(step_of: Callable[..., Step]) -> None:
     rows.free_FD.data = torch.tensor([[0.6, 0.8], [0.0, 1.0]])
     step = step_of(sae, torch.zeros(1, 2))
     sae.W_dec.grad = torch.tensor([[3.0, 5.0], [2.0, 7.0]])
-    rows.free_FD.grad = torch.tensor([[1.0, 2.0], [0.0, 0.0]])  # of a loss that reads the free rows
+    rows.free_FD.grad = torch.tensor([[1.0, 2.0], [0.0, 0.0]])  # the gradient of a loss on the free rows
     with torch.no_grad():
         part.after_backward(step)
     # (3, 5) without the part along (1, 0), plus (1, 2), is (1, 7), and (1, 7) less 6.2 (0.6, 0.8) is this:

@@ -58,7 +58,7 @@ def test_diagonal_of_three_latents_by_hand(kind: int) -> None:
     assert penalty(reduction="n") == pytest.approx((pairs + diagonal) / 3)
     assert penalty() == pytest.approx((pairs + diagonal) / 5)  # of nine ordered pairs five pass: 01, 10, 00, 11, 22
     assert penalty(weight="conditional") == pytest.approx((pairs + diagonal) / 3 / 5)
-    assert step.metrics["pairs_above"] == 1  # with i < j
+    assert step.metrics["pairs_above"] == 1  # only i < j counts
     assert penalty(reduction="sum", tau=1.5) == 0  # P(i|i) is 1
     assert penalty(reduction="sum", tau_on="lift", tau=2.9) == pytest.approx(pairs + diagonal)
     assert penalty(reduction="sum", tau_on="lift", tau=3.1) == 0  # c_ii and c_01 are 3

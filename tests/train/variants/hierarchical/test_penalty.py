@@ -117,7 +117,10 @@ def test_the_error_in_alpha_is_of_raw_activations_or_of_the_input(normalize: str
 
 
 def test_lambda_0_by_the_width_of_the_input_of_the_dictionary_or_the_baselines_k() -> None:
-    """d_in is 230, d_sae is 460, and k = 320 of 2304 becomes 32. In the paper both widths are 2304: 1/48."""
+    """d_in is 230 and d_sae is 460. k = 320 of 2304 becomes 32 of 230.
+
+    In the paper, d_in and d_sae are 2304, so both give 1/48.
+    """
 
     def first(**options: object) -> float:
         variant = build("hierarchical-linear", d_in=230, d_sae=460, **options)

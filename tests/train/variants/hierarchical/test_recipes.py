@@ -207,7 +207,7 @@ def test_in_the_papers_readings_every_mechanism_acts_and_says_so() -> None:
         trainer.run_periodic(i, trainer.step(rows(i)))
     metrics = trainer.pop_metrics()
     assert metrics["silent"] >= 24 and metrics["resampled"] >= 24
-    assert metrics["merged"] >= 1 and metrics["alpha_moves"] >= 5  # 2.5 / (32 (1 - EV)), at first 0.1
+    assert metrics["merged"] >= 1 and metrics["alpha_moves"] >= 5  # alpha is 2.5 / (32 (1 - EV)), at first 0.1
 
 
 def test_where_nothing_is_dead_the_counters_stay_at_zero_and_the_ablation_is_the_run_before() -> None:
