@@ -184,7 +184,7 @@ def test_without_strength_it_is_the_system_that_it_adds_to() -> None:
 
 
 def test_its_defaults() -> None:
-    """They are the paper's, except the strength, the L1 warm-up, tau over the latents that fire, and the blocks."""
+    """The paper prints them, except the strength, the L1 warm-up, tau over the latents that fire, and the blocks."""
     recipe = find_recipe("decorrelation")
     assert recipe.width == 1 and recipe.batch_size == 2048
     assert dict(recipe.options) == {

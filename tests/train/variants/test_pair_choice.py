@@ -70,7 +70,7 @@ def test_blocks_are_the_definition_over_the_pairs_within_them(count: int, tau_ov
 
 @pytest.mark.parametrize("count", [24, 26])
 def test_latents_in_bfloat16_are_multiplied_as_they_are(count: int) -> None:
-    """As on a GPU. The value equals that of float32 latents. The gradient f M and the matrix M are in bfloat16."""
+    """As on a GPU, bfloat16 latents give the value of float32 latents. The gradient f M and its factor M are in bfloat16."""
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         f_BF = latents(count).bfloat16().to(dtype).requires_grad_()
@@ -340,7 +340,10 @@ def test_no_step_takes_a_qr(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_products_of_rows_in_bfloat16_are_those_in_float64_up_to_rounding(
     fixed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU under autocast. Sums are in float32, rounded once. If `fixed`, only the left rows have a gradient."""
+    """As on a GPU under autocast, rows are in bfloat16, and sums are in float32 and rounded once.
+
+    If `fixed`, only the left rows have a gradient.
+    """
     torch.manual_seed(0)
     weight_FX, (first_P, second_P) = torch.randn(9, 40).bfloat16().float(), torch.triu_indices(9, 9, 1)
     results = []
