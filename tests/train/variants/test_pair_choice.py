@@ -70,7 +70,7 @@ def test_blocks_are_the_definition_over_the_pairs_within_them(count: int, tau_ov
 
 @pytest.mark.parametrize("count", [24, 26])
 def test_latents_in_bfloat16_are_multiplied_as_they_are(count: int) -> None:
-    """As on a GPU, bfloat16 latents give the value of float32 latents. The gradient f M and its factor M are in bfloat16."""
+    """On a GPU, bfloat16 latents give the value of float32 latents. The gradient f M and M itself are in bfloat16."""
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         f_BF = latents(count).bfloat16().to(dtype).requires_grad_()
