@@ -69,8 +69,8 @@ def saebench() -> Reference:
 def record_comparison(record_property) -> Callable[..., None]:
     """Record a line of the table that benchmarks/peers/saebench_reference.py --accept prints.
 
-    `pairs` are SAEBench's numbers and ours; the first pair is printed in full. For tensors, the difference is relative
-    to their largest element. `equal` names what has to be equal to the last digit, and whether it is.
+    `pairs` holds pairs of SAEBench's number and ours; the first pair is printed in full. For tensors, the difference
+    is relative to their largest element. `equal` maps each quantity that must match exactly to whether it does.
     """
 
     def note(metric: str, what: str, pairs: Sequence[tuple[Any, Any]], equal: dict[str, bool] | None = None) -> None:
@@ -106,7 +106,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def opened(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Open a page, on a `phone` with fingers for a pointer.
+    """Open a page in the browser; `phone` emulates a touch screen.
 
     Any console message, error or network request of a page fails the test.
     """
@@ -132,9 +132,9 @@ def opened(browser: Any) -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(scope="session")
 def sink_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `tiny_model`, but the norm of its activations at SINK is about 40 times that at other tokens.
+    """A copy of `tiny_model` whose activations at the token SINK have about 40 times the norm of those at other tokens.
 
-    The unembedding stays as it was.
+    The unembedding is unchanged.
     """
     from transformers import AutoTokenizer, Gemma2ForCausalLM
 

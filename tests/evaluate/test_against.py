@@ -216,9 +216,9 @@ def test_a_slope_over_l0_comes_from_within_recipes(tmp_path):
     found = compare_against(compare_runs(runs), "topk k=32")
     by_system = {line.system: line for line in found.lines if line.column.better}
     assert by_system["relu"].l0_shift == pytest.approx(-0.1)
-    assert not by_system["relu"].l0_matters  # of a difference of -0.4
+    assert not by_system["relu"].l0_matters  # the measured difference is -0.4
     assert by_system["topk k=16"].l0_shift == pytest.approx(-0.1) and by_system["topk k=16"].l0_matters
-    assert not by_system["gated"].l0_matters  # L0 33 moves it by 0.004 of a difference of 0.2
+    assert not by_system["gated"].l0_matters  # an L0 of 33 explains 0.004 of a difference of 0.2
     note = next(note for note in found.notes if note.startswith("topk k=16 has L0 16.0, topk k=32 32.0."))
     assert (
         "The slope over log L0 of topk at L0 16, 32, 64 predicts KL score ↑ -0.1000 from this difference in L0" in note
@@ -227,7 +227,7 @@ def test_a_slope_over_l0_comes_from_within_recipes(tmp_path):
 
 
 def test_a_slope_is_of_systems_that_differ_in_their_l0_alone(tmp_path):
-    """Other options, another length, other rows or another order of them: no slope, though the recipe is the same."""
+    """Runs that also differ in options, steps, cache or order of rows give no slope, even with the same recipe."""
     for changes in ({"options": {"aux": 1}}, {"steps": 20}, {"cache": "1" * 64}, {"order_seed": 3}):
         found = [make_run(tmp_path, k=k, l0=float(k), kl=kl) for k, kl in ((16, 0.5), (32, 0.6))]
         assert l0_slope(compare_runs(found), "core", KL).per_log == pytest.approx(0.1 / math.log(2))
@@ -236,7 +236,7 @@ def test_a_slope_is_of_systems_that_differ_in_their_l0_alone(tmp_path):
 
 
 def test_two_systems_are_not_called_a_slope_and_each_number_has_its_own_source(tmp_path):
-    """All three have the KL score; only the first two have absorption, which so comes from two systems."""
+    """All three systems have the KL score, but only two have absorption, so its prediction comes from two systems."""
     runs = [make_run(tmp_path, k=k, l0=float(k), kl=kl) for k, kl in ((16, 0.5), (32, 0.6), (64, 0.7))]
     for run, score in zip(runs, (0.4, 0.3), strict=False):
         write_absorption(run, eval_result_metrics={"mean": {"mean_full_absorption_score": score}})
@@ -258,7 +258,7 @@ def test_the_line_below_the_table_says_what_could_be_detected(tmp_path):
     assert len(detectable_line(found)) == len(comparison_table(found)[0])
     assert detectable_line(compare_runs(runs[:3])) == []
     two = compare_runs([*seeds_of(tmp_path, "gated", (0.1, 0.9)), *seeds_of(tmp_path, "switch", (0.9, 0.3))])
-    assert detectable_line(two)[-1] == ">1"  # no difference between two scores from 0 to 1 could be found
+    assert detectable_line(two)[-1] == ">1"  # scores from 0 to 1 cannot differ by that much
 
 
 def test_scr_and_tpp_are_in_files_with_what_is_known_against_them_and_in_no_default_column(tmp_path):
@@ -272,7 +272,7 @@ def test_scr_and_tpp_are_in_files_with_what_is_known_against_them_and_in_no_defa
     known = [note for note in record["notes"] if "arXiv 2605.18229" in note]
     assert [note.split(":")[0] for note in known] == ["scr_stdlib", "tpp_stdlib"]
     printed = CliRunner().invoke(app, ["compare", str(run)]).output
-    assert "2605.18229" not in printed  # no number of theirs is shown
+    assert "2605.18229" not in printed  # their numbers are not shown
 
 
 def test_the_words_are_the_same_on_the_terminal_in_html_csv_and_json(tmp_path):

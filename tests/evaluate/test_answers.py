@@ -22,7 +22,7 @@ SETTINGS = {"model": "gemma-2-mini", "contexts": 40}
 
 
 def core(l0: float, kl: float, ev: float, by_document: bool = True) -> dict:
-    """A result of core: each number differs a little from document to document, by as much for every SAE."""
+    """A result of core whose numbers vary slightly between documents, in the same way for every SAE."""
     waves = [math.sin(n) / 100 for n in range(DOCUMENTS)]
     centred = [wave - sum(waves) / DOCUMENTS for wave in waves]
 
@@ -47,7 +47,7 @@ def core(l0: float, kl: float, ev: float, by_document: bool = True) -> dict:
 
 
 def make_run(folder, l0=32.0, kl=0.9, ev=0.8, by_document=True, model=MODEL, contexts=40, **record):
-    """A run folder with core; `record` has fields of run.json, of which `asked_l0` is its l0."""
+    """A run folder with a core result. `record` holds fields of run.json; `asked_l0` becomes its field l0."""
     (folder / "evaluations").mkdir(parents=True)
     record |= {"l0": record.pop("asked_l0")} if "asked_l0" in record else {}
     origin = {
@@ -249,7 +249,7 @@ def test_a_run_is_seen_beside_the_spread_of_its_other_seeds(runs, kl, verdict, i
     run = make_run(runs / "s0", kl=kl)
     for seed, value in enumerate(others, 1):
         make_run(runs / f"s{seed}", kl=value, seed=seed, ev=0.79 + seed / 100)
-    make_run(runs / "again", kl=0.1, seed=0)  # this seed trained twice is no other seed
+    make_run(runs / "again", kl=0.1, seed=0)  # the same seed trained twice is not another seed
     make_run(runs / "longer", kl=0.1, seed=1, steps=99)
     answer = answers_of(run)[SEED]
     assert (answer.verdict, answer.is_good) == (verdict, is_good)
@@ -308,9 +308,9 @@ def test_stability_stands_beside_chance(runs):
     answer = answers_of(run)[STABLE]
     assert answer.verdict == "42% of latents recur" and answer.is_good is None
     assert answer.numbers[:2] == ["in each of 2 other seeds", "decoder PW-MCC 0.620 (0.600 to 0.640), random 0.200"]
-    write_stability(run, recurring_in_all=0.3)  # absent in results of earlier versions, as above
+    write_stability(run, recurring_in_all=0.3)  # results of earlier versions, like the one above, lack it
     assert answers_of(run)[STABLE].numbers[0] == "on average over 2 other seeds, 30% in all of them"
-    for high in (0.62, 0.7):  # the number itself, and above it
+    for high in (0.62, 0.7):  # equal to the measured number, and above it
         write_stability(run, null_high=high)
         answer = answers_of(run)[STABLE]
         assert (answer.verdict, answer.is_good) == ("42% of latents recur; decoder PW-MCC not above chance", False)
@@ -429,7 +429,7 @@ def test_a_name_is_said_again_only_where_it_changes():
 
 
 def test_where_all_others_have_more_latents_per_token_no_command_is_given(runs):
-    """They were measured, so nothing is missing; with none beside the run, measuring them may help."""
+    """A run without others gets a command that measures them; if all others have a higher L0, there is no command."""
     run = make_run(runs / "one")
     assert answers_of(run)[FRONTIER].command.endswith("--suite core")
     make_run(runs / "relu", l0=40.0, variant="relu")

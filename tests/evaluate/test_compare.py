@@ -139,7 +139,7 @@ def test_what_cannot_be_read_beside_each_other(tmp_path, other, said):
 
 
 def test_limits_that_mask_as_many_rows_are_no_difference(tmp_path):
-    """Two caches of a text have medians that differ a little; what counts is what was left out."""
+    """Two caches of a text have slightly different median norms; only the number of rows left out has to agree."""
     runs = [make_run(tmp_path, name) for name in ("topk", "relu")]
     for number, run in enumerate(runs):
         path = run / "evaluations" / "core.json"
@@ -178,7 +178,7 @@ def test_a_damaged_result_is_named(tmp_path, content):
 
 
 def test_a_damaged_reference_does_not_stop_the_comparison_of_others(tmp_path, home):
-    """References of any evaluation on this machine lie beside each other."""
+    """The references of all evaluations on a machine are in one folder."""
     run = make_run(tmp_path / "runs")
     folder = home / "activations" / "evaluation" / "references" / f"zero-L12-{'0' * 8}" / "evaluations"
     folder.mkdir(parents=True)
@@ -361,7 +361,7 @@ def test_the_command_says_what_is_compared_with_what(tmp_path, monkeypatch):
 
 
 def test_stability_among_other_seeds_is_named(tmp_path):
-    """A result depends on the seeds of its command: those of several commands have no mean."""
+    """A result depends on the seeds given to its command, so results of different commands are not averaged."""
     runs = [make_run(tmp_path, seed=seed) for seed in range(3)]
     core = RESULT_RECORD.read(runs[0] / "evaluations" / "core.json")
 

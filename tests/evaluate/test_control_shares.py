@@ -32,12 +32,12 @@ K1 = next(c for c in METRICS["sparse_probing_stdlib"].columns if c.name == "sae_
 
 
 def of(*values: float, name: str = "r", reference: bool = False) -> dict[int, EvalRow]:
-    """A system of one number, a run for each seed."""
+    """A system with one number per run; each value is the run of one seed."""
     return {n: row(f"{name}-s{n}", reference=reference, k1=value) for n, value in enumerate(values)}
 
 
 def ratio(ours: float, theirs: float, column: MetricColumn = K1) -> float | None:
-    """The share between two runs without values by unit, so by the numbers alone."""
+    """The share of one run's number that another reaches, for runs without values by unit."""
     found = find_share(of(ours), of(theirs), "sparse_probing_stdlib", column)
     assert found is None or found.interval is None
     return found and found.part
@@ -47,7 +47,7 @@ def ratio(ours: float, theirs: float, column: MetricColumn = K1) -> float | None
     ("run", "control", "expected"), [(0.9, 0.7, 0.5), (0.9, 0.9, 1.0), (0.6, 0.7, 2.0), (0.75, 0.45, -0.2)]
 )
 def test_a_share_by_hand(run: float, control: float, expected: float) -> None:
-    """Of what the run has above the floor of 0.5."""
+    """The share is taken of the run's number above the floor of 0.5."""
     assert ratio(run, control) == pytest.approx(expected)
 
 
@@ -130,7 +130,7 @@ def alone(*rows: EvalRow) -> dict[str, dict[str, EvalRow]]:
 
 
 def test_a_line_for_each_system_and_each_of_its_controls() -> None:
-    """Only controls of the same conditions; not L0, alive or the model's own accuracy."""
+    """Only controls trained under the same conditions get a line; L0, alive and the model's accuracy get no share."""
     seeds = {
         n: row(f"topk-s{n}", l0=32, ev=ev, alive=0.9, k1=k1, llm=0.9)
         for n, (ev, k1) in enumerate([(0.84, 0.71), (0.85, 0.70), (0.86, 0.69)])
@@ -221,7 +221,7 @@ def test_the_words_of_a_note_are_the_verdicts_of_paired_tests() -> None:
 
 
 def test_a_number_that_cannot_be_tested_is_named_where_the_control_is_as_good() -> None:
-    """One number by itself, without values by document: no test, and a note only if the control is not below."""
+    """One run without values by document cannot be tested; a note appears only if the control is not below it."""
     run = row("topk", ev=0.80, k1=0.70)
     assert note_of(run, control("frozen", ev=0.7, k1=0.60)) == []
     for ev in (0.80, 0.81):
@@ -309,13 +309,13 @@ def test_a_control_that_trained_to_the_same_sae_is_named() -> None:
         "soft has the same value as topk in every number: its frozen part never had an effect in training, so it is "
         "not a control. Train both longer."
     )
-    assert len(note_of(row("topk", l0=32), control("soft", l0=32))) == 0  # nothing but L0 was measured
-    (note,) = note_of(row("topk", ev=0.8), control("soft", ev=0.8))  # one number can be equal by chance
+    assert len(note_of(row("topk", l0=32), control("soft", l0=32))) == 0  # only L0 was measured
+    (note,) = note_of(row("topk", ev=0.8), control("soft", ev=0.8))  # a single number can be equal by chance
     assert note.startswith("topk against its best control: not tested, and no better, in EV")
 
 
 def test_the_same_verdict_in_the_table_of_against_and_in_the_note(tmp_path) -> None:
-    """By itself the difference is found; the table has two more comparisons, and its word counts."""
+    """The difference is significant alone, but not among the three comparisons of the table; the note says the same."""
     runs = [make_compared(tmp_path, seed=n, kl=kl) for n, kl in enumerate((0.90, 0.80, 0.70))]
     frozen = [make_compared(tmp_path, "frozen-decoder", seed=n, kl=kl) for n, kl in enumerate((0.893, 0.789, 0.692))]
     for folder in frozen:

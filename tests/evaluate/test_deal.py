@@ -41,7 +41,7 @@ def test_the_longest_share_is_as_short_as_any_cut_can_make_it(seconds, count) ->
         max(sum(seconds[a:b]) for a, b in itertools.pairwise([0, *places, len(seconds)])) for places in cuts
     )  # fmt: skip
     assert max(loads(shares)) == pytest.approx(best)
-    assert sum(map(bool, shares)) == min(count, len(seconds))  # nobody is idle without need
+    assert sum(map(bool, shares)) == min(count, len(seconds))  # no process is idle if there is work for it
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_the_plan_names_the_share_of_each_rank(config) -> None:
         sum(line.endswith(" nothing") for line in lines) == 12 and sum("reference rows" in line for line in lines) == 2
     )
     bare = next(line for line in lines if "1 SAE after layer 0" in line and "reference" not in line)
-    sae, embedding = 2 * 32 * 48 + 48 + 32, 8192 * 32  # numbers; the model is hardly more than its embedding
+    sae, embedding = 2 * 32 * 48 + 48 + 32, 8192 * 32  # numbers of elements; most of the model is its embedding
     assert 1 < float(bare.split(", ")[-1].split()[0]) / (4 * (sae + embedding) / 1e6) < 1.3
     _, whole = describe_deal(plan, deal_work(plan, 1))  # all SAEs share one model
     assert float(whole.split(", ")[-1].split()[0]) < 1.5 * float(bare.split(", ")[-1].split()[0])

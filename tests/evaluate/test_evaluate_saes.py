@@ -1,4 +1,4 @@
-"""SAEs that Python gives, without a run folder."""
+"""Evaluating SAEs passed as Python objects, without a run folder."""
 
 import pytest
 import torch

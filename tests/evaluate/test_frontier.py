@@ -24,14 +24,14 @@ from ..run_records import change_record, write_result_record
 from .test_answers import MODEL, make_reference, make_run
 
 GEMMA = {"name": "google/gemma-2-2b", "revision": "0"}
-SERIES = {  # at L0 40: halfway over log L0 in the first two
+SERIES = {  # an L0 of 40 is halfway between the two points of "one" and "two" on a log scale
     "one": [[80, 0.9], [20, 0.7]], "two": [[10, 0.5], [160, 0.7]], "from 50": [[50, 0.1], [90, 0.2]],
     "to 30": [[10, 0.1], [30, 0.2]],
 }  # fmt: skip
 
 
 def make_runs(home, model=MODEL, **systems):
-    """A run for each (L0, KL score, EV), of recipes of their own."""
+    """A run with (L0, KL score, EV) for each system, each with its own recipe."""
     return [
         make_run(home / "runs" / name, *numbers, model=model, variant=name, options={})
         for name, numbers in systems.items()
@@ -39,7 +39,7 @@ def make_runs(home, model=MODEL, **systems):
 
 
 def mask_rows(run, l0: float, kl: float) -> None:
-    """Let a run have outlier rows, and these numbers without them."""
+    """Give a run outlier rows, and `l0` and `kl` as its numbers without them."""
 
     def change(record):
         record["eval_result_metrics"] |= {
@@ -103,7 +103,7 @@ def test_published_results_are_interpolated_over_the_logarithm_of_l0(home, publi
 
 
 def test_a_run_over_all_rows_stands_beside_published_results(home, published):
-    """Which count outlier rows; its other numbers are without them."""
+    """Published results include outlier rows; the other numbers in the table leave them out."""
     run = make_run(home / "runs" / "one", 40.0, 0.65, model=GEMMA)
     mask_rows(run, 55.0, 0.95)
     comparison = compare_runs([run], references=False)
@@ -127,7 +127,7 @@ def points_of(chart):
 
 def test_the_charts_of_a_run_hold_its_seeds_the_runs_beside_it_and_references(home):
     run = make_run(home / "runs" / "s0", 32.0, 0.9, 0.8)
-    assert summary_section(read_run(run))["frontiers"] == []  # alone it is no frontier
+    assert summary_section(read_run(run))["frontiers"] == []  # a single run is not a frontier
     make_run(home / "runs" / "s1", 34.0, 0.7, 0.6, seed=1)
     make_run(home / "runs" / "relu", 50.0, 0.95, 0.85, variant="relu")
     make_reference(home, "pca-32", 32.0, 0.5, 0.4)

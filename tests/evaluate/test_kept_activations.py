@@ -1,4 +1,4 @@
-"""What an evaluation keeps of the model's passes is announced before, and bounded."""
+"""An evaluation announces how many activations it will keep on disk, and limits them."""
 
 import contextlib
 import math
@@ -73,7 +73,7 @@ def test_the_plan_says_how_much_is_kept_that_is_not_there_yet(config, home, monk
     ],
 )
 def test_metrics_with_texts_of_their_own_say_how_much_at_most(config, home, metric, kind, options):
-    """The rows of texts are as many as tokens, of which the plan knows the limit."""
+    """A text has one row per token, and the plan knows only the largest number of tokens."""
     options = [f"{metric}.{option}" for option in options]
     plan = plan_evaluation(replace(config, suite=metric, options=options))
     announced = sum(group.kept_bytes(plan.metrics[0]) for group in plan.groups)
@@ -84,7 +84,7 @@ def test_metrics_with_texts_of_their_own_say_how_much_at_most(config, home, metr
 
 
 def test_every_kind_of_activations_is_one_that_can_be_removed():
-    """What metrics call them, by the sources."""
+    """The names are those that the source of the metrics uses."""
     folder = Path(artifacts_module.__file__).parent
     used = {
         name
@@ -109,7 +109,7 @@ def kept(cache: ArtifactCache, number: int, seconds: float | None = None) -> Pat
 
 @pytest.fixture
 def artifacts(tmp_path, monkeypatch) -> ArtifactCache:
-    """Five, of which the second was read again; three fit."""
+    """Five artifacts, of which the second was read again; the limit leaves room for three."""
     cache = ArtifactCache(tmp_path)
     for number in range(5):
         kept(cache, number, seconds=100 - number)
@@ -161,7 +161,7 @@ def test_nothing_is_removed_from_the_first_pass_to_the_last(artifacts, monkeypat
     measured = []
 
     def measure(*_):
-        with artifacts.in_use():  # of another command, which has a limit
+        with artifacts.in_use():  # by another command, which has a limit
             measured.append(numbers_there(artifacts))
         return [[]]
 
@@ -207,7 +207,7 @@ def test_the_second_of_two_evaluations_is_protected_when_the_first_has_ended(art
 
 
 def test_what_was_changed_on_the_disk_is_computed_again(tmp_path, monkeypatch):
-    """A flipped bit, in numbers that still can be read; an empty limit is the default one."""
+    """The file has a flipped bit but can still be read. An empty limit means the default one."""
     monkeypatch.setenv("SAE_EVALUATION_GB", "")
     cache = ArtifactCache(tmp_path)
     assert cache.limit == 1e11

@@ -27,7 +27,7 @@ QUALITY = "core.reconstruction_quality."
 
 
 class Decoded:
-    """Encodes x as x and decodes by a function."""
+    """An SAE whose encoder is the identity and whose decoder is a given function."""
 
     def __init__(self, decode) -> None:
         self.decode = decode
@@ -71,14 +71,14 @@ def test_the_mean_explains_nothing_zeros_less_and_a_perfect_sae_everything(tiny_
     for row in rows:
         assert row.flat()[QUALITY + "fve"] == pytest.approx(expected_fve(x_TD)[row.name], abs=1e-6), row.name
     quality = rows[0].results["core"].metrics["reconstruction_quality"]
-    if mode == "0.6.0":  # SAEBench's number stays what it is: another denominator than the variance
+    if mode == "0.6.0":  # SAEBench's number is kept; its denominator is not the variance
         square = x_TD.square().sum(1).mean()
         error = (x_TD - x_TD.mean(0)).square().sum(1).mean()
         own = float(1 - error / (square - (square / 32) ** 2))
         assert quality["explained_variance"] == pytest.approx(own, rel=1e-5)
-        assert abs(quality["explained_variance"]) > 0.01  # of an SAE that explains nothing
+        assert abs(quality["explained_variance"]) > 0.01  # although the SAE explains nothing
     else:
-        assert quality["explained_variance"] == pytest.approx(0, abs=1e-5)  # one batch: its mean is the text's
+        assert quality["explained_variance"] == pytest.approx(0, abs=1e-5)  # one batch, so its mean is that of the text
     (note,) = [one for one in rows[0].results["core"].notes if "explained_variance (" in one]
     assert f"explained_variance ({quality['explained_variance']:.4f}) is SAEBench" in note
     assert f"Use fve ({quality['fve']:.4f})" in note
@@ -200,7 +200,7 @@ def test_an_sae_whose_latents_overflow_does_not_stop_the_probes_of_the_others(ti
 
 @pytest.fixture(scope="module")
 def missed(tiny_cache, tmp_path_factory) -> tuple[Path, str]:
-    """A run whose L0 controller had no time, with what `sae train` printed."""
+    """A run too short for its L0 controller to reach the target, and the output of `sae train`."""
     out = tmp_path_factory.mktemp("missed")
     words = ["train", "--variant", "relu", "--l0", "2", "--steps", "12", "--batch-size", "64", "--width", "64"]
     words += ["--layer", "1", "--cache", str(tiny_cache.folder), "--device", "cpu", "--out", str(out)]

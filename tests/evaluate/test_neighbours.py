@@ -1,4 +1,7 @@
-"""The runs beside a run: which are its other seeds, which were measured as it was, and how to get more seeds."""
+"""The runs in the same folder as a run: which are other seeds of it, which were measured with the same settings.
+
+Also the command that trains more seeds.
+"""
 
 from pathlib import Path
 
@@ -85,7 +88,7 @@ def test_the_command_for_more_seeds_holds_all_that_decides_a_run(runs):
 
 
 def test_more_seeds_of_a_run_of_an_earlier_version_compare_its_pairs(runs):
-    """By default `decorrelation` and `competition` compare fewer pairs now; other recipes have no such option."""
+    """The defaults of `decorrelation` and `competition` now compare fewer pairs; other recipes have no such option."""
     for variant, resolved, expected in (
         ("decorrelation", {"tau_over": "all"}, "--set pair_choice=exact "),
         ("decorrelation", {"pair_choice": "blocks", "block": 256}, ""),

@@ -175,7 +175,7 @@ def test_where_the_limit_comes_from(cache: Cache, home: Path, origin: dict, aske
 
 
 def test_without_a_limit_the_result_is_that_of_saebench_s_names(cache: Cache, home: Path) -> None:
-    """Its settings are what they were before there were limits, so results of older versions stay valid."""
+    """Its settings are those of versions without norm limits, so their results stay valid."""
     masked, plain = make_run(home / "runs" / "one", cache), make_run(home / "runs" / "two", cache, norm_limit=None)
     (with_limit,) = evaluate(ask(masked))
     (without,) = evaluate(ask(plain))
@@ -204,7 +204,7 @@ def test_objects_have_the_limit_of_the_cache_or_their_own(cache: Cache) -> None:
     assert (lower := outliers(norm_limit=13.0)) > sinks
     trained = make_sae()
     trained.origin = {"norm_limit": 13.0}
-    assert outliers(trained) == lower  # the limit that it was trained with
+    assert outliers(trained) == lower  # the SAE's own limit from training applies
 
 
 def test_comparisons_show_the_numbers_without_outlier_rows(cache: Cache, home: Path) -> None:
@@ -274,13 +274,13 @@ class Shrunk:
 
 
 def test_no_single_row_decides_which_of_two_saes_explains_more(cache: Cache) -> None:
-    """With the sinks it does: without one row the order is another."""
+    """With an outlier row included, leaving out a single row changes which of the two SAEs explains more."""
     torch.manual_seed(0)
     x_NSD = torch.randn(1, 200, 32)
     x_NSD[0, 7] *= 40
 
     def orders(rows: Tensor) -> set[bool]:
-        """Whether the first SAE explains more, over the rows (200,) and without each of them."""
+        """Whether the first SAE explains more, over the rows of the mask (200,) and over these without one row."""
         masks = [rows.clone() for _ in range(201)]
         for at in range(200):
             masks[at][at] = False
@@ -321,7 +321,7 @@ def test_references_are_fitted_and_measured_without_outlier_rows(cache: Cache, h
     masked, plain = (row.results["core"].sound.metrics["reconstruction_quality"]["fve"] for row in pca)
     assert masked != plain
     comparison = compare_runs([runs[0]])
-    assert len(comparison.references) == 4  # those with the run's limit
+    assert len(comparison.references) == 4  # only references measured with the run's limit
 
 
 def notes_of(rows: Sequence[EvalRow]) -> list[str]:

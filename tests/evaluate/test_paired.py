@@ -104,7 +104,7 @@ def test_documents_are_grouped_where_there_are_many():
     many_N = torch.arange(5000).repeat_interleave(2)
     group_N = group_documents(many_N)
     assert int(group_N.max()) == 1023 and (group_N.diff() >= 0).all()
-    assert (group_N[::2] == group_N[1::2]).all()  # no document is in two groups
+    assert (group_N[::2] == group_N[1::2]).all()  # no document is split over two groups
     assert 8 <= int(group_N.bincount().min()) <= int(group_N.bincount().max()) <= 10
     assert describe_pairs(PairedDifferences([0.0] * 1024, "group of documents")) == "1,024 groups of documents"
 

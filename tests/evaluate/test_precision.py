@@ -66,7 +66,7 @@ def test_an_sae_computes_in_its_own_precision_whatever_is_around_it(run: Path) -
 
 
 def test_a_result_of_another_precision_is_another_result(run: Path) -> None:
-    """Each is kept, read again with its own settings, and differs from the other."""
+    """Both results are kept, each is found again by its own settings, and their numbers differ."""
     file, ways = run / "evaluations" / "core.json", ("float32", "bfloat16", "float32")
     numbers, files = [], []
     for kind in ways:
@@ -75,7 +75,7 @@ def test_a_result_of_another_precision_is_another_result(run: Path) -> None:
         numbers.append(run_evaluation(plan)[0].results["core"].metrics["reconstruction_quality"]["mse"])
         written = json.loads(file.read_text())["eval_config"]
         assert written.get("sae_precision") == (None if kind == "float32" else kind)
-    assert files == [True, True, False]  # the third is found again
+    assert files == [True, True, False]  # the third result is already there
     assert numbers[0] == numbers[2] != numbers[1] == pytest.approx(numbers[0], rel=0.02)
     assert "SAEs     computed in bfloat16" in plan_evaluation(ask(run, precision="bfloat16")).describe()
     assert not any("computed in float32" in line and "SAEs" in line for line in plan_evaluation(ask(run)).describe())
@@ -123,15 +123,15 @@ def test_systems_that_differ_in_their_precision_are_named_by_it() -> None:
     systems = group_by_system(runs)
     assert [(system.label, len(system.runs)) for system in systems] == [
         ("topk float32 k=4", 2),
-        ("topk bfloat16 k=4", 2),  # on a GPU an earlier version recorded none
+        ("topk bfloat16 k=4", 2),  # with "d": earlier versions on a GPU recorded no precision
     ]
     assert [system.label for system in group_by_system(runs[:2])] == ["topk k=4"]
     one, seed, rounded, earlier = (digest_without_l0(run.record) for run in runs)
-    assert one == seed != rounded == earlier  # so too for systems that differ in their L0
+    assert one == seed != rounded == earlier  # the digest without L0 also includes the precision
 
 
 def test_settings_of_float32_are_those_of_earlier_versions(tiny_cache: Cache) -> None:
-    """So their results are found; of a model in bfloat16 they came from rounded logits, and are measured again."""
+    """Earlier results are found again, except for models in bfloat16, whose results came from rounded logits."""
     plain = make_context(tiny_cache)
     assert "sae_precision" not in plain.settings and "logits" not in Core().settings(plain)
     assert Core().settings(make_context(tiny_cache, dtype="bfloat16"))["logits"] == "float32"

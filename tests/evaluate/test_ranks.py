@@ -68,9 +68,9 @@ def torchrun(home: Path, ranks: int, words: Sequence[str], **variables: str) -> 
 
 @pytest.fixture
 def launch(launcher: WorkerProcess):
-    """A function that runs a command by forked ranks: `(home, ranks, words, **variables) -> exit code, out, err`.
+    """A function that runs a command in forked ranks: `(home, ranks, words, **variables) -> exit code, out, err`.
 
-    With "python" in place of a number of ranks it runs another program; see forked_ranks.py.
+    If `ranks` is "python" instead of a number, it runs a Python program; see forked_ranks.py.
     """
 
     def launch(home: Path, ranks: int | str, words: Sequence[str], **variables: str) -> tuple[int, str, str]:
@@ -168,7 +168,7 @@ def test_any_number_of_ranks_gives_the_numbers_of_one_process_for_more_metrics(
     assert err.count("done     in ") == 1 and "rank 1:" not in err
 
 
-MOMENTS = [  # the N-th file that is renamed to such a path, and the numbers of ranks before and after
+MOMENTS = [  # pattern, N, ranks before, ranks after: a rank dies just before its N-th rename to a matching path
     (r"/text_pass-\w+\.safetensors$", 1, 2, 3),
     (r"/text_pass-\w+\.safetensors$", 7, 3, 2),
     (r"/text_pass-\w+\.json$", 4, 3, 1),
@@ -280,12 +280,12 @@ def test_what_is_wrong_with_an_sae_is_said_by_the_first_process(make_home, evalu
     evaluate_here(other, *CORE, runs=["a-0", "b-0"])
     found = numbers(home)
     assert found == numbers(other) and "runs/a-1/evaluations/core.json" not in found
-    assert "Traceback" not in err and err.count("checksum") == 2  # of core and of stability
+    assert "Traceback" not in err and err.count("checksum") == 2  # once for core and once for stability
 
 
 @pytest.mark.slow
 def test_torchrun_shows_all_tables_when_some_results_are_missing(make_home, evaluate_here) -> None:
-    """Every rank fails, and torchrun stops all when one does, so the others end after the first has printed."""
+    """Every rank fails. torchrun stops all ranks when one exits, so the others wait until the first has printed."""
     one, many = make_home("one"), make_home("many")
     alone, together = evaluate_here(one), torchrun(many, 3, ["-m", "sae", *command(())])
     assert alone[0] == together[0] == 1 and together[1] == alone[1] and "done     in " in together[2]

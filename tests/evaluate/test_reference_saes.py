@@ -1,4 +1,4 @@
-"""What numbers are read against: PCA is the best linear map of its rank, the random dictionary has the best gain."""
+"""Reference SAEs: PCA is the best linear map of its rank, and the random dictionary has the best gain."""
 
 import pytest
 import torch

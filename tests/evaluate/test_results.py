@@ -42,7 +42,7 @@ def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_ranks_that_bring_a_result_back_lose_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, call: int
 ) -> None:
-    """All of the second falls between two steps of the first, also where the disk has no locks."""
+    """The second rank runs completely between two steps of the first, on a file system without locks."""
     write(tmp_path, 1)
     write(tmp_path, 2)
     without_locks(monkeypatch)

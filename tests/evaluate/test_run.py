@@ -183,7 +183,7 @@ def test_runs_that_differ_in_their_seed_get_a_line_together(tiny_cache, home):
     runs = [make_run(home / f"x-L0-s{seed}-ab", tiny_cache, 0, seed) for seed in range(3)]
     runs += [make_run(home / f"y-L0-s{seed}-cd", tiny_cache, 0, 10 + seed) for seed in range(3)]
     for number, run in enumerate(runs):
-        if number != 2:  # of x two seeds, of y three
+        if number != 2:  # two seeds of x, three of y
             write_run_record(run, d_in=32, d_sae=16, layer=0, variant=run.name[0], seed=number % 3)
     runs.append(make_run(home / "imported", tiny_cache))
     source = {"format": "saelens", "path": "", "sha256": {}}
@@ -205,7 +205,7 @@ def test_runs_that_differ_in_their_seed_get_a_line_together(tiny_cache, home):
     place = next(n for n, head in enumerate(heads) if head.startswith("KL score"))
     scores = [row.results["core"].metrics["model_behavior_preservation"]["kl_div_score"] for row in rows]
     sd = statistics.stdev([scores[3] - scores[0], scores[4] - scores[1]])
-    tests = sum(line != "" for line in lines[11][1:])  # of the table, which Holm's correction is for
+    tests = sum(line != "" for line in lines[11][1:])  # Holm's correction is over the tests of the table
     assert tests > 3 and detectable_difference(sd, 2, 0.05 / tests) > 1
     assert lines[10][place] == ">1"  # two seeds, and a number from 0 to 1
     assert set(lines[11][1:]) <= {"", "not distinguishable", "equivalent", "better", "worse", "same in every pair"}
@@ -394,7 +394,7 @@ def test_a_disk_that_fills_up_costs_the_file_and_not_the_number(tiny_cache, home
 
 
 def test_what_dead_processes_left_half_written_is_removed(tiny_cache, home):
-    """Not what a living one writes, nor what is fresh: it may be written on another machine."""
+    """Files of a live process are kept, and so are recent ones, which another machine may still be writing."""
     run = make_run(home / "run", tiny_cache)
     artifacts = home / "activations" / "evaluation"
     dead = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True).stdout.strip()
@@ -421,7 +421,7 @@ def test_a_number_of_minus_one_is_not_one_that_does_not_exist(tmp_path):
     assert written["eval_result_metrics"]["a"] == {"score": -1.0, "none": -1.0, "zero": 0.0}
     assert written["eval_result_details"] == [{"x": -1.0, "y": -1.0, "z": [-1.0, -1.0]}]
     assert read_result(tmp_path, Core(), {"k": 1}) == result
-    del written["eval_result_unstructured"]["absent"]  # a file of before: there, -1 was what does not exist
+    del written["eval_result_unstructured"]["absent"]  # an older file, where -1 means absent
     del written["eval_result_unstructured"]["content_digest"]
     (tmp_path / "evaluations" / "core.json").write_text(json.dumps(written))
     assert read_result(tmp_path, Core(), {"k": 1}).metrics["a"] == {"score": None, "none": None, "zero": 0.0}

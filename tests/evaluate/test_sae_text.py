@@ -122,12 +122,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def exported(trained: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run in SAELens' files."""
+    """The run exported in the format of SAELens."""
     return export_sae(trained[1], "saelens", tmp_path_factory.mktemp("exported") / "saelens").folder
 
 
 def measured(run: Path) -> tuple[Any, list[str]]:
-    """The result of core, and the plan's lines."""
+    """The metrics of core and the printed lines of the plan."""
     plan = plan_evaluation(EvaluateConfig([run], "core", references=False, device="cpu"))
     (row,) = run_evaluation(plan)
     assert not row.errors

@@ -105,7 +105,7 @@ def test_several_artifacts_of_one_pass_are_claimed_together_in_any_order(tmp_pat
 
 
 def test_the_locks_of_a_pass_are_taken_in_one_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else each of two ranks could hold what the other waits for."""
+    """Otherwise two ranks could deadlock, each holding the lock that the other waits for."""
     acquire, taken, keys = ArtifactCache._acquire, [], [{"hook": n} for n in range(4)]
 
     def noted(cache: ArtifactCache, path: Path, wait: bool) -> Any:
@@ -162,7 +162,7 @@ def contexts(tiny_cache, home: Path, monkeypatch: pytest.MonkeyPatch) -> list[An
 
 
 def count_passes(contexts: list[Any], monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one for each pass of a model; a pass that is part of another does not count."""
+    """A list that grows by one with each forward pass of a model; a pass nested in another does not count."""
     counts: list[int] = []
     inside = threading.local()
     for ctx in contexts:

@@ -31,7 +31,7 @@ from sae.train.sae import load_sae
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BLOCK = "model.layers.1"
-MODULES = {  # of Gemma 2, written down from transformers' sources
+MODULES = {  # the modules of Gemma 2, from the source of transformers
     "resid_pre": (BLOCK, "input"),
     "resid_mid": (f"{BLOCK}.post_attention_layernorm", "output"),
     "resid_post": (BLOCK, "output"),

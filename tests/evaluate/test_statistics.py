@@ -51,7 +51,7 @@ def test_two_one_sided_tests_by_hand():
 
 @pytest.mark.parametrize("margin", [0.5, 2.0, 4.0, 4.8, 5.2])
 def test_two_one_sided_tests_are_a_90_percent_interval_within_the_margin(margin):
-    """By which the verdicts on papers' claims decide."""
+    """The verdicts on the claims of papers use this interval."""
     low, high = confidence_interval(ONE_TWO_THREE.values, 0.9)
     assert (ONE_TWO_THREE.equivalence_p_value(margin) < LEVEL) == (-margin < low and high < margin)
 
@@ -163,13 +163,13 @@ def test_verdicts():
         "better", "worse", "equivalent", "not distinguishable", "not distinguishable", "same in every pair",
         "not tested", "not tested", "not tested",
     ]  # fmt: skip
-    assert [one.small for one in found[:2]] == [False, True]  # the second is worse, by less than its margin of 2
+    assert [one.small for one in found[:2]] == [False, True]  # the second is worse, but by less than its margin of 2
     assert found[5] == Finding("same in every pair", 1.0)
     assert found[7] == found[8] == Finding("not tested")
 
 
 def test_a_level_is_shared_by_the_comparisons_of_the_table():
-    """A p-value of 0.03 is below 0.05 in a table of one, and not in a table of two; nor is a margin shown then."""
+    """A difference with p = 0.016 is significant alone but not among five comparisons, and nor is an equivalence."""
     one = PairedDifferences((1.0, 2.0, 3.0, 2.0), "seed")
     assert one.p_value == pytest.approx(0.0163, abs=1e-3)
     other = PairedDifferences((1.0, -1.0, 1.0, -1.1), "seed")
@@ -189,7 +189,7 @@ def test_a_level_is_shared_by_the_comparisons_of_the_table():
 
 
 def test_a_part_of_a_planned_table_is_judged_as_strictly_as_the_whole():
-    """As with comparisons whose p-value is 1, for the p-value, the margin and the detectable difference."""
+    """`planned` gives the same findings as adding comparisons whose p-value is 1 to the table."""
     one, nothing = PairedDifferences((1.0, 2.0, 3.0, 2.0), "seed"), PairedDifferences((1.0, -1.0, 1.0, -1.0), "seed")
     whole = judge([row(one, "up", 9.0), *[row(nothing, "up", 0.001)] * 4])[0]
     part = judge([row(one, "up", 9.0)], planned=5)[0]

@@ -63,7 +63,7 @@ def test_histograms_of_latents_do_not_touch_each_other():
 
 
 def of_one_latent(rows):
-    """Activations (N, S, 1) of a latent, and its firings, fed a context at a time."""
+    """Activations (N, S, 1) of one latent, and the statistics collected from them one context at a time."""
     f_NSF = torch.tensor(rows, dtype=torch.float32)[..., None]
     found = ActivationStats(1, torch.tensor([0]))
     for number, f_SF in enumerate(f_NSF):
@@ -112,7 +112,7 @@ def test_top_passages_are_those_of_sorting_everything(tokens):
 
 
 def test_the_sample_draws_tokens_alike():
-    """Context 0 fires at three tokens and context 1 at one: of one passage, each token in a quarter of the draws."""
+    """The latent fires at three tokens of context 0 and one of context 1; each is drawn a quarter of the time."""
     drawn = {}
     found = ActivationStats(1, torch.tensor([0]))
     fires = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 0]], dtype=torch.float32)[..., None]
@@ -203,7 +203,7 @@ def test_direct_logits_are_the_unembedding_of_a_weighted_direction(model):
 
 
 def test_direct_logits_are_what_a_small_step_does_to_the_logits(model):
-    """But for what the norm's division takes back along the residual, which is the same share of every logit."""
+    """They differ only in the component along the residual: the norm removes it, and it scales every logit alike."""
     x_D, row_D = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
 
     def logits(x_D):
@@ -218,7 +218,7 @@ def test_direct_logits_are_what_a_small_step_does_to_the_logits(model):
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_direct_logits_of_every_family_are_a_step_before_its_final_norm(kind):
-    """As the test above; a LayerNorm, of GPT-2 and GPT-NeoX, takes the mean of a direction away and adds a bias."""
+    """The LayerNorm of GPT-2 and GPT-NeoX also subtracts the mean of a direction and adds a bias."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 12, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}

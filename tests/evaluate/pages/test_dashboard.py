@@ -1,4 +1,4 @@
-"""The page of a run and its texts in the terminal: what they hold, what they escape, what is refused."""
+"""The dashboard of a run and its text in the terminal: contents, escaping and refused input."""
 
 import base64
 import gzip
@@ -234,7 +234,10 @@ def test_labels_are_of_the_numbers_without_outlier_rows():
 
 
 def probed(texts: int = 200, **tasks) -> inspection.MetricResult:
-    """Of sparse probing on a dataset "d": class -> latent, difference and accuracy of the probe on one latent."""
+    """A result of sparse probing on a dataset "d".
+
+    `tasks` maps a class to its latent, the difference in activation and the accuracy of the probe on that latent.
+    """
     scores = {
         "sae_top_1_test_accuracy": {label: accuracy for label, (_, _, accuracy) in tasks.items()},
         "sae_top_1_latents": {label: {str(latent): difference} for label, (latent, difference, _) in tasks.items()},
@@ -246,11 +249,12 @@ def test_a_latent_is_labeled_with_the_classes_it_tells():
     found = probed(red=(3, 0.5, 0.7), blue=(3, 0.1, 0.9), green=(4, -2.0, 0.9), grey=(5, 2.0, 0.66), far=(64, 1.0, 1.0))
     red, blue = "red (class of d, accuracy 0.70)", "blue (class of d, accuracy 0.90)"
     labels = inspection.latent_labels({"sparse_probing_stdlib": found}, 64)
-    assert labels == {3: [blue, red]}  # the best first; 4 fires less for its class, 5 may be right on 0.6 or less
+    # The more accurate class comes first. Latent 4 fires less for its class; the accuracy of latent 5 may be below 0.6.
+    assert labels == {3: [blue, red]}
     both = {"sparse_probing_stdlib": found, "sparse_probing": probed(1000, grey=(5, 2.0, 0.66))}
     assert inspection.latent_labels(both, 64)[5] == [
         "grey (class of d, accuracy 0.66)"
-    ]  # on so many texts it is surely more
+    ]  # with 1000 texts, the accuracy is significantly above 0.6
     absorbed = inspection.MetricResult({}, [{"first_letter": "s", "main_latents": [3], "f1_k_sparse": [0.3]}])
     assert inspection.latent_labels({"absorption": absorbed, **both}, 64)[3] == ["first letter s (F1 0.30)", blue, red]
     old = {"d_results": {"sae_top_1_test_accuracy": {"red": 0.9}}}

@@ -46,7 +46,10 @@ def make_page(found, latents: int) -> str:
 
 @pytest.fixture(scope="module")
 def file(tiny_cache, tmp_path_factory) -> Path:
-    """Of an SAE of 400 latents, 350 of which are on it: number 0 is dead, 5 has a label, some tokens are hostile."""
+    """The page of an SAE with 400 latents, of which it shows 350. Latent 0 is dead, latent 5 has a label.
+
+    Some tokens contain HTML and control characters.
+    """
     folder = make_run(tiny_cache, tmp_path_factory.mktemp("runs") / "one", 400)
     found = open_run(folder, 400, "cpu")
     found.labels[5] = ["the zebra latent <b>", "</script><i>" + "z" * 300]
@@ -105,7 +108,7 @@ def test_search_finds_numbers_tokens_and_labels(page):
     page.get_by_role("link", name="Latents (350)").click()
     search = page.locator("#search")
     search.fill("34")
-    assert latents(page)[0] == 34 and len(latents(page)) < 350  # the latent of that number first
+    assert latents(page)[0] == 34 and len(latents(page)) < 350  # latent 34 comes first
     search.fill("ZEBRA lat")
     assert latents(page) == [5] and page.locator("#found").inner_text() == "1 of 350"
     search.press("Enter")
@@ -288,7 +291,7 @@ def test_on_a_phone_nothing_scrolls_sideways(phone):
         phone.goto(phone.url.split("#")[0] + view)
         phone.wait_for_function("view => location.hash === view", arg=view)
         assert phone.evaluate("document.documentElement.scrollWidth") == 390
-        assert phone.evaluate("innerWidth") == 390  # not zoomed out to fit something wider
+        assert phone.evaluate("innerWidth") == 390  # the browser did not zoom out to fit a wider element
         assert phone.locator("#rows").evaluate("box => box.scrollWidth <= box.clientWidth")
     for button in phone.locator("#latent button.more").all():
         button.tap()

@@ -139,7 +139,7 @@ CHART = Chart("t <b>", "L0", "y & z", [
 def test_a_chart_is_xml_with_a_mark_at_every_point():
     root = ElementTree.fromstring(draw_svg(CHART))
     titles = [element.text for element in root.iter() if element.tag.endswith("title")]
-    assert titles == ["one⟨202E⟩", "<i>", "b", "c", "two: 8, 0.1"]  # neither a number that is none, nor a log of -1
+    assert titles == ["one⟨202E⟩", "<i>", "b", "c", "two: 8, 0.1"]  # no mark at NaN or at log(-1)
 
 
 def test_points_stand_where_their_numbers_say():
@@ -194,7 +194,7 @@ def test_the_band_of_a_logarithmic_axis_ends_at_its_foot():
 
 
 def places(root, name):
-    """x of the marks whose titles begin with the name."""
+    """The x coordinates of the marks whose titles begin with `name`."""
     marks = [e for e in root.iter() if any((t.text or "").startswith(f"{name}:") for t in e)]
     return [float(re.match(r"translate\(([\d.]+) ", e.get("transform"))[1]) for e in marks]
 

@@ -1,4 +1,4 @@
-"""The parts of pages about sae_probes and stability, and the answers: what they hold, and that names are escaped."""
+"""The sections of pages on sae_probes, stability and the answers: their contents, and that names are escaped."""
 
 import re
 from dataclasses import replace
@@ -57,7 +57,7 @@ def test_the_usual_number_of_latents_is_the_largest_up_to_16():
 
 
 def test_the_lead_is_about_the_usual_number_of_latents_and_the_data_sets_of_both():
-    """Equal is not above, and what only the model was measured on is not in the means."""
+    """A tie does not count as better; a data set without a result of the SAE is not in the means."""
     aucs = {
         "b": (0.7, 0.5, 0.7, 0.9),
         "a": (0.7, 0.6, 0.8, 0.9),

@@ -114,7 +114,7 @@ def test_claims_of_one_number_that_differ_are_inconsistent(paper):
 @every_paper
 @pytest.mark.parametrize("d_in", [2304, 128])
 def test_systems_are_recipes_that_can_be_built(paper, d_in):
-    """At the paper's size under every reading; at another width under the one that is meant for it."""
+    """Every reading can be built at the paper's width; at another width, only `field` has to be."""
     for reading in paper.readings:
         if d_in != 2304 and reading.name != "field":
             continue
@@ -222,7 +222,7 @@ def test_targets_are_in_the_unit_of_the_metric_and_changes_in_their_own():
     assert claim_of("l0-change").target == -53.6
     assert claim_of("l0-change").effect == -53.6
     assert claim_of("ev-change", "004").effect == 7.8
-    assert claim_of("l0-change", "004").effect == pytest.approx(4.4)  # 5.4 times is 4.4 more
+    assert claim_of("l0-change", "004").effect == pytest.approx(4.4)  # 5.4 times is an increase of 4.4 times
     assert claim_of("l0").effect == pytest.approx(42.05 / 90.60 - 1)
     assert claim_of("l0-baseline").effect is None
     risen = Claim("", "", "-0.004", value=-0.004, against="baseline", against_value=-0.008)
@@ -242,7 +242,7 @@ def test_what_is_claimed_is_shown_with_its_unit_and_an_equivalence_with_its_marg
     assert claim_of("l0-change", "004").claimed == "5.4 x"
     assert claim_of("l0", "004").claimed == "1735"
     assert claim_of("ev-merging", "004").claimed == "equal, within 0.8 pp"
-    assert claim_of("stability", "003").claimed == "equal"  # no metric, so no margin
+    assert claim_of("stability", "003").claimed == "equal"  # without a metric there is no margin
     assert claim_of("absorption-static", "004").claimed == "less"
 
 

@@ -45,7 +45,7 @@ def test_a_recipe_that_was_not_measured_has_no_cost():
     assert measured_cost(TIME, PAPER, [table(8, competition=[1, 1, 1, 0])]) is None
     assert measured_cost(replace(TIME, against=""), PAPER, [WIDE]) is None
     model = replace(PAPER, systems={**PAPER.systems, "full": replace(PAPER.systems["full"], recipes=())})
-    assert measured_cost(TIME, model, [WIDE]) is None  # the language model by itself makes no step
+    assert measured_cost(TIME, model, [WIDE]) is None  # the language model alone has no training step
     assert judge_cost(TIME, None) == ("not measured", "step_times.json lacks a recipe")
     assert judge_cost(replace(TIME, against=""), None) == ("not measured", "")
 

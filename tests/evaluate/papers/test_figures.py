@@ -74,13 +74,13 @@ def test_the_band_of_correlations_is_their_sd_over_pairs():
     older = drawn(load_paper("003"), runs_of(load_paper("003"), mean_correlation=0.1))[
         "Figure 1 (b): correlation of latents"
     ]
-    assert not older.note and not any(older.series[0].spread)  # of runs that did not log it
+    assert not older.note and not any(older.series[0].spread)  # older runs did not log the spread
 
 
 def test_figures_are_of_the_papers_layer():
     made = [run("full", "hierarchical", seed, layer, ev=layer / 100) for layer in (5, 12, 19) for seed in range(2)]
     title = "Figure 1: explained variance by configuration"
-    for layers, drawn_at in (((5, 12, 19), 19), ((5, 12), 5)):  # of 004, which is at 19
+    for layers, drawn_at in (((5, 12, 19), 19), ((5, 12), 5)):  # 19 is the layer of paper 004
         here = [one for one in made if one.layer in layers]
         (point,) = drawn(PAPER, here)[title].series
         assert list(point.y) == pytest.approx([drawn_at / 100])
@@ -193,7 +193,7 @@ def test_what_is_missing_to_one_is_drawn_of_explained_variance():
 
 
 def test_a_share_is_of_the_loss_on_the_same_line():
-    """0.1 of 0.4 in every seed; a line without a loss, or with one of 0, has no share."""
+    """Every seed has a penalty of 0.1 and a loss of 0.4. A line without a loss, or with a loss of 0, has no share."""
     paper = load_paper("002")
     made = runs_of(paper, competition=0.1, loss=0.4)
     chart = drawn(paper, made, EXTRA_HEADING)["Competition's share of the loss"]

@@ -38,7 +38,7 @@ def measured(before="", after="", more=""):
 
 ENTRIES = 'entries = ["a"]'
 NO_READING = GOOD[: GOOD.index("[[reading]]")] + GOOD[GOOD.index("[[system]]") :]
-# Of an unreported number, a claim, another place of a claim, and a contradiction.
+# Quotes of an unreported number, a claim, another place of the same claim, and a contradiction.
 QUOTES = ("Adaptive τ", "Through nine", "documented through", "eliminating manual")
 
 

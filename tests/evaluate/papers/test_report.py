@@ -175,7 +175,7 @@ def test_a_run_that_does_not_pass_a_gate_is_not_measured(broken, said):
     ((name, why),) = found.excluded
     assert name == "hierarchical-0" and said in why
     some = [run("full", "hierarchical", **broken), run("full", "hierarchical", 1)]
-    assert build_report(of(claim()), some, True).rows[0].notes == []  # one that passes is left
+    assert build_report(of(claim()), some, True).rows[0].notes == []  # one run passes its gates
 
 
 def test_claims_are_compared_with_saebench_s_number_and_gates_with_the_one_without_outlier_rows():
@@ -205,7 +205,7 @@ def test_another_layer_and_a_stand_in_are_named():
         "layer 12 instead of 19",
         "measured on the standard-library substitute of the dataset",
     ]
-    (row,) = build_report(of(asked), runs, True).rows  # never beside the paper's own
+    (row,) = build_report(of(asked), runs, True).rows  # the substitute is never compared with the paper's number
     assert row.verdict == "not measured" and row.measured == "" and not row.notes
     real = [run("full", "hierarchical", layer=12, metrics={"sparse_probing": probing})]
     assert "substitute" not in " ".join(build_report(of(asked), real, False).rows[0].notes)
@@ -319,7 +319,7 @@ def test_what_a_reading_substitutes_stands_beside_the_verdict_in_that_reading_al
         "Not as printed: (4). Its window has one term too many." in page
         and 'class="verdict not-of-the-papers-equation"' in page
     )
-    assert row_of(BETTER, [], paper, reading="field").notes == []  # nothing was replaced where nothing was run
+    assert row_of(BETTER, [], paper, reading="field").notes == []  # without runs nothing was replaced
 
 
 def test_the_l0_of_the_runs_decides_what_is_comparable():
@@ -339,18 +339,18 @@ def test_the_l0_of_the_runs_decides_what_is_comparable():
         assert row_of(BETTER, own + LOW, of(BETTER, change)).verdict == "direction only"
         assert row_of(BETTER, own + LOW, of(BETTER, replace(change, value=-ratio / 2))).verdict == "not comparable"
         beside = replace(change, against="l1"), replace(printed, id="b", system="baseline", against="", value=30)
-        assert row_of(BETTER, own + LOW, of(BETTER, *beside)).verdict == "not comparable"  # a change from a third
+        assert row_of(BETTER, own + LOW, of(BETTER, *beside)).verdict == "not comparable"  # change from a third
         assert row_of(BETTER, own + LOW, of(BETTER, replace(change, unit="pp"))).verdict == "not comparable"
-    none = replace(printed, value=0.0)  # an L0 of 0 is smaller than one of 30, and nothing is a multiple of it
+    none = replace(printed, value=0.0)  # the paper's L0 of 0 is below 30, as our 20 is
     assert (
         row_of(BETTER, three("full", "hierarchical", 0.7, l0=20.0) + LOW, of(BETTER, none)).verdict == "direction only"
     )
-    none = replace(printed, against_value=0.0)  # a direction, and no share
+    none = replace(printed, against_value=0.0)  # has a direction, but no relative change
     assert (none.direction, none.effect) == (1, None) and row_of(none, own + LOW, of(none)).verdict == "direction only"
     assert row_of(BETTER, own + LOW, of(BETTER, none)).verdict == "not comparable"
     spread = [run("full", "hierarchical", seed, ev=0.7, l0=l0) for seed, l0 in enumerate((30.0, 40.0, 50.0))]
-    assert row_of(BETTER, spread + LOW).notes == ["L0 40 against 30"]  # the mean
-    void = Contradiction("Two L0.", (), "", ("l0",))  # an L0 that the paper contradicts is none
+    assert row_of(BETTER, spread + LOW).notes == ["L0 40 against 30"]  # the mean of the seeds
+    void = Contradiction("Two L0.", (), "", ("l0",))  # an L0 that the paper itself contradicts is ignored
     assert row_of(BETTER, own + LOW, replace(of(BETTER, printed), contradictions=(void,))).verdict == "not comparable"
     assert row_of(BETTER, own + LOW, at_home=True).verdict == "direction only"
 
@@ -394,8 +394,8 @@ def test_a_counter_that_stays_zero_makes_an_ablation_inactive():
     acted = family("resample", 0.8, resampled=1) + family("linear")
     assert row_of(asked, acted, paper).verdict == "direction only" and row_of(asked, acted, paper).notes == []
     some = [*family("resample", 0.8, resampled=0)[:2], family("resample", 0.8, resampled=1)[2], *family("linear")]
-    assert row_of(asked, some, paper).verdict == "direction only"  # in one run it acted
-    unknown = family("resample", 0.8) + family("linear")  # an old log without the counter
+    assert row_of(asked, some, paper).verdict == "direction only"  # the mechanism acted in one run
+    unknown = family("resample", 0.8) + family("linear")  # old logs do not have the counter
     assert row_of(asked, unknown, paper).verdict == "direction only"
     back = replace(asked, system="linear", against="resample")
     assert row_of(back, idle, of(back, systems=FAMILY)).verdict == "mechanism inactive"
@@ -458,7 +458,7 @@ def test_between_two_systems_of_a_family_every_mechanism_has_to_be_idle():
 
 
 def test_beside_another_model_an_idle_mechanism_is_not_counted_again():
-    """`resample` against the TopK baseline is `linear` against it once more."""
+    """If resampling never acts, `resample` against the TopK baseline repeats `linear` against the baseline."""
     linear = claim(id="linear", system="linear", against="baseline", against_value=0.5)
     resample = claim(id="resample", system="resample", against="baseline", against_value=0.5)
     runs = family("resample", 0.8, resampled=0) + family("linear", 0.8) + LOW
@@ -467,7 +467,7 @@ def test_beside_another_model_an_idle_mechanism_is_not_counted_again():
         "`resampled` of resample stayed 0 until the end; see linear"
     ]
     assert row_of(linear, runs, of(linear, resample, systems=FAMILY)).verdict == "direction only"
-    row = row_of(resample, runs, of(resample, systems=FAMILY))  # the paper says it of `resample` alone
+    row = row_of(resample, runs, of(resample, systems=FAMILY))  # the paper has this claim for `resample` only
     assert row.verdict == "direction only" and row.notes == ["`resampled` of resample stayed 0 until the end"]
     for other in ({"against": "l1"}, {"metric": "core.sparsity.l0"}, {"entries": ("a",)}):  # another comparison
         unlike = of(replace(linear, **other), resample, systems=FAMILY)
@@ -526,7 +526,7 @@ def test_a_difference_is_in_the_unit_of_the_claim():
     for unit, shown in (("%", "+9.98 % ("), ("pp", "+6 pp ("), ("x", "1.1 x (")):
         assert row_of(claim(value=1.5, unit=unit, against="baseline"), runs).difference.startswith(shown)
     two = claim(unit="%", value=80, quote="80%", against="baseline", against_value=50)
-    assert row_of(two, runs).difference.startswith("+0.06 (")  # of two shares: the metric's own
+    assert row_of(two, runs).difference.startswith("+0.06 (")  # between two values in %: in the unit of the metric
     equal = claim(unit="%", says="equal", margin=3, value=None, against="baseline")
     assert row_of(equal, runs).measured.startswith("0.661")
     assert row_of(claim(), runs).difference == ""
@@ -608,7 +608,7 @@ def test_what_the_paper_does_not_report_has_the_mean_of_each_system_that_has_it(
     nothing = run("l1", "hierarchical-l1")
     runs.append(replace(nothing, run=replace(nothing.run, results={})))
     heads, lines = unreported_table(build_report(paper, runs, False))
-    assert heads == ["what", "metric", "full", "baseline"]  # of `l1` nothing was measured
+    assert heads == ["what", "metric", "full", "baseline"]  # nothing was measured for `l1`
     assert lines == [["fidelity", EV, "0.6 ± 0.14", "0.4"], ["probing", probing, "0.7 ± 0", ""]]
     assert unreported_table(build_report(paper, runs, True))[1][1] == ["probing", probing, "", ""]
 

@@ -122,7 +122,7 @@ def test_a_system_s_own_width_is_no_difference():
     assert setting("width", made(), wider, made("l1"), wider).ours == (
         "2,304 latents of 2,304 dimensions (1x); 2,880 latents of 2,304 dimensions (1.25x) (linear)"
     )
-    systems = {**PAPER.systems, "full": replace(PAPER.systems["full"], width="")}  # that of the paper's [ran]
+    systems = {**PAPER.systems, "full": replace(PAPER.systems["full"], width="")}  # the width in [ran] applies
     paper = replace(PAPER, setup=replace(SETUP, d_sae=4 * 2304), systems=systems)
     assert [compare_settings(paper, [one])[1].differs for one in (wide, made())] == [False, True]
 
@@ -139,7 +139,7 @@ def test_a_setting_that_no_run_records_is_left_out():
     bare = run("full", "hierarchical")
     bare = replace(bare, run=replace(bare.run, record={**bare.run.record, "resolved": {}}))
     assert [one.name for one in compare_settings(PAPER, [bare])] == names[:-1]
-    for folder in ("x/gemma-2-mini--stdlib", "x/a--b--c--d", "x"):  # not named by `sae harvest`
+    for folder in ("x/gemma-2-mini--stdlib", "x/a--b--c--d", "x"):  # `sae harvest` does not create such names
         assert "dataset" not in [one.name for one in compare_settings(PAPER, [made(origin={"cache": folder})])]
     assert setting("warm-up of the L1 penalty", made(l1=None, l1_warmup=50)).ours == "50 steps"  # the default strength
     topk = made(l1=0)  # without a penalty there is no warm-up of one

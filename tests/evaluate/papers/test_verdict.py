@@ -48,40 +48,40 @@ def verdict(*about, **conditions):
 @pytest.mark.parametrize(
     ("claim", "own", "other", "expected"),
     [
-        # 10.3, 3 % off; the interval 10.05 to 10.55 is within 9 to 11
+        # the mean 10.3 is 3 % off; the interval 10.05 to 10.55 is within 9 to 11
         (TEN, [10.2, 10.3, 10.4], [], "reproduced"),
         (TEN, [10.0, 10.0, 10.0], [], "reproduced"),
-        # the mean is exact, the interval 8.5 to 11.5 is too wide
+        # the mean is exact, but the interval 8.5 to 11.5 is too wide
         (TEN, [9.4, 10.0, 10.6], [], "not comparable"),
-        # two seeds are too few, and their interval, 9.4 to 10.7, excludes nothing
+        # two seeds are too few: their interval, 9.4 to 10.7, excludes nothing
         (TEN, [10.0, 10.1], [], "not comparable"),
         (TEN, [10.0], [], "not comparable"),
-        # 7 % off; the interval 10.45 to 10.95 has something of 9.5 to 10.5
+        # the mean is 7 % off; the interval 10.45 to 10.95 overlaps 9.5 to 10.5
         (TEN, [10.6, 10.7, 10.8], [], "not comparable"),
-        # 11.85 to 12.35 has nothing of it
+        # the interval 11.85 to 12.35 does not overlap 9.5 to 10.5
         (TEN, [12.0, 12.1, 12.2], [], "contradicted"),
         (TEN, [8.0, 8.1, 8.2], [], "contradicted"),
-        # of 0.0 five percent are nothing; whatever rounds to it is it: 0.02, and -0.005 to 0.045 within +-0.1
+        # 5 % of 0.0 is 0, so a mean that rounds to 0.0 agrees: here 0.02, with the interval -0.005 to 0.045 in +-0.1
         (ZERO, [0.01, 0.02, 0.03], [], "reproduced"),
         (ZERO, [0.19, 0.2, 0.21], [], "contradicted"),
         # printed in %, measured as a share
         (SHARE, [0.79, 0.80, 0.81], [], "reproduced"),
         (SHARE, [80.0, 80.0, 80.0], [], "contradicted"),
-        # the number itself, whatever the other has
+        # without runs of the other system, only the claimed number counts
         (PAIR, [10.2, 10.3, 10.4], [], "reproduced"),
-        # and the other has its own: 20.6, 3 % off, but not 25
+        # the other system has a printed number too: a mean of 20.6 is 3 % off and agrees, a mean of 25 does not
         (PAIR, [10.2, 10.3, 10.4], [20.5, 20.6, 20.7], "reproduced"),
         (PAIR, [10.2, 10.3, 10.4], [24.9, 25.0, 25.1], "direction only"),
         (SHARE_PAIR, [0.8, 0.8, 0.81], [0.7, 0.7, 0.71], "reproduced"),
         (SHARE_PAIR, [0.8, 0.8, 0.81], [0.6, 0.6, 0.62], "direction only"),
-        # not the number; every seed is below its other: differences -3, -3.1, -2.9
+        # the number differs, but every seed is below its pair in the other system: differences -3, -3.1, -2.9
         (PAIR, [12.0, 12.1, 12.2], [15.0, 15.2, 15.1], "direction only"),
         (PAIR, [15.0, 15.2, 15.1], [12.0, 12.1, 12.2], "contradicted"),
-        # 1 % below, all of them: less than a tenth of the half that is claimed
+        # every seed is 1 % below: less than a tenth of the 50 % that is claimed
         (PAIR, [14.85, 15.048, 14.949], [15.0, 15.2, 15.1], "contradicted"),
         # differences -4, 0, +1: anything is possible, and the number is 13 +- 5
         (PAIR, [11.0, 13.0, 15.0], [15.0, 13.0, 14.0], "not comparable"),
-        # without the other, a number like any
+        # without the other system, the claim is judged by its number alone
         (PAIR, [12.0, 12.1, 12.2], [], "contradicted"),
         # changes -49, -50, -51 %: +- 2.5 around -50, within -55 to -45
         (FALL, [5.1, 5.0, 4.9], [10.0, 10.0, 10.0], "reproduced"),
@@ -95,7 +95,7 @@ def verdict(*about, **conditions):
         (FALL, [5.0], [10.0], "not comparable"),
         # a share of zero is none
         (FALL, [5.0, 5.0, 5.0], [0.0, 10.0, 10.0], "not comparable"),
-        # only seed 0 has both
+        # only seed 0 exists for both systems
         (FALL, [5.0, 5.0, 5.0], [10.0], "not comparable"),
         (TIMES, [20.0, 20.2, 19.8], [10.0, 10.0, 10.0], "reproduced"),
         (TIMES, [15.0, 15.2, 14.8], [10.0, 10.0, 10.0], "direction only"),
@@ -179,7 +179,7 @@ def test_the_order_of_seeds_says_nothing(claim, own, other, at_home, random):
 
 @given(numbers, numbers)
 def test_the_opposite_claim_has_the_opposite_direction(own, other):
-    """A rise where the paper says fall: what supports the one contradicts the other."""
+    """Numbers that support a fall contradict the claim of a rise."""
     rise = dataclasses.replace(FALL, value=50.0)
     if verdict(FALL, own, other, at_home=False) == "direction only":
         assert verdict(rise, own, other, at_home=False) == "contradicted"
@@ -300,14 +300,14 @@ WIDE = ([1.0, 2.0, 3.0], [2.0] * 3)
         ((6.0, 74.0), None, "not comparable", "not comparable", "L0 6 against 74"),
         ((6.0, 0.0), None, "not comparable", "not comparable", "L0 6 against 0"),
         ((0.0, 0.0), None, "direction only", "contradicted", ""),
-        # the paper compares 42 with 90.6, and ours differ in that direction
+        # the paper compares an L0 of 42 with 90.6, and ours differ in the same direction
         ((60.0, 74.0), 42.05 / 90.6, "direction only", "not comparable", "own comparison: 60 against 74"),
         ((74.0, 60.0), 5.4, "direction only", "not comparable", "own comparison: 74 against 60"),
-        # in the other direction, or where the paper compares at like L0
+        # ours differ in the other direction, or the paper compares at similar L0
         ((74.0, 60.0), 42.05 / 90.6, "not comparable", "not comparable", "L0 74 against 60"),
         ((60.0, 74.0), 5.4, "not comparable", "not comparable", "L0 60 against 74"),
         ((60.0, 74.0), 1.05, "not comparable", "not comparable", "L0 60 against 74"),
-        # alike here and unlike in the paper: another comparison than the paper's contradicts nothing
+        # our L0 are similar and the paper's are not: that is a different comparison, so it contradicts nothing
         (
             (30.0, 31.0),
             0.5,
@@ -324,10 +324,10 @@ def test_at_unlike_l0_nothing_is_contradicted_on_another_model(l0, printed, expe
     assert below.verdict == expected and (below.reason == "" or expected == "not comparable" or "own" in below.reason)
     found = judged(EV, *ABOVE, **where)
     assert found.verdict == opposite and reason in found.reason and (reason or not found.reason)
-    # on the paper's own model the systems have the L0 that they have
+    # on the paper's own model, different L0 do not matter
     where["at_home"] = True
     assert (verdict(EV, *BELOW, **where), verdict(EV, *ABOVE, **where)) == ("direction only", "contradicted")
-    # what is undecided stays so
+    # an undecided comparison stays undecided
     assert verdict(EV, *WIDE, **where | {"at_home": False}) == "not comparable"
 
 
@@ -438,7 +438,7 @@ def test_a_metric_is_read_where_it_stands():
     assert read("core.n.letters") == 3
     assert read("training.loss") == 2.0
     assert read("training.loss", at="first") == 3.0
-    assert read("training.tau") == 1.0  # the last line that has it
+    assert read("training.tau") == 1.0  # from the last line that has tau
     assert read("core.details.rate", entries=("o",)) == 0.4
     assert read("core.details.rate", entries=("k", "o")) == pytest.approx(0.3)
     assert read("core.details.rate") == pytest.approx(0.3)  # z has none
@@ -452,7 +452,7 @@ def test_what_does_not_exist_is_none():
     assert read("scr.scr_metrics.scr_metric_threshold_2") is None
     assert read("training.rho") is None
     assert read("core.details.rate", entries=("z",)) is None
-    assert read("core.details.rate", entries=("k", "q")) is None  # a mean of fewer than were asked is another number
+    assert read("core.details.rate", entries=("k", "q")) is None  # no mean over only some of the entries
     assert read("none", why="so") is None
 
 
@@ -479,7 +479,7 @@ def test_two_numbers_that_may_be_one_number_rounded_have_no_direction(quote, val
 
 
 def test_the_equal_differences_of_two_seeds_decide_nothing():
-    """As of counts: 1 and 2 splits more are as likely as 1 and 1."""
+    """For counts, for example, 1 and 2 more splits are as likely as 1 and 1."""
     assert confidence_interval([1.0, 1.0]) is None and confidence_interval([1.0, 1.0, 1.0]) == (1.0, 1.0)
     assert confidence_interval([0.0, 0.0]) == (0.0, 0.0)
     found = judged(PAIR, [1.1, 0.3], [1.0, 0.2], at_home=False)  # 0.1 twice, but for rounding
